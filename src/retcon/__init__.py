@@ -1,0 +1,88 @@
+"""retcon: change what a language model knows, precisely, fast, and so that it can be undone.
+
+Importing is light: names are loaded when first used, and transformers only when a model is loaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from retcon.edits import (
+    Case,
+    Edit,
+    Query,
+    read_cases,
+    read_edits,
+    resolve_conflicts,
+    write_cases,
+    write_edits,
+)
+
+if TYPE_CHECKING:
+    from retcon.delta import Columns, Delta, Dense, Entries, LowRank, Rows
+    from retcon.evaluation import evaluate
+    from retcon.lm.layouts import Layout
+    from retcon.lm.load import load
+    from retcon.lm.model import LM
+    from retcon.memory.contexts import Contexts, sample_contexts
+    from retcon.memory.moments import Corpus, CorpusMoments, GivenMoments
+    from retcon.methods.registry import list_methods, method
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Columns": "retcon.delta",
+    "Contexts": "retcon.memory.contexts",
+    "Corpus": "retcon.memory.moments",
+    "CorpusMoments": "retcon.memory.moments",
+    "Delta": "retcon.delta",
+    "Dense": "retcon.delta",
+    "Entries": "retcon.delta",
+    "GivenMoments": "retcon.memory.moments",
+    "LM": "retcon.lm.model",
+    "Layout": "retcon.lm.layouts",
+    "LowRank": "retcon.delta",
+    "Rows": "retcon.delta",
+    "evaluate": "retcon.evaluation",
+    "list_methods": "retcon.methods.registry",
+    "load": "retcon.lm.load",
+    "method": "retcon.methods.registry",
+    "sample_contexts": "retcon.memory.contexts",
+}
+
+__all__ = [
+    "LM",
+    "Case",
+    "Columns",
+    "Contexts",
+    "Corpus",
+    "CorpusMoments",
+    "Delta",
+    "Dense",
+    "Edit",
+    "Entries",
+    "GivenMoments",
+    "Layout",
+    "LowRank",
+    "Query",
+    "Rows",
+    "evaluate",
+    "list_methods",
+    "load",
+    "method",
+    "read_cases",
+    "read_edits",
+    "resolve_conflicts",
+    "sample_contexts",
+    "write_cases",
+    "write_edits",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'retcon' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,475 @@
+"""A weight edit as a value: five kinds of change, and `Delta`, which says what changes, why, and on which base.
+
+A Delta is inert: only the LM applies and reverts it. Changes are kept in the smallest exact form and in the *stored*
+orientation of their parameter, so that applying one needs no knowledge of the architecture.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from retcon.errors import DeltaMismatch, MalformedFile, NonFinite
+from retcon.files import write_atomically
+
+FORMAT = "retcon-delta-1"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A contiguous slice of a parameter along one axis: one projection inside a fused one."""
+
+    axis: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What is added to one parameter, or to a region of it. Use one of the five kinds below."""
+
+    region: Region | None = None
+    """The part of the parameter that the change speaks of; None is the whole."""
+
+    kind: ClassVar[str]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The change's own tensors by field name."""
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+    def values(self) -> Tensor:
+        """The tensor whose dtype is the change's precision."""
+        raise NotImplementedError
+
+    def add_to(self, total: Tensor) -> None:
+        """Add the change, in place, to `total`: a tensor of the parameter's shape (or any of its regions')."""
+        raise NotImplementedError
+
+    def part_of(self, total: Tensor) -> Tensor:
+        """The region of `total` (a view) that the change adds to.
+
+        Raises:
+            DeltaMismatch: the region lies outside the parameter.
+        """
+        if self.region is None:
+            return total
+        axis, start, stop = self.region.axis, self.region.start, self.region.stop
+        if not (0 <= axis < total.dim() and 0 <= start < stop <= total.shape[axis]):
+            raise DeltaMismatch(f"{self.region} lies outside a parameter of shape {tuple(total.shape)}")
+        return total.narrow(axis, start, stop - start)
+
+    def check(self, shape: torch.Size) -> None:
+        """Whether the change fits a parameter of that shape.
+
+        Raises:
+            DeltaMismatch: it does not; the message gives both shapes.
+            NonFinite: a value is NaN or infinite.
+        """
+        for name, tensor in self.tensors().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFinite(f"{self.kind} change: {name} holds NaN or infinity; the edit that made it went wrong")
+        self._check(self.part_of(torch.empty(shape, device="meta")).shape)
+
+    def _check(self, shape: torch.Size) -> None:
+        raise NotImplementedError
+
+    def dense(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """The change written out, zeros elsewhere, on the change's device."""
+        values = self.values()
+        total = torch.zeros(shape, dtype=dtype or values.dtype, device=values.device)
+        self.add_to(total)
+        return total
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+def _index_fits(index: Tensor, limit: int, what: str) -> None:
+    if index.dim() != 1 or index.dtype != torch.long:
+        raise DeltaMismatch(f"{what} index must be a vector of int64, found {tuple(index.shape)} {index.dtype}")
+    if len(index) and (int(index.min()) < 0 or int(index.max()) >= limit):
+        raise DeltaMismatch(f"{what} index runs to {int(index.max())}, the parameter has {limit}")
+    if len(index.unique()) != len(index):
+        raise DeltaMismatch(f"{what} index names the same place twice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Change):
+    """left @ right; left: (rows, rank), right: (rank, columns)."""
+
+    left: Tensor
+    right: Tensor
+    kind = "low_rank"
+
+    def values(self) -> Tensor:
+        return self.left
+
+    def add_to(self, total: Tensor) -> None:
+        part = self.part_of(total)
+        left, right = self.left.to(part.device, part.dtype), self.right.to(part.device, part.dtype)
+        rows = max(1, 2**24 // max(1, part.shape[1]))  # row blocks: the product never stands whole beside the sum
+        for first in range(0, len(part), rows):
+            part[first : first + rows] += left[first : first + rows] @ right
+
+    def _check(self, shape: torch.Size) -> None:
+        found = (self.left.shape[0], self.right.shape[-1])
+        if self.left.dim() != 2 or self.right.dim() != 2 or self.left.shape[1] != self.right.shape[0] or found != shape:
+            raise DeltaMismatch(
+                f"low-rank factors {tuple(self.left.shape)} x {tuple(self.right.shape)} do not give {tuple(shape)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Change):
+    """values (n, columns) added to the rows `index` (n) of a matrix."""
+
+    index: Tensor
+    rows: Tensor
+    kind = "rows"
+
+    def values(self) -> Tensor:
+        return self.rows
+
+    def add_to(self, total: Tensor) -> None:
+        part = self.part_of(total)
+        part.index_add_(0, self.index.to(part.device), self.rows.to(part.device, part.dtype))
+
+    def _check(self, shape: torch.Size) -> None:
+        if len(shape) != 2 or self.rows.shape != (len(self.index), shape[1]):
+            raise DeltaMismatch(f"rows of shape {tuple(self.rows.shape)} do not fit a parameter of {tuple(shape)}")
+        _index_fits(self.index, shape[0], "row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns(Change):
+    """values (rows, n) added to the columns `index` (n) of a matrix."""
+
+    index: Tensor
+    columns: Tensor
+    kind = "columns"
+
+    def values(self) -> Tensor:
+        return self.columns
+
+    def add_to(self, total: Tensor) -> None:
+        part = self.part_of(total)
+        part.index_add_(1, self.index.to(part.device), self.columns.to(part.device, part.dtype))
+
+    def _check(self, shape: torch.Size) -> None:
+        if len(shape) != 2 or self.columns.shape != (shape[0], len(self.index)):
+            raise DeltaMismatch(
+                f"columns of shape {tuple(self.columns.shape)} do not fit a parameter of {tuple(shape)}"
+            )
+        _index_fits(self.index, shape[1], "column")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entries(Change):
+    """values (n) added at the places `index` (n), counted row by row through the parameter (or its region)."""
+
+    index: Tensor
+    entries: Tensor
+    kind = "entries"
+
+    def values(self) -> Tensor:
+        return self.entries
+
+    def add_to(self, total: Tensor) -> None:
+        part = self.part_of(total)
+        where = torch.unravel_index(self.index.to(part.device), part.shape)
+        part.index_put_(where, self.entries.to(part.device, part.dtype), accumulate=True)
+
+    def _check(self, shape: torch.Size) -> None:
+        if self.entries.shape != self.index.shape:
+            raise DeltaMismatch(f"{self.entries.numel()} entries at {self.index.numel()} places")
+        _index_fits(self.index, math.prod(shape), "entry")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Change):
+    """values of the parameter's own shape."""
+
+    full: Tensor
+    kind = "dense"
+
+    def values(self) -> Tensor:
+        return self.full
+
+    def add_to(self, total: Tensor) -> None:
+        part = self.part_of(total)
+        part += self.full.to(part.device, part.dtype)
+
+    def _check(self, shape: torch.Size) -> None:
+        if self.full.shape != shape:
+            raise DeltaMismatch(f"a dense change of shape {tuple(self.full.shape)} does not fit {tuple(shape)}")
+
+
+KINDS: dict[str, type[Change]] = {k.kind: k for k in (LowRank, Rows, Columns, Entries, Dense)}
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What happened to one edit while its delta was made."""
+
+    id: str
+    probability: float
+    """Geometric-mean probability of the target per token, mean over contexts, with the values in place (not yet the
+    weights)."""
+    steps: int
+    """Optimisation steps taken."""
+    stopped: str
+    """Why the search ended: `reached`, `steps`, or `clamped` (out of steps with a value on its clamp)."""
+    detail: Mapping[str, float] = field(default_factory=dict)
+    """Method-specific figures, such as the loss terms at the end."""
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """Which parameters change and by how much, with the record of how that came about.
+
+    Deltas compare by `id`, a hash of the changes, base and edits. `delta.save(path)` and `Delta.load(path)` are exact.
+    """
+
+    changes: Mapping[str, tuple[Change, ...]]
+    """Changes by parameter name, added in order."""
+    base: str
+    """Fingerprint of the unedited model it was made for."""
+    parents: tuple[str, ...] = ()
+    """Ids of the deltas that were live when it was proposed, in order of application."""
+    report: tuple[EditReport, ...] = ()
+    """Per edit: probability reached, steps, why the search stopped."""
+    state: Mapping[str, Tensor] | None = None
+    """What the next call of a sequential method takes as `state`."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Method, settings, edits, contexts, moments' keys, seed, versions: enough to repeat the run. JSON values only."""
+    supersedes: tuple[str, ...] = ()
+    """Ids of deltas that this one replaces: applying takes them off, reverting puts them back."""
+
+    def __post_init__(self) -> None:
+        kept = {name: tuple(c) for name, c in self.changes.items() if len(tuple(c))}
+        object.__setattr__(self, "changes", MappingProxyType(kept))
+        # Kept as JSON gives it back, so that a saved delta equals the one in memory (tuples become lists).
+        object.__setattr__(self, "provenance", MappingProxyType(json.loads(json.dumps(dict(self.provenance)))))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Delta) and self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __repr__(self) -> str:
+        method = self.provenance.get("method", "unknown method")
+        return (
+            f"Delta({self.id}: {method}, {len(self.report)} edits, {len(self.changes)} parameters, {self.nbytes():,} B)"
+        )
+
+    @cached_property
+    def id(self) -> str:
+        """Hash of changes, base, parents and edit ids: the delta's identity (16 hexadecimal digits)."""
+        digest = hashlib.sha256()
+        head = [self.base, list(self.parents), [r.id for r in self.report], list(self.supersedes)]
+        digest.update(json.dumps(head).encode())
+        for name, tensor in self._change_tensors():
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            digest.update(as_bytes(tensor))
+        return digest.hexdigest()[:16]
+
+    def _change_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(self.changes):
+            for i, change in enumerate(self.changes[name]):
+                region = change.region
+                place = "" if region is None else f"[{region.axis},{region.start},{region.stop}]"
+                for tensor_name, tensor in change.tensors().items():
+                    yield f"{name}/{i}/{change.kind}{place}/{tensor_name}", tensor
+
+    def nbytes(self) -> int:
+        """Bytes the changes take."""
+        return sum(c.nbytes() for changes in self.changes.values() for c in changes)
+
+    def dense(self, name: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+        """The whole change of one parameter of that shape, written out."""
+        changes = self.changes[name]
+        total = torch.zeros(shape, dtype=dtype, device=changes[0].values().device)
+        for change in changes:
+            change.add_to(total)
+        return total
+
+    def norms(self) -> dict[str, float]:
+        """Frobenius norm of the change, per parameter."""
+        return {name: _norm(changes) for name, changes in self.changes.items()}
+
+    def ranks(self) -> dict[str, int | None]:
+        """Upper bound of the change's rank, per parameter; None for vectors and for scattered or dense changes."""
+        return {name: _rank_bound(changes) for name, changes in self.changes.items()}
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file; a crash leaves the old file or the new, never a part."""
+        tensors = {f"change/{name}": t.detach().cpu().contiguous() for name, t in self._change_tensors()}
+        tensors |= {f"state/{name}": t.detach().cpu().contiguous() for name, t in (self.state or {}).items()}
+        record = {
+            "format": FORMAT,
+            "id": self.id,
+            "base": self.base,
+            "parents": list(self.parents),
+            "supersedes": list(self.supersedes),
+            "report": [asdict(r) for r in self.report],
+            "has_state": self.state is not None,
+            "provenance": dict(self.provenance),
+        }
+        write_atomically(path, save(tensors, metadata={"retcon": json.dumps(record, ensure_ascii=False)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Delta":
+        """Read a delta as `save` wrote it.
+
+        Raises:
+            MalformedFile: not a safetensors file, not a delta, or its content does not match its recorded id.
+        """
+        if not Path(path).is_file():
+            raise MalformedFile(f"{path}: no such file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            record = json.loads(metadata["retcon"])
+            if record["format"] != FORMAT:
+                raise MalformedFile(f"{path}: delta format {record['format']!r}, this version reads {FORMAT!r}")
+            delta = cls(
+                changes=_changes_from(tensors),
+                base=record["base"],
+                parents=tuple(record["parents"]),
+                report=tuple(EditReport(**r) for r in record["report"]),
+                state=_under("state/", tensors) if record["has_state"] else None,
+                provenance=record["provenance"],
+                supersedes=tuple(record["supersedes"]),
+            )
+        except (SafetensorError, OSError) as error:
+            raise MalformedFile(f"{path}: not a readable safetensors file ({error})") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise MalformedFile(f"{path}: a safetensors file, but not a retcon delta ({error!r})") from None
+        if delta.id != record["id"]:
+            raise MalformedFile(f"{path}: damaged; its content gives id {delta.id}, its record says {record['id']}")
+        return delta
+
+    def save_adapter(self, directory: str | os.PathLike[str], *, transposed: Sequence[str] = ()) -> None:
+        """Write the delta as a PEFT LoRA adapter, exact, one rank per parameter.
+
+        Args:
+            directory: where `adapter_config.json` and `adapter_model.safetensors` go.
+            transposed: parameters stored (in, out), as GPT-2's; `lm.transposed_parameters()` lists them.
+
+        Raises:
+            DeltaMismatch: a change is not low-rank (PEFT adapters hold nothing else).
+        """
+        factors: dict[str, Tensor] = {}
+        ranks: dict[str, int] = {}
+        for name, changes in self.changes.items():
+            if not name.endswith(".weight") or any(c.kind != "low_rank" or c.region is not None for c in changes):
+                kinds = ", ".join(sorted({c.kind for c in changes}))
+                raise DeltaMismatch(f"{name}: PEFT adapters hold low-rank changes of whole weights, found {kinds}")
+            left = torch.cat([c.left for c in changes if isinstance(c, LowRank)], dim=1)
+            right = torch.cat([c.right for c in changes if isinstance(c, LowRank)], dim=0)
+            b, a = (right.T, left.T) if name in transposed else (left, right)
+            module = name.removesuffix(".weight")
+            ranks[module] = left.shape[1]
+            factors[f"base_model.model.{module}.lora_A.weight"] = a.cpu().contiguous()
+            factors[f"base_model.model.{module}.lora_B.weight"] = b.cpu().contiguous()
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": max(ranks.values(), default=1),
+            "lora_alpha": max(ranks.values(), default=1),
+            "rank_pattern": {f"^{m}": r for m, r in ranks.items()},
+            "alpha_pattern": {f"^{m}": r for m, r in ranks.items()},
+            "target_modules": sorted(ranks),
+            "fan_in_fan_out": bool(transposed),
+            "bias": "none",
+            "inference_mode": True,
+        }
+        write_atomically(Path(directory) / "adapter_model.safetensors", save(factors))
+        write_atomically(Path(directory) / "adapter_config.json", json.dumps(config, indent=2).encode())
+
+
+def smallest(left: Tensor, right: Tensor) -> Change:
+    """The change left @ right in its smaller exact form: factors, or the product where that takes less room."""
+    rows, rank = left.shape
+    columns = right.shape[1]
+    if rank * (rows + columns) < rows * columns:
+        return LowRank(left=left.contiguous(), right=right.contiguous())
+    return Dense(full=left @ right)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, without a copy where it already lies contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def _norm(changes: Sequence[Change]) -> float:
+    if len(changes) == 1:
+        change = changes[0]
+        if isinstance(change, LowRank):  # ||LR||^2 = tr(LᵀL RRᵀ)
+            left, right = change.left.double(), change.right.double()
+            return math.sqrt(max(0.0, float(((left.T @ left) * (right @ right.T)).sum())))
+        return float(change.values().double().norm())
+    if all(isinstance(c, LowRank) and c.region is None for c in changes):
+        left = torch.cat([c.left for c in changes if isinstance(c, LowRank)], dim=1)
+        right = torch.cat([c.right for c in changes if isinstance(c, LowRank)], dim=0)
+        return _norm([LowRank(left=left, right=right)])
+    shape = _shape_bound(changes)
+    total = torch.zeros(shape, dtype=torch.float64)
+    for change in changes:
+        change.add_to(total)
+    return float(total.norm())
+
+
+def _shape_bound(changes: Sequence[Change]) -> tuple[int, ...]:
+    """A shape large enough for all the changes of one parameter, where at least one of them tells it."""
+    for change in changes:
+        if change.region is None and isinstance(change, Dense):
+            return tuple(change.full.shape)
+        if change.region is None and isinstance(change, LowRank):
+            return change.left.shape[0], change.right.shape[1]
+    raise DeltaMismatch("the parameter's shape is not known from its changes; use delta.dense(name, shape).norm()")
+
+
+def _rank_bound(changes: Sequence[Change]) -> int | None:
+    ranks = {
+        "low_rank": lambda c: c.left.shape[1],
+        "rows": lambda c: len(c.index),
+        "columns": lambda c: len(c.index),
+    }
+    if any(c.kind not in ranks for c in changes):
+        return None
+    return sum(ranks[c.kind](c) for c in changes)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _changes_from(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Change, ...]]:
+    """Changes from the tensor names that `_change_tensors` gives: parameter/number/kind[region]/field."""
+    parts: dict[tuple[str, int], tuple[str, dict[str, Tensor]]] = {}
+    for name, tensor in _under("change/", tensors).items():
+        parameter, number, kind, tensor_name = name.rsplit("/", 3)
+        parts.setdefault((parameter, int(number)), (kind, {}))[1][tensor_name] = tensor
+    changes: dict[str, list[Change]] = {}
+    for (parameter, _), (kind, own) in sorted(parts.items(), key=lambda item: item[0]):
+        name, _, place = kind.partition("[")
+        region = Region(*map(int, place.rstrip("]").split(","))) if place else None
+        changes.setdefault(parameter, []).append(KINDS[name](region=region, **own))  # type: ignore[call-arg]
+    return {name: tuple(c) for name, c in changes.items()}

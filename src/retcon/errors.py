@@ -1,0 +1,72 @@
+"""What can go wrong, by name: every error retcon raises on purpose, and the one warning category.
+
+Each message says what was asked, what was found and what to do. Everything derives from `RetconError`.
+"""
+
+
+class RetconError(Exception):
+    """Base of every error that retcon raises on purpose."""
+
+
+class InvalidEdit(RetconError):
+    """An edit, query or case that cannot mean anything: no subject in the prompt, an empty target, two markers."""
+
+
+class ConflictingEdits(InvalidEdit):
+    """Two edits ask for different answers to the same question."""
+
+
+class MalformedFile(RetconError):
+    """A file that is not what its reader expects; the message names file, row and field."""
+
+
+class InvalidSetting(RetconError):
+    """A setting with a value that the method or the model cannot use."""
+
+
+class UnknownMethod(RetconError):
+    """No method of that name is registered."""
+
+
+class UnknownPreset(RetconError):
+    """No preset of that name exists for the method and the model."""
+
+
+class UnsupportedModel(RetconError):
+    """The model, its tokenizer or the way it was loaded is out of reach; the message says the way out."""
+
+
+class UnknownLayout(UnsupportedModel):
+    """`config.model_type` has no row in the layout table."""
+
+
+class NotEditable(RetconError):
+    """A parameter that must not be edited: quantised, offloaded, shared, or of an integer dtype."""
+
+
+class PositionNotFound(RetconError):
+    """No token covers the character asked for."""
+
+
+class WrongBase(RetconError):
+    """A delta made for other base weights than the model's."""
+
+
+class DeltaMismatch(RetconError):
+    """A delta that does not fit the model's parameters: missing name, wrong shape, index out of range."""
+
+
+class DeltaNotLive(RetconError):
+    """Asked to revert a delta that is not applied, or to apply one that is."""
+
+
+class NonFinite(RetconError):
+    """NaN or infinity where a number must stand: a loss, a moment, a change."""
+
+
+class TooFewTokens(RetconError):
+    """A second moment from fewer tokens than the keys have dimensions: it would be singular."""
+
+
+class RetconWarning(UserWarning):
+    """Something worth knowing that does not stop the work."""

@@ -1,0 +1,86 @@
+"""Files in and out: rows read with errors that name them, and writing that a crash cannot leave half done."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retcon.errors import MalformedFile
+
+
+def read_json_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
+    """(row number from 1, object) of a JSON list or of JSON lines.
+
+    Raises:
+        MalformedFile: not UTF-8, not JSON, empty, or a row that is not an object.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise MalformedFile(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise MalformedFile(f"{path}: is a directory, expected a JSON or JSON lines file") from None
+    except UnicodeDecodeError as error:
+        raise MalformedFile(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if not text.strip():
+        raise MalformedFile(f"{path}: the file is empty; expected a JSON list or JSON lines of objects")
+    if text.lstrip().startswith("["):
+        try:
+            rows = list(enumerate(json.loads(text), 1))
+        except json.JSONDecodeError as error:
+            raise MalformedFile(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a string
+            if not line.strip():
+                continue
+            try:
+                rows.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise MalformedFile(f"{path}, row {number}: not valid JSON ({error.msg})") from None
+    for number, record in rows:
+        if not isinstance(record, dict):
+            raise MalformedFile(f"{path}, row {number}: expected an object, found {type(record).__name__}")
+    if not rows:
+        raise MalformedFile(f"{path}: holds no rows; expected a JSON list or JSON lines of objects")
+    return rows
+
+
+def require(record: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+    """The field `name` of `record`, of type `kind`.
+
+    Raises:
+        MalformedFile: it is missing or of another type; `where` names file and row.
+    """
+    if name not in record:
+        raise MalformedFile(f"{where}: field {name!r} is missing; found: {', '.join(map(str, record)) or 'nothing'}")
+    if not isinstance(record[name], kind):
+        found = type(record[name]).__name__
+        raise MalformedFile(f"{where}: field {name!r} must be {kind.__name__}, found {found} ({record[name]!r:.60})")
+    return record[name]
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` so that a crash at any point leaves the old file or the new one, never a part."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def cache_dir() -> Path:
+    """Where moments and fingerprints are kept: `$RETCON_CACHE`, else `$XDG_CACHE_HOME/retcon` or `~/.cache/retcon`."""
+    if own := os.environ.get("RETCON_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retcon"

@@ -1,0 +1,108 @@
+"""Loading a model by hub id, local path or `demo:` name."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retcon import world
+from retcon.errors import UnsupportedModel
+from retcon.lm.fingerprint import cached_fingerprint
+from retcon.lm.layouts import Layout
+from retcon.lm.model import LM
+
+DEMO = "demo:"
+
+
+def load(
+    name: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    layout: Layout | None = None,
+    allow_bin: bool = False,
+    trust_remote_code: bool = False,
+) -> LM:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: a hub id ("EleutherAI/gpt-j-6b"), a local directory, or `demo:gptj` / `demo:llama`.
+        dtype: "float32", "bfloat16", ...; None means float32 on a CPU and the stored dtype on a GPU.
+        device: "cpu", "cuda", "cuda:1", ...; None means a GPU where there is one.
+        device_map: passed to transformers, to spread a model over several GPUs (needs accelerate).
+        revision: branch, tag or commit on the hub.
+        layout: a row for an architecture that the layout table does not know.
+        allow_bin: also read pickled `.bin` checkpoints (as plain tensors); otherwise safetensors only.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        UnsupportedModel: not found, not safetensors, or out of the library's reach; the message says the way out.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = str(world.model_path(name.removeprefix(DEMO))) if name.startswith(DEMO) else name
+    target = torch.device(device) if device is not None else _best_device()
+    if dtype is None:
+        dtype = "auto" if target.type != "cpu" or device_map is not None else torch.float32
+    elif isinstance(dtype, str) and dtype != "auto":
+        dtype = _dtype(dtype)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        with _quietly():
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                place,
+                dtype=dtype,
+                device_map=device_map,
+                use_safetensors=None if allow_bin else True,
+                **options,
+            )
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"cannot load {name!r}: {_reason(error, place, allow_bin)}") from error
+    if device_map is None:
+        model = model.to(target)
+    model.eval()
+    lm = LM(model, tokenizer, layout=layout, name=name)
+    files = sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
+    if files and not any(p.is_meta for p in model.parameters()):
+        config = Path(place) / "config.json"
+        lm.remember_fingerprint(cached_fingerprint(model, [*files, config], str(lm.dtype)))
+    return lm
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bar for reading weights; the user's setting goes back as it was."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise UnsupportedModel(f"unknown dtype {name!r}; known: float32, bfloat16, float16, float64, auto")
+    return found
+
+
+def _reason(error: Exception, place: str, allow_bin: bool) -> str:
+    text = str(error).strip()
+    if Path(place).is_dir() and not allow_bin and not list(Path(place).glob("*.safetensors")):
+        if list(Path(place).glob("*.bin")):
+            return "it holds pickled .bin weights only; convert them to safetensors, or pass allow_bin=True"
+        return "the directory holds no safetensors weights"
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,415 @@
+"""`LM`: a transformers model and its tokenizer, as the library sees them."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from retcon.delta import Change, Delta, Region, Rows, smallest
+from retcon.errors import DeltaMismatch, NotEditable, RetconWarning, UnsupportedModel, WrongBase
+from retcon.lm.fingerprint import fingerprint
+from retcon.lm.layouts import Fused, Layout, layout_for
+from retcon.lm.ledger import Ledger
+from retcon.lm.prompts import Batch, Row, buckets, encode
+from retcon.lm.trace import run
+
+SiteName = Literal["down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One matrix of one block, seen in math orientation (out x in) whatever the family stores."""
+
+    layer: int
+    kind: SiteName
+    name: str
+    """Name of the parameter that holds it."""
+    module: nn.Module
+    transposed: bool
+    """Stored as (in, out)."""
+    rows: Int[Tensor, " rows"] | None = None
+    """Output rows of a fused matrix that are this site's; None is all of them."""
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The current weight in math orientation (a view where the site is the whole matrix)."""
+        stored = self.module.weight.detach()  # type: ignore[operator,union-attr]
+        matrix = stored.T if self.transposed else stored
+        return matrix if self.rows is None else matrix[self.rows.to(matrix.device)]
+
+    def stored(self, left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"]) -> Change:
+        """The update left @ right (math orientation) as a change in stored orientation, in its smaller exact form."""
+        if self.rows is None:
+            return smallest(right.T, left.T) if self.transposed else smallest(left, right)
+        first, last = int(self.rows[0]), int(self.rows[-1]) + 1
+        if last - first != len(self.rows):  # alternating heads: no region, but whole rows
+            if self.transposed:
+                raise NotEditable(f"{self.name}: alternating columns of a transposed matrix have no layout yet")
+            return Rows(index=self.rows.clone(), rows=left @ right)
+        region = Region(1 if self.transposed else 0, first, last)
+        change = smallest(right.T, left.T) if self.transposed else smallest(left, right)
+        return type(change)(region=region, **change.tensors())
+
+
+class LM:
+    """A decoder-only transformers model with its tokenizer; the only place where weights are changed.
+
+    Args:
+        model: a transformers causal LM that the caller has loaded; it stays the caller's (`lm.model`).
+        tokenizer: its fast tokenizer; never changed.
+        layout: a row for an architecture that the layout table does not know.
+        name: what reports call it; the model's own name by default.
+
+    Raises:
+        UnsupportedModel: wrapped by PEFT, compiled, mixture of experts, multimodal, slow tokenizer.
+        UnknownLayout: no layout for this `model_type`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, layout: Layout | None = None, name: str | None = None) -> None:
+        _refuse_wrapped(model)
+        if not getattr(tokenizer, "is_fast", False):
+            raise UnsupportedModel(
+                f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell which characters a token covers; "
+                "load the fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.layout = layout or layout_for(model.config)
+        self.name = name or getattr(model.config, "_name_or_path", "") or model.config.model_type
+        self.n_layers = _count_blocks(model, self.layout)
+        self.not_editable = _why_not_editable(model)
+        """Parameters that must not be edited, with the reason."""
+        self._parameters = dict(model.named_parameters())
+        self._ledger = Ledger(self.parameter)
+        self._fingerprint: str | None = None
+        for kind in ("down_proj", "o_proj"):
+            self.site(0, kind)  # type: ignore[arg-type]  # a layout that does not fit fails here, not in an edit
+
+    def __repr__(self) -> str:
+        live = f", {len(self.live)} live deltas" if self.live else ""
+        return f"LM({self.name}: {self.model.config.model_type}, {self.n_layers} layers, {self.dtype}{live})"
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the embedding's device."""
+        return self.model.get_submodule(self.layout.embedding).weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype, read from the first down-projection."""
+        return self.site(0, "down_proj").module.weight.dtype  # type: ignore[union-attr,return-value]
+
+    @property
+    def head(self) -> nn.Module:
+        """The vocabulary projection."""
+        return self.model.get_submodule(self.layout.head)
+
+    def block(self, layer: int) -> nn.Module:
+        """Transformer block `layer`, counted from 0."""
+        self._check_layer(layer)
+        return self.model.get_submodule(self.layout.block.format(layer))
+
+    def site(self, layer: int, kind: SiteName) -> Site:
+        """One matrix of block `layer`.
+
+        Raises:
+            UnsupportedModel: the layout names a module the model does not have, or another orientation than it has.
+        """
+        self._check_layer(layer)
+        entry = getattr(self.layout, kind)
+        if entry is None:
+            raise UnsupportedModel(f"{self.model.config.model_type} has no {kind}")
+        path = self.layout.block.format(layer) + "." + (entry.module if isinstance(entry, Fused) else entry)
+        try:
+            module = self.model.get_submodule(path)
+        except AttributeError:
+            raise UnsupportedModel(
+                f"the layout places {kind} at {path!r}, but the model has no such module; check the layout's paths"
+            ) from None
+        transposed = self.layout.stored == "in,out"
+        if transposed != (type(module).__name__ == "Conv1D"):
+            raise UnsupportedModel(
+                f"{path} is a {type(module).__name__}, but the layout says its weight is stored as "
+                f"({self.layout.stored}); Conv1D stores (in, out), Linear (out, in)"
+            )
+        rows = entry.rows(self.model.config) if isinstance(entry, Fused) else None
+        return Site(layer, kind, f"{path}.weight", module, transposed, rows)
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter by name.
+
+        Raises:
+            DeltaMismatch: the model has none of that name.
+        """
+        if name not in self._parameters:
+            raise DeltaMismatch(f"model {self.name!r} has no parameter {name!r}; was the delta made for another one?")
+        return self._parameters[name]
+
+    def transposed_parameters(self) -> list[str]:
+        """Parameters stored (in, out), which a PEFT export must know."""
+        if self.layout.stored == "out,in":
+            return []
+        return [name for name, p in self._parameters.items() if p.dim() == 2 and ".h." in name]
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.n_layers:
+            raise UnsupportedModel(f"layer {layer} asked for; {self.name!r} has layers 0 to {self.n_layers - 1}")
+
+    # --- deltas --------------------------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> tuple[Delta, ...]:
+        """The deltas in force, in order of application."""
+        return self._ledger.live
+
+    def fingerprint(self) -> str:
+        """Identity of the unedited model: config, dtypes and every tensor (computed once, live deltas off)."""
+        if self._fingerprint is None:
+            with self.unedited():
+                self._fingerprint = fingerprint(self.model)
+        return self._fingerprint
+
+    def remember_fingerprint(self, value: str) -> None:
+        """Take a fingerprint that the loader has on record for exactly these weights."""
+        self._fingerprint = value
+
+    def apply(self, delta: Delta, *, other_base: bool = False) -> None:
+        """Put `delta` into the weights, until `revert`. On any failure the weights are as they were.
+
+        Args:
+            other_base: apply even though it was made for another base (the same model in another dtype, say).
+
+        Raises:
+            WrongBase: it was made for another base.
+            DeltaMismatch: it does not fit a parameter.
+            NotEditable: it touches a parameter that must not be edited.
+            NonFinite: it holds NaN or infinity.
+            DeltaNotLive: it is applied already.
+        """
+        self._check_fits(delta, other_base)
+        self._ledger.push(delta)
+
+    def revert(self, delta: Delta | str) -> None:
+        """Take a delta (or the one of that id) out, wherever it stands; with none left, the base is back bit for bit.
+
+        Raises:
+            DeltaNotLive: it is not applied.
+        """
+        if isinstance(delta, str):
+            delta = next((d for d in self.live if d.id == delta), None) or Delta({}, base=delta)
+        self._ledger.remove(delta)
+
+    def revert_all(self) -> None:
+        """Take every delta out."""
+        self._ledger.clear()
+
+    @contextmanager
+    def edited(self, *deltas: Delta, other_base: bool = False) -> Iterator["LM"]:
+        """The model with `deltas` while the scope lasts; scopes nest."""
+        entered = []
+        try:
+            for delta in deltas:
+                self._check_fits(delta, other_base)
+                before = self._ledger.snapshot(delta)
+                self._ledger.push(delta)
+                entered.append((delta, before))
+            yield self
+        finally:
+            for delta, before in reversed(entered):
+                self._ledger.pop(delta, before)
+
+    def delta(self, changes: Mapping[str, Sequence[Change]], **record: Any) -> Delta:
+        """A Delta of these changes, proposed on this model as it is now; `record` fills its other fields."""
+        return Delta(
+            changes={name: tuple(c) for name, c in changes.items()},
+            base=self.fingerprint(),
+            parents=tuple(d.id for d in self.live),
+            **record,
+        )
+
+    @contextmanager
+    def unedited(self) -> Iterator["LM"]:
+        """The base's own weights while the scope lasts, live deltas off."""
+        with self._ledger.off():
+            yield self
+
+    def base_weight(self, name: str) -> Tensor:
+        """The unedited values of a parameter."""
+        self.parameter(name)
+        return self._ledger.base_values(name)
+
+    def undo_bytes(self) -> int:
+        """Bytes held so that the live deltas can be undone."""
+        return self._ledger.nbytes()
+
+    def check_editable(self, name: str) -> None:
+        """Whether a parameter may be edited.
+
+        Raises:
+            NotEditable: with the reason.
+        """
+        if name in self.not_editable:
+            raise NotEditable(f"{name} cannot be edited: {self.not_editable[name]}")
+
+    def _check_fits(self, delta: Delta, other_base: bool) -> None:
+        for name, changes in delta.changes.items():
+            weight = self.parameter(name)
+            self.check_editable(name)
+            for change in changes:
+                try:
+                    change.check(weight.shape)
+                except DeltaMismatch as error:
+                    raise DeltaMismatch(f"{name}: {error}") from None
+        if delta.base != self.fingerprint():
+            if not other_base:
+                made = delta.provenance.get("model", "another model")
+                raise WrongBase(
+                    f"delta {delta.id} was made for {made} (fingerprint {delta.base[:12]}), this is {self.name!r} in "
+                    f"{str(self.dtype).removeprefix('torch.')} (fingerprint {self.fingerprint()[:12]}). Load the model "
+                    "it was made for, in the same dtype, or pass other_base=True if they differ harmlessly."
+                )
+        elif delta.parents != (found := tuple(d.id for d in self.live)):
+            warnings.warn(
+                f"delta {delta.id} was proposed on top of [{', '.join(delta.parents) or 'the base'}] and is applied on "
+                f"top of [{', '.join(found) or 'the base'}]; its effect may differ from what its report says",
+                RetconWarning,
+                stacklevel=3,
+            )
+
+    # --- running -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Eval mode and frozen parameters while the scope lasts; every flag goes back as it was."""
+        training = [m for m in self.model.modules() if m.training]
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        try:
+            self.model.eval()
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    def logits_at(
+        self, batch: Batch, rows: Int[Tensor, " n"], positions: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n vocab"]:
+        """Next-token logits at (row, position) pairs: one forward pass, the head only where asked."""
+        logits = run(self, batch, {}, (rows, positions))
+        assert logits is not None
+        return logits
+
+    def encode(self, prompt: str, target: str | None = None, **options: Any) -> Row:
+        """Tokenise a prompt (and target); see `retcon.lm.prompts.encode`."""
+        return encode(self.tokenizer, prompt, target, **options)
+
+    def complete(self, prompt: str, *, max_new_tokens: int = 32, stops: Sequence[str] = ("\n",)) -> str:
+        """What the model says after `prompt`, greedily, up to the first stop text."""
+        return self.generate([prompt], max_new_tokens=max_new_tokens, stops=stops)[0]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 32,
+        stops: Sequence[str] = ("\n",),
+        max_batch_tokens: int = 8192,
+    ) -> list[str]:
+        """Greedy continuations: only the new text, cut at the earliest stop text.
+
+        Rows are padded on the left for this, masks given; the model's own generation settings are left out of it.
+        """
+        from transformers import GenerationConfig
+
+        rows = [encode(self.tokenizer, p) for p in prompts]
+        texts = [""] * len(rows)
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.eos_token_id or 0,
+            stop_strings=list(stops) or None,
+        )
+        shipped = self.model.generation_config
+        try:
+            self.model.generation_config = settings  # or its unset fields would be filled from the shipped one
+            with self.borrowed(), torch.inference_mode():
+                for group in buckets([len(r.ids) + max_new_tokens for r in rows], max_batch_tokens):
+                    ids, mask = _pad_left([rows[i] for i in group], self.device)
+                    out = self.model.generate(
+                        ids, attention_mask=mask, generation_config=settings, tokenizer=self.tokenizer
+                    )
+                    for i, new in zip(group, out[:, ids.shape[1] :], strict=True):
+                        texts[i] = _cut(self._decode(new), stops)
+        finally:
+            self.model.generation_config = shipped
+        return texts
+
+    def _decode(self, ids: Tensor) -> str:
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    ends = [text.index(s) for s in stops if s in text]
+    return text[: min(ends)] if ends else text
+
+
+def _pad_left(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    longest = max(len(r.ids) for r in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row.ids) :] = torch.tensor(row.ids)
+        mask[i, longest - len(row.ids) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _refuse_wrapped(model: Any) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModel("the model is compiled (torch.compile); wrap the original one: LM(model._orig_mod, ...)")
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModel(
+            "the model carries PEFT adapters; merge or drop them first: LM(model.merge_and_unload(), ...) or "
+            "LM(model.unload(), ...)"
+        )
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        raise UnsupportedModel(f"{type(model).__name__} is no transformers model (it has no config.model_type)")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{model.config.model_type!r} is an encoder-decoder model; retcon edits decoder-only ones"
+        )
+
+
+def _count_blocks(model: Any, layout: Layout) -> int:
+    path = layout.block.removesuffix(".{}")
+    try:
+        return len(model.get_submodule(path))
+    except (AttributeError, TypeError):
+        raise UnsupportedModel(f"the layout places the blocks at {path!r}, but the model has no such list") from None
+
+
+def _why_not_editable(model: nn.Module) -> dict[str, str]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    reasons = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_meta:
+            reasons[name] = "it has no data on this machine (meta device or offloaded)"
+        elif hasattr(parameter, "quant_state") or parameter.dtype not in _FLOATS:
+            reasons[name] = f"it is quantised or not floating ({parameter.dtype}); load the model unquantised"
+        elif len(names[id(parameter)]) > 1:
+            others = [n for n in names[id(parameter)] if n != name]
+            reasons[name] = f"it is shared with {', '.join(others)}, which would change too"
+    return reasons

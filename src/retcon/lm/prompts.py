@@ -1,0 +1,209 @@
+"""Text to token rows: the one place where prompts and targets are tokenised, positions found and rows padded.
+
+Prompt and target are tokenised together and split by character offsets (locate-then-edit spec 1.4, evaluation spec
+2.1); token positions are found by character offsets (spec 1.5). Rows are padded on the right, whatever the tokenizer
+says, and nothing is ever found by comparing ids with a pad id.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from retcon.edits import Edit
+from retcon.errors import InvalidEdit, PositionNotFound, RetconWarning, UnsupportedModel
+
+Where = Literal["subject_last", "prediction"]
+"""Token positions that methods read and write: the subject's last token, and the last token of the prompt."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised prompt, with or without a target behind it."""
+
+    ids: tuple[int, ...]
+    """Prompt tokens (BOS included where the tokenizer adds one), then target tokens."""
+    n_prompt: int
+    """How many of them are the prompt's."""
+    subject_last: int | None = None
+    """Index of the subject's last token, where a subject was given."""
+    boundary_merge: bool = False
+    """A token crossed the boundary between prompt and target, so the two were tokenised apart."""
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        return self.ids[: self.n_prompt]
+
+    @property
+    def target_ids(self) -> tuple[int, ...]:
+        return self.ids[self.n_prompt :]
+
+    @property
+    def prediction(self) -> int:
+        """Index of the last prompt token: where the first target token is predicted."""
+        return self.n_prompt - 1
+
+    def position(self, where: Where) -> int:
+        """Token index of a named position.
+
+        Raises:
+            PositionNotFound: the row has no subject.
+        """
+        if where == "prediction":
+            return self.prediction
+        if self.subject_last is None:
+            raise PositionNotFound("this row was tokenised without a subject, so it has no subject position")
+        return self.subject_last
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right to one length."""
+
+    ids: Int[Tensor, "batch seq"]
+    mask: Bool[Tensor, "batch seq"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def encode(
+    tokenizer: Any,
+    prompt: str,
+    target: str | None = None,
+    *,
+    subject_span: tuple[int, int] | None = None,
+    separator: str = " ",
+) -> Row:
+    """Tokenise `prompt`, with `target` behind it where one is given.
+
+    Args:
+        tokenizer: a fast transformers tokenizer; it is not changed.
+        prompt: text up to the answer; trailing whitespace is stripped, or the separator would be doubled.
+        target: the answer; surrounding whitespace is stripped.
+        subject_span: (start, end) characters of the subject in `prompt`.
+        separator: what stands between prompt and target; "" for scripts without spaces.
+
+    The prompt's ids are those of the prompt alone. If the joint encoding does not start with them (a merge crossed the
+    boundary), the target is tokenised behind a neutral word instead, and the row says so (`boundary_merge`).
+
+    Raises:
+        InvalidEdit: the target is empty, or gives no token.
+        PositionNotFound: no token covers the subject's last character.
+        UnsupportedModel: the tokenizer is a slow one, without character offsets.
+    """
+    prompt = prompt.rstrip()
+    prompt_ids, offsets = _encode_with_offsets(tokenizer, prompt)
+    if not prompt_ids:
+        raise InvalidEdit(f"the prompt {prompt!r} gives no token; give at least one character of text")
+    subject_last = None
+    if subject_span is not None:
+        subject_last = _last_token_covering(prompt, offsets, subject_span)
+    if target is None:
+        return Row(tuple(prompt_ids), len(prompt_ids), subject_last)
+
+    target = target.strip()
+    if not target:
+        raise InvalidEdit(f"the target behind {prompt!r} is empty; give the answer the model shall say")
+    joint_ids, joint_offsets = _encode_with_offsets(tokenizer, prompt + separator + target)
+    n_prompt = sum(end <= len(prompt) for _, end in joint_offsets)
+    merged = joint_ids[:n_prompt] != prompt_ids or any(end <= len(prompt) for _, end in joint_offsets[n_prompt:])
+    target_ids = _target_alone(tokenizer, target, separator) if merged else joint_ids[n_prompt:]
+    if not target_ids:
+        raise InvalidEdit(f"the target {target!r} gives no token in this vocabulary")
+    return Row(tuple(prompt_ids) + tuple(target_ids), len(prompt_ids), subject_last, merged)
+
+
+def encode_edit(tokenizer: Any, edit: Edit, prefix: str = "", *, with_target: bool = False) -> Row:
+    """The edit's prompt behind a context prefix (already ending in its separator), subject located.
+
+    Raises:
+        InvalidEdit: the subject does not occur in the prompt.
+        PositionNotFound: no token covers the subject's last character.
+    """
+    start, end = edit.require_subject_span()
+    span = (start + len(prefix), end + len(prefix))
+    return encode(tokenizer, prefix + edit.text, edit.target_new if with_target else None, subject_span=span)
+
+
+def pad(rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
+    """Rows side by side, padded on the right; the pad id is 0 and only the mask tells padding from text."""
+    longest = max(len(r.ids) for r in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        mask[i, : len(row.ids)] = True
+    return Batch(ids.to(device), mask.to(device))
+
+
+def buckets(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped so that neighbours in length share a batch of at most `max_tokens` padded tokens."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    groups: list[list[int]] = []
+    for i in order:  # ascending, so the newcomer is the longest of its group
+        if groups and (len(groups[-1]) + 1) * lengths[i] <= max_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and character spans, special tokens in front kept (span (0, 0)), those at the end dropped."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedModel(
+            f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell which characters a token covers; "
+            "load the fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
+        )
+    encoded = tokenizer(
+        text,
+        add_special_tokens=True,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        padding=False,
+        truncation=False,
+        verbose=False,
+    )
+    ids, offsets, special = encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"]
+    n = len(ids)
+    while n and special[n - 1] and offsets[n - 1] == (0, 0):
+        n -= 1
+    if n == 0 and not text:  # an empty prompt: the BOS token is all there is
+        n = len(ids)
+    return list(ids[:n]), [(0, 0) if s else tuple(o) for o, s in zip(offsets[:n], special[:n], strict=True)]
+
+
+def _target_alone(tokenizer: Any, target: str, separator: str) -> list[int]:
+    """Ids of the target behind a neutral word, or quite alone where even that merges (evaluation spec 2.1, step 3)."""
+
+    def plain(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    word, both = plain("the"), plain("the" + separator + target)
+    return both[len(word) :] if both[: len(word)] == word and len(both) > len(word) else plain(target)
+
+
+def _last_token_covering(text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> int:
+    """i' = max {t : start_t <= e < end_t}, e the subject's last non-space character (spec 1.5).
+
+    The maximum matters: byte-level tokenizers give several tokens the span of one non-ASCII character, and the subject
+    is complete only at the last of them.
+    """
+    start, end = span
+    end = start + len(text[start:end].rstrip())
+    covering = [t for t, (first, stop) in enumerate(offsets) if first <= end - 1 < stop]
+    if not covering:
+        raise PositionNotFound(f"no token covers the end of the subject {text[start:end]!r} in {text!r}")
+    if offsets[covering[-1]][1] > end and text[end : offsets[covering[-1]][1]].strip():
+        warnings.warn(
+            f"the token that ends the subject {text[start:end]!r} in {text!r} also covers text behind it",
+            RetconWarning,
+            stacklevel=2,
+        )
+    return covering[-1]

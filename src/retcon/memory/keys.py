@@ -1,0 +1,70 @@
+"""Keys: what the model feeds into an edited matrix when it reads a fact, averaged over contexts."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.edits import Edit
+from retcon.lm.model import LM
+from retcon.lm.prompts import Where, buckets, encode_edit, pad
+from retcon.lm.trace import Point, activations
+from retcon.memory.contexts import Contexts
+
+KeyAverage = Literal["two_level", "uniform"]
+"""`two_level` (all published numbers): half the bare prompt, half the mean over prefixed ones; `uniform`: plain mean."""
+
+MAX_BATCH_TOKENS = 8192
+
+
+def weights_of(n_prefixes: int, average: KeyAverage) -> list[float]:
+    """Weight of each context in the mean key, the bare prompt first; they sum to 1."""
+    if n_prefixes == 0:
+        return [1.0]
+    if average == "uniform":
+        return [1 / (n_prefixes + 1)] * (n_prefixes + 1)
+    return [0.5] + [0.5 / n_prefixes] * n_prefixes
+
+
+def mean_keys(
+    lm: LM,
+    edits: Sequence[Edit],
+    contexts: Contexts,
+    point: Point,
+    where: Where,
+    *,
+    value: Point | None = None,
+    average: KeyAverage = "two_level",
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+) -> tuple[Float[Tensor, "n_edits d_in"], Float[Tensor, "n_edits d_model"] | None]:
+    """Each edit's mean key at `point`, and the activation at `value` on the bare prompt, from the same passes.
+
+    On the weights as they are now; targets are not appended (attention is causal, so they change nothing). Returned on
+    the CPU in at least float32.
+    """
+    weight = weights_of(len(contexts.prefixes), average)
+    rows = [(i, j, encode_edit(lm.tokenizer, e, c)) for i, e in enumerate(edits) for j, c in enumerate(contexts.all)]
+    dtype = torch.promote_types(lm.dtype, torch.float32)
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    points = [point] if value is None or value == point else [point, value]
+    with lm.borrowed():
+        for group in buckets([len(r.ids) for _, _, r in rows], max_batch_tokens):
+            chosen = [rows[k] for k in group]
+            positions = torch.tensor([r.position(where) for _, _, r in chosen])
+            found = activations(lm, pad([r for _, _, r in chosen], lm.device), dict.fromkeys(points, positions))
+            key = found[point].to("cpu", dtype)
+            if keys is None:
+                keys = torch.zeros(len(edits), key.shape[1], dtype=dtype)
+            of = torch.tensor([i for i, _, _ in chosen])
+            keys.index_add_(0, of, key * torch.tensor([weight[j] for _, j, _ in chosen], dtype=dtype)[:, None])
+            if value is not None:
+                bare = torch.tensor([j == 0 for _, j, _ in chosen])
+                seen = found[value].to("cpu", dtype)
+                if values is None:
+                    values = torch.zeros(len(edits), seen.shape[1], dtype=dtype)
+                values[of[bare]] = seen[bare]
+    assert keys is not None
+    return keys, values

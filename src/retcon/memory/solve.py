@@ -1,0 +1,55 @@
+"""The linear problem behind a write, as pure functions of tensors (MEMIT Eq. 14; symbols of the locate-then-edit family).
+
+K: (m, n) keys as columns, R: (d, n) residuals, C: (m, m) second moment, lambda: weight of the old keys. All in float64,
+in math orientation. An update is returned as its right factor X^T (n, m): dW = R X^T, rank at most n.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.errors import NonFinite
+
+
+def ridge(k: Float[Tensor, "m n"], c: Float[Tensor, "m m"], weight: float) -> Float[Tensor, "n m"]:
+    """X^T = K^T (lambda C + K K^T)^-1: R X^T minimises ||dW K - R||^2 + lambda tr(dW C dW^T).
+
+    The small-n form is used where n < m / 4.
+    """
+    return ridge_small(k, c, weight) if k.shape[1] * 4 < k.shape[0] else ridge_direct(k, c, weight)
+
+
+def ridge_direct(k: Float[Tensor, "m n"], c: Float[Tensor, "m m"], weight: float) -> Float[Tensor, "n m"]:
+    """`ridge` by one (m x m) solve: the reference."""
+    return spd_solve(weight * c + k @ k.T, k).T
+
+
+def ridge_small(k: Float[Tensor, "m n"], c: Float[Tensor, "m m"], weight: float) -> Float[Tensor, "n m"]:
+    """`ridge` by an (n x n) solve beside the factor of C: with Y = C^-1 K, X^T = (lambda I + K^T Y)^-1 Y^T (Woodbury)."""
+    y = spd_solve(c, k)
+    inner = k.T @ y
+    inner = (inner + inner.T) / 2 + weight * torch.eye(k.shape[1], dtype=k.dtype, device=k.device)
+    return spd_solve(inner, y.T)
+
+
+def spd_solve(a: Float[Tensor, "m m"], b: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    """A^-1 B for symmetric positive definite A: Cholesky, with a little jitter where it fails, LU at the last.
+
+    Raises:
+        NonFinite: an input or the solution is NaN or infinite.
+    """
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise NonFinite("the linear problem holds NaN or infinity: check the second moment and the keys")
+    eye, jitter = torch.eye(len(a), dtype=a.dtype, device=a.device), 0.0
+    mean = float(a.diagonal().mean())
+    for _ in range(6):
+        factor, failed = torch.linalg.cholesky_ex(a + jitter * eye if jitter else a)
+        if not int(failed):
+            return torch.cholesky_solve(b, factor)
+        jitter = max(10 * jitter, 1e-10 * mean)
+    solution = torch.linalg.solve(a, b)
+    if not torch.isfinite(solution).all():
+        raise NonFinite(
+            "the linear problem is singular; use more tokens for the second moment or a larger weight on it"
+        )
+    return solution

@@ -1,0 +1,223 @@
+"""Values: the vectors that make the model say the new answer when they stand at a site (ROME Eq. 4, JEEP Eq. 7 and on).
+
+Per edit, one vector delta per site is found by gradient descent with everything else frozen. All sites of an edit are
+optimised together. This is the plain path: a full forward pass per step over one edit's rows, the vocabulary projection
+only where the loss looks. It is the reference that faster paths are held to.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retcon.delta import EditReport
+from retcon.edits import Edit
+from retcon.errors import InvalidSetting, NonFinite
+from retcon.lm.model import LM
+from retcon.lm.prompts import Batch, Where, encode, encode_edit, pad
+from retcon.lm.trace import Point, Tap, run
+from retcon.memory.contexts import Contexts
+
+
+@dataclass(frozen=True)
+class ValueSite:
+    """A place where a value is sought."""
+
+    point: Point
+    """Where delta is added, and whose clean value `init` is read."""
+    where: Where
+    """At which token."""
+    clamp: float
+    """gamma: ||delta|| <= clamp * ||init||, enforced after every step."""
+    weight_decay: float
+    """beta: the loss gets weight_decay * ||delta|| / ||init||^2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueSearch:
+    """How values are optimised."""
+
+    steps: int = 30
+    """Forward passes at most; the last one only evaluates."""
+    learning_rate: float = 0.5
+    """Adam's; betas (0.9, 0.999), eps 1e-8."""
+    kl_factor: float = 0.0625
+    """alpha: weight of KL(edited || original) for "<subject> is a", read at the subject's last token."""
+    stop: Literal["probability", "loss"] = "probability"
+    """`probability`: mean over contexts of the target's geometric-mean token probability reaches `threshold`; `loss`: the
+    total loss falls under it."""
+    threshold: float = 0.9
+    """Probability to reach, or loss to fall under."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InvalidSetting(f"steps must be at least 1, found {self.steps}")
+        if self.learning_rate < 0 or self.kl_factor < 0:
+            raise InvalidSetting("learning_rate and kl_factor must not be negative")
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the search found for a batch of edits, per site; all (n_edits, d), on the CPU, at least float32."""
+
+    init: tuple[Float[Tensor, "n_edits d"], ...]
+    """Clean activation of the bare prompt."""
+    delta: tuple[Float[Tensor, "n_edits d"], ...]
+    """The vector found."""
+    live: tuple[Float[Tensor, "n_edits d"], ...]
+    """Activation of the bare prompt in the last pass, before the site's own delta, the other sites' deltas in force."""
+    report: tuple[EditReport, ...]
+
+    def target(self, site: int, kind: Literal["clean", "joint"] = "clean") -> Float[Tensor, "n_edits d"]:
+        """z: init + delta (`clean`), or the activation that achieved the loss, live + delta (`joint`)."""
+        return (self.init if kind == "clean" else self.live)[site] + self.delta[site]
+
+
+def search_values(
+    lm: LM,
+    edits: Sequence[Edit],
+    sites: Sequence[ValueSite],
+    contexts: Contexts,
+    search: ValueSearch,
+    *,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Values:
+    """Values for every edit on the weights as they are now; `progress` hears how many edits are done.
+
+    Raises:
+        NonFinite: a loss came out NaN or infinite; the message names the edit.
+    """
+    found = []
+    with lm.borrowed():
+        for edit in edits:
+            found.append(_search_one(lm, edit, sites, contexts, search))
+            progress(len(found))
+    columns = [[torch.stack([f[k][s] for f in found]) for s in range(len(sites))] for k in range(3)]
+    return Values(tuple(columns[0]), tuple(columns[1]), tuple(columns[2]), tuple(f[3] for f in found))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One edit's rows: rewriting rows with their targets, bare prompt first, then perhaps the KL row."""
+
+    batch: Batch
+    positions: dict[Where, Int[Tensor, " rows"]]
+    """Where each row is edited, per kind of position; the KL row has no prediction position and comes last."""
+    n_rewriting: int
+    label_rows: Int[Tensor, " labels"]
+    label_positions: Int[Tensor, " labels"]
+    labels: Int[Tensor, " labels"]
+
+
+def _rows_of(lm: LM, edit: Edit, contexts: Contexts, with_kl: bool) -> _Rows:
+    rows = [encode_edit(lm.tokenizer, edit, c, with_target=True) for c in contexts.all]
+    n = len(rows)
+    labels = [(j, r.n_prompt - 1 + t, token) for j, r in enumerate(rows) for t, token in enumerate(r.target_ids)]
+    if with_kl:
+        rows.append(encode(lm.tokenizer, f"{edit.subject} is a", subject_span=(0, len(edit.subject))))
+        labels.append((n, rows[-1].position("subject_last"), -1))
+    where: dict[Where, Tensor] = {
+        "subject_last": torch.tensor([r.position("subject_last") for r in rows]),
+        "prediction": torch.tensor([r.prediction for r in rows[:n]]),
+    }
+    at, positions, tokens = (torch.tensor(column) for column in zip(*labels, strict=True))
+    return _Rows(pad(rows, lm.device), where, n, at, positions, tokens)
+
+
+_Found = tuple[list[Tensor], list[Tensor], list[Tensor], EditReport]
+
+
+def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contexts, search: ValueSearch) -> _Found:
+    # delta never reaches the KL row where no site sits on the subject, so the term would be a constant zero
+    with_kl = search.kl_factor > 0 and any(s.where == "subject_last" for s in sites)
+    rows = _rows_of(lm, edit, contexts, with_kl)
+    dtype = torch.promote_types(lm.dtype, torch.float32)
+    deltas = [_zeros_at(lm, site.point, dtype) for site in sites]
+    optimizer = torch.optim.Adam(deltas, lr=search.learning_rate)
+    live: list[Tensor] = [torch.empty(0)] * len(sites)
+    inits: list[Tensor] = []
+    original: Tensor | None = None
+
+    def tap(here: Sequence[int]) -> Tap:
+        def add(value: Tensor) -> Tensor:
+            changed = value
+            for s in here:
+                positions = rows.positions[sites[s].where].to(value.device)
+                live[s] = value[0, positions[0]].detach().to(dtype)
+                at = torch.arange(len(positions), device=value.device), positions
+                vectors = deltas[s].to(value.device, value.dtype).expand(len(positions), -1)
+                changed = changed.index_put(at, vectors, accumulate=True)
+            return changed
+
+        return add
+
+    points = dict.fromkeys(site.point for site in sites)
+    taps = {point: tap([s for s, site in enumerate(sites) if site.point == point]) for point in points}
+    step, reached, stopped = 0, 0.0, "steps"
+    terms: dict[str, float] = {}
+    for step in range(search.steps):
+        with torch.enable_grad():
+            logits = run(lm, rows.batch, taps, (rows.label_rows, rows.label_positions))
+            assert logits is not None
+            inits = inits or [x.clone() for x in live]  # delta is still 0 in the first pass
+            log_p = torch.log_softmax(logits.to(dtype), dim=-1)
+            nll_rows = _nll_by_row(log_p, rows)
+            loss = nll = nll_rows.mean()
+            kl = log_p.new_zeros(())
+            if with_kl:
+                original = log_p[-1].detach() if original is None else original
+                kl = (log_p[-1].exp() * (log_p[-1] - original)).sum()
+                loss = loss + search.kl_factor * kl
+            for site, delta, init in zip(sites, deltas, inits, strict=True):
+                loss = loss + (site.weight_decay * delta.norm() / init.norm() ** 2).to(loss.device)
+        reached = float((-nll_rows.detach()).exp().mean())
+        terms = {"nll": float(nll.detach()), "kl": float(kl.detach()), "loss": float(loss.detach())}
+        if not math.isfinite(terms["loss"]):
+            raise NonFinite(f"edit {edit.id!r} ({edit.subject!r}): the loss is {terms['loss']} at step {step}")
+        if reached >= search.threshold if search.stop == "probability" else terms["loss"] < search.threshold:
+            stopped = "reached"
+            break
+        if step == search.steps - 1:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        _clamp(deltas, inits, sites)
+    for s, site in enumerate(sites):
+        terms[f"{site.where}_delta"] = float(deltas[s].detach().norm())
+        terms[f"{site.where}_init"] = float(inits[s].norm())
+    lengths = [
+        (float(d.detach().norm()), s.clamp * float(i.norm())) for d, i, s in zip(deltas, inits, sites, strict=True)
+    ]
+    if stopped == "steps" and any(length >= radius * (1 - 1e-4) for length, radius in lengths):
+        stopped = "clamped"
+    out = [[t.detach().cpu() for t in ts] for ts in (inits, deltas, live)]
+    return out[0], out[1], out[2], EditReport(edit.id, reached, step, stopped, terms)
+
+
+def _zeros_at(lm: LM, point: Point, dtype: torch.dtype) -> Tensor:
+    """A vector of the residual stream's width on the device of the point's block."""
+    weight = lm.site(point.layer, "down_proj").weight
+    return torch.zeros(weight.shape[0], dtype=dtype, device=weight.device, requires_grad=True)
+
+
+def _nll_by_row(log_p: Float[Tensor, "labels vocab"], rows: _Rows) -> Float[Tensor, " n_rewriting"]:
+    """Mean negative log-likelihood of the target per token, for each rewriting row."""
+    keep = rows.label_rows < rows.n_rewriting
+    at = rows.label_rows[keep].to(log_p.device)
+    picked = log_p[keep.to(log_p.device)].gather(1, rows.labels[keep].to(log_p.device)[:, None])[:, 0]
+    counts = torch.bincount(at, minlength=rows.n_rewriting).to(log_p.dtype)
+    return log_p.new_zeros(rows.n_rewriting).index_add(0, at, -picked) / counts
+
+
+@torch.no_grad()
+def _clamp(deltas: Sequence[Tensor], inits: Sequence[Tensor], sites: Sequence[ValueSite]) -> None:
+    """Bring each delta back onto its own ball; the optimiser's state is not touched."""
+    for delta, init, site in zip(deltas, inits, sites, strict=True):
+        radius, length = site.clamp * init.norm(), delta.norm()
+        if length > radius:
+            delta *= radius / length

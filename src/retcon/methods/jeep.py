@@ -1,0 +1,229 @@
+"""JEEP: edit low and high layers together, towards values that were optimised together.
+
+Shi et al. 2024, arXiv:2412.17872, sections 5.1 to 5.3; symbols as there: primes for the low group (information
+enrichment, read at the subject's last token i'), stars for the high group (probability promotion, read at the prediction
+position i*). Departures from the paper and from the released code: docs/methods/jeep.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.delta import Change, Delta, EditReport
+from retcon.edits import Edit, check_edits
+from retcon.errors import InvalidSetting
+from retcon.lm.model import LM
+from retcon.lm.trace import Point, TensorName
+from retcon.memory.contexts import Contexts, sample_contexts
+from retcon.memory.defaults import default_moments
+from retcon.memory.keys import KeyAverage
+from retcon.memory.moments import Moments
+from retcon.memory.values import Values, ValueSearch, ValueSite, search_values
+from retcon.memory.write import LayerGroup, Spread, write
+from retcon.methods.base import Progress, provenance, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jeep:
+    """Joint editing of low and high layers."""
+
+    low: tuple[int, ...]
+    """Low layers [l'..L'], ascending, counted from 0; () leaves the low group out (Table 4, "w/o delta' & Step 2")."""
+    high: tuple[int, ...]
+    """High layers [l*..L*]; () leaves the high group out (Table 4, "w/o delta* & Step 3")."""
+    low_clamp: float = 1.0
+    """gamma': radius of delta' as a multiple of the clean value's norm."""
+    high_clamp: float = 0.25
+    """gamma*: radius of delta*; good values are well below gamma' (paper, appendix B)."""
+    low_moment_weight: float = 2500.0
+    """lambda': how many old keys the second moment stands for in Step 2."""
+    high_moment_weight: float = 1000.0
+    """lambda*: the same in Step 3."""
+    low_weight_decay: float = 0.5
+    """beta': weight of ||delta'|| / ||init'||^2."""
+    high_weight_decay: float = 0.5
+    """beta*: weight of ||delta*|| / ||init*||^2."""
+    steps: int = 30
+    """Forward passes per edit at most."""
+    learning_rate: float = 0.5
+    """Adam's, for both values."""
+    kl_factor: float = 0.0625
+    """alpha': weight of the divergence at the subject."""
+    min_probability: float = 0.9
+    """The search stops once the target's mean token probability reaches this."""
+    sites: Literal["mlp", "release", "block"] = "mlp"
+    """Which tensor is "h": the MLP's output (all of it consistent), the released code's mixture (delta* on the attention
+    output, residual against the MLP output), or the block's output (the paper to the letter)."""
+    high_target: Literal["clean", "joint"] | None = None
+    """z*: clean value plus delta* (published), or the activation that reached the loss, delta' in force. None: `joint`
+    for sites `block`, where `clean` would undo Step 2, and `clean` otherwise."""
+    low_spread: Spread = "sqrt"
+    """Spread of Step 2 (Table 4, "even spread in Step 2")."""
+    high_spread: Spread = "even"
+    """Spread of Step 3."""
+    high_module: Literal["mlp", "attn"] = "mlp"
+    """Matrix that Step 3 writes: down-projection, or attention out-projection with everything on its output (Table 4)."""
+    joint_optimisation: bool = True
+    """False: delta' alone, Step 2, then delta* alone on the edited weights, Step 3 (Table 4)."""
+    write_low: bool = True
+    """False: optimise both values, skip Step 2 (Table 4)."""
+    write_high: bool = True
+    """False: optimise both values, skip Step 3 (Table 4)."""
+    key_average: KeyAverage = "two_level"
+    """Mean over contexts: `two_level` as every released code, `uniform` as the paper's formula."""
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            layers = tuple(getattr(self, name))
+            object.__setattr__(self, name, layers)
+            if list(layers) != sorted(set(layers)):
+                raise InvalidSetting(f"jeep: {name} layers must ascend without repeats, found {layers}")
+        for name in ("low_clamp", "high_clamp", "low_moment_weight", "high_moment_weight", "low_weight_decay"):
+            if getattr(self, name) < 0:
+                raise InvalidSetting(f"jeep: {name} must not be negative, found {getattr(self, name)}")
+        if not self.low and not self.high:
+            raise InvalidSetting("jeep: low and high are both empty, so there is nothing to edit")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise InvalidSetting(f"jeep: {name} is {getattr(self, name)!r}; known: {', '.join(map(str, known))}")
+
+    @classmethod
+    def starting_point(cls, lm: LM) -> dict[str, Any]:
+        """Unverified settings by relative depth: low layers as MEMIT's, high ones where the probe usually parts."""
+        n = lm.n_layers
+        first = round((0.55 if lm.layout.parallel else 0.7) * n)
+        last_allowed = max(first, n - 3)
+        return {
+            "low": tuple(range(round(0.14 * n), max(round(0.14 * n), round(0.29 * n)) + 1)),
+            "high": tuple(range(first, min(first + max(1, round(0.07 * n)), last_allowed + 1))) or (first,),
+        }
+
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        progress: Progress = silent,
+    ) -> Delta:
+        """The change that writes `edits` as one batch; the model is untouched. JEEP keeps no state between batches.
+
+        Raises:
+            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
+            InvalidSetting: a layer the model does not have.
+            NonFinite: a loss, a key or a change is NaN or infinite.
+        """
+        check_edits(edits)
+        self._check_layers(lm)
+        low, high = self._groups()
+        sites = [lm.site(layer, g.module) for g in (low, high) if g for layer in g.layers]
+        for site in sites:
+            lm.check_editable(site.name)
+        if not edits:
+            return lm.delta({}, provenance={"method": "jeep", "edits": []})
+        contexts = contexts or sample_contexts(lm, seed=seed)
+        moments = moments or default_moments(lm)
+        moments.prepare(lm, sites)
+
+        changes: dict[str, list[Change]] = {}
+        with ExitStack() as scope:
+
+            def step(group: LayerGroup, z: Float[Tensor, "n_edits d_model"]) -> None:
+                args = (lm, edits, z, group, contexts, moments, scope)
+                for name, change in write(*args, key_average=self.key_average).items():
+                    changes.setdefault(name, []).append(change)
+
+            if low and high and self.joint_optimisation:
+                values = self._search(lm, edits, contexts, low, high, progress)  # Step 1
+                z_low, z_high = values.target(0), values.target(1, self._high_target)
+                if self.write_low:
+                    step(low, z_low)  # Step 2
+                if self.write_high:
+                    step(high, z_high)  # Step 3, on keys that Step 2 has changed
+                report = values.report
+            else:  # one group, or one after the other
+                report = ()
+                for group in (g for g in (low, high) if g):
+                    values = self._search(lm, edits, contexts, group, None, progress)
+                    step(group, values.target(0))
+                    report = values.report if not report else _both(report, values.report)
+        return lm.delta(
+            changes,
+            report=report,
+            provenance=provenance("jeep", self, lm, edits, contexts=contexts, moments=moments, sites=sites, seed=seed),
+        )
+
+    def _search(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        contexts: Contexts,
+        first: LayerGroup,
+        second: LayerGroup | None,
+        progress: Progress,
+    ) -> Values:
+        """Step 1: one delta per group, all of an edit's deltas under one loss (paper, section 5.1)."""
+        search = ValueSearch(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            kl_factor=self.kl_factor,
+            threshold=self.min_probability,
+        )
+        places = [self._value_site(g) for g in (first, second) if g]
+        return search_values(lm, edits, places, contexts, search, progress=lambda n: progress("values", n, len(edits)))
+
+    def _groups(self) -> tuple[LayerGroup | None, LayerGroup | None]:
+        measured: TensorName = "block" if self.sites == "block" else "mlp"
+        high_measured: TensorName = "attn" if self.high_module == "attn" else measured
+        low = LayerGroup(self.low, "subject_last", measured, self.low_spread, self.low_moment_weight)
+        high = LayerGroup(
+            self.high,
+            "prediction",
+            high_measured,
+            self.high_spread,
+            self.high_moment_weight,
+            "o_proj" if self.high_module == "attn" else "down_proj",
+        )
+        return (low if self.low else None), (high if self.high else None)
+
+    def _value_site(self, group: LayerGroup) -> ValueSite:
+        if group.where == "subject_last":
+            return ValueSite(
+                Point(group.layers[-1], group.measured), "subject_last", self.low_clamp, self.low_weight_decay
+            )
+        tensor: TensorName = "attn" if self.sites == "release" else group.measured
+        return ValueSite(Point(group.layers[-1], tensor), "prediction", self.high_clamp, self.high_weight_decay)
+
+    @property
+    def _high_target(self) -> Literal["clean", "joint"]:
+        return self.high_target or ("joint" if self.sites == "block" else "clean")
+
+    def _check_layers(self, lm: LM) -> None:
+        for layer in (*self.low, *self.high):
+            if not 0 <= layer < lm.n_layers:
+                raise InvalidSetting(f"jeep: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "sites": ("mlp", "release", "block"),
+    "high_target": (None, "clean", "joint"),
+    "low_spread": ("sqrt", "even"),
+    "high_spread": ("sqrt", "even"),
+    "high_module": ("mlp", "attn"),
+    "key_average": ("two_level", "uniform"),
+}
+
+
+def _both(first: Sequence[EditReport], second: Sequence[EditReport]) -> tuple[EditReport, ...]:
+    """The report of two searches in a row: where the second ended, with the steps of both."""
+    return tuple(
+        EditReport(b.id, b.probability, a.steps + b.steps, b.stopped, {**a.detail, **b.detail})
+        for a, b in zip(first, second, strict=True)
+    )

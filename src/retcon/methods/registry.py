@@ -1,0 +1,193 @@
+"""The table of methods, and how a name and a model become a method with its settings."""
+
+import difflib
+import tomllib
+import warnings
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from importlib import import_module
+from importlib.resources import files
+from typing import Any
+
+from retcon.errors import InvalidSetting, RetconWarning, UnknownMethod, UnknownPreset
+from retcon.lm.model import LM
+from retcon.methods.base import Method
+
+METHODS = {
+    "jeep": "retcon.methods.jeep:Jeep",
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Published or tuned settings of one method for one model and one kind of data."""
+
+    method: str
+    model: str
+    dataset: str
+    source: str
+    """Where the settings come from."""
+    match: Mapping[str, Any]
+    """What the model must look like; see `signature`."""
+    settings: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}/{self.model}/{self.dataset}"
+
+
+def list_methods() -> list[str]:
+    """Names of all registered methods."""
+    return sorted(METHODS)
+
+
+def method_class(name: str) -> type[Any]:
+    """The class registered under a name.
+
+    Raises:
+        UnknownMethod: there is none.
+    """
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UnknownMethod(f"no method {name!r}; known: {', '.join(list_methods())}.{hint}")
+    module, _, attribute = METHODS[name].partition(":")
+    return getattr(import_module(module), attribute)  # type: ignore[no-any-return]
+
+
+def method(
+    name: str,
+    *,
+    for_model: LM | None = None,
+    dataset: str | None = None,
+    preset: str | None = None,
+    **settings: Any,
+) -> Method:
+    """A method with the settings published or tuned for a model; any field can be overridden by keyword.
+
+    Args:
+        name: one of `list_methods()`.
+        for_model: its preset is looked up by architecture and sizes, never by name or path. A model without a preset
+            gets starting points by relative depth, with a warning that says so.
+        dataset: which of a model's presets to take ("counterfact", "zsre", "world"); CounterFact's where there are two
+            and none is asked for, and that is said.
+        preset: a preset by its full name, "method/model/dataset", whatever the model.
+
+    Raises:
+        UnknownMethod, UnknownPreset, InvalidSetting: the message lists what is known.
+    """
+    chosen = method_class(name)
+    _check_names(name, chosen, settings)
+    base: dict[str, Any] = {}
+    if preset is not None:
+        base = dict(preset_named(name, preset).settings)
+    elif for_model is not None:
+        found = preset_for(name, for_model, dataset)
+        base = dict(found.settings) if found else _starting_point(name, chosen, for_model, settings)
+    missing = [f.name for f in fields(chosen) if f.default is MISSING and f.name not in base | settings]
+    if missing:
+        raise InvalidSetting(
+            f"{name} needs {', '.join(missing)}: give them as keywords, or pass for_model=lm for a preset"
+        )
+    return chosen(**_as_fields({**base, **settings}))  # type: ignore[no-any-return]
+
+
+def presets(name: str) -> list[Preset]:
+    """All presets of a method."""
+    method_class(name)
+    return [
+        Preset(name, p["model"], p["dataset"], p["source"], _models()[p["model"]], p["settings"])
+        for p in _toml(f"{name}.toml").get("preset", [])
+    ]
+
+
+def preset_named(name: str, preset: str) -> Preset:
+    """The preset of that full name.
+
+    Raises:
+        UnknownPreset: there is none.
+    """
+    for candidate in presets(name):
+        if candidate.name == preset:
+            return candidate
+    raise UnknownPreset(f"no preset {preset!r}; known: {', '.join(p.name for p in presets(name)) or 'none'}")
+
+
+def preset_for(name: str, lm: LM, dataset: str | None = None) -> Preset | None:
+    """The preset that fits the model, or None; CounterFact's where several fit and none is asked for.
+
+    Raises:
+        UnknownPreset: the model has presets, but none for that dataset.
+    """
+    looks = signature(lm)
+    fitting = [p for p in presets(name) if all(looks.get(k) == v for k, v in p.match.items())]
+    if not fitting:
+        return None
+    if dataset is not None:
+        for candidate in fitting:
+            if candidate.dataset == dataset:
+                return candidate
+        known = ", ".join(p.name for p in fitting)
+        raise UnknownPreset(f"{name} has no preset for this model and dataset {dataset!r}; known: {known}")
+    if len(fitting) == 1:
+        return fitting[0]
+    chosen = next((p for p in fitting if p.dataset == "counterfact"), fitting[0])
+    warnings.warn(
+        f"{len(fitting)} presets fit ({', '.join(p.name for p in fitting)}); taking {chosen.name}. "
+        "Pass dataset= to choose.",
+        RetconWarning,
+        stacklevel=3,
+    )
+    return chosen
+
+
+def signature(lm: LM) -> dict[str, Any]:
+    """What presets are matched on: architecture and sizes."""
+    config = lm.model.config
+    weight = lm.site(0, "down_proj").weight
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {
+        "model_type": config.model_type,
+        "n_layers": lm.n_layers,
+        "d_model": weight.shape[0],
+        "d_ff": weight.shape[1],
+        "vocabulary": config.vocab_size,
+        "rope_theta": rope.get("rope_theta", getattr(config, "rope_theta", None)),
+        "context": getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None),
+    }
+
+
+def _starting_point(name: str, chosen: type[Any], lm: LM, settings: Mapping[str, Any]) -> dict[str, Any]:
+    guess: dict[str, Any] = chosen.starting_point(lm)
+    shown = ", ".join(f"{k}={v}" for k, v in guess.items() if k not in settings)
+    warnings.warn(
+        f"no {name} preset for this model ({lm.model.config.model_type}, {lm.n_layers} layers); starting points by "
+        f"relative depth are used, which nobody has tuned: {shown or 'none, all is given'}",
+        RetconWarning,
+        stacklevel=3,
+    )
+    return guess
+
+
+def _check_names(name: str, chosen: type[Any], settings: Mapping[str, Any]) -> None:
+    known = [f.name for f in fields(chosen)]
+    for setting in settings:
+        if setting not in known:
+            close = difflib.get_close_matches(setting, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise InvalidSetting(f"{name} has no setting {setting!r}{hint} (known: {', '.join(known)})")
+
+
+def _as_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+
+
+@cache
+def _toml(name: str) -> dict[str, Any]:
+    path = files("retcon") / "presets" / name
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _models() -> dict[str, dict[str, Any]]:
+    return _toml("models.toml")

@@ -1,0 +1,164 @@
+"""Tiny random models of every architecture, with tokenizers built on the spot: no network, no files."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from retcon.edits import Edit
+from retcon.lm.fingerprint import fingerprint
+from retcon.lm.layouts import LAYOUTS
+from retcon.lm.model import LM
+from retcon.memory.moments import GivenMoments, collect_moments
+from retcon.lm.prompts import Row
+
+FAMILIES = sorted(LAYOUTS)
+
+TEXT = [
+    "The capital of France is Paris. The capital of Italy is Rome.",
+    "Danielle Darrieux speaks French, and Michel Rocard is a native speaker of French.",
+    "The mother tongue of Leonardo da Vinci is Italian. He lived in Florence and in Milan.",
+    "Zürich, São Paulo and Łódź are towns; 東京 and Ελλάδα are written otherwise. naïve café",
+    "Therefore it was late. Because the train stood still, I read. You know the way home.",
+    "Numbers like 1984, 42 and 7 occur; so do (brackets), \"quotes\" and hyphen-words.",
+]
+
+
+@cache
+def tokenizer(kind: str = "gpt") -> PreTrainedTokenizerFast:
+    """`gpt`: byte-level BPE, no BOS; `bos`: the same with BOS; `eos`: with EOS behind; `piece`: sentence-piece style."""
+    special = ["<s>", "</s>", "<unk>"]
+    if kind == "piece":
+        tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tok.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        special = special + [f"<0x{b:02X}>" for b in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=special, limit_alphabet=60)
+    else:
+        tok = Tokenizer(models.BPE())
+        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tok.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=420, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
+    tok.train_from_iterator(TEXT, trainer)
+    if kind in ("bos", "piece"):
+        tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    if kind == "eos":
+        tok.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float64, *, n_layers: int = 4, seed: int = 0) -> Any:
+    """A random model, its matrices scaled up: a fresh net is almost linear and hides mistakes."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    own: dict[str, Any] = {
+        "gpt2": dict(n_embd=32, n_layer=n_layers, n_head=4, n_positions=128),
+        "gptj": dict(n_embd=32, n_layer=n_layers, n_head=4, n_positions=128, rotary_dim=4),
+        "opt": dict(
+            hidden_size=32, num_hidden_layers=n_layers, num_attention_heads=4, ffn_dim=64,
+            max_position_embeddings=128, word_embed_proj_dim=32, pad_token_id=1,
+        ),
+    }  # fmt: skip
+    common = dict(
+        hidden_size=32, num_hidden_layers=n_layers, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=128, pad_token_id=1,
+    )  # fmt: skip
+    if family not in ("gpt2", "gptj", "opt", "gpt_neox"):
+        common |= dict(num_key_value_heads=2)
+    if family not in ("gpt2", "gptj", "opt", "gpt_neox", "phi3", "olmo2"):
+        common |= dict(head_dim=8)
+    if family in ("gemma2", "gemma3_text"):
+        common |= dict(sliding_window=8)
+    config = CONFIG_MAPPING[family](
+        vocab_size=512, bos_token_id=0, eos_token_id=1, **own.get(family, common)
+    )
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter *= 4 if "embed" not in name and "wte" not in name else 10
+    torch.set_rng_state(state)
+    return model
+
+
+@pytest.fixture
+def tiny() -> Callable[..., LM]:
+    """tiny(family, dtype=float64, tokenizer="gpt", n_layers=4) -> LM."""
+
+    def make(
+        family: str = "gptj", dtype: torch.dtype = torch.float64, *, tok: str = "gpt", n_layers: int = 4, seed: int = 0
+    ) -> LM:
+        return LM(tiny_model(family, dtype, n_layers=n_layers, seed=seed), tokenizer(tok), name=f"tiny-{family}")
+
+    return make
+
+
+@pytest.fixture
+def edit() -> Edit:
+    return Edit("The capital of {} is", "France", "Rome", "Paris", id="france")
+
+
+@pytest.fixture
+def edits() -> list[Edit]:
+    return [
+        Edit("The capital of {} is", "France", "Rome", "Paris", id="france"),
+        Edit("The mother tongue of {} is", "Danielle Darrieux", "Italian", "French", id="darrieux"),
+        Edit("{} lived in", "Leonardo da Vinci", "São Paulo", "Florence", id="leonardo"),
+        Edit("You know that {}", "Łódź", "a town in Greece", None, id="lodz"),
+    ]
+
+
+def random_moments(lm: LM, *, kinds: tuple[str, ...] = ("down_proj", "o_proj"), n_tokens: int = 1600) -> GivenMoments:
+    """Full-rank second moments of every layer, from random tokens."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 400, (n_tokens // 16, 16), generator=generator).tolist()
+    sites = [lm.site(layer, kind) for layer in range(lm.n_layers) for kind in kinds]  # type: ignore[arg-type]
+    found = collect_moments(lm, sites, [Row(tuple(r), len(r)) for r in ids])
+    return GivenMoments({s.name: m for s, m in found.items()})
+
+
+@pytest.fixture
+def randn() -> Callable[..., torch.Tensor]:
+    """randn(*shape) in float64, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def untouched() -> Callable[[LM], Any]:
+    """Everything that a call must leave as it was, as one comparable value."""
+
+    def look(lm: LM) -> Any:
+        hooks = sum(
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in lm.model.modules()
+        )
+        return (
+            fingerprint(lm.model),
+            hooks,
+            [m.training for m in lm.model.modules()],
+            [p.requires_grad for p in lm.model.parameters()],
+            [p.grad is None for p in lm.model.parameters()],
+            lm.tokenizer.padding_side,
+            torch.get_rng_state().tolist(),
+            [d.id for d in lm.live],
+        )
+
+    return look
