@@ -18,8 +18,8 @@ from retcon.edits import Edit
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
-from retcon.memory.moments import GivenMoments, collect_moments
 from retcon.lm.prompts import Row
+from retcon.memory.moments import GivenMoments, collect_moments
 
 FAMILIES = sorted(LAYOUTS)
 
@@ -29,13 +29,13 @@ TEXT = [
     "The mother tongue of Leonardo da Vinci is Italian. He lived in Florence and in Milan.",
     "Zürich, São Paulo and Łódź are towns; 東京 and Ελλάδα are written otherwise. naïve café",
     "Therefore it was late. Because the train stood still, I read. You know the way home.",
-    "Numbers like 1984, 42 and 7 occur; so do (brackets), \"quotes\" and hyphen-words.",
+    'Numbers like 1984, 42 and 7 occur; so do (brackets), "quotes" and hyphen-words.',
 ]
 
 
 @cache
 def tokenizer(kind: str = "gpt") -> PreTrainedTokenizerFast:
-    """`gpt`: byte-level BPE, no BOS; `bos`: the same with BOS; `eos`: with EOS behind; `piece`: sentence-piece style."""
+    """`gpt`: byte-level BPE, no BOS; `bos`: with BOS; `eos`: with BOS and EOS; `piece`: sentence-piece style."""
     special = ["<s>", "</s>", "<unk>"]
     if kind == "piece":
         tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
@@ -85,9 +85,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, *, n_layers: int
         common |= dict(head_dim=8)
     if family in ("gemma2", "gemma3_text"):
         common |= dict(sliding_window=8)
-    config = CONFIG_MAPPING[family](
-        vocab_size=512, bos_token_id=0, eos_token_id=1, **own.get(family, common)
-    )
+    config = CONFIG_MAPPING[family](vocab_size=512, bos_token_id=0, eos_token_id=1, **own.get(family, common))
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -415,7 +415,7 @@ def smallest(left: Tensor, right: Tensor) -> Change:
 def as_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, without a copy where it already lies contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _norm(changes: Sequence[Change]) -> float:
@@ -471,5 +471,5 @@ def _changes_from(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Change, ...]
     for (parameter, _), (kind, own) in sorted(parts.items(), key=lambda item: item[0]):
         name, _, place = kind.partition("[")
         region = Region(*map(int, place.rstrip("]").split(","))) if place else None
-        changes.setdefault(parameter, []).append(KINDS[name](region=region, **own))  # type: ignore[call-arg]
+        changes.setdefault(parameter, []).append(KINDS[name](region=region, **own))
     return {name: tuple(c) for name, c in changes.items()}

@@ -18,7 +18,15 @@ CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "jeep": dict(
-        low=(0, 1), high=(2, 3), low_clamp=8.0, high_clamp=4.0, low_moment_weight=1.0, high_moment_weight=1.0, steps=12
+        low=(0, 1),
+        high=(2, 3),
+        low_clamp=8.0,
+        high_clamp=8.0,
+        low_moment_weight=1.0,
+        high_moment_weight=1.0,
+        low_weight_decay=0.0,
+        high_weight_decay=0.0,
+        steps=12,
     ),
 }
 """Settings that make sense for four random layers of width 32."""
@@ -72,9 +80,7 @@ def test_one_edit_raises_its_probability(name: str, family: str, tiny: Callable[
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_batches_unicode_and_longer_targets(
-    name: str, family: str, tiny: Callable[..., LM], edits: list[Edit]
-) -> None:
+def test_batches_unicode_and_longer_targets(name: str, family: str, tiny: Callable[..., LM], edits: list[Edit]) -> None:
     lm = tiny(family)
     moments = random_moments(lm)
     chosen = method(name, **SETTINGS[name])

@@ -6,9 +6,9 @@ weight = cast(base + sum), written in place. Appending a delta costs one delta. 
 rest. Removing all puts the base's own bytes back.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ class _Touched:
     """Sum of the live changes there: parameter's device, at least float32."""
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """The ledger before a delta, as far as that delta will change it."""
+
+    log: tuple[Delta, ...]
+    touched: dict[str, _Touched | None]
+    """The records of the delta's parameters, sums copied; None where nothing touched it."""
+
+
 class Ledger:
     """Ordered deltas over the parameters that `parameter(name)` gives."""
 
@@ -48,10 +57,11 @@ class Ledger:
         replaced = {i for delta in self._log for i in delta.supersedes}
         return tuple(d for d in self._log if d.id not in replaced)
 
-    def snapshot(self, delta: Delta) -> dict[str, Tensor | None]:
+    def snapshot(self, delta: Delta) -> Snapshot:
         """What `pop` needs to take `delta`, pushed next, off again without replaying the rest."""
-        sums = {name: self._touched.get(name) for name in delta.changes}
-        return {name: None if known is None else known.total.clone() for name, known in sums.items()}
+        known = {name: self._touched.get(name) for name in delta.changes}
+        copies = {name: None if old is None else replace(old, total=old.total.clone()) for name, old in known.items()}
+        return Snapshot(tuple(self._log), copies)
 
     def push(self, delta: Delta) -> None:
         """Apply `delta` on top. On any failure the weights are as they were.
@@ -59,8 +69,7 @@ class Ledger:
         Raises:
             DeltaNotLive: it is applied already, it supersedes one that is not live, or the ledger is suspended.
         """
-        if self.suspended:
-            raise DeltaNotLive("the live deltas are off for the moment (lm.unedited()); apply after that scope ends")
+        self._refuse_while_off()
         if delta in self._log:
             raise DeltaNotLive(f"delta {delta.id} is applied already; revert it first")
         if missing := set(delta.supersedes) - {d.id for d in self.live}:
@@ -79,40 +88,75 @@ class Ledger:
             self._replay(set(delta.changes) | {n for d in self._log for n in d.changes if delta.supersedes})
             raise
 
-    def pop(self, delta: Delta, before: Mapping[str, Tensor | None]) -> None:
-        """Take `delta` off again (`before` is its snapshot): cheaply where it is the last one, else by replaying."""
-        grown = any(old is not None and old.shape != self._touched[name].total.shape for name, old in before.items())
-        if self._log[-1:] != [delta] or delta.supersedes or grown:
-            self.remove(delta)
+    def pop(self, delta: Delta, before: Snapshot) -> None:
+        """Take `delta` off again (`before` is its snapshot): cheaply where it is the last one, else by replaying.
+
+        Nothing is left to do where the scope's own body has taken it off already.
+        """
+        if delta not in self._log:
+            return
+        self._refuse_while_off()
+        if delta.supersedes or tuple(self._log) != (*before.log, delta):
+            self._take_out(delta)
             return
         self._log.pop()
-        for name, old in before.items():
-            touched = self._touched[name]
-            if old is None:
-                self._restore(name)
-            else:
-                touched.total.copy_(old)
-                self._write(name, touched)
+        for name, old in before.touched.items():
+            self._restore(name)
+            if old is not None:
+                self._touched[name] = old
+                self._write(name, old)
 
     def remove(self, delta: Delta) -> None:
         """Take `delta` out, wherever it stands; what remains is the base plus the other live deltas.
 
         Raises:
-            DeltaNotLive: it is not applied.
+            DeltaNotLive: it is not applied, a later delta supersedes it, or the ledger is suspended.
         """
+        self._refuse_while_off()
         if delta not in self._log:
-            known = ", ".join(d.id for d in self._log) or "none"
-            raise DeltaNotLive(f"delta {delta.id} is not applied; applied: {known}")
+            raise self._not_applied(delta.id)
+        later = next((d for d in self._log if delta.id in d.supersedes), None)
+        if later is not None:  # or what `delta` superseded would come back beside `later`
+            raise DeltaNotLive(f"delta {delta.id} is superseded by {later.id}; revert that one first")
+        self._take_out(delta)
+
+    def clear(self) -> None:
+        """Take every delta off: the base, bit for bit.
+
+        Raises:
+            DeltaNotLive: the ledger is suspended.
+        """
+        self._refuse_while_off()
+        self._log.clear()
+        self._replay(set(self._touched))
+
+    def find(self, delta_id: str) -> Delta:
+        """The applied delta of that id.
+
+        Raises:
+            DeltaNotLive: there is none.
+        """
+        found = next((d for d in self._log if d.id == delta_id), None)
+        if found is None:
+            raise self._not_applied(delta_id)
+        return found
+
+    def _not_applied(self, delta_id: str) -> DeltaNotLive:
+        known = ", ".join(d.id for d in self._log) or "none"
+        return DeltaNotLive(f"delta {delta_id} is not applied; applied: {known}")
+
+    def _refuse_while_off(self) -> None:
+        if self.suspended:
+            raise DeltaNotLive(
+                "the live deltas are off for the moment (lm.unedited()); apply and revert after that scope ends"
+            )
+
+    def _take_out(self, delta: Delta) -> None:
         names = set(delta.changes)
         if delta.supersedes:
             names |= {n for d in self._log if d.id in delta.supersedes for n in d.changes}
         self._log.remove(delta)
         self._replay(names)
-
-    def clear(self) -> None:
-        """Take every delta off: the base, bit for bit."""
-        self._log.clear()
-        self._replay(set(self._touched))
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -150,18 +194,15 @@ class Ledger:
         for name in names:
             if name in self._touched:
                 self._restore(name)
-            for delta in live:
-                if name in delta.changes:
-                    self._add(name, delta.changes[name], write=False)
-            if name in self._touched:
-                self._write(name, self._touched[name])
+            changes = [change for delta in live for change in delta.changes.get(name, ())]
+            if changes:
+                self._add(name, changes)
 
-    def _add(self, name: str, changes: Sequence[Change], write: bool = True) -> None:
+    def _add(self, name: str, changes: Sequence[Change]) -> None:
         touched = self._cover(name, changes)
         for change in changes:
             _accumulate(touched, change)
-        if write:
-            self._write(name, touched)
+        self._write(name, touched)
 
     def _cover(self, name: str, changes: Sequence[Change]) -> _Touched:
         """The parameter's record, made or widened so that it covers the changes."""
@@ -194,8 +235,8 @@ class Ledger:
     def _write(self, name: str, touched: _Touched) -> None:
         weight = self._parameter(name)
         base, total = touched.base, touched.total
-        if touched.kind == "whole":
-            rows = max(1, _BLOCK // max(1, total[0].numel() if total.dim() else 1))
+        if touched.kind == "whole" and total.dim():
+            rows = max(1, _BLOCK * len(total) // max(1, total.numel()))
             with torch.no_grad():
                 for i in range(0, len(total), rows):
                     block = base[i : i + rows].to(total.device, total.dtype) + total[i : i + rows]
@@ -214,10 +255,9 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _footprint(changes: Sequence[Change], shape: torch.Size) -> tuple[str, Tensor | None]:
-    kinds = {type(c) for c in changes}
-    if len(kinds) == 1 and kinds <= {Rows, Columns, Entries} and all(c.region is None for c in changes):
-        index = torch.cat([c.index.cpu() for c in changes]).unique()  # type: ignore[attr-defined]
-        return changes[0].kind, index
+    places = [c.index.cpu() for c in changes if isinstance(c, Rows | Columns | Entries) and c.region is None]
+    if len(places) == len(changes) and len({c.kind for c in changes}) == 1:
+        return changes[0].kind, torch.cat(places).unique()
     return "whole", None
 
 

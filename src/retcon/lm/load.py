@@ -52,7 +52,7 @@ def load(
         dtype = _dtype(dtype)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        with _quietly():
+        with quietly():
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
             model = AutoModelForCausalLM.from_pretrained(
                 place,
@@ -75,8 +75,8 @@ def load(
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bar for reading weights; the user's setting goes back as it was."""
+def quietly() -> Iterator[None]:
+    """No progress bars of transformers while the scope lasts; the user's setting goes back as it was."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

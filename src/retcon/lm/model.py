@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from retcon.delta import Change, Delta, Region, Rows, smallest
-from retcon.errors import DeltaMismatch, NotEditable, RetconWarning, UnsupportedModel, WrongBase
+from retcon.errors import DeltaMismatch, NonFinite, NotEditable, RetconWarning, UnsupportedModel, WrongBase
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
@@ -39,7 +39,7 @@ class Site:
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """The current weight in math orientation (a view where the site is the whole matrix)."""
-        stored = self.module.weight.detach()  # type: ignore[operator,union-attr]
+        stored = self.module.weight.detach()  # type: ignore[operator]
         matrix = stored.T if self.transposed else stored
         return matrix if self.rows is None else matrix[self.rows.to(matrix.device)]
 
@@ -85,11 +85,11 @@ class LM:
         self.n_layers = _count_blocks(model, self.layout)
         self.not_editable = _why_not_editable(model)
         """Parameters that must not be edited, with the reason."""
-        self._parameters = dict(model.named_parameters())
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied name is known, and refused
         self._ledger = Ledger(self.parameter)
         self._fingerprint: str | None = None
         for kind in ("down_proj", "o_proj"):
-            self.site(0, kind)  # type: ignore[arg-type]  # a layout that does not fit fails here, not in an edit
+            self.site(0, kind)  # a layout that does not fit fails here, not in an edit
 
     def __repr__(self) -> str:
         live = f", {len(self.live)} live deltas" if self.live else ""
@@ -105,7 +105,7 @@ class LM:
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype, read from the first down-projection."""
-        return self.site(0, "down_proj").module.weight.dtype  # type: ignore[union-attr,return-value]
+        return self.site(0, "down_proj").module.weight.dtype  # type: ignore[return-value]
 
     @property
     def head(self) -> nn.Module:
@@ -135,7 +135,7 @@ class LM:
                 f"the layout places {kind} at {path!r}, but the model has no such module; check the layout's paths"
             ) from None
         transposed = self.layout.stored == "in,out"
-        if transposed != (type(module).__name__ == "Conv1D"):
+        if transposed != _is_conv1d(module):
             raise UnsupportedModel(
                 f"{path} is a {type(module).__name__}, but the layout says its weight is stored as "
                 f"({self.layout.stored}); Conv1D stores (in, out), Linear (out, in)"
@@ -155,9 +155,7 @@ class LM:
 
     def transposed_parameters(self) -> list[str]:
         """Parameters stored (in, out), which a PEFT export must know."""
-        if self.layout.stored == "out,in":
-            return []
-        return [name for name, p in self._parameters.items() if p.dim() == 2 and ".h." in name]
+        return [f"{name}.weight" for name, module in self.model.named_modules() if _is_conv1d(module)]
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.n_layers:
@@ -194,7 +192,7 @@ class LM:
             NonFinite: it holds NaN or infinity.
             DeltaNotLive: it is applied already.
         """
-        self._check_fits(delta, other_base)
+        self._check_fits(delta, other_base, stacklevel=3)
         self._ledger.push(delta)
 
     def revert(self, delta: Delta | str) -> None:
@@ -204,7 +202,7 @@ class LM:
             DeltaNotLive: it is not applied.
         """
         if isinstance(delta, str):
-            delta = next((d for d in self.live if d.id == delta), None) or Delta({}, base=delta)
+            delta = self._ledger.find(delta)
         self._ledger.remove(delta)
 
     def revert_all(self) -> None:
@@ -217,7 +215,7 @@ class LM:
         entered = []
         try:
             for delta in deltas:
-                self._check_fits(delta, other_base)
+                self._check_fits(delta, other_base, stacklevel=4)
                 before = self._ledger.snapshot(delta)
                 self._ledger.push(delta)
                 entered.append((delta, before))
@@ -259,15 +257,15 @@ class LM:
         if name in self.not_editable:
             raise NotEditable(f"{name} cannot be edited: {self.not_editable[name]}")
 
-    def _check_fits(self, delta: Delta, other_base: bool) -> None:
+    def _check_fits(self, delta: Delta, other_base: bool, *, stacklevel: int) -> None:
         for name, changes in delta.changes.items():
             weight = self.parameter(name)
             self.check_editable(name)
             for change in changes:
                 try:
                     change.check(weight.shape)
-                except DeltaMismatch as error:
-                    raise DeltaMismatch(f"{name}: {error}") from None
+                except (DeltaMismatch, NonFinite) as error:
+                    raise type(error)(f"{name}: {error}") from None
         if delta.base != self.fingerprint():
             if not other_base:
                 made = delta.provenance.get("model", "another model")
@@ -281,7 +279,7 @@ class LM:
                 f"delta {delta.id} was proposed on top of [{', '.join(delta.parents) or 'the base'}] and is applied on "
                 f"top of [{', '.join(found) or 'the base'}]; its effect may differ from what its report says",
                 RetconWarning,
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
     # --- running -------------------------------------------------------------------------------------------------
@@ -289,18 +287,17 @@ class LM:
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Eval mode and frozen parameters while the scope lasts; every flag goes back as it was."""
-        training = [m for m in self.model.modules() if m.training]
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        training = [(m, m.training) for m in self.model.modules()]
+        trainable = [(p, p.requires_grad) for p in self.model.parameters()]
         try:
             self.model.eval()
-            for parameter in trainable:
-                parameter.requires_grad_(False)
+            self.model.requires_grad_(False)
             yield
         finally:
-            for module in training:
-                module.training = True
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+            for module, was_training in training:
+                module.training = was_training
+            for parameter, was_trainable in trainable:
+                parameter.requires_grad_(was_trainable)
 
     def logits_at(
         self, batch: Batch, rows: Int[Tensor, " n"], positions: Int[Tensor, " n"]
@@ -360,6 +357,10 @@ class LM:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
 def _cut(text: str, stops: Sequence[str]) -> str:
     ends = [text.index(s) for s in stops if s in text]
     return text[: min(ends)] if ends else text
@@ -378,6 +379,8 @@ def _pad_left(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor
 def _refuse_wrapped(model: Any) -> None:
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModel("the model is compiled (torch.compile); wrap the original one: LM(model._orig_mod, ...)")
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise UnsupportedModel("the model was compiled in place (model.compile()); load it again and leave that out")
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel(
             "the model carries PEFT adapters; merge or drop them first: LM(model.merge_and_unload(), ...) or "

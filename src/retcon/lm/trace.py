@@ -74,7 +74,9 @@ def run(
             gather = _gather_hook(rows, positions)
             stack.callback(lm.head.register_forward_pre_hook(gather).remove)
         try:
-            output = lm.model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+            # No padding mask: right padding comes after every token that attention lets a token see, and a mask would
+            # leave padded rows of sliding-window models with nothing to attend to, which is NaN and spreads.
+            output = lm.model(input_ids=batch.ids, attention_mask=torch.ones_like(batch.ids), use_cache=False)
         except _Stop:
             return None
     if waiting:

@@ -14,7 +14,7 @@ from retcon.lm.trace import Point, activations
 from retcon.memory.contexts import Contexts
 
 KeyAverage = Literal["two_level", "uniform"]
-"""`two_level` (all published numbers): half the bare prompt, half the mean over prefixed ones; `uniform`: plain mean."""
+"""`two_level` (all published numbers): half the bare prompt, half the mean of prefixed ones; `uniform`: plain mean."""
 
 MAX_BATCH_TOKENS = 8192
 

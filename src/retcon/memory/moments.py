@@ -1,8 +1,8 @@
 """Second moments C = E[k k^T] of the keys entering an edited matrix: what a write must leave alone (ROME, section 3).
 
 Collected on the unedited model, for all needed sites in one pass over a corpus, and kept on disk under everything that
-determines them. `Moments` is what methods are handed: it prepares the sites a method names, and gives one layer's moment
-at a time, so that no more than one need be in memory.
+determines them. `Moments` is what methods are handed: it prepares the sites a method names, and gives one layer's
+moment at a time, so that no more than one need be in memory.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -91,6 +91,7 @@ class MomentKey:
         return cache_dir() / "moments" / f"{digest}.safetensors"
 
 
+@runtime_checkable
 class Moments(Protocol):
     """Where methods get second moments from."""
 
@@ -147,7 +148,7 @@ class CorpusMoments:
         Raises:
             TooFewTokens: the corpus has fewer tokens than the keys have dimensions.
         """
-        missing = [s for s in sites if self._stored(lm, s) is None]
+        missing = [s for s in sites if self.stored(lm, s) is None]
         if not missing:
             return
         n_tokens = max(self.key(lm, s).n_tokens for s in missing)
@@ -157,7 +158,7 @@ class CorpusMoments:
             save_moments(self.key(lm, site).file, {self.key(lm, site): moment})
 
     def second_moment(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
-        path = self._stored(lm, site)
+        path = self.stored(lm, site)
         if path is None:
             self.prepare(lm, [site])
             path = self.key(lm, site).file
@@ -166,7 +167,8 @@ class CorpusMoments:
     def keys(self, lm: LM, sites: Sequence[Site]) -> dict[str, str]:
         return {s.name: f"{self.corpus.id}/{self.key(lm, s).n_tokens}/{self.max_length}" for s in sites}
 
-    def _stored(self, lm: LM, site: Site) -> Path | None:
+    def stored(self, lm: LM, site: Site) -> Path | None:
+        """The file that holds one site's moment, or None where it has yet to be collected."""
         key = self.key(lm, site)
         if self.shipped is not None and self.shipped.is_file() and key in moment_keys(self.shipped):
             return self.shipped

@@ -1,4 +1,4 @@
-"""The linear problem behind a write, as pure functions of tensors (MEMIT Eq. 14; symbols of the locate-then-edit family).
+"""The linear problem behind a write, as pure functions of tensors (MEMIT, arXiv:2210.07229, Eq. 14).
 
 K: (m, n) keys as columns, R: (d, n) residuals, C: (m, m) second moment, lambda: weight of the old keys. All in float64,
 in math orientation. An update is returned as its right factor X^T (n, m): dW = R X^T, rank at most n.
@@ -25,7 +25,7 @@ def ridge_direct(k: Float[Tensor, "m n"], c: Float[Tensor, "m m"], weight: float
 
 
 def ridge_small(k: Float[Tensor, "m n"], c: Float[Tensor, "m m"], weight: float) -> Float[Tensor, "n m"]:
-    """`ridge` by an (n x n) solve beside the factor of C: with Y = C^-1 K, X^T = (lambda I + K^T Y)^-1 Y^T (Woodbury)."""
+    """`ridge` by an (n x n) solve beside the factor of C: Y = C^-1 K, X^T = (lambda I + K^T Y)^-1 Y^T (Woodbury)."""
     y = spd_solve(c, k)
     inner = k.T @ y
     inner = (inner + inner.T) / 2 + weight * torch.eye(k.shape[1], dtype=k.dtype, device=k.device)

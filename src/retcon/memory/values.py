@@ -48,8 +48,8 @@ class ValueSearch:
     kl_factor: float = 0.0625
     """alpha: weight of KL(edited || original) for "<subject> is a", read at the subject's last token."""
     stop: Literal["probability", "loss"] = "probability"
-    """`probability`: mean over contexts of the target's geometric-mean token probability reaches `threshold`; `loss`: the
-    total loss falls under it."""
+    """`probability`: mean over contexts of the target's geometric-mean token probability reaches `threshold`; `loss`:
+    the total loss falls under it."""
     threshold: float = 0.9
     """Probability to reach, or loss to fall under."""
 
@@ -96,8 +96,16 @@ def search_values(
         for edit in edits:
             found.append(_search_one(lm, edit, sites, contexts, search))
             progress(len(found))
-    columns = [[torch.stack([f[k][s] for f in found]) for s in range(len(sites))] for k in range(3)]
-    return Values(tuple(columns[0]), tuple(columns[1]), tuple(columns[2]), tuple(f[3] for f in found))
+    return Values(
+        init=_by_site([f.init for f in found]),
+        delta=_by_site([f.delta for f in found]),
+        live=_by_site([f.live for f in found]),
+        report=tuple(f.report for f in found),
+    )
+
+
+def _by_site(per_edit: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack(list(vectors)) for vectors in zip(*per_edit, strict=True))
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,14 @@ def _rows_of(lm: LM, edit: Edit, contexts: Contexts, with_kl: bool) -> _Rows:
     return _Rows(pad(rows, lm.device), where, n, at, positions, tokens)
 
 
-_Found = tuple[list[Tensor], list[Tensor], list[Tensor], EditReport]
+@dataclass(frozen=True)
+class _Found:
+    """One edit's part of `Values`: vectors per site, on the CPU."""
+
+    init: list[Tensor]
+    delta: list[Tensor]
+    live: list[Tensor]
+    report: EditReport
 
 
 def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contexts, search: ValueSearch) -> _Found:
@@ -195,8 +210,8 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
     ]
     if stopped == "steps" and any(length >= radius * (1 - 1e-4) for length, radius in lengths):
         stopped = "clamped"
-    out = [[t.detach().cpu() for t in ts] for ts in (inits, deltas, live)]
-    return out[0], out[1], out[2], EditReport(edit.id, reached, step, stopped, terms)
+    found, seen = [d.detach().cpu() for d in deltas], [v.cpu() for v in live]
+    return _Found([i.cpu() for i in inits], found, seen, EditReport(edit.id, reached, step, stopped, terms))
 
 
 def _zeros_at(lm: LM, point: Point, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -22,6 +22,7 @@ def silent(stage: str, done: int, total: int) -> None:
     """Progress that nobody listens to."""
 
 
+@runtime_checkable
 class Method(Protocol):
     """An editing method; its fields are its settings.
 
@@ -42,8 +43,8 @@ class Method(Protocol):
         """The change that writes `edits`; the model is untouched. What is None is made, or read from the cache."""
 
     @classmethod
-    def starting_point(cls, lm: LM) -> dict[str, Any]:
-        """Settings by relative depth, for a model that has no preset."""
+    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+        """Settings by relative depth, for a model that has no preset; `parallel`: attention and MLP side by side."""
 
 
 def provenance(

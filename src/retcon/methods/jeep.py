@@ -1,8 +1,8 @@
 """JEEP: edit low and high layers together, towards values that were optimised together.
 
 Shi et al. 2024, arXiv:2412.17872, sections 5.1 to 5.3; symbols as there: primes for the low group (information
-enrichment, read at the subject's last token i'), stars for the high group (probability promotion, read at the prediction
-position i*). Departures from the paper and from the released code: docs/methods/jeep.md.
+enrichment, read at the subject's last token i'), stars for the high group (probability promotion, read at the
+prediction position i*). Departures from the paper and from the released code: docs/methods/jeep.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,8 +56,8 @@ class Jeep:
     min_probability: float = 0.9
     """The search stops once the target's mean token probability reaches this."""
     sites: Literal["mlp", "release", "block"] = "mlp"
-    """Which tensor is "h": the MLP's output (all of it consistent), the released code's mixture (delta* on the attention
-    output, residual against the MLP output), or the block's output (the paper to the letter)."""
+    """Which tensor is "h": the MLP's output (all of it consistent), the released code's mixture (delta* on the
+    attention output, residual against the MLP output), or the block's output (the paper to the letter)."""
     high_target: Literal["clean", "joint"] | None = None
     """z*: clean value plus delta* (published), or the activation that reached the loss, delta' in force. None: `joint`
     for sites `block`, where `clean` would undo Step 2, and `clean` otherwise."""
@@ -66,7 +66,7 @@ class Jeep:
     high_spread: Spread = "even"
     """Spread of Step 3."""
     high_module: Literal["mlp", "attn"] = "mlp"
-    """Matrix that Step 3 writes: down-projection, or attention out-projection with everything on its output (Table 4)."""
+    """Matrix that Step 3 writes: down-projection, or attention out-projection, with z* on its output (Table 4)."""
     joint_optimisation: bool = True
     """False: delta' alone, Step 2, then delta* alone on the edited weights, Step 3 (Table 4)."""
     write_low: bool = True
@@ -92,15 +92,12 @@ class Jeep:
                 raise InvalidSetting(f"jeep: {name} is {getattr(self, name)!r}; known: {', '.join(map(str, known))}")
 
     @classmethod
-    def starting_point(cls, lm: LM) -> dict[str, Any]:
+    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
         """Unverified settings by relative depth: low layers as MEMIT's, high ones where the probe usually parts."""
-        n = lm.n_layers
-        first = round((0.55 if lm.layout.parallel else 0.7) * n)
-        last_allowed = max(first, n - 3)
-        return {
-            "low": tuple(range(round(0.14 * n), max(round(0.14 * n), round(0.29 * n)) + 1)),
-            "high": tuple(range(first, min(first + max(1, round(0.07 * n)), last_allowed + 1))) or (first,),
-        }
+        low, low_end = round(0.14 * n_layers), max(round(0.14 * n_layers), round(0.29 * n_layers))
+        high = min(round((0.55 if parallel else 0.7) * n_layers), n_layers - 1)
+        high_end = max(high, min(high + max(1, round(0.07 * n_layers)), n_layers - 3))  # never the last few
+        return {"low": tuple(range(low, low_end + 1)), "high": tuple(range(high, high_end + 1))}
 
     def propose(
         self,

@@ -53,7 +53,7 @@ def method_class(name: str) -> type[Any]:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UnknownMethod(f"no method {name!r}; known: {', '.join(list_methods())}.{hint}")
     module, _, attribute = METHODS[name].partition(":")
-    return getattr(import_module(module), attribute)  # type: ignore[no-any-return]
+    return getattr(import_module(module), attribute)
 
 
 def method(
@@ -90,7 +90,7 @@ def method(
         raise InvalidSetting(
             f"{name} needs {', '.join(missing)}: give them as keywords, or pass for_model=lm for a preset"
         )
-    return chosen(**_as_fields({**base, **settings}))  # type: ignore[no-any-return]
+    return chosen(**_as_fields({**base, **settings}))
 
 
 def presets(name: str) -> list[Preset]:
@@ -159,7 +159,7 @@ def signature(lm: LM) -> dict[str, Any]:
 
 
 def _starting_point(name: str, chosen: type[Any], lm: LM, settings: Mapping[str, Any]) -> dict[str, Any]:
-    guess: dict[str, Any] = chosen.starting_point(lm)
+    guess: dict[str, Any] = chosen.starting_point(lm.n_layers, parallel=lm.layout.parallel)
     shown = ", ".join(f"{k}={v}" for k, v in guess.items() if k not in settings)
     warnings.warn(
         f"no {name} preset for this model ({lm.model.config.model_type}, {lm.n_layers} layers); starting points by "

@@ -1,0 +1,88 @@
+"""Context prefixes and averaged keys."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from retcon.edits import Edit
+from retcon.lm.prompts import encode_edit, pad
+from retcon.lm.trace import Point, activations
+from retcon.memory.contexts import N_TOKENS, STARTS, Contexts, sample_contexts
+from retcon.memory.keys import mean_keys, weights_of
+
+CONTEXTS = Contexts(("The train stood still. ", "I read. "))
+
+
+def test_prefixes_are_seeded_clean_and_short(tiny, untouched):
+    lm = tiny("llama", torch.float32, tok="bos")
+    before = untouched(lm)
+    first, again, other = (sample_contexts(lm, seed=s) for s in (0, 0, 1))
+    assert untouched(lm) == before  # no global random state is used or changed
+    assert first == again != other
+    assert len(first.prefixes) == len(STARTS)
+    for start, prefix in zip(STARTS, first.prefixes, strict=True):
+        assert prefix.startswith(start)
+        assert prefix.endswith(". ")
+        assert not set(prefix) & set("{}\n\r\t\ufffd")
+        assert "<s>" not in prefix
+        assert len(lm.encode(prefix).ids) <= 3 * N_TOKENS
+
+
+def test_prefixes_come_from_the_unedited_model(tiny):
+    from retcon.delta import Dense
+
+    lm = tiny("llama", torch.float32)
+    wanted = sample_contexts(lm)
+    site = lm.site(0, "down_proj")
+    with lm.edited(lm.delta({site.name: [Dense(full=torch.ones_like(site.weight))]})):
+        assert sample_contexts(lm) == wanted
+
+
+@pytest.mark.parametrize("average", ["two_level", "uniform"])
+def test_weights_sum_to_one(average):
+    assert sum(weights_of(5, average)) == pytest.approx(1)
+    assert weights_of(0, average) == [1.0]
+    assert weights_of(5, "two_level")[:2] == [0.5, 0.1]
+
+
+@pytest.mark.parametrize("where", ["subject_last", "prediction"])
+@pytest.mark.parametrize("average", ["two_level", "uniform"])
+def test_mean_key_equals_the_mean_over_rows_one_by_one(tiny, edits, where, average):
+    lm = tiny("llama")
+    keys, values = mean_keys(
+        lm, edits, CONTEXTS, Point(1, "key"), where, value=Point(2, "block"), average=average, max_batch_tokens=40
+    )
+    for i, edit in enumerate(edits):
+        found, weight = 0, weights_of(2, average)
+        for j, prefix in enumerate(CONTEXTS.all):
+            row = encode_edit(lm.tokenizer, edit, prefix)
+            at = torch.tensor([row.position(where)])
+            seen = activations(lm, pad([row]), {Point(1, "key"): at, Point(2, "block"): at})
+            found = found + weight[j] * seen[Point(1, "key")][0]
+            if j == 0:
+                assert_close(values[i], seen[Point(2, "block")][0])
+        assert_close(keys[i], found)
+
+
+def test_targets_appended_change_neither_keys_nor_values(tiny, edits):
+    lm = tiny("gpt2")
+    for edit in edits:
+        bare, full = encode_edit(lm.tokenizer, edit), encode_edit(lm.tokenizer, edit, with_target=True)
+        assert full.ids[: full.n_prompt] == bare.ids
+        for where in ("subject_last", "prediction"):
+            assert bare.position(where) == full.position(where)
+            at = {Point(2, "key"): torch.tensor([bare.position(where)])}
+            assert_close(
+                activations(lm, pad([bare]), at)[Point(2, "key")], activations(lm, pad([full]), at)[Point(2, "key")]
+            )
+
+
+def test_prediction_position_does_not_depend_on_the_target(tiny):
+    lm = tiny("llama", tok="bos")
+    rows = [
+        encode_edit(lm.tokenizer, Edit("{} speaks", "Michel Rocard", target), with_target=True)
+        for target in ("French", "French and a little Ελλάδα")
+    ]
+    assert rows[0].prediction == rows[1].prediction
+    ending = encode_edit(lm.tokenizer, Edit("You know {}", "Michel Rocard", "French"))
+    assert ending.subject_last == ending.prediction

@@ -1,0 +1,188 @@
+"""Second moments: streaming equals direct, in one pass, on the base, cached under all that determines them."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from retcon.delta import Dense
+from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, TooFewTokens
+from retcon.lm.layouts import LAYOUTS
+from retcon.lm.prompts import Row, pad
+from retcon.lm.trace import Point, run
+from retcon.memory.moments import (
+    Corpus,
+    CorpusMoments,
+    GivenMoments,
+    collect_moments,
+    document_rows,
+    load_moment,
+    moment_keys,
+)
+from tests.conftest import TEXT
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def corpus():
+    return Corpus(tuple(TEXT * 6))
+
+
+def direct(lm, rows, point):
+    """Sum of k k^T row by row, unpadded."""
+    total, count = 0, 0
+    for row in rows:
+        seen = []
+        with torch.no_grad():
+            run(lm, pad([row]), {point: seen.append})
+        total, count = total + sum(torch.outer(k, k) for k in seen[0][0]), count + len(row.ids)
+    return total / count
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_streaming_equals_direct_for_any_batch_split(family, tiny):
+    lm = tiny(family)
+    rows = document_rows(lm, TEXT, 10_000, 64)
+    sites = [lm.site(0, "down_proj"), lm.site(2, "down_proj"), lm.site(2, "o_proj")]
+    points = [Point(0, "key"), Point(2, "key"), Point(2, "attn_key")]
+    for max_tokens in (1, 100, 8192):
+        found = collect_moments(lm, sites, rows, max_batch_tokens=max_tokens)
+        for site, point in zip(sites, points, strict=True):
+            assert_close(found[site], direct(lm, rows, point), rtol=1e-5, atol=1e-6)
+    c = found[sites[0]]
+    assert_close(c, c.T)
+    assert float(torch.linalg.eigvalsh(c).min()) > -1e-9
+
+
+def test_trace_is_the_mean_squared_key_norm(tiny):
+    lm = tiny("llama")
+    rows = document_rows(lm, TEXT, 10_000, 64)
+    squares = []
+    with torch.no_grad():
+        for row in rows:
+            run(lm, pad([row]), {Point(1, "key"): lambda k: squares.append((k[0] ** 2).sum(-1))})
+    found = collect_moments(lm, [lm.site(1, "down_proj")], rows)
+    assert_close(torch.cat(squares).mean(), next(iter(found.values())).trace())
+
+
+def test_the_pass_stops_above_the_highest_site_and_leaves_the_model_alone(tiny, untouched):
+    lm = tiny("llama")
+    before = untouched(lm)
+    reached = []
+    handle = lm.block(3).register_forward_hook(lambda *_: reached.append(3))
+    collect_moments(lm, [lm.site(2, "down_proj")], document_rows(lm, TEXT, 100, 64))
+    handle.remove()
+    assert not reached
+    assert untouched(lm) == before
+
+
+def test_moments_are_the_bases_even_while_deltas_are_live(tiny, corpus):
+    lm = tiny("llama")
+    clean = CorpusMoments(corpus, tokens_per_dimension=2).key(lm, lm.site(1, "down_proj"))
+    rows = document_rows(lm, TEXT, 1000, 64)
+    wanted = collect_moments(lm, [lm.site(1, "down_proj")], rows)
+    site = lm.site(0, "down_proj")
+    delta = lm.delta({site.name: [Dense(full=torch.ones_like(site.weight))]})
+    with lm.edited(delta):
+        found = collect_moments(lm, [lm.site(1, "down_proj")], rows)
+        assert CorpusMoments(corpus, tokens_per_dimension=2).key(lm, lm.site(1, "down_proj")) == clean
+    for a, b in zip(wanted.values(), found.values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:second moments from")
+def test_collected_once_in_one_pass_and_kept(tiny, corpus, monkeypatch):
+    lm = tiny("gptj")
+    sites = [lm.site(layer, "down_proj") for layer in (0, 2)]
+    passes = []
+    from retcon.memory import moments as module
+
+    whole = module.collect_moments
+    monkeypatch.setattr(module, "collect_moments", lambda *a, **k: passes.append(1) or whole(*a, **k))
+    source = CorpusMoments(corpus, tokens_per_dimension=2)
+    source.prepare(lm, sites)
+    source.prepare(lm, sites)
+    assert len(passes) == 1
+    again = CorpusMoments(corpus, tokens_per_dimension=2)
+    rows = document_rows(lm, corpus.documents, 2 * 128, 1024)
+    direct_ = whole(lm, sites, rows)
+    for site in sites:
+        assert_close(again.second_moment(lm, site).double(), direct_[site], rtol=1e-5, atol=1e-6)
+    assert len(passes) == 1
+    other = CorpusMoments(Corpus((*corpus.documents, "More.")), tokens_per_dimension=2)
+    other.prepare(lm, sites[:1])
+    assert len(passes) == 2
+
+
+def test_a_key_names_everything_that_determines_a_moment(tiny, corpus):
+    lm, other = tiny("gptj"), tiny("gptj", seed=1)
+    site = lm.site(0, "down_proj")
+    base = CorpusMoments(corpus).key(lm, site)
+    assert base != CorpusMoments(corpus).key(other, other.site(0, "down_proj"))
+    assert base != CorpusMoments(corpus).key(lm, lm.site(1, "down_proj"))
+    assert base != CorpusMoments(corpus, tokens_per_dimension=5).key(lm, site)
+    assert base != CorpusMoments(corpus, max_length=16).key(lm, site)
+    assert len({k.file for k in (base, CorpusMoments(corpus, max_length=16).key(lm, site))}) == 2
+
+
+def test_too_few_tokens(tiny):
+    lm = tiny("gptj")
+    with pytest.raises(TooFewTokens, match="128 dimensions"):
+        CorpusMoments(Corpus(("Too short.",))).prepare(lm, [lm.site(0, "down_proj")])
+    with pytest.warns(RetconWarning, match="a dimension"):
+        CorpusMoments(Corpus(tuple(TEXT * 3))).prepare(lm, [lm.site(0, "down_proj")])
+
+
+def test_a_damaged_cache_file_is_named(tiny, corpus):
+    lm = tiny("gptj")
+    site = lm.site(0, "down_proj")
+    path = CorpusMoments(corpus).key(lm, site).file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(MalformedFile, match=r"delete it"):
+        CorpusMoments(corpus).second_moment(lm, site)
+
+
+@pytest.mark.filterwarnings("ignore:second moments from")
+def test_files_hold_what_they_say(tiny, corpus):
+    lm = tiny("gptj")
+    site = lm.site(0, "down_proj")
+    source = CorpusMoments(corpus, tokens_per_dimension=2)
+    source.prepare(lm, [site])
+    key = source.key(lm, site)
+    assert moment_keys(key.file) == [key]
+    with pytest.raises(MalformedFile, match="holds no second moment"):
+        load_moment(key.file, source.key(lm, lm.site(1, "down_proj")))
+
+
+def test_given_moments_must_cover_the_sites(tiny):
+    lm = tiny("gptj")
+    with pytest.raises(InvalidSetting, match="no second moment given"):
+        GivenMoments({}).prepare(lm, [lm.site(0, "down_proj")])
+
+
+def test_documents_are_cut_and_counted(tiny):
+    lm = tiny("gptj")
+    rows = document_rows(lm, ["", "  ", TEXT[0], TEXT[1]], 25, 10)
+    assert [len(r.ids) for r in rows] == [10, 10]
+    assert sum(len(r.ids) for r in document_rows(lm, TEXT, 25, 1024)) == 25
+    assert all(isinstance(r, Row) for r in rows)
+
+
+def test_corpora_from_files(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("One.\n\nTwo\nlines.\n \nThree.", encoding="utf-8")
+    assert Corpus.from_file(text).documents == ("One.", "Two\nlines.", "Three.")
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"text": "One."}\n{"text": "Two."}\n', encoding="utf-8")
+    assert Corpus.from_file(lines).documents == ("One.", "Two.")
+    lines.write_text('{"text": "One."}\n{"body": "Two."}\n', encoding="utf-8")
+    with pytest.raises(MalformedFile, match="row 2: field 'text'"):
+        Corpus.from_file(lines)
+    with pytest.raises(MalformedFile, match="holds no text"):
+        text.write_text(" \n\n ")
+        Corpus.from_file(text)
