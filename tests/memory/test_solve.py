@@ -86,7 +86,14 @@ def test_spd_solve_copes_with_a_singular_matrix(randn):
     x = randn(6, 3)
     a = x @ x.T
     b = a @ randn(6, 2)
-    assert_close(a @ spd_solve(a, b), b, rtol=1e-4, atol=1e-4)
+    assert_close(a @ spd_solve(a.clone, b), b, rtol=1e-4, atol=1e-4)
+
+
+def test_spd_solve_equals_lu_and_keeps_its_inputs(problem, randn):
+    _, _, c = problem
+    b, kept = randn(12, 3), c.clone()
+    assert_close(spd_solve(c.clone, b), torch.linalg.solve(c, b))
+    assert torch.equal(c, kept)
 
 
 def test_nan_is_refused(problem):

@@ -4,6 +4,8 @@ K: (m, n) keys as columns, R: (d, n) residuals, C: (m, m) second moment, lambda:
 in math orientation. An update is returned as its right factor X^T (n, m): dW = R X^T, rank at most n.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,35 +23,39 @@ def ridge(k: Float[Tensor, "m n"], c: Float[Tensor, "m m"], weight: float) -> Fl
 
 def ridge_direct(k: Float[Tensor, "m n"], c: Float[Tensor, "m m"], weight: float) -> Float[Tensor, "n m"]:
     """`ridge` by one (m x m) solve: the reference."""
-    return spd_solve(weight * c + k @ k.T, k).T
+    return spd_solve(lambda: (weight * c).addmm_(k, k.T), k).T
 
 
 def ridge_small(k: Float[Tensor, "m n"], c: Float[Tensor, "m m"], weight: float) -> Float[Tensor, "n m"]:
     """`ridge` by an (n x n) solve beside the factor of C: Y = C^-1 K, X^T = (lambda I + K^T Y)^-1 Y^T (Woodbury)."""
-    y = spd_solve(c, k)
+    y = spd_solve(c.clone, k)
     inner = k.T @ y
-    inner = (inner + inner.T) / 2 + weight * torch.eye(k.shape[1], dtype=k.dtype, device=k.device)
-    return spd_solve(inner, y.T)
+    inner = (inner + inner.T) / 2
+    inner.diagonal().add_(weight)
+    return spd_solve(inner.clone, y.T)
 
 
-def spd_solve(a: Float[Tensor, "m m"], b: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    """A^-1 B for symmetric positive definite A: Cholesky, with a little jitter where it fails, LU at the last.
+def spd_solve(build: Callable[[], Float[Tensor, "m m"]], b: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    """A^-1 B for the symmetric positive definite A that `build` makes afresh.
+
+    Cholesky, in A's own memory; where it fails, again with a little jitter on the diagonal, and LU at the last.
 
     Raises:
         NonFinite: an input or the solution is NaN or infinite.
     """
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise NonFinite("the linear problem holds NaN or infinity: check the second moment and the keys")
-    eye, jitter = torch.eye(len(a), dtype=a.dtype, device=a.device), 0.0
-    mean = float(a.diagonal().mean())
+    jitter = 0.0
     for _ in range(6):
-        factor, failed = torch.linalg.cholesky_ex(a + jitter * eye if jitter else a)
+        a = build().mT  # symmetric; column order lets the factor take its place
+        if not (torch.isfinite(a.sum()) and torch.isfinite(b).all()):
+            raise NonFinite("the linear problem holds NaN or infinity: check the second moment and the keys")
+        scale = float(a.diagonal().mean())
+        a.diagonal().add_(jitter * scale)
+        failed = torch.empty((), dtype=torch.int32, device=a.device)
+        torch.linalg.cholesky_ex(a, out=(a, failed))
         if not int(failed):
-            return torch.cholesky_solve(b, factor)
-        jitter = max(10 * jitter, 1e-10 * mean)
-    solution = torch.linalg.solve(a, b)
+            return torch.cholesky_solve(b, a)
+        jitter = 10 * jitter or 1e-10
+    solution = torch.linalg.solve(build(), b)
     if not torch.isfinite(solution).all():
-        raise NonFinite(
-            "the linear problem is singular; use more tokens for the second moment or a larger weight on it"
-        )
+        raise NonFinite("the linear problem is singular; use more tokens for the second moment or more weight on it")
     return solution

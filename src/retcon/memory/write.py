@@ -75,8 +75,7 @@ def write(
         residuals = (targets.to(current) - current) / share  # r = (v - h) / s(N - i)
         if not (torch.isfinite(keys).all() and torch.isfinite(residuals).all()):
             raise NonFinite(f"layer {layer}: a key or a residual is NaN or infinite; is the model's dtype wide enough?")
-        c = moments.second_moment(lm, site).to(torch.float64)
-        right = ridge(keys.double().T, c, group.moment_weight)
+        right = ridge(keys.double().T, moments.second_moment(lm, site).to(torch.float64), group.moment_weight)
         dtype = torch.promote_types(site.weight.dtype, torch.float32)
         change = site.stored(residuals.T.to(dtype).contiguous(), right.to(dtype))
         changes[site.name] = change

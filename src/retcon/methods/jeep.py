@@ -7,7 +7,7 @@ prediction position i*). Departures from the paper and from the released code: d
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -119,8 +119,9 @@ class Jeep:
         """
         check_edits(edits)
         self._check_layers(lm)
-        low, high = self._groups()
-        sites = [lm.site(layer, g.module) for g in (low, high) if g for layer in g.layers]
+        low, high = self.groups()
+        groups = [g for g in (low, high) if g]
+        sites = [lm.site(layer, g.module) for g in groups for layer in g.layers]
         for site in sites:
             lm.check_editable(site.name)
         if not edits:
@@ -138,45 +139,41 @@ class Jeep:
                     changes.setdefault(name, []).append(change)
 
             if low and high and self.joint_optimisation:
-                values = self._search(lm, edits, contexts, low, high, progress)  # Step 1
-                z_low, z_high = values.target(0), values.target(1, self._high_target)
+                values = self.search(lm, edits, contexts, [low, high], progress)  # Step 1
                 if self.write_low:
-                    step(low, z_low)  # Step 2
+                    step(low, values.target(0))  # Step 2
                 if self.write_high:
-                    step(high, z_high)  # Step 3, on keys that Step 2 has changed
-                report = values.report
+                    step(high, values.target(1, self._high_target))  # Step 3, on keys that Step 2 has changed
+                reports = [values.report]
             else:  # one group, or one after the other
-                report = ()
-                for group in (g for g in (low, high) if g):
-                    values = self._search(lm, edits, contexts, group, None, progress)
+                reports = []
+                for group in groups:
+                    values = self.search(lm, edits, contexts, [group], progress)
                     step(group, values.target(0))
-                    report = values.report if not report else _both(report, values.report)
-        return lm.delta(
-            changes,
-            report=report,
-            provenance=provenance("jeep", self, lm, edits, contexts=contexts, moments=moments, sites=sites, seed=seed),
-        )
+                    reports.append(values.report)
+        record = provenance("jeep", self, lm, edits, contexts=contexts, moments=moments, sites=sites, seed=seed)
+        return lm.delta(changes, report=_in_a_row(reports), provenance=record)
 
-    def _search(
+    def search(
         self,
         lm: LM,
         edits: Sequence[Edit],
         contexts: Contexts,
-        first: LayerGroup,
-        second: LayerGroup | None,
-        progress: Progress,
+        groups: Sequence[LayerGroup],
+        progress: Progress = silent,
     ) -> Values:
         """Step 1: one delta per group, all of an edit's deltas under one loss (paper, section 5.1)."""
-        search = ValueSearch(
+        settings = ValueSearch(
             steps=self.steps,
             learning_rate=self.learning_rate,
             kl_factor=self.kl_factor,
             threshold=self.min_probability,
         )
-        places = [self._value_site(g) for g in (first, second) if g]
-        return search_values(lm, edits, places, contexts, search, progress=lambda n: progress("values", n, len(edits)))
+        sites = [self._value_site(group) for group in groups]
+        return search_values(lm, edits, sites, contexts, settings, progress=lambda n: progress("values", n, len(edits)))
 
-    def _groups(self) -> tuple[LayerGroup | None, LayerGroup | None]:
+    def groups(self) -> tuple[LayerGroup | None, LayerGroup | None]:
+        """The low and the high group, None where one is left out."""
         measured: TensorName = "block" if self.sites == "block" else "mlp"
         high_measured: TensorName = "attn" if self.high_module == "attn" else measured
         low = LayerGroup(self.low, "subject_last", measured, self.low_spread, self.low_moment_weight)
@@ -218,9 +215,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _both(first: Sequence[EditReport], second: Sequence[EditReport]) -> tuple[EditReport, ...]:
-    """The report of two searches in a row: where the second ended, with the steps of both."""
+def _in_a_row(reports: Sequence[Sequence[EditReport]]) -> tuple[EditReport, ...]:
+    """One report of searches in a row: where the last one ended, with the steps of all."""
     return tuple(
-        EditReport(b.id, b.probability, a.steps + b.steps, b.stopped, {**a.detail, **b.detail})
-        for a, b in zip(first, second, strict=True)
+        replace(runs[-1], steps=sum(r.steps for r in runs), detail={k: v for r in runs for k, v in r.detail.items()})
+        for runs in zip(*reports, strict=True)
     )
