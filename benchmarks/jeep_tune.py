@@ -1,6 +1,6 @@
 """Sweep JEEP's settings on a small model: values are optimised once per layers and clamps, weights on C swept on top.
 
-    python benchmarks/jeep_tune.py --model demo:gptj --cases 200 --low 2,3,4 --high 5,6 \
+    python -m benchmarks.jeep_tune --model demo:gptj --cases 200 --low 2,3,4 --high 5,6 \
         --low-clamp 2 4 6 --high-clamp 0.5 1 --low-weight 10 100 --high-weight 10 100
 
 Prints one line per setting, the best last, and writes all of them to --out as JSON lines. For models that are not

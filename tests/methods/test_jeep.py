@@ -130,6 +130,13 @@ def test_clean_block_targets_undo_step_two_and_joint_ones_do_not(tiny, edits):
     assert not torch.allclose(values.target(1, "joint"), values.target(1), rtol=1e-3)
 
 
+def test_block_sites_behind_a_post_norm_fall_back_to_the_mlp_output(tiny, edit):
+    lm = tiny("olmo2")
+    with pytest.warns(RetconWarning, match="norm stands between"):
+        a = propose(lm, [edit], sites="block")
+    same(lm, a, propose(lm, [edit], high_target="joint"))
+
+
 def test_stop_reasons_agree_with_the_probability(tiny, edits):
     lm = tiny("llama")
     for r in propose(lm, edits, steps=40, low_clamp=50.0, high_clamp=50.0, min_probability=0.2).report:

@@ -5,6 +5,7 @@ enrichment, read at the subject's last token i'), stars for the high group (prob
 prediction position i*). Departures from the paper and from the released code: docs/methods/jeep.md.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from retcon.delta import Change, Delta, EditReport
 from retcon.edits import Edit, check_edits
-from retcon.errors import InvalidSetting
+from retcon.errors import InvalidSetting, RetconWarning
 from retcon.lm.model import LM
 from retcon.lm.trace import Point, TensorName
 from retcon.memory.contexts import Contexts, sample_contexts
@@ -117,6 +118,10 @@ class Jeep:
             InvalidSetting: a layer the model does not have.
             NonFinite: a loss, a key or a change is NaN or infinite.
         """
+        if self.sites == "block" and lm.layout.mlp_post_norm:
+            return self._on_mlp_output(lm).propose(
+                lm, edits, contexts=contexts, moments=moments, state=state, seed=seed, progress=progress
+            )
         check_edits(edits)
         self._check_layers(lm)
         low, high = self.groups()
@@ -194,6 +199,16 @@ class Jeep:
             )
         tensor: TensorName = "attn" if self.sites == "release" else group.measured
         return ValueSite(Point(group.layers[-1], tensor), "prediction", self.high_clamp, self.high_weight_decay)
+
+    def _on_mlp_output(self, lm: LM) -> "Jeep":
+        """Behind a post-norm no write can bring the block's output to a wanted value, so the MLP's output stands in."""
+        warnings.warn(
+            f"jeep: sites='block' on {lm.model.config.model_type!r}, where a norm stands between the MLP and the "
+            "block's output; using sites='mlp' with the same high target",
+            RetconWarning,
+            stacklevel=3,
+        )
+        return replace(self, sites="mlp", high_target=self._high_target)
 
     @property
     def _high_target(self) -> Literal["clean", "joint"]:

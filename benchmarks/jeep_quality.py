@@ -1,0 +1,107 @@
+"""JEEP's quality at several batch sizes, or its ablations (the paper's Table 4), as Markdown tables.
+
+    python -m benchmarks.jeep_quality --model demo:gptj --n 20 100 500
+    python -m benchmarks.jeep_quality --model demo:gptj --n 100 --ablations
+    python -m benchmarks.jeep_quality --model PATH --data FILE --corpus text.txt --start 1000 --n 50 1000
+
+Settings are the model's preset; `--set field=value` overrides. All edits of a row are made in one batch; ES, GS, LS are
+CounterFact's comparison of probabilities with 95 % intervals over cases, Score's interval is a bootstrap by subject.
+"""
+
+import argparse
+import time
+import tomllib
+from typing import Any
+
+import retcon
+from benchmarks.common import cases_of, machine, moments_of
+from retcon.edits import Case
+from retcon.evaluation import Evaluation, evaluate
+from retcon.lm.model import LM
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import Moments
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "JEEP": {},
+    "w/o δ′ and Step 2": {"low": ()},
+    "w/o δ* and Step 3": {"high": ()},
+    "w/o Step 2": {"write_low": False},
+    "w/o Step 3": {"write_high": False},
+    "separate optimisation": {"joint_optimisation": False},
+    "even spread in Step 2": {"low_spread": "even"},
+    "attention out-projection in Step 3": {"high_module": "attn"},
+    '`high_target="joint"`': {"high_target": "joint"},
+    '`sites="release"`': {"sites": "release"},
+    '`sites="block"`': {"sites": "block"},
+}
+
+
+def measure(
+    lm: LM, cases: list[Case], pre: Evaluation, contexts: Contexts, moments: Moments, settings: dict[str, Any]
+) -> str:
+    """One row's cells: Score, ES, GS, LS, generated exact match on paraphrases, reached, seconds per edit."""
+    method = retcon.method("jeep", for_model=lm, **settings)
+    edits = [case.edits[0] for case in cases]
+    for kind in ("down_proj", "o_proj") if settings.get("high_module") == "attn" else ("down_proj",):
+        moments.prepare(lm, [lm.site(layer, kind) for layer in (*method.low, *method.high)])  # type: ignore[attr-defined]
+    started = time.perf_counter()
+    delta = method.propose(lm, edits, contexts=contexts, moments=moments)
+    seconds = (time.perf_counter() - started) / len(edits)
+    summary = evaluate(lm, cases, delta=delta, pre=pre, stops=("\n", ".")).summary()
+    cells = [cell(summary[name].post) for name in ("Score", "ES", "GS", "LS")]
+    cells += [cell(summary["GS", "gen.em"].post)]
+    reached = sum(r.stopped == "reached" for r in delta.report) / len(delta.report)
+    return " | ".join([*cells, f"{100 * reached:.0f} %", f"{seconds:.2f}"])
+
+
+def cell(estimate: Any) -> str:
+    """A percentage with its interval."""
+    if estimate is None or estimate.value is None:
+        return "-"
+    value, interval = 100 * estimate.value, estimate.interval
+    if interval is None:
+        return f"{value:.1f}"
+    if interval.kind == "ci.boot":
+        return f"{value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    return f"{value:.1f} ± {100 * interval.half_width:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo:gptj")
+    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
+    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
+    parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--n", type=int, nargs="+", default=[100])
+    parser.add_argument("--ablations", action="store_true", help="the rows of the paper's Table 4")
+    parser.add_argument("--only", nargs="+", help="some of the ablations, by the start of their names")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting, as TOML")
+    args = parser.parse_args()
+
+    lm = retcon.load(args.model)
+    overrides = tomllib.loads("\n".join(args.set))
+    contexts = retcon.sample_contexts(lm, seed=args.seed)
+    moments = moments_of(lm, args.corpus)
+    print(f"{args.model}, seed {args.seed}; {machine()}\n")
+    print(
+        "| n | row | Score | ES | GS | LS | GS, generated | reached | s/edit |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    for n in args.n:
+        cases = cases_of(args.data, args.start, n, args.seed)
+        pre = evaluate(lm, cases, stops=("\n", "."))
+        before = pre.summary()
+        cells = [cell(before[name].pre) for name in ("Score", "ES", "GS", "LS")] + [cell(before["GS", "gen.em"].pre)]
+        print(f"| {n} | unedited | {' | '.join(cells)} | | |", flush=True)
+        rows = ABLATIONS if args.ablations else {"JEEP": {}}
+        for name, settings in rows.items():
+            if args.only and not any(name.startswith(start) for start in args.only):
+                continue
+            print(
+                f"| {n} | {name} | {measure(lm, cases, pre, contexts, moments, {**overrides, **settings})} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
