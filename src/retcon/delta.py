@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -24,6 +25,7 @@ from retcon.errors import DeltaMismatch, MalformedFile, NonFinite
 from retcon.files import write_atomically
 
 FORMAT = "retcon-delta-1"
+_BLOCK = 2**24  # values of a low-rank product written out at a time
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Change:
             DeltaMismatch: it does not; the message gives both shapes.
             NonFinite: a value is NaN or infinite.
         """
+        if not self.values().is_floating_point():
+            raise DeltaMismatch(f"{self.kind} change: its values must be floating, found {self.values().dtype}")
         for name, tensor in self.tensors().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise NonFinite(f"{self.kind} change: {name} holds NaN or infinity; the edit that made it went wrong")
@@ -99,7 +103,8 @@ def _index_fits(index: Tensor, limit: int, what: str) -> None:
     if index.dim() != 1 or index.dtype != torch.long:
         raise DeltaMismatch(f"{what} index must be a vector of int64, found {tuple(index.shape)} {index.dtype}")
     if len(index) and (int(index.min()) < 0 or int(index.max()) >= limit):
-        raise DeltaMismatch(f"{what} index runs to {int(index.max())}, the parameter has {limit}")
+        found = f"{int(index.min())} to {int(index.max())}"
+        raise DeltaMismatch(f"{what} index runs from {found}, the parameter has 0 to {limit - 1}")
     if len(index.unique()) != len(index):
         raise DeltaMismatch(f"{what} index names the same place twice")
 
@@ -118,16 +123,14 @@ class LowRank(Change):
     def add_to(self, total: Tensor) -> None:
         part = self.part_of(total)
         left, right = self.left.to(part.device, part.dtype), self.right.to(part.device, part.dtype)
-        rows = max(1, 2**24 // max(1, part.shape[1]))  # row blocks: the product never stands whole beside the sum
+        rows = max(1, _BLOCK // max(1, part.shape[1]))  # the product never stands whole beside the sum
         for first in range(0, len(part), rows):
             part[first : first + rows] += left[first : first + rows] @ right
 
     def _check(self, shape: torch.Size) -> None:
-        found = (self.left.shape[0], self.right.shape[-1])
-        if self.left.dim() != 2 or self.right.dim() != 2 or self.left.shape[1] != self.right.shape[0] or found != shape:
-            raise DeltaMismatch(
-                f"low-rank factors {tuple(self.left.shape)} x {tuple(self.right.shape)} do not give {tuple(shape)}"
-            )
+        left, right = tuple(self.left.shape), tuple(self.right.shape)
+        if not (len(left) == len(right) == 2 and left[1] == right[0] and (left[0], right[1]) == tuple(shape)):
+            raise DeltaMismatch(f"low-rank factors {left} x {right} do not give {tuple(shape)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +149,7 @@ class Rows(Change):
         part.index_add_(0, self.index.to(part.device), self.rows.to(part.device, part.dtype))
 
     def _check(self, shape: torch.Size) -> None:
-        if len(shape) != 2 or self.rows.shape != (len(self.index), shape[1]):
+        if len(shape) != 2 or self.rows.shape != (self.index.numel(), shape[1]):
             raise DeltaMismatch(f"rows of shape {tuple(self.rows.shape)} do not fit a parameter of {tuple(shape)}")
         _index_fits(self.index, shape[0], "row")
 
@@ -167,7 +170,7 @@ class Columns(Change):
         part.index_add_(1, self.index.to(part.device), self.columns.to(part.device, part.dtype))
 
     def _check(self, shape: torch.Size) -> None:
-        if len(shape) != 2 or self.columns.shape != (shape[0], len(self.index)):
+        if len(shape) != 2 or self.columns.shape != (shape[0], self.index.numel()):
             raise DeltaMismatch(
                 f"columns of shape {tuple(self.columns.shape)} do not fit a parameter of {tuple(shape)}"
             )
@@ -317,9 +320,9 @@ class Delta:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file; a crash leaves the old file or the new, never a part."""
-        tensors = {f"change/{name}": t.detach().cpu().contiguous() for name, t in self._change_tensors()}
-        tensors |= {f"state/{name}": t.detach().cpu().contiguous() for name, t in (self.state or {}).items()}
-        record = {
+        tensors = {f"change/{name}": t for name, t in self._change_tensors()}
+        tensors = _for_file(tensors | {f"state/{name}": t for name, t in (self.state or {}).items()})
+        record: dict[str, Any] = {
             "format": FORMAT,
             "id": self.id,
             "base": self.base,
@@ -329,14 +332,15 @@ class Delta:
             "has_state": self.state is not None,
             "provenance": dict(self.provenance),
         }
-        write_atomically(path, save(tensors, metadata={"retcon": json.dumps(record, ensure_ascii=False)}))
+        record["check"] = _checksum(record, tensors)
+        write_atomically(path, save(tensors, metadata={"retcon": json.dumps(record)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Delta":
         """Read a delta as `save` wrote it.
 
         Raises:
-            MalformedFile: not a safetensors file, not a delta, or its content does not match its recorded id.
+            MalformedFile: not a safetensors file, not a delta, or its content does not match what its record says.
         """
         if not Path(path).is_file():
             raise MalformedFile(f"{path}: no such file")
@@ -347,6 +351,8 @@ class Delta:
             record = json.loads(metadata["retcon"])
             if record["format"] != FORMAT:
                 raise MalformedFile(f"{path}: delta format {record['format']!r}, this version reads {FORMAT!r}")
+            if record.pop("check") != _checksum(record, tensors):
+                raise MalformedFile(f"{path}: damaged; its content does not match its checksum")
             delta = cls(
                 changes=_changes_from(tensors),
                 base=record["base"],
@@ -372,8 +378,10 @@ class Delta:
             transposed: parameters stored (in, out), as GPT-2's; `lm.transposed_parameters()` lists them.
 
         Raises:
-            DeltaMismatch: a change is not low-rank (PEFT adapters hold nothing else).
+            DeltaMismatch: a change is not low-rank (PEFT adapters hold nothing else), or there is none.
         """
+        if not self.changes:
+            raise DeltaMismatch(f"delta {self.id} changes nothing; PEFT has no adapter without a module")
         factors: dict[str, Tensor] = {}
         ranks: dict[str, int] = {}
         for name, changes in self.changes.items():
@@ -385,21 +393,21 @@ class Delta:
             b, a = (right.T, left.T) if name in transposed else (left, right)
             module = name.removesuffix(".weight")
             ranks[module] = left.shape[1]
-            factors[f"base_model.model.{module}.lora_A.weight"] = a.cpu().contiguous()
-            factors[f"base_model.model.{module}.lora_B.weight"] = b.cpu().contiguous()
+            factors[f"base_model.model.{module}.lora_A.weight"] = a
+            factors[f"base_model.model.{module}.lora_B.weight"] = b
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "r": max(ranks.values(), default=1),
-            "lora_alpha": max(ranks.values(), default=1),
-            "rank_pattern": {f"^{m}": r for m, r in ranks.items()},
-            "alpha_pattern": {f"^{m}": r for m, r in ranks.items()},
+            "r": max(ranks.values()),
+            "lora_alpha": max(ranks.values()),
+            "rank_pattern": {f"^{re.escape(m)}": r for m, r in ranks.items()},
+            "alpha_pattern": {f"^{re.escape(m)}": r for m, r in ranks.items()},
             "target_modules": sorted(ranks),
             "fan_in_fan_out": bool(transposed),
             "bias": "none",
             "inference_mode": True,
         }
-        write_atomically(Path(directory) / "adapter_model.safetensors", save(factors))
+        write_atomically(Path(directory) / "adapter_model.safetensors", save(_for_file(factors)))
         write_atomically(Path(directory) / "adapter_config.json", json.dumps(config, indent=2).encode())
 
 
@@ -429,21 +437,36 @@ def _norm(changes: Sequence[Change]) -> float:
         left = torch.cat([c.left for c in changes if isinstance(c, LowRank)], dim=1)
         right = torch.cat([c.right for c in changes if isinstance(c, LowRank)], dim=0)
         return _norm([LowRank(left=left, right=right)])
-    shape = _shape_bound(changes)
-    total = torch.zeros(shape, dtype=torch.float64)
+    if all(isinstance(c, Entries) and c.region is None for c in changes):
+        places = torch.cat([c.index.cpu() for c in changes if isinstance(c, Entries)])
+        values = torch.cat([c.values().cpu().double() for c in changes])
+        where, inverse = places.unique(return_inverse=True)
+        return float(torch.zeros(len(where), dtype=torch.float64).index_add_(0, inverse, values).norm())
+    total = torch.zeros(_extent_of_all(changes), dtype=torch.float64)
     for change in changes:
         change.add_to(total)
     return float(total.norm())
 
 
-def _shape_bound(changes: Sequence[Change]) -> tuple[int, ...]:
-    """A shape large enough for all the changes of one parameter, where at least one of them tells it."""
-    for change in changes:
-        if change.region is None and isinstance(change, Dense):
-            return tuple(change.full.shape)
-        if change.region is None and isinstance(change, LowRank):
-            return change.left.shape[0], change.right.shape[1]
-    raise DeltaMismatch("the parameter's shape is not known from its changes; use delta.dense(name, shape).norm()")
+def _extent_of_all(changes: Sequence[Change]) -> tuple[int, ...]:
+    """The smallest shape that holds all the changes of one parameter; beyond it they are zero."""
+    extents = [_extent(c) for c in changes if not isinstance(c, Entries)]
+    known = any(c.region is None and isinstance(c, LowRank | Dense) for c in changes)
+    if len(extents) < len(changes) and not known:  # entries are counted through the whole shape
+        raise DeltaMismatch("the parameter's shape is not known from its changes; use delta.dense(name, shape).norm()")
+    return tuple(map(max, zip(*extents, strict=True)))
+
+
+def _extent(change: Change) -> list[int]:
+    if isinstance(change, LowRank):
+        extent = [change.left.shape[0], change.right.shape[1]]
+    else:
+        extent = list(change.values().shape)
+    if isinstance(change, Rows | Columns):
+        extent[0 if isinstance(change, Rows) else 1] = int(change.index.max()) + 1 if len(change.index) else 0
+    if change.region is not None:
+        extent[change.region.axis] = change.region.stop
+    return extent
 
 
 def _rank_bound(changes: Sequence[Change]) -> int | None:
@@ -455,6 +478,26 @@ def _rank_bound(changes: Sequence[Change]) -> int | None:
     if any(c.kind not in ranks for c in changes):
         return None
     return sum(ranks[c.kind](c) for c in changes)
+
+
+def _for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors wants them: on the CPU, contiguous, no two in the same memory."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        found[name] = own.clone() if own.untyped_storage().data_ptr() in taken else own
+        taken.add(own.untyped_storage().data_ptr())
+    return found
+
+
+def _checksum(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Over the whole file, where the id leaves out state, report and provenance."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)}".encode())
+        digest.update(as_bytes(tensors[name]))
+    return digest.hexdigest()
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

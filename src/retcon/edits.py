@@ -9,15 +9,16 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import MISSING, asdict, dataclass, field
+from typing import Any, Literal, TypeVar, get_args
 
-from retcon.errors import ConflictingEdits, InvalidEdit, MalformedFile
+from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, MalformedFile
 from retcon.files import read_json_rows, require, write_atomically
 
 MARKER = "{}"
 """Where the subject goes in a prompt template."""
 
+_Kind = TypeVar("_Kind", "Edit", "Query", "Case")
 ConflictRule = Literal["error", "drop", "last", "keep"]
 
 
@@ -26,7 +27,7 @@ class Edit:
     """One fact to write: after `prompt` about `subject`, the model shall say `target_new`.
 
     Raises:
-        InvalidEdit: a field is empty or not text, or the prompt holds more than one `{}`.
+        InvalidEdit: a field is empty or not text, the prompt holds more than one `{}`, or one beside `subject_start`.
     """
 
     prompt: str
@@ -45,10 +46,7 @@ class Edit:
     """Character where the subject starts in a prompt without marker, if it is not its first occurrence."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "subject", "target_new"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                raise InvalidEdit(f"{self._named()}: {name} must be text, found {type(value).__name__} ({value!r})")
+        _check_texts(self, self._named(), ("id", "prompt", "subject", "target_new"), ("target_true", "relation_id"))
         for name in ("target_new", "subject"):
             object.__setattr__(self, name, getattr(self, name).strip())
         if isinstance(self.target_true, str):
@@ -61,6 +59,12 @@ class Edit:
             raise InvalidEdit(f"{self._named()}: target_new is empty; give the answer the model shall say")
         if (markers := self.prompt.count(MARKER)) > 1:
             raise InvalidEdit(f"{self._named()}: {markers} markers '{{}}' in the prompt, expected one: {self.prompt!r}")
+        if self.subject_start is not None:
+            start = self.subject_start
+            if not isinstance(start, int) or isinstance(start, bool) or start < 0:
+                raise InvalidEdit(f"{self._named()}: subject_start must be a character's index from 0, found {start!r}")
+            if markers:
+                raise InvalidEdit(f"{self._named()}: '{{}}' says where the subject stands; leave subject_start out")
         if not self.id:
             text = "\x1f".join((self.prompt, self.subject, self.target_new))
             object.__setattr__(self, "id", hashlib.sha256(text.encode()).hexdigest()[:12])
@@ -101,8 +105,9 @@ class Edit:
         """
         span = self.subject_span
         if span is None:
+            at = "" if self.subject_start is None else f" at character {self.subject_start}"
             raise InvalidEdit(
-                f"{self._named()}: subject {self.subject!r} does not occur in the prompt {self.prompt!r}; "
+                f"{self._named()}: subject {self.subject!r} does not occur in the prompt {self.prompt!r}{at}; "
                 "put '{}' where the subject stands, or give the subject as the prompt spells it"
             )
         return span
@@ -110,7 +115,11 @@ class Edit:
 
 @dataclass(frozen=True)
 class Query:
-    """One thing to measure (the evaluation spec calls it a probe; here "probe" means a diagnostic)."""
+    """One thing to measure (the evaluation spec calls it a probe; here "probe" means a diagnostic).
+
+    Raises:
+        InvalidEdit: a field is not text, the prompt is empty, or `answers` is not a sequence of sequences of texts.
+    """
 
     id: str
     """Stable inside its case: `axis/index`."""
@@ -127,10 +136,28 @@ class Query:
     answers_mode: Literal["any", "all"] = "any"
     """`any`: one alias of one answer is enough; `all`: one alias of every answer."""
 
+    def __post_init__(self) -> None:
+        named = f"query {self.id!r}"
+        _check_texts(self, named, ("id", "axis", "prompt"), ("target", "contrast"))
+        if not self.prompt.strip():
+            raise InvalidEdit(f"{named}: the prompt is empty; give the text up to the answer")
+        answers = self.answers
+        if not _is_sequence(answers) or not all(_is_sequence(aliases) for aliases in answers):
+            raise InvalidEdit(f"{named}: answers must be a list of answers, each a list of aliases; found {answers!r}")
+        if odd := [alias for aliases in answers for alias in aliases if not isinstance(alias, str)]:
+            raise InvalidEdit(f"{named}: answers must be text, found {type(odd[0]).__name__} ({odd[0]!r})")
+        object.__setattr__(self, "answers", tuple(map(tuple, answers)))
+        if self.answers_mode not in ("any", "all"):
+            raise InvalidEdit(f"{named}: answers_mode must be 'any' or 'all', found {self.answers_mode!r}")
+
 
 @dataclass(frozen=True)
 class Case:
-    """Edits and the queries that measure them."""
+    """Edits and the queries that measure them.
+
+    Raises:
+        InvalidEdit: the id is not text, or two queries share theirs.
+    """
 
     id: str
     edits: tuple[Edit, ...]
@@ -138,6 +165,32 @@ class Case:
     dataset: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Relation, row index, flags the loader raised, and whatever else the file held."""
+
+    def __post_init__(self) -> None:
+        _check_texts(self, f"case {self.id!r}", ("id", "dataset"), ())
+        object.__setattr__(self, "edits", tuple(self.edits))
+        object.__setattr__(self, "queries", tuple(self.queries))
+        ids = [query.id for query in self.queries]
+        if len(set(ids)) < len(ids):
+            twice = next(i for i in ids if ids.count(i) > 1)
+            raise InvalidEdit(f"case {self.id!r}: two queries share the id {twice!r}; ids must be unique within a case")
+
+
+def _check_texts(item: object, named: str, needed: Iterable[str], optional: Iterable[str]) -> None:
+    for name in (*needed, *optional):
+        value = getattr(item, name)
+        if value is None and name in optional:
+            continue
+        if not isinstance(value, str):
+            raise InvalidEdit(f"{named}: {name} must be text, found {type(value).__name__} ({value!r})")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidEdit(f"{named}: {name} holds half a surrogate pair, which is no text ({value!r})") from None
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 # --- conflicts and duplicates ------------------------------------------------------------------------------------
@@ -169,7 +222,10 @@ def resolve_conflicts(edits: Sequence[Edit], rule: ConflictRule = "error") -> li
 
     Raises:
         ConflictingEdits: rule is `error` and two edits contradict each other.
+        InvalidSetting: no such rule.
     """
+    if rule not in get_args(ConflictRule):
+        raise InvalidSetting(f"unknown conflict rule {rule!r}; known: {', '.join(get_args(ConflictRule))}")
     groups = conflicts(edits)
     if rule == "keep" or not groups:
         return list(edits)
@@ -180,8 +236,6 @@ def resolve_conflicts(edits: Sequence[Edit], rule: ConflictRule = "error") -> li
             f"{first.target_new!r} and {second.target_new!r} (question {same_question(first)[1]!r}); "
             f"{len(groups)} such group(s). Take one out, or load with conflicts='drop' or 'last'."
         )
-    if rule not in ("drop", "last"):
-        raise InvalidEdit(f"unknown conflict rule {rule!r}; known: error, drop, last, keep")
     keep = {same_question(g[0]): _nfc((g[0] if rule == "drop" else g[-1]).target_new) for g in groups}
     return [e for e in edits if keep.get(same_question(e), _nfc(e.target_new)) == _nfc(e.target_new)]
 
@@ -217,24 +271,36 @@ def _nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def _nfd(text: str) -> str:
+    return unicodedata.normalize("NFD", text)
+
+
 def _fold(text: str) -> str:
     return " ".join(_nfc(text).casefold().split())
 
 
 def _find(text: str, subject: str) -> tuple[int, int] | None:
-    """First occurrence of `subject` in `text`: exactly, as NFC, case-folded; (start, end) in `text` as it stands."""
+    """First occurrence of `subject` in `text`: exactly, as NFC, case-folded; (start, end) in `text` as it stands.
+
+    Forms are compared decomposed, which tells the same strings apart as NFC does and treats each character with its
+    marks by itself, so that a place in the folded text leads back to one in `text`.
+    """
     start = text.find(subject)
     if start >= 0:
         return start, start + len(subject)
-    for normal in (_nfc, lambda s: _nfc(s).casefold()):
-        wanted = normal(subject)
-        if wanted not in normal(text):
-            continue
-        shortest, longest = max(1, len(subject) // 2), 2 * len(subject) + 2  # decomposed forms are longer
-        for start in range(len(text)):
-            for end in range(start + shortest, min(len(text), start + longest) + 1):
-                if normal(text[start:end]) == wanted:
-                    return start, end
+    starts = [i for i, character in enumerate(text) if i == 0 or not unicodedata.combining(character)]
+    for fold in (_nfd, lambda part: _nfd(_nfd(part).casefold())):
+        wanted, folded = fold(subject), ""
+        place = {}  # in the folded text -> in the text
+        for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+            place[len(folded)] = start
+            folded += fold(text[start:end])
+        place[len(folded)] = len(text)
+        at = folded.find(wanted)
+        while at >= 0:
+            if at in place and at + len(wanted) in place:
+                return place[at], place[at + len(wanted)]
+            at = folded.find(wanted, at + 1)
     return None
 
 
@@ -247,14 +313,7 @@ def read_edits(path: str | os.PathLike[str]) -> list[Edit]:
     Raises:
         MalformedFile: names file, row and field; nothing is returned half read.
     """
-    edits = []
-    for row, record in read_json_rows(path):
-        known = list(Edit.__dataclass_fields__)
-        unknown = sorted(set(record) - set(known))
-        if unknown:
-            raise MalformedFile(f"{path}, row {row}: unknown field(s) {', '.join(unknown)}; known: {', '.join(known)}")
-        edits.append(_edit_from(record, f"{path}, row {row}"))
-    return edits
+    return [_made(Edit, record, f"{path}, row {row}") for row, record in read_json_rows(path)]
 
 
 def write_edits(path: str | os.PathLike[str], edits: Iterable[Edit]) -> None:
@@ -268,46 +327,59 @@ def read_cases(path: str | os.PathLike[str]) -> list[Case]:
     Raises:
         MalformedFile: names file, row and field.
     """
-    cases = []
-    for row, record in read_json_rows(path):
-        where = f"{path}, row {row}"
-        edits = tuple(_edit_from(e, f"{where}, edits") for e in require(record, "edits", list, where))
-        queries = tuple(_query_from(q, f"{where}, queries") for q in require(record, "queries", list, where))
-        meta = record.get("meta") or {}
-        cases.append(Case(str(require(record, "id", str, where)), edits, queries, record.get("dataset", ""), meta))
-    return cases
+    return [case_from(record, f"{path}, row {row}") for row, record in read_json_rows(path)]
+
+
+def case_from(record: Mapping[str, Any], where: str) -> Case:
+    """A case from one object of a cases file.
+
+    Raises:
+        MalformedFile: `where` names file and row; the message adds the field.
+    """
+    edits = enumerate(require(record, "edits", list, where))
+    queries = enumerate(require(record, "queries", list, where))
+    parts = {
+        "edits": [_made(Edit, item, f"{where}, edits[{place}]") for place, item in edits],
+        "queries": [_made(Query, item, f"{where}, queries[{place}]") for place, item in queries],
+    }
+    if "meta" in record:
+        require(record, "meta", dict, where)
+    return _made(Case, {**record, **parts}, where)
 
 
 def write_cases(path: str | os.PathLike[str], cases: Iterable[Case]) -> None:
-    """Write cases as JSON lines."""
-    _write_lines(path, (_without_none(asdict(c)) for c in cases))
+    """Write cases as JSON lines, fields of edits and queries that are None left out."""
+    _write_lines(path, map(_case_record, cases))
 
 
-def _edit_from(record: Mapping[str, Any], where: str) -> Edit:
-    for name in ("prompt", "subject", "target_new"):
-        require(record, name, str, where)
+def _case_record(case: Case) -> dict[str, Any]:
+    return {
+        "id": case.id,
+        "edits": [_without_none(asdict(edit)) for edit in case.edits],
+        "queries": [_without_none(asdict(query)) for query in case.queries],
+        "dataset": case.dataset,
+        "meta": dict(case.meta),
+    }
+
+
+def _without_none(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if value is not None}
+
+
+def _made(kind: type[_Kind], record: Any, where: str) -> _Kind:
+    """An `Edit`, `Query` or `Case` from its fields."""
+    if not isinstance(record, dict):
+        raise MalformedFile(f"{where}: expected an object, found {type(record).__name__}")
+    for name, declared in kind.__dataclass_fields__.items():
+        if declared.default is MISSING and declared.default_factory is MISSING:
+            require(record, name, object, where)
+    if unknown := sorted(set(record) - set(kind.__dataclass_fields__)):
+        known = ", ".join(kind.__dataclass_fields__)
+        raise MalformedFile(f"{where}: unknown field(s) {', '.join(unknown)}; known: {known}")
     try:
-        return Edit(**record)
-    except (InvalidEdit, TypeError) as error:
+        return kind(**record)
+    except InvalidEdit as error:
         raise MalformedFile(f"{where}: {error}") from None
-
-
-def _query_from(record: Mapping[str, Any], where: str) -> Query:
-    for name in ("id", "axis", "prompt"):
-        require(record, name, str, where)
-    answers = tuple(tuple(aliases) for aliases in record.get("answers", ()))
-    try:
-        return Query(**{**record, "answers": answers})
-    except TypeError as error:
-        raise MalformedFile(f"{where}: {error}") from None
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list | tuple):
-        return [_without_none(v) for v in value]
-    return value
 
 
 def _write_lines(path: str | os.PathLike[str], records: Iterable[Any]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ def read_json_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, An
             try:
                 rows.append((number, json.loads(line)))
             except json.JSONDecodeError as error:
+                if _is_json(text):
+                    raise MalformedFile(f"{path}: holds one value, expected a list or one object per line") from None
                 raise MalformedFile(f"{path}, row {number}: not valid JSON ({error.msg})") from None
     for number, record in rows:
         if not isinstance(record, dict):
@@ -46,6 +48,14 @@ def read_json_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, An
     if not rows:
         raise MalformedFile(f"{path}: holds no rows; expected a JSON list or JSON lines of objects")
     return rows
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def require(record: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
@@ -66,16 +76,16 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` so that a crash at any point leaves the old file or the new one, never a part."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = target.parent / f".{target.name[:100]}.{secrets.token_hex(8)}"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask, as open() would
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

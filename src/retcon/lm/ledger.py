@@ -37,7 +37,8 @@ class _Touched:
 class Snapshot:
     """The ledger before a delta, as far as that delta will change it."""
 
-    log: tuple[Delta, ...]
+    log: tuple[str, ...]
+    """Ids of the deltas below."""
     touched: dict[str, _Touched | None]
     """The records of the delta's parameters, sums copied; None where nothing touched it."""
 
@@ -47,16 +48,18 @@ class Ledger:
 
     def __init__(self, parameter: Callable[[str], Tensor]) -> None:
         self._parameter = parameter
-        self._log: list[Delta] = []
+        self._log: dict[str, Delta] = {}  # by id, in order of application
         self._touched: dict[str, _Touched] = {}
         self.suspended = False
 
     @property
     def live(self) -> tuple[Delta, ...]:
         """Deltas in force, in order of application; those that a later live delta supersedes are left out."""
-        replaced = {i for delta in self._log for i in delta.supersedes}
-        return tuple(d for d in self._log if d.id not in replaced)
+        replaced = {i for delta in self._log.values() for i in delta.supersedes}
+        return tuple(d for i, d in self._log.items() if i not in replaced)
 
+    @torch.inference_mode(False)  # what is made here and in _add is updated in place later, in whatever mode
+    @torch.no_grad()
     def snapshot(self, delta: Delta) -> Snapshot:
         """What `pop` needs to take `delta`, pushed next, off again without replaying the rest."""
         known = {name: self._touched.get(name) for name in delta.changes}
@@ -70,22 +73,21 @@ class Ledger:
             DeltaNotLive: it is applied already, it supersedes one that is not live, or the ledger is suspended.
         """
         self._refuse_while_off()
-        if delta in self._log:
+        if delta.id in self._log:
             raise DeltaNotLive(f"delta {delta.id} is applied already; revert it first")
-        if missing := set(delta.supersedes) - {d.id for d in self.live}:
+        if delta.supersedes and (missing := set(delta.supersedes) - {d.id for d in self.live}):
             raise DeltaNotLive(f"delta {delta.id} supersedes {', '.join(sorted(missing))}, which is not live")
+        touches = self._reach(delta)
+        self._log[delta.id] = delta
         try:
             if delta.supersedes:
-                self._log.append(delta)
-                self._replay({n for d in self._log for n in d.changes})
+                self._replay(touches)
             else:
                 for name, changes in delta.changes.items():
                     self._add(name, changes)
-                self._log.append(delta)
         except BaseException:
-            if delta in self._log:
-                self._log.remove(delta)
-            self._replay(set(delta.changes) | {n for d in self._log for n in d.changes if delta.supersedes})
+            del self._log[delta.id]
+            self._replay(touches)
             raise
 
     def pop(self, delta: Delta, before: Snapshot) -> None:
@@ -93,13 +95,13 @@ class Ledger:
 
         Nothing is left to do where the scope's own body has taken it off already.
         """
-        if delta not in self._log:
+        if delta.id not in self._log:
             return
         self._refuse_while_off()
-        if delta.supersedes or tuple(self._log) != (*before.log, delta):
+        if delta.supersedes or tuple(self._log) != (*before.log, delta.id):
             self._take_out(delta)
             return
-        self._log.pop()
+        del self._log[delta.id]
         for name, old in before.touched.items():
             self._restore(name)
             if old is not None:
@@ -113,9 +115,8 @@ class Ledger:
             DeltaNotLive: it is not applied, a later delta supersedes it, or the ledger is suspended.
         """
         self._refuse_while_off()
-        if delta not in self._log:
-            raise self._not_applied(delta.id)
-        later = next((d for d in self._log if delta.id in d.supersedes), None)
+        self.find(delta.id)
+        later = next((d for d in self._log.values() if delta.id in d.supersedes), None)
         if later is not None:  # or what `delta` superseded would come back beside `later`
             raise DeltaNotLive(f"delta {delta.id} is superseded by {later.id}; revert that one first")
         self._take_out(delta)
@@ -136,14 +137,9 @@ class Ledger:
         Raises:
             DeltaNotLive: there is none.
         """
-        found = next((d for d in self._log if d.id == delta_id), None)
-        if found is None:
-            raise self._not_applied(delta_id)
-        return found
-
-    def _not_applied(self, delta_id: str) -> DeltaNotLive:
-        known = ", ".join(d.id for d in self._log) or "none"
-        return DeltaNotLive(f"delta {delta_id} is not applied; applied: {known}")
+        if delta_id not in self._log:
+            raise DeltaNotLive(f"delta {delta_id} is not applied; applied: {', '.join(self._log) or 'none'}")
+        return self._log[delta_id]
 
     def _refuse_while_off(self) -> None:
         if self.suspended:
@@ -152,11 +148,13 @@ class Ledger:
             )
 
     def _take_out(self, delta: Delta) -> None:
-        names = set(delta.changes)
-        if delta.supersedes:
-            names |= {n for d in self._log if d.id in delta.supersedes for n in d.changes}
-        self._log.remove(delta)
-        self._replay(names)
+        touches = self._reach(delta)
+        del self._log[delta.id]
+        self._replay(touches)
+
+    def _reach(self, delta: Delta) -> set[str]:
+        """Parameters that change when `delta` comes or goes: its own, and those of what it supersedes."""
+        return set(delta.changes).union(*(self._log[i].changes for i in delta.supersedes if i in self._log))
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -198,6 +196,8 @@ class Ledger:
             if changes:
                 self._add(name, changes)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _add(self, name: str, changes: Sequence[Change]) -> None:
         touched = self._cover(name, changes)
         for change in changes:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from retcon import world
 from retcon.errors import UnsupportedModel
@@ -14,6 +15,7 @@ from retcon.lm.layouts import Layout
 from retcon.lm.model import LM
 
 DEMO = "demo:"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def load(
@@ -48,21 +50,26 @@ def load(
     target = torch.device(device) if device is not None else _best_device()
     if dtype is None:
         dtype = "auto" if target.type != "cpu" or device_map is not None else torch.float32
-    elif isinstance(dtype, str) and dtype != "auto":
+    elif dtype != "auto":
         dtype = _dtype(dtype)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         with quietly():
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 place,
                 dtype=dtype,
                 device_map=device_map,
                 use_safetensors=None if allow_bin else True,
+                output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UnsupportedModel(f"cannot load {name!r}: {_reason(error, place, allow_bin)}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers makes them up, at random
+        raise UnsupportedModel(
+            f"cannot load {name!r}: the checkpoint lacks {len(missing)} of the model's weights ({missing[0]}, ...)"
+        )
     if device_map is None:
         model = model.to(target)
     model.eval()
@@ -92,11 +99,11 @@ def _best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise UnsupportedModel(f"unknown dtype {name!r}; known: float32, bfloat16, float16, float64, auto")
-    return found
+def _dtype(asked: str | torch.dtype) -> torch.dtype:
+    name = str(asked).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UnsupportedModel(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}, auto")
+    return getattr(torch, name)
 
 
 def _reason(error: Exception, place: str, allow_bin: bool) -> str:
@@ -105,4 +112,6 @@ def _reason(error: Exception, place: str, allow_bin: bool) -> str:
         if list(Path(place).glob("*.bin")):
             return "it holds pickled .bin weights only; convert them to safetensors, or pass allow_bin=True"
         return "the directory holds no safetensors weights"
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other shapes than its config.json says"
     return text.splitlines()[0] if text else type(error).__name__

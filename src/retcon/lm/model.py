@@ -90,6 +90,8 @@ class LM:
         self._fingerprint: str | None = None
         for kind in ("down_proj", "o_proj"):
             self.site(0, kind)  # a layout that does not fit fails here, not in an edit
+        for name in ("embedding", "final_norm", "head"):
+            _find(model, getattr(self.layout, name), name)
 
     def __repr__(self) -> str:
         live = f", {len(self.live)} live deltas" if self.live else ""
@@ -128,12 +130,7 @@ class LM:
         if entry is None:
             raise UnsupportedModel(f"{self.model.config.model_type} has no {kind}")
         path = self.layout.block.format(layer) + "." + (entry.module if isinstance(entry, Fused) else entry)
-        try:
-            module = self.model.get_submodule(path)
-        except AttributeError:
-            raise UnsupportedModel(
-                f"the layout places {kind} at {path!r}, but the model has no such module; check the layout's paths"
-            ) from None
+        module = _find(self.model, path, kind)
         transposed = self.layout.stored == "in,out"
         if transposed != _is_conv1d(module):
             raise UnsupportedModel(
@@ -192,7 +189,7 @@ class LM:
             NonFinite: it holds NaN or infinity.
             DeltaNotLive: it is applied already.
         """
-        self._check_fits(delta, other_base, stacklevel=3)
+        self._check_fits(delta, other_base)
         self._ledger.push(delta)
 
     def revert(self, delta: Delta | str) -> None:
@@ -215,7 +212,7 @@ class LM:
         entered = []
         try:
             for delta in deltas:
-                self._check_fits(delta, other_base, stacklevel=4)
+                self._check_fits(delta, other_base)
                 before = self._ledger.snapshot(delta)
                 self._ledger.push(delta)
                 entered.append((delta, before))
@@ -257,7 +254,7 @@ class LM:
         if name in self.not_editable:
             raise NotEditable(f"{name} cannot be edited: {self.not_editable[name]}")
 
-    def _check_fits(self, delta: Delta, other_base: bool, *, stacklevel: int) -> None:
+    def _check_fits(self, delta: Delta, other_base: bool) -> None:
         for name, changes in delta.changes.items():
             weight = self.parameter(name)
             self.check_editable(name)
@@ -279,7 +276,7 @@ class LM:
                 f"delta {delta.id} was proposed on top of [{', '.join(delta.parents) or 'the base'}] and is applied on "
                 f"top of [{', '.join(found) or 'the base'}]; its effect may differ from what its report says",
                 RetconWarning,
-                stacklevel=stacklevel,
+                stacklevel=3,
             )
 
     # --- running -------------------------------------------------------------------------------------------------
@@ -392,6 +389,15 @@ def _refuse_wrapped(model: Any) -> None:
         raise UnsupportedModel(
             f"{model.config.model_type!r} is an encoder-decoder model; retcon edits decoder-only ones"
         )
+
+
+def _find(model: Any, path: str, what: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise UnsupportedModel(
+            f"the layout places {what} at {path!r}, but the model has no such module; check the layout's paths"
+        ) from None
 
 
 def _count_blocks(model: Any, layout: Layout) -> int:

@@ -1,8 +1,8 @@
 """Text to token rows: the one place where prompts and targets are tokenised, positions found and rows padded.
 
-Prompt and target are tokenised together and split by character offsets (locate-then-edit spec 1.4, evaluation spec
-2.1); token positions are found by character offsets (spec 1.5). Rows are padded on the right, whatever the tokenizer
-says, and nothing is ever found by comparing ids with a pad id.
+Prompt and target are tokenised together and split where the prompt's own tokens end (locate-then-edit spec 1.4,
+evaluation spec 2.1); token positions are found by character offsets (spec 1.5). Rows are padded on the right, whatever
+the tokenizer says, and nothing is ever found by comparing ids with a pad id.
 """
 
 import warnings
@@ -109,10 +109,9 @@ def encode(
     target = target.strip()
     if not target:
         raise InvalidEdit(f"the target behind {prompt!r} is empty; give the answer the model shall say")
-    joint_ids, joint_offsets = _encode_with_offsets(tokenizer, prompt + separator + target)
-    n_prompt = sum(end <= len(prompt) for _, end in joint_offsets)
-    merged = joint_ids[:n_prompt] != prompt_ids or any(end <= len(prompt) for _, end in joint_offsets[n_prompt:])
-    target_ids = _target_alone(tokenizer, target, separator) if merged else joint_ids[n_prompt:]
+    joint_ids, _ = _encode_with_offsets(tokenizer, prompt + separator + target)
+    merged = joint_ids[: len(prompt_ids)] != prompt_ids
+    target_ids = _target_alone(tokenizer, target, separator) if merged else joint_ids[len(prompt_ids) :]
     if not target_ids:
         raise InvalidEdit(f"the target {target!r} gives no token in this vocabulary")
     return Row(tuple(prompt_ids) + tuple(target_ids), len(prompt_ids), subject_last, merged)
@@ -161,7 +160,7 @@ def _encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tup
             "load the fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
         )
     encoded = tokenizer(
-        text,
+        text or "a",
         add_special_tokens=True,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
@@ -172,10 +171,10 @@ def _encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tup
     )
     ids, offsets, special = encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"]
     n = len(ids)
-    while n and special[n - 1] and offsets[n - 1] == (0, 0):
+    if not text:  # the special tokens in front of any text are all there is
+        n = special.index(0) if 0 in special else 0
+    while text and n and special[n - 1] and offsets[n - 1] == (0, 0):
         n -= 1
-    if n == 0 and not text:  # an empty prompt: the BOS token is all there is
-        n = len(ids)
     return list(ids[:n]), [(0, 0) if s else tuple(o) for o, s in zip(offsets[:n], special[:n], strict=True)]
 
 

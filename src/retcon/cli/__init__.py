@@ -1,0 +1,77 @@
+"""The command line: one file per verb, each of which imports what is heavy only when it runs.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Results go to stdout; progress, warnings and errors to
+stderr. With `--json`, stdout holds exactly one JSON object, and nothing at all where the verb failed.
+"""
+
+from typing import Annotated
+
+import typer
+
+import retcon
+from retcon.cli import apply, complete, demo, edit, methods, moments
+from retcon.cli.shell import Verbs, examples
+
+app = typer.Typer(
+    cls=Verbs,
+    name="retcon",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples(
+        "retcon demo", 'retcon complete demo:gptj "Geneva lies within the borders of"', "retcon edit --help"
+    ),
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"retcon {retcon.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _retcon(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Change what a language model knows: precisely, fast, and so that it can be undone."""
+
+
+app.command(
+    epilog=examples("retcon demo", "retcon demo --model both --edits 100", "retcon demo --json > demo.json"),
+)(demo.demo)
+app.command(
+    epilog=examples(
+        "retcon edit demo:gptj edits.jsonl --out edits.safetensors",
+        "retcon edit ./gpt-j-6b counterfact.json --limit 100 --out cf.safetensors --evaluate",
+        "retcon edit ./my-model edits.jsonl --out my.safetensors --corpus text.txt --set 'low=[3,4]'",
+    )
+)(edit.edit)
+app.command(
+    epilog=examples(
+        "retcon apply demo:gptj edits.safetensors --save ./edited",
+        "retcon apply ./my-model first.safetensors second.safetensors --save ./edited --force",
+    )
+)(apply.apply)
+app.command(
+    epilog=examples(
+        'retcon complete demo:gptj "Geneva lies within the borders of"',
+        'retcon complete demo:gptj "Geneva lies within the borders of" --delta d.safetensors',
+    )
+)(complete.complete)
+app.command(epilog=examples("retcon methods", "retcon methods demo:llama", "retcon methods --json"))(methods.methods)
+app.command(
+    epilog=examples(
+        "retcon moments demo:gptj",
+        "retcon moments ./my-model --corpus text.txt --layers 3-8,15,16",
+    )
+)(moments.moments)
+
+
+def main() -> None:
+    """Run the command line; the entry point of `retcon` and of `python -m retcon`."""
+    app(prog_name="retcon")

@@ -1,0 +1,97 @@
+"""`retcon methods`: what there is to edit with."""
+
+import re
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from retcon.cli.settings import resolve
+from retcon.cli.shell import Json, busy, console, emit
+
+if TYPE_CHECKING:
+    from retcon.lm.model import LM
+
+
+def methods(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Also say which preset this model gets. Only its config is read.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the editing methods: what they do, where they come from, and for which models they have settings."""
+    with busy("reading"):
+        from retcon.methods.registry import list_methods
+
+        lm = _without_weights(model) if model else None
+        found = [_described(name, lm) for name in list_methods()]
+    if as_json:
+        emit({"model": model, "methods": found})
+        return
+    out = console()
+    for entry in found:
+        out.print(f"[bold]{entry['name']}[/]  {escape(entry['description'])}")
+        out.print(f"  paper    {escape(entry['paper'] or '-')}")
+        out.print(f"  presets  {', '.join(entry['presets']) or 'none'}", soft_wrap=True)
+        if lm is not None:
+            resolved = resolve(lm, entry["name"])
+            out.print(f"  [green]{escape(lm.name)}[/] gets {escape(resolved.source)}")
+            out.print(resolved.table())
+
+
+def _described(name: str, lm: "LM | None") -> dict[str, Any]:
+    from retcon.methods import registry
+
+    chosen = registry.method_class(name)
+    about = _about(sys.modules[chosen.__module__].__doc__ or "")
+    record: dict[str, Any] = {
+        "name": name,
+        "description": about.description,
+        "paper": about.paper,
+        "presets": [p.name for p in registry.presets(name)],
+    }
+    if lm is not None:
+        resolved = resolve(lm, name)
+        record |= {"preset": resolved.preset and resolved.preset.name, "settings": resolved.settings}
+    return record
+
+
+@dataclass(frozen=True)
+class _About:
+    description: str
+    paper: str | None
+
+
+def _about(docstring: str) -> _About:
+    """What the first line of a method's module says it does, and the paper that its docstring names."""
+    first = docstring.strip().split("\n")[0]
+    paper = re.search(r"^(.*arXiv:[\w.]+)", docstring, re.MULTILINE)
+    return _About(first.partition(": ")[2].rstrip(".") or first, paper[1].rstrip(".") if paper else None)
+
+
+def _without_weights(name: str) -> "LM":
+    """The model's shape and tokenizer, no weights read or downloaded: all that a preset is chosen by."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from retcon import world
+    from retcon.errors import UnsupportedModel
+    from retcon.lm.load import DEMO
+    from retcon.lm.model import LM
+
+    place = str(world.model_path(name.removeprefix(DEMO))) if name.startswith(DEMO) else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        config = AutoConfig.from_pretrained(place)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"cannot read {name!r}: {str(error).strip().splitlines()[0]}") from error
+    return LM(model, tokenizer, name=name)

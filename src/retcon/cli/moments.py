@@ -1,0 +1,156 @@
+"""`retcon moments`: collect the second moments that methods need, ahead of time."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+
+from retcon.cli.shell import (
+    Device,
+    DType,
+    Json,
+    Model,
+    bars,
+    busy,
+    check_exists,
+    console,
+    emit,
+    load_model,
+    seconds,
+    size,
+)
+from retcon.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from retcon.lm.model import LM, Site
+    from retcon.memory.moments import Moments
+
+
+def moments(
+    model: Model,
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Such as 3-8,15,16; those of the model's JEEP settings.", show_default=False),
+    ] = None,
+    module: Annotated[
+        Literal["down_proj", "o_proj"], typer.Option(help="The MLP's or the attention's output matrix.")
+    ] = "down_proj",
+    corpus: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text, or JSON lines with a field text; WikiText-103.", show_default=False),
+    ] = None,
+    tokens_per_dimension: Annotated[
+        int | None, typer.Option(min=1, help="Corpus tokens per key dimension.  [default: 20]", show_default=False)
+    ] = None,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Collect the second moments of a model's keys, all layers in one pass, and keep them in the cache.
+
+    Methods that need them find them there; what they lack they collect themselves.
+    """
+    wanted = None if layers is None else _layers(layers)
+    if corpus is not None:
+        check_exists(corpus)
+    lm = load_model(model, device=device, dtype=dtype)
+    source: Any = moments_for(lm, corpus)
+    if tokens_per_dimension is not None:
+        source = replace(source, tokens_per_dimension=tokens_per_dimension)
+    sites = [lm.site(layer, module) for layer in (_jeep_layers(lm) if wanted is None else wanted)]
+    with busy("looking in the cache"):
+        had = {s: source.stored(lm, s) for s in sites}
+    started = time.perf_counter()
+    n_read = 0
+    with bars() as advance:
+
+        def hear(done: int, total: int) -> None:
+            nonlocal n_read
+            n_read = done
+            advance("corpus tokens", done, total)
+
+        replace(source, progress=hear).prepare(lm, sites)
+    took = time.perf_counter() - started
+    rows = [
+        {
+            "layer": s.layer,
+            "parameter": s.name,
+            "tokens_asked": source.key(lm, s).n_tokens,
+            "dimensions": s.weight.shape[1],
+            "file": str(source.stored(lm, s)),
+            "found": had[s] is not None,
+        }
+        for s in sites
+    ]
+    if as_json:
+        emit({"model": model, "corpus": source.corpus.id, "moments": rows, "tokens_read": n_read, "seconds": took})
+        return
+    out = console()
+    for row in rows:
+        how = "[dim]was there already[/]" if row["found"] else "[green]collected[/]"
+        asked = f"{row['tokens_asked']:,} tokens asked for {row['dimensions']:,} dimensions"
+        out.print(f"layer {row['layer']:>3}  {escape(row['parameter'])}  {asked}  {how}", soft_wrap=True)
+    for file in sorted({row["file"] for row in rows}):
+        out.print(f"[dim]{escape(file)}, {size(Path(file).stat().st_size)}[/]", soft_wrap=True)
+    n_new = sum(not row["found"] for row in rows)
+    done = f"{n_new} collected from {n_read:,} tokens in {seconds(took)}"
+    out.print(done if n_new else "nothing left to collect")
+
+
+def _layers(text: str) -> list[int]:
+    """Layers of a list such as "1,2,5-7"."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise InvalidSetting(f"--layers {text}: expected numbers and ranges, such as 3-8,15,16")
+        found.extend(range(int(first), int(last or first) + 1))
+    if not found:
+        raise InvalidSetting(f"--layers {text}: a range that holds no layer")
+    return sorted(set(found))
+
+
+def _jeep_layers(lm: "LM") -> list[int]:
+    from retcon.methods.registry import method
+
+    jeep: Any = method("jeep", for_model=lm)
+    return [*jeep.low, *jeep.high]
+
+
+# --- for the other verbs -----------------------------------------------------------------------------------------
+
+
+def moments_for(lm: "LM", corpus: Path | None) -> "Moments":
+    """Moments from the corpus named, or the model's default ones."""
+    from retcon.memory.defaults import default_moments
+    from retcon.memory.moments import Corpus, CorpusMoments
+
+    with busy("reading the corpus"):
+        return default_moments(lm) if corpus is None else CorpusMoments(Corpus.from_file(corpus))
+
+
+class TimedMoments:
+    """Moments that know how long they took to prepare, and that show it."""
+
+    def __init__(self, inner: Any, advance: Any) -> None:
+        self.inner: Moments = replace(inner, progress=partial(advance, "corpus tokens"))
+        self.seconds = 0.0
+
+    def prepare(self, lm: "LM", sites: "Sequence[Site]") -> None:
+        started = time.perf_counter()
+        self.inner.prepare(lm, sites)
+        self.seconds += time.perf_counter() - started
+
+    def second_moment(self, lm: "LM", site: "Site") -> "Float[Tensor, 'd_in d_in']":
+        return self.inner.second_moment(lm, site)
+
+    def keys(self, lm: "LM", sites: "Sequence[Site]") -> dict[str, str]:
+        return self.inner.keys(lm, sites)

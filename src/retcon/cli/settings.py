@@ -1,0 +1,150 @@
+"""A method with its settings, as the command line asks for it: a preset, and `--set field=value` over it."""
+
+import difflib
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from retcon.lm.model import LM
+    from retcon.methods.base import Method
+    from retcon.methods.registry import Preset
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A method ready to run, and where its settings come from."""
+
+    name: str
+    method: "Method"
+    preset: "Preset | None"
+    given: frozenset[str]
+    """Settings that were asked for on the command line."""
+
+    @property
+    def source(self) -> str:
+        """Where the settings come from."""
+        if self.preset is None:
+            return "starting points by relative depth, untuned"
+        return f"preset {self.preset.name} ({self.preset.source})"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting of the method."""
+        return {f.name: getattr(self.method, f.name) for f in fields(self.method)}  # type: ignore[arg-type]
+
+    def table(self) -> Table:
+        """All settings, in columns; bold what was asked for, dim what is as by default."""
+        table = Table.grid(padding=(0, 3), pad_edge=False)
+        defaults = {f.name: f.default for f in fields(self.method)}  # type: ignore[arg-type]
+        shown = [self._shown(name, value, defaults[name]) for name, value in self.settings.items()]
+        rows = -(-len(shown) // 3)
+        for row in range(rows):
+            table.add_row(*("  " + text for text in shown[row::rows]))
+        return table
+
+    def _shown(self, name: str, value: Any, default: Any) -> str:
+        text = escape(f"{name} = {_as_toml(value)}")
+        if name in self.given:
+            return f"[bold]{text}[/]"
+        return f"[dim]{text}[/]" if value == default else text
+
+
+def read_settings(name: str, *, dataset: str | None, preset: str | None, assignments: Sequence[str]) -> dict[str, Any]:
+    """What `assignments` (each "field=value") set, with all checked that needs no model.
+
+    Raises:
+        InvalidSetting: an assignment is malformed, its field unknown, or its value of another type than the field.
+        UnknownMethod, UnknownPreset: the message lists what is known.
+    """
+    from retcon.methods import registry
+
+    if preset and dataset:
+        raise InvalidSetting(f"--preset {preset} names its dataset already; leave out --dataset {dataset}")
+    hints = get_type_hints(registry.method_class(name))
+    if preset:
+        registry.preset_named(name, preset)
+    known = {field: hint for field, hint in hints.items() if get_origin(hint) is not ClassVar}
+    return dict(_parse(assignment, known, name) for assignment in assignments)
+
+
+def resolve(
+    lm: "LM",
+    name: str,
+    *,
+    dataset: str | None = None,
+    preset: str | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Resolved:
+    """The method with the model's settings (or the preset's), and those of `given` over them."""
+    from retcon.methods import registry
+
+    given = given or {}
+    found = registry.preset_named(name, preset) if preset else registry.preset_for(name, lm, dataset)
+    method = registry.method(name, for_model=lm, dataset=dataset, preset=preset, **given)
+    return Resolved(name, method, found, frozenset(given))
+
+
+def _parse(assignment: str, hints: Mapping[str, Any], method: str) -> tuple[str, Any]:
+    name, equals, text = (part.strip() for part in assignment.partition("="))
+    if not (name and equals and text):
+        raise InvalidSetting(f"--set {assignment}: expected field=value, such as --set steps=25 or --set 'low=[3,4]'")
+    if name not in hints:
+        close = difflib.get_close_matches(name, hints, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InvalidSetting(f"--set {assignment}: {method} has no such setting{hint} (known: {', '.join(hints)})")
+    value = _value(text)
+    if text.lower() == "none" and _fits(None, hints[name]):
+        return name, None
+    if not _fits(value, hints[name]):
+        raise InvalidSetting(f"--set {assignment}: {method}'s {name} must be {_described(hints[name])}")
+    return name, float(value) if hints[name] is float else value
+
+
+def _value(text: str) -> Any:
+    """`text` as a TOML value; what is none is a string."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin in (tuple, list):
+        return isinstance(value, list | tuple) and all(_fits(v, parts[0]) for v in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _described(hint: Any) -> str:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(_described, parts)))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if origin in (tuple, list):
+        return f"a list of {_described(parts[0]).split()[-1]}s"
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "none"}
+    return names.get(hint, str(hint))
+
+
+def _as_toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value).lower() if isinstance(value, bool | None) else str(value)

@@ -1,0 +1,284 @@
+"""What every verb shares: where it prints, how it reports progress and errors, and how it loads a model."""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from typer.core import TyperGroup
+
+from retcon.errors import (
+    DeltaNotLive,
+    InvalidSetting,
+    MalformedFile,
+    NonFinite,
+    RetconError,
+    RetconWarning,
+    UnsupportedModel,
+)
+
+if TYPE_CHECKING:
+    from retcon.delta import Delta
+    from retcon.lm.model import LM
+
+WIDTH = 100
+"""Columns of output that goes to a file or a pipe."""
+FAILURES = (NonFinite, DeltaNotLive)
+"""Errors that are no fault of the input: exit code 1, all others 2."""
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="demo:gptj, demo:llama, a directory, or a hub id.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one.", show_default=False)
+]
+DType = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE", help="float32, bfloat16, ...; float32 on a CPU, as stored on a GPU.", show_default=False
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
+
+
+# --- printing ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def console(*, stderr: bool = False) -> Console:
+    """The terminal, as wide as it is; files and pipes are `WIDTH` wide. Numbers in texts are not coloured."""
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, highlight=False, width=WIDTH)
+
+
+def emit(record: Mapping[str, Any]) -> None:
+    """Print one JSON object; NaN and infinity, which JSON does not have, become null."""
+    typer.echo(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def examples(*commands: str) -> str:
+    """The end of a verb's help; blank lines between, for typer joins adjacent lines."""
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"  {escape(c)}" for c in commands)])
+
+
+def program() -> str:
+    """What to type to run this program again from here."""
+    if shutil.which("retcon"):
+        return "retcon"
+    called = Path(sys.argv[0])
+    if called.name == "retcon" and called.is_file():
+        return shlex.quote(_from_here(called))
+    return f"{shlex.quote(_from_here(Path(sys.executable)))} -m retcon"
+
+
+def _from_here(path: Path) -> str:
+    """The path as it is typed in the current directory; links, such as a virtual environment's, are not followed."""
+    whole = path.absolute()
+    return f".{os.sep}{whole.relative_to(Path.cwd())}" if whole.is_relative_to(Path.cwd()) else str(whole)
+
+
+def size(n_bytes: float) -> str:
+    """A number of bytes for reading."""
+    for unit in ("B", "kB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} GB"
+
+
+def count(n: int, what: str) -> str:
+    """A number of things for reading."""
+    return f"{n:,} {what}" + "s" * (n != 1)
+
+
+def seconds(value: float) -> str:
+    """A duration for reading."""
+    return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
+
+
+# --- progress ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per stage, on stderr, gone when done; nothing where stderr is no terminal."""
+    shown = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console(stderr=True),
+        transient=True,
+        disable=not console(stderr=True).is_terminal,
+    )
+    tasks: dict[str, Any] = {}
+
+    def advance(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = shown.add_task(stage, total=total)
+        shown.update(tasks[stage], completed=done, total=total)
+
+    with shown:
+        yield advance
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A spinner for a stage whose length is not known."""
+    shown = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=console(stderr=True),
+        transient=True,
+        disable=not console(stderr=True).is_terminal,
+    )
+    with shown:
+        shown.add_task(escape(what), total=None)
+        yield
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+class Verbs(TyperGroup):
+    """The verbs' group: turns what goes wrong in any of them into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", RetconWarning)
+            warnings.showwarning = _shown_once(warnings.showwarning)
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                raise _failed("interrupted", 130) from None
+            except RetconError as error:
+                raise _failed(str(error), 1 if isinstance(error, FAILURES) else 2) from None
+            except BrokenPipeError:  # `retcon ... | head`: typer ends quietly
+                raise
+            except OSError as error:
+                raise _failed(str(error), 1) from None
+            except RuntimeError as error:
+                if type(error).__name__ != "OutOfMemoryError":
+                    raise
+                reason = str(error).split(". ")[0]
+                raise _failed(f"{reason}. Try a narrower --dtype (bfloat16), or --device cpu.", 1) from None
+
+
+def _failed(message: str, code: int) -> typer.Exit:
+    _say("error", "red", message)
+    return typer.Exit(code)
+
+
+def _say(kind: str, colour: str, message: str) -> None:
+    line = " ".join(message.split("\n"))
+    console(stderr=True).print(f"[bold {colour}]{kind}:[/] [{colour}]{escape(line)}[/]", soft_wrap=True)
+
+
+def _shown_once(others: Callable[..., None]) -> Callable[..., None]:
+    """A `warnings.showwarning` that prints each of our warnings once, as one line, and leaves the rest to `others`."""
+    seen: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, RetconWarning):
+            others(message, category, *place, **more)
+        elif str(message) not in seen:
+            seen.add(str(message))
+            _say("warning", "yellow", str(message))
+
+    return show
+
+
+# --- models, deltas, places --------------------------------------------------------------------------------------
+
+
+def load_model(name: str, *, device: str | None = None, dtype: str | None = None) -> "LM":
+    """`retcon.load`, with a spinner and a checked device."""
+    with busy(f"loading {name}"):
+        import retcon
+
+        _check_path(name)
+        _check_device(device)
+        return retcon.load(name, device=device, dtype=dtype)
+
+
+def _check_path(name: str) -> None:
+    """Refuse what can only be a path, and leads nowhere, before the hub is asked for it in vain.
+
+    Raises:
+        UnsupportedModel: there is no such directory.
+    """
+    looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name
+    if looks_like_path and not name.startswith("demo:") and not Path(name).is_dir():
+        raise UnsupportedModel(f"cannot load {name!r}: no such directory")
+
+
+def _check_device(name: str | None) -> None:
+    import torch
+
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidSetting(f"unknown device {name!r}; try cpu, cuda or cuda:0") from None
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise InvalidSetting(f"device {name!r} asked for, but torch sees {found or 'no'} GPU(s) on this machine")
+
+
+def load_deltas(paths: Sequence[Path]) -> list["Delta"]:
+    """Deltas from files, in that order."""
+    from retcon.delta import Delta
+
+    return [Delta.load(path) for path in paths]
+
+
+def dtype_for(deltas: Sequence["Delta"], asked: str | None) -> str | None:
+    """The dtype to load a model in: as asked, else the one the deltas were made in (they fit no other)."""
+    made = {d.provenance.get("dtype") for d in deltas}
+    return asked or (made.pop() if len(made) == 1 else None)
+
+
+def check_can_write(path: Path) -> None:
+    """Whether a file can be written there: better known before hours of work than after.
+
+    Raises:
+        InvalidSetting: it is a directory, or it cannot be made there.
+    """
+    if path.is_dir():
+        raise InvalidSetting(f"{path} is a directory; give the name of a file to write")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InvalidSetting(f"cannot write {path}: {parent} is not a directory that may be written to")
+
+
+def check_exists(path: Path) -> None:
+    """Whether an input file is there: better known before a model is loaded than after.
+
+    Raises:
+        MalformedFile: it is not.
+    """
+    if not path.is_file():
+        raise MalformedFile(f"{path}: " + ("is a directory, expected a file" if path.is_dir() else "no such file"))

@@ -1,0 +1,40 @@
+"""Measuring what an edit changed and what it left alone.
+
+`evaluate(lm, cases, delta=delta)` scores every query of the cases on the model without and with the delta and gives an
+`Evaluation`: tidy records, and a summary with an interval per number. `load` reads the datasets.
+"""
+
+from retcon.evaluation.datasets import (
+    LoadReport,
+    contaminated,
+    load,
+    load_cases,
+    load_counterfact,
+    load_zsre,
+)
+from retcon.evaluation.intervals import Interval, ci_boot, ci_case, ci_seed
+from retcon.evaluation.measure import evaluate
+from retcon.evaluation.results import Estimate, Evaluation, Line, Record, Summary
+from retcon.evaluation.score import Item, TokenScore, score
+
+__all__ = [
+    "Estimate",
+    "Evaluation",
+    "Interval",
+    "Item",
+    "Line",
+    "LoadReport",
+    "Record",
+    "Summary",
+    "TokenScore",
+    "ci_boot",
+    "ci_case",
+    "ci_seed",
+    "contaminated",
+    "evaluate",
+    "load",
+    "load_cases",
+    "load_counterfact",
+    "load_zsre",
+    "score",
+]

@@ -1,0 +1,114 @@
+"""95 % intervals of a mean over cases, each saying which kind it is.
+
+Published tables mix kinds, so an interval never travels without its name: `ci.case` (normal, over cases; ROME, MEMIT),
+`ci.boot` (bootstrap of subjects; right where cases share a subject, and for scores made of several means), `ci.seed`
+(Student's t over runs).
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+N_RESAMPLES = 2000
+"""Bootstrap resamples behind a `ci.boot`."""
+
+_T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)  # degrees of freedom 1 to 9
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval, in the unit of the values it was made from."""
+
+    kind: str
+    """`ci.case`, `ci.boot` or `ci.seed`."""
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+def ci_case(values: Sequence[float]) -> Interval | None:
+    """mean ± 1.96 s / sqrt(N) over cases, s the population standard deviation, N the cases used (ROME, MEMIT).
+
+    None without values. Not clipped to the range of the values.
+    """
+    if not values:
+        return None
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((v - mean) ** 2 for v in values) / len(values)
+    half = 1.96 * math.sqrt(variance / len(values))
+    return Interval("ci.case", mean - half, mean + half)
+
+
+def ci_seed(values: Sequence[float]) -> Interval | None:
+    """mean ± t s / sqrt(k) over the values of k runs, t with k - 1 degrees of freedom; None for fewer than two runs."""
+    k = len(values)
+    if k < 2:
+        return None
+    mean = math.fsum(values) / k
+    s = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (k - 1))
+    half = _t_975(k - 1) * s / math.sqrt(k)
+    return Interval("ci.seed", mean - half, mean + half)
+
+
+def ci_boot(
+    values: Float[Tensor, "cases metrics"],
+    clusters: Sequence[Hashable],
+    statistic: Callable[[Float[Tensor, "resamples metrics"]], Float[Tensor, "resamples scores"]] = lambda means: means,
+    *,
+    seed: int = 0,
+    n_resamples: int = N_RESAMPLES,
+) -> list[Interval | None]:
+    """Percentile bootstrap: whole clusters (subjects) are drawn with replacement, all metrics from the same draw.
+
+    Args:
+        values: value of each metric in each case, NaN where the case does not have it.
+        clusters: what cases are drawn by, one per case.
+        statistic: from the metrics' means to what the intervals are for; the means themselves by default.
+        seed: of a generator of its own; the global one is left alone.
+
+    Returns:
+        One interval per column of the statistic; None where no resample gave a number.
+    """
+    if not len(values):
+        width = statistic(torch.zeros(1, values.shape[1], dtype=torch.float64)).shape[1]
+        return [None] * width
+    numbers: dict[Hashable, int] = {}
+    of_case = torch.tensor([numbers.setdefault(c, len(numbers)) for c in clusters])
+    known = ~values.isnan()
+    shape = (len(numbers), values.shape[1])
+    sums = torch.zeros(shape, dtype=torch.float64).index_add_(0, of_case, values.double().nan_to_num(0.0))
+    counts = torch.zeros(shape, dtype=torch.float64).index_add_(0, of_case, known.double())
+
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    chunk = max(1, 4_000_000 // len(numbers))  # resamples at a time: bounds the weights at 32 MB
+    for done in range(0, n_resamples, chunk):
+        size = (min(chunk, n_resamples - done), len(numbers))
+        drawn = torch.randint(len(numbers), size, generator=generator)
+        weights = torch.zeros(size, dtype=torch.float64)
+        weights.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand(size))
+        means.append((weights @ sums) / (weights @ counts))
+    results = statistic(torch.cat(means))
+    quantiles = torch.nanquantile(results, torch.tensor([0.025, 0.975], dtype=results.dtype), dim=0)
+    return [None if math.isnan(low) else Interval("ci.boot", low, high) for low, high in quantiles.T.tolist()]
+
+
+def _t_975(dof: int) -> float:
+    """The 97.5 % quantile of Student's t; from 10 degrees of freedom on by its expansion about the normal's.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5; good to four digits there.
+    """
+    if dof <= len(_T_975):
+        return _T_975[dof - 1]
+    z = 1.959964
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / dof + second / dof**2 + third / dof**3

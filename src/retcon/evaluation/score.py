@@ -1,0 +1,180 @@
+"""Teacher-forced scoring: how likely a model finds given targets behind given prompts.
+
+All teacher-forced metrics come from `score`; they are then pure functions of its results (metrics.py). Rows are padded
+on the right, one forward pass per batch, and the head is applied only where a target token is predicted.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from retcon.lm.model import LM
+from retcon.lm.prompts import Row, buckets, encode, pad
+
+MAX_BATCH_TOKENS = 4096
+"""Padded tokens per forward pass."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One target to score behind one prompt; one separator goes between them (`retcon.lm.prompts.encode`)."""
+
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """What the model made of one target, token by token, each given the gold tokens before it.
+
+    Tuples have one entry per target token (at least one).
+    """
+
+    logp: tuple[float, ...]
+    """Natural log-probability of the gold token, from float32 logits."""
+    pred: tuple[int, ...]
+    """The model's own choice (argmax id, the first of equals)."""
+    target: tuple[int, ...]
+    """The gold ids."""
+    boundary_merge: bool = False
+    """Prompt and target had to be tokenised apart (see `Row.boundary_merge`)."""
+
+    @cached_property
+    def nll_sum(self) -> float:
+        """Negative log-probability of the whole target, in nats, summed in float64."""
+        return -math.fsum(self.logp)
+
+    @property
+    def nll_mean(self) -> float:
+        """`nll_sum` per token: minus the log of the geometric mean token probability."""
+        return self.nll_sum / len(self.logp)
+
+    @property
+    def tok_acc(self) -> float:
+        """Share of target tokens that are the model's own choice."""
+        return sum(p == t for p, t in zip(self.pred, self.target, strict=True)) / len(self.target)
+
+    @property
+    def all_correct(self) -> bool:
+        """Every target token is the model's own choice: greedy decoding would give the target."""
+        return self.pred == self.target
+
+    @property
+    def first_correct(self) -> bool:
+        """The first target token is; it alone is free of the gold prefix."""
+        return self.pred[0] == self.target[0]
+
+    @property
+    def finite(self) -> bool:
+        """No NaN or infinity among the log-probabilities."""
+        return all(map(math.isfinite, self.logp))
+
+
+def score(
+    lm: LM, items: Sequence[Item], *, max_batch_tokens: int = MAX_BATCH_TOKENS, separator: str = " "
+) -> list[TokenScore]:
+    """Score every item, in the order given; one by one or batched gives the same up to rounding.
+
+    Args:
+        max_batch_tokens: padded tokens per forward pass; halved when memory runs out.
+        separator: what stands between prompt and target; "" for scripts without spaces.
+
+    Raises:
+        InvalidEdit: a prompt or target is empty or gives no token.
+        torch.OutOfMemoryError: a single row does not fit.
+    """
+    rows = [encode(lm.tokenizer, item.prompt, item.target, separator=separator) for item in items]
+    return score_rows(lm, rows, max_batch_tokens=max_batch_tokens)
+
+
+def score_rows(
+    lm: LM,
+    rows: Sequence[Row],
+    *,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[TokenScore]:
+    """`score` for rows already tokenised, each with at least one target token.
+
+    Args:
+        on_progress: called after every batch with the inputs done and the inputs in all.
+    """
+    inputs, carrier = _fewest_inputs([row.ids[:-1] for row in rows])  # the last token predicts nothing we want
+    carried: list[list[int]] = [[] for _ in inputs]
+    for i, host in enumerate(carrier):
+        carried[host].append(i)
+
+    results: dict[int, TokenScore] = {}
+    limit, done = max_batch_tokens, 0
+    todo = _longest_first(range(len(inputs)), inputs, limit)
+    with lm.borrowed(), torch.inference_mode():
+        while todo:
+            group = todo.popleft()
+            try:
+                results.update(_score_batch(lm, rows, [inputs[h] for h in group], [carried[h] for h in group]))
+            except torch.OutOfMemoryError:
+                if len(group) == 1:
+                    raise
+                limit = len(group) * max(len(inputs[h]) for h in group) // 2
+                todo = _longest_first([*group, *(h for g in todo for h in g)], inputs, limit)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            done += len(group)
+            if on_progress is not None:
+                on_progress(done, len(inputs))
+    return [results[i] for i in range(len(rows))]
+
+
+def _score_batch(
+    lm: LM, rows: Sequence[Row], inputs: Sequence[tuple[int, ...]], carried: Sequence[Sequence[int]]
+) -> dict[int, TokenScore]:
+    """Scores of `rows[i]` for all i in `carried`; `carried[r]` are those whose input is a prefix of `inputs[r]`."""
+    places: dict[tuple[int, int], int] = {}  # (row of the batch, position) -> row of the logits
+    wanted: list[int] = []
+    gold: list[int] = []
+    for r, members in enumerate(carried):
+        for i in members:
+            for position, token in enumerate(rows[i].target_ids, start=rows[i].prediction):
+                wanted.append(places.setdefault((r, position), len(places)))
+                gold.append(token)
+
+    at = torch.tensor(list(places), device=lm.device)  # (n, 2)
+    batch = pad([Row(ids, len(ids)) for ids in inputs], lm.device)
+    logits = lm.logits_at(batch, at[:, 0], at[:, 1])
+    parts = [(c.float().logsumexp(-1), c.argmax(-1)) for c in logits.split(256)]  # bounds the float32 copy
+    log_z, best = (torch.cat(column) for column in zip(*parts, strict=True))
+    index = torch.tensor(wanted, device=logits.device)
+    logp = (logits[index, torch.tensor(gold, device=logits.device)].float() - log_z[index]).tolist()
+    pred = best[index].tolist()
+
+    results, start = {}, 0
+    for i in (i for members in carried for i in members):
+        part = slice(start, start := start + len(rows[i].target_ids))
+        results[i] = TokenScore(tuple(logp[part]), tuple(pred[part]), rows[i].target_ids, rows[i].boundary_merge)
+    return results
+
+
+def _fewest_inputs(inputs: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The fewest rows of which every given one is a prefix, and which of them carries each.
+
+    Attention is causal, so a prefix of a row is computed with the row: a prompt asked with two one-token targets is run
+    once. In descending order an extension comes just before its prefixes.
+    """
+    hosts: list[tuple[int, ...]] = []
+    carrier = {}
+    for ids in sorted(set(inputs), reverse=True):
+        if not hosts or hosts[-1][: len(ids)] != ids:
+            hosts.append(ids)
+        carrier[ids] = len(hosts) - 1
+    return hosts, [carrier[ids] for ids in inputs]
+
+
+def _longest_first(which: Sequence[int], inputs: Sequence[tuple[int, ...]], limit: int) -> deque[list[int]]:
+    """Batches of inputs alike in length, the longest first, so that memory runs out early or not at all."""
+    groups = buckets([len(inputs[h]) for h in which], limit)
+    return deque([which[k] for k in group] for group in reversed(groups))

@@ -1,0 +1,75 @@
+"""The command line in this process, on tiny random models in files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from retcon.cli import app
+from tests.conftest import tiny_model, tokenizer
+
+ROWS = [
+    {"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome", "target_true": "Paris", "id": "fr"},
+    {"prompt": "The mother tongue of {} is", "subject": "Danielle Darrieux", "target_new": "Italian", "id": "dd"},
+]
+"""Edits that the tiny models' tokenizer can spell."""
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two checkpoints, `gptj` and `llama`."""
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("gptj", "llama"):
+        tiny_model(family, torch.float32).save_pretrained(folder / family)
+        tokenizer("gpt").save_pretrained(folder / family)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory of a test: links to the models, a corpus, a file of edits, an empty cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
+    for family in ("gptj", "llama"):
+        (tmp_path / family).symlink_to(models / family)
+    text = [f"The capital of France is Paris, and {i} of {i * i} trains go home by way of Łódź." for i in range(60)]
+    (tmp_path / "corpus.txt").write_text("\n\n".join(text))
+    write_rows(tmp_path / "edits.jsonl", ROWS)
+    return tmp_path
+
+
+@pytest.fixture
+def cli(here: Path) -> Callable[..., Any]:
+    """cli("complete", ..., code=0) -> result with stdout and stderr; a traceback fails the test."""
+
+    def run(*arguments: str, code: int = 0) -> Any:
+        result = CliRunner().invoke(app, arguments)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
+
+
+@pytest.fixture
+def delta(cli: Callable[..., Any]) -> Path:
+    """A delta made for the `gptj` checkpoint."""
+    cli(*EDIT)
+    return Path("delta.safetensors")
+
+
+EDIT = (
+    *("edit", "gptj", "edits.jsonl", "--out", "delta.safetensors", "--corpus", "corpus.txt"),
+    *("--set", "steps=4", "--set", "low=[0, 1]"),
+)
+"""A quick edit in `here`."""
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,117 @@
+"""`retcon apply`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import retcon
+from retcon.delta import Delta
+
+
+def test_saves_a_checkpoint_that_transformers_loads(cli: Callable[..., Any], delta: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cli("apply", "gptj", str(delta), "--save", "edited")
+    lm, change = retcon.load("gptj"), Delta.load(delta)
+    lm.apply(change)
+    saved = AutoModelForCausalLM.from_pretrained("edited", dtype=torch.float32).state_dict()
+    wanted = lm.model.state_dict()
+    assert saved.keys() == wanted.keys()
+    assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
+    assert AutoTokenizer.from_pretrained("edited")("Łódź").input_ids == lm.tokenizer("Łódź").input_ids
+    assert cli("complete", "edited", "The capital of France is").stdout == (
+        cli("complete", "gptj", "The capital of France is", "--delta", str(delta)).stdout
+    )
+
+
+def test_records_what_is_in_it(cli: Callable[..., Any], delta: Path) -> None:
+    result = cli("apply", "gptj", str(delta), "--save", "edited", "--json")
+    record, change = json.loads(Path("edited/retcon.json").read_text()), Delta.load(delta)
+    assert record["base"] == {"model": "gptj", "fingerprint": change.base, "dtype": "float32"}
+    assert [d["id"] for d in record["deltas"]] == [change.id]
+    assert record["deltas"][0]["file"] == "delta.safetensors"
+    assert json.loads(result.stdout).items() >= record.items()
+
+
+def test_weights_may_be_read_by_others(cli: Callable[..., Any], delta: Path) -> None:
+    cli("apply", "gptj", str(delta), "--save", "edited")
+    assert all(f.stat().st_mode & 0o044 == 0o044 for f in Path("edited").iterdir())
+
+
+def test_several_deltas_in_order(cli: Callable[..., Any], delta: Path) -> None:
+    from tests.cli.conftest import EDIT
+
+    cli(*EDIT, "--seed", "5", "--out", "second.safetensors")
+    result = cli("apply", "gptj", str(delta), "second.safetensors", "--save", "edited")
+    names = [d["file"] for d in json.loads(Path("edited/retcon.json").read_text())["deltas"]]
+    assert names == ["delta.safetensors", "second.safetensors"]
+    assert "was proposed on top of [the base]" in result.stderr
+
+
+def test_an_existing_directory_is_replaced_by_force_only(cli: Callable[..., Any], delta: Path) -> None:
+    cli("apply", "gptj", str(delta), "--save", "edited")
+    Path("edited/stale").touch()
+    assert "not empty" in cli("apply", "gptj", str(delta), "--save", "edited", code=2).stderr
+    assert Path("edited/stale").exists()
+    cli("apply", "gptj", str(delta), "--save", "edited", "--force")
+    assert not Path("edited/stale").exists()
+    Path("empty").mkdir()
+    cli("apply", "gptj", str(delta), "--save", "empty")
+
+
+def test_force_takes_nothing_that_is_no_checkpoint(cli: Callable[..., Any], delta: Path, here: Path) -> None:
+    message = cli("apply", "gptj", str(delta), "--save", str(here), "--force", code=2).stderr
+    assert "holds no checkpoint" in message
+    assert delta.exists()
+    message = cli("apply", "gptj", str(delta), "--save", "gptj", "--force", code=2).stderr
+    assert "is the model itself" in message
+    assert "is a file" in cli("apply", "gptj", str(delta), "--save", str(delta), code=2).stderr
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failure_leaves_what_was_there(
+    error: BaseException, existing: bool, cli: Callable[..., Any], delta: Path, here: Path, monkeypatch: Any
+) -> None:
+    if existing:
+        cli("apply", "gptj", str(delta), "--save", "edited")
+        Path("edited/mine").touch()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("retcon.cli.apply._sync", fail)
+    before = sorted(here.rglob("*"))
+    cli("apply", "gptj", str(delta), "--save", "edited", "--force", code=1 if isinstance(error, OSError) else 130)
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_wrong_base_is_refused(cli: Callable[..., Any], delta: Path) -> None:
+    assert "llama" in cli("apply", "llama", str(delta), "--save", "edited", code=2).stderr
+    cli("apply", "gptj", str(delta), "--save", "edited")
+    refused = cli("apply", "edited", str(delta), "--save", "twice", code=2).stderr
+    assert f"delta {Delta.load(delta).id} was made for gptj" in refused
+    assert not Path("twice").exists()
+    cli("apply", "edited", str(delta), "--save", "twice", "--other-base")
+
+
+def test_damaged_and_missing_deltas(cli: Callable[..., Any], delta: Path) -> None:
+    assert "no such file" in cli("apply", "gptj", "none.safetensors", "--save", "edited", code=2).stderr
+    delta.write_bytes(delta.read_bytes()[:-9])
+    assert "not a readable safetensors file" in cli("apply", "gptj", str(delta), "--save", "edited", code=2).stderr
+    message = cli("apply", "gptj", "gptj/model.safetensors", "--save", "edited", code=2).stderr
+    assert "not a retcon delta" in message
+
+
+def test_a_delta_made_in_another_dtype_says_in_which(cli: Callable[..., Any]) -> None:
+    from tests.cli.conftest import EDIT
+
+    cli(*EDIT, "--dtype", "bfloat16")
+    record = json.loads(cli("apply", "gptj", "delta.safetensors", "--save", "edited", "--json").stdout)
+    assert record["base"]["dtype"] == "bfloat16"
+    refused = cli("complete", "gptj", "I", "--delta", "delta.safetensors", "--dtype", "float32", code=2).stderr
+    assert "in float32" in refused

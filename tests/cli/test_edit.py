@@ -1,0 +1,170 @@
+"""`retcon edit`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retcon.delta import Delta
+from retcon.edits import Case, Edit, Query, write_cases
+from tests.cli.conftest import EDIT, ROWS, write_rows
+
+
+def test_shows_settings_report_norms_and_file(cli: Callable[..., Any]) -> None:
+    out = cli(*EDIT).stdout
+    delta = Delta.load("delta.safetensors")
+    assert "starting points by relative depth" in out
+    assert "steps = 4" in out
+    assert "low = [0, 1]" in out
+    assert "high_clamp = 0.25" in out
+    assert out.index("steps = 4") < out.index("Danielle Darrieux")
+    assert "of 2 reached" in out
+    assert all(name in out for name in delta.changes)
+    assert f"delta {delta.id}" in out
+    assert delta.provenance["settings"]["steps"] == 4
+    assert delta.provenance["settings"]["low"] == [0, 1]
+    assert [r.id for r in delta.report] == ["fr", "dd"]
+
+
+def test_warns_that_the_model_has_no_preset(cli: Callable[..., Any]) -> None:
+    assert cli(*EDIT).stderr.count("warning: no jeep preset") == 1
+
+
+def test_json_is_one_object(cli: Callable[..., Any]) -> None:
+    result = cli(*EDIT, "--json", "--evaluate")
+    record = json.loads(result.stdout)
+    delta = Delta.load("delta.safetensors")
+    assert record["delta"]["id"] == delta.id
+    assert record["base"] == delta.base
+    assert record["preset"] is None
+    assert record["settings"]["steps"] == 4
+    assert [r["id"] for r in record["report"]] == ["fr", "dd"]
+    assert record["norms"] == delta.norms()
+    assert set(record["seconds"]) == {"load", "moments", "edit", "evaluate"}
+    assert record["evaluation"]["n_cases"] == 2
+    assert "settings" in result.stderr
+
+
+def test_the_same_seed_gives_the_same_delta(cli: Callable[..., Any]) -> None:
+    ids = [json.loads(cli(*EDIT, "--json", "--seed", s).stdout)["delta"]["id"] for s in ("3", "3", "4")]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_plain_edits_are_evaluated_on_their_own_prompts(cli: Callable[..., Any]) -> None:
+    out = cli(*EDIT, "--evaluate").stdout
+    assert "2 cases" in out
+    assert "zsre.tok" in out  # one edit has no old answer, so none is held against one
+
+
+def test_plain_edits_with_old_answers_are_held_against_them(cli: Callable[..., Any], here: Path) -> None:
+    write_rows(here / "edits.jsonl", ROWS[:1])
+    assert "cf.prob_mean" in cli(*EDIT, "--evaluate").stdout
+
+
+def test_a_dataset_is_recognised_and_measured_by_its_queries(cli: Callable[..., Any], here: Path) -> None:
+    flat = {
+        "case_id": 7,
+        "prompt": "The capital of France is",
+        "subject": "France",
+        "target_new": "Rome",
+        "ground_truth": "Paris",
+        "rephrase_prompt": "France has as its capital",
+        "locality_prompt": "The capital of Italy is",
+        "locality_ground_truth": "Rome",
+    }
+    write_rows(here / "edits.jsonl", [flat])
+    out = cli(*EDIT, "--evaluate").stdout
+    assert "counterfact-flat" in out
+    assert all(f"\n{metric}  " in out for metric in ("Score", "ES", "GS", "LS"))
+
+
+def test_cases_of_our_own(cli: Callable[..., Any], here: Path) -> None:
+    edit = Edit("The capital of {} is", "France", "Rome")
+    query = Query("rewrite/0", "rewrite", edit.text, "Rome")
+    write_cases(here / "edits.jsonl", [Case("one", (edit,), (query,))])
+    assert "(cases," in cli(*EDIT, "--cases-format", "cases").stdout
+
+
+def test_start_and_limit_pick_rows(cli: Callable[..., Any]) -> None:
+    out = cli(*EDIT, "--start", "1", "--limit", "5").stdout
+    assert "1 of 1 rows" in out
+    assert [r.id for r in Delta.load("delta.safetensors").report] == ["dd"]
+
+
+def test_of_many_edits_the_worst_are_shown_first(cli: Callable[..., Any], here: Path) -> None:
+    rows = [{"prompt": "The capital of {} is", "subject": f"Italy {i}", "target_new": "Rome"} for i in range(15)]
+    write_rows(here / "edits.jsonl", rows)
+    out = cli(*EDIT, "--set", "steps=1").stdout
+    worst = min(Delta.load("delta.safetensors").report, key=lambda r: r.probability)
+    first = out.split("probability  steps")[1].splitlines()[1]
+    assert f"{worst.probability:.3f}" in first
+    assert "12 furthest" in out
+
+
+def test_contradicting_edits(cli: Callable[..., Any], here: Path) -> None:
+    write_rows(here / "edits.jsonl", [ROWS[0], {**ROWS[0], "target_new": "Milan", "id": "fr2"}])
+    assert "contradict each other" in cli(*EDIT, code=2).stderr
+    cli(*EDIT, "--conflicts", "last")
+    assert [r.id for r in Delta.load("delta.safetensors").report] == ["fr2"]
+
+
+def test_repeated_rows_are_one_edit(cli: Callable[..., Any], here: Path) -> None:
+    write_rows(here / "edits.jsonl", [ROWS[0], ROWS[0]])
+    cli(*EDIT, "--evaluate")
+    assert len(Delta.load("delta.safetensors").report) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "jep"), "Did you mean 'jeep'?"),
+        (("--set", "stepps=3"), "did you mean 'steps'?"),
+        (("--set", "steps=many"), "jeep's steps must be a whole number"),
+        (("--set", "steps"), "expected field=value"),
+        (("--set", "sites=head"), "must be one of mlp, release, block"),
+        (("--set", "low=[0,9]"), "layer 9 asked for"),
+        (("--set", "low=[2,1]"), "must ascend"),
+        (("--set", "high=x"), "must be a list of numbers"),
+        (("--preset", "jeep/gpt-5/world"), "no preset 'jeep/gpt-5/world'; known: jeep/gpt-j-6b/counterfact"),
+        (("--preset", "jeep/gpt-j-6b/zsre", "--dataset", "zsre"), "names its dataset already"),
+        (("--corpus", "nowhere.txt"), "nowhere.txt: no such file"),
+        (("--out", "."), "is a directory"),
+        (("--out", "edits.jsonl/delta.safetensors"), "is not a directory that may be written to"),
+        (("--device", "abacus"), "unknown device 'abacus'"),
+        (("--device", "cuda:99"), "GPU(s) on this machine"),
+        (("--dtype", "float3"), "unknown dtype 'float3'"),
+        (("--start", "9"), "nothing to edit"),
+    ],
+)
+def test_bad_settings(arguments: tuple[str, ...], message: str, cli: Callable[..., Any]) -> None:
+    result = cli(*EDIT, *arguments, code=2)
+    assert message in result.stderr.replace("\n", " ")
+    assert not Path("delta.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("{", "row 1: not valid JSON"),
+        ("[]", "holds no rows"),
+        ('{"prompt": "{} is", "subject": "France"}', "row 1: field 'target_new' is missing"),
+        ('{"prompt": "{} is", "subject": "France", "target_new": " "}', "row 1: edit of 'France': target_new is empty"),
+        ('{"prompt": "{} is", "subject": "France", "target_new": "x", "new": 1}', "unknown field(s) new"),
+        ('{"prompt": "It is", "subject": "France", "target_new": "x"}', "does not occur in the prompt"),
+        ('{"question": "?"}', "row 1: field 'prompt' is missing"),
+    ],
+)
+def test_malformed_files(text: str, message: str, cli: Callable[..., Any], here: Path) -> None:
+    (here / "edits.jsonl").write_text(text)
+    assert message in cli(*EDIT, code=2).stderr
+
+
+def test_a_missing_file_and_a_missing_model(cli: Callable[..., Any], here: Path) -> None:
+    assert cli("edit", "gptj", "no.jsonl", "--out", "d", code=2).stderr == "error: no.jsonl: no such file\n"
+    (here / "empty").mkdir()
+    assert "cannot load 'empty'" in cli("edit", "empty", "edits.jsonl", "--out", "d", code=2).stderr
+    assert "no embedded model 'gpt4'" in cli("edit", "demo:gpt4", "edits.jsonl", "--out", "d", code=2).stderr
+    assert "no such directory" in cli("edit", "./nowhere", "edits.jsonl", "--out", "d", code=2).stderr

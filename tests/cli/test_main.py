@@ -1,0 +1,144 @@
+"""What holds for every verb: version, help, exit codes, one line per error, and a quiet import."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import retcon
+from retcon.cli import app
+from retcon.errors import NonFinite, RetconWarning
+
+VERBS = ["demo", "edit", "apply", "complete", "methods", "moments"]
+
+
+def test_version(cli: Callable[..., Any]) -> None:
+    assert cli("--version").stdout == f"retcon {retcon.__version__}\n"
+
+
+def test_the_verbs_are_these() -> None:
+    assert [c.callback.__name__ for c in app.registered_commands if c.callback] == VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_ends_in_examples(verb: str, cli: Callable[..., Any]) -> None:
+    text = cli(verb, "--help").stdout
+    after = text.split("Examples")[-1]
+    assert "Options" not in after
+    assert f"retcon {verb}" in after
+
+
+def test_usage_errors_exit_with_2(cli: Callable[..., Any]) -> None:
+    assert "frobnicate" in cli("frobnicate", code=2).stderr
+    assert "--out" in cli("edit", "gptj", "edits.jsonl", code=2).stderr
+
+
+def test_an_error_is_one_line_on_stderr(cli: Callable[..., Any]) -> None:
+    result = cli("complete", "gptj", "  ", code=2)
+    assert result.stderr == "error: the prompt is empty; give some text to go on from\n"
+    assert result.stdout == ""
+
+
+def test_a_failure_exits_with_1(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise NonFinite("the loss is nan [sic]\nat step 3")
+
+    monkeypatch.setattr("retcon.lm.model.LM.complete", fail)
+    assert cli("complete", "gptj", "I", code=1).stderr == "error: the loss is nan [sic] at step 3\n"
+
+
+def test_a_full_disk_exits_with_1(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("retcon.lm.model.LM.complete", fail)
+    assert "No space left on device" in cli("complete", "gptj", "I", code=1).stderr
+
+
+def test_a_bug_keeps_its_traceback(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("retcon.lm.model.LM.complete", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli("complete", "gptj", "I")
+
+
+def test_no_memory_says_what_to_try(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More advice.")
+
+    monkeypatch.setattr("retcon.lm.model.LM.complete", fail)
+    assert cli("complete", "gptj", "I", code=1).stderr.startswith("error: CUDA out of memory. Try a narrower --dtype")
+
+
+def test_a_warning_is_one_line_and_said_once(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(*_: Any, **__: Any) -> str:
+        for _ in range(2):
+            warnings.warn("mind the gap [1]", RetconWarning, stacklevel=1)
+        return "!"
+
+    monkeypatch.setattr("retcon.lm.model.LM.complete", warn)
+    result = cli("complete", "gptj", "I")
+    assert result.stderr == "warning: mind the gap [1]\n"
+    assert result.stdout == "I!\n"
+
+
+def test_interrupting_exits_with_130(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("retcon.methods.jeep.Jeep.propose", interrupt)
+    arguments = ("edit", "gptj", "edits.jsonl", "--out", "delta.safetensors", "--corpus", "corpus.txt")
+    assert cli(*arguments, code=130).stderr.endswith("error: interrupted\n")
+    assert not Path("delta.safetensors").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_process_that_is_interrupted_leaves_nothing(here: Path) -> None:
+    """The whole way: python -m retcon, a signal while it edits, no traceback, no file."""
+    rows = [{"prompt": "The capital of {} is", "subject": f"France {i}", "target_new": "Rome"} for i in range(3000)]
+    (here / "many.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    command = [sys.executable, "-m", "retcon", "edit", "gptj", "many.jsonl", "--out", "d.safetensors"]
+    before = set(here.iterdir())
+    process = subprocess.Popen(
+        [*command, "--corpus", "corpus.txt"],
+        cwd=here,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        assert process.stdout is not None
+        while "key_average" not in (line := process.stdout.readline()):  # settings shown: now it edits
+            assert line, process.communicate()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.endswith("error: interrupted\n")
+    assert set(here.iterdir()) - before <= {here / "cache"}
+
+
+def test_help_needs_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from retcon.cli import app\n"
+        "assert CliRunner().invoke(app, ['edit', '--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout == "[]\n"

@@ -1,0 +1,42 @@
+"""`retcon methods`."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from retcon.methods.registry import list_methods
+
+
+def test_lists_all_with_paper_and_presets(cli: Callable[..., Any]) -> None:
+    record = json.loads(cli("methods", "--json").stdout)
+    assert [m["name"] for m in record["methods"]] == list_methods()
+    for method in record["methods"]:
+        assert method["description"]
+        assert "arXiv:" in method["paper"]
+    jeep = next(m for m in record["methods"] if m["name"] == "jeep")
+    assert "jeep/gpt-j-6b/counterfact" in jeep["presets"]
+    assert jeep["paper"] == "Shi et al. 2024, arXiv:2412.17872"
+    out = cli("methods").stdout
+    assert "edit low and high layers together" in out
+    assert "jeep/gpt-j-6b/zsre" in out
+
+
+def test_says_what_a_model_gets(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    result = cli("methods", "gptj")
+    assert "gptj gets starting points by relative depth" in result.stdout
+    assert "low = [1]" in result.stdout
+    record = json.loads(cli("methods", "gptj", "--json").stdout)
+    jeep = next(m for m in record["methods"] if m["name"] == "jeep")
+    assert jeep["preset"] is None
+    assert jeep["settings"]["low"] == [1]
+
+
+def test_reads_no_weights(cli: Callable[..., Any], here: Any) -> None:
+    (here / "config-only").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (here / "config-only" / name).write_bytes((here / "gptj" / name).read_bytes())
+    cli("methods", "config-only")
+    (here / "config-only" / "config.json").unlink()
+    assert "cannot read 'config-only'" in cli("methods", "config-only", code=2).stderr

@@ -1,0 +1,164 @@
+"""What a model's identity depends on, what it does not, and the cache beside it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retcon.errors import UnsupportedModel
+from retcon.lm import fingerprint as module
+from retcon.lm.fingerprint import cached_fingerprint, fingerprint
+from tests.conftest import FAMILIES, tiny_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_model_twice_is_the_same(family: str) -> None:
+    assert fingerprint(tiny_model(family)) == fingerprint(tiny_model(family))
+    assert fingerprint(tiny_model(family)) != fingerprint(tiny_model(family, seed=1))
+
+
+def test_every_tensor_counts_to_the_last_bit() -> None:
+    model = tiny_model("llama", torch.float32)
+    found = {fingerprint(model)}
+    for parameter in model.parameters():
+        flat = parameter.data.view(-1)
+        old = flat[-1].clone()
+        flat[-1] = torch.nextafter(old, old + 1)
+        found.add(fingerprint(model))
+        flat[-1] = old
+    assert len(found) == 1 + len(list(model.parameters()))
+    assert fingerprint(model) in found
+
+
+def test_minus_zero_counts_and_nan_is_itself() -> None:
+    model = tiny_model("gptj", torch.float32)
+    bias = model.transformer.h[0].mlp.fc_out.bias.data
+    prints = []
+    for value in (0.0, -0.0, torch.nan, torch.nan):
+        bias[0] = value
+        prints.append(fingerprint(model))
+    assert len(set(prints)) == 3
+    assert prints[2] == prints[3]
+
+
+def test_dtype_counts() -> None:
+    assert len({fingerprint(tiny_model("gptj", d)) for d in (torch.float32, torch.float16, torch.bfloat16)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rms_norm_eps", 0.1),
+        ("num_key_value_heads", 4),
+        ("hidden_act", "relu"),
+        ("rope_parameters", {"rope_theta": 5.0}),
+    ],
+)
+def test_settings_that_change_what_the_model_computes_count(name: str, value: Any) -> None:
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    setattr(model.config, name, value)
+    assert fingerprint(model) != before
+
+
+def test_settings_that_do_not_are_left_out() -> None:
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    model.config._attn_implementation = "eager"
+    for name, value in {
+        "_name_or_path": "/elsewhere", "transformers_version": "9", "use_cache": False, "architectures": ["X"],
+        "output_hidden_states": True, "output_attentions": True, "return_dict": False, "pad_token_id": 7,
+        "bos_token_id": 5, "eos_token_id": [1, 2], "id2label": {0: "x"}, "problem_type": None,
+    }.items():  # fmt: skip
+        setattr(model.config, name, value)
+    model.train()
+    model.requires_grad_(False)
+    assert fingerprint(model) == before
+
+
+def test_a_new_setting_of_a_later_transformers_at_its_default_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    before, full = fingerprint(model), type(model.config).to_dict
+    monkeypatch.setattr(type(model.config), "to_dict", lambda self: full(self) | {"brand_new": 0})
+    assert "brand_new" in model.config.to_dict()
+    assert fingerprint(model) == before
+
+
+def test_a_saved_and_reloaded_model_is_the_same(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for family in ("llama", "gpt2", "gemma2", "opt"):
+        model = tiny_model(family, torch.float32)
+        model.save_pretrained(tmp_path / family)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype=torch.float32)
+        assert fingerprint(again) == fingerprint(model)
+
+
+def test_a_model_without_data_has_none() -> None:
+    model = tiny_model("llama").to("meta")
+    with pytest.raises(UnsupportedModel, match=r"lm_head\.weight has no data on this machine .* device_map"):
+        fingerprint(model)
+
+
+MODEL = torch.nn.Linear(1, 1)
+"""Stands in for a model whose fingerprint is counted, not worked out."""
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
+    found = [tmp_path / name for name in ("model.safetensors", "config.json")]
+    for path in found:
+        path.write_bytes(b"x")
+    return found
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fingerprints worked out, not read from the cache."""
+    calls: list[str] = []
+
+    def counting(model: Any) -> str:
+        calls.append(f"value{len(calls)}")
+        return calls[-1]
+
+    monkeypatch.setattr(module, "fingerprint", counting)
+    return calls
+
+
+def test_a_fingerprint_is_worked_out_once_per_state_of_the_files(
+    files: list[Path], computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(dtype: str = "float32") -> str:
+        return cached_fingerprint(MODEL, files, dtype)
+
+    assert [ask(), ask()] == ["value0", "value0"]
+    assert ask("bfloat16") == "value1"
+    files[0].write_bytes(b"other")
+    assert [ask(), ask()] == ["value2", "value2"]
+    assert cached_fingerprint(MODEL, files[::-1], "float32") == "value2"
+    assert cached_fingerprint(MODEL, files[:1], "float32") == "value3"
+    monkeypatch.setattr(module, "version", lambda name: f"{name} 99")
+    assert ask() == "value4"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"fingerprint": null}', '{"fingerprint": "other"}'])
+def test_a_damaged_record_is_worked_out_again(content: str, files: list[Path], computed: list[str]) -> None:
+    cached_fingerprint(MODEL, files, "float32")
+    (record,) = (files[0].parent / "cache" / "fingerprints").iterdir()
+    assert json.loads(record.read_text())["fingerprint"] == "value0"
+    record.write_text(content)
+    assert cached_fingerprint(MODEL, files, "float32") == "value1"
+    assert cached_fingerprint(MODEL, files, "float32") == "value1"
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(
+    files: list[Path], computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETCON_CACHE", str(files[0] / "under a file"))
+    assert cached_fingerprint(MODEL, files, "float32") == "value0"

@@ -1,0 +1,449 @@
+"""The ledger's promise: weight = cast(base + sum of the live deltas in order), and the base's own bytes at the end."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from retcon.delta import Columns, Delta, Dense, Entries, LowRank, Region, Rows
+from retcon.errors import DeltaMismatch, DeltaNotLive
+from retcon.lm import ledger as ledger_module
+from retcon.lm.ledger import Ledger
+from tests.lm.deltas import KINDS, by_hand, random_change, random_delta, same_bytes
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SHAPES = {"tall": (24, 9), "wide": (7, 30), "square": (12, 12), "bias": (11,)}
+
+
+class Bench:
+    """A ledger over a few parameters, with copies of their base beside it."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, shapes: dict[str, tuple[int, ...]] = SHAPES) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.weights = {
+            name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+            for name, shape in shapes.items()
+        }
+        for weight in self.weights.values():
+            weight.data.reshape(-1)[::3] = -0.0
+        self.base = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.ledger = Ledger(self.weights.__getitem__)
+
+    def holds(self, deltas: list[Delta]) -> bool:
+        return all(torch.equal(w, by_hand(self.base[n], n, deltas)) for n, w in self.weights.items())
+
+    def is_base(self) -> bool:
+        return all(same_bytes(w, self.base[n]) for n, w in self.weights.items())
+
+
+def one(name: str, *changes: object, **record: object) -> Delta:
+    return Delta({name: changes}, base="base", **record)  # type: ignore[arg-type,dict-item]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("region", [None, Region(0, 2, 6), Region(1, 3, 9)], ids=["whole", "rows", "columns"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_apply_gives_base_plus_change_and_revert_the_bytes(
+    kind: str, region: Region | None, dtype: torch.dtype
+) -> None:
+    bench = Bench(dtype)
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    delta = one("square", random_change(kind, (12, 12), region=region, dtype=precision))
+    bench.ledger.push(delta)
+    assert bench.holds([delta])
+    assert not torch.equal(bench.weights["square"], bench.base["square"])
+    exact = bench.base["square"].double() + delta.dense("square", (12, 12))
+    torch.testing.assert_close(
+        bench.weights["square"].detach().double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-6
+    )
+    bench.ledger.remove(delta)
+    assert bench.is_base()
+    assert bench.ledger.nbytes() == 0
+
+
+@pytest.mark.parametrize("kind", ["entries", "dense"])
+def test_biases_and_their_regions(kind: str) -> None:
+    bench = Bench()
+    deltas = [
+        one("bias", random_change(kind, (11,), 1)),
+        one("bias", random_change(kind, (11,), 2, region=Region(0, 4, 9))),
+    ]
+    for delta in deltas:
+        bench.ledger.push(delta)
+    assert bench.holds(deltas)
+    bench.ledger.remove(deltas[0])
+    assert bench.holds(deltas[1:])
+    bench.ledger.clear()
+    assert bench.is_base()
+
+
+def test_a_single_number_can_be_changed() -> None:
+    bench = Bench(shapes={"scale": ()})
+    delta = one("scale", Dense(full=torch.tensor(0.5)))
+    bench.ledger.push(delta)
+    assert bench.holds([delta])
+    bench.ledger.clear()
+    assert bench.is_base()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_any_order_of_applying_and_removing(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random walk over push, remove anywhere, scopes inside scopes and `off`; held to the plain sum at each step."""
+    if seed % 2:
+        monkeypatch.setattr(ledger_module, "_BLOCK", 40)  # written in several blocks, as large matrices are
+    bench, rng = Bench(dtype), random.Random(seed)
+    deltas = [random_delta(100 * seed + i, SHAPES) for i in range(14)]
+    live: list[Delta] = []
+    scopes: list[tuple[Delta, object]] = []
+    for _ in range(60):
+        spare = [d for d in deltas if d not in live]
+        move = rng.random()
+        if spare and move < 0.4:
+            delta = rng.choice(spare)
+            bench.ledger.push(delta)
+            live.append(delta)
+        elif spare and move < 0.6:
+            delta = rng.choice(spare)
+            scopes.append((delta, bench.ledger.snapshot(delta)))
+            bench.ledger.push(delta)
+            live.append(delta)
+        elif scopes and move < 0.75:
+            delta, before = scopes.pop()
+            bench.ledger.pop(delta, before)  # type: ignore[arg-type]
+            live = [d for d in live if d != delta]
+        elif live and move < 0.95:
+            delta = rng.choice(live)
+            bench.ledger.remove(delta)
+            live.remove(delta)
+        else:
+            with bench.ledger.off():
+                assert bench.is_base()
+        assert bench.ledger.live == tuple(live)
+        assert bench.holds(live)
+        assert all(torch.equal(bench.ledger.base_values(n), b) for n, b in bench.base.items())
+    bench.ledger.clear()
+    assert bench.is_base()
+    for delta, before in reversed(scopes):
+        bench.ledger.pop(delta, before)  # type: ignore[arg-type]  # gone already: nothing left to do
+    assert bench.is_base()
+
+
+def test_leaving_a_scope_after_an_older_delta_was_removed_inside_it() -> None:
+    bench = Bench()
+    older, inner = one("tall", random_change("dense", (24, 9), 1)), one("tall", random_change("dense", (24, 9), 2))
+    bench.ledger.push(older)
+    before = bench.ledger.snapshot(inner)
+    bench.ledger.push(inner)
+    bench.ledger.remove(older)
+    bench.ledger.pop(inner, before)
+    assert bench.ledger.live == ()
+    assert bench.is_base()
+
+
+def test_superseding_takes_off_and_puts_back() -> None:
+    bench = Bench()
+    a, b = one("tall", random_change("rows", (24, 9), 1)), one("wide", random_change("low_rank", (7, 30), 2))
+    instead = one("tall", random_change("dense", (24, 9), 3), supersedes=(a.id, b.id))
+    again = one("square", random_change("entries", (12, 12), 4), supersedes=(instead.id,))
+    for delta in (a, b, instead):
+        bench.ledger.push(delta)
+    assert bench.ledger.live == (instead,)
+    assert bench.holds([instead])
+    bench.ledger.push(again)
+    assert bench.ledger.live == (again,)
+    assert bench.holds([again])
+    with pytest.raises(DeltaNotLive, match=f"{instead.id} is superseded by {again.id}; revert that one first"):
+        bench.ledger.remove(instead)
+    assert bench.holds([again])
+    bench.ledger.remove(again)
+    assert bench.holds([instead])
+    bench.ledger.remove(instead)
+    assert bench.ledger.live == (a, b)
+    assert bench.holds([a, b])
+    bench.ledger.clear()
+    assert bench.is_base()
+
+
+def test_superseding_in_a_scope() -> None:
+    bench = Bench()
+    a, b = one("tall", random_change("rows", (24, 9), 1)), one("tall", random_change("columns", (24, 9), 2))
+    instead = one("tall", random_change("dense", (24, 9), 3), supersedes=(a.id,))
+    bench.ledger.push(a)
+    bench.ledger.push(b)
+    before = bench.ledger.snapshot(instead)
+    bench.ledger.push(instead)
+    assert bench.holds([b, instead])
+    bench.ledger.pop(instead, before)
+    assert bench.ledger.live == (a, b)
+    assert bench.holds([a, b])
+
+
+def test_superseding_what_is_not_live_is_refused() -> None:
+    bench = Bench()
+    with pytest.raises(DeltaNotLive, match="supersedes feedbeef, which is not live"):
+        bench.ledger.push(one("tall", random_change("rows", (24, 9)), supersedes=("feedbeef",)))
+    assert bench.is_base()
+
+
+def test_twice_or_never_is_refused() -> None:
+    bench = Bench()
+    a, b = one("tall", random_change("rows", (24, 9), 1)), one("tall", random_change("rows", (24, 9), 2))
+    bench.ledger.push(a)
+    with pytest.raises(DeltaNotLive, match=f"delta {a.id} is applied already; revert it first"):
+        bench.ledger.push(a)
+    with pytest.raises(DeltaNotLive, match=f"delta {b.id} is not applied; applied: {a.id}"):
+        bench.ledger.remove(b)
+    assert bench.holds([a])
+
+
+def test_a_failure_in_the_middle_leaves_the_weights_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    first = random_delta(1, SHAPES)
+    bench.ledger.push(first)
+    held = bench.ledger.nbytes()
+    bad = Delta(
+        {
+            "tall": (random_change("rows", (24, 9), 1), random_change("dense", (24, 9), 2)),
+            "wide": (random_change("dense", (7, 30), 2), Dense(full=torch.ones(3, 3))),
+        },
+        base="base",
+    )
+    with pytest.raises(RuntimeError):
+        bench.ledger.push(bad)
+    assert bench.holds([first])
+    assert bench.ledger.nbytes() == held
+
+    good = Delta({n: (random_change("dense", s, 7),) for n, s in SHAPES.items()}, base="base")
+    put, calls = Ledger._write, []
+
+    def failing(self: Ledger, name: str, touched: object) -> None:
+        calls.append(name)
+        if len(calls) == 3:
+            raise MemoryError("no room")
+        put(self, name, touched)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Ledger, "_write", failing)
+    for supersedes in ((), (first.id,)):
+        calls.clear()
+        with pytest.raises(MemoryError):
+            bench.ledger.push(Delta(good.changes, base="base", supersedes=supersedes))
+        assert bench.ledger.live == (first,)
+        assert bench.holds([first])
+    monkeypatch.undo()
+    bench.ledger.clear()
+    assert bench.is_base()
+
+
+# --- what is kept for undoing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "places"),
+    [
+        (Rows(index=torch.tensor([3, 90]), rows=torch.ones(2, 50)), 2 * 50),
+        (Columns(index=torch.tensor([7]), columns=torch.ones(100, 1)), 100),
+        (Entries(index=torch.tensor([0, 77, 4999]), entries=torch.ones(3)), 3),
+        (LowRank(left=torch.ones(100, 1), right=torch.ones(1, 50)), 5000),
+        (Rows(index=torch.arange(26), rows=torch.ones(26, 50)), 5000),  # a quarter and more: the whole costs less
+        (Rows(index=torch.tensor([1]), rows=torch.ones(1, 50), region=Region(0, 10, 20)), 5000),
+    ],
+    ids=["rows", "columns", "entries", "low_rank", "many rows", "region"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_only_touched_places_are_kept(change: object, places: int, dtype: torch.dtype) -> None:
+    bench = Bench(dtype, {"w": (100, 50)})
+    bench.ledger.push(one("w", change))
+    assert bench.ledger.nbytes() == places * (dtype.itemsize + 4)  # base in the stored dtype, the sum in float32
+
+
+def test_what_is_kept_grows_to_the_union_and_shrinks_again() -> None:
+    bench = Bench(shapes={"w": (100, 50)})
+    row, both = (one("w", Rows(index=torch.tensor(i), rows=torch.ones(len(i), 50))) for i in ([4, 9], [60, 9, 2]))
+    column = one("w", Columns(index=torch.tensor([7]), columns=torch.ones(100, 1)))
+    sizes = []
+    for delta in (row, both, column):
+        bench.ledger.push(delta)
+        sizes.append(bench.ledger.nbytes() // 8)
+    assert sizes == [2 * 50, 4 * 50, 5000]
+    assert bench.holds([row, both, column])
+    bench.ledger.remove(column)
+    assert bench.ledger.nbytes() // 8 == 4 * 50
+    assert bench.holds([row, both])
+    bench.ledger.remove(row)
+    assert bench.ledger.nbytes() // 8 == 3 * 50
+    assert bench.holds([both])
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int]]:
+    """counted() -> (changes added, parameters written) since it was last asked."""
+    counts = [0, 0]
+    accumulate, write = ledger_module._accumulate, Ledger._write
+
+    def counting(*args: object) -> None:
+        counts[0] += 1
+        accumulate(*args)  # type: ignore[arg-type]
+
+    def writing(*args: object) -> None:
+        counts[1] += 1
+        write(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ledger_module, "_accumulate", counting)
+    monkeypatch.setattr(Ledger, "_write", writing)
+
+    def look() -> tuple[int, int]:
+        found = (counts[0], counts[1])
+        counts[:] = [0, 0]
+        return found
+
+    return look
+
+
+def test_the_work_is_linear_in_the_number_of_deltas(counted: Callable[[], tuple[int, int]]) -> None:
+    bench, n = Bench(shapes={"w": (4096, 4), "v": (12, 12)}), 2000
+    deltas = [one("w", Rows(index=torch.tensor([i]), rows=torch.full((1, 4), float(i)))) for i in range(n - 1)]
+    deltas.append(one("v", random_change("low_rank", (12, 12))))
+    for delta in deltas:
+        bench.ledger.push(delta)
+    assert counted() == (n, n)
+    inner = one("w", Rows(index=torch.tensor([5]), rows=torch.ones(1, 4)))
+    before = bench.ledger.snapshot(inner)
+    bench.ledger.push(inner)
+    bench.ledger.pop(inner, before)
+    assert counted() == (1, 2)  # a scope on top of thousands costs one delta, there and back
+    bench.ledger.remove(deltas[-1])
+    assert counted() == (0, 0)  # the other parameter is not replayed
+    bench.ledger.remove(deltas[n // 2])
+    assert counted() == (n - 2, 1)
+    bench.ledger.clear()
+    assert counted() == (0, 0)
+    assert bench.is_base()
+
+
+def test_casting_once_keeps_what_casting_every_step_loses() -> None:
+    """DESIGN section 1: 200 small deltas in bfloat16."""
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(32, 48, generator=generator).bfloat16()
+    bench = Bench(torch.bfloat16, {"w": (32, 48)})
+    bench.weights["w"].data.copy_(base)
+    stepwise, exact = base.clone(), torch.zeros(32, 48, dtype=torch.float64)
+    for _ in range(200):
+        left, right = torch.randn(32, 1, generator=generator), torch.randn(1, 48, generator=generator) * 0.004
+        bench.ledger.push(one("w", LowRank(left=left, right=right)))
+        stepwise += (left @ right).bfloat16()
+        exact += left.double() @ right.double()
+
+    def error(weight: Tensor) -> float:
+        return float((weight.detach().double() - base.double() - exact).norm() / exact.norm())
+
+    assert error(bench.weights["w"]) < 0.05
+    assert error(stepwise) > 4 * error(bench.weights["w"])
+
+
+# --- off -----------------------------------------------------------------------------------------------------------
+
+
+def test_off_shows_the_base_and_comes_back_even_on_failure() -> None:
+    bench = Bench(torch.bfloat16)
+    deltas = [random_delta(i, SHAPES) for i in range(4)]
+    for delta in deltas:
+        bench.ledger.push(delta)
+    with pytest.raises(ValueError, match="inside"), bench.ledger.off():
+        assert bench.is_base()
+        with bench.ledger.off():
+            assert bench.is_base()
+        assert bench.is_base()
+        raise ValueError("inside")
+    assert bench.holds(deltas)
+
+
+@pytest.mark.parametrize("what", ["push", "remove", "clear"])
+def test_nothing_is_applied_or_removed_while_off(what: str) -> None:
+    bench = Bench()
+    a, b = random_delta(1, SHAPES), random_delta(2, SHAPES)
+    bench.ledger.push(a)
+    act = {
+        "push": lambda: bench.ledger.push(b),
+        "remove": lambda: bench.ledger.remove(a),
+        "clear": bench.ledger.clear,
+    }[what]
+    with bench.ledger.off():
+        with pytest.raises(DeltaNotLive, match="off for the moment"):
+            act()
+        assert bench.is_base()
+    assert bench.holds([a])
+
+
+def test_base_values_are_the_parameter_itself_where_nothing_touches_it() -> None:
+    bench = Bench()
+    bench.ledger.push(one("tall", random_change("columns", (24, 9))))
+    assert bench.ledger.base_values("wide").data_ptr() == bench.weights["wide"].data_ptr()
+    assert same_bytes(bench.ledger.base_values("tall"), bench.base["tall"])
+    assert not bench.ledger.base_values("tall").requires_grad
+
+
+def test_a_region_outside_the_parameter_is_refused_and_leaves_no_trace() -> None:
+    bench = Bench()
+    with pytest.raises(DeltaMismatch, match=r"lies outside a parameter of shape \(24, 9\)"):
+        bench.ledger.push(one("tall", Dense(full=torch.ones(24, 4), region=Region(1, 6, 10))))
+    assert bench.is_base()
+    assert bench.ledger.nbytes() == 0
+
+
+# --- modes of torch ------------------------------------------------------------------------------------------------
+
+
+def test_any_autograd_mode_will_do_at_any_time() -> None:
+    """A scope inside inference mode, then one outside: what is kept is updated in place by both."""
+    bench = Bench()
+    deltas = [one("tall", random_change("rows", (24, 9), i)) for i in range(4)]
+    with torch.inference_mode():
+        made_inside = one("tall", Dense(full=torch.full((24, 9), 0.25)))
+        bench.ledger.push(deltas[0])
+        before = bench.ledger.snapshot(deltas[1])
+        bench.ledger.push(deltas[1])
+    bench.ledger.push(deltas[2])
+    bench.ledger.remove(deltas[2])
+    bench.ledger.pop(deltas[1], before)
+    bench.ledger.push(made_inside)
+    with torch.inference_mode():
+        bench.ledger.push(deltas[3])
+        with bench.ledger.off():
+            assert bench.is_base()
+    assert bench.holds([deltas[0], made_inside, deltas[3]])
+    bench.ledger.clear()
+    assert bench.is_base()
+    (bench.weights["tall"] * 2).sum().backward()  # the weight is still one that training can use
+    assert bench.weights["tall"].grad is not None
+
+
+def test_changes_that_ask_for_gradients_leave_no_graph_behind() -> None:
+    bench = Bench()
+    left = torch.ones(24, 1, requires_grad=True)
+    delta = one("tall", LowRank(left=left * 2, right=torch.ones(1, 9)))
+    bench.ledger.push(delta)
+    assert not bench.ledger._touched["tall"].total.requires_grad
+    assert bench.weights["tall"].is_leaf
+    assert bench.weights["tall"].requires_grad
+
+
+def test_a_scope_that_widens_what_is_kept_costs_one_delta_too(counted: Callable[[], tuple[int, int]]) -> None:
+    bench = Bench(shapes={"w": (100, 50)})
+    below = [one("w", Rows(index=torch.tensor([i]), rows=torch.ones(1, 50))) for i in range(10)]
+    for delta in below:
+        bench.ledger.push(delta)
+    held = bench.ledger.nbytes()
+    counted()
+    inner = one("w", random_change("low_rank", (100, 50)))
+    before = bench.ledger.snapshot(inner)
+    bench.ledger.push(inner)
+    assert bench.holds([*below, inner])
+    bench.ledger.pop(inner, before)
+    assert counted() == (1, 2)
+    assert bench.holds(below)
+    assert bench.ledger.nbytes() == held
+    bench.ledger.clear()
+    assert bench.is_base()

@@ -1,0 +1,322 @@
+"""Tokenisation against its definition: where a subject ends, where a target starts, nothing lost at the boundary."""
+
+import random
+import warnings
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from retcon.edits import Edit
+from retcon.errors import InvalidEdit, PositionNotFound, RetconWarning, UnsupportedModel
+from retcon.lm.prompts import Row, buckets, encode, encode_edit, pad
+from tests.conftest import TEXT, tokenizer
+
+TOKENIZERS = ["gpt", "bos", "piece", "eos", "trimmed"]
+
+SUBJECTS = [
+    "France", "Danielle Darrieux", "São Paulo", "Łódź", "東京", "Ελλάδα", "naïve café", "1984", "C-3PO", "U.S.",
+    '"Weird Al" Yankovic', "O'Brien", "Zürich-West", "🙂", "👩‍👩‍👧", "שלום", "القاهرة", "e\u0301clair", "a", "42",
+    "(7)", "Hong  Kong", "İstanbul", "ﬁn",
+]  # fmt: skip
+WORDS = ["The", "capital", "of", "is", "in", "naïve", "東京", "1984", "-", '"quoted"', "(so)", "été", "🙂", "it's", "ß"]
+
+
+def make_tokenizer(kind: str) -> Any:
+    """Those of conftest, and `trimmed`: offsets without the leading space (as Llama 3), whose spaces have no width."""
+    if kind != "trimmed":
+        return tokenizer(kind)
+    tok = Tokenizer.from_str(tokenizer("gpt").backend_tokenizer.to_str())
+    tok.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)]),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def merging_tokenizer() -> Any:
+    """BPE without a pre-tokenizer: its merges cross words and spaces."""
+    tok = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>", "<unk>"])
+    tok.train_from_iterator(["the cat is Rome", "of is Rome the", "is Rome", "s Ro", " is R"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def decode(tok: Any, ids: Any) -> str:
+    """Text of the ids, BOS left out; byte tokens, which conftest's `piece` calls special, are kept."""
+    return tok.decode([i for i in ids if i != 0], clean_up_tokenization_spaces=False)
+
+
+def examples(seed: int, n: int) -> list[tuple[str, str, int]]:
+    """(prompt, subject, start): the subject at the start, inside, at the end, or as the whole prompt."""
+    rng, found = random.Random(seed), []
+    for _ in range(n):
+        subject = rng.choice(SUBJECTS)
+        before = " ".join(rng.choices(WORDS, k=rng.randrange(4)))
+        after = " ".join(rng.choices(WORDS, k=rng.randrange(4)))
+        glue = [rng.choice([" ", " (", ' "']) if before else "", rng.choice([" ", ", ", "'s ", ". "]) if after else ""]
+        head = before + glue[0]
+        found.append((head + subject + glue[1] + after, subject, len(head)))
+    return found
+
+
+# --- the subject's last token --------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:the token that ends the subject:retcon.errors.RetconWarning")
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_subject_is_complete_at_its_last_token_and_not_before(kind: str) -> None:
+    tok = make_tokenizer(kind)
+    for prompt, subject, start in examples(1, 150):
+        row = encode(tok, prompt, subject_span=(start, start + len(subject)))
+        last = row.position("subject_last")
+        assert last is not None
+        upto = prompt[: start + len(subject)]
+        assert decode(tok, row.ids[: last + 1]).startswith(upto)
+        assert not decode(tok, row.ids[:last]).startswith(upto)
+        assert row.ids[last] not in (0, 1)
+        assert row.target_ids == ()
+        assert row.prompt_ids == row.ids
+
+
+def test_bos_shifts_by_one_and_eos_by_nothing() -> None:
+    plain, bos, eos = (tokenizer(kind) for kind in ("gpt", "bos", "eos"))
+    for prompt, subject, start in examples(2, 60):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RetconWarning)
+            a, b, c = (
+                encode(t, prompt, "São Paulo", subject_span=(start, start + len(subject))) for t in (plain, bos, eos)
+            )
+        assert b.ids == (0, *a.ids) == c.ids  # the EOS behind is dropped
+        assert a.subject_last is not None
+        assert (b.subject_last, b.n_prompt) == (a.subject_last + 1, a.n_prompt + 1)
+        assert (c.subject_last, c.n_prompt) == (b.subject_last, b.n_prompt)
+        assert a.target_ids == b.target_ids == c.target_ids
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_prefix_shifts_by_its_own_length(kind: str) -> None:
+    tok = make_tokenizer(kind)
+    prefix = "The train stood still.\n\n"
+    n_prefix = len(encode(tok, prefix + "x").ids) - len(encode(tok, "x").ids)
+    for subject, template in product(["France", "São Paulo", "東京", "🙂"], ["The capital of {} is", "{} is", "In {}"]):
+        edit = Edit(template, subject, "Rome")
+        bare, prefixed = encode_edit(tok, edit), encode_edit(tok, edit, prefix)
+        assert bare.subject_last is not None
+        assert prefixed.subject_last is not None
+        if template.startswith("{}") or kind == "piece":  # the first word's own space may join it or not
+            assert decode(tok, prefixed.ids[: prefixed.subject_last + 1]).rstrip().endswith(subject)
+        else:
+            assert prefixed.subject_last == bare.subject_last + n_prefix
+            assert prefixed.n_prompt == bare.n_prompt + n_prefix
+
+
+def test_the_last_occurrence_is_not_taken_for_the_first() -> None:
+    tok = tokenizer()
+    row = encode(tok, "France and France and France", subject_span=(11, 17))
+    assert decode(tok, row.ids[: row.position("subject_last") + 1]) == "France and France"
+
+
+def test_whitespace_behind_a_subject_does_not_count() -> None:
+    tok = tokenizer()
+    assert encode(tok, "In Rome he", subject_span=(3, 8)) == encode(tok, "In Rome he", subject_span=(3, 7))
+    assert encode(tok, "In Rome \n", subject_span=(3, 8)).subject_last == encode(tok, "In Rome").prediction
+
+
+def test_a_token_that_runs_past_the_subject_is_taken_with_a_warning() -> None:
+    tok = merging_tokenizer()
+    assert tok("the cat is Rome", return_offsets_mapping=True)["offset_mapping"] == [(0, 15)]
+    with pytest.warns(RetconWarning, match=r"the token that ends the subject 'cat' in .* also covers text behind it"):
+        row = encode(tok, "the cat is Rome", subject_span=(4, 7))
+    assert row.subject_last == 0
+
+
+def test_no_token_no_position() -> None:
+    tok = Tokenizer(models.BPE())
+    tok.normalizer = normalizers.Replace("x", "")
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.train_from_iterator(TEXT, trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok)
+    with pytest.raises(PositionNotFound, match="no token covers the end of the subject 'x' in 'a x b'"):
+        encode(fast, "a x b", subject_span=(2, 3))
+    with pytest.raises(PositionNotFound, match="tokenised without a subject"):
+        encode(fast, "a b").position("subject_last")
+    assert encode(fast, "a b").position("prediction") == encode(fast, "a b").n_prompt - 1
+
+
+def test_a_subject_that_is_not_in_the_prompt() -> None:
+    with pytest.raises(InvalidEdit, match="does not occur in the prompt"):
+        encode_edit(tokenizer(), Edit("The capital is", "France", "Rome"))
+
+
+# --- prompt and target ---------------------------------------------------------------------------------------------
+
+TARGETS = [
+    "Rome",
+    "São Paulo",
+    "東京",
+    "1984",
+    '"so"',
+    "(7)",
+    "-",
+    "🙂",
+    "e\u0301clair",
+    "שלום",
+    "a town in Greece",
+    "'s",
+]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_joint_tokens_spell_prompt_and_target(kind: str) -> None:
+    tok, rng = make_tokenizer(kind), random.Random(3)
+    for prompt, _, _ in examples(4, 120):
+        target = rng.choice(TARGETS)
+        row = encode(tok, prompt, target)
+        assert len(row.target_ids) >= 1
+        assert row.prompt_ids == encode(tok, prompt).ids
+        assert decode(tok, row.ids) == prompt.rstrip() + " " + target
+        assert decode(tok, row.prompt_ids) == prompt.rstrip()
+        if row.boundary_merge:
+            assert kind == "piece"  # whose merges take spaces in
+            continue
+        whole = tok(prompt.rstrip() + " " + target)["input_ids"]  # what a model reads is what the whole text gives
+        assert list(row.ids) == whole[: len(row.ids)]
+        assert whole[len(row.ids) :] == ([1] if kind == "eos" else [])
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_whitespace_around_prompt_and_target_is_stripped(kind: str) -> None:
+    tok = make_tokenizer(kind)
+    want = encode(tok, "The capital of France is", "Rome")
+    assert encode(tok, "The capital of France is \n\t ", "  Rome\n") == want
+    assert encode(tok, "The capital of France is\u00a0", "Rome") == want
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_without_a_separator(kind: str) -> None:
+    tok = make_tokenizer(kind)
+    row = encode(tok, "日本の首都は", "東京", separator="")
+    assert decode(tok, row.ids) == "日本の首都は東京"
+    assert decode(tok, row.target_ids) == "東京"
+    assert row.prompt_ids == encode(tok, "日本の首都は").ids
+
+
+def test_merges_over_the_boundary_are_marked_and_lose_nothing() -> None:
+    tok, marked = merging_tokenizer(), 0
+    for prompt, target in product(["the cat is", "the", "of is", "cat", "is"], ["Rome", "R", "is Rome", "cat"]):
+        row = encode(tok, prompt, target)
+        joint = tok(prompt + " " + target)["input_ids"]
+        assert row.prompt_ids == tuple(tok(prompt)["input_ids"])
+        assert len(row.target_ids) >= 1
+        assert "".join(tok.convert_ids_to_tokens(list(row.ids))).replace(" ", "") == (prompt + target).replace(" ", "")
+        assert row.boundary_merge == (tuple(joint[: row.n_prompt]) != row.prompt_ids)
+        if not row.boundary_merge:
+            assert list(row.ids) == joint
+        marked += row.boundary_merge
+    assert 0 < marked < 20
+
+
+def test_a_space_without_width_belongs_to_the_target() -> None:
+    """With trimmed offsets a lone-space token covers no character, and must not be taken for the prompt's."""
+    tok = make_tokenizer("trimmed")
+    ids = tok("It is ~", return_offsets_mapping=True)
+    assert any(a == b and i != 0 for i, (a, b) in zip(ids["input_ids"], ids["offset_mapping"], strict=True))
+    row = encode(tok, "It is", "~")
+    assert list(row.ids) == ids["input_ids"]
+    assert not row.boundary_merge
+
+
+@pytest.mark.parametrize("target", ["", "  ", "\n"])
+def test_an_empty_target_is_refused(target: str) -> None:
+    with pytest.raises(InvalidEdit, match="the target behind 'The capital is' is empty"):
+        encode(tokenizer(), "The capital is", target)
+
+
+def test_a_target_that_gives_no_token_is_refused() -> None:
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok.train_from_iterator(["the cat is"], trainers.BpeTrainer())
+    with pytest.raises(InvalidEdit, match="the target '東京' gives no token in this vocabulary"):
+        encode(PreTrainedTokenizerFast(tokenizer_object=tok), "the cat is", "東京")
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_the_bos_token_or_refused(prompt: str) -> None:
+    for kind in ("bos", "eos", "trimmed"):
+        assert encode(make_tokenizer(kind), prompt) == Row((0,), 1)
+        row = encode(make_tokenizer(kind), prompt, "Rome")
+        assert row.n_prompt == 1
+        assert decode(make_tokenizer(kind), row.target_ids).strip() == "Rome"
+    with pytest.raises(InvalidEdit, match="gives no token; give at least one character of text"):
+        encode(tokenizer("gpt"), prompt)
+
+
+def test_special_tokens_written_in_a_prompt_are_tokens_like_others() -> None:
+    tok = tokenizer("eos")
+    row = encode(tok, "a </s>", "Rome")
+    assert row.prompt_ids == (0, *tokenizer("gpt")("a ")["input_ids"], 1)
+    assert decode(tok, row.target_ids) == " Rome"
+
+
+def test_encode_edit_takes_target_and_prefix() -> None:
+    tok, edit = tokenizer("bos"), Edit("The capital of {} is ", "France", "Rome")
+    row = encode_edit(tok, edit, "I read. ", with_target=True)
+    assert decode(tok, row.ids) == "I read. The capital of France is Rome"
+    assert decode(tok, row.target_ids) == " Rome"
+    assert decode(tok, row.ids[: row.position("subject_last") + 1]) == "I read. The capital of France"
+    assert decode(tok, row.ids[: row.prediction + 1]) == "I read. The capital of France is"
+
+
+# --- the tokenizer itself ------------------------------------------------------------------------------------------
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UnsupportedModel, match=r"Slow is a slow tokenizer.*use_fast=True"):
+        encode(Slow(), "text")
+
+
+def test_the_tokenizers_own_settings_neither_matter_nor_change() -> None:
+    plain = encode(tokenizer("bos"), "The capital of France is", "Rome", subject_span=(15, 21))
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer("bos").backend_tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        padding_side="left", truncation_side="left", model_max_length=4,
+    )  # fmt: skip
+    before = (tok.padding_side, tok.truncation_side, tok.model_max_length, tok.pad_token)
+    assert encode(tok, "The capital of France is", "Rome", subject_span=(15, 21)) == plain
+    assert (tok.padding_side, tok.truncation_side, tok.model_max_length, tok.pad_token) == before
+
+
+# --- padding and batching ------------------------------------------------------------------------------------------
+
+
+def test_rows_are_padded_on_the_right() -> None:
+    rows = [Row((5, 6, 7), 2), Row((8,), 1), Row((0, 0), 2)]
+    batch = pad(rows)
+    assert batch.ids.tolist() == [[5, 6, 7], [8, 0, 0], [0, 0, 0]]
+    assert batch.mask.tolist() == [[True] * 3, [True, False, False], [True, True, False]]  # id 0 is a token like others
+    assert batch.mask.dtype == torch.bool
+    assert len(batch) == 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_buckets_hold_everything_once_within_the_bound(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths, bound = [rng.randrange(1, 60) for _ in range(rng.randrange(80))], rng.randrange(20, 300)
+    groups = buckets(lengths, bound)
+    assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= bound
+    flat = [lengths[i] for g in groups for i in g]
+    assert flat == sorted(flat)
+    for one, two in pairwise(groups):  # no group could have taken the next row as well
+        assert (len(one) + 1) * lengths[two[0]] > bound

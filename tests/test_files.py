@@ -1,0 +1,125 @@
+"""Rows read from JSON with errors that name them; files written whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retcon import files
+from retcon.errors import MalformedFile
+from retcon.files import cache_dir, read_json_rows, require, write_atomically
+
+SEPARATORS = "a\u2028b\u2029c\x85d"
+"""What `str.splitlines` breaks at and JSON leaves unescaped."""
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Any:
+    """written(content) -> path."""
+
+    def write(content: str | bytes) -> Path:
+        path = tmp_path / "rows.json"
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ('[{"a": 1}, {"a": 2}]', [(1, {"a": 1}), (2, {"a": 2})]),
+        (' \n[\n{"a": 1},\n\n{"a": 2}\n]\n', [(1, {"a": 1}), (2, {"a": 2})]),
+        ('{"a": 1}\n{"a": 2}\n', [(1, {"a": 1}), (2, {"a": 2})]),
+        ('\n{"a": 1}\n  \n{"a": 2}', [(2, {"a": 1}), (4, {"a": 2})]),
+        ('{"a": 1}\r\n{"a": 2}\r\n', [(1, {"a": 1}), (2, {"a": 2})]),
+        ('\ufeff{"a": "Łódź 東京"}', [(1, {"a": "Łódź 東京"})]),
+    ],
+    ids=["list", "spread list", "lines", "blank lines", "Windows lines", "byte order mark"],
+)
+def test_lists_and_lines_with_their_row_numbers(content: str, rows: list[Any], written: Any) -> None:
+    assert read_json_rows(written(content)) == rows
+
+
+def test_a_line_ends_at_the_line_feed_only(written: Any) -> None:
+    content = "".join(json.dumps({"a": SEPARATORS, "i": i}, ensure_ascii=False) + "\n" for i in (1, 2))
+    assert read_json_rows(written(content)) == [(i, {"a": SEPARATORS, "i": i}) for i in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the file is empty; expected a JSON list or JSON lines of objects"),
+        (" \n ", "the file is empty"),
+        ("[]", "holds no rows"),
+        ('[{"a": 1}, 2]', "row 2: expected an object, found int"),
+        ('{"a": 1}\n"text"\n', "row 2: expected an object, found str"),
+        ("42", "row 1: expected an object, found int"),
+        ('[{"a": 1},\n{"a": }]', "line 2: not valid JSON (Expecting value)"),
+        ('{"a": 1}\n\n{"a": \n', "row 3: not valid JSON (Expecting value)"),
+        ("subject,target\nFrance,Rome\n", "row 1: not valid JSON (Expecting value)"),
+        ('{\n  "a": 1\n}\n', "holds one value, expected a list or one object per line"),
+        (b'{"a": "caf\xe9"}', "not UTF-8 text (byte 10)"),
+    ],
+)
+def test_what_is_wrong_is_said_with_file_and_place(content: str | bytes, message: str, written: Any) -> None:
+    path = written(content)
+    with pytest.raises(MalformedFile) as caught:
+        read_json_rows(path)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
+    with pytest.raises(MalformedFile, match=r"none\.json: no such file"):
+        read_json_rows(tmp_path / "none.json")
+    with pytest.raises(MalformedFile, match="is a directory, expected a JSON or JSON lines file"):
+        read_json_rows(tmp_path)
+
+
+def test_require_gives_the_field_or_names_it() -> None:
+    assert require({"a": "x"}, "a", str, "f, row 1") == "x"
+    assert require({"a": None}, "a", object, "f, row 1") is None
+    with pytest.raises(MalformedFile, match=r"^f, row 1: field 'b' is missing; found: a$"):
+        require({"a": "x"}, "b", str, "f, row 1")
+    with pytest.raises(MalformedFile, match="field 'b' is missing; found: nothing"):
+        require({}, "b", str, "f, row 1")
+    with pytest.raises(MalformedFile, match=r"^f, row 1: field 'a' must be str, found int \(5\)$"):
+        require({"a": 5}, "a", str, "f, row 1")
+
+
+def test_writing_makes_folders_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "deep" / "file.bin"
+    write_atomically(path, b"one")
+    write_atomically(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert os.listdir(path.parent) == ["file.bin"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failure_half_way_leaves_the_old_file_and_nothing_beside_it(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.bin"
+    write_atomically(path, b"old")
+
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(files.os, step, fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETCON_CACHE", "/one")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/two")
+    assert cache_dir() == Path("/one")
+    monkeypatch.delenv("RETCON_CACHE")
+    assert cache_dir() == Path("/two/retcon")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == Path.home() / ".cache" / "retcon"
