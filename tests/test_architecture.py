@@ -23,6 +23,7 @@ LEVELS = [
     {"evaluation"},
     {"cli", "__main__"},
 ]
+SCRIPT = "retcon.world.train"
 BASE = ["errors", "files", "edits", "delta"]
 """The order inside the first level; `world` may use the first three."""
 
@@ -64,6 +65,8 @@ def is_of_the_face(node: ast.AST) -> bool:
 
 
 def level(name: str) -> int:
+    if name == SCRIPT:
+        return len(LEVELS)  # imported by nothing, so it may use everything
     part = name.split(".")[1]
     found = [i for i, names in enumerate(LEVELS) if part in names]
     assert found, f"{name}: no place in the order of imports; add it to LEVELS and to docs/design.md"
@@ -90,7 +93,7 @@ def test_imports_point_one_way(path: Path) -> None:
 
 def test_nothing_imports_the_recipe_of_the_embedded_models() -> None:
     for path in FILES:
-        assert "retcon.world.train" not in list(imports(path)), path
+        assert SCRIPT not in list(imports(path)), path
 
 
 def test_no_module_imports_in_a_circle() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -338,9 +339,7 @@ def test_loaded_cases_survive_being_written(path: Path, tmp_path: Path) -> None:
     file = tmp_path / "cases.jsonl"
     write_cases(file, cases)
     assert read_cases(file) == cases
-    assert load(file, conflicts="keep")[0] == [
-        replace(case, meta={**case.meta, "flags": sorted({*case.meta["flags"]})}) for case in cases
-    ]
+    assert load(file, conflicts="keep")[0] == cases
 
 
 # --- any format ----------------------------------------------------------------------------------------------------
@@ -462,17 +461,11 @@ def test_an_unknown_format_lists_what_is_known(rows: Callable[..., Path]) -> Non
 
 def test_every_error_is_ours(rows: Callable[..., Path]) -> None:
     for bad in (None, 5, True, "", " ", [], [None], {}, {"str": None}, [["x"], 3], "\ud800"):
-        for good in (GOOD_NATIVE, GOOD_FLAT, GOOD_ZSRE):
-            for name in good:
-                try:
-                    load(rows({**good, name: bad}))
-                except RetconError:
-                    pass
-        for name in GOOD_NATIVE["requested_rewrite"]:
-            try:
-                load(rows(inside(**{name: bad})))
-            except RetconError:
-                pass
+        spoilt = [{**good, name: bad} for good in (GOOD_NATIVE, GOOD_FLAT, GOOD_ZSRE) for name in good]
+        spoilt += [inside(**{name: bad}) for name in GOOD_NATIVE["requested_rewrite"]]
+        for row in spoilt:
+            with suppress(RetconError):
+                load(rows(row))
 
 
 # --- two files of one fact -----------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
 def test_prompt_and_target_read_as_written_in_every_tokenizer(kind: str) -> None:
     tok = merging_tokenizer() if kind == "merging" else tokenizer(kind)
     lm = LM(tiny_model("gpt2", n_layers=1), tok)
-    items = [item for item in ITEMS if kind != "piece" or (item.prompt + item.target).isascii()]
+    items = [*ITEMS[:2], Item("The capital of", "France")] if kind == "piece" else ITEMS  # its alphabet is small
     found = score(lm, items)
     for item, s in zip(items, found, strict=True):
         prompt = encode(tok, item.prompt).ids

@@ -6,6 +6,9 @@ from retcon.lm.load import DEMO
 from retcon.lm.model import LM
 from retcon.memory.moments import Corpus, CorpusMoments, Moments
 
+SHIPPED_MOMENTS = "moments.safetensors"
+"""The embedded models' moments, beside their weights."""
+
 
 def default_moments(lm: LM) -> Moments:
     """The embedded world's text and shipped moments for its models, WikiText-103 from the hub for others.
@@ -14,7 +17,7 @@ def default_moments(lm: LM) -> Moments:
         TooFewTokens: no corpus can be had; the message says how to give one.
     """
     if lm.name.startswith(DEMO):
-        shipped = world.model_path(lm.name.removeprefix(DEMO)) / "moments.safetensors"
+        shipped = world.model_path(lm.name.removeprefix(DEMO)) / SHIPPED_MOMENTS
         return CorpusMoments(Corpus(tuple(world.corpus())), shipped=shipped)
     return CorpusMoments(wikitext())
 

@@ -32,6 +32,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from retcon.lm.load import load
+from retcon.memory.defaults import SHIPPED_MOMENTS
+from retcon.memory.moments import Corpus, CorpusMoments, collect_moments, document_rows, save_moments
+from retcon.world.cases import corpus
 from retcon.world.facts import FACTS, HELD_OUT, N_SEEN, World, fill, read_world
 from retcon.world.text import paragraph, sentence, text
 
@@ -147,6 +151,19 @@ def main() -> None:
     for name, value in recall.items():
         print(f"recall, {name}: {value}", flush=True)
     write_card(out, args, model, recall, minutes)
+    if args.facts == FACTS:
+        write_moments(out)
+
+
+def write_moments(folder: Path) -> None:
+    """Second moments of every down-projection over the world's own text, beside the weights they belong to."""
+    lm = load(str(folder))
+    source = CorpusMoments(Corpus(tuple(corpus())))
+    sites = [lm.site(layer, "down_proj") for layer in range(lm.n_layers)]
+    n_tokens = source.key(lm, sites[0]).n_tokens
+    moments = collect_moments(lm, sites, document_rows(lm, source.corpus.documents, n_tokens, source.max_length))
+    save_moments(folder / SHIPPED_MOMENTS, {source.key(lm, site): moment for site, moment in moments.items()})
+    print(f"second moments of {len(sites)} layers over {n_tokens} tokens", flush=True)
 
 
 # --- what is learned ---------------------------------------------------------------------------------------------

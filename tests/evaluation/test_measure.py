@@ -1,0 +1,421 @@
+"""`evaluate` on tiny random models: what must be the same, what must be told, what must be left alone."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import retcon
+from retcon.delta import Delta, Dense
+from retcon.edits import Case, Edit, Query
+from retcon.errors import InvalidEdit, InvalidSetting
+from retcon.evaluation import Evaluation, Record, evaluate, load
+from retcon.evaluation.metrics import compare
+from retcon.evaluation.score import score_rows
+from retcon.lm.model import LM
+
+Make = Callable[..., LM]
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+WEIGHT = "transformer.h.0.mlp.fc_out.weight"
+
+
+def asked(axis: str, index: int, prompt: str, *answers: str | None, **more: Any) -> Query:
+    return Query(f"{axis}/{index}", axis, prompt, *answers, **more)
+
+
+CASES = [
+    Case(
+        "france",
+        (Edit("The capital of {} is", "France", "Rome", "Paris", id="france"),),
+        (
+            asked("rewrite", 0, "The capital of France is", "Rome", "Paris"),
+            asked("paraphrase", 0, "I read: the capital of France is", "Rome", "Paris"),
+            asked("neighborhood", 0, "The capital of Italy is", "Paris", "Rome"),
+            asked("neighborhood", 1, "He lived in", "Paris", "Rome"),
+            asked("two_hop", 0, "They of the capital of France speak", "Italian", "French"),
+        ),
+        dataset="hand",
+    ),
+    Case(
+        "lodz",
+        (Edit("{} and", "Łódź", "東京", "Ελλάδα", id="lodz"),),
+        (
+            asked("rewrite", 0, "Łódź and", "東京", "Ελλάδα"),
+            asked("neighborhood", 0, "The capital of France is", "Ελλάδα", "東京"),
+        ),
+        dataset="hand",
+    ),
+]
+ZSRE = [
+    Case(
+        "q",
+        (Edit("Which town is {}?", "Łódź", "São Paulo", id="q"),),
+        (
+            asked("rewrite", 0, "Which town is Łódź?", "São Paulo"),
+            asked("paraphrase", 0, "Łódź is which town?", "São Paulo"),
+            asked("locality.nq", 0, "nq question: who lived in Florence?", "Leonardo da Vinci"),
+            asked("portability.one_hop", 0, "The land of Łódź is", answers=(("Greece",),)),
+        ),
+    )
+]
+
+
+def bump(lm: LM, size: float = 0.5, seed: int = 0) -> Delta:
+    generator = torch.Generator().manual_seed(seed)
+    shape = lm.parameter(WEIGHT).shape
+    return lm.delta({WEIGHT: [Dense(full=size * torch.randn(shape, generator=generator, dtype=torch.float64))]})
+
+
+def values(records: list[Record], when: str | None = None) -> list[Any]:
+    return [
+        (r.case_id, r.probe_id, r.metric, r.variant, r.value, r.n, r.status, r.detail)
+        for r in records
+        if when in (None, r.when)
+    ]
+
+
+def near(found: list[Any], wanted: list[Any]) -> bool:
+    """Equal, numbers up to the rounding of other batches."""
+    return len(found) == len(wanted) and all(
+        a[:4] == b[:4] and a[5:] == b[5:] and a[4] == pytest.approx(b[4], abs=1e-5)
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+# --- what is measured ----------------------------------------------------------------------------------------------
+
+
+def test_records_by_axis_and_family(tiny: Make) -> None:
+    found = evaluate(tiny(n_layers=1), [*CASES, *ZSRE])
+    counted = Counter((r.axis, r.metric, r.variant) for r in found.records if r.case_id == "france")
+    compared = ["cf.prob_mean", "cf.prob_sum", "zsre.tok"]
+    written = ["gen.em", "gen.prefix", "gen.contains"]
+    expected = {("rewrite", "ES", v): 1 for v in compared + written}
+    expected |= {("rewrite", "EM", "cf.magnitude"): 1, ("rewrite", "EA", "cf.all_correct"): 1}
+    expected |= {("paraphrase", "GS", v): 1 for v in compared + written}
+    expected |= {("paraphrase", "PM", "cf.magnitude"): 1, ("paraphrase", "PA", "cf.all_correct"): 1}
+    expected |= {("neighborhood", "LS", v): 2 for v in [*compared, "ee.loc.argmax"]}
+    expected |= {("neighborhood", "NM", "cf.magnitude"): 2, ("neighborhood", "NA", "cf.all_correct"): 2}
+    expected |= {("two_hop", "two_hop", v): 1 for v in [*compared, *written, "cf.magnitude", "cf.all_correct"]}
+    assert counted == expected
+    of_zsre = {(r.axis, r.metric, r.variant) for r in found.records if r.case_id == "q" and r.status == "ok"}
+    assert of_zsre == {
+        *(("rewrite", "ES", v) for v in ("zsre.tok", "zsre.seq", "zsre.first", *written)),
+        *(("paraphrase", "GS", v) for v in ("zsre.tok", "zsre.seq", "zsre.first", *written)),
+        *(("locality.nq", "LS", v) for v in ("zsre.tok", "zsre.seq", "zsre.first", "ee.loc.argmax")),
+        *(("portability.one_hop", "portability.one_hop", v) for v in written),
+    }
+    assert {r.when for r in found.records} == {"pre"}
+    assert {r.subject for r in found.records} == {"France", "Łódź"}
+    assert not [r for r in evaluate(tiny(n_layers=1), CASES, generate=False).records if r.variant.startswith("gen.")]
+
+
+def test_values_are_those_of_the_scores(tiny: Make) -> None:
+    lm = tiny(n_layers=2)
+    records = evaluate(lm, CASES, generate=False).records
+    for case in CASES:
+        for query in case.queries:
+            rows = [lm.encode(query.prompt, answer) for answer in (query.target, query.contrast)]
+            wanted = {(m.metric, m.variant): m.value for m in compare(query.axis, *score_rows(lm, rows))}
+            found = {
+                (r.metric, r.variant): r.value
+                for r in records
+                if (r.case_id, r.probe_id) == (case.id, query.id) and r.variant != "ee.loc.argmax"
+            }
+            assert found == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_models_own_answer_is_found(tiny: Make) -> None:
+    lm = tiny(n_layers=2)
+    prompt = "The capital of France is"
+    own = lm.complete(prompt, max_new_tokens=4)
+    right = Case("own", (), (asked("rewrite", 0, prompt, own), asked("paraphrase", 0, prompt, "Paris")))
+    found = evaluate(lm, [right], max_new_tokens=4)
+    assert found.texts == {("pre", "own", "rewrite/0"): own, ("pre", "own", "paraphrase/0"): own}
+    by_axis = {(r.axis, r.variant): r.value for r in found.records}
+    assert by_axis["rewrite", "gen.em"] == 1
+    assert by_axis["paraphrase", "gen.em"] == 0
+
+
+def test_an_answer_in_the_prompt_alone_does_not_count(tiny: Make) -> None:
+    case = Case("c", (), (asked("rewrite", 0, "Paris is Paris and Paris is", "Paris"),))
+    found = evaluate(tiny(n_layers=1), [case], max_new_tokens=1)
+    assert "Paris" not in found.texts["pre", "c", "rewrite/0"]
+    assert {r.value for r in found.records if r.variant.startswith("gen.")} == {0}
+
+
+def test_swapping_the_answers_gives_the_complement(tiny: Make) -> None:
+    lm = tiny(n_layers=2)
+    swapped = [
+        replace(c, queries=tuple(replace(q, target=q.contrast, contrast=q.target) for q in c.queries)) for c in CASES
+    ]
+    one, two = (evaluate(lm, cases, generate=False).records for cases in (CASES, swapped))
+    for a, b in zip(one, two, strict=True):
+        assert a.value is not None
+        assert b.value is not None
+        if a.variant in ("cf.prob_mean", "cf.prob_sum"):
+            assert a.value == 1 - b.value
+        if a.variant == "cf.magnitude":
+            assert a.value == pytest.approx(-b.value)
+
+
+def test_equal_answers_tie_and_fail(tiny: Make) -> None:
+    same = [replace(c, queries=tuple(replace(q, contrast=q.target) for q in c.queries)) for c in CASES]
+    found = evaluate(tiny(n_layers=1), same, generate=False)
+    compared = [r for r in found.records if r.variant in ("cf.prob_mean", "cf.prob_sum")]
+    assert {r.value for r in compared} == {0}
+    assert all(r.noted("tie") for r in compared)
+    summary = found.summary()
+    for metric in ("ES", "GS", "LS"):
+        estimate = summary[metric].pre
+        assert estimate is not None
+        assert estimate.value == 0
+        assert estimate.ties == estimate.n_queries
+    assert summary["Score"].pre.value == 0  # type: ignore[union-attr]
+    assert summary.counts["tie"] == 7
+
+
+# --- before and after ----------------------------------------------------------------------------------------------
+
+
+def test_a_delta_is_measured_after_and_taken_off_again(tiny: Make, untouched: Callable[[LM], Any]) -> None:
+    lm = tiny(n_layers=2)
+    delta, look = bump(lm), untouched(lm)
+    found = evaluate(lm, CASES, delta=delta)
+    assert untouched(lm) == look
+    assert values(found.records, "pre") == values(evaluate(lm, CASES).records)
+    with lm.edited(delta):
+        assert values(found.records, "final") != values(found.records, "pre")
+        there = [v for v in values(evaluate(lm, CASES).records) if v[3] != "ee.loc.argmax"]
+        assert [v for v in values(found.records, "final") if v[3] != "ee.loc.argmax"] == there
+    agreement = [r for r in found.records if r.variant == "ee.loc.argmax"]
+    assert {r.value for r in agreement if r.when == "pre"} == {1}
+    assert any(r.value != 1 for r in agreement if r.when == "final")
+    assert [r.when for r in found.records] == sorted((r.when for r in found.records), reverse=True)
+
+
+def test_agreement_is_the_share_of_equal_choices(tiny: Make) -> None:
+    lm = tiny(n_layers=2)
+    found = evaluate(lm, ZSRE, delta=bump(lm, 0.2), generate=False)
+    (record,) = (r for r in found.records if r.variant == "ee.loc.argmax" and r.when == "final")
+    pre, post = (found.predictions[when, "q", "locality.nq/0"] for when in ("pre", "final"))
+    assert record.n == len(pre) == len(post) == len(lm.encode("x", "Leonardo da Vinci").target_ids)
+    assert record.value == sum(a == b for a, b in zip(pre, post, strict=True)) / len(pre)
+
+
+def test_an_unchanged_model_is_the_same_to_the_bit(tiny: Make) -> None:
+    lm = tiny(n_layers=2)
+    zero = lm.delta({WEIGHT: [Dense(full=torch.zeros(lm.parameter(WEIGHT).shape))]})
+    found = evaluate(lm, [*CASES, *ZSRE], delta=zero)
+    assert values(found.records, "final") == values(found.records, "pre")
+    assert {r.value for r in found.records if r.variant == "ee.loc.argmax"} == {1}
+    change = found.summary()["LS", "cf.ls.delta"].post
+    assert change is not None
+    assert change.value == 0
+    delta = bump(lm)
+    lm.apply(delta)
+    lm.revert(delta)
+    assert values(evaluate(lm, [*CASES, *ZSRE]).records) == values(found.records, "pre")
+
+
+def test_an_earlier_evaluation_saves_the_first_half(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny(n_layers=2)
+    delta = bump(lm)
+    whole = evaluate(lm, CASES, delta=delta)
+    pre = evaluate(lm, [*ZSRE, *CASES])
+    passes = 0
+    real = lm.logits_at
+
+    def counting(*args: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return real(*args)
+
+    monkeypatch.setattr(lm, "logits_at", counting)
+    again = evaluate(lm, CASES, delta=delta, pre=pre)
+    assert passes == 1
+    assert near(values(again.records), values(whole.records))
+    assert again.texts == whole.texts
+    with lm.edited(delta):
+        as_it_stands = evaluate(lm, CASES, pre=pre)
+    assert near(values(as_it_stands.records), values(whole.records))
+
+
+def test_an_earlier_evaluation_from_a_file_lacks_predictions_and_says_so(tiny: Make, tmp_path: Path) -> None:
+    lm = tiny(n_layers=1)
+    evaluate(lm, ZSRE).write(tmp_path / "pre.jsonl")
+    found = evaluate(lm, ZSRE, delta=bump(lm), pre=Evaluation.read(tmp_path / "pre.jsonl"))
+    before, after = (r for r in found.records if r.variant == "ee.loc.argmax")
+    assert (before.value, before.status) == (1, "ok")
+    assert (after.value, after.status) == (None, "skipped")
+    assert after.detail == "no predictions of the unedited model for these tokens"
+    assert found.summary()["LS", "ee.loc.argmax"].post is None
+
+
+def test_an_earlier_evaluation_of_other_cases_is_refused(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    pre = evaluate(lm, CASES[:1], generate=False)
+    with pytest.raises(InvalidSetting, match=r"lacks 2 of 7 queries \(case 'lodz', query 'neighborhood/0'\); evaluate"):
+        evaluate(lm, CASES, pre=pre, generate=False)
+
+
+@pytest.mark.parametrize("options", [dict(max_batch_tokens=1), dict(max_batch_tokens=30)])
+def test_batches_and_other_cases_are_of_no_account(options: dict[str, int], tiny: Make) -> None:
+    lm = tiny(n_layers=2)
+    together = evaluate(lm, [*CASES, *ZSRE])
+    assert near(values(evaluate(lm, [*CASES, *ZSRE], **options).records), values(together.records))
+    alone = [v for case in [*CASES, *ZSRE] for v in values(evaluate(lm, [case], **options).records)]
+    contaminated = [v for v in values(together.records) if v[7] and "contaminated" in v[7]]
+    assert {v[:2] for v in contaminated} == {("lodz", "neighborhood/0")}
+    clean = [(*v[:7], None) if v in contaminated else v for v in values(together.records)]
+    alone.sort(key=lambda v: v[3].startswith("gen."))  # stable: generated answers come last, as in one run
+    assert near(alone, clean)
+
+
+def test_batch_limit_holds_for_written_answers_too(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny(n_layers=1)
+    limits: list[int] = []
+    real = lm.generate
+    monkeypatch.setattr(lm, "generate", lambda *a, **k: (limits.append(k["max_batch_tokens"]), real(*a, **k))[1])
+    evaluate(lm, CASES, max_batch_tokens=77)
+    assert limits == [77]
+
+
+# --- what is told --------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_scored_is_skipped_with_its_reason(tiny: Make) -> None:
+    case = Case(
+        "c",
+        (),
+        (
+            asked("rewrite", 0, "I read", "home"),
+            asked("generation", 0, "I read"),
+            asked("rewrite", 1, "I read", " "),
+            asked("rewrite", 2, "I read", "home", " "),
+            asked("portability.x", 0, "I read", answers=(("home",),)),
+        ),
+    )
+    found = evaluate(tiny(n_layers=1), [case])
+    skipped = {r.probe_id: (r.value, r.n, r.detail) for r in found.records if r.status == "skipped"}
+    assert {name: detail for name, (_, _, detail) in skipped.items()} == {
+        "generation/0": "no target",
+        "rewrite/1": "the target behind 'I read' is empty; give the answer the model shall say",
+        "rewrite/2": "the target behind 'I read' is empty; give the answer the model shall say",
+        "portability.x/0": "no target",
+    }
+    assert {(value, n) for value, n, _ in skipped.values()} == {(None, 0)}
+    assert {r.probe_id for r in found.records if r.variant == "gen.em"} == {"rewrite/0", "portability.x/0"}
+    summary = found.summary()
+    assert summary.counts["skipped"] == 4
+    assert summary["ES"].pre.n_queries == 1  # type: ignore[union-attr]
+
+
+def test_not_a_number_is_an_error_not_a_value(tiny: Make, tmp_path: Path) -> None:
+    lm = tiny(n_layers=1)
+    with torch.no_grad():
+        lm.parameter(WEIGHT).fill_(math.nan)
+    found = evaluate(lm, CASES[:1], generate=False)
+    broken = [r for r in found.records if r.variant != "ee.loc.argmax"]
+    assert {(r.status, r.value) for r in broken} == {("error", None)}
+    assert all(r.noted("NaN or infinite log-probability") for r in broken)
+    summary = found.summary()
+    assert summary.counts["error"] == 5
+    assert summary["ES"].pre.value is None  # type: ignore[union-attr]
+    found.write(tmp_path / "records.jsonl")
+    assert Evaluation.read(tmp_path / "records.jsonl").summary() == summary
+
+
+def test_boundary_merges_are_counted(tiny: Make) -> None:
+    lm = tiny(n_layers=1, tok="piece")  # breaks no text at spaces
+    found = evaluate(lm, CASES[:1], generate=False)
+    merged = {r.probe_id for r in found.records if r.noted("boundary_merge")}
+    rows = {q.id: [lm.encode(q.prompt, a).boundary_merge for a in (q.target, q.contrast)] for q in CASES[0].queries}
+    assert merged == {name for name, either in rows.items() if any(either)} != set()
+    assert found.summary().counts["boundary_merge"] == len(merged)
+
+
+def test_the_context_says_what_was_run(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    found = evaluate(lm, CASES, generate=False, seed=7, context={"protocol": "single", "run_id": "x"})
+    assert found.context == {
+        "model": f"tiny-gptj@{lm.fingerprint()[:12]}",
+        "method": "none",
+        "dataset": "hand",
+        "protocol": "single",
+        "n_edits": 0,
+        "edit_batch": 0,
+        "step": 0,
+        "seed": 7,
+        "run_id": "x",
+    }
+    delta = lm.delta({}, provenance={"method": "by hand"})
+    assert evaluate(lm, CASES, delta=delta, generate=False).context["method"] == "by hand"
+
+
+def test_two_cases_of_one_id_are_refused(tiny: Make) -> None:
+    with pytest.raises(InvalidEdit, match="two cases share the id 'france'; ids must be unique within an evaluation"):
+        evaluate(tiny(n_layers=1), [CASES[0], CASES[0]])
+
+
+def test_nothing_to_measure_is_fine(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    assert evaluate(lm, [], delta=bump(lm)).records == []
+    assert evaluate(lm, [Case("empty", (), ())]).summary().lines == ()
+
+
+def test_the_progress_bar_goes_to_stderr(tiny: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    lm = tiny(n_layers=1)
+    found = evaluate(lm, CASES, delta=bump(lm), progress=True)
+    assert capsys.readouterr().out == ""
+    assert values(found.records) == values(evaluate(lm, CASES, delta=bump(lm)).records)
+
+
+# --- what is left alone --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_model_tokenizer_and_generators_are_left_as_they_were(
+    fails: bool, tiny: Make, untouched: Callable[[LM], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny(n_layers=1)
+    lm.model.train()
+    next(lm.model.parameters()).requires_grad_(False)
+    lm.model.generation_config.do_sample = True
+    shipped = lm.model.generation_config.to_dict()
+    lm.tokenizer.padding_side, side = "left", lm.tokenizer.padding_side
+    try:
+        tokenizer, delta, look = str(lm.tokenizer), bump(lm), untouched(lm)
+        if fails:
+            monkeypatch.setattr(lm.model, "generate", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                evaluate(lm, CASES, delta=delta)
+        else:
+            evaluate(lm, CASES, delta=delta)
+        assert untouched(lm) == look
+        assert str(lm.tokenizer) == tokenizer
+        assert lm.model.generation_config.to_dict() == shipped
+    finally:
+        lm.tokenizer.padding_side = side
+
+
+# --- from a file to a file -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["counterfact.json", "counterfact-flat.json", "zsre.json", "cases.jsonl"])
+def test_every_dirty_file_is_measured_and_its_records_read_back(name: str, tiny: Make, tmp_path: Path) -> None:
+    lm = tiny(n_layers=1)
+    cases = load(FIXTURES / name, conflicts="keep")[0]
+    found = retcon.evaluate(lm, cases, delta=bump(lm), max_new_tokens=4)
+    assert {(r.case_id, r.probe_id) for r in found.records} == {(c.id, q.id) for c in cases for q in c.queries}
+    found.write(tmp_path / "records.jsonl")
+    read = Evaluation.read(tmp_path / "records.jsonl")
+    assert read.records == found.records
+    assert read.context == found.context
+    assert read.summary() == found.summary()
+    assert str(read.summary()) == str(found.summary())

@@ -1,0 +1,34 @@
+"""Moments that nobody named: the embedded models ship theirs; other models need a corpus."""
+
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import retcon
+from retcon import world
+from retcon.errors import TooFewTokens
+from retcon.memory.defaults import default_moments
+from retcon.memory.moments import collect_moments, document_rows
+
+
+@pytest.mark.parametrize("name", world.MODELS)
+def test_the_embedded_models_ship_moments_of_every_layer(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path))
+    lm = retcon.load(f"demo:{name}")
+    source = default_moments(lm)
+    sites = [lm.site(layer, "down_proj") for layer in range(lm.n_layers)]
+    source.prepare(lm, sites)
+    assert not (tmp_path / "moments").exists(), "the shipped file does not fit the shipped weights or text"
+    site = sites[2]
+    rows = document_rows(lm, source.corpus.documents, 20 * site.weight.shape[1], 1024)
+    fresh = collect_moments(lm, [site], rows)[site]
+    assert_close(source.second_moment(lm, site).double(), fresh, rtol=1e-3, atol=1e-4 * float(fresh.diagonal().mean()))
+    assert float(torch.linalg.eigvalsh(source.second_moment(lm, site).double()).min()) > -1e-6
+
+
+def test_without_corpus_or_datasets_the_error_says_how_to_give_one(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(TooFewTokens, match=r"pip install 'retcon-lm\[hub\]'.*--corpus PATH"):
+        default_moments(tiny("llama"))
