@@ -285,6 +285,14 @@ def test_unknown_zsre_settings(setting: dict[str, Any]) -> None:
         load_zsre(ZSRE, **setting)
 
 
+def test_the_first_answer_that_is_not_blank_counts(rows: Callable[..., Path]) -> None:
+    blanks = {"alt": ["  ", "Rhine", "Elbe"], "answers": ["", "River Sel"], "loc_ans": [[], ["", "Ida"]]}
+    path = rows({**GOOD_ZSRE, **blanks})
+    for target, wanted in (("alt", "Rhine"), ("answers", "River Sel")):
+        case = load_zsre(path, target=target)[0][0]  # type: ignore[arg-type]
+        assert (case.edits[0].target_new, case.queries[2].target) == (wanted, "Ida")
+
+
 # --- our own -------------------------------------------------------------------------------------------------------
 
 
