@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import retcon
-from retcon.delta import Delta, Dense
+from retcon.delta import Delta, Dense, EditReport
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.evaluation import Evaluation, Record, evaluate, load
@@ -419,3 +419,18 @@ def test_every_dirty_file_is_measured_and_its_records_read_back(name: str, tiny:
     assert read.context == found.context
     assert read.summary() == found.summary()
     assert str(read.summary()) == str(found.summary())
+
+
+def test_the_context_names_the_deltas_in_force(tiny: Make) -> None:
+    lm = tiny("llama")
+    site = lm.site(0, "down_proj")
+    delta = lm.delta(
+        {site.name: [Dense(full=torch.zeros_like(site.weight))]},
+        report=(EditReport("a", 1.0, 1, "reached"), EditReport("b", 1.0, 1, "reached")),
+        provenance={"method": "nothing"},
+    )
+    pre = evaluate(lm, CASES, generate=False)
+    assert (pre.context["method"], pre.context["n_edits"]) == ("none", 0)
+    lm.apply(delta)
+    for found in (evaluate(lm, CASES, pre=pre, generate=False), evaluate(lm, CASES, generate=False)):
+        assert (found.context["method"], found.context["n_edits"], found.context["edit_batch"]) == ("nothing", 2, 2)

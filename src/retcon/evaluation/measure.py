@@ -75,7 +75,7 @@ def evaluate(
             parts.append(_measure(lm, asked, "final", before, options, advance))
     return Evaluation(
         [record for part in parts for record in part.records],
-        _context(lm, cases, delta, seed) | dict(context or {}),
+        _context(lm, cases, (*lm.live, delta) if delta is not None else lm.live, seed) | dict(context or {}),
         {key: text for part in parts for key, text in part.texts.items()},
         {key: ids for part in parts for key, ids in part.predictions.items()},
     )
@@ -161,6 +161,9 @@ def _measure(
             if reference is None or len(reference) != len(own):
                 why = "no predictions of the unedited model for these tokens"
                 records.append(_record(a, when, "LS", "ee.loc.argmax", None, 0, "skipped", why))
+            elif not found[0].finite:  # a broken model agrees with itself
+                why = "NaN or infinite log-probability"
+                records.append(_record(a, when, "LS", "ee.loc.argmax", None, len(own), "error", why))
             else:
                 records.append(_record(a, when, "LS", "ee.loc.argmax", agreement(reference, own), len(own)))
     texts: dict[tuple[str, str, str], str] = {}
@@ -248,15 +251,17 @@ def _covering(pre: Evaluation, asked: Sequence[_Asked]) -> Evaluation:
     return Evaluation(records, pre.context, keep(pre.texts), keep(pre.predictions))
 
 
-def _context(lm: LM, cases: Sequence[Case], delta: Delta | None, seed: int) -> dict[str, Any]:
-    n_edits = len(delta.report) if delta is not None else 0
+def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Delta], seed: int) -> dict[str, Any]:
+    """What holds for the whole run; `deltas` are those in force at the end of it."""
+    n_edits = sum(len(delta.report) for delta in deltas)
+    methods = dict.fromkeys(str(delta.provenance.get("method", "unknown")) for delta in deltas)
     return {
         "model": f"{lm.name}@{lm.fingerprint()[:12]}",
-        "method": delta.provenance.get("method", "unknown") if delta is not None else "none",
+        "method": "+".join(methods) or "none",
         "dataset": ",".join(sorted({case.dataset for case in cases})),
         "protocol": "batch",
         "n_edits": n_edits,
-        "edit_batch": n_edits,
+        "edit_batch": len(deltas[-1].report) if deltas else 0,
         "step": 0,
         "seed": seed,
     }
