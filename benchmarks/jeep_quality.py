@@ -48,22 +48,10 @@ def measure(
     delta = method.propose(lm, edits, contexts=contexts, moments=moments)
     seconds = (time.perf_counter() - started) / len(edits)
     summary = evaluate(lm, cases, delta=delta, pre=pre, stops=("\n", ".")).summary()
-    cells = [cell(summary[name].post) for name in ("Score", "ES", "GS", "LS")]
-    cells += [cell(summary["GS", "gen.em"].post)]
+    cells = [summary[name].post.percent() for name in ("Score", "ES", "GS", "LS")]
+    cells += [summary["GS", "gen.em"].post.percent()]
     reached = sum(r.stopped == "reached" for r in delta.report) / len(delta.report)
     return " | ".join([*cells, f"{100 * reached:.0f} %", f"{seconds:.2f}"])
-
-
-def cell(estimate: Any) -> str:
-    """A percentage with its interval."""
-    if estimate is None or estimate.value is None:
-        return "-"
-    value, interval = 100 * estimate.value, estimate.interval
-    if interval is None:
-        return f"{value:.1f}"
-    if interval.kind == "ci.boot":
-        return f"{value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    return f"{value:.1f} ± {100 * interval.half_width:.1f}"
 
 
 def main() -> None:
@@ -91,7 +79,9 @@ def main() -> None:
         cases = cases_of(args.data, args.start, n, args.seed)
         pre = evaluate(lm, cases, stops=("\n", "."))
         before = pre.summary()
-        cells = [cell(before[name].pre) for name in ("Score", "ES", "GS", "LS")] + [cell(before["GS", "gen.em"].pre)]
+        cells = [before[name].pre.percent() for name in ("Score", "ES", "GS", "LS")] + [
+            before["GS", "gen.em"].pre.percent()
+        ]
         print(f"| {n} | unedited | {' | '.join(cells)} | | |", flush=True)
         rows = ABLATIONS if args.ablations else {"JEEP": {}}
         for name, settings in rows.items():

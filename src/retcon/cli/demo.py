@@ -290,14 +290,7 @@ def _metrics_table(story: Story) -> Table:
 
 
 def _percent(estimate: "Estimate | None") -> str:
-    if estimate is None or estimate.value is None:
-        return "-"
-    value, interval = 100 * estimate.value, estimate.interval
-    if interval is None:
-        return f"{value:.1f}"
-    if interval.kind == "ci.boot":  # not symmetric about the value
-        return f"{value:.1f} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]".replace("[", "\\[")
-    return f"{value:.1f} ± {100 * interval.half_width:.1f}"
+    return escape(estimate.percent()) if estimate else "-"
 
 
 def _suggest(story: Story, others: Sequence[str]) -> None:

@@ -67,6 +67,17 @@ class Estimate:
     ties: int = 0
     """Queries whose two answers were exactly as probable (they count as failures)."""
 
+    def percent(self) -> str:
+        """The value times 100 with its interval: `89.7 ± 4.4`, or `94.6 [92.5, 96.4]` where it is not symmetric."""
+        if self.value is None:
+            return "-"
+        text, interval = f"{100 * self.value:.1f}", self.interval
+        if interval is None:
+            return text
+        if interval.kind == "ci.boot":
+            return f"{text} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+        return f"{text} ± {100 * interval.half_width:.1f}"
+
 
 @dataclass(frozen=True)
 class Line:
@@ -118,7 +129,10 @@ class Summary:
         for line in lines:
             last = line.post or line.pre
             assert last is not None
-            values = [_percent(line.pre), *([_percent(line.post)] if has_post else [])]
+            values = [
+                line.pre.percent() if line.pre else "-",
+                *([line.post.percent() if line.post else "-"] if has_post else []),
+            ]
             kind = last.interval.kind if last.interval else "-"
             rows.append([line.metric, line.variant, *values, f"{last.n:,}", f"{last.n_queries:,}", kind])
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -347,14 +361,3 @@ def _counts(records: Iterable[Record]) -> dict[str, int]:
             if record.noted(name):
                 found[name].add(place)
     return dict(Counter({name: len(places) for name, places in found.items()}))
-
-
-def _percent(estimate: Estimate | None) -> str:
-    if estimate is None or estimate.value is None:
-        return "-"
-    interval = estimate.interval
-    if interval is None:
-        return f"{100 * estimate.value:.1f}"
-    if interval.kind == "ci.boot":  # not symmetric about the value
-        return f"{100 * estimate.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    return f"{100 * estimate.value:.1f} ± {100 * interval.half_width:.1f}"
