@@ -1,4 +1,4 @@
-"""The shape of the package: imports point one way, and importing only defines names (DESIGN.md, section 2)."""
+"""The shape of the package: imports point one way, and importing only defines names (docs/design.md)."""
 
 import ast
 import json

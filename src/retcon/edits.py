@@ -87,7 +87,7 @@ class Edit:
     def subject_span(self) -> tuple[int, int] | None:
         """(start, end) characters of the subject in `text`, or None where it does not occur.
 
-        Looked up exactly, then as NFC, then case-folded (evaluation spec 1.9); the text itself is never rewritten.
+        Looked up exactly, then as NFC, then case-folded; the text itself is never rewritten.
         """
         if MARKER in self.prompt:
             start = self.prompt.index(MARKER)
@@ -115,7 +115,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Query:
-    """One thing to measure (the evaluation spec calls it a probe; here "probe" means a diagnostic).
+    """One thing to measure. (Others call it a probe; here "probe" means a diagnostic.)
 
     Raises:
         InvalidEdit: a field is not text, the prompt is empty, or `answers` is not a sequence of sequences of texts.

@@ -324,7 +324,7 @@ def test_the_work_is_linear_in_the_number_of_deltas(counted: Callable[[], tuple[
 
 
 def test_casting_once_keeps_what_casting_every_step_loses() -> None:
-    """DESIGN section 1: 200 small deltas in bfloat16."""
+    """200 small deltas in bfloat16."""
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(32, 48, generator=generator).bfloat16()
     bench = Bench(torch.bfloat16, {"w": (32, 48)})

@@ -48,7 +48,7 @@ def targets_at(lm, edits, point, where, generator_seed=3):
 @pytest.mark.parametrize("where", ["subject_last", "prediction"])
 def test_a_single_layer_without_old_keys_reaches_its_value_exactly(family, measured, where, tiny, edits):
     if measured == "block" and family == "gemma2":
-        pytest.skip("a norm stands between the MLP's output and the block's (locate-then-edit 1.3)")
+        pytest.skip("a norm stands between the MLP's output and the block's")
     lm = tiny(family)
     moments = random_moments(lm)
     group = LayerGroup((2,), where, measured, "even", 0.0)

@@ -82,7 +82,7 @@ def optimise(
     model: Any, rows: list[PlainRow], kl_row: PlainRow | None, places: list[Place], *,
     steps: int, lr: float, kl_factor: float, threshold: float,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-    """init, delta and live value per place (spec: values z = init + delta)."""
+    """init, delta and live value per place (z = init + delta)."""
     bare = rows[0]
     _, seen = forward(model, bare.prompt + bare.target[:-1], reads=[(p.layer, p.tensor) for p in places])
     init = [seen[p.layer, p.tensor][bare.at(p.where)] for p in places]

@@ -222,7 +222,7 @@ _TITLES = {
 _METRICS = {
     "ES": "edited prompts: the new answer is likelier than the old",
     "GS": "the same facts in held-out words",
-    "LS": "other subjects with the old answer: theirs is still likelier",
+    "LS": "other subjects with the old answer keep it",
     "Score": "harmonic mean of the three",
 }
 

@@ -1,8 +1,8 @@
 """Text to token rows: the one place where prompts and targets are tokenised, positions found and rows padded.
 
-Prompt and target are tokenised together and split where the prompt's own tokens end (locate-then-edit spec 1.4,
-evaluation spec 2.1); token positions are found by character offsets (spec 1.5). Rows are padded on the right, whatever
-the tokenizer says, and nothing is ever found by comparing ids with a pad id.
+Prompt and target are tokenised together and split where the prompt's own tokens end; token positions are found by
+character offsets. Rows are padded on the right, whatever the tokenizer says, and nothing is ever found by comparing ids
+with a pad id.
 """
 
 import warnings
@@ -179,7 +179,7 @@ def _encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tup
 
 
 def _target_alone(tokenizer: Any, target: str, separator: str) -> list[int]:
-    """Ids of the target behind a neutral word, or quite alone where even that merges (evaluation spec 2.1, step 3)."""
+    """Ids of the target behind a neutral word, or quite alone where even that merges."""
 
     def plain(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -189,7 +189,7 @@ def _target_alone(tokenizer: Any, target: str, separator: str) -> list[int]:
 
 
 def _last_token_covering(text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> int:
-    """i' = max {t : start_t <= e < end_t}, e the subject's last non-space character (spec 1.5).
+    """i' = max {t : start_t <= e < end_t}, e the subject's last non-space character.
 
     The maximum matters: byte-level tokenizers give several tokens the span of one non-ASCII character, and the subject
     is complete only at the last of them.

@@ -1,6 +1,6 @@
 """JEEP: edit low and high layers together, towards values that were optimised together.
 
-Shi et al. 2024, arXiv:2412.17872, sections 5.1 to 5.3; symbols as there: primes for the low group (information
+Shi et al. 2024, arXiv:2412.17872, section 4.2; symbols as there: primes for the low group (information
 enrichment, read at the subject's last token i'), stars for the high group (probability promotion, read at the
 prediction position i*). Departures from the paper and from the released code: docs/methods/jeep.md.
 """
@@ -37,7 +37,7 @@ class Jeep:
     high: tuple[int, ...]
     """High layers [l*..L*]; () leaves the high group out (Table 4, "w/o delta* & Step 3")."""
     low_clamp: float = 1.0
-    """gamma': radius of delta' as a multiple of the clean value's norm."""
+    """gamma': radius of delta' as a multiple of the clean value's norm (Eq. 12)."""
     high_clamp: float = 0.25
     """gamma*: radius of delta*; good values are well below gamma' (paper, appendix B)."""
     low_moment_weight: float = 2500.0
@@ -167,7 +167,7 @@ class Jeep:
         groups: Sequence[LayerGroup],
         progress: Progress = silent,
     ) -> Values:
-        """Step 1: one delta per group, all of an edit's deltas under one loss (paper, section 5.1)."""
+        """Step 1: one delta per group, all of an edit's deltas under one loss (Eq. 11)."""
         settings = ValueSearch(
             steps=self.steps,
             learning_rate=self.learning_rate,
