@@ -1,4 +1,4 @@
-"""Values: the vectors that make the model say the new answer when they stand at a site (ROME Eq. 4, JEEP Eqs. 8 and 11).
+"""Values: vectors that make the model say the new answer when they stand at a site (ROME Eq. 4, JEEP Eqs. 8, 11).
 
 Per edit, one vector delta per site is found by gradient descent with everything else frozen. All sites of an edit are
 optimised together. This is the plain path: a full forward pass per step over one edit's rows, the vocabulary projection
