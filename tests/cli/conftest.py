@@ -34,6 +34,7 @@ def here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory of a test: links to the models, a corpus, a file of edits, an empty cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("COLUMNS", raising=False)  # a test runner's own width would wrap lines elsewhere
     for family in ("gptj", "llama"):
         (tmp_path / family).symlink_to(models / family)
     text = [f"The capital of France is Paris, and {i} of {i * i} trains go home by way of Łódź." for i in range(60)]
