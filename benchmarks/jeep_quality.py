@@ -11,10 +11,12 @@ CounterFact's comparison of probabilities with 95 % intervals over cases, Score'
 import argparse
 import time
 import tomllib
+from collections import Counter
 from typing import Any
 
 import retcon
 from benchmarks.common import cases_of, machine, moments_of
+from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
 from retcon.lm.model import LM
@@ -38,8 +40,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 def measure(
     lm: LM, cases: list[Case], pre: Evaluation, contexts: Contexts, moments: Moments, settings: dict[str, Any]
-) -> str:
-    """One row's cells: Score, ES, GS, LS, generated exact match on paraphrases, reached, seconds per edit."""
+) -> tuple[str, Delta, Evaluation]:
+    """One row's cells (Score, ES, GS, LS, generated match on paraphrases, reached, seconds per edit), and more."""
     method = retcon.method("jeep", for_model=lm, **settings)
     edits = [case.edits[0] for case in cases]
     for kind in ("down_proj", "o_proj") if settings.get("high_module") == "attn" else ("down_proj",):
@@ -47,11 +49,31 @@ def measure(
     started = time.perf_counter()
     delta = method.propose(lm, edits, contexts=contexts, moments=moments)
     seconds = (time.perf_counter() - started) / len(edits)
-    summary = evaluate(lm, cases, delta=delta, pre=pre, stops=("\n", ".")).summary()
+    evaluation = evaluate(lm, cases, delta=delta, pre=pre, stops=("\n", "."))
+    summary = evaluation.summary()
     cells = [summary[name].post.percent() for name in ("Score", "ES", "GS", "LS")]
     cells += [summary["GS", "gen.em"].post.percent()]
     reached = sum(r.stopped == "reached" for r in delta.report) / len(delta.report)
-    return " | ".join([*cells, f"{100 * reached:.0f} %", f"{seconds:.2f}"])
+    return " | ".join([*cells, f"{100 * reached:.0f} %", f"{seconds:.2f}"]), delta, evaluation
+
+
+def misses(cases: list[Case], delta: Delta, evaluation: Evaluation) -> str:
+    """Where paraphrases fail: by how the edit's search ended, and by the subject's place in edit and paraphrase."""
+    stopped = {report.id: report.stopped for report in delta.report}
+    by_id = {case.id: case for case in cases}
+    missed: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for record in evaluation.records:
+        if (record.when, record.metric, record.variant) != ("final", "GS", "cf.prob_mean") or record.value is None:
+            continue
+        case = by_id[record.case_id]
+        edit = case.edits[0]
+        prompt = next(query.prompt for query in case.queries if query.id == record.probe_id)
+        same_place = prompt.startswith(edit.subject) == edit.text.startswith(edit.subject)
+        for group in (f"search {stopped[edit.id]}", f"subject in {'the same' if same_place else 'another'} place"):
+            asked[group] += 1
+            missed[group] += record.value == 0
+    return "; ".join(f"{group}: {missed[group]} of {n} missed" for group, n in sorted(asked.items()))
 
 
 def main() -> None:
@@ -63,6 +85,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=[100])
     parser.add_argument("--ablations", action="store_true", help="the rows of the paper's Table 4")
     parser.add_argument("--only", nargs="+", help="some of the ablations, by the start of their names")
+    parser.add_argument("--misses", action="store_true", help="also say where paraphrases fail")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting, as TOML")
     args = parser.parse_args()
@@ -87,10 +110,10 @@ def main() -> None:
         for name, settings in rows.items():
             if args.only and not any(name.startswith(start) for start in args.only):
                 continue
-            print(
-                f"| {n} | {name} | {measure(lm, cases, pre, contexts, moments, {**overrides, **settings})} |",
-                flush=True,
-            )
+            row, delta, evaluation = measure(lm, cases, pre, contexts, moments, {**overrides, **settings})
+            print(f"| {n} | {name} | {row} |", flush=True)
+            if args.misses:
+                print(f"paraphrases: {misses(cases, delta, evaluation)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -277,3 +277,7 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
         other.write_text(json.dumps(row))
         with pytest.raises(MalformedFile, match=f"row 1: field '{name}' is missing"):
             Evaluation.read(other)
+
+
+def test_an_evaluation_does_not_flood_the_screen() -> None:
+    assert repr(Evaluation([], {})) == "Evaluation(0 records of 0 cases; print(evaluation.summary()) for the figures)"

@@ -163,6 +163,12 @@ class Evaluation:
     predictions: Mapping[tuple[str, str, str], tuple[int, ...]] = field(default_factory=dict)
     """The model's own tokens at the answer's places, by (when, case id, query id), on locality axes. In memory only."""
 
+    def __repr__(self) -> str:
+        cases = len({record.case_id for record in self.records})
+        return (
+            f"Evaluation({len(self.records):,} records of {cases:,} cases; print(evaluation.summary()) for the figures)"
+        )
+
     def summary(self, *, n_resamples: int = N_RESAMPLES) -> Summary:
         """Macro means with intervals: over cases (`ci.case`) for the CounterFact family, by subject (`ci.boot`) for the
         zsRE family, whose cases share subjects, and for the score of either.
