@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 """Columns of output that goes to a file or a pipe."""
+NARROW = 512
+"""Width of the residual stream up to which one thread is used."""
 FAILURES = (NonFinite, DeltaNotLive)
 """Errors that are no fault of the input: exit code 1, all others 2."""
 
@@ -220,7 +222,21 @@ def load_model(name: str, *, device: str | None = None, dtype: str | None = None
 
         _check_path(name)
         _check_device(device)
-        return retcon.load(name, device=device, dtype=dtype)
+        lm = retcon.load(name, device=device, dtype=dtype)
+        _one_thread_for_a_small_model(lm)
+        return lm
+
+
+def _one_thread_for_a_small_model(lm: "LM") -> None:
+    """On a CPU, matrices this narrow gain little from threads, and waiting for each other on busy cores costs a lot.
+
+    `OMP_NUM_THREADS`, where it is set, stands.
+    """
+    import torch
+
+    width = lm.site(0, "down_proj").weight.shape[0]
+    if lm.device.type == "cpu" and width <= NARROW and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def _check_path(name: str) -> None:
