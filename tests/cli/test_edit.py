@@ -168,3 +168,13 @@ def test_a_missing_file_and_a_missing_model(cli: Callable[..., Any], here: Path)
     assert "cannot load 'empty'" in cli("edit", "empty", "edits.jsonl", "--out", "d", code=2).stderr
     assert "no embedded model 'gpt4'" in cli("edit", "demo:gpt4", "edits.jsonl", "--out", "d", code=2).stderr
     assert "no such directory" in cli("edit", "./nowhere", "edits.jsonl", "--out", "d", code=2).stderr
+
+
+def test_a_models_name_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich would turn :llama: into a picture."""
+    from retcon.cli.shell import console
+
+    console.cache_clear()
+    console().print("LM(demo:llama: llama)")
+    assert "demo:llama: llama" in capsys.readouterr().out
+    console.cache_clear()

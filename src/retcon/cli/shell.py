@@ -62,8 +62,9 @@ Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
 @cache
 def console(*, stderr: bool = False) -> Console:
     """The terminal, as wide as it is; files and pipes are `WIDTH` wide. Numbers in texts are not coloured."""
-    made = Console(stderr=stderr, highlight=False)
-    return made if made.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, highlight=False, width=WIDTH)
+    plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "emoji": False}  # or demo:llama: becomes a picture
+    made = Console(**plain)
+    return made if made.is_terminal or "COLUMNS" in os.environ else Console(**plain, width=WIDTH)
 
 
 def emit(record: Mapping[str, Any]) -> None:
