@@ -355,7 +355,11 @@ def test_the_context_says_what_was_run(tiny: Make) -> None:
         "run_id": "x",
     }
     delta = lm.delta({}, provenance={"method": "by hand"})
-    assert evaluate(lm, CASES, delta=delta, generate=False).context["method"] == "by hand"
+    edited = evaluate(lm, CASES, delta=delta, generate=False)
+    assert edited.context["method"] == "by hand"
+    ids = [evaluate(lm, c, generate=False).context["run_id"] for c in (CASES, CASES, CASES[:1])]
+    assert ids[0] == ids[1] != ids[2]
+    assert edited.context["run_id"] not in ids
 
 
 def test_two_cases_of_one_id_are_refused(tiny: Make) -> None:

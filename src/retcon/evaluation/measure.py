@@ -1,5 +1,7 @@
 """`evaluate`: every query of the cases, scored and answered, before an edit and after it."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -255,7 +257,7 @@ def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Delta], seed: int) 
     """What holds for the whole run; `deltas` are those in force at the end of it."""
     n_edits = sum(len(delta.report) for delta in deltas)
     methods = dict.fromkeys(str(delta.provenance.get("method", "unknown")) for delta in deltas)
-    return {
+    known = {
         "model": f"{lm.name}@{lm.fingerprint()[:12]}",
         "method": "+".join(methods) or "none",
         "dataset": ",".join(sorted({case.dataset for case in cases})),
@@ -265,6 +267,8 @@ def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Delta], seed: int) 
         "step": 0,
         "seed": seed,
     }
+    identity = [known, [case.id for case in cases], [delta.id for delta in deltas]]
+    return known | {"run_id": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}
 
 
 _Advance = Callable[[str, int, int], None]
