@@ -109,6 +109,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "w/o high": dict(high=()),
     "w/o Step 2": dict(write_low=False),
     "w/o Step 3": dict(write_high=False),
+    "MEMIT with root spread": dict(high=(), sites="block"),
+    "MEMIT": dict(high=(), sites="block", low_spread="even"),
     "separate": dict(joint_optimisation=False),
     "even in Step 2": dict(low_spread="even"),
     "attention in Step 3": dict(high_module="attn"),

@@ -83,11 +83,17 @@ class Jeep:
             object.__setattr__(self, name, layers)
             if list(layers) != sorted(set(layers)):
                 raise InvalidSetting(f"jeep: {name} layers must ascend without repeats, found {layers}")
-        for name in ("low_clamp", "high_clamp", "low_moment_weight", "high_moment_weight", "low_weight_decay"):
+        for name in (
+            f"{group}_{what}" for what in ("clamp", "moment_weight", "weight_decay") for group in ("low", "high")
+        ):
             if getattr(self, name) < 0:
                 raise InvalidSetting(f"jeep: {name} must not be negative, found {getattr(self, name)}")
         if not self.low and not self.high:
             raise InvalidSetting("jeep: low and high are both empty, so there is nothing to edit")
+        if not (self.write_low or self.write_high):
+            raise InvalidSetting("jeep: write_low and write_high are both False, so nothing would be written")
+        if not (self.write_low and self.write_high) and not (self.low and self.high and self.joint_optimisation):
+            raise InvalidSetting("jeep: write_low and write_high can be False only with both groups optimised jointly")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise InvalidSetting(f"jeep: {name} is {getattr(self, name)!r}; known: {', '.join(map(str, known))}")
@@ -131,8 +137,8 @@ class Jeep:
             lm.check_editable(site.name)
         if not edits:
             return lm.delta({}, provenance={"method": "jeep", "edits": []})
-        contexts = contexts or sample_contexts(lm, seed=seed)
-        moments = moments or default_moments(lm)
+        contexts = sample_contexts(lm, seed=seed) if contexts is None else contexts
+        moments = default_moments(lm) if moments is None else moments
         moments.prepare(lm, sites)
 
         changes: dict[str, list[Change]] = {}
