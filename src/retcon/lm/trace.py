@@ -53,8 +53,21 @@ def run(
     Returns:
         The logits there, in the model's dtype, or None.
     """
+    # No padding mask: right padding comes after every token that attention lets a token see, and a mask would
+    # leave padded rows of sliding-window models with nothing to attend to, which is NaN and spreads.
+    inputs = dict(input_ids=batch.ids, attention_mask=torch.ones_like(batch.ids), use_cache=False)
+    return tapped(lm, batch.ids.shape, inputs, taps, logits_at)
+
+
+def tapped(
+    lm: "LM",
+    shape: tuple[int, ...],
+    inputs: Mapping[str, Any],
+    taps: Mapping[Point, Tap],
+    logits_at: tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None,
+) -> Float[Tensor, "n vocab"] | None:
+    """`run` for any inputs of the model's forward; `shape` is (rows, tokens)."""
     waiting = set(taps)
-    shape = batch.ids.shape
 
     def call(point: Point, value: Tensor) -> Tensor | None:
         flat = value.dim() == 2  # OPT's fc2 sees (batch x seq, width)
@@ -74,9 +87,7 @@ def run(
             gather = _gather_hook(rows, positions)
             stack.callback(lm.head.register_forward_pre_hook(gather).remove)
         try:
-            # No padding mask: right padding comes after every token that attention lets a token see, and a mask would
-            # leave padded rows of sliding-window models with nothing to attend to, which is NaN and spreads.
-            output = lm.model(input_ids=batch.ids, attention_mask=torch.ones_like(batch.ids), use_cache=False)
+            output = lm.model(**inputs)
         except _Stop:
             return None
     if waiting:

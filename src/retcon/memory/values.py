@@ -52,6 +52,11 @@ class ValueSearch:
     the total loss falls under it."""
     threshold: float = 0.9
     """Probability to reach, or loss to fall under."""
+    settled_factor: float | None = None
+    """PMET's schedule: weight of the nll in the next step's loss once every target token is the most likely one in every
+    rewriting row (1 again as soon as that ceases). None: always 1."""
+    settled_kl: float = 0.01
+    """With `settled_factor`: the search also stops once the targets are settled and kl_factor * KL is at most this."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -172,7 +177,7 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
 
     points = dict.fromkeys(site.point for site in sites)
     taps = {point: tap([s for s, site in enumerate(sites) if site.point == point]) for point in points}
-    step, reached, stopped = 0, 0.0, "steps"
+    step, reached, stopped, nll_factor = 0, 0.0, "steps", 1.0
     terms: dict[str, float] = {}
     for step in range(search.steps):
         with torch.enable_grad():
@@ -181,7 +186,8 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
             inits = inits or [x.clone() for x in live]  # delta is still 0 in the first pass
             log_p = torch.log_softmax(logits.to(dtype), dim=-1)
             nll_rows = _nll_by_row(log_p, rows)
-            loss = nll = nll_rows.mean()
+            nll = nll_rows.mean()
+            loss = nll_factor * nll
             kl = log_p.new_zeros(())
             if with_kl:
                 original = log_p[-1].detach() if original is None else original
@@ -193,7 +199,12 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
         terms = {"nll": float(nll.detach()), "kl": float(kl.detach()), "loss": float(loss.detach())}
         if not math.isfinite(terms["loss"]):
             raise NonFinite(f"edit {edit.id!r} ({edit.subject!r}): the loss is {terms['loss']} at step {step}")
-        if reached >= search.threshold if search.stop == "probability" else terms["loss"] < search.threshold:
+        done = reached >= search.threshold if search.stop == "probability" else terms["loss"] < search.threshold
+        if search.settled_factor is not None:
+            settled = _all_most_likely(log_p, rows)
+            nll_factor = search.settled_factor if settled else 1.0
+            done = done or (settled and search.kl_factor * terms["kl"] <= search.settled_kl)
+        if done:
             stopped = "reached"
             break
         if step == search.steps - 1:
@@ -227,6 +238,12 @@ def _nll_by_row(log_p: Float[Tensor, "labels vocab"], rows: _Rows) -> Float[Tens
     picked = log_p[keep.to(log_p.device)].gather(1, rows.labels[keep].to(log_p.device)[:, None])[:, 0]
     counts = torch.bincount(at, minlength=rows.n_rewriting).to(log_p.dtype)
     return log_p.new_zeros(rows.n_rewriting).index_add(0, at, -picked) / counts
+
+
+def _all_most_likely(log_p: Float[Tensor, "labels vocab"], rows: _Rows) -> bool:
+    """Whether every target token is the most likely one in every rewriting row."""
+    keep = rows.label_rows < rows.n_rewriting
+    return bool((log_p.argmax(-1).cpu()[keep] == rows.labels[keep]).all())
 
 
 @torch.no_grad()

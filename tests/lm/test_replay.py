@@ -1,0 +1,117 @@
+"""Replay against plain forwards: every architecture, ragged rows, sites of every kind."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from retcon.lm.layouts import LAYOUTS
+from retcon.lm.model import LM
+from retcon.lm.prompts import Row, pad
+from retcon.lm.replay import record, replay
+from retcon.lm.trace import Point, adding, run
+
+
+def tolerance(family: str) -> dict[str, float]:
+    """Attention of GPT-J and gemma 2 computes in float32 whatever the weights are."""
+    close = 2e-5 if family in ("gptj", "gemma2") else 1e-10
+    return dict(rtol=close, atol=close)
+
+
+def ragged_rows(seed: int = 0) -> list[Row]:
+    """Rows longer than the tiny models' sliding window of 8, of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [Row(tuple(torch.randint(3, 400, (n,), generator=generator).tolist()), n) for n in (19, 7, 23, 12, 4)]
+
+
+STARTS = [11, 0, 17, 3, 3]
+
+
+def both(
+    lm: LM, points: list[Point], where: list[int], first: int, *, starts: list[int] = STARTS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits at the live tokens, and the gradient of their square sum by the added vectors; plainly and replayed."""
+    rows = ragged_rows()
+    generator = torch.Generator().manual_seed(1)
+    d = lm.site(0, "down_proj").weight.shape[0]
+    everyone, out = torch.arange(len(rows)), []
+    at = [(i, t) for i, (r, s) in enumerate(zip(rows, starts, strict=True)) for t in range(s, len(r.ids))]
+    row_of, token = torch.tensor(at).T
+    start = torch.tensor(starts)
+    base = [torch.randn(len(rows), d, generator=generator, dtype=torch.float64) for _ in points]
+    with lm.borrowed():
+        frozen, _ = record(lm, rows, starts, first, max_batch_tokens=40)
+        for live in (False, True):
+            vectors = [v.clone().to(lm.dtype).requires_grad_() for v in base]
+            offset = start if live else torch.zeros_like(start)
+            taps = {p: adding(everyone, torch.tensor(where) - offset, v) for p, v in zip(points, vectors, strict=True)}
+            wanted = row_of, token - offset[row_of]
+            logits = replay(lm, frozen, taps, wanted) if live else run(lm, pad(rows), taps, wanted)
+            assert logits is not None
+            gradients = torch.autograd.grad((logits**2).sum(), vectors)
+            out.append((logits.detach(), torch.stack(gradients)))
+    return *out[0], *out[1]
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize(
+    ("points", "first"),
+    [
+        ([Point(0, "block")], 1),
+        ([Point(2, "block")], 3),
+        ([Point(3, "block")], 4),
+        ([Point(0, "attn")], 0),
+        ([Point(1, "mlp"), Point(3, "mlp")], 1),
+        ([Point(1, "attn"), Point(1, "mlp")], 1),
+    ],
+    ids=lambda x: str(x) if isinstance(x, int) else "+".join(f"{p.tensor}{p.layer}" for p in x),
+)
+def test_replay_equals_the_plain_forward(family: str, points: list[Point], first: int, tiny: Callable[..., LM]) -> None:
+    logits, gradient, replayed, regradient = both(tiny(family), points, STARTS, first)
+    close = tolerance(family)
+    assert_close(replayed, logits, **close)
+    assert_close(regradient, gradient, rtol=close["rtol"], atol=close["atol"] * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_rows_can_be_selected_and_all_tokens_can_be_live(family: str, tiny: Callable[..., LM]) -> None:
+    lm, rows = tiny(family), ragged_rows()
+    chosen = [3, 0, 3]
+    with lm.borrowed(), torch.no_grad():
+        for starts in (STARTS, [0] * len(rows)):
+            frozen, read = record(lm, rows, starts, 2, {Point(1, "block"): [5, None, 0, 2, None]})
+            seen: list[Tensor] = []
+            wanted = torch.arange(3), torch.tensor([len(rows[i].ids) - 1 - starts[i] for i in chosen])
+            logits = replay(lm, frozen.select(chosen), {Point(3, "block"): seen.append}, wanted)
+            for j, i in enumerate(chosen):
+                plain = lm.model(torch.tensor([rows[i].ids]), output_hidden_states=True)
+                assert_close(logits[j], plain.logits[0, -1], **tolerance(family))
+            assert seen[0].shape[1] == max(len(rows[i].ids) - starts[i] for i in chosen)
+            states = lm.model(torch.tensor([rows[3].ids]), output_hidden_states=True).hidden_states
+            assert_close(read[Point(1, "block")][2], states[2][0, 2], **tolerance(family))
+
+
+def test_nothing_is_left_behind_even_on_failure(tiny: Callable[..., LM], untouched: Callable[[LM], object]) -> None:
+    lm, rows = tiny("gptj"), ragged_rows()
+    before = untouched(lm)
+
+    def fail(_: Tensor) -> None:
+        raise RuntimeError("stop here")
+
+    with lm.borrowed():
+        frozen, _ = record(lm, rows, STARTS, 2)
+        for first_tap in (Point(1, "block"), Point(3, "mlp")):
+            with pytest.raises(RuntimeError, match="stop here"):
+                replay(lm, frozen, {first_tap: fail})
+    assert untouched(lm) == before
+    assert all("forward" not in m.__dict__ for m in lm.model.modules())
+
+
+def test_a_point_below_the_live_blocks_is_refused(tiny: Callable[..., LM]) -> None:
+    lm = tiny("llama")
+    with lm.borrowed():
+        frozen, _ = record(lm, ragged_rows(), STARTS, 2)
+        with pytest.raises(ValueError, match="does not run"):
+            replay(lm, frozen, {Point(1, "mlp"): lambda _: None})
