@@ -1,7 +1,7 @@
 """`LM`: a transformers model and its tokenizer, as the library sees them."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from retcon.delta import Change, Delta, Region, Rows, smallest
+from retcon.delta import Change, Columns, Delta, Dense, Entries, Region, Rows, smallest
 from retcon.errors import DeltaMismatch, NonFinite, NotEditable, RetconWarning, UnsupportedModel, WrongBase
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.layouts import Fused, Layout, layout_for
@@ -56,6 +56,56 @@ class Site:
         change = smallest(right.T, left.T) if self.transposed else smallest(left, right)
         return type(change)(region=region, **change.tensors())
 
+    def outputs(self, index: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Places of output units of this site among the module's outputs."""
+        return index if self.rows is None else self.rows.to(index.device)[index]
+
+    def stored_rows(self, index: Int[Tensor, " n"], values: Float[Tensor, "n in"]) -> Change:
+        """Values added to rows (output units) of the math-oriented matrix, as a change in stored orientation."""
+        if self.transposed:
+            return Columns(index=self.outputs(index), columns=values.T.contiguous())
+        return Rows(index=self.outputs(index), rows=values)
+
+    def stored_columns(self, index: Int[Tensor, " n"], values: Float[Tensor, "out n"]) -> Change:
+        """Values added to columns (input units) of the math-oriented matrix, as a change in stored orientation."""
+        region = None
+        if self.rows is not None:
+            first, last = int(self.rows[0]), int(self.rows[-1]) + 1
+            if last - first != len(self.rows):  # alternating heads: no region holds them
+                width = self.weight.shape[1]
+                places = torch.arange(len(self.rows), device=index.device)[:, None] * width + index
+                return self.stored_entries(places.reshape(-1), values.reshape(-1))
+            region = Region(1 if self.transposed else 0, first, last)
+        if self.transposed:
+            return Rows(index=index, rows=values.T.contiguous(), region=region)
+        return Columns(index=index, columns=values, region=region)
+
+    def stored_entries(self, index: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Change:
+        """Values added at places counted row by row through the matrix in math orientation."""
+        stored: Tensor = self.module.weight  # type: ignore[assignment]
+        full_out, full_in = reversed(stored.shape) if self.transposed else stored.shape
+        row, column = self.outputs(index // full_in), index % full_in
+        return Entries(index=column * full_out + row if self.transposed else row * full_in + column, entries=values)
+
+    def stored_dense(self, full: Float[Tensor, "out in"]) -> Change:
+        """A change of the whole matrix in math orientation, as a change in stored orientation."""
+        if self.rows is not None:
+            return self.stored_rows(torch.arange(len(self.rows)), full)
+        return Dense(full=full.T.contiguous() if self.transposed else full)
+
+    @property
+    def bias(self) -> Float[Tensor, " out"] | None:
+        """The bias of this site's outputs, None where the module has none."""
+        whole = getattr(self.module, "bias", None)
+        if whole is None:
+            return None
+        return whole.detach() if self.rows is None else whole.detach()[self.rows.to(whole.device)]
+
+    @property
+    def bias_name(self) -> str:
+        """Name of the parameter that holds the bias, where there is one."""
+        return self.name.removesuffix("weight") + "bias"
+
 
 class LM:
     """A decoder-only transformers model with its tokenizer; the only place where weights are changed.
@@ -88,6 +138,8 @@ class LM:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied name is known, and refused
         self._ledger = Ledger(self.parameter)
         self._fingerprint: str | None = None
+        self.replays: dict[Hashable, bool] = {}
+        """What `memory/values.py` has found out about replaying this model, by sites."""
         for kind in ("down_proj", "o_proj"):
             self.site(0, kind)  # a layout that does not fit fails here, not in an edit
         for name in ("embedding", "final_norm", "head"):

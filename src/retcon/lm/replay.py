@@ -8,7 +8,7 @@ the recorded states. The block list keeps its length, since masks and rotary tab
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,42 +56,19 @@ class Frozen:
     def select(self, rows: Sequence[int]) -> "Frozen":
         """Some of the rows, with no more padding than they need."""
         starts, lengths = tuple(self.starts[r] for r in rows), tuple(self.lengths[r] for r in rows)
-        columns, prefix = max(lengths), max(starts)
-
-        def earlier(x: Tensor) -> Tensor:
-            return x[:, :, x.shape[2] - prefix :].index_select(0, torch.tensor(rows, device=x.device))
-
-        return Frozen(
-            first=self.first,
-            states=self.states[:, :columns].index_select(0, torch.tensor(rows, device=self.states.device)),
-            keys=tuple(map(earlier, self.keys)),
-            values=tuple(map(earlier, self.values)),
-            starts=starts,
-            lengths=lengths,
-            n_outputs=self.n_outputs,
-        )
+        states = self.states[:, : max(lengths)].index_select(0, torch.tensor(rows, device=self.states.device))
+        keys, values = (tuple(_tail(x, rows, max(starts)) for x in part) for part in (self.keys, self.values))
+        return replace(self, states=states, keys=keys, values=values, starts=starts, lengths=lengths)
 
     def inputs(self, lm: LM) -> dict[str, Any]:
         """Arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier tokens."""
-        rows, columns = self.states.shape[:2]
-        start, length = torch.tensor(self.starts)[:, None], torch.tensor(self.lengths)[:, None]
+        below: list[Any] = [None] * self.first
         prefix = max(self.starts)
-        column = torch.arange(prefix + columns)
-        position = start + torch.arange(columns).minimum(length - 1)  # padding stays inside the context
-        cache = Cache(layers=[_Earlier(*self._earlier(i), prefix) for i in range(lm.n_layers)])
+        layers = zip(below + list(self.keys), below + list(self.values), strict=True)
+        cache = Cache(layers=[_Earlier(k, v, prefix) for k, v in layers] if prefix else _nothing(lm.n_layers))
         embedding = lm.model.get_submodule(lm.layout.embedding).weight
-        return dict(
-            inputs_embeds=embedding.new_zeros(1).expand(rows, columns, embedding.shape[1]),
-            attention_mask=(column >= prefix - start).long().to(lm.device),
-            position_ids=position.to(lm.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-
-    def _earlier(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
-        if layer < self.first or not max(self.starts):
-            return None, None
-        return self.keys[layer - self.first], self.values[layer - self.first]
+        stand_in = embedding.new_zeros(1).expand(*self.states.shape[:2], embedding.shape[1])
+        return dict(inputs_embeds=stand_in, **_inputs(lm, self.starts, self.lengths, cache))
 
 
 def record(
@@ -101,68 +78,163 @@ def record(
     first: int,
     reads: Mapping[Point, Sequence[int | None]] | None = None,
     *,
+    alike: Sequence[int] | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> tuple[Frozen, dict[Point, Float[Tensor, "reads width"]]]:
-    """One full forward pass over `rows`, keeping what a replay from block `first` and from `starts` on needs.
+    """What a replay of `rows` from block `first` and from `starts` on needs, each token run once and no further up than
+    it is asked for: tokens before the start to the last attention, the others to block `first`.
 
     Args:
-        reads: activations wanted beside, at one token per row (None: not of this row), from the same passes.
+        reads: activations below block `first` wanted beside, at one live token per row (None: not of this row).
+        alike: rows of one number begin with the same text; the tokens they share are run once for all.
 
     Returns:
         The frozen parts, and per point the activations of the rows that were read, in order of rows.
     """
-    reads = reads or {}
-    lengths = [len(r.ids) - s for r, s in zip(rows, starts, strict=True)]
-    columns, prefix = max(lengths), max(starts)
+    with torch.no_grad():
+        texts = [r.ids for r in rows]
+        past = _shared(lm, texts, starts, alike or [-1] * len(rows), max_batch_tokens)
+        past = _extended(lm, texts, past, starts, max_batch_tokens)
+        return _frozen(lm, texts, past, first, reads or {}, max_batch_tokens)
+
+
+@dataclass(frozen=True)
+class _Past:
+    """Attention keys and values of each row's first tokens, for every block, padded on the left."""
+
+    ends: tuple[int, ...]
+    """How many tokens of each row are here."""
+    keys: tuple[Float[Tensor, "rows heads prefix d_head"], ...] = ()
+    values: tuple[Float[Tensor, "rows heads prefix d_head"], ...] = ()
+
+    def of(self, rows: Sequence[int]) -> "_Past":
+        """Some of the rows, with no more padding than they need; rows may repeat."""
+        ends = tuple(self.ends[r] for r in rows)
+        if not self.keys:
+            return _Past(ends)
+        keys, values = ([_tail(x, rows, max(ends)) for x in part] for part in (self.keys, self.values))
+        return _Past(ends, tuple(keys), tuple(values))
+
+    def cache(self, n_layers: int) -> Cache:
+        """The rows' past as the model's forward takes it."""
+        if not max(self.ends):
+            return Cache(layers=_nothing(n_layers))
+        return Cache(layers=[_Earlier(k, v, max(self.ends)) for k, v in zip(self.keys, self.values, strict=True)])
+
+
+def _tail(x: Tensor, rows: Sequence[int], length: int) -> Tensor:
+    """The last `length` tokens of some rows of x (rows, heads, tokens, d_head)."""
+    return x[:, :, x.shape[2] - length :].index_select(0, torch.tensor(rows, device=x.device))
+
+
+def _shared(
+    lm: LM, texts: Sequence[tuple[int, ...]], starts: Sequence[int], alike: Sequence[int], max_batch_tokens: int
+) -> _Past:
+    """The past of the tokens that each row shares with the rows of its number."""
+    members: dict[int, list[int]] = {}
+    for row, number in enumerate(alike):
+        members.setdefault(number, []).append(row)
+    ends, index = [], {}
+    for place, (number, group) in enumerate(members.items()):
+        shortest = min(starts[r] for r in group) if number >= 0 and len(group) > 1 else 0
+        columns = zip(*(texts[r][:shortest] for r in group), strict=True)
+        ends.append(next((t for t, column in enumerate(columns) if len(set(column)) > 1), shortest))
+        index[number] = place
+    prefixes = [texts[group[0]] for group in members.values()]
+    past = _extended(lm, prefixes, _Past((0,) * len(prefixes)), ends, max_batch_tokens)
+    return past.of([index[number] for number in alike])
+
+
+def _extended(
+    lm: LM, texts: Sequence[tuple[int, ...]], past: _Past, ends: Sequence[int], max_batch_tokens: int
+) -> _Past:
+    """The past up to `ends`: the tokens between are run through every block, as far as the last attention."""
+    if tuple(ends) == past.ends:
+        return past
+    kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def keep(rows: Sequence[int], layers: Sequence["_Earlier"]) -> None:
+        begin = torch.tensor([past.ends[i] for i in rows])[:, None]
+        token = torch.tensor([ends[i] for i in rows])[:, None] + torch.arange(-max(ends), 0)
+        behind = int(begin.max())  # columns of the past come first, aligned on the right; then the new tokens
+        column = torch.where(token < begin, behind - begin + token, behind + token - begin).clamp(min=0)
+        for i, layer in enumerate(layers):
+            for into, x in zip(kept, layer.all_of_it(), strict=True):
+                part = _at(x.transpose(1, 2), column).transpose(1, 2)
+                if len(into) <= i:
+                    into.append(part.new_zeros(len(texts), *part.shape[1:]))
+                into[i][rows] = part
+
+    running = [i for i, (e, begin) in enumerate(zip(ends, past.ends, strict=True)) if e > begin]
+    for group in buckets([ends[i] - past.ends[i] for i in running], max_batch_tokens):
+        rows = [running[g] for g in group]
+        cache = past.of(rows).cache(lm.n_layers)
+        live = [texts[i][past.ends[i] : ends[i]] for i in rows]
+        inputs = _inputs(lm, [past.ends[i] for i in rows], [len(ids) for ids in live], cache)
+        inputs["input_ids"] = pad([Row(ids, len(ids)) for ids in live], lm.device).ids
+        tapped(lm, inputs["input_ids"].shape, inputs, {Point(lm.n_layers - 1, "attn_key"): lambda _: None}, None)
+        keep(rows, cache.layers)
+    idle = [i for i, (e, begin) in enumerate(zip(ends, past.ends, strict=True)) if e == begin > 0]
+    if idle:
+        keep(idle, past.of(idle).cache(lm.n_layers).layers)
+    return _Past(tuple(ends), tuple(kept[0]), tuple(kept[1]))
+
+
+def _frozen(
+    lm: LM,
+    texts: Sequence[tuple[int, ...]],
+    past: _Past,
+    first: int,
+    reads: Mapping[Point, Sequence[int | None]],
+    max_batch_tokens: int,
+) -> tuple[Frozen, dict[Point, Tensor]]:
+    """The tokens behind the past, run through the blocks below `first`."""
+    lengths = [len(ids) - end for ids, end in zip(texts, past.ends, strict=True)]
+    columns = max(lengths)
     states: Tensor | None = None
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    n_outputs: int | None = None
     entering: list[Tensor] = []
+    n_outputs: int | None = None
     found: dict[Point, dict[int, Tensor]] = {point: {} for point in reads}
 
     def read_output(_: nn.Module, __: Any, output: Any) -> None:
         nonlocal n_outputs
         n_outputs = len(output) if isinstance(output, tuple) else None
-        if first > 0:
-            entering.append(output[0] if isinstance(output, tuple) else output)
+        entering.append(output[0] if isinstance(output, tuple) else output)
 
-    with ExitStack() as stack, torch.no_grad():
-        stack.callback(lm.block(max(first - 1, 0)).register_forward_hook(read_output).remove)
+    with ExitStack() as stack:
         if first == 0:
             hook = _reading_input(entering)
             stack.callback(lm.block(0).register_forward_pre_hook(hook, with_kwargs=True).remove)
-        for group in buckets([len(r.ids) for r in rows], max_batch_tokens):
-            batch = pad([rows[i] for i in group], lm.device)
-            cache = Cache(layer_class_to_replicate=DynamicLayer)  # the sliding kind would forget
-            inputs = dict(
-                input_ids=batch.ids,
-                attention_mask=torch.ones_like(batch.ids),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            taps: dict[Point, Tap] = {p: _reader(found[p], at, group) for p, at in reads.items()}
-            last = Point(lm.n_layers - 1, "attn_key" if first < lm.n_layers else "block")
-            taps.setdefault(last, lambda _: None)  # nothing behind it is wanted
+        else:
+            stack.callback(lm.block(first - 1).register_forward_hook(read_output).remove)
+        for group in buckets(lengths, max_batch_tokens):
+            begins = [past.ends[i] for i in group]
+            inputs = _inputs(lm, begins, [lengths[i] for i in group], past.of(group).cache(lm.n_layers))
+            inputs["input_ids"] = pad([Row(texts[i][past.ends[i] :], 0) for i in group], lm.device).ids
+            taps: dict[Point, Tap] = {p: _reader(found[p], at, past.ends, group) for p, at in reads.items()}
+            taps.setdefault(Point(first - 1, "block") if first else Point(0, "attn_key"), lambda _: None)
             entering.clear()
-            tapped(lm, batch.ids.shape, inputs, taps, None)
-
-            start, length = torch.tensor([starts[i] for i in group]), torch.tensor([lengths[i] for i in group])
-            live = start[:, None] + torch.arange(columns).minimum(length[:, None] - 1)
-            earlier = (start[:, None] + torch.arange(-prefix, 0)).clamp(min=0)
-            live_states = _at(entering[0], live)
+            tapped(lm, inputs["input_ids"].shape, inputs, taps, None)
+            column = torch.arange(columns).minimum(torch.tensor([lengths[i] for i in group])[:, None] - 1)
+            live = _at(entering[0], column)
             if states is None:
-                states = live_states.new_empty(len(rows), *live_states.shape[1:])
-            states[group] = live_states
-            for i, layer in enumerate(cache.layers[first:]):
-                parts = _at(layer.keys.transpose(1, 2), earlier), _at(layer.values.transpose(1, 2), earlier)
-                if len(keys) <= i:
-                    for kept, part in zip((keys, values), parts, strict=True):
-                        kept.append(part.new_empty(len(rows), part.shape[2], prefix, part.shape[3]))
-                keys[i][group], values[i][group] = (part.transpose(1, 2) for part in parts)
+                states = live.new_empty(len(texts), *live.shape[1:])
+            states[group] = live
     assert states is not None
-    frozen = Frozen(first, states, tuple(keys), tuple(values), tuple(starts), tuple(lengths), n_outputs)
+    frozen = Frozen(first, states, past.keys[first:], past.values[first:], past.ends, tuple(lengths), n_outputs)
     return frozen, {p: torch.stack([v for _, v in sorted(by_row.items())]) for p, by_row in found.items()}
+
+
+def _inputs(lm: LM, begins: Sequence[int], lengths: Sequence[int], cache: Cache) -> dict[str, Any]:
+    """Mask and positions of rows whose tokens [begin, begin + length) are run behind their past."""
+    prefix, columns = max(begins), max(lengths)
+    begin, length = torch.tensor(begins)[:, None], torch.tensor(lengths)[:, None]
+    return dict(
+        attention_mask=(torch.arange(prefix + columns) >= prefix - begin).long().to(lm.device),
+        position_ids=(begin + torch.arange(columns).minimum(length - 1)).to(lm.device),  # padding stays in the context
+        past_key_values=cache,
+        use_cache=True,
+    )
 
 
 def _at(x: Tensor, tokens: Int[Tensor, "rows n"]) -> Tensor:
@@ -188,22 +260,37 @@ def replay(
 
 
 class _Earlier(DynamicLayer):
-    """One block's frozen keys and values: gives them with the new ones behind, and keeps nothing."""
+    """One block's past for one pass: gives it with the new tokens behind, and remembers the whole for the caller."""
 
     def __init__(self, keys: Tensor | None, values: Tensor | None, length: int) -> None:
         super().__init__()
-        self.keys, self.values, self.length = keys, values, length
+        self.past, self.length = (keys, values), length
+        self.whole: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if self.keys is None or self.values is None:
-            return key_states, value_states
-        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+        keys, values = self.past
+        if keys is not None and values is not None:
+            key_states, value_states = torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+        if not torch.is_grad_enabled():
+            self.whole = key_states, value_states
+        return key_states, value_states
+
+    def all_of_it(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the past and of the tokens that were run, if any were."""
+        found = self.whole or self.past
+        assert found[0] is not None
+        assert found[1] is not None
+        return found[0], found[1]
 
     def get_seq_length(self) -> int:
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
+
+
+def _nothing(n_layers: int) -> list[_Earlier]:
+    return [_Earlier(None, None, 0) for _ in range(n_layers)]
 
 
 @contextmanager
@@ -247,12 +334,12 @@ def _reading_input(into: list[Tensor]) -> Callable[..., None]:
     return read
 
 
-def _reader(into: dict[int, Tensor], at: Sequence[int | None], group: Sequence[int]) -> Tap:
-    wanted = [(j, i, position) for j, i in enumerate(group) if (position := at[i]) is not None]
+def _reader(into: dict[int, Tensor], at: Sequence[int | None], starts: Sequence[int], group: Sequence[int]) -> Tap:
+    wanted = [(j, i, token - starts[i]) for j, i in enumerate(group) if (token := at[i]) is not None]
 
     def read(value: Tensor) -> None:
         if wanted:
-            here, rows, positions = zip(*wanted, strict=True)
-            into.update(zip(rows, value[list(here), list(positions)].detach(), strict=True))
+            here, rows, columns = zip(*wanted, strict=True)
+            into.update(zip(rows, value[list(here), list(columns)].detach(), strict=True))
 
     return read

@@ -1,85 +1,27 @@
-"""Values: vectors that make the model say the new answer when they stand at a site (ROME Eq. 4, JEEP Eqs. 8, 11).
+"""Values, fast: many edits at once, and of each only the layers and tokens that its vectors can change.
 
-Per edit, one vector delta per site is found by gradient descent with everything else frozen. All sites of an edit are
-optimised together. This is the plain path: a full forward pass per step over one edit's rows, the vocabulary projection
-only where the loss looks. It is the reference that faster paths are held to.
+An edit's rows are recorded once (`lm/replay.py`); every step then replays them from the lowest site on, with gradients
+to the vectors alone. Edits are sorted by length and cut into chunks; of a chunk, `width` edits are under way at a time,
+and as one ends the next takes its place. Edits do not feel each other: the result is that of `plain_values.py`.
 """
 
-import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from retcon.delta import EditReport
 from retcon.edits import Edit
-from retcon.errors import InvalidSetting, NonFinite
+from retcon.errors import RetconWarning
 from retcon.lm.model import LM
-from retcon.lm.prompts import Batch, Where, encode, encode_edit, pad
-from retcon.lm.trace import Point, Tap, run
+from retcon.lm.prompts import pad
+from retcon.lm.trace import adding, run
 from retcon.memory.contexts import Contexts
+from retcon.memory.objective import Values, ValueSearch, ValueSite, read_part
+from retcon.memory.plain_values import search_values_plainly
+from retcon.memory.value_chunk import Chunk, EditRows, ValueOf
 
-
-@dataclass(frozen=True)
-class ValueSite:
-    """A place where a value is sought."""
-
-    point: Point
-    """Where delta is added, and whose clean value `init` is read."""
-    where: Where
-    """At which token."""
-    clamp: float
-    """gamma: ||delta|| <= clamp * ||init||, enforced after every step."""
-    weight_decay: float
-    """beta: the loss gets weight_decay * ||delta|| / ||init||^2."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValueSearch:
-    """How values are optimised."""
-
-    steps: int = 30
-    """Forward passes at most; the last one only evaluates."""
-    learning_rate: float = 0.5
-    """Adam's; betas (0.9, 0.999), eps 1e-8."""
-    kl_factor: float = 0.0625
-    """alpha: weight of KL(edited || original) for "<subject> is a", read at the subject's last token."""
-    stop: Literal["probability", "loss"] = "probability"
-    """`probability`: mean over contexts of the target's geometric-mean token probability reaches `threshold`; `loss`:
-    the total loss falls under it."""
-    threshold: float = 0.9
-    """Probability to reach, or loss to fall under."""
-    settled_factor: float | None = None
-    """PMET's schedule: weight of the nll in the next step's loss once every target token is the most likely one in every
-    rewriting row (1 again as soon as that ceases). None: always 1."""
-    settled_kl: float = 0.01
-    """With `settled_factor`: the search also stops once the targets are settled and kl_factor * KL is at most this."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InvalidSetting(f"steps must be at least 1, found {self.steps}")
-        if self.learning_rate < 0 or self.kl_factor < 0:
-            raise InvalidSetting("learning_rate and kl_factor must not be negative")
-
-
-@dataclass(frozen=True)
-class Values:
-    """What the search found for a batch of edits, per site; all (n_edits, d), on the CPU, at least float32."""
-
-    init: tuple[Float[Tensor, "n_edits d"], ...]
-    """Clean activation of the bare prompt."""
-    delta: tuple[Float[Tensor, "n_edits d"], ...]
-    """The vector found."""
-    live: tuple[Float[Tensor, "n_edits d"], ...]
-    """Activation of the bare prompt in the last pass, before the site's own delta, the other sites' deltas in force."""
-    report: tuple[EditReport, ...]
-
-    def target(self, site: int, kind: Literal["clean", "joint"] = "clean") -> Float[Tensor, "n_edits d"]:
-        """z: init + delta (`clean`), or the activation that achieved the loss, live + delta (`joint`)."""
-        return (self.init if kind == "clean" else self.live)[site] + self.delta[site]
+__all__ = ["ValueSearch", "ValueSite", "Values", "search_values"]
 
 
 def search_values(
@@ -90,166 +32,99 @@ def search_values(
     search: ValueSearch,
     *,
     progress: Callable[[int], None] = lambda n: None,
+    width: int = 32,
+    chunk: int = 256,
 ) -> Values:
     """Values for every edit on the weights as they are now; `progress` hears how many edits are done.
 
     Raises:
         NonFinite: a loss came out NaN or infinite; the message names the edit.
     """
-    found = []
     with lm.borrowed():
-        for edit in edits:
-            found.append(_search_one(lm, edit, sites, contexts, search))
-            progress(len(found))
+        rows = [EditRows.of(lm, edit, sites, contexts, search) for edit in edits]
+        if not edits or not replays(lm, rows[0], sites, search):
+            return search_values_plainly(lm, edits, sites, contexts, search, progress=progress)
+        order = sorted(range(len(edits)), key=lambda i: (rows[i].columns, max(rows[i].starts), i))
+        found: dict[int, ValueOf] = {}
+        for first in range(0, len(order), chunk):
+            chosen = order[first : first + chunk]
+            part = Chunk(lm, [rows[i] for i in chosen], sites, search)
+            for position in part.run(width):
+                found[chosen[position]] = part.found[position]
+                progress(len(found))
+    return gathered([found[i] for i in range(len(edits))])
+
+
+def gathered(found: Sequence[ValueOf]) -> Values:
+    """The values of single edits as one batch."""
+
+    def by_site(per_edit: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return tuple(torch.stack(vectors) for vectors in zip(*per_edit, strict=True))
+
     return Values(
-        init=_by_site([f.init for f in found]),
-        delta=_by_site([f.delta for f in found]),
-        live=_by_site([f.live for f in found]),
+        init=by_site([f.init for f in found]),
+        delta=by_site([f.delta for f in found]),
+        live=by_site([f.live for f in found]),
         report=tuple(f.report for f in found),
     )
 
 
-def _by_site(per_edit: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    return tuple(torch.stack(list(vectors)) for vectors in zip(*per_edit, strict=True))
+def replays(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSearch) -> bool:
+    """Whether a replay of this edit's rows gives the logits of a plain forward, tried once per model and sites.
+
+    Both are given the same random vectors, half as long as the activations they are added to.
+    """
+    key = ("values", *(s.point for s in sites))
+    if key not in lm.replays:
+        problem = _misses(lm, rows, sites, search)
+        lm.replays[key] = problem is None
+        if problem is not None:
+            warnings.warn(
+                f"{lm.name!r} cannot be replayed from {min(s.point for s in sites)} on ({problem}); values are "
+                "searched the plain way, several times slower",
+                RetconWarning,
+                stacklevel=3,
+            )
+    return lm.replays[key]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """One edit's rows: rewriting rows with their targets, bare prompt first, then perhaps the KL row."""
-
-    batch: Batch
-    positions: dict[Where, Int[Tensor, " rows"]]
-    """Where each row is edited, per kind of position; the KL row has no prediction position and comes last."""
-    n_rewriting: int
-    label_rows: Int[Tensor, " labels"]
-    label_positions: Int[Tensor, " labels"]
-    labels: Int[Tensor, " labels"]
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Root mean square of the difference over the logits' standard deviation; a wrong mask or position gives about 1.
+float64 is wide since some architectures compute their attention in float32."""
 
 
-def _rows_of(lm: LM, edit: Edit, contexts: Contexts, with_kl: bool) -> _Rows:
-    rows = [encode_edit(lm.tokenizer, edit, c, with_target=True) for c in contexts.all]
-    n = len(rows)
-    labels = [(j, r.n_prompt - 1 + t, token) for j, r in enumerate(rows) for t, token in enumerate(r.target_ids)]
-    if with_kl:
-        rows.append(encode(lm.tokenizer, f"{edit.subject} is a", subject_span=(0, len(edit.subject))))
-        labels.append((n, rows[-1].position("subject_last"), -1))
-    where: dict[Where, Tensor] = {
-        "subject_last": torch.tensor([r.position("subject_last") for r in rows]),
-        "prediction": torch.tensor([r.prediction for r in rows[:n]]),
+def _misses(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSearch) -> str | None:
+    """What is wrong with a replay of these rows, or None."""
+    if len({s.point for s in sites}) < len(sites):
+        return "two sites share a point"
+    try:
+        chunk = Chunk(lm, [rows], sites, search)
+        now = chunk.take_up([0])
+        generator = torch.Generator().manual_seed(0)
+        vectors = [torch.nn.functional.normalize(torch.randn(x.shape, generator=generator)).to(x) for x in chunk.live]
+        with torch.no_grad():
+            chunk.logits(now, [torch.zeros_like(x) for x in chunk.init])
+            vectors = [0.5 * x.norm() * unit for x, unit in zip(chunk.live, vectors, strict=True)]
+            replayed = chunk.logits(now, vectors)[0]
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    texts = rows.rewriting
+    labels = [(i, r.n_prompt - 1 + t) for i, r in enumerate(texts) for t in range(len(r.target_ids))]
+    everyone = torch.arange(len(texts))
+    taps = {
+        site.point: adding(
+            everyone,
+            torch.tensor([r.position(site.where) for r in texts]),
+            vector.expand(len(texts), -1),
+        )
+        for site, vector in zip(sites, vectors, strict=True)
     }
-    at, positions, tokens = (torch.tensor(column) for column in zip(*labels, strict=True))
-    return _Rows(pad(rows, lm.device), where, n, at, positions, tokens)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """One edit's part of `Values`: vectors per site, on the CPU."""
-
-    init: list[Tensor]
-    delta: list[Tensor]
-    live: list[Tensor]
-    report: EditReport
-
-
-def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contexts, search: ValueSearch) -> _Found:
-    # delta never reaches the KL row where no site sits on the subject, so the term would be a constant zero
-    with_kl = search.kl_factor > 0 and any(s.where == "subject_last" for s in sites)
-    rows = _rows_of(lm, edit, contexts, with_kl)
-    dtype = torch.promote_types(lm.dtype, torch.float32)
-    deltas = [_zeros_at(lm, site.point, dtype) for site in sites]
-    optimizer = torch.optim.Adam(deltas, lr=search.learning_rate)
-    live: list[Tensor] = [torch.empty(0)] * len(sites)
-    inits: list[Tensor] = []
-    original: Tensor | None = None
-
-    def tap(here: Sequence[int]) -> Tap:
-        def add(value: Tensor) -> Tensor:
-            changed = value
-            for s in here:
-                positions = rows.positions[sites[s].where].to(value.device)
-                live[s] = value[0, positions[0]].detach().to(dtype)
-                at = torch.arange(len(positions), device=value.device), positions
-                vectors = deltas[s].to(value.device, value.dtype).expand(len(positions), -1)
-                changed = changed.index_put(at, vectors, accumulate=True)
-            return changed
-
-        return add
-
-    points = dict.fromkeys(site.point for site in sites)
-    taps = {point: tap([s for s, site in enumerate(sites) if site.point == point]) for point in points}
-    step, reached, stopped, nll_factor = 0, 0.0, "steps", 1.0
-    terms: dict[str, float] = {}
-    for step in range(search.steps):
-        with torch.enable_grad():
-            logits = run(lm, rows.batch, taps, (rows.label_rows, rows.label_positions))
-            assert logits is not None
-            inits = inits or [x.clone() for x in live]  # delta is still 0 in the first pass
-            log_p = torch.log_softmax(logits.to(dtype), dim=-1)
-            nll_rows = _nll_by_row(log_p, rows)
-            nll = nll_rows.mean()
-            loss = nll_factor * nll
-            kl = log_p.new_zeros(())
-            if with_kl:
-                original = log_p[-1].detach() if original is None else original
-                kl = (log_p[-1].exp() * (log_p[-1] - original)).sum()
-                loss = loss + search.kl_factor * kl
-            for site, delta, init in zip(sites, deltas, inits, strict=True):
-                loss = loss + (site.weight_decay * delta.norm() / init.norm() ** 2).to(loss.device)
-        reached = float((-nll_rows.detach()).exp().mean())
-        terms = {"nll": float(nll.detach()), "kl": float(kl.detach()), "loss": float(loss.detach())}
-        if not math.isfinite(terms["loss"]):
-            raise NonFinite(f"edit {edit.id!r} ({edit.subject!r}): the loss is {terms['loss']} at step {step}")
-        done = reached >= search.threshold if search.stop == "probability" else terms["loss"] < search.threshold
-        if search.settled_factor is not None:
-            settled = _all_most_likely(log_p, rows)
-            nll_factor = search.settled_factor if settled else 1.0
-            done = done or (settled and search.kl_factor * terms["kl"] <= search.settled_kl)
-        if done:
-            stopped = "reached"
-            break
-        if step == search.steps - 1:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        _clamp(deltas, inits, sites)
-    for s, site in enumerate(sites):
-        terms[f"{site.where}_delta"] = float(deltas[s].detach().norm())
-        terms[f"{site.where}_init"] = float(inits[s].norm())
-    lengths = [
-        (float(d.detach().norm()), s.clamp * float(i.norm())) for d, i, s in zip(deltas, inits, sites, strict=True)
-    ]
-    if stopped == "steps" and any(length >= radius * (1 - 1e-4) for length, radius in lengths):
-        stopped = "clamped"
-    found, seen = [d.detach().cpu() for d in deltas], [v.cpu() for v in live]
-    return _Found([i.cpu() for i in inits], found, seen, EditReport(edit.id, reached, step, stopped, terms))
-
-
-def _zeros_at(lm: LM, point: Point, dtype: torch.dtype) -> Tensor:
-    """A vector of the residual stream's width on the device of the point's block."""
-    weight = lm.site(point.layer, "down_proj").weight
-    return torch.zeros(weight.shape[0], dtype=dtype, device=weight.device, requires_grad=True)
-
-
-def _nll_by_row(log_p: Float[Tensor, "labels vocab"], rows: _Rows) -> Float[Tensor, " n_rewriting"]:
-    """Mean negative log-likelihood of the target per token, for each rewriting row."""
-    keep = rows.label_rows < rows.n_rewriting
-    at = rows.label_rows[keep].to(log_p.device)
-    picked = log_p[keep.to(log_p.device)].gather(1, rows.labels[keep].to(log_p.device)[:, None])[:, 0]
-    counts = torch.bincount(at, minlength=rows.n_rewriting).to(log_p.dtype)
-    return log_p.new_zeros(rows.n_rewriting).index_add(0, at, -picked) / counts
-
-
-def _all_most_likely(log_p: Float[Tensor, "labels vocab"], rows: _Rows) -> bool:
-    """Whether every target token is the most likely one in every rewriting row."""
-    keep = rows.label_rows < rows.n_rewriting
-    return bool((log_p.argmax(-1).cpu()[keep] == rows.labels[keep]).all())
-
-
-@torch.no_grad()
-def _clamp(deltas: Sequence[Tensor], inits: Sequence[Tensor], sites: Sequence[ValueSite]) -> None:
-    """Bring each delta back onto its own ball; the optimiser's state is not touched."""
-    for delta, init, site in zip(deltas, inits, sites, strict=True):
-        radius, length = site.clamp * init.norm(), delta.norm()
-        if length > radius:
-            delta *= radius / length
+    at, positions = torch.tensor(labels).T
+    with torch.no_grad():
+        plain = run(lm, pad([read_part(r) for r in texts], lm.device), taps, (at, positions))
+    assert plain is not None
+    plain, replayed = plain.double(), replayed.double()
+    if not plain.isfinite().all():
+        return None  # nothing to compare; the search will say which edit it is
+    off = float((plain - replayed).pow(2).mean().sqrt() / plain.std())
+    return None if off <= TOLERANCE[lm.dtype] else f"its logits part from a plain forward's by {off:.1%}"

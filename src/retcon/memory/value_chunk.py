@@ -1,0 +1,319 @@
+"""Gradient descent for many edits' values at once, on recorded states.
+
+The losses of a chunk's edits are summed, and since no vector enters two of them, each edit descends as if alone: its
+own Adam state, clamp, step count and end.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retcon.delta import EditReport
+from retcon.edits import Edit
+from retcon.errors import NonFinite
+from retcon.lm.model import LM
+from retcon.lm.prompts import Row
+from retcon.lm.replay import Frozen, record, replay
+from retcon.lm.trace import Point, Tap
+from retcon.memory.contexts import Contexts
+from retcon.memory.objective import ValueSearch, ValueSite, kl_row, read_part, rewriting_rows, with_kl
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+"""Adam's."""
+
+
+@dataclass(frozen=True)
+class EditRows:
+    """One edit as rows of tokens."""
+
+    edit: Edit
+    rewriting: tuple[Row, ...]
+    """Prompt and answer in every context, bare first."""
+    starts: tuple[int, ...]
+    """First token that a site touches, per rewriting row."""
+    kl: Row | None
+    """"<subject> is a", up to the subject's last token; None without a KL term."""
+
+    @classmethod
+    def of(cls, lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contexts, search: ValueSearch) -> "EditRows":
+        """Tokenise, for a search over `sites`."""
+        rows = tuple(rewriting_rows(lm, edit, contexts))
+        starts = tuple(min(r.position(s.where) for s in sites) for r in rows)
+        kl = None
+        if with_kl(sites, search):
+            whole = kl_row(lm, edit)
+            end = whole.position("subject_last") + 1
+            kl = Row(whole.ids[:end], end, end - 1)
+        return cls(edit, rows, starts, kl)
+
+    @property
+    def columns(self) -> int:
+        """Live tokens of the longest rewriting row."""
+        return max(len(r.ids) - 1 - s for r, s in zip(self.rewriting, self.starts, strict=True))
+
+
+@dataclass(frozen=True)
+class ValueOf:
+    """What was found for one edit, per site, on the CPU."""
+
+    init: tuple[Float[Tensor, " d"], ...]
+    delta: tuple[Float[Tensor, " d"], ...]
+    live: tuple[Float[Tensor, " d"], ...]
+    report: EditReport
+
+
+def live_part(lm: LM, sites: Sequence[ValueSite]) -> tuple[int, list[Point]]:
+    """The first block that must be run, and where each site's vector is then added.
+
+    Adding to what a block's last summand puts out is adding to the block's output, so with one such site in the lowest
+    layer that block need not run.
+    """
+    lowest = min(s.point.layer for s in sites)
+    points = [s.point for s in sites]
+    here = [i for i, p in enumerate(points) if p.layer == lowest]
+    if len(here) > 1 or not _adds_to_the_output(lm, points[here[0]]):
+        return lowest, points
+    points[here[0]] = Point(lowest, "block")
+    return lowest + 1, points
+
+
+def _adds_to_the_output(lm: LM, point: Point) -> bool:
+    if point.tensor == "block":
+        return True
+    summand = point.tensor == "mlp" or (point.tensor == "attn" and lm.layout.parallel)
+    return summand and lm.layout.mlp_post_norm is None
+
+
+def _zeros(lm: LM, point: Point, n: int, dtype: torch.dtype) -> Float[Tensor, "n d_model"]:
+    """Vectors of the residual stream's width on the device of the point's block."""
+    weight = lm.site(point.layer, "down_proj").weight
+    return torch.zeros(n, weight.shape[0], dtype=dtype, device=weight.device)
+
+
+@dataclass
+class _UnderWay:
+    """The edits that are being optimised now, and the tensors that their steps share."""
+
+    edits: list[int]
+    rewriting: Frozen
+    kl: Frozen | None
+    columns: list[Int[Tensor, " rows"]]
+    """Per site, the column at which each rewriting row is changed."""
+    label_rows: Int[Tensor, " labels"]
+    label_columns: Int[Tensor, " labels"]
+    labels: Int[Tensor, " labels"]
+    labels_per_row: Int[Tensor, " rows"]
+    original: Float[Tensor, "edits vocab"] | None = None
+    """Log-probabilities at the KL row's subject before any change; rows of edits yet to begin are void."""
+
+
+class Chunk:
+    """Some edits whose frozen parts are held at once.
+
+    Args:
+        rows: of the edits, in the order in which they are taken up.
+    """
+
+    def __init__(self, lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], search: ValueSearch) -> None:
+        self.lm, self.rows, self.sites, self.search = lm, rows, sites, search
+        self.dtype = torch.promote_types(lm.dtype, torch.float32)
+        self.n_contexts = len(rows[0].rewriting)
+        first, self.points = live_part(lm, sites)
+        reads = {
+            s.point: [r.position(s.where) if j == 0 else None for e in rows for j, r in enumerate(e.rewriting)]
+            for s in sites
+            if s.point.layer < first
+        }
+        texts = [read_part(r) for e in rows for r in e.rewriting]
+        starts = [s for e in rows for s in e.starts]
+        contexts = [j for e in rows for j in range(self.n_contexts)]
+        self.rewriting, read = record(lm, texts, starts, first, reads, alike=contexts)
+        kl = [e.kl for e in rows if e.kl is not None]
+        self.kl = record(lm, kl, [len(r.ids) - 1 for r in kl], first)[0] if kl else None
+        # a site below the live part has its clean value now, the others have it after an edit's first pass
+        zeros = [_zeros(lm, site.point, len(rows), self.dtype) for site in sites]
+        self.live = [read[s.point].to(z) if s.point in read else z.clone() for s, z in zip(sites, zeros, strict=True)]
+        self.init = [x.clone() for x in self.live]
+        self.delta, self.mean, self.square = ([z.clone() for z in zeros] for _ in range(3))
+        self.steps = [0] * len(rows)
+        self.factor = [1.0] * len(rows)
+        self.found: dict[int, ValueOf] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the frozen parts take."""
+        return self.rewriting.nbytes + (self.kl.nbytes if self.kl else 0)
+
+    def run(self, width: int) -> Iterator[int]:
+        """Optimise all, `width` at a time; gives the place of each edit in the chunk as it ends."""
+        waiting = list(range(len(self.rows)))[::-1]
+        now = self.take_up([waiting.pop() for _ in range(min(width, len(waiting)))], None)
+        while now.edits:
+            ended = self._step(now)
+            yield from ended
+            if ended:
+                going = [e for e in now.edits if e not in ended]
+                going += [waiting.pop() for _ in range(min(width - len(going), len(waiting)))]
+                if not going:
+                    return
+                now = self.take_up(going, now)
+
+    def logits(
+        self, now: _UnderWay, vectors: Sequence[Float[Tensor, "edits d"]]
+    ) -> tuple[Float[Tensor, "labels vocab"], Float[Tensor, "edits vocab"] | None]:
+        """Logits at the labels of the rewriting rows and at the KL rows' subjects, `vectors` added at the sites."""
+        n_rows, every = len(now.rewriting), self.n_contexts
+
+        def tap(s: int) -> Tap:
+            def add(value: Tensor) -> Tensor:
+                column = now.columns[s].to(value.device)
+                with torch.no_grad():
+                    bare = torch.arange(0, n_rows, every, device=value.device), column[::every]
+                    if self.points[s] == self.sites[s].point:  # else nothing below the site is live
+                        self.live[s][now.edits] = value[bare].detach().to(self.dtype)
+                vector = vectors[s].to(value.device, value.dtype).repeat_interleave(every, dim=0)
+                return value.index_put((torch.arange(n_rows, device=value.device), column), vector, accumulate=True)
+
+            return add
+
+        def tap_kl(s: int) -> Tap:
+            return lambda value: value + vectors[s].to(value.device, value.dtype)[:, None]
+
+        taps = {point: tap(s) for s, point in enumerate(self.points)}
+        logits = replay(self.lm, now.rewriting, taps, (now.label_rows, now.label_columns))
+        assert logits is not None
+        if now.kl is None:
+            return logits, None
+        taps = {p: tap_kl(s) for s, p in enumerate(self.points) if self.sites[s].where == "subject_last"}
+        everyone = torch.arange(len(now.edits))
+        return logits, replay(self.lm, now.kl, taps, (everyone, torch.zeros_like(everyone)))
+
+    def take_up(self, edits: list[int], before: _UnderWay | None = None) -> _UnderWay:
+        """The tensors that the next steps share."""
+        every = self.n_contexts
+        chosen = [e * every + j for e in edits for j in range(every)]
+        rows = [r for e in edits for r in self.rows[e].rewriting]
+        starts = [s for e in edits for s in self.rows[e].starts]
+        labels = [
+            (i, r.n_prompt - 1 - s + t, token)
+            for i, (r, s) in enumerate(zip(rows, starts, strict=True))
+            for t, token in enumerate(r.target_ids)
+        ]
+        device = next(self.lm.head.parameters()).device
+        label_rows, label_columns, tokens = (torch.tensor(x, device=device) for x in zip(*labels, strict=True))
+        original = None
+        if before is not None and before.original is not None:
+            original = before.original.new_zeros(len(edits), before.original.shape[1])
+            stay = [(i, before.edits.index(e)) for i, e in enumerate(edits) if e in before.edits]
+            if stay:
+                here, there = zip(*stay, strict=True)
+                original[list(here)] = before.original[list(there)]
+        return _UnderWay(
+            edits=edits,
+            rewriting=self.rewriting.select(chosen),
+            kl=self.kl.select(edits) if self.kl else None,
+            columns=[
+                torch.tensor([r.position(site.where) - s for r, s in zip(rows, starts, strict=True)])
+                for site in self.sites
+            ],
+            label_rows=label_rows,
+            label_columns=label_columns,
+            labels=tokens,
+            labels_per_row=torch.bincount(label_rows, minlength=len(rows)),
+            original=original,
+        )
+
+    def _step(self, now: _UnderWay) -> list[int]:
+        """One forward and backward pass and an update for the edits under way; those that ended come back."""
+        search, edits = self.search, now.edits
+        vectors = [d[edits].requires_grad_() for d in self.delta]
+        last = [self.steps[e] == search.steps - 1 for e in edits]
+        begin = [e for e in edits if self.steps[e] == 0]
+        with torch.enable_grad():
+            logits, kl_logits = self.logits(now, vectors)
+            for init, live in zip(self.init, self.live, strict=True):
+                init[begin] = live[begin]
+            log_p = torch.log_softmax(logits.to(self.dtype), dim=-1)
+            picked = log_p.gather(1, now.labels[:, None])[:, 0]
+            nll_rows = log_p.new_zeros(len(now.rewriting)).index_add(0, now.label_rows, -picked) / now.labels_per_row
+            nll_rows = nll_rows.view(len(edits), -1)
+            nll = nll_rows.mean(1)
+            loss = nll * nll.new_tensor([self.factor[e] for e in edits])
+            kl = torch.zeros_like(nll)
+            if kl_logits is not None:
+                kl = self._divergence(now, kl_logits)
+                loss = loss + search.kl_factor * kl
+            for site, vector, init in zip(self.sites, vectors, self.init, strict=True):
+                decay = site.weight_decay * vector.norm(dim=1) / init[edits].norm(dim=1) ** 2
+                loss = loss + decay.to(loss.device)
+        reached = (-nll_rows.detach()).exp().mean(1)
+        settled = self._settled(now, log_p) if search.settled_factor is not None else torch.zeros_like(reached)
+        stopping = reached if search.stop == "probability" else loss.detach()
+        gradients = None if all(last) else torch.autograd.grad(loss.sum(), vectors)
+        # from here on the host waits for the numbers that the stop test needs
+        table = torch.stack([stopping, reached, nll.detach(), kl.detach(), loss.detach(), settled]).double().cpu()
+        done, ended = [], []
+        for i, e in enumerate(edits):
+            value, probability, *terms, all_likely = table[:, i].tolist()
+            if not math.isfinite(terms[2]):
+                edit = self.rows[e].edit
+                raise NonFinite(f"edit {edit.id!r} ({edit.subject!r}): the loss is {terms[2]} at step {self.steps[e]}")
+            over = value >= search.threshold if search.stop == "probability" else value < search.threshold
+            if search.settled_factor is not None:
+                self.factor[e] = search.settled_factor if all_likely else 1.0
+                over = over or (bool(all_likely) and search.kl_factor * terms[1] <= search.settled_kl)
+            done.append(over)
+            if over or last[i]:
+                ended.append(e)
+                self.found[e] = self._result(e, over, probability, dict(zip(("nll", "kl", "loss"), terms, strict=True)))
+        going = [i for i, e in enumerate(edits) if e not in ended]
+        if going and gradients is not None:
+            self._descend([edits[i] for i in going], [g[going] for g in gradients])
+        return ended
+
+    def _divergence(self, now: _UnderWay, kl_logits: Float[Tensor, "edits vocab"]) -> Float[Tensor, " edits"]:
+        """KL(edited || original) at the subject of "<subject> is a"."""
+        log_p = torch.log_softmax(kl_logits.to(self.dtype), dim=-1)
+        begins = torch.tensor([self.steps[e] == 0 for e in now.edits], device=log_p.device)
+        if now.original is None:
+            now.original = log_p.detach()
+        elif any(self.steps[e] == 0 for e in now.edits):
+            now.original = torch.where(begins[:, None], log_p.detach(), now.original)
+        return (log_p.exp() * (log_p - now.original)).sum(1)
+
+    def _settled(self, now: _UnderWay, log_p: Float[Tensor, "labels vocab"]) -> Float[Tensor, " edits"]:
+        """1 where every target token is the most likely one in every rewriting row."""
+        wrong = (log_p.argmax(-1) != now.labels).to(log_p.dtype)
+        per_row = wrong.new_zeros(len(now.rewriting)).index_add(0, now.label_rows, wrong)
+        return (per_row.view(len(now.edits), -1).sum(1) == 0).to(log_p.dtype)
+
+    @torch.no_grad()
+    def _descend(self, edits: list[int], gradients: Sequence[Float[Tensor, "edits d"]]) -> None:
+        """One step of Adam, each edit by its own count, and the way back onto its ball."""
+        for e in edits:
+            self.steps[e] += 1
+        counts = [self.steps[e] for e in edits]
+        beta, beta2 = BETAS
+        for s, (site, gradient) in enumerate(zip(self.sites, gradients, strict=True)):
+            mean = self.mean[s][edits].lerp(gradient, 1 - beta)
+            square = (self.square[s][edits] * beta2).addcmul(gradient, gradient, value=1 - beta2)
+            size = mean.new_tensor([self.search.learning_rate / (1 - beta**t) for t in counts])[:, None]
+            root = mean.new_tensor([math.sqrt(1 - beta2**t) for t in counts])[:, None]
+            delta = self.delta[s][edits] - size * mean / (square.sqrt() / root + EPS)
+            radius = site.clamp * self.init[s][edits].norm(dim=1, keepdim=True)
+            length = delta.norm(dim=1, keepdim=True)
+            delta = torch.where(length > radius, delta * (radius / length), delta)
+            self.mean[s][edits], self.square[s][edits], self.delta[s][edits] = mean, square, delta
+
+    def _result(self, e: int, over: bool, probability: float, terms: dict[str, float]) -> ValueOf:
+        init, delta, live = (tuple(x[e].cpu() for x in part) for part in (self.init, self.delta, self.live))
+        stopped = "reached" if over else "steps"
+        for site, i, d in zip(self.sites, init, delta, strict=True):
+            terms[f"{site.where}_delta"], terms[f"{site.where}_init"] = float(d.norm()), float(i.norm())
+            if not over and float(d.norm()) >= site.clamp * float(i.norm()) * (1 - 1e-4):
+                stopped = "clamped"
+        return ValueOf(init, delta, live, EditReport(self.rows[e].edit.id, probability, self.steps[e], stopped, terms))
