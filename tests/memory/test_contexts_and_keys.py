@@ -1,14 +1,18 @@
 """Context prefixes and averaged keys."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from retcon.edits import Edit
+from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit, pad
 from retcon.lm.trace import Point, activations
 from retcon.memory.contexts import N_TOKENS, STARTS, Contexts, sample_contexts
-from retcon.memory.keys import mean_keys, weights_of
+from retcon.memory.keys import KeyAverage, KeyReader, mean_keys, weights_of
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 
@@ -86,3 +90,23 @@ def test_prediction_position_does_not_depend_on_the_target(tiny):
     assert rows[0].prediction == rows[1].prediction
     ending = encode_edit(lm.tokenizer, Edit("You know {}", "Michel Rocard", "French"))
     assert ending.subject_last == ending.prediction
+
+
+@pytest.mark.parametrize("average", ["two_level", "uniform"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"])
+def test_a_reader_gives_the_mean_keys_while_layers_are_written(
+    family: str, average: KeyAverage, tiny: Callable[..., LM], edits: list[Edit], randn: Callable[..., torch.Tensor]
+) -> None:
+    lm = tiny(family)
+    reader = KeyReader(lm, edits, CONTEXTS, average=average)
+    readings = [(0, "subject_last", 1), (1, "subject_last", 1), (2, "prediction", 3), (3, "prediction", 3)]
+    with ExitStack() as scope:
+        for layer, where, above in readings:
+            point, value = Point(layer, "key"), Point(above, "mlp")
+            found = reader.read(point, where, value)
+            wanted = mean_keys(lm, edits, CONTEXTS, point, where, value=value, average=average)
+            for a, b in zip(found, wanted, strict=True):
+                assert_close(a, b, rtol=1e-9, atol=1e-9)
+            site = lm.site(layer, "down_proj")
+            change = site.stored(randn(32, 2), 0.1 * randn(2, 64 if family != "gpt2" else 128))
+            scope.enter_context(lm.edited(lm.delta({site.name: [change]})))

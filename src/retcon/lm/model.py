@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -347,6 +348,18 @@ class LM:
                 module.training = was_training
             for parameter, was_trainable in trainable:
                 parameter.requires_grad_(was_trainable)
+
+    @cached_property
+    def block_outputs(self) -> int | None:
+        """How many things a block returns in a tuple; None: it returns a tensor. Seen in a pass over one token."""
+        seen: list[Any] = []
+        handle = self.block(0).register_forward_hook(lambda _, __, output: seen.append(output))
+        try:
+            with self.borrowed(), torch.no_grad():
+                self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return len(seen[0]) if isinstance(seen[0], tuple) else None
 
     def logits_at(
         self, batch: Batch, rows: Int[Tensor, " n"], positions: Int[Tensor, " n"]

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, buckets, pad
-from retcon.lm.trace import Point, Tap, tapped
+from retcon.lm.trace import Point, Stop, Tap, tapped
 
 MAX_BATCH_TOKENS = 8192
 
@@ -42,8 +42,6 @@ class Frozen:
     """Token index of column 0, per row."""
     lengths: tuple[int, ...]
     """Live tokens, per row."""
-    n_outputs: int | None
-    """How many things a block returns in a tuple; None: it returns a tensor."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -60,12 +58,16 @@ class Frozen:
         keys, values = (tuple(_tail(x, rows, max(starts)) for x in part) for part in (self.keys, self.values))
         return replace(self, states=states, keys=keys, values=values, starts=starts, lengths=lengths)
 
-    def inputs(self, lm: LM) -> dict[str, Any]:
+    def cache(self, lm: LM) -> Cache:
+        """The earlier tokens as the model's forward takes them, for one pass."""
+        if not max(self.starts):
+            return Cache(layers=_nothing(lm.n_layers))
+        none: list[Any] = [None] * lm.n_layers
+        keys, values = ((none[: self.first] + list(part) + none)[: lm.n_layers] for part in (self.keys, self.values))
+        return Cache(layers=[Earlier(k, v, max(self.starts)) for k, v in zip(keys, values, strict=True)])
+
+    def inputs(self, lm: LM, cache: Cache) -> dict[str, Any]:
         """Arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier tokens."""
-        below: list[Any] = [None] * self.first
-        prefix = max(self.starts)
-        layers = zip(below + list(self.keys), below + list(self.values), strict=True)
-        cache = Cache(layers=[_Earlier(k, v, prefix) for k, v in layers] if prefix else _nothing(lm.n_layers))
         embedding = lm.model.get_submodule(lm.layout.embedding).weight
         stand_in = embedding.new_zeros(1).expand(*self.states.shape[:2], embedding.shape[1])
         return dict(inputs_embeds=stand_in, **_inputs(lm, self.starts, self.lengths, cache))
@@ -98,6 +100,12 @@ def record(
         return _frozen(lm, texts, past, first, reads or {}, max_batch_tokens)
 
 
+def embedded(lm: LM, rows: Sequence[Row], starts: Sequence[int], *, max_batch_tokens: int = MAX_BATCH_TOKENS) -> Frozen:
+    """What enters the first block from `starts` on, without the earlier tokens' attention keys and values."""
+    with torch.no_grad():
+        return _frozen(lm, [r.ids for r in rows], _Past(tuple(starts)), 0, {}, max_batch_tokens)[0]
+
+
 @dataclass(frozen=True)
 class _Past:
     """Attention keys and values of each row's first tokens, for every block, padded on the left."""
@@ -117,9 +125,9 @@ class _Past:
 
     def cache(self, n_layers: int) -> Cache:
         """The rows' past as the model's forward takes it."""
-        if not max(self.ends):
+        if not self.keys:
             return Cache(layers=_nothing(n_layers))
-        return Cache(layers=[_Earlier(k, v, max(self.ends)) for k, v in zip(self.keys, self.values, strict=True)])
+        return Cache(layers=[Earlier(k, v, max(self.ends)) for k, v in zip(self.keys, self.values, strict=True)])
 
 
 def _tail(x: Tensor, rows: Sequence[int], length: int) -> Tensor:
@@ -131,18 +139,32 @@ def _shared(
     lm: LM, texts: Sequence[tuple[int, ...]], starts: Sequence[int], alike: Sequence[int], max_batch_tokens: int
 ) -> _Past:
     """The past of the tokens that each row shares with the rows of its number."""
+    ends, place = common_beginnings(texts, starts, alike)
+    first_with = {p: r for r, p in reversed(list(enumerate(place)))}
+    prefixes = [texts[first_with[p]] for p in range(len(ends))]
+    past = _extended(lm, prefixes, _Past((0,) * len(prefixes)), ends, max_batch_tokens)
+    return past.of(place)
+
+
+def common_beginnings(
+    texts: Sequence[tuple[int, ...]], limits: Sequence[int], alike: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """How many tokens, at most each row's limit, the rows of each number have in common; and each row's place in that.
+
+    Rows that are alone, or of number -1, have nothing in common with others.
+    """
     members: dict[int, list[int]] = {}
     for row, number in enumerate(alike):
         members.setdefault(number, []).append(row)
-    ends, index = [], {}
-    for place, (number, group) in enumerate(members.items()):
-        shortest = min(starts[r] for r in group) if number >= 0 and len(group) > 1 else 0
+    ends: list[int] = []
+    place = [0] * len(texts)
+    for number, group in members.items():
+        shortest = min(limits[r] for r in group) if number >= 0 and len(group) > 1 else 0
         columns = zip(*(texts[r][:shortest] for r in group), strict=True)
+        for r in group:
+            place[r] = len(ends)
         ends.append(next((t for t, column in enumerate(columns) if len(set(column)) > 1), shortest))
-        index[number] = place
-    prefixes = [texts[group[0]] for group in members.values()]
-    past = _extended(lm, prefixes, _Past((0,) * len(prefixes)), ends, max_batch_tokens)
-    return past.of([index[number] for number in alike])
+    return ends, place
 
 
 def _extended(
@@ -153,14 +175,14 @@ def _extended(
         return past
     kept: tuple[list[Tensor], list[Tensor]] = ([], [])
 
-    def keep(rows: Sequence[int], layers: Sequence["_Earlier"]) -> None:
+    def keep(rows: Sequence[int], layers: Sequence["Earlier"]) -> None:
         begin = torch.tensor([past.ends[i] for i in rows])[:, None]
         token = torch.tensor([ends[i] for i in rows])[:, None] + torch.arange(-max(ends), 0)
         behind = int(begin.max())  # columns of the past come first, aligned on the right; then the new tokens
         column = torch.where(token < begin, behind - begin + token, behind + token - begin).clamp(min=0)
         for i, layer in enumerate(layers):
             for into, x in zip(kept, layer.all_of_it(), strict=True):
-                part = _at(x.transpose(1, 2), column).transpose(1, 2)
+                part = tokens_at(x.transpose(1, 2), column).transpose(1, 2)
                 if len(into) <= i:
                     into.append(part.new_zeros(len(texts), *part.shape[1:]))
                 into[i][rows] = part
@@ -193,12 +215,9 @@ def _frozen(
     columns = max(lengths)
     states: Tensor | None = None
     entering: list[Tensor] = []
-    n_outputs: int | None = None
     found: dict[Point, dict[int, Tensor]] = {point: {} for point in reads}
 
     def read_output(_: nn.Module, __: Any, output: Any) -> None:
-        nonlocal n_outputs
-        n_outputs = len(output) if isinstance(output, tuple) else None
         entering.append(output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as stack:
@@ -212,16 +231,17 @@ def _frozen(
             inputs = _inputs(lm, begins, [lengths[i] for i in group], past.of(group).cache(lm.n_layers))
             inputs["input_ids"] = pad([Row(texts[i][past.ends[i] :], 0) for i in group], lm.device).ids
             taps: dict[Point, Tap] = {p: _reader(found[p], at, past.ends, group) for p, at in reads.items()}
-            taps.setdefault(Point(first - 1, "block") if first else Point(0, "attn_key"), lambda _: None)
+            if first:
+                taps.setdefault(Point(first - 1, "block"), lambda _: None)
             entering.clear()
             tapped(lm, inputs["input_ids"].shape, inputs, taps, None)
             column = torch.arange(columns).minimum(torch.tensor([lengths[i] for i in group])[:, None] - 1)
-            live = _at(entering[0], column)
+            live = tokens_at(entering[0], column)
             if states is None:
                 states = live.new_empty(len(texts), *live.shape[1:])
             states[group] = live
     assert states is not None
-    frozen = Frozen(first, states, past.keys[first:], past.values[first:], past.ends, tuple(lengths), n_outputs)
+    frozen = Frozen(first, states, past.keys[first:], past.values[first:], past.ends, tuple(lengths))
     return frozen, {p: torch.stack([v for _, v in sorted(by_row.items())]) for p, by_row in found.items()}
 
 
@@ -237,7 +257,7 @@ def _inputs(lm: LM, begins: Sequence[int], lengths: Sequence[int], cache: Cache)
     )
 
 
-def _at(x: Tensor, tokens: Int[Tensor, "rows n"]) -> Tensor:
+def tokens_at(x: Tensor, tokens: Int[Tensor, "rows n"]) -> Tensor:
     """Tokens of each row of x (rows, tokens, ...), as (rows, n, ...)."""
     return x[torch.arange(len(x), device=x.device)[:, None], tokens.to(x.device)]
 
@@ -247,19 +267,23 @@ def replay(
     frozen: Frozen,
     taps: Mapping[Point, Tap],
     logits_at: tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None = None,
+    *,
+    cache: Cache | None = None,
 ) -> Float[Tensor, "n vocab"] | None:
     """`trace.run` from block `frozen.first` and from column 0 on; taps and `logits_at` count columns.
 
-    The output of block `first - 1` can be tapped: it is the recorded state. Points below cannot.
+    The output of block `first - 1` can be tapped: it is the recorded state. Points below cannot. A caller who wants the
+    attention keys and values of the live tokens passes `frozen.cache(lm)` and reads it afterwards.
     """
     below = [p for p in taps if p.layer < frozen.first and p != Point(frozen.first - 1, "block")]
     if below:
         raise ValueError(f"a replay from block {frozen.first} does not run {below}")
     with _blocks_below_answer_with_states(lm, frozen):
-        return tapped(lm, frozen.states.shape[:2], frozen.inputs(lm), taps, logits_at)
+        inputs = frozen.inputs(lm, cache or frozen.cache(lm))
+        return tapped(lm, frozen.states.shape[:2], inputs, taps, logits_at)
 
 
-class _Earlier(DynamicLayer):
+class Earlier(DynamicLayer):
     """One block's past for one pass: gives it with the new tokens behind, and remembers the whole for the caller."""
 
     def __init__(self, keys: Tensor | None, values: Tensor | None, length: int) -> None:
@@ -289,15 +313,15 @@ class _Earlier(DynamicLayer):
         return self.length + query_length, 0
 
 
-def _nothing(n_layers: int) -> list[_Earlier]:
-    return [_Earlier(None, None, 0) for _ in range(n_layers)]
+def _nothing(n_layers: int) -> list[Earlier]:
+    return [Earlier(None, None, 0) for _ in range(n_layers)]
 
 
 @contextmanager
 def _blocks_below_answer_with_states(lm: LM, frozen: Frozen) -> Iterator[None]:
     """Blocks below the first live one return the recorded states at once; hooks on them still work."""
     states = frozen.states
-    answer = states if frozen.n_outputs is None else (states, *[None] * (frozen.n_outputs - 1))
+    answer = states if lm.block_outputs is None else (states, *[None] * (lm.block_outputs - 1))
     with ExitStack() as stack:
         for layer in range(frozen.first):
             stack.enter_context(_forward_as(lm.block(layer), lambda *_, **__: answer))
@@ -330,6 +354,7 @@ def _exchanging_input(states: Tensor) -> Callable[..., Any]:
 def _reading_input(into: list[Tensor]) -> Callable[..., None]:
     def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         into.append(args[0] if args else kwargs["hidden_states"])
+        raise Stop
 
     return read
 

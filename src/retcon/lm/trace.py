@@ -33,7 +33,7 @@ class Point:
     tensor: TensorName
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass after the last tap."""
 
 
@@ -75,7 +75,7 @@ def tapped(
         new = taps[point](seen)
         waiting.discard(point)
         if logits_at is None and not waiting:
-            raise _Stop
+            raise Stop
         return new.reshape(value.shape) if new is not None and flat else new
 
     with ExitStack() as stack:
@@ -88,7 +88,7 @@ def tapped(
             stack.callback(lm.head.register_forward_pre_hook(gather).remove)
         try:
             output = lm.model(**inputs)
-        except _Stop:
+        except Stop:
             return None
     if waiting:
         raise AssertionError(f"the forward pass never reached {sorted(waiting)}")

@@ -8,15 +8,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.edits import Edit
+from retcon.lm.climb import Climb, Reading
 from retcon.lm.model import LM
 from retcon.lm.prompts import Where, buckets, encode_edit, pad
 from retcon.lm.trace import Point, activations
+from retcon.memory.capacity import free_bytes
 from retcon.memory.contexts import Contexts
 
 KeyAverage = Literal["two_level", "uniform"]
 """`two_level` (all published numbers): half the bare prompt, half the mean of prefixed ones; `uniform`: plain mean."""
 
 MAX_BATCH_TOKENS = 8192
+SHARE_OF_FREE_MEMORY = 0.25
+"""What the states kept between readings may take."""
 
 
 def weights_of(n_prefixes: int, average: KeyAverage) -> list[float]:
@@ -26,6 +30,37 @@ def weights_of(n_prefixes: int, average: KeyAverage) -> list[float]:
     if average == "uniform":
         return [1 / (n_prefixes + 1)] * (n_prefixes + 1)
     return [0.5] + [0.5 / n_prefixes] * n_prefixes
+
+
+class KeyReader:
+    """Mean keys and current values of a batch of edits, layer after layer while the layers are written.
+
+    Gives what `mean_keys` does, and runs of each pass only what a write can have changed since the last reading.
+    """
+
+    def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Contexts, *, average: KeyAverage = "two_level") -> None:
+        texts = contexts.all
+        self.rows = [encode_edit(lm.tokenizer, e, prefix) for e in edits for prefix in texts]
+        self.edit_of = [i for i in range(len(edits)) for _ in texts]
+        self.weights = weights_of(len(contexts.prefixes), average) * len(edits)
+        self.bare = [float(j == 0) for _ in edits for j in range(len(texts))]
+        alike = list(range(len(texts))) * len(edits)
+        keep_bytes = SHARE_OF_FREE_MEMORY * free_bytes(lm.device)
+        self.climb = Climb(lm, self.rows, alike, keep_bytes=keep_bytes, max_batch_tokens=MAX_BATCH_TOKENS)
+
+    def read(
+        self, point: Point, where: Where, value: Point
+    ) -> tuple[Float[Tensor, "n_edits d_in"], Float[Tensor, "n_edits d_model"]]:
+        """Each edit's mean key at `point`, and the activation at `value` on the bare prompt, on the weights as they are
+        now; on the CPU, in at least float32. Nothing below the point's layer may be changed before the next reading, or
+        that starts at the tokens.
+        """
+        tokens = [r.position(where) for r in self.rows]
+        found = self.climb.read(
+            {point: Reading(tokens, self.edit_of, self.weights), value: Reading(tokens, self.edit_of, self.bare)},
+            keep=point.layer,
+        )
+        return found[point], found[value]
 
 
 def mean_keys(
@@ -39,10 +74,8 @@ def mean_keys(
     average: KeyAverage = "two_level",
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> tuple[Float[Tensor, "n_edits d_in"], Float[Tensor, "n_edits d_model"] | None]:
-    """Each edit's mean key at `point`, and the activation at `value` on the bare prompt, from the same passes.
-
-    On the weights as they are now; targets are not appended (attention is causal, so they change nothing). Returned on
-    the CPU in at least float32.
+    """Each edit's mean key at `point`, and the activation at `value` on the bare prompt, by full passes: the reference
+    for `KeyReader`, and the way for a single reading.
     """
     weight = weights_of(len(contexts.prefixes), average)
     rows = [(i, j, encode_edit(lm.tokenizer, e, c)) for i, e in enumerate(edits) for j, c in enumerate(contexts.all)]

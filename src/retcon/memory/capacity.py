@@ -1,0 +1,40 @@
+"""How much memory is free on a device, and what running out of it looks like."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """Memory that can still be had on a device: the allocator's reserve counts as free, a container's limit holds."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
+    return int(max(min(_pages_free(), _container_free()), 0))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator for the CPU
+
+
+def _container_free() -> float:
+    """What the container's limit leaves, infinite where there is none (control groups, version 2)."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or its limit is "max"
+        return math.inf
+
+
+def _pages_free() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # no Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
