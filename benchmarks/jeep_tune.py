@@ -18,6 +18,7 @@ from pathlib import Path
 import retcon
 from benchmarks.common import cases_of, moments_of
 from retcon.evaluation import evaluate
+from retcon.memory.values import search_values
 from retcon.memory.write import write
 from retcon.methods.jeep import Jeep
 
@@ -65,7 +66,8 @@ def main() -> None:
         )
         started = time.perf_counter()
         groups = [g for g in base.groups() if g]
-        values = base.search(lm, edits, contexts, groups)
+        sites = [base.value_site(g) for g in groups]
+        values = search_values(lm, edits, sites, contexts, base.value_search())
         seconds = (time.perf_counter() - started) / len(edits)
         moments.prepare(lm, [lm.site(layer, "down_proj") for layer in low + high])
         for low_weight, high_weight in itertools.product(args.low_weight, args.high_weight):

@@ -64,9 +64,21 @@ class NonFinite(RetconError):
     """NaN or infinity where a number must stand: a loss, a moment, a change."""
 
 
+class UnsafeUpdate(RetconError):
+    """An update so large that it would disable the model, where the method was told to refuse such."""
+
+
 class TooFewTokens(RetconError):
     """A second moment from fewer tokens than the keys have dimensions: it would be singular."""
 
 
+class MissingPackage(RetconError):
+    """An optional package is needed and not installed; the message names the extra that brings it."""
+
+
 class RetconWarning(UserWarning):
     """Something worth knowing that does not stop the work."""
+
+
+class OutOfMemory(RetconError):
+    """Not even the smallest piece of the work fits into memory."""

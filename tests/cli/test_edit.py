@@ -97,10 +97,46 @@ def test_of_many_edits_the_worst_are_shown_first(cli: Callable[..., Any], here: 
     rows = [{"prompt": "The capital of {} is", "subject": f"Italy {i}", "target_new": "Rome"} for i in range(15)]
     write_rows(here / "edits.jsonl", rows)
     out = cli(*EDIT, "--set", "steps=1").stdout
-    worst = min(Delta.load("delta.safetensors").report, key=lambda r: r.probability)
-    first = out.split("probability  steps")[1].splitlines()[1]
+    worst = min(Delta.load("delta.safetensors").report, key=lambda r: r.written)
+    first = out.split("written  steps")[1].splitlines()[1]
     assert f"{worst.probability:.3f}" in first
+    assert f"{worst.written:.3f}" in first
     assert "12 furthest" in out
+
+
+def test_says_what_became_of_the_edits(cli: Callable[..., Any]) -> None:
+    out = cli(*EDIT, "--set", "low_clamp=0.001", "--set", "high_clamp=0.001").stdout
+    assert "0 of 2 reached what was asked for; 2 held back by the clamp; 0 are what the edited model says first" in out
+
+
+@pytest.mark.filterwarnings("ignore:.*larger than the weight")
+def test_a_method_for_one_fact_writes_many_in_steps(cli: Callable[..., Any]) -> None:
+    arguments = ("edit", "gptj", "edits.jsonl", "--out", "d", "--corpus", "corpus.txt", "--method", "r_rome")
+    cli(*arguments, "--set", "steps=2", "--set", "layer=1")
+    delta = Delta.load("d")
+    assert [r.id for r in delta.report] == ["fr", "dd"]
+    assert delta.provenance["batch_size"] == 1
+    assert "batch_size 2: RRome takes 1" in cli(*arguments, "--batch-size", "2", code=2).stderr
+
+
+def test_editing_goes_on_where_an_earlier_delta_ended(cli: Callable[..., Any]) -> None:
+    def edit(out: str, *more: str) -> Delta:
+        cli(
+            *("edit", "gptj", "edits.jsonl", "--out", out, "--corpus", "corpus.txt", "--method", "memit"),
+            *("--set", "steps=2", "--set", "layers=[0, 1]", "--set", "cache_keys=true", *more),
+        )
+        return Delta.load(out)
+
+    first = edit("one", "--limit", "1")
+    second = edit("two", "--start", "1", "--delta", "one")
+    whole = edit("both", "--batch-size", "1")
+    assert second.parents == (first.id,)
+    assert first.state is not None
+    assert second.state is not None
+    assert whole.state is not None
+    keys = next(name for name in second.state if name.startswith("keys/"))
+    assert [len(d.state[keys]) for d in (first, second, whole) if d.state] == [1, 2, 2]
+    assert (second.state[keys] - whole.state[keys]).abs().max() < 1e-4
 
 
 def test_contradicting_edits(cli: Callable[..., Any], here: Path) -> None:
@@ -178,3 +214,43 @@ def test_a_models_name_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -
     console().print("LM(demo:llama: llama)")
     assert "demo:llama: llama" in capsys.readouterr().out
     console.cache_clear()
+
+
+def test_dry_run_says_what_it_would_take_and_saves_nothing(cli: Callable[..., Any], here: Path) -> None:
+    without_out = tuple(a for a in EDIT if a not in ("--out", "delta.safetensors"))
+    result = cli(*without_out, "--dry-run", "--json")
+    record = json.loads(result.stdout)
+    assert (record["method"], record["edits"], record["tried"]) == ("jeep", 2, 2)
+    assert record["settings"]["steps"] == 4
+    assert record["edit_seconds"] > 0
+    assert record["moments_missing"] == 3  # two layers low, one high
+    assert record["moments_tokens"] == 20 * 128
+    assert record["model_bytes"] > 50_000 < record["peak_bytes"]
+    assert 0 < record["delta_bytes"] < 200_000
+    assert "The capital of France is" in result.stderr
+    assert not list(here.glob("*.safetensors"))
+    assert not list(here.glob("cache/**/*.safetensors"))
+    cli(*EDIT)
+    assert "no second moments to collect" in cli(*without_out, "--dry-run").stdout
+
+
+def test_without_a_file_to_save_to_there_is_no_run(cli: Callable[..., Any]) -> None:
+    assert "--out DELTA is missing" in cli("edit", "gptj", "edits.jsonl", code=2).stderr
+
+
+def test_a_killed_run_goes_on_when_the_command_is_given_again(
+    cli: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = json.loads(cli(*EDIT, "--json").stdout)["delta"]["id"]
+    with monkeypatch.context() as patch:
+        patch.setattr("retcon.methods.proposal.write", _killed)  # all values are found by then
+        cli(*EDIT, code=130)
+    assert list(here.glob("cache/values/*/*.safetensors"))
+    result = cli(*EDIT, "--json")
+    assert "values of 2 edits were there" in result.stderr
+    assert json.loads(result.stdout)["delta"]["id"] == wanted
+    assert not list(here.glob("cache/values/*"))
+
+
+def _killed(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit, PositionNotFound, RetconWarning, UnsupportedModel
-from retcon.lm.prompts import Row, buckets, encode, encode_edit, pad
+from retcon.lm.prompts import Row, buckets, encode, encode_edit, pad, subject_tokens
 from tests.conftest import TEXT, tokenizer
 
 TOKENIZERS = ["gpt", "bos", "piece", "eos", "trimmed"]
@@ -114,6 +114,20 @@ def test_a_prefix_shifts_by_its_own_length(kind: str) -> None:
         else:
             assert prefixed.subject_last == bare.subject_last + n_prefix
             assert prefixed.n_prompt == bare.n_prompt + n_prefix
+
+
+@pytest.mark.filterwarnings("ignore:the token that ends the subject:retcon.errors.RetconWarning")
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_subjects_tokens_begin_where_it_begins(kind: str) -> None:
+    tok = make_tokenizer(kind)
+    for prompt, subject, start in examples(seed=3, n=60):
+        edit = Edit(prompt, subject, "x", subject_start=start)
+        ids, at = encode_edit(tok, edit).ids, subject_tokens(tok, edit)
+        assert at.stop - 1 == encode_edit(tok, edit).subject_last
+        before, with_first = (decode(tok, ids[:n]).strip() for n in (at.start, at.start + 1))
+        assert prompt[:start].strip().startswith(before), (prompt, subject)
+        blank = not decode(tok, ids[at.start : at.start + 1]).strip()  # sentence-piece may give a word's space a token
+        assert blank or len(with_first) > len(prompt[:start].strip()), (prompt, subject)
 
 
 def test_the_last_occurrence_is_not_taken_for_the_first() -> None:

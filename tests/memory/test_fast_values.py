@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from retcon.edits import Edit
+from retcon.errors import NonFinite, OutOfMemory, RetconWarning
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.lm.trace import Point
 from retcon.memory.contexts import Contexts
-from retcon.memory.objective import Values, ValueSearch, ValueSite
-from retcon.memory.plain_values import search_values_plainly
-from retcon.memory.values import search_values
+from retcon.memory.values.chunk import Chunk, EditRows
+from retcon.memory.values.objective import Values, ValueSearch, ValueSite
+from retcon.memory.values.plain import search_values_plainly
+from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
+from retcon.memory.values.search import search_values
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 LOW = ValueSite(Point(1, "mlp"), "subject_last", clamp=1.5, weight_decay=0.02)
@@ -48,7 +51,9 @@ def both(
     search = ValueSearch(**{"steps": 6, "learning_rate": 0.2, **settings})
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no falling back
-        fast = search_values(lm, edits, sites, contexts, search, width=width, chunk=chunk)
+        order = [*range(1, len(edits), 2), *range(0, len(edits), 2)]
+        chunks = [ChunkPlan(tuple(order[i : i + chunk]), width) for i in range(0, len(order), chunk)]
+        fast = search_values(lm, edits, sites, contexts, search, plan=Plan(tuple(chunks)))
     return fast, search_values_plainly(lm, edits, sites, contexts, search)
 
 
@@ -78,3 +83,140 @@ def test_fast_and_plain_agree(family: str, sites: str, tiny: Callable[..., LM], 
 def test_fast_and_plain_agree_in_float32(family: str, tiny: Callable[..., LM], mixed: list[Edit]) -> None:
     fast, plain = both(tiny(family, torch.float32), mixed, (LOW, HIGH))
     agree(fast, plain, 1e-5)
+
+
+@pytest.mark.parametrize(("width", "chunk"), [(1, 1), (2, 6), (6, 6), (4, 5)])
+def test_the_way_a_batch_is_cut_up_changes_nothing(
+    width: int, chunk: int, tiny: Callable[..., LM], mixed: list[Edit]
+) -> None:
+    """Some edits end early, so that others take their places at different steps."""
+    fast, plain = both(tiny("llama"), mixed, (LOW, HIGH), width=width, chunk=chunk, steps=9, threshold=0.00201)
+    assert len({r.steps for r in plain.report}) > 2
+    agree(fast, plain, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(stop="loss", threshold=6.0),
+        dict(kl_factor=0.0),
+        dict(stop="loss", threshold=0.05, settled_factor=0.1, kl_factor=1.0, steps=12, learning_rate=0.5),
+        dict(steps=1),
+    ],
+    ids=lambda s: " ".join(s),
+)
+def test_every_setting_of_the_search_means_the_same(
+    settings: dict[str, Any], tiny: Callable[..., LM], mixed: list[Edit]
+) -> None:
+    free = tuple(replace(s, clamp=50.0, weight_decay=0.0) for s in (ATTN, LOW))
+    fast, plain = both(tiny("gpt2"), mixed, free, **settings)
+    agree(fast, plain, 1e-9)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("tok", ["bos", "eos", "piece"])
+def test_tokenizers_of_every_kind(tok: str, side: str, tiny: Callable[..., LM], mixed: list[Edit]) -> None:
+    lm = tiny("llama", tok=tok)
+    kept, lm.tokenizer.padding_side = lm.tokenizer.padding_side, side
+    try:
+        fast, plain = both(lm, mixed, (LOW, HIGH))
+    finally:
+        lm.tokenizer.padding_side = kept
+    agree(fast, plain, 1e-10)
+
+
+def test_no_contexts_and_one_edit(tiny: Callable[..., LM], edit: Edit) -> None:
+    agree(*both(tiny("opt"), [edit], (LOW, HIGH), Contexts()), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_get_float32_values(
+    dtype: torch.dtype, tiny: Callable[..., LM], mixed: list[Edit]
+) -> None:
+    fast, plain = both(tiny("llama", dtype), mixed, (LOW, HIGH), steps=2)
+    for a, b in zip(fast.delta, plain.delta, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        assert float((a - b).norm()) < 0.5 * float(b.norm())  # one step of Adam: signs of small gradients may differ
+    assert [r.steps for r in fast.report] == [1] * len(mixed)
+
+
+def test_no_gradient_reaches_a_weight_and_nothing_is_borrowed_for_good(
+    tiny: Callable[..., LM], mixed: list[Edit], untouched: Callable[[LM], Any]
+) -> None:
+    lm = tiny("gptj")
+    lm.model.train()
+    before = untouched(lm)
+    with torch.no_grad():  # a caller's mode must not reach the search either
+        search_values(lm, mixed, (LOW, HIGH), CONTEXTS, ValueSearch(steps=3))
+    assert untouched(lm) == before
+
+
+def test_what_cannot_be_replayed_goes_the_plain_way_with_a_warning(
+    tiny: Callable[..., LM], mixed: list[Edit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that looks at absolute columns instead of positions, as one with a mask of its own might."""
+    lm = tiny("llama")
+    forward = lm.block(3).forward
+
+    def odd(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        scale = 1 + 0.1 * torch.arange(hidden.shape[1], dtype=hidden.dtype)
+        return forward(hidden * scale[:, None], *args, **kwargs)
+
+    monkeypatch.setattr(lm.block(3), "forward", odd)
+    search = ValueSearch(steps=3)
+    with pytest.warns(RetconWarning, match=r"cannot be replayed from .* part from a plain forward's by"):
+        found = search_values(lm, mixed, (LOW, HIGH), CONTEXTS, search)
+    agree(found, search_values_plainly(lm, mixed, (LOW, HIGH), CONTEXTS, search), 1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search_values(lm, mixed[:1], (LOW, HIGH), CONTEXTS, search)  # said once
+
+
+def test_the_edit_whose_loss_is_nan_is_named(tiny: Callable[..., LM], mixed: list[Edit]) -> None:
+    lm = tiny("llama")
+    row = lm.encode("zz", None).ids[-1]
+    with torch.no_grad():
+        lm.model.model.embed_tokens.weight[row] = float("nan")
+    bad = Edit("The capital of {} is", "zz", "Rome", id="bad")
+    with pytest.raises(NonFinite, match=r"edit 'bad' \('zz'\)"):
+        search_values(lm, [*mixed, bad], (LOW, HIGH), CONTEXTS, ValueSearch(steps=3))
+
+
+def test_plans_hold_every_edit_once_whatever_the_memory(tiny: Callable[..., LM], mixed: list[Edit]) -> None:
+    lm = tiny("llama")
+    rows = [EditRows.of(lm, e, (LOW, HIGH), CONTEXTS, ValueSearch()) for e in mixed]
+    plans = {free: make_plan(lm, rows, (LOW, HIGH), free=free) for free in (0, 100_000, 10**10)}
+    for plan in plans.values():
+        assert sorted(i for c in plan.chunks for i in c.edits) == list(range(len(mixed)))
+        columns = [rows[i].columns for c in plan.chunks for i in c.edits]
+        assert columns == sorted(columns)
+        assert Plan.from_json(plan.as_json()) == plan
+    assert all(c.width == len(c.edits) == 1 for c in plans[0].chunks)
+    assert len(plans[10**10].chunks) == 1 < len(plans[100_000].chunks)
+
+
+def test_running_out_of_memory_takes_less_and_says_so(
+    tiny: Callable[..., LM], mixed: list[Edit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, search = tiny("llama"), ValueSearch(steps=3)
+    wanted = search_values_plainly(lm, mixed, (LOW, HIGH), CONTEXTS, search)
+    step = Chunk.logits
+
+    def limited(self: Chunk, now: Any, vectors: Any) -> Any:
+        if len(now.edits) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return step(self, now, vectors)
+
+    monkeypatch.setattr(Chunk, "logits", limited)
+    with pytest.warns(RetconWarning, match="memory ran out with [63] of 6"):
+        found = search_values(lm, mixed, (LOW, HIGH), CONTEXTS, search, plan=Plan((ChunkPlan(tuple(range(6)), 6),)))
+    agree(found, wanted, 1e-10)
+    assert found.plan == {"chunks": [[6, 1]], "backed_off": 2}
+
+    def never(self: Chunk, now: Any, vectors: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    lm.replays.update({("values", LOW.point, HIGH.point): True})
+    monkeypatch.setattr(Chunk, "logits", never)
+    with pytest.warns(RetconWarning), pytest.raises(OutOfMemory, match="does not fit into memory even alone"):
+        search_values(lm, mixed, (LOW, HIGH), CONTEXTS, search)

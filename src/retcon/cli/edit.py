@@ -2,8 +2,10 @@
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +14,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from retcon.cli.estimate import Estimate, estimate
 from retcon.cli.moments import TimedMoments, moments_for
 from retcon.cli.settings import Resolved, read_settings, resolve
 from retcon.cli.shell import (
@@ -21,11 +24,14 @@ from retcon.cli.shell import (
     Model,
     Seed,
     bars,
+    busy,
     check_can_write,
     check_exists,
     console,
     count,
+    dtype_for,
     emit,
+    load_deltas,
     load_model,
     program,
     seconds,
@@ -33,9 +39,11 @@ from retcon.cli.shell import (
 )
 from retcon.edits import Case, Edit, Query, read_edits, resolve_conflicts
 from retcon.errors import InvalidSetting
-from retcon.files import read_json_rows
+from retcon.files import cache_dir, read_json_rows
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from retcon.delta import Delta
     from retcon.evaluation import Evaluation
     from retcon.lm.model import LM
@@ -63,7 +71,9 @@ def edit(
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DELTA", help="File that the delta goes to.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DELTA", help="File that the delta goes to.", show_default=False)
+    ] = None,
     method: Annotated[str, typer.Option(help="One of those that `retcon methods` lists.")] = "jeep",
     dataset: Annotated[
         str | None, typer.Option(help="Which of the model's presets: counterfact, zsre, ...", show_default=False)
@@ -74,6 +84,28 @@ def edit(
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="A setting over the preset's; repeat.", show_default=False),
+    ] = None,
+    layers: Annotated[
+        Literal["probe"] | None,
+        typer.Option(help="Edit the layers that the contrast-based probe advises for EDITS.", show_default=False),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Edits written at once, each batch on top of those before; all, or 1 for methods that take one fact.",
+            show_default=False,
+        ),
+    ] = None,
+    earlier: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--delta",
+            metavar="DELTA",
+            help="A delta to edit on top of; repeat for several, in order. A method that remembers its earlier batches "
+            "goes on from the last.",
+            show_default=False,
+        ),
     ] = None,
     corpus: Annotated[
         Path | None,
@@ -88,29 +120,64 @@ def edit(
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Measure the model before and after, on the file's own queries.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be edited and what it would take; save nothing.")
+    ] = False,
     seed: Seed = 0,
     device: Device = None,
     dtype: DType = None,
     as_json: Json = False,
 ) -> None:
-    """Edit facts into a model, all at once, and save the change as a delta. The model's files are not touched."""
-    check_can_write(out)
+    """Edit facts into a model and save the change as a delta. The model's files are not touched.
+
+    A run that was killed goes on where it was when the same command is given again.
+    """
+    if out is not None:
+        check_can_write(out)
+    elif not dry_run:
+        raise InvalidSetting("--out DELTA is missing: name the file that the delta goes to, or ask for a --dry-run")
     given = read_settings(method, dataset=dataset, preset=preset, assignments=assignments or ())
+    if layers and "layers" in given:
+        raise InvalidSetting("--layers probe and --set layers=... both say which layers to edit; give one of them")
     asked = read_asked(edits, cases_format, start, limit, conflicts)
     if corpus is not None:
         check_exists(corpus)
     show = console(stderr=as_json)
     started = time.perf_counter()
-    lm = load_model(model, device=device, dtype=dtype)
+    before = load_deltas(earlier or [])
+    lm = load_model(model, device=device, dtype=dtype_for(before, dtype))
+    for each in before:
+        lm.apply(each)
     took = {"load": time.perf_counter() - started}
-    resolved = resolve(lm, method, dataset=dataset, preset=preset, given=given)
+    with busy("probing for layers" if layers else "choosing settings"):
+        probe_with = asked.edits if layers else ()
+        resolved = resolve(lm, method, dataset=dataset, preset=preset, given=given, probe_with=probe_with)
     show.print(f"[bold]{resolved.name}[/] on {escape(str(lm))}")
     show.print(f"edits     {escape(asked.about)}", soft_wrap=True)
     show.print(f"settings  {escape(resolved.source)}", soft_wrap=True)
     show.print(resolved.table())
+    if dry_run:
+        expected = expect(lm, resolved, asked.edits, corpus=corpus, seed=seed, batch_size=batch_size)
+        show.print()
+        show.print(subjects(asked.edits))
+        show.print()
+        show.print(expected.table())
+        if as_json:
+            emit({"model": model, "method": resolved.name, "settings": resolved.settings} | expected.as_dict())
+        return
+    assert out is not None
 
-    delta = make(lm, resolved, asked.edits, corpus=corpus, seed=seed, took=took)
-    delta.save(out)
+    from retcon.memory.values import keeping_values
+
+    with keeping_values(cache_dir() / "values") as kept:
+        state = before[-1].state if before and before[-1].provenance.get("method") == method else None
+        delta = make(
+            lm, resolved, asked.edits, corpus=corpus, seed=seed, took=took, batch_size=batch_size, state=state
+        )
+        delta.save(out)
+    kept.discard()
+    if kept.resumed:
+        show.print(f"[dim]values of {count(kept.resumed, 'edit')} were there from a run that did not end[/]")
     show.print()
     show.print(edits_table(delta, asked.edits))
     show.print()
@@ -155,6 +222,7 @@ def _record(
         "method": resolved.name,
         "preset": resolved.preset and resolved.preset.name,
         "settings": resolved.settings,
+        "n_probed": resolved.n_probed,
         "seed": seed,
         "delta": {"id": delta.id, "file": str(out), "bytes": delta.nbytes()},
         "report": [asdict(r) for r in delta.report],
@@ -218,45 +286,103 @@ def _cases(edits: Sequence[Edit]) -> tuple[Case, ...]:
 
 
 def make(
-    lm: "LM", resolved: Resolved, edits: Sequence[Edit], *, corpus: Path | None, seed: int, took: dict[str, float]
+    lm: "LM",
+    resolved: Resolved,
+    edits: Sequence[Edit],
+    *,
+    corpus: Path | None,
+    seed: int,
+    took: dict[str, float],
+    batch_size: int | None = None,
+    state: "Mapping[str, Tensor] | None" = None,
 ) -> "Delta":
     """Propose, with progress bars; `took` gets the seconds for moments and, apart from them, for the edit itself."""
+    from retcon.methods.sequence import in_steps
+
     given = moments_for(lm, corpus)
     started = time.perf_counter()
     with bars() as advance:
         moments = TimedMoments(given, advance)
-        delta = resolved.method.propose(
-            lm, edits, moments=moments, seed=seed, progress=lambda stage, n, of: advance(f"optimising {stage}", n, of)
+        delta = in_steps(
+            resolved.method,
+            lm,
+            edits,
+            batch_size=batch_size,
+            moments=moments,
+            state=state,
+            seed=seed,
+            progress=lambda stage, n, of: advance(f"optimising {stage}", n, of),
         )
     took |= {"moments": moments.seconds, "edit": time.perf_counter() - started - moments.seconds}
     return delta
 
 
-def edits_table(delta: "Delta", edits: Sequence[Edit]) -> Group:
-    """How far each edit got while its values were sought; the worst first where there are many."""
-    by_id = {e.id: e for e in edits}
-    reports = list(delta.report)
-    if len(reports) > N_SHOWN:
-        reports = sorted(reports, key=lambda r: r.probability)[:N_SHOWN]
+def expect(
+    lm: "LM",
+    resolved: Resolved,
+    edits: Sequence[Edit],
+    *,
+    corpus: Path | None,
+    seed: int,
+    batch_size: int | None = None,
+) -> Estimate:
+    """What the run would take, from trying a few of the edits."""
+    from retcon.methods.sequence import in_steps
+
+    moments = moments_for(lm, corpus)
+    with busy("trying a few edits"):
+        return estimate(lm, partial(in_steps, resolved.method, batch_size=batch_size), edits, moments, seed=seed)  # type: ignore[arg-type]
+
+
+def subjects(edits: Sequence[Edit]) -> Group:
+    """What would be written, the first few."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("subject", "new answer", "probability", "steps", "stopped"):
-        right = name in ("probability", "steps")
+    for name in ("prompt", "new answer"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=60)
+    for edit in edits[:N_SHOWN]:
+        table.add_row(escape(edit.text), escape(edit.target_new))
+    more = len(edits) - N_SHOWN
+    return Group(table, f"[dim]and {more:,} more[/]") if more > 0 else Group(table)
+
+
+def edits_table(delta: "Delta", edits: Sequence[Edit]) -> Group:
+    """How far each edit got while its values were sought, and in the weights; of many, those that got least far."""
+    by_id = {e.id: e for e in edits}
+    reports = [r for r in delta.report if r.id in by_id]
+    if len(reports) > N_SHOWN:
+        reports = sorted(reports, key=lambda r: r.probability if r.written is None else r.written)[:N_SHOWN]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("subject", "new answer", "sought", "written", "steps", "outcome"):
+        right = name in ("sought", "written", "steps")
         table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis", max_width=44)
     for report in reports:
         edit = by_id[report.id]
-        colour = "green" if report.stopped == "reached" else "yellow"
+        colour = {"reached": "green", "conflict": "red"}.get(report.outcome, "yellow")
         table.add_row(
             escape(edit.subject),
             escape(edit.target_new),
             f"{report.probability:.3f}",
+            "-" if report.written is None else f"{report.written:.3f}",
             str(report.steps),
-            f"[{colour}]{report.stopped}[/]",
+            f"[{colour}]{report.outcome}[/]",
         )
-    n_reached = sum(r.stopped == "reached" for r in delta.report)
-    note = f"{n_reached} of {len(delta.report)} reached the probability asked for"
-    if len(reports) < len(delta.report):
-        note += f"; shown are the {len(reports)} furthest from it, all are in the file"
-    return Group(table, f"[dim]{note}[/]")
+    shown = f"; shown are the {len(reports)} furthest from it" if len(reports) < len(delta.report) else ""
+    return Group(table, f"[dim]{outcomes(delta)}{shown}[/]")
+
+
+def outcomes(delta: "Delta") -> str:
+    """One line on what became of the edits: how many got where they should, and why the others did not."""
+    counts = Counter(report.outcome for report in delta.report)
+    why = {
+        "clamped": "held back by the clamp",
+        "steps": "out of steps",
+        "conflict": "lost in the write, to old keys or to each other",
+    }
+    parts = [f"{counts['reached']} of {len(delta.report)} reached what was asked for"]
+    parts += [f"{counts[name]} {text}" for name, text in why.items() if counts[name]]
+    if (said := [r.said for r in delta.report if r.said is not None]) and len(said) == len(delta.report):
+        parts += [f"{sum(said)} are what the edited model says first"]
+    return "; ".join(parts)
 
 
 def changes_table(lm: "LM", delta: "Delta") -> Table:

@@ -140,7 +140,7 @@ class LM:
         self._ledger = Ledger(self.parameter)
         self._fingerprint: str | None = None
         self.replays: dict[Hashable, bool] = {}
-        """What `memory/values.py` has found out about replaying this model, by sites."""
+        """What `memory/values/search.py` has found out about replaying this model, by sites."""
         for kind in ("down_proj", "o_proj"):
             self.site(0, kind)  # a layout that does not fit fails here, not in an edit
         for name in ("embedding", "final_norm", "head"):

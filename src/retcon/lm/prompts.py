@@ -129,6 +129,21 @@ def encode_edit(tokenizer: Any, edit: Edit, prefix: str = "", *, with_target: bo
     return encode(tokenizer, prefix + edit.text, edit.target_new if with_target else None, subject_span=span)
 
 
+def subject_tokens(tokenizer: Any, edit: Edit) -> range:
+    """Tokens of the subject in the edit's bare prompt: from the first that covers its first character to its last one.
+
+    Raises:
+        InvalidEdit: the subject does not occur in the prompt.
+        PositionNotFound: no token covers the subject's first or last character.
+    """
+    span = edit.require_subject_span()
+    _, offsets = _encode_with_offsets(tokenizer, edit.text)
+    covering = [t for t, (first, stop) in enumerate(offsets) if first <= span[0] < stop]
+    if not covering:
+        raise PositionNotFound(f"no token covers the start of the subject {edit.subject!r} in {edit.text!r}")
+    return range(covering[0], _last_token_covering(edit.text, offsets, span) + 1)
+
+
 def pad(rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
     """Rows side by side, padded on the right; the pad id is 0 and only the mask tells padding from text."""
     longest = max(len(r.ids) for r in rows)

@@ -20,7 +20,7 @@ from retcon.lm.prompts import Row
 from retcon.lm.replay import Frozen, record, replay
 from retcon.lm.trace import Point, Tap
 from retcon.memory.contexts import Contexts
-from retcon.memory.objective import ValueSearch, ValueSite, kl_row, read_part, rewriting_rows, with_kl
+from retcon.memory.values.objective import ValueSearch, ValueSite, kl_row, read_part, rewriting_rows, with_kl
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Adam's."""
@@ -250,10 +250,10 @@ class Chunk:
             for site, vector, init in zip(self.sites, vectors, self.init, strict=True):
                 decay = site.weight_decay * vector.norm(dim=1) / init[edits].norm(dim=1) ** 2
                 loss = loss + decay.to(loss.device)
+            gradients = None if all(last) else torch.autograd.grad(loss.sum(), vectors)
         reached = (-nll_rows.detach()).exp().mean(1)
         settled = self._settled(now, log_p) if search.settled_factor is not None else torch.zeros_like(reached)
         stopping = reached if search.stop == "probability" else loss.detach()
-        gradients = None if all(last) else torch.autograd.grad(loss.sum(), vectors)
         # from here on the host waits for the numbers that the stop test needs
         table = torch.stack([stopping, reached, nll.detach(), kl.detach(), loss.detach(), settled]).double().cpu()
         done, ended = [], []

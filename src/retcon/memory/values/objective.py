@@ -1,12 +1,12 @@
 """What a value search looks for: sites, settings, rows of text, and the result (ROME Eq. 4, JEEP Eqs. 8, 11).
 
 Per edit, one vector delta per site is found by gradient descent with everything else frozen; all sites of an edit are
-optimised together. `plain_values.py` does it one edit at a time and is the reference, `values.py` does it fast.
+optimised together.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -73,6 +73,8 @@ class Values:
     live: tuple[Float[Tensor, "n_edits d"], ...]
     """Activation of the bare prompt in the last pass, before the site's own delta, the other sites' deltas in force."""
     report: tuple[EditReport, ...]
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    """How the search was cut up, for the record; empty for a plain one."""
 
     def target(self, site: int, kind: Literal["clean", "joint"] = "clean") -> Float[Tensor, "n_edits d"]:
         """z: init + delta (`clean`), or the activation that achieved the loss, live + delta (`joint`)."""

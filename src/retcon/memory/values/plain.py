@@ -1,7 +1,7 @@
 """The value search as its definition reads: one edit at a time, a full forward pass per step over the edit's rows.
 
 Weights are frozen and the vocabulary is projected only where the loss looks, but nothing is reused between steps or
-edits. This is the reference that `values.py` is held to, and what it falls back on.
+edits. This is the reference that `search.py` is held to, and what it falls back on.
 """
 
 import math
@@ -19,7 +19,7 @@ from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, Where, pad
 from retcon.lm.trace import Point, Tap, run
 from retcon.memory.contexts import Contexts
-from retcon.memory.objective import Values, ValueSearch, ValueSite, kl_row, read_part, rewriting_rows, with_kl
+from retcon.memory.values.objective import Values, ValueSearch, ValueSite, kl_row, read_part, rewriting_rows, with_kl
 
 
 def search_values_plainly(
@@ -31,7 +31,7 @@ def search_values_plainly(
     *,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Values:
-    """`values.search_values`, plainly.
+    """`search_values`, plainly.
 
     Raises:
         NonFinite: a loss came out NaN or infinite; the message names the edit.

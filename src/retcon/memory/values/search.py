@@ -2,26 +2,29 @@
 
 An edit's rows are recorded once (`lm/replay.py`); every step then replays them from the lowest site on, with gradients
 to the vectors alone. Edits are sorted by length and cut into chunks; of a chunk, `width` edits are under way at a time,
-and as one ends the next takes its place. Edits do not feel each other: the result is that of `plain_values.py`.
+and as one ends the next takes its place. Edits do not feel each other: the result is that of `plain.py`.
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from retcon.edits import Edit
-from retcon.errors import RetconWarning
+from retcon.errors import OutOfMemory, RetconWarning
 from retcon.lm.model import LM
 from retcon.lm.prompts import pad
 from retcon.lm.trace import adding, run
+from retcon.memory.capacity import is_out_of_memory
 from retcon.memory.contexts import Contexts
-from retcon.memory.objective import Values, ValueSearch, ValueSite, read_part
-from retcon.memory.plain_values import search_values_plainly
-from retcon.memory.value_chunk import Chunk, EditRows, ValueOf
-
-__all__ = ["ValueSearch", "ValueSite", "Values", "search_values"]
+from retcon.memory.values.chunk import Chunk, EditRows, ValueOf
+from retcon.memory.values.objective import Values, ValueSearch, ValueSite, read_part
+from retcon.memory.values.plain import search_values_plainly
+from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
+from retcon.memory.values.store import ValueStore
 
 
 def search_values(
@@ -32,30 +35,85 @@ def search_values(
     search: ValueSearch,
     *,
     progress: Callable[[int], None] = lambda n: None,
-    width: int = 32,
-    chunk: int = 256,
+    plan: Plan | None = None,
 ) -> Values:
-    """Values for every edit on the weights as they are now; `progress` hears how many edits are done.
+    """Values for every edit on the weights as they are now.
+
+    Args:
+        progress: hears how many edits are done.
+        plan: how to cut the edits up; made from the free memory by default.
 
     Raises:
         NonFinite: a loss came out NaN or infinite; the message names the edit.
+        OutOfMemory: not even one edit alone fits.
     """
     with lm.borrowed():
         rows = [EditRows.of(lm, edit, sites, contexts, search) for edit in edits]
         if not edits or not replays(lm, rows[0], sites, search):
             return search_values_plainly(lm, edits, sites, contexts, search, progress=progress)
-        order = sorted(range(len(edits)), key=lambda i: (rows[i].columns, max(rows[i].starts), i))
+        store = ValueStore.of(lm, edits, sites, contexts, search)
+        plan = plan or (store.plan(lambda: make_plan(lm, rows, sites)) if store else make_plan(lm, rows, sites))
         found: dict[int, ValueOf] = {}
-        for first in range(0, len(order), chunk):
-            chosen = order[first : first + chunk]
-            part = Chunk(lm, [rows[i] for i in chosen], sites, search)
-            for position in part.run(width):
-                found[chosen[position]] = part.found[position]
+        while waiting := [chunk for chunk in plan.chunks if chunk.edits[0] not in found]:
+            chunk = waiting[0]
+            done = store.load(chunk) if store else None
+            if done is None:
+                done = _searched(lm, [rows[i] for i in chunk.edits], sites, search, chunk, len(found), progress)
+                if done is not None and store:
+                    store.save(chunk, done)
+            if done is None:
+                plan = _with_less_memory(plan, chunk, edits)
+                if store:
+                    store.change_plan(plan)
+            else:
+                found |= done
                 progress(len(found))
-    return gathered([found[i] for i in range(len(edits))])
+    return gathered([found[i] for i in range(len(edits))], plan.summary())
 
 
-def gathered(found: Sequence[ValueOf]) -> Values:
+def _searched(
+    lm: LM,
+    rows: Sequence[EditRows],
+    sites: Sequence[ValueSite],
+    search: ValueSearch,
+    chunk: ChunkPlan,
+    before: int,
+    progress: Callable[[int], None],
+) -> dict[int, ValueOf] | None:
+    """What was found for a chunk's edits; None: memory ran out."""
+    try:
+        part = Chunk(lm, rows, sites, search)
+        for _ in part.run(chunk.width):
+            progress(before + len(part.found))
+        return {edit: part.found[j] for j, edit in enumerate(chunk.edits)}
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
+
+
+def _with_less_memory(plan: Plan, chunk: ChunkPlan, edits: Sequence[Edit]) -> Plan:
+    """The plan to go on with after a chunk ran out of memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    smaller = plan.without_room_for(chunk)
+    if smaller is None:
+        edit = edits[chunk.edits[0]]
+        raise OutOfMemory(
+            f"edit {edit.id!r} ({edit.subject!r}) does not fit into memory even alone; load the model in bfloat16, use "
+            "fewer contexts, or a device with more memory"
+        )
+    warnings.warn(
+        f"memory ran out with {chunk.width} of {len(chunk.edits)} edits under way; going on with less (the run's "
+        "record says so)",
+        RetconWarning,
+        stacklevel=4,
+    )
+    return smaller
+
+
+def gathered(found: Sequence[ValueOf], plan: dict[str, Any]) -> Values:
     """The values of single edits as one batch."""
 
     def by_site(per_edit: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -66,6 +124,7 @@ def gathered(found: Sequence[ValueOf]) -> Values:
         delta=by_site([f.delta for f in found]),
         live=by_site([f.live for f in found]),
         report=tuple(f.report for f in found),
+        plan=plan,
     )
 
 

@@ -1,0 +1,172 @@
+"""JEEP by the fast path against the library's own plain path, and what an edit costs as their number grows.
+
+    python -m benchmarks.fast_path --model demo:gptj demo:llama --n 100
+    python -m benchmarks.fast_path --model PATH --data FILE --corpus text.txt --n 100
+    python -m benchmarks.fast_path --model demo:gptj --grow 1 10 100 1000
+
+Plain is honest: an edit's rows in one batch, weights frozen, the vocabulary projected only where the loss looks; keys
+by full passes. Both paths run the same settings in the same process, in turns, and the shortest of `--repeats` runs
+counts. FLOPs are torch's own count of both paths; the floor of the search is one forward pass for every token and then,
+per step, forward and backward through the layers above the value for the tokens from the edited one on.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import retcon
+from benchmarks.common import cases_of, machine, moments_of
+from retcon.delta import Delta
+from retcon.edits import Edit
+from retcon.evaluation.peak import Peak
+from retcon.lm.model import LM
+from retcon.lm.prompts import Where
+from retcon.lm.trace import Point
+from retcon.memory.contexts import Contexts, sample_contexts
+from retcon.memory.keys import KeyAverage, mean_keys
+from retcon.memory.moments import Moments
+from retcon.memory.values.chunk import EditRows
+from retcon.memory.values.plain import search_values_plainly
+from retcon.methods.jeep import Jeep
+
+
+class PlainReader:
+    """Keys by full passes, in the place of `KeyReader`."""
+
+    def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Contexts, *, average: KeyAverage) -> None:
+        self.lm, self.edits, self.contexts, self.average = lm, edits, contexts, average
+
+    def read(self, point: Point, where: Where, value: Point) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `KeyReader.read`."""
+        args = (self.lm, self.edits, self.contexts, point, where)
+        return mean_keys(*args, value=value, average=self.average)
+
+
+@contextmanager
+def plain_path() -> Iterator[None]:
+    """Methods search and read plainly while the scope lasts."""
+    with (
+        patch("retcon.methods.proposal.search_values", search_values_plainly),
+        patch("retcon.methods.proposal.KeyReader", PlainReader),
+    ):
+        yield
+
+
+def floor(lm: LM, method: Jeep, edits: Sequence[Edit], contexts: Contexts, delta: Delta) -> float:
+    """FLOPs that the value search needs at least (docs/design.md), with the steps it took."""
+    per_token = 2 * sum(m.weight.numel() for m in lm.block(0).modules() if type(m).__name__ in ("Linear", "Conv1D"))
+    groups = [g for g in method.groups() if g]
+    sites = [method.value_site(group) for group in groups]
+    head = 2 * lm.head.weight.numel()  # type: ignore[operator]
+    live = lm.n_layers - 1 - min(s.point.layer for s in sites)
+    total = 0.0
+    for edit, report in zip(edits, delta.report, strict=True):
+        rows = EditRows.of(lm, edit, sites, contexts, method.value_search())
+        kl = len(rows.kl.ids) if rows.kl else 0
+        total += per_token * lm.n_layers * (sum(len(r.ids) - 1 for r in rows.rewriting) + kl)
+        tokens = sum(len(r.ids) - 1 - s for r, s in zip(rows.rewriting, rows.starts, strict=True)) + (kl > 0)
+        labels = sum(len(r.target_ids) for r in rows.rewriting) + (kl > 0)
+        total += (2 * report.steps + 1) * (per_token * live * tokens + head * labels)
+    return total
+
+
+def compare(lm: LM, edits: Sequence[Edit], moments: Moments, repeats: int) -> str:
+    """A row of the first table."""
+    method = retcon.method("jeep", for_model=lm)
+    assert isinstance(method, Jeep)
+    contexts = sample_contexts(lm)
+
+    def run() -> Delta:
+        return method.propose(lm, edits, contexts=contexts, moments=moments)
+
+    flops, steps = {}, {}
+    for name, scope in (("fast", nullcontext), ("plain", plain_path)):
+        with scope(), FlopCounterMode(display=False) as counter:
+            delta = run()
+        flops[name], steps[name] = counter.get_total_flops(), [r.steps for r in delta.report]
+    least = floor(lm, method, edits, contexts, delta)
+    same = sum(a == b for a, b in zip(steps["fast"], steps["plain"], strict=True))
+    took: dict[str, list[float]] = {"fast": [], "plain": []}
+    for _ in range(repeats):
+        for name, scope in (("plain", plain_path), ("fast", nullcontext)):
+            with scope():
+                took[name].append(seconds_of(run))
+    n, plain, fast = len(edits), min(took["plain"]), min(took["fast"])
+    counted, gained = flops["plain"] / flops["fast"], plain / fast
+    return " | ".join(
+        [
+            lm.name.rsplit("/", 1)[-1],
+            f"{n}",
+            f"{statistics.mean(steps['fast']):.1f} ({same} of {n} as plain)",
+            f"{1000 * plain / n:.0f}",
+            f"{1000 * fast / n:.0f}",
+            f"**{gained:.1f}**",
+            f"{flops['plain'] / n / 1e9:.2f}",
+            f"{flops['fast'] / n / 1e9:.2f}",
+            f"{least / n / 1e9:.2f}",
+            f"{counted:.1f}",
+            f"{gained / counted:.0%}",
+        ]
+    )
+
+
+def grow(lm: LM, edits: Sequence[Edit], moments: Moments) -> str:
+    """A row of the second table."""
+    method, contexts = retcon.method("jeep", for_model=lm), sample_contexts(lm)
+    with Peak(lm.device) as peak:
+        took = seconds_of(lambda: method.propose(lm, edits, contexts=contexts, moments=moments))
+    n = len(edits)
+    memory = f"{peak.nbytes / 2**20:,.0f}" if peak.nbytes else "unknown"
+    return f"{n:,} | {1000 * took / n:.0f} | {took:.1f} | {memory}"
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["demo:gptj"], help="model ids or paths")
+    parser.add_argument("--data", help="CounterFact file; the embedded world's cases by default")
+    parser.add_argument("--corpus", help="text file for the second moments; the model's default if left out")
+    parser.add_argument("--n", type=int, default=100, help="edits of the comparison")
+    parser.add_argument("--grow", type=int, nargs="+", help="the second table, for these numbers of edits")
+    parser.add_argument("--start", type=int, default=1000, help="first case")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", ".*larger than the weight")
+    if args.grow:
+        print("edits | ms per edit | seconds | peak memory of the process, MiB")
+        print("--- | --- | --- | ---")
+    else:
+        print(
+            "model | edits | steps | plain, ms an edit | fast, ms an edit | gain | plain, GFLOP an edit | fast | "
+            "floor of the search | counted gain | gain / counted"
+        )
+        print(" | ".join(["---"] * 11))
+    for name in args.model:
+        lm = retcon.load(name)
+        moments = moments_of(lm, args.corpus)
+        edits = [c.edits[0] for c in cases_of(args.data, args.start, max(args.grow or [args.n]), 0)]
+        retcon.method("jeep", for_model=lm).propose(lm, edits[:2], moments=moments)  # warms up
+        if args.grow:
+            for n in args.grow:
+                print(grow(lm, edits[:n], moments), flush=True)
+        else:
+            print(compare(lm, edits, moments, args.repeats), flush=True)
+    print(f"\n{machine()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""JEEP on models of real size with random weights: seconds an edit, the rate it runs at, and memory.
+
+    python -m benchmarks.large_models --shape gpt-j-6b llama-7b --device cuda --n 512 --steps 20 30
+    python -m benchmarks.large_models --shape llama-256 --n 32 --steps 5     # to try it on a CPU
+    python -m benchmarks.moments --shape gpt-j-6b llama-7b --tokens 1000000 --device cuda
+
+Time does not depend on the weights' values. Edits are the embedded world's, every one runs all its steps (no stop), and
+second moments are the identity. The rate counts what the search cannot do without (`fast_path.floor`), and is set
+against the best matrix product of the model's dtype measured in the same run.
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.common import machine
+from benchmarks.fast_path import floor
+from benchmarks.moments import SHAPES, product_rates, random_lm
+from retcon import world
+from retcon.edits import Edit
+from retcon.evaluation.peak import Peak
+from retcon.lm.model import LM
+from retcon.memory.contexts import sample_contexts
+from retcon.memory.moments import GivenMoments
+from retcon.memory.values import search_values
+from retcon.methods.jeep import Jeep
+
+UNREACHABLE = 2.0
+"""A probability to stop at that no edit has."""
+
+
+def settings(layers: Sequence[int], steps: int) -> Jeep:
+    """JEEP on a shape's layers: those in a row are the low group, those behind the gap the high one."""
+    gap = next((i for i in range(1, len(layers)) if layers[i] > layers[i - 1] + 1), len(layers) - 1)
+    low, high = tuple(layers[:gap]), tuple(layers[gap:])
+    return Jeep(low=low, high=high, steps=steps, min_probability=UNREACHABLE)
+
+
+def measure(name: str, lm: LM, edits: Sequence[Edit], steps: int, profile: AbstractContextManager) -> None:
+    """One row of the table."""
+    method = settings(SHAPES[name][1], steps)
+    groups = [g for g in method.groups() if g]
+    sites = [lm.site(layer, g.module) for g in groups for layer in g.layers]
+    moments = GivenMoments({s.name: torch.eye(s.weight.shape[1]) for s in sites})
+    contexts = sample_contexts(lm)
+    method.propose(lm, edits[:2], contexts=contexts, moments=moments)  # warms up
+    rate = max(product_rates(lm).values())
+    places, search = [method.value_site(g) for g in groups], method.value_search()
+    with Peak(lm.device) as peak, profile:
+        started = time.perf_counter()
+        search_values(lm, edits, places, contexts, search)
+        searching = time.perf_counter() - started
+    started = time.perf_counter()
+    delta = method.propose(lm, edits, contexts=contexts, moments=moments)
+    whole = time.perf_counter() - started
+    least = floor(lm, method, edits, contexts, delta)
+    n = len(edits)
+    memory = f"{peak.nbytes / 2**30:.1f}" if peak.nbytes else "unknown"
+    plan = delta.provenance["values"][0]["chunks"]
+    cells = [
+        name, f"{n:,}", steps, f"{searching / n:.4f}", f"{whole / n:.4f}", f"{10_000 * whole / n / 60:.1f}",
+        f"{least / searching / 1e12:.2f}", f"{rate / 1e12:.2f}", f"{100 * least / searching / rate:.0f} %", memory,
+        f"{max(w for _, w in plan)}",
+    ]  # fmt: skip
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", default=["gpt-j-6b"], choices=SHAPES)
+    parser.add_argument("--n", type=int, default=512, help="edits")
+    parser.add_argument("--steps", type=int, nargs="+", default=[20], help="steps that every edit takes")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="bfloat16 on a GPU and float32 on a CPU if left out")
+    parser.add_argument("--profile", help="folder for a trace of the search, in Chrome's format")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", ".*larger than the weight")
+    torch.manual_seed(args.seed)
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    print(f"{machine()}, {dtype} on {args.device}, seed {args.seed}\n")
+    print(
+        "| shape | edits | steps | search, s an edit | JEEP, s an edit | 10,000 edits, min | search, TFLOP/s |"
+        " products, TFLOP/s | share | peak GiB | edits at once |\n" + "|" + "---|" * 11
+    )
+    edits = [c.edits[0] for c in world.cases(args.n, seed=args.seed)]
+    for name in args.shape:
+        lm = LM(
+            random_lm(name, args.device, getattr(torch, dtype)).model,
+            AutoTokenizer.from_pretrained(world.model_path("gptj")),
+            name=name,
+        )
+        for steps in args.steps:
+            profile: AbstractContextManager = nullcontext()
+            if args.profile:
+                profile = torch.profiler.profile(
+                    on_trace_ready=torch.profiler.tensorboard_trace_handler(args.profile)  # type: ignore[attr-defined]
+                )
+            measure(name, lm, edits, steps, profile)
+        del lm
+
+
+if __name__ == "__main__":
+    main()

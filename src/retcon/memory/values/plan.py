@@ -1,0 +1,126 @@
+"""How a value search is cut up: which edits share frozen parts, and how many of them are under way at a time.
+
+The plan follows from the free memory once and is then fixed and recorded: a run that continues another takes over its
+plan, and running out of memory changes the plan for all to see.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from retcon.lm.model import LM
+from retcon.memory.capacity import free_bytes
+from retcon.memory.values.chunk import EditRows, live_part
+from retcon.memory.values.objective import ValueSite
+
+TOKENS_AT_ONCE = {"cpu": 768}
+"""Live tokens of a step that fill the device; more brings no speed."""
+TOKENS_AT_ONCE_ON_AN_ACCELERATOR = 16384
+CHUNK_WIDTHS = 16
+"""A chunk is at most this many times as long as the number of edits under way, so that its end costs little."""
+SHARE_OF_FREE_MEMORY = {"frozen": 0.25, "steps": 0.35}
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Edits whose frozen parts are held at once."""
+
+    edits: tuple[int, ...]
+    """In the order in which they are taken up."""
+    width: int
+    """How many are under way at a time."""
+
+    def smaller(self) -> list["ChunkPlan"] | None:
+        """What to try when this ran out of memory: half the width, then half the edits; None: it is one edit alone."""
+        if self.width > 1:
+            return [replace(self, width=self.width // 2)]
+        if len(self.edits) > 1:
+            half = len(self.edits) // 2
+            return [replace(self, edits=self.edits[:half]), replace(self, edits=self.edits[half:])]
+        return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Chunks in the order in which they are run."""
+
+    chunks: tuple[ChunkPlan, ...]
+    backed_off: int = 0
+    """How often memory ran out and the plan was changed."""
+
+    def without_room_for(self, chunk: ChunkPlan) -> "Plan | None":
+        """The plan with something smaller in that chunk's place; None: there is nothing smaller."""
+        smaller = chunk.smaller()
+        if smaller is None:
+            return None
+        at = self.chunks.index(chunk)
+        return Plan((*self.chunks[:at], *smaller, *self.chunks[at + 1 :]), self.backed_off + 1)
+
+    def summary(self) -> dict[str, Any]:
+        """For a run's record."""
+        return {"chunks": [[len(c.edits), c.width] for c in self.chunks], "backed_off": self.backed_off}
+
+    def as_json(self) -> dict[str, Any]:
+        """For `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Plan":
+        """The plan that `as_json` gave."""
+        chunks = tuple(ChunkPlan(tuple(c["edits"]), int(c["width"])) for c in data["chunks"])
+        return cls(chunks, int(data["backed_off"]))
+
+
+def make_plan(lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], *, free: int | None = None) -> Plan:
+    """Edits by length, cut into chunks that fit.
+
+    Args:
+        free: bytes to plan with; the device's free memory by default.
+    """
+    free = free_bytes(lm.device) if free is None else free
+    cost = CostPerEdit(lm, sites)
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].columns, max(rows[i].starts), i))
+    at_once = TOKENS_AT_ONCE.get(lm.device.type, TOKENS_AT_ONCE_ON_AN_ACCELERATOR)
+    chunks: list[ChunkPlan] = []
+    while order:
+        first = cost.live_tokens(rows[order[0]])
+        longest = CHUNK_WIDTHS * max(1, at_once // first)
+        n, frozen = 0, 0
+        for i in order[:longest]:
+            frozen += cost.frozen_bytes(rows[i])
+            if n and frozen > SHARE_OF_FREE_MEMORY["frozen"] * free:
+                break
+            n += 1
+        taken, order = order[:n], order[n:]
+        last = rows[taken[-1]]  # the longest
+        room = int(SHARE_OF_FREE_MEMORY["steps"] * free / cost.step_bytes(last))
+        width = max(1, min(at_once // cost.live_tokens(last), room, n))
+        chunks.append(ChunkPlan(tuple(taken), width))
+    return Plan(tuple(chunks))
+
+
+class CostPerEdit:
+    """What one edit takes in a search, estimated from the model's shapes."""
+
+    def __init__(self, lm: LM, sites: Sequence[ValueSite]) -> None:
+        first, _ = live_part(lm, sites)
+        self.n_live = max(lm.n_layers - first, 1)
+        self.itemsize = lm.dtype.itemsize
+        self.d_model, self.d_ff = lm.site(0, "down_proj").weight.shape
+        self.d_kv = lm.site(0, "k_proj").weight.shape[0]
+        self.vocabulary = int(lm.model.config.vocab_size)
+
+    def live_tokens(self, rows: EditRows) -> int:
+        """Tokens that every step runs."""
+        return len(rows.rewriting) * rows.columns + (rows.kl is not None)
+
+    def frozen_bytes(self, rows: EditRows) -> int:
+        """The recorded parts: attention keys and values before the first live token, states behind it."""
+        earlier = max(rows.starts) * 2 * self.d_kv * self.n_live
+        return self.itemsize * (len(rows.rewriting) + 1) * (earlier + rows.columns * self.d_model)
+
+    def step_bytes(self, rows: EditRows) -> int:
+        """What a forward pass leaves for the backward one, the logits, and the past as attention sees it."""
+        activations = self.live_tokens(rows) * self.n_live * (12 * self.d_model + 4 * self.d_ff)
+        labels = sum(len(r.target_ids) for r in rows.rewriting) + (rows.kl is not None)
+        return self.itemsize * activations + 16 * labels * self.vocabulary + 3 * self.frozen_bytes(rows)
