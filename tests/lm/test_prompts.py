@@ -334,3 +334,11 @@ def test_buckets_hold_everything_once_within_the_bound(seed: int) -> None:
     assert flat == sorted(flat)
     for one, two in pairwise(groups):  # no group could have taken the next row as well
         assert (len(one) + 1) * lengths[two[0]] > bound
+
+
+def test_buckets_worth_a_pass_hold_rows_of_about_one_length() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randrange(5, 40) for _ in range(1000)]
+    groups = buckets(lengths, 8192)
+    assert sum(len(g) * lengths[g[-1]] for g in groups) < 1.1 * sum(lengths)
+    assert len(groups) < 30
