@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from retcon.edits import Edit
+from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit, pad
 from retcon.lm.trace import Point, activations
@@ -30,6 +31,25 @@ def test_prefixes_are_seeded_clean_and_short(tiny, untouched):
         assert not set(prefix) & set("{}\n\r\t\ufffd")
         assert "<s>" not in prefix
         assert len(lm.encode(prefix).ids) <= 3 * N_TOKENS
+
+
+@pytest.mark.parametrize(("style", "n"), [("memit", 5), ("rome", 20), ("rome_easyedit", 20)])
+def test_styles_differ_in_number_start_and_length(style, n, tiny):
+    lm = tiny("llama", torch.float32, tok="bos")
+    contexts = sample_contexts(lm, style=style)
+    assert len(contexts.prefixes) == n
+    assert contexts == sample_contexts(lm, style=style)
+    assert all(prefix.endswith(". ") and "<s>" not in prefix for prefix in contexts.prefixes)
+    if style != "rome":
+        assert all(prefix.startswith(STARTS) for prefix in contexts.prefixes)
+    if style != "memit":  # half of them are short
+        short, long = contexts.prefixes[:10], contexts.prefixes[10:]
+        assert sum(map(len, short)) < sum(map(len, long))
+
+
+def test_unknown_styles_are_refused(tiny):
+    with pytest.raises(InvalidSetting, match="known: memit, rome, rome_easyedit"):
+        sample_contexts(tiny("llama"), style="none")
 
 
 def test_prefixes_come_from_the_unedited_model(tiny):

@@ -9,8 +9,9 @@ from torch.testing import assert_close
 import retcon
 from retcon import world
 from retcon.errors import TooFewTokens
+from retcon.memory.corpus import document_rows
 from retcon.memory.defaults import default_moments
-from retcon.memory.moments import collect_moments, document_rows
+from retcon.memory.moments import collect_moments
 
 
 @pytest.mark.parametrize("name", world.MODELS)

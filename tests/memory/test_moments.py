@@ -1,5 +1,7 @@
 """Second moments: streaming equals direct, in one pass, on the base, cached under all that determines them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,18 +9,23 @@ from torch.testing import assert_close
 from retcon.delta import Dense
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, TooFewTokens
 from retcon.lm.layouts import LAYOUTS
-from retcon.lm.prompts import Row, pad
+from retcon.lm.prompts import pad
 from retcon.lm.trace import Point, run
+from retcon.memory import collect as collecting
+from retcon.memory import moments as module
+from retcon.memory.corpus import Corpus, document_rows
 from retcon.memory.moments import (
-    Corpus,
     CorpusMoments,
     GivenMoments,
     collect_moments,
-    document_rows,
     load_moment,
     moment_keys,
+    pack,
+    save_moments,
+    unpack,
 )
-from tests.conftest import TEXT
+from retcon.memory.solve import cholesky
+from tests.conftest import TEXT, random_moments
 
 
 @pytest.fixture(autouse=True)
@@ -99,19 +106,17 @@ def test_collected_once_in_one_pass_and_kept(tiny, corpus, monkeypatch):
     lm = tiny("gptj")
     sites = [lm.site(layer, "down_proj") for layer in (0, 2)]
     passes = []
-    from retcon.memory import moments as module
-
-    whole = module.collect_moments
-    monkeypatch.setattr(module, "collect_moments", lambda *a, **k: passes.append(1) or whole(*a, **k))
+    whole = module.collect
+    monkeypatch.setattr(module, "collect", lambda *a, **k: passes.append(1) or whole(*a, **k))
     source = CorpusMoments(corpus, tokens_per_dimension=2)
     source.prepare(lm, sites)
     source.prepare(lm, sites)
     assert len(passes) == 1
     again = CorpusMoments(corpus, tokens_per_dimension=2)
     rows = document_rows(lm, corpus.documents, 2 * 128, 1024)
-    direct_ = whole(lm, sites, rows)
+    direct_ = dict(whole(lm, sites, rows))
     for site in sites:
-        assert_close(again.second_moment(lm, site).double(), direct_[site], rtol=1e-5, atol=1e-6)
+        assert_close(again.second_moment(lm, site).double(), direct_[site].moment, rtol=1e-5, atol=1e-6)
     assert len(passes) == 1
     other = CorpusMoments(Corpus((*corpus.documents, "More.")), tokens_per_dimension=2)
     other.prepare(lm, sites[:1])
@@ -165,24 +170,94 @@ def test_given_moments_must_cover_the_sites(tiny):
         GivenMoments({}).prepare(lm, [lm.site(0, "down_proj")])
 
 
-def test_documents_are_cut_and_counted(tiny):
+# --- what is made from a moment --------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:second moments from")
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_factor_is_that_of_the_stored_moment_and_large_ones_are_read_again(on_disk, tiny, corpus, cache, monkeypatch):
+    if on_disk:
+        monkeypatch.setattr(module, "FACTOR_FILE_FROM", 100)
     lm = tiny("gptj")
-    rows = document_rows(lm, ["", "  ", TEXT[0], TEXT[1]], 25, 10)
-    assert [len(r.ids) for r in rows] == [10, 10]
-    assert sum(len(r.ids) for r in document_rows(lm, TEXT, 25, 1024)) == 25
-    assert all(isinstance(r, Row) for r in rows)
+    site = lm.site(0, "down_proj")
+    source = CorpusMoments(corpus, tokens_per_dimension=2)
+    lower = source.factor(lm, site)
+    c = source.second_moment(lm, site).double()
+    assert_close(lower @ lower.T, c)
+    assert torch.equal(lower, lower.tril())
+    files = sorted((cache / "moments").iterdir())
+    assert len(files) == 1 + on_disk
+    monkeypatch.setattr(module, "cholesky", lambda c: (torch.zeros_like(c), 0.0))
+    assert torch.equal(CorpusMoments(corpus, tokens_per_dimension=2).factor(lm, site), lower if on_disk else 0 * lower)
 
 
-def test_corpora_from_files(tmp_path):
-    text = tmp_path / "a.txt"
-    text.write_text("One.\n\nTwo\nlines.\n \nThree.", encoding="utf-8")
-    assert Corpus.from_file(text).documents == ("One.", "Two\nlines.", "Three.")
-    lines = tmp_path / "a.jsonl"
-    lines.write_text('{"text": "One."}\n{"text": "Two."}\n', encoding="utf-8")
-    assert Corpus.from_file(lines).documents == ("One.", "Two.")
-    lines.write_text('{"text": "One."}\n{"body": "Two."}\n', encoding="utf-8")
-    with pytest.raises(MalformedFile, match="row 2: field 'text'"):
-        Corpus.from_file(lines)
-    with pytest.raises(MalformedFile, match="holds no text"):
-        text.write_text(" \n\n ")
-        Corpus.from_file(text)
+@pytest.mark.filterwarnings("ignore:second moments from")
+def test_what_is_derived_is_made_once_for_each_moment_and_name(tiny, corpus):
+    lm = tiny("gptj")
+    sites = [lm.site(layer, "down_proj") for layer in (0, 1)]
+    made = []
+
+    def build(c):
+        made.append(c)
+        return c[:3].double()
+
+    for source in (CorpusMoments(corpus, tokens_per_dimension=2), random_moments(lm)):
+        made.clear()
+        for what in ("three", "three", "3"):
+            for site in sites:
+                assert torch.equal(source.derived(lm, site, what, build), source.second_moment(lm, site)[:3].double())
+        assert len(made) == 4
+    source = CorpusMoments(corpus, tokens_per_dimension=2)
+    key = source.key(lm, sites[0])
+    assert key.file_of("three") != key.file_of("3")
+    key.file_of("three").write_bytes(b"damaged")
+    assert torch.equal(source.derived(lm, sites[0], "three", build), source.second_moment(lm, sites[0])[:3].double())
+    assert len(made) == 5
+
+
+def test_a_stored_moment_that_rounding_left_indefinite_comes_with_its_jitter(tiny, tmp_path):
+    lm = tiny("gptj")
+    key = CorpusMoments(Corpus(tuple(TEXT))).key(lm, lm.site(0, "down_proj"))
+    x = torch.randn(128, 20, generator=torch.Generator().manual_seed(0))
+    save_moments(tmp_path / "a.safetensors", {key: x @ x.T})
+    found = load_moment(tmp_path / "a.safetensors", key)
+    lower, jitter = cholesky(found)
+    assert jitter == 0.0
+    assert_close(lower @ lower.T, found)
+    assert_close(found.float(), x @ x.T, rtol=1e-4, atol=1e-4)
+
+
+def test_packing_is_undone(randn):
+    lower = randn(7, 7).tril()
+    assert pack(lower).shape == (28,)
+    assert torch.equal(unpack(pack(lower), 7), lower)
+
+
+@pytest.mark.filterwarnings("ignore:second moments from")
+def test_a_killed_collection_goes_on_and_leaves_nothing_behind(tiny, corpus, cache, monkeypatch):
+    lm = tiny("gptj", torch.float32)
+    sites = [lm.site(layer, "down_proj") for layer in (0, 2)]
+    monkeypatch.setitem(collecting.CHUNK_TOKENS, "cpu", 64)
+    monkeypatch.setattr(collecting, "SAVE_EVERY", 0.0)
+    source = CorpusMoments(corpus, tokens_per_dimension=4)
+    source.prepare(lm, sites)
+    wanted = [source.second_moment(lm, s) for s in sites]
+    halves = [source.convergence(lm, s) for s in sites]
+    for file in (cache / "moments").iterdir():
+        file.unlink()
+
+    def kill(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace(source, progress=kill).prepare(lm, sites)
+    assert [f.suffix for f in (cache / "moments").iterdir()] == [".partial"]
+    heard = []
+    replace(source, progress=lambda done, total: heard.append(done / total)).prepare(lm, sites)
+    assert heard[0] > 64 / 512  # not with the first chunk
+    for site, c, apart in zip(sites, wanted, halves, strict=True):
+        assert torch.equal(source.second_moment(lm, site), c)
+        assert source.convergence(lm, site) == apart
+        assert 0 < apart < 1
+    assert {f.suffix for f in (cache / "moments").iterdir()} == {".safetensors"}

@@ -11,7 +11,7 @@ from retcon.lm.trace import Point
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import mean_keys
 from retcon.memory.moments import GivenMoments
-from retcon.memory.write import LayerGroup, divisor, write
+from retcon.memory.write import LayerGroup, divisor, weighted, write
 from tests.conftest import random_moments
 
 BARE = Contexts()
@@ -51,10 +51,10 @@ def test_a_single_layer_without_old_keys_reaches_its_value_exactly(family, measu
         pytest.skip("a norm stands between the MLP's output and the block's")
     lm = tiny(family)
     moments = random_moments(lm)
-    group = LayerGroup((2,), where, measured, "even", 0.0)
+    group = LayerGroup((2,), where, measured, "even", weighted(0.0))
     z = targets_at(lm, edits, Point(2, measured), where)
     with ExitStack() as scope:
-        changes = write(lm, edits, z, group, BARE, moments, scope)
+        changes = write(lm, edits, z, group, BARE, moments, scope).changes
         _, now = mean_keys(lm, edits, BARE, Point(2, "key"), where, value=Point(2, measured))
         assert_close(now, z, rtol=1e-5, atol=1e-5 if family == "gptj" else 1e-6)
     assert list(changes) == [lm.site(2, "down_proj").name]
@@ -64,7 +64,7 @@ def test_a_single_layer_without_old_keys_reaches_its_value_exactly(family, measu
 @pytest.mark.parametrize("spread", ["even", "sqrt"])
 def test_the_last_layer_closes_what_is_left(spread, tiny, edits):
     lm = tiny("llama")
-    group = LayerGroup((0, 1, 2), "subject_last", "block", spread, 0.0)
+    group = LayerGroup((0, 1, 2), "subject_last", "block", spread, weighted(0.0))
     z = targets_at(lm, edits, Point(2, "block"), "subject_last")
     with ExitStack() as scope:
         write(lm, edits, z, group, BARE, random_moments(lm), scope)
@@ -77,11 +77,13 @@ def test_layers_above_see_the_layers_below_already_written(tiny, edits):
     moments = random_moments(lm)
     z = targets_at(lm, edits, Point(1, "mlp"), "subject_last")
     with ExitStack() as scope:
-        both = write(lm, edits, z, LayerGroup((0, 1), "subject_last", "mlp", "even", 1.0), BARE, moments, scope)
+        group = LayerGroup((0, 1), "subject_last", "mlp", "even", weighted(1.0))
+        both = write(lm, edits, z, group, BARE, moments, scope).changes
     with ExitStack() as scope:
         first = {lm.site(0, "down_proj").name: both[lm.site(0, "down_proj").name]}
         scope.enter_context(lm.edited(lm.delta({n: [c] for n, c in first.items()})))
-        second = write(lm, edits, z, LayerGroup((1,), "subject_last", "mlp", "even", 1.0), BARE, moments, scope)
+        group = LayerGroup((1,), "subject_last", "mlp", "even", weighted(1.0))
+        second = write(lm, edits, z, group, BARE, moments, scope).changes
     name = lm.site(1, "down_proj").name
     shape = lm.parameter(name).shape
     assert_close(both[name].dense(shape), second[name].dense(shape))
@@ -94,8 +96,9 @@ def test_a_conv1d_model_gets_the_update_of_its_linear_twin(tiny, edits):
     z = targets_at(lm, edits, Point(2, "mlp"), "subject_last")
     weight = site.weight.clone()
     keys, now = mean_keys(lm, edits, BARE, Point(2, "key"), "subject_last", value=Point(2, "mlp"))
+    group = LayerGroup((2,), "subject_last", "mlp", "even", weighted(0.0))
     with ExitStack() as scope:
-        write(lm, edits, z, LayerGroup((2,), "subject_last", "mlp", "even", 0.0), BARE, random_moments(lm), scope)
+        write(lm, edits, z, group, BARE, random_moments(lm), scope)
         assert_close((site.weight - weight) @ keys.T, (z - now).T, rtol=1e-5, atol=1e-6)
 
 
@@ -105,10 +108,11 @@ def test_nan_in_a_moment_or_residual_leaves_the_model_as_it_was(tiny, edits, unt
     moments = random_moments(lm)
     z = targets_at(lm, edits, Point(2, "mlp"), "subject_last")
     bad = dict(moments.by_name) | {lm.site(2, "down_proj").name: torch.full((64, 64), float("nan"))}
+    group = LayerGroup((1, 2), "subject_last", "mlp", "even", weighted(1.0))
     with pytest.raises(NonFinite), ExitStack() as scope:
-        write(lm, edits, z, LayerGroup((1, 2), "subject_last", "mlp", "even", 1.0), BARE, GivenMoments(bad), scope)
+        write(lm, edits, z, group, BARE, GivenMoments(bad), scope)
     assert untouched(lm) == before
     z[0, 0] = float("inf")
     with pytest.raises(NonFinite, match="layer 2"), ExitStack() as scope:
-        write(lm, edits, z, LayerGroup((2,), "subject_last", "mlp", "even", 1.0), BARE, moments, scope)
+        write(lm, edits, z, LayerGroup((2,), "subject_last", "mlp", "even", weighted(1.0)), BARE, moments, scope)
     assert untouched(lm) == before

@@ -1,7 +1,7 @@
 """`retcon moments`: collect the second moments that methods need, ahead of time."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from retcon.cli.shell import (
     Model,
     bars,
     busy,
-    check_exists,
     console,
     emit,
     load_model,
@@ -44,8 +43,12 @@ def moments(
         Literal["down_proj", "o_proj"], typer.Option(help="The MLP's or the attention's output matrix.")
     ] = "down_proj",
     corpus: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Text, or JSON lines with a field text; WikiText-103.", show_default=False),
+        str | None,
+        typer.Option(
+            metavar="FILE|DATASET",
+            help="Text, JSON lines with a field text, or NAME/NAME[:CONFIG[:SPLIT]] on the hub; WikiText-103.",
+            show_default=False,
+        ),
     ] = None,
     tokens_per_dimension: Annotated[
         int | None, typer.Option(min=1, help="Corpus tokens per key dimension.  [default: 20]", show_default=False)
@@ -56,11 +59,13 @@ def moments(
 ) -> None:
     """Collect the second moments of a model's keys, all layers in one pass, and keep them in the cache.
 
-    Methods that need them find them there; what they lack they collect themselves.
+    Methods that need them find them there; what they lack they collect themselves. How far the moments of the text's
+    two halves lie apart (relative, Frobenius norm) is printed; more tokens bring them together. A run that was stopped
+    goes on where it was.
     """
     wanted = None if layers is None else _layers(layers)
     if corpus is not None:
-        check_exists(corpus)
+        check_corpus(corpus)
     lm = load_model(model, device=device, dtype=dtype)
     source: Any = moments_for(lm, corpus)
     if tokens_per_dimension is not None:
@@ -85,6 +90,7 @@ def moments(
             "parameter": s.name,
             "tokens_asked": source.key(lm, s).n_tokens,
             "dimensions": s.weight.shape[1],
+            "convergence": source.convergence(lm, s),
             "file": str(source.stored(lm, s)),
             "found": had[s] is not None,
         }
@@ -97,7 +103,8 @@ def moments(
     for row in rows:
         how = "[dim]was there already[/]" if row["found"] else "[green]collected[/]"
         asked = f"{row['tokens_asked']:,} tokens asked for {row['dimensions']:,} dimensions"
-        out.print(f"layer {row['layer']:>3}  {escape(row['parameter'])}  {asked}  {how}", soft_wrap=True)
+        apart = "" if row["convergence"] is None else f"  halves {row['convergence']:.1%} apart"
+        out.print(f"layer {row['layer']:>3}  {escape(row['parameter'])}  {asked}{apart}  {how}", soft_wrap=True)
     for file in sorted({row["file"] for row in rows}):
         out.print(f"[dim]{escape(file)}, {size(Path(file).stat().st_size)}[/]", soft_wrap=True)
     n_new = sum(not row["found"] for row in rows)
@@ -128,13 +135,25 @@ def _jeep_layers(lm: "LM") -> list[int]:
 # --- for the other verbs -----------------------------------------------------------------------------------------
 
 
-def moments_for(lm: "LM", corpus: Path | None) -> "Moments":
-    """Moments from the corpus named, or the model's default ones."""
+def check_corpus(corpus: str | Path) -> None:
+    """Whether that can be a corpus: better known before a model is loaded than after.
+
+    Raises:
+        MalformedFile: it can not.
+    """
+    from retcon.memory.corpus import check_corpus as check
+
+    check(corpus)
+
+
+def moments_for(lm: "LM", corpus: str | Path | None) -> "Moments":
+    """Moments from the corpus named (a file or a dataset), or the model's default ones."""
+    from retcon.memory.corpus import Corpus
     from retcon.memory.defaults import default_moments
-    from retcon.memory.moments import Corpus, CorpusMoments
+    from retcon.memory.moments import CorpusMoments
 
     with busy("reading the corpus"):
-        return default_moments(lm) if corpus is None else CorpusMoments(Corpus.from_file(corpus))
+        return default_moments(lm) if corpus is None else CorpusMoments(Corpus.named(corpus))
 
 
 class TimedMoments:
@@ -151,6 +170,12 @@ class TimedMoments:
 
     def second_moment(self, lm: "LM", site: "Site") -> "Float[Tensor, 'd_in d_in']":
         return self.inner.second_moment(lm, site)
+
+    def factor(self, lm: "LM", site: "Site") -> "Float[Tensor, 'd_in d_in']":
+        return self.inner.factor(lm, site)
+
+    def derived(self, lm: "LM", site: "Site", what: str, build: "Callable[[Tensor], Tensor]") -> "Tensor":
+        return self.inner.derived(lm, site, what, build)
 
     def keys(self, lm: "LM", sites: "Sequence[Site]") -> dict[str, str]:
         return self.inner.keys(lm, sites)

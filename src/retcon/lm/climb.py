@@ -6,7 +6,7 @@ reading starts there instead of at the tokens. Text that rows begin with in comm
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, buckets
-from retcon.lm.replay import MAX_BATCH_TOKENS, Earlier, Frozen, common_beginnings, embedded, replay, tokens_at
+from retcon.lm.replay import MAX_BATCH_TOKENS, Frozen, common_beginnings, embedded, replay, tokens_at
 from retcon.lm.trace import Point, Tap
 
 
@@ -129,7 +129,7 @@ class Climb:
         cache = frozen.cache(self.lm)
         self._run(self.beginnings, {Point(deepest, "attn_key"): lambda _: None}, [], keep, cache=cache)
         column = (self.ends[:, None] + torch.arange(-int(self.ends.max()), 0)).clamp(min=0)
-        layers = cast(list[Earlier], cache.layers)[self.reached : deepest + 1]
+        layers: list[Any] = cache.layers[self.reached : deepest + 1]
         aligned = [[tokens_at(x.transpose(1, 2), column).transpose(1, 2) for x in e.all_of_it()] for e in layers]
         return [(keys, values) for keys, values in aligned]
 

@@ -6,19 +6,22 @@ blocks. `replay` then is `trace.run` for the rest: the model's own forward, with
 the recorded states. The block list keeps its length, since masks and rotary tables are looked up by place in it.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
 
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, buckets, pad
 from retcon.lm.trace import Point, Stop, Tap, tapped
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 MAX_BATCH_TOKENS = 8192
 
@@ -58,15 +61,15 @@ class Frozen:
         keys, values = (tuple(_tail(x, rows, max(starts)) for x in part) for part in (self.keys, self.values))
         return replace(self, states=states, keys=keys, values=values, starts=starts, lengths=lengths)
 
-    def cache(self, lm: LM) -> Cache:
+    def cache(self, lm: LM) -> "Cache":
         """The earlier tokens as the model's forward takes them, for one pass."""
+        none: list[Tensor | None] = [None] * lm.n_layers
         if not max(self.starts):
-            return Cache(layers=_nothing(lm.n_layers))
-        none: list[Any] = [None] * lm.n_layers
+            return _cache(none, none, 0)
         keys, values = ((none[: self.first] + list(part) + none)[: lm.n_layers] for part in (self.keys, self.values))
-        return Cache(layers=[Earlier(k, v, max(self.starts)) for k, v in zip(keys, values, strict=True)])
+        return _cache(keys, values, max(self.starts))
 
-    def inputs(self, lm: LM, cache: Cache) -> dict[str, Any]:
+    def inputs(self, lm: LM, cache: "Cache") -> dict[str, Any]:
         """Arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier tokens."""
         embedding = lm.model.get_submodule(lm.layout.embedding).weight
         stand_in = embedding.new_zeros(1).expand(*self.states.shape[:2], embedding.shape[1])
@@ -123,11 +126,10 @@ class _Past:
         keys, values = ([_tail(x, rows, max(ends)) for x in part] for part in (self.keys, self.values))
         return _Past(ends, tuple(keys), tuple(values))
 
-    def cache(self, n_layers: int) -> Cache:
+    def cache(self, n_layers: int) -> "Cache":
         """The rows' past as the model's forward takes it."""
-        if not self.keys:
-            return Cache(layers=_nothing(n_layers))
-        return Cache(layers=[Earlier(k, v, max(self.ends)) for k, v in zip(self.keys, self.values, strict=True)])
+        none = [None] * n_layers
+        return _cache(self.keys, self.values, max(self.ends)) if self.keys else _cache(none, none, 0)
 
 
 def _tail(x: Tensor, rows: Sequence[int], length: int) -> Tensor:
@@ -175,7 +177,7 @@ def _extended(
         return past
     kept: tuple[list[Tensor], list[Tensor]] = ([], [])
 
-    def keep(rows: Sequence[int], layers: Sequence["Earlier"]) -> None:
+    def keep(rows: Sequence[int], layers: Sequence[Any]) -> None:
         begin = torch.tensor([past.ends[i] for i in rows])[:, None]
         token = torch.tensor([ends[i] for i in rows])[:, None] + torch.arange(-max(ends), 0)
         behind = int(begin.max())  # columns of the past come first, aligned on the right; then the new tokens
@@ -245,7 +247,7 @@ def _frozen(
     return frozen, {p: torch.stack([v for _, v in sorted(by_row.items())]) for p, by_row in found.items()}
 
 
-def _inputs(lm: LM, begins: Sequence[int], lengths: Sequence[int], cache: Cache) -> dict[str, Any]:
+def _inputs(lm: LM, begins: Sequence[int], lengths: Sequence[int], cache: "Cache") -> dict[str, Any]:
     """Mask and positions of rows whose tokens [begin, begin + length) are run behind their past."""
     prefix, columns = max(begins), max(lengths)
     begin, length = torch.tensor(begins)[:, None], torch.tensor(lengths)[:, None]
@@ -268,7 +270,7 @@ def replay(
     taps: Mapping[Point, Tap],
     logits_at: tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None = None,
     *,
-    cache: Cache | None = None,
+    cache: "Cache | None" = None,
 ) -> Float[Tensor, "n vocab"] | None:
     """`trace.run` from block `frozen.first` and from column 0 on; taps and `logits_at` count columns.
 
@@ -283,38 +285,48 @@ def replay(
         return tapped(lm, frozen.states.shape[:2], inputs, taps, logits_at)
 
 
-class Earlier(DynamicLayer):
-    """One block's past for one pass: gives it with the new tokens behind, and remembers the whole for the caller."""
+@functools.cache
+def _layer_class() -> Any:
+    """A layer of transformers' `Cache`, defined on first use, since importing that takes seconds."""
+    from transformers.cache_utils import DynamicLayer
 
-    def __init__(self, keys: Tensor | None, values: Tensor | None, length: int) -> None:
-        super().__init__()
-        self.past, self.length = (keys, values), length
-        self.whole: tuple[Tensor, Tensor] | None = None
+    class Earlier(DynamicLayer):
+        """One block's past for one pass: gives it with the new tokens behind, and remembers the whole."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self.past
-        if keys is not None and values is not None:
-            key_states, value_states = torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
-        if not torch.is_grad_enabled():
-            self.whole = key_states, value_states
-        return key_states, value_states
+        def __init__(self, keys: Tensor | None, values: Tensor | None, length: int) -> None:
+            super().__init__()
+            self.past, self.length = (keys, values), length
+            self.whole: tuple[Tensor, Tensor] | None = None
 
-    def all_of_it(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the past and of the tokens that were run, if any were."""
-        found = self.whole or self.past
-        assert found[0] is not None
-        assert found[1] is not None
-        return found[0], found[1]
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            keys, values = self.past
+            if keys is not None and values is not None:
+                key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+            if not torch.is_grad_enabled():
+                self.whole = key_states, value_states
+            return key_states, value_states
 
-    def get_seq_length(self) -> int:
-        return self.length
+        def all_of_it(self) -> tuple[Tensor, Tensor]:
+            """Keys and values of the past and of the tokens that were run, if any were."""
+            found = self.whole or self.past
+            assert found[0] is not None
+            assert found[1] is not None
+            return found[0], found[1]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        def get_seq_length(self) -> int:
+            return self.length
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return self.length + query_length, 0
+
+    return Earlier
 
 
-def _nothing(n_layers: int) -> list[Earlier]:
-    return [Earlier(None, None, 0) for _ in range(n_layers)]
+def _cache(keys: Sequence[Tensor | None], values: Sequence[Tensor | None], length: int) -> "Cache":
+    """`length` earlier tokens of every block, as the model's forward takes them."""
+    from transformers import Cache
+
+    return Cache(layers=[_layer_class()(k, v, length) for k, v in zip(keys, values, strict=True)])
 
 
 @contextmanager

@@ -1,22 +1,28 @@
-"""Context prefixes: short sampled texts before a prompt that make keys and values robust (MEMIT's style).
+"""Context prefixes: short sampled texts before a prompt that make keys and values robust.
 
-Five starts ("The", "Therefore", "Because", "I", "You"), each continued by the unedited model with top-5 sampling up to
-ten tokens, cleaned, and closed with ". ". A prompt is always used bare as well.
+Starts are continued by the unedited model with top-5 sampling up to a number of tokens, cleaned, and closed with ". ".
+A prompt is always used bare as well.
 """
 
 import re
 import unicodedata
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
+from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode, pad
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 N_TOKENS = 10
-"""Cap on a prefix: start text, BOS and sampled tokens together."""
+"""Cap on a prefix of MEMIT's style: start text, BOS and sampled tokens together."""
 TOP_K = 5
+
+ContextStyle = Literal["memit", "rome", "rome_easyedit"]
+"""`memit`: five starts, once each, up to 10 tokens; `rome`: an end-of-text mark, ten times up to 5 and ten times up to
+10 tokens (kmeng01/rome); `rome_easyedit`: the five starts, twice up to 5 and twice up to 10 tokens (EasyEdit)."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +37,42 @@ class Contexts:
         return ("", *self.prefixes)
 
 
-def sample_contexts(lm: LM, *, seed: int = 0) -> Contexts:
-    """MEMIT-style prefixes from the unedited model: the same seed gives the same texts; global RNGs are left alone."""
+def sample_contexts(lm: LM, *, seed: int = 0, style: ContextStyle = "memit") -> Contexts:
+    """Prefixes from the unedited model: the same seed gives the same texts; global RNGs are left alone.
+
+    Raises:
+        InvalidSetting: no such style, or a style that starts from a mark which the tokenizer lacks.
+    """
     generator = torch.Generator().manual_seed(seed)
-    rows = [encode(lm.tokenizer, start) for start in STARTS]
+    starts = _starts(lm.tokenizer, style)
+    rows, caps = [row for row, _ in starts], [cap for _, cap in starts]
     with lm.borrowed(), lm.unedited(), torch.inference_mode():
-        for _ in range(N_TOKENS - min(len(r.ids) for r in rows)):
+        for _ in range(max(cap - len(row.ids) for row, cap in starts)):
             last = torch.tensor([len(r.ids) - 1 for r in rows])
             logits = lm.logits_at(pad(rows, lm.device), torch.arange(len(rows)), last).float().cpu()
             top = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
             drawn = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
             chosen = top.indices.gather(1, drawn)[:, 0].tolist()
             rows = [
-                Row((*row.ids, token), row.n_prompt + 1) if len(row.ids) < N_TOKENS else row
-                for row, token in zip(rows, chosen, strict=True)
+                Row((*row.ids, token), row.n_prompt + 1) if len(row.ids) < cap else row
+                for row, token, cap in zip(rows, chosen, caps, strict=True)
             ]
     texts = [lm.tokenizer.decode(list(r.ids), skip_special_tokens=True) for r in rows]
     return Contexts(tuple(_clean(text) + ". " for text in texts))
+
+
+def _starts(tokenizer: Any, style: ContextStyle) -> list[tuple[Row, int]]:
+    """What each prefix starts with, and how many tokens it may have in all."""
+    if style == "memit":
+        return [(encode(tokenizer, start), N_TOKENS) for start in STARTS]
+    if style == "rome_easyedit":
+        return [(encode(tokenizer, start), cap) for cap in (5, 10) for start in STARTS for _ in range(2)]
+    if style != "rome":
+        raise InvalidSetting(f"context style {style!r} is unknown; known: memit, rome, rome_easyedit")
+    mark = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if mark is None:
+        raise InvalidSetting("contexts of ROME's style start from a BOS or EOS token; the tokenizer has neither")
+    return [(Row((mark,), 1), cap) for cap in (5, 10) for _ in range(10)]
 
 
 def _clean(text: str) -> str:

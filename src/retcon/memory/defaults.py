@@ -22,28 +22,17 @@ def default_moments(lm: LM) -> Moments:
     return CorpusMoments(wikitext())
 
 
-def wikitext(n_documents: int = 20_000) -> Corpus:
+def wikitext() -> Corpus:
     """Paragraphs of WikiText-103's training split, through the `datasets` package.
 
     Raises:
         TooFewTokens: `datasets` is not installed, or the hub cannot be reached.
     """
-    advice = (
-        "Give any text of the kind the model should go on treating as before: "
-        "moments=CorpusMoments(Corpus.from_file(PATH)) in Python, --corpus PATH on the command line"
-    )
     try:
-        from datasets import load_dataset
-
-        stream = load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split="train", streaming=True)
-        texts = (row["text"].strip() for row in stream)
-        return Corpus(
-            tuple(text for text, _ in zip((t for t in texts if len(t) > 200), range(n_documents), strict=False))
-        )
-    except ImportError:
+        return Corpus.from_dataset("Salesforce/wikitext", "wikitext-103-raw-v1")
+    except TooFewTokens as error:
         raise TooFewTokens(
-            f"no corpus for second moments: none was given, and the package 'datasets' is not installed "
-            f"(pip install 'retcon-lm[hub]'). {advice}."
-        ) from None
-    except Exception as error:
-        raise TooFewTokens(f"no corpus for second moments: WikiText-103 cannot be read ({error}). {advice}.") from error
+            f"no corpus for second moments was given: {error}. Give any text of the kind the model should go on "
+            "treating as before: moments=CorpusMoments(Corpus.from_file(PATH)) in Python, --corpus PATH on the command "
+            "line"
+        ) from error.__cause__

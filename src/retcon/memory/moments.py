@@ -7,71 +7,34 @@ moment at a time, so that no more than one need be in memory.
 
 import hashlib
 import json
-import os
-import re
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from retcon.errors import InvalidSetting, MalformedFile, NonFinite, RetconWarning, TooFewTokens
-from retcon.files import cache_dir, read_json_rows, write_atomically
+from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, TooFewTokens
+from retcon.files import cache_dir, write_atomically
 from retcon.lm.model import LM, Site
-from retcon.lm.prompts import Row, buckets, encode, pad
-from retcon.lm.trace import Point, Tap, run
+from retcon.lm.prompts import Row
+from retcon.memory.collect import Progress, collect
+from retcon.memory.corpus import Corpus, document_rows
+from retcon.memory.solve import cholesky, definite
 
 TOKENS_PER_DIMENSION = 20
 """Default number of corpus tokens per key dimension; under 10 is warned about, under 1 refused."""
 MAX_LENGTH = 1024
 """Documents are cut to this many tokens (or the model's context, if that is shorter)."""
+FACTOR_FILE_FROM = 2048
+"""Key dimensions from which a moment's Cholesky factor is read from disk sooner than it is made again."""
 FORMAT = "retcon-moments-1"
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents that stand for the text a model should go on treating as before."""
-
-    documents: Sequence[str]
-
-    @cached_property
-    def id(self) -> str:
-        """Hash of the text: part of a moment's key."""
-        digest = hashlib.sha256()
-        for document in self.documents:
-            digest.update(document.encode() + b"\x00")
-        return digest.hexdigest()[:16]
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> "Corpus":
-        """A `.jsonl`/`.json` file of objects with a `text` field, or plain text with blank lines between documents.
-
-        Raises:
-            MalformedFile: unreadable, or without any text.
-        """
-        if str(path).endswith((".jsonl", ".json")):
-            documents = []
-            for row, record in read_json_rows(path):
-                if not isinstance(record.get("text"), str):
-                    raise MalformedFile(f"{path}, row {row}: field 'text' is missing or no text")
-                documents.append(record["text"])
-        else:
-            try:
-                text = Path(path).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise MalformedFile(f"{path}: not a readable UTF-8 text file ({error})") from None
-            documents = re.split(r"\n\s*\n", text)
-        documents = [d.strip() for d in documents if d.strip()]
-        if not documents:
-            raise MalformedFile(f"{path}: holds no text")
-        return cls(tuple(documents))
 
 
 @dataclass(frozen=True)
@@ -87,8 +50,16 @@ class MomentKey:
 
     @property
     def file(self) -> Path:
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:24]
-        return cache_dir() / "moments" / f"{digest}.safetensors"
+        return cache_dir() / "moments" / f"{self._digest}.safetensors"
+
+    def file_of(self, what: str) -> Path:
+        """Where something made from this moment is kept."""
+        digest = hashlib.sha256(what.encode()).hexdigest()[:12]
+        return cache_dir() / "moments" / f"{self._digest}-{digest}.safetensors"
+
+    @property
+    def _digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:24]
 
 
 @runtime_checkable
@@ -99,7 +70,17 @@ class Moments(Protocol):
         """Make sure that the moments of these sites can be had; missing ones are collected in one pass."""
 
     def second_moment(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
-        """Mean of k k^T over tokens of the corpus (activation squared), float32 or float64 on the CPU, not scaled."""
+        """C: mean of k k^T over tokens of the corpus (activation squared), float32 or float64 on the CPU, not scaled.
+
+        It has a Cholesky factor: where rounding has left it indefinite, the least jitter that helps is on its diagonal,
+        so that every form of a solve sees the same matrix.
+        """
+
+    def factor(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
+        """L of C = L L^T, lower triangle, float64 on the CPU. To be read only."""
+
+    def derived(self, lm: LM, site: Site, what: str, build: Callable[[Tensor], Tensor]) -> Tensor:
+        """`build(C)`, made once. `what` names all that determines it besides C, as in "null-space-0.02"."""
 
     def keys(self, lm: LM, sites: Sequence[Site]) -> dict[str, str]:
         """What identifies the moment of each site, for the record."""
@@ -110,6 +91,7 @@ class GivenMoments:
     """Moments that the caller already has, by parameter name."""
 
     by_name: Mapping[str, Float[Tensor, "d_in d_in"]]
+    _made: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def prepare(self, lm: LM, sites: Sequence[Site]) -> None:
         missing = [s.name for s in sites if s.name not in self.by_name]
@@ -117,7 +99,15 @@ class GivenMoments:
             raise InvalidSetting(f"no second moment given for {', '.join(missing)}; given: {', '.join(self.by_name)}")
 
     def second_moment(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
-        return self.by_name[site.name]
+        return self.derived(lm, site, "definite", definite)
+
+    def factor(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
+        return self.derived(lm, site, "factor", lambda c: cholesky(c)[0])
+
+    def derived(self, lm: LM, site: Site, what: str, build: Callable[[Tensor], Tensor]) -> Tensor:
+        if (site.name, what) not in self._made:
+            self._made[site.name, what] = build(self.by_name[site.name])
+        return self._made[site.name, what]
 
     def keys(self, lm: LM, sites: Sequence[Site]) -> dict[str, str]:
         return {s.name: "given" for s in sites}
@@ -134,7 +124,7 @@ class CorpusMoments:
     """Cap on a document, in tokens."""
     shipped: Path | None = None
     """A file of moments to look in before the cache (the embedded models')."""
-    progress: Callable[[int, int], None] = lambda done, total: None
+    progress: Progress = lambda done, total: None
     """Hears (tokens done, tokens wanted) while collecting."""
 
     def key(self, lm: LM, site: Site) -> MomentKey:
@@ -143,7 +133,7 @@ class CorpusMoments:
         return MomentKey(lm.fingerprint(), site.name, self.corpus.id, n_tokens, self.max_length)
 
     def prepare(self, lm: LM, sites: Sequence[Site]) -> None:
-        """Collect what neither the shipped file nor the cache holds, in one pass.
+        """Collect what neither the shipped file nor the cache holds, in one pass; a killed one is taken up again.
 
         Raises:
             TooFewTokens: the corpus has fewer tokens than the keys have dimensions.
@@ -153,9 +143,14 @@ class CorpusMoments:
             return
         n_tokens = max(self.key(lm, s).n_tokens for s in missing)
         rows = document_rows(lm, self.corpus.documents, n_tokens, self.max_length)
-        _check_enough(sum(len(r.ids) for r in rows), n_tokens, max(s.weight.shape[1] for s in missing))
-        for site, moment in collect_moments(lm, missing, rows, progress=self.progress).items():
-            save_moments(self.key(lm, site).file, {self.key(lm, site): moment})
+        n_found = sum(len(r.ids) for r in rows)
+        _check_enough(n_found, max(s.weight.shape[1] for s in missing), self.max_length)
+        keys = {s: self.key(lm, s) for s in missing}
+        partial = partial_file(keys.values())
+        for site, found in collect(lm, missing, rows, progress=self.progress, partial=partial):
+            about = {"convergence": found.convergence, "n_tokens": n_found}
+            save_moments(keys[site].file, {keys[site]: found.moment}, {site.name: about})
+        partial.unlink(missing_ok=True)
 
     def second_moment(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
         path = self.stored(lm, site)
@@ -164,8 +159,29 @@ class CorpusMoments:
             path = self.key(lm, site).file
         return load_moment(path, self.key(lm, site))
 
+    def factor(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
+        d = site.weight.shape[1]
+        if d < FACTOR_FILE_FROM:
+            return cholesky(self.second_moment(lm, site))[0]
+        return unpack(self.derived(lm, site, "factor", lambda c: pack(cholesky(c)[0])), d)
+
+    def derived(self, lm: LM, site: Site, what: str, build: Callable[[Tensor], Tensor]) -> Tensor:
+        """As the protocol has it; kept in the cache directory beside the moment."""
+        path = self.key(lm, site).file_of(what)
+        try:
+            return load_file(path)[what]
+        except (FileNotFoundError, SafetensorError, KeyError):  # not made yet, or damaged: it can be made again
+            made = build(self.second_moment(lm, site)).contiguous()
+            write_atomically(path, save({what: made}))
+            return made
+
     def keys(self, lm: LM, sites: Sequence[Site]) -> dict[str, str]:
         return {s.name: f"{self.corpus.id}/{self.key(lm, s).n_tokens}/{self.max_length}" for s in sites}
+
+    def convergence(self, lm: LM, site: Site) -> float | None:
+        """||C1 - C2|| / ||C|| of the two halves of the text; None where the moment's file does not say."""
+        path = self.stored(lm, site)
+        return None if path is None else _record(path).get("about", {}).get(site.name, {}).get("convergence")
 
     def stored(self, lm: LM, site: Site) -> Path | None:
         """The file that holds one site's moment, or None where it has yet to be collected."""
@@ -175,73 +191,53 @@ class CorpusMoments:
         return key.file if key.file.is_file() and key in moment_keys(key.file) else None
 
 
-def document_rows(lm: LM, documents: Iterable[str], n_tokens: int, max_length: int) -> list[Row]:
-    """Tokenised documents, each cut to `max_length` (or the context), as many as it takes to reach `n_tokens`."""
-    config = lm.model.config
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or max_length
-    cap, rows, total = min(max_length, context), [], 0
-    for document in documents:
-        if total >= n_tokens:
-            break
-        if not document.strip():
-            continue
-        ids = encode(lm.tokenizer, document).ids[: min(cap, n_tokens - total)]
-        rows.append(Row(ids, len(ids)))
-        total += len(ids)
-    return rows
-
-
 def collect_moments(
     lm: LM,
     sites: Sequence[Site],
     rows: Sequence[Row],
     *,
-    max_batch_tokens: int = 8192,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    max_batch_tokens: int | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> dict[Site, Float[Tensor, "d_in d_in"]]:
-    """E[k k^T] over every token of the rows (first positions included, padding excluded), for all sites in one pass.
+    """E[k k^T] over every token of the rows, for all sites in one pass, float64; see `retcon.memory.collect`."""
+    found = collect(lm, sites, rows, max_batch_tokens=max_batch_tokens, progress=progress)
+    return {site: collected.moment for site, collected in found}
 
-    On the unedited weights (live deltas are taken off for the pass), stopping after the highest site. Products are
-    accumulated in float32 (or the model's own wider dtype) within a batch, sums in float64 on the CPU.
 
-    Raises:
-        NonFinite: a moment came out NaN or infinite.
+def partial_file(keys: Iterable[MomentKey]) -> Path:
+    """Where a pass for these moments keeps its partial sums."""
+    digest = hashlib.sha256("".join(sorted(k.file.name for k in keys)).encode()).hexdigest()[:24]
+    return cache_dir() / "moments" / f"{digest}.partial"
+
+
+def save_moments(
+    path: Path, moments: Mapping[MomentKey, Float[Tensor, "d d"]], about: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Write moments as packed triangles in float32, with their keys and the jitter that makes each definite.
+
+    Args:
+        about: what else the file's record shall say, by site.
     """
-    sums = {s: torch.zeros(s.weight.shape[1], s.weight.shape[1], dtype=torch.float64) for s in sites}
-    mask = torch.empty(0)
-
-    def adder(site: Site) -> Tap:
-        def add(value: Tensor) -> None:
-            keys = value[mask.to(value.device)]
-            keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-            sums[site] += (keys.T @ keys).cpu()
-
-        return add
-
-    taps = {Point(s.layer, "key" if s.kind == "down_proj" else "attn_key"): adder(s) for s in sites}
-    total, done = sum(len(r.ids) for r in rows), 0
-    with lm.borrowed(), lm.unedited(), torch.no_grad():
-        for group in buckets([len(r.ids) for r in rows], max_batch_tokens):
-            batch = pad([rows[i] for i in group], lm.device)
-            mask = batch.mask
-            run(lm, batch, taps)
-            done += int(mask.sum())
-            progress(done, total)
-    for site, value in sums.items():
-        value /= total
-        if not torch.isfinite(value).all():
-            raise NonFinite(f"the second moment of {site.name} is NaN or infinite; load the model in a wider dtype")
-    return sums
-
-
-def save_moments(path: Path, moments: Mapping[MomentKey, Float[Tensor, "d d"]]) -> None:
-    """Write moments as packed upper triangles in float32, with their keys."""
-    tensors = {}
+    tensors, record = {}, {}
     for key, moment in moments.items():
-        i, j = torch.triu_indices(*moment.shape)
-        tensors[key.site] = moment[i, j].to(torch.float32)
-    record = {"format": FORMAT, "keys": [asdict(k) for k in moments]}
-    write_atomically(path, save(tensors, metadata={"retcon": json.dumps(record)}))
+        rounded = moment.to(torch.float32)
+        tensors[key.site] = pack(rounded)
+        record[key.site] = {"jitter": cholesky(rounded)[1], **(about or {}).get(key.site, {})}
+    metadata = {"format": FORMAT, "keys": [asdict(k) for k in moments], "about": record}
+    write_atomically(path, save(tensors, metadata={"retcon": json.dumps(metadata)}))
+
+
+def pack(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " triangle"]:
+    """The lower triangle column by column, which is a symmetric matrix's upper triangle row by row."""
+    return torch.cat([matrix[i:, i] for i in range(len(matrix))])
+
+
+def unpack(packed: Float[Tensor, " triangle"], d: int) -> Float[Tensor, "d d"]:
+    """The (lower) triangular matrix that `pack` took apart."""
+    upper = torch.zeros(d, d, dtype=packed.dtype)
+    for i, row in enumerate(packed.split(tuple(range(d, 0, -1)))):
+        upper[i, i:] = row
+    return upper.T
 
 
 def moment_keys(path: Path) -> list[MomentKey]:
@@ -250,20 +246,11 @@ def moment_keys(path: Path) -> list[MomentKey]:
     Raises:
         MalformedFile: not a file of moments.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {})["retcon"])
-        if record["format"] != FORMAT:
-            raise MalformedFile(f"{path}: moments format {record['format']!r}, this version reads {FORMAT!r}")
-        return [MomentKey(**k) for k in record["keys"]]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise MalformedFile(
-            f"{path}: not a file of second moments ({error}); delete it to collect them again"
-        ) from None
+    return [MomentKey(**k) for k in _record(path)["keys"]]
 
 
 def load_moment(path: Path, key: MomentKey) -> Float[Tensor, "d d"]:
-    """One moment out of a file, float32 on the CPU.
+    """One moment out of a file, on the CPU: float32, or float64 where it needs its jitter to be definite.
 
     Raises:
         MalformedFile: the file does not hold this key.
@@ -272,19 +259,33 @@ def load_moment(path: Path, key: MomentKey) -> Float[Tensor, "d d"]:
         raise MalformedFile(f"{path}: holds no second moment for {key}")
     with safe_open(path, framework="pt") as file:
         packed = file.get_tensor(key.site)
-    d = int((8 * len(packed) + 1) ** 0.5 - 1) // 2
-    i, j = torch.triu_indices(d, d)
-    moment = torch.empty(d, d)
-    moment[i, j] = packed
-    moment[j, i] = packed
-    return moment
+    moment = unpack(packed, (math.isqrt(8 * len(packed) + 1) - 1) // 2)
+    moment += moment.tril(-1).T
+    return definite(moment, _record(path).get("about", {}).get(key.site, {}).get("jitter"))
 
 
-def _check_enough(found: int, wanted: int, d: int) -> None:
+def _record(path: Path) -> dict[str, Any]:
+    """What a file of moments says about itself, its keys well-formed."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {})["retcon"])
+        if record["format"] != FORMAT:
+            raise MalformedFile(f"{path}: moments format {record['format']!r}, this version reads {FORMAT!r}")
+        for key in record["keys"]:
+            MomentKey(**key)
+        return record
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise MalformedFile(
+            f"{path}: not a file of second moments ({error}); delete it to collect them again"
+        ) from None
+
+
+def _check_enough(found: int, d: int, max_length: int) -> None:
     if found < d:
         raise TooFewTokens(
             f"the corpus has {found} tokens, the keys have {d} dimensions: their second moment would be singular. "
-            f"Give at least {10 * d} tokens, better {TOKENS_PER_DIMENSION * d}."
+            f"Give at least {10 * d} tokens, better {TOKENS_PER_DIMENSION * d}. (Of each document {max_length} tokens "
+            "are read; in a text file, blank lines part documents.)"
         )
     if found < 10 * d:
         warnings.warn(

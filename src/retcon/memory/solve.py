@@ -2,40 +2,179 @@
 
 K: (m, n) keys as columns, R: (d, n) residuals, C: (m, m) second moment, lambda: weight of the old keys. All in float64,
 in math orientation. An update is returned as its right factor X^T (n, m): dW = R X^T, rank at most n.
+
+What is large is made when it is asked for: `moment` and `factor` are functions that return C and its Cholesky factor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from time import perf_counter
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from retcon.errors import NonFinite
+from retcon.memory.capacity import is_out_of_memory
+
+Build = Callable[[], Float[Tensor, "m m"]]
+CPU = torch.device("cpu")
 
 
-def ridge(k: Float[Tensor, "m n"], c: Float[Tensor, "m m"], weight: float) -> Float[Tensor, "n m"]:
+def ridge(
+    k: Float[Tensor, "m n"],
+    moment: Build,
+    weight: float,
+    *,
+    factor: Build | None = None,
+    device: torch.device = CPU,
+) -> Float[Tensor, "n m"]:
     """X^T = K^T (lambda C + K K^T)^-1: R X^T minimises ||dW K - R||^2 + lambda tr(dW C dW^T).
 
-    The small-n form is used where n < m / 4.
+    The small-n form is used where n < m / 4. The result is on K's device, whatever device does the work.
+
+    Args:
+        moment: returns C, float32 or float64.
+        factor: returns C's Cholesky factor where it is at hand; used where the work is done on the CPU.
+        device: where the model is; see `solve_on`.
     """
-    return ridge_small(k, c, weight) if k.shape[1] * 4 < k.shape[0] else ridge_direct(k, c, weight)
+    if 4 * k.shape[1] < k.shape[0]:
+        return ridge_small(k, moment, weight, factor=factor, device=device)
+    return ridge_direct(k, moment, weight, device=device)
 
 
-def ridge_direct(k: Float[Tensor, "m n"], c: Float[Tensor, "m m"], weight: float) -> Float[Tensor, "n m"]:
+def ridge_direct(
+    k: Float[Tensor, "m n"], moment: Build, weight: float, *, device: torch.device = CPU
+) -> Float[Tensor, "n m"]:
     """`ridge` by one (m x m) solve: the reference."""
-    return spd_solve(lambda: (weight * c).addmm_(k, k.T), k).T
+
+    def build(where: torch.device) -> Tensor:
+        there = k.to(where)
+        return moment().to(where, torch.float64, copy=True).mul_(weight).addmm_(there, there.T)
+
+    return solve_on(device, build, k).T
 
 
-def ridge_small(k: Float[Tensor, "m n"], c: Float[Tensor, "m m"], weight: float) -> Float[Tensor, "n m"]:
+def ridge_small(
+    k: Float[Tensor, "m n"],
+    moment: Build,
+    weight: float,
+    *,
+    factor: Build | None = None,
+    device: torch.device = CPU,
+) -> Float[Tensor, "n m"]:
     """`ridge` by an (n x n) solve beside the factor of C: Y = C^-1 K, X^T = (lambda I + K^T Y)^-1 Y^T (Woodbury)."""
-    y = spd_solve(c.clone, k)
+    if factor is not None and device.type == "cpu":
+        y = torch.cholesky_solve(k, factor())
+    else:
+        y = solve_on(device, lambda where: moment().to(where, torch.float64, copy=True), k)
     inner = k.T @ y
     inner = (inner + inner.T) / 2
     inner.diagonal().add_(weight)
     return spd_solve(inner.clone, y.T)
 
 
-def spd_solve(build: Callable[[], Float[Tensor, "m m"]], b: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+def solve_on(
+    device: torch.device, build: Callable[[torch.device], Float[Tensor, "m m"]], b: Float[Tensor, "m n"]
+) -> Float[Tensor, "m n"]:
+    """A^-1 B to float64's accuracy; the result is on B's device.
+
+    By `spd_solve` on the device where that is a CPU or a CUDA card that is good at float64; on other CUDA cards by
+    `refined_solve`. On the CPU where that does not reach its tolerance, where the card has no room, and for any other
+    device.
+
+    Args:
+        build: makes A afresh in float64 on the device it is given.
+    """
+    where = device if device.type == "cuda" else CPU
+    try:
+        if good_at_float64(where):
+            return spd_solve(lambda: build(where), b.to(where)).to(b.device)
+        x = refined_solve(build(where), b.to(where))
+    except RuntimeError as error:
+        if where == CPU or not is_out_of_memory(error):
+            raise
+        x = None
+    return (spd_solve(lambda: build(CPU), b.to(CPU)) if x is None else x).to(b.device)
+
+
+@cache
+def good_at_float64(device: torch.device) -> bool:
+    """Whether a float64 matrix product takes at most sixteen times a float32 one there, measured once.
+
+    Cards made for computing take 2 to 8 times (8 with TF32 allowed), others 32 to 128 times.
+    """
+    if device.type == "cpu":
+        return True
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(2048, 2048, dtype=dtype, device=device)
+        took = []
+        for _ in range(3):
+            torch.cuda.synchronize(device)
+            started = perf_counter()
+            x @ x
+            torch.cuda.synchronize(device)
+            took.append(perf_counter() - started)
+        return min(took)
+
+    return seconds(torch.float64) <= 16 * seconds(torch.float32)
+
+
+def refined_solve(
+    a: Float[Tensor, "m m"],
+    b: Float[Tensor, "m n"],
+    *,
+    backward: float = 1e-14,
+    forward: float = 1e-10,
+    max_steps: int = 40,
+) -> Float[Tensor, "m n"] | None:
+    """A^-1 B for A and B in float64, by a Cholesky factor in float32 and residuals in float64; A and B are left alone.
+
+    Each step adds the float32 solution for what is missing (iterative refinement; Higham, Accuracy and Stability of
+    Numerical Algorithms, chapter 12), A's diagonal scaled to one before it is rounded. Done when for every column, in
+    maximum norms, ||b - A x|| is at most `backward` of ||A|| ||x|| + ||b||, and the last step at most `forward` of x.
+
+    Returns:
+        The solution, or None: no factor in float32, or the tolerances not reached (a badly conditioned A).
+
+    Raises:
+        NonFinite: an input is NaN or infinite.
+    """
+    if not (torch.isfinite(a.sum()) and torch.isfinite(b).all()):
+        raise NonFinite(_NOT_FINITE)
+    diagonal = a.diagonal()
+    if not (diagonal > 0).all():
+        return None
+    scale = diagonal.rsqrt()[:, None]
+    lower, failed = torch.linalg.cholesky_ex((a * scale * scale.T).to(torch.float32))
+    if int(failed):
+        return None
+    size = torch.linalg.matrix_norm(a, float("inf"))
+    x, residual = torch.zeros_like(b), b
+    for _ in range(max_steps):
+        wanted = residual * scale
+        height = wanted.abs().amax(0).clamp_min(torch.finfo(torch.float64).tiny)  # float32 has no room for tiny columns
+        step = scale * torch.cholesky_solve((wanted / height).to(torch.float32), lower) * height
+        x += step
+        residual = b - a @ x
+        solved = residual.abs().amax(0) <= backward * (size * x.abs().amax(0) + b.abs().amax(0))
+        settled = step.abs().amax(0) <= forward * x.abs().amax(0)
+        if bool((solved & settled).all()):
+            return x
+        if not torch.isfinite(residual).all():
+            return None
+    return None
+
+
+_JITTERS = (0.0, *(10.0**e for e in range(-10, 1)))
+"""Shares of the mean diagonal that are added to it, one after the other, until there is a Cholesky factor."""
+_NOT_FINITE = "the linear problem holds NaN or infinity: check the second moment and the keys"
+
+
+def spd_solve(build: Build, b: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
     """A^-1 B for the symmetric positive definite A that `build` makes afresh.
 
     Cholesky, in A's own memory; where it fails, again with a little jitter on the diagonal, and LU at the last.
@@ -43,19 +182,182 @@ def spd_solve(build: Callable[[], Float[Tensor, "m m"]], b: Float[Tensor, "m n"]
     Raises:
         NonFinite: an input or the solution is NaN or infinite.
     """
-    jitter = 0.0
-    for _ in range(6):
-        a = build().mT  # symmetric; column order lets the factor take its place
-        if not (torch.isfinite(a.sum()) and torch.isfinite(b).all()):
-            raise NonFinite("the linear problem holds NaN or infinity: check the second moment and the keys")
-        scale = float(a.diagonal().mean())
-        a.diagonal().add_(jitter * scale)
-        failed = torch.empty((), dtype=torch.int32, device=a.device)
-        torch.linalg.cholesky_ex(a, out=(a, failed))
-        if not int(failed):
-            return torch.cholesky_solve(b, a)
-        jitter = 10 * jitter or 1e-10
+    if not torch.isfinite(b).all():
+        raise NonFinite(_NOT_FINITE)
+    for lower, _ in _factors(build, _JITTERS[:6]):
+        return torch.cholesky_solve(b, lower)
     solution = torch.linalg.solve(build(), b)
     if not torch.isfinite(solution).all():
         raise NonFinite("the linear problem is singular; use more tokens for the second moment or more weight on it")
     return solution
+
+
+def cholesky(c: Float[Tensor, "m m"]) -> tuple[Float[Tensor, "m m"], float]:
+    """L and j of C + j I = L L^T in float64, j the least jitter that makes C definite.
+
+    0 nearly always; not where the text repeats itself so often that C is singular to its stored precision.
+
+    Raises:
+        NonFinite: C holds NaN or infinity, or is nothing like positive definite.
+    """
+    for found in _factors(lambda: c.to(torch.float64, copy=True), _JITTERS):
+        return found
+    raise NonFinite("the second moment is far from positive definite, so it is none; collect it again")
+
+
+def definite(c: Float[Tensor, "m m"], jitter: float | None = None) -> Float[Tensor, "m m"]:
+    """C itself where it has a Cholesky factor, else in float64 with the jitter of `cholesky` (or the one given)."""
+    j = cholesky(c)[1] if jitter is None else jitter
+    if j == 0:
+        return c
+    c = c.to(torch.float64, copy=True)
+    c.diagonal().add_(j)
+    return c
+
+
+def _factors(build: Build, shares: Sequence[float]) -> Iterator[tuple[Float[Tensor, "m m"], float]]:
+    """(Cholesky factor of A + j I, j) for those jitters that give one, in ascending order."""
+    for share in shares:
+        a = build().mT  # symmetric; column order lets the factor take its place
+        if not torch.isfinite(a.sum()):
+            raise NonFinite(_NOT_FINITE)
+        jitter = share * float(a.diagonal().mean())
+        a.diagonal().add_(jitter)
+        failed = torch.empty((), dtype=torch.int32, device=a.device)
+        torch.linalg.cholesky_ex(a, out=(a, failed))
+        if not int(failed):
+            yield a, jitter
+
+
+# --- other ways of writing than ridge ----------------------------------------------------------------------------
+
+
+def whitened(
+    k: Float[Tensor, "m n"], moment: Build, *, factor: Build | None = None, device: torch.device = CPU
+) -> Float[Tensor, "m n"]:
+    """C^-1 K; arguments as for `ridge`."""
+    if factor is not None and device.type == "cpu":
+        return torch.cholesky_solve(k, factor())
+    return solve_on(device, lambda where: moment().to(where, torch.float64, copy=True), k)
+
+
+def equality(
+    k: Float[Tensor, "m n"],
+    moment: Build,
+    *,
+    stabiliser: float = 0.0,
+    weight: float = 1.0,
+    identity_weight: float = 0.0,
+    factor: Build | None = None,
+    device: torch.device = CPU,
+) -> Float[Tensor, "n m"]:
+    """X^T = D^-1 K^T C'^-1 with D = K^T C'^-1 K + a I and C' = w C + mu I (EMMET, arXiv:2403.14236).
+
+    With a = 0, R X^T minimises tr(dW C' dW^T) subject to dW K = R; where keys are linearly dependent, D's
+    pseudo-inverse gives the nearest there is. `stabiliser` is a, `weight` is w, `identity_weight` is mu.
+    """
+
+    def build(where: torch.device) -> Tensor:
+        c = moment().to(where, torch.float64, copy=True).mul_(weight)
+        c.diagonal().add_(identity_weight)
+        return c
+
+    x = solve_on(device, build, k) if identity_weight else whitened(k, moment, factor=factor, device=device) / weight
+    d = k.T @ x
+    d = (d + d.T) / 2
+    d.diagonal().add_(stabiliser)
+    lower, failed = torch.linalg.cholesky_ex(d)
+    pivots = lower.diagonal()
+    if not int(failed) and bool(pivots.min() > 1e-7 * pivots.max()):
+        return torch.cholesky_solve(x.T, lower)
+    return torch.linalg.pinv(d, hermitian=True) @ x.T
+
+
+@dataclass(frozen=True)
+class NullSpace:
+    """The projection P onto directions that the second moment hardly knows, by the thinner of two bases."""
+
+    basis: Float[Tensor, "m q"]
+    """Orthonormal columns, float64."""
+    complement: bool
+    """The basis spans what is projected away: P = I - B B^T; otherwise P = B B^T."""
+
+    @property
+    def rank(self) -> int:
+        """Dimensions of the null space."""
+        return len(self.basis) - self.basis.shape[1] if self.complement else self.basis.shape[1]
+
+    def project(self, x: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """P x."""
+        seen = self.basis @ (self.basis.T @ x)
+        return x - seen if self.complement else seen
+
+    def packed(self) -> Float[Tensor, "m q1"]:
+        """One tensor for a file: the basis behind a column that says what it spans."""
+        head = torch.full((len(self.basis), 1), float(self.complement), dtype=self.basis.dtype)
+        return torch.cat([head, self.basis.cpu()], dim=1)
+
+    @classmethod
+    def unpacked(cls, tensor: Float[Tensor, "m q1"]) -> "NullSpace":
+        """What `packed` gave."""
+        return cls(tensor[:, 1:].double(), bool(tensor[0, 0]))
+
+
+def null_space(
+    c: Float[Tensor, "m m"],
+    threshold: float,
+    mode: Literal["absolute", "trace", "rank"] = "absolute",
+    device: torch.device = CPU,
+) -> NullSpace:
+    """Eigenvectors of C with small eigenvalues s (AlphaEdit, arXiv:2410.02355), in float64 on the device if it is good
+    at that, else on the CPU.
+
+    `absolute`: s < threshold; `trace`: the smallest ones, as long as their sum is under that share of C's trace;
+    `rank`: that share of all, the smallest.
+    """
+    where = device if good_at_float64(device) else CPU
+    s, u = torch.linalg.eigh(c.to(where, torch.float64))
+    if mode == "absolute":
+        r = int((s < threshold).sum())
+    elif mode == "trace":
+        r = int((s.clamp_min(0).cumsum(0) < threshold * s.sum()).sum())
+    else:
+        r = min(len(s), round(threshold * len(s)))
+    complement = 2 * r > len(s)
+    return NullSpace((u[:, r:] if complement else u[:, :r]).contiguous().cpu(), complement)
+
+
+def null_space_ridge(
+    k: Float[Tensor, "m n"],
+    space: NullSpace,
+    identity_weight: float,
+    form: Literal["auto", "eigenbasis", "keys", "released"] = "auto",
+    device: torch.device = CPU,
+) -> Float[Tensor, "n m"]:
+    """X^T = K^T P (K K^T P + L2 I)^-1: dW = R X^T minimises ||dW K - R||^2 + L2 ||dW||^2 over dW = dW P.
+
+    `keys` solves in the space of the keys, `eigenbasis` in the null space (or in P's own, where the other basis is the
+    thinner), `auto` takes the smaller of the two; `released` is the authors' non-symmetric system by LU. All agree.
+    """
+    m, n = k.shape
+    where = device if good_at_float64(device) else CPU
+    space = NullSpace(space.basis.to(where), space.complement)
+    k_there = k.to(where)
+    pk = space.project(k_there)
+    if form == "released":
+        p = space.project(torch.eye(m, dtype=k.dtype, device=where))
+        system = p @ k_there @ k_there.T + identity_weight * torch.eye(m, dtype=k.dtype, device=where)
+        return torch.linalg.solve(system, pk).T.to(k.device)
+    if form == "keys" or (form == "auto" and n < (m if space.complement else space.rank)):
+        return spd_solve(lambda: _plus_identity(pk.T @ pk, identity_weight), pk.T).to(k.device)
+    if space.complement:  # P M P + L2 I does in the null space what the smaller system would
+        return spd_solve(lambda: _plus_identity(pk @ pk.T, identity_weight), pk).T.to(k.device)
+    a = space.basis.T @ k_there
+    inner = spd_solve(lambda: _plus_identity(a @ a.T, identity_weight), a)
+    return (space.basis @ inner).T.to(k.device)
+
+
+def _plus_identity(a: Float[Tensor, "q q"], weight: float) -> Float[Tensor, "q q"]:
+    a = (a + a.T) / 2
+    a.diagonal().add_(weight)
+    return a

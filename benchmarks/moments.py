@@ -1,0 +1,193 @@
+"""Second moments: one pass for all layers against one pass per layer, and the rate against counted arithmetic.
+
+    python -m benchmarks.moments --model demo:gptj demo:llama
+    python -m benchmarks.moments --model PATH --corpus text.txt
+    python -m benchmarks.moments --shape gptj-1024 --tokens 32768
+    python -m benchmarks.moments --shape gpt-j-6b llama-7b --tokens 1000000 --device cuda
+
+A shape is a model with random weights (bfloat16 on a GPU, float32 on a CPU) that reads random tokens in rows of 64 to
+512; the time does not depend on the values. Layers are those of the model's JEEP settings. Counted are, for real tokens
+only, the model's matrices and attention scores up to the input of the highest edited matrix, and half of each k k^T,
+it being symmetric. The machine's rate is the best of three matrix products in the model's dtype: 2048 x 2048 x 2048,
+the model's first MLP matrix and its key products over a batch.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
+
+import retcon
+from benchmarks.common import machine, moments_of
+from retcon.lm.model import LM, Site
+from retcon.lm.prompts import Row, pad
+from retcon.lm.trace import Point, run
+from retcon.memory.collect import collect
+from retcon.memory.corpus import document_rows
+
+SHAPES: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "gpt-j-6b": (GPTJConfig(), (3, 4, 5, 6, 7, 8, 15, 16)),
+    "llama-7b": (LlamaConfig(), (5, 6, 7, 8, 9, 10, 22, 23)),
+    "gptj-1024": (
+        GPTJConfig(n_embd=1024, n_layer=6, n_head=8, n_positions=1024, vocab_size=4096, bos_token_id=0, eos_token_id=0),
+        (1, 2, 3, 4),
+    ),
+    "llama-256": (
+        LlamaConfig(
+            hidden_size=256, num_hidden_layers=6, num_attention_heads=8, intermediate_size=688, vocab_size=4096
+        ),
+        (1, 2, 3, 4),
+    ),
+}
+"""Configuration and edited layers."""
+
+
+def random_lm(name: str, device: str, dtype: torch.dtype) -> LM:
+    """A model of a shape with random weights, and a tokenizer that it never uses."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(SHAPES[name][0], dtype=dtype).eval()
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return LM(model, PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a"), name=name)
+
+
+def random_rows(n_tokens: int, vocabulary: int, seed: int) -> list[Row]:
+    """Rows of 64 to 512 random tokens."""
+    draw = random.Random(seed)
+    rows: list[Row] = []
+    while n_tokens > 0:
+        length = min(draw.randint(64, 512), n_tokens)
+        rows.append(Row(tuple(draw.choices(range(vocabulary), k=length)), length))
+        n_tokens -= length
+    return rows
+
+
+def counted(lm: LM, sites: Sequence[Site], rows: Sequence[Row]) -> tuple[float, float]:
+    """(forward, products of keys) in FLOPs for the real tokens of `rows`."""
+    highest = max(s.layer for s in sites)
+    linear = 0
+    for layer in range(highest + 1):
+        matrices = [m for m in lm.block(layer).modules() if type(m).__name__ in ("Linear", "Conv1D")]
+        linear += 2 * sum(m.weight.numel() for m in matrices)
+    linear -= 2 * lm.site(highest, "down_proj").weight.numel()  # the pass ends at its input
+    width = lm.site(0, "o_proj").weight.shape[1]
+    n_tokens = sum(len(r.ids) for r in rows)
+    scores = 4 * width * (highest + 1) * sum(len(r.ids) ** 2 for r in rows)
+    products = sum(s.weight.shape[1] * (s.weight.shape[1] + 1) for s in sites) * n_tokens
+    return linear * n_tokens + scores, products
+
+
+def check_count(lm: LM, sites: Sequence[Site], row: Row) -> None:
+    """The forward's count against torch's own counter, which may know nothing of a fused attention, for one row."""
+    highest = max(s.layer for s in sites)
+    with FlopCounterMode(display=False) as counter, lm.borrowed(), torch.no_grad():
+        run(lm, pad([row], lm.device), {Point(highest, "key"): lambda _: None})
+    found, said = counted(lm, sites, [row])[0], counter.get_total_flops()
+    scores = 4 * lm.site(0, "o_proj").weight.shape[1] * (highest + 1) * len(row.ids) ** 2
+    assert 0.99 * (found - scores) <= said <= 1.01 * found, f"the formula counts {found:.4g} FLOPs, torch {said:.4g}"
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """The shortest of some runs."""
+    took = []
+    for _ in range(repeats):
+        _wait(device)
+        started = time.perf_counter()
+        call()
+        _wait(device)
+        took.append(time.perf_counter() - started)
+    return min(took)
+
+
+def product_rates(lm: LM) -> dict[str, float]:
+    """FLOP/s of matrix products in the model's dtype, where the model is."""
+    d_model, d_ff = lm.site(0, "down_proj").weight.shape
+    n = 4096 if lm.device.type == "cpu" else 32768
+    shapes = {"2048³": (2048, 2048, 2048), "MLP": (n, d_model, d_ff), "keys": (d_ff, n, d_ff)}
+    rates = {}
+    for name, (i, j, k) in shapes.items():
+        a = torch.randn(i, j, device=lm.device, dtype=lm.dtype)
+        b = torch.randn(j, k, device=lm.device, dtype=lm.dtype)
+        a @ b
+        rates[name] = 2 * i * j * k / seconds_of(lambda a=a, b=b: a @ b, lm.device, 5)  # type: ignore[misc]
+    return rates
+
+
+def measure(name: str, lm: LM, layers: Sequence[int], rows: Sequence[Row], per_layer: bool, repeats: int) -> None:
+    """One row of the table."""
+    sites = [lm.site(layer, "down_proj") for layer in layers]
+    check_count(lm, sites, rows[0])
+
+    def one_pass(chosen: Sequence[Site]) -> None:
+        for _ in collect(lm, chosen, rows):
+            pass
+
+    run(lm, pad(rows[:1], lm.device), {Point(max(layers), "key"): lambda _: None})
+    before = product_rates(lm)
+    once = seconds_of(lambda: one_pass(sites), lm.device, repeats)
+    after = product_rates(lm)
+    each = seconds_of(lambda: [one_pass([s]) for s in sites], lm.device, 1) if per_layer else None
+    rates = {shape: max(before[shape], after[shape]) for shape in before}
+    forward, products = counted(lm, sites, rows)
+    n_tokens, rate, best = sum(len(r.ids) for r in rows), (forward + products) / once, max(rates.values())
+    cells = [
+        name, len(layers), f"{n_tokens:,}", f"{once:.2f}", f"{each:.2f} ({each / once:.1f}x)" if each else "",
+        f"{n_tokens / once:,.0f}", f"{forward / n_tokens / 1e6:,.1f} + {products / n_tokens / 1e6:,.1f}",
+        f"{rate / 1e9:,.0f}", " / ".join(f"{r / 1e9:,.0f}" for r in rates.values()), f"{100 * rate / best:.0f} %",
+    ]  # fmt: skip
+    if lm.device.type == "cuda":
+        cells.append(f"{torch.cuda.max_memory_allocated(lm.device) / 2**30:.1f}")
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="*", default=[])
+    parser.add_argument("--corpus", help="text; the model's default if left out")
+    parser.add_argument("--shape", nargs="*", default=[], choices=SHAPES)
+    parser.add_argument("--tokens", type=int, help="20 per key dimension if left out")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="bfloat16 on a GPU and float32 on a CPU if left out")
+    parser.add_argument("--layers", type=int, nargs="+", help="edited layers, if not the JEEP settings'")
+    parser.add_argument("--no-per-layer", action="store_true", help="leave out the passes per layer")
+    parser.add_argument("--repeats", type=int, default=2, help="of the pass for all layers; the shortest counts")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    print(f"{machine()}, {dtype} on {args.device}, seed {args.seed}\n")
+    memory = " peak GiB |" if args.device != "cpu" else ""
+    print(
+        "| model | layers | tokens | one pass, s | one per layer, s | tokens/s | MFLOP a token: forward + products |"
+        f" GFLOP/s | products alone: 2048³ / MLP / keys | share of the best |{memory}"
+    )
+    print("|" + "---|" * (11 if memory else 10), flush=True)
+    for name in args.model:
+        lm = retcon.load(name, device=args.device, dtype=dtype)
+        jeep: Any = retcon.method("jeep", for_model=lm)
+        layers = args.layers or [*jeep.low, *jeep.high]
+        source: Any = moments_of(lm, args.corpus)
+        n_tokens = args.tokens or source.key(lm, lm.site(layers[0], "down_proj")).n_tokens
+        rows = document_rows(lm, source.corpus.documents, n_tokens, source.max_length)
+        measure(name, lm, layers, rows, not args.no_per_layer, args.repeats)
+    for name in args.shape:
+        lm = random_lm(name, args.device, getattr(torch, dtype))
+        n_tokens = args.tokens or 20 * lm.site(0, "down_proj").weight.shape[1]
+        rows = random_rows(n_tokens, lm.model.config.vocab_size, args.seed)
+        measure(name, lm, args.layers or SHAPES[name][1], rows, not args.no_per_layer, args.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""How many tokens a second moment needs: JEEP's scores with moments from 2 to 50 tokens per key dimension.
+
+    python -m benchmarks.moments_tokens --model demo:gptj --n 100
+    python -m benchmarks.moments_tokens --model PATH --data FILE --corpus text.txt --n 100
+
+Settings are the model's preset, edits, prefixes and optimised values the same in every row; all edits are made in one
+batch. ES is on the edited prompt, GS on paraphrases (held-out phrasings in the embedded world), LS on neighbours:
+CounterFact's comparison of probabilities with 95 % intervals over cases. `halves` is the relative difference of the
+moments of the two halves of the text, `to the last` that between a row's moment and the last row's (Frobenius norms,
+mean over layers). Where the corpus is too small for a row, the row says how many tokens it had.
+"""
+
+import argparse
+import warnings
+from dataclasses import replace
+from statistics import mean
+from typing import Any
+
+import retcon
+from benchmarks.common import cases_of, machine, moments_of
+from benchmarks.jeep_quality import measure
+from retcon.errors import RetconWarning
+from retcon.evaluation import evaluate
+from retcon.memory.corpus import document_rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo:gptj")
+    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
+    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
+    parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--n", type=int, default=100)
+    parser.add_argument("--per-dimension", type=int, nargs="+", default=[2, 5, 10, 20, 50], metavar="TOKENS")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    warnings.simplefilter("ignore", RetconWarning)  # too few tokens, and what comes of it
+    lm = retcon.load(args.model)
+    jeep: Any = retcon.method("jeep", for_model=lm)
+    sites = [lm.site(layer, "down_proj") for layer in (*jeep.low, *jeep.high)]
+    contexts = retcon.sample_contexts(lm, seed=args.seed)
+    cases = cases_of(args.data, args.start, args.n, args.seed)
+    pre = evaluate(lm, cases, stops=("\n", "."))
+    base: Any = replace(moments_of(lm, args.corpus), shipped=None)  # whose record has no halves
+    sources = [replace(base, tokens_per_dimension=n) for n in args.per_dimension]
+    for source in sources:
+        source.prepare(lm, sites)
+    before = pre.summary()
+
+    print(f"{args.model}, {args.n} edits, seed {args.seed}; {machine()}\n")
+    print("| tokens per dimension | tokens | halves | to the last | Score | ES | GS | LS |")
+    print("|" + "---|" * 8)
+    unedited = [before[name].pre.percent() for name in ("Score", "ES", "GS", "LS")]
+    print(f"| unedited | | | | {' | '.join(unedited)} |", flush=True)
+    for source in sources:
+        asked = source.key(lm, sites[0]).n_tokens
+        read = sum(len(r.ids) for r in document_rows(lm, source.corpus.documents, asked, source.max_length))
+        halves = mean(source.convergence(lm, site) for site in sites)
+        apart = []
+        for site in sites:
+            last = sources[-1].second_moment(lm, site)
+            apart.append(float((source.second_moment(lm, site) - last).norm() / last.norm()))
+        row, _, _ = measure(lm, cases, pre, contexts, source, {})
+        scores = " | ".join(row.split(" | ")[:4])
+        tokens = f"{read:,}" + (f" of {asked:,}" if read < asked else "")
+        per = source.tokens_per_dimension
+        print(f"| {per} | {tokens} | {100 * halves:.1f} % | {100 * mean(apart):.1f} % | {scores} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""One pass over text for the second moments of all sites, in chunks, so that a killed pass can be taken up again.
+
+A chunk's products are summed in float32 where the keys are and then added to float64 sums; only block rows of the lower
+triangle are computed. The order of chunks and batches is a function of the rows and of a budget of tokens per batch,
+and the budget is kept with the partial sums: a pass that was killed ends with the sums it would have had, bit for bit.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from retcon.errors import NonFinite, RetconWarning
+from retcon.lm.model import LM, Site
+from retcon.lm.prompts import Row, pad
+from retcon.lm.trace import Point, Tap, run
+from retcon.memory.capacity import free_bytes, is_out_of_memory
+
+CHUNK_TOKENS = {"cpu": 16_384, "cuda": 131_072}
+"""Tokens between two additions to the float64 sums, at most, by kind of device. Partial sums are saved between chunks,
+and rows of like length are looked for within one."""
+MAX_BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
+"""Padded tokens of one forward pass, at most, by kind of device; fewer where memory is short."""
+SAVE_EVERY = 30.0
+"""Seconds between two savings of partial sums."""
+MAX_PADDING = 1 / 32
+"""Share of padding that a batch of a fair size may have; it is fair from a thirty-second of the budget on."""
+
+Progress = Callable[[int, int], None]
+"""Hears (tokens done, tokens wanted)."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One site's second moment."""
+
+    moment: Float[Tensor, "d_in d_in"]
+    """E[k k^T], float64 on the CPU."""
+    convergence: float | None
+    """||C1 - C2|| / ||C|| (Frobenius), C1 and C2 from the two halves of the rows; None for a single row."""
+
+
+def collect(
+    lm: LM,
+    sites: Sequence[Site],
+    rows: Sequence[Row],
+    *,
+    max_batch_tokens: int | None = None,
+    progress: Progress = lambda done, total: None,
+    partial: Path | None = None,
+    save_every: float | None = None,
+) -> Iterator[tuple[Site, Collected]]:
+    """The second moments of all sites from one pass, handed over one by one, so that each can be put away.
+
+    E[k k^T] over every token of the rows, first positions included, padding excluded. On the unedited weights (live
+    deltas are taken off for the pass), stopping at the highest site. Products are summed in float32 (or the model's own
+    wider dtype) within a chunk, chunks in float64.
+
+    Args:
+        max_batch_tokens: padded tokens of one forward pass; by default as many as memory allows. Halved when memory
+            runs out, with a warning; the chunk is then done again.
+        partial: where partial sums are kept every now and then; a pass of the same rows and sites begins with what it
+            finds there. The caller deletes it once the moments are safe.
+        save_every: seconds between two savings, `SAVE_EVERY` by default; more where saving takes long.
+
+    Raises:
+        NonFinite: a moment came out NaN or infinite.
+    """
+    chunks = chunked([len(r.ids) for r in rows], CHUNK_TOKENS.get(lm.device.type, CHUNK_TOKENS["cpu"]))
+    sums = {s: _Sum(s) for s in sites}
+    state = _State(_digest(sites, rows, chunks), 0, max_batch_tokens or _budget(lm, rows))
+    if partial is not None:
+        state = _load(partial, state, sums)
+    ends = list(accumulate(sum(len(rows[j].ids) for j in chunk) for chunk in chunks))
+    n_half = min(range(1, len(chunks) + 1), key=lambda n: abs(2 * ends[n - 1] - ends[-1]))
+    saved, pause = time.monotonic(), SAVE_EVERY if save_every is None else save_every
+    with lm.borrowed(), lm.unedited(), torch.no_grad():
+        for i, chunk in enumerate(chunks):
+            if i < state.n_done:
+                continue
+            state.budget = _add_chunk(lm, sums, [rows[j] for j in chunk], state.budget)
+            state.n_done = i + 1
+            if state.n_done == n_half < len(chunks):
+                for site_sum in sums.values():
+                    site_sum.keep_half()
+            progress(ends[i], ends[-1])
+            if partial is not None and time.monotonic() - saved >= pause:
+                started = time.monotonic()
+                _save(partial, state, sums)
+                saved = time.monotonic()
+                pause = max(pause, 20 * (saved - started))
+    for site in sites:
+        yield site, sums.pop(site).result(ends[n_half - 1], ends[-1])
+
+
+def chunked(lengths: Sequence[int], most: int) -> list[range]:
+    """Consecutive rows in chunks of at most that many tokens (or one row), two chunks or more if possible."""
+    size = min(most, -(-sum(lengths) // 2))
+    chunks: list[range] = []
+    start = n_tokens = 0
+    for i, length in enumerate(lengths):
+        if n_tokens and n_tokens + length > size:
+            chunks.append(range(start, i))
+            start, n_tokens = i, 0
+        n_tokens += length
+    return [*chunks, range(start, len(lengths))]
+
+
+def batched(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices grouped by length into batches of at most `budget` padded tokens (or one row), padding within bounds.
+
+    A batch of a fair size takes no row that would bring its padding above `MAX_PADDING`.
+    """
+    groups: list[list[int]] = []
+    real = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        padded = (len(groups[-1]) + 1) * lengths[i] if groups else 0  # ascending: the newcomer is the longest
+        wasteful = real >= budget // 32 and padded - real - lengths[i] > MAX_PADDING * padded
+        if groups and padded <= budget and not wasteful:
+            groups[-1].append(i)
+            real += lengths[i]
+        else:
+            groups.append([i])
+            real = lengths[i]
+    return groups
+
+
+def _add_chunk(lm: LM, sums: dict[Site, "_Sum"], rows: Sequence[Row], budget: int) -> int:
+    """Add a chunk's products to the sums; the budget that it could be done with is returned."""
+    longest = max(len(r.ids) for r in rows)
+    while True:
+        try:
+            for group in batched([len(r.ids) for r in rows], budget):
+                _add_batch(lm, sums, [rows[i] for i in group])
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or budget <= longest:
+                raise
+        for site_sum in sums.values():
+            site_sum.drop()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        budget = max(budget // 2, longest)
+        warnings.warn(
+            f"out of memory: batches of at most {budget:,} tokens from here on. Moments are the same up to rounding.",
+            RetconWarning,
+            stacklevel=5,
+        )
+    for site_sum in sums.values():
+        site_sum.promote()
+    return budget
+
+
+def _add_batch(lm: LM, sums: dict[Site, "_Sum"], rows: Sequence[Row]) -> None:
+    batch = pad(rows, lm.device)
+    longest = batch.ids.shape[1]
+    index = None
+    if any(len(r.ids) < longest for r in rows):
+        index = torch.cat([torch.arange(len(r.ids)) + i * longest for i, r in enumerate(rows)]).to(lm.device)
+
+    def adder(site_sum: "_Sum") -> Tap:
+        def add(value: Tensor) -> None:
+            site_sum.add(value.flatten(0, 1), index)
+
+        return add
+
+    run(lm, batch, {Point(s.layer, "key" if s.kind == "down_proj" else "attn_key"): adder(x) for s, x in sums.items()})
+
+
+class _Sum:
+    """Running sum of k k^T of one site, as block rows of its lower triangle: row i spans the columns up to its own."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.d = site, site.weight.shape[1]
+        n_blocks = min(max(self.d // 96, 1), 8)
+        self.edges = [self.d * i // n_blocks for i in range(n_blocks + 1)]
+        device = site.weight.device
+        needed = 8 * self.d * self.d  # little more than float64 sums and float32 partial ones take
+        roomy = device.type == "cuda" and free_bytes(device) > 16 * needed
+        self.total = self._blocks(torch.float64, device if roomy else torch.device("cpu"))
+        self.half: list[Tensor] = []
+        self.chunk: list[Tensor] = []
+
+    def _blocks(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        spans = zip(self.edges, self.edges[1:], strict=False)
+        return [torch.zeros(end - start, end, dtype=dtype, device=device) for start, end in spans]
+
+    def add(self, keys: Float[Tensor, "n d_in"], index: Int[Tensor, " n_real"] | None) -> None:
+        """Add the products of these keys, or of those that `index` names, to the chunk's sum."""
+        if index is not None:
+            keys = keys.index_select(0, index.to(keys.device))
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        if not self.chunk:
+            self.chunk = self._blocks(wide, keys.device)
+        exact_halves = keys.is_cuda and keys.dtype != wide and hasattr(torch.ops.aten.mm, "dtype")
+        if not exact_halves:
+            keys = keys.to(wide)
+        for block, start, end in zip(self.chunk, self.edges, self.edges[1:], strict=False):
+            left, right = keys[:, start:end].T, keys[:, :end]
+            if exact_halves:  # products of 16-bit numbers are exact in float32, in which they are summed
+                block += torch.mm(left, right, out_dtype=wide)
+            else:
+                block.addmm_(left, right)
+
+    def promote(self) -> None:
+        """Add the chunk's sum to the whole."""
+        for total, block in zip(self.total, self.chunk, strict=True):
+            total += block.to(total.device)
+            block.zero_()
+
+    def drop(self) -> None:
+        """Forget the chunk's sum."""
+        self.chunk = []
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.half, self.chunk = [], []
+        for total in self.total:
+            total.zero_()
+
+    def keep_half(self) -> None:
+        """Remember the sum as it is now, which is the first half's."""
+        self.half = [total.to("cpu", torch.float32) for total in self.total]
+
+    def result(self, n_first: int, n: int) -> Collected:
+        """The moment over n tokens, n_first of them the first half's."""
+        moment = torch.empty(self.d, self.d, dtype=torch.float64)
+        for block, start, end in zip(self.total, self.edges, self.edges[1:], strict=False):
+            block = block.cpu() / n
+            block[:, start:] = block[:, start:].tril() + block[:, start:].tril(-1).T
+            moment[start:end, :end] = block
+            moment[:start, start:end] = block[:, :start].T
+        if not torch.isfinite(moment.sum()):
+            raise NonFinite(
+                f"the second moment of {self.site.name} is NaN or infinite; load the model in a wider dtype"
+            )
+        if not self.half:
+            return Collected(moment, None)
+        squares = 0.0
+        for total, half, start in zip(self.total, self.half, self.edges, strict=False):
+            change = half.double() / n_first
+            change -= (total.cpu() - half) / (n - n_first)
+            squares += 2 * float(change.square().sum()) - float(change[:, start:].square().sum())
+        return Collected(moment, float(squares**0.5 / moment.norm()))
+
+
+# --- how much at once --------------------------------------------------------------------------------------------
+
+
+def _budget(lm: LM, rows: Sequence[Row]) -> int:
+    """Padded tokens of one forward pass: what half of the free memory holds, up to the device's maximum."""
+    config, site = lm.model.config.get_text_config(), lm.site(0, "down_proj")
+    d_model, d_ff = site.weight.shape
+    longest = max(len(r.ids) for r in rows)
+    per_token = site.weight.element_size() * (12 * d_model + 6 * d_ff) + 12 * config.num_attention_heads * longest
+    most = MAX_BATCH_TOKENS.get(lm.device.type, MAX_BATCH_TOKENS["cpu"])
+    return max(min(most, free_bytes(lm.device) // 2 // per_token), longest)
+
+
+# --- partial sums on disk ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    """How far a pass has come."""
+
+    digest: str
+    """Of rows, chunks and sites."""
+    n_done: int
+    """Chunks that are in the sums."""
+    budget: int
+    """Padded tokens of one forward pass from here on."""
+
+
+def _digest(sites: Sequence[Site], rows: Sequence[Row], chunks: Sequence[range]) -> str:
+    digest = hashlib.sha256(json.dumps([[s.name for s in sites], [c.stop for c in chunks]]).encode())
+    for row in rows:
+        digest.update(json.dumps(row.ids).encode())
+    return digest.hexdigest()
+
+
+def _save(path: Path, state: _State, sums: dict[Site, _Sum]) -> None:
+    """Write the sums so that a crash at any point leaves the old file or the new one."""
+    tensors: dict[str, Tensor] = {}
+    for site, site_sum in sums.items():
+        tensors |= {f"{site.name}:{i}": total.cpu() for i, total in enumerate(site_sum.total)}
+        tensors |= {f"{site.name}:{i}:half": half for i, half in enumerate(site_sum.half)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        save_file(tensors, temporary, metadata={"retcon": json.dumps(vars(state))})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _load(path: Path, fresh: _State, sums: dict[Site, _Sum]) -> _State:
+    """Fill the sums from a file of the same pass, and say how far it came; `fresh` where there is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = _State(**json.loads((file.metadata() or {})["retcon"]))
+            if state.digest != fresh.digest:
+                return fresh
+            names = set(file.keys())
+            for site, site_sum in sums.items():
+                for i, total in enumerate(site_sum.total):
+                    total.copy_(file.get_tensor(f"{site.name}:{i}"))
+                    if f"{site.name}:{i}:half" in names:
+                        site_sum.half.append(file.get_tensor(f"{site.name}:{i}:half"))
+            return state
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):  # none, or none of ours: begin afresh
+        for site_sum in sums.values():
+            site_sum.clear()
+        return fresh
