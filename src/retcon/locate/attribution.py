@@ -1,0 +1,327 @@
+"""Integrated gradients over weights: how much of an answer's probability each row, column or entry of a matrix carries.
+
+Li et al., "Knowledge Neuronal Ensemble" (KNE), Eqs. 3 to 5, after Sundararajan et al. 2017 and Dai et al. 2022. For a
+group of weights scaled together, w = alpha w̄,
+
+    Attr(w_k) = w̄_k * integral over alpha in [0, 1] of dF/dw_k (alpha w̄),     sum_k Attr(w_k) = F(w̄) - F(0).
+
+F is the answer's probability, token by token. What the paper leaves open, and why the defaults are what they are:
+docs/methods/kne.md. With h_t = W x_t and g_t = dF/dy_t, the attribution of a row is the integral of sum_t h_t g_t, that
+of a column of sum_t x_t (W^T g_t): activations and their gradients, no weight gradient. Entries need sum_t g_t x_t^T,
+which is formed for one matrix at a time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.edits import Edit
+from retcon.errors import InvalidSetting, NonFinite
+from retcon.lm.model import LM, Site
+from retcon.lm.prompts import Row, buckets, pad
+from retcon.lm.replay import Frozen, record, replay
+from retcon.lm.trace import Point, Tap, run
+from retcon.locate.gradients import Caught, catch
+from retcon.tune.objective import Answer, answer_places, answer_rows, gold
+
+Unit = Literal["row", "column", "entry"]
+"""What gets a score: output units, input units, or single weights (row by row) of a matrix W (out x in)."""
+Path = Literal["layer", "joint", "local"]
+Quadrature = Literal["right", "midpoint", "gauss"]
+Probability = Literal["conditional", "joint"]
+
+MAX_BATCH_TOKENS = 4096
+"""Padded tokens per forward pass, copies included; only memory and speed depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """How probability is attributed."""
+
+    path: Path = "layer"
+    """What is scaled together: one matrix at a time (`layer`), all matrices at once (`joint`), nothing (`local`: the
+    gradient at the weights as they are, times the weight)."""
+    n_points: int = 20
+    """m: points of the integral (ignored by `local`)."""
+    quadrature: Quadrature = "right"
+    """Where they lie: i/m as in the paper's Eq. 5, interval midpoints, or Gauss-Legendre nodes."""
+    probability: Probability = "conditional"
+    """P of the first j tokens: p(y_j | x, y_<j), or the product of those up to j."""
+    answer: Answer = "target_new"
+    """The answer whose probability is attributed."""
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("path", Path),
+            ("quadrature", Quadrature),
+            ("probability", Probability),
+            ("answer", Answer),
+        ):
+            if getattr(self, name) not in get_args(known):
+                raise InvalidSetting(
+                    f"attribution: {name} is {getattr(self, name)!r}; known: {', '.join(get_args(known))}"
+                )
+        if self.n_points < 1:
+            raise InvalidSetting(f"attribution: n_points must be at least 1, found {self.n_points}")
+
+    def points(self) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+        """Points in (0, 1] and their weights, which sum to 1; float64."""
+        m = self.n_points
+        if self.path == "local":
+            return torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        if self.quadrature == "gauss":  # Golub & Welsch 1969
+            i = torch.arange(1, m, dtype=torch.float64)
+            off = torch.diag(i / (4 * i**2 - 1).sqrt(), 1)
+            nodes, vectors = torch.linalg.eigh(off + off.T)
+            return (nodes + 1) / 2, vectors[0] ** 2
+        shift = 0.5 if self.quadrature == "midpoint" else 0.0
+        return (torch.arange(1, m + 1, dtype=torch.float64) - shift) / m, torch.full((m,), 1 / m, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """A group of facts, each at every point: rows stand copy by copy."""
+
+    rows: tuple[Row, ...]
+    """The facts, without their last answer tokens in `ids`."""
+    labels: tuple[Row, ...]
+    """The same with them."""
+    alpha: Float[Tensor, " m"]
+    weight: Float[Tensor, " m"]
+
+    def objective(self, log_p: Float[Tensor, "n vocab"], probability: Probability) -> Tensor:
+        """sum over points of weight * F."""
+        m, n = len(self.alpha), len(self.labels)
+        found = gold(log_p, self.labels * m)
+        at, _ = answer_places(self.labels * m)
+        longest = max(len(row.target_ids) for row in self.labels)
+        place = torch.cat([torch.arange(len(row.target_ids)) for row in self.labels * m])
+        table = found.new_zeros(m * n, longest).index_put((at.to(found.device), place.to(found.device)), found)
+        there = torch.zeros_like(table, dtype=torch.bool).index_put(
+            (at.to(found.device), place.to(found.device)), torch.tensor(True, device=found.device)
+        )
+        if probability == "joint":
+            table = table.cumsum(1)
+        return (table.exp() * there).sum(1).view(m, n).sum(1) @ self.weight.to(table)
+
+
+def attribute(
+    lm: LM,
+    facts: Sequence[Edit],
+    sites: Sequence[Site],
+    how: Attribution,
+    unit: Unit = "row",
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Tensor]:
+    """The mean attribution over `facts` of every unit of every site.
+
+    Args:
+        sites: matrices, of any layers and kinds; `path="layer"` scales each by itself.
+        progress: hears (facts done, facts).
+
+    Returns:
+        Per site: (out) scores for rows, (in) for columns, (out * in) for entries, row by row; on the CPU, float32 or
+        the weights' dtype where that is wider.
+
+    Raises:
+        InvalidEdit: the answer asked for is missing.
+        NonFinite: a score is NaN or infinite; the message names the parameter.
+    """
+    totals: dict[str, Tensor] = {}
+    done = 0
+    with lm.borrowed():
+        for copies in _copies(lm, facts, how):
+            for caught in _passes(lm, copies, sites, how):
+                key = f"{caught.site.name}/{caught.site.kind}"
+                found = _contribution(caught, unit).cpu()
+                totals[key] = totals[key].add_(found) if key in totals else found
+            done += len(copies.rows)
+            progress(done, len(facts))
+    scores = []
+    for site in sites:
+        score = totals.pop(f"{site.name}/{site.kind}") / len(facts)
+        if unit == "entry":
+            score = score * site.weight.to(score).reshape(-1)
+        if not bool(torch.isfinite(score).all()):
+            raise NonFinite(f"{site.name}: an attribution is NaN or infinite; is the model's own probability finite?")
+        scores.append(score)
+    return scores
+
+
+def answer_probabilities(lm: LM, facts: Sequence[Edit], how: Attribution) -> Float[Tensor, " n_facts"]:
+    """F of each fact on the weights as they are: the sum over answer tokens of P."""
+    rows = answer_rows(lm, facts, how.answer)
+    one = torch.ones(1, dtype=torch.float64)
+    with lm.borrowed(), torch.no_grad():
+        found = []
+        for row in rows:
+            copies = _Copies((Row(row.ids[:-1], row.n_prompt),), (row,), one, one)
+            found.append(copies.objective(_log_p(lm, copies, None), how.probability))
+        return torch.stack(found)
+
+
+def _copies(lm: LM, facts: Sequence[Edit], how: Attribution) -> Iterator[_Copies]:
+    rows = answer_rows(lm, facts, how.answer)
+    alpha, weight = how.points()
+    for group in buckets([len(row.ids) - 1 for row in rows], max(1, MAX_BATCH_TOKENS // len(alpha))):
+        labels = tuple(rows[i] for i in group)
+        yield _Copies(tuple(Row(r.ids[:-1], r.n_prompt) for r in labels), labels, alpha, weight)
+
+
+def _passes(lm: LM, copies: _Copies, sites: Sequence[Site], how: Attribution) -> Iterator[Caught]:
+    alpha = copies.alpha.repeat_interleave(len(copies.rows))
+    if how.path != "layer":
+        yield from catch(sites, lambda: copies.objective(_log_p(lm, copies, None), how.probability), alpha)
+        return
+    below = _Below.record(lm, copies.rows, sites)
+    for site in sites:
+        if _adds_to_the_stream(lm, site):
+            yield _behind(lm, copies, site, below, how)
+        else:
+            forward = partial(_log_p, lm, copies, below.entering.get(site.layer))
+            yield from catch([site], lambda run=forward: copies.objective(run(), how.probability), alpha)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class _Below:
+    """What does not depend on a layer's scale: everything that comes before it, from one pass over the facts."""
+
+    entering: dict[int, Frozen]
+    """What enters each block but block 0 (which is run from the tokens), all tokens of it, in order of blocks."""
+    keys: dict[int, Tensor]
+    """What enters each down-projection, and `values` what it puts out."""
+    values: dict[int, Tensor]
+
+    @classmethod
+    def record(cls, lm: LM, rows: Sequence[Row], sites: Sequence[Site]) -> "_Below":
+        seen: dict[Point, Tensor] = {}
+
+        def reader(point: Point) -> Tap:
+            def read(value: Tensor) -> None:
+                seen[point] = value
+
+            return read
+
+        behind = sorted({site.layer for site in sites if _adds_to_the_stream(lm, site)})
+        last = max(site.layer + (site.layer in behind) for site in sites)
+        wanted = [Point(layer, "block") for layer in range(last)]
+        wanted += [Point(layer, tensor) for layer in behind for tensor in ("key", "mlp")]
+        if not wanted:
+            return cls({}, {}, {})
+        with torch.no_grad():
+            run(lm, pad(rows, lm.device), {point: reader(point) for point in wanted})
+        first, _ = record(lm, rows, [0] * len(rows), 1)
+        _ = lm.block_outputs  # found by a pass of its own, which must not meet the hooks of an attribution
+        return cls(
+            {p.layer + 1: replace(first, first=p.layer + 1, states=x) for p, x in seen.items() if p.tensor == "block"},
+            {p.layer: x for p, x in seen.items() if p.tensor == "key"},
+            {p.layer: x for p, x in seen.items() if p.tensor == "mlp"},
+        )
+
+
+def _adds_to_the_stream(lm: LM, site: Site) -> bool:
+    """Whether the site's output goes straight into the block's output, so that its own block need not be run again."""
+    return site.kind == "down_proj" and lm.layout.mlp_post_norm is None
+
+
+def _behind(lm: LM, copies: _Copies, site: Site, below: _Below, how: Attribution) -> Caught:
+    """One site whose scaling is a change of its block's output: (alpha - 1) h. Only the blocks behind it are run."""
+    frozen = below.entering[site.layer + 1]
+    shape = frozen.states.shape
+    wide = torch.promote_types(lm.dtype, torch.float32)
+    value = below.values[site.layer].view(shape).to(wide)
+    h = value if site.bias is None else value - site.bias.to(wide)
+    less = copies.alpha.to(h)[:, None, None, None] - 1
+    moved = (less * h).view(-1, *shape[1:]).requires_grad_()
+
+    def change(state: Tensor) -> Tensor:
+        return (state + moved).to(state.dtype)
+
+    with torch.enable_grad():
+        log_p = _log_p(lm, copies, frozen, {Point(site.layer, "block"): change})
+        (g,) = torch.autograd.grad(copies.objective(log_p, how.probability), [moved])
+    g = g.view(len(copies.alpha), -1, shape[-1]).sum(0)  # x and h are the same for all copies
+    x = below.keys[site.layer]
+    return Caught(site, x.reshape(len(g), -1).to(wide), h.reshape(len(g), -1), g)
+
+
+def _log_p(
+    lm: LM, copies: _Copies, frozen: Frozen | None, taps: Mapping[Point, Tap] | None = None
+) -> Float[Tensor, "n vocab"]:
+    """Log-probabilities where answers are predicted, for all copies; a replay where what enters a block is known."""
+    m, n = len(copies.alpha), len(copies.rows)
+    places = answer_places(copies.labels * m)
+    if frozen is None:
+        logits = run(lm, pad(copies.rows * m, lm.device), {}, places)
+    else:
+        logits = replay(lm, frozen.select(list(range(n)) * m), taps or {}, places)
+    assert logits is not None
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _contribution(caught: Caught, unit: Unit) -> Tensor:
+    if unit == "row":
+        return caught.rows()
+    if unit == "column":
+        return caught.columns()
+    return caught.weight_gradient().reshape(-1)
+
+
+# --- selection ---------------------------------------------------------------------------------------------------
+
+
+def select(scores: Sequence[Float[Tensor, " units"]], count: int) -> list[Tensor]:
+    """The `count` units of highest score over all tensors together: per tensor, their indices, ascending (Eqs. 6, 7).
+
+    One threshold over all; ties go to the earlier tensor, then the lower index, so that the count is exact. Scores are
+    compared as float32. Two histograms of 65,536 bins find the threshold, so that nothing is ever sorted or joined and
+    no tensor is too large.
+
+    Raises:
+        InvalidSetting: there are fewer units, or none is asked for.
+        NonFinite: a score is NaN.
+    """
+    n_units = sum(len(s) for s in scores)
+    if not 1 <= count <= n_units:
+        raise InvalidSetting(f"{count} units asked for; there are {n_units}")
+    high = torch.zeros(2**16, dtype=torch.long)
+    for score in scores:
+        high += torch.bincount((_ordered(score) >> 16) + 2**15, minlength=2**16)
+    top, above = _bin_of(high, count)
+    low = torch.zeros(2**16, dtype=torch.long)
+    for score in scores:
+        key = _ordered(score)
+        low += torch.bincount(key[(key >> 16) + 2**15 == top] & 0xFFFF, minlength=2**16)
+    rest, more = _bin_of(low, count - above)
+    threshold = ((top - 2**15) << 16) | rest
+    ties = count - above - more
+    chosen = []
+    for score in scores:
+        key = _ordered(score)
+        equal = (key == threshold).nonzero()[:, 0][:ties]
+        ties -= len(equal)
+        chosen.append(torch.cat([(key > threshold).nonzero()[:, 0], equal]).sort().values)
+    return chosen
+
+
+def _ordered(score: Tensor) -> Tensor:
+    """Integers in the order of the scores: the bits of a float32, those of negative numbers turned over."""
+    single = score.detach().cpu().to(torch.float32) + 0.0  # -0 is 0
+    if bool(single.isnan().any()):
+        raise NonFinite("a score is NaN, so that units cannot be ranked")
+    bits = single.view(torch.int32).long()
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _bin_of(histogram: Tensor, count: int) -> tuple[int, int]:
+    """The bin that holds the `count`-th largest value, and how many values lie above it."""
+    from_top = histogram.flip(0).cumsum(0)
+    place = int((from_top >= count).nonzero()[0, 0])
+    above = int(from_top[place - 1]) if place else 0
+    return len(histogram) - 1 - place, above

@@ -1,0 +1,293 @@
+"""The contrast-based probe: how the original and the target answer travel through the layers.
+
+Shi et al. 2024, arXiv:2412.17872, section 4.1 and appendix A. Every state of the residual stream is read as if it were
+the last one (Eq. 5), and the probability and the rank (Eq. 6) of an answer's first token are recorded, at the subject's
+last token and where the answer is predicted.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from retcon.edits import Edit
+from retcon.errors import InvalidSetting, NonFinite
+from retcon.lm.model import LM
+from retcon.lm.prompts import Row, Where, buckets, encode, encode_edit, pad
+from retcon.lm.trace import Point, Tap, TensorName, run
+from retcon.locate import lens
+from retcon.locate.embeddings import EMBEDDING, reading_first_input
+from retcon.locate.wordsets import SETS, TokenSets, WordSets
+
+MAX_BATCH_TOKENS = 4096
+PROJECTED: tuple[TensorName, ...] = ("block", "attn", "mlp")
+"""Outputs that can be read: of whole blocks, of attention, of MLPs."""
+Quantity = Literal["mean_rank", "sum_prob", "mean_prob"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A mean over records, state by state, with a 95 % interval (mean ± 1.96 standard errors)."""
+
+    layers: tuple[int, ...]
+    """-1 is the embedding."""
+    mean: Float[Tensor, " layers"]
+    half_width: Float[Tensor, " layers"]
+    n: int
+    """Records behind it: those for which the set is not empty."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What the probe saw. Tensors are on the CPU, NaN where a record's set is empty."""
+
+    ids: tuple[str, ...]
+    """Records, by the id of their edit."""
+    positions: tuple[Where, ...]
+    points: tuple[Point, ...]
+    """States, in the model's order; `Point(-1, "block")` is what enters the first block."""
+    norms: tuple[bool, ...]
+    """Readings: without the final norm (the paper's), with it (the model's own at the last block), or both."""
+    sets: tuple[str, ...]
+    """`original` and `target` (one token each), then the word sets."""
+    size: Int[Tensor, "records sets"]
+    """Distinct tokens of each set."""
+    mean_rank: Float[Tensor, "records positions points norms sets"]
+    """Mean over the set's tokens; 0 is the most likely token of the vocabulary."""
+    sum_prob: Float[Tensor, "records positions points norms sets"]
+    """Sum over the set's tokens."""
+    known: Bool[Tensor, " records"]
+    """Whether the model's own next token is the original answer's first one."""
+    assumed: Bool[Tensor, " records"]
+    """Whether the model's own next token stood in for an original answer that the record did not give."""
+    skipped: Mapping[str, str]
+    """Records left out, by id, with the reason."""
+    vocabulary: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def n_layers(self) -> int:
+        return 1 + max(p.layer for p in self.points)
+
+    @property
+    def mean_prob(self) -> Float[Tensor, "records positions points norms sets"]:
+        """Probability per token of the set."""
+        return self.sum_prob / self.size[:, None, None, None, :]
+
+    def values(
+        self, quantity: Quantity, of: str, position: Where, *, final_norm: bool, tensor: TensorName = "block"
+    ) -> tuple[tuple[int, ...], Float[Tensor, "records layers"]]:
+        """Layers, and one set's values there, record by record.
+
+        Raises:
+            InvalidSetting: the probe did not look there.
+        """
+        for name, wanted, had in (
+            ("set", of, self.sets),
+            ("position", position, self.positions),
+            ("reading final_norm =", final_norm, self.norms),
+            ("tensor", tensor, tuple(dict.fromkeys(p.tensor for p in self.points))),
+        ):
+            if wanted not in had:
+                raise InvalidSetting(f"the probe holds no {name} {wanted}; it holds {', '.join(map(str, had))}")
+        places = [i for i, p in enumerate(self.points) if p.tensor == tensor]
+        table = getattr(self, quantity)
+        at = table[:, self.positions.index(position), :, self.norms.index(final_norm), self.sets.index(of)]
+        return tuple(self.points[i].layer for i in places), at[:, places]
+
+    def curve(
+        self, quantity: Quantity, of: str, position: Where, *, final_norm: bool, tensor: TensorName = "block"
+    ) -> Curve:
+        """One set's mean over records, layer by layer."""
+        layers, values = self.values(quantity, of, position, final_norm=final_norm, tensor=tensor)
+        values = values[~values.isnan().any(1)]
+        spread = values.std(0) if len(values) > 1 else torch.full((len(layers),), torch.nan, dtype=values.dtype)
+        return Curve(layers, values.mean(0), 1.96 * spread / max(len(values), 1) ** 0.5, len(values))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Everything as a tidy table: one row per record, position, state, reading and set that is not empty."""
+        ranks, probabilities, sizes = self.mean_rank.tolist(), self.sum_prob.tolist(), self.size.tolist()
+        for i, record in enumerate(self.ids):
+            places = product(enumerate(self.positions), enumerate(self.points), enumerate(self.norms))
+            for (p, position), (s, point), (n, final_norm) in places:
+                for k, (of, size) in enumerate(zip(self.sets, sizes[i], strict=True)):
+                    if size:
+                        yield {
+                            "record_id": record,
+                            "position": position,
+                            "layer": point.layer,
+                            "site": point.tensor,
+                            "final_norm": final_norm,
+                            "set": of,
+                            "size": size,
+                            "mean_rank": ranks[i][p][s][n][k],
+                            "sum_prob": probabilities[i][p][s][n][k],
+                            "mean_prob": probabilities[i][p][s][n][k] / size,
+                        }
+
+    def means(self) -> list[dict[str, Any]]:
+        """The curves as a tidy table: one row per position, site, reading, set, quantity and layer."""
+        sites = dict.fromkeys(p.tensor for p in self.points)
+        quantities: tuple[Quantity, ...] = ("mean_rank", "sum_prob", "mean_prob")
+        found = []
+        for where, site, norm, of, what in product(self.positions, sites, self.norms, self.sets, quantities):
+            curve = self.curve(what, of, where, final_norm=norm, tensor=site)
+            about = {"position": where, "site": site, "final_norm": norm, "set": of, "quantity": what, "n": curve.n}
+            rows = zip(curve.layers, curve.mean.tolist(), curve.half_width.tolist(), strict=True)
+            found += [{**about, "layer": layer, "mean": mean, "half_width": half} for layer, mean, half in rows]
+        return found
+
+
+def contrast_probe(
+    lm: LM,
+    edits: Sequence[Edit],
+    *,
+    positions: Sequence[Where] = ("subject_last", "prediction"),
+    tensors: Sequence[TensorName] = ("block",),
+    norms: Sequence[bool] = (False, True),
+    word_sets: WordSets | None = None,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Contrast:
+    """Probability and rank of every edit's two answers in every state, on the weights as they are now.
+
+    An answer is its first token behind the prompt. The original one is `target_true`; where an edit gives none, the
+    model's own next token stands in for it, and the record says so. An edit whose two answers begin with the same token
+    has nothing to contrast and is left out, as is one whose subject does not occur in its prompt.
+
+    Args:
+        tensors: `block` (and the embedding with it), and perhaps `attn` and `mlp`, before any post-norm.
+        norms: readings to make; both by default.
+        word_sets: sets of words to follow as well (appendix A).
+        progress: hears (edits done, edits).
+
+    Raises:
+        InvalidSetting: no edits, or none that can be probed.
+        UnsupportedModel: with the final norm, the last block's output does not give the model's own logits.
+        NonFinite: a state or a probability is NaN or infinite.
+    """
+    if odd := [t for t in tensors if t not in PROJECTED]:
+        raise InvalidSetting(f"cannot read {', '.join(odd)} as next tokens; known: {', '.join(PROJECTED)}")
+    skipped = {e.id: "the subject does not occur in the prompt" for e in edits if e.subject_span is None}
+    kept = [e for e in edits if e.subject_span is not None]
+    points, names = _points(lm, tensors), SETS if word_sets else ()
+    shape = (len(kept), len(positions), len(points), len(norms), 2 + len(names))
+    mean_rank = torch.full(shape, torch.nan, dtype=torch.float64)
+    sum_prob = mean_rank.clone()
+    size = torch.ones(len(kept), shape[-1], dtype=torch.long)
+    answers = torch.zeros(len(kept), 2, dtype=torch.long)
+    said = torch.zeros(len(kept), dtype=torch.long)
+    rows = [encode_edit(lm.tokenizer, edit) for edit in kept]
+    as_tokens = TokenSets(word_sets, lm.tokenizer, lens.vocabulary(lm)) if word_sets else None
+    with lm.borrowed(), torch.no_grad():
+        if True in norms:
+            lens.check(lm)
+        done = len(skipped)
+        for group in buckets([len(row.ids) for row in rows], max_batch_tokens):
+            states, logits = _states(lm, [rows[i] for i in group], positions, points)
+            said[group] = logits.argmax(1).cpu()
+            answers[group] = torch.tensor([_answers(lm, kept[i], int(said[i])) for i in group])
+            sets = [as_tokens.of(kept[i], int(answers[i, 0])) if as_tokens else [] for i in group]
+            size[group, 2:] = torch.tensor([[len(tokens) for tokens in of] for of in sets], dtype=torch.long)
+            for p, point in enumerate(points):
+                for n, final_norm in enumerate(norms):
+                    for w in range(len(positions)):
+                        ranks, probs = _read(lm, states[point][:, w], answers[group], sets, final_norm)
+                        mean_rank[group, w, p, n], sum_prob[group, w, p, n] = ranks, probs
+            done += len(group)
+            progress(done, len(edits))
+    contrasted = answers[:, 0] != answers[:, 1]
+    skipped |= {kept[i].id: "both answers begin with the same token" for i in (~contrasted).nonzero()[:, 0].tolist()}
+    if not contrasted.any():
+        raise InvalidSetting(f"nothing to probe: {_counted(skipped) or 'no edits were given'}")
+    return Contrast(
+        ids=tuple(kept[i].id for i in contrasted.nonzero()[:, 0].tolist()),
+        positions=tuple(positions),
+        points=points,
+        norms=tuple(norms),
+        sets=("original", "target", *names),
+        size=size[contrasted],
+        mean_rank=mean_rank[contrasted],
+        sum_prob=sum_prob[contrasted],
+        known=(said == answers[:, 0])[contrasted],
+        assumed=torch.tensor([e.target_true is None for e in kept])[contrasted],
+        skipped=skipped,
+        vocabulary=lens.vocabulary(lm),
+    )
+
+
+def _points(lm: LM, tensors: Sequence[TensorName]) -> tuple[Point, ...]:
+    order: tuple[TensorName, ...] = ("attn", "mlp", "block")
+    inside = [t for t in order if t in tensors]
+    start = [EMBEDDING] if "block" in tensors else []
+    return tuple(start + [Point(layer, tensor) for layer in range(lm.n_layers) for tensor in inside])
+
+
+def _counted(skipped: Mapping[str, str]) -> str:
+    reasons = list(skipped.values())
+    return "; ".join(f"{reasons.count(reason)} left out, {reason}" for reason in dict.fromkeys(reasons))
+
+
+def _answers(lm: LM, edit: Edit, said: int) -> tuple[int, int]:
+    """First tokens of the original and the target answer behind the prompt."""
+
+    def first(answer: str) -> int:
+        return encode(lm.tokenizer, edit.text, answer).target_ids[0]
+
+    return (first(edit.target_true) if edit.target_true else said), first(edit.target_new)
+
+
+def _states(
+    lm: LM, rows: Sequence[Row], positions: Sequence[Where], points: Sequence[Point]
+) -> tuple[dict[Point, Float[Tensor, "rows positions d_model"]], Float[Tensor, "rows vocab"]]:
+    """Every state at every position, and the model's own logits at the prediction position, from one pass."""
+    each = torch.arange(len(rows))
+    at = torch.tensor([[row.position(where) for where in positions] for row in rows])
+    found: dict[Point, Tensor] = {}
+
+    def reader(point: Point) -> Callable[[Tensor], None]:
+        def read(value: Tensor) -> None:
+            found[point] = value[each[:, None].to(value.device), at.to(value.device)]
+
+        return read
+
+    taps: dict[Point, Tap] = {p: reader(p) for p in points if p != EMBEDDING}
+    with reading_first_input(lm, reader(EMBEDDING)):
+        last = torch.tensor([row.prediction for row in rows])
+        logits = run(lm, pad(rows, lm.device), taps, (each, last))
+    assert logits is not None
+    return found, logits
+
+
+def _read(
+    lm: LM,
+    states: Float[Tensor, "n d_model"],
+    answers: Int[Tensor, "n 2"],
+    sets: Sequence[Sequence[Int[Tensor, " tokens"]]],
+    final_norm: bool,
+) -> tuple[Float[Tensor, "n sets"], Float[Tensor, "n sets"]]:
+    """Mean rank and summed probability of the two answers and of each row's word sets; NaN for an empty set."""
+    mean_rank = torch.full((len(states), 2 + len(sets[0])), torch.nan, dtype=torch.float64)
+    sum_prob = mean_rank.clone()
+    for part, logits in lens.in_chunks(lm, states, final_norm=final_norm):
+        prob = logits.softmax(1)
+        if not torch.isfinite(prob).all():
+            raise NonFinite("a probability is NaN or infinite; load the model in a wider dtype")
+        two = answers[part].to(logits.device)
+        mean_rank[part, :2] = lens.rank_of(logits, two).double().cpu()
+        sum_prob[part, :2] = prob.gather(1, two).double().cpu()
+        if sets[0]:
+            rank = lens.ranks(logits)
+            for i, of_row in enumerate(sets[part]):
+                for k, tokens in enumerate(of_row):
+                    if len(tokens):
+                        tokens = tokens.to(logits.device)
+                        mean_rank[part.start + i, 2 + k] = rank[i, tokens].double().mean().cpu()
+                        sum_prob[part.start + i, 2 + k] = prob[i, tokens].double().sum().cpu()
+    return mean_rank, sum_prob

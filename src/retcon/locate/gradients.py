@@ -1,0 +1,88 @@
+"""Gradients at a module's door: what enters it, what it makes of that, and how an objective depends on it.
+
+With x_t entering a matrix W and g_t = dF/dy_t at its output, the weight gradient is sum_t g_t x_t^T. Everything here is
+computed from x and g, so that no weight ever needs a gradient.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from retcon.lm.model import Site
+
+
+@dataclass(frozen=True)
+class Caught:
+    """One site in one pass, over all rows and positions, in float32 or wider."""
+
+    site: Site
+    x: Float[Tensor, "tokens in"]
+    """What entered."""
+    h: Float[Tensor, "tokens out"]
+    """W x, bias excluded and not scaled."""
+    g: Float[Tensor, "tokens out"]
+    """dF/d(alpha W x)."""
+
+    def rows(self) -> Float[Tensor, " out"]:
+        """sum_t h_t g_t: per output unit, <W row, dF/dW row> (identity I3)."""
+        return (self.h * self.g).sum(0)
+
+    def columns(self) -> Float[Tensor, " in"]:
+        """sum_t x_t (W^T g_t): per input unit, <W column, dF/dW column> (identity I4)."""
+        return (self.x * (self.g @ self.site.weight.to(self.g.dtype))).sum(0)
+
+    def weight_gradient(self) -> Float[Tensor, "out in"]:
+        """dF/dW = sum_t g_t x_t^T, in math orientation."""
+        return self.g.T @ self.x
+
+
+def catch(
+    sites: Sequence[Site],
+    forward: Callable[[], Tensor],
+    alpha: Float[Tensor, " rows"] | None = None,
+) -> Iterator[Caught]:
+    """Run `forward`, which gives the scalar F, and what passed every site on the way, one site at a time.
+
+    Args:
+        alpha: per row of the batch, what the sites' weights are multiplied by in this pass (biases are not).
+    """
+    passed: list[tuple[Site, Tensor, Tensor, Tensor]] = []
+
+    def hook(site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def scale(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            x = args[0]
+            wide = torch.promote_types(output.dtype, torch.float32)
+            part = output if site.rows is None else output[..., site.rows.to(output.device)]
+            bias = site.bias
+            h = part.to(wide) if bias is None else part.to(wide) - bias.to(wide)
+            factor = 1.0 if alpha is None else _per_token(alpha.to(h), h)
+            scaled = factor * h if h.requires_grad else (factor * h).detach().requires_grad_()
+            passed.append((site, x.detach(), h.detach(), scaled))
+            new = (scaled if bias is None else scaled + bias.to(wide)).to(output.dtype)
+            return new if site.rows is None else output.index_copy(-1, site.rows.to(output.device), new)
+
+        return scale
+
+    with ExitStack() as stack, torch.enable_grad():
+        for site in sites:
+            stack.callback(site.module.register_forward_hook(hook(site)).remove)
+        objective = forward()
+    gradients = torch.autograd.grad(objective, [scaled for *_, scaled in passed])
+    for (site, x, h, _), g in zip(passed, gradients, strict=True):
+        yield Caught(site, _flat(x, g.dtype), _flat(h, g.dtype), _flat(g, g.dtype))
+
+
+def _per_token(alpha: Tensor, h: Tensor) -> Tensor:
+    """One factor per row, shaped for (rows, seq, width) or for OPT's (rows x seq, width)."""
+    if h.dim() == 2:
+        return alpha.repeat_interleave(len(h) // len(alpha))[:, None]
+    return alpha.view(-1, *[1] * (h.dim() - 1))
+
+
+def _flat(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.reshape(-1, value.shape[-1]).to(dtype)

@@ -1,0 +1,94 @@
+"""The vocabulary projection of any state of the residual stream: what the model would say if it ended there.
+
+nostalgebraist 2020 ("logit lens"); JEEP's Eq. 5 is the same without the final norm. Projections are made for a few
+states at a time, so that the logits of all of them never stand in memory together.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from retcon.errors import UnsupportedModel
+from retcon.lm.model import LM
+from retcon.lm.prompts import encode, pad
+from retcon.lm.trace import Point, Tap, run
+
+MAX_LOGITS = 2**24
+"""Logits held at a time: 64 MB in float32."""
+
+
+def project(lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool) -> Float[Tensor, "n vocab"]:
+    """Logits of states, at least float32.
+
+    With the final norm, what the model itself does with its last state (a soft cap of the logits included), so that the
+    last block's output gives the model's own logits. Without it, W x + b and nothing else (JEEP, Eq. 5).
+    """
+    if not final_norm:
+        logits = lm.head(states.to(_weight(lm.head).device))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    norm = lm.model.get_submodule(lm.layout.final_norm)
+    logits = lm.head(norm(states.to(_weight(norm).device)).to(_weight(lm.head).device))
+    cap = getattr(lm.model.config, "final_logit_softcapping", None)  # gemma 2, some of gemma 3
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def in_chunks(
+    lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool, max_logits: int = MAX_LOGITS
+) -> Iterator[tuple[slice, Float[Tensor, "some vocab"]]]:
+    """`project`, a few states at a time: which, and their logits."""
+    size = max(1, max_logits // vocabulary(lm))
+    for first in range(0, len(states), size):
+        part = slice(first, first + size)
+        yield part, project(lm, states[part], final_norm=final_norm)
+
+
+def vocabulary(lm: LM) -> int:
+    """Tokens that the head knows."""
+    return _weight(lm.head).shape[0]
+
+
+def check(lm: LM) -> None:
+    """Whether the last block's output, read with the final norm, gives the model's own logits.
+
+    Raises:
+        UnsupportedModel: it does not; the family makes its logits in a way that `project` does not know.
+    """
+    row = encode(lm.tokenizer, "The")
+    state: list[Tensor] = []
+    at = torch.tensor([0]), torch.tensor([row.prediction])
+    with torch.no_grad():
+        taps: dict[Point, Tap] = {Point(lm.n_layers - 1, "block"): lambda value: state.append(value[0, at[1]])}
+        own = run(lm, pad([row], lm.device), taps, at)
+        assert own is not None
+        read = project(lm, state[0], final_norm=True).to(own)
+    allowed = 0.02 if own.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    off = float((read - own).abs().max() / own.abs().max())
+    if not off <= allowed:
+        raise UnsupportedModel(
+            f"{lm.name!r}: the last block's output behind final norm and head is {off:.1%} off the model's own logits, "
+            "so states cannot be read as next tokens. If the layout is your own, check its final_norm and head; or "
+            "read without the final norm."
+        )
+
+
+def rank_of(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n some"]) -> Int[Tensor, "n some"]:
+    """rank(t) = #{t' : P(t') > P(t)}, 0 for the most likely token (JEEP, Eq. 6)."""
+    own = logits.gather(1, tokens)
+    return torch.stack([(logits > own[:, i : i + 1]).sum(1) for i in range(tokens.shape[1])], dim=1)
+
+
+def ranks(logits: Float[Tensor, "n vocab"]) -> Int[Tensor, "n vocab"]:
+    """`rank_of` for every token; equal logits share their rank."""
+    falling, order = logits.sort(dim=1, descending=True)
+    place = torch.arange(logits.shape[1], device=logits.device).expand_as(order)
+    new = torch.ones_like(falling, dtype=torch.bool)
+    new[:, 1:] = falling[:, 1:] < falling[:, :-1]
+    above = torch.where(new, place, 0).cummax(dim=1).values  # where the run of equal logits begins
+    return torch.empty_like(order).scatter_(1, order, above)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return module.weight  # type: ignore[return-value]

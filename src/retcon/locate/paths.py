@@ -1,0 +1,329 @@
+"""Critical transmission paths: which key and value vectors, one of each per layer, an edit runs through (CTP).
+
+Zhai et al. 2025, "Parameter-Aware Contrastive Knowledge Editing", section 4.2; released as SonglinZhai/PAC. A *node* is
+one input weight vector k_j of an MLP's unit j (a row of W1, M x D in math orientation) or its output weight vector v_j
+(a column of W2, D x M). A *slot* is one of those matrices; a path takes one node from every slot. A path's score is a
+sum over slots, so that best and worst paths follow from node scores without enumeration. What the paper leaves open:
+docs/methods/ctp.md.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.edits import Edit
+from retcon.errors import InvalidSetting, NonFinite
+from retcon.lm.model import LM, Site, SiteName
+from retcon.lm.prompts import Row
+from retcon.locate.gradients import Caught, catch
+from retcon.tune.descent import Reduction, shares
+from retcon.tune.objective import answer_nll, answer_rows, token_chunks
+
+Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight", "random"]
+"""What a node is worth, of the gradient G (D x M) of the edit loss with respect to its matrix:
+
+`z_abs`: mean over d of |G[d, j]| once each row of G is standardised over the nodes (the released code); `signed_sum`:
+sum over d of G[d, j], Eq. 5 to the letter; `abs_of_sum`: its size; `sum_abs`, `l2`: sum of sizes, and length, of column
+j;
+`grad_x_weight`: |sum over d of W[d, j] G[d, j]|; `random`: a control, drawn by seed.
+"""
+Select = Literal["rank_aligned", "k_best"]
+"""`rank_aligned`: path r takes the r-th node of every slot (the released code); `k_best`: the best sums."""
+Assess = Literal["pooled", "per_edit"]
+"""`pooled`: the score of the summed gradient; `per_edit`: the mean of every edit's own scores."""
+KeyMatrix = Literal["up", "gate", "both"]
+
+MAX_GRADIENT_BYTES = 2**31
+"""Gradients held at a time where edits need several passes; only memory and speed depend on it."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One matrix whose units are nodes."""
+
+    site: Site
+
+    @property
+    def is_value(self) -> bool:
+        """Nodes are columns of W2 (value vectors); otherwise rows of W1 (key vectors)."""
+        return self.site.kind == "down_proj"
+
+    @property
+    def n_nodes(self) -> int:
+        """M, the units of the MLP."""
+        return self.site.weight.shape[1 if self.is_value else 0]
+
+    def by_node(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "d nodes"]:
+        """A matrix of the site's shape as (D x M), one column per node."""
+        return matrix if self.is_value else matrix.T
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Some paths, best (or worst) first."""
+
+    nodes: tuple[tuple[int, ...], ...]
+    """Per path, its node in every slot."""
+    scores: tuple[float, ...]
+    """Per path, the sum of its nodes' scores (float64)."""
+
+    def in_slot(self, slot: int) -> list[int]:
+        """The nodes that some path takes in that slot, in order of their first path, each once."""
+        return list(dict.fromkeys(path[slot] for path in self.nodes))
+
+
+@dataclass(frozen=True)
+class Transmission:
+    """What an assessment found."""
+
+    slots: tuple[Slot, ...]
+    scores: tuple[Float[Tensor, " nodes"], ...]
+    """Per slot, every node's score, on the CPU."""
+    positive: Paths
+    """T+: the paths of highest score."""
+    negative: Paths
+    """T-: the paths of lowest score."""
+
+
+def slots_of(lm: LM, key_matrix: KeyMatrix = "up") -> list[Slot]:
+    """Every layer's key matrices and value matrix, in order of layers.
+
+    Raises:
+        InvalidSetting: the gate matrix is asked for and the model has none.
+    """
+    if key_matrix != "up" and lm.layout.gate_proj is None:
+        raise InvalidSetting(
+            f"key_matrix={key_matrix!r} asks for the gate matrix, but {lm.name!r} "
+            f"({lm.model.config.model_type}) has no gated MLP; use 'up'"
+        )
+    keys: dict[KeyMatrix, tuple[SiteName, ...]] = {
+        "up": ("up_proj",),
+        "gate": ("gate_proj",),
+        "both": ("up_proj", "gate_proj"),
+    }
+    kinds: tuple[SiteName, ...] = (*keys[key_matrix], "down_proj")
+    return [Slot(lm.site(layer, kind)) for layer in range(lm.n_layers) for kind in kinds]
+
+
+# --- node scores -------------------------------------------------------------------------------------------------
+
+
+def node_scores(
+    g: Float[Tensor, "d nodes"], score: Score, weight: Float[Tensor, "d nodes"] | None = None
+) -> Float[Tensor, " nodes"]:
+    """Scores of nodes from a gradient, one column per node; see `Score`. `weight` is needed by `grad_x_weight` only."""
+    if score == "z_abs":
+        std = g.std(1, keepdim=True)  # unbiased, as torch.std
+        centred = g - g.mean(1, keepdim=True)
+        z = torch.where(std > 0, centred / std, torch.zeros_like(g))  # a coordinate without gradient says nothing
+        return z.abs().mean(0)
+    if score == "signed_sum":
+        return g.sum(0)
+    if score == "abs_of_sum":
+        return g.sum(0).abs()
+    if score == "sum_abs":
+        return g.abs().sum(0)
+    if score == "l2":
+        return g.norm(dim=0)
+    if score == "grad_x_weight" and weight is not None:
+        return (weight.to(g) * g).sum(0).abs()
+    raise ValueError(f"no score {score!r} from a gradient alone")
+
+
+def _summed(slot: Slot, caught: Caught, score: Score) -> Float[Tensor, " nodes"]:
+    """The part of a score that adds up over passes, from activations and their gradients: no weight gradient."""
+    if score == "grad_x_weight":
+        return caught.columns() if slot.is_value else caught.rows()
+    if slot.is_value:
+        return (caught.x * caught.g.sum(1, keepdim=True)).sum(0)
+    return (caught.g * caught.x.sum(1, keepdim=True)).sum(0)
+
+
+def assess(
+    lm: LM,
+    edits: Sequence[Edit],
+    slots: Sequence[Slot],
+    score: Score = "z_abs",
+    *,
+    pool: Assess = "pooled",
+    reduction: Reduction = "per_edit",
+    groups: Sequence[Sequence[int]] | None = None,
+    seed: int = 0,
+    max_gradient_bytes: int = MAX_GRADIENT_BYTES,
+) -> list[Float[Tensor, " nodes"]]:
+    """Every node's score for the loss of `edits`, on the weights as they are now (hooks in force included).
+
+    Where one backward pass holds all edits, one matrix's gradient exists at a time. Otherwise slots are assessed in
+    groups whose gradients fit in `max_gradient_bytes`, one pass over the edits per group. `signed_sum`, `abs_of_sum`
+    and `grad_x_weight` form no gradient at all.
+
+    Args:
+        reduction: what the loss is the mean of.
+        groups: mini-batches (indices of edits) each of which has its own mean, and whose gradients are summed; None:
+            one of all edits.
+        seed: draws `random` scores.
+
+    Raises:
+        NonFinite: a gradient is NaN or infinite; the message names the parameter.
+    """
+    if score == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.rand(slot.n_nodes, generator=generator) for slot in slots]
+    rows = answer_rows(lm, edits)
+    with lm.borrowed():
+        if pool == "per_edit":
+            total: list[Tensor] = []
+            for i in range(len(rows)):
+                own = _assess(lm, [rows[i]], [[0]], slots, score, reduction, max_gradient_bytes)
+                total = [t + s for t, s in zip(total, own, strict=True)] if total else own
+            found = [t / len(rows) for t in total]
+        else:
+            whole = [list(range(len(rows)))]
+            found = _assess(lm, rows, whole if groups is None else groups, slots, score, reduction, max_gradient_bytes)
+    for slot, values in zip(slots, found, strict=True):
+        if not bool(torch.isfinite(values).all()):
+            raise NonFinite(f"{slot.site.name}: the gradient of the edit loss is NaN or infinite")
+    return found
+
+
+def _assess(
+    lm: LM,
+    rows: Sequence[Row],
+    groups: Sequence[Sequence[int]],
+    slots: Sequence[Slot],
+    score: Score,
+    reduction: Reduction,
+    max_gradient_bytes: int,
+) -> list[Tensor]:
+    passes = [
+        (chunk, {i: float(share) for i, share in zip(group, shares(rows, group, reduction), strict=True)})
+        for group in groups
+        for chunk in token_chunks(rows, list(group))
+    ]
+
+    def caught(chunk: Sequence[int], share: dict[int, float], here: Sequence[Slot]) -> "list[tuple[Slot, Caught]]":
+        def loss() -> Tensor:
+            nll = answer_nll(lm, [rows[i] for i in chunk])
+            return nll @ torch.tensor([share[i] for i in chunk], dtype=nll.dtype, device=nll.device)
+
+        return list(zip(here, catch([slot.site for slot in here], loss), strict=True))
+
+    if score in ("signed_sum", "abs_of_sum", "grad_x_weight"):
+        sums: dict[int, Tensor] = {}
+        for chunk, share in passes:
+            for i, (slot, found) in enumerate(caught(chunk, share, slots)):
+                part = _summed(slot, found, score)
+                sums[i] = sums[i] + part if i in sums else part
+        return [(sums[i] if score == "signed_sum" else sums[i].abs()).cpu() for i in range(len(slots))]
+
+    scores: list[Tensor] = []
+    for here in [slots] if len(passes) == 1 else _fitting(slots, max_gradient_bytes):
+        gradients: dict[int, Tensor] = {}
+        for chunk, share in passes:
+            for i, (slot, found) in enumerate(caught(chunk, share, here)):
+                if len(passes) == 1:  # scored on the spot, so that one matrix's gradient exists at a time
+                    scores.append(node_scores(slot.by_node(found.weight_gradient()), score).cpu())
+                elif i in gradients:
+                    gradients[i].addmm_(found.g.T, found.x)
+                else:
+                    gradients[i] = found.weight_gradient()
+        scores += [node_scores(here[i].by_node(g), score).cpu() for i, g in sorted(gradients.items())]
+    return scores
+
+
+def _fitting(slots: Sequence[Slot], max_bytes: int) -> list[list[Slot]]:
+    """Slots in order, in groups whose float32 gradients fit in `max_bytes` (one slot at least)."""
+    groups: list[list[Slot]] = []
+    room = 0
+    for slot in slots:
+        size = 4 * slot.site.weight.numel()
+        if not groups or size > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(slot)
+        room -= size
+    return groups
+
+
+# --- paths -------------------------------------------------------------------------------------------------------
+
+
+def rank_aligned(scores: Sequence[Float[Tensor, " nodes"]], n: int, *, lowest: bool = False) -> Paths:
+    """n node-disjoint paths: path r takes the r-th ranked node of every slot; the first is the best of all paths."""
+    ranked = [_ranked(s, n, lowest) for s in scores]
+    nodes = [tuple(int(order[r]) for order, _ in ranked) for r in range(n)]
+    return Paths(tuple(nodes), tuple(sum(float(values[r]) for _, values in ranked) for r in range(n)))
+
+
+def k_best(scores: Sequence[Float[Tensor, " nodes"]], n: int, *, lowest: bool = False) -> Paths:
+    """The n paths of highest score among all of them (of which there are M to the power of slots), ties by ranks.
+
+    Best-first search over rank tuples: from each path popped, those that go one rank deeper in one slot are pushed.
+    Every path but the best has such a predecessor of at least its score, so the pops come in order.
+    """
+    # n paths never need ranks below the n-th
+    ranked = [_ranked(s, min(n, len(s)), lowest) for s in scores]
+    sign = -1.0 if lowest else 1.0
+    gains = [(sign * values).tolist() for _, values in ranked]
+    start = (0,) * len(scores)
+    heap = [(-sum(g[0] for g in gains), start)]
+    seen = {start}
+    popped: list[tuple[float, tuple[int, ...]]] = []
+    while heap and len(popped) < n:
+        cost, ranks = heapq.heappop(heap)
+        popped.append((cost, ranks))
+        for t, rank in enumerate(ranks):
+            deeper = (*ranks[:t], rank + 1, *ranks[t + 1 :])
+            if rank + 1 < len(gains[t]) and deeper not in seen:
+                seen.add(deeper)
+                heapq.heappush(heap, (cost + gains[t][rank] - gains[t][rank + 1], deeper))
+    nodes = tuple(tuple(int(ranked[t][0][r]) for t, r in enumerate(ranks)) for _, ranks in popped)
+    return Paths(nodes, tuple(-sign * cost for cost, _ in popped))
+
+
+def _ranked(scores: Tensor, n: int, lowest: bool) -> tuple[Tensor, Tensor]:
+    """The n best nodes of a slot and their scores (float64); ties by index."""
+    if n > len(scores):
+        raise InvalidSetting(f"{n} paths asked for; a slot has {len(scores)} nodes")
+    order = scores.argsort(descending=not lowest, stable=True)[:n]
+    return order, scores[order].double()
+
+
+def choose(
+    slots: Sequence[Slot], scores: Sequence[Float[Tensor, " nodes"]], n_positive: int, n_negative: int, select: Select
+) -> Transmission:
+    """T+ and T- by node scores; their nodes are disjoint.
+
+    Raises:
+        InvalidSetting: a slot has fewer nodes than both need.
+    """
+    fewest = min(slot.n_nodes for slot in slots)
+    if n_positive + n_negative > fewest:
+        raise InvalidSetting(
+            f"{n_positive} positive and {n_negative} negative paths asked for; a slot has {fewest} nodes"
+        )
+    by: Callable[..., Paths] = rank_aligned if select == "rank_aligned" else k_best
+    kept = tuple(s.cpu() for s in scores)
+    return Transmission(tuple(slots), kept, by(kept, n_positive), by(kept, n_negative, lowest=True))
+
+
+def paths(
+    lm: LM,
+    edits: Sequence[Edit],
+    *,
+    score: Score = "z_abs",
+    select: Select = "rank_aligned",
+    n_positive: int = 15,
+    n_negative: int = 1,
+    pool: Assess = "pooled",
+    key_matrix: KeyMatrix = "up",
+    seed: int = 0,
+) -> Transmission:
+    """The critical transmission paths of `edits` on the model as it stands, to look at or to edit along."""
+    slots = slots_of(lm, key_matrix)
+    return choose(slots, assess(lm, edits, slots, score, pool=pool, seed=seed), n_positive, n_negative, select)

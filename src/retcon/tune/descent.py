@@ -1,0 +1,197 @@
+"""The loop of masked tuning: epochs over edits in mini-batches, each edit until its own loss is small.
+
+The loop knows nothing of parts, optimisers or methods: `update` takes a step on a mini-batch and says what the losses
+were before it. `accumulate` is the gradient of a mini-batch, computed in pieces that fit in memory.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.delta import EditReport
+from retcon.edits import Edit
+from retcon.errors import InvalidSetting, NonFinite, RetconWarning
+from retcon.lm.prompts import Row
+
+Reduction = Literal["per_edit", "per_token"]
+"""How losses of a mini-batch become one: the mean over edits, or over answer tokens (longer answers weigh more)."""
+
+Losses = Callable[[Sequence[int]], Float[Tensor, " n"]]
+"""Loss L_e of each of these edits, with a graph behind it."""
+
+
+class EditLoss(Protocol):
+    """A loss per edit, for any of them at a time: `AnswerLoss`, or another objective of the same shape."""
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The edits' rows; the lengths of their answers weigh under `per_token`."""
+
+    def __call__(self, items: Sequence[int]) -> Float[Tensor, " n"]:
+        """The losses of these edits, with a graph behind them."""
+
+    def chunks(self, items: Sequence[int]) -> list[list[int]]:
+        """`items` in groups that fit in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long to go on."""
+
+    epochs: int = 25
+    """Passes over the edits, at most."""
+    batch_size: int | None = None
+    """Edits per step, drawn anew each epoch; None: all of a call, so that an epoch is a step."""
+    stop_loss: float = 1e-2
+    """An edit whose loss is below this leaves the gradient, and comes back if it rises again; 0: never."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.stop_loss < 0:
+            raise InvalidSetting(f"epochs and stop_loss must not be negative, found {self.epochs} and {self.stop_loss}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InvalidSetting(f"batch_size must be at least 1, or None for all edits; found {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How a descent ended, per edit."""
+
+    loss: tuple[float, ...]
+    """L_e with the final values in place."""
+    steps: tuple[int, ...]
+    """Steps that the edit took part in."""
+    stopped: tuple[str, ...]
+    """`reached` (below `stop_loss`), `steps` (out of epochs) or `non_finite` (a loss overflowed; the last finite values
+    are kept)."""
+
+    def report(self, edits: Sequence[Edit]) -> tuple[EditReport, ...]:
+        """The edits' reports; probability is exp(-L_e)."""
+        each = zip(edits, self.loss, self.steps, self.stopped, strict=True)
+        return tuple(EditReport(e.id, math.exp(-loss), n, why, {"nll": loss}) for e, loss, n, why in each)
+
+
+def shares(rows: Sequence[Row], items: Sequence[int], reduction: Reduction) -> Float[Tensor, " n"]:
+    """What each edit of a mini-batch contributes to its loss; sums to 1."""
+    if reduction == "per_edit":
+        return torch.full((len(items),), 1 / len(items), dtype=torch.float64)
+    lengths = torch.tensor([len(rows[i].target_ids) for i in items], dtype=torch.float64)
+    return lengths / lengths.sum()
+
+
+def accumulate(
+    losses: Losses, chunks: Sequence[Sequence[int]], weight: Callable[[int, float], float]
+) -> dict[int, float]:
+    """Add the gradient of sum_e weight(e, L_e) L_e to `.grad` of whatever the losses depend on; gives back every L_e.
+
+    `weight` sees the loss, so that an edit below its threshold can be left out (0). Nothing is added for a chunk with a
+    loss that is NaN or infinite.
+    """
+    found: dict[int, float] = {}
+    for chunk in chunks:
+        with torch.enable_grad():
+            now = losses(chunk)
+            values = now.detach().tolist()
+            found |= dict(zip(chunk, values, strict=True))
+            weights = [weight(i, value) for i, value in zip(chunk, values, strict=True)]
+            if any(weights) and all(map(math.isfinite, values)):
+                (now * torch.tensor(weights, dtype=now.dtype, device=now.device)).sum().backward()
+    return found
+
+
+def stepping(
+    loss: EditLoss, optimizer: torch.optim.Optimizer, schedule: Schedule, reduction: Reduction
+) -> Callable[[list[int]], dict[int, float]]:
+    """`update` for `descend`: one optimiser step on the edits whose loss is not yet below the threshold."""
+
+    def update(items: list[int]) -> dict[int, float]:
+        share = dict(zip(items, shares(loss.rows, items, reduction).tolist(), strict=True))
+        optimizer.zero_grad()
+        now = accumulate(loss, loss.chunks(items), lambda i, value: share[i] if value >= schedule.stop_loss else 0.0)
+        if any(value >= schedule.stop_loss for value in now.values()) and all(map(math.isfinite, now.values())):
+            optimizer.step()
+        return now
+
+    return update
+
+
+def descend(
+    edits: Sequence[Edit],
+    update: Callable[[list[int]], dict[int, float]],
+    evaluate: Callable[[], Sequence[float]],
+    values: Callable[[], Sequence[Tensor]],
+    schedule: Schedule,
+    *,
+    seed: int = 0,
+    before_epoch: Callable[[int], None] = lambda epoch: None,
+    after_step: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Descent:
+    """Minimise the edits' losses until each is below its threshold, or the epochs are over.
+
+    Args:
+        update: takes a step on a mini-batch and gives the losses before it; no step where one of them is not finite,
+            nor where all are below the threshold.
+        evaluate: every edit's loss as it is now.
+        values: the tensors being trained (they may be others after `before_epoch`).
+        seed: draws the mini-batches.
+        after_step: projections, reallocation and the like.
+        progress: hears (epochs done, epochs at most).
+
+    Raises:
+        NonFinite: a loss is NaN or infinite before any step was taken; the message names the edit.
+    """
+    n = len(edits)
+    size = n if schedule.batch_size is None else min(schedule.batch_size, n)
+    generator = torch.Generator().manual_seed(seed)
+    steps = [0] * n
+    last: list[tuple[Tensor, Tensor]] = []
+    for epoch in range(schedule.epochs):
+        before_epoch(epoch)
+        losses: dict[int, float] = {}
+        order = torch.randperm(n, generator=generator).tolist() if size < n else list(range(n))
+        for first in range(0, n, size):
+            here = [(tensor, tensor.detach().clone()) for tensor in values()]
+            now = update(order[first : first + size])
+            bad = next((i for i, loss in now.items() if not math.isfinite(loss)), None)
+            if bad is not None:
+                return _give_up(edits, bad, now[bad], last, evaluate, steps)
+            last, losses = here, losses | now
+            for i, loss in now.items():
+                steps[i] += loss >= schedule.stop_loss
+            after_step()
+        progress(epoch + 1, schedule.epochs)
+        if all(loss < schedule.stop_loss for loss in losses.values()):  # then no step was taken in this epoch
+            return Descent(tuple(losses[i] for i in range(n)), tuple(steps), ("reached",) * n)
+    final = evaluate()
+    why = tuple("reached" if loss < schedule.stop_loss else "steps" for loss in final)
+    return Descent(tuple(final), tuple(steps), why)
+
+
+def _give_up(
+    edits: Sequence[Edit],
+    bad: int,
+    loss: float,
+    last: Sequence[tuple[Tensor, Tensor]],
+    evaluate: Callable[[], Sequence[float]],
+    steps: Sequence[int],
+) -> Descent:
+    """Back to the last values that gave finite losses."""
+    named = f"edit {edits[bad].id!r} ({edits[bad].subject!r})"
+    if not last:
+        raise NonFinite(f"{named}: the loss is {loss} before any step; the model itself gives no finite probability")
+    warnings.warn(
+        f"{named}: the loss became {loss} after {max(steps)} steps; the last finite values are kept. Lower the "
+        "learning rate.",
+        RetconWarning,
+        stacklevel=3,
+    )
+    with torch.no_grad():
+        for tensor, kept in last:
+            tensor.copy_(kept)
+    return Descent(tuple(evaluate()), tuple(steps), ("non_finite",) * len(edits))

@@ -1,0 +1,238 @@
+"""What may change, and nothing else: trainable pieces of a matrix, added where its module puts out its result.
+
+A part holds compact values (float32 or wider) for rows, columns, entries, low-rank factors or the whole of one matrix
+in math orientation, W (out x in). While parts are `attached`, forward hooks add what they contribute; the weights
+themselves are never touched, so that autograd computes activation gradients and the gradient of the parts' values
+only.
+`changes` gives the same change as data, in stored orientation.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from retcon.delta import Change, Entries, LowRank
+from retcon.lm.model import Site
+
+_BLOCK = 2**22  # token x entry products formed at a time
+
+
+class Part(Protocol):
+    """One trainable piece."""
+
+    @property
+    def site(self) -> Site:
+        """The matrix it belongs to."""
+
+    def trained(self) -> list[Tensor]:
+        """Its tensors, for an optimiser."""
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """The module's output `y` (..., out) with the piece's contribution at the input `x` (..., in), out of place."""
+
+    def change(self) -> tuple[str, Change]:
+        """Parameter name and change, in stored orientation, detached and on the CPU."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRows:
+    """dW[index] = scale * values: output units."""
+
+    site: Site
+    index: Int[Tensor, " n"]
+    values: Float[Tensor, "n in"]
+    scale: float = 1.0
+
+    def trained(self) -> list[Tensor]:
+        return [self.values]
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return y.index_add(-1, self.site.outputs(self.index), self.scale * (x @ self.values.T))
+
+    def change(self) -> tuple[str, Change]:
+        return self.site.name, self.site.stored_rows(self.index.cpu(), self.scale * self.values.detach().cpu())
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedColumns:
+    """dW[:, index] = scale * values.T: input units. One row of `values` per unit."""
+
+    site: Site
+    index: Int[Tensor, " n"]
+    values: Float[Tensor, "n out"]
+    scale: float = 1.0
+
+    def trained(self) -> list[Tensor]:
+        return [self.values]
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return _add_to_site(self.site, y, self.scale * (x[..., self.index] @ self.values))
+
+    def change(self) -> tuple[str, Change]:
+        columns = (self.scale * self.values.detach().cpu()).T.contiguous()
+        return self.site.name, self.site.stored_columns(self.index.cpu(), columns)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedEntries:
+    """dW at the places `index`, counted row by row through W, = scale * values."""
+
+    site: Site
+    index: Int[Tensor, " n"]
+    values: Float[Tensor, " n"]
+    scale: float = 1.0
+
+    def trained(self) -> list[Tensor]:
+        return [self.values]
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        width = x.shape[-1]
+        rows = self.site.outputs(self.index // width)
+        return y + self.scale * _Scattered.apply(x, self.values, rows, self.index % width, y.shape[-1])
+
+    def change(self) -> tuple[str, Change]:
+        return self.site.name, self.site.stored_entries(self.index.cpu(), self.scale * self.values.detach().cpu())
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedLowRank:
+    """dW = scale * left @ right."""
+
+    site: Site
+    left: Float[Tensor, "out rank"]
+    right: Float[Tensor, "rank in"]
+    scale: float = 1.0
+
+    def trained(self) -> list[Tensor]:
+        return [self.left, self.right]
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return _add_to_site(self.site, y, self.scale * (x @ self.right.T @ self.left.T))
+
+    def change(self) -> tuple[str, Change]:
+        left, right = self.scale * self.left.detach().cpu(), self.right.detach().cpu()
+        if self.site.rows is not None:
+            return self.site.name, self.site.stored(left, right)
+        if self.site.transposed:
+            left, right = right.T.contiguous(), left.T.contiguous()
+        return self.site.name, LowRank(left=left, right=right)  # kept as factors: adapters hold nothing else
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedDense:
+    """dW = values."""
+
+    site: Site
+    values: Float[Tensor, "out in"]
+
+    def trained(self) -> list[Tensor]:
+        return [self.values]
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return _add_to_site(self.site, y, x @ self.values.T)
+
+    def change(self) -> tuple[str, Change]:
+        return self.site.name, self.site.stored_dense(self.values.detach().cpu())
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedBias:
+    """The bias of output units `index` gets scale * values."""
+
+    site: Site
+    index: Int[Tensor, " n"]
+    values: Float[Tensor, " n"]
+    scale: float = 1.0
+
+    def trained(self) -> list[Tensor]:
+        return [self.values]
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        contribution = (self.scale * self.values).expand(*y.shape[:-1], -1)
+        return y.index_add(-1, self.site.outputs(self.index), contribution)
+
+    def change(self) -> tuple[str, Change]:
+        entries = self.scale * self.values.detach().cpu()
+        return self.site.bias_name, Entries(index=self.site.outputs(self.index.cpu()), entries=entries)
+
+
+def fresh(site: Site, *shape: int) -> Tensor:
+    """Zeros to be trained, on the site's device, in float32 or the weight's dtype where that is wider."""
+    weight = site.module.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # type: ignore[arg-type]
+    return torch.zeros(shape, dtype=dtype, device=weight.device, requires_grad=True)  # type: ignore[arg-type]
+
+
+@contextmanager
+def attached(parts: Iterable[Part]) -> Iterator[None]:
+    """The model with the parts' contributions while the scope lasts; several parts of one module add up in order."""
+    by_module: dict[nn.Module, list[Part]] = {}
+    for part in parts:
+        by_module.setdefault(part.site.module, []).append(part)
+    with ExitStack() as stack:
+        for module, here in by_module.items():
+            stack.callback(module.register_forward_hook(_adding(here)).remove)
+        yield
+
+
+def changes(parts: Iterable[Part]) -> dict[str, list[Change]]:
+    """What the parts add to the weights, by parameter, in stored orientation; parts that add nothing are left out."""
+    found: dict[str, list[Change]] = {}
+    for part in parts:
+        if not all(bool(tensor.detach().any()) for tensor in part.trained()):
+            continue
+        name, change = part.change()
+        found.setdefault(name, []).append(change)
+    return found
+
+
+def _adding(parts: Sequence[Part]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    wide = parts[0].trained()[0].dtype
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x, y = args[0].to(wide), output.to(wide)
+        for part in parts:
+            y = part.add(x, y)
+        return y.to(output.dtype)
+
+    return hook
+
+
+def _add_to_site(site: Site, y: Tensor, contribution: Tensor) -> Tensor:
+    if site.rows is None:
+        return y + contribution
+    return y.index_add(-1, site.rows.to(y.device), contribution)
+
+
+class _Scattered(torch.autograd.Function):
+    """x @ dW.T for a dW given by scattered entries, with neither dW nor its gradient ever formed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, width: int) -> Tensor:
+        ctx.save_for_backward(x, values, rows, columns)
+        flat = x.reshape(-1, x.shape[-1])
+        total = flat.new_zeros(len(flat), width)
+        for here in _blocks(len(values), len(flat)):
+            total.index_add_(1, rows[here], flat[:, columns[here]] * values[here])
+        return total.view(*x.shape[:-1], width)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, rows, columns = ctx.saved_tensors
+        g, flat = grads[0].reshape(-1, grads[0].shape[-1]), x.reshape(-1, x.shape[-1])
+        to_x, to_values = torch.zeros_like(flat), torch.empty_like(values)
+        for here in _blocks(len(values), len(flat)):
+            there = g[:, rows[here]]
+            to_x.index_add_(1, columns[here], there * values[here])
+            to_values[here] = (there * flat[:, columns[here]]).sum(0)
+        return to_x.view_as(x), to_values, None, None, None
+
+
+def _blocks(n: int, n_tokens: int) -> Iterator[slice]:
+    size = max(1, _BLOCK // max(1, n_tokens))
+    return (slice(first, min(first + size, n)) for first in range(0, n, size))
