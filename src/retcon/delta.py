@@ -235,6 +235,17 @@ class EditReport:
     """Why the search ended: `reached`, `steps`, or `clamped` (out of steps with a value on its clamp)."""
     detail: Mapping[str, float] = field(default_factory=dict)
     """Method-specific figures, such as the loss terms at the end."""
+    written: float | None = None
+    """Geometric-mean probability of the target per token on the bare prompt, the delta in the weights; None where it
+    was not measured."""
+    said: bool | None = None
+    """Whether every target token is then the model's first choice."""
+
+    @property
+    def outcome(self) -> str:
+        """`reached`, or what stood in the way: `clamped`, `steps`, or `conflict` (reached in the search, lost in the
+        write: to the weight on old keys, or to other edits)."""
+        return "conflict" if self.stopped == "reached" and self.said is False else self.stopped
 
 
 @dataclass(frozen=True, eq=False)

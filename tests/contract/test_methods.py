@@ -1,6 +1,7 @@
 """One battery that every registered method passes on every architecture (tiny random models)."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,12 +12,20 @@ from retcon.edits import Edit
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
+from retcon.memory.moments import GivenMoments
 from retcon.methods.registry import METHODS, method
-from tests.conftest import random_moments
+from retcon.methods.sequence import in_steps
+from tests.conftest import random_moments, tiny_model, tokenizer
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 
+FREE: dict[str, Any] = dict(clamp=8.0, weight_decay=0.0, steps=6)
+"""A value search that tiny random models answer to."""
 SETTINGS: dict[str, dict[str, Any]] = {
+    "ctp": dict(n_positive=6, learning_rate=2e-2, epochs=12),
+    "kne": dict(budget=0.05, learning_rate=5e-2, n_points=4, epochs=12),
+    "alphaedit": dict(layers=(0, 1), null_threshold=0.7, threshold_mode="rank", ridge=0.1, **FREE),
+    "emmet": dict(layers=(1,), **FREE),
     "jeep": dict(
         low=(0, 1),
         high=(2, 3),
@@ -26,10 +35,32 @@ SETTINGS: dict[str, dict[str, Any]] = {
         high_moment_weight=1.0,
         low_weight_decay=0.0,
         high_weight_decay=0.0,
-        steps=12,
+        steps=6,
     ),
+    "memit": dict(layers=(0, 1), moment_weight=1.0, **FREE),
+    "pmet": dict(layers=(0, 1), moment_weight=1.0, attn_weight_decay=0.0, kl_factor=0.1, **FREE),
+    "prune": dict(host="memit", host_settings=dict(layers=(0, 1), moment_weight=1.0, **FREE)),
+    "r_rome": dict(layer=1, **FREE),
+    "rect": dict(host="memit", host_settings=dict(layers=(0, 1), moment_weight=1.0, **FREE), keep_percent=60.0),
+    "rome": dict(layer=1, **FREE),
 }
 """Settings that make sense for four random layers of width 32."""
+
+ENDING = [
+    Edit("You know {}", "France", "Rome", "Paris", id="france"),
+    Edit("He spoke of {}", "Danielle Darrieux", "Italian", "French", id="darrieux"),
+    Edit("I read {}", "Leonardo da Vinci", "São Paulo", "Florence", id="leonardo"),
+    Edit("You know that {}", "Łódź", "a town in Greece", None, id="lodz"),
+]
+"""Subjects that end their prompts: a random model carries nothing from an earlier token to the answer."""
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*larger than the weight"),  # as free a search in so small a model may well be
+    pytest.mark.filterwarnings("ignore:.*a norm stands between"),
+]
+
+SEEDLESS = {"ctp", "kne"}
+"""Methods that draw nothing for a single edit, so that every seed gives the same delta."""
 
 EVERYWHERE = [(name, family) for name in METHODS for family in LAYOUTS]
 
@@ -38,22 +69,38 @@ def test_every_method_has_settings_here() -> None:
     assert set(SETTINGS) == set(METHODS)
 
 
+@cache
+def moments_of(family: str, dtype: torch.dtype) -> GivenMoments:
+    """Second moments of a tiny model: the same for every model of that family and dtype."""
+    return random_moments(LM(tiny_model(family, dtype), tokenizer()))
+
+
+def moments_for(lm: LM) -> GivenMoments:
+    return moments_of(lm.model.config.model_type, lm.dtype)
+
+
+def written(name: str, lm: LM, edits: list[Edit], **given: Any) -> retcon.Delta:
+    """One delta of all edits: at once, or in steps where the method takes one."""
+    return in_steps(method(name, **SETTINGS[name]), lm, edits, contexts=CONTEXTS, moments=moments_for(lm), **given)
+
+
 def probability(lm: LM, edit: Edit) -> float:
     """p(target | prompt), from the model's own logits, token by token."""
     row = lm.encode(edit.text, edit.target_new)
-    with torch.no_grad():
+    with lm.borrowed(), torch.no_grad():
         log_p = lm.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
     labels = torch.tensor(row.target_ids)
     return float(log_p[row.n_prompt - 1 : len(row.ids) - 1].gather(1, labels[:, None]).sum().exp())
 
 
 @pytest.mark.parametrize(("name", "family"), EVERYWHERE)
-def test_propose_writes_nothing_and_apply_then_revert_restores(
-    name: str, family: str, tiny: Callable[..., LM], edit: Edit, untouched: Callable[[LM], Any]
+def test_an_edit_takes_is_undone_and_proposing_writes_nothing(
+    name: str, family: str, tiny: Callable[..., LM], untouched: Callable[[LM], Any]
 ) -> None:
+    edit = ENDING[0]
     lm = tiny(family, torch.float32)
     lm.model.train()  # flags that are not the default must come back too
-    moments = random_moments(lm)
+    moments, unlikely = moments_for(lm), probability(lm, edit)
     before = untouched(lm)
     delta = method(name, **SETTINGS[name]).propose(lm, [edit], contexts=CONTEXTS, moments=moments)
     assert untouched(lm) == before
@@ -61,6 +108,7 @@ def test_propose_writes_nothing_and_apply_then_revert_restores(
     lm.apply(delta)
     changed = {n for n, p in lm.model.named_parameters() if not torch.equal(p, weights[n])}
     assert changed == set(delta.changes)
+    assert probability(lm, edit) > 2 * unlikely, (unlikely, delta.report)
     lm.revert(delta)
     assert untouched(lm) == before
     with lm.edited(delta):
@@ -68,23 +116,11 @@ def test_propose_writes_nothing_and_apply_then_revert_restores(
     assert untouched(lm) == before
 
 
-@pytest.mark.parametrize(("name", "family"), EVERYWHERE)
-def test_one_edit_raises_its_probability(name: str, family: str, tiny: Callable[..., LM], edit: Edit) -> None:
-    lm = tiny(family)
-    delta = method(name, **SETTINGS[name]).propose(lm, [edit], contexts=CONTEXTS, moments=random_moments(lm))
-    before = probability(lm, edit)
-    with lm.edited(delta):
-        after = probability(lm, edit)
-    assert after > 5 * before, (before, after, delta.report)
-
-
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_batches_unicode_and_longer_targets(name: str, family: str, tiny: Callable[..., LM], edits: list[Edit]) -> None:
-    lm = tiny(family)
-    moments = random_moments(lm)
-    chosen = method(name, **SETTINGS[name])
-    delta = chosen.propose(lm, edits, contexts=CONTEXTS, moments=moments)
+def test_batches_unicode_and_longer_targets(name: str, family: str, tiny: Callable[..., LM]) -> None:
+    lm, edits = tiny(family), ENDING
+    delta = written(name, lm, edits)
     assert [r.id for r in delta.report] == [e.id for e in edits]
     before = [probability(lm, e) for e in edits]
     with lm.edited(delta):
@@ -94,13 +130,13 @@ def test_batches_unicode_and_longer_targets(name: str, family: str, tiny: Callab
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_seed_gives_the_same_delta(name: str, tiny: Callable[..., LM], edit: Edit) -> None:
-    moments = random_moments(tiny("llama"))
+    moments = moments_for(tiny("llama"))
     first, second = (
         method(name, **SETTINGS[name]).propose(tiny("llama"), [edit], moments=moments, seed=3) for _ in range(2)
     )
     other = method(name, **SETTINGS[name]).propose(tiny("llama"), [edit], moments=moments, seed=4)
     assert first.id == second.id
-    assert first.id != other.id
+    assert (first.id == other.id) == (name in SEEDLESS)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -109,7 +145,7 @@ def test_an_empty_batch_gives_an_empty_delta(
 ) -> None:
     lm = tiny("gptj")
     before = untouched(lm)
-    delta = method(name, **SETTINGS[name]).propose(lm, [], contexts=CONTEXTS, moments=random_moments(lm))
+    delta = method(name, **SETTINGS[name]).propose(lm, [], contexts=CONTEXTS, moments=moments_for(lm))
     assert not delta.changes
     with lm.edited(delta):
         pass
@@ -119,12 +155,11 @@ def test_an_empty_batch_gives_an_empty_delta(
 @pytest.mark.parametrize("name", METHODS)
 def test_padding_side_of_the_tokenizer_does_not_matter(name: str, tiny: Callable[..., LM], edits: list[Edit]) -> None:
     lm = tiny("gpt2")
-    moments = random_moments(lm)
     ids = []
     for side in ("left", "right"):
         kept, lm.tokenizer.padding_side = lm.tokenizer.padding_side, side
         try:
-            delta = method(name, **SETTINGS[name]).propose(lm, edits, contexts=CONTEXTS, moments=moments)
+            delta = written(name, lm, edits)
             assert lm.tokenizer.padding_side == side
         finally:
             lm.tokenizer.padding_side = kept
@@ -137,7 +172,7 @@ def test_a_delta_is_the_same_from_memory_and_from_its_file(
     name: str, tiny: Callable[..., LM], edits: list[Edit], tmp_path: Any
 ) -> None:
     lm = tiny("llama", torch.float32)
-    delta = method(name, **SETTINGS[name]).propose(lm, edits, contexts=CONTEXTS, moments=random_moments(lm))
+    delta = written(name, lm, edits)
     delta.save(tmp_path / "delta.safetensors")
     loaded = retcon.Delta.load(tmp_path / "delta.safetensors")
     assert (loaded, loaded.report, dict(loaded.provenance)) == (delta, delta.report, dict(delta.provenance))
@@ -150,7 +185,7 @@ def test_a_delta_is_the_same_from_memory_and_from_its_file(
 @pytest.mark.parametrize("name", METHODS)
 def test_half_precision_models_can_be_edited(name: str, tiny: Callable[..., LM], edit: Edit) -> None:
     lm = tiny("llama", torch.bfloat16)
-    delta = method(name, **SETTINGS[name]).propose(lm, [edit], contexts=CONTEXTS, moments=random_moments(lm))
+    delta = method(name, **SETTINGS[name]).propose(lm, [edit], contexts=CONTEXTS, moments=moments_for(lm))
     assert all(c.values().dtype == torch.float32 for changes in delta.changes.values() for c in changes)
     with lm.edited(delta):
         assert probability(lm, edit) > 0

@@ -616,3 +616,43 @@ def test_an_edited_weight_acts_like_its_change_added_to_the_output(family: str, 
     assert not torch.allclose(before, after, rtol=1e-2, atol=1e-2)
     assert_close(after, added, rtol=1e-5, atol=1e-6)
     assert torch.equal(before, again)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["down_proj", "up_proj", "q_proj", "v_proj"])
+def test_rows_columns_and_entries_of_a_site_land_where_they_belong(
+    family: str, kind: Any, tiny: Make, randn: Any
+) -> None:
+    """A change in math orientation, stored and applied, moves exactly those places of `site.weight`, fused or not."""
+    lm = tiny(family)
+    site = lm.site(1, kind)
+    before, others = site.weight.clone(), {n: p.detach().clone() for n, p in lm.model.named_parameters()}
+    out, into = before.shape
+    rows, columns, entries = torch.tensor([7, 0, 3]), torch.tensor([1, 9]), torch.tensor([2, into + 1, 5 * into + 4])
+    r, c, e, full = randn(3, into), randn(out, 2), randn(3), randn(out, into)
+    for change, index, values in (
+        (site.stored_rows(rows, r), (rows, slice(None)), r),
+        (site.stored_columns(columns, c), (slice(None), columns), c),
+        (site.stored_entries(entries, e), (entries // into, entries % into), e),
+        (site.stored_dense(full), (slice(None), slice(None)), full),
+    ):
+        wanted = torch.zeros_like(before)
+        wanted[index] = values
+        with lm.edited(lm.delta({site.name: [change]})):
+            moved = site.weight - before
+            elsewhere = [n for n, p in lm.model.named_parameters() if not torch.equal(p, others[n])]
+            n_moved = int((lm.parameter(site.name) != others[site.name]).sum())
+        assert_close(moved, wanted, rtol=1e-6, atol=1e-9)
+        assert elsewhere == [site.name]
+        assert n_moved == int((wanted != 0).sum())  # nothing of the other projections in a fused matrix
+
+
+def test_a_sites_bias_is_that_of_its_own_outputs(tiny: Make) -> None:
+    lm = tiny("gpt2")
+    with torch.no_grad():
+        lm.parameter("transformer.h.0.attn.c_attn.bias").copy_(torch.arange(96.0))
+    site = lm.site(0, "k_proj")
+    assert site.bias is not None
+    assert site.bias.tolist() == list(range(32, 64))
+    assert lm.parameter(site.bias_name).shape == (96,)
+    assert tiny("llama").site(0, "k_proj").bias is None

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -47,9 +49,11 @@ def test_styles_differ_in_number_start_and_length(style, n, tiny):
         assert sum(map(len, short)) < sum(map(len, long))
 
 
-def test_unknown_styles_are_refused(tiny):
-    with pytest.raises(InvalidSetting, match="known: memit, rome, rome_easyedit"):
-        sample_contexts(tiny("llama"), style="none")
+def test_romes_style_needs_a_mark_to_start_from(tiny):
+    lm = tiny("llama")
+    lm.tokenizer = SimpleNamespace(bos_token_id=None, eos_token_id=None)
+    with pytest.raises(InvalidSetting, match="start from a BOS or EOS token"):
+        sample_contexts(lm, style="rome")
 
 
 def test_prefixes_come_from_the_unedited_model(tiny):

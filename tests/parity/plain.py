@@ -80,7 +80,8 @@ def forward(model: Any, ids: list[int], adds: list[tuple[int, str, int, Tensor]]
 
 def optimise(
     model: Any, rows: list[PlainRow], kl_row: PlainRow | None, places: list[Place], *,
-    steps: int, lr: float, kl_factor: float, threshold: float,
+    steps: int, lr: float, kl_factor: float, threshold: float, stop: str = "probability",
+    settled_factor: float | None = None, settled_kl: float = 0.0,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
     """init, delta and live value per place (z = init + delta)."""
     bare = rows[0]
@@ -90,8 +91,9 @@ def optimise(
     optimizer = torch.optim.Adam(delta, lr=lr)
     reference = None
     live = init
+    phi = 1.0
     for it in range(steps):
-        nlls = []
+        nlls, first_choice = [], True
         for row in rows:
             adds = [(p.layer, p.tensor, row.at(p.where), d) for p, d in zip(places, delta, strict=True)]
             # what stands at each place before its own delta, lower deltas in force
@@ -105,9 +107,11 @@ def optimise(
             logits, _ = forward(model, row.prompt + row.target[:-1], adds)
             log_p = logits.log_softmax(-1)
             first = len(row.prompt) - 1
+            first_choice &= all(int(log_p[first + t].argmax()) == y for t, y in enumerate(row.target))
             nlls.append(-torch.stack([log_p[first + t, y] for t, y in enumerate(row.target)]).mean())
         nll = torch.stack(nlls)
-        loss = nll.mean()
+        loss = phi * nll.mean()
+        kl = torch.zeros(())
         if kl_row is not None:
             adds = [
                 (p.layer, p.tensor, kl_row.subject, d)
@@ -115,10 +119,15 @@ def optimise(
             ]  # fmt: skip
             log_p = forward(model, kl_row.prompt, adds)[0][kl_row.subject].log_softmax(-1)
             reference = log_p.detach() if reference is None else reference
-            loss = loss + kl_factor * (log_p.exp() * (log_p - reference)).sum()
+            kl = (log_p.exp() * (log_p - reference)).sum()
+            loss = loss + kl_factor * kl
         for p, d, i in zip(places, delta, init, strict=True):
             loss = loss + p.decay * d.norm() / i.norm() ** 2
-        if (-nll).exp().mean() >= threshold or it == steps - 1:
+        done = (-nll).exp().mean() >= threshold if stop == "probability" else loss < threshold
+        if settled_factor is not None:
+            phi = settled_factor if first_choice else 1.0
+            done = done or (first_choice and kl_factor * kl <= settled_kl)
+        if done or it == steps - 1:
             break
         optimizer.zero_grad()
         loss.backward()
@@ -134,8 +143,12 @@ def optimise(
 def edit_group(
     model: Any, rows: list[list[PlainRow]], layers: tuple[int, ...], targets: Tensor, where: str, measured: str,
     divisor: Callable[[int], float], weight: float, moments: dict[int, Tensor], matrix: str = "mlp",
+    solve: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> dict[int, Tensor]:  # fmt: skip
-    """The layer loop with the direct solver; writes into the model and returns what it wrote (d x m)."""
+    """The layer loop, by default with MEMIT's direct solver; writes into the model and returns what it wrote (d x m).
+
+    `solve(K, R, C)` gives another method's update.
+    """
     written = {}
     for i, layer in enumerate(layers):
         keys, current = [], []
@@ -151,7 +164,10 @@ def edit_group(
             keys.append(0.5 * found[0] + 0.5 * torch.stack(prefixed).mean(0) if prefixed else found[0])
         k = torch.stack(keys, dim=1)
         r = (targets - torch.stack(current)).T / divisor(len(layers) - i)
-        update = r @ torch.linalg.solve(weight * moments[layer] + k @ k.T, k).T
+        if solve is None:
+            update = r @ torch.linalg.solve(weight * moments[layer] + k @ k.T, k).T
+        else:
+            update = solve(k, r, moments[layer])
         with torch.no_grad():
             module(model, layer, matrix).weight += update
         written[layer] = update

@@ -41,7 +41,7 @@ def sample_contexts(lm: LM, *, seed: int = 0, style: ContextStyle = "memit") -> 
     """Prefixes from the unedited model: the same seed gives the same texts; global RNGs are left alone.
 
     Raises:
-        InvalidSetting: no such style, or a style that starts from a mark which the tokenizer lacks.
+        InvalidSetting: the style starts from a mark which the tokenizer lacks.
     """
     generator = torch.Generator().manual_seed(seed)
     starts = _starts(lm.tokenizer, style)
@@ -67,8 +67,6 @@ def _starts(tokenizer: Any, style: ContextStyle) -> list[tuple[Row, int]]:
         return [(encode(tokenizer, start), N_TOKENS) for start in STARTS]
     if style == "rome_easyedit":
         return [(encode(tokenizer, start), cap) for cap in (5, 10) for start in STARTS for _ in range(2)]
-    if style != "rome":
-        raise InvalidSetting(f"context style {style!r} is unknown; known: memit, rome, rome_easyedit")
     mark = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if mark is None:
         raise InvalidSetting("contexts of ROME's style start from a BOS or EOS token; the tokenizer has neither")

@@ -3,16 +3,19 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol, runtime_checkable
+from types import UnionType
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 import torch
 
 import retcon
-from retcon.delta import Delta
+from retcon.delta import Change, Delta
 from retcon.edits import Edit
+from retcon.errors import InvalidSetting
 from retcon.lm.model import LM, Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
+from retcon.memory.values import ValueSearch
 
 Progress = Callable[[str, int, int], None]
 """Hears (stage, done, total) while a method works."""
@@ -22,12 +25,25 @@ def silent(stage: str, done: int, total: int) -> None:
     """Progress that nobody listens to."""
 
 
+def untempered(name: str, change: Change) -> Change:
+    """A change as it is: no filter before it is written."""
+    return change
+
+
 @runtime_checkable
 class Method(Protocol):
     """An editing method; its fields are its settings.
 
     What `propose` returns is something the LM can attach and detach. A Delta is the kind that is only weights.
     """
+
+    @property
+    def batch(self) -> bool:
+        """Whether `propose` takes more than one edit; `in_steps` applies those of any number one by one."""
+
+    @property
+    def keeps(self) -> str:
+        """What the delta's `state` holds for the next batch, in words; empty for nothing."""
 
     def propose(
         self,
@@ -53,12 +69,15 @@ def provenance(
     lm: LM,
     edits: Sequence[Edit],
     *,
-    contexts: Contexts,
-    moments: Moments,
-    sites: Sequence[Site],
+    contexts: Contexts | None = None,
+    moments: Moments | None = None,
+    sites: Sequence[Site] = (),
     seed: int,
 ) -> dict[str, Any]:
-    """The record of a run: enough to repeat it and to compare it with another implementation."""
+    """The record of a run: enough to repeat it and to compare it with another implementation.
+
+    A method that uses no contexts or moments leaves them out.
+    """
     import transformers
 
     return {
@@ -67,8 +86,8 @@ def provenance(
         "model": lm.name,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "edits": [{k: v for k, v in asdict(e).items() if v is not None} for e in edits],
-        "contexts": list(contexts.prefixes),
-        "moments": moments.keys(lm, sites),
+        "contexts": list(contexts.prefixes) if contexts else [],
+        "moments": moments.keys(lm, sites) if moments else {},
         "seed": seed,
         "versions": {
             "retcon": retcon.__version__,
@@ -77,3 +96,70 @@ def provenance(
             "transformers": transformers.__version__,
         },
     }
+
+
+# --- settings ----------------------------------------------------------------------------------------------------
+
+
+def check_layers(name: str, method: Any, *settings: str) -> None:
+    """Makes each of these settings a tuple of ascending layers.
+
+    Raises:
+        InvalidSetting: layers repeat or do not ascend.
+    """
+    for setting in settings:
+        layers = tuple(getattr(method, setting))
+        object.__setattr__(method, setting, layers)
+        if list(layers) != sorted(set(layers)):
+            raise InvalidSetting(f"{name}: {setting} layers must ascend without repeats, found {layers}")
+
+
+def check_not_negative(name: str, method: Any, *settings: str) -> None:
+    """Raises InvalidSetting where one of these settings is below 0."""
+    for setting in settings:
+        if getattr(method, setting) < 0:
+            raise InvalidSetting(f"{name}: {setting} must not be negative, found {getattr(method, setting)}")
+
+
+def check_choices(name: str, method: Any) -> None:
+    """Raises InvalidSetting where a setting whose type lists its values (a Literal) has another one."""
+    for setting, hint in get_type_hints(type(method)).items():
+        known = _choices(hint)
+        if known and getattr(method, setting) not in known:
+            shown = ", ".join(map(str, known))
+            raise InvalidSetting(f"{name}: {setting} is {getattr(method, setting)!r}; known: {shown}")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    if get_origin(hint) in (Union, UnionType) and any(get_origin(part) is Literal for part in get_args(hint)):
+        return tuple(v for part in get_args(hint) for v in (_choices(part) or (None,)))
+    return ()
+
+
+def check_stateless(name: str, state: object) -> None:
+    """Raises InvalidSetting where a state is handed to a method that has no use for one."""
+    if state is not None:
+        raise InvalidSetting(f"{name} keeps nothing between batches, but a state was given; leave it out")
+
+
+def stopping(method: Any, **more: Any) -> ValueSearch:
+    """The value search of a method with the fields steps, learning_rate, kl_factor, stop and threshold."""
+    threshold = method.threshold
+    if threshold is None:
+        threshold = 0.05 if method.stop == "loss" else 0.9
+    return ValueSearch(
+        steps=method.steps,
+        learning_rate=method.learning_rate,
+        kl_factor=method.kl_factor,
+        stop=method.stop,
+        threshold=threshold,
+        **more,
+    )
+
+
+def early_layers(n_layers: int) -> tuple[int, ...]:
+    """Where the family writes, by relative depth: about the second seventh of the layers."""
+    first, last = round(0.14 * n_layers), max(round(0.14 * n_layers), round(0.29 * n_layers))
+    return tuple(range(first, last + 1))

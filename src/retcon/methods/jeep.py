@@ -5,32 +5,41 @@ enrichment, read at the subject's last token i'), stars for the high group (prob
 prediction position i*). Departures from the paper and from the released code: docs/methods/jeep.md.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from jaxtyping import Float
 from torch import Tensor
 
-from retcon.delta import Change, Delta, EditReport
-from retcon.edits import Edit, check_edits
-from retcon.errors import InvalidSetting, RetconWarning
+from retcon.delta import Delta, EditReport
+from retcon.edits import Edit
+from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.trace import Point, TensorName
-from retcon.memory.contexts import Contexts, sample_contexts
-from retcon.memory.defaults import default_moments
+from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyAverage
 from retcon.memory.moments import Moments
-from retcon.memory.values import Values, ValueSearch, ValueSite, search_values
-from retcon.memory.write import LayerGroup, Spread, write
-from retcon.methods.base import Progress, provenance, silent
+from retcon.memory.values import ValueSearch, ValueSite
+from retcon.memory.write import LayerGroup, Spread, Temper, weighted
+from retcon.methods.base import (
+    Progress,
+    check_choices,
+    check_layers,
+    check_not_negative,
+    check_stateless,
+    early_layers,
+    silent,
+    untempered,
+)
+from retcon.methods.proposal import measured_tensor, proposing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Jeep:
     """Joint editing of low and high layers."""
+
+    batch: ClassVar[bool] = True
+    keeps: ClassVar[str] = ""
 
     low: tuple[int, ...]
     """Low layers [l'..L'], ascending, counted from 0; () leaves the low group out (Table 4, "w/o delta' & Step 2")."""
@@ -78,33 +87,26 @@ class Jeep:
     """Mean over contexts: `two_level` as every released code, `uniform` as the paper's formula."""
 
     def __post_init__(self) -> None:
-        for name in ("low", "high"):
-            layers = tuple(getattr(self, name))
-            object.__setattr__(self, name, layers)
-            if list(layers) != sorted(set(layers)):
-                raise InvalidSetting(f"jeep: {name} layers must ascend without repeats, found {layers}")
-        for name in (
-            f"{group}_{what}" for what in ("clamp", "moment_weight", "weight_decay") for group in ("low", "high")
-        ):
-            if getattr(self, name) < 0:
-                raise InvalidSetting(f"jeep: {name} must not be negative, found {getattr(self, name)}")
+        check_layers("jeep", self, "low", "high")
+        check_not_negative(
+            "jeep",
+            self,
+            *(f"{group}_{what}" for what in ("clamp", "moment_weight", "weight_decay") for group in ("low", "high")),
+        )
         if not self.low and not self.high:
             raise InvalidSetting("jeep: low and high are both empty, so there is nothing to edit")
         if not (self.write_low or self.write_high):
             raise InvalidSetting("jeep: write_low and write_high are both False, so nothing would be written")
         if not (self.write_low and self.write_high) and not (self.low and self.high and self.joint_optimisation):
             raise InvalidSetting("jeep: write_low and write_high can be False only with both groups optimised jointly")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise InvalidSetting(f"jeep: {name} is {getattr(self, name)!r}; known: {', '.join(map(str, known))}")
+        check_choices("jeep", self)
 
     @classmethod
     def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
         """Unverified settings by relative depth: low layers as MEMIT's, high ones where the probe usually parts."""
-        low, low_end = round(0.14 * n_layers), max(round(0.14 * n_layers), round(0.29 * n_layers))
         high = min(round((0.55 if parallel else 0.7) * n_layers), n_layers - 1)
         high_end = max(high, min(high + max(1, round(0.07 * n_layers)), n_layers - 3))  # never the last few
-        return {"low": tuple(range(low, low_end + 1)), "high": tuple(range(high, high_end + 1))}
+        return {"low": early_layers(n_layers), "high": tuple(range(high, high_end + 1))}
 
     def propose(
         self,
@@ -116,6 +118,7 @@ class Jeep:
         state: Mapping[str, Tensor] | None = None,
         seed: int = 0,
         progress: Progress = silent,
+        temper: Temper = untempered,
     ) -> Delta:
         """The change that writes `edits` as one batch; the model is untouched. JEEP keeps no state between batches.
 
@@ -124,81 +127,68 @@ class Jeep:
             InvalidSetting: a layer the model does not have.
             NonFinite: a loss, a key or a change is NaN or infinite.
         """
-        if self.sites == "block" and lm.layout.mlp_post_norm:
-            return self._on_mlp_output(lm).propose(
-                lm, edits, contexts=contexts, moments=moments, state=state, seed=seed, progress=progress
+        check_stateless("jeep", state)
+        if self.sites == "block" and measured_tensor(lm, "block", "jeep") == "mlp":
+            return replace(self, sites="mlp", high_target=self._high_target).propose(
+                lm, edits, contexts=contexts, moments=moments, seed=seed, progress=progress, temper=temper
             )
-        check_edits(edits)
-        self._check_layers(lm)
         low, high = self.groups()
         groups = [g for g in (low, high) if g]
-        sites = [lm.site(layer, g.module) for g in groups for layer in g.layers]
-        for site in sites:
-            lm.check_editable(site.name)
-        if not edits:
-            return lm.delta({}, provenance={"method": "jeep", "edits": []})
-        contexts = sample_contexts(lm, seed=seed) if contexts is None else contexts
-        moments = default_moments(lm) if moments is None else moments
-        moments.prepare(lm, sites)
-
-        changes: dict[str, list[Change]] = {}
-        with ExitStack() as scope:
-
-            def step(group: LayerGroup, z: Float[Tensor, "n_edits d_model"]) -> None:
-                args = (lm, edits, z, group, contexts, moments, scope)
-                for name, change in write(*args, key_average=self.key_average).items():
-                    changes.setdefault(name, []).append(change)
-
+        with proposing(
+            "jeep",
+            self,
+            lm,
+            edits,
+            groups,
+            contexts=contexts,
+            moments=moments,
+            seed=seed,
+            temper=temper,
+            progress=progress,
+        ) as proposal:
+            if not edits:
+                return proposal.delta()
             if low and high and self.joint_optimisation:
-                values = self.search(lm, edits, contexts, [low, high], progress)  # Step 1
+                values = proposal.search([self.value_site(low), self.value_site(high)], self.value_search())  # Step 1
                 if self.write_low:
-                    step(low, values.target(0))  # Step 2
-                if self.write_high:
-                    step(high, values.target(1, self._high_target))  # Step 3, on keys that Step 2 has changed
+                    proposal.write(low, values.target(0), key_average=self.key_average)  # Step 2
+                if self.write_high:  # Step 3, on keys that Step 2 has changed
+                    proposal.write(high, values.target(1, self._high_target), key_average=self.key_average)
                 reports = [values.report]
             else:  # one group, or one after the other
                 reports = []
                 for group in groups:
-                    values = self.search(lm, edits, contexts, [group], progress)
-                    step(group, values.target(0))
+                    values = proposal.search([self.value_site(group)], self.value_search())
+                    proposal.write(group, values.target(0), key_average=self.key_average)
                     reports.append(values.report)
-        record = provenance("jeep", self, lm, edits, contexts=contexts, moments=moments, sites=sites, seed=seed)
-        return lm.delta(changes, report=_in_a_row(reports), provenance=record)
+            return proposal.delta(_in_a_row(reports))
 
-    def search(
-        self,
-        lm: LM,
-        edits: Sequence[Edit],
-        contexts: Contexts,
-        groups: Sequence[LayerGroup],
-        progress: Progress = silent,
-    ) -> Values:
-        """Step 1: one delta per group, all of an edit's deltas under one loss (Eq. 11)."""
-        settings = ValueSearch(
+    def value_search(self) -> ValueSearch:
+        """How Step 1 optimises: all of an edit's deltas under one loss (Eq. 11)."""
+        return ValueSearch(
             steps=self.steps,
             learning_rate=self.learning_rate,
             kl_factor=self.kl_factor,
             threshold=self.min_probability,
         )
-        sites = [self._value_site(group) for group in groups]
-        return search_values(lm, edits, sites, contexts, settings, progress=lambda n: progress("values", n, len(edits)))
 
     def groups(self) -> tuple[LayerGroup | None, LayerGroup | None]:
         """The low and the high group, None where one is left out."""
         measured: TensorName = "block" if self.sites == "block" else "mlp"
         high_measured: TensorName = "attn" if self.high_module == "attn" else measured
-        low = LayerGroup(self.low, "subject_last", measured, self.low_spread, self.low_moment_weight)
+        low = LayerGroup(self.low, "subject_last", measured, self.low_spread, weighted(self.low_moment_weight))
         high = LayerGroup(
             self.high,
             "prediction",
             high_measured,
             self.high_spread,
-            self.high_moment_weight,
+            weighted(self.high_moment_weight),
             "o_proj" if self.high_module == "attn" else "down_proj",
         )
         return (low if self.low else None), (high if self.high else None)
 
-    def _value_site(self, group: LayerGroup) -> ValueSite:
+    def value_site(self, group: LayerGroup) -> ValueSite:
+        """Where the value of a group is sought."""
         if group.where == "subject_last":
             return ValueSite(
                 Point(group.layers[-1], group.measured), "subject_last", self.low_clamp, self.low_weight_decay
@@ -206,34 +196,9 @@ class Jeep:
         tensor: TensorName = "attn" if self.sites == "release" else group.measured
         return ValueSite(Point(group.layers[-1], tensor), "prediction", self.high_clamp, self.high_weight_decay)
 
-    def _on_mlp_output(self, lm: LM) -> "Jeep":
-        """Behind a post-norm no write can bring the block's output to a wanted value, so the MLP's output stands in."""
-        warnings.warn(
-            f"jeep: sites='block' on {lm.model.config.model_type!r}, where a norm stands between the MLP and the "
-            "block's output; using sites='mlp' with the same high target",
-            RetconWarning,
-            stacklevel=3,
-        )
-        return replace(self, sites="mlp", high_target=self._high_target)
-
     @property
     def _high_target(self) -> Literal["clean", "joint"]:
         return self.high_target or ("joint" if self.sites == "block" else "clean")
-
-    def _check_layers(self, lm: LM) -> None:
-        for layer in (*self.low, *self.high):
-            if not 0 <= layer < lm.n_layers:
-                raise InvalidSetting(f"jeep: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")
-
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "sites": ("mlp", "release", "block"),
-    "high_target": (None, "clean", "joint"),
-    "low_spread": ("sqrt", "even"),
-    "high_spread": ("sqrt", "even"),
-    "high_module": ("mlp", "attn"),
-    "key_average": ("two_level", "uniform"),
-}
 
 
 def _in_a_row(reports: Sequence[Sequence[EditReport]]) -> tuple[EditReport, ...]:

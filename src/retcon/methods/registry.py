@@ -3,19 +3,30 @@
 import difflib
 import tomllib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from importlib import import_module
 from importlib.resources import files
 from typing import Any
 
+from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, RetconWarning, UnknownMethod, UnknownPreset
 from retcon.lm.model import LM
 from retcon.methods.base import Method
 
 METHODS = {
+    "alphaedit": "retcon.methods.alphaedit:AlphaEdit",
+    "ctp": "retcon.methods.ctp:Ctp",
+    "emmet": "retcon.methods.emmet:Emmet",
     "jeep": "retcon.methods.jeep:Jeep",
+    "kne": "retcon.methods.kne:Kne",
+    "memit": "retcon.methods.memit:Memit",
+    "pmet": "retcon.methods.pmet:Pmet",
+    "prune": "retcon.methods.prune:Prune",
+    "r_rome": "retcon.methods.r_rome:RRome",
+    "rect": "retcon.methods.rect:Rect",
+    "rome": "retcon.methods.rome:Rome",
 }
 
 
@@ -62,6 +73,7 @@ def method(
     for_model: LM | None = None,
     dataset: str | None = None,
     preset: str | None = None,
+    cases: Sequence[Edit | Case] | None = None,
     **settings: Any,
 ) -> Method:
     """A method with the settings published or tuned for a model; any field can be overridden by keyword.
@@ -73,11 +85,15 @@ def method(
         dataset: which of a model's presets to take ("counterfact", "zsre", "world"); CounterFact's where there are two
             and none is asked for, and that is said.
         preset: a preset by its full name, "method/model/dataset", whatever the model.
+        cases: facts to probe the model with, where `layers="probe"` asks for the layers that the contrast-based probe
+            advises (`retcon.locate`), whatever the method calls them; the embedded models bring their own facts.
 
     Raises:
         UnknownMethod, UnknownPreset, InvalidSetting: the message lists what is known.
     """
     chosen = method_class(name)
+    if settings.get("layers") == "probe":
+        settings = _advised(chosen, for_model, cases, settings)
     _check_names(name, chosen, settings)
     base: dict[str, Any] = {}
     if preset is not None:
@@ -85,12 +101,16 @@ def method(
     elif for_model is not None:
         found = preset_for(name, for_model, dataset)
         base = dict(found.settings) if found else _starting_point(name, chosen, for_model, settings)
-    missing = [f.name for f in fields(chosen) if f.default is MISSING and f.name not in base | settings]
+    resolved = _as_fields({**base, **settings})
+    if for_model is not None and "host" in {f.name for f in fields(chosen)}:
+        resolved |= _hosted(chosen, resolved, for_model, dataset)
+    needed = [f.name for f in fields(chosen) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [field for field in needed if field not in resolved]
     if missing:
         raise InvalidSetting(
             f"{name} needs {', '.join(missing)}: give them as keywords, or pass for_model=lm for a preset"
         )
-    return chosen(**_as_fields({**base, **settings}))
+    return chosen(**resolved)
 
 
 def presets(name: str) -> list[Preset]:
@@ -160,14 +180,41 @@ def signature(lm: LM) -> dict[str, Any]:
 
 def _starting_point(name: str, chosen: type[Any], lm: LM, settings: Mapping[str, Any]) -> dict[str, Any]:
     guess: dict[str, Any] = chosen.starting_point(lm.n_layers, parallel=lm.layout.parallel)
+    if guess.keys() <= settings.keys():  # nothing is left to guess
+        return guess
     shown = ", ".join(f"{k}={v}" for k, v in guess.items() if k not in settings)
     warnings.warn(
         f"no {name} preset for this model ({lm.model.config.model_type}, {lm.n_layers} layers); starting points by "
-        f"relative depth are used, which nobody has tuned: {shown or 'none, all is given'}",
+        f"relative depth are used, which nobody has tuned: {shown}",
         RetconWarning,
         stacklevel=3,
     )
     return guess
+
+
+def _advised(
+    chosen: type[Any], lm: LM | None, cases: Sequence[Edit | Case] | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings with the probe's layers for `layers="probe"`; what is given by its own name stands over them."""
+    from retcon.methods.advised import probe_layers, settings_for
+
+    if lm is None:
+        raise InvalidSetting("layers='probe' needs the model that is to be probed: pass for_model=lm")
+    given = {name: value for name, value in settings.items() if name != "layers"}
+    hosts = [f.default for f in fields(chosen) if f.name == "host"]
+    advice = probe_layers(lm, cases)
+    if not hosts:
+        return {**settings_for(advice, chosen), **given}
+    host = method_class(given.get("host", hosts[0]))
+    return {**given, "host_settings": {**settings_for(advice, host), **given.get("host_settings", {})}}
+
+
+def _hosted(chosen: type[Any], settings: Mapping[str, Any], lm: LM, dataset: str | None) -> dict[str, Any]:
+    """The settings of the method that a filter wraps: its preset's for the model, those given over them."""
+    host = settings.get("host", next(f.default for f in fields(chosen) if f.name == "host"))
+    has = dataset in {p.dataset for p in presets(host)}
+    wrapped = method(host, for_model=lm, dataset=dataset if has else None, **settings.get("host_settings", {}))
+    return {"host_settings": {f.name: getattr(wrapped, f.name) for f in fields(wrapped)}}  # type: ignore[arg-type]
 
 
 def _check_names(name: str, chosen: type[Any], settings: Mapping[str, Any]) -> None:

@@ -16,9 +16,10 @@ from retcon.memory.values.objective import ValueSite
 TOKENS_AT_ONCE = {"cpu": 768}
 """Live tokens of a step that fill the device; more brings no speed."""
 TOKENS_AT_ONCE_ON_AN_ACCELERATOR = 16384
-CHUNK_WIDTHS = 16
-"""A chunk is at most this many times as long as the number of edits under way, so that its end costs little."""
-SHARE_OF_FREE_MEMORY = {"frozen": 0.25, "steps": 0.35}
+CHUNK_WIDTHS = 8
+"""A chunk is at most this many times as long as the number of edits under way: long enough that its end costs little,
+short enough that what it holds does not grow with the number of edits."""
+SHARE_OF_FREE_MEMORY = {"frozen": 0.2, "steps": 0.35}
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,11 @@ def make_plan(lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], *, f
     at_once = TOKENS_AT_ONCE.get(lm.device.type, TOKENS_AT_ONCE_ON_AN_ACCELERATOR)
     chunks: list[ChunkPlan] = []
     while order:
-        first = cost.live_tokens(rows[order[0]])
-        longest = CHUNK_WIDTHS * max(1, at_once // first)
         n, frozen = 0, 0
-        for i in order[:longest]:
+        for i in order:
             frozen += cost.frozen_bytes(rows[i])
-            if n and frozen > SHARE_OF_FREE_MEMORY["frozen"] * free:
+            longest = CHUNK_WIDTHS * max(1, at_once // cost.live_tokens(rows[i]))
+            if n and (n >= longest or frozen > SHARE_OF_FREE_MEMORY["frozen"] * free):
                 break
             n += 1
         taken, order = order[:n], order[n:]

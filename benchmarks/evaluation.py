@@ -1,0 +1,148 @@
+"""What evaluation costs: scoring against one prompt at a time, 1,000 cases from end to end, and record files.
+
+    python -m benchmarks.evaluation --model demo:gptj
+    python -m benchmarks.evaluation --model PATH --data counterfact-edit.json --n 1000
+
+The plain way of scoring is one forward pass per prompt and answer with the head at every position, as released
+evaluation code does it. FLOPs are counted from the tokens that each way puts through the network: 2 per weight and
+token in the blocks, 2 per weight of the head and position that the head is applied to; attention products are left
+out (short prompts). The ratio asked for is the plain way's time over ours, against the same ratio of FLOPs.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import retcon
+from benchmarks.common import cases_of, machine
+from retcon.edits import Case
+from retcon.evaluation import Measures, evaluate
+from retcon.evaluation.plan import make_plan
+from retcon.evaluation.records import Record, read_records, write_records
+from retcon.evaluation.score import TokenScore, score_rows
+from retcon.lm.model import LM
+from retcon.lm.prompts import Row
+
+N_RECORDS = 780_000
+
+
+def plainly(lm: LM, rows: list[Row]) -> list[TokenScore]:
+    """One prompt at a time, the head everywhere."""
+    scores = []
+    with lm.borrowed(), torch.inference_mode():
+        for row in rows:
+            logits = lm.model(torch.tensor([row.ids], device=lm.device), use_cache=False).logits[0]
+            own = logits[row.prediction : len(row.ids) - 1].float().log_softmax(-1)
+            gold = torch.tensor(row.target_ids, device=lm.device)
+            logp = own.gather(1, gold[:, None])[:, 0]
+            scores.append(TokenScore(tuple(logp.tolist()), tuple(own.argmax(-1).tolist()), row.target_ids))
+    return scores
+
+
+class Counter:
+    """Counts tokens through the blocks and positions through the head."""
+
+    def __init__(self, lm: LM) -> None:
+        self.tokens = self.positions = 0
+        inside = [p.numel() for name, p in lm.model.named_parameters() if name.startswith(_prefix(lm)) and p.dim() == 2]
+        self.per_token = 2 * sum(inside)
+        self.per_position = 2 * lm.head.weight.numel()  # type: ignore[operator]
+
+    def flops(self) -> float:
+        return self.tokens * self.per_token + self.positions * self.per_position
+
+
+def _prefix(lm: LM) -> str:
+    return lm.layout.block.split(".{}")[0]
+
+
+def counted(lm: LM, rows: list[Row]) -> float:
+    """FLOPs of `score_rows`, from the batches it runs."""
+    counter, real = Counter(lm), lm.logits_at
+
+    def count(batch, where, positions):  # type: ignore[no-untyped-def]
+        counter.tokens += batch.ids.numel()
+        counter.positions += len(where)
+        return real(batch, where, positions)
+
+    with mock.patch.object(lm, "logits_at", count):
+        score_rows(lm, rows)
+    return counter.flops()
+
+
+def scoring(lm: LM, cases: list[Case]) -> None:
+    """Ours against the plain way, and how far apart the numbers are."""
+    rows = [row for a in make_plan(lm, cases, Measures()).asked for row in a.rows]
+    plain_flops = Counter(lm)
+    plain_flops.tokens = plain_flops.positions = sum(len(row.ids) for row in rows)
+    ours_flops = counted(lm, rows)
+    started = time.perf_counter()
+    ours = score_rows(lm, rows)
+    fast = time.perf_counter() - started
+    started = time.perf_counter()
+    plain = plainly(lm, rows)
+    slow = time.perf_counter() - started
+    apart = max(abs(a - b) for x, y in zip(ours, plain, strict=True) for a, b in zip(x.logp, y.logp, strict=True))
+    same = sum(x.pred == y.pred for x, y in zip(ours, plain, strict=True)) / len(ours)
+    ratio, flops = slow / fast, plain_flops.flops() / ours_flops
+    print(f"scoring {len(rows):,} prompts with answers: {fast:.2f} s, one at a time {slow:.2f} s")
+    print(f"  {ratio:.1f} times faster; {flops:.1f} times fewer FLOPs; {100 * ratio / flops:.0f} % of that ratio")
+    print(f"  log-probabilities at most {apart:.1e} apart, choices the same in {100 * same:.2f} %")
+
+
+def end_to_end(lm: LM, cases: list[Case]) -> None:
+    """`evaluate` of the unedited model, without and with the model's own answers."""
+    for generate in (False, True):
+        started = time.perf_counter()
+        found = evaluate(lm, cases, generate=generate, stops=("\n", "."))
+        took = time.perf_counter() - started
+        how = "with written answers" if generate else "teacher forcing only"
+        print(f"evaluating {len(cases):,} cases, {how}: {took:.1f} s ({len(found.records):,} records)")
+
+
+def record_files() -> None:
+    """Writing and reading a large file of records."""
+    records = [
+        Record(
+            when="final", case_id=str(i // 13), subject=f"Subject {i // 13}", axis="rewrite",
+            probe_id=f"rewrite/{i % 13}", metric="ES", variant=f"cf.prob_mean{i % 13}", value=(i * 0.37) % 1, n=i % 5,
+        )
+        for i in range(N_RECORDS)
+    ]  # fmt: skip
+    context = {"model": "m@0123456789ab", "method": "jeep", "dataset": "cf", "protocol": "batch", "seed": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records.jsonl"
+        started = time.perf_counter()
+        write_records(path, records, context)
+        wrote = time.perf_counter() - started
+        started = time.perf_counter()
+        same = read_records(path)[0] == records
+        read = time.perf_counter() - started
+        size = path.stat().st_size / 1e6
+    assert same
+    print(f"{N_RECORDS:,} records ({size:.0f} MB): written in {wrote:.1f} s, read in {read:.1f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo:gptj")
+    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
+    parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    lm = retcon.load(args.model)
+    cases = cases_of(args.data, 0, args.n, args.seed)
+    print(f"{args.model}; {machine()}\n")
+    scoring(lm, cases)
+    end_to_end(lm, cases)
+    record_files()
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:,.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Time of one optimisation step of each batch method, against MEMIT's.
+
+    python -m benchmarks.methods_steps --model demo:gptj --edits 32
+
+Searches are forced to take all their steps. The time of a proposal with one pass is taken off that of one with
+`--steps` passes, so that contexts, keys, moments and solves drop out; what is left is divided by the steps between.
+JEEP is shown with its low group alone and with both. Methods take turns; the least of `--rounds` times counts.
+"""
+
+import argparse
+import time
+import warnings
+from typing import Any
+
+import retcon
+from benchmarks.common import cases_of, machine, moments_of
+from retcon.errors import RetconWarning
+
+NEVER: dict[str, Any] = {"stop": "loss", "threshold": -1.0}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "MEMIT": ("memit", NEVER),
+    "EMMET": ("emmet", NEVER),
+    "AlphaEdit": ("alphaedit", NEVER),
+    "PMET": ("pmet", NEVER | {"settled_kl": 0.0}),
+    "JEEP, low group alone": ("jeep", {"min_probability": 2.0, "high": ()}),
+    "JEEP": ("jeep", {"min_probability": 2.0}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo:gptj")
+    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
+    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
+    parser.add_argument("--edits", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+
+    warnings.simplefilter("ignore", RetconWarning)
+    lm = retcon.load(args.model)
+    edits = [case.edits[0] for case in cases_of(args.data, 0, args.edits, 0)]
+    contexts, moments = retcon.sample_contexts(lm), moments_of(lm, args.corpus)
+    last = retcon.method("memit", for_model=lm).layers  # type: ignore[attr-defined]
+    taken: dict[str, list[float]] = {label: [] for label in ROWS}
+    for _ in range(args.rounds):
+        for label, (name, settings) in ROWS.items():
+            layers = {"low" if name == "jeep" else "layers": last}  # the same last layer for all
+            seconds = []
+            for steps in (1, args.steps):
+                method = retcon.method(name, for_model=lm, **layers, **settings, steps=steps)
+                started = time.perf_counter()
+                method.propose(lm, edits, contexts=contexts, moments=moments)
+                seconds.append(time.perf_counter() - started)
+            taken[label].append((seconds[1] - seconds[0]) / (args.steps - 1) / args.edits)
+    print(f"{args.model}, {args.edits} edits; {machine()}\n")
+    print("| method | ms per edit and step | of MEMIT's |\n|---|---|---|")
+    for label, seconds in taken.items():
+        print(f"| {label} | {1000 * min(seconds):.2f} | {min(seconds) / min(taken['MEMIT']):.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""All locate-then-edit methods at several numbers of edits, as a Markdown table.
+
+    python -m benchmarks.methods_table --model demo:gptj --n 1 100 1000
+    python -m benchmarks.methods_table --model PATH --data FILE --corpus text.txt --start 1000 --n 1 100 1000
+
+Settings are the model's presets. At n = 1 each of `--alone` cases is edited and measured by itself. At larger n, batch
+methods write all edits at once, and methods for one fact write them one on top of the other, all kept. ES, GS, LS
+compare probabilities (`cf.prob_mean`), with 95 % intervals over cases; Score is their harmonic mean, its interval a
+bootstrap by subject. "said" is the share of edits whose new answer the edited model gives first on the edit's prompt.
+Seconds per edit leave moments out; methods that search the same values share them, and only the first is timed.
+"""
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import retcon
+from benchmarks.common import cases_of, machine, moments_of
+from retcon.edits import Case
+from retcon.errors import RetconWarning
+from retcon.evaluation import Evaluation, evaluate
+from retcon.lm.model import LM
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import Moments
+from retcon.memory.values import keeping_values
+from retcon.methods.base import Method
+from retcon.methods.sequence import in_steps
+
+ROWS = {
+    "ROME": "rome",
+    "R-ROME": "r_rome",
+    "MEMIT": "memit",
+    "RECT": "rect",
+    "PRUNE": "prune",
+    "AlphaEdit": "alphaedit",
+    "EMMET": "emmet",
+    "PMET": "pmet",
+    "JEEP": "jeep",
+}
+METRICS = ("Score", "ES", "GS", "LS")
+
+
+def cells(evaluation: Evaluation, when: str = "post") -> str:
+    summary = evaluation.summary()
+    return " | ".join(getattr(summary[name], when).percent() for name in METRICS)
+
+
+def alone(
+    lm: LM, method: Method, cases: list[Case], pre: Evaluation, contexts: Contexts, moments: Moments
+) -> tuple[Evaluation, float]:
+    """Every case edited and measured by itself; seconds per edit."""
+    records, seconds = [], 0.0
+    for case in cases:
+        started = time.perf_counter()
+        delta = method.propose(lm, case.edits, contexts=contexts, moments=moments)
+        seconds += time.perf_counter() - started
+        records += evaluate(lm, [case], delta=delta, pre=pre, generate=False).records
+    return Evaluation(records, pre.context), seconds / len(cases)
+
+
+def together(
+    lm: LM, method: Method, cases: list[Case], pre: Evaluation, contexts: Contexts, moments: Moments, folder: Path
+) -> tuple[Evaluation, str, float]:
+    """All cases in one delta; seconds per edit where the values were searched, and the share of what reached them."""
+    edits = [case.edits[0] for case in cases]
+    started = time.perf_counter()
+    if method.batch:
+        with keeping_values(folder) as kept:
+            delta = in_steps(method, lm, edits, contexts=contexts, moments=moments)
+    else:
+        kept, delta = None, in_steps(method, lm, edits, contexts=contexts, moments=moments)
+    seconds = (time.perf_counter() - started) / len(edits)
+    said = sum(report.said or False for report in delta.report) / len(edits)
+    after = evaluate(lm, cases, delta=delta, pre=pre, generate=False)
+    return after, "" if kept and kept.resumed else f"{seconds:.2f}", said
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo:gptj")
+    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
+    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
+    parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--n", type=int, nargs="+", default=[1, 100, 1000])
+    parser.add_argument("--alone", type=int, default=100, help="cases edited one at a time for n = 1")
+    parser.add_argument("--methods", nargs="+", choices=ROWS.values(), default=list(ROWS.values()))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    warnings.simplefilter("ignore", RetconWarning)
+    lm = retcon.load(args.model)
+    contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)
+    print(f"{args.model}, seed {args.seed}; {machine()}\n")
+    print("| n | method | Score | ES | GS | LS | said | s/edit |\n|---|---|---|---|---|---|---|---|")
+    with TemporaryDirectory() as folder:
+        for n in args.n:
+            cases = cases_of(args.data, args.start, args.alone if n == 1 else n, args.seed)
+            pre = evaluate(lm, cases, generate=False)
+            print(f"| {n} | unedited | {cells(pre, 'pre')} | | |", flush=True)
+            for label, name in ROWS.items():
+                if name not in args.methods:
+                    continue
+                method = retcon.method(name, for_model=lm)
+                method.propose(
+                    lm, cases[0].edits, contexts=contexts, moments=moments
+                )  # moments and what is made of them
+                if n == 1:
+                    evaluation, seconds = alone(lm, method, cases, pre, contexts, moments)
+                    row = f"{cells(evaluation)} | | {seconds:.2f}"
+                else:
+                    evaluation, shown, said = together(lm, method, cases, pre, contexts, moments, Path(folder))
+                    row = f"{cells(evaluation)} | {100 * said:.0f} % | {shown}"
+                print(f"| {n} | {label} | {row} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Does the probes' advice pay? JEEP's low and high group swept over all positions, and how well probes foretell it.
+
+    python -m benchmarks.probe_pays --model demo:gptj --out docs/probes/sweep-demo-gptj
+    python -m benchmarks.probe_pays --model PATH --data counterfact-edit.json --corpus text.txt --start 1000 --out STEM
+
+For every position of a group as wide as the advice's, the same edits are written in one batch with the model's other
+settings (its preset) and the other group where the preset has it (with `--alone` also without the other group).
+Evidence for a position is taken on other facts than those edited: the contrast-based probe's sum of Δ over the group,
+and causal tracing's average indirect effect there (last subject token for the low group, last token for the high one),
+summed over the group. Spearman's rank correlation of evidence and Score over positions, with the exact p of a
+permutation test.
+
+Rows go to STEM.jsonl as they are done, and what is there is not done again; STEM.png and .svg are drawn at the end.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import retcon
+from benchmarks.common import cases_of, machine, moments_of
+from retcon.evaluation import evaluate
+from retcon.lm.model import LM
+from retcon.locate import Advice, Rule, Tracing, advise, causal_trace, contrast_probe, figures
+from retcon.locate.tracing import default_window
+
+METRICS = ("Score", "ES", "GS", "LS")
+EVIDENCE = ("contrast", "contrast, no norm", "trace block", "trace mlp", "trace attn")
+
+
+def windows(n_layers: int, width: int) -> list[tuple[int, ...]]:
+    return [tuple(range(first, first + width)) for first in range(n_layers - width + 1)]
+
+
+def sweep(lm: LM, args: argparse.Namespace, rows: list[dict[str, Any]], out: Path) -> bool:
+    """One row per position and setting of the other group, appended to `rows` and to the file; whether all are done."""
+    rule, n_new = Rule(), 0
+    preset = retcon.method("jeep", for_model=lm)
+    groups = {"low": preset.low, "high": preset.high}  # type: ignore[attr-defined]
+    cases = cases_of(args.data, args.start, args.edits, args.seed)
+    edits = [case.edits[0] for case in cases]
+    contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)
+    moments.prepare(lm, [lm.site(layer, "down_proj") for layer in range(lm.n_layers)])
+    pre = evaluate(lm, cases, generate=False)
+    done = {(r["swept"], tuple(r["layers"]), r["other"]) for r in rows}
+    for swept, share in (("low", rule.low_share), ("high", rule.high_share)):
+        other = "high" if swept == "low" else "low"
+        positions = windows(lm.n_layers, rule.width(share, lm.n_layers))
+        for with_other, layers in itertools.product((True, False) if args.alone else (True,), positions):
+            kept = groups[other] if with_other else ()
+            if (swept, layers, "preset" if with_other else "none") in done:
+                continue
+            if n_new == args.rows:
+                return False
+            n_new += 1
+            jeep = retcon.method("jeep", for_model=lm, **{swept: layers, other: kept})
+            started = time.perf_counter()
+            delta = jeep.propose(lm, edits, contexts=contexts, moments=moments, seed=args.seed)
+            took = time.perf_counter() - started
+            summary = evaluate(lm, cases, delta=delta, pre=pre, generate=False).summary()
+            row: dict[str, Any] = {
+                "swept": swept,
+                "layers": layers,
+                "other": "preset" if with_other else "none",
+                "seconds": round(took, 1),
+                "reached": sum(r.stopped == "reached" for r in delta.report) / len(delta.report),
+            }
+            for name in METRICS:
+                post = summary[name].post
+                row[name] = post.value
+                if name == "Score":
+                    row["interval"] = [post.interval.low, post.interval.high] if post.interval else None
+            rows.append(row)
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+    return True
+
+
+def evidence(lm: LM, args: argparse.Namespace) -> tuple[Advice, dict[str, dict[str, list[float]]]]:
+    """The advice, and what each probe says of every layer, per group."""
+    n = args.probed + args.traced
+    edits = [case.edits[0] for case in cases_of(args.data, args.start + args.edits, n, args.seed)]
+    probe = contrast_probe(lm, edits[: args.probed])
+    advice = advise(probe, seed=args.seed)
+    bare = advise(probe, Rule(final_norm=False), seed=args.seed)
+    traces = causal_trace(lm, edits[args.probed :], Tracing(window=default_window(lm.n_layers), seed=args.seed))
+    found: dict[str, dict[str, list[float]]] = {}
+    for group, choice, token in (("low", advice.low, "last subject"), ("high", advice.high, "last")):
+        found[group] = {
+            "contrast": advice.contrast[choice.where].tolist(),
+            "contrast, no norm": bare.contrast[choice.where].tolist(),
+        }
+        for kind in traces.settings.kinds:
+            place = figures.GROUPS.index(token)
+            found[group][f"trace {kind}"] = traces.average(kind).mean[place].tolist()
+    total, half = traces.total()
+    print(
+        f"contrast-based probe: {advice.n_cases} facts; tracing: {len(traces)}, total effect {total:.3f} ± {half:.3f}"
+    )
+    for name, choice in (("low", advice.low), ("high", advice.high)):
+        print(f"{name}: {list(choice.layers)}, score {choice.score:.2f}, stability {choice.stability:.0%}")
+    print(f"weak: {'; '.join(advice.weak) or 'no'}")
+    print(f"without the norm: low {list(bare.low.layers)}, high {list(bare.high.layers)}\n")
+    return advice, found
+
+
+def spearman(one: Sequence[float], two: Sequence[float]) -> tuple[float, float]:
+    """Rank correlation, and the share of all orders that correlate at least as strongly (two-sided)."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
+
+    def correlation(x: Sequence[float], y: Sequence[float]) -> float:
+        mx, my = sum(x) / len(x), sum(y) / len(y)
+        top = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+        return top / (sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y)) ** 0.5
+
+    x, y = ranks(one), ranks(two)
+    found = correlation(x, y)
+    orders = list(itertools.permutations(y))
+    return found, sum(abs(correlation(x, order)) >= abs(found) - 1e-12 for order in orders) / len(orders)
+
+
+def draw(
+    name: str, advice: Advice, seen: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], out: str
+) -> None:
+    """Score over position above, evidence over position below, advised positions hatched."""
+    made, axes = figures.figure(2, 2, 7.6, 5.2, sharex="col", height_ratios=[3, 2])
+    styles = {"preset": dict(color="black", marker="o"), "none": dict(color="0.5", marker="s", linestyle="--")}
+    for i, (group, choice) in enumerate((("low", advice.low), ("high", advice.high))):
+        upper, lower = axes[:, i]
+        other_group = "high" if group == "low" else "low"
+        for other, style in styles.items():
+            chosen = [r for r in rows if (r["swept"], r["other"]) == (group, other)]
+            if not chosen:
+                continue
+            firsts = [r["layers"][0] for r in chosen]
+            scores = [100 * r["Score"] for r in chosen]
+            around = [
+                [max(0, s - 100 * r["interval"][0]), max(0, 100 * r["interval"][1] - s)]
+                for r, s in zip(chosen, scores, strict=True)
+            ]
+            label = f"{other_group} group as in the preset" if other == "preset" else f"no {other_group} group"
+            upper.errorbar(
+                firsts, scores, list(zip(*around, strict=True)), capsize=2, markersize=4, label=label, **style
+            )
+        width = len(choice.layers)
+        marks = {
+            "contrast": ("black", "-", "o"),
+            "trace block": ("0.5", "--", "s"),
+            "trace mlp": ("0.5", ":", "^"),
+            "trace attn": ("0.5", "-.", "v"),
+        }
+        for what, (color, line, marker) in marks.items():
+            values = over_windows(seen[group][what], width)
+            highest = max(map(abs, values)) or 1.0
+            lower.plot(
+                [v / highest for v in values], color=color, linestyle=line, marker=marker, markersize=4, label=what
+            )
+        for axis in (upper, lower):
+            axis.axvspan(
+                choice.layers[0] - 0.35,
+                choice.layers[0] + 0.35,
+                facecolor="none",
+                edgecolor="0.7",
+                hatch="////",
+                linewidth=0,
+                zorder=0,
+            )
+        n = len(windows(len(seen[group]["contrast"]), width))
+        lower.set_xticks(range(n), [f"{s}-{s + width - 1}" if width > 1 else str(s) for s in range(n)], fontsize=8)
+        lower.set_xlabel(f"layers of the {group} group (hatched: advised)")
+        upper.set_ylim(0, 100)
+    axes[0, 0].set_ylabel("Score")
+    axes[1, 0].set_ylabel("evidence / its largest")
+    axes[0, 0].legend(fontsize=7, loc="lower left")
+    axes[0, 1].legend(fontsize=7, loc="lower left")
+    axes[1, 0].legend(fontsize=7)
+    for path in figures.save(made, out, title=name):
+        print(f"written {path}")
+
+
+def over_windows(by_layer: Sequence[float], width: int) -> list[float]:
+    """Sum over the layers of each position."""
+    return [sum(by_layer[i] for i in layers) for layers in windows(len(by_layer), width)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo:gptj")
+    parser.add_argument("--name", help="the model's name in the figure, if not as --model says")
+    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
+    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
+    parser.add_argument("--start", type=int, default=0, help="first case; edits come first, then the facts probed with")
+    parser.add_argument("--edits", type=int, default=100)
+    parser.add_argument("--probed", type=int, default=500, help="facts for the contrast-based probe")
+    parser.add_argument("--traced", type=int, default=50, help="facts for causal tracing")
+    parser.add_argument("--alone", action="store_true", help="also sweep each group with the other one left out")
+    parser.add_argument("--rows", type=int, default=-1, help="stop after that many new rows; the next run goes on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, metavar="STEM")
+    args = parser.parse_args()
+
+    lm = retcon.load(args.model)
+    print(f"{args.name or args.model}, seed {args.seed}; {machine()}")
+    out = Path(f"{args.out}.jsonl")
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+    if not sweep(lm, args, rows, out):
+        print(f"{len(rows)} rows in {out}; the same command goes on from there")
+        return
+    advice, seen = evidence(lm, args)
+    rows.sort(key=lambda r: r["layers"][0])
+
+    print("\n| group swept | layers | other group | Score | ES | GS | LS | reached | advised |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for group, choice in (("low", advice.low), ("high", advice.high)):
+        for other in ("preset", "none"):
+            for r in rows:
+                if (r["swept"], r["other"]) == (group, other):
+                    score, *rest = (100 * r[m] for m in METRICS)
+                    low, high = (100 * x for x in r["interval"] or (float("nan"),) * 2)
+                    cells = f"{score:.1f} [{low:.1f}, {high:.1f}] | " + " | ".join(f"{x:.1f}" for x in rest)
+                    mark = "yes" if tuple(r["layers"]) == choice.layers else ""
+                    print(f"| {group} | {r['layers']} | {other} | {cells} | {100 * r['reached']:.0f} % | {mark} |")
+    print("\n| group | other group | " + " | ".join(EVIDENCE) + " |\n|---|---|" + "---|" * len(EVIDENCE))
+    for group, choice in (("low", advice.low), ("high", advice.high)):
+        for other in ("preset", "none"):
+            scores = [r["Score"] for r in rows if (r["swept"], r["other"]) == (group, other)]
+            if not scores:
+                continue
+            found = [spearman(over_windows(seen[group][what], len(choice.layers)), scores) for what in EVIDENCE]
+            print(f"| {group} | {other} | " + " | ".join(f"{rho:+.2f} (p {p:.3f})" for rho, p in found) + " |")
+    draw(args.name or args.model, advice, seen, rows, args.out)
+
+
+if __name__ == "__main__":
+    main()

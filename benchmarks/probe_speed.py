@@ -1,0 +1,115 @@
+"""How long the probes take: the contrast-based probe over many cases, and causal tracing against one pass per cell.
+
+    python -m benchmarks.probe_speed --model demo:gptj
+    python -m benchmarks.probe_speed --model PATH --data counterfact-edit.json --cases 1000 --corpus text.txt
+
+Tracing is timed in three ways: as `retcon.locate` does it; by whole forward passes of our own, one per (token, layer)
+cell, over the disturbed copies alone and with the head at the last position only ("lean"); and the way the first public
+code does it, one pass per cell over the clean row and its copies, logits everywhere ("as released"). Times are of the
+processor, so that a busy machine matters little.
+"""
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import mean
+
+import torch
+
+import retcon
+from benchmarks.common import cases_of, machine
+from retcon.edits import Edit
+from retcon.lm.model import LM
+from retcon.lm.prompts import encode_edit, subject_tokens
+from retcon.locate import Tracing, causal_trace, contrast_probe, retrieve_word_sets
+from retcon.locate.tracing import default_window, embedding_deviation
+from retcon.memory.moments import Corpus
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.process_time()
+    call()
+    return time.process_time() - started
+
+
+@torch.no_grad()
+def as_released(lm: LM, edit: Edit, settings: Tracing) -> torch.Tensor:
+    """Block outputs put back, (tokens, layers): a pass per cell over S + 1 rows, the first of them clean."""
+    row, subject = encode_edit(lm.tokenizer, edit), subject_tokens(lm.tokenizer, edit)
+    ids = torch.tensor([row.ids] * (settings.samples + 1))
+    embedding = lm.model.get_submodule(lm.layout.embedding)
+    deviation = embedding_deviation(lm, [edit.subject])
+    shape = (settings.samples, len(subject), embedding.weight.shape[1])
+    noise = settings.noise * deviation * torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed))
+    answer = int(lm.model(ids[:1]).logits[0, -1].argmax())
+    scores = torch.zeros(len(row.ids), lm.n_layers)
+
+    def disturb(_: object, __: object, out: torch.Tensor) -> torch.Tensor:
+        out = out.clone()
+        out[1:, list(subject)] += noise
+        return out
+
+    for layer in range(lm.n_layers):
+        for token in range(len(row.ids)):
+
+            def restore(_: object, __: object, out: object, token: int = token) -> None:
+                states = out[0] if isinstance(out, tuple) else out
+                states[1:, token] = states[0, token]
+
+            handles = [embedding.register_forward_hook(disturb), lm.block(layer).register_forward_hook(restore)]
+            logits = lm.model(ids, use_cache=False).logits
+            for handle in handles:
+                handle.remove()
+            scores[token, layer] = logits[1:, -1].softmax(-1)[:, answer].mean()
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo:gptj")
+    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
+    parser.add_argument("--corpus", help="also probe with word sets found in this text")
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--prompts", type=int, default=10, help="prompts to trace")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    lm = retcon.load(args.model)
+    edits = [case.edits[0] for case in cases_of(args.data, 0, args.cases, args.seed)]
+    print(f"{args.model}, seed {args.seed}; {machine()}\n")
+    contrast_probe(lm, edits[:8])
+    took = seconds(lambda: contrast_probe(lm, edits))
+    print(f"contrast-based probe, {len(edits):,} cases, both readings: {took:.1f} s")
+    if args.corpus:
+        words = retrieve_word_sets(edits, Corpus.from_file(args.corpus).documents)
+        took = seconds(lambda: contrast_probe(lm, edits, word_sets=words))
+        print(f"the same with word sets: {took:.1f} s")
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB\n")
+
+    settings = Tracing(window=default_window(lm.n_layers))
+    causal_trace(lm, edits[:1], settings)
+    print("| put back | subject | prompts | tokens | ours, s a prompt | lean, s | gain | as released, s | gain |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for where in ("at the start", "further in"):
+        first = where == "at the start"
+        chosen = [e for e in edits if (subject_tokens(lm.tokenizer, e).start <= 1) == first]
+        chosen = [t for t in chosen[: 3 * args.prompts] if lm.complete(t.text).strip().startswith(t.target_true or "")]
+        chosen = chosen[: args.prompts]
+        if not chosen:
+            continue
+        n_tokens = mean(len(encode_edit(lm.tokenizer, e).ids) for e in chosen)
+        released = mean(seconds(lambda e=e: as_released(lm, e, settings)) for e in chosen)
+        for kind in settings.kinds:
+            one = replace(settings, kinds=(kind,))
+            lean = replace(one, replayed=False, max_batch_tokens=1)
+            ours = seconds(lambda s=one, c=chosen: causal_trace(lm, c, s)) / len(chosen)
+            plain = seconds(lambda s=lean, c=chosen: causal_trace(lm, c, s)) / len(chosen)
+            cells = f"{n_tokens:.1f} | {ours:.2f} | {plain:.2f} | {plain / ours:.1f}"
+            last = f"{released:.2f} | {released / ours:.1f}" if kind == "block" else "|"
+            print(f"| {kind} | {where} | {len(chosen)} | {cells} | {last} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What is left of earlier edits as more are made: a curve per method, and a picture.
+
+    python -m benchmarks.retention run --model demo:gptj --edits 500 --step 10 --out retention.jsonl
+    python -m benchmarks.retention plot retention.jsonl --out docs/methods/retention-demo-gptj.svg
+
+Edits come in steps; every step is proposed on top of all before it, and a method's state is handed on. Every `--every`
+edits, all edits so far are measured: Score, ES, GS, and LS. PRUNE is MEMIT's run, restrained at the point of measuring
+(as published: once, after the last edit). Settings are the model's presets.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import retcon
+from benchmarks.common import cases_of, machine, moments_of
+from retcon.errors import RetconWarning
+from retcon.evaluation import evaluate
+from retcon.methods.sequence import in_steps
+
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "MEMIT": ("memit", {}),
+    "MEMIT-seq": ("memit", {"cache_keys": True}),
+    "AlphaEdit": ("alphaedit", {}),
+    "R-ROME": ("r_rome", {}),
+    "ROME": ("rome", {}),
+    "RECT": ("rect", {}),
+    "JEEP": ("jeep", {}),
+}
+METRICS = ("Score", "ES", "GS", "LS")
+
+
+def run(args: argparse.Namespace) -> None:
+    warnings.simplefilter("ignore", RetconWarning)
+    lm = retcon.load(args.model)
+    cases = cases_of(args.data, args.start, args.edits, args.seed)
+    contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)
+    pre = evaluate(lm, cases, generate=False)
+    print(f"{args.model}, seed {args.seed}; {machine()}")
+    with args.out.open("a", encoding="utf-8") as out:
+
+        def measured(label: str, n: int) -> None:
+            summary = evaluate(lm, cases[:n], pre=pre, generate=False).summary(n_resamples=2)
+            row = {m: round(100 * (summary[m].post.value or 0), 1) for m in METRICS}
+            out.write(json.dumps({"model": args.model, "method": label, "n": n, **row}) + "\n")
+            out.flush()
+            print(label, n, row, flush=True)
+
+        for label in args.methods:
+            name, settings = ROWS[label]
+            method, state, started = retcon.method(name, for_model=lm, **settings), None, time.perf_counter()
+            prune = retcon.method("prune", for_model=lm) if label == "MEMIT" else None
+            for first in range(0, args.edits, args.step):
+                edits = [case.edits[0] for case in cases[first : first + args.step]]
+                delta = in_steps(method, lm, edits, contexts=contexts, moments=moments, state=state)
+                lm.apply(delta)
+                state, n = delta.state, first + len(edits)
+                if n % args.every == 0 or n == args.edits:
+                    measured(label, n)
+                    if prune is not None:
+                        with lm.edited(prune.propose(lm, [], moments=moments)):
+                            measured("PRUNE", n)
+            lm.revert_all()
+            print(f"{label}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def plot(args: argparse.Namespace) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "retcon"  # the same picture from the same figures
+    rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), sharex=True, constrained_layout=True)
+    titles = {"ES": "new answers on edited prompts (ES)", "GS": "on paraphrases (GS)", "LS": "neighbours kept (LS)"}
+    for axis, (metric, title) in zip(axes, titles.items(), strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method]
+            axis.plot([r["n"] for r in own], [r[metric] for r in own], marker="o", markersize=3, label=method)
+        axis.set(title=title, xlabel="edits so far", ylim=(0, 102))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("of all edits so far, %")
+    axes[0].legend(fontsize=8, loc="lower left")
+    figure.savefig(args.out, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    running = verbs.add_parser("run")
+    running.add_argument("--model", default="demo:gptj")
+    running.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
+    running.add_argument("--corpus", help="text for second moments; the model's default if left out")
+    running.add_argument("--start", type=int, default=0)
+    running.add_argument("--edits", type=int, default=500)
+    running.add_argument("--step", type=int, default=10)
+    running.add_argument("--every", type=int, default=50)
+    running.add_argument("--methods", nargs="+", choices=ROWS, default=list(ROWS))
+    running.add_argument("--seed", type=int, default=0)
+    running.add_argument("--out", type=Path, required=True, help="JSON lines; rows are added")
+    running.set_defaults(act=run)
+    plotting = verbs.add_parser("plot")
+    plotting.add_argument("rows", type=Path)
+    plotting.add_argument("--out", type=Path, required=True)
+    plotting.set_defaults(act=plot)
+    args = parser.parse_args()
+    args.act(args)
+
+
+if __name__ == "__main__":
+    main()

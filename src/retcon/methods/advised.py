@@ -1,0 +1,50 @@
+"""Layers by the probe, as settings of a method: `retcon.method(name, for_model=lm, layers="probe", cases=...)`."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from retcon import world
+from retcon.edits import Case, Edit
+from retcon.errors import InvalidSetting, RetconWarning
+from retcon.lm.load import DEMO
+from retcon.lm.model import LM
+from retcon.locate.advice import Advice, advise
+from retcon.locate.contrast import contrast_probe
+
+N_DEMO_CASES = 500
+"""Facts of the embedded world that its models are probed with where no cases are given."""
+
+
+def probe_layers(lm: LM, cases: Sequence[Edit | Case] | None = None, *, seed: int = 0) -> Advice:
+    """Which layers to edit, by the contrast-based probe over the edits of `cases`, with a warning where that is weak.
+
+    Raises:
+        InvalidSetting: no cases, and the model is none of the embedded ones, which bring their own.
+    """
+    if cases is None and not lm.name.startswith(DEMO):
+        raise InvalidSetting(
+            "layers='probe' needs facts to probe the model with: pass cases= (edits or cases; thirty at least, better "
+            "some hundreds)"
+        )
+    cases = world.cases(N_DEMO_CASES, seed=seed) if cases is None else cases
+    edits = [edit for case in cases for edit in (case.edits if isinstance(case, Case) else (case,))]
+    advice = advise(contrast_probe(lm, edits), seed=seed)
+    if advice.weak:
+        warnings.warn(
+            f"the evidence for layers {list(advice.low.layers)} and {list(advice.high.layers)} is weak: "
+            + "; ".join(advice.weak),
+            RetconWarning,
+            stacklevel=3,
+        )
+    return advice
+
+
+def settings_for(advice: Advice, method: type[Any]) -> dict[str, Any]:
+    """The advice as settings of a method, by the names of its fields.
+
+    Raises:
+        InvalidSetting: none of its settings names layers.
+    """
+    return advice.settings([f.name for f in fields(method)])

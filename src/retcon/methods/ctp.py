@@ -1,0 +1,309 @@
+"""CTP: find the paths of key and value vectors that an edit runs through, and tune along them, with a contrast.
+
+Zhai et al. 2025, "Parameter-Aware Contrastive Knowledge Editing: Tracing and Rectifying based on Critical Transmission
+Paths"; symbols as there. The released code (SonglinZhai/PAC 1240102) differs from the paper in nearly every detail:
+what each says, and what is done here, is in docs/methods/ctp.md.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from retcon.delta import Delta
+from retcon.edits import Edit, check_edits
+from retcon.errors import InvalidSetting
+from retcon.lm.model import LM
+from retcon.lm.prompts import Row
+from retcon.locate.paths import Assess, KeyMatrix, Score, Select, Slot, Transmission, assess, choose, slots_of
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import Moments
+from retcon.methods.base import Progress, check_choices, check_not_negative, provenance, silent
+from retcon.methods.proposal import report_after
+from retcon.tune.descent import Reduction, Schedule, accumulate, descend, shares
+from retcon.tune.nodes import Nodes, RowAdam, RowState
+from retcon.tune.objective import AnswerLoss, answer_rows, own_answers
+from retcon.tune.parts import Part, attached, changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ctp:
+    """Parameter-aware contrastive editing along critical transmission paths."""
+
+    batch: ClassVar[bool] = True
+    keeps: ClassVar[str] = ""
+
+    n_positive: int = 15
+    """|T+|: paths that are tuned towards the new answer; each has one node per matrix."""
+    n_negative: int = 1
+    """|T-|: paths for the contrast."""
+    score: Score = "z_abs"
+    """What makes a node critical; the paper's `signed_sum` is 0 on every value node of models with LayerNorm. `random`
+    is a control."""
+    select: Select = "rank_aligned"
+    """Paths from node scores: by rank in every matrix, or the best sums (the paper's wording)."""
+    pool: Assess = "pooled"
+    """Scores of the summed gradient of all edits, or the mean of every edit's own."""
+    key_matrix: KeyMatrix = "up"
+    """Where key vectors are, in a gated MLP."""
+    contrast: Literal["neg_step", "mirror", "none"] = "neg_step"
+    """`neg_step`: after a step on T+ towards the new answer, one on T- towards the original answer (the released code);
+    `mirror`: the original answer shall survive if T-'s nodes are changed as T+'s are, on average; T- stays as it is."""
+    contrast_weight: float = 0.1
+    """lambda: the second step's learning rate over the first's (`neg_step`), or the second loss's weight (`mirror`)."""
+    original: Literal["own", "target_true"] = "own"
+    """y: at each answer position the unedited model's own choice, or the edit's true answer."""
+    learning_rate: float = 5e-4
+    """Adam's, for T+; betas (0.9, 0.999), no decay."""
+    epochs: int = 25
+    """Passes over the edits at most."""
+    batch_size: int | None = 16
+    """Edits per step; None: all of the call."""
+    reassess: int = 0
+    """Epochs between assessments of the paths, on the weights as they then are; 0: once, at the start."""
+    stop_loss: float = 1e-2
+    """An edit is left alone once its loss is below this; 0: never."""
+    reduction: Reduction = "per_edit"
+    """What a batch's loss is the mean of: edits, or answer tokens (the released code)."""
+    train_out_bias: bool = False
+    """Also train the whole bias of the value matrix, where there is one, in both steps (the released code)."""
+    mode: Literal["separate", "release"] = "separate"
+    """`release`: one Adam for both steps, gradients outside the step's nodes zeroed (so that nodes with momentum move
+    in the other's step, and after they were deselected), lambda on the loss, gradients assessed batch by batch."""
+
+    def __post_init__(self) -> None:
+        check_choices("ctp", self)
+        check_not_negative("ctp", self, "contrast_weight", "n_negative", "reassess", "learning_rate")
+        if self.n_positive < 1:
+            raise InvalidSetting(f"ctp: n_positive must be at least 1, found {self.n_positive}")
+        if self.mode == "release" and self.contrast == "mirror":
+            raise InvalidSetting("ctp: mode='release' has a second step to take; contrast='mirror' has none")
+        self._schedule()
+
+    @classmethod
+    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+        """Nothing depends on depth."""
+        return {}
+
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        progress: Progress = silent,
+    ) -> Delta:
+        """The change that writes `edits`, along one set of paths for all; the model is untouched.
+
+        Contexts, moments and state are not used. The seed draws mini-batches and random scores.
+
+        Raises:
+            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
+            InvalidSetting: a matrix the model does not have, or more paths than a matrix has nodes.
+            NonFinite: the model gives an edit no finite probability, or a gradient overflows.
+        """
+        check_edits(edits)
+        slots = slots_of(lm, self.key_matrix)
+        for slot in slots:
+            lm.check_editable(slot.site.name)
+            if slot.site.bias is not None and (self.train_out_bias or not slot.is_value):
+                lm.check_editable(slot.site.bias_name)
+        if not edits:
+            return lm.delta({}, provenance={"method": "ctp", "edits": []})
+        with lm.borrowed():
+            rows = answer_rows(lm, edits)
+            walk = _Walk(self, lm, slots, AnswerLoss(lm, rows), self._original(lm, edits, rows))
+            ended = descend(
+                edits,
+                walk.update,
+                walk.losses_now,
+                walk.values,
+                self._schedule(),
+                seed=seed,
+                before_epoch=partial(self._trace, lm, edits, walk, seed),
+                progress=partial(progress, "paths"),
+            )
+        record = provenance("ctp", self, lm, edits, seed=seed)
+        delta = lm.delta(changes(walk.parts()), report=ended.report(edits), provenance=record)
+        with lm.edited(delta):
+            return replace(delta, report=report_after(lm, edits, delta.report))
+
+    @property
+    def has_contrast(self) -> bool:
+        """Whether the second term does anything."""
+        return self.contrast != "none" and self.contrast_weight > 0 and self.n_negative > 0
+
+    def _trace(self, lm: LM, edits: Sequence[Edit], walk: "_Walk", seed: int, epoch: int) -> None:
+        """T+ and T- on the weights as they are in this epoch."""
+        if epoch and not (self.reassess and epoch % self.reassess == 0):
+            return
+        size = self.batch_size or len(edits)
+        batches = [list(range(len(edits)))[i : i + size] for i in range(0, len(edits), size)]
+        with attached(walk.parts()):
+            scores = assess(
+                lm,
+                edits,
+                walk.slots,
+                self.score,
+                pool=self.pool,
+                reduction=self.reduction,
+                groups=batches if self.mode == "release" else None,
+                seed=seed + epoch,
+            )
+        walk.follow(choose(walk.slots, scores, self.n_positive, self.n_negative, self.select))
+
+    def _original(self, lm: LM, edits: Sequence[Edit], rows: Sequence[Row]) -> AnswerLoss | None:
+        """L(y): the loss of the original answers."""
+        if not self.has_contrast:
+            return None
+        if self.original == "target_true":
+            return AnswerLoss(lm, answer_rows(lm, edits, "target_true"))
+        return AnswerLoss(lm, rows, own_answers(lm, rows))
+
+    def _schedule(self) -> Schedule:
+        return Schedule(epochs=self.epochs, batch_size=self.batch_size, stop_loss=self.stop_loss)
+
+
+class _Walk:
+    """The nodes along T+ and T-, and one step on a mini-batch."""
+
+    def __init__(
+        self, method: Ctp, lm: LM, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None
+    ) -> None:
+        self.method, self.slots, self.target, self.original = method, slots, target, original
+        self.nodes = [Nodes(slot.site, "columns" if slot.is_value else "rows") for slot in slots]
+        self.positive: list[Tensor] = []
+        self.negative: list[Tensor] = []
+        if method.train_out_bias:
+            for slot in slots:
+                if slot.is_value and slot.site.bias is not None:
+                    bias = Nodes(slot.site, "bias")
+                    bias.admit(torch.arange(len(slot.site.bias)))
+                    self.nodes.append(bias)
+        self.moves_negative = method.contrast == "neg_step" and method.has_contrast
+        shared = method.mode == "release"
+        self.adam_positive = RowAdam(learning_rate=method.learning_rate)
+        rate = 1.0 if shared else method.contrast_weight
+        self.adam_negative = RowAdam(learning_rate=rate * method.learning_rate)
+        self.memory_positive = self._fresh_memory()
+        self.memory_negative = self.memory_positive if shared else self._fresh_memory()
+        self.n_steps = 0
+
+    def parts(self) -> list[Part]:
+        """Everything that was ever trained."""
+        return [part for nodes in self.nodes for part in nodes.parts()]
+
+    def values(self) -> list[Tensor]:
+        """The tensors behind the parts."""
+        return [tensor for nodes in self.nodes for tensor in nodes.tensors]
+
+    def losses_now(self) -> list[float]:
+        """L(y*) of every edit."""
+        with attached(self.parts()):
+            return self.target.now()
+
+    def follow(self, found: Transmission) -> None:
+        """Train the nodes of these paths from now on; others keep the change they have.
+
+        Nodes that go on being trained keep their momentum, others start without. (The released optimiser forgets
+        nothing and counts every node's steps from the start.)
+        """
+        before = self.positive, self.negative
+        self.positive = [torch.tensor(found.positive.in_slot(t)) for t in range(len(self.slots))]
+        self.negative = [torch.tensor(found.negative.in_slot(t)) for t in range(len(self.slots))]
+        for t in range(len(self.slots)):
+            self.nodes[t].admit(self.positive[t])
+            if self.moves_negative:
+                self.nodes[t].admit(self.negative[t])
+        if self.method.mode == "release":
+            everyone = [torch.ones_like(nodes.index, dtype=torch.bool) for nodes in self.nodes]
+            self.memory_positive = self.memory_negative = self._grown(self.memory_positive, everyone, self.n_steps)
+            return
+        kept = [self._still(t, before[0], self.positive) for t in range(len(self.nodes))]
+        self.memory_positive = self._grown(self.memory_positive, kept)
+        kept = [self._still(t, before[1], self.negative) for t in range(len(self.nodes))]
+        self.memory_negative = self._grown(self.memory_negative, kept)
+
+    def update(self, items: list[int]) -> dict[int, float]:
+        """A step on T+ towards y*, then (`neg_step`) one on T- towards y; the losses L(y*) before them."""
+        method = self.method
+        share = dict(zip(items, shares(self.target.rows, items, method.reduction).tolist(), strict=True))
+
+        def towards(loss: AnswerLoss, parts: Callable[[], list[Part]]) -> Callable[[Sequence[int]], Tensor]:
+            def losses(chunk: Sequence[int]) -> Tensor:
+                with attached(parts()):
+                    return loss(chunk)
+
+            return losses
+
+        now = accumulate(
+            towards(self.target, self.parts),
+            self.target.chunks(items),
+            lambda i, loss: share[i] if loss >= method.stop_loss else 0.0,
+        )
+        active = [i for i in items if now[i] >= method.stop_loss]
+        if not all(map(math.isfinite, now.values())) or not active:
+            self._forget_gradients()
+            return now
+        if self.original is not None and method.contrast == "mirror":  # one step on both terms
+            weight = method.contrast_weight
+            accumulate(
+                towards(self.original, self._mirrored), self.original.chunks(active), lambda i, _: weight * share[i]
+            )
+        self._step(self.adam_positive, self.memory_positive, self.positive)
+        if self.original is not None and self.moves_negative:
+            weight = method.contrast_weight if method.mode == "release" else 1.0
+            accumulate(towards(self.original, self.parts), self.original.chunks(active), lambda i, _: weight * share[i])
+            self._step(self.adam_negative, self.memory_negative, self.negative)
+        return now
+
+    def _mirrored(self) -> list[Part]:
+        """Delta': T-'s nodes changed as T+'s are on average, all else as in the model."""
+        return [
+            part
+            for nodes, positive, negative in zip(self.nodes, self.positive, self.negative, strict=False)
+            for part in nodes.averaged(nodes.chosen(positive), negative)
+        ]
+
+    def _step(self, adam: RowAdam, memory: list[list[RowState]], chosen: list[Tensor]) -> None:
+        self.n_steps += 1
+        for t, nodes in enumerate(self.nodes):
+            here = nodes.chosen(chosen[t]) if t < len(chosen) else torch.ones_like(nodes.index, dtype=torch.bool)
+            for tensor, state in zip(nodes.tensors, memory[t], strict=True):
+                assert tensor.grad is not None
+                if self.method.mode == "release":  # all rows are stepped, so momentum goes on working
+                    outside = ~here.view(-1, *[1] * (tensor.dim() - 1))
+                    adam.step(tensor, tensor.grad.masked_fill(outside, 0), state, torch.ones_like(here))
+                else:
+                    adam.step(tensor, tensor.grad, state, here)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        for tensor in self.values():
+            tensor.grad = None
+
+    def _fresh_memory(self) -> list[list[RowState]]:
+        return [[RowState.fresh(tensor) for tensor in nodes.tensors] for nodes in self.nodes]
+
+    def _grown(
+        self, memory: list[list[RowState]], kept: Sequence[Bool[Tensor, " n"]], steps: float = 0.0
+    ) -> list[list[RowState]]:
+        return [
+            [state.grown(tensor, keep, steps) for state, tensor in zip(states, nodes.tensors, strict=True)]
+            for states, nodes, keep in zip(memory, self.nodes, kept, strict=True)
+        ]
+
+    def _still(self, t: int, before: list[Tensor], now: list[Tensor]) -> Bool[Tensor, " n"]:
+        """Nodes that are trained now and were before."""
+        nodes = self.nodes[t]
+        if t >= len(now):  # a whole bias
+            return torch.ones_like(nodes.index, dtype=torch.bool)
+        return nodes.chosen(now[t]) & nodes.chosen(before[t]) if before else torch.zeros_like(nodes.index).bool()

@@ -1,0 +1,268 @@
+"""KNE: attribute the answer's probability to units of every layer, and tune only the ensemble that carries it.
+
+Li et al., "Knowledge Editing for Large Language Model with Knowledge Neuronal Ensemble"; equation numbers and symbols
+as there. No code of the authors exists; what the paper leaves open, and the reading of its contradictions:
+docs/methods/kne.md.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from retcon.delta import Delta
+from retcon.edits import Edit, check_edits, read_edits
+from retcon.errors import DeltaMismatch, InvalidSetting
+from retcon.lm.model import LM, Site, SiteName
+from retcon.locate.attribution import Attribution, Path, Probability, Quadrature, Unit, attribute, select
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import Moments
+from retcon.methods.base import Progress, check_choices, provenance, silent
+from retcon.methods.proposal import report_after
+from retcon.tune.descent import Reduction, Schedule, descend, stepping
+from retcon.tune.objective import Answer, AnswerLoss, answer_rows
+from retcon.tune.parts import TrainedColumns, TrainedEntries, TrainedRows, attached, changes, fresh
+
+Ensemble = dict[str, Int[Tensor, " n"]]
+"""N*: chosen units by `<layer>.<matrix>`, ascending; matrices without a unit are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kne:
+    """Knowledge Neuronal Ensemble."""
+
+    batch: ClassVar[bool] = True
+    keeps: ClassVar[str] = "the ensemble"
+
+    modules: tuple[SiteName, ...] = ("down_proj",)
+    """Matrices that are attributed and edited, in every layer; any of down_proj, up_proj, gate_proj, q_proj, k_proj,
+    v_proj, o_proj."""
+    granularity: Unit = "row"
+    """What an ensemble is made of: output units (Eqs. 6, 8), input units (Eq. 10; on down_proj, the value vectors of
+    knowledge neurons), or single weights."""
+    budget: float | None = 0.01
+    """Share of the model's parameters that the ensemble may hold; p follows from it."""
+    p: float | None = None
+    """Share of the units that are chosen (Eq. 6), in place of a budget."""
+    score: Literal["attribution", "random"] = "attribution"
+    """`random`: a control; units drawn by seed."""
+    unit_score: Literal["sum", "sum_abs"] = "sum"
+    """A row's or column's score: the sum of its entries' attributions, or of their sizes."""
+    sign: Literal["signed", "abs"] = "signed"
+    """`abs`: units that lower the probability count as well."""
+    path: Path = "layer"
+    """What is scaled together along the integral (Eq. 4): a matrix, all of them, or nothing."""
+    n_points: int = 20
+    """m in Eq. 5."""
+    quadrature: Quadrature = "right"
+    """Points of the integral: i/m (Eq. 5), interval midpoints, or Gauss-Legendre nodes."""
+    probability: Probability = "conditional"
+    """P of the first j answer tokens (Eq. 3): p(y_j | x, y_<j), or the product of those up to j."""
+    answer: Answer = "target_new"
+    """y*: the answer that is attributed."""
+    pool: Literal["mean", "union"] = "mean"
+    """Over facts: one threshold over mean scores, or the union of every fact's own ensemble."""
+    locate_on: str | None = None
+    """JSON lines of edits to locate on; None: the edits of the call."""
+    locate_limit: int = 200
+    """Facts to locate on at most, drawn by seed."""
+    reuse: bool = False
+    """Take the ensemble from `state` where one is given (`locate` makes one, and every delta carries its own), rather
+    than locate on the weights as they are now."""
+    alpha: float = 1.0
+    """Scale of the update (Eq. 11): a layer's change is alpha / sqrt(n) times what is trained."""
+    learning_rate: float = 5e-4
+    """Adam's; betas (0.9, 0.999), no decay."""
+    epochs: int = 25
+    """Passes over the edits at most; steps, where all edits are one batch."""
+    batch_size: int | None = None
+    """Edits per step; None: all of the call."""
+    stop_loss: float = 1e-2
+    """An edit is left alone once its loss is below this."""
+    reduction: Reduction = "per_edit"
+    """What a batch's loss is the mean of: edits, or answer tokens."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", tuple(self.modules))
+        check_choices("kne", self)
+        if (
+            not self.modules
+            or set(self.modules) - set(get_args(SiteName))
+            or len(set(self.modules)) < len(self.modules)
+        ):
+            raise InvalidSetting(
+                f"kne: modules must be one or more of {', '.join(get_args(SiteName))}, each once; found {self.modules}"
+            )
+        if (self.budget is None) == (self.p is None):
+            raise InvalidSetting(
+                f"kne: give budget or p, and None for the other; found budget {self.budget}, p {self.p}"
+            )
+        share = self.budget if self.p is None else self.p
+        if not 0 < share <= 1:  # type: ignore[operator]
+            raise InvalidSetting(f"kne: budget and p are shares above 0 and up to 1, found {share}")
+        if self.granularity == "entry" and self.unit_score == "sum_abs":
+            raise InvalidSetting("kne: unit_score='sum_abs' sums over a row or column; entries have nothing to sum")
+        if self.locate_limit < 1:
+            raise InvalidSetting(f"kne: locate_limit must be at least 1, found {self.locate_limit}")
+        self._attribution(), self._schedule()
+
+    @classmethod
+    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+        """Nothing depends on depth: the defaults are the spec's for every model."""
+        return {}
+
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        progress: Progress = silent,
+    ) -> Delta:
+        """The change that writes `edits` as one batch; the model is untouched. Contexts and moments are not used.
+
+        The delta's `state` is its ensemble; with `reuse`, that of an earlier call is taken over.
+
+        Raises:
+            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
+            InvalidSetting: a matrix the model does not have, or more units than there are.
+            DeltaMismatch: the ensemble given is not one of this model and these settings.
+            NonFinite: the model gives an edit no finite probability.
+        """
+        check_edits(edits)
+        sites = self.sites(lm)
+        for site in sites:
+            lm.check_editable(site.name)
+        if not edits:
+            return lm.delta({}, provenance={"method": "kne", "edits": []})
+        if self.reuse and state:
+            ensemble = self._given(lm, sites, state)
+        else:
+            ensemble = self.locate(lm, self._facts(edits), seed=seed, progress=progress)
+
+        parts = [self._part(site, ensemble[_key(site)]) for site in sites if _key(site) in ensemble]
+        trained = [part.values for part in parts]
+        loss = AnswerLoss(lm, answer_rows(lm, edits))
+        schedule = self._schedule()
+        with lm.borrowed(), attached(parts):
+            ended = descend(
+                edits,
+                stepping(loss, torch.optim.Adam(trained, lr=self.learning_rate), schedule, self.reduction),
+                loss.now,
+                lambda: trained,
+                schedule,
+                seed=seed,
+                progress=partial(progress, "ensemble"),
+            )
+        record = provenance("kne", self, lm, edits, seed=seed)
+        delta = lm.delta(changes(parts), report=ended.report(edits), state=ensemble, provenance=record)
+        with lm.edited(delta):
+            return replace(delta, report=report_after(lm, edits, delta.report))
+
+    def locate(self, lm: LM, facts: Sequence[Edit], *, seed: int = 0, progress: Progress = silent) -> Ensemble:
+        """N*: the ensemble of `facts` on the weights as they are now (Eqs. 4 to 7); the seed samples too many facts."""
+        facts = _sample(facts, self.locate_limit, seed)
+        if self.pool == "mean":
+            return self.choose(lm, self.scores(lm, facts, seed=seed, progress=progress))
+        union: dict[str, list[Tensor]] = {}
+        for i, fact in enumerate(facts):
+            for name, units in self.choose(lm, self.scores(lm, [fact], seed=seed + i)).items():
+                union.setdefault(name, []).append(units)
+            progress("attribution", i + 1, len(facts))
+        return {_key(s): torch.cat(union[_key(s)]).unique() for s in self.sites(lm) if _key(s) in union}
+
+    def scores(self, lm: LM, facts: Sequence[Edit], *, seed: int = 0, progress: Progress = silent) -> list[Tensor]:
+        """The score of every unit of every site (`sites`), higher is sooner chosen."""
+        sites = self.sites(lm)
+        if self.score == "random":
+            generator = torch.Generator().manual_seed(seed)
+            return [torch.rand(self._n_units(site), generator=generator) for site in sites]
+        unit: Unit = "entry" if self.unit_score == "sum_abs" else self.granularity
+        found = attribute(lm, facts, sites, self._attribution(), unit, progress=partial(progress, "attribution"))
+        if self.unit_score == "sum_abs":
+            over = 1 if self.granularity == "row" else 0
+            found = [s.abs().view(site.weight.shape).sum(over) for s, site in zip(found, sites, strict=True)]
+        return [s.abs() for s in found] if self.sign == "abs" else found
+
+    def sites(self, lm: LM) -> list[Site]:
+        """The matrices, in order of layers; that order breaks ties."""
+        for kind in self.modules:
+            if getattr(lm.layout, kind) is None:
+                raise InvalidSetting(f"kne: {lm.name!r} ({lm.model.config.model_type}) has no {kind}")
+        return [lm.site(layer, kind) for layer in range(lm.n_layers) for kind in self.modules]
+
+    def n_chosen(self, lm: LM, sites: Sequence[Site]) -> int:
+        """max(1, round(p * units)); p = budget * parameters / weights of the sites, where a budget is given."""
+        p = self.p
+        if p is None:
+            assert self.budget is not None
+            n_parameters = sum(parameter.numel() for parameter in lm.model.parameters())
+            p = min(1.0, self.budget * n_parameters / sum(site.weight.numel() for site in sites))
+        return max(1, round(p * sum(map(self._n_units, sites))))
+
+    def choose(self, lm: LM, scores: Sequence[Tensor]) -> Ensemble:
+        """The units above the one threshold over all sites (Eqs. 6, 7)."""
+        sites = self.sites(lm)
+        found = select(scores, self.n_chosen(lm, sites))
+        return {_key(site): units for site, units in zip(sites, found, strict=True) if len(units)}
+
+    def _n_units(self, site: Site) -> int:
+        out, into = site.weight.shape
+        return {"row": out, "column": into, "entry": out * into}[self.granularity]
+
+    def _part(self, site: Site, units: Int[Tensor, " n"]) -> TrainedRows | TrainedColumns | TrainedEntries:
+        """W_kne, zero (Eq. 8), which Eqs. 9 to 11 place in the matrix and scale."""
+        index, n = units.to(site.weight.device), len(units)
+        scale = self.alpha / math.sqrt(n)
+        out, into = site.weight.shape
+        if self.granularity == "row":
+            return TrainedRows(site, index, fresh(site, n, into), scale)
+        if self.granularity == "column":
+            return TrainedColumns(site, index, fresh(site, n, out), scale)
+        return TrainedEntries(site, index, fresh(site, n), scale)
+
+    def _facts(self, edits: Sequence[Edit]) -> Sequence[Edit]:
+        return edits if self.locate_on is None else read_edits(self.locate_on)
+
+    def _given(self, lm: LM, sites: Sequence[Site], state: Mapping[str, Tensor]) -> Ensemble:
+        """The ensemble of a state, checked."""
+        units = {_key(site): self._n_units(site) for site in sites}
+        for name, index in state.items():
+            if name not in units or index.dtype != torch.long or not len(index) or int(index.max()) >= units[name]:
+                raise DeltaMismatch(
+                    f"kne: the ensemble given names {name!r} ({len(index)} units), which is no {self.granularity} "
+                    f"ensemble over {', '.join(self.modules)} of {lm.name!r}; locate anew (reuse=False)"
+                )
+        return {name: index.cpu() for name, index in state.items()}
+
+    def _attribution(self) -> Attribution:
+        return Attribution(
+            path=self.path,
+            n_points=self.n_points,
+            quadrature=self.quadrature,
+            probability=self.probability,
+            answer=self.answer,
+        )
+
+    def _schedule(self) -> Schedule:
+        return Schedule(epochs=self.epochs, batch_size=self.batch_size, stop_loss=self.stop_loss)
+
+
+def _key(site: Site) -> str:
+    return f"{site.layer}.{site.kind}"
+
+
+def _sample(facts: Sequence[Edit], limit: int, seed: int) -> Sequence[Edit]:
+    """At most `limit` facts, in their order."""
+    if len(facts) <= limit:
+        return facts
+    order = torch.randperm(len(facts), generator=torch.Generator().manual_seed(seed))[:limit]
+    return [facts[i] for i in order.sort().values.tolist()]

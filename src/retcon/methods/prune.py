@@ -1,0 +1,157 @@
+"""PRUNE: after many edits, hold down the large singular values of the whole change.
+
+Ma et al. 2024, arXiv:2405.16821, section 4; symbols as there. Departures: docs/methods/prune.md.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.delta import Change, Delta, Dense, LowRank, smallest
+from retcon.edits import Edit
+from retcon.errors import InvalidSetting
+from retcon.lm.model import LM
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import GivenMoments, Moments
+from retcon.methods.base import Method, Progress, check_choices, provenance, silent
+from retcon.methods.proposal import report_after
+from retcon.methods.registry import method
+from retcon.methods.sequence import combined
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Perturbation restraint on the upper bound of the condition number: a filter over all edits so far."""
+
+    keeps: ClassVar[str] = "as its host; the base weights are the model's own"
+
+    host: str = "rome"
+    """Method that writes the edits given; with none given, what is live is restrained."""
+    host_settings: Mapping[str, Any] = field(default_factory=dict)
+    """The host's settings; for a model, its preset's with these over them."""
+    alpha: float = math.e
+    """Base of the logarithm; smaller restrains less (published: e, 2, 1.5, 1.2)."""
+    restraint: Literal["log", "linear"] = "log"
+    """F(s) of singular values s above sigma: log_alpha(s) - log_alpha(sigma) + sigma, or (s + sigma) / 2."""
+    guard: bool = True
+    """min(s, F(s)): F raises values just above sigma where sigma ln(alpha) < 1. False: F as published."""
+
+    def __post_init__(self) -> None:
+        check_choices("prune", self)
+        if self.alpha <= 1:
+            raise InvalidSetting(f"prune: alpha must be above 1, found {self.alpha}")
+
+    @classmethod
+    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+        """The same for every model; what depends on it are the host's settings."""
+        return {}
+
+    @property
+    def hosted(self) -> Method:
+        """The host with its settings."""
+        return method(self.host, **self.host_settings)
+
+    @property
+    def batch(self) -> bool:
+        """As the host."""
+        return self.hosted.batch
+
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        progress: Progress = silent,
+    ) -> Delta:
+        """One delta in place of all that are live, and of the host's for `edits` on top: their sum, restrained.
+
+        Applying it takes the live ones off, reverting it puts them back. The model is untouched. Reports are those of
+        the deltas it stands for, with what the model says after the restraint.
+        """
+        given = dict(contexts=contexts, moments=moments, state=state, seed=seed, progress=progress)
+        fresh = self.hosted.propose(lm, edits, **given) if edits else None  # type: ignore[arg-type]
+        parts = [*lm.live, *([fresh] if fresh else [])]
+        names = dict.fromkeys(name for part in parts for name in part.changes)
+        changes: dict[str, Sequence[Change]] = {}
+        restrained: dict[str, int] = {}
+        for name in names:
+            own = [change for part in parts for change in part.changes.get(name, ())]
+            changes[name], restrained[name] = self._restrained(lm, name, own)
+        about = [edit for part in parts for edit in part.provenance.get("edits", [])]
+        record = {
+            **(dict(fresh.provenance) if fresh else _nothing_new(self, lm, seed)),
+            "method": "prune",
+            "settings": asdict(self),
+            "edits": about,
+            "singular_values_restrained": restrained,
+        }
+        report = tuple(r for part in parts for r in part.report)
+        kept = dict(state=fresh.state if fresh else state, supersedes=tuple(d.id for d in lm.live))
+        delta = lm.delta(changes, report=report, provenance=record, **kept)
+        if not report or len(about) != len(report):  # a delta without a record of its edits cannot be asked about them
+            return delta
+        with lm.edited(delta):
+            report = report_after(lm, [Edit(**edit) for edit in about], report)
+        return lm.delta(changes, report=report, provenance=record, **kept)
+
+    def _restrained(self, lm: LM, name: str, changes: Sequence[Change]) -> tuple[Sequence[Change], int]:
+        """The sum of a parameter's changes after the restraint, and how many singular values it lowered."""
+        base = lm.base_weight(name)
+        if base.dim() != 2:
+            return combined(changes, base.shape), 0
+        u, s, vh = singular_values(changes, base.shape)
+        sigma = torch.linalg.matrix_norm(base.double(), ord=2).to(s)
+        above = int((s > sigma).sum())
+        if not above:
+            return combined(changes, base.shape), 0
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        left = u * restrain(s, float(sigma), self.alpha, self.restraint, guard=self.guard)
+        return (smallest(left.to(dtype), vh.to(dtype)),), above
+
+
+def restrain(
+    s: Float[Tensor, " rank"],
+    sigma: float,
+    alpha: float = math.e,
+    restraint: Literal["log", "linear"] = "log",
+    *,
+    guard: bool = True,
+) -> Float[Tensor, " rank"]:
+    """F(s): singular values up to sigma as they are, larger ones held down (Eq. 5)."""
+    high = s.clamp_min(sigma)
+    f = (high / sigma).log() / math.log(alpha) + sigma if restraint == "log" else (high + sigma) / 2
+    f = torch.where(s > sigma, f, s)
+    return torch.minimum(f, s) if guard else f
+
+
+def singular_values(
+    changes: Sequence[Change], shape: torch.Size
+) -> tuple[Float[Tensor, "rows rank"], Float[Tensor, " rank"], Float[Tensor, "rank columns"]]:
+    """U, s, V^T of the sum of changes, float64; through its factors where those are thin."""
+    (whole,) = total if len(total := combined(changes, shape)) == 1 else (Dense(full=_written_out(changes, shape)),)
+    if not isinstance(whole, LowRank) or whole.region is not None:
+        return torch.linalg.svd(_written_out([whole], shape), full_matrices=False)
+    ql, rl = torch.linalg.qr(whole.left.double())
+    qr, rr = torch.linalg.qr(whole.right.double().T)
+    u, s, vh = torch.linalg.svd(rl @ rr.T, full_matrices=False)
+    return ql @ u, s, vh @ qr.T
+
+
+def _written_out(changes: Sequence[Change], shape: torch.Size) -> Tensor:
+    total = torch.zeros(shape, dtype=torch.float64, device=changes[0].values().device)
+    for change in changes:
+        change.add_to(total)
+    return total
+
+
+def _nothing_new(method: Prune, lm: LM, seed: int) -> dict[str, Any]:
+    return provenance("prune", method, lm, (), contexts=Contexts(), moments=GivenMoments({}), sites=(), seed=seed)

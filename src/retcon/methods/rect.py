@@ -1,0 +1,129 @@
+"""RECT: of another method's update, write only the entries that change their weight most, relative to its size.
+
+Gu et al. 2024, arXiv:2401.04700, section 5. Departures: docs/methods/rect.md.
+"""
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from retcon.delta import Change, Delta, Dense, Entries
+from retcon.edits import Edit
+from retcon.errors import InvalidSetting
+from retcon.lm.model import LM
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import Moments
+from retcon.methods.base import Method, Progress, check_choices, check_not_negative, silent
+from retcon.methods.proposal import report_after
+from retcon.methods.registry import method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rect:
+    """Relative change in weight: a filter over a host method."""
+
+    keeps: ClassVar[str] = "as its host"
+
+    host: str = "memit"
+    """Method whose update is filtered."""
+    host_settings: Mapping[str, Any] = field(default_factory=dict)
+    """The host's settings; for a model, its preset's with these over them."""
+    keep_percent: float | None = None
+    """k: how much of the update is kept. None: 20 for hosts that take one fact (the authors' for ROME), 40 for others
+    (AlphaEdit's for MEMIT)."""
+    denominator: Literal["absolute", "signed"] = "absolute"
+    """Relative to |W| + eps, or to W + eps (AlphaEdit's code, where entries near -eps blow up)."""
+    count: Literal["exact", "released"] = "exact"
+    """Exactly the k % largest, the first of equals; or all from AlphaEdit's threshold on, which is one more."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    in_loop: bool = False
+    """True: each layer is filtered before the next is solved, so that later ones make up for it (ours)."""
+
+    def __post_init__(self) -> None:
+        check_choices("rect", self)
+        check_not_negative("rect", self, "eps")
+        if self.keep_percent is not None and not 0 <= self.keep_percent <= 100:
+            raise InvalidSetting(f"rect: keep_percent must be from 0 to 100, found {self.keep_percent}")
+        if self.in_loop and "temper" not in inspect.signature(self.hosted.propose).parameters:
+            raise InvalidSetting(f"rect: in_loop needs a host that writes layer by layer; {self.host} does not")
+
+    @classmethod
+    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+        """The same for every model; what depends on it are the host's settings."""
+        return {}
+
+    @property
+    def hosted(self) -> Method:
+        """The host with its settings."""
+        return method(self.host, **self.host_settings)
+
+    @property
+    def batch(self) -> bool:
+        """As the host."""
+        return self.hosted.batch
+
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        progress: Progress = silent,
+    ) -> Delta:
+        """The host's change, filtered; the model is untouched. The state is the host's."""
+        k = self.keep_percent if self.keep_percent is not None else 40.0 if self.batch else 20.0
+
+        def kept(name: str, change: Change) -> Change:
+            weight = lm.parameter(name).detach()
+            return as_change(self.filtered(change.dense(weight.shape), weight, k), change)
+
+        given = dict(contexts=contexts, moments=moments, state=state, seed=seed, progress=progress)
+        delta = self.hosted.propose(lm, edits, **given, **({"temper": kept} if self.in_loop else {}))  # type: ignore[arg-type]
+        if delta.supersedes:
+            raise InvalidSetting(f"rect: {self.host} replaces earlier deltas, so its change is no update to filter")
+        record = {**delta.provenance, "method": "rect", "settings": asdict(self)}
+        changes = delta.changes
+        if not self.in_loop:
+            changes = {n: tuple(kept(n, c) for c in own) for n, own in changes.items()}
+        filtered = lm.delta(changes, report=delta.report, state=delta.state, provenance=record)
+        with lm.edited(filtered):
+            report = report_after(lm, edits, filtered.report)
+        return lm.delta(changes, report=report, state=delta.state, provenance=record)
+
+    def filtered(self, update: Tensor, weight: Tensor, keep_percent: float) -> Tensor:
+        """`update` with all but its relatively largest entries zero; any orientation."""
+        size = weight.abs() if self.denominator == "absolute" else weight
+        relative = (update.abs().to(torch.float64) / (size.to(update.device, torch.float64) + self.eps)).flatten()
+        return torch.where(self._chosen(relative, keep_percent).view_as(update), update, torch.zeros_like(update))
+
+    def _chosen(self, relative: Tensor, keep_percent: float) -> Tensor:
+        n = relative.numel()
+        if self.count == "released":
+            rank = int(n * (100 - keep_percent) / 100)
+            return relative >= relative.kthvalue(rank).values if rank else torch.ones_like(relative, dtype=torch.bool)
+        wanted = math.ceil(keep_percent * n / 100)
+        if not wanted:
+            return torch.zeros_like(relative, dtype=torch.bool)
+        smallest_kept = relative.kthvalue(n - wanted + 1).values
+        chosen = relative > smallest_kept
+        equal = (relative == smallest_kept).nonzero()[:, 0]
+        chosen[equal[: wanted - int(chosen.sum())]] = True  # of equals, the first
+        return chosen
+
+
+def as_change(update: Tensor, host: Change) -> Change:
+    """A filtered update in its smallest exact form: its entries, or all of it where those take more room."""
+    part = host.part_of(update)
+    index = part.flatten().nonzero()[:, 0]
+    if len(index) * (8 + update.element_size()) < part.numel() * update.element_size():
+        return Entries(region=host.region, index=index, entries=part.flatten()[index])
+    return Dense(region=host.region, full=part.contiguous())

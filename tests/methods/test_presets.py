@@ -1,0 +1,89 @@
+"""Presets of all methods: every published row loads, says its source, and is found for its model."""
+
+import pytest
+
+from retcon.errors import RetconWarning
+from retcon.lm.layouts import LAYOUTS
+from retcon.methods.registry import METHODS, _models, method, method_class, presets
+
+FAMILY = ("rome", "r_rome", "memit", "pmet", "jeep", "emmet", "alphaedit", "rect", "prune")
+ALL = [(name, preset) for name in METHODS for preset in presets(name)]
+
+
+@pytest.mark.parametrize(("name", "preset"), ALL, ids=[preset.name for _, preset in ALL])
+def test_every_preset_loads_and_names_its_source(name, preset):
+    assert preset.source
+    assert preset.match["model_type"] in LAYOUTS
+    settings = dict(preset.settings)
+    if "host" in settings:  # what a filter wraps comes from the host's preset
+        twin = next(p for p in presets(settings["host"]) if (p.model, p.dataset) == (preset.model, preset.dataset))
+        settings["host_settings"] = twin.settings
+    chosen = method(name, **settings)
+    layers = [x for field in ("layer", "layers", "low", "high") for x in _as_tuple(getattr(chosen, field, ()))]
+    assert all(0 <= layer < preset.match["n_layers"] for layer in layers)
+
+
+def _as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.mark.parametrize("model", ["gpt-j-6b", "llama-2-7b", "llama-3-8b"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_models_that_users_meet_first_resolve(name, model, tiny, monkeypatch):
+    """Where a method has published settings for the model; else it starts from its relative depth, and says so."""
+    lm = tiny("llama")
+    monkeypatch.setattr("retcon.methods.registry.signature", lambda lm: dict(_models()[model]))
+    published = [p for p in presets(name) if p.model == model]
+    if len(published) == 1:
+        chosen = method(name, for_model=lm)
+        for field, value in published[0].settings.items():
+            assert getattr(chosen, field) == (tuple(value) if isinstance(value, list) else value)
+    elif published:
+        with pytest.warns(RetconWarning, match=f"taking {name}/{model}/counterfact"):
+            method(name, for_model=lm)
+    elif name != "prune":  # whose host has a preset even there
+        with pytest.warns(RetconWarning, match=f"no {name} preset"):
+            method(name, for_model=lm)
+
+
+def test_models_are_told_apart():
+    looks = [tuple(sorted(match.items())) for match in _models().values()]
+    assert len(set(looks)) == len(looks)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "wanted"),
+    [
+        ("rome", "gpt2-xl", dict(layer=17, clamp=4.0, weight_decay=0.5, steps=20, use_moment=True)),
+        ("rome", "llama-3-8b", dict(layer=5, steps=25, weight_decay=0.001, use_moment=False)),
+        ("r_rome", "gpt-j-6b", dict(layer=5, key_mode="avg", residual="value")),
+        ("memit", "gpt-j-6b", dict(layers=(3, 4, 5, 6, 7, 8), moment_weight=15000.0, clamp=0.75, spread="even")),
+        ("memit", "llama-3-8b", dict(layers=(4, 5, 6, 7, 8), learning_rate=0.1, weight_decay=0.5)),
+        ("pmet", "gpt-j-6b", dict(learning_rate=0.2, kl_factor=1.0, moment_weight=6000.0, settled_factor=0.1)),
+        ("emmet", "gpt2-xl", dict(layers=(17,), moment_weight=1000.0, stabiliser=None)),
+        ("alphaedit", "llama-3-8b", dict(null_threshold=0.02, threshold_mode="absolute", ridge=10.0)),
+    ],
+)
+def test_published_figures(name, preset, wanted):
+    chosen = method(name, preset=f"{name}/{preset}/counterfact")
+    assert {field: getattr(chosen, field) for field in wanted} == wanted
+
+
+def test_a_filters_host_gets_its_own_preset_and_what_is_given_over_it(tiny, monkeypatch):
+    monkeypatch.setattr("retcon.methods.registry.signature", lambda lm: dict(_models()["gpt-j-6b"]))
+    chosen = method("rect", for_model=tiny("llama"), host_settings=dict(moment_weight=7.0))
+    assert (chosen.host, chosen.keep_percent) == ("memit", 40.0)
+    assert chosen.host_settings["layers"] == (3, 4, 5, 6, 7, 8)
+    assert chosen.host_settings["moment_weight"] == 7.0
+    other = method("rect", for_model=tiny("llama"), host="rome")
+    assert other.host_settings["layer"] == 5
+    assert not other.batch
+
+
+@pytest.mark.parametrize("n_layers", [2, 4, 6, 12, 28, 32, 48, 80])
+@pytest.mark.parametrize("name", [n for n in FAMILY if n not in ("rect", "prune")])
+def test_starting_points_fit_any_depth(name, n_layers):
+    for parallel in (False, True):
+        guess = method_class(name).starting_point(n_layers, parallel=parallel)
+        method(name, **guess)
+        assert all(0 <= x < n_layers for value in guess.values() for x in _as_tuple(value))

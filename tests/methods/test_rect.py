@@ -1,0 +1,128 @@
+"""RECT's identities (float64)."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from retcon.errors import InvalidSetting
+from retcon.methods.rect import Rect
+from tests.conftest import random_moments
+from tests.methods.common import CONTEXTS, SEARCH, same
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the weight")
+HOST = dict(layers=(0, 1), moment_weight=1.0) | SEARCH
+
+
+def rect(**settings):
+    return Rect(**(dict(host="memit", host_settings=HOST) | settings))
+
+
+def propose(method, lm, edits, state=None):
+    return method.propose(lm, edits, contexts=CONTEXTS, moments=random_moments(lm), state=state)
+
+
+@pytest.mark.parametrize("k", [0.0, 0.1, 20.0, 33.3, 99.99, 100.0])
+def test_exactly_the_relatively_largest_entries_are_kept(k, randn):
+    """Identities 51 and 52."""
+    dw, w = randn(13, 17), randn(13, 17)
+    kept = rect().filtered(dw, w, k)
+    chosen = kept != 0
+    assert int(chosen.sum()) == math.ceil(k * dw.numel() / 100)
+    assert torch.equal(kept[chosen], dw[chosen])
+    q = dw.abs() / (w.abs() + 1e-8)
+    if chosen.any() and not chosen.all():
+        assert q[chosen].min() >= q[~chosen].max()
+
+
+def test_of_equals_the_first_are_kept(randn):
+    kept = rect().filtered(torch.ones(4, 5), torch.ones(4, 5), 35.0)
+    assert kept.flatten().nonzero()[:, 0].tolist() == list(range(7))
+    released = rect(count="released").filtered(torch.ones(4, 5), torch.ones(4, 5), 35.0)
+    assert bool(released.all())  # all are on the threshold
+
+
+def test_permuting_and_scaling_change_nothing(randn):
+    """Identity 53."""
+    dw, w = randn(6, 9), randn(6, 9)
+    rows, columns = torch.randperm(6), torch.randperm(9)
+    own = rect(eps=0.0)
+    kept = own.filtered(dw, w, 40.0)
+    assert torch.equal(own.filtered(dw[rows][:, columns], w[rows][:, columns], 40.0), kept[rows][:, columns])
+    assert torch.equal(own.filtered(dw * 8, w * 8, 40.0), kept * 8)
+
+
+def test_released_forms(randn):
+    dw, w = randn(10, 10), randn(10, 10)
+    released = rect(count="released").filtered(dw, w, 40.0)
+    assert int((released != 0).sum()) == 100 - int(100 * 0.6) + 1
+    signed = rect(denominator="signed").filtered(dw, w, 40.0)
+    q = dw.abs() / (w + 1e-8)
+    assert q[signed != 0].min() >= q[signed == 0].max()
+    assert not torch.equal(signed, rect().filtered(dw, w, 40.0))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_it_filters_its_hosts_delta(family, tiny, edits):
+    lm = tiny(family)
+    host = rect().hosted
+    whole = propose(host, lm, edits)
+    same(lm, propose(rect(keep_percent=100.0), lm, edits), whole)
+    nothing = propose(rect(keep_percent=0.0), lm, edits)
+    assert all(not nothing.dense(n, lm.parameter(n).shape).any() for n in nothing.changes)
+    some = propose(rect(keep_percent=10.0), lm, edits)
+    for name, (change,) in some.changes.items():
+        assert change.kind == "entries"  # smaller than the whole
+        shape = lm.parameter(name).shape
+        assert_close(some.dense(name, shape), rect().filtered(whole.dense(name, shape), lm.parameter(name), 10.0))
+    assert some.provenance["settings"]["host_settings"]["moment_weight"] == 1.0
+    assert [r.steps for r in some.report] == [r.steps for r in whole.report]
+    assert some.report[0].written != whole.report[0].written  # measured after the filter
+
+
+def test_in_the_loop_later_layers_make_up_for_it(tiny, edits):
+    lm = tiny("llama")
+    after, within = (propose(rect(keep_percent=20.0, in_loop=x), lm, edits) for x in (False, True))
+    first, second = (lm.site(i, "down_proj").name for i in (0, 1))
+    shape = lm.parameter(first).shape
+    assert_close(after.dense(first, shape), within.dense(first, shape))
+    assert not torch.allclose(after.dense(second, shape), within.dense(second, shape), rtol=1e-3)
+    assert int((within.dense(second, shape) != 0).sum()) == math.ceil(0.2 * shape.numel())
+
+
+def test_how_much_is_kept_depends_on_the_host_where_nothing_is_said(tiny, edit):
+    lm = tiny("llama")
+    for host, settings, percent in (("rome", dict(layer=1) | SEARCH, 20), ("memit", HOST, 40)):
+        method = Rect(host=host, host_settings=settings)
+        delta = propose(method, lm, [edit])
+        assert method.batch == (host == "memit")
+        for name in delta.changes:
+            shape = lm.parameter(name).shape
+            assert int((delta.dense(name, shape) != 0).sum()) == math.ceil(percent * shape.numel() / 100)
+
+
+def test_the_hosts_state_passes_through(tiny, edits):
+    lm = tiny("llama")
+    method = rect(host_settings=HOST | dict(cache_keys=True))
+    first = propose(method, lm, edits[:2])
+    assert first.state is not None
+    assert propose(method, lm, edits[2:], state=first.state).state is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [(dict(keep_percent=101.0), "from 0 to 100"), (dict(denominator="x"), "known: absolute, signed"),
+     (dict(count="x"), "known: exact, released"), (dict(host_settings={}, in_loop=True), "memit needs layers"),
+     (dict(host="rect", host_settings=dict(host_settings=HOST), in_loop=True), "writes layer by layer; rect does not")],
+)  # fmt: skip
+def test_settings_are_checked(settings, text):
+    with pytest.raises(InvalidSetting, match=text):
+        rect(**settings)
+
+
+def test_a_host_that_replaces_what_is_live_is_refused(tiny, edits):
+    lm = tiny("llama")
+    lm.apply(propose(rect().hosted, lm, edits[:1]))
+    with pytest.raises(InvalidSetting, match="prune replaces earlier deltas"):
+        propose(Rect(host="prune", host_settings=dict(host="memit", host_settings=HOST)), lm, edits[1:])
