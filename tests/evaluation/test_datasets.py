@@ -361,7 +361,9 @@ def test_formats_are_told_apart() -> None:
         "cases",
     ]
     assert load(OWN, "cases") == load(OWN)
-    with pytest.raises(InvalidSetting, match="unknown format 'csv'; known: counterfact, counterfact-flat, zsre, cases"):
+    with pytest.raises(
+        InvalidSetting, match="unknown format 'csv'; known: counterfact, counterfact-flat, zsre, knowedit"
+    ):
         load(OWN, "csv")  # type: ignore[arg-type]
     with pytest.raises(MalformedFile, match="expected CounterFact rows, these look like zsre"):
         load_counterfact(ZSRE)
@@ -486,6 +488,6 @@ def test_flat_and_native_rows_of_one_fact_give_the_same_rewrite_records(tiny: Ca
         case = load_counterfact(path, limit=1)[0]
         records = [r for r in evaluate(lm, case).records if r.axis == "rewrite"]
         found.append([(r.case_id, r.subject, r.probe_id, r.metric, r.variant, r.value, r.n, r.detail) for r in records])
-    assert len(found[0]) == 8
+    assert len(found[0]) == 10
     for native, flat in zip(*found, strict=True):
         assert native == pytest.approx(flat)

@@ -63,7 +63,8 @@ def test_scores_come_from_unrounded_means() -> None:
     assert hm.interval is not None
     assert hm.interval.kind == "ci.boot"
     assert hm.interval.low <= hm.value <= hm.interval.high
-    assert am.interval is None
+    assert am.interval is not None
+    assert am.interval.low <= am.value <= am.interval.high
 
 
 def test_without_one_part_there_is_no_score() -> None:
@@ -104,7 +105,7 @@ def test_cases_that_share_a_subject_are_drawn_together_in_the_zsre_family() -> N
 
 
 def vars_of(r: Record) -> dict[str, Any]:
-    return {name: getattr(r, name) for name in Record.__dataclass_fields__}
+    return {name: getattr(r, name) for name in Record._fields}
 
 
 def test_before_and_after_with_the_paired_change_of_locality() -> None:
@@ -240,7 +241,7 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_no_number_that_json_lacks_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Out of range float"):
+    with pytest.raises(ValueError, match="nan is no JSON"):
         Evaluation([record("a", math.nan)]).write(tmp_path / "records.jsonl")
     assert not list(tmp_path.iterdir())
 
@@ -250,10 +251,10 @@ def test_no_number_that_json_lacks_is_written(tmp_path: Path) -> None:
     [
         (dict(schema=2), "row 2: schema 2, this version reads 1"),
         (dict(schema=None), "row 2: field 'schema' must be int, found NoneType"),
-        (dict(metric=None), "row 2: field 'metric' must be str, found NoneType"),
+        (dict(metric=None), "row 2: field 'metric' must be str, found None"),
         (dict(value="1"), "row 2: field 'value' must be a number or null, found '1'"),
-        (dict(n=0.5), "row 2: field 'n' must be int, found float"),
-        (dict(when="later"), "row 2: field 'when' must be pre or final, found 'later'"),
+        (dict(n=0.5), "row 2: field 'n' must be int, found 0.5"),
+        (dict(when="later"), "row 2: field 'when' must be pre or immediate or checkpoint or final, found 'later'"),
         (dict(status="fine"), "row 2: field 'status' must be ok or skipped or error, found 'fine'"),
         (dict(method="rome"), "row 2: of another run than the rows above (method); one file holds one run"),
     ],

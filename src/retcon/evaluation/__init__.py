@@ -14,8 +14,12 @@ from retcon.evaluation.datasets import (
 )
 from retcon.evaluation.intervals import Interval, ci_boot, ci_case, ci_seed
 from retcon.evaluation.measure import evaluate
-from retcon.evaluation.results import Estimate, Evaluation, Line, Record, Summary
+from retcon.evaluation.plan import Measures
+from retcon.evaluation.protocol import Protocol, run_protocol
+from retcon.evaluation.records import Record
+from retcon.evaluation.results import Evaluation
 from retcon.evaluation.score import Item, TokenScore, score
+from retcon.evaluation.summary import Estimate, Line, Summary
 
 __all__ = [
     "Estimate",
@@ -24,6 +28,8 @@ __all__ = [
     "Item",
     "Line",
     "LoadReport",
+    "Measures",
+    "Protocol",
     "Record",
     "Summary",
     "TokenScore",
@@ -36,5 +42,6 @@ __all__ = [
     "load_cases",
     "load_counterfact",
     "load_zsre",
+    "run_protocol",
     "score",
 ]

@@ -3,25 +3,52 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from retcon.delta import Delta
-from retcon.edits import Case, Query
-from retcon.errors import InvalidEdit, InvalidSetting
-from retcon.evaluation.datasets import contaminated
-from retcon.evaluation.metrics import accepted, accuracy, agreement, compare, is_locality, matches, metric_names
-from retcon.evaluation.results import Evaluation, Record, Status, When
-from retcon.evaluation.score import MAX_BATCH_TOKENS, TokenScore, score_rows
+from retcon.edits import Case
+from retcon.errors import InvalidSetting
+from retcon.evaluation.drift import Scope, next_token_divergence
+from retcon.evaluation.generate import PRESETS, Writing, Written, write
+from retcon.evaluation.metrics import (
+    Measured,
+    accuracy,
+    compare,
+    easyedit,
+    is_locality,
+    length,
+    matches,
+    metric_names,
+    same_text,
+    unchanged,
+)
+from retcon.evaluation.metrics.consistency import consistency
+from retcon.evaluation.metrics.fluency import fluency
+from retcon.evaluation.metrics.several import multihop, ripple
+from retcon.evaluation.plan import (
+    PREFIXED,
+    Asked,
+    Fluency,
+    Measures,
+    Place,
+    Plan,
+    family_of_case,
+    make_plan,
+    subject_of,
+)
+from retcon.evaluation.records import Record, Status, When
+from retcon.evaluation.results import Evaluation
+from retcon.evaluation.score import TokenScore, score_rows
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode
 
-GENERATED = ("rewrite", "paraphrase", "two_hop", "portability")
-"""Axes on which the model also writes its own answer (`portability.<key>` included)."""
+ESSENCE_TOKENS = 100
+"""Tokens of a passage read for its essence (ROME)."""
 
-Place = tuple[str, str]
-"""(case id, query id)."""
+Advance = Callable[[str, int, int], None]
+"""Hears (stage, done, total)."""
 
 
 def evaluate(
@@ -30,11 +57,12 @@ def evaluate(
     *,
     delta: Delta | None = None,
     pre: Evaluation | None = None,
-    generate: bool = True,
-    max_new_tokens: int = 16,
-    stops: Sequence[str] = ("\n",),
-    max_batch_tokens: int = MAX_BATCH_TOKENS,
-    separator: str = " ",
+    measures: Measures | None = None,
+    generate: bool | None = None,
+    max_new_tokens: int | None = None,
+    stops: Sequence[str] | None = None,
+    max_batch_tokens: int | None = None,
+    separator: str | None = None,
     seed: int = 0,
     context: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -43,203 +71,338 @@ def evaluate(
 
     The model as it stands (deltas applied earlier included) gives the `pre` records; with `delta`, the model edited by
     it gives the `final` ones. With `pre` and no `delta`, the model as it stands is taken for the edited one. A query
-    with a rival answer is measured in the CounterFact family, any other with a target in the zsRE family; on axes
-    without a published name the metric carries the axis's. What cannot be scored is recorded as skipped, and why.
+    with a rival answer is measured in the CounterFact family, any other with a target in the zsRE family (EasyEdit's,
+    where the loader says so); on axes without a published name the metric carries the axis's. What cannot be scored is
+    recorded as skipped, and why.
 
     Args:
         pre: an earlier evaluation of the unedited model on at least these cases, so as not to repeat it. One read from
             a file has no predictions, so agreement with it (`ee.loc.argmax`) is recorded as skipped.
+        measures: what is measured; None: as `Measures` has it. The next five, where given, stand above its fields.
         generate: also let the model write its answers on rewrite, paraphrase, two-hop, portability prompts (`gen.*`).
         max_new_tokens: how much it may write.
         stops: texts that end an answer.
         max_batch_tokens: padded tokens per forward pass; halved when memory runs out.
         separator: what stands between prompt and answer; "" for scripts without spaces.
-        seed: of the bootstrap; nothing else is drawn.
-        context: columns for all records (`protocol`, `step`, `run_id`, ...), over those known here.
+        seed: of the bootstrap and of sampled text.
+        context: columns for all records (`protocol`, `run_id`, ...), over those known here.
         progress: draw a progress bar.
 
     Raises:
         InvalidEdit: two cases share an id.
         InvalidSetting: `pre` does not cover the queries.
     """
-    asked = _plan(lm, cases, separator)
-    options = _Options(generate, max_new_tokens, tuple(stops), max_batch_tokens)
-    before = None if pre is None else _covering(pre, asked)
+    given: dict[str, Any] = {
+        "generate": generate,
+        "max_new_tokens": max_new_tokens,
+        "stops": None if stops is None else tuple(stops),
+        "max_batch_tokens": max_batch_tokens,
+        "separator": separator,
+        "seed": seed,
+    }
+    measures = replace(measures or Measures(), **{name: value for name, value in given.items() if value is not None})
+    plan = make_plan(lm, cases, measures)
+    before = None if pre is None else _covering(pre, plan)
     with _bar(progress) as advance:
         parts = []
         if before is None:
-            before = _measure(lm, asked, "pre", None, options, advance)
+            before = measure(lm, plan, measures, "pre", advance=advance)
         parts.append(before)
         if delta is not None:
-            with lm.edited(delta):
-                parts.append(_measure(lm, asked, "final", before, options, advance))
+            edited: Scope = lambda: lm.edited(delta)  # noqa: E731 (a scope to enter again and again)
+            with edited():
+                parts.append(measure(lm, plan, measures, "final", before, advance=advance))
+            if measures.divergence:
+                parts.append(Evaluation(divergences(lm, plan, "final", nullcontext, edited)))
         elif pre is not None:
-            parts.append(_measure(lm, asked, "final", before, options, advance))
+            parts.append(measure(lm, plan, measures, "final", before, advance=advance))
     return Evaluation(
         [record for part in parts for record in part.records],
         _context(lm, cases, (*lm.live, delta) if delta is not None else lm.live, seed) | dict(context or {}),
         {key: text for part in parts for key, text in part.texts.items()},
         {key: ids for part in parts for key, ids in part.predictions.items()},
+        {key: scores for part in parts for key, scores in part.scores.items()},
     )
 
 
-@dataclass(frozen=True)
-class _Options:
-    generate: bool
-    max_new_tokens: int
-    stops: tuple[str, ...]
-    max_batch_tokens: int
+# --- asking ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """One query, tokenised."""
+class Outputs:
+    """What a model made of the queries: all that metrics are computed from."""
 
-    case_id: str
-    subject: str
-    query: Query
-    rows: tuple[Row, ...]
-    """Prompt with the target, then with the rival where there is one; empty where nothing can be scored."""
-    reason: str | None
-    """Why nothing can be scored."""
-    notes: tuple[str, ...]
-
-    @property
-    def readable(self) -> bool:
-        """The prompt can be put to the model, with or without an answer behind it."""
-        return bool(self.rows) or not self.query.target
-
-    @property
-    def place(self) -> Place:
-        return self.case_id, self.query.id
+    scores: Mapping[Place, tuple[TokenScore, ...]]
+    texts: Mapping[Place, Written] = field(default_factory=dict)
+    free: Mapping[tuple[str, str, Fluency], Written] = field(default_factory=dict)
+    """Text for fluency."""
+    essence: Mapping[str, float] = field(default_factory=dict)
+    """Mean negative log-likelihood in nats of passages about a case's subject, by case."""
 
 
-def _plan(lm: LM, cases: Sequence[Case], separator: str) -> list[_Asked]:
-    ids = [case.id for case in cases]
-    if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise InvalidEdit(f"two cases share the id {twice!r}; ids must be unique within an evaluation")
-    dirty = contaminated(cases)
-    return [
-        _ask(lm, case, query, query.id in dirty.get(case.id, ()), separator) for case in cases for query in case.queries
-    ]
-
-
-def _ask(lm: LM, case: Case, query: Query, dirty: bool, separator: str) -> _Asked:
-    rows: tuple[Row, ...] = ()
-    reason = None if query.target else "no target"
-    if query.target:
-        try:
-            answers = [query.target] if query.contrast is None else [query.target, query.contrast]
-            rows = tuple(encode(lm.tokenizer, query.prompt, answer, separator=separator) for answer in answers)
-        except InvalidEdit as error:
-            reason = str(error)
-    notes = ["contaminated"] if dirty else []
-    if any(row.boundary_merge for row in rows):
-        notes.append("boundary_merge")
-    subject = case.edits[0].subject if case.edits else case.id
-    return _Asked(case.id, subject, query, rows, reason, tuple(notes))
-
-
-def _measure(
-    lm: LM, asked: Sequence[_Asked], when: When, before: Evaluation | None, options: _Options, advance: "_Advance"
+def measure(
+    lm: LM,
+    plan: Plan,
+    measures: Measures,
+    when: When,
+    before: Evaluation | None = None,
+    *,
+    step: int = 0,
+    advance: Advance = lambda stage, done, total: None,
 ) -> Evaluation:
+    """One look at the model as it stands; `before` is the look at the unedited one, None where this is it."""
+    outputs = ask(lm, plan, measures, advance)
+    return tell(plan, measures, outputs, when, before, step=step)
+
+
+def ask(lm: LM, plan: Plan, measures: Measures, advance: Advance = lambda stage, done, total: None) -> Outputs:
+    """Put every query of the plan to the model."""
+    rows = [row for a in plan.asked for row in a.rows]
     scores = iter(
         score_rows(
             lm,
-            [row for a in asked for row in a.rows],
-            max_batch_tokens=options.max_batch_tokens,
+            rows,
+            max_batch_tokens=measures.max_batch_tokens,
             on_progress=lambda done, total: advance("score", done, total),
         )
     )
+    found = {a.place: tuple(next(scores) for _ in a.rows) for a in plan.asked if a.rows}
+    return Outputs(
+        found, _write(lm, plan, measures, advance), _write_freely(lm, plan, measures), _essence(lm, plan, measures)
+    )
+
+
+def _write(lm: LM, plan: Plan, measures: Measures, advance: Advance) -> dict[Place, Written]:
+    """The model's own answers; a prompt that several queries share is written once."""
+    groups: dict[Writing, dict[tuple[str, int | None], list[Asked]]] = {}
+    for a in plan.asked:
+        if (how := a.writing(measures)) is not None:
+            gold = len(a.rows[0].target_ids) if measures.preset == "gold_length" and a.rows else None
+            groups.setdefault(how, {}).setdefault((a.query.prompt, gold), []).append(a)
+    texts: dict[Place, Written] = {}
+    for how, asked in groups.items():
+        prompts = [prompt for prompt, _ in asked]
+        lengths = [gold if gold is not None else how.max_new_tokens for _, gold in asked]
+        written = write(
+            lm,
+            prompts,
+            how,
+            lengths=lengths if measures.preset == "gold_length" else None,
+            max_batch_tokens=2 * measures.max_batch_tokens,
+            on_progress=lambda done, total: advance("write", done, total),
+        )
+        for members, text in zip(asked.values(), written, strict=True):
+            texts |= dict.fromkeys((a.place for a in members), text)
+    return texts
+
+
+def _write_freely(lm: LM, plan: Plan, measures: Measures) -> dict[tuple[str, str, Fluency], Written]:
+    found: dict[tuple[str, str, Fluency], Written] = {}
+    wanted = [(a, variant) for a in plan.asked for variant in _fluencies(a, measures)]
+    greedy = [(a, variant) for a, variant in wanted if variant == "flu.new"]
+    prompts = list(dict.fromkeys(a.query.prompt for a, _ in greedy))
+    texts = dict(zip(prompts, write(lm, prompts, PRESETS["fluency"]) if prompts else [], strict=True))
+    found |= {(*a.place, variant): texts[a.query.prompt] for a, variant in greedy}
+    drawn = [(a, variant) for a, variant in wanted if variant != "flu.new"]
+    if drawn:
+        seeds = [stream(measures.seed, "text", *a.place) for a, _ in drawn]
+        written = write(lm, [a.query.prompt for a, _ in drawn], PRESETS["fluency_rome"], seeds=seeds)
+        found |= {(*a.place, variant): text for (a, variant), text in zip(drawn, written, strict=True)}
+    return found
+
+
+def _fluencies(a: Asked, measures: Measures) -> list[Fluency]:
+    """Which fluencies a query is asked for: generation prompts, or the edit's own where there are none."""
+    usual: tuple[Fluency, ...] = ("flu.new",)
+    if family_of_case(a.case) != "easyedit" and measures.references is None:
+        usual = ()
+    wanted = usual if measures.fluency is None else measures.fluency
+    if not a.readable or a.prefixed:
+        return []
+    own = any(query.axis == "generation" for query in a.case.queries)
+    first = next((q.id for q in a.case.queries if q.axis == "rewrite"), None) == a.query.id
+    here = a.query.axis == "generation" if own else first
+    return [variant for variant in wanted if (first if variant == "flu.easyedit" else here)]
+
+
+def _essence(lm: LM, plan: Plan, measures: Measures) -> dict[str, float]:
+    if measures.references is None:
+        return {}
+    about = {c.id: measures.references.about.get(subject_of(c), ()) for c in plan.cases}
+    rows = [(i, encode(lm.tokenizer, text).ids[:ESSENCE_TOKENS]) for i, texts in about.items() for text in texts]
+    rows = [(i, ids) for i, ids in rows if len(ids) > 1]
+    scores = score_rows(lm, [Row(ids, 1) for _, ids in rows], max_batch_tokens=measures.max_batch_tokens)
+    sums: dict[str, tuple[float, int]] = {}
+    for (i, _), score in zip(rows, scores, strict=True):
+        nll, n = sums.get(i, (0.0, 0))
+        sums[i] = nll + score.nll_sum, n + len(score.logp)
+    return {i: nll / n for i, (nll, n) in sums.items()}
+
+
+def divergences(lm: LM, plan: Plan, when: When, before: Scope, after: Scope, *, step: int = 0) -> list[Record]:
+    """`loc.kl`: divergence of the next-token distribution on locality prompts, in nats."""
+    chosen = [a for a in plan.asked if is_locality(a.query.axis) and a.readable and not a.prefixed]
+    prompts = list(dict.fromkeys(a.query.prompt for a in chosen))
+    values = dict(zip(prompts, next_token_divergence(lm, prompts, before, after), strict=True))
+    return [_record(a, when, Measured("divergence", "loc.kl", values[a.query.prompt], 1), step) for a in chosen]
+
+
+# --- telling -----------------------------------------------------------------------------------------------------
+
+
+def tell(
+    plan: Plan, measures: Measures, outputs: Outputs, when: When, before: Evaluation | None = None, *, step: int = 0
+) -> Evaluation:
+    """Records of what a model made of the queries; no model is needed.
+
+    Args:
+        before: of the unedited model; None where `outputs` are its own.
+    """
+    texts = {place: written.text for place, written in outputs.texts.items()}
+    predictions = {a.place: outputs.scores[a.place][0].pred for a in plan.asked if a.rows and is_locality(a.query.axis)}
+    if before is None:
+        old_texts, old_predictions = texts, predictions
+    else:
+        old_texts = {(c, q): text for (w, c, q), text in before.texts.items() if w == "pre"}
+        old_predictions = {(c, q): ids for (w, c, q), ids in before.predictions.items() if w == "pre"}
     records: list[Record] = []
-    predictions: dict[tuple[str, str, str], tuple[int, ...]] = {}
-    for a in asked:
-        found = [next(scores) for _ in a.rows]
-        records += _scored(a, found, when)
-        if found and is_locality(a.query.axis):
-            own = predictions[when, *a.place] = found[0].pred
-            reference = (before.predictions if before else predictions).get(("pre", *a.place))
-            if reference is None or len(reference) != len(own):
-                why = "no predictions of the unedited model for these tokens"
-                records.append(_record(a, when, "LS", "ee.loc.argmax", None, 0, "skipped", why))
-            elif not found[0].finite:  # a broken model agrees with itself
-                why = "NaN or infinite log-probability"
-                records.append(_record(a, when, "LS", "ee.loc.argmax", None, len(own), "error", why))
-            else:
-                records.append(_record(a, when, "LS", "ee.loc.argmax", agreement(reference, own), len(own)))
-    texts: dict[tuple[str, str, str], str] = {}
-    if options.generate:
-        for a, text in _written(lm, asked, options, advance):
-            texts[when, *a.place] = text
-            records += [_record(a, when, m.metric, m.variant, m.value, m.n) for m in matches(a.query, text)]
-    return Evaluation(records, {}, texts, predictions)
+    by_case: dict[str, list[Asked]] = {case.id: [] for case in plan.cases}
+    for a in plan.asked:
+        by_case[a.case_id].append(a)
+    for case in plan.cases:
+        for a in by_case[case.id]:
+            records += _told(a, measures, outputs, old_texts, old_predictions, when, step)
+        for measured in _told_together(case, measures, outputs, texts, old_texts):
+            records.append(_of_case(case, when, measured, step))
+    return Evaluation(
+        records,
+        {},
+        {(when, *place): text for place, text in texts.items()},
+        {(when, *place): ids for place, ids in predictions.items()},
+        {(when, *place): scores for place, scores in outputs.scores.items()},
+    )
 
 
-def _scored(a: _Asked, found: Sequence[TokenScore], when: When) -> list[Record]:
-    if not found:
-        variant = "zsre.tok" if a.query.contrast is None else "cf.prob_mean"
-        return [_record(a, when, metric_names(a.query.axis)[0], variant, None, 0, "skipped", a.reason)]
-    measured = compare(a.query.axis, *found) if len(found) == 2 else accuracy(a.query.axis, found[0])
-    records = []
-    for m in measured:
-        notes = [
-            *a.notes,
-            *(["tie"] if m.tie else []),
-            *(["NaN or infinite log-probability"] if m.value is None else []),
-        ]
-        status: Status = "error" if m.value is None else "ok"
-        records.append(_record(a, when, m.metric, m.variant, m.value, m.n, status, "; ".join(notes)))
-    return records
-
-
-def _record(
-    a: _Asked,
+def _told(
+    a: Asked,
+    measures: Measures,
+    outputs: Outputs,
+    old_texts: Mapping[Place, str],
+    old_predictions: Mapping[Place, tuple[int, ...]],
     when: When,
-    metric: str,
-    variant: str,
-    value: float | None,
-    n: int,
-    status: Status = "ok",
-    detail: str | None = None,
-) -> Record:
+    step: int,
+) -> list[Record]:
+    """Records of one query."""
+    scores = outputs.scores.get(a.place, ())
+    ee = family_of_case(a.case) == "easyedit"
+    found: list[Measured] = []
+    if not scores:
+        success = metric_names(a.query.axis)[0]
+        variant = "ee.tok" if ee else "zsre.tok" if a.query.contrast is None else "cf.prob_mean"
+        skipped = _record(a, when, Measured(success, variant, None, 0, a.reason), step, skipped=True)
+    elif len(scores) == 2:
+        found += compare(a.query.axis, *scores)
+    else:
+        found += accuracy(a.query.axis, scores[0])
+    if scores and (ee or measures.easyedit):
+        found += easyedit(a.query.axis, scores[0])
+    if ee:  # token accuracy goes by that family's name
+        found = [m for m in found if m.variant != "zsre.tok"]
+    if a.prefixed:
+        found = [replace(m, variant=m.variant + PREFIXED) for m in found]
+    elif scores and is_locality(a.query.axis):
+        found.append(unchanged(scores[0], old_predictions.get(a.place)))
+    if a.place in outputs.texts:
+        written = outputs.texts[a.place]
+        said = [*matches(a.query, written.text, measures.judge), *length(a.query.axis, written.n_tokens, written.cut)]
+        if is_locality(a.query.axis):
+            said = [*matches(a.query, written.text, measures.judge), same_text(written.text, old_texts.get(a.place))]
+        found += [replace(m, variant=measures.named(m.variant)) for m in said]
+    for variant in _fluencies(a, measures):
+        text = outputs.free[(*a.place, variant)].text
+        found.append(fluency(text if variant == "flu.new" else a.query.prompt + text, variant))
+    records = [] if scores else [skipped]
+    return records + [_record(a, when, m, step) for m in found]
+
+
+def _told_together(
+    case: Case, measures: Measures, outputs: Outputs, texts: Mapping[Place, str], old_texts: Mapping[Place, str]
+) -> list[Measured]:
+    """What several queries of a case say together."""
+    found: list[Measured] = []
+    family = family_of_case(case)
+    if family in ("mquake", "ripple") and measures.generate:
+        now = {query.id: texts[case.id, query.id] for query in case.queries if (case.id, query.id) in texts}
+        old = {query.id: old_texts[case.id, query.id] for query in case.queries if (case.id, query.id) in old_texts}
+        found += multihop(case, now) if family == "mquake" else ripple(case, old, now)
+    if measures.references is not None:
+        relation, target = case.meta.get("relation_id"), case.meta.get("target_new_id")
+        passages = measures.references.passages.get((str(relation), str(target)), ())
+        free = [written.text for (case_id, _, _), written in outputs.free.items() if case_id == case.id]
+        found.append(consistency(free, passages, measures.references.tfidf))
+        if case.id in outputs.essence:
+            found.append(Measured("essence", "ppl.essence.nll", outputs.essence[case.id], 1))
+    return found
+
+
+def _record(a: Asked, when: When, m: Measured, step: int, *, skipped: bool = False) -> Record:
+    notes = (
+        [*a.notes, *([m.note] if m.note else [])] if not m.variant.startswith(("gen.", "flu.", "ee.loc")) else [m.note]
+    )
     return Record(
         when=when,
         case_id=a.case_id,
         subject=a.subject,
         axis=a.query.axis,
         probe_id=a.query.id,
-        metric=metric,
-        variant=variant,
-        value=value,
-        n=n,
-        status=status,
-        detail=detail or None,
+        metric=m.metric,
+        variant=m.variant,
+        value=m.value,
+        n=m.n,
+        status="skipped" if skipped else _status(m),
+        detail="; ".join(note for note in notes if note) or None,
+        step=step,
     )
 
 
-def _written(lm: LM, asked: Sequence[_Asked], options: _Options, advance: "_Advance") -> list[tuple[_Asked, str]]:
-    """The model's own answers; a prompt that several queries share is written once."""
-    chosen = [a for a in asked if a.query.axis.split(".")[0] in GENERATED and accepted(a.query) and a.readable]
-    prompts = list(dict.fromkeys(a.query.prompt for a in chosen))
-    answers: dict[str, str] = {}
-    for start in range(0, len(prompts), 256):
-        part = prompts[start : start + 256]
-        texts = lm.generate(
-            part,
-            max_new_tokens=options.max_new_tokens,
-            stops=options.stops,
-            max_batch_tokens=options.max_batch_tokens,
-        )
-        answers |= dict(zip(part, texts, strict=True))
-        advance("write", min(start + 256, len(prompts)), len(prompts))
-    return [(a, answers[a.query.prompt]) for a in chosen]
+def _of_case(case: Case, when: When, m: Measured, step: int) -> Record:
+    return Record(
+        when=when,
+        case_id=case.id,
+        subject=subject_of(case),
+        axis=None,
+        probe_id=None,
+        metric=m.metric,
+        variant=m.variant,
+        value=m.value,
+        n=m.n,
+        status=_status(m),
+        detail=m.note,
+        step=step,
+    )
 
 
-def _covering(pre: Evaluation, asked: Sequence[_Asked]) -> Evaluation:
+def _status(m: Measured) -> Status:
+    """No tokens behind a missing value means that nothing could be asked; else that something broke."""
+    if m.value is not None:
+        return "ok"
+    return "error" if m.n else "skipped"
+
+
+def stream(seed: int, *names: str) -> int:
+    """A seed of its own for everything that has a name, so that changing one draw does not move the others."""
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, *names]).encode()).digest()[:7], "big")
+
+
+def _covering(pre: Evaluation, plan: Plan) -> Evaluation:
     """The part of `pre` that speaks of these queries."""
-    wanted = {a.place for a in asked}
-    records = [r for r in pre.records if r.when == "pre" and (r.case_id, r.probe_id) in wanted]
+    wanted = {a.place for a in plan.asked}
+    cases = {case.id for case in plan.cases}
+    records = [
+        r
+        for r in pre.records
+        if r.when == "pre" and ((r.case_id, r.probe_id) in wanted or (r.case_id in cases and r.probe_id is None))
+    ]
     if missing := wanted - {(r.case_id, r.probe_id) for r in records}:
         case_id, query_id = min(missing)
         raise InvalidSetting(
@@ -250,7 +413,7 @@ def _covering(pre: Evaluation, asked: Sequence[_Asked]) -> Evaluation:
     def keep(items: Mapping[tuple[str, str, str], Any]) -> dict[tuple[str, str, str], Any]:
         return {key: value for key, value in items.items() if key[0] == "pre" and key[1:] in wanted}
 
-    return Evaluation(records, pre.context, keep(pre.texts), keep(pre.predictions))
+    return Evaluation(records, pre.context, keep(pre.texts), keep(pre.predictions), keep(pre.scores))
 
 
 def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Delta], seed: int) -> dict[str, Any]:
@@ -264,18 +427,14 @@ def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Delta], seed: int) 
         "protocol": "batch",
         "n_edits": n_edits,
         "edit_batch": len(deltas[-1].report) if deltas else 0,
-        "step": 0,
         "seed": seed,
     }
     identity = [known, [case.id for case in cases], [delta.id for delta in deltas]]
     return known | {"run_id": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}
 
 
-_Advance = Callable[[str, int, int], None]
-
-
 @contextmanager
-def _bar(shown: bool) -> Iterator[_Advance]:
+def _bar(shown: bool) -> Iterator[Advance]:
     """A progress bar on stderr per stage, or nothing."""
     if not shown:
         yield lambda stage, done, total: None

@@ -116,18 +116,27 @@ def score_rows(
             group = todo.popleft()
             try:
                 results.update(_score_batch(lm, rows, [inputs[h] for h in group], [carried[h] for h in group]))
-            except torch.OutOfMemoryError:
-                if len(group) == 1:
-                    raise
-                limit = len(group) * max(len(inputs[h]) for h in group) // 2
+            except torch.OutOfMemoryError as error:
+                limit = halved(error, [len(inputs[h]) for h in group])
                 todo = _longest_first([*group, *(h for g in todo for h in g)], inputs, limit)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
                 continue
             done += len(group)
             if on_progress is not None:
                 on_progress(done, len(inputs))
     return [results[i] for i in range(len(rows))]
+
+
+def halved(error: torch.OutOfMemoryError, lengths: Sequence[int]) -> int:
+    """Half the padded tokens of a batch of these rows, which did not fit.
+
+    Raises:
+        torch.OutOfMemoryError: `error` again, where the batch was a single row.
+    """
+    if len(lengths) == 1:
+        raise error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return len(lengths) * max(lengths) // 2
 
 
 def _score_batch(

@@ -1,0 +1,83 @@
+"""CounterFact and Multi-CounterFact: ROME's nested format, and EasyEdit's flat one.
+
+Neighbours are on the axis `neighborhood` in both, target the true answer and contrast the new one.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from retcon.edits import Edit
+from retcon.evaluation.datasets.rows import Draft, draft, first, labelled, present, texts
+from retcon.files import require
+
+_NATIVE_FIELDS = [
+    "case_id",
+    "requested_rewrite",
+    "paraphrase_prompts",
+    "neighborhood_prompts",
+    "attribute_prompts",
+    "generation_prompts",
+]
+_FLAT_FIELDS = [
+    "case_id",
+    "prompt",
+    "subject",
+    "target_new",
+    "ground_truth",
+    "rephrase_prompt",
+    "locality_prompt",
+    "locality_ground_truth",
+]
+
+
+def native(record: Mapping[str, Any], where: str, row: int) -> Draft:
+    """One row of the nested format; attribute and generation prompts have no target and are not scored."""
+    made = draft(record, where, row, _NATIVE_FIELDS, "counterfact")
+    rewrite = require(record, "requested_rewrite", dict, where)
+    inside = f"{where}, requested_rewrite"
+    new, new_id = labelled(rewrite, "target_new", inside)
+    true, true_id = labelled(rewrite, "target_true", inside) if "target_true" in rewrite else (None, None)
+    relation = rewrite.get("relation_id")
+    made.meta |= {"relation_id": relation, "target_new_id": new_id, "target_true_id": true_id}
+    prompt, subject = require(rewrite, "prompt", str, inside), require(rewrite, "subject", str, inside)
+    edit = made.edit(prompt, subject, new, true, template=True, relation=relation)
+    if edit is None:
+        return made
+    _ask(
+        made,
+        edit,
+        texts(record.get("paraphrase_prompts"), "paraphrase_prompts", where),
+        texts(record.get("neighborhood_prompts"), "neighborhood_prompts", where),
+        edit.target_true,
+    )
+    wanted = ((edit.target_new,),)
+    made.ask("attribute", texts(record.get("attribute_prompts"), "attribute_prompts", where), None, answers=wanted)
+    made.ask("generation", texts(record.get("generation_prompts"), "generation_prompts", where), None)
+    return made
+
+
+def flat(record: Mapping[str, Any], where: str, row: int) -> Draft:
+    """One row of the flat format: one paraphrase, one neighbour, the subject already in the prompt."""
+    made = draft(record, where, row, _FLAT_FIELDS, "counterfact")
+    true = first(record.get("ground_truth"), "ground_truth", where)
+    new = first(present(record, "target_new", where), "target_new", where) or ""
+    prompt, subject = require(record, "prompt", str, where), require(record, "subject", str, where)
+    edit = made.edit(prompt, subject, new, true)
+    if edit is None:
+        return made
+    _ask(
+        made,
+        edit,
+        texts(record.get("rephrase_prompt"), "rephrase_prompt", where),
+        texts(record.get("locality_prompt"), "locality_prompt", where),
+        first(record.get("locality_ground_truth"), "locality_ground_truth", where),
+    )
+    return made
+
+
+def _ask(made: Draft, edit: Edit, paraphrases: Sequence[str], neighbours: Sequence[str], kept: str | None) -> None:
+    """Rewrite, paraphrases and neighbours; `kept` is the answer that holds for the neighbours, before and after."""
+    new = ((edit.target_new,),)
+    made.ask("rewrite", [edit.text], edit.target_new, edit.target_true, new)
+    made.ask("paraphrase", paraphrases, edit.target_new, edit.target_true, new)
+    made.ask("neighborhood", neighbours, kept or "", edit.target_new, ((kept.strip(),),) if kept else ())

@@ -1,0 +1,68 @@
+"""Rows from the Hugging Face hub: one JSON file of a dataset repository, or a split that `datasets` reads."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from retcon.errors import MalformedFile
+from retcon.evaluation.datasets.rows import Row
+from retcon.files import read_json_rows
+
+PREFIX = "hub:"
+_ADDRESS = re.compile(r"^hub:(?P<repo>[^/@:]+/[^/@:]+)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+))?$")
+
+NAMED = {
+    "counterfact": "hub:azhx/counterfact",
+    "knowedit/recent": "hub:zjunlp/KnowEdit/benchmark/wiki_recent/recent_test.json",
+    "knowedit/counterfact": "hub:zjunlp/KnowEdit/benchmark/wiki_counterfact/test_cf.json",
+    "knowedit/zsre": "hub:zjunlp/KnowEdit/benchmark/ZsRE/ZsRE-test-all.json",
+    "knowedit/wikibio": "hub:zjunlp/KnowEdit/benchmark/WikiBio/wikibio-test-all.json",
+    "zsre": "hub:wangzn2001/Model_Editing_Hurt/training-data/zsre_mend_eval.json",
+    "qaedit": "hub:WenDingY/QAEdit",
+    "ultraedit": "hub:XiaojieGu/UltraEditBench",
+}
+"""Short names of what is on the hub; CounterFact's and MQuAKE's own files are to be had from their authors' pages."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """`hub:owner/name@revision/path/file.json`; revision and file may be left out."""
+
+    repo: str
+    revision: str | None
+    file: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """Raises MalformedFile where `text` is no such address."""
+        found = _ADDRESS.match(text)
+        if found is None:
+            raise MalformedFile(f"{text}: expected hub:owner/name, hub:owner/name/file.json or hub:owner/name@revision")
+        return cls(found["repo"], found["revision"], found["file"])
+
+
+def read_hub_rows(address: str, *, split: str = "train") -> list[Row]:
+    """Rows of the file named, or of `split` where no file is.
+
+    Raises:
+        MalformedFile: not found, not readable, or the package `datasets` is missing where it is needed.
+    """
+    at = Address.parse(address)
+    try:
+        if at.file is not None:
+            from huggingface_hub import hf_hub_download
+
+            return read_json_rows(hf_hub_download(at.repo, at.file, repo_type="dataset", revision=at.revision))
+        from datasets import load_dataset
+
+        rows: list[dict[str, Any]] = [dict(row) for row in load_dataset(at.repo, split=split, revision=at.revision)]
+        return list(enumerate(rows, 1))
+    except ImportError:
+        raise MalformedFile(
+            f"{address}: reading a whole dataset needs the package 'datasets' (pip install 'retcon-lm[hub]'); or name "
+            "one file, hub:owner/name/file.json"
+        ) from None
+    except MalformedFile:
+        raise
+    except Exception as error:  # the hub's own errors are of many kinds, and none of them is ours
+        raise MalformedFile(f"{address}: cannot be read from the hub ({error})") from error

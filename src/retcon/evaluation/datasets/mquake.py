@@ -1,0 +1,112 @@
+"""MQuAKE: one to four edits, three wordings of a multi-hop question that follows from them (arXiv:2305.14795).
+
+Axes: `rewrite` (the cloze prompt of every edit), `singlehop` (questions after the edits), `unedited_hop` (those of them
+that no edit touches), `multihop` (the three wordings). Questions stand behind demonstrations of our own; numbers made
+with the authors' demonstrations differ.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+from retcon.errors import MalformedFile
+from retcon.evaluation.datasets.rows import Draft, draft, first, labelled, texts
+from retcon.files import require
+
+Prompting = Literal["standard", "cot", "bare"]
+"""Few-shot questions and answers; few-shot with reasoning spelt out; or the question alone."""
+
+_FIELDS = [
+    *("case_id", "requested_rewrite", "questions", "answer", "answer_alias", "answer_extended", "new_answer"),
+    *("new_answer_alias", "single_hops", "new_single_hops", "orig"),
+]
+
+
+def mquake(record: Mapping[str, Any], where: str, row: int, prompting: Prompting) -> Draft:
+    """One instance."""
+    made = draft(record, where, row, _FIELDS, "mquake")
+    made.meta["prompting"] = prompting
+    rewrites = require(record, "requested_rewrite", list, where)
+    if not rewrites:
+        raise MalformedFile(f"{where}: field 'requested_rewrite' is empty; an instance has at least one edit")
+    for place, rewrite in enumerate(rewrites):
+        inside = f"{where}, requested_rewrite[{place}]"
+        if not isinstance(rewrite, dict):
+            raise MalformedFile(f"{inside}: expected an object, found {type(rewrite).__name__}")
+        new, _ = labelled(rewrite, "target_new", inside)
+        true, _ = labelled(rewrite, "target_true", inside) if rewrite.get("target_true") else (None, None)
+        prompt, subject = require(rewrite, "prompt", str, inside), require(rewrite, "subject", str, inside)
+        edit = made.edit(prompt, subject, new, true, template=True, relation=rewrite.get("relation_id"))
+        if edit is None:
+            return made
+    made.meta["relation_id"] = made.edits[0].relation_id
+    for place, edit in enumerate(made.edits):
+        made.ask_at(f"rewrite/{place}", "rewrite", edit.text, edit.target_new, ((edit.target_new,),))
+    relations = _relations(record, made)
+    before = _hops(record, "single_hops", where)
+    for place, (question, answers) in enumerate(_hops(record, "new_single_hops", where)):
+        if not answers:
+            made.dropped_queries.append("empty_target")
+            continue
+        relation = relations[place] if place < len(relations) else None
+        asked = _question(question, relation, prompting)
+        made.ask_at(f"singlehop/{place}", "singlehop", asked, None, answers)
+        if (question, answers) in before:
+            made.ask_at(f"unedited_hop/{place}", "unedited_hop", asked, None, answers)
+    answer = first(record.get("new_answer"), "new_answer", where)
+    if answer is None:
+        made.dropped_queries.append("empty_target")
+        return made
+    aliases = texts(record.get("new_answer_alias"), "new_answer_alias", where)
+    accepted = (tuple(dict.fromkeys(a.strip() for a in (answer, *aliases) if a.strip())),)
+    for place, question in enumerate(texts(record.get("questions"), "questions", where)):
+        prompt = _several(question, prompting) if question.strip() else ""
+        made.ask_at(f"multihop/{place}", "multihop", prompt, None, accepted)
+    return made
+
+
+def _hops(record: Mapping[str, Any], name: str, where: str) -> list[tuple[str, tuple[tuple[str, ...], ...]]]:
+    """(question, accepted answers) of every hop."""
+    found: list[tuple[str, tuple[tuple[str, ...], ...]]] = []
+    for place, hop in enumerate(record.get(name) or []):
+        inside = f"{where}, {name}[{place}]"
+        if not isinstance(hop, dict):
+            raise MalformedFile(f"{inside}: expected an object, found {type(hop).__name__}")
+        strings = texts(hop.get("answer"), "answer", inside) + texts(hop.get("answer_alias"), "answer_alias", inside)
+        aliases = tuple(dict.fromkeys(s.strip() for s in strings if s.strip()))
+        found.append((require(hop, "question", str, inside), (aliases,) if aliases else ()))
+    return found
+
+
+def _relations(record: Mapping[str, Any], made: Draft) -> list[str | None]:
+    """The relation of every hop after the edits, from the instance's triples where it has them."""
+    triples = (record.get("orig") or {}).get("new_triples") or []
+    if triples:
+        return [t[1] if isinstance(t, list) and len(t) > 1 else None for t in triples]
+    return [edit.relation_id for edit in made.edits]
+
+
+def _question(question: str, relation: str | None, prompting: Prompting) -> str:
+    """A single-hop question behind demonstrations of its relation (of any, where we have none for it)."""
+    if prompting == "bare":
+        return question
+    shown = _demonstrations()["relation"].get(relation or "") or _demonstrations()["any"]
+    return "\n\n".join([*(f"Q: {q}\nA: {a}" for q, a in shown), f"Q: {question}\nA:"])
+
+
+def _several(question: str, prompting: Prompting) -> str:
+    """A multi-hop question behind multi-hop demonstrations."""
+    if prompting == "bare":
+        return question
+    shown = _demonstrations()["multihop"]
+    if prompting == "standard":
+        return "\n\n".join([*(f"Q: {q}\nA: {a}" for q, _, a in shown), f"Q: {question}\nA:"])
+    parts = [f"Question: {q}\nThoughts: {why}\nAnswer: {a}" for q, why, a in shown]
+    return "\n\n".join([*parts, f"Question: {question}\nThoughts:"])
+
+
+@cache
+def _demonstrations() -> Any:
+    return tomllib.loads((files("retcon") / "evaluation" / "datasets" / "demonstrations.toml").read_text("utf-8"))

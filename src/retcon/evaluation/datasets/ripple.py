@@ -1,0 +1,177 @@
+"""RippleEdits: an edit, and tests of what should follow from it on six axes (Cohen et al. 2023, arXiv:2307.12976).
+
+Labels of subject and object are not stored: both are recovered from the edit's sentence by its relation's wording, and
+a row that cannot be split is dropped and counted. Which queries make up a test, and which must hold before the edit,
+is kept in `case.meta["tests"]`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from retcon.errors import MalformedFile
+from retcon.evaluation.datasets.rows import Draft, draft, fold
+from retcon.files import require
+
+AXES = {
+    "Relation_Specificity": "relation_specificity",
+    "Relation_Specifity": "relation_specificity",
+    "Logical_Generalization": "logical_generalization",
+    "Subject_Aliasing": "subject_aliasing",
+    "Compositionality_I": "compositionality_1",
+    "Compositionality_II": "compositionality_2",
+    "Forgetfulness": "forgetfulness",
+}
+"""The file's names (one is spelt in two ways) and ours."""
+
+_PERSON = (
+    "mother of {}",
+    "father of {}",
+    "brother of {}",
+    "sister of {}",
+    "spouse of {}",
+    "uncle of {}",
+    "aunt of {}",
+    "child of {}",
+    "stepfather of {}",
+    "stepmother of {}",
+    "country which {} is associated with",
+    "country of citizenship of {}",
+    "position held by {}",
+    "sports team which {} is a member of",
+    "alma mater of {}",
+    "employer of {}",
+    "league which {} plays in",
+    "field of work of {}",
+    "award {} won",
+    "ethnic group which {} is associated with",
+    "religion which {} is associated with",
+    "head of government of {}",
+    "head of state of {}",
+    "continent which {} is part of",
+    "capital city of {}",
+    "currency in {}",
+    "anthem of {}",
+    "anthem that is most likely to be performed in {}",
+    "country which {} is the capital of",
+    "author of {}",
+    "editor of {}",
+    "director of {}",
+    "screenwriter of {}",
+    "architect of {}",
+    "composer of {}",
+    "founder of {}",
+)
+_WORDINGS = (
+    *(f"The name of the {part} is" for part in _PERSON),
+    "The names of the siblings of {} are",
+    "The names of the cast members of {} are",
+    "The number of children {} has is",
+    "The gender of {} is",
+    "The place of birth of {} is",
+    "The place of death of {} is",
+    "The place of burial of {} is",
+    "The sexual orientation of {} is",
+    "The occupation of {} is",
+    "The mother tongue of {} is",
+    "The eye color of {} is",
+    "The date of birth of {} is",
+    "The date of death of {} is",
+    "The official language of {} is",
+    "{} is followed by",
+    "{} follows",
+)
+_PATTERNS = [
+    re.compile("^" + r"(?P<subject>.+?)".join(map(re.escape, wording.split("{}"))) + r" (?P<object>.+?)\.?$", re.DOTALL)
+    for wording in _WORDINGS
+]
+
+
+def ripple(record: Mapping[str, Any], where: str, row: int) -> Draft:
+    """One row. Its own fact is the axis `rewrite`; tests are on `ripple.<axis>`, their conditions on
+    `ripple.condition`."""
+    made = draft(record, where, row, ["edit", "example_type", *AXES], "ripple")
+    edit = require(record, "edit", dict, where)
+    found = split_sentence(require(edit, "prompt", str, f"{where}, edit"))
+    made.meta |= {"example_type": record.get("example_type"), "relation_id": edit.get("relation")}
+    if found is None:
+        made.dropped = "sentence_not_split"
+        return made
+    template, subject, target = found
+    taken = made.edit(template, subject, target, _old_object(edit), template=True, relation=edit.get("relation"))
+    if taken is None:
+        return made
+    made.ask("rewrite", [taken.text], taken.target_new, answers=((taken.target_new,),))
+    asked: dict[tuple[str, str, tuple[tuple[str, ...], ...]], str] = {}
+    tests = []
+    for name, axis in AXES.items():
+        for test in record.get(name) or []:
+            inside = f"{where}, {name}"
+            if not isinstance(test, dict):
+                raise MalformedFile(f"{inside}: expected objects, found {type(test).__name__}")
+            queries = _ask(made, asked, f"ripple.{axis}", require(test, "test_queries", list, inside), inside)
+            conditions = _ask(made, asked, "ripple.condition", test.get("condition_queries") or [], inside)
+            if not queries:
+                made.dropped_queries.append("test_without_queries")
+                continue
+            rule = test.get("test_condition") or "OR"
+            if rule not in ("OR", "AND"):
+                raise MalformedFile(f"{inside}: test_condition must be OR or AND, found {rule!r}")
+            tests.append({"axis": axis, "rule": rule, "queries": queries, "conditions": conditions})
+    made.meta["tests"] = tests
+    return made
+
+
+def split_sentence(sentence: str) -> tuple[str, str, str] | None:
+    """(template, subject, object) of an edit's sentence, by the wording of its relation; None where none fits."""
+    for wording, pattern in zip(_WORDINGS, _PATTERNS, strict=True):
+        if found := pattern.match(sentence.strip()):
+            return wording, found["subject"].strip(), found["object"].strip()
+    return None
+
+
+def _old_object(edit: Mapping[str, Any]) -> str | None:
+    original = edit.get("original_fact")
+    found = split_sentence(original["prompt"]) if isinstance(original, dict) and original.get("prompt") else None
+    return found[2] if found else None
+
+
+def _ask(
+    made: Draft,
+    asked: dict[tuple[str, str, tuple[tuple[str, ...], ...]], str],
+    axis: str,
+    queries: Sequence[Any],
+    where: str,
+) -> list[str]:
+    """Ids of the queries, each asked once per axis; those without a usable answer are dropped and counted."""
+    ids = []
+    for query in queries:
+        if not isinstance(query, dict):
+            raise MalformedFile(f"{where}: expected queries as objects, found {type(query).__name__}")
+        prompt, answers = require(query, "prompt", str, where), _answers(query.get("answers") or [], where)
+        if not prompt.strip():
+            made.dropped_queries.append("empty_prompt")
+        elif not answers:
+            made.dropped_queries.append("empty_target")
+        else:
+            key = (axis, prompt, answers)
+            if key not in asked:
+                asked[key] = f"{axis}/{sum(a == axis for a, _, _ in asked)}"
+                if any(fold(a) in fold(prompt) for group in answers for a in group):
+                    made.flags.add("answer_in_prompt")
+                made.ask_at(asked[key], axis, prompt, None, answers, mode="all")
+            ids.append(asked[key])
+    return ids
+
+
+def _answers(entries: Sequence[Any], where: str) -> tuple[tuple[str, ...], ...]:
+    """One group of aliases per answer; single characters that are no digit, and empty groups, are left out."""
+    groups = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise MalformedFile(f"{where}: expected answers as objects, found {type(entry).__name__}")
+        names = [entry.get("value"), *(entry.get("aliases") or [])]
+        usable = [n.strip() for n in names if isinstance(n, str) and (len(n.strip()) > 1 or n.strip().isdigit())]
+        if usable:
+            groups.append(tuple(dict.fromkeys(usable)))
+    return tuple(groups)

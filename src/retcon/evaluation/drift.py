@@ -1,0 +1,107 @@
+"""How far a model's language has moved: perplexity of held-out text, and divergence of next-token distributions."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.errors import InvalidSetting
+from retcon.evaluation.score import score_rows
+from retcon.lm.model import LM
+from retcon.lm.prompts import Row, encode, pad
+
+WINDOW = 1024
+"""Tokens of a window at most; a model's context where that is shorter."""
+STRIDE = 512
+"""Tokens from one window to the next."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Of one text under one model."""
+
+    nll: float
+    """Mean negative log-likelihood in nats per scored token."""
+    n_tokens: int
+    """Tokens scored: all but the text's first."""
+
+    @property
+    def ppl(self) -> float:
+        return math.exp(self.nll)
+
+
+def windows(n_tokens: int, window: int = WINDOW, stride: int = STRIDE) -> list[tuple[int, int, int]]:
+    """(start, end, first scored token) of every window; each token but the text's first is scored once.
+
+    Raises:
+        InvalidSetting: the stride leaves tokens out.
+    """
+    if not 0 < stride < window:
+        raise InvalidSetting(f"stride {stride} and window {window}: the stride must be at least 1 and below the window")
+    found, scored, start = [], 1, 0
+    while scored < n_tokens:
+        end = min(start + window, n_tokens)
+        found.append((start, end, scored))
+        scored, start = end, start + stride
+    return found
+
+
+def perplexity(
+    lm: LM, text: str, *, window: int = WINDOW, stride: int = STRIDE, max_tokens: int | None = None
+) -> Perplexity:
+    """Of `text`, tokenised once and read in overlapping windows, so that all but the first have context.
+
+    Args:
+        max_tokens: read no more of it; None reads all.
+
+    Raises:
+        InvalidSetting: fewer than two tokens.
+    """
+    ids = encode(lm.tokenizer, text).ids[:max_tokens]
+    if len(ids) < 2:
+        raise InvalidSetting(f"a text of {len(ids)} token(s) has no perplexity; give a longer one")
+    config = lm.model.config
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or window
+    window = min(window, int(context))
+    rows = [Row(ids[a:b], first - a) for a, b, first in windows(len(ids), window, min(stride, window // 2))]
+    scores = score_rows(lm, rows, max_batch_tokens=max(4096, window))
+    n = sum(len(score.logp) for score in scores)
+    return Perplexity(-math.fsum(p for score in scores for p in score.logp) / n, n)
+
+
+Scope = Callable[[], AbstractContextManager[object]]
+"""Puts the model into a state while it lasts."""
+
+
+def next_token_divergence(
+    lm: LM, prompts: Sequence[str], before: Scope, after: Scope, *, rows_at_a_time: int = 128
+) -> list[float]:
+    """KL(before || after) in nats of the next-token distribution behind every prompt, float32, whole vocabulary."""
+    rows = [encode(lm.tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    found: dict[int, float] = {}
+    for start in range(0, len(order), rows_at_a_time):
+        part = order[start : start + rows_at_a_time]
+        with before():
+            old = _next_logp(lm, [rows[i] for i in part])
+        with after():
+            new = _next_logp(lm, [rows[i] for i in part])
+        found |= dict(zip(part, divergence(old, new).tolist(), strict=True))
+    return [found[i] for i in range(len(rows))]
+
+
+def divergence(old: Float[Tensor, "n vocab"], new: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
+    """KL(old || new) of log-probabilities, never below 0."""
+    terms = torch.where(old.isneginf(), 0.0, old.exp() * (old - new))  # 0 log 0 is 0
+    return terms.double().sum(-1).clamp_min(0.0)
+
+
+def _next_logp(lm: LM, rows: Sequence[Row]) -> Float[Tensor, "n vocab"]:
+    last = torch.tensor([row.prediction for row in rows])
+    with lm.borrowed(), torch.inference_mode():
+        logits = lm.logits_at(pad(rows, lm.device), torch.arange(len(rows)), last)
+    return logits.float().log_softmax(-1)

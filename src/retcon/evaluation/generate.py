@@ -1,0 +1,252 @@
+"""Generation: what a model writes behind given prompts. All generative metrics come from `write`.
+
+Rows are padded on the left with their mask, decoding is the model's own `generate` with nothing of the shipped
+generation settings, and only newly written tokens are decoded. Sampled text is drawn from a generator per prompt, so
+that it depends on nothing else in the batch.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retcon.errors import InvalidSetting
+from retcon.evaluation.score import halved
+from retcon.lm.model import LM
+from retcon.lm.prompts import Row, buckets, encode
+
+MAX_BATCH_TOKENS = 8192
+"""Padded tokens, prompt and continuation together, per batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How text is generated."""
+
+    max_new_tokens: int = 32
+    """Tokens at most; a length per prompt, where one is given, stands above it."""
+    stops: tuple[str, ...] = ("\n",)
+    """Texts that end a continuation; they are cut off with all that follows."""
+    sample_top_k: int | None = None
+    """Draw from the k likeliest tokens at temperature 1; None is greedy."""
+    total_tokens: int | None = None
+    """Prompt and continuation together at most (ROME's fluency); stands above `max_new_tokens`."""
+    chat: bool = False
+    """Wrap the prompt by the tokenizer's chat template."""
+    system: str = ""
+    """System line of the chat."""
+    after: str | None = None
+    """Keep only what follows the last occurrence of this (the answer behind a chain of thought)."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "sample_top_k", "total_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidSetting(f"{name} must be at least 1, found {value}")
+        if any(not stop for stop in self.stops):
+            raise InvalidSetting("a stop text is empty; it would cut everything")
+
+
+PRESETS = {
+    "qa": Writing(),
+    "wild_paper": Writing(max_new_tokens=50, stops=(".", "\n")),
+    "wild_easyedit": Writing(max_new_tokens=512, stops=(".", "\n"), chat=True, system="You are a helpful assistant."),
+    "gold_length": Writing(stops=()),
+    "ripple": Writing(max_new_tokens=30),
+    "cot": Writing(max_new_tokens=200, stops=("\n\n",), after="Answer:"),
+    "fluency": Writing(max_new_tokens=100, stops=()),
+    "fluency_rome": Writing(max_new_tokens=100, stops=(), sample_top_k=5, total_tokens=100),
+}
+"""By name: `wild_*` are the Mirage study's, `gold_length` EasyEdit's for GRACE, which hands the model the length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a model wrote behind one prompt."""
+
+    text: str
+    """New text only, up to the first stop text, special tokens left out."""
+    n_tokens: int
+    """Tokens written before the end-of-text token or the limit, the stop text's included."""
+    cut: bool
+    """The limit ended it, neither a stop text nor the end-of-text token."""
+
+
+def write(
+    lm: LM,
+    prompts: Sequence[str],
+    how: Writing = PRESETS["qa"],
+    *,
+    lengths: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Written]:
+    """Continue every prompt, in the order given.
+
+    Args:
+        lengths: most tokens to write, one per prompt (`gold_length`); None: as `how` says.
+        seeds: one per prompt; needed for sampling.
+        max_batch_tokens: halved when memory runs out.
+        on_progress: called after every batch with the prompts done and the prompts in all.
+
+    Raises:
+        InvalidEdit: a prompt gives no token.
+        InvalidSetting: sampling without seeds, or a chat without a template.
+        torch.OutOfMemoryError: a single row does not fit.
+    """
+    if how.sample_top_k is not None and seeds is None:
+        raise InvalidSetting("sampled text needs a seed per prompt")
+    rows = [_row(lm, prompt, how) for prompt in prompts]
+    limits = [_limit(row, how, None if lengths is None else lengths[i]) for i, row in enumerate(rows)]
+    results = {i: Written("", 0, True) for i, limit in enumerate(limits) if limit < 1}
+    limit, done = max_batch_tokens, len(results)
+    todo = _batches([i for i in range(len(rows)) if i not in results], rows, limits, limit)
+    with lm.borrowed(), _own_settings(lm), torch.inference_mode():
+        while todo:
+            group = todo.popleft()
+            drawn = [seeds[i] for i in group] if seeds is not None else None
+            try:
+                found = _write_batch(lm, [rows[i] for i in group], [limits[i] for i in group], how, drawn)
+            except torch.OutOfMemoryError as error:
+                limit = halved(error, [len(rows[i].ids) + limits[i] for i in group])
+                todo = _batches([*group, *(i for g in todo for i in g)], rows, limits, limit)
+                continue
+            results |= dict(zip(group, found, strict=True))
+            done += len(group)
+            if on_progress is not None:
+                on_progress(done, len(rows))
+    return [results[i] for i in range(len(rows))]
+
+
+class _own_settings:
+    """The model without its shipped generation settings, which `generate` would fill gaps from, while in scope."""
+
+    def __init__(self, lm: LM) -> None:
+        self.model = lm.model
+
+    def __enter__(self) -> None:
+        from transformers import GenerationConfig
+
+        self.shipped = self.model.generation_config
+        self.model.generation_config = GenerationConfig()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.generation_config = self.shipped
+
+
+def _row(lm: LM, prompt: str, how: Writing) -> Row:
+    if not how.chat:
+        return encode(lm.tokenizer, prompt)
+    if not getattr(lm.tokenizer, "chat_template", None):
+        raise InvalidSetting(f"{lm.name!r} has no chat template; choose a way of writing without chat")
+    lines = [{"role": "system", "content": how.system}] if how.system else []
+    lines.append({"role": "user", "content": prompt})
+    text = lm.tokenizer.apply_chat_template(lines, tokenize=False, add_generation_prompt=True)
+    ids = tuple(lm.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has them in it
+    return Row(ids, len(ids))
+
+
+def _limit(row: Row, how: Writing, given: int | None) -> int:
+    if given is not None:
+        return given
+    return how.max_new_tokens if how.total_tokens is None else how.total_tokens - len(row.ids)
+
+
+def _batches(which: Sequence[int], rows: Sequence[Row], limits: Sequence[int], most: int) -> deque[list[int]]:
+    """Batches of rows alike in length and of one limit, the longest first."""
+    by_limit: dict[int, list[int]] = {}
+    for i in which:
+        by_limit.setdefault(limits[i], []).append(i)
+    groups = [
+        [members[k] for k in group]
+        for limit, members in by_limit.items()
+        for group in buckets([len(rows[i].ids) + limit for i in members], most)
+    ]
+    return deque(sorted(groups, key=lambda g: -max(len(rows[i].ids) + limits[i] for i in g)))
+
+
+def _write_batch(
+    lm: LM, rows: Sequence[Row], limits: Sequence[int], how: Writing, seeds: Sequence[int] | None
+) -> list[Written]:
+    from transformers import GenerationConfig
+
+    ids, mask = _pad_left(rows, lm.device)
+    end = lm.tokenizer.eos_token_id
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max(limits), eos_token_id=end, pad_token_id=0 if end is None else end
+    )
+    stop = _Stop(lm, ids.shape[1], how.stops)
+    more: dict[str, Any] = {"stopping_criteria": [stop]} if how.stops else {}
+    if how.sample_top_k is not None and seeds is not None:
+        more["logits_processor"] = [_Draw(how.sample_top_k, seeds)]
+    out = lm.model.generate(ids, attention_mask=mask, generation_config=settings, **more)
+    return [
+        _read(lm, new[:limit].tolist(), how, end) for new, limit in zip(out[:, ids.shape[1] :], limits, strict=True)
+    ]
+
+
+def _read(lm: LM, new: Sequence[int], how: Writing, end: int | None) -> Written:
+    ended = end is not None and end in new
+    kept = new[: new.index(end)] if ended and end is not None else new
+    text = _decode(lm, kept)
+    cut_at = [text.index(stop) for stop in how.stops if stop in text]
+    n_tokens = len(kept)
+    if cut_at:  # other rows of the batch may have gone on
+        n_tokens = next(n for n in range(1, n_tokens + 1) if any(s in _decode(lm, kept[:n]) for s in how.stops))
+        text = text[: min(cut_at)]
+    if how.after is not None and how.after in text:
+        text = text[text.rindex(how.after) + len(how.after) :].strip()
+    return Written(text, n_tokens, not ended and not cut_at)
+
+
+def _decode(lm: LM, ids: Sequence[int]) -> str:
+    return lm.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _pad_left(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row.ids) :] = torch.tensor(row.ids)
+        mask[i, longest - len(row.ids) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+class _Stop:
+    """Ends a row once its continuation holds a stop text; saves time, the cutting is done on the decoded text."""
+
+    def __init__(self, lm: LM, start: int, stops: Sequence[str]) -> None:
+        self.lm, self.start, self.stops = lm, start, stops
+        self.ended: list[bool] = []
+
+    def __call__(self, ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        self.ended = self.ended or [False] * len(ids)
+        window = max(map(len, self.stops)) + 4  # tokens that can hold the end of a stop text, and then some
+        recent = ids[:, max(self.start, ids.shape[1] - window) :].tolist()
+        for i, row in enumerate(recent):
+            if not self.ended[i]:
+                text = _decode(self.lm, row)
+                self.ended[i] = any(stop in text for stop in self.stops)
+        return torch.tensor(self.ended, device=ids.device)
+
+
+class _Draw:
+    """Leaves one token per row: drawn from the k likeliest, by a generator of the row's own."""
+
+    def __init__(self, k: int, seeds: Sequence[int]) -> None:
+        self.k = k
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        top = scores.float().topk(min(self.k, scores.shape[-1]), dim=-1)
+        shares = top.values.double().softmax(-1).cumsum(-1).cpu()
+        u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self.generators])
+        place = (shares < u[:, None] * shares[:, -1:]).sum(-1, keepdim=True).clamp_max(shares.shape[1] - 1)
+        chosen = top.indices.gather(1, place.to(scores.device))
+        return torch.full_like(scores, -math.inf).scatter(1, chosen, 0.0)

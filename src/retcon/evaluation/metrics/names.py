@@ -1,0 +1,36 @@
+"""What one number is called, and which axis it speaks of."""
+
+from dataclasses import dataclass
+
+_NAMES = {"rewrite": ("ES", "EM", "EA"), "paraphrase": ("GS", "PM", "PA"), "neighborhood": ("LS", "NM", "NA")}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One number from one query, or from one case where it needs several queries."""
+
+    metric: str
+    """`ES`, `GS`, `LS`, `Portability`, ..., or the axis where it has no name of its own."""
+    variant: str
+    value: float | None
+    """0 to 1 (magnitudes -1 to 1, fluency in bits, divergence in nats); None where it could not be had."""
+    n: int
+    """Target tokens behind the value (words, for generated text)."""
+    note: str | None = None
+    """`tie`, `few_words`, ..., or why there is no value."""
+
+
+def metric_names(axis: str) -> tuple[str, str, str]:
+    """Names of success, magnitude and accuracy on an axis; an axis without published names gives its own."""
+    if axis in _NAMES:
+        return _NAMES[axis]
+    if is_locality(axis):
+        return _NAMES["neighborhood"]
+    if axis.startswith("portability."):
+        return "Portability", "portability_magnitude", "portability_accuracy"
+    return axis, axis, axis
+
+
+def is_locality(axis: str) -> bool:
+    """Whether the axis asks for what an edit must leave alone."""
+    return axis == "neighborhood" or axis.startswith("locality.")

@@ -1,0 +1,80 @@
+"""Generated text held against the answers that count as right. Nothing was handed to the model but the prompt."""
+
+import re
+import string
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from retcon.edits import Query
+from retcon.evaluation.metrics.names import Measured, metric_names
+
+Answers = Sequence[Sequence[str]]
+"""Outer: distinct answers; inner: aliases of one."""
+
+Judge = Callable[[str, str, str], bool]
+"""(question, gold answer, answer) -> right or not; the caller's own, the library calls nothing over a network."""
+
+
+def normalise(text: str) -> str:
+    """For comparing only: NFC, lower case, no ASCII punctuation, no articles (a, an, the), single spaces.
+
+    Text that is nothing but articles and punctuation keeps them ("The The", "+").
+    """
+    lowered = " ".join(unicodedata.normalize("NFC", text).lower().split())
+    bare = lowered.translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or lowered
+
+
+def gen_em(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> bool:
+    """The text is an answer, both normalised."""
+    return _matches(text, answers, mode, lambda written, alias: written == alias)
+
+
+def gen_prefix(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> bool:
+    """The text starts with an answer, at a word boundary."""
+    return _matches(text, answers, mode, lambda written, alias: f"{written} ".startswith(f"{alias} "))
+
+
+def gen_contains(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> bool:
+    """An answer occurs in the text as whole words. Rambling text that quotes many answers passes too easily."""
+    return _matches(text, answers, mode, lambda written, alias: f" {alias} " in f" {written} ")
+
+
+def matches(query: Query, text: str, judge: Judge | None = None) -> list[Measured]:
+    """All generation variants for one query. `text` is newly written text only, never the prompt."""
+    success, n = metric_names(query.axis)[0], len(text.split())
+    answers = accepted(query)
+    tests = {"gen.em": gen_em, "gen.prefix": gen_prefix, "gen.contains": gen_contains}
+    found = [Measured(success, v, float(test(text, answers, query.answers_mode)), n) for v, test in tests.items()]
+    if judge is not None:
+        verdict = float(any(judge(query.prompt, alias, text) for aliases in answers for alias in aliases[:1]))
+        found.append(Measured(success, "gen.judge", verdict, n))
+    return found
+
+
+def same_text(text: str, before: str | None) -> Measured:
+    """`ee.loc.gen` for one locality query: the continuation is the unedited model's own."""
+    if before is None:
+        return Measured("LS", "ee.loc.gen", None, 0, "no text of the unedited model for this prompt")
+    return Measured("LS", "ee.loc.gen", float(text == before), len(text.split()))
+
+
+def length(axis: str, n_tokens: int, hit_limit: bool) -> list[Measured]:
+    """How much was written, and whether it was cut: models that never stop are seen here."""
+    success = metric_names(axis)[0]
+    return [
+        Measured(success, "gen.tokens", float(n_tokens), n_tokens),
+        Measured(success, "gen.cut", float(hit_limit), n_tokens),
+    ]
+
+
+def accepted(query: Query) -> Answers:
+    """What counts as right in generated text: the query's answers, or its target where it names none."""
+    return query.answers or (((query.target,),) if query.target else ())
+
+
+def _matches(text: str, answers: Answers, mode: str, test: Callable[[str, str], bool]) -> bool:
+    written = normalise(text)
+    found = [any(test(written, alias) for alias in map(normalise, aliases) if alias) for aliases in answers]
+    return bool(found) and (all(found) if mode == "all" else any(found))

@@ -1,0 +1,195 @@
+"""What is to be asked of a model: every query of the cases, tokenised once, with what cannot be asked and why."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from retcon.edits import Case, Query
+from retcon.errors import InvalidEdit, InvalidSetting
+from retcon.evaluation.datasets.rows import Family, contaminated
+from retcon.evaluation.generate import PRESETS, Writing
+from retcon.evaluation.metrics import Judge, accepted
+from retcon.evaluation.metrics.consistency import References
+from retcon.evaluation.score import MAX_BATCH_TOKENS
+from retcon.lm.model import LM
+from retcon.lm.prompts import Row, encode
+
+Place = tuple[str, str]
+"""(case id, query id)."""
+Fluency = Literal["flu.new", "flu.rome", "flu.easyedit"]
+
+WRITTEN = ("rewrite", "paraphrase", "two_hop", "portability", "singlehop", "unedited_hop", "multihop", "ripple")
+"""Axes on which the model also writes its own answer (`portability.<key>` included)."""
+PREFIXED = "+edit"
+"""Ends the ids of neighbour queries asked behind the edited statement, and the variants of what they give."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What is measured, beside what a dataset's family always has."""
+
+    generate: bool = True
+    """Let the model write its answers (`gen.*`, and all of MQuAKE and RippleEdits)."""
+    preset: str = "qa"
+    """How it writes them: a name of `generate.PRESETS`; of any but `qa`, the name is in the variants."""
+    max_new_tokens: int | None = None
+    """Over the preset's."""
+    stops: tuple[str, ...] | None = None
+    """Over the preset's."""
+    fluency: tuple[Fluency, ...] | None = None
+    """Which fluencies; None: `flu.new` for EasyEdit's family, none for others."""
+    locality_text: bool = False
+    """Also compare generated text on locality queries with the unedited model's (`ee.loc.gen`)."""
+    easyedit: bool = False
+    """Also store EasyEdit's token accuracy (`ee.tok`) where the dataset is of another family."""
+    divergence: bool = False
+    """Also the divergence of next-token distributions on locality prompts (`loc.kl`)."""
+    neighborhood_prefix: Literal["none", "edit"] = "none"
+    """`edit`: also ask neighbours behind the edited statement (CounterFact+, arXiv:2305.17553)."""
+    references: References | None = None
+    """Passages for consistency; None leaves it out."""
+    judge: Judge | None = None
+    """Says whether a written answer is right (`gen.judge`)."""
+    max_batch_tokens: int = MAX_BATCH_TOKENS
+    """Padded tokens per forward pass; halved when memory runs out."""
+    separator: str = " "
+    """What stands between prompt and answer; "" for scripts without spaces."""
+    seed: int = 0
+    """Of sampled text."""
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise InvalidSetting(f"unknown way of writing {self.preset!r}; known: {', '.join(PRESETS)}")
+        if self.max_batch_tokens < 1:
+            raise InvalidSetting(f"max_batch_tokens must be at least 1, found {self.max_batch_tokens}")
+
+    @property
+    def answers(self) -> Writing:
+        """How answers are written."""
+        how = PRESETS[self.preset]
+        if self.max_new_tokens is not None:
+            how = replace(how, max_new_tokens=self.max_new_tokens)
+        return how if self.stops is None else replace(how, stops=tuple(self.stops))
+
+    def named(self, variant: str) -> str:
+        """A generation variant by its full name, with the preset where that is not the default."""
+        return variant if self.preset == "qa" else f"{variant}@{self.preset}"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One query, tokenised."""
+
+    case: Case
+    query: Query
+    rows: tuple[Row, ...]
+    """Prompt with the target, then with the rival where there is one; empty where nothing can be scored."""
+    reason: str | None
+    """Why nothing can be scored."""
+    notes: tuple[str, ...]
+    prefixed: bool = False
+    """A neighbour behind the edited statement."""
+
+    @property
+    def case_id(self) -> str:
+        return self.case.id
+
+    @property
+    def subject(self) -> str:
+        return subject_of(self.case)
+
+    @property
+    def place(self) -> Place:
+        return self.case.id, self.query.id
+
+    @property
+    def readable(self) -> bool:
+        """The prompt can be put to the model, with or without an answer behind it."""
+        return bool(self.rows) or not self.query.target
+
+    def writing(self, measures: Measures) -> Writing | None:
+        """How the model shall write its answer here; None where it shall not."""
+        axis = self.query.axis
+        if not measures.generate or not self.readable or self.prefixed or not self.query.prompt.strip():
+            return None
+        if measures.locality_text and (axis == "neighborhood" or axis.startswith("locality.")):
+            return measures.answers
+        if axis.split(".")[0] not in WRITTEN or not accepted(self.query):
+            return None
+        if axis == "multihop" and self.case.meta.get("prompting") == "cot":
+            return PRESETS["cot"]
+        if family_of_case(self.case) == "ripple":
+            return PRESETS["ripple"]
+        return measures.answers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All queries of the cases, in order."""
+
+    cases: tuple[Case, ...]
+    asked: tuple[Asked, ...]
+
+    def of(self, cases: Iterable[Case]) -> "Plan":
+        """The part that belongs to some of the cases, in the order of `cases`."""
+        chosen = tuple(cases)
+        by_case: dict[str, list[Asked]] = {case.id: [] for case in chosen}
+        for a in self.asked:
+            if a.case_id in by_case:
+                by_case[a.case_id].append(a)
+        return Plan(chosen, tuple(a for case in chosen for a in by_case[case.id]))
+
+
+def subject_of(case: Case) -> str:
+    """Whom the case's first edit is about; its id where it has no edit."""
+    return case.edits[0].subject if case.edits else case.id
+
+
+def family_of_case(case: Case) -> Family:
+    """The dataset's family as its loader says, else by the rival answers."""
+    for family in get_args(Family):
+        if case.meta.get("family") == family:
+            return family
+    return "counterfact" if any(q.contrast is not None for q in case.queries) else "zsre"
+
+
+def make_plan(lm: LM, cases: Sequence[Case], measures: Measures) -> Plan:
+    """Tokenise everything once.
+
+    Raises:
+        InvalidEdit: two cases share an id.
+    """
+    ids = [case.id for case in cases]
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise InvalidEdit(f"two cases share the id {twice!r}; ids must be unique within an evaluation")
+    dirty = contaminated(cases)
+    asked = []
+    for case in cases:
+        for query in case.queries:
+            asked.append(_ask(lm, case, query, query.id in dirty.get(case.id, ()), measures))
+            if measures.neighborhood_prefix == "edit" and query.axis == "neighborhood" and case.edits:
+                behind = _behind_the_edit(case, query)
+                asked.append(replace(_ask(lm, case, behind, False, measures), prefixed=True))
+    return Plan(tuple(cases), tuple(asked))
+
+
+def _ask(lm: LM, case: Case, query: Query, dirty: bool, measures: Measures) -> Asked:
+    rows: tuple[Row, ...] = ()
+    reason = None if query.target else "no target"
+    if query.target:
+        try:
+            answers = [query.target] if query.contrast is None else [query.target, query.contrast]
+            rows = tuple(encode(lm.tokenizer, query.prompt, answer, separator=measures.separator) for answer in answers)
+        except InvalidEdit as error:
+            reason = str(error)
+    notes = ["contaminated"] if dirty else []
+    if any(row.boundary_merge for row in rows):
+        notes.append("boundary_merge")
+    return Asked(case, query, rows, reason, tuple(notes))
+
+
+def _behind_the_edit(case: Case, query: Query) -> Query:
+    edit = case.edits[0]
+    statement = f"{edit.text} {edit.target_new}."
+    return replace(query, id=query.id + PREFIXED, prompt=f"{statement} {query.prompt}")

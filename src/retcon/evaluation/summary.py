@@ -1,0 +1,335 @@
+"""From records to a summary: macro means with intervals, before and after."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.evaluation.intervals import N_RESAMPLES, Interval, ci_boot, ci_case
+from retcon.evaluation.metrics import macro, score_am, score_hm
+from retcon.evaluation.records import Record
+
+Family = Literal["cf", "zsre", "ee", "mq", "ripple"]
+Key = tuple[str, str]
+"""(metric, variant)."""
+
+_MAIN: Mapping[Family, str] = {
+    "cf": "cf.prob_mean",
+    "zsre": "zsre.tok",
+    "ee": "ee.tok",
+    "mq": "zsre.tok",
+    "ripple": "zsre.tok",
+}
+_UNSCALED = ("loc.kl", "ppl.", "gen.tokens", "time.", "memory.")
+
+
+def scale(variant: str) -> int:
+    """What values of a variant are multiplied by where people read them: 100, or 1 for nats, tokens and seconds."""
+    return 1 if variant.startswith(_UNSCALED) else 100
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric over cases: macro mean, interval, and what is behind it."""
+
+    value: float | None
+    """None where nothing was measured."""
+    interval: Interval | None
+    n: int
+    """Cases behind the value; those without the metric are left out."""
+    n_queries: int
+    ties: int = 0
+    """Queries whose two answers were exactly as probable (they count as failures)."""
+
+    def percent(self, times: int = 100) -> str:
+        """The value times 100 with its interval: `89.7 ± 4.4`, or `94.6 [92.5, 96.4]` where it is not symmetric."""
+        if self.value is None:
+            return "-"
+        text, interval = f"{times * self.value:.1f}", self.interval
+        if interval is None:
+            return text
+        if interval.kind == "ci.boot":
+            return f"{text} [{times * interval.low:.1f}, {times * interval.high:.1f}]"
+        return f"{text} ± {times * interval.half_width:.1f}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric before and after."""
+
+    metric: str
+    variant: str
+    pre: Estimate | None
+    post: Estimate | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An evaluation's metrics. `summary["ES"]` is the family's own variant, `summary["ES", "gen.em"]` any other."""
+
+    family: Family
+    """`cf` where queries have a rival answer, `ee`, `mq`, `ripple` by what was measured, else `zsre`."""
+    n_cases: int
+    lines: tuple[Line, ...]
+    counts: Mapping[str, int]
+    """Queries skipped, in error, contaminated, tied, or tokenised apart from their prompt (`boundary_merge`)."""
+
+    def __getitem__(self, key: str | Key) -> Line:
+        metric, variant = key if isinstance(key, tuple) else (key, self._own_variant(key))
+        for line in self.lines:
+            if (line.metric, line.variant) == (metric, variant):
+                return line
+        known = ", ".join(f"{line.metric} {line.variant}" for line in self.lines)
+        raise KeyError(f"no metric {metric} {variant}; measured: {known or 'nothing'}")
+
+    def _own_variant(self, metric: str) -> str:
+        variants = [line.variant for line in self.lines if line.metric == metric]
+        own = main_variant(self.family, metric)
+        return own if own in variants or not variants else variants[0]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, *, everything: bool = False) -> str:
+        """Plain text, values times 100. Side variants are left out unless `everything`."""
+        lines = [line for line in self.lines if everything or self._shown(line)]
+        has_post = any(line.post is not None for line in lines)
+        head = ["metric", "variant", "pre", *(["post"] if has_post else []), "cases", "queries", "interval"]
+        rows = [head]
+        for line in lines:
+            last = line.post or line.pre
+            assert last is not None
+            times = scale(line.variant)
+            values = [
+                line.pre.percent(times) if line.pre else "-",
+                *([line.post.percent(times) if line.post else "-"] if has_post else []),
+            ]
+            kind = last.interval.kind if last.interval else "-"
+            rows.append([line.metric, line.variant, *values, f"{last.n:,}", f"{last.n_queries:,}", kind])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        counts = ", ".join(f"{name} {n:,}" for name, n in self.counts.items() if n)
+        return f"{self.n_cases:,} cases, values x100 with 95 % intervals\n{text}" + (f"\n{counts}" if counts else "")
+
+    def _shown(self, line: Line) -> bool:
+        aside = {"cf.prob_sum", "cf.magnitude", "score.am", "zsre.first", "gen.prefix", "gen.contains", "gen.tokens"}
+        if self.family == "ee":
+            aside = (aside | {"score.hm", "gen.cut"}) - {"score.am", "gen.contains"}
+        else:
+            aside.add("gen.cut")
+        return line.variant not in aside and not (self.family == "cf" and self._beside_main(line))
+
+    def _beside_main(self, line: Line) -> bool:
+        """Token accuracy of something that the comparison of probabilities covers already."""
+        return line.variant == "zsre.tok" and any(
+            (other.metric, other.variant) == (line.metric, "cf.prob_mean") for other in self.lines
+        )
+
+
+def family_of(records: Iterable[Record]) -> Family:
+    """Which way of scoring the records belong to."""
+    variants = {r.variant for r in records if r.status != "skipped"}
+    if "cf.prob_mean" in variants:
+        return "cf"
+    if "ee.tok" in variants:
+        return "ee"
+    if any(v.startswith("mq.") for v in variants):
+        return "mq"
+    return "ripple" if any(v.startswith("ripple") for v in variants) else "zsre"
+
+
+def main_variant(family: Family, metric: str) -> str:
+    """The variant that a metric's own column shows."""
+    return "ee.loc.argmax" if family == "ee" and metric == "LS" else _MAIN[family]
+
+
+def summarise(
+    before: Sequence[Record], after: Sequence[Record], *, seed: int = 0, n_resamples: int = N_RESAMPLES
+) -> Summary:
+    """Macro means with intervals: over cases (`ci.case`) for the CounterFact family, by subject (`ci.boot`) for the
+    others, whose cases share subjects, and for scores made of several means.
+
+    Args:
+        before: records of the unedited model; may be empty.
+        after: records of the edited one, all of one moment; may be empty.
+        seed: of the bootstrap.
+    """
+    family = family_of([*before, *after])
+    parts = {"pre": [r for r in before if r.case_id is not None], "post": [r for r in after if r.case_id is not None]}
+    subjects = {r.case_id: r.subject for part in parts.values() for r in part}
+    columns = {when: _columns(part, family) for when, part in parts.items() if part}
+    estimates = {when: _estimates(own, subjects, family, seed, n_resamples) for when, own in columns.items()}
+    ls = ("LS", main_variant(family, "LS"))
+    if len(columns) == 2:
+        change = _change(columns["pre"], columns["post"], ls, subjects, family, seed, n_resamples)
+        if change is not None:
+            estimates["post"]["LS", f"{family}.ls.delta"] = change
+    for when, own in (("pre", before), ("post", after)):
+        for record in own:
+            if record.case_id is None and record.status == "ok":
+                found = Estimate(record.value, None, 0, record.n)
+                estimates.setdefault(when, {})[record.metric, record.variant] = found
+    keys = dict.fromkeys(key for own in estimates.values() for key in own)
+    lines = [Line(*k, estimates.get("pre", {}).get(k), estimates.get("post", {}).get(k)) for k in keys]
+    lines.sort(key=lambda line: _rank(line, family))
+    return Summary(family, len(subjects), tuple(lines), _counts([*before, *after]))
+
+
+def case_values(records: Iterable[Record], metric: str, variant: str) -> dict[str, float]:
+    """Value of one metric by case: mean over axes of the mean over queries."""
+    column = _Column()
+    for record in records:
+        if (record.metric, record.variant) == (metric, variant):
+            column.add(record)
+    return column.per_case()
+
+
+@dataclass
+class _Column:
+    """One metric at one time: values by case and axis."""
+
+    cases: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    n_queries: int = 0
+    ties: int = 0
+
+    def add(self, record: Record) -> None:
+        if record.value is None or record.case_id is None:
+            return
+        self.cases.setdefault(record.case_id, {}).setdefault(record.axis or "", []).append(record.value)
+        self.n_queries += 1
+        self.ties += record.noted("tie")
+
+    def per_case(self) -> dict[str, float]:
+        """Mean over axes of the mean over queries."""
+        return {case: macro(axes) or 0.0 for case, axes in self.cases.items()}
+
+
+_ORDER = ("Score", "ES", "GS", "LS", "Portability", "EA", "PA", "NA", "EM", "PM", "NM", "fluency", "consistency")
+
+
+def _rank(line: Line, family: Family) -> tuple[bool, int]:
+    """The score and the family's own variants first, then by metric; a stable sort keeps variants as they come."""
+    name = line.metric.partition(".")[0]
+    place = _ORDER.index(name) if name in _ORDER else len(_ORDER)
+    return line.metric != "Score" and line.variant != main_variant(family, line.metric), place
+
+
+def _columns(records: Sequence[Record], family: Family) -> dict[Key, _Column]:
+    columns: dict[Key, _Column] = {}
+    main = main_variant(family, "LS")
+    dirty = {(r.case_id, r.probe_id) for r in records if r.noted("contaminated")}
+    axes: dict[Key, set[str]] = {}
+    for r in records:
+        if "." in (r.axis or ""):
+            axes.setdefault((r.metric, r.variant), set()).add(str(r.axis))
+    for record in records:
+        if record.status == "skipped":  # only counted: a line of nothing but skipped queries says nothing
+            continue
+        key = (record.metric, record.variant)
+        columns.setdefault(key, _Column()).add(record)
+        if len(axes.get(key, ())) > 1 and record.axis is not None and not record.metric.startswith(record.axis):
+            part = f"{record.metric}.{record.axis.partition('.')[2]}"
+            columns.setdefault((part, record.variant), _Column()).add(record)
+        if dirty and (record.case_id, record.probe_id) not in dirty and key == ("LS", main):
+            columns.setdefault(("LS", f"{main}.clean"), _Column()).add(record)
+    return columns
+
+
+def _estimates(
+    columns: Mapping[Key, _Column], subjects: Mapping[Any, Any], family: Family, seed: int, n_resamples: int
+) -> dict[Key, Estimate]:
+    per_case = {key: column.per_case() for key, column in columns.items()}
+    intervals = _intervals(per_case, subjects, family, seed, n_resamples)
+    estimates = {
+        key: Estimate(_mean(values), intervals[key], len(values), columns[key].n_queries, columns[key].ties)
+        for key, values in per_case.items()
+    }
+    keys = [(name, main_variant(family, name)) for name in ("ES", "GS", "LS")]
+    known = [key for key in keys if key in estimates]
+    if not known:
+        return estimates
+    parts = [estimates[key].value if key in estimates else None for key in keys]
+    n = max(estimates[key].n for key in known)
+    queries = sum(estimates[key].n_queries for key in known)
+    boot: list[Interval | None] = [None, None]
+    if all(part is not None for part in parts):
+        values = _matrix([per_case[key] for key in keys], list(subjects))
+        boot = ci_boot(values, list(subjects.values()), _scores, seed=seed, n_resamples=n_resamples)
+    estimates["Score", "score.hm"] = Estimate(score_hm(parts), boot[0], n, queries)
+    estimates["Score", "score.am"] = Estimate(score_am(*parts), boot[1], n, queries)
+    return estimates
+
+
+def _intervals(
+    per_case: Mapping[Key, Mapping[str, float]],
+    subjects: Mapping[Any, Any],
+    family: Family,
+    seed: int,
+    n_resamples: int,
+) -> dict[Key, Interval | None]:
+    if family == "cf":
+        return {key: ci_case(list(values.values())) for key, values in per_case.items()}
+    values = _matrix(list(per_case.values()), list(subjects))
+    return dict(
+        zip(per_case, ci_boot(values, list(subjects.values()), seed=seed, n_resamples=n_resamples), strict=True)
+    )
+
+
+def _change(
+    pre: Mapping[Key, _Column],
+    post: Mapping[Key, _Column],
+    key: Key,
+    subjects: Mapping[Any, Any],
+    family: Family,
+    seed: int,
+    n_resamples: int,
+) -> Estimate | None:
+    """Post minus pre, paired by case; None where the two have no case in common."""
+    if key not in pre or key not in post:
+        return None
+    before, after = pre[key].per_case(), post[key].per_case()
+    change = {case: after[case] - before[case] for case in after if case in before}
+    if not change:
+        return None
+    interval = _intervals({key: change}, subjects, family, seed, n_resamples)[key]
+    return Estimate(_mean(change), interval, len(change), post[key].n_queries)
+
+
+def _matrix(columns: Sequence[Mapping[str, float]], cases: Sequence[str]) -> Float[Tensor, "cases metrics"]:
+    rows = [[column.get(case, math.nan) for column in columns] for case in cases]
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(cases), len(columns))
+
+
+def _scores(means: Float[Tensor, "resamples metrics"]) -> Float[Tensor, "resamples 2"]:
+    """`score_hm` and `score_am` of every resample: 1 / 0 is infinite here, so a part of 0 gives 0."""
+    harmonic = means.shape[1] / means.reciprocal().sum(1, keepdim=True)
+    return torch.cat([harmonic, means.mean(1, keepdim=True)], dim=1)
+
+
+def _mean(values: Mapping[str, float]) -> float | None:
+    return math.fsum(values.values()) / len(values) if values else None
+
+
+def _counts(records: Iterable[Record]) -> dict[str, int]:
+    """Distinct (time, query) pairs, for a query leaves several records."""
+    found: dict[str, set[tuple[str, str | None, str | None]]] = {
+        name: set() for name in ("skipped", "error", "contaminated", "tie", "boundary_merge")
+    }
+    for record in records:
+        place = (record.when, record.case_id, record.probe_id)
+        if record.status != "ok":
+            found[record.status].add(place)
+        if record.detail is not None:
+            for name in ("contaminated", "tie", "boundary_merge"):
+                if record.noted(name):
+                    found[name].add(place)
+    return dict(Counter({name: len(places) for name, places in found.items()}))

@@ -1,0 +1,72 @@
+"""Perplexity against brute force; divergence by hand."""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from retcon.errors import InvalidSetting
+from retcon.evaluation.drift import divergence, next_token_divergence, perplexity, windows
+from retcon.lm.model import LM
+from tests.evaluation.test_measure import bump
+
+Make = Callable[..., LM]
+TEXT = "The capital of France is Paris. He lived in Florence and in Milan, and the train stood still."
+
+
+def test_windows_of_the_worked_example() -> None:
+    found = windows(1300, 1024, 512)
+    assert found == [(0, 1024, 1), (512, 1300, 1024)]
+    assert [end - first for _, end, first in found] == [1023, 276]
+    assert windows(2) == [(0, 2, 1)]
+    for n, window, stride in ((100, 7, 3), (9, 8, 7), (64, 16, 8)):
+        scored = [t for _, end, first in windows(n, window, stride) for t in range(first, end)]
+        assert scored == list(range(1, n))
+        assert all(start < first and end - start <= window for start, end, first in windows(n, window, stride))
+    with pytest.raises(InvalidSetting, match="stride 8 and window 8"):
+        windows(10, 8, 8)
+
+
+def test_perplexity_is_that_of_each_token_in_its_window(tiny: Make) -> None:
+    lm = tiny(n_layers=2)
+    ids = list(lm.encode(TEXT).ids)
+    found = perplexity(lm, TEXT, window=16, stride=8)
+    total = 0.0
+    for start, end, first in windows(len(ids), 16, 8):
+        with torch.no_grad():
+            logp = lm.model(torch.tensor([ids[start:end]])).logits[0].double().log_softmax(-1)
+        total -= sum(float(logp[t - start - 1, ids[t]]) for t in range(first, end))
+    assert found.n_tokens == len(ids) - 1
+    assert found.nll == pytest.approx(total / (len(ids) - 1), abs=1e-5)
+    assert found.ppl == pytest.approx(math.exp(found.nll))
+    whole = perplexity(lm, TEXT)
+    with torch.no_grad():
+        loss = lm.model(torch.tensor([ids]), labels=torch.tensor([ids])).loss
+    assert whole.nll == pytest.approx(float(loss), abs=1e-5)
+    assert perplexity(lm, TEXT, max_tokens=5).n_tokens == 4
+    with pytest.raises(InvalidSetting, match="has no perplexity"):
+        perplexity(lm, TEXT, max_tokens=1)
+
+
+def test_divergence_by_hand() -> None:
+    p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
+    wanted = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+    assert float(divergence(p.log(), q.log())) == pytest.approx(wanted, abs=1e-6)
+    assert float(divergence(p.log(), p.log())) == 0
+    none = torch.tensor([[1.0, 0.0, 0.0]])
+    assert float(divergence(none.log(), p.log())) == pytest.approx(math.log(2))
+    assert float(divergence(p.log(), none.log())) == math.inf
+
+
+def test_the_same_model_does_not_diverge_and_an_edited_one_does(tiny: Make) -> None:
+    lm = tiny(n_layers=2)
+    prompts = ["The capital of Italy is", "He lived in", "Łódź"]
+    assert next_token_divergence(lm, prompts, nullcontext, nullcontext) == [0, 0, 0]
+    delta = bump(lm)
+    found = next_token_divergence(lm, prompts, nullcontext, lambda: lm.edited(delta), rows_at_a_time=2)
+    assert all(value > 0 for value in found)
+    lm.apply(delta)
+    again = next_token_divergence(lm, prompts, lm.unedited, nullcontext)
+    assert again == pytest.approx(found, abs=1e-5)

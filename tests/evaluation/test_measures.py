@@ -1,0 +1,161 @@
+"""What can be measured on request, through `evaluate`."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from retcon.edits import Case, Edit, Query
+from retcon.errors import InvalidSetting
+from retcon.evaluation import Evaluation, Measures, evaluate
+from retcon.evaluation.generate import PRESETS, write
+from retcon.evaluation.measure import stream
+from retcon.evaluation.metrics.consistency import References, TfIdf
+from retcon.evaluation.metrics.fluency import fluency, word_tokenizer
+from retcon.evaluation.score import Item, score
+from retcon.lm.model import LM
+from tests.evaluation.test_measure import CASES, bump
+
+Make = Callable[..., LM]
+WRITER = Case(
+    "w",
+    (Edit("The capital of {} is", "France", "Rome", "Paris", id="w"),),
+    (
+        Query("rewrite/0", "rewrite", "The capital of France is", "Rome", "Paris"),
+        Query("generation/0", "generation", "France is"),
+        Query("generation/1", "generation", "France is"),
+        Query("generation/2", "generation", "He lived"),
+    ),
+    meta={"relation_id": "P36", "target_new_id": "Q1"},
+)
+
+
+def told(found: Evaluation, variant: str, when: str = "pre") -> list[Any]:
+    return [(r.probe_id, r.value) for r in found.records if r.variant.startswith(variant) and r.when == when]
+
+
+def test_fluency_is_off_but_where_it_is_asked_for_or_usual(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    assert not told(evaluate(lm, [WRITER]), "flu.")
+    texts = write(lm, ["France is", "He lived"], PRESETS["fluency"])
+    wanted = [fluency(w.text, "flu.new").value for w in (texts[0], texts[0], texts[1])]
+    found = evaluate(lm, [WRITER], measures=Measures(fluency=("flu.new",)))
+    assert [v for _, v in told(found, "flu.new")] == wanted
+    usual = Case("k", WRITER.edits, WRITER.queries[:1], meta={"family": "easyedit"})
+    assert [q for q, _ in told(evaluate(lm, [usual]), "flu.new")] == ["rewrite/0"]
+
+
+def test_romes_fluency_samples_by_case_and_query_and_reads_the_prompt_too(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    measures = Measures(generate=False, fluency=("flu.rome", "flu.easyedit"))
+    found = evaluate(lm, [WRITER], measures=measures, seed=3)
+    seed = stream(3, "text", "w", "generation/1")
+    text = write(lm, ["France is"], PRESETS["fluency_rome"], seeds=[seed])[0].text
+    name = word_tokenizer()[0]
+    by_query = dict(told(found, f"flu.rome.{name}"))
+    assert by_query["generation/1"] == fluency("France is" + text, "flu.rome").value
+    assert by_query["generation/0"] != by_query["generation/1"]  # repeats are drawn anew
+    assert [q for q, _ in told(found, "flu.easyedit")] == ["rewrite/0"]
+    beside = evaluate(lm, [*CASES, WRITER], measures=measures, seed=3)
+    assert [x for x in told(beside, "flu.rome") if x[0].startswith("generation")] == told(found, "flu.rome")
+
+
+def test_consistency_and_essence(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    passage = "The capital of Italy is Rome."
+    references = References({("P36", "Q1"): [passage]}, {"France": [passage]}, TfIdf.fit([passage, "no"]))
+    found = evaluate(lm, [WRITER, CASES[1]], measures=Measures(references=references))
+    by_case = {r.case_id: r for r in found.records if r.metric == "consistency"}
+    assert by_case["w"].value is not None
+    assert 0 <= by_case["w"].value <= 1
+    assert (by_case["lodz"].status, by_case["lodz"].detail) == ("skipped", "no reference passages")
+    (essence,) = (r for r in found.records if r.metric == "essence")
+    first, rest = passage.split(" ", 1)
+    assert essence.value is not None
+    assert essence.value > 0
+    assert (first, rest) == ("The", "capital of Italy is Rome.")
+
+
+def test_a_judge_decides(tiny: Make) -> None:
+    asked: list[tuple[str, str, str]] = []
+
+    def judge(question: str, gold: str, answer: str) -> bool:
+        asked.append((question, gold, answer))
+        return "France" in question
+
+    found = evaluate(tiny(n_layers=1), CASES, measures=Measures(judge=judge))
+    values = {(r.case_id, r.probe_id): r.value for r in found.records if r.variant == "gen.judge"}
+    assert values["france", "rewrite/0"] == 1
+    assert values["lodz", "rewrite/0"] == 0
+    assert ("The capital of France is", "Rome", found.texts["pre", "france", "rewrite/0"]) in asked
+
+
+def test_other_ways_of_writing_carry_their_names(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    found = evaluate(lm, CASES, measures=Measures(preset="wild_paper", max_new_tokens=4))
+    variants = {r.variant for r in found.records if r.variant.startswith("gen.")}
+    assert variants == {f"gen.{v}@wild_paper" for v in ("em", "prefix", "contains", "tokens", "cut")}
+    gold = evaluate(lm, CASES, measures=Measures(preset="gold_length"))
+    lengths = {(r.case_id, r.probe_id): r.value for r in gold.records if r.variant == "gen.tokens@gold_length"}
+    for case in CASES:
+        for query in case.queries:
+            if (case.id, query.id) in lengths:
+                n = len(lm.encode(query.prompt, query.target).target_ids)
+                assert lengths[case.id, query.id] <= n  # type: ignore[operator]
+    with pytest.raises(InvalidSetting, match="unknown way of writing 'loudly'"):
+        Measures(preset="loudly")
+
+
+def test_text_on_locality_prompts_is_held_against_the_unedited_models(tiny: Make) -> None:
+    lm = tiny(n_layers=2)
+    delta = bump(lm, 0.5)
+    found = evaluate(lm, CASES, delta=delta, measures=Measures(locality_text=True, max_new_tokens=3))
+    assert {v for _, v in told(found, "ee.loc.gen")} == {1}
+    for record in (r for r in found.records if r.variant == "ee.loc.gen" and r.when == "final"):
+        texts = [found.texts[when, str(record.case_id), str(record.probe_id)] for when in ("pre", "final")]
+        assert record.value == float(texts[0] == texts[1])
+    assert "gen.tokens" not in {r.variant for r in found.records if r.axis == "neighborhood"}
+
+
+def test_neighbours_behind_the_edited_statement(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    plain = evaluate(lm, CASES, generate=False)
+    found = evaluate(lm, CASES, measures=Measures(generate=False, neighborhood_prefix="edit"))
+    more = [r for r in found.records if r.variant.endswith("+edit")]
+    assert {r.probe_id for r in more} == {"neighborhood/0+edit", "neighborhood/1+edit"}
+    assert [r for r in found.records if r not in more] == plain.records
+    prompt = "The capital of France is Rome. The capital of Italy is"
+    new, old = score(lm, [Item(prompt, "Rome"), Item(prompt, "Paris")])
+    (value,) = (
+        r.value
+        for r in more
+        if (r.case_id, r.probe_id, r.variant) == ("france", "neighborhood/0+edit", "cf.prob_mean+edit")
+    )
+    assert value == float(old.nll_mean < new.nll_mean)
+
+
+def test_easyedits_token_accuracy_beside_another_family(tiny: Make) -> None:
+    found = evaluate(tiny(n_layers=1), CASES, measures=Measures(generate=False, easyedit=True))
+    by_variant = {v: [r.value for r in found.records if r.variant == v] for v in ("ee.tok", "zsre.tok")}
+    assert by_variant["ee.tok"] == by_variant["zsre.tok"] != []
+    assert found.summary().family == "cf"
+
+
+@pytest.mark.parametrize("size", [0.0, 0.5])
+def test_divergence_before_and_after(size: float, tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    found = evaluate(lm, CASES, delta=bump(lm, size), measures=Measures(generate=False, divergence=True))
+    values = [v for _, v in told(found, "loc.kl", "final")]
+    assert len(values) == 3
+    assert all(v == 0 for v in values) if size == 0 else all(v > 0 for v in values)
+    line = found.summary()["divergence", "loc.kl"]
+    assert line.post is not None
+    assert f"{line.post.value:.1f}" in found.summary().table()  # nats are not multiplied
+
+
+def test_streams_are_told_apart_by_name() -> None:
+    seeds: Sequence[int] = [stream(0, "a"), stream(0, "b"), stream(1, "a"), stream(0, "a", "b")]
+    assert len(set(seeds)) == 4
+    assert all(0 <= seed < 2**56 for seed in seeds)
+    assert math.isfinite(sum(seeds))

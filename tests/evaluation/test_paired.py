@@ -1,0 +1,54 @@
+"""Two methods on the same cases."""
+
+import pytest
+
+from retcon.evaluation.paired import differences
+from retcon.evaluation.records import Record
+from tests.evaluation.test_results import axis
+
+
+def records(es: list[float], gs: list[float], ls: list[float]) -> list[Record]:
+    cases = "abcdefgh"
+    return [
+        *axis("rewrite", "ES", {c: [v] for c, v in zip(cases, es, strict=False)}),
+        *axis("paraphrase", "GS", {c: [v] for c, v in zip(cases, gs, strict=False)}),
+        *axis("neighborhood", "LS", {c: [v] for c, v in zip(cases, ls, strict=False)}),
+    ]
+
+
+def test_differences_are_of_means_and_of_scores() -> None:
+    one = records([1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 1, 1])
+    two = records([1, 1, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1])
+    found = {d.metric: d for d in differences(one, two)}
+    assert {m: d.value for m, d in found.items()} == pytest.approx(
+        {"ES": 0.25, "GS": 0.25, "LS": -0.25, "Score": 3 / (1 + 2 / 0.75) - 3 / (1 / 0.75 + 2 + 1)}
+    )
+    for d in found.values():
+        assert d.interval is not None
+        assert d.interval.low <= d.value <= d.interval.high
+        assert d.n == 4
+        assert not d.clear
+
+
+def test_a_method_against_itself_is_no_different() -> None:
+    one = records([1, 0, 1, 1], [1, 1, 0, 1], [1, 0, 1, 1])
+    for d in differences(one, one):
+        assert (d.value, d.interval.low, d.interval.high) == (0, 0, 0)  # type: ignore[union-attr]
+        assert not d.clear
+
+
+def test_pairing_is_sharper_than_the_two_apart() -> None:
+    """Every case falls by the same amount: no doubt is left, though the cases differ wildly."""
+    base = [1.0, 0.2, 0.8, 0.4, 0.9, 0.3]
+    one, two = records(base, base, base), records([v - 0.1 for v in base], base, base)
+    es = next(d for d in differences(one, two) if d.metric == "ES")
+    assert es.interval is not None
+    assert es.clear
+    assert es.interval.half_width == pytest.approx(0, abs=1e-12)
+
+
+def test_only_common_cases_and_metrics_count() -> None:
+    one, two = records([1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]), records([1, 1], [1, 1], [])
+    found = differences(one, two)
+    assert [(d.metric, d.value, d.n) for d in found] == [("ES", 0, 2), ("GS", 0, 2)]
+    assert differences(one, []) == []
