@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from retcon.lm.model import LM
     from retcon.memory.contexts import Contexts, sample_contexts
     from retcon.memory.moments import Corpus, CorpusMoments, GivenMoments
+    from retcon.memory.values import keeping_values
     from retcon.methods.registry import list_methods, method
+    from retcon.methods.sequence import in_steps
 
 __version__ = "0.1.0"
 
@@ -43,6 +45,8 @@ _LAZY = {
     "LowRank": "retcon.delta",
     "Rows": "retcon.delta",
     "evaluate": "retcon.evaluation",
+    "in_steps": "retcon.methods.sequence",
+    "keeping_values": "retcon.memory.values",
     "list_methods": "retcon.methods.registry",
     "load": "retcon.lm.load",
     "method": "retcon.methods.registry",
@@ -66,6 +70,8 @@ __all__ = [
     "Query",
     "Rows",
     "evaluate",
+    "in_steps",
+    "keeping_values",
     "list_methods",
     "load",
     "method",

@@ -14,11 +14,18 @@ def test_lists_all_with_paper_and_presets(cli: Callable[..., Any]) -> None:
     assert [m["name"] for m in record["methods"]] == list_methods()
     for method in record["methods"]:
         assert method["description"]
-        assert "arXiv:" in method["paper"]
+        assert "et al." in method["paper"]
     jeep = next(m for m in record["methods"] if m["name"] == "jeep")
     assert "jeep/gpt-j-6b/counterfact" in jeep["presets"]
     assert jeep["paper"] == "Shi et al. 2024, arXiv:2412.17872"
+    facts = {m["name"]: (m["facts"], m["keeps"]) for m in record["methods"]}
+    assert facts["jeep"] == ("many at once", "")
+    assert facts["rome"] == ("one; many in steps, one on top of the other", "")
+    assert facts["alphaedit"] == ("many at once", "the keys of earlier edits")
+    assert facts["rect"] == ("as its host", "as its host")
+    assert "gemma2" in record["architectures"]
     out = cli("methods").stdout
+    assert "keeps    the keys of earlier edits between batches" in out
     assert "edit low and high layers together" in out
     assert "jeep/gpt-j-6b/zsre" in out
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import retcon
-from retcon.cli import apply, complete, demo, edit, methods, moments
+from retcon.cli import apply, bench, check, complete, demo, edit, methods, moments, probe, report
 from retcon.cli.shell import Verbs, examples
 
 app = typer.Typer(
@@ -70,6 +70,21 @@ app.command(
         "retcon moments ./my-model --corpus text.txt --layers 3-8,15,16",
     )
 )(moments.moments)
+app.add_typer(probe.app, name="probe")
+app.command(
+    epilog=examples(
+        "retcon bench --model demo:gptj --method jeep --dataset world --n 20 --out bench",
+        "retcon bench docs/results/jeep-t3-world.toml --out bench --dry-run",
+        "retcon bench bench.toml --model ./gpt-j-6b --dataset counterfact.json --out bench",
+    )
+)(bench.bench)
+app.command(epilog=examples("retcon report bench", "retcon report bench --out ./report --no-pictures"))(report.report)
+app.command(
+    epilog=examples(
+        "retcon check demo:gptj --delta edits.safetensors --cases edits.jsonl --generalised 0 --local 0",
+        "retcon check ./gpt-j-6b --delta cf.safetensors --cases counterfact.json --limit 100 --local 0.9",
+    )
+)(check.check)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.estimate import Estimate, estimate
-from retcon.cli.moments import TimedMoments, moments_for
+from retcon.cli.moments import TimedMoments, check_corpus, moments_for
 from retcon.cli.settings import Resolved, read_settings, resolve
 from retcon.cli.shell import (
     Device,
@@ -26,7 +26,6 @@ from retcon.cli.shell import (
     bars,
     busy,
     check_can_write,
-    check_exists,
     console,
     count,
     dtype_for,
@@ -108,8 +107,12 @@ def edit(
         ),
     ] = None,
     corpus: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Text for the second moments; WikiText-103.", show_default=False),
+        str | None,
+        typer.Option(
+            metavar="FILE|DATASET",
+            help="Text for the second moments, as for moments; WikiText-103.",
+            show_default=False,
+        ),
     ] = None,
     cases_format: Annotated[CasesFormat, typer.Option(help="What kind of file EDITS is.")] = "auto",
     start: Annotated[int, typer.Option(min=0, help="Rows of EDITS to pass over.")] = 0,
@@ -141,7 +144,7 @@ def edit(
         raise InvalidSetting("--layers probe and --set layers=... both say which layers to edit; give one of them")
     asked = read_asked(edits, cases_format, start, limit, conflicts)
     if corpus is not None:
-        check_exists(corpus)
+        check_corpus(corpus)
     show = console(stderr=as_json)
     started = time.perf_counter()
     before = load_deltas(earlier or [])
@@ -171,9 +174,7 @@ def edit(
 
     with keeping_values(cache_dir() / "values") as kept:
         state = before[-1].state if before and before[-1].provenance.get("method") == method else None
-        delta = make(
-            lm, resolved, asked.edits, corpus=corpus, seed=seed, took=took, batch_size=batch_size, state=state
-        )
+        delta = make(lm, resolved, asked.edits, corpus=corpus, seed=seed, took=took, batch_size=batch_size, state=state)
         delta.save(out)
     kept.discard()
     if kept.resumed:
@@ -290,7 +291,7 @@ def make(
     resolved: Resolved,
     edits: Sequence[Edit],
     *,
-    corpus: Path | None,
+    corpus: str | None,
     seed: int,
     took: dict[str, float],
     batch_size: int | None = None,
@@ -322,7 +323,7 @@ def expect(
     resolved: Resolved,
     edits: Sequence[Edit],
     *,
-    corpus: Path | None,
+    corpus: str | None,
     seed: int,
     batch_size: int | None = None,
 ) -> Estimate:

@@ -32,13 +32,18 @@ def methods(
 
         lm = _without_weights(model) if model else None
         found = [_described(name, lm) for name in list_methods()]
+    from retcon.lm.layouts import LAYOUTS
+
     if as_json:
-        emit({"model": model, "methods": found})
+        emit({"model": model, "architectures": sorted(LAYOUTS), "methods": found})
         return
     out = console()
+    out.print(f"[dim]on {', '.join(sorted(LAYOUTS))}[/]", soft_wrap=True)
     for entry in found:
         out.print(f"[bold]{entry['name']}[/]  {escape(entry['description'])}")
         out.print(f"  paper    {escape(entry['paper'] or '-')}")
+        out.print(f"  facts    {entry['facts']}")
+        out.print(f"  keeps    {entry['keeps'] or 'nothing'} between batches", soft_wrap=True)
         out.print(f"  presets  {', '.join(entry['presets']) or 'none'}", soft_wrap=True)
         if lm is not None:
             resolved = resolve(lm, entry["name"])
@@ -55,12 +60,21 @@ def _described(name: str, lm: "LM | None") -> dict[str, Any]:
         "name": name,
         "description": about.description,
         "paper": about.paper,
+        "facts": _facts(chosen.batch),
+        "keeps": chosen.keeps,
         "presets": [p.name for p in registry.presets(name)],
     }
     if lm is not None:
         resolved = resolve(lm, name)
         record |= {"preset": resolved.preset and resolved.preset.name, "settings": resolved.settings}
     return record
+
+
+def _facts(batch: Any) -> str:
+    """What a method class says of how many facts it takes; a filter's property leaves that to its host."""
+    if not isinstance(batch, bool):
+        return "as its host"
+    return "many at once" if batch else "one; many in steps, one on top of the other"
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ class _About:
 def _about(docstring: str) -> _About:
     """What the first line of a method's module says it does, and the paper that its docstring names."""
     first = docstring.strip().split("\n")[0]
-    paper = re.search(r"^(.*arXiv:[\w.]+)", docstring, re.MULTILINE)
+    paper = re.search(r"^(.*arXiv:[\w.]+|.+ et al\.[^;\n]+)", docstring, re.MULTILINE)
     return _About(first.partition(": ")[2].rstrip(".") or first, paper[1].rstrip(".") if paper else None)
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from retcon.errors import InvalidSetting
 
 if TYPE_CHECKING:
+    from retcon.edits import Edit
     from retcon.lm.model import LM
     from retcon.methods.base import Method
     from retcon.methods.registry import Preset
@@ -27,13 +28,16 @@ class Resolved:
     preset: "Preset | None"
     given: frozenset[str]
     """Settings that were asked for on the command line."""
+    n_probed: int = 0
+    """Facts that the layers were chosen with, by the contrast-based probe; 0 where it was not asked."""
 
     @property
     def source(self) -> str:
         """Where the settings come from."""
+        probed = f"; layers by the probe over {self.n_probed:,} facts" if self.n_probed else ""
         if self.preset is None:
-            return "starting points by relative depth, untuned"
-        return f"preset {self.preset.name} ({self.preset.source})"
+            return "starting points by relative depth, untuned" + probed
+        return f"preset {self.preset.name} ({self.preset.source})" + probed
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,14 +86,19 @@ def resolve(
     dataset: str | None = None,
     preset: str | None = None,
     given: Mapping[str, Any] | None = None,
+    probe_with: "Sequence[Edit]" = (),
 ) -> Resolved:
-    """The method with the model's settings (or the preset's), and those of `given` over them."""
+    """The method with the model's settings (or the preset's), and those of `given` over them.
+
+    With `probe_with`, the layers are those that the contrast-based probe advises for these facts.
+    """
     from retcon.methods import registry
 
     given = given or {}
     found = registry.preset_named(name, preset) if preset else registry.preset_for(name, lm, dataset)
-    method = registry.method(name, for_model=lm, dataset=dataset, preset=preset, **given)
-    return Resolved(name, method, found, frozenset(given))
+    probed = {"layers": "probe", "cases": probe_with} if probe_with else {}
+    method = registry.method(name, for_model=lm, dataset=dataset, preset=preset, **{**given, **probed})
+    return Resolved(name, method, found, frozenset(given), len(probe_with))
 
 
 def _parse(assignment: str, hints: Mapping[str, Any], method: str) -> tuple[str, Any]:

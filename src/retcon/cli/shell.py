@@ -69,14 +69,15 @@ def console(*, stderr: bool = False) -> Console:
 
 def emit(record: Mapping[str, Any]) -> None:
     """Print one JSON object; NaN and infinity, which JSON does not have, become null."""
-    typer.echo(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False))
+    typer.echo(json.dumps(finite(record), ensure_ascii=False, allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with NaN and infinity, which JSON does not have, as None."""
     if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

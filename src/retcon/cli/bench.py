@@ -1,0 +1,243 @@
+"""`retcon bench`: a matrix of models, methods, datasets, protocols and seeds, into a directory."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.shell import Json, console, count, emit, program, seconds
+from retcon.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from retcon.evaluation import Evaluation
+    from retcon.evaluation.bench import BenchSpec, Cell, Event
+
+_SHOWN = ("Score", "ES", "GS", "LS", "Portability")
+N_RESAMPLES = 200
+"""Of the bootstrap while running; reports take more."""
+
+
+def bench(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A TOML file; or give the options.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory of the results; a run in it goes on.", show_default=False)
+    ] = Path("bench"),
+    model: Annotated[
+        str | None, typer.Option(help="demo:gptj, a directory, a hub id; over the file's.", show_default=False)
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method; repeat. Over the file's.", show_default=False)
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="A file, hub:owner/name/file.json, or world; over the file's.", show_default=False),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="single, batch, sequential, batch_sequential or curve.  [default: batch]", show_default=False
+        ),
+    ] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="Cases; all.", show_default=False)] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Cases edited in one call.", show_default=False)] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="A seed; repeat. Over the file's.", show_default=False)] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Text for second moments.", show_default=False)] = None,
+    text: Annotated[Path | None, typer.Option(help="Held-out text for perplexity.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Where DIR holds another benchmark, start this one.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be run, and how long.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a benchmark: edit, measure before and after, restore. Ended at any point, the same command goes on."""
+    from retcon.evaluation.bench import run_bench
+
+    spec = _spec(file, model, method, dataset, protocol, n, batch, seed, corpus, text)
+    if dry_run:
+        _estimate(spec, as_json)
+        return
+    board = _Board(console(stderr=True).is_terminal)
+    started = time.perf_counter()
+    with Live(board.table(), console=console(stderr=True), refresh_per_second=2, transient=True) as live:
+        if not board.shown:
+            live.stop()
+
+        def watch(event: "Event") -> None:
+            board.hear(event)
+            if board.shown:
+                live.update(board.table())
+            elif event.evaluation is not None:
+                console(stderr=True).print(escape(board.line(event)), soft_wrap=True)
+
+        def loaded(report: object) -> None:
+            console(stderr=True).print(escape(str(report)), soft_wrap=True)
+
+        run_bench(spec, out, force=force, watch=watch, on_loaded=loaded)
+    took = time.perf_counter() - started
+    if as_json:
+        emit({"directory": str(out), "seconds": took, "runs": board.record()})
+        return
+    console().print(board.table())
+    console().print(f"{count(len(board.rows), 'run')} in {seconds(took)}, kept in [bold]{escape(str(out))}[/]")
+    console().print(f"[dim]next   {escape(program())} report {escape(str(out))}[/]", soft_wrap=True)
+
+
+def _spec(
+    file: Path | None,
+    model: str | None,
+    method: Sequence[str] | None,
+    dataset: str | None,
+    protocol: str | None,
+    n: int | None,
+    batch: int | None,
+    seeds: Sequence[int] | None,
+    corpus: Path | None,
+    text: Path | None,
+) -> "BenchSpec":
+    from retcon.evaluation.bench import BenchSpec, DatasetSpec, MethodSpec, ModelSpec, spec_from_file
+    from retcon.evaluation.protocol import Protocol
+
+    if file is None:
+        if missing := [f"--{k}" for k, v in (("model", model), ("method", method), ("dataset", dataset)) if not v]:
+            raise InvalidSetting(f"give a TOML file, or {', '.join(missing)} too")
+        spec = BenchSpec(
+            models=(ModelSpec(name=str(model)),),
+            methods=tuple(MethodSpec(name=name) for name in method or ()),
+            datasets=(DatasetSpec(path=str(dataset)),),
+        )
+        model = dataset = None
+    else:
+        spec = spec_from_file(file)
+        if method:
+            spec = replace(spec, methods=tuple(_method(spec, name) for name in method))
+    places = {"model": model, "dataset": dataset, "corpus": corpus, "text": text}
+    spec = spec.with_places(**{k: None if v is None else str(v) for k, v in places.items()})
+    if protocol is not None:
+        spec = replace(spec, protocols=(Protocol(kind=protocol, n=n, batch=batch),))  # type: ignore[arg-type]
+    elif n is not None or batch is not None:
+        over: dict[str, Any] = {name: value for name, value in (("n", n), ("batch", batch)) if value is not None}
+        spec = replace(spec, protocols=tuple(replace(p, **over) for p in spec.protocols))
+    return replace(spec, seeds=tuple(seeds)) if seeds else spec
+
+
+def _method(spec: "BenchSpec", name: str) -> Any:
+    """A method of the file by its label or name; one that the file lacks, with its preset."""
+    from retcon.evaluation.bench import MethodSpec
+
+    return next((m for m in spec.methods if name in (m.label, m.name)), MethodSpec(name=name))
+
+
+def _estimate(spec: "BenchSpec", as_json: bool) -> None:
+    from retcon.evaluation.bench import estimate
+
+    found = list(estimate(spec))
+    rows = [
+        {
+            "run": e.cell.slug,
+            "cases": e.n_cases,
+            "seconds_per_edit": e.seconds_edit,
+            "seconds_per_case_measured": e.seconds_measure,
+            "seconds": e.seconds,
+        }
+        for e in found
+    ]
+    if as_json:
+        emit({"runs": rows, "seconds": sum(e.seconds for e in found)})
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("run")
+    for name in ("cases", "per edit", "per case measured", "in all"):
+        table.add_column(name, justify="right")
+    for e in found:
+        cells = seconds(e.seconds_edit), f"{1000 * e.seconds_measure:.0f} ms", seconds(e.seconds)
+        table.add_row(escape(e.cell.slug), f"{e.n_cases:,}", *cells)
+    console().print(table)
+    console().print(
+        f"{count(len(found), 'run')}, about {seconds(sum(e.seconds for e in found))} [dim](from one edit and a few "
+        "cases each; batches are faster)[/]"
+    )
+
+
+@dataclass
+class _Row:
+    cell: "Cell"
+    done: int = 0
+    total: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    took: float | None = None
+    found: bool = False
+    numbers: dict[str, str] = field(default_factory=dict)
+    values: dict[str, float | None] = field(default_factory=dict)
+
+
+class _Board:
+    """What is shown while runs go on: one line each."""
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+        self.rows: dict[str, _Row] = {}
+
+    def hear(self, event: "Event") -> None:
+        row = self.rows.setdefault(event.cell.slug, _Row(event.cell))
+        row.done, row.total, row.found = event.done, event.total, event.found
+        if event.evaluation is not None:
+            row.took = None if event.found else time.perf_counter() - row.started
+            self._take(row, event.evaluation)
+
+    def _take(self, row: _Row, evaluation: "Evaluation") -> None:
+        summary = evaluation.summary(n_resamples=N_RESAMPLES)
+        for name in _SHOWN:
+            try:
+                line = summary[name]
+            except KeyError:
+                continue
+            if line.post is not None and line.post.value is not None:
+                row.values[f"{line.metric} {line.variant}"] = line.post.value
+                row.numbers[name] = f"{100 * line.post.value:.1f}"
+
+    def line(self, event: "Event") -> str:
+        """One finished run."""
+        row = self.rows[event.cell.slug]
+        numbers = ", ".join(f"{name} {value}" for name, value in row.numbers.items())
+        how = "finished before" if row.took is None else f"in {seconds(row.took)}"
+        return f"{event.cell.slug}: {numbers or 'done'}, {how}"
+
+    def table(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        columns = [name for name in _SHOWN if any(name in row.numbers for row in self.rows.values())]
+        for name in ("model", "method", "dataset", "protocol", "seed"):
+            table.add_column(name, no_wrap=True, overflow="ellipsis")
+        for name in ("units", "time", *columns):
+            table.add_column(name, justify="right")
+        for row in self.rows.values():
+            cell = row.cell
+            what = (cell.model.label, cell.method.label, cell.dataset.label, cell.protocol.describe(), str(cell.seed))
+            table.add_row(
+                *map(escape, what),
+                f"{row.done}/{row.total}",
+                self._time(row),
+                *(row.numbers.get(name, "") for name in columns),
+            )
+        return table
+
+    def _time(self, row: _Row) -> str:
+        if row.found:
+            return "before"
+        if row.took is not None:
+            return seconds(row.took)
+        gone = time.perf_counter() - row.started
+        left = f", {seconds(gone / row.done * (row.total - row.done))} left" if row.done else ""
+        return f"{seconds(gone)}{left}"
+
+    def record(self) -> list[dict[str, Any]]:
+        """Plain values, for JSON."""
+        return [
+            {"run": slug, "units": row.total, "found": row.found, "seconds": row.took, "values": row.values}
+            for slug, row in self.rows.items()
+        ]

@@ -1,0 +1,148 @@
+"""`retcon probe attribution`: which matrices, and which of their rows, carry the probability of an answer."""
+
+from itertools import combinations
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
+from retcon.cli.shell import Device, DType, Json, Model, Seed, bars, check_exists, console, count, emit, load_model
+
+if TYPE_CHECKING:
+    from retcon.edits import Edit
+    from retcon.methods.kne import Ensemble
+
+
+def attribution(
+    model: Model,
+    cases: Cases = None,
+    start: Start = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 20,
+    modules: Annotated[str, typer.Option(help="Matrices, separated by commas; any of q, k, v, o, gate, up, down.")] = (
+        "down"
+    ),
+    unit: Annotated[Literal["row", "column"], typer.Option(help="What gets a score.")] = "row",
+    path: Annotated[
+        Literal["layer", "joint", "local"], typer.Option(help="What is scaled together: a matrix, all, or nothing.")
+    ] = "layer",
+    points: Annotated[int, typer.Option(min=1, help="Points of the integral.")] = 20,
+    answer: Annotated[
+        Literal["new", "true"], typer.Option(help="The answer whose probability is attributed.")
+    ] = "true",
+    budget: Annotated[float, typer.Option(min=0, max=1, help="Share of all parameters an ensemble may hold.")] = 0.01,
+    out: Out = "attribution",
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Attribute the probability of answers to rows or columns of weights, by integrated gradients (KNE's locating).
+
+    Draws how much probability each layer carries and where the ensemble of the facts lies; and how alike the ensembles
+    of two facts are, of one relation and of two (STEM-overlap.png).
+    """
+    check_stem(out)
+    if cases is not None:
+        check_exists(cases)
+    edits, source = facts(model, cases, start, limit, seed)
+    lm = load_model(model, device=device, dtype=dtype)
+
+    import torch
+
+    from retcon.locate import unit_figures
+    from retcon.methods.kne import Kne
+
+    kinds = tuple(f"{part.strip().removesuffix('_proj')}_proj" for part in modules.split(","))
+    method = Kne(
+        modules=kinds,  # type: ignore[arg-type]
+        granularity=unit,
+        path=path,
+        n_points=points,
+        answer=f"target_{answer}",  # type: ignore[arg-type]
+        budget=budget,
+    )
+    sites = method.sites(lm)
+    total: list[torch.Tensor] = []
+    ensembles: list[Ensemble] = []
+    with bars() as advance:
+        for i, edit in enumerate(edits):
+            scores = method.scores(lm, [edit])
+            total = [t + s for t, s in zip(total, scores, strict=True)] if total else scores
+            ensembles.append(method.choose(lm, scores))
+            advance("attributing", i + 1, len(edits))
+    mean = [t / len(edits) for t in total]
+    ensemble = method.choose(lm, mean)
+
+    carried = {kind: torch.zeros(lm.n_layers, dtype=torch.float64) for kind in kinds}
+    chosen = {kind: torch.zeros(lm.n_layers) for kind in kinds}
+    for site, score in zip(sites, mean, strict=True):
+        carried[site.kind][site.layer] = score.double().sum()
+        chosen[site.kind][site.layer] = len(ensemble.get(f"{site.layer}.{site.kind}", ()))
+    same, different = overlaps(edits, ensembles)
+    n_units = sum(map(len, mean))
+    p = method.n_chosen(lm, sites) / n_units
+    by_chance = p / (2 - p)
+    drawn = {"": unit_figures.attribution_figure(carried, chosen, unit)}
+    if same or different:
+        drawn["-overlap"] = unit_figures.overlap_figure(same, different, by_chance)
+    record = {
+        **about(lm, model, source, seed),
+        "n": len(edits),
+        "unit": unit,
+        "path": path,
+        "points": points,
+        "answer": answer,
+        "units": n_units,
+        "chosen": sum(map(len, ensemble.values())),
+        "carried": {kind: values.tolist() for kind, values in carried.items()},
+        "in_ensemble": {kind: [int(v) for v in values.tolist()] for kind, values in chosen.items()},
+        "overlap": {
+            "one_relation": _mean(same),
+            "two_relations": _mean(different),
+            "by_chance": by_chance,
+            "pairs": [len(same), len(different)],
+        },
+    }
+    written = write(out, drawn, record)
+    if as_json:
+        emit(record)
+        return
+    show = console()
+    show.print(f"[bold]attribution[/] on {escape(str(lm))}")
+    show.print(f"facts  {escape(source)}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("layer", justify="right")
+    for kind in kinds:
+        table.add_column(f"{kind}: carried", justify="right")
+        table.add_column(f"{unit}s", justify="right")
+    for layer in range(lm.n_layers):
+        cells = [c for kind in kinds for c in (f"{carried[kind][layer]:.4f}", str(int(chosen[kind][layer])))]
+        table.add_row(str(layer), *cells)
+    show.print(table)
+    show.print(f"the ensemble: {record['chosen']:,} of {count(n_units, unit)} ({p:.1%})")
+    for text, values in (("one relation", same), ("two relations", different)):
+        if values:
+            show.print(f"overlap of two facts of {text}: {_mean(values):.3f} over {count(len(values), 'pair')}")
+    show.print(f"overlap by chance: {by_chance:.3f}")
+    show.print(f"written  {escape(', '.join(map(str, written)))}", soft_wrap=True)
+
+
+def overlaps(edits: "list[Edit]", ensembles: "list[Ensemble]") -> tuple[list[float], list[float]]:
+    """Intersection over union of every two facts' ensembles: facts of one relation, and of two.
+
+    Pairs of which one fact names no relation are left out.
+    """
+    units = [{(name, i) for name, index in ensemble.items() for i in index.tolist()} for ensemble in ensembles]
+    same: list[float] = []
+    different: list[float] = []
+    for (a, one), (b, other) in combinations(zip(edits, units, strict=True), 2):
+        if a.relation_id and b.relation_id:
+            alike = len(one & other) / len(one | other)
+            (same if a.relation_id == b.relation_id else different).append(alike)
+    return same, different
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

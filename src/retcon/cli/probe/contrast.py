@@ -1,0 +1,166 @@
+"""`retcon probe contrast`: how the original and the target answer travel through the layers."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
+from retcon.cli.shell import (
+    Device,
+    DType,
+    Json,
+    Model,
+    Seed,
+    bars,
+    busy,
+    check_can_write,
+    check_exists,
+    console,
+    count,
+    emit,
+    load_model,
+)
+from retcon.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from retcon.edits import Edit
+    from retcon.locate import Contrast, WordSets
+
+
+def contrast(
+    model: Model,
+    cases: Cases = None,
+    start: Start = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 1000,
+    modules: Annotated[bool, typer.Option("--modules", help="Read attention and MLP outputs as well.")] = False,
+    sets: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Word sets to follow: JSON lines with id, related and factual (lists of words).",
+            show_default=False,
+        ),
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text to find word sets in, by BM25, where no lists are at hand."),
+    ] = None,
+    stopwords: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Stopwords, separated by white space; an English list.", show_default=False),
+    ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write a row per fact, position, state and set, as JSON lines."),
+    ] = None,
+    out: Out = "contrast",
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Follow the original and the target answer's first token through the layers (JEEP's probe).
+
+    Every state is read as if it were the last one, without the final norm (as the paper does) and with it (as the model
+    does), at the subject's last token and where the answer is predicted. Draws probability and rank over layers; with
+    --sets or --corpus also those of word sets (STEM-sets.png).
+    """
+    check_stem(out)
+    for path in (cases, sets, corpus, stopwords):
+        if path is not None:
+            check_exists(path)
+    if sets is not None and corpus is not None:
+        raise InvalidSetting("--sets and --corpus both say where word sets come from; give one of them")
+    if records is not None:
+        check_can_write(records)
+    edits, source = facts(model, cases, start, limit, seed)
+    word_sets = _word_sets(edits, sets, corpus, stopwords)
+    lm = load_model(model, device=device, dtype=dtype)
+
+    from retcon.locate import contrast_probe, figures
+
+    with bars() as advance:
+        found = contrast_probe(
+            lm,
+            edits,
+            tensors=("block", "attn", "mlp") if modules else ("block",),
+            word_sets=word_sets,
+            progress=lambda done, total: advance("reading facts", done, total),
+        )
+    drawn = {"": figures.contrast_figure(found)}
+    if word_sets is not None:
+        drawn["-sets"] = figures.sets_figure(found)
+    record = {**about(lm, model, source, seed), "n": len(found), "skipped": found.skipped, "means": found.means()}
+    record |= {"n_known": int(found.known.sum()), "n_assumed": int(found.assumed.sum())}
+    written = write(out, drawn, record)
+    if records is not None:
+        _write_records(records, found)
+        written.append(records)
+    if as_json:
+        emit(record)
+        return
+    show = console()
+    show.print(f"[bold]contrast[/] on {escape(str(lm))}")
+    show.print(f"facts  {escape(source)}", soft_wrap=True)
+    show.print(_said(found))
+    show.print()
+    show.print(_table(found))
+    show.print(f"written  {escape(', '.join(map(str, written)))}", soft_wrap=True)
+
+
+def _word_sets(
+    edits: "list[Edit]", sets: Path | None, corpus: Path | None, stopwords: Path | None
+) -> "WordSets | None":
+    if sets is None and corpus is None:
+        if stopwords is not None:
+            raise InvalidSetting("--stopwords goes with --sets or --corpus")
+        return None
+    from retcon.locate import read_word_sets, retrieve_word_sets
+    from retcon.memory.moments import Corpus
+
+    stop = None if stopwords is None else stopwords.read_text(encoding="utf-8").split()
+    if sets is not None:
+        return read_word_sets(sets, stopwords=stop)
+    assert corpus is not None
+    with busy("looking for word sets"):
+        return retrieve_word_sets(edits, Corpus.from_file(corpus).documents, stopwords=stop)
+
+
+def _write_records(path: Path, found: "Contrast") -> None:
+    import json
+
+    from retcon.files import write_atomically
+
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.records()).encode())
+
+
+def _said(found: "Contrast") -> str:
+    """One line on what was and what was not looked at."""
+    line = f"probed {count(len(found), 'fact')}; the model says the original answer in {int(found.known.sum()):,}"
+    if n := int(found.assumed.sum()):
+        line += f" ({n:,} of them give none: the model's own next token stands in)"
+    if found.skipped:
+        reasons = list(found.skipped.values())
+        line += "; left out: " + ", ".join(f"{reasons.count(r):,} ({r})" for r in dict.fromkeys(reasons))
+    return line
+
+
+def _table(found: "Contrast") -> Table:
+    """Mean rank and probability of both answers, layer by layer, with the final norm."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("layer", "subject: original", "target", "prediction: original", "target", "p(original)", "p(target)"):
+        table.add_column(name, justify="right")
+    ranks: list[Any] = [
+        found.curve("mean_rank", of, where, final_norm=True)
+        for where in found.positions
+        for of in ("original", "target")
+    ]
+    probabilities = [found.curve("sum_prob", of, "prediction", final_norm=True) for of in ("original", "target")]
+    for i, layer in enumerate(ranks[0].layers):
+        cells = [f"{curve.mean[i]:,.0f}" for curve in ranks] + [f"{curve.mean[i]:.3f}" for curve in probabilities]
+        table.add_row("E" if layer < 0 else str(layer), *cells)
+    table.caption = "mean ranks and probabilities, read with the final norm; E is the embedding"
+    return table

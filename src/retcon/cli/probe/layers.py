@@ -1,0 +1,145 @@
+"""`retcon probe layers`: which layers to edit, and on what evidence."""
+
+import shlex
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
+from retcon.cli.shell import (
+    Device,
+    DType,
+    Json,
+    Model,
+    Seed,
+    bars,
+    check_exists,
+    console,
+    emit,
+    load_model,
+    program,
+)
+
+if TYPE_CHECKING:
+    from retcon.locate import Advice, Choice
+
+
+def layers(
+    model: Model,
+    cases: Cases = None,
+    start: Start = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 1000,
+    final_norm: Annotated[
+        bool, typer.Option("--final-norm/--no-final-norm", help="How states are read: as the model does, or the paper.")
+    ] = True,
+    out: Out = "layers",
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Propose the layers to edit: where the original and the target answer part.
+
+    Low layers for JEEP's first group and the MEMIT family, high ones for JEEP's second. Prints the evidence and how
+    stable the choice is over resampled facts, and says when it is weak.
+    """
+    check_stem(out)
+    if cases is not None:
+        check_exists(cases)
+    edits, source = facts(model, cases, start, limit, seed)
+    lm = load_model(model, device=device, dtype=dtype)
+
+    from retcon.locate import Rule, advise, contrast_probe, figures
+
+    with bars() as advance:
+        found = contrast_probe(lm, edits, progress=lambda done, total: advance("reading facts", done, total))
+    advice = advise(found, Rule(final_norm=final_norm), seed=seed)
+    drawn = {"": figures.advice_figure(advice), "-contrast": figures.contrast_figure(found, advice)}
+    record = {**about(lm, model, source, seed), **_record(advice), "skipped": found.skipped, "means": found.means()}
+    written = write(out, drawn, record)
+    if as_json:
+        emit(record)
+        return
+    show = console()
+    show.print(f"[bold]layers[/] for {escape(str(lm))}")
+    show.print(f"facts  {escape(source)}", soft_wrap=True)
+    show.print(f"probed {advice.n_cases:,}; the model says the original answer in {advice.n_known:,}")
+    show.print()
+    show.print(_table(advice))
+    show.print()
+    show.print(f"jeep          low = {list(advice.low.layers)}, high = {list(advice.high.layers)}")
+    show.print(f"memit, ...    layers = {list(advice.low.layers)}")
+    show.print(f"rome, ...     layer = {advice.settings(['layer'])['layer']}")
+    if advice.weak:
+        show.print("[yellow]the evidence is weak:[/]")
+        for reason in advice.weak:
+            show.print(f"  [yellow]{escape(reason)}[/]", soft_wrap=True)
+    else:
+        show.print("[green]the evidence is clear[/]")
+    show.print(f"written  {escape(', '.join(map(str, written)))}", soft_wrap=True)
+    file = "EDITS" if cases is None else shlex.quote(str(cases))
+    ask = f"{program()} edit {shlex.quote(model)} {file} --layers probe --out edits.safetensors"
+    show.print(f"[dim]try      {escape(ask)}[/]", soft_wrap=True)
+
+
+def _table(advice: "Advice") -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("group", "read at", "layers", "score", "95 %", "stability", "next best"):
+        table.add_column(name, justify="left" if name in ("group", "read at") else "right")
+    for name, choice in (("low", advice.low), ("high", advice.high)):
+        table.add_row(
+            name,
+            "subject's last token" if choice.where == "subject_last" else "prediction position",
+            _span(choice.layers),
+            f"{choice.score:.2f}",
+            f"{choice.low:.2f} to {choice.high:.2f}",
+            f"{choice.stability:.0%}",
+            _next_best(choice),
+        )
+    table.caption = "score: sum of Δ, the rank gained by the original answer beyond the target's, in e-folds"
+    return table
+
+
+def _next_best(choice: "Choice") -> str:
+    others = [(float(s), start) for s, start in zip(choice.scores, choice.starts, strict=True)]
+    others = sorted((pair for pair in others if pair[1] != choice.layers[0]), reverse=True)
+    if not others:
+        return "-"
+    score, start = others[0]
+    return f"{_span(range(start, start + len(choice.layers)))} ({score:.2f})"
+
+
+def _span(layers: Any) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+
+
+def _record(advice: "Advice") -> dict[str, Any]:
+    def choice(of: "Choice") -> dict[str, Any]:
+        return {
+            "layers": list(of.layers),
+            "position": of.where,
+            "score": of.score,
+            "interval": [of.low, of.high],
+            "stability": of.stability,
+            "windows": [
+                {"first": start, "score": score, "share_of_resamples": share}
+                for start, score, share in zip(of.starts, of.scores.tolist(), of.shares.tolist(), strict=True)
+            ],
+        }
+
+    return {
+        "low": choice(advice.low),
+        "high": choice(advice.high),
+        "settings": {"jeep": advice.settings(["low", "high"]), **advice.settings(["layers", "layer"])},
+        "contrast": {
+            where: {"mean": mean.tolist(), "half_width": advice.half_width[where].tolist()}
+            for where, mean in advice.contrast.items()
+        },
+        "n": advice.n_cases,
+        "n_known": advice.n_known,
+        "weak": list(advice.weak),
+        "rule": asdict(advice.rule),
+    }

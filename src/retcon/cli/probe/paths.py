@@ -1,0 +1,97 @@
+"""`retcon probe paths`: the critical transmission paths of facts, node by node."""
+
+from typing import Annotated, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
+from retcon.cli.shell import Device, DType, Json, Model, Seed, busy, check_exists, console, emit, load_model
+
+Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight", "random"]
+
+
+def paths(
+    model: Model,
+    cases: Cases = None,
+    start: Start = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 100,
+    score: Annotated[Score, typer.Option(help="What makes a node critical.")] = "z_abs",
+    select: Annotated[Literal["rank_aligned", "k_best"], typer.Option(help="How nodes become paths.")] = "rank_aligned",
+    positive: Annotated[int, typer.Option(min=1, help="Paths of highest score.")] = 15,
+    negative: Annotated[int, typer.Option(min=0, help="Paths of lowest score.")] = 1,
+    pool: Annotated[
+        Literal["pooled", "per_edit"],
+        typer.Option(help="Scores of all facts' summed gradient, or the mean of each one's."),
+    ] = ("pooled"),
+    key_matrix: Annotated[
+        Literal["up", "gate", "both"], typer.Option(help="Where key vectors are, in a gated MLP.")
+    ] = "up",
+    out: Out = "paths",
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Find the paths of key and value vectors that matter most for writing the new answers (CTP's tracing).
+
+    Draws the scores of their nodes, layer by layer; all nodes of all paths are in STEM.json.
+    """
+    check_stem(out)
+    if cases is not None:
+        check_exists(cases)
+    edits, source = facts(model, cases, start, limit, seed)
+    lm = load_model(model, device=device, dtype=dtype)
+
+    from retcon.locate import paths as located
+    from retcon.locate import unit_figures
+
+    with busy("assessing nodes"):
+        found = located.paths(
+            lm,
+            edits,
+            score=score,
+            select=select,
+            n_positive=positive,
+            n_negative=negative,
+            pool=pool,
+            key_matrix=key_matrix,
+            seed=seed,
+        )
+    slots = [
+        {
+            "layer": slot.site.layer,
+            "matrix": slot.site.kind,
+            "nodes": found.positive.in_slot(t),
+            "scores": found.scores[t][found.positive.in_slot(t)].tolist(),
+            "mean_score": float(found.scores[t].double().mean()),
+            "negative": found.negative.in_slot(t),
+        }
+        for t, slot in enumerate(found.slots)
+    ]
+    record = {
+        **about(lm, model, source, seed),
+        "n": len(edits),
+        "score": score,
+        "select": select,
+        "pool": pool,
+        "path_scores": {"positive": list(found.positive.scores), "negative": list(found.negative.scores)},
+        "slots": slots,
+    }
+    written = write(out, {"": unit_figures.paths_figure(found, score)}, record)
+    if as_json:
+        emit(record)
+        return
+    show = console()
+    show.print(f"[bold]paths[/] on {escape(str(lm))}")
+    show.print(f"facts  {escape(source)}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("layer", "matrix", "best score", "mean", "best nodes"):
+        table.add_column(name, justify="left" if name in ("matrix", "best nodes") else "right")
+    for t, slot in enumerate(found.slots):
+        nodes, scores = found.positive.in_slot(t), found.scores[t]
+        cells = [f"{float(scores[nodes[0]]):.3g}", f"{float(scores.double().mean()):.3g}"]
+        table.add_row(str(slot.site.layer), slot.site.kind, *cells, ", ".join(map(str, nodes[:6])))
+    show.print(table)
+    show.print(f"written  {escape(', '.join(map(str, written)))}", soft_wrap=True)

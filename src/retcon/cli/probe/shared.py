@@ -1,0 +1,103 @@
+"""What the probes share: the facts they look at, and the files they write."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from retcon.cli.edit import read_asked
+from retcon.cli.shell import busy, check_can_write, finite
+from retcon.edits import Edit
+from retcon.errors import InvalidSetting
+from retcon.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from retcon.lm.model import LM
+
+Cases = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Facts: a file that `retcon edit` reads; the embedded models' own.", show_default=False
+    ),
+]
+Start = Annotated[int, typer.Option(min=0, help="Rows of FILE to pass over.")]
+Out = Annotated[str, typer.Option(metavar="STEM", help="Files to write: STEM.png, STEM.svg, STEM.json.")]
+
+
+def check_stem(stem: str) -> None:
+    """Whether the three files can be written: better known before the work than after.
+
+    Raises:
+        InvalidSetting: they cannot.
+    """
+    if not Path(stem).name or stem.endswith(("/", os.sep)):
+        raise InvalidSetting(f"--out {stem}: expected the files' name without its ending, such as figures/contrast")
+    for kind in ("png", "svg", "json"):
+        check_can_write(Path(f"{stem}.{kind}"))
+
+
+def facts(model: str, cases: Path | None, start: int, limit: int, seed: int) -> tuple[list[Edit], str]:
+    """Edits to probe with, and a line about them.
+
+    Raises:
+        InvalidSetting: none are named, and the model has none of its own.
+    """
+    if cases is None:
+        from retcon import world
+        from retcon.lm.load import DEMO
+
+        if not model.startswith(DEMO):
+            raise InvalidSetting(f"which facts shall {model} be probed with? Give a file of them: --cases FILE")
+        drawn = world.cases(start + limit, seed=seed)[start:]
+        return [case.edits[0] for case in drawn], f"the embedded world: {len(drawn):,} facts, seed {seed}"
+    asked = read_asked(cases, "auto", start, limit, "drop")
+    return list(asked.edits), asked.about
+
+
+def write(stem: str, figures: Mapping[str, "Figure"], record: Mapping[str, Any]) -> list[Path]:
+    """The figures as `stem``suffix`.png and .svg, the numbers behind them as `stem`.json; the paths written."""
+    import json
+
+    from retcon.locate.figures import save
+
+    with busy("drawing"):
+        written = [path for suffix, made in figures.items() for path in save(made, stem + suffix)]
+    path = Path(f"{stem}.json")
+    write_atomically(path, (json.dumps(rounded(finite(record)), ensure_ascii=False) + "\n").encode())
+    return [*written, path]
+
+
+def rounded(value: Any) -> Any:
+    """The same with numbers of six significant digits: more than any figure shows, in half the space."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def about(lm: "LM", model: str, facts: str, seed: int) -> dict[str, Any]:
+    """The head of every record."""
+    import torch
+    import transformers
+
+    import retcon
+
+    return {
+        "model": model,
+        "fingerprint": lm.fingerprint(),
+        "model_type": lm.model.config.model_type,
+        "n_layers": lm.n_layers,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "facts": facts,
+        "seed": seed,
+        "versions": {
+            "retcon": retcon.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }

@@ -1,0 +1,158 @@
+"""`retcon probe trace`: which states carry a fact to its answer."""
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
+from retcon.cli.shell import (
+    Device,
+    DType,
+    Json,
+    Model,
+    Seed,
+    bars,
+    check_exists,
+    console,
+    count,
+    emit,
+    load_model,
+)
+
+if TYPE_CHECKING:
+    from retcon.locate import Traces
+
+
+def trace(
+    model: Model,
+    cases: Cases = None,
+    start: Start = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 10,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind",
+            metavar="KIND",
+            help="What to put back: block, mlp, attn, severed_mlp, severed_attn; repeat. \\[default: the first three]",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Layers whose MLP or attention is put back at once. \\[default: 10, 3/8 of a shallower model]",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Draws of the noise.")] = 10,
+    noise: Annotated[
+        float, typer.Option(min=0, help="Its strength in standard deviations of the subjects' embeddings.")
+    ] = 3.0,
+    corruption: Annotated[
+        Literal["add", "replace"], typer.Option(help="Noise on top of the subject's embeddings, or in their place.")
+    ] = "add",
+    out: Out = "trace",
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Disturb the subject, put one state back at a time, and see what brings the answer back (ROME's causal tracing).
+
+    Draws the average indirect effect by kind of token and layer, and the first fact's own heat map (STEM-first.png).
+    """
+    check_stem(out)
+    if cases is not None:
+        check_exists(cases)
+    from retcon.locate.tracing import Tracing, causal_trace, default_window
+
+    settings = Tracing(
+        kinds=tuple(kinds or ("block", "mlp", "attn")),  # type: ignore[arg-type]
+        samples=samples,
+        noise=noise,
+        corruption=corruption,
+        seed=seed,
+    )
+    edits, source = facts(model, cases, start, limit, seed)
+    lm = load_model(model, device=device, dtype=dtype)
+
+    from retcon.locate import figures
+
+    settings = replace(settings, window=window or default_window(lm.n_layers))
+    with bars() as advance:
+        found = causal_trace(lm, edits, settings, progress=lambda done, total: advance("tracing facts", done, total))
+    drawn = {
+        "": figures.effects_figure(found),
+        "-first": figures.trace_figure(found.traces[0], found.settings.window),
+    }
+    record = {**about(lm, model, source, seed), **_record(found)}
+    written = write(out, drawn, record)
+    if as_json:
+        emit(record)
+        return
+    show = console()
+    show.print(f"[bold]trace[/] on {escape(str(lm))}")
+    show.print(f"facts  {escape(source)}", soft_wrap=True)
+    mean, half = found.total()
+    line = f"traced {count(len(found), 'fact')}; total effect {mean:.3f} ± {half:.3f}"
+    show.print(line + (f"; {len(found.skipped)} left out: the model does not know them" if found.skipped else ""))
+    show.print()
+    show.print(_table(found))
+    show.print(f"written  {escape(', '.join(map(str, written)))}", soft_wrap=True)
+
+
+def _record(found: "Traces") -> dict[str, Any]:
+    from retcon.locate.tracing import GROUPS
+
+    averages = {}
+    for kind in found.settings.kinds:
+        effects = found.average(kind)
+        averages[kind] = {
+            group: {"n": n, "mean": mean, "half_width": half}
+            for group, n, mean, half in zip(
+                GROUPS, effects.n, effects.mean.tolist(), effects.half_width.tolist(), strict=True
+            )
+        }
+    mean, half = found.total()
+    return {
+        "settings": asdict(found.settings),
+        "embedding_deviation": found.deviation,
+        "total_effect": {"mean": mean, "half_width": half},
+        "average_indirect_effect": averages,
+        "skipped": found.skipped,
+        "facts_traced": [
+            {
+                "id": t.id,
+                "tokens": t.tokens,
+                "subject": [t.subject.start, t.subject.stop],
+                "answer": t.answer,
+                "high": t.high,
+                "low": t.low,
+                "scores": {kind: scores.tolist() for kind, scores in t.scores.items()},
+            }
+            for t in found.traces
+        ],
+    }
+
+
+def _table(found: "Traces") -> Table:
+    """Where each kind of restoration does most."""
+    from retcon.locate.tracing import GROUPS
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("put back")
+    for group in GROUPS:
+        table.add_column(group, justify="right")
+    for kind in found.settings.kinds:
+        mean = found.average(kind).mean
+        cells = []
+        for row in mean:
+            best = int(row.nan_to_num(-1).argmax())
+            cells.append("-" if bool(row.isnan().any()) else f"{row[best]:.3f} at {best}")
+        table.add_row(kind, *cells)
+    table.caption = "largest average indirect effect and its layer, by kind of token"
+    return table

@@ -1,0 +1,44 @@
+"""`retcon report`: a benchmark's tables, pictures and page."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from retcon.cli.shell import Json, busy, console, count, emit
+
+
+def report(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Directory of a benchmark (`retcon bench`).", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the files go; `report` in there.", show_default=False)
+    ] = None,
+    pictures: Annotated[
+        bool | None,
+        typer.Option("--pictures/--no-pictures", help="Draw pictures; if matplotlib is there.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a benchmark's tables (Markdown, CSV, LaTeX), pictures, and one page to read; print the tables."""
+    from retcon.evaluation.report.write import write_report
+
+    drawing = find_spec("matplotlib") is not None if pictures is None else pictures
+    with busy("writing the report"):
+        made = write_report(directory, out, pictures=drawing)
+    if as_json:
+        files = sorted(str(path) for path in made.directory.iterdir() if path.is_file())
+        emit({"directory": str(made.directory), "page": str(made.page), "files": files})
+        return
+    for table in made.tables:
+        typer.echo(table.markdown())
+    show = console()
+    if not drawing and pictures is None:
+        show.print("[dim]no pictures: matplotlib is not installed (pip install 'retcon-lm[plot]')[/]")
+    what = f"{count(len(made.tables), 'table')}, {count(len(made.pictures), 'picture')}"
+    show.print(
+        f"[dim]{what} in {escape(str(made.directory))};[/] read [bold]{escape(str(made.page))}[/]", soft_wrap=True
+    )

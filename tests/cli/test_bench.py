@@ -1,0 +1,81 @@
+"""`retcon bench` and `retcon report` on a tiny checkpoint."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import write_rows
+
+OPTIONS = (
+    *("--model", "gptj", "--method", "jeep", "--dataset", "edits.jsonl", "--corpus", "corpus.txt"),
+    *("--out", "out"),
+)
+TOML = """
+name = "tiny"
+[[models]]
+name = "elsewhere"
+label = "tiny"
+[[methods]]
+name = "jeep"
+settings = {steps = 3, low = [0, 1], high = [2, 3]}
+[[datasets]]
+path = "edits.jsonl"
+[measures]
+max_new_tokens = 3
+"""
+
+
+@pytest.fixture
+def file(here: Path) -> Path:
+    (here / "bench.toml").write_text(TOML)
+    return here / "bench.toml"
+
+
+def test_a_file_with_its_places_elsewhere(cli: Callable[..., Any], file: Path) -> None:
+    run = ("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--out", "out")
+    first = json.loads(cli(*run, "--json").stdout)
+    assert [(r["run"], r["found"], r["units"]) for r in first["runs"]] == [
+        ("tiny_jeep_edits_batch-all_seed0", False, 1)
+    ]
+    assert "ES cf.prob_mean" in first["runs"][0]["values"]
+    again = json.loads(cli(*run, "--json").stdout)
+    assert again["runs"][0]["found"]
+    assert again["runs"][0]["values"] == first["runs"][0]["values"]
+    shown = cli(*run)
+    assert "batch(all)" in shown.stdout
+    assert "report out" in shown.stdout
+    assert "finished before" in shown.stderr
+    refused = cli(*run, "--seed", "4", code=2)
+    assert "spec.seeds: [0] -> [4]" in refused.stderr
+    report = cli("report", "out")
+    assert "| jeep |" in report.stdout
+    files = json.loads(cli("report", "out", "--out", "page", "--no-pictures", "--json").stdout)["files"]
+    assert {Path(f).name for f in files} >= {"index.html", "tables.md", "cost.csv", "jeep-edits.tex"}
+    assert not list(Path("page").glob("*.svg"))
+
+
+def test_a_dry_run_only_says(cli: Callable[..., Any], file: Path) -> None:
+    run = ("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--out", "out", "--dry-run")
+    found = json.loads(cli(*run, "--json").stdout)
+    (row,) = found["runs"]
+    assert row["cases"] == 2
+    assert row["seconds"] == pytest.approx(2 * (row["seconds_per_edit"] + 2 * row["seconds_per_case_measured"]))
+    assert "1 run, about" in cli(*run).stdout
+    assert not Path("out").exists()
+
+
+def test_what_is_missing_is_named(cli: Callable[..., Any], here: Path) -> None:
+    assert "give a TOML file, or --method, --dataset too" in cli("bench", "--model", "gptj", code=2).stderr
+    assert "not a readable TOML file" in cli("bench", "nowhere.toml", code=2).stderr
+    assert "unknown protocol 'later'" in cli("bench", *OPTIONS, "--protocol", "later", code=2).stderr
+    assert "no method 'jep'" in cli("bench", *OPTIONS, "--method", "jep", code=2).stderr
+    assert "no such file" in cli("report", "nowhere", code=2).stderr
+
+
+def test_more_cases_than_there_are(cli: Callable[..., Any], here: Path) -> None:
+    write_rows(here / "edits.jsonl", [{"prompt": "{} is", "subject": "Rome", "target_new": "far"}])
+    told = cli("bench", *OPTIONS, "--n", "5", code=2).stderr
+    assert "asks for 5 cases, the dataset has 1" in told

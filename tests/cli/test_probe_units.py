@@ -1,0 +1,63 @@
+"""`retcon probe attribution` and `retcon probe paths`, and editing with KNE and CTP, from the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+ROWS = [
+    {"prompt": "The capital of {} is", "subject": s, "target_new": n, "target_true": t, "relation_id": r, "id": s}
+    for s, n, t, r in (
+        ("France", "Rome", "Paris", "P36"),
+        ("Italy", "Paris", "Rome", "P36"),
+        ("Greece", "Milan", "Florence", "P99"),
+    )
+]
+
+
+@pytest.fixture
+def edits(here):
+    Path("facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return "facts.jsonl"
+
+
+@pytest.mark.parametrize("unit", ["row", "column"])
+def test_attribution_adds_up_and_is_drawn(unit, cli, edits):
+    result = cli(
+        *("probe", "attribution", "gptj", "--cases", edits, "--modules", "down,q", "--unit", unit, "--points", "2"),
+        *("--out", "where", "--json"),
+    )
+    found = json.loads(result.stdout)
+    written = json.loads(Path("where.json").read_text())
+    assert (written.keys(), written["in_ensemble"]) == (found.keys(), found["in_ensemble"])
+    assert all(Path(f"where{part}.{kind}").stat().st_size for part in ("", "-overlap") for kind in ("png", "svg"))
+    assert found["chosen"] == sum(sum(counts) for counts in found["in_ensemble"].values())
+    assert found["overlap"]["pairs"] == [1, 2]
+    assert len(found["carried"]["down_proj"]) == 4
+
+
+def test_paths_are_listed_and_drawn(cli, edits):
+    result = cli("probe", "paths", "llama", "--cases", edits, "--positive", "3", "--out", "paths", "--json")
+    found = json.loads(result.stdout)
+    assert [(s["layer"], s["matrix"]) for s in found["slots"][:2]] == [(0, "up_proj"), (0, "down_proj")]
+    assert all(len(s["nodes"]) == 3 and s["scores"] == sorted(s["scores"], reverse=True) for s in found["slots"])
+    assert len(found["path_scores"]["positive"]) == 3
+    assert Path("paths.png").stat().st_size
+    text = cli("probe", "paths", "llama", "--cases", edits, "--positive", "3", "--out", "paths").stdout
+    assert "best nodes" in text
+
+
+@pytest.mark.filterwarnings("ignore:.*no (kne|ctp) preset")
+@pytest.mark.parametrize(("method", "model"), [("kne", "gptj"), ("ctp", "llama")])
+def test_edits_from_the_command_line(method, model, cli, edits):
+    settings = {"kne": ("--set", "budget=0.05", "--set", "n_points=2"), "ctp": ("--set", "n_positive=3")}[method]
+    cli(
+        *("edit", model, edits, "--method", method, "--out", "d.safetensors", "--corpus", "corpus.txt"),
+        *("--set", "epochs=3", *settings),
+    )
+    from retcon.delta import Delta
+
+    delta = Delta.load("d.safetensors")
+    assert {change.kind for changes in delta.changes.values() for change in changes} <= {"rows", "columns", "entries"}
