@@ -180,7 +180,7 @@ def draw(
     axes[1, 0].set_ylabel("evidence / its largest")
     axes[0, 0].legend(fontsize=7, loc="lower left")
     axes[0, 1].legend(fontsize=7, loc="lower left")
-    axes[1, 0].legend(fontsize=7)
+    made.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     for path in figures.save(made, out, title=name):
         print(f"written {path}")
 
@@ -226,7 +226,9 @@ def main() -> None:
                     low, high = (100 * x for x in r["interval"] or (float("nan"),) * 2)
                     cells = f"{score:.1f} [{low:.1f}, {high:.1f}] | " + " | ".join(f"{x:.1f}" for x in rest)
                     mark = "yes" if tuple(r["layers"]) == choice.layers else ""
-                    print(f"| {group} | {r['layers']} | {other} | {cells} | {100 * r['reached']:.0f} % | {mark} |")
+                    print(
+                        f"| {group} | {list(r['layers'])} | {other} | {cells} | {100 * r['reached']:.0f} % | {mark} |"
+                    )
     print("\n| group | other group | " + " | ".join(EVIDENCE) + " |\n|---|---|" + "---|" * len(EVIDENCE))
     for group, choice in (("low", advice.low), ("high", advice.high)):
         for other in ("preset", "none"):

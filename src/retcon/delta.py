@@ -232,7 +232,8 @@ class EditReport:
     steps: int
     """Optimisation steps taken."""
     stopped: str
-    """Why the search ended: `reached`, `steps`, or `clamped` (out of steps with a value on its clamp)."""
+    """Why the search ended: `reached`, `steps`, `clamped` (out of steps with a value on its clamp), or `non_finite`
+    (masked tuning went back to the last finite values)."""
     detail: Mapping[str, float] = field(default_factory=dict)
     """Method-specific figures, such as the loss terms at the end."""
     written: float | None = None

@@ -125,7 +125,7 @@ def test_a_process_that_is_interrupted_leaves_nothing(here: Path) -> None:
             assert line, process.communicate()
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130

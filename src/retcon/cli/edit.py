@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from retcon.delta import Delta
     from retcon.evaluation import Evaluation
     from retcon.lm.model import LM
+    from retcon.memory.moments import Moments
 
 N_SHOWN = 12
 """Edits shown in the report; of more, the least successful ones."""
@@ -300,7 +301,7 @@ def make(
     """Propose, with progress bars; `took` gets the seconds for moments and, apart from them, for the edit itself."""
     from retcon.methods.sequence import in_steps
 
-    given = moments_for(lm, corpus)
+    given = needed_moments(lm, resolved, corpus)
     started = time.perf_counter()
     with bars() as advance:
         moments = TimedMoments(given, advance)
@@ -318,6 +319,13 @@ def make(
     return delta
 
 
+def needed_moments(lm: "LM", resolved: Resolved, corpus: str | None) -> "Moments":
+    """Second moments for the method; none, and no corpus read, where it has no use for them."""
+    from retcon.memory.moments import GivenMoments
+
+    return moments_for(lm, corpus) if getattr(resolved.method, "uses_moments", True) else GivenMoments({})
+
+
 def expect(
     lm: "LM",
     resolved: Resolved,
@@ -330,7 +338,7 @@ def expect(
     """What the run would take, from trying a few of the edits."""
     from retcon.methods.sequence import in_steps
 
-    moments = moments_for(lm, corpus)
+    moments = needed_moments(lm, resolved, corpus)
     with busy("trying a few edits"):
         return estimate(lm, partial(in_steps, resolved.method, batch_size=batch_size), edits, moments, seed=seed)  # type: ignore[arg-type]
 
@@ -396,5 +404,7 @@ def changes_table(lm: "LM", delta: "Delta") -> Table:
     for name, norm in delta.norms().items():
         weight = float(lm.base_weight(name).double().norm())
         rank = ranks[name]
-        table.add_row(escape(name), f"{norm:.3g}", f"{norm / weight:.1%}", "-" if rank is None else f"≤ {rank}")
+        table.add_row(
+            escape(name), f"{norm:.3g}", f"{norm / weight:.1%}" if weight else "-", "-" if rank is None else f"≤ {rank}"
+        )
     return table

@@ -160,7 +160,8 @@ class TimedMoments:
     """Moments that know how long they took to prepare, and that show it."""
 
     def __init__(self, inner: Any, advance: Any) -> None:
-        self.inner: Moments = replace(inner, progress=partial(advance, "corpus tokens"))
+        shows = hasattr(inner, "progress")
+        self.inner: Moments = replace(inner, progress=partial(advance, "corpus tokens")) if shows else inner
         self.seconds = 0.0
 
     def prepare(self, lm: "LM", sites: "Sequence[Site]") -> None:

@@ -38,6 +38,7 @@ class Kne:
 
     batch: ClassVar[bool] = True
     keeps: ClassVar[str] = "the ensemble"
+    uses_moments: ClassVar[bool] = False
 
     modules: tuple[SiteName, ...] = ("down_proj",)
     """Matrices that are attributed and edited, in every layer; any of down_proj, up_proj, gate_proj, q_proj, k_proj,
