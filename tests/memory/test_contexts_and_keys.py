@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-
 from types import SimpleNamespace
 
 import pytest
