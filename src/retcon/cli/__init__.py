@@ -74,7 +74,7 @@ app.add_typer(probe.app, name="probe")
 app.command(
     epilog=examples(
         "retcon bench --model demo:gptj --method jeep --dataset world --n 20 --out bench",
-        "retcon bench docs/results/jeep-t3-world.toml --out bench --dry-run",
+        "retcon bench docs/results/world.toml --out bench --dry-run",
         "retcon bench bench.toml --model ./gpt-j-6b --dataset counterfact.json --out bench",
     )
 )(bench.bench)
