@@ -12,7 +12,16 @@ from retcon.delta import Delta
 from retcon.edits import Edit, write_cases
 from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, RetconWarning
 from retcon.evaluation import Measures
-from retcon.evaluation.bench import BenchSpec, DatasetSpec, MethodSpec, ModelSpec, read_bench, run_bench, spec_from_file
+from retcon.evaluation.bench import (
+    BenchSpec,
+    DatasetSpec,
+    MethodSpec,
+    ModelSpec,
+    estimate,
+    read_bench,
+    run_bench,
+    spec_from_file,
+)
 from retcon.evaluation.bench import run as running
 from retcon.evaluation.bench.manifest import differences
 from retcon.evaluation.bench.spec import MeasureSpec
@@ -21,6 +30,7 @@ from retcon.evaluation.plan import make_plan
 from retcon.evaluation.protocol import Protocol
 from retcon.evaluation.units import Units
 from retcon.lm.model import LM
+from retcon.methods.rome import Rome
 from tests.evaluation.test_protocol import CASES, Counting
 
 PROTOCOLS = (
@@ -52,8 +62,11 @@ class NoiseSettings:
     """Adds noise."""
 
     size: float = 0.3
+    batch = True
 
-    def propose(self, lm: LM, edits: Sequence[Edit], *, moments: Any, state: Any = None, seed: int = 0) -> Delta:
+    def propose(
+        self, lm: LM, edits: Sequence[Edit], *, contexts: Any = None, moments: Any, state: Any = None, **rest: Any
+    ) -> Delta:
         ACTING.calls += 1
         if ACTING.stop_at == ACTING.calls:
             raise KeyboardInterrupt
@@ -131,6 +144,19 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(spec: BenchSpec, tmp_path:
         ACTING.stop_at = None
         run_bench(spec, place)
         assert results(place) == wanted, stop
+
+
+def test_a_method_for_one_fact_makes_a_batch_one_by_one(
+    spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "make_method", lambda name, **_: Rome(layer=0, steps=2, use_moment=False))
+    spec = dataclasses.replace(spec, protocols=(Protocol(kind="batch", n=4),), text=None)
+    run_bench(spec, tmp_path / "out")
+    (run,) = read_bench(tmp_path / "out").runs
+    edits = [r for r in run.records if r.axis == "edit"]
+    assert [(r.status, r.detail) for r in edits] == [("ok", "steps")] * 4
+    (found,) = estimate(spec)
+    assert found.seconds_edit > found.seconds_more > 0
 
 
 def test_a_finished_run_is_not_run_again(spec: BenchSpec, tmp_path: Path) -> None:

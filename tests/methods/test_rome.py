@@ -124,7 +124,9 @@ def test_without_the_moment_the_identity_stands_in(make, tiny, edit):
     lm = tiny("llama")
     m = lm.site(LAYER, "down_proj").weight.shape[1]
     eye = GivenMoments({lm.site(LAYER, "down_proj").name: torch.eye(m, dtype=torch.float64)})
-    same(lm, propose(make(use_moment=False), lm, edit), propose(make(), lm, edit, moments=eye))
+    without = make(use_moment=False).propose(lm, [edit], contexts=CONTEXTS, moments=GivenMoments({}))
+    same(lm, without, propose(make(), lm, edit, moments=eye))
+    assert without.provenance["moments"] == {}  # none was asked for
 
 
 # --- guards --------------------------------------------------------------------------------------------------------

@@ -159,8 +159,8 @@ def _estimate(spec: "BenchSpec", as_json: bool) -> None:
         table.add_row(escape(e.cell.slug), f"{e.n_cases:,}", *cells)
     console().print(table)
     console().print(
-        f"{count(len(found), 'run')}, about {seconds(sum(e.seconds for e in found))} [dim](from one edit and a few "
-        "cases each; batches are faster)[/]"
+        f"{count(len(found), 'run')}, about {seconds(sum(e.seconds for e in found))} [dim](from a few edits and "
+        "cases each)[/]"
     )
 
 

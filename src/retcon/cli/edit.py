@@ -322,8 +322,9 @@ def make(
 def needed_moments(lm: "LM", resolved: Resolved, corpus: str | None) -> "Moments":
     """Second moments for the method; none, and no corpus read, where it has no use for them."""
     from retcon.memory.moments import GivenMoments
+    from retcon.methods.base import uses_moments
 
-    return moments_for(lm, corpus) if getattr(resolved.method, "uses_moments", True) else GivenMoments({})
+    return moments_for(lm, corpus) if uses_moments(resolved.method) else GivenMoments({})
 
 
 def expect(

@@ -63,6 +63,11 @@ class Method(Protocol):
         """Settings by relative depth, for a model that has no preset; `parallel`: attention and MLP side by side."""
 
 
+def uses_moments(method: Any) -> bool:
+    """Whether `propose` asks for second moments; a method that does not says so by an attribute of this name."""
+    return getattr(method, "uses_moments", True)
+
+
 def provenance(
     name: str,
     method: Any,

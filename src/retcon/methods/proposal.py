@@ -33,7 +33,7 @@ from retcon.memory.keys import MAX_BATCH_TOKENS, KeyAverage, KeyReader
 from retcon.memory.moments import GivenMoments, Moments
 from retcon.memory.values import Values, ValueSearch, ValueSite, search_values
 from retcon.memory.write import LayerGroup, Temper, write
-from retcon.methods.base import Progress, provenance, silent, untempered
+from retcon.methods.base import Progress, provenance, silent, untempered, uses_moments
 
 OUT_OF_RANGE = 5.0
 """Norm of a change over that of its weight, per root of the number of edits, from which a warning is given: single
@@ -157,6 +157,8 @@ def proposing(
         contexts, moments, sites = contexts or Contexts(), moments or GivenMoments({}), []
     contexts = sample_contexts(lm, seed=seed, style=context_style) if contexts is None else contexts
     moments = default_moments(lm) if moments is None else moments
+    if not uses_moments(method):
+        sites = []
     moments.prepare(lm, sites)
     with ExitStack() as scope:
         yield Proposal(name, method, lm, edits, contexts, moments, sites, seed, temper, progress, scope)

@@ -18,7 +18,7 @@ from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import GivenMoments, Moments
-from retcon.methods.base import Method, Progress, check_choices, provenance, silent
+from retcon.methods.base import Method, Progress, check_choices, provenance, silent, uses_moments
 from retcon.methods.proposal import report_after
 from retcon.methods.registry import method
 from retcon.methods.sequence import combined
@@ -60,6 +60,11 @@ class Prune:
     def batch(self) -> bool:
         """As the host."""
         return self.hosted.batch
+
+    @property
+    def uses_moments(self) -> bool:
+        """As the host."""
+        return uses_moments(self.hosted)
 
     def propose(
         self,

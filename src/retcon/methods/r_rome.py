@@ -76,6 +76,11 @@ class RRome:
         """Untuned: ROME's."""
         return {"layer": min(early_layers(n_layers)[0] + 1, n_layers - 1)}
 
+    @property
+    def uses_moments(self) -> bool:
+        """Whether C has to be known."""
+        return self.use_moment
+
     def propose(
         self,
         lm: LM,

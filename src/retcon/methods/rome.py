@@ -79,6 +79,11 @@ class Rome:
         """Untuned: the first of the layers where MEMIT would write, and one up."""
         return {"layer": min(early_layers(n_layers)[0] + 1, n_layers - 1)}
 
+    @property
+    def uses_moments(self) -> bool:
+        """Whether C has to be known."""
+        return self.use_moment
+
     def propose(
         self,
         lm: LM,

@@ -33,9 +33,10 @@ from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Corpus, CorpusMoments
 from retcon.methods.registry import method as make_method
+from retcon.methods.sequence import in_steps
 
 N_PROBED = 8
-"""Cases measured for an estimate."""
+"""Cases edited and measured for an estimate."""
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,8 @@ class _Model:
         pre_records = [*before.records, *self._unedited]
 
         def propose(lm: LM, edits: Sequence[Edit], state: Any) -> Delta:
-            return method.propose(
-                lm, edits, moments=self.moments, state=state, seed=stream(cell.seed, "method") % 2**31
-            )
+            seed_of_method = stream(cell.seed, "method") % 2**31
+            return in_steps(method, lm, edits, moments=self.moments, state=state, seed=seed_of_method)
 
         setting = Setting(
             self.lm,
@@ -336,14 +336,22 @@ def _measures(spec: BenchSpec) -> Measures:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one run will take, from one edit and a few cases."""
+    """What one run will take, from a few edits and cases."""
 
     cell: Cell
     n_cases: int
-    seconds_edit: float
-    """Of one call for one edit; batches are at most as much per edit."""
+    seconds_call: float
+    """Of a call for one edit."""
+    seconds_more: float
+    """Per further edit in a call, as much as in a call for a few; larger batches share more."""
     seconds_measure: float
     """Per case."""
+
+    @property
+    def seconds_edit(self) -> float:
+        """Per edit."""
+        _, size = self.cell.protocol.sizes(self.n_cases)
+        return (self.seconds_call + (size - 1) * self.seconds_more) / size
 
     @property
     def seconds(self) -> float:
@@ -354,10 +362,10 @@ class Estimate:
 
 
 def estimate(spec: BenchSpec) -> Iterator[Estimate]:
-    """Of every cell, in order; loads the models, makes one edit per method and measures a few cases."""
+    """Of every cell, in order; loads the models, makes a few edits per method and measures a few cases."""
     loaded = {d.label: load_cases(d) for d in spec.datasets}
     cells = cells_of(spec, {label: len(cases) for label, (cases, _) in loaded.items()})
-    known: dict[tuple[str, str, str], tuple[float, float]] = {}
+    known: dict[tuple[str, str, str], tuple[float, float, float]] = {}
     for model in spec.models:
         bench = _Model(spec, model, time.perf_counter)
         for cell in (c for c in cells if c.model is model):
@@ -368,17 +376,22 @@ def estimate(spec: BenchSpec) -> Iterator[Estimate]:
             yield Estimate(cell, len(cases), *known[key])
 
 
-def _probe(bench: _Model, cell: Cell, cases: Sequence[Case]) -> tuple[float, float]:
-    """(seconds of an edit, seconds of measuring a case)."""
+def _probe(bench: _Model, cell: Cell, cases: Sequence[Case]) -> tuple[float, float, float]:
+    """(seconds of a call for one edit, of each further edit in it, of measuring a case)."""
     lm, few = bench.lm, list(cases[:N_PROBED])
     chosen = bench.methods[cell.method.label]
     edits = [e for case in few for e in case.edits if e.subject_span is not None]
     if not edits:
         raise InvalidSetting(f"{cell.dataset.label}: none of the first {N_PROBED} cases can be edited")
-    chosen.propose(lm, edits[:1], moments=bench.moments)
-    started = time.perf_counter()
-    chosen.propose(lm, edits[-1:], moments=bench.moments)
-    edit = time.perf_counter() - started
+
+    def seconds(some: Sequence[Edit]) -> float:
+        started = time.perf_counter()
+        in_steps(chosen, lm, some, moments=bench.moments)
+        return time.perf_counter() - started
+
+    seconds(edits[:1])  # statistics are collected, caches filled
+    call, several = seconds(edits[:1]), seconds(edits)
+    more = max(several - call, 0.0) / (len(edits) - 1) if len(edits) > 1 else call
     started = time.perf_counter()
     measure(lm, make_plan(lm, few, bench.measures), bench.measures, "pre")
-    return edit, (time.perf_counter() - started) / len(few)
+    return call, more, (time.perf_counter() - started) / len(few)
