@@ -30,7 +30,10 @@ from retcon.evaluation.plan import make_plan
 from retcon.evaluation.protocol import Protocol
 from retcon.evaluation.units import Units
 from retcon.lm.model import LM
+from retcon.methods.memit import Memit
+from retcon.methods.rect import Rect
 from retcon.methods.rome import Rome
+from tests.conftest import random_moments
 from tests.evaluation.test_protocol import CASES, Counting
 
 PROTOCOLS = (
@@ -157,6 +160,27 @@ def test_a_method_for_one_fact_makes_a_batch_one_by_one(
     assert [(r.status, r.detail) for r in edits] == [("ok", "steps")] * 4
     (found,) = estimate(spec)
     assert found.seconds_edit > found.seconds_more > 0
+
+
+def test_shared_values_are_searched_once_and_change_nothing(
+    spec: BenchSpec, tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"memit": Memit(layers=(0,), steps=3), "rect": Rect(host_settings={"layers": (0,), "steps": 3})}
+    monkeypatch.setattr(running, "make_method", lambda name, **_: made[name])
+    monkeypatch.setattr(running, "CorpusMoments", lambda corpus: random_moments(tiny(n_layers=1)))
+    methods = (MethodSpec(name="memit"), MethodSpec(name="rect"))
+    alone = dataclasses.replace(spec, methods=methods, protocols=(Protocol(n=4, batch=2),), text=None)
+    run_bench(alone, tmp_path / "alone")
+    run_bench(dataclasses.replace(alone, share_values=True), tmp_path / "shared")
+    assert results(tmp_path / "shared") == results(tmp_path / "alone")
+    timed = {
+        place: [
+            [r.status for r in run.timings if r.variant == "time.edit"] for run in read_bench(tmp_path / place).runs
+        ]
+        for place in ("alone", "shared")
+    }
+    assert timed == {"alone": [["ok"] * 2] * 2, "shared": [["ok"] * 2, ["skipped"] * 2]}
+    assert not (tmp_path / "shared" / "values").exists()
 
 
 def test_a_finished_run_is_not_run_again(spec: BenchSpec, tmp_path: Path) -> None:

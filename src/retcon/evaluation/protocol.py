@@ -117,6 +117,8 @@ class Setting:
     """Whatever belongs to the model rather than to cases (perplexity, tasks), where a sequence or a batch ends."""
     seconds_aside: Callable[[], float] = lambda: 0.0
     """Seconds spent so far inside `propose` on what is not editing (statistics)."""
+    taken_over: Callable[[], int] = lambda: 0
+    """Edits so far whose values `propose` found searched already; calls that did are not timed."""
 
 
 def run_protocol(
@@ -268,7 +270,7 @@ def _edit(
             owners[edit.id] = case
     if not edits:
         return None, Unit(key, tuple(records), {}, ())
-    aside = setting.seconds_aside()
+    aside, taken_over = setting.seconds_aside(), setting.taken_over()
     try:
         with Peak(setting.lm.device) as peak:
             started = time.perf_counter()
@@ -284,8 +286,13 @@ def _edit(
             owner = owners[report.id]
             records.append(_edit_record(owner, report.probability, report.steps, step, "ok", report.stopped))
     note = f"short chunk: {len(chunk)} of {size}" if len(chunk) < size else None
+    if n_found := setting.taken_over() - taken_over:
+        reason = f"the values of {n_found} edits had been searched before"
+        timed = _run_record("time", "time.edit", None, len(edits), step, reason)
+    else:
+        timed = _run_record("time", "time.edit", (seconds - statistics) / len(edits), len(edits), step, note)
     timings = [
-        _run_record("time", "time.edit", (seconds - statistics) / len(edits), len(edits), step, note),
+        timed,
         _run_record("time", "time.statistics", statistics, len(edits), step, note),
     ]
     if peak.nbytes is not None:
@@ -312,7 +319,7 @@ def _edit_record(case: Case, value: float | None, n: int, step: int, status: Any
     )
 
 
-def _run_record(metric: str, variant: str, value: float, n: int, step: int, detail: str | None) -> Record:
+def _run_record(metric: str, variant: str, value: float | None, n: int, step: int, detail: str | None) -> Record:
     return Record(
         when="immediate",
         case_id=None,
@@ -323,6 +330,7 @@ def _run_record(metric: str, variant: str, value: float, n: int, step: int, deta
         variant=variant,
         value=value,
         n=n,
+        status="ok" if value is not None else "skipped",
         detail=detail,
         step=step,
     )

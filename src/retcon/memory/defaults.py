@@ -1,5 +1,7 @@
 """Second moments for a model when the caller names none."""
 
+from functools import cache
+
 from retcon import world
 from retcon.errors import TooFewTokens
 from retcon.lm.load import DEMO
@@ -18,10 +20,16 @@ def default_moments(lm: LM) -> Moments:
     """
     if lm.name.startswith(DEMO):
         shipped = world.model_path(lm.name.removeprefix(DEMO)) / SHIPPED_MOMENTS
-        return CorpusMoments(Corpus(tuple(world.corpus())), shipped=shipped)
+        return CorpusMoments(_world(), shipped=shipped)
     return CorpusMoments(wikitext())
 
 
+@cache
+def _world() -> Corpus:
+    return Corpus(tuple(world.corpus()))
+
+
+@cache
 def wikitext() -> Corpus:
     """Paragraphs of WikiText-103's training split, through the `datasets` package.
 

@@ -126,6 +126,8 @@ class CorpusMoments:
     """A file of moments to look in before the cache (the embedded models')."""
     progress: Progress = lambda done, total: None
     """Hears (tokens done, tokens wanted) while collecting."""
+    _factors: dict[MomentKey, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """Small ones, which take less to keep than to make or read again for every edit of a sequence."""
 
     def key(self, lm: LM, site: Site) -> MomentKey:
         """The cache key of one site's moment."""
@@ -162,7 +164,10 @@ class CorpusMoments:
     def factor(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
         d = site.weight.shape[1]
         if d < FACTOR_FILE_FROM:
-            return cholesky(self.second_moment(lm, site))[0]
+            key = self.key(lm, site)
+            if key not in self._factors:
+                self._factors[key] = cholesky(self.second_moment(lm, site))[0]
+            return self._factors[key]
         return unpack(self.derived(lm, site, "factor", lambda c: pack(cholesky(c)[0])), d)
 
     def derived(self, lm: LM, site: Site, what: str, build: Callable[[Tensor], Tensor]) -> Tensor:

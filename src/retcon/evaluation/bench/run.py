@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,9 +33,12 @@ from retcon.lm.load import load as load_model
 from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Corpus, CorpusMoments
+from retcon.memory.values import keeping_values
 from retcon.methods.registry import method as make_method
 from retcon.methods.sequence import in_steps
 
+VALUES = "values"
+"""Folder of values found by a batch that has not ended."""
 N_PROBED = 8
 """Cases edited and measured for an estimate."""
 
@@ -114,6 +118,7 @@ def run_bench(
             cases, report = loaded[cell.dataset.label]
             listing.append(bench.run(cell, cases, report, root, around, force, watch, seconds))
             write_atomically(root / "runs.json", json.dumps(listing, indent=1).encode())
+    shutil.rmtree(root / VALUES, ignore_errors=True)
 
 
 def _portable(spec: BenchSpec) -> dict[str, Any]:
@@ -203,6 +208,7 @@ class _Model:
             before,
             self._whole_model,
             lambda: self.moments.seconds,
+            lambda: kept.resumed,
         )
         units = Units(directory, identity, keep_tokens=self.spec.keep_tokens)
         _, size = cell.protocol.sizes(len(chosen))
@@ -210,8 +216,10 @@ class _Model:
             self._warm_up(propose, chosen)
         done: list[Unit] = []
         stream_of_units = run_units(setting, cell.protocol, units)
-        with closing(stream_of_units):  # closed, it restores the model
+        with keeping_values(root / VALUES) as kept, closing(stream_of_units):  # closed, it restores the model
             for unit in stream_of_units:
+                if not self.spec.share_values:
+                    kept.discard()
                 done.append(unit)
                 watch(Event(cell, len(done), total))
         context = {

@@ -125,6 +125,9 @@ class BenchSpec:
     """Items per leaf task."""
     warm_up: bool = True
     """Make one edit beforehand, which no time counts."""
+    share_values: bool = False
+    """Methods that search the same values on the same edits (MEMIT, RECT, PRUNE, AlphaEdit as a rule) search them once;
+    runs that take them over have no time."""
     keep_text: bool = True
     """Keep what the models wrote."""
     keep_tokens: bool = False

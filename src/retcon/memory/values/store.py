@@ -43,6 +43,7 @@ class Kept:
         """Remove them: their result is safe elsewhere."""
         for path in self.used:
             shutil.rmtree(path, ignore_errors=True)
+        self.used.clear()
 
 
 _kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
