@@ -1,8 +1,11 @@
-"""General ability with a harness that is not there: what is handed to it, and what is done about what it does."""
+"""General ability: what a stand-in for the harness is handed, what is done about its acts; then the harness itself."""
 
+import json
 import random
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy
 import pytest
 import torch
 
+import retcon
 from retcon.errors import InvalidSetting, NotEditable
 from retcon.evaluation.ability import ability
 from retcon.lm.model import LM
@@ -102,3 +106,33 @@ def test_errors_say_what_to_do(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InvalidSetting, match=r"pip install 'retcon-lm\[ability\]'"):
         ability(lm, ["sst2"])
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval (pip install 'retcon-lm[ability]')")
+@pytest.mark.filterwarnings("ignore")
+def test_the_harness_itself_sees_an_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    (edit,) = retcon.world.cases(1, seed=0)[0].edits
+    item = {"prompt": edit.text, "choices": [edit.target_true, edit.target_new], "answer": 0}
+    (tmp_path / "items.jsonl").write_text("\n".join([json.dumps(item)] * 12))
+    (tmp_path / "task.yaml").write_text(
+        f"""
+task: kept
+dataset_path: json
+dataset_kwargs: {{data_files: {tmp_path / "items.jsonl"}}}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    lm = retcon.load("demo:gptj")
+    delta = retcon.method("jeep", for_model=lm).propose(lm, [edit])
+    task = str(tmp_path / "task.yaml")
+    (before,) = ability(lm, [task], limit=8)
+    with lm.edited(delta):
+        (after,) = ability(lm, [task], limit=8)
+    assert (before.metric, before.variant, before.n) == ("kept", "lm_eval.acc", 8)
+    assert (before.value, after.value) == (1.0, 0.0)

@@ -334,6 +334,17 @@ def test_mistakes_in_a_specification_are_named(old: str, new: str, message: str,
     assert str(tmp_path / "b.toml") in str(caught.value)
 
 
+def test_a_method_stands_for_one_with_each_value() -> None:
+    varied = MethodSpec(name="ctp", settings={"epochs": 2}, vary={"contrast": ["none", "mirror"], "weight": [0, 1]})
+    spec = BenchSpec(models=(ModelSpec(name="m"),), methods=(varied,), datasets=(DatasetSpec(path="d"),))
+    assert [m.label for m in spec.methods] == [
+        f"ctp contrast={c} weight={w}" for c in ("none", "mirror") for w in (0, 1)
+    ]
+    assert dict(spec.methods[2].settings) == {"epochs": 2, "contrast": "mirror", "weight": 0}
+    with pytest.raises(InvalidSetting, match=r"ctp: vary\.weight takes a list of values, found 3"):
+        MethodSpec(name="ctp", vary={"weight": 3})  # type: ignore[dict-item]
+
+
 def test_differences_name_leaves() -> None:
     assert differences({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [2]}}) == ["b.c: [1] -> [2]"]
     assert differences({"a": 1}, {}) == ["a: 1 -> null"]

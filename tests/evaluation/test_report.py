@@ -1,6 +1,7 @@
 """Tables from runs made by hand: the layouts, their numbers, their escapes; pictures and the page."""
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -181,6 +182,31 @@ def test_curves_need_three_sizes(tmp_path: Path) -> None:
     assert [row[3].split()[0] for row in table.rows] == ["100.0", "50.0", "25.0"]
     two = Bench(tmp_path, whole, ENVIRONMENT, runs[:2], ())
     assert not [t for t in tables_of(groups_of(two)) if t.name.startswith("curve")]
+
+
+def test_a_setting_with_three_values_has_a_curve(tmp_path: Path, plotting: None) -> None:
+    def of(clamp: float, even: bool, share: float) -> Run:
+        records = [*told([0] * 4, [1] * 4, "pre"), *told([share] * 4, [1] * 4, "final")]
+        label = f"jeep {clamp} {even}"
+        run = make_run(tmp_path, label, records)
+        settings = {"layer": 5, "clamp": clamp, "even": even}
+        return dataclasses.replace(
+            run, manifest={**run.manifest, "method": {"label": label, "name": "jeep", "settings": settings}}
+        )
+
+    runs = tuple(of(c, even, c if even else 0.5) for c in (0.25, 1.0, 0.5) for even in (True, False))
+    bench = Bench(tmp_path, {"spec": {"name": "c"}, **VERSIONS}, ENVIRONMENT, runs, ())
+    table = named(bench, "setting")
+    assert table.name == "setting-m-1-cf-co-4-edits-at-once-jeep-clamp"
+    assert table.head[:2] == ("clamp", "Method")
+    shown = [(*row[:2], row[3].split()[0]) for row in table.rows]
+    assert shown == [
+        (clamp, f"even {even}", es if even else "50.0")
+        for clamp, es in (("0.25", "25.0"), ("0.5", "50.0"), ("1", "100.0"))
+        for even in (True, False)
+    ]
+    (picture,) = (p for p in pictures_of(groups_of(bench)) if p.name.startswith("setting"))
+    assert "against clamp for even True, even False" in picture.alt
 
 
 def test_a_missing_part_is_a_dash(tmp_path: Path) -> None:

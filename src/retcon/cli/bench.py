@@ -16,7 +16,7 @@ from retcon.errors import InvalidSetting
 
 if TYPE_CHECKING:
     from retcon.evaluation import Evaluation
-    from retcon.evaluation.bench import BenchSpec, Cell, Event
+    from retcon.evaluation.bench import BenchSpec, Cell, Event, MethodSpec
 
 _SHOWN = ("Score", "ES", "GS", "LS", "Portability")
 N_RESAMPLES = 200
@@ -115,7 +115,7 @@ def _spec(
     else:
         spec = spec_from_file(file)
         if method:
-            spec = replace(spec, methods=tuple(_method(spec, name) for name in method))
+            spec = replace(spec, methods=tuple(chosen for name in method for chosen in _methods(spec, name)))
     places = {"model": model, "dataset": dataset, "corpus": corpus, "text": text}
     spec = spec.with_places(**{k: None if v is None else str(v) for k, v in places.items()})
     if protocol is not None:
@@ -126,11 +126,11 @@ def _spec(
     return replace(spec, seeds=tuple(seeds)) if seeds else spec
 
 
-def _method(spec: "BenchSpec", name: str) -> Any:
-    """A method of the file by its label or name; one that the file lacks, with its preset."""
+def _methods(spec: "BenchSpec", name: str) -> "list[MethodSpec]":
+    """Those of the file by label or name; one that the file lacks, with its preset."""
     from retcon.evaluation.bench import MethodSpec
 
-    return next((m for m in spec.methods if name in (m.label, m.name)), MethodSpec(name=name))
+    return [m for m in spec.methods if name in (m.label, m.name)] or [MethodSpec(name=name)]
 
 
 def _estimate(spec: "BenchSpec", as_json: bool) -> None:

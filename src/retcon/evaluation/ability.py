@@ -38,6 +38,7 @@ def ability(
     """Every metric of every task, for the model as it stands; standard errors are in the details.
 
     Args:
+        tasks: names of the harness, or paths of task files (`.yaml`) of your own.
         n_shot: examples in front of each item; None as the task has it.
         limit: items per leaf task (for `mmlu`: per subject); None takes all.
 

@@ -1,9 +1,10 @@
 """What a benchmark is asked to run, from a TOML file or from code."""
 
 import difflib
+import itertools
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -51,10 +52,24 @@ class MethodSpec:
     """Which of the model's presets."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Over the preset's."""
+    vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Lists of values of settings: the method stands for one with each value, or each combination."""
 
     def __post_init__(self) -> None:
         if not self.label:
             object.__setattr__(self, "label", self.name)
+        for name, values in self.vary.items():
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise InvalidSetting(f"{self.label}: vary.{name} takes a list of values, found {values!r}")
+
+    def each(self) -> list["MethodSpec"]:
+        """The methods that it stands for, labelled by what differs."""
+        made = []
+        for values in itertools.product(*self.vary.values()):
+            chosen = dict(zip(self.vary, values, strict=True))
+            label = " ".join([self.label, *(f"{name}={value}" for name, value in chosen.items())])
+            made.append(replace(self, label=label, settings={**self.settings, **chosen}, vary={}))
+        return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +153,7 @@ class BenchSpec:
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if not getattr(self, name):
                 raise InvalidSetting(f"{name} is empty; a benchmark needs at least one of each")
+        object.__setattr__(self, "methods", tuple(one for method in self.methods for one in method.each()))
         for name in ("models", "methods", "datasets"):
             labels = [each.label for each in getattr(self, name)]
             if twice := next((label for label in labels if labels.count(label) > 1), None):

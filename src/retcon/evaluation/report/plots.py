@@ -9,8 +9,8 @@ from typing import Any
 
 from retcon.errors import InvalidSetting
 from retcon.evaluation.records import Record
+from retcon.evaluation.report.curves import curves
 from retcon.evaluation.report.groups import Group, Number, blocks
-from retcon.evaluation.report.tables import curves
 from retcon.evaluation.summary import main_variant
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#b83280", "#6b46c1", "#975a16", "#319795", "#c53030", "#4a5568", "#d69e2e")
@@ -18,6 +18,8 @@ COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#b83280", "#6b46c1", "#975a16", "#3
 MARKERS = "osD^vPX*<>"
 MAX_RELATIONS = 12
 """Relations shown, those with most cases."""
+LOGARITHMIC_FROM = 30
+"""Largest number over smallest from which on an axis is logarithmic."""
 
 
 Places = Mapping[str, int]
@@ -89,22 +91,23 @@ def trade_off(groups: Sequence[Group], places: Places) -> list[Picture]:
 
 
 def scaling(groups: Sequence[Group], places: Places) -> list[Picture]:
-    """JEEP's Figure 4: Score, ES, GS, LS against the number of edits at once, intervals shaded."""
+    """JEEP's Figures 4 and 6, CTP's 5 and 6: Score, ES, GS, LS against the number of edits or a setting, intervals
+    shaded."""
     pictures = []
-    for (model, dataset), points in curves(groups).items():
+    for curve in curves(groups):
         figure, panels = _figure(9, 2.6, columns=4)
-        methods = list(dict.fromkeys(g.method for _, g in points))
+        numbers = [x for x, _, _ in curve.points]
         for axes, name in zip(panels, ("Score", "ES", "GS", "LS"), strict=True):
-            for method in methods:
-                own = [(n, g.number(name)) for n, g in points if g.method == method]
-                _line(axes, [(n, number) for n, number in own if number is not None], places[method], method)
-            axes.set_xscale("log")
+            for i, (line, points) in enumerate(curve.lines.items()):
+                known = [(x, number) for x, group in points if (number := group.number(name)) is not None]
+                _line(axes, known, places.get(line, i), line)
+            if min(numbers) > 0 and max(numbers) >= LOGARITHMIC_FROM * min(numbers):
+                axes.set_xscale("log")
             axes.set_title(name, fontsize=10)
-            axes.set_xlabel("edits at once")
+            axes.set_xlabel(curve.x)
         panels[0].legend(frameon=False, fontsize=8)
-        title = f"Against the number of edits: {model}, {dataset}"
-        alt = f"Four line plots of Score, ES, GS and LS for {', '.join(methods)}"
-        pictures.append(_done(figure, f"scaling-{model}-{dataset}", title, alt))
+        alt = f"Four line plots of Score, ES, GS and LS against {curve.x} for {', '.join(curve.lines)}"
+        pictures.append(_done(figure, curve.name, curve.title, alt))
     return pictures
 
 
@@ -253,7 +256,7 @@ def _figure(width: float, height: float, *, columns: int = 1, **more: Any) -> tu
     return made, axes
 
 
-def _line(axes: Any, points: Sequence[tuple[int, Number]], place: int, label: str) -> None:
+def _line(axes: Any, points: Sequence[tuple[float, Number]], place: int, label: str) -> None:
     colour = COLOURS[place % len(COLOURS)]
     x, y = [n for n, _ in points], [100 * number.value for _, number in points]
     axes.plot(x, y, marker=MARKERS[place % len(MARKERS)], ms=4, color=colour, label=label)

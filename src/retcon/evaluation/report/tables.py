@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from retcon.evaluation.metrics import score_am
 from retcon.evaluation.paired import differences
+from retcon.evaluation.report.curves import curves
 from retcon.evaluation.report.groups import UNEDITED, Group, Number, blocks
 
 MISSING = "-"
@@ -214,29 +215,21 @@ def _variants(group: Group, metric: str) -> list[str]:
 
 
 def curve(groups: Sequence[Group]) -> list[Table]:
-    """JEEP's Figure 4 as numbers: Score, ES, GS, LS against the number of edits at once."""
+    """JEEP's Figures 4 and 6, CTP's 5 and 6 as numbers: Score, ES, GS, LS against the number of edits or a setting."""
     tables = []
-    for (model, dataset), points in curves(groups).items():
-        builder = _Builder(("Edits at once", "Method", "Score", "ES", "GS", "LS"), text_columns=2)
-        for n, group in points:
+    for found in curves(groups):
+        builder = _Builder((_capital(found.x), "Method", "Score", "ES", "GS", "LS"), text_columns=2)
+        for number, line, group in found.points:
             numbers = [group.number("Score", "score.hm"), *(group.number(name) for name in ("ES", "GS", "LS"))]
-            builder.row_of(f"{n:,}", group.method, [_plain(numbers[0]), *map(_with_half_width, numbers[1:])], numbers)
-        own = [group for _, group in points]
+            builder.row_of(f"{number:,g}", line, [_plain(numbers[0]), *map(_with_half_width, numbers[1:])], numbers)
+        own = [group for _, _, group in found.points]
         notes = ("x100.", _counts(own, {"ci.seed" if len(own[0].runs) > 1 else "ci.case"}))
-        title = f"{model}, {dataset}: against the number of edits"
-        tables.append(builder.table(f"curve-{_slug(model)}-{_slug(dataset)}", title, notes, best=False))
+        tables.append(builder.table(_slug(found.name), found.title, notes, best=False))
     return tables
 
 
-def curves(groups: Sequence[Group]) -> dict[tuple[str, str], list[tuple[int, Group]]]:
-    """(model, dataset) -> (edits at once, group), where there are several sizes of batch."""
-    found: dict[tuple[str, str], list[tuple[int, Group]]] = {}
-    for group in groups:
-        protocol = group.runs[0].manifest["protocol"]
-        if protocol["kind"] == "batch":
-            size = min(protocol["batch"] or group.n_cases, group.n_cases)
-            found.setdefault((group.model, group.dataset), []).append((size, group))
-    return {key: sorted(points, key=lambda p: p[0]) for key, points in found.items() if len({n for n, _ in points}) > 2}
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:] if " " in text else text
 
 
 def paired(groups: Sequence[Group]) -> list[Table]:
