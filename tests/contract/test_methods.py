@@ -13,7 +13,7 @@ from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import GivenMoments
-from retcon.methods.registry import METHODS, method
+from retcon.methods.registry import METHODS, method, method_class
 from retcon.methods.sequence import in_steps
 from tests.conftest import random_moments, tiny_model, tokenizer
 
@@ -67,6 +67,7 @@ EVERYWHERE = [(name, family) for name in METHODS for family in LAYOUTS]
 
 def test_every_method_has_settings_here() -> None:
     assert set(SETTINGS) == set(METHODS)
+    assert {name: method_class(name).name for name in METHODS} == {name: name for name in METHODS}
 
 
 @cache

@@ -4,9 +4,9 @@ Fang et al. 2024, arXiv:2410.02355, section 3; symbols as there. Departures: doc
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, Unpack
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,25 +15,15 @@ from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, RetconWarning
 from retcon.lm.model import LM
-from retcon.lm.trace import Point
-from retcon.memory.contexts import Contexts
 from retcon.memory.key_cache import earlier_keys, extended
-from retcon.memory.keys import KeyAverage
-from retcon.memory.moments import Moments
 from retcon.memory.solve import NullSpace, null_space, null_space_ridge
-from retcon.memory.values import ValueSite
-from retcon.memory.write import LayerGroup, LayerProblem, Spread, Temper, with_earlier
+from retcon.memory.write import LayerGroup, LayerProblem, with_earlier
 from retcon.methods.base import (
-    Progress,
-    check_choices,
-    check_layers,
+    State,
     check_not_negative,
     check_stateless,
-    early_layers,
-    silent,
-    stopping,
-    untempered,
 )
+from retcon.methods.family import BatchSettings, Tempered
 from retcon.methods.proposal import measured_tensor, proposing, sites_of
 
 USUAL_RANKS = (0.3, 0.99)
@@ -41,14 +31,12 @@ USUAL_RANKS = (0.3, 0.99)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaEdit:
+class AlphaEdit(BatchSettings):
     """Null-space constrained editing."""
 
-    batch: ClassVar[bool] = True
+    name: ClassVar[str] = "alphaedit"
     keeps: ClassVar[str] = "the keys of earlier edits"
 
-    layers: tuple[int, ...]
-    """Blocks whose down-projections are rewritten, ascending, counted from 0; the value is sought at the last."""
     null_threshold: float = 0.02
     """tau (`nullspace_threshold`): eigenvectors of C below it span the null space."""
     threshold_mode: Literal["absolute", "trace", "rank"] = "absolute"
@@ -59,55 +47,20 @@ class AlphaEdit:
     """Keys of earlier batches are kept, and stay where they are."""
     form: Literal["auto", "eigenbasis", "keys", "released"] = "auto"
     """Which of the equal forms of the update is solved; `released` is the authors' non-symmetric system."""
-    clamp: float = 0.75
-    """Radius of delta as a multiple of the clean value's norm."""
-    weight_decay: float = 0.5
-    """Weight of ||delta|| / ||init||^2."""
-    steps: int = 25
-    """Forward passes per edit at most."""
-    learning_rate: float = 0.5
-    """Adam's."""
-    kl_factor: float = 0.0625
-    """Weight of the divergence at the subject."""
-    stop: Literal["loss", "probability"] = "loss"
-    """What ends the search: the total loss under `threshold`, or the target's mean token probability at it."""
-    threshold: float | None = None
-    """None: 0.05 for `loss`, 0.9 for `probability`."""
-    spread: Spread = "even"
-    """Share of each layer in what is missing."""
-    key_average: KeyAverage = "two_level"
-    """Mean over contexts."""
 
     def __post_init__(self) -> None:
-        check_layers("alphaedit", self, "layers")
-        check_not_negative("alphaedit", self, "clamp", "weight_decay", "null_threshold")
-        check_choices("alphaedit", self)
+        super().__post_init__()
+        check_not_negative(self, "null_threshold")
         if self.ridge <= 0:
             raise InvalidSetting(f"alphaedit: ridge must be positive, found {self.ridge}")
         if self.threshold_mode != "absolute" and self.null_threshold > 1:
             raise InvalidSetting(f"alphaedit: null_threshold is a share here, at most 1; found {self.null_threshold}")
 
-    @classmethod
-    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
-        """Untuned: MEMIT's layers. The threshold depends on the model's scale; look at the rank it gives."""
-        return {"layers": early_layers(n_layers)}
-
-    def propose(
-        self,
-        lm: LM,
-        edits: Sequence[Edit],
-        *,
-        contexts: Contexts | None = None,
-        moments: Moments | None = None,
-        state: Mapping[str, Tensor] | None = None,
-        seed: int = 0,
-        progress: Progress = silent,
-        temper: Temper = untempered,
-    ) -> Delta:
+    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Tempered]) -> Delta:
         """The change that writes `edits` as one batch; the model is untouched. Its state holds all keys so far."""
         if not self.cache_keys:
-            check_stateless("alphaedit without cache_keys", state)
-        earlier = earlier_keys(state, lm, sites_of("alphaedit", lm, self.layers))
+            check_stateless(f"{self.name} without cache_keys", state)
+        earlier = earlier_keys(state, lm, sites_of(self.name, lm, self.layers))
         ranks: dict[str, int] = {}
 
         def solve(layer: LayerProblem) -> Float[Tensor, "n m"]:
@@ -118,24 +71,13 @@ class AlphaEdit:
             right = null_space_ridge(keys, p, self.ridge, self.form, layer.site.weight.device)
             return right[keys.shape[1] - layer.keys.shape[1] :]  # the earlier keys' residual is zero
 
-        tensor = measured_tensor(lm, "block", "alphaedit")
+        tensor = measured_tensor(lm, "block", self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve)
-        with proposing(
-            "alphaedit",
-            self,
-            lm,
-            edits,
-            [group],
-            contexts=contexts,
-            moments=moments,
-            seed=seed,
-            temper=temper,
-            progress=progress,
-        ) as proposal:
+        with proposing(self, lm, edits, [group], **given) as proposal:
             if not edits:
                 return proposal.delta(state=state)
-            site = ValueSite(Point(self.layers[-1], tensor), "subject_last", self.clamp, self.weight_decay)
-            values = proposal.search([site], stopping(self))
+            site = self.value_site(self.layers[-1], tensor)
+            values = proposal.search([site], self.value_search())
             proposal.write(group, values.target(0), key_average=self.key_average)
             kept = extended(earlier, proposal.keys, lm) if self.cache_keys else None
             return proposal.delta(values.report, state=kept, null_space_ranks=ranks)

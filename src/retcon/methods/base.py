@@ -4,7 +4,18 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from types import UnionType
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import (
+    Any,
+    Literal,
+    Protocol,
+    TypedDict,
+    Union,
+    Unpack,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import torch
 
@@ -15,8 +26,9 @@ from retcon.errors import InvalidSetting
 from retcon.lm.model import LM, Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
-from retcon.memory.values import ValueSearch
 
+State = Mapping[str, torch.Tensor]
+"""What a sequential method keeps: tensors by name."""
 Progress = Callable[[str, int, int], None]
 """Hears (stage, done, total) while a method works."""
 
@@ -30,12 +42,28 @@ def untempered(name: str, change: Change) -> Change:
     return change
 
 
+class Given(TypedDict, total=False):
+    """What `propose` may be given besides model, edits and state; what is left out is made, or read from the cache."""
+
+    contexts: Contexts | None
+    """Prefixes; sampled by `seed` where none are given."""
+    moments: Moments | None
+    """Second moments; those of the model's default text where none are given."""
+    seed: int
+    progress: Progress
+    """Hears (stage, done, total)."""
+
+
 @runtime_checkable
 class Method(Protocol):
     """An editing method; its fields are its settings.
 
     What `propose` returns is something the LM can attach and detach. A Delta is the kind that is only weights.
     """
+
+    @property
+    def name(self) -> str:
+        """What it is called in the table of methods."""
 
     @property
     def batch(self) -> bool:
@@ -45,18 +73,8 @@ class Method(Protocol):
     def keeps(self) -> str:
         """What the delta's `state` holds for the next batch, in words; empty for nothing."""
 
-    def propose(
-        self,
-        lm: LM,
-        edits: Sequence[Edit],
-        *,
-        contexts: Contexts | None = None,
-        moments: Moments | None = None,
-        state: Mapping[str, torch.Tensor] | None = None,
-        seed: int = 0,
-        progress: Progress = silent,
-    ) -> Delta:
-        """The change that writes `edits`; the model is untouched. What is None is made, or read from the cache."""
+    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
+        """The change that writes `edits`; the model is untouched. `state` is that of the delta before, if any."""
 
     @classmethod
     def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
@@ -69,7 +87,6 @@ def uses_moments(method: Any) -> bool:
 
 
 def provenance(
-    name: str,
     method: Any,
     lm: LM,
     edits: Sequence[Edit],
@@ -86,7 +103,7 @@ def provenance(
     import transformers
 
     return {
-        "method": name,
+        "method": method.name,
         "settings": asdict(method),
         "model": lm.name,
         "dtype": str(lm.dtype).removeprefix("torch."),
@@ -106,7 +123,7 @@ def provenance(
 # --- settings ----------------------------------------------------------------------------------------------------
 
 
-def check_layers(name: str, method: Any, *settings: str) -> None:
+def check_layers(method: Any, *settings: str) -> None:
     """Makes each of these settings a tuple of ascending layers.
 
     Raises:
@@ -116,23 +133,24 @@ def check_layers(name: str, method: Any, *settings: str) -> None:
         layers = tuple(getattr(method, setting))
         object.__setattr__(method, setting, layers)
         if list(layers) != sorted(set(layers)):
-            raise InvalidSetting(f"{name}: {setting} layers must ascend without repeats, found {layers}")
+            raise InvalidSetting(f"{method.name}: {setting} layers must ascend without repeats, found {layers}")
 
 
-def check_not_negative(name: str, method: Any, *settings: str) -> None:
+def check_not_negative(method: Any, *settings: str) -> None:
     """Raises InvalidSetting where one of these settings is below 0."""
     for setting in settings:
         if getattr(method, setting) < 0:
-            raise InvalidSetting(f"{name}: {setting} must not be negative, found {getattr(method, setting)}")
+            found = getattr(method, setting)
+            raise InvalidSetting(f"{method.name}: {setting} must not be negative, found {found}")
 
 
-def check_choices(name: str, method: Any) -> None:
+def check_choices(method: Any) -> None:
     """Raises InvalidSetting where a setting whose type lists its values (a Literal) has another one."""
     for setting, hint in get_type_hints(type(method)).items():
         known = _choices(hint)
         if known and getattr(method, setting) not in known:
             shown = ", ".join(map(str, known))
-            raise InvalidSetting(f"{name}: {setting} is {getattr(method, setting)!r}; known: {shown}")
+            raise InvalidSetting(f"{method.name}: {setting} is {getattr(method, setting)!r}; known: {shown}")
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -147,21 +165,6 @@ def check_stateless(name: str, state: object) -> None:
     """Raises InvalidSetting where a state is handed to a method that has no use for one."""
     if state is not None:
         raise InvalidSetting(f"{name} keeps nothing between batches, but a state was given; leave it out")
-
-
-def stopping(method: Any, **more: Any) -> ValueSearch:
-    """The value search of a method with the fields steps, learning_rate, kl_factor, stop and threshold."""
-    threshold = method.threshold
-    if threshold is None:
-        threshold = 0.05 if method.stop == "loss" else 0.9
-    return ValueSearch(
-        steps=method.steps,
-        learning_rate=method.learning_rate,
-        kl_factor=method.kl_factor,
-        stop=method.stop,
-        threshold=threshold,
-        **more,
-    )
 
 
 def early_layers(n_layers: int) -> tuple[int, ...]:

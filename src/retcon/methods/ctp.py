@@ -35,6 +35,7 @@ from retcon.tune.parts import Part, attached, changes
 class Ctp:
     """Parameter-aware contrastive editing along critical transmission paths."""
 
+    name: ClassVar[str] = "ctp"
     batch: ClassVar[bool] = True
     keeps: ClassVar[str] = ""
     uses_moments: ClassVar[bool] = False
@@ -78,8 +79,8 @@ class Ctp:
     in the other's step, and after they were deselected), lambda on the loss, gradients assessed batch by batch."""
 
     def __post_init__(self) -> None:
-        check_choices("ctp", self)
-        check_not_negative("ctp", self, "contrast_weight", "n_negative", "reassess", "learning_rate")
+        check_choices(self)
+        check_not_negative(self, "contrast_weight", "n_negative", "reassess", "learning_rate")
         if self.n_positive < 1:
             raise InvalidSetting(f"ctp: n_positive must be at least 1, found {self.n_positive}")
         if self.mode == "release" and self.contrast == "mirror":
@@ -132,7 +133,7 @@ class Ctp:
                 before_epoch=partial(self._trace, lm, edits, walk, seed),
                 progress=partial(progress, "paths"),
             )
-        record = provenance("ctp", self, lm, edits, seed=seed)
+        record = provenance(self, lm, edits, seed=seed)
         delta = lm.delta(changes(walk.parts()), report=ended.report(edits), provenance=record)
         with lm.edited(delta):
             return replace(delta, report=report_after(lm, edits, delta.report))

@@ -5,32 +5,20 @@ enrichment, read at the subject's last token i'), stars for the high group (prob
 prediction position i*). Departures from the paper and from the released code: docs/methods/jeep.md.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
-
-from torch import Tensor
+from typing import Any, ClassVar, Literal, Unpack
 
 from retcon.delta import Delta, EditReport
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.trace import Point, TensorName
-from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyAverage
-from retcon.memory.moments import Moments
 from retcon.memory.values import ValueSearch, ValueSite
-from retcon.memory.write import LayerGroup, Spread, Temper, weighted
-from retcon.methods.base import (
-    Progress,
-    check_choices,
-    check_layers,
-    check_not_negative,
-    check_stateless,
-    early_layers,
-    silent,
-    untempered,
-)
+from retcon.memory.write import LayerGroup, Spread, weighted
+from retcon.methods.base import State, check_choices, check_layers, check_not_negative, check_stateless, early_layers
+from retcon.methods.family import Tempered
 from retcon.methods.proposal import measured_tensor, proposing
 
 
@@ -38,8 +26,10 @@ from retcon.methods.proposal import measured_tensor, proposing
 class Jeep:
     """Joint editing of low and high layers."""
 
+    name: ClassVar[str] = "jeep"
     batch: ClassVar[bool] = True
     keeps: ClassVar[str] = ""
+    layer_by_layer: ClassVar[bool] = True
 
     low: tuple[int, ...]
     """Low layers [l'..L'], ascending, counted from 0; () leaves the low group out (Table 4, "w/o delta' & Step 2")."""
@@ -87,9 +77,8 @@ class Jeep:
     """Mean over contexts: `two_level` as every released code, `uniform` as the paper's formula."""
 
     def __post_init__(self) -> None:
-        check_layers("jeep", self, "low", "high")
+        check_layers(self, "low", "high")
         check_not_negative(
-            "jeep",
             self,
             *(f"{group}_{what}" for what in ("clamp", "moment_weight", "weight_decay") for group in ("low", "high")),
         )
@@ -99,7 +88,7 @@ class Jeep:
             raise InvalidSetting("jeep: write_low and write_high are both False, so nothing would be written")
         if not (self.write_low and self.write_high) and not (self.low and self.high and self.joint_optimisation):
             raise InvalidSetting("jeep: write_low and write_high can be False only with both groups optimised jointly")
-        check_choices("jeep", self)
+        check_choices(self)
 
     @classmethod
     def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
@@ -108,18 +97,7 @@ class Jeep:
         high_end = max(high, min(high + max(1, round(0.07 * n_layers)), n_layers - 3))  # never the last few
         return {"low": early_layers(n_layers), "high": tuple(range(high, high_end + 1))}
 
-    def propose(
-        self,
-        lm: LM,
-        edits: Sequence[Edit],
-        *,
-        contexts: Contexts | None = None,
-        moments: Moments | None = None,
-        state: Mapping[str, Tensor] | None = None,
-        seed: int = 0,
-        progress: Progress = silent,
-        temper: Temper = untempered,
-    ) -> Delta:
+    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Tempered]) -> Delta:
         """The change that writes `edits` as one batch; the model is untouched. JEEP keeps no state between batches.
 
         Raises:
@@ -127,25 +105,12 @@ class Jeep:
             InvalidSetting: a layer the model does not have.
             NonFinite: a loss, a key or a change is NaN or infinite.
         """
-        check_stateless("jeep", state)
-        if self.sites == "block" and measured_tensor(lm, "block", "jeep") == "mlp":
-            return replace(self, sites="mlp", high_target=self._high_target).propose(
-                lm, edits, contexts=contexts, moments=moments, seed=seed, progress=progress, temper=temper
-            )
+        check_stateless(self.name, state)
+        if self.sites == "block" and measured_tensor(lm, "block", self.name) == "mlp":
+            return replace(self, sites="mlp", high_target=self._high_target).propose(lm, edits, **given)
         low, high = self.groups()
         groups = [g for g in (low, high) if g]
-        with proposing(
-            "jeep",
-            self,
-            lm,
-            edits,
-            groups,
-            contexts=contexts,
-            moments=moments,
-            seed=seed,
-            temper=temper,
-            progress=progress,
-        ) as proposal:
+        with proposing(self, lm, edits, groups, **given) as proposal:
             if not edits:
                 return proposal.delta()
             if low and high and self.joint_optimisation:

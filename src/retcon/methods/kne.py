@@ -36,6 +36,7 @@ Ensemble = dict[str, Int[Tensor, " n"]]
 class Kne:
     """Knowledge Neuronal Ensemble."""
 
+    name: ClassVar[str] = "kne"
     batch: ClassVar[bool] = True
     keeps: ClassVar[str] = "the ensemble"
     uses_moments: ClassVar[bool] = False
@@ -90,7 +91,7 @@ class Kne:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules", tuple(self.modules))
-        check_choices("kne", self)
+        check_choices(self)
         if (
             not self.modules
             or set(self.modules) - set(get_args(SiteName))
@@ -163,7 +164,7 @@ class Kne:
                 seed=seed,
                 progress=partial(progress, "ensemble"),
             )
-        record = provenance("kne", self, lm, edits, seed=seed)
+        record = provenance(self, lm, edits, seed=seed)
         delta = lm.delta(changes(parts), report=ended.report(edits), state=ensemble, provenance=record)
         with lm.edited(delta):
             return replace(delta, report=report_after(lm, edits, delta.report))

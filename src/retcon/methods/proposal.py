@@ -44,7 +44,6 @@ edits that disable a model (ROME's tiny denominators) are at tens and more, ordi
 class Proposal:
     """One batch of edits inside its `proposing` scope."""
 
-    name: str
     method: Any
     lm: LM
     edits: Sequence[Edit]
@@ -109,7 +108,6 @@ class Proposal:
     ) -> Delta:
         """What was written as a delta, reports completed by what the model says now; `notes` go on record."""
         record = provenance(
-            self.name,
             self.method,
             self.lm,
             self.edits,
@@ -129,15 +127,14 @@ class Proposal:
 
 @contextmanager
 def proposing(
-    name: str,
     method: Any,
     lm: LM,
     edits: Sequence[Edit],
     groups: Sequence[LayerGroup],
     *,
-    contexts: Contexts | None,
-    moments: Moments | None,
-    seed: int,
+    contexts: Contexts | None = None,
+    moments: Moments | None = None,
+    seed: int = 0,
     context_style: ContextStyle = "memit",
     temper: Temper = untempered,
     progress: Progress = silent,
@@ -150,7 +147,7 @@ def proposing(
         NotEditable: a matrix that must not be edited.
     """
     check_edits(edits)
-    sites = [site for group in groups for site in sites_of(name, lm, group.layers, group.module)]
+    sites = [site for group in groups for site in sites_of(method.name, lm, group.layers, group.module)]
     for site in sites:
         lm.check_editable(site.name)
     if not edits:
@@ -161,7 +158,7 @@ def proposing(
         sites = []
     moments.prepare(lm, sites)
     with ExitStack() as scope:
-        yield Proposal(name, method, lm, edits, contexts, moments, sites, seed, temper, progress, scope)
+        yield Proposal(method, lm, edits, contexts, moments, sites, seed, temper, progress, scope)
 
 
 def sites_of(

@@ -6,7 +6,7 @@ Ma et al. 2024, arXiv:2405.16821, section 4; symbols as there. Departures: docs/
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from jaxtyping import Float
@@ -17,8 +17,8 @@ from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
-from retcon.memory.moments import GivenMoments, Moments
-from retcon.methods.base import Method, Progress, check_choices, provenance, silent, uses_moments
+from retcon.memory.moments import GivenMoments
+from retcon.methods.base import Given, Method, State, check_choices, provenance, uses_moments
 from retcon.methods.proposal import report_after
 from retcon.methods.registry import method
 from retcon.methods.sequence import combined
@@ -28,6 +28,7 @@ from retcon.methods.sequence import combined
 class Prune:
     """Perturbation restraint on the upper bound of the condition number: a filter over all edits so far."""
 
+    name: ClassVar[str] = "prune"
     keeps: ClassVar[str] = "as its host; the base weights are the model's own"
 
     host: str = "rome"
@@ -42,7 +43,7 @@ class Prune:
     """min(s, F(s)): F raises values just above sigma where sigma ln(alpha) < 1. False: F as published."""
 
     def __post_init__(self) -> None:
-        check_choices("prune", self)
+        check_choices(self)
         if self.alpha <= 1:
             raise InvalidSetting(f"prune: alpha must be above 1, found {self.alpha}")
 
@@ -66,24 +67,13 @@ class Prune:
         """As the host."""
         return uses_moments(self.hosted)
 
-    def propose(
-        self,
-        lm: LM,
-        edits: Sequence[Edit],
-        *,
-        contexts: Contexts | None = None,
-        moments: Moments | None = None,
-        state: Mapping[str, Tensor] | None = None,
-        seed: int = 0,
-        progress: Progress = silent,
-    ) -> Delta:
+    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
         """One delta in place of all that are live, and of the host's for `edits` on top: their sum, restrained.
 
         Applying it takes the live ones off, reverting it puts them back. The model is untouched. Reports are those of
         the deltas it stands for, with what the model says after the restraint.
         """
-        given = dict(contexts=contexts, moments=moments, state=state, seed=seed, progress=progress)
-        fresh = self.hosted.propose(lm, edits, **given) if edits else None  # type: ignore[arg-type]
+        fresh = self.hosted.propose(lm, edits, state=state, **given) if edits else None
         parts = [*lm.live, *([fresh] if fresh else [])]
         names = dict.fromkeys(name for part in parts for name in part.changes)
         changes: dict[str, Sequence[Change]] = {}
@@ -93,7 +83,7 @@ class Prune:
             changes[name], restrained[name] = self._restrained(lm, name, own)
         about = [edit for part in parts for edit in part.provenance.get("edits", [])]
         record = {
-            **(dict(fresh.provenance) if fresh else _nothing_new(self, lm, seed)),
+            **(dict(fresh.provenance) if fresh else _nothing_new(self, lm, given.get("seed", 0))),
             "method": "prune",
             "settings": asdict(self),
             "edits": about,
@@ -159,4 +149,4 @@ def _written_out(changes: Sequence[Change], shape: torch.Size) -> Tensor:
 
 
 def _nothing_new(method: Prune, lm: LM, seed: int) -> dict[str, Any]:
-    return provenance("prune", method, lm, (), contexts=Contexts(), moments=GivenMoments({}), sites=(), seed=seed)
+    return provenance(method, lm, (), contexts=Contexts(), moments=GivenMoments({}), sites=(), seed=seed)

@@ -3,11 +3,10 @@
 Gu et al. 2024, arXiv:2401.04700, section 5. Departures: docs/methods/rect.md.
 """
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -16,9 +15,7 @@ from retcon.delta import Change, Delta, Dense, Entries
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
-from retcon.memory.contexts import Contexts
-from retcon.memory.moments import Moments
-from retcon.methods.base import Method, Progress, check_choices, check_not_negative, silent, uses_moments
+from retcon.methods.base import Given, Method, State, check_choices, check_not_negative, uses_moments
 from retcon.methods.proposal import report_after
 from retcon.methods.registry import method
 
@@ -27,6 +24,7 @@ from retcon.methods.registry import method
 class Rect:
     """Relative change in weight: a filter over a host method."""
 
+    name: ClassVar[str] = "rect"
     keeps: ClassVar[str] = "as its host"
 
     host: str = "memit"
@@ -46,11 +44,11 @@ class Rect:
     """True: each layer is filtered before the next is solved, so that later ones make up for it (ours)."""
 
     def __post_init__(self) -> None:
-        check_choices("rect", self)
-        check_not_negative("rect", self, "eps")
+        check_choices(self)
+        check_not_negative(self, "eps")
         if self.keep_percent is not None and not 0 <= self.keep_percent <= 100:
             raise InvalidSetting(f"rect: keep_percent must be from 0 to 100, found {self.keep_percent}")
-        if self.in_loop and "temper" not in inspect.signature(self.hosted.propose).parameters:
+        if self.in_loop and not getattr(self.hosted, "layer_by_layer", False):
             raise InvalidSetting(f"rect: in_loop needs a host that writes layer by layer; {self.host} does not")
 
     @classmethod
@@ -73,17 +71,7 @@ class Rect:
         """As the host."""
         return uses_moments(self.hosted)
 
-    def propose(
-        self,
-        lm: LM,
-        edits: Sequence[Edit],
-        *,
-        contexts: Contexts | None = None,
-        moments: Moments | None = None,
-        state: Mapping[str, Tensor] | None = None,
-        seed: int = 0,
-        progress: Progress = silent,
-    ) -> Delta:
+    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
         """The host's change, filtered; the model is untouched. The state is the host's."""
         k = self.keep_percent if self.keep_percent is not None else 40.0 if self.batch else 20.0
 
@@ -91,8 +79,8 @@ class Rect:
             weight = lm.parameter(name).detach()
             return as_change(self.filtered(change.dense(weight.shape), weight, k), change)
 
-        given = dict(contexts=contexts, moments=moments, state=state, seed=seed, progress=progress)
-        delta = self.hosted.propose(lm, edits, **given, **({"temper": kept} if self.in_loop else {}))  # type: ignore[arg-type]
+        in_loop = {"temper": kept} if self.in_loop else {}
+        delta = self.hosted.propose(lm, edits, state=state, **given, **in_loop)
         if delta.supersedes:
             raise InvalidSetting(f"rect: {self.host} replaces earlier deltas, so its change is no update to filter")
         record = {**delta.provenance, "method": "rect", "settings": asdict(self)}

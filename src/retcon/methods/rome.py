@@ -5,9 +5,9 @@ docs/methods/rome.md.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, Unpack
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,93 +17,43 @@ from retcon.edits import Edit
 from retcon.errors import RetconWarning, UnsafeUpdate
 from retcon.lm.model import LM
 from retcon.lm.trace import Point
-from retcon.memory.contexts import Contexts, ContextStyle
-from retcon.memory.keys import KeyAverage, mean_keys
-from retcon.memory.moments import Moments
+from retcon.memory.contexts import Contexts
+from retcon.memory.keys import mean_keys
 from retcon.memory.solve import whitened
-from retcon.memory.values import ValueSite
-from retcon.memory.write import LayerGroup, LayerProblem, Temper
+from retcon.memory.write import LayerGroup, LayerProblem
 from retcon.methods.base import (
-    Progress,
-    check_choices,
+    State,
     check_not_negative,
     check_stateless,
-    early_layers,
-    silent,
-    stopping,
-    untempered,
 )
+from retcon.methods.family import OneFactSettings, Tempered
 from retcon.methods.proposal import only_one, proposing
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rome:
+class Rome(OneFactSettings):
     """Rank-one model editing: one fact, one layer."""
 
-    batch: ClassVar[bool] = False
-    keeps: ClassVar[str] = ""
+    name: ClassVar[str] = "rome"
 
-    layer: int
-    """Block whose down-projection is rewritten (l*), counted from 0."""
-    clamp: float = 4.0
-    """Radius of delta as a multiple of the clean value's norm."""
-    weight_decay: float = 0.5
-    """Weight of ||delta|| / ||init||^2."""
-    steps: int = 20
-    """Forward passes at most."""
-    learning_rate: float = 0.5
-    """Adam's."""
-    kl_factor: float = 0.0625
-    """Weight of the divergence at the subject (Eq. 4)."""
-    stop: Literal["loss", "probability"] = "loss"
-    """What ends the search: the total loss under `threshold`, or the target's mean token probability at it."""
-    threshold: float | None = None
-    """None: 0.05 for `loss`, 0.9 for `probability`."""
-    use_moment: bool = True
-    """False: the identity in place of C (as EasyEdit's settings have it; `mom2_adjustment`)."""
-    key_average: KeyAverage = "uniform"
-    """Mean over contexts behind k*."""
-    context_style: ContextStyle = "memit"
-    """Prefixes where none are given; `rome` is the released code's."""
     min_denominator: float = 0.1
     """Smallest |k . u| of the bare prompt's key k, as a share of that of the mean key k*."""
     small_denominator: Literal["warn", "raise"] = "warn"
     """What to do below that: such an update is huge (the "disabling edits" of arXiv:2403.07175)."""
 
     def __post_init__(self) -> None:
-        check_not_negative("rome", self, "clamp", "weight_decay", "min_denominator")
-        check_choices("rome", self)
+        super().__post_init__()
+        check_not_negative(self, "min_denominator")
 
-    @classmethod
-    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
-        """Untuned: the first of the layers where MEMIT would write, and one up."""
-        return {"layer": min(early_layers(n_layers)[0] + 1, n_layers - 1)}
-
-    @property
-    def uses_moments(self) -> bool:
-        """Whether C has to be known."""
-        return self.use_moment
-
-    def propose(
-        self,
-        lm: LM,
-        edits: Sequence[Edit],
-        *,
-        contexts: Contexts | None = None,
-        moments: Moments | None = None,
-        state: Mapping[str, Tensor] | None = None,
-        seed: int = 0,
-        progress: Progress = silent,
-        temper: Temper = untempered,
-    ) -> Delta:
+    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Tempered]) -> Delta:
         """The change that writes one edit; the model is untouched. Nothing is kept between edits.
 
         Raises:
             InvalidEdit: more than one edit, or one that cannot mean anything.
             UnsafeUpdate: with `small_denominator="raise"`, the two keys disagree.
         """
-        only_one("rome", edits)
-        check_stateless("rome", state)
+        only_one(self.name, edits)
+        check_stateless(self.name, state)
 
         def solve(layer: LayerProblem) -> Float[Tensor, "1 m"]:
             """u^T / (k . u) with u = C^-1 k*: divided by another key than it was made from."""
@@ -116,14 +66,11 @@ class Rome:
             return u.T / (k * u).sum()
 
         group = LayerGroup((self.layer,), "subject_last", "mlp", "even", solve)
-        with proposing(
-            "rome", self, lm, edits, [group], contexts=contexts, moments=moments, seed=seed, temper=temper,
-            progress=progress, context_style=self.context_style,
-        ) as proposal:  # fmt: skip
+        with proposing(self, lm, edits, [group], context_style=self.context_style, **given) as proposal:
             if not edits:
                 return proposal.delta()
-            site = ValueSite(Point(self.layer, "mlp"), "subject_last", self.clamp, self.weight_decay)
-            values = proposal.search([site], stopping(self))  # v* (Eq. 4)
+            site = self.value_site(self.layer, "mlp")
+            values = proposal.search([site], self.value_search())  # v* (Eq. 4)
             proposal.write(group, values.target(0), key_average=self.key_average)  # (v* - W k) u^T / (k . u)
             return proposal.delta(values.report)
 
