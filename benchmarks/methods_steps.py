@@ -4,8 +4,8 @@
 
 Searches are forced to take all their steps. The time of a proposal with one pass is taken off that of one with
 `--steps` passes, so that contexts, keys, moments and solves drop out; what is left is divided by the steps between.
-JEEP is shown with its low group alone and with both. Methods take turns; the least of `--rounds` times counts, in seconds of
-the processor, so that other processes matter little.
+JEEP is shown with its low group alone and with both. Methods take turns; the least of `--rounds` times counts, in
+seconds of the processor, so that other processes matter little.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What is left of earlier edits as more are made: a curve per method, and a picture.
 
     python -m benchmarks.retention run --model demo:gptj --edits 500 --step 10 --out retention.jsonl
-    python -m benchmarks.retention plot retention.jsonl --out docs/methods/retention-demo-gptj.svg
+    python -m benchmarks.retention plot retention.jsonl --out retention.svg
 
 Edits come in steps; every step is proposed on top of all before it, and a method's state is handed on. Every `--every`
 edits, all edits so far are measured: Score, ES, GS, and LS. PRUNE is MEMIT's run, restrained at the point of measuring
@@ -31,6 +31,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "JEEP": ("jeep", {}),
 }
 METRICS = ("Score", "ES", "GS", "LS")
+MARKERS = "os^DvPX*"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -78,13 +79,13 @@ def plot(args: argparse.Namespace) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), sharex=True, constrained_layout=True)
     titles = {"ES": "new answers on edited prompts (ES)", "GS": "on paraphrases (GS)", "LS": "neighbours kept (LS)"}
     for axis, (metric, title) in zip(axes, titles.items(), strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows):
+        for method, marker in zip(dict.fromkeys(row["method"] for row in rows), MARKERS, strict=False):
             own = [row for row in rows if row["method"] == method]
-            axis.plot([r["n"] for r in own], [r[metric] for r in own], marker="o", markersize=3, label=method)
+            axis.plot([r["n"] for r in own], [r[metric] for r in own], marker=marker, markersize=4, label=method)
         axis.set(title=title, xlabel="edits so far", ylim=(0, 102))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("of all edits so far, %")
-    axes[0].legend(fontsize=8, loc="lower left")
+    axes[-1].legend(fontsize=8, loc="lower left")  # where no curve goes
     figure.savefig(args.out, metadata={"Date": None})
 
 
