@@ -4,13 +4,15 @@
     python -m benchmarks.probe_pays --model PATH --data counterfact-edit.json --corpus text.txt --start 1000 --out STEM
 
 For every position of a group as wide as the advice's, the same edits are written in one batch with the model's other
-settings (its preset) and the other group where the preset has it (with `--alone` also without the other group).
+settings (its preset) and the other group where the preset has it (with `--alone` also without the other group). Beside
+them stand the preset's own two groups, and the two that the probe advises.
 Evidence for a position is taken on other facts than those edited: the contrast-based probe's sum of Δ over the group,
 and causal tracing's average indirect effect there (last subject token for the low group, last token for the high one),
 summed over the group. Spearman's rank correlation of evidence and Score over positions, with the exact p of a
 permutation test.
 
-Rows go to STEM.jsonl as they are done, and what is there is not done again; STEM.png and .svg are drawn at the end.
+Rows go to STEM.jsonl as they are done, and what is there is not done again; at the end the evidence goes to STEM.json,
+and STEM.png and .svg are drawn.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 
 import retcon
 from benchmarks.common import cases_of, machine, moments_of
+from retcon.cli.probe.shared import rounded
 from retcon.evaluation import evaluate
 from retcon.lm.model import LM
 from retcon.locate import Advice, Rule, Tracing, advise, causal_trace, contrast_probe, figures
@@ -36,59 +39,59 @@ def windows(n_layers: int, width: int) -> list[tuple[int, ...]]:
     return [tuple(range(first, first + width)) for first in range(n_layers - width + 1)]
 
 
-def sweep(lm: LM, args: argparse.Namespace, rows: list[dict[str, Any]], out: Path) -> bool:
+def sweep(lm: LM, args: argparse.Namespace, advice: Advice, rows: list[dict[str, Any]], out: Path) -> bool:
     """One row per position and setting of the other group, appended to `rows` and to the file; whether all are done."""
-    rule, n_new = Rule(), 0
+    rule = Rule()
     preset = retcon.method("jeep", for_model=lm)
     groups = {"low": preset.low, "high": preset.high}  # type: ignore[attr-defined]
-    cases = cases_of(args.data, args.start, args.edits, args.seed)
-    edits = [case.edits[0] for case in cases]
-    contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)
-    moments.prepare(lm, [lm.site(layer, "down_proj") for layer in range(lm.n_layers)])
-    pre = evaluate(lm, cases, generate=False)
-    done = {(r["swept"], tuple(r["layers"]), r["other"]) for r in rows}
+    asked = []
     for swept, share in (("low", rule.low_share), ("high", rule.high_share)):
         other = "high" if swept == "low" else "low"
         positions = windows(lm.n_layers, rule.width(share, lm.n_layers))
         for with_other, layers in itertools.product((True, False) if args.alone else (True,), positions):
             kept = groups[other] if with_other else ()
-            if (swept, layers, "preset" if with_other else "none") in done:
-                continue
-            if n_new == args.rows:
-                return False
-            n_new += 1
-            jeep = retcon.method("jeep", for_model=lm, **{swept: layers, other: kept})
-            started = time.perf_counter()
-            delta = jeep.propose(lm, edits, contexts=contexts, moments=moments, seed=args.seed)
-            took = time.perf_counter() - started
-            summary = evaluate(lm, cases, delta=delta, pre=pre, generate=False).summary()
-            row: dict[str, Any] = {
-                "swept": swept,
-                "layers": layers,
-                "other": "preset" if with_other else "none",
-                "seconds": round(took, 1),
-                "reached": sum(r.stopped == "reached" for r in delta.report) / len(delta.report),
-            }
-            for name in METRICS:
-                post = summary[name].post
-                row[name] = post.value
-                if name == "Score":
-                    row["interval"] = [post.interval.low, post.interval.high] if post.interval else None
-            rows.append(row)
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
-    return True
+            asked.append((swept, layers, "preset" if with_other else "none", {swept: layers, other: kept}))
+    for name, both in (("preset", groups), ("advice", {"low": advice.low.layers, "high": advice.high.layers})):
+        asked.append((name, both["low"], str(list(both["high"])), both))
+    done = {(r["swept"], tuple(r["layers"]), r["other"]) for r in rows}
+    asked = [each for each in asked if each[:3] not in done]
+    if not asked:
+        return True
+    cases = cases_of(args.data, args.start, args.edits, args.seed)
+    edits = [case.edits[0] for case in cases]
+    contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)
+    moments.prepare(lm, [lm.site(layer, "down_proj") for layer in range(lm.n_layers)])
+    pre = evaluate(lm, cases, generate=False)
+    for swept, layers, beside, settings in asked[: args.rows]:
+        jeep = retcon.method("jeep", for_model=lm, **settings)
+        started = time.perf_counter()
+        delta = jeep.propose(lm, edits, contexts=contexts, moments=moments, seed=args.seed)
+        took = time.perf_counter() - started
+        summary = evaluate(lm, cases, delta=delta, pre=pre, generate=False).summary()
+        row: dict[str, Any] = {
+            "swept": swept,
+            "layers": layers,
+            "other": beside,
+            "seconds": round(took, 1),
+            "reached": sum(r.stopped == "reached" for r in delta.report) / len(delta.report),
+        }
+        for name in METRICS:
+            post = summary[name].post
+            row[name] = post.value
+            if name == "Score":
+                row["interval"] = [post.interval.low, post.interval.high] if post.interval else None
+        rows.append(row)
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+    return args.rows is None or len(asked) <= args.rows
 
 
-def evidence(lm: LM, args: argparse.Namespace) -> tuple[Advice, dict[str, dict[str, list[float]]]]:
-    """The advice, and what each probe says of every layer, per group."""
-    n = args.probed + args.traced
-    edits = [case.edits[0] for case in cases_of(args.data, args.start + args.edits, n, args.seed)]
-    probe = contrast_probe(lm, edits[: args.probed])
-    advice = advise(probe, seed=args.seed)
-    bare = advise(probe, Rule(final_norm=False), seed=args.seed)
-    traces = causal_trace(lm, edits[args.probed :], Tracing(window=default_window(lm.n_layers), seed=args.seed))
+def evidence(
+    lm: LM, args: argparse.Namespace, edits: list[retcon.Edit], advice: Advice, bare: Advice
+) -> dict[str, dict[str, list[float]]]:
+    """What each probe says of every layer, per group."""
+    traces = causal_trace(lm, edits, Tracing(window=default_window(lm.n_layers), seed=args.seed))
     found: dict[str, dict[str, list[float]]] = {}
     for group, choice, token in (("low", advice.low, "last subject"), ("high", advice.high, "last")):
         found[group] = {
@@ -106,7 +109,7 @@ def evidence(lm: LM, args: argparse.Namespace) -> tuple[Advice, dict[str, dict[s
         print(f"{name}: {list(choice.layers)}, score {choice.score:.2f}, stability {choice.stability:.0%}")
     print(f"weak: {'; '.join(advice.weak) or 'no'}")
     print(f"without the norm: low {list(bare.low.layers)}, high {list(bare.high.layers)}\n")
-    return advice, found
+    return found
 
 
 def spearman(one: Sequence[float], two: Sequence[float]) -> tuple[float, float]:
@@ -179,7 +182,7 @@ def draw(
     axes[0, 0].set_ylabel("Score")
     axes[1, 0].set_ylabel("evidence / its largest")
     axes[0, 0].legend(fontsize=7, loc="lower left")
-    axes[0, 1].legend(fontsize=7, loc="lower left")
+    axes[0, 1].legend(fontsize=7, loc="lower right")
     made.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     for path in figures.save(made, out, title=name):
         print(f"written {path}")
@@ -201,7 +204,7 @@ def main() -> None:
     parser.add_argument("--probed", type=int, default=500, help="facts for the contrast-based probe")
     parser.add_argument("--traced", type=int, default=50, help="facts for causal tracing")
     parser.add_argument("--alone", action="store_true", help="also sweep each group with the other one left out")
-    parser.add_argument("--rows", type=int, default=-1, help="stop after that many new rows; the next run goes on")
+    parser.add_argument("--rows", type=int, help="stop after that many new rows; the next run goes on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, metavar="STEM")
     args = parser.parse_args()
@@ -210,33 +213,35 @@ def main() -> None:
     print(f"{args.name or args.model}, seed {args.seed}; {machine()}")
     out = Path(f"{args.out}.jsonl")
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
-    if not sweep(lm, args, rows, out):
+    others = cases_of(args.data, args.start + args.edits, args.probed + args.traced, args.seed)
+    facts = [case.edits[0] for case in others]
+    probe = contrast_probe(lm, facts[: args.probed])
+    advice, bare = (advise(probe, Rule(final_norm=norm), seed=args.seed) for norm in (True, False))
+    if not sweep(lm, args, advice, rows, out):
         print(f"{len(rows)} rows in {out}; the same command goes on from there")
         return
-    advice, seen = evidence(lm, args)
+    seen = evidence(lm, args, facts[args.probed :], advice, bare)
     rows.sort(key=lambda r: r["layers"][0])
 
     print("\n| group swept | layers | other group | Score | ES | GS | LS | reached | advised |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for group, choice in (("low", advice.low), ("high", advice.high)):
-        for other in ("preset", "none"):
-            for r in rows:
-                if (r["swept"], r["other"]) == (group, other):
-                    score, *rest = (100 * r[m] for m in METRICS)
-                    low, high = (100 * x for x in r["interval"] or (float("nan"),) * 2)
-                    cells = f"{score:.1f} [{low:.1f}, {high:.1f}] | " + " | ".join(f"{x:.1f}" for x in rest)
-                    mark = "yes" if tuple(r["layers"]) == choice.layers else ""
-                    print(
-                        f"| {group} | {list(r['layers'])} | {other} | {cells} | {100 * r['reached']:.0f} % | {mark} |"
-                    )
+    advised = {"low": advice.low.layers, "high": advice.high.layers}
+    for r in sorted(rows, key=lambda r: ("low", "high", "preset", "advice").index(r["swept"])):
+        score, *rest = (100 * r[m] for m in METRICS)
+        low, high = (100 * x for x in r["interval"] or (float("nan"),) * 2)
+        cells = f"{score:.1f} [{low:.1f}, {high:.1f}] | " + " | ".join(f"{x:.1f}" for x in rest)
+        mark = "yes" if advised.get(r["swept"]) == tuple(r["layers"]) else ""
+        print(f"| {r['swept']} | {list(r['layers'])} | {r['other']} | {cells} | {100 * r['reached']:.0f} % | {mark} |")
     print("\n| group | other group | " + " | ".join(EVIDENCE) + " |\n|---|---|" + "---|" * len(EVIDENCE))
-    for group, choice in (("low", advice.low), ("high", advice.high)):
+    for group, width in (("low", len(advice.low.layers)), ("high", len(advice.high.layers))):
         for other in ("preset", "none"):
             scores = [r["Score"] for r in rows if (r["swept"], r["other"]) == (group, other)]
             if not scores:
                 continue
-            found = [spearman(over_windows(seen[group][what], len(choice.layers)), scores) for what in EVIDENCE]
-            print(f"| {group} | {other} | " + " | ".join(f"{rho:+.2f} (p {p:.3f})" for rho, p in found) + " |")
+            found = [spearman(over_windows(seen[group][what], width), scores) for what in EVIDENCE]
+            print(f"| {group} | {other} | " + " | ".join(f"{rho:+.2f} (p {p:.4f})" for rho, p in found) + " |")
+    record = {"advice": {group: list(layers) for group, layers in advised.items()}, "evidence by layer": rounded(seen)}
+    Path(f"{args.out}.json").write_text(json.dumps(record) + "\n")
     draw(args.name or args.model, advice, seen, rows, args.out)
 
 

@@ -172,8 +172,26 @@ def test_two_commands_lead_from_a_model_without_a_preset_to_an_edit(cli: Cli) ->
     assert record["n_probed"] == 2
     assert "only 2 cases, 30 or more are wanted" in result.stderr
     assert "nobody has tuned" not in result.stderr  # nothing is left to guess
-    assert "layers by the probe over 2 facts" in result.stderr
+    assert "settings  no preset: defaults, untuned; layers by the probe over 2 facts" in result.stderr
     assert {name.split(".")[2] for name in record["norms"]} == {"0", "1", "2"}
+
+
+def test_what_holds_the_edits_back_is_said_with_what_to_set(cli: Cli) -> None:
+    said = "tune   this model has no preset, and the defaults are for large ones: add --set"
+    held = cli(*EDIT, "--layers", "probe", "--set", "low_clamp=0.001", "--set", "high_clamp=0.0005").stdout
+    assert f"{said} low_clamp=0.004 --set high_clamp=0.002" in held
+    reached = cli(*EDIT, "--layers", "probe", "--set", "low_clamp=100", "--set", "high_clamp=100").stdout
+    assert "2 held back by the clamp" in held
+    assert "held back" not in reached
+    assert "_clamp=400" not in reached
+
+
+def test_facts_left_out_are_counted(cli: Cli, here: Path) -> None:
+    rows = [{"prompt": "The capital of {} is", "subject": "Italy", "target_new": "Rome", "target_true": "Paris"}]
+    write_rows(here / "one.jsonl", [*rows, {**rows[0], "subject": "France", "target_new": "Paris"}])
+    out = cli("probe", "layers", "gptj", "--cases", "one.jsonl").stdout
+    assert "probed 1; the model says the original answer in 0; left out: 1 (" in out
+    assert "--layers probe --out edits.safetensors" in out
 
 
 def test_what_is_set_by_name_stands_over_the_probe(cli: Cli) -> None:

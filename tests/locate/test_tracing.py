@@ -166,7 +166,8 @@ def test_a_window_of_one_is_one_layer(still: Still) -> None:
     found = trace(lm, replace(ALL, window=1))
     token = found.subject.stop - 1
     for layer, (module, _) in enumerate(sites(lm, "mlp")):
-        assert float(found.scores["mlp"][token, layer]) == pytest.approx(by_hand(lm, ALL, {module: [token]}), rel=1e-5)
+        for at in (token, len(found.tokens) - 1):
+            assert float(found.scores["mlp"][at, layer]) == pytest.approx(by_hand(lm, ALL, {module: [at]}), rel=1e-5)
     assert [default_window(n) for n in (1, 8, 26, 27, 28, 48)] == [1, 3, 10, 10, 10, 10]
 
 
@@ -230,7 +231,12 @@ def test_a_replay_that_disagrees_is_not_used(still: Still, monkeypatch: pytest.M
     lm = still("llama")
     plain = trace(lm, replace(ALL, replayed=False))
     honest = tracing.replay
-    monkeypatch.setattr(tracing, "replay", lambda *args: honest(*args).roll(1, dims=-1))
+
+    def off(*args: Any, **kwargs: Any) -> Tensor | None:
+        logits = honest(*args, **kwargs)
+        return None if logits is None else logits.roll(1, dims=-1)
+
+    monkeypatch.setattr(tracing, "replay", off)
     with pytest.warns(RetconWarning, match="whole passes are used, which takes longer"):
         found = causal_trace(lm, [EDIT], ALL)
     assert not found.settings.replayed
@@ -297,6 +303,44 @@ def test_averages_are_over_tokens_first_and_prompts_then() -> None:
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidSetting, match=message):
         Tracing(**settings)
+
+
+@pytest.mark.parametrize("family", ["gptj", "llama", "opt"])
+@pytest.mark.parametrize("kind", ["block", "mlp", "attn", "severed_mlp"])
+def test_only_what_a_cell_changes_is_run(family: str, kind: Any, still: Still) -> None:
+    """Tokens through each MLP: a window's lowest block takes the cell's own, the topmost block the last."""
+    lm, samples = still(family), 2
+    ran = [0] * lm.n_layers
+
+    def counting(layer: int) -> Any:
+        def count(_: Any, __: Any, out: Tensor) -> None:
+            ran[layer] += out.numel() // out.shape[-1]
+
+        return lm.site(layer, "down_proj").module.register_forward_hook(count)
+
+    alone = replace(ALL, kinds=(kind,), window=1, samples=samples, max_batch_tokens=1)  # a cell at a time: no padding
+    with lm.borrowed(), torch.no_grad():
+        prompt = tracing._prepare(lm, EDIT, alone, 1.0)
+        assert prompt is not None
+        handles = [counting(layer) for layer in range(lm.n_layers)]
+        tracing._trace(lm, EDIT, prompt, alone)
+    for handle in handles:
+        handle.remove()
+    lengths = range(1, len(prompt.row.ids) - prompt.subject.start + 1)  # of the cells of one layer
+    own = samples * len(lengths) if kind in ("mlp", "attn") else 0
+    above = samples * sum(lengths)
+    wanted = [own + layer * above for layer in range(lm.n_layers - 1)]
+    assert ran[:-1] == wanted
+    assert ran[-1] == samples * (len(lengths) * (lm.n_layers - 1) + (kind in ("mlp", "attn")))
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+@pytest.mark.parametrize("family", ["gptj", "llama"])
+def test_shallow_models_are_traced_too(family: str, n_layers: int, tiny: Callable[..., LM]) -> None:
+    lm = tiny(family, n_layers=n_layers)
+    fast, plain = (trace(lm, replace(ALL, replayed=way)) for way in (True, False))
+    for kind in ALL.kinds:
+        assert_close(fast.scores[kind], plain.scores[kind], **TOLERANCE)
 
 
 def test_points_below_the_first_change_are_not_run(still: Still) -> None:

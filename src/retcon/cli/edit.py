@@ -202,6 +202,8 @@ def edit(
         + ")[/]"
     )
     show.print(f"saved  [bold]{escape(str(out))}[/]  [dim]{size(out.stat().st_size)}, delta {delta.id}[/]")
+    if help_ := remedy(resolved, delta):
+        show.print(f"[yellow]tune   {escape(help_)}[/]", soft_wrap=True)
     if as_json:
         emit(_record(model, resolved, delta, out, seed, took, measured))
     else:
@@ -393,6 +395,19 @@ def outcomes(delta: "Delta") -> str:
     if (said := [r.said for r in delta.report if r.said is not None]) and len(said) == len(delta.report):
         parts += [f"{sum(said)} are what the edited model says first"]
     return "; ".join(parts)
+
+
+def remedy(resolved: Resolved, delta: "Delta") -> str | None:
+    """Which settings to try next where nobody tuned any and a third of the edits or more stop for one reason."""
+    if resolved.preset is not None:
+        return None
+    counts = Counter(report.outcome for report in delta.report)
+    for outcome, ending, factor in (("clamped", "clamp", 4.0), ("conflict", "moment_weight", 0.1)):
+        values = {name: value for name, value in resolved.settings.items() if name.endswith(ending) and value}
+        if values and 3 * counts[outcome] >= len(delta.report):
+            tried = " ".join(f"--set {name}={factor * value:g}" for name, value in values.items())
+            return f"this model has no preset, and the defaults are for large ones: add {tried}"
+    return None
 
 
 def changes_table(lm: "LM", delta: "Delta") -> Table:

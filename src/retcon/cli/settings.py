@@ -36,7 +36,7 @@ class Resolved:
         """Where the settings come from."""
         probed = f"; layers by the probe over {self.n_probed:,} facts" if self.n_probed else ""
         if self.preset is None:
-            return "starting points by relative depth, untuned" + probed
+            return ("no preset: defaults, untuned" if probed else "starting points by relative depth, untuned") + probed
         return f"preset {self.preset.name} ({self.preset.source})" + probed
 
     @property

@@ -151,7 +151,10 @@ def advise(contrast: Contrast, rule: Rule | None = None, *, seed: int = 0) -> Ad
         low=low,
         high=high,
         contrast={where: d.mean(0) for where, d in delta.items()},
-        half_width={where: 1.96 * d.std(0) / len(d) ** 0.5 for where, d in delta.items()},
+        half_width={
+            where: 1.96 * (d.std(0) if len(d) > 1 else torch.full_like(d[0], torch.nan)) / len(d) ** 0.5
+            for where, d in delta.items()
+        },
         n_cases=len(contrast),
         n_known=n_known,
         weak=tuple(_weaknesses(rule, len(contrast), n_known, low, high)),

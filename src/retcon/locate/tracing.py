@@ -20,13 +20,13 @@ from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite, RetconWarning
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, Row, encode, encode_edit, subject_tokens
-from retcon.lm.replay import Frozen, record, replay
+from retcon.lm.replay import Frozen, replay, tokens_at
 from retcon.lm.trace import Point, Tap, TensorName, run, tapped
 from retcon.locate.embeddings import EMBEDDING, changing_embeddings, reading_first_input
 
 MAX_BATCH_TOKENS = 8192
-WORTH_A_PASS = 32
-"""Tokens of padding that a replay may have for each token position it takes in, rather than being split in two."""
+WORTH_A_PASS = 128
+"""Tokens of padding that a pass over cells of several tokens may have, rather than being split in two."""
 Kind = Literal["block", "mlp", "attn", "severed_mlp", "severed_attn"]
 """What is put back at a token: a block's output; the MLP's or the attention's outputs over a window of layers; a
 block's output while the MLPs (or attentions) above it keep what they put out when disturbed."""
@@ -215,8 +215,6 @@ class _Prompt:
     keys: list[Float[Tensor, "samples heads tokens d_head"]]
     """Of the disturbed runs, per block."""
     values: list[Float[Tensor, "samples heads tokens d_head"]]
-    frozen: Frozen | None
-    """A replay's unchanging parts, to be filled."""
 
 
 def _prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> _Prompt | None:
@@ -261,7 +259,6 @@ def _prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> _Prompt
         disturbed={p: value[1:] for p, value in found.items()},
         keys=[layer.keys[1:] for layer in cache.layers] if settings.replayed else [],
         values=[layer.values[1:] for layer in cache.layers] if settings.replayed else [],
-        frozen=record(lm, [row], [0], lm.n_layers)[0] if settings.replayed else None,
     )
 
 
@@ -309,6 +306,8 @@ def _trace(lm: LM, edit: Edit, prompt: _Prompt, settings: Tracing) -> Trace:
     n = len(prompt.row.ids)
     tokens = range(prompt.subject.start if settings.replayed else 0, n)  # what stands before was never disturbed
     cells = [_cell(lm, k, layer, t, settings) for k in settings.kinds for layer in range(lm.n_layers) for t in tokens]
+    if settings.replayed:
+        cells = [seen for cell in cells if (seen := _seen(lm, cell, n - 1)).clean]
     scores = {k: torch.full((n, lm.n_layers), prompt.low, dtype=torch.float64) for k in settings.kinds}
     for group in _groups(cells, n, settings):
         prob = _probability(_logits(lm, prompt, group, settings), prompt.answer, edit)
@@ -340,9 +339,8 @@ class _Cell:
 
     @property
     def first(self) -> int:
-        """The lowest block that puts out anything else than in the disturbed run."""
-        lowest = min(self.clean)
-        return lowest.layer + (lowest.tensor == "block")
+        """The block above the lowest that puts out anything else than in the disturbed run."""
+        return min(self.clean).layer + 1
 
 
 def _cell(lm: LM, kind: Kind, layer: int, token: int, settings: Tracing) -> _Cell:
@@ -357,73 +355,156 @@ def _cell(lm: LM, kind: Kind, layer: int, token: int, settings: Tracing) -> _Cel
     return _Cell(kind, layer, token, (Point(layer, "block"),), kept)
 
 
+def _seen(lm: LM, cell: _Cell, last: int) -> _Cell:
+    """The cell without what nothing reads: outputs of the topmost block anywhere but at the last token."""
+    if cell.token == last:
+        return cell
+    clean, disturbed = (
+        tuple(p for p in points if p.layer < lm.n_layers - 1) for points in (cell.clean, cell.disturbed)
+    )
+    return replace(cell, clean=clean, disturbed=disturbed)
+
+
 def _groups(cells: Sequence[_Cell], n_tokens: int, settings: Tracing) -> list[list[_Cell]]:
-    """Cells that share a pass: as many as fit, and in a replay only those of one first block and of like length."""
+    """Cells that are done at once: as many as fit; in a replay only those of one first block, in order of tokens."""
 
-    def key(cell: _Cell) -> tuple[int, int]:
-        return (cell.first, cell.token) if settings.replayed else (0, 0)
+    def first(cell: _Cell) -> int:
+        return cell.first if settings.replayed else 0
 
-    groups: list[list[_Cell]] = []
-    for (first, token), alike in groupby(sorted(cells, key=key), key):
-        added = list(alike)
-        longest = n_tokens - (groups[-1][0].token if groups and settings.replayed else 0)
-        padding = (longest - (n_tokens - token)) * len(added) * settings.samples
-        if not groups or key(groups[-1][0])[0] != first or padding > WORTH_A_PASS:
-            groups.append([])
-            longest = n_tokens - token
-        for cell in added:
-            if groups[-1] and (len(groups[-1]) + 1) * settings.samples * longest > settings.max_batch_tokens:
-                groups.append([])
-                longest = n_tokens - token
-            groups[-1].append(cell)
-    return groups
+    most = max(1, settings.max_batch_tokens // (settings.samples * n_tokens))
+    ordered = sorted(cells, key=lambda cell: (first(cell), cell.token)) if settings.replayed else cells
+    groups = [list(alike) for _, alike in groupby(ordered, first)]
+    return [alike[i : i + most] for alike in groups for i in range(0, len(alike), most)]
+
+
+def _rows(cells: Sequence[_Cell], settings: Tracing) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """Token and sample of every row, cell by cell."""
+    at = torch.tensor([cell.token for cell in cells]).repeat_interleave(settings.samples)
+    return at, torch.arange(settings.samples).repeat(len(cells))
 
 
 def _logits(lm: LM, prompt: _Prompt, cells: Sequence[_Cell], settings: Tracing) -> Float[Tensor, "rows vocab"]:
     """Logits behind the prompt for every cell and sample, cell by cell."""
-    at = torch.tensor([cell.token for cell in cells]).repeat_interleave(settings.samples)
-    samples = torch.arange(settings.samples).repeat(len(cells))
     if settings.replayed:
-        return _replayed(lm, prompt, cells, at, samples)
+        return _replayed(lm, prompt, cells, settings)
+    at, samples = _rows(cells, settings)
     ids = torch.tensor([prompt.row.ids] * len(at), device=lm.device)
     last = torch.full_like(at, prompt.row.prediction)
     with changing_embeddings(lm, _disturbing(samples, prompt.subject, prompt.noise, settings)):
-        taps = _taps(prompt, cells, at, samples, columns=at)
+        taps = _taps(prompt, cells, at, samples, at, range(lm.n_layers))
         logits = run(lm, Batch(ids, torch.ones_like(ids).bool()), taps, (torch.arange(len(at)), last))
     assert logits is not None
     return logits
 
 
-def _replayed(
-    lm: LM, prompt: _Prompt, cells: Sequence[_Cell], at: Int[Tensor, " rows"], samples: Int[Tensor, " rows"]
-) -> Float[Tensor, "rows vocab"]:
-    """The same by the blocks from the cells' first one on, and by the tokens from each row's own on."""
-    assert prompt.frozen is not None
+# --- only what a restoration can change --------------------------------------------------------------------------
+# Nothing below the block where it is made, and nothing before its token. In that block only the token itself changes,
+# for attention there reads the other tokens' inputs; in the blocks above, every token from it on; in the topmost one,
+# only the last token is read. So cells climb in three strides.
+
+
+def _replayed(lm: LM, prompt: _Prompt, cells: Sequence[_Cell], settings: Tracing) -> Float[Tensor, "rows vocab"]:
+    """The same for cells of one first block, in order of tokens."""
+    n, top = len(prompt.row.ids), lm.n_layers - 1
     (first,) = {cell.first for cell in cells}
-    n, prefix = len(prompt.row.ids), int(at.max())
-    tokens = (at[:, None] + torch.arange(n - int(at.min()))).clamp(max=n - 1)
-    earlier = (at[:, None] + torch.arange(-prefix, 0)).clamp(min=0)
-
-    def part(x: Tensor, of: Tensor) -> Tensor:
-        """Tokens of each row out of (samples, tokens, ...)."""
-        return x[samples[:, None].to(x.device), of.to(x.device)]
-
-    def cached(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(part(x.transpose(1, 2), earlier).transpose(1, 2) for x in layers[first:])
-
-    frozen = replace(
-        prompt.frozen,
-        first=first,
-        states=part(prompt.disturbed[Point(first - 1, "block")], tokens),
-        keys=cached(prompt.keys),
-        values=cached(prompt.values),
-        starts=tuple(at.tolist()),
-        lengths=tuple((n - at).tolist()),
+    at, samples = _rows(cells, settings)
+    changed = _changed(lm, prompt, cells, settings)
+    alone = dict(starts=(n - 1,) * len(at), lengths=(1,) * len(at))
+    if first > top:
+        given = Frozen(first=first, states=changed[:, None], keys=(), values=(), **alone)
+    else:
+        runs = _runs(cells, settings)
+        parts = zip(runs, changed.split([len(r) * settings.samples for r in runs]), strict=True)
+        climbed = zip(*(_climbed(lm, prompt, run, part, settings) for run, part in parts), strict=True)
+        state, keys, values = (torch.cat(found) for found in climbed)
+        given = Frozen(first=top, states=state[:, None], keys=(keys,), values=(values,), **alone)
+    none = torch.zeros_like(at)
+    logits = replay(
+        lm, given, _taps(prompt, cells, at, samples, none, range(given.first, top + 1)), (torch.arange(len(at)), none)
     )
-    taps = _taps(prompt, cells, at, samples, columns=torch.zeros_like(at))
-    logits = replay(lm, frozen, taps, (torch.arange(len(at)), n - 1 - at))
     assert logits is not None
     return logits
+
+
+def _changed(lm: LM, prompt: _Prompt, cells: Sequence[_Cell], settings: Tracing) -> Float[Tensor, "rows d_model"]:
+    """What leaves the block where the cell makes its lowest change, at the cell's token."""
+    at, samples = _rows(cells, settings)
+    layer = cells[0].first - 1
+    put = Point(layer, "block")
+    out = prompt.clean[put][at.to(prompt.clean[put].device)]
+    inside = torch.tensor([put not in cell.clean for cell in cells]).repeat_interleave(settings.samples)
+    if inside.any():
+        at, samples = at[inside], samples[inside]
+        entering = _part(prompt.disturbed[Point(layer - 1, "block")], samples, at[:, None])
+        given = _given(prompt, range(layer, layer + 1), entering, at, samples, torch.ones_like(at))
+        found: list[Tensor] = []
+        some = [cell for cell in cells if put not in cell.clean]
+        taps = _taps(prompt, some, at, samples, torch.zeros_like(at), range(layer, layer + 1))
+        replay(lm, given, {**taps, put: lambda value: found.append(value[:, 0])})
+        out[inside.to(out.device)] = found[0].to(out)
+    return out
+
+
+def _runs(cells: Sequence[_Cell], settings: Tracing) -> list[list[_Cell]]:
+    """Cells in runs with little padding, given in order of tokens."""
+    runs: list[list[_Cell]] = []
+    padding = 0
+    for cell in cells:
+        padding += (cell.token - runs[-1][0].token) * settings.samples if runs else 0
+        if not runs or padding > WORTH_A_PASS:
+            runs.append([])
+            padding = 0
+        runs[-1].append(cell)
+    return runs
+
+
+def _climbed(
+    lm: LM, prompt: _Prompt, cells: Sequence[_Cell], changed: Float[Tensor, "rows d_model"], settings: Tracing
+) -> tuple[
+    Float[Tensor, "rows d_model"],
+    Float[Tensor, "rows heads earlier d_head"],
+    Float[Tensor, "rows heads earlier d_head"],
+]:
+    """The last token's state below the topmost block, and that block's attention keys and values of all others."""
+    at, samples = _rows(cells, settings)
+    n, first, top = len(prompt.row.ids), cells[0].first, lm.n_layers - 1
+    tokens = (at[:, None] + torch.arange(n - int(at.min()))).clamp(max=n - 1)
+    entering = _part(prompt.disturbed[Point(first - 1, "block")], samples, tokens)
+    entering[:, 0] = changed
+    given = _given(prompt, range(first, top + 1), entering, at, samples, n - at)
+    cache = given.cache(lm)
+    found: list[Tensor] = []
+
+    def read(value: Tensor) -> None:
+        found.append(value[torch.arange(len(at)), (n - 1 - at).to(value.device)])
+
+    taps = _taps(prompt, cells, at, samples, torch.zeros_like(at), range(first, top))
+    replay(lm, given, {**taps, Point(top - 1, "block"): read, Point(top, "attn_key"): lambda _: None}, cache=cache)
+    column = int(at.max()) - at[:, None] + torch.arange(n - 1)  # earlier tokens stand aligned before column `at.max()`
+    keys, values = (tokens_at(x.transpose(1, 2), column).transpose(1, 2) for x in cache.layers[top].all_of_it())
+    return found[0], keys, values
+
+
+def _given(
+    prompt: _Prompt,
+    layers: range,
+    states: Float[Tensor, "rows columns d_model"],
+    at: Int[Tensor, " rows"],
+    samples: Int[Tensor, " rows"],
+    lengths: Int[Tensor, " rows"],
+) -> Frozen:
+    """What a replay of those blocks from each row's token on takes as given: states, and disturbed tokens before."""
+    earlier = (at[:, None] + torch.arange(-int(at.max()), 0)).clamp(min=0)
+    keys, values = (
+        tuple(_part(part[layer].transpose(1, 2), samples, earlier).transpose(1, 2) for layer in layers)
+        for part in (prompt.keys, prompt.values)
+    )
+    return Frozen(layers.start, states, keys, values, tuple(at.tolist()), tuple(lengths.tolist()))
+
+
+def _part(x: Tensor, samples: Int[Tensor, " rows"], tokens: Int[Tensor, "rows columns"]) -> Tensor:
+    """Tokens of each row out of (samples, tokens, ...)."""
+    return x[samples[:, None].to(x.device), tokens.to(x.device)]
 
 
 def _taps(
@@ -432,8 +513,9 @@ def _taps(
     at: Int[Tensor, " rows"],
     samples: Int[Tensor, " rows"],
     columns: Int[Tensor, " rows"],
+    layers: range,
 ) -> dict[Point, Tap]:
-    """Taps that put, in every row of a cell, the cell's values of token `at` into the row's column."""
+    """Taps in these layers that put, in every row of a cell, the cell's values of token `at` into the row's column."""
     rows_of = torch.arange(len(at)).view(len(cells), -1)
 
     def putting(point: Point) -> Tap:
@@ -450,17 +532,19 @@ def _taps(
 
         return put
 
-    return {point: putting(point) for point in {p for cell in cells for p in (*cell.clean, *cell.disturbed)}}
+    points = {p for cell in cells for p in (*cell.clean, *cell.disturbed)}
+    return {point: putting(point) for point in points if point.layer in layers}
 
 
 def _replay_agrees(lm: LM, prompt: _Prompt, settings: Tracing) -> bool:
-    """Whether both ways give the same, on the middle layer of a prompt; where not, a warning says so."""
-    tokens = range(prompt.subject.start, len(prompt.row.ids))
+    """Whether both ways give the same at three tokens of the middle layer; where not, a warning says so."""
+    last = len(prompt.row.ids) - 1
+    tokens = sorted({prompt.subject.start, prompt.subject.stop - 1, last})
     for kind in settings.kinds:
         cells = [_cell(lm, kind, lm.n_layers // 2, token, settings) for token in tokens]
-        fast, plain = (
-            _logits(lm, prompt, cells, replace(settings, replayed=way)).float().softmax(-1) for way in (True, False)
-        )
+        cells = [cell for cell in cells if _seen(lm, cell, last).clean]
+        plain = _logits(lm, prompt, cells, replace(settings, replayed=False)).float().softmax(-1)
+        fast = _logits(lm, prompt, [_seen(lm, cell, last) for cell in cells], settings).float().softmax(-1)
         allowed = 0.02 if lm.dtype in (torch.float16, torch.bfloat16) else 1e-4
         off = float((plain - fast).abs().max())
         if not off <= allowed:

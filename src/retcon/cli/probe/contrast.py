@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
+from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, left_out, write
 from retcon.cli.shell import (
     Device,
     DType,
@@ -142,10 +142,7 @@ def _said(found: "Contrast") -> str:
     line = f"probed {count(len(found), 'fact')}; the model says the original answer in {int(found.known.sum()):,}"
     if n := int(found.assumed.sum()):
         line += f" ({n:,} of them give none: the model's own next token stands in)"
-    if found.skipped:
-        reasons = list(found.skipped.values())
-        line += "; left out: " + ", ".join(f"{reasons.count(r):,} ({r})" for r in dict.fromkeys(reasons))
-    return line
+    return line + left_out(found.skipped)
 
 
 def _table(found: "Contrast") -> Table:

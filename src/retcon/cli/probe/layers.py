@@ -2,13 +2,14 @@
 
 import shlex
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
+from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, left_out, write
 from retcon.cli.shell import (
     Device,
     DType,
@@ -52,6 +53,7 @@ def layers(
     edits, source = facts(model, cases, start, limit, seed)
     lm = load_model(model, device=device, dtype=dtype)
 
+    from retcon.lm.load import DEMO
     from retcon.locate import Rule, advise, contrast_probe, figures
 
     with bars() as advance:
@@ -66,7 +68,8 @@ def layers(
     show = console()
     show.print(f"[bold]layers[/] for {escape(str(lm))}")
     show.print(f"facts  {escape(source)}", soft_wrap=True)
-    show.print(f"probed {advice.n_cases:,}; the model says the original answer in {advice.n_known:,}")
+    said = f"probed {advice.n_cases:,}; the model says the original answer in {advice.n_known:,}"
+    show.print(said + escape(left_out(found.skipped)), soft_wrap=True)
     show.print()
     show.print(_table(advice))
     show.print()
@@ -82,6 +85,8 @@ def layers(
     show.print(f"written  {escape(', '.join(map(str, written)))}", soft_wrap=True)
     file = "EDITS" if cases is None else shlex.quote(str(cases))
     ask = f"{program()} edit {shlex.quote(model)} {file} --layers probe --out edits.safetensors"
+    if not (model.startswith(DEMO) or find_spec("datasets")):  # without which WikiText-103 cannot be had
+        ask += " --corpus TEXT"
     show.print(f"[dim]try      {escape(ask)}[/]", soft_wrap=True)
 
 
@@ -99,7 +104,7 @@ def _table(advice: "Advice") -> Table:
             f"{choice.stability:.0%}",
             _next_best(choice),
         )
-    table.caption = "score: sum of Δ, the rank gained by the original answer beyond the target's, in e-folds"
+    table.caption = "score: sum of Δ, log ranks the original answer gains beyond the target"
     return table
 
 

@@ -58,6 +58,13 @@ def facts(model: str, cases: Path | None, start: int, limit: int, seed: int) -> 
     return list(asked.edits), asked.about
 
 
+def left_out(skipped: Mapping[str, str]) -> str:
+    """How many facts were not looked at, and why; empty where all were."""
+    reasons = list(skipped.values())
+    told = ", ".join(f"{reasons.count(r):,} ({r})" for r in dict.fromkeys(reasons))
+    return f"; left out: {told}" if told else ""
+
+
 def write(stem: str, figures: Mapping[str, "Figure"], record: Mapping[str, Any]) -> list[Path]:
     """The figures as `stem``suffix`.png and .svg, the numbers behind them as `stem`.json; the paths written."""
     import json
