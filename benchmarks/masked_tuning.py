@@ -1,14 +1,18 @@
 """Masked tuning (KNE, CTP) measured: single edits, one batch, or one edit after another, over values of a setting.
 
-    python -m benchmarks.masked_tuning kne ctp jeep --model demo:gptj --n 100
-    python -m benchmarks.masked_tuning kne --model demo:gptj --n 100 --vary budget='[0.002, 0.01, 0.05]'
-    python -m benchmarks.masked_tuning kne --model PATH --data FILE --start 1000 --n 100 --located 25 100 400
-    python -m benchmarks.masked_tuning ctp --protocol single --n 50 --vary contrast='["none", "mirror"]'
+    python -m benchmarks.masked_tuning run kne ctp jeep --model demo:gptj --n 100
+    python -m benchmarks.masked_tuning run kne --n 100 --vary budget='[0.002, 0.01, 0.05]' --out budget.jsonl
+    python -m benchmarks.masked_tuning run kne --model PATH --data FILE --start 1000 --n 100 --located 25 100 400
+    python -m benchmarks.masked_tuning run ctp --protocol single --n 50 --vary contrast='["none", "mirror"]'
+    python -m benchmarks.masked_tuning plot budget=budget.jsonl facts=located.jsonl --out docs/methods/figures/kne-size
 
 Settings are each method's preset for the model; `--set` overrides. Several `--vary` make a grid. ES, GS, LS are
 CounterFact's comparison of probabilities, Score their harmonic mean, "agreement" the share of answer tokens under
 neighbours where the edited model's own choice is the unedited one's. A row's last columns are seconds per edit,
 the share of the model's parameters that changed (the mean over deltas), and edits whose loss came below the threshold.
+
+`plot` draws rows that `--out` kept, over a setting that was varied (or `facts`, of `--located`): a panel for each
+SETTING=ROWS, and one for each value of another setting that was varied with it.
 """
 
 import argparse
@@ -18,6 +22,7 @@ import statistics
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +31,66 @@ from benchmarks.common import cases_of, machine, moments_of
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
+from retcon.evaluation.summary import Estimate
 from retcon.lm.model import LM
+from retcon.locate.figures import figure, save
 from retcon.methods.base import Method
 from retcon.methods.kne import Kne
 
-HEAD = ("row", "Score", "ES", "GS", "LS", "agreement", "s/edit", "changed", "reached")
+METRICS: dict[str, str | tuple[str, str]] = {
+    "Score": "Score",
+    "ES": "ES",
+    "GS": "GS",
+    "LS": "LS",
+    "agreement": ("LS", "ee.loc.argmax"),
+}
+HEAD = ("row", *METRICS, "s/edit", "changed", "reached")
+STYLES: dict[str, dict[str, Any]] = {
+    "ES": dict(color="black", linestyle="-", marker="o"),
+    "GS": dict(color="black", linestyle="--", marker="s"),
+    "LS": dict(color="0.5", linestyle="-", marker="^"),
+    "agreement": dict(color="0.5", linestyle="--", marker="v"),
+    "reached": dict(color="0.7", linestyle=":", marker="x"),
+}
+LABELS = {
+    "facts": "facts localised",
+    "budget": "ensemble, share of all parameters",
+    "n_positive": "paths in T+",
+    "contrast_weight": "λ",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one row of the table holds."""
+
+    quality: dict[str, Estimate]
+    """Per metric of `METRICS`, as a share."""
+    seconds: float
+    """Per edit."""
+    changed: float
+    """Share of the model's parameters."""
+    reached: float
+    """Share of the edits."""
+
+    def cells(self) -> list[str]:
+        """For people."""
+        quality = [self.quality[metric].percent() for metric in METRICS]
+        return [*quality, f"{self.seconds:.2f}", f"{100 * self.changed:.2f} %", f"{100 * self.reached:.0f} %"]
+
+    def record(self) -> dict[str, Any]:
+        """For `plot`: metrics as value, low and high, all but seconds times 100."""
+        return {
+            **{metric: _percents(self.quality[metric]) for metric in METRICS},
+            "seconds": self.seconds,
+            "changed": 100 * self.changed,
+            "reached": [100 * self.reached] * 3,
+        }
+
+
+def _percents(estimate: Estimate) -> list[float]:
+    value, interval = estimate.value or 0.0, estimate.interval
+    return [100 * x for x in (value, *((interval.low, interval.high) if interval else (value, value)))]
 
 
 class Bench:
@@ -54,8 +114,8 @@ class Bench:
         self.more["moments"].prepare(self.lm, [self.lm.site(layer, "down_proj") for layer in layers])
         return self.more
 
-    def row(self, name: str, method: Method, state: Any = None) -> list[str]:
-        """One line of the table."""
+    def outcome(self, method: Method, state: Any = None) -> Outcome:
+        """The cases edited and measured; the model is as before."""
         given = self.given(method)
         deltas: list[Delta] = []
         records: list[Any] = []
@@ -76,12 +136,13 @@ class Bench:
         finally:
             self.lm.revert_all()
         summary = Evaluation(list(self.pre.records) + records, dict(self.pre.context), {}, {}).summary()
-        cells = [summary[m].post.percent() for m in ("Score", "ES", "GS", "LS")]
-        cells.append(summary["LS", "ee.loc.argmax"].post.percent())
-        changed = statistics.mean(self._n_changed(delta) for delta in deltas) / self.n_parameters
         reports = [report for delta in deltas for report in delta.report]
-        reached = sum(report.stopped == "reached" for report in reports) / len(reports)
-        return [name, *cells, f"{seconds / len(reports):.2f}", f"{100 * changed:.2f} %", f"{100 * reached:.0f} %"]
+        return Outcome(
+            {metric: _measured(summary[key].post) for metric, key in METRICS.items()},
+            seconds / len(reports),
+            statistics.mean(self._n_changed(delta) for delta in deltas) / self.n_parameters,
+            sum(report.stopped == "reached" for report in reports) / len(reports),
+        )
 
     def _after(self, cases: Sequence[Case], delta: Delta | None) -> list[Any]:
         measured = evaluate(self.lm, cases, delta=delta, pre=self.pre, generate=False)
@@ -97,6 +158,11 @@ class Bench:
         return count
 
 
+def _measured(estimate: Estimate | None) -> Estimate:
+    assert estimate is not None
+    return estimate
+
+
 def varied(settings: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Every combination of the values given as FIELD=[VALUE, ...] in TOML."""
     lists = tomllib.loads("\n".join(settings))
@@ -104,52 +170,88 @@ def varied(settings: Sequence[str]) -> Iterator[dict[str, Any]]:
         yield dict(zip(lists, values, strict=True))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="+")
-    parser.add_argument("--model", default="demo:gptj")
-    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
-    parser.add_argument("--corpus", help="text for second moments, for methods that use them")
-    parser.add_argument("--start", type=int, default=0)
-    parser.add_argument("--n", type=int, default=100)
-    parser.add_argument("--protocol", choices=("single", "batch", "consecutive"), default="batch")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting, as TOML")
-    parser.add_argument("--vary", action="append", default=[], metavar="FIELD=[VALUE, ...]")
-    parser.add_argument("--located", type=int, nargs="+", help="kne: locate once on so many facts from --start on")
-    parser.add_argument("--random", action="store_true", help="beside each row, one with random units or nodes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="rows as JSON lines, too")
-    args = parser.parse_args()
-
+def run(args: argparse.Namespace) -> None:
     lm = retcon.load(args.model)
     fixed = tomllib.loads("\n".join(args.set))
     bench = Bench(lm, cases_of(args.data, args.start, args.n, args.seed), args.protocol, args.corpus, args.seed)
+    about = dict(model=args.model, protocol=args.protocol, n=len(bench.cases), start=args.start, seed=args.seed)
     print(f"{args.model}, {args.protocol}, n = {args.n} from {args.start}, seed {args.seed}; {machine()}\n")
-    print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD), flush=True)
-
-    def show(cells: list[str]) -> None:
-        print(f"| {' | '.join(cells)} |", flush=True)
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps(dict(zip(HEAD, cells, strict=True))) + "\n")
-
+    print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
     before = bench.pre.summary()
-    cells = [before[m].pre.percent() for m in ("Score", "ES", "GS", "LS")]
-    show(["unedited", *cells, "", "", "", ""])
+    print("| unedited | " + " | ".join(_measured(before[key].pre).percent() for key in METRICS.values()) + " | | | |")
+
+    def show(name: str, settings: dict[str, Any], outcome: Outcome) -> None:
+        label = ", ".join([name, *(f"{k}={v}" for k, v in settings.items())])
+        print(f"| {' | '.join([label, *outcome.cells()])} |", flush=True)
+        if args.out:
+            row = {**about, "method": name, "settings": settings, **outcome.record()}
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
     for name, settings in itertools.product(args.methods, varied(args.vary)):
         for control in ({}, {"score": "random"}) if args.random and name in ("kne", "ctp") else ({},):
-            method = retcon.method(name, for_model=lm, **{**fixed, **settings, **control})
-            label = ", ".join([name, *(f"{k}={v}" for k, v in {**settings, **control}.items())])
+            shown = {**settings, **control}
+            method = retcon.method(name, for_model=lm, **{**fixed, **shown})
             if args.located and isinstance(method, Kne):
                 facts = [case.edits[0] for case in cases_of(args.data, args.start, max(args.located), args.seed)]
-                method = retcon.method(
-                    name, for_model=lm, **{**fixed, **settings, **control, "reuse": True, "locate_limit": len(facts)}
-                )
+                method = replace(method, reuse=True, locate_limit=len(facts))
                 for n in args.located:
-                    state = method.locate(lm, facts[:n], seed=args.seed)  # type: ignore[attr-defined]
-                    show(bench.row(f"{label}, {n} facts", method, state))
+                    state = method.locate(lm, facts[:n], seed=args.seed)
+                    show(name, {**shown, "facts": n}, bench.outcome(method, state))
             else:
-                show(bench.row(label, method))
+                show(name, shown, bench.outcome(method))
+
+
+def plot(args: argparse.Namespace) -> None:
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for panel in args.panels:
+        field, rows = panel.split("=", 1)
+        for line in Path(rows).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            others = ", ".join(f"{k}={v}" for k, v in row["settings"].items() if k != field)
+            panels.setdefault((field, others), []).append(row)
+    made, axes = figure(1, len(panels), 3.6 * len(panels), 3.6, sharey=True)
+    for axis, ((field, others), rows_of) in zip(axes[0], panels.items(), strict=True):
+        for i, (metric, style) in enumerate(STYLES.items()):
+            values, low, high = zip(*(row[metric] for row in rows_of), strict=True)
+            places = [place + 0.05 * (i - 2) for place in range(len(rows_of))]  # so that no interval hides another
+            below, above = ([abs(end - v) for end, v in zip(ends, values, strict=True)] for ends in (low, high))
+            axis.errorbar(places, values, [below, above], markersize=4, capsize=2, linewidth=1, label=metric, **style)
+        axis.set_xticks(range(len(rows_of)), [_said(row["settings"][field]) for row in rows_of])
+        axis.set(xlabel=LABELS.get(field, field), ylim=(-2, 103), title=others)
+    axes[0, 0].set_ylabel("%, with 95 % intervals over cases")
+    axes[0, -1].legend(fontsize=8)
+    print(", ".join(map(str, save(made, args.out))))
+
+
+def _said(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    running = verbs.add_parser("run")
+    running.add_argument("methods", nargs="+")
+    running.add_argument("--model", default="demo:gptj")
+    running.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
+    running.add_argument("--corpus", help="text for second moments, for methods that use them")
+    running.add_argument("--start", type=int, default=0)
+    running.add_argument("--n", type=int, default=100)
+    running.add_argument("--protocol", choices=("single", "batch", "consecutive"), default="batch")
+    running.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting, as TOML")
+    running.add_argument("--vary", action="append", default=[], metavar="FIELD=[VALUE, ...]")
+    running.add_argument("--located", type=int, nargs="+", help="kne: locate once on so many facts from --start on")
+    running.add_argument("--random", action="store_true", help="beside each row, one with random units or nodes")
+    running.add_argument("--seed", type=int, default=0)
+    running.add_argument("--out", type=Path, help="JSON lines, for `plot`; rows are added")
+    running.set_defaults(act=run)
+    plotting = verbs.add_parser("plot")
+    plotting.add_argument("panels", nargs="+", metavar="SETTING=ROWS", help="what is on the x axis, and a file of rows")
+    plotting.add_argument("--out", required=True, metavar="STEM", help="writes STEM.png and STEM.svg")
+    plotting.set_defaults(act=plot)
+    args = parser.parse_args()
+    args.act(args)
 
 
 if __name__ == "__main__":

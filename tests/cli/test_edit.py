@@ -232,6 +232,8 @@ def test_dry_run_says_what_it_would_take_and_saves_nothing(cli: Callable[..., An
     assert not list(here.glob("cache/**/*.safetensors"))
     cli(*EDIT)
     assert "no second moments to collect" in cli(*without_out, "--dry-run").stdout
+    unread = cli("edit", "gptj", "edits.jsonl", "--method", "ctp", "--set", "epochs=1", "--dry-run").stdout
+    assert "second moment" not in unread  # it has no use for them
 
 
 def test_without_a_file_to_save_to_there_is_no_run(cli: Callable[..., Any]) -> None:

@@ -35,7 +35,13 @@ def test_attribution_adds_up_and_is_drawn(unit, cli, edits):
     assert all(Path(f"where{part}.{kind}").stat().st_size for part in ("", "-overlap") for kind in ("png", "svg"))
     assert found["chosen"] == sum(sum(counts) for counts in found["in_ensemble"].values())
     assert found["overlap"]["pairs"] == [1, 2]
-    assert len(found["carried"]["down_proj"]) == 4
+    assert len(found["carried"]["down_proj"]) == len(found["carried_half_width"]["down_proj"]) == 4
+    joint = json.loads(
+        cli(
+            "probe", "attribution", "gptj", "--cases", edits, "--points", "1", "--probability", "joint", "--json"
+        ).stdout
+    )
+    assert 0 < joint["answers_have"] < found["answers_have"]  # answers of several tokens
 
 
 def test_paths_are_listed_and_drawn(cli, edits):

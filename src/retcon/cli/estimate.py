@@ -32,8 +32,10 @@ class Estimate:
     """How many of them were proposed for this estimate; nothing of that is kept."""
     edit_seconds: float
     """For all edits; more of them share what batches share, so it is rather too much than too little."""
+    moments_asked: int
+    """Second moments that the method asks for."""
     moments_missing: int
-    """Second moments that are not yet on disk."""
+    """Those of them that are not yet on disk."""
     moments_tokens: int
     moments_seconds: float
     model_bytes: int
@@ -53,7 +55,7 @@ class Estimate:
         if self.moments_missing:
             what = f"{count(self.moments_missing, 'second moment')} from {self.moments_tokens:,} tokens, once"
             table.add_row("", f"about {seconds(self.moments_seconds)} before that", f"[dim]{what}[/]")
-        else:
+        elif self.moments_asked:
             table.add_row("", "no second moments to collect", "[dim]they are on disk[/]")
         peak = size(self.peak_bytes) if self.peak_bytes else "unknown"
         table.add_row("memory", f"model {size(self.model_bytes)}, peak {peak}", "[dim]of the trial[/]")
@@ -66,9 +68,11 @@ class StoredOrIdentity:
 
     def __init__(self, inner: "CorpusMoments") -> None:
         self.inner = inner
+        self.asked: set[str] = set()
         self.missing: dict[str, Site] = {}
 
     def prepare(self, lm: "LM", sites: "Sequence[Site]") -> None:
+        self.asked |= {s.name for s in sites}
         self.missing |= {s.name: s for s in sites if self.inner.stored(lm, s) is None}
 
     def second_moment(self, lm: "LM", site: "Site") -> "Float[Tensor, 'd_in d_in']":
@@ -119,6 +123,7 @@ def estimate(
         edits=len(edits),
         tried=len(tried),
         edit_seconds=took + more * (len(edits) - len(tried)),
+        moments_asked=len(trial.asked),
         moments_missing=len(trial.missing),
         moments_tokens=n_tokens,
         moments_seconds=collecting,

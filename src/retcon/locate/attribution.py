@@ -11,20 +11,22 @@ of a column of sum_t x_t (W^T g_t): activations and their gradients, no weight g
 which is formed for one matrix at a time.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal, get_args
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import Row, buckets, pad
-from retcon.lm.replay import Frozen, record, replay
+from retcon.lm.replay import Frozen, replay
 from retcon.lm.trace import Point, Tap, run
 from retcon.locate.gradients import Caught, catch
 from retcon.tune.objective import Answer, answer_places, answer_rows, gold
@@ -94,20 +96,19 @@ class _Copies:
     alpha: Float[Tensor, " m"]
     weight: Float[Tensor, " m"]
 
+    @cached_property
+    def places(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+        """(row, position) of what predicts an answer token, in all copies."""
+        return answer_places(self.labels * len(self.alpha))
+
     def objective(self, log_p: Float[Tensor, "n vocab"], probability: Probability) -> Tensor:
         """sum over points of weight * F."""
-        m, n = len(self.alpha), len(self.labels)
-        found = gold(log_p, self.labels * m)
-        at, _ = answer_places(self.labels * m)
-        longest = max(len(row.target_ids) for row in self.labels)
-        place = torch.cat([torch.arange(len(row.target_ids)) for row in self.labels * m])
-        table = found.new_zeros(m * n, longest).index_put((at.to(found.device), place.to(found.device)), found)
-        there = torch.zeros_like(table, dtype=torch.bool).index_put(
-            (at.to(found.device), place.to(found.device)), torch.tensor(True, device=found.device)
-        )
+        m = len(self.alpha)
+        found = gold(log_p, self.labels * m).view(m, -1)
         if probability == "joint":
-            table = table.cumsum(1)
-        return (table.exp() * there).sum(1).view(m, n).sum(1) @ self.weight.to(table)
+            by_fact = found.split([len(row.target_ids) for row in self.labels], 1)
+            found = torch.cat([tokens.cumsum(1) for tokens in by_fact], 1)
+        return found.exp().sum(1) @ self.weight.to(found)
 
 
 def attribute(
@@ -216,10 +217,14 @@ class _Below:
             return cls({}, {}, {})
         with torch.no_grad():
             run(lm, pad(rows, lm.device), {point: reader(point) for point in wanted})
-        first, _ = record(lm, rows, [0] * len(rows), 1)
         _ = lm.block_outputs  # found by a pass of its own, which must not meet the hooks of an attribution
+        starts, lengths = (0,) * len(rows), tuple(len(row.ids) for row in rows)
         return cls(
-            {p.layer + 1: replace(first, first=p.layer + 1, states=x) for p, x in seen.items() if p.tensor == "block"},
+            {
+                p.layer + 1: Frozen(p.layer + 1, x, (), (), starts, lengths)
+                for p, x in seen.items()
+                if p.tensor == "block"
+            },
             {p.layer: x for p, x in seen.items() if p.tensor == "key"},
             {p.layer: x for p, x in seen.items() if p.tensor == "mlp"},
         )
@@ -243,7 +248,9 @@ def _behind(lm: LM, copies: _Copies, site: Site, below: _Below, how: Attribution
     def change(state: Tensor) -> Tensor:
         return (state + moved).to(state.dtype)
 
-    with torch.enable_grad():
+    with ExitStack() as stack, torch.enable_grad():
+        if site.layer < lm.n_layers - 1:
+            stack.enter_context(_last_block_only_at(lm, copies.places, shape[1]))
         log_p = _log_p(lm, copies, frozen, {Point(site.layer, "block"): change})
         (g,) = torch.autograd.grad(copies.objective(log_p, how.probability), [moved])
     g = g.view(len(copies.alpha), -1, shape[-1]).sum(0)  # x and h are the same for all copies
@@ -251,16 +258,43 @@ def _behind(lm: LM, copies: _Copies, site: Site, below: _Below, how: Attribution
     return Caught(site, x.reshape(len(g), -1).to(wide), h.reshape(len(g), -1), g)
 
 
+@contextmanager
+def _last_block_only_at(lm: LM, places: tuple[Int[Tensor, " n"], Int[Tensor, " n"]], n_columns: int) -> Iterator[None]:
+    """What the last block makes of a token is read at these (row, position) only: elsewhere its MLP and its attention's
+    out-projection are left out, and put out 0."""
+    at = places[0] * n_columns + places[1]
+    shape: tuple[int, ...] = ()
+
+    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal shape
+        shape = args[0].shape[:-1]
+        return (args[0].reshape(-1, args[0].shape[-1])[at.to(args[0].device)], *args[1:])
+
+    def scatter(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        everywhere = output.new_zeros(math.prod(shape), output.shape[-1])
+        return everywhere.index_copy(0, at.to(output.device), output).view(*shape, -1)
+
+    mlp_in, mlp_out, attention_out = (
+        {lm.site(lm.n_layers - 1, kind).module for kind in kinds if getattr(lm.layout, kind)}
+        for kinds in (("up_proj", "gate_proj"), ("down_proj",), ("o_proj",))
+    )
+    with ExitStack() as stack:
+        for module in mlp_in | attention_out:
+            stack.callback(module.register_forward_pre_hook(gather).remove)
+        for module in mlp_out | attention_out:
+            stack.callback(module.register_forward_hook(scatter).remove)
+        yield
+
+
 def _log_p(
     lm: LM, copies: _Copies, frozen: Frozen | None, taps: Mapping[Point, Tap] | None = None
 ) -> Float[Tensor, "n vocab"]:
     """Log-probabilities where answers are predicted, for all copies; a replay where what enters a block is known."""
     m, n = len(copies.alpha), len(copies.rows)
-    places = answer_places(copies.labels * m)
     if frozen is None:
-        logits = run(lm, pad(copies.rows * m, lm.device), {}, places)
+        logits = run(lm, pad(copies.rows * m, lm.device), {}, copies.places)
     else:
-        logits = replay(lm, frozen.select(list(range(n)) * m), taps or {}, places)
+        logits = replay(lm, frozen.select(list(range(n)) * m), taps or {}, copies.places)
     assert logits is not None
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 

@@ -111,7 +111,7 @@ class Kne:
             raise InvalidSetting("kne: unit_score='sum_abs' sums over a row or column; entries have nothing to sum")
         if self.locate_limit < 1:
             raise InvalidSetting(f"kne: locate_limit must be at least 1, found {self.locate_limit}")
-        self._attribution(), self._schedule()
+        self.attribution(), self._schedule()
 
     @classmethod
     def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class Kne:
             generator = torch.Generator().manual_seed(seed)
             return [torch.rand(self._n_units(site), generator=generator) for site in sites]
         unit: Unit = "entry" if self.unit_score == "sum_abs" else self.granularity
-        found = attribute(lm, facts, sites, self._attribution(), unit, progress=partial(progress, "attribution"))
+        found = attribute(lm, facts, sites, self.attribution(), unit, progress=partial(progress, "attribution"))
         if self.unit_score == "sum_abs":
             over = 1 if self.granularity == "row" else 0
             found = [s.abs().view(site.weight.shape).sum(over) for s, site in zip(found, sites, strict=True)]
@@ -215,6 +215,16 @@ class Kne:
         sites = self.sites(lm)
         found = select(scores, self.n_chosen(lm, sites))
         return {_key(site): units for site, units in zip(sites, found, strict=True) if len(units)}
+
+    def attribution(self) -> Attribution:
+        """How scores are found."""
+        return Attribution(
+            path=self.path,
+            n_points=self.n_points,
+            quadrature=self.quadrature,
+            probability=self.probability,
+            answer=self.answer,
+        )
 
     def _n_units(self, site: Site) -> int:
         out, into = site.weight.shape
@@ -244,15 +254,6 @@ class Kne:
                     f"ensemble over {', '.join(self.modules)} of {lm.name!r}; locate anew (reuse=False)"
                 )
         return {name: index.cpu() for name, index in state.items()}
-
-    def _attribution(self) -> Attribution:
-        return Attribution(
-            path=self.path,
-            n_points=self.n_points,
-            quadrature=self.quadrature,
-            probability=self.probability,
-            answer=self.answer,
-        )
 
     def _schedule(self) -> Schedule:
         return Schedule(epochs=self.epochs, batch_size=self.batch_size, stop_loss=self.stop_loss)

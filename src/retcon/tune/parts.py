@@ -40,55 +40,45 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedRows:
-    """dW[index] = scale * values: output units."""
+class _Units:
+    """A row of values for each of some units of one matrix; what a unit is, its kinds below say."""
 
     site: Site
     index: Int[Tensor, " n"]
-    values: Float[Tensor, "n in"]
+    values: Float[Tensor, "n ..."]
     scale: float = 1.0
 
     def trained(self) -> list[Tensor]:
         return [self.values]
+
+    def _added(self) -> tuple[Int[Tensor, " n"], Float[Tensor, "n ..."]]:
+        """Units, and scale * values."""
+        return self.index.cpu(), self.scale * self.values.detach().cpu()
+
+
+class TrainedRows(_Units):
+    """dW[index] = scale * values (n, in): output units."""
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return y.index_add(-1, self.site.outputs(self.index), self.scale * (x @ self.values.T))
 
     def change(self) -> tuple[str, Change]:
-        return self.site.name, self.site.stored_rows(self.index.cpu(), self.scale * self.values.detach().cpu())
+        return self.site.name, self.site.stored_rows(*self._added())
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedColumns:
-    """dW[:, index] = scale * values.T: input units. One row of `values` per unit."""
-
-    site: Site
-    index: Int[Tensor, " n"]
-    values: Float[Tensor, "n out"]
-    scale: float = 1.0
-
-    def trained(self) -> list[Tensor]:
-        return [self.values]
+class TrainedColumns(_Units):
+    """dW[:, index] = scale * values.T, values (n, out): input units."""
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return _add_to_site(self.site, y, self.scale * (x[..., self.index] @ self.values))
 
     def change(self) -> tuple[str, Change]:
-        columns = (self.scale * self.values.detach().cpu()).T.contiguous()
-        return self.site.name, self.site.stored_columns(self.index.cpu(), columns)
+        index, values = self._added()
+        return self.site.name, self.site.stored_columns(index, values.T.contiguous())
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedEntries:
-    """dW at the places `index`, counted row by row through W, = scale * values."""
-
-    site: Site
-    index: Int[Tensor, " n"]
-    values: Float[Tensor, " n"]
-    scale: float = 1.0
-
-    def trained(self) -> list[Tensor]:
-        return [self.values]
+class TrainedEntries(_Units):
+    """dW at the places `index`, counted row by row through W, = scale * values (n)."""
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         width = x.shape[-1]
@@ -96,7 +86,19 @@ class TrainedEntries:
         return y + self.scale * _Scattered.apply(x, self.values, rows, self.index % width, y.shape[-1])
 
     def change(self) -> tuple[str, Change]:
-        return self.site.name, self.site.stored_entries(self.index.cpu(), self.scale * self.values.detach().cpu())
+        return self.site.name, self.site.stored_entries(*self._added())
+
+
+class TrainedBias(_Units):
+    """The bias of output units `index` gets scale * values (n)."""
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        contribution = (self.scale * self.values).expand(*y.shape[:-1], -1)
+        return y.index_add(-1, self.site.outputs(self.index), contribution)
+
+    def change(self) -> tuple[str, Change]:
+        index, values = self._added()
+        return self.site.bias_name, Entries(index=self.site.outputs(index), entries=values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,27 +140,6 @@ class TrainedDense:
 
     def change(self) -> tuple[str, Change]:
         return self.site.name, self.site.stored_dense(self.values.detach().cpu())
-
-
-@dataclass(frozen=True, eq=False)
-class TrainedBias:
-    """The bias of output units `index` gets scale * values."""
-
-    site: Site
-    index: Int[Tensor, " n"]
-    values: Float[Tensor, " n"]
-    scale: float = 1.0
-
-    def trained(self) -> list[Tensor]:
-        return [self.values]
-
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        contribution = (self.scale * self.values).expand(*y.shape[:-1], -1)
-        return y.index_add(-1, self.site.outputs(self.index), contribution)
-
-    def change(self) -> tuple[str, Change]:
-        entries = self.scale * self.values.detach().cpu()
-        return self.site.bias_name, Entries(index=self.site.outputs(self.index.cpu()), entries=entries)
 
 
 def fresh(site: Site, *shape: int) -> Tensor:

@@ -31,6 +31,10 @@ def attribution(
     answer: Annotated[
         Literal["new", "true"], typer.Option(help="The answer whose probability is attributed.")
     ] = "true",
+    probability: Annotated[
+        Literal["conditional", "joint"],
+        typer.Option(help="Of each answer token: given the answer's earlier tokens, or together with them."),
+    ] = "conditional",
     budget: Annotated[float, typer.Option(min=0, max=1, help="Share of all parameters an ensemble may hold.")] = 0.01,
     out: Out = "attribution",
     seed: Seed = 0,
@@ -52,6 +56,7 @@ def attribution(
     import torch
 
     from retcon.locate import unit_figures
+    from retcon.locate.attribution import answer_probabilities
     from retcon.methods.kne import Kne
 
     kinds = tuple(f"{part.strip().removesuffix('_proj')}_proj" for part in modules.split(","))
@@ -61,30 +66,35 @@ def attribution(
         path=path,
         n_points=points,
         answer=f"target_{answer}",  # type: ignore[arg-type]
+        probability=probability,
         budget=budget,
     )
     sites = method.sites(lm)
     total: list[torch.Tensor] = []
+    each: list[torch.Tensor] = []
     ensembles: list[Ensemble] = []
     with bars() as advance:
         for i, edit in enumerate(edits):
             scores = method.scores(lm, [edit])
             total = [t + s for t, s in zip(total, scores, strict=True)] if total else scores
+            each.append(torch.stack([score.double().sum() for score in scores]))
             ensembles.append(method.choose(lm, scores))
             advance("attributing", i + 1, len(edits))
+    found = float(answer_probabilities(lm, edits, method.attribution()).mean())
     mean = [t / len(edits) for t in total]
     ensemble = method.choose(lm, mean)
 
-    carried = {kind: torch.zeros(lm.n_layers, dtype=torch.float64) for kind in kinds}
-    chosen = {kind: torch.zeros(lm.n_layers) for kind in kinds}
-    for site, score in zip(sites, mean, strict=True):
-        carried[site.kind][site.layer] = score.double().sum()
-        chosen[site.kind][site.layer] = len(ensemble.get(f"{site.layer}.{site.kind}", ()))
+    sums = torch.stack(each)  # (facts, sites), sites layer by layer
+    half = 1.96 * sums.std(0, correction=0) / len(edits) ** 0.5
+    carried, interval = ({kind: of[i :: len(kinds)] for i, kind in enumerate(kinds)} for of in (sums.mean(0), half))
+    chosen = {
+        kind: torch.tensor([len(ensemble.get(f"{layer}.{kind}", ())) for layer in range(lm.n_layers)]) for kind in kinds
+    }
     same, different = overlaps(edits, ensembles)
     n_units = sum(map(len, mean))
     p = method.n_chosen(lm, sites) / n_units
     by_chance = p / (2 - p)
-    drawn = {"": unit_figures.attribution_figure(carried, chosen, unit)}
+    drawn = {"": unit_figures.attribution_figure(carried, interval, chosen, unit)}
     if same or different:
         drawn["-overlap"] = unit_figures.overlap_figure(same, different, by_chance)
     record = {
@@ -94,10 +104,13 @@ def attribution(
         "path": path,
         "points": points,
         "answer": answer,
+        "probability": probability,
+        "answers_have": found,
         "units": n_units,
         "chosen": sum(map(len, ensemble.values())),
         "carried": {kind: values.tolist() for kind, values in carried.items()},
-        "in_ensemble": {kind: [int(v) for v in values.tolist()] for kind, values in chosen.items()},
+        "carried_half_width": {kind: values.tolist() for kind, values in interval.items()},
+        "in_ensemble": {kind: values.tolist() for kind, values in chosen.items()},
         "overlap": {
             "one_relation": _mean(same),
             "two_relations": _mean(different),
@@ -121,6 +134,7 @@ def attribution(
         cells = [c for kind in kinds for c in (f"{carried[kind][layer]:.4f}", str(int(chosen[kind][layer])))]
         table.add_row(str(layer), *cells)
     show.print(table)
+    show.print(f"probability of the answers' tokens, summed: {found:.4f}")
     show.print(f"the ensemble: {record['chosen']:,} of {count(n_units, unit)} ({p:.1%})")
     for text, values in (("one relation", same), ("two relations", different)):
         if values:
