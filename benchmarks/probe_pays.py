@@ -181,8 +181,8 @@ def draw(
         upper.set_ylim(0, 100)
     axes[0, 0].set_ylabel("Score")
     axes[1, 0].set_ylabel("evidence / its largest")
-    axes[0, 0].legend(fontsize=7, loc="lower left")
-    axes[0, 1].legend(fontsize=7, loc="lower right")
+    for upper in axes[0]:  # above the panel, where it hides no point
+        upper.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     made.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     for path in figures.save(made, out, title=name):
         print(f"written {path}")
