@@ -12,6 +12,7 @@ arithmetic.
 """
 
 import argparse
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit, subject_tokens
 from retcon.locate import Tracing, causal_trace, contrast_probe, retrieve_word_sets
-from retcon.locate.tracing import default_window, embedding_deviation
+from retcon.locate.tracing import Kind, default_window, embedding_deviation
 from retcon.memory.moments import Corpus
 
 
@@ -38,8 +39,8 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def as_released(lm: LM, edit: Edit, settings: Tracing) -> torch.Tensor:
-    """Block outputs put back, (tokens, layers): a pass per cell over S + 1 rows, the first of them clean."""
+def as_released(lm: LM, edit: Edit, kind: Kind, settings: Tracing) -> torch.Tensor:
+    """Scores (tokens, layers): a pass per cell over S + 1 rows, the first of them clean."""
     row, subject = encode_edit(lm.tokenizer, edit), subject_tokens(lm.tokenizer, edit)
     ids = torch.tensor([row.ids] * (settings.samples + 1))
     embedding = lm.model.get_submodule(lm.layout.embedding)
@@ -54,6 +55,13 @@ def as_released(lm: LM, edit: Edit, settings: Tracing) -> torch.Tensor:
         out[1:, list(subject)] += noise
         return out
 
+    def modules(layer: int) -> list[torch.nn.Module]:
+        if kind == "block":
+            return [lm.block(layer)]
+        low, high = layer - settings.window // 2, layer + math.ceil(settings.window / 2)
+        site = "down_proj" if kind == "mlp" else "o_proj"
+        return [lm.site(i, site).module for i in range(max(0, low), min(lm.n_layers, high))]
+
     for layer in range(lm.n_layers):
         for token in range(len(row.ids)):
 
@@ -61,7 +69,8 @@ def as_released(lm: LM, edit: Edit, settings: Tracing) -> torch.Tensor:
                 states = out[0] if isinstance(out, tuple) else out
                 states[1:, token] = states[0, token]
 
-            handles = [embedding.register_forward_hook(disturb), lm.block(layer).register_forward_hook(restore)]
+            handles = [embedding.register_forward_hook(disturb)]
+            handles += [module.register_forward_hook(restore) for module in modules(layer)]
             logits = lm.model(ids, use_cache=False).logits
             for handle in handles:
                 handle.remove()
@@ -109,8 +118,8 @@ def main() -> None:
 
     settings = Tracing(window=default_window(lm.n_layers))
     causal_trace(lm, edits[:1], settings)
-    print("| put back | subject | prompts | tokens | ours, s a prompt | lean, s | gain | fewer tokens | as released |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| put back | subject | prompts | tokens | ours, s | lean, s | gain | fewer tokens | as released, s | gain |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for where in ("at the start", "further in"):
         first = where == "at the start"
         chosen = [e for e in edits if (subject_tokens(lm.tokenizer, e).start <= 1) == first]
@@ -126,15 +135,16 @@ def main() -> None:
                     causal_trace, lm, chosen, replace(settings, kinds=kinds, replayed=False, max_batch_tokens=1)
                 ),
             }
-            if kinds == ("block",):
-                ways["released"] = lambda chosen=chosen: [as_released(lm, e, settings) for e in chosen]  # type: ignore[misc]
+            ways["released"] = lambda chosen=chosen, kinds=kinds: [  # type: ignore[misc]
+                as_released(lm, edit, kind, settings) for edit in chosen for kind in kinds
+            ]
             rounds = [{name: seconds(call) / len(chosen) for name, call in ways.items()} for _ in range(args.rounds)]
             took = {name: min(r[name] for r in rounds) for name in ways}
             gain = {name: median(r[name] / r["ours"] for r in rounds) for name in ways}
             fewer = mlp_tokens(lm, ways["lean"]) / mlp_tokens(lm, ways["ours"])
             cells = f"{n_tokens:.1f} | {took['ours']:.2f} | {took['lean']:.2f} | {gain['lean']:.1f} | {fewer:.1f}"
-            last = f"{took['released']:.2f} s, {gain['released']:.1f} |" if "released" in ways else "|"
-            print(f"| {', '.join(kinds)} | {where} | {len(chosen)} | {cells} | {last}", flush=True)
+            released = f"{took['released']:.2f} | {gain['released']:.1f}"
+            print(f"| {', '.join(kinds)} | {where} | {len(chosen)} | {cells} | {released} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,29 @@ def test_running_only_what_changes_gives_the_same(
         assert float((plain.scores[kind] - plain.low).abs().max()) > 1e-5, f"{kind}: nothing to see"
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize(("window", "replayed"), [(8, False), (64, True)])
+def test_prompts_longer_than_an_attention_window_take_whole_passes(
+    family: str,
+    window: int,
+    replayed: bool,
+    tiny: Callable[..., LM],
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    lm = tiny(family)
+    lm.model.config.sliding_window = window
+    calls: list[int] = []
+    honest = tracing.replay
+    monkeypatch.setattr(tracing, "replay", lambda *args, **kwargs: calls.append(1) or honest(*args, **kwargs))
+    fast = trace(lm)
+    assert bool(calls) == replayed
+    plain = trace(lm, replace(ALL, replayed=False))
+    for kind in ALL.kinds:
+        assert_close(fast.scores[kind], plain.scores[kind], **TOLERANCE)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("replayed", [True, False])
 def test_how_many_cells_share_a_pass_does_not_matter(replayed: bool, still: Still) -> None:
     lm, settings = still("opt"), replace(ALL, replayed=replayed)

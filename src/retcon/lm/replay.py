@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from retcon.lm.model import LM
@@ -63,17 +63,48 @@ class Frozen:
 
     def cache(self, lm: LM) -> "Cache":
         """The earlier tokens as the model's forward takes them, for one pass."""
-        none: list[Tensor | None] = [None] * lm.n_layers
-        if not max(self.starts):
-            return _cache(none, none, 0)
-        keys, values = ((none[: self.first] + list(part) + none)[: lm.n_layers] for part in (self.keys, self.values))
-        return _cache(keys, values, max(self.starts))
+        return _live_cache(lm, self.first, self.keys, self.values, max(self.starts))
 
     def inputs(self, lm: LM, cache: "Cache") -> dict[str, Any]:
         """Arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier tokens."""
-        embedding = lm.model.get_submodule(lm.layout.embedding).weight
-        stand_in = embedding.new_zeros(1).expand(*self.states.shape[:2], embedding.shape[1])
-        return dict(inputs_embeds=stand_in, **_inputs(lm, self.starts, self.lengths, cache))
+        return dict(inputs_embeds=_stand_in(lm, self.states), **_inputs(lm, self.starts, self.lengths, cache))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a replay takes as given where variants of a text stand side by side in one row, so that none is padded.
+
+    For attention without a window, or within it, in transformers' `eager` and `sdpa` forms (the others take no mask).
+    """
+
+    first: int
+    """First live block, as in `Frozen`."""
+    states: Float[Tensor, "rows columns d_model"]
+    """What enters block `first`."""
+    keys: tuple[Float[Tensor, "rows heads earlier d_head"], ...]
+    """Per live block, the attention keys of all that columns may see beside each other."""
+    values: tuple[Float[Tensor, "rows heads earlier d_head"], ...]
+    """The same for the attention values."""
+    tokens: Int[Tensor, " columns"]
+    """Token index of every column."""
+    seen: Bool[Tensor, "columns earlier_and_columns"]
+    """What every column attends to; itself, at the least."""
+
+    def cache(self, lm: LM) -> "Cache":
+        """As `Frozen.cache`."""
+        return _live_cache(lm, self.first, self.keys, self.values, self.seen.shape[1] - self.seen.shape[0])
+
+    def inputs(self, lm: LM, cache: "Cache") -> dict[str, Any]:
+        """As `Frozen.inputs`."""
+        rows, lowest = len(self.states), torch.finfo(self.states.dtype).min
+        hidden = torch.zeros(self.seen.shape, dtype=self.states.dtype).masked_fill(~self.seen, lowest)
+        return dict(
+            inputs_embeds=_stand_in(lm, self.states),
+            attention_mask=hidden.to(lm.device).expand(rows, 1, -1, -1),
+            position_ids=self.tokens.to(lm.device).expand(rows, -1),
+            past_key_values=cache,
+            use_cache=True,
+        )
 
 
 def record(
@@ -247,6 +278,12 @@ def _frozen(
     return frozen, {p: torch.stack([v for _, v in sorted(by_row.items())]) for p, by_row in found.items()}
 
 
+def _stand_in(lm: LM, states: Float[Tensor, "rows columns d_model"]) -> Tensor:
+    """Embeddings that nothing reads."""
+    embedding = lm.model.get_submodule(lm.layout.embedding).weight
+    return embedding.new_zeros(1).expand(*states.shape[:2], embedding.shape[1])
+
+
 def _inputs(lm: LM, begins: Sequence[int], lengths: Sequence[int], cache: "Cache") -> dict[str, Any]:
     """Mask and positions of rows whose tokens [begin, begin + length) are run behind their past."""
     prefix, columns = max(begins), max(lengths)
@@ -266,7 +303,7 @@ def tokens_at(x: Tensor, tokens: Int[Tensor, "rows n"]) -> Tensor:
 
 def replay(
     lm: LM,
-    frozen: Frozen,
+    frozen: Frozen | Packed,
     taps: Mapping[Point, Tap],
     logits_at: tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None = None,
     *,
@@ -322,6 +359,15 @@ def _layer_class() -> Any:
     return Earlier
 
 
+def _live_cache(lm: LM, first: int, keys: Sequence[Tensor], values: Sequence[Tensor], length: int) -> "Cache":
+    """The same, given for the blocks from `first` on."""
+    none: list[Tensor | None] = [None] * lm.n_layers
+    if not length:
+        return _cache(none, none, 0)
+    of_all = [(none[:first] + list(part) + none)[: lm.n_layers] for part in (keys, values)]
+    return _cache(of_all[0], of_all[1], length)
+
+
 def _cache(keys: Sequence[Tensor | None], values: Sequence[Tensor | None], length: int) -> "Cache":
     """`length` earlier tokens of every block, as the model's forward takes them."""
     from transformers import Cache
@@ -330,7 +376,7 @@ def _cache(keys: Sequence[Tensor | None], values: Sequence[Tensor | None], lengt
 
 
 @contextmanager
-def _blocks_below_answer_with_states(lm: LM, frozen: Frozen) -> Iterator[None]:
+def _blocks_below_answer_with_states(lm: LM, frozen: Frozen | Packed) -> Iterator[None]:
     """Blocks below the first live one return the recorded states at once; hooks on them still work."""
     states = frozen.states
     answer = states if lm.block_outputs is None else (states, *[None] * (lm.block_outputs - 1))

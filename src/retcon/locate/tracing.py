@@ -13,20 +13,18 @@ from itertools import groupby
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite, RetconWarning
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, Row, encode, encode_edit, subject_tokens
-from retcon.lm.replay import Frozen, replay, tokens_at
+from retcon.lm.replay import Packed, replay
 from retcon.lm.trace import Point, Tap, TensorName, run, tapped
 from retcon.locate.embeddings import EMBEDDING, changing_embeddings, reading_first_input
 
 MAX_BATCH_TOKENS = 8192
-WORTH_A_PASS = 128
-"""Tokens of padding that a pass over cells of several tokens may have, rather than being split in two."""
 Kind = Literal["block", "mlp", "attn", "severed_mlp", "severed_attn"]
 """What is put back at a token: a block's output; the MLP's or the attention's outputs over a window of layers; a
 block's output while the MLPs (or attentions) above it keep what they put out when disturbed."""
@@ -56,7 +54,8 @@ class Tracing:
     """Tokens in a forward pass: as many cells as fit share one."""
     replayed: bool = True
     """Run only what putting a state back can change: the blocks above it, from its token on, and nothing for tokens
-    before the subject. False: whole forward passes for every cell, the reference."""
+    before the subject. False: whole forward passes for every cell, the reference; also used for prompts longer than an
+    attention window, and for forms of attention that take no mask."""
 
     def __post_init__(self) -> None:
         if unknown := [k for k in self.kinds if k not in _KINDS]:
@@ -169,6 +168,7 @@ def causal_trace(
     skipped = {e.id: "the subject does not occur in the prompt" for e in edits if e.subject_span is None}
     kept = [e for e in edits if e.subject_span is not None]
     traces: list[Trace] = []
+    tried = False
     with lm.borrowed(), torch.no_grad():
         deviation = embedding_deviation(lm, [e.subject for e in kept])
         for done, edit in enumerate(kept, 1):
@@ -176,9 +176,11 @@ def causal_trace(
             if prompt is None:
                 skipped[edit.id] = "the model does not say the original answer"
             else:
-                if settings.replayed and not traces and not _replay_agrees(lm, prompt, settings):
-                    settings = replace(settings, replayed=False)
-                traces.append(_trace(lm, edit, prompt, settings))
+                if (way := _way(lm, prompt, settings)).replayed and not tried:
+                    tried = True
+                    if not _replay_agrees(lm, prompt, settings):
+                        way = settings = replace(settings, replayed=False)
+                traces.append(_trace(lm, edit, prompt, way))
             progress(len(edits) - len(kept) + done, len(edits))
     if not traces:
         reasons = list(skipped.values())
@@ -309,7 +311,7 @@ def _trace(lm: LM, edit: Edit, prompt: _Prompt, settings: Tracing) -> Trace:
     if settings.replayed:
         cells = [seen for cell in cells if (seen := _seen(lm, cell, n - 1)).clean]
     scores = {k: torch.full((n, lm.n_layers), prompt.low, dtype=torch.float64) for k in settings.kinds}
-    for group in _groups(cells, n, settings):
+    for group in _groups(prompt, cells, settings):
         prob = _probability(_logits(lm, prompt, group, settings), prompt.answer, edit)
         for cell, score in zip(group, prob.view(len(group), settings.samples).mean(1).tolist(), strict=True):
             scores[cell.kind][cell.token, cell.layer] = score
@@ -365,175 +367,180 @@ def _seen(lm: LM, cell: _Cell, last: int) -> _Cell:
     return replace(cell, clean=clean, disturbed=disturbed)
 
 
-def _groups(cells: Sequence[_Cell], n_tokens: int, settings: Tracing) -> list[list[_Cell]]:
-    """Cells that are done at once: as many as fit; in a replay only those of one first block, in order of tokens."""
-
-    def first(cell: _Cell) -> int:
-        return cell.first if settings.replayed else 0
-
-    most = max(1, settings.max_batch_tokens // (settings.samples * n_tokens))
-    ordered = sorted(cells, key=lambda cell: (first(cell), cell.token)) if settings.replayed else cells
-    groups = [list(alike) for _, alike in groupby(ordered, first)]
-    return [alike[i : i + most] for alike in groups for i in range(0, len(alike), most)]
-
-
-def _rows(cells: Sequence[_Cell], settings: Tracing) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
-    """Token and sample of every row, cell by cell."""
-    at = torch.tensor([cell.token for cell in cells]).repeat_interleave(settings.samples)
-    return at, torch.arange(settings.samples).repeat(len(cells))
+def _groups(prompt: _Prompt, cells: Sequence[_Cell], settings: Tracing) -> list[list[_Cell]]:
+    """Cells that are done at once: as many as fit; in a replay only those of one first block."""
+    n_tokens, most = len(prompt.row.ids), settings.max_batch_tokens // settings.samples
+    if not settings.replayed:
+        each = max(1, most // n_tokens)
+        return [list(cells[i : i + each]) for i in range(0, len(cells), each)]
+    most = min(most, prompt.noise.shape[-1] // 2)  # attention is quadratic in columns: so it stays below a tenth
+    groups: list[list[_Cell]] = []
+    for _, alike in groupby(sorted(cells, key=lambda cell: cell.first), lambda cell: cell.first):
+        groups.append([])
+        columns = 0
+        for cell in alike:
+            columns += n_tokens - cell.token
+            if groups[-1] and columns > most:
+                groups.append([])
+                columns = n_tokens - cell.token
+            groups[-1].append(cell)
+    return groups
 
 
 def _logits(lm: LM, prompt: _Prompt, cells: Sequence[_Cell], settings: Tracing) -> Float[Tensor, "rows vocab"]:
     """Logits behind the prompt for every cell and sample, cell by cell."""
     if settings.replayed:
-        return _replayed(lm, prompt, cells, settings)
-    at, samples = _rows(cells, settings)
-    ids = torch.tensor([prompt.row.ids] * len(at), device=lm.device)
-    last = torch.full_like(at, prompt.row.prediction)
+        return _replayed(lm, prompt, cells)
+    rows = torch.arange(len(cells) * settings.samples).view(len(cells), -1)
+    samples = torch.arange(settings.samples).repeat(len(cells))
+    ids = torch.tensor([prompt.row.ids] * len(samples), device=lm.device)
+    last = torch.full_like(samples, prompt.row.prediction)
     with changing_embeddings(lm, _disturbing(samples, prompt.subject, prompt.noise, settings)):
-        taps = _taps(prompt, cells, at, samples, at, range(lm.n_layers))
-        logits = run(lm, Batch(ids, torch.ones_like(ids).bool()), taps, (torch.arange(len(at)), last))
+        taps = _taps(prompt, cells, rows, [cell.token for cell in cells], range(lm.n_layers))
+        logits = run(lm, Batch(ids, torch.ones_like(ids).bool()), taps, (rows.flatten(), last))
     assert logits is not None
     return logits
-
-
-# --- only what a restoration can change --------------------------------------------------------------------------
-# Nothing below the block where it is made, and nothing before its token. In that block only the token itself changes,
-# for attention there reads the other tokens' inputs; in the blocks above, every token from it on; in the topmost one,
-# only the last token is read. So cells climb in three strides.
-
-
-def _replayed(lm: LM, prompt: _Prompt, cells: Sequence[_Cell], settings: Tracing) -> Float[Tensor, "rows vocab"]:
-    """The same for cells of one first block, in order of tokens."""
-    n, top = len(prompt.row.ids), lm.n_layers - 1
-    (first,) = {cell.first for cell in cells}
-    at, samples = _rows(cells, settings)
-    changed = _changed(lm, prompt, cells, settings)
-    alone = dict(starts=(n - 1,) * len(at), lengths=(1,) * len(at))
-    if first > top:
-        given = Frozen(first=first, states=changed[:, None], keys=(), values=(), **alone)
-    else:
-        runs = _runs(cells, settings)
-        parts = zip(runs, changed.split([len(r) * settings.samples for r in runs]), strict=True)
-        climbed = zip(*(_climbed(lm, prompt, run, part, settings) for run, part in parts), strict=True)
-        state, keys, values = (torch.cat(found) for found in climbed)
-        given = Frozen(first=top, states=state[:, None], keys=(keys,), values=(values,), **alone)
-    none = torch.zeros_like(at)
-    logits = replay(
-        lm, given, _taps(prompt, cells, at, samples, none, range(given.first, top + 1)), (torch.arange(len(at)), none)
-    )
-    assert logits is not None
-    return logits
-
-
-def _changed(lm: LM, prompt: _Prompt, cells: Sequence[_Cell], settings: Tracing) -> Float[Tensor, "rows d_model"]:
-    """What leaves the block where the cell makes its lowest change, at the cell's token."""
-    at, samples = _rows(cells, settings)
-    layer = cells[0].first - 1
-    put = Point(layer, "block")
-    out = prompt.clean[put][at.to(prompt.clean[put].device)]
-    inside = torch.tensor([put not in cell.clean for cell in cells]).repeat_interleave(settings.samples)
-    if inside.any():
-        at, samples = at[inside], samples[inside]
-        entering = _part(prompt.disturbed[Point(layer - 1, "block")], samples, at[:, None])
-        given = _given(prompt, range(layer, layer + 1), entering, at, samples, torch.ones_like(at))
-        found: list[Tensor] = []
-        some = [cell for cell in cells if put not in cell.clean]
-        taps = _taps(prompt, some, at, samples, torch.zeros_like(at), range(layer, layer + 1))
-        replay(lm, given, {**taps, put: lambda value: found.append(value[:, 0])})
-        out[inside.to(out.device)] = found[0].to(out)
-    return out
-
-
-def _runs(cells: Sequence[_Cell], settings: Tracing) -> list[list[_Cell]]:
-    """Cells in runs with little padding, given in order of tokens."""
-    runs: list[list[_Cell]] = []
-    padding = 0
-    for cell in cells:
-        padding += (cell.token - runs[-1][0].token) * settings.samples if runs else 0
-        if not runs or padding > WORTH_A_PASS:
-            runs.append([])
-            padding = 0
-        runs[-1].append(cell)
-    return runs
-
-
-def _climbed(
-    lm: LM, prompt: _Prompt, cells: Sequence[_Cell], changed: Float[Tensor, "rows d_model"], settings: Tracing
-) -> tuple[
-    Float[Tensor, "rows d_model"],
-    Float[Tensor, "rows heads earlier d_head"],
-    Float[Tensor, "rows heads earlier d_head"],
-]:
-    """The last token's state below the topmost block, and that block's attention keys and values of all others."""
-    at, samples = _rows(cells, settings)
-    n, first, top = len(prompt.row.ids), cells[0].first, lm.n_layers - 1
-    tokens = (at[:, None] + torch.arange(n - int(at.min()))).clamp(max=n - 1)
-    entering = _part(prompt.disturbed[Point(first - 1, "block")], samples, tokens)
-    entering[:, 0] = changed
-    given = _given(prompt, range(first, top + 1), entering, at, samples, n - at)
-    cache = given.cache(lm)
-    found: list[Tensor] = []
-
-    def read(value: Tensor) -> None:
-        found.append(value[torch.arange(len(at)), (n - 1 - at).to(value.device)])
-
-    taps = _taps(prompt, cells, at, samples, torch.zeros_like(at), range(first, top))
-    replay(lm, given, {**taps, Point(top - 1, "block"): read, Point(top, "attn_key"): lambda _: None}, cache=cache)
-    column = int(at.max()) - at[:, None] + torch.arange(n - 1)  # earlier tokens stand aligned before column `at.max()`
-    keys, values = (tokens_at(x.transpose(1, 2), column).transpose(1, 2) for x in cache.layers[top].all_of_it())
-    return found[0], keys, values
-
-
-def _given(
-    prompt: _Prompt,
-    layers: range,
-    states: Float[Tensor, "rows columns d_model"],
-    at: Int[Tensor, " rows"],
-    samples: Int[Tensor, " rows"],
-    lengths: Int[Tensor, " rows"],
-) -> Frozen:
-    """What a replay of those blocks from each row's token on takes as given: states, and disturbed tokens before."""
-    earlier = (at[:, None] + torch.arange(-int(at.max()), 0)).clamp(min=0)
-    keys, values = (
-        tuple(_part(part[layer].transpose(1, 2), samples, earlier).transpose(1, 2) for layer in layers)
-        for part in (prompt.keys, prompt.values)
-    )
-    return Frozen(layers.start, states, keys, values, tuple(at.tolist()), tuple(lengths.tolist()))
-
-
-def _part(x: Tensor, samples: Int[Tensor, " rows"], tokens: Int[Tensor, "rows columns"]) -> Tensor:
-    """Tokens of each row out of (samples, tokens, ...)."""
-    return x[samples[:, None].to(x.device), tokens.to(x.device)]
 
 
 def _taps(
     prompt: _Prompt,
     cells: Sequence[_Cell],
-    at: Int[Tensor, " rows"],
-    samples: Int[Tensor, " rows"],
-    columns: Int[Tensor, " rows"],
+    rows: Int[Tensor, "cells samples"],
+    columns: Sequence[int],
     layers: range,
 ) -> dict[Point, Tap]:
-    """Taps in these layers that put, in every row of a cell, the cell's values of token `at` into the row's column."""
-    rows_of = torch.arange(len(at)).view(len(cells), -1)
+    """Taps in these layers that put the values of each cell into its rows, all at the column where its token stands."""
+    tokens, column = torch.tensor([cell.token for cell in cells]), torch.tensor(columns)
 
     def putting(point: Point) -> Tap:
-        clean = rows_of[[point in cell.clean for cell in cells]].flatten()
-        disturbed = rows_of[[point in cell.disturbed for cell in cells]].flatten()
-        rows = torch.cat([clean, disturbed])
+        clean = [i for i, cell in enumerate(cells) if point in cell.clean]
+        disturbed = [i for i, cell in enumerate(cells) if point in cell.disturbed]
+        into = rows[clean + disturbed], column[clean + disturbed, None]
 
         def put(value: Tensor) -> Tensor:
-            device = value.device
-            new = [prompt.clean[point][at[clean].to(device)]] if len(clean) else []
-            if len(disturbed):
-                new.append(prompt.disturbed[point][samples[disturbed].to(device), at[disturbed].to(device)])
-            return value.index_put((rows.to(device), columns[rows].to(device)), torch.cat(new).to(value))
+            new = prompt.clean[point][tokens[clean].to(value.device)]
+            new = new[:, None].expand(-1, rows.shape[1], -1)
+            if disturbed:
+                kept = prompt.disturbed[point][:, tokens[disturbed].to(value.device)]
+                new = torch.cat([new, kept.transpose(0, 1)])
+            return value.index_put(tuple(i.to(value.device) for i in into), new.to(value))
 
         return put
 
     points = {p for cell in cells for p in (*cell.clean, *cell.disturbed)}
     return {point: putting(point) for point in points if point.layer in layers}
+
+
+# --- only what a restoration can change --------------------------------------------------------------------------
+# Nothing below the block where it is made, and nothing before its token. In that block only the token itself changes,
+# for attention there reads the other tokens' inputs; in the blocks above, every token from it on; in the topmost one,
+# only the last token is read. So cells climb in three strides, one beside the other in a row for each sample.
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """Columns of a row in which cells stand side by side, each with some of its tokens."""
+
+    starts: tuple[int, ...]
+    """The cells' own tokens; what stands before them is as in the disturbed run."""
+    cell: Int[Tensor, " columns"]
+    """Whose column it is."""
+    token: Int[Tensor, " columns"]
+
+    @classmethod
+    def of(cls, cells: Sequence[_Cell], spans: Sequence[range]) -> "_Strip":
+        """The tokens of each cell's span."""
+        token = torch.tensor([token for span in spans for token in span])
+        owner = torch.arange(len(cells)).repeat_interleave(torch.tensor([len(span) for span in spans]))
+        return cls(tuple(cell.token for cell in cells), owner, token)
+
+    @property
+    def firsts(self) -> list[int]:
+        """Column of each cell's first token."""
+        return [int((self.cell == i).nonzero()[0]) for i in range(len(self.starts))]
+
+    @property
+    def before(self) -> Bool[Tensor, "cells earlier"]:
+        """Tokens that each cell sees in the disturbed run."""
+        return torch.arange(max(self.starts)) < torch.tensor(self.starts)[:, None]
+
+    def packed(self, prompt: _Prompt, layers: range, states: Float[Tensor, "samples columns d_model"]) -> Packed:
+        """A replay of these layers on them: each column sees its cell's tokens up to itself, and those before."""
+        own = (self.cell[:, None] == self.cell) & (self.token <= self.token[:, None])
+        seen = torch.cat([self.before[self.cell], own], 1)
+        keys, values = (
+            tuple(part[layer][:, :, : max(self.starts)] for layer in layers) for part in (prompt.keys, prompt.values)
+        )
+        return Packed(layers.start, states, keys, values, self.token, seen)
+
+
+def _replayed(lm: LM, prompt: _Prompt, cells: Sequence[_Cell]) -> Float[Tensor, "rows vocab"]:
+    """The same for cells of one first block."""
+    last, top = len(prompt.row.ids) - 1, lm.n_layers - 1
+    changed = _changed(lm, prompt, cells)
+    columns, itself = torch.arange(len(cells)), torch.eye(len(cells)).bool()
+    if cells[0].first > top:
+        given = Packed(cells[0].first, changed, (), (), torch.full_like(columns, last), itself)
+    else:
+        strip = _Strip.of(cells, [range(cell.token, last + 1) for cell in cells])
+        states, keys, values = _climbed(lm, prompt, cells, strip, changed)
+        own = (strip.cell == columns[:, None]) & (strip.token < last)
+        seen = torch.cat([strip.before, own, itself], 1)
+        given = Packed(top, states, (keys,), (values,), torch.full_like(columns, last), seen)
+    rows = torch.arange(len(changed)).expand(len(cells), -1)
+    taps = _taps(prompt, cells, rows, columns.tolist(), range(given.first, top + 1))
+    logits = replay(lm, given, taps, (rows.flatten(), columns.repeat_interleave(len(changed))))
+    assert logits is not None
+    return logits
+
+
+def _changed(lm: LM, prompt: _Prompt, cells: Sequence[_Cell]) -> Float[Tensor, "samples cells d_model"]:
+    """What leaves the block where the cell makes its lowest change, at the cell's token."""
+    layer, samples = cells[0].first - 1, torch.arange(len(prompt.noise))
+    put = Point(layer, "block")
+    out = prompt.clean[put][[cell.token for cell in cells]].repeat(len(samples), 1, 1)
+    inside = [i for i, cell in enumerate(cells) if put not in cell.clean]
+    if inside:
+        some = [cells[i] for i in inside]
+        strip = _Strip.of(some, [range(cell.token, cell.token + 1) for cell in some])
+        entering = prompt.disturbed[Point(layer - 1, "block")][:, strip.token]
+        found: list[Tensor] = []
+        taps = _taps(prompt, some, samples.expand(len(some), -1), strip.firsts, range(layer, layer + 1))
+        replay(lm, strip.packed(prompt, range(layer, layer + 1), entering), {**taps, put: found.append})
+        out[:, inside] = found[0]
+    return out
+
+
+def _climbed(
+    lm: LM, prompt: _Prompt, cells: Sequence[_Cell], strip: _Strip, changed: Float[Tensor, "samples cells d_model"]
+) -> tuple[
+    Float[Tensor, "samples cells d_model"],
+    Float[Tensor, "samples heads earlier d_head"],
+    Float[Tensor, "samples heads earlier d_head"],
+]:
+    """The last token's state below the topmost block, and that block's attention keys and values of all the strip sees
+    and is."""
+    first, top = cells[0].first, lm.n_layers - 1
+    entering = prompt.disturbed[Point(first - 1, "block")][:, strip.token]
+    entering[:, strip.firsts] = changed
+    given = strip.packed(prompt, range(first, top + 1), entering)
+    cache = given.cache(lm)
+    found: list[Tensor] = []
+    rows = torch.arange(len(changed)).expand(len(cells), -1)
+    taps = _taps(prompt, cells, rows, strip.firsts, range(first, top))
+    replay(
+        lm, given, {**taps, Point(top - 1, "block"): found.append, Point(top, "attn_key"): lambda _: None}, cache=cache
+    )
+    ends = (strip.token == len(prompt.row.ids) - 1).nonzero()[:, 0].to(found[0].device)
+    return found[0][:, ends], *cache.layers[top].all_of_it()
+
+
+def _way(lm: LM, prompt: _Prompt, settings: Tracing) -> Tracing:
+    """Whole passes for prompts longer than an attention window, and for forms of attention that take no mask."""
+    window = getattr(lm.model.config, "sliding_window", None)
+    within = window is None or len(prompt.row.ids) <= window
+    masked = getattr(lm.model.config, "_attn_implementation", None) in ("eager", "sdpa")
+    return replace(settings, replayed=settings.replayed and within and masked)
 
 
 def _replay_agrees(lm: LM, prompt: _Prompt, settings: Tracing) -> bool:
