@@ -34,7 +34,7 @@ from retcon.evaluation import Evaluation, evaluate
 from retcon.evaluation.summary import Estimate
 from retcon.lm.model import LM
 from retcon.locate.figures import figure, save
-from retcon.methods.base import Method
+from retcon.methods.base import Method, uses_moments
 from retcon.methods.kne import Kne
 
 METRICS: dict[str, str | tuple[str, str]] = {
@@ -104,14 +104,13 @@ class Bench:
         self.corpus = corpus
 
     def given(self, method: Method) -> dict[str, Any]:
-        """Contexts and moments, prepared beforehand, for methods that use them."""
-        if not hasattr(method, "low") and not hasattr(method, "layers"):
+        """Contexts and every layer's moment, prepared beforehand, for methods that use moments."""
+        if not uses_moments(method):
             return {}
         if not self.more:
-            self.more = dict(contexts=retcon.sample_contexts(self.lm, seed=self.seed))
-            self.more["moments"] = moments_of(self.lm, self.corpus)
-        layers = (*method.low, *method.high) if hasattr(method, "low") else method.layers  # type: ignore[attr-defined]
-        self.more["moments"].prepare(self.lm, [self.lm.site(layer, "down_proj") for layer in layers])
+            moments = moments_of(self.lm, self.corpus)
+            moments.prepare(self.lm, [self.lm.site(layer, "down_proj") for layer in range(self.lm.n_layers)])
+            self.more = dict(contexts=retcon.sample_contexts(self.lm, seed=self.seed), moments=moments)
         return self.more
 
     def outcome(self, method: Method, state: Any = None) -> Outcome:

@@ -3,11 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from retcon.delta import Delta
+import retcon
+from retcon.cli.edit import remedy
+from retcon.cli.settings import Resolved
+from retcon.delta import Delta, EditReport
 from retcon.edits import Case, Edit, Query, write_cases
 from tests.cli.conftest import EDIT, ROWS, write_rows
 
@@ -256,3 +260,12 @@ def test_a_killed_run_goes_on_when_the_command_is_given_again(
 
 def _killed(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_edits_lost_in_the_write_want_less_weight_on_old_keys() -> None:
+    untuned = Resolved("jeep", retcon.method("jeep", low=(0, 1), high=(2,)), None, frozenset())
+    report = [EditReport(str(i), 0.9, 5, "reached", written=0.1, said=i > 0) for i in range(4)]
+    said = remedy(untuned, cast(Delta, SimpleNamespace(report=report[:3])))
+    assert said is not None
+    assert said.endswith("add --set low_moment_weight=250 --set high_moment_weight=100")
+    assert remedy(untuned, cast(Delta, SimpleNamespace(report=report))) is None

@@ -84,9 +84,10 @@ def attribution(
     mean = [t / len(edits) for t in total]
     ensemble = method.choose(lm, mean)
 
-    sums = torch.stack(each)  # (facts, sites), sites layer by layer
+    sums = torch.stack(each)  # (facts, sites)
     half = 1.96 * sums.std(0, correction=0) / len(edits) ** 0.5
-    carried, interval = ({kind: of[i :: len(kinds)] for i, kind in enumerate(kinds)} for of in (sums.mean(0), half))
+    of_kind = {kind: [i for i, site in enumerate(sites) if site.kind == kind] for kind in kinds}
+    carried, interval = ({kind: of[at] for kind, at in of_kind.items()} for of in (sums.mean(0), half))
     chosen = {
         kind: torch.tensor([len(ensemble.get(f"{layer}.{kind}", ())) for layer in range(lm.n_layers)]) for kind in kinds
     }
