@@ -6,10 +6,10 @@ what each says, and what is done here, is in docs/methods/ctp.md.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from jaxtyping import Bool
@@ -21,9 +21,7 @@ from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
 from retcon.locate.paths import Assess, KeyMatrix, Score, Select, Slot, Transmission, assess, choose, slots_of
-from retcon.memory.contexts import Contexts
-from retcon.memory.moments import Moments
-from retcon.methods.base import Progress, check_choices, check_not_negative, provenance, silent
+from retcon.methods.base import Given, State, check_choices, check_not_negative, provenance, silent
 from retcon.methods.proposal import report_after
 from retcon.tune.descent import Reduction, Schedule, accumulate, descend, shares
 from retcon.tune.nodes import Nodes, RowAdam, RowState
@@ -92,17 +90,7 @@ class Ctp:
         """Nothing depends on depth."""
         return {}
 
-    def propose(
-        self,
-        lm: LM,
-        edits: Sequence[Edit],
-        *,
-        contexts: Contexts | None = None,
-        moments: Moments | None = None,
-        state: Mapping[str, Tensor] | None = None,
-        seed: int = 0,
-        progress: Progress = silent,
-    ) -> Delta:
+    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
         """The change that writes `edits`, along one set of paths for all; the model is untouched.
 
         Contexts, moments and state are not used. The seed draws mini-batches and random scores.
@@ -113,6 +101,7 @@ class Ctp:
             NonFinite: the model gives an edit no finite probability, or a gradient overflows.
         """
         check_edits(edits)
+        seed, progress = given.get("seed", 0), given.get("progress", silent)
         slots = slots_of(lm, self.key_matrix)
         for slot in slots:
             lm.check_editable(slot.site.name)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Unpack, get_args
 
 import torch
 from jaxtyping import Int
@@ -20,9 +20,7 @@ from retcon.edits import Edit, check_edits, read_edits
 from retcon.errors import DeltaMismatch, InvalidSetting
 from retcon.lm.model import LM, Site, SiteName
 from retcon.locate.attribution import Attribution, Path, Probability, Quadrature, Unit, attribute, select
-from retcon.memory.contexts import Contexts
-from retcon.memory.moments import Moments
-from retcon.methods.base import Progress, check_choices, provenance, silent
+from retcon.methods.base import Given, Progress, State, check_choices, provenance, silent
 from retcon.methods.proposal import report_after
 from retcon.tune.descent import Reduction, Schedule, descend, stepping
 from retcon.tune.objective import Answer, AnswerLoss, answer_rows
@@ -118,17 +116,7 @@ class Kne:
         """Nothing depends on depth: the defaults are the spec's for every model."""
         return {}
 
-    def propose(
-        self,
-        lm: LM,
-        edits: Sequence[Edit],
-        *,
-        contexts: Contexts | None = None,
-        moments: Moments | None = None,
-        state: Mapping[str, Tensor] | None = None,
-        seed: int = 0,
-        progress: Progress = silent,
-    ) -> Delta:
+    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
         """The change that writes `edits` as one batch; the model is untouched. Contexts and moments are not used.
 
         The delta's `state` is its ensemble; with `reuse`, that of an earlier call is taken over.
@@ -140,6 +128,7 @@ class Kne:
             NonFinite: the model gives an edit no finite probability.
         """
         check_edits(edits)
+        seed, progress = given.get("seed", 0), given.get("progress", silent)
         sites = self.sites(lm)
         for site in sites:
             lm.check_editable(site.name)

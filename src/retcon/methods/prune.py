@@ -4,8 +4,8 @@ Ma et al. 2024, arXiv:2405.16821, section 4; symbols as there. Departures: docs/
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
@@ -18,14 +18,14 @@ from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import GivenMoments
-from retcon.methods.base import Given, Method, State, check_choices, provenance, uses_moments
+from retcon.methods.base import Given, State, provenance
+from retcon.methods.hosting import Hosting
 from retcon.methods.proposal import report_after
-from retcon.methods.registry import method
 from retcon.methods.sequence import combined
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune:
+class Prune(Hosting):
     """Perturbation restraint on the upper bound of the condition number: a filter over all edits so far."""
 
     name: ClassVar[str] = "prune"
@@ -33,8 +33,6 @@ class Prune:
 
     host: str = "rome"
     """Method that writes the edits given; with none given, what is live is restrained."""
-    host_settings: Mapping[str, Any] = field(default_factory=dict)
-    """The host's settings; for a model, its preset's with these over them."""
     alpha: float = math.e
     """Base of the logarithm; smaller restrains less (published: e, 2, 1.5, 1.2)."""
     restraint: Literal["log", "linear"] = "log"
@@ -43,29 +41,9 @@ class Prune:
     """min(s, F(s)): F raises values just above sigma where sigma ln(alpha) < 1. False: F as published."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         if self.alpha <= 1:
             raise InvalidSetting(f"prune: alpha must be above 1, found {self.alpha}")
-
-    @classmethod
-    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
-        """The same for every model; what depends on it are the host's settings."""
-        return {}
-
-    @property
-    def hosted(self) -> Method:
-        """The host with its settings."""
-        return method(self.host, **self.host_settings)
-
-    @property
-    def batch(self) -> bool:
-        """As the host."""
-        return self.hosted.batch
-
-    @property
-    def uses_moments(self) -> bool:
-        """As the host."""
-        return uses_moments(self.hosted)
 
     def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
         """One delta in place of all that are live, and of the host's for `edits` on top: their sum, restrained.

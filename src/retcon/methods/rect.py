@@ -4,9 +4,9 @@ Gu et al. 2024, arXiv:2401.04700, section 5. Departures: docs/methods/rect.md.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Unpack
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ from retcon.delta import Change, Delta, Dense, Entries
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
-from retcon.methods.base import Given, Method, State, check_choices, check_not_negative, uses_moments
+from retcon.methods.base import Given, State, check_not_negative
+from retcon.methods.hosting import Hosting
 from retcon.methods.proposal import report_after
-from retcon.methods.registry import method
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rect:
+class Rect(Hosting):
     """Relative change in weight: a filter over a host method."""
 
     name: ClassVar[str] = "rect"
@@ -29,8 +29,6 @@ class Rect:
 
     host: str = "memit"
     """Method whose update is filtered."""
-    host_settings: Mapping[str, Any] = field(default_factory=dict)
-    """The host's settings; for a model, its preset's with these over them."""
     keep_percent: float | None = None
     """k: how much of the update is kept. None: 20 for hosts that take one fact (the authors' for ROME), 40 for others
     (AlphaEdit's for MEMIT)."""
@@ -44,32 +42,12 @@ class Rect:
     """True: each layer is filtered before the next is solved, so that later ones make up for it (ours)."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_not_negative(self, "eps")
         if self.keep_percent is not None and not 0 <= self.keep_percent <= 100:
             raise InvalidSetting(f"rect: keep_percent must be from 0 to 100, found {self.keep_percent}")
         if self.in_loop and not getattr(self.hosted, "layer_by_layer", False):
             raise InvalidSetting(f"rect: in_loop needs a host that writes layer by layer; {self.host} does not")
-
-    @classmethod
-    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
-        """The same for every model; what depends on it are the host's settings."""
-        return {}
-
-    @property
-    def hosted(self) -> Method:
-        """The host with its settings."""
-        return method(self.host, **self.host_settings)
-
-    @property
-    def batch(self) -> bool:
-        """As the host."""
-        return self.hosted.batch
-
-    @property
-    def uses_moments(self) -> bool:
-        """As the host."""
-        return uses_moments(self.hosted)
 
     def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
         """The host's change, filtered; the model is untouched. The state is the host's."""
