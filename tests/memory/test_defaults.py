@@ -1,4 +1,4 @@
-"""Moments that nobody named: the embedded models ship theirs; other models need a corpus."""
+"""Contexts and moments that nobody named: the embedded models ship moments; other models need a corpus."""
 
 import sys
 
@@ -10,7 +10,9 @@ import retcon
 from retcon import world
 from retcon.errors import TooFewTokens
 from retcon.memory.corpus import document_rows
-from retcon.memory.defaults import default_moments
+from retcon.memory import defaults
+from retcon.memory.contexts import sample_contexts
+from retcon.memory.defaults import default_contexts, default_moments
 from retcon.memory.moments import collect_moments
 
 
@@ -33,3 +35,15 @@ def test_without_corpus_or_datasets_the_error_says_how_to_give_one(tiny, monkeyp
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(TooFewTokens, match=r"pip install 'retcon-lm\[hub\]'.*--corpus PATH"):
         default_moments(tiny("llama"))
+
+
+def test_contexts_of_a_model_are_sampled_once(tiny, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        defaults, "sample_contexts", lambda lm, **how: calls.append((lm.name, how)) or sample_contexts(lm, **how)
+    )
+    one, two = tiny("gptj"), tiny("llama")
+    assert default_contexts(one, 0) == default_contexts(one, 0, "memit") == sample_contexts(one)
+    for lm, seed, style in ((one, 1, "memit"), (one, 0, "rome_easyedit"), (two, 0, "memit")):
+        assert default_contexts(lm, seed, style) == sample_contexts(lm, seed=seed, style=style)
+    assert len(calls) == 4

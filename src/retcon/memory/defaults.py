@@ -1,15 +1,27 @@
-"""Second moments for a model when the caller names none."""
+"""Contexts and second moments for a model when the caller names none."""
 
 from functools import cache
+from weakref import WeakKeyDictionary
 
 from retcon import world
 from retcon.errors import TooFewTokens
 from retcon.lm.load import DEMO
 from retcon.lm.model import LM
+from retcon.memory.contexts import Contexts, ContextStyle, sample_contexts
 from retcon.memory.moments import Corpus, CorpusMoments, Moments
 
 SHIPPED_MOMENTS = "moments.safetensors"
 """The embedded models' moments, beside their weights."""
+
+_SAMPLED: WeakKeyDictionary[LM, dict[tuple[int, ContextStyle], Contexts]] = WeakKeyDictionary()
+
+
+def default_contexts(lm: LM, seed: int, style: ContextStyle = "memit") -> Contexts:
+    """`sample_contexts`, done once for each model, seed and style: like the fingerprint, they are the base's."""
+    known = _SAMPLED.setdefault(lm, {})
+    if (seed, style) not in known:
+        known[seed, style] = sample_contexts(lm, seed=seed, style=style)
+    return known[seed, style]
 
 
 def default_moments(lm: LM) -> Moments:

@@ -27,8 +27,8 @@ from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import buckets, encode_edit, pad
 from retcon.lm.trace import TensorName
-from retcon.memory.contexts import Contexts, ContextStyle, sample_contexts
-from retcon.memory.defaults import default_moments
+from retcon.memory.contexts import Contexts, ContextStyle
+from retcon.memory.defaults import default_contexts, default_moments
 from retcon.memory.keys import MAX_BATCH_TOKENS, KeyAverage, KeyReader
 from retcon.memory.moments import GivenMoments, Moments
 from retcon.memory.values import Values, ValueSearch, ValueSite, search_values
@@ -152,7 +152,7 @@ def proposing(
         lm.check_editable(site.name)
     if not edits:
         contexts, moments, sites = contexts or Contexts(), moments or GivenMoments({}), []
-    contexts = sample_contexts(lm, seed=seed, style=context_style) if contexts is None else contexts
+    contexts = default_contexts(lm, seed, context_style) if contexts is None else contexts
     moments = default_moments(lm) if moments is None else moments
     if not uses_moments(method):
         sites = []
