@@ -9,9 +9,9 @@ from torch.testing import assert_close
 import retcon
 from retcon import world
 from retcon.errors import TooFewTokens
-from retcon.memory.corpus import document_rows
 from retcon.memory import defaults
 from retcon.memory.contexts import sample_contexts
+from retcon.memory.corpus import document_rows
 from retcon.memory.defaults import default_contexts, default_moments
 from retcon.memory.moments import collect_moments
 
