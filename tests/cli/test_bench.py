@@ -48,6 +48,9 @@ def test_a_file_with_its_places_elsewhere(cli: Callable[..., Any], file: Path) -
     assert "batch(all)" in shown.stdout
     assert "report out" in shown.stdout
     assert "finished before" in shown.stderr
+    told = cli(*run, "--dry-run").stdout
+    assert "before" in told
+    assert "0 runs, about" in told
     refused = cli(*run, "--seed", "4", code=2)
     assert "spec.seeds: [0] -> [4]" in refused.stderr
     report = cli("report", "out")

@@ -158,8 +158,11 @@ def test_a_method_for_one_fact_makes_a_batch_one_by_one(
     (run,) = read_bench(tmp_path / "out").runs
     edits = [r for r in run.records if r.axis == "edit"]
     assert [(r.status, r.detail) for r in edits] == [("ok", "steps")] * 4
-    (found,) = estimate(spec)
-    assert found.seconds_edit > found.seconds_more > 0
+    (found,) = estimate(spec, tmp_path / "elsewhere")
+    assert found.seconds_edit == pytest.approx((found.seconds_call + 3 * found.seconds_more) / 4)
+    (found,) = estimate(spec, tmp_path / "out")
+    assert found.finished
+    assert found.seconds == 0
 
 
 def test_shared_values_are_searched_once_and_change_nothing(

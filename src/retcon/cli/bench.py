@@ -60,7 +60,7 @@ def bench(
 
     spec = _spec(file, model, method, dataset, protocol, n, batch, seed, corpus, text)
     if dry_run:
-        _estimate(spec, as_json)
+        _estimate(spec, out, as_json)
         return
     board = _Board(console(stderr=True).is_terminal)
     started = time.perf_counter()
@@ -133,10 +133,10 @@ def _methods(spec: "BenchSpec", name: str) -> "list[MethodSpec]":
     return [m for m in spec.methods if name in (m.label, m.name)] or [MethodSpec(name=name)]
 
 
-def _estimate(spec: "BenchSpec", as_json: bool) -> None:
+def _estimate(spec: "BenchSpec", out: Path, as_json: bool) -> None:
     from retcon.evaluation.bench import estimate
 
-    found = list(estimate(spec))
+    found = list(estimate(spec, out))
     rows = [
         {
             "run": e.cell.slug,
@@ -144,6 +144,7 @@ def _estimate(spec: "BenchSpec", as_json: bool) -> None:
             "seconds_per_edit": e.seconds_edit,
             "seconds_per_case_measured": e.seconds_measure,
             "seconds": e.seconds,
+            "finished": e.finished,
         }
         for e in found
     ]
@@ -155,13 +156,13 @@ def _estimate(spec: "BenchSpec", as_json: bool) -> None:
     for name in ("cases", "per edit", "per case measured", "in all"):
         table.add_column(name, justify="right")
     for e in found:
-        cells = seconds(e.seconds_edit), f"{1000 * e.seconds_measure:.0f} ms", seconds(e.seconds)
+        cells = [seconds(e.seconds_edit), f"{1000 * e.seconds_measure:.0f} ms", seconds(e.seconds)]
+        if e.finished:
+            cells = ["", "", "before"]
         table.add_row(escape(e.cell.slug), f"{e.n_cases:,}", *cells)
     console().print(table)
-    console().print(
-        f"{count(len(found), 'run')}, about {seconds(sum(e.seconds for e in found))} [dim](from a few edits and "
-        "cases each)[/]"
-    )
+    left, took = sum(not e.finished for e in found), sum(e.seconds for e in found)
+    console().print(f"{count(left, 'run')}, about {seconds(took)} [dim](from a few edits and cases each)[/]")
 
 
 @dataclass

@@ -39,6 +39,8 @@ from retcon.methods.sequence import in_steps
 
 VALUES = "values"
 """Folder of values found by a batch that has not ended."""
+FINISHED = "records.jsonl"
+"""File of a run's folder that is there once the run is finished."""
 N_PROBED = 8
 """Cases edited and measured for an estimate."""
 
@@ -183,13 +185,12 @@ class _Model:
         chosen = chosen_cases(cases, cell)
         method = self.methods[cell.method.label]
         manifest = manifest_of(self.spec, cell, self.lm, method, chosen, report)
-        identity = run_id(manifest)
-        directory = root / "runs" / f"{cell.slug}_{identity[:8]}"
+        identity, directory = place_of(cell, manifest, root)
         settle(directory / "manifest.json", manifest, around, force=force, what="run")
         line = {"slug": cell.slug, "directory": f"runs/{directory.name}", "id": identity}
         total = n_units(cell.protocol, len(chosen))
-        if (directory / "records.jsonl").is_file():
-            watch(Event(cell, total, total, Evaluation.read(directory / "records.jsonl"), True))
+        if (directory / FINISHED).is_file():
+            watch(Event(cell, total, total, Evaluation.read(directory / FINISHED), True))
             return line
         watch(Event(cell, 0, total))
         measures = replace(self.measures, seed=cell.seed)
@@ -300,7 +301,13 @@ class _Model:
                 for (w, c, q), text in texts.items()
             ]
             write_atomically(directory / "texts.jsonl", "".join(row + "\n" for row in rows).encode())
-        write_records(directory / "records.jsonl", evaluation.records, evaluation.context)  # last: it says "finished"
+        write_records(directory / FINISHED, evaluation.records, evaluation.context)  # the last to be written
+
+
+def place_of(cell: Cell, manifest: Mapping[str, Any], root: Path) -> tuple[str, Path]:
+    """A run's identity, and its folder."""
+    identity = run_id(manifest)
+    return identity, root / "runs" / f"{cell.slug}_{identity[:8]}"
 
 
 def _case_row(case: Case) -> dict[str, Any]:
@@ -354,6 +361,8 @@ class Estimate:
     """Per further edit in a call, as much as in a call for a few; larger batches share more."""
     seconds_measure: float
     """Per case."""
+    finished: bool = False
+    """The directory has its records already."""
 
     @property
     def seconds_edit(self) -> float:
@@ -369,15 +378,24 @@ class Estimate:
         return self.n_cases * (self.seconds_edit + looks * self.seconds_measure)
 
 
-def estimate(spec: BenchSpec) -> Iterator[Estimate]:
-    """Of every cell, in order; loads the models, makes a few edits per method and measures a few cases."""
+def estimate(spec: BenchSpec, directory: str | Path | None = None) -> Iterator[Estimate]:
+    """Of every cell, in order; loads the models, makes a few edits per method and measures a few cases.
+
+    What is finished in `directory` takes no time.
+    """
     loaded = {d.label: load_cases(d) for d in spec.datasets}
     cells = cells_of(spec, {label: len(cases) for label, (cases, _) in loaded.items()})
     known: dict[tuple[str, str, str], tuple[float, float, float]] = {}
     for model in spec.models:
         bench = _Model(spec, model, time.perf_counter)
         for cell in (c for c in cells if c.model is model):
-            cases = chosen_cases(loaded[cell.dataset.label][0], cell)
+            everything, report = loaded[cell.dataset.label]
+            cases = chosen_cases(everything, cell)
+            if directory is not None:
+                manifest = manifest_of(spec, cell, bench.lm, bench.methods[cell.method.label], cases, report)
+                if (place_of(cell, manifest, Path(directory))[1] / FINISHED).is_file():
+                    yield Estimate(cell, len(cases), 0.0, 0.0, 0.0, finished=True)
+                    continue
             key = (model.label, cell.dataset.label, cell.method.label)
             if key not in known:
                 known[key] = _probe(bench, cell, cases)
