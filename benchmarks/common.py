@@ -1,5 +1,6 @@
 """What the benchmark scripts share: cases, moments, and a line about the machine."""
 
+import argparse
 import os
 import platform
 from pathlib import Path
@@ -13,6 +14,15 @@ from retcon.evaluation import load_counterfact
 from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Corpus, CorpusMoments, Moments
+
+
+def add_places(parser: argparse.ArgumentParser, *, start: int = 0) -> None:
+    """Options that say what is edited: model, cases, text, first case, seed."""
+    parser.add_argument("--model", default="demo:gptj")
+    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
+    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
+    parser.add_argument("--start", type=int, default=start, help="first case")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def cases_of(data: str | None, start: int, n: int, seed: int) -> list[Case]:

@@ -15,7 +15,7 @@ from collections import Counter
 from typing import Any
 
 import retcon
-from benchmarks.common import cases_of, machine, moments_of
+from benchmarks.common import add_places, cases_of, machine, moments_of
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
@@ -78,15 +78,11 @@ def misses(cases: list[Case], delta: Delta, evaluation: Evaluation) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo:gptj")
-    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
-    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
-    parser.add_argument("--start", type=int, default=0)
+    add_places(parser)
     parser.add_argument("--n", type=int, nargs="+", default=[100])
     parser.add_argument("--ablations", action="store_true", help="the rows of the paper's Table 4")
     parser.add_argument("--only", nargs="+", help="some of the ablations, by the start of their names")
     parser.add_argument("--misses", action="store_true", help="also say where paraphrases fail")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting, as TOML")
     args = parser.parse_args()
 

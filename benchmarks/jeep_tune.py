@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import retcon
-from benchmarks.common import cases_of, moments_of
+from benchmarks.common import add_places, cases_of, moments_of
 from retcon.evaluation import evaluate
 from retcon.memory.values import search_values
 from retcon.memory.write import write
@@ -29,10 +29,7 @@ def layers(text: str) -> tuple[int, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo:gptj")
-    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
-    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
-    parser.add_argument("--start", type=int, default=0)
+    add_places(parser)
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--low", type=layers, nargs="+", required=True)
     parser.add_argument("--high", type=layers, nargs="+", required=True)
@@ -42,7 +39,6 @@ def main() -> None:
     parser.add_argument("--high-weight", type=float, nargs="+", default=[100.0])
     parser.add_argument("--weight-decay", type=float, nargs="+", default=[0.5])
     parser.add_argument("--kl-factor", type=float, nargs="+", default=[0.0625])
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 

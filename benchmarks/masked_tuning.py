@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import cases_of, machine, moments_of
+from benchmarks.common import add_places, cases_of, machine, moments_of
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
@@ -232,17 +232,13 @@ def main() -> None:
     verbs = parser.add_subparsers(required=True)
     running = verbs.add_parser("run")
     running.add_argument("methods", nargs="+")
-    running.add_argument("--model", default="demo:gptj")
-    running.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
-    running.add_argument("--corpus", help="text for second moments, for methods that use them")
-    running.add_argument("--start", type=int, default=0)
+    add_places(running)
     running.add_argument("--n", type=int, default=100)
     running.add_argument("--protocol", choices=("single", "batch", "consecutive"), default="batch")
     running.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting, as TOML")
     running.add_argument("--vary", action="append", default=[], metavar="FIELD=[VALUE, ...]")
     running.add_argument("--located", type=int, nargs="+", help="kne: locate once on so many facts from --start on")
     running.add_argument("--random", action="store_true", help="beside each row, one with random units or nodes")
-    running.add_argument("--seed", type=int, default=0)
     running.add_argument("--out", type=Path, help="JSON lines, for `plot`; rows are added")
     running.set_defaults(act=run)
     plotting = verbs.add_parser("plot")

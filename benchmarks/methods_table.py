@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import retcon
-from benchmarks.common import cases_of, machine, moments_of
+from benchmarks.common import add_places, cases_of, machine, moments_of
 from retcon.edits import Case
 from retcon.errors import RetconWarning
 from retcon.evaluation import Evaluation, evaluate
@@ -79,14 +79,10 @@ def together(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo:gptj")
-    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
-    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
-    parser.add_argument("--start", type=int, default=0)
+    add_places(parser)
     parser.add_argument("--n", type=int, nargs="+", default=[1, 100, 1000])
     parser.add_argument("--alone", type=int, default=100, help="cases edited one at a time for n = 1")
     parser.add_argument("--methods", nargs="+", choices=ROWS.values(), default=list(ROWS.values()))
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     warnings.simplefilter("ignore", RetconWarning)

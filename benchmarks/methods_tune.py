@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import retcon
-from benchmarks.common import cases_of, moments_of
+from benchmarks.common import add_places, cases_of, moments_of
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.memory.values import keeping_values
@@ -28,15 +28,11 @@ from retcon.methods.sequence import in_steps
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", required=True)
-    parser.add_argument("--model", default="demo:gptj")
-    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
-    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
-    parser.add_argument("--start", type=int, default=1000)
+    add_places(parser, start=1000)
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--grid", nargs="*", default=[], metavar="FIELD=[...]", help="values to try, as TOML lists")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="settings for all, as TOML")
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     with TemporaryDirectory() as folder:

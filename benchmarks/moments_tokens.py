@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Any
 
 import retcon
-from benchmarks.common import cases_of, machine, moments_of
+from benchmarks.common import add_places, cases_of, machine, moments_of
 from benchmarks.jeep_quality import measure
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
@@ -26,13 +26,9 @@ from retcon.memory.corpus import document_rows
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo:gptj")
-    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
-    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
-    parser.add_argument("--start", type=int, default=0)
+    add_places(parser)
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--per-dimension", type=int, nargs="+", default=[2, 5, 10, 20, 50], metavar="TOKENS")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     warnings.simplefilter("ignore", RetconWarning)  # too few tokens, and what comes of it

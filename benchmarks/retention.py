@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import cases_of, machine, moments_of
+from benchmarks.common import add_places, cases_of, machine, moments_of
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.methods.sequence import in_steps
@@ -93,15 +93,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
     running = verbs.add_parser("run")
-    running.add_argument("--model", default="demo:gptj")
-    running.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
-    running.add_argument("--corpus", help="text for second moments; the model's default if left out")
-    running.add_argument("--start", type=int, default=0)
+    add_places(running)
     running.add_argument("--edits", type=int, default=500)
     running.add_argument("--step", type=int, default=10)
     running.add_argument("--every", type=int, default=50)
     running.add_argument("--methods", nargs="+", choices=ROWS, default=list(ROWS))
-    running.add_argument("--seed", type=int, default=0)
     running.add_argument("--out", type=Path, required=True, help="JSON lines; rows are added")
     running.set_defaults(act=run)
     plotting = verbs.add_parser("plot")

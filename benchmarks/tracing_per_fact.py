@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import retcon
-from benchmarks.common import cases_of, machine, moments_of
+from benchmarks.common import add_places, cases_of, machine, moments_of
 from retcon.edits import Case
 from retcon.errors import RetconWarning
 from retcon.evaluation.score import Item, score
@@ -60,12 +60,8 @@ def explained(effects: Tensor, scores: Tensor) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo:gptj")
-    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
-    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
-    parser.add_argument("--start", type=int, default=0)
+    add_places(parser)
     parser.add_argument("--n", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     lm = retcon.load(args.model)
