@@ -346,3 +346,8 @@ def test_without_matplotlib_it_is_said(bench: Bench, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InvalidSetting, match=r"pip install 'retcon-lm\[plot\]'"):
         pictures_of(groups_of(bench))
+
+
+def test_methods_are_told_apart_by_colour_and_marker() -> None:
+    looks = {(n % len(drawing.COLOURS), n % len(drawing.MARKERS)) for n in range(40)}
+    assert len(looks) == 40

@@ -15,7 +15,8 @@ from retcon.evaluation.summary import main_variant
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#b83280", "#6b46c1", "#975a16", "#319795", "#c53030", "#4a5568", "#d69e2e")
 """By method, in order; told apart by marker too."""
-MARKERS = "osD^vPX*<>"
+MARKERS = "osD^vPX*<>d"
+"""One more than colours, so that the two together repeat only after 110 methods."""
 MAX_RELATIONS = 12
 """Relations shown, those with most cases."""
 LOGARITHMIC_FROM = 30
