@@ -119,7 +119,7 @@ def retention(groups: Sequence[Group], places: Places) -> list[Picture]:
     for model, protocol, block in blocks(sequential):
         for dataset in dict.fromkeys(g.dataset for g in block):
             own = [g for g in block if g.dataset == dataset]
-            figure, panels = _figure(9, 3, columns=3)
+            figure, panels = _figure(9, 3.6, columns=3)
             for axes, name in zip(panels, ("ES", "GS", "LS"), strict=True):
                 for group in own:
                     kept, place = _kept(group, name), places[group.method]
@@ -131,7 +131,15 @@ def retention(groups: Sequence[Group], places: Places) -> list[Picture]:
                 axes.set_title(name, fontsize=10)
                 axes.set_xlabel("edits so far")
                 axes.set_ylim(-3, 103)
-            panels[0].legend(frameon=False, fontsize=8, title="all so far; dotted: just made", title_fontsize=7)
+            figure.legend(  # below the panels, where it hides no line
+                *panels[0].get_legend_handles_labels(),
+                loc="outside lower center",
+                ncols=6,
+                frameon=False,
+                fontsize=8,
+                title="all so far; dotted: just made",
+                title_fontsize=7,
+            )
             title = f"What is left of the edits: {model}, {dataset}, {protocol}"
             alt = "; ".join(
                 f"{g.method}: ES {_last(_right_after(g, 'ES'))} right after, {_last(_kept(g, 'ES'))} at the end"
