@@ -360,7 +360,7 @@ def _layer_class() -> Any:
 
 
 def _live_cache(lm: LM, first: int, keys: Sequence[Tensor], values: Sequence[Tensor], length: int) -> "Cache":
-    """The same, given for the blocks from `first` on."""
+    """`_cache` with keys and values given for the blocks from `first` on."""
     none: list[Tensor | None] = [None] * lm.n_layers
     if not length:
         return _cache(none, none, 0)
