@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -331,7 +332,8 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize("family", ["gptj", "llama", "opt"])
 @pytest.mark.parametrize("kind", ["block", "mlp", "attn", "severed_mlp"])
 def test_only_what_a_cell_changes_is_run(family: str, kind: Any, still: Still) -> None:
-    """Tokens through each MLP: a window's lowest block takes the cell's own, the topmost block the last."""
+    """Tokens through each MLP: those from the cell's own on, the last alone in the topmost block; none whose output is
+    known, as it is of the tokens behind where an MLP beside attention reads what they were."""
     lm, samples = still(family), 2
     ran = [0] * lm.n_layers
 
@@ -350,11 +352,42 @@ def test_only_what_a_cell_changes_is_run(family: str, kind: Any, still: Still) -
     for handle in handles:
         handle.remove()
     lengths = range(1, len(prompt.row.ids) - prompt.subject.start + 1)  # of the cells of one layer
-    own = samples * len(lengths) if kind in ("mlp", "attn") else 0
-    above = samples * sum(lengths)
-    wanted = [own + layer * above for layer in range(lm.n_layers - 1)]
-    assert ran[:-1] == wanted
-    assert ran[-1] == samples * (len(lengths) * (lm.n_layers - 1) + (kind in ("mlp", "attn")))
+    own, severed, parallel = len(lengths), kind == "severed_mlp", lm.layout.parallel
+    above = sum(lengths) - own * severed
+    first = own * (not severed) if parallel else above
+    inside = own * (kind == "attn" and not parallel)
+    wanted = [inside, *(inside + first + (layer - 1) * above for layer in range(1, lm.n_layers - 1))]
+    assert ran[:-1] == [samples * tokens for tokens in wanted]
+    assert ran[-1] == samples * (own * (lm.n_layers - 1) + (inside > 0))
+
+
+@pytest.mark.parametrize("family", ["gptj", "llama", "gpt2", "gpt_neox"])
+def test_projections_run_for_changed_tokens_only(family: str, still: Still) -> None:
+    """Attention keys: in the block above a restored state only of the cell's own token, then of every one from it on;
+    queries too, but for the topmost block, where only the last token asks."""
+    lm, samples = still(family), 2
+    ran: dict[tuple[int, str], int] = {}
+    alone = replace(ALL, kinds=("block",), samples=samples, max_batch_tokens=1)
+    with lm.borrowed(), torch.no_grad():
+        prompt = tracing._prepare(lm, EDIT, alone, 1.0)
+        assert prompt is not None
+        handles = []
+        for layer, kind in product(range(lm.n_layers), ("q_proj", "k_proj")):
+
+            def count(_: Any, __: Any, out: Tensor, at: tuple[int, str] = (layer, kind)) -> None:
+                ran[at] = ran.get(at, 0) + out.numel() // out.shape[-1] // samples
+
+            handles.append(lm.site(layer, kind).module.register_forward_hook(count))  # type: ignore[arg-type]
+        tracing._trace(lm, EDIT, prompt, alone)
+    for handle in handles:
+        handle.remove()
+    lengths, top = range(1, len(prompt.row.ids) - prompt.subject.start + 1), lm.n_layers - 1
+    own, above, last = len(lengths), sum(lengths), len(lengths) * top
+    for layer in range(1, top):
+        assert ran[layer, "q_proj"] == ran[layer, "k_proj"] == own + (layer - 1) * above
+    assert ran[top, "k_proj"] == own + (top - 1) * above + last
+    fused = family in ("gpt2", "gpt_neox")
+    assert ran[top, "q_proj"] == (ran[top, "k_proj"] if fused else own + last)
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])

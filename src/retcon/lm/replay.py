@@ -7,7 +7,7 @@ the recorded states. The block list keeps its length, since masks and rotary tab
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -85,26 +85,60 @@ class Packed:
     """Per live block, the attention keys of all that columns may see beside each other."""
     values: tuple[Float[Tensor, "rows heads earlier d_head"], ...]
     """The same for the attention values."""
-    tokens: Int[Tensor, " columns"]
-    """Token index of every column."""
-    seen: Bool[Tensor, "columns earlier_and_columns"]
+    tokens: Int[Tensor, "orders columns"]
+    """Token index of every column. The rows of one order stand one behind the other, as many of each order."""
+    seen: Bool[Tensor, "orders columns earlier_and_columns"]
     """What every column attends to; itself, at the least."""
 
     def cache(self, lm: LM) -> "Cache":
         """As `Frozen.cache`."""
-        return _live_cache(lm, self.first, self.keys, self.values, self.seen.shape[1] - self.seen.shape[0])
+        return _live_cache(lm, self.first, self.keys, self.values, self.seen.shape[2] - self.seen.shape[1])
 
     def inputs(self, lm: LM, cache: "Cache") -> dict[str, Any]:
         """As `Frozen.inputs`."""
-        rows, lowest = len(self.states), torch.finfo(self.states.dtype).min
+        each, lowest = len(self.states) // len(self.tokens), torch.finfo(self.states.dtype).min
         hidden = torch.zeros(self.seen.shape, dtype=self.states.dtype).masked_fill(~self.seen, lowest)
         return dict(
             inputs_embeds=_stand_in(lm, self.states),
-            attention_mask=hidden.to(lm.device).expand(rows, 1, -1, -1),
-            position_ids=self.tokens.to(lm.device).expand(rows, -1),
+            attention_mask=hidden.to(lm.device).repeat_interleave(each, 0)[:, None],
+            position_ids=self.tokens.to(lm.device).repeat_interleave(each, 0),
             past_key_values=cache,
             use_cache=True,
         )
+
+
+@dataclass(frozen=True)
+class Partly:
+    """Modules that treat every token by itself, run at some places only."""
+
+    live: Bool[Tensor, "rows columns"]
+    """Where they run."""
+    entries: Sequence[nn.Module]
+    """Modules that read the input."""
+    end: nn.Module
+    """The module whose output counts; an entry, or what the entries' outputs lead to."""
+    otherwise: Float[Tensor, "rows columns width"]
+    """What the end gives elsewhere."""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the modules run so."""
+        places = self.live.flatten().nonzero()[:, 0].to(self.otherwise.device)
+        shapes: list[tuple[int, ...]] = []  # OPT's MLP sees (rows x columns, width)
+
+        def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            shapes.append(args[0].shape[:-1])
+            return (args[0].reshape(-1, args[0].shape[-1]).index_select(0, places), *args[1:])
+
+        def widen(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+            whole = self.otherwise.flatten(0, 1).index_copy(0, places, output)
+            return whole.view(*shapes[-1], output.shape[-1])
+
+        with ExitStack() as stack:
+            for module in self.entries:
+                stack.callback(module.register_forward_pre_hook(narrow).remove)
+            stack.callback(self.end.register_forward_hook(widen).remove)
+            yield
 
 
 def record(
@@ -308,16 +342,20 @@ def replay(
     logits_at: tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None = None,
     *,
     cache: "Cache | None" = None,
+    partly: Iterable[Partly] = (),
 ) -> Float[Tensor, "n vocab"] | None:
     """`trace.run` from block `frozen.first` and from column 0 on; taps and `logits_at` count columns.
 
     The output of block `first - 1` can be tapped: it is the recorded state. Points below cannot. A caller who wants the
-    attention keys and values of the live tokens passes `frozen.cache(lm)` and reads it afterwards.
+    attention keys and values of the live tokens passes `frozen.cache(lm)` and reads it afterwards. Taps see what the
+    modules of `partly` give with the other places filled in.
     """
     below = [p for p in taps if p.layer < frozen.first and p != Point(frozen.first - 1, "block")]
     if below:
         raise ValueError(f"a replay from block {frozen.first} does not run {below}")
-    with _blocks_below_answer_with_states(lm, frozen):
+    with _blocks_below_answer_with_states(lm, frozen), ExitStack() as stack:
+        for part in partly:
+            stack.enter_context(part.running())
         inputs = frozen.inputs(lm, cache or frozen.cache(lm))
         return tapped(lm, frozen.states.shape[:2], inputs, taps, logits_at)
 
@@ -328,12 +366,14 @@ def _layer_class() -> Any:
     from transformers.cache_utils import DynamicLayer
 
     class Earlier(DynamicLayer):
-        """One block's past for one pass: gives it with the new tokens behind, and remembers the whole."""
+        """One block's past for one pass: gives it with the new tokens behind, and remembers the whole; or ends the pass
+        there."""
 
         def __init__(self, keys: Tensor | None, values: Tensor | None, length: int) -> None:
             super().__init__()
             self.past, self.length = (keys, values), length
             self.whole: tuple[Tensor, Tensor] | None = None
+            self.ends = False
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             keys, values = self.past
@@ -341,6 +381,8 @@ def _layer_class() -> Any:
                 key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
             if not torch.is_grad_enabled():
                 self.whole = key_states, value_states
+            if self.ends:
+                raise Stop
             return key_states, value_states
 
         def all_of_it(self) -> tuple[Tensor, Tensor]:

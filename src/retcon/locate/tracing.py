@@ -7,20 +7,21 @@ Only what such a restoration can change is computed: the blocks above it, from i
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite, RetconWarning
-from retcon.lm.model import LM
+from retcon.lm.model import LM, SiteName
 from retcon.lm.prompts import Batch, Row, encode, encode_edit, subject_tokens
-from retcon.lm.replay import Packed, replay
+from retcon.lm.replay import Packed, Partly, replay
 from retcon.lm.trace import Point, Tap, TensorName, run, tapped
 from retcon.locate.embeddings import EMBEDDING, changing_embeddings, reading_first_input
 
@@ -217,6 +218,8 @@ class _Prompt:
     keys: list[Float[Tensor, "samples heads tokens d_head"]]
     """Of the disturbed runs, per block."""
     values: list[Float[Tensor, "samples heads tokens d_head"]]
+    projected: list[list[Float[Tensor, "samples tokens width"]]]
+    """What the attention projections put out in the disturbed runs, per block, in the order of `_projections`."""
 
 
 def _prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> _Prompt | None:
@@ -238,12 +241,19 @@ def _prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> _Prompt
 
     tensors: tuple[TensorName, ...] = ("block", "mlp", "attn")
     taps: dict[Point, Tap] = {
-        p: reader(p) for layer in range(lm.n_layers) for t in tensors if _wanted(p := Point(layer, t), settings)
+        p: reader(p) for layer in range(lm.n_layers) for t in tensors if _wanted(lm, p := Point(layer, t), settings)
     }
+    projected: list[list[Tensor]] = [[] for _ in range(lm.n_layers)]
     cache = Cache(layer_class_to_replicate=DynamicLayer)
     inputs = dict(input_ids=batch.ids, attention_mask=torch.ones_like(batch.ids), past_key_values=cache, use_cache=True)
     disturb = _disturbing(rows - 1, subject, noise, settings)
-    with changing_embeddings(lm, disturb), reading_first_input(lm, reader(EMBEDDING)):
+    with ExitStack() as stack:
+        stack.enter_context(changing_embeddings(lm, disturb))
+        stack.enter_context(reading_first_input(lm, reader(EMBEDDING)))
+        for layer, into in enumerate(projected if settings.replayed else []):
+            for module in _projections(lm, layer):
+                hook = module.register_forward_hook(lambda _, __, output, into=into: into.append(output[1:].detach()))
+                stack.callback(hook.remove)
         logits = tapped(lm, (len(rows), len(row.ids)), inputs, taps, (rows, last))
     assert logits is not None
     answer = int(logits[0].argmax())
@@ -261,11 +271,19 @@ def _prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> _Prompt
         disturbed={p: value[1:] for p, value in found.items()},
         keys=[layer.keys[1:] for layer in cache.layers] if settings.replayed else [],
         values=[layer.values[1:] for layer in cache.layers] if settings.replayed else [],
+        projected=projected,
     )
 
 
-def _wanted(point: Point, settings: Tracing) -> bool:
-    return point.tensor == "block" or any(point.tensor in kind for kind in settings.kinds)
+def _wanted(lm: LM, point: Point, settings: Tracing) -> bool:
+    beside = settings.replayed and lm.layout.parallel and point.tensor == "mlp"
+    return beside or point.tensor == "block" or any(point.tensor in kind for kind in settings.kinds)
+
+
+def _projections(lm: LM, layer: int) -> list[nn.Module]:
+    """The modules that make a block's queries, attention keys and values; one where the family fuses them."""
+    kinds: tuple[SiteName, ...] = ("q_proj", "k_proj", "v_proj")
+    return list(dict.fromkeys(lm.site(layer, kind).module for kind in kinds))
 
 
 def _noise(lm: LM, n: int, settings: Tracing, deviation: float) -> Float[Tensor, "samples n width"]:
@@ -373,16 +391,15 @@ def _groups(prompt: _Prompt, cells: Sequence[_Cell], settings: Tracing) -> list[
     if not settings.replayed:
         each = max(1, most // n_tokens)
         return [list(cells[i : i + each]) for i in range(0, len(cells), each)]
-    most = min(most, prompt.noise.shape[-1] // 2)  # attention is quadratic in columns: so it stays below a tenth
     groups: list[list[_Cell]] = []
     for _, alike in groupby(sorted(cells, key=lambda cell: cell.first), lambda cell: cell.first):
         groups.append([])
-        columns = 0
+        tokens = 0
         for cell in alike:
-            columns += n_tokens - cell.token
-            if groups[-1] and columns > most:
+            tokens += n_tokens - cell.token
+            if groups[-1] and tokens > most:
                 groups.append([])
-                columns = n_tokens - cell.token
+                tokens = n_tokens - cell.token
             groups[-1].append(cell)
     return groups
 
@@ -396,7 +413,7 @@ def _logits(lm: LM, prompt: _Prompt, cells: Sequence[_Cell], settings: Tracing) 
     ids = torch.tensor([prompt.row.ids] * len(samples), device=lm.device)
     last = torch.full_like(samples, prompt.row.prediction)
     with changing_embeddings(lm, _disturbing(samples, prompt.subject, prompt.noise, settings)):
-        taps = _taps(prompt, cells, rows, [cell.token for cell in cells], range(lm.n_layers))
+        taps = _taps(prompt, cells, rows, torch.tensor([[cell.token] for cell in cells]), range(lm.n_layers))
         logits = run(lm, Batch(ids, torch.ones_like(ids).bool()), taps, (rows.flatten(), last))
     assert logits is not None
     return logits
@@ -406,16 +423,16 @@ def _taps(
     prompt: _Prompt,
     cells: Sequence[_Cell],
     rows: Int[Tensor, "cells samples"],
-    columns: Sequence[int],
+    columns: Int[Tensor, "cells 1"],
     layers: range,
 ) -> dict[Point, Tap]:
     """Taps in these layers that put the values of each cell into its rows, all at the column where its token stands."""
-    tokens, column = torch.tensor([cell.token for cell in cells]), torch.tensor(columns)
+    tokens = torch.tensor([cell.token for cell in cells])
 
     def putting(point: Point) -> Tap:
         clean = [i for i, cell in enumerate(cells) if point in cell.clean]
         disturbed = [i for i, cell in enumerate(cells) if point in cell.disturbed]
-        into = rows[clean + disturbed], column[clean + disturbed, None]
+        into = rows[clean + disturbed], columns[clean + disturbed]
 
         def put(value: Tensor) -> Tensor:
             new = prompt.clean[point][tokens[clean].to(value.device)]
@@ -434,105 +451,195 @@ def _taps(
 # --- only what a restoration can change --------------------------------------------------------------------------
 # Nothing below the block where it is made, and nothing before its token. In that block only the token itself changes,
 # for attention there reads the other tokens' inputs; in the blocks above, every token from it on; in the topmost one,
-# only the last token is read. So cells climb in three strides, one beside the other in a row for each sample.
+# only the last token is read. So cells climb in three strides, side by side in rows of one length.
 
 
 @dataclass(frozen=True)
-class _Strip:
-    """Columns of a row in which cells stand side by side, each with some of its tokens."""
+class _Strips:
+    """Rows in which cells stand side by side, each with its tokens up to some last one; each row once per sample."""
 
-    starts: tuple[int, ...]
+    starts: Int[Tensor, " cells"]
     """The cells' own tokens; what stands before them is as in the disturbed run."""
-    cell: Int[Tensor, " columns"]
-    """Whose column it is."""
-    token: Int[Tensor, " columns"]
+    samples: int
+    row: Int[Tensor, " cells"]
+    """In which row each cell stands."""
+    column: Int[Tensor, " cells"]
+    """Where in it."""
+    cell: Int[Tensor, "rows columns"]
+    """Whose place it is; -1 for nobody's."""
+    token: Int[Tensor, "rows columns"]
 
     @classmethod
-    def of(cls, cells: Sequence[_Cell], spans: Sequence[range]) -> "_Strip":
-        """The tokens of each cell's span."""
-        token = torch.tensor([token for span in spans for token in span])
-        owner = torch.arange(len(cells)).repeat_interleave(torch.tensor([len(span) for span in spans]))
-        return cls(tuple(cell.token for cell in cells), owner, token)
+    def of(cls, cells: Sequence[_Cell], samples: int, last: int | None = None) -> "_Strips":
+        """Each cell's tokens from its own to `last`, or its own alone, in rows of about one length."""
+        starts = torch.tensor([cell.token for cell in cells])
+        lengths = [1 if last is None else last + 1 - cell.token for cell in cells]
+        rows = _rows_of(lengths)
+        n_columns = max(sum(lengths[i] for i in row) for row in rows)
+        cell = torch.full((len(rows), n_columns), -1)
+        token, at, column = torch.zeros_like(cell), torch.zeros_like(starts), torch.zeros_like(starts)
+        for r, row in enumerate(rows):
+            free = 0
+            for i in row:
+                at[i], column[i] = r, free
+                cell[r, free : free + lengths[i]] = i
+                token[r, free : free + lengths[i]] = torch.arange(cells[i].token, cells[i].token + lengths[i])
+                free += lengths[i]
+        return cls(starts, samples, at, column, cell, token)
 
     @property
-    def firsts(self) -> list[int]:
-        """Column of each cell's first token."""
-        return [int((self.cell == i).nonzero()[0]) for i in range(len(self.starts))]
+    def rows(self) -> Int[Tensor, "cells samples"]:
+        """Each cell's row in every sample."""
+        return self.row[:, None] * self.samples + torch.arange(self.samples)
 
     @property
-    def before(self) -> Bool[Tensor, "cells earlier"]:
+    def own(self) -> tuple[Int[Tensor, "cells samples"], Int[Tensor, "cells 1"]]:
+        """Rows and columns of the cells' own tokens."""
+        return self.rows, self.column[:, None]
+
+    @property
+    def rank(self) -> Int[Tensor, " cells"]:
+        """How many cells stand before each in its row."""
+        return ((self.row[:, None] == self.row) & (self.column < self.column[:, None])).sum(1)
+
+    @property
+    def earlier(self) -> Bool[Tensor, "cells earlier"]:
         """Tokens that each cell sees in the disturbed run."""
-        return torch.arange(max(self.starts)) < torch.tensor(self.starts)[:, None]
+        return torch.arange(int(self.starts.max())) < self.starts[:, None]
 
-    def packed(self, prompt: _Prompt, layers: range, states: Float[Tensor, "samples columns d_model"]) -> Packed:
-        """A replay of these layers on them: each column sees its cell's tokens up to itself, and those before."""
-        own = (self.cell[:, None] == self.cell) & (self.token <= self.token[:, None])
-        seen = torch.cat([self.before[self.cell], own], 1)
+    def spread(self, values: Float[Tensor, "samples tokens width"]) -> Float[Tensor, "all_rows columns width"]:
+        """Every token's values at its places."""
+        return values[:, self.token].transpose(0, 1).flatten(0, 1)
+
+    def packed(self, prompt: _Prompt, layers: range, states: Float[Tensor, "all_rows columns d_model"]) -> Packed:
+        """A replay of these layers on them: each token sees its cell's tokens up to itself, and those before."""
+        inside = (self.cell[:, :, None] == self.cell[:, None]) & (self.token[:, None] <= self.token[:, :, None])
+        seen = torch.cat([self.earlier[self.cell], inside], 2)
         keys, values = (
-            tuple(part[layer][:, :, : max(self.starts)] for layer in layers) for part in (prompt.keys, prompt.values)
+            tuple(part[layer][:, :, : seen.shape[2] - seen.shape[1]].repeat(len(seen), 1, 1, 1) for layer in layers)
+            for part in (prompt.keys, prompt.values)
         )
         return Packed(layers.start, states, keys, values, self.token, seen)
 
 
-def _replayed(lm: LM, prompt: _Prompt, cells: Sequence[_Cell]) -> Float[Tensor, "rows vocab"]:
+def _rows_of(lengths: Sequence[int]) -> list[list[int]]:
+    """Which stand in a row together: the longest first, each in the first row that has room. Rows are as long as the
+    longest or by one longer (1 to n fill those for even n), whichever leaves less over."""
+    found: list[tuple[int, list[list[int]]]] = []
+    for most in (max(lengths), max(lengths) + 1):
+        rows: list[list[int]] = []
+        room: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            row = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
+            if row == len(rows):
+                rows.append([])
+                room.append(most)
+            rows[row].append(i)
+            room[row] -= lengths[i]
+        found.append((len(rows) * (most - min(room)), rows))
+    return min(found, key=lambda f: f[0])[1]
+
+
+def _replayed(lm: LM, prompt: _Prompt, cells: Sequence[_Cell]) -> Float[Tensor, "logits vocab"]:
     """The same for cells of one first block."""
-    last, top = len(prompt.row.ids) - 1, lm.n_layers - 1
+    last, top, samples = len(prompt.row.ids) - 1, lm.n_layers - 1, len(prompt.noise)
     changed = _changed(lm, prompt, cells)
-    columns, itself = torch.arange(len(cells)), torch.eye(len(cells)).bool()
     if cells[0].first > top:
-        given = Packed(cells[0].first, changed, (), (), torch.full_like(columns, last), itself)
+        rows, columns = torch.arange(samples).expand(len(cells), -1), torch.arange(len(cells))[:, None]
+        tokens, itself = torch.full((1, len(cells)), last), torch.eye(len(cells)).bool()
+        given = Packed(top + 1, changed, (), (), tokens, itself[None])
     else:
-        strip = _Strip.of(cells, [range(cell.token, last + 1) for cell in cells])
-        states, keys, values = _climbed(lm, prompt, cells, strip, changed)
-        own = (strip.cell == columns[:, None]) & (strip.token < last)
-        seen = torch.cat([strip.before, own, itself], 1)
-        given = Packed(top, states, (keys,), (values,), torch.full_like(columns, last), seen)
-    rows = torch.arange(len(changed)).expand(len(cells), -1)
-    taps = _taps(prompt, cells, rows, columns.tolist(), range(given.first, top + 1))
-    logits = replay(lm, given, taps, (rows.flatten(), columns.repeat_interleave(len(changed))))
+        strips = _Strips.of(cells, samples, last)
+        states, keys, values = _climbed(lm, prompt, cells, strips, changed)
+        rows, columns = strips.rows, strips.rank[:, None]
+        n_rows, n_columns = len(strips.cell), int(strips.rank.max()) + 1
+        ends = states.new_zeros(len(states), n_columns, states.shape[2])
+        ends[rows, columns] = states[rows, (strips.column + last - strips.starts)[:, None]]
+        own = (strips.cell[strips.row] == torch.arange(len(cells))[:, None]) & (strips.token[strips.row] < last)
+        seen = torch.zeros(n_rows, n_columns, keys.shape[2]).bool()
+        seen[strips.row, strips.rank] = torch.cat([strips.earlier, own], 1)
+        seen = torch.cat([seen, torch.eye(n_columns).bool().expand(n_rows, -1, -1)], 2)
+        given = Packed(top, ends, (keys,), (values,), torch.full((n_rows, n_columns), last), seen)
+    taps = _taps(prompt, cells, rows, columns, range(given.first, top + 1))
+    logits = replay(lm, given, taps, (rows.flatten(), columns.expand_as(rows).flatten()))
     assert logits is not None
     return logits
 
 
 def _changed(lm: LM, prompt: _Prompt, cells: Sequence[_Cell]) -> Float[Tensor, "samples cells d_model"]:
     """What leaves the block where the cell makes its lowest change, at the cell's token."""
-    layer, samples = cells[0].first - 1, torch.arange(len(prompt.noise))
+    layer, samples = cells[0].first - 1, len(prompt.noise)
     put = Point(layer, "block")
-    out = prompt.clean[put][[cell.token for cell in cells]].repeat(len(samples), 1, 1)
+    out = prompt.clean[put][[cell.token for cell in cells]].repeat(samples, 1, 1)
     inside = [i for i, cell in enumerate(cells) if put not in cell.clean]
-    if inside:
-        some = [cells[i] for i in inside]
-        strip = _Strip.of(some, [range(cell.token, cell.token + 1) for cell in some])
-        entering = prompt.disturbed[Point(layer - 1, "block")][:, strip.token]
+    added = [i for i in inside if _is_summand(lm, min(cells[i].clean))]
+    for i in added:
+        point, token = min(cells[i].clean), cells[i].token
+        out[:, i] = prompt.disturbed[put][:, token] + (prompt.clean[point][token] - prompt.disturbed[point][:, token])
+    if run := [i for i in inside if i not in added]:
+        some = [cells[i] for i in run]
+        strips = _Strips.of(some, samples)
+        entering = strips.spread(prompt.disturbed[Point(layer - 1, "block")])
         found: list[Tensor] = []
-        taps = _taps(prompt, some, samples.expand(len(some), -1), strip.firsts, range(layer, layer + 1))
-        replay(lm, strip.packed(prompt, range(layer, layer + 1), entering), {**taps, put: found.append})
-        out[:, inside] = found[0]
+        taps = _taps(prompt, some, *strips.own, range(layer, layer + 1))
+        replay(lm, strips.packed(prompt, range(layer, layer + 1), entering), {**taps, put: found.append})
+        out[:, run] = found[0][strips.own].transpose(0, 1)
     return out
 
 
+def _is_summand(lm: LM, point: Point) -> bool:
+    """Whether the block's output is this one's output and something that does not depend on it."""
+    return lm.layout.mlp_post_norm is None and (point.tensor == "mlp" or lm.layout.parallel)
+
+
 def _climbed(
-    lm: LM, prompt: _Prompt, cells: Sequence[_Cell], strip: _Strip, changed: Float[Tensor, "samples cells d_model"]
+    lm: LM, prompt: _Prompt, cells: Sequence[_Cell], strips: _Strips, changed: Float[Tensor, "samples cells d_model"]
 ) -> tuple[
-    Float[Tensor, "samples cells d_model"],
-    Float[Tensor, "samples heads earlier d_head"],
-    Float[Tensor, "samples heads earlier d_head"],
+    Float[Tensor, "all_rows columns d_model"],
+    Float[Tensor, "all_rows heads earlier d_head"],
+    Float[Tensor, "all_rows heads earlier d_head"],
 ]:
-    """The last token's state below the topmost block, and that block's attention keys and values of all the strip sees
-    and is."""
+    """The states below the topmost block, and that block's attention keys and values of all the strips see and are."""
     first, top = cells[0].first, lm.n_layers - 1
-    entering = prompt.disturbed[Point(first - 1, "block")][:, strip.token]
-    entering[:, strip.firsts] = changed
-    given = strip.packed(prompt, range(first, top + 1), entering)
+    entering = strips.spread(prompt.disturbed[Point(first - 1, "block")])
+    entering[strips.own] = changed.transpose(0, 1)
+    given = strips.packed(prompt, range(first, top + 1), entering)
     cache = given.cache(lm)
+    cache.layers[top].ends = True
     found: list[Tensor] = []
-    rows = torch.arange(len(changed)).expand(len(cells), -1)
-    taps = _taps(prompt, cells, rows, strip.firsts, range(first, top))
-    replay(
-        lm, given, {**taps, Point(top - 1, "block"): found.append, Point(top, "attn_key"): lambda _: None}, cache=cache
-    )
-    ends = (strip.token == len(prompt.row.ids) - 1).nonzero()[:, 0].to(found[0].device)
-    return found[0][:, ends], *cache.layers[top].all_of_it()
+    taps = _taps(prompt, cells, *strips.own, range(first, top))
+    taps = {point: tap for point, tap in taps.items() if point.tensor != "mlp"}  # known before
+    taps |= {Point(top - 1, "block"): found.append, Point(top, "attn_key"): lambda _: None}  # the pass ends between
+    replay(lm, given, taps, cache=cache, partly=_unknown(lm, prompt, cells, strips, range(first, top)))
+    return found[0], *cache.layers[top].all_of_it()
+
+
+def _unknown(lm: LM, prompt: _Prompt, cells: Sequence[_Cell], strips: _Strips, layers: range) -> Iterator[Partly]:
+    """Modules of which something is known: MLP outputs that cells put back or keep; and in the lowest block, where only
+    the cells' own tokens come in changed, the others' projections, and their MLP where it stands beside attention."""
+    rows, columns = strips.own
+    own = torch.zeros(len(strips.cell) * strips.samples, strips.cell.shape[1]).bool()
+    own[rows, columns] = True
+    lowest, top = _projections(lm, layers.start), layers.stop
+    for module, disturbed in zip(lowest, prompt.projected[layers.start], strict=True):
+        yield Partly(own, [module], module, strips.spread(disturbed))
+    if layers and len(asked := _projections(lm, top)) == 3:  # in the topmost block nobody asks yet
+        yield Partly(torch.zeros_like(own), asked[:1], asked[0], strips.spread(prompt.projected[top][0]))
+    for layer in layers:
+        point = Point(layer, "mlp")
+        put = [i for i, cell in enumerate(cells) if point in cell.clean]
+        kept = [i for i, cell in enumerate(cells) if point in cell.disturbed]
+        live = own.clone() if layer == layers.start and lm.layout.parallel else torch.ones_like(own)
+        live[rows[put + kept], columns[put + kept]] = False
+        if not live.all():
+            output = strips.spread(prompt.disturbed[point])
+            output[rows[put], columns[put]] = prompt.clean[point][[cells[i].token for i in put], None]
+            yield Partly(live, _mlp_entries(lm, layer), lm.site(layer, "down_proj").module, output)
+
+
+def _mlp_entries(lm: LM, layer: int) -> list[nn.Module]:
+    kinds: tuple[SiteName, ...] = ("up_proj", "gate_proj") if lm.layout.gate_proj else ("up_proj",)
+    return list(dict.fromkeys(lm.site(layer, kind).module for kind in kinds))
 
 
 def _way(lm: LM, prompt: _Prompt, settings: Tracing) -> Tracing:
