@@ -13,6 +13,9 @@ from retcon.evaluation.bench.manifest import read_manifest
 from retcon.evaluation.records import Record, read_records
 from retcon.files import read_json_rows
 
+FINISHED = "records.jsonl"
+"""File of a run's folder that is there once the run is finished."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -24,7 +27,7 @@ class Run:
 
     @cached_property
     def _read(self) -> tuple[list[Record], dict[str, Any]]:
-        return read_records(self.directory / "records.jsonl")
+        return read_records(self.directory / FINISHED)
 
     @property
     def records(self) -> list[Record]:
@@ -98,5 +101,5 @@ def read_bench(directory: str | os.PathLike[str]) -> Bench:
         own = read_manifest(place / "manifest.json")
         runs.append(Run(place, own["manifest"], own["environment"]))
     begun = {p.parent.name for p in (root / "runs").glob("*/manifest.json")}
-    finished = {p.parent.name for p in (root / "runs").glob("*/records.jsonl")}
+    finished = {p.parent.name for p in (root / "runs").glob(f"*/{FINISHED}")}
     return Bench(root, whole["manifest"], whole["environment"], tuple(runs), tuple(sorted(begun - finished)))

@@ -15,6 +15,7 @@ from retcon.delta import Delta
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, RetconError, RetconWarning
 from retcon.evaluation.ability import ability
+from retcon.evaluation.bench.directory import FINISHED
 from retcon.evaluation.bench.manifest import as_json, command_line, environment, manifest_of, run_id, settle, versions
 from retcon.evaluation.bench.pre import unedited
 from retcon.evaluation.bench.spec import BenchSpec, Cell, DatasetSpec, MethodSpec, ModelSpec
@@ -39,8 +40,6 @@ from retcon.methods.sequence import in_steps
 
 VALUES = "values"
 """Folder of values found by a batch that has not ended."""
-FINISHED = "records.jsonl"
-"""File of a run's folder that is there once the run is finished."""
 N_PROBED = 8
 """Cases edited and measured for an estimate."""
 
