@@ -15,8 +15,10 @@ from retcon.errors import InvalidSetting, NonFinite, RetconWarning
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, encode_edit, subject_tokens
 from retcon.lm.trace import Point
-from retcon.locate import Trace, Tracing, causal_trace, tracing
-from retcon.locate.tracing import GROUPS, default_window, embedding_deviation
+from retcon.locate import Trace, Traces, Tracing, causal_trace
+from retcon.locate.tracing import GROUPS, default_window, embedding_deviation, strips
+from retcon.locate.tracing.causal import trace_prompt
+from retcon.locate.tracing.prompt import prepare
 from tests.conftest import FAMILIES
 
 Still = Callable[[str], LM]
@@ -141,8 +143,8 @@ def test_prompts_longer_than_an_attention_window_take_whole_passes(
     lm = tiny(family)
     lm.model.config.sliding_window = window
     calls: list[int] = []
-    honest = tracing.replay
-    monkeypatch.setattr(tracing, "replay", lambda *args, **kwargs: calls.append(1) or honest(*args, **kwargs))
+    honest = strips.replay
+    monkeypatch.setattr(strips, "replay", lambda *args, **kwargs: calls.append(1) or honest(*args, **kwargs))
     fast = trace(lm)
     assert bool(calls) == replayed
     plain = trace(lm, replace(ALL, replayed=False))
@@ -254,13 +256,13 @@ def test_facts_the_model_does_not_know_are_left_out(still: Still) -> None:
 def test_a_replay_that_disagrees_is_not_used(still: Still, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = still("llama")
     plain = trace(lm, replace(ALL, replayed=False))
-    honest = tracing.replay
+    honest = strips.replay
 
     def off(*args: Any, **kwargs: Any) -> Tensor | None:
         logits = honest(*args, **kwargs)
         return None if logits is None else logits.roll(1, dims=-1)
 
-    monkeypatch.setattr(tracing, "replay", off)
+    monkeypatch.setattr(strips, "replay", off)
     with pytest.warns(RetconWarning, match="whole passes are used, which takes longer"):
         found = causal_trace(lm, [EDIT], ALL)
     assert not found.settings.replayed
@@ -301,7 +303,7 @@ def test_groups_of_tokens(n: int, subject: range, wanted: list[list[int]]) -> No
 def test_averages_are_over_tokens_first_and_prompts_then() -> None:
     one = made(6, range(1, 4), torch.arange(12.0).view(6, 2).double(), low=0.0)
     two = made(4, range(1, 4), torch.ones(4, 2).double(), high=0.5)
-    found = tracing.Traces((one, two), {}, 1.0, Tracing(kinds=("block",)))
+    found = Traces((one, two), {}, 1.0, Tracing(kinds=("block",)))
     effects = found.average("block")
     assert effects.n == (2, 2, 2, 1, 0, 2)
     assert effects.mean[4].isnan().all()
@@ -345,10 +347,10 @@ def test_only_what_a_cell_changes_is_run(family: str, kind: Any, still: Still) -
 
     alone = replace(ALL, kinds=(kind,), window=1, samples=samples, max_batch_tokens=1)  # a cell at a time: no padding
     with lm.borrowed(), torch.no_grad():
-        prompt = tracing._prepare(lm, EDIT, alone, 1.0)
+        prompt = prepare(lm, EDIT, alone, 1.0)
         assert prompt is not None
         handles = [counting(layer) for layer in range(lm.n_layers)]
-        tracing._trace(lm, EDIT, prompt, alone)
+        trace_prompt(lm, EDIT, prompt, alone)
     for handle in handles:
         handle.remove()
     lengths = range(1, len(prompt.row.ids) - prompt.subject.start + 1)  # of the cells of one layer
@@ -369,7 +371,7 @@ def test_projections_run_for_changed_tokens_only(family: str, still: Still) -> N
     ran: dict[tuple[int, str], int] = {}
     alone = replace(ALL, kinds=("block",), samples=samples, max_batch_tokens=1)
     with lm.borrowed(), torch.no_grad():
-        prompt = tracing._prepare(lm, EDIT, alone, 1.0)
+        prompt = prepare(lm, EDIT, alone, 1.0)
         assert prompt is not None
         handles = []
         for layer, kind in product(range(lm.n_layers), ("q_proj", "k_proj")):
@@ -378,7 +380,7 @@ def test_projections_run_for_changed_tokens_only(family: str, still: Still) -> N
                 ran[at] = ran.get(at, 0) + out.numel() // out.shape[-1] // samples
 
             handles.append(lm.site(layer, kind).module.register_forward_hook(count))  # type: ignore[arg-type]
-        tracing._trace(lm, EDIT, prompt, alone)
+        trace_prompt(lm, EDIT, prompt, alone)
     for handle in handles:
         handle.remove()
     lengths, top = range(1, len(prompt.row.ids) - prompt.subject.start + 1), lm.n_layers - 1

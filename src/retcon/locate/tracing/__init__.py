@@ -1,0 +1,24 @@
+"""Causal tracing: which states carry a fact to its answer.
+
+Meng et al. 2022, arXiv:2202.05262, section 2. The subject's embeddings are disturbed so that the model no longer finds
+the answer; then one state at a time is put back as it was, and the answer's probability tells what that state carries.
+
+`traces` says how to trace and what comes out; `prompt` runs one clean and disturbed, `cells` are the states put back,
+`causal` goes through them: by whole passes, or by what a restoration can change alone (`strips`).
+"""
+
+from retcon.locate.tracing.causal import causal_trace
+from retcon.locate.tracing.prompt import embedding_deviation
+from retcon.locate.tracing.traces import GROUPS, Effects, Kind, Trace, Traces, Tracing, default_window
+
+__all__ = [
+    "GROUPS",
+    "Effects",
+    "Kind",
+    "Trace",
+    "Traces",
+    "Tracing",
+    "causal_trace",
+    "default_window",
+    "embedding_deviation",
+]

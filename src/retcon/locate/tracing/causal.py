@@ -1,0 +1,150 @@
+"""Causal tracing of many prompts, cell by cell."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.edits import Edit
+from retcon.errors import InvalidSetting, RetconWarning
+from retcon.lm.model import LM
+from retcon.lm.prompts import Batch
+from retcon.lm.trace import run
+from retcon.locate.embeddings import changing_embeddings
+from retcon.locate.tracing.cells import Cell, cell_of, taps_of, trimmed
+from retcon.locate.tracing.prompt import Prompt, disturbing, embedding_deviation, prepare, probability
+from retcon.locate.tracing.strips import replayed_logits
+from retcon.locate.tracing.traces import Trace, Traces, Tracing
+
+
+def causal_trace(
+    lm: LM,
+    edits: Sequence[Edit],
+    settings: Tracing | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Traces:
+    """Trace the fact of every edit (its prompt; `target_true` where given) on the weights as they are now.
+
+    A prompt is left out where its subject does not occur in it, or where the model's next token is not the first one of
+    the answer given.
+
+    Raises:
+        InvalidSetting: no prompt is left.
+        NonFinite: a probability is NaN or infinite.
+    """
+    settings = settings or Tracing()
+    skipped = {e.id: "the subject does not occur in the prompt" for e in edits if e.subject_span is None}
+    kept = [e for e in edits if e.subject_span is not None]
+    traces: list[Trace] = []
+    tried = False
+    with lm.borrowed(), torch.no_grad():
+        deviation = embedding_deviation(lm, [e.subject for e in kept])
+        for done, edit in enumerate(kept, 1):
+            prompt = prepare(lm, edit, settings, deviation)
+            if prompt is None:
+                skipped[edit.id] = "the model does not say the original answer"
+            else:
+                if (way := _way(lm, prompt, settings)).replayed and not tried:
+                    tried = True
+                    if not _replay_agrees(lm, prompt, settings):
+                        way = settings = replace(settings, replayed=False)
+                traces.append(trace_prompt(lm, edit, prompt, way))
+            progress(len(edits) - len(kept) + done, len(edits))
+    if not traces:
+        reasons = list(skipped.values())
+        why = "; ".join(f"{reasons.count(r)} left out, {r}" for r in dict.fromkeys(reasons))
+        raise InvalidSetting(f"nothing to trace: {why or 'no edits were given'}")
+    return Traces(tuple(traces), skipped, deviation, settings)
+
+
+def trace_prompt(lm: LM, edit: Edit, prompt: Prompt, settings: Tracing) -> Trace:
+    """All cells of a prompt."""
+    n = len(prompt.row.ids)
+    tokens = range(prompt.subject.start if settings.replayed else 0, n)  # what stands before was never disturbed
+    cells = [cell_of(lm, k, layer, t, settings) for k in settings.kinds for layer in range(lm.n_layers) for t in tokens]
+    if settings.replayed:
+        cells = [seen for cell in cells if (seen := trimmed(lm, cell, n - 1)).clean]
+    scores = {k: torch.full((n, lm.n_layers), prompt.low, dtype=torch.float64) for k in settings.kinds}
+    for group in _groups(prompt, cells, settings):
+        prob = probability(_logits(lm, prompt, group, settings), prompt.answer, edit)
+        for cell, score in zip(group, prob.view(len(group), settings.samples).mean(1).tolist(), strict=True):
+            scores[cell.kind][cell.token, cell.layer] = score
+    tokenizer = lm.tokenizer
+    return Trace(
+        id=edit.id,
+        tokens=tuple(tokenizer.decode([i]) for i in prompt.row.ids),
+        subject=prompt.subject,
+        answer=tokenizer.decode([prompt.answer]),
+        high=prompt.high,
+        low=prompt.low,
+        scores=scores,
+    )
+
+
+def _groups(prompt: Prompt, cells: Sequence[Cell], settings: Tracing) -> list[list[Cell]]:
+    """Cells that are done at once: as many as fit; in a replay only those of one first block."""
+    n_tokens, most = len(prompt.row.ids), settings.max_batch_tokens // settings.samples
+    if not settings.replayed:
+        each = max(1, most // n_tokens)
+        return [list(cells[i : i + each]) for i in range(0, len(cells), each)]
+    groups: list[list[Cell]] = []
+    for _, alike in groupby(sorted(cells, key=lambda cell: cell.first), lambda cell: cell.first):
+        groups.append([])
+        tokens = 0
+        for cell in alike:
+            tokens += n_tokens - cell.token
+            if groups[-1] and tokens > most:
+                groups.append([])
+                tokens = n_tokens - cell.token
+            groups[-1].append(cell)
+    return groups
+
+
+def _logits(lm: LM, prompt: Prompt, cells: Sequence[Cell], settings: Tracing) -> Float[Tensor, "rows vocab"]:
+    """Logits behind the prompt for every cell and sample, cell by cell."""
+    if settings.replayed:
+        return replayed_logits(lm, prompt, cells)
+    rows = torch.arange(len(cells) * settings.samples).view(len(cells), -1)
+    samples = torch.arange(settings.samples).repeat(len(cells))
+    ids = torch.tensor([prompt.row.ids] * len(samples), device=lm.device)
+    last = torch.full_like(samples, prompt.row.prediction)
+    with changing_embeddings(lm, disturbing(samples, prompt.subject, prompt.noise, settings)):
+        taps = taps_of(prompt, cells, rows, torch.tensor([[cell.token] for cell in cells]), range(lm.n_layers))
+        logits = run(lm, Batch(ids, torch.ones_like(ids).bool()), taps, (rows.flatten(), last))
+    assert logits is not None
+    return logits
+
+
+def _way(lm: LM, prompt: Prompt, settings: Tracing) -> Tracing:
+    """Whole passes for prompts longer than an attention window, and for forms of attention that take no mask."""
+    window = getattr(lm.model.config, "sliding_window", None)
+    within = window is None or len(prompt.row.ids) <= window
+    masked = getattr(lm.model.config, "_attn_implementation", None) in ("eager", "sdpa")
+    return replace(settings, replayed=settings.replayed and within and masked)
+
+
+def _replay_agrees(lm: LM, prompt: Prompt, settings: Tracing) -> bool:
+    """Whether both ways give the same at three tokens of the middle layer; where not, a warning says so."""
+    last = len(prompt.row.ids) - 1
+    tokens = sorted({prompt.subject.start, prompt.subject.stop - 1, last})
+    for kind in settings.kinds:
+        cells = [cell_of(lm, kind, lm.n_layers // 2, token, settings) for token in tokens]
+        cells = [cell for cell in cells if trimmed(lm, cell, last).clean]
+        plain = _logits(lm, prompt, cells, replace(settings, replayed=False)).float().softmax(-1)
+        fast = _logits(lm, prompt, [trimmed(lm, cell, last) for cell in cells], settings).float().softmax(-1)
+        allowed = 0.02 if lm.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        off = float((plain - fast).abs().max())
+        if not off <= allowed:
+            warnings.warn(
+                f"{lm.name!r}: running only the layers above a restored {kind} is {off:.2g} off whole forward passes; "
+                "whole passes are used, which takes longer",
+                RetconWarning,
+                stacklevel=3,
+            )
+            return False
+    return True

@@ -1,0 +1,83 @@
+"""Cells: states that are put back, one at a time."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from retcon.lm.model import LM
+from retcon.lm.trace import Point, Tap, TensorName
+from retcon.locate.tracing.prompt import Prompt
+from retcon.locate.tracing.traces import Kind, Tracing
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One state to put back."""
+
+    kind: Kind
+    layer: int
+    token: int
+    clean: tuple[Point, ...]
+    """What stands at the token as in the clean run."""
+    disturbed: tuple[Point, ...]
+    """What stands there as in the disturbed run of the row's sample."""
+
+    @property
+    def first(self) -> int:
+        """The block above the lowest that puts out anything else than in the disturbed run."""
+        return min(self.clean).layer + 1
+
+
+def cell_of(lm: LM, kind: Kind, layer: int, token: int, settings: Tracing) -> Cell:
+    if kind == "mlp" or kind == "attn":
+        low, high = layer - settings.window // 2, layer + math.ceil(settings.window / 2)
+        inside = range(max(0, low), min(lm.n_layers, high))
+        return Cell(kind, layer, token, tuple(Point(i, kind) for i in inside), ())
+    kept: tuple[Point, ...] = ()
+    if kind != "block":
+        tensor: TensorName = "mlp" if kind == "severed_mlp" else "attn"
+        kept = tuple(Point(i, tensor) for i in range(layer + 1, lm.n_layers))
+    return Cell(kind, layer, token, (Point(layer, "block"),), kept)
+
+
+def trimmed(lm: LM, cell: Cell, last: int) -> Cell:
+    """The cell without what nothing reads: outputs of the topmost block anywhere but at the last token."""
+    if cell.token == last:
+        return cell
+    clean, disturbed = (
+        tuple(p for p in points if p.layer < lm.n_layers - 1) for points in (cell.clean, cell.disturbed)
+    )
+    return replace(cell, clean=clean, disturbed=disturbed)
+
+
+def taps_of(
+    prompt: Prompt,
+    cells: Sequence[Cell],
+    rows: Int[Tensor, "cells samples"],
+    columns: Int[Tensor, "cells 1"],
+    layers: range,
+) -> dict[Point, Tap]:
+    """Taps in these layers that put the values of each cell into its rows, all at the column where its token stands."""
+    tokens = torch.tensor([cell.token for cell in cells])
+
+    def putting(point: Point) -> Tap:
+        clean = [i for i, cell in enumerate(cells) if point in cell.clean]
+        disturbed = [i for i, cell in enumerate(cells) if point in cell.disturbed]
+        into = rows[clean + disturbed], columns[clean + disturbed]
+
+        def put(value: Tensor) -> Tensor:
+            new = prompt.clean[point][tokens[clean].to(value.device)]
+            new = new[:, None].expand(-1, rows.shape[1], -1)
+            if disturbed:
+                kept = prompt.disturbed[point][:, tokens[disturbed].to(value.device)]
+                new = torch.cat([new, kept.transpose(0, 1)])
+            return value.index_put(tuple(i.to(value.device) for i in into), new.to(value))
+
+        return put
+
+    points = {p for cell in cells for p in (*cell.clean, *cell.disturbed)}
+    return {point: putting(point) for point in points if point.layer in layers}

@@ -1,0 +1,146 @@
+"""One prompt, run clean and disturbed."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from retcon.edits import Edit
+from retcon.errors import NonFinite
+from retcon.lm.model import LM, SiteName
+from retcon.lm.prompts import Batch, Row, encode, encode_edit, subject_tokens
+from retcon.lm.trace import Point, Tap, TensorName, tapped
+from retcon.locate.embeddings import EMBEDDING, changing_embeddings, reading_first_input
+from retcon.locate.tracing.traces import Tracing
+
+
+def embedding_deviation(lm: LM, subjects: Sequence[str]) -> float:
+    """Standard deviation of all entries of the subjects' token embeddings, each subject tokenised alone."""
+    embedding = lm.model.get_submodule(lm.layout.embedding)
+    ids = [i for subject in dict.fromkeys(subjects) for i in encode(lm.tokenizer, subject).ids]
+    if not ids:
+        return 0.0
+    with torch.no_grad():
+        return float(embedding(torch.tensor([ids], device=lm.device)).double().std())
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, its clean run and its disturbed ones; tensors stand where the model's blocks stand."""
+
+    row: Row
+    subject: range
+    answer: int
+    high: float
+    low: float
+    noise: Float[Tensor, "samples subject width"]
+    clean: dict[Point, Float[Tensor, "tokens d_model"]]
+    disturbed: dict[Point, Float[Tensor, "samples tokens d_model"]]
+    keys: list[Float[Tensor, "samples heads tokens d_head"]]
+    """Of the disturbed runs, per block."""
+    values: list[Float[Tensor, "samples heads tokens d_head"]]
+    projected: list[list[Float[Tensor, "samples tokens width"]]]
+    """What the attention projections put out in the disturbed runs, per block, in the order of `projections`."""
+
+
+def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt | None:
+    """One pass over the clean prompt and its disturbed copies; None where the model does not know the answer."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    row, subject = encode_edit(lm.tokenizer, edit), subject_tokens(lm.tokenizer, edit)
+    rows = torch.arange(settings.samples + 1)
+    last = torch.full_like(rows, row.prediction)
+    batch = Batch(torch.tensor([row.ids] * len(rows), device=lm.device), torch.ones(len(rows), len(row.ids)).bool())
+    noise = _noise(lm, len(subject), settings, deviation)
+    found: dict[Point, Tensor] = {}
+
+    def reader(point: Point) -> Callable[[Tensor], None]:
+        def read(value: Tensor) -> None:
+            found[point] = value.detach()
+
+        return read
+
+    tensors: tuple[TensorName, ...] = ("block", "mlp", "attn")
+    taps: dict[Point, Tap] = {
+        p: reader(p) for layer in range(lm.n_layers) for t in tensors if _wanted(lm, p := Point(layer, t), settings)
+    }
+    projected: list[list[Tensor]] = [[] for _ in range(lm.n_layers)]
+    cache = Cache(layer_class_to_replicate=DynamicLayer)
+    inputs = dict(input_ids=batch.ids, attention_mask=torch.ones_like(batch.ids), past_key_values=cache, use_cache=True)
+    disturb = disturbing(rows - 1, subject, noise, settings)
+    with ExitStack() as stack:
+        stack.enter_context(changing_embeddings(lm, disturb))
+        stack.enter_context(reading_first_input(lm, reader(EMBEDDING)))
+        for layer, into in enumerate(projected if settings.replayed else []):
+            for module in projections(lm, layer):
+                hook = module.register_forward_hook(lambda _, __, output, into=into: into.append(output[1:].detach()))
+                stack.callback(hook.remove)
+        logits = tapped(lm, (len(rows), len(row.ids)), inputs, taps, (rows, last))
+    assert logits is not None
+    answer = int(logits[0].argmax())
+    prob = probability(logits, answer, edit)
+    if edit.target_true and encode(lm.tokenizer, edit.text, edit.target_true).target_ids[0] != answer:
+        return None
+    return Prompt(
+        row=row,
+        subject=subject,
+        answer=answer,
+        high=float(prob[0]),
+        low=float(prob[1:].mean()),
+        noise=noise,
+        clean={p: value[0] for p, value in found.items()},
+        disturbed={p: value[1:] for p, value in found.items()},
+        keys=[layer.keys[1:] for layer in cache.layers] if settings.replayed else [],
+        values=[layer.values[1:] for layer in cache.layers] if settings.replayed else [],
+        projected=projected,
+    )
+
+
+def _wanted(lm: LM, point: Point, settings: Tracing) -> bool:
+    beside = settings.replayed and lm.layout.parallel and point.tensor == "mlp"
+    return beside or point.tensor == "block" or any(point.tensor in kind for kind in settings.kinds)
+
+
+def projections(lm: LM, layer: int) -> list[nn.Module]:
+    """The modules that make a block's queries, attention keys and values; one where the family fuses them."""
+    kinds: tuple[SiteName, ...] = ("q_proj", "k_proj", "v_proj")
+    return list(dict.fromkeys(lm.site(layer, kind).module for kind in kinds))
+
+
+def _noise(lm: LM, n: int, settings: Tracing, deviation: float) -> Float[Tensor, "samples n width"]:
+    generator = torch.Generator().manual_seed(settings.seed)
+    weight = lm.model.get_submodule(lm.layout.embedding).weight
+    shape = (settings.samples, n, weight.shape[1])
+    if settings.distribution == "gaussian":
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
+    else:
+        drawn = 2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1
+    return (settings.noise * deviation * drawn).to(weight)
+
+
+def disturbing(
+    samples: Int[Tensor, " rows"], subject: range, noise: Float[Tensor, "samples subject width"], settings: Tracing
+) -> Callable[[Tensor], Tensor]:
+    """A change of embeddings: row i gets the noise of sample samples[i]; -1 leaves the row clean."""
+    noisy = (samples >= 0).nonzero()[:, 0]
+
+    def disturb(embeddings: Tensor) -> Tensor:
+        out = embeddings.clone()
+        rows = noisy.to(out.device)
+        drawn = noise[samples[noisy].to(noise.device)].to(out)
+        span = slice(subject.start, subject.stop)
+        out[rows, span] = drawn if settings.corruption == "replace" else out[rows, span] + drawn
+        return out
+
+    return disturb
+
+
+def probability(logits: Float[Tensor, "n vocab"], answer: int, edit: Edit) -> Float[Tensor, " n"]:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    prob = (logits[:, answer] - logits.logsumexp(-1)).exp().double().cpu()
+    if not torch.isfinite(prob).all():
+        raise NonFinite(f"edit {edit.id!r} ({edit.subject!r}): a probability is NaN or infinite; load a wider dtype")
+    return prob
