@@ -81,9 +81,10 @@ class Packed:
     """First live block, as in `Frozen`."""
     states: Float[Tensor, "rows columns d_model"]
     """What enters block `first`."""
-    keys: tuple[Float[Tensor, "rows heads earlier d_head"], ...]
-    """Per live block, the attention keys of all that columns may see beside each other."""
-    values: tuple[Float[Tensor, "rows heads earlier d_head"], ...]
+    keys: tuple[Float[Tensor, "some_rows heads earlier d_head"], ...]
+    """Per live block, the attention keys of all that columns may see beside each other: of every row, or of the rows of
+    one order, which then serve all."""
+    values: tuple[Float[Tensor, "some_rows heads earlier d_head"], ...]
     """The same for the attention values."""
     tokens: Int[Tensor, "orders columns"]
     """Token index of every column. The rows of one order stand one behind the other, as many of each order."""
@@ -378,7 +379,7 @@ def _layer_class() -> Any:
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             keys, values = self.past
             if keys is not None and values is not None:
-                key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+                key_states, value_states = _behind(keys, key_states), _behind(values, value_states)
             if not torch.is_grad_enabled():
                 self.whole = key_states, value_states
             if self.ends:
@@ -399,6 +400,12 @@ def _layer_class() -> Any:
             return self.length + query_length, 0
 
     return Earlier
+
+
+def _behind(past: Tensor, new: Tensor) -> Tensor:
+    """Both one after the other; the rows of `past` serve those of `new` as often as they go into them."""
+    times = len(new) // len(past)
+    return torch.cat([past.expand(times, *past.shape), new.unflatten(0, (times, len(past)))], 3).flatten(0, 1)
 
 
 def _live_cache(lm: LM, first: int, keys: Sequence[Tensor], values: Sequence[Tensor], length: int) -> "Cache":

@@ -82,7 +82,7 @@ class Strips:
         inside = (self.cell[:, :, None] == self.cell[:, None]) & (self.token[:, None] <= self.token[:, :, None])
         seen = torch.cat([self.earlier[self.cell], inside], 2)
         keys, values = (
-            tuple(part[layer][:, :, : seen.shape[2] - seen.shape[1]].repeat(len(seen), 1, 1, 1) for layer in layers)
+            tuple(part[layer][:, :, : seen.shape[2] - seen.shape[1]] for layer in layers)
             for part in (prompt.keys, prompt.values)
         )
         return Packed(layers.start, states, keys, values, self.token, seen)
@@ -148,7 +148,8 @@ def _changed(lm: LM, prompt: Prompt, cells: Sequence[Cell]) -> Float[Tensor, "sa
         entering = strips.spread(prompt.disturbed[Point(layer - 1, "block")])
         found: list[Tensor] = []
         taps = taps_of(prompt, some, *strips.own, range(layer, layer + 1))
-        replay(lm, strips.packed(prompt, range(layer, layer + 1), entering), {**taps, put: found.append})
+        given = strips.packed(prompt, range(layer, layer + 1), entering)
+        replay(lm, given, {**taps, put: found.append}, partly=_unasked(lm, prompt, some, strips, layer))
         out[:, run] = found[0][strips.own].transpose(0, 1)
     return out
 
@@ -201,6 +202,16 @@ def _unknown(lm: LM, prompt: Prompt, cells: Sequence[Cell], strips: Strips, laye
             output = strips.spread(prompt.disturbed[point])
             output[rows[put], columns[put]] = prompt.clean[point][[cells[i].token for i in put], None]
             yield Partly(live, _mlp_entries(lm, layer), lm.site(layer, "down_proj").module, output)
+
+
+def _unasked(lm: LM, prompt: Prompt, cells: Sequence[Cell], strips: Strips, layer: int) -> Iterator[Partly]:
+    """Attention, where its output is put back for every cell: no projection is run."""
+    if all(Point(layer, "attn") in cell.clean for cell in cells):
+        none = torch.zeros(len(cells) * strips.samples, 1).bool()
+        for module, disturbed in zip(projections(lm, layer), prompt.projected[layer], strict=True):
+            yield Partly(none, [module], module, strips.spread(disturbed))
+        last = lm.site(layer, "o_proj").module
+        yield Partly(none, [last], last, strips.spread(prompt.disturbed[Point(layer, "attn")]))
 
 
 def _mlp_entries(lm: LM, layer: int) -> list[nn.Module]:
