@@ -129,7 +129,9 @@ def _way(lm: LM, prompt: Prompt, settings: Tracing) -> Tracing:
 
 
 def _replay_agrees(lm: LM, prompt: Prompt, settings: Tracing) -> bool:
-    """Whether both ways give the same at three tokens of the middle layer; where not, a warning says so."""
+    """Whether both ways give the same at three tokens of the middle layer, for two samples; where not, a warning says
+    so."""
+    prompt, settings = prompt.first_samples(2), replace(settings, samples=min(2, settings.samples))
     last = len(prompt.row.ids) - 1
     tokens = sorted({prompt.subject.start, prompt.subject.stop - 1, last})
     for kind in settings.kinds:

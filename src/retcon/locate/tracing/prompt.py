@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -44,6 +44,17 @@ class Prompt:
     values: list[Float[Tensor, "samples heads tokens d_head"]]
     projected: list[list[Float[Tensor, "samples tokens width"]]]
     """What the attention projections put out in the disturbed runs, per block, in the order of `projections`."""
+
+    def first_samples(self, n: int) -> "Prompt":
+        """With no more than n of the disturbed runs."""
+        return replace(
+            self,
+            noise=self.noise[:n],
+            disturbed={p: value[:n] for p, value in self.disturbed.items()},
+            keys=[x[:n] for x in self.keys],
+            values=[x[:n] for x in self.values],
+            projected=[[x[:n] for x in block] for block in self.projected],
+        )
 
 
 def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt | None:
