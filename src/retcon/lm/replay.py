@@ -367,14 +367,12 @@ def _layer_class() -> Any:
     from transformers.cache_utils import DynamicLayer
 
     class Earlier(DynamicLayer):
-        """One block's past for one pass: gives it with the new tokens behind, and remembers the whole; or ends the pass
-        there."""
+        """One block's past for one pass: gives it with the new tokens behind, and remembers the whole."""
 
         def __init__(self, keys: Tensor | None, values: Tensor | None, length: int) -> None:
             super().__init__()
             self.past, self.length = (keys, values), length
             self.whole: tuple[Tensor, Tensor] | None = None
-            self.ends = False
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             keys, values = self.past
@@ -382,8 +380,6 @@ def _layer_class() -> Any:
                 key_states, value_states = _behind(keys, key_states), _behind(values, value_states)
             if not torch.is_grad_enabled():
                 self.whole = key_states, value_states
-            if self.ends:
-                raise Stop
             return key_states, value_states
 
         def all_of_it(self) -> tuple[Tensor, Tensor]:

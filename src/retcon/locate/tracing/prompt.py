@@ -76,7 +76,7 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
 
     tensors: tuple[TensorName, ...] = ("block", "mlp", "attn")
     taps: dict[Point, Tap] = {
-        p: reader(p) for layer in range(lm.n_layers) for t in tensors if _wanted(lm, p := Point(layer, t), settings)
+        p: reader(p) for layer in range(lm.n_layers) for t in tensors if _wanted(p := Point(layer, t), settings)
     }
     projected: list[list[Tensor]] = [[] for _ in range(lm.n_layers)]
     cache = Cache(layer_class_to_replicate=DynamicLayer)
@@ -110,9 +110,8 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
     )
 
 
-def _wanted(lm: LM, point: Point, settings: Tracing) -> bool:
-    beside = settings.replayed and lm.layout.parallel and point.tensor == "mlp"
-    return beside or point.tensor == "block" or any(point.tensor in kind for kind in settings.kinds)
+def _wanted(point: Point, settings: Tracing) -> bool:
+    return settings.replayed or point.tensor == "block" or any(point.tensor in kind for kind in settings.kinds)
 
 
 def projections(lm: LM, layer: int) -> list[nn.Module]:

@@ -2,8 +2,8 @@
 
 Nothing below the block where it is made, and nothing before its token. In that block only the token itself changes, for
 attention there reads the other tokens' inputs; in the blocks above, every token from it on; of the topmost one, only
-the last token is read. So cells climb in three strides, side by side in rows of one length; and of what they run,
-modules leave out the tokens whose output is known.
+the last token is read. So cells climb from there, side by side in rows of one length, and every module is run for the
+tokens alone whose output can change and is read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from retcon.locate.tracing.prompt import Prompt, projections
 
 @dataclass(frozen=True)
 class Strips:
-    """Rows in which cells stand side by side, each with its tokens up to some last one; each row once per sample."""
+    """Rows in which cells stand side by side, each with its tokens up to the last; each row once per sample."""
 
     starts: Int[Tensor, " cells"]
     """The cells' own tokens; what stands before them is as in the disturbed run."""
@@ -36,10 +36,10 @@ class Strips:
     token: Int[Tensor, "rows columns"]
 
     @classmethod
-    def of(cls, cells: Sequence[Cell], samples: int, last: int | None = None) -> "Strips":
-        """Each cell's tokens from its own to `last`, or its own alone, in rows of about one length."""
+    def of(cls, cells: Sequence[Cell], samples: int, last: int) -> "Strips":
+        """Each cell's tokens from its own to `last`, in rows of about one length."""
         starts = torch.tensor([cell.token for cell in cells])
-        lengths = [1 if last is None else last + 1 - cell.token for cell in cells]
+        lengths = [last + 1 - cell.token for cell in cells]
         rows = _rows_of(lengths)
         n_columns = max(sum(lengths[i] for i in row) for row in rows)
         cell = torch.full((len(rows), n_columns), -1)
@@ -62,11 +62,6 @@ class Strips:
     def own(self) -> tuple[Int[Tensor, "cells samples"], Int[Tensor, "cells 1"]]:
         """Rows and columns of the cells' own tokens."""
         return self.rows, self.column[:, None]
-
-    @property
-    def rank(self) -> Int[Tensor, " cells"]:
-        """How many cells stand before each in its row."""
-        return ((self.row[:, None] == self.row) & (self.column < self.column[:, None])).sum(1)
 
     @property
     def earlier(self) -> Bool[Tensor, "cells earlier"]:
@@ -108,110 +103,76 @@ def _rows_of(lengths: Sequence[int]) -> list[list[int]]:
 
 def replayed_logits(lm: LM, prompt: Prompt, cells: Sequence[Cell]) -> Float[Tensor, "logits vocab"]:
     """Logits behind the prompt for every cell and sample, cell by cell; all cells of one first block."""
-    last, top, samples = len(prompt.row.ids) - 1, lm.n_layers - 1, len(prompt.noise)
-    changed = _changed(lm, prompt, cells)
-    if cells[0].first > top:
-        rows, columns = torch.arange(samples).expand(len(cells), -1), torch.arange(len(cells))[:, None]
-        tokens, itself = torch.full((1, len(cells)), last), torch.eye(len(cells)).bool()
-        given = Packed(top + 1, changed, (), (), tokens, itself[None])
-    else:
-        strips = Strips.of(cells, samples, last)
-        states, keys, values = _climbed(lm, prompt, cells, strips, changed)
-        rows, columns = strips.rows, strips.rank[:, None]
-        n_rows, n_columns = len(strips.cell), int(strips.rank.max()) + 1
-        ends = states.new_zeros(len(states), n_columns, states.shape[2])
-        ends[rows, columns] = states[rows, (strips.column + last - strips.starts)[:, None]]
-        own = (strips.cell[strips.row] == torch.arange(len(cells))[:, None]) & (strips.token[strips.row] < last)
-        seen = torch.zeros(n_rows, n_columns, keys.shape[2]).bool()
-        seen[strips.row, strips.rank] = torch.cat([strips.earlier, own], 1)
-        seen = torch.cat([seen, torch.eye(n_columns).bool().expand(n_rows, -1, -1)], 2)
-        given = Packed(top, ends, (keys,), (values,), torch.full((n_rows, n_columns), last), seen)
-    taps = taps_of(prompt, cells, rows, columns, range(given.first, top + 1))
-    logits = replay(lm, given, taps, (rows.flatten(), columns.expand_as(rows).flatten()))
+    first, last = cells[0].first, len(prompt.row.ids) - 1
+    strips = Strips.of(cells, len(prompt.noise), last)
+    below = first - 1 if all(Point(first - 1, "block") in cell.clean for cell in cells) else first - 2
+    states = strips.spread(prompt.disturbed[Point(below, "block")])
+    if below == first - 1:
+        states[strips.own] = prompt.clean[Point(below, "block")][strips.starts][:, None]
+    layers = range(below + 1, lm.n_layers)
+    taps = taps_of(prompt, cells, *strips.own, layers)
+    taps = {point: tap for point, tap in taps.items() if point.tensor == "block"}
+    ends = (strips.column + last - strips.starts)[:, None].expand_as(strips.rows)
+    given = strips.packed(prompt, layers, states)
+    partly = (part for layer in layers for part in _needed(lm, prompt, cells, strips, layer, ends))
+    logits = replay(lm, given, taps, (strips.rows.flatten(), ends.flatten()), partly=partly)
     assert logits is not None
     return logits
 
 
-def _changed(lm: LM, prompt: Prompt, cells: Sequence[Cell]) -> Float[Tensor, "samples cells d_model"]:
-    """What leaves the block where the cell makes its lowest change, at the cell's token."""
-    layer, samples = cells[0].first - 1, len(prompt.noise)
-    put = Point(layer, "block")
-    out = prompt.clean[put][[cell.token for cell in cells]].repeat(samples, 1, 1)
-    inside = [i for i, cell in enumerate(cells) if put not in cell.clean]
-    added = [i for i in inside if _is_summand(lm, min(cells[i].clean))]
-    for i in added:
-        point, token = min(cells[i].clean), cells[i].token
-        out[:, i] = prompt.disturbed[put][:, token] + (prompt.clean[point][token] - prompt.disturbed[point][:, token])
-    if run := [i for i in inside if i not in added]:
-        some = [cells[i] for i in run]
-        strips = Strips.of(some, samples)
-        entering = strips.spread(prompt.disturbed[Point(layer - 1, "block")])
-        found: list[Tensor] = []
-        taps = taps_of(prompt, some, *strips.own, range(layer, layer + 1))
-        given = strips.packed(prompt, range(layer, layer + 1), entering)
-        replay(lm, given, {**taps, put: found.append}, partly=_unasked(lm, prompt, some, strips, layer))
-        out[:, run] = found[0][strips.own].transpose(0, 1)
-    return out
+def _needed(
+    lm: LM, prompt: Prompt, cells: Sequence[Cell], strips: Strips, layer: int, ends: Int[Tensor, "cells samples"]
+) -> Iterator[Partly]:
+    """Where a block's modules are run: where what they read is not as in the disturbed run, what they give is read, and
+    no cell puts back or keeps it."""
+    none = torch.zeros(len(strips.cell) * strips.samples, strips.cell.shape[1]).bool()
+    own, every, end = none.clone(), ~none, none.clone()
+    own[strips.own] = True
+    end[strips.rows, ends] = True
+    first = cells[0].first
+    entering = none if layer < first else own if layer == first else every
+    read = end if layer == lm.n_layers - 1 else every
+
+    if not (entering & read).all():
+        asked = projections(lm, layer)
+        for module, disturbed in zip(asked, prompt.projected[layer], strict=True):
+            queries_alone = module is asked[0] and len(asked) == 3
+            yield Partly(entering & read if queries_alone else entering, [module], module, strips.spread(disturbed))
+    put, held = _held(cells, strips, attn := Point(layer, "attn"))
+    mixed = (none if layer < first else every) & read & ~held
+    if not mixed.all():
+        out = lm.site(layer, "o_proj").module
+        yield Partly(mixed, [out], out, _held_outputs(prompt, cells, strips, attn))
+    beside = entering if lm.layout.parallel else entering | mixed | put
+    live = beside & read & ~_held(cells, strips, mlp := Point(layer, "mlp"))[1]
+    if not live.all():
+        down = lm.site(layer, "down_proj").module
+        yield Partly(live, _mlp_entries(lm, layer), down, _held_outputs(prompt, cells, strips, mlp))
 
 
-def _is_summand(lm: LM, point: Point) -> bool:
-    """Whether the block's output is this one's output and something that does not depend on it."""
-    return lm.layout.mlp_post_norm is None and (point.tensor == "mlp" or lm.layout.parallel)
+def _held(
+    cells: Sequence[Cell], strips: Strips, point: Point
+) -> tuple[Bool[Tensor, "all_rows columns"], Bool[Tensor, "all_rows columns"]]:
+    """Where a cell puts an output back; where one does, or keeps it."""
+    put = torch.zeros(len(strips.cell) * strips.samples, strips.cell.shape[1]).bool()
+    held = put.clone()
+    for i, cell in enumerate(cells):
+        if point in cell.clean or point in cell.disturbed:
+            rows = slice(strips.row[i] * strips.samples, (strips.row[i] + 1) * strips.samples)
+            held[rows, strips.column[i]] = True
+            put[rows, strips.column[i]] = point in cell.clean
+    return put, held
 
 
-def _climbed(
-    lm: LM, prompt: Prompt, cells: Sequence[Cell], strips: Strips, changed: Float[Tensor, "samples cells d_model"]
-) -> tuple[
-    Float[Tensor, "all_rows columns d_model"],
-    Float[Tensor, "all_rows heads earlier d_head"],
-    Float[Tensor, "all_rows heads earlier d_head"],
-]:
-    """The states below the topmost block, and that block's attention keys and values of all the strips see and are."""
-    first, top = cells[0].first, lm.n_layers - 1
-    entering = strips.spread(prompt.disturbed[Point(first - 1, "block")])
-    entering[strips.own] = changed.transpose(0, 1)
-    given = strips.packed(prompt, range(first, top + 1), entering)
-    cache = given.cache(lm)
-    cache.layers[top].ends = True
-    found: list[Tensor] = []
-    taps = taps_of(prompt, cells, *strips.own, range(first, top))
-    taps = {point: tap for point, tap in taps.items() if point.tensor != "mlp"}  # known before
-    taps |= {Point(top - 1, "block"): found.append, Point(top, "attn_key"): lambda _: None}  # the pass ends between
-    replay(lm, given, taps, cache=cache, partly=_unknown(lm, prompt, cells, strips, range(first, top)))
-    return found[0], *cache.layers[top].all_of_it()
-
-
-def _unknown(lm: LM, prompt: Prompt, cells: Sequence[Cell], strips: Strips, layers: range) -> Iterator[Partly]:
-    """Modules of which something is known: MLP outputs that cells put back or keep; and in the lowest block, where only
-    the cells' own tokens come in changed, the others' projections, and their MLP where it stands beside attention."""
+def _held_outputs(
+    prompt: Prompt, cells: Sequence[Cell], strips: Strips, point: Point
+) -> Float[Tensor, "all_rows columns d_model"]:
+    """What stands at the point where no module need say it."""
     rows, columns = strips.own
-    own = torch.zeros(len(strips.cell) * strips.samples, strips.cell.shape[1]).bool()
-    own[rows, columns] = True
-    lowest, top = projections(lm, layers.start), layers.stop
-    for module, disturbed in zip(lowest, prompt.projected[layers.start], strict=True):
-        yield Partly(own, [module], module, strips.spread(disturbed))
-    if layers and len(asked := projections(lm, top)) == 3:  # in the topmost block nobody asks yet
-        yield Partly(torch.zeros_like(own), asked[:1], asked[0], strips.spread(prompt.projected[top][0]))
-    for layer in layers:
-        point = Point(layer, "mlp")
-        put = [i for i, cell in enumerate(cells) if point in cell.clean]
-        kept = [i for i, cell in enumerate(cells) if point in cell.disturbed]
-        live = own.clone() if layer == layers.start and lm.layout.parallel else torch.ones_like(own)
-        live[rows[put + kept], columns[put + kept]] = False
-        if not live.all():
-            output = strips.spread(prompt.disturbed[point])
-            output[rows[put], columns[put]] = prompt.clean[point][[cells[i].token for i in put], None]
-            yield Partly(live, _mlp_entries(lm, layer), lm.site(layer, "down_proj").module, output)
-
-
-def _unasked(lm: LM, prompt: Prompt, cells: Sequence[Cell], strips: Strips, layer: int) -> Iterator[Partly]:
-    """Attention, where its output is put back for every cell: no projection is run."""
-    if all(Point(layer, "attn") in cell.clean for cell in cells):
-        none = torch.zeros(len(cells) * strips.samples, 1).bool()
-        for module, disturbed in zip(projections(lm, layer), prompt.projected[layer], strict=True):
-            yield Partly(none, [module], module, strips.spread(disturbed))
-        last = lm.site(layer, "o_proj").module
-        yield Partly(none, [last], last, strips.spread(prompt.disturbed[Point(layer, "attn")]))
+    put = [i for i, cell in enumerate(cells) if point in cell.clean]
+    output = strips.spread(prompt.disturbed[point])
+    output[rows[put], columns[put]] = prompt.clean[point][strips.starts[put], None]
+    return output
 
 
 def _mlp_entries(lm: LM, layer: int) -> list[nn.Module]:
