@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
-from retcon.lm.replay import record, replay
+from retcon.lm.replay import Partly, record, replay
 from retcon.lm.trace import Point, adding, run
 
 
@@ -115,3 +115,35 @@ def test_a_point_below_the_live_blocks_is_refused(tiny: Callable[..., LM]) -> No
         frozen, _ = record(lm, ragged_rows(), STARTS, 2)
         with pytest.raises(ValueError, match="does not run"):
             replay(lm, frozen, {Point(1, "mlp"): lambda _: None})
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_a_module_run_partly_gives_what_is_known_elsewhere(family: str, tiny: Callable[..., LM]) -> None:
+    """With its own outputs as the known ones nothing changes, and it has seen the live places only; with others, those
+    stand at the other places."""
+    lm, row, layer = tiny(family), Row(tuple(range(3, 10)), 7), 2
+    everywhere = torch.zeros(7).long(), torch.arange(7)
+    live = torch.tensor([[True, False, True, False, False, True, True]])
+    down = lm.site(layer, "down_proj").module
+    entries = [lm.site(layer, "up_proj").module]
+    if lm.layout.gate_proj and (gate := lm.site(layer, "gate_proj").module) is not entries[0]:
+        entries.append(gate)
+    with lm.borrowed(), torch.no_grad():
+        frozen, _ = record(lm, [row], [0], 1)
+        outputs: list[Tensor] = []
+        point = Point(layer, "mlp")
+        plain = replay(lm, frozen, {point: outputs.append}, everywhere)
+        ran: list[int] = []
+        handle = entries[0].register_forward_hook(lambda _, __, out: ran.append(out.numel() // out.shape[-1]))
+        same = replay(lm, frozen, {}, everywhere, partly=[Partly(live, entries, down, outputs[0])])
+        handle.remove()
+        other = replay(
+            lm, frozen, {point: outputs.append}, everywhere, partly=[Partly(live, entries, down, 0 * outputs[0])]
+        )
+    assert plain is not None
+    assert same is not None
+    assert other is not None
+    assert ran == [4]
+    assert_close(same, plain, **tolerance(family))
+    assert_close(outputs[1], outputs[0] * live[:, :, None], **tolerance(family))
+    assert not torch.equal(other, plain)

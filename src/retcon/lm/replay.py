@@ -119,7 +119,7 @@ class Partly:
     end: nn.Module
     """The module whose output counts; an entry, or what the entries' outputs lead to."""
     otherwise: Float[Tensor, "rows columns width"]
-    """What the end gives elsewhere."""
+    """What the end gives elsewhere; at the live places it is written over."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -132,7 +132,7 @@ class Partly:
             return (args[0].reshape(-1, args[0].shape[-1]).index_select(0, places), *args[1:])
 
         def widen(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
-            whole = self.otherwise.flatten(0, 1).index_copy(0, places, output)
+            whole = self.otherwise.view(-1, output.shape[-1]).index_copy_(0, places, output)
             return whole.view(*shapes[-1], output.shape[-1])
 
         with ExitStack() as stack:
