@@ -72,7 +72,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Packed:
-    """What a replay takes as given where variants of a text stand side by side in one row, so that none is padded.
+    """What a replay takes as given where variants of a text stand side by side in rows, so that little is padded.
 
     For attention without a window, or within it, in transformers' `eager` and `sdpa` forms (the others take no mask).
     """

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -51,7 +51,7 @@ class Tracing:
             raise InvalidSetting("tracing needs a kind, a window and samples of at least 1, and noise of at least 0")
 
 
-KINDS = ("block", "mlp", "attn", "severed_mlp", "severed_attn")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def default_window(n_layers: int) -> int:
