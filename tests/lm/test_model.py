@@ -537,7 +537,7 @@ def test_padding_side_does_not_matter(tiny: Make) -> None:
 def test_generation_config_comes_back_after_an_error(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny("llama")
     shipped = lm.model.generation_config
-    monkeypatch.setattr(model_module, "_pad_left", lambda *_: 1 / 0)
+    monkeypatch.setattr(model_module, "pad", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         lm.generate(PROMPTS)
     assert lm.model.generation_config is shipped

@@ -322,6 +322,12 @@ def test_rows_are_padded_on_the_right() -> None:
     assert len(batch) == 3
 
 
+def test_rows_are_padded_on_the_left_to_be_continued() -> None:
+    batch = pad([Row((5, 6, 7), 2), Row((8,), 1)], side="left")
+    assert batch.ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert batch.mask.tolist() == [[True] * 3, [False, False, True]]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_buckets_hold_everything_once_within_the_bound(seed: int) -> None:
     rng = random.Random(seed)

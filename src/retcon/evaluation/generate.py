@@ -17,7 +17,7 @@ from torch import Tensor
 from retcon.errors import InvalidSetting
 from retcon.evaluation.score import halved
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, buckets, encode
+from retcon.lm.prompts import Row, buckets, decode, encode, pad
 
 MAX_BATCH_TOKENS = 8192
 """Padded tokens, prompt and continuation together, per batch."""
@@ -175,47 +175,34 @@ def _write_batch(
 ) -> list[Written]:
     from transformers import GenerationConfig
 
-    ids, mask = _pad_left(rows, lm.device)
+    batch = pad(rows, lm.device, side="left")
+    start = batch.ids.shape[1]
     end = lm.tokenizer.eos_token_id
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max(limits), eos_token_id=end, pad_token_id=0 if end is None else end
     )
-    stop = _Stop(lm, ids.shape[1], how.stops)
+    stop = _Stop(lm, start, how.stops)
     more: dict[str, Any] = {"stopping_criteria": [stop]} if how.stops else {}
     if how.sample_top_k is not None and seeds is not None:
         more["logits_processor"] = [_Draw(how.sample_top_k, seeds)]
-    out = lm.model.generate(ids, attention_mask=mask, generation_config=settings, **more)
-    return [
-        _read(lm, new[:limit].tolist(), how, end) for new, limit in zip(out[:, ids.shape[1] :], limits, strict=True)
-    ]
+    out = lm.model.generate(batch.ids, attention_mask=batch.mask.long(), generation_config=settings, **more)
+    return [_read(lm, new[:limit].tolist(), how, end) for new, limit in zip(out[:, start:], limits, strict=True)]
 
 
 def _read(lm: LM, new: Sequence[int], how: Writing, end: int | None) -> Written:
     ended = end is not None and end in new
     kept = new[: new.index(end)] if ended and end is not None else new
-    text = _decode(lm, kept)
+    text = decode(lm.tokenizer, kept)
     cut_at = [text.index(stop) for stop in how.stops if stop in text]
     n_tokens = len(kept)
     if cut_at:  # other rows of the batch may have gone on
-        n_tokens = next(n for n in range(1, n_tokens + 1) if any(s in _decode(lm, kept[:n]) for s in how.stops))
+        n_tokens = next(
+            n for n in range(1, n_tokens + 1) if any(s in decode(lm.tokenizer, kept[:n]) for s in how.stops)
+        )
         text = text[: min(cut_at)]
     if how.after is not None and how.after in text:
         text = text[text.rindex(how.after) + len(how.after) :].strip()
     return Written(text, n_tokens, not ended and not cut_at)
-
-
-def _decode(lm: LM, ids: Sequence[int]) -> str:
-    return lm.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _pad_left(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row.ids) :] = torch.tensor(row.ids)
-        mask[i, longest - len(row.ids) :] = 1
-    return ids.to(device), mask.to(device)
 
 
 class _Stop:
@@ -231,7 +218,7 @@ class _Stop:
         recent = ids[:, max(self.start, ids.shape[1] - window) :].tolist()
         for i, row in enumerate(recent):
             if not self.ended[i]:
-                text = _decode(self.lm, row)
+                text = decode(self.lm.tokenizer, row)
                 self.ended[i] = any(stop in text for stop in self.stops)
         return torch.tensor(self.ended, device=ids.device)
 

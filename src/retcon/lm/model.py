@@ -16,7 +16,7 @@ from retcon.errors import DeltaMismatch, NonFinite, NotEditable, RetconWarning, 
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
-from retcon.lm.prompts import Batch, Row, buckets, encode
+from retcon.lm.prompts import Batch, Row, buckets, decode, encode, pad
 from retcon.lm.trace import run
 
 SiteName = Literal["down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
@@ -405,18 +405,18 @@ class LM:
             self.model.generation_config = settings  # or its unset fields would be filled from the shipped one
             with self.borrowed(), torch.inference_mode():
                 for group in buckets([len(r.ids) + max_new_tokens for r in rows], max_batch_tokens):
-                    ids, mask = _pad_left([rows[i] for i in group], self.device)
+                    batch = pad([rows[i] for i in group], self.device, side="left")
                     out = self.model.generate(
-                        ids, attention_mask=mask, generation_config=settings, tokenizer=self.tokenizer
+                        batch.ids,
+                        attention_mask=batch.mask.long(),
+                        generation_config=settings,
+                        tokenizer=self.tokenizer,
                     )
-                    for i, new in zip(group, out[:, ids.shape[1] :], strict=True):
-                        texts[i] = _cut(self._decode(new), stops)
+                    for i, new in zip(group, out[:, batch.ids.shape[1] :].tolist(), strict=True):
+                        texts[i] = _cut(decode(self.tokenizer, new), stops)
         finally:
             self.model.generation_config = shipped
         return texts
-
-    def _decode(self, ids: Tensor) -> str:
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -426,16 +426,6 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _cut(text: str, stops: Sequence[str]) -> str:
     ends = [text.index(s) for s in stops if s in text]
     return text[: min(ends)] if ends else text
-
-
-def _pad_left(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(len(r.ids) for r in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row.ids) :] = torch.tensor(row.ids)
-        mask[i, longest - len(row.ids) :] = 1
-    return ids.to(device), mask.to(device)
 
 
 def _refuse_wrapped(model: Any) -> None:

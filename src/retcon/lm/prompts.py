@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right to one length."""
+    """Rows padded to one length."""
 
     ids: Int[Tensor, "batch seq"]
     mask: Bool[Tensor, "batch seq"]
@@ -144,14 +144,21 @@ def subject_tokens(tokenizer: Any, edit: Edit) -> range:
     return range(covering[0], _last_token_covering(edit.text, offsets, span) + 1)
 
 
-def pad(rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
-    """Rows side by side, padded on the right; the pad id is 0 and only the mask tells padding from text."""
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of tokens, as it stands: without special tokens, spaces left alone."""
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+def pad(rows: Sequence[Row], device: torch.device | str = "cpu", *, side: Literal["left", "right"] = "right") -> Batch:
+    """Rows side by side, padded on one side; the pad id is 0 and only the mask tells padding from text."""
     longest = max(len(r.ids) for r in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)
     for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        mask[i, : len(row.ids)] = True
+        start = longest - len(row.ids) if side == "left" else 0
+        ids[i, start : start + len(row.ids)] = torch.tensor(row.ids)
+        mask[i, start : start + len(row.ids)] = True
     return Batch(ids.to(device), mask.to(device))
 
 
