@@ -14,6 +14,7 @@ from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.lm.trace import Point
 from retcon.memory.contexts import Contexts
+from retcon.memory.values import chunk as chunk_module
 from retcon.memory.values.chunk import Chunk, EditRows
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plain import search_values_plainly
@@ -93,6 +94,30 @@ def test_the_way_a_batch_is_cut_up_changes_nothing(
     fast, plain = both(tiny("llama"), mixed, (LOW, HIGH), width=width, chunk=chunk, steps=9, threshold=0.00201)
     assert len({r.steps for r in plain.report}) > 2
     agree(fast, plain, 1e-10)
+
+
+@pytest.mark.parametrize("sites", ["low and high", "block", "attention and MLP"])
+@pytest.mark.parametrize(("padding", "passes"), [(-1, 2), (1000, 1)])
+def test_kl_rows_join_the_others_or_run_apart(
+    padding: int,
+    passes: int,
+    sites: str,
+    tiny: Callable[..., LM],
+    mixed: list[Edit],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm, seen = tiny("llama"), set()
+    monkeypatch.setattr(chunk_module, "LESS_THAN_A_PASS", {"cpu": padding})
+    logits = Chunk.logits
+
+    def counting(self: Chunk, now: Any, vectors: Any) -> Any:
+        seen.add(len(now.passes))
+        return logits(self, now, vectors)
+
+    monkeypatch.setattr(Chunk, "logits", counting)
+    fast, plain = both(lm, mixed, SITES[sites], threshold=0.00201)
+    agree(fast, plain, 1e-10)
+    assert seen == {passes}
 
 
 @pytest.mark.parametrize(

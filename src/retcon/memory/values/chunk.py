@@ -24,6 +24,9 @@ from retcon.memory.values.objective import ValueSearch, ValueSite, kl_row, read_
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Adam's."""
+LESS_THAN_A_PASS = {"cpu": 64}
+"""Tokens of padding up to which KL rows, one token long, join the rewriting rows: a pass of their own costs more."""
+LESS_THAN_A_PASS_ON_AN_ACCELERATOR = 256
 
 
 @dataclass(frozen=True)
@@ -94,18 +97,30 @@ def _zeros(lm: LM, point: Point, n: int, dtype: torch.dtype) -> Float[Tensor, "n
     return torch.zeros(n, weight.shape[0], dtype=dtype, device=weight.device)
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """Rows that are replayed together: all rewriting rows of the edits under way, then all their KL rows."""
+
+    frozen: Frozen
+    rewriting: bool
+    """Whether the rewriting rows are among them."""
+    kl: bool
+    """Whether the KL rows are."""
+    changed: list[Int[Tensor, "2 _"]]
+    """Per site, the rows and columns at which its vectors are added."""
+    labels: Int[Tensor, "2 labels"]
+    """Rows and columns whose logits count."""
+
+
 @dataclass
 class _UnderWay:
     """The edits that are being optimised now, and the tensors that their steps share."""
 
     edits: list[int]
-    rewriting: Frozen
-    kl: Frozen | None
-    columns: list[Int[Tensor, " rows"]]
-    """Per site, the column at which each rewriting row is changed."""
-    label_rows: Int[Tensor, " labels"]
-    label_columns: Int[Tensor, " labels"]
+    passes: list[_Pass]
     labels: Int[Tensor, " labels"]
+    label_rows: Int[Tensor, " labels"]
+    """Which rewriting row each label is of."""
     labels_per_row: Int[Tensor, " rows"]
     original: Float[Tensor, "edits vocab"] | None = None
     """Log-probabilities at the KL row's subject before any change; rows of edits yet to begin are void."""
@@ -128,12 +143,13 @@ class Chunk:
             for s in sites
             if s.point.layer < first
         }
-        texts = [read_part(r) for e in rows for r in e.rewriting]
-        starts = [s for e in rows for s in e.starts]
-        contexts = [j for e in rows for j in range(self.n_contexts)]
-        self.rewriting, read = record(lm, texts, starts, first, reads, alike=contexts)
         kl = [e.kl for e in rows if e.kl is not None]
-        self.kl = record(lm, kl, [len(r.ids) - 1 for r in kl], first)[0] if kl else None
+        self.with_kl = bool(kl)
+        texts = [read_part(r) for e in rows for r in e.rewriting] + kl  # in this order they are recorded and picked
+        starts = [s for e in rows for s in e.starts] + [len(r.ids) - 1 for r in kl]
+        contexts = [j for e in rows for j in range(self.n_contexts)] + [-1] * len(kl)
+        reads = {point: [*at, *[None] * len(kl)] for point, at in reads.items()}
+        self.frozen, read = record(lm, texts, starts, first, reads, alike=contexts)
         # a site below the live part has its clean value now, the others have it after an edit's first pass
         zeros = [_zeros(lm, site.point, len(rows), self.dtype) for site in sites]
         self.live = [read[s.point].to(z) if s.point in read else z.clone() for s, z in zip(sites, zeros, strict=True)]
@@ -146,7 +162,7 @@ class Chunk:
     @property
     def nbytes(self) -> int:
         """Memory that the frozen parts take."""
-        return self.rewriting.nbytes + (self.kl.nbytes if self.kl else 0)
+        return self.frozen.nbytes
 
     def run(self, width: int) -> Iterator[int]:
         """Optimise all, `width` at a time; gives the place of each edit in the chunk as it ends."""
@@ -166,45 +182,36 @@ class Chunk:
         self, now: _UnderWay, vectors: Sequence[Float[Tensor, "edits d"]]
     ) -> tuple[Float[Tensor, "labels vocab"], Float[Tensor, "edits vocab"] | None]:
         """Logits at the labels of the rewriting rows and at the KL rows' subjects, `vectors` added at the sites."""
-        n_rows, every = len(now.rewriting), self.n_contexts
+        every = self.n_contexts
 
-        def tap(s: int) -> Tap:
+        def tap(s: int, part: _Pass) -> Tap:
+            site = self.sites[s]
+
             def add(value: Tensor) -> Tensor:
-                column = now.columns[s].to(value.device)
-                with torch.no_grad():
-                    bare = torch.arange(0, n_rows, every, device=value.device), column[::every]
-                    if self.points[s] == self.sites[s].point:  # else nothing below the site is live
-                        self.live[s][now.edits] = value[bare].detach().to(self.dtype)
-                vector = vectors[s].to(value.device, value.dtype).repeat_interleave(every, dim=0)
-                return value.index_put((torch.arange(n_rows, device=value.device), column), vector, accumulate=True)
+                rows, columns = part.changed[s].to(value.device)
+                if part.rewriting and self.points[s] == site.point:  # else nothing below the site is live
+                    bare = slice(0, len(now.edits) * every, every)
+                    self.live[s][now.edits] = value.detach()[rows[bare], columns[bare]].to(self.dtype)
+                vector = vectors[s].to(value.device, value.dtype)
+                added = [vector.repeat_interleave(every, dim=0)] if part.rewriting else []
+                added += [vector] if part.kl and site.where == "subject_last" else []
+                return value.index_put((rows, columns), torch.cat(added), accumulate=True)
 
             return add
 
-        def tap_kl(s: int) -> Tap:
-            return lambda value: value + vectors[s].to(value.device, value.dtype)[:, None]
-
-        taps = {point: tap(s) for s, point in enumerate(self.points)}
-        logits = replay(self.lm, now.rewriting, taps, (now.label_rows, now.label_columns))
-        assert logits is not None
-        if now.kl is None:
-            return logits, None
-        taps = {p: tap_kl(s) for s, p in enumerate(self.points) if self.sites[s].where == "subject_last"}
-        everyone = torch.arange(len(now.edits))
-        return logits, replay(self.lm, now.kl, taps, (everyone, torch.zeros_like(everyone)))
+        found: list[Tensor] = []
+        for part in now.passes:
+            taps = {point: tap(s, part) for s, point in enumerate(self.points) if part.changed[s].numel()}
+            logits = replay(self.lm, part.frozen, taps, (part.labels[0], part.labels[1]))
+            assert logits is not None
+            found += logits.split([len(now.labels)] * part.rewriting + [len(now.edits)] * part.kl)
+        return found[0], found[1] if self.with_kl else None
 
     def take_up(self, edits: list[int], before: _UnderWay | None = None) -> _UnderWay:
         """The tensors that the next steps share."""
-        every = self.n_contexts
-        chosen = [e * every + j for e in edits for j in range(every)]
-        rows = [r for e in edits for r in self.rows[e].rewriting]
-        starts = [s for e in edits for s in self.rows[e].starts]
-        labels = [
-            (i, r.n_prompt - 1 - s + t, token)
-            for i, (r, s) in enumerate(zip(rows, starts, strict=True))
-            for t, token in enumerate(r.target_ids)
-        ]
+        targets = [r.target_ids for e in edits for r in self.rows[e].rewriting]
         device = next(self.lm.head.parameters()).device
-        label_rows, label_columns, tokens = (torch.tensor(x, device=device) for x in zip(*labels, strict=True))
+        labels_per_row = torch.tensor([len(t) for t in targets], device=device)
         original = None
         if before is not None and before.original is not None:
             original = before.original.new_zeros(len(edits), before.original.shape[1])
@@ -212,19 +219,41 @@ class Chunk:
             if stay:
                 here, there = zip(*stay, strict=True)
                 original[list(here)] = before.original[list(there)]
+        padding = len(edits) * (max(self.rows[e].columns for e in edits) - 1)
+        together = padding <= LESS_THAN_A_PASS.get(device.type, LESS_THAN_A_PASS_ON_AN_ACCELERATOR)
+        kinds = [(True, self.with_kl)] if together or not self.with_kl else [(True, False), (False, True)]
         return _UnderWay(
             edits=edits,
-            rewriting=self.rewriting.select(chosen),
-            kl=self.kl.select(edits) if self.kl else None,
-            columns=[
-                torch.tensor([r.position(site.where) - s for r, s in zip(rows, starts, strict=True)])
-                for site in self.sites
-            ],
-            label_rows=label_rows,
-            label_columns=label_columns,
-            labels=tokens,
-            labels_per_row=torch.bincount(label_rows, minlength=len(rows)),
+            passes=[self._pass(edits, rewriting=rewriting, kl=kl) for rewriting, kl in kinds],
+            labels=torch.tensor([token for ids in targets for token in ids], device=device),
+            label_rows=torch.arange(len(targets), device=device).repeat_interleave(labels_per_row),
+            labels_per_row=labels_per_row,
             original=original,
+        )
+
+    def _pass(self, edits: Sequence[int], *, rewriting: bool, kl: bool) -> _Pass:
+        rows: list[int] = []
+        changed: list[list[tuple[int, int]]] = [[] for _ in self.sites]
+        labels: list[tuple[int, int]] = []
+        for e in edits if rewriting else ():
+            for j, (row, start) in enumerate(zip(self.rows[e].rewriting, self.rows[e].starts, strict=True)):
+                for s, site in enumerate(self.sites):
+                    changed[s].append((len(rows), row.position(site.where) - start))
+                labels += [(len(rows), row.n_prompt - 1 - start + t) for t in range(len(row.target_ids))]
+                rows.append(e * self.n_contexts + j)
+        for e in edits if kl else ():
+            for s, site in enumerate(self.sites):
+                if site.where == "subject_last":
+                    changed[s].append((len(rows), 0))
+            labels.append((len(rows), 0))
+            rows.append(len(self.rows) * self.n_contexts + e)
+        device = next(self.lm.head.parameters()).device
+        return _Pass(
+            frozen=self.frozen.select(rows),
+            rewriting=rewriting,
+            kl=kl,
+            changed=[torch.tensor(places, dtype=torch.long).view(-1, 2).T for places in changed],
+            labels=torch.tensor(labels, device=device).T,
         )
 
     def _step(self, now: _UnderWay) -> list[int]:
@@ -239,7 +268,9 @@ class Chunk:
                 init[begin] = live[begin]
             log_p = torch.log_softmax(logits.to(self.dtype), dim=-1)
             picked = log_p.gather(1, now.labels[:, None])[:, 0]
-            nll_rows = log_p.new_zeros(len(now.rewriting)).index_add(0, now.label_rows, -picked) / now.labels_per_row
+            nll_rows = (
+                log_p.new_zeros(len(now.labels_per_row)).index_add(0, now.label_rows, -picked) / now.labels_per_row
+            )
             nll_rows = nll_rows.view(len(edits), -1)
             nll = nll_rows.mean(1)
             loss = nll * nll.new_tensor([self.factor[e] for e in edits])
@@ -288,7 +319,7 @@ class Chunk:
     def _settled(self, now: _UnderWay, log_p: Float[Tensor, "labels vocab"]) -> Float[Tensor, " edits"]:
         """1 where every target token is the most likely one in every rewriting row."""
         wrong = (log_p.argmax(-1) != now.labels).to(log_p.dtype)
-        per_row = wrong.new_zeros(len(now.rewriting)).index_add(0, now.label_rows, wrong)
+        per_row = wrong.new_zeros(len(now.labels_per_row)).index_add(0, now.label_rows, wrong)
         return (per_row.view(len(now.edits), -1).sum(1) == 0).to(log_p.dtype)
 
     @torch.no_grad()
