@@ -7,6 +7,7 @@ the recorded states. The block list keeps its length, since masks and rotary tab
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -336,6 +337,35 @@ def tokens_at(x: Tensor, tokens: Int[Tensor, "rows n"]) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], tokens.to(x.device)]
 
 
+@contextmanager
+def _last_block_only_at(lm: LM, places: tuple[Int[Tensor, " n"], Int[Tensor, " n"]], n_columns: int) -> Iterator[None]:
+    """Inside, what the last block makes of a token counts at these (row, column) alone: elsewhere its MLP and its
+    attention's out-projection are left out, and put out 0.
+    """
+    at = places[0] * n_columns + places[1]
+    shape: tuple[int, ...] = ()
+
+    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal shape
+        shape = args[0].shape[:-1]
+        return (args[0].reshape(-1, args[0].shape[-1])[at.to(args[0].device)], *args[1:])
+
+    def scatter(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        everywhere = output.new_zeros(math.prod(shape), output.shape[-1])
+        return everywhere.index_copy(0, at.to(output.device), output).view(*shape, -1)
+
+    mlp_in, mlp_out, attention_out = (
+        {lm.site(lm.n_layers - 1, kind).module for kind in kinds if getattr(lm.layout, kind)}
+        for kinds in (("up_proj", "gate_proj"), ("down_proj",), ("o_proj",))
+    )
+    with ExitStack() as stack:
+        for module in mlp_in | attention_out:
+            stack.callback(module.register_forward_pre_hook(gather).remove)
+        for module in mlp_out | attention_out:
+            stack.callback(module.register_forward_hook(scatter).remove)
+        yield
+
+
 def replay(
     lm: LM,
     frozen: Frozen | Packed,
@@ -344,12 +374,17 @@ def replay(
     *,
     cache: "Cache | None" = None,
     partly: Iterable[Partly] = (),
+    end_at_logits: bool = False,
 ) -> Float[Tensor, "n vocab"] | None:
     """`trace.run` from block `frozen.first` and from column 0 on; taps and `logits_at` count columns.
 
     The output of block `first - 1` can be tapped: it is the recorded state. Points below cannot. A caller who wants the
     attention keys and values of the live tokens passes `frozen.cache(lm)` and reads it afterwards. Taps see what the
     modules of `partly` give with the other places filled in.
+
+    Args:
+        end_at_logits: let the last block make something of the tokens of `logits_at` alone, for a caller who reads
+            nothing else of it.
     """
     below = [p for p in taps if p.layer < frozen.first and p != Point(frozen.first - 1, "block")]
     if below:
@@ -357,6 +392,8 @@ def replay(
     with _blocks_below_answer_with_states(lm, frozen), ExitStack() as stack:
         for part in partly:
             stack.enter_context(part.running())
+        if end_at_logits and logits_at is not None and frozen.first < lm.n_layers:
+            stack.enter_context(_last_block_only_at(lm, logits_at, frozen.states.shape[1]))
         inputs = frozen.inputs(lm, cache or frozen.cache(lm))
         return tapped(lm, frozen.states.shape[:2], inputs, taps, logits_at)
 

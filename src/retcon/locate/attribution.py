@@ -11,16 +11,14 @@ of a column of sum_t x_t (W^T g_t): activations and their gradients, no weight g
 which is formed for one matrix at a time.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
@@ -248,53 +246,29 @@ def _behind(lm: LM, copies: _Copies, site: Site, below: _Below, how: Attribution
     def change(state: Tensor) -> Tensor:
         return (state + moved).to(state.dtype)
 
-    with ExitStack() as stack, torch.enable_grad():
-        if site.layer < lm.n_layers - 1:
-            stack.enter_context(_last_block_only_at(lm, copies.places, shape[1]))
-        log_p = _log_p(lm, copies, frozen, {Point(site.layer, "block"): change})
+    with torch.enable_grad():
+        log_p = _log_p(lm, copies, frozen, {Point(site.layer, "block"): change}, end_at_logits=True)
         (g,) = torch.autograd.grad(copies.objective(log_p, how.probability), [moved])
     g = g.view(len(copies.alpha), -1, shape[-1]).sum(0)  # x and h are the same for all copies
     x = below.keys[site.layer]
     return Caught(site, x.reshape(len(g), -1).to(wide), h.reshape(len(g), -1), g)
 
 
-@contextmanager
-def _last_block_only_at(lm: LM, places: tuple[Int[Tensor, " n"], Int[Tensor, " n"]], n_columns: int) -> Iterator[None]:
-    """What the last block makes of a token is read at these (row, position) only: elsewhere its MLP and its attention's
-    out-projection are left out, and put out 0."""
-    at = places[0] * n_columns + places[1]
-    shape: tuple[int, ...] = ()
-
-    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        nonlocal shape
-        shape = args[0].shape[:-1]
-        return (args[0].reshape(-1, args[0].shape[-1])[at.to(args[0].device)], *args[1:])
-
-    def scatter(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        everywhere = output.new_zeros(math.prod(shape), output.shape[-1])
-        return everywhere.index_copy(0, at.to(output.device), output).view(*shape, -1)
-
-    mlp_in, mlp_out, attention_out = (
-        {lm.site(lm.n_layers - 1, kind).module for kind in kinds if getattr(lm.layout, kind)}
-        for kinds in (("up_proj", "gate_proj"), ("down_proj",), ("o_proj",))
-    )
-    with ExitStack() as stack:
-        for module in mlp_in | attention_out:
-            stack.callback(module.register_forward_pre_hook(gather).remove)
-        for module in mlp_out | attention_out:
-            stack.callback(module.register_forward_hook(scatter).remove)
-        yield
-
-
 def _log_p(
-    lm: LM, copies: _Copies, frozen: Frozen | None, taps: Mapping[Point, Tap] | None = None
+    lm: LM,
+    copies: _Copies,
+    frozen: Frozen | None,
+    taps: Mapping[Point, Tap] | None = None,
+    *,
+    end_at_logits: bool = False,
 ) -> Float[Tensor, "n vocab"]:
     """Log-probabilities where answers are predicted, for all copies; a replay where what enters a block is known."""
     m, n = len(copies.alpha), len(copies.rows)
     if frozen is None:
         logits = run(lm, pad(copies.rows * m, lm.device), {}, copies.places)
     else:
-        logits = replay(lm, frozen.select(list(range(n)) * m), taps or {}, copies.places)
+        all_of_it = frozen.select(list(range(n)) * m)
+        logits = replay(lm, all_of_it, taps or {}, copies.places, end_at_logits=end_at_logits)
     assert logits is not None
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 

@@ -199,10 +199,12 @@ class Chunk:
 
             return add
 
+        below_the_last = all(p.layer < self.lm.n_layers - 1 for p in self.points)
         found: list[Tensor] = []
         for part in now.passes:
             taps = {point: tap(s, part) for s, point in enumerate(self.points) if part.changed[s].numel()}
-            logits = replay(self.lm, part.frozen, taps, (part.labels[0], part.labels[1]))
+            labels = (part.labels[0], part.labels[1])
+            logits = replay(self.lm, part.frozen, taps, labels, end_at_logits=below_the_last)
             assert logits is not None
             found += logits.split([len(now.labels)] * part.rewriting + [len(now.edits)] * part.kl)
         return found[0], found[1] if self.with_kl else None
