@@ -64,8 +64,9 @@ def floor(lm: LM, method: Jeep, edits: Sequence[Edit], contexts: Contexts, delta
     per_token = 2 * sum(m.weight.numel() for m in lm.block(0).modules() if type(m).__name__ in ("Linear", "Conv1D"))
     groups = [g for g in method.groups() if g]
     sites = [method.value_site(group) for group in groups]
+    reading = 2 * sum(lm.site(0, kind).weight.numel() for kind in ("q_proj", "k_proj", "v_proj"))
     head = 2 * lm.head.weight.numel()  # type: ignore[operator]
-    live = lm.n_layers - 1 - min(s.point.layer for s in sites)
+    live = lm.n_layers - 2 - min(s.point.layer for s in sites)  # the last block reads all tokens, and answers at labels
     total = 0.0
     for edit, report in zip(edits, delta.report, strict=True):
         rows = EditRows.of(lm, edit, sites, contexts, method.value_search())
@@ -73,7 +74,8 @@ def floor(lm: LM, method: Jeep, edits: Sequence[Edit], contexts: Contexts, delta
         total += per_token * lm.n_layers * (sum(len(r.ids) - 1 for r in rows.rewriting) + kl)
         tokens = sum(len(r.ids) - 1 - s for r, s in zip(rows.rewriting, rows.starts, strict=True)) + (kl > 0)
         labels = sum(len(r.target_ids) for r in rows.rewriting) + (kl > 0)
-        total += (2 * report.steps + 1) * (per_token * live * tokens + head * labels)
+        step = (per_token * live + reading) * tokens + (per_token - reading + head) * labels
+        total += (2 * report.steps + 1) * step
     return total
 
 
