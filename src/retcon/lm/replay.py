@@ -7,7 +7,6 @@ the recorded states. The block list keeps its length, since masks and rotary tab
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from retcon.lm.model import LM
+from retcon.lm.model import LM, SiteName
 from retcon.lm.prompts import Row, buckets, pad
 from retcon.lm.trace import Point, Stop, Tap, tapped
 
@@ -337,33 +336,22 @@ def tokens_at(x: Tensor, tokens: Int[Tensor, "rows n"]) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], tokens.to(x.device)]
 
 
-@contextmanager
-def _last_block_only_at(lm: LM, places: tuple[Int[Tensor, " n"], Int[Tensor, " n"]], n_columns: int) -> Iterator[None]:
-    """Inside, what the last block makes of a token counts at these (row, column) alone: elsewhere its MLP and its
-    attention's out-projection are left out, and put out 0.
-    """
-    at = places[0] * n_columns + places[1]
-    shape: tuple[int, ...] = ()
+def mlp_entries(lm: LM, layer: int) -> list[nn.Module]:
+    """The modules that read the input of a block's MLP; one where the matrices are fused."""
+    kinds: tuple[SiteName, ...] = ("up_proj", "gate_proj") if lm.layout.gate_proj else ("up_proj",)
+    return list(dict.fromkeys(lm.site(layer, kind).module for kind in kinds))
 
-    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        nonlocal shape
-        shape = args[0].shape[:-1]
-        return (args[0].reshape(-1, args[0].shape[-1])[at.to(args[0].device)], *args[1:])
 
-    def scatter(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        everywhere = output.new_zeros(math.prod(shape), output.shape[-1])
-        return everywhere.index_copy(0, at.to(output.device), output).view(*shape, -1)
-
-    mlp_in, mlp_out, attention_out = (
-        {lm.site(lm.n_layers - 1, kind).module for kind in kinds if getattr(lm.layout, kind)}
-        for kinds in (("up_proj", "gate_proj"), ("down_proj",), ("o_proj",))
-    )
-    with ExitStack() as stack:
-        for module in mlp_in | attention_out:
-            stack.callback(module.register_forward_pre_hook(gather).remove)
-        for module in mlp_out | attention_out:
-            stack.callback(module.register_forward_hook(scatter).remove)
-        yield
+def _last_block_at(lm: LM, places: tuple[Int[Tensor, " n"], Int[Tensor, " n"]], states: Tensor) -> list[Partly]:
+    """The last block's out-projection and MLP at these (row, column) only; elsewhere they put out 0, for nobody."""
+    out, down = (lm.site(lm.n_layers - 1, kind).module for kind in ("o_proj", "down_proj"))
+    device = lm.site(lm.n_layers - 1, "down_proj").weight.device
+    live = torch.zeros(states.shape[:2], dtype=torch.bool, device=device)
+    live[tuple(x.to(device) for x in places)] = True
+    return [
+        Partly(live, [out], out, torch.zeros_like(states, device=device)),
+        Partly(live, mlp_entries(lm, lm.n_layers - 1), down, torch.zeros_like(states, device=device)),
+    ]
 
 
 def replay(
@@ -390,10 +378,10 @@ def replay(
     if below:
         raise ValueError(f"a replay from block {frozen.first} does not run {below}")
     with _blocks_below_answer_with_states(lm, frozen), ExitStack() as stack:
+        if end_at_logits and logits_at is not None and frozen.first < lm.n_layers:
+            partly = [*partly, *_last_block_at(lm, logits_at, frozen.states)]
         for part in partly:
             stack.enter_context(part.running())
-        if end_at_logits and logits_at is not None and frozen.first < lm.n_layers:
-            stack.enter_context(_last_block_only_at(lm, logits_at, frozen.states.shape[1]))
         inputs = frozen.inputs(lm, cache or frozen.cache(lm))
         return tapped(lm, frozen.states.shape[:2], inputs, taps, logits_at)
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from retcon.lm.model import LM, SiteName
-from retcon.lm.replay import Packed, Partly, replay
+from retcon.lm.model import LM
+from retcon.lm.replay import Packed, Partly, mlp_entries, replay
 from retcon.lm.trace import Point
 from retcon.locate.tracing.cells import Cell, taps_of
 from retcon.locate.tracing.prompt import Prompt, projections
@@ -147,7 +147,7 @@ def _needed(
     live = beside & read & ~_held(cells, strips, mlp := Point(layer, "mlp"))[1]
     if not live.all():
         down = lm.site(layer, "down_proj").module
-        yield Partly(live, _mlp_entries(lm, layer), down, _held_outputs(prompt, cells, strips, mlp))
+        yield Partly(live, mlp_entries(lm, layer), down, _held_outputs(prompt, cells, strips, mlp))
 
 
 def _held(
@@ -173,8 +173,3 @@ def _held_outputs(
     output = strips.spread(prompt.disturbed[point])
     output[rows[put], columns[put]] = prompt.clean[point][strips.starts[put], None]
     return output
-
-
-def _mlp_entries(lm: LM, layer: int) -> list[nn.Module]:
-    kinds: tuple[SiteName, ...] = ("up_proj", "gate_proj") if lm.layout.gate_proj else ("up_proj",)
-    return list(dict.fromkeys(lm.site(layer, kind).module for kind in kinds))

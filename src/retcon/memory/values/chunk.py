@@ -270,10 +270,8 @@ class Chunk:
                 init[begin] = live[begin]
             log_p = torch.log_softmax(logits.to(self.dtype), dim=-1)
             picked = log_p.gather(1, now.labels[:, None])[:, 0]
-            nll_rows = (
-                log_p.new_zeros(len(now.labels_per_row)).index_add(0, now.label_rows, -picked) / now.labels_per_row
-            )
-            nll_rows = nll_rows.view(len(edits), -1)
+            nll_rows = log_p.new_zeros(len(now.labels_per_row)).index_add(0, now.label_rows, -picked)
+            nll_rows = (nll_rows / now.labels_per_row).view(len(edits), -1)
             nll = nll_rows.mean(1)
             loss = nll * nll.new_tensor([self.factor[e] for e in edits])
             kl = torch.zeros_like(nll)
