@@ -27,12 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import retcon
 from benchmarks.common import cases_of, machine
 from retcon.edits import Edit
+from retcon.lm.forward import run
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import Row, pad
-from retcon.lm.trace import run
 from retcon.locate.attribution import Attribution, attribute
 from retcon.locate.gradients import catch
-from retcon.tune.objective import answer_places, answer_rows, gold
+from retcon.training.objective import answer_places, answer_rows, gold
 
 Scores = list[Tensor]
 
@@ -48,7 +48,7 @@ def separate(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attribut
     """Eq. 5 as it stands: for each fact, layer and point, a pass and a weight gradient."""
     rows = answer_rows(lm, facts)
     scores = []
-    with lm.borrowed():
+    with lm.frozen_eval():
         for site in sites:
             weight: Tensor = site.module.weight  # type: ignore[assignment]
             trained, total = weight.detach().clone(), torch.zeros_like(weight)
@@ -69,7 +69,7 @@ def batched(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attributi
     """All points of a fact and layer in one pass, and a weight gradient for each."""
     alpha = how.points()[0].float()
     scores = [torch.zeros(len(site.weight)) for site in sites]
-    with lm.borrowed():
+    with lm.frozen_eval():
         for row in answer_rows(lm, facts):
             for score, site in zip(scores, sites, strict=True):
                 kept: list[Tensor] = []
@@ -96,7 +96,7 @@ def activations(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attri
     """All points of a fact and layer in one pass from the tokens on, activations and their gradients only."""
     alpha, weight = how.points()
     scores = [torch.zeros(len(site.weight)) for site in sites]
-    with lm.borrowed():
+    with lm.frozen_eval():
         for row in answer_rows(lm, facts):
             for score, site in zip(scores, sites, strict=True):
                 for caught in catch([site], lambda row=row: f(lm, [row] * how.n_points), alpha.float()):

@@ -34,7 +34,7 @@ N_RECORDS = 780_000
 def plainly(lm: LM, rows: list[Row]) -> list[TokenScore]:
     """One prompt at a time, the head everywhere."""
     scores = []
-    with lm.borrowed(), torch.inference_mode():
+    with lm.frozen_eval(), torch.inference_mode():
         for row in rows:
             logits = lm.model(torch.tensor([row.ids], device=lm.device), use_cache=False).logits[0]
             own = logits[row.prediction : len(row.ids) - 1].float().log_softmax(-1)
@@ -110,7 +110,7 @@ def record_files() -> None:
     records = [
         Record(
             when="final", case_id=str(i // 13), subject=f"Subject {i // 13}", axis="rewrite",
-            probe_id=f"rewrite/{i % 13}", metric="ES", variant=f"cf.prob_mean{i % 13}", value=(i * 0.37) % 1, n=i % 5,
+            query_id=f"rewrite/{i % 13}", metric="ES", variant=f"cf.prob_mean{i % 13}", value=(i * 0.37) % 1, n=i % 5,
         )
         for i in range(N_RECORDS)
     ]  # fmt: skip

@@ -23,17 +23,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import retcon
 from benchmarks.common import cases_of, machine, moments_of
+from retcon.bench.peak import Peak
 from retcon.delta import Delta
 from retcon.edits import Edit
-from retcon.evaluation.peak import Peak
+from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.lm.prompts import Where
-from retcon.lm.trace import Point
 from retcon.memory.contexts import Contexts, sample_contexts
 from retcon.memory.keys import KeyAverage, mean_keys
 from retcon.memory.moments import Moments
 from retcon.memory.values.chunk import EditRows
-from retcon.memory.values.plain import search_values_plainly
+from retcon.memory.values.reference import search_values_reference
 from retcon.methods.jeep import Jeep
 
 
@@ -53,8 +53,8 @@ class PlainReader:
 def plain_path() -> Iterator[None]:
     """Methods search and read plainly while the scope lasts."""
     with (
-        patch("retcon.methods.proposal.search_values", search_values_plainly),
-        patch("retcon.methods.proposal.KeyReader", PlainReader),
+        patch("retcon.methods.common.proposal.search_values", search_values_reference),
+        patch("retcon.methods.common.proposal.KeyReader", PlainReader),
     ):
         yield
 

@@ -68,7 +68,7 @@ def misses(cases: list[Case], delta: Delta, evaluation: Evaluation) -> str:
             continue
         case = by_id[record.case_id]
         edit = case.edits[0]
-        prompt = next(query.prompt for query in case.queries if query.id == record.probe_id)
+        prompt = next(query.prompt for query in case.queries if query.id == record.query_id)
         same_place = prompt.startswith(edit.subject) == edit.text.startswith(edit.subject)
         for group in (f"search {stopped[edit.id]}", f"subject in {'the same' if same_place else 'another'} place"):
             asked[group] += 1

@@ -22,8 +22,8 @@ from benchmarks.common import machine
 from benchmarks.fast_path import floor
 from benchmarks.moments import SHAPES, product_rates, random_lm
 from retcon import world
+from retcon.bench.peak import Peak
 from retcon.edits import Edit
-from retcon.evaluation.peak import Peak
 from retcon.lm.model import LM
 from retcon.memory.contexts import sample_contexts
 from retcon.memory.moments import GivenMoments

@@ -34,7 +34,7 @@ from retcon.evaluation import Evaluation, evaluate
 from retcon.evaluation.summary import Estimate
 from retcon.lm.model import LM
 from retcon.locate.figures import figure, save
-from retcon.methods.base import Method, uses_moments
+from retcon.methods.common.contract import Method, uses_moments
 from retcon.methods.kne import Kne
 
 METRICS: dict[str, str | tuple[str, str]] = {

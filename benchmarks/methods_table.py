@@ -25,8 +25,8 @@ from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import keeping_values
-from retcon.methods.base import Method
-from retcon.methods.sequence import in_steps
+from retcon.methods.common.contract import Method
+from retcon.methods.common.sequence import in_steps
 
 ROWS = {
     "ROME": "rome",

@@ -22,7 +22,7 @@ from benchmarks.common import add_places, cases_of, moments_of
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.memory.values import keeping_values
-from retcon.methods.sequence import in_steps
+from retcon.methods.common.sequence import in_steps
 
 
 def main() -> None:

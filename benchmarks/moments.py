@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrain
 
 import retcon
 from benchmarks.common import machine, moments_of
+from retcon.lm.forward import Point, run
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import Row, pad
-from retcon.lm.trace import Point, run
 from retcon.memory.collect import collect
 from retcon.memory.corpus import document_rows
 
@@ -86,7 +86,7 @@ def counted(lm: LM, sites: Sequence[Site], rows: Sequence[Row]) -> tuple[float, 
 def check_count(lm: LM, sites: Sequence[Site], row: Row) -> None:
     """The forward's count against torch's own counter, which may know nothing of a fused attention, for one row."""
     highest = max(s.layer for s in sites)
-    with FlopCounterMode(display=False) as counter, lm.borrowed(), torch.no_grad():
+    with FlopCounterMode(display=False) as counter, lm.frozen_eval(), torch.no_grad():
         run(lm, pad([row], lm.device), {Point(highest, "key"): lambda _: None})
     found, said = counted(lm, sites, [row])[0], counter.get_total_flops()
     scores = 4 * lm.site(0, "o_proj").weight.shape[1] * (highest + 1) * len(row.ids) ** 2

@@ -19,7 +19,7 @@ import retcon
 from benchmarks.common import add_places, cases_of, machine, moments_of
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
-from retcon.methods.sequence import in_steps
+from retcon.methods.common.sequence import in_steps
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "MEMIT": ("memit", {}),

@@ -156,7 +156,7 @@ def untouched() -> Callable[[LM], Any]:
             [p.grad is None for p in lm.model.parameters()],
             lm.tokenizer.padding_side,
             torch.get_rng_state().tolist(),
-            [d.id for d in lm.live],
+            [d.id for d in lm.applied],
         )
 
     return look

@@ -17,10 +17,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = [
     {"errors", "files", "edits", "delta", "world"},
     {"lm"},
-    {"memory", "tune", "locate"},
-    {"methods"},
-    {"store"},
+    {"memory", "training", "locate"},
     {"evaluation"},
+    {"methods"},
+    {"bench"},
     {"cli", "__main__"},
 ]
 SCRIPT = "retcon.world.train"

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from retcon.memory.contexts import Contexts, sample_contexts
     from retcon.memory.moments import Corpus, CorpusMoments, GivenMoments
     from retcon.memory.values import keeping_values
-    from retcon.methods.registry import list_methods, method
-    from retcon.methods.sequence import in_steps
+    from retcon.methods.common.registry import list_methods, method
+    from retcon.methods.common.sequence import in_steps
 
 __version__ = "0.1.0"
 
@@ -45,11 +45,11 @@ _LAZY = {
     "LowRank": "retcon.delta",
     "Rows": "retcon.delta",
     "evaluate": "retcon.evaluation",
-    "in_steps": "retcon.methods.sequence",
+    "in_steps": "retcon.methods.common.sequence",
     "keeping_values": "retcon.memory.values",
-    "list_methods": "retcon.methods.registry",
+    "list_methods": "retcon.methods.common.registry",
     "load": "retcon.lm.load",
-    "method": "retcon.methods.registry",
+    "method": "retcon.methods.common.registry",
     "sample_contexts": "retcon.memory.contexts",
 }
 

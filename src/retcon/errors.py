@@ -56,7 +56,7 @@ class DeltaMismatch(RetconError):
     """A delta that does not fit the model's parameters: missing name, wrong shape, index out of range."""
 
 
-class DeltaNotLive(RetconError):
+class DeltaNotApplied(RetconError):
     """Asked to revert a delta that is not applied, or to apply one that is."""
 
 

@@ -249,7 +249,7 @@ def test_a_killed_run_goes_on_when_the_command_is_given_again(
 ) -> None:
     wanted = json.loads(cli(*EDIT, "--json").stdout)["delta"]["id"]
     with monkeypatch.context() as patch:
-        patch.setattr("retcon.methods.proposal.write", _killed)  # all values are found by then
+        patch.setattr("retcon.methods.common.proposal.write", _killed)  # all values are found by then
         cli(*EDIT, code=130)
     assert list(here.glob("cache/values/*/*.safetensors"))
     result = cli(*EDIT, "--json")

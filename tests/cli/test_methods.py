@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from retcon.methods.registry import list_methods
+from retcon.methods.common.registry import list_methods
 
 
 def test_lists_all_with_paper_and_presets(cli: Callable[..., Any]) -> None:
@@ -22,7 +22,7 @@ def test_lists_all_with_paper_and_presets(cli: Callable[..., Any]) -> None:
     assert facts["jeep"] == ("many at once", "")
     assert facts["rome"] == ("one; many in steps, one on top of the other", "")
     assert facts["alphaedit"] == ("many at once", "the keys of earlier edits")
-    assert facts["rect"] == ("as its host", "as its host")
+    assert facts["rect"] == ("as its base method", "as its base method")
     assert "gemma2" in record["architectures"]
     out = cli("methods").stdout
     assert "keeps    the keys of earlier edits between batches" in out

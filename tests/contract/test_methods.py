@@ -13,8 +13,8 @@ from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import GivenMoments
-from retcon.methods.registry import METHODS, method, method_class
-from retcon.methods.sequence import in_steps
+from retcon.methods.common.registry import METHODS, method, method_class
+from retcon.methods.common.sequence import in_steps
 from tests.conftest import random_moments, tiny_model, tokenizer
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
@@ -39,9 +39,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     ),
     "memit": dict(layers=(0, 1), moment_weight=1.0, **FREE),
     "pmet": dict(layers=(0, 1), moment_weight=1.0, attn_weight_decay=0.0, kl_factor=0.1, **FREE),
-    "prune": dict(host="memit", host_settings=dict(layers=(0, 1), moment_weight=1.0, **FREE)),
+    "prune": dict(base_method="memit", base_settings=dict(layers=(0, 1), moment_weight=1.0, **FREE)),
     "r_rome": dict(layer=1, **FREE),
-    "rect": dict(host="memit", host_settings=dict(layers=(0, 1), moment_weight=1.0, **FREE), keep_percent=60.0),
+    "rect": dict(base_method="memit", base_settings=dict(layers=(0, 1), moment_weight=1.0, **FREE), keep_percent=60.0),
     "rome": dict(layer=1, **FREE),
 }
 """Settings that make sense for four random layers of width 32."""
@@ -88,7 +88,7 @@ def written(name: str, lm: LM, edits: list[Edit], **given: Any) -> retcon.Delta:
 def probability(lm: LM, edit: Edit) -> float:
     """p(target | prompt), from the model's own logits, token by token."""
     row = lm.encode(edit.text, edit.target_new)
-    with lm.borrowed(), torch.no_grad():
+    with lm.frozen_eval(), torch.no_grad():
         log_p = lm.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
     labels = torch.tensor(row.target_ids)
     return float(log_p[row.n_prompt - 1 : len(row.ids) - 1].gather(1, labels[:, None]).sum().exp())

@@ -487,7 +487,7 @@ def test_flat_and_native_rows_of_one_fact_give_the_same_rewrite_records(tiny: Ca
     for path in (NATIVE, FLAT):
         case = load_counterfact(path, limit=1)[0]
         records = [r for r in evaluate(lm, case).records if r.axis == "rewrite"]
-        found.append([(r.case_id, r.subject, r.probe_id, r.metric, r.variant, r.value, r.n, r.detail) for r in records])
+        found.append([(r.case_id, r.subject, r.query_id, r.metric, r.variant, r.value, r.n, r.detail) for r in records])
     assert len(found[0]) == 10
     for native, flat in zip(*found, strict=True):
         assert native == pytest.approx(flat)

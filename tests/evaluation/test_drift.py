@@ -68,5 +68,5 @@ def test_the_same_model_does_not_diverge_and_an_edited_one_does(tiny: Make) -> N
     found = next_token_divergence(lm, prompts, nullcontext, lambda: lm.edited(delta), rows_at_a_time=2)
     assert all(value > 0 for value in found)
     lm.apply(delta)
-    again = next_token_divergence(lm, prompts, lm.unedited, nullcontext)
+    again = next_token_divergence(lm, prompts, lm.without_deltas, nullcontext)
     assert again == pytest.approx(found, abs=1e-5)

@@ -73,7 +73,7 @@ def bump(lm: LM, size: float = 0.5, seed: int = 0) -> Delta:
 
 def values(records: list[Record], when: str | None = None) -> list[Any]:
     return [
-        (r.case_id, r.probe_id, r.metric, r.variant, r.value, r.n, r.status, r.detail)
+        (r.case_id, r.query_id, r.metric, r.variant, r.value, r.n, r.status, r.detail)
         for r in records
         if when in (None, r.when)
     ]
@@ -125,7 +125,7 @@ def test_values_are_those_of_the_scores(tiny: Make) -> None:
             found = {
                 (r.metric, r.variant): r.value
                 for r in records
-                if (r.case_id, r.probe_id) == (case.id, query.id) and r.variant != "ee.loc.argmax"
+                if (r.case_id, r.query_id) == (case.id, query.id) and r.variant != "ee.loc.argmax"
             }
             assert found == pytest.approx(wanted, abs=1e-6)
 
@@ -301,7 +301,7 @@ def test_what_cannot_be_scored_is_skipped_with_its_reason(tiny: Make) -> None:
         ),
     )
     found = evaluate(tiny(n_layers=1), [case])
-    skipped = {r.probe_id: (r.value, r.n, r.detail) for r in found.records if r.status == "skipped"}
+    skipped = {r.query_id: (r.value, r.n, r.detail) for r in found.records if r.status == "skipped"}
     assert {name: detail for name, (_, _, detail) in skipped.items()} == {
         "generation/0": "no target",
         "rewrite/1": "the target behind 'I read' is empty; give the answer the model shall say",
@@ -309,7 +309,7 @@ def test_what_cannot_be_scored_is_skipped_with_its_reason(tiny: Make) -> None:
         "portability.x/0": "no target",
     }
     assert {(value, n) for value, n, _ in skipped.values()} == {(None, 0)}
-    assert {r.probe_id for r in found.records if r.variant == "gen.em"} == {"rewrite/0", "portability.x/0"}
+    assert {r.query_id for r in found.records if r.variant == "gen.em"} == {"rewrite/0", "portability.x/0"}
     summary = found.summary()
     assert summary.counts["skipped"] == 4
     assert summary["ES"].pre.n_queries == 1  # type: ignore[union-attr]
@@ -333,7 +333,7 @@ def test_not_a_number_is_an_error_not_a_value(tiny: Make, tmp_path: Path) -> Non
 def test_boundary_merges_are_counted(tiny: Make) -> None:
     lm = tiny(n_layers=1, tok="piece")  # breaks no text at spaces
     found = evaluate(lm, CASES[:1], generate=False)
-    merged = {r.probe_id for r in found.records if r.noted("boundary_merge")}
+    merged = {r.query_id for r in found.records if r.noted("boundary_merge")}
     rows = {q.id: [lm.encode(q.prompt, a).boundary_merge for a in (q.target, q.contrast)] for q in CASES[0].queries}
     assert merged == {name for name, either in rows.items() if any(either)} != set()
     assert found.summary().counts["boundary_merge"] == len(merged)
@@ -414,7 +414,7 @@ def test_every_dirty_file_is_measured_and_its_records_read_back(name: str, tiny:
     lm = tiny(n_layers=1)
     cases = load(FIXTURES / name, conflicts="keep")[0]
     found = retcon.evaluate(lm, cases, delta=bump(lm), max_new_tokens=4)
-    assert {(r.case_id, r.probe_id) for r in found.records} == {(c.id, q.id) for c in cases for q in c.queries}
+    assert {(r.case_id, r.query_id) for r in found.records} == {(c.id, q.id) for c in cases for q in c.queries}
     found.write(tmp_path / "records.jsonl")
     read = Evaluation.read(tmp_path / "records.jsonl")
     assert read.records == found.records

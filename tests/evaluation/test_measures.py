@@ -10,7 +10,7 @@ from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidSetting
 from retcon.evaluation import Evaluation, Measures, evaluate
 from retcon.evaluation.generate import PRESETS, write
-from retcon.evaluation.measure import stream
+from retcon.evaluation.measure import derive_seed
 from retcon.evaluation.metrics.consistency import References, TfIdf
 from retcon.evaluation.metrics.fluency import fluency, word_tokenizer
 from retcon.evaluation.score import Item, score
@@ -32,7 +32,7 @@ WRITER = Case(
 
 
 def told(found: Evaluation, variant: str, when: str = "pre") -> list[Any]:
-    return [(r.probe_id, r.value) for r in found.records if r.variant.startswith(variant) and r.when == when]
+    return [(r.query_id, r.value) for r in found.records if r.variant.startswith(variant) and r.when == when]
 
 
 def test_fluency_is_off_but_where_it_is_asked_for_or_usual(tiny: Make) -> None:
@@ -50,7 +50,7 @@ def test_romes_fluency_samples_by_case_and_query_and_reads_the_prompt_too(tiny: 
     lm = tiny(n_layers=1)
     measures = Measures(generate=False, fluency=("flu.rome", "flu.easyedit"))
     found = evaluate(lm, [WRITER], measures=measures, seed=3)
-    seed = stream(3, "text", "w", "generation/1")
+    seed = derive_seed(3, "text", "w", "generation/1")
     text = write(lm, ["France is"], PRESETS["fluency_rome"], seeds=[seed])[0].text
     name = word_tokenizer()[0]
     by_query = dict(told(found, f"flu.rome.{name}"))
@@ -85,7 +85,7 @@ def test_a_judge_decides(tiny: Make) -> None:
         return "France" in question
 
     found = evaluate(tiny(n_layers=1), CASES, measures=Measures(judge=judge))
-    values = {(r.case_id, r.probe_id): r.value for r in found.records if r.variant == "gen.judge"}
+    values = {(r.case_id, r.query_id): r.value for r in found.records if r.variant == "gen.judge"}
     assert values["france", "rewrite/0"] == 1
     assert values["lodz", "rewrite/0"] == 0
     assert ("The capital of France is", "Rome", found.texts["pre", "france", "rewrite/0"]) in asked
@@ -97,7 +97,7 @@ def test_other_ways_of_writing_carry_their_names(tiny: Make) -> None:
     variants = {r.variant for r in found.records if r.variant.startswith("gen.")}
     assert variants == {f"gen.{v}@wild_paper" for v in ("em", "prefix", "contains", "tokens", "cut")}
     gold = evaluate(lm, CASES, measures=Measures(preset="gold_length"))
-    lengths = {(r.case_id, r.probe_id): r.value for r in gold.records if r.variant == "gen.tokens@gold_length"}
+    lengths = {(r.case_id, r.query_id): r.value for r in gold.records if r.variant == "gen.tokens@gold_length"}
     for case in CASES:
         for query in case.queries:
             if (case.id, query.id) in lengths:
@@ -113,7 +113,7 @@ def test_text_on_locality_prompts_is_held_against_the_unedited_models(tiny: Make
     found = evaluate(lm, CASES, delta=delta, measures=Measures(locality_text=True, max_new_tokens=3))
     assert {v for _, v in told(found, "ee.loc.gen")} == {1}
     for record in (r for r in found.records if r.variant == "ee.loc.gen" and r.when == "final"):
-        texts = [found.texts[when, str(record.case_id), str(record.probe_id)] for when in ("pre", "final")]
+        texts = [found.texts[when, str(record.case_id), str(record.query_id)] for when in ("pre", "final")]
         assert record.value == float(texts[0] == texts[1])
     assert "gen.tokens" not in {r.variant for r in found.records if r.axis == "neighborhood"}
 
@@ -123,14 +123,14 @@ def test_neighbours_behind_the_edited_statement(tiny: Make) -> None:
     plain = evaluate(lm, CASES, generate=False)
     found = evaluate(lm, CASES, measures=Measures(generate=False, neighborhood_prefix="edit"))
     more = [r for r in found.records if r.variant.endswith("+edit")]
-    assert {r.probe_id for r in more} == {"neighborhood/0+edit", "neighborhood/1+edit"}
+    assert {r.query_id for r in more} == {"neighborhood/0+edit", "neighborhood/1+edit"}
     assert [r for r in found.records if r not in more] == plain.records
     prompt = "The capital of France is Rome. The capital of Italy is"
     new, old = score(lm, [Item(prompt, "Rome"), Item(prompt, "Paris")])
     (value,) = (
         r.value
         for r in more
-        if (r.case_id, r.probe_id, r.variant) == ("france", "neighborhood/0+edit", "cf.prob_mean+edit")
+        if (r.case_id, r.query_id, r.variant) == ("france", "neighborhood/0+edit", "cf.prob_mean+edit")
     )
     assert value == float(old.nll_mean < new.nll_mean)
 
@@ -155,7 +155,7 @@ def test_divergence_before_and_after(size: float, tiny: Make) -> None:
 
 
 def test_streams_are_told_apart_by_name() -> None:
-    seeds: Sequence[int] = [stream(0, "a"), stream(0, "b"), stream(1, "a"), stream(0, "a", "b")]
+    seeds: Sequence[int] = [derive_seed(0, "a"), stream(0, "b"), stream(1, "a"), stream(0, "a", "b")]
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**56 for seed in seeds)
     assert math.isfinite(sum(seeds))

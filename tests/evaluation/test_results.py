@@ -12,7 +12,7 @@ from retcon.errors import MalformedFile
 from retcon.evaluation import Evaluation, Interval, Record, ci_case
 
 FIELDS: dict[str, Any] = dict(
-    when="pre", case_id="a", subject="A", axis="rewrite", probe_id="rewrite/0", metric="ES", variant="cf.prob_mean"
+    when="pre", case_id="a", subject="A", axis="rewrite", query_id="rewrite/0", metric="ES", variant="cf.prob_mean"
 )
 
 
@@ -23,7 +23,7 @@ def record(case: str = "a", value: float | None = 1.0, **fields: Any) -> Record:
 def axis(name: str, metric: str, values: dict[str, Iterable[float]], **fields: Any) -> list[Record]:
     """Records of one axis: case -> value of each of its queries."""
     return [
-        record(case, value, axis=name, probe_id=f"{name}/{i}", metric=metric, **fields)
+        record(case, value, axis=name, query_id=f"{name}/{i}", metric=metric, **fields)
         for case, found in values.items()
         for i, value in enumerate(found)
     ]
@@ -141,7 +141,7 @@ def test_what_was_skipped_or_failed_is_counted_and_left_out_of_the_means() -> No
         record("b", None, status="error", detail="NaN or infinite log-probability"),
         record("b", None, status="error", variant="cf.prob_sum", detail="NaN or infinite log-probability"),
         record("c", None, status="skipped", detail="no target"),
-        record("c", None, axis="generation", metric="generation", probe_id="g", status="skipped", detail="no target"),
+        record("c", None, axis="generation", metric="generation", query_id="g", status="skipped", detail="no target"),
     ]
     summary = Evaluation(records).summary()
     assert (summary["ES"].pre.value, summary["ES"].pre.n) == (1, 1)  # type: ignore[union-attr]
@@ -272,7 +272,7 @@ def test_malformed_records_are_named(change: dict[str, Any], message: str, tmp_p
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     Evaluation(THREE[:1], CONTEXT).write(path)
-    for name in ("schema", "when", "case_id", "subject", "axis", "probe_id", "metric", "variant", "value", "n"):
+    for name in ("schema", "when", "case_id", "subject", "axis", "query_id", "metric", "variant", "value", "n"):
         row = {k: v for k, v in json.loads(path.read_text("utf-8")).items() if k != name}
         other = tmp_path / "other.jsonl"
         other.write_text(json.dumps(row))

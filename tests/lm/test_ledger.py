@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retcon.delta import Columns, Delta, Dense, Entries, LowRank, Region, Rows
-from retcon.errors import DeltaMismatch, DeltaNotLive
+from retcon.errors import DeltaMismatch, DeltaNotApplied
 from retcon.lm import ledger as ledger_module
 from retcon.lm.ledger import Ledger
 from tests.lm.deltas import KINDS, by_hand, random_change, random_delta, same_bytes
@@ -119,9 +119,9 @@ def test_any_order_of_applying_and_removing(seed: int, dtype: torch.dtype, monke
             bench.ledger.remove(delta)
             live.remove(delta)
         else:
-            with bench.ledger.off():
+            with bench.ledger.without_deltas():
                 assert bench.is_base()
-        assert bench.ledger.live == tuple(live)
+        assert bench.ledger.applied == tuple(live)
         assert bench.holds(live)
         assert all(torch.equal(bench.ledger.base_values(n), b) for n, b in bench.base.items())
     bench.ledger.clear()
@@ -139,7 +139,7 @@ def test_leaving_a_scope_after_an_older_delta_was_removed_inside_it() -> None:
     bench.ledger.push(inner)
     bench.ledger.remove(older)
     bench.ledger.pop(inner, before)
-    assert bench.ledger.live == ()
+    assert bench.ledger.applied == ()
     assert bench.is_base()
 
 
@@ -150,18 +150,18 @@ def test_superseding_takes_off_and_puts_back() -> None:
     again = one("square", random_change("entries", (12, 12), 4), supersedes=(instead.id,))
     for delta in (a, b, instead):
         bench.ledger.push(delta)
-    assert bench.ledger.live == (instead,)
+    assert bench.ledger.applied == (instead,)
     assert bench.holds([instead])
     bench.ledger.push(again)
-    assert bench.ledger.live == (again,)
+    assert bench.ledger.applied == (again,)
     assert bench.holds([again])
-    with pytest.raises(DeltaNotLive, match=f"{instead.id} is superseded by {again.id}; revert that one first"):
+    with pytest.raises(DeltaNotApplied, match=f"{instead.id} is superseded by {again.id}; revert that one first"):
         bench.ledger.remove(instead)
     assert bench.holds([again])
     bench.ledger.remove(again)
     assert bench.holds([instead])
     bench.ledger.remove(instead)
-    assert bench.ledger.live == (a, b)
+    assert bench.ledger.applied == (a, b)
     assert bench.holds([a, b])
     bench.ledger.clear()
     assert bench.is_base()
@@ -177,13 +177,13 @@ def test_superseding_in_a_scope() -> None:
     bench.ledger.push(instead)
     assert bench.holds([b, instead])
     bench.ledger.pop(instead, before)
-    assert bench.ledger.live == (a, b)
+    assert bench.ledger.applied == (a, b)
     assert bench.holds([a, b])
 
 
 def test_superseding_what_is_not_live_is_refused() -> None:
     bench = Bench()
-    with pytest.raises(DeltaNotLive, match="supersedes feedbeef, which is not live"):
+    with pytest.raises(DeltaNotApplied, match="supersedes feedbeef, which is not live"):
         bench.ledger.push(one("tall", random_change("rows", (24, 9)), supersedes=("feedbeef",)))
     assert bench.is_base()
 
@@ -192,9 +192,9 @@ def test_twice_or_never_is_refused() -> None:
     bench = Bench()
     a, b = one("tall", random_change("rows", (24, 9), 1)), one("tall", random_change("rows", (24, 9), 2))
     bench.ledger.push(a)
-    with pytest.raises(DeltaNotLive, match=f"delta {a.id} is applied already; revert it first"):
+    with pytest.raises(DeltaNotApplied, match=f"delta {a.id} is applied already; revert it first"):
         bench.ledger.push(a)
-    with pytest.raises(DeltaNotLive, match=f"delta {b.id} is not applied; applied: {a.id}"):
+    with pytest.raises(DeltaNotApplied, match=f"delta {b.id} is not applied; applied: {a.id}"):
         bench.ledger.remove(b)
     assert bench.holds([a])
 
@@ -230,7 +230,7 @@ def test_a_failure_in_the_middle_leaves_the_weights_as_they_were(monkeypatch: py
         calls.clear()
         with pytest.raises(MemoryError):
             bench.ledger.push(Delta(good.changes, base="base", supersedes=supersedes))
-        assert bench.ledger.live == (first,)
+        assert bench.ledger.applied == (first,)
         assert bench.holds([first])
     monkeypatch.undo()
     bench.ledger.clear()
@@ -351,9 +351,9 @@ def test_off_shows_the_base_and_comes_back_even_on_failure() -> None:
     deltas = [random_delta(i, SHAPES) for i in range(4)]
     for delta in deltas:
         bench.ledger.push(delta)
-    with pytest.raises(ValueError, match="inside"), bench.ledger.off():
+    with pytest.raises(ValueError, match="inside"), bench.ledger.without_deltas():
         assert bench.is_base()
-        with bench.ledger.off():
+        with bench.ledger.without_deltas():
             assert bench.is_base()
         assert bench.is_base()
         raise ValueError("inside")
@@ -370,8 +370,8 @@ def test_nothing_is_applied_or_removed_while_off(what: str) -> None:
         "remove": lambda: bench.ledger.remove(a),
         "clear": bench.ledger.clear,
     }[what]
-    with bench.ledger.off():
-        with pytest.raises(DeltaNotLive, match="off for the moment"):
+    with bench.ledger.without_deltas():
+        with pytest.raises(DeltaNotApplied, match="off for the moment"):
             act()
         assert bench.is_base()
     assert bench.holds([a])
@@ -411,7 +411,7 @@ def test_any_autograd_mode_will_do_at_any_time() -> None:
     bench.ledger.push(made_inside)
     with torch.inference_mode():
         bench.ledger.push(deltas[3])
-        with bench.ledger.off():
+        with bench.ledger.without_deltas():
             assert bench.is_base()
     assert bench.holds([deltas[0], made_inside, deltas[3]])
     bench.ledger.clear()

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from retcon.delta import Delta, Dense, LowRank, Rows
 from retcon.errors import (
     DeltaMismatch,
-    DeltaNotLive,
+    DeltaNotApplied,
     NonFinite,
     NotEditable,
     RetconWarning,
@@ -20,10 +20,10 @@ from retcon.errors import (
 )
 from retcon.lm import model as model_module
 from retcon.lm.fingerprint import fingerprint
+from retcon.lm.forward import Point, adding, run
 from retcon.lm.ledger import Ledger
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, pad
-from retcon.lm.trace import Point, adding, run
 from tests.conftest import FAMILIES, tiny_model, tokenizer
 from tests.lm.deltas import KINDS, by_hand, random_change, same_bytes
 
@@ -56,7 +56,7 @@ def test_apply_and_revert_bit_for_bit(kind: str, dtype: torch.dtype, tiny: Make,
     before, look = weights(lm), untouched(lm)
     delta = lm.delta({down(layer): [random_change(kind, (32, 128), layer)] for layer in (1, 2)})
     lm.apply(delta)
-    assert lm.live == (delta,)
+    assert lm.applied == (delta,)
     for name in delta.changes:
         assert torch.equal(lm.parameter(name), by_hand(before[name], name, [delta]))
         assert same_bytes(lm.base_weight(name), before[name])
@@ -76,14 +76,14 @@ def test_removing_one_from_the_middle_leaves_the_others_alone(tiny: Make) -> Non
         lm.apply(deltas[-1])
     lm.revert(deltas[1].id)
     kept = [deltas[0], *deltas[2:]]
-    assert lm.live == tuple(kept)
+    assert lm.applied == tuple(kept)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RetconWarning)  # their parents are others now
         for delta in kept:
             other.apply(delta)
     assert fingerprint(lm.model) == fingerprint(other.model)
     lm.revert_all()
-    assert lm.live == ()
+    assert lm.applied == ()
     assert fingerprint(lm.model) == lm.fingerprint()
 
 
@@ -96,9 +96,9 @@ def test_scopes_nest_and_restore_on_exceptions(tiny: Make) -> None:
         b = make_delta(lm, down(0), 2, "rows")
         assert b.parents == (a.id,)
         with lm.edited(b):
-            assert lm.live == (a, b)
+            assert lm.applied == (a, b)
             assert torch.equal(lm.parameter(down(0)), by_hand(before[down(0)], down(0), [a, b]))
-        assert lm.live == (a,)
+        assert lm.applied == (a,)
         assert torch.equal(lm.parameter(down(0)), by_hand(before[down(0)], down(0), [a]))
         raise KeyError("inside")
     assert is_restored(lm, before)
@@ -111,7 +111,7 @@ def test_a_delta_applied_inside_a_scope_outlives_it(tiny: Make) -> None:
     with lm.edited(a):
         b = make_delta(lm, down(0), 2)
         lm.apply(b)
-    assert lm.live == (b,)
+    assert lm.applied == (b,)
     assert torch.equal(lm.parameter(down(0)), by_hand(before[down(0)], down(0), [b]))
     lm.revert(b)
     assert is_restored(lm, before)
@@ -129,7 +129,7 @@ def test_a_scope_whose_delta_was_reverted_inside_ends_quietly(how: str, tiny: Ma
             lm.revert_all()
         else:
             lm.revert(a)
-    assert lm.live == (() if how == "all" else (outer,))
+    assert lm.applied == (() if how == "all" else (outer,))
     lm.revert_all()
     assert is_restored(lm, before)
 
@@ -141,11 +141,11 @@ def test_several_deltas_in_one_scope_go_on_in_order_or_not_at_all(tiny: Make) ->
     with lm.edited(a):
         b = make_delta(lm, down(0), 2)
     with lm.edited(a, b):
-        assert lm.live == (a, b)
+        assert lm.applied == (a, b)
     bad = lm.delta({down(1): [Dense(full=torch.ones(2, 2))]})
     with pytest.raises(DeltaMismatch), lm.edited(a, bad):
         raise AssertionError("the scope must not be entered")
-    assert lm.live == ()
+    assert lm.applied == ()
     assert is_restored(lm, before)
 
 
@@ -163,7 +163,7 @@ def test_a_change_that_does_not_fit_leaves_the_others_out_too(tiny: Make) -> Non
     stray = lm.delta({down(0): [good], "transformer.h.7.mlp.fc_out.weight": [good]})
     with pytest.raises(DeltaMismatch, match=r"'tiny-gptj' has no parameter 'transformer\.h\.7\.mlp"):
         lm.apply(stray)
-    assert lm.live == ()
+    assert lm.applied == ()
     assert is_restored(lm, before)
 
 
@@ -183,7 +183,7 @@ def test_running_out_of_memory_half_way_leaves_the_weights_as_they_were(
     monkeypatch.setattr(Ledger, "_write", failing)
     with pytest.raises(MemoryError):
         lm.apply(delta)
-    assert lm.live == ()
+    assert lm.applied == ()
     assert is_restored(lm, before)
     with pytest.raises(MemoryError), lm.edited(delta):
         raise AssertionError("the scope must not be entered")
@@ -193,14 +193,14 @@ def test_running_out_of_memory_half_way_leaves_the_weights_as_they_were(
 def test_twice_or_never_is_refused(tiny: Make) -> None:
     lm = tiny("gptj")
     delta = make_delta(lm, down(0))
-    with pytest.raises(DeltaNotLive, match=f"delta {delta.id} is not applied; applied: none"):
+    with pytest.raises(DeltaNotApplied, match=f"delta {delta.id} is not applied; applied: none"):
         lm.revert(delta)
-    with pytest.raises(DeltaNotLive, match="delta c0ffee is not applied; applied: none"):
+    with pytest.raises(DeltaNotApplied, match="delta c0ffee is not applied; applied: none"):
         lm.revert("c0ffee")
     lm.apply(delta)
-    with pytest.warns(RetconWarning), pytest.raises(DeltaNotLive, match="is applied already; revert it first"):
+    with pytest.warns(RetconWarning), pytest.raises(DeltaNotApplied, match="is applied already; revert it first"):
         lm.apply(delta)
-    assert lm.live == (delta,)
+    assert lm.applied == (delta,)
 
 
 def test_another_base_is_refused_unless_said(tiny: Make) -> None:
@@ -213,10 +213,10 @@ def test_another_base_is_refused_unless_said(tiny: Make) -> None:
     assert "other_base=True" in str(error.value)
     assert is_restored(lm, before)
     lm.apply(delta, other_base=True)
-    assert lm.live == (delta,)
+    assert lm.applied == (delta,)
     lm.revert(delta)
     with lm.edited(delta, other_base=True):
-        assert lm.live == (delta,)
+        assert lm.applied == (delta,)
     assert is_restored(lm, before)
 
 
@@ -235,7 +235,7 @@ def test_other_parents_give_a_warning(tiny: Make) -> None:
         lm.apply(b)
     message = rf"proposed on top of \[the base\] and is applied on top of \[{b.id}\]"
     with pytest.warns(RetconWarning, match=message), lm.edited(a):
-        assert lm.live == (b, a)
+        assert lm.applied == (b, a)
 
 
 def test_superseding_deltas_on_a_model(tiny: Make) -> None:
@@ -245,11 +245,11 @@ def test_superseding_deltas_on_a_model(tiny: Make) -> None:
     lm.apply(a)
     b = lm.delta({down(1): [random_change("dense", (32, 128), 3)]}, supersedes=(a.id,))
     with lm.edited(b):
-        assert lm.live == (b,)
+        assert lm.applied == (b,)
         assert same_bytes(lm.parameter(down(0)), before[down(0)])
-        with pytest.raises(DeltaNotLive, match="is superseded by"):
+        with pytest.raises(DeltaNotApplied, match="is superseded by"):
             lm.revert(a.id)
-    assert lm.live == (a,)
+    assert lm.applied == (a,)
     assert torch.equal(lm.parameter(down(0)), by_hand(before[down(0)], down(0), [a]))
     assert same_bytes(lm.parameter(down(1)), before[down(1)])
 
@@ -270,7 +270,7 @@ def test_the_fingerprint_is_of_the_base_even_when_first_asked_for_under_a_delta(
     lm.apply(delta)
     lm._fingerprint = None
     assert lm.fingerprint() == delta.base
-    assert lm.live == (delta,)
+    assert lm.applied == (delta,)
 
 
 def test_unedited_shows_the_base_and_the_edits_come_back(tiny: Make) -> None:
@@ -279,12 +279,12 @@ def test_unedited_shows_the_base_and_the_edits_come_back(tiny: Make) -> None:
     a = make_delta(lm, down(0), 1)
     lm.apply(a)
     edited = weights(lm)
-    with pytest.raises(KeyError), lm.unedited() as base:
+    with pytest.raises(KeyError), lm.without_deltas() as base:
         assert base is lm
         assert is_restored(lm, before)
-        with pytest.raises(DeltaNotLive, match=r"off for the moment \(lm\.unedited\(\)\)"):
+        with pytest.raises(DeltaNotApplied, match=r"off for the moment \(lm\.unedited\(\)\)"):
             lm.revert(a)
-        with pytest.raises(DeltaNotLive), pytest.warns(RetconWarning):
+        with pytest.raises(DeltaNotApplied), pytest.warns(RetconWarning):
             lm.apply(make_delta(tiny("gptj", torch.bfloat16), down(0), 5))
         raise KeyError("inside")
     assert is_restored(lm, edited)
@@ -450,10 +450,10 @@ def test_borrowed_gives_every_flag_back(fails: bool, tiny: Make) -> None:
     assert {True, False} == set(before[0]) == set(before[1])
 
     def body() -> None:
-        with lm.borrowed():
+        with lm.frozen_eval():
             assert not any(flags()[0])
             assert not any(flags()[1])
-            with lm.borrowed():
+            with lm.frozen_eval():
                 pass
             assert not any(flags()[0] + flags()[1])
             lm.model.train()  # whatever the body does to the flags is undone as well

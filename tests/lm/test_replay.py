@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from retcon.lm.forward import Point, adding, run
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
-from retcon.lm.replay import Partly, record, replay
-from retcon.lm.trace import Point, adding, run
+from retcon.lm.replay import PartialModule, capture_states, replay
 
 
 def tolerance(family: str) -> dict[str, float]:
@@ -41,14 +41,14 @@ def both(
     row_of, token = torch.tensor(at).T
     start = torch.tensor(starts)
     base = [torch.randn(len(rows), d, generator=generator, dtype=torch.float64) for _ in points]
-    with lm.borrowed():
-        frozen, _ = record(lm, rows, starts, first, max_batch_tokens=40)
+    with lm.frozen_eval():
+        frozen, _ = capture_states(lm, rows, starts, first, max_batch_tokens=40)
         for live in (False, True):
             vectors = [v.clone().to(lm.dtype).requires_grad_() for v in base]
             offset = start if live else torch.zeros_like(start)
-            taps = {p: adding(everyone, torch.tensor(where) - offset, v) for p, v in zip(points, vectors, strict=True)}
+            hooks = {p: adding(everyone, torch.tensor(where) - offset, v) for p, v in zip(points, vectors, strict=True)}
             wanted = row_of, token - offset[row_of]
-            logits = replay(lm, frozen, taps, wanted) if live else run(lm, pad(rows), taps, wanted)
+            logits = replay(lm, frozen, hooks, wanted) if live else run(lm, pad(rows), hooks, wanted)
             assert logits is not None
             gradients = torch.autograd.grad((logits**2).sum(), vectors)
             out.append((logits.detach(), torch.stack(gradients)))
@@ -79,9 +79,9 @@ def test_replay_equals_the_plain_forward(family: str, points: list[Point], first
 def test_rows_can_be_selected_and_all_tokens_can_be_live(family: str, tiny: Callable[..., LM]) -> None:
     lm, rows = tiny(family), ragged_rows()
     chosen = [3, 0, 3]
-    with lm.borrowed(), torch.no_grad():
+    with lm.frozen_eval(), torch.no_grad():
         for starts in (STARTS, [0] * len(rows)):
-            frozen, read = record(lm, rows, starts, 2, {Point(1, "block"): [12, None, 17, 4, None]})
+            frozen, read = capture_states(lm, rows, starts, 2, {Point(1, "block"): [12, None, 17, 4, None]})
             seen: list[Tensor] = []
             wanted = torch.arange(3), torch.tensor([len(rows[i].ids) - 1 - starts[i] for i in chosen])
             logits = replay(lm, frozen.select(chosen), {Point(3, "block"): seen.append}, wanted)
@@ -100,8 +100,8 @@ def test_nothing_is_left_behind_even_on_failure(tiny: Callable[..., LM], untouch
     def fail(_: Tensor) -> None:
         raise RuntimeError("stop here")
 
-    with lm.borrowed():
-        frozen, _ = record(lm, rows, STARTS, 2)
+    with lm.frozen_eval():
+        frozen, _ = capture_states(lm, rows, STARTS, 2)
         for first_tap in (Point(1, "block"), Point(3, "mlp")):
             with pytest.raises(RuntimeError, match="stop here"):
                 replay(lm, frozen, {first_tap: fail})
@@ -111,8 +111,8 @@ def test_nothing_is_left_behind_even_on_failure(tiny: Callable[..., LM], untouch
 
 def test_a_point_below_the_live_blocks_is_refused(tiny: Callable[..., LM]) -> None:
     lm = tiny("llama")
-    with lm.borrowed():
-        frozen, _ = record(lm, ragged_rows(), STARTS, 2)
+    with lm.frozen_eval():
+        frozen, _ = capture_states(lm, ragged_rows(), STARTS, 2)
         with pytest.raises(ValueError, match="does not run"):
             replay(lm, frozen, {Point(1, "mlp"): lambda _: None})
 
@@ -128,17 +128,17 @@ def test_a_module_run_partly_gives_what_is_known_elsewhere(family: str, tiny: Ca
     entries = [lm.site(layer, "up_proj").module]
     if lm.layout.gate_proj and (gate := lm.site(layer, "gate_proj").module) is not entries[0]:
         entries.append(gate)
-    with lm.borrowed(), torch.no_grad():
-        frozen, _ = record(lm, [row], [0], 1)
+    with lm.frozen_eval(), torch.no_grad():
+        frozen, _ = capture_states(lm, [row], [0], 1)
         outputs: list[Tensor] = []
         point = Point(layer, "mlp")
         plain = replay(lm, frozen, {point: outputs.append}, everywhere)
         ran: list[int] = []
         handle = entries[0].register_forward_hook(lambda _, __, out: ran.append(out.numel() // out.shape[-1]))
-        same = replay(lm, frozen, {}, everywhere, partly=[Partly(live, entries, down, outputs[0])])
+        same = replay(lm, frozen, {}, everywhere, partly=[PartialModule(live, entries, down, outputs[0])])
         handle.remove()
         other = replay(
-            lm, frozen, {point: outputs.append}, everywhere, partly=[Partly(live, entries, down, 0 * outputs[0])]
+            lm, frozen, {point: outputs.append}, everywhere, partly=[PartialModule(live, entries, down, 0 * outputs[0])]
         )
     assert plain is not None
     assert same is not None

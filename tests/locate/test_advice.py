@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from retcon.errors import InvalidSetting
+from retcon.lm.forward import Point
 from retcon.lm.model import LM
-from retcon.lm.trace import Point
 from retcon.locate import Contrast, Rule, advise, contrast_probe
 from retcon.locate.advice import layer_contrast
 from tests.conftest import FAMILIES

@@ -11,7 +11,7 @@ from retcon.errors import InvalidEdit, InvalidSetting, NonFinite
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM, Site
 from retcon.locate.attribution import Attribution, answer_probabilities, attribute, select
-from retcon.tune.objective import answer_rows
+from retcon.training.objective import answer_rows
 
 GAUSS = dict(n_points=16, quadrature="gauss")
 SMOOTH = ("gpt2", "gpt_neox")  # float64 all through; others compute a norm or the attention in float32
@@ -59,7 +59,7 @@ def by_weight_gradients(lm: LM, facts, sites, how) -> list[torch.Tensor]:
         (row,) = answer_rows(lm, [fact], how.answer)
         for group in groups:
             for alpha, weight in zip(points.tolist(), weights.tolist(), strict=True):
-                with lm.borrowed(), scaled([sites[i] for i in group], alpha):
+                with lm.frozen_eval(), scaled([sites[i] for i in group], alpha):
                     for i in group:
                         sites[i].module.weight.requires_grad_(True)
                     log_p = lm.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)

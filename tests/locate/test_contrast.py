@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
+from retcon.lm.forward import Point, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit, pad
-from retcon.lm.trace import Point, run
 from retcon.locate import Contrast, WordSets, contrast_probe
 from retcon.locate.wordsets import SETS, TokenSets
 from tests.conftest import FAMILIES

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from retcon.errors import UnsupportedModel
+from retcon.lm.forward import Point, activations
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
-from retcon.lm.trace import Point, activations
 from retcon.locate import lens
 from tests.conftest import FAMILIES, tiny_model, tokenizer
 

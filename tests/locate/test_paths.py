@@ -10,20 +10,20 @@ from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.locate.paths import Slot, assess, choose, k_best, node_scores, paths, rank_aligned, slots_of
-from retcon.tune.objective import AnswerLoss, answer_rows
+from retcon.training.objective import AnswerLoss, answer_rows
 
 FROM_GRADIENT = ("z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight")
 
 
 def mean_loss(lm: LM, edits: list[Edit]) -> float:
-    with lm.borrowed():
+    with lm.frozen_eval():
         return sum(AnswerLoss(lm, answer_rows(lm, edits)).now()) / len(edits)
 
 
 def gradients(lm: LM, edits: list[Edit], slots: list[Slot]) -> list[torch.Tensor]:
     """G (D x M) of every slot by autograd on the weights themselves."""
     rows = answer_rows(lm, edits)
-    with lm.borrowed():
+    with lm.frozen_eval():
         for slot in slots:
             slot.site.module.weight.requires_grad_(True)
         AnswerLoss(lm, rows)(range(len(rows))).mean().backward()

@@ -12,9 +12,9 @@ from torch.testing import assert_close
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite, RetconWarning
+from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, encode_edit, subject_tokens
-from retcon.lm.trace import Point
 from retcon.locate import Trace, Traces, Tracing, causal_trace
 from retcon.locate.tracing import GROUPS, default_window, embedding_deviation, strips
 from retcon.locate.tracing.causal import trace_prompt
@@ -346,7 +346,7 @@ def test_only_what_a_cell_changes_is_run(family: str, kind: Any, still: Still) -
         return lm.site(layer, "down_proj").module.register_forward_hook(count)
 
     alone = replace(ALL, kinds=(kind,), window=1, samples=samples, max_batch_tokens=1)  # a cell at a time: no padding
-    with lm.borrowed(), torch.no_grad():
+    with lm.frozen_eval(), torch.no_grad():
         prompt = prepare(lm, EDIT, alone, 1.0)
         assert prompt is not None
         handles = [counting(layer) for layer in range(lm.n_layers)]
@@ -372,7 +372,7 @@ def test_projections_run_for_changed_tokens_only(family: str, still: Still) -> N
     lm, samples = still(family), 2
     ran: dict[tuple[int, str], int] = {}
     alone = replace(ALL, kinds=("block",), samples=samples, max_batch_tokens=1)
-    with lm.borrowed(), torch.no_grad():
+    with lm.frozen_eval(), torch.no_grad():
         prompt = prepare(lm, EDIT, alone, 1.0)
         assert prompt is not None
         handles = []

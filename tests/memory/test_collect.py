@@ -81,8 +81,8 @@ def test_when_memory_runs_out_batches_get_smaller_and_the_chunk_is_done_again(ti
     wanted = dict(collect(lm, sites(lm), ragged))
     whole, seen = module.run, []
 
-    def tight(lm, batch, taps):
-        result = whole(lm, batch, taps)
+    def tight(lm, batch, hooks):
+        result = whole(lm, batch, hooks)
         seen.append(batch.ids.numel())
         if batch.ids.numel() > 30:  # after the products of this batch have been added
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -99,7 +99,7 @@ def test_when_memory_runs_out_batches_get_smaller_and_the_chunk_is_done_again(ti
 def test_a_row_that_does_not_fit_is_an_error_and_so_is_any_other_failure(tiny, ragged, sites, monkeypatch):
     lm = tiny("gptj")
 
-    def never(lm, batch, taps):
+    def never(lm, batch, hooks):
         raise error
 
     monkeypatch.setattr(module, "run", never)

@@ -10,9 +10,9 @@ from torch.testing import assert_close
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
+from retcon.lm.forward import Point, activations
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit, pad
-from retcon.lm.trace import Point, activations
 from retcon.memory.contexts import N_TOKENS, STARTS, Contexts, sample_contexts
 from retcon.memory.keys import KeyAverage, KeyReader, mean_keys, weights_of
 

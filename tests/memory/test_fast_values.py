@@ -10,15 +10,15 @@ import torch
 
 from retcon.edits import Edit
 from retcon.errors import NonFinite, OutOfMemory, RetconWarning
+from retcon.lm.forward import Point
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
-from retcon.lm.trace import Point
 from retcon.memory.contexts import Contexts
 from retcon.memory.values import chunk as chunk_module
 from retcon.memory.values.chunk import Chunk, EditRows
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
-from retcon.memory.values.plain import search_values_plainly
 from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
+from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.search import search_values
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
@@ -55,7 +55,7 @@ def both(
         order = [*range(1, len(edits), 2), *range(0, len(edits), 2)]
         chunks = [ChunkPlan(tuple(order[i : i + chunk]), width) for i in range(0, len(order), chunk)]
         fast = search_values(lm, edits, sites, contexts, search, plan=Plan(tuple(chunks)))
-    return fast, search_values_plainly(lm, edits, sites, contexts, search)
+    return fast, search_values_reference(lm, edits, sites, contexts, search)
 
 
 def agree(fast: Values, plain: Values, tolerance: float) -> None:
@@ -107,7 +107,7 @@ def test_kl_rows_join_the_others_or_run_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lm, seen = tiny("llama"), set()
-    monkeypatch.setattr(chunk_module, "LESS_THAN_A_PASS", {"cpu": padding})
+    monkeypatch.setattr(chunk_module, "MAX_KL_PADDING_TOKENS", {"cpu": padding})
     logits = Chunk.logits
 
     def counting(self: Chunk, now: Any, vectors: Any) -> Any:
@@ -191,7 +191,7 @@ def test_what_cannot_be_replayed_goes_the_plain_way_with_a_warning(
     search = ValueSearch(steps=3)
     with pytest.warns(RetconWarning, match=r"cannot be replayed from .* part from a plain forward's by"):
         found = search_values(lm, mixed, (LOW, HIGH), CONTEXTS, search)
-    agree(found, search_values_plainly(lm, mixed, (LOW, HIGH), CONTEXTS, search), 1e-12)
+    agree(found, search_values_reference(lm, mixed, (LOW, HIGH), CONTEXTS, search), 1e-12)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         search_values(lm, mixed[:1], (LOW, HIGH), CONTEXTS, search)  # said once
@@ -224,7 +224,7 @@ def test_running_out_of_memory_takes_less_and_says_so(
     tiny: Callable[..., LM], mixed: list[Edit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, search = tiny("llama"), ValueSearch(steps=3)
-    wanted = search_values_plainly(lm, mixed, (LOW, HIGH), CONTEXTS, search)
+    wanted = search_values_reference(lm, mixed, (LOW, HIGH), CONTEXTS, search)
     step = Chunk.logits
 
     def limited(self: Chunk, now: Any, vectors: Any) -> Any:
@@ -236,7 +236,7 @@ def test_running_out_of_memory_takes_less_and_says_so(
     with pytest.warns(RetconWarning, match="memory ran out with [63] of 6"):
         found = search_values(lm, mixed, (LOW, HIGH), CONTEXTS, search, plan=Plan((ChunkPlan(tuple(range(6)), 6),)))
     agree(found, wanted, 1e-10)
-    assert found.plan == {"chunks": [[6, 1]], "backed_off": 2}
+    assert found.plan == {"chunks": [[6, 1]], "oom_retries": 2}
 
     def never(self: Chunk, now: Any, vectors: Any) -> Any:
         raise torch.OutOfMemoryError("no room")

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from retcon.delta import Dense
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, TooFewTokens
+from retcon.lm.forward import Point, run
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.prompts import pad
-from retcon.lm.trace import Point, run
 from retcon.memory import collect as collecting
 from retcon.memory import moments as module
 from retcon.memory.corpus import Corpus, document_rows

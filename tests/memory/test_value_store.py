@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from retcon.edits import Edit
+from retcon.lm.forward import Point
 from retcon.lm.model import LM
-from retcon.lm.trace import Point
 from retcon.memory.contexts import Contexts
 from retcon.memory.values import Values, ValueSearch, ValueSite, keeping_values, search_values
 from retcon.memory.values.chunk import Chunk
@@ -79,9 +79,9 @@ def test_a_run_that_goes_on_takes_over_the_plan(tiny: Callable[..., LM], edits: 
     with keeping_values(tmp_path):
         first = search_values(lm, edits, SITES, CONTEXTS, SEARCH)
         path = next(tmp_path.glob("*/plan.json"))
-        path.write_text(path.read_text().replace('"backed_off": 0', '"backed_off": 3'))
-        assert search_values(lm, edits, SITES, CONTEXTS, SEARCH).plan["backed_off"] == 3
-    assert first.plan["backed_off"] == 0
+        path.write_text(path.read_text().replace('"oom_retries": 0', '"oom_retries": 3'))
+        assert search_values(lm, edits, SITES, CONTEXTS, SEARCH).plan["oom_retries"] == 3
+    assert first.plan["oom_retries"] == 0
 
 
 def test_whatever_determines_the_values_is_in_the_key(

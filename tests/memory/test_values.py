@@ -6,8 +6,8 @@ from torch.testing import assert_close
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
+from retcon.lm.forward import Point
 from retcon.lm.prompts import encode_edit
-from retcon.lm.trace import Point
 from retcon.memory.contexts import Contexts
 from retcon.memory.values import ValueSearch, ValueSite, search_values
 

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from retcon.errors import NonFinite
-from retcon.lm.trace import Point
+from retcon.lm.forward import Point
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import mean_keys
 from retcon.memory.moments import GivenMoments

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from retcon.delta import Delta
 from retcon.edits import Edit
+from retcon.lm.forward import Point
 from retcon.lm.model import LM
-from retcon.lm.trace import Point
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyAverage, mean_keys
 

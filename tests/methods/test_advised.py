@@ -8,7 +8,7 @@ from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, RetconWarning
 from retcon.lm.model import LM
 from retcon.locate import advise, contrast_probe
-from retcon.methods.registry import list_methods, method, method_class
+from retcon.methods.common.registry import list_methods, method, method_class
 
 
 @pytest.mark.parametrize("name", list_methods())
@@ -17,13 +17,13 @@ def test_every_method_that_names_layers_takes_the_probes(name: str, tiny: Callab
     advice = advise(contrast_probe(lm, edits))
     fields = set(method_class(name).__dataclass_fields__)
     with pytest.warns(RetconWarning, match="is weak: only 4 cases"):
-        if not fields & {"low", "layers", "layer", "host"}:
+        if not fields & {"low", "layers", "layer", "base_method"}:
             with pytest.raises(InvalidSetting, match="the method's settings name no layers"):
                 method(name, for_model=lm, layers="probe", cases=edits)
             return
         found = method(name, for_model=lm, layers="probe", cases=edits)
     wanted = {"low": advice.low.layers, "high": advice.high.layers, "layers": advice.low.layers, "layer": 1}
-    settings = getattr(found, "host_settings", None) or vars(found)
+    settings = getattr(found, "base_settings", None) or vars(found)
     assert {k: v for k, v in settings.items() if k in wanted}.items() <= wanted.items()
     assert set(settings) & set(wanted)
 

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from retcon.delta import Delta
 from retcon.errors import InvalidSetting, RetconWarning
-from retcon.lm.trace import Point
+from retcon.lm.forward import Point
 from retcon.memory.moments import GivenMoments
 from retcon.memory.solve import null_space
 from retcon.methods.alphaedit import AlphaEdit

@@ -9,9 +9,9 @@ from torch.testing import assert_close
 from retcon.errors import InvalidEdit, InvalidSetting, NotEditable
 from retcon.locate.paths import Paths, Transmission, paths, slots_of
 from retcon.methods import ctp as module
+from retcon.methods.common.registry import method, presets
 from retcon.methods.ctp import Ctp
-from retcon.methods.registry import method, presets
-from retcon.tune.objective import AnswerLoss, answer_rows, own_answers
+from retcon.training.objective import AnswerLoss, answer_rows, own_answers
 
 FAST: dict[str, Any] = dict(n_positive=4, epochs=4, learning_rate=1e-2)
 RELEASE: dict[str, Any] = dict(mode="release", stop_loss=0.0, reduction="per_token", train_out_bias=True, batch_size=2)
@@ -141,7 +141,7 @@ def test_mirror_puts_the_mean_change_on_the_negative_node(tiny, edits):
     settings = ctp(contrast="mirror", contrast_weight=1.0)
     rows = answer_rows(lm, edits)
     slots = slots_of(lm)
-    with lm.borrowed():
+    with lm.frozen_eval():
         old = AnswerLoss(lm, rows, own_answers(lm, rows))
         walk = module._Walk(settings, lm, slots, AnswerLoss(lm, rows), old)
         walk.follow(paths(lm, edits, n_positive=4))

@@ -4,7 +4,7 @@ import pytest
 from torch.testing import assert_close
 
 from retcon.errors import InvalidSetting
-from retcon.lm.trace import Point
+from retcon.lm.forward import Point
 from retcon.memory.values import ValueSearch, ValueSite, search_values
 from retcon.methods.emmet import Emmet
 from retcon.methods.memit import Memit

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from retcon.edits import Edit
+from retcon.lm.forward import Point
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.lm.prompts import Where
-from retcon.lm.trace import Point
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyAverage, KeyReader, mean_keys
-from retcon.memory.values.plain import search_values_plainly
+from retcon.memory.values.reference import search_values_reference
 from retcon.methods.jeep import Jeep
 from retcon.methods.memit import Memit
 from tests.conftest import random_moments
@@ -55,8 +55,8 @@ def test_fast_and_plain_give_the_same_delta(
     moments = random_moments(lm)
     fast = METHODS[name].propose(lm, edits, contexts=CONTEXTS, moments=moments)
     with (
-        patch("retcon.methods.proposal.search_values", search_values_plainly),
-        patch("retcon.methods.proposal.KeyReader", PlainReader),
+        patch("retcon.methods.common.proposal.search_values", search_values_reference),
+        patch("retcon.methods.common.proposal.KeyReader", PlainReader),
     ):
         plain = METHODS[name].propose(lm, edits, contexts=CONTEXTS, moments=moments)
     assert fast.provenance["values"] != plain.provenance["values"]  # the plain path has no plan

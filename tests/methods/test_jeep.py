@@ -18,13 +18,13 @@ from retcon.errors import (
     UnknownMethod,
     UnknownPreset,
 )
-from retcon.lm.trace import Point
+from retcon.lm.forward import Point
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import mean_keys
 from retcon.memory.moments import GivenMoments
 from retcon.memory.values import ValueSearch, ValueSite, search_values
+from retcon.methods.common.registry import method, presets, signature
 from retcon.methods.jeep import Jeep
-from retcon.methods.registry import method, presets, signature
 from tests.conftest import random_moments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the weight")  # exact writes into tiny random models
@@ -159,7 +159,7 @@ def test_proposing_on_live_deltas_keeps_them(tiny, edits, untouched):
         lm.revert(second)
         lm.apply(second)
     lm.revert_all()
-    assert not lm.live
+    assert not lm.applied
 
 
 # --- wrong input -------------------------------------------------------------------------------------------------
@@ -249,13 +249,13 @@ def test_presets_are_matched_by_sizes_and_the_choice_is_said(tiny, monkeypatch):
     lm = tiny("llama")
     wanted = presets("jeep")
     llama = next(p for p in wanted if p.model == "llama-7b").match
-    monkeypatch.setattr("retcon.methods.registry.signature", lambda lm: dict(llama))
+    monkeypatch.setattr("retcon.methods.common.registry.signature", lambda lm: dict(llama))
     with pytest.warns(RetconWarning, match="taking jeep/llama-7b/counterfact"):
         assert method("jeep", for_model=lm).high_clamp == 0.25
     assert method("jeep", for_model=lm, dataset="zsre").high_clamp == 0.7
     with pytest.raises(UnknownPreset, match="known: jeep/llama-7b/counterfact"):
         method("jeep", for_model=lm, dataset="mquake")
-    monkeypatch.setattr("retcon.methods.registry.signature", lambda lm: dict(llama) | {"context": 4096})
+    monkeypatch.setattr("retcon.methods.common.registry.signature", lambda lm: dict(llama) | {"context": 4096})
     with pytest.warns(RetconWarning, match="nobody has tuned"):  # LLaMA-2-7B differs in its context alone
         method("jeep", for_model=lm)
 
@@ -263,7 +263,7 @@ def test_presets_are_matched_by_sizes_and_the_choice_is_said(tiny, monkeypatch):
 @pytest.mark.parametrize("n_layers", [2, 4, 6, 12, 28, 32, 48, 80])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_starting_points_fit_any_depth(n_layers, parallel):
-    guess = Jeep.starting_point(n_layers, parallel=parallel)
+    guess = Jeep.fallback_settings(n_layers, parallel=parallel)
     assert min(guess["low"]) >= 0
     assert max(guess["high"]) < n_layers
     assert n_layers < 6 or max(guess["low"]) < min(guess["high"])

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from retcon.edits import Edit, write_edits
 from retcon.errors import DeltaMismatch, InvalidEdit, InvalidSetting, NotEditable
 from retcon.locate.attribution import Attribution, attribute
+from retcon.methods.common.registry import method, presets
 from retcon.methods.kne import Kne
-from retcon.methods.registry import method, presets
 
 FAST: dict[str, Any] = dict(budget=0.05, n_points=3, epochs=3, learning_rate=1e-2)
 
@@ -109,14 +109,14 @@ def test_the_first_step_is_alpha_over_root_n_times_the_learning_rate(tiny, edit)
 
 def test_under_plain_gradient_descent_the_first_step_scales_with_alpha_squared(tiny, edits):
     """T16: gradient and write-back both carry alpha."""
-    from retcon.tune.objective import AnswerLoss, answer_rows
-    from retcon.tune.parts import attached, changes
+    from retcon.training.objective import AnswerLoss, answer_rows
+    from retcon.training.parts import attached, changes
 
     lm = tiny("gpt2")
     rows, found = answer_rows(lm, edits), []
     for alpha in (1.0, 2.0):
         part = kne(alpha=alpha)._part(lm.site(1, "down_proj"), torch.tensor([3, 8]))
-        with lm.borrowed(), attached([part]):
+        with lm.frozen_eval(), attached([part]):
             AnswerLoss(lm, rows)(range(4)).mean().backward()
         torch.optim.SGD([part.values], lr=0.1).step()
         found.append(changes([part])[part.site.name][0].values())
@@ -196,9 +196,9 @@ def test_known_facts_are_left_alone(tiny, edit):
 def test_what_is_reported_is_what_the_edited_model_says(tiny, edits):
     lm = tiny("gpt2")
     delta = kne(epochs=6, batch_size=2).propose(lm, edits)
-    from retcon.tune.objective import AnswerLoss, answer_rows
+    from retcon.training.objective import AnswerLoss, answer_rows
 
-    with lm.edited(delta), lm.borrowed():
+    with lm.edited(delta), lm.frozen_eval():
         now = AnswerLoss(lm, answer_rows(lm, edits)).now()
     for said in ([r.probability for r in delta.report], [r.written for r in delta.report]):
         assert_close(said, [math.exp(-x) for x in now], rtol=1e-6, atol=1e-9)

@@ -6,10 +6,10 @@ from torch.testing import assert_close
 
 from retcon.delta import Delta
 from retcon.errors import InvalidSetting, RetconWarning
-from retcon.lm.trace import Point
+from retcon.lm.forward import Point
 from retcon.memory.solve import ridge
+from retcon.methods.common.proposal import answers
 from retcon.methods.memit import Memit
-from retcon.methods.proposal import answers
 from tests.conftest import random_moments
 from tests.methods.common import CONTEXTS, EASY, SEARCH, equal, keys_of, same, update, value_of, weights
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from retcon.errors import InvalidSetting
+from retcon.lm.forward import Point, adding, run
 from retcon.lm.prompts import encode_edit, pad
-from retcon.lm.trace import Point, adding, run
 from retcon.memory.values import ValueSearch, ValueSite, search_values
 from retcon.methods.jeep import Jeep
 from retcon.methods.memit import Memit

@@ -4,7 +4,7 @@ import pytest
 
 from retcon.errors import RetconWarning
 from retcon.lm.layouts import LAYOUTS
-from retcon.methods.registry import METHODS, _models, method, method_class, presets
+from retcon.methods.common.registry import METHODS, _models, method, method_class, presets
 
 FAMILY = ("rome", "r_rome", "memit", "pmet", "jeep", "emmet", "alphaedit", "rect", "prune")
 ALL = [(name, preset) for name in METHODS for preset in presets(name)]
@@ -15,9 +15,11 @@ def test_every_preset_loads_and_names_its_source(name, preset):
     assert preset.source
     assert preset.match["model_type"] in LAYOUTS
     settings = dict(preset.settings)
-    if "host" in settings:  # what a filter wraps comes from the host's preset
-        twin = next(p for p in presets(settings["host"]) if (p.model, p.dataset) == (preset.model, preset.dataset))
-        settings["host_settings"] = twin.settings
+    if "base_method" in settings:  # what a filter wraps comes from the base's preset
+        twin = next(
+            p for p in presets(settings["base_method"]) if (p.model, p.dataset) == (preset.model, preset.dataset)
+        )
+        settings["base_settings"] = twin.settings
     chosen = method(name, **settings)
     layers = [x for field in ("layer", "layers", "low", "high") for x in _as_tuple(getattr(chosen, field, ()))]
     assert all(0 <= layer < preset.match["n_layers"] for layer in layers)
@@ -32,7 +34,7 @@ def _as_tuple(value):
 def test_the_models_that_users_meet_first_resolve(name, model, tiny, monkeypatch):
     """Where a method has published settings for the model; else it starts from its relative depth, and says so."""
     lm = tiny("llama")
-    monkeypatch.setattr("retcon.methods.registry.signature", lambda lm: dict(_models()[model]))
+    monkeypatch.setattr("retcon.methods.common.registry.signature", lambda lm: dict(_models()[model]))
     published = [p for p in presets(name) if p.model == model]
     if len(published) == 1:
         chosen = method(name, for_model=lm)
@@ -41,7 +43,7 @@ def test_the_models_that_users_meet_first_resolve(name, model, tiny, monkeypatch
     elif published:
         with pytest.warns(RetconWarning, match=f"taking {name}/{model}/counterfact"):
             method(name, for_model=lm)
-    elif name != "prune":  # whose host has a preset even there
+    elif name != "prune":  # whose base has a preset even there
         with pytest.warns(RetconWarning, match=f"no {name} preset"):
             method(name, for_model=lm)
 
@@ -70,13 +72,13 @@ def test_published_figures(name, preset, wanted):
 
 
 def test_a_filters_host_gets_its_own_preset_and_what_is_given_over_it(tiny, monkeypatch):
-    monkeypatch.setattr("retcon.methods.registry.signature", lambda lm: dict(_models()["gpt-j-6b"]))
-    chosen = method("rect", for_model=tiny("llama"), host_settings=dict(moment_weight=7.0))
-    assert (chosen.host, chosen.keep_percent) == ("memit", 40.0)
-    assert chosen.host_settings["layers"] == (3, 4, 5, 6, 7, 8)
-    assert chosen.host_settings["moment_weight"] == 7.0
-    other = method("rect", for_model=tiny("llama"), host="rome")
-    assert other.host_settings["layer"] == 5
+    monkeypatch.setattr("retcon.methods.common.registry.signature", lambda lm: dict(_models()["gpt-j-6b"]))
+    chosen = method("rect", for_model=tiny("llama"), base_settings=dict(moment_weight=7.0))
+    assert (chosen.base_method, chosen.keep_percent) == ("memit", 40.0)
+    assert chosen.base_settings["layers"] == (3, 4, 5, 6, 7, 8)
+    assert chosen.base_settings["moment_weight"] == 7.0
+    other = method("rect", for_model=tiny("llama"), base_method="rome")
+    assert other.base_settings["layer"] == 5
     assert not other.batch
 
 
@@ -84,6 +86,6 @@ def test_a_filters_host_gets_its_own_preset_and_what_is_given_over_it(tiny, monk
 @pytest.mark.parametrize("name", [n for n in FAMILY if n not in ("rect", "prune")])
 def test_starting_points_fit_any_depth(name, n_layers):
     for parallel in (False, True):
-        guess = method_class(name).starting_point(n_layers, parallel=parallel)
+        guess = method_class(name).fallback_settings(n_layers, parallel=parallel)
         method(name, **guess)
         assert all(0 <= x < n_layers for value in guess.values() for x in _as_tuple(value))

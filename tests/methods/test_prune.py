@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from retcon.delta import Dense, LowRank
 from retcon.errors import InvalidSetting
+from retcon.methods.common.registry import method
 from retcon.methods.prune import Prune, restrain, singular_values
-from retcon.methods.registry import method
 from tests.conftest import random_moments
 from tests.methods.common import CONTEXTS, SEARCH, equal, same, weights
 
@@ -17,11 +17,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*larger than the weight"),
     pytest.mark.filterwarnings("ignore:.*proposed on top of"),
 ]
-HOST = dict(layers=(0, 1), moment_weight=1e-6) | SEARCH | dict(clamp=50.0, weight_decay=0.0)
+BASE = dict(layers=(0, 1), moment_weight=1e-6) | SEARCH | dict(clamp=50.0, weight_decay=0.0)
 
 
 def prune(**settings):
-    return Prune(**(dict(host="memit", host_settings=HOST) | settings))
+    return Prune(**(dict(base_method="memit", base_settings=BASE) | settings))
 
 
 def propose(chosen, lm, edits):
@@ -80,7 +80,7 @@ def test_all_live_deltas_become_one_whose_spectrum_is_held_down(tiny, edits):
     before = weights(lm)
     live = []
     for edit in edits:
-        live.append(propose(prune().hosted, lm, [edit]))
+        live.append(propose(prune().wrapped, lm, [edit]))
         lm.apply(live[-1])
     edited = weights(lm)
     delta = propose(prune(), lm, [])
@@ -112,10 +112,10 @@ def test_all_live_deltas_become_one_whose_spectrum_is_held_down(tiny, edits):
 
 def test_edits_given_are_written_by_the_host_first(tiny, edits):
     lm = tiny("llama")
-    lm.apply(propose(prune().hosted, lm, edits[:2]))
+    lm.apply(propose(prune().wrapped, lm, edits[:2]))
     both = propose(prune(), lm, edits[2:])
     assert [r.id for r in both.report] == [e.id for e in edits]
-    with lm.edited(propose(prune().hosted, lm, edits[2:])):
+    with lm.edited(propose(prune().wrapped, lm, edits[2:])):
         same(lm, both, propose(prune(), lm, []))
     lm.apply(both)
     again = propose(prune(), lm, [])  # restrained once, and always against the true base
@@ -126,9 +126,9 @@ def test_edits_given_are_written_by_the_host_first(tiny, edits):
 def test_nothing_happens_where_nothing_is_large(tiny, edits):
     """Identity 54, on the model."""
     lm = tiny("llama")
-    small = HOST | dict(moment_weight=1e6)
+    small = BASE | dict(moment_weight=1e6)
     alone = propose(method("memit", **small), lm, edits)
-    delta = propose(prune(host_settings=small), lm, edits)
+    delta = propose(prune(base_settings=small), lm, edits)
     same(lm, delta, alone, rtol=1e-9, atol=1e-12)
     assert not any(delta.provenance["singular_values_restrained"].values())
 

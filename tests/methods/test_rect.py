@@ -12,11 +12,11 @@ from tests.conftest import random_moments
 from tests.methods.common import CONTEXTS, SEARCH, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the weight")
-HOST = dict(layers=(0, 1), moment_weight=1.0) | SEARCH
+BASE = dict(layers=(0, 1), moment_weight=1.0) | SEARCH
 
 
 def rect(**settings):
-    return Rect(**(dict(host="memit", host_settings=HOST) | settings))
+    return Rect(**(dict(base_method="memit", base_settings=BASE) | settings))
 
 
 def propose(method, lm, edits, state=None):
@@ -66,8 +66,8 @@ def test_released_forms(randn):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_it_filters_its_hosts_delta(family, tiny, edits):
     lm = tiny(family)
-    host = rect().hosted
-    whole = propose(host, lm, edits)
+    base = rect().wrapped
+    whole = propose(base, lm, edits)
     same(lm, propose(rect(keep_percent=100.0), lm, edits), whole)
     nothing = propose(rect(keep_percent=0.0), lm, edits)
     assert all(not nothing.dense(n, lm.parameter(n).shape).any() for n in nothing.changes)
@@ -76,7 +76,7 @@ def test_it_filters_its_hosts_delta(family, tiny, edits):
         assert change.kind == "entries"  # smaller than the whole
         shape = lm.parameter(name).shape
         assert_close(some.dense(name, shape), rect().filtered(whole.dense(name, shape), lm.parameter(name), 10.0))
-    assert some.provenance["settings"]["host_settings"]["moment_weight"] == 1.0
+    assert some.provenance["settings"]["base_settings"]["moment_weight"] == 1.0
     assert [r.steps for r in some.report] == [r.steps for r in whole.report]
     assert some.report[0].written != whole.report[0].written  # measured after the filter
 
@@ -93,10 +93,10 @@ def test_in_the_loop_later_layers_make_up_for_it(tiny, edits):
 
 def test_how_much_is_kept_depends_on_the_host_where_nothing_is_said(tiny, edit):
     lm = tiny("llama")
-    for host, settings, percent in (("rome", dict(layer=1) | SEARCH, 20), ("memit", HOST, 40)):
-        method = Rect(host=host, host_settings=settings)
+    for base, settings, percent in (("rome", dict(layer=1) | SEARCH, 20), ("memit", BASE, 40)):
+        method = Rect(base_method=base, base_settings=settings)
         delta = propose(method, lm, [edit])
-        assert method.batch == (host == "memit")
+        assert method.batch == (base == "memit")
         for name in delta.changes:
             shape = lm.parameter(name).shape
             assert int((delta.dense(name, shape) != 0).sum()) == math.ceil(percent * shape.numel() / 100)
@@ -104,7 +104,7 @@ def test_how_much_is_kept_depends_on_the_host_where_nothing_is_said(tiny, edit):
 
 def test_the_hosts_state_passes_through(tiny, edits):
     lm = tiny("llama")
-    method = rect(host_settings=HOST | dict(cache_keys=True))
+    method = rect(base_settings=BASE | dict(cache_keys=True))
     first = propose(method, lm, edits[:2])
     assert first.state is not None
     assert propose(method, lm, edits[2:], state=first.state).state is not None
@@ -113,8 +113,11 @@ def test_the_hosts_state_passes_through(tiny, edits):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [(dict(keep_percent=101.0), "from 0 to 100"), (dict(denominator="x"), "known: absolute, signed"),
-     (dict(count="x"), "known: exact, released"), (dict(host_settings={}, in_loop=True), "memit needs layers"),
-     (dict(host="rect", host_settings=dict(host_settings=HOST), in_loop=True), "writes layer by layer; rect does not")],
+     (dict(count="x"), "known: exact, released"), (dict(base_settings={}, in_loop=True), "memit needs layers"),
+     (
+         dict(base_method="rect", base_settings=dict(base_settings=BASE), in_loop=True),
+         "writes layer by layer; rect does not",
+     )],
 )  # fmt: skip
 def test_settings_are_checked(settings, text):
     with pytest.raises(InvalidSetting, match=text):
@@ -123,6 +126,6 @@ def test_settings_are_checked(settings, text):
 
 def test_a_host_that_replaces_what_is_live_is_refused(tiny, edits):
     lm = tiny("llama")
-    lm.apply(propose(rect().hosted, lm, edits[:1]))
+    lm.apply(propose(rect().wrapped, lm, edits[:1]))
     with pytest.raises(InvalidSetting, match="prune replaces earlier deltas"):
-        propose(Rect(host="prune", host_settings=dict(host="memit", host_settings=HOST)), lm, edits[1:])
+        propose(Rect(base_method="prune", base_settings=dict(base_method="memit", base_settings=BASE)), lm, edits[1:])

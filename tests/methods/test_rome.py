@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning, UnsafeUpdate
-from retcon.lm.trace import Point
+from retcon.lm.forward import Point
 from retcon.memory.moments import GivenMoments
 from retcon.memory.values import ValueSearch, ValueSite, search_values
 from retcon.methods.r_rome import RRome

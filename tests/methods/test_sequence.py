@@ -7,20 +7,20 @@ from torch.testing import assert_close
 from retcon.delta import Dense, Entries, LowRank, Region
 from retcon.edits import Edit
 from retcon.errors import ConflictingEdits, InvalidSetting
-from retcon.methods.registry import method
-from retcon.methods.sequence import combined, in_steps
+from retcon.methods.common.registry import method
+from retcon.methods.common.sequence import combined, in_steps
 from tests.conftest import random_moments
 from tests.methods.common import CONTEXTS, EASY, EASY_TOO, SEARCH
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the weight")
-HOST = dict(layers=(0, 1), moment_weight=1.0) | SEARCH
+BASE = dict(layers=(0, 1), moment_weight=1.0) | SEARCH
 METHODS = {
     "rome": dict(layer=1) | SEARCH,
     "r_rome": dict(layer=1) | SEARCH,
-    "memit": HOST | dict(cache_keys=True),
+    "memit": BASE | dict(cache_keys=True),
     "alphaedit": dict(layers=(0, 1), null_threshold=0.6, threshold_mode="rank", ridge=0.5) | SEARCH,
-    "rect": dict(host="memit", host_settings=HOST),
-    "prune": dict(host="memit", host_settings=HOST | dict(moment_weight=1e-6, clamp=50.0)),
+    "rect": dict(base_method="memit", base_settings=BASE),
+    "prune": dict(base_method="memit", base_settings=BASE | dict(moment_weight=1e-6, clamp=50.0)),
 }
 
 
@@ -56,19 +56,19 @@ def test_one_delta_is_all_the_steps(name, tiny, edits, untouched):
 def test_a_restraint_in_steps_replaces_what_was_live_before(tiny, edits):
     lm = tiny("llama")
     moments = random_moments(lm)
-    first = method("memit", **HOST).propose(lm, edits[:1], contexts=CONTEXTS, moments=moments)
+    first = method("memit", **BASE).propose(lm, edits[:1], contexts=CONTEXTS, moments=moments)
     lm.apply(first)
     whole = in_steps(
         method("prune", **METHODS["prune"]), lm, edits[1:], batch_size=1, contexts=CONTEXTS, moments=moments
     )
     assert whole.supersedes == (first.id,)
     lm.apply(whole)
-    assert [d.id for d in lm.live] == [whole.id]
+    assert [d.id for d in lm.applied] == [whole.id]
 
 
 def test_all_at_once_is_one_proposal(tiny, edits):
     lm = tiny("llama")
-    chosen, given = method("memit", **HOST), dict(contexts=CONTEXTS, moments=random_moments(lm))
+    chosen, given = method("memit", **BASE), dict(contexts=CONTEXTS, moments=random_moments(lm))
     assert in_steps(chosen, lm, edits, **given) == chosen.propose(lm, edits, **given)
     assert not in_steps(chosen, lm, [], **given).changes
     assert not in_steps(method("rome", **METHODS["rome"]), lm, [], **given).changes
@@ -79,7 +79,7 @@ def test_batches_that_do_not_suit_are_refused(tiny, edits):
     with pytest.raises(InvalidSetting, match="batch_size 2: Rome takes 1"):
         in_steps(method("rome", **METHODS["rome"]), lm, edits, batch_size=2)
     with pytest.raises(InvalidSetting, match="batch_size 0: Memit takes any number from 1"):
-        in_steps(method("memit", **HOST), lm, edits, batch_size=0)
+        in_steps(method("memit", **BASE), lm, edits, batch_size=0)
     again = Edit(edits[0].prompt, edits[0].subject, "Milan", id="again")
     with pytest.raises(ConflictingEdits):
         in_steps(method("rome", **METHODS["rome"]), lm, [*edits, again])

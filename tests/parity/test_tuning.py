@@ -14,7 +14,7 @@ from tests.parity import plain_tuning
 def restored(lm, work: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """What `work` makes of the weights, which are put back."""
     kept = {name: p.detach().clone() for name, p in lm.model.named_parameters()}
-    with lm.borrowed():
+    with lm.frozen_eval():
         try:
             return work()
         finally:

@@ -10,10 +10,10 @@ import typer
 
 import retcon
 from retcon.cli import apply, bench, check, complete, demo, edit, methods, moments, probe, report
-from retcon.cli.shell import Verbs, examples
+from retcon.cli.shell import CommandGroup, examples
 
 app = typer.Typer(
-    cls=Verbs,
+    cls=CommandGroup,
     name="retcon",
     rich_markup_mode="rich",
     no_args_is_help=True,

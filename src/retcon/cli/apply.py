@@ -17,7 +17,6 @@ from retcon.cli.shell import (
     DType,
     Json,
     Model,
-    busy,
     console,
     count,
     dtype_for,
@@ -25,6 +24,7 @@ from retcon.cli.shell import (
     load_deltas,
     load_model,
     size,
+    spinner,
 )
 from retcon.errors import InvalidSetting
 
@@ -58,13 +58,13 @@ def apply(
     _check_place(save, model, force)
     deltas = load_deltas(delta)
     lm = load_model(model, device=device, dtype=dtype_for(deltas, dtype))
-    with busy("applying"):
+    with spinner("applying"):
         for each in deltas:
             lm.apply(each, other_base=other_base)
     record = _record(lm, deltas, delta)
     from retcon.lm.load import quietly
 
-    with busy(f"saving {save}"), quietly(), _replacing(save) as fresh:
+    with spinner(f"saving {save}"), quietly(), _replacing(save) as fresh:
         lm.model.save_pretrained(fresh)
         lm.tokenizer.save_pretrained(fresh)
         (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -15,8 +15,8 @@ from retcon.cli.shell import Json, console, count, emit, program, seconds
 from retcon.errors import InvalidSetting
 
 if TYPE_CHECKING:
+    from retcon.bench import BenchSpec, Cell, Event, MethodSpec
     from retcon.evaluation import Evaluation
-    from retcon.evaluation.bench import BenchSpec, Cell, Event, MethodSpec
 
 _SHOWN = ("Score", "ES", "GS", "LS", "Portability")
 N_RESAMPLES = 200
@@ -56,7 +56,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Run a benchmark: edit, measure before and after, restore. Ended at any point, the same command goes on."""
-    from retcon.evaluation.bench import run_bench
+    from retcon.bench import run_bench
 
     spec = _spec(file, model, method, dataset, protocol, n, batch, seed, corpus, text)
     if dry_run:
@@ -100,8 +100,8 @@ def _spec(
     corpus: Path | None,
     text: Path | None,
 ) -> "BenchSpec":
-    from retcon.evaluation.bench import BenchSpec, DatasetSpec, MethodSpec, ModelSpec, spec_from_file
-    from retcon.evaluation.protocol import Protocol
+    from retcon.bench import BenchSpec, DatasetSpec, MethodSpec, ModelSpec, spec_from_file
+    from retcon.bench.protocol import Protocol
 
     if file is None:
         if missing := [f"--{k}" for k, v in (("model", model), ("method", method), ("dataset", dataset)) if not v]:
@@ -128,13 +128,13 @@ def _spec(
 
 def _methods(spec: "BenchSpec", name: str) -> "list[MethodSpec]":
     """Those of the file by label or name; one that the file lacks, with its preset."""
-    from retcon.evaluation.bench import MethodSpec
+    from retcon.bench import MethodSpec
 
     return [m for m in spec.methods if name in (m.label, m.name)] or [MethodSpec(name=name)]
 
 
 def _estimate(spec: "BenchSpec", out: Path, as_json: bool) -> None:
-    from retcon.evaluation.bench import estimate
+    from retcon.bench import estimate
 
     found = list(estimate(spec, out))
     rows = [

@@ -14,7 +14,6 @@ from retcon.cli.shell import (
     DType,
     Json,
     Model,
-    busy,
     check_exists,
     console,
     count,
@@ -22,6 +21,7 @@ from retcon.cli.shell import (
     emit,
     load_deltas,
     load_model,
+    spinner,
 )
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def check(
         check_exists(text)
     deltas = load_deltas(delta)
     lm = load_model(model, device=device, dtype=dtype_for(deltas, dtype))
-    with busy("asking"):
+    with spinner("asking"):
         verdict = safety.check(
             lm,
             asked.cases,

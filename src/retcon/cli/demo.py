@@ -15,7 +15,7 @@ from rich.table import Table
 
 from retcon.cli.edit import make
 from retcon.cli.settings import Resolved, resolve
-from retcon.cli.shell import Json, Seed, busy, check_can_write, console, emit, load_model, program, seconds, size
+from retcon.cli.shell import Json, Seed, check_can_write, console, emit, load_model, program, seconds, size, spinner
 from retcon.edits import Case, Query
 from retcon.errors import InvalidSetting
 
@@ -179,7 +179,7 @@ def _edit_and_undo(name: str, cases: Sequence[Case], file: Path, seed: int) -> S
     loaded = Delta.load(file)
     asked = _queries(cases)
     flat = [query.prompt for queries in asked.values() for query in queries]
-    with busy("asking"):
+    with spinner("asking"):
         before = _answers(lm, flat)
         lm.apply(loaded)
         marks["edited"] = fingerprint(lm.model)

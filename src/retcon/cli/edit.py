@@ -23,8 +23,6 @@ from retcon.cli.shell import (
     Json,
     Model,
     Seed,
-    bars,
-    busy,
     check_can_write,
     console,
     count,
@@ -33,8 +31,10 @@ from retcon.cli.shell import (
     load_deltas,
     load_model,
     program,
+    progress_bars,
     seconds,
     size,
+    spinner,
 )
 from retcon.edits import Case, Edit, Query, read_edits, resolve_conflicts
 from retcon.errors import InvalidSetting
@@ -153,7 +153,7 @@ def edit(
     for each in before:
         lm.apply(each)
     took = {"load": time.perf_counter() - started}
-    with busy("probing for layers" if layers else "choosing settings"):
+    with spinner("probing for layers" if layers else "choosing settings"):
         probe_with = asked.edits if layers else ()
         resolved = resolve(lm, method, dataset=dataset, preset=preset, given=given, probe_with=probe_with)
     show.print(f"[bold]{resolved.name}[/] on {escape(str(lm))}")
@@ -301,11 +301,11 @@ def make(
     state: "Mapping[str, Tensor] | None" = None,
 ) -> "Delta":
     """Propose, with progress bars; `took` gets the seconds for moments and, apart from them, for the edit itself."""
-    from retcon.methods.sequence import in_steps
+    from retcon.methods.common.sequence import in_steps
 
     given = needed_moments(lm, resolved, corpus)
     started = time.perf_counter()
-    with bars() as advance:
+    with progress_bars() as advance:
         moments = TimedMoments(given, advance)
         delta = in_steps(
             resolved.method,
@@ -324,7 +324,7 @@ def make(
 def needed_moments(lm: "LM", resolved: Resolved, corpus: str | None) -> "Moments":
     """Second moments for the method; none, and no corpus read, where it has no use for them."""
     from retcon.memory.moments import GivenMoments
-    from retcon.methods.base import uses_moments
+    from retcon.methods.common.contract import uses_moments
 
     return moments_for(lm, corpus) if uses_moments(resolved.method) else GivenMoments({})
 
@@ -339,10 +339,10 @@ def expect(
     batch_size: int | None = None,
 ) -> Estimate:
     """What the run would take, from trying a few of the edits."""
-    from retcon.methods.sequence import in_steps
+    from retcon.methods.common.sequence import in_steps
 
     moments = needed_moments(lm, resolved, corpus)
-    with busy("trying a few edits"):
+    with spinner("trying a few edits"):
         return estimate(lm, partial(in_steps, resolved.method, batch_size=batch_size), edits, moments, seed=seed)  # type: ignore[arg-type]
 
 

@@ -103,7 +103,7 @@ def estimate(
     Args:
         propose: (lm, edits, moments=, seed=) -> Delta.
     """
-    from retcon.evaluation.peak import Peak
+    from retcon.bench.peak import Peak
 
     trial = StoredOrIdentity(moments)
     step = max(1, len(edits) // N_TRIED)

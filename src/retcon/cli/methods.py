@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from retcon.cli.settings import resolve
-from retcon.cli.shell import Json, busy, console, emit
+from retcon.cli.shell import Json, console, emit, spinner
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -27,8 +27,8 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the editing methods: what they do, where they come from, and for which models they have settings."""
-    with busy("reading"):
-        from retcon.methods.registry import list_methods
+    with spinner("reading"):
+        from retcon.methods.common.registry import list_methods
 
         lm = _without_weights(model) if model else None
         found = [_described(name, lm) for name in list_methods()]
@@ -52,7 +52,7 @@ def methods(
 
 
 def _described(name: str, lm: "LM | None") -> dict[str, Any]:
-    from retcon.methods import registry
+    from retcon.methods.common import registry
 
     chosen = registry.method_class(name)
     about = _about(sys.modules[chosen.__module__].__doc__ or "")
@@ -71,9 +71,9 @@ def _described(name: str, lm: "LM | None") -> dict[str, Any]:
 
 
 def _facts(batch: Any) -> str:
-    """What a method class says of how many facts it takes; a filter's property leaves that to its host."""
+    """What a method class says of how many facts it takes; a filter's property leaves that to its base method."""
     if not isinstance(batch, bool):
-        return "as its host"
+        return "as its base method"
     return "many at once" if batch else "one; many in steps, one on top of the other"
 
 

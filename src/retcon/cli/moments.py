@@ -15,13 +15,13 @@ from retcon.cli.shell import (
     DType,
     Json,
     Model,
-    bars,
-    busy,
     console,
     emit,
     load_model,
+    progress_bars,
     seconds,
     size,
+    spinner,
 )
 from retcon.errors import InvalidSetting
 
@@ -71,11 +71,11 @@ def moments(
     if tokens_per_dimension is not None:
         source = replace(source, tokens_per_dimension=tokens_per_dimension)
     sites = [lm.site(layer, module) for layer in (_jeep_layers(lm) if wanted is None else wanted)]
-    with busy("looking in the cache"):
+    with spinner("looking in the cache"):
         had = {s: source.stored(lm, s) for s in sites}
     started = time.perf_counter()
     n_read = 0
-    with bars() as advance:
+    with progress_bars() as advance:
 
         def hear(done: int, total: int) -> None:
             nonlocal n_read
@@ -126,7 +126,7 @@ def _layers(text: str) -> list[int]:
 
 
 def _jeep_layers(lm: "LM") -> list[int]:
-    from retcon.methods.registry import method
+    from retcon.methods.common.registry import method
 
     jeep: Any = method("jeep", for_model=lm)
     return [*jeep.low, *jeep.high]
@@ -152,7 +152,7 @@ def moments_for(lm: "LM", corpus: str | Path | None) -> "Moments":
     from retcon.memory.defaults import default_moments
     from retcon.memory.moments import CorpusMoments
 
-    with busy("reading the corpus"):
+    with spinner("reading the corpus"):
         return default_moments(lm) if corpus is None else CorpusMoments(Corpus.named(corpus))
 
 

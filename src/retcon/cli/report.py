@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from retcon.cli.shell import Json, busy, console, count, emit
+from retcon.cli.shell import Json, console, count, emit, spinner
 
 
 def report(
@@ -24,10 +24,10 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a benchmark's tables (Markdown, CSV, LaTeX), pictures, and one page to read; print the tables."""
-    from retcon.evaluation.report.write import write_report
+    from retcon.bench.report.write import write_report
 
     drawing = find_spec("matplotlib") is not None if pictures is None else pictures
-    with busy("writing the report"):
+    with spinner("writing the report"):
         made = write_report(directory, out, pictures=drawing)
     if as_json:
         files = sorted(str(path) for path in made.directory.iterdir() if path.is_file())

@@ -15,8 +15,8 @@ from retcon.errors import InvalidSetting
 if TYPE_CHECKING:
     from retcon.edits import Edit
     from retcon.lm.model import LM
-    from retcon.methods.base import Method
-    from retcon.methods.registry import Preset
+    from retcon.methods.common.contract import Method
+    from retcon.methods.common.registry import Preset
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read_settings(name: str, *, dataset: str | None, preset: str | None, assignm
         InvalidSetting: an assignment is malformed, its field unknown, or its value of another type than the field.
         UnknownMethod, UnknownPreset: the message lists what is known.
     """
-    from retcon.methods import registry
+    from retcon.methods.common import registry
 
     if preset and dataset:
         raise InvalidSetting(f"--preset {preset} names its dataset already; leave out --dataset {dataset}")
@@ -92,7 +92,7 @@ def resolve(
 
     With `probe_with`, the layers are those that the contrast-based probe advises for these facts.
     """
-    from retcon.methods import registry
+    from retcon.methods.common import registry
 
     given = given or {}
     found = registry.preset_named(name, preset) if preset else registry.preset_for(name, lm, dataset)

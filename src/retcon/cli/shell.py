@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from typer.core import TyperGroup
 
 from retcon.errors import (
-    DeltaNotLive,
+    DeltaNotApplied,
     InvalidSetting,
     MalformedFile,
     NonFinite,
@@ -37,7 +37,7 @@ WIDTH = 100
 """Columns of output that goes to a file or a pipe."""
 NARROW = 512
 """Width of the residual stream up to which one thread is used."""
-FAILURES = (NonFinite, DeltaNotLive)
+FAILURES = (NonFinite, DeltaNotApplied)
 """Errors that are no fault of the input: exit code 1, all others 2."""
 
 Model = Annotated[
@@ -125,7 +125,7 @@ def seconds(value: float) -> str:
 
 
 @contextmanager
-def bars() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar per stage, on stderr, gone when done; nothing where stderr is no terminal."""
     shown = Progress(
         TextColumn("{task.description}"),
@@ -148,7 +148,7 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def busy(what: str) -> Iterator[None]:
+def spinner(what: str) -> Iterator[None]:
     """A spinner for a stage whose length is not known."""
     shown = Progress(
         SpinnerColumn(),
@@ -166,7 +166,7 @@ def busy(what: str) -> Iterator[None]:
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
-class Verbs(TyperGroup):
+class CommandGroup(TyperGroup):
     """The verbs' group: turns what goes wrong in any of them into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -219,7 +219,7 @@ def _shown_once(others: Callable[..., None]) -> Callable[..., None]:
 
 def load_model(name: str, *, device: str | None = None, dtype: str | None = None) -> "LM":
     """`retcon.load`, with a spinner and a checked device."""
-    with busy(f"loading {name}"):
+    with spinner(f"loading {name}"):
         import retcon
 
         _check_path(name)

@@ -15,7 +15,6 @@ from retcon.evaluation.datasets import (
 from retcon.evaluation.intervals import Interval, ci_boot, ci_case, ci_seed
 from retcon.evaluation.measure import evaluate
 from retcon.evaluation.plan import Measures
-from retcon.evaluation.protocol import Protocol, run_protocol
 from retcon.evaluation.records import Record
 from retcon.evaluation.results import Evaluation
 from retcon.evaluation.score import Item, TokenScore, score
@@ -29,7 +28,6 @@ __all__ = [
     "Line",
     "LoadReport",
     "Measures",
-    "Protocol",
     "Record",
     "Summary",
     "TokenScore",
@@ -42,6 +40,5 @@ __all__ = [
     "load_cases",
     "load_counterfact",
     "load_zsre",
-    "run_protocol",
     "score",
 ]

@@ -56,7 +56,7 @@ def ability(
     mark = _mark(lm)
     config = lm.model.config
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    with lm.borrowed(), _generators_kept():
+    with lm.frozen_eval(), _generators_kept():
         wrapped = models.HFLM(
             pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=batch_size, max_length=context
         )
@@ -95,7 +95,7 @@ def _records(found: dict[str, Any], when: When, step: int) -> list[Record]:
                     case_id=None,
                     subject=None,
                     axis=None,
-                    probe_id=None,
+                    query_id=None,
                     metric=task,
                     variant=f"lm_eval.{metric}" if rule == "none" else f"lm_eval.{metric}.{rule}",
                     value=float(value),

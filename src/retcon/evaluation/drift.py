@@ -102,6 +102,6 @@ def divergence(old: Float[Tensor, "n vocab"], new: Float[Tensor, "n vocab"]) -> 
 
 def _next_logp(lm: LM, rows: Sequence[Row]) -> Float[Tensor, "n vocab"]:
     last = torch.tensor([row.prediction for row in rows])
-    with lm.borrowed(), torch.inference_mode():
+    with lm.frozen_eval(), torch.inference_mode():
         logits = lm.logits_at(pad(rows, lm.device), torch.arange(len(rows)), last)
     return logits.float().log_softmax(-1)

@@ -106,7 +106,7 @@ def write(
     results = {i: Written("", 0, True) for i, limit in enumerate(limits) if limit < 1}
     limit, done = max_batch_tokens, len(results)
     todo = _batches([i for i in range(len(rows)) if i not in results], rows, limits, limit)
-    with lm.borrowed(), _own_settings(lm), torch.inference_mode():
+    with lm.frozen_eval(), _own_settings(lm), torch.inference_mode():
         while todo:
             group = todo.popleft()
             drawn = [seeds[i] for i in group] if seeds is not None else None

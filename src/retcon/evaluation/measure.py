@@ -118,7 +118,7 @@ def evaluate(
             parts.append(measure(lm, plan, measures, "final", before, advance=advance))
     return Evaluation(
         [record for part in parts for record in part.records],
-        _context(lm, cases, (*lm.live, delta) if delta is not None else lm.live, seed) | dict(context or {}),
+        _context(lm, cases, (*lm.applied, delta) if delta is not None else lm.applied, seed) | dict(context or {}),
         {key: text for part in parts for key, text in part.texts.items()},
         {key: ids for part in parts for key, ids in part.predictions.items()},
         {key: scores for part in parts for key, scores in part.scores.items()},
@@ -205,7 +205,7 @@ def _write_freely(lm: LM, plan: Plan, measures: Measures) -> dict[tuple[str, str
     found |= {(*a.place, variant): texts[a.query.prompt] for a, variant in greedy}
     drawn = [(a, variant) for a, variant in wanted if variant != "flu.new"]
     if drawn:
-        seeds = [stream(measures.seed, "text", *a.place) for a, _ in drawn]
+        seeds = [derive_seed(measures.seed, "text", *a.place) for a, _ in drawn]
         written = write(lm, [a.query.prompt for a, _ in drawn], PRESETS["fluency_rome"], seeds=seeds)
         found |= {(*a.place, variant): text for (a, variant), text in zip(drawn, written, strict=True)}
     return found
@@ -354,7 +354,7 @@ def _record(a: Asked, when: When, m: Measured, step: int, *, skipped: bool = Fal
         case_id=a.case_id,
         subject=a.subject,
         axis=a.query.axis,
-        probe_id=a.query.id,
+        query_id=a.query.id,
         metric=m.metric,
         variant=m.variant,
         value=m.value,
@@ -371,7 +371,7 @@ def _of_case(case: Case, when: When, m: Measured, step: int) -> Record:
         case_id=case.id,
         subject=subject_of(case),
         axis=None,
-        probe_id=None,
+        query_id=None,
         metric=m.metric,
         variant=m.variant,
         value=m.value,
@@ -389,7 +389,7 @@ def _status(m: Measured) -> Status:
     return "error" if m.n else "skipped"
 
 
-def stream(seed: int, *names: str) -> int:
+def derive_seed(seed: int, *names: str) -> int:
     """A seed of its own for everything that has a name, so that changing one draw does not move the others."""
     return int.from_bytes(hashlib.sha256(json.dumps([seed, *names]).encode()).digest()[:7], "big")
 
@@ -401,9 +401,9 @@ def _covering(pre: Evaluation, plan: Plan) -> Evaluation:
     records = [
         r
         for r in pre.records
-        if r.when == "pre" and ((r.case_id, r.probe_id) in wanted or (r.case_id in cases and r.probe_id is None))
+        if r.when == "pre" and ((r.case_id, r.query_id) in wanted or (r.case_id in cases and r.query_id is None))
     ]
-    if missing := wanted - {(r.case_id, r.probe_id) for r in records}:
+    if missing := wanted - {(r.case_id, r.query_id) for r in records}:
         case_id, query_id = min(missing)
         raise InvalidSetting(
             f"the given pre evaluation lacks {len(missing)} of {len(wanted)} queries (case {case_id!r}, query "

@@ -34,7 +34,7 @@ class Record(NamedTuple):
     subject: str | None
     """Whom the case's first edit is about: the bootstrap draws cases by it."""
     axis: str | None
-    probe_id: str | None
+    query_id: str | None
     """The query's id; None where several queries were needed."""
     metric: str
     variant: str
@@ -77,7 +77,7 @@ def encode_records(records: Iterable[Record], context: Mapping[str, Any]) -> byt
             raise ValueError(f"case {r.case_id!r}, {r.metric} {r.variant}: {value} is no JSON; record it as an error")
         lines.append(
             f'{head}, {_FIRST} "{r.when}", "case_id": {shown(r.case_id)}, "subject": {shown(r.subject)}, '
-            f'"axis": {shown(r.axis)}, "probe_id": {shown(r.probe_id)}, "metric": {shown(r.metric)}, '
+            f'"axis": {shown(r.axis)}, "query_id": {shown(r.query_id)}, "metric": {shown(r.metric)}, '
             f'"variant": {shown(r.variant)}, "value": {number}, "n": {r.n}, "status": "{r.status}", '
             f'"detail": {shown(r.detail)}, "step": {r.step}}}\n'
         )
@@ -162,7 +162,7 @@ _REQUIRED = tuple(name for name in _OWN if name not in Record._field_defaults)
 _WHENS, _STATUSES = get_args(When), get_args(Status)
 _KINDS: dict[str, set[type]] = {
     **{name: {str} for name in ("when", "metric", "variant", "status")},
-    **{name: {str, type(None)} for name in ("case_id", "subject", "axis", "probe_id", "detail")},
+    **{name: {str, type(None)} for name in ("case_id", "subject", "axis", "query_id", "detail")},
     **{name: {int} for name in ("n", "step")},
     "value": {float, int, type(None)},
 }

@@ -185,7 +185,7 @@ def _speaks(part: Part, record: Record) -> bool:
 def _worst(part: Part, plan: Plan, records: Iterable[Record]) -> tuple[Example, ...]:
     low = sorted((r for r in records if _speaks(part, r) and (r.value or 0.0) < 1), key=lambda r: r.value or 0.0)
     queries = {a.place: a.query for a in plan.asked}
-    chosen = [queries[str(r.case_id), str(r.probe_id)] for r in low[:N_WORST]]
+    chosen = [queries[str(r.case_id), str(r.query_id)] for r in low[:N_WORST]]
     return tuple(Example(q.prompt, "as before" if part == "local" else q.target or "", "", "") for q in chosen)
 
 

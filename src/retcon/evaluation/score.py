@@ -111,7 +111,7 @@ def score_rows(
     results: dict[int, TokenScore] = {}
     limit, done = max_batch_tokens, 0
     todo = _longest_first(range(len(inputs)), inputs, limit)
-    with lm.borrowed(), torch.inference_mode():
+    with lm.frozen_eval(), torch.inference_mode():
         while todo:
             group = todo.popleft()
             try:

@@ -226,7 +226,7 @@ def _rank(line: Line, family: Family) -> tuple[bool, int]:
 def _columns(records: Sequence[Record], family: Family) -> dict[Key, _Column]:
     columns: dict[Key, _Column] = {}
     main = main_variant(family, "LS")
-    dirty = {(r.case_id, r.probe_id) for r in records if r.noted("contaminated")}
+    dirty = {(r.case_id, r.query_id) for r in records if r.noted("contaminated")}
     axes: dict[Key, set[str]] = {}
     for r in records:
         if "." in (r.axis or ""):
@@ -239,7 +239,7 @@ def _columns(records: Sequence[Record], family: Family) -> dict[Key, _Column]:
         if len(axes.get(key, ())) > 1 and record.axis is not None and not record.metric.startswith(record.axis):
             part = f"{record.metric}.{record.axis.partition('.')[2]}"
             columns.setdefault((part, record.variant), _Column()).add(record)
-        if dirty and (record.case_id, record.probe_id) not in dirty and key == ("LS", main):
+        if dirty and (record.case_id, record.query_id) not in dirty and key == ("LS", main):
             columns.setdefault(("LS", f"{main}.clean"), _Column()).add(record)
     return columns
 
@@ -325,7 +325,7 @@ def _counts(records: Iterable[Record]) -> dict[str, int]:
         name: set() for name in ("skipped", "error", "contaminated", "tie", "boundary_merge")
     }
     for record in records:
-        place = (record.when, record.case_id, record.probe_id)
+        place = (record.when, record.case_id, record.query_id)
         if record.status != "ok":
             found[record.status].add(place)
         if record.detail is not None:

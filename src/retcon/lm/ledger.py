@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retcon.delta import Change, Columns, Delta, Entries, Rows
-from retcon.errors import DeltaNotLive
+from retcon.errors import DeltaNotApplied
 
 _BLOCK = 2**22  # values written at a time: no second copy of a large matrix is ever made
 
@@ -53,7 +53,7 @@ class Ledger:
         self.suspended = False
 
     @property
-    def live(self) -> tuple[Delta, ...]:
+    def applied(self) -> tuple[Delta, ...]:
         """Deltas in force, in order of application; those that a later live delta supersedes are left out."""
         replaced = {i for delta in self._log.values() for i in delta.supersedes}
         return tuple(d for i, d in self._log.items() if i not in replaced)
@@ -70,13 +70,13 @@ class Ledger:
         """Apply `delta` on top. On any failure the weights are as they were.
 
         Raises:
-            DeltaNotLive: it is applied already, it supersedes one that is not live, or the ledger is suspended.
+            DeltaNotApplied: it is applied already, it supersedes one that is not live, or the ledger is suspended.
         """
         self._refuse_while_off()
         if delta.id in self._log:
-            raise DeltaNotLive(f"delta {delta.id} is applied already; revert it first")
-        if delta.supersedes and (missing := set(delta.supersedes) - {d.id for d in self.live}):
-            raise DeltaNotLive(f"delta {delta.id} supersedes {', '.join(sorted(missing))}, which is not live")
+            raise DeltaNotApplied(f"delta {delta.id} is applied already; revert it first")
+        if delta.supersedes and (missing := set(delta.supersedes) - {d.id for d in self.applied}):
+            raise DeltaNotApplied(f"delta {delta.id} supersedes {', '.join(sorted(missing))}, which is not live")
         touches = self._reach(delta)
         self._log[delta.id] = delta
         try:
@@ -112,20 +112,20 @@ class Ledger:
         """Take `delta` out, wherever it stands; what remains is the base plus the other live deltas.
 
         Raises:
-            DeltaNotLive: it is not applied, a later delta supersedes it, or the ledger is suspended.
+            DeltaNotApplied: it is not applied, a later delta supersedes it, or the ledger is suspended.
         """
         self._refuse_while_off()
         self.find(delta.id)
         later = next((d for d in self._log.values() if delta.id in d.supersedes), None)
         if later is not None:  # or what `delta` superseded would come back beside `later`
-            raise DeltaNotLive(f"delta {delta.id} is superseded by {later.id}; revert that one first")
+            raise DeltaNotApplied(f"delta {delta.id} is superseded by {later.id}; revert that one first")
         self._take_out(delta)
 
     def clear(self) -> None:
         """Take every delta off: the base, bit for bit.
 
         Raises:
-            DeltaNotLive: the ledger is suspended.
+            DeltaNotApplied: the ledger is suspended.
         """
         self._refuse_while_off()
         self._log.clear()
@@ -135,16 +135,16 @@ class Ledger:
         """The applied delta of that id.
 
         Raises:
-            DeltaNotLive: there is none.
+            DeltaNotApplied: there is none.
         """
         if delta_id not in self._log:
-            raise DeltaNotLive(f"delta {delta_id} is not applied; applied: {', '.join(self._log) or 'none'}")
+            raise DeltaNotApplied(f"delta {delta_id} is not applied; applied: {', '.join(self._log) or 'none'}")
         return self._log[delta_id]
 
     def _refuse_while_off(self) -> None:
         if self.suspended:
-            raise DeltaNotLive(
-                "the live deltas are off for the moment (lm.unedited()); apply and revert after that scope ends"
+            raise DeltaNotApplied(
+                "the live deltas are off for the moment (lm.without_deltas()); apply and revert after that scope ends"
             )
 
     def _take_out(self, delta: Delta) -> None:
@@ -157,7 +157,7 @@ class Ledger:
         return set(delta.changes).union(*(self._log[i].changes for i in delta.supersedes if i in self._log))
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def without_deltas(self) -> Iterator[None]:
         """The base's own weights while the scope lasts; the live deltas come back after it."""
         if self.suspended:
             yield
@@ -188,7 +188,7 @@ class Ledger:
     # --- the arithmetic ------------------------------------------------------------------------------------------
 
     def _replay(self, names: set[str]) -> None:
-        live = self.live
+        live = self.applied
         for name in names:
             if name in self._touched:
                 self._restore(name)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from retcon.delta import Change, Columns, Delta, Dense, Entries, Region, Rows, smallest
 from retcon.errors import DeltaMismatch, NonFinite, NotEditable, RetconWarning, UnsupportedModel, WrongBase
 from retcon.lm.fingerprint import fingerprint
+from retcon.lm.forward import run
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
 from retcon.lm.prompts import Batch, Row, buckets, decode, encode, pad
-from retcon.lm.trace import run
 
 SiteName = Literal["down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -147,7 +147,7 @@ class LM:
             _find(model, getattr(self.layout, name), name)
 
     def __repr__(self) -> str:
-        live = f", {len(self.live)} live deltas" if self.live else ""
+        live = f", {len(self.applied)} live deltas" if self.applied else ""
         return f"LM({self.name}: {self.model.config.model_type}, {self.n_layers} layers, {self.dtype}{live})"
 
     # --- parts ---------------------------------------------------------------------------------------------------
@@ -214,14 +214,14 @@ class LM:
     # --- deltas --------------------------------------------------------------------------------------------------
 
     @property
-    def live(self) -> tuple[Delta, ...]:
+    def applied(self) -> tuple[Delta, ...]:
         """The deltas in force, in order of application."""
-        return self._ledger.live
+        return self._ledger.applied
 
     def fingerprint(self) -> str:
         """Identity of the unedited model: config, dtypes and every tensor (computed once, live deltas off)."""
         if self._fingerprint is None:
-            with self.unedited():
+            with self.without_deltas():
                 self._fingerprint = fingerprint(self.model)
         return self._fingerprint
 
@@ -240,7 +240,7 @@ class LM:
             DeltaMismatch: it does not fit a parameter.
             NotEditable: it touches a parameter that must not be edited.
             NonFinite: it holds NaN or infinity.
-            DeltaNotLive: it is applied already.
+            DeltaNotApplied: it is applied already.
         """
         self._check_fits(delta, other_base)
         self._ledger.push(delta)
@@ -249,7 +249,7 @@ class LM:
         """Take a delta (or the one of that id) out, wherever it stands; with none left, the base is back bit for bit.
 
         Raises:
-            DeltaNotLive: it is not applied.
+            DeltaNotApplied: it is not applied.
         """
         if isinstance(delta, str):
             delta = self._ledger.find(delta)
@@ -279,14 +279,14 @@ class LM:
         return Delta(
             changes={name: tuple(c) for name, c in changes.items()},
             base=self.fingerprint(),
-            parents=tuple(d.id for d in self.live),
+            parents=tuple(d.id for d in self.applied),
             **record,
         )
 
     @contextmanager
-    def unedited(self) -> Iterator["LM"]:
+    def without_deltas(self) -> Iterator["LM"]:
         """The base's own weights while the scope lasts, live deltas off."""
-        with self._ledger.off():
+        with self._ledger.without_deltas():
             yield self
 
     def base_weight(self, name: str) -> Tensor:
@@ -324,7 +324,7 @@ class LM:
                     f"{str(self.dtype).removeprefix('torch.')} (fingerprint {self.fingerprint()[:12]}). Load the model "
                     "it was made for, in the same dtype, or pass other_base=True if they differ harmlessly."
                 )
-        elif delta.parents != (found := tuple(d.id for d in self.live)):
+        elif delta.parents != (found := tuple(d.id for d in self.applied)):
             warnings.warn(
                 f"delta {delta.id} was proposed on top of [{', '.join(delta.parents) or 'the base'}] and is applied on "
                 f"top of [{', '.join(found) or 'the base'}]; its effect may differ from what its report says",
@@ -335,7 +335,7 @@ class LM:
     # --- running -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def borrowed(self) -> Iterator[None]:
+    def frozen_eval(self) -> Iterator[None]:
         """Eval mode and frozen parameters while the scope lasts; every flag goes back as it was."""
         training = [(m, m.training) for m in self.model.modules()]
         trainable = [(p, p.requires_grad) for p in self.model.parameters()]
@@ -355,7 +355,7 @@ class LM:
         seen: list[Any] = []
         handle = self.block(0).register_forward_hook(lambda _, __, output: seen.append(output))
         try:
-            with self.borrowed(), torch.no_grad():
+            with self.frozen_eval(), torch.no_grad():
                 self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
         finally:
             handle.remove()
@@ -403,7 +403,7 @@ class LM:
         shipped = self.model.generation_config
         try:
             self.model.generation_config = settings  # or its unset fields would be filled from the shipped one
-            with self.borrowed(), torch.inference_mode():
+            with self.frozen_eval(), torch.inference_mode():
                 for group in buckets([len(r.ids) + max_new_tokens for r in rows], max_batch_tokens):
                     batch = pad([rows[i] for i in group], self.device, side="left")
                     out = self.model.generate(

@@ -162,7 +162,7 @@ def pad(rows: Sequence[Row], device: torch.device | str = "cpu", *, side: Litera
     return Batch(ids.to(device), mask.to(device))
 
 
-WORTH_A_PASS = 1024
+MIN_BUCKET_TOKENS = 1024
 """Tokens from which a forward pass of their own costs less than padding."""
 MAX_PADDING = 1.15
 """A bucket's longest row over its shortest, beyond which a new bucket is begun if this one is worth a pass."""
@@ -177,7 +177,7 @@ def buckets(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     for i in order:  # ascending, so the newcomer is the longest of its group
         if groups:
             size = len(groups[-1]) * lengths[i]
-            padded = lengths[i] > MAX_PADDING * lengths[groups[-1][0]] and size >= WORTH_A_PASS
+            padded = lengths[i] > MAX_PADDING * lengths[groups[-1][0]] and size >= MIN_BUCKET_TOKENS
         if groups and size + lengths[i] <= max_tokens and not padded:
             groups[-1].append(i)
         else:

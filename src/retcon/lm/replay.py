@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from retcon.lm.forward import Hook, Point, Stop, forward_with_hooks
 from retcon.lm.model import LM, SiteName
 from retcon.lm.prompts import Row, buckets, pad
-from retcon.lm.trace import Point, Stop, Tap, tapped
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -27,7 +27,7 @@ MAX_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class Frozen:
+class ReplayState:
     """What a replay takes as given, for rows aligned at their first live token (column 0).
 
     Tensors stand where the model's blocks stand, in its dtype.
@@ -54,7 +54,7 @@ class Frozen:
         """Memory that the recorded tensors take."""
         return sum(t.nbytes for t in (self.states, *self.keys, *self.values))
 
-    def select(self, rows: Sequence[int]) -> "Frozen":
+    def select(self, rows: Sequence[int]) -> "ReplayState":
         """Some of the rows, with no more padding than they need."""
         starts, lengths = tuple(self.starts[r] for r in rows), tuple(self.lengths[r] for r in rows)
         states = self.states[:, : max(lengths)].index_select(0, torch.tensor(rows, device=self.states.device))
@@ -71,14 +71,14 @@ class Frozen:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedState:
     """What a replay takes as given where variants of a text stand side by side in rows, so that little is padded.
 
     For attention without a window, or within it, in transformers' `eager` and `sdpa` forms (the others take no mask).
     """
 
     first: int
-    """First live block, as in `Frozen`."""
+    """First live block, as in `ReplayState`."""
     states: Float[Tensor, "rows columns d_model"]
     """What enters block `first`."""
     keys: tuple[Float[Tensor, "some_rows heads earlier d_head"], ...]
@@ -109,7 +109,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Partly:
+class PartialModule:
     """Modules that treat every token by itself, run at some places only."""
 
     live: Bool[Tensor, "rows columns"]
@@ -118,13 +118,13 @@ class Partly:
     """Modules that read the input."""
     end: nn.Module
     """The module whose output counts; an entry, or what the entries' outputs lead to."""
-    otherwise: Float[Tensor, "rows columns width"]
+    fill_values: Float[Tensor, "rows columns width"]
     """What the end gives elsewhere; at the live places it is written over."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside, the modules run so."""
-        places = self.live.flatten().nonzero()[:, 0].to(self.otherwise.device)
+        places = self.live.flatten().nonzero()[:, 0].to(self.fill_values.device)
         shapes: list[tuple[int, ...]] = []  # OPT's MLP sees (rows x columns, width)
 
         def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -132,7 +132,7 @@ class Partly:
             return (args[0].reshape(-1, args[0].shape[-1]).index_select(0, places), *args[1:])
 
         def widen(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
-            whole = self.otherwise.view(-1, output.shape[-1]).index_copy_(0, places, output)
+            whole = self.fill_values.view(-1, output.shape[-1]).index_copy_(0, places, output)
             return whole.view(*shapes[-1], output.shape[-1])
 
         with ExitStack() as stack:
@@ -142,16 +142,16 @@ class Partly:
             yield
 
 
-def record(
+def capture_states(
     lm: LM,
     rows: Sequence[Row],
     starts: Sequence[int],
     first: int,
     reads: Mapping[Point, Sequence[int | None]] | None = None,
     *,
-    alike: Sequence[int] | None = None,
+    prefix_group: Sequence[int] | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
-) -> tuple[Frozen, dict[Point, Float[Tensor, "reads width"]]]:
+) -> tuple[ReplayState, dict[Point, Float[Tensor, "reads width"]]]:
     """What a replay of `rows` from block `first` and from `starts` on needs, each token run once and no further up than
     it is asked for: tokens before the start to the last attention, the others to block `first`.
 
@@ -164,12 +164,14 @@ def record(
     """
     with torch.no_grad():
         texts = [r.ids for r in rows]
-        past = _shared(lm, texts, starts, alike or [-1] * len(rows), max_batch_tokens)
+        past = _shared(lm, texts, starts, prefix_group or [-1] * len(rows), max_batch_tokens)
         past = _extended(lm, texts, past, starts, max_batch_tokens)
         return _frozen(lm, texts, past, first, reads or {}, max_batch_tokens)
 
 
-def embedded(lm: LM, rows: Sequence[Row], starts: Sequence[int], *, max_batch_tokens: int = MAX_BATCH_TOKENS) -> Frozen:
+def embedded(
+    lm: LM, rows: Sequence[Row], starts: Sequence[int], *, max_batch_tokens: int = MAX_BATCH_TOKENS
+) -> ReplayState:
     """What enters the first block from `starts` on, without the earlier tokens' attention keys and values."""
     with torch.no_grad():
         return _frozen(lm, [r.ids for r in rows], _Past(tuple(starts)), 0, {}, max_batch_tokens)[0]
@@ -204,10 +206,10 @@ def _tail(x: Tensor, rows: Sequence[int], length: int) -> Tensor:
 
 
 def _shared(
-    lm: LM, texts: Sequence[tuple[int, ...]], starts: Sequence[int], alike: Sequence[int], max_batch_tokens: int
+    lm: LM, texts: Sequence[tuple[int, ...]], starts: Sequence[int], prefix_group: Sequence[int], max_batch_tokens: int
 ) -> _Past:
     """The past of the tokens that each row shares with the rows of its number."""
-    ends, place = common_beginnings(texts, starts, alike)
+    ends, place = common_beginnings(texts, starts, prefix_group)
     first_with = {p: r for r, p in reversed(list(enumerate(place)))}
     prefixes = [texts[first_with[p]] for p in range(len(ends))]
     past = _extended(lm, prefixes, _Past((0,) * len(prefixes)), ends, max_batch_tokens)
@@ -215,14 +217,14 @@ def _shared(
 
 
 def common_beginnings(
-    texts: Sequence[tuple[int, ...]], limits: Sequence[int], alike: Sequence[int]
+    texts: Sequence[tuple[int, ...]], limits: Sequence[int], prefix_group: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """How many tokens, at most each row's limit, the rows of each number have in common; and each row's place in that.
 
     Rows that are alone, or of number -1, have nothing in common with others.
     """
     members: dict[int, list[int]] = {}
-    for row, number in enumerate(alike):
+    for row, number in enumerate(prefix_group):
         members.setdefault(number, []).append(row)
     ends: list[int] = []
     place = [0] * len(texts)
@@ -262,7 +264,9 @@ def _extended(
         live = [texts[i][past.ends[i] : ends[i]] for i in rows]
         inputs = _inputs(lm, [past.ends[i] for i in rows], [len(ids) for ids in live], cache)
         inputs["input_ids"] = pad([Row(ids, len(ids)) for ids in live], lm.device).ids
-        tapped(lm, inputs["input_ids"].shape, inputs, {Point(lm.n_layers - 1, "attn_key"): lambda _: None}, None)
+        forward_with_hooks(
+            lm, inputs["input_ids"].shape, inputs, {Point(lm.n_layers - 1, "attn_key"): lambda _: None}, None
+        )
         keep(rows, cache.layers)
     idle = [i for i, (e, begin) in enumerate(zip(ends, past.ends, strict=True)) if e == begin > 0]
     if idle:
@@ -277,7 +281,7 @@ def _frozen(
     first: int,
     reads: Mapping[Point, Sequence[int | None]],
     max_batch_tokens: int,
-) -> tuple[Frozen, dict[Point, Tensor]]:
+) -> tuple[ReplayState, dict[Point, Tensor]]:
     """The tokens behind the past, run through the blocks below `first`."""
     lengths = [len(ids) - end for ids, end in zip(texts, past.ends, strict=True)]
     columns = max(lengths)
@@ -298,18 +302,18 @@ def _frozen(
             begins = [past.ends[i] for i in group]
             inputs = _inputs(lm, begins, [lengths[i] for i in group], past.of(group).cache(lm.n_layers))
             inputs["input_ids"] = pad([Row(texts[i][past.ends[i] :], 0) for i in group], lm.device).ids
-            taps: dict[Point, Tap] = {p: _reader(found[p], at, past.ends, group) for p, at in reads.items()}
+            hooks: dict[Point, Hook] = {p: _reader(found[p], at, past.ends, group) for p, at in reads.items()}
             if first:
-                taps.setdefault(Point(first - 1, "block"), lambda _: None)
+                hooks.setdefault(Point(first - 1, "block"), lambda _: None)
             entering.clear()
-            tapped(lm, inputs["input_ids"].shape, inputs, taps, None)
+            forward_with_hooks(lm, inputs["input_ids"].shape, inputs, hooks, None)
             column = torch.arange(columns).minimum(torch.tensor([lengths[i] for i in group])[:, None] - 1)
             live = tokens_at(entering[0], column)
             if states is None:
                 states = live.new_empty(len(texts), *live.shape[1:])
             states[group] = live
     assert states is not None
-    frozen = Frozen(first, states, past.keys[first:], past.values[first:], past.ends, tuple(lengths))
+    frozen = ReplayState(first, states, past.keys[first:], past.values[first:], past.ends, tuple(lengths))
     return frozen, {p: torch.stack([v for _, v in sorted(by_row.items())]) for p, by_row in found.items()}
 
 
@@ -342,26 +346,26 @@ def mlp_entries(lm: LM, layer: int) -> list[nn.Module]:
     return list(dict.fromkeys(lm.site(layer, kind).module for kind in kinds))
 
 
-def _last_block_at(lm: LM, places: tuple[Int[Tensor, " n"], Int[Tensor, " n"]], states: Tensor) -> list[Partly]:
+def _last_block_at(lm: LM, places: tuple[Int[Tensor, " n"], Int[Tensor, " n"]], states: Tensor) -> list[PartialModule]:
     """The last block's out-projection and MLP at these (row, column) only; elsewhere they put out 0, for nobody."""
     out, down = (lm.site(lm.n_layers - 1, kind).module for kind in ("o_proj", "down_proj"))
     device = lm.site(lm.n_layers - 1, "down_proj").weight.device
     live = torch.zeros(states.shape[:2], dtype=torch.bool, device=device)
     live[tuple(x.to(device) for x in places)] = True
     return [
-        Partly(live, [out], out, torch.zeros_like(states, device=device)),
-        Partly(live, mlp_entries(lm, lm.n_layers - 1), down, torch.zeros_like(states, device=device)),
+        PartialModule(live, [out], out, torch.zeros_like(states, device=device)),
+        PartialModule(live, mlp_entries(lm, lm.n_layers - 1), down, torch.zeros_like(states, device=device)),
     ]
 
 
 def replay(
     lm: LM,
-    frozen: Frozen | Packed,
-    taps: Mapping[Point, Tap],
+    frozen: ReplayState | PackedState,
+    hooks: Mapping[Point, Hook],
     logits_at: tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None = None,
     *,
     cache: "Cache | None" = None,
-    partly: Iterable[Partly] = (),
+    partly: Iterable[PartialModule] = (),
     end_at_logits: bool = False,
 ) -> Float[Tensor, "n vocab"] | None:
     """`trace.run` from block `frozen.first` and from column 0 on; taps and `logits_at` count columns.
@@ -374,7 +378,7 @@ def replay(
         end_at_logits: let the last block make something of the tokens of `logits_at` alone, for a caller who reads
             nothing else of it.
     """
-    below = [p for p in taps if p.layer < frozen.first and p != Point(frozen.first - 1, "block")]
+    below = [p for p in hooks if p.layer < frozen.first and p != Point(frozen.first - 1, "block")]
     if below:
         raise ValueError(f"a replay from block {frozen.first} does not run {below}")
     with _blocks_below_answer_with_states(lm, frozen), ExitStack() as stack:
@@ -383,7 +387,7 @@ def replay(
         for part in partly:
             stack.enter_context(part.running())
         inputs = frozen.inputs(lm, cache or frozen.cache(lm))
-        return tapped(lm, frozen.states.shape[:2], inputs, taps, logits_at)
+        return forward_with_hooks(lm, frozen.states.shape[:2], inputs, hooks, logits_at)
 
 
 @functools.cache
@@ -446,7 +450,7 @@ def _cache(keys: Sequence[Tensor | None], values: Sequence[Tensor | None], lengt
 
 
 @contextmanager
-def _blocks_below_answer_with_states(lm: LM, frozen: Frozen | Packed) -> Iterator[None]:
+def _blocks_below_answer_with_states(lm: LM, frozen: ReplayState | PackedState) -> Iterator[None]:
     """Blocks below the first live one return the recorded states at once; hooks on them still work."""
     states = frozen.states
     answer = states if lm.block_outputs is None else (states, *[None] * (lm.block_outputs - 1))
@@ -487,7 +491,7 @@ def _reading_input(into: list[Tensor]) -> Callable[..., None]:
     return read
 
 
-def _reader(into: dict[int, Tensor], at: Sequence[int | None], starts: Sequence[int], group: Sequence[int]) -> Tap:
+def _reader(into: dict[int, Tensor], at: Sequence[int | None], starts: Sequence[int], group: Sequence[int]) -> Hook:
     wanted = [(j, i, token - starts[i]) for j, i in enumerate(group) if (token := at[i]) is not None]
 
     def read(value: Tensor) -> None:

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
+from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import Row, buckets, pad
-from retcon.lm.replay import Frozen, replay
-from retcon.lm.trace import Point, Tap, run
-from retcon.locate.gradients import Caught, catch
-from retcon.tune.objective import Answer, answer_places, answer_rows, gold
+from retcon.lm.replay import ReplayState, replay
+from retcon.locate.gradients import Captured, catch
+from retcon.training.objective import Answer, answer_places, answer_rows, gold
 
 Unit = Literal["row", "column", "entry"]
 """What gets a score: output units, input units, or single weights (row by row) of a matrix W (out x in)."""
@@ -134,7 +134,7 @@ def attribute(
     """
     totals: dict[str, Tensor] = {}
     done = 0
-    with lm.borrowed():
+    with lm.frozen_eval():
         for copies in _copies(lm, facts, how):
             for caught in _passes(lm, copies, sites, how):
                 key = f"{caught.site.name}/{caught.site.kind}"
@@ -157,7 +157,7 @@ def answer_probabilities(lm: LM, facts: Sequence[Edit], how: Attribution) -> Flo
     """F of each fact on the weights as they are: the sum over answer tokens of P."""
     rows = answer_rows(lm, facts, how.answer)
     one = torch.ones(1, dtype=torch.float64)
-    with lm.borrowed(), torch.no_grad():
+    with lm.frozen_eval(), torch.no_grad():
         found = []
         for row in rows:
             copies = _Copies((Row(row.ids[:-1], row.n_prompt),), (row,), one, one)
@@ -173,7 +173,7 @@ def _copies(lm: LM, facts: Sequence[Edit], how: Attribution) -> Iterator[_Copies
         yield _Copies(tuple(Row(r.ids[:-1], r.n_prompt) for r in labels), labels, alpha, weight)
 
 
-def _passes(lm: LM, copies: _Copies, sites: Sequence[Site], how: Attribution) -> Iterator[Caught]:
+def _passes(lm: LM, copies: _Copies, sites: Sequence[Site], how: Attribution) -> Iterator[Captured]:
     alpha = copies.alpha.repeat_interleave(len(copies.rows))
     if how.path != "layer":
         yield from catch(sites, lambda: copies.objective(_log_p(lm, copies, None), how.probability), alpha)
@@ -191,7 +191,7 @@ def _passes(lm: LM, copies: _Copies, sites: Sequence[Site], how: Attribution) ->
 class _Below:
     """What does not depend on a layer's scale: everything that comes before it, from one pass over the facts."""
 
-    entering: dict[int, Frozen]
+    entering: dict[int, ReplayState]
     """What enters each block but block 0 (which is run from the tokens), all tokens of it, in order of blocks."""
     keys: dict[int, Tensor]
     """What enters each down-projection, and `values` what it puts out."""
@@ -201,7 +201,7 @@ class _Below:
     def record(cls, lm: LM, rows: Sequence[Row], sites: Sequence[Site]) -> "_Below":
         seen: dict[Point, Tensor] = {}
 
-        def reader(point: Point) -> Tap:
+        def reader(point: Point) -> Hook:
             def read(value: Tensor) -> None:
                 seen[point] = value
 
@@ -219,7 +219,7 @@ class _Below:
         starts, lengths = (0,) * len(rows), tuple(len(row.ids) for row in rows)
         return cls(
             {
-                p.layer + 1: Frozen(p.layer + 1, x, (), (), starts, lengths)
+                p.layer + 1: ReplayState(p.layer + 1, x, (), (), starts, lengths)
                 for p, x in seen.items()
                 if p.tensor == "block"
             },
@@ -233,7 +233,7 @@ def _adds_to_the_stream(lm: LM, site: Site) -> bool:
     return site.kind == "down_proj" and lm.layout.mlp_post_norm is None
 
 
-def _behind(lm: LM, copies: _Copies, site: Site, below: _Below, how: Attribution) -> Caught:
+def _behind(lm: LM, copies: _Copies, site: Site, below: _Below, how: Attribution) -> Captured:
     """One site whose scaling is a change of its block's output: (alpha - 1) h. Only the blocks behind it are run."""
     frozen = below.entering[site.layer + 1]
     shape = frozen.states.shape
@@ -251,14 +251,14 @@ def _behind(lm: LM, copies: _Copies, site: Site, below: _Below, how: Attribution
         (g,) = torch.autograd.grad(copies.objective(log_p, how.probability), [moved])
     g = g.view(len(copies.alpha), -1, shape[-1]).sum(0)  # x and h are the same for all copies
     x = below.keys[site.layer]
-    return Caught(site, x.reshape(len(g), -1).to(wide), h.reshape(len(g), -1), g)
+    return Captured(site, x.reshape(len(g), -1).to(wide), h.reshape(len(g), -1), g)
 
 
 def _log_p(
     lm: LM,
     copies: _Copies,
-    frozen: Frozen | None,
-    taps: Mapping[Point, Tap] | None = None,
+    frozen: ReplayState | None,
+    hooks: Mapping[Point, Hook] | None = None,
     *,
     end_at_logits: bool = False,
 ) -> Float[Tensor, "n vocab"]:
@@ -268,12 +268,12 @@ def _log_p(
         logits = run(lm, pad(copies.rows * m, lm.device), {}, copies.places)
     else:
         all_of_it = frozen.select(list(range(n)) * m)
-        logits = replay(lm, all_of_it, taps or {}, copies.places, end_at_logits=end_at_logits)
+        logits = replay(lm, all_of_it, hooks or {}, copies.places, end_at_logits=end_at_logits)
     assert logits is not None
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _contribution(caught: Caught, unit: Unit) -> Tensor:
+def _contribution(caught: Captured, unit: Unit) -> Tensor:
     if unit == "row":
         return caught.rows()
     if unit == "column":

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
+from retcon.lm.forward import Hook, Point, TensorName, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, Where, buckets, encode, encode_edit, pad
-from retcon.lm.trace import Point, Tap, TensorName, run
 from retcon.locate import lens
 from retcon.locate.embeddings import EMBEDDING, reading_first_input
 from retcon.locate.wordsets import SETS, TokenSets, WordSets
@@ -185,7 +185,7 @@ def contrast_probe(
     said = torch.zeros(len(kept), dtype=torch.long)
     rows = [encode_edit(lm.tokenizer, edit) for edit in kept]
     as_tokens = TokenSets(word_sets, lm.tokenizer, lens.vocabulary(lm)) if word_sets else None
-    with lm.borrowed(), torch.no_grad():
+    with lm.frozen_eval(), torch.no_grad():
         if True in norms:
             lens.check(lm)
         done = len(skipped)
@@ -257,10 +257,10 @@ def _states(
 
         return read
 
-    taps: dict[Point, Tap] = {p: reader(p) for p in points if p != EMBEDDING}
+    hooks: dict[Point, Hook] = {p: reader(p) for p in points if p != EMBEDDING}
     with reading_first_input(lm, reader(EMBEDDING)):
         last = torch.tensor([row.prediction for row in rows])
-        logits = run(lm, pad(rows, lm.device), taps, (each, last))
+        logits = run(lm, pad(rows, lm.device), hooks, (each, last))
     assert logits is not None
     return found, logits
 

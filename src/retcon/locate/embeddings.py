@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from retcon.lm.forward import Point
 from retcon.lm.model import LM
-from retcon.lm.trace import Point
 
 EMBEDDING = Point(-1, "block")
 """What enters the first block: token embeddings, position embeddings added where the model has them."""

@@ -17,7 +17,7 @@ from retcon.lm.model import Site
 
 
 @dataclass(frozen=True)
-class Caught:
+class Captured:
     """One site in one pass, over all rows and positions, in float32 or wider."""
 
     site: Site
@@ -45,7 +45,7 @@ def catch(
     sites: Sequence[Site],
     forward: Callable[[], Tensor],
     alpha: Float[Tensor, " rows"] | None = None,
-) -> Iterator[Caught]:
+) -> Iterator[Captured]:
     """Run `forward`, which gives the scalar F, and what passed every site on the way, one site at a time.
 
     Args:
@@ -74,7 +74,7 @@ def catch(
         objective = forward()
     gradients = torch.autograd.grad(objective, [scaled for *_, scaled in passed])
     for (site, x, h, _), g in zip(passed, gradients, strict=True):
-        yield Caught(site, _flat(x, g.dtype), _flat(h, g.dtype), _flat(g, g.dtype))
+        yield Captured(site, _flat(x, g.dtype), _flat(h, g.dtype), _flat(g, g.dtype))
 
 
 def _per_token(alpha: Tensor, h: Tensor) -> Tensor:

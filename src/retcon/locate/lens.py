@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from retcon.errors import UnsupportedModel
+from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, pad
-from retcon.lm.trace import Point, Tap, run
 
 MAX_LOGITS = 2**24
 """Logits held at a time: 64 MB in float32."""
@@ -60,8 +60,8 @@ def check(lm: LM) -> None:
     state: list[Tensor] = []
     at = torch.tensor([0]), torch.tensor([row.prediction])
     with torch.no_grad():
-        taps: dict[Point, Tap] = {Point(lm.n_layers - 1, "block"): lambda value: state.append(value[0, at[1]])}
-        own = run(lm, pad([row], lm.device), taps, at)
+        hooks: dict[Point, Hook] = {Point(lm.n_layers - 1, "block"): lambda value: state.append(value[0, at[1]])}
+        own = run(lm, pad([row], lm.device), hooks, at)
         assert own is not None
         read = project(lm, state[0], final_norm=True).to(own)
     allowed = 0.02 if own.dtype in (torch.float16, torch.bfloat16) else 1e-4

@@ -20,9 +20,9 @@ from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.model import LM, Site, SiteName
 from retcon.lm.prompts import Row
-from retcon.locate.gradients import Caught, catch
-from retcon.tune.descent import Reduction, shares
-from retcon.tune.objective import answer_nll, answer_rows, token_chunks
+from retcon.locate.gradients import Captured, catch
+from retcon.training.descent import Reduction, shares
+from retcon.training.objective import answer_nll, answer_rows, token_chunks
 
 Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight", "random"]
 """What a node is worth, of the gradient G (D x M) of the edit loss with respect to its matrix:
@@ -135,7 +135,7 @@ def node_scores(
     raise ValueError(f"no score {score!r} from a gradient alone")
 
 
-def _summed(slot: Slot, caught: Caught, score: Score) -> Float[Tensor, " nodes"]:
+def _summed(slot: Slot, caught: Captured, score: Score) -> Float[Tensor, " nodes"]:
     """The part of a score that adds up over passes, from activations and their gradients: no weight gradient."""
     if score == "grad_x_weight":
         return caught.columns() if slot.is_value else caught.rows()
@@ -175,7 +175,7 @@ def assess(
         generator = torch.Generator().manual_seed(seed)
         return [torch.rand(slot.n_nodes, generator=generator) for slot in slots]
     rows = answer_rows(lm, edits)
-    with lm.borrowed():
+    with lm.frozen_eval():
         if pool == "per_edit":
             total: list[Tensor] = []
             for i in range(len(rows)):
@@ -206,7 +206,7 @@ def _assess(
         for chunk in token_chunks(rows, list(group))
     ]
 
-    def caught(chunk: Sequence[int], share: dict[int, float], here: Sequence[Slot]) -> "list[tuple[Slot, Caught]]":
+    def caught(chunk: Sequence[int], share: dict[int, float], here: Sequence[Slot]) -> "list[tuple[Slot, Captured]]":
         def loss() -> Tensor:
             nll = answer_nll(lm, [rows[i] for i in chunk])
             return nll @ torch.tensor([share[i] for i in chunk], dtype=nll.dtype, device=nll.device)

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retcon.errors import NonFinite, RetconWarning
+from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import Row, pad
-from retcon.lm.trace import Point, Tap, run
 from retcon.memory.capacity import free_bytes, is_out_of_memory
 
 CHUNK_TOKENS = {"cpu": 16_384, "cuda": 131_072}
@@ -86,7 +86,7 @@ def collect(
     ends = list(accumulate(sum(len(rows[j].ids) for j in chunk) for chunk in chunks))
     n_half = min(range(1, len(chunks) + 1), key=lambda n: abs(2 * ends[n - 1] - ends[-1]))
     saved, pause = time.monotonic(), SAVE_EVERY if save_every is None else save_every
-    with lm.borrowed(), lm.unedited(), torch.no_grad():
+    with lm.frozen_eval(), lm.without_deltas(), torch.no_grad():
         for i, chunk in enumerate(chunks):
             if i < state.n_done:
                 continue
@@ -170,7 +170,7 @@ def _add_batch(lm: LM, sums: dict[Site, "_Sum"], rows: Sequence[Row]) -> None:
     if any(len(r.ids) < longest for r in rows):
         index = torch.cat([torch.arange(len(r.ids)) + i * longest for i, r in enumerate(rows)]).to(lm.device)
 
-    def adder(site_sum: "_Sum") -> Tap:
+    def adder(site_sum: "_Sum") -> Hook:
         def add(value: Tensor) -> None:
             site_sum.add(value.flatten(0, 1), index)
 

@@ -46,7 +46,7 @@ def sample_contexts(lm: LM, *, seed: int = 0, style: ContextStyle = "memit") -> 
     generator = torch.Generator().manual_seed(seed)
     starts = _starts(lm.tokenizer, style)
     rows, caps = [row for row, _ in starts], [cap for _, cap in starts]
-    with lm.borrowed(), lm.unedited(), torch.inference_mode():
+    with lm.frozen_eval(), lm.without_deltas(), torch.inference_mode():
         for _ in range(max(cap - len(row.ids) for row, cap in starts)):
             last = torch.tensor([len(r.ids) - 1 for r in rows])
             logits = lm.logits_at(pad(rows, lm.device), torch.arange(len(rows)), last).float().cpu()

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.edits import Edit
-from retcon.lm.climb import Climb, Reading
+from retcon.lm.forward import Point, activations
+from retcon.lm.layerwise import LayerwiseReader, Reading
 from retcon.lm.model import LM
 from retcon.lm.prompts import Where, buckets, encode_edit, pad
-from retcon.lm.trace import Point, activations
 from retcon.memory.capacity import free_bytes
 from retcon.memory.contexts import Contexts
 
@@ -44,9 +44,11 @@ class KeyReader:
         self.edit_of = [i for i in range(len(edits)) for _ in texts]
         self.weights = weights_of(len(contexts.prefixes), average) * len(edits)
         self.bare = [float(j == 0) for _ in edits for j in range(len(texts))]
-        alike = list(range(len(texts))) * len(edits)
+        prefix_group = list(range(len(texts))) * len(edits)
         keep_bytes = SHARE_OF_FREE_MEMORY * free_bytes(lm.device)
-        self.climb = Climb(lm, self.rows, alike, keep_bytes=keep_bytes, max_batch_tokens=MAX_BATCH_TOKENS)
+        self.climb = LayerwiseReader(
+            lm, self.rows, prefix_group, keep_bytes=keep_bytes, max_batch_tokens=MAX_BATCH_TOKENS
+        )
 
     def read(
         self, point: Point, where: Where, value: Point
@@ -83,7 +85,7 @@ def mean_keys(
     keys: Tensor | None = None
     values: Tensor | None = None
     points = [point] if value is None or value == point else [point, value]
-    with lm.borrowed():
+    with lm.frozen_eval():
         for group in buckets([len(r.ids) for _, _, r in rows], max_batch_tokens):
             chosen = [rows[k] for k in group]
             positions = torch.tensor([r.position(where) for _, _, r in chosen])

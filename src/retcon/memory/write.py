@@ -19,9 +19,9 @@ from torch import Tensor
 from retcon.delta import Change
 from retcon.edits import Edit
 from retcon.errors import NonFinite
+from retcon.lm.forward import Point, TensorName
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import Where
-from retcon.lm.trace import Point, TensorName
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyAverage, KeyReader
 from retcon.memory.moments import Moments

@@ -18,13 +18,13 @@ from retcon.lm.model import LM
 from retcon.memory.key_cache import earlier_keys, extended
 from retcon.memory.solve import NullSpace, null_space, null_space_ridge
 from retcon.memory.write import LayerGroup, LayerProblem, with_earlier
-from retcon.methods.base import (
+from retcon.methods.common.contract import (
     State,
     check_not_negative,
     check_stateless,
 )
-from retcon.methods.family import BatchSettings, Tempered
-from retcon.methods.proposal import measured_tensor, proposing, sites_of
+from retcon.methods.common.locate_then_edit import BatchSettings, Tempered
+from retcon.methods.common.proposal import proposing, sites_of, target_tensor
 
 USUAL_RANKS = (0.3, 0.99)
 """Share of a key's dimensions that the null space usually has; outside it a warning is given."""
@@ -71,7 +71,7 @@ class AlphaEdit(BatchSettings):
             right = null_space_ridge(keys, p, self.ridge, self.form, layer.site.weight.device)
             return right[keys.shape[1] - layer.keys.shape[1] :]  # the earlier keys' residual is zero
 
-        tensor = measured_tensor(lm, "block", self.name)
+        tensor = target_tensor(lm, "block", self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve)
         with proposing(self, lm, edits, [group], **given) as proposal:
             if not edits:

@@ -21,12 +21,12 @@ from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
 from retcon.locate.paths import Assess, KeyMatrix, Score, Select, Slot, Transmission, assess, choose, slots_of
-from retcon.methods.base import Given, State, check_choices, check_not_negative, provenance, silent
-from retcon.methods.proposal import report_after
-from retcon.tune.descent import Reduction, Schedule, accumulate, descend, shares
-from retcon.tune.nodes import Nodes, RowAdam, RowState
-from retcon.tune.objective import AnswerLoss, answer_rows, own_answers
-from retcon.tune.parts import Part, attached, changes
+from retcon.methods.common.contract import Given, State, check_choices, check_not_negative, provenance, silent
+from retcon.methods.common.proposal import report_after
+from retcon.training.descent import Reduction, Schedule, accumulate, descend, shares
+from retcon.training.nodes import Nodes, RowAdam, RowState
+from retcon.training.objective import AnswerLoss, answer_rows, own_answers
+from retcon.training.parts import Part, attached, changes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Ctp:
         self._schedule()
 
     @classmethod
-    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+    def fallback_settings(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
         """Nothing depends on depth."""
         return {}
 
@@ -109,7 +109,7 @@ class Ctp:
                 lm.check_editable(slot.site.bias_name)
         if not edits:
             return lm.delta({}, provenance={"method": "ctp", "edits": []})
-        with lm.borrowed():
+        with lm.frozen_eval():
             rows = answer_rows(lm, edits)
             walk = _Walk(self, lm, slots, AnswerLoss(lm, rows), self._original(lm, edits, rows))
             ended = descend(

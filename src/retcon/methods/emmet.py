@@ -17,9 +17,9 @@ from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.memory.solve import equality
 from retcon.memory.write import LayerGroup, LayerProblem
-from retcon.methods.base import State, check_not_negative, check_stateless, early_layers
-from retcon.methods.family import BatchSettings, Tempered
-from retcon.methods.proposal import measured_tensor, proposing
+from retcon.methods.common.contract import State, check_not_negative, check_stateless, early_layers
+from retcon.methods.common.locate_then_edit import BatchSettings, Tempered
+from retcon.methods.common.proposal import proposing, target_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Emmet(BatchSettings):
             raise InvalidSetting(f"emmet: stabiliser must not be negative, found {self.stabiliser}")
 
     @classmethod
-    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+    def fallback_settings(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
         """Untuned: ROME's layer."""
         return {"layers": (min(early_layers(n_layers)[0] + 1, n_layers - 1),)}
 
@@ -61,7 +61,7 @@ class Emmet(BatchSettings):
                 identity_weight=self.identity_weight, factor=layer.factor, device=layer.site.weight.device,
             )  # fmt: skip
 
-        tensor = measured_tensor(lm, "block", self.name)
+        tensor = target_tensor(lm, "block", self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve)
         with proposing(self, lm, edits, [group], **given) as proposal:
             if not edits:

@@ -12,14 +12,21 @@ from typing import Any, ClassVar, Literal, Unpack
 from retcon.delta import Delta, EditReport
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
+from retcon.lm.forward import Point, TensorName
 from retcon.lm.model import LM
-from retcon.lm.trace import Point, TensorName
 from retcon.memory.keys import KeyAverage
 from retcon.memory.values import ValueSearch, ValueSite
 from retcon.memory.write import LayerGroup, Spread, weighted
-from retcon.methods.base import State, check_choices, check_layers, check_not_negative, check_stateless, early_layers
-from retcon.methods.family import Tempered
-from retcon.methods.proposal import measured_tensor, proposing
+from retcon.methods.common.contract import (
+    State,
+    check_choices,
+    check_layers,
+    check_not_negative,
+    check_stateless,
+    early_layers,
+)
+from retcon.methods.common.locate_then_edit import Tempered
+from retcon.methods.common.proposal import proposing, target_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +36,7 @@ class Jeep:
     name: ClassVar[str] = "jeep"
     batch: ClassVar[bool] = True
     keeps: ClassVar[str] = ""
-    layer_by_layer: ClassVar[bool] = True
+    layerwise: ClassVar[bool] = True
 
     low: tuple[int, ...]
     """Low layers [l'..L'], ascending, counted from 0; () leaves the low group out (Table 4, "w/o delta' & Step 2")."""
@@ -91,7 +98,7 @@ class Jeep:
         check_choices(self)
 
     @classmethod
-    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+    def fallback_settings(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
         """Unverified settings by relative depth: low layers as MEMIT's, high ones where the probe usually parts."""
         high = min(round((0.55 if parallel else 0.7) * n_layers), n_layers - 1)
         high_end = max(high, min(high + max(1, round(0.07 * n_layers)), n_layers - 3))  # never the last few
@@ -106,7 +113,7 @@ class Jeep:
             NonFinite: a loss, a key or a change is NaN or infinite.
         """
         check_stateless(self.name, state)
-        if self.sites == "block" and measured_tensor(lm, "block", self.name) == "mlp":
+        if self.sites == "block" and target_tensor(lm, "block", self.name) == "mlp":
             return replace(self, sites="mlp", high_target=self._high_target).propose(lm, edits, **given)
         low, high = self.groups()
         groups = [g for g in (low, high) if g]

@@ -20,11 +20,11 @@ from retcon.edits import Edit, check_edits, read_edits
 from retcon.errors import DeltaMismatch, InvalidSetting
 from retcon.lm.model import LM, Site, SiteName
 from retcon.locate.attribution import Attribution, Path, Probability, Quadrature, Unit, attribute, select
-from retcon.methods.base import Given, Progress, State, check_choices, provenance, silent
-from retcon.methods.proposal import report_after
-from retcon.tune.descent import Reduction, Schedule, descend, stepping
-from retcon.tune.objective import Answer, AnswerLoss, answer_rows
-from retcon.tune.parts import TrainedColumns, TrainedEntries, TrainedRows, attached, changes, fresh
+from retcon.methods.common.contract import Given, Progress, State, check_choices, provenance, silent
+from retcon.methods.common.proposal import report_after
+from retcon.training.descent import Reduction, Schedule, descend, stepping
+from retcon.training.objective import Answer, AnswerLoss, answer_rows
+from retcon.training.parts import TrainedColumns, TrainedEntries, TrainedRows, attached, changes, fresh
 
 Ensemble = dict[str, Int[Tensor, " n"]]
 """N*: chosen units by `<layer>.<matrix>`, ascending; matrices without a unit are left out."""
@@ -112,7 +112,7 @@ class Kne:
         self.attribution(), self._schedule()
 
     @classmethod
-    def starting_point(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+    def fallback_settings(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
         """Nothing depends on depth: the defaults are the spec's for every model."""
         return {}
 
@@ -143,7 +143,7 @@ class Kne:
         trained = [part.values for part in parts]
         loss = AnswerLoss(lm, answer_rows(lm, edits))
         schedule = self._schedule()
-        with lm.borrowed(), attached(parts):
+        with lm.frozen_eval(), attached(parts):
             ended = descend(
                 edits,
                 stepping(loss, torch.optim.Adam(trained, lr=self.learning_rate), schedule, self.reduction),

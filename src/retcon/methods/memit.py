@@ -13,9 +13,9 @@ from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.memory.key_cache import earlier_keys, extended
 from retcon.memory.write import LayerGroup, weighted
-from retcon.methods.base import State, check_not_negative, check_stateless
-from retcon.methods.family import BatchSettings, Tempered
-from retcon.methods.proposal import measured_tensor, proposing, sites_of
+from retcon.methods.common.contract import State, check_not_negative, check_stateless
+from retcon.methods.common.locate_then_edit import BatchSettings, Tempered
+from retcon.methods.common.proposal import proposing, sites_of, target_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Memit(BatchSettings):
         if not self.cache_keys:
             check_stateless(f"{self.name} without cache_keys", state)
         earlier = earlier_keys(state, lm, sites_of(self.name, lm, self.layers))
-        tensor = measured_tensor(lm, "block", self.name)
+        tensor = target_tensor(lm, "block", self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, weighted(self.moment_weight, earlier))
         with proposing(self, lm, edits, [group], **given) as proposal:
             if not edits:

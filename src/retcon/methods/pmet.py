@@ -10,13 +10,13 @@ from typing import ClassVar, Literal, Unpack
 from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
+from retcon.lm.forward import Point
 from retcon.lm.model import LM
-from retcon.lm.trace import Point
 from retcon.memory.values import ValueSite
 from retcon.memory.write import LayerGroup, Spread, weighted
-from retcon.methods.base import State, check_not_negative, check_stateless
-from retcon.methods.family import BatchSettings, Tempered
-from retcon.methods.proposal import measured_tensor, proposing
+from retcon.methods.common.contract import State, check_not_negative, check_stateless
+from retcon.methods.common.locate_then_edit import BatchSettings, Tempered
+from retcon.methods.common.proposal import proposing, target_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Pmet(BatchSettings):
     def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Tempered]) -> Delta:
         """The change that writes `edits` as one batch; the model is untouched. Nothing is kept between batches."""
         check_stateless(self.name, state)
-        tensor = measured_tensor(lm, self.site, self.name)
+        tensor = target_tensor(lm, self.site, self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, weighted(self.moment_weight))
         with proposing(self, lm, edits, [group], **given) as proposal:
             if not edits:

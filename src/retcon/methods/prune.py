@@ -18,10 +18,10 @@ from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import GivenMoments
-from retcon.methods.base import Given, State, provenance
-from retcon.methods.hosting import Hosting
-from retcon.methods.proposal import report_after
-from retcon.methods.sequence import combined
+from retcon.methods.common.contract import Given, State, provenance
+from retcon.methods.common.proposal import report_after
+from retcon.methods.common.sequence import combined
+from retcon.methods.common.wrappers import Hosting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class Prune(Hosting):
     """Perturbation restraint on the upper bound of the condition number: a filter over all edits so far."""
 
     name: ClassVar[str] = "prune"
-    keeps: ClassVar[str] = "as its host; the base weights are the model's own"
+    keeps: ClassVar[str] = "as its base method; the base weights are the model's own"
 
-    host: str = "rome"
+    base_method: str = "rome"
     """Method that writes the edits given; with none given, what is live is restrained."""
     alpha: float = math.e
     """Base of the logarithm; smaller restrains less (published: e, 2, 1.5, 1.2)."""
@@ -46,13 +46,13 @@ class Prune(Hosting):
             raise InvalidSetting(f"prune: alpha must be above 1, found {self.alpha}")
 
     def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
-        """One delta in place of all that are live, and of the host's for `edits` on top: their sum, restrained.
+        """One delta in place of all that are live, and of the base method's for `edits` on top: their sum, restrained.
 
         Applying it takes the live ones off, reverting it puts them back. The model is untouched. Reports are those of
         the deltas it stands for, with what the model says after the restraint.
         """
-        fresh = self.hosted.propose(lm, edits, state=state, **given) if edits else None
-        parts = [*lm.live, *([fresh] if fresh else [])]
+        fresh = self.wrapped.propose(lm, edits, state=state, **given) if edits else None
+        parts = [*lm.applied, *([fresh] if fresh else [])]
         names = dict.fromkeys(name for part in parts for name in part.changes)
         changes: dict[str, Sequence[Change]] = {}
         restrained: dict[str, int] = {}
@@ -68,7 +68,7 @@ class Prune(Hosting):
             "singular_values_restrained": restrained,
         }
         report = tuple(r for part in parts for r in part.report)
-        kept = dict(state=fresh.state if fresh else state, supersedes=tuple(d.id for d in lm.live))
+        kept = dict(state=fresh.state if fresh else state, supersedes=tuple(d.id for d in lm.applied))
         delta = lm.delta(changes, report=report, provenance=record, **kept)
         if not report or len(about) != len(report):  # a delta without a record of its edits cannot be asked about them
             return delta

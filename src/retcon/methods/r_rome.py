@@ -17,9 +17,9 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.keys import mean_keys
 from retcon.memory.solve import whitened
 from retcon.memory.write import LayerGroup, LayerProblem
-from retcon.methods.base import State, check_stateless
-from retcon.methods.family import OneFactSettings, Tempered
-from retcon.methods.proposal import only_one, proposing
+from retcon.methods.common.contract import State, check_stateless
+from retcon.methods.common.locate_then_edit import OneFactSettings, Tempered
+from retcon.methods.common.proposal import only_one, proposing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,22 +15,22 @@ from retcon.delta import Change, Delta, Dense, Entries
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
-from retcon.methods.base import Given, State, check_not_negative
-from retcon.methods.hosting import Hosting
-from retcon.methods.proposal import report_after
+from retcon.methods.common.contract import Given, State, check_not_negative
+from retcon.methods.common.proposal import report_after
+from retcon.methods.common.wrappers import Hosting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rect(Hosting):
-    """Relative change in weight: a filter over a host method."""
+    """Relative change in weight: a filter over a base method."""
 
     name: ClassVar[str] = "rect"
-    keeps: ClassVar[str] = "as its host"
+    keeps: ClassVar[str] = "as its base method"
 
-    host: str = "memit"
+    base_method: str = "memit"
     """Method whose update is filtered."""
     keep_percent: float | None = None
-    """k: how much of the update is kept. None: 20 for hosts that take one fact (the authors' for ROME), 40 for others
+    """k: how much of the update is kept. None: 20 for methods that take one fact (the authors' for ROME), 40 for others
     (AlphaEdit's for MEMIT)."""
     denominator: Literal["absolute", "signed"] = "absolute"
     """Relative to |W| + eps, or to W + eps (AlphaEdit's code, where entries near -eps blow up)."""
@@ -46,11 +46,13 @@ class Rect(Hosting):
         check_not_negative(self, "eps")
         if self.keep_percent is not None and not 0 <= self.keep_percent <= 100:
             raise InvalidSetting(f"rect: keep_percent must be from 0 to 100, found {self.keep_percent}")
-        if self.in_loop and not getattr(self.hosted, "layer_by_layer", False):
-            raise InvalidSetting(f"rect: in_loop needs a host that writes layer by layer; {self.host} does not")
+        if self.in_loop and not getattr(self.wrapped, "layerwise", False):
+            raise InvalidSetting(
+                f"rect: in_loop needs a base method that writes layer by layer; {self.base_method} does not"
+            )
 
     def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
-        """The host's change, filtered; the model is untouched. The state is the host's."""
+        """The base method's change, filtered; the model is untouched. The state is the base method's."""
         k = self.keep_percent if self.keep_percent is not None else 40.0 if self.batch else 20.0
 
         def kept(name: str, change: Change) -> Change:
@@ -58,9 +60,11 @@ class Rect(Hosting):
             return as_change(self.filtered(change.dense(weight.shape), weight, k), change)
 
         in_loop = {"temper": kept} if self.in_loop else {}
-        delta = self.hosted.propose(lm, edits, state=state, **given, **in_loop)
+        delta = self.wrapped.propose(lm, edits, state=state, **given, **in_loop)
         if delta.supersedes:
-            raise InvalidSetting(f"rect: {self.host} replaces earlier deltas, so its change is no update to filter")
+            raise InvalidSetting(
+                f"rect: {self.base_method} replaces earlier deltas, so its change is no update to filter"
+            )
         record = {**delta.provenance, "method": "rect", "settings": asdict(self)}
         changes = delta.changes
         if not self.in_loop:
@@ -91,10 +95,10 @@ class Rect(Hosting):
         return chosen
 
 
-def as_change(update: Tensor, host: Change) -> Change:
+def as_change(update: Tensor, base: Change) -> Change:
     """A filtered update in its smallest exact form: its entries, or all of it where those take more room."""
-    part = host.part_of(update)
+    part = base.part_of(update)
     index = part.flatten().nonzero()[:, 0]
     if len(index) * (8 + update.element_size()) < part.numel() * update.element_size():
-        return Entries(region=host.region, index=index, entries=part.flatten()[index])
-    return Dense(region=host.region, full=part.contiguous())
+        return Entries(region=base.region, index=index, entries=part.flatten()[index])
+    return Dense(region=base.region, full=part.contiguous())

@@ -8,7 +8,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
-from retcon.cli.shell import Device, DType, Json, Model, Seed, bars, check_exists, console, count, emit, load_model
+from retcon.cli.shell import (
+    Device,
+    DType,
+    Json,
+    Model,
+    Seed,
+    check_exists,
+    console,
+    count,
+    emit,
+    load_model,
+    progress_bars,
+)
 
 if TYPE_CHECKING:
     from retcon.edits import Edit
@@ -73,7 +85,7 @@ def attribution(
     total: list[torch.Tensor] = []
     each: list[torch.Tensor] = []
     ensembles: list[Ensemble] = []
-    with bars() as advance:
+    with progress_bars() as advance:
         for i, edit in enumerate(edits):
             scores = method.scores(lm, [edit])
             total = [t + s for t, s in zip(total, scores, strict=True)] if total else scores

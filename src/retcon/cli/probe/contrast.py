@@ -14,14 +14,14 @@ from retcon.cli.shell import (
     Json,
     Model,
     Seed,
-    bars,
-    busy,
     check_can_write,
     check_exists,
     console,
     count,
     emit,
     load_model,
+    progress_bars,
+    spinner,
 )
 from retcon.errors import InvalidSetting
 
@@ -82,7 +82,7 @@ def contrast(
 
     from retcon.locate import contrast_probe, figures
 
-    with bars() as advance:
+    with progress_bars() as advance:
         found = contrast_probe(
             lm,
             edits,
@@ -125,7 +125,7 @@ def _word_sets(
     if sets is not None:
         return read_word_sets(sets, stopwords=stop)
     assert corpus is not None
-    with busy("looking for word sets"):
+    with spinner("looking for word sets"):
         return retrieve_word_sets(edits, Corpus.from_file(corpus).documents, stopwords=stop)
 
 

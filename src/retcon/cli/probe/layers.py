@@ -16,12 +16,12 @@ from retcon.cli.shell import (
     Json,
     Model,
     Seed,
-    bars,
     check_exists,
     console,
     emit,
     load_model,
     program,
+    progress_bars,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def layers(
     from retcon.lm.load import DEMO
     from retcon.locate import Rule, advise, contrast_probe, figures
 
-    with bars() as advance:
+    with progress_bars() as advance:
         found = contrast_probe(lm, edits, progress=lambda done, total: advance("reading facts", done, total))
     advice = advise(found, Rule(final_norm=final_norm), seed=seed)
     drawn = {"": figures.advice_figure(advice), "-contrast": figures.contrast_figure(found, advice)}

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
-from retcon.cli.shell import Device, DType, Json, Model, Seed, busy, check_exists, console, emit, load_model
+from retcon.cli.shell import Device, DType, Json, Model, Seed, check_exists, console, emit, load_model, spinner
 
 Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight", "random"]
 
@@ -47,7 +47,7 @@ def paths(
     from retcon.locate import paths as located
     from retcon.locate import unit_figures
 
-    with busy("assessing nodes"):
+    with spinner("assessing nodes"):
         found = located.paths(
             lm,
             edits,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retcon.cli.edit import read_asked
-from retcon.cli.shell import busy, check_can_write, finite
+from retcon.cli.shell import check_can_write, finite, spinner
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.files import write_atomically
@@ -71,7 +71,7 @@ def write(stem: str, figures: Mapping[str, "Figure"], record: Mapping[str, Any])
 
     from retcon.locate.figures import save
 
-    with busy("drawing"):
+    with spinner("drawing"):
         written = [path for suffix, made in figures.items() for path in save(made, stem + suffix)]
     path = Path(f"{stem}.json")
     write_atomically(path, (json.dumps(rounded(finite(record)), ensure_ascii=False) + "\n").encode())

@@ -14,12 +14,12 @@ from retcon.cli.shell import (
     Json,
     Model,
     Seed,
-    bars,
     check_exists,
     console,
     count,
     emit,
     load_model,
+    progress_bars,
 )
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def trace(
     from retcon.locate import figures
 
     settings = replace(settings, window=window or default_window(lm.n_layers))
-    with bars() as advance:
+    with progress_bars() as advance:
         found = causal_trace(lm, edits, settings, progress=lambda done, total: advance("tracing facts", done, total))
     drawn = {
         "": figures.effects_figure(found),

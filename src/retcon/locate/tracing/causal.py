@@ -11,9 +11,9 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, RetconWarning
+from retcon.lm.forward import run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch
-from retcon.lm.trace import run
 from retcon.locate.embeddings import changing_embeddings
 from retcon.locate.tracing.cells import Cell, cell_of, taps_of, trimmed
 from retcon.locate.tracing.prompt import Prompt, disturbing, embedding_deviation, prepare, probability
@@ -42,7 +42,7 @@ def causal_trace(
     kept = [e for e in edits if e.subject_span is not None]
     traces: list[Trace] = []
     tried = False
-    with lm.borrowed(), torch.no_grad():
+    with lm.frozen_eval(), torch.no_grad():
         deviation = embedding_deviation(lm, [e.subject for e in kept])
         for done, edit in enumerate(kept, 1):
             prompt = prepare(lm, edit, settings, deviation)
@@ -93,10 +93,10 @@ def _groups(prompt: Prompt, cells: Sequence[Cell], settings: Tracing) -> list[li
         each = max(1, most // n_tokens)
         return [list(cells[i : i + each]) for i in range(0, len(cells), each)]
     groups: list[list[Cell]] = []
-    for _, alike in groupby(sorted(cells, key=lambda cell: cell.first), lambda cell: cell.first):
+    for _, prefix_group in groupby(sorted(cells, key=lambda cell: cell.first), lambda cell: cell.first):
         groups.append([])
         tokens = 0
-        for cell in alike:
+        for cell in prefix_group:
             tokens += n_tokens - cell.token
             if groups[-1] and tokens > most:
                 groups.append([])
@@ -114,8 +114,8 @@ def _logits(lm: LM, prompt: Prompt, cells: Sequence[Cell], settings: Tracing) ->
     ids = torch.tensor([prompt.row.ids] * len(samples), device=lm.device)
     last = torch.full_like(samples, prompt.row.prediction)
     with changing_embeddings(lm, disturbing(samples, prompt.subject, prompt.noise, settings)):
-        taps = taps_of(prompt, cells, rows, torch.tensor([[cell.token] for cell in cells]), range(lm.n_layers))
-        logits = run(lm, Batch(ids, torch.ones_like(ids).bool()), taps, (rows.flatten(), last))
+        hooks = taps_of(prompt, cells, rows, torch.tensor([[cell.token] for cell in cells]), range(lm.n_layers))
+        logits = run(lm, Batch(ids, torch.ones_like(ids).bool()), hooks, (rows.flatten(), last))
     assert logits is not None
     return logits
 

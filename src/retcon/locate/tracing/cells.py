@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from retcon.lm.forward import Hook, Point, TensorName
 from retcon.lm.model import LM
-from retcon.lm.trace import Point, Tap, TensorName
 from retcon.locate.tracing.prompt import Prompt
 from retcon.locate.tracing.traces import Kind, Tracing
 
@@ -60,11 +60,11 @@ def taps_of(
     rows: Int[Tensor, "cells samples"],
     columns: Int[Tensor, "cells 1"],
     layers: range,
-) -> dict[Point, Tap]:
+) -> dict[Point, Hook]:
     """Taps in these layers that put the values of each cell into its rows, all at the column where its token stands."""
     tokens = torch.tensor([cell.token for cell in cells])
 
-    def putting(point: Point) -> Tap:
+    def putting(point: Point) -> Hook:
         clean = [i for i, cell in enumerate(cells) if point in cell.clean]
         disturbed = [i for i, cell in enumerate(cells) if point in cell.disturbed]
         into = rows[clean + disturbed], columns[clean + disturbed]

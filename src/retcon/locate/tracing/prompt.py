@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from retcon.edits import Edit
 from retcon.errors import NonFinite
+from retcon.lm.forward import Hook, Point, TensorName, forward_with_hooks
 from retcon.lm.model import LM, SiteName
 from retcon.lm.prompts import Batch, Row, encode, encode_edit, subject_tokens
-from retcon.lm.trace import Point, Tap, TensorName, tapped
 from retcon.locate.embeddings import EMBEDDING, changing_embeddings, reading_first_input
 from retcon.locate.tracing.traces import Tracing
 
@@ -75,7 +75,7 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
         return read
 
     tensors: tuple[TensorName, ...] = ("block", "mlp", "attn")
-    taps: dict[Point, Tap] = {
+    hooks: dict[Point, Hook] = {
         p: reader(p) for layer in range(lm.n_layers) for t in tensors if _wanted(p := Point(layer, t), settings)
     }
     projected: list[list[Tensor]] = [[] for _ in range(lm.n_layers)]
@@ -89,7 +89,7 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
             for module in projections(lm, layer):
                 hook = module.register_forward_hook(lambda _, __, output, into=into: into.append(output[1:].detach()))
                 stack.callback(hook.remove)
-        logits = tapped(lm, (len(rows), len(row.ids)), inputs, taps, (rows, last))
+        logits = forward_with_hooks(lm, (len(rows), len(row.ids)), inputs, hooks, (rows, last))
     assert logits is not None
     answer = int(logits[0].argmax())
     prob = probability(logits, answer, edit)

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from retcon.lm.forward import Point
 from retcon.lm.model import LM
-from retcon.lm.replay import Packed, Partly, mlp_entries, replay
-from retcon.lm.trace import Point
+from retcon.lm.replay import PackedState, PartialModule, mlp_entries, replay
 from retcon.locate.tracing.cells import Cell, taps_of
 from retcon.locate.tracing.prompt import Prompt, projections
 
@@ -72,7 +72,7 @@ class Strips:
         """Every token's values at its places."""
         return values[:, self.token].transpose(0, 1).flatten(0, 1)
 
-    def packed(self, prompt: Prompt, layers: range, states: Float[Tensor, "all_rows columns d_model"]) -> Packed:
+    def packed(self, prompt: Prompt, layers: range, states: Float[Tensor, "all_rows columns d_model"]) -> PackedState:
         """A replay of these layers on them: each token sees its cell's tokens up to itself, and those before."""
         inside = (self.cell[:, :, None] == self.cell[:, None]) & (self.token[:, None] <= self.token[:, :, None])
         seen = torch.cat([self.earlier[self.cell], inside], 2)
@@ -80,7 +80,7 @@ class Strips:
             tuple(part[layer][:, :, : seen.shape[2] - seen.shape[1]] for layer in layers)
             for part in (prompt.keys, prompt.values)
         )
-        return Packed(layers.start, states, keys, values, self.token, seen)
+        return PackedState(layers.start, states, keys, values, self.token, seen)
 
 
 def _rows_of(lengths: Sequence[int]) -> list[list[int]]:
@@ -110,19 +110,19 @@ def replayed_logits(lm: LM, prompt: Prompt, cells: Sequence[Cell]) -> Float[Tens
     if below == first - 1:
         states[strips.own] = prompt.clean[Point(below, "block")][strips.starts][:, None]
     layers = range(below + 1, lm.n_layers)
-    taps = taps_of(prompt, cells, *strips.own, layers)
-    taps = {point: tap for point, tap in taps.items() if point.tensor == "block"}
+    hooks = taps_of(prompt, cells, *strips.own, layers)
+    hooks = {point: tap for point, tap in hooks.items() if point.tensor == "block"}
     ends = (strips.column + last - strips.starts)[:, None].expand_as(strips.rows)
     given = strips.packed(prompt, layers, states)
     partly = (part for layer in layers for part in _needed(lm, prompt, cells, strips, layer, ends))
-    logits = replay(lm, given, taps, (strips.rows.flatten(), ends.flatten()), partly=partly)
+    logits = replay(lm, given, hooks, (strips.rows.flatten(), ends.flatten()), partly=partly)
     assert logits is not None
     return logits
 
 
 def _needed(
     lm: LM, prompt: Prompt, cells: Sequence[Cell], strips: Strips, layer: int, ends: Int[Tensor, "cells samples"]
-) -> Iterator[Partly]:
+) -> Iterator[PartialModule]:
     """Where a block's modules are run: where what they read is not as in the disturbed run, what they give is read, and
     no cell puts back or keeps it."""
     none = torch.zeros(len(strips.cell) * strips.samples, strips.cell.shape[1]).bool()
@@ -137,17 +137,19 @@ def _needed(
         asked = projections(lm, layer)
         for module, disturbed in zip(asked, prompt.projected[layer], strict=True):
             queries_alone = module is asked[0] and len(asked) == 3
-            yield Partly(entering & read if queries_alone else entering, [module], module, strips.spread(disturbed))
+            yield PartialModule(
+                entering & read if queries_alone else entering, [module], module, strips.spread(disturbed)
+            )
     put, held = _held(cells, strips, attn := Point(layer, "attn"))
     mixed = (none if layer < first else every) & read & ~held
     if not mixed.all():
         out = lm.site(layer, "o_proj").module
-        yield Partly(mixed, [out], out, _held_outputs(prompt, cells, strips, attn))
+        yield PartialModule(mixed, [out], out, _held_outputs(prompt, cells, strips, attn))
     beside = entering if lm.layout.parallel else entering | mixed | put
     live = beside & read & ~_held(cells, strips, mlp := Point(layer, "mlp"))[1]
     if not live.all():
         down = lm.site(layer, "down_proj").module
-        yield Partly(live, mlp_entries(lm, layer), down, _held_outputs(prompt, cells, strips, mlp))
+        yield PartialModule(live, mlp_entries(lm, layer), down, _held_outputs(prompt, cells, strips, mlp))
 
 
 def _held(

@@ -15,18 +15,18 @@ from torch import Tensor
 from retcon.delta import EditReport
 from retcon.edits import Edit
 from retcon.errors import NonFinite
+from retcon.lm.forward import Hook, Point
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
-from retcon.lm.replay import Frozen, record, replay
-from retcon.lm.trace import Point, Tap
+from retcon.lm.replay import ReplayState, capture_states, replay
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.objective import ValueSearch, ValueSite, kl_row, read_part, rewriting_rows, with_kl
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Adam's."""
-LESS_THAN_A_PASS = {"cpu": 64}
+MAX_KL_PADDING_TOKENS = {"cpu": 64}
 """Tokens of padding up to which KL rows, one token long, join the rewriting rows: a pass of their own costs more."""
-LESS_THAN_A_PASS_ON_AN_ACCELERATOR = 256
+MAX_KL_PADDING_TOKENS_ON_ACCELERATOR = 256
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _zeros(lm: LM, point: Point, n: int, dtype: torch.dtype) -> Float[Tensor, "n
 class _Pass:
     """Rows that are replayed together: all rewriting rows of the edits under way, then all their KL rows."""
 
-    frozen: Frozen
+    frozen: ReplayState
     rewriting: bool
     """Whether the rewriting rows are among them."""
     kl: bool
@@ -113,7 +113,7 @@ class _Pass:
 
 
 @dataclass
-class _UnderWay:
+class ActiveBatch:
     """The edits that are being optimised now, and the tensors that their steps share."""
 
     edits: list[int]
@@ -149,7 +149,7 @@ class Chunk:
         starts = [s for e in rows for s in e.starts] + [len(r.ids) - 1 for r in kl]
         contexts = [j for e in rows for j in range(self.n_contexts)] + [-1] * len(kl)
         reads = {point: [*at, *[None] * len(kl)] for point, at in reads.items()}
-        self.frozen, read = record(lm, texts, starts, first, reads, alike=contexts)
+        self.frozen, read = capture_states(lm, texts, starts, first, reads, prefix_group=contexts)
         # a site below the live part has its clean value now, the others have it after an edit's first pass
         zeros = [_zeros(lm, site.point, len(rows), self.dtype) for site in sites]
         self.live = [read[s.point].to(z) if s.point in read else z.clone() for s, z in zip(sites, zeros, strict=True)]
@@ -167,7 +167,7 @@ class Chunk:
     def run(self, width: int) -> Iterator[int]:
         """Optimise all, `width` at a time; gives the place of each edit in the chunk as it ends."""
         waiting = list(range(len(self.rows)))[::-1]
-        now = self.take_up([waiting.pop() for _ in range(min(width, len(waiting)))], None)
+        now = self.activate([waiting.pop() for _ in range(min(width, len(waiting)))], None)
         while now.edits:
             ended = self._step(now)
             yield from ended
@@ -176,15 +176,15 @@ class Chunk:
                 going += [waiting.pop() for _ in range(min(width - len(going), len(waiting)))]
                 if not going:
                     return
-                now = self.take_up(going, now)
+                now = self.activate(going, now)
 
     def logits(
-        self, now: _UnderWay, vectors: Sequence[Float[Tensor, "edits d"]]
+        self, now: ActiveBatch, vectors: Sequence[Float[Tensor, "edits d"]]
     ) -> tuple[Float[Tensor, "labels vocab"], Float[Tensor, "edits vocab"] | None]:
         """Logits at the labels of the rewriting rows and at the KL rows' subjects, `vectors` added at the sites."""
         every = self.n_contexts
 
-        def tap(s: int, part: _Pass) -> Tap:
+        def tap(s: int, part: _Pass) -> Hook:
             site = self.sites[s]
 
             def add(value: Tensor) -> Tensor:
@@ -202,14 +202,14 @@ class Chunk:
         below_the_last = all(p.layer < self.lm.n_layers - 1 for p in self.points)
         found: list[Tensor] = []
         for part in now.passes:
-            taps = {point: tap(s, part) for s, point in enumerate(self.points) if part.changed[s].numel()}
+            hooks = {point: tap(s, part) for s, point in enumerate(self.points) if part.changed[s].numel()}
             labels = (part.labels[0], part.labels[1])
-            logits = replay(self.lm, part.frozen, taps, labels, end_at_logits=below_the_last)
+            logits = replay(self.lm, part.frozen, hooks, labels, end_at_logits=below_the_last)
             assert logits is not None
             found += logits.split([len(now.labels)] * part.rewriting + [len(now.edits)] * part.kl)
         return found[0], found[1] if self.with_kl else None
 
-    def take_up(self, edits: list[int], before: _UnderWay | None = None) -> _UnderWay:
+    def activate(self, edits: list[int], before: ActiveBatch | None = None) -> ActiveBatch:
         """The tensors that the next steps share."""
         targets = [r.target_ids for e in edits for r in self.rows[e].rewriting]
         device = next(self.lm.head.parameters()).device
@@ -222,9 +222,9 @@ class Chunk:
                 here, there = zip(*stay, strict=True)
                 original[list(here)] = before.original[list(there)]
         padding = len(edits) * (max(self.rows[e].columns for e in edits) - 1)
-        together = padding <= LESS_THAN_A_PASS.get(device.type, LESS_THAN_A_PASS_ON_AN_ACCELERATOR)
+        together = padding <= MAX_KL_PADDING_TOKENS.get(device.type, MAX_KL_PADDING_TOKENS_ON_ACCELERATOR)
         kinds = [(True, self.with_kl)] if together or not self.with_kl else [(True, False), (False, True)]
-        return _UnderWay(
+        return ActiveBatch(
             edits=edits,
             passes=[self._pass(edits, rewriting=rewriting, kl=kl) for rewriting, kl in kinds],
             labels=torch.tensor([token for ids in targets for token in ids], device=device),
@@ -258,7 +258,7 @@ class Chunk:
             labels=torch.tensor(labels, device=device).T,
         )
 
-    def _step(self, now: _UnderWay) -> list[int]:
+    def _step(self, now: ActiveBatch) -> list[int]:
         """One forward and backward pass and an update for the edits under way; those that ended come back."""
         search, edits = self.search, now.edits
         vectors = [d[edits].requires_grad_() for d in self.delta]
@@ -306,7 +306,7 @@ class Chunk:
             self._descend([edits[i] for i in going], [g[going] for g in gradients])
         return ended
 
-    def _divergence(self, now: _UnderWay, kl_logits: Float[Tensor, "edits vocab"]) -> Float[Tensor, " edits"]:
+    def _divergence(self, now: ActiveBatch, kl_logits: Float[Tensor, "edits vocab"]) -> Float[Tensor, " edits"]:
         """KL(edited || original) at the subject of "<subject> is a"."""
         log_p = torch.log_softmax(kl_logits.to(self.dtype), dim=-1)
         begins = torch.tensor([self.steps[e] == 0 for e in now.edits], device=log_p.device)
@@ -316,7 +316,7 @@ class Chunk:
             now.original = torch.where(begins[:, None], log_p.detach(), now.original)
         return (log_p.exp() * (log_p - now.original)).sum(1)
 
-    def _settled(self, now: _UnderWay, log_p: Float[Tensor, "labels vocab"]) -> Float[Tensor, " edits"]:
+    def _settled(self, now: ActiveBatch, log_p: Float[Tensor, "labels vocab"]) -> Float[Tensor, " edits"]:
         """1 where every target token is the most likely one in every rewriting row."""
         wrong = (log_p.argmax(-1) != now.labels).to(log_p.dtype)
         per_row = wrong.new_zeros(len(now.labels_per_row)).index_add(0, now.label_rows, wrong)

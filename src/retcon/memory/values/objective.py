@@ -14,9 +14,9 @@ from torch import Tensor
 from retcon.delta import EditReport
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
+from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, Where, encode, encode_edit
-from retcon.lm.trace import Point
 from retcon.memory.contexts import Contexts
 
 

@@ -46,20 +46,20 @@ class Plan:
     """Chunks in the order in which they are run."""
 
     chunks: tuple[ChunkPlan, ...]
-    backed_off: int = 0
+    oom_retries: int = 0
     """How often memory ran out and the plan was changed."""
 
-    def without_room_for(self, chunk: ChunkPlan) -> "Plan | None":
+    def split_after_oom(self, chunk: ChunkPlan) -> "Plan | None":
         """The plan with something smaller in that chunk's place; None: there is nothing smaller."""
         smaller = chunk.smaller()
         if smaller is None:
             return None
         at = self.chunks.index(chunk)
-        return Plan((*self.chunks[:at], *smaller, *self.chunks[at + 1 :]), self.backed_off + 1)
+        return Plan((*self.chunks[:at], *smaller, *self.chunks[at + 1 :]), self.oom_retries + 1)
 
     def summary(self) -> dict[str, Any]:
         """For a run's record."""
-        return {"chunks": [[len(c.edits), c.width] for c in self.chunks], "backed_off": self.backed_off}
+        return {"chunks": [[len(c.edits), c.width] for c in self.chunks], "oom_retries": self.oom_retries}
 
     def as_json(self) -> dict[str, Any]:
         """For `from_json`."""
@@ -69,7 +69,7 @@ class Plan:
     def from_json(cls, data: dict[str, Any]) -> "Plan":
         """The plan that `as_json` gave."""
         chunks = tuple(ChunkPlan(tuple(c["edits"]), int(c["width"])) for c in data["chunks"])
-        return cls(chunks, int(data["backed_off"]))
+        return cls(chunks, int(data["oom_retries"]))
 
 
 def make_plan(lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], *, free: int | None = None) -> Plan:

@@ -2,7 +2,7 @@
 
 An edit's rows are recorded once (`lm/replay.py`); every step then replays them from the lowest site on, with gradients
 to the vectors alone. Edits are sorted by length and cut into chunks; of a chunk, `width` edits are under way at a time,
-and as one ends the next takes its place. Edits do not feel each other: the result is that of `plain.py`.
+and as one ends the next takes its place. Edits do not feel each other: the result is that of `reference.py`.
 """
 
 import gc
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import OutOfMemory, RetconWarning
+from retcon.lm.forward import adding, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import pad
-from retcon.lm.trace import adding, run
 from retcon.memory.capacity import is_out_of_memory
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.chunk import Chunk, EditRows, ValueOf
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite, read_part
-from retcon.memory.values.plain import search_values_plainly
 from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
+from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.store import ValueStore
 
 
@@ -47,10 +47,10 @@ def search_values(
         NonFinite: a loss came out NaN or infinite; the message names the edit.
         OutOfMemory: not even one edit alone fits.
     """
-    with lm.borrowed():
+    with lm.frozen_eval():
         rows = [EditRows.of(lm, edit, sites, contexts, search) for edit in edits]
         if not edits or not replays(lm, rows[0], sites, search):
-            return search_values_plainly(lm, edits, sites, contexts, search, progress=progress)
+            return search_values_reference(lm, edits, sites, contexts, search, progress=progress)
         store = ValueStore.of(lm, edits, sites, contexts, search)
         plan = plan or (store.plan(lambda: make_plan(lm, rows, sites)) if store else make_plan(lm, rows, sites))
         found: dict[int, ValueOf] = {}
@@ -97,7 +97,7 @@ def _with_less_memory(plan: Plan, chunk: ChunkPlan, edits: Sequence[Edit]) -> Pl
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    smaller = plan.without_room_for(chunk)
+    smaller = plan.split_after_oom(chunk)
     if smaller is None:
         edit = edits[chunk.edits[0]]
         raise OutOfMemory(
@@ -158,7 +158,7 @@ def _misses(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSea
         return "two sites share a point"
     try:
         chunk = Chunk(lm, [rows], sites, search)
-        now = chunk.take_up([0])
+        now = chunk.activate([0])
         generator = torch.Generator().manual_seed(0)
         vectors = [torch.nn.functional.normalize(torch.randn(x.shape, generator=generator)).to(x) for x in chunk.live]
         with torch.no_grad():
@@ -170,7 +170,7 @@ def _misses(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSea
     texts = rows.rewriting
     labels = [(i, r.n_prompt - 1 + t) for i, r in enumerate(texts) for t in range(len(r.target_ids))]
     everyone = torch.arange(len(texts))
-    taps = {
+    hooks = {
         site.point: adding(
             everyone,
             torch.tensor([r.position(site.where) for r in texts]),
@@ -180,7 +180,7 @@ def _misses(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSea
     }
     at, positions = torch.tensor(labels).T
     with torch.no_grad():
-        plain = run(lm, pad([read_part(r) for r in texts], lm.device), taps, (at, positions))
+        plain = run(lm, pad([read_part(r) for r in texts], lm.device), hooks, (at, positions))
     assert plain is not None
     plain, replayed = plain.double(), replayed.double()
     if not plain.isfinite().all():

@@ -85,7 +85,7 @@ class ValueStore:
         key = {
             "format": FORMAT,
             "model": lm.fingerprint(),
-            "live": [d.id for d in lm.live],
+            "live": [d.id for d in lm.applied],
             "device": lm.device.type,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

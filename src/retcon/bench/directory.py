@@ -1,0 +1,105 @@
+"""A benchmark's directory, read back for reports."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from retcon.bench.manifest import read_manifest
+from retcon.errors import MalformedFile
+from retcon.evaluation.records import Record, read_records
+from retcon.files import read_json_rows
+
+FINISHED = "records.jsonl"
+"""File of a run's folder that is there once the run is finished."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    @cached_property
+    def _read(self) -> tuple[list[Record], dict[str, Any]]:
+        return read_records(self.directory / FINISHED)
+
+    @property
+    def records(self) -> list[Record]:
+        return self._read[0]
+
+    @property
+    def context(self) -> Mapping[str, Any]:
+        """Model, method, dataset, protocol, numbers of edits, seed."""
+        return self._read[1]
+
+    @cached_property
+    def timings(self) -> list[Record]:
+        return read_records(self.directory / "timings.jsonl")[0]
+
+    @cached_property
+    def texts(self) -> list[dict[str, Any]]:
+        """What the models wrote: objects with when, unit, case_id, query_id, prompt, text."""
+        path = self.directory / "texts.jsonl"
+        if not path.is_file() or not path.stat().st_size:
+            return []
+        return [row for _, row in read_json_rows(path)]
+
+    @cached_property
+    def cases(self) -> dict[str, dict[str, Any]]:
+        """By case id: subject, relation, edits (prompt and answers), flags."""
+        return {row["case_id"]: row for _, row in read_json_rows(self.directory / "cases.jsonl")}
+
+    @property
+    def relations(self) -> dict[str, str]:
+        """By case id, where it is known."""
+        return {case_id: row["relation"] for case_id, row in self.cases.items() if row["relation"]}
+
+    def at(self, when: str) -> list[Record]:
+        """Records of one moment."""
+        return [record for record in self.records if record.when == when]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark's finished runs."""
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    runs: tuple[Run, ...]
+    unfinished: tuple[str, ...]
+    """Runs that were begun and have no records yet."""
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["spec"]["name"])
+
+
+def read_bench(directory: str | os.PathLike[str]) -> Bench:
+    """Read a directory that `run_bench` wrote.
+
+    Raises:
+        MalformedFile: it is none, or none of its runs is finished.
+    """
+    root = Path(directory)
+    whole = read_manifest(root / "manifest.json")
+    try:
+        listing = json.loads((root / "runs.json").read_text("utf-8"))
+        places = [root / line["directory"] for line in listing]
+    except FileNotFoundError:
+        raise MalformedFile(f"{root}: no run is finished yet") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MalformedFile(f"{root / 'runs.json'}: not a list of runs ({error!r})") from None
+    runs = []
+    for place in places:
+        own = read_manifest(place / "manifest.json")
+        runs.append(Run(place, own["manifest"], own["environment"]))
+    begun = {p.parent.name for p in (root / "runs").glob("*/manifest.json")}
+    finished = {p.parent.name for p in (root / "runs").glob(f"*/{FINISHED}")}
+    return Bench(root, whole["manifest"], whole["environment"], tuple(runs), tuple(sorted(begun - finished)))

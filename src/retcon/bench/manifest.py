@@ -1,0 +1,204 @@
+"""What exactly was run: everything that determines a result, and beside it what only the machine did."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import retcon
+from retcon.bench.spec import BenchSpec, Cell
+from retcon.edits import Case
+from retcon.errors import InvalidSetting, MalformedFile
+from retcon.evaluation.datasets import LoadReport
+from retcon.files import write_atomically
+from retcon.lm.model import LM
+
+FORMAT = "retcon-bench-1"
+
+
+def manifest_of(
+    spec: BenchSpec, cell: Cell, lm: LM, method: Any, cases: Sequence[Case], report: LoadReport
+) -> dict[str, Any]:
+    """All that determines a run's records. Two runs with equal manifests give equal records on one machine."""
+    protocol = {**asdict(cell.protocol), "ns": None, "records_per_point": None}
+    return as_json(
+        {
+            "format": FORMAT,
+            "versions": versions(),
+            "model": {
+                "name": cell.model.label,
+                "revision": cell.model.revision,
+                "fingerprint": lm.fingerprint(),
+                "type": lm.model.config.model_type,
+                "dtype": str(lm.dtype).removeprefix("torch."),
+                "attention": getattr(lm.model.config, "_attn_implementation", None),
+                "device": lm.device.type,
+                "device_map": getattr(lm.model, "hf_device_map", None),
+            },
+            "tokenizer": tokenizer_hash(lm.tokenizer),
+            "corpus": file_hash(cell.model.corpus),
+            "method": {
+                "name": cell.method.name,
+                "label": cell.method.label,
+                "preset": cell.method.preset,
+                "settings": asdict(method),
+            },
+            "dataset": {**asdict(report), "path": cell.dataset.label, "order": cell.dataset.order},
+            "cases": [case.id for case in cases],
+            "protocol": protocol,
+            "measures": {**asdict(spec.measures), "snippets": file_hash(spec.measures.snippets)},
+            "text": {"sha256": file_hash(spec.text), "tokens": spec.text_tokens},
+            "tasks": [list(spec.tasks), spec.task_limit],
+            "keep": [spec.keep_text, spec.keep_tokens],
+            "seed": cell.seed,
+        }
+    )
+
+
+def environment(command: str) -> dict[str, Any]:
+    """The machine and the moment; nothing secret, no list of variables."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "commit": _commit(),
+        "os": platform.platform(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "command": command,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    found = {"retcon": retcon.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return found | {name: metadata.version(name) for name in ("transformers", "tokenizers")}
+
+
+def processor() -> str:
+    """The processor's name."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if "model name" in line:
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def run_id(manifest: Mapping[str, Any]) -> str:
+    """Identity of a run: a hash of its manifest."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Of the vocabulary and rules of a fast tokenizer."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def file_hash(path: str | None) -> str | None:
+    """SHA-256 of a file.
+
+    Raises:
+        MalformedFile: it cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise MalformedFile(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def write_or_verify(
+    path: Path, manifest: Mapping[str, Any], around: Mapping[str, Any], *, force: bool, what: str
+) -> list[str]:
+    """Write a manifest, or check that the one that is there says the same.
+
+    Returns:
+        What differs around the run (machine, threads, commit): the results may then differ in the last bits.
+
+    Raises:
+        InvalidSetting: the one that is there is another; the message lists what differs.
+    """
+    if path.is_file():
+        old = read_manifest(path)
+        if old["manifest"] == manifest:
+            kept, now = old["environment"], dict(around)
+            return [line for line in differences(kept, now) if not line.startswith("command")]
+        lines = differences(old["manifest"], manifest)
+        if not force:
+            shown = "\n  ".join(lines[:20]) + ("" if len(lines) <= 20 else f"\n  ... and {len(lines) - 20} more")
+            raise InvalidSetting(
+                f"{path.parent} holds another {what}; differing:\n  {shown}\nTake another directory, or --force to "
+                "start a new one here (what is there is kept beside it)."
+            )
+        os.replace(path, path.with_name(f"{path.stem}-{run_id(old['manifest'])}.json"))
+    record = {"id": run_id(manifest), "manifest": manifest, "environment": dict(around)}
+    write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False).encode())
+    return []
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest file.
+
+    Raises:
+        MalformedFile: there is none, or it is none.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found["manifest"], dict) or not isinstance(found["environment"], dict):
+            raise TypeError("manifest and environment must be objects")
+    except FileNotFoundError:
+        raise MalformedFile(f"{path}: no such file; is this the directory of a benchmark?") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MalformedFile(f"{path}: not a manifest ({error!r})") from None
+    return found
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """`field: old -> new` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = dict.fromkeys([*old, *new])
+        return [line for n in names for line in differences(old.get(n), new.get(n), f"{at}.{n}" if at else n)]
+    if old == new:
+        return []
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and isinstance(new[0], dict):
+        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{at}[{i}]")]
+    if isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > 12:
+        places = sum(a != b for a, b in zip(old, new, strict=False)) + abs(len(old) - len(new))
+        return [f"{at}: {places} of {max(len(old), len(new))} entries differ"]
+    return [f"{at}: {json.dumps(old, ensure_ascii=False)} -> {json.dumps(new, ensure_ascii=False)}"]
+
+
+def as_json(value: Any) -> Any:
+    """As JSON gives it back, so that a manifest in memory equals the one from its file."""
+    return json.loads(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package lies in, `+` behind it where files differ; None outside one."""
+    here = Path(__file__).parent
+    try:
+        asked = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def command_line() -> str:
+    """What was typed, by the program's name."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

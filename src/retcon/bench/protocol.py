@@ -1,0 +1,355 @@
+"""Protocols: in which order to edit, look and restore. Edits are deltas, so restoring is exact.
+
+`single` edits each case alone, `batch` a chunk of cases in one call; both restore before the next. `sequential` edits
+one case after another and never restores, `batch_sequential` a chunk after another; both look at all cases after the
+last step, and at each step's own cases right after it. `curve` is `batch` for growing n.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+from retcon.bench.peak import Peak
+from retcon.bench.units import Unit, Units
+from retcon.delta import Delta, as_bytes
+from retcon.edits import Case, Edit, same_question
+from retcon.errors import DeltaMismatch, InvalidSetting, RetconError
+from retcon.evaluation.measure import divergences, measure
+from retcon.evaluation.plan import Measures, Plan, make_plan, subject_of
+from retcon.evaluation.records import Record, When
+from retcon.evaluation.results import Evaluation
+from retcon.lm.model import LM
+
+Kind = Literal["single", "batch", "sequential", "batch_sequential", "curve"]
+CURVE = tuple(round(math.exp(math.log(10_000) * i / 16)) for i in range(17))
+"""MEMIT's numbers of edits (Figure 5): 1, 2, 3, 6, 10, 18, 32, 56, 100, ..., 10,000."""
+MIN_RECORDS_PER_POINT = 1000
+"""Cases behind every point of a curve, so that small batches are averaged over as many cases as large ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """One way of running."""
+
+    kind: Kind = "batch"
+    n: int | None = None
+    """Cases in all; None takes every one there is."""
+    batch: int | None = None
+    """Cases edited in one call; None: all in one for `batch`, 1 for `batch_sequential`."""
+    checkpoints: tuple[int, ...] = ()
+    """Numbers of edits after which a sequence looks at all cases edited so far."""
+    ns: tuple[int, ...] = CURVE
+    """Points of a curve."""
+    records_per_point: int | None = None
+    """Cases behind each of them; None: at least 1,000, and n where that is more."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise InvalidSetting(f"unknown protocol {self.kind!r}; known: {', '.join(get_args(Kind))}")
+        for name in ("n", "batch", "records_per_point"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidSetting(f"{name} must be at least 1, found {value}")
+        object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
+        object.__setattr__(self, "ns", tuple(self.ns))
+        if self.checkpoints and self.kind not in ("sequential", "batch_sequential"):
+            raise InvalidSetting(f"{self.kind} restores after every call, so it has no checkpoints")
+        if self.kind in ("single", "sequential") and self.batch not in (None, 1):
+            raise InvalidSetting(f"{self.kind} edits one case at a time, found batch={self.batch}")
+
+    @property
+    def restores(self) -> bool:
+        """Whether the base comes back before the next call."""
+        return self.kind in ("single", "batch")
+
+    def parts(self, n_cases: int) -> list["Protocol"]:
+        """What is run: a curve is one `batch` protocol per point that there are cases for; others are themselves."""
+        if self.kind != "curve":
+            return [self]
+        return [
+            Protocol(kind="batch", n=min(n_cases, self.records_per_point or max(n, MIN_RECORDS_PER_POINT)), batch=n)
+            for n in self.ns
+            if n <= n_cases
+        ]
+
+    def sizes(self, n_cases: int) -> tuple[int, int]:
+        """(cases, cases a call) for a dataset of that many.
+
+        Raises:
+            InvalidSetting: more cases are asked for than there are.
+        """
+        n = n_cases if self.n is None else self.n
+        if n > n_cases:
+            raise InvalidSetting(f"the protocol asks for {n:,} cases, the dataset has {n_cases:,}")
+        size = n if self.kind == "batch" else 1
+        return n, min(self.batch or size, n) or 1
+
+    def describe(self) -> str:
+        """Such as `batch(1000)` or `sequential(500)`."""
+        n = "all" if self.n is None else str(self.n)
+        if self.kind in ("batch_sequential", "batch") and self.batch not in (None, self.n):
+            return f"{self.kind}({n}, {self.batch})"
+        return f"{self.kind}({n})"
+
+
+Propose = Callable[[LM, Sequence[Edit], "Mapping[str, torch.Tensor] | None"], Delta]
+"""From a model, edits and the state of the step before to the change that writes them."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run needs beside the protocol."""
+
+    lm: LM
+    plan: Plan
+    """All cases of the run, in order."""
+    measures: Measures
+    propose: Propose
+    pre: Evaluation
+    """Of the unedited model, on all of the cases."""
+    look: Callable[[When, int], list[Record]] = lambda when, step: []
+    """Whatever belongs to the model rather than to cases (perplexity, tasks), where a sequence or a batch ends."""
+    excluded_seconds: Callable[[], float] = lambda: 0.0
+    """Seconds spent so far inside `propose` on what is not editing (statistics)."""
+    n_cached_values: Callable[[], int] = lambda: 0
+    """Edits so far whose values `propose` found searched already; calls that did are not timed."""
+
+
+def run_protocol(
+    lm: LM,
+    cases: Sequence[Case],
+    propose: Propose,
+    protocol: Protocol,
+    *,
+    measures: Measures | None = None,
+    pre: Evaluation | None = None,
+) -> Evaluation:
+    """Run one protocol in memory: records of the unedited model, then of every unit. The model is left as it was.
+
+    Timings are among the context, as `timings`. `retcon bench` is the same with manifests and files.
+    """
+    measures = measures or Measures()
+    n, _ = protocol.sizes(len(cases))
+    plan = make_plan(lm, cases[:n], measures)
+    before = pre or measure(lm, plan, measures, "pre")
+    units = list(run_units(Setting(lm, plan, measures, propose, before), protocol, Units(None)))
+    return Evaluation(
+        [*before.records, *(record for unit in units for record in unit.records)],
+        {"timings": [record for unit in units for record in unit.timings]},
+        {**before.texts, **{key: text for unit in units for key, text in unit.texts.items()}},
+    )
+
+
+def run_units(setting: Setting, protocol: Protocol, units: Units) -> Generator[Unit]:
+    """Every unit of a run in order, those that `units` has from before included; each is kept before it is given.
+
+    Raises:
+        InvalidSetting: the model has live deltas, so it is not the base that runs start from.
+    """
+    if setting.lm.applied:
+        raise InvalidSetting(
+            f"{len(setting.lm.applied)} delta(s) are applied; take them off: a run starts from the base"
+        )
+    _, size = protocol.sizes(len(setting.plan.cases))
+    cases = setting.plan.cases
+    chunks = [cases[i : i + size] for i in range(0, len(cases), size)]
+    try:
+        if protocol.restores:
+            yield from _independent(setting, chunks, units, size)
+        else:
+            yield from _sequence(setting, chunks, units, protocol, size)
+    finally:
+        setting.lm.revert_all()
+
+
+def n_units(protocol: Protocol, n_cases: int) -> int:
+    """How many units a run of so many cases has."""
+    n, size = protocol.sizes(n_cases)
+    chunks = -(-n // size)
+    return chunks if protocol.restores else chunks + 1
+
+
+def _independent(setting: Setting, chunks: Sequence[Sequence[Case]], units: Units, size: int) -> Iterator[Unit]:
+    for step, chunk in enumerate(chunks):
+        key = units.key(step, [case.id for case in chunk])
+        unit = units.load(key)
+        if unit is None:
+            delta, unit = _edit(setting, key, chunk, None, step, size)
+            if delta is not None:
+                with setting.lm.edited(delta):
+                    unit = unit.with_looked(_look(setting, _made(chunk), "final", step))
+                    if size > 1:
+                        unit = replace(unit, records=(*unit.records, *setting.look("final", step)))
+            units.save(unit)
+        yield unit
+
+
+def _sequence(
+    setting: Setting, chunks: Sequence[Sequence[Case]], units: Units, protocol: Protocol, size: int
+) -> Iterator[Unit]:
+    """Steps on one model; a step's delta is kept before anything is measured, and rebuilt from its file on resuming."""
+    lm, state, applied = setting.lm, None, 0
+    keys = [units.key(step, [case.id for case in chunk]) for step, chunk in enumerate(chunks)]
+    last_key = units.key(len(chunks), ["final"])
+    finished = units.load(last_key)
+    cheap = replace(setting.measures, generate=False, fluency=(), references=None, locality_text=False)
+    done: list[Case] = []
+    for step, (key, chunk) in enumerate(zip(keys, chunks, strict=True)):
+        done += chunk
+        unit = units.load(key)
+        if unit is None:
+            delta, unit = _edit(setting, key, chunk, state, step, size)
+            if delta is not None:
+                units.save_delta(key, delta)
+                lm.apply(delta)
+                unit = replace(unit, mark=weights_hash(lm))
+                immediate = replace(setting, measures=cheap)
+                unit = unit.with_looked(_look(immediate, _made(chunk), "immediate", step))
+                state, applied = delta.state, applied + 1
+            if len(done) in protocol.checkpoints and applied and len(done) < sum(map(len, chunks)):
+                unit = unit.with_looked(_look(setting, _made(done), "checkpoint", step))
+                unit = replace(unit, records=(*unit.records, *setting.look("checkpoint", step)))
+            units.save(unit)
+        elif unit.mark is not None and finished is None:
+            delta = units.load_delta(key)
+            lm.apply(delta)
+            _check_mark(lm, unit, key)
+            state, applied = delta.state, applied + 1
+        yield unit
+    if finished is None:
+        step = len(chunks) - 1
+        finished = Unit(last_key, (), {}, ())
+        if applied:
+            finished = finished.with_looked(_look(setting, _made(done), "final", step))
+            finished = replace(finished, records=(*finished.records, *setting.look("final", step)))
+        units.save(finished)
+    yield finished
+
+
+def _look(setting: Setting, cases: Sequence[Case], when: When, step: int) -> Evaluation:
+    """The model as it stands, on some of the cases."""
+    part = setting.plan.of(cases)
+    found = measure(setting.lm, part, setting.measures, when, setting.pre, step=step)
+    if setting.measures.divergence:
+        more = divergences(setting.lm, part, when, setting.lm.without_deltas, nullcontext, step=step)
+        found = replace(found, records=[*found.records, *more])
+    return found
+
+
+def _made(cases: Sequence[Case]) -> list[Case]:
+    """Cases whose edits can be made; the others are told as skipped where they would have been edited."""
+    return [case for case in cases if case.edits and not _reason(case)]
+
+
+def _reason(case: Case) -> str | None:
+    lost = [edit for edit in case.edits if edit.subject_span is None]
+    return f"subject {lost[0].subject!r} does not occur in the prompt" if lost else None
+
+
+def _edit(
+    setting: Setting,
+    key: str,
+    chunk: Sequence[Case],
+    state: Mapping[str, torch.Tensor] | None,
+    step: int,
+    size: int,
+) -> tuple[Delta | None, Unit]:
+    """The chunk's delta, None where there is none to apply, and a unit that tells of every edit and of the time."""
+    owners: dict[str, Case] = {}
+    edits: dict[tuple[tuple[str, str], str], Edit] = {}
+    records = []
+    for case in chunk:
+        if reason := _reason(case):
+            records.append(_edit_record(case, None, 0, step, "skipped", reason))
+        for edit in case.edits if not reason else ():
+            edits.setdefault((same_question(edit), edit.target_new), edit)  # asked for twice, made once
+            owners[edit.id] = case
+    if not edits:
+        return None, Unit(key, tuple(records), {}, ())
+    aside, n_cached_values = setting.excluded_seconds(), setting.n_cached_values()
+    try:
+        with Peak(setting.lm.device) as peak:
+            started = time.perf_counter()
+            delta = setting.propose(setting.lm, list(edits.values()), state)
+            seconds = time.perf_counter() - started
+    except RetconError as error:
+        told = [case for case in chunk if not _reason(case)]
+        records += [_edit_record(case, None, 1, step, "error", f"{type(error).__name__}: {error}") for case in told]
+        return None, Unit(key, tuple(records), {}, ())
+    statistics = setting.excluded_seconds() - aside
+    for report in delta.report:
+        if report.id in owners:
+            owner = owners[report.id]
+            records.append(_edit_record(owner, report.probability, report.steps, step, "ok", report.stopped))
+    note = f"short chunk: {len(chunk)} of {size}" if len(chunk) < size else None
+    if n_found := setting.n_cached_values() - n_cached_values:
+        reason = f"the values of {n_found} edits had been searched before"
+        timed = _run_record("time", "time.edit", None, len(edits), step, reason)
+    else:
+        timed = _run_record("time", "time.edit", (seconds - statistics) / len(edits), len(edits), step, note)
+    timings = [
+        timed,
+        _run_record("time", "time.statistics", statistics, len(edits), step, note),
+    ]
+    if peak.nbytes is not None:
+        timings.append(_run_record("memory", f"memory.{peak.kind}", float(peak.nbytes), len(edits), step, note))
+    return delta, Unit(key, tuple(records), {}, tuple(timings))
+
+
+def _edit_record(case: Case, value: float | None, n: int, step: int, status: Any, detail: str | None) -> Record:
+    """How the making of an edit ended: the probability it reached, after n steps."""
+    finite = value is None or math.isfinite(value)
+    return Record(
+        when="immediate",
+        case_id=case.id,
+        subject=subject_of(case),
+        axis="edit",
+        query_id=None,
+        metric="edit",
+        variant="edit.probability",
+        value=value if finite else None,
+        n=n,
+        status=status if finite else "error",
+        detail=detail,
+        step=step,
+    )
+
+
+def _run_record(metric: str, variant: str, value: float | None, n: int, step: int, detail: str | None) -> Record:
+    return Record(
+        when="immediate",
+        case_id=None,
+        subject=None,
+        axis=None,
+        query_id=None,
+        metric=metric,
+        variant=variant,
+        value=value,
+        n=n,
+        status="ok" if value is not None else "skipped",
+        detail=detail,
+        step=step,
+    )
+
+
+def weights_hash(lm: LM) -> str:
+    """Hash of the parameters that live deltas touch, as they stand."""
+    digest = hashlib.sha256()
+    for name in sorted({name for delta in lm.applied for name in delta.changes}):
+        digest.update(name.encode())
+        digest.update(as_bytes(lm.parameter(name)))
+    return digest.hexdigest()
+
+
+def _check_mark(lm: LM, unit: Unit, key: str) -> None:
+    if weights_hash(lm) != unit.mark:
+        raise DeltaMismatch(
+            f"unit {key}: the weights rebuilt from the kept deltas are not those that were measured; the run's "
+            "directory is damaged, or was made on another machine. Start it anew in another directory."
+        )

@@ -1,0 +1,123 @@
+"""Runs that differ in nothing but the seed, gathered; numbers over them, each with its interval's name."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from retcon.bench import Bench, Run
+from retcon.evaluation.intervals import Interval, ci_seed
+from retcon.evaluation.summary import Estimate, Summary, summarise
+
+UNEDITED = "unedited"
+"""The row of the model without edits."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A value over the runs of a group."""
+
+    value: float
+    interval: Interval | None
+    """`ci.seed` over several runs; of one run, its own over cases."""
+    n: int
+    """Cases behind it, in each run."""
+    runs: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one model, method, dataset and protocol."""
+
+    model: str
+    method: str
+    dataset: str
+    protocol: str
+    runs: tuple[Run, ...]
+
+    @property
+    def n_cases(self) -> int:
+        return len(self.runs[0].manifest["cases"])
+
+    @cached_property
+    def summaries(self) -> tuple[Summary, ...]:
+        """Of each run: before, and after the last edit."""
+        return tuple(summarise(run.at("pre"), run.at("final"), seed=int(run.context["seed"])) for run in self.runs)
+
+    @property
+    def family(self) -> str:
+        return self.summaries[0].family
+
+    def number(self, metric: str, *variants: str, before: bool = False) -> Number | None:
+        """A metric by the first of `variants` that was measured (the family's own where none is named)."""
+        found = [self._estimate(summary, metric, variants, before) for summary in self.summaries]
+        known = [e for e in found if e is not None and e.value is not None]
+        if not known or len(known) < len(found):
+            return None
+        values = [e.value for e in known if e.value is not None]
+        interval = ci_seed(values) if len(values) > 1 else known[0].interval
+        return Number(math.fsum(values) / len(values), interval, known[0].n, len(values))
+
+    def seconds_per_edit(self) -> float | None:
+        """Mean over all edits of all runs, statistics apart."""
+        return self._per_edit("time.edit")
+
+    def peak_bytes(self) -> float | None:
+        """The highest of any call."""
+        values = [r.value for run in self.runs for r in run.timings if r.metric == "memory" and r.value is not None]
+        return max(values, default=None)
+
+    def _per_edit(self, variant: str) -> float | None:
+        told = [r for run in self.runs for r in run.timings if r.variant == variant and r.value is not None]
+        n = sum(r.n for r in told)
+        return math.fsum((r.value or 0.0) * r.n for r in told) / n if n else None
+
+    @staticmethod
+    def _estimate(summary: Summary, metric: str, variants: Sequence[str], before: bool) -> Estimate | None:
+        keys: list[str | tuple[str, str]] = [(metric, v) for v in variants] or [metric]
+        for key in keys:
+            try:
+                line = summary[key]
+            except KeyError:
+                continue
+            return line.pre if before else line.post
+        return None
+
+
+def groups_of(bench: Bench) -> list[Group]:
+    """Groups in the order of the benchmark's runs."""
+    gathered: dict[tuple[str, str, str, str], list[Run]] = {}
+    for run in bench.runs:
+        manifest = run.manifest
+        protocol = manifest["protocol"]
+        key = (
+            manifest["model"]["name"],
+            manifest["method"]["label"],
+            manifest["dataset"]["path"],
+            describe(protocol, len(manifest["cases"])),
+        )
+        gathered.setdefault(key, []).append(run)
+    return [Group(*key, tuple(runs)) for key, runs in gathered.items()]
+
+
+def describe(protocol: dict[str, object], n_cases: int) -> str:
+    """A protocol for reading."""
+    batch = protocol["batch"]
+    kind = str(protocol["kind"])
+    if kind == "single":
+        return f"{n_cases:,} edits, each alone"
+    if kind == "sequential":
+        return f"{n_cases:,} edits, one after another"
+    if kind == "batch_sequential":
+        return f"{n_cases:,} edits, {batch or 1} after {batch or 1}"
+    if batch in (None, n_cases):
+        return f"{n_cases:,} edits at once"
+    return f"{n_cases:,} edits, {batch} at once"
+
+
+def blocks(groups: Sequence[Group]) -> list[tuple[str, str, list[Group]]]:
+    """(model, protocol, groups) in order: what one table compares."""
+    found: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        found.setdefault((group.protocol, group.model), []).append(group)
+    return [(model, protocol, own) for (protocol, model), own in found.items()]

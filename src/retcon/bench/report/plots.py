@@ -1,0 +1,290 @@
+"""Pictures of a benchmark, with matplotlib (the extra `plot`), as SVG texts."""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from retcon.bench.report.curves import curves
+from retcon.bench.report.groups import Group, Number, blocks
+from retcon.errors import InvalidSetting
+from retcon.evaluation.records import Record
+from retcon.evaluation.summary import main_variant
+
+COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#b83280", "#6b46c1", "#975a16", "#319795", "#c53030", "#4a5568", "#d69e2e")
+"""By method, in order; told apart by marker too."""
+MARKERS = "osD^vPX*<>d"
+"""One more than colours, so that the two together repeat only after 110 methods."""
+MAX_RELATIONS = 12
+"""Relations shown, those with most cases."""
+LOGARITHMIC_FROM = 30
+"""Largest number over smallest from which on an axis is logarithmic."""
+
+
+Places = Mapping[str, int]
+"""Place of a method among all: its colour and marker, the same in every picture."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture."""
+
+    name: str
+    """For its file."""
+    title: str
+    alt: str
+    """What it shows, for who cannot see it."""
+    svg: str
+
+
+def pictures_of(groups: Sequence[Group]) -> list[Picture]:
+    """Every picture that the runs have the numbers for.
+
+    Raises:
+        InvalidSetting: matplotlib is not installed.
+    """
+    draws: list[Callable[[Sequence[Group], Places], list[Picture]]] = [
+        trade_off,
+        scaling,
+        retention,
+        relations,
+        times,
+    ]
+    places = {method: place for place, method in enumerate(dict.fromkeys(g.method for g in groups))}
+    return [picture for draw in draws for picture in draw(groups, places)]
+
+
+def trade_off(groups: Sequence[Group], places: Places) -> list[Picture]:
+    """Generalisation against locality, each method a point with its intervals."""
+    pictures = []
+    for model, protocol, block in blocks(groups):
+        for dataset in dict.fromkeys(g.dataset for g in block):
+            points = []
+            for g in block:
+                x, y = g.number("LS"), g.number("GS")
+                if g.dataset == dataset and x is not None and y is not None:
+                    points.append((places[g.method], g.method, x, y))
+            if not points:
+                continue
+            figure, axes = _figure(5.2, 4.2)
+            for place, name, x, y in points:
+                axes.errorbar(
+                    100 * x.value,
+                    100 * y.value,
+                    xerr=_arms(x),
+                    yerr=_arms(y),
+                    fmt=MARKERS[place % len(MARKERS)],
+                    color=COLOURS[place % len(COLOURS)],
+                    capsize=2,
+                    label=name,
+                )
+            for limits, ends in ((axes.set_xlim, axes.get_xlim()), (axes.set_ylim, axes.get_ylim())):
+                limits(max(ends[0], -3), min(ends[1], 103))  # intervals may reach beyond what a share can be
+            axes.set_xlabel("LS: neighbours that keep their answer, %")
+            axes.set_ylabel("GS: paraphrases that give the new one, %")
+            axes.legend(frameon=False, fontsize=8)
+            title = f"Generalisation against locality: {model}, {dataset}, {protocol}"
+            alt = "; ".join(f"{n}: LS {100 * x.value:.1f}, GS {100 * y.value:.1f}" for _, n, x, y in points)
+            pictures.append(_done(figure, f"trade-off-{model}-{dataset}-{protocol}", title, alt))
+    return pictures
+
+
+def scaling(groups: Sequence[Group], places: Places) -> list[Picture]:
+    """JEEP's Figures 4 and 6, CTP's 5 and 6: Score, ES, GS, LS against the number of edits or a setting, intervals
+    shaded."""
+    pictures = []
+    for curve in curves(groups):
+        figure, panels = _figure(9, 2.6, columns=4)
+        numbers = [x for x, _, _ in curve.points]
+        for axes, name in zip(panels, ("Score", "ES", "GS", "LS"), strict=True):
+            for i, (line, points) in enumerate(curve.lines.items()):
+                known = [(x, number) for x, group in points if (number := group.number(name)) is not None]
+                _line(axes, known, places.get(line, i), line)
+            if min(numbers) > 0 and max(numbers) >= LOGARITHMIC_FROM * min(numbers):
+                axes.set_xscale("log")
+            axes.set_title(name, fontsize=10)
+            axes.set_xlabel(curve.x)
+        panels[0].legend(frameon=False, fontsize=8)
+        alt = f"Four line plots of Score, ES, GS and LS against {curve.x} for {', '.join(curve.lines)}"
+        pictures.append(_done(figure, curve.name, curve.title, alt))
+    return pictures
+
+
+def retention(groups: Sequence[Group], places: Places) -> list[Picture]:
+    """Sequences: success right after each edit, and of all edits so far at checkpoints and at the end."""
+    pictures = []
+    sequential = [g for g in groups if "sequential" in g.runs[0].manifest["protocol"]["kind"]]
+    for model, protocol, block in blocks(sequential):
+        for dataset in dict.fromkeys(g.dataset for g in block):
+            own = [g for g in block if g.dataset == dataset]
+            figure, panels = _figure(9, 3.6, columns=3)
+            for axes, name in zip(panels, ("ES", "GS", "LS"), strict=True):
+                for group in own:
+                    kept, place = _kept(group, name), places[group.method]
+                    colour = COLOURS[place % len(COLOURS)]
+                    marker = MARKERS[place % len(MARKERS)]
+                    axes.plot(*_columns(kept), marker=marker, ms=4, color=colour, label=group.method)
+                    right_after = _right_after(group, name)
+                    axes.plot(*_columns(right_after), color=colour, lw=0.8, ls=":")
+                axes.set_title(name, fontsize=10)
+                axes.set_xlabel("edits so far")
+                axes.set_ylim(-3, 103)
+            figure.legend(  # below the panels, where it hides no line
+                *panels[0].get_legend_handles_labels(),
+                loc="outside lower center",
+                ncols=6,
+                frameon=False,
+                fontsize=8,
+                title="all so far; dotted: just made",
+                title_fontsize=7,
+            )
+            title = f"What is left of the edits: {model}, {dataset}, {protocol}"
+            alt = "; ".join(
+                f"{g.method}: ES {_last(_right_after(g, 'ES'))} right after, {_last(_kept(g, 'ES'))} at the end"
+                for g in own
+            )
+            pictures.append(_done(figure, f"retention-{model}-{dataset}-{protocol}", title, alt))
+    return pictures
+
+
+def relations(groups: Sequence[Group], places: Places) -> list[Picture]:
+    """GS and LS by relation, for the relations with most cases."""
+    pictures = []
+    for model, protocol, block in blocks(groups):
+        for dataset in dict.fromkeys(g.dataset for g in block):
+            own = [g for g in block if g.dataset == dataset]
+            by_case = own[0].runs[0].relations
+            counted: dict[str, int] = {}
+            for relation in by_case.values():
+                counted[relation] = counted.get(relation, 0) + 1
+            shown = sorted(counted, key=lambda r: -counted[r])[:MAX_RELATIONS]
+            if len(shown) < 2:
+                continue
+            figure, panels = _figure(9, 0.8 + 0.27 * len(shown), columns=2, sharey=True)
+            for axes, name in zip(panels, ("GS", "LS"), strict=True):
+                for place, group in enumerate(own):
+                    values = _by_relation(group, name)
+                    heights = [i + 0.7 * (place + 0.5) / len(own) - 0.35 for i, r in enumerate(shown) if r in values]
+                    points = [values[r] for r in shown if r in values]
+                    look = places[group.method]
+                    marker, colour = MARKERS[look % len(MARKERS)], COLOURS[look % len(COLOURS)]
+                    axes.plot(points, heights, marker, ms=4, color=colour, label=group.method)
+                axes.set_yticks(range(len(shown)), [f"{r} ({counted[r]})" for r in shown], fontsize=8)
+                axes.set_xlabel(f"{name}, %")
+                axes.set_xlim(-3, 103)
+            panels[0].invert_yaxis()
+            panels[1].legend(frameon=False, fontsize=8, loc="lower left")
+            title = f"By relation: {model}, {dataset}, {protocol}"
+            alt = f"GS and LS of {', '.join(g.method for g in own)} for {', '.join(shown)}"
+            pictures.append(_done(figure, f"relations-{model}-{dataset}-{protocol}", title, alt))
+    return pictures
+
+
+def times(groups: Sequence[Group], places: Places) -> list[Picture]:
+    """CTP's Figure 3: seconds per edit and method."""
+    pictures = []
+    for model, protocol, block in blocks(groups):
+        found = [(g.method, s) for g in block if (s := g.seconds_per_edit()) is not None]
+        if len(found) < 2:
+            continue
+        figure, axes = _figure(5.2, 0.7 + 0.3 * len(found))
+        colours = [COLOURS[places[method] % len(COLOURS)] for method, _ in found]
+        axes.barh([m for m, _ in found], [s for _, s in found], color=colours, height=0.6)
+        axes.invert_yaxis()
+        axes.set_xlabel("seconds per edit")
+        title = f"Time: {model}, {protocol}"
+        alt = "; ".join(f"{method}: {seconds:.3f} s" for method, seconds in found)
+        pictures.append(_done(figure, f"time-{model}-{protocol}", title, alt))
+    return pictures
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+
+def _mine(group: Group, record: Record, metric: str) -> bool:
+    own = main_variant(group.summaries[0].family, metric)
+    return record.metric == metric and record.variant == own and record.value is not None
+
+
+def _kept(group: Group, metric: str) -> list[tuple[int, float]]:
+    """(edits so far, value over all of them) at checkpoints and at the end, of the first run."""
+    size = int(group.runs[0].context["edit_batch"])
+    values: dict[int, list[float]] = {}
+    for r in group.runs[0].records:
+        if r.when in ("checkpoint", "final") and _mine(group, r, metric):
+            values.setdefault(min((r.step + 1) * size, group.n_cases), []).append(100 * float(r.value or 0.0))
+    return [(n, sum(v) / len(v)) for n, v in sorted(values.items())]
+
+
+def _right_after(group: Group, metric: str) -> list[tuple[int, float]]:
+    """(edits so far, mean right after the edit over the steps up to here)."""
+    size = int(group.runs[0].context["edit_batch"])
+    total, n, found = 0.0, 0, {}
+    for r in group.runs[0].records:
+        if r.when == "immediate" and _mine(group, r, metric):
+            total, n = total + 100 * float(r.value or 0.0), n + 1
+            found[(r.step + 1) * size] = total / n
+    return sorted(found.items())
+
+
+def _by_relation(group: Group, metric: str) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    relations_of = group.runs[0].relations
+    for r in group.runs[0].records:
+        if r.when == "final" and r.case_id in relations_of and _mine(group, r, metric):
+            values.setdefault(relations_of[str(r.case_id)], []).append(100 * float(r.value or 0.0))
+    return {relation: sum(v) / len(v) for relation, v in values.items()}
+
+
+def _last(points: Sequence[tuple[int, float]]) -> str:
+    return f"{points[-1][1]:.1f}" if points else "-"
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+# --- drawing -----------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float, *, columns: int = 1, **more: Any) -> tuple[Any, Any]:
+    """A figure without pyplot, so that nothing global is touched."""
+    try:
+        made = import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+        import_module("matplotlib.backends.backend_svg")
+    except ImportError:
+        raise InvalidSetting("pictures need matplotlib: pip install 'retcon-lm[plot]', or leave them out") from None
+    axes = made.subplots(1, columns, **more)
+    for each in axes if columns > 1 else [axes]:
+        each.grid(True, color="#e2e8f0", lw=0.6)
+        each.set_axisbelow(True)
+        for side in ("top", "right"):
+            each.spines[side].set_visible(False)
+    return made, axes
+
+
+def _line(axes: Any, points: Sequence[tuple[float, Number]], place: int, label: str) -> None:
+    colour = COLOURS[place % len(COLOURS)]
+    x, y = [n for n, _ in points], [100 * number.value for _, number in points]
+    axes.plot(x, y, marker=MARKERS[place % len(MARKERS)], ms=4, color=colour, label=label)
+    banded = [(n, number.interval) for n, number in points if number.interval is not None]
+    low, high = [100 * i.low for _, i in banded], [100 * i.high for _, i in banded]
+    axes.fill_between([n for n, _ in banded], low, high, color=colour, alpha=0.15, lw=0)
+
+
+def _arms(n: Number) -> list[list[float]] | None:
+    if n.interval is None:
+        return None
+    return [[max(0.0, 100 * (n.value - n.interval.low))], [max(0.0, 100 * (n.interval.high - n.value))]]
+
+
+def _done(figure: Any, name: str, title: str, alt: str) -> Picture:
+    out = io.StringIO()
+    matplotlib = import_module("matplotlib")
+    with matplotlib.rc_context({"svg.hashsalt": "retcon", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
+    svg = out.getvalue()
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return Picture(slug, title, alt, svg[svg.index("<svg") :])

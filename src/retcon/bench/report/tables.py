@@ -1,0 +1,414 @@
+"""The papers' table layouts from tidy records, as Markdown, CSV and LaTeX.
+
+One column holds one variant throughout; a footnote names each, with cases, seeds and kind of interval.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from retcon.bench.report.curves import curves
+from retcon.bench.report.groups import UNEDITED, Group, Number, blocks
+from retcon.evaluation.metrics import score_am
+from retcon.evaluation.paired import differences
+
+MISSING = "-"
+TOKENS = ("ee.tok", "zsre.tok")
+"""Two names of one number: token accuracy of the target."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts."""
+
+    name: str
+    """For its files."""
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    """A row of one cell starts a block."""
+    notes: tuple[str, ...] = ()
+    bold: frozenset[tuple[int, int]] = frozenset()
+    """(row, column) of the best values."""
+
+    def markdown(self) -> str:
+        """As Markdown, numbers to the right."""
+        lines = [f"**{self.title}**", "", _pipes(self.head), _pipes(["---", *["---:"] * (len(self.head) - 1)])]
+        for i, row in enumerate(self.rows):
+            cells = [f"**{c}**" if (i, j) in self.bold else c for j, c in enumerate(row)]
+            if len(row) == 1:
+                cells = [f"*{row[0]}*", *[""] * (len(self.head) - 1)]
+            lines.append(_pipes(c.replace("|", "\\|").replace("\n", " ") for c in cells))
+        return "\n".join([*lines, "", *(f"{note}  " for note in self.notes)]).rstrip() + "\n"
+
+    def csv(self) -> str:
+        """As CSV; blocks are a column of their own, nothing is bold, notes are left out."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        has_blocks = any(len(row) == 1 for row in self.rows)
+        writer.writerow([*(["block"] if has_blocks else []), *self.head])
+        block = ""
+        for row in self.rows:
+            if len(row) == 1:
+                block = row[0]
+            else:
+                writer.writerow([*([block] if has_blocks else []), *row])
+        return out.getvalue()
+
+    def latex(self) -> str:
+        """As a LaTeX `tabular` with booktabs rules."""
+        lines = [f"% {_tex(self.title)}", f"\\begin{{tabular}}{{l{'r' * (len(self.head) - 1)}}}", "\\toprule"]
+        lines += [" & ".join(map(_tex, self.head)) + r" \\", "\\midrule"]
+        for i, row in enumerate(self.rows):
+            if len(row) == 1:
+                lines.append(f"\\multicolumn{{{len(self.head)}}}{{l}}{{\\emph{{{_tex(row[0])}}}}} \\\\")
+            else:
+                cells = [f"\\textbf{{{_tex(c)}}}" if (i, j) in self.bold else _tex(c) for j, c in enumerate(row)]
+                lines.append(" & ".join(cells) + r" \\")
+        lines += ["\\bottomrule", "\\end{tabular}", *(f"% {_tex(note)}" for note in self.notes)]
+        return "\n".join(lines) + "\n"
+
+
+def tables_of(groups: Sequence[Group]) -> list[Table]:
+    """Every layout that the runs have the numbers for."""
+    layouts: list[Callable[[Sequence[Group]], list[Table]]] = [
+        jeep,
+        ctp,
+        kne,
+        multihop,
+        curve,
+        paired,
+        cost,
+        case_study,
+    ]
+    return [table for layout in layouts for table in layout(groups)]
+
+
+# --- layouts -----------------------------------------------------------------------------------------------------
+
+
+def jeep(groups: Sequence[Group]) -> list[Table]:
+    """JEEP's Tables 2, 3 and 4: Method | Score | ES | GS | LS, `mean (half-width)`, one decimal, Score without."""
+    tables = []
+    for dataset in dict.fromkeys(g.dataset for g in groups if g.family in ("cf", "zsre")):
+        own = [g for g in groups if g.dataset == dataset]
+        names = ("Score", "ES", "GS", "LS", "ES gen", "GS gen")
+        head = ("Method", *names)
+        builder = _Builder(head)
+        kinds: set[str] = set()
+        for model, protocol, block in blocks(own):
+            builder.block(f"{model}: {protocol}")
+            for label, group, before in [(UNEDITED, block[0], True), *((g.method, g, False) for g in block)]:
+                numbers = [
+                    group.number("Score", "score.hm", before=before),
+                    *(group.number(name, before=before) for name in ("ES", "GS", "LS")),
+                    *(group.number(name, "gen.em", before=before) for name in ("ES", "GS")),
+                ]
+                kinds |= {n.interval.kind for n in numbers[1:] if n is not None and n.interval is not None}
+                cells = [_plain(numbers[0]), *(_with_half_width(n) for n in numbers[1:])]
+                builder.row(label, cells, numbers, compete=not before)
+        variant = "cf.prob_mean" if own[0].family == "cf" else "zsre.tok"
+        notes = (
+            f"x100. ES, GS, LS: {variant}; Score: score.hm, of the three; gen: gen.em, what the model writes.",
+            _counts(own, kinds),
+        )
+        tables.append(builder.table(f"jeep-{_slug(dataset)}", f"{dataset}: Score, ES, GS, LS", notes))
+    return tables
+
+
+def ctp(groups: Sequence[Group]) -> list[Table]:
+    """CTP's Tables 1 and 2: Editor | Efficacy, Locality, Generality, Score per dataset, two decimals, no intervals."""
+    fitting = [g for g in groups if g.number("LS", "ee.loc.argmax") and g.number("ES", *TOKENS)]
+    datasets = list(dict.fromkeys(g.dataset for g in fitting))
+    if not fitting:
+        return []
+    parts = ("Efficacy", "Locality", "Generality", "Score")
+    head = ("Editor", *(f"{d} {part}" if len(datasets) > 1 else part for d in datasets for part in parts))
+    builder = _Builder(head)
+    for model, protocol, block in blocks(fitting):
+        builder.block(f"{model}: {protocol}")
+        methods = list(dict.fromkeys(g.method for g in block))
+        for label in (UNEDITED, *methods):
+            cells: list[str] = []
+            values: list[Number | None] = []
+            for dataset in datasets:
+                group = next((g for g in block if g.dataset == dataset and label in (UNEDITED, g.method)), None)
+                numbers = _ctp_numbers(group, before=label == UNEDITED) if group else [None] * 4
+                values += numbers
+                cells += [MISSING if n is None else f"{100 * n.value:.2f}" for n in numbers]
+            builder.row(label, cells, values, compete=label != UNEDITED)
+    notes = (
+        "x100. Efficacy, Generality: ee.tok, token accuracy of the new answer on the edit's prompt and on paraphrases; "
+        "Locality: ee.loc.argmax, agreement with the unedited model; Score: score.am, their mean (of the first two for "
+        "the unedited model).",
+        _counts(fitting, set()),
+    )
+    return [builder.table("ctp", "Efficacy, Locality, Generality (token accuracy and agreement)", notes)]
+
+
+def _ctp_numbers(group: Group, *, before: bool) -> list[Number | None]:
+    es, gs = (group.number(name, *TOKENS, before=before) for name in ("ES", "GS"))
+    ls = None if before else group.number("LS", "ee.loc.argmax")
+    am = score_am(*(None if n is None else n.value for n in (es, gs, ls)))
+    return [es, ls, gs, None if am is None or es is None else Number(am, None, es.n, es.runs)]
+
+
+def kne(groups: Sequence[Group]) -> list[Table]:
+    """KNE's Table 1: rows dataset x {Edit Succ., Portability, Locality, Fluency}, columns methods."""
+    fitting = [g for g in groups if g.family == "ee"]
+    tables = []
+    for model, protocol, block in blocks(fitting):
+        methods = list(dict.fromkeys(g.method for g in block))
+        builder = _Builder(("Dataset", "Metric", *methods), text_columns=2)
+        for dataset in dict.fromkeys(g.dataset for g in block):
+            for metric, name, variants in (
+                ("Edit Succ.", "ES", ("ee.tok",)),
+                ("Portability", "Portability", ("ee.tok",)),
+                ("Locality", "LS", ("ee.loc.argmax",)),
+                ("Fluency", "fluency", ("flu.new.nltk", "flu.new.re")),
+            ):
+                own = {g.method: g for g in block if g.dataset == dataset}
+                numbers = [own[m].number(name, *variants) if m in own else None for m in methods]
+                cells = [MISSING if n is None else f"{100 * n.value:.2f}" for n in numbers]
+                builder.row_of(dataset, metric, cells, numbers)
+        words = "nltk" if any(g.number("fluency", "flu.new.nltk") for g in block) else "re"
+        notes = (
+            "x100. Edit Succ., Portability: ee.tok, token accuracy; Locality: ee.loc.argmax, agreement with the "
+            f"unedited model; Fluency: flu.new.{words}, n-gram entropy of greedy continuations.",
+            _counts(block, set()),
+        )
+        tables.append(
+            builder.table(f"kne-{_slug(model)}-{_slug(protocol)}", f"{model}: {protocol} (KnowEdit's columns)", notes)
+        )
+    return tables
+
+
+def multihop(groups: Sequence[Group]) -> list[Table]:
+    """MQuAKE and RippleEdits: one column per metric."""
+    tables = []
+    for family, names in (
+        ("mq", ("edit_wise", "instance_wise", "multi_hop", "hop_wise", "unedited_hops")),
+        ("ripple", ("edit_success",)),
+    ):
+        own = [g for g in groups if g.family == family]
+        if not own:
+            continue
+        lines = [line for g in own for s in g.summaries for line in s.lines]
+        axes = dict.fromkeys(line.metric for line in lines if line.metric.startswith("ripple."))
+        columns = [(n, ()) for n in names] + [(a, ("ripple.taken",)) for a in axes]
+        builder = _Builder(("Method", *(name for name, _ in columns)))
+        for model, protocol, block in blocks(own):
+            builder.block(f"{model}: {protocol}")
+            for group in block:
+                numbers = [group.number(name, *variants or _variants(group, name)) for name, variants in columns]
+                builder.row(group.method, [_with_half_width(n) for n in numbers], numbers)
+        kinds = {"ci.seed" if len(own[0].runs) > 1 else "ci.boot"}
+        notes = ("x100; the variants are in the records.", _counts(own, kinds))
+        tables.append(builder.table(family, f"{own[0].dataset}: what follows from the edits", notes))
+    return tables
+
+
+def _variants(group: Group, metric: str) -> list[str]:
+    return [line.variant for line in group.summaries[0].lines if line.metric == metric]
+
+
+def curve(groups: Sequence[Group]) -> list[Table]:
+    """JEEP's Figures 4 and 6, CTP's 5 and 6 as numbers: Score, ES, GS, LS against the number of edits or a setting."""
+    tables = []
+    for found in curves(groups):
+        builder = _Builder((_capital(found.x), "Method", "Score", "ES", "GS", "LS"), text_columns=2)
+        for number, line, group in found.points:
+            numbers = [group.number("Score", "score.hm"), *(group.number(name) for name in ("ES", "GS", "LS"))]
+            builder.row_of(f"{number:,g}", line, [_plain(numbers[0]), *map(_with_half_width, numbers[1:])], numbers)
+        own = [group for _, _, group in found.points]
+        notes = ("x100.", _counts(own, {"ci.seed" if len(own[0].runs) > 1 else "ci.case"}))
+        tables.append(builder.table(_slug(found.name), found.title, notes, best=False))
+    return tables
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:] if " " in text else text
+
+
+def paired(groups: Sequence[Group]) -> list[Table]:
+    """Each method against the one of the best Score, over common cases, by a paired bootstrap."""
+    tables = []
+    for model, protocol, block in blocks(groups):
+        for dataset in dict.fromkeys(g.dataset for g in block):
+            own = [g for g in block if g.dataset == dataset and g.number("Score", "score.hm")]
+            if len(own) < 2:
+                continue
+            best = max(own, key=lambda g: getattr(g.number("Score", "score.hm"), "value", 0.0))
+            builder = _Builder(("Method", "Score", "ES", "GS", "LS"))
+            for group in own:
+                if group is best:
+                    continue
+                found = {d.metric: d for d in differences(group.runs[0].at("final"), best.runs[0].at("final"))}
+                cells = [_difference(found.get(name)) for name in ("Score", "ES", "GS", "LS")]
+                builder.row(group.method, cells, [None] * 4)
+            notes = (
+                "Points, method minus "
+                f"{best.method}, [95 % interval] of a paired bootstrap by subject over common cases of seed "
+                f"{best.runs[0].manifest['seed']}; * where the interval leaves out 0.",
+            )
+            name = f"paired-{_slug(model)}-{_slug(dataset)}-{_slug(protocol)}"
+            title = f"{model}, {dataset}, {protocol}: against {best.method}"
+            tables.append(builder.table(name, title, notes))
+    return tables
+
+
+def _difference(found: object) -> str:
+    value, interval = getattr(found, "value", None), getattr(found, "interval", None)
+    if value is None or interval is None:
+        return MISSING
+    star = "*" if interval.low > 0 or interval.high < 0 else ""
+    return f"{100 * value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]{star}"
+
+
+def cost(groups: Sequence[Group]) -> list[Table]:
+    """Seconds per edit (CTP's Figure 3) and peak memory."""
+    timed = [g for g in groups if g.seconds_per_edit() is not None]
+    if not timed:
+        return []
+    builder = _Builder(("Method", "s per edit", "peak memory, MB"))
+    for model, protocol, block in blocks(timed):
+        builder.block(f"{model}: {protocol}")
+        for group in block:
+            seconds, peak = group.seconds_per_edit(), group.peak_bytes()
+            cells = [f"{seconds:.3f}", MISSING if peak is None else f"{peak / 1e6:,.0f}"]
+            builder.row(group.method, cells, [None, None])
+    kinds = {r.variant for g in timed for run in g.runs for r in run.timings if r.metric == "memory"}
+    of = "the device's" if "memory.device" in kinds else "the whole process's"
+    machine = timed[0].runs[0].environment
+    notes = (
+        "Wall time of the method's calls over the number of edits; statistics, loading and measuring are not in it, "
+        f"nor a first call that was thrown away. Memory is {of} peak in these calls. {machine['processor']}, "
+        f"{machine['threads']} thread(s).",
+    )
+    return [builder.table("cost", "What an edit costs", notes)]
+
+
+def case_study(groups: Sequence[Group]) -> list[Table]:
+    """JEEP's Table 1: what the methods write behind one case's edited, equivalent and unrelated prompts."""
+    tables = []
+    for model, protocol, block in blocks(groups):
+        for dataset in dict.fromkeys(g.dataset for g in block):
+            own = [g for g in block if g.dataset == dataset]
+            said = {g.method: _said(g) for g in own}
+            case = next((c for c, _, _ in said[own[0].method]), None)
+            rows = [key for key in said[own[0].method] if key[0] == case]
+            if not rows:
+                continue
+            builder = _Builder(("", "Input prompt", UNEDITED, *said), text_columns=2 + 1 + len(said))
+            for axis, name in (("rewrite", "Edited"), ("paraphrase", "Equivalent"), ("neighborhood", "Unrelated")):
+                for _, query, prompt in [row for row in rows if row[1].startswith(axis)][:1]:
+                    key = (str(case), query, prompt)
+                    texts = [
+                        said[own[0].method][key][0],
+                        *(found.get(key, ("", MISSING))[1] for found in said.values()),
+                    ]
+                    builder.rows.append((name, prompt, *(" ".join(t.split()) or MISSING for t in texts)))
+                    builder.values.append(None)
+            title = f"{model}, {dataset}, {protocol}: case {case}"
+            name = f"case-{_slug(model)}-{_slug(dataset)}-{_slug(protocol)}"
+            tables.append(builder.table(name, title, ("Greedy continuations.",)))
+    return tables
+
+
+def _said(group: Group) -> dict[tuple[str, str, str], tuple[str, str]]:
+    """(case, query, prompt) -> (before, after), where both were written."""
+    found: dict[str, dict[tuple[str, str, str], str]] = {"pre": {}, "final": {}}
+    for row in group.runs[0].texts:
+        if row["when"] in found:
+            found[row["when"]][row["case_id"], row["query_id"], row["prompt"]] = row["text"]
+    return {key: (found["pre"][key], text) for key, text in found["final"].items() if key in found["pre"]}
+
+
+# --- cells -------------------------------------------------------------------------------------------------------
+
+
+class _Builder:
+    """Collects rows and finds the best of each block's columns."""
+
+    def __init__(self, head: Sequence[str], *, text_columns: int = 1) -> None:
+        self.head = tuple(head)
+        self.text_columns = text_columns
+        self.rows: list[tuple[str, ...]] = []
+        self.values: list[list[float | None] | None] = []
+        self.starts = [0]
+
+    def block(self, title: str) -> None:
+        self.starts.append(len(self.rows))
+        self.rows.append((title,))
+        self.values.append(None)
+
+    def row(self, label: str, cells: Sequence[str], numbers: Sequence[Number | None], *, compete: bool = True) -> None:
+        self.rows.append((label, *cells))
+        self.values.append([n.value if n else None for n in numbers] if compete else None)
+
+    def row_of(self, first: str, second: str, cells: Sequence[str], numbers: Sequence[Number | None]) -> None:
+        """A row of two texts whose numbers compete with each other."""
+        best = max((n.value for n in numbers if n is not None), default=None)
+        kept = [n.value if n is not None and n.value == best else None for n in numbers]
+        self.starts.append(len(self.rows))
+        self.rows.append((first, second, *cells))
+        self.values.append(kept)
+
+    def table(self, name: str, title: str, notes: Sequence[str], *, best: bool = True) -> Table:
+        bold: set[tuple[int, int]] = set()
+        for start, end in zip(self.starts, [*self.starts[1:], len(self.rows)], strict=True):
+            rows = [i for i in range(start, end) if self.values[i] is not None]
+            for column in range(len(self.head) - self.text_columns if best else 0):
+                values = {i: own[column] for i in rows if (own := self.values[i]) is not None}
+                known = [v for v in values.values() if v is not None]
+                if known and (len(rows) > 1 or self.text_columns > 1):
+                    bold |= {(i, column + self.text_columns) for i, v in values.items() if v == max(known)}
+        return Table(name, title, self.head, tuple(self.rows), tuple(notes), frozenset(bold))
+
+
+def _plain(n: Number | None) -> str:
+    return MISSING if n is None else f"{100 * n.value:.1f}"
+
+
+def _with_half_width(n: Number | None) -> str:
+    if n is None:
+        return MISSING
+    return f"{100 * n.value:.1f}" + (f" ({100 * n.interval.half_width:.1f})" if n.interval else "")
+
+
+def _counts(groups: Sequence[Group], kinds: set[str]) -> str:
+    cases = sorted({g.n_cases for g in groups})
+    seeds = sorted({int(run.manifest["seed"]) for g in groups for run in g.runs})
+    said = {
+        "ci.seed": "ci.seed, Student's t over the runs",
+        "ci.case": "ci.case, 1.96 s / sqrt(n) over cases",
+        "ci.boot": "ci.boot, half of a bootstrap interval by subject",
+    }
+    width = "; ".join(said[kind] for kind in sorted(kinds))
+    return f"{', '.join(f'{n:,}' for n in cases)} cases; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}." + (
+        f" In brackets: half-width of a 95 % interval, {width}." if width else ""
+    )
+
+
+def _pipes(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()
+
+
+_TEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "^": r"\textasciicircum{}",
+        "~": r"\textasciitilde{}",
+        **{character: "\\" + character for character in "&%_#${}"},
+    }
+)
+
+
+def _tex(text: str) -> str:
+    return text.translate(_TEX)

@@ -1,0 +1,422 @@
+"""Running a benchmark: every cell into a directory of its own, unit by unit, so that it can be ended and resumed."""
+
+import json
+import random
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from retcon.bench.directory import FINISHED
+from retcon.bench.manifest import as_json, command_line, environment, manifest_of, run_id, versions, write_or_verify
+from retcon.bench.pre import unedited
+from retcon.bench.protocol import Setting, n_units, run_units
+from retcon.bench.spec import BenchSpec, Cell, DatasetSpec, MethodSpec, ModelSpec
+from retcon.bench.timed import TimedMoments
+from retcon.bench.units import Unit, Units
+from retcon.delta import Delta
+from retcon.edits import Case, Edit
+from retcon.errors import InvalidSetting, RetconError, RetconWarning
+from retcon.evaluation.ability import ability
+from retcon.evaluation.datasets import Loaded, LoadReport, load
+from retcon.evaluation.drift import Perplexity, perplexity
+from retcon.evaluation.measure import derive_seed, measure
+from retcon.evaluation.metrics.consistency import References
+from retcon.evaluation.plan import Measures, Plan, make_plan
+from retcon.evaluation.records import Record, When, write_records
+from retcon.evaluation.results import Evaluation
+from retcon.files import write_atomically
+from retcon.lm.load import load as load_model
+from retcon.lm.model import LM
+from retcon.memory.defaults import default_moments
+from retcon.memory.moments import Corpus, CorpusMoments
+from retcon.memory.values import keeping_values
+from retcon.methods.common.registry import method as make_method
+from retcon.methods.common.sequence import in_steps
+
+VALUES = "values"
+"""Folder of values found by a batch that has not ended."""
+N_PROBED = 8
+"""Cases edited and measured for an estimate."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A step of a run, for whoever watches."""
+
+    cell: Cell
+    done: int
+    """Units finished."""
+    total: int
+    evaluation: Evaluation | None = None
+    """Of the whole run, once it is finished."""
+    found: bool = False
+    """The run had been finished before."""
+
+
+Watch = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """Nobody watches."""
+
+
+def cells_of(spec: BenchSpec, cases: Mapping[str, int]) -> list[Cell]:
+    """All runs, model by model; `cases` is the number of cases by dataset label (curves become their points)."""
+    return [
+        Cell(model, method, dataset, protocol, seed)
+        for model in spec.models
+        for dataset in spec.datasets
+        for whole in spec.protocols
+        for protocol in whole.parts(cases[dataset.label])
+        for seed in spec.seeds
+        for method in spec.methods
+    ]
+
+
+def run_bench(
+    spec: BenchSpec,
+    directory: str | Path,
+    *,
+    force: bool = False,
+    watch: Watch = silent,
+    on_loaded: Callable[[LoadReport], None] = lambda report: None,
+    command: str | None = None,
+) -> None:
+    """Run all cells, or go on with those that are not finished.
+
+    Ending it at any point, by Ctrl-C or by a crash, leaves a valid directory; the same call goes on from there, and the
+    records are the same byte for byte as of a run that was never ended.
+
+    Args:
+        force: where the directory holds another benchmark, put its manifest aside and start this one.
+        watch: hears of every unit.
+        on_loaded: hears once what was read, dropped and flagged of each dataset.
+        command: how this was called, for the record; the command line by default.
+
+    Raises:
+        InvalidSetting: the directory holds another benchmark (the message lists what differs).
+    """
+    root = Path(directory)
+    loaded = {d.label: load_cases(d) for d in spec.datasets}
+    for _, report in loaded.values():
+        on_loaded(report)
+    cells = cells_of(spec, {label: len(cases) for label, (cases, _) in loaded.items()})
+    around = environment(command or command_line())
+    whole = as_json({"spec": _portable(spec), "datasets": {k: r.sha256 for k, (_, r) in loaded.items()}} | versions())
+    for line in write_or_verify(root / "manifest.json", whole, around, force=force, what="benchmark"):
+        warnings.warn(f"the machine is not as it was: {line}; the last bits may differ", RetconWarning, stacklevel=2)
+    listing = []
+    for model in spec.models:
+        started = time.perf_counter()
+        bench = CellRunner(spec, model, time.perf_counter)
+        seconds = time.perf_counter() - started
+        for cell in (c for c in cells if c.model is model):
+            cases, report = loaded[cell.dataset.label]
+            listing.append(bench.run(cell, cases, report, root, around, force, watch, seconds))
+            write_atomically(root / "runs.json", json.dumps(listing, indent=1).encode())
+    shutil.rmtree(root / VALUES, ignore_errors=True)
+
+
+def _portable(spec: BenchSpec) -> dict[str, Any]:
+    """The specification without the folders that files lie in."""
+    own = asdict(spec)
+    for part, name in (("models", "name"), ("models", "corpus"), ("datasets", "path")):
+        own[part] = [each | {name: each[name] and Path(each[name]).name} for each in own[part]]
+    return own | {"text": spec.text and Path(spec.text).name}
+
+
+def load_cases(dataset: DatasetSpec) -> Loaded:
+    """The dataset's cases, its own settings given."""
+    own = {name: value for name, value in asdict(dataset).items() if name not in ("path", "label", "order")}
+    return load(dataset.path, **own)
+
+
+def chosen_cases(cases: Sequence[Case], cell: Cell) -> list[Case]:
+    """The cases of a run: the first ones, or those that the seed draws; curves are nested, for the order is one.
+
+    Raises:
+        InvalidSetting: fewer cases than the protocol asks for.
+    """
+    n, _ = cell.protocol.sizes(len(cases))
+    order = list(cases)
+    if cell.dataset.order == "shuffle":
+        random.Random(derive_seed(cell.seed, "order")).shuffle(order)
+    return order[:n]
+
+
+class CellRunner:
+    """A loaded model and what the cells that share it share."""
+
+    def __init__(self, spec: BenchSpec, model: ModelSpec, clock: Callable[[], float]) -> None:
+        self.spec = spec
+        self.lm = load_model(model.name, dtype=model.dtype, device=model.device, revision=model.revision)
+        corpus = model.corpus
+        found = default_moments(self.lm) if corpus is None else CorpusMoments(Corpus.from_file(corpus))
+        self.moments: Any = TimedMoments(found, clock)
+        self.text = None if spec.text is None else Path(spec.text).read_text("utf-8")
+        self.measures = _measures(spec)
+        self._plans: dict[str, tuple[Plan, Evaluation]] = {}
+        self._perplexity: Perplexity | None = None
+        self._unedited = self._whole_model("pre", 0)
+        self.methods = {m.label: self._method(m) for m in spec.methods}  # better refused now than after hours
+
+    def _method(self, asked: MethodSpec) -> Any:
+        own = {"dataset": asked.dataset, "preset": asked.preset, **asked.settings}
+        return make_method(asked.name, for_model=self.lm, **own)
+
+    def run(
+        self,
+        cell: Cell,
+        cases: Sequence[Case],
+        report: LoadReport,
+        root: Path,
+        around: Mapping[str, Any],
+        force: bool,
+        watch: Watch,
+        load_seconds: float,
+    ) -> dict[str, str]:
+        """One cell, from where it stands to its end; returns its line in the list of runs."""
+        chosen = chosen_cases(cases, cell)
+        method = self.methods[cell.method.label]
+        manifest = manifest_of(self.spec, cell, self.lm, method, chosen, report)
+        identity, directory = place_of(cell, manifest, root)
+        write_or_verify(directory / "manifest.json", manifest, around, force=force, what="run")
+        line = {"slug": cell.slug, "directory": f"runs/{directory.name}", "id": identity}
+        total = n_units(cell.protocol, len(chosen))
+        if (directory / FINISHED).is_file():
+            watch(Event(cell, total, total, Evaluation.read(directory / FINISHED), True))
+            return line
+        watch(Event(cell, 0, total))
+        measures = replace(self.measures, seed=cell.seed)
+        plan, before = self._plan(chosen, report, measures)
+        pre_records = [*before.records, *self._unedited]
+
+        def propose(lm: LM, edits: Sequence[Edit], state: Any) -> Delta:
+            seed_of_method = derive_seed(cell.seed, "method") % 2**31
+            return in_steps(method, lm, edits, moments=self.moments, state=state, seed=seed_of_method)
+
+        setting = Setting(
+            self.lm,
+            plan,
+            measures,
+            propose,
+            before,
+            self._whole_model,
+            lambda: self.moments.seconds,
+            lambda: kept.resumed,
+        )
+        units = Units(directory, identity, keep_tokens=self.spec.keep_tokens)
+        _, size = cell.protocol.sizes(len(chosen))
+        if self.spec.warm_up and units.load(units.key(0, [case.id for case in chosen[:size]])) is None:
+            self._warm_up(propose, chosen)
+        done: list[Unit] = []
+        stream_of_units = run_units(setting, cell.protocol, units)
+        with keeping_values(root / VALUES) as kept, closing(stream_of_units):  # closed, it restores the model
+            for unit in stream_of_units:
+                if not self.spec.share_values:
+                    kept.discard()
+                done.append(unit)
+                watch(Event(cell, len(done), total))
+        context = {
+            "run_id": identity,
+            "model": f"{cell.model.label}@{self.lm.fingerprint()[:12]}",
+            "method": cell.method.label,
+            "dataset": cell.dataset.label,
+            "protocol": cell.protocol.kind,
+            "n_edits": sum(len(case.edits) for case in chosen),
+            "edit_batch": size,
+            "seed": cell.seed,
+        }
+        evaluation = Evaluation([*pre_records, *(record for unit in done for record in unit.records)], context)
+        self._write(directory, evaluation, before, done, plan, load_seconds)
+        watch(Event(cell, total, total, evaluation))
+        return line
+
+    def _plan(self, chosen: Sequence[Case], report: LoadReport, measures: Measures) -> tuple[Plan, Evaluation]:
+        """The cases tokenised, and the unedited model on them: once for all methods, and kept in the cache."""
+        key = json.dumps(
+            [report.sha256, dict(report.options), [case.id for case in chosen], measures.seed], default=str
+        )
+        if key not in self._plans:
+            self._plans.clear()  # one at a time: methods follow each other on the same cases
+            plan = make_plan(self.lm, chosen, measures)
+            self._plans[key] = plan, unedited(self.lm, plan, measures, self.spec.measures, report)
+        return self._plans[key]
+
+    def _whole_model(self, when: When, step: int) -> list[Record]:
+        """Perplexity and tasks of the model as it stands."""
+        records = []
+        if self.text is not None:
+            found = perplexity(self.lm, self.text, max_tokens=self.spec.text_tokens)
+            if self._perplexity is None:
+                self._perplexity = found  # the first look is at the unedited model
+            base = self._perplexity
+            for variant, value in (
+                ("ppl.value", found.ppl),
+                ("ppl.ratio", found.ppl / base.ppl),
+                ("ppl.nll_change", found.nll - base.nll),
+            ):
+                records.append(_whole(when, "perplexity", variant, value, found.n_tokens, step))
+        if self.spec.tasks:
+            records += ability(self.lm, self.spec.tasks, when=when, step=step, limit=self.spec.task_limit)
+        return records
+
+    def _warm_up(self, propose: Callable[[LM, Sequence[Edit], Any], Delta], cases: Sequence[Case]) -> None:
+        """One edit that is thrown away: statistics are collected and caches filled before time is taken."""
+        first = next((e for c in cases for e in c.edits if e.subject_span is not None), None)
+        if first is None:
+            return
+        try:
+            propose(self.lm, [first], None)
+        except RetconError as error:  # the run itself will tell of it, edit by edit
+            warnings.warn(f"the warm-up edit failed: {error}", RetconWarning, stacklevel=2)
+
+    def _write(
+        self,
+        directory: Path,
+        evaluation: Evaluation,
+        before: Evaluation,
+        done: Sequence[Unit],
+        plan: Plan,
+        load_seconds: float,
+    ) -> None:
+        timings = [_whole("pre", "time", "time.load", load_seconds, 1, 0), *(t for unit in done for t in unit.timings)]
+        write_records(directory / "timings.jsonl", timings, evaluation.context)
+        told = "".join(json.dumps(_case_row(case), ensure_ascii=False) + "\n" for case in plan.cases)
+        write_atomically(directory / "cases.jsonl", told.encode())
+        if self.spec.keep_text:
+            prompts = {a.place: a.query.prompt for a in plan.asked}
+            rows = [
+                json.dumps(
+                    {"when": w, "unit": i, "case_id": c, "query_id": q, "prompt": prompts[c, q], "text": text},
+                    ensure_ascii=False,
+                )
+                for i, texts in enumerate([before.texts, *(unit.texts for unit in done)], -1)
+                for (w, c, q), text in texts.items()
+            ]
+            write_atomically(directory / "texts.jsonl", "".join(row + "\n" for row in rows).encode())
+        write_records(directory / FINISHED, evaluation.records, evaluation.context)  # the last to be written
+
+
+def place_of(cell: Cell, manifest: Mapping[str, Any], root: Path) -> tuple[str, Path]:
+    """A run's identity, and its folder."""
+    identity = run_id(manifest)
+    return identity, root / "runs" / f"{cell.slug}_{identity[:8]}"
+
+
+def _case_row(case: Case) -> dict[str, Any]:
+    """What a report says of a case."""
+    relation = next((edit.relation_id for edit in case.edits if edit.relation_id), None)
+    return {
+        "case_id": case.id,
+        "relation": case.meta.get("relation") or relation,
+        "edits": [
+            {"prompt": e.text, "subject": e.subject, "target_new": e.target_new, "target_true": e.target_true}
+            for e in case.edits
+        ],
+        "flags": case.meta.get("flags", []),
+    }
+
+
+def _whole(when: When, metric: str, variant: str, value: float, n: int, step: int) -> Record:
+    return Record(
+        when=when,
+        case_id=None,
+        subject=None,
+        axis=None,
+        query_id=None,
+        metric=metric,
+        variant=variant,
+        value=value,
+        n=n,
+        step=step,
+    )
+
+
+def _measures(spec: BenchSpec) -> Measures:
+    own = asdict(spec.measures)
+    snippets, idf, vocabulary = (own.pop(name) for name in ("snippets", "idf", "vocabulary"))
+    references = None if snippets is None else References.from_files(snippets, idf, vocabulary)
+    return Measures(**own, references=references)
+
+
+# --- how long it will take ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one run will take, from a few edits and cases."""
+
+    cell: Cell
+    n_cases: int
+    seconds_call: float
+    """Of a call for one edit."""
+    seconds_more: float
+    """Per further edit in a call, as much as in a call for a few; larger batches share more."""
+    seconds_measure: float
+    """Per case."""
+    finished: bool = False
+    """The directory has its records already."""
+
+    @property
+    def seconds_edit(self) -> float:
+        """Per edit."""
+        _, size = self.cell.protocol.sizes(self.n_cases)
+        return (self.seconds_call + (size - 1) * self.seconds_more) / size
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run: each case is edited once, measured before and after, and once more after its own step in a
+        sequence."""
+        looks = 2 if self.cell.protocol.restores else 3 + len(self.cell.protocol.checkpoints)
+        return self.n_cases * (self.seconds_edit + looks * self.seconds_measure)
+
+
+def estimate(spec: BenchSpec, directory: str | Path | None = None) -> Iterator[Estimate]:
+    """Of every cell, in order; loads the models, makes a few edits per method and measures a few cases.
+
+    What is finished in `directory` takes no time.
+    """
+    loaded = {d.label: load_cases(d) for d in spec.datasets}
+    cells = cells_of(spec, {label: len(cases) for label, (cases, _) in loaded.items()})
+    known: dict[tuple[str, str, str], tuple[float, float, float]] = {}
+    for model in spec.models:
+        bench = CellRunner(spec, model, time.perf_counter)
+        for cell in (c for c in cells if c.model is model):
+            everything, report = loaded[cell.dataset.label]
+            cases = chosen_cases(everything, cell)
+            if directory is not None:
+                manifest = manifest_of(spec, cell, bench.lm, bench.methods[cell.method.label], cases, report)
+                if (place_of(cell, manifest, Path(directory))[1] / FINISHED).is_file():
+                    yield Estimate(cell, len(cases), 0.0, 0.0, 0.0, finished=True)
+                    continue
+            key = (model.label, cell.dataset.label, cell.method.label)
+            if key not in known:
+                known[key] = _probe(bench, cell, cases)
+            yield Estimate(cell, len(cases), *known[key])
+
+
+def _probe(bench: CellRunner, cell: Cell, cases: Sequence[Case]) -> tuple[float, float, float]:
+    """(seconds of a call for one edit, of each further edit in it, of measuring a case)."""
+    lm, few = bench.lm, list(cases[:N_PROBED])
+    chosen = bench.methods[cell.method.label]
+    edits = [e for case in few for e in case.edits if e.subject_span is not None]
+    if not edits:
+        raise InvalidSetting(f"{cell.dataset.label}: none of the first {N_PROBED} cases can be edited")
+
+    def seconds(some: Sequence[Edit]) -> float:
+        started = time.perf_counter()
+        in_steps(chosen, lm, some, moments=bench.moments)
+        return time.perf_counter() - started
+
+    seconds(edits[:1])  # statistics are collected, caches filled
+    call, several = seconds(edits[:1]), seconds(edits)
+    more = max(several - call, 0.0) / (len(edits) - 1) if len(edits) > 1 else call
+    started = time.perf_counter()
+    measure(lm, make_plan(lm, few, bench.measures), bench.measures, "pre")
+    return call, more, (time.perf_counter() - started) / len(few)

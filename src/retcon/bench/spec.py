@@ -1,0 +1,269 @@
+"""What a benchmark is asked to run, from a TOML file or from code."""
+
+import difflib
+import itertools
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from retcon.bench.protocol import Protocol
+from retcon.edits import ConflictRule
+from retcon.errors import InvalidSetting, MalformedFile
+from retcon.evaluation.datasets import Answers, Format, Prompting, PromptStyle, Target
+from retcon.evaluation.plan import Fluency
+
+Order = Literal["file", "shuffle"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A model to edit."""
+
+    name: str
+    """demo:gptj, demo:llama, a directory, or a hub id."""
+    label: str = ""
+    """What reports call it; the last part of its name where none is given."""
+    dtype: str | None = None
+    device: str | None = None
+    revision: str | None = None
+    corpus: str | None = None
+    """Text for second moments; the model's default where none is given."""
+
+    def __post_init__(self) -> None:
+        if not self.label:
+            object.__setattr__(self, "label", self.name.rstrip("/").rpartition("/")[2].replace(":", "-"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """A method to run."""
+
+    name: str
+    """One of `retcon methods`."""
+    label: str = ""
+    """What reports call it."""
+    preset: str | None = None
+    """By its full name; the model's own where none is given."""
+    dataset: str | None = None
+    """Which of the model's presets."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Over the preset's."""
+    vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Lists of values of settings: the method stands for one with each value, or each combination."""
+
+    def __post_init__(self) -> None:
+        if not self.label:
+            object.__setattr__(self, "label", self.name)
+        for name, values in self.vary.items():
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise InvalidSetting(f"{self.label}: vary.{name} takes a list of values, found {values!r}")
+
+    def each(self) -> list["MethodSpec"]:
+        """The methods that it stands for, labelled by what differs."""
+        made = []
+        for values in itertools.product(*self.vary.values()):
+            chosen = dict(zip(self.vary, values, strict=True))
+            label = " ".join([self.label, *(f"{name}={value}" for name, value in chosen.items())])
+            made.append(replace(self, label=label, settings={**self.settings, **chosen}, vary={}))
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """Cases to measure on; see `retcon.evaluation.load`."""
+
+    path: str
+    """A file, `hub:...`, or `world`."""
+    label: str = ""
+    """What reports call it."""
+    format: Format | None = None
+    start: int = 0
+    limit: int | None = None
+    conflicts: ConflictRule = "drop"
+    target: Target = "answers"
+    prompt_style: PromptStyle = "loc.nq_q"
+    answers: Answers = "all"
+    prompting: Prompting = "standard"
+    order: Order = "file"
+    """`file` takes the first cases, `shuffle` draws them by the run's seed."""
+
+    def __post_init__(self) -> None:
+        if not self.label:
+            object.__setattr__(self, "label", Path(self.path.removeprefix("hub:")).stem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSpec:
+    """What is measured; the fields of `retcon.evaluation.Measures` that a file can hold."""
+
+    generate: bool = True
+    preset: str = "qa"
+    max_new_tokens: int | None = None
+    stops: tuple[str, ...] | None = None
+    fluency: tuple[Fluency, ...] | None = None
+    locality_text: bool = False
+    easyedit: bool = False
+    divergence: bool = False
+    neighborhood_prefix: Literal["none", "edit"] = "none"
+    max_batch_tokens: int = 4096
+    separator: str = " "
+    snippets: str | None = None
+    """CounterFact's `attribute_snippets.json`, for consistency."""
+    idf: str | None = None
+    """CounterFact's `idf.npy`; fitted on the snippets where none is given."""
+    vocabulary: str | None = None
+    """CounterFact's `tfidf_vocab.json`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSpec:
+    """A matrix of runs."""
+
+    name: str = "bench"
+    models: tuple[ModelSpec, ...]
+    methods: tuple[MethodSpec, ...]
+    datasets: tuple[DatasetSpec, ...]
+    protocols: tuple[Protocol, ...] = (Protocol(),)
+    seeds: tuple[int, ...] = (0,)
+    measures: MeasureSpec = MeasureSpec()
+    text: str | None = None
+    """Held-out text for perplexity."""
+    text_tokens: int | None = 20_000
+    """Tokens of it read at most."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness."""
+    task_limit: int | None = None
+    """Items per leaf task."""
+    warm_up: bool = True
+    """Make one edit beforehand, which no time counts."""
+    share_values: bool = False
+    """Methods that search the same values on the same edits (MEMIT, RECT, PRUNE, AlphaEdit as a rule) search them once;
+    runs that take them over have no time."""
+    keep_text: bool = True
+    """Keep what the models wrote."""
+    keep_tokens: bool = False
+    """Keep log-probabilities and choices token by token, from which all teacher-forced numbers can be made again."""
+
+    def __post_init__(self) -> None:
+        for name in ("models", "methods", "datasets", "protocols", "seeds"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if not getattr(self, name):
+                raise InvalidSetting(f"{name} is empty; a benchmark needs at least one of each")
+        object.__setattr__(self, "methods", tuple(one for method in self.methods for one in method.each()))
+        for name in ("models", "methods", "datasets"):
+            labels = [each.label for each in getattr(self, name)]
+            if twice := next((label for label in labels if labels.count(label) > 1), None):
+                raise InvalidSetting(f"two {name} are called {twice!r}; give one of them a label of its own")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InvalidSetting(f"a seed occurs twice in {list(self.seeds)}")
+
+    def with_places(
+        self,
+        *,
+        model: str | None = None,
+        dataset: str | None = None,
+        corpus: str | None = None,
+        text: str | None = None,
+    ) -> "BenchSpec":
+        """The same on other files: for a specification whose paths are another machine's. Labels stay.
+
+        Raises:
+            InvalidSetting: one place is given for several models or datasets.
+        """
+        made = self
+        if model is not None:
+            made = replace(made, models=(replace(_only(made.models, "model"), name=model),))
+        if dataset is not None:
+            made = replace(made, datasets=(replace(_only(made.datasets, "dataset"), path=dataset),))
+        if corpus is not None:
+            made = replace(made, models=tuple(replace(m, corpus=corpus) for m in made.models))
+        return made if text is None else replace(made, text=text)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: one model, method, dataset, protocol and seed."""
+
+    model: ModelSpec
+    method: MethodSpec
+    dataset: DatasetSpec
+    protocol: Protocol
+    seed: int
+
+    @property
+    def slug(self) -> str:
+        """A name for people and folders."""
+        parts = (
+            self.model.label,
+            self.method.label,
+            self.dataset.label,
+            self.protocol.describe(),
+            f"seed{self.seed}",
+        )
+        return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part).strip("-") for part in parts)
+
+
+def spec_from_file(path: str | os.PathLike[str]) -> BenchSpec:
+    """Read a specification.
+
+    Raises:
+        MalformedFile: not readable, or no TOML.
+        InvalidSetting: an unknown field, or a value of another type; the message names file and field.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise MalformedFile(f"{path}: not a readable TOML file ({error})") from None
+    return _made(BenchSpec, table, str(path))
+
+
+def _only(items: tuple[Any, ...], what: str) -> Any:
+    if len(items) > 1:
+        raise InvalidSetting(f"--{what} stands for one {what}; the file has {len(items)}")
+    return items[0]
+
+
+def _made(kind: Any, table: Mapping[str, Any], where: str) -> Any:
+    """A dataclass from a table, its own tables and lists of tables included."""
+    hints, known = get_type_hints(kind), [f.name for f in fields(kind)]
+    values = {}
+    for name, value in table.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise InvalidSetting(f"{where}: unknown field {name!r}{hint} (known: {', '.join(known)})")
+        values[name] = _fitted(value, hints[name], f"{where}, {name}")
+    for f in fields(kind):
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise InvalidSetting(f"{where}: field {f.name!r} is missing")
+    try:
+        return kind(**values)
+    except InvalidSetting as error:
+        raise InvalidSetting(f"{where}: {error}") from None
+
+
+def _fitted(value: Any, hint: Any, where: str) -> Any:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        chosen = next(part for part in parts if part is not type(None))
+        return _fitted(value, chosen, where)
+    if origin is Literal:
+        if value not in parts:
+            raise InvalidSetting(f"{where}: expected one of {', '.join(map(str, parts))}, found {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise InvalidSetting(f"{where}: expected a list, found {value!r}")
+        return tuple(_fitted(item, parts[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if hasattr(hint, "__dataclass_fields__"):
+        if not isinstance(value, dict):
+            raise InvalidSetting(f"{where}: expected a table, found {value!r}")
+        return _made(hint, value, where)
+    plain = {int: int, str: str, bool: bool}.get(hint, dict)
+    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+        raise InvalidSetting(f"{where}: expected {plain.__name__}, found {value!r}")
+    return value

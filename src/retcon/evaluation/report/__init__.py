@@ -1,9 +1,0 @@
-"""Reports from a benchmark's directory: tables in the papers' layouts, pictures, and one page to read.
-
-groups.py gathers runs, tables.py lays out, plots.py draws (matplotlib, the extra `plot`), page.py writes the page.
-"""
-
-from retcon.evaluation.report.groups import Group, groups_of
-from retcon.evaluation.report.tables import Table, tables_of
-
-__all__ = ["Group", "Table", "groups_of", "tables_of"]

@@ -1,0 +1,195 @@
+"""The value search as its definition reads: one edit at a time, a full forward pass per step over the edit's rows.
+
+Weights are frozen and the vocabulary is projected only where the loss looks, but nothing is reused between steps or
+edits. This is the reference that `search.py` is held to, and what it falls back on.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retcon.delta import EditReport
+from retcon.edits import Edit
+from retcon.errors import NonFinite
+from retcon.lm.forward import Hook, Point, run
+from retcon.lm.model import LM
+from retcon.lm.prompts import Batch, Where, pad
+from retcon.memory.contexts import Contexts
+from retcon.memory.values.objective import Values, ValueSearch, ValueSite, kl_row, read_part, rewriting_rows, with_kl
+
+
+def search_values_reference(
+    lm: LM,
+    edits: Sequence[Edit],
+    sites: Sequence[ValueSite],
+    contexts: Contexts,
+    search: ValueSearch,
+    *,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Values:
+    """`search_values`, plainly.
+
+    Raises:
+        NonFinite: a loss came out NaN or infinite; the message names the edit.
+    """
+    found = []
+    with lm.frozen_eval():
+        for edit in edits:
+            found.append(_search_one(lm, edit, sites, contexts, search))
+            progress(len(found))
+    return Values(
+        init=_by_site([f.init for f in found]),
+        delta=_by_site([f.delta for f in found]),
+        live=_by_site([f.live for f in found]),
+        report=tuple(f.report for f in found),
+    )
+
+
+def _by_site(per_edit: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack(list(vectors)) for vectors in zip(*per_edit, strict=True))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One edit's rows: rewriting rows with their targets, bare prompt first, then perhaps the KL row."""
+
+    batch: Batch
+    positions: dict[Where, Int[Tensor, " rows"]]
+    """Where each row is edited, per kind of position; the KL row has no prediction position and comes last."""
+    n_rewriting: int
+    label_rows: Int[Tensor, " labels"]
+    label_positions: Int[Tensor, " labels"]
+    labels: Int[Tensor, " labels"]
+
+
+def _rows_of(lm: LM, edit: Edit, contexts: Contexts, has_kl: bool) -> _Rows:
+    rows = rewriting_rows(lm, edit, contexts)
+    n = len(rows)
+    labels = [(j, r.n_prompt - 1 + t, token) for j, r in enumerate(rows) for t, token in enumerate(r.target_ids)]
+    rows = [read_part(r) for r in rows]
+    if has_kl:
+        rows.append(kl_row(lm, edit))
+        labels.append((n, rows[-1].position("subject_last"), -1))
+    where: dict[Where, Tensor] = {
+        "subject_last": torch.tensor([r.position("subject_last") for r in rows]),
+        "prediction": torch.tensor([r.prediction for r in rows[:n]]),
+    }
+    at, positions, tokens = (torch.tensor(column) for column in zip(*labels, strict=True))
+    return _Rows(pad(rows, lm.device), where, n, at, positions, tokens)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One edit's part of `Values`: vectors per site, on the CPU."""
+
+    init: list[Tensor]
+    delta: list[Tensor]
+    live: list[Tensor]
+    report: EditReport
+
+
+def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contexts, search: ValueSearch) -> _Found:
+    has_kl = with_kl(sites, search)
+    rows = _rows_of(lm, edit, contexts, has_kl)
+    dtype = torch.promote_types(lm.dtype, torch.float32)
+    deltas = [_zeros_at(lm, site.point, dtype) for site in sites]
+    optimizer = torch.optim.Adam(deltas, lr=search.learning_rate)
+    live: list[Tensor] = [torch.empty(0)] * len(sites)
+    inits: list[Tensor] = []
+    original: Tensor | None = None
+
+    def tap(here: Sequence[int]) -> Hook:
+        def add(value: Tensor) -> Tensor:
+            changed = value
+            for s in here:
+                positions = rows.positions[sites[s].where].to(value.device)
+                live[s] = value[0, positions[0]].detach().to(dtype)
+                at = torch.arange(len(positions), device=value.device), positions
+                vectors = deltas[s].to(value.device, value.dtype).expand(len(positions), -1)
+                changed = changed.index_put(at, vectors, accumulate=True)
+            return changed
+
+        return add
+
+    points = dict.fromkeys(site.point for site in sites)
+    hooks = {point: tap([s for s, site in enumerate(sites) if site.point == point]) for point in points}
+    step, reached, stopped, nll_factor = 0, 0.0, "steps", 1.0
+    terms: dict[str, float] = {}
+    for step in range(search.steps):
+        with torch.enable_grad():
+            logits = run(lm, rows.batch, hooks, (rows.label_rows, rows.label_positions))
+            assert logits is not None
+            inits = inits or [x.clone() for x in live]  # delta is still 0 in the first pass
+            log_p = torch.log_softmax(logits.to(dtype), dim=-1)
+            nll_rows = _nll_by_row(log_p, rows)
+            nll = nll_rows.mean()
+            loss = nll_factor * nll
+            kl = log_p.new_zeros(())
+            if has_kl:
+                original = log_p[-1].detach() if original is None else original
+                kl = (log_p[-1].exp() * (log_p[-1] - original)).sum()
+                loss = loss + search.kl_factor * kl
+            for site, delta, init in zip(sites, deltas, inits, strict=True):
+                loss = loss + (site.weight_decay * delta.norm() / init.norm() ** 2).to(loss.device)
+        reached = float((-nll_rows.detach()).exp().mean())
+        terms = {"nll": float(nll.detach()), "kl": float(kl.detach()), "loss": float(loss.detach())}
+        if not math.isfinite(terms["loss"]):
+            raise NonFinite(f"edit {edit.id!r} ({edit.subject!r}): the loss is {terms['loss']} at step {step}")
+        done = reached >= search.threshold if search.stop == "probability" else terms["loss"] < search.threshold
+        if search.settled_factor is not None:
+            settled = _all_most_likely(log_p, rows)
+            nll_factor = search.settled_factor if settled else 1.0
+            done = done or (settled and search.kl_factor * terms["kl"] <= search.settled_kl)
+        if done:
+            stopped = "reached"
+            break
+        if step == search.steps - 1:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        _clamp(deltas, inits, sites)
+    for s, site in enumerate(sites):
+        terms[f"{site.where}_delta"] = float(deltas[s].detach().norm())
+        terms[f"{site.where}_init"] = float(inits[s].norm())
+    lengths = [
+        (float(d.detach().norm()), s.clamp * float(i.norm())) for d, i, s in zip(deltas, inits, sites, strict=True)
+    ]
+    if stopped == "steps" and any(length >= radius * (1 - 1e-4) for length, radius in lengths):
+        stopped = "clamped"
+    found, seen = [d.detach().cpu() for d in deltas], [v.cpu() for v in live]
+    return _Found([i.cpu() for i in inits], found, seen, EditReport(edit.id, reached, step, stopped, terms))
+
+
+def _zeros_at(lm: LM, point: Point, dtype: torch.dtype) -> Tensor:
+    """A vector of the residual stream's width on the device of the point's block."""
+    weight = lm.site(point.layer, "down_proj").weight
+    return torch.zeros(weight.shape[0], dtype=dtype, device=weight.device, requires_grad=True)
+
+
+def _nll_by_row(log_p: Float[Tensor, "labels vocab"], rows: _Rows) -> Float[Tensor, " n_rewriting"]:
+    """Mean negative log-likelihood of the target per token, for each rewriting row."""
+    keep = rows.label_rows < rows.n_rewriting
+    at = rows.label_rows[keep].to(log_p.device)
+    picked = log_p[keep.to(log_p.device)].gather(1, rows.labels[keep].to(log_p.device)[:, None])[:, 0]
+    counts = torch.bincount(at, minlength=rows.n_rewriting).to(log_p.dtype)
+    return log_p.new_zeros(rows.n_rewriting).index_add(0, at, -picked) / counts
+
+
+def _all_most_likely(log_p: Float[Tensor, "labels vocab"], rows: _Rows) -> bool:
+    """Whether every target token is the most likely one in every rewriting row."""
+    keep = rows.label_rows < rows.n_rewriting
+    return bool((log_p.argmax(-1).cpu()[keep] == rows.labels[keep]).all())
+
+
+@torch.no_grad()
+def _clamp(deltas: Sequence[Tensor], inits: Sequence[Tensor], sites: Sequence[ValueSite]) -> None:
+    """Bring each delta back onto its own ball; the optimiser's state is not touched."""
+    for delta, init, site in zip(deltas, inits, sites, strict=True):
+        radius, length = site.clamp * init.norm(), delta.norm()
+        if length > radius:
+            delta *= radius / length

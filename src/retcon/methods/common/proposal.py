@@ -1,0 +1,240 @@
+"""What locate-then-edit methods share on the way from a batch of edits to a Delta, around their own steps.
+
+A method opens a `proposing` scope, searches values, writes them, and asks for the delta:
+
+    with proposing("memit", self, lm, edits, [group], contexts=contexts, moments=moments, seed=seed) as proposal:
+        values = proposal.search(sites, search)
+        proposal.write(group, values.target(0))
+        return proposal.delta(values.report)
+
+What is written is live inside the scope, and off the model after it.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.delta import Change, Delta, EditReport
+from retcon.edits import Edit, check_edits
+from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
+from retcon.lm.forward import TensorName
+from retcon.lm.model import LM, Site
+from retcon.lm.prompts import buckets, encode_edit, pad
+from retcon.memory.contexts import Contexts, ContextStyle
+from retcon.memory.defaults import default_contexts, default_moments
+from retcon.memory.keys import MAX_BATCH_TOKENS, KeyAverage, KeyReader
+from retcon.memory.moments import GivenMoments, Moments
+from retcon.memory.values import Values, ValueSearch, ValueSite, search_values
+from retcon.memory.write import LayerGroup, Temper, write
+from retcon.methods.common.contract import Progress, provenance, silent, unfiltered, uses_moments
+
+OUT_OF_RANGE = 5.0
+"""Norm of a change over that of its weight, per root of the number of edits, from which a warning is given: single
+edits that disable a model (ROME's tiny denominators) are at tens and more, ordinary ones of embedded models at 1."""
+
+
+@dataclass
+class Proposal:
+    """One batch of edits inside its `proposing` scope."""
+
+    method: Any
+    lm: LM
+    edits: Sequence[Edit]
+    contexts: Contexts
+    moments: Moments
+    sites: list[Site]
+    seed: int
+    temper: Temper
+    progress: Progress
+    scope: ExitStack
+    changes: dict[str, list[Change]] = field(default_factory=dict)
+    keys: dict[str, Float[Tensor, "n_edits m"]] = field(default_factory=dict)
+    """Keys that were written, by parameter name."""
+    readers: dict[tuple[Contexts, KeyAverage], KeyReader] = field(default_factory=dict)
+    """What has read the keys so far: a second group's reading starts where the first one's ended."""
+    plans: list[Mapping[str, Any]] = field(default_factory=list)
+    """How the searches were cut up."""
+
+    def search(self, sites: Sequence[ValueSite], search: ValueSearch) -> Values:
+        """Values for the batch (`memory.values.search_values`) on the weights as they are now."""
+        values = search_values(
+            self.lm,
+            self.edits,
+            sites,
+            self.contexts,
+            search,
+            progress=lambda n: self.progress("values", n, len(self.edits)),
+        )
+        self.plans.append(values.plan)
+        return values
+
+    def write(
+        self,
+        group: LayerGroup,
+        targets: Float[Tensor, "n_edits d_model"],
+        *,
+        contexts: Contexts | None = None,
+        key_average: KeyAverage = "two_level",
+    ) -> None:
+        """Write `targets` into the group's layers (`memory.write.write`); `contexts` other than the batch's own."""
+        contexts = self.contexts if contexts is None else contexts
+        if (contexts, key_average) not in self.readers:
+            self.readers[contexts, key_average] = KeyReader(self.lm, self.edits, contexts, average=key_average)
+        written = write(
+            self.lm,
+            self.edits,
+            targets,
+            group,
+            contexts,
+            self.moments,
+            self.scope,
+            key_average=key_average,
+            temper=self.temper,
+            reader=self.readers[contexts, key_average],
+        )
+        for name, change in written.changes.items():
+            self.changes.setdefault(name, []).append(change)
+        self.keys |= written.keys
+
+    def delta(
+        self, report: Sequence[EditReport] = (), *, state: Mapping[str, Tensor] | None = None, **notes: Any
+    ) -> Delta:
+        """What was written as a delta, reports completed by what the model says now; `notes` go on record."""
+        record = provenance(
+            self.method,
+            self.lm,
+            self.edits,
+            contexts=self.contexts,
+            moments=self.moments,
+            sites=self.sites,
+            seed=self.seed,
+        )
+        found = report_after(self.lm, self.edits, report)
+        self.scope.close()  # a delta is proposed on the model as it was
+        delta = self.lm.delta(
+            self.changes, report=found, state=state, provenance=record | {"values": self.plans} | notes
+        )
+        warn_of_size(self.lm, delta)
+        return delta
+
+
+@contextmanager
+def proposing(
+    method: Any,
+    lm: LM,
+    edits: Sequence[Edit],
+    groups: Sequence[LayerGroup],
+    *,
+    contexts: Contexts | None = None,
+    moments: Moments | None = None,
+    seed: int = 0,
+    context_style: ContextStyle = "memit",
+    temper: Temper = unfiltered,
+    progress: Progress = silent,
+) -> Iterator[Proposal]:
+    """Checks edits and layers, makes contexts and moments where none are given; the model is as it was afterwards.
+
+    Raises:
+        InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
+        InvalidSetting: a layer the model does not have.
+        NotEditable: a matrix that must not be edited.
+    """
+    check_edits(edits)
+    sites = [site for group in groups for site in sites_of(method.name, lm, group.layers, group.module)]
+    for site in sites:
+        lm.check_editable(site.name)
+    if not edits:
+        contexts, moments, sites = contexts or Contexts(), moments or GivenMoments({}), []
+    contexts = default_contexts(lm, seed, context_style) if contexts is None else contexts
+    moments = default_moments(lm) if moments is None else moments
+    if not uses_moments(method):
+        sites = []
+    moments.prepare(lm, sites)
+    with ExitStack() as scope:
+        yield Proposal(method, lm, edits, contexts, moments, sites, seed, temper, progress, scope)
+
+
+def sites_of(
+    name: str, lm: LM, layers: Sequence[int], module: Literal["down_proj", "o_proj"] = "down_proj"
+) -> list[Site]:
+    """The matrices that a method writes in these layers.
+
+    Raises:
+        InvalidSetting: a layer the model does not have.
+    """
+    for layer in layers:
+        if not 0 <= layer < lm.n_layers:
+            raise InvalidSetting(f"{name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")
+    return [lm.site(layer, module) for layer in layers]
+
+
+def only_one(name: str, edits: Sequence[Edit]) -> None:
+    """Raises InvalidEdit where a method that writes one fact is handed several."""
+    if len(edits) > 1:
+        raise InvalidEdit(
+            f"{name} writes one fact at a time, found {len(edits)} edits; retcon.in_steps({name}, lm, "
+            "edits) writes them one on top of the other (retcon edit does so by itself), or take a batch method: memit"
+        )
+
+
+def target_tensor(lm: LM, wanted: TensorName, name: str) -> TensorName:
+    """The tensor at which a method measures values on this model: the MLP's output behind a post-norm.
+
+    Behind a norm no write can bring the block's output to a wanted value.
+    """
+    if wanted == "block" and lm.layout.mlp_post_norm:
+        warnings.warn(
+            f"{name}: values belong at the block's output, but on {lm.model.config.model_type!r} a norm stands between "
+            "the MLP and that; they are sought and measured at the MLP's output instead",
+            RetconWarning,
+            stacklevel=3,
+        )
+        return "mlp"
+    return wanted
+
+
+def warn_of_size(lm: LM, delta: Delta) -> None:
+    """Warns where a change dwarfs the weight it is added to."""
+    for name, norm in delta.norms().items():
+        own = float(lm.parameter(name).detach().norm())
+        if norm > OUT_OF_RANGE * own * math.sqrt(max(len(delta.report), 1)):
+            warnings.warn(
+                f"{name}: the change (norm {norm:.3g}) is {norm / own:.0f} times larger than the weight ({own:.3g}), "
+                "which usually disables a model; lower the clamp, give the second moment more weight, or edit fewer "
+                "facts at once",
+                RetconWarning,
+                stacklevel=4,
+            )
+
+
+def report_after(lm: LM, edits: Sequence[Edit], report: Sequence[EditReport]) -> tuple[EditReport, ...]:
+    """The reports with what the model says now: one forward pass per batch of rows, on the edits' bare prompts."""
+    found = answers(lm, edits)
+    return tuple(
+        replace(r, written=probability, said=said) for r, (probability, said) in zip(report, found, strict=True)
+    )
+
+
+def answers(lm: LM, edits: Sequence[Edit], *, max_batch_tokens: int = MAX_BATCH_TOKENS) -> list[tuple[float, bool]]:
+    """Per edit, on its bare prompt: the new answer's geometric-mean probability per token, and whether each of its
+    tokens is the model's first choice."""
+    rows = [encode_edit(lm.tokenizer, edit, with_target=True) for edit in edits]
+    found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+    with lm.frozen_eval(), torch.no_grad():
+        for group in buckets([len(r.ids) for r in rows], max_batch_tokens):
+            chosen = [rows[i] for i in group]
+            labels = [(j, r.n_prompt - 1 + t, y) for j, r in enumerate(chosen) for t, y in enumerate(r.target_ids)]
+            at, positions, tokens = (torch.tensor(column) for column in zip(*labels, strict=True))
+            logits = lm.logits_at(pad(chosen, lm.device), at, positions).cpu()
+            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            picked, first = log_p.gather(1, tokens[:, None])[:, 0], log_p.argmax(-1) == tokens
+            for j, i in enumerate(group):
+                found[i] = float(picked[at == j].mean().exp()), bool(first[at == j].all())
+    return found

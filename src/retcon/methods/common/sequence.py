@@ -1,0 +1,119 @@
+"""Edits in steps: batch after batch, each proposed with those before it in the weights, as one delta.
+
+This is how many facts are written by a method that takes one (ROME), and how a sequential method's memory of earlier
+batches comes into play. One delta comes out, since that is what can be saved, undone and measured as a whole. Where
+every step shall be undone by itself, apply each delta before the next is proposed:
+
+    for batch in batches:
+        delta = method.propose(lm, batch, state=delta.state if delta else None)
+        lm.apply(delta)
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from retcon.delta import Change, Delta, Dense, LowRank, smallest
+from retcon.edits import Edit, check_edits
+from retcon.errors import InvalidSetting
+from retcon.lm.model import LM
+from retcon.memory.contexts import Contexts
+from retcon.memory.defaults import default_moments
+from retcon.memory.moments import Moments
+from retcon.methods.common.contract import Method, Progress, silent
+from retcon.methods.common.proposal import report_after
+
+
+def in_steps(
+    method: Method,
+    lm: LM,
+    edits: Sequence[Edit],
+    *,
+    batch_size: int | None = None,
+    contexts: Contexts | None = None,
+    moments: Moments | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Delta:
+    """One delta for all `edits`, made in batches of `batch_size`, each on top of those before; the model is untouched.
+
+    The report says what the model makes of every edit after the last step, so an edit that a later one has undone
+    counts as a conflict. All steps share one set of contexts and moments.
+
+    Args:
+        batch_size: None: all at once, or one by one where the method takes one fact.
+
+    Raises:
+        InvalidSetting: `batch_size` does not suit the method.
+        InvalidEdit, ConflictingEdits: as `propose`, and across batches too.
+    """
+    size = batch_size if batch_size is not None else len(edits) if method.batch else 1
+    if len(edits) > 1 and (size < 1 or (size > 1 and not method.batch)):
+        allowed = "any number from 1" if method.batch else "1"
+        raise InvalidSetting(f"batch_size {size}: {type(method).__name__} takes {allowed}")
+    check_edits(edits)
+    if len(edits) <= size or not edits:
+        return method.propose(lm, edits, contexts=contexts, moments=moments, state=state, seed=seed, progress=progress)
+    moments = default_moments(lm) if moments is None else moments
+    done: Delta | None = None
+    for first in range(0, len(edits), size):
+        with nullcontext() if done is None else lm.edited(done):
+            step = method.propose(
+                lm, edits[first : first + size], contexts=contexts, moments=moments, state=state, seed=seed
+            )
+        contexts, state = Contexts(tuple(step.provenance["contexts"])), step.state
+        done = step if done is None else _on_top(lm, done, step)
+        progress("values", min(first + size, len(edits)), len(edits))
+    assert done is not None
+    with lm.edited(done):
+        report = report_after(lm, [Edit(**edit) for edit in done.provenance["edits"]], done.report)
+    return lm.delta(
+        done.changes,
+        report=report,
+        state=done.state,
+        supersedes=done.supersedes,
+        provenance={**done.provenance, "batch_size": size},
+    )
+
+
+def _on_top(lm: LM, done: Delta, step: Delta) -> Delta:
+    """Both deltas as one, where `step` was proposed with `done` live (and may replace it)."""
+    replaced = done.id in step.supersedes
+    names = dict.fromkeys([*({} if replaced else done.changes), *step.changes])
+    changes = {
+        name: combined(
+            [*(() if replaced else done.changes.get(name, ())), *step.changes.get(name, ())], lm.parameter(name).shape
+        )
+        for name in names
+    }
+    earlier = [] if replaced else done.provenance["edits"]  # what replaces a delta has taken its edits over
+    return lm.delta(
+        changes,
+        report=(*(() if replaced else done.report), *step.report),
+        state=step.state,
+        supersedes=(*done.supersedes, *(i for i in step.supersedes if i != done.id)),
+        provenance={**step.provenance, "edits": [*earlier, *step.provenance["edits"]]},
+    )
+
+
+def combined(changes: Sequence[Change], shape: torch.Size) -> tuple[Change, ...]:
+    """The sum of changes to one parameter, in its smallest exact form; changes of slices are left as they are."""
+    if len(changes) < 2 or any(change.region is not None for change in changes):
+        return tuple(changes)
+    factors = list(_factors(changes))
+    if len(factors) == len(changes):
+        left, right = zip(*factors, strict=True)
+        return (smallest(torch.cat(left, dim=1), torch.cat(right, dim=0)),)
+    total = torch.zeros(shape, dtype=changes[0].values().dtype, device=changes[0].values().device)
+    for change in changes:
+        change.add_to(total)
+    return (Dense(full=total),)
+
+
+def _factors(changes: Sequence[Change]) -> Iterator[tuple[Tensor, Tensor]]:
+    for change in changes:
+        if isinstance(change, LowRank):
+            yield change.left, change.right

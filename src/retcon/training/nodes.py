@@ -1,0 +1,105 @@
+"""Rows and columns that join and leave training: each moves while it is chosen and keeps its change when it is not.
+
+A matrix's nodes stand in one compact tensor, so that those that no longer move still count in the forward pass.
+`RowAdam` steps chosen rows of it: a row that is not stepped neither moves nor ages, which zeroing its gradient would
+not achieve, since Adam moves any row with momentum left.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from retcon.lm.model import Site
+from retcon.training.parts import Part, TrainedBias, TrainedColumns, TrainedRows, fresh
+
+Kind = Literal["rows", "columns", "bias"]
+"""What a node is: an output unit's weights and its bias entry, an input unit's weights, or a bias entry alone."""
+
+
+class Nodes:
+    """The nodes of one matrix that are or were trained, with their changes so far."""
+
+    def __init__(self, site: Site, kind: Kind) -> None:
+        self.site, self.kind = site, kind
+        out, into = site.weight.shape
+        widths: dict[str, list[tuple[int, ...]]] = {"rows": [(into,)], "columns": [(out,)], "bias": [()]}
+        if site.bias is not None:
+            widths["rows"].append(())
+        self.index: Int[Tensor, " n"] = torch.empty(0, dtype=torch.long, device=site.weight.device)
+        self.tensors = [fresh(site, 0, *width) for width in widths[kind]]
+        """(n, width) values, and for rows with a bias (n) values of that."""
+
+    def admit(self, units: Int[Tensor, " k"]) -> None:
+        """Take in those of `units` that are not here yet, unchanged so far."""
+        units = units.to(self.index.device)
+        new = units[~torch.isin(units, self.index)]
+        self.index = torch.cat([self.index, new])
+        grown = [torch.cat([t.detach(), fresh(self.site, len(new), *t.shape[1:]).detach()]) for t in self.tensors]
+        self.tensors = [t.requires_grad_() for t in grown]
+
+    def chosen(self, units: Int[Tensor, " k"]) -> Bool[Tensor, " n"]:
+        """Which of the nodes here are among `units`."""
+        return torch.isin(self.index, units.to(self.index.device))
+
+    def parts(self) -> list[Part]:
+        """What the nodes add to the module's output."""
+        return self._parts(self.index, self.tensors)
+
+    def averaged(self, sources: Bool[Tensor, " n"], units: Int[Tensor, " k"]) -> list[Part]:
+        """The mean change of the `sources`, put on each of `units` in their place; gradients flow into the sources."""
+        index = units.to(self.index.device)
+        return self._parts(index, [t[sources].mean(0).expand(len(index), *t.shape[1:]) for t in self.tensors])
+
+    def _parts(self, index: Int[Tensor, " n"], tensors: Sequence[Tensor]) -> list[Part]:
+        if self.kind == "columns":
+            return [TrainedColumns(self.site, index, tensors[0])]
+        if self.kind == "bias":
+            return [TrainedBias(self.site, index, tensors[0])]
+        return [TrainedRows(self.site, index, tensors[0]), *(TrainedBias(self.site, index, t) for t in tensors[1:])]
+
+
+@dataclass(frozen=True)
+class RowState:
+    """Adam's memory of one tensor."""
+
+    first: Tensor
+    second: Tensor
+    steps: Float[Tensor, " n"]
+
+    @classmethod
+    def fresh(cls, tensor: Tensor, steps: float = 0.0) -> "RowState":
+        """Nothing remembered; `steps` counted so far, without a gradient."""
+        zero = torch.zeros_like(tensor, requires_grad=False)
+        return cls(zero, zero.clone(), torch.full((len(tensor),), steps, dtype=zero.dtype, device=zero.device))
+
+    def grown(self, tensor: Tensor, kept: Bool[Tensor, " n"], steps: float = 0.0) -> "RowState":
+        """For a tensor with rows added behind; rows not `kept` start fresh, with `steps` counted."""
+        new = RowState.fresh(tensor, steps)
+        old = kept[: len(self.steps)]
+        for mine, theirs in ((new.first, self.first), (new.second, self.second), (new.steps, self.steps)):
+            mine[: len(old)][old] = theirs[old]
+        return new
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowAdam:
+    """Adam (Kingma and Ba 2015, no weight decay) on chosen rows of a tensor, with the steps counted per row."""
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    @torch.no_grad()
+    def step(self, tensor: Tensor, gradient: Tensor, state: RowState, rows: Bool[Tensor, " n"]) -> None:
+        """Move `rows` of `tensor`, in place."""
+        g, (b1, b2) = gradient[rows], self.betas
+        m = b1 * state.first[rows] + (1 - b1) * g
+        v = b2 * state.second[rows] + (1 - b2) * g * g
+        steps = state.steps[rows] + 1
+        state.first[rows], state.second[rows], state.steps[rows] = m, v, steps
+        t = steps.view(-1, *[1] * (tensor.dim() - 1))
+        tensor[rows] -= self.learning_rate * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + self.eps)

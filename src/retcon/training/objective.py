@@ -1,0 +1,115 @@
+"""The edit loss: how unlikely a model finds the wanted answers, teacher-forced, per edit.
+
+The input is a prompt and all tokens of its answer but the last; the loss looks at the positions that predict answer
+tokens and nowhere else. Log-probabilities are float32 or wider, whatever the model's dtype.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retcon.edits import Edit
+from retcon.errors import InvalidEdit
+from retcon.lm.forward import run
+from retcon.lm.model import LM
+from retcon.lm.prompts import Row, buckets, encode, pad
+
+MAX_BATCH_TOKENS = 4096
+"""Padded tokens per forward pass; only memory and speed depend on it."""
+
+Answer = Literal["target_new", "target_true"]
+"""Which of an edit's answers: the one to write, or the one the model gives now."""
+
+
+def answer_rows(lm: LM, edits: Sequence[Edit], answer: Answer = "target_new") -> list[Row]:
+    """Prompt and answer of each edit, tokenised together.
+
+    Raises:
+        InvalidEdit: `target_true` is asked for and an edit has none.
+    """
+    rows = []
+    for edit in edits:
+        text = getattr(edit, answer)
+        if text is None:
+            raise InvalidEdit(f"edit {edit.id!r} ({edit.subject!r}) has no {answer}, which these settings need")
+        rows.append(encode(lm.tokenizer, edit.text, text, subject_span=edit.subject_span))
+    return rows
+
+
+def answer_places(rows: Sequence[Row]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """(row, position) of every position that predicts an answer token, row by row."""
+    places = [(i, row.n_prompt - 1 + j) for i, row in enumerate(rows) for j in range(len(row.target_ids))]
+    at, positions = zip(*places, strict=True)
+    return torch.tensor(at), torch.tensor(positions)
+
+
+def answer_log_probs(lm: LM, rows: Sequence[Row]) -> Float[Tensor, "n vocab"]:
+    """Log-probabilities at `answer_places(rows)`: one forward pass, gradients as the surrounding mode has them."""
+    inputs = [Row(row.ids[:-1], row.n_prompt) for row in rows]  # the last answer token is only predicted
+    logits = run(lm, pad(inputs, lm.device), {}, answer_places(rows))
+    assert logits is not None
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def gold(
+    log_p: Float[Tensor, "n vocab"], rows: Sequence[Row], labels: Sequence[Sequence[int]] | None = None
+) -> Float[Tensor, " n"]:
+    """The answer tokens' own log-probabilities (or those of `labels`, one list of token ids per row)."""
+    tokens = [t for row in rows for t in row.target_ids] if labels is None else [t for row in labels for t in row]
+    return log_p.gather(1, torch.tensor(tokens, device=log_p.device)[:, None])[:, 0]
+
+
+def answer_nll(lm: LM, rows: Sequence[Row], labels: Sequence[Sequence[int]] | None = None) -> Float[Tensor, " n_rows"]:
+    """L_e: mean negative log-likelihood per answer token, for each row; `labels` replaces the answers' own tokens."""
+    found = gold(answer_log_probs(lm, rows), rows, labels)
+    at = answer_places(rows)[0].to(found.device)
+    counts = torch.tensor([len(row.target_ids) for row in rows], device=found.device)
+    return found.new_zeros(len(rows)).index_add(0, at, -found) / counts
+
+
+def token_chunks(rows: Sequence[Row], items: Sequence[int], max_tokens: int = MAX_BATCH_TOKENS) -> list[list[int]]:
+    """`items` in groups of neighbours in length, at most `max_tokens` padded tokens each."""
+    return [[items[i] for i in group] for group in buckets([len(rows[i].ids) for i in items], max_tokens)]
+
+
+@dataclass(frozen=True)
+class AnswerLoss:
+    """The edit loss of a fixed set of rows, for any of them at a time."""
+
+    lm: LM
+    rows: Sequence[Row]
+    labels: Sequence[Sequence[int]] | None = None
+    """What each row shall say in place of its own answer tokens."""
+
+    def __call__(self, items: Sequence[int]) -> Float[Tensor, " n"]:
+        """L_e of these rows, with the surrounding gradient mode."""
+        labels = None if self.labels is None else [self.labels[i] for i in items]
+        return answer_nll(self.lm, [self.rows[i] for i in items], labels)
+
+    def chunks(self, items: Sequence[int]) -> list[list[int]]:
+        """`items` in groups that fit in memory."""
+        return token_chunks(self.rows, items)
+
+    @torch.no_grad()
+    def now(self) -> list[float]:
+        """Every row's loss."""
+        chunks = self.chunks(range(len(self.rows)))
+        found = {i: loss for chunk in chunks for i, loss in zip(chunk, self(chunk).tolist(), strict=True)}
+        return [found[i] for i in range(len(self.rows))]
+
+
+@torch.no_grad()
+def own_answers(lm: LM, rows: Sequence[Row]) -> list[tuple[int, ...]]:
+    """What the model itself would say at each answer position, the answer's earlier tokens given."""
+    said: list[tuple[int, ...]] = [()] * len(rows)
+    for chunk in token_chunks(rows, range(len(rows))):
+        here = [rows[i] for i in chunk]
+        found = answer_log_probs(lm, here).argmax(-1).tolist()
+        for i, row in zip(chunk, here, strict=True):
+            said[i] = tuple(found[: len(row.target_ids)])
+            del found[: len(row.target_ids)]
+    return said

@@ -1,0 +1,354 @@
+"""Benchmarks with a counting method on a tiny model: ended at every point, they go on to the same bytes."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retcon.bench import (
+    BenchSpec,
+    DatasetSpec,
+    MethodSpec,
+    ModelSpec,
+    estimate,
+    read_bench,
+    run_bench,
+    spec_from_file,
+)
+from retcon.bench import run as running
+from retcon.bench.manifest import differences
+from retcon.bench.protocol import Protocol
+from retcon.bench.spec import MeasureSpec
+from retcon.bench.units import Units
+from retcon.delta import Delta
+from retcon.edits import Edit, write_cases
+from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, RetconWarning
+from retcon.evaluation import Measures
+from retcon.evaluation.measure import Outputs, tell
+from retcon.evaluation.plan import make_plan
+from retcon.lm.model import LM
+from retcon.methods.memit import Memit
+from retcon.methods.rect import Rect
+from retcon.methods.rome import Rome
+from tests.conftest import random_moments
+from tests.bench.test_protocol import CASES, Counting
+
+PROTOCOLS = (
+    Protocol(kind="batch", n=4, batch=2),
+    Protocol(kind="sequential", n=3, checkpoints=(2,)),
+)
+
+
+@pytest.fixture
+def spec(tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch) -> BenchSpec:
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
+    write_cases(tmp_path / "cases.jsonl", CASES)
+    (tmp_path / "text.txt").write_text("The capital of France is Paris. The train stood still, and he read.")
+    monkeypatch.setattr(running, "load_model", lambda name, **_: tiny(n_layers=1))
+    monkeypatch.setattr(running, "make_method", lambda name, **settings: NoiseSettings(settings.get("size", 0.3)))
+    return BenchSpec(
+        name="test",
+        models=(ModelSpec(name="./tiny", corpus=str(tmp_path / "text.txt")),),
+        methods=(MethodSpec(name="noise"),),
+        datasets=(DatasetSpec(path=str(tmp_path / "cases.jsonl"), order="shuffle"),),
+        protocols=PROTOCOLS,
+        measures=MeasureSpec(max_new_tokens=3),
+        text=str(tmp_path / "text.txt"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseSettings:
+    """Adds noise."""
+
+    size: float = 0.3
+    batch = True
+
+    def propose(
+        self, lm: LM, edits: Sequence[Edit], *, contexts: Any = None, moments: Any, state: Any = None, **rest: Any
+    ) -> Delta:
+        ACTING.calls += 1
+        if ACTING.stop_at == ACTING.calls:
+            raise KeyboardInterrupt
+        return Counting(self.size)(lm, edits, state)
+
+
+class Acting:
+    calls = 0
+    stop_at: int | None = None
+
+
+ACTING = Acting()
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    ACTING.calls, ACTING.stop_at = 0, None
+
+
+def results(directory: Path) -> dict[str, bytes]:
+    """All files that must not depend on how the run went."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for name in ("records.jsonl", "texts.jsonl", "cases.jsonl")
+        for path in sorted(directory.glob(f"runs/*/{name}"))
+    }
+
+
+def test_a_run_leaves_records_texts_timings_and_a_manifest(spec: BenchSpec, tmp_path: Path) -> None:
+    run_bench(spec, tmp_path / "out")
+    bench = read_bench(tmp_path / "out")
+    assert bench.name == "test"
+    assert bench.unfinished == ()
+    assert [run.manifest["protocol"]["kind"] for run in bench.runs] == ["batch", "sequential"]
+    batch, sequence = bench.runs
+    assert batch.context["edit_batch"] == 2
+    assert {r.when for r in sequence.records} == {"pre", "immediate", "checkpoint", "final"}
+    assert len(batch.manifest["cases"]) == 4
+    assert batch.manifest["method"]["settings"] == {"size": 0.3}
+    assert {r.variant for r in batch.timings} >= {"time.load", "time.edit"}
+    ppl = [r for r in sequence.records if r.metric == "perplexity"]
+    assert {(r.when, r.variant) for r in ppl} == {
+        (when, variant)
+        for when in ("pre", "checkpoint", "final")
+        for variant in ("ppl.value", "ppl.ratio", "ppl.nll_change")
+    }
+    assert {r.value for r in ppl if r.when == "pre" and r.variant == "ppl.ratio"} == {1}
+    assert {row["when"] for row in batch.texts} == {"pre", "final"}
+    assert batch.environment["command"]
+    text = json.dumps(bench.environment)
+    assert "HOME" not in text
+    order = [run.manifest["cases"] for run in bench.runs]
+    assert order[1] == order[0][:3]  # the same draw, nested
+    assert order[0] != [c.id for c in CASES[:4]]
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["between units", "inside a method's call"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(spec: BenchSpec, tmp_path: Path, within: bool) -> None:
+    spec = dataclasses.replace(spec, warm_up=False)
+    run_bench(spec, tmp_path / "whole")
+    wanted, n_calls = results(tmp_path / "whole"), ACTING.calls
+    assert len(wanted) == 6
+    for stop in range(1, n_calls + 1):
+        place, heard = tmp_path / f"stopped-{stop}", 0
+        ACTING.calls, ACTING.stop_at = 0, stop if within else None
+
+        def watch(event: Any, stop: int = stop) -> None:
+            nonlocal heard
+            heard += event.done > 0 and event.evaluation is None
+            if heard == stop and not within:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_bench(spec, place, watch=watch)
+        ACTING.stop_at = None
+        run_bench(spec, place)
+        assert results(place) == wanted, stop
+
+
+def test_a_method_for_one_fact_makes_a_batch_one_by_one(
+    spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "make_method", lambda name, **_: Rome(layer=0, steps=2, use_moment=False))
+    spec = dataclasses.replace(spec, protocols=(Protocol(kind="batch", n=4),), text=None)
+    run_bench(spec, tmp_path / "out")
+    (run,) = read_bench(tmp_path / "out").runs
+    edits = [r for r in run.records if r.axis == "edit"]
+    assert [(r.status, r.detail) for r in edits] == [("ok", "steps")] * 4
+    (found,) = estimate(spec, tmp_path / "elsewhere")
+    assert found.seconds_edit == pytest.approx((found.seconds_call + 3 * found.seconds_more) / 4)
+    (found,) = estimate(spec, tmp_path / "out")
+    assert found.finished
+    assert found.seconds == 0
+
+
+def test_shared_values_are_searched_once_and_change_nothing(
+    spec: BenchSpec, tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"memit": Memit(layers=(0,), steps=3), "rect": Rect(base_settings={"layers": (0,), "steps": 3})}
+    monkeypatch.setattr(running, "make_method", lambda name, **_: made[name])
+    monkeypatch.setattr(running, "CorpusMoments", lambda corpus: random_moments(tiny(n_layers=1)))
+    methods = (MethodSpec(name="memit"), MethodSpec(name="rect"))
+    alone = dataclasses.replace(spec, methods=methods, protocols=(Protocol(n=4, batch=2),), text=None)
+    run_bench(alone, tmp_path / "alone")
+    run_bench(dataclasses.replace(alone, share_values=True), tmp_path / "shared")
+    assert results(tmp_path / "shared") == results(tmp_path / "alone")
+    timed = {
+        place: [
+            [r.status for r in run.timings if r.variant == "time.edit"] for run in read_bench(tmp_path / place).runs
+        ]
+        for place in ("alone", "shared")
+    }
+    assert timed == {"alone": [["ok"] * 2] * 2, "shared": [["ok"] * 2, ["skipped"] * 2]}
+    assert not (tmp_path / "shared" / "values").exists()
+
+
+def test_a_finished_run_is_not_run_again(spec: BenchSpec, tmp_path: Path) -> None:
+    run_bench(spec, tmp_path / "out")
+    before, ACTING.calls = results(tmp_path / "out"), 0
+    events: list[Any] = []
+    run_bench(spec, tmp_path / "out", watch=events.append)
+    assert ACTING.calls == 0
+    assert [e.found for e in events] == [True, True]
+    assert results(tmp_path / "out") == before
+
+
+def test_the_unedited_model_is_measured_once_for_all(
+    spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retcon.bench import pre
+
+    looked: list[int] = []
+    real = pre.measure
+    monkeypatch.setattr(pre, "measure", lambda lm, plan, *a: (looked.append(len(plan.cases)), real(lm, plan, *a))[1])
+    both = dataclasses.replace(
+        spec, methods=(MethodSpec(name="noise"), MethodSpec(name="noise", label="more", settings={"size": 0.5}))
+    )
+    run_bench(both, tmp_path / "one")
+    assert looked == [4, 3]
+    run_bench(both, tmp_path / "two")
+    assert looked == [4, 3]
+    assert results(tmp_path / "one") == results(tmp_path / "two")
+    for file in (tmp_path / "cache" / "pre").glob("*.json"):
+        file.write_text("{")
+    run_bench(both, tmp_path / "three")
+    assert looked == [4, 3, 4, 3]
+    assert results(tmp_path / "three") == results(tmp_path / "one")
+
+
+def test_another_benchmark_in_the_directory_is_refused_with_what_differs(spec: BenchSpec, tmp_path: Path) -> None:
+    run_bench(spec, tmp_path / "out")
+    other = dataclasses.replace(spec, seeds=(1,), methods=(MethodSpec(name="noise", settings={"size": 0.2}),))
+    with pytest.raises(InvalidSetting) as caught:
+        run_bench(other, tmp_path / "out")
+    text = str(caught.value)
+    assert "spec.seeds: [0] -> [1]" in text
+    assert "spec.methods[0].settings.size: null -> 0.2" in text
+    assert "--force" in text
+    run_bench(other, tmp_path / "out", force=True)
+    assert len(list((tmp_path / "out").glob("manifest-*.json"))) == 1
+    assert {run.manifest["seed"] for run in read_bench(tmp_path / "out").runs} == {1}
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 4
+
+
+def test_a_machine_that_changed_is_said(spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_bench(spec, tmp_path / "out")
+    monkeypatch.setattr(running, "environment", lambda command: {"threads": 99, "command": "x"})
+    with pytest.warns(RetconWarning, match="the machine is not as it was"):
+        run_bench(spec, tmp_path / "out")
+
+
+def test_kept_tokens_give_the_records_again(spec: BenchSpec, tmp_path: Path, tiny: Callable[..., LM]) -> None:
+    spec = dataclasses.replace(
+        spec, keep_tokens=True, keep_text=False, protocols=PROTOCOLS[:1], measures=MeasureSpec(generate=False)
+    )
+    run_bench(spec, tmp_path / "out")
+    (run,) = read_bench(tmp_path / "out").runs
+    assert run.texts == []
+    units = Units(run.directory, run.context["run_id"], keep_tokens=True)
+    chosen = [next(c for c in CASES if c.id == name) for name in run.manifest["cases"]]
+    unit = units.load(units.key(0, [c.id for c in chosen[:2]]))
+    assert unit is not None
+    measures = Measures(generate=False)
+    plan = make_plan(tiny(n_layers=1), chosen[:2], measures)
+    outputs = Outputs({(case, query): scores for (_, case, query), scores in unit.scores.items()})
+    again = tell(plan, measures, outputs, "final").records
+    assert [r for r in again if not r.variant.startswith("ee.")] == [
+        r for r in unit.records if r.when == "final" and r.case_id and not r.variant.startswith("ee.")
+    ]
+
+
+def test_damaged_files_are_named(spec: BenchSpec, tmp_path: Path) -> None:
+    spec = dataclasses.replace(spec, protocols=PROTOCOLS[1:])
+    run_bench(spec, tmp_path / "out")
+    (run,) = read_bench(tmp_path / "out").runs
+    (run.directory / "records.jsonl").unlink()
+    heads = sorted((run.directory / "units").glob("*.json"))
+    heads[-1].unlink()  # the last look is lost; the steps are there
+    head = json.loads(heads[1].read_text())
+    heads[1].write_text(json.dumps({**head, "mark": "0" * 64}))
+    with pytest.raises(DeltaMismatch, match="not those that were measured"):
+        run_bench(spec, tmp_path / "out")
+    heads[1].write_text("[]")
+    with pytest.raises(MalformedFile, match="not a unit of a run"):
+        run_bench(spec, tmp_path / "out")
+    with pytest.raises(MalformedFile, match=r"no such file; is this the directory"):
+        read_bench(tmp_path / "nowhere")
+
+
+# --- specifications ------------------------------------------------------------------------------------------------
+
+TOML = """
+name = "mine"
+seeds = [0, 3]
+[[models]]
+name = "org/model-6b"
+[[methods]]
+name = "jeep"
+settings = {steps = 5}
+[[datasets]]
+path = "cf.json"
+limit = 10
+[[protocols]]
+kind = "sequential"
+checkpoints = [1, 10]
+[measures]
+stops = ["."]
+fluency = ["flu.new"]
+"""
+
+
+def test_a_specification_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "b.toml").write_text(TOML)
+    found = spec_from_file(tmp_path / "b.toml")
+    assert (found.name, found.seeds) == ("mine", (0, 3))
+    assert found.models == (ModelSpec(name="org/model-6b", label="model-6b"),)
+    assert found.methods == (MethodSpec(name="jeep", label="jeep", settings={"steps": 5}),)
+    assert found.datasets[0].label == "cf"
+    assert found.protocols == (Protocol(kind="sequential", checkpoints=(1, 10)),)
+    assert found.measures.stops == (".",)
+    moved = found.with_places(model="./here", dataset="there.json", corpus="c.txt", text="t.txt")
+    assert (moved.models[0].name, moved.models[0].label, moved.models[0].corpus) == ("./here", "model-6b", "c.txt")
+    assert (moved.datasets[0].path, moved.datasets[0].label, moved.text) == ("there.json", "cf", "t.txt")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds =", "seed =", "unknown field 'seed'; did you mean 'seeds'"),
+        ("limit = 10", "limit = true", r"datasets\[0\], limit: expected int, found True"),
+        ('kind = "sequential"', 'kind = "later"', r"protocols\[0\], kind: expected one of"),
+        ('path = "cf.json"', "", r"datasets\[0\]: field 'path' is missing"),
+        ("seeds = [0, 3]", "seeds = 3", "seeds: expected a list, found 3"),
+        ("seeds = [0, 3]", "seeds = []", "seeds is empty"),
+        ("seeds = [0, 3]", "seeds = [1, 1]", "a seed occurs twice"),
+        ('name = "mine"', "name = mine", "not a readable TOML file"),
+        ('kind = "sequential"', 'kind = "batch"', r"protocols\[0\]: batch restores after every call"),
+        ("[measures]", '[[methods]]\nname = "jeep"\n[measures]', "two methods are called 'jeep'"),
+    ],
+)
+def test_mistakes_in_a_specification_are_named(old: str, new: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "b.toml").write_text(TOML.replace(old, new))
+    with pytest.raises((InvalidSetting, MalformedFile), match=message) as caught:
+        spec_from_file(tmp_path / "b.toml")
+    assert str(tmp_path / "b.toml") in str(caught.value)
+
+
+def test_a_method_stands_for_one_with_each_value() -> None:
+    varied = MethodSpec(name="ctp", settings={"epochs": 2}, vary={"contrast": ["none", "mirror"], "weight": [0, 1]})
+    spec = BenchSpec(models=(ModelSpec(name="m"),), methods=(varied,), datasets=(DatasetSpec(path="d"),))
+    assert [m.label for m in spec.methods] == [
+        f"ctp contrast={c} weight={w}" for c in ("none", "mirror") for w in (0, 1)
+    ]
+    assert dict(spec.methods[2].settings) == {"epochs": 2, "contrast": "mirror", "weight": 0}
+    with pytest.raises(InvalidSetting, match=r"ctp: vary\.weight takes a list of values, found 3"):
+        MethodSpec(name="ctp", vary={"weight": 3})  # type: ignore[dict-item]
+
+
+def test_differences_name_leaves() -> None:
+    assert differences({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [2]}}) == ["b.c: [1] -> [2]"]
+    assert differences({"a": 1}, {}) == ["a: 1 -> null"]
+    assert differences(list(range(20)), [0, *range(2, 20)]) == [": 19 of 20 entries differ"]

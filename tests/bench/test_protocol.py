@@ -1,0 +1,242 @@
+"""Protocols with a method that counts: what is edited when, what is measured with what in force, what is restored."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from retcon import world
+from retcon.bench.protocol import CURVE, Protocol, n_units, run_protocol
+from retcon.delta import Delta, Dense, EditReport
+from retcon.edits import Case, Edit, Query
+from retcon.errors import InvalidSetting, NonFinite
+from retcon.evaluation import Evaluation, Measures, evaluate
+from retcon.lm.model import LM
+
+Make = Callable[..., LM]
+WEIGHT = "transformer.h.0.mlp.fc_out.weight"
+QUIET = Measures(generate=False)
+NAMES = ["France", "Italy", "Florence", "Milan", "Zürich"]
+CASES = [
+    Case(
+        name,
+        (Edit("The capital of {} is", name, "Rome", "Paris", id=name),),
+        (
+            Query("rewrite/0", "rewrite", f"The capital of {name} is", "Rome", "Paris"),
+            Query("neighborhood/0", "neighborhood", f"He lived near {name} in", "Paris", "Rome"),
+        ),
+    )
+    for name in NAMES
+]
+
+
+class Counting:
+    """Adds noise named after the edits; remembers what was asked, and what was in force then."""
+
+    def __init__(self, size: float = 0.3, fails: Sequence[int] = ()) -> None:
+        self.size, self.fails = size, fails
+        self.calls: list[tuple[list[str], int, Any]] = []
+
+    def __call__(self, lm: LM, edits: Sequence[Edit], state: Mapping[str, torch.Tensor] | None) -> Delta:
+        self.calls.append(([e.id for e in edits], len(lm.applied), state and int(state["n"])))
+        if len(self.calls) - 1 in self.fails:
+            raise NonFinite("the loss is NaN")
+        seed = int.from_bytes(hashlib.sha256(repr([e.id for e in edits]).encode()).digest()[:4], "big")
+        noise = torch.randn(lm.parameter(WEIGHT).shape, generator=torch.Generator().manual_seed(seed))
+        return lm.delta(
+            {WEIGHT: [Dense(full=self.size * noise.double())]},
+            report=tuple(EditReport(e.id, 0.9, 3, "reached") for e in edits),
+            state={"n": torch.tensor((int(state["n"]) if state else 0) + len(edits))},
+        )
+
+
+def final(found: Evaluation, *cases: str) -> list[Any]:
+    """What was measured after the last edit, without what only the protocol decides."""
+    return [
+        (r.case_id, r.query_id, r.metric, r.variant, r.value, r.n, r.status)
+        for r in found.records
+        if r.when == "final" and (not cases or r.case_id in cases)
+    ]
+
+
+def run(lm: LM, protocol: Protocol, editor: Counting | None = None, cases: Sequence[Case] = CASES) -> Evaluation:
+    return run_protocol(lm, cases, editor or Counting(), protocol, measures=QUIET)
+
+
+def test_what_is_edited_when(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    for protocol, calls in (
+        (Protocol(kind="single"), [([n], 0, None) for n in NAMES]),
+        (Protocol(kind="batch"), [(NAMES, 0, None)]),
+        (Protocol(kind="batch", batch=2), [(NAMES[:2], 0, None), (NAMES[2:4], 0, None), (NAMES[4:], 0, None)]),
+        (Protocol(kind="sequential", n=3), [(NAMES[:1], 0, None), (NAMES[1:2], 1, 1), (NAMES[2:3], 2, 2)]),
+        (Protocol(kind="batch_sequential", n=4, batch=2), [(NAMES[:2], 0, None), (NAMES[2:4], 1, 2)]),
+    ):
+        editor = Counting()
+        found = run(lm, protocol, editor)
+        assert editor.calls == calls
+        n = protocol.n or len(CASES)
+        assert {r.case_id for r in found.records if r.when == "final" and r.axis == "rewrite"} == set(NAMES[:n])
+        assert {r.case_id for r in found.records if r.when == "pre"} == set(NAMES[:n])
+
+
+def test_single_is_batch_of_one_and_a_sequence_of_one_its_first(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    single = final(run(lm, Protocol(kind="single")))
+    assert single == final(run(lm, Protocol(kind="batch", batch=1)))
+    assert final(run(lm, Protocol(kind="sequential", n=1))) == [r for r in single if r[0] == NAMES[0]]
+    assert final(run(lm, Protocol(kind="batch_sequential", batch=5))) == final(run(lm, Protocol(kind="batch")))
+
+
+def test_final_is_measured_with_all_edits_and_immediate_with_those_so_far(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    found = run(lm, Protocol(kind="sequential", n=3, checkpoints=(2,)))
+    deltas: list[Delta] = []
+    editor = Counting()
+    for step, case in enumerate(CASES[:3]):
+        deltas.append(editor(lm, case.edits, deltas[-1].state if deltas else None))
+        lm.apply(deltas[-1])
+        now = evaluate(lm, CASES[: step + 1], generate=False).records
+        here = {(r.case_id, r.query_id, r.variant): r.value for r in now if r.variant.startswith("cf.")}
+        for when, cases in (("immediate", [case]), ("checkpoint", CASES[:2]), ("final", CASES[:3])):
+            told = {
+                (r.case_id, r.query_id, r.variant): r.value
+                for r in found.records
+                if r.when == when and r.step == step and r.variant.startswith("cf.")
+            }
+            expected = when == "immediate" or step == {"checkpoint": 1, "final": 2}[when]
+            wanted = {k: v for k, v in here.items() if k[0] in {c.id for c in cases}} if expected else {}
+            assert told == pytest.approx(wanted)
+    lm.revert_all()
+
+
+def test_agreement_is_with_the_unedited_model(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    found = run(lm, Protocol(kind="sequential", n=3), Counting(size=0.0))
+    values = {r.value for r in found.records if r.variant == "ee.loc.argmax"}
+    assert values == {1}
+    assert final(found) == [
+        (r.case_id, r.query_id, r.metric, r.variant, r.value, r.n, r.status) for r in found.records if r.when == "pre"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["single", "batch", "sequential", "batch_sequential"])
+@pytest.mark.parametrize("error", [None, ZeroDivisionError, KeyboardInterrupt])
+def test_the_base_comes_back(
+    kind: Any, error: type[BaseException] | None, tiny: Make, untouched: Callable[[LM], Any]
+) -> None:
+    lm = tiny(n_layers=1)
+    look = untouched(lm)
+    editor = Counting()
+
+    def propose(lm: LM, edits: Sequence[Edit], state: Any) -> Delta:
+        if error is not None and len(editor.calls) == (0 if kind == "batch" else 2):
+            raise error
+        return editor(lm, edits, state)
+
+    if error is None:
+        run_protocol(lm, CASES, propose, Protocol(kind=kind), measures=QUIET)
+    else:
+        with pytest.raises(error):
+            run_protocol(lm, CASES, propose, Protocol(kind=kind), measures=QUIET)
+    assert untouched(lm) == look
+
+
+def test_a_method_that_fails_is_recorded_and_the_run_goes_on(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    found = run(lm, Protocol(kind="sequential", n=3), Counting(fails=[1]))
+    told = {r.case_id: (r.status, r.value, r.detail) for r in found.records if r.axis == "edit"}
+    assert told["France"] == ("ok", 0.9, "reached")
+    assert told["Italy"] == ("error", None, "NonFinite: the loss is NaN")
+    assert {r.case_id for r in found.records if r.when == "final"} == set(NAMES[:3])
+    alone = run(lm, Protocol(kind="single"), Counting(fails=[0, 2]))
+    assert {r.case_id for r in alone.records if r.when == "final"} == {"Italy", "Milan", "Zürich"}
+    nothing = run(lm, Protocol(kind="batch"), Counting(fails=[0]))
+    assert not [r for r in nothing.records if r.when == "final"]
+
+
+def test_an_edit_without_its_subject_is_skipped_and_said(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    lost = Case("lost", (Edit("Here is", "nobody", "x", id="lost"),), (Query("rewrite/0", "rewrite", "Here is", "x"),))
+    editor = Counting()
+    found = run(lm, Protocol(kind="batch"), editor, [*CASES[:2], lost])
+    assert editor.calls == [(NAMES[:2], 0, None)]
+    (told,) = (r for r in found.records if r.case_id == "lost" and r.when != "pre")
+    assert (told.status, told.detail) == ("skipped", "subject 'nobody' does not occur in the prompt")
+
+
+def test_an_edit_asked_for_twice_is_made_once(tiny: Make) -> None:
+    twice = Case("again", (Edit("The capital of {} is", "France", "Rome", id="again"),), CASES[0].queries)
+    editor = Counting()
+    found = run(tiny(n_layers=1), Protocol(kind="batch"), editor, [CASES[0], twice])
+    assert editor.calls == [(["France"], 0, None)]
+    assert {r.case_id for r in found.records if r.when == "final"} == {"France", "again"}
+
+
+def test_time_and_memory_are_told_apart_from_the_records(tiny: Make) -> None:
+    found = run(tiny(n_layers=1), Protocol(kind="batch", batch=2))
+    timings = found.context["timings"]
+    assert [(r.variant, r.n, r.detail) for r in timings if r.variant == "time.edit"] == [
+        ("time.edit", 2, None),
+        ("time.edit", 2, None),
+        ("time.edit", 1, "short chunk: 1 of 2"),
+    ]
+    assert all(r.value >= 0 for r in timings)
+    assert {r.variant for r in timings} >= {"time.edit", "time.statistics"}
+    assert not [r for r in found.records if r.variant.startswith(("time.", "memory."))]
+
+
+def test_divergence_is_measured_where_it_is_asked_for(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    measures = Measures(generate=False, divergence=True)
+    found = run_protocol(lm, CASES, Counting(), Protocol(kind="sequential", n=2), measures=measures)
+    told = [r for r in found.records if r.variant == "loc.kl"]
+    assert {r.when for r in told} == {"immediate", "final"}
+    assert all(r.value is not None and r.value > 0 for r in told)
+
+
+def test_the_points_of_a_curve() -> None:
+    assert CURVE == (1, 2, 3, 6, 10, 18, 32, 56, 100, 178, 316, 562, 1000, 1778, 3162, 5623, 10000)
+    parts = Protocol(kind="curve").parts(2000)
+    assert [p.batch for p in parts] == [n for n in CURVE if n <= 2000]
+    assert {p.kind for p in parts} == {"batch"}
+    assert [p.n for p in parts] == [1000] * 13 + [1778]
+    assert [p.n for p in Protocol(kind="curve", ns=(1, 10), records_per_point=20).parts(15)] == [15, 15]
+    assert Protocol(kind="batch").parts(7) == [Protocol(kind="batch")]
+
+
+def test_sizes_and_units() -> None:
+    assert Protocol(kind="batch").sizes(7) == (7, 7)
+    assert Protocol(kind="batch", n=5, batch=2).sizes(7) == (5, 2)
+    assert n_units(Protocol(kind="batch", n=5, batch=2), 5) == 3
+    assert n_units(Protocol(kind="sequential", n=5), 5) == 6
+    with pytest.raises(InvalidSetting, match="asks for 9 cases, the dataset has 7"):
+        Protocol(n=9).sizes(7)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(kind="parallel"), "unknown protocol 'parallel'"),
+        (dict(n=0), "n must be at least 1"),
+        (dict(kind="batch", checkpoints=(1,)), "has no checkpoints"),
+        (dict(kind="single", batch=2), "edits one case at a time"),
+    ],
+)
+def test_protocols_that_mean_nothing_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidSetting, match=message):
+        Protocol(**fields)
+
+
+def test_a_run_starts_from_the_base(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    lm.apply(Counting()(lm, CASES[0].edits, None))
+    with pytest.raises(InvalidSetting, match="a run starts from the base"):
+        run(lm, Protocol())
+
+
+def test_the_worlds_cases_run_too(tiny: Make) -> None:
+    found = run(tiny(n_layers=1), Protocol(kind="single", n=1), cases=world.cases(2))
+    assert {r.when for r in found.records} == {"pre", "immediate", "final"}

@@ -1,0 +1,353 @@
+"""Tables from runs made by hand: the layouts, their numbers, their escapes; pictures and the page."""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Iterable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retcon.bench import Bench, Run
+from retcon.bench.report import Table, groups_of, tables_of
+from retcon.bench.report import plots as drawing
+from retcon.bench.report.page import page, worst_of
+from retcon.bench.report.plots import pictures_of
+from retcon.errors import InvalidSetting
+from retcon.evaluation.records import Record, write_records
+from tests.evaluation.test_results import axis
+
+ENVIRONMENT = {"processor": "a processor", "threads": 1, "os": "an OS", "commit": None, "command": "retcon bench <x>"}
+VERSIONS = {"retcon": "1", "python": "3", "torch": "2", "transformers": "5"}
+
+
+def told(es: list[float], ls: list[float], when: str, **fields: Any) -> list[Record]:
+    """ES (and GS, the same) and LS by case; agreement as LS, token accuracy as ES."""
+    cases = "abcdefgh"
+    by_es = {c: [v] for c, v in zip(cases, es, strict=False)}
+    by_ls = {c: [v] for c, v in zip(cases, ls, strict=False)}
+    more: dict[str, Any] = {"when": when, **fields}
+    return [
+        *axis("rewrite", "ES", by_es, **more),
+        *axis("paraphrase", "GS", by_es, **more),
+        *axis("neighborhood", "LS", by_ls, **more),
+        *axis("rewrite", "ES", by_es, variant="ee.tok", **more),
+        *axis("paraphrase", "GS", by_es, variant="ee.tok", **more),
+        *axis("neighborhood", "LS", by_ls, variant="ee.loc.argmax", **more),
+        *axis("rewrite", "ES", by_es, variant="gen.em", **more),
+    ]
+
+
+def seconds(value: float) -> Record:
+    return Record(
+        when="immediate", case_id=None, subject=None, axis=None, query_id=None, metric="time", variant="time.edit",
+        value=value, n=4,
+    )  # fmt: skip
+
+
+def make_run(
+    root: Path,
+    method: str,
+    records: Iterable[Record],
+    *,
+    seed: int = 0,
+    kind: str = "batch",
+    batch: int | None = None,
+    n: int = 4,
+    dataset: str = "cf & <co>",
+) -> Run:
+    place = root / f"{method}-{kind}-{batch}-{seed}-{dataset[:2]}"
+    context = {"run_id": "x", "method": method, "seed": seed, "edit_batch": batch or (1 if kind == "sequential" else n)}
+    write_records(place / "records.jsonl", records, context)
+    write_records(place / "timings.jsonl", [seconds(0.5)], context)
+    cases = [
+        {
+            "case_id": c,
+            "relation": "capital" if c in "ab" else "tongue",
+            "edits": [{"prompt": f"<{c}> is", "subject": c, "target_new": "new", "target_true": "old"}],
+            "flags": [],
+        }
+        for c in "abcdefgh"[:n]
+    ]
+    (place / "cases.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cases))
+    texts = [
+        {
+            "when": w,
+            "unit": 0,
+            "case_id": c["case_id"],
+            "query_id": "rewrite/0",
+            "prompt": "<p> is",
+            "text": f"{w} & {method}",
+        }
+        for w in ("pre", "final")
+        for c in cases
+    ]
+    (place / "texts.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
+    report = {"path": dataset, "format": "x", "rows": n, "cases": n, "dropped": {"conflict": 1}, "dropped_queries": {}}
+    manifest = {
+        "model": {"name": "m_1", "fingerprint": "0" * 64},
+        "method": {"label": method, "name": method, "settings": {"layer": 5}},
+        "dataset": {**report, "flags": {}},
+        "cases": list("abcdefgh"[:n]),
+        "protocol": {"kind": kind, "n": n, "batch": batch, "checkpoints": []},
+        "seed": seed,
+    }
+    return Run(place, manifest, ENVIRONMENT)
+
+
+@pytest.fixture
+def plotting() -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, the extra `plot`")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    pre = told([0, 0, 0, 0], [1, 1, 1, 1], "pre")
+    runs = [
+        *(
+            make_run(tmp_path, "jeep", [*pre, *told(es, [1, 1, 1, 0], "final")], seed=seed)
+            for seed, es in enumerate(([1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]))
+        ),
+        *(make_run(tmp_path, "memit", [*pre, *told([1, 0, 0, 0], [1, 1, 1, 1], "final")], seed=s) for s in range(3)),
+    ]
+    return Bench(tmp_path, {"spec": {"name": "a <bench>"}, **VERSIONS}, ENVIRONMENT, tuple(runs), ())
+
+
+def named(bench: Bench, start: str) -> Table:
+    return next(t for t in tables_of(groups_of(bench)) if t.name.startswith(start))
+
+
+def test_jeeps_layout(bench: Bench) -> None:
+    table = named(bench, "jeep")
+    assert table.head[:5] == ("Method", "Score", "ES", "GS", "LS")
+    assert table.rows[0] == ("m_1: 4 edits at once",)
+    unedited, jeep, memit = table.rows[1:]
+    assert unedited[:5] == ("unedited", "0.0", "0.0 (0.0)", "0.0 (0.0)", "100.0 (0.0)")
+    scores = [100 * 3 / (2 / es + 1 / 0.75) for es in (1, 0.75, 0.5)]
+    assert jeep[:5] == ("jeep", f"{sum(scores) / 3:.1f}", "75.0 (62.1)", "75.0 (62.1)", "75.0 (0.0)")
+    assert memit[:2] == ("memit", f"{100 * 3 / (4 + 4 + 1):.1f}")
+    assert {(2, 1), (2, 2), (2, 3), (3, 4)} <= table.bold
+    assert not any(row == 1 for row, _ in table.bold)  # the unedited model does not compete
+    assert "cf.prob_mean" in table.notes[0]
+    assert "4 cases; seeds 0, 1, 2" in table.notes[1]
+    assert "ci.seed" in table.notes[1]
+
+
+def test_ctps_layout_is_one_variant_throughout(bench: Bench) -> None:
+    table = named(bench, "ctp")
+    assert table.head == ("Editor", "Efficacy", "Locality", "Generality", "Score")
+    assert table.rows[1] == ("unedited", "0.00", "-", "0.00", "0.00")
+    assert table.rows[2] == ("jeep", "75.00", "75.00", "75.00", "75.00")
+    assert table.rows[3] == ("memit", "25.00", "100.00", "25.00", "50.00")
+    assert "ee.tok" in table.notes[0]
+
+
+def test_knes_layout(tmp_path: Path) -> None:
+    def of(method: str, share: float) -> Run:
+        records = [
+            *axis("rewrite", "ES", {"a": [share]}, variant="ee.tok", when="final"),
+            *axis("portability.reasoning", "Portability", {"a": [share, 0]}, variant="ee.tok", when="final"),
+            *axis("locality.x", "LS", {"a": [1]}, variant="ee.loc.argmax", when="final"),
+            *axis("rewrite", "fluency", {"a": [5.5]}, variant="flu.new.re", when="final"),
+        ]
+        return make_run(tmp_path, method, records, kind="single", n=1, dataset="recent")
+
+    bench = Bench(tmp_path, {"spec": {"name": "k"}, **VERSIONS}, ENVIRONMENT, (of("rome", 0.5), of("kne", 1.0)), ())
+    table = named(bench, "kne")
+    assert table.head == ("Dataset", "Metric", "rome", "kne")
+    assert table.rows == (
+        ("recent", "Edit Succ.", "50.00", "100.00"),
+        ("recent", "Portability", "25.00", "50.00"),
+        ("recent", "Locality", "100.00", "100.00"),
+        ("recent", "Fluency", "550.00", "550.00"),
+    )
+    assert {(0, 3), (1, 3)} <= table.bold
+    assert "flu.new.re" in table.notes[0]
+
+
+def test_curves_need_three_sizes(tmp_path: Path) -> None:
+    def of(batch: int, share: float) -> Run:
+        records = [*told([0] * 4, [1] * 4, "pre"), *told([share] * 4, [1] * 4, "final")]
+        return make_run(tmp_path, "jeep", records, batch=batch)
+
+    runs = (of(1, 1.0), of(2, 0.5), of(4, 0.25))
+    whole = {"spec": {"name": "c"}, **VERSIONS}
+    bench = Bench(tmp_path, whole, ENVIRONMENT, runs, ())
+    table = named(bench, "curve")
+    assert [row[:2] for row in table.rows] == [("1", "jeep"), ("2", "jeep"), ("4", "jeep")]
+    assert [row[3].split()[0] for row in table.rows] == ["100.0", "50.0", "25.0"]
+    two = Bench(tmp_path, whole, ENVIRONMENT, runs[:2], ())
+    assert not [t for t in tables_of(groups_of(two)) if t.name.startswith("curve")]
+
+
+def test_a_setting_with_three_values_has_a_curve(tmp_path: Path, plotting: None) -> None:
+    def of(clamp: float, even: bool, share: float) -> Run:
+        records = [*told([0] * 4, [1] * 4, "pre"), *told([share] * 4, [1] * 4, "final")]
+        label = f"jeep {clamp} {even}"
+        run = make_run(tmp_path, label, records)
+        settings = {"layer": 5, "clamp": clamp, "even": even}
+        return dataclasses.replace(
+            run, manifest={**run.manifest, "method": {"label": label, "name": "jeep", "settings": settings}}
+        )
+
+    runs = tuple(of(c, even, c if even else 0.5) for c in (0.25, 1.0, 0.5) for even in (True, False))
+    bench = Bench(tmp_path, {"spec": {"name": "c"}, **VERSIONS}, ENVIRONMENT, runs, ())
+    table = named(bench, "setting")
+    assert table.name == "setting-m-1-cf-co-4-edits-at-once-jeep-clamp"
+    assert table.head[:2] == ("clamp", "Method")
+    shown = [(*row[:2], row[3].split()[0]) for row in table.rows]
+    assert shown == [
+        (clamp, f"even {even}", es if even else "50.0")
+        for clamp, es in (("0.25", "25.0"), ("0.5", "50.0"), ("1", "100.0"))
+        for even in (True, False)
+    ]
+    (picture,) = (p for p in pictures_of(groups_of(bench)) if p.name.startswith("setting"))
+    assert "against clamp for even True, even False" in picture.alt
+
+
+def test_a_missing_part_is_a_dash(tmp_path: Path) -> None:
+    records = [r for r in told([1, 1, 1, 1], [1, 1, 1, 1], "final") if r.metric != "LS"]
+    bench = Bench(tmp_path, {"spec": {"name": "x"}, **VERSIONS}, ENVIRONMENT, (make_run(tmp_path, "a", records),), ())
+    (row,) = (r for r in named(bench, "jeep").rows if r[0] == "a")
+    assert row[1] == row[4] == "-"
+    assert row[2].startswith("100.0")
+
+
+def test_markdown_csv_and_latex_hold_the_same_cells(bench: Bench) -> None:
+    table = named(bench, "jeep")
+    markdown = table.markdown()
+    assert markdown.startswith("**cf & <co>: Score, ES, GS, LS**\n\n| Method | Score |")
+    assert "| jeep | **" in markdown
+    rows = list(csv.reader(io.StringIO(table.csv())))
+    assert rows[0] == ["block", *table.head]
+    assert rows[2] == ["m_1: 4 edits at once", *table.rows[2]]
+    latex = table.latex()
+    assert r"\multicolumn{7}{l}{\emph{m\_1: 4 edits at once}}" in latex
+    assert r"cf \& <co>" in latex
+    body = [line for line in latex.splitlines() if line.startswith("jeep")]
+    assert body[0].count("&") == len(table.head) - 1
+    odd = Table("n", r"a\b", ("h^1", "x~{y}#%$"), (("a|b", "c\nd"),))
+    assert r"h\textasciicircum{}1 & x\textasciitilde{}\{y\}\#\%\$" in odd.latex()
+    assert r"a\textbackslash{}b" in odd.latex()
+    assert "| a\\|b | c d |" in odd.markdown()
+
+
+def test_numbers_are_those_of_the_records_again(bench: Bench) -> None:
+    for group in groups_of(bench):
+        number = group.number("ES")
+        values = [
+            r.value for run in group.runs for r in run.at("final") if (r.metric, r.variant) == ("ES", "cf.prob_mean")
+        ]
+        assert number is not None
+        assert number.value == pytest.approx(sum(v for v in values if v is not None) / len(values))
+        assert group.seconds_per_edit() == 0.5
+        assert group.peak_bytes() is None
+
+
+class Tags(HTMLParser):
+    """Checks that tags close in order, and collects what is linked and what is loaded."""
+
+    VOID = ("meta", "br", "hr", "img", "link", "input")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if given.get("id") and "svg" not in self.open:
+            self.ids.append(str(given["id"]))
+        if tag == "a":
+            self.links.append(str(given["href"]))
+        if tag in ("script", "link", "img", "iframe"):
+            self.loads.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, tag
+        assert self.open.pop() == tag
+
+
+@pytest.mark.usefixtures("plotting")
+def test_the_page_is_whole_and_loads_nothing(bench: Bench) -> None:
+    groups = groups_of(bench)
+    text = page(bench, groups, tables_of(groups), pictures_of(groups))
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == []
+    assert tags.loads == []
+    assert [link.removeprefix("#") for link in tags.links] == tags.ids
+    assert "a &lt;bench&gt;" in text
+    assert "retcon bench &lt;x&gt;" in text
+    assert "http-equiv" not in text
+    assert not re.search(r"(src|href)=\"(?!#)", text.replace('xlink:href="#', ""))
+    assert "final &amp; jeep" in text
+    assert "dropped for conflict: 1" in text
+    assert "Many edits did not take" in text  # memit
+
+
+def test_the_worst_cases_come_first(bench: Bench) -> None:
+    jeep = groups_of(bench)[0]
+    found = worst_of(jeep)
+    assert [w.case_id for w in found] == ["d"]
+    assert found[0].edit == "<d> is → new (was old)"
+    assert found[0].rows[0][1:] == ("<p> is", "new", "pre & jeep", "final & jeep")
+    assert "1 neighborhood" in found[0].rows[-1][1]
+    memit = groups_of(bench)[1]
+    assert [w.case_id for w in worst_of(memit)] == ["b", "c", "d"]
+    assert worst_of(memit)[0].rows[0][0] == "✗ rewrite"
+
+
+@pytest.mark.usefixtures("plotting")
+def test_pictures_are_the_same_twice_and_say_what_they_show(bench: Bench) -> None:
+    groups = groups_of(bench)
+    pictures = pictures_of(groups)
+    assert [p.name.split("-")[0] for p in pictures] == ["trade", "relations", "time"]
+    assert pictures == pictures_of(groups)
+    assert "jeep: LS 75.0, GS 75.0" in pictures[0].alt
+    assert all(p.svg.startswith("<svg") for p in pictures)
+
+
+@pytest.mark.usefixtures("plotting")
+def test_retention_follows_steps_checkpoints_and_the_end(tmp_path: Path) -> None:
+    steps = [r for i in range(4) for r in told([0] * i + [1], [0] * i + [1], "immediate", step=i)]
+    own = [r for r in steps if r.case_id == "abcd"[r.step]]
+    records = [
+        *told([0] * 4, [1] * 4, "pre"),
+        *own,
+        *told([1, 0], [1, 1], "checkpoint", step=1),
+        *told([1, 0, 0, 1], [1] * 4, "final", step=3),
+    ]
+    bench = Bench(
+        tmp_path,
+        {"spec": {"name": "s"}, **VERSIONS},
+        ENVIRONMENT,
+        (make_run(tmp_path, "rome", records, kind="sequential"),),
+        (),
+    )
+    (group,) = groups_of(bench)
+    assert drawing._kept(group, "ES") == [(2, 50), (4, 50)]
+    assert drawing._right_after(group, "ES") == [(1, 100), (2, 100), (3, 100), (4, 100)]
+    (picture,) = drawing.retention([group], {"rome": 0})
+    assert "rome: ES 100.0 right after, 50.0 at the end" in picture.alt
+
+
+def test_without_matplotlib_it_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InvalidSetting, match=r"pip install 'retcon-lm\[plot\]'"):
+        pictures_of(groups_of(bench))
+
+
+def test_methods_are_told_apart_by_colour_and_marker() -> None:
+    looks = {(n % len(drawing.COLOURS), n % len(drawing.MARKERS)) for n in range(40)}
+    assert len(looks) == 40
