@@ -15,7 +15,7 @@ ROOT = Path(retcon.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = [
-    {"errors", "files", "edits", "delta", "world"},
+    {"errors", "version", "files", "edits", "checked", "delta", "world"},
     {"lm"},
     {"memory", "training", "locate"},
     {"evaluation"},
@@ -24,7 +24,7 @@ LEVELS = [
     {"cli", "__main__"},
 ]
 SCRIPT = "retcon.world.train"
-BASE = ["errors", "files", "edits", "delta"]
+BASE = ["errors", "version", "files", "edits", "checked", "delta"]
 """The order inside the first level; `world` may use the first three."""
 
 

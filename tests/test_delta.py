@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from retcon import delta as delta_module
+from retcon.checked import as_bytes
 from retcon.delta import (
     Change,
     Columns,
@@ -23,7 +24,6 @@ from retcon.delta import (
     LowRank,
     Region,
     Rows,
-    as_bytes,
     smallest,
 )
 from retcon.errors import DeltaMismatch, MalformedFile, NonFinite

@@ -16,6 +16,7 @@ from retcon.edits import (
     write_cases,
     write_edits,
 )
+from retcon.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from retcon.delta import Columns, Delta, Dense, Entries, LowRank, Rows
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from retcon.memory.values import keeping_values
     from retcon.methods.common.registry import list_methods, method
     from retcon.methods.common.sequence import in_steps
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "Columns": "retcon.delta",

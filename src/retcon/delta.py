@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from retcon.checked import as_bytes, checksum
 from retcon.errors import DeltaMismatch, MalformedFile, NonFinite
 from retcon.files import write_atomically
 
@@ -344,7 +345,7 @@ class Delta:
             "has_state": self.state is not None,
             "provenance": dict(self.provenance),
         }
-        record["check"] = _checksum(record, tensors)
+        record["check"] = checksum(record, tensors)
         write_atomically(path, save(tensors, metadata={"retcon": json.dumps(record)}))
 
     @classmethod
@@ -363,7 +364,7 @@ class Delta:
             record = json.loads(metadata["retcon"])
             if record["format"] != FORMAT:
                 raise MalformedFile(f"{path}: delta format {record['format']!r}, this version reads {FORMAT!r}")
-            if record.pop("check") != _checksum(record, tensors):
+            if record.pop("check") != checksum(record, tensors):
                 raise MalformedFile(f"{path}: damaged; its content does not match its checksum")
             delta = cls(
                 changes=_changes_from(tensors),
@@ -432,12 +433,6 @@ def smallest(left: Tensor, right: Tensor) -> Change:
     return Dense(full=left @ right)
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, without a copy where it already lies contiguous on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
 def _norm(changes: Sequence[Change]) -> float:
     if len(changes) == 1:
         change = changes[0]
@@ -501,15 +496,6 @@ def _for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found[name] = own.clone() if own.untyped_storage().data_ptr() in taken else own
         taken.add(own.untyped_storage().data_ptr())
     return found
-
-
-def _checksum(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Over the whole file, where the id leaves out state, report and provenance."""
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)}".encode())
-        digest.update(as_bytes(tensors[name]))
-    return digest.hexdigest()
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,11 +3,15 @@
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from retcon.errors import MalformedFile
+
+TEMPORARY = ".tmp"
+"""How the names of files end that are being written."""
 
 
 def read_json_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
@@ -74,19 +78,58 @@ def require(record: Mapping[str, Any], name: str, kind: type, where: str) -> Any
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` so that a crash at any point leaves the old file or the new one, never a part."""
+    with replacing(path) as temporary, open(temporary, "wb") as stream:
+        stream.write(data)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`; what is written there takes the place of `path` when the scope ends well.
+
+    A crash at any point leaves the old file or the new one, never a part. What a process that was killed here has left
+    behind is removed by the next one that writes the same file.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name[:100]}.{secrets.token_hex(8)}"
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask, as open() would
+    temporary = target.parent / f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(8)}{TEMPORARY}"
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(target.parent, f".{target.name[:100]}.*{TEMPORARY}")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # less the umask, as open() would
+        yield temporary
+        with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):
+            raise type(error)(error.errno, error.strerror or str(error), os.fspath(target)) from error
         raise
+
+
+def remove_abandoned(folder: Path, pattern: str = f".*{TEMPORARY}") -> list[Path]:
+    """Remove the temporary files in a folder whose process is gone, and return them."""
+    removed = []
+    for path in folder.glob(pattern):
+        process = path.name.removesuffix(TEMPORARY).rpartition(".")[2].partition("-")[0]
+        if process.isdecimal() and not _is_running(int(process)):
+            with suppress(OSError):
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it runs, and is somebody else's
+        return True
+    return True
 
 
 def cache_dir() -> Path:

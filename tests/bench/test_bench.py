@@ -33,8 +33,8 @@ from retcon.lm.model import LM
 from retcon.methods.memit import Memit
 from retcon.methods.rect import Rect
 from retcon.methods.rome import Rome
-from tests.conftest import random_moments
 from tests.bench.test_protocol import CASES, Counting
+from tests.conftest import random_moments
 
 PROTOCOLS = (
     Protocol(kind="batch", n=4, batch=2),

@@ -154,8 +154,8 @@ def test_divergence_before_and_after(size: float, tiny: Make) -> None:
     assert f"{line.post.value:.1f}" in found.summary().table()  # nats are not multiplied
 
 
-def test_streams_are_told_apart_by_name() -> None:
-    seeds: Sequence[int] = [derive_seed(0, "a"), stream(0, "b"), stream(1, "a"), stream(0, "a", "b")]
+def test_seeds_are_derived_by_name() -> None:
+    seeds: Sequence[int] = [derive_seed(0, "a"), derive_seed(0, "b"), derive_seed(1, "a"), derive_seed(0, "a", "b")]
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**56 for seed in seeds)
     assert math.isfinite(sum(seeds))

@@ -1,15 +1,16 @@
 """What a model's identity depends on, what it does not, and the cache beside it."""
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from retcon.errors import UnsupportedModel
+from retcon import checked
+from retcon.errors import RetconWarning, UnsupportedModel
 from retcon.lm import fingerprint as module
-from retcon.lm.fingerprint import cached_fingerprint, fingerprint
+from retcon.lm.fingerprint import StoredTensors, checkpoint_fingerprint, fingerprint
 from tests.conftest import FAMILIES, tiny_model
 
 
@@ -102,20 +103,49 @@ def test_a_model_without_data_has_none() -> None:
         fingerprint(model)
 
 
-MODEL = torch.nn.Linear(1, 1)
-"""Stands in for a model whose fingerprint is counted, not worked out."""
+# --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-# --- the cache -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_checkpoint_is_the_same_in_whatever_dtype_it_is_loaded(
+    family: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tiny_model(family, stored).save_pretrained(tmp_path)
+    files = StoredTensors(tmp_path.glob("*.safetensors"))
+    found = {
+        fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype), files)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    }
+    assert found == {fingerprint(tiny_model(family, stored))}
+
+
+def test_a_weight_that_is_not_what_the_checkpoint_stores_counts_as_it_is_stored_or_held(tmp_path: Path) -> None:
+    model = tiny_model("llama", torch.float16)
+    model.save_pretrained(tmp_path)
+    stored = StoredTensors(tmp_path.glob("*.safetensors"))
+    before = fingerprint(model, stored)
+    model.model.norm.weight.data[0] += 1  # same dtype: what the model holds is what counts
+    assert fingerprint(model, stored) != before
+
+
+def test_pieces_of_a_tensor_are_hashed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE", 1000)
+    one = fingerprint(tiny_model("llama", torch.float32))
+    assert one == fingerprint(tiny_model("llama", torch.float32))
+    other = tiny_model("llama", torch.float32)
+    weight = other.model.embed_tokens.weight.data.view(-1)
+    weight[:250], weight[250:500] = weight[250:500].clone(), weight[:250].clone()
+    assert one != fingerprint(other)
 
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
-    found = [tmp_path / name for name in ("model.safetensors", "config.json")]
-    for path in found:
-        path.write_bytes(b"x")
-    return found
+    tiny_model("llama", torch.float32).save_pretrained(tmp_path)
+    return [tmp_path / "model.safetensors", tmp_path / "config.json"]
 
 
 @pytest.fixture
@@ -123,7 +153,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Fingerprints worked out, not read from the cache."""
     calls: list[str] = []
 
-    def counting(model: Any) -> str:
+    def counting(model: Any, stored: Any = None) -> str:
         calls.append(f"value{len(calls)}")
         return calls[-1]
 
@@ -131,34 +161,51 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+MODEL = torch.nn.Linear(1, 1)
+"""Stands in for a model whose fingerprint is counted, not worked out."""
+
+
 def test_a_fingerprint_is_worked_out_once_per_state_of_the_files(
     files: list[Path], computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ask(dtype: str = "float32") -> str:
-        return cached_fingerprint(MODEL, files, dtype)
+    def ask(**options: bool) -> str:
+        return checkpoint_fingerprint(MODEL, files, **options)
 
     assert [ask(), ask()] == ["value0", "value0"]
-    assert ask("bfloat16") == "value1"
-    files[0].write_bytes(b"other")
-    assert [ask(), ask()] == ["value2", "value2"]
-    assert cached_fingerprint(MODEL, files[::-1], "float32") == "value2"
-    assert cached_fingerprint(MODEL, files[:1], "float32") == "value3"
+    assert [ask(verify=True), ask()] == ["value1", "value1"]
+    assert checkpoint_fingerprint(MODEL, files[::-1]) == "value1"
     monkeypatch.setattr(module, "version", lambda name: f"{name} 99")
-    assert ask() == "value4"
+    assert ask() == "value2"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"fingerprint": null}', '{"fingerprint": "other"}'])
-def test_a_damaged_record_is_worked_out_again(content: str, files: list[Path], computed: list[str]) -> None:
-    cached_fingerprint(MODEL, files, "float32")
+def test_a_checkpoint_that_was_exchanged_with_size_and_time_kept_is_noticed(
+    files: list[Path], computed: list[str], tmp_path: Path
+) -> None:
+    path = files[0]
+    assert checkpoint_fingerprint(MODEL, files) == "value0"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    other = bytearray(path.read_bytes())
+    other[len(other) // 2] ^= 1
+    path.write_bytes(other)
+    os.utime(path, ns=times)  # as `cp -p` and `rsync -t` do
+    assert path.stat().st_mtime_ns == times[1]
+    assert checkpoint_fingerprint(MODEL, files) == "value1"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"flipped"])
+def test_a_damaged_record_is_worked_out_again(content: bytes, files: list[Path], computed: list[str]) -> None:
+    checkpoint_fingerprint(MODEL, files)
     (record,) = (files[0].parent / "cache" / "fingerprints").iterdir()
-    assert json.loads(record.read_text())["fingerprint"] == "value0"
-    record.write_text(content)
-    assert cached_fingerprint(MODEL, files, "float32") == "value1"
-    assert cached_fingerprint(MODEL, files, "float32") == "value1"
+    record.write_bytes(content if content != b"flipped" else record.read_bytes().replace(b"value0", b"value9"))
+    with pytest.warns(RetconWarning, match=record.name):
+        assert checkpoint_fingerprint(MODEL, files) == "value1"
+    assert checkpoint_fingerprint(MODEL, files) == "value1"
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(
     files: list[Path], computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RETCON_CACHE", str(files[0] / "under a file"))
-    assert cached_fingerprint(MODEL, files, "float32") == "value0"
+    checked._warn_once.cache_clear()
+    with pytest.warns(RetconWarning, match="cache cannot be written"):
+        assert checkpoint_fingerprint(MODEL, files) == "value0"

@@ -273,7 +273,7 @@ def test_the_fingerprint_is_of_the_base_even_when_first_asked_for_under_a_delta(
     assert lm.applied == (delta,)
 
 
-def test_unedited_shows_the_base_and_the_edits_come_back(tiny: Make) -> None:
+def test_without_deltas_shows_the_base_and_the_edits_come_back(tiny: Make) -> None:
     lm = tiny("gptj", torch.bfloat16)
     before = weights(lm)
     a = make_delta(lm, down(0), 1)
@@ -282,7 +282,7 @@ def test_unedited_shows_the_base_and_the_edits_come_back(tiny: Make) -> None:
     with pytest.raises(KeyError), lm.without_deltas() as base:
         assert base is lm
         assert is_restored(lm, before)
-        with pytest.raises(DeltaNotApplied, match=r"off for the moment \(lm\.unedited\(\)\)"):
+        with pytest.raises(DeltaNotApplied, match=r"off for the moment \(lm\.without_deltas\(\)\)"):
             lm.revert(a)
         with pytest.raises(DeltaNotApplied), pytest.warns(RetconWarning):
             lm.apply(make_delta(tiny("gptj", torch.bfloat16), down(0), 5))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from retcon import checked
 from retcon.delta import Dense
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, TooFewTokens
 from retcon.lm.forward import Point, run
@@ -142,14 +143,62 @@ def test_too_few_tokens(tiny):
         CorpusMoments(Corpus(tuple(TEXT * 3))).prepare(lm, [lm.site(0, "down_proj")])
 
 
-def test_a_damaged_cache_file_is_named(tiny, corpus):
+@pytest.mark.filterwarnings("ignore:second moments from")
+@pytest.mark.parametrize("damage", ["text", "cut", "flipped", "foreign"])
+def test_a_damaged_cache_file_is_collected_again_and_named(damage, tiny, corpus):
+    lm = tiny("gptj")
+    site, other = lm.site(0, "down_proj"), lm.site(1, "down_proj")
+    source = CorpusMoments(corpus, tokens_per_dimension=2)
+    source.prepare(lm, [site, other])
+    wanted, path = source.second_moment(lm, site), source.key(lm, site).file
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "text": b"not safetensors",
+            "cut": whole[: len(whole) // 2],
+            "flipped": whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
+            "foreign": source.key(lm, other).file.read_bytes(),
+        }[damage]
+    )
+    if damage == "foreign":  # its name says another layer than its record
+        assert torch.equal(source.second_moment(lm, site), wanted)
+    else:
+        with pytest.warns(RetconWarning, match=path.name):
+            assert torch.equal(source.second_moment(lm, site), wanted)
+    assert torch.equal(load_moment(path, source.key(lm, site)), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:second moments from")
+def test_factors_of_two_layers_are_told_apart_when_their_files_are_swapped(tiny, corpus, monkeypatch):
+    monkeypatch.setattr(module, "FACTOR_FILE_FROM", 100)
+    lm = tiny("gptj")
+    source = CorpusMoments(corpus, tokens_per_dimension=2)
+    sites = [lm.site(layer, "down_proj") for layer in (0, 1)]
+    factors = [source.factor(lm, site) for site in sites]
+    one, two = (source.key(lm, site).file_of("factor") for site in sites)
+    first = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(first)
+    for site, factor, path in zip(sites, factors, (one, two), strict=True):
+        with pytest.warns(RetconWarning, match=rf"{path.name}: is of another"):
+            assert torch.equal(source.factor(lm, site), factor)
+
+
+@pytest.mark.filterwarnings("ignore:second moments from")
+def test_without_a_cache_that_can_be_written_moments_are_kept_in_memory(tiny, corpus, tmp_path, monkeypatch):
     lm = tiny("gptj")
     site = lm.site(0, "down_proj")
-    path = CorpusMoments(corpus).key(lm, site).file
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"not safetensors")
-    with pytest.raises(MalformedFile, match=r"delete it"):
-        CorpusMoments(corpus).second_moment(lm, site)
+    source = CorpusMoments(corpus, tokens_per_dimension=2)
+    wanted = source.second_moment(lm, site)
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "a file"))
+    checked._warn_once.cache_clear()
+    homeless = CorpusMoments(corpus, tokens_per_dimension=2)
+    with pytest.warns(RetconWarning, match=r"cache cannot be written.*RETCON_CACHE") as caught:
+        homeless.prepare(lm, [site])
+        assert torch.equal(homeless.second_moment(lm, site), wanted)
+        assert torch.equal(homeless.derived(lm, site, "half", lambda c: c / 2), wanted / 2)
+    assert len([w for w in caught if "cache cannot" in str(w.message)]) == 1
 
 
 @pytest.mark.filterwarnings("ignore:second moments from")
@@ -211,7 +260,9 @@ def test_what_is_derived_is_made_once_for_each_moment_and_name(tiny, corpus):
     key = source.key(lm, sites[0])
     assert key.file_of("three") != key.file_of("3")
     key.file_of("three").write_bytes(b"damaged")
-    assert torch.equal(source.derived(lm, sites[0], "three", build), source.second_moment(lm, sites[0])[:3].double())
+    with pytest.warns(RetconWarning, match="not a readable file of matrices"):
+        again = source.derived(lm, sites[0], "three", build)
+    assert torch.equal(again, source.second_moment(lm, sites[0])[:3].double())
     assert len(made) == 5
 
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-import retcon
 from retcon.bench.spec import BenchSpec, Cell
 from retcon.edits import Case
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import LoadReport
 from retcon.files import write_atomically
 from retcon.lm.model import LM
+from retcon.version import __version__
 
 FORMAT = "retcon-bench-1"
 
@@ -84,7 +84,7 @@ def environment(command: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of what computes."""
-    found = {"retcon": retcon.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    found = {"retcon": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return found | {name: metadata.version(name) for name in ("transformers", "tokenizers")}
 
 

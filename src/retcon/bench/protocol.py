@@ -17,7 +17,8 @@ import torch
 
 from retcon.bench.peak import Peak
 from retcon.bench.units import Unit, Units
-from retcon.delta import Delta, as_bytes
+from retcon.checked import as_bytes
+from retcon.delta import Delta
 from retcon.edits import Case, Edit, same_question
 from retcon.errors import DeltaMismatch, InvalidSetting, RetconError
 from retcon.evaluation.measure import divergences, measure

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from retcon.delta import as_bytes
+from retcon.checked import as_bytes
 from retcon.errors import InvalidSetting, NotEditable
 from retcon.evaluation.records import Record, When
 from retcon.lm.model import LM

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from retcon import world
 from retcon.errors import UnsupportedModel
-from retcon.lm.fingerprint import cached_fingerprint
+from retcon.lm.fingerprint import checkpoint_fingerprint
 from retcon.lm.layouts import Layout
 from retcon.lm.model import LM
 
@@ -28,6 +28,7 @@ def load(
     layout: Layout | None = None,
     allow_bin: bool = False,
     trust_remote_code: bool = False,
+    verify_base: bool = False,
 ) -> LM:
     """Load a model and its tokenizer.
 
@@ -40,6 +41,8 @@ def load(
         layout: a row for an architecture that the layout table does not know.
         allow_bin: also read pickled `.bin` checkpoints (as plain tensors); otherwise safetensors only.
         trust_remote_code: run code that comes with the checkpoint.
+        verify_base: hash every byte of the weights for the fingerprint, even where the files look like those that were
+            hashed before.
 
     Raises:
         UnsupportedModel: not found, not safetensors, or out of the library's reach; the message says the way out.
@@ -74,11 +77,25 @@ def load(
         model = model.to(target)
     model.eval()
     lm = LM(model, tokenizer, layout=layout, name=name)
-    files = sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
+    files = checkpoint_files(place, revision)
     if files and not any(p.is_meta for p in model.parameters()):
-        config = Path(place) / "config.json"
-        lm.remember_fingerprint(cached_fingerprint(model, [*files, config], str(lm.dtype)))
+        lm.remember_fingerprint(checkpoint_fingerprint(model, files, verify=verify_base))
     return lm
+
+
+def checkpoint_files(place: str, revision: str | None = None) -> list[Path]:
+    """Return config and safetensors files of a local checkpoint or of one in the hub's cache; none where there are no
+    such files."""
+    folder = Path(place)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(place, "config.json", revision=revision) if place.count("/") == 1 else None
+        if not isinstance(found, str):
+            return []
+        folder = Path(found).parent
+    weights = sorted(folder.glob("*.safetensors"))
+    return [*weights, folder / "config.json"] if weights else []
 
 
 @contextmanager

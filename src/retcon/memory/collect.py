@@ -7,8 +7,6 @@ and the budget is kept with the partial sums: a pass that was killed ends with t
 
 import hashlib
 import json
-import os
-import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +16,9 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from retcon.checked import Kind, cached, keep
 from retcon.errors import NonFinite, RetconWarning
 from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM, Site
@@ -35,6 +32,7 @@ MAX_BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
 """Padded tokens of one forward pass, at most, by kind of device; fewer where memory is short."""
 SAVE_EVERY = 30.0
 """Seconds between two savings of partial sums."""
+PARTIAL_SUMS = Kind("partial sums of second moments", format=2, computation=1)
 MAX_PADDING = 1 / 32
 """Share of padding that a batch of a fair size may have; it is fair from a thirty-second of the budget on."""
 
@@ -297,33 +295,18 @@ def _save(path: Path, state: _State, sums: dict[Site, _Sum]) -> None:
     for site, site_sum in sums.items():
         tensors |= {f"{site.name}:{i}": total.cpu() for i, total in enumerate(site_sum.total)}
         tensors |= {f"{site.name}:{i}:half": half for i, half in enumerate(site_sum.half)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        save_file(tensors, temporary, metadata={"retcon": json.dumps(vars(state))})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    keep(path, PARTIAL_SUMS, {"digest": state.digest}, tensors, {"n_done": state.n_done, "budget": state.budget})
 
 
 def _load(path: Path, fresh: _State, sums: dict[Site, _Sum]) -> _State:
     """Fill the sums from a file of the same pass, and say how far it came; `fresh` where there is none."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = _State(**json.loads((file.metadata() or {})["retcon"]))
-            if state.digest != fresh.digest:
-                return fresh
-            names = set(file.keys())
-            for site, site_sum in sums.items():
-                for i, total in enumerate(site_sum.total):
-                    total.copy_(file.get_tensor(f"{site.name}:{i}"))
-                    if f"{site.name}:{i}:half" in names:
-                        site_sum.half.append(file.get_tensor(f"{site.name}:{i}:half"))
-            return state
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):  # none, or none of ours: begin afresh
-        for site_sum in sums.values():
-            site_sum.clear()
+    found = cached(path, PARTIAL_SUMS, {"digest": fresh.digest})
+    if found is None:
         return fresh
+    tensors, about = found
+    for site, site_sum in sums.items():
+        for i, total in enumerate(site_sum.total):
+            total.copy_(tensors[f"{site.name}:{i}"])
+            if f"{site.name}:{i}:half" in tensors:
+                site_sum.half.append(tensors[f"{site.name}:{i}:half"])
+    return _State(fresh.digest, about["n_done"], about["budget"])

@@ -10,6 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,9 +18,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
+from retcon.checked import Kind, cached, checksum, keep, warn_unwritable
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, TooFewTokens
 from retcon.files import cache_dir, write_atomically
 from retcon.lm.model import LM, Site
@@ -27,6 +29,7 @@ from retcon.lm.prompts import Row
 from retcon.memory.collect import Progress, collect
 from retcon.memory.corpus import Corpus, document_rows
 from retcon.memory.solve import cholesky, definite
+from retcon.version import __version__
 
 TOKENS_PER_DIMENSION = 20
 """Default number of corpus tokens per key dimension; under 10 is warned about, under 1 refused."""
@@ -34,7 +37,10 @@ MAX_LENGTH = 1024
 """Documents are cut to this many tokens (or the model's context, if that is shorter)."""
 FACTOR_FILE_FROM = 2048
 """Key dimensions from which a moment's Cholesky factor is read from disk sooner than it is made again."""
-FORMAT = "retcon-moments-1"
+FORMAT = "retcon-moments-2"
+COMPUTATION = 1
+"""Raised only when a pass over the same text gives other moments."""
+DERIVED = Kind("matrices made from a second moment", format=1, computation=1)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class MomentKey:
     corpus: str
     n_tokens: int
     max_length: int
+    computation: int = COMPUTATION
 
     @property
     def file(self) -> Path:
@@ -126,6 +133,8 @@ class CorpusMoments:
     """A file of moments to look in before the cache (the embedded models')."""
     progress: Progress = lambda done, total: None
     """Hears (tokens done, tokens wanted) while collecting."""
+    _unwritten: dict[MomentKey, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """Moments for which there is no room in the cache directory."""
     _factors: dict[MomentKey, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Small ones, which take less to keep than to make or read again for every edit of a sequence."""
 
@@ -140,26 +149,51 @@ class CorpusMoments:
         Raises:
             TooFewTokens: the corpus has fewer tokens than the keys have dimensions.
         """
-        missing = [s for s in sites if self.stored(lm, s) is None]
-        if not missing:
-            return
-        n_tokens = max(self.key(lm, s).n_tokens for s in missing)
+        missing = [s for s in sites if self.stored(lm, s) is None and self.key(lm, s) not in self._unwritten]
+        if missing:
+            self._collect(lm, missing)
+
+    def _collect(self, lm: LM, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """The moments of these sites, from one pass over the corpus, kept in the cache directory.
+
+        Where that cannot be written to, they are kept in this object.
+        """
+        known = {site: self._unwritten[key] for site in sites if (key := self.key(lm, site)) in self._unwritten}
+        if len(known) == len(sites):
+            return known
+        n_tokens = max(self.key(lm, s).n_tokens for s in sites)
         rows = document_rows(lm, self.corpus.documents, n_tokens, self.max_length)
         n_found = sum(len(r.ids) for r in rows)
-        _check_enough(n_found, max(s.weight.shape[1] for s in missing), self.max_length)
-        keys = {s: self.key(lm, s) for s in missing}
+        _check_enough(n_found, max(s.weight.shape[1] for s in sites), self.max_length)
+        keys = {s: self.key(lm, s) for s in sites}
         partial = partial_file(keys.values())
-        for site, found in collect(lm, missing, rows, progress=self.progress, partial=partial):
+        moments = {}
+        for site, found in collect(lm, sites, rows, progress=self.progress, partial=partial):
             about = {"convergence": found.convergence, "n_tokens": n_found}
-            save_moments(keys[site].file, {keys[site]: found.moment}, {site.name: about})
-        partial.unlink(missing_ok=True)
+            try:
+                save_moments(keys[site].file, {keys[site]: found.moment}, {site.name: about})
+                if len(sites) == 1:
+                    moments[site] = load_moment(keys[site].file, keys[site])
+            except OSError as error:
+                warn_unwritable(error)
+                self._unwritten[keys[site]] = moments[site] = definite(found.moment.to(torch.float32))
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        return moments
 
     def second_moment(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
+        key = self.key(lm, site)
         path = self.stored(lm, site)
-        if path is None:
-            self.prepare(lm, [site])
-            path = self.key(lm, site).file
-        return load_moment(path, self.key(lm, site))
+        if path is not None:
+            try:
+                return load_moment(path, key)
+            except MalformedFile as error:
+                warnings.warn(
+                    f"{error}; it is collected again, which takes a pass over {key.n_tokens:,} tokens",
+                    RetconWarning,
+                    stacklevel=2,
+                )
+        return self._collect(lm, [site])[site]
 
     def factor(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
         d = site.weight.shape[1]
@@ -172,13 +206,14 @@ class CorpusMoments:
 
     def derived(self, lm: LM, site: Site, what: str, build: Callable[[Tensor], Tensor]) -> Tensor:
         """As the protocol has it; kept in the cache directory beside the moment."""
-        path = self.key(lm, site).file_of(what)
-        try:
-            return load_file(path)[what]
-        except (FileNotFoundError, SafetensorError, KeyError):  # not made yet, or damaged: it can be made again
-            made = build(self.second_moment(lm, site)).contiguous()
-            write_atomically(path, save({what: made}))
-            return made
+        key = self.key(lm, site)
+        path, identity = key.file_of(what), {**asdict(key), "what": what}
+        found = cached(path, DERIVED, identity)
+        if found is not None:
+            return found[0][what]
+        made = build(self.second_moment(lm, site)).contiguous()
+        keep(path, DERIVED, identity, {what: made})
+        return made
 
     def keys(self, lm: LM, sites: Sequence[Site]) -> dict[str, str]:
         return {s.name: f"{self.corpus.id}/{self.key(lm, s).n_tokens}/{self.max_length}" for s in sites}
@@ -193,7 +228,13 @@ class CorpusMoments:
         key = self.key(lm, site)
         if self.shipped is not None and self.shipped.is_file() and key in moment_keys(self.shipped):
             return self.shipped
-        return key.file if key.file.is_file() and key in moment_keys(key.file) else None
+        if not key.file.is_file():
+            return None
+        try:
+            return key.file if key in moment_keys(key.file) else None
+        except MalformedFile as error:
+            warnings.warn(f"{error}; it is not used", RetconWarning, stacklevel=2)
+            return None
 
 
 def collect_moments(
@@ -227,9 +268,15 @@ def save_moments(
     for key, moment in moments.items():
         rounded = moment.to(torch.float32)
         tensors[key.site] = pack(rounded)
-        record[key.site] = {"jitter": cholesky(rounded)[1], **(about or {}).get(key.site, {})}
-    metadata = {"format": FORMAT, "keys": [asdict(k) for k in moments], "about": record}
+        about_site = {"jitter": cholesky(rounded)[1], **(about or {}).get(key.site, {})}
+        record[key.site] = about_site | {"check": _check_of(key, about_site, tensors[key.site])}
+    metadata = {"format": FORMAT, "keys": [asdict(k) for k in moments], "about": record, "retcon": __version__}
     write_atomically(path, save(tensors, metadata={"retcon": json.dumps(metadata)}))
+
+
+def _check_of(key: MomentKey, about: Mapping[str, Any], packed: Float[Tensor, " triangle"]) -> str:
+    """The checksum of one moment: its numbers, what they are for, and what is said about them."""
+    return checksum({**asdict(key), "about": dict(about)}, {key.site: packed})
 
 
 def pack(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " triangle"]:
@@ -258,15 +305,21 @@ def load_moment(path: Path, key: MomentKey) -> Float[Tensor, "d d"]:
     """One moment out of a file, on the CPU: float32, or float64 where it needs its jitter to be definite.
 
     Raises:
-        MalformedFile: the file does not hold this key.
+        MalformedFile: the file does not hold this key, or the moment does not match its checksum.
     """
     if key not in moment_keys(path):
         raise MalformedFile(f"{path}: holds no second moment for {key}")
-    with safe_open(path, framework="pt") as file:
-        packed = file.get_tensor(key.site)
+    try:
+        with safe_open(path, framework="pt") as file:
+            packed = file.get_tensor(key.site)
+    except (SafetensorError, OSError) as error:
+        raise MalformedFile(f"{path}: not readable ({error})") from None
+    about = dict(_record(path)["about"].get(key.site, {}))
+    if about.pop("check", None) != _check_of(key, about, packed):
+        raise MalformedFile(f"{path}: damaged; the second moment of {key.site} does not match its checksum")
     moment = unpack(packed, (math.isqrt(8 * len(packed) + 1) - 1) // 2)
     moment += moment.tril(-1).T
-    return definite(moment, _record(path).get("about", {}).get(key.site, {}).get("jitter"))
+    return definite(moment, about["jitter"])
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -278,8 +331,10 @@ def _record(path: Path) -> dict[str, Any]:
             raise MalformedFile(f"{path}: moments format {record['format']!r}, this version reads {FORMAT!r}")
         for key in record["keys"]:
             MomentKey(**key)
+        if not isinstance(record["about"], dict):
+            raise MalformedFile(f"{path}: not a file of second moments")
         return record
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise MalformedFile(
             f"{path}: not a file of second moments ({error}); delete it to collect them again"
         ) from None

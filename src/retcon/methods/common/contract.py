@@ -19,13 +19,13 @@ from typing import (
 
 import torch
 
-import retcon
 from retcon.delta import Change, Delta
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM, Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
+from retcon.version import __version__
 
 State = Mapping[str, torch.Tensor]
 """What a sequential method keeps: tensors by name."""
@@ -112,7 +112,7 @@ def provenance(
         "moments": moments.keys(lm, sites) if moments else {},
         "seed": seed,
         "versions": {
-            "retcon": retcon.__version__,
+            "retcon": __version__,
             "python": sys.version.split()[0],
             "torch": torch.__version__,
             "transformers": transformers.__version__,

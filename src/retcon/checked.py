@@ -1,0 +1,172 @@
+"""Files that are believed only after reading: content under a checksum, with what it is for and what made it.
+
+Every cache of retcon (moments, factors, searched values, fingerprints, records of the unedited model) is written by
+`write_checked` and read by `read_checked`. A file that is damaged, that belongs to something else, or that another
+computation made is reported as such and never used.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retcon.errors import MalformedFile, RetconWarning
+from retcon.files import cache_dir, replacing
+from retcon.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of file holds, and which computation fills it."""
+
+    name: str
+    """What the content is, in words: "second moment", "searched values"."""
+    format: int
+    """Layout of the file; raised when readers change."""
+    computation: int
+    """Raised only when the same inputs give other results. retcon's own version is recorded, and not compared."""
+
+
+def write_checked(
+    path: str | os.PathLike[str],
+    kind: Kind,
+    identity: Mapping[str, Any],
+    tensors: Mapping[str, "Tensor"] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write tensors and JSON values to one safetensors file, whole or not at all.
+
+    Args:
+        identity: all that the content is for and that determines it; compared on reading. JSON values.
+        tensors: by name.
+        about: what else the file says. JSON values.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
+    record: dict[str, Any] = {
+        "kind": kind.name,
+        "format": kind.format,
+        "computation": kind.computation,
+        "identity": _as_json(identity),
+        "about": _as_json(about or {}),
+        "retcon": __version__,
+    }
+    record["check"] = checksum(record, own)
+    with replacing(path) as temporary:
+        try:
+            save_file(own, temporary, metadata={"retcon": json.dumps(record)})
+        except SafetensorError as error:  # which is how it tells of a full disk
+            raise OSError(errno.EIO, str(error), os.fspath(path)) from None
+
+
+def read_checked(
+    path: str | os.PathLike[str], kind: Kind, identity: Mapping[str, Any]
+) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    """Return the tensors and the `about` of a file that `write_checked` wrote for this identity.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        MalformedFile: it cannot be read, its checksum is another, or it is of another kind, computation or
+            identity; the message names the file and says which.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).exists():
+        raise FileNotFoundError(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {})["retcon"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        check = record.pop("check")
+        intact = check == checksum(record, tensors)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise MalformedFile(f"{path}: not a readable file of {kind.name} ({type(error).__name__}: {error})") from None
+    if not intact:
+        raise MalformedFile(f"{path}: damaged; its content does not match its checksum")
+    found = (record["kind"], record["format"], record["computation"])
+    if found != (kind.name, kind.format, kind.computation):
+        raise MalformedFile(
+            f"{path}: holds {found[0]}, format {found[1]}, computation {found[2]}; this version reads {kind.name}, "
+            f"format {kind.format}, computation {kind.computation}"
+        )
+    if record["identity"] != _as_json(identity):
+        differing = [k for k, v in _as_json(identity).items() if record["identity"].get(k) != v]
+        raise MalformedFile(f"{path}: is of another {kind.name} (it differs in {', '.join(differing) or 'its fields'})")
+    return tensors, record["about"]
+
+
+def cached(
+    path: str | os.PathLike[str], kind: Kind, identity: Mapping[str, Any]
+) -> tuple[dict[str, "Tensor"], dict[str, Any]] | None:
+    """Return what a cache holds, or None where it has to be made (again): with a warning that names the file and the
+    reason where there is one that cannot be used."""
+    try:
+        return read_checked(path, kind, identity)
+    except FileNotFoundError:
+        return None
+    except MalformedFile as error:
+        warnings.warn(f"{error}; it is not used and is made again", RetconWarning, stacklevel=3)
+        return None
+
+
+def keep(
+    path: str | os.PathLike[str],
+    kind: Kind,
+    identity: Mapping[str, Any],
+    tensors: Mapping[str, "Tensor"] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> bool:
+    """Write a cache file; return whether that succeeded. A cache that cannot be written costs time, nothing else."""
+    try:
+        write_checked(path, kind, identity, tensors, about)
+        return True
+    except OSError as error:
+        warn_unwritable(error)
+        return False
+
+
+def warn_unwritable(error: OSError) -> None:
+    """Warn, once for each directory, that the cache cannot be written to and that the run goes on without it."""
+    _warn_once(f"{error.strerror or error} ({cache_dir()})")
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"the cache cannot be written: {reason}. The run goes on without it, and makes again next time what it "
+        "makes now; set RETCON_CACHE to a directory that can be written to.",
+        RetconWarning,
+        stacklevel=5,
+    )
+
+
+def checksum(record: Mapping[str, Any], tensors: Mapping[str, "Tensor"]) -> str:
+    """Return the SHA-256 over a record and the tensors beside it: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)}".encode())
+        digest.update(as_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def as_bytes(tensor: "Tensor") -> memoryview:
+    """Return the tensor's bytes, without a copy where it already lies contiguous on the CPU."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _as_json(values: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(values, default=str))
