@@ -1,14 +1,15 @@
-"""Loading from a directory: dtypes, what is refused, the fingerprint on record."""
+"""Loading from a directory or a GGUF file: dtypes, what is refused, the fingerprint on record."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import retcon
-from retcon.errors import RetconWarning, UnsupportedModel
+from retcon.errors import MissingPackage, RetconWarning, UnknownLayout, UnsupportedModel
 from retcon.lm import fingerprint as fingerprint_module
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.layouts import LAYOUTS
@@ -123,7 +124,9 @@ def test_pickled_weights_are_refused_with_the_reason_unless_allowed(saved: Path)
 
 def test_a_directory_without_weights(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
-    with pytest.raises(UnsupportedModel, match=r"cannot load '.*tiny': the directory holds no safetensors weights"):
+    with pytest.raises(
+        UnsupportedModel, match=r"cannot load '.*tiny': the directory contains no safetensors weights, and no GGUF file"
+    ):
         load(str(saved), device="cpu")
 
 
@@ -192,3 +195,164 @@ def test_progress_bars_are_off_while_loading_and_back_afterwards(
         assert "it/s" not in capfd.readouterr().err
     finally:
         (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+
+
+# --- GGUF --------------------------------------------------------------------------------------------------------
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers.": "blk.",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm",
+}  # fmt: skip
+
+
+def write_gguf(path: Path, family: str = "qwen2", *, kind: str = "Q8_0") -> dict[str, torch.Tensor]:
+    """Write the tiny model of `family` as llama.cpp would; returns the weights that the file stands for."""
+    import gguf
+
+    model = tiny_model(family, torch.float32)
+    config, writer = model.config, gguf.GGUFWriter(path, family)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    backend = json.loads(tokenizer("gpt").backend_tokenizer.to_str())["model"]
+    tokens = sorted(backend["vocab"], key=backend["vocab"].get)
+    tokens += [f"<unused{i}>" for i in range(config.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if t in ("<s>", "</s>", "<unk>") else 1 for t in tokens])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in backend["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        other = name
+        for ours, theirs in GGUF_NAMES.items():
+            other = other.replace(ours, theirs)
+        data = parameter.detach().numpy()
+        quantised = parameter.ndim == 2 and kind != "F32"
+        stored = gguf.GGMLQuantizationType[kind if quantised else "F32"]
+        blocks = gguf.quants.quantize(_rotated(name, data, config), stored)
+        weights[name] = torch.from_numpy(_rotated(name, gguf.quants.dequantize(blocks, stored), config, back=True))
+        writer.add_tensor(other, blocks, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+def _rotated(name: str, data: np.ndarray, config: Any, *, back: bool = False) -> np.ndarray:
+    """llama.cpp stores LLaMA's queries and keys with the two halves of a head's rotary pairs side by side."""
+    if config.model_type != "llama" or not ("q_proj" in name or "k_proj" in name):
+        return data.copy()
+    heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+    half = data.shape[0] // heads // 2
+    split = (heads, half, 2) if back else (heads, 2, half)
+    return np.ascontiguousarray(data.reshape(*split, -1).swapaxes(1, 2).reshape(data.shape))
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "made").mkdir()
+    path = tmp_path / "made" / "tiny.Q8_0.gguf"
+    write_gguf(path)
+    return path
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_quantised_gguf_file_becomes_a_plain_model_with_the_files_weights(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
+    weights = write_gguf(tmp_path / "tiny.Q8_0.gguf", family)
+    capfd.readouterr()
+    lm = load(str(tmp_path / "tiny.Q8_0.gguf"), device="cpu")
+    assert "it/s" not in capfd.readouterr().err
+    found = dict(lm.model.named_parameters())
+    assert set(found) == set(weights)
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert lm.notes == ("weights dequantised from tiny.Q8_0.gguf (Q8_0)",)
+    assert lm.notes[0] in repr(lm)
+    assert lm.encode("The capital of France is").ids == tuple(tokenizer("gpt")("The capital of France is")["input_ids"])
+    assert not [name for name in lm.not_editable if "mlp" in name]
+
+
+def test_a_checkpoint_saved_from_a_gguf_file_is_the_same_model_and_says_where_it_comes_from(
+    gguf_file: Path, tmp_path: Path, computed: list[str]
+) -> None:
+    lm = load(str(gguf_file), device="cpu")
+    assert load(str(gguf_file.parent), device="cpu").fingerprint() == lm.fingerprint()
+    assert len(computed) == 1  # on record for the file
+    half = load(str(gguf_file), device="cpu", dtype="bfloat16")
+    assert half.fingerprint() == fingerprint(half.model) != lm.fingerprint()
+    lm.model.save_pretrained(tmp_path / "saved")
+    lm.tokenizer.save_pretrained(tmp_path / "saved")
+    again = load(str(tmp_path / "saved"), device="cpu")
+    assert again.fingerprint() == lm.fingerprint() == fingerprint(again.model)
+    assert again.notes == lm.notes
+
+
+def test_a_gguf_file_of_plain_floats_needs_no_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "tiny.gguf", kind="F32")
+    lm = load(str(tmp_path / "tiny.gguf"), device="cpu")
+    assert lm.notes == ()
+    stored = dict(tiny_model("qwen2", torch.float32).named_parameters())
+    assert all(torch.equal(p, stored[n]) for n, p in lm.model.named_parameters())
+
+
+def test_gguf_without_its_packages_names_the_extra(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retcon.lm.gguf.find_spec", lambda name: None if name == "gguf" else name)
+    with pytest.raises(MissingPackage, match=r"reading GGUF needs gguf, not installed here; the extra 'gguf' brings"):
+        load(str(gguf_file), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "error", "message"),
+    [
+        ("rwkv7", UnsupportedModel, "architecture rwkv7 is not supported"),
+        ("falcon", UnknownLayout, "model_type 'falcon'; known: .*llama"),
+        ("qwen2moe", UnsupportedModel, "'qwen2_moe' routes tokens through experts"),
+    ],
+)
+def test_a_gguf_file_of_another_architecture_is_refused_by_name(
+    architecture: str, error: type[Exception], message: str, gguf_file: Path
+) -> None:
+    import gguf
+
+    other = gguf_file.with_name("other.gguf")
+    writer = gguf.GGUFWriter(other, architecture)
+    writer.add_block_count(2)
+    writer.add_embedding_length(32)
+    writer.add_uint32(f"{architecture}.expert_count", 4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(error, match=message):
+        load(str(other), device="cpu")
+
+
+def test_gguf_files_that_cannot_be_meant(gguf_file: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"cannot load '.*none\.gguf': there is no such file"):
+        load(str(gguf_file.with_name("none.gguf")), device="cpu")
+    part = gguf_file.rename(gguf_file.with_name("tiny-00001-of-00002.gguf"))
+    with pytest.raises(UnsupportedModel, match="one part of a split file; join the parts first"):
+        load(str(part), device="cpu")
+    part.with_name("two.gguf").write_bytes(part.read_bytes())
+    with pytest.raises(UnsupportedModel, match=r"several GGUF files \(tiny-.*, two\.gguf\); name one of them"):
+        load(str(gguf_file.parent), device="cpu")
+
+
+@pytest.mark.parametrize("keep", [0, 100, 2000, 40_000])
+def test_a_damaged_gguf_file(gguf_file: Path, keep: int) -> None:
+    gguf_file.write_bytes(gguf_file.read_bytes()[:keep])
+    with pytest.raises(UnsupportedModel, match=r"cannot load '.*tiny\.Q8_0\.gguf': "):
+        load(str(gguf_file), device="cpu")

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from retcon.checked import Kind, as_bytes, cached, keep
 from retcon.errors import UnsupportedModel
 from retcon.files import cache_dir
+from retcon.lm.gguf import DEQUANTIZED_FROM
 
 _NOT_IDENTITY = {
     *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"),
     *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "chunk_size_feed_forward"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "initializer_range"),
+    DEQUANTIZED_FROM,
 }
 """Settings that do not enter a forward pass; callers set some of them (`pad_token_id`), transformers the others."""
 PIECE = 2**26
@@ -134,14 +136,17 @@ def checkpoint_fingerprint(model: nn.Module, files: Sequence[Path], *, verify: b
     Args:
         verify: hash every byte again, whatever the cache says.
     """
+    stored = [path for path in files if path.suffix == ".safetensors"]
     identity = {"files": [_stamp(path) for path in sorted(files)], "transformers": version("transformers")}
+    if not stored:  # GGUF: dequantised straight into the dtype asked for
+        identity["dtype"] = str(next(model.parameters()).dtype)
     record = (
         cache_dir() / "fingerprints" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.safetensors"
     )
     found = None if verify else cached(record, FINGERPRINTS, identity)
     if found is not None and isinstance(found[1].get("fingerprint"), str):
         return found[1]["fingerprint"]
-    value = fingerprint(model, StoredTensors(path for path in files if path.suffix == ".safetensors"))
+    value = fingerprint(model, StoredTensors(stored) if stored else None)
     keep(record, FINGERPRINTS, identity, about={"fingerprint": value})
     return value
 

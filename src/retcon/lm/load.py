@@ -1,4 +1,4 @@
-"""Loading a model by hub id, local path or `demo:` name."""
+"""Loading a model by hub id, local path, GGUF file or `demo:` name."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from retcon import world
 from retcon.errors import UnsupportedModel
 from retcon.lm.fingerprint import checkpoint_fingerprint
+from retcon.lm.gguf import DAMAGED, find_gguf, forget_packing, gguf_options, quiet_conversion
 from retcon.lm.layouts import Layout
 from retcon.lm.model import LM
 
@@ -33,7 +34,9 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        name: a hub id ("EleutherAI/gpt-j-6b"), a local directory, or `demo:gptj` / `demo:llama`.
+        name: a hub id ("EleutherAI/gpt-j-6b"), a local directory, a GGUF file ("model.Q4_1.gguf"; or a directory with
+            one and no safetensors), or `demo:gptj` / `demo:llama`. GGUF needs the extra `gguf`; quantised weights
+            are dequantised, and `lm.notes` says so.
         dtype: "float32", "bfloat16", ...; None means float32 on a CPU and the stored dtype on a GPU.
         device: "cpu", "cuda", "cuda:1", ...; None means a GPU where there is one.
         device_map: passed to transformers, to spread a model over several GPUs (needs accelerate).
@@ -45,7 +48,9 @@ def load(
             hashed before.
 
     Raises:
-        UnsupportedModel: not found, not safetensors, or out of the library's reach; the message says the way out.
+        UnsupportedModel: not found, neither safetensors nor GGUF, or out of the library's reach; the message says the
+            way out.
+        MissingPackage: reading a GGUF file needs packages that are not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,28 +61,36 @@ def load(
     elif dtype != "auto":
         dtype = _dtype(dtype)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    gguf = find_gguf(place)
+    unreadable = (OSError, ValueError, RuntimeError, SafetensorError, *(DAMAGED if gguf is not None else ()))
     try:
         with quietly():
+            weights_options: dict[str, Any] = {"use_safetensors": None if allow_bin else True}
+            if gguf is not None:
+                weights_options = gguf_options(gguf, options, layout)
+                place, options["gguf_file"] = str(gguf.parent), gguf.name
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
             model, report = AutoModelForCausalLM.from_pretrained(
                 place,
                 dtype=dtype,
                 device_map=device_map,
-                use_safetensors=None if allow_bin else True,
                 output_loading_info=True,
+                **weights_options,
                 **options,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except unreadable as error:
         raise UnsupportedModel(f"cannot load {name!r}: {_reason(error, place, allow_bin)}") from error
     if missing := sorted(report["missing_keys"]):  # transformers makes them up, at random
         raise UnsupportedModel(
             f"cannot load {name!r}: the checkpoint lacks {len(missing)} of the model's weights ({missing[0]}, ...)"
         )
+    if gguf is not None:
+        forget_packing(model, gguf)
     if device_map is None:
         model = model.to(target)
     model.eval()
     lm = LM(model, tokenizer, layout=layout, name=name)
-    files = checkpoint_files(place, revision)
+    files = checkpoint_files(place, revision) if gguf is None else [gguf]
     if files and not any(p.is_meta for p in model.parameters()):
         lm.remember_fingerprint(checkpoint_fingerprint(model, files, verify=verify_base))
     return lm
@@ -106,7 +119,8 @@ def quietly() -> Iterator[None]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with quiet_conversion():
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -128,7 +142,7 @@ def _reason(error: Exception, place: str, allow_bin: bool) -> str:
     if Path(place).is_dir() and not allow_bin and not list(Path(place).glob("*.safetensors")):
         if list(Path(place).glob("*.bin")):
             return "it holds pickled .bin weights only; convert them to safetensors, or pass allow_bin=True"
-        return "the directory holds no safetensors weights"
+        return "the directory contains no safetensors weights, and no GGUF file"
     if "ignore_mismatched_sizes" in text:
         return "its weights have other shapes than its config.json says"
     return text.splitlines()[0] if text else type(error).__name__

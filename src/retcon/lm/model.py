@@ -15,6 +15,7 @@ from retcon.delta import Change, Columns, Delta, Dense, Entries, Region, Rows, s
 from retcon.errors import DeltaMismatch, NonFinite, NotEditable, RetconWarning, UnsupportedModel, WrongBase
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.forward import run
+from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
 from retcon.lm.prompts import Batch, Row, buckets, decode, encode, pad
@@ -148,7 +149,14 @@ class LM:
 
     def __repr__(self) -> str:
         live = f", {len(self.applied)} live deltas" if self.applied else ""
-        return f"LM({self.name}: {self.model.config.model_type}, {self.n_layers} layers, {self.dtype}{live})"
+        notes = "".join(f", {note}" for note in self.notes)
+        return f"LM({self.name}: {self.model.config.model_type}, {self.n_layers} layers, {self.dtype}{notes}{live})"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever reads figures measured on this model should know, one phrase each; usually none."""
+        source = getattr(self.model.config, DEQUANTIZED_FROM, None)
+        return (f"weights dequantised from {source}",) if source else ()
 
     # --- parts ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""How the models are made that the package carries and the tests fetch; no module of the package imports this."""
