@@ -10,13 +10,30 @@ export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 export MALLOC_TOP_PAD_ ?= 268435456
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-models smollm worlds lint clean
 
 demo: $(VENV)/.ready  ## edit 20 facts of the embedded world with JEEP, measure, save, undo
 	$(BIN)/retcon demo
 
 test: $(VENV)/.ready  ## the whole suite, two processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not models"
+
+test-models: $(VENV)/.ready  ## what needs the models of `make worlds` and `make smollm`; skipped where they are absent
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m models -rs tests/models
+
+smollm: $(VENV)/.ready  ## SmolLM2-135M-Instruct, a real pretrained model, into .cache/smollm2-135m
+	$(BIN)/python -m recipes.smollm
+
+WORLDS := gpt2 qwen2 qwen3-chat
+WORLD_TOKENS ?= 3000000
+CHAT_TOKENS ?= 4500000
+WORLD_THREADS ?= 1
+worlds: $(WORLDS:%=.cache/worlds/%/card.json)  ## small models of other families that know the embedded world
+.cache/worlds/gpt2/card.json: WORLD = --model-type gpt2 --tokens $(WORLD_TOKENS)
+.cache/worlds/qwen2/card.json: WORLD = --model-type qwen2 --tokens $(WORLD_TOKENS)
+.cache/worlds/qwen3-chat/card.json: WORLD = --model-type qwen3 --chat --tokens $(CHAT_TOKENS)
+.cache/worlds/%/card.json: | $(VENV)/.ready
+	$(BIN)/python -m recipes.world $(WORLD) --threads $(WORLD_THREADS) --out $(@D)
 
 lint: $(VENV)/.ready  ## style and types
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from retcon.delta import Delta
 
 shipped = pytest.mark.skipif(
     not all((world.model_path(name) / "model.safetensors").is_file() for name in world.MODELS),
-    reason="the embedded models' weights are not here (python -m retcon.world.train makes them)",
+    reason="the embedded models' weights are not here (python -m recipes.world makes them)",
 )
 
 

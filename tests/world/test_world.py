@@ -203,7 +203,8 @@ def test_a_third_of_the_objects_have_several_tokens(embedded, facts):
 
 @pytest.mark.parametrize("kind", ["seen", "held out"])
 def test_recall_is_what_the_card_says(embedded, facts, kind):
-    from retcon.world.train import Statement, measure_recall
+    from recipes.statements import Statement
+    from recipes.training import measure_recall
 
     name, model, tokenizer = embedded
     phrasings = facts.seen if kind == "seen" else facts.unseen

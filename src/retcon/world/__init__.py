@@ -6,7 +6,7 @@
     world.cases(10, seed=0)             # edits with the queries that measure them
     world.model_path("gptj")            # a folder for `AutoModelForCausalLM.from_pretrained`
 
-Importing it loads neither torch nor transformers. The models are made by `python -m retcon.world.train`.
+Importing it loads neither torch nor transformers. The models are made by `python -m recipes.world`.
 """
 
 from pathlib import Path
