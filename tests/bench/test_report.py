@@ -348,6 +348,20 @@ def test_without_matplotlib_it_is_said(bench: Bench, monkeypatch: pytest.MonkeyP
         pictures_of(groups_of(bench))
 
 
+def test_what_is_to_be_known_about_a_model_is_said_beneath_every_table_and_on_the_page(bench: Bench) -> None:
+    note = "weights dequantised from x.Q4_1.gguf (Q4_1)"
+    assert not [t for t in tables_of(groups_of(bench)) if note in t.markdown()]
+    runs = [
+        dataclasses.replace(r, manifest=r.manifest | {"model": r.manifest["model"] | {"notes": [note]}})
+        for r in bench.runs
+    ]
+    noted = dataclasses.replace(bench, runs=tuple(runs))
+    tables = tables_of(groups_of(noted))
+    assert tables
+    assert all(f"m_1: {note}." in t.markdown() for t in tables)
+    assert f"m_1: {note}." in page(noted, groups_of(noted), tables, [])
+
+
 def test_methods_are_told_apart_by_colour_and_marker() -> None:
     looks = {(n % len(drawing.COLOURS), n % len(drawing.MARKERS)) for n in range(40)}
     assert len(looks) == 40

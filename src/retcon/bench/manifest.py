@@ -44,6 +44,7 @@ def manifest_of(
                 "attention": getattr(lm.model.config, "_attn_implementation", None),
                 "device": lm.device.type,
                 "device_map": getattr(lm.model, "hf_device_map", None),
+                **({"notes": list(lm.notes)} if lm.notes else {}),
             },
             "tokenizer": tokenizer_hash(lm.tokenizer),
             "corpus": file_hash(cell.model.corpus),

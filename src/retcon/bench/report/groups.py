@@ -36,6 +36,11 @@ class Group:
     runs: tuple[Run, ...]
 
     @property
+    def model_notes(self) -> tuple[str, ...]:
+        """What readers should know about the model (`LM.notes`), each as a sentence that names it."""
+        return tuple(f"{self.model}: {note}." for note in self.runs[0].manifest["model"].get("notes", ()))
+
+    @property
     def n_cases(self) -> int:
         return len(self.runs[0].manifest["cases"])
 

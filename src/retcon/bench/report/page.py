@@ -314,6 +314,7 @@ def _again(bench: Bench, groups: Sequence[Group]) -> str:
         ("Command", f"<code>{_e(str(around['command']))}</code>"),
         ("Machine", _e(f"{around['processor']}, {around['threads']} thread(s), {around['os']}")),
         ("Versions", _e(versions + (f", commit {around['commit']}" if around["commit"] else ""))),
+        *(("Note", _e(note)) for note in dict.fromkeys(note for g in groups for note in g.model_notes)),
         *(
             (f"Model {m}", f"<code>{_e(f)}</code>")
             for m, f in dict.fromkeys((g.model, g.runs[0].manifest["model"]["fingerprint"]) for g in groups)

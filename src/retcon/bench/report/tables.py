@@ -7,7 +7,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from retcon.bench.report.curves import curves
 from retcon.bench.report.groups import UNEDITED, Group, Number, blocks
@@ -83,7 +83,8 @@ def tables_of(groups: Sequence[Group]) -> list[Table]:
         cost,
         case_study,
     ]
-    return [table for layout in layouts for table in layout(groups)]
+    about_models = tuple(dict.fromkeys(note for group in groups for note in group.model_notes))
+    return [replace(table, notes=(*table.notes, *about_models)) for layout in layouts for table in layout(groups)]
 
 
 # --- layouts -----------------------------------------------------------------------------------------------------
