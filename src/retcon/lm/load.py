@@ -1,7 +1,7 @@
 """Loading a model by hub id, local path, GGUF file or `demo:` name."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def load(
     gguf = find_gguf(place)
     unreadable = (OSError, ValueError, RuntimeError, SafetensorError, *(DAMAGED if gguf is not None else ()))
     try:
-        with quietly():
+        with quietly(), quiet_conversion() if gguf is not None else nullcontext():
             weights_options: dict[str, Any] = {"use_safetensors": None if allow_bin else True}
             if gguf is not None:
                 weights_options = gguf_options(gguf, options, layout)
@@ -79,7 +79,7 @@ def load(
                 **options,
             )
     except unreadable as error:
-        raise UnsupportedModel(f"cannot load {name!r}: {_reason(error, place, allow_bin)}") from error
+        raise UnsupportedModel(f"cannot load {name!r}: {_reason(error, place, allow_bin, gguf)}") from error
     if missing := sorted(report["missing_keys"]):  # transformers makes them up, at random
         raise UnsupportedModel(
             f"cannot load {name!r}: the checkpoint lacks {len(missing)} of the model's weights ({missing[0]}, ...)"
@@ -119,8 +119,7 @@ def quietly() -> Iterator[None]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with quiet_conversion():
-            yield
+        yield
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -137,9 +136,11 @@ def _dtype(asked: str | torch.dtype) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _reason(error: Exception, place: str, allow_bin: bool) -> str:
+def _reason(error: Exception, place: str, allow_bin: bool, gguf: Path | None) -> str:
     text = str(error).strip()
-    if Path(place).is_dir() and not allow_bin and not list(Path(place).glob("*.safetensors")):
+    if isinstance(error, DAMAGED) or (gguf is not None and "reshape" in text):
+        return f"the file is damaged or cut off ({text.splitlines()[0] if text else type(error).__name__})"
+    if gguf is None and Path(place).is_dir() and not allow_bin and not list(Path(place).glob("*.safetensors")):
         if list(Path(place).glob("*.bin")):
             return "it holds pickled .bin weights only; convert them to safetensors, or pass allow_bin=True"
         return "the directory contains no safetensors weights, and no GGUF file"
