@@ -10,7 +10,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 export MALLOC_TOP_PAD_ ?= 268435456
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-models smollm worlds lint clean
+.PHONY: demo test test-models smollm worlds lint attack clean
 
 demo: $(VENV)/.ready  ## edit 20 facts of the embedded world with JEEP, measure, save, undo
 	$(BIN)/retcon demo
@@ -34,6 +34,11 @@ worlds: $(WORLDS:%=.cache/worlds/%/card.json)  ## small models of other families
 .cache/worlds/qwen3-chat/card.json: WORLD = --model-type qwen3 --chat --tokens $(CHAT_TOKENS)
 .cache/worlds/%/card.json: | $(VENV)/.ready
 	$(BIN)/python -m recipes.world $(WORLD) --threads $(WORLD_THREADS) --out $(@D)
+
+attack: $(VENV)/.ready  ## try at full size to break what docs/reliability.md promises
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.signals
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.sequences
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.threads
 
 lint: $(VENV)/.ready  ## style and types
 	$(BIN)/ruff check .

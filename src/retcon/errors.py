@@ -60,6 +60,14 @@ class DeltaNotApplied(RetconError):
     """Asked to revert a delta that is not applied, or to apply one that is."""
 
 
+class WeightsChanged(RetconError):
+    """Something other than retcon has changed weights under an applied delta."""
+
+
+class ModelBusy(RetconError):
+    """Another thread is changing the model, or is inside a scope of it."""
+
+
 class NonFinite(RetconError):
     """NaN or infinity where a number must stand: a loss, a moment, a change."""
 

@@ -155,6 +155,7 @@ def test_linear_and_conv1d_twins_get_the_same_change(randn: Any) -> None:
             linear = torch.nn.Linear(*conv.weight.shape, dtype=torch.float64)
             linear.weight.data, linear.bias.data = conv.weight.data.T.contiguous(), conv.bias.data
             setattr(parent, path.split(".")[1], linear)
+    twin.release()
     twin = LM(twin.model, tokenizer(), layout=replace(LAYOUTS["gpt2"], stored="out,in"))
     ids = torch.tensor([[5, 9, 33, 60, 7, 101]])
     for kind in ("o_proj", "down_proj", "up_proj", "q_proj", "k_proj", "v_proj"):

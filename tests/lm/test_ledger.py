@@ -1,20 +1,31 @@
 """The ledger's promise: weight = cast(base + sum of the live deltas in order), and the base's own bytes at the end."""
 
 import random
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
 from retcon.delta import Columns, Delta, Dense, Entries, LowRank, Region, Rows
-from retcon.errors import DeltaMismatch, DeltaNotApplied
+from retcon.errors import DeltaMismatch, DeltaNotApplied, WeightsChanged
 from retcon.lm import ledger as ledger_module
-from retcon.lm.ledger import Ledger
+from retcon.lm.ledger import Entry, Ledger
 from tests.lm.deltas import KINDS, by_hand, random_change, random_delta, same_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = {"tall": (24, 9), "wide": (7, 30), "square": (12, 12), "bias": (11,)}
+
+
+class Scope:
+    """What the ledger asks of a scope: a serial number, and to be alive."""
+
+    entry: Entry
+
+    def __init__(self, serial: int = 0) -> None:
+        self.serial = serial
 
 
 class Bench:
@@ -29,7 +40,27 @@ class Bench:
         for weight in self.weights.values():
             weight.data.reshape(-1)[::3] = -0.0
         self.base = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self.ledger = Ledger(self.weights.__getitem__)
+        self.ledger = Ledger(self.weights)
+        self.n_hiding = 0
+
+    def enter(self, delta: Delta) -> "Scope":
+        """A scope with a delta."""
+        scope = Scope()
+        scope.entry = self.ledger.push(delta, weakref.ref(scope))
+        return scope
+
+    @contextmanager
+    def without_deltas(self) -> Iterator[None]:
+        self.n_hiding += 1
+        scope = Scope(self.n_hiding)
+        self.ledger.hide(weakref.ref(scope))
+        try:
+            yield
+        finally:
+            self.ledger.leave(scope.serial)
+
+    def leave(self, scope: "Scope") -> None:
+        self.ledger.pop(scope.entry)
 
     def holds(self, deltas: list[Delta]) -> bool:
         return all(torch.equal(w, by_hand(self.base[n], n, deltas)) for n, w in self.weights.items())
@@ -97,7 +128,7 @@ def test_any_order_of_applying_and_removing(seed: int, dtype: torch.dtype, monke
     bench, rng = Bench(dtype), random.Random(seed)
     deltas = [random_delta(100 * seed + i, SHAPES) for i in range(14)]
     live: list[Delta] = []
-    scopes: list[tuple[Delta, object]] = []
+    scopes: list[tuple[Delta, Scope]] = []
     for _ in range(60):
         spare = [d for d in deltas if d not in live]
         move = rng.random()
@@ -107,27 +138,27 @@ def test_any_order_of_applying_and_removing(seed: int, dtype: torch.dtype, monke
             live.append(delta)
         elif spare and move < 0.6:
             delta = rng.choice(spare)
-            scopes.append((delta, bench.ledger.snapshot(delta)))
-            bench.ledger.push(delta)
+            scopes.append((delta, bench.enter(delta)))
             live.append(delta)
         elif scopes and move < 0.75:
-            delta, before = scopes.pop()
-            bench.ledger.pop(delta, before)  # type: ignore[arg-type]
-            live = [d for d in live if d != delta]
+            delta, scope = scopes.pop()
+            if scope.entry in bench.ledger.entries:  # else it was removed meanwhile, and perhaps applied anew
+                live.remove(delta)
+            bench.leave(scope)
         elif live and move < 0.95:
             delta = rng.choice(live)
             bench.ledger.remove(delta)
             live.remove(delta)
         else:
-            with bench.ledger.without_deltas():
+            with bench.without_deltas():
                 assert bench.is_base()
         assert bench.ledger.applied == tuple(live)
         assert bench.holds(live)
         assert all(torch.equal(bench.ledger.base_values(n), b) for n, b in bench.base.items())
     bench.ledger.clear()
     assert bench.is_base()
-    for delta, before in reversed(scopes):
-        bench.ledger.pop(delta, before)  # type: ignore[arg-type]  # gone already: nothing left to do
+    for _, scope in reversed(scopes):
+        bench.leave(scope)  # gone already: nothing left to do
     assert bench.is_base()
 
 
@@ -135,10 +166,9 @@ def test_leaving_a_scope_after_an_older_delta_was_removed_inside_it() -> None:
     bench = Bench()
     older, inner = one("tall", random_change("dense", (24, 9), 1)), one("tall", random_change("dense", (24, 9), 2))
     bench.ledger.push(older)
-    before = bench.ledger.snapshot(inner)
-    bench.ledger.push(inner)
+    scope = bench.enter(inner)
     bench.ledger.remove(older)
-    bench.ledger.pop(inner, before)
+    bench.leave(scope)
     assert bench.ledger.applied == ()
     assert bench.is_base()
 
@@ -173,17 +203,16 @@ def test_superseding_in_a_scope() -> None:
     instead = one("tall", random_change("dense", (24, 9), 3), supersedes=(a.id,))
     bench.ledger.push(a)
     bench.ledger.push(b)
-    before = bench.ledger.snapshot(instead)
-    bench.ledger.push(instead)
+    scope = bench.enter(instead)
     assert bench.holds([b, instead])
-    bench.ledger.pop(instead, before)
+    bench.leave(scope)
     assert bench.ledger.applied == (a, b)
     assert bench.holds([a, b])
 
 
 def test_superseding_what_is_not_live_is_refused() -> None:
     bench = Bench()
-    with pytest.raises(DeltaNotApplied, match="supersedes feedbeef, which is not live"):
+    with pytest.raises(DeltaNotApplied, match="supersedes feedbeef, which is not applied"):
         bench.ledger.push(one("tall", random_change("rows", (24, 9)), supersedes=("feedbeef",)))
     assert bench.is_base()
 
@@ -310,9 +339,8 @@ def test_the_work_is_linear_in_the_number_of_deltas(counted: Callable[[], tuple[
         bench.ledger.push(delta)
     assert counted() == (n, n)
     inner = one("w", Rows(index=torch.tensor([5]), rows=torch.ones(1, 4)))
-    before = bench.ledger.snapshot(inner)
-    bench.ledger.push(inner)
-    bench.ledger.pop(inner, before)
+    scope = bench.enter(inner)
+    bench.leave(scope)
     assert counted() == (1, 2)  # a scope on top of thousands costs one delta, there and back
     bench.ledger.remove(deltas[-1])
     assert counted() == (0, 0)  # the other parameter is not replayed
@@ -351,26 +379,22 @@ def test_off_shows_the_base_and_comes_back_even_on_failure() -> None:
     deltas = [random_delta(i, SHAPES) for i in range(4)]
     for delta in deltas:
         bench.ledger.push(delta)
-    with pytest.raises(ValueError, match="inside"), bench.ledger.without_deltas():
+    with pytest.raises(ValueError, match="inside"), bench.without_deltas():
         assert bench.is_base()
-        with bench.ledger.without_deltas():
+        with bench.without_deltas():
             assert bench.is_base()
         assert bench.is_base()
         raise ValueError("inside")
     assert bench.holds(deltas)
 
 
-@pytest.mark.parametrize("what", ["push", "remove", "clear"])
+@pytest.mark.parametrize("what", ["push", "remove"])
 def test_nothing_is_applied_or_removed_while_off(what: str) -> None:
     bench = Bench()
     a, b = random_delta(1, SHAPES), random_delta(2, SHAPES)
     bench.ledger.push(a)
-    act = {
-        "push": lambda: bench.ledger.push(b),
-        "remove": lambda: bench.ledger.remove(a),
-        "clear": bench.ledger.clear,
-    }[what]
-    with bench.ledger.without_deltas():
+    act = {"push": lambda: bench.ledger.push(b), "remove": lambda: bench.ledger.remove(a)}[what]
+    with bench.without_deltas():
         with pytest.raises(DeltaNotApplied, match="off for the moment"):
             act()
         assert bench.is_base()
@@ -403,15 +427,14 @@ def test_any_autograd_mode_will_do_at_any_time() -> None:
     with torch.inference_mode():
         made_inside = one("tall", Dense(full=torch.full((24, 9), 0.25)))
         bench.ledger.push(deltas[0])
-        before = bench.ledger.snapshot(deltas[1])
-        bench.ledger.push(deltas[1])
+        scope = bench.enter(deltas[1])
     bench.ledger.push(deltas[2])
     bench.ledger.remove(deltas[2])
-    bench.ledger.pop(deltas[1], before)
+    bench.leave(scope)
     bench.ledger.push(made_inside)
     with torch.inference_mode():
         bench.ledger.push(deltas[3])
-        with bench.ledger.without_deltas():
+        with bench.without_deltas():
             assert bench.is_base()
     assert bench.holds([deltas[0], made_inside, deltas[3]])
     bench.ledger.clear()
@@ -425,7 +448,7 @@ def test_changes_that_ask_for_gradients_leave_no_graph_behind() -> None:
     left = torch.ones(24, 1, requires_grad=True)
     delta = one("tall", LowRank(left=left * 2, right=torch.ones(1, 9)))
     bench.ledger.push(delta)
-    assert not bench.ledger._touched["tall"].total.requires_grad
+    assert not bench.ledger._records["tall"].total.requires_grad
     assert bench.weights["tall"].is_leaf
     assert bench.weights["tall"].requires_grad
 
@@ -438,12 +461,125 @@ def test_a_scope_that_widens_what_is_kept_costs_one_delta_too(counted: Callable[
     held = bench.ledger.nbytes()
     counted()
     inner = one("w", random_change("low_rank", (100, 50)))
-    before = bench.ledger.snapshot(inner)
-    bench.ledger.push(inner)
+    scope = bench.enter(inner)
     assert bench.holds([*below, inner])
-    bench.ledger.pop(inner, before)
+    bench.leave(scope)
     assert counted() == (1, 2)
     assert bench.holds(below)
     assert bench.ledger.nbytes() == held
+    bench.ledger.clear()
+    assert bench.is_base()
+
+
+# --- cut anywhere --------------------------------------------------------------------------------------------------
+
+
+def test_a_scope_that_is_gone_without_having_been_left_is_taken_off_by_the_next_call() -> None:
+    bench = Bench()
+    older, inner, newer = (random_delta(i, SHAPES) for i in range(3))
+    bench.ledger.push(older)
+    scope = bench.enter(inner)
+    bench.ledger.push(newer)
+    del scope  # as after an interrupt that kept __exit__ from running
+    assert not bench.ledger.settled
+    assert bench.ledger.applied == (older, newer)
+    bench.ledger.settle()
+    assert bench.ledger.settled
+    assert bench.holds([older, newer])
+
+
+def test_a_scope_that_ends_takes_those_with_it_that_began_inside() -> None:
+    bench = Bench()
+    older, outer, inner, plain = (random_delta(i, SHAPES) for i in range(4))
+    bench.ledger.push(older)
+    scopes = [Scope(1), Scope(2), Scope(3)]
+    for delta, scope in zip((outer, inner), scopes, strict=False):
+        bench.ledger.push(delta, weakref.ref(scope))
+    bench.ledger.push(plain)
+    bench.ledger.hide(weakref.ref(scopes[2]))
+    bench.ledger.leave(1)
+    assert bench.ledger.applied == (older, plain)
+    assert bench.holds([older, plain])
+
+
+def test_a_base_shown_by_a_scope_that_is_gone_is_hidden_again_by_the_next_call() -> None:
+    bench = Bench()
+    deltas = [random_delta(i, SHAPES) for i in range(2)]
+    bench.ledger.push(deltas[0])
+    scope = Scope()
+    bench.ledger.hide(weakref.ref(scope))
+    assert bench.is_base()
+    del scope
+    assert not bench.ledger.settled
+    bench.ledger.push(deltas[1])
+    assert bench.holds(deltas)
+
+
+def test_clear_works_in_every_state_and_ends_scopes() -> None:
+    bench = Bench()
+    a, b = (random_delta(i, SHAPES) for i in range(2))
+    bench.ledger.push(a)
+    scope, hiding = bench.enter(b), Scope()
+    bench.ledger.hide(weakref.ref(hiding))
+    bench.ledger.clear()
+    assert bench.is_base()
+    assert (bench.ledger.applied, bench.ledger.hidden, bench.ledger.nbytes()) == ((), False, 0)
+    bench.leave(scope)
+    bench.ledger.leave(hiding.serial)
+    bench.ledger.push(a)
+    assert bench.holds([a])
+
+
+# --- changes from outside ------------------------------------------------------------------------------------------
+
+
+def _halve(weight: torch.nn.Parameter) -> None:
+    weight.data = weight.data.half()
+
+
+OUTSIDE = {
+    "data += 1": lambda w: w.data.add_(1),
+    "in place": lambda w: w.detach().view(-1)[1:2].add_(1),
+    "another tensor": lambda w: setattr(w, "data", w.data + 1),
+    "half": _halve,
+}
+
+
+@pytest.mark.parametrize("what", OUTSIDE)
+@pytest.mark.parametrize("call", ["push", "remove", "clear", "hide"])
+def test_what_something_else_has_changed_is_noticed_before_it_is_overwritten(what: str, call: str) -> None:
+    bench = Bench()
+    a, b = one("tall", random_change("dense", (24, 9), 1)), one("tall", random_change("dense", (24, 9), 2))
+    bench.ledger.push(a)
+    with torch.no_grad():
+        OUTSIDE[what](bench.weights["tall"])
+    changed = bench.weights["tall"].detach().clone()
+    scope = Scope()
+    act = {
+        "push": lambda: bench.ledger.push(b),
+        "remove": lambda: bench.ledger.remove(a),
+        "clear": bench.ledger.clear,
+        "hide": lambda: bench.ledger.hide(weakref.ref(scope)),
+    }[call]
+    with pytest.raises(
+        WeightsChanged, match=r"tall: its weights were changed by something else .*revert_all\(force=True"
+    ):
+        act()
+    assert same_bytes(bench.weights["tall"], changed)
+    bench.ledger.clear(force=True)
+    assert torch.equal(bench.weights["tall"].float(), bench.base["tall"].to(changed.dtype).float())
+    assert bench.ledger.applied == ()
+
+
+def test_what_leaves_the_values_as_they_are_is_no_change() -> None:
+    bench = Bench()
+    a, b = (random_delta(i, SHAPES) for i in range(2))
+    bench.ledger.push(a)
+    for weight in bench.weights.values():
+        with torch.no_grad():
+            weight.mul_(1)  # the version counter goes up
+        weight.data = weight.data.clone()  # another place in memory
+    bench.ledger.push(b)
+    assert bench.holds([a, b])
     bench.ledger.clear()
     assert bench.is_base()

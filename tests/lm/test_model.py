@@ -1,5 +1,6 @@
 """`LM`: applying and reverting on whole models, what is refused and why, borrowing, generating."""
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from retcon.delta import Delta, Dense, LowRank, Rows
 from retcon.errors import (
     DeltaMismatch,
     DeltaNotApplied,
+    ModelBusy,
     NonFinite,
     NotEditable,
     RetconWarning,
@@ -19,6 +21,7 @@ from retcon.errors import (
     WrongBase,
 )
 from retcon.lm import model as model_module
+from retcon.lm import scopes
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.forward import Point, adding, run
 from retcon.lm.ledger import Ledger
@@ -426,7 +429,7 @@ def test_what_it_says_about_itself(tiny: Make) -> None:
     lm = tiny("gptj", torch.bfloat16)
     assert repr(lm) == "LM(tiny-gptj: gptj, 4 layers, torch.bfloat16)"
     with lm.edited(make_delta(lm, down(0))):
-        assert repr(lm) == "LM(tiny-gptj: gptj, 4 layers, torch.bfloat16, 1 live deltas)"
+        assert repr(lm) == "LM(tiny-gptj: gptj, 4 layers, torch.bfloat16, 1 applied delta)"
     assert LM(tiny_model("gptj"), tokenizer()).name == "gptj"
     assert lm.device == torch.device("cpu")
 
@@ -656,3 +659,83 @@ def test_a_sites_bias_is_that_of_its_own_outputs(tiny: Make) -> None:
     assert site.bias.tolist() == list(range(32, 64))
     assert lm.parameter(site.bias_name).shape == (96,)
     assert tiny("llama").site(0, "k_proj").bias is None
+
+
+# --- one LM, one thread, no surprises ------------------------------------------------------------------------------
+
+
+def test_a_second_lm_over_a_model_is_refused_while_the_first_is_alive(tiny: Make) -> None:
+    lm = tiny("llama")
+    with pytest.raises(UnsupportedModel, match=r"has an LM already.*release\(\)"):
+        LM(lm.model, lm.tokenizer)
+    delta = make_delta(lm, lm.site(0, "down_proj").name)
+    lm.apply(delta)
+    with pytest.raises(DeltaNotApplied, match="1 deltas are applied"):
+        lm.release()
+    lm.revert(delta)
+    lm.release()
+    second = LM(lm.model, lm.tokenizer)
+    model = second.model
+    del lm, second
+    LM(model, tokenizer())  # gone is as good as released
+
+
+def test_parameters_in_the_same_memory_are_not_editable() -> None:
+    model = tiny_model("llama", torch.float32)
+    one, two = (model.model.layers[i].mlp.down_proj for i in (0, 1))
+    two.weight = torch.nn.Parameter(one.weight.data.view(-1)[: one.weight.numel()].view_as(one.weight))
+    lm = LM(model, tokenizer())
+    with pytest.raises(NotEditable, match=r"same memory as model\.layers\.0\.mlp\.down_proj\.weight"):
+        lm.check_editable("model.layers.1.mlp.down_proj.weight")
+    lm.check_editable("model.layers.2.mlp.down_proj.weight")
+
+
+def test_another_thread_waits_and_then_is_told(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scopes, "BUSY_SECONDS", 0.05)
+    lm = tiny("gptj")
+    delta, other = make_delta(lm, down(0), 1), make_delta(lm, down(1), 2)
+    heard: list[BaseException | None] = []
+
+    def work() -> None:
+        try:
+            lm.apply(other)
+            heard.append(None)
+        except ModelBusy as error:
+            heard.append(error)
+
+    with lm.edited(delta):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        lm.fingerprint()  # the thread that has the scope goes on as it likes
+    assert "another thread is changing it" in str(heard[0])
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert heard[1] is None
+    assert lm.applied == (other,)
+
+
+def test_the_fingerprint_follows_weights_that_something_else_changes(tiny: Make) -> None:
+    lm = tiny("gptj", torch.float32)
+    first = lm.fingerprint()
+    lm.parameter(down(0)).data += 1
+    second = lm.fingerprint()
+    assert second != first
+    lm.model.half()
+    assert lm.fingerprint() not in (first, second)
+
+
+def test_flags_and_hooks_that_an_interrupt_left_are_put_back_by_the_next_call(tiny: Make) -> None:
+    lm = tiny("gptj")
+    lm.model.train()
+    scope = lm.frozen_eval()
+    scope.__enter__()
+    assert not lm.model.training
+    del scope  # as after an interrupt that kept __exit__ from running
+    assert not lm.consistent
+    assert "interrupted" in repr(lm)
+    lm.applied  # noqa: B018
+    assert lm.consistent
+    assert lm.model.training
+    assert all(p.requires_grad for p in lm.model.parameters())

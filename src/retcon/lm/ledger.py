@@ -1,26 +1,37 @@
-"""The live deltas of a model, and the base values under them: applying, reverting, scopes.
+"""The applied deltas of a model, and the base values under them.
 
 Per touched parameter the ledger holds the base values (only the touched rows, columns or entries where the kinds of
 change allow it) on the CPU in the stored dtype, and one running sum in at least float32, in order of application:
 weight = cast(base + sum), written in place. Appending a delta costs one delta. Removing one from the middle replays the
-rest. Removing all puts the base's own bytes back.
+rest. Removing all restores the base's own bytes.
+
+Every change of state can be cut at any point. What shall be in force is one tuple (`_entries`), exchanged in one store;
+`settle` then brings every parameter there, each step of it repeatable: a record exists before the first byte of its
+parameter changes and is dropped after the last byte is back, and it says what its sum holds (`ids`) and what the
+parameter shows (`shown`), None while that is being changed. Whatever interrupts it, the next call finishes the work.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from retcon.delta import Change, Columns, Delta, Entries, Rows
-from retcon.errors import DeltaNotApplied
+from retcon.errors import DeltaNotApplied, WeightsChanged
 
-_BLOCK = 2**22  # values written at a time: no second copy of a large matrix is ever made
+_BLOCK = 2**22
+"""Values written at a time: no second copy of a large matrix is ever made."""
+_N_SAMPLED = 64
+"""Values of a parameter that are looked at to see whether something else has changed it."""
+
+Ids = tuple[str, ...]
 
 
-@dataclass
-class _Touched:
+@dataclass(eq=False)
+class _Record:
     """Base and running sum over the touched part of one parameter."""
 
     kind: str
@@ -30,106 +41,155 @@ class _Touched:
     base: Tensor
     """Base values there: CPU, stored dtype."""
     total: Tensor
-    """Sum of the live changes there: parameter's device, at least float32."""
+    """Sum of the changes of the deltas `ids` there: parameter's device, at least float32."""
+    ids: Ids | None = ()
+    """Deltas in the sum, in order; None while one is being added."""
+    shown: Ids | None = ()
+    """Deltas in the parameter's bytes; None while they are being written."""
+    seen: "_Look | None" = None
+    """What the parameter looked like when it was last written."""
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The ledger before a delta, as far as that delta will change it."""
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """Enough of a parameter to notice that something else has changed it."""
 
-    log: tuple[str, ...]
-    """Ids of the deltas below."""
-    touched: dict[str, _Touched | None]
-    """The records of the delta's parameters, sums copied; None where nothing touched it."""
+    pointer: int
+    dtype: torch.dtype
+    version: int
+    sample: Tensor
+
+    @classmethod
+    def at(cls, weight: Tensor) -> "_Look":
+        """Look at a parameter as it is now."""
+        return cls(weight.data_ptr(), weight.dtype, weight._version, _sample(weight))
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A delta in force, until it is removed or the scope that it belongs to is gone."""
+
+    delta: Delta
+    scope: "weakref.ref[Any] | None" = None
+    before: Mapping[str, _Record | None] = field(default_factory=dict)
+    """For a scope: the records of the delta's parameters before it, sums copied, so that leaving costs no replay."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether its scope, if it has one, is still there."""
+        return self.scope is None or self.scope() is not None
 
 
 class Ledger:
-    """Ordered deltas over the parameters that `parameter(name)` gives."""
+    """Ordered deltas over parameters.
 
-    def __init__(self, parameter: Callable[[str], Tensor]) -> None:
-        self._parameter = parameter
-        self._log: dict[str, Delta] = {}  # by id, in order of application
-        self._touched: dict[str, _Touched] = {}
-        self.suspended = False
+    Args:
+        parameters: by name; a delta changes no others.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+        self._entries: tuple[Entry, ...] = ()  # what shall be in force, in order of application
+        self._hiding: tuple[weakref.ref[Any], ...] = ()  # scopes during which the base shall show
+        self._records: dict[str, _Record] = {}
+        self._settled_at: tuple[object, bool] = (self._entries, False)
+
+    # --- what shall be in force --------------------------------------------------------------------------------------
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The entries that shall be in force."""
+        return tuple(entry for entry in self._entries if entry.alive)
 
     @property
     def applied(self) -> tuple[Delta, ...]:
-        """Deltas in force, in order of application; those that a later live delta supersedes are left out."""
-        replaced = {i for delta in self._log.values() for i in delta.supersedes}
-        return tuple(d for i, d in self._log.items() if i not in replaced)
+        """Deltas that shall be in force, in order of application, without those that a later one supersedes."""
+        deltas = [entry.delta for entry in self.entries]
+        replaced = {i for delta in deltas for i in delta.supersedes}
+        return tuple(d for d in deltas if d.id not in replaced)
 
-    @torch.inference_mode(False)  # what is made here and in _add is updated in place later, in whatever mode
-    @torch.no_grad()
-    def snapshot(self, delta: Delta) -> Snapshot:
-        """What `pop` needs to take `delta`, pushed next, off again without replaying the rest."""
-        known = {name: self._touched.get(name) for name in delta.changes}
-        copies = {name: None if old is None else replace(old, total=old.total.clone()) for name, old in known.items()}
-        return Snapshot(tuple(self._log), copies)
+    @property
+    def hidden(self) -> bool:
+        """Whether the base shall show instead."""
+        return any(scope() is not None for scope in self._hiding)
 
-    def push(self, delta: Delta) -> None:
-        """Apply `delta` on top. On any failure the weights are as they were.
+    @property
+    def settled(self) -> bool:
+        """Whether the parameters hold what shall be in force; False after an interrupt, until the next call."""
+        entries, hidden = self._settled_at
+        return entries is self._entries and all(e.alive for e in self._entries) and hidden == self.hidden
+
+    # --- changing it -------------------------------------------------------------------------------------------------
+
+    def push(self, delta: Delta, scope: "weakref.ref[Any] | None" = None) -> Entry:
+        """Apply `delta` on top, until it is removed or `scope` is gone. On any failure the weights are as they were.
 
         Raises:
-            DeltaNotApplied: it is applied already, it supersedes one that is not live, or the ledger is suspended.
+            DeltaNotApplied: it is applied already, it supersedes one that is not applied, or the deltas are hidden.
+            WeightsChanged: something else has changed a parameter under an applied delta.
         """
-        self._refuse_while_off()
-        if delta.id in self._log:
+        self.settle()
+        self._refuse_while_hidden()
+        if any(entry.delta.id == delta.id for entry in self._entries):
             raise DeltaNotApplied(f"delta {delta.id} is applied already; revert it first")
         if delta.supersedes and (missing := set(delta.supersedes) - {d.id for d in self.applied}):
-            raise DeltaNotApplied(f"delta {delta.id} supersedes {', '.join(sorted(missing))}, which is not live")
-        touches = self._reach(delta)
-        self._log[delta.id] = delta
-        try:
-            if delta.supersedes:
-                self._replay(touches)
-            else:
-                for name, changes in delta.changes.items():
-                    self._add(name, changes)
-        except BaseException:
-            del self._log[delta.id]
-            self._replay(touches)
-            raise
+            raise DeltaNotApplied(f"delta {delta.id} supersedes {', '.join(sorted(missing))}, which is not applied")
+        entry = Entry(delta, scope, self._copies(delta) if scope is not None else {})
+        self._exchange((*self._entries, entry))
+        return entry
 
-    def pop(self, delta: Delta, before: Snapshot) -> None:
-        """Take `delta` off again (`before` is its snapshot): cheaply where it is the last one, else by replaying.
+    def pop(self, entry: Entry) -> None:
+        """Take a scope's entry off: cheaply where it is the last one, else by replaying the rest.
 
         Nothing is left to do where the scope's own body has taken it off already.
         """
-        if delta.id not in self._log:
+        self._drop([entry], [])
+
+    def leave(self, serial: int) -> None:
+        """End the scope of that serial number and those that began inside it: their deltas, and what they hide."""
+
+        def ends(scope: "weakref.ref[Any] | None") -> bool:
+            return scope is not None and ((alive := scope()) is None or alive.serial >= serial)
+
+        self._drop([e for e in self._entries if ends(e.scope)], [s for s in self._hiding if ends(s)])
+
+    def _drop(self, entries: Sequence[Entry], hiding: "Sequence[weakref.ref[Any]]") -> None:
+        gone = [entry for entry in self._entries if entry in entries]
+        if not gone and not hiding:
             return
-        self._refuse_while_off()
-        if delta.supersedes or tuple(self._log) != (*before.log, delta.id):
-            self._take_out(delta)
-            return
-        del self._log[delta.id]
-        for name, old in before.touched.items():
-            self._restore(name)
-            if old is not None:
-                self._touched[name] = old
-                self._write(name, old)
+        self._hiding = tuple(s for s in self._hiding if not any(s is h for h in hiding))
+        self._entries = tuple(e for e in self._entries if e not in gone)
+        self.settle({name: old for entry in reversed(gone) for name, old in entry.before.items()})
 
     def remove(self, delta: Delta) -> None:
-        """Take `delta` out, wherever it stands; what remains is the base plus the other live deltas.
+        """Take `delta` out, wherever it is; what remains is the base plus the other applied deltas.
 
         Raises:
-            DeltaNotApplied: it is not applied, a later delta supersedes it, or the ledger is suspended.
+            DeltaNotApplied: it is not applied, a later delta supersedes it, or the deltas are hidden.
+            WeightsChanged: something else has changed a parameter under an applied delta.
         """
-        self._refuse_while_off()
+        self.settle()
+        self._refuse_while_hidden()
         self.find(delta.id)
-        later = next((d for d in self._log.values() if delta.id in d.supersedes), None)
+        later = next((e.delta for e in self._entries if delta.id in e.delta.supersedes), None)
         if later is not None:  # or what `delta` superseded would come back beside `later`
             raise DeltaNotApplied(f"delta {delta.id} is superseded by {later.id}; revert that one first")
-        self._take_out(delta)
+        self._exchange(tuple(e for e in self._entries if e.delta.id != delta.id))
 
-    def clear(self) -> None:
-        """Take every delta off: the base, bit for bit.
+    def clear(self, *, force: bool = False) -> None:
+        """Take every delta off and end every scope, from whatever state: the base, bit for bit.
+
+        Args:
+            force: also where something else has changed the parameters since; its changes are lost.
 
         Raises:
-            DeltaNotApplied: the ledger is suspended.
+            WeightsChanged: without `force`, something else has changed a parameter under an applied delta.
         """
-        self._refuse_while_off()
-        self._log.clear()
-        self._replay(set(self._touched))
+        if not force:
+            self.check_unchanged()
+        self._entries = ()
+        self._hiding = ()
+        self.settle(force=force)
 
     def find(self, delta_id: str) -> Delta:
         """The applied delta of that id.
@@ -137,76 +197,136 @@ class Ledger:
         Raises:
             DeltaNotApplied: there is none.
         """
-        if delta_id not in self._log:
-            raise DeltaNotApplied(f"delta {delta_id} is not applied; applied: {', '.join(self._log) or 'none'}")
-        return self._log[delta_id]
+        known = {entry.delta.id: entry.delta for entry in self.entries}
+        if delta_id not in known:
+            raise DeltaNotApplied(f"delta {delta_id} is not applied; applied: {', '.join(known) or 'none'}")
+        return known[delta_id]
 
-    def _refuse_while_off(self) -> None:
-        if self.suspended:
-            raise DeltaNotApplied(
-                "the live deltas are off for the moment (lm.without_deltas()); apply and revert after that scope ends"
-            )
-
-    def _take_out(self, delta: Delta) -> None:
-        touches = self._reach(delta)
-        del self._log[delta.id]
-        self._replay(touches)
-
-    def _reach(self, delta: Delta) -> set[str]:
-        """Parameters that change when `delta` comes or goes: its own, and those of what it supersedes."""
-        return set(delta.changes).union(*(self._log[i].changes for i in delta.supersedes if i in self._log))
-
-    @contextmanager
-    def without_deltas(self) -> Iterator[None]:
-        """The base's own weights while the scope lasts; the live deltas come back after it."""
-        if self.suspended:
-            yield
-            return
-        self.suspended = True
-        try:
-            for name, touched in self._touched.items():
-                self._put(name, touched, touched.base)
-            yield
-        finally:
-            for name, touched in self._touched.items():
-                self._write(name, touched)
-            self.suspended = False
+    def hide(self, scope: "weakref.ref[Any]") -> None:
+        """Show the base's own weights until `scope` is left, or is gone."""
+        self.settle()
+        self._hiding = (*self._hiding, scope)
+        self.settle()
 
     def base_values(self, name: str) -> Tensor:
         """The unedited parameter: itself where no delta touches it, else rebuilt from the kept base (a copy)."""
-        weight = self._parameter(name)
-        if name not in self._touched:
+        weight, record = self._parameters[name], self._records.get(name)
+        if record is None:
             return weight.detach()
-        copy, touched = weight.detach().clone(), self._touched[name]
-        _assign(copy, touched, touched.base.to(copy.device))
+        copy = weight.detach().clone()
+        _assign(copy, record, record.base.to(copy.device))
         return copy
 
     def nbytes(self) -> int:
         """Bytes held for undoing: base values and running sums."""
-        return sum(t.numel() * t.element_size() for x in self._touched.values() for t in (x.base, x.total))
+        return sum(t.numel() * t.element_size() for r in self._records.values() for t in (r.base, r.total))
 
-    # --- the arithmetic ------------------------------------------------------------------------------------------
+    def touched(self) -> frozenset[str]:
+        """Names of the parameters that an applied delta touches."""
+        return frozenset(self._records)
 
-    def _replay(self, names: set[str]) -> None:
-        live = self.applied
-        for name in names:
-            if name in self._touched:
-                self._restore(name)
-            changes = [change for delta in live for change in delta.changes.get(name, ())]
-            if changes:
-                self._add(name, changes)
+    def _exchange(self, entries: tuple[Entry, ...]) -> None:
+        """Bring these entries into force; on any failure those before them are."""
+        before = self._entries
+        try:
+            self._entries = entries
+            self.settle()
+        except BaseException:
+            self._entries = before
+            self.settle()
+            raise
+
+    def _refuse_while_hidden(self) -> None:
+        if self.hidden:
+            raise DeltaNotApplied(
+                "the applied deltas are off for the moment (lm.without_deltas()); apply and revert after that scope "
+                "ends, or end it with revert_all()"
+            )
 
     @torch.inference_mode(False)
-    @torch.no_grad()
-    def _add(self, name: str, changes: Sequence[Change]) -> None:
-        touched = self._cover(name, changes)
-        for change in changes:
-            _accumulate(touched, change)
-        self._write(name, touched)
+    def _copies(self, delta: Delta) -> dict[str, _Record | None]:
+        known = {name: self._records.get(name) for name in delta.changes}
+        return {name: None if old is None else _copy(old) for name, old in known.items()}
 
-    def _cover(self, name: str, changes: Sequence[Change]) -> _Touched:
+    # --- bringing it about -------------------------------------------------------------------------------------------
+
+    @torch.inference_mode(False)  # what is made here is updated in place later, in whatever mode
+    @torch.no_grad()
+    def settle(self, before: Mapping[str, _Record | None] | None = None, *, force: bool = False) -> None:
+        """Bring every parameter to what shall be in force. Repeatable: what an interrupt left undone is done.
+
+        Args:
+            before: records with sums that may be the ones wanted now, which saves adding them up.
+            force: overwrite what something else has changed.
+
+        Raises:
+            WeightsChanged: something else has changed a parameter that would be overwritten.
+        """
+        if self.settled:
+            return
+        entries, hidden, deltas = self.entries, self.hidden, self.applied
+        names = dict.fromkeys([*self._records, *(n for delta in deltas for n in delta.changes)])
+        wanted = {name: [delta for delta in deltas if name in delta.changes] for name in names}
+        work = {name: own for name, own in wanted.items() if self._differs(name, own, hidden)}
+        for name in work:
+            self._check_unchanged(name, force=force)
+        self._settled_at = (None, hidden)
+        for name, own in work.items():
+            self._bring(name, own, hidden, (before or {}).get(name))
+        self._entries = entries
+        self._settled_at = (entries, hidden)
+
+    def _differs(self, name: str, deltas: Sequence[Delta], hidden: bool) -> bool:
+        """Whether a parameter shows something else than the base plus these deltas, or has a record for nothing."""
+        record, ids = self._records.get(name), tuple(delta.id for delta in deltas)
+        if record is None:
+            return bool(ids) and not hidden
+        return not ids or record.shown != (() if hidden else ids) or (record.ids != ids and not hidden)
+
+    def _bring(self, name: str, deltas: Sequence[Delta], hidden: bool, before: _Record | None) -> None:
+        """Bring one parameter to the base plus these deltas, or to the base while they are hidden."""
+        ids = tuple(delta.id for delta in deltas)
+        record = self._records.get(name)
+        if hidden or not ids:
+            assert record is not None
+            self._show_base(name, record)
+            if not ids:
+                del self._records[name]
+            return
+        record = self._summed(name, record, deltas, ids, before)
+        record.shown = None
+        self._write(name, record)
+        record.seen = _Look.at(self._parameters[name])
+        record.shown = ids
+
+    def _summed(
+        self, name: str, record: _Record | None, deltas: Sequence[Delta], ids: Ids, before: _Record | None
+    ) -> _Record:
+        """The parameter's record with the sum of these deltas, made from what there is at the least cost."""
+        if record is not None and record.ids is not None and record.ids == ids[: len(record.ids)]:
+            new = deltas[len(record.ids) :]
+        else:
+            new = deltas
+            if record is not None:
+                self._show_base(name, record)
+                if before is not None and before.ids == ids:
+                    self._records[name] = fresh = _copy(before)
+                    fresh.shown = ()
+                    return fresh
+                del self._records[name]
+        changes = [change for delta in new for change in delta.changes[name]]
+        if changes:
+            record = self._cover(name, changes)
+            record.ids = None
+            for change in changes:
+                _accumulate(record, change)
+            record.ids = ids
+        assert record is not None
+        return record
+
+    def _cover(self, name: str, changes: Sequence[Change]) -> _Record:
         """The parameter's record, made or widened so that it covers the changes."""
-        weight, old = self._parameter(name).detach(), self._touched.get(name)
+        weight, old = self._parameters[name].detach(), self._records.get(name)
         kind, index = _footprint(changes, weight.shape)
         if old is not None:
             if old.kind == "whole":
@@ -220,34 +340,103 @@ class Ledger:
         if index is not None and len(index) * 4 > _places(kind, weight.shape):
             kind, index = "whole", None
         on_device = None if index is None else index.to(weight.device)
-        new = _Touched(kind, on_device, torch.empty(0), torch.empty(0))
+        new = _Record(kind, on_device, torch.empty(0), torch.empty(0))
         new.base = _view(weight, new).cpu().clone()
         new.total = torch.zeros(new.base.shape, dtype=_sum_dtype(weight.dtype), device=weight.device)
-        if old is not None:
+        if old is not None:  # outside the old record's places the parameter holds the base
             _assign_within(new, old)
-        self._touched[name] = new
+            new.ids, new.shown, new.seen = old.ids, old.shown, old.seen
+        self._records[name] = new
         return new
 
-    def _restore(self, name: str) -> None:
-        touched = self._touched.pop(name)
-        self._put(name, touched, touched.base)
+    def _show_base(self, name: str, record: _Record) -> None:
+        if record.shown != ():
+            record.shown = None
+            self._put(name, record, record.base)
+            record.seen = _Look.at(self._parameters[name])
+            record.shown = ()
 
-    def _write(self, name: str, touched: _Touched) -> None:
-        weight = self._parameter(name)
-        base, total = touched.base, touched.total
-        if touched.kind == "whole" and total.dim():
+    def _write(self, name: str, record: _Record) -> None:
+        weight = self._parameters[name]
+        base, total = record.base, record.total
+        if record.kind == "whole" and total.dim():
             rows = max(1, _BLOCK * len(total) // max(1, total.numel()))
-            with torch.no_grad():
-                for i in range(0, len(total), rows):
-                    block = base[i : i + rows].to(total.device, total.dtype) + total[i : i + rows]
-                    weight.data[i : i + rows] = block.to(weight.dtype)
+            for i in range(0, len(total), rows):
+                weight.data[i : i + rows] = _cast(base[i : i + rows], total[i : i + rows], weight.dtype)
         else:
-            self._put(name, touched, (base.to(total.device, total.dtype) + total).to(weight.dtype))
+            self._put(name, record, _cast(base, total, weight.dtype))
 
-    def _put(self, name: str, touched: _Touched, values: Tensor) -> None:
-        weight = self._parameter(name)
-        with torch.no_grad():
-            _assign(weight.data, touched, values.to(weight.device))
+    def _put(self, name: str, record: _Record, values: Tensor) -> None:
+        weight = self._parameters[name]
+        _assign(weight.data, record, values.to(weight.device, weight.dtype))
+
+    # --- changes from outside ----------------------------------------------------------------------------------------
+
+    def check_unchanged(self) -> None:
+        """Raises WeightsChanged where something else has changed a parameter under an applied delta."""
+        for name in list(self._records):
+            self._check_unchanged(name)
+
+    def _check_unchanged(self, name: str, *, force: bool = False) -> None:
+        """Raises WeightsChanged where something else has changed a parameter; brings its record to its device.
+
+        A look at a few values and the version counter is enough where both are as they were; where the counter or the
+        place in memory is another, all values are compared.
+        """
+        record, weight = self._records.get(name), self._parameters[name]
+        if record is None:
+            return
+        if record.total.device != weight.device:  # model.to(device)
+            record = self._records[name] = _on(record, weight.device)
+        if force or record.shown is None or record.seen is None:
+            return
+        now, seen = _Look.at(weight), record.seen
+        same = now.dtype == seen.dtype and _same_bytes(now.sample, seen.sample)
+        if same and (now.pointer, now.version) != (seen.pointer, seen.version):
+            same = self._holds_what_it_shows(weight, record)
+        if not same:
+            raise WeightsChanged(
+                f"{name}: its weights were changed by something else while deltas are applied (a cast such as "
+                "model.half(), an optimiser, an assignment), and the ledger will not overwrite that. Undo that change, "
+                "or call lm.revert_all(force=True), which restores the base and loses it."
+            )
+
+    def _holds_what_it_shows(self, weight: Tensor, record: _Record) -> bool:
+        values = record.base if record.shown == () else None
+        if values is None:
+            if record.ids != record.shown:  # the sum has moved on: there is nothing left to compare with
+                return True
+            values = _cast(record.base, record.total.cpu(), weight.dtype)
+        return _same_bytes(_view(weight.detach(), record).cpu(), values)
+
+
+def _copy(record: _Record) -> _Record:
+    return replace(record, total=record.total.clone())
+
+
+def _on(record: _Record, device: torch.device) -> _Record:
+    index = None if record.index is None else record.index.to(device)
+    return replace(record, index=index, total=record.total.to(device))
+
+
+def _cast(base: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+    return (base.to(total.device, total.dtype) + total).to(dtype)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    flat = weight.detach().reshape(-1)
+    n = flat.numel()
+    if not n:
+        return flat.cpu().clone()
+    places = torch.linspace(0, n - 1, min(n, _N_SAMPLED), dtype=torch.float64).long()
+    return flat[places.to(flat.device)].cpu()
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bytes, NaN and signed zeros told apart."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -265,28 +454,28 @@ def _places(kind: str, shape: torch.Size) -> int:
     return shape.numel() if kind == "entries" else shape[0 if kind == "rows" else 1]
 
 
-def _view(weight: Tensor, touched: _Touched) -> Tensor:
-    if touched.index is None:
+def _view(weight: Tensor, record: _Record) -> Tensor:
+    if record.index is None:
         return weight
-    if touched.kind == "rows":
-        return weight[touched.index]
-    if touched.kind == "columns":
-        return weight[:, touched.index]
-    return weight.reshape(-1)[touched.index]
+    if record.kind == "rows":
+        return weight[record.index]
+    if record.kind == "columns":
+        return weight[:, record.index]
+    return weight.reshape(-1)[record.index]
 
 
-def _assign(weight: Tensor, touched: _Touched, values: Tensor) -> None:
-    if touched.index is None:
+def _assign(weight: Tensor, record: _Record, values: Tensor) -> None:
+    if record.index is None:
         weight.copy_(values)
-    elif touched.kind == "rows":
-        weight[touched.index] = values
-    elif touched.kind == "columns":
-        weight[:, touched.index] = values
+    elif record.kind == "rows":
+        weight[record.index] = values
+    elif record.kind == "columns":
+        weight[:, record.index] = values
     else:
-        weight[torch.unravel_index(touched.index, weight.shape)] = values
+        weight[torch.unravel_index(record.index, weight.shape)] = values
 
 
-def _assign_within(new: _Touched, old: _Touched) -> None:
+def _assign_within(new: _Record, old: _Record) -> None:
     """Carry the base and the sum of a narrower record over into a wider one."""
     if new.index is None:
         _assign(new.base, _on_cpu(old), old.base)
@@ -294,20 +483,20 @@ def _assign_within(new: _Touched, old: _Touched) -> None:
         return
     assert old.index is not None
     where = torch.searchsorted(new.index, old.index)
-    inner = _Touched("columns" if new.kind == "columns" else "rows", where, old.base, old.total)
+    inner = _Record("columns" if new.kind == "columns" else "rows", where, old.base, old.total)
     _assign(new.base, _on_cpu(inner), old.base)
     _assign(new.total, inner, old.total)
 
 
-def _on_cpu(touched: _Touched) -> _Touched:
-    index = None if touched.index is None else touched.index.cpu()
-    return _Touched(touched.kind, index, touched.base, touched.total)
+def _on_cpu(record: _Record) -> _Record:
+    index = None if record.index is None else record.index.cpu()
+    return _Record(record.kind, index, record.base, record.total)
 
 
-def _accumulate(touched: _Touched, change: Change) -> None:
-    if touched.index is None:
-        change.add_to(touched.total)
+def _accumulate(record: _Record, change: Change) -> None:
+    if record.index is None:
+        change.add_to(record.total)
         return
-    places = torch.searchsorted(touched.index, change.index.to(touched.index.device))  # type: ignore[attr-defined]
-    values = change.values().to(touched.total.device, touched.total.dtype)
-    touched.total.index_add_(1 if touched.kind == "columns" else 0, places, values)
+    places = torch.searchsorted(record.index, change.index.to(record.index.device))  # type: ignore[attr-defined]
+    values = change.values().to(record.total.device, record.total.dtype)
+    record.total.index_add_(1 if record.kind == "columns" else 0, places, values)

@@ -1,24 +1,36 @@
 """`LM`: a transformers model and its tokenizer, as the library sees them."""
 
+import gc
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from retcon.delta import Change, Columns, Delta, Dense, Entries, Region, Rows, smallest
-from retcon.errors import DeltaMismatch, NonFinite, NotEditable, RetconWarning, UnsupportedModel, WrongBase
+from retcon.errors import (
+    DeltaMismatch,
+    DeltaNotApplied,
+    NonFinite,
+    NotEditable,
+    RetconWarning,
+    UnsupportedModel,
+    WrongBase,
+)
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.forward import run
 from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
 from retcon.lm.prompts import Batch, Row, buckets, decode, encode, pad
+from retcon.lm.scopes import Edited, FrozenEval, Lent, Scope, Turn, Turns, WithoutDeltas
 
 SiteName = Literal["down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -138,19 +150,28 @@ class LM:
         self.not_editable = _why_not_editable(model)
         """Parameters that must not be edited, with the reason."""
         self._parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied name is known, and refused
-        self._ledger = Ledger(self.parameter)
+        self.turns = Turns(f"LM({self.name})")
+        """Who may change the model now."""
+        self.serials = count()
+        """Numbers of scopes."""
+        self._ledger = Ledger(self._parameters)
+        self._lent: Lent | None = None
         self._fingerprint: str | None = None
+        self._seen: dict[str, tuple[object, ...]] = {}
         self.replays: dict[Hashable, bool] = {}
         """What `memory/values/search.py` has found out about replaying this model, by sites."""
         for kind in ("down_proj", "o_proj"):
             self.site(0, kind)  # a layout that does not fit fails here, not in an edit
         for name in ("embedding", "final_norm", "head"):
             _find(model, getattr(self.layout, name), name)
+        _own(model, self)
 
     def __repr__(self) -> str:
-        live = f", {len(self.applied)} live deltas" if self.applied else ""
-        notes = "".join(f", {note}" for note in self.notes)
-        return f"LM({self.name}: {self.model.config.model_type}, {self.n_layers} layers, {self.dtype}{notes}{live})"
+        n = len(self._ledger.applied)
+        applied = f", {n} applied delta{'s' * (n != 1)}" if n else ""
+        state = "" if self.consistent else ", interrupted in the middle of a change"
+        kind = f"{self.model.config.model_type}, {self.n_layers} layers, {self.dtype}"
+        return f"LM({self.name}: {kind}{''.join(f', {note}' for note in self.notes)}{applied}{state})"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -223,25 +244,71 @@ class LM:
 
     @property
     def applied(self) -> tuple[Delta, ...]:
-        """The deltas in force, in order of application."""
+        """The deltas in force, in order of application. Finishes first what an interrupt has left undone."""
+        self._finish()
         return self._ledger.applied
 
+    @property
+    def consistent(self) -> bool:
+        """Whether weights and flags are what `applied` and the open scopes say.
+
+        False after an interrupt in the middle of a change; any call of the LM then finishes it.
+        """
+        return self._ledger.settled and (self._lent is None or self._lent.borrower() is not None)
+
+    def _finish(self) -> None:
+        """Do what an interrupt has left undone: take off deltas of scopes that are gone, put flags and hooks back."""
+        if self.turns.interrupted:
+            self.turns.interrupted = False
+            if self._lent is not None or any(entry.scope is not None for entry in self._ledger.entries):
+                gc.collect()  # scopes that were cut may hang in circles of frames and exceptions
+        if self.consistent:
+            return
+        with Turn(self.turns):
+            if (lent := self._lent) is not None and lent.borrower() is None:
+                lent.restore()
+                self._lent = None
+            self._ledger.settle()
+
     def fingerprint(self) -> str:
-        """Identity of the unedited model: config, dtypes and every tensor (computed once, live deltas off)."""
-        if self._fingerprint is None:
-            with self.without_deltas():
-                self._fingerprint = fingerprint(self.model)
-        return self._fingerprint
+        """Return the identity of the unedited model: a hash of config and every tensor.
+
+        Tensors count as the checkpoint stores them where `retcon.load` read one, else as the model holds them. Computed
+        once, and again where the weights look changed.
+
+        Raises:
+            WeightsChanged: something else has changed weights under an applied delta.
+            ModelBusy: another thread has the model.
+        """
+        with Turn(self.turns):
+            self._finish()
+            self._ledger.check_unchanged()
+            touched = self._ledger.touched()
+            now = self._look()
+            if self._fingerprint is None or any(self._seen.get(n) != x for n, x in now.items() if n not in touched):
+                with self.without_deltas():
+                    self._fingerprint = fingerprint(self.model)
+                    self._seen = self._look()
+            return self._fingerprint
 
     def remember_fingerprint(self, value: str) -> None:
-        """Take a fingerprint that the loader has on record for exactly these weights."""
-        self._fingerprint = value
+        """Take a fingerprint that the loader has worked out for exactly these weights."""
+        self._fingerprint, self._seen = value, self._look()
+
+    def _look(self) -> dict[str, tuple[object, ...]]:
+        """Enough of every parameter to notice that something else has changed it."""
+        return {
+            name: (p.data_ptr(), p.dtype, p._version, *(_few(p) if not p.is_meta else ()))
+            for name, p in self._parameters.items()
+        }
 
     def apply(self, delta: Delta, *, other_base: bool = False) -> None:
-        """Put `delta` into the weights, until `revert`. On any failure the weights are as they were.
+        """Put `delta` into the weights, until `revert`.
+
+        On any failure, an interrupt included, the weights are as they were, or the next call makes them so.
 
         Args:
-            other_base: apply even though it was made for another base (the same model in another dtype, say).
+            other_base: apply even though it was made for another base.
 
         Raises:
             WrongBase: it was made for another base.
@@ -249,38 +316,87 @@ class LM:
             NotEditable: it touches a parameter that must not be edited.
             NonFinite: it holds NaN or infinity.
             DeltaNotApplied: it is applied already.
+            WeightsChanged: something else has changed weights under an applied delta.
+            ModelBusy: another thread has the model.
         """
-        self._check_fits(delta, other_base)
-        self._ledger.push(delta)
+        with Turn(self.turns):
+            self.push(delta, other_base, None)
 
     def revert(self, delta: Delta | str) -> None:
-        """Take a delta (or the one of that id) out, wherever it stands; with none left, the base is back bit for bit.
+        """Take a delta (or the one of that id) out, wherever it is; with none left, the base is back bit for bit.
 
         Raises:
             DeltaNotApplied: it is not applied.
+            WeightsChanged: something else has changed weights under an applied delta.
+            ModelBusy: another thread has the model.
         """
-        if isinstance(delta, str):
-            delta = self._ledger.find(delta)
-        self._ledger.remove(delta)
+        with Turn(self.turns):
+            self._finish()
+            self._ledger.remove(self._ledger.find(delta) if isinstance(delta, str) else delta)
 
-    def revert_all(self) -> None:
-        """Take every delta out."""
-        self._ledger.clear()
+    def revert_all(self, *, force: bool = False) -> None:
+        """Take every delta out and end every scope of this thread, from whatever state: the base, bit for bit.
 
-    @contextmanager
-    def edited(self, *deltas: Delta, other_base: bool = False) -> Iterator["LM"]:
-        """The model with `deltas` while the scope lasts; scopes nest."""
-        entered = []
-        try:
-            for delta in deltas:
-                self._check_fits(delta, other_base)
-                before = self._ledger.snapshot(delta)
-                self._ledger.push(delta)
-                entered.append((delta, before))
-            yield self
-        finally:
-            for delta, before in reversed(entered):
-                self._ledger.pop(delta, before)
+        Args:
+            force: also where something else has changed the weights under the deltas since; its changes are lost.
+
+        Raises:
+            WeightsChanged: without `force`, something else has changed weights under an applied delta.
+            ModelBusy: another thread has the model.
+        """
+        with Turn(self.turns):
+            self._ledger.clear(force=force)
+            self._finish()
+
+    def edited(self, *deltas: Delta, other_base: bool = False) -> Edited:
+        """The model with `deltas` while the scope lasts; scopes nest. Other threads wait meanwhile."""
+        return Edited(self, deltas, other_base)
+
+    def scope(self) -> Scope:
+        """A stretch of work on the model: this thread's turn; scopes that begin inside it end with it at the latest."""
+        return Scope(self)
+
+    def without_deltas(self) -> WithoutDeltas:
+        """The base's own weights while the scope lasts, the applied deltas off."""
+        return WithoutDeltas(self)
+
+    def release(self) -> None:
+        """Give the model up, so that another LM may wrap it.
+
+        Raises:
+            DeltaNotApplied: deltas are applied; revert them first.
+        """
+        if self.applied:
+            raise DeltaNotApplied(f"{len(self.applied)} deltas are applied; revert_all() before release()")
+        _OWNERS.pop(self.model, None)
+
+    # What scopes ask for (lm/scopes.py), inside their turn.
+
+    def push(self, delta: Delta, other_base: bool, scope: "weakref.ref[Any] | None") -> None:
+        """Check a delta and apply it, until it is reverted or `scope` ends or is gone."""
+        self._finish()
+        self._check_fits(delta, other_base)
+        self._ledger.push(delta, scope)
+
+    def leave(self, serial: int) -> None:
+        """End the scope of that serial number and those that began inside it."""
+        self._ledger.leave(serial)
+        if self._lent is not None and _began_from(self._lent.borrower, serial):
+            self._lent.restore()
+            self._lent = None
+
+    def hide(self, scope: "weakref.ref[Any]") -> None:
+        """Show the base until `scope` ends or is gone."""
+        self._finish()
+        self._ledger.hide(scope)
+
+    def lend(self, borrower: "weakref.ref[Scope]") -> None:
+        """Set eval mode and freeze parameters, until `borrower` ends or is gone."""
+        self._finish()
+        if self._lent is None:  # else a scope around this one has them already
+            self._lent = Lent(self.model, borrower)
+            self.model.eval()
+            self.model.requires_grad_(False)
 
     def delta(self, changes: Mapping[str, Sequence[Change]], **record: Any) -> Delta:
         """A Delta of these changes, proposed on this model as it is now; `record` fills its other fields."""
@@ -291,15 +407,10 @@ class LM:
             **record,
         )
 
-    @contextmanager
-    def without_deltas(self) -> Iterator["LM"]:
-        """The base's own weights while the scope lasts, live deltas off."""
-        with self._ledger.without_deltas():
-            yield self
-
     def base_weight(self, name: str) -> Tensor:
         """The unedited values of a parameter."""
         self.parameter(name)
+        self._finish()
         return self._ledger.base_values(name)
 
     def undo_bytes(self) -> int:
@@ -342,20 +453,9 @@ class LM:
 
     # --- running -------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def frozen_eval(self) -> Iterator[None]:
+    def frozen_eval(self) -> FrozenEval:
         """Eval mode and frozen parameters while the scope lasts; every flag goes back as it was."""
-        training = [(m, m.training) for m in self.model.modules()]
-        trainable = [(p, p.requires_grad) for p in self.model.parameters()]
-        try:
-            self.model.eval()
-            self.model.requires_grad_(False)
-            yield
-        finally:
-            for module, was_training in training:
-                module.training = was_training
-            for parameter, was_trainable in trainable:
-                parameter.requires_grad_(was_trainable)
+        return FrozenEval(self)
 
     @cached_property
     def block_outputs(self) -> int | None:
@@ -427,6 +527,39 @@ class LM:
         return texts
 
 
+_OWNERS: "WeakKeyDictionary[nn.Module, weakref.ref[LM]]" = WeakKeyDictionary()
+"""The LM of each model that has one."""
+
+
+def _own(model: nn.Module, lm: LM) -> None:
+    """Note that `lm` is the model's.
+
+    Raises:
+        UnsupportedModel: another LM that is alive has it.
+    """
+    reference = _OWNERS.get(model)
+    if reference is not None and reference() is not None:
+        gc.collect()  # it may be waiting for that
+        if reference() is not None:
+            raise UnsupportedModel(
+                f"{lm.name!r} has an LM already, which alone knows how to undo its edits; use that one, or call its "
+                "release() first"
+            )
+    _OWNERS[model] = weakref.ref(lm)
+
+
+def _began_from(scope: "weakref.ref[Any]", serial: int) -> bool:
+    """Whether a scope began with or inside the one of that serial number, or is gone."""
+    alive = scope()
+    return alive is None or alive.serial >= serial
+
+
+def _few(parameter: Tensor) -> list[Any]:
+    """A few values of a parameter, spread over it."""
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 3)].tolist()
+
+
 def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
@@ -475,6 +608,7 @@ def _why_not_editable(model: nn.Module) -> dict[str, str]:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
+    overlaps = _overlapping(model)
     reasons = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.is_meta:
@@ -484,4 +618,25 @@ def _why_not_editable(model: nn.Module) -> dict[str, str]:
         elif len(names[id(parameter)]) > 1:
             others = [n for n in names[id(parameter)] if n != name]
             reasons[name] = f"it is shared with {', '.join(others)}, which would change too"
+        elif name in overlaps:
+            reasons[name] = f"it lies in the same memory as {overlaps[name]}, which would change too"
     return reasons
+
+
+def _overlapping(model: nn.Module) -> dict[str, str]:
+    """Parameters that share bytes with another parameter object, and the other one's name."""
+    spans = []
+    for name, p in model.named_parameters():
+        if p.is_meta or not p.numel():
+            continue
+        reach = 1 + sum((n - 1) * abs(stride) for n, stride in zip(p.shape, p.stride(), strict=True))
+        spans.append((str(p.device), p.data_ptr(), p.data_ptr() + reach * p.element_size(), name))
+    found: dict[str, str] = {}
+    furthest: tuple[str, int, str] | None = None
+    for device, start, end, name in sorted(spans):
+        if furthest is not None and furthest[0] == device and start < furthest[1]:
+            found[name] = furthest[2]
+            found.setdefault(furthest[2], name)
+        if furthest is None or furthest[0] != device or end > furthest[1]:
+            furthest = (device, end, name)
+    return found

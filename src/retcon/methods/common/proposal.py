@@ -157,7 +157,7 @@ def proposing(
     if not uses_moments(method):
         sites = []
     moments.prepare(lm, sites)
-    with ExitStack() as scope:
+    with lm.scope(), ExitStack() as scope:
         yield Proposal(method, lm, edits, contexts, moments, sites, seed, temper, progress, scope)
 
 

@@ -1,0 +1,186 @@
+"""Scopes of a model, and one thread at a time.
+
+A scope ends when its `with` block does, or, where an interrupt kept its `__exit__` from running, when the scope object
+is gone: everything it stands for hangs on a weak reference to it. The next call of the LM then puts things back.
+"""
+
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from retcon.errors import ModelBusy
+
+if TYPE_CHECKING:
+    from retcon.delta import Delta
+    from retcon.lm.model import LM
+
+BUSY_SECONDS = 30.0
+"""How long a thread waits for another one."""
+
+
+class Turn:
+    """One thread's turn with a model, for as long as this object lives or until it is given up."""
+
+    def __init__(self, of: "Turns") -> None:
+        self.of, self.thread = of, threading.get_ident()
+
+    def __enter__(self) -> "Turn":
+        self.of.take(self)
+        return self
+
+    def __exit__(self, failed: object = None, *_: object) -> None:
+        if failed is not None:
+            self.of.interrupted = True
+        self.of.give_up(self)
+
+
+class Turns:
+    """Who may change a model now: the thread that has the oldest turn, and further ones inside it.
+
+    There is no lock that an interrupt could leave locked: turns are in a list, whose single operations are atomic, and
+    one that is gone does not count.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._queue: list[weakref.ref[Turn]] = []
+        self.interrupted = False
+        """Whether an exception has ended a turn since the LM last looked: scopes may be waiting to be collected."""
+
+    def take(self, turn: Turn) -> None:
+        """Wait until no other thread has an older turn.
+
+        Raises:
+            ModelBusy: another thread still has one after `BUSY_SECONDS`.
+        """
+        self._queue.append(weakref.ref(turn))
+        deadline = time.monotonic() + BUSY_SECONDS
+        while self._owner() != turn.thread:
+            if time.monotonic() > deadline:
+                self.give_up(turn)
+                raise ModelBusy(
+                    f"{self.what}: another thread is changing it or is inside a scope (lm.edited, a propose), and was "
+                    f"not done after {BUSY_SECONDS:.0f} s. Threads take turns on one LM; load a second copy of the "
+                    "model to work on both at once."
+                )
+            time.sleep(0.01)
+
+    def give_up(self, turn: Turn) -> None:
+        """End a turn."""
+        with suppress(ValueError):
+            self._queue.remove(weakref.ref(turn))
+
+    def _owner(self) -> int | None:
+        """The thread of the oldest turn that is still there."""
+        for reference in list(self._queue):
+            if (turn := reference()) is not None:
+                return turn.thread
+            with suppress(ValueError):
+                self._queue.remove(reference)
+        return None
+
+
+class Scope:
+    """A stretch of code during which the model is otherwise than before, and this thread's turn.
+
+    Scopes of one LM end in the reverse order of their beginning: one that ends takes those with it that began inside it
+    and were kept by an interrupt from ending themselves.
+    """
+
+    def __init__(self, lm: "LM") -> None:
+        self._lm, self._turn = lm, Turn(lm.turns)
+        self.serial = next(lm.serials)
+        """Scopes that began later have larger ones."""
+
+    def __enter__(self) -> "LM":
+        self._turn.__enter__()
+        try:
+            self.begin()
+        except BaseException:
+            self.__exit__(BaseException)
+            raise
+        return self._lm
+
+    def __exit__(self, failed: object = None, *_: object) -> None:
+        try:
+            self._lm.leave(self.serial)
+        finally:
+            self._turn.__exit__(failed)
+
+    def begin(self) -> None:
+        """Make the model as this scope wants it; a plain scope ends the others inside it, and nothing more."""
+
+
+class Edited(Scope):
+    """The model with deltas while the scope lasts."""
+
+    def __init__(self, lm: "LM", deltas: "tuple[Delta, ...]", other_base: bool) -> None:
+        super().__init__(lm)
+        self._deltas, self._other_base = deltas, other_base
+
+    def begin(self) -> None:
+        for delta in self._deltas:
+            self._lm.push(delta, self._other_base, weakref.ref(self))
+
+
+class WithoutDeltas(Scope):
+    """The base's own weights while the scope lasts."""
+
+    def begin(self) -> None:
+        self._lm.hide(weakref.ref(self))
+
+
+class FrozenEval(Scope):
+    """Eval mode and frozen parameters while the scope lasts; the outermost one remembers how the model was."""
+
+    def begin(self) -> None:
+        self._lm.lend(weakref.ref(self))
+
+
+class Lent:
+    """How a model was before it was lent to a scope: modes, flags, forwards and hooks of every module."""
+
+    def __init__(self, model: nn.Module, borrower: "weakref.ref[Scope]") -> None:
+        self.borrower = borrower
+        self._modules = [(m, m.training, m.__dict__.get("forward"), _hooks(m)) for m in model.modules()]
+        self._parameters = [(p, p.requires_grad) for p in model.parameters()]
+
+    def restore(self) -> None:
+        """Put back modes and flags, and what an interrupted pass of retcon's has left: hooks, forwards set aside.
+
+        What other code has hung on the modules stays. Repeatable.
+        """
+        for module, training, forward, hooks in self._modules:
+            module.training = training
+            if _is_ours(module.__dict__.get("forward")):
+                if forward is not None:
+                    module.forward = forward
+                else:
+                    module.__dict__.pop("forward", None)
+            for table, known in hooks:
+                for key, hook in list(table.items()):
+                    if key not in known and _is_ours(hook):
+                        for each in (*_notes(module), table):
+                            each.pop(key, None)
+        for parameter, trainable in self._parameters:
+            parameter.requires_grad_(trainable)
+
+
+def _is_ours(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("retcon.")
+
+
+def _hooks(module: nn.Module) -> list[tuple[Any, frozenset[int]]]:
+    kinds = (module._forward_hooks, module._forward_pre_hooks)
+    return [(kind, frozenset(kind)) for kind in kinds]
+
+
+def _notes(module: nn.Module) -> Iterator[Any]:
+    """What torch notes about hooks beside them."""
+    for name in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+        yield getattr(module, name, {})

@@ -1,0 +1,18 @@
+"""The attacks at a small size; `make attack` runs them at full size.
+
+Each in a process of its own: what checks shapes while tests run keeps the arguments of a call that is cut.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(("attack", "n"), [("signals", 84), ("sequences", 24), ("threads", 3)])
+def test_nothing_gives_way(attack: str, n: int) -> None:
+    command = [sys.executable, "-m", f"tests.attacks.{attack}", "--n", str(n), "--seed", "7"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300)
+    assert f"{n} tried, {n} held, 0 faults" in ran.stdout, ran.stdout + ran.stderr
+    assert ran.returncode == 0
