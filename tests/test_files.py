@@ -51,7 +51,7 @@ def test_a_line_ends_at_the_line_feed_only(written: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "the file is empty; expected a JSON list or JSON lines of objects"),
+        ("", "the file is empty; expected rows"),
         (" \n ", "the file is empty"),
         ("[]", "holds no rows"),
         ('[{"a": 1}, 2]', "row 2: expected an object, found int"),
@@ -75,7 +75,7 @@ def test_what_is_wrong_is_said_with_file_and_place(content: str | bytes, message
 def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
     with pytest.raises(MalformedFile, match=r"none\.json: no such file"):
         read_json_rows(tmp_path / "none.json")
-    with pytest.raises(MalformedFile, match="is a directory, expected a JSON or JSON lines file"):
+    with pytest.raises(MalformedFile, match="is a directory, expected a file"):
         read_json_rows(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,50 +15,105 @@ TEMPORARY = ".tmp"
 """How the names of files end that are being written."""
 
 
-def read_json_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
+Row = tuple[int, dict[str, Any]]
+"""A row's number in its file, and the object."""
+
+_HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file, a byte order mark left out.
+
+    Raises:
+        MalformedFile: not there, not a file, not UTF-8, or empty.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise MalformedFile(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise MalformedFile(f"{path}: is a directory, expected a file") from None
+    except (OSError, ValueError) as error:
+        raise MalformedFile(f"{path}: cannot be read ({error})") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        what = "UTF-16 text" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not UTF-8 text (byte {error.start})"
+        raise MalformedFile(f"{path}: {what}; save it as UTF-8") from None
+    if not text.strip():
+        raise MalformedFile(f"{path}: the file is empty; expected rows")
+    return text
+
+
+def read_json_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = None) -> list[Row]:
     """(row number from 1, object) of a JSON list or of JSON lines.
+
+    Args:
+        bad: gets (row number, what is wrong) of the rows that cannot be read; None refuses the file for the first.
 
     Raises:
         MalformedFile: not UTF-8, not JSON, empty, or a row that is not an object.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise MalformedFile(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise MalformedFile(f"{path}: is a directory, expected a JSON or JSON lines file") from None
-    except UnicodeDecodeError as error:
-        raise MalformedFile(f"{path}: not UTF-8 text (byte {error.start})") from None
-    if not text.strip():
-        raise MalformedFile(f"{path}: the file is empty; expected a JSON list or JSON lines of objects")
+    text = read_text(path)
     if text.lstrip().startswith("["):
         try:
-            rows = list(enumerate(json.loads(text), 1))
+            found: list[tuple[int, Any]] = list(enumerate(json.loads(text), 1))
         except json.JSONDecodeError as error:
             raise MalformedFile(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+        except (RecursionError, ValueError) as error:
+            raise MalformedFile(f"{path}: {_out_of_reach(error)}") from None
     else:
-        rows = []
+        found = []
         for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a string
             if not line.strip():
                 continue
             try:
-                rows.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
-                if _is_json(text):
+                found.append((number, json.loads(line)))
+            except (RecursionError, ValueError) as error:
+                if not found and not bad and _is_json(text):
                     raise MalformedFile(f"{path}: holds one value, expected a list or one object per line") from None
-                raise MalformedFile(f"{path}, row {number}: not valid JSON ({error.msg})") from None
-    for number, record in rows:
+                _refuse(path, number, _out_of_reach(error), bad)
+    rows = []
+    suspect = _HALF_SURROGATE.search(text) is not None
+    for number, record in found:
         if not isinstance(record, dict):
-            raise MalformedFile(f"{path}, row {number}: expected an object, found {type(record).__name__}")
-    if not rows:
+            _refuse(path, number, f"expected an object, found {type(record).__name__}", bad)
+        elif suspect and _has_half_surrogate(record):
+            _refuse(path, number, "holds half a surrogate pair, which is no text; write the character itself", bad)
+        else:
+            rows.append((number, record))
+    if not rows and not bad:
         raise MalformedFile(f"{path}: holds no rows; expected a JSON list or JSON lines of objects")
     return rows
+
+
+def _refuse(path: str | os.PathLike[str], number: int, problem: str, bad: list[tuple[int, str]] | None) -> None:
+    if bad is None:
+        raise MalformedFile(f"{path}, row {number}: {problem}")
+    bad.append((number, problem))
+
+
+def _out_of_reach(error: Exception) -> str:
+    """What keeps a text from being read as JSON."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg})"
+    if isinstance(error, RecursionError):
+        return "nested too deeply to be read; give flat objects"
+    return "holds a number of too many digits; write it as text"
+
+
+def _has_half_surrogate(record: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except (RecursionError, ValueError):
         return False
     return True
 
