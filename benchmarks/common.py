@@ -10,7 +10,7 @@ import torch
 import retcon
 from retcon import world
 from retcon.edits import Case
-from retcon.evaluation import load_counterfact
+from retcon.evaluation import read_cases
 from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Corpus, CorpusMoments, Moments
@@ -29,7 +29,7 @@ def cases_of(data: str | None, start: int, n: int, seed: int) -> list[Case]:
     """Cases of a CounterFact file in file order, or of the embedded world, drawn by seed."""
     if data is None:
         return world.cases(start + n, seed=seed)[start:]
-    cases, report = load_counterfact(data, start=start, limit=n)
+    cases, report = read_cases(data, start=start, limit=n)
     print(report)
     return cases
 

@@ -13,17 +13,18 @@ from retcon.edits import (
     ConflictRule,
     Edit,
     Query,
+    case_from,
     check_edits,
     conflicts,
     duplicates,
-    read_cases,
-    read_edits,
     resolve_conflicts,
     same_question,
     write_cases,
     write_edits,
 )
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, MalformedFile
+from retcon.evaluation import read_cases
+from retcon.files import read_json_rows
 
 NFC: Callable[[str], str] = lambda text: unicodedata.normalize("NFC", text)  # noqa: E731
 NFD: Callable[[str], str] = lambda text: unicodedata.normalize("NFD", text)  # noqa: E731
@@ -268,7 +269,7 @@ def test_edits_come_back_as_they_were(tmp_path: Path) -> None:
     ]
     path = tmp_path / "edits.jsonl"
     write_edits(path, edits)
-    assert read_edits(path) == edits
+    assert [case.edits[0] for case in read_cases(path)[0]] == edits
     assert path.read_bytes().count(b"\n") == len(edits)
     assert "null" not in path.read_text("utf-8")
 
@@ -284,7 +285,7 @@ def test_cases_come_back_as_they_were(tmp_path: Path) -> None:
     ]
     path = tmp_path / "cases.jsonl"
     write_cases(path, cases)
-    assert read_cases(path) == cases
+    assert [case_from(record, "") for _, record in read_json_rows(path)] == cases
     assert path.read_bytes().count(b"\n") == len(cases)
 
 
@@ -296,16 +297,16 @@ QUERY = {"id": "rewrite/0", "axis": "rewrite", "prompt": "France is"}
     ("record", "message"),
     [
         ({"prompt": "{} is", "subject": "France"}, "row 2: field 'target_new' is missing; found: prompt, subject"),
-        ({**EDIT, "subject": 5}, "row 2: edit of 5: subject must be text, found int (5)"),
-        ({**EDIT, "subject": ""}, "row 2: edit of '': the subject is empty"),
-        ({**EDIT, "rival": "x"}, "row 2: unknown field(s) rival; known: prompt, subject, target_new, target_true, id"),
+        ({**EDIT, "subject": 5}, "row 2: field 'subject' must be text, found int (5)"),
+        ({**EDIT, "subject": ""}, "row 2: field 'subject' is empty"),
+        ({**EDIT, "subject_start": 0}, "row 2: edit of 'France': '{}' says where the subject stands; leave subject_st"),
     ],
 )
 def test_a_malformed_edit_is_named_by_row_and_field(record: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "edits.jsonl"
     path.write_text(json.dumps(EDIT) + "\n" + json.dumps(record))
     with pytest.raises(MalformedFile) as caught:
-        read_edits(path)
+        read_cases(path, "edits")
     assert f"{path}, {message}" in str(caught.value)
 
 
@@ -323,13 +324,13 @@ def test_a_malformed_edit_is_named_by_row_and_field(record: dict[str, Any], mess
         ({"id": "c", "edits": [], "queries": [{**QUERY, "gold": "x"}]}, "queries[0]: unknown field(s) gold; known: id"),
         ({"id": "c", "edits": [], "queries": [QUERY, QUERY]}, "row 1: case 'c': two queries share the id"),
         ({"id": "c", "edits": [], "queries": [], "meta": "x"}, "row 1: field 'meta' must be dict, found str"),
-        ({"id": "c", "edits": [], "queries": [], "split": "x"}, "row 1: unknown field(s) split; known: id, edits"),
+        ({"id": "c", "edits": [{**EDIT, "rival": "x"}], "queries": []}, "edits[0]: unknown field(s) rival; known: pro"),
     ],
 )
 def test_a_malformed_case_is_named_by_row_and_field(record: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "cases.jsonl"
     path.write_text(json.dumps(record))
     with pytest.raises(MalformedFile) as caught:
-        read_cases(path)
+        read_cases(path, "cases")
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)

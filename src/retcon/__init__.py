@@ -10,8 +10,6 @@ from retcon.edits import (
     Case,
     Edit,
     Query,
-    read_cases,
-    read_edits,
     resolve_conflicts,
     write_cases,
     write_edits,
@@ -20,7 +18,7 @@ from retcon.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from retcon.delta import Columns, Delta, Dense, Entries, LowRank, Rows
-    from retcon.evaluation import evaluate
+    from retcon.evaluation import evaluate, read_cases
     from retcon.lm.layouts import Layout
     from retcon.lm.load import load
     from retcon.lm.model import LM
@@ -49,6 +47,7 @@ _LAZY = {
     "list_methods": "retcon.methods.common.registry",
     "load": "retcon.lm.load",
     "method": "retcon.methods.common.registry",
+    "read_cases": "retcon.evaluation",
     "sample_contexts": "retcon.memory.contexts",
 }
 
@@ -75,7 +74,6 @@ __all__ = [
     "load",
     "method",
     "read_cases",
-    "read_edits",
     "resolve_conflicts",
     "sample_contexts",
     "write_cases",

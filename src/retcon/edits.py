@@ -1,4 +1,6 @@
-"""What is asked of a model: `Edit` (the request), `Query` (what is measured), `Case` (both), and their files.
+"""What is asked of a model: `Edit` (the request), `Query` (what is measured), `Case` (both), and how they are written.
+
+`retcon.evaluation.read_cases` reads files of any format, those written here included.
 
 Prompts are raw text. Dataset text is never passed through `str.format`: the subject is put in by position, so braces in
 prompts and subjects are harmless.
@@ -8,12 +10,12 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, MalformedFile
-from retcon.files import read_json_rows, require, write_atomically
+from retcon.files import require, write_atomically
 
 MARKER = "{}"
 """Where the subject goes in a prompt template."""
@@ -32,8 +34,9 @@ class Edit:
 
     prompt: str
     """Text up to the answer, with one `{}` for the subject; without a marker, the subject is looked up in the text."""
-    subject: str
-    """The entity the fact is about, as it stands in the prompt."""
+    subject: str | None
+    """The entity the fact is about, as the prompt spells it. None: the fact names no entity, and `{}` in the prompt is
+    text; methods that write at the subject refuse the edit."""
     target_new: str
     """The answer to write, without surrounding whitespace (it is stripped)."""
     target_true: str | None = None
@@ -46,18 +49,19 @@ class Edit:
     """Character where the subject starts in a prompt without marker, if it is not its first occurrence."""
 
     def __post_init__(self) -> None:
-        _check_texts(self, self._named(), ("id", "prompt", "subject", "target_new"), ("target_true", "relation_id"))
-        for name in ("target_new", "subject"):
-            object.__setattr__(self, name, getattr(self, name).strip())
+        _check_texts(self, self._named(), ("id", "prompt", "target_new"), ("subject", "target_true", "relation_id"))
+        object.__setattr__(self, "target_new", self.target_new.strip())
+        if self.subject is not None:
+            object.__setattr__(self, "subject", self.subject.strip())
         if isinstance(self.target_true, str):
             object.__setattr__(self, "target_true", self.target_true.strip() or None)
         if not self.prompt.strip():
             raise InvalidEdit(f"{self._named()}: the prompt is empty; give the text up to the answer")
-        if not self.subject:
+        if self.subject == "":
             raise InvalidEdit(f"{self._named()}: the subject is empty; name the entity the fact is about")
         if not self.target_new:
             raise InvalidEdit(f"{self._named()}: target_new is empty; give the answer the model shall say")
-        if (markers := self.prompt.count(MARKER)) > 1:
+        if (markers := 0 if self.subject is None else self.prompt.count(MARKER)) > 1:
             raise InvalidEdit(f"{self._named()}: {markers} markers '{{}}' in the prompt, expected one: {self.prompt!r}")
         if self.subject_start is not None:
             start = self.subject_start
@@ -65,12 +69,16 @@ class Edit:
                 raise InvalidEdit(f"{self._named()}: subject_start must be a character's index from 0, found {start!r}")
             if markers:
                 raise InvalidEdit(f"{self._named()}: '{{}}' says where the subject stands; leave subject_start out")
+            if self.subject is None:
+                raise InvalidEdit(f"{self._named()}: subject_start is given, but no subject; give both or neither")
         if not self.id:
-            text = "\x1f".join((self.prompt, self.subject, self.target_new))
+            text = "\x1f".join((self.prompt, self.subject or "", self.target_new))
             object.__setattr__(self, "id", hashlib.sha256(text.encode()).hexdigest()[:12])
 
     def _named(self) -> str:
-        return f"edit {self.id!r}" if self.id else f"edit of {self.subject!r}"
+        if self.id:
+            return f"edit {self.id!r}"
+        return f"edit of {self.prompt!r}" if self.subject is None else f"edit of {self.subject!r}"
 
     @property
     def text(self) -> str:
@@ -78,17 +86,19 @@ class Edit:
 
         The template's own whitespace goes, never the subject's: a subject at the end is stripped already.
         """
-        if MARKER in self.prompt:
+        if self.subject is not None and MARKER in self.prompt:
             before, after = self.prompt.split(MARKER)
             return (before + self.subject + after).rstrip()
         return self.prompt.rstrip()
 
     @property
     def subject_span(self) -> tuple[int, int] | None:
-        """(start, end) characters of the subject in `text`, or None where it does not occur.
+        """(start, end) characters of the subject in `text`, or None where it does not occur or there is none.
 
         Looked up exactly, then as NFC, then case-folded; the text itself is never rewritten.
         """
+        if self.subject is None:
+            return None
         if MARKER in self.prompt:
             start = self.prompt.index(MARKER)
             return start, start + len(self.subject)
@@ -101,9 +111,11 @@ class Edit:
         """`subject_span`, or an error that says what to do.
 
         Raises:
-            InvalidEdit: the subject does not occur in the prompt.
+            InvalidEdit: the edit names no subject, or the subject does not occur in the prompt.
         """
         span = self.subject_span
+        if self.subject is None:
+            raise InvalidEdit(f"{self._named()}: names no subject, and one is needed here; give Edit(subject=...)")
         if span is None:
             at = "" if self.subject_start is None else f" at character {self.subject_start}"
             raise InvalidEdit(
@@ -198,6 +210,8 @@ def _is_sequence(value: object) -> bool:
 
 def same_question(edit: Edit) -> tuple[str, str]:
     """Two edits with equal keys ask the same question: subject and relation (or template) agree once normalised."""
+    if edit.subject is None:
+        return "", _fold(edit.text)
     if edit.relation_id:
         return _fold(edit.subject), f"relation {edit.relation_id}"
     span = edit.subject_span
@@ -234,14 +248,17 @@ def resolve_conflicts(edits: Sequence[Edit], rule: ConflictRule = "error") -> li
         raise ConflictingEdits(
             f"edits {first.id!r} and {second.id!r} contradict each other: {first.subject!r} shall become both "
             f"{first.target_new!r} and {second.target_new!r} (question {same_question(first)[1]!r}); "
-            f"{len(groups)} such group(s). Take one out, or load with conflicts='drop' or 'last'."
+            + ("1 such group" if len(groups) == 1 else f"{len(groups):,} such groups")
+            + ". Take one out, or load with conflicts='drop' or 'last'."
         )
     keep = {same_question(g[0]): _nfc((g[0] if rule == "drop" else g[-1]).target_new) for g in groups}
     return [e for e in edits if keep.get(same_question(e), _nfc(e.target_new)) == _nfc(e.target_new)]
 
 
 def check_edits(edits: Sequence[Edit]) -> None:
-    """What every method checks before it starts: subjects present, identities unique, no contradictions.
+    """Check what every method checks before it starts: subjects present, identities unique, no contradictions.
+
+    Edits without a subject pass; `retcon.methods.common.registry.check_subjects` refuses them where one is needed.
 
     Raises:
         InvalidEdit: a subject is missing from its prompt, or two edits share an id.
@@ -249,7 +266,8 @@ def check_edits(edits: Sequence[Edit]) -> None:
     """
     seen: dict[str, Edit] = {}
     for edit in edits:
-        edit.require_subject_span()
+        if edit.subject is not None:
+            edit.require_subject_span()
         if edit.id in seen and seen[edit.id] != edit:
             raise InvalidEdit(f"two different edits share the id {edit.id!r}; ids must be unique")
         seen[edit.id] = edit
@@ -275,59 +293,58 @@ def _nfd(text: str) -> str:
     return unicodedata.normalize("NFD", text)
 
 
+def _nfd_folded(text: str) -> str:
+    return _nfd(_nfd(text).casefold())
+
+
 def _fold(text: str) -> str:
     return " ".join(_nfc(text).casefold().split())
 
 
 def _find(text: str, subject: str) -> tuple[int, int] | None:
-    """First occurrence of `subject` in `text`: exactly, as NFC, case-folded; (start, end) in `text` as it stands.
+    """First occurrence of `subject` in `text`: exactly, as NFC, case-folded; (start, end) in `text` as it stands."""
+    start = text.find(subject)
+    if start >= 0:
+        return start, start + len(subject)
+    for fold in (_nfd, _nfd_folded):
+        if found := next(_occurrences(text, subject, fold), None):
+            return found
+    return None
+
+
+def find_last(text: str, subject: str) -> tuple[int, int] | None:
+    """(start, end) of the last occurrence of `subject` in `text`, in whatever case, or None."""
+    return max(_occurrences(text, subject, _nfd_folded), default=None)
+
+
+def _occurrences(text: str, subject: str, fold: Callable[[str], str]) -> Iterator[tuple[int, int]]:
+    """(start, end) of each occurrence of `subject` in `text` once both are folded.
 
     Forms are compared decomposed, which tells the same strings apart as NFC does and treats each character with its
     marks by itself, so that a place in the folded text leads back to one in `text`.
     """
-    start = text.find(subject)
-    if start >= 0:
-        return start, start + len(subject)
     starts = [i for i, character in enumerate(text) if i == 0 or not unicodedata.combining(character)]
-    for fold in (_nfd, lambda part: _nfd(_nfd(part).casefold())):
-        wanted, folded = fold(subject), ""
-        place = {}  # in the folded text -> in the text
-        for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-            place[len(folded)] = start
-            folded += fold(text[start:end])
-        place[len(folded)] = len(text)
-        at = folded.find(wanted)
-        while at >= 0:
-            if at in place and at + len(wanted) in place:
-                return place[at], place[at + len(wanted)]
-            at = folded.find(wanted, at + 1)
-    return None
+    wanted, folded = fold(subject), ""
+    if not wanted or not text:
+        return
+    place = {}  # in the folded text -> in the text
+    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        place[len(folded)] = start
+        folded += fold(text[start:end])
+    place[len(folded)] = len(text)
+    at = folded.find(wanted)
+    while at >= 0:
+        if at in place and at + len(wanted) in place:
+            yield place[at], place[at + len(wanted)]
+        at = folded.find(wanted, at + 1)
 
 
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def read_edits(path: str | os.PathLike[str]) -> list[Edit]:
-    """Edits from JSON lines (or a JSON list) of objects with the fields of `Edit`.
-
-    Raises:
-        MalformedFile: names file, row and field; nothing is returned half read.
-    """
-    return [_made(Edit, record, f"{path}, row {row}") for row, record in read_json_rows(path)]
-
-
 def write_edits(path: str | os.PathLike[str], edits: Iterable[Edit]) -> None:
     """Write edits as JSON lines, fields that are None left out."""
-    _write_lines(path, (_without_none(asdict(e)) for e in edits))
-
-
-def read_cases(path: str | os.PathLike[str]) -> list[Case]:
-    """Cases as `write_cases` wrote them.
-
-    Raises:
-        MalformedFile: names file, row and field.
-    """
-    return [case_from(record, f"{path}, row {row}") for row, record in read_json_rows(path)]
+    _write_lines(path, map(edit_record, edits))
 
 
 def case_from(record: Mapping[str, Any], where: str) -> Case:
@@ -355,11 +372,16 @@ def write_cases(path: str | os.PathLike[str], cases: Iterable[Case]) -> None:
 def _case_record(case: Case) -> dict[str, Any]:
     return {
         "id": case.id,
-        "edits": [_without_none(asdict(edit)) for edit in case.edits],
+        "edits": [edit_record(edit) for edit in case.edits],
         "queries": [_without_none(asdict(query)) for query in case.queries],
         "dataset": case.dataset,
         "meta": dict(case.meta),
     }
+
+
+def edit_record(edit: Edit) -> dict[str, Any]:
+    """The edit's fields, those that are None left out, but for a subject that is missing on purpose."""
+    return _without_none(asdict(edit)) | ({"subject": None} if edit.subject is None else {})
 
 
 def _without_none(record: Mapping[str, Any]) -> dict[str, Any]:

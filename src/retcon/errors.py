@@ -20,6 +20,15 @@ class MalformedFile(RetconError):
     """A file that is not what its reader expects; the message names file, row and field."""
 
 
+class UnusableRow(MalformedFile):
+    """A row of a file that cannot be used, where none was to be left out."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{problem}. Mend the row, or leave such rows out (on_error='skip').")
+        self.problem = problem
+        """The message without the way out, which every interface names in its own words."""
+
+
 class InvalidSetting(RetconError):
     """A setting with a value that the method or the model cannot use."""
 

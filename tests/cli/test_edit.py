@@ -88,7 +88,7 @@ def test_cases_of_our_own(cli: Callable[..., Any], here: Path) -> None:
     edit = Edit("The capital of {} is", "France", "Rome")
     query = Query("rewrite/0", "rewrite", edit.text, "Rome")
     write_cases(here / "edits.jsonl", [Case("one", (edit,), (query,))])
-    assert "(cases," in cli(*EDIT, "--cases-format", "cases").stdout
+    assert "(cases," in cli(*EDIT, "--format", "cases").stdout
 
 
 def test_start_and_limit_pick_rows(cli: Callable[..., Any]) -> None:
@@ -190,16 +190,69 @@ def test_bad_settings(arguments: tuple[str, ...], message: str, cli: Callable[..
         ("", "the file is empty"),
         ("{", "row 1: not valid JSON"),
         ("[]", "holds no rows"),
-        ('{"prompt": "{} is", "subject": "France"}', "row 1: field 'target_new' is missing"),
-        ('{"prompt": "{} is", "subject": "France", "target_new": " "}', "row 1: edit of 'France': target_new is empty"),
-        ('{"prompt": "{} is", "subject": "France", "target_new": "x", "new": 1}', "unknown field(s) new"),
-        ('{"prompt": "It is", "subject": "France", "target_new": "x"}', "does not occur in the prompt"),
-        ('{"question": "?"}', "row 1: field 'prompt' is missing"),
+        (
+            '{"prompt": "{} is", "subject": "France"}',
+            "taken for facts (edits), of which the field 'target_new' is missing",
+        ),
+        ('{"prompt": "{} is", "subject": "France", "target_new": " "}', "row 1: the answer to write is empty"),
+        (
+            '{"prompt": "It is", "subject": "France", "target_new": "x"}',
+            "does not occur in its prompt 'It is'. Mend the row, or leave such rows out: --on-error skip",
+        ),
+        ('{"query": "?"}', "no known format; the rows have the fields query"),
     ],
 )
 def test_malformed_files(text: str, message: str, cli: Callable[..., Any], here: Path) -> None:
     (here / "edits.jsonl").write_text(text)
     assert message in cli(*EDIT, code=2).stderr
+
+
+def test_rows_that_cannot_be_used_are_left_out_on_request(cli: Callable[..., Any], here: Path) -> None:
+    write_rows(
+        here / "edits.jsonl", [*ROWS, {"prompt": "It is", "subject": "Norr", "target_new": "x", "paraphrase": "y"}]
+    )
+    result = cli(*EDIT, "--on-error", "skip")
+    assert [r.id for r in Delta.load("delta.safetensors").report] == ["fr", "dd"]
+    assert "left out row 3 (its subject 'Norr' does not occur in its prompt 'It is')" in result.stderr
+    assert "2 of 3 rows kept; dropped: subject_missing 1" in result.stdout
+
+
+def test_unknown_fields_are_told_with_the_likely_ones(cli: Callable[..., Any], here: Path) -> None:
+    write_rows(here / "edits.jsonl", [{**ROWS[0], "paraphrase": "y"}])
+    assert "unknown field 'paraphrase' in 1 row (did you mean 'paraphrases'?)" in cli(*EDIT).stderr
+
+
+CASES = Path(__file__).parents[3] / "shared" / "cases"
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="the example files (shared/cases beside the repository) are absent")
+@pytest.mark.parametrize(
+    ("name", "n_edits", "stops"),
+    [
+        ("knowedit_recent", 1, False),
+        ("knowedit_wikibio", 1, False),
+        ("knowedit_zsre", 1, True),
+        ("wikibigedit", 2, False),
+        ("cf_portability", 1, False),
+        ("rephrase_misspelt", 1, False),
+    ],
+)
+def test_the_example_files(name: str, n_edits: int, stops: bool, cli: Callable[..., Any]) -> None:
+    path = str(CASES / f"{name}.json")
+    arguments = ("edit", "gptj", path, *EDIT[3:], "--dry-run")
+    if stops:
+        assert "row 2: its subject 'Great River 77' does not occur" in cli(*arguments, code=2).stderr
+    cli("edit", "gptj", path, *EDIT[3:], "--on-error", "skip")
+    assert len(Delta.load("delta.safetensors").report) == n_edits
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="the example files (shared/cases beside the repository) are absent")
+def test_a_fact_without_a_subject_is_refused_by_its_id(cli: Callable[..., Any]) -> None:
+    path = str(CASES / "unke.json")
+    said = cli("edit", "gptj", path, *EDIT[3:], code=2).stderr
+    assert "edit '0' names no subject, and jeep writes at the subject's last token" in said
+    assert "a method that needs none: ctp, kne" in said
+    cli("edit", "gptj", path, "--out", "d", "--method", "ctp", "--set", "epochs=1", "--set", "n_positive=2")
 
 
 def test_a_missing_file_and_a_missing_model(cli: Callable[..., Any], here: Path) -> None:

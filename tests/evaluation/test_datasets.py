@@ -4,19 +4,23 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from retcon.edits import Case, Edit, Query, read_cases, resolve_conflicts, write_cases
+from retcon.edits import Case, Edit, Query, resolve_conflicts, write_cases
 from retcon.errors import ConflictingEdits, InvalidSetting, MalformedFile, RetconError
-from retcon.evaluation import contaminated, evaluate, load, load_cases, load_counterfact, load_zsre
+from retcon.evaluation import contaminated, evaluate, read_cases
+from retcon.evaluation.datasets import Loaded
 from retcon.lm.model import LM
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NATIVE, FLAT = FIXTURES / "counterfact.json", FIXTURES / "counterfact-flat.json"
 ZSRE, OWN = FIXTURES / "zsre.json", FIXTURES / "cases.jsonl"
+read: Callable[..., Loaded] = partial(read_cases, on_error="skip")
+"""The fixtures hold rows that cannot be used."""
 REAL = Path(__file__).parents[3] / "shared" / "data" / "counterfact-edit.json"
 
 
@@ -44,9 +48,9 @@ def rows(tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_native_counts() -> None:
-    cases, report = load_counterfact(NATIVE)
-    assert (report.format, report.rows, report.cases) == ("counterfact", 10, 8)
-    assert report.dropped == {"conflict": 1, "empty_target": 1}
+    cases, report = read(NATIVE)
+    assert (report.format, report.rows, report.cases) == ("counterfact", 10, 7)
+    assert report.dropped == {"conflict": 1, "empty_target": 1, "subject_missing": 1}
     assert report.dropped_queries == {"empty_target": 1, "empty_prompt": 1}
     assert report.flags == {
         "braces": 1,
@@ -57,25 +61,23 @@ def test_native_counts() -> None:
         "paraphrase_is_prompt": 1,
         "repeated_question": 1,
         "repeated_subject": 2,
-        "subject_missing": 1,
         "subject_twice": 1,
         "target_whitespace": 1,
         "trailing_whitespace": 1,
     }
-    assert report.options == {"start": 0, "limit": None, "conflicts": "drop"}
+    assert report.options == {"start": 0, "limit": None, "conflicts": "drop", "on_error": "skip", "case_target": "new"}
     assert flags(cases) == {
         "107": ["braces", "double_space", "newline"],
         "108": ["contaminated", "subject_twice"],
         "110": ["repeated_question", "repeated_subject"],
         "111": ["repeated_subject"],
         "113": ["noop_edit", "target_whitespace"],
-        "114": ["subject_missing"],
         "8": ["paraphrase_is_prompt", "trailing_whitespace"],
     }
 
 
 def test_native_fields() -> None:
-    case = load_counterfact(NATIVE)[0][0]
+    case = read(NATIVE)[0][0]
     assert (case.id, case.dataset) == ("107", "counterfact")
     assert case.edits == (Edit("{} was trained as a", "Ada Quill", "baker", "surgeon", id="107", relation_id="P106"),)
     assert case.meta["row"] == 0
@@ -101,14 +103,13 @@ def test_native_fields() -> None:
 
 
 def test_native_rows_that_are_unusual() -> None:
-    cases = {case.id: case for case in load_counterfact(NATIVE)[0]}
+    cases = {case.id: case for case in read(NATIVE)[0]}
     twice = cases["108"].edits[0]
     assert twice.text == "Norr is a town; the mayor of Norr was born in"
     assert twice.subject_span == (0, 4)
     assert cases["108"].meta["contaminated"] == ["neighborhood/0"]
     assert cases["113"].edits[0].target_new == "Śląsk"
     assert queries(cases["113"], "neighborhood")[0].prompt == "東京 🗼 lies in"
-    assert cases["114"].edits[0].subject_span is None
     plain = cases["8"]  # no case_id: the row's index; no true answer: nothing to compare with, nothing for neighbours
     assert plain.meta["extra"] == {"source": "by hand"}
     assert [(q.prompt, q.contrast) for q in plain.queries] == [("Olga Marsh speaks", None)] * 2
@@ -116,21 +117,21 @@ def test_native_rows_that_are_unusual() -> None:
 
 
 def test_conflict_rules() -> None:
-    kept = {rule: [c.id for c in load(NATIVE, conflicts=rule)[0]] for rule in ("drop", "last", "keep")}  # type: ignore[arg-type]
+    kept = {rule: [c.id for c in read(NATIVE, conflicts=rule)[0]] for rule in ("drop", "last", "keep")}  # type: ignore[arg-type]
     assert "109" not in kept["drop"]
     assert kept["last"] == kept["drop"]  # the row before and the row after it want the same
-    assert kept["keep"] == ["107", "108", "109", "110", "111", "113", "114", "8", "116"]
-    cases, report = load(NATIVE, conflicts="keep")
+    assert kept["keep"] == ["107", "108", "109", "110", "111", "113", "8", "116"]
+    cases, report = read(NATIVE, conflicts="keep")
     assert [c.id for c in cases if "conflict" in c.meta["flags"]] == ["107", "109", "110"]
     assert report.flags["conflict"] == 3
-    assert report.dropped == {"empty_target": 1}
+    assert report.dropped == {"empty_target": 1, "subject_missing": 1}
     with pytest.raises(ConflictingEdits, match="edits '107' and '109' contradict each other"):
-        load(NATIVE, conflicts="error")
+        read(NATIVE, conflicts="error")
 
 
 def test_loading_twice_gives_equal_objects_in_the_files_order() -> None:
     for path in (NATIVE, FLAT, ZSRE, OWN):
-        once, twice = load(path), load(path)
+        once, twice = read(path), read(path)
         assert once == twice
         places = [case.meta["row"] for case in once[0] if "row" in case.meta]
         assert places == sorted(places)
@@ -140,7 +141,7 @@ def test_loading_twice_gives_equal_objects_in_the_files_order() -> None:
 
 
 def test_flat_counts() -> None:
-    cases, report = load_counterfact(FLAT)
+    cases, report = read(FLAT)
     assert (report.format, report.rows, report.cases) == ("counterfact-flat", 10, 7)
     assert report.dropped == {"conflict": 1, "empty_target": 1, "marker_in_prompt": 1}
     assert report.dropped_queries == {"empty_prompt": 1, "empty_target": 1}
@@ -153,7 +154,6 @@ def test_flat_counts() -> None:
         "paraphrase_is_prompt": 1,
         "repeated_question": 1,
         "repeated_subject": 2,
-        "subject_missing": 1,
         "subject_twice": 1,
         "target_whitespace": 1,
         "trailing_whitespace": 1,
@@ -164,12 +164,12 @@ def test_flat_counts() -> None:
         "110": ["repeated_question", "repeated_subject"],
         "111": ["paraphrase_is_prompt", "repeated_subject"],
         "113": ["noop_edit", "target_whitespace"],
-        "115": ["subject_missing", "trailing_whitespace"],
+        "115": ["trailing_whitespace"],
     }
 
 
 def test_flat_rows() -> None:
-    cases = {case.id: case for case in load(FLAT)[0]}
+    cases = {case.id: case for case in read(FLAT)[0]}
     assert [query.id for query in cases["107"].queries] == ["rewrite/0", "paraphrase/0", "neighborhood/0"]
     neighbour = cases["107"].queries[2]
     assert (neighbour.target, neighbour.contrast) == ("surgeon", "baker")
@@ -186,7 +186,7 @@ def test_flat_rows() -> None:
 
 @pytest.mark.skipif(not REAL.exists(), reason="the flat CounterFact file (shared/data beside the repository) is absent")
 def test_the_published_flat_file() -> None:
-    cases, report = load_counterfact(REAL, conflicts="keep")
+    cases, report = read(REAL, conflicts="keep")
     assert (report.rows, report.cases) == (10_000, 10_000)
     assert report.dropped == report.dropped_queries == {}
     assert report.flags == {
@@ -208,7 +208,7 @@ def test_the_published_flat_file() -> None:
 
 
 def test_zsre_counts() -> None:
-    cases, report = load_zsre(ZSRE)
+    cases, report = read(ZSRE)
     assert (report.format, report.rows, report.cases) == ("zsre", 6, 5)
     assert report.dropped == {"empty_target": 1}
     assert report.dropped_queries == {"empty_target": 1}
@@ -219,7 +219,7 @@ def test_zsre_counts() -> None:
         "several_answers": 1,
         "subject_twice": 1,
     }
-    assert report.options["target"] == "answers"
+    assert report.options["case_target"] == "new"
     assert report.options["prompt_style"] == "loc.nq_q"
     assert {edit.target_true for case in cases for edit in case.edits} == {None}
     several = cases[2]
@@ -233,7 +233,7 @@ def test_zsre_counts() -> None:
 
 
 def test_zsre_with_the_sampled_wrong_answer() -> None:
-    cases, report = load_zsre(ZSRE, target="alt")
+    cases, report = read(ZSRE, case_target="alt")
     assert (report.rows, report.cases) == (6, 4)
     assert report.dropped == {"conflict": 1, "empty_target": 1}
     assert report.flags == {"noop_edit": 1, "repeated_subject": 1, "subject_twice": 1, "target_whitespace": 1}
@@ -247,12 +247,12 @@ def test_the_target_changes_nothing_but_targets() -> None:
         asked = [[replace(q, target="x", answers=()) for q in c.queries if q.axis != "locality.nq"] for c in cases]
         return [edits, asked, [queries(case, "locality.nq") for case in cases]]
 
-    both = {c.id for c in load_zsre(ZSRE, conflicts="keep")[0]} & {
-        c.id for c in load_zsre(ZSRE, conflicts="keep", target="alt")[0]
+    both = {c.id for c in read(ZSRE, conflicts="keep")[0]} & {
+        c.id for c in read(ZSRE, conflicts="keep", case_target="alt")[0]
     }
     answers, alt = (
-        [case for case in load_zsre(ZSRE, conflicts="keep", target=target)[0] if case.id in both]  # type: ignore[arg-type]
-        for target in ("answers", "alt")
+        [case for case in read(ZSRE, conflicts="keep", case_target=target)[0] if case.id in both]  # type: ignore[arg-type]
+        for target in ("new", "alt")
     )
     assert without_targets(answers) == without_targets(alt)
     assert answers != alt
@@ -260,7 +260,7 @@ def test_the_target_changes_nothing_but_targets() -> None:
 
 def test_the_prompt_style_changes_nothing_but_the_locality_text() -> None:
     def by(style: Any) -> tuple[list[str], list[Case]]:
-        cases = load_zsre(ZSRE, prompt_style=style)[0]
+        cases = read(ZSRE, prompt_style=style)[0]
         texts = [query.prompt for case in cases for query in queries(case, "locality.nq")]
         rest = [
             replace(case, queries=[replace(q, prompt="x") if q.axis == "locality.nq" else q for q in case.queries])  # type: ignore[arg-type]
@@ -279,17 +279,17 @@ def test_the_prompt_style_changes_nothing_but_the_locality_text() -> None:
     assert rest[0] == rest[1] == rest[2]
 
 
-@pytest.mark.parametrize("setting", [dict(target="pred"), dict(prompt_style="nq")])
+@pytest.mark.parametrize("setting", [dict(case_target="pred"), dict(prompt_style="nq")])
 def test_unknown_zsre_settings(setting: dict[str, Any]) -> None:
-    with pytest.raises(InvalidSetting, match=r"unknown .* '(pred|nq)'; known: (answers, alt|loc.nq_q, loc.nq)"):
-        load_zsre(ZSRE, **setting)
+    with pytest.raises(InvalidSetting, match=r"unknown .* '(pred|nq)'; known: (new, alt|loc.nq_q, loc.nq)"):
+        read(ZSRE, **setting)
 
 
 def test_the_first_answer_that_is_not_blank_counts(rows: Callable[..., Path]) -> None:
     blanks = {"alt": ["  ", "Rhine", "Elbe"], "answers": ["", "River Sel"], "loc_ans": [[], ["", "Ida"]]}
     path = rows({**GOOD_ZSRE, **blanks})
-    for target, wanted in (("alt", "Rhine"), ("answers", "River Sel")):
-        case = load_zsre(path, target=target)[0][0]  # type: ignore[arg-type]
+    for target, wanted in (("alt", "Rhine"), ("new", "River Sel")):
+        case = read(path, case_target=target)[0][0]  # type: ignore[arg-type]
         assert (case.edits[0].target_new, case.queries[2].target) == (wanted, "Ida")
 
 
@@ -297,7 +297,7 @@ def test_the_first_answer_that_is_not_blank_counts(rows: Callable[..., Path]) ->
 
 
 def test_own_counts() -> None:
-    cases, report = load_cases(OWN)
+    cases, report = read(OWN)
     assert (report.format, report.rows, report.cases) == ("cases", 4, 3)
     assert report.dropped == {"conflict": 1}
     assert report.dropped_queries == {"empty_target": 1}
@@ -310,7 +310,6 @@ def test_own_counts() -> None:
         "noted": 1,
         "paraphrase_is_prompt": 1,
         "repeated_subject": 1,
-        "subject_missing": 1,
         "trailing_whitespace": 2,
     }
     # `ada` came with the flags conflict and contaminated (another query) from the set it once belonged to
@@ -323,7 +322,6 @@ def test_own_counts() -> None:
             "newline",
             "noop_edit",
             "paraphrase_is_prompt",
-            "subject_missing",
             "trailing_whitespace",
         ],
     }
@@ -336,68 +334,68 @@ def test_own_counts() -> None:
 
 
 def test_a_case_goes_when_any_of_its_edits_does() -> None:
-    cases, report = load_cases(OWN, conflicts="last")
+    cases, report = read(OWN, conflicts="last")
     assert [case.id for case in cases] == ["ada", "rival", "lost"]
     assert report.dropped == {"conflict": 1}
 
 
 @pytest.mark.parametrize("path", [NATIVE, FLAT, ZSRE])
 def test_loaded_cases_survive_being_written(path: Path, tmp_path: Path) -> None:
-    cases = load(path, conflicts="keep")[0]
+    cases = read(path, conflicts="keep")[0]
     file = tmp_path / "cases.jsonl"
     write_cases(file, cases)
-    assert read_cases(file) == cases
-    assert load(file, conflicts="keep")[0] == cases
+    assert read_cases(file, conflicts="keep")[0] == cases
 
 
 # --- any format ----------------------------------------------------------------------------------------------------
 
 
 def test_formats_are_told_apart() -> None:
-    assert [load(path)[1].format for path in (NATIVE, FLAT, ZSRE, OWN)] == [
+    assert [read(path)[1].format for path in (NATIVE, FLAT, ZSRE, OWN)] == [
         "counterfact",
         "counterfact-flat",
         "zsre",
         "cases",
     ]
-    assert load(OWN, "cases") == load(OWN)
+    assert read(OWN, "cases") == read(OWN)
+    with pytest.raises(InvalidSetting, match="unknown format 'csv'; known: mquake, counterfact, ripple"):
+        read(OWN, "csv")
     with pytest.raises(
-        InvalidSetting, match="unknown format 'csv'; known: counterfact, counterfact-flat, zsre, knowedit"
+        MalformedFile, match=r"zsre\.json, row 1: field 'requested_rewrite' is missing.*read as counter"
     ):
-        load(OWN, "csv")  # type: ignore[arg-type]
-    with pytest.raises(MalformedFile, match="expected CounterFact rows, these look like zsre"):
-        load_counterfact(ZSRE)
-    with pytest.raises(MalformedFile, match=r"zsre\.json, row 1: field 'requested_rewrite' is missing"):
-        load(ZSRE, "counterfact")
+        read_cases(ZSRE, "counterfact")
 
 
 def test_a_part_of_the_rows() -> None:
-    cases, report = load(NATIVE, start=2, limit=3)
+    cases, report = read(NATIVE, start=2, limit=3)
     assert [case.id for case in cases] == ["109", "111"]  # alone, 109 comes first
     assert (report.rows, report.dropped) == (3, {"conflict": 1})
     assert cases[0].meta["row"] == 2
-    assert load(NATIVE, limit=0)[0] == []
-    assert load(NATIVE, start=99)[1].rows == 0
+    assert read(NATIVE, limit=0)[0] == []
+    assert read(NATIVE, start=99)[1].rows == 0
     with pytest.raises(InvalidSetting, match="start and limit must not be negative, found -1 and None"):
-        load(NATIVE, start=-1)
+        read(NATIVE, start=-1)
 
 
 def test_the_report_reads_as_one_line() -> None:
-    text = str(load(ZSRE, target="alt")[1])
+    text = str(read(ZSRE, case_target="alt")[1])
     assert "\n" not in text
-    assert "zsre.json (zsre, start=0, limit=None, conflicts=drop, target=alt, prompt_style=loc.nq_q, sha256 " in text
+    assert (
+        "zsre.json (zsre, start=0, limit=None, conflicts=drop, on_error=skip, case_target=alt, "
+        "prompt_style=loc.nq_q, sha256 " in text
+    )
     assert "4 of 6 rows kept; dropped: conflict 1, empty_target 1; queries dropped: empty_target 1; flagged: " in text
 
 
 def test_the_report_tells_files_apart(rows: Callable[..., Path]) -> None:
     row = json.loads(FLAT.read_text("utf-8"))[0]
-    one = load(rows(row))[1].sha256
-    assert one != load(rows({**row, "subject": "Quill"}))[1].sha256
+    one = read(rows(row))[1].sha256
+    assert one != read(rows({**row, "subject": "Quill"}))[1].sha256
     assert len(one) == 64
 
 
 def test_contamination_is_judged_on_the_cases_given() -> None:
-    cases = load(NATIVE)[0]
+    cases = read(NATIVE)[0]
     assert contaminated(cases) == {"108": ["neighborhood/0"]}
     assert contaminated(cases[1:]) == {}
     edit = Edit("{} died in", "Zoë", "Bern", id="z")
@@ -434,7 +432,7 @@ def less(record: dict[str, Any], name: str) -> dict[str, Any]:
         (GOOD_NATIVE, inside(prompt="{} and {}"), "row 2: edit '1': 2 markers '{}' in the prompt"),
         (GOOD_NATIVE, inside(relation_id=106), "row 2: edit '1': relation_id must be text, found int (106)"),
         (GOOD_NATIVE, {**inside(), "paraphrase_prompts": [3]}, "row 2: field 'paraphrase_prompts' must be text or"),
-        (GOOD_NATIVE, GOOD_NATIVE, "row 2: case id '107' occurs twice (first in "),
+        (GOOD_NATIVE, {**GOOD_NATIVE, "paraphrase_prompts": []}, "row 2: case id '107' occurs twice (first in "),
         (GOOD_FLAT, less(GOOD_FLAT, "subject"), "row 2: field 'subject' is missing"),
         (GOOD_FLAT, less(GOOD_FLAT, "target_new"), "row 2: field 'target_new' is missing"),
         (GOOD_FLAT, {**GOOD_FLAT, "prompt": " "}, "row 2: edit '107': the prompt is empty"),
@@ -449,24 +447,24 @@ def less(record: dict[str, Any], name: str) -> dict[str, Any]:
 def test_a_malformed_row_is_named(good: Any, bad: Any, message: str, rows: Callable[..., Path]) -> None:
     path = rows(good, bad)
     with pytest.raises(MalformedFile) as caught:
-        load(path)
+        read_cases(path)
     assert f"{path}, {message}" in str(caught.value) or (
         str(path) in str(caught.value) and message in str(caught.value)
     )
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "[1]", "subject\tprompt", '{"a": 1}', '[{"a": 1}]', "[", '"text"'])
-@pytest.mark.parametrize("loader", [load, load_counterfact, load_zsre, load_cases])
-def test_other_files_give_one_clear_error(content: str, loader: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", [None, "counterfact", "zsre", "cases"])
+def test_other_files_give_one_clear_error(content: str, format: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(content)
     with pytest.raises(MalformedFile, match=r"rows\.json"):
-        loader(path)
+        read_cases(path, format)
 
 
 def test_an_unknown_format_lists_what_is_known(rows: Callable[..., Path]) -> None:
-    with pytest.raises(MalformedFile, match=r"no known format; the first row has the fields question, answer. Known: "):
-        load(rows({"question": "x", "answer": "y"}))
+    with pytest.raises(MalformedFile, match=r"no known format; the rows have the fields color, answer\. Known: mquake"):
+        read(rows({"color": "x", "answer": "y"}))
 
 
 def test_every_error_is_ours(rows: Callable[..., Path]) -> None:
@@ -475,7 +473,9 @@ def test_every_error_is_ours(rows: Callable[..., Path]) -> None:
         spoilt += [inside(**{name: bad}) for name in GOOD_NATIVE["requested_rewrite"]]
         for row in spoilt:
             with suppress(RetconError):
-                load(rows(row))
+                read_cases(rows(row))
+            with suppress(RetconError):
+                read(rows(row))
 
 
 # --- two files of one fact -----------------------------------------------------------------------------------------
@@ -485,7 +485,7 @@ def test_flat_and_native_rows_of_one_fact_give_the_same_rewrite_records(tiny: Ca
     lm = tiny(n_layers=1)
     found = []
     for path in (NATIVE, FLAT):
-        case = load_counterfact(path, limit=1)[0]
+        case = read(path, limit=1)[0]
         records = [r for r in evaluate(lm, case).records if r.axis == "rewrite"]
         found.append([(r.case_id, r.subject, r.query_id, r.metric, r.variant, r.value, r.n, r.detail) for r in records])
     assert len(found[0]) == 10

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,13 +13,15 @@ import pytest
 from retcon import world
 from retcon.edits import Case, Query, write_edits
 from retcon.errors import MalformedFile
-from retcon.evaluation import evaluate, load
+from retcon.evaluation import evaluate, read_cases
+from retcon.evaluation.datasets import Loaded
 from retcon.evaluation.datasets.hub import Address, read_hub_rows
 from retcon.evaluation.datasets.ripple import split_sentence
-from retcon.evaluation.datasets.rows import NO_SUBJECT
 from retcon.lm.model import LM
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+read: Callable[..., Loaded] = partial(read_cases, on_error="skip")
+"""The fixtures hold rows that cannot be used."""
 
 
 def asked(case: Case, start: str) -> list[Query]:
@@ -27,9 +30,9 @@ def asked(case: Case, start: str) -> list[Query]:
 
 @pytest.mark.parametrize("name", ["knowedit", "qaedit", "zsre-ultra", "mquake", "ripple"])
 def test_formats_are_recognised_and_loading_twice_is_the_same(name: str) -> None:
-    cases, report = load(FIXTURES / f"{name}.json")
+    cases, report = read(FIXTURES / f"{name}.json")
     assert report.format == {"zsre-ultra": "zsre"}.get(name, name)
-    assert (cases, report) == load(FIXTURES / f"{name}.json")
+    assert (cases, report) == read(FIXTURES / f"{name}.json")
     assert [c.meta["row"] for c in cases] == sorted(c.meta["row"] for c in cases)
 
 
@@ -37,7 +40,7 @@ def test_formats_are_recognised_and_loading_twice_is_the_same(name: str) -> None
 
 
 def test_knowedit_counts() -> None:
-    cases, report = load(FIXTURES / "knowedit.json")
+    cases, report = read(FIXTURES / "knowedit.json")
     assert (report.rows, report.cases, report.dropped) == (6, 5, {"empty_target": 1})
     assert report.dropped_queries == {"empty_target": 2, "empty_prompt": 1}
     assert report.flags == {"target_whitespace": 1, "answer_in_prompt": 1}
@@ -46,7 +49,7 @@ def test_knowedit_counts() -> None:
 
 
 def test_knowedit_fields() -> None:
-    cases = load(FIXTURES / "knowedit.json")[0]
+    cases = read(FIXTURES / "knowedit.json")[0]
     ada, norr, sund, ben, olga = cases
     assert [(q.id, q.answers) for q in asked(ada, "portability")] == [
         ("portability.Logical_Generalization/0", (("no",), ("is dead",))),
@@ -73,7 +76,7 @@ def test_knowedit_fields() -> None:
 
 
 def test_knowedit_first_answers_are_easyedits() -> None:
-    everything, first = (load(FIXTURES / "knowedit.json", answers=how)[0] for how in ("all", "first"))  # type: ignore[arg-type]
+    everything, first = (read(FIXTURES / "knowedit.json", answers=how)[0] for how in ("all", "first"))  # type: ignore[arg-type]
     assert [q.answers for q in asked(first[0], "portability")] == [
         (("no",),),
         (("Portugal",),),
@@ -90,12 +93,12 @@ def test_knowedit_parts_of_another_shape_are_named(spoilt: Any, tmp_path: Path) 
     row = {"subject": "Norr", "prompt": "The mayor of Norr is", "target_new": "x", "portability": spoilt}
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     with pytest.raises(MalformedFile, match=r"rows\.json, row 1, portability"):
-        load(tmp_path / "rows.json", "knowedit")
+        read_cases(tmp_path / "rows.json", "knowedit")
 
 
 def test_qaedit() -> None:
-    cases, report = load(FIXTURES / "qaedit.json")
-    assert [c.id for c in cases] == ["31", "32"]
+    cases, report = read(FIXTURES / "qaedit.json")
+    assert [c.id for c in cases] == ["31"]
     assert cases[0].meta["source"] == "NQ"
     assert [(q.axis, q.target) for q in cases[0].queries] == [
         ("rewrite", "Ida Holt"),
@@ -104,14 +107,14 @@ def test_qaedit() -> None:
         ("locality.nq", "1632"),
     ]
     assert report.dropped_queries == {"empty_target": 1}
-    assert report.flags["subject_missing"] == 1
+    assert report.dropped == {"subject_missing": 1}
 
 
 def test_zsre_without_subjects_is_loaded_and_flagged() -> None:
-    cases, report = load(FIXTURES / "zsre-ultra.json")
+    cases, report = read(FIXTURES / "zsre-ultra.json")
     assert report.dropped == {"empty_target": 1}
-    assert report.flags["subject_missing"] == 2
-    assert {c.edits[0].subject for c in cases} == {NO_SUBJECT}
+    assert report.flags["no_subject"] == 2
+    assert {c.edits[0].subject for c in cases} == {None}
     assert [q.prompt for q in asked(cases[1], "locality")] == ["nq question: where is the marsh?"]
     assert [q.prompt for q in asked(cases[1], "paraphrase")] == ["Norr was founded by whom?"]
 
@@ -123,7 +126,7 @@ def test_zsre_portability(tmp_path: Path) -> None:
         "portability": {"New Question": "Where was the founder of Norr born?", "New Answer": "Velt"},
     }  # fmt: skip
     (tmp_path / "rows.json").write_text(json.dumps([row]))
-    (hop,) = asked(load(tmp_path / "rows.json", target="alt")[0][0], "portability")
+    (hop,) = asked(read(tmp_path / "rows.json", case_target="alt")[0][0], "portability")
     assert (hop.id, hop.prompt, hop.target) == ("portability.one_hop/0", row["portability"]["New Question"], "Velt")  # type: ignore[index]
 
 
@@ -131,7 +134,7 @@ def test_zsre_portability(tmp_path: Path) -> None:
 
 
 def test_mquake_counts_and_fields() -> None:
-    cases, report = load(FIXTURES / "mquake.json")
+    cases, report = read(FIXTURES / "mquake.json")
     assert [c.id for c in cases] == ["3", "4", "7"]
     assert report.dropped == {"conflict": 1, "empty_target": 1}
     assert report.dropped_queries == {"empty_prompt": 1, "empty_target": 2}
@@ -153,7 +156,7 @@ def test_mquake_counts_and_fields() -> None:
 
 
 def test_mquake_questions_stand_behind_demonstrations() -> None:
-    found = {how: load(FIXTURES / "mquake.json", prompting=how, limit=1)[0][0] for how in ("standard", "cot", "bare")}  # type: ignore[arg-type]
+    found = {how: read(FIXTURES / "mquake.json", prompting=how, limit=1)[0][0] for how in ("standard", "cot", "bare")}  # type: ignore[arg-type]
     question = "In which city is the employer of Ada Quill based?"
     prompts = {how: asked(case, "multihop")[0].prompt for how, case in found.items()}
     assert prompts["bare"] == question
@@ -166,7 +169,7 @@ def test_mquake_questions_stand_behind_demonstrations() -> None:
 
 
 def test_ripple_counts_and_fields() -> None:
-    cases, report = load(FIXTURES / "ripple.json")
+    cases, report = read(FIXTURES / "ripple.json")
     assert report.dropped == {"sentence_not_split": 1}
     assert report.dropped_queries == {"empty_target": 1, "test_without_queries": 1}
     ada, tom = cases
@@ -222,7 +225,7 @@ def test_sentences_are_split_by_their_wording(sentence: str, wanted: Any) -> Non
 @pytest.mark.parametrize("name", ["knowedit", "qaedit", "zsre-ultra", "mquake", "ripple"])
 def test_every_dirty_file_is_measured(name: str, tiny: Callable[..., LM]) -> None:
     lm = tiny(n_layers=1)
-    cases = load(FIXTURES / f"{name}.json", prompting="bare")[0]  # demonstrations are longer than the context
+    cases = read(FIXTURES / f"{name}.json", prompting="bare")[0]  # demonstrations are longer than the context
     found = evaluate(lm, cases, max_new_tokens=3)
     assert {r.case_id for r in found.records} == {c.id for c in cases}
     variants = {r.variant for r in found.records if r.status == "ok"}
@@ -240,17 +243,17 @@ def test_every_dirty_file_is_measured(name: str, tiny: Callable[..., LM]) -> Non
 
 
 def test_the_embedded_world_is_a_dataset() -> None:
-    cases, report = load("world", limit=5, seed=3)
+    cases, report = read("world", limit=5, seed=3)
     assert [c.id for c in cases] == [c.id for c in world.cases(5, seed=3)]
     assert (report.format, report.options["seed"]) == ("world", 3)
-    assert report.sha256 == load("world", limit=5, seed=3)[1].sha256 != load("world", limit=5, seed=4)[1].sha256
-    assert [c.id for c in load("world", start=2, limit=3, seed=3)[0]] == [c.id for c in cases[2:]]
+    assert report.sha256 == read("world", limit=5, seed=3)[1].sha256 != read("world", limit=5, seed=4)[1].sha256
+    assert [c.id for c in read("world", start=2, limit=3, seed=3)[0]] == [c.id for c in cases[2:]]
 
 
 def test_a_plain_list_of_edits_is_a_dataset(tmp_path: Path) -> None:
     edits = [case.edits[0] for case in world.cases(2)]
     write_edits(tmp_path / "edits.jsonl", edits)
-    cases, report = load(tmp_path / "edits.jsonl")
+    cases, report = read(tmp_path / "edits.jsonl")
     assert report.format == "edits"
     assert [c.edits[0] for c in cases] == edits
     assert [[(q.id, q.prompt, q.target, q.contrast) for q in c.queries] for c in cases] == [
@@ -270,7 +273,7 @@ def test_rows_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     fake = ModuleType("huggingface_hub")
     fake.hf_hub_download = lambda *a, **k: (calls.append((a, k)), str(FIXTURES / "knowedit.json"))[1]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-    cases, report = load("hub:knowedit/recent")
+    cases, report = read("hub:knowedit/recent")
     assert len(cases) == 5
     assert report.path == "hub:knowedit/recent"
     assert calls == [
@@ -280,14 +283,14 @@ def test_rows_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     library = ModuleType("datasets")
     library.load_dataset = lambda *a, **k: rows  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", library)
-    assert [c.edits for c in load("hub:o/n")[0]] == [c.edits for c in cases]
+    assert [c.edits for c in read("hub:o/n")[0]] == [c.edits for c in cases]
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MalformedFile, match=r"needs the package 'datasets'"):
-        load("hub:o/n")
+        read("hub:o/n")
 
     def unreachable(*_: Any, **__: Any) -> str:
         raise ConnectionError("no network")
 
     fake.hf_hub_download = unreachable  # type: ignore[attr-defined]
     with pytest.raises(MalformedFile, match=r"cannot be read from the hub \(no network\)"):
-        load("hub:o/n/x.json")
+        read("hub:o/n/x.json")

@@ -120,6 +120,8 @@ class Setting:
     """Seconds spent so far inside `propose` on what is not editing (statistics)."""
     n_cached_values: Callable[[], int] = lambda: 0
     """Edits so far whose values `propose` found searched already; calls that did are not timed."""
+    needs_subject: bool = True
+    """Whether `propose` writes at the subject, so that it cannot make an edit that names none."""
 
 
 def run_protocol(
@@ -184,7 +186,7 @@ def _independent(setting: Setting, chunks: Sequence[Sequence[Case]], units: Unit
             delta, unit = _edit(setting, key, chunk, None, step, size)
             if delta is not None:
                 with setting.lm.edited(delta):
-                    unit = unit.with_looked(_look(setting, _made(chunk), "final", step))
+                    unit = unit.with_looked(_look(setting, _made(setting, chunk), "final", step))
                     if size > 1:
                         unit = replace(unit, records=(*unit.records, *setting.look("final", step)))
             units.save(unit)
@@ -211,10 +213,10 @@ def _sequence(
                 lm.apply(delta)
                 unit = replace(unit, mark=weights_hash(lm))
                 immediate = replace(setting, measures=cheap)
-                unit = unit.with_looked(_look(immediate, _made(chunk), "immediate", step))
+                unit = unit.with_looked(_look(immediate, _made(setting, chunk), "immediate", step))
                 state, applied = delta.state, applied + 1
             if len(done) in protocol.checkpoints and applied and len(done) < sum(map(len, chunks)):
-                unit = unit.with_looked(_look(setting, _made(done), "checkpoint", step))
+                unit = unit.with_looked(_look(setting, _made(setting, done), "checkpoint", step))
                 unit = replace(unit, records=(*unit.records, *setting.look("checkpoint", step)))
             units.save(unit)
         elif unit.mark is not None and finished is None:
@@ -227,7 +229,7 @@ def _sequence(
         step = len(chunks) - 1
         finished = Unit(last_key, (), {}, ())
         if applied:
-            finished = finished.with_looked(_look(setting, _made(done), "final", step))
+            finished = finished.with_looked(_look(setting, _made(setting, done), "final", step))
             finished = replace(finished, records=(*finished.records, *setting.look("final", step)))
         units.save(finished)
     yield finished
@@ -243,14 +245,19 @@ def _look(setting: Setting, cases: Sequence[Case], when: When, step: int) -> Eva
     return found
 
 
-def _made(cases: Sequence[Case]) -> list[Case]:
+def _made(setting: Setting, cases: Sequence[Case]) -> list[Case]:
     """Cases whose edits can be made; the others are told as skipped where they would have been edited."""
-    return [case for case in cases if case.edits and not _reason(case)]
+    return [case for case in cases if case.edits and not _reason(setting, case)]
 
 
-def _reason(case: Case) -> str | None:
-    lost = [edit for edit in case.edits if edit.subject_span is None]
-    return f"subject {lost[0].subject!r} does not occur in the prompt" if lost else None
+def _reason(setting: Setting, case: Case) -> str | None:
+    for edit in case.edits:
+        if edit.subject is None:
+            if setting.needs_subject:
+                return f"edit {edit.id!r} names no subject, which this method needs"
+        elif edit.subject_span is None:
+            return f"subject {edit.subject!r} does not occur in the prompt"
+    return None
 
 
 def _edit(
@@ -266,7 +273,7 @@ def _edit(
     edits: dict[tuple[tuple[str, str], str], Edit] = {}
     records = []
     for case in chunk:
-        if reason := _reason(case):
+        if reason := _reason(setting, case):
             records.append(_edit_record(case, None, 0, step, "skipped", reason))
         for edit in case.edits if not reason else ():
             edits.setdefault((same_question(edit), edit.target_new), edit)  # asked for twice, made once
@@ -280,7 +287,7 @@ def _edit(
             delta = setting.propose(setting.lm, list(edits.values()), state)
             seconds = time.perf_counter() - started
     except RetconError as error:
-        told = [case for case in chunk if not _reason(case)]
+        told = [case for case in chunk if not _reason(setting, case)]
         records += [_edit_record(case, None, 1, step, "error", f"{type(error).__name__}: {error}") for case in told]
         return None, Unit(key, tuple(records), {}, ())
     statistics = setting.excluded_seconds() - aside

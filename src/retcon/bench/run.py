@@ -22,7 +22,7 @@ from retcon.delta import Delta
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, RetconError, RetconWarning
 from retcon.evaluation.ability import ability
-from retcon.evaluation.datasets import Loaded, LoadReport, load
+from retcon.evaluation.datasets import Loaded, LoadReport, read_cases
 from retcon.evaluation.drift import Perplexity, perplexity
 from retcon.evaluation.measure import derive_seed, measure
 from retcon.evaluation.metrics.consistency import References
@@ -35,6 +35,7 @@ from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Corpus, CorpusMoments
 from retcon.memory.values import keeping_values
+from retcon.methods.common.contract import needs_subject
 from retcon.methods.common.registry import method as make_method
 from retcon.methods.common.sequence import in_steps
 
@@ -133,7 +134,7 @@ def _portable(spec: BenchSpec) -> dict[str, Any]:
 def load_cases(dataset: DatasetSpec) -> Loaded:
     """The dataset's cases, its own settings given."""
     own = {name: value for name, value in asdict(dataset).items() if name not in ("path", "label", "order")}
-    return load(dataset.path, **own)
+    return read_cases(dataset.path, **own)
 
 
 def chosen_cases(cases: Sequence[Case], cell: Cell) -> list[Case]:
@@ -209,6 +210,7 @@ class CellRunner:
             self._whole_model,
             lambda: self.moments.seconds,
             lambda: kept.resumed,
+            needs_subject(method),
         )
         units = Units(directory, identity, keep_tokens=self.spec.keep_tokens)
         _, size = cell.protocol.sizes(len(chosen))
@@ -268,7 +270,7 @@ class CellRunner:
 
     def _warm_up(self, propose: Callable[[LM, Sequence[Edit], Any], Delta], cases: Sequence[Case]) -> None:
         """One edit that is thrown away: statistics are collected and caches filled before time is taken."""
-        first = next((e for c in cases for e in c.edits if e.subject_span is not None), None)
+        first = next((e for c in cases for e in c.edits if e.subject is None or e.subject_span is not None), None)
         if first is None:
             return
         try:
@@ -405,7 +407,8 @@ def _probe(bench: CellRunner, cell: Cell, cases: Sequence[Case]) -> tuple[float,
     """(seconds of a call for one edit, of each further edit in it, of measuring a case)."""
     lm, few = bench.lm, list(cases[:N_PROBED])
     chosen = bench.methods[cell.method.label]
-    edits = [e for case in few for e in case.edits if e.subject_span is not None]
+    needed = needs_subject(chosen)
+    edits = [e for case in few for e in case.edits if e.subject_span is not None or (e.subject is None and not needed)]
     if not edits:
         raise InvalidSetting(f"{cell.dataset.label}: none of the first {N_PROBED} cases can be edited")
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from retcon.bench.protocol import Protocol
 from retcon.edits import ConflictRule
 from retcon.errors import InvalidSetting, MalformedFile
-from retcon.evaluation.datasets import Answers, Format, Prompting, PromptStyle, Target
+from retcon.evaluation.datasets import Answers, CaseTarget, FormatName, OnError, Prompting, PromptStyle
 from retcon.evaluation.plan import Fluency
 
 Order = Literal["file", "shuffle"]
@@ -74,17 +74,18 @@ class MethodSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """Cases to measure on; see `retcon.evaluation.load`."""
+    """Cases to measure on; see `retcon.evaluation.read_cases`."""
 
     path: str
     """A file, `hub:...`, or `world`."""
     label: str = ""
     """What reports call it."""
-    format: Format | None = None
+    format: FormatName | None = None
     start: int = 0
     limit: int | None = None
     conflicts: ConflictRule = "drop"
-    target: Target = "answers"
+    on_error: OnError = "stop"
+    case_target: CaseTarget = "new"
     prompt_style: PromptStyle = "loc.nq_q"
     answers: Answers = "all"
     prompting: Prompting = "standard"

@@ -4,13 +4,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from retcon.cli.edit import FileFormat
 from retcon.cli.shell import Json, console, count, emit, program, seconds
 from retcon.errors import InvalidSetting
 
@@ -40,6 +41,14 @@ def bench(
         str | None,
         typer.Option(help="A file, hub:owner/name/file.json, or world; over the file's.", show_default=False),
     ] = None,
+    file_format: FileFormat = None,
+    on_error: Annotated[
+        Literal["stop", "skip"] | None,
+        typer.Option(
+            help="When a row of a dataset cannot be used: refuse it, or leave the row out; over the file's.",
+            show_default=False,
+        ),
+    ] = None,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -59,6 +68,7 @@ def bench(
     from retcon.bench import run_bench
 
     spec = _spec(file, model, method, dataset, protocol, n, batch, seed, corpus, text)
+    spec = _with_reading(spec, file_format, on_error)
     if dry_run:
         _estimate(spec, out, as_json)
         return
@@ -124,6 +134,12 @@ def _spec(
         over: dict[str, Any] = {name: value for name, value in (("n", n), ("batch", batch)) if value is not None}
         spec = replace(spec, protocols=tuple(replace(p, **over) for p in spec.protocols))
     return replace(spec, seeds=tuple(seeds)) if seeds else spec
+
+
+def _with_reading(spec: "BenchSpec", file_format: str | None, on_error: Literal["stop", "skip"] | None) -> "BenchSpec":
+    """The specification with options of reading put over those of its datasets."""
+    over: dict[str, Any] = {name: v for name, v in (("format", file_format), ("on_error", on_error)) if v is not None}
+    return replace(spec, datasets=tuple(replace(d, **over) for d in spec.datasets)) if over else spec
 
 
 def _methods(spec: "BenchSpec", name: str) -> "list[MethodSpec]":

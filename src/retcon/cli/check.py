@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.edit import CasesFormat, read_asked
+from retcon.cli.edit import FileFormat, OnError, read_asked
 from retcon.cli.shell import (
     Device,
     DType,
@@ -43,7 +43,8 @@ def check(
         Path,
         typer.Option(metavar="FILE", help="Cases, a dataset, or the edits themselves.", show_default=False),
     ],
-    cases_format: Annotated[CasesFormat, typer.Option(help="What kind of file that is.")] = "auto",
+    file_format: FileFormat = None,
+    on_error: OnError = "stop",
     start: Annotated[int, typer.Option(min=0, help="Rows of it to pass over.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of it to read; all.", show_default=False)] = None,
     text: Annotated[
@@ -65,7 +66,7 @@ def check(
     from retcon.evaluation import safety
 
     limits = safety.Thresholds(took=took, generalised=generalised, local=local, perplexity_ratio=perplexity_ratio)
-    asked = read_asked(cases, cases_format, start, limit, "drop")
+    asked = read_asked(cases, start, limit, "drop", file_format, on_error)
     if text is not None:
         check_exists(text)
     deltas = load_deltas(delta)

@@ -2,6 +2,7 @@
 
 import shlex
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,9 +37,9 @@ from retcon.cli.shell import (
     size,
     spinner,
 )
-from retcon.edits import Case, Edit, Query, read_edits, resolve_conflicts
-from retcon.errors import InvalidSetting
-from retcon.files import cache_dir, read_json_rows
+from retcon.edits import Case, Edit
+from retcon.errors import InvalidSetting, RetconWarning
+from retcon.files import cache_dir
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,14 +52,16 @@ if TYPE_CHECKING:
 N_SHOWN = 12
 """Edits shown in the report; of more, the least successful ones."""
 
-CasesFormat = Literal["auto", "edits", "counterfact", "counterfact-flat", "zsre", "cases"]
 Conflicts = Literal["error", "drop", "last"]
 
-_DATASET_FIELDS = {
-    *("requested_rewrite", "src", "rephrase", "edits", "queries", "case_id"),
-    *("ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth"),
-}
-"""Fields by which a file is no plain list of edits."""
+FileFormat = Annotated[
+    str | None,
+    typer.Option("--format", metavar="NAME", help="What kind of file that is; by its fields.", show_default=False),
+]
+OnError = Annotated[
+    Literal["stop", "skip"],
+    typer.Option("--on-error", help="When a row cannot be used: refuse the file, or leave the row out."),
+]
 
 
 def edit(
@@ -67,7 +70,8 @@ def edit(
         Path,
         typer.Argument(
             metavar="EDITS",
-            help="JSON lines with prompt, subject and target_new; or a CounterFact, zsRE or cases file.",
+            help="Facts: JSON, JSON lines or CSV with prompt, subject and target_new, or any format of docs/data.md; "
+            "hub:NAME.",
             show_default=False,
         ),
     ],
@@ -115,7 +119,8 @@ def edit(
             show_default=False,
         ),
     ] = None,
-    cases_format: Annotated[CasesFormat, typer.Option(help="What kind of file EDITS is.")] = "auto",
+    file_format: FileFormat = None,
+    on_error: OnError = "stop",
     start: Annotated[int, typer.Option(min=0, help="Rows of EDITS to pass over.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of EDITS to read; all.", show_default=False)] = None,
     conflicts: Annotated[
@@ -143,7 +148,7 @@ def edit(
     given = read_settings(method, dataset=dataset, preset=preset, assignments=assignments or ())
     if layers and "layers" in given:
         raise InvalidSetting("--layers probe and --set layers=... both say which layers to edit; give one of them")
-    asked = read_asked(edits, cases_format, start, limit, conflicts)
+    asked = read_asked(edits, start, limit, conflicts, file_format, on_error)
     if corpus is not None:
         check_corpus(corpus)
     show = console(stderr=as_json)
@@ -249,41 +254,38 @@ class Asked:
     about: str
 
 
-def read_asked(path: Path, kind: CasesFormat, start: int, limit: int | None, conflicts: Conflicts) -> Asked:
-    """Edits from a plain list of them or from a dataset.
+def read_asked(
+    path: Path,
+    start: int,
+    limit: int | None,
+    conflicts: Conflicts,
+    file_format: str | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+) -> Asked:
+    """Facts from a file of any format; what was left out, and fields that nobody knows, are warned of.
 
     Raises:
         MalformedFile, ConflictingEdits: the message names file, row and field.
         InvalidSetting: nothing is left to edit.
     """
-    if kind == "auto" and not _DATASET_FIELDS & read_json_rows(path)[0][1].keys():
-        kind = "edits"
-    if kind == "edits":
-        rows = read_edits(path)[start : None if limit is None else start + limit]
-        edits = tuple(dict.fromkeys(resolve_conflicts(rows, conflicts)))
-        asked = Asked(edits, _cases(edits), f"{path}: {len(edits):,} of {len(rows):,} rows")
-    else:
-        from retcon import evaluation
+    from retcon.evaluation import read_cases
 
-        cases, report = evaluation.load(
-            path, None if kind == "auto" else kind, start=start, limit=limit, conflicts=conflicts
-        )
-        asked = Asked(tuple(e for c in cases for e in c.edits), tuple(cases), str(report))
+    cases, report = read_cases(
+        path,
+        file_format,  # type: ignore[arg-type]  # an unknown one is refused by name
+        start=start,
+        limit=limit,
+        conflicts=conflicts,
+        on_error=on_error,
+    )
+    for hint in report.hints():
+        warnings.warn(f"{path}: {hint}; kept, and not used", RetconWarning, stacklevel=2)
+    if report.refused:
+        warnings.warn(f"{path}: left out {report.refusals()}", RetconWarning, stacklevel=2)
+    asked = Asked(tuple(e for c in cases for e in c.edits), tuple(cases), report.summary())
     if not asked.edits:
-        raise InvalidSetting(f"nothing to edit: {asked.about}")
-    for edit in asked.edits:
-        edit.require_subject_span()
+        raise InvalidSetting(f"nothing to edit: {report}")
     return asked
-
-
-def _cases(edits: Sequence[Edit]) -> tuple[Case, ...]:
-    """Edits measured by nothing but their own prompts; against the old answers where all of them are known."""
-    rivals = all(e.target_true for e in edits)
-    queries = [
-        Query("rewrite/0", "rewrite", e.text, e.target_new, e.target_true if rivals else None, ((e.target_new,),))
-        for e in edits
-    ]
-    return tuple(Case(e.id, (e,), (q,), dataset="edits") for e, q in zip(edits, queries, strict=True))
 
 
 # --- making and showing ------------------------------------------------------------------------------------------
@@ -371,7 +373,7 @@ def edits_table(delta: "Delta", edits: Sequence[Edit]) -> Group:
         edit = by_id[report.id]
         colour = {"reached": "green", "conflict": "red"}.get(report.outcome, "yellow")
         table.add_row(
-            escape(edit.subject),
+            escape(edit.subject or "-"),
             escape(edit.target_new),
             f"{report.probability:.3f}",
             "-" if report.written is None else f"{report.written:.3f}",

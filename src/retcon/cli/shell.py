@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from typer.core import TyperGroup
 
 from retcon.errors import (
+    ConflictingEdits,
     DeltaNotApplied,
     InvalidSetting,
     MalformedFile,
@@ -27,6 +28,7 @@ from retcon.errors import (
     RetconError,
     RetconWarning,
     UnsupportedModel,
+    UnusableRow,
 )
 
 if TYPE_CHECKING:
@@ -178,7 +180,7 @@ class CommandGroup(TyperGroup):
             except KeyboardInterrupt:
                 raise _failed("interrupted", 130) from None
             except RetconError as error:
-                raise _failed(str(error), 1 if isinstance(error, FAILURES) else 2) from None
+                raise _failed(_as_options(error), 1 if isinstance(error, FAILURES) else 2) from None
             except BrokenPipeError:  # `retcon ... | head`: typer ends quietly
                 raise
             except OSError as error:
@@ -188,6 +190,15 @@ class CommandGroup(TyperGroup):
                     raise
                 reason = str(error).split(". ")[0]
                 raise _failed(f"{reason}. Try a narrower --dtype (bfloat16), or --device cpu.", 1) from None
+
+
+def _as_options(error: RetconError) -> str:
+    """The message with the way out in the command line's words."""
+    if isinstance(error, UnusableRow):
+        return f"{error.problem}. Mend the row, or leave such rows out: --on-error skip"
+    if isinstance(error, ConflictingEdits):
+        return str(error).replace("load with conflicts='drop' or 'last'", "keep one of them: --conflicts drop or last")
+    return str(error)
 
 
 def _failed(message: str, code: int) -> typer.Exit:

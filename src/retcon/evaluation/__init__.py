@@ -1,17 +1,10 @@
 """Measuring what an edit changed and what it left alone.
 
 `evaluate(lm, cases, delta=delta)` scores every query of the cases on the model without and with the delta and gives an
-`Evaluation`: tidy records, and a summary with an interval per number. `load` reads the datasets.
+`Evaluation`: tidy records, and a summary with an interval per number. `read_cases` reads files of facts.
 """
 
-from retcon.evaluation.datasets import (
-    LoadReport,
-    contaminated,
-    load,
-    load_cases,
-    load_counterfact,
-    load_zsre,
-)
+from retcon.evaluation.datasets import LoadReport, contaminated, read_cases
 from retcon.evaluation.intervals import Interval, ci_boot, ci_case, ci_seed
 from retcon.evaluation.measure import evaluate
 from retcon.evaluation.plan import Measures
@@ -36,9 +29,6 @@ __all__ = [
     "ci_seed",
     "contaminated",
     "evaluate",
-    "load",
-    "load_cases",
-    "load_counterfact",
-    "load_zsre",
+    "read_cases",
     "score",
 ]

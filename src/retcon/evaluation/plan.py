@@ -141,8 +141,8 @@ class Plan:
 
 
 def subject_of(case: Case) -> str:
-    """Whom the case's first edit is about; its id where it has no edit."""
-    return case.edits[0].subject if case.edits else case.id
+    """The subject of the case's first edit; the case's id where it has none."""
+    return (case.edits[0].subject if case.edits else None) or case.id
 
 
 def family_of_case(case: Case) -> Family:

@@ -118,14 +118,16 @@ def encode(
 
 
 def encode_edit(tokenizer: Any, edit: Edit, prefix: str = "", *, with_target: bool = False) -> Row:
-    """The edit's prompt behind a context prefix (already ending in its separator), subject located.
+    """The edit's prompt behind a context prefix (already ending in its separator), its subject located if it has one.
 
     Raises:
         InvalidEdit: the subject does not occur in the prompt.
         PositionNotFound: no token covers the subject's last character.
     """
-    start, end = edit.require_subject_span()
-    span = (start + len(prefix), end + len(prefix))
+    span = None
+    if edit.subject is not None:
+        start, end = edit.require_subject_span()
+        span = (start + len(prefix), end + len(prefix))
     return encode(tokenizer, prefix + edit.text, edit.target_new if with_target else None, subject_span=span)
 
 

@@ -174,7 +174,11 @@ def contrast_probe(
     """
     if odd := [t for t in tensors if t not in PROJECTED]:
         raise InvalidSetting(f"cannot read {', '.join(odd)} as next tokens; known: {', '.join(PROJECTED)}")
-    skipped = {e.id: "the subject does not occur in the prompt" for e in edits if e.subject_span is None}
+    skipped = {
+        e.id: "it names no subject" if e.subject is None else "the subject does not occur in the prompt"
+        for e in edits
+        if e.subject_span is None
+    }
     kept = [e for e in edits if e.subject_span is not None]
     points, names = _points(lm, tensors), SETS if word_sets else ()
     shape = (len(kept), len(positions), len(points), len(norms), 2 + len(names))

@@ -88,7 +88,7 @@ def retrieve_word_sets(
     for edit in edits:
         by_relation[_relation(edit)].append(edit)
     for edit in edits:
-        name = edit.subject.casefold()
+        name = (edit.subject or edit.text).casefold()
         fitting = index.search([w for w in words_of(edit.text) if w.casefold() not in stop], N_PARAGRAPHS)
         texts = [documents[i] for i in fitting if name in documents[i].casefold()]
         answer = set(words_of(edit.target_true or ""))

@@ -37,6 +37,7 @@ class Ctp:
     batch: ClassVar[bool] = True
     keeps: ClassVar[str] = ""
     uses_moments: ClassVar[bool] = False
+    needs_subject: ClassVar[bool] = False
 
     n_positive: int = 15
     """|T+|: paths that are tuned towards the new answer; each has one node per matrix."""

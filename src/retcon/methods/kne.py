@@ -16,8 +16,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from retcon.delta import Delta
-from retcon.edits import Edit, check_edits, read_edits
+from retcon.edits import Edit, check_edits
 from retcon.errors import DeltaMismatch, InvalidSetting
+from retcon.evaluation.datasets import read_cases
 from retcon.lm.model import LM, Site, SiteName
 from retcon.locate.attribution import Attribution, Path, Probability, Quadrature, Unit, attribute, select
 from retcon.methods.common.contract import Given, Progress, State, check_choices, provenance, silent
@@ -38,6 +39,7 @@ class Kne:
     batch: ClassVar[bool] = True
     keeps: ClassVar[str] = "the ensemble"
     uses_moments: ClassVar[bool] = False
+    needs_subject: ClassVar[bool] = False
 
     modules: tuple[SiteName, ...] = ("down_proj",)
     """Matrices that are attributed and edited, in every layer; any of down_proj, up_proj, gate_proj, q_proj, k_proj,
@@ -231,7 +233,9 @@ class Kne:
         return TrainedEntries(site, index, fresh(site, n), scale)
 
     def _facts(self, edits: Sequence[Edit]) -> Sequence[Edit]:
-        return edits if self.locate_on is None else read_edits(self.locate_on)
+        if self.locate_on is None:
+            return edits
+        return [edit for case in read_cases(self.locate_on)[0] for edit in case.edits]
 
     def _given(self, lm: LM, sites: Sequence[Site], state: Mapping[str, Tensor]) -> Ensemble:
         """The ensemble of a state, checked."""

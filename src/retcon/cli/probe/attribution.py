@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from retcon.cli.edit import FileFormat, OnError
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
 from retcon.cli.shell import (
     Device,
@@ -14,7 +15,6 @@ from retcon.cli.shell import (
     Json,
     Model,
     Seed,
-    check_exists,
     console,
     count,
     emit,
@@ -31,6 +31,8 @@ def attribution(
     model: Model,
     cases: Cases = None,
     start: Start = 0,
+    file_format: FileFormat = None,
+    on_error: OnError = "stop",
     limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 20,
     modules: Annotated[str, typer.Option(help="Matrices, separated by commas; any of q, k, v, o, gate, up, down.")] = (
         "down"
@@ -60,9 +62,7 @@ def attribution(
     of two facts are, of one relation and of two (STEM-overlap.png).
     """
     check_stem(out)
-    if cases is not None:
-        check_exists(cases)
-    edits, source = facts(model, cases, start, limit, seed)
+    edits, source = facts(model, cases, start, limit, seed, file_format, on_error)
     lm = load_model(model, device=device, dtype=dtype)
 
     import torch

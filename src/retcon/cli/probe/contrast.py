@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from retcon.cli.edit import FileFormat, OnError
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, left_out, write
 from retcon.cli.shell import (
     Device,
@@ -34,6 +35,8 @@ def contrast(
     model: Model,
     cases: Cases = None,
     start: Start = 0,
+    file_format: FileFormat = None,
+    on_error: OnError = "stop",
     limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 1000,
     modules: Annotated[bool, typer.Option("--modules", help="Read attention and MLP outputs as well.")] = False,
     sets: Annotated[
@@ -69,14 +72,14 @@ def contrast(
     --sets or --corpus also those of word sets (STEM-sets.png).
     """
     check_stem(out)
-    for path in (cases, sets, corpus, stopwords):
+    for path in (sets, corpus, stopwords):
         if path is not None:
             check_exists(path)
     if sets is not None and corpus is not None:
         raise InvalidSetting("--sets and --corpus both say where word sets come from; give one of them")
     if records is not None:
         check_can_write(records)
-    edits, source = facts(model, cases, start, limit, seed)
+    edits, source = facts(model, cases, start, limit, seed, file_format, on_error)
     word_sets = _word_sets(edits, sets, corpus, stopwords)
     lm = load_model(model, device=device, dtype=dtype)
 

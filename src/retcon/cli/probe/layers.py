@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from retcon.cli.edit import FileFormat, OnError
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, left_out, write
 from retcon.cli.shell import (
     Device,
@@ -16,7 +17,6 @@ from retcon.cli.shell import (
     Json,
     Model,
     Seed,
-    check_exists,
     console,
     emit,
     load_model,
@@ -32,6 +32,8 @@ def layers(
     model: Model,
     cases: Cases = None,
     start: Start = 0,
+    file_format: FileFormat = None,
+    on_error: OnError = "stop",
     limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 1000,
     final_norm: Annotated[
         bool, typer.Option("--final-norm/--no-final-norm", help="How states are read: as the model does, or the paper.")
@@ -48,9 +50,7 @@ def layers(
     stable the choice is over resampled facts, and says when it is weak.
     """
     check_stem(out)
-    if cases is not None:
-        check_exists(cases)
-    edits, source = facts(model, cases, start, limit, seed)
+    edits, source = facts(model, cases, start, limit, seed, file_format, on_error)
     lm = load_model(model, device=device, dtype=dtype)
 
     from retcon.lm.load import DEMO

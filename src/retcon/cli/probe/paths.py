@@ -6,8 +6,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from retcon.cli.edit import FileFormat, OnError
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
-from retcon.cli.shell import Device, DType, Json, Model, Seed, check_exists, console, emit, load_model, spinner
+from retcon.cli.shell import Device, DType, Json, Model, Seed, console, emit, load_model, spinner
 
 Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight", "random"]
 
@@ -16,6 +17,8 @@ def paths(
     model: Model,
     cases: Cases = None,
     start: Start = 0,
+    file_format: FileFormat = None,
+    on_error: OnError = "stop",
     limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 100,
     score: Annotated[Score, typer.Option(help="What makes a node critical.")] = "z_abs",
     select: Annotated[Literal["rank_aligned", "k_best"], typer.Option(help="How nodes become paths.")] = "rank_aligned",
@@ -39,9 +42,7 @@ def paths(
     Draws the scores of their nodes, layer by layer; all nodes of all paths are in STEM.json.
     """
     check_stem(out)
-    if cases is not None:
-        check_exists(cases)
-    edits, source = facts(model, cases, start, limit, seed)
+    edits, source = facts(model, cases, start, limit, seed, file_format, on_error)
     lm = load_model(model, device=device, dtype=dtype)
 
     from retcon.locate import paths as located

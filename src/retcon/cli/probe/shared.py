@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -40,7 +40,15 @@ def check_stem(stem: str) -> None:
         check_can_write(Path(f"{stem}.{kind}"))
 
 
-def facts(model: str, cases: Path | None, start: int, limit: int, seed: int) -> tuple[list[Edit], str]:
+def facts(
+    model: str,
+    cases: Path | None,
+    start: int,
+    limit: int,
+    seed: int,
+    file_format: str | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+) -> tuple[list[Edit], str]:
     """Edits to probe with, and a line about them.
 
     Raises:
@@ -54,7 +62,7 @@ def facts(model: str, cases: Path | None, start: int, limit: int, seed: int) -> 
             raise InvalidSetting(f"which facts shall {model} be probed with? Give a file of them: --cases FILE")
         drawn = world.cases(start + limit, seed=seed)[start:]
         return [case.edits[0] for case in drawn], f"the embedded world: {len(drawn):,} facts, seed {seed}"
-    asked = read_asked(cases, "auto", start, limit, "drop")
+    asked = read_asked(cases, start, limit, "drop", file_format, on_error)
     return list(asked.edits), asked.about
 
 

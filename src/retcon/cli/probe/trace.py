@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from retcon.cli.edit import FileFormat, OnError
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
 from retcon.cli.shell import (
     Device,
@@ -14,7 +15,6 @@ from retcon.cli.shell import (
     Json,
     Model,
     Seed,
-    check_exists,
     console,
     count,
     emit,
@@ -30,6 +30,8 @@ def trace(
     model: Model,
     cases: Cases = None,
     start: Start = 0,
+    file_format: FileFormat = None,
+    on_error: OnError = "stop",
     limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 10,
     kinds: Annotated[
         list[str] | None,
@@ -66,8 +68,6 @@ def trace(
     Draws the average indirect effect by kind of token and layer, and the first fact's own heat map (STEM-first.png).
     """
     check_stem(out)
-    if cases is not None:
-        check_exists(cases)
     from retcon.locate.tracing import Tracing, causal_trace, default_window
 
     settings = Tracing(
@@ -77,7 +77,7 @@ def trace(
         corruption=corruption,
         seed=seed,
     )
-    edits, source = facts(model, cases, start, limit, seed)
+    edits, source = facts(model, cases, start, limit, seed, file_format, on_error)
     lm = load_model(model, device=device, dtype=dtype)
 
     from retcon.locate import figures

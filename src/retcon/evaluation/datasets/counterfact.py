@@ -7,36 +7,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from retcon.edits import Edit
-from retcon.evaluation.datasets.rows import Draft, draft, first, labelled, present, texts
+from retcon.evaluation.datasets.rows import (
+    CaseTarget,
+    Draft,
+    alternative,
+    ask_related,
+    draft,
+    first,
+    labelled,
+    present,
+    texts,
+)
 from retcon.files import require
 
-_NATIVE_FIELDS = [
-    "case_id",
-    "requested_rewrite",
-    "paraphrase_prompts",
-    "neighborhood_prompts",
-    "attribute_prompts",
-    "generation_prompts",
-]
-_FLAT_FIELDS = [
-    "case_id",
-    "prompt",
-    "subject",
-    "target_new",
-    "ground_truth",
-    "rephrase_prompt",
-    "locality_prompt",
-    "locality_ground_truth",
-]
 
-
-def native(record: Mapping[str, Any], where: str, row: int) -> Draft:
+def native(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -> Draft:
     """One row of the nested format; attribute and generation prompts have no target and are not scored."""
-    made = draft(record, where, row, _NATIVE_FIELDS, "counterfact")
+    made = draft(record, where, row, "counterfact")
     rewrite = require(record, "requested_rewrite", dict, where)
     inside = f"{where}, requested_rewrite"
     new, new_id = labelled(rewrite, "target_new", inside)
     true, true_id = labelled(rewrite, "target_true", inside) if "target_true" in rewrite else (None, None)
+    if target == "alt":
+        other = alternative(made, {"alt": rewrite.get("alt", record.get("alt"))}, where)
+        if other is None:
+            return made
+        new, new_id = other, None
     relation = rewrite.get("relation_id")
     made.meta |= {"relation_id": relation, "target_new_id": new_id, "target_true_id": true_id}
     prompt, subject = require(rewrite, "prompt", str, inside), require(rewrite, "subject", str, inside)
@@ -53,14 +49,20 @@ def native(record: Mapping[str, Any], where: str, row: int) -> Draft:
     wanted = ((edit.target_new,),)
     made.ask("attribute", texts(record.get("attribute_prompts"), "attribute_prompts", where), None, answers=wanted)
     made.ask("generation", texts(record.get("generation_prompts"), "generation_prompts", where), None)
+    ask_related(made, record.get("portability", rewrite.get("portability")), "portability", where)
     return made
 
 
-def flat(record: Mapping[str, Any], where: str, row: int) -> Draft:
+def flat(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -> Draft:
     """One row of the flat format: one paraphrase, one neighbour, the subject already in the prompt."""
-    made = draft(record, where, row, _FLAT_FIELDS, "counterfact")
+    made = draft(record, where, row, "counterfact")
     true = first(record.get("ground_truth"), "ground_truth", where)
     new = first(present(record, "target_new", where), "target_new", where) or ""
+    if target == "alt":
+        other = alternative(made, record, where)
+        if other is None:
+            return made
+        new = other
     prompt, subject = require(record, "prompt", str, where), require(record, "subject", str, where)
     edit = made.edit(prompt, subject, new, true)
     if edit is None:
@@ -72,6 +74,9 @@ def flat(record: Mapping[str, Any], where: str, row: int) -> Draft:
         texts(record.get("locality_prompt"), "locality_prompt", where),
         first(record.get("locality_ground_truth"), "locality_ground_truth", where),
     )
+    asked = record.get("portability_prompt")
+    beside = {"plain": {"prompt": asked, "ground_truth": record.get("portability_ground_truth")}} if asked else None
+    ask_related(made, record.get("portability") or beside, "portability", where)
     return made
 
 

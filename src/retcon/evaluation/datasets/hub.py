@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from retcon.errors import MalformedFile
-from retcon.evaluation.datasets.rows import Row
-from retcon.files import read_json_rows
+from retcon.evaluation.datasets.tables import read_rows
+from retcon.files import Row
 
 PREFIX = "hub:"
 _ADDRESS = re.compile(r"^hub:(?P<repo>[^/@:]+/[^/@:]+)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+))?$")
@@ -41,8 +41,8 @@ class Address:
         return cls(found["repo"], found["revision"], found["file"])
 
 
-def read_hub_rows(address: str, *, split: str = "train") -> list[Row]:
-    """Rows of the file named, or of `split` where no file is.
+def read_hub_rows(address: str, bad: list[tuple[int, str]] | None = None, *, split: str = "train") -> list[Row]:
+    """Rows of the file named, or of `split` where no file is; `bad` as for `read_rows`.
 
     Raises:
         MalformedFile: not found, not readable, or the package `datasets` is missing where it is needed.
@@ -52,7 +52,8 @@ def read_hub_rows(address: str, *, split: str = "train") -> list[Row]:
         if at.file is not None:
             from huggingface_hub import hf_hub_download
 
-            return read_json_rows(hf_hub_download(at.repo, at.file, repo_type="dataset", revision=at.revision))
+            file = hf_hub_download(at.repo, at.file, repo_type="dataset", revision=at.revision)
+            return read_rows(file, bad)
         from datasets import load_dataset
 
         rows: list[dict[str, Any]] = [dict(row) for row in load_dataset(at.repo, split=split, revision=at.revision)]

@@ -18,15 +18,10 @@ from retcon.files import require
 Prompting = Literal["standard", "cot", "bare"]
 """Few-shot questions and answers; few-shot with reasoning spelt out; or the question alone."""
 
-_FIELDS = [
-    *("case_id", "requested_rewrite", "questions", "answer", "answer_alias", "answer_extended", "new_answer"),
-    *("new_answer_alias", "single_hops", "new_single_hops", "orig"),
-]
-
 
 def mquake(record: Mapping[str, Any], where: str, row: int, prompting: Prompting) -> Draft:
     """One instance."""
-    made = draft(record, where, row, _FIELDS, "mquake")
+    made = draft(record, where, row, "mquake")
     made.meta["prompting"] = prompting
     rewrites = require(record, "requested_rewrite", list, where)
     if not rewrites:

@@ -1,34 +1,117 @@
-"""Our own files: cases as `write_cases` wrote them, plain lists of edits, and the embedded world."""
+"""Our own files: cases as `write_cases` wrote them, facts with their queries on one line, and the embedded world."""
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from retcon import world
-from retcon.edits import Case, Query, case_from
-from retcon.evaluation.datasets.rows import FLAGS_ACROSS, Draft, Loaded, Options, edit_flags, finish, texts
+from retcon.edits import MARKER, Case, Edit, case_from
+from retcon.errors import MalformedFile
+from retcon.evaluation.datasets.rows import (
+    FLAGS_ACROSS,
+    CaseTarget,
+    Draft,
+    Loaded,
+    Options,
+    alternative,
+    ask_related,
+    draft,
+    edit_flags,
+    finish,
+    first,
+    missing_subject,
+    present,
+    text_or_none,
+    texts,
+)
+
+CASE_FIELDS = ("id", "edits", "queries", "dataset", "meta")
 
 
 def own(record: Mapping[str, Any], where: str, row: int) -> Draft:
     """A case of our own, flagged like any other."""
-    return _draft(case_from(record, where), where)
+    return _draft(case_from({name: record[name] for name in CASE_FIELDS if name in record}, where), where)
 
 
-def plain(record: Mapping[str, Any], where: str, row: int) -> Draft:
-    """One edit with the fields of `Edit`, measured by nothing but its own prompt, against the old answer if known."""
-    (edit,) = case_from({"id": "", "edits": [dict(record)], "queries": []}, where).edits
-    asked = Query("rewrite/0", "rewrite", edit.text, edit.target_new, edit.target_true, ((edit.target_new,),))
-    return _draft(Case(edit.id, (edit,), (asked,), "", {"row": row}), where)
+def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -> Draft:
+    """One fact with the fields of `Edit`, and the queries that measure it where the row has any."""
+    made = draft(record, where, row)
+    if "subject" not in record:
+        present(record, "subject", where)  # a fact without one says so: null, or an empty cell
+    new = first(present(record, "target_new", where), "target_new", where) or ""
+    if target == "alt":
+        other = alternative(made, record, where)
+        if other is None:
+            return made
+        new = other
+    start = record.get("subject_start")
+    edit = made.edit(
+        text_or_none(record, "prompt", where) or present(record, "prompt", where) or "",
+        text_or_none(record, "subject", where),
+        new,
+        first(record.get("target_true"), "target_true", where),
+        template=True,
+        relation=text_or_none(record, "relation_id", where),
+        subject_start=int(start) if isinstance(start, str) and start.strip().isdecimal() else start,
+        edit_id=text_or_none(record, "id", where) or "",
+    )
+    if edit is None:
+        return made
+    made.id = edit.id
+    wanted = ((edit.target_new,),)
+    made.ask("rewrite", [edit.text], edit.target_new, edit.target_true, wanted)
+    reworded = [_filled(prompt, edit) for prompt in texts(record.get("paraphrases"), "paraphrases", where)]
+    made.ask("paraphrase", reworded, edit.target_new, edit.target_true, wanted)
+    for place, (prompt, kept) in enumerate(_neighbors(record, edit, where)):
+        answers = ((kept.strip(),),) if kept.strip() else ()
+        made.ask_at(f"neighborhood/{place}", "neighborhood", prompt, kept, answers, contrast=edit.target_new)
+    ask_related(made, record.get("portability"), "portability", where)
+    ask_related(made, record.get("locality"), "locality", where)
+    return made
 
 
-def embedded(options: Options, seed: int) -> Loaded:
-    """Cases of the embedded world, drawn by `seed`."""
-    cases = world.cases(None if options.limit is None else options.start + options.limit, seed=seed)[options.start :]
+def _filled(prompt: str, edit: Edit) -> str:
+    """A paraphrase with the subject put in where it is a template."""
+    if edit.subject is None or prompt.count(MARKER) != 1:
+        return prompt
+    before, after = prompt.split(MARKER)
+    return before + edit.subject + after
+
+
+def _neighbors(record: Mapping[str, Any], edit: Edit, where: str) -> list[tuple[str, str]]:
+    """(prompt, answer) of what shares the old answer, or names its own."""
+    spelt = [name for name in ("neighbors", "neighbours") if record.get(name) is not None]
+    if len(spelt) == 2:
+        raise MalformedFile(f"{where}: both 'neighbors' and 'neighbours' are given; give one of them")
+    found = []
+    value = record[spelt[0]] if spelt else []
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, dict):
+            prompt = first(item.get("prompt"), f"{spelt[0]}, prompt", where) or ""
+            found.append((prompt, first(item.get("answer"), f"{spelt[0]}, answer", where) or ""))
+        else:
+            found += [(prompt, edit.target_true or "") for prompt in texts(item, spelt[0], where)]
+    return found
+
+
+def without_partial_rivals(drafts: Sequence[Draft]) -> None:
+    """Compare with the old answers only where all facts name theirs: one file is measured in one way."""
+    edits = [edit for made in drafts for edit in made.edits]
+    if not all(edit.target_true for edit in edits):
+        for made in drafts:
+            made.queries = [replace(query, contrast=None) for query in made.queries]
+
+
+def embedded(options: Options) -> Loaded:
+    """Cases of the embedded world, drawn by the seed."""
+    limit = None if options.limit is None else options.start + options.limit
+    cases = world.cases(limit, seed=options.seed)[options.start :]
     drafts = [_draft(case, f"world, case {case.id}") for case in cases]
     known = json.dumps([asdict(case) for case in cases])
-    return finish("world", "world", drafts, options, hashlib.sha256(known.encode()).hexdigest(), {"seed": seed})
+    sha256 = hashlib.sha256(known.encode()).hexdigest()
+    return finish("world", "world", drafts, options, sha256, {"seed": options.seed})
 
 
 def _draft(case: Case, where: str) -> Draft:
@@ -37,6 +120,8 @@ def _draft(case: Case, where: str) -> Draft:
     flags = set(texts(case.meta.get("flags"), "flags", where)) - FLAGS_ACROSS
     made = Draft(where, case.id, meta, flags, case.edits, dataset=case.dataset)
     for edit in case.edits:
+        if edit.subject is not None and edit.subject_span is None:
+            made.leave_out("subject_missing", missing_subject(edit))
         made.flags |= edit_flags(edit)
     for query in case.queries:
         made.add(query)

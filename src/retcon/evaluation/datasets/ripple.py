@@ -90,12 +90,12 @@ _PATTERNS = [
 def ripple(record: Mapping[str, Any], where: str, row: int) -> Draft:
     """One row. Its own fact is the axis `rewrite`; tests are on `ripple.<axis>`, their conditions on
     `ripple.condition`."""
-    made = draft(record, where, row, ["edit", "example_type", *AXES], "ripple")
+    made = draft(record, where, row, "ripple")
     edit = require(record, "edit", dict, where)
     found = split_sentence(require(edit, "prompt", str, f"{where}, edit"))
     made.meta |= {"example_type": record.get("example_type"), "relation_id": edit.get("relation")}
     if found is None:
-        made.dropped = "sentence_not_split"
+        made.leave_out("sentence_not_split", f"no known wording splits {edit['prompt']!r} into subject and object")
         return made
     template, subject, target = found
     taken = made.edit(template, subject, target, _old_object(edit), template=True, relation=edit.get("relation"))

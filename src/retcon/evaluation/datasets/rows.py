@@ -1,51 +1,76 @@
-"""What every loader shares: a row on its way to a case, what is flagged and dropped, and the report that counts it."""
+"""What every format's reader shares: a row on its way to a case, what is flagged and left out, and the report of it."""
 
 import hashlib
 import json
 import os
+import random
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 from retcon.edits import MARKER, Case, ConflictRule, Edit, Query, resolve_conflicts, same_question
 from retcon.edits import conflicts as contradictions
-from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile
+from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, UnusableRow
 from retcon.evaluation.metrics import is_locality
-from retcon.files import require
+from retcon.files import Row, require
 
-Format = Literal[
-    "counterfact",
-    "counterfact-flat",
-    "zsre",
-    "qaedit",
-    "knowedit",
+FormatName = Literal[
     "mquake",
+    "counterfact",
     "ripple",
+    "wikibigedit",
+    "zsre",
+    "knowedit",
+    "qaedit",
+    "cknowedit",
+    "unke",
+    "fastedit",
     "cases",
     "edits",
+    "counterfact-flat",
     "world",
 ]
-"""Kinds of file; see docs/evaluation.md."""
+"""Kinds of file; docs/data.md has an example of each."""
 
 Family = Literal["counterfact", "zsre", "easyedit", "mquake", "ripple"]
 """Which published way of scoring a dataset's numbers belong to."""
 
-NO_SUBJECT = "(no subject)"
-"""Stands for the subject in formats that name none; it is found in no prompt, so such edits are skipped by methods."""
+OnError = Literal["stop", "skip"]
+"""What to do with a row that cannot be used: refuse the file, or leave the row out and count it."""
+Order = Literal["file", "shuffle"]
+CaseTarget = Literal["new", "alt"]
+"""The answer to write: the one that the format is published with, or the row's alternative one (field `alt`)."""
 
-Row = tuple[int, dict[str, Any]]
-"""A row's number in its file, counted from 1, and the object."""
+Answers = Literal["all", "first"]
+"""Which strings of KnowEdit's `ground_truth` count as right in generated text."""
+
+N_LISTED = 5
+"""Rows left out that a report's text names."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that gave no case."""
+
+    row: int
+    """Its number in the file."""
+    id: str
+    reason: str
+    """A short name, by which they are counted."""
+    detail: str
+    """What is wrong with it, in words."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was read, dropped and flagged, and how; part of any result made from the cases."""
+    """What was read, left out and flagged, and how; part of any result made from the cases."""
 
     path: str
-    format: Format
+    format: FormatName
     sha256: str
     """Of the file's bytes; of the rows where there is no file."""
     rows: int
@@ -59,9 +84,42 @@ class LoadReport:
     flags: Mapping[str, int]
     """Cases kept that carry a flag, by flag."""
     options: Mapping[str, Any]
-    """The loader's settings."""
+    """The reader's settings."""
+    left_out: tuple[LeftOut, ...] = ()
+    """The rows behind `dropped`, one by one."""
+    unknown: Mapping[str, int] = field(default_factory=dict)
+    """Fields that the format does not have, by name, with the rows that have them; kept in `meta["extra"]`."""
+    likely: Mapping[str, str] = field(default_factory=dict)
+    """The field that was probably meant, for those of them that look like one."""
 
     def __str__(self) -> str:
+        text = self.summary()
+        if hints := self.hints():
+            text += "; " + "; ".join(hints)
+        return text + (f"; left out: {self.refusals()}" if self.refused else "")
+
+    @property
+    def refused(self) -> list[LeftOut]:
+        """The rows left out because they cannot be used."""
+        return [r for r in self.left_out if r.reason not in QUIET]
+
+    def refusals(self) -> str:
+        """The first of them, by row and reason, and how many more there are."""
+        text = ", ".join(f"row {r.row} ({r.detail})" for r in self.refused[:N_LISTED])
+        more = len(self.refused) - N_LISTED
+        return text + (f" and {more:,} more" if more > 0 else "")
+
+    def hints(self) -> list[str]:
+        """A line per unknown field, with the likely one."""
+        return [
+            f"unknown field {name!r} in {n:,} {'row' if n == 1 else 'rows'}"
+            + (f" (did you mean {self.likely[name]!r}?)" if name in self.likely else "")
+            for name, n in self.unknown.items()
+        ]
+
+    def summary(self) -> str:
+        """One line of counts."""
+
         def counted(name: str, counts: Mapping[str, int]) -> str:
             return f"; {name}: " + ", ".join(f"{k} {v:,}" for k, v in sorted(counts.items())) if counts else ""
 
@@ -76,6 +134,7 @@ class LoadReport:
 
 
 Loaded = tuple[list[Case], LoadReport]
+Item = TypeVar("Item")
 
 
 def contaminated(cases: Iterable[Case]) -> dict[str, list[str]]:
@@ -98,21 +157,38 @@ def contaminated(cases: Iterable[Case]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Options:
-    """What every loader can be told."""
+    """What every reader can be told."""
 
     start: int = 0
     """Rows to pass over."""
     limit: int | None = None
     """Rows to read."""
     conflicts: ConflictRule = "drop"
+    on_error: OnError = "stop"
+    order: Order = "file"
+    """`shuffle`: rows are drawn by `seed` before any are passed over."""
+    seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, kind in (("on_error", OnError), ("order", Order)):
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise InvalidSetting(f"unknown {name} {getattr(self, name)!r}; known: {known}")
         if self.start < 0 or (self.limit is not None and self.limit < 0):
             raise InvalidSetting(f"start and limit must not be negative, found {self.start} and {self.limit}")
 
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, None if self.limit is None else self.start + self.limit)
+    def choose(self, rows: Sequence[Item]) -> list[Item]:
+        """The rows asked for."""
+        chosen = list(rows)
+        if self.order == "shuffle":
+            random.Random(self.seed).shuffle(chosen)
+        return chosen[self.start : None if self.limit is None else self.start + self.limit]
+
+    def shown(self) -> dict[str, Any]:
+        """For the report."""
+        drawn = {"order": self.order, "seed": self.seed} if self.order == "shuffle" else {}
+        shown = {"start": self.start, "limit": self.limit, "conflicts": self.conflicts}
+        return shown | {"on_error": self.on_error} | drawn
 
 
 @dataclass
@@ -127,51 +203,65 @@ class Draft:
     queries: list[Query] = field(default_factory=list)
     dataset: str = ""
     """The file's name where the row does not say."""
+    number: int = 0
+    """The row's number in the file."""
     dropped: str | None = None
-    """Why the row is left out."""
+    """Why the row is left out, as it is counted."""
+    detail: str = ""
+    """Why, in words."""
     dropped_queries: list[str] = field(default_factory=list)
+
+    def leave_out(self, reason: str, detail: str) -> None:
+        """Note why the row gives no case."""
+        self.dropped, self.detail = reason, detail
 
     def edit(
         self,
         prompt: str,
-        subject: str,
+        subject: str | None,
         target_new: str,
         target_true: str | None,
         *,
         template: bool = False,
         relation: str | None = None,
-        subject_named: bool = True,
+        subject_start: int | None = None,
+        edit_id: str | None = None,
     ) -> Edit | None:
         """Take an edit of the row; None, with the reason noted, where it cannot be used.
 
         Args:
+            subject: None where the format names none.
             template: `{}` in the prompt is where the subject goes, not text.
-            subject_named: the format names the subject; where it does not, no method that needs one can make the edit.
+            edit_id: instead of the row's; "" for a hash of the edit.
         """
-        if not subject.strip():
-            if subject_named:
-                raise MalformedFile(f"{self.where}: field 'subject' is empty")
-            subject = NO_SUBJECT
-        if not template and MARKER in prompt and (prompt.count(MARKER) > 1 or subject in prompt):
-            self.dropped = "marker_in_prompt"  # it is text, but an Edit would put the subject there
+        if subject is not None and not subject.strip():
+            raise MalformedFile(f"{self.where}: field 'subject' is empty; name the entity the fact is about")
+        if subject and not template and MARKER in prompt and (prompt.count(MARKER) > 1 or subject in prompt):
+            # it is text, but an Edit would put the subject there
+            self.leave_out("marker_in_prompt", f"the prompt {prompt!r} holds '{{}}' as text beside the subject")
             return None
         if not target_new.strip():
-            self.dropped = "empty_target"
+            self.leave_out("empty_target", "the answer to write is empty")
             return None
         if any(t is not None and t != t.strip() for t in (target_new, target_true)):
             self.flags.add("target_whitespace")
         number = len(self.edits)
+        own = f"{self.id}/{number}" if number else self.id
         try:
             edit = Edit(
                 prompt,
                 subject,
                 target_new,
                 target_true,
-                id=f"{self.id}/{number}" if number else self.id,
+                id=own if edit_id is None else edit_id,
                 relation_id=relation,
+                subject_start=subject_start,
             )
         except InvalidEdit as error:
             raise MalformedFile(f"{self.where}: {error}") from None
+        if edit.subject is not None and edit.subject_span is None:
+            self.leave_out("subject_missing", missing_subject(edit))
+            return None
         self.edits = (*self.edits, edit)
         self.flags |= edit_flags(edit)
         return edit
@@ -218,54 +308,90 @@ class Draft:
         return Case(self.id, self.edits, tuple(self.queries), self.dataset or dataset, meta)
 
 
-def draft(record: Mapping[str, Any], where: str, row: int, known: Sequence[str], family: Family) -> Draft:
-    """Identity (the file's own, else the row's index) and meta, where fields of no known meaning are kept."""
-    extra = {name: value for name, value in record.items() if name not in known}
+def draft(record: Mapping[str, Any], where: str, row: int, family: Family | None = None) -> Draft:
+    """A draft with the file's own identity, else the row's index."""
     own = record.get("case_id", record.get("id"))
-    meta = {"row": row, "family": family, **({"extra": extra} if extra else {})}
-    return Draft(where, str(row if own is None else own), meta)
+    return Draft(where, str(row if own is None else own), {"row": row, **({"family": family} if family else {})})
+
+
+def missing_subject(edit: Edit) -> str:
+    """What is wrong with an edit whose subject is not in its prompt."""
+    return f"its subject {edit.subject!r} does not occur in its prompt {edit.prompt!r}"
 
 
 Parser = Callable[[Mapping[str, Any], str, int], Draft]
-"""From an object, where it stands (file and row, for errors) and its index to a draft."""
+"""From an object, where it is (file and row, for errors) and its index to a draft."""
 
 
-def from_rows(
+def read_drafts(
     path: str | os.PathLike[str],
     rows: Sequence[Row],
-    format: Format,
+    bad: Sequence[tuple[int, str]],
     parse: Parser,
+    format: FormatName,
     options: Options,
-    more: Mapping[str, Any] | None = None,
-) -> Loaded:
-    """Cases of the rows asked for. `more` are the loader's own settings, for the report."""
-    numbered = list(enumerate(rows))[options.rows]
-    drafts = [parse(record, f"{path}, row {number}", index) for index, (number, record) in numbered]
-    return finish(path, format, drafts, options, _sha256(path, rows), more or {})
+) -> list[Draft]:
+    """Drafts of the rows asked for, unusable ones among them where `on_error` is `skip`.
+
+    Args:
+        bad: (row, problem) of what could not even be read as an object.
+
+    Raises:
+        MalformedFile: a row is not what the format promises, and `on_error` is `stop`.
+    """
+    everything: list[tuple[int, Mapping[str, Any] | str]] = sorted([*rows, *bad], key=itemgetter(0))
+    made = []
+    for index, (number, record) in options.choose(list(enumerate(everything))):
+        where = f"{path}, row {number}"
+        try:
+            if isinstance(record, str):
+                raise MalformedFile(f"{where}: {record}")
+            found = parse(record, where, index)
+        except (MalformedFile, InvalidEdit) as error:
+            told = str(error) if where in str(error) else f"{where}: {error}"
+            if options.on_error == "stop":
+                raise UnusableRow(f"{told} (read as {format})") from None
+            found = Draft(where, f"row {number}", {})
+            found.leave_out("malformed", told.replace(where, "", 1).lstrip(":, "))
+        if found.dropped is not None and options.on_error == "stop":
+            raise UnusableRow(f"{where}: {found.detail}")
+        found.number = number
+        made.append(found)
+    return made
 
 
 def finish(
     path: str | os.PathLike[str],
-    format: Format,
+    format: FormatName,
     drafts: Sequence[Draft],
     options: Options,
     sha256: str,
     more: Mapping[str, Any],
+    unknown: Mapping[str, int] | None = None,
+    likely: Mapping[str, str] | None = None,
 ) -> Loaded:
     """Everything that looks at more than one row: identities, contradictions, repetitions, contamination, counts."""
-    seen: dict[str, str] = {}
+    seen: dict[str, Draft] = {}
     for draft in drafts:
-        if draft.id in seen:
-            first = f"first in {seen[draft.id]}"
-            raise MalformedFile(f"{draft.where}: case id {draft.id!r} occurs twice ({first}); ids must be unique")
-        seen[draft.id] = draft.where
+        if draft.dropped is not None:
+            continue
+        earlier = seen.setdefault(draft.id, draft)
+        if earlier is draft:
+            continue
+        if (earlier.edits, earlier.queries) == (draft.edits, draft.queries):
+            draft.leave_out("duplicate", f"repeats row {earlier.number}")
+            continue
+        twice = f"case id {draft.id!r} occurs twice (first in {earlier.where}); ids must be unique"
+        if options.on_error == "stop":
+            raise UnusableRow(f"{draft.where}: {twice}")
+        draft.leave_out("duplicate_id", twice)
 
     usable = [d for d in drafts if d.dropped is None]
     edits = [edit for draft in usable for edit in draft.edits]
     survivors = set(map(id, resolve_conflicts(edits, options.conflicts)))
     for draft in usable:
         if not all(id(edit) in survivors for edit in draft.edits):
-            draft.dropped = "conflict"
+            draft.leave_out("conflict", "contradicts another row")
     kept = [d for d in drafts if d.dropped is None]
     _flag_repetitions(kept)
 
@@ -282,17 +408,22 @@ def finish(
         dropped=dict(Counter(d.dropped for d in drafts if d.dropped is not None)),
         dropped_queries=dict(Counter(reason for d in kept for reason in d.dropped_queries)),
         flags=dict(Counter(flag for case in cases for flag in case.meta["flags"])),
-        options={"start": options.start, "limit": options.limit, "conflicts": options.conflicts, **more},
+        options={**options.shown(), **more},
+        left_out=tuple(LeftOut(d.number, d.id, d.dropped, d.detail) for d in drafts if d.dropped is not None),
+        unknown=unknown or {},
+        likely=likely or {},
     )
     return cases, report
 
 
+QUIET = {"conflict", "duplicate"}
+"""Reasons that a count says enough of."""
 FLAGS_ACROSS = {"conflict", "repeated_question", "repeated_subject", "contaminated"}
 """Those that depend on the other rows."""
 
 
-def _sha256(path: str | os.PathLike[str], rows: Sequence[Row]) -> str:
-    """Of the file; of the rows where they come from elsewhere (a hub)."""
+def sha256_of(path: str | os.PathLike[str], rows: Sequence[Row]) -> str:
+    """The checksum of the file; of the rows where they come from elsewhere (a hub)."""
     if Path(path).is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -310,10 +441,11 @@ def _flag_repetitions(kept: Sequence[Draft]) -> None:
             draft.flags.add("conflict")
         if not questions.isdisjoint(keys):
             draft.flags.add("repeated_question")
-        if not subjects.isdisjoint(subject for subject, _ in keys):
+        about = {subject for subject, _ in keys if subject}
+        if not subjects.isdisjoint(about):
             draft.flags.add("repeated_subject")
         questions.update(keys)
-        subjects.update(subject for subject, _ in keys)
+        subjects.update(about)
 
 
 def _with_contamination(case: Case, queries: list[str]) -> Case:
@@ -323,8 +455,8 @@ def _with_contamination(case: Case, queries: list[str]) -> Case:
 
 def edit_flags(edit: Edit) -> set[str]:
     flags = set()
-    if edit.subject_span is None:
-        flags.add("subject_missing")
+    if edit.subject is None:
+        flags.add("no_subject")
     elif edit.text.count(edit.subject) > 1:
         flags.add("subject_twice")
     if edit.prompt != edit.prompt.rstrip():
@@ -402,3 +534,83 @@ def _written(value: Any, name: str, where: str) -> Iterator[str]:
         yield str(value)
     else:
         yield from texts(value, name, where)
+
+
+def text_or_none(record: Mapping[str, Any], name: str, where: str) -> str | None:
+    """A text that may be missing."""
+    value = record.get(name)
+    if value is not None and not isinstance(value, str):
+        raise MalformedFile(f"{where}: field {name!r} must be text, found {type(value).__name__} ({value!r:.60})")
+    return value
+
+
+def alternative(made: Draft, record: Mapping[str, Any], where: str) -> str | None:
+    """The row's alternative answer, for `case_target="alt"`; None, and noted, where it has none."""
+    if record.get("alt") is None:
+        made.leave_out("no_alternative", "it has no alternative answer (field 'alt')")
+        return None
+    return first(record["alt"], "alt", where) or ""
+
+
+# --- what follows from an edit, and what does not -----------------------------------------------------------------
+
+
+def ask_related(
+    made: Draft, value: Any, part: Literal["portability", "locality"], where: str, answers: Answers = "all"
+) -> None:
+    """Add the queries of `portability` or `locality`, in any of the shapes in which they are published.
+
+    An object of lists by kind, a plain list, or {"New Question", "New Answer"}; an item is {prompt, ground_truth} (or
+    `answer`, `answers`), and EasyEdit's requests have one object of two parallel lists in place of a list of items.
+    """
+    for key, items in _parts(value, f"{where}, {part}"):
+        axis = f"{part}.{_axis(key)}"
+        for place, item in enumerate(items):
+            _ask_item(made, f"{axis}/{place}", axis, item, f"{where}, {part}.{key}", answers)
+
+
+def _parts(value: Any, where: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    if not value:
+        return []
+    if isinstance(value, list):
+        value = {"plain": value}
+    if not isinstance(value, dict):
+        raise MalformedFile(f"{where}: expected an object of lists or a list, found {type(value).__name__}")
+    if "New Question" in value:  # EasyEdit's counterfact_ and zsre_ ..._portability_gpt4.json
+        value = {"one_hop": [{"prompt": value["New Question"], "ground_truth": value.get("New Answer")}]}
+    found = []
+    for key, items in value.items():
+        if isinstance(items, dict):
+            prompts, truths = texts(items.get("prompt"), "prompt", where), items.get("ground_truth")
+            truths = truths if isinstance(truths, list) else [truths]
+            if len(truths) != len(prompts):
+                raise MalformedFile(f"{where}.{key}: {len(prompts)} prompts and {len(truths)} answers")
+            items = [{"prompt": p, "ground_truth": t} for p, t in zip(prompts, truths, strict=True)]
+        if items is not None and not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
+            raise MalformedFile(f"{where}.{key}: expected a list of objects with prompt and ground_truth")
+        found.append((key, items or []))
+    return found
+
+
+def _axis(key: str) -> str:
+    """The key as EasyEdit's reader names it."""
+    return "reasoning" if key == "Reasoning" else "_".join(key.split())
+
+
+_ANSWER_FIELDS = ("ground_truth", "answer", "answers")
+
+
+def _ask_item(made: Draft, query_id: str, axis: str, item: Mapping[str, Any], where: str, answers: Answers) -> None:
+    name = next((n for n in _ANSWER_FIELDS if n in item), "ground_truth")
+    accepted = answers_of(item.get(name), name, where)
+    if answers == "first":
+        accepted = accepted[:1] and (accepted[0][:1],)
+    asked = texts(item.get("prompt"), "prompt", where)
+    if not any(prompt.strip() for prompt in asked):
+        made.dropped_queries.append("empty_prompt")
+    elif not accepted:
+        made.dropped_queries.append("empty_target")
+    else:
+        if any(fold(a) in fold(asked[0]) for group in accepted for a in group):
+            made.flags.add("answer_in_prompt")
+        made.ask_at(query_id, axis, asked[0], accepted[0][0], accepted)

@@ -6,25 +6,22 @@ There is no rival answer, so `target_true` is None throughout.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from retcon.evaluation.datasets.rows import Draft, draft, first, fold, present, texts
+from retcon.evaluation.datasets.rows import CaseTarget, Draft, ask_related, draft, first, fold, present, texts
 from retcon.files import require
 
-Target = Literal["answers", "alt"]
-"""`answers`: the first correct answer (ROME, MEMIT, JEEP); `alt`: a wrong one (EasyEdit)."""
 PromptStyle = Literal["loc.nq_q", "loc.nq", "loc.plain_q"]
 """Locality prompt: prefix and question mark (ROME, MEMIT, JEEP), as stored (EasyEdit), or without prefix."""
 
 NQ_PREFIX = "nq question: "
 """What MEND's locality prompts begin with."""
-_FIELDS = [
-    *("case_id", "id", "subject", "src", "prompt", "rephrase", "rephrase_prompt", "pred", "alt", "answers", "ans"),
-    *("loc", "loc_ans", "cond", "portability"),
-]
 
 
-def zsre(record: Mapping[str, Any], where: str, row: int, target: Target, style: PromptStyle) -> Draft:
-    """One row. The shapes differ in names only: `src` or `prompt`, `answers` or one `ans`, a subject or none."""
-    made = draft(record, where, row, _FIELDS, "zsre")
+def zsre(record: Mapping[str, Any], where: str, row: int, target: CaseTarget, style: PromptStyle) -> Draft:
+    """One row. The shapes differ in names only: `src` or `prompt`, `answers` or one `ans`, a subject or none.
+
+    The answer to write is the first correct one (ROME, MEMIT, JEEP), or the wrong one in `alt` (EasyEdit).
+    """
+    made = draft(record, where, row, "zsre")
     field = "answers" if "answers" in record or "ans" not in record else "ans"
     correct = [a for a in texts(present(record, field, where), field, where) if a.strip()]
     if target == "alt":
@@ -39,8 +36,7 @@ def zsre(record: Mapping[str, Any], where: str, row: int, target: Target, style:
         made.flags.add("several_answers")
     prompt = require(record, "prompt" if "prompt" in record and "src" not in record else "src", str, where)
     named = "subject" in record or "ans" not in record
-    subject = require(record, "subject", str, where) if named else ""
-    edit = made.edit(prompt, subject, new, None, subject_named=named)
+    edit = made.edit(prompt, require(record, "subject", str, where) if named else None, new, None)
     if edit is None:
         return made
     rephrase = "rephrase" if "rephrase" in record else "rephrase_prompt"
@@ -49,11 +45,7 @@ def zsre(record: Mapping[str, Any], where: str, row: int, target: Target, style:
     kept = first(record.get("loc_ans"), "loc_ans", where) or ""
     unrelated = [_locality_prompt(loc, style) for loc in texts(record.get("loc"), "loc", where)]
     made.ask("locality.nq", unrelated, kept, answers=((kept.strip(),),))
-    hop = record.get("portability")
-    if isinstance(hop, dict):  # EasyEdit's zsre_mend_eval_portability_gpt4.json
-        reached = first(hop.get("New Answer"), "portability, New Answer", where) or ""
-        asked = texts(hop.get("New Question"), "portability, New Question", where)
-        made.ask("portability.one_hop", asked, reached, answers=((reached.strip(),),))
+    ask_related(made, record.get("portability"), "portability", where)
     return made
 
 

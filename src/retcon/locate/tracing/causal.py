@@ -38,12 +38,16 @@ def causal_trace(
         NonFinite: a probability is NaN or infinite.
     """
     settings = settings or Tracing()
-    skipped = {e.id: "the subject does not occur in the prompt" for e in edits if e.subject_span is None}
+    skipped = {
+        e.id: "it names no subject" if e.subject is None else "the subject does not occur in the prompt"
+        for e in edits
+        if e.subject_span is None
+    }
     kept = [e for e in edits if e.subject_span is not None]
     traces: list[Trace] = []
     tried = False
     with lm.frozen_eval(), torch.no_grad():
-        deviation = embedding_deviation(lm, [e.subject for e in kept])
+        deviation = embedding_deviation(lm, [e.subject for e in kept if e.subject is not None])
         for done, edit in enumerate(kept, 1):
             prompt = prepare(lm, edit, settings, deviation)
             if prompt is None:

@@ -93,6 +93,7 @@ def read_part(row: Row) -> Row:
 
 def kl_row(lm: LM, edit: Edit) -> Row:
     """ "<subject> is a", at whose subject the model shall go on predicting what it did."""
+    assert edit.subject is not None, "methods that search values refuse edits without a subject"
     return encode(lm.tokenizer, f"{edit.subject} is a", subject_span=(0, len(edit.subject)))
 
 

@@ -20,7 +20,7 @@ from typing import (
 import torch
 
 from retcon.delta import Change, Delta
-from retcon.edits import Edit
+from retcon.edits import Edit, edit_record
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM, Site
 from retcon.memory.contexts import Contexts
@@ -86,6 +86,11 @@ def uses_moments(method: Any) -> bool:
     return getattr(method, "uses_moments", True)
 
 
+def needs_subject(method: Any) -> bool:
+    """Whether `method` writes at the subject; one that does not says so by an attribute of this name."""
+    return bool(getattr(method, "needs_subject", True))
+
+
 def provenance(
     method: Any,
     lm: LM,
@@ -107,7 +112,7 @@ def provenance(
         "settings": asdict(method),
         "model": lm.name,
         "dtype": str(lm.dtype).removeprefix("torch."),
-        "edits": [{k: v for k, v in asdict(e).items() if v is not None} for e in edits],
+        "edits": [edit_record(e) for e in edits],
         "contexts": list(contexts.prefixes) if contexts else [],
         "moments": moments.keys(lm, sites) if moments else {},
         "seed": seed,

@@ -34,6 +34,7 @@ from retcon.memory.moments import GivenMoments, Moments
 from retcon.memory.values import Values, ValueSearch, ValueSite, search_values
 from retcon.memory.write import LayerGroup, Temper, write
 from retcon.methods.common.contract import Progress, provenance, silent, unfiltered, uses_moments
+from retcon.methods.common.registry import check_subjects
 
 OUT_OF_RANGE = 5.0
 """Norm of a change over that of its weight, per root of the number of edits, from which a warning is given: single
@@ -147,6 +148,7 @@ def proposing(
         NotEditable: a matrix that must not be edited.
     """
     check_edits(edits)
+    check_subjects(method, edits)
     sites = [site for group in groups for site in sites_of(method.name, lm, group.layers, group.module)]
     for site in sites:
         lm.check_editable(site.name)

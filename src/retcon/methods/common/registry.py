@@ -11,9 +11,9 @@ from importlib.resources import files
 from typing import Any
 
 from retcon.edits import Case, Edit
-from retcon.errors import InvalidSetting, RetconWarning, UnknownMethod, UnknownPreset
+from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning, UnknownMethod, UnknownPreset
 from retcon.lm.model import LM
-from retcon.methods.common.contract import Method
+from retcon.methods.common.contract import Method, needs_subject
 
 METHODS = {
     "alphaedit": "retcon.methods.alphaedit:AlphaEdit",
@@ -65,6 +65,18 @@ def method_class(name: str) -> type[Any]:
         raise UnknownMethod(f"no method {name!r}; known: {', '.join(list_methods())}.{hint}")
     module, _, attribute = METHODS[name].partition(":")
     return getattr(import_module(module), attribute)
+
+
+def check_subjects(method: Any, edits: Sequence[Edit]) -> None:
+    """Raise InvalidEdit where an edit names no subject and `method` needs one; the message names those that do not."""
+    lost = next((edit for edit in edits if edit.subject is None), None)
+    if lost is None or not needs_subject(method):
+        return
+    able = [name for name in list_methods() if getattr(method_class(name), "needs_subject", True) is False]
+    raise InvalidEdit(
+        f"edit {lost.id!r} names no subject, and {method.name} writes at the subject's last token; name the subject, "
+        f"or take a method that needs none: {', '.join(able)}"
+    )
 
 
 def method(

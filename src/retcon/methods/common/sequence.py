@@ -24,6 +24,7 @@ from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Moments
 from retcon.methods.common.contract import Method, Progress, silent
 from retcon.methods.common.proposal import report_after
+from retcon.methods.common.registry import check_subjects
 
 
 def in_steps(
@@ -55,6 +56,7 @@ def in_steps(
         allowed = "any number from 1" if method.batch else "1"
         raise InvalidSetting(f"batch_size {size}: {type(method).__name__} takes {allowed}")
     check_edits(edits)
+    check_subjects(method, edits)
     if len(edits) <= size or not edits:
         return method.propose(lm, edits, contexts=contexts, moments=moments, state=state, seed=seed, progress=progress)
     moments = default_moments(lm) if moments is None else moments

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from retcon.methods.common.contract import Method, check_choices, uses_moments
+from retcon.methods.common.contract import Method, check_choices, needs_subject, uses_moments
 from retcon.methods.common.registry import method
 
 
@@ -39,3 +39,8 @@ class Hosting:
     def uses_moments(self) -> bool:
         """As the base method."""
         return uses_moments(self.wrapped)
+
+    @property
+    def needs_subject(self) -> bool:
+        """As the base method."""
+        return needs_subject(self.wrapped)

@@ -1,0 +1,259 @@
+"""The table of formats: which fields decide each, which it reads, and its reader; and how a file's format is found."""
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, get_args
+
+from retcon.errors import InvalidSetting, MalformedFile
+from retcon.evaluation.datasets.counterfact import flat, native
+from retcon.evaluation.datasets.easyedit import cknowedit, fastedit, knowedit, qaedit, unke, wikibigedit
+from retcon.evaluation.datasets.mquake import Prompting, mquake
+from retcon.evaluation.datasets.own import own, plain
+from retcon.evaluation.datasets.ripple import AXES, ripple
+from retcon.evaluation.datasets.rows import Answers, CaseTarget, Draft, FormatName, Parser
+from retcon.evaluation.datasets.zsre import PromptStyle, zsre
+from retcon.files import Row
+
+IDENTITY = ("case_id", "id")
+"""Fields that name a row, in any format."""
+CHOICES: Mapping[str, Any] = {
+    "case_target": CaseTarget,
+    "prompt_style": PromptStyle,
+    "answers": Answers,
+    "prompting": Prompting,
+}
+"""Settings that some formats have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One kind of file."""
+
+    name: FormatName
+    title: str
+    needs: tuple[tuple[str, ...], ...]
+    """Fields that it has; of each group, at least one."""
+    reads: tuple[str, ...] = ()
+    """Fields that it may have."""
+    carries: tuple[str, ...] = ()
+    """Fields of the published files that nothing is made of; they are kept in `meta["extra"]`."""
+    types: Mapping[str, type] = field(default_factory=dict)
+    """What a field is, where another format has one of that name."""
+    reader: Callable[..., Draft]
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """The reader's own settings: their names here, and their names as the reader's arguments."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All that is read."""
+        return (*(name for group in self.needs for name in group), *self.reads, *IDENTITY)
+
+    def missing(self, found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+        """The groups of which a file has no field."""
+        return [group for group in self.needs if not any(name in found for name in group)]
+
+    def fits(self, found: Mapping[str, Any]) -> bool:
+        """Whether a file has every field it needs, each of its type."""
+        return not self.missing(found) and all(
+            not found.get(name) or isinstance(found[name], kind) for name, kind in self.types.items()
+        )
+
+    def likeness(self, found: Mapping[str, Any]) -> int:
+        """How many of a file's fields belong to it."""
+        return len(found.keys() & {*self.fields, *self.carries})
+
+
+FORMATS: Mapping[FormatName, Format] = {
+    f.name: f
+    for f in (
+        Format(
+            name="mquake",
+            title="MQuAKE",
+            needs=(("requested_rewrite",),),
+            reads=(
+                *("questions", "answer", "answer_alias", "answer_extended", "new_answer", "new_answer_alias"),
+                *("single_hops", "new_single_hops", "orig"),
+            ),
+            types={"requested_rewrite": list},
+            reader=mquake,
+            settings={"prompting": "prompting"},
+        ),
+        Format(
+            name="counterfact",
+            title="CounterFact",
+            needs=(("requested_rewrite",),),
+            reads=(
+                *("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts"),
+                *("portability", "alt"),
+            ),
+            carries=("pararel_idx",),
+            types={"requested_rewrite": dict},
+            reader=native,
+            settings={"case_target": "target"},
+        ),
+        Format(
+            name="ripple",
+            title="RippleEdits",
+            needs=(("edit",), tuple(AXES)),
+            reads=("example_type",),
+            types={"edit": dict},
+            reader=ripple,
+        ),
+        Format(
+            name="wikibigedit",
+            title="WikiBigEdit",
+            needs=(("update",), ("subject",), ("ans",)),
+            reads=("rephrase", "personas", "mhop", "mhop_ans", "loc", "loc_ans", "tag"),
+            carries=("ground_truth", "relation", "object", "subject_id", "relation_id", "object_id"),
+            reader=wikibigedit,
+        ),
+        Format(
+            name="zsre",
+            title="zsRE",
+            needs=(("src", "prompt"), ("answers", "ans", "alt"), ("src", "rephrase", "rephrase_prompt", "loc")),
+            reads=("subject", "loc_ans", "portability"),
+            carries=("pred", "cond"),
+            reader=zsre,
+            settings={"case_target": "target", "prompt_style": "style"},
+        ),
+        Format(
+            name="knowedit",
+            title="KnowEdit, or EasyEdit's requests",
+            needs=(("prompt", "text"), ("subject", "concept"), ("target_new", "labels"), ("portability", "locality")),
+            reads=("ground_truth", "rephrase_prompt", "rephrase"),
+            carries=("cond",),
+            types={"portability": dict, "locality": dict},
+            reader=knowedit,
+            settings={"answers": "answers"},
+        ),
+        Format(
+            name="qaedit",
+            title="QAEdit",
+            needs=(("prompt",), ("subject",), ("target",), ("locality",)),
+            reads=("rephrase", "source"),
+            types={"locality": list},
+            reader=qaedit,
+        ),
+        Format(
+            name="cknowedit",
+            title="CKnowEdit",
+            needs=(("prompt",), ("target_new",), ("target_old",)),
+            reads=("subject", "rephrase", "portability", "locality"),
+            reader=cknowedit,
+        ),
+        Format(
+            name="unke",
+            title="UnKE",
+            needs=(("question",), ("answer",)),
+            reads=("subject", "para_question", "sub_question", "sub_answer"),
+            reader=unke,
+        ),
+        Format(
+            name="fastedit",
+            title="FastEdit",
+            needs=(("prompt",), ("subject",), ("target",)),
+            reads=("queries",),
+            reader=fastedit,
+        ),
+        Format(
+            name="cases",
+            title="cases as retcon writes them",
+            needs=(("edits",), ("queries",)),
+            reads=("dataset", "meta"),
+            types={"edits": list, "queries": list},
+            reader=own,
+        ),
+        Format(
+            name="edits",
+            title="facts",
+            needs=(("prompt",), ("subject",), ("target_new",)),
+            reads=(
+                *("target_true", "relation_id", "subject_start", "paraphrases", "neighbors", "neighbours"),
+                *("portability", "locality", "alt"),
+            ),
+            reader=plain,
+            settings={"case_target": "target"},
+        ),
+        Format(
+            name="counterfact-flat",
+            title="flat CounterFact",
+            needs=(("prompt",), ("subject",), ("target_new",)),
+            reads=(
+                *("ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth", "alt"),
+                *("portability", "portability_prompt", "portability_ground_truth", "case_id"),
+            ),
+            reader=flat,
+            settings={"case_target": "target"},
+        ),
+    )
+}
+"""All formats; where two fit a file equally well, the earlier one is taken."""
+
+
+def recognise(rows: Sequence[Row], path: object) -> FormatName:
+    """The format that has the most of the file's fields, of those whose own fields are all there.
+
+    Raises:
+        MalformedFile: none has; the message says which one comes closest and what it lacks.
+    """
+    found: dict[str, Any] = {}
+    for _, record in rows:
+        for name, value in record.items():
+            if not found.get(name):
+                found[name] = value
+    fitting = [f for f in FORMATS.values() if f.fits(found)]
+    if fitting:
+        return max(fitting, key=lambda f: f.likeness(found)).name
+    nearest = max(FORMATS.values(), key=lambda f: (f.likeness(found) - len(f.missing(found)), f.name == "edits"))
+    shown = ", ".join(map(str, found)) or "(none)"
+    missing = nearest.missing(found)
+    if not missing:
+        return nearest.name
+    if nearest.likeness(found) >= 2 and len(missing) < len(nearest.needs):
+        lacking = " and ".join(" or ".join(map(repr, group)) for group in missing)
+        raise MalformedFile(
+            f"{path}: taken for {nearest.title} ({nearest.name}), of which the field {lacking} is missing; its fields "
+            f"are {shown}. Name the format if it is another: {', '.join(FORMATS)}"
+        )
+    known = "; ".join(f"{f.name} ({', '.join('/'.join(group[:2]) for group in f.needs)})" for f in FORMATS.values())
+    raise MalformedFile(f"{path}: no known format; the rows have the fields {shown}. Known: {known}")
+
+
+def reader(format: FormatName, given: Mapping[str, str], counts: Counter[str]) -> tuple[Parser, dict[str, str]]:
+    """The reader of a format with its settings, and those settings by name; `counts` gets the unknown fields.
+
+    Raises:
+        InvalidSetting: no such format, or a value that a setting of it does not have.
+    """
+    if format not in FORMATS:
+        raise InvalidSetting(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    chosen = FORMATS[format]
+    for name in chosen.settings:
+        if given[name] not in get_args(CHOICES[name]):
+            known = ", ".join(get_args(CHOICES[name]))
+            raise InvalidSetting(f"unknown {format} {name.replace('_', ' ')} {given[name]!r}; known: {known}")
+    if given["case_target"] != "new" and "case_target" not in chosen.settings:
+        able = ", ".join(f.name for f in FORMATS.values() if "case_target" in f.settings)
+        raise InvalidSetting(f"case_target {given['case_target']!r}: {format} has no alternative answers; {able} may")
+    parse = partial(chosen.reader, **{argument: given[name] for name, argument in chosen.settings.items()})
+    known_fields = {*chosen.fields, *chosen.carries}
+
+    def read(record: Mapping[str, Any], where: str, row: int) -> Draft:
+        made = parse(record, where, row)
+        extra = {name: value for name, value in record.items() if name not in chosen.fields}
+        counts.update(name for name in extra if name not in known_fields)
+        if extra:
+            made.meta["extra"] = {**made.meta.get("extra", {}), **extra}
+        return made
+
+    return read, {name: given[name] for name in chosen.settings}
+
+
+def likely_fields(format: FormatName, unknown: Sequence[str], present: Sequence[str]) -> dict[str, str]:
+    """For each unknown field, the one that was probably meant: one that is like it and that the file does not have."""
+    absent = [name for name in FORMATS[format].fields if name not in present and name not in IDENTITY]
+    found = {name: difflib.get_close_matches(name.lower(), absent, n=1, cutoff=0.7) for name in unknown}
+    return {name: close[0] for name, close in found.items() if close}

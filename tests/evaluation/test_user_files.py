@@ -1,0 +1,395 @@
+"""Files as users bring them: every public shape, tables, misspelt fields, bad rows, bad files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from retcon.edits import Case, Edit, Query
+from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, UnusableRow
+from retcon.evaluation import evaluate, read_cases
+from retcon.evaluation.datasets import FORMATS, FormatName
+from retcon.lm.model import LM
+from retcon.methods.common.registry import check_subjects, list_methods, method
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "shapes"
+CASES = Path(__file__).parents[3] / "shared" / "cases"
+shared = pytest.mark.skipif(
+    not CASES.exists(), reason="the example files (shared/cases beside the repository) are absent"
+)
+
+
+def asked(case: Case, start: str) -> list[tuple[str, str, str | None]]:
+    return [(q.axis, q.prompt, q.target) for q in case.queries if q.axis.startswith(start)]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[..., Path]:
+    """file(text or rows, name) -> path."""
+
+    def write(content: Any, name: str = "rows.json") -> Path:
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
+        return path
+
+    return write
+
+
+# --- the example files ---------------------------------------------------------------------------------------------
+
+
+@shared
+def test_knowedit_recent() -> None:
+    (case,), report = read_cases(CASES / "knowedit_recent.json")
+    assert report.format == "knowedit"
+    assert (case.edits[0].text, case.edits[0].target_new) == ("The country that contains Geneva is", "Italy")
+    assert [q.answers for q in case.queries if q.axis == "portability.Logical_Generalization"] == [
+        (("Italian", "Italian language"),)
+    ]
+    assert [axis for axis, _, _ in asked(case, "portability")] == [
+        "portability.Logical_Generalization",
+        "portability.reasoning",
+        "portability.Subject_Aliasing",
+    ]
+    assert asked(case, "locality") == [("locality.Relation_Specificity", "The population of Geneva is", "201,818")]
+
+
+@shared
+def test_knowedit_wikibio_takes_the_last_mention() -> None:
+    (case,), _ = read_cases(CASES / "knowedit_wikibio.json")
+    edit = case.edits[0]
+    assert edit.subject_span == (len(edit.text) - len("John Smith"), len(edit.text))
+    assert edit.target_new == "was a British general of the nineteenth century."
+    assert case.meta["flags"] == ["subject_twice"]
+    assert asked(case, "locality") == [("locality.Relation_Specificity", "The occupation of John Smith is", "general")]
+
+
+@shared
+def test_knowedit_zsre_stops_at_a_row_or_leaves_it_out() -> None:
+    path = CASES / "knowedit_zsre.json"
+    with pytest.raises(UnusableRow, match=r"row 2: its subject 'Great River 77' .*on_error='skip'"):
+        read_cases(path)
+    (case,), report = read_cases(path, on_error="skip")
+    assert case.edits[0].subject == "Lake Blue"
+    assert report.dropped == {"subject_missing": 1}
+    assert [(r.row, r.reason) for r in report.left_out] == [(2, "subject_missing")]
+    assert "row 2 (its subject 'Great River 77' does not occur in its prompt" in str(report)
+
+
+@shared
+def test_wikibigedit() -> None:
+    cases, report = read_cases(CASES / "wikibigedit.json")
+    assert (report.format, report.unknown, len(cases)) == ("wikibigedit", {}, 2)
+    assert [(q.axis, q.prompt, q.target) for q in cases[0].queries] == [
+        ("rewrite", "Which country contains Geneva?", "Italy"),
+        ("paraphrase", "In which country is Geneva?", "Italy"),
+        ("paraphrase.persona", "Ahoy, which country be Geneva in?", "Italy"),
+        ("portability.multi_hop", "What is the capital of the country that contains Geneva?", "Rome"),
+        ("locality.other", "Which country contains Lyon?", "France"),
+    ]
+    assert asked(cases[1], "portability") == []
+
+
+@shared
+def test_counterfact_with_portability() -> None:
+    (case,), report = read_cases(CASES / "cf_portability.json")
+    assert (report.format, report.unknown) == ("counterfact", {})
+    hop = ("portability.one_hop", "What is the capital of the country of Geneva?", "Rome")
+    assert asked(case, "portability") == [hop]
+
+
+@shared
+def test_a_misspelt_field_is_named_with_the_likely_one() -> None:
+    (case,), report = read_cases(CASES / "rephrase_misspelt.json")
+    assert report.format == "counterfact-flat"
+    assert (report.unknown, report.likely) == ({"rephrased_prompts": 1}, {"rephrased_prompts": "rephrase_prompt"})
+    assert "unknown field 'rephrased_prompts' in 1 row (did you mean 'rephrase_prompt'?)" in str(report)
+    assert case.meta["extra"] == {"rephrased_prompts": ["Geneva lies in"]}
+
+
+@shared
+def test_unke_has_no_subject() -> None:
+    (case,), _ = read_cases(CASES / "unke.json")
+    assert (case.edits[0].subject, case.edits[0].subject_span) == (None, None)
+    assert asked(case, "paraphrase")[0][1] == "For what is Geneva famous?"
+    assert [(p, t) for _, p, t in asked(case, "portability")] == [
+        ("Which lake?", "Lake Geneva"),
+        ("When founded?", "early"),
+    ]
+
+
+@shared
+def test_a_very_long_paraphrase_is_read() -> None:
+    cases, report = read_cases(CASES / "overlong.json")
+    assert (report.format, len(cases)) == ("counterfact", 3)
+    assert max(len(q.prompt.split()) for q in cases[1].queries) > 64
+
+
+# --- every format, on files of our own -----------------------------------------------------------------------------
+
+SHAPES = {p.stem: p for p in sorted(FIXTURES.iterdir())}
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "n_cases", "axes"),
+    [
+        (
+            "wiki_recent",
+            "knowedit",
+            2,
+            "rewrite portability.Logical_Generalization portability.reasoning locality.Forgetfulness",
+        ),
+        ("wikibio", "knowedit", 1, "rewrite locality.Relation_Specificity"),
+        (
+            "wikibigedit",
+            "wikibigedit",
+            2,
+            "rewrite paraphrase paraphrase.persona portability.multi_hop locality.other",
+        ),
+        ("portability", "counterfact", 1, "rewrite paraphrase neighborhood portability.one_hop"),
+        ("unke", "unke", 2, "rewrite paraphrase portability.sub_question portability.sub_question"),
+        ("cknowedit", "cknowedit", 2, "rewrite paraphrase portability.plain locality.plain"),
+        ("fastedit", "fastedit", 2, "rewrite paraphrase paraphrase"),
+        ("facts", "edits", 3, "rewrite paraphrase paraphrase neighborhood portability.plain locality.plain"),
+        ("table", "edits", 3, "rewrite paraphrase"),
+        ("tabs", "edits", 2, "rewrite"),
+        ("semicolons", "counterfact-flat", 1, "rewrite paraphrase"),
+        ("requests", "knowedit", 1, "rewrite paraphrase portability.one_hop locality.neighborhood"),
+    ],
+)
+def test_a_file_of_each_kind(name: str, format: str, n_cases: int, axes: str, tiny: Callable[..., LM]) -> None:
+    cases, report = read_cases(SHAPES[name])
+    assert (report.format, report.cases, report.dropped, report.unknown) == (format, n_cases, {}, {})
+    assert [q.axis for q in cases[0].queries] == axes.split()
+    assert evaluate(tiny("llama", n_layers=1), cases, generate=False).records
+
+
+def test_the_table_holds_every_format_once() -> None:
+    assert {*FORMATS, "world"} == set(get_args(FormatName))
+
+
+def test_facts_with_their_queries_on_one_line() -> None:
+    cases, _ = read_cases(SHAPES["facts"])
+    one, two, three = cases
+    assert one.edits[0] == Edit("The mayor of {} is", "Norr", "Ida Holt", "Tom Reed", id="norr", relation_id="P6")
+    assert asked(one, "paraphrase") == [
+        ("paraphrase", "Norr is led by", "Ida Holt"),
+        ("paraphrase", "Norr's mayor is called", "Ida Holt"),
+    ]
+    assert [q for q in one.queries if q.axis == "neighborhood"] == [
+        Query("neighborhood/0", "neighborhood", "The mayor of Velt is", "Pia Lund", "Ida Holt", (("Pia Lund",),))
+    ]
+    assert asked(one, "portability") == [("portability.plain", "The mayor of Norr was born in", "Sund")]
+    assert asked(two, "neighborhood") == [("neighborhood", "Ben Orr speaks", "Dutch")]
+    assert asked(two, "portability") == [("portability.reasoning", "The language of Ada Quill's home is", "Danish")]
+    assert three.edits[0].subject is None
+
+
+def test_old_answers_are_rivals_only_where_all_are_known(file: Callable[..., Path]) -> None:
+    one = {"prompt": "{} speaks", "subject": "Ada", "target_new": "Danish", "target_true": "Dutch"}
+    two = {"prompt": "{} speaks", "subject": "Ben", "target_new": "Welsh"}
+    assert [q.contrast for c in read_cases(file([one, two]))[0] for q in c.queries] == [None, None]
+    assert [q.contrast for c in read_cases(file([one]))[0] for q in c.queries] == ["Dutch"]
+
+
+def test_a_table_is_read_as_json_is(file: Callable[..., Path]) -> None:
+    row = {"prompt": 'The "old" mayor of Norr, once, is', "subject": "Norr", "target_new": "Ida\nHolt", "source": "me"}
+    head = "prompt,subject,target_new,source\n"
+    table = file(head + '"The ""old"" mayor of Norr, once, is",Norr,"Ida\nHolt",me\n', "rows.csv")
+    (from_table,), report = read_cases(table)
+    (from_json,), _ = read_cases(file([row]))
+    assert from_table.edits == from_json.edits
+    assert (from_table.meta["extra"], report.unknown) == ({"source": "me"}, {"source": 1})
+    (loose,), _ = read_cases(file("\ufeffprompt,subject,target_new\nWho leads?,,Ida\n", "rows.csv"))
+    assert loose.edits[0].subject is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prompt,subject,target_new\na,b,c,d\n", "row 2: 4 cells under 3 columns"),
+        ("prompt,prompt,target_new\na,b,c\n", "row 1: two columns are called 'prompt'"),
+        ("prompt,,target_new\na,b,c\n", "row 1: column 2 has no name"),
+        ("prompt,subject,target_new\n", "holds no rows below its header"),
+        ('prompt,subject,target_new\n"a,b,c\n', "row 2: not a valid table"),
+        ("prompt,target_new\nNorr is,x\n", "field 'subject' is missing"),
+    ],
+)
+def test_a_bad_table_is_named(content: str, message: str, file: Callable[..., Path]) -> None:
+    with pytest.raises(MalformedFile, match=message):
+        read_cases(file(content, "rows.csv"))
+
+
+# --- formats by all their fields -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"update": "Q?", "ans": "x", "rephrase": "R?"}, r"WikiBigEdit \(wikibigedit\).*'subject' is missing"),
+        ({"prompt": "Norr is", "target_new": "x", "neighbors": []}, r"facts \(edits\).*'subject' is missing"),
+        ({"subject": "Norr", "src": "Q?", "rephrase": "R?"}, r"zsRE \(zsre\).*'answers' or 'ans' or 'alt' is missing"),
+        ({"edits": [], "meta": {}}, r"cases as retcon writes them \(cases\).*'queries' is missing"),
+    ],
+)
+def test_an_error_says_which_format_was_taken_and_what_is_missing(
+    row: dict[str, Any], message: str, file: Callable[..., Path]
+) -> None:
+    with pytest.raises(MalformedFile, match=message):
+        read_cases(file([row]))
+
+
+def test_fields_that_only_later_rows_have_count_too(file: Callable[..., Path]) -> None:
+    fact = {"prompt": "The mayor of Norr is", "subject": "Norr", "target_new": "Ida"}
+    more = {**fact, "subject": "Velt", "prompt": "The mayor of Velt is", "ground_truth": "Tom", "rephrase_prompt": "x"}
+    assert read_cases(file([fact, more]))[1].format == "counterfact-flat"
+
+
+def test_unknown_fields_are_counted_and_kept(file: Callable[..., Path]) -> None:
+    rows = [
+        {"prompt": f"The mayor of {s} is", "subject": s, "target_new": "Ida", "portabilty": [], "batch": 3}
+        for s in ("Norr", "Velt")
+    ]
+    cases, report = read_cases(file(rows))
+    assert report.unknown == {"portabilty": 2, "batch": 2}
+    assert report.likely == {"portabilty": "portability"}
+    assert cases[0].meta["extra"] == {"portabilty": [], "batch": 3}
+
+
+# --- the alternative answer ----------------------------------------------------------------------------------------
+
+
+def test_the_alternative_answer_of_any_format_that_has_one(file: Callable[..., Path]) -> None:
+    nested = {
+        "requested_rewrite": {
+            "prompt": "{} is in", "subject": "Norr", "target_new": {"str": "Velt"}, "target_true": {"str": "Sund"},
+            "alt": "Gent",
+        }
+    }  # fmt: skip
+    flat = {"prompt": "Norr is in", "subject": "Norr", "target_new": "Velt", "alt": "Gent", "ground_truth": "Sund"}
+    plain = {"prompt": "{} is in", "subject": "Norr", "target_new": "Velt", "alt": "Gent"}
+    for row in (nested, flat, plain):
+        (case,), report = read_cases(file([row]), case_target="alt")
+        assert (case.edits[0].target_new, report.options["case_target"]) == ("Gent", "alt")
+        assert case.queries[0].target == "Gent"
+    del plain["alt"]
+    with pytest.raises(UnusableRow, match="row 1: it has no alternative answer"):
+        read_cases(file([plain]), case_target="alt")
+    with pytest.raises(InvalidSetting, match="unke has no alternative answers; counterfact, zsre, edits"):
+        read_cases(SHAPES["unke"], case_target="alt")
+
+
+# --- bad rows and bad files ----------------------------------------------------------------------------------------
+
+GOOD = {"prompt": "The mayor of Norr is", "subject": "Norr", "target_new": "Ida"}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "detail"),
+    [
+        (json.dumps({**GOOD, "target_new": " "}), "empty_target", "the answer to write is empty"),
+        (json.dumps({**GOOD, "subject": "Velt"}), "subject_missing", "its subject 'Velt' does not occur"),
+        (json.dumps({**GOOD, "subject": ""}), "malformed", "field 'subject' is empty"),
+        (json.dumps({**GOOD, "prompt": 7}), "malformed", "field 'prompt' must be text, found int"),
+        (json.dumps({"prompt": "x", "subject": "x"}), "malformed", "field 'target_new' is missing"),
+        ("{broken", "malformed", "not valid JSON"),
+        ("[1]", "malformed", "expected an object, found list"),
+        (json.dumps({**GOOD, "target_new": "\ud800"}), "malformed", "half a surrogate pair"),
+        ("[" * 100_000, "malformed", "nested too deeply"),
+        ('{"prompt": ' + "9" * 5000 + "}", "malformed", "a number of too many digits"),
+    ],
+)
+def test_one_bad_row_does_not_stop_a_file(line: str, reason: str, detail: str, file: Callable[..., Path]) -> None:
+    good = json.dumps({**GOOD, "subject": "mayor", "id": "kept"})
+    path = file(f"{good}\n{line}\n", "rows.jsonl")
+    with pytest.raises(MalformedFile, match="row 2"):
+        read_cases(path)
+    cases, report = read_cases(path, on_error="skip")
+    assert [case.id for case in cases] == ["kept"]
+    assert (report.rows, report.dropped) == (2, {reason: 1})
+    assert [r.row for r in report.left_out] == [2]
+    assert detail in report.left_out[0].detail
+    assert "row 2" in str(report)
+
+
+def test_a_fact_given_twice_is_made_once(file: Callable[..., Path]) -> None:
+    cases, report = read_cases(file([GOOD, GOOD]))
+    assert (len(cases), report.dropped) == (1, {"duplicate": 1})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe{\x00", "UTF-16 text; save it as UTF-8"),
+        (b'[{"prompt": "caf\xe9"}]', r"not UTF-8 text \(byte 16\); save it as UTF-8"),
+        (b"", "the file is empty"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" + b"9" * 5000 + b"]", "a number of too many digits"),
+        (b'[{"prompt": "x"', "line 1: not valid JSON"),
+        (b"[1, 2]", "row 1: expected an object, found int"),
+    ],
+)
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_bad_file_gives_one_error(content: bytes, message: str, on_error: Any, file: Callable[..., Path]) -> None:
+    path = file(content)
+    with pytest.raises(MalformedFile) as caught:
+        read_cases(path, on_error=on_error)
+    assert str(path) in str(caught.value)
+    if on_error == "stop":
+        caught.match(message)
+
+
+def test_a_byte_order_mark_is_no_text(file: Callable[..., Path]) -> None:
+    assert read_cases(file(b"\xef\xbb\xbf" + json.dumps([GOOD]).encode()))[0][0].edits[0].subject == "Norr"
+
+
+def test_rows_can_be_drawn(file: Callable[..., Path]) -> None:
+    rows = [{**GOOD, "id": str(i), "prompt": f"Mayor {i} of Norr is"} for i in range(20)]
+
+    def ids(**options: Any) -> list[str]:
+        return [case.id for case in read_cases(file(rows), **options)[0]]
+
+    drawn = ids(order="shuffle", seed=1)
+    assert sorted(drawn, key=int) == ids() != drawn
+    assert ids(order="shuffle", seed=1, start=3, limit=5) == drawn[3:8]
+    assert drawn != ids(order="shuffle", seed=2)
+    with pytest.raises(InvalidSetting, match="unknown order 'random'; known: file, shuffle"):
+        ids(order="random")
+
+
+# --- facts without a subject ---------------------------------------------------------------------------------------
+
+
+def test_methods_that_write_at_the_subject_refuse_a_fact_without_one() -> None:
+    fact = Edit("Who leads Norr?", None, "Ida", id="lost")
+    free = [name for name in list_methods() if name in ("ctp", "kne")]
+    for name in free:
+        check_subjects(method(name), [fact])
+    with pytest.raises(InvalidEdit, match=r"edit 'lost' names no subject, and rome writes at .*: ctp, kne"):
+        check_subjects(method("rome", layer=1), [fact])
+
+
+@pytest.mark.parametrize("name", ["ctp", "kne"])
+def test_the_trained_methods_take_a_fact_without_a_subject(name: str, tiny: Callable[..., LM]) -> None:
+    lm = tiny(n_layers=2)
+    case = read_cases(SHAPES["unke"], limit=1)[0][0]
+    settings: dict[str, Any] = {"epochs": 1} | ({"n_positive": 2} if name == "ctp" else {"budget": 0.01})
+    delta = method(name, **settings).propose(lm, case.edits)
+    assert [report.id for report in delta.report] == [case.edits[0].id]
+    assert delta.provenance["edits"][0]["subject"] is None
+
+
+def test_the_page_has_a_readable_row_of_every_format(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    shown = page.split("```json\n")[2].split("```")[0].splitlines()
+    assert {line.split()[0] for line in shown} | {"edits"} == set(FORMATS)
+    for line in shown:
+        name, row = line.split(maxsplit=1)
+        (tmp_path / "row.json").write_text(f"[{row}]", "utf-8")
+        cases, report = read_cases(tmp_path / "row.json")
+        assert (report.format, len(cases), report.unknown) == (name, 1, {})
