@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from retcon.edits import Case, Edit, Query, resolve_conflicts, write_cases
-from retcon.errors import ConflictingEdits, InvalidSetting, MalformedFile, RetconError
+from retcon.errors import ConflictingEdits, InvalidSetting, MalformedFile, RetconError, UnusableRow
 from retcon.evaluation import contaminated, evaluate, read_cases
 from retcon.evaluation.datasets import Loaded
 from retcon.lm.model import LM
@@ -202,6 +202,21 @@ def test_the_published_flat_file() -> None:
     assert {len(case.queries) for case in cases} == {3}
     kept = resolve_conflicts([case.edits[0] for case in cases], "drop")
     assert len(kept) == 9_921
+
+
+REAL_ZSRE = REAL.with_name("zsre-mend-1k.json")
+
+
+@pytest.mark.skipif(not REAL_ZSRE.exists(), reason="1,000 rows of zsRE (shared/data beside the repository) are absent")
+def test_the_published_zsre_file() -> None:
+    cases, report = read_cases(REAL_ZSRE)
+    assert (report.rows, report.cases, report.unknown) == (1000, 1000, {})
+    assert {edit.subject is None for case in cases for edit in case.edits} == {False}
+    with pytest.raises(UnusableRow, match="row 535: the answer to write is empty"):
+        read_cases(REAL_ZSRE, case_target="alt")
+    report = read_cases(REAL_ZSRE, case_target="alt", on_error="skip")[1]
+    assert [(r.row, r.reason) for r in report.left_out] == [(535, "empty_target"), (724, "empty_target")]
+    assert (report.flags["noop_edit"], report.flags["several_answers"]) == (21, 22)
 
 
 # --- zsRE ----------------------------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
 """Files as users bring them: every public shape, tables, misspelt fields, bad rows, bad files."""
 
 import json
+import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from retcon.edits import Case, Edit, Query
-from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, UnusableRow
+from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, RetconError, UnusableRow
 from retcon.evaluation import evaluate, read_cases
 from retcon.evaluation.datasets import FORMATS, FormatName
+from retcon.files import read_json_rows
 from retcon.lm.model import LM
 from retcon.methods.common.registry import check_subjects, list_methods, method
 
@@ -393,3 +396,30 @@ def test_the_page_has_a_readable_row_of_every_format(tmp_path: Path) -> None:
         (tmp_path / "row.json").write_text(f"[{row}]", "utf-8")
         cases, report = read_cases(tmp_path / "row.json")
         assert (report.format, len(cases), report.unknown) == (name, 1, {})
+
+
+ODD = (None, 1.5, True, "", "{} {}", [], [None], ["a", 3], {}, {"a": [{}]}, [{"prompt": []}], "\ud800")
+"""What a field may hold where another thing is expected."""
+
+
+def spoilt(item: Any, draw: random.Random) -> Any:
+    """The same with some of its parts exchanged for something odd, and some fields gone."""
+    if draw.random() < 0.12:
+        return draw.choice(ODD)
+    if isinstance(item, dict):
+        return {name: spoilt(value, draw) for name, value in item.items() if draw.random() > 0.03}
+    return [spoilt(part, draw) for part in item] if isinstance(item, list) else item
+
+
+@pytest.mark.parametrize("path", [*SHAPES.values(), *FIXTURES.parent.glob("*.json*")], ids=lambda p: p.name)
+def test_every_error_is_ours_whatever_the_fields_hold(path: Path, file: Callable[..., Path]) -> None:
+    if path.suffix not in (".json", ".jsonl"):
+        pytest.skip("a table's cells are all text")
+    rows = [row for _, row in read_json_rows(path)]
+    draw = random.Random(path.name)
+    for _ in range(60):
+        odd = file([spoilt(row, draw) for row in rows])
+        for on_error in ("stop", "skip"):
+            with suppress(RetconError):
+                report = read_cases(odd, on_error=on_error)[1]  # type: ignore[arg-type]
+                assert report.rows == report.cases + len(report.left_out)

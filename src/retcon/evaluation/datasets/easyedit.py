@@ -17,6 +17,7 @@ from retcon.evaluation.datasets.rows import (
     ask_related,
     draft,
     first,
+    objects,
     present,
     text_or_none,
     texts,
@@ -64,7 +65,7 @@ def qaedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
     made.ask("paraphrase", texts(record.get("rephrase"), "rephrase", where), edit.target_new, answers=wanted)
     items = [
         {"prompt": require(item, "loc", str, where), "ground_truth": item.get("loc_ans")}
-        for item in require(record, "locality", list, where)
+        for item in objects(present(record, "locality", where), f"{where}, locality")
     ]
     ask_related(made, {"nq": items}, "locality", where)
     return made

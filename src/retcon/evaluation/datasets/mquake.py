@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from retcon.errors import MalformedFile
-from retcon.evaluation.datasets.rows import Draft, draft, first, labelled, texts
+from retcon.evaluation.datasets.rows import Draft, draft, first, labelled, objects, texts
 from retcon.files import require
 
 Prompting = Literal["standard", "cot", "bare"]
@@ -26,10 +26,8 @@ def mquake(record: Mapping[str, Any], where: str, row: int, prompting: Prompting
     rewrites = require(record, "requested_rewrite", list, where)
     if not rewrites:
         raise MalformedFile(f"{where}: field 'requested_rewrite' is empty; an instance has at least one edit")
-    for place, rewrite in enumerate(rewrites):
+    for place, rewrite in enumerate(objects(rewrites, f"{where}, requested_rewrite")):
         inside = f"{where}, requested_rewrite[{place}]"
-        if not isinstance(rewrite, dict):
-            raise MalformedFile(f"{inside}: expected an object, found {type(rewrite).__name__}")
         new, _ = labelled(rewrite, "target_new", inside)
         true, _ = labelled(rewrite, "target_true", inside) if rewrite.get("target_true") else (None, None)
         prompt, subject = require(rewrite, "prompt", str, inside), require(rewrite, "subject", str, inside)
@@ -65,10 +63,8 @@ def mquake(record: Mapping[str, Any], where: str, row: int, prompting: Prompting
 def _hops(record: Mapping[str, Any], name: str, where: str) -> list[tuple[str, tuple[tuple[str, ...], ...]]]:
     """(question, accepted answers) of every hop."""
     found: list[tuple[str, tuple[tuple[str, ...], ...]]] = []
-    for place, hop in enumerate(record.get(name) or []):
+    for place, hop in enumerate(objects(record.get(name), f"{where}, {name}")):
         inside = f"{where}, {name}[{place}]"
-        if not isinstance(hop, dict):
-            raise MalformedFile(f"{inside}: expected an object, found {type(hop).__name__}")
         strings = texts(hop.get("answer"), "answer", inside) + texts(hop.get("answer_alias"), "answer_alias", inside)
         aliases = tuple(dict.fromkeys(s.strip() for s in strings if s.strip()))
         found.append((require(hop, "question", str, inside), (aliases,) if aliases else ()))
@@ -77,9 +73,10 @@ def _hops(record: Mapping[str, Any], name: str, where: str) -> list[tuple[str, t
 
 def _relations(record: Mapping[str, Any], made: Draft) -> list[str | None]:
     """The relation of every hop after the edits, from the instance's triples where it has them."""
-    triples = (record.get("orig") or {}).get("new_triples") or []
-    if triples:
-        return [t[1] if isinstance(t, list) and len(t) > 1 else None for t in triples]
+    original = record.get("orig")
+    triples = original.get("new_triples") if isinstance(original, dict) else None
+    if isinstance(triples, list) and triples:
+        return [t[1] if isinstance(t, list) and len(t) > 1 and isinstance(t[1], str) else None for t in triples]
     return [edit.relation_id for edit in made.edits]
 
 

@@ -6,11 +6,11 @@ is kept in `case.meta["tests"]`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from retcon.errors import MalformedFile
-from retcon.evaluation.datasets.rows import Draft, draft, fold
+from retcon.evaluation.datasets.rows import Draft, draft, fold, objects
 from retcon.files import require
 
 AXES = {
@@ -105,12 +105,10 @@ def ripple(record: Mapping[str, Any], where: str, row: int) -> Draft:
     asked: dict[tuple[str, str, tuple[tuple[str, ...], ...]], str] = {}
     tests = []
     for name, axis in AXES.items():
-        for test in record.get(name) or []:
-            inside = f"{where}, {name}"
-            if not isinstance(test, dict):
-                raise MalformedFile(f"{inside}: expected objects, found {type(test).__name__}")
+        inside = f"{where}, {name}"
+        for test in objects(record.get(name), inside):
             queries = _ask(made, asked, f"ripple.{axis}", require(test, "test_queries", list, inside), inside)
-            conditions = _ask(made, asked, "ripple.condition", test.get("condition_queries") or [], inside)
+            conditions = _ask(made, asked, "ripple.condition", test.get("condition_queries"), inside)
             if not queries:
                 made.dropped_queries.append("test_without_queries")
                 continue
@@ -132,7 +130,8 @@ def split_sentence(sentence: str) -> tuple[str, str, str] | None:
 
 def _old_object(edit: Mapping[str, Any]) -> str | None:
     original = edit.get("original_fact")
-    found = split_sentence(original["prompt"]) if isinstance(original, dict) and original.get("prompt") else None
+    sentence = original.get("prompt") if isinstance(original, dict) else None
+    found = split_sentence(sentence) if isinstance(sentence, str) else None
     return found[2] if found else None
 
 
@@ -140,15 +139,13 @@ def _ask(
     made: Draft,
     asked: dict[tuple[str, str, tuple[tuple[str, ...], ...]], str],
     axis: str,
-    queries: Sequence[Any],
+    queries: Any,
     where: str,
 ) -> list[str]:
     """Ids of the queries, each asked once per axis; those without a usable answer are dropped and counted."""
     ids = []
-    for query in queries:
-        if not isinstance(query, dict):
-            raise MalformedFile(f"{where}: expected queries as objects, found {type(query).__name__}")
-        prompt, answers = require(query, "prompt", str, where), _answers(query.get("answers") or [], where)
+    for query in objects(queries, where):
+        prompt, answers = require(query, "prompt", str, where), _answers(query.get("answers"), where)
         if not prompt.strip():
             made.dropped_queries.append("empty_prompt")
         elif not answers:
@@ -164,13 +161,12 @@ def _ask(
     return ids
 
 
-def _answers(entries: Sequence[Any], where: str) -> tuple[tuple[str, ...], ...]:
+def _answers(entries: Any, where: str) -> tuple[tuple[str, ...], ...]:
     """One group of aliases per answer; single characters that are no digit, and empty groups, are left out."""
     groups = []
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise MalformedFile(f"{where}: expected answers as objects, found {type(entry).__name__}")
-        names = [entry.get("value"), *(entry.get("aliases") or [])]
+    for entry in objects(entries, f"{where}, answers"):
+        aliases = entry.get("aliases")
+        names = [entry.get("value"), *(aliases if isinstance(aliases, list) else [aliases])]
         usable = [n.strip() for n in names if isinstance(n, str) and (len(n.strip()) > 1 or n.strip().isdigit())]
         if usable:
             groups.append(tuple(dict.fromkeys(usable)))

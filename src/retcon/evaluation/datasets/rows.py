@@ -503,6 +503,16 @@ def texts(value: Any, name: str, where: str) -> list[str]:
     raise MalformedFile(f"{where}: field {name!r} must be text or a list of texts, found {type(value).__name__}")
 
 
+def objects(value: Any, where: str) -> list[dict[str, Any]]:
+    """A list of objects; None is an empty one."""
+    if value is None or value == []:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        odd = value if not isinstance(value, list) else next(item for item in value if not isinstance(item, dict))
+        raise MalformedFile(f"{where}: expected a list of objects, found {type(odd).__name__} ({odd!r:.60})")
+    return value
+
+
 def first(value: Any, name: str, where: str) -> str | None:
     """The first text that is not blank."""
     return next((text for text in texts(value, name, where) if text.strip()), None)
