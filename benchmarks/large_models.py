@@ -38,7 +38,7 @@ def settings(layers: Sequence[int], steps: int) -> Jeep:
     """JEEP on a shape's layers: those in a row are the low group, those behind the gap the high one."""
     gap = next((i for i in range(1, len(layers)) if layers[i] > layers[i - 1] + 1), len(layers) - 1)
     low, high = tuple(layers[:gap]), tuple(layers[gap:])
-    return Jeep(low=low, high=high, steps=steps, min_probability=UNREACHABLE)
+    return Jeep(low=low, high=high, steps=steps, threshold=UNREACHABLE)
 
 
 def measure(name: str, lm: LM, edits: Sequence[Edit], steps: int, profile: AbstractContextManager) -> None:

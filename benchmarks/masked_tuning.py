@@ -34,7 +34,7 @@ from retcon.evaluation import Evaluation, evaluate
 from retcon.evaluation.summary import Estimate
 from retcon.lm.model import LM
 from retcon.locate.figures import figure, save
-from retcon.methods.common.contract import Method, uses_moments
+from retcon.methods.common.contract import Method
 from retcon.methods.kne import Kne
 
 METRICS: dict[str, str | tuple[str, str]] = {
@@ -105,7 +105,7 @@ class Bench:
 
     def given(self, method: Method) -> dict[str, Any]:
         """Contexts and every layer's moment, prepared beforehand, for methods that use moments."""
-        if not uses_moments(method):
+        if not method.uses_moments:
             return {}
         if not self.more:
             moments = moments_of(self.lm, self.corpus)

@@ -23,8 +23,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "EMMET": ("emmet", NEVER),
     "AlphaEdit": ("alphaedit", NEVER),
     "PMET": ("pmet", NEVER | {"settled_kl": 0.0}),
-    "JEEP, low group alone": ("jeep", {"min_probability": 2.0, "high": ()}),
-    "JEEP": ("jeep", {"min_probability": 2.0}),
+    "JEEP, low group alone": ("jeep", {"threshold": 2.0, "high": ()}),
+    "JEEP": ("jeep", {"threshold": 2.0}),
 }
 
 

@@ -24,7 +24,7 @@ from retcon.evaluation import Evaluation, evaluate
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
-from retcon.memory.values import keeping_values
+from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Method
 from retcon.methods.common.sequence import in_steps
 
@@ -66,13 +66,13 @@ def together(
     """All cases in one delta; seconds per edit where the values were searched, and the share of what reached them."""
     edits = [case.edits[0] for case in cases]
     started = time.perf_counter()
-    if method.batch:
-        with keeping_values(folder) as kept:
-            delta = in_steps(method, lm, edits, contexts=contexts, moments=moments)
+    if method.supports_batches:
+        kept = ValueCache(folder)
+        delta = in_steps(method, lm, edits, contexts=contexts, moments=moments, values=kept)
     else:
         kept, delta = None, in_steps(method, lm, edits, contexts=contexts, moments=moments)
     seconds = (time.perf_counter() - started) / len(edits)
-    said = sum(report.said or False for report in delta.report) / len(edits)
+    said = sum(report.greedy_match or False for report in delta.report) / len(edits)
     after = evaluate(lm, cases, delta=delta, pre=pre, generate=False)
     return after, "" if kept and kept.resumed else f"{seconds:.2f}", said
 

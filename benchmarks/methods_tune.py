@@ -21,7 +21,7 @@ import retcon
 from benchmarks.common import add_places, cases_of, moments_of
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
-from retcon.memory.values import keeping_values
+from retcon.memory.values import ValueCache
 from retcon.methods.common.sequence import in_steps
 
 
@@ -54,8 +54,8 @@ def sweep(args: argparse.Namespace, folder: Path) -> None:
         settings = tomllib.loads("\n".join(args.set)) | dict(zip(grid, values, strict=True))
         method = retcon.method(args.method, for_model=lm, **settings)
         started = time.perf_counter()
-        with keeping_values(folder):  # settings that differ in the write alone share their values
-            delta = in_steps(method, lm, edits, batch_size=args.batch_size, contexts=contexts, moments=moments)
+        kept = ValueCache(folder)  # settings that differ in the write alone share their values
+        delta = in_steps(method, lm, edits, batch_size=args.batch_size, contexts=contexts, moments=moments, values=kept)
         seconds = (time.perf_counter() - started) / len(edits)
         summary = evaluate(lm, cases, delta=delta, pre=pre, generate=False).summary(n_resamples=2)
         row = {m: round(100 * (summary[m].post.value or 0), 1) for m in ("Score", "ES", "GS", "LS")}

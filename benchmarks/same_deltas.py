@@ -40,6 +40,9 @@ RENAMED = {
     "probe_id": "query_id",
     "written": "final_probability",
     "said": "greedy_match",
+    "probability": "search_probability",
+    "subject_last_delta": "subject_last_offset",
+    "prediction_delta": "prediction_offset",
 }
 """Settings, fields of reports and of records: the name when recorded -> the name now."""
 

@@ -382,13 +382,13 @@ def test_a_safetensors_file_that_is_no_delta(tmp_path: Path) -> None:
         {"retcon": "{"},
         {"retcon": "[]"},
         {"retcon": "{}"},
-        {"retcon": '{"format": "retcon-delta-1"}'},
+        {"retcon": '{"format": "retcon-delta-2"}'},
     ):
         save_file({"w": torch.ones(2)}, path, metadata=metadata)
         with pytest.raises(MalformedFile, match="a safetensors file, but not a retcon delta"):
             Delta.load(path)
     save_file({"w": torch.ones(2)}, path, metadata={"retcon": json.dumps({"format": "retcon-delta-99"})})
-    with pytest.raises(MalformedFile, match="delta format 'retcon-delta-99', this version reads 'retcon-delta-1'"):
+    with pytest.raises(MalformedFile, match="delta format 'retcon-delta-99', this version reads 'retcon-delta-2'"):
         Delta.load(path)
     path.write_text("nothing of the kind")
     with pytest.raises(MalformedFile, match="not a readable safetensors file"):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from retcon.lm.model import LM
     from retcon.memory.contexts import Contexts, sample_contexts
     from retcon.memory.moments import Corpus, CorpusMoments, GivenMoments
-    from retcon.memory.values import keeping_values
+    from retcon.memory.values import ValueCache
     from retcon.methods.common.registry import list_methods, method
     from retcon.methods.common.sequence import in_steps
 
@@ -41,9 +41,9 @@ _LAZY = {
     "Layout": "retcon.lm.layouts",
     "LowRank": "retcon.delta",
     "Rows": "retcon.delta",
+    "ValueCache": "retcon.memory.values",
     "evaluate": "retcon.evaluation",
     "in_steps": "retcon.methods.common.sequence",
-    "keeping_values": "retcon.memory.values",
     "list_methods": "retcon.methods.common.registry",
     "load": "retcon.lm.load",
     "method": "retcon.methods.common.registry",
@@ -67,9 +67,9 @@ __all__ = [
     "LowRank",
     "Query",
     "Rows",
+    "ValueCache",
     "evaluate",
     "in_steps",
-    "keeping_values",
     "list_methods",
     "load",
     "method",

@@ -22,10 +22,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from retcon.checked import as_bytes, checksum
+from retcon.edits import Edit
 from retcon.errors import DeltaMismatch, MalformedFile, NonFinite
 from retcon.files import write_atomically
 
-FORMAT = "retcon-delta-1"
+FORMAT = "retcon-delta-2"
 _BLOCK = 2**24  # values of a low-rank product written out at a time
 
 
@@ -227,7 +228,7 @@ class EditReport:
     """What happened to one edit while its delta was made."""
 
     id: str
-    probability: float
+    search_probability: float
     """Geometric-mean probability of the target per token, mean over contexts, with the values in place (not yet the
     weights)."""
     steps: int
@@ -237,17 +238,17 @@ class EditReport:
     (masked tuning went back to the last finite values)."""
     detail: Mapping[str, float] = field(default_factory=dict)
     """Method-specific figures, such as the loss terms at the end."""
-    written: float | None = None
+    final_probability: float | None = None
     """Geometric-mean probability of the target per token on the bare prompt, the delta in the weights; None where it
     was not measured."""
-    said: bool | None = None
+    greedy_match: bool | None = None
     """Whether every target token is then the model's first choice."""
 
     @property
     def outcome(self) -> str:
         """`reached`, or what stood in the way: `clamped`, `steps`, or `conflict` (reached in the search, lost in the
         write: to the weight on old keys, or to other edits)."""
-        return "conflict" if self.stopped == "reached" and self.said is False else self.stopped
+        return "conflict" if self.stopped == "reached" and self.greedy_match is False else self.stopped
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,8 +268,14 @@ class Delta:
     """Per edit: probability reached, steps, why the search stopped."""
     state: Mapping[str, Tensor] | None = None
     """What the next call of a sequential method takes as `state`."""
+    edits: tuple[Edit, ...] = ()
+    """What it writes, in the order of the report."""
+    contexts: tuple[str, ...] = ()
+    """Prefixes that were put before the prompts."""
+    values: Mapping[str, Tensor] | None = None
+    """What was searched, where that was asked for (`keep_values`): by number of the search, site and part."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Method, settings, edits, contexts, moments' keys, seed, versions: enough to repeat the run. JSON values only."""
+    """Method, settings, moments' keys, seed, versions: enough to repeat the run. JSON values only."""
     supersedes: tuple[str, ...] = ()
     """Ids of deltas that this one replaces: applying takes them off, reverting puts them back."""
 
@@ -334,7 +341,8 @@ class Delta:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file; a crash leaves the old file or the new, never a part."""
         tensors = {f"change/{name}": t for name, t in self._change_tensors()}
-        tensors = _for_file(tensors | {f"state/{name}": t for name, t in (self.state or {}).items()})
+        tensors |= {f"state/{name}": t for name, t in (self.state or {}).items()}
+        tensors = _for_file(tensors | {f"values/{name}": t for name, t in (self.values or {}).items()})
         record: dict[str, Any] = {
             "format": FORMAT,
             "id": self.id,
@@ -342,6 +350,9 @@ class Delta:
             "parents": list(self.parents),
             "supersedes": list(self.supersedes),
             "report": [asdict(r) for r in self.report],
+            "edits": [{k: v for k, v in asdict(e).items() if v is not None} for e in self.edits],
+            "contexts": list(self.contexts),
+            "has_values": self.values is not None,
             "has_state": self.state is not None,
             "provenance": dict(self.provenance),
         }
@@ -372,6 +383,9 @@ class Delta:
                 parents=tuple(record["parents"]),
                 report=tuple(EditReport(**r) for r in record["report"]),
                 state=_under("state/", tensors) if record["has_state"] else None,
+                edits=tuple(Edit(**e) for e in record["edits"]),
+                contexts=tuple(record["contexts"]),
+                values=_under("values/", tensors) if record["has_values"] else None,
                 provenance=record["provenance"],
                 supersedes=tuple(record["supersedes"]),
             )

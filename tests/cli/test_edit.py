@@ -101,10 +101,10 @@ def test_of_many_edits_the_worst_are_shown_first(cli: Callable[..., Any], here: 
     rows = [{"prompt": "The capital of {} is", "subject": f"Italy {i}", "target_new": "Rome"} for i in range(15)]
     write_rows(here / "edits.jsonl", rows)
     out = cli(*EDIT, "--set", "steps=1").stdout
-    worst = min(Delta.load("delta.safetensors").report, key=lambda r: r.written)
+    worst = min(Delta.load("delta.safetensors").report, key=lambda r: r.final_probability)
     first = out.split("written  steps")[1].splitlines()[1]
-    assert f"{worst.probability:.3f}" in first
-    assert f"{worst.written:.3f}" in first
+    assert f"{worst.search_probability:.3f}" in first
+    assert f"{worst.final_probability:.3f}" in first
     assert "12 furthest" in out
 
 
@@ -317,7 +317,7 @@ def _killed(*_: Any, **__: Any) -> None:
 
 def test_edits_lost_in_the_write_want_less_weight_on_old_keys() -> None:
     untuned = Resolved("jeep", retcon.method("jeep", low=(0, 1), high=(2,)), None, frozenset())
-    report = [EditReport(str(i), 0.9, 5, "reached", written=0.1, said=i > 0) for i in range(4)]
+    report = [EditReport(str(i), 0.9, 5, "reached", final_probability=0.1, greedy_match=i > 0) for i in range(4)]
     said = remedy(untuned, cast(Delta, SimpleNamespace(report=report[:3])))
     assert said is not None
     assert said.endswith("add --set low_moment_weight=250 --set high_moment_weight=100")

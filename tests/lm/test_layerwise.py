@@ -37,11 +37,11 @@ def change(lm: LM, layer: int, *, seed: int) -> object:
     return lm.delta({site.name: [site.stored(left, 0.3 * right.T)]})
 
 
-def check(lm: LM, climb: LayerwiseReader, rows: list[Row], points: list[Point], keep: int) -> None:
+def check(lm: LM, reader: LayerwiseReader, rows: list[Row], points: list[Point], keep: int) -> None:
     plain = activations(lm, pad(rows), {p: torch.tensor([r.subject_last for r in rows]) for p in points})
     sums, weights = [i % 2 for i in range(len(rows))], [float(i % 5) for i in range(1, len(rows) + 1)]
     reading = Reading([r.position("subject_last") for r in rows], sums, weights)
-    read = climb.read(dict.fromkeys(points, reading), keep)
+    read = reader.read(dict.fromkeys(points, reading), keep)
     close = 2e-5 if lm.model.config.model_type in ("gptj", "gemma2") else 1e-9
     for point in points:
         weighted = plain[point] * torch.tensor(weights, dtype=lm.dtype)[:, None]
@@ -56,26 +56,26 @@ def test_readings_equal_plain_passes_while_the_layers_change(
 ) -> None:
     lm = tiny(family)
     rows, prefix_group = rows_of()
-    climb = LayerwiseReader(lm, rows, prefix_group, keep_bytes=keep_bytes, max_batch_tokens=25)
-    assert climb.keeps == (keep_bytes > 0)
-    check(lm, climb, rows, [Point(1, "key"), Point(2, "block")], keep=1)
+    reader = LayerwiseReader(lm, rows, prefix_group, keep_bytes=keep_bytes, max_batch_tokens=25)
+    assert reader.keeps == (keep_bytes > 0)
+    check(lm, reader, rows, [Point(1, "key"), Point(2, "block")], keep=1)
     with lm.edited(change(lm, 1, seed=0)):
-        check(lm, climb, rows, [Point(2, "key"), Point(2, "mlp")], keep=2)
+        check(lm, reader, rows, [Point(2, "key"), Point(2, "mlp")], keep=2)
         with lm.edited(change(lm, 2, seed=1)):
-            check(lm, climb, rows, [Point(3, "attn_key"), Point(3, "block")], keep=3)
-            assert climb.reached == (3 if keep_bytes else 0)
+            check(lm, reader, rows, [Point(3, "attn_key"), Point(3, "block")], keep=3)
+            assert reader.reached == (3 if keep_bytes else 0)
 
 
 def test_a_change_below_starts_it_again_at_the_tokens(tiny: Callable[..., LM]) -> None:
     lm = tiny("llama")
     rows, prefix_group = rows_of()
-    climb = LayerwiseReader(lm, rows, prefix_group, keep_bytes=1e9)
+    reader = LayerwiseReader(lm, rows, prefix_group, keep_bytes=1e9)
     points = [Point(3, "key")]
-    check(lm, climb, rows, points, keep=3)
+    check(lm, reader, rows, points, keep=3)
     with lm.edited(change(lm, 1, seed=0)):
-        check(lm, climb, rows, points, keep=2)
-    check(lm, climb, rows, points, keep=3)
-    check(lm, climb, rows, [Point(0, "key")], keep=0)
+        check(lm, reader, rows, points, keep=2)
+    check(lm, reader, rows, points, keep=3)
+    check(lm, reader, rows, [Point(0, "key")], keep=0)
 
 
 def test_rows_that_share_nothing_or_everything(tiny: Callable[..., LM]) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+import retcon
 from retcon.edits import Edit
 from retcon.errors import NonFinite, OutOfMemory, RetconWarning
 from retcon.lm.forward import Point
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
+from retcon.memory import capacity, collect
 from retcon.memory.contexts import Contexts
 from retcon.memory.values import chunk as chunk_module
 from retcon.memory.values.chunk import Chunk, EditRows
@@ -20,6 +22,7 @@ from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
 from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.search import search_values
+from tests.conftest import random_moments
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 LOW = ValueSite(Point(1, "mlp"), "subject_last", clamp=1.5, weight_decay=0.02)
@@ -59,12 +62,12 @@ def both(
 
 
 def agree(fast: Values, plain: Values, tolerance: float) -> None:
-    for name in ("init", "delta", "live"):
+    for name in ("init", "offset", "activation"):
         for a, b in zip(getattr(fast, name), getattr(plain, name), strict=True):
             assert float((a - b).norm(dim=1).max()) <= tolerance * float(b.norm(dim=1).max()), name
     for a, b in zip(fast.report, plain.report, strict=True):
         assert (a.id, a.steps, a.stopped) == (b.id, b.steps, b.stopped)
-        assert a.probability == pytest.approx(b.probability, rel=100 * tolerance)
+        assert a.search_probability == pytest.approx(b.search_probability, rel=100 * tolerance)
         assert a.detail == pytest.approx(b.detail, rel=100 * tolerance, abs=100 * tolerance)
 
 
@@ -159,7 +162,7 @@ def test_half_precision_models_get_float32_values(
     dtype: torch.dtype, tiny: Callable[..., LM], mixed: list[Edit]
 ) -> None:
     fast, plain = both(tiny("llama", dtype), mixed, (LOW, HIGH), steps=2)
-    for a, b in zip(fast.delta, plain.delta, strict=True):
+    for a, b in zip(fast.offset, plain.offset, strict=True):
         assert a.dtype == b.dtype == torch.float32
         assert float((a - b).norm()) < 0.5 * float(b.norm())  # one step of Adam: signs of small gradients may differ
     assert [r.steps for r in fast.report] == [1] * len(mixed)
@@ -210,20 +213,34 @@ def test_the_edit_whose_loss_is_nan_is_named(tiny: Callable[..., LM], mixed: lis
 def test_plans_hold_every_edit_once_whatever_the_memory(tiny: Callable[..., LM], mixed: list[Edit]) -> None:
     lm = tiny("llama")
     rows = [EditRows.of(lm, e, (LOW, HIGH), CONTEXTS, ValueSearch()) for e in mixed]
-    plans = {free: make_plan(lm, rows, (LOW, HIGH), free=free) for free in (0, 100_000, 10**10)}
+    plans = {memory: make_plan(lm, rows, (LOW, HIGH), memory=memory) for memory in (0, 100_000, 10**10)}
     for plan in plans.values():
         assert sorted(i for c in plan.chunks for i in c.edits) == list(range(len(mixed)))
         columns = [rows[i].columns for c in plan.chunks for i in c.edits]
         assert columns == sorted(columns)
         assert Plan.from_json(plan.as_json()) == plan
-    assert all(c.width == len(c.edits) == 1 for c in plans[0].chunks)
+    assert all(c.max_active == len(c.edits) == 1 for c in plans[0].chunks)
     assert len(plans[10**10].chunks) == 1 < len(plans[100_000].chunks)
+
+
+def test_the_free_memory_changes_nothing(
+    tiny: Callable[..., LM], mixed: list[Edit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for free in (10**9, 3 * 10**8, 10**8):
+        for module in (capacity, collect):
+            monkeypatch.setattr(module, "free_bytes", lambda device, free=free: free)
+        lm = tiny("llama", torch.float32)
+        moments = random_moments(lm)
+        method = retcon.method("memit", layers=(0, 1), moment_weight=1.0, steps=3)
+        found.append(method.propose(lm, mixed, contexts=CONTEXTS, moments=moments).id)
+    assert len(set(found)) == 1
 
 
 def test_running_out_of_memory_takes_less_and_says_so(
     tiny: Callable[..., LM], mixed: list[Edit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm, search = tiny("llama"), ValueSearch(steps=3)
+    lm, search = tiny("llama"), ValueSearch(steps=3, shrink=True)
     wanted = search_values_reference(lm, mixed, (LOW, HIGH), CONTEXTS, search)
     step = Chunk.logits
 
@@ -233,10 +250,15 @@ def test_running_out_of_memory_takes_less_and_says_so(
         return step(self, now, vectors)
 
     monkeypatch.setattr(Chunk, "logits", limited)
-    with pytest.warns(RetconWarning, match="memory ran out with [63] of 6"):
+    with pytest.warns(RetconWarning, match="memory ran out with [63] edits active of 6"):
         found = search_values(lm, mixed, (LOW, HIGH), CONTEXTS, search, plan=Plan((ChunkPlan(tuple(range(6)), 6),)))
     agree(found, wanted, 1e-10)
     assert found.plan == {"chunks": [[6, 1]], "oom_retries": 2}
+
+    with pytest.raises(OutOfMemory, match=r"6 edits active .* --set shrink=true"):
+        search_values(
+            lm, mixed, (LOW, HIGH), CONTEXTS, ValueSearch(steps=3), plan=Plan((ChunkPlan(tuple(range(6)), 6),))
+        )
 
     def never(self: Chunk, now: Any, vectors: Any) -> Any:
         raise torch.OutOfMemoryError("no room")

@@ -1,5 +1,6 @@
 """Resuming: a search that was killed goes on where it was, bit for bit."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from retcon import checked
 from retcon.edits import Edit
+from retcon.errors import RetconWarning
 from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
-from retcon.memory.values import Values, ValueSearch, ValueSite, keeping_values, search_values
+from retcon.memory.values import ValueCache, Values, ValueSearch, ValueSite, search_values
 from retcon.memory.values.chunk import Chunk
 from retcon.memory.values.plan import ChunkPlan, Plan
+from retcon.memory.values.store import ValueStore
 
 CONTEXTS = Contexts(("I read. ",))
 SITES = (
@@ -30,7 +35,7 @@ class Killed(BaseException):
 
 
 def same(a: Values, b: Values) -> bool:
-    tensors = zip((*a.init, *a.delta, *a.live), (*b.init, *b.delta, *b.live), strict=True)
+    tensors = zip((*a.init, *a.offset, *a.activation), (*b.init, *b.offset, *b.activation), strict=True)
     return a.report == b.report and all(torch.equal(x, y) for x, y in tensors)
 
 
@@ -53,10 +58,10 @@ def test_a_killed_search_goes_on_with_the_identical_result(
 ) -> None:
     whole = search_values(tiny("llama", torch.float32), edits, SITES, CONTEXTS, SEARCH, plan=PLAN)
     lm = tiny("llama", torch.float32)
-    with monkeypatch.context() as patch, pytest.raises(Killed), keeping_values(tmp_path):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_after(passes + 2, patch)  # two passes try the replay out
-        search_values(lm, edits, SITES, CONTEXTS, SEARCH, plan=PLAN)
-    finished = len(list(tmp_path.glob("*/*.safetensors")))
+        search_values(lm, edits, SITES, CONTEXTS, SEARCH, plan=PLAN, cache=ValueCache(tmp_path))
+    finished = len([p for p in tmp_path.glob("*/*.safetensors") if p.stem != "plan"])
     assert finished == {0: 0, 3: 0, 7: 1, 12: 2}[passes]
     ran = []
     real = Chunk.__init__
@@ -66,8 +71,8 @@ def test_a_killed_search_goes_on_with_the_identical_result(
         real(self, lm, rows, *args)
 
     monkeypatch.setattr(Chunk, "__init__", counting)
-    with keeping_values(tmp_path) as kept:
-        resumed = search_values(lm, edits, SITES, CONTEXTS, SEARCH, plan=PLAN)
+    kept = ValueCache(tmp_path)
+    resumed = search_values(lm, edits, SITES, CONTEXTS, SEARCH, plan=PLAN, cache=kept)
     assert same(resumed, whole)
     assert len(ran) == len(PLAN.chunks) - finished
     kept.discard()
@@ -75,47 +80,80 @@ def test_a_killed_search_goes_on_with_the_identical_result(
 
 
 def test_a_run_that_goes_on_takes_over_the_plan(tiny: Callable[..., LM], edits: list[Edit], tmp_path: Path) -> None:
-    lm = tiny("llama")
-    with keeping_values(tmp_path):
-        first = search_values(lm, edits, SITES, CONTEXTS, SEARCH)
-        path = next(tmp_path.glob("*/plan.json"))
-        path.write_text(path.read_text().replace('"oom_retries": 0', '"oom_retries": 3'))
-        assert search_values(lm, edits, SITES, CONTEXTS, SEARCH).plan["oom_retries"] == 3
+    lm, cache = tiny("llama"), ValueCache(tmp_path)
+    first = search_values(lm, edits, SITES, CONTEXTS, SEARCH, cache=cache)
+    store = ValueStore.of(cache, lm, edits, SITES, CONTEXTS, SEARCH)
+    plan = store.plan(lambda: PLAN)
+    store.change_plan(replace(plan, oom_retries=3))
+    assert search_values(lm, edits, SITES, CONTEXTS, SEARCH, cache=cache).plan["oom_retries"] == 3
     assert first.plan["oom_retries"] == 0
 
 
 def test_whatever_determines_the_values_is_in_the_key(
     tiny: Callable[..., LM], edits: list[Edit], tmp_path: Path
 ) -> None:
-    lm = tiny("llama")
+    lm, cache = tiny("llama"), ValueCache(tmp_path)
     site = lm.site(0, "down_proj")
     change = lm.delta({site.name: [site.stored(torch.ones(32, 1).double(), torch.ones(1, 64).double())]})
-    with keeping_values(tmp_path) as kept:
-        search_values(lm, edits, SITES, CONTEXTS, SEARCH)
-        search_values(lm, edits[:2], SITES, CONTEXTS, SEARCH)
-        search_values(lm, edits, SITES[:1], CONTEXTS, SEARCH)
-        search_values(lm, edits, SITES, Contexts(), SEARCH)
-        search_values(lm, edits, SITES, CONTEXTS, replace(SEARCH, steps=4))
-        search_values(tiny("llama", seed=1), edits, SITES, CONTEXTS, SEARCH)
-        with lm.edited(change):
-            search_values(lm, edits, SITES, CONTEXTS, SEARCH)
-    assert len(set(kept.used)) == 7
+    search_values(lm, edits, SITES, CONTEXTS, SEARCH, cache=cache)
+    search_values(lm, edits[:2], SITES, CONTEXTS, SEARCH, cache=cache)
+    search_values(lm, edits, SITES[:1], CONTEXTS, SEARCH, cache=cache)
+    search_values(lm, edits, SITES, Contexts(), SEARCH, cache=cache)
+    search_values(lm, edits, SITES, CONTEXTS, replace(SEARCH, steps=4), cache=cache)
+    search_values(tiny("llama", seed=1), edits, SITES, CONTEXTS, SEARCH, cache=cache)
+    with lm.edited(change):
+        search_values(lm, edits, SITES, CONTEXTS, SEARCH, cache=cache)
+    assert len(set(cache.used)) == 7
 
 
-def test_a_damaged_file_is_made_again(tiny: Callable[..., LM], edits: list[Edit], tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign"])
+def test_a_damaged_file_is_made_again_and_named(
+    damage: str, tiny: Callable[..., LM], edits: list[Edit], tmp_path: Path
+) -> None:
+    lm, cache = tiny("llama"), ValueCache(tmp_path)
+    first = search_values(lm, edits, SITES, CONTEXTS, SEARCH, plan=PLAN, cache=cache)
+    path, other = [p for p in sorted(tmp_path.glob("*/*.safetensors")) if p.stem != "plan"][:2]
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "cut": whole[: len(whole) // 2],
+            "flipped": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:],
+            "foreign": other.read_bytes(),
+        }[damage]
+    )
+    with pytest.warns(RetconWarning, match=path.name):
+        again = search_values(lm, edits, SITES, CONTEXTS, SEARCH, plan=PLAN, cache=cache)
+    assert same(again, first)
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_a_search(
+    tiny: Callable[..., LM], edits: list[Edit], tmp_path: Path
+) -> None:
     lm = tiny("llama")
-    with keeping_values(tmp_path):
-        first = search_values(lm, edits, SITES, CONTEXTS, SEARCH)
-        path = next(tmp_path.glob("*/*.safetensors"))
-        path.write_bytes(path.read_bytes()[:50])
-        assert same(search_values(lm, edits, SITES, CONTEXTS, SEARCH), first)
-        next(tmp_path.glob("*/plan.json")).write_text("{")
-        assert same(search_values(lm, edits, SITES, CONTEXTS, SEARCH), first)
+    (tmp_path / "a file").write_text("")
+    checked._warn_once.cache_clear()
+    with pytest.warns(RetconWarning, match="cache cannot be written"):
+        found = search_values(lm, edits, SITES, CONTEXTS, SEARCH, cache=ValueCache(tmp_path / "a file"))
+    assert same(found, search_values(lm, edits, SITES, CONTEXTS, SEARCH))
 
 
-def test_nothing_is_written_outside_the_scope(
+def test_nothing_is_written_without_a_cache(
     tiny: Callable[..., LM], edits: list[Edit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RETCON_CACHE", str(tmp_path))
     search_values(tiny("llama"), edits, SITES, CONTEXTS, SEARCH)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_ordinary_run_is_kept_every_32_edits(tiny: Callable[..., LM], edits: list[Edit], tmp_path: Path) -> None:
+    lm = tiny("llama", torch.float32)
+    many = [replace(edits[i % 3], id=f"{i}", target_new=f"Rome {i}") for i in range(70)]
+    search_values(lm, many, SITES, Contexts(), replace(SEARCH, steps=1), cache=ValueCache(tmp_path))
+    kept = [len(json.loads(_metadata(p))["about"]["reports"]) for p in tmp_path.glob("*/*") if p.stem != "plan"]
+    assert sum(kept) == 70
+    assert max(kept) <= 32
+
+
+def _metadata(path: Path) -> str:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()["retcon"]

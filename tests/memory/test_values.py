@@ -36,7 +36,7 @@ def test_first_loss_is_the_nll_of_the_plain_forward(tiny, edit):
     assert detail["kl"] == pytest.approx(0)
     assert found.report[0].steps == 0
     for s in range(2):
-        assert not found.delta[s].any()
+        assert not found.offset[s].any()
         assert torch.equal(found.target(s), found.init[s])
 
 
@@ -44,14 +44,14 @@ def test_first_loss_is_the_nll_of_the_plain_forward(tiny, edit):
 def test_deltas_stay_in_their_balls_and_kl_is_not_negative(tiny, edit, steps):
     found = search(tiny("gptj"), edit, steps=steps, threshold=1.0)
     for s, site in enumerate((LOW, HIGH)):
-        assert float(found.delta[s].norm()) <= site.clamp * float(found.init[s].norm()) * (1 + 1e-6)
+        assert float(found.offset[s].norm()) <= site.clamp * float(found.init[s].norm()) * (1 + 1e-6)
     assert found.report[0].detail["kl"] >= 0
 
 
 def test_no_learning_rate_no_move(tiny, edit):
     found = search(tiny("llama"), edit, steps=4, learning_rate=0.0)
-    assert not found.delta[0].any()
-    assert not found.delta[1].any()
+    assert not found.offset[0].any()
+    assert not found.offset[1].any()
 
 
 def test_stops_when_the_probability_is_reached_or_the_steps_are_used_up(tiny, edit):
@@ -60,7 +60,11 @@ def test_stops_when_the_probability_is_reached_or_the_steps_are_used_up(tiny, ed
     # a random model's final norm bounds how sure it can be: 0.004 is far above where it starts
     done = search(lm, edit, free, Contexts(), steps=100, kl_factor=0.0, threshold=0.004)
     assert done.report[0].stopped == "reached"
-    assert done.report[0].probability >= 0.004 > search(lm, edit, free, Contexts(), steps=1).report[0].probability
+    assert (
+        done.report[0].search_probability
+        >= 0.004
+        > search(lm, edit, free, Contexts(), steps=1).report[0].search_probability
+    )
     assert done.report[0].steps < 99
     short = search(lm, edit, free, steps=3, kl_factor=0.0)
     assert (short.report[0].stopped, short.report[0].steps) == ("steps", 2)
@@ -75,7 +79,7 @@ def test_a_zero_clamp_takes_its_site_out(tiny, edit):
     lm = tiny("gptj")
     closed = ValueSite(HIGH.point, HIGH.where, clamp=0.0, weight_decay=HIGH.weight_decay)
     both, alone = search(lm, edit, (LOW, closed), steps=6), search(lm, edit, (LOW,), steps=6)
-    assert not both.delta[1].any()
+    assert not both.offset[1].any()
     assert torch.equal(both.target(1), both.init[1])
     assert_close(both.target(0), alone.target(0))
 
@@ -83,7 +87,7 @@ def test_a_zero_clamp_takes_its_site_out(tiny, edit):
 def test_same_layer_mlp_and_block_give_the_same_delta_without_clamp_or_decay(tiny, edit):
     lm = tiny("llama")
     deltas = [
-        search(lm, edit, (ValueSite(Point(1, t), "subject_last", 1e9, 0.0),), steps=5).delta[0]
+        search(lm, edit, (ValueSite(Point(1, t), "subject_last", 1e9, 0.0),), steps=5).offset[0]
         for t in ("mlp", "block")
     ]
     assert_close(*deltas)
@@ -93,7 +97,7 @@ def test_same_layer_mlp_and_block_give_the_same_delta_without_clamp_or_decay(tin
 def test_attention_site_is_the_same_only_in_parallel_blocks(tiny, edit, family, same):
     lm = tiny(family)
     a, b = (
-        search(lm, edit, (ValueSite(Point(2, t), "prediction", 1e9, 0.0),), steps=4).delta[0] for t in ("mlp", "attn")
+        search(lm, edit, (ValueSite(Point(2, t), "prediction", 1e9, 0.0),), steps=4).offset[0] for t in ("mlp", "attn")
     )
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-5) == same  # GPT-J's attention computes in float32
 
@@ -103,7 +107,7 @@ def test_an_edit_does_not_depend_on_its_neighbours(tiny, edits):
     together = search_values(lm, edits, (LOW, HIGH), CONTEXTS, ValueSearch(steps=4))
     for i, edit in enumerate(edits):
         alone = search(lm, edit, steps=4)
-        assert_close(together.delta[0][i], alone.delta[0][0])
+        assert_close(together.offset[0][i], alone.offset[0][0])
         one_of_many, one = together.report[i], alone.report[0]
         assert (one_of_many.steps, one_of_many.stopped) == (one.steps, one.stopped)
         assert one_of_many.detail == pytest.approx(one.detail)

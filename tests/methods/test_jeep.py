@@ -23,6 +23,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.keys import mean_keys
 from retcon.memory.moments import GivenMoments
 from retcon.memory.values import ValueSearch, ValueSite, search_values
+from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.registry import method, presets, signature
 from retcon.methods.jeep import Jeep
 from tests.conftest import random_moments
@@ -140,8 +141,8 @@ def test_block_sites_behind_a_post_norm_fall_back_to_the_mlp_output(tiny, edit):
 
 def test_stop_reasons_agree_with_the_probability(tiny, edits):
     lm = tiny("llama")
-    for r in propose(lm, edits, steps=40, low_clamp=50.0, high_clamp=50.0, min_probability=0.2).report:
-        assert (r.stopped == "reached") == (r.probability >= 0.2)
+    for r in propose(lm, edits, steps=40, low_clamp=50.0, high_clamp=50.0, threshold=0.2).report:
+        assert (r.stopped == "reached") == (r.search_probability >= 0.2)
         assert r.stopped == "reached" or r.steps == 39
 
 
@@ -263,7 +264,7 @@ def test_presets_are_matched_by_sizes_and_the_choice_is_said(tiny, monkeypatch):
 @pytest.mark.parametrize("n_layers", [2, 4, 6, 12, 28, 32, 48, 80])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_starting_points_fit_any_depth(n_layers, parallel):
-    guess = Jeep.fallback_settings(n_layers, parallel=parallel)
+    guess = Jeep.fallback_settings(ModelShape(n_layers, 64, 256, parallel))
     assert min(guess["low"]) >= 0
     assert max(guess["high"]) < n_layers
     assert n_layers < 6 or max(guess["low"]) < min(guess["high"])

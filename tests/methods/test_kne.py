@@ -200,7 +200,7 @@ def test_what_is_reported_is_what_the_edited_model_says(tiny, edits):
 
     with lm.edited(delta), lm.frozen_eval():
         now = AnswerLoss(lm, answer_rows(lm, edits)).now()
-    for said in ([r.probability for r in delta.report], [r.written for r in delta.report]):
+    for said in ([r.search_probability for r in delta.report], [r.final_probability for r in delta.report]):
         assert_close(said, [math.exp(-x) for x in now], rtol=1e-6, atol=1e-9)
 
 

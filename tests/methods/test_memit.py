@@ -149,14 +149,14 @@ def test_the_report_tells_what_became_of_each_edit(tiny, edits):
     settings = dict(layers=(1, 2), stop="probability", threshold=0.3, clamp=50.0, weight_decay=0.0, steps=30)
     light, heavy = (propose(lm, [EASY], moment_weight=w, learning_rate=0.5, **settings) for w in (1e-6, 1e9))
     assert [r.outcome for r in light.report] == ["reached"]
-    assert [(r.stopped, r.said, r.outcome) for r in heavy.report] == [("reached", False, "conflict")]
-    assert light.report[0].probability == heavy.report[0].probability >= 0.3
-    assert light.report[0].written > 0.2 > heavy.report[0].written
+    assert [(r.stopped, r.greedy_match, r.outcome) for r in heavy.report] == [("reached", False, "conflict")]
+    assert light.report[0].search_probability == heavy.report[0].search_probability >= 0.3
+    assert light.report[0].final_probability > 0.2 > heavy.report[0].final_probability
     many = propose(lm, edits)
     with lm.edited(many):
         for report, (probability, said) in zip(many.report, answers(lm, edits, max_batch_tokens=20), strict=True):
-            assert report.written == pytest.approx(probability)
-            assert report.said == said
+            assert report.final_probability == pytest.approx(probability)
+            assert report.greedy_match == said
     assert {r.outcome for r in propose(lm, edits, clamp=0.01, steps=4).report} == {"clamped"}
     assert {r.outcome for r in propose(lm, edits, clamp=1e9, steps=1).report} == {"steps"}
 

@@ -79,12 +79,12 @@ def test_the_nll_counts_less_from_the_step_after_all_targets_are_settled(family,
         at = torch.tensor([0]), torch.tensor([row.position("subject_last")])
         where = torch.zeros(len(row.target_ids), dtype=torch.long), torch.arange(row.n_prompt - 1, len(row.ids) - 1)
         with torch.no_grad():
-            logits = run(lm, pad([row]), {site.point: adding(*at, values.delta[0])}, where)
+            logits = run(lm, pad([row]), {site.point: adding(*at, values.offset[0])}, where)
         return logits.argmax(-1).tolist() == list(row.target_ids)
 
     first = next(steps for steps in range(1, 40) if settled(found(steps, None)))
     for steps, parted in ((first, False), (first + 1, False), (first + 2, True)):  # n passes make n - 1 updates
-        gap = (found(steps, 0.1).delta[0] - found(steps, None).delta[0]).norm()
+        gap = (found(steps, 0.1).offset[0] - found(steps, None).offset[0]).norm()
         assert bool(gap > 1e-6) == parted
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from retcon.errors import RetconWarning
 from retcon.lm.layouts import LAYOUTS
+from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.registry import METHODS, _models, method, method_class, presets
 
 FAMILY = ("rome", "r_rome", "memit", "pmet", "jeep", "emmet", "alphaedit", "rect", "prune")
@@ -79,13 +80,13 @@ def test_a_filters_host_gets_its_own_preset_and_what_is_given_over_it(tiny, monk
     assert chosen.base_settings["moment_weight"] == 7.0
     other = method("rect", for_model=tiny("llama"), base_method="rome")
     assert other.base_settings["layer"] == 5
-    assert not other.batch
+    assert not other.supports_batches
 
 
 @pytest.mark.parametrize("n_layers", [2, 4, 6, 12, 28, 32, 48, 80])
 @pytest.mark.parametrize("name", [n for n in FAMILY if n not in ("rect", "prune")])
 def test_starting_points_fit_any_depth(name, n_layers):
     for parallel in (False, True):
-        guess = method_class(name).fallback_settings(n_layers, parallel=parallel)
+        guess = method_class(name).fallback_settings(ModelShape(n_layers, 64, 256, parallel))
         method(name, **guess)
         assert all(0 <= x < n_layers for value in guess.values() for x in _as_tuple(value))

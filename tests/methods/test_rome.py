@@ -59,7 +59,7 @@ def test_r_rome_stores_it_under_the_mean_key(tiny, edit):
     mean = keys_mean_output(lm, edit)
     assert_close(mean + update(lm, propose(r_rome(), lm, edit), LAYER) @ k, v.target(0)[0])
     gained = update(lm, propose(r_rome(residual="delta"), lm, edit), LAYER) @ k
-    assert_close(gained, v.delta[0][0])
+    assert_close(gained, v.offset[0][0])
 
 
 def keys_mean_output(lm, edit):
@@ -176,4 +176,4 @@ def test_prefixes_of_its_own_style_are_made_where_none_are_given(tiny):
     lm = tiny("llama", torch.float32, tok="bos")
     edit = Edit("You know {}", "France", "Rome")
     own = rome(context_style="rome", steps=2).propose(lm, [edit], moments=random_moments(lm))
-    assert len(own.provenance["contexts"]) == 20
+    assert len(own.contexts) == 20

@@ -47,7 +47,7 @@ def test_one_delta_is_all_the_steps(name, tiny, edits, untouched):
         assert_close(whole.state[key], value)
     assert whole.supersedes == ()
     assert whole.provenance["batch_size"] == 1
-    assert [e["id"] for e in whole.provenance["edits"]] == [r.id for r in whole.report] == [e.id for e in edits]
+    assert [e.id for e in whole.edits] == [r.id for r in whole.report] == [e.id for e in edits]
     with lm.edited(whole):
         for n, parameter in lm.model.named_parameters():
             assert_close(parameter.detach(), wanted[n], rtol=1e-6, atol=1e-9)

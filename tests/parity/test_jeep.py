@@ -54,7 +54,7 @@ def plain_jeep(lm: LM, edits: list[Edit], m: Jeep) -> dict[str, torch.Tensor]:
     low = Place(m.low[-1], tensor, "subject_last", m.low_clamp, m.low_weight_decay) if m.low else None
     high = Place(m.high[-1], high_added, "prediction", m.high_clamp, m.high_weight_decay) if m.high else None
     rows = [plain_rows(lm, e) for e in edits]
-    search = dict(steps=m.steps, lr=m.learning_rate, kl_factor=m.kl_factor, threshold=m.min_probability)
+    search = dict(steps=m.steps, lr=m.learning_rate, kl_factor=m.kl_factor, threshold=m.value_search().threshold)
 
     def values(places: list[Place], with_kl: bool) -> list[torch.Tensor]:
         found = [optimise(model, r, kl if with_kl else None, places, **search) for r, kl in rows]

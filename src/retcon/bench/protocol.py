@@ -294,7 +294,7 @@ def _edit(
     for report in delta.report:
         if report.id in owners:
             owner = owners[report.id]
-            records.append(_edit_record(owner, report.probability, report.steps, step, "ok", report.stopped))
+            records.append(_edit_record(owner, report.search_probability, report.steps, step, "ok", report.stopped))
     note = f"short chunk: {len(chunk)} of {size}" if len(chunk) < size else None
     if n_found := setting.n_cached_values() - n_cached_values:
         reason = f"the values of {n_found} edits had been searched before"

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ from retcon.lm.load import load as load_model
 from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Corpus, CorpusMoments
-from retcon.memory.values import keeping_values
-from retcon.methods.common.contract import needs_subject
+from retcon.memory.values import ValueCache
 from retcon.methods.common.registry import method as make_method
 from retcon.methods.common.sequence import in_steps
 
@@ -197,9 +197,11 @@ class CellRunner:
         plan, before = self._plan(chosen, report, measures)
         pre_records = [*before.records, *self._unedited]
 
-        def propose(lm: LM, edits: Sequence[Edit], state: Any) -> Delta:
-            seed_of_method = derive_seed(cell.seed, "method") % 2**31
-            return in_steps(method, lm, edits, moments=self.moments, state=state, seed=seed_of_method)
+        kept = ValueCache(root / VALUES)
+        seed = derive_seed(cell.seed, "method") % 2**31
+
+        def propose(lm: LM, edits: Sequence[Edit], state: Any, values: ValueCache | None = kept) -> Delta:
+            return in_steps(method, lm, edits, moments=self.moments, state=state, values=values, seed=seed)
 
         setting = Setting(
             self.lm,
@@ -210,15 +212,15 @@ class CellRunner:
             self._whole_model,
             lambda: self.moments.seconds,
             lambda: kept.resumed,
-            needs_subject(method),
+            method.needs_subject,
         )
         units = Units(directory, identity, keep_tokens=self.spec.keep_tokens)
         _, size = cell.protocol.sizes(len(chosen))
         if self.spec.warm_up and units.load(units.key(0, [case.id for case in chosen[:size]])) is None:
-            self._warm_up(propose, chosen)
+            self._warm_up(partial(propose, values=None), chosen)
         done: list[Unit] = []
         stream_of_units = run_units(setting, cell.protocol, units)
-        with keeping_values(root / VALUES) as kept, closing(stream_of_units):  # closed, it restores the model
+        with closing(stream_of_units):  # closed, it restores the model
             for unit in stream_of_units:
                 if not self.spec.share_values:
                     kept.discard()
@@ -407,7 +409,7 @@ def _probe(bench: CellRunner, cell: Cell, cases: Sequence[Case]) -> tuple[float,
     """(seconds of a call for one edit, of each further edit in it, of measuring a case)."""
     lm, few = bench.lm, list(cases[:N_PROBED])
     chosen = bench.methods[cell.method.label]
-    needed = needs_subject(chosen)
+    needed = chosen.needs_subject
     edits = [e for case in few for e in case.edits if e.subject_span is not None or (e.subject is None and not needed)]
     if not edits:
         raise InvalidSetting(f"{cell.dataset.label}: none of the first {N_PROBED} cases can be edited")

@@ -44,10 +44,11 @@ from retcon.files import cache_dir
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from retcon.delta import Delta
+    from retcon.delta import Delta, EditReport
     from retcon.evaluation import Evaluation
     from retcon.lm.model import LM
     from retcon.memory.moments import Moments
+    from retcon.memory.values import ValueCache
 
 N_SHOWN = 12
 """Edits shown in the report; of more, the least successful ones."""
@@ -176,12 +177,22 @@ def edit(
         return
     assert out is not None
 
-    from retcon.memory.values import keeping_values
+    from retcon.memory.values import ValueCache
 
-    with keeping_values(cache_dir() / "values") as kept:
-        state = before[-1].state if before and before[-1].provenance.get("method") == method else None
-        delta = make(lm, resolved, asked.edits, corpus=corpus, seed=seed, took=took, batch_size=batch_size, state=state)
-        delta.save(out)
+    kept = ValueCache(cache_dir() / "values")
+    state = before[-1].state if before and before[-1].provenance.get("method") == method else None
+    delta = make(
+        lm,
+        resolved,
+        asked.edits,
+        corpus=corpus,
+        seed=seed,
+        took=took,
+        batch_size=batch_size,
+        state=state,
+        values=kept,
+    )
+    delta.save(out)
     kept.discard()
     if kept.resumed:
         show.print(f"[dim]values of {count(kept.resumed, 'edit')} were there from a run that did not end[/]")
@@ -301,6 +312,7 @@ def make(
     took: dict[str, float],
     batch_size: int | None = None,
     state: "Mapping[str, Tensor] | None" = None,
+    values: "ValueCache | None" = None,
 ) -> "Delta":
     """Propose, with progress bars; `took` gets the seconds for moments and, apart from them, for the edit itself."""
     from retcon.methods.common.sequence import in_steps
@@ -316,6 +328,7 @@ def make(
             batch_size=batch_size,
             moments=moments,
             state=state,
+            values=values,
             seed=seed,
             progress=lambda stage, n, of: advance(f"optimising {stage}", n, of),
         )
@@ -326,9 +339,8 @@ def make(
 def needed_moments(lm: "LM", resolved: Resolved, corpus: str | None) -> "Moments":
     """Second moments for the method; none, and no corpus read, where it has no use for them."""
     from retcon.memory.moments import GivenMoments
-    from retcon.methods.common.contract import uses_moments
 
-    return moments_for(lm, corpus) if uses_moments(resolved.method) else GivenMoments({})
+    return moments_for(lm, corpus) if resolved.method.uses_moments else GivenMoments({})
 
 
 def expect(
@@ -364,10 +376,12 @@ def edits_table(delta: "Delta", edits: Sequence[Edit]) -> Group:
     by_id = {e.id: e for e in edits}
     reports = [r for r in delta.report if r.id in by_id]
     if len(reports) > N_SHOWN:
-        reports = sorted(reports, key=lambda r: r.probability if r.written is None else r.written)[:N_SHOWN]
+        reports = sorted(
+            reports, key=lambda r: r.search_probability if r.final_probability is None else r.final_probability
+        )[:N_SHOWN]
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("subject", "new answer", "sought", "written", "steps", "outcome"):
-        right = name in ("sought", "written", "steps")
+    for name in ("subject", "new answer", "searched", "final", "steps", "outcome"):
+        right = name in ("searched", "final", "steps")
         table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis", max_width=44)
     for report in reports:
         edit = by_id[report.id]
@@ -375,13 +389,17 @@ def edits_table(delta: "Delta", edits: Sequence[Edit]) -> Group:
         table.add_row(
             escape(edit.subject or "-"),
             escape(edit.target_new),
-            f"{report.probability:.3f}",
-            "-" if report.written is None else f"{report.written:.3f}",
+            f"{report.search_probability:.3f}",
+            "-" if report.final_probability is None else f"{report.final_probability:.3f}",
             str(report.steps),
             f"[{colour}]{report.outcome}[/]",
         )
     shown = f"; shown are the {len(reports)} furthest from it" if len(reports) < len(delta.report) else ""
     return Group(table, f"[dim]{outcomes(delta)}{shown}[/]")
+
+
+def _how_far(report: "EditReport") -> float:
+    return report.search_probability if report.final_probability is None else report.final_probability
 
 
 def outcomes(delta: "Delta") -> str:
@@ -394,8 +412,9 @@ def outcomes(delta: "Delta") -> str:
     }
     parts = [f"{counts['reached']} of {len(delta.report)} reached what was asked for"]
     parts += [f"{counts[name]} {text}" for name, text in why.items() if counts[name]]
-    if (said := [r.said for r in delta.report if r.said is not None]) and len(said) == len(delta.report):
-        parts += [f"{sum(said)} are what the edited model says first"]
+    matches = [r.greedy_match for r in delta.report]
+    if matches and None not in matches:
+        parts += [f"{sum(map(bool, matches))} are what the edited model says first"]
     return "; ".join(parts)
 
 

@@ -60,8 +60,8 @@ def _described(name: str, lm: "LM | None") -> dict[str, Any]:
         "name": name,
         "description": about.description,
         "paper": about.paper,
-        "facts": _facts(chosen.batch),
-        "keeps": chosen.keeps,
+        "facts": _facts(chosen.supports_batches),
+        "keeps": chosen.state_description,
         "presets": [p.name for p in registry.presets(name)],
     }
     if lm is not None:

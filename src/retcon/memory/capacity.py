@@ -3,8 +3,15 @@
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from retcon.lm.model import LM
+
+PLANNED_BYTES = 2**33
+"""On a CPU."""
 
 
 def free_bytes(device: torch.device | str) -> int:
@@ -14,6 +21,17 @@ def free_bytes(device: torch.device | str) -> int:
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve
     return int(max(min(_pages_free(), _container_free()), 0))
+
+
+def planned_bytes(lm: "LM") -> int:
+    """Memory that work on a model is planned with: the same on every run, whatever else the machine does.
+
+    On an accelerator what its memory leaves beside the weights, else `PLANNED_BYTES`.
+    """
+    if lm.device.type != "cuda":
+        return PLANNED_BYTES
+    weights = sum(p.nbytes for p in lm.model.parameters() if p.device == lm.device)
+    return max(torch.cuda.get_device_properties(lm.device).total_memory - weights, 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

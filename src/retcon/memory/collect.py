@@ -23,7 +23,7 @@ from retcon.errors import NonFinite, RetconWarning
 from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import Row, pad
-from retcon.memory.capacity import free_bytes, is_out_of_memory
+from retcon.memory.capacity import free_bytes, is_out_of_memory, planned_bytes
 
 CHUNK_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 """Tokens between two additions to the float64 sums, at most, by kind of device. Partial sums are saved between chunks,
@@ -67,8 +67,8 @@ def collect(
     wider dtype) within a chunk, chunks in float64.
 
     Args:
-        max_batch_tokens: padded tokens of one forward pass; by default as many as memory allows. Halved when memory
-            runs out, with a warning; the chunk is then done again.
+        max_batch_tokens: padded tokens of one forward pass; by default as many as the planned memory allows. Halved
+            when memory runs out, with a warning; the chunk is then done again.
         partial: where partial sums are kept every now and then; a pass of the same rows and sites begins with what it
             finds there. The caller deletes it once the moments are safe.
         save_every: seconds between two savings, `SAVE_EVERY` by default; more where saving takes long.
@@ -258,13 +258,13 @@ class _Sum:
 
 
 def _budget(lm: LM, rows: Sequence[Row]) -> int:
-    """Padded tokens of one forward pass: what half of the free memory holds, up to the device's maximum."""
+    """Padded tokens of one forward pass: what half of the planned memory holds, up to the device's maximum."""
     config, site = lm.model.config.get_text_config(), lm.site(0, "down_proj")
     d_model, d_ff = site.weight.shape
     longest = max(len(r.ids) for r in rows)
     per_token = site.weight.element_size() * (12 * d_model + 6 * d_ff) + 12 * config.num_attention_heads * longest
     most = MAX_BATCH_TOKENS.get(lm.device.type, MAX_BATCH_TOKENS["cpu"])
-    return max(min(most, free_bytes(lm.device) // 2 // per_token), longest)
+    return max(min(most, planned_bytes(lm) // 2 // per_token), longest)
 
 
 # --- partial sums on disk ----------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ from retcon.lm.forward import Point, activations
 from retcon.lm.layerwise import LayerwiseReader, Reading
 from retcon.lm.model import LM
 from retcon.lm.prompts import Where, buckets, encode_edit, pad
-from retcon.memory.capacity import free_bytes
+from retcon.memory.capacity import planned_bytes
 from retcon.memory.contexts import Contexts
 
 KeyAverage = Literal["two_level", "uniform"]
 """`two_level` (all published numbers): half the bare prompt, half the mean of prefixed ones; `uniform`: plain mean."""
 
 MAX_BATCH_TOKENS = 8192
-SHARE_OF_FREE_MEMORY = 0.25
+SHARE_OF_MEMORY = 0.25
 """What the states kept between readings may take."""
 
 
@@ -45,8 +45,8 @@ class KeyReader:
         self.weights = weights_of(len(contexts.prefixes), average) * len(edits)
         self.bare = [float(j == 0) for _ in edits for j in range(len(texts))]
         prefix_group = list(range(len(texts))) * len(edits)
-        keep_bytes = SHARE_OF_FREE_MEMORY * free_bytes(lm.device)
-        self.climb = LayerwiseReader(
+        keep_bytes = SHARE_OF_MEMORY * planned_bytes(lm)
+        self.reader = LayerwiseReader(
             lm, self.rows, prefix_group, keep_bytes=keep_bytes, max_batch_tokens=MAX_BATCH_TOKENS
         )
 
@@ -58,7 +58,7 @@ class KeyReader:
         that starts at the tokens.
         """
         tokens = [r.position(where) for r in self.rows]
-        found = self.climb.read(
+        found = self.reader.read(
             {point: Reading(tokens, self.edit_of, self.weights), value: Reading(tokens, self.edit_of, self.bare)},
             keep=point.layer,
         )

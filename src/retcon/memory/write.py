@@ -50,7 +50,7 @@ class LayerProblem:
 Solve = Callable[[LayerProblem], Float[Tensor, "n m"]]
 """X^T of a layer's update dW = R X^T, for whatever residuals R (d, n)."""
 
-Temper = Callable[[str, Change], Change]
+UpdateFilter = Callable[[str, Change], Change]
 """What is written instead of a change of the parameter of that name, the weight being as it was before."""
 
 
@@ -62,7 +62,7 @@ class LayerGroup:
     """Ascending; the value is measured at the last."""
     where: Where
     """Token position of the keys."""
-    measured: TensorName
+    target_tensor: TensorName
     """Tensor of the last layer that shall take on the value."""
     spread: Spread
     solve: Solve
@@ -91,15 +91,15 @@ def write(
     scope: ExitStack,
     *,
     key_average: KeyAverage = "two_level",
-    temper: Temper = lambda name, change: change,
+    update_filter: UpdateFilter | None = None,
     reader: KeyReader | None = None,
 ) -> Written:
-    """The changes that bring each edit's value at the group's last layer to `targets`; they stay live in `scope`.
+    """The changes that bring each edit's value at the group's last layer to `targets`; they stay applied in `scope`.
 
     Solves to float64's accuracy; changes have the weights' precision, at least float32.
 
     Args:
-        temper: has the last word on each change before it goes live.
+        update_filter: has the last word on each change before it goes live.
         reader: of these edits and contexts, from an earlier write below this one; saves what that has read.
 
     Raises:
@@ -107,7 +107,7 @@ def write(
     """
     written = Written()
     reader = reader or KeyReader(lm, edits, contexts, average=key_average)
-    value = Point(group.layers[-1], group.measured)
+    value = Point(group.layers[-1], group.target_tensor)
     for i, layer in enumerate(group.layers):
         site = lm.site(layer, group.module)
         point = Point(layer, "key" if group.module == "down_proj" else "attn_key")
@@ -120,7 +120,9 @@ def write(
         if not torch.isfinite(right).all():
             raise NonFinite(f"layer {layer}: the update is NaN or infinite; the keys may be linearly dependent")
         dtype = torch.promote_types(site.weight.dtype, torch.float32)
-        change = temper(site.name, site.stored(residuals.T.to(dtype).contiguous(), right.to(dtype)))
+        change = site.stored(residuals.T.to(dtype).contiguous(), right.to(dtype))
+        if update_filter is not None:
+            change = update_filter(site.name, change)
         written.changes[site.name] = change
         written.keys[site.name] = keys
         scope.enter_context(lm.edited(lm.delta({site.name: [change]})))

@@ -6,7 +6,7 @@ Fang et al. 2024, arXiv:2410.02355, section 3; symbols as there. Departures: doc
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Unpack
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,16 +15,15 @@ from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, RetconWarning
 from retcon.lm.model import LM
+from retcon.memory.contexts import Contexts
 from retcon.memory.key_cache import earlier_keys, extended
+from retcon.memory.moments import Moments
 from retcon.memory.solve import NullSpace, null_space, null_space_ridge
+from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem, with_earlier
-from retcon.methods.common.contract import (
-    State,
-    check_not_negative,
-    check_stateless,
-)
-from retcon.methods.common.locate_then_edit import BatchSettings, Tempered
-from retcon.methods.common.proposal import proposing, sites_of, target_tensor
+from retcon.methods.common.contract import Progress, State, UpdateFilter, check_not_negative, check_stateless
+from retcon.methods.common.locate_then_edit import BatchSettings
+from retcon.methods.common.proposal import Given, proposing, sites_of, target_tensor
 
 USUAL_RANKS = (0.3, 0.99)
 """Share of a key's dimensions that the null space usually has; outside it a warning is given."""
@@ -35,7 +34,7 @@ class AlphaEdit(BatchSettings):
     """Null-space constrained editing."""
 
     name: ClassVar[str] = "alphaedit"
-    keeps: ClassVar[str] = "the keys of earlier edits"
+    state_description: ClassVar[str] = "the keys of earlier edits"
 
     null_threshold: float = 0.02
     """tau (`nullspace_threshold`): eigenvectors of C below it span the null space."""
@@ -56,7 +55,20 @@ class AlphaEdit(BatchSettings):
         if self.threshold_mode != "absolute" and self.null_threshold > 1:
             raise InvalidSetting(f"alphaedit: null_threshold is a share here, at most 1; found {self.null_threshold}")
 
-    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Tempered]) -> Delta:
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+        update_filter: UpdateFilter | None = None,
+    ) -> Delta:
         """The change that writes `edits` as one batch; the model is untouched. Its state holds all keys so far."""
         if not self.cache_keys:
             check_stateless(f"{self.name} without cache_keys", state)
@@ -73,14 +85,15 @@ class AlphaEdit(BatchSettings):
 
         tensor = target_tensor(lm, "block", self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve)
-        with proposing(self, lm, edits, [group], **given) as proposal:
+        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
+        with proposing(self, lm, edits, [group], given) as proposal:
             if not edits:
                 return proposal.delta(state=state)
             site = self.value_site(self.layers[-1], tensor)
-            values = proposal.search([site], self.value_search())
-            proposal.write(group, values.target(0), key_average=self.key_average)
+            found = proposal.search([site], self.value_search())
+            proposal.write(group, found.target(0), key_average=self.key_average)
             kept = extended(earlier, proposal.keys, lm) if self.cache_keys else None
-            return proposal.delta(values.report, state=kept, null_space_ranks=ranks)
+            return proposal.delta(found.report, state=kept, null_space_ranks=ranks)
 
     def _null_space(self, layer: LayerProblem) -> NullSpace:
         """P, from the moment's eigenvectors; computed once per model and threshold, and kept beside the moment."""

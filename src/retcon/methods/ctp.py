@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool
@@ -21,7 +21,18 @@ from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
 from retcon.locate.paths import Assess, KeyMatrix, Score, Select, Slot, Transmission, assess, choose, slots_of
-from retcon.methods.common.contract import Given, State, check_choices, check_not_negative, provenance, silent
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import Moments
+from retcon.memory.values import ValueCache
+from retcon.methods.common.contract import (
+    ModelShape,
+    Progress,
+    State,
+    check_choices,
+    check_not_negative,
+    recorded,
+    silent,
+)
 from retcon.methods.common.proposal import report_after
 from retcon.training.descent import Reduction, Schedule, accumulate, descend, shares
 from retcon.training.nodes import Nodes, RowAdam, RowState
@@ -34,10 +45,11 @@ class Ctp:
     """Parameter-aware contrastive editing along critical transmission paths."""
 
     name: ClassVar[str] = "ctp"
-    batch: ClassVar[bool] = True
-    keeps: ClassVar[str] = ""
+    supports_batches: ClassVar[bool] = True
+    state_description: ClassVar[str] = ""
     uses_moments: ClassVar[bool] = False
     needs_subject: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = False
 
     n_positive: int = 15
     """|T+|: paths that are tuned towards the new answer; each has one node per matrix."""
@@ -87,11 +99,23 @@ class Ctp:
         self._schedule()
 
     @classmethod
-    def fallback_settings(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Nothing depends on depth."""
         return {}
 
-    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Delta:
         """The change that writes `edits`, along one set of paths for all; the model is untouched.
 
         Contexts, moments and state are not used. The seed draws mini-batches and random scores.
@@ -102,14 +126,14 @@ class Ctp:
             NonFinite: the model gives an edit no finite probability, or a gradient overflows.
         """
         check_edits(edits)
-        seed, progress = given.get("seed", 0), given.get("progress", silent)
+        progress = progress or silent
         slots = slots_of(lm, self.key_matrix)
         for slot in slots:
             lm.check_editable(slot.site.name)
             if slot.site.bias is not None and (self.train_out_bias or not slot.is_value):
                 lm.check_editable(slot.site.bias_name)
         if not edits:
-            return lm.delta({}, provenance={"method": "ctp", "edits": []})
+            return lm.delta({}, recorded={"method": "ctp"})
         with lm.frozen_eval():
             rows = answer_rows(lm, edits)
             walk = _Walk(self, lm, slots, AnswerLoss(lm, rows), self._original(lm, edits, rows))
@@ -123,8 +147,8 @@ class Ctp:
                 before_epoch=partial(self._trace, lm, edits, walk, seed),
                 progress=partial(progress, "paths"),
             )
-        record = provenance(self, lm, edits, seed=seed)
-        delta = lm.delta(changes(walk.parts()), report=ended.report(edits), provenance=record)
+        record = recorded(self, lm, edits, seed=seed)
+        delta = lm.delta(changes(walk.parts()), report=ended.report(edits), **record)
         with lm.edited(delta):
             return replace(delta, report=report_after(lm, edits, delta.report))
 

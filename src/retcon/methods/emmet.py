@@ -6,7 +6,7 @@ docs/methods/emmet.md.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,11 +15,22 @@ from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import Moments
 from retcon.memory.solve import equality
+from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem
-from retcon.methods.common.contract import State, check_not_negative, check_stateless, early_layers
-from retcon.methods.common.locate_then_edit import BatchSettings, Tempered
-from retcon.methods.common.proposal import proposing, target_tensor
+from retcon.methods.common.contract import (
+    ModelShape,
+    Progress,
+    State,
+    UpdateFilter,
+    check_not_negative,
+    check_stateless,
+    early_layers,
+)
+from retcon.methods.common.locate_then_edit import BatchSettings
+from retcon.methods.common.proposal import Given, proposing, target_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +57,24 @@ class Emmet(BatchSettings):
             raise InvalidSetting(f"emmet: stabiliser must not be negative, found {self.stabiliser}")
 
     @classmethod
-    def fallback_settings(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Untuned: ROME's layer."""
-        return {"layers": (min(early_layers(n_layers)[0] + 1, n_layers - 1),)}
+        return {"layers": (min(early_layers(shape.n_layers)[0] + 1, shape.n_layers - 1),)}
 
-    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Tempered]) -> Delta:
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+        update_filter: UpdateFilter | None = None,
+    ) -> Delta:
         """The change that writes `edits` as one batch; the model is untouched. Nothing is kept between batches."""
         check_stateless(self.name, state)
         a = self.stabiliser if self.stabiliser is not None else 0.0 if len(edits) == 1 else 0.1
@@ -63,10 +87,11 @@ class Emmet(BatchSettings):
 
         tensor = target_tensor(lm, "block", self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve)
-        with proposing(self, lm, edits, [group], **given) as proposal:
+        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
+        with proposing(self, lm, edits, [group], given) as proposal:
             if not edits:
                 return proposal.delta()
             site = self.value_site(self.layers[-1], tensor)
-            values = proposal.search([site], self.value_search())
-            proposal.write(group, values.target(0), key_average=self.key_average)
-            return proposal.delta(values.report)
+            found = proposal.search([site], self.value_search())
+            proposal.write(group, found.target(0), key_average=self.key_average)
+            return proposal.delta(found.report)

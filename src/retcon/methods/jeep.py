@@ -7,36 +7,38 @@ prediction position i*). Departures from the paper and from the released code: d
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Any, ClassVar, Literal
 
 from retcon.delta import Delta, EditReport
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.forward import Point, TensorName
 from retcon.lm.model import LM
+from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyAverage
-from retcon.memory.values import ValueSearch, ValueSite
+from retcon.memory.moments import Moments
+from retcon.memory.values import ValueCache, ValueSite
 from retcon.memory.write import LayerGroup, Spread, weighted
 from retcon.methods.common.contract import (
+    ModelShape,
+    Progress,
     State,
-    check_choices,
+    UpdateFilter,
     check_layers,
     check_not_negative,
     check_stateless,
     early_layers,
 )
-from retcon.methods.common.locate_then_edit import Tempered
-from retcon.methods.common.proposal import proposing, target_tensor
+from retcon.methods.common.locate_then_edit import SearchSettings
+from retcon.methods.common.proposal import Given, proposing, target_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jeep:
+class Jeep(SearchSettings):
     """Joint editing of low and high layers."""
 
     name: ClassVar[str] = "jeep"
-    batch: ClassVar[bool] = True
-    keeps: ClassVar[str] = ""
-    layerwise: ClassVar[bool] = True
+    supports_batches: ClassVar[bool] = True
 
     low: tuple[int, ...]
     """Low layers [l'..L'], ascending, counted from 0; () leaves the low group out (Table 4, "w/o delta' & Step 2")."""
@@ -55,13 +57,7 @@ class Jeep:
     high_weight_decay: float = 0.5
     """beta*: weight of ||delta*|| / ||init*||^2."""
     steps: int = 30
-    """Forward passes per edit at most."""
-    learning_rate: float = 0.5
-    """Adam's, for both values."""
-    kl_factor: float = 0.0625
-    """alpha': weight of the divergence at the subject."""
-    min_probability: float = 0.9
-    """The search stops once the target's mean token probability reaches this."""
+    stop: Literal["loss", "probability"] = "probability"
     sites: Literal["mlp", "release", "block"] = "mlp"
     """Which tensor is "h": the MLP's output (all of it consistent), the released code's mixture (delta* on the
     attention output, residual against the MLP output), or the block's output (the paper to the letter)."""
@@ -84,6 +80,7 @@ class Jeep:
     """Mean over contexts: `two_level` as every released code, `uniform` as the paper's formula."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_layers(self, "low", "high")
         check_not_negative(
             self,
@@ -95,16 +92,29 @@ class Jeep:
             raise InvalidSetting("jeep: write_low and write_high are both False, so nothing would be written")
         if not (self.write_low and self.write_high) and not (self.low and self.high and self.joint_optimisation):
             raise InvalidSetting("jeep: write_low and write_high can be False only with both groups optimised jointly")
-        check_choices(self)
 
     @classmethod
-    def fallback_settings(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Unverified settings by relative depth: low layers as MEMIT's, high ones where the probe usually parts."""
-        high = min(round((0.55 if parallel else 0.7) * n_layers), n_layers - 1)
+        n_layers = shape.n_layers
+        high = min(round((0.55 if shape.parallel else 0.7) * n_layers), n_layers - 1)
         high_end = max(high, min(high + max(1, round(0.07 * n_layers)), n_layers - 3))  # never the last few
         return {"low": early_layers(n_layers), "high": tuple(range(high, high_end + 1))}
 
-    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Tempered]) -> Delta:
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+        update_filter: UpdateFilter | None = None,
+    ) -> Delta:
         """The change that writes `edits` as one batch; the model is untouched. JEEP keeps no state between batches.
 
         Raises:
@@ -114,45 +124,48 @@ class Jeep:
         """
         check_stateless(self.name, state)
         if self.sites == "block" and target_tensor(lm, "block", self.name) == "mlp":
-            return replace(self, sites="mlp", high_target=self._high_target).propose(lm, edits, **given)
+            here = replace(self, sites="mlp", high_target=self._high_target)
+            return here.propose(
+                lm,
+                edits,
+                contexts=contexts,
+                moments=moments,
+                values=values,
+                keep_values=keep_values,
+                seed=seed,
+                progress=progress,
+                update_filter=update_filter,
+            )
         low, high = self.groups()
         groups = [g for g in (low, high) if g]
-        with proposing(self, lm, edits, groups, **given) as proposal:
+        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
+        with proposing(self, lm, edits, groups, given) as proposal:
             if not edits:
                 return proposal.delta()
             if low and high and self.joint_optimisation:
-                values = proposal.search([self.value_site(low), self.value_site(high)], self.value_search())  # Step 1
+                found = proposal.search([self.value_site(low), self.value_site(high)], self.value_search())  # Step 1
                 if self.write_low:
-                    proposal.write(low, values.target(0), key_average=self.key_average)  # Step 2
+                    proposal.write(low, found.target(0), key_average=self.key_average)  # Step 2
                 if self.write_high:  # Step 3, on keys that Step 2 has changed
-                    proposal.write(high, values.target(1, self._high_target), key_average=self.key_average)
-                reports = [values.report]
+                    proposal.write(high, found.target(1, self._high_target), key_average=self.key_average)
+                reports = [found.report]
             else:  # one group, or one after the other
                 reports = []
                 for group in groups:
-                    values = proposal.search([self.value_site(group)], self.value_search())
-                    proposal.write(group, values.target(0), key_average=self.key_average)
-                    reports.append(values.report)
+                    found = proposal.search([self.value_site(group)], self.value_search())
+                    proposal.write(group, found.target(0), key_average=self.key_average)
+                    reports.append(found.report)
             return proposal.delta(_in_a_row(reports))
-
-    def value_search(self) -> ValueSearch:
-        """How Step 1 optimises: all of an edit's deltas under one loss (Eq. 11)."""
-        return ValueSearch(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            kl_factor=self.kl_factor,
-            threshold=self.min_probability,
-        )
 
     def groups(self) -> tuple[LayerGroup | None, LayerGroup | None]:
         """The low and the high group, None where one is left out."""
-        measured: TensorName = "block" if self.sites == "block" else "mlp"
-        high_measured: TensorName = "attn" if self.high_module == "attn" else measured
-        low = LayerGroup(self.low, "subject_last", measured, self.low_spread, weighted(self.low_moment_weight))
+        tensor: TensorName = "block" if self.sites == "block" else "mlp"
+        high_tensor: TensorName = "attn" if self.high_module == "attn" else tensor
+        low = LayerGroup(self.low, "subject_last", tensor, self.low_spread, weighted(self.low_moment_weight))
         high = LayerGroup(
             self.high,
             "prediction",
-            high_measured,
+            high_tensor,
             self.high_spread,
             weighted(self.high_moment_weight),
             "o_proj" if self.high_module == "attn" else "down_proj",
@@ -163,9 +176,9 @@ class Jeep:
         """Where the value of a group is sought."""
         if group.where == "subject_last":
             return ValueSite(
-                Point(group.layers[-1], group.measured), "subject_last", self.low_clamp, self.low_weight_decay
+                Point(group.layers[-1], group.target_tensor), "subject_last", self.low_clamp, self.low_weight_decay
             )
-        tensor: TensorName = "attn" if self.sites == "release" else group.measured
+        tensor: TensorName = "attn" if self.sites == "release" else group.target_tensor
         return ValueSite(Point(group.layers[-1], tensor), "prediction", self.high_clamp, self.high_weight_decay)
 
     @property

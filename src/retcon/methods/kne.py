@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Unpack, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -21,7 +21,10 @@ from retcon.errors import DeltaMismatch, InvalidSetting
 from retcon.evaluation.datasets import read_cases
 from retcon.lm.model import LM, Site, SiteName
 from retcon.locate.attribution import Attribution, Path, Probability, Quadrature, Unit, attribute, select
-from retcon.methods.common.contract import Given, Progress, State, check_choices, provenance, silent
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import Moments
+from retcon.memory.values import ValueCache
+from retcon.methods.common.contract import ModelShape, Progress, State, check_choices, recorded, silent
 from retcon.methods.common.proposal import report_after
 from retcon.training.descent import Reduction, Schedule, descend, stepping
 from retcon.training.objective import Answer, AnswerLoss, answer_rows
@@ -36,10 +39,11 @@ class Kne:
     """Knowledge Neuronal Ensemble."""
 
     name: ClassVar[str] = "kne"
-    batch: ClassVar[bool] = True
-    keeps: ClassVar[str] = "the ensemble"
+    supports_batches: ClassVar[bool] = True
+    state_description: ClassVar[str] = "the ensemble"
     uses_moments: ClassVar[bool] = False
     needs_subject: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = False
 
     modules: tuple[SiteName, ...] = ("down_proj",)
     """Matrices that are attributed and edited, in every layer; any of down_proj, up_proj, gate_proj, q_proj, k_proj,
@@ -114,11 +118,23 @@ class Kne:
         self.attribution(), self._schedule()
 
     @classmethod
-    def fallback_settings(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Nothing depends on depth: the defaults are the spec's for every model."""
         return {}
 
-    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Delta:
         """The change that writes `edits` as one batch; the model is untouched. Contexts and moments are not used.
 
         The delta's `state` is its ensemble; with `reuse`, that of an earlier call is taken over.
@@ -130,12 +146,12 @@ class Kne:
             NonFinite: the model gives an edit no finite probability.
         """
         check_edits(edits)
-        seed, progress = given.get("seed", 0), given.get("progress", silent)
+        progress = progress or silent
         sites = self.sites(lm)
         for site in sites:
             lm.check_editable(site.name)
         if not edits:
-            return lm.delta({}, provenance={"method": "kne", "edits": []})
+            return lm.delta({}, recorded={"method": "kne"})
         if self.reuse and state:
             ensemble = self._given(lm, sites, state)
         else:
@@ -155,8 +171,8 @@ class Kne:
                 seed=seed,
                 progress=partial(progress, "ensemble"),
             )
-        record = provenance(self, lm, edits, seed=seed)
-        delta = lm.delta(changes(parts), report=ended.report(edits), state=ensemble, provenance=record)
+        record = recorded(self, lm, edits, seed=seed)
+        delta = lm.delta(changes(parts), report=ended.report(edits), state=ensemble, **record)
         with lm.edited(delta):
             return replace(delta, report=report_after(lm, edits, delta.report))
 

@@ -6,16 +6,19 @@ that AlphaEdit's authors compare with (arXiv:2410.02355). Departures: docs/metho
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Unpack
+from typing import ClassVar
 
 from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.lm.model import LM
+from retcon.memory.contexts import Contexts
 from retcon.memory.key_cache import earlier_keys, extended
+from retcon.memory.moments import Moments
+from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, weighted
-from retcon.methods.common.contract import State, check_not_negative, check_stateless
-from retcon.methods.common.locate_then_edit import BatchSettings, Tempered
-from retcon.methods.common.proposal import proposing, sites_of, target_tensor
+from retcon.methods.common.contract import Progress, State, UpdateFilter, check_not_negative, check_stateless
+from retcon.methods.common.locate_then_edit import BatchSettings
+from retcon.methods.common.proposal import Given, proposing, sites_of, target_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,7 @@ class Memit(BatchSettings):
     """Mass-editing memory in a transformer."""
 
     name: ClassVar[str] = "memit"
-    keeps: ClassVar[str] = "with cache_keys, the keys of earlier edits"
+    state_description: ClassVar[str] = "with cache_keys, the keys of earlier edits"
 
     moment_weight: float = 15_000.0
     """lambda: how many old keys the second moment stands for."""
@@ -34,18 +37,32 @@ class Memit(BatchSettings):
         super().__post_init__()
         check_not_negative(self, "moment_weight")
 
-    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Tempered]) -> Delta:
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+        update_filter: UpdateFilter | None = None,
+    ) -> Delta:
         """The change that writes `edits` as one batch; the model is untouched. `state` is taken with `cache_keys`."""
         if not self.cache_keys:
             check_stateless(f"{self.name} without cache_keys", state)
         earlier = earlier_keys(state, lm, sites_of(self.name, lm, self.layers))
         tensor = target_tensor(lm, "block", self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, weighted(self.moment_weight, earlier))
-        with proposing(self, lm, edits, [group], **given) as proposal:
+        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
+        with proposing(self, lm, edits, [group], given) as proposal:
             if not edits:
                 return proposal.delta(state=state)
             site = self.value_site(self.layers[-1], tensor)
-            values = proposal.search([site], self.value_search())
-            proposal.write(group, values.target(0), key_average=self.key_average)
+            found = proposal.search([site], self.value_search())
+            proposal.write(group, found.target(0), key_average=self.key_average)
             kept = extended(earlier, proposal.keys, lm) if self.cache_keys else None
-            return proposal.delta(values.report, state=kept)
+            return proposal.delta(found.report, state=kept)

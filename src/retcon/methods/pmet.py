@@ -5,18 +5,20 @@ Li et al. 2023, arXiv:2308.08742; symbols as there. Departures: docs/methods/pme
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Unpack
+from typing import ClassVar, Literal
 
 from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.forward import Point
 from retcon.lm.model import LM
-from retcon.memory.values import ValueSite
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import Moments
+from retcon.memory.values import ValueCache, ValueSite
 from retcon.memory.write import LayerGroup, Spread, weighted
-from retcon.methods.common.contract import State, check_not_negative, check_stateless
-from retcon.methods.common.locate_then_edit import BatchSettings, Tempered
-from retcon.methods.common.proposal import proposing, target_tensor
+from retcon.methods.common.contract import Progress, State, UpdateFilter, check_not_negative, check_stateless
+from retcon.methods.common.locate_then_edit import BatchSettings
+from retcon.methods.common.proposal import Given, proposing, target_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +50,26 @@ class Pmet(BatchSettings):
         if self.settled_factor is not None and self.settled_factor < 0:
             raise InvalidSetting(f"pmet: settled_factor must not be negative, found {self.settled_factor}")
 
-    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Tempered]) -> Delta:
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+        update_filter: UpdateFilter | None = None,
+    ) -> Delta:
         """The change that writes `edits` as one batch; the model is untouched. Nothing is kept between batches."""
         check_stateless(self.name, state)
         tensor = target_tensor(lm, self.site, self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, weighted(self.moment_weight))
-        with proposing(self, lm, edits, [group], **given) as proposal:
+        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
+        with proposing(self, lm, edits, [group], given) as proposal:
             if not edits:
                 return proposal.delta()
             last = self.layers[-1]
@@ -61,6 +77,6 @@ class Pmet(BatchSettings):
             if self.attention:
                 sites += [ValueSite(Point(last, "attn"), "subject_last", self.clamp, self.attn_weight_decay)]
             search = self.value_search(settled_factor=self.settled_factor, settled_kl=self.settled_kl)
-            values = proposal.search(sites, search)
-            proposal.write(group, values.target(0), key_average=self.key_average)  # the attention's value is let go
-            return proposal.delta(values.report)
+            found = proposal.search(sites, search)
+            proposal.write(group, found.target(0), key_average=self.key_average)  # the attention's value is let go
+            return proposal.delta(found.report)

@@ -6,7 +6,7 @@ Ma et al. 2024, arXiv:2405.16821, section 4; symbols as there. Departures: docs/
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,8 +17,9 @@ from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
-from retcon.memory.moments import GivenMoments
-from retcon.methods.common.contract import Given, State, provenance
+from retcon.memory.moments import Moments
+from retcon.memory.values import ValueCache
+from retcon.methods.common.contract import Progress, State, recorded
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.sequence import combined
 from retcon.methods.common.wrappers import Hosting
@@ -29,7 +30,7 @@ class Prune(Hosting):
     """Perturbation restraint on the upper bound of the condition number: a filter over all edits so far."""
 
     name: ClassVar[str] = "prune"
-    keeps: ClassVar[str] = "as its base method; the base weights are the model's own"
+    state_description: ClassVar[str] = "as its base method; the base weights are the model's own"
 
     base_method: str = "rome"
     """Method that writes the edits given; with none given, what is live is restrained."""
@@ -45,13 +46,37 @@ class Prune(Hosting):
         if self.alpha <= 1:
             raise InvalidSetting(f"prune: alpha must be above 1, found {self.alpha}")
 
-    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Delta:
         """One delta in place of all that are live, and of the base method's for `edits` on top: their sum, restrained.
 
         Applying it takes the live ones off, reverting it puts them back. The model is untouched. Reports are those of
         the deltas it stands for, with what the model says after the restraint.
         """
-        fresh = self.wrapped.propose(lm, edits, state=state, **given) if edits else None
+        fresh = None
+        if edits:
+            fresh = self.wrapped.propose(
+                lm,
+                edits,
+                contexts=contexts,
+                moments=moments,
+                state=state,
+                values=values,
+                keep_values=keep_values,
+                seed=seed,
+                progress=progress,
+            )
         parts = [*lm.applied, *([fresh] if fresh else [])]
         names = dict.fromkeys(name for part in parts for name in part.changes)
         changes: dict[str, Sequence[Change]] = {}
@@ -59,22 +84,24 @@ class Prune(Hosting):
         for name in names:
             own = [change for part in parts for change in part.changes.get(name, ())]
             changes[name], restrained[name] = self._restrained(lm, name, own)
-        about = [edit for part in parts for edit in part.provenance.get("edits", [])]
-        record = {
-            **(dict(fresh.provenance) if fresh else _nothing_new(self, lm, given.get("seed", 0))),
-            "method": "prune",
-            "settings": asdict(self),
-            "edits": about,
-            "singular_values_restrained": restrained,
-        }
+        edits = [edit for part in parts for edit in part.edits]
+        made = recorded(self, lm, edits, seed=seed) if fresh is None else {"provenance": dict(fresh.provenance)}
+        about = {"method": "prune", "settings": asdict(self), "singular_values_restrained": restrained}
         report = tuple(r for part in parts for r in part.report)
-        kept = dict(state=fresh.state if fresh else state, supersedes=tuple(d.id for d in lm.applied))
-        delta = lm.delta(changes, report=report, provenance=record, **kept)
-        if not report or len(about) != len(report):  # a delta without a record of its edits cannot be asked about them
+        kept: dict[str, Any] = dict(
+            state=fresh.state if fresh else state,
+            supersedes=tuple(d.id for d in lm.applied),
+            edits=tuple(edits),
+            contexts=fresh.contexts if fresh else (),
+            values=fresh.values if fresh else None,
+            provenance=made["provenance"] | about,
+        )
+        delta = lm.delta(changes, report=report, **kept)
+        if not report or len(edits) != len(report):  # a delta without a record of its edits cannot be asked about them
             return delta
         with lm.edited(delta):
-            report = report_after(lm, [Edit(**edit) for edit in about], report)
-        return lm.delta(changes, report=report, provenance=record, **kept)
+            report = report_after(lm, edits, report)
+        return lm.delta(changes, report=report, **kept)
 
     def _restrained(self, lm: LM, name: str, changes: Sequence[Change]) -> tuple[Sequence[Change], int]:
         """The sum of a parameter's changes after the restraint, and how many singular values it lowered."""
@@ -124,7 +151,3 @@ def _written_out(changes: Sequence[Change], shape: torch.Size) -> Tensor:
     for change in changes:
         change.add_to(total)
     return total
-
-
-def _nothing_new(method: Prune, lm: LM, seed: int) -> dict[str, Any]:
-    return provenance(method, lm, (), contexts=Contexts(), moments=GivenMoments({}), sites=(), seed=seed)

@@ -5,7 +5,7 @@ Gupta et al. 2024, arXiv:2403.07175; symbols as in ROME. Departures: docs/method
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Unpack
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,11 +15,13 @@ from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import mean_keys
+from retcon.memory.moments import Moments
 from retcon.memory.solve import whitened
+from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem
-from retcon.methods.common.contract import State, check_stateless
-from retcon.methods.common.locate_then_edit import OneFactSettings, Tempered
-from retcon.methods.common.proposal import only_one, proposing
+from retcon.methods.common.contract import Progress, State, UpdateFilter, check_stateless
+from retcon.methods.common.locate_then_edit import OneFactSettings
+from retcon.methods.common.proposal import Given, only_one, proposing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,20 @@ class RRome(OneFactSettings):
     residual: Literal["value", "delta"] = "value"
     """What `avg` writes: v* less the mean output over contexts (the paper, with v* = bare output + delta), or delta."""
 
-    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Tempered]) -> Delta:
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+        update_filter: UpdateFilter | None = None,
+    ) -> Delta:
         """The change that writes one edit; the model is untouched. Nothing is kept between edits.
 
         Raises:
@@ -50,15 +65,16 @@ class RRome(OneFactSettings):
             return u.T / (k_star * u).sum()
 
         group = LayerGroup((self.layer,), "subject_last", "mlp", "even", solve)
-        with proposing(self, lm, edits, [group], context_style=self.context_style, **given) as proposal:
+        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
+        with proposing(self, lm, edits, [group], given, context_style=self.context_style) as proposal:
             if not edits:
                 return proposal.delta()
             site = self.value_site(self.layer, "mlp")
-            values = proposal.search([site], self.value_search())
-            v_star = values.target(0)
+            found = proposal.search([site], self.value_search())
+            v_star = found.target(0)
             if self.key_mode == "avg" and self.residual == "value":  # W k* + b is the mean output; `write` takes off y
                 mean, _ = mean_keys(lm, edits, proposal.contexts, site.point, site.where, average=self.key_average)
-                v_star = v_star - (mean.to(v_star) - values.init[0])
+                v_star = v_star - (mean.to(v_star) - found.init[0])
             own = Contexts() if self.key_mode == "prompt" else proposal.contexts
             proposal.write(group, v_star, contexts=own, key_average=self.key_average)
-            return proposal.delta(values.report)
+            return proposal.delta(found.report)

@@ -6,7 +6,7 @@ Gu et al. 2024, arXiv:2401.04700, section 5. Departures: docs/methods/rect.md.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal, Unpack
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from retcon.delta import Change, Delta, Dense, Entries
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
-from retcon.methods.common.contract import Given, State, check_not_negative
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import Moments
+from retcon.memory.values import ValueCache
+from retcon.methods.common.contract import Progress, State, check_not_negative
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.wrappers import Hosting
 
@@ -25,7 +28,7 @@ class Rect(Hosting):
     """Relative change in weight: a filter over a base method."""
 
     name: ClassVar[str] = "rect"
-    keeps: ClassVar[str] = "as its base method"
+    state_description: ClassVar[str] = "as its base method"
 
     base_method: str = "memit"
     """Method whose update is filtered."""
@@ -46,33 +49,57 @@ class Rect(Hosting):
         check_not_negative(self, "eps")
         if self.keep_percent is not None and not 0 <= self.keep_percent <= 100:
             raise InvalidSetting(f"rect: keep_percent must be from 0 to 100, found {self.keep_percent}")
-        if self.in_loop and not getattr(self.wrapped, "layerwise", False):
+        if self.in_loop and not self.wrapped.layerwise:
             raise InvalidSetting(
                 f"rect: in_loop needs a base method that writes layer by layer; {self.base_method} does not"
             )
 
-    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Delta:
         """The base method's change, filtered; the model is untouched. The state is the base method's."""
-        k = self.keep_percent if self.keep_percent is not None else 40.0 if self.batch else 20.0
+        k = self.keep_percent if self.keep_percent is not None else 40.0 if self.supports_batches else 20.0
 
         def kept(name: str, change: Change) -> Change:
             weight = lm.parameter(name).detach()
             return as_change(self.filtered(change.dense(weight.shape), weight, k), change)
 
-        in_loop = {"temper": kept} if self.in_loop else {}
-        delta = self.wrapped.propose(lm, edits, state=state, **given, **in_loop)
+        in_loop: dict[str, Any] = {"update_filter": kept} if self.in_loop else {}
+        delta = self.wrapped.propose(
+            lm,
+            edits,
+            contexts=contexts,
+            moments=moments,
+            state=state,
+            values=values,
+            keep_values=keep_values,
+            seed=seed,
+            progress=progress,
+            **in_loop,
+        )
         if delta.supersedes:
             raise InvalidSetting(
                 f"rect: {self.base_method} replaces earlier deltas, so its change is no update to filter"
             )
-        record = {**delta.provenance, "method": "rect", "settings": asdict(self)}
+        about = {**delta.provenance, "method": "rect", "settings": asdict(self)}
+        record: dict[str, Any] = dict(edits=delta.edits, contexts=delta.contexts, values=delta.values, provenance=about)
         changes = delta.changes
         if not self.in_loop:
             changes = {n: tuple(kept(n, c) for c in own) for n, own in changes.items()}
-        filtered = lm.delta(changes, report=delta.report, state=delta.state, provenance=record)
+        filtered = lm.delta(changes, report=delta.report, state=delta.state, **record)
         with lm.edited(filtered):
             report = report_after(lm, edits, filtered.report)
-        return lm.delta(changes, report=report, state=delta.state, provenance=record)
+        return lm.delta(changes, report=report, state=delta.state, **record)
 
     def filtered(self, update: Tensor, weight: Tensor, keep_percent: float) -> Tensor:
         """`update` with all but its relatively largest entries zero; any orientation."""

@@ -7,7 +7,7 @@ docs/methods/rome.md.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Unpack
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,15 +19,13 @@ from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import mean_keys
+from retcon.memory.moments import Moments
 from retcon.memory.solve import whitened
+from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem
-from retcon.methods.common.contract import (
-    State,
-    check_not_negative,
-    check_stateless,
-)
-from retcon.methods.common.locate_then_edit import OneFactSettings, Tempered
-from retcon.methods.common.proposal import only_one, proposing
+from retcon.methods.common.contract import Progress, State, UpdateFilter, check_not_negative, check_stateless
+from retcon.methods.common.locate_then_edit import OneFactSettings
+from retcon.methods.common.proposal import Given, only_one, proposing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,20 @@ class Rome(OneFactSettings):
         super().__post_init__()
         check_not_negative(self, "min_denominator")
 
-    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Tempered]) -> Delta:
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+        update_filter: UpdateFilter | None = None,
+    ) -> Delta:
         """The change that writes one edit; the model is untouched. Nothing is kept between edits.
 
         Raises:
@@ -66,13 +77,14 @@ class Rome(OneFactSettings):
             return u.T / (k * u).sum()
 
         group = LayerGroup((self.layer,), "subject_last", "mlp", "even", solve)
-        with proposing(self, lm, edits, [group], context_style=self.context_style, **given) as proposal:
+        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
+        with proposing(self, lm, edits, [group], given, context_style=self.context_style) as proposal:
             if not edits:
                 return proposal.delta()
             site = self.value_site(self.layer, "mlp")
-            values = proposal.search([site], self.value_search())  # v* (Eq. 4)
-            proposal.write(group, values.target(0), key_average=self.key_average)  # (v* - W k) u^T / (k . u)
-            return proposal.delta(values.report)
+            found = proposal.search([site], self.value_search())  # v* (Eq. 4)
+            proposal.write(group, found.target(0), key_average=self.key_average)  # (v* - W k) u^T / (k . u)
+            return proposal.delta(found.report)
 
     def _check_denominator(self, edit: Edit, bare: float, mean: float) -> None:
         if abs(bare) >= self.min_denominator * abs(mean):

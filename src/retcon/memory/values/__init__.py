@@ -6,6 +6,6 @@
 
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.search import search_values
-from retcon.memory.values.store import keeping_values
+from retcon.memory.values.store import ValueCache
 
-__all__ = ["ValueSearch", "ValueSite", "Values", "keeping_values", "search_values"]
+__all__ = ["ValueCache", "ValueSearch", "ValueSite", "Values", "search_values"]

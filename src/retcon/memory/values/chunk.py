@@ -20,7 +20,15 @@ from retcon.lm.model import LM
 from retcon.lm.prompts import Row
 from retcon.lm.replay import ReplayState, capture_states, replay
 from retcon.memory.contexts import Contexts
-from retcon.memory.values.objective import ValueSearch, ValueSite, kl_row, read_part, rewriting_rows, with_kl
+from retcon.memory.values.objective import (
+    ValueSearch,
+    ValueSite,
+    kl_row,
+    norm_names,
+    read_part,
+    rewriting_rows,
+    with_kl,
+)
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Adam's."""
@@ -55,7 +63,7 @@ class EditRows:
 
     @property
     def columns(self) -> int:
-        """Live tokens of the longest rewriting row."""
+        """Active tokens of the longest rewriting row."""
         return max(len(r.ids) - 1 - s for r, s in zip(self.rewriting, self.starts, strict=True))
 
 
@@ -64,12 +72,12 @@ class ValueOf:
     """What was found for one edit, per site, on the CPU."""
 
     init: tuple[Float[Tensor, " d"], ...]
-    delta: tuple[Float[Tensor, " d"], ...]
-    live: tuple[Float[Tensor, " d"], ...]
+    offset: tuple[Float[Tensor, " d"], ...]
+    activation: tuple[Float[Tensor, " d"], ...]
     report: EditReport
 
 
-def live_part(lm: LM, sites: Sequence[ValueSite]) -> tuple[int, list[Point]]:
+def active_part(lm: LM, sites: Sequence[ValueSite]) -> tuple[int, list[Point]]:
     """The first block that must be run, and where each site's vector is then added.
 
     Adding to what a block's last summand puts out is adding to the block's output, so with one such site in the lowest
@@ -99,7 +107,7 @@ def _zeros(lm: LM, point: Point, n: int, dtype: torch.dtype) -> Float[Tensor, "n
 
 @dataclass(frozen=True)
 class _Pass:
-    """Rows that are replayed together: all rewriting rows of the edits under way, then all their KL rows."""
+    """Rows that are replayed together: all rewriting rows of the active edits, then all their KL rows."""
 
     frozen: ReplayState
     rewriting: bool
@@ -137,7 +145,7 @@ class Chunk:
         self.lm, self.rows, self.sites, self.search = lm, rows, sites, search
         self.dtype = torch.promote_types(lm.dtype, torch.float32)
         self.n_contexts = len(rows[0].rewriting)
-        first, self.points = live_part(lm, sites)
+        first, self.points = active_part(lm, sites)
         reads = {
             s.point: [r.position(s.where) if j == 0 else None for e in rows for j, r in enumerate(e.rewriting)]
             for s in sites
@@ -150,11 +158,13 @@ class Chunk:
         contexts = [j for e in rows for j in range(self.n_contexts)] + [-1] * len(kl)
         reads = {point: [*at, *[None] * len(kl)] for point, at in reads.items()}
         self.frozen, read = capture_states(lm, texts, starts, first, reads, prefix_group=contexts)
-        # a site below the live part has its clean value now, the others have it after an edit's first pass
+        # a site below the active part has its clean value now, the others have it after an edit's first pass
         zeros = [_zeros(lm, site.point, len(rows), self.dtype) for site in sites]
-        self.live = [read[s.point].to(z) if s.point in read else z.clone() for s, z in zip(sites, zeros, strict=True)]
-        self.init = [x.clone() for x in self.live]
-        self.delta, self.mean, self.square = ([z.clone() for z in zeros] for _ in range(3))
+        self.activation = [
+            read[s.point].to(z) if s.point in read else z.clone() for s, z in zip(sites, zeros, strict=True)
+        ]
+        self.init = [x.clone() for x in self.activation]
+        self.offset, self.mean, self.square = ([z.clone() for z in zeros] for _ in range(3))
         self.steps = [0] * len(rows)
         self.factor = [1.0] * len(rows)
         self.found: dict[int, ValueOf] = {}
@@ -164,16 +174,16 @@ class Chunk:
         """Memory that the frozen parts take."""
         return self.frozen.nbytes
 
-    def run(self, width: int) -> Iterator[int]:
-        """Optimise all, `width` at a time; gives the place of each edit in the chunk as it ends."""
+    def run(self, max_active: int) -> Iterator[int]:
+        """Optimise all, `max_active` at a time; gives the place of each edit in the chunk as it ends."""
         waiting = list(range(len(self.rows)))[::-1]
-        now = self.activate([waiting.pop() for _ in range(min(width, len(waiting)))], None)
+        now = self.activate([waiting.pop() for _ in range(min(max_active, len(waiting)))], None)
         while now.edits:
             ended = self._step(now)
             yield from ended
             if ended:
                 going = [e for e in now.edits if e not in ended]
-                going += [waiting.pop() for _ in range(min(width - len(going), len(waiting)))]
+                going += [waiting.pop() for _ in range(min(max_active - len(going), len(waiting)))]
                 if not going:
                     return
                 now = self.activate(going, now)
@@ -189,9 +199,9 @@ class Chunk:
 
             def add(value: Tensor) -> Tensor:
                 rows, columns = part.changed[s].to(value.device)
-                if part.rewriting and self.points[s] == site.point:  # else nothing below the site is live
+                if part.rewriting and self.points[s] == site.point:  # else nothing below the site is run
                     bare = slice(0, len(now.edits) * every, every)
-                    self.live[s][now.edits] = value.detach()[rows[bare], columns[bare]].to(self.dtype)
+                    self.activation[s][now.edits] = value.detach()[rows[bare], columns[bare]].to(self.dtype)
                 vector = vectors[s].to(value.device, value.dtype)
                 added = [vector.repeat_interleave(every, dim=0)] if part.rewriting else []
                 added += [vector] if part.kl and site.where == "subject_last" else []
@@ -259,15 +269,15 @@ class Chunk:
         )
 
     def _step(self, now: ActiveBatch) -> list[int]:
-        """One forward and backward pass and an update for the edits under way; those that ended come back."""
+        """One forward and backward pass and an update for the active edits; those that ended come back."""
         search, edits = self.search, now.edits
-        vectors = [d[edits].requires_grad_() for d in self.delta]
+        vectors = [d[edits].requires_grad_() for d in self.offset]
         last = [self.steps[e] == search.steps - 1 for e in edits]
         begin = [e for e in edits if self.steps[e] == 0]
         with torch.enable_grad():
             logits, kl_logits = self.logits(now, vectors)
-            for init, live in zip(self.init, self.live, strict=True):
-                init[begin] = live[begin]
+            for init, activation in zip(self.init, self.activation, strict=True):
+                init[begin] = activation[begin]
             log_p = torch.log_softmax(logits.to(self.dtype), dim=-1)
             picked = log_p.gather(1, now.labels[:, None])[:, 0]
             nll_rows = log_p.new_zeros(len(now.labels_per_row)).index_add(0, now.label_rows, -picked)
@@ -334,17 +344,21 @@ class Chunk:
             square = (self.square[s][edits] * beta2).addcmul(gradient, gradient, value=1 - beta2)
             size = mean.new_tensor([self.search.learning_rate / (1 - beta**t) for t in counts])[:, None]
             root = mean.new_tensor([math.sqrt(1 - beta2**t) for t in counts])[:, None]
-            delta = self.delta[s][edits] - size * mean / (square.sqrt() / root + EPS)
+            offset = self.offset[s][edits] - size * mean / (square.sqrt() / root + EPS)
             radius = site.clamp * self.init[s][edits].norm(dim=1, keepdim=True)
-            length = delta.norm(dim=1, keepdim=True)
-            delta = torch.where(length > radius, delta * (radius / length), delta)
-            self.mean[s][edits], self.square[s][edits], self.delta[s][edits] = mean, square, delta
+            length = offset.norm(dim=1, keepdim=True)
+            offset = torch.where(length > radius, offset * (radius / length), offset)
+            self.mean[s][edits], self.square[s][edits], self.offset[s][edits] = mean, square, offset
 
     def _result(self, e: int, over: bool, probability: float, terms: dict[str, float]) -> ValueOf:
-        init, delta, live = (tuple(x[e].cpu() for x in part) for part in (self.init, self.delta, self.live))
+        init, offset, activation = (
+            tuple(x[e].cpu() for x in part) for part in (self.init, self.offset, self.activation)
+        )
         stopped = "reached" if over else "steps"
-        for site, i, d in zip(self.sites, init, delta, strict=True):
-            terms[f"{site.where}_delta"], terms[f"{site.where}_init"] = float(d.norm()), float(i.norm())
+        for site, name, i, d in zip(self.sites, norm_names(self.sites), init, offset, strict=True):
+            terms[f"{name}_offset"], terms[f"{name}_init"] = float(d.norm()), float(i.norm())
             if not over and float(d.norm()) >= site.clamp * float(i.norm()) * (1 - 1e-4):
                 stopped = "clamped"
-        return ValueOf(init, delta, live, EditReport(self.rows[e].edit.id, probability, self.steps[e], stopped, terms))
+        return ValueOf(
+            init, offset, activation, EditReport(self.rows[e].edit.id, probability, self.steps[e], stopped, terms)
+        )

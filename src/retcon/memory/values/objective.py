@@ -1,6 +1,6 @@
 """What a value search looks for: sites, settings, rows of text, and the result (ROME Eq. 4, JEEP Eqs. 8, 11).
 
-Per edit, one vector delta per site is found by gradient descent with everything else frozen; all sites of an edit are
+Per edit, one vector offset per site is found by gradient descent with everything else frozen; all sites of an edit are
 optimised together.
 """
 
@@ -25,13 +25,13 @@ class ValueSite:
     """A place where a value is sought."""
 
     point: Point
-    """Where delta is added, and whose clean value `init` is read."""
+    """Where offset is added, and whose clean value `init` is read."""
     where: Where
     """At which token."""
     clamp: float
-    """gamma: ||delta|| <= clamp * ||init||, enforced after every step."""
+    """gamma: ||offset|| <= clamp * ||init||, enforced after every step."""
     weight_decay: float
-    """beta: the loss gets weight_decay * ||delta|| / ||init||^2."""
+    """beta: the loss gets weight_decay * ||offset|| / ||init||^2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,9 @@ class ValueSearch:
     settled_kl: float = 0.01
     """With `settled_factor`: the search also stops once the targets are settled and kl_factor * KL is at most this."""
 
+    shrink: bool = False
+    """Go on with fewer edits at a time where memory runs out, which changes the last bits of the values."""
+
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InvalidSetting(f"steps must be at least 1, found {self.steps}")
@@ -68,17 +71,30 @@ class Values:
 
     init: tuple[Float[Tensor, "n_edits d"], ...]
     """Clean activation of the bare prompt."""
-    delta: tuple[Float[Tensor, "n_edits d"], ...]
+    offset: tuple[Float[Tensor, "n_edits d"], ...]
     """The vector found."""
-    live: tuple[Float[Tensor, "n_edits d"], ...]
-    """Activation of the bare prompt in the last pass, before the site's own delta, the other sites' deltas in force."""
+    activation: tuple[Float[Tensor, "n_edits d"], ...]
+    """Activation of the bare prompt in the last pass: the other sites' offsets in force, the site's own not added."""
     report: tuple[EditReport, ...]
     plan: Mapping[str, Any] = field(default_factory=dict)
     """How the search was cut up, for the record; empty for a plain one."""
 
     def target(self, site: int, kind: Literal["clean", "joint"] = "clean") -> Float[Tensor, "n_edits d"]:
-        """z: init + delta (`clean`), or the activation that achieved the loss, live + delta (`joint`)."""
-        return (self.init if kind == "clean" else self.live)[site] + self.delta[site]
+        """z: init + offset (`clean`), or the activation that achieved the loss, activation + offset (`joint`)."""
+        return (self.init if kind == "clean" else self.activation)[site] + self.offset[site]
+
+    def tensors(self) -> dict[str, Float[Tensor, "n_edits d"]]:
+        """Everything by number of the site and part: `0.init`, `0.offset`, `0.activation`, ..."""
+        parts = {"init": self.init, "offset": self.offset, "activation": self.activation}
+        return {f"{site}.{part}": x for part, tensors in parts.items() for site, x in enumerate(tensors)}
+
+
+def norm_names(sites: Sequence[ValueSite]) -> list[str]:
+    """What a report calls the norms of each site: by token position, and by tensor too where two sites share that."""
+    names: list[str] = []
+    for site in sites:
+        names.append(site.where if site.where not in names else f"{site.where}_{site.point.tensor}")
+    return names
 
 
 def rewriting_rows(lm: LM, edit: Edit, contexts: Contexts) -> list[Row]:
@@ -98,5 +114,5 @@ def kl_row(lm: LM, edit: Edit) -> Row:
 
 
 def with_kl(sites: Sequence[ValueSite], search: ValueSearch) -> bool:
-    """Whether there is a KL term: with no site on the subject delta never reaches it, and it is a constant zero."""
+    """Whether there is a KL term: with no site on the subject offset never reaches it, and it is a constant zero."""
     return search.kl_factor > 0 and any(s.where == "subject_last" for s in sites)

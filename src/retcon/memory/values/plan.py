@@ -1,7 +1,7 @@
-"""How a value search is cut up: which edits share frozen parts, and how many of them are under way at a time.
+"""How a value search is cut up: which edits share frozen parts, and how many of them are active at a time.
 
-The plan follows from the free memory once and is then fixed and recorded: a run that continues another takes over its
-plan, and running out of memory changes the plan for all to see.
+The plan follows from the model, the edits and the kind of device, never from what memory happens to be free: the cut of
+a batch decides the last bits of its values. It is recorded, and a run that continues another takes over its plan.
 """
 
 from collections.abc import Sequence
@@ -9,17 +9,21 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from retcon.lm.model import LM
-from retcon.memory.capacity import free_bytes
-from retcon.memory.values.chunk import EditRows, live_part
+from retcon.memory.capacity import planned_bytes
+from retcon.memory.values.chunk import EditRows, active_part
 from retcon.memory.values.objective import ValueSite
 
 TOKENS_AT_ONCE = {"cpu": 768}
 """Live tokens of a step that fill the device; more brings no speed."""
 TOKENS_AT_ONCE_ON_AN_ACCELERATOR = 16384
 CHUNK_WIDTHS = 8
-"""A chunk is at most this many times as long as the number of edits under way: long enough that its end costs little,
+"""A chunk is at most this many times as long as the number of active edits: long enough that its end costs little,
 short enough that what it holds does not grow with the number of edits."""
-SHARE_OF_FREE_MEMORY = {"frozen": 0.2, "steps": 0.35}
+MAX_EDITS = {"cpu": 32}
+"""Edits of a chunk at most, since finished chunks are what a run that was killed finds again."""
+MAX_EDITS_ON_AN_ACCELERATOR = 512
+SHARE_OF_MEMORY = {"frozen": 0.2, "steps": 0.35}
+"""Of what is planned with (`memory.capacity.planned_bytes`)."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,14 @@ class ChunkPlan:
     """Edits whose frozen parts are held at once."""
 
     edits: tuple[int, ...]
-    """In the order in which they are taken up."""
-    width: int
-    """How many are under way at a time."""
+    """In the order in which they are activated."""
+    max_active: int
+    """How many are active at a time."""
 
     def smaller(self) -> list["ChunkPlan"] | None:
-        """What to try when this ran out of memory: half the width, then half the edits; None: it is one edit alone."""
-        if self.width > 1:
-            return [replace(self, width=self.width // 2)]
+        """What to try when this ran out of memory: half as many active, then half the edits; None: it is one edit."""
+        if self.max_active > 1:
+            return [replace(self, max_active=self.max_active // 2)]
         if len(self.edits) > 1:
             half = len(self.edits) // 2
             return [replace(self, edits=self.edits[:half]), replace(self, edits=self.edits[half:])]
@@ -59,7 +63,7 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """For a run's record."""
-        return {"chunks": [[len(c.edits), c.width] for c in self.chunks], "oom_retries": self.oom_retries}
+        return {"chunks": [[len(c.edits), c.max_active] for c in self.chunks], "oom_retries": self.oom_retries}
 
     def as_json(self) -> dict[str, Any]:
         """For `from_json`."""
@@ -68,17 +72,18 @@ class Plan:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Plan":
         """The plan that `as_json` gave."""
-        chunks = tuple(ChunkPlan(tuple(c["edits"]), int(c["width"])) for c in data["chunks"])
+        chunks = tuple(ChunkPlan(tuple(c["edits"]), int(c["max_active"])) for c in data["chunks"])
         return cls(chunks, int(data["oom_retries"]))
 
 
-def make_plan(lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], *, free: int | None = None) -> Plan:
+def make_plan(lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], *, memory: int | None = None) -> Plan:
     """Edits by length, cut into chunks that fit.
 
     Args:
-        free: bytes to plan with; the device's free memory by default.
+        memory: bytes to plan with.
     """
-    free = free_bytes(lm.device) if free is None else free
+    memory = planned_bytes(lm) if memory is None else memory
+    most = MAX_EDITS.get(lm.device.type, MAX_EDITS_ON_AN_ACCELERATOR)
     cost = CostPerEdit(lm, sites)
     order = sorted(range(len(rows)), key=lambda i: (rows[i].columns, max(rows[i].starts), i))
     at_once = TOKENS_AT_ONCE.get(lm.device.type, TOKENS_AT_ONCE_ON_AN_ACCELERATOR)
@@ -87,15 +92,15 @@ def make_plan(lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], *, f
         n, frozen = 0, 0
         for i in order:
             frozen += cost.frozen_bytes(rows[i])
-            longest = CHUNK_WIDTHS * max(1, at_once // cost.live_tokens(rows[i]))
-            if n and (n >= longest or frozen > SHARE_OF_FREE_MEMORY["frozen"] * free):
+            longest = min(most, CHUNK_WIDTHS * max(1, at_once // cost.active_tokens(rows[i])))
+            if n and (n >= longest or frozen > SHARE_OF_MEMORY["frozen"] * memory):
                 break
             n += 1
         taken, order = order[:n], order[n:]
         last = rows[taken[-1]]  # the longest
-        room = int(SHARE_OF_FREE_MEMORY["steps"] * free / cost.step_bytes(last))
-        width = max(1, min(at_once // cost.live_tokens(last), room, n))
-        chunks.append(ChunkPlan(tuple(taken), width))
+        room = int(SHARE_OF_MEMORY["steps"] * memory / cost.step_bytes(last))
+        max_active = max(1, min(at_once // cost.active_tokens(last), room, n))
+        chunks.append(ChunkPlan(tuple(taken), max_active))
     return Plan(tuple(chunks))
 
 
@@ -103,24 +108,24 @@ class CostPerEdit:
     """What one edit takes in a search, estimated from the model's shapes."""
 
     def __init__(self, lm: LM, sites: Sequence[ValueSite]) -> None:
-        first, _ = live_part(lm, sites)
-        self.n_live = max(lm.n_layers - first, 1)
+        first, _ = active_part(lm, sites)
+        self.n_active = max(lm.n_layers - first, 1)
         self.itemsize = lm.dtype.itemsize
         self.d_model, self.d_ff = lm.site(0, "down_proj").weight.shape
         self.d_kv = lm.site(0, "k_proj").weight.shape[0]
         self.vocabulary = int(lm.model.config.vocab_size)
 
-    def live_tokens(self, rows: EditRows) -> int:
+    def active_tokens(self, rows: EditRows) -> int:
         """Tokens that every step runs."""
         return len(rows.rewriting) * rows.columns + (rows.kl is not None)
 
     def frozen_bytes(self, rows: EditRows) -> int:
-        """The recorded parts: attention keys and values before the first live token, states behind it."""
-        earlier = max(rows.starts) * 2 * self.d_kv * self.n_live
+        """The recorded parts: attention keys and values before the first active token, states behind it."""
+        earlier = max(rows.starts) * 2 * self.d_kv * self.n_active
         return self.itemsize * (len(rows.rewriting) + 1) * (earlier + rows.columns * self.d_model)
 
     def step_bytes(self, rows: EditRows) -> int:
         """What a forward pass leaves for the backward one, the logits, and the past as attention sees it."""
-        activations = self.live_tokens(rows) * self.n_live * (12 * self.d_model + 4 * self.d_ff)
+        activations = self.active_tokens(rows) * self.n_active * (12 * self.d_model + 4 * self.d_ff)
         labels = sum(len(r.target_ids) for r in rows.rewriting) + (rows.kl is not None)
         return self.itemsize * activations + 16 * labels * self.vocabulary + 3 * self.frozen_bytes(rows)

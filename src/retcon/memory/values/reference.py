@@ -19,7 +19,16 @@ from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, Where, pad
 from retcon.memory.contexts import Contexts
-from retcon.memory.values.objective import Values, ValueSearch, ValueSite, kl_row, read_part, rewriting_rows, with_kl
+from retcon.memory.values.objective import (
+    Values,
+    ValueSearch,
+    ValueSite,
+    kl_row,
+    norm_names,
+    read_part,
+    rewriting_rows,
+    with_kl,
+)
 
 
 def search_values_reference(
@@ -30,8 +39,9 @@ def search_values_reference(
     search: ValueSearch,
     *,
     progress: Callable[[int], None] = lambda n: None,
+    cache: object = None,
 ) -> Values:
-    """`search_values`, plainly.
+    """`search_values`, plainly; nothing is kept in the cache.
 
     Raises:
         NonFinite: a loss came out NaN or infinite; the message names the edit.
@@ -43,8 +53,8 @@ def search_values_reference(
             progress(len(found))
     return Values(
         init=_by_site([f.init for f in found]),
-        delta=_by_site([f.delta for f in found]),
-        live=_by_site([f.live for f in found]),
+        offset=_by_site([f.offset for f in found]),
+        activation=_by_site([f.activation for f in found]),
         report=tuple(f.report for f in found),
     )
 
@@ -87,8 +97,8 @@ class _Found:
     """One edit's part of `Values`: vectors per site, on the CPU."""
 
     init: list[Tensor]
-    delta: list[Tensor]
-    live: list[Tensor]
+    offset: list[Tensor]
+    activation: list[Tensor]
     report: EditReport
 
 
@@ -96,9 +106,9 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
     has_kl = with_kl(sites, search)
     rows = _rows_of(lm, edit, contexts, has_kl)
     dtype = torch.promote_types(lm.dtype, torch.float32)
-    deltas = [_zeros_at(lm, site.point, dtype) for site in sites]
-    optimizer = torch.optim.Adam(deltas, lr=search.learning_rate)
-    live: list[Tensor] = [torch.empty(0)] * len(sites)
+    offsets = [_zeros_at(lm, site.point, dtype) for site in sites]
+    optimizer = torch.optim.Adam(offsets, lr=search.learning_rate)
+    activation: list[Tensor] = [torch.empty(0)] * len(sites)
     inits: list[Tensor] = []
     original: Tensor | None = None
 
@@ -107,9 +117,9 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
             changed = value
             for s in here:
                 positions = rows.positions[sites[s].where].to(value.device)
-                live[s] = value[0, positions[0]].detach().to(dtype)
+                activation[s] = value[0, positions[0]].detach().to(dtype)
                 at = torch.arange(len(positions), device=value.device), positions
-                vectors = deltas[s].to(value.device, value.dtype).expand(len(positions), -1)
+                vectors = offsets[s].to(value.device, value.dtype).expand(len(positions), -1)
                 changed = changed.index_put(at, vectors, accumulate=True)
             return changed
 
@@ -123,7 +133,7 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
         with torch.enable_grad():
             logits = run(lm, rows.batch, hooks, (rows.label_rows, rows.label_positions))
             assert logits is not None
-            inits = inits or [x.clone() for x in live]  # delta is still 0 in the first pass
+            inits = inits or [x.clone() for x in activation]  # offset is still 0 in the first pass
             log_p = torch.log_softmax(logits.to(dtype), dim=-1)
             nll_rows = _nll_by_row(log_p, rows)
             nll = nll_rows.mean()
@@ -133,8 +143,8 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
                 original = log_p[-1].detach() if original is None else original
                 kl = (log_p[-1].exp() * (log_p[-1] - original)).sum()
                 loss = loss + search.kl_factor * kl
-            for site, delta, init in zip(sites, deltas, inits, strict=True):
-                loss = loss + (site.weight_decay * delta.norm() / init.norm() ** 2).to(loss.device)
+            for site, offset, init in zip(sites, offsets, inits, strict=True):
+                loss = loss + (site.weight_decay * offset.norm() / init.norm() ** 2).to(loss.device)
         reached = float((-nll_rows.detach()).exp().mean())
         terms = {"nll": float(nll.detach()), "kl": float(kl.detach()), "loss": float(loss.detach())}
         if not math.isfinite(terms["loss"]):
@@ -152,16 +162,16 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        _clamp(deltas, inits, sites)
-    for s, site in enumerate(sites):
-        terms[f"{site.where}_delta"] = float(deltas[s].detach().norm())
-        terms[f"{site.where}_init"] = float(inits[s].norm())
+        _clamp(offsets, inits, sites)
+    for s, name in enumerate(norm_names(sites)):
+        terms[f"{name}_offset"] = float(offsets[s].detach().norm())
+        terms[f"{name}_init"] = float(inits[s].norm())
     lengths = [
-        (float(d.detach().norm()), s.clamp * float(i.norm())) for d, i, s in zip(deltas, inits, sites, strict=True)
+        (float(d.detach().norm()), s.clamp * float(i.norm())) for d, i, s in zip(offsets, inits, sites, strict=True)
     ]
     if stopped == "steps" and any(length >= radius * (1 - 1e-4) for length, radius in lengths):
         stopped = "clamped"
-    found, seen = [d.detach().cpu() for d in deltas], [v.cpu() for v in live]
+    found, seen = [d.detach().cpu() for d in offsets], [v.cpu() for v in activation]
     return _Found([i.cpu() for i in inits], found, seen, EditReport(edit.id, reached, step, stopped, terms))
 
 
@@ -187,9 +197,9 @@ def _all_most_likely(log_p: Float[Tensor, "labels vocab"], rows: _Rows) -> bool:
 
 
 @torch.no_grad()
-def _clamp(deltas: Sequence[Tensor], inits: Sequence[Tensor], sites: Sequence[ValueSite]) -> None:
-    """Bring each delta back onto its own ball; the optimiser's state is not touched."""
-    for delta, init, site in zip(deltas, inits, sites, strict=True):
-        radius, length = site.clamp * init.norm(), delta.norm()
+def _clamp(offsets: Sequence[Tensor], inits: Sequence[Tensor], sites: Sequence[ValueSite]) -> None:
+    """Bring each offset back onto its own ball; the optimiser's state is not touched."""
+    for offset, init, site in zip(offsets, inits, sites, strict=True):
+        radius, length = site.clamp * init.norm(), offset.norm()
         if length > radius:
-            delta *= radius / length
+            offset *= radius / length

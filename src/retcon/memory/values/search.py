@@ -1,8 +1,8 @@
 """Values, fast: many edits at once, and of each only the layers and tokens that its vectors can change.
 
 An edit's rows are recorded once (`lm/replay.py`); every step then replays them from the lowest site on, with gradients
-to the vectors alone. Edits are sorted by length and cut into chunks; of a chunk, `width` edits are under way at a time,
-and as one ends the next takes its place. Edits do not feel each other: the result is that of `reference.py`.
+to the vectors alone. Edits are sorted by length and cut into chunks; of a chunk, `max_active` edits are active at a
+time, and as one ends the next takes its place. Edits do not feel each other: the result is that of `reference.py`.
 """
 
 import gc
@@ -24,7 +24,7 @@ from retcon.memory.values.chunk import Chunk, EditRows, ValueOf
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite, read_part
 from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
 from retcon.memory.values.reference import search_values_reference
-from retcon.memory.values.store import ValueStore
+from retcon.memory.values.store import ValueCache, ValueStore
 
 
 def search_values(
@@ -36,22 +36,24 @@ def search_values(
     *,
     progress: Callable[[int], None] = lambda n: None,
     plan: Plan | None = None,
+    cache: ValueCache | None = None,
 ) -> Values:
     """Values for every edit on the weights as they are now.
 
     Args:
         progress: hears how many edits are done.
-        plan: how to cut the edits up; made from the free memory by default.
+        plan: how to cut the edits up; made from the model and the edits by default.
+        cache: where finished chunks are kept on disk.
 
     Raises:
         NonFinite: a loss came out NaN or infinite; the message names the edit.
-        OutOfMemory: not even one edit alone fits.
+        OutOfMemory: a chunk does not fit, and `search.shrink` does not allow a smaller one; or not even one edit fits.
     """
     with lm.frozen_eval():
         rows = [EditRows.of(lm, edit, sites, contexts, search) for edit in edits]
         if not edits or not replays(lm, rows[0], sites, search):
             return search_values_reference(lm, edits, sites, contexts, search, progress=progress)
-        store = ValueStore.of(lm, edits, sites, contexts, search)
+        store = None if cache is None else ValueStore.of(cache, lm, edits, sites, contexts, search)
         plan = plan or (store.plan(lambda: make_plan(lm, rows, sites)) if store else make_plan(lm, rows, sites))
         found: dict[int, ValueOf] = {}
         while waiting := [chunk for chunk in plan.chunks if chunk.edits[0] not in found]:
@@ -62,7 +64,7 @@ def search_values(
                 if done is not None and store:
                     store.save(chunk, done)
             if done is None:
-                plan = _with_less_memory(plan, chunk, edits)
+                plan = _with_less_memory(plan, chunk, edits, search)
                 if store:
                     store.change_plan(plan)
             else:
@@ -83,7 +85,7 @@ def _searched(
     """What was found for a chunk's edits; None: memory ran out."""
     try:
         part = Chunk(lm, rows, sites, search)
-        for _ in part.run(chunk.width):
+        for _ in part.run(chunk.max_active):
             progress(before + len(part.found))
         return {edit: part.found[j] for j, edit in enumerate(chunk.edits)}
     except (RuntimeError, MemoryError) as error:
@@ -92,7 +94,7 @@ def _searched(
     return None
 
 
-def _with_less_memory(plan: Plan, chunk: ChunkPlan, edits: Sequence[Edit]) -> Plan:
+def _with_less_memory(plan: Plan, chunk: ChunkPlan, edits: Sequence[Edit], search: ValueSearch) -> Plan:
     """The plan to go on with after a chunk ran out of memory."""
     gc.collect()
     if torch.cuda.is_available():
@@ -104,9 +106,16 @@ def _with_less_memory(plan: Plan, chunk: ChunkPlan, edits: Sequence[Edit]) -> Pl
             f"edit {edit.id!r} ({edit.subject!r}) does not fit into memory even alone; load the model in bfloat16, use "
             "fewer contexts, or a device with more memory"
         )
+    if not search.shrink:
+        raise OutOfMemory(
+            f"memory ran out with {chunk.max_active} edits active of a chunk of {len(chunk.edits)}. Free some memory "
+            "and run again (finished edits are found again), or allow a smaller cut with shrink=True "
+            "(--set shrink=true); the delta then differs in its last bits from the one that another run would give"
+        )
     warnings.warn(
-        f"memory ran out with {chunk.width} of {len(chunk.edits)} edits under way; going on with less (the run's "
-        "record says so)",
+        f"memory ran out with {chunk.max_active} edits active of {len(chunk.edits)}; going on with a smaller cut, as "
+        "shrink allows: this delta is another one, in its last bits, than a run with enough memory gives (its record "
+        "says so)",
         RetconWarning,
         stacklevel=4,
     )
@@ -121,8 +130,8 @@ def gathered(found: Sequence[ValueOf], plan: dict[str, Any]) -> Values:
 
     return Values(
         init=by_site([f.init for f in found]),
-        delta=by_site([f.delta for f in found]),
-        live=by_site([f.live for f in found]),
+        offset=by_site([f.offset for f in found]),
+        activation=by_site([f.activation for f in found]),
         report=tuple(f.report for f in found),
         plan=plan,
     )
@@ -160,10 +169,12 @@ def _misses(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSea
         chunk = Chunk(lm, [rows], sites, search)
         now = chunk.activate([0])
         generator = torch.Generator().manual_seed(0)
-        vectors = [torch.nn.functional.normalize(torch.randn(x.shape, generator=generator)).to(x) for x in chunk.live]
+        vectors = [
+            torch.nn.functional.normalize(torch.randn(x.shape, generator=generator)).to(x) for x in chunk.activation
+        ]
         with torch.no_grad():
             chunk.logits(now, [torch.zeros_like(x) for x in chunk.init])
-            vectors = [0.5 * x.norm() * unit for x, unit in zip(chunk.live, vectors, strict=True)]
+            vectors = [0.5 * x.norm() * unit for x, unit in zip(chunk.activation, vectors, strict=True)]
             replayed = chunk.logits(now, vectors)[0]
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return f"{type(error).__name__}: {error}"

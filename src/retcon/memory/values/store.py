@@ -1,41 +1,42 @@
 """Values on disk, so that a run that was killed goes on where it was, with the identical result.
 
-Inside a `keeping_values(folder)` scope every finished chunk of a search is written down, under a key of everything that
-determines it. A later search with the same key takes over plan and chunks and does the rest.
+With a `ValueCache`, every finished chunk of a search is written down, under a key of everything that determines it. A
+later search with the same key takes over plan and chunks and does the rest.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
+from retcon.checked import Kind, cached, keep
 from retcon.delta import EditReport
 from retcon.edits import Edit
-from retcon.files import write_atomically
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.chunk import ValueOf
 from retcon.memory.values.objective import ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, Plan
 
-FORMAT = "retcon-values-1"
+VALUES = Kind("searched values", format=2, computation=2)
 
 
 @dataclass
-class Kept:
-    """What a `keeping_values` scope has on disk."""
+class ValueCache:
+    """Values on disk: searches that are handed this write down what they have finished, and go on where one was killed.
 
-    folder: Path
+    Call `discard()` once the delta is saved, or the folder keeps growing.
+    """
+
+    folder: str | Path
     used: list[Path] = field(default_factory=list)
-    """Folders of the searches made in the scope."""
+    """Folders of the searches made with it."""
     resumed: int = 0
     """Edits whose values were found there."""
 
@@ -46,89 +47,68 @@ class Kept:
         self.used.clear()
 
 
-_kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
-
-
-@contextmanager
-def keeping_values(folder: str | Path) -> Iterator[Kept]:
-    """Value searches in this scope write down what they have finished, and take up what an earlier run left.
-
-    Call `discard()` on what it gives once the delta is saved, or the folder keeps growing.
-    """
-    kept = Kept(Path(folder))
-    token = _kept.set(kept)
-    try:
-        yield kept
-    finally:
-        _kept.reset(token)
-
-
 class ValueStore:
     """The folder of one search."""
 
-    def __init__(self, path: Path, kept: Kept) -> None:
-        self.path, self.kept = path, kept
+    def __init__(self, path: Path, cache: ValueCache, key: dict[str, Any]) -> None:
+        self.path, self.cache, self.key = path, cache, key
 
     @classmethod
     def of(
         cls,
+        cache: ValueCache,
         lm: LM,
         edits: Sequence[Edit],
         sites: Sequence[ValueSite],
         contexts: Contexts,
         search: ValueSearch,
-    ) -> "ValueStore | None":
-        """The store of this search, or None outside `keeping_values`."""
-        kept = _kept.get()
-        if kept is None:
-            return None
+    ) -> "ValueStore":
+        """The store of this search."""
         key = {
-            "format": FORMAT,
             "model": lm.fingerprint(),
-            "live": [d.id for d in lm.applied],
+            "dtype": str(lm.dtype),
+            "applied": [d.id for d in lm.applied],
             "device": lm.device.type,
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            "torch": ".".join(torch.__version__.split(".")[:2]),
+            "transformers": version("transformers"),
             "edits": [asdict(e) for e in edits],
             "sites": [asdict(s) for s in sites],
             "contexts": contexts.prefixes,
             "search": asdict(search),
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-        path = kept.folder / digest
-        path.mkdir(parents=True, exist_ok=True)
-        kept.used.append(path)
-        return cls(path, kept)
+        path = Path(cache.folder) / digest
+        cache.used.append(path)
+        return cls(path, cache, key)
 
     def plan(self, make: Callable[[], Plan]) -> Plan:
         """The plan of the run that is continued, or the one that `make()` gives, written down."""
-        try:
-            return Plan.from_json(json.loads((self.path / "plan.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):
-            plan = make()
-            self.change_plan(plan)
-            return plan
+        found = cached(self.path / "plan.safetensors", VALUES, self.key)
+        if found is not None:
+            return Plan.from_json(found[1])
+        plan = make()
+        self.change_plan(plan)
+        return plan
 
     def change_plan(self, plan: Plan) -> None:
         """Put a plan in the place of the one there is."""
-        write_atomically(self.path / "plan.json", json.dumps(plan.as_json()).encode())
+        keep(self.path / "plan.safetensors", VALUES, self.key, about=plan.as_json())
 
     def load(self, chunk: ChunkPlan) -> dict[int, ValueOf] | None:
         """What was found for a chunk's edits, or None if it has yet to be run."""
-        try:
-            with safe_open(self._file(chunk), framework="pt") as file:
-                record = file.metadata() or {}
-                reports, n_sites = json.loads(record["reports"]), int(record["sites"])
-                parts = {
-                    name: [file.get_tensor(f"{name}.{s}") for s in range(n_sites)] for name in ("init", "delta", "live")
-                }
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        kept = cached(self._file(chunk), VALUES, self.key | {"chunk": asdict(chunk)})
+        if kept is None:
             return None
+        tensors, about = kept
         found = {}
-        for j, (edit, report) in enumerate(zip(chunk.edits, reports, strict=True)):
-            init, delta, live = (tuple(x[j] for x in parts[name]) for name in ("init", "delta", "live"))
-            found[edit] = ValueOf(init, delta, live, EditReport(**report))
-        self.kept.resumed += len(found)
+        for j, (edit, report) in enumerate(zip(chunk.edits, about["reports"], strict=True)):
+            init, offset, activation = (
+                tuple(tensors[f"{name}.{s}"][j] for s in range(about["sites"]))
+                for name in ("init", "offset", "activation")
+            )
+            found[edit] = ValueOf(init, offset, activation, EditReport(**report))
+        self.cache.resumed += len(found)
         return found
 
     def save(self, chunk: ChunkPlan, found: dict[int, ValueOf]) -> None:
@@ -137,11 +117,11 @@ class ValueStore:
         n_sites = len(values[0].init)
         tensors = {
             f"{name}.{s}": torch.stack([getattr(v, name)[s] for v in values])
-            for name in ("init", "delta", "live")
+            for name in ("init", "offset", "activation")
             for s in range(n_sites)
         }
-        reports = json.dumps([asdict(v.report) for v in values])
-        write_atomically(self._file(chunk), save(tensors, metadata={"reports": reports, "sites": str(n_sites)}))
+        about = {"reports": [asdict(v.report) for v in values], "sites": n_sites}
+        keep(self._file(chunk), VALUES, self.key | {"chunk": asdict(chunk)}, tensors, about)
 
     def _file(self, chunk: ChunkPlan) -> Path:
         name = hashlib.sha256(json.dumps(asdict(chunk)).encode()).hexdigest()[:16]

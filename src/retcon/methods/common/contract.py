@@ -2,15 +2,13 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from types import UnionType
 from typing import (
     Any,
     Literal,
     Protocol,
-    TypedDict,
     Union,
-    Unpack,
     get_args,
     get_origin,
     get_type_hints,
@@ -19,12 +17,14 @@ from typing import (
 
 import torch
 
-from retcon.delta import Change, Delta
-from retcon.edits import Edit, edit_record
+from retcon.delta import Delta
+from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM, Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
+from retcon.memory.values import ValueCache
+from retcon.memory.write import UpdateFilter as UpdateFilter
 from retcon.version import __version__
 
 State = Mapping[str, torch.Tensor]
@@ -37,21 +37,22 @@ def silent(stage: str, done: int, total: int) -> None:
     """Progress that nobody listens to."""
 
 
-def unfiltered(name: str, change: Change) -> Change:
-    """A change as it is: no filter before it is written."""
-    return change
+@dataclass(frozen=True)
+class ModelShape:
+    """What settings follow from where a model has no preset."""
 
+    n_layers: int
+    d_model: int
+    d_ff: int
+    """Width of the keys of the down-projection."""
+    parallel: bool
+    """Attention and MLP side by side."""
 
-class Given(TypedDict, total=False):
-    """What `propose` may be given besides model, edits and state; what is left out is made, or read from the cache."""
-
-    contexts: Contexts | None
-    """Prefixes; sampled by `seed` where none are given."""
-    moments: Moments | None
-    """Second moments; those of the model's default text where none are given."""
-    seed: int
-    progress: Progress
-    """Hears (stage, done, total)."""
+    @classmethod
+    def of(cls, lm: LM) -> "ModelShape":
+        """The shape of a model."""
+        d_model, d_ff = lm.site(0, "down_proj").weight.shape
+        return cls(lm.n_layers, d_model, d_ff, lm.layout.parallel)
 
 
 @runtime_checkable
@@ -66,32 +67,56 @@ class Method(Protocol):
         """What it is called in the table of methods."""
 
     @property
-    def batch(self) -> bool:
+    def supports_batches(self) -> bool:
         """Whether `propose` takes more than one edit; `in_steps` applies those of any number one by one."""
 
     @property
-    def keeps(self) -> str:
+    def state_description(self) -> str:
         """What the delta's `state` holds for the next batch, in words; empty for nothing."""
 
-    def propose(self, lm: LM, edits: Sequence[Edit], *, state: State | None = None, **given: Unpack[Given]) -> Delta:
-        """The change that writes `edits`; the model is untouched. `state` is that of the delta before, if any."""
+    @property
+    def uses_moments(self) -> bool:
+        """Whether `propose` needs second moments."""
+
+    @property
+    def needs_subject(self) -> bool:
+        """Whether it writes at the subject, so that an edit without one is refused."""
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether it writes layer by layer, and `propose` takes an `update_filter`."""
+
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Delta:
+        """Return the change that writes `edits`; the model is untouched.
+
+        Args:
+            contexts: prefixes; sampled by `seed` where none are given.
+            moments: second moments; those of the model's default text where none are given.
+            state: what the delta of the batch before has as its `state`.
+            values: where searched values are kept on disk, so that a run that was killed goes on where it was.
+            keep_values: put what was searched into the delta (`delta.values`).
+            seed: of everything drawn.
+            progress: hears (stage, done, total).
+        """
 
     @classmethod
-    def fallback_settings(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
-        """Settings by relative depth, for a model that has no preset; `parallel`: attention and MLP side by side."""
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
+        """Settings for a model of that shape that has no preset."""
 
 
-def uses_moments(method: Any) -> bool:
-    """Whether `propose` asks for second moments; a method that does not says so by an attribute of this name."""
-    return getattr(method, "uses_moments", True)
-
-
-def needs_subject(method: Any) -> bool:
-    """Whether `method` writes at the subject; one that does not says so by an attribute of this name."""
-    return bool(getattr(method, "needs_subject", True))
-
-
-def provenance(
+def recorded(
     method: Any,
     lm: LM,
     edits: Sequence[Edit],
@@ -100,20 +125,19 @@ def provenance(
     moments: Moments | None = None,
     sites: Sequence[Site] = (),
     seed: int,
+    **notes: Any,
 ) -> dict[str, Any]:
-    """The record of a run: enough to repeat it and to compare it with another implementation.
+    """The fields of a Delta that record its run: enough to repeat it and to compare it with another implementation.
 
-    A method that uses no contexts or moments leaves them out.
+    A method that uses no contexts or moments leaves them out. `notes` join the provenance.
     """
     import transformers
 
-    return {
+    about = {
         "method": method.name,
         "settings": asdict(method),
         "model": lm.name,
         "dtype": str(lm.dtype).removeprefix("torch."),
-        "edits": [edit_record(e) for e in edits],
-        "contexts": list(contexts.prefixes) if contexts else [],
         "moments": moments.keys(lm, sites) if moments else {},
         "seed": seed,
         "versions": {
@@ -122,6 +146,11 @@ def provenance(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+    }
+    return {
+        "edits": tuple(edits),
+        "contexts": contexts.prefixes if contexts else (),
+        "provenance": about | notes,
     }
 
 

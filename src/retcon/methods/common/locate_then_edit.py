@@ -10,29 +10,20 @@ from retcon.lm.forward import Point, TensorName
 from retcon.memory.contexts import ContextStyle
 from retcon.memory.keys import KeyAverage
 from retcon.memory.values import ValueSearch, ValueSite
-from retcon.memory.write import Spread, Temper
-from retcon.methods.common.contract import Given, check_choices, check_layers, check_not_negative, early_layers
-
-
-class Tempered(Given):
-    """What a method that writes layer by layer may be given."""
-
-    temper: Temper
-    """Has the last word on each layer's change before the next layer is solved."""
+from retcon.memory.write import Spread
+from retcon.methods.common.contract import ModelShape, check_choices, check_layers, check_not_negative, early_layers
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValueSettings:
-    """How a value is sought; Adam on a vector delta that is added at the subject's last token."""
+class SearchSettings:
+    """How values are searched: Adam on offsets that are added to activations."""
 
     name: ClassVar[str]
-    keeps: ClassVar[str] = ""
+    state_description: ClassVar[str] = ""
     layerwise: ClassVar[bool] = True
+    uses_moments: ClassVar[bool] = True
+    needs_subject: ClassVar[bool] = True
 
-    clamp: float = 0.75
-    """Radius of delta as a multiple of the clean value's norm."""
-    weight_decay: float = 0.5
-    """Weight of ||delta|| / ||init||^2."""
     steps: int = 25
     """Forward passes per edit at most."""
     learning_rate: float = 0.5
@@ -43,21 +34,19 @@ class ValueSettings:
     """What ends the search: the total loss under `threshold`, or the target's mean token probability at it."""
     threshold: float | None = None
     """None: 0.05 for `loss`, 0.9 for `probability`."""
+    shrink: bool = False
+    """Go on with fewer edits at a time where memory runs out; the delta is then another one in its last bits."""
 
     def __post_init__(self) -> None:
-        check_not_negative(self, "clamp", "weight_decay")
         check_choices(self)
 
-    def value_site(self, layer: int, tensor: TensorName) -> ValueSite:
-        """Where the value is sought."""
-        return ValueSite(Point(layer, tensor), "subject_last", self.clamp, self.weight_decay)
-
     def value_search(self, **more: Any) -> ValueSearch:
-        """How it is sought; `more` are further fields of the search."""
+        """How it is searched; `more` are further fields of the search."""
         return ValueSearch(
             steps=self.steps,
             learning_rate=self.learning_rate,
             kl_factor=self.kl_factor,
+            shrink=self.shrink,
             stop=self.stop,
             threshold=self.threshold if self.threshold is not None else 0.05 if self.stop == "loss" else 0.9,
             **more,
@@ -65,10 +54,28 @@ class ValueSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValueSettings(SearchSettings):
+    """A value at the subject's last token."""
+
+    clamp: float = 0.75
+    """Radius of the offset as a multiple of the clean value's norm."""
+    weight_decay: float = 0.5
+    """Weight of ||offset|| / ||init||^2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative(self, "clamp", "weight_decay")
+
+    def value_site(self, layer: int, tensor: TensorName) -> ValueSite:
+        """Where the value is searched."""
+        return ValueSite(Point(layer, tensor), "subject_last", self.clamp, self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OneFactSettings(ValueSettings):
     """ROME's way: one fact, one layer, the value at the MLP's output."""
 
-    batch: ClassVar[bool] = False
+    supports_batches: ClassVar[bool] = False
 
     layer: int
     """Block whose down-projection is rewritten (l*), counted from 0."""
@@ -82,12 +89,12 @@ class OneFactSettings(ValueSettings):
     """Prefixes where none are given; `rome` is the released code's."""
 
     @classmethod
-    def fallback_settings(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Untuned: the first of the layers where MEMIT would write, and one up."""
-        return {"layer": min(early_layers(n_layers)[0] + 1, n_layers - 1)}
+        return {"layer": min(early_layers(shape.n_layers)[0] + 1, shape.n_layers - 1)}
 
     @property
-    def uses_moments(self) -> bool:
+    def uses_moments(self) -> bool:  # type: ignore[override]
         """Whether C has to be known."""
         return self.use_moment
 
@@ -96,7 +103,7 @@ class OneFactSettings(ValueSettings):
 class BatchSettings(ValueSettings):
     """MEMIT's way: many facts, the value at the last of several layers, each layer taking its share."""
 
-    batch: ClassVar[bool] = True
+    supports_batches: ClassVar[bool] = True
 
     layers: tuple[int, ...]
     """Blocks whose down-projections are rewritten (R), ascending, counted from 0; the value is sought at the last."""
@@ -110,6 +117,6 @@ class BatchSettings(ValueSettings):
         check_layers(self, "layers")
 
     @classmethod
-    def fallback_settings(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Untuned: published layers by relative depth."""
-        return {"layers": early_layers(n_layers)}
+        return {"layers": early_layers(shape.n_layers)}

@@ -2,7 +2,7 @@
 
 A method opens a `proposing` scope, searches values, writes them, and asks for the delta:
 
-    with proposing("memit", self, lm, edits, [group], contexts=contexts, moments=moments, seed=seed) as proposal:
+    with proposing(self, lm, edits, [group], given) as proposal:
         values = proposal.search(sites, search)
         proposal.write(group, values.target(0))
         return proposal.delta(values.report)
@@ -31,14 +31,27 @@ from retcon.memory.contexts import Contexts, ContextStyle
 from retcon.memory.defaults import default_contexts, default_moments
 from retcon.memory.keys import MAX_BATCH_TOKENS, KeyAverage, KeyReader
 from retcon.memory.moments import GivenMoments, Moments
-from retcon.memory.values import Values, ValueSearch, ValueSite, search_values
-from retcon.memory.write import LayerGroup, Temper, write
-from retcon.methods.common.contract import Progress, provenance, silent, unfiltered, uses_moments
+from retcon.memory.values import ValueCache, Values, ValueSearch, ValueSite, search_values
+from retcon.memory.write import LayerGroup, write
+from retcon.methods.common.contract import Progress, UpdateFilter, recorded, silent
 from retcon.methods.common.registry import check_subjects
 
 OUT_OF_RANGE = 5.0
 """Norm of a change over that of its weight, per root of the number of edits, from which a warning is given: single
 edits that disable a model (ROME's tiny denominators) are at tens and more, ordinary ones of embedded models at 1."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a call of `propose` was given besides model, edits and state."""
+
+    contexts: Contexts | None
+    moments: Moments | None
+    values: ValueCache | None
+    keep_values: bool
+    seed: int
+    progress: Progress | None
+    update_filter: UpdateFilter | None = None
 
 
 @dataclass
@@ -52,8 +65,10 @@ class Proposal:
     moments: Moments
     sites: list[Site]
     seed: int
-    temper: Temper
+    update_filter: UpdateFilter | None
     progress: Progress
+    cache: ValueCache | None
+    keep_values: bool
     scope: ExitStack
     changes: dict[str, list[Change]] = field(default_factory=dict)
     keys: dict[str, Float[Tensor, "n_edits m"]] = field(default_factory=dict)
@@ -62,6 +77,8 @@ class Proposal:
     """What has read the keys so far: a second group's reading starts where the first one's ended."""
     plans: list[Mapping[str, Any]] = field(default_factory=list)
     """How the searches were cut up."""
+    searched: dict[str, Tensor] = field(default_factory=dict)
+    """What the searches found, where it is kept: by number of the search, site, and part."""
 
     def search(self, sites: Sequence[ValueSite], search: ValueSearch) -> Values:
         """Values for the batch (`memory.values.search_values`) on the weights as they are now."""
@@ -72,7 +89,10 @@ class Proposal:
             self.contexts,
             search,
             progress=lambda n: self.progress("values", n, len(self.edits)),
+            cache=self.cache,
         )
+        if self.keep_values:
+            self.searched |= {f"{len(self.plans)}.{name}": tensor for name, tensor in values.tensors().items()}
         self.plans.append(values.plan)
         return values
 
@@ -97,7 +117,7 @@ class Proposal:
             self.moments,
             self.scope,
             key_average=key_average,
-            temper=self.temper,
+            update_filter=self.update_filter,
             reader=self.readers[contexts, key_average],
         )
         for name, change in written.changes.items():
@@ -108,7 +128,7 @@ class Proposal:
         self, report: Sequence[EditReport] = (), *, state: Mapping[str, Tensor] | None = None, **notes: Any
     ) -> Delta:
         """What was written as a delta, reports completed by what the model says now; `notes` go on record."""
-        record = provenance(
+        record = recorded(
             self.method,
             self.lm,
             self.edits,
@@ -116,11 +136,17 @@ class Proposal:
             moments=self.moments,
             sites=self.sites,
             seed=self.seed,
+            values=self.plans,
+            **notes,
         )
         found = report_after(self.lm, self.edits, report)
         self.scope.close()  # a delta is proposed on the model as it was
         delta = self.lm.delta(
-            self.changes, report=found, state=state, provenance=record | {"values": self.plans} | notes
+            self.changes,
+            report=found,
+            state=state,
+            values=self.searched or None,
+            **record,
         )
         warn_of_size(self.lm, delta)
         return delta
@@ -132,13 +158,9 @@ def proposing(
     lm: LM,
     edits: Sequence[Edit],
     groups: Sequence[LayerGroup],
+    given: Given,
     *,
-    contexts: Contexts | None = None,
-    moments: Moments | None = None,
-    seed: int = 0,
     context_style: ContextStyle = "memit",
-    temper: Temper = unfiltered,
-    progress: Progress = silent,
 ) -> Iterator[Proposal]:
     """Checks edits and layers, makes contexts and moments where none are given; the model is as it was afterwards.
 
@@ -152,15 +174,29 @@ def proposing(
     sites = [site for group in groups for site in sites_of(method.name, lm, group.layers, group.module)]
     for site in sites:
         lm.check_editable(site.name)
+    contexts, moments = given.contexts, given.moments
     if not edits:
         contexts, moments, sites = contexts or Contexts(), moments or GivenMoments({}), []
-    contexts = default_contexts(lm, seed, context_style) if contexts is None else contexts
+    contexts = default_contexts(lm, given.seed, context_style) if contexts is None else contexts
     moments = default_moments(lm) if moments is None else moments
-    if not uses_moments(method):
+    if not method.uses_moments:
         sites = []
     moments.prepare(lm, sites)
     with lm.scope(), ExitStack() as scope:
-        yield Proposal(method, lm, edits, contexts, moments, sites, seed, temper, progress, scope)
+        yield Proposal(
+            method,
+            lm,
+            edits,
+            contexts,
+            moments,
+            sites,
+            given.seed,
+            given.update_filter,
+            given.progress or silent,
+            given.values,
+            given.keep_values,
+            scope,
+        )
 
 
 def sites_of(
@@ -220,7 +256,8 @@ def report_after(lm: LM, edits: Sequence[Edit], report: Sequence[EditReport]) ->
     """The reports with what the model says now: one forward pass per batch of rows, on the edits' bare prompts."""
     found = answers(lm, edits)
     return tuple(
-        replace(r, written=probability, said=said) for r, (probability, said) in zip(report, found, strict=True)
+        replace(r, final_probability=probability, greedy_match=match)
+        for r, (probability, match) in zip(report, found, strict=True)
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning, UnknownMethod, UnknownPreset
 from retcon.lm.model import LM
-from retcon.methods.common.contract import Method, needs_subject
+from retcon.methods.common.contract import Method, ModelShape
 
 METHODS = {
     "alphaedit": "retcon.methods.alphaedit:AlphaEdit",
@@ -70,7 +70,7 @@ def method_class(name: str) -> type[Any]:
 def check_subjects(method: Any, edits: Sequence[Edit]) -> None:
     """Raise InvalidEdit where an edit names no subject and `method` needs one; the message names those that do not."""
     lost = next((edit for edit in edits if edit.subject is None), None)
-    if lost is None or not needs_subject(method):
+    if lost is None or not method.needs_subject:
         return
     able = [name for name in list_methods() if getattr(method_class(name), "needs_subject", True) is False]
     raise InvalidEdit(
@@ -191,7 +191,7 @@ def signature(lm: LM) -> dict[str, Any]:
 
 
 def _starting_point(name: str, chosen: type[Any], lm: LM, settings: Mapping[str, Any]) -> dict[str, Any]:
-    guess: dict[str, Any] = chosen.fallback_settings(lm.n_layers, parallel=lm.layout.parallel)
+    guess: dict[str, Any] = chosen.fallback_settings(ModelShape.of(lm))
     if guess.keys() <= settings.keys():  # nothing is left to guess
         return guess
     shown = ", ".join(f"{k}={v}" for k, v in guess.items() if k not in settings)

@@ -22,7 +22,8 @@ from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Moments
-from retcon.methods.common.contract import Method, Progress, silent
+from retcon.memory.values import ValueCache
+from retcon.methods.common.contract import Method, Progress
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.registry import check_subjects
 
@@ -36,8 +37,10 @@ def in_steps(
     contexts: Contexts | None = None,
     moments: Moments | None = None,
     state: Mapping[str, Tensor] | None = None,
+    values: ValueCache | None = None,
+    keep_values: bool = False,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> Delta:
     """One delta for all `edits`, made in batches of `batch_size`, each on top of those before; the model is untouched.
 
@@ -45,38 +48,59 @@ def in_steps(
     counts as a conflict. All steps share one set of contexts and moments.
 
     Args:
+        values: where searched values are kept on disk, so that a run that was killed goes on where it was.
+        keep_values: put what was searched into the delta, where there is one step.
         batch_size: None: all at once, or one by one where the method takes one fact.
 
     Raises:
         InvalidSetting: `batch_size` does not suit the method.
         InvalidEdit, ConflictingEdits: as `propose`, and across batches too.
     """
-    size = batch_size if batch_size is not None else len(edits) if method.batch else 1
-    if len(edits) > 1 and (size < 1 or (size > 1 and not method.batch)):
-        allowed = "any number from 1" if method.batch else "1"
+    size = batch_size if batch_size is not None else len(edits) if method.supports_batches else 1
+    if len(edits) > 1 and (size < 1 or (size > 1 and not method.supports_batches)):
+        allowed = "any number from 1" if method.supports_batches else "1"
         raise InvalidSetting(f"batch_size {size}: {type(method).__name__} takes {allowed}")
     check_edits(edits)
     check_subjects(method, edits)
     if len(edits) <= size or not edits:
-        return method.propose(lm, edits, contexts=contexts, moments=moments, state=state, seed=seed, progress=progress)
+        return method.propose(
+            lm,
+            edits,
+            contexts=contexts,
+            moments=moments,
+            state=state,
+            values=values,
+            keep_values=keep_values,
+            seed=seed,
+            progress=progress,
+        )
     moments = default_moments(lm) if moments is None else moments
     done: Delta | None = None
     for first in range(0, len(edits), size):
         with nullcontext() if done is None else lm.edited(done):
             step = method.propose(
-                lm, edits[first : first + size], contexts=contexts, moments=moments, state=state, seed=seed
+                lm,
+                edits[first : first + size],
+                contexts=contexts,
+                moments=moments,
+                state=state,
+                values=values,
+                seed=seed,
             )
-        contexts, state = Contexts(tuple(step.provenance["contexts"])), step.state
+        contexts, state = Contexts(step.contexts), step.state
         done = step if done is None else _on_top(lm, done, step)
-        progress("values", min(first + size, len(edits)), len(edits))
+        if progress is not None:
+            progress("values", min(first + size, len(edits)), len(edits))
     assert done is not None
     with lm.edited(done):
-        report = report_after(lm, [Edit(**edit) for edit in done.provenance["edits"]], done.report)
+        report = report_after(lm, done.edits, done.report)
     return lm.delta(
         done.changes,
         report=report,
         state=done.state,
         supersedes=done.supersedes,
+        edits=done.edits,
+        contexts=done.contexts,
         provenance={**done.provenance, "batch_size": size},
     )
 
@@ -91,13 +115,15 @@ def _on_top(lm: LM, done: Delta, step: Delta) -> Delta:
         )
         for name in names
     }
-    earlier = [] if replaced else done.provenance["edits"]  # what replaces a delta has taken its edits over
+    earlier = () if replaced else done.edits  # what replaces a delta has taken its edits over
     return lm.delta(
         changes,
         report=(*(() if replaced else done.report), *step.report),
         state=step.state,
         supersedes=(*done.supersedes, *(i for i in step.supersedes if i != done.id)),
-        provenance={**step.provenance, "edits": [*earlier, *step.provenance["edits"]]},
+        edits=(*earlier, *step.edits),
+        contexts=step.contexts,
+        provenance=step.provenance,
     )
 
 

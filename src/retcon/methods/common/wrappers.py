@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from retcon.methods.common.contract import Method, check_choices, needs_subject, uses_moments
+from retcon.methods.common.contract import Method, ModelShape, check_choices
 from retcon.methods.common.registry import method
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hosting:
     """A filter over a base method."""
+
+    layerwise: ClassVar[bool] = False
 
     base_method: str
     """Method that writes the edits."""
@@ -21,7 +23,7 @@ class Hosting:
         check_choices(self)
 
     @classmethod
-    def fallback_settings(cls, n_layers: int, *, parallel: bool) -> dict[str, Any]:
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """The same for every model; what depends on it are the base method's settings."""
         return {}
 
@@ -31,16 +33,16 @@ class Hosting:
         return method(self.base_method, **self.base_settings)
 
     @property
-    def batch(self) -> bool:
+    def supports_batches(self) -> bool:
         """As the base method."""
-        return self.wrapped.batch
+        return self.wrapped.supports_batches
 
     @property
     def uses_moments(self) -> bool:
         """As the base method."""
-        return uses_moments(self.wrapped)
+        return self.wrapped.uses_moments
 
     @property
     def needs_subject(self) -> bool:
         """As the base method."""
-        return needs_subject(self.wrapped)
+        return self.wrapped.needs_subject
