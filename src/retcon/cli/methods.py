@@ -24,6 +24,10 @@ def methods(
             show_default=False,
         ),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="Only this one, with every setting and what it means.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the editing methods: what they do, where they come from, and for which models they have settings."""
@@ -31,7 +35,7 @@ def methods(
         from retcon.methods.common.registry import list_methods
 
         lm = _without_weights(model) if model else None
-        found = [_described(name, lm) for name in list_methods()]
+        found = [_described(name, lm) for name in ([method] if method else list_methods())]
     from retcon.lm.layouts import LAYOUTS
 
     if as_json:
@@ -45,6 +49,9 @@ def methods(
         out.print(f"  facts    {entry['facts']}")
         out.print(f"  keeps    {entry['keeps'] or 'nothing'} between batches", soft_wrap=True)
         out.print(f"  presets  {', '.join(entry['presets']) or 'none'}", soft_wrap=True)
+        if method is not None:
+            for setting, meaning in entry["meanings"].items():
+                out.print(f"  [bold]{setting}[/]  {escape(meaning)}", soft_wrap=True)
         if lm is not None:
             resolved = resolve(lm, entry["name"])
             out.print(f"  [green]{escape(lm.name)}[/] gets {escape(resolved.source)}")
@@ -53,6 +60,7 @@ def methods(
 
 def _described(name: str, lm: "LM | None") -> dict[str, Any]:
     from retcon.methods.common import registry
+    from retcon.methods.common.settings import descriptions
 
     chosen = registry.method_class(name)
     about = _about(sys.modules[chosen.__module__].__doc__ or "")
@@ -63,6 +71,7 @@ def _described(name: str, lm: "LM | None") -> dict[str, Any]:
         "facts": _facts(chosen.supports_batches),
         "keeps": chosen.state_description,
         "presets": [p.name for p in registry.presets(name)],
+        "meanings": descriptions(chosen),
     }
     if lm is not None:
         resolved = resolve(lm, name)

@@ -28,8 +28,8 @@ from retcon.methods.common.contract import (
     ModelShape,
     Progress,
     State,
-    check_choices,
     check_not_negative,
+    check_settings,
     recorded,
     silent,
 )
@@ -90,7 +90,7 @@ class Ctp:
     in the other's step, and after they were deselected), lambda on the loss, gradients assessed batch by batch."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_settings(self)
         check_not_negative(self, "contrast_weight", "n_negative", "reassess", "learning_rate")
         if self.n_positive < 1:
             raise InvalidSetting(f"ctp: n_positive must be at least 1, found {self.n_positive}")

@@ -81,7 +81,7 @@ class Jeep(SearchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers(self, "low", "high")
+        check_layers(self, "low", "high", may_be_empty=True)
         check_not_negative(
             self,
             *(f"{group}_{what}" for what in ("clamp", "moment_weight", "weight_decay") for group in ("low", "high")),

@@ -24,7 +24,7 @@ from retcon.locate.attribution import Attribution, Path, Probability, Quadrature
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import ModelShape, Progress, State, check_choices, recorded, silent
+from retcon.methods.common.contract import ModelShape, Progress, State, check_settings, recorded, silent
 from retcon.methods.common.proposal import report_after
 from retcon.training.descent import Reduction, Schedule, descend, stepping
 from retcon.training.objective import Answer, AnswerLoss, answer_rows
@@ -95,7 +95,7 @@ class Kne:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules", tuple(self.modules))
-        check_choices(self)
+        check_settings(self)
         if (
             not self.modules
             or set(self.modules) - set(get_args(SiteName))

@@ -2,16 +2,10 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from types import UnionType
+from dataclasses import asdict, dataclass, fields
 from typing import (
     Any,
-    Literal,
     Protocol,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
     runtime_checkable,
 )
 
@@ -25,6 +19,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.memory.write import UpdateFilter as UpdateFilter
+from retcon.methods.common.settings import checked
 from retcon.version import __version__
 
 State = Mapping[str, torch.Tensor]
@@ -157,17 +152,20 @@ def recorded(
 # --- settings ----------------------------------------------------------------------------------------------------
 
 
-def check_layers(method: Any, *settings: str) -> None:
-    """Makes each of these settings a tuple of ascending layers.
+def check_layers(method: Any, *settings: str, may_be_empty: bool = False) -> None:
+    """Check that each of these settings lists ascending layers, counted from 0.
 
     Raises:
-        InvalidSetting: layers repeat or do not ascend.
+        InvalidSetting: layers repeat, do not ascend, are negative, or there is none.
     """
     for setting in settings:
-        layers = tuple(getattr(method, setting))
-        object.__setattr__(method, setting, layers)
-        if list(layers) != sorted(set(layers)):
-            raise InvalidSetting(f"{method.name}: {setting} layers must ascend without repeats, found {layers}")
+        layers = getattr(method, setting)
+        if not layers and not may_be_empty:
+            raise InvalidSetting(f"{method.name}: {setting} is empty, so there is nothing to edit")
+        if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
+            raise InvalidSetting(
+                f"{method.name}: {setting} layers must ascend without repeats from 0 on, found {layers}"
+            )
 
 
 def check_not_negative(method: Any, *settings: str) -> None:
@@ -178,21 +176,15 @@ def check_not_negative(method: Any, *settings: str) -> None:
             raise InvalidSetting(f"{method.name}: {setting} must not be negative, found {found}")
 
 
-def check_choices(method: Any) -> None:
-    """Raises InvalidSetting where a setting whose type lists its values (a Literal) has another one."""
-    for setting, hint in get_type_hints(type(method)).items():
-        known = _choices(hint)
-        if known and getattr(method, setting) not in known:
-            shown = ", ".join(map(str, known))
-            raise InvalidSetting(f"{method.name}: {setting} is {getattr(method, setting)!r}; known: {shown}")
+def check_settings(method: Any) -> None:
+    """Check every setting against its field's type, and bring it to that type.
 
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    if get_origin(hint) in (Union, UnionType) and any(get_origin(part) is Literal for part in get_args(hint)):
-        return tuple(v for part in get_args(hint) for v in (_choices(part) or (None,)))
-    return ()
+    Raises:
+        InvalidSetting: another type, an unknown choice, NaN or infinity; the message names the setting.
+    """
+    given = {f.name: getattr(method, f.name) for f in fields(method)}
+    for setting, value in checked(method.name, type(method), given).items():
+        object.__setattr__(method, setting, value)
 
 
 def check_stateless(name: str, state: object) -> None:

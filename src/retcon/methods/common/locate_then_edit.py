@@ -11,7 +11,7 @@ from retcon.memory.contexts import ContextStyle
 from retcon.memory.keys import KeyAverage
 from retcon.memory.values import ValueSearch, ValueSite
 from retcon.memory.write import Spread
-from retcon.methods.common.contract import ModelShape, check_choices, check_layers, check_not_negative, early_layers
+from retcon.methods.common.contract import ModelShape, check_layers, check_not_negative, check_settings, early_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class SearchSettings:
     """Go on with fewer edits at a time where memory runs out; the delta is then another one in its last bits."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_settings(self)
 
     def value_search(self, **more: Any) -> ValueSearch:
         """How it is searched; `more` are further fields of the search."""

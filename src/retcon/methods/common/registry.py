@@ -1,19 +1,20 @@
 """The table of methods, and how a name and a model become a method with its settings."""
 
 import difflib
-import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from functools import cache
+from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
-from importlib.resources import files
+from importlib.metadata import entry_points
 from typing import Any
 
 from retcon.edits import Case, Edit
-from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning, UnknownMethod, UnknownPreset
+from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning, UnknownMethod
 from retcon.lm.model import LM
+from retcon.methods.common import presets as presets_module
 from retcon.methods.common.contract import Method, ModelShape
+from retcon.methods.common.presets import Preset
+from retcon.methods.common.settings import checked
 
 METHODS = {
     "alphaedit": "retcon.methods.alphaedit:AlphaEdit",
@@ -30,41 +31,56 @@ METHODS = {
 }
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Published or tuned settings of one method for one model and one kind of data."""
-
-    method: str
-    model: str
-    dataset: str
-    source: str
-    """Where the settings come from."""
-    match: Mapping[str, Any]
-    """What the model must look like; see `signature`."""
-    settings: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}/{self.model}/{self.dataset}"
+ENTRY_POINTS = "retcon.methods"
+"""Group of entry points by which an installed package brings methods of its own."""
 
 
 def list_methods() -> list[str]:
-    """Names of all registered methods."""
-    return sorted(METHODS)
+    """Names of all registered methods, those of installed packages among them."""
+    return sorted({**_installed(), **METHODS})
+
+
+def _installed() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
 
 def method_class(name: str) -> type[Any]:
-    """The class registered under a name.
+    """The class registered under a name, or the one that "module:Class" names.
 
     Raises:
-        UnknownMethod: there is none.
+        UnknownMethod: there is none, or it is no method.
     """
-    if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1)
+    table = {**_installed(), **METHODS}
+    if name not in table and ":" not in name:
+        close = difflib.get_close_matches(name, table, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UnknownMethod(f"no method {name!r}; known: {', '.join(list_methods())}.{hint}")
-    module, _, attribute = METHODS[name].partition(":")
-    return getattr(import_module(module), attribute)
+        raise UnknownMethod(
+            f"no method {name!r}; known: {', '.join(list_methods())}; one of your own is named module:Class.{hint}"
+        )
+    module, _, attribute = table.get(name, name).partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UnknownMethod(f"cannot find the method {name!r}: {error}") from None
+    lacks = [what for what in REQUIRED if not hasattr(found, what)]
+    if not is_dataclass(found):
+        lacks.append("@dataclass(frozen=True, kw_only=True)")
+    if lacks:
+        raise UnknownMethod(f"{name} is no method: it lacks {', '.join(lacks)}; see docs/add-a-method.md")
+    return found  # type: ignore[no-any-return]
+
+
+REQUIRED = (
+    *("name", "supports_batches", "state_description", "uses_moments", "needs_subject", "layerwise"),
+    *("propose", "fallback_settings"),
+)
+"""What every method has (`retcon.methods.common.contract.Method`)."""
+
+
+def parents_of(method: type[Any]) -> tuple[str, ...]:
+    """Names of the registered methods that a class inherits from: their presets are its own too."""
+    own = {method_class(name): name for name in METHODS}
+    return tuple(own[base] for base in method.__mro__[1:] if base in own)
 
 
 def check_subjects(method: Any, edits: Sequence[Edit]) -> None:
@@ -91,7 +107,7 @@ def method(
     """A method with the settings published or tuned for a model; any field can be overridden by keyword.
 
     Args:
-        name: one of `list_methods()`.
+        name: one of `list_methods()`, or "module:Class" for one of your own.
         for_model: its preset is looked up by architecture and sizes, never by name or path. A model without a preset
             gets starting points by relative depth, with a warning that says so.
         dataset: which of a model's presets to take ("counterfact", "zsre", "world"); CounterFact's where there are two
@@ -106,14 +122,14 @@ def method(
     chosen = method_class(name)
     if settings.get("layers") == "probe":
         settings = _advised(chosen, for_model, cases, settings)
-    _check_names(name, chosen, settings)
+    settings = checked(name, chosen, settings)
     base: dict[str, Any] = {}
     if preset is not None:
         base = dict(preset_named(name, preset).settings)
     elif for_model is not None:
         found = preset_for(name, for_model, dataset)
         base = dict(found.settings) if found else _starting_point(name, chosen, for_model, settings)
-    resolved = _as_fields({**base, **settings})
+    resolved = {**checked(name, chosen, base), **settings}
     if for_model is not None and "base_method" in {f.name for f in fields(chosen)}:
         resolved |= _wrapped(chosen, resolved, for_model, dataset)
     needed = [f.name for f in fields(chosen) if f.default is MISSING and f.default_factory is MISSING]
@@ -126,12 +142,8 @@ def method(
 
 
 def presets(name: str) -> list[Preset]:
-    """All presets of a method."""
-    method_class(name)
-    return [
-        Preset(name, p["model"], p["dataset"], p["source"], _models()[p["model"]], p["settings"])
-        for p in _toml(f"{name}.toml").get("preset", [])
-    ]
+    """All presets of a method, the user's first."""
+    return presets_module.presets(name, parents_of(method_class(name)))
 
 
 def preset_named(name: str, preset: str) -> Preset:
@@ -140,54 +152,16 @@ def preset_named(name: str, preset: str) -> Preset:
     Raises:
         UnknownPreset: there is none.
     """
-    for candidate in presets(name):
-        if candidate.name == preset:
-            return candidate
-    raise UnknownPreset(f"no preset {preset!r}; known: {', '.join(p.name for p in presets(name)) or 'none'}")
+    return presets_module.preset_named(name, preset, parents_of(method_class(name)))
 
 
 def preset_for(name: str, lm: LM, dataset: str | None = None) -> Preset | None:
-    """The preset that fits the model, or None; CounterFact's where several fit and none is asked for.
+    """The preset that fits the model, or None; the user's, then CounterFact's where several fit and none is asked for.
 
     Raises:
         UnknownPreset: the model has presets, but none for that dataset.
     """
-    looks = signature(lm)
-    fitting = [p for p in presets(name) if all(looks.get(k) == v for k, v in p.match.items())]
-    if not fitting:
-        return None
-    if dataset is not None:
-        for candidate in fitting:
-            if candidate.dataset == dataset:
-                return candidate
-        known = ", ".join(p.name for p in fitting)
-        raise UnknownPreset(f"{name} has no preset for this model and dataset {dataset!r}; known: {known}")
-    if len(fitting) == 1:
-        return fitting[0]
-    chosen = next((p for p in fitting if p.dataset == "counterfact"), fitting[0])
-    warnings.warn(
-        f"{len(fitting)} presets fit ({', '.join(p.name for p in fitting)}); taking {chosen.name}. "
-        "Pass dataset= to choose.",
-        RetconWarning,
-        stacklevel=3,
-    )
-    return chosen
-
-
-def signature(lm: LM) -> dict[str, Any]:
-    """What presets are matched on: architecture and sizes."""
-    config = lm.model.config
-    weight = lm.site(0, "down_proj").weight
-    rope = getattr(config, "rope_parameters", None) or {}
-    return {
-        "model_type": config.model_type,
-        "n_layers": lm.n_layers,
-        "d_model": weight.shape[0],
-        "d_ff": weight.shape[1],
-        "vocabulary": config.vocab_size,
-        "rope_theta": rope.get("rope_theta", getattr(config, "rope_theta", None)),
-        "context": getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None),
-    }
+    return presets_module.preset_for(name, lm, dataset, parents_of(method_class(name)))
 
 
 def _starting_point(name: str, chosen: type[Any], lm: LM, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,26 +201,3 @@ def _wrapped(chosen: type[Any], settings: Mapping[str, Any], lm: LM, dataset: st
     has = dataset in {p.dataset for p in presets(base)}
     wrapped = method(base, for_model=lm, dataset=dataset if has else None, **settings.get("base_settings", {}))
     return {"base_settings": {f.name: getattr(wrapped, f.name) for f in fields(wrapped)}}  # type: ignore[arg-type]
-
-
-def _check_names(name: str, chosen: type[Any], settings: Mapping[str, Any]) -> None:
-    known = [f.name for f in fields(chosen)]
-    for setting in settings:
-        if setting not in known:
-            close = difflib.get_close_matches(setting, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InvalidSetting(f"{name} has no setting {setting!r}{hint} (known: {', '.join(known)})")
-
-
-def _as_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-
-
-@cache
-def _toml(name: str) -> dict[str, Any]:
-    path = files("retcon") / "presets" / name
-    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _models() -> dict[str, dict[str, Any]]:
-    return _toml("models.toml")

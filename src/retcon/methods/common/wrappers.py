@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from retcon.methods.common.contract import Method, ModelShape, check_choices
+from retcon.methods.common.contract import Method, ModelShape, check_settings
 from retcon.methods.common.registry import method
 
 
@@ -20,7 +20,7 @@ class Hosting:
     """The base method's settings; for a model, its preset's with these over them."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_settings(self)
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""Presets: settings published or tuned for a model and a kind of data, ours and the user's.
+
+A file `<method>.toml` holds `[[preset]]` tables with `model`, `dataset`, `source` and `settings`; `model` names a table
+of `models.toml` beside it, which says what the model must look like, or is such a table itself. The user's files, in the
+folder that `RETCON_PRESETS` names or in `./retcon-presets`, are found before the ones that come with the package.
+"""
+
+import os
+import tomllib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from retcon.errors import MalformedFile, RetconWarning, UnknownPreset
+from retcon.lm.model import LM
+
+USER_FOLDER = "retcon-presets"
+"""Where a user's presets are, below the current directory, where `RETCON_PRESETS` does not say otherwise."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Published or tuned settings of one method for one model and one kind of data."""
+
+    method: str
+    model: str
+    dataset: str
+    source: str
+    """Where the settings come from."""
+    match: Mapping[str, Any]
+    """What the model must look like; see `signature`."""
+    settings: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}/{self.model}/{self.dataset}"
+
+
+def presets(name: str, parents: tuple[str, ...] = ()) -> list[Preset]:
+    """All presets of a method, the user's first; those of `parents`, which it inherits its settings from, come last.
+
+    Raises:
+        MalformedFile: a file of the user's is no file of presets.
+    """
+    found: list[Preset] = []
+    for method in (name, *parents):
+        found += [
+            *_presets_in(user_folder(), name, method),
+            *_presets_in(Path(str(files("retcon") / "presets")), name, method),
+        ]
+    return found
+
+
+def user_folder() -> Path:
+    """Return the folder of the user's own presets; it need not exist."""
+    return Path(os.environ.get("RETCON_PRESETS") or USER_FOLDER)
+
+
+def preset_named(name: str, preset: str, parents: tuple[str, ...] = ()) -> Preset:
+    """The preset of that full name.
+
+    Raises:
+        UnknownPreset: there is none.
+    """
+    known = presets(name, parents)
+    for candidate in known:
+        if candidate.name == preset:
+            return candidate
+    raise UnknownPreset(f"no preset {preset!r}; known: {', '.join(p.name for p in known) or 'none'}")
+
+
+def preset_for(name: str, lm: LM, dataset: str | None = None, parents: tuple[str, ...] = ()) -> Preset | None:
+    """The preset that fits the model, or None; the user's, then CounterFact's where several fit and none is asked for.
+
+    Raises:
+        UnknownPreset: the model has presets, but none for that dataset.
+    """
+    looks = signature(lm)
+    fitting = [p for p in presets(name, parents) if all(looks.get(k) == v for k, v in p.match.items())]
+    if not fitting:
+        return None
+    if dataset is not None:
+        for candidate in fitting:
+            if candidate.dataset == dataset:
+                return candidate
+        known = ", ".join(p.name for p in fitting)
+        raise UnknownPreset(f"{name} has no preset for this model and dataset {dataset!r}; known: {known}")
+    own = [p for p in fitting if p.source.startswith("tuned by retcon")]
+    if len(fitting) == 1 or own:
+        return (own or fitting)[0]
+    chosen = next((p for p in fitting if p.dataset == "counterfact"), fitting[0])
+    warnings.warn(
+        f"{len(fitting)} presets fit ({', '.join(p.name for p in fitting)}); taking {chosen.name}. "
+        "Pass dataset= to choose.",
+        RetconWarning,
+        stacklevel=3,
+    )
+    return chosen
+
+
+def signature(lm: LM) -> dict[str, Any]:
+    """What presets are matched on: architecture and sizes."""
+    config = lm.model.config
+    weight = lm.site(0, "down_proj").weight
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {
+        "model_type": config.model_type,
+        "n_layers": lm.n_layers,
+        "d_model": weight.shape[0],
+        "d_ff": weight.shape[1],
+        "vocabulary": config.vocab_size,
+        "rope_theta": rope.get("rope_theta", getattr(config, "rope_theta", None)),
+        "context": getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None),
+    }
+
+
+def _presets_in(folder: Path, name: str, file: str) -> Iterator[Preset]:
+    """The presets of a method in a folder, read from a file's `[[preset]]` tables."""
+    path = folder / f"{file.partition(':')[2] or file}.toml"
+    try:
+        for i, p in enumerate(_toml(path).get("preset", []), 1):
+            models = _toml(path.with_name("models.toml"))
+            match = p["model"] if isinstance(p["model"], dict) else models[p["model"]]
+            label = p.get("name") if isinstance(p["model"], dict) else p["model"]
+            yield Preset(name, label or f"model{i}", p["dataset"], p["source"], match, p["settings"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise MalformedFile(
+            f"{path}: a [[preset]] needs model (a name in models.toml, or a table), dataset, source and settings; "
+            f"missing or wrong: {error}"
+        ) from None
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return _parsed(str(path), path.stat().st_mtime_ns)
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise MalformedFile(f"{path}: not a readable TOML file ({error})") from None
+
+
+@cache
+def _parsed(path: str, changed: int) -> dict[str, Any]:
+    return tomllib.loads(Path(path).read_text(encoding="utf-8"))
