@@ -65,7 +65,11 @@ class NoiseSettings:
     """Adds noise."""
 
     size: float = 0.3
-    batch = True
+    supports_batches = True
+    state_description = ""
+    uses_moments = True
+    needs_subject = False
+    layerwise = False
 
     def propose(
         self, lm: LM, edits: Sequence[Edit], *, contexts: Any = None, moments: Any, state: Any = None, **rest: Any

@@ -1,6 +1,7 @@
 """`retcon edit`."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +53,7 @@ def test_json_is_one_object(cli: Callable[..., Any]) -> None:
 
 
 def test_the_same_seed_gives_the_same_delta(cli: Callable[..., Any]) -> None:
-    ids = [json.loads(cli(*EDIT, "--json", "--seed", s).stdout)["delta"]["id"] for s in ("3", "3", "4")]
+    ids = [json.loads(cli(*EDIT, "--json", "--seed", s, "--force").stdout)["delta"]["id"] for s in ("3", "3", "4")]
     assert ids[0] == ids[1] != ids[2]
 
 
@@ -102,7 +103,7 @@ def test_of_many_edits_the_worst_are_shown_first(cli: Callable[..., Any], here: 
     write_rows(here / "edits.jsonl", rows)
     out = cli(*EDIT, "--set", "steps=1").stdout
     worst = min(Delta.load("delta.safetensors").report, key=lambda r: r.final_probability)
-    first = out.split("written  steps")[1].splitlines()[1]
+    first = out.split("final  steps")[1].splitlines()[1]
     assert f"{worst.search_probability:.3f}" in first
     assert f"{worst.final_probability:.3f}" in first
     assert "12 furthest" in out
@@ -286,7 +287,7 @@ def test_dry_run_says_what_it_would_take_and_saves_nothing(cli: Callable[..., An
     assert 0 < record["delta_bytes"] < 200_000
     assert "The capital of France is" in result.stderr
     assert not list(here.glob("*.safetensors"))
-    assert not list(here.glob("cache/**/*.safetensors"))
+    assert not list(here.glob("cache/moments/*")) + list(here.glob("cache/values/*"))
     cli(*EDIT)
     assert "no second moments to collect" in cli(*without_out, "--dry-run").stdout
     unread = cli("edit", "gptj", "edits.jsonl", "--method", "ctp", "--set", "epochs=1", "--dry-run").stdout
@@ -322,3 +323,32 @@ def test_edits_lost_in_the_write_want_less_weight_on_old_keys() -> None:
     assert said is not None
     assert said.endswith("add --set low_moment_weight=250 --set high_moment_weight=100")
     assert remedy(untuned, cast(Delta, SimpleNamespace(report=report))) is None
+
+
+def test_a_run_in_which_too_few_edits_took_saves_its_delta_and_exits_with_1(
+    cli: Callable[..., Any], here: Path
+) -> None:
+    result = cli(*EDIT, "--require", "1", code=1)
+    assert "fewer than asked for (--require 1)" in result.stderr
+    assert Delta.load("delta.safetensors").report
+
+
+def test_another_delta_an_input_or_a_pipe_is_never_replaced(cli: Callable[..., Any], here: Path) -> None:
+    cli(*EDIT)
+    before = Path("delta.safetensors").read_bytes()
+    cli(*EDIT)  # the same run again is welcome
+    assert Path("delta.safetensors").read_bytes() == before
+    write_rows(here / "edits.jsonl", ROWS[:1])
+    refused = cli(*EDIT, code=2).stderr
+    assert "holds another delta" in refused
+    assert "--force" in refused
+    assert Path("delta.safetensors").read_bytes() == before
+    cli(*EDIT, "--force")
+    Path("delta.safetensors").write_text("my notes")
+    assert "exists and is no delta" in cli(*EDIT, code=2).stderr
+    assert Path("delta.safetensors").read_text() == "my notes"
+    into_its_input = tuple("edits.jsonl" if a == "delta.safetensors" else a for a in EDIT)
+    assert "is an input of this command" in cli(*into_its_input, "--force", code=2).stderr
+    os.mkfifo("pipe")
+    into_a_pipe = tuple("pipe" if a == "delta.safetensors" else a for a in EDIT)
+    assert "no ordinary file" in cli(*into_a_pipe, code=2).stderr

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retcon.delta import Columns, Delta, Dense, Entries, LowRank, Region, Rows
-from retcon.errors import DeltaMismatch, DeltaNotApplied, WeightsChanged
+from retcon.errors import DeltaMismatch, DeltaNotApplied, NonFinite, WeightsChanged
 from retcon.lm import ledger as ledger_module
 from retcon.lm.ledger import Entry, Ledger
 from tests.lm.deltas import KINDS, by_hand, random_change, random_delta, same_bytes
@@ -583,3 +583,30 @@ def test_what_leaves_the_values_as_they_are_is_no_change() -> None:
     assert bench.holds([a, b])
     bench.ledger.clear()
     assert bench.is_base()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change"),
+    [
+        (torch.float16, Dense(full=torch.full((24, 9), 7e4))),
+        (torch.float32, LowRank(left=torch.full((24, 1), 1e25), right=torch.full((1, 9), 1e25))),
+        (torch.bfloat16, Dense(full=torch.full((24, 9), 1e300, dtype=torch.float64))),
+    ],
+    ids=["beyond float16", "a product of finite factors", "float64"],
+)
+def test_a_change_that_does_not_fit_the_dtype_is_refused(dtype: torch.dtype, change: object) -> None:
+    bench = Bench(dtype)
+    kept = one("wide", random_change("rows", (7, 30)))
+    bench.ledger.push(kept)
+    with pytest.raises(NonFinite, match=r"tall: with this change the weights would be NaN or infinite"):
+        bench.ledger.push(one("tall", change))
+    assert bench.holds([kept])
+    assert bench.ledger.applied == (kept,)
+
+
+def test_a_base_that_holds_nan_is_refused_by_name() -> None:
+    bench = Bench()
+    bench.weights["tall"].data[3, 3] = torch.nan
+    with pytest.raises(NonFinite, match=r"tall: the model's own weights hold NaN"):
+        bench.ledger.push(one("tall", random_change("dense", (24, 9))))
+    assert bench.ledger.nbytes() == 0

@@ -1,11 +1,20 @@
 """Presets of all methods: every published row loads, says its source, and is found for its model."""
 
+from importlib.resources import files
+from pathlib import Path
+
 import pytest
 
 from retcon.errors import RetconWarning
 from retcon.lm.layouts import LAYOUTS
+from retcon.methods.common import presets as presets_module
 from retcon.methods.common.contract import ModelShape
-from retcon.methods.common.registry import METHODS, _models, method, method_class, presets
+from retcon.methods.common.registry import METHODS, method, method_class, presets
+
+
+def _models():
+    return presets_module._toml(Path(str(files("retcon") / "presets" / "models.toml")))
+
 
 FAMILY = ("rome", "r_rome", "memit", "pmet", "jeep", "emmet", "alphaedit", "rect", "prune")
 ALL = [(name, preset) for name in METHODS for preset in presets(name)]
@@ -35,7 +44,7 @@ def _as_tuple(value):
 def test_the_models_that_users_meet_first_resolve(name, model, tiny, monkeypatch):
     """Where a method has published settings for the model; else it starts from its relative depth, and says so."""
     lm = tiny("llama")
-    monkeypatch.setattr("retcon.methods.common.registry.signature", lambda lm: dict(_models()[model]))
+    monkeypatch.setattr("retcon.methods.common.presets.signature", lambda lm: dict(_models()[model]))
     published = [p for p in presets(name) if p.model == model]
     if len(published) == 1:
         chosen = method(name, for_model=lm)
@@ -73,7 +82,7 @@ def test_published_figures(name, preset, wanted):
 
 
 def test_a_filters_host_gets_its_own_preset_and_what_is_given_over_it(tiny, monkeypatch):
-    monkeypatch.setattr("retcon.methods.common.registry.signature", lambda lm: dict(_models()["gpt-j-6b"]))
+    monkeypatch.setattr("retcon.methods.common.presets.signature", lambda lm: dict(_models()["gpt-j-6b"]))
     chosen = method("rect", for_model=tiny("llama"), base_settings=dict(moment_weight=7.0))
     assert (chosen.base_method, chosen.keep_percent) == ("memit", 40.0)
     assert chosen.base_settings["layers"] == (3, 4, 5, 6, 7, 8)

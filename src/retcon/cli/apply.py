@@ -19,7 +19,6 @@ from retcon.cli.shell import (
     Model,
     console,
     count,
-    dtype_for,
     emit,
     load_deltas,
     load_model,
@@ -53,11 +52,13 @@ def apply(
 ) -> None:
     """Apply deltas to a model and save the result: safetensors weights and tokenizer, for AutoModelForCausalLM.
 
+    Weights are saved in the dtype in which the model is stored, whatever the deltas were computed in.
+
     The model itself is left alone. DIR appears complete or not at all. It records which deltas are in it.
     """
     _check_place(save, model, force)
     deltas = load_deltas(delta)
-    lm = load_model(model, device=device, dtype=dtype_for(deltas, dtype))
+    lm = load_model(model, device=device, dtype=dtype or "auto")
     with spinner("applying"):
         for each in deltas:
             lm.apply(each, other_base=other_base)
@@ -87,7 +88,7 @@ def _record(lm: "LM", deltas: Sequence["Delta"], files: Sequence[Path]) -> dict[
     return {
         "format": FORMAT,
         "retcon": retcon.__version__,
-        "base": {"model": lm.name, "fingerprint": lm.fingerprint(), "dtype": str(lm.dtype).removeprefix("torch.")},
+        "base": {"model": lm.label, "fingerprint": lm.fingerprint(), "dtype": str(lm.dtype).removeprefix("torch.")},
         "deltas": [
             {
                 "id": d.id,

@@ -17,7 +17,6 @@ from retcon.cli.shell import (
     check_exists,
     console,
     count,
-    dtype_for,
     emit,
     load_deltas,
     load_model,
@@ -70,7 +69,7 @@ def check(
     if text is not None:
         check_exists(text)
     deltas = load_deltas(delta)
-    lm = load_model(model, device=device, dtype=dtype_for(deltas, dtype))
+    lm = load_model(model, device=device, dtype=dtype)
     with spinner("asking"):
         verdict = safety.check(
             lm,

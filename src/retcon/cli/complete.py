@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, Model, console, dtype_for, emit, load_deltas, load_model, spinner
+from retcon.cli.shell import Device, DType, Json, Model, console, emit, load_deltas, load_model, spinner
 from retcon.errors import InvalidSetting
 
 
@@ -29,7 +29,7 @@ def complete(
     if not prompt.strip():
         raise InvalidSetting("the prompt is empty; give some text to go on from")
     deltas = load_deltas(delta or [])
-    lm = load_model(model, device=device, dtype=dtype_for(deltas, dtype))
+    lm = load_model(model, device=device, dtype=dtype)
     with spinner("writing"):
         for each in deltas:
             lm.apply(each, other_base=other_base)

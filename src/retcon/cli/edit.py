@@ -25,9 +25,9 @@ from retcon.cli.shell import (
     Model,
     Seed,
     check_can_write,
+    check_not_an_input,
     console,
     count,
-    dtype_for,
     emit,
     load_deltas,
     load_model,
@@ -36,9 +36,10 @@ from retcon.cli.shell import (
     seconds,
     size,
     spinner,
+    warn,
 )
 from retcon.edits import Case, Edit
-from retcon.errors import InvalidSetting, RetconWarning
+from retcon.errors import InvalidSetting, MalformedFile, RetconWarning
 from retcon.files import cache_dir
 
 if TYPE_CHECKING:
@@ -133,6 +134,11 @@ def edit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be edited and what it would take; save nothing.")
     ] = False,
+    require: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of edits that must take, or the exit code is 1; the delta is saved."),
+    ] = 0.5,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that is at DELTA.")] = False,
     seed: Seed = 0,
     device: Device = None,
     dtype: DType = None,
@@ -140,10 +146,13 @@ def edit(
 ) -> None:
     """Edit facts into a model and save the change as a delta. The model's files are not touched.
 
+    An edit has taken when the edited model's own answer to its prompt begins with the new one.
+
     A run that was killed goes on where it was when the same command is given again.
     """
     if out is not None:
         check_can_write(out)
+        check_not_an_input(out, [edits, *(earlier or []), *([Path(corpus)] if corpus else [])])
     elif not dry_run:
         raise InvalidSetting("--out DELTA is missing: name the file that the delta goes to, or ask for a --dry-run")
     given = read_settings(method, dataset=dataset, preset=preset, assignments=assignments or ())
@@ -155,7 +164,7 @@ def edit(
     show = console(stderr=as_json)
     started = time.perf_counter()
     before = load_deltas(earlier or [])
-    lm = load_model(model, device=device, dtype=dtype_for(before, dtype))
+    lm = load_model(model, device=device, dtype=dtype)
     for each in before:
         lm.apply(each)
     took = {"load": time.perf_counter() - started}
@@ -176,6 +185,8 @@ def edit(
             emit({"model": model, "method": resolved.name, "settings": resolved.settings} | expected.as_dict())
         return
     assert out is not None
+    if not force:
+        check_replaces_its_like(out, lm, resolved, asked.edits, seed)
 
     from retcon.memory.values import ValueCache
 
@@ -225,6 +236,36 @@ def edit(
     else:
         ask = f"{program()} complete {shlex.quote(model)} PROMPT --delta {shlex.quote(str(out))}"
         show.print(f"[dim]try    {escape(ask)}[/]", soft_wrap=True)
+    took_hold = sum(bool(r.greedy_match) for r in delta.report)
+    if took_hold < require * n:
+        warn(
+            f"{took_hold} of {count(n, 'edit')} took, fewer than asked for (--require {require:g}); the delta is saved "
+            "and does not do what it should"
+        )
+        raise typer.Exit(1)
+
+
+def check_replaces_its_like(out: Path, lm: "LM", resolved: Resolved, edits: Sequence[Edit], seed: int) -> None:
+    """Refuse to put a delta in the place of another file than the delta of an earlier run of the same command.
+
+    Raises:
+        InvalidSetting: the file is something else; --force replaces it.
+    """
+    from retcon.delta import Delta
+
+    if not out.exists():
+        return
+    try:
+        old = Delta.load(out)
+    except MalformedFile:
+        raise InvalidSetting(f"{out} exists and is no delta; name another file, or replace it with --force") from None
+    made = old.provenance
+    same = (old.base, made.get("method"), made.get("seed")) == (lm.fingerprint(), resolved.name, seed)
+    if not same or list(old.edits) != list(edits):
+        raise InvalidSetting(
+            f"{out} holds another delta ({old.id}: {made.get('method')}, {count(len(old.edits), 'edit')}); name "
+            "another file, or replace it with --force"
+        )
 
 
 def _record(

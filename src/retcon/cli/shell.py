@@ -284,12 +284,6 @@ def load_deltas(paths: Sequence[Path]) -> list["Delta"]:
     return [Delta.load(path) for path in paths]
 
 
-def dtype_for(deltas: Sequence["Delta"], asked: str | None) -> str | None:
-    """The dtype to load a model in: as asked, else the one the deltas were made in (they fit no other)."""
-    made = {d.provenance.get("dtype") for d in deltas}
-    return asked or (made.pop() if len(made) == 1 else None)
-
-
 def check_can_write(path: Path) -> None:
     """Whether a file can be written there: better known before hours of work than after.
 
@@ -298,9 +292,27 @@ def check_can_write(path: Path) -> None:
     """
     if path.is_dir():
         raise InvalidSetting(f"{path} is a directory; give the name of a file to write")
+    if path.exists() and not path.is_file():
+        raise InvalidSetting(f"{path} is no ordinary file (a pipe or a device); give the name of a file to write")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InvalidSetting(f"cannot write {path}: {parent} is not a directory that may be written to")
+
+
+def check_not_an_input(path: Path, inputs: Sequence[Path]) -> None:
+    """Refuse to write where something is read from.
+
+    Raises:
+        InvalidSetting: the file is one of the inputs.
+    """
+    for each in inputs:
+        if each.exists() and path.exists() and each.samefile(path):
+            raise InvalidSetting(f"{path} is an input of this command; name another file to write")
+
+
+def warn(message: str) -> None:
+    """Print a warning of the command line's own."""
+    _say("warning", "yellow", message)
 
 
 def check_exists(path: Path) -> None:

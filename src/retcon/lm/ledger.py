@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from retcon.delta import Change, Columns, Delta, Entries, Rows
-from retcon.errors import DeltaNotApplied, WeightsChanged
+from retcon.errors import DeltaNotApplied, NonFinite, WeightsChanged
 
 _BLOCK = 2**22
 """Values written at a time: no second copy of a large matrix is ever made."""
@@ -294,6 +294,7 @@ class Ledger:
                 del self._records[name]
             return
         record = self._summed(name, record, deltas, ids, before)
+        self._check_finite(name, record)
         record.shown = None
         self._write(name, record)
         record.seen = _Look.at(self._parameters[name])
@@ -348,6 +349,21 @@ class Ledger:
             new.ids, new.shown, new.seen = old.ids, old.shown, old.seen
         self._records[name] = new
         return new
+
+    def _check_finite(self, name: str, record: _Record) -> None:
+        """Raises NonFinite where base plus sum is NaN or infinite in the parameter's dtype."""
+        dtype = self._parameters[name].dtype
+        rows = max(1, _BLOCK * len(record.total) // max(1, record.total.numel())) if record.total.dim() else 1
+        for i in range(0, len(record.total) if record.total.dim() else 1, rows):
+            part = slice(i, i + rows) if record.total.dim() else ...
+            base = record.base[part]
+            if not torch.isfinite(_cast(base, record.total[part], dtype)).all():
+                if not torch.isfinite(base).all():
+                    raise NonFinite(f"{name}: the model's own weights hold NaN or infinity; it cannot be edited there")
+                raise NonFinite(
+                    f"{name}: with this change the weights would be NaN or infinite in "
+                    f"{str(dtype).removeprefix('torch.')}; the change is too large for that, or its factors are"
+                )
 
     def _show_base(self, name: str, record: _Record) -> None:
         if record.shown != ():

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -172,6 +173,12 @@ class LM:
         state = "" if self.consistent else ", interrupted in the middle of a change"
         kind = f"{self.model.config.model_type}, {self.n_layers} layers, {self.dtype}"
         return f"LM({self.name}: {kind}{''.join(f', {note}' for note in self.notes)}{applied}{state})"
+
+    @property
+    def label(self) -> str:
+        """The name as it goes into files that people share: of a local folder, its last part."""
+        is_path = self.name.startswith(("/", ".", "~", "\\")) or self.name.count("/") > 1
+        return Path(self.name).name if is_path else self.name
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -131,7 +131,7 @@ def recorded(
     about = {
         "method": method.name,
         "settings": asdict(method),
-        "model": lm.name,
+        "model": lm.label,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "moments": moments.keys(lm, sites) if moments else {},
         "seed": seed,

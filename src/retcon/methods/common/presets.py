@@ -1,8 +1,8 @@
 """Presets: settings published or tuned for a model and a kind of data, ours and the user's.
 
 A file `<method>.toml` holds `[[preset]]` tables with `model`, `dataset`, `source` and `settings`; `model` names a table
-of `models.toml` beside it, which says what the model must look like, or is such a table itself. The user's files, in the
-folder that `RETCON_PRESETS` names or in `./retcon-presets`, are found before the ones that come with the package.
+of `models.toml` beside it, which says what the model must look like, or is such a table itself. The user's files, in
+the folder that `RETCON_PRESETS` names or in `./retcon-presets`, are found before those that come with the package.
 """
 
 import os

@@ -67,7 +67,7 @@ def method_class(name: str) -> type[Any]:
         lacks.append("@dataclass(frozen=True, kw_only=True)")
     if lacks:
         raise UnknownMethod(f"{name} is no method: it lacks {', '.join(lacks)}; see docs/add-a-method.md")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 REQUIRED = (

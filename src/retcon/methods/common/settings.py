@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from functools import cache
 from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -14,7 +13,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from retcon.errors import InvalidSetting
 
 
-@cache
 def descriptions(method: type[Any]) -> dict[str, str]:
     """What each setting means: the text beneath its field, in the class or the nearest one that it inherits from."""
     found: dict[str, str] = {}
