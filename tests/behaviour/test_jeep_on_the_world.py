@@ -45,13 +45,15 @@ def test_the_report_says_how_each_search_ended(edited):
     _, cases, delta, _ = edited
     assert [r.id for r in delta.report] == [c.edits[0].id for c in cases]
     assert sum(r.stopped == "reached" for r in delta.report) >= 0.6 * N
-    assert set(delta.provenance) >= {"method", "settings", "edits", "contexts", "moments", "seed", "versions", "model"}
+    assert set(delta.provenance) >= {"method", "settings", "moments", "seed", "versions", "model"}
+    assert delta.edits == tuple(c.edits[0] for c in cases)
+    assert len(delta.contexts) > 1
 
 
 def test_the_base_comes_back_bit_for_bit(edited):
     lm, cases, delta, _ = edited
     before = fingerprint(lm.model)
-    assert before == lm.fingerprint() == delta.base
+    assert lm.fingerprint() == delta.base
     prompt = cases[0].edits[0].text
     said = lm.complete(prompt, stops=(".",))
     lm.apply(delta)

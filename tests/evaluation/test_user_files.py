@@ -384,7 +384,7 @@ def test_the_trained_methods_take_a_fact_without_a_subject(name: str, tiny: Call
     settings: dict[str, Any] = {"epochs": 1} | ({"n_positive": 2} if name == "ctp" else {"budget": 0.01})
     delta = method(name, **settings).propose(lm, case.edits)
     assert [report.id for report in delta.report] == [case.edits[0].id]
-    assert delta.provenance["edits"][0]["subject"] is None
+    assert delta.edits[0].subject is None
 
 
 def test_the_page_has_a_readable_row_of_every_format(tmp_path: Path) -> None:

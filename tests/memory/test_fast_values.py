@@ -255,7 +255,7 @@ def test_running_out_of_memory_takes_less_and_says_so(
     agree(found, wanted, 1e-10)
     assert found.plan == {"chunks": [[6, 1]], "oom_retries": 2}
 
-    with pytest.raises(OutOfMemory, match=r"6 edits active .* --set shrink=true"):
+    with pytest.raises(OutOfMemory, match=r"6 edits active .* shrink=true"):
         search_values(
             lm, mixed, (LOW, HIGH), CONTEXTS, ValueSearch(steps=3), plan=Plan((ChunkPlan(tuple(range(6)), 6),))
         )

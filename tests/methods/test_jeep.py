@@ -24,7 +24,8 @@ from retcon.memory.keys import mean_keys
 from retcon.memory.moments import GivenMoments
 from retcon.memory.values import ValueSearch, ValueSite, search_values
 from retcon.methods.common.contract import ModelShape
-from retcon.methods.common.registry import method, presets, signature
+from retcon.methods.common.presets import signature
+from retcon.methods.common.registry import method, presets
 from retcon.methods.jeep import Jeep
 from tests.conftest import random_moments
 
@@ -250,13 +251,13 @@ def test_presets_are_matched_by_sizes_and_the_choice_is_said(tiny, monkeypatch):
     lm = tiny("llama")
     wanted = presets("jeep")
     llama = next(p for p in wanted if p.model == "llama-7b").match
-    monkeypatch.setattr("retcon.methods.common.registry.signature", lambda lm: dict(llama))
+    monkeypatch.setattr("retcon.methods.common.presets.signature", lambda lm: dict(llama))
     with pytest.warns(RetconWarning, match="taking jeep/llama-7b/counterfact"):
         assert method("jeep", for_model=lm).high_clamp == 0.25
     assert method("jeep", for_model=lm, dataset="zsre").high_clamp == 0.7
     with pytest.raises(UnknownPreset, match="known: jeep/llama-7b/counterfact"):
         method("jeep", for_model=lm, dataset="mquake")
-    monkeypatch.setattr("retcon.methods.common.registry.signature", lambda lm: dict(llama) | {"context": 4096})
+    monkeypatch.setattr("retcon.methods.common.presets.signature", lambda lm: dict(llama) | {"context": 4096})
     with pytest.warns(RetconWarning, match="nobody has tuned"):  # LLaMA-2-7B differs in its context alone
         method("jeep", for_model=lm)
 

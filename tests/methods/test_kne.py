@@ -217,7 +217,7 @@ def test_every_matrix_can_be_edited(tiny, edit):
     ("settings", "text"),
     [
         (dict(modules=()), "modules must be one or more"),
-        (dict(modules=("mlp",)), "modules must be one or more"),
+        (dict(modules=("mlp",)), "modules is .mlp.; known: down_proj"),
         (dict(budget=None), "budget or p"),
         (dict(p=0.1), "budget or p"),
         (dict(budget=1.5), "shares above 0"),

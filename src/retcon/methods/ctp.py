@@ -133,7 +133,7 @@ class Ctp:
             if slot.site.bias is not None and (self.train_out_bias or not slot.is_value):
                 lm.check_editable(slot.site.bias_name)
         if not edits:
-            return lm.delta({}, recorded={"method": "ctp"})
+            return lm.delta({}, **recorded(self, lm, edits, seed=seed))
         with lm.frozen_eval():
             rows = answer_rows(lm, edits)
             walk = _Walk(self, lm, slots, AnswerLoss(lm, rows), self._original(lm, edits, rows))

@@ -151,7 +151,7 @@ class Kne:
         for site in sites:
             lm.check_editable(site.name)
         if not edits:
-            return lm.delta({}, recorded={"method": "kne"})
+            return lm.delta({}, **recorded(self, lm, edits, seed=seed))
         if self.reuse and state:
             ensemble = self._given(lm, sites, state)
         else:
