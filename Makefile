@@ -10,7 +10,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 export MALLOC_TOP_PAD_ ?= 268435456
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-models smollm worlds lint attack clean
+.PHONY: demo test test-models smollm worlds lint docs attack clean
 
 demo: $(VENV)/.ready  ## edit 20 facts of the embedded world with JEEP, measure, save, undo
 	$(BIN)/retcon demo
@@ -44,6 +44,13 @@ lint: $(VENV)/.ready  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## the site, into site/; a broken link is an error. REPOSITORY=https://... for links into the code
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,9 @@
 """Presets: settings published or tuned for a model and a kind of data, ours and the user's.
 
 A file `<method>.toml` holds `[[preset]]` tables with `model`, `dataset`, `source` and `settings`; `model` names a table
-of `models.toml` beside it, which says what the model must look like, or is such a table itself. The user's files, in
-the folder that `RETCON_PRESETS` names or in `./retcon-presets`, are found before those that come with the package.
+of `models.toml` (beside it, or the package's), which says what the model must look like, or is such a table itself. The
+user's files, in the folder that `RETCON_PRESETS` names or in `./retcon-presets`, are found before those that come with
+the package.
 """
 
 import os
@@ -18,6 +19,7 @@ from typing import Any
 from retcon.errors import MalformedFile, RetconWarning, UnknownPreset
 from retcon.lm.model import LM
 
+OWN_FOLDER = Path(str(files("retcon") / "presets"))
 USER_FOLDER = "retcon-presets"
 """Where a user's presets are, below the current directory, where `RETCON_PRESETS` does not say otherwise."""
 
@@ -50,7 +52,7 @@ def presets(name: str, parents: tuple[str, ...] = ()) -> list[Preset]:
     for method in (name, *parents):
         found += [
             *_presets_in(user_folder(), name, method),
-            *_presets_in(Path(str(files("retcon") / "presets")), name, method),
+            *_presets_in(OWN_FOLDER, name, method),
         ]
     return found
 
@@ -123,7 +125,7 @@ def _presets_in(folder: Path, name: str, file: str) -> Iterator[Preset]:
     path = folder / f"{file.partition(':')[2] or file}.toml"
     try:
         for i, p in enumerate(_toml(path).get("preset", []), 1):
-            models = _toml(path.with_name("models.toml"))
+            models = _toml(OWN_FOLDER / "models.toml") | _toml(path.with_name("models.toml"))
             match = p["model"] if isinstance(p["model"], dict) else models[p["model"]]
             label = p.get("name") if isinstance(p["model"], dict) else p["model"]
             yield Preset(name, label or f"model{i}", p["dataset"], p["source"], match, p["settings"])

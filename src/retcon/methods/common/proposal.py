@@ -261,6 +261,19 @@ def report_after(lm: LM, edits: Sequence[Edit], report: Sequence[EditReport]) ->
     )
 
 
+def reported(lm: LM, delta: Delta) -> Delta:
+    """Return the delta with a report of each edit, for methods that search nothing: what the model says with it."""
+    with lm.edited(delta):
+        found = answers(lm, delta.edits)
+    return replace(
+        delta,
+        report=tuple(
+            EditReport(edit.id, probability, 0, "reached", final_probability=probability, greedy_match=match)
+            for edit, (probability, match) in zip(delta.edits, found, strict=True)
+        ),
+    )
+
+
 def answers(lm: LM, edits: Sequence[Edit], *, max_batch_tokens: int = MAX_BATCH_TOKENS) -> list[tuple[float, bool]]:
     """Per edit, on its bare prompt: the new answer's geometric-mean probability per token, and whether each of its
     tokens is the model's first choice."""

@@ -1,6 +1,8 @@
 """The table of methods, and how a name and a model become a method with its settings."""
 
 import difflib
+import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -57,17 +59,29 @@ def method_class(name: str) -> type[Any]:
         raise UnknownMethod(
             f"no method {name!r}; known: {', '.join(list_methods())}; one of your own is named module:Class.{hint}"
         )
-    module, _, attribute = table.get(name, name).partition(":")
     try:
-        found = getattr(import_module(module), attribute)
+        found = _named_object(table.get(name, name))
     except (ImportError, AttributeError, ValueError) as error:
-        raise UnknownMethod(f"cannot find the method {name!r}: {error}") from None
+        raise UnknownMethod(
+            f"cannot find the method {name!r}: {error}. module:Class names a class in a file of the current folder "
+            "or in an installed package; see docs/guides/add-a-method.md"
+        ) from None
     lacks = [what for what in REQUIRED if not hasattr(found, what)]
     if not is_dataclass(found):
         lacks.append("@dataclass(frozen=True, kw_only=True)")
     if lacks:
-        raise UnknownMethod(f"{name} is no method: it lacks {', '.join(lacks)}; see docs/add-a-method.md")
+        raise UnknownMethod(f"{name} is no method: it lacks {', '.join(lacks)}; see docs/guides/add-a-method.md")
     return found
+
+
+def _named_object(name: str) -> Any:
+    """Import what "module:attribute" names. Modules of the current folder are found too, after all installed ones."""
+    module, _, attribute = name.partition(":")
+    sys.path.append(os.getcwd())
+    try:
+        return getattr(import_module(module), attribute)
+    finally:
+        sys.path.pop()
 
 
 REQUIRED = (
