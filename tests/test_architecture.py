@@ -20,6 +20,7 @@ LEVELS = [
     {"memory", "training", "locate"},
     {"evaluation"},
     {"methods"},
+    {"export"},
     {"bench"},
     {"cli", "__main__"},
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -27,8 +27,6 @@ from retcon.delta import (
     smallest,
 )
 from retcon.errors import DeltaMismatch, MalformedFile, NonFinite
-from retcon.lm.model import LM
-from tests.conftest import tiny_model, tokenizer
 from tests.lm.deltas import KINDS, random_change, same_bytes
 
 SHAPE = torch.Size((8, 6))
@@ -408,76 +406,3 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.undo()
     assert Delta.load(path) == old
     assert os.listdir(tmp_path) == ["d"]
-
-
-# --- PEFT ----------------------------------------------------------------------------------------------------------
-
-WRITTEN = {
-    "llama": {"model.layers.{}.mlp.down_proj.weight": (32, 64), "model.layers.{}.self_attn.o_proj.weight": (32, 32)},
-    "gpt2": {"transformer.h.{}.mlp.c_proj.weight": (128, 32), "transformer.h.{}.attn.c_proj.weight": (32, 32)},
-}
-
-
-def adapter_delta(lm: LM, family: str, layers: int) -> Delta:
-    """One or two low-rank changes per parameter, ranks unlike."""
-    changes: dict[str, list[Change]] = {}
-    for layer in range(layers):
-        for n, (name, shape) in enumerate(WRITTEN[family].items()):
-            changes[name.format(layer)] = [
-                random_change("low_rank", shape, 10 * layer + n, n=1 + layer % 3, scale=0.3) for _ in range(1 + n)
-            ]
-    return lm.delta(changes)
-
-
-@pytest.mark.parametrize("family", list(WRITTEN))
-def test_the_adapter_holds_exactly_the_change(family: str, tmp_path: Path) -> None:
-    lm = LM(tiny_model(family, torch.float32), tokenizer())
-    delta = adapter_delta(lm, family, 3)
-    delta.save_adapter(tmp_path, transposed=lm.transposed_parameters())
-    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
-    factors, config = (
-        load_file(tmp_path / "adapter_model.safetensors"),
-        json.loads((tmp_path / "adapter_config.json").read_text()),
-    )
-    assert config["fan_in_fan_out"] == (family == "gpt2")
-    for name, changes in delta.changes.items():
-        module = "base_model.model." + name.removesuffix(".weight")
-        product = factors[f"{module}.lora_B.weight"] @ factors[f"{module}.lora_A.weight"]
-        want = delta.dense(name, lm.parameter(name).shape, torch.float32)
-        assert_close(product.T if family == "gpt2" else product, want)
-        assert len(factors[f"{module}.lora_A.weight"]) == sum(c.left.shape[1] for c in changes)  # type: ignore[attr-defined]
-    assert len(factors) == 2 * len(delta.changes)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # between PEFT and transformers
-@pytest.mark.parametrize("family", list(WRITTEN))
-def test_peft_reads_the_adapter_and_says_what_the_edited_model_says(family: str, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    lm = LM(tiny_model(family, torch.float32, n_layers=12), tokenizer())  # layers 1 and 11 must not be confused
-    delta = adapter_delta(lm, family, 12)
-    delta.save_adapter(tmp_path, transposed=lm.transposed_parameters())
-    ids = torch.tensor([lm.encode("The capital of France is Paris.").ids])
-    with torch.no_grad():
-        plain = lm.model(ids).logits
-        with lm.edited(delta):
-            edited = lm.model(ids).logits
-        wrapped = peft.PeftModel.from_pretrained(lm.model, str(tmp_path))
-        assert_close(wrapped(ids).logits, edited, rtol=1e-3, atol=1e-3)
-        assert (plain - edited).abs().max() > 0.1
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "found"),
-    [
-        ("w.weight", Dense(full=torch.ones(3, 3)), "dense"),
-        ("w.weight", Rows(index=i(1), rows=torch.ones(1, 3)), "rows"),
-        ("w.weight", LowRank(left=torch.ones(2, 1), right=torch.ones(1, 3), region=Region(0, 0, 2)), "low_rank"),
-        ("w.bias", Dense(full=torch.ones(3)), "dense"),
-    ],
-)
-def test_what_an_adapter_cannot_hold_is_refused(name: str, change: Change, found: str, tmp_path: Path) -> None:
-    with pytest.raises(DeltaMismatch, match=f"{name}: PEFT adapters hold low-rank changes of whole weights, .*{found}"):
-        delta_of(change, name=name).save_adapter(tmp_path)
-    with pytest.raises(DeltaMismatch, match="changes nothing"):
-        Delta({}, base="b").save_adapter(tmp_path)
-    assert os.listdir(tmp_path) == []

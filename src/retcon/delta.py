@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -396,46 +395,6 @@ class Delta:
         if delta.id != record["id"]:
             raise MalformedFile(f"{path}: damaged; its content gives id {delta.id}, its record says {record['id']}")
         return delta
-
-    def save_adapter(self, directory: str | os.PathLike[str], *, transposed: Sequence[str] = ()) -> None:
-        """Write the delta as a PEFT LoRA adapter, exact, one rank per parameter.
-
-        Args:
-            directory: where `adapter_config.json` and `adapter_model.safetensors` go.
-            transposed: parameters stored (in, out), as GPT-2's; `lm.transposed_parameters()` lists them.
-
-        Raises:
-            DeltaMismatch: a change is not low-rank (PEFT adapters hold nothing else), or there is none.
-        """
-        if not self.changes:
-            raise DeltaMismatch(f"delta {self.id} changes nothing; PEFT has no adapter without a module")
-        factors: dict[str, Tensor] = {}
-        ranks: dict[str, int] = {}
-        for name, changes in self.changes.items():
-            if not name.endswith(".weight") or any(c.kind != "low_rank" or c.region is not None for c in changes):
-                kinds = ", ".join(sorted({c.kind for c in changes}))
-                raise DeltaMismatch(f"{name}: PEFT adapters hold low-rank changes of whole weights, found {kinds}")
-            left = torch.cat([c.left for c in changes if isinstance(c, LowRank)], dim=1)
-            right = torch.cat([c.right for c in changes if isinstance(c, LowRank)], dim=0)
-            b, a = (right.T, left.T) if name in transposed else (left, right)
-            module = name.removesuffix(".weight")
-            ranks[module] = left.shape[1]
-            factors[f"base_model.model.{module}.lora_A.weight"] = a
-            factors[f"base_model.model.{module}.lora_B.weight"] = b
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "r": max(ranks.values()),
-            "lora_alpha": max(ranks.values()),
-            "rank_pattern": {f"^{re.escape(m)}": r for m, r in ranks.items()},
-            "alpha_pattern": {f"^{re.escape(m)}": r for m, r in ranks.items()},
-            "target_modules": sorted(ranks),
-            "fan_in_fan_out": bool(transposed),
-            "bias": "none",
-            "inference_mode": True,
-        }
-        write_atomically(Path(directory) / "adapter_model.safetensors", save(_for_file(factors)))
-        write_atomically(Path(directory) / "adapter_config.json", json.dumps(config, indent=2).encode())
 
 
 def smallest(left: Tensor, right: Tensor) -> Change:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -164,6 +165,44 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):
             raise type(error)(error.errno, error.strerror or str(error), os.fspath(target)) from error
         raise
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A fresh folder beside `path` that takes its place when the scope ends well; whatever fails, what was there stays.
+
+    Its files become readable for everybody, whatever their writer thought of that.
+    """
+    place = Path(path).resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    fresh, old = (place.with_name(f".{place.name}.{mark}.{part}") for part in ("new", "old"))
+    fresh.mkdir()
+    try:
+        yield fresh
+        for file in fresh.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)
+                _sync(file)
+        if place.exists():
+            place.rename(old)
+        try:
+            fresh.rename(place)
+        except BaseException:
+            if old.exists():
+                old.rename(place)
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove_abandoned(folder: Path, pattern: str = f".*{TEMPORARY}") -> list[Path]:

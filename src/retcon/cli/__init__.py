@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import retcon
-from retcon.cli import apply, bench, check, complete, demo, edit, methods, moments, probe, report
+from retcon.cli import apply, bench, check, complete, demo, edit, export, methods, moments, probe, report
 from retcon.cli.shell import CommandGroup, examples
 
 app = typer.Typer(
@@ -57,6 +57,13 @@ app.command(
         "retcon apply ./my-model first.safetensors second.safetensors --save ./edited --force",
     )
 )(apply.apply)
+app.command(
+    epilog=examples(
+        "retcon export ./my-model edits.safetensors --format hf --out edited",
+        "retcon export ./my-model edits.safetensors --format peft --rank 64 --cases edits.jsonl --out adapter",
+        "retcon export ./my-model edits.safetensors --format gguf-lora --out lora",
+    )
+)(export.export)
 app.command(
     epilog=examples(
         'retcon complete demo:gptj "Geneva lies within the borders of"',

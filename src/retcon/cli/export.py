@@ -1,0 +1,200 @@
+"""`retcon export`: an edited model in the format that a server, a hub or llama.cpp loads."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.edit import OnError, read_asked
+from retcon.cli.shell import (
+    Device,
+    DType,
+    Json,
+    Model,
+    console,
+    emit,
+    load_deltas,
+    load_model,
+    size,
+    spinner,
+)
+from retcon.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from retcon.edits import Case
+    from retcon.export import Exported
+    from retcon.lm.model import LM
+
+
+def export(
+    model: Model,
+    delta: Annotated[
+        list[Path], typer.Argument(metavar="DELTA...", help="Deltas, in order of application.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder that the export goes to.", show_default=False)],
+    format_: Annotated[
+        Literal["hf", "peft", "diff", "gguf-lora", "gguf"],
+        typer.Option(
+            "--format",
+            help="hf: merged checkpoint. peft: LoRA adapter. diff: the changed tensors. gguf-lora, gguf: the two for "
+            "llama.cpp.",
+        ),
+    ] = "hf",
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R|max",
+            help="Of adapters: one rank for all matrices, at most R (what is lost is said); max: the largest needed.",
+            show_default=False,
+        ),
+    ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="How the adapter and the card call the base, such as its hub id.", show_default=False
+        ),
+    ] = None,
+    gguf_type: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"], typer.Option("--type", help="Type of a GGUF model's matrices.")
+    ] = "f16",
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a merged checkpoint's files.")] = "5GB",
+    cases: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Cases to measure: their scores go on the card, and a smaller rank is measured beside the exact one.",
+            show_default=False,
+        ),
+    ] = None,
+    file_format: Annotated[
+        str | None,
+        typer.Option(
+            "--cases-format", metavar="NAME", help="The kind of that file; by its fields.", show_default=False
+        ),
+    ] = None,
+    on_error: OnError = "stop",
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of it to read; all.", show_default=False)] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the hub as well.", show_default=False),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository of --push a public one.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the export that is in DIR.")] = False,
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Apply deltas made for other weights than these.")
+    ] = False,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Write an edited model in a format that others load, with a model card that says what was changed.
+
+    Matrices are saved in the dtype in which the model is stored. DIR appears complete or not at all.
+    """
+    from retcon.export import export as write
+    from retcon.export import push as upload
+    from retcon.export.write import check_place
+
+    check_place(out, Path(model) if Path(model).is_dir() else None, force)
+    wanted = _rank(rank)
+    asked = read_asked(cases, 0, limit, "drop", file_format, on_error).cases if cases is not None else ()
+    deltas = load_deltas(delta)
+    lm = load_model(model, device=device, dtype=dtype or "auto")
+    for each in deltas:
+        lm.apply(each, other_base=other_base)
+    scores = _scores(lm, asked) if asked else {}
+    if asked and isinstance(wanted, int):
+        scores |= {f"{name} at rank {wanted}": v for name, v in _scores_at(lm, asked, wanted).items()}
+    with spinner(f"saving {out}"):
+        made = write(
+            lm,
+            out,
+            format=format_,
+            rank=wanted,
+            base_name=base_name,
+            gguf_type=gguf_type,
+            max_shard_size=max_shard_size,
+            scores=scores,
+            files=[f.name for f in delta],
+            force=force,
+        )
+    address = None
+    if push is not None:
+        with spinner(f"uploading to {push}"):
+            address = upload(out, push, private=not public)
+    if as_json:
+        emit(
+            {"saved": str(out), "bytes": made.n_bytes, "losses": made.losses, "scores": scores, "pushed": address}
+            | dict(made.record)
+        )
+        return
+    _show(made, scores, address)
+
+
+def _rank(text: str | None) -> int | Literal["max"] | None:
+    if text is None or text == "max":
+        return text  # type: ignore[return-value]
+    if not text.isdecimal() or int(text) < 1:
+        raise InvalidSetting(f"--rank {text}: expected a whole number from 1, or max")
+    return int(text)
+
+
+def _scores(lm: "LM", cases: "tuple[Case, ...]") -> dict[str, float]:
+    """Score, efficacy, generalisation and locality of the model as it is now, times 100."""
+    from retcon.evaluation import evaluate
+
+    with spinner("measuring"):
+        lines = evaluate(lm, cases).summary(n_resamples=100).lines
+    found: dict[str, float] = {}
+    for line in lines:
+        if line.metric in ("Score", "ES", "GS", "LS") and line.pre is not None and line.pre.value is not None:
+            found.setdefault(line.metric, 100 * line.pre.value)
+    return found
+
+
+def _scores_at(lm: "LM", cases: "tuple[Case, ...]", rank: int) -> dict[str, float]:
+    """The same with the changes cut to that rank."""
+    from retcon.export.factors import compressed, factors_of
+
+    deltas = lm.applied
+    small = compressed(lm, factors_of(lm, deltas, rank=rank), deltas)
+    lm.revert_all()
+    try:
+        with lm.edited(small, other_base=True):
+            return _scores(lm, cases)
+    finally:
+        for delta in deltas:
+            lm.apply(delta, other_base=True)
+
+
+def _show(made: "Exported", scores: dict[str, float], address: str | None) -> None:
+    show = console()
+    if made.losses:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("parameter", no_wrap=True, overflow="ellipsis")
+        for name in ("rank", "of", "lost"):
+            table.add_column(name, justify="right")
+        for name, loss in made.losses.items():
+            lost = f"{100 * loss['error']:.2f} %" if loss["error"] else "-"
+            table.add_row(escape(name), str(loss["rank"]), str(loss["exact_rank"]), lost)
+        show.print(table)
+        show.print("[dim]lost: Frobenius norm of what the rank leaves out, over that of the change[/]\n")
+    if scores:
+        show.print("scores   " + ", ".join(f"{name} {value:.1f}" for name, value in scores.items()))
+    show.print(f"saved    {escape(str(made.place))}  [dim]{made.format}, {size(made.n_bytes)}[/]")
+    if address:
+        show.print(f"pushed   {escape(address)}")
+    show.print(f"[dim]{escape(_how_to_load(made))}[/]", soft_wrap=True)
+
+
+def _how_to_load(made: "Exported") -> str:
+    place = str(made.place)
+    return {
+        "hf": f"load it with AutoModelForCausalLM.from_pretrained({place!r})",
+        "peft": f"load it with AutoPeftModelForCausalLM.from_pretrained({place!r})",
+        "diff": f"load it with retcon.export.write.load_changed(model, {place + '/changed.safetensors'!r})",
+        "gguf-lora": f"load it with llama-cli -m BASE.gguf --lora {place}/adapter.gguf",
+        "gguf": f"load it with llama-cli -m {place}/model-*.gguf",
+    }[made.format]

@@ -1,0 +1,10 @@
+"""Edited models for others to load: checkpoints, adapters, changed tensors, GGUF files.
+
+    retcon.export(lm, "edited", format="hf")       # what lm has applied, as a checkpoint with a model card
+
+Each format is a file of its own; `write.py` holds the one way in.
+"""
+
+from retcon.export.write import FORMATS, Exported, Format, export, push
+
+__all__ = ["FORMATS", "Exported", "Format", "export", "push"]

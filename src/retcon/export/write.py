@@ -1,0 +1,249 @@
+"""The one way to export: a folder with the model in one format, a card, and a record of what is in it."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import save_file
+
+from retcon.delta import Delta
+from retcon.edits import edit_record
+from retcon.errors import DeltaNotApplied, InvalidSetting
+from retcon.export.adapter import write_adapter
+from retcon.export.card import model_card
+from retcon.export.factors import Factors, factors_of
+from retcon.export.gguf import TYPES, write_lora, write_model
+from retcon.files import replacing_folder
+from retcon.lm.load import checkpoint_files, quietly
+from retcon.lm.model import LM
+from retcon.version import __version__
+
+Format = Literal["hf", "peft", "diff", "gguf-lora", "gguf"]
+FORMATS: dict[str, str] = {
+    "hf": "merged checkpoint",
+    "peft": "LoRA adapter for PEFT and servers that read it",
+    "diff": "file of the changed tensors alone",
+    "gguf-lora": "LoRA adapter for llama.cpp",
+    "gguf": "merged model for llama.cpp",
+}
+"""What each format gives, in words."""
+RECORD = "retcon.json"
+"""What is in an export beside the model: which deltas, on which base."""
+RECORD_FORMAT = "retcon-applied-1"
+_KEPT = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written where."""
+
+    format: str
+    place: Path
+    n_bytes: int
+    record: Mapping[str, Any]
+    """The content of `retcon.json`."""
+    losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Of adapters, per parameter: `rank` written, `exact_rank`, and `error`, the share of the change that is lost."""
+
+
+def export(
+    lm: LM,
+    out: str | Path,
+    *,
+    format: Format = "hf",
+    rank: int | Literal["max"] | None = None,
+    base_name: str | None = None,
+    gguf_type: str = "f16",
+    max_shard_size: str = "5GB",
+    scores: Mapping[str, float] | None = None,
+    files: Sequence[str] = (),
+    force: bool = False,
+) -> Exported:
+    """Write what `lm` has applied to a folder, which appears complete or not at all; the model is left alone.
+
+    Args:
+        out: the folder.
+        format: `hf` (merged checkpoint, in the model's dtype), `peft`, `diff`, `gguf-lora`, `gguf`.
+        rank: of adapters: at most that, by truncated SVD, and the same for all matrices; "max": the largest needed,
+            for all (what servers with one rank want). None: each matrix its own, exact.
+        base_name: how the adapter and the card name the base; a hub id for sharing; where it was loaded from.
+        gguf_type: of the matrices of a whole GGUF file: f32, f16, bf16, q8_0.
+        max_shard_size: of a merged checkpoint's files.
+        scores: measured figures for the card, by name, from 0 to 100.
+        files: names of the deltas' files for the record.
+        force: replace an earlier export that is in `out`.
+
+    Raises:
+        InvalidSetting: an unknown format or type, a rank where there is none, or a place that holds something else.
+        DeltaNotApplied: nothing is applied, and the format holds nothing but changes.
+        DeltaMismatch: a change that an adapter cannot hold.
+        UnsupportedModel: GGUF, and the family or its tokenizer is not written.
+    """
+    if format not in get_args(Format):
+        raise InvalidSetting(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    if rank is not None and format not in ("peft", "gguf-lora"):
+        raise InvalidSetting(f"a rank was given, which adapters have and format {format} has not; leave it out")
+    if gguf_type not in TYPES:
+        raise InvalidSetting(f"unknown GGUF type {gguf_type!r}; known: {', '.join(TYPES)}")
+    place = Path(out)
+    check_place(place, base_folder(lm), force)
+    deltas = lm.applied
+    if not any(d.changes for d in deltas) and format in ("peft", "diff", "gguf-lora"):
+        raise DeltaNotApplied(f"no applied delta changes anything, so format {format} would hold nothing")
+    named = base_name or base_place(lm)
+    record = record_of(lm, deltas, files)
+    factors: dict[str, Factors] = {}
+    if format in ("peft", "gguf-lora"):
+        factors = with_one_rank(factors_of(lm, deltas, rank=rank if isinstance(rank, int) else None), rank)
+    losses = {n: {"rank": f.rank, "exact_rank": f.exact_rank, "error": f.error} for n, f in factors.items()}
+    with replacing_folder(place) as fresh:
+        if format == "hf":
+            with quietly():
+                lm.model.save_pretrained(fresh, max_shard_size=max_shard_size)
+                lm.tokenizer.save_pretrained(fresh)
+        elif format == "peft":
+            write_adapter(factors, fresh, base_name=named, transposed=frozenset(lm.transposed_parameters()))
+        elif format == "diff":
+            write_changed(lm, deltas, fresh / "changed.safetensors")
+        elif format == "gguf-lora":
+            write_lora(lm, factors, fresh / "adapter.gguf")
+        else:
+            write_model(lm, fresh / f"model-{gguf_type}.gguf", type_name=gguf_type)
+        has_base_card = _keep_papers(lm, fresh)
+        card = model_card(
+            lm,
+            deltas,
+            kind=FORMATS[format],
+            base_name=named,
+            scores=scores,
+            losses=losses,
+            notes=lm.notes,
+            has_base_card=has_base_card,
+        )
+        (fresh / "README.md").write_text(card, encoding="utf-8")
+        (fresh / RECORD).write_text(json.dumps(record | {"export": format}, indent=2) + "\n", encoding="utf-8")
+    n_bytes = sum(f.stat().st_size for f in place.rglob("*") if f.is_file())
+    return Exported(format, place, n_bytes, record, losses)
+
+
+def push(place: str | Path, repository: str, *, private: bool = True, message: str = "Export by retcon") -> str:
+    """Upload an export to the hub, with huggingface_hub and the login it knows of; return the commit's address.
+
+    Raises:
+        InvalidSetting: no repository name, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    if repository.count("/") != 1:
+        raise InvalidSetting(f"{repository!r} is no repository of the hub; expected owner/name")
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        found = api.upload_folder(repo_id=repository, folder_path=str(place), commit_message=message)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        raise InvalidSetting(f"the hub did not take {repository}: {str(error).splitlines()[0]}") from None
+    return str(found)
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+def with_one_rank(factors: Mapping[str, Factors], rank: int | str | None) -> dict[str, Factors]:
+    """The factors padded to one rank where one was asked for."""
+    if rank is None:
+        return dict(factors)
+    largest = max(f.rank for f in factors.values())
+    return {name: f.padded(largest) for name, f in factors.items()}
+
+
+def write_changed(lm: LM, deltas: Sequence[Delta], path: Path) -> None:
+    """Write the edited values of every changed parameter, whole, in the model's dtype."""
+    names = sorted({name for d in deltas for name in d.changes})
+    tensors = {name: lm.parameter(name).detach().cpu().contiguous() for name in names}
+    save_file(tensors, path, metadata={"format": "pt", "base": lm.fingerprint()})
+
+
+def load_changed(model: torch.nn.Module, path: str | Path) -> None:
+    """Put the tensors of a `diff` export into a transformers model that was loaded from the same base.
+
+    Raises:
+        InvalidSetting: a tensor that the model does not have.
+    """
+    from safetensors.torch import load_file
+
+    unexpected = model.load_state_dict(load_file(path), strict=False).unexpected_keys
+    if unexpected:
+        raise InvalidSetting(f"{path}: the model has no parameter {unexpected[0]!r}")
+
+
+def record_of(lm: LM, deltas: Sequence[Delta], files: Sequence[str] = ()) -> dict[str, Any]:
+    """Which deltas are in an export, on which base, and which facts they write."""
+    names = list(files) if len(files) == len(deltas) else [f"{d.id}.safetensors" for d in deltas]
+    return {
+        "format": RECORD_FORMAT,
+        "retcon": __version__,
+        "base": {"model": lm.label, "fingerprint": lm.fingerprint(), "dtype": str(lm.dtype).removeprefix("torch.")},
+        "deltas": [
+            {
+                "id": d.id,
+                "file": name,
+                "method": d.provenance.get("method"),
+                "n_edits": len(d.report),
+                "base": d.base,
+                "parents": list(d.parents),
+                "edits": [edit_record(e) for e in d.edits],
+            }
+            for d, name in zip(deltas, names, strict=True)
+        ],
+    }
+
+
+def base_folder(lm: LM) -> Path | None:
+    """Where the base's files are on this machine, None where that is not known."""
+    name = getattr(lm.model.config, "_name_or_path", "")
+    files = checkpoint_files(name) if name else []
+    return files[0].parent if files else None
+
+
+def base_place(lm: LM) -> str:
+    """How a loader finds the base: a hub id as it is, a folder by its absolute path."""
+    name = str(getattr(lm.model.config, "_name_or_path", "") or lm.label)
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def check_place(place: Path, model: Path | None, force: bool) -> None:
+    """Refuse to put an export where it would take something away that cannot be made again.
+
+    Raises:
+        InvalidSetting: a file, the base itself, or a folder that is not empty (with `force`: that is no export).
+    """
+    if place.exists() and not place.is_dir():
+        raise InvalidSetting(f"{place} is a file; give a directory to save to")
+    if model is not None and place.resolve() == model.resolve():
+        raise InvalidSetting(f"{place} is the model itself; save somewhere else, or the edit could not be undone")
+    if not place.is_dir() or not any(place.iterdir()):
+        return
+    if not force:
+        raise InvalidSetting(f"{place} exists and is not empty; give another directory, or --force to replace it")
+    if not (place / "config.json").is_file() and not (place / RECORD).is_file():
+        raise InvalidSetting(f"{place} holds no checkpoint (no config.json), so --force does not replace it")
+
+
+def _keep_papers(lm: LM, fresh: Path) -> bool:
+    """Copy the base's licence, and its card under another name; return whether there was a card."""
+    base = base_folder(lm)
+    if base is None:
+        return False
+    for pattern in _KEPT:
+        for file in base.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, fresh / file.name)
+    card = base / "README.md"
+    if card.is_file():
+        shutil.copyfile(card, fresh / "README.base.md")
+    return card.is_file()

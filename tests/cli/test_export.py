@@ -1,0 +1,36 @@
+"""`retcon export`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def test_an_adapter_of_a_smaller_rank_is_measured_beside_the_exact_one(cli: Callable[..., Any], delta: Path) -> None:
+    options = ("export", "gptj", str(delta), "--format", "peft", "--rank", "1", "--cases", "edits.jsonl")
+    result = cli(*options, "--out", "adapter", "--json")
+    found = json.loads(result.stdout)
+    assert all(loss["rank"] == 1 for loss in found["losses"].values())
+    assert any(loss["error"] > 0 for loss in found["losses"].values())
+    assert {"ES", "ES at rank 1"} <= found["scores"].keys()
+    assert "at rank 1" in Path("adapter/README.md").read_text()
+    shown = cli(*options, "--out", "adapter", "--force").stdout
+    assert "AutoPeftModelForCausalLM" in shown
+    assert "lost" in shown
+
+
+def test_bad_input_is_one_error_and_nothing_written(cli: Callable[..., Any], delta: Path, here: Path) -> None:
+    before = sorted(here.iterdir())
+    for options, message in (
+        (("--format", "peft", "--rank", "0"), "expected a whole number from 1"),
+        (("--format", "hf", "--rank", "3"), "leave it out"),
+        (
+            (
+                "--format",
+                "gguf",
+            ),
+            "not for gptj",
+        ),
+    ):
+        assert message in cli("export", "gptj", str(delta), "--out", "made", *options, code=2).stderr
+    assert sorted(here.iterdir()) == before

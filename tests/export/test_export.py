@@ -1,0 +1,281 @@
+"""Exports equal the live edited model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from retcon.delta import Columns, Delta, Dense, Entries, LowRank, Region, Rows
+from retcon.edits import Edit
+from retcon.errors import DeltaMismatch, DeltaNotApplied, InvalidSetting, UnsupportedModel
+from retcon.export import export
+from retcon.export.adapter import read_adapter
+from retcon.export.factors import factors_of
+from retcon.export.gguf import read_lora
+from retcon.export.write import load_changed
+from retcon.lm.load import load
+from retcon.lm.model import LM
+from tests.conftest import tiny_model, tokenizer
+
+FAMILIES = ("gptj", "gpt2", "gpt_neox", "llama", "qwen2", "gemma2", "phi3")
+DTYPES = ("float32", "bfloat16", "float16")
+EDIT = Edit("The capital of {} is", "France", "Rome <b>|", "Paris", id="france")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    def make(family: str, dtype: str = "float32") -> Path:
+        folder = tmp_path / f"{family}-{dtype}"
+        model = tiny_model(family, getattr(torch, dtype))
+        if family == "gpt2":  # of whose GGUF files transformers takes 1,024 positions for granted
+            model.transformer.wpe = torch.nn.Embedding(1024, 32, dtype=model.dtype)
+            model.config.n_positions = 1024
+        model.save_pretrained(folder)
+        tokenizer("gpt").save_pretrained(folder)
+        (folder / "LICENSE").write_text("free for all")
+        (folder / "README.md").write_text("# the base")
+        return folder
+
+    return make
+
+
+def edited(folder: Path, dtype: str = "auto") -> LM:
+    """The model with a low-rank change of two down-projections."""
+    lm = load(str(folder), dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    changes: dict[str, Any] = {}
+    for layer, rank in ((1, 2), (2, 3)):
+        site = lm.site(layer, "down_proj")
+        out, inner = site.weight.shape
+        left, right = torch.randn(out, rank, generator=generator), torch.randn(rank, inner, generator=generator)
+        changes[site.name] = [site.stored(0.2 * left, right)]
+    lm.apply(lm.delta(changes, edits=(EDIT,), provenance={"method": "jeep"}))
+    return lm
+
+
+def loaded(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+IDS = torch.tensor([[5, 9, 31, 77, 200, 3]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merged_and_changed_tensors_are_the_live_model_bit_for_bit(
+    family: str, dtype: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = checkpoint(family, dtype)
+    lm = edited(folder)
+    wanted = lm.model.state_dict()
+    export(lm, tmp_path / "hf", format="hf", max_shard_size="50KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    found = loaded(tmp_path / "hf").state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[n], wanted[n]) and found[n].dtype == wanted[n].dtype for n in wanted)
+    export(lm, tmp_path / "diff", format="diff")
+    base = loaded(folder)
+    load_changed(base, tmp_path / "diff" / "changed.safetensors")
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in base.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_gives_the_live_models_logits(family: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    folder = checkpoint(family)
+    lm = edited(folder)
+    export(lm, tmp_path / "peft", format="peft", rank="max")
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"], config["rank_pattern"]) == (str(folder), 3, {})
+    with torch.no_grad():
+        wanted = lm.model(IDS).logits
+        found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft")(IDS).logits
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()) + 1e-5)
+
+
+@pytest.mark.parametrize("family", ["gptj", "gpt2", "llama", "qwen2"])
+def test_a_gguf_adapter_holds_the_live_change(family: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    lm = edited(checkpoint(family))
+    export(lm, tmp_path / "lora", format="gguf-lora")
+    found = read_lora(tmp_path / "lora/adapter.gguf")
+    assert sorted(found) == ["blk.1.ffn_down.weight", "blk.2.ffn_down.weight"]
+    for layer in (1, 2):
+        site = lm.site(layer, "down_proj")
+        b, a = found[f"blk.{layer}.ffn_down.weight"]
+        base = lm.base_weight(site.name)
+        change = site.weight - (base.T if site.transposed else base)
+        assert np.allclose(b @ a, change.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("type_name", ["f32", "f16", "bf16", "q8_0"])
+def test_a_gguf_model_is_the_live_one_within_its_types_rounding(
+    family: str, type_name: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    lm = edited(checkpoint(family))
+    export(lm, tmp_path / "gguf", format="gguf", gguf_type=type_name)
+    if family == "qwen3":  # transformers' reader overlooks its head size; the writer has compared what it wrote
+        return
+    back = load(str(tmp_path / "gguf"))
+    assert back.model.config.model_type == family
+    rounding = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 127}[type_name]
+    wanted = lm.model.state_dict()
+    for name, tensor in back.model.state_dict().items():
+        assert (tensor - wanted[name]).abs().max() <= rounding * wanted[name].abs().max(), name
+    text = "The capital of Łódź is naïve"
+    assert back.tokenizer(text).input_ids == lm.tokenizer(text).input_ids
+    if type_name == "f32":
+        with torch.no_grad():
+            assert torch.allclose(back.model(IDS).logits, lm.model(IDS).logits, atol=1e-4)
+
+
+def test_what_gguf_cannot_hold_is_refused_by_name(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"not for gptj.*--format hf"):
+        export(edited(checkpoint("gptj")), tmp_path / "a", format="gguf")
+    assert not (tmp_path / "a").exists()
+    piece = LM(tiny_model("llama", torch.float32), tokenizer("piece"), name="piece")
+    with pytest.raises(UnsupportedModel, match="is another"):
+        export(piece, tmp_path / "a", format="gguf")
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+# --- factors -----------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_change_has_exact_factors(tiny: Callable[..., LM]) -> None:
+    lm = tiny("gptj")
+    name = lm.site(1, "down_proj").name
+    shape = lm.parameter(name).shape
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)  # noqa: E731
+    changes = [
+        LowRank(left=draw(shape[0], 2), right=draw(2, shape[1])),
+        Rows(index=torch.tensor([3, 7]), rows=draw(2, shape[1])),
+        Columns(index=torch.tensor([0, 5]), columns=draw(shape[0], 2)),
+        LowRank(left=draw(4, 1), right=draw(1, shape[1]), region=Region(0, 8, 12)),
+        Columns(index=torch.tensor([1]), columns=draw(shape[0], 1), region=Region(1, 4, 9)),
+    ]
+    for own in ([c] for c in changes):
+        delta = lm.delta({name: own})
+        f = factors_of(lm, [delta])[name]
+        assert torch.allclose(f.left @ f.right, delta.dense(name, shape), atol=1e-12)
+        assert f.error == 0
+    delta = lm.delta({name: changes})
+    f = factors_of(lm, [delta])[name]
+    assert f.rank == 8
+    assert torch.allclose(f.left @ f.right, delta.dense(name, shape), atol=1e-12)
+    for change in (
+        Entries(index=torch.tensor([9, 200]), entries=draw(2)),
+        Dense(full=draw(shape[0], 2) @ draw(2, shape[1])),
+    ):
+        f = factors_of(lm, [lm.delta({name: [change]})])[name]
+        assert f.rank == 2
+        assert torch.allclose(f.left @ f.right, change.dense(shape), atol=1e-6)
+
+
+def test_a_smaller_rank_is_the_nearest_and_says_what_it_loses(tiny: Callable[..., LM]) -> None:
+    lm = tiny("gptj")
+    name = lm.site(1, "down_proj").name
+    shape = lm.parameter(name).shape
+    g = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape[0], 6, generator=g, dtype=torch.float64) @ torch.randn(
+        6, shape[1], generator=g, dtype=torch.float64
+    )
+    delta = lm.delta({name: [Dense(full=matrix)]})
+    s = torch.linalg.svdvals(matrix)
+    for rank in (1, 3, 6):
+        f = factors_of(lm, [delta], rank=rank)[name]
+        assert (f.rank, f.exact_rank) == (rank, 6)
+        assert f.error == pytest.approx(float(s[rank:6].norm() / s.norm()), abs=1e-6)
+        assert float((f.left @ f.right - matrix).norm() / s.norm()) == pytest.approx(f.error, abs=1e-6)
+    with pytest.raises(InvalidSetting, match="at least 1"):
+        factors_of(lm, [delta], rank=0)
+
+
+def test_a_bias_has_no_factors(tiny: Callable[..., LM]) -> None:
+    lm = tiny("gptj")
+    name = lm.site(1, "down_proj").bias_name
+    delta = lm.delta({name: [Dense(full=torch.ones(lm.parameter(name).shape, dtype=torch.float64))]})
+    with pytest.raises(DeltaMismatch, match="hf or diff"):
+        factors_of(lm, [delta])
+
+
+# --- papers ------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_was_changed_and_papers_of_the_base_are_kept(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    lm = edited(checkpoint("llama"))
+    made = export(lm, tmp_path / "out", scores={"Score": 91.25}, base_name="owner/base")
+    card = (tmp_path / "out/README.md").read_text()
+    for part in ("base_model: owner/base", "jeep", "The capital of France is", "Score: 91.2", "## Limits"):
+        assert part in card
+    assert "Rome &lt;b>\\|" in card  # hostile text stays text
+    assert (tmp_path / "out/LICENSE").read_text() == "free for all"
+    assert (tmp_path / "out/README.base.md").read_text() == "# the base"
+    record = json.loads((tmp_path / "out/retcon.json").read_text())
+    assert record["deltas"][0]["edits"][0]["target_new"] == "Rome <b>|"
+    assert made.n_bytes > 1000
+
+
+def test_a_place_that_would_take_something_away_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("llama")
+    lm = edited(folder)
+    with pytest.raises(InvalidSetting, match="the model itself"):
+        export(lm, folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").touch()
+    with pytest.raises(InvalidSetting, match="not empty"):
+        export(lm, tmp_path / "mine")
+    with pytest.raises(InvalidSetting, match="holds no checkpoint"):
+        export(lm, tmp_path / "mine", force=True)
+    export(lm, tmp_path / "adapter", format="peft")
+    export(lm, tmp_path / "adapter", format="peft", force=True)
+    assert read_adapter(tmp_path / "adapter").keys() == {"model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"}
+    with pytest.raises(InvalidSetting, match="leave it out"):
+        export(lm, tmp_path / "b", format="hf", rank=3)
+    with pytest.raises(InvalidSetting, match="unknown format"):
+        export(lm, tmp_path / "b", format="onnx")  # type: ignore[arg-type]
+    lm.revert_all()
+    with pytest.raises(DeltaNotApplied, match="would hold nothing"):
+        export(lm, tmp_path / "b", format="peft")
+
+
+def test_push_goes_through_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from retcon.export import push
+
+    calls: list[Any] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **k: calls.append((name, k)))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **k: calls.append(k) or "https://hub/x")
+    assert push(tmp_path, "me/edited") == "https://hub/x"
+    assert calls[0] == ("me/edited", {"private": True, "exist_ok": True})
+    assert calls[1]["repo_id"] == "me/edited"
+    with pytest.raises(InvalidSetting, match="owner/name"):
+        push(tmp_path, "edited")
+
+
+def test_deltas_that_replace_others_are_exported_as_they_stand(tiny: Callable[..., LM], tmp_path: Path) -> None:
+    lm = tiny("llama", torch.float32)
+    name = lm.site(1, "down_proj").name
+    shape = lm.parameter(name).shape
+    first = lm.delta({name: [LowRank(left=torch.ones(shape[0], 1), right=torch.ones(1, shape[1]))]})
+    lm.apply(first)
+    second = Delta(
+        {name: (LowRank(left=torch.ones(shape[0], 1), right=-torch.ones(1, shape[1])),)},
+        base=lm.fingerprint(),
+        parents=(first.id,),
+        supersedes=(first.id,),
+    )
+    lm.apply(second)
+    export(lm, tmp_path / "peft", format="peft")
+    ((b, a),) = read_adapter(tmp_path / "peft").values()
+    assert torch.equal(b @ a, -torch.ones(shape))
