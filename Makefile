@@ -10,7 +10,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 export MALLOC_TOP_PAD_ ?= 268435456
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-models smollm worlds lint docs attack clean
+.PHONY: demo test test-models test-newest smollm worlds lint docs attack clean
 
 demo: $(VENV)/.ready  ## edit 20 facts of the embedded world with JEEP, measure, save, undo
 	$(BIN)/retcon demo
@@ -20,6 +20,17 @@ test: $(VENV)/.ready  ## the whole suite, two processes of one thread each
 
 test-models: $(VENV)/.ready  ## what needs the models of `make worlds` and `make smollm`; skipped where they are absent
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m models -rs tests/models
+
+NEWEST ?= transformers
+TESTS ?= tests
+test-newest:  ## the suite with the newest transformers (NEWEST=transformers==6.0.0rc1 for another), in .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	grep -viE '^(transformers|tokenizers|huggingface_hub|hf-xet)==' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-newest/constraints.txt torch
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-newest/constraints.txt -e ".[dev]"
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "$(NEWEST)"
+	.venv-newest/bin/python -m pip list | grep -E '^(transformers|tokenizers|torch) '
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 -m "not models" $(TESTS)
 
 smollm: $(VENV)/.ready  ## SmolLM2-135M-Instruct, a real pretrained model, into .cache/smollm2-135m
 	$(BIN)/python -m recipes.smollm
