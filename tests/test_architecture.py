@@ -20,7 +20,7 @@ LEVELS = [
     {"memory", "training", "locate"},
     {"evaluation"},
     {"methods"},
-    {"export"},
+    {"export", "audit"},
     {"bench"},
     {"cli", "__main__"},
 ]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import retcon
-from retcon.cli import apply, bench, check, complete, demo, edit, export, methods, moments, probe, report
+from retcon.cli import apply, audit, bench, check, complete, demo, edit, export, methods, moments, probe, report
 from retcon.cli.shell import CommandGroup, examples
 
 app = typer.Typer(
@@ -78,6 +78,13 @@ app.command(
     )
 )(moments.moments)
 app.add_typer(probe.app, name="probe")
+app.command(
+    epilog=examples(
+        "retcon audit ./base ./edited",
+        "retcon audit ./base ./edited --explain edits.safetensors --facts facts.jsonl",
+        "retcon audit ./base ./theirs --delta theirs.safetensors",
+    )
+)(audit.audit)
 app.command(
     epilog=examples(
         "retcon bench --model demo:gptj --method jeep --dataset world --n 20 --out bench",

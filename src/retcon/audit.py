@@ -1,0 +1,192 @@
+"""What differs between two checkpoints: which matrices, by what rank and norm, and which answers.
+
+found = audit(base, edited, edits=facts, known=deltas)
+found.delta.save("difference.safetensors")     # anybody's edit as a delta: measured, undone, exported like any other
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.delta import Change, Delta, Dense, LowRank, Rows
+from retcon.edits import Edit
+from retcon.errors import DeltaMismatch
+from retcon.lm.model import LM
+from retcon.version import __version__
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one parameter differs."""
+
+    parameter: str
+    norm: float
+    """Frobenius norm of the difference."""
+    share: float
+    """The same over the norm of the base's values; infinite where those are zero."""
+    rank: int | None
+    """Singular values above what rounding to the stored dtype explains; None for a vector."""
+    n_values: int
+    """Values that differ."""
+    unexplained: float | None
+    """Norm of what the known deltas leave unexplained, over the norm; None where none are known."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What both models say after one fact's prompt."""
+
+    edit: Edit
+    base: str
+    edited: str
+
+    @property
+    def changed(self) -> bool:
+        """Whether the two answers differ."""
+        return self.base != self.edited
+
+    @property
+    def took(self) -> bool:
+        """Whether the edited model's answer begins with the fact's new one."""
+        return self.edited.startswith(self.edit.target_new)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Everything that was found to differ."""
+
+    differences: tuple[Difference, ...]
+    n_parameters: int
+    answers: tuple[Answer, ...]
+    delta: Delta
+    """The difference, so that base + delta are the edited weights."""
+    exact: bool
+    """Whether that holds bit for bit in the base's dtype (else to float32's rounding)."""
+
+    @property
+    def unexplained(self) -> float | None:
+        """Norm of what the known deltas leave unexplained, over the norm of the whole difference."""
+        if any(d.unexplained is None for d in self.differences):
+            return None
+        whole = math.hypot(*(d.norm for d in self.differences))
+        left = math.hypot(*(d.norm * (d.unexplained or 0.0) for d in self.differences))
+        return left / whole if whole else 0.0
+
+
+def audit(
+    base: LM,
+    edited: LM,
+    *,
+    edits: Sequence[Edit] = (),
+    known: Sequence[Delta] = (),
+    max_new_tokens: int = 12,
+) -> Audit:
+    """Compare the base's own weights with those of `edited`, as it stands.
+
+    Args:
+        edits: facts whose prompts both models are asked.
+        known: deltas that may explain the difference; they must have been made for this base.
+
+    Raises:
+        DeltaMismatch: the two are no models of one shape, or differ in a parameter that shares its memory.
+    """
+    theirs = dict(edited.model.named_parameters())
+    names = [name for name, _ in base.model.named_parameters()]
+    if set(names) != set(theirs):
+        odd = sorted(set(names) ^ set(theirs))
+        raise DeltaMismatch(f"the models have other parameters ({odd[0]}, ...); an audit compares two of one shape")
+    found: list[Difference] = []
+    changes: dict[str, list[Change]] = {}
+    exact = True
+    with base.without_deltas(), torch.no_grad():
+        for name in names:
+            ours, other = base.parameter(name).detach().cpu(), theirs[name].detach().cpu()
+            if ours.shape != other.shape:
+                raise DeltaMismatch(f"{name}: shapes differ, {tuple(ours.shape)} and {tuple(other.shape)}")
+            wider = torch.promote_types(ours.dtype, other.dtype)
+            if torch.equal(ours.to(wider), other.to(wider)):
+                continue
+            base.check_editable(name)
+            difference = other.double() - ours.double()
+            found.append(_difference(name, difference, ours, other, known))
+            change, is_exact = _change(difference, ours, other, found[-1].rank)
+            changes[name] = [change]
+            exact &= is_exact
+    answers = _answers(base, edited, edits, max_new_tokens) if edits else ()
+    delta = Delta(
+        {name: tuple(c) for name, c in changes.items()},
+        base=base.fingerprint(),
+        provenance={
+            "method": "audit",
+            "edited": edited.label,
+            "model": base.label,
+            "versions": {"retcon": __version__},
+        },
+    )
+    return Audit(tuple(found), len(names), answers, delta, exact)
+
+
+def _difference(name: str, difference: Tensor, ours: Tensor, other: Tensor, known: Sequence[Delta]) -> Difference:
+    norm, whole = float(difference.norm()), float(ours.double().norm())
+    unexplained = None
+    if known:
+        left = difference.clone()
+        for delta in known:
+            for change in delta.changes.get(name, ()):
+                left -= change.dense(left.shape, torch.float64)
+        # What rounding to the stored dtype does is nobody's edit.
+        rounding = _rounding(other) * math.sqrt(difference.numel())
+        unexplained = max(0.0, float(left.norm()) - rounding) / norm
+    return Difference(
+        name,
+        norm,
+        norm / whole if whole else math.inf,
+        _rank(difference, other) if difference.dim() == 2 else None,
+        int((difference != 0).sum()),
+        unexplained,
+    )
+
+
+def _rounding(stored: Tensor) -> float:
+    """Root mean square of what rounding to the stored dtype adds to a value."""
+    return torch.finfo(stored.dtype).eps * float(stored.double().square().mean().sqrt()) / math.sqrt(12)
+
+
+def _rank(difference: Float[Tensor, "rows columns"], stored: Tensor) -> int:
+    """Singular values above the largest that rounding noise of that size has (Marchenko and Pastur 1967)."""
+    rows, columns = difference.shape
+    noise = 2 * _rounding(stored) * (math.sqrt(rows) + math.sqrt(columns))
+    return max(1, int((torch.linalg.svdvals(difference) > noise).sum()))
+
+
+def _change(difference: Tensor, ours: Tensor, other: Tensor, rank: int | None) -> tuple[Change, bool]:
+    """The difference in the smallest form that gives the edited values exactly; whether there is one."""
+    dtype = torch.promote_types(ours.dtype, torch.float32)
+    full = Dense(full=difference.to(dtype).contiguous())
+    candidates: list[Change] = []
+    if difference.dim() == 2:
+        rows = difference.ne(0).any(1).nonzero()[:, 0]
+        if len(rows) < len(difference) // 2:
+            candidates.append(Rows(index=rows, rows=difference[rows].to(dtype).contiguous()))
+        if rank is not None and rank * sum(difference.shape) < difference.numel():
+            u, s, v = torch.linalg.svd(difference, full_matrices=False)
+            root = s[:rank].sqrt()
+            left, right = (u[:, :rank] * root).to(dtype), (root[:, None] * v[:rank]).to(dtype)
+            candidates.insert(0, LowRank(left=left.contiguous(), right=right.contiguous()))
+    for change in [*candidates, full]:
+        total = ours.to(dtype) + change.dense(ours.shape, dtype)
+        if torch.equal(total.to(ours.dtype), other.to(ours.dtype)):
+            return change, True
+    return full, False
+
+
+def _answers(base: LM, edited: LM, edits: Sequence[Edit], max_new_tokens: int) -> tuple[Answer, ...]:
+    prompts = [e.text for e in edits]
+    with base.without_deltas():
+        before = base.generate(prompts, max_new_tokens=max_new_tokens)
+    after = edited.generate(prompts, max_new_tokens=max_new_tokens)
+    return tuple(Answer(e, b.strip(), a.strip()) for e, b, a in zip(edits, before, after, strict=True))

@@ -1,0 +1,129 @@
+"""`retcon audit`: what differs between two checkpoints, and what explains it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.edit import read_asked
+from retcon.cli.shell import (
+    Device,
+    DType,
+    Json,
+    check_can_write,
+    check_not_an_input,
+    console,
+    count,
+    emit,
+    load_deltas,
+    load_model,
+    size,
+    spinner,
+)
+from retcon.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from retcon.audit import Audit
+
+N_SHOWN = 30
+"""Rows shown of each table; the JSON has all."""
+
+
+def audit(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The unedited model.", show_default=False)],
+    edited: Annotated[str, typer.Argument(metavar="EDITED", help="The other checkpoint.", show_default=False)],
+    explain: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DELTA", help="A delta that may explain the difference; repeat.", show_default=False),
+    ] = None,
+    facts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Facts that both models are asked; any format.", show_default=False),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of it to read; all.", show_default=False)] = None,
+    delta: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="File that the difference goes to, as a delta.", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that is at OUT.")] = False,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Say which matrices of EDITED differ from BASE, by what rank and norm, and which answers.
+
+    Exit code 0 whether they differ or not. With --delta, anybody's edit becomes a delta that can be measured, undone
+    and exported.
+    """
+    from retcon.audit import audit as compare
+
+    if delta is not None:
+        check_can_write(delta)
+        check_not_an_input(delta, [*(explain or []), *([facts] if facts else [])])
+        if delta.exists() and not force:
+            raise InvalidSetting(f"{delta} exists; name another file, or replace it with --force")
+    asked = read_asked(facts, 0, limit, "drop").edits if facts is not None else ()
+    known = load_deltas(explain or [])
+    lm = load_model(base, device=device, dtype=dtype or "auto")
+    other = load_model(edited, device=device, dtype=dtype or "auto")
+    with spinner("comparing"):
+        found = compare(lm, other, edits=asked, known=known)
+    if delta is not None:
+        found.delta.save(delta)
+    if as_json:
+        emit(
+            {
+                "differences": [asdict(d) for d in found.differences],
+                "n_parameters": found.n_parameters,
+                "unexplained": found.unexplained,
+                "answers": [
+                    {"id": a.edit.id, "prompt": a.edit.text, "base": a.base, "edited": a.edited, "changed": a.changed}
+                    for a in found.answers
+                ],
+                "delta": None if delta is None else {"id": found.delta.id, "file": str(delta), "exact": found.exact},
+            }
+        )
+        return
+    _show(found, known=bool(known))
+    if delta is not None:
+        exact = "base and delta give EDITED bit for bit" if found.exact else "exact to float32's rounding"
+        about = f"{size(delta.stat().st_size)}, delta {found.delta.id}; {exact}"
+        console().print(f"saved  [bold]{escape(str(delta))}[/]  [dim]{about}[/]")
+
+
+def _show(found: "Audit", *, known: bool) -> None:
+    show = console()
+    n = len(found.differences)
+    if not n:
+        show.print(f"[green]The same[/]: all {count(found.n_parameters, 'parameter')} agree bit for bit.")
+    else:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("parameter", no_wrap=True, overflow="ellipsis")
+        for head in ("difference", "of its norm", "rank", *(("unexplained",) if known else ())):
+            table.add_column(head, justify="right")
+        for d in found.differences[:N_SHOWN]:
+            cells = [escape(d.parameter), f"{d.norm:.3g}", f"{d.share:.2%}", "-" if d.rank is None else str(d.rank)]
+            table.add_row(*cells, *([f"{d.unexplained or 0:.2%}"] if known else []))
+        show.print(table)
+        more = f"; {n - N_SHOWN:,} more in --json" if n > N_SHOWN else ""
+        show.print(f"[dim]{n:,} of {count(found.n_parameters, 'parameter')} differ{more}[/]")
+        if found.unexplained is not None:
+            show.print(f"The deltas given leave {found.unexplained:.2%} of the difference unexplained.")
+    if found.answers:
+        changed = [a for a in found.answers if a.changed]
+        answers = Table(box=None, pad_edge=False, header_style="dim")
+        for head, width in (("prompt", 44), ("base", 22), ("edited", 22)):
+            answers.add_column(head, no_wrap=True, overflow="ellipsis", max_width=width)
+        for a in changed[:N_SHOWN]:
+            answers.add_row(*(escape(" ".join(part.split())) for part in (a.edit.text, a.base, a.edited)))
+        show.print()
+        if changed:
+            show.print(answers)
+        took = sum(a.took for a in found.answers)
+        show.print(
+            f"{len(changed):,} of {count(len(found.answers), 'answer')} changed; {took:,} begin with the new answer "
+            "of the list"
+        )

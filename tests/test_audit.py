@@ -1,0 +1,79 @@
+"""An audit finds what was changed and by what, and takes it as a delta."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from retcon.audit import audit
+from retcon.delta import Delta, Dense, LowRank, Rows
+from retcon.edits import Edit
+from retcon.errors import DeltaMismatch
+from retcon.lm.model import LM
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["gptj", "gpt2", "llama"])
+def test_finds_matrices_rank_and_norm_and_what_explains_them(
+    family: str, dtype: torch.dtype, tiny: Callable[..., LM], edit: Edit
+) -> None:
+    base, edited = tiny(family, dtype), tiny(family, dtype)
+    site = edited.site(1, "down_proj")
+    g = torch.Generator().manual_seed(0)
+    change = site.stored(torch.randn(32, 3, generator=g), torch.randn(3, site.weight.shape[1], generator=g))
+    delta = edited.delta({site.name: [change]})
+    edited.apply(delta)
+    found = audit(base, edited, edits=[edit], known=[delta])
+    (difference,) = found.differences
+    assert (difference.parameter, difference.rank) == (site.name, 3)
+    assert difference.norm == pytest.approx(delta.norms()[site.name], rel=1e-2)
+    assert found.unexplained is not None
+    assert found.unexplained < 0.01
+    other = edited.delta({site.name: [Dense(full=torch.ones(edited.parameter(site.name).shape))]})
+    assert audit(base, edited, known=[other]).unexplained > 0.5  # type: ignore[operator]
+    assert found.exact or dtype == torch.float32
+    said = [lm.complete(edit.text, max_new_tokens=12).strip() for lm in (base, edited)]
+    assert [found.answers[0].base, found.answers[0].edited] == said
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_difference_as_a_delta_gives_the_edited_model_and_is_undone(
+    dtype: torch.dtype, tiny: Callable[..., LM], tmp_path: Path
+) -> None:
+    base, edited = tiny("llama", dtype), tiny("llama", dtype)
+    with torch.no_grad():  # somebody else's edit, by hand: three kinds
+        edited.parameter("model.layers.1.mlp.down_proj.weight")[:] += 0.5
+        edited.parameter("model.layers.2.mlp.down_proj.weight")[4] += 0.25
+        edited.parameter("model.layers.0.self_attn.o_proj.weight")[:] += torch.randn(
+            32, 32, generator=torch.Generator().manual_seed(0)
+        ).to(dtype)
+        edited.parameter("model.norm.weight")[:] += 0.5
+    before = {name: p.clone() for name, p in base.model.state_dict().items()}
+    found = audit(base, edited)
+    assert len(found.differences) == 4
+    assert found.exact
+    assert isinstance(found.delta.changes["model.layers.1.mlp.down_proj.weight"][0], LowRank | Dense)
+    assert isinstance(found.delta.changes["model.layers.2.mlp.down_proj.weight"][0], LowRank | Rows)
+    found.delta.save(tmp_path / "d.safetensors")
+    delta = Delta.load(tmp_path / "d.safetensors")
+    base.apply(delta)
+    assert all(torch.equal(p, edited.model.state_dict()[name]) for name, p in base.model.state_dict().items())
+    base.revert(delta)
+    assert all(torch.equal(p, before[name]) for name, p in base.model.state_dict().items())
+
+
+def test_the_same_model_has_no_difference(tiny: Callable[..., LM]) -> None:
+    base, other = tiny("llama"), tiny("llama")
+    base.apply(base.delta({"model.norm.weight": [Dense(full=torch.ones(32, dtype=torch.float64))]}))  # is left aside
+    found = audit(base, other)
+    assert found.differences == ()
+    assert found.exact
+    assert found.delta.changes == {}
+
+
+def test_models_of_other_shapes_are_refused(tiny: Callable[..., LM]) -> None:
+    with pytest.raises(DeltaMismatch, match="other parameters"):
+        audit(tiny("llama"), tiny("gptj"))
+    with pytest.raises(DeltaMismatch, match="other parameters"):
+        audit(tiny("llama"), tiny("llama", n_layers=5))
