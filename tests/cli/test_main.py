@@ -17,7 +17,9 @@ import retcon
 from retcon.cli import app
 from retcon.errors import NonFinite, RetconWarning
 
-VERBS = ["demo", "edit", "apply", "complete", "methods", "moments", "bench", "report", "check"]
+VERBS = [
+    *("demo", "edit", "apply", "export", "complete", "methods", "moments", "audit", "bench", "report", "check"),
+]
 
 
 def test_version(cli: Callable[..., Any]) -> None:
