@@ -12,6 +12,7 @@ from retcon.methods import ctp as module
 from retcon.methods.common.registry import method, presets
 from retcon.methods.ctp import Ctp
 from retcon.training.objective import AnswerLoss, answer_rows, own_answers
+from retcon.training.parts import attached, changes
 
 FAST: dict[str, Any] = dict(n_positive=4, epochs=4, learning_rate=1e-2)
 RELEASE: dict[str, Any] = dict(mode="release", stop_loss=0.0, reduction="per_token", train_out_bias=True, batch_size=2)
@@ -143,20 +144,20 @@ def test_mirror_puts_the_mean_change_on_the_negative_node(tiny, edits):
     slots = slots_of(lm)
     with lm.frozen_eval():
         old = AnswerLoss(lm, rows, own_answers(lm, rows))
-        walk = module._Walk(settings, lm, slots, AnswerLoss(lm, rows), old)
-        walk.follow(paths(lm, edits, n_positive=4))
+        trainer = module._PathTrainer(settings, lm, slots, AnswerLoss(lm, rows), old)
+        trainer.set_paths(paths(lm, edits, n_positive=4))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for tensor in walk.values():
+            for tensor in trainer.values():
                 tensor += 0.05 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
 
         def second_term() -> torch.Tensor:
-            with module.attached(walk._mirrored()):
+            with attached(trainer._mirrored()):
                 return old(range(len(rows))).mean()
 
         second_term().backward()
         for t in (0, 5):
-            nodes = walk.nodes[t]
+            nodes = trainer.nodes[t]
             for place in ((0, 3), (2, 7)):
                 sides = []
                 for sign in (1, -1):
@@ -167,10 +168,10 @@ def test_mirror_puts_the_mean_change_on_the_negative_node(tiny, edits):
                 assert_close((sides[0] - sides[1]) / 2e-5, float(nodes.tensors[0].grad[place]), rtol=1e-5, atol=1e-10)
 
         # and it is the loss of a model changed in T-'s nodes alone, by the mean
-        mean = walk.nodes[1].tensors[0][walk.nodes[1].chosen(walk.positive[1])].mean(0)
-        delta = lm.delta(module.changes(walk._mirrored()))
+        mean = trainer.nodes[1].tensors[0][trainer.nodes[1].chosen(trainer.positive[1])].mean(0)
+        delta = lm.delta(changes(trainer._mirrored()))
         full = slots[1].by_node(moved(lm, delta)[slots[1].site.name].T)
-        assert_close(full[:, walk.negative[1][0]], mean.detach())
+        assert_close(full[:, trainer.negative[1][0]], mean.detach())
         assert int((full != 0).any(0).sum()) == 1
         hooked = second_term().detach()
         with lm.edited(delta):

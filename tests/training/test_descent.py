@@ -197,13 +197,13 @@ def test_a_row_that_is_not_stepped_neither_moves_nor_ages(randn):
 def test_nodes_keep_their_change_when_others_join(tiny, randn):
     lm = tiny("gpt2")
     nodes = Nodes(lm.site(0, "up_proj"), "rows")
-    nodes.admit(torch.tensor([3, 1]))
+    nodes.add(torch.tensor([3, 1]))
     with torch.no_grad():
         nodes.tensors[0] += 1.0
         nodes.tensors[1] += 2.0
     state = RowState.fresh(nodes.tensors[0])
     state.steps[:] = 5
-    nodes.admit(torch.tensor([1, 9]))
+    nodes.add(torch.tensor([1, 9]))
     assert nodes.index.tolist() == [3, 1, 9]
     assert nodes.tensors[0].sum(1).tolist() == [32.0, 32.0, 0.0]
     assert nodes.tensors[1].tolist() == [2.0, 2.0, 0.0]

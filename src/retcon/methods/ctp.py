@@ -7,16 +7,16 @@ what each says, and what is done here, is in docs/methods/ctp.md.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from retcon.delta import Delta
-from retcon.edits import Edit, check_edits
+from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
@@ -24,32 +24,19 @@ from retcon.locate.paths import Assess, KeyMatrix, Score, Select, Slot, Transmis
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import (
-    ModelShape,
-    Progress,
-    State,
-    check_not_negative,
-    check_settings,
-    recorded,
-    silent,
-)
-from retcon.methods.common.proposal import report_after
-from retcon.training.descent import Reduction, Schedule, accumulate, descend, shares
+from retcon.methods.common.contract import Progress, State, check_not_negative
+from retcon.methods.common.tuning import TuningSettings, tuning
+from retcon.training.descent import accumulate, shares
 from retcon.training.nodes import Nodes, RowAdam, RowState
 from retcon.training.objective import AnswerLoss, answer_rows, own_answers
-from retcon.training.parts import Part, attached, changes
+from retcon.training.parts import Part, attached
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ctp:
+class Ctp(TuningSettings):
     """Parameter-aware contrastive editing along critical transmission paths."""
 
     name: ClassVar[str] = "ctp"
-    supports_batches: ClassVar[bool] = True
-    state_description: ClassVar[str] = ""
-    uses_moments: ClassVar[bool] = False
-    needs_subject: ClassVar[bool] = False
-    layerwise: ClassVar[bool] = False
 
     n_positive: int = 15
     """|T+|: paths that are tuned towards the new answer; each has one node per matrix."""
@@ -71,18 +58,10 @@ class Ctp:
     """lambda: the second step's learning rate over the first's (`neg_step`), or the second loss's weight (`mirror`)."""
     original: Literal["own", "target_true"] = "own"
     """y: at each answer position the unedited model's own choice, or the edit's true answer."""
-    learning_rate: float = 5e-4
-    """Adam's, for T+; betas (0.9, 0.999), no decay."""
-    epochs: int = 25
-    """Passes over the edits at most."""
     batch_size: int | None = 16
     """Edits per step; None: all of the call."""
     reassess: int = 0
     """Epochs between assessments of the paths, on the weights as they then are; 0: once, at the start."""
-    stop_loss: float = 1e-2
-    """An edit is left alone once its loss is below this; 0: never."""
-    reduction: Reduction = "per_edit"
-    """What a batch's loss is the mean of: edits, or answer tokens (the released code)."""
     train_out_bias: bool = False
     """Also train the whole bias of the value matrix, where there is one, in both steps (the released code)."""
     mode: Literal["separate", "release"] = "separate"
@@ -90,18 +69,12 @@ class Ctp:
     in the other's step, and after they were deselected), lambda on the loss, gradients assessed batch by batch."""
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_not_negative(self, "contrast_weight", "n_negative", "reassess", "learning_rate")
         if self.n_positive < 1:
             raise InvalidSetting(f"ctp: n_positive must be at least 1, found {self.n_positive}")
         if self.mode == "release" and self.contrast == "mirror":
             raise InvalidSetting("ctp: mode='release' has a second step to take; contrast='mirror' has none")
-        self._schedule()
-
-    @classmethod
-    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """Nothing depends on depth."""
-        return {}
 
     def propose(
         self,
@@ -125,56 +98,41 @@ class Ctp:
             InvalidSetting: a matrix the model does not have, or more paths than a matrix has nodes.
             NonFinite: the model gives an edit no finite probability, or a gradient overflows.
         """
-        check_edits(edits)
-        progress = progress or silent
         slots = slots_of(lm, self.key_matrix)
-        for slot in slots:
-            lm.check_editable(slot.site.name)
-            if slot.site.bias is not None and (self.train_out_bias or not slot.is_value):
-                lm.check_editable(slot.site.bias_name)
-        if not edits:
-            return lm.delta({}, **recorded(self, lm, edits, seed=seed))
-        with lm.frozen_eval():
+        with_bias = [s for s in slots if s.site.bias is not None and (self.train_out_bias or not s.is_value)]
+        names = [slot.site.name for slot in slots] + [slot.site.bias_name for slot in with_bias]
+        with tuning(self, lm, edits, names, seed=seed, progress=progress) as run:
+            if not edits:
+                return run.delta()
             rows = answer_rows(lm, edits)
-            walk = _Walk(self, lm, slots, AnswerLoss(lm, rows), self._original(lm, edits, rows))
-            ended = descend(
-                edits,
-                walk.update,
-                walk.losses_now,
-                walk.values,
-                self._schedule(),
-                seed=seed,
-                before_epoch=partial(self._trace, lm, edits, walk, seed),
-                progress=partial(progress, "paths"),
-            )
-        record = recorded(self, lm, edits, seed=seed)
-        delta = lm.delta(changes(walk.parts()), report=ended.report(edits), **record)
-        with lm.edited(delta):
-            return replace(delta, report=report_after(lm, edits, delta.report))
+            paths = _PathTrainer(self, lm, slots, AnswerLoss(lm, rows), self._original(lm, edits, rows))
+            trace = partial(self._trace, lm, edits, paths, seed)
+            ended = run.descend(paths.update, paths.losses_now, paths.values, stage="paths", before_epoch=trace)
+            return run.delta(paths.parts(), ended)
 
     @property
     def has_contrast(self) -> bool:
         """Whether the second term does anything."""
         return self.contrast != "none" and self.contrast_weight > 0 and self.n_negative > 0
 
-    def _trace(self, lm: LM, edits: Sequence[Edit], walk: "_Walk", seed: int, epoch: int) -> None:
+    def _trace(self, lm: LM, edits: Sequence[Edit], paths: "_PathTrainer", seed: int, epoch: int) -> None:
         """T+ and T- on the weights as they are in this epoch."""
         if epoch and not (self.reassess and epoch % self.reassess == 0):
             return
         size = self.batch_size or len(edits)
         batches = [list(range(len(edits)))[i : i + size] for i in range(0, len(edits), size)]
-        with attached(walk.parts()):
+        with attached(paths.parts()):
             scores = assess(
                 lm,
                 edits,
-                walk.slots,
+                paths.slots,
                 self.score,
                 pool=self.pool,
                 reduction=self.reduction,
                 groups=batches if self.mode == "release" else None,
                 seed=seed + epoch,
             )
-        walk.follow(choose(walk.slots, scores, self.n_positive, self.n_negative, self.select))
+        paths.set_paths(choose(paths.slots, scores, self.n_positive, self.n_negative, self.select))
 
     def _original(self, lm: LM, edits: Sequence[Edit], rows: Sequence[Row]) -> AnswerLoss | None:
         """L(y): the loss of the original answers."""
@@ -184,11 +142,8 @@ class Ctp:
             return AnswerLoss(lm, answer_rows(lm, edits, "target_true"))
         return AnswerLoss(lm, rows, own_answers(lm, rows))
 
-    def _schedule(self) -> Schedule:
-        return Schedule(epochs=self.epochs, batch_size=self.batch_size, stop_loss=self.stop_loss)
 
-
-class _Walk:
+class _PathTrainer:
     """The nodes along T+ and T-, and one step on a mini-batch."""
 
     def __init__(
@@ -202,7 +157,7 @@ class _Walk:
             for slot in slots:
                 if slot.is_value and slot.site.bias is not None:
                     bias = Nodes(slot.site, "bias")
-                    bias.admit(torch.arange(len(slot.site.bias)))
+                    bias.add(torch.arange(len(slot.site.bias)))
                     self.nodes.append(bias)
         self.moves_negative = method.contrast == "neg_step" and method.has_contrast
         shared = method.mode == "release"
@@ -226,7 +181,7 @@ class _Walk:
         with attached(self.parts()):
             return self.target.now()
 
-    def follow(self, found: Transmission) -> None:
+    def set_paths(self, found: Transmission) -> None:
         """Train the nodes of these paths from now on; others keep the change they have.
 
         Nodes that go on being trained keep their momentum, others start without. (The released optimiser forgets
@@ -236,9 +191,9 @@ class _Walk:
         self.positive = [torch.tensor(found.positive.in_slot(t)) for t in range(len(self.slots))]
         self.negative = [torch.tensor(found.negative.in_slot(t)) for t in range(len(self.slots))]
         for t in range(len(self.slots)):
-            self.nodes[t].admit(self.positive[t])
+            self.nodes[t].add(self.positive[t])
             if self.moves_negative:
-                self.nodes[t].admit(self.negative[t])
+                self.nodes[t].add(self.negative[t])
         if self.method.mode == "release":
             everyone = [torch.ones_like(nodes.index, dtype=torch.bool) for nodes in self.nodes]
             self.memory_positive = self.memory_negative = self._grown(self.memory_positive, everyone, self.n_steps)

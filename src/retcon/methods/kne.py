@@ -7,16 +7,16 @@ docs/methods/kne.md.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from retcon.delta import Delta
-from retcon.edits import Edit, check_edits
+from retcon.edits import Edit
 from retcon.errors import DeltaMismatch, InvalidSetting
 from retcon.evaluation.datasets import read_cases
 from retcon.lm.model import LM, Site, SiteName
@@ -24,26 +24,21 @@ from retcon.locate.attribution import Attribution, Path, Probability, Quadrature
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import ModelShape, Progress, State, check_settings, recorded, silent
-from retcon.methods.common.proposal import report_after
-from retcon.training.descent import Reduction, Schedule, descend, stepping
-from retcon.training.objective import Answer, AnswerLoss, answer_rows
-from retcon.training.parts import TrainedColumns, TrainedEntries, TrainedRows, attached, changes, fresh
+from retcon.methods.common.contract import Progress, State, silent
+from retcon.methods.common.tuning import TuningSettings, tuning
+from retcon.training.objective import Answer
+from retcon.training.parts import TrainedColumns, TrainedEntries, TrainedRows, fresh
 
 Ensemble = dict[str, Int[Tensor, " n"]]
 """N*: chosen units by `<layer>.<matrix>`, ascending; matrices without a unit are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kne:
+class Kne(TuningSettings):
     """Knowledge Neuronal Ensemble."""
 
     name: ClassVar[str] = "kne"
-    supports_batches: ClassVar[bool] = True
     state_description: ClassVar[str] = "the ensemble"
-    uses_moments: ClassVar[bool] = False
-    needs_subject: ClassVar[bool] = False
-    layerwise: ClassVar[bool] = False
 
     modules: tuple[SiteName, ...] = ("down_proj",)
     """Matrices that are attributed and edited, in every layer; any of down_proj, up_proj, gate_proj, q_proj, k_proj,
@@ -82,20 +77,9 @@ class Kne:
     than locate on the weights as they are now."""
     alpha: float = 1.0
     """Scale of the update (Eq. 11): a layer's change is alpha / sqrt(n) times what is trained."""
-    learning_rate: float = 5e-4
-    """Adam's; betas (0.9, 0.999), no decay."""
-    epochs: int = 25
-    """Passes over the edits at most; steps, where all edits are one batch."""
-    batch_size: int | None = None
-    """Edits per step; None: all of the call."""
-    stop_loss: float = 1e-2
-    """An edit is left alone once its loss is below this."""
-    reduction: Reduction = "per_edit"
-    """What a batch's loss is the mean of: edits, or answer tokens."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modules", tuple(self.modules))
-        check_settings(self)
+        super().__post_init__()
         if (
             not self.modules
             or set(self.modules) - set(get_args(SiteName))
@@ -115,12 +99,7 @@ class Kne:
             raise InvalidSetting("kne: unit_score='sum_abs' sums over a row or column; entries have nothing to sum")
         if self.locate_limit < 1:
             raise InvalidSetting(f"kne: locate_limit must be at least 1, found {self.locate_limit}")
-        self.attribution(), self._schedule()
-
-    @classmethod
-    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """Nothing depends on depth: the defaults are the spec's for every model."""
-        return {}
+        self.attribution()
 
     def propose(
         self,
@@ -145,36 +124,16 @@ class Kne:
             DeltaMismatch: the ensemble given is not one of this model and these settings.
             NonFinite: the model gives an edit no finite probability.
         """
-        check_edits(edits)
-        progress = progress or silent
         sites = self.sites(lm)
-        for site in sites:
-            lm.check_editable(site.name)
-        if not edits:
-            return lm.delta({}, **recorded(self, lm, edits, seed=seed))
-        if self.reuse and state:
-            ensemble = self._given(lm, sites, state)
-        else:
-            ensemble = self.locate(lm, self._facts(edits), seed=seed, progress=progress)
-
-        parts = [self._part(site, ensemble[_key(site)]) for site in sites if _key(site) in ensemble]
-        trained = [part.values for part in parts]
-        loss = AnswerLoss(lm, answer_rows(lm, edits))
-        schedule = self._schedule()
-        with lm.frozen_eval(), attached(parts):
-            ended = descend(
-                edits,
-                stepping(loss, torch.optim.Adam(trained, lr=self.learning_rate), schedule, self.reduction),
-                loss.now,
-                lambda: trained,
-                schedule,
-                seed=seed,
-                progress=partial(progress, "ensemble"),
-            )
-        record = recorded(self, lm, edits, seed=seed)
-        delta = lm.delta(changes(parts), report=ended.report(edits), state=ensemble, **record)
-        with lm.edited(delta):
-            return replace(delta, report=report_after(lm, edits, delta.report))
+        with tuning(self, lm, edits, [site.name for site in sites], seed=seed, progress=progress) as run:
+            if not edits:
+                return run.delta()
+            if self.reuse and state:
+                ensemble = self._given(lm, sites, state)
+            else:
+                ensemble = self.locate(lm, self._facts(edits), seed=seed, progress=run.progress)
+            parts = [self._part(site, ensemble[_key(site)]) for site in sites if _key(site) in ensemble]
+            return run.delta(parts, run.train(parts, stage="ensemble"), state=ensemble)
 
     def locate(self, lm: LM, facts: Sequence[Edit], *, seed: int = 0, progress: Progress = silent) -> Ensemble:
         """N*: the ensemble of `facts` on the weights as they are now (Eqs. 4 to 7); the seed samples too many facts."""
@@ -263,9 +222,6 @@ class Kne:
                     f"ensemble over {', '.join(self.modules)} of {lm.name!r}; locate anew (reuse=False)"
                 )
         return {name: index.cpu() for name, index in state.items()}
-
-    def _schedule(self) -> Schedule:
-        return Schedule(epochs=self.epochs, batch_size=self.batch_size, stop_loss=self.stop_loss)
 
 
 def _key(site: Site) -> str:

@@ -33,7 +33,7 @@ class Nodes:
         self.tensors = [fresh(site, 0, *width) for width in widths[kind]]
         """(n, width) values, and for rows with a bias (n) values of that."""
 
-    def admit(self, units: Int[Tensor, " k"]) -> None:
+    def add(self, units: Int[Tensor, " k"]) -> None:
         """Take in those of `units` that are not here yet, unchanged so far."""
         units = units.to(self.index.device)
         new = units[~torch.isin(units, self.index)]

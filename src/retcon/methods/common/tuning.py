@@ -1,0 +1,182 @@
+"""Masked tuning as a scope: what its methods share around their own choice of what may change.
+
+A method says which parameters it may touch, builds the trainable parts, and asks for the delta:
+
+    with tuning(self, lm, edits, names, seed=seed, progress=progress) as run:
+        parts = [...]
+        return run.delta(parts, run.train(parts))
+
+The model is frozen inside the scope, its weights are never touched, and every flag is as it was afterwards.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from retcon.delta import Delta
+from retcon.edits import Edit, check_edits
+from retcon.errors import OutOfMemory
+from retcon.lm.model import LM
+from retcon.memory.capacity import free_bytes
+from retcon.methods.common.contract import ModelShape, Progress, check_settings, recorded, silent
+from retcon.methods.common.proposal import report_after
+from retcon.training.descent import Descent, EditLoss, Reduction, Schedule, descend, stepping
+from retcon.training.objective import AnswerLoss, answer_rows
+from retcon.training.parts import Part, attached, changes
+
+BYTES_PER_VALUE = 16
+"""A trained value in float32, its gradient, and Adam's two moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningSettings:
+    """What every method of masked tuning lets one set: Adam, how long, and when an edit is left alone."""
+
+    name: ClassVar[str]
+    supports_batches: ClassVar[bool] = True
+    state_description: ClassVar[str] = ""
+    uses_moments: ClassVar[bool] = False
+    needs_subject: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = False
+
+    learning_rate: float = 5e-4
+    """Adam's; betas (0.9, 0.999), no decay."""
+    epochs: int = 25
+    """Passes over the edits at most; steps, where all edits are one batch."""
+    batch_size: int | None = None
+    """Edits per step; None: all of the call."""
+    stop_loss: float = 1e-2
+    """An edit is left alone once its loss is below this; 0: never."""
+    reduction: Reduction = "per_edit"
+    """What a batch's loss is the mean of: edits, or answer tokens."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        self.schedule()
+
+    def schedule(self) -> Schedule:
+        """How long to go on."""
+        return Schedule(epochs=self.epochs, batch_size=self.batch_size, stop_loss=self.stop_loss)
+
+    @classmethod
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
+        """Nothing depends on depth."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One batch of edits inside its `tuning` scope."""
+
+    method: Any
+    """The method, with `TuningSettings`."""
+    lm: LM
+    edits: Sequence[Edit]
+    seed: int
+    progress: Progress
+
+    def train(
+        self,
+        parts: Sequence[Part],
+        *,
+        loss: EditLoss | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        stage: str = "tuning",
+        after_step: Callable[[], None] = lambda: None,
+    ) -> Descent:
+        """Train the parts, attached, on the edits' loss; by default Adam on the answers' negative log-likelihood.
+
+        Raises:
+            OutOfMemory: what is trained and the optimiser's state do not fit beside the model.
+            NonFinite: the model gives an edit no finite probability.
+        """
+        values = [tensor for part in parts for tensor in part.trained()]
+        check_memory(self.method.name, self.lm, sum(tensor.numel() for tensor in values))
+        loss = loss or AnswerLoss(self.lm, answer_rows(self.lm, self.edits))
+        optimizer = optimizer or torch.optim.Adam(values, lr=self.method.learning_rate)
+        update = stepping(loss, optimizer, self.method.schedule(), self.method.reduction)
+        with attached(parts):
+            return self.descend(
+                update, partial(losses_now, loss, len(self.edits)), lambda: values, stage=stage, after_step=after_step
+            )
+
+    def descend(
+        self,
+        update: Callable[[list[int]], dict[int, float]],
+        evaluate: Callable[[], Sequence[float]],
+        values: Callable[[], Sequence[Tensor]],
+        *,
+        stage: str = "tuning",
+        **hooks: Any,
+    ) -> Descent:
+        """`training.descent.descend` with the settings, seed and progress of this call, for a step of one's own."""
+        schedule, heard = self.method.schedule(), partial(self.progress, stage)
+        return descend(self.edits, update, evaluate, values, schedule, seed=self.seed, progress=heard, **hooks)
+
+    def delta(
+        self,
+        parts: Iterable[Part] = (),
+        ended: Descent | None = None,
+        *,
+        state: Mapping[str, Tensor] | None = None,
+        supersedes: Sequence[str] = (),
+        **notes: Any,
+    ) -> Delta:
+        """What the parts add, as a delta; its report says how the descent ended and what the model says with it.
+
+        Without a descent, which is for an empty batch, nothing is reported.
+        """
+        record = recorded(self.method, self.lm, self.edits, seed=self.seed, **notes)
+        report = ended.report(self.edits) if ended is not None else ()
+        delta = self.lm.delta(changes(parts), report=report, state=state, supersedes=tuple(supersedes), **record)
+        if not report:
+            return delta
+        with self.lm.edited(delta):
+            return replace(delta, report=report_after(self.lm, self.edits, report))
+
+
+@contextmanager
+def tuning(
+    method: Any, lm: LM, edits: Sequence[Edit], names: Iterable[str], *, seed: int, progress: Progress | None
+) -> Iterator[Tuning]:
+    """Check edits and parameters, and freeze the model for the scope; it is as it was afterwards.
+
+    Args:
+        names: parameters that the method may change.
+
+    Raises:
+        InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
+        NotEditable: a parameter that must not be edited.
+    """
+    check_edits(edits)
+    for name in names:
+        lm.check_editable(name)
+    with lm.frozen_eval():
+        yield Tuning(method, lm, edits, seed, progress or silent)
+
+
+@torch.no_grad()
+def losses_now(loss: EditLoss, n: int) -> list[float]:
+    """Return every edit's loss as it is now."""
+    found = {i: x for chunk in loss.chunks(range(n)) for i, x in zip(chunk, loss(chunk).tolist(), strict=True)}
+    return [found[i] for i in range(n)]
+
+
+def check_memory(name: str, lm: LM, n_values: int) -> None:
+    """Check that `n_values` trained values and their optimiser state fit into the free memory beside the model.
+
+    Raises:
+        OutOfMemory: they do not; the message gives the figures.
+    """
+    needed, free = BYTES_PER_VALUE * n_values, free_bytes(lm.device)
+    if needed > free:
+        raise OutOfMemory(
+            f"{name} trains {n_values:,} values, which take {needed / 2**30:.1f} GiB with gradients and Adam's "
+            f"moments, and {free / 2**30:.1f} GiB are free on {lm.device}; train fewer matrices, or take a machine "
+            "with more memory"
+        )
