@@ -1,9 +1,15 @@
 """The ledger's promise: weight = cast(base + sum of the live deltas in order), and the base's own bytes at the end."""
 
+import dis
 import random
+import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import pairwise
+from types import CodeType, FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -610,3 +616,80 @@ def test_a_base_that_holds_nan_is_refused_by_name() -> None:
     with pytest.raises(NonFinite, match=r"tall: the model's own weights hold NaN"):
         bench.ledger.push(one("tall", random_change("dense", (24, 9))))
     assert bench.ledger.nbytes() == 0
+
+
+CHANGES_STATE = {"_drop", "_exchange", "settle", "_bring", "_summed", "_cover", "_show_base"}
+
+
+class CutAt:
+    """Raises KeyboardInterrupt after the n-th call or store in the ledger's functions that change its state.
+
+    The other bytecodes leave everything that others can see as it is.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __enter__(self) -> "CutAt":
+        sys.settrace(self.call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def call(self, frame: FrameType, event: str, arg: object) -> Any:
+        if frame.f_code.co_filename != ledger_module.__file__ or frame.f_code.co_name not in CHANGES_STATE:
+            return None
+        frame.f_trace_opcodes = True
+        return self.step
+
+    def step(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "opcode" and frame.f_lasti in _after_effects(frame.f_code):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self.step
+
+
+@cache
+def _after_effects(code: CodeType) -> frozenset[int]:
+    """Offsets of the instructions that follow a call or a store outside the frame."""
+    kinds = ("CALL", "STORE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR")
+    return frozenset(b.offset for a, b in pairwise(dis.get_instructions(code)) if a.opname.startswith(kinds))
+
+
+def _scope_on_the_same_places(bench: Bench) -> None:
+    bench.leave(bench.enter(one("tall", random_change("rows", (24, 9), 3))))
+
+
+def _scope_that_widens(bench: Bench) -> None:
+    bench.leave(bench.enter(one("tall", random_change("columns", (24, 9), 4))))
+
+
+def _hide(bench: Bench) -> None:
+    with bench.without_deltas():
+        pass
+
+
+def _remove(bench: Bench) -> None:
+    bench.ledger.remove(bench.ledger.applied[0])
+
+
+@pytest.mark.parametrize("call", [_scope_on_the_same_places, _scope_that_widens, _hide, _remove])
+def test_a_cut_anywhere_is_finished_by_the_next_call(call: Callable[[Bench], None]) -> None:
+    deltas = [one("tall", random_change("rows", (24, 9), seed)) for seed in (1, 2)]
+    for n in range(1, 10_000):
+        bench = Bench(shapes={"tall": (24, 9)})
+        for delta in deltas:
+            bench.ledger.push(delta)
+        tracer = CutAt(n)
+        with suppress(KeyboardInterrupt), tracer:
+            call(bench)
+        bench.ledger.settle()
+        assert bench.holds(list(bench.ledger.applied)), n
+        assert set(bench.ledger.applied) <= set(deltas)
+        bench.ledger.clear()
+        assert bench.is_base(), n
+        if tracer.left > 0:
+            return
+    raise AssertionError("the call never ran to its end")

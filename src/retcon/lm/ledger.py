@@ -311,8 +311,9 @@ class Ledger:
             if record is not None:
                 self._show_base(name, record)
                 if before is not None and before.ids == ids:
-                    self._records[name] = fresh = _copy(before)
-                    fresh.shown = ()
+                    # the copy says what the parameter showed before the scope; it shows the base now
+                    fresh = replace(_copy(before), shown=(), seen=record.seen)
+                    self._records[name] = fresh
                     return fresh
                 del self._records[name]
         changes = [change for delta in new for change in delta.changes[name]]
