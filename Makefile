@@ -10,13 +10,16 @@ export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 export MALLOC_TOP_PAD_ ?= 268435456
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-models test-newest smollm worlds lint docs attack clean
+.PHONY: demo test test-all test-models test-newest smollm worlds lint docs attack clean
 
 demo: $(VENV)/.ready  ## edit 20 facts of the embedded world with JEEP, measure, save, undo
 	$(BIN)/retcon demo
 
-test: $(VENV)/.ready  ## the whole suite, two processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not models"
+test: $(VENV)/.ready  ## the everyday suite, two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not models and not long"
+
+test-all: $(VENV)/.ready  ## what `make test` leaves out: the other families, and what takes long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "long and not models"
 
 test-models: $(VENV)/.ready  ## what needs the models of `make worlds` and `make smollm`; skipped where they are absent
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m models -rs tests/models

@@ -22,6 +22,26 @@ from retcon.lm.prompts import Row
 from retcon.memory.moments import GivenMoments, collect_moments
 
 FAMILIES = sorted(LAYOUTS)
+CORE = ("gemma2", "gpt2", "gpt_neox", "gptj", "llama", "phi3")
+"""Families that differ in structure; the everyday suite takes these, `make test-all` the others."""
+
+
+class Models(dict[str, LM]):
+    """One LM per family, made when it is first asked for, so that a run pays for the families it tests."""
+
+    def __missing__(self, family: str) -> LM:
+        self[family] = LM(tiny_model(family), tokenizer())
+        return self[family]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is parametrised with a family outside `CORE` as `long`."""
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            family = item.callspec.params.get("family")
+            if family in LAYOUTS and family not in CORE:
+                item.add_marker("long")
+
 
 TEXT = [
     "The capital of France is Paris. The capital of Italy is Rome.",

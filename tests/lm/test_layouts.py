@@ -12,14 +12,14 @@ from retcon.delta import Change
 from retcon.errors import NotEditable, UnknownLayout, UnsupportedModel
 from retcon.lm.layouts import LAYOUTS, Fused, Layout, layout_for
 from retcon.lm.model import LM, Site, SiteName
-from tests.conftest import FAMILIES, tiny_model, tokenizer
+from tests.conftest import FAMILIES, Models, tiny_model, tokenizer
 
 KINDS: tuple[SiteName, ...] = get_args(SiteName)
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, LM]:
-    return {family: LM(tiny_model(family), tokenizer()) for family in FAMILIES}
+    return Models()
 
 
 def sites(lm: LM, layer: int = 1) -> dict[str, Site]:
