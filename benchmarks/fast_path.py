@@ -23,11 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import retcon
 from benchmarks.common import cases_of, machine, moments_of
-from retcon.bench.peak import Peak
 from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.lm.forward import Point
 from retcon.lm.model import LM
+from retcon.lm.peak import Peak
 from retcon.lm.prompts import Where
 from retcon.memory.contexts import Contexts, sample_contexts
 from retcon.memory.keys import KeyAverage, mean_keys

@@ -22,9 +22,9 @@ from benchmarks.common import machine
 from benchmarks.fast_path import floor
 from benchmarks.moments import SHAPES, product_rates, random_lm
 from retcon import world
-from retcon.bench.peak import Peak
 from retcon.edits import Edit
 from retcon.lm.model import LM
+from retcon.lm.peak import Peak
 from retcon.memory.contexts import sample_contexts
 from retcon.memory.moments import GivenMoments
 from retcon.memory.values import search_values

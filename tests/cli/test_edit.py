@@ -10,10 +10,9 @@ from typing import Any, cast
 import pytest
 
 import retcon
-from retcon.cli.edit import remedy
-from retcon.cli.settings import Resolved
 from retcon.delta import Delta, EditReport
 from retcon.edits import Case, Edit, Query, write_cases
+from retcon.workflow import Resolved, remedy
 from tests.cli.conftest import EDIT, ROWS, write_rows
 
 

@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from retcon.bench.peak import Peak
 from retcon.bench.units import Unit, Units
 from retcon.checked import as_bytes
 from retcon.delta import Delta
@@ -26,6 +25,7 @@ from retcon.evaluation.plan import Measures, Plan, make_plan, subject_of
 from retcon.evaluation.records import Record, When
 from retcon.evaluation.results import Evaluation
 from retcon.lm.model import LM
+from retcon.lm.peak import Peak
 
 Kind = Literal["single", "batch", "sequential", "batch_sequential", "curve"]
 CURVE = tuple(round(math.exp(math.log(10_000) * i / 16)) for i in range(17))

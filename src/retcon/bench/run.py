@@ -17,7 +17,6 @@ from retcon.bench.manifest import as_json, command_line, environment, manifest_o
 from retcon.bench.pre import unedited
 from retcon.bench.protocol import Setting, n_units, run_units
 from retcon.bench.spec import BenchSpec, Cell, DatasetSpec, MethodSpec, ModelSpec
-from retcon.bench.timed import TimedMoments
 from retcon.bench.units import Unit, Units
 from retcon.delta import Delta
 from retcon.edits import Case, Edit
@@ -35,6 +34,7 @@ from retcon.lm.load import load as load_model
 from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Corpus, CorpusMoments
+from retcon.memory.timed import TimedMoments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.registry import method as make_method
 from retcon.methods.common.sequence import in_steps
@@ -158,7 +158,7 @@ class CellRunner:
         self.lm = load_model(model.name, dtype=model.dtype, device=model.device, revision=model.revision)
         corpus = model.corpus
         found = default_moments(self.lm) if corpus is None else CorpusMoments(Corpus.from_file(corpus))
-        self.moments: Any = TimedMoments(found, clock)
+        self.moments: Any = TimedMoments(found, clock=clock)
         self.text = None if spec.text is None else Path(spec.text).read_text("utf-8")
         self.measures = _measures(spec)
         self._plans: dict[str, tuple[Plan, Evaluation]] = {}

@@ -8,7 +8,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.edit import read_asked
 from retcon.cli.shell import (
     Device,
     DType,
@@ -24,6 +23,7 @@ from retcon.cli.shell import (
     spinner,
 )
 from retcon.errors import InvalidSetting
+from retcon.workflow.facts import read_facts
 
 if TYPE_CHECKING:
     from retcon.audit import Audit
@@ -65,7 +65,7 @@ def audit(
         check_not_an_input(delta, [*(explain or []), *([facts] if facts else [])])
         if delta.exists() and not force:
             raise InvalidSetting(f"{delta} exists; name another file, or replace it with --force")
-    asked = read_asked(facts, 0, limit, "drop").edits if facts is not None else ()
+    asked = read_facts(facts, limit=limit, conflicts="drop").edits if facts is not None else ()
     known = load_deltas(explain or [])
     lm = load_model(base, device=device, dtype=dtype or "auto")
     other = load_model(edited, device=device, dtype=dtype or "auto")

@@ -11,8 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.edit import FileFormat
-from retcon.cli.shell import Json, console, count, emit, program, seconds
+from retcon.cli.shell import FileFormat, Json, console, count, emit, program, seconds
 from retcon.errors import InvalidSetting
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.edit import FileFormat, OnError, read_asked
 from retcon.cli.shell import (
     Device,
     DType,
+    FileFormat,
     Json,
     Model,
+    OnError,
     check_exists,
     console,
     count,
@@ -22,6 +23,7 @@ from retcon.cli.shell import (
     load_model,
     spinner,
 )
+from retcon.workflow.facts import read_facts
 
 if TYPE_CHECKING:
     from retcon.evaluation.safety import Answer, Verdict
@@ -65,7 +67,7 @@ def check(
     from retcon.evaluation import safety
 
     limits = safety.Thresholds(took=took, generalised=generalised, local=local, perplexity_ratio=perplexity_ratio)
-    asked = read_asked(cases, start, limit, "drop", file_format, on_error)
+    asked = read_facts(cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error)
     if text is not None:
         check_exists(text)
     deltas = load_deltas(delta)

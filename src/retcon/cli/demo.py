@@ -13,11 +13,22 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.edit import make
-from retcon.cli.settings import Resolved, resolve
-from retcon.cli.shell import Json, Seed, check_can_write, console, emit, load_model, program, seconds, size, spinner
+from retcon.cli.shell import (
+    Json,
+    Seed,
+    check_can_write,
+    console,
+    emit,
+    load_model,
+    program,
+    progress_bars,
+    seconds,
+    size,
+    spinner,
+)
 from retcon.edits import Case, Query
 from retcon.errors import InvalidSetting
+from retcon.workflow import Resolved, resolve, write_facts
 
 if TYPE_CHECKING:
     from retcon.delta import Delta
@@ -168,7 +179,10 @@ def _edit_and_undo(name: str, cases: Sequence[Case], file: Path, seed: int) -> S
     took["load"] = time.perf_counter() - started
     marks = {"before": fingerprint(lm.model)}
     resolved = resolve(lm, "jeep")
-    delta = make(lm, resolved, [e for c in cases for e in c.edits], corpus=None, seed=seed, took=took)
+    with progress_bars() as advance:
+        made = write_facts(lm, resolved, [e for c in cases for e in c.edits], seed=seed, progress=advance)
+    delta = made.delta
+    took |= made.seconds
 
     started = time.perf_counter()
     show_bar = console(stderr=True).is_terminal

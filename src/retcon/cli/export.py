@@ -1,5 +1,6 @@
 """`retcon export`: an edited model in the format that a server, a hub or llama.cpp loads."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -7,12 +8,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.edit import OnError, read_asked
 from retcon.cli.shell import (
     Device,
     DType,
     Json,
     Model,
+    OnError,
     console,
     emit,
     load_deltas,
@@ -21,6 +22,7 @@ from retcon.cli.shell import (
     spinner,
 )
 from retcon.errors import InvalidSetting
+from retcon.workflow.facts import read_facts
 
 if TYPE_CHECKING:
     from retcon.edits import Case
@@ -99,7 +101,9 @@ def export(
 
     check_place(out, Path(model) if Path(model).is_dir() else None, force)
     wanted = _rank(rank)
-    asked = read_asked(cases, 0, limit, "drop", file_format, on_error).cases if cases is not None else ()
+    asked: Sequence[Case] = ()
+    if cases is not None:
+        asked = read_facts(cases, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error).cases
     deltas = load_deltas(delta)
     lm = load_model(model, device=device, dtype=dtype or "auto")
     for each in deltas:
@@ -141,7 +145,7 @@ def _rank(text: str | None) -> int | Literal["max"] | None:
     return int(text)
 
 
-def _scores(lm: "LM", cases: "tuple[Case, ...]") -> dict[str, float]:
+def _scores(lm: "LM", cases: "Sequence[Case]") -> dict[str, float]:
     """Score, efficacy, generalisation and locality of the model as it is now, times 100."""
     from retcon.evaluation import evaluate
 
@@ -154,7 +158,7 @@ def _scores(lm: "LM", cases: "tuple[Case, ...]") -> dict[str, float]:
     return found
 
 
-def _scores_at(lm: "LM", cases: "tuple[Case, ...]", rank: int) -> dict[str, float]:
+def _scores_at(lm: "LM", cases: "Sequence[Case]", rank: int) -> dict[str, float]:
     """The same with the changes cut to that rank."""
     from retcon.export.factors import compressed, factors_of
 

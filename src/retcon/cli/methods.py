@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from retcon.cli.settings import resolve
 from retcon.cli.shell import Json, console, emit, spinner
+from retcon.cli.tables import settings_table
+from retcon.workflow.settings import resolve
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -55,7 +56,7 @@ def methods(
         if lm is not None:
             resolved = resolve(lm, entry["name"])
             out.print(f"  [green]{escape(lm.name)}[/] gets {escape(resolved.source)}")
-            out.print(resolved.table())
+            out.print(settings_table(resolved))
 
 
 def _described(name: str, lm: "LM | None") -> dict[str, Any]:

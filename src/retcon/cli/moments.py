@@ -1,9 +1,7 @@
 """`retcon moments`: collect the second moments that methods need, ahead of time."""
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,13 +22,10 @@ from retcon.cli.shell import (
     spinner,
 )
 from retcon.errors import InvalidSetting
+from retcon.workflow.moments import moments_for
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from retcon.lm.model import LM, Site
-    from retcon.memory.moments import Moments
+    from retcon.lm.model import LM
 
 
 def moments(
@@ -67,7 +62,8 @@ def moments(
     if corpus is not None:
         check_corpus(corpus)
     lm = load_model(model, device=device, dtype=dtype)
-    source: Any = moments_for(lm, corpus)
+    with spinner("reading the corpus"):
+        source: Any = moments_for(lm, corpus)
     if tokens_per_dimension is not None:
         source = replace(source, tokens_per_dimension=tokens_per_dimension)
     sites = [lm.site(layer, module) for layer in (_jeep_layers(lm) if wanted is None else wanted)]
@@ -132,9 +128,6 @@ def _jeep_layers(lm: "LM") -> list[int]:
     return [*jeep.low, *jeep.high]
 
 
-# --- for the other verbs -----------------------------------------------------------------------------------------
-
-
 def check_corpus(corpus: str | Path) -> None:
     """Whether that can be a corpus: better known before a model is loaded than after.
 
@@ -144,39 +137,3 @@ def check_corpus(corpus: str | Path) -> None:
     from retcon.memory.corpus import check_corpus as check
 
     check(corpus)
-
-
-def moments_for(lm: "LM", corpus: str | Path | None) -> "Moments":
-    """Moments from the corpus named (a file or a dataset), or the model's default ones."""
-    from retcon.memory.corpus import Corpus
-    from retcon.memory.defaults import default_moments
-    from retcon.memory.moments import CorpusMoments
-
-    with spinner("reading the corpus"):
-        return default_moments(lm) if corpus is None else CorpusMoments(Corpus.named(corpus))
-
-
-class TimedMoments:
-    """Moments that know how long they took to prepare, and that show it."""
-
-    def __init__(self, inner: Any, advance: Any) -> None:
-        shows = hasattr(inner, "progress")
-        self.inner: Moments = replace(inner, progress=partial(advance, "corpus tokens")) if shows else inner
-        self.seconds = 0.0
-
-    def prepare(self, lm: "LM", sites: "Sequence[Site]") -> None:
-        started = time.perf_counter()
-        self.inner.prepare(lm, sites)
-        self.seconds += time.perf_counter() - started
-
-    def second_moment(self, lm: "LM", site: "Site") -> "Float[Tensor, 'd_in d_in']":
-        return self.inner.second_moment(lm, site)
-
-    def factor(self, lm: "LM", site: "Site") -> "Float[Tensor, 'd_in d_in']":
-        return self.inner.factor(lm, site)
-
-    def derived(self, lm: "LM", site: "Site", what: str, build: "Callable[[Tensor], Tensor]") -> "Tensor":
-        return self.inner.derived(lm, site, what, build)
-
-    def keys(self, lm: "LM", sites: "Sequence[Site]") -> dict[str, str]:
-        return self.inner.keys(lm, sites)

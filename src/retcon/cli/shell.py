@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -56,6 +56,14 @@ DType = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
+FileFormat = Annotated[
+    str | None,
+    typer.Option("--format", metavar="NAME", help="What kind of file that is; by its fields.", show_default=False),
+]
+OnError = Annotated[
+    Literal["stop", "skip"],
+    typer.Option("--on-error", help="When a row cannot be used: refuse the file, or leave the row out."),
+]
 
 
 # --- printing ----------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.edit import FileFormat, OnError
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, left_out, write
 from retcon.cli.shell import (
     Device,
     DType,
+    FileFormat,
     Json,
     Model,
+    OnError,
     Seed,
     check_can_write,
     check_exists,

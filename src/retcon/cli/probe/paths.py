@@ -6,9 +6,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.edit import FileFormat, OnError
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
-from retcon.cli.shell import Device, DType, Json, Model, Seed, console, emit, load_model, spinner
+from retcon.cli.shell import Device, DType, FileFormat, Json, Model, OnError, Seed, console, emit, load_model, spinner
 
 Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight", "random"]
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from retcon.cli.edit import read_asked
 from retcon.cli.shell import check_can_write, finite, spinner
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.files import write_atomically
+from retcon.workflow.facts import read_facts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ def facts(
             raise InvalidSetting(f"which facts shall {model} be probed with? Give a file of them: --cases FILE")
         drawn = world.cases(start + limit, seed=seed)[start:]
         return [case.edits[0] for case in drawn], f"the embedded world: {len(drawn):,} facts, seed {seed}"
-    asked = read_asked(cases, start, limit, "drop", file_format, on_error)
+    asked = read_facts(cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error)
     return list(asked.edits), asked.about
 
 

@@ -1,4 +1,4 @@
-"""A method with its settings, as the command line asks for it: a preset, and `--set field=value` over it."""
+"""A method with its settings: a preset or the starting points for the model's shape, and what is given over them."""
 
 import difflib
 import tomllib
@@ -6,9 +6,6 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
-
-from rich.markup import escape
-from rich.table import Table
 
 from retcon.errors import InvalidSetting
 
@@ -43,22 +40,6 @@ class Resolved:
     def settings(self) -> dict[str, Any]:
         """Every setting of the method."""
         return {f.name: getattr(self.method, f.name) for f in fields(self.method)}  # type: ignore[arg-type]
-
-    def table(self) -> Table:
-        """All settings, in columns; bold what was asked for, dim what is as by default."""
-        table = Table.grid(padding=(0, 3), pad_edge=False)
-        defaults = {f.name: f.default for f in fields(self.method)}  # type: ignore[arg-type]
-        shown = [self._shown(name, value, defaults[name]) for name, value in self.settings.items()]
-        rows = -(-len(shown) // 3)
-        for row in range(rows):
-            table.add_row(*("  " + text for text in shown[row::rows]))
-        return table
-
-    def _shown(self, name: str, value: Any, default: Any) -> str:
-        text = escape(f"{name} = {_as_toml(value)}")
-        if name in self.given:
-            return f"[bold]{text}[/]"
-        return f"[dim]{text}[/]" if value == default else text
 
 
 def read_settings(name: str, *, dataset: str | None, preset: str | None, assignments: Sequence[str]) -> dict[str, Any]:
@@ -151,9 +132,3 @@ def _described(hint: Any) -> str:
         return f"a list of {_described(parts[0]).split()[-1]}s"
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "none"}
     return names.get(hint, str(hint))
-
-
-def _as_toml(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(str, value))}]"
-    return str(value).lower() if isinstance(value, bool | None) else str(value)

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from retcon.cli.shell import count, seconds, size
+from retcon.workflow.moments import needed_moments
+from retcon.workflow.settings import Resolved
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from retcon.edits import Edit
     from retcon.lm.model import LM, Site
-    from retcon.memory.moments import CorpusMoments
+    from retcon.memory.moments import Moments
 
 N_TRIED = 6
 """Edits that are tried, behind one that warms up."""
@@ -47,33 +47,18 @@ class Estimate:
         """For `--json`."""
         return asdict(self)
 
-    def table(self) -> Table:
-        """In words."""
-        table = Table.grid(padding=(0, 2), pad_edge=False)
-        tried = f"from {count(self.tried, 'edit')} tried just now"
-        table.add_row("time", f"about {seconds(self.edit_seconds)} for {count(self.edits, 'edit')}", f"[dim]{tried}[/]")
-        if self.moments_missing:
-            what = f"{count(self.moments_missing, 'second moment')} from {self.moments_tokens:,} tokens, once"
-            table.add_row("", f"about {seconds(self.moments_seconds)} before that", f"[dim]{what}[/]")
-        elif self.moments_asked:
-            table.add_row("", "no second moments to collect", "[dim]they are on disk[/]")
-        peak = size(self.peak_bytes) if self.peak_bytes else "unknown"
-        table.add_row("memory", f"model {size(self.model_bytes)}, peak {peak}", "[dim]of the trial[/]")
-        table.add_row("delta", f"about {size(self.delta_bytes)}", "")
-        return table
-
 
 class StoredOrIdentity:
     """Moments for a trial: those that are on disk, and the identity for others, which are noted."""
 
-    def __init__(self, inner: "CorpusMoments") -> None:
+    def __init__(self, inner: "Moments") -> None:
         self.inner = inner
         self.asked: set[str] = set()
         self.missing: dict[str, Site] = {}
 
     def prepare(self, lm: "LM", sites: "Sequence[Site]") -> None:
         self.asked |= {s.name for s in sites}
-        self.missing |= {s.name: s for s in sites if self.inner.stored(lm, s) is None}
+        self.missing |= {s.name: s for s in sites if not _is_there(self.inner, lm, s)}
 
     def second_moment(self, lm: "LM", site: "Site") -> "Float[Tensor, 'd_in d_in']":
         return self._identity(site) if site.name in self.missing else self.inner.second_moment(lm, site)
@@ -95,16 +80,33 @@ class StoredOrIdentity:
         return torch.eye(site.weight.shape[1], dtype=torch.float64)
 
 
+def _is_there(moments: "Moments", lm: "LM", site: "Site") -> bool:
+    """Whether a moment can be had without reading a corpus."""
+    from retcon.memory.moments import CorpusMoments
+
+    return not isinstance(moments, CorpusMoments) or moments.stored(lm, site) is not None
+
+
 def estimate(
-    lm: "LM", propose: "Callable[..., Any]", edits: "Sequence[Edit]", moments: "CorpusMoments", *, seed: int
+    lm: "LM",
+    resolved: Resolved,
+    edits: "Sequence[Edit]",
+    *,
+    moments: "Moments | None" = None,
+    batch_size: int | None = None,
+    seed: int = 0,
 ) -> Estimate:
-    """Propose a few of the edits, time it, and scale.
+    """Propose a few of the edits, time it, and scale. Nothing is kept.
 
     Args:
-        propose: (lm, edits, moments=, seed=) -> Delta.
+        moments: None: the model's default ones, where the method uses any.
+        batch_size: as `in_steps` takes it.
     """
-    from retcon.bench.peak import Peak
+    from retcon.lm.peak import Peak
+    from retcon.methods.common.sequence import in_steps
 
+    moments = needed_moments(lm, resolved.method) if moments is None else moments
+    propose = partial(in_steps, resolved.method, batch_size=batch_size)
     trial = StoredOrIdentity(moments)
     step = max(1, len(edits) // N_TRIED)
     tried = list(edits[::step])[:N_TRIED]
@@ -133,12 +135,13 @@ def estimate(
     )
 
 
-def _collecting(lm: "LM", moments: "CorpusMoments", missing: "list[Site]") -> tuple[int, float]:
+def _collecting(lm: "LM", moments: "Moments", missing: "list[Site]") -> tuple[int, float]:
     """Tokens that the missing moments take, and seconds, from a few of them."""
     from retcon.memory.collect import collect
     from retcon.memory.corpus import document_rows
+    from retcon.memory.moments import CorpusMoments
 
-    if not missing:
+    if not missing or not isinstance(moments, CorpusMoments):
         return 0, 0.0
     n_tokens = max(moments.key(lm, s).n_tokens for s in missing)
     rows = document_rows(lm, moments.corpus.documents, min(TOKENS_TRIED, n_tokens), moments.max_length)

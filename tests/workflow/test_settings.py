@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from retcon.cli.settings import read_settings
 from retcon.errors import InvalidSetting
+from retcon.workflow.settings import read_settings
 
 
 def read(*assignments: str) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""What the verbs show of settings, facts, estimates and deltas: tables for a terminal."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.shell import count, seconds, size
+from retcon.edits import Edit
+from retcon.workflow import Estimate, Resolved, outcomes
+
+if TYPE_CHECKING:
+    from retcon.delta import Delta, EditReport
+    from retcon.lm.model import LM
+
+N_SHOWN = 12
+"""Edits shown; of those of a report, the least successful ones."""
+
+
+def settings_table(resolved: Resolved) -> Table:
+    """All settings, in columns; bold what was asked for, dim what is as by default."""
+    defaults = {f.name: f.default for f in fields(resolved.method)}  # type: ignore[arg-type]
+
+    def shown(name: str, value: Any) -> str:
+        text = escape(f"{name} = {_as_toml(value)}")
+        if name in resolved.given:
+            return f"[bold]{text}[/]"
+        return f"[dim]{text}[/]" if value == defaults[name] else text
+
+    table = Table.grid(padding=(0, 3), pad_edge=False)
+    cells = [shown(name, value) for name, value in resolved.settings.items()]
+    rows = -(-len(cells) // 3)
+    for row in range(rows):
+        table.add_row(*("  " + text for text in cells[row::rows]))
+    return table
+
+
+def _as_toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value).lower() if isinstance(value, bool | None) else str(value)
+
+
+def estimate_table(expected: Estimate) -> Table:
+    """What a run would take, in words."""
+    table = Table.grid(padding=(0, 2), pad_edge=False)
+    tried = f"from {count(expected.tried, 'edit')} tried just now"
+    time = f"about {seconds(expected.edit_seconds)} for {count(expected.edits, 'edit')}"
+    table.add_row("time", time, f"[dim]{tried}[/]")
+    if expected.moments_missing:
+        what = f"{count(expected.moments_missing, 'second moment')} from {expected.moments_tokens:,} tokens, once"
+        table.add_row("", f"about {seconds(expected.moments_seconds)} before that", f"[dim]{what}[/]")
+    elif expected.moments_asked:
+        table.add_row("", "no second moments to collect", "[dim]they are on disk[/]")
+    peak = size(expected.peak_bytes) if expected.peak_bytes else "unknown"
+    table.add_row("memory", f"model {size(expected.model_bytes)}, peak {peak}", "[dim]of the trial[/]")
+    table.add_row("delta", f"about {size(expected.delta_bytes)}", "")
+    return table
+
+
+def facts_table(edits: Sequence[Edit]) -> Group:
+    """What would be written, the first few."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("prompt", "new answer"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=60)
+    for edit in edits[:N_SHOWN]:
+        table.add_row(escape(edit.text), escape(edit.target_new))
+    more = len(edits) - N_SHOWN
+    return Group(table, f"[dim]and {more:,} more[/]") if more > 0 else Group(table)
+
+
+def edits_table(delta: "Delta", edits: Sequence[Edit]) -> Group:
+    """How far each edit got while its values were sought, and in the weights; of many, those that got least far."""
+    by_id = {e.id: e for e in edits}
+    reports = [r for r in delta.report if r.id in by_id]
+    if len(reports) > N_SHOWN:
+        reports = sorted(reports, key=_how_far)[:N_SHOWN]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("subject", "new answer", "searched", "final", "steps", "outcome"):
+        right = name in ("searched", "final", "steps")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis", max_width=44)
+    for report in reports:
+        edit = by_id[report.id]
+        colour = {"reached": "green", "conflict": "red"}.get(report.outcome, "yellow")
+        table.add_row(
+            escape(edit.subject or "-"),
+            escape(edit.target_new),
+            f"{report.search_probability:.3f}",
+            "-" if report.final_probability is None else f"{report.final_probability:.3f}",
+            str(report.steps),
+            f"[{colour}]{report.outcome}[/]",
+        )
+    shown = f"; shown are the {len(reports)} furthest from it" if len(reports) < len(delta.report) else ""
+    return Group(table, f"[dim]{outcomes(delta)}{shown}[/]")
+
+
+def _how_far(report: "EditReport") -> float:
+    return report.search_probability if report.final_probability is None else report.final_probability
+
+
+def changes_table(lm: "LM", delta: "Delta") -> Table:
+    """How much each parameter changes."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("parameter", no_wrap=True, overflow="ellipsis")
+    for name in ("change", "of its norm", "rank"):
+        table.add_column(name, justify="right")
+    ranks = delta.ranks()
+    for name, norm in delta.norms().items():
+        weight = float(lm.base_weight(name).double().norm())
+        rank = ranks[name]
+        table.add_row(
+            escape(name), f"{norm:.3g}", f"{norm / weight:.1%}" if weight else "-", "-" if rank is None else f"≤ {rank}"
+        )
+    return table

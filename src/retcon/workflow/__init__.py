@@ -1,0 +1,33 @@
+"""What a user does, as functions that take and return objects: the command line, a page and a notebook call them.
+
+Nothing here prints; what takes long says how far it is through `progress(stage, done, of)`.
+
+    facts = read_facts("facts.jsonl")
+    resolved = resolve(lm, "jeep")
+    made = write_facts(lm, resolved, facts.edits, out=Path("facts.safetensors"))
+    print(outcomes(made.delta))
+"""
+
+from retcon.workflow.editing import Made, check_replaces_its_like, outcomes, remedy, state_after, write_facts
+from retcon.workflow.estimate import Estimate, estimate
+from retcon.workflow.facts import Facts, read_facts
+from retcon.workflow.moments import moments_for, needed_moments
+from retcon.workflow.settings import Resolved, read_settings, resolve
+
+__all__ = [
+    "Estimate",
+    "Facts",
+    "Made",
+    "Resolved",
+    "check_replaces_its_like",
+    "estimate",
+    "moments_for",
+    "needed_moments",
+    "outcomes",
+    "read_facts",
+    "read_settings",
+    "remedy",
+    "resolve",
+    "state_after",
+    "write_facts",
+]

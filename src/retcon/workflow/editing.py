@@ -1,0 +1,151 @@
+"""Facts into a model, as one delta: in batches, on top of earlier deltas, taken up again after a kill."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retcon.edits import Edit
+from retcon.errors import InvalidSetting, MalformedFile
+from retcon.files import cache_dir
+from retcon.workflow.moments import needed_moments
+from retcon.workflow.settings import Resolved
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from retcon.delta import Delta
+    from retcon.lm.model import LM
+    from retcon.memory.moments import Moments
+
+Progress = Callable[[str, int, int], None]
+"""Hears (stage, done, of)."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A delta, and what making it took."""
+
+    delta: "Delta"
+    seconds: Mapping[str, float]
+    """`moments` (collecting them) and `edit` (all else)."""
+    n_resumed: int
+    """Edits whose values were there from a run that did not end."""
+
+    @property
+    def n_took(self) -> int:
+        """Edits that the edited model answers with the new answer, of its own accord."""
+        return sum(bool(report.greedy_match) for report in self.delta.report)
+
+
+def write_facts(
+    lm: "LM",
+    resolved: Resolved,
+    edits: Sequence[Edit],
+    *,
+    moments: "Moments | None" = None,
+    corpus: str | Path | None = None,
+    batch_size: int | None = None,
+    state: "Mapping[str, Tensor] | None" = None,
+    seed: int = 0,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> Made:
+    """One delta for all `edits`, on top of what is applied to `lm`, which stays as it is.
+
+    Args:
+        moments: None: those of `corpus`, or the model's default ones, where the method uses any.
+        batch_size: as `in_steps` takes it.
+        state: what a sequential method kept of its earlier batches (`state_after`).
+        out: file for the delta. Values that were searched are kept on disk until it is there, so that the same call
+            goes on where a killed one was.
+        progress: hears of tokens read for moments, and of edits done.
+
+    Raises:
+        InvalidSetting, InvalidEdit, ConflictingEdits: as `in_steps`.
+    """
+    from retcon.memory.timed import TimedMoments
+    from retcon.memory.values import ValueCache
+    from retcon.methods.common.sequence import in_steps
+
+    found = needed_moments(lm, resolved.method, corpus) if moments is None else moments
+    timed = TimedMoments(found, progress=progress and (lambda done, of: progress("corpus tokens", done, of)))
+    kept = ValueCache(cache_dir() / "values") if out is not None else None
+    started = time.perf_counter()
+    delta = in_steps(
+        resolved.method,
+        lm,
+        edits,
+        batch_size=batch_size,
+        moments=timed,
+        state=state,
+        values=kept,
+        seed=seed,
+        progress=progress and (lambda stage, done, of: progress(f"optimising {stage}", done, of)),
+    )
+    took = {"moments": timed.seconds, "edit": time.perf_counter() - started - timed.seconds}
+    n_resumed = 0
+    if out is not None and kept is not None:
+        delta.save(out)
+        n_resumed = kept.resumed
+        kept.discard()
+    return Made(delta, took, n_resumed)
+
+
+def state_after(deltas: "Sequence[Delta]", method: str) -> "Mapping[str, Tensor] | None":
+    """What a sequential method takes up from the last of these deltas, where that was its own."""
+    return deltas[-1].state if deltas and deltas[-1].provenance.get("method") == method else None
+
+
+def check_replaces_its_like(out: Path, lm: "LM", resolved: Resolved, edits: Sequence[Edit], seed: int) -> None:
+    """Refuse to put a delta in the place of another file than the delta of an earlier run of the same command.
+
+    Raises:
+        InvalidSetting: the file is something else; --force replaces it.
+    """
+    from retcon.delta import Delta
+
+    if not out.exists():
+        return
+    try:
+        old = Delta.load(out)
+    except MalformedFile:
+        raise InvalidSetting(f"{out} exists and is no delta; name another file, or replace it with --force") from None
+    made = old.provenance
+    same = (old.base, made.get("method"), made.get("seed")) == (lm.fingerprint(), resolved.name, seed)
+    if not same or list(old.edits) != list(edits):
+        raise InvalidSetting(
+            f"{out} holds another delta ({old.id}: {made.get('method')}, edits: {len(old.edits):,}); name another "
+            "file, or replace it with --force"
+        )
+
+
+def outcomes(delta: "Delta") -> str:
+    """One line on what became of the edits: how many got where they should, and why the others did not."""
+    counts = Counter(report.outcome for report in delta.report)
+    why = {
+        "clamped": "held back by the clamp",
+        "steps": "out of steps",
+        "conflict": "lost in the write, to old keys or to each other",
+    }
+    parts = [f"{counts['reached']} of {len(delta.report)} reached what was asked for"]
+    parts += [f"{counts[name]} {text}" for name, text in why.items() if counts[name]]
+    matches = [r.greedy_match for r in delta.report]
+    if matches and None not in matches:
+        parts += [f"{sum(map(bool, matches))} are what the edited model says first"]
+    return "; ".join(parts)
+
+
+def remedy(resolved: Resolved, delta: "Delta") -> str | None:
+    """Which settings to try next where nobody tuned any and a third of the edits or more stop for one reason."""
+    if resolved.preset is not None:
+        return None
+    counts = Counter(report.outcome for report in delta.report)
+    for outcome, ending, factor in (("clamped", "clamp", 4.0), ("conflict", "moment_weight", 0.1)):
+        values = {name: value for name, value in resolved.settings.items() if name.endswith(ending) and value}
+        if values and 3 * counts[outcome] >= len(delta.report):
+            tried = " ".join(f"--set {name}={factor * value:g}" for name, value in values.items())
+            return f"this model has no preset, and the defaults are for large ones: add {tried}"
+    return None

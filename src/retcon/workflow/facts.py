@@ -1,0 +1,57 @@
+"""Facts from a file: the edits to make and the cases that measure them."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from retcon.edits import Case, Edit
+from retcon.errors import InvalidSetting, RetconWarning
+
+Conflicts = Literal["error", "drop", "last"]
+OnError = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The edits of a file, and the cases that measure them."""
+
+    edits: tuple[Edit, ...]
+    cases: tuple[Case, ...]
+    about: str
+    """One line: the file, its format, how many facts were read and left out."""
+
+
+def read_facts(
+    path: str | Path,
+    *,
+    start: int = 0,
+    limit: int | None = None,
+    conflicts: Conflicts = "error",
+    file_format: str | None = None,
+    on_error: OnError = "stop",
+) -> Facts:
+    """Facts from a file of any format; what was left out, and fields that nobody knows, are warned of.
+
+    Raises:
+        MalformedFile, ConflictingEdits: the message names file, row and field.
+        InvalidSetting: nothing is left to edit.
+    """
+    from retcon.evaluation import read_cases
+
+    cases, report = read_cases(
+        path,
+        file_format,  # type: ignore[arg-type]  # an unknown one is refused by name
+        start=start,
+        limit=limit,
+        conflicts=conflicts,
+        on_error=on_error,
+    )
+    for hint in report.hints():
+        warnings.warn(f"{path}: {hint}; kept, and not used", RetconWarning, stacklevel=2)
+    if report.refused:
+        warnings.warn(f"{path}: left out {report.refusals()}", RetconWarning, stacklevel=2)
+    facts = Facts(tuple(e for c in cases for e in c.edits), tuple(cases), report.summary())
+    if not facts.edits:
+        raise InvalidSetting(f"nothing to edit: {report}")
+    return facts
