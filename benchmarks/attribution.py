@@ -27,21 +27,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import retcon
 from benchmarks.common import cases_of, machine
 from retcon.edits import Edit
-from retcon.lm.forward import run
+from retcon.lm.forward import answer_log_probs, gold
 from retcon.lm.model import LM, Site
-from retcon.lm.prompts import Row, pad
+from retcon.lm.prompts import Row
 from retcon.locate.attribution import Attribution, attribute
 from retcon.locate.gradients import catch
-from retcon.training.objective import answer_places, answer_rows, gold
+from retcon.training.objective import answer_rows
 
 Scores = list[Tensor]
 
 
 def f(lm: LM, rows: Sequence[Row]) -> Tensor:
     """The sum of the answer tokens' probabilities, over rows."""
-    logits = run(lm, pad([Row(row.ids[:-1], row.n_prompt) for row in rows], lm.device), {}, answer_places(rows))
-    assert logits is not None
-    return gold(logits.float().log_softmax(-1), rows).exp().sum()
+    return gold(answer_log_probs(lm, rows), rows).exp().sum()
 
 
 def separate(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attribution) -> Scores:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,13 @@ from transformers import PreTrainedTokenizerFast
 from retcon.errors import InvalidEdit
 from retcon.evaluation import Item, TokenScore, score
 from retcon.evaluation.score import score_rows
+from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode
 from tests.conftest import FAMILIES, TEXT, tiny_model, tokenizer
 
 Make = Callable[..., LM]
+SCORE = sys.modules["retcon.evaluation.score"]  # the package's own name `score` is the function
 
 ITEMS = [
     Item("The capital of France is", "Paris"),
@@ -71,13 +74,12 @@ def test_predictions_are_read_one_place_before_their_tokens(tiny: Make, monkeypa
     lm = tiny(n_layers=2)
     rows = [Row((5, 6, 7, 8, 9, 10), 4), Row(tuple(range(20, 30)), 9)]  # the longer one makes the batch 9 wide
     read: list[tuple[list[int], list[int], int]] = []
-    real = lm.logits_at
 
-    def spy(batch: Any, at_rows: Tensor, positions: Tensor) -> Tensor:
-        read.append((at_rows.tolist(), positions.tolist(), batch.ids.shape[1]))
-        return real(batch, at_rows, positions)
+    def spy(lm: LM, batch: Any, places: Any) -> Tensor:
+        read.append((places[0].tolist(), places[1].tolist(), batch.ids.shape[1]))
+        return logits_at(lm, batch, places)
 
-    monkeypatch.setattr(lm, "logits_at", spy)
+    monkeypatch.setattr(SCORE, "logits_at", spy)
     short, long = score_rows(lm, rows)
     assert read == [([0, 0, 1], [3, 4, 8], 9)]
     assert (short.target, long.target) == ((9, 10), (29,))
@@ -165,41 +167,35 @@ def test_half_precision_batches_agree_within_rounding(tiny: Make) -> None:
     assert sum(p == q for p, q in pairs) >= 0.95 * len(pairs)
 
 
-def test_a_prompt_with_several_answers_runs_once_where_one_input_will_do(
-    tiny: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_with_several_answers_runs_once_where_one_input_will_do(tiny: Make) -> None:
     lm = tiny(n_layers=2)
     rows = [Row((5, 6, 7), 2), Row((5, 6, 8), 2), Row((5, 6, 8, 9), 2), Row((5, 6), 1)]
     alone = [score_rows(lm, [row])[0] for row in rows]
     shapes: list[tuple[int, ...]] = []
-    real = lm.logits_at
-    monkeypatch.setattr(
-        lm, "logits_at", lambda batch, *at: (shapes.append(tuple(batch.ids.shape)), real(batch, *at))[1]
-    )
+    embedding = lm.model.get_submodule(lm.layout.embedding)
+    embedding.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     assert close(score_rows(lm, rows), alone)
     assert shapes == [(1, 3)]
 
 
-def test_running_out_of_memory_halves_the_batch(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_halves_the_batch(tiny: Make) -> None:
     lm = tiny(n_layers=2)
     expected = score(lm, ITEMS)
     sizes: list[int] = []
-    real = lm.logits_at
 
-    def tight(batch: Any, rows: Tensor, positions: Tensor) -> Tensor:
-        sizes.append(batch.ids.numel())
-        if batch.ids.numel() > 40:
-            raise torch.OutOfMemoryError("no room")
-        return real(batch, rows, positions)
+    def room_for(tokens: int) -> Any:
+        def tight(_: object, args: tuple[Tensor]) -> None:
+            sizes.append(args[0].numel())
+            if sizes[-1] > tokens:
+                raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(lm, "logits_at", tight)
+        return lm.model.get_submodule(lm.layout.embedding).register_forward_pre_hook(tight)
+
+    handle = room_for(40)
     assert close(score(lm, ITEMS), expected)
     assert max(sizes) > 40
-
-    def full(*_: Any) -> Tensor:
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(lm, "logits_at", full)
+    handle.remove()
+    room_for(0)
     with pytest.raises(torch.OutOfMemoryError):
         score(lm, ITEMS)
 
@@ -278,7 +274,7 @@ def test_the_model_is_left_as_it_was(
     next(lm.model.parameters()).requires_grad_(False)
     look = untouched(lm)
     if fails:
-        monkeypatch.setattr(lm, "logits_at", lambda *_: 1 / 0)
+        monkeypatch.setattr(SCORE, "logits_at", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             score(lm, ITEMS)
     else:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from retcon.lm.forward import Point, activations, adding, run
+from retcon.lm.forward import Point, activations, adding, logits_at, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, Row, pad
 from tests.conftest import FAMILIES, Models, tiny_model, tokenizer
@@ -73,7 +73,7 @@ def test_every_point_reads_what_a_plain_hook_reads_padded_or_not(family: str, mo
         return lambda value: seen.__setitem__(point, value.clone())
 
     with torch.no_grad():
-        assert run(lm, batch(), {p: reader(p) for p in points}) is None
+        run(lm, batch(), {p: reader(p) for p in points})
     layout, blocks = lm.layout, layout_blocks(lm)
     for layer in (0, 2):
         down = blocks[layer].get_submodule(layout.down_proj)
@@ -117,7 +117,7 @@ def test_logits_at_equal_the_full_logits_there(family: str, models: dict[str, LM
     where = [(i, t) for i, n in enumerate(LENGTHS) for t in {0, n // 2, n - 1}] + [(0, 3), (0, 3)]
     at = torch.tensor(where)
     with torch.no_grad():
-        got = lm.logits_at(batch(), at[:, 0], at[:, 1])
+        got = logits_at(lm, batch(), (at[:, 0], at[:, 1]))
     assert got.shape == (len(where), 512)
     full = [plain(lm, row).logits[0] for row in rows()]
     assert_close(got, torch.stack([full[i][t] for i, t in where]), rtol=1e-6, atol=1e-7)
@@ -132,7 +132,7 @@ def test_softcapping_is_in_the_logits(models: dict[str, LM]) -> None:
     try:
         head.weight.data *= 50
         with torch.no_grad():
-            got = models["gemma2"].logits_at(batch(), torch.tensor([0]), torch.tensor([12]))
+            got = logits_at(models["gemma2"], batch(), (torch.tensor([0]), torch.tensor([12])))
             assert_close(got[0], plain(models["gemma2"], rows()[0]).logits[0, -1])
         assert 0.9 * cap < got.abs().max() <= cap
     finally:
@@ -150,9 +150,7 @@ def test_where_a_vector_is_added(family: str, models: dict[str, LM]) -> None:
     def logits(tensor: str | None) -> Tensor:
         hooks = {} if tensor is None else {Point(1, tensor): adding(hit, position, vectors)}  # type: ignore[arg-type]
         with torch.no_grad():
-            found = run(lm, batch(), hooks, (ends[:, 0], ends[:, 1]))
-        assert found is not None
-        return found
+            return logits_at(lm, batch(), (ends[:, 0], ends[:, 1]), hooks)
 
     none, mlp, block, attn = logits(None), logits("mlp"), logits("block"), logits("attn")
     assert (block - none)[[0, 1, 3]].abs().max(-1).values.min() > 1e-3
@@ -190,17 +188,14 @@ def test_an_added_vector_gets_its_gradient(family: str, models: dict[str, LM]) -
     vector = torch.zeros(1, 32, dtype=torch.float64, requires_grad=True)
     at = torch.tensor([0]), torch.tensor([12])
     with lm.frozen_eval():
-        found = run(lm, batch(), {Point(1, "mlp"): adding(torch.tensor([0]), torch.tensor([4]), vector)}, at)
-    assert found is not None
+        found = logits_at(lm, batch(), at, {Point(1, "mlp"): adding(torch.tensor([0]), torch.tensor([4]), vector)})
     (gradient,) = torch.autograd.grad(found.log_softmax(-1)[0, 7], vector)
     step = 1e-5 * gradient / gradient.norm()
 
     def value(shift: Tensor) -> Tensor:
         tap = adding(torch.tensor([0]), torch.tensor([4]), shift)
         with torch.no_grad():
-            logits = run(lm, batch(), {Point(1, "mlp"): tap}, at)
-        assert logits is not None
-        return logits.log_softmax(-1)[0, 7]
+            return logits_at(lm, batch(), at, {Point(1, "mlp"): tap}).log_softmax(-1)[0, 7]
 
     assert_close((value(step) - value(-step)) / 2e-5, gradient.norm(), rtol=1e-5, atol=1e-8)
 
@@ -229,7 +224,7 @@ def test_the_pass_ends_after_the_deepest_tap_when_no_logits_are_asked(models: di
             assert ran == [0, 1]
             ran.clear()
             at = torch.tensor([0]), torch.tensor([0])
-            run(lm, batch(), {Point(0, "block"): lambda v: None}, at)
+            logits_at(lm, batch(), at, {Point(0, "block"): lambda v: None})
             assert ran == [0, 1, 2, 3]
     finally:
         for handle in handles:
@@ -244,10 +239,9 @@ def test_hooks_are_gone_after_an_error_inside_a_tap(asked: bool, models: dict[st
     def broken(_: Tensor) -> None:
         raise RuntimeError("tap")
 
-    at = (torch.tensor([0]), torch.tensor([0])) if asked else None
-    with pytest.raises(RuntimeError, match="tap"):
-        run(lm, batch(), {Point(0, "key"): lambda v: None, Point(1, "attn"): broken}, at)
-    assert n_hooks(lm) == hooks
-    with pytest.raises(Exception, match="layer 9 asked for"):
-        run(lm, batch(), {Point(0, "key"): lambda v: None, Point(9, "attn"): broken}, at)
-    assert n_hooks(lm) == hooks
+    at = torch.tensor([0]), torch.tensor([0])
+    for layer, message in ((1, "tap"), (9, "layer 9 asked for")):
+        wanted = {Point(0, "key"): lambda v: None, Point(layer, "attn"): broken}
+        with pytest.raises(Exception, match=message):
+            logits_at(lm, batch(), at, wanted) if asked else run(lm, batch(), wanted)
+        assert n_hooks(lm) == hooks

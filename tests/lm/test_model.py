@@ -23,7 +23,7 @@ from retcon.errors import (
 from retcon.lm import model as model_module
 from retcon.lm import scopes
 from retcon.lm.fingerprint import fingerprint
-from retcon.lm.forward import Point, adding, run
+from retcon.lm.forward import Point, adding, logits_at, run
 from retcon.lm.ledger import Ledger
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, pad
@@ -335,7 +335,7 @@ def test_quantised_weights_by_their_mark() -> None:
     weight.quant_state = object()  # as bitsandbytes leaves it
     lm = LM(model, tokenizer())
     assert "quantised" in lm.not_editable["model.layers.1.mlp.down_proj.weight"]
-    lm.logits_at(pad([lm.encode("The capital")]), torch.tensor([0]), torch.tensor([0]))  # probing still works
+    logits_at(lm, pad([lm.encode("The capital")]), (torch.tensor([0]), torch.tensor([0])))  # probing still works
 
 
 def test_meta_weights_are_not_editable() -> None:
@@ -610,12 +610,12 @@ def test_an_edited_weight_acts_like_its_change_added_to_the_output(family: str, 
     everywhere = torch.zeros(len(row.ids), dtype=torch.long), torch.arange(len(row.ids))
     batch, found = pad([row]), []
     with torch.no_grad():
-        before = lm.logits_at(batch, *at)
+        before = logits_at(lm, batch, at)
         run(lm, batch, {Point(3, "key"): lambda k: found.append(k[0])})
-        added = run(lm, batch, {Point(3, "mlp"): adding(*everywhere, found[0] @ (left @ right).T)}, at)
+        added = logits_at(lm, batch, at, {Point(3, "mlp"): adding(*everywhere, found[0] @ (left @ right).T)})
         with lm.edited(lm.delta({site.name: [site.stored(left, right)]})):
-            after = lm.logits_at(batch, *at)
-        again = lm.logits_at(batch, *at)
+            after = logits_at(lm, batch, at)
+        again = logits_at(lm, batch, at)
     assert not torch.allclose(before, after, rtol=1e-2, atol=1e-2)
     assert_close(after, added, rtol=1e-5, atol=1e-6)
     assert torch.equal(before, again)

@@ -1,17 +1,18 @@
 """Replay against plain forwards: every architecture, ragged rows, sites of every kind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from retcon.lm.forward import Point, adding, run
+from retcon.lm.forward import Hook, Point, adding, logits_at, run
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
-from retcon.lm.replay import PartialModule, capture_states, replay
+from retcon.lm.replay import ReplayState, capture_states, replaying
+from retcon.locate.tracing.packing import PartialModule
 
 
 def tolerance(family: str) -> dict[str, float]:
@@ -27,6 +28,13 @@ def ragged_rows(seed: int = 0) -> list[Row]:
 
 
 STARTS = [11, 0, 17, 3, 3]
+
+
+def replayed(
+    lm: LM, state: ReplayState, places: tuple[Tensor, Tensor], hooks: Mapping[Point, Hook] | None = None
+) -> Tensor:
+    with replaying(lm, state) as inputs:
+        return logits_at(lm, inputs, places, hooks)
 
 
 def both(
@@ -48,8 +56,7 @@ def both(
             offset = start if live else torch.zeros_like(start)
             hooks = {p: adding(everyone, torch.tensor(where) - offset, v) for p, v in zip(points, vectors, strict=True)}
             wanted = row_of, token - offset[row_of]
-            logits = replay(lm, frozen, hooks, wanted) if live else run(lm, pad(rows), hooks, wanted)
-            assert logits is not None
+            logits = replayed(lm, frozen, wanted, hooks) if live else logits_at(lm, pad(rows), wanted, hooks)
             gradients = torch.autograd.grad((logits**2).sum(), vectors)
             out.append((logits.detach(), torch.stack(gradients)))
     return *out[0], *out[1]
@@ -84,7 +91,7 @@ def test_rows_can_be_selected_and_all_tokens_can_be_live(family: str, tiny: Call
             frozen, read = capture_states(lm, rows, starts, 2, {Point(1, "block"): [12, None, 17, 4, None]})
             seen: list[Tensor] = []
             wanted = torch.arange(3), torch.tensor([len(rows[i].ids) - 1 - starts[i] for i in chosen])
-            logits = replay(lm, frozen.select(chosen), {Point(3, "block"): seen.append}, wanted)
+            logits = replayed(lm, frozen.select(chosen), wanted, {Point(3, "block"): seen.append})
             for j, i in enumerate(chosen):
                 plain = lm.model(torch.tensor([rows[i].ids]), output_hidden_states=True)
                 assert_close(logits[j], plain.logits[0, -1], **tolerance(family))
@@ -103,8 +110,8 @@ def test_nothing_is_left_behind_even_on_failure(tiny: Callable[..., LM], untouch
     with lm.frozen_eval():
         frozen, _ = capture_states(lm, rows, STARTS, 2)
         for first_tap in (Point(1, "block"), Point(3, "mlp")):
-            with pytest.raises(RuntimeError, match="stop here"):
-                replay(lm, frozen, {first_tap: fail})
+            with pytest.raises(RuntimeError, match="stop here"), replaying(lm, frozen) as inputs:
+                run(lm, inputs, {first_tap: fail})
     assert untouched(lm) == before
     assert all("forward" not in m.__dict__ for m in lm.model.modules())
 
@@ -113,8 +120,8 @@ def test_a_point_below_the_live_blocks_is_refused(tiny: Callable[..., LM]) -> No
     lm = tiny("llama")
     with lm.frozen_eval():
         frozen, _ = capture_states(lm, ragged_rows(), STARTS, 2)
-        with pytest.raises(ValueError, match="does not run"):
-            replay(lm, frozen, {Point(1, "mlp"): lambda _: None})
+        with pytest.raises(ValueError, match="does not run"), replaying(lm, frozen) as inputs:
+            run(lm, inputs, {Point(1, "mlp"): lambda _: None})
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
@@ -132,17 +139,14 @@ def test_a_module_run_partly_gives_what_is_known_elsewhere(family: str, tiny: Ca
         frozen, _ = capture_states(lm, [row], [0], 1)
         outputs: list[Tensor] = []
         point = Point(layer, "mlp")
-        plain = replay(lm, frozen, {point: outputs.append}, everywhere)
+        plain = replayed(lm, frozen, everywhere, {point: outputs.append})
         ran: list[int] = []
         handle = entries[0].register_forward_hook(lambda _, __, out: ran.append(out.numel() // out.shape[-1]))
-        same = replay(lm, frozen, {}, everywhere, partly=[PartialModule(live, entries, down, outputs[0])])
+        with PartialModule(live, entries, down, outputs[0]).running():
+            same = replayed(lm, frozen, everywhere)
         handle.remove()
-        other = replay(
-            lm, frozen, {point: outputs.append}, everywhere, partly=[PartialModule(live, entries, down, 0 * outputs[0])]
-        )
-    assert plain is not None
-    assert same is not None
-    assert other is not None
+        with PartialModule(live, entries, down, 0 * outputs[0]).running():
+            other = replayed(lm, frozen, everywhere, {point: outputs.append})
     assert ran == [4]
     assert_close(same, plain, **tolerance(family))
     assert_close(outputs[1], outputs[0] * live[:, :, None], **tolerance(family))

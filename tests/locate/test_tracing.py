@@ -16,7 +16,7 @@ from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, encode_edit, subject_tokens
 from retcon.locate import Trace, Traces, Tracing, causal_trace
-from retcon.locate.tracing import GROUPS, default_window, embedding_deviation, strips
+from retcon.locate.tracing import GROUPS, default_window, embedding_deviation, packing
 from retcon.locate.tracing.causal import trace_prompt
 from retcon.locate.tracing.prompt import prepare
 from tests.conftest import FAMILIES
@@ -143,8 +143,8 @@ def test_prompts_longer_than_an_attention_window_take_whole_passes(
     lm = tiny(family)
     lm.model.config.sliding_window = window
     calls: list[int] = []
-    honest = strips.replay
-    monkeypatch.setattr(strips, "replay", lambda *args, **kwargs: calls.append(1) or honest(*args, **kwargs))
+    honest = packing.logits_at
+    monkeypatch.setattr(packing, "logits_at", lambda *args, **kwargs: calls.append(1) or honest(*args, **kwargs))
     fast = trace(lm)
     assert bool(calls) == replayed
     plain = trace(lm, replace(ALL, replayed=False))
@@ -256,13 +256,12 @@ def test_facts_the_model_does_not_know_are_left_out(still: Still) -> None:
 def test_a_replay_that_disagrees_is_not_used(still: Still, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = still("llama")
     plain = trace(lm, replace(ALL, replayed=False))
-    honest = strips.replay
+    honest = packing.logits_at
 
-    def off(*args: Any, **kwargs: Any) -> Tensor | None:
-        logits = honest(*args, **kwargs)
-        return None if logits is None else logits.roll(1, dims=-1)
+    def off(*args: Any, **kwargs: Any) -> Tensor:
+        return honest(*args, **kwargs).roll(1, dims=-1)
 
-    monkeypatch.setattr(strips, "replay", off)
+    monkeypatch.setattr(packing, "logits_at", off)
     with pytest.warns(RetconWarning, match="whole passes are used, which takes longer"):
         found = causal_trace(lm, [EDIT], ALL)
     assert not found.settings.replayed

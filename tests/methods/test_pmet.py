@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from retcon.errors import InvalidSetting
-from retcon.lm.forward import Point, adding, run
+from retcon.lm.forward import Point, adding, logits_at
 from retcon.lm.prompts import encode_edit, pad
 from retcon.memory.values import ValueSearch, ValueSite, search_values
 from retcon.methods.jeep import Jeep
@@ -79,7 +79,7 @@ def test_the_nll_counts_less_from_the_step_after_all_targets_are_settled(family,
         at = torch.tensor([0]), torch.tensor([row.position("subject_last")])
         where = torch.zeros(len(row.target_ids), dtype=torch.long), torch.arange(row.n_prompt - 1, len(row.ids) - 1)
         with torch.no_grad():
-            logits = run(lm, pad([row]), {site.point: adding(*at, values.offset[0])}, where)
+            logits = logits_at(lm, pad([row]), where, {site.point: adding(*at, values.offset[0])})
         return logits.argmax(-1).tolist() == list(row.target_ids)
 
     first = next(steps for steps in range(1, 40) if settled(found(steps, None)))

@@ -6,10 +6,11 @@ from torch.testing import assert_close
 
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, NonFinite, RetconWarning
+from retcon.lm.forward import answer_log_probs
 from retcon.lm.prompts import Row
 from retcon.training.descent import Schedule, accumulate, descend, shares, stepping
 from retcon.training.nodes import Nodes, RowAdam, RowState
-from retcon.training.objective import AnswerLoss, answer_log_probs, answer_nll, answer_rows, own_answers
+from retcon.training.objective import AnswerLoss, answer_nll, answer_rows, own_answers
 from retcon.training.parts import TrainedRows, attached, changes, fresh
 
 EDITS = [Edit("{} is", f"S{i}", "so", id=str(i)) for i in range(6)]

@@ -6,9 +6,10 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from retcon.errors import NonFinite
+from retcon.lm.forward import answer_log_probs
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import Row
-from retcon.training.objective import AnswerLoss, answer_log_probs, answer_rows
+from retcon.training.objective import AnswerLoss, answer_rows
 from retcon.training.parts import (
     Part,
     TrainedBias,

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from retcon.errors import InvalidSetting
 from retcon.evaluation.score import score_rows
+from retcon.lm.forward import next_log_probs
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, encode, pad
+from retcon.lm.prompts import Row, encode
 
 WINDOW = 1024
 """Tokens of a window at most; a model's context where that is shorter."""
@@ -101,7 +102,5 @@ def divergence(old: Float[Tensor, "n vocab"], new: Float[Tensor, "n vocab"]) -> 
 
 
 def _next_logp(lm: LM, rows: Sequence[Row]) -> Float[Tensor, "n vocab"]:
-    last = torch.tensor([row.prediction for row in rows])
     with lm.frozen_eval(), torch.inference_mode():
-        logits = lm.logits_at(pad(rows, lm.device), torch.arange(len(rows)), last)
-    return logits.float().log_softmax(-1)
+        return next_log_probs(lm, rows).float()

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 
+from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, buckets, encode, pad
 
@@ -154,7 +155,7 @@ def _score_batch(
 
     at = torch.tensor(list(places), device=lm.device)  # (n, 2)
     batch = pad([Row(ids, len(ids)) for ids in inputs], lm.device)
-    logits = lm.logits_at(batch, at[:, 0], at[:, 1])
+    logits = logits_at(lm, batch, (at[:, 0], at[:, 1]))
     parts = [(c.float().logsumexp(-1), c.argmax(-1)) for c in logits.split(256)]  # bounds the float32 copy
     log_z, best = (torch.cat(column) for column in zip(*parts, strict=True))
     index = torch.tensor(wanted, device=logits.device)

@@ -1,22 +1,20 @@
-"""Reading and changing activations: one forward pass with taps that exist only while it runs.
+"""Running a model, written once: hidden states and hooks, logits at places, log-probabilities of answers.
 
-A tap is a function at a `Point`; it sees the activation as (batch, seq, width) and may return a replacement. Nothing is
-changed in place, and every hook is gone when the pass ends, whether it ends well or not.
+A hook is a function at a `Point`; it sees the activation as (batch, seq, width) and may return a replacement. Nothing
+is changed in place, and every hook is gone when the pass ends, whether it ends well or not.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from retcon.lm.prompts import Batch
-
-if TYPE_CHECKING:
-    from retcon.lm.model import LM
+from retcon.lm.model import LM
+from retcon.lm.prompts import Batch, Row, pad
 
 TensorName = Literal["key", "mlp", "attn_key", "attn", "block"]
 """`key` and `mlp` are input and output of the down-projection, `attn_key` and `attn` of the attention out-projection
@@ -33,72 +31,144 @@ class Point:
     tensor: TensorName
 
 
+Places = tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
+"""(rows, positions) of a batch."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one pass of a model's own forward is given."""
+
+    shape: tuple[int, int]
+    """(rows, tokens)."""
+    arguments: Mapping[str, Any]
+    """Of the model's forward."""
+    first: int = 0
+    """First block that is run; of those below, only the output of the last one can be hooked."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Inputs":
+        """Right-padded rows, run without a padding mask.
+
+        Right padding comes after every token that attention lets a token see, and a mask would leave padded rows of
+        sliding-window models with nothing to attend to, which is NaN and spreads.
+        """
+        rows, tokens = batch.ids.shape
+        mask = torch.ones_like(batch.ids)
+        return cls((rows, tokens), dict(input_ids=batch.ids, attention_mask=mask, use_cache=False))
+
+
 class Stop(Exception):
-    """Ends a forward pass after the last tap."""
+    """Ends a forward pass after the last hook."""
 
 
-def run(
-    lm: "LM",
-    batch: Batch,
-    hooks: Mapping[Point, Hook],
-    logits_at: tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None = None,
-) -> Float[Tensor, "n vocab"] | None:
-    """One forward pass of the model's own code over right-padded rows.
+def run(lm: LM, inputs: Batch | Inputs, hooks: Mapping[Point, Hook]) -> None:
+    """Run one forward pass of the model's own code, as far as the deepest hooked point.
 
     Args:
-        taps: what to do at each point; several points of one pass do not disturb each other.
-        logits_at: (rows, positions) at which the vocabulary projection is computed, and only there. None: the pass ends
-            after the deepest tapped point.
-
-    Returns:
-        The logits there, in the model's dtype, or None.
+        hooks: what to do at each point; several points of one pass do not disturb each other.
     """
-    # No padding mask: right padding comes after every token that attention lets a token see, and a mask would
-    # leave padded rows of sliding-window models with nothing to attend to, which is NaN and spreads.
-    inputs = dict(input_ids=batch.ids, attention_mask=torch.ones_like(batch.ids), use_cache=False)
-    return forward_with_hooks(lm, batch.ids.shape, inputs, hooks, logits_at)
-
-
-def forward_with_hooks(
-    lm: "LM",
-    shape: tuple[int, ...],
-    inputs: Mapping[str, Any],
-    hooks: Mapping[Point, Hook],
-    logits_at: tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None,
-) -> Float[Tensor, "n vocab"] | None:
-    """`run` for any inputs of the model's forward; `shape` is (rows, tokens)."""
     waiting = set(hooks)
+
+    def seen(point: Point) -> None:
+        waiting.discard(point)
+        if not waiting:
+            raise Stop
+
+    try:
+        _forward(lm, inputs, hooks, seen)
+    except Stop:
+        return
+    if waiting:
+        raise AssertionError(f"the forward pass never reached {sorted(waiting)}")
+
+
+def logits_at(
+    lm: LM, inputs: Batch | Inputs, places: Places, hooks: Mapping[Point, Hook] | None = None
+) -> Float[Tensor, "n vocab"]:
+    """Return the next-token logits at (row, position) pairs, in the model's dtype, from one forward pass.
+
+    The vocabulary projection is computed there and nowhere else.
+    """
+    waiting = set(hooks or {})
+    gather = _gather_hook(*places)
+    handle = lm.head.register_forward_pre_hook(gather)
+    try:
+        output = _forward(lm, inputs, hooks or {}, waiting.discard)
+    finally:
+        handle.remove()
+    if waiting:
+        raise AssertionError(f"the forward pass never reached {sorted(waiting)}")
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+def _forward(lm: LM, inputs: Batch | Inputs, hooks: Mapping[Point, Hook], seen: Callable[[Point], None]) -> Any:
+    """Run the model's own forward with hooks; `seen` hears of every point whose hook has run."""
+    if isinstance(inputs, Batch):
+        inputs = Inputs.of(inputs)
+    shape, first = inputs.shape, inputs.first
+    if below := [p for p in hooks if p.layer < first and p != Point(first - 1, "block")]:
+        raise ValueError(f"a pass from block {first} on does not run {below}")
 
     def call(point: Point, value: Tensor) -> Tensor | None:
         flat = value.dim() == 2  # OPT's fc2 sees (batch x seq, width)
-        seen = value.view(*shape, -1) if flat else value
-        new = hooks[point](seen)
-        waiting.discard(point)
-        if logits_at is None and not waiting:
-            raise Stop
+        new = hooks[point](value.view(*shape, -1) if flat else value)
+        seen(point)
         return new.reshape(value.shape) if new is not None and flat else new
 
     with ExitStack() as stack:
         for point in hooks:
-            handle = _hook(lm, point, call)
-            stack.callback(handle.remove)
-        if logits_at is not None:
-            rows, positions = logits_at
-            gather = _gather_hook(rows, positions)
-            stack.callback(lm.head.register_forward_pre_hook(gather).remove)
-        try:
-            output = lm.model(**inputs)
-        except Stop:
-            return None
-    if waiting:
-        raise AssertionError(f"the forward pass never reached {sorted(waiting)}")
-    return output.logits[0] if logits_at is not None else None
+            stack.callback(_hook(lm, point, call).remove)
+        return lm.model(**inputs.arguments)
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+
+def input_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rows without their answers' last tokens, which are only predicted."""
+    return [replace(row, ids=row.ids[:-1]) for row in rows]
+
+
+def answer_places(rows: Sequence[Row]) -> Places:
+    """Return the (row, position) of every position that predicts an answer token, row by row."""
+    places = [(i, row.n_prompt - 1 + j) for i, row in enumerate(rows) for j in range(len(row.target_ids))]
+    at, positions = zip(*places, strict=True)
+    return torch.tensor(at), torch.tensor(positions)
+
+
+def answer_log_probs(lm: LM, rows: Sequence[Row]) -> Float[Tensor, "n vocab"]:
+    """Return log-probabilities at `answer_places(rows)`, from one pass in the surrounding gradient mode."""
+    return log_probs(logits_at(lm, pad(input_rows(rows), lm.device), answer_places(rows)))
+
+
+def next_log_probs(lm: LM, rows: Sequence[Row]) -> Float[Tensor, "n vocab"]:
+    """Return log-probabilities of the token after each row's prompt, from one pass."""
+    last = torch.tensor([row.prediction for row in rows])
+    return log_probs(logits_at(lm, pad(rows, lm.device), (torch.arange(len(rows)), last)))
+
+
+def log_probs(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
+    """Normalise logits, in float32 or wider, whatever the model's dtype."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def gold(
+    log_p: Float[Tensor, "n vocab"], rows: Sequence[Row], labels: Sequence[Sequence[int]] | None = None
+) -> Float[Tensor, " n"]:
+    """Pick the answer tokens' own log-probabilities (or those of `labels`, one list of token ids per row)."""
+    tokens = [t for row in rows for t in row.target_ids] if labels is None else [t for row in labels for t in row]
+    return log_p.gather(1, torch.tensor(tokens, device=log_p.device)[:, None])[:, 0]
+
+
+# --- activations ---------------------------------------------------------------------------------------------------
 
 
 def activations(
-    lm: "LM", batch: Batch, positions: Mapping[Point, Int[Tensor, " batch"]]
+    lm: LM, batch: Batch, positions: Mapping[Point, Int[Tensor, " batch"]]
 ) -> dict[Point, Float[Tensor, "batch width"]]:
-    """The activation of each point at one position per row, in the model's dtype."""
+    """Return the activation of each point at one position per row, in the model's dtype."""
     found: dict[Point, Tensor] = {}
     everyone = torch.arange(len(batch))
 
@@ -114,7 +184,7 @@ def activations(
 
 
 def adding(rows: Int[Tensor, " n"], positions: Int[Tensor, " n"], vectors: Float[Tensor, "n width"]) -> Hook:
-    """A tap that adds vectors (n, width) at (row, position), out of place, in the activation's dtype."""
+    """A hook that adds vectors (n, width) at (row, position), out of place, in the activation's dtype."""
 
     def add(value: Tensor) -> Tensor:
         where = rows.to(value.device), positions.to(value.device)
@@ -123,7 +193,7 @@ def adding(rows: Int[Tensor, " n"], positions: Int[Tensor, " n"], vectors: Float
     return add
 
 
-def _hook(lm: "LM", point: Point, call: Callable[[Point, Tensor], Tensor | None]) -> Any:
+def _hook(lm: LM, point: Point, call: Callable[[Point, Tensor], Tensor | None]) -> Any:
     module = _module(lm, point)
     if point.tensor in ("key", "attn_key"):
 
@@ -143,7 +213,7 @@ def _hook(lm: "LM", point: Point, call: Callable[[Point, Tensor], Tensor | None]
     return module.register_forward_hook(after)
 
 
-def _module(lm: "LM", point: Point) -> nn.Module:
+def _module(lm: LM, point: Point) -> nn.Module:
     if point.tensor == "block":
         return lm.block(point.layer)
     return lm.site(point.layer, "down_proj" if point.tensor in ("key", "mlp") else "o_proj").module

@@ -6,16 +6,20 @@ reading starts there instead of at the tokens. Text that rows begin with in comm
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.lm.forward import Hook, Point
+from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, buckets
-from retcon.lm.replay import MAX_BATCH_TOKENS, ReplayState, common_beginnings, embedded, replay, tokens_at
+from retcon.lm.replay import ReplayState, common_beginnings, embedded, replaying, tokens_at
+from retcon.lm.replay.capture import MAX_BATCH_TOKENS
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,12 @@ class LayerwiseReader:
         return [(keys, values) for keys, values in aligned]
 
     def _run(
-        self, group: _Group, hooks: dict[Point, Hook], past: list[tuple[Tensor, Tensor]], keep: int, **options: object
+        self,
+        group: _Group,
+        hooks: dict[Point, Hook],
+        past: list[tuple[Tensor, Tensor]],
+        keep: int,
+        cache: "Cache | None" = None,
     ) -> None:
         """Run a group from the block reached on, and keep what enters block `keep` if states are kept."""
         frozen = self._entering(group)
@@ -153,7 +162,8 @@ class LayerwiseReader:
                     inner(value)
 
             hooks = {**hooks, at: tap}
-        replay(self.lm, frozen, hooks, **options)  # type: ignore[arg-type]
+        with replaying(self.lm, frozen, cache=cache) as inputs:
+            run(self.lm, inputs, hooks)
         if self.keeps:
             group.states = replace(frozen, first=keep, states=entering[0] if entering else states, keys=(), values=())
 

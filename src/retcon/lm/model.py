@@ -26,11 +26,10 @@ from retcon.errors import (
     WrongBase,
 )
 from retcon.lm.fingerprint import fingerprint
-from retcon.lm.forward import run
 from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
-from retcon.lm.prompts import Batch, Row, buckets, decode, encode, pad
+from retcon.lm.prompts import Row, buckets, decode, encode, pad
 from retcon.lm.scopes import Edited, FrozenEval, Lent, Scope, Turn, Turns, WithoutDeltas
 
 SiteName = Literal["down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
@@ -475,14 +474,6 @@ class LM:
         finally:
             handle.remove()
         return len(seen[0]) if isinstance(seen[0], tuple) else None
-
-    def logits_at(
-        self, batch: Batch, rows: Int[Tensor, " n"], positions: Int[Tensor, " n"]
-    ) -> Float[Tensor, "n vocab"]:
-        """Next-token logits at (row, position) pairs: one forward pass, the head only where asked."""
-        logits = run(self, batch, {}, (rows, positions))
-        assert logits is not None
-        return logits
 
     def encode(self, prompt: str, target: str | None = None, **options: Any) -> Row:
         """Tokenise a prompt (and target); see `retcon.lm.prompts.encode`."""

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
-from retcon.lm.forward import Hook, Point, run
+from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_probs, logits_at, run
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import Row, buckets, pad
-from retcon.lm.replay import ReplayState, replay
+from retcon.lm.replay import ReplayState, replaying
 from retcon.locate.gradients import Captured, catch
-from retcon.training.objective import Answer, answer_places, answer_rows, gold
+from retcon.training.objective import Answer, answer_rows
 
 Unit = Literal["row", "column", "entry"]
 """What gets a score: output units, input units, or single weights (row by row) of a matrix W (out x in)."""
@@ -160,7 +160,7 @@ def answer_probabilities(lm: LM, facts: Sequence[Edit], how: Attribution) -> Flo
     with lm.frozen_eval(), torch.no_grad():
         found = []
         for row in rows:
-            copies = _Copies((Row(row.ids[:-1], row.n_prompt),), (row,), one, one)
+            copies = _Copies(tuple(input_rows([row])), (row,), one, one)
             found.append(copies.objective(_log_p(lm, copies, None), how.probability))
         return torch.stack(found)
 
@@ -170,7 +170,7 @@ def _copies(lm: LM, facts: Sequence[Edit], how: Attribution) -> Iterator[_Copies
     alpha, weight = how.points()
     for group in buckets([len(row.ids) - 1 for row in rows], max(1, MAX_BATCH_TOKENS // len(alpha))):
         labels = tuple(rows[i] for i in group)
-        yield _Copies(tuple(Row(r.ids[:-1], r.n_prompt) for r in labels), labels, alpha, weight)
+        yield _Copies(tuple(input_rows(labels)), labels, alpha, weight)
 
 
 def _passes(lm: LM, copies: _Copies, sites: Sequence[Site], how: Attribution) -> Iterator[Captured]:
@@ -265,12 +265,10 @@ def _log_p(
     """Log-probabilities where answers are predicted, for all copies; a replay where what enters a block is known."""
     m, n = len(copies.alpha), len(copies.rows)
     if frozen is None:
-        logits = run(lm, pad(copies.rows * m, lm.device), {}, copies.places)
-    else:
-        all_of_it = frozen.select(list(range(n)) * m)
-        logits = replay(lm, all_of_it, hooks or {}, copies.places, end_at_logits=end_at_logits)
-    assert logits is not None
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return log_probs(logits_at(lm, pad(copies.rows * m, lm.device), copies.places))
+    all_of_it = frozen.select(list(range(n)) * m)
+    with replaying(lm, all_of_it, ends=copies.places if end_at_logits else None) as inputs:
+        return log_probs(logits_at(lm, inputs, copies.places, hooks))
 
 
 def _contribution(caught: Captured, unit: Unit) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
-from retcon.lm.forward import Hook, Point, TensorName, run
+from retcon.lm.forward import Hook, Point, TensorName, logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, Where, buckets, encode, encode_edit, pad
 from retcon.locate import lens
@@ -264,8 +264,7 @@ def _states(
     hooks: dict[Point, Hook] = {p: reader(p) for p in points if p != EMBEDDING}
     with reading_first_input(lm, reader(EMBEDDING)):
         last = torch.tensor([row.prediction for row in rows])
-        logits = run(lm, pad(rows, lm.device), hooks, (each, last))
-    assert logits is not None
+        logits = logits_at(lm, pad(rows, lm.device), (each, last), hooks)
     return found, logits
 
 

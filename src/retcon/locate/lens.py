@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from retcon.errors import UnsupportedModel
-from retcon.lm.forward import Hook, Point, run
+from retcon.lm.forward import Hook, Point, logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, pad
 
@@ -61,8 +61,7 @@ def check(lm: LM) -> None:
     at = torch.tensor([0]), torch.tensor([row.prediction])
     with torch.no_grad():
         hooks: dict[Point, Hook] = {Point(lm.n_layers - 1, "block"): lambda value: state.append(value[0, at[1]])}
-        own = run(lm, pad([row], lm.device), hooks, at)
-        assert own is not None
+        own = logits_at(lm, pad([row], lm.device), at, hooks)
         read = project(lm, state[0], final_norm=True).to(own)
     allowed = 0.02 if own.dtype in (torch.float16, torch.bfloat16) else 1e-4
     off = float((read - own).abs().max() / own.abs().max())

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from retcon.errors import InvalidSetting
+from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode, pad
 
@@ -49,7 +50,7 @@ def sample_contexts(lm: LM, *, seed: int = 0, style: ContextStyle = "memit") -> 
     with lm.frozen_eval(), lm.without_deltas(), torch.inference_mode():
         for _ in range(max(cap - len(row.ids) for row, cap in starts)):
             last = torch.tensor([len(r.ids) - 1 for r in rows])
-            logits = lm.logits_at(pad(rows, lm.device), torch.arange(len(rows)), last).float().cpu()
+            logits = logits_at(lm, pad(rows, lm.device), (torch.arange(len(rows)), last)).float().cpu()
             top = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
             drawn = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
             chosen = top.indices.gather(1, drawn)[:, 0].tolist()

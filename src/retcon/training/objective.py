@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit
-from retcon.lm.forward import run
+from retcon.lm.forward import answer_log_probs, answer_places, gold
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, buckets, encode, pad
+from retcon.lm.prompts import Row, buckets, encode
 
 MAX_BATCH_TOKENS = 4096
 """Padded tokens per forward pass; only memory and speed depend on it."""
@@ -38,29 +38,6 @@ def answer_rows(lm: LM, edits: Sequence[Edit], answer: Answer = "target_new") ->
             raise InvalidEdit(f"edit {edit.id!r} ({edit.subject!r}) has no {answer}, which these settings need")
         rows.append(encode(lm.tokenizer, edit.text, text, subject_span=edit.subject_span))
     return rows
-
-
-def answer_places(rows: Sequence[Row]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """(row, position) of every position that predicts an answer token, row by row."""
-    places = [(i, row.n_prompt - 1 + j) for i, row in enumerate(rows) for j in range(len(row.target_ids))]
-    at, positions = zip(*places, strict=True)
-    return torch.tensor(at), torch.tensor(positions)
-
-
-def answer_log_probs(lm: LM, rows: Sequence[Row]) -> Float[Tensor, "n vocab"]:
-    """Log-probabilities at `answer_places(rows)`: one forward pass, gradients as the surrounding mode has them."""
-    inputs = [Row(row.ids[:-1], row.n_prompt) for row in rows]  # the last answer token is only predicted
-    logits = run(lm, pad(inputs, lm.device), {}, answer_places(rows))
-    assert logits is not None
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
-def gold(
-    log_p: Float[Tensor, "n vocab"], rows: Sequence[Row], labels: Sequence[Sequence[int]] | None = None
-) -> Float[Tensor, " n"]:
-    """The answer tokens' own log-probabilities (or those of `labels`, one list of token ids per row)."""
-    tokens = [t for row in rows for t in row.target_ids] if labels is None else [t for row in labels for t in row]
-    return log_p.gather(1, torch.tensor(tokens, device=log_p.device)[:, None])[:, 0]
 
 
 def answer_nll(lm: LM, rows: Sequence[Row], labels: Sequence[Sequence[int]] | None = None) -> Float[Tensor, " n_rows"]:

@@ -4,7 +4,7 @@ Meng et al. 2022, arXiv:2202.05262, section 2. The subject's embeddings are dist
 the answer; then one state at a time is put back as it was, and the answer's probability tells what that state carries.
 
 `traces` says how to trace and what comes out; `prompt` runs one clean and disturbed, `cells` are the states put back,
-`causal` goes through them: by whole passes, or by what a restoration can change alone (`strips`).
+`causal` goes through them: by whole passes, or by what a restoration can change alone (`packing`).
 """
 
 from retcon.locate.tracing.causal import causal_trace

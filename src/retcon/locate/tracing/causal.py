@@ -11,13 +11,13 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, RetconWarning
-from retcon.lm.forward import run
+from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch
 from retcon.locate.embeddings import changing_embeddings
 from retcon.locate.tracing.cells import Cell, cell_of, taps_of, trimmed
+from retcon.locate.tracing.packing import replayed_logits
 from retcon.locate.tracing.prompt import Prompt, disturbing, embedding_deviation, prepare, probability
-from retcon.locate.tracing.strips import replayed_logits
 from retcon.locate.tracing.traces import Trace, Traces, Tracing
 
 
@@ -119,9 +119,7 @@ def _logits(lm: LM, prompt: Prompt, cells: Sequence[Cell], settings: Tracing) ->
     last = torch.full_like(samples, prompt.row.prediction)
     with changing_embeddings(lm, disturbing(samples, prompt.subject, prompt.noise, settings)):
         hooks = taps_of(prompt, cells, rows, torch.tensor([[cell.token] for cell in cells]), range(lm.n_layers))
-        logits = run(lm, Batch(ids, torch.ones_like(ids).bool()), hooks, (rows.flatten(), last))
-    assert logits is not None
-    return logits
+        return logits_at(lm, Batch(ids, torch.ones_like(ids).bool()), (rows.flatten(), last), hooks)
 
 
 def _way(lm: LM, prompt: Prompt, settings: Tracing) -> Tracing:

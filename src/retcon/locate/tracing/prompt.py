@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from retcon.edits import Edit
 from retcon.errors import NonFinite
-from retcon.lm.forward import Hook, Point, TensorName, forward_with_hooks
+from retcon.lm.forward import Hook, Inputs, Point, TensorName, logits_at
 from retcon.lm.model import LM, SiteName
 from retcon.lm.prompts import Batch, Row, encode, encode_edit, subject_tokens
 from retcon.locate.embeddings import EMBEDDING, changing_embeddings, reading_first_input
@@ -89,8 +89,7 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
             for module in projections(lm, layer):
                 hook = module.register_forward_hook(lambda _, __, output, into=into: into.append(output[1:].detach()))
                 stack.callback(hook.remove)
-        logits = forward_with_hooks(lm, (len(rows), len(row.ids)), inputs, hooks, (rows, last))
-    assert logits is not None
+        logits = logits_at(lm, Inputs((len(rows), len(row.ids)), inputs), (rows, last), hooks)
     answer = int(logits[0].argmax())
     prob = probability(logits, answer, edit)
     if edit.target_true and encode(lm.tokenizer, edit.text, edit.target_true).target_ids[0] != answer:

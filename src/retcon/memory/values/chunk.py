@@ -15,17 +15,16 @@ from torch import Tensor
 from retcon.delta import EditReport
 from retcon.edits import Edit
 from retcon.errors import NonFinite
-from retcon.lm.forward import Hook, Point
+from retcon.lm.forward import Hook, Point, input_rows, log_probs, logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
-from retcon.lm.replay import ReplayState, capture_states, replay
+from retcon.lm.replay import ReplayState, capture_states, replaying
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.objective import (
     ValueSearch,
     ValueSite,
     kl_row,
     norm_names,
-    read_part,
     rewriting_rows,
     with_kl,
 )
@@ -153,7 +152,7 @@ class Chunk:
         }
         kl = [e.kl for e in rows if e.kl is not None]
         self.with_kl = bool(kl)
-        texts = [read_part(r) for e in rows for r in e.rewriting] + kl  # in this order they are recorded and picked
+        texts = [r for e in rows for r in input_rows(e.rewriting)] + kl  # in this order they are recorded and picked
         starts = [s for e in rows for s in e.starts] + [len(r.ids) - 1 for r in kl]
         contexts = [j for e in rows for j in range(self.n_contexts)] + [-1] * len(kl)
         reads = {point: [*at, *[None] * len(kl)] for point, at in reads.items()}
@@ -214,8 +213,8 @@ class Chunk:
         for part in now.passes:
             hooks = {point: tap(s, part) for s, point in enumerate(self.points) if part.changed[s].numel()}
             labels = (part.labels[0], part.labels[1])
-            logits = replay(self.lm, part.frozen, hooks, labels, end_at_logits=below_the_last)
-            assert logits is not None
+            with replaying(self.lm, part.frozen, ends=labels if below_the_last else None) as inputs:
+                logits = logits_at(self.lm, inputs, labels, hooks)
             found += logits.split([len(now.labels)] * part.rewriting + [len(now.edits)] * part.kl)
         return found[0], found[1] if self.with_kl else None
 
@@ -278,7 +277,7 @@ class Chunk:
             logits, kl_logits = self.logits(now, vectors)
             for init, activation in zip(self.init, self.activation, strict=True):
                 init[begin] = activation[begin]
-            log_p = torch.log_softmax(logits.to(self.dtype), dim=-1)
+            log_p = log_probs(logits)
             picked = log_p.gather(1, now.labels[:, None])[:, 0]
             nll_rows = log_p.new_zeros(len(now.labels_per_row)).index_add(0, now.label_rows, -picked)
             nll_rows = (nll_rows / now.labels_per_row).view(len(edits), -1)
@@ -318,7 +317,7 @@ class Chunk:
 
     def _divergence(self, now: ActiveBatch, kl_logits: Float[Tensor, "edits vocab"]) -> Float[Tensor, " edits"]:
         """KL(edited || original) at the subject of "<subject> is a"."""
-        log_p = torch.log_softmax(kl_logits.to(self.dtype), dim=-1)
+        log_p = log_probs(kl_logits)
         begins = torch.tensor([self.steps[e] == 0 for e in now.edits], device=log_p.device)
         if now.original is None:
             now.original = log_p.detach()

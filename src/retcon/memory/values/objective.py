@@ -5,7 +5,7 @@ optimised together.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -100,11 +100,6 @@ def norm_names(sites: Sequence[ValueSite]) -> list[str]:
 def rewriting_rows(lm: LM, edit: Edit, contexts: Contexts) -> list[Row]:
     """The edit's prompt in every context, bare first, with the new answer behind it."""
     return [encode_edit(lm.tokenizer, edit, prefix, with_target=True) for prefix in contexts.all]
-
-
-def read_part(row: Row) -> Row:
-    """What the model reads of a rewriting row: the answer's last token is only predicted."""
-    return replace(row, ids=row.ids[:-1])
 
 
 def kl_row(lm: LM, edit: Edit) -> Row:

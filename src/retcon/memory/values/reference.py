@@ -15,7 +15,7 @@ from torch import Tensor
 from retcon.delta import EditReport
 from retcon.edits import Edit
 from retcon.errors import NonFinite
-from retcon.lm.forward import Hook, Point, run
+from retcon.lm.forward import Hook, Point, input_rows, log_probs, logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, Where, pad
 from retcon.memory.contexts import Contexts
@@ -25,7 +25,6 @@ from retcon.memory.values.objective import (
     ValueSite,
     kl_row,
     norm_names,
-    read_part,
     rewriting_rows,
     with_kl,
 )
@@ -80,7 +79,7 @@ def _rows_of(lm: LM, edit: Edit, contexts: Contexts, has_kl: bool) -> _Rows:
     rows = rewriting_rows(lm, edit, contexts)
     n = len(rows)
     labels = [(j, r.n_prompt - 1 + t, token) for j, r in enumerate(rows) for t, token in enumerate(r.target_ids)]
-    rows = [read_part(r) for r in rows]
+    rows = input_rows(rows)
     if has_kl:
         rows.append(kl_row(lm, edit))
         labels.append((n, rows[-1].position("subject_last"), -1))
@@ -131,10 +130,9 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
     terms: dict[str, float] = {}
     for step in range(search.steps):
         with torch.enable_grad():
-            logits = run(lm, rows.batch, hooks, (rows.label_rows, rows.label_positions))
-            assert logits is not None
+            logits = logits_at(lm, rows.batch, (rows.label_rows, rows.label_positions), hooks)
             inits = inits or [x.clone() for x in activation]  # offset is still 0 in the first pass
-            log_p = torch.log_softmax(logits.to(dtype), dim=-1)
+            log_p = log_probs(logits)
             nll_rows = _nll_by_row(log_p, rows)
             nll = nll_rows.mean()
             loss = nll_factor * nll

@@ -1,6 +1,6 @@
 """Values, fast: many edits at once, and of each only the layers and tokens that its vectors can change.
 
-An edit's rows are recorded once (`lm/replay.py`); every step then replays them from the lowest site on, with gradients
+An edit's rows are recorded once (`lm/replay/`); every step then replays them from the lowest site on, with gradients
 to the vectors alone. Edits are sorted by length and cut into chunks; of a chunk, `max_active` edits are active at a
 time, and as one ends the next takes its place. Edits do not feel each other: the result is that of `reference.py`.
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import OutOfMemory, RetconWarning
-from retcon.lm.forward import adding, run
+from retcon.lm.forward import adding, answer_places, input_rows, logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import pad
 from retcon.memory.capacity import is_out_of_memory
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.chunk import Chunk, EditRows, ValueOf
-from retcon.memory.values.objective import Values, ValueSearch, ValueSite, read_part
+from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
 from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.store import ValueCache, ValueStore
@@ -179,7 +179,6 @@ def _misses(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSea
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
     texts = rows.rewriting
-    labels = [(i, r.n_prompt - 1 + t) for i, r in enumerate(texts) for t in range(len(r.target_ids))]
     everyone = torch.arange(len(texts))
     hooks = {
         site.point: adding(
@@ -189,10 +188,8 @@ def _misses(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSea
         )
         for site, vector in zip(sites, vectors, strict=True)
     }
-    at, positions = torch.tensor(labels).T
     with torch.no_grad():
-        plain = run(lm, pad([read_part(r) for r in texts], lm.device), hooks, (at, positions))
-    assert plain is not None
+        plain = logits_at(lm, pad(input_rows(texts), lm.device), answer_places(texts), hooks)
     plain, replayed = plain.double(), replayed.double()
     if not plain.isfinite().all():
         return None  # nothing to compare; the search will say which edit it is

@@ -24,7 +24,7 @@ from torch import Tensor
 from retcon.delta import Change, Delta, EditReport
 from retcon.edits import Edit, check_edits
 from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
-from retcon.lm.forward import TensorName
+from retcon.lm.forward import TensorName, answer_places, gold, log_probs, logits_at
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import buckets, encode_edit, pad
 from retcon.memory.contexts import Contexts, ContextStyle
@@ -282,11 +282,10 @@ def answers(lm: LM, edits: Sequence[Edit], *, max_batch_tokens: int = MAX_BATCH_
     with lm.frozen_eval(), torch.no_grad():
         for group in buckets([len(r.ids) for r in rows], max_batch_tokens):
             chosen = [rows[i] for i in group]
-            labels = [(j, r.n_prompt - 1 + t, y) for j, r in enumerate(chosen) for t, y in enumerate(r.target_ids)]
-            at, positions, tokens = (torch.tensor(column) for column in zip(*labels, strict=True))
-            logits = lm.logits_at(pad(chosen, lm.device), at, positions).cpu()
-            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            picked, first = log_p.gather(1, tokens[:, None])[:, 0], log_p.argmax(-1) == tokens
+            at, positions = answer_places(chosen)
+            log_p = log_probs(logits_at(lm, pad(chosen, lm.device), (at, positions)).cpu())
+            tokens = torch.tensor([token for r in chosen for token in r.target_ids])
+            picked, first = gold(log_p, chosen), log_p.argmax(-1) == tokens
             for j, i in enumerate(group):
                 found[i] = float(picked[at == j].mean().exp()), bool(first[at == j].all())
     return found

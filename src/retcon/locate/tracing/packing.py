@@ -7,21 +7,83 @@ tokens alone whose output can change and is read.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from retcon.lm.forward import Point
+from retcon.lm.forward import Point, logits_at
 from retcon.lm.model import LM
-from retcon.lm.replay import PackedState, PartialModule, mlp_entries, replay
+from retcon.lm.replay import mlp_entries, replaying, running_at
+from retcon.lm.replay.states import live_cache, stand_in
 from retcon.locate.tracing.cells import Cell, taps_of
 from retcon.locate.tracing.prompt import Prompt, projections
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 
 @dataclass(frozen=True)
-class Strips:
+class PackedState:
+    """What a replay takes as given where variants of a text stand side by side in rows, so that little is padded.
+
+    For attention without a window, or within it, in transformers' `eager` and `sdpa` forms (the others take no mask).
+    """
+
+    first: int
+    """First live block, as in `ReplayState`."""
+    states: Float[Tensor, "rows columns d_model"]
+    """What enters block `first`."""
+    keys: tuple[Float[Tensor, "some_rows heads earlier d_head"], ...]
+    """Per live block, the attention keys of all that columns may see beside each other: of every row, or of the rows of
+    one order, which then serve all."""
+    values: tuple[Float[Tensor, "some_rows heads earlier d_head"], ...]
+    """The same for the attention values."""
+    tokens: Int[Tensor, "orders columns"]
+    """Token index of every column. The rows of one order stand one behind the other, as many of each order."""
+    seen: Bool[Tensor, "orders columns earlier_and_columns"]
+    """What every column attends to; itself, at the least."""
+
+    def cache(self, lm: LM) -> "Cache":
+        """As `ReplayState.cache`."""
+        return live_cache(lm, self.first, self.keys, self.values, self.seen.shape[2] - self.seen.shape[1])
+
+    def arguments(self, lm: LM, cache: "Cache") -> dict[str, Any]:
+        """As `ReplayState.arguments`."""
+        each, lowest = len(self.states) // len(self.tokens), torch.finfo(self.states.dtype).min
+        hidden = torch.zeros(self.seen.shape, dtype=self.states.dtype).masked_fill(~self.seen, lowest)
+        return dict(
+            inputs_embeds=stand_in(lm, self.states),
+            attention_mask=hidden.to(lm.device).repeat_interleave(each, 0)[:, None],
+            position_ids=self.tokens.to(lm.device).repeat_interleave(each, 0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+
+@dataclass(frozen=True)
+class PartialModule:
+    """Modules that treat every token by itself, run at some places only."""
+
+    live: Bool[Tensor, "rows columns"]
+    """Where they run."""
+    entries: Sequence[nn.Module]
+    """Modules that read the input."""
+    end: nn.Module
+    """The module whose output counts; an entry, or what the entries' outputs lead to."""
+    fill_values: Float[Tensor, "rows columns width"]
+    """What the end gives elsewhere; at the live places it is written over."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Inside, the modules run so."""
+        return running_at(self.live.flatten().nonzero()[:, 0], self.entries, self.end, self.fill_values)
+
+
+@dataclass(frozen=True)
+class Packing:
     """Rows in which cells stand side by side, each with its tokens up to the last; each row once per sample."""
 
     starts: Int[Tensor, " cells"]
@@ -36,7 +98,7 @@ class Strips:
     token: Int[Tensor, "rows columns"]
 
     @classmethod
-    def of(cls, cells: Sequence[Cell], samples: int, last: int) -> "Strips":
+    def of(cls, cells: Sequence[Cell], samples: int, last: int) -> "Packing":
         """Each cell's tokens from its own to `last`, in rows of about one length."""
         starts = torch.tensor([cell.token for cell in cells])
         lengths = [last + 1 - cell.token for cell in cells]
@@ -104,31 +166,33 @@ def _rows_of(lengths: Sequence[int]) -> list[list[int]]:
 def replayed_logits(lm: LM, prompt: Prompt, cells: Sequence[Cell]) -> Float[Tensor, "logits vocab"]:
     """Logits behind the prompt for every cell and sample, cell by cell; all cells of one first block."""
     first, last = cells[0].first, len(prompt.row.ids) - 1
-    strips = Strips.of(cells, len(prompt.noise), last)
+    packing = Packing.of(cells, len(prompt.noise), last)
     below = first - 1 if all(Point(first - 1, "block") in cell.clean for cell in cells) else first - 2
-    states = strips.spread(prompt.disturbed[Point(below, "block")])
+    states = packing.spread(prompt.disturbed[Point(below, "block")])
     if below == first - 1:
-        states[strips.own] = prompt.clean[Point(below, "block")][strips.starts][:, None]
+        states[packing.own] = prompt.clean[Point(below, "block")][packing.starts][:, None]
     layers = range(below + 1, lm.n_layers)
-    hooks = taps_of(prompt, cells, *strips.own, layers)
+    hooks = taps_of(prompt, cells, *packing.own, layers)
     hooks = {point: tap for point, tap in hooks.items() if point.tensor == "block"}
-    ends = (strips.column + last - strips.starts)[:, None].expand_as(strips.rows)
-    given = strips.packed(prompt, layers, states)
-    partly = (part for layer in layers for part in _needed(lm, prompt, cells, strips, layer, ends))
-    logits = replay(lm, given, hooks, (strips.rows.flatten(), ends.flatten()), partly=partly)
-    assert logits is not None
-    return logits
+    ends = (packing.column + last - packing.starts)[:, None].expand_as(packing.rows)
+    given = packing.packed(prompt, layers, states)
+    with ExitStack() as stack:
+        for layer in layers:
+            for part in _needed(lm, prompt, cells, packing, layer, ends):
+                stack.enter_context(part.running())
+        inputs = stack.enter_context(replaying(lm, given))
+        return logits_at(lm, inputs, (packing.rows.flatten(), ends.flatten()), hooks)
 
 
 def _needed(
-    lm: LM, prompt: Prompt, cells: Sequence[Cell], strips: Strips, layer: int, ends: Int[Tensor, "cells samples"]
+    lm: LM, prompt: Prompt, cells: Sequence[Cell], packing: Packing, layer: int, ends: Int[Tensor, "cells samples"]
 ) -> Iterator[PartialModule]:
     """Where a block's modules are run: where what they read is not as in the disturbed run, what they give is read, and
     no cell puts back or keeps it."""
-    none = torch.zeros(len(strips.cell) * strips.samples, strips.cell.shape[1]).bool()
+    none = torch.zeros(len(packing.cell) * packing.samples, packing.cell.shape[1]).bool()
     own, every, end = none.clone(), ~none, none.clone()
-    own[strips.own] = True
-    end[strips.rows, ends] = True
+    own[packing.own] = True
+    end[packing.rows, ends] = True
     first = cells[0].first
     entering = none if layer < first else own if layer == first else every
     read = end if layer == lm.n_layers - 1 else every
@@ -138,40 +202,40 @@ def _needed(
         for module, disturbed in zip(asked, prompt.projected[layer], strict=True):
             queries_alone = module is asked[0] and len(asked) == 3
             yield PartialModule(
-                entering & read if queries_alone else entering, [module], module, strips.spread(disturbed)
+                entering & read if queries_alone else entering, [module], module, packing.spread(disturbed)
             )
-    put, held = _held(cells, strips, attn := Point(layer, "attn"))
+    put, held = _held(cells, packing, attn := Point(layer, "attn"))
     mixed = (none if layer < first else every) & read & ~held
     if not mixed.all():
         out = lm.site(layer, "o_proj").module
-        yield PartialModule(mixed, [out], out, _held_outputs(prompt, cells, strips, attn))
+        yield PartialModule(mixed, [out], out, _held_outputs(prompt, cells, packing, attn))
     beside = entering if lm.layout.parallel else entering | mixed | put
-    live = beside & read & ~_held(cells, strips, mlp := Point(layer, "mlp"))[1]
+    live = beside & read & ~_held(cells, packing, mlp := Point(layer, "mlp"))[1]
     if not live.all():
         down = lm.site(layer, "down_proj").module
-        yield PartialModule(live, mlp_entries(lm, layer), down, _held_outputs(prompt, cells, strips, mlp))
+        yield PartialModule(live, mlp_entries(lm, layer), down, _held_outputs(prompt, cells, packing, mlp))
 
 
 def _held(
-    cells: Sequence[Cell], strips: Strips, point: Point
+    cells: Sequence[Cell], packing: Packing, point: Point
 ) -> tuple[Bool[Tensor, "all_rows columns"], Bool[Tensor, "all_rows columns"]]:
     """Where a cell puts an output back; where one does, or keeps it."""
-    put = torch.zeros(len(strips.cell) * strips.samples, strips.cell.shape[1]).bool()
+    put = torch.zeros(len(packing.cell) * packing.samples, packing.cell.shape[1]).bool()
     held = put.clone()
     for i, cell in enumerate(cells):
         if point in cell.clean or point in cell.disturbed:
-            rows = slice(strips.row[i] * strips.samples, (strips.row[i] + 1) * strips.samples)
-            held[rows, strips.column[i]] = True
-            put[rows, strips.column[i]] = point in cell.clean
+            rows = slice(packing.row[i] * packing.samples, (packing.row[i] + 1) * packing.samples)
+            held[rows, packing.column[i]] = True
+            put[rows, packing.column[i]] = point in cell.clean
     return put, held
 
 
 def _held_outputs(
-    prompt: Prompt, cells: Sequence[Cell], strips: Strips, point: Point
+    prompt: Prompt, cells: Sequence[Cell], packing: Packing, point: Point
 ) -> Float[Tensor, "all_rows columns d_model"]:
     """What stands at the point where no module need say it."""
-    rows, columns = strips.own
+    rows, columns = packing.own
     put = [i for i, cell in enumerate(cells) if point in cell.clean]
-    output = strips.spread(prompt.disturbed[point])
-    output[rows[put], columns[put]] = prompt.clean[point][strips.starts[put], None]
+    output = packing.spread(prompt.disturbed[point])
+    output[rows[put], columns[put]] = prompt.clean[point][packing.starts[put], None]
     return output

@@ -1,0 +1,214 @@
+"""Recording what a replay starts from: each token is run once, and no further up than it is asked for."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from retcon.lm.forward import Hook, Inputs, Point, Stop, run
+from retcon.lm.model import LM
+from retcon.lm.prompts import Row, buckets, pad
+from retcon.lm.replay.states import ReplayState, cache_of, row_arguments, tail, tokens_at
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+MAX_BATCH_TOKENS = 8192
+
+
+def capture_states(
+    lm: LM,
+    rows: Sequence[Row],
+    starts: Sequence[int],
+    first: int,
+    reads: Mapping[Point, Sequence[int | None]] | None = None,
+    *,
+    prefix_group: Sequence[int] | None = None,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+) -> tuple[ReplayState, dict[Point, Float[Tensor, "reads width"]]]:
+    """What a replay of `rows` from block `first` and from `starts` on needs, each token run once and no further up than
+    it is asked for: tokens before the start to the last attention, the others to block `first`.
+
+    Args:
+        reads: activations below block `first` wanted beside, at one live token per row (None: not of this row).
+        alike: rows of one number begin with the same text; the tokens they share are run once for all.
+
+    Returns:
+        The frozen parts, and per point the activations of the rows that were read, in order of rows.
+    """
+    with torch.no_grad():
+        texts = [r.ids for r in rows]
+        past = _shared(lm, texts, starts, prefix_group or [-1] * len(rows), max_batch_tokens)
+        past = _extended(lm, texts, past, starts, max_batch_tokens)
+        return _frozen(lm, texts, past, first, reads or {}, max_batch_tokens)
+
+
+def embedded(
+    lm: LM, rows: Sequence[Row], starts: Sequence[int], *, max_batch_tokens: int = MAX_BATCH_TOKENS
+) -> ReplayState:
+    """What enters the first block from `starts` on, without the earlier tokens' attention keys and values."""
+    with torch.no_grad():
+        return _frozen(lm, [r.ids for r in rows], _Past(tuple(starts)), 0, {}, max_batch_tokens)[0]
+
+
+@dataclass(frozen=True)
+class _Past:
+    """Attention keys and values of each row's first tokens, for every block, padded on the left."""
+
+    ends: tuple[int, ...]
+    """How many tokens of each row are here."""
+    keys: tuple[Float[Tensor, "rows heads prefix d_head"], ...] = ()
+    values: tuple[Float[Tensor, "rows heads prefix d_head"], ...] = ()
+
+    def of(self, rows: Sequence[int]) -> "_Past":
+        """Some of the rows, with no more padding than they need; rows may repeat."""
+        ends = tuple(self.ends[r] for r in rows)
+        if not self.keys:
+            return _Past(ends)
+        keys, values = ([tail(x, rows, max(ends)) for x in part] for part in (self.keys, self.values))
+        return _Past(ends, tuple(keys), tuple(values))
+
+    def cache(self, n_layers: int) -> "Cache":
+        """The rows' past as the model's forward takes it."""
+        none = [None] * n_layers
+        return cache_of(self.keys, self.values, max(self.ends)) if self.keys else cache_of(none, none, 0)
+
+
+def _shared(
+    lm: LM, texts: Sequence[tuple[int, ...]], starts: Sequence[int], prefix_group: Sequence[int], max_batch_tokens: int
+) -> _Past:
+    """The past of the tokens that each row shares with the rows of its number."""
+    ends, place = common_beginnings(texts, starts, prefix_group)
+    first_with = {p: r for r, p in reversed(list(enumerate(place)))}
+    prefixes = [texts[first_with[p]] for p in range(len(ends))]
+    past = _extended(lm, prefixes, _Past((0,) * len(prefixes)), ends, max_batch_tokens)
+    return past.of(place)
+
+
+def common_beginnings(
+    texts: Sequence[tuple[int, ...]], limits: Sequence[int], prefix_group: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """How many tokens, at most each row's limit, the rows of each number have in common; and each row's place in that.
+
+    Rows that are alone, or of number -1, have nothing in common with others.
+    """
+    members: dict[int, list[int]] = {}
+    for row, number in enumerate(prefix_group):
+        members.setdefault(number, []).append(row)
+    ends: list[int] = []
+    place = [0] * len(texts)
+    for number, group in members.items():
+        shortest = min(limits[r] for r in group) if number >= 0 and len(group) > 1 else 0
+        columns = zip(*(texts[r][:shortest] for r in group), strict=True)
+        for r in group:
+            place[r] = len(ends)
+        ends.append(next((t for t, column in enumerate(columns) if len(set(column)) > 1), shortest))
+    return ends, place
+
+
+def _extended(
+    lm: LM, texts: Sequence[tuple[int, ...]], past: _Past, ends: Sequence[int], max_batch_tokens: int
+) -> _Past:
+    """The past up to `ends`: the tokens between are run through every block, as far as the last attention."""
+    if tuple(ends) == past.ends:
+        return past
+    kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def keep(rows: Sequence[int], layers: Sequence[Any]) -> None:
+        begin = torch.tensor([past.ends[i] for i in rows])[:, None]
+        token = torch.tensor([ends[i] for i in rows])[:, None] + torch.arange(-max(ends), 0)
+        behind = int(begin.max())  # columns of the past come first, aligned on the right; then the new tokens
+        column = torch.where(token < begin, behind - begin + token, behind + token - begin).clamp(min=0)
+        for i, layer in enumerate(layers):
+            for into, x in zip(kept, layer.all_of_it(), strict=True):
+                part = tokens_at(x.transpose(1, 2), column).transpose(1, 2)
+                if len(into) <= i:
+                    into.append(part.new_zeros(len(texts), *part.shape[1:]))
+                into[i][rows] = part
+
+    running = [i for i, (e, begin) in enumerate(zip(ends, past.ends, strict=True)) if e > begin]
+    for group in buckets([ends[i] - past.ends[i] for i in running], max_batch_tokens):
+        rows = [running[g] for g in group]
+        cache = past.of(rows).cache(lm.n_layers)
+        live = [texts[i][past.ends[i] : ends[i]] for i in rows]
+        inputs = _inputs(lm, live, [past.ends[i] for i in rows], cache)
+        run(lm, inputs, {Point(lm.n_layers - 1, "attn_key"): lambda _: None})
+        keep(rows, cache.layers)
+    idle = [i for i, (e, begin) in enumerate(zip(ends, past.ends, strict=True)) if e == begin > 0]
+    if idle:
+        keep(idle, past.of(idle).cache(lm.n_layers).layers)
+    return _Past(tuple(ends), tuple(kept[0]), tuple(kept[1]))
+
+
+def _frozen(
+    lm: LM,
+    texts: Sequence[tuple[int, ...]],
+    past: _Past,
+    first: int,
+    reads: Mapping[Point, Sequence[int | None]],
+    max_batch_tokens: int,
+) -> tuple[ReplayState, dict[Point, Tensor]]:
+    """The tokens behind the past, run through the blocks below `first`."""
+    lengths = [len(ids) - end for ids, end in zip(texts, past.ends, strict=True)]
+    columns = max(lengths)
+    states: Tensor | None = None
+    entering: list[Tensor] = []
+    found: dict[Point, dict[int, Tensor]] = {point: {} for point in reads}
+
+    def read_output(_: nn.Module, __: Any, output: Any) -> None:
+        entering.append(output[0] if isinstance(output, tuple) else output)
+
+    with ExitStack() as stack:
+        if first == 0:
+            hook = _reading_input(entering)
+            stack.callback(lm.block(0).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        else:
+            stack.callback(lm.block(first - 1).register_forward_hook(read_output).remove)
+        for group in buckets(lengths, max_batch_tokens):
+            begins = [past.ends[i] for i in group]
+            live = [texts[i][past.ends[i] :] for i in group]
+            inputs = _inputs(lm, live, begins, past.of(group).cache(lm.n_layers))
+            hooks: dict[Point, Hook] = {p: _reader(found[p], at, past.ends, group) for p, at in reads.items()}
+            if first:
+                hooks.setdefault(Point(first - 1, "block"), lambda _: None)
+            entering.clear()
+            run(lm, inputs, hooks)
+            column = torch.arange(columns).minimum(torch.tensor([lengths[i] for i in group])[:, None] - 1)
+            behind = tokens_at(entering[0], column)
+            if states is None:
+                states = behind.new_empty(len(texts), *behind.shape[1:])
+            states[group] = behind
+    assert states is not None
+    frozen = ReplayState(first, states, past.keys[first:], past.values[first:], past.ends, tuple(lengths))
+    return frozen, {p: torch.stack([v for _, v in sorted(by_row.items())]) for p, by_row in found.items()}
+
+
+def _inputs(lm: LM, live: Sequence[tuple[int, ...]], begins: Sequence[int], cache: "Cache") -> Inputs:
+    """Tokens of each row that follow its past, as the model's forward takes them."""
+    arguments = row_arguments(lm, begins, [len(ids) for ids in live], cache)
+    arguments["input_ids"] = pad([Row(ids, len(ids)) for ids in live], lm.device).ids
+    rows, tokens = arguments["input_ids"].shape
+    return Inputs((rows, tokens), arguments)
+
+
+def _reading_input(into: list[Tensor]) -> Callable[..., None]:
+    def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        into.append(args[0] if args else kwargs["hidden_states"])
+        raise Stop
+
+    return read
+
+
+def _reader(into: dict[int, Tensor], at: Sequence[int | None], starts: Sequence[int], group: Sequence[int]) -> Hook:
+    wanted = [(j, i, token - starts[i]) for j, i in enumerate(group) if (token := at[i]) is not None]
+
+    def read(value: Tensor) -> None:
+        if wanted:
+            here, rows, columns = zip(*wanted, strict=True)
+            into.update(zip(rows, value[list(here), list(columns)].detach(), strict=True))
+
+    return read

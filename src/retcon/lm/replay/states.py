@@ -1,0 +1,165 @@
+"""Recorded states, and how they enter the model's own forward."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retcon.lm.model import LM
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+
+@runtime_checkable
+class Replayable(Protocol):
+    """States that a replay starts from."""
+
+    @property
+    def first(self) -> int:
+        """First live block, counted from 0; the number of blocks where only the final norm and the head are live."""
+
+    @property
+    def states(self) -> Float[Tensor, "rows columns d_model"]:
+        """What enters block `first`."""
+
+    def cache(self, lm: LM) -> "Cache":
+        """The earlier tokens as the model's forward takes them, for one pass."""
+
+    def arguments(self, lm: LM, cache: "Cache") -> dict[str, Any]:
+        """Arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier tokens."""
+
+
+@dataclass(frozen=True)
+class ReplayState:
+    """What a replay takes as given, for rows aligned at their first live token (column 0).
+
+    Tensors stand where the model's blocks stand, in its dtype.
+    """
+
+    first: int
+    """First live block, counted from 0; the number of blocks where only the final norm and the head are live."""
+    states: Float[Tensor, "rows columns d_model"]
+    """What enters block `first`; columns behind a row's end hold anything finite."""
+    keys: tuple[Float[Tensor, "rows heads prefix d_head"], ...]
+    """Per live block, the attention keys of tokens before column 0, padded on the left."""
+    values: tuple[Float[Tensor, "rows heads prefix d_head"], ...]
+    """The same for the attention values."""
+    starts: tuple[int, ...]
+    """Token index of column 0, per row."""
+    lengths: tuple[int, ...]
+    """Live tokens, per row."""
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the recorded tensors take."""
+        return sum(t.nbytes for t in (self.states, *self.keys, *self.values))
+
+    def select(self, rows: Sequence[int]) -> "ReplayState":
+        """Some of the rows, with no more padding than they need."""
+        starts, lengths = tuple(self.starts[r] for r in rows), tuple(self.lengths[r] for r in rows)
+        states = self.states[:, : max(lengths)].index_select(0, torch.tensor(rows, device=self.states.device))
+        keys, values = (tuple(tail(x, rows, max(starts)) for x in part) for part in (self.keys, self.values))
+        return replace(self, states=states, keys=keys, values=values, starts=starts, lengths=lengths)
+
+    def cache(self, lm: LM) -> "Cache":
+        """The earlier tokens as the model's forward takes them, for one pass."""
+        return live_cache(lm, self.first, self.keys, self.values, max(self.starts))
+
+    def arguments(self, lm: LM, cache: "Cache") -> dict[str, Any]:
+        """Arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier tokens."""
+        return dict(inputs_embeds=stand_in(lm, self.states), **row_arguments(lm, self.starts, self.lengths, cache))
+
+
+def row_arguments(lm: LM, begins: Sequence[int], lengths: Sequence[int], cache: "Cache") -> dict[str, Any]:
+    """Return mask and positions for rows whose tokens [begin, begin + length) are run behind their past."""
+    prefix, columns = max(begins), max(lengths)
+    begin, length = torch.tensor(begins)[:, None], torch.tensor(lengths)[:, None]
+    return dict(
+        attention_mask=(torch.arange(prefix + columns) >= prefix - begin).long().to(lm.device),
+        position_ids=(begin + torch.arange(columns).minimum(length - 1)).to(lm.device),  # padding stays in the context
+        past_key_values=cache,
+        use_cache=True,
+    )
+
+
+def stand_in(lm: LM, states: Float[Tensor, "rows columns d_model"]) -> Tensor:
+    """Return embeddings that nothing reads."""
+    embedding = lm.model.get_submodule(lm.layout.embedding).weight
+    return embedding.new_zeros(1).expand(*states.shape[:2], embedding.shape[1])
+
+
+def tokens_at(x: Tensor, tokens: Int[Tensor, "rows n"]) -> Tensor:
+    """Return tokens of each row of x (rows, tokens, ...), as (rows, n, ...)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], tokens.to(x.device)]
+
+
+def tail(x: Tensor, rows: Sequence[int], length: int) -> Tensor:
+    """Return the last `length` tokens of some rows of x (rows, heads, tokens, d_head)."""
+    return x[:, :, x.shape[2] - length :].index_select(0, torch.tensor(rows, device=x.device))
+
+
+@functools.cache
+def _layer_class() -> Any:
+    """A layer of transformers' `Cache`, defined on first use, since importing that takes seconds."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Earlier(DynamicLayer):
+        """One block's past for one pass: gives it with the new tokens behind, and remembers the whole."""
+
+        def __init__(self, keys: Tensor | None, values: Tensor | None, length: int) -> None:
+            super().__init__()
+            self.past, self.length = (keys, values), length
+            self.whole: tuple[Tensor, Tensor] | None = None
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            keys, values = self.past
+            if keys is not None and values is not None:
+                key_states, value_states = _behind(keys, key_states), _behind(values, value_states)
+            if not torch.is_grad_enabled():
+                self.whole = key_states, value_states
+            return key_states, value_states
+
+        def all_of_it(self) -> tuple[Tensor, Tensor]:
+            """Keys and values of the past and of the tokens that were run, if any were."""
+            found = self.whole or self.past
+            assert found[0] is not None
+            assert found[1] is not None
+            return found[0], found[1]
+
+        def get_seq_length(self) -> int:
+            return self.length
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return self.length + query_length, 0
+
+    return Earlier
+
+
+def _behind(past: Tensor, new: Tensor) -> Tensor:
+    """Both one after the other; the rows of `past` serve those of `new` as often as they go into them."""
+    times = len(new) // len(past)
+    return torch.cat([past.expand(times, *past.shape), new.unflatten(0, (times, len(past)))], 3).flatten(0, 1)
+
+
+def live_cache(lm: LM, first: int, keys: Sequence[Tensor], values: Sequence[Tensor], length: int) -> "Cache":
+    """`cache_of` with keys and values given for the blocks from `first` on."""
+    none: list[Tensor | None] = [None] * lm.n_layers
+    if not length:
+        return cache_of(none, none, 0)
+    of_all = [(none[:first] + list(part) + none)[: lm.n_layers] for part in (keys, values)]
+    return cache_of(of_all[0], of_all[1], length)
+
+
+def cache_of(keys: Sequence[Tensor | None], values: Sequence[Tensor | None], length: int) -> "Cache":
+    """`length` earlier tokens of every block, as the model's forward takes them."""
+    from transformers import Cache
+
+    return Cache(layers=[_layer_class()(k, v, length) for k, v in zip(keys, values, strict=True)])
