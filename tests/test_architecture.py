@@ -21,6 +21,7 @@ LEVELS = [
     {"evaluation"},
     {"methods"},
     {"export", "audit"},
+    {"store"},
     {"workflow"},
     {"bench"},
     {"cli", "__main__"},

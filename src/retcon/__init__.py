@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from retcon.memory.values import ValueCache
     from retcon.methods.common.registry import list_methods, method
     from retcon.methods.common.sequence import in_steps
+    from retcon.store import Store
 
 _LAZY = {
     "Columns": "retcon.delta",
@@ -41,6 +42,7 @@ _LAZY = {
     "Layout": "retcon.lm.layouts",
     "LowRank": "retcon.delta",
     "Rows": "retcon.delta",
+    "Store": "retcon.store",
     "ValueCache": "retcon.memory.values",
     "evaluate": "retcon.evaluation",
     "in_steps": "retcon.methods.common.sequence",
@@ -67,6 +69,7 @@ __all__ = [
     "LowRank",
     "Query",
     "Rows",
+    "Store",
     "ValueCache",
     "evaluate",
     "in_steps",

@@ -366,10 +366,11 @@ def case_from(record: Mapping[str, Any], where: str) -> Case:
 
 def write_cases(path: str | os.PathLike[str], cases: Iterable[Case]) -> None:
     """Write cases as JSON lines, fields of edits and queries that are None left out."""
-    _write_lines(path, map(_case_record, cases))
+    _write_lines(path, map(case_record, cases))
 
 
-def _case_record(case: Case) -> dict[str, Any]:
+def case_record(case: Case) -> dict[str, Any]:
+    """Return the case's fields as `write_cases` writes them, one JSON object."""
     return {
         "id": case.id,
         "edits": [edit_record(edit) for edit in case.edits],

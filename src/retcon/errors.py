@@ -77,6 +77,14 @@ class ModelBusy(RetconError):
     """Another thread is changing the model, or is inside a scope of it."""
 
 
+class UnknownEntry(RetconError):
+    """A store has no entry, delta or fact of that name."""
+
+
+class StoreBusy(RetconError):
+    """Another process is writing to the store."""
+
+
 class NonFinite(RetconError):
     """NaN or infinity where a number must stand: a loss, a moment, a change."""
 

@@ -49,6 +49,26 @@ def search_values(
         NonFinite: a loss came out NaN or infinite; the message names the edit.
         OutOfMemory: a chunk does not fit, and `search.shrink` does not allow a smaller one; or not even one edit fits.
     """
+    known = None if cache is None else cache.known
+    if known is not None:
+
+        def search_others(rest: Sequence[Edit]) -> Values:
+            return _search(lm, rest, sites, contexts, search, progress, plan, cache)
+
+        return gathered(*known.complete(lm, edits, sites, contexts, search, search_others))
+    return _search(lm, edits, sites, contexts, search, progress, plan, cache)
+
+
+def _search(
+    lm: LM,
+    edits: Sequence[Edit],
+    sites: Sequence[ValueSite],
+    contexts: Contexts,
+    search: ValueSearch,
+    progress: Callable[[int], None],
+    plan: Plan | None,
+    cache: ValueCache | None,
+) -> Values:
     with lm.frozen_eval():
         rows = [EditRows.of(lm, edit, sites, contexts, search) for edit in edits]
         if not edits or not replays(lm, rows[0], sites, search):

@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 
-from retcon.checked import Kind, cached, keep
+from retcon.checked import Kind, cached, keep, read_checked, write_checked
 from retcon.delta import EditReport
 from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.chunk import ValueOf
-from retcon.memory.values.objective import ValueSearch, ValueSite
+from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, Plan
 
 VALUES = Kind("searched values", format=2, computation=2)
+KNOWN = Kind("values by edit", format=1, computation=1)
 
 
 @dataclass
@@ -39,12 +40,104 @@ class ValueCache:
     """Folders of the searches made with it."""
     resumed: int = 0
     """Edits whose values were found there."""
+    known: "KnownValues | None" = None
+    """Values by edit, whatever batch they were searched in; None: each batch is searched whole."""
 
     def discard(self) -> None:
         """Remove them: their result is safe elsewhere."""
         for path in self.used:
             shutil.rmtree(path, ignore_errors=True)
         self.used.clear()
+
+
+@dataclass
+class KnownValues:
+    """Values by edit, so that a batch can be written again, less one edit or with another, without a new search.
+
+    A search looks its edits up here and runs for the others alone, whose values join. Values count as known for the
+    same edit, sites, contexts and settings, whatever deltas were applied before the proposal began: a batch that stays
+    in force on other predecessors keeps its values too. What was searched inside the proposal, on weights that it had
+    written itself, is known only for the same writes.
+    """
+
+    n_before: int = 0
+    """Deltas applied before the proposal began."""
+    found: dict[str, ValueOf] = field(default_factory=dict)
+    used: list[str] = field(default_factory=list)
+    """Keys that were looked up and are of use for the batch as it is now."""
+    searched: int = 0
+    """Edits that had to be searched."""
+
+    def complete(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        sites: Sequence[ValueSite],
+        contexts: Contexts,
+        search: ValueSearch,
+        run: "Callable[[Sequence[Edit]], Values]",
+    ) -> tuple[list[ValueOf], dict[str, Any]]:
+        """Return the values of all edits and how the search for the unknown ones was cut up; `run` searches those."""
+        on = [delta.id for delta in lm.applied][self.n_before :]
+        common = {
+            "model": lm.fingerprint(),
+            "dtype": str(lm.dtype),
+            "on": on,
+            "sites": [asdict(s) for s in sites],
+            "contexts": contexts.prefixes,
+            "search": asdict(search),
+        }
+        keys = [_digest({**common, "edit": asdict(edit)}) for edit in edits]
+        missing = [i for i, key in enumerate(keys) if key not in self.found]
+        plan: dict[str, Any] = {}
+        if missing:
+            values = run([edits[i] for i in missing])
+            plan = dict(values.plan)
+            for j, i in enumerate(missing):
+                init, offset, activation = (
+                    tuple(x[j] for x in part) for part in (values.init, values.offset, values.activation)
+                )
+                self.found[keys[i]] = ValueOf(init, offset, activation, values.report[j])
+        self.searched += len(missing)
+        self.used.extend(keys)
+        return [self.found[key] for key in keys], plan
+
+    def save(self, path: str | Path) -> None:
+        """Write the values that are of use for the batch as it is now."""
+        keys = list(dict.fromkeys(self.used))
+        values = [self.found[key] for key in keys]
+        tensors = {}
+        for n in sorted({len(v.init) for v in values}):
+            same = [v for v in values if len(v.init) == n]
+            for name in ("init", "offset", "activation"):
+                for s in range(n):
+                    tensors[f"{n}.{name}.{s}"] = torch.stack([getattr(v, name)[s] for v in same])
+        about = {"keys": keys, "sites": [len(v.init) for v in values], "reports": [asdict(v.report) for v in values]}
+        write_checked(path, KNOWN, {}, tensors, about)
+
+    @classmethod
+    def load(cls, path: str | Path, n_before: int) -> "KnownValues":
+        """Read what `save` wrote.
+
+        Raises:
+            MalformedFile: damaged, or of another version.
+            FileNotFoundError: it is not there.
+        """
+        tensors, about = read_checked(path, KNOWN, {})
+        place = dict.fromkeys(about["sites"], 0)
+        found = {}
+        for key, n, report in zip(about["keys"], about["sites"], about["reports"], strict=True):
+            j = place[n]
+            place[n] += 1
+            init, offset, activation = (
+                tuple(tensors[f"{n}.{name}.{s}"][j] for s in range(n)) for name in ("init", "offset", "activation")
+            )
+            found[key] = ValueOf(init, offset, activation, EditReport(**report))
+        return cls(n_before, found)
+
+
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
 class ValueStore:

@@ -1,0 +1,167 @@
+"""What a store's facts say, in SQLite: quick to ask, never the truth, made again wherever the files have changed."""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from retcon.edits import Case, case_from, case_record
+from retcon.errors import InvalidEdit, MalformedFile
+from retcon.store.history import json_lines
+
+INDEX, FACTS = "index.sqlite", "facts"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a file of facts: where it is, and enough of it to be listed."""
+
+    entry: str
+    number: int
+    fact: str
+    delta: str
+    prompt: str
+    subject: str
+    target: str
+
+
+class Index:
+    """The facts of a store by entry and by name. Many may read it; who writes waits for the others."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.connection = self._open()
+        self._sync()
+
+    def _open(self) -> sqlite3.Connection:
+        path = self.root / INDEX
+        for again in (False, True):
+            try:
+                connection = sqlite3.connect(path, timeout=10, isolation_level=None)
+                connection.execute("PRAGMA journal_mode=WAL")
+                if connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
+                    connection.executescript(f"DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS facts;{_TABLES}")
+                connection.execute("SELECT count(*) FROM facts").fetchone()
+                return connection
+            except sqlite3.DatabaseError:
+                with suppress(sqlite3.Error, UnboundLocalError):
+                    connection.close()
+                if again:
+                    break
+                for name in (INDEX, f"{INDEX}-wal", f"{INDEX}-shm"):  # damaged: it is made again from the files
+                    with suppress(OSError):
+                        (self.root / name).unlink(missing_ok=True)
+        memory = sqlite3.connect(":memory:", isolation_level=None)  # a store on a disk that cannot be written to
+        memory.executescript(_TABLES)
+        return memory
+
+    def _sync(self) -> None:
+        """Read the files of facts that are new or have changed."""
+        known = {name: (size, time) for name, size, time in self.connection.execute("SELECT * FROM files")}
+        there = {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in (self.root / FACTS).glob("*.jsonl")}
+        changed = sorted(name for name in known.keys() | there.keys() if known.get(name) != there.get(name))
+        if not changed:
+            return
+        rows = {name: list(_lines(self.root / FACTS / name)) for name in changed if name in there}
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            for name in changed:
+                self.connection.execute("DELETE FROM facts WHERE entry = ?", (Path(name).stem,))
+                self.connection.execute("DELETE FROM files WHERE name = ?", (name,))
+                if name in there:
+                    self.connection.executemany("INSERT INTO facts VALUES (?,?,?,?,?,?,?,?)", rows[name])
+                    self.connection.execute("INSERT INTO files VALUES (?,?,?)", (name, *there[name]))
+            self.connection.execute("COMMIT")
+        except BaseException:
+            self.connection.execute("ROLLBACK")
+            raise
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.connection.close()
+
+    def of_entry(self, entry: str) -> list[Line]:
+        """The lines of one file, in order."""
+        found = self.connection.execute(f"SELECT {_SHOWN} FROM facts WHERE entry = ? ORDER BY number", (entry,))
+        return [Line(*row) for row in found]
+
+    def of_fact(self, fact: str) -> list[Line]:
+        """The lines of one fact, in whatever entry: by its id, or that of one of its edits."""
+        found = self.connection.execute(f"SELECT {_SHOWN} FROM facts WHERE fact = ? ORDER BY entry", (fact,))
+        return [Line(*row) for row in found]
+
+    def counts(self) -> dict[str, int]:
+        """Lines by entry."""
+        return dict(self.connection.execute("SELECT entry, count(*) FROM facts GROUP BY entry"))
+
+    def case(self, line: Line) -> Case:
+        """The fact of a line, with its checks."""
+        row = self.connection.execute(
+            "SELECT record FROM facts WHERE entry = ? AND number = ?", (line.entry, line.number)
+        ).fetchone()
+        return _case(json.loads(row[0]), f"{self.root / FACTS / line.entry}.jsonl, line {line.number}")
+
+
+_TABLES = f"""
+CREATE TABLE files (name TEXT PRIMARY KEY, size INTEGER, time INTEGER);
+CREATE TABLE facts (entry TEXT, number INTEGER, fact TEXT, delta TEXT, prompt TEXT, subject TEXT, target TEXT,
+    record TEXT, PRIMARY KEY (entry, number));
+CREATE INDEX by_fact ON facts (fact);
+PRAGMA user_version = {VERSION};
+"""
+_SHOWN = "entry, number, fact, delta, prompt, subject, target"
+
+
+def _lines(path: Path) -> Iterator[tuple[Any, ...]]:
+    seen: dict[str, int] = {}
+    for number, record in json_lines(path):
+        where = f"{path}, line {number}"
+        case = _case(record, where)
+        if not case.edits:
+            raise MalformedFile(f"{where}: a fact without an edit")
+        if case.id in seen:
+            raise MalformedFile(
+                f"{where}: fact {case.id!r} is on line {seen[case.id]} already; take one of the two out"
+            )
+        seen[case.id] = number
+        edit = case.edits[0]
+        yield (
+            *(path.stem, number, case.id, record["delta"], edit.text, edit.subject or ""),
+            *("; ".join(e.target_new for e in case.edits), json.dumps(record, ensure_ascii=False)),
+        )
+
+
+def _case(record: dict[str, Any], where: str) -> Case:
+    if not isinstance(record.get("delta"), str):
+        raise MalformedFile(f"{where}: field 'delta' is missing; which delta holds the fact?")
+    return case_from({k: v for k, v in record.items() if k != "delta"}, where)
+
+
+def fact_line(case: Case, delta: str) -> str:
+    """A fact as its file has it: one line."""
+    return json.dumps({"delta": delta, **case_record(case)}, ensure_ascii=False)
+
+
+def with_target(case: Case, target: str) -> Case:
+    """The fact with another answer, in its edit and in its checks.
+
+    Checks whose answers followed from the old one (portability, two hops) are left out: what follows now is not known.
+
+    Raises:
+        InvalidEdit: the fact consists of several edits, so one target does not say what each becomes.
+    """
+    from retcon.evaluation.metrics import is_locality
+
+    if len(case.edits) != 1:
+        raise InvalidEdit(f"fact {case.id!r} consists of {len(case.edits)} edits; revert it and edit it anew")
+    queries = []
+    for query in case.queries:
+        if query.axis in ("rewrite", "paraphrase"):
+            queries.append(replace(query, target=target, answers=((target,),) if query.answers else ()))
+        elif is_locality(query.axis):
+            queries.append(query if query.contrast is None else replace(query, contrast=target))
+    return replace(case, edits=(replace(case.edits[0], target_new=target),), queries=tuple(queries))

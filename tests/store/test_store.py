@@ -1,0 +1,360 @@
+"""A store: its states are bit for bit, nothing is searched that did not change, and files say who they are."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retcon.edits import Case, Edit, Query
+from retcon.errors import (
+    ConflictingEdits,
+    InvalidEdit,
+    InvalidSetting,
+    MalformedFile,
+    StoreBusy,
+    UnknownEntry,
+    WrongBase,
+)
+from retcon.lm.model import LM
+from retcon.methods.memit import Memit
+from retcon.methods.rome import Rome
+from retcon.store import Store
+from retcon.store.journal import writing
+from tests.conftest import random_moments, tiny_model, tokenizer
+
+Tiny = Callable[..., LM]
+MEMIT = Memit(layers=(0, 1), steps=3, moment_weight=100.0)
+TEXTS = {
+    "france": ("The capital of {} is", "France", "Rome", "Paris"),
+    "darrieux": ("The mother tongue of {} is", "Danielle Darrieux", "Italian", "French"),
+    "leonardo": ("{} lived in", "Leonardo da Vinci", "São Paulo", "Florence"),
+    "italy": ("The capital of {} is", "Italy", "Paris", "Rome"),
+    "rocard": ("The mother tongue of {} is", "Michel Rocard", "Italian", "French"),
+}
+
+
+def fact(name: str) -> Case:
+    edit = Edit(*TEXTS[name], id=name)
+    queries = (
+        Query("rewrite/0", "rewrite", edit.text, edit.target_new, edit.target_true, ((edit.target_new,),)),
+        Query("paraphrase/0", "paraphrase", f"You know: {edit.text}", edit.target_new, edit.target_true),
+        Query("neighborhood/0", "neighborhood", "The train to Milan stood", "still", edit.target_new),
+        Query("portability.x/0", "portability.x", "The way home from there is", "late"),
+    )
+    return Case(name, (edit,), queries, "test")
+
+
+FACTS = [fact(name) for name in TEXTS]
+
+
+@pytest.fixture
+def lm(tiny: Tiny) -> LM:
+    return tiny("gptj", torch.float32)
+
+
+@pytest.fixture
+def moments(lm: LM) -> Any:
+    return random_moments(lm)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two entries: three facts by MEMIT, then two one by one by ROME."""
+    folder = tmp_path_factory.mktemp("prepared")
+    lm = LM(tiny_model("gptj", torch.float32), tokenizer("gpt"), name="tiny-gptj")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RETCON_CACHE", str(folder / "cache"))
+        store = Store.init(folder / "edits", lm)
+        store.edit(lm, FACTS[:3], MEMIT, moments=random_moments(lm), message="three facts")
+        store.edit(lm, FACTS[3:], Rome(layer=1, steps=3), moments=random_moments(lm))
+    return store.path
+
+
+@pytest.fixture
+def store(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A copy of the prepared one."""
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(prepared, tmp_path / "edits", ignore=shutil.ignore_patterns("index.sqlite*"))
+    return Store(tmp_path / "edits")
+
+
+def weights(lm: LM) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in lm.model.named_parameters()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_every_state_is_its_deltas_in_order_bit_for_bit(store: Store, lm: LM) -> None:
+    base = weights(lm)
+    one, two = store.log()
+    assert (one.action, one.message, one.after, two.after) == ("edit", "three facts", None, one.id)
+    assert [len(store.state(at).deltas) for at in ("base", one.id, "HEAD", None)] == [0, 1, 3, 3]
+    with store.at(lm, "HEAD~1"):
+        with_one = weights(lm)
+    for delta in store.deltas(one.id):
+        lm.apply(delta)
+    assert same(weights(lm), with_one)
+    lm.revert_all()
+    assert same(weights(lm), base)
+    store.checkout(lm)
+    store.checkout(lm, one.id)
+    assert same(weights(lm), with_one)
+    store.checkout(lm, "base")
+    assert same(weights(lm), base)
+
+
+def test_facts_are_one_readable_line_each_and_come_back_whole(store: Store) -> None:
+    assert store.cases() == FACTS
+    assert [line.fact for line in store.facts("HEAD~1")] == ["france", "darrieux", "leonardo"]
+    first = (store.path / "facts" / f"{store.log()[0].id}.jsonl").read_text().splitlines()
+    assert len(first) == 3
+    assert json.loads(first[2])["edits"][0]["target_new"] == "São Paulo"
+    assert "São Paulo" in first[2]
+
+
+def test_reverting_an_entry_and_the_reverting(store: Store, lm: LM) -> None:
+    with store.at(lm):
+        before = weights(lm)
+    state = store.state()
+    undo = store.revert(store.log()[0].id)
+    assert undo.about["on_top"] == list(state.deltas[1:])
+    assert store.state().deltas == state.deltas[1:]
+    assert [line.fact for line in store.facts()] == ["italy", "rocard"]
+    with pytest.raises(UnknownEntry, match="nothing of it is in force"):
+        store.revert(store.log()[0].id)
+    back = store.revert(undo.id)
+    assert back.action == "restore"
+    assert store.state() == state  # in its old place, before those that were proposed on it
+    with store.at(lm):
+        assert same(weights(lm), before)
+
+
+def test_a_fact_leaves_its_batch_and_no_value_is_searched(store: Store, lm: LM, moments: Any) -> None:
+    old = store.deltas()
+    entry = store.revert_fact(lm, "darrieux", moments=moments)
+    assert entry.about["searched"] == 0
+    assert [line.fact for line in store.facts()] == ["france", "leonardo", "italy", "rocard"]
+    new = store.deltas()
+    assert [e.id for e in new[0].edits] == ["france", "leonardo"]
+    assert new[1:] == old[1:]
+    direct = MEMIT.propose(lm, [FACTS[0].edits[0], FACTS[2].edits[0]], moments=moments)
+    assert direct.contexts == new[0].contexts
+    for name in direct.changes:  # values are those that a search of the two alone would find
+        shape = lm.parameter(name).shape
+        torch.testing.assert_close(direct.dense(name, shape), new[0].dense(name, shape), rtol=1e-3, atol=1e-4)
+    store.revert(entry.id)
+    assert store.deltas() == old
+    assert [line.fact for line in store.facts()] == list(TEXTS)
+
+
+def test_searches_are_counted_where_they_happen(
+    store: Store, lm: LM, moments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retcon.memory.values import search
+
+    ran: list[str] = []
+    run = search._search
+    monkeypatch.setattr(
+        search, "_search", lambda lm, edits, *rest: ran.extend(e.id for e in edits) or run(lm, edits, *rest)
+    )
+    store.revert_fact(lm, "france", moments=moments)
+    assert ran == []
+    store.amend(lm, "leonardo", "Paris", moments=moments)
+    assert ran == ["leonardo"]
+    store.amend(lm, "leonardo", "Milan", moments=moments, repropose=True)
+    assert ran == ["leonardo", "leonardo", "italy", "rocard"]
+
+
+def test_an_amended_fact_keeps_its_place_and_its_checks_follow(store: Store, lm: LM, moments: Any) -> None:
+    old = store.deltas()
+    entry = store.amend(lm, "darrieux", "Greek", moments=moments)
+    assert (entry.action, entry.about["searched"]) == ("amend", 1)
+    assert entry.about["on_top"] == [d.id for d in old[1:]]
+    assert [line.fact for line in store.facts()] == list(TEXTS)
+    assert (store.path / "facts" / f"{entry.id}.jsonl").read_text().count("\n") == 1
+    case = store.cases()[1]
+    assert case.edits[0].target_new == "Greek"
+    assert {q.axis: (q.target, q.contrast) for q in case.queries} == {
+        "rewrite": ("Greek", "French"),
+        "paraphrase": ("Greek", "French"),
+        "neighborhood": ("still", "Greek"),
+    }
+    assert store.cases("HEAD~1") == FACTS
+    with pytest.raises(InvalidEdit, match="has that answer already"):
+        store.amend(lm, "darrieux", "Greek", moments=moments)
+
+
+def test_a_method_of_single_facts_takes_out_its_own_delta(store: Store, lm: LM, moments: Any) -> None:
+    old = store.state()
+    entry = store.revert_fact(lm, "italy", moments=moments)
+    assert entry.sets == {old.deltas[1]: (old.deltas[1], None)}
+    assert store.state().deltas == (old.deltas[0], old.deltas[2])
+    with pytest.raises(UnknownEntry, match="'italy' is no longer in force"):
+        store.fact("italy")
+
+
+def test_later_deltas_are_proposed_again_on_request(store: Store, lm: LM, moments: Any) -> None:
+    old = store.state()
+    entry = store.revert_fact(lm, "france", moments=moments, repropose=True)
+    assert entry.about["proposed_again"] == list(old.deltas[1:])
+    one, two, three = store.deltas()
+    assert (two.parents, three.parents) == ((one.id,), (one.id, two.id))
+    assert list(store.state().slots) == list(old.slots)
+
+
+def test_float16_halves_a_store_and_says_what_it_does_then(tmp_path: Path, lm: LM, moments: Any) -> None:
+    whole, half = (Store.init(tmp_path / p, lm, precision=p) for p in ("float32", "float16"))  # type: ignore[arg-type]
+    for store in (whole, half):
+        store.edit(lm, FACTS[:3], MEMIT, moments=moments)
+    (one,), (two,) = whole.deltas(), half.deltas()
+    assert two.nbytes() * 2 == one.nbytes()
+    with half.at(lm):
+        from retcon.methods.common.proposal import answers
+
+        found = answers(lm, two.edits)
+    assert [r.final_probability for r in two.report] == [p for p, _ in found]
+    half.revert_fact(lm, "france", moments=moments)
+    assert half.deltas()[0].changes[next(iter(two.changes))][0].values().dtype == torch.float16
+
+
+# --- what can be wrong -----------------------------------------------------------------------------------------------
+
+
+def test_contradictions_and_repetitions_are_refused(store: Store, lm: LM) -> None:
+    log = store.log()
+    with pytest.raises(InvalidEdit, match="fact 'france' is in force already; leave it out, or amend it"):
+        store.edit(lm, [FACTS[0]], MEMIT)
+    other = Case("fr2", (replace(FACTS[0].edits[0], target_new="Milan", id="fr2"),), ())
+    with pytest.raises(ConflictingEdits, match="retcon amend france --target 'Milan'"):
+        store.edit(lm, [other], MEMIT)
+    with pytest.raises(InvalidSetting, match="no facts"):
+        store.edit(lm, [], MEMIT)
+    assert store.log() == log
+
+
+def test_unknown_names_say_what_there_is(store: Store, lm: LM) -> None:
+    with pytest.raises(UnknownEntry, match=r"no entry 'nope' in this store; the last one is "):
+        store.revert("nope")
+    with pytest.raises(UnknownEntry, match="no fact 'nope'"):
+        store.revert_fact(lm, "nope")
+    with pytest.raises(UnknownEntry, match="HEAD~2: the log has 2 entries"):
+        store.entry("HEAD~2")
+    assert store.entry(store.log()[0].id[:5]) == store.log()[0]
+
+
+def test_another_base_is_refused(store: Store, tiny: Tiny) -> None:
+    other = tiny("gptj", torch.float32, seed=1)
+    with pytest.raises(WrongBase, match="load the model the store was made for"):
+        store.checkout(other)
+    with pytest.raises(WrongBase):
+        store.revert_fact(other, "france")
+    assert other.applied == ()
+
+
+def test_missing_and_damaged_files_are_named(store: Store, lm: LM, tmp_path: Path) -> None:
+    delta = store.state().deltas[0]
+    path = store.path / "deltas" / f"{delta}.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(MalformedFile, match="not committed to git"):
+        store.checkout(lm)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(MalformedFile, match="git lfs pull"):
+        store.checkout(lm)
+    path.write_bytes((store.path / "deltas" / f"{store.state().deltas[1]}.safetensors").read_bytes())
+    with pytest.raises(MalformedFile, match="was renamed"):
+        store.checkout(lm)
+    assert lm.applied == ()
+    path.write_bytes(content)
+    facts = store.path / "facts" / f"{store.log()[0].id}.jsonl"
+    facts.write_text("<<<<<<< ours\n" + facts.read_text())
+    with pytest.raises(MalformedFile, match=r"jsonl, line 1: holds the marks of a merge"):
+        Store(store.path).facts()
+    with pytest.raises(MalformedFile, match="holds no store; make one with"):
+        Store(tmp_path)
+    with pytest.raises(InvalidSetting, match="a store already"):
+        Store.init(store.path, lm)
+
+
+def test_two_writers_one_is_refused_and_a_reader_is_not(store: Store) -> None:
+    with writing(store.path):
+        with pytest.raises(StoreBusy, match=r"another process \(pid \d+\) is writing"):
+            Store(store.path).revert("HEAD")
+        assert len(Store(store.path).facts()) == 5
+    assert Store(store.path).revert("HEAD").action == "revert"
+
+
+def test_the_index_is_made_again_from_the_files(store: Store) -> None:
+    facts = store.facts()
+    store.index.close()
+    for damage in (b"", b"no database at all" * 100):
+        (store.path / "index.sqlite").write_bytes(damage)
+        for name in ("index.sqlite-wal", "index.sqlite-shm"):
+            (store.path / name).unlink(missing_ok=True)
+        again = Store(store.path)
+        assert again.facts() == facts
+        again.index.close()
+
+
+def test_gc_removes_what_nothing_needs_and_says_so_later(store: Store, lm: LM, moments: Any) -> None:
+    assert store.gc() == ([], 0)
+    (store.path / "deltas" / "0123456789abcdef.safetensors").write_bytes(b"debris")
+    assert store.gc() == (["deltas/0123456789abcdef.safetensors"], 6)
+    first = store.state()
+    store.amend(lm, "france", "Milan", moments=moments)
+    removed, n_bytes = store.gc(before="HEAD")
+    assert removed == [f"{folder}/{first.deltas[0]}.safetensors" for folder in ("deltas", "values")]
+    assert n_bytes > 0
+    store.checkout(lm)
+    with pytest.raises(MalformedFile, match=r"no such file; entry \w+ \(gc\) removed it"):
+        store.checkout(lm, store.log()[1].id)
+    lm.revert_all()
+    store.gc(values=True)
+    with pytest.warns(UserWarning, match="has no values in the store"):
+        assert store.revert_fact(lm, "france", moments=moments).about["searched"] == 2
+
+
+# --- git -------------------------------------------------------------------------------------------------------------
+
+
+def git(where: Path, *arguments: str) -> str:
+    names = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main"]
+    run = subprocess.run(["git", *names, *arguments], cwd=where, capture_output=True, text=True, check=True)
+    return run.stdout
+
+
+def test_two_branches_merge_and_two_changes_of_one_delta_do_not(
+    store: Store, lm: LM, moments: Any, tmp_path: Path
+) -> None:
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "edits")
+    assert "index" not in git(tmp_path, "status", "--short")
+    git(tmp_path, "commit", "-qm", "two entries")
+    git(tmp_path, "checkout", "-qb", "side")
+    store.revert_fact(lm, "italy", moments=moments)
+    git(tmp_path, "add", "edits")
+    git(tmp_path, "commit", "-qm", "side")
+    git(tmp_path, "checkout", "-q", "main")
+    store = Store(store.path)
+    assert len(store.facts()) == 5
+    store.amend(lm, "france", "Milan", moments=moments)
+    git(tmp_path, "add", "edits")
+    git(tmp_path, "commit", "-qm", "main")
+    git(tmp_path, "merge", "-q", "side", "-m", "both")
+    store = Store(store.path)
+    assert [line.target for line in store.facts()] == ["Milan", "Italian", "São Paulo", "Italian"]
+    git(tmp_path, "checkout", "-q", "-b", "third", "main~2")
+    Store(store.path).revert_fact(lm, "france", moments=moments)
+    git(tmp_path, "add", "edits")
+    git(tmp_path, "commit", "-qm", "third")
+    git(tmp_path, "merge", "-q", "main", "-m", "clash")
+    with pytest.raises(MalformedFile, match="both change delta"):
+        Store(store.path).facts()
