@@ -168,5 +168,12 @@ def as_bytes(tensor: "Tensor") -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
+def from_bytes(data: bytes) -> "Tensor":
+    """Return bytes as a tensor, for a file that holds text beside its record."""
+    import torch
+
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+
+
 def _as_json(values: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(values, default=str))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from retcon.bench.spec import MeasureSpec
 from retcon.bench.units import Units
 from retcon.delta import Delta
 from retcon.edits import Edit, write_cases
-from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, RetconWarning
+from retcon.errors import InvalidSetting, MalformedFile, RetconWarning
 from retcon.evaluation import Measures
 from retcon.evaluation.measure import Outputs, tell
 from retcon.evaluation.plan import make_plan
@@ -216,9 +217,10 @@ def test_the_unedited_model_is_measured_once_for_all(
     run_bench(both, tmp_path / "two")
     assert looked == [4, 3]
     assert results(tmp_path / "one") == results(tmp_path / "two")
-    for file in (tmp_path / "cache" / "pre").glob("*.json"):
+    for file in (tmp_path / "cache" / "pre").glob("*.safetensors"):
         file.write_text("{")
-    run_bench(both, tmp_path / "three")
+    with pytest.warns(RetconWarning, match="not a readable file of records of an unedited model"):
+        run_bench(both, tmp_path / "three")
     assert looked == [4, 3, 4, 3]
     assert results(tmp_path / "three") == results(tmp_path / "one")
 
@@ -265,20 +267,41 @@ def test_kept_tokens_give_the_records_again(spec: BenchSpec, tmp_path: Path, tin
     ]
 
 
-def test_damaged_files_are_named(spec: BenchSpec, tmp_path: Path) -> None:
+def test_a_damaged_unit_or_delta_is_made_again(spec: BenchSpec, tmp_path: Path) -> None:
     spec = dataclasses.replace(spec, protocols=PROTOCOLS[1:])
     run_bench(spec, tmp_path / "out")
     (run,) = read_bench(tmp_path / "out").runs
+    records = (run.directory / "records.jsonl").read_bytes()
+    units, deltas = (sorted((run.directory / name).glob("*.safetensors")) for name in ("units", "deltas"))
+    for lost, damaged in [(None, units[1]), (units[-1], units[0]), (units[-1], deltas[0])]:
+        (run.directory / "records.jsonl").unlink()
+        if lost is not None:  # the last look is lost; the steps are there
+            lost.unlink()
+        raw = bytearray(damaged.read_bytes())
+        raw[-3] ^= 8
+        damaged.write_bytes(raw)
+        with pytest.warns(RetconWarning, match=f"{damaged.name}: damaged"):
+            run_bench(spec, tmp_path / "out")
+        assert (run.directory / "records.jsonl").read_bytes() == records
+
+
+def test_swapped_files_are_never_used(spec: BenchSpec, tmp_path: Path) -> None:
+    spec = dataclasses.replace(spec, protocols=PROTOCOLS[1:])
+    run_bench(spec, tmp_path / "out")
+    (run,) = read_bench(tmp_path / "out").runs
+    records = (run.directory / "records.jsonl").read_bytes()
+    units, deltas = (sorted((run.directory / name).glob("*.safetensors")) for name in ("units", "deltas"))
     (run.directory / "records.jsonl").unlink()
-    heads = sorted((run.directory / "units").glob("*.json"))
-    heads[-1].unlink()  # the last look is lost; the steps are there
-    head = json.loads(heads[1].read_text())
-    heads[1].write_text(json.dumps({**head, "mark": "0" * 64}))
-    with pytest.raises(DeltaMismatch, match="not those that were measured"):
+    shutil.copy(units[0], units[1])
+    with pytest.warns(RetconWarning, match="of another unit of a benchmark"):
         run_bench(spec, tmp_path / "out")
-    heads[1].write_text("[]")
-    with pytest.raises(MalformedFile, match="not a unit of a run"):
+    assert (run.directory / "records.jsonl").read_bytes() == records
+    (run.directory / "records.jsonl").unlink()
+    units[-1].unlink()
+    shutil.copy(deltas[0], deltas[1])
+    with pytest.warns(RetconWarning, match="the step made"):
         run_bench(spec, tmp_path / "out")
+    assert (run.directory / "records.jsonl").read_bytes() == records
     with pytest.raises(MalformedFile, match=r"no such file; is this the directory"):
         read_bench(tmp_path / "nowhere")
 

@@ -2,19 +2,25 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from retcon.bench.manifest import file_hash, tokenizer_hash, versions
 from retcon.bench.spec import MeasureSpec
-from retcon.errors import MalformedFile
+from retcon.checked import Kind, as_bytes, cached, from_bytes, keep
 from retcon.evaluation.datasets import LoadReport
 from retcon.evaluation.measure import measure
 from retcon.evaluation.plan import Measures, Plan
-from retcon.evaluation.records import encode_records, read_records
+from retcon.evaluation.records import encode_records, parse_records
 from retcon.evaluation.results import Evaluation
-from retcon.files import cache_dir, write_atomically
+from retcon.files import cache_dir
 from retcon.lm.model import LM
+
+UNEDITED = Kind("records of an unedited model", format=2, computation=1)
 
 
 def unedited(lm: LM, plan: Plan, measures: Measures, asked: MeasureSpec, report: LoadReport) -> Evaluation:
@@ -32,34 +38,24 @@ def unedited(lm: LM, plan: Plan, measures: Measures, asked: MeasureSpec, report:
         "versions": versions(),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    path = cache_dir() / "pre" / f"{name}.json"
-    try:
-        return _read(path)
-    except MalformedFile:  # none there, or damaged: it is made anew
-        found = measure(lm, plan, measures, "pre")
-        _write(path, found)
-        return found
-
-
-def _write(path: Path, found: Evaluation) -> None:
-    write_atomically(path.with_suffix(".jsonl"), encode_records(found.records, {}))
-    rest = {
+    path = cache_dir() / "pre" / f"{name}.safetensors"
+    kept = cached(path, UNEDITED, key)
+    if kept is not None:
+        return _from_file(*kept, path)
+    found = measure(lm, plan, measures, "pre")
+    about = {
         "n_records": len(found.records),
-        "texts": [[*key, text] for key, text in found.texts.items()],
-        "predictions": [[*key, list(ids)] for key, ids in found.predictions.items()],
+        "texts": [[*place, text] for place, text in found.texts.items()],
+        "predictions": [[*place, list(ids)] for place, ids in found.predictions.items()],
     }
-    write_atomically(path, json.dumps(rest, ensure_ascii=False).encode())
+    keep(path, UNEDITED, key, {"records": from_bytes(encode_records(found.records, {}))}, about)
+    return found
 
 
-def _read(path: Path) -> Evaluation:
-    try:
-        rest = json.loads(path.read_text("utf-8"))
-        texts = {(when, case, query): text for when, case, query, text in rest["texts"]}
-        predictions = {(when, case, query): tuple(ids) for when, case, query, ids in rest["predictions"]}
-        n_records = rest["n_records"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MalformedFile(f"{path}: not an evaluation of an unedited model ({error!r})") from None
-    records = read_records(path.with_suffix(".jsonl"))[0] if n_records else []
-    if len(records) != n_records:
-        raise MalformedFile(f"{path}: {len(records)} records, expected {n_records}")
-    return Evaluation(records, {}, texts, predictions)
+def _from_file(tensors: Mapping[str, Tensor], about: Mapping[str, Any], path: Path) -> Evaluation:
+    return Evaluation(
+        parse_records(bytes(as_bytes(tensors["records"])), path) if about["n_records"] else [],
+        {},
+        {(when, case, query): text for when, case, query, text in about["texts"]},
+        {(when, case, query): tuple(ids) for when, case, query, ids in about["predictions"]},
+    )

@@ -200,18 +200,21 @@ def _sequence(
     lm, state, applied = setting.lm, None, 0
     keys = [units.key(step, [case.id for case in chunk]) for step, chunk in enumerate(chunks)]
     last_key = units.key(len(chunks), ["final"])
-    finished = units.load(last_key)
+    kept = [units.load(key) for key in keys]
+    finished = units.load(last_key) if None not in kept else None  # a step made again needs those before it
     cheap = replace(setting.measures, generate=False, fluency=(), references=None, locality_text=False)
     done: list[Case] = []
     for step, (key, chunk) in enumerate(zip(keys, chunks, strict=True)):
         done += chunk
-        unit = units.load(key)
-        if unit is None:
+        unit, delta = kept[step], None
+        if unit is not None and unit.mark is not None and finished is None:
+            delta = units.load_delta(unit)
+        if unit is None or (unit.mark is not None and finished is None and delta is None):
             delta, unit = _edit(setting, key, chunk, state, step, size)
             if delta is not None:
                 units.save_delta(key, delta)
                 lm.apply(delta)
-                unit = replace(unit, mark=weights_hash(lm))
+                unit = replace(unit, mark=weights_hash(lm), delta=delta.id)
                 immediate = replace(setting, measures=cheap)
                 unit = unit.with_looked(_look(immediate, _made(setting, chunk), "immediate", step))
                 state, applied = delta.state, applied + 1
@@ -219,8 +222,7 @@ def _sequence(
                 unit = unit.with_looked(_look(setting, _made(setting, done), "checkpoint", step))
                 unit = replace(unit, records=(*unit.records, *setting.look("checkpoint", step)))
             units.save(unit)
-        elif unit.mark is not None and finished is None:
-            delta = units.load_delta(key)
+        elif delta is not None:
             lm.apply(delta)
             _check_mark(lm, unit, key)
             state, applied = delta.state, applied + 1

@@ -4,19 +4,20 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from retcon.checked import Kind, as_bytes, cached, from_bytes, write_checked
 from retcon.delta import Delta
-from retcon.errors import MalformedFile
-from retcon.evaluation.records import Record, encode_records, read_records
+from retcon.errors import MalformedFile, RetconWarning
+from retcon.evaluation.records import Record, encode_records, parse_records
 from retcon.evaluation.results import Evaluation
 from retcon.evaluation.score import TokenScore
-from retcon.files import write_atomically
 
-FORMAT = "retcon-unit-1"
+UNITS = Kind("unit of a benchmark", format=2, computation=1)
 
 TextKey = tuple[str, str, str]
 """(when, case id, query id)."""
@@ -34,6 +35,8 @@ class Unit:
     """Seconds and bytes: they differ from run to run, so they are kept apart from the records."""
     mark: str | None = None
     """Of the edited weights after a sequence's step (`weights_hash`); None where nothing was applied."""
+    delta: str | None = None
+    """Id of a sequence's step's delta."""
     scores: Mapping[TextKey, tuple[TokenScore, ...]] = field(default_factory=dict)
     """Token by token; kept on disk only where that is asked for."""
 
@@ -60,67 +63,66 @@ class Units:
         return f"{index:06d}-{digest[:16]}"
 
     def load(self, key: str) -> Unit | None:
-        """A unit as it was kept, or None.
-
-        Raises:
-            MalformedFile: there is a file, but it is no unit of this name.
-        """
+        """A unit as it was kept, or None where there is none, or where its file is not to be believed (with a warning
+        that names it)."""
         if self.directory is None:
             return None
-        path, told = self.directory / "units" / f"{key}.jsonl", self.directory / "units" / f"{key}.json"
-        if not told.is_file():
+        path = self._file(key)
+        found = cached(path, UNITS, self._identity(key))
+        if found is None:
             return None
-        try:
-            head = json.loads(told.read_text("utf-8"))
-            if head["format"] != FORMAT or head["key"] != key:
-                raise MalformedFile(f"{told}: unit {head['key']!r} of format {head['format']!r}, expected {key!r}")
-            texts = {(when, case, query): text for when, case, query, text in head["texts"]}
-            timings = tuple(Record(**row) for row in head["timings"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise MalformedFile(f"{told}: not a unit of a run ({error!r})") from None
-        records = tuple(read_records(path)[0]) if head["n_records"] else ()
-        if len(records) != head["n_records"]:
-            raise MalformedFile(f"{path}: {len(records)} records, expected {head['n_records']}")
-        return Unit(key, records, texts, timings, head["mark"], self._scores(key) if self.keep_tokens else {})
-
-    def _scores(self, key: str) -> dict[TextKey, tuple[TokenScore, ...]]:
-        assert self.directory is not None
-        path = self.directory / "units" / f"{key}.tokens.json"
-        try:
-            rows = json.loads(path.read_text("utf-8"))
-            return {(w, c, q): tuple(map(_score_from, scores)) for w, c, q, scores in rows}
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise MalformedFile(f"{path}: not the tokens of a unit ({error!r})") from None
+        tensors, head = found
+        records = tuple(parse_records(bytes(as_bytes(tensors["records"])), path)) if head["n_records"] else ()
+        return Unit(
+            key,
+            records,
+            {(when, case, query): text for when, case, query, text in head["texts"]},
+            tuple(Record(**row) for row in head["timings"]),
+            head["mark"],
+            head["delta"],
+            {(w, c, q): tuple(map(_score_from, scores)) for w, c, q, scores in head["scores"]},
+        )
 
     def save(self, unit: Unit) -> None:
-        """Keep a unit; a crash leaves it whole or leaves none, for the small file that names it comes last."""
+        """Keep a unit; a crash leaves it whole or leaves none."""
         if self.directory is None:
             return
-        where = self.directory / "units"
-        if unit.records:
-            write_atomically(where / f"{unit.key}.jsonl", encode_records(unit.records, {}))
-        if self.keep_tokens:
-            rows = [[*key, [_told(score) for score in scores]] for key, scores in unit.scores.items()]
-            write_atomically(where / f"{unit.key}.tokens.json", json.dumps(rows, ensure_ascii=False).encode())
+        scores = unit.scores if self.keep_tokens else {}
         head = {
-            "format": FORMAT,
-            "key": unit.key,
             "n_records": len(unit.records),
             "mark": unit.mark,
+            "delta": unit.delta,
             "timings": [record._asdict() for record in unit.timings],
             "texts": [[*key, text] for key, text in unit.texts.items()],
+            "scores": [[*key, [_told(score) for score in own]] for key, own in scores.items()],
         }
-        write_atomically(where / f"{unit.key}.json", json.dumps(head, ensure_ascii=False).encode())
+        tensors = {"records": from_bytes(encode_records(unit.records, {}))}
+        write_checked(self._file(unit.key), UNITS, self._identity(unit.key), tensors, head)
+
+    def _file(self, key: str) -> Path:
+        assert self.directory is not None
+        return self.directory / "units" / f"{key}.safetensors"
+
+    def _identity(self, key: str) -> dict[str, Any]:
+        return {"run": self.run_id, "unit": key, "tokens": self.keep_tokens}
 
     def save_delta(self, key: str, delta: Delta) -> None:
         """Keep a step's delta, with the state it hands on."""
         if self.directory is not None:
             delta.save(self.directory / "deltas" / f"{key}.safetensors")
 
-    def load_delta(self, key: str) -> Delta:
-        """A step's delta as it was kept."""
+    def load_delta(self, unit: Unit) -> Delta | None:
+        """A step's delta as it was kept, or None where its file is gone or not to be believed, with a warning."""
         assert self.directory is not None
-        return Delta.load(self.directory / "deltas" / f"{key}.safetensors")
+        path = self.directory / "deltas" / f"{unit.key}.safetensors"
+        try:
+            delta = Delta.load(path)
+            if delta.id != unit.delta:
+                raise MalformedFile(f"{path}: holds delta {delta.id}, the step made {unit.delta}")
+            return delta
+        except MalformedFile as error:
+            warnings.warn(f"{error}; the step is made again", RetconWarning, stacklevel=3)
+            return None
 
 
 def _told(score: TokenScore) -> dict[str, object]:

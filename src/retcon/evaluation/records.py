@@ -54,6 +54,8 @@ class Record(NamedTuple):
 
 _OWN = Record._fields
 _FIRST = '"when":'
+_Part = tuple[int, list[dict[str, Any]], dict[str, Any] | None]
+"""Number of the first row, rows, their context where it is known to be the same for all of them."""
 
 
 def encode_records(records: Iterable[Record], context: Mapping[str, Any]) -> bytes:
@@ -95,10 +97,23 @@ def read_records(path: str | os.PathLike[str]) -> tuple[list[Record], dict[str, 
     Raises:
         MalformedFile: a column is missing or of another type, or the records are of another schema or of several runs.
     """
+    return _read(_parts(path), path)
+
+
+def parse_records(data: bytes, path: str | os.PathLike[str]) -> list[Record]:
+    """Return the records that `encode_records` encoded, which lie in the file of that path.
+
+    Raises:
+        MalformedFile: as `read_records`.
+    """
+    return _read(_parts_of(data.decode().split("\n"), path), path)[0]
+
+
+def _read(parts: Iterator[_Part], path: str | os.PathLike[str]) -> tuple[list[Record], dict[str, Any]]:
     records: list[Record] = []
     context: dict[str, Any] | None = None
     keep = _Same()
-    for number, rows, shared in _parts(path):
+    for number, rows, shared in parts:
         for offset, row in enumerate(rows[:1] if shared is not None else rows):
             where = f"{path}, row {number + offset}"
             own = shared if shared is not None else {k: v for k, v in row.items() if k not in _OWN}
@@ -124,17 +139,20 @@ class _Same(dict[Any, Any]):
         return value
 
 
-def _parts(path: str | os.PathLike[str]) -> Iterator[tuple[int, list[dict[str, Any]], dict[str, Any] | None]]:
-    """(number of the first row, rows, their context where it is known to be the same for all of them)."""
+def _parts(path: str | os.PathLike[str]) -> Iterator[_Part]:
     try:
         lines = Path(path).read_bytes().decode().split("\n")
     except (OSError, UnicodeDecodeError):
         lines = []
-    head, found, _ = lines[0].partition(_FIRST) if lines else ("", "", "")
-    if not found:  # not as we write it: a JSON list, other columns first, or no such file
+    if not lines or _FIRST not in lines[0]:  # not as we write it: a JSON list, other columns first, or no such file
         for number, row in read_json_rows(path):
             yield number, [row], None
         return
+    yield from _parts_of(lines, path)
+
+
+def _parts_of(lines: list[str], path: str | os.PathLike[str]) -> Iterator[_Part]:
+    head = lines[0].partition(_FIRST)[0]
     while lines and not lines[-1]:
         lines.pop()
     shared = _parsed(head.rstrip(", ") + "}", path, 1)

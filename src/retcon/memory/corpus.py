@@ -10,11 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from retcon.checked import Kind, as_bytes, cached, from_bytes, keep
 from retcon.errors import MalformedFile, TooFewTokens
-from retcon.files import cache_dir, read_json_rows, write_atomically
+from retcon.files import cache_dir, read_json_rows
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode
 
+CORPORA = Kind("text of a dataset", format=1, computation=1)
 DATASET_CHARACTERS = 16_000_000
 """How much is read of a dataset: some 4 million tokens."""
 _DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]*)(:(?P<split>[\w.+%\[\]:-]+))?)?")
@@ -92,9 +94,10 @@ class Corpus:
             TooFewTokens: `datasets` is not installed, the dataset cannot be read, or it has no such text.
         """
         asked = json.dumps([name, config, split, field, min_characters, DATASET_CHARACTERS])
-        kept = cache_dir() / "corpora" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.jsonl"
-        if kept.is_file():
-            return cls.from_file(kept)
+        kept = cache_dir() / "corpora" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.safetensors"
+        found = cached(kept, CORPORA, {"dataset": asked})
+        if found is not None:
+            return cls(tuple(json.loads(bytes(as_bytes(found[0]["documents"])))))
         try:
             from datasets import load_dataset
 
@@ -108,7 +111,7 @@ class Corpus:
             raise TooFewTokens(f"the corpus {name} cannot be read ({type(error).__name__}: {error})") from error
         if not documents:
             raise TooFewTokens(f"the corpus {name} has no document of {min_characters} characters in field {field!r}")
-        write_atomically(kept, "".join(json.dumps({"text": d}) + "\n" for d in documents).encode())
+        keep(kept, CORPORA, {"dataset": asked}, {"documents": from_bytes(json.dumps(documents).encode())})
         return cls(documents)
 
 
