@@ -24,6 +24,12 @@ FREE: dict[str, Any] = dict(clamp=8.0, weight_decay=0.0, steps=6)
 SETTINGS: dict[str, dict[str, Any]] = {
     "ctp": dict(n_positive=6, learning_rate=2e-2, epochs=12),
     "kne": dict(budget=0.05, learning_rate=5e-2, n_points=4, epochs=12),
+    "ft": dict(layers=(2,), learning_rate=5e-2, epochs=12),
+    # their own objective, prompt_last, teaches no answer of several tokens
+    "ft_l": dict(layers=(2,), learning_rate=5e-2, epochs=12, box=0.2, objective="target_new"),
+    "ft_m": dict(layers=(2,), learning_rate=5e-2, epochs=12),
+    "ft_wd": dict(layers=(2,), learning_rate=2e-2, epochs=12, objective="target_new"),
+    "full_c": dict(learning_rate=1e-2, epochs=12, box=0.1),
     "alphaedit": dict(layers=(0, 1), null_threshold=0.7, threshold_mode="rank", ridge=0.1, **FREE),
     "emmet": dict(layers=(1,), **FREE),
     "jeep": dict(
@@ -59,7 +65,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*a norm stands between"),
 ]
 
-SEEDLESS = {"ctp", "kne"}
+SEEDLESS = {"ctp", "kne", "ft", "ft_l", "ft_m", "ft_wd", "full_c"}
 """Methods that draw nothing for a single edit, so that every seed gives the same delta."""
 
 ONE_OF_EACH_CLASS = ("jeep", "kne", "rect", "rome")

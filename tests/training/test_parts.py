@@ -21,6 +21,7 @@ from retcon.training.parts import (
     attached,
     changes,
     fresh,
+    whole_parameter,
 )
 
 KINDS = ("rows", "columns", "entries", "low_rank", "dense", "bias")
@@ -221,3 +222,41 @@ def test_nothing_below_the_lowest_part_is_recorded(tiny, edits):
         for handle in handles:
             handle.remove()
     assert seen == {0: False, 1: False, 2: False, 3: True}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("gpt2", "transformer.h.1.ln_1.weight"),
+        ("gpt2", "transformer.ln_f.bias"),
+        ("gpt2", "transformer.wpe.weight"),
+        ("gpt2", "transformer.h.1.mlp.c_fc.bias"),
+        ("gptj", "transformer.wte.weight"),
+        ("gptj", "lm_head.weight"),
+        ("gptj", "lm_head.bias"),
+        ("llama", "model.layers.1.post_attention_layernorm.weight"),
+        ("gemma2", "model.layers.1.pre_feedforward_layernorm.weight"),  # multiplies by 1 + w
+        ("gemma2", "model.embed_tokens.weight"),  # scaled
+        ("opt", "model.decoder.layers.2.self_attn.q_proj.weight"),
+    ],
+)
+def test_any_parameter_of_a_module_can_be_trained_whole(family, name, tiny, edits, randn):
+    """T2 and T3 for embeddings, norms, biases and the head."""
+    lm = tiny(family)
+    for parameter in list(lm.not_editable):
+        del lm.not_editable[parameter]
+    one = whole_parameter(lm.model.get_submodule(name.rpartition(".")[0]), name)
+    rows = answer_rows(lm, edits)
+    if lm.parameter(name) is lm.head.weight and lm.head.weight is lm.parameter(lm.layout.embedding + ".weight"):
+        pytest.skip(f"{family} ties its embedding to its head")
+    with attached([one]):
+        assert torch.equal(answer_log_probs(lm, rows), answer_log_probs(lm, rows))
+    with torch.no_grad():
+        one.values.add_(0.1 * randn(*one.values.shape))
+    with lm.frozen_eval(), attached([one]):
+        hooked = answer_log_probs(lm, rows).detach()
+        AnswerLoss(lm, rows)(range(len(rows))).sum().backward()
+    with lm.edited(lm.delta(changes([one]))):
+        tolerance = dict(rtol=1e-9, atol=1e-9) if family == "gpt2" else dict(rtol=1e-4, atol=1e-4)  # float32 inside
+        assert_close(answer_log_probs(lm, rows), hooked, **tolerance)
+        assert_close(one.values.grad, whole_gradient(lm, name, rows), rtol=1e-3, atol=tolerance["atol"])

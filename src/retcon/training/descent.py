@@ -50,6 +50,8 @@ class Schedule:
     """Edits per step, drawn anew each epoch; None: all of a call, so that an epoch is a step."""
     stop_loss: float = 1e-2
     """An edit whose loss is below this leaves the gradient, and comes back if it rises again; 0: never."""
+    skip: Literal["edit", "batch"] = "edit"
+    """`batch`: a mini-batch is left out whole once its mean loss is below `stop_loss`, and counts whole until then."""
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.stop_loss < 0:
@@ -69,6 +71,10 @@ class Descent:
     stopped: tuple[str, ...]
     """`reached` (below `stop_loss`), `steps` (out of epochs) or `non_finite` (a loss overflowed; the last finite values
     are kept)."""
+
+    def first(self, n: int) -> "Descent":
+        """How it ended for the first `n` edits."""
+        return Descent(self.loss[:n], self.steps[:n], self.stopped[:n])
 
     def report(self, edits: Sequence[Edit]) -> tuple[EditReport, ...]:
         """The edits' reports; probability is exp(-L_e)."""
@@ -111,9 +117,16 @@ def stepping(
 
     def update(items: list[int]) -> dict[int, float]:
         share = dict(zip(items, shares(loss.rows, items, reduction).tolist(), strict=True))
+        threshold, chunks = schedule.stop_loss, loss.chunks(items)
+        if schedule.skip == "batch":  # its mean must be known before anything is left out
+            with torch.no_grad():
+                before = {i: x for chunk in chunks for i, x in zip(chunk, loss(chunk).tolist(), strict=True)}
+            if sum(share[i] * x for i, x in before.items()) < threshold:
+                return before
+            threshold = 0.0
         optimizer.zero_grad()
-        now = accumulate(loss, loss.chunks(items), lambda i, value: share[i] if value >= schedule.stop_loss else 0.0)
-        if any(value >= schedule.stop_loss for value in now.values()) and all(map(math.isfinite, now.values())):
+        now = accumulate(loss, chunks, lambda i, value: share[i] if value >= threshold else 0.0)
+        if any(value >= threshold for value in now.values()) and all(map(math.isfinite, now.values())):
             optimizer.step()
         return now
 

@@ -5,7 +5,7 @@ tokens and nowhere else. Log-probabilities are float32 or wider, whatever the mo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.edits import Edit
-from retcon.errors import InvalidEdit
-from retcon.lm.forward import answer_log_probs, answer_places, gold
+from retcon.errors import InvalidEdit, UnsupportedModel
+from retcon.lm.forward import answer_log_probs, answer_places, gold, next_log_probs
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, buckets, encode
 
@@ -25,18 +25,28 @@ Answer = Literal["target_new", "target_true"]
 """Which of an edit's answers: the one to write, or the one the model gives now."""
 
 
-def answer_rows(lm: LM, edits: Sequence[Edit], answer: Answer = "target_new") -> list[Row]:
+def answer_rows(
+    lm: LM, edits: Sequence[Edit], answer: Answer = "target_new", *, prefix: str = "", end: bool = False
+) -> list[Row]:
     """Prompt and answer of each edit, tokenised together.
+
+    Args:
+        prefix: text before every prompt, ending in its separator.
+        end: append the tokenizer's end-of-text token (of a chat model, its end of turn) to the answer.
 
     Raises:
         InvalidEdit: `target_true` is asked for and an edit has none.
+        UnsupportedModel: `end` is asked for and the tokenizer has no such token.
     """
+    if end and lm.tokenizer.eos_token_id is None:
+        raise UnsupportedModel(f"{lm.name!r}: its tokenizer has no end-of-text token to train; set target_eos=False")
     rows = []
     for edit in edits:
         text = getattr(edit, answer)
         if text is None:
             raise InvalidEdit(f"edit {edit.id!r} ({edit.subject!r}) has no {answer}, which these settings need")
-        rows.append(encode(lm.tokenizer, edit.text, text, subject_span=edit.subject_span))
+        row = encode(lm.tokenizer, prefix + edit.text, text)
+        rows.append(replace(row, ids=(*row.ids, lm.tokenizer.eos_token_id)) if end else row)
     return rows
 
 
@@ -77,6 +87,49 @@ class AnswerLoss:
         chunks = self.chunks(range(len(self.rows)))
         found = {i: loss for chunk in chunks for i, loss in zip(chunk, self(chunk).tolist(), strict=True)}
         return [found[i] for i in range(len(self.rows))]
+
+
+@dataclass(frozen=True)
+class PromptLastLoss:
+    """What ROME's and MEMIT's fine-tuning baselines minimise: all answer tokens asked of one next-token distribution.
+
+    L_e = -(1/s) sum_j log p(y_j | x), at the prompt's last token. Its minimum for s distinct tokens is log s.
+    """
+
+    lm: LM
+    rows: Sequence[Row]
+
+    def __call__(self, items: Sequence[int]) -> Float[Tensor, " n"]:
+        """L_e of these rows, with the surrounding gradient mode."""
+        rows = [self.rows[i] for i in items]
+        log_p = next_log_probs(self.lm, [Row(row.prompt_ids, row.n_prompt) for row in rows])
+        tokens = [torch.tensor(row.target_ids, device=log_p.device) for row in rows]
+        return torch.stack([-log_p[i, y].mean() for i, y in enumerate(tokens)])
+
+    def chunks(self, items: Sequence[int]) -> list[list[int]]:
+        """`items` in groups that fit in memory."""
+        return token_chunks(self.rows, items)
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """The mean of several losses of each edit, such as one for each prefix before its prompt."""
+
+    losses: Sequence[AnswerLoss]
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The rows of the first one."""
+        return self.losses[0].rows
+
+    def __call__(self, items: Sequence[int]) -> Float[Tensor, " n"]:
+        """The mean loss of each of these edits, with the surrounding gradient mode."""
+        return torch.stack([loss(items) for loss in self.losses]).mean(0)
+
+    def chunks(self, items: Sequence[int]) -> list[list[int]]:
+        """`items` in groups that fit in memory, all their rows at once."""
+        longest = max(self.losses, key=lambda loss: max(len(row.ids) for row in loss.rows))
+        return token_chunks(longest.rows, items, max(1, MAX_BATCH_TOKENS // len(self.losses)))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from retcon.delta import Change, Entries, LowRank
+from retcon.delta import Change, Dense, Entries, LowRank
 from retcon.lm.model import Site
 
 _BLOCK = 2**22  # token x entry products formed at a time
@@ -26,8 +26,12 @@ class Part(Protocol):
     """One trainable piece."""
 
     @property
-    def site(self) -> Site:
-        """The matrix it belongs to."""
+    def module(self) -> nn.Module:
+        """The module at whose output it is added."""
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that it changes."""
 
     def trained(self) -> list[Tensor]:
         """Its tensors, for an optimiser."""
@@ -47,6 +51,14 @@ class _Units:
     index: Int[Tensor, " n"]
     values: Float[Tensor, "n ..."]
     scale: float = 1.0
+
+    @property
+    def module(self) -> nn.Module:
+        return self.site.module
+
+    @property
+    def parameter(self) -> str:
+        return self.site.name
 
     def trained(self) -> list[Tensor]:
         return [self.values]
@@ -92,6 +104,16 @@ class TrainedEntries(_Units):
 class TrainedBias(_Units):
     """The bias of output units `index` gets scale * values (n)."""
 
+    @property
+    def parameter(self) -> str:
+        return self.site.bias_name
+
+    def weight(self) -> Tensor:
+        """What `values` are added to, in their precision."""
+        bias = self.site.bias
+        assert bias is not None
+        return bias[self.index].to(self.values.dtype)
+
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         contribution = (self.scale * self.values).expand(*y.shape[:-1], -1)
         return y.index_add(-1, self.site.outputs(self.index), contribution)
@@ -109,6 +131,14 @@ class TrainedLowRank:
     left: Float[Tensor, "out rank"]
     right: Float[Tensor, "rank in"]
     scale: float = 1.0
+
+    @property
+    def module(self) -> nn.Module:
+        return self.site.module
+
+    @property
+    def parameter(self) -> str:
+        return self.site.name
 
     def trained(self) -> list[Tensor]:
         return [self.left, self.right]
@@ -132,14 +162,93 @@ class TrainedDense:
     site: Site
     values: Float[Tensor, "out in"]
 
+    @property
+    def module(self) -> nn.Module:
+        return self.site.module
+
+    @property
+    def parameter(self) -> str:
+        return self.site.name
+
     def trained(self) -> list[Tensor]:
         return [self.values]
+
+    def weight(self) -> Tensor:
+        """What `values` are added to, in their precision."""
+        return self.site.weight.to(self.values.dtype)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return _add_to_site(self.site, y, x @ self.values.T)
 
     def change(self) -> tuple[str, Change]:
         return self.site.name, self.site.stored_dense(self.values.detach().cpu())
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedParameter:
+    """A whole parameter of any module whose output is affine in it: a matrix, a bias, a norm's gain, an embedding."""
+
+    module: nn.Module
+    parameter: str
+    """Its full name."""
+    values: Tensor
+    """What is added to it, in its own shape."""
+
+    def trained(self) -> list[Tensor]:
+        return [self.values]
+
+    def weight(self) -> Tensor:
+        """What `values` are added to, in their precision."""
+        own: Tensor = getattr(self.module, self.parameter.rpartition(".")[2]).detach()
+        return own.to(self.values.dtype)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        contribution = self._output(x, self.values)
+        if self.values.dim() == 1:  # Gemma's norms multiply by 1 + w; a matrix's module adds nothing of its own
+            contribution = contribution - self._output(x, torch.zeros_like(self.values))
+        return y + contribution
+
+    def change(self) -> tuple[str, Change]:
+        return self.parameter, Dense(full=self.values.detach().cpu())
+
+    def _output(self, x: Tensor, values: Tensor) -> Tensor:
+        """The module's output with `values` in place of the parameter, and zeros in place of its others."""
+        own = self.parameter.rpartition(".")[2]
+        others = {n: values.new_zeros(()).expand(p.shape) for n, p in self.module.named_parameters() if n != own}
+        named = {f"inner.{n}": tensor for n, tensor in (others | {own: values}).items()}
+        found: Tensor = torch.func.functional_call(_WithoutHooks(self.module), named, (x,))
+        return found
+
+
+class _WithoutHooks(nn.Module):
+    """A module's own computation, past the hooks that are on it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner.forward(x)
+
+
+Whole = TrainedDense | TrainedBias | TrainedParameter
+"""A part of a parameter of which every value is trained; `weight()` is what its values are added to."""
+
+
+def whole(site: Site, *, bias: bool = True) -> list[Whole]:
+    """All of a matrix, unchanged so far, and of its bias where it has one and that is wanted too."""
+    out, into = site.weight.shape
+    parts: list[Whole] = [TrainedDense(site, fresh(site, out, into))]
+    if bias and site.bias is not None:
+        parts.append(TrainedBias(site, torch.arange(out, device=site.weight.device), fresh(site, out)))
+    return parts
+
+
+def whole_parameter(module: nn.Module, name: str) -> TrainedParameter:
+    """A parameter of `module`, by its full name, unchanged so far."""
+    own: Tensor = getattr(module, name.rpartition(".")[2])
+    dtype = torch.promote_types(own.dtype, torch.float32)
+    return TrainedParameter(module, name, torch.zeros(own.shape, dtype=dtype, device=own.device, requires_grad=True))
 
 
 def fresh(site: Site, *shape: int) -> Tensor:
@@ -154,7 +263,7 @@ def attached(parts: Iterable[Part]) -> Iterator[None]:
     """The model with the parts' contributions while the scope lasts; several parts of one module add up in order."""
     by_module: dict[nn.Module, list[Part]] = {}
     for part in parts:
-        by_module.setdefault(part.site.module, []).append(part)
+        by_module.setdefault(part.module, []).append(part)
     with ExitStack() as stack:
         for module, here in by_module.items():
             stack.callback(module.register_forward_hook(_adding(here)).remove)
@@ -176,7 +285,8 @@ def _adding(parts: Sequence[Part]) -> Callable[[nn.Module, tuple[Any, ...], Tens
     wide = parts[0].trained()[0].dtype
 
     def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        x, y = args[0].to(wide), output.to(wide)
+        x = args[0].to(wide) if args[0].is_floating_point() else args[0]  # an embedding reads token ids
+        y = output.to(wide)
         for part in parts:
             y = part.add(x, y)
         return y.to(output.dtype)

@@ -57,10 +57,10 @@ class TuningSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.schedule()
+        self.schedule(1)
 
-    def schedule(self) -> Schedule:
-        """How long to go on."""
+    def schedule(self, n_edits: int) -> Schedule:
+        """How long to go on, for so many edits."""
         return Schedule(epochs=self.epochs, batch_size=self.batch_size, stop_loss=self.stop_loss)
 
     @classmethod
@@ -84,12 +84,17 @@ class Tuning:
         self,
         parts: Sequence[Part],
         *,
+        edits: Sequence[Edit] | None = None,
         loss: EditLoss | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         stage: str = "tuning",
-        after_step: Callable[[], None] = lambda: None,
+        **hooks: Any,
     ) -> Descent:
         """Train the parts, attached, on the edits' loss; by default Adam on the answers' negative log-likelihood.
+
+        Args:
+            edits: others than the call's own, which `loss` then belongs to.
+            hooks: `before_epoch`, `after_step` of `training.descent.descend`.
 
         Raises:
             OutOfMemory: what is trained and the optimiser's state do not fit beside the model.
@@ -97,13 +102,13 @@ class Tuning:
         """
         values = [tensor for part in parts for tensor in part.trained()]
         check_memory(self.method.name, self.lm, sum(tensor.numel() for tensor in values))
-        loss = loss or AnswerLoss(self.lm, answer_rows(self.lm, self.edits))
+        edits = self.edits if edits is None else edits
+        loss = loss or AnswerLoss(self.lm, answer_rows(self.lm, edits))
         optimizer = optimizer or torch.optim.Adam(values, lr=self.method.learning_rate)
-        update = stepping(loss, optimizer, self.method.schedule(), self.method.reduction)
+        update = stepping(loss, optimizer, self.method.schedule(len(edits)), self.method.reduction)
+        evaluate = partial(losses_now, loss, len(edits))
         with attached(parts):
-            return self.descend(
-                update, partial(losses_now, loss, len(self.edits)), lambda: values, stage=stage, after_step=after_step
-            )
+            return self.descend(update, evaluate, lambda: values, edits=edits, stage=stage, **hooks)
 
     def descend(
         self,
@@ -111,12 +116,14 @@ class Tuning:
         evaluate: Callable[[], Sequence[float]],
         values: Callable[[], Sequence[Tensor]],
         *,
+        edits: Sequence[Edit] | None = None,
         stage: str = "tuning",
         **hooks: Any,
     ) -> Descent:
         """`training.descent.descend` with the settings, seed and progress of this call, for a step of one's own."""
-        schedule, heard = self.method.schedule(), partial(self.progress, stage)
-        return descend(self.edits, update, evaluate, values, schedule, seed=self.seed, progress=heard, **hooks)
+        edits = self.edits if edits is None else edits
+        schedule, heard = self.method.schedule(len(edits)), partial(self.progress, stage)
+        return descend(edits, update, evaluate, values, schedule, seed=self.seed, progress=heard, **hooks)
 
     def delta(
         self,

@@ -1,0 +1,245 @@
+"""Adam on chosen matrices of a model: what the fine-tuning family (`methods/ft.py`) is made of.
+
+Adam, its decay and its bounds work on V, the change of the weights W, in float32: W itself is never touched, so that a
+bound is exact in any dtype and a small step is not lost to rounding.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from retcon.delta import Delta
+from retcon.edits import Edit
+from retcon.errors import DeltaMismatch, InvalidSetting
+from retcon.lm.model import LM
+from retcon.memory.contexts import Contexts
+from retcon.memory.defaults import default_contexts
+from retcon.memory.moments import Moments
+from retcon.memory.values import ValueCache
+from retcon.methods.common.contract import Progress, State, check_layers, check_not_negative
+from retcon.methods.common.tuning import TuningSettings, tuning
+from retcon.training.descent import EditLoss, Schedule
+from retcon.training.objective import AnswerLoss, MeanLoss, PromptLastLoss, answer_rows
+from retcon.training.parts import Whole, whole, whole_parameter
+
+Module = Literal["block", "down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
+"""A matrix of a block, or the block with its norms, biases and all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(TuningSettings):
+    """Fine-tuning of chosen matrices, with every choice open."""
+
+    state_description: ClassVar[str] = "the edits so far, where replay is on"
+
+    layers: tuple[int, ...]
+    """Blocks that are trained, ascending, counted from 0; none: all of them."""
+    modules: tuple[Module, ...] = ("down_proj",)
+    """Matrices that are trained in each of the layers, or `block`: all that a block has."""
+    train_bias: bool = True
+    """Train the matrices' biases too, where they have any (GPT-2, GPT-J)."""
+    objective: Literal["target_new", "prompt_last"] = "target_new"
+    """`target_new`: the answer's tokens, each after those before it; `prompt_last`: all of them at the prompt's last
+    token, as ROME's and MEMIT's code has it (a longer answer's tokens in any order)."""
+    target_eos: bool = False
+    """Train the end of the text after the answer too, so that the model stops there."""
+    steps_per_epoch: int | None = None
+    """Mini-batches of an epoch at least, as far as there are edits: batches are made smaller where `batch_size` would
+    give fewer. What counts is the number of updates, not of epochs."""
+    skip: Literal["edit", "batch"] = "edit"
+    """What is left alone once its loss is below `stop_loss`: each edit, or a mini-batch by its mean (releases)."""
+    box: float | None = None
+    """Largest change of a single weight (L-infinity norm)."""
+    ball: float | None = None
+    """Largest norm of the whole change (L2)."""
+    anchor: Literal["call", "base"] = "call"
+    """Where box and ball are centred: the weights as the call finds them, or the unedited model's."""
+    weight_decay: float = 0.0
+    """Coupled (in the gradient, as Adam's `weight_decay`) towards zero, decoupled towards the base."""
+    power_law: bool = False
+    """Weight decay by MEMIT's law of the number of edits n, n^-0.87028798 e^0.15589562, in place of `weight_decay`."""
+    apply_decay: bool = True
+    """False: none at all, which is what the released FT-WD does, by a mistake in how it reads its settings."""
+    decay_to: Literal["zero", "base"] = "zero"
+    """Where decay leads: to zero, or to the unedited weights."""
+    n_prefixes: int = 0
+    """Further prompts for each edit, with a sampled prefix before each; an edit's loss is the mean over its prompts."""
+    replay: bool = False
+    """In a sequence, train on the edits so far (`state`) together with the new ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers(self, "layers", may_be_empty=True)
+        check_not_negative(self, "weight_decay", "n_prefixes", "learning_rate")
+        if not self.modules or len(set(self.modules)) < len(self.modules):
+            raise InvalidSetting(
+                f"{self.name}: modules must be one or more of {', '.join(get_args(Module))}, each once; "
+                f"found {self.modules}"
+            )
+        if "block" in self.modules and len(self.modules) > 1:
+            raise InvalidSetting(f"{self.name}: modules='block' has every matrix in it; name no others beside it")
+        for setting in ("box", "ball"):
+            if (bound := getattr(self, setting)) is not None and bound < 0:
+                raise InvalidSetting(f"{self.name}: {setting} must not be negative, found {bound}")
+        if self.objective == "prompt_last" and (self.target_eos or self.n_prefixes):
+            raise InvalidSetting(
+                f"{self.name}: objective='prompt_last' looks at the prompt's last token alone; target_eos and "
+                "n_prefixes belong to 'target_new'"
+            )
+
+    def schedule(self, n_edits: int) -> Schedule:
+        """How long to go on, for so many edits."""
+        size = self.batch_size
+        if self.steps_per_epoch is not None:
+            size = min(size or n_edits, math.ceil(n_edits / self.steps_per_epoch))
+        return Schedule(epochs=self.epochs, batch_size=size, stop_loss=self.stop_loss, skip=self.skip)
+
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Delta:
+        """The change that writes `edits` as one batch; the model is untouched. Moments are not used.
+
+        Contexts are used where `n_prefixes` asks for them, state where `replay` is on.
+
+        Raises:
+            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
+            InvalidSetting: a layer or matrix the model does not have.
+            OutOfMemory: weights, gradients and Adam's moments do not fit.
+            NonFinite: the model gives an edit no finite probability.
+        """
+        parts = self.parts(lm)
+        with tuning(self, lm, edits, [part.parameter for part in parts], seed=seed, progress=progress) as run:
+            if not edits:
+                return run.delta()
+            everything = [*edits, *_earlier(state, edits)] if self.replay else [*edits]
+            prefixes = (contexts or default_contexts(lm, seed)).prefixes[: self.n_prefixes] if self.n_prefixes else ()
+            ended = run.train(
+                parts,
+                edits=everything,
+                loss=self.loss(lm, everything, prefixes),
+                optimizer=self.optimizer(lm, parts, len(edits)),
+            )
+            kept = {"edits": _as_tensor(everything)} if self.replay else None
+            return run.delta(parts, ended.first(len(edits)), state=kept, contexts=Contexts(prefixes))
+
+    def loss(self, lm: LM, edits: Sequence[Edit], prefixes: Sequence[str] = ()) -> EditLoss:
+        """What is minimised, per edit."""
+        if self.objective == "prompt_last":
+            return PromptLastLoss(lm, answer_rows(lm, edits))
+        rows = [answer_rows(lm, edits, prefix=prefix, end=self.target_eos) for prefix in ("", *prefixes)]
+        return MeanLoss([AnswerLoss(lm, each) for each in rows])
+
+    def optimizer(self, lm: LM, parts: Sequence[Whole], n_edits: int) -> torch.optim.Adam:
+        """Adam with weight decay before each step, or after it, and the bounds after that."""
+        trained, decay = [part.values for part in parts], self.decay(n_edits)
+        adam = torch.optim.Adam(trained, lr=self.learning_rate)
+        if decay and self.decay_to == "zero":
+            adam.register_step_pre_hook(lambda *_: add_decay(trained, [part.weight() for part in parts], decay))
+        elif decay:
+            away = [moved_so_far(lm, part) for part in parts]
+            adam.register_step_post_hook(lambda *_: shrink(trained, away, self.learning_rate * decay))
+        if self.box is not None or self.ball is not None:
+            centre = [moved_so_far(lm, part) if self.anchor == "base" else None for part in parts]
+            adam.register_step_post_hook(lambda *_: project(trained, centre, self.box, self.ball))
+        return adam
+
+    def decay(self, n_edits: int) -> float:
+        """Weight decay of a call with so many edits."""
+        if not self.apply_decay:
+            return 0.0
+        return n_edits**-0.87028798 * math.exp(0.15589562) if self.power_law else self.weight_decay
+
+    def parts(self, lm: LM) -> list[Whole]:
+        """What is trained, unchanged so far."""
+        found: list[Whole] = []
+        for layer in self.layers or range(lm.n_layers):
+            if layer >= lm.n_layers:
+                raise InvalidSetting(
+                    f"{self.name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}"
+                )
+            for kind in self.modules:
+                if kind == "block":
+                    found += whole_block(lm, layer)
+                elif getattr(lm.layout, kind) is not None:
+                    found += whole(lm.site(layer, kind), bias=self.train_bias)
+                elif self.layers:
+                    raise InvalidSetting(f"{self.name}: {lm.name!r} ({lm.model.config.model_type}) has no {kind}")
+        return found
+
+
+def whole_block(lm: LM, layer: int) -> list[Whole]:
+    """Every parameter of a block."""
+    path = lm.layout.block.format(layer)
+    return [
+        whole_parameter(module, f"{name}.{own}")
+        for name, module in lm.block(layer).named_modules(prefix=path)
+        for own, _ in module.named_parameters(recurse=False)
+    ]
+
+
+def moved_so_far(lm: LM, part: Whole) -> Tensor:
+    """Return how far the weights that a part adds to are from the unedited model's."""
+    now = part.weight().clone()
+    with lm.without_deltas():
+        return now - part.weight()
+
+
+def add_decay(values: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
+    """Add the gradient of decay/2 ||W + V||^2 to that of each V; what has none, because no edit moves it, stays."""
+    for v, w in zip(values, weights, strict=True):
+        if v.grad is not None:
+            v.grad += decay * (w + v.detach())
+
+
+@torch.no_grad()
+def shrink(values: Sequence[Tensor], away: Sequence[Tensor], share: float) -> None:
+    """Take each weight this share of the way back to the unedited model's."""
+    for v, far in zip(values, away, strict=True):
+        v -= share * (v + far)
+
+
+@torch.no_grad()
+def project(values: Sequence[Tensor], centre: Sequence[Tensor | None], box: float | None, ball: float | None) -> None:
+    """Put V + centre, the change from the anchor, back into the box, then into the ball."""
+    if box is not None:
+        for v, c in zip(values, centre, strict=True):
+            v.copy_(v.clamp(-box, box) if c is None else (v + c).clamp(-box, box) - c)
+    if ball is not None:
+        changes = [v if c is None else v + c for v, c in zip(values, centre, strict=True)]
+        norm = math.sqrt(sum(float(change.pow(2).sum()) for change in changes))
+        if norm > ball:
+            for v, c, change in zip(values, centre, changes, strict=True):
+                v.copy_(change * (ball / norm) - (0 if c is None else c))
+
+
+def _as_tensor(edits: Sequence[Edit]) -> Tensor:
+    """Edits as the bytes of their JSON, since a state holds tensors."""
+    text = json.dumps([{k: v for k, v in asdict(edit).items() if v is not None} for edit in edits])
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def _earlier(state: State | None, edits: Sequence[Edit]) -> list[Edit]:
+    """The edits of a state that are not among the new ones' prompts."""
+    if not state:
+        return []
+    try:
+        kept = [Edit(**fields) for fields in json.loads(bytes(state["edits"].tolist()))]
+    except (KeyError, ValueError, TypeError) as error:
+        raise DeltaMismatch(f"the state given holds no edits of fine-tuning ({error}); leave it out") from None
+    new = {edit.text for edit in edits}
+    return [edit for edit in kept if edit.text not in new]
