@@ -90,6 +90,10 @@ def make_model(model_type: str, tokenizer: PreTrainedTokenizerFast, *, layers: i
         }
         if model_type == "opt":
             fields |= {"ffn_dim": 4 * width, "word_embed_proj_dim": width}
+        elif model_type == "gpt_neo":
+            del fields["num_hidden_layers"], fields["num_attention_heads"]
+            kinds = [["global", "local"], layers // 2], *([[["global"], 1]] if layers % 2 else [])
+            fields |= {"num_layers": layers, "num_heads": heads, "attention_types": list(kinds)}
         elif model_type == "gpt_neox":
             fields |= {"intermediate_size": 4 * width}
         else:
@@ -97,8 +101,8 @@ def make_model(model_type: str, tokenizer: PreTrainedTokenizerFast, *, layers: i
             fields |= {"intermediate_size": 8 * width // 3, "num_key_value_heads": shared}
     kind = CONFIG_MAPPING[model_type]
     defaults = kind(**fields)
-    if getattr(defaults, "head_dim", None) not in (None, HEAD_WIDTH):
-        fields |= {"head_dim": HEAD_WIDTH}  # families that fix it: qwen3, gemma
+    if getattr(defaults, "head_dim", HEAD_WIDTH) != HEAD_WIDTH:
+        fields |= {"head_dim": HEAD_WIDTH}  # families that fix it (qwen3, gemma) or need to be told
     if hasattr(defaults, "query_pre_attn_scalar"):
         fields |= {"query_pre_attn_scalar": HEAD_WIDTH}
     fields |= {name: 0.0 for name in _NO_DROPOUT if getattr(defaults, name, 0)}  # facts are learned by heart

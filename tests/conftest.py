@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is parametrised with a family outside `CORE` as `long`."""
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            family = item.callspec.params.get("family")
+            family = item.callspec.params.get("family") or item.callspec.params.get("model_type")
             if family in LAYOUTS and family not in CORE:
                 item.add_marker("long")
 
@@ -82,7 +82,20 @@ def tokenizer(kind: str = "gpt") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float64, *, n_layers: int = 4, seed: int = 0) -> Any:
+WITH_HEAD_DIM = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "helium", "ministral",
+    "ministral3", "seed_oss", "ernie4_5", "hunyuan_v1_dense", "cwm",
+)  # fmt: skip
+"""Families whose default width of a head is not hidden_size / heads, or that allow another."""
+FLOAT32_INSIDE = ("bloom", "gemma2", "gpt_neo", "gptj", "mpt")
+"""Families that compute their attention in float32 whatever the weights are."""
+WINDOWED = ("cohere2", "cwm", "exaone4", "gemma2", "gemma3_text", "ministral", "ministral3", "olmo3")
+"""Families some of whose layers see a window of the text: a short one here."""
+
+
+def tiny_model(
+    family: str, dtype: torch.dtype = torch.float64, *, n_layers: int = 4, seed: int = 0, **own_config: Any
+) -> Any:
     """A random model, its matrices scaled up: a fresh net is almost linear and hides mistakes."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -94,6 +107,15 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, *, n_layers: int
             hidden_size=32, num_hidden_layers=n_layers, num_attention_heads=4, ffn_dim=64,
             max_position_embeddings=128, word_embed_proj_dim=32, pad_token_id=1,
         ),
+        "gpt_neo": dict(
+            hidden_size=32, num_layers=n_layers, num_heads=4, intermediate_size=64, window_size=8, pad_token_id=1,
+            max_position_embeddings=128, attention_types=[[["global", "local"], n_layers // 2]],
+        ),
+        "bloom": dict(hidden_size=32, n_layer=n_layers, n_head=4),
+        "falcon": dict(
+            hidden_size=32, num_hidden_layers=n_layers, num_attention_heads=4, ffn_hidden_size=64, pad_token_id=1
+        ),
+        "mpt": dict(d_model=32, n_layers=n_layers, n_heads=4, max_seq_len=128),
     }  # fmt: skip
     common = dict(
         hidden_size=32, num_hidden_layers=n_layers, num_attention_heads=4, intermediate_size=64,
@@ -101,11 +123,15 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, *, n_layers: int
     )  # fmt: skip
     if family not in ("gpt2", "gptj", "opt", "gpt_neox"):
         common |= dict(num_key_value_heads=2)
-    if family not in ("gpt2", "gptj", "opt", "gpt_neox", "phi3", "olmo2"):
+    if family in WITH_HEAD_DIM:
         common |= dict(head_dim=8)
-    if family in ("gemma2", "gemma3_text"):
+    if family in WINDOWED:
         common |= dict(sliding_window=8)
-    config = CONFIG_MAPPING[family](vocab_size=512, bos_token_id=0, eos_token_id=1, **own.get(family, common))
+    if family == "granite":
+        common |= dict(residual_multiplier=0.5)
+    config = CONFIG_MAPPING[family](
+        vocab_size=512, bos_token_id=0, eos_token_id=1, **own.get(family, common) | own_config
+    )
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -11,6 +11,7 @@ from retcon.lm.layerwise import LayerwiseReader, Reading
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
+from tests.conftest import FLOAT32_INSIDE
 
 ENDS = [[7, 3, 9, 5], [11, 2, 14]]
 """Tokens behind what the rows of a kind begin with in common."""
@@ -42,7 +43,7 @@ def check(lm: LM, reader: LayerwiseReader, rows: list[Row], points: list[Point],
     sums, weights = [i % 2 for i in range(len(rows))], [float(i % 5) for i in range(1, len(rows) + 1)]
     reading = Reading([r.position("subject_last") for r in rows], sums, weights)
     read = reader.read(dict.fromkeys(points, reading), keep)
-    close = 2e-5 if lm.model.config.model_type in ("gptj", "gemma2") else 1e-9
+    close = 2e-5 if lm.model.config.model_type in FLOAT32_INSIDE else 1e-9
     for point in points:
         weighted = plain[point] * torch.tensor(weights, dtype=lm.dtype)[:, None]
         wanted = torch.stack([weighted[k::2].sum(0) for k in range(max(sums) + 1)])

@@ -13,11 +13,12 @@ from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.replay import ReplayState, capture_states, replaying
 from retcon.locate.tracing.packing import PartialModule
+from tests.conftest import FLOAT32_INSIDE
 
 
 def tolerance(family: str) -> dict[str, float]:
     """Attention of GPT-J and gemma 2 computes in float32 whatever the weights are."""
-    close = 2e-5 if family in ("gptj", "gemma2") else 1e-10
+    close = 2e-5 if family in FLOAT32_INSIDE else 1e-10
     return dict(rtol=close, atol=close)
 
 

@@ -22,7 +22,7 @@ from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
 from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.search import search_values
-from tests.conftest import random_moments
+from tests.conftest import FLOAT32_INSIDE, random_moments
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 LOW = ValueSite(Point(1, "mlp"), "subject_last", clamp=1.5, weight_decay=0.02)
@@ -73,7 +73,7 @@ def agree(fast: Values, plain: Values, tolerance: float) -> None:
 
 def exactness(family: str) -> float:
     """Attention of GPT-J and gemma 2 computes in float32 whatever the weights are."""
-    return 1e-5 if family in ("gptj", "gemma2") else 1e-10
+    return 1e-5 if family in FLOAT32_INSIDE else 1e-10
 
 
 @pytest.mark.parametrize("family", LAYOUTS)

@@ -21,23 +21,33 @@ class Fused:
     module: str
     """Path of the fused module inside the block."""
     part: Literal["q", "k", "v", "gate", "up"]
-    cut: Literal["blocks", "heads"] = "blocks"
-    """`blocks`: the parts stand one behind the other; `heads`: they alternate head by head (GPT-NeoX)."""
+    cut: Literal["blocks", "groups"] = "blocks"
+    """`blocks`: the parts come one after the other; `groups`: for each key head, its query heads, itself and its value
+    head (GPT-NeoX, where every query head has its own; Falcon)."""
 
     def rows(self, config: Any) -> Int[Tensor, " rows"]:
         """Output rows of the fused matrix that belong to this part."""
-        heads = config.num_attention_heads
+        heads, shared = config.num_attention_heads, _key_heads(config)
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        n_groups = shared if self.cut == "groups" else 1
         if self.part in ("gate", "up"):
             sizes = {"gate": config.intermediate_size, "up": config.intermediate_size}
         else:
-            shared = getattr(config, "num_key_value_heads", None) or heads
             sizes = {"q": heads * size, "k": shared * size, "v": shared * size}
-        if self.cut == "heads":
-            first = torch.arange(heads) * 3 * size + list(sizes).index(self.part) * size
-            return (first[:, None] + torch.arange(size)).reshape(-1)
+        sizes = {part: rows // n_groups for part, rows in sizes.items()}
         start = sum(list(sizes.values())[: list(sizes).index(self.part)])
-        return torch.arange(start, start + sizes[self.part])
+        group = torch.arange(n_groups) * sum(sizes.values())
+        return (group[:, None] + torch.arange(start, start + sizes[self.part])).reshape(-1)
+
+
+def _key_heads(config: Any) -> int:
+    """Number of key and value heads; the query heads' where they are not shared."""
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if found := getattr(config, name, None):
+            return int(found)
+    return int(config.num_attention_heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +76,13 @@ class Layout:
     """Attention and MLP read the same input and are added together (GPT-J); otherwise one after the other."""
     mlp_post_norm: str | None = None
     """Norm between the MLP's output and the residual stream (gemma2, gemma3, olmo2)."""
+    residual_multiplier: bool = False
+    """What a block adds to the residual stream is multiplied by a constant first (granite)."""
+
+    @property
+    def adds_mlp_output(self) -> bool:
+        """Whether a change of the MLP's output is the same change of the residual stream."""
+        return self.mlp_post_norm is None and not self.residual_multiplier
 
 
 _LLAMA = Layout(
@@ -81,6 +98,21 @@ _LLAMA = Layout(
     final_norm="model.norm",
 )
 _POST_NORM = replace(_LLAMA, mlp_post_norm="post_feedforward_layernorm")
+_GATELESS = replace(_LLAMA, gate_proj=None)
+_GLM = replace(
+    _LLAMA, up_proj=Fused("mlp.gate_up_proj", "up"), gate_proj=Fused("mlp.gate_up_proj", "gate")
+)  # gate and up in one matrix, q, k and v each in its own
+_BLOOM = Layout(
+    block="transformer.h.{}",
+    down_proj="mlp.dense_4h_to_h",
+    up_proj="mlp.dense_h_to_4h",
+    q_proj=Fused("self_attention.query_key_value", "q", cut="groups"),
+    k_proj=Fused("self_attention.query_key_value", "k", cut="groups"),
+    v_proj=Fused("self_attention.query_key_value", "v", cut="groups"),
+    o_proj="self_attention.dense",
+    embedding="transformer.word_embeddings",
+    final_norm="transformer.ln_f",
+)
 
 LAYOUTS: dict[str, Layout] = {
     "gpt2": Layout(
@@ -111,25 +143,78 @@ LAYOUTS: dict[str, Layout] = {
         block="gpt_neox.layers.{}",
         down_proj="mlp.dense_4h_to_h",
         up_proj="mlp.dense_h_to_4h",
-        q_proj=Fused("attention.query_key_value", "q", cut="heads"),
-        k_proj=Fused("attention.query_key_value", "k", cut="heads"),
-        v_proj=Fused("attention.query_key_value", "v", cut="heads"),
+        q_proj=Fused("attention.query_key_value", "q", cut="groups"),
+        k_proj=Fused("attention.query_key_value", "k", cut="groups"),
+        v_proj=Fused("attention.query_key_value", "v", cut="groups"),
         o_proj="attention.dense",
         embedding="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
         parallel=True,
     ),
+    "gpt_neo": Layout(
+        block="transformer.h.{}",
+        down_proj="mlp.c_proj",
+        up_proj="mlp.c_fc",
+        q_proj="attn.attention.q_proj",
+        k_proj="attn.attention.k_proj",
+        v_proj="attn.attention.v_proj",
+        o_proj="attn.attention.out_proj",
+        embedding="transformer.wte",
+        final_norm="transformer.ln_f",
+    ),
+    "bloom": _BLOOM,
+    "falcon": replace(_BLOOM, parallel=True),
+    "mpt": Layout(
+        block="transformer.blocks.{}",
+        down_proj="ffn.down_proj",
+        up_proj="ffn.up_proj",
+        q_proj=Fused("attn.Wqkv", "q"),
+        k_proj=Fused("attn.Wqkv", "k"),
+        v_proj=Fused("attn.Wqkv", "v"),
+        o_proj="attn.out_proj",
+        embedding="transformer.wte",
+        final_norm="transformer.norm_f",
+    ),
     "llama": _LLAMA,
+    "cwm": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "gemma": _LLAMA,
+    "helium": _LLAMA,
+    "hunyuan_v1_dense": _LLAMA,
+    "ministral": _LLAMA,
+    "ministral3": _LLAMA,
     "mistral": _LLAMA,
+    "olmo": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "seed_oss": _LLAMA,
+    "smollm3": _LLAMA,
+    "stablelm": _LLAMA,
+    "cohere": replace(_LLAMA, parallel=True),
+    "cohere2": replace(_LLAMA, parallel=True),
+    "granite": replace(_LLAMA, residual_multiplier=True),
+    "apertus": _GATELESS,
+    "arcee": _GATELESS,
+    "jais2": _GATELESS,
+    "nemotron": _GATELESS,
+    "starcoder2": replace(_GATELESS, up_proj="mlp.c_fc", down_proj="mlp.c_proj"),
+    "phi": replace(
+        _GATELESS,
+        up_proj="mlp.fc1",
+        down_proj="mlp.fc2",
+        o_proj="self_attn.dense",
+        final_norm="model.final_layernorm",
+        parallel=True,
+    ),
+    "exaone4": _POST_NORM,
     "gemma2": _POST_NORM,
     "gemma3_text": _POST_NORM,
     "olmo2": _POST_NORM,
+    "olmo3": _POST_NORM,
+    "glm": _GLM,
+    "glm4": replace(_GLM, mlp_post_norm="post_mlp_layernorm"),
     "phi3": replace(
-        _LLAMA,
-        up_proj=Fused("mlp.gate_up_proj", "up"),
-        gate_proj=Fused("mlp.gate_up_proj", "gate"),
+        _GLM,
         q_proj=Fused("self_attn.qkv_proj", "q"),
         k_proj=Fused("self_attn.qkv_proj", "k"),
         v_proj=Fused("self_attn.qkv_proj", "v"),
@@ -181,7 +266,16 @@ def layout_for(config: Any) -> Layout:
             "OPT with do_layer_norm_before=False (opt-350m) norms after each sum, so a block's output is no residual "
             "stream; use another OPT size."
         )
+    if kind == "bloom" and config.apply_residual_connection_post_layernorm:
+        raise UnsupportedModel(
+            "BLOOM with apply_residual_connection_post_layernorm=True adds to a normed state, so a block's output is "
+            "no residual stream; use another checkpoint."
+        )
     row = LAYOUTS[kind]
-    if kind == "gpt_neox" and not getattr(config, "use_parallel_residual", True):
-        row = replace(row, parallel=False)
+    if kind in ("gpt_neox", "stablelm"):
+        row = replace(row, parallel=config.use_parallel_residual)
+    elif kind == "falcon":
+        row = replace(row, parallel=config.new_decoder_architecture or config.parallel_attn)
+    elif kind == "granite":
+        row = replace(row, residual_multiplier=config.residual_multiplier != 1)
     return row

@@ -230,7 +230,7 @@ class _Below:
 
 def _adds_to_the_stream(lm: LM, site: Site) -> bool:
     """Whether the site's output goes straight into the block's output, so that its own block need not be run again."""
-    return site.kind == "down_proj" and lm.layout.mlp_post_norm is None
+    return site.kind == "down_proj" and lm.layout.adds_mlp_output
 
 
 def _behind(lm: LM, copies: _Copies, site: Site, below: _Below, how: Attribution) -> Captured:

@@ -95,7 +95,7 @@ def _adds_to_the_output(lm: LM, point: Point) -> bool:
     if point.tensor == "block":
         return True
     summand = point.tensor == "mlp" or (point.tensor == "attn" and lm.layout.parallel)
-    return summand and lm.layout.mlp_post_norm is None
+    return summand and lm.layout.adds_mlp_output
 
 
 def _zeros(lm: LM, point: Point, n: int, dtype: torch.dtype) -> Float[Tensor, "n d_model"]:
