@@ -9,7 +9,28 @@ from typing import Annotated
 import typer
 
 import retcon
-from retcon.cli import apply, audit, bench, check, complete, demo, edit, export, methods, moments, probe, report
+from retcon.cli import (
+    amend,
+    apply,
+    audit,
+    bench,
+    check,
+    checkout,
+    complete,
+    demo,
+    diff,
+    edit,
+    export,
+    gc,
+    init,
+    log,
+    methods,
+    moments,
+    probe,
+    report,
+    revert,
+    show,
+)
 from retcon.cli.shell import CommandGroup, examples
 
 app = typer.Typer(
@@ -99,6 +120,24 @@ app.command(
         "retcon check ./gpt-j-6b --delta cf.safetensors --cases counterfact.json --limit 100 --local 0.9",
     )
 )(check.check)
+app.command(
+    epilog=examples("retcon init demo:gptj", "retcon init ./my-model --store edits --precision float16 --lfs"),
+)(init.init)
+app.command(epilog=examples("retcon log", "retcon log -n 5 --json"))(log.log)
+app.command(epilog=examples("retcon show HEAD", "retcon show france"))(show.show)
+app.command(epilog=examples("retcon diff HEAD~1", "retcon diff base HEAD --json"))(diff.diff)
+app.command(
+    epilog=examples(
+        "retcon revert HEAD",
+        'retcon revert --fact france -m "it was right"',
+        "retcon revert --fact france --repropose",
+    )
+)(revert.revert)
+app.command(epilog=examples("retcon amend france --target Milan"))(amend.amend)
+app.command(epilog=examples("retcon checkout --save ./edited", "retcon checkout HEAD~2 --save ./before"))(
+    checkout.checkout
+)
+app.command(epilog=examples("retcon gc", "retcon gc --before HEAD~10 --values"))(gc.gc)
 
 
 def main() -> None:

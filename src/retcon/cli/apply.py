@@ -13,6 +13,7 @@ from retcon.cli.shell import (
     Model,
     console,
     count,
+    delta_files,
     emit,
     load_deltas,
     load_model,
@@ -52,7 +53,7 @@ def apply(
         for each in deltas:
             lm.apply(each, other_base=other_base)
     with spinner(f"saving {save}"):
-        made = export(lm, save, format="hf", files=[f.name for f in delta], force=force)
+        made = export(lm, save, format="hf", files=[f.name for f in delta_files(delta)], force=force)
     if as_json:
         emit({"saved": str(save), "bytes": made.n_bytes, **made.record})
         return

@@ -32,6 +32,7 @@ from retcon.cli.shell import (
     spinner,
     warn,
 )
+from retcon.cli.stores import entry_record, open_store
 from retcon.cli.tables import changes_table, edits_table, estimate_table, facts_table, settings_table
 from retcon.errors import InvalidSetting
 from retcon.workflow import (
@@ -47,10 +48,13 @@ from retcon.workflow import (
     state_after,
     write_facts,
 )
-from retcon.workflow.facts import Conflicts
+from retcon.workflow.facts import Conflicts, Facts
 
 if TYPE_CHECKING:
     from retcon.evaluation import Evaluation
+    from retcon.lm.model import LM
+    from retcon.memory.moments import Moments
+    from retcon.store import Store
 
 
 def edit(
@@ -125,6 +129,17 @@ def edit(
         float,
         typer.Option(min=0, max=1, help="Share of edits that must take, or the exit code is 1; the delta is saved."),
     ] = 0.5,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Instead of --out: a store (retcon init) that the edit becomes an entry of, on top of what is there.",
+            show_default=False,
+        ),
+    ] = None,
+    message: Annotated[
+        str, typer.Option("-m", "--message", help="What the store's log says of it.", show_default=False)
+    ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at DELTA.")] = False,
     seed: Seed = 0,
     device: Device = None,
@@ -137,11 +152,16 @@ def edit(
 
     A run that was killed goes on where it was when the same command is given again.
     """
+    if store is not None and (out is not None or earlier):
+        what = "--out" if out is not None else "--delta"
+        raise InvalidSetting(f"--store and {what} exclude each other: a store keeps the delta, on top of its own")
     if out is not None:
         check_can_write(out)
         check_not_an_input(out, [edits, *(earlier or []), *([Path(corpus)] if corpus else [])])
-    elif not dry_run:
-        raise InvalidSetting("--out DELTA is missing: name the file that the delta goes to, or ask for a --dry-run")
+    elif store is None and not dry_run:
+        raise InvalidSetting(
+            "--out DELTA is missing: name the file that the delta goes to, a --store, or ask for a --dry-run"
+        )
     given = read_settings(method, dataset=dataset, preset=preset, assignments=assignments or ())
     if layers and "layers" in given:
         raise InvalidSetting("--layers probe and --set layers=... both say which layers to edit; give one of them")
@@ -150,10 +170,14 @@ def edit(
         check_corpus(corpus)
     show = console(stderr=as_json)
     started = time.perf_counter()
-    before = load_deltas(earlier or [])
+    kept_in = None if store is None else open_store(store)
+    before = load_deltas(earlier or []) if kept_in is None else kept_in.deltas()
     lm = load_model(model, device=device, dtype=dtype)
-    for each in before:
-        lm.apply(each)
+    if kept_in is None:
+        for each in before:
+            lm.apply(each)
+    else:
+        kept_in.checkout(lm)
     loading = time.perf_counter() - started
     with spinner("probing for layers" if layers else "choosing settings"):
         probe_with = facts.edits if layers else ()
@@ -167,7 +191,7 @@ def edit(
         check_replaces_its_like(out, lm, resolved, facts.edits, seed)
     with spinner("reading the corpus"):
         moments = needed_moments(lm, resolved.method, corpus)
-    if out is None or dry_run:
+    if dry_run or (out is None and kept_in is None):
         with spinner("trying a few edits"):
             expected = estimate(lm, resolved, facts.edits, moments=moments, batch_size=batch_size, seed=seed)
         show.print(facts_table(facts.edits))
@@ -177,6 +201,10 @@ def edit(
             emit({"model": model, "method": resolved.name, "settings": resolved.settings} | expected.as_dict())
         return
 
+    if kept_in is not None:
+        _edit_store(kept_in, lm, resolved, facts, moments, batch_size, seed, corpus, message, require, as_json)
+        return
+    assert out is not None
     with progress_bars() as advance:
         made = write_facts(
             lm,
@@ -224,6 +252,52 @@ def edit(
         warn(
             f"{made.n_took} of {count(n, 'edit')} took, fewer than asked for (--require {require:g}); the delta is "
             "saved and does not do what it should"
+        )
+        raise typer.Exit(1)
+
+
+def _edit_store(
+    store: "Store",
+    lm: "LM",
+    resolved: Resolved,
+    facts: Facts,
+    moments: "Moments",
+    batch_size: int | None,
+    seed: int,
+    corpus: str | None,
+    message: str,
+    require: float,
+    as_json: bool,
+) -> None:
+    """Make the edit an entry of a store, and say what became of it."""
+    show = console(stderr=as_json)
+    with progress_bars() as advance:
+        entry = store.edit(
+            lm,
+            facts.cases,
+            resolved.method,
+            batch_size=batch_size,
+            moments=moments,
+            seed=seed,
+            message=message,
+            corpus=corpus,
+            progress=advance,
+        )
+    made = [store.delta(delta) for _, delta in entry.sets.values() if delta is not None]
+    reports = [report for delta in made for report in delta.report]
+    took = sum(bool(report.greedy_match) for report in reports)
+    n_bytes = sum(store.file_size(delta.id) for delta in made)
+    show.print(f"{took} of {count(len(reports), 'edit')} are what the edited model says first")
+    show.print(
+        f"entry  [yellow]{entry.id}[/]  {escape(entry.message)}  "
+        f"[dim]{count(len(made), 'delta')}, {size(n_bytes)}; state {store.state().id}[/]"
+    )
+    if as_json:
+        emit(entry_record(store, entry) | {"took": took, "report": [asdict(r) for r in reports], "bytes": n_bytes})
+    if took < require * len(reports):
+        warn(
+            f"{took} of {count(len(reports), 'edit')} took, fewer than asked for (--require {require:g}); "
+            f"{program()} revert {entry.id} takes the entry back"
         )
         raise typer.Exit(1)
 

@@ -15,6 +15,7 @@ from retcon.cli.shell import (
     Model,
     OnError,
     console,
+    delta_files,
     emit,
     load_deltas,
     load_model,
@@ -121,7 +122,7 @@ def export(
             gguf_type=gguf_type,
             max_shard_size=max_shard_size,
             scores=scores,
-            files=[f.name for f in delta],
+            files=[f.name for f in delta_files(delta)],
             force=force,
         )
     address = None

@@ -286,10 +286,26 @@ def _check_device(name: str | None) -> None:
 
 
 def load_deltas(paths: Sequence[Path]) -> list["Delta"]:
-    """Deltas from files, in that order."""
+    """Deltas from files, in that order; a store stands for those in force, `store@ENTRY` for those after an entry."""
     from retcon.delta import Delta
 
-    return [Delta.load(path) for path in paths]
+    return [Delta.load(path) for path in delta_files(paths)]
+
+
+def delta_files(paths: Sequence[Path]) -> list[Path]:
+    """The files of deltas, with those of a store in its place."""
+    from retcon.store.store import CONFIG, Store
+
+    found: list[Path] = []
+    for path in paths:
+        folder, _, entry = str(path).rpartition("@")
+        if (path / CONFIG).is_file():
+            found += Store(path).paths()
+        elif folder and (Path(folder) / CONFIG).is_file():
+            found += Store(folder).paths(entry)
+        else:
+            found.append(path)
+    return found
 
 
 def check_can_write(path: Path) -> None:

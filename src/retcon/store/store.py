@@ -115,9 +115,7 @@ class Store:
         root = Path(path)
         if precision not in ("float32", "float16"):
             raise InvalidSetting(f"unknown precision {precision!r}; known: float32, float16")
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            what = "a store already" if (root / CONFIG).is_file() else "in use for something else"
-            raise InvalidSetting(f"{root} is {what}; name another folder")
+        cls.check_new(root)
         for name in (FACTS, DELTAS, VALUES):
             (root / name).mkdir(parents=True, exist_ok=True)
         (root / ".gitignore").write_text(_IGNORED)
@@ -126,6 +124,14 @@ class Store:
         record = {"format": FORMAT, "base": lm.fingerprint(), "model": model or lm.name, "precision": precision}
         write_atomically(root / CONFIG, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
         return cls(root)
+
+    @staticmethod
+    def check_new(path: str | os.PathLike[str]) -> None:
+        """Raises InvalidSetting where there is a store, or something else, already."""
+        root = Path(path)
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            what = "a store already" if (root / CONFIG).is_file() else "in use for something else"
+            raise InvalidSetting(f"{root} is {what}; name another folder")
 
     def __repr__(self) -> str:
         return f"Store({self.path}: {self.model}, {len(self.log())} entries)"
@@ -208,6 +214,33 @@ class Store:
             raise UnknownEntry(f"fact {name!r} is no longer in force; it was reverted (retcon show {name})")
         return live[one_named(name, live, "fact")]
 
+    def history(self, fact: str) -> list[tuple[Entry, Line | None]]:
+        """The entries that changed a fact, oldest first, with what it was from then on; None: not in force."""
+        if not self.index.of_fact(fact):
+            return []
+        held, found = self._lines_by_delta(), []
+        entries = self.log()
+        last: Line | None = None
+        for entry, state in zip(entries, states(self.base, entries, self.path / LOG)[1:], strict=True):
+            now = next((held[d][fact] for d in state.deltas if fact in held.get(d, {})), None)
+            if now != last:
+                found.append((entry, now))
+            last = now
+        return found
+
+    def diff(self, a: str, b: str | None = None) -> tuple[list[Line], list[Line], list[tuple[Line, Line]]]:
+        """The facts that came, that went, and that changed from the state after one entry to that after another."""
+        before = {line.fact: line for line in self.facts(a)}
+        after = {line.fact: line for line in self.facts(b)}
+        came = [line for fact, line in after.items() if fact not in before]
+        went = [line for fact, line in before.items() if fact not in after]
+        changed = [
+            (before[fact], line)
+            for fact, line in after.items()
+            if fact in before and (before[fact].prompt, before[fact].target) != (line.prompt, line.target)
+        ]
+        return came, went, changed
+
     def delta(self, delta: str) -> "Delta":
         """Read a delta.
 
@@ -236,6 +269,11 @@ class Store:
             if file.read(24) == b"version https://git-lfs.":
                 raise MalformedFile(f"{path}: a pointer of git-lfs, not the file itself; run `git lfs pull`")
         return path
+
+    def file_size(self, delta: str) -> int:
+        """Bytes of a delta's files, values included."""
+        files = (self.path / folder / f"{delta}.safetensors" for folder in (DELTAS, VALUES))
+        return sum(file.stat().st_size for file in files if file.is_file())
 
     def deltas(self, at: str | None = None) -> list["Delta"]:
         """The deltas in force after an entry, in order of application."""

@@ -1,0 +1,50 @@
+"""`retcon amend`: another answer for a fact."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from retcon.cli.shell import Device, DType, Json, console, count, emit, progress_bars
+from retcon.cli.stores import (
+    Again,
+    Corpus,
+    OtherModel,
+    StorePath,
+    corpus_of,
+    entry_record,
+    load_base,
+    open_store,
+    say_on_top,
+)
+
+
+def amend(
+    fact: Annotated[str, typer.Argument(metavar="FACT", help="A fact that is in force.", show_default=False)],
+    target: Annotated[str, typer.Option(metavar="TEXT", help="Its new answer.", show_default=False)],
+    repropose: Again = False,
+    message: Annotated[str, typer.Option("-m", "--message", help="Why.", show_default=False)] = "",
+    model: OtherModel = None,
+    corpus: Corpus = None,
+    store: StorePath = Path(".retcon"),
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Give a fact another answer. Its batch is written again, and its value alone is searched."""
+    from retcon.workflow import moments_for
+
+    found = open_store(store)
+    text = corpus or corpus_of(found, fact)
+    lm = load_base(found, model, device=device, dtype=dtype)
+    with progress_bars() as advance:
+        entry = found.amend(
+            lm, fact, target, moments=moments_for(lm, text), repropose=repropose, message=message, progress=advance
+        )
+    if as_json:
+        emit(entry_record(found, entry))
+        return
+    searched = f"{count(entry.about['searched'], 'value')} searched"
+    console().print(f"[yellow]{entry.id}[/]  {escape(entry.message)}  [dim]{searched}[/]")
+    say_on_top(entry, offer=True)

@@ -1,0 +1,44 @@
+"""`retcon checkout`: the model as of any entry."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from retcon.cli.shell import Device, DType, Json, console, count, emit, size, spinner
+from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
+
+
+def checkout(
+    save: Annotated[Path, typer.Option(metavar="DIR", help="Where the checkpoint goes.", show_default=False)],
+    entry: Annotated[str, typer.Argument(metavar="ID", help="An entry, or base.")] = "HEAD",
+    force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint that is in DIR.")] = False,
+    model: OtherModel = None,
+    store: StorePath = Path(".retcon"),
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Save the model as of an entry: safetensors weights in the stored dtype, tokenizer and model card.
+
+    To ask a state something, no checkpoint is needed: wherever a verb takes a DELTA, a store stands for the deltas in
+    force, and DIR@ID for those after an entry.
+    """
+    from retcon.export import export
+    from retcon.export.write import check_place
+
+    found = open_store(store)
+    state = found.state(None if entry == "HEAD" else entry)
+    source = model or found.model
+    check_place(save, Path(source) if Path(source).is_dir() else None, force)
+    lm = load_base(found, model, device=device, dtype=dtype or "auto")
+    with spinner(f"saving {save}"):
+        found.checkout(lm, None if entry == "HEAD" else entry)
+        made = export(lm, save, format="hf", files=[f"{d}.safetensors" for d in state.deltas], force=force)
+    if as_json:
+        emit({"saved": str(save), "bytes": made.n_bytes, "state": state.id, **made.record})
+        return
+    facts = count(len(found.facts(None if entry == "HEAD" else entry)), "fact")
+    about = f"{size(made.n_bytes)}, state {state.id}: {facts} in {count(len(state.deltas), 'delta')}"
+    console().print(f"saved  [bold]{escape(str(save))}[/]  [dim]{about}[/]")

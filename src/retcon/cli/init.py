@@ -1,0 +1,34 @@
+"""`retcon init`: a store for the edits of a model."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.markup import escape
+
+from retcon.cli.shell import Device, DType, Json, Model, console, emit, load_model, program
+
+
+def init(
+    model: Model,
+    store: Annotated[Path, typer.Option("--store", metavar="DIR", help="The folder to make.")] = Path(".retcon"),
+    precision: Annotated[
+        Literal["float32", "float16"], typer.Option(help="In which deltas are kept; float16 takes half the room.")
+    ] = "float32",
+    lfs: Annotated[bool, typer.Option("--lfs", help="Let git-lfs keep deltas and values.")] = False,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Make a store: a folder that keeps the edits of MODEL under version control, and lives in git."""
+    from retcon.store import Store
+
+    Store.check_new(store)
+    lm = load_model(model, device=device, dtype=dtype)
+    made = Store.init(store, lm, model=model, precision=precision, lfs=lfs)
+    if as_json:
+        emit({"store": str(store), "model": model, "base": made.base, "precision": precision})
+        return
+    show = console()
+    show.print(f"made   [bold]{escape(str(store))}[/]  [dim]for {escape(model)}, fingerprint {made.base[:12]}[/]")
+    show.print(f"[dim]next   {program()} edit {escape(model)} FACTS --store {escape(str(store))}[/]", soft_wrap=True)

@@ -1,0 +1,67 @@
+"""`retcon revert`: an entry, or one fact, taken back."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from retcon.cli.shell import Device, DType, Json, console, count, emit, progress_bars
+from retcon.cli.stores import (
+    Again,
+    Corpus,
+    OtherModel,
+    StorePath,
+    corpus_of,
+    entry_record,
+    load_base,
+    open_store,
+    say_on_top,
+)
+from retcon.errors import InvalidSetting
+
+
+def revert(
+    name: Annotated[
+        str | None, typer.Argument(metavar="ID", help="An entry; HEAD is the last.", show_default=False)
+    ] = None,
+    fact: Annotated[
+        str | None, typer.Option(metavar="FACT", help="One fact of a batch instead.", show_default=False)
+    ] = None,
+    repropose: Again = False,
+    message: Annotated[str, typer.Option("-m", "--message", help="Why.", show_default=False)] = "",
+    model: OtherModel = None,
+    corpus: Corpus = None,
+    store: StorePath = Path(".retcon"),
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Take back an entry, or one fact of it. Reverting a revert brings back what it took.
+
+    An entry is taken back without the model. Of a batch, --fact writes the others again; none of them is searched.
+    """
+    if (name is None) == (fact is None):
+        raise InvalidSetting("name an entry to revert, or one fact by --fact; retcon log lists the entries")
+    if name is not None and repropose:
+        raise InvalidSetting("--repropose goes with --fact; an entry is taken back without the model")
+    found = open_store(store)
+    if name is not None:
+        entry = found.revert(name, message=message)
+    else:
+        from retcon.workflow import moments_for
+
+        assert fact is not None
+        text = corpus or corpus_of(found, fact)
+        lm = load_base(found, model, device=device, dtype=dtype)
+        with progress_bars() as advance:
+            entry = found.revert_fact(
+                lm, fact, moments=moments_for(lm, text), repropose=repropose, message=message, progress=advance
+            )
+    if as_json:
+        emit(entry_record(found, entry))
+        return
+    searched = f"; {count(entry.about['searched'], 'value')} searched" if "searched" in entry.about else ""
+    facts = count(len(found.facts()), "fact")
+    console().print(f"[yellow]{entry.id}[/]  {escape(entry.message)}  [dim]{facts} in force{searched}[/]")
+    say_on_top(entry, offer=fact is not None)

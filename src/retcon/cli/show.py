@@ -1,0 +1,97 @@
+"""`retcon show`: one entry, or one fact through time."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.shell import Json, console, count, emit, size
+from retcon.cli.stores import N_SHOWN, StorePath, entry_record, fact_record, facts_table, open_store
+from retcon.errors import UnknownEntry
+
+if TYPE_CHECKING:
+    from retcon.store import Entry, Store
+
+
+def show(
+    name: Annotated[
+        str, typer.Argument(metavar="ID|FACT", help="An entry (HEAD is the last) or a fact.", show_default=False)
+    ],
+    store: StorePath = Path(".retcon"),
+    as_json: Json = False,
+) -> None:
+    """Show one entry with its facts and deltas, or one fact with its checks and what became of it."""
+    found = open_store(store)
+    if found.history(name):
+        _fact(found, name, as_json)
+        return
+    try:
+        entry = found.entry(name)
+    except UnknownEntry as error:
+        raise UnknownEntry(f"{error} (and no fact of that name)") from None
+    _entry(found, entry, as_json)
+
+
+def _entry(store: "Store", entry: "Entry", as_json: bool) -> None:
+    facts = store.index.of_entry(entry.id)
+    if as_json:
+        emit(entry_record(store, entry) | {"facts": [fact_record(line) for line in facts]})
+        return
+    out = console()
+    out.print(f"[yellow]{entry.id}[/]  [bold]{entry.action}[/]  {escape(entry.message)}")
+    about = ", ".join(f"{k} {v}" for k, v in entry.about.items() if not isinstance(v, list))
+    out.print(f"[dim]{entry.time}; {escape(about) or 'no details'}[/]", soft_wrap=True)
+    for before, now in entry.sets.values():
+        out.print(f"  delta  {_delta(store, before)} -> {_delta(store, now)}", soft_wrap=True)
+    for fact in entry.drops:
+        out.print(f"  [red]-[/] fact {escape(fact)}")
+    for what in ("on_top", "proposed_again", "removed"):
+        if named := entry.about.get(what):
+            out.print(f"  [dim]{what.replace('_', ' ')}: {', '.join(map(str, named))}[/]", soft_wrap=True)
+    if facts:
+        out.print()
+        out.print(facts_table(facts))
+        if len(facts) > N_SHOWN:
+            out.print(f"[dim]and {len(facts) - N_SHOWN:,} more[/]")
+
+
+def _delta(store: "Store", delta: str | None) -> str:
+    if delta is None:
+        return "[dim]nothing[/]"
+    path = store.path / "deltas" / f"{delta}.safetensors"
+    return f"{delta} [dim]({size(path.stat().st_size)})[/]" if path.is_file() else f"{delta} [red](no file)[/]"
+
+
+def _fact(store: "Store", name: str, as_json: bool) -> None:
+    steps = store.history(name)
+    line = next(line for _, line in reversed(steps) if line is not None)
+    case = store.index.case(line)
+    live = steps[-1][1] is not None
+    if as_json:
+        emit(
+            {
+                "fact": name,
+                "in_force": live,
+                "history": [{"entry": e.id, "action": e.action, "answer": s and s.target} for e, s in steps],
+                "edits": [asdict(e) for e in case.edits],
+                "checks": [asdict(q) for q in case.queries],
+            }
+        )
+        return
+    out = console()
+    out.print(f"[bold]{escape(line.prompt)}[/] {escape(line.target)}" + ("" if live else "  [red](reverted)[/]"))
+    for entry, step in steps:
+        answer = "[dim]taken back[/]" if step is None else escape(step.target)
+        out.print(f"  [yellow]{entry.id}[/]  [dim]{entry.time[:16].replace('T', ' ')}[/]  {entry.action:8}{answer}")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head, width in (("check", 18), ("prompt", 56), ("answer", 22)):
+        table.add_column(head, no_wrap=True, overflow="ellipsis", max_width=width)
+    for query in case.queries[:N_SHOWN]:
+        table.add_row(query.axis, escape(query.prompt), escape(query.target or "as before"))
+    out.print()
+    out.print(table)
+    if len(case.queries) > N_SHOWN:
+        out.print(f"[dim]and {count(len(case.queries) - N_SHOWN, 'more check')}[/]")

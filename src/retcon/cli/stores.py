@@ -1,0 +1,92 @@
+"""What the verbs of a store share: how they find the store, and how they load the model it is of."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.shell import count, load_model, warn
+
+if TYPE_CHECKING:
+    from retcon.lm.model import LM
+    from retcon.store import Entry, Store
+    from retcon.store.index import Line
+
+StorePath = Annotated[Path, typer.Option("--store", metavar="DIR", help="The store's folder.")]
+OtherModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="Where the model is now; as in the store.", show_default=False),
+]
+Corpus = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|DATASET", help="Text for the second moments; what the edit was made with.", show_default=False
+    ),
+]
+Again = Annotated[
+    bool,
+    typer.Option("--repropose", help="Propose the deltas that came later again, in order, on what is there then."),
+]
+N_SHOWN = 20
+"""Facts shown; the JSON has all."""
+
+
+def open_store(path: Path) -> "Store":
+    """The store there."""
+    from retcon.store import Store
+
+    return Store(path)
+
+
+def load_base(store: "Store", model: str | None, *, device: str | None = None, dtype: str | None = None) -> "LM":
+    """The model that the store is of."""
+    lm = load_model(model or store.model, device=device, dtype=dtype)
+    store.check_base(lm)
+    return lm
+
+
+def corpus_of(store: "Store", fact: str) -> str | None:
+    """The text of the moments that a fact's delta was made with; None: the model's default."""
+    _, delta = store.fact(fact)
+    slot = store.state().slot_of(delta)
+    return next((e.about.get("corpus") for e in store.log() if slot in e.sets), None)
+
+
+def facts_table(lines: "list[Line]") -> Table:
+    """The first of some facts."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head, width in (("fact", 24), ("prompt", 48), ("answer", 24)):
+        table.add_column(head, no_wrap=True, overflow="ellipsis", max_width=width)
+    for line in lines[:N_SHOWN]:
+        table.add_row(escape(line.fact), escape(line.prompt), escape(line.target))
+    return table
+
+
+def fact_record(line: "Line") -> dict[str, Any]:
+    """A fact for machines."""
+    return {"id": line.fact, "prompt": line.prompt, "answer": line.target, "entry": line.entry}
+
+
+def entry_record(store: "Store", entry: "Entry") -> dict[str, Any]:
+    """An entry for machines."""
+    return {
+        "id": entry.id,
+        "time": entry.time,
+        "action": entry.action,
+        "message": entry.message,
+        "sets": {slot: list(pair) for slot, pair in entry.sets.items()},
+        "drops": list(entry.drops),
+        "about": dict(entry.about),
+        "state": store.state(entry.id).id,
+    }
+
+
+def say_on_top(entry: "Entry", *, offer: bool) -> None:
+    """Warn of later deltas that were proposed on top of what an entry has changed."""
+    if on_top := entry.about.get("on_top"):
+        way = "; --repropose proposes them again on what is there now" if offer else ""
+        warn(
+            f"{count(len(on_top), 'later delta')} stayed as proposed on what was there before: {', '.join(on_top)}{way}"
+        )

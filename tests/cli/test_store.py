@@ -1,0 +1,88 @@
+"""The verbs of a store: init, edit --store, log, show, diff, revert, amend, checkout, gc."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import write_rows
+
+Cli = Callable[..., Any]
+EDIT = (
+    "edit",
+    "gptj",
+    "edits.jsonl",
+    "--store",
+    ".retcon",
+    "--corpus",
+    "corpus.txt",
+    "--set",
+    "steps=3",
+    "--set",
+    "low=[0, 1]",
+)
+
+
+@pytest.fixture
+def store(cli: Cli, here: Path) -> Path:
+    cli("init", "gptj")
+    cli(*EDIT)
+    return Path(".retcon")
+
+
+def log(cli: Cli) -> list[dict[str, Any]]:
+    return json.loads(cli("log", "--json").stdout)["entries"]
+
+
+def test_a_day_with_a_store(cli: Cli, store: Path, here: Path) -> None:
+    (entry,) = log(cli)
+    assert (entry["action"], entry["about"]["facts"]) == ("edit", 2)
+    assert "2 facts in force in 1 delta" in cli("log").stdout
+    assert "Danielle Darrieux" in cli("show", "HEAD").stdout
+    assert "The capital of France is Rome" in cli("show", "fr").stdout
+
+    assert "0 values searched" in cli("revert", "--fact", "fr").stdout
+    assert "(reverted)" in cli("show", "fr").stdout
+    went = json.loads(cli("diff", entry["id"], "--json").stdout)["went"]
+    assert [fact["id"] for fact in went] == ["fr"]
+    assert cli("diff", entry["id"]).stdout.startswith("- fr  The capital of France is Rome")
+
+    assert "1 value searched" in cli("amend", "dd", "--target", "Greek").stdout
+    assert "~ dd" in cli("diff", "HEAD~1").stdout
+    cli("checkout", entry["id"], "--save", "was")
+    assert (here / "was" / "model.safetensors").is_file()
+
+    cli("revert", "HEAD")
+    cli("revert", "HEAD~2")
+    assert [e["action"] for e in log(cli)] == ["revert", "revert", "amend", "revert", "edit"]
+    assert log(cli)[0]["state"] == entry["state"]
+    assert cli("gc").stdout == "nothing to remove\n"
+    assert "removed 4 files" in cli("gc", "--before", "HEAD").stdout
+
+
+def test_a_store_stands_for_its_deltas(cli: Cli, store: Path) -> None:
+    asked = ("complete", "gptj", "The capital of France is", "--max-new-tokens", "3", "--json", "--delta")
+    assert json.loads(cli(*asked, ".retcon").stdout) != json.loads(cli(*asked, ".retcon@base").stdout)
+    cli("apply", "gptj", ".retcon@HEAD", "--save", "edited")
+    assert "no entry 'nope'" in cli(*asked, ".retcon@nope", code=2).stderr
+
+
+def test_bad_input_changes_nothing(cli: Cli, store: Path, here: Path) -> None:
+    before = (store / "log.jsonl").read_text()
+    assert "fact 'fr' is in force already" in cli(*EDIT, code=2).stderr
+    assert "no entry 'nope'" in cli("revert", "nope", code=2).stderr
+    assert "no entry 'nope'" in cli("show", "nope", code=2).stderr
+    assert "no fact 'nope'" in cli("amend", "nope", "--target", "x", code=2).stderr
+    assert "name an entry to revert, or one fact" in cli("revert", code=2).stderr
+    assert "load the model the store was made for" in cli("revert", "--fact", "fr", "--model", "llama", code=2).stderr
+    assert "a store already" in cli("init", "gptj", code=2).stderr
+    assert "holds no store" in cli("log", "--store", "elsewhere", code=2).stderr
+    assert "--store and --out" in cli(*EDIT, "--out", "x.safetensors", code=2).stderr
+    write_rows(here / "edits.jsonl", [{"prompt": "The capital of {} is", "subject": "France", "target_new": "Milan"}])
+    assert "retcon amend fr" in cli(*EDIT, code=2).stderr
+    facts = next((store / "facts").iterdir())
+    facts.write_text("<<<<<<< ours\n" + facts.read_text())
+    assert "marks of a merge" in cli("diff", "base", code=2).stderr
+    assert (store / "log.jsonl").read_text() == before
