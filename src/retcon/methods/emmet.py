@@ -80,6 +80,7 @@ class Emmet(BatchSettings):
         a = self.stabiliser if self.stabiliser is not None else 0.0 if len(edits) == 1 else 0.1
 
         def solve(layer: LayerProblem) -> Float[Tensor, "n m"]:
+            """(K^T C'^-1 K + a I)^-1 K^T C'^-1 with C' = w C + mu I: the least change that has dW K = R."""
             return equality(
                 layer.keys, layer.moment, stabiliser=a, weight=self.moment_weight,
                 identity_weight=self.identity_weight, factor=layer.factor, device=layer.site.weight.device,

@@ -1,12 +1,19 @@
 """MEMIT: write many facts at once, spread over several layers.
 
-Meng et al. 2022, arXiv:2210.07229, section 4; symbols as there. With `cache_keys` it is MEMIT-seq, the sequential form
-that AlphaEdit's authors compare with (arXiv:2410.02355). Departures: docs/methods/memit.md.
+Meng et al. 2022, arXiv:2210.07229, section 4; symbols as there. Layer after layer, each on the weights written so far:
+
+    R = (z - h_L) / (L - l + 1)        dW = R K^T (lambda C + K K^T)^-1        (Eq. 14)
+
+With `cache_keys` it is MEMIT-seq, the sequential form that AlphaEdit's authors compare with (arXiv:2410.02355).
+Departures: docs/methods/memit.md.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
 
 from retcon.delta import Delta
 from retcon.edits import Edit
@@ -14,8 +21,9 @@ from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.key_cache import earlier_keys, extended
 from retcon.memory.moments import Moments
+from retcon.memory.solve import ridge
 from retcon.memory.values import ValueCache
-from retcon.memory.write import LayerGroup, weighted
+from retcon.memory.write import LayerGroup, LayerProblem, with_earlier
 from retcon.methods.common.contract import Progress, State, UpdateFilter, check_not_negative, check_stateless
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, sites_of, target_tensor
@@ -55,14 +63,22 @@ class Memit(BatchSettings):
         if not self.cache_keys:
             check_stateless(f"{self.name} without cache_keys", state)
         earlier = earlier_keys(state, lm, sites_of(self.name, lm, self.layers))
+
+        def solve(layer: LayerProblem) -> Float[Tensor, "n m"]:
+            """K^T (lambda C + Kp Kp^T + K K^T)^-1; Kp are the keys of earlier batches, whose residual is zero."""
+            keys = with_earlier(layer, earlier)  # [Kp, K]
+            device = layer.site.weight.device
+            right = ridge(keys, layer.moment, self.moment_weight, factor=layer.factor, device=device)
+            return right[keys.shape[1] - layer.keys.shape[1] :]
+
         tensor = target_tensor(lm, "block", self.name)
-        group = LayerGroup(self.layers, "subject_last", tensor, self.spread, weighted(self.moment_weight, earlier))
+        group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve)
         given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
         with proposing(self, lm, edits, [group], given) as proposal:
             if not edits:
                 return proposal.delta(state=state)
             site = self.value_site(self.layers[-1], tensor)
-            found = proposal.search([site], self.value_search())
+            found = proposal.search([site], self.value_search())  # z (Eq. 16)
             proposal.write(group, found.target(0), key_average=self.key_average)
             kept = extended(earlier, proposal.keys, lm) if self.cache_keys else None
             return proposal.delta(found.report, state=kept)

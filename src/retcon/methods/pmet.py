@@ -1,6 +1,10 @@
 """PMET: optimise attention and MLP outputs together, write the MLP's alone.
 
-Li et al. 2023, arXiv:2308.08742; symbols as there. Departures: docs/methods/pmet.md.
+Li et al. 2023, arXiv:2308.08742; symbols as there. Each layer l of R, in turn, on the weights written so far:
+
+    R = (v_m - m_L) / sqrt(L - l + 1)        dW = R K^T (lambda C + K K^T)^-1
+
+The attention's value v_a is searched with v_m and not written. Departures: docs/methods/pmet.md.
 """
 
 from collections.abc import Sequence
@@ -78,5 +82,5 @@ class Pmet(BatchSettings):
                 sites += [ValueSite(Point(last, "attn"), "subject_last", self.clamp, self.attn_weight_decay)]
             search = self.value_search(settled_factor=self.settled_factor, settled_kl=self.settled_kl)
             found = proposal.search(sites, search)
-            proposal.write(group, found.target(0), key_average=self.key_average)  # the attention's value is let go
+            proposal.write(group, found.target(0), key_average=self.key_average)  # v_m; v_a is not written
             return proposal.delta(found.report)

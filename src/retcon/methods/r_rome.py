@@ -1,6 +1,10 @@
 """R-ROME: ROME with one and the same key throughout, so that sequences of edits do not disable the model.
 
-Gupta et al. 2024, arXiv:2403.07175; symbols as in ROME. Departures: docs/methods/r_rome.md.
+Gupta et al. 2024, arXiv:2403.07175; symbols as in ROME:
+
+    u = C^-1 k*        dW = (v* - W k*) u^T / (k* . u)
+
+Departures: docs/methods/r_rome.md.
 """
 
 from collections.abc import Sequence

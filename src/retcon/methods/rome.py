@@ -1,7 +1,10 @@
 """ROME: write one fact into one MLP with a rank-one update.
 
-Meng et al. 2022, arXiv:2202.05262, section 3; symbols as there. Departures from the paper and from the released code:
-docs/methods/rome.md.
+Meng et al. 2022, arXiv:2202.05262, section 3; symbols as there:
+
+    u = C^-1 k*        dW = (v* - W k) u^T / (k . u)        (Eq. 2)
+
+Departures from the paper and from the released code: docs/methods/rome.md.
 """
 
 import warnings
