@@ -26,6 +26,7 @@ from retcon.delta import (
     Rows,
     smallest,
 )
+from retcon.edits import Edit
 from retcon.errors import DeltaMismatch, MalformedFile, NonFinite
 from tests.lm.deltas import KINDS, random_change, same_bytes
 
@@ -217,6 +218,13 @@ def test_no_state_an_empty_one_and_a_full_one_are_told_apart(state: Any, tmp_pat
     loaded = Delta.load(tmp_path / "d")
     assert_same(loaded, delta)
     assert (loaded.state is None) == (state is None)
+
+
+def test_edits_without_a_subject_come_back(tmp_path: Path) -> None:
+    edits = (Edit("It rains in", None, "Spain", id="a"), Edit("{} is", "Rome", "old", "new", relation_id="P1", id="b"))
+    delta = Delta({}, base="b", edits=edits)
+    delta.save(tmp_path / "d.safetensors")
+    assert Delta.load(tmp_path / "d.safetensors").edits == edits
 
 
 def test_an_empty_delta_and_more_than_ten_changes_of_one_parameter(tmp_path: Path) -> None:

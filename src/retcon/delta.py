@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from retcon.checked import as_bytes, checksum
-from retcon.edits import Edit
+from retcon.edits import Edit, edit_record
 from retcon.errors import DeltaMismatch, MalformedFile, NonFinite
 from retcon.files import write_atomically
 
@@ -349,7 +349,7 @@ class Delta:
             "parents": list(self.parents),
             "supersedes": list(self.supersedes),
             "report": [asdict(r) for r in self.report],
-            "edits": [{k: v for k, v in asdict(e).items() if v is not None} for e in self.edits],
+            "edits": [edit_record(e) for e in self.edits],
             "contexts": list(self.contexts),
             "has_values": self.values is not None,
             "has_state": self.state is not None,
