@@ -30,6 +30,7 @@ from retcon.cli import (
     report,
     revert,
     show,
+    verify,
 )
 from retcon.cli.shell import CommandGroup, examples
 
@@ -137,6 +138,12 @@ app.command(epilog=examples("retcon amend france --target Milan"))(amend.amend)
 app.command(epilog=examples("retcon checkout --save ./edited", "retcon checkout HEAD~2 --save ./before"))(
     checkout.checkout
 )
+app.command(
+    epilog=examples(
+        "retcon verify",
+        "retcon verify HEAD~1 --stay known.jsonl --junit verify.xml --markdown verify.md",
+    )
+)(verify.verify)
 app.command(epilog=examples("retcon gc", "retcon gc --before HEAD~10 --values"))(gc.gc)
 
 

@@ -1,0 +1,121 @@
+"""`retcon verify`: every check of a store's facts, and what broke since when."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.shell import Device, DType, Json, check_can_write, console, count, emit, spinner
+from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
+from retcon.files import write_atomically
+
+if TYPE_CHECKING:
+    from retcon.store.verify import Verification
+
+N_SHOWN = 15
+"""Failing checks shown; the files have all."""
+
+
+def verify(
+    entry: Annotated[
+        str | None, typer.Argument(metavar="ID", help="The state after this entry; now.", show_default=False)
+    ] = None,
+    stay: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Facts that must stay; target_new is what is true.", show_default=False),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Also fail for paraphrases, consequences and locality that never passed.")
+    ] = False,
+    bisect: Annotated[bool, typer.Option(help="Find the entry that broke what fails.")] = True,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the checks as JUnit XML.", show_default=False)
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the result as Markdown.", show_default=False)
+    ] = None,
+    model: OtherModel = None,
+    store: StorePath = Path(".retcon"),
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Hold the model to every check of the store's facts. Exit code 0: nothing broke; 1: something did.
+
+    A check that passed when its fact was written and fails now broke, and the entry that did it is named. A fact whose
+    own prompt never gave its answer fails too; other checks that never passed are counted.
+    """
+    from retcon.store.verify import verify as run
+    from retcon.workflow import read_facts
+
+    for path in (junit, markdown):
+        if path is not None:
+            check_can_write(path)
+    must_stay = read_facts(stay, conflicts="drop").cases if stay is not None else ()
+    found = open_store(store)
+    if entry is not None:
+        found.state(entry)
+    lm = load_base(found, model, device=device, dtype=dtype)
+    with spinner("asking"):
+        result = run(found, lm, at=entry, stay=must_stay, strict=strict, bisect=bisect)
+    if junit is not None:
+        write_atomically(junit, result.junit().encode())
+    if markdown is not None:
+        write_atomically(markdown, result.markdown().encode())
+    if as_json:
+        emit(_record(result))
+    else:
+        _show(result)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _record(result: "Verification") -> dict[str, object]:
+    return {
+        "ok": result.ok,
+        "state": result.state.id,
+        "n_facts": result.n_facts,
+        "n_skipped": result.n_skipped,
+        "counts": result.counts(),
+        "failed": [
+            {
+                "fact": c.fact,
+                "check": c.query.id,
+                "kind": c.kind,
+                "prompt": c.query.prompt,
+                "wanted": c.wanted,
+                "found": c.said,
+                "outcome": c.outcome,
+                "since": c.since and c.since.id,
+            }
+            for c in result.failed
+        ],
+    }
+
+
+def _show(result: "Verification") -> None:
+    from retcon.store.verify import TITLES
+
+    show = console()
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    for head in ("pass", "broke", "never passed"):
+        table.add_column(head, justify="right")
+    for kind, row in result.counts().items():
+        broke = f"[red]{row['broke']:,}[/]" if row["broke"] else "0"
+        table.add_row(TITLES[kind], f"{row['passed']:,}", broke, f"{row['never']:,}")
+    show.print(table)
+    if result.failed:
+        show.print()
+        for check in result.failed[:N_SHOWN]:
+            show.print(f"[red]✗[/] [bold]{escape(check.fact)}[/]  {escape(check.words)}", soft_wrap=True)
+        if len(result.failed) > N_SHOWN:
+            show.print(f"[dim]and {len(result.failed) - N_SHOWN:,} more; --json, --junit and --markdown have all[/]")
+    show.print()
+    facts = f"{count(result.n_facts, 'fact')} in force, state {result.state.id}"
+    if result.ok:
+        show.print(f"[bold green]Nothing broke[/]  [dim]{facts}[/]")
+    else:
+        show.print(f"[bold red]{count(len(result.failed), 'check')} failed[/]  [dim]{facts}[/]")

@@ -1,0 +1,328 @@
+"""Knowledge regression tests: every check of every fact in force, and since which entry what fails does.
+
+found = verify(store, lm)
+print(found.markdown())
+"""
+
+import html
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+from xml.sax.saxutils import escape, quoteattr
+
+from retcon.edits import Case, Query
+from retcon.errors import InvalidEdit, InvalidSetting
+from retcon.store.history import Entry, State
+from retcon.store.store import Store
+
+if TYPE_CHECKING:
+    from retcon.lm.model import LM
+
+Kind = Literal["took", "generalised", "follows", "local", "stays"]
+"""The fact's own prompt; its paraphrases; what follows from it (portability, two hops); other questions, whose answers
+must stay as the unedited model's; a fact of the list that must stay."""
+Outcome = Literal["passed", "broke", "never"]
+"""`broke`: it passed when its fact was written (for what must stay: on the base), and an entry has broken it; `never`:
+it has not passed yet."""
+
+KINDS: tuple[Kind, ...] = ("took", "generalised", "follows", "local", "stays")
+TITLES: Mapping[Kind, str] = {
+    "took": "own prompts give the new answer",
+    "generalised": "paraphrases give it too",
+    "follows": "what follows is answered",
+    "local": "other answers are as they were",
+    "stays": "what must stay does",
+}
+N_SAID = 200
+"""Failing prompts at most for which the model's own words are written."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check and what came of it."""
+
+    fact: str
+    query: Query
+    kind: Kind
+    outcome: Outcome
+    since: Entry | None = None
+    """The entry that broke it."""
+    said: str = ""
+    """What the model says now, where the check fails."""
+
+    @property
+    def wanted(self) -> str:
+        """The answer that passes."""
+        return "as before the edits" if self.kind == "local" else self.query.target or ""
+
+    @property
+    def words(self) -> str:
+        """The failure in a sentence."""
+        how = "has never passed" if self.since is None else f"broke in {self.since.id} ({self.since.message})"
+        said = f", found {self.said!r}" if self.said else ""
+        return f"{self.query.prompt!r}: wanted {self.wanted!r}{said}; {how}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a store's checks say of the model in one state."""
+
+    store: str
+    model: str
+    state: State
+    checks: tuple[Check, ...]
+    n_facts: int
+    n_skipped: int
+    """Checks that could not be asked (no target, no text)."""
+    strict: bool = False
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """Those that count: everything that broke, own prompts that never passed, and with `strict` all others."""
+        return tuple(c for c in self.checks if c.outcome == "broke" or (c.outcome == "never" and self._counts(c)))
+
+    def _counts(self, check: Check) -> bool:
+        return self.strict or check.kind == "took"
+
+    @property
+    def ok(self) -> bool:
+        """Nothing that counts fails."""
+        return not self.failed
+
+    def counts(self) -> dict[Kind, dict[Outcome, int]]:
+        """Checks by kind and outcome."""
+        found: dict[Kind, dict[Outcome, int]] = {}
+        for check in self.checks:
+            row = found.setdefault(check.kind, {"passed": 0, "broke": 0, "never": 0})
+            row[check.outcome] += 1
+        return {kind: found[kind] for kind in KINDS if kind in found}
+
+    def junit(self) -> str:
+        """The checks as JUnit XML: a test case each, a failure where it counts, `skipped` where it never passed."""
+        cases = []
+        failed = set(map(id, self.failed))
+        for check in self.checks:
+            name = f"{check.query.id}: {check.query.prompt}"
+            head = f"<testcase classname={_attribute(f'{check.kind}.{check.fact}')} name={_attribute(name)}"
+            if check.outcome == "passed":
+                cases.append(f"{head}/>")
+            elif id(check) in failed:
+                text = escape(_printable(check.words))
+                failure = f'<failure message={_attribute(check.words)} type="{check.outcome}">{text}</failure>'
+                cases.append(f"{head}>{failure}</testcase>")
+            else:
+                cases.append(f"{head}><skipped message={_attribute(check.words)}/></testcase>")
+        skipped = sum(c.outcome != "passed" for c in self.checks) - len(failed)
+        suite = f'tests="{len(self.checks)}" failures="{len(failed)}" skipped="{skipped}" errors="0"'
+        body = "\n  ".join(cases)
+        name = _attribute(f"retcon verify {self.state.id}")
+        inner = f"<testsuite name={name} {suite}>\n  {body}\n</testsuite>"
+        return f'<?xml version="1.0" encoding="UTF-8"?>\n<testsuites {suite}>\n{inner}\n</testsuites>\n'
+
+    def markdown(self) -> str:
+        """The result as Markdown: for a pull request's comment or a job's summary."""
+        verdict = "nothing broke" if self.ok else f"{len(self.failed)} checks fail"
+        lines = [
+            f"## {'✅' if self.ok else '❌'} retcon verify: {verdict}",
+            "",
+            f"{self.n_facts:,} facts in force in {len(self.state.deltas)} deltas on {_cell(self.model)}, "
+            f"state `{self.state.id}`.",
+            "",
+            "| check | asked | pass | broke | never passed |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for kind, row in self.counts().items():
+            lines.append(
+                f"| {TITLES[kind]} | {sum(row.values()):,} | {row['passed']:,} | {row['broke']:,} | {row['never']:,} |"
+            )
+        if self.failed:
+            lines += ["", "| fact | prompt | wanted | found | since |", "|---|---|---|---|---|"]
+            for check in self.failed[:50]:
+                since = f"`{check.since.id}` {check.since.message}" if check.since else "never passed"
+                cells = (check.fact, check.query.prompt, check.wanted, check.said, since)
+                lines.append(f"| {' | '.join(map(_cell, cells))} |")
+            if len(self.failed) > 50:
+                lines.append(f"\nand {len(self.failed) - 50:,} more")
+        return "\n".join(lines) + "\n"
+
+
+def _attribute(text: str) -> str:
+    return quoteattr(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """XML 1.0 has no place for control characters."""
+    return "".join(c if c in "\t\n\r" or (c >= " " and c not in "\ufffe\uffff") else "\ufffd" for c in text)
+
+
+def _cell(text: str) -> str:
+    """Text in a Markdown table that stays text."""
+    return (
+        html.escape(" ".join(text.split()), quote=False).replace("\\", "\\\\").replace("|", "\\|").replace("`", "\\`")
+    )
+
+
+def verify(
+    store: Store,
+    lm: "LM",
+    *,
+    at: str | None = None,
+    stay: Sequence[Case] = (),
+    strict: bool = False,
+    bisect: bool = True,
+    on_progress: Callable[[str], None] = lambda stage: None,
+) -> Verification:
+    """Put every check of the facts in force after an entry to the model, and find since when what fails does.
+
+    A check passes where the whole answer is the model's own greedy choice; one of locality, where the model chooses as
+    the unedited one does. The model is left as it was.
+
+    Args:
+        at: an entry; now by default.
+        stay: facts that must stay, whose targets are the answers the unedited model gives.
+        strict: paraphrases, consequences and locality that have never passed count as failures too.
+        bisect: find the entry that broke what fails (a few more passes over those checks alone).
+
+    Raises:
+        WrongBase: the store is of another model.
+        InvalidEdit: a fact of the list has the id of one in force.
+        InvalidSetting: there is nothing to check.
+    """
+    lines, entries = store.facts(at), store.log()
+    if at is not None and at != "base":
+        entries = entries[: [e.id for e in entries].index(store.entry(at).id) + 1]
+    cases = [store.index.case(line) for line in lines]
+    if clash := {c.id for c in cases} & {c.id for c in stay}:
+        raise InvalidEdit(f"fact {min(clash)!r} is in force, and in the list of what must stay; take it out there")
+    if not cases and not stay:
+        raise InvalidSetting(f"{store.path}: no facts are in force, so there is nothing to verify")
+    born = {line.fact: [e.id for e in entries].index(line.entry) for line in lines}
+    asked = [*cases, *(replace(c, edits=c.edits[:1], queries=_own(c)) for c in stay)]
+    staying = {c.id for c in stay}
+    asker = _Asker(store, lm, asked, on_progress)
+    now = asker.ask(at, asked)
+    failing = [place for place, passed in now.items() if not passed]
+    since: dict[tuple[str, str], Entry | None] = dict.fromkeys(failing)
+    if bisect and failing:
+        on_progress("looking for the entries that broke what fails")
+        since |= _blame(asker, entries, failing, born)
+    said = asker.say(at, failing[:N_SAID])
+    checks = []
+    for case in asked:
+        for query in case.queries:
+            place = (case.id, query.id)
+            if place not in now:
+                continue
+            kind: Kind = "stays" if case.id in staying else _kind(query.axis)
+            entry = since.get(place)
+            outcome: Outcome = "passed" if now[place] else "never" if entry is None and bisect else "broke"
+            checks.append(Check(case.id, query, kind, outcome, entry, said.get(place, "")))
+    n_queries = sum(len(case.queries) for case in asked)
+    return Verification(
+        str(store.path), store.model, store.state(at), tuple(checks), len(lines), n_queries - len(checks), strict
+    )
+
+
+def _own(case: Case) -> tuple[Query, ...]:
+    """The checks of what must stay: its own prompts, or all where it has none of those."""
+    return tuple(q for q in case.queries if q.axis in ("rewrite", "paraphrase")) or case.queries
+
+
+def _kind(axis: str) -> Kind:
+    from retcon.evaluation.metrics import is_locality
+
+    if is_locality(axis):
+        return "local"
+    return "took" if axis == "rewrite" else "generalised" if axis == "paraphrase" else "follows"
+
+
+def _blame(
+    asker: "_Asker", entries: Sequence[Entry], failing: Iterable[tuple[str, str]], born: Mapping[str, int]
+) -> dict[tuple[str, str], Entry | None]:
+    """The entry that broke each failing check, by halving; None where it did not pass when its fact was written."""
+    found: dict[tuple[str, str], Entry | None] = {}
+    by_birth: dict[int, list[tuple[str, str]]] = {}
+    for place in failing:
+        by_birth.setdefault(born.get(place[0], -1), []).append(place)
+
+    def halve(places: Sequence[tuple[str, str]], good: int, bad: int) -> None:
+        """`places` pass after entry `good` and fail after entry `bad`."""
+        if not places:
+            return
+        if bad - good == 1:
+            found.update(dict.fromkeys(places, entries[bad]))
+            return
+        middle = (good + bad) // 2
+        passed = asker.again(_name(entries, middle), places)
+        halve([p for p in places if passed[p]], middle, bad)
+        halve([p for p in places if not passed[p]], good, middle)
+
+    for first, places in by_birth.items():
+        if first == len(entries) - 1:  # nothing came after it
+            found.update(dict.fromkeys(places))
+            continue
+        passed = asker.again(_name(entries, first), places)
+        found.update(dict.fromkeys(p for p in places if not passed[p]))
+        halve([p for p in places if passed[p]], first, len(entries) - 1)
+    return found
+
+
+def _name(entries: Sequence[Entry], place: int) -> str:
+    return "base" if place < 0 else entries[place].id
+
+
+class _Asker:
+    """Puts checks to the model in a state; the unedited model's choices are asked for once."""
+
+    def __init__(self, store: Store, lm: "LM", cases: Sequence[Case], on_progress: Callable[[str], None]) -> None:
+        from retcon.evaluation.measure import measure
+        from retcon.evaluation.plan import Measures, make_plan
+
+        self.store, self.lm, self.on_progress = store, lm, on_progress
+        self.cases = {case.id: case for case in cases}
+        self.measures = Measures(generate=False)
+        self.plan = make_plan(lm, cases, self.measures)
+        on_progress("asking the unedited model")
+        with store.at(lm, "base"):
+            self.before = measure(lm, self.plan, self.measures, "pre")
+
+    def ask(self, at: str | None, cases: Sequence[Case]) -> dict[tuple[str, str], bool]:
+        """Whether each check passes; those that cannot be asked are left out."""
+        from retcon.evaluation.measure import measure
+        from retcon.evaluation.plan import make_plan
+
+        plan = self.plan if len(cases) == len(self.cases) else make_plan(self.lm, cases, self.measures)
+        self.on_progress(f"asking {len(plan.asked):,} checks after {at or 'the last entry'}")
+        with self.store.at(self.lm, at):
+            found = measure(self.lm, plan, self.measures, "final", self.before)
+        passed: dict[tuple[str, str], bool] = {}
+        for record in found.records:
+            if record.axis is None or record.query_id is None or record.status == "skipped":
+                continue
+            wanted = ("ee.loc.argmax",) if _kind(record.axis) == "local" else ("cf.all_correct", "zsre.seq")
+            if record.variant in wanted:
+                passed[str(record.case_id), record.query_id] = (record.value or 0.0) >= 1.0
+        return passed
+
+    def again(self, at: str, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], bool]:
+        """The same of a few checks, by (fact, query)."""
+        wanted = set(places)
+        cases = []
+        for fact in dict.fromkeys(fact for fact, _ in places):
+            case = self.cases[fact]
+            cases.append(replace(case, queries=tuple(q for q in case.queries if (fact, q.id) in wanted)))
+        found = self.ask(at, cases)
+        return {place: found.get(place, False) for place in places}
+
+    def say(self, at: str | None, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+        """What the model writes after the prompts of these checks."""
+        from retcon.evaluation.generate import PRESETS, write
+
+        if not places:
+            return {}
+        queries = {(c.id, q.id): q for c in self.cases.values() for q in c.queries}
+        prompts = list(dict.fromkeys(queries[place].prompt for place in places))
+        how = replace(PRESETS["qa"], stops=("\n",), max_new_tokens=12)
+        with self.store.at(self.lm, at):
+            texts = dict(zip(prompts, write(self.lm, prompts, how), strict=True))
+        return {place: texts[queries[place].prompt].text.strip() for place in places}

@@ -1,0 +1,124 @@
+"""Knowledge regression tests: what broke is found, and since which entry; hostile text stays text."""
+
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retcon.delta import Delta, Dense
+from retcon.edits import Case, Edit, Query
+from retcon.errors import InvalidEdit, InvalidSetting
+from retcon.lm.model import LM
+from retcon.methods.common.contract import recorded
+from retcon.methods.common.proposal import answers, reported
+from retcon.methods.rome import Rome
+from retcon.store import Store
+from retcon.store.verify import verify
+
+Tiny = Callable[..., LM]
+HOSTILE = '<script>alert("x")</script> | `a` ]]> & \x07'
+
+
+class Scripted(Rome):
+    """A method whose delta does nothing, or wrecks the model."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(layer=1)
+        object.__setattr__(self, "scale", scale)
+
+    def propose(self, lm: LM, edits: Any, **_: Any) -> Delta:
+        site = lm.site(1, "down_proj")
+        weight = lm.parameter(site.name)
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(lm.applied)))
+        full = self.scale * weight.detach().std() * noise  # type: ignore[attr-defined]
+        record = recorded(Rome(layer=1), lm, edits, seed=0)
+        return reported(lm, lm.delta({site.name: [Dense(full=full.to(weight))]}, **record))
+
+
+def fact(name: str, prompt: str, answer: str) -> Case:
+    """A fact with a check of its own, one of locality, and one that never passes."""
+    edit = Edit(prompt, None, answer, id=name)
+    queries = (
+        Query("rewrite/0", "rewrite", prompt, answer),
+        Query("locality.x/0", "locality.x", "The train to Milan stood", "still"),
+        Query("paraphrase/0", "paraphrase", f"{HOSTILE} is", "never this"),
+    )
+    return Case(name, (edit,), queries)
+
+
+@pytest.fixture
+def lm(tiny: Tiny) -> LM:
+    return tiny("gptj", torch.float32)
+
+
+def answered(lm: LM, n: int) -> list[Case]:
+    """Facts that the model knows: the word it would go on with by itself is asked for."""
+    prompts = [f"{start} {i}" for start in ("Numbers like", "It was late", "Therefore", "You know") for i in range(40)]
+    said = lm.generate(prompts, max_new_tokens=1)
+    cases = [fact(f"f{i}", p, s.strip()) for i, (p, s) in enumerate(zip(prompts, said, strict=True)) if s.strip()]
+    known = answers(lm, [case.edits[0] for case in cases])
+    found = [case for case, (_, match) in zip(cases, known, strict=True) if match]
+    assert len(found) >= n
+    return found[:n]
+
+
+@pytest.fixture
+def store(tmp_path: Path, lm: LM, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Three entries; the third wrecks the model."""
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
+    store = Store.init(tmp_path / "edits", lm)
+    one, two = answered(lm, 2)
+    store.edit(lm, [one], Scripted(0.0), message="one")
+    store.edit(lm, [two], Scripted(1e-9), message="two")
+    store.edit(lm, [fact("wreck", "So it goes with", "Rome")], Scripted(30.0), message="the one to blame")
+    return store
+
+
+def test_a_bisect_names_the_entry_that_broke_a_fact(store: Store, lm: LM) -> None:
+    _, two, wreck = store.log()
+    fine = verify(store, lm, at=two.id)
+    assert fine.ok
+    assert fine.counts()["took"] == {"passed": 2, "broke": 0, "never": 0}
+    assert fine.counts()["generalised"] == {"passed": 0, "broke": 0, "never": 2}
+    assert not verify(store, lm, at=two.id, strict=True).ok
+    now = verify(store, lm)
+    assert not now.ok
+    assert {c.since.id for c in now.checks if c.outcome == "broke" and c.since} == {wreck.id}
+    (own,) = [c for c in now.checks if c.fact == "wreck" and c.kind == "took"]
+    assert (own.outcome, own.since) == ("never", None)
+    for case in store.cases(two.id):
+        (check,) = [c for c in now.checks if c.fact == case.id and c.kind == "took"]
+        with store.at(lm):
+            assert (check.outcome == "passed") == answers(lm, case.edits)[0][1]
+    assert lm.applied == ()
+
+
+def test_what_must_stay_is_blamed_from_the_base_on(store: Store, lm: LM) -> None:
+    (known,) = answered(lm, 3)[2:]
+    found = verify(store, lm, stay=[known])
+    (check,) = [c for c in found.checks if c.kind == "stays" and c.query.axis == "rewrite"]
+    assert check.outcome == "passed" or (check.since is not None and check.since.message == "the one to blame")
+    with pytest.raises(InvalidEdit, match="is in force, and in the list of what must stay"):
+        verify(store, lm, stay=[store.cases()[0]])
+
+
+def test_reports_hold_every_check_and_hostile_text_stays_text(store: Store, lm: LM) -> None:
+    found = verify(store, lm)
+    root = ET.fromstring(found.junit())
+    cases = root.findall(".//testcase")
+    assert len(cases) == len(found.checks) == int(root.attrib["tests"])
+    assert len(root.findall(".//failure")) == len(found.failed) == int(root.attrib["failures"])
+    assert any('<script>alert("x")' in str(c.get("name")) for c in cases)
+    text = verify(store, lm, strict=True).markdown()
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+    rows = [line for line in text.splitlines() if line.startswith("| f")]
+    assert all(line.replace("\\|", "").count("|") == 6 for line in rows)
+
+
+def test_there_must_be_something_to_verify(tmp_path: Path, lm: LM) -> None:
+    with pytest.raises(InvalidSetting, match="nothing to verify"):
+        verify(Store.init(tmp_path / "edits", lm), lm)
