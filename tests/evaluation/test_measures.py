@@ -9,11 +9,12 @@ import pytest
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidSetting
 from retcon.evaluation import Evaluation, Measures, evaluate
-from retcon.evaluation.generate import PRESETS, write
 from retcon.evaluation.measure import derive_seed
 from retcon.evaluation.metrics.consistency import References, TfIdf
 from retcon.evaluation.metrics.fluency import fluency, word_tokenizer
 from retcon.evaluation.score import Item, score
+from retcon.evaluation.writing import PRESETS
+from retcon.lm.generate import generate
 from retcon.lm.model import LM
 from tests.evaluation.test_measure import CASES, bump
 
@@ -38,7 +39,7 @@ def told(found: Evaluation, variant: str, when: str = "pre") -> list[Any]:
 def test_fluency_is_off_but_where_it_is_asked_for_or_usual(tiny: Make) -> None:
     lm = tiny(n_layers=1)
     assert not told(evaluate(lm, [WRITER]), "flu.")
-    texts = write(lm, ["France is", "He lived"], PRESETS["fluency"])
+    texts = generate(lm, ["France is", "He lived"], PRESETS["fluency"])
     wanted = [fluency(w.text, "flu.new").value for w in (texts[0], texts[0], texts[1])]
     found = evaluate(lm, [WRITER], measures=Measures(fluency=("flu.new",)))
     assert [v for _, v in told(found, "flu.new")] == wanted
@@ -51,7 +52,7 @@ def test_romes_fluency_samples_by_case_and_query_and_reads_the_prompt_too(tiny: 
     measures = Measures(generate=False, fluency=("flu.rome", "flu.easyedit"))
     found = evaluate(lm, [WRITER], measures=measures, seed=3)
     seed = derive_seed(3, "text", "w", "generation/1")
-    text = write(lm, ["France is"], PRESETS["fluency_rome"], seeds=[seed])[0].text
+    text = generate(lm, ["France is"], PRESETS["fluency_rome"], seeds=[seed])[0].text
     name = word_tokenizer()[0]
     by_query = dict(told(found, f"flu.rome.{name}"))
     assert by_query["generation/1"] == fluency("France is" + text, "flu.rome").value

@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit, PositionNotFound, RetconWarning, UnsupportedModel
-from retcon.lm.prompts import Row, buckets, encode, encode_edit, pad, subject_tokens
+from retcon.lm.prompts import Row, encode, encode_edit, pad, subject_tokens
 from tests.conftest import TEXT, tokenizer
 
 TOKENIZERS = ["gpt", "bos", "piece", "eos", "trimmed"]
@@ -326,25 +326,3 @@ def test_rows_are_padded_on_the_left_to_be_continued() -> None:
     batch = pad([Row((5, 6, 7), 2), Row((8,), 1)], side="left")
     assert batch.ids.tolist() == [[5, 6, 7], [0, 0, 8]]
     assert batch.mask.tolist() == [[True] * 3, [False, False, True]]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_buckets_hold_everything_once_within_the_bound(seed: int) -> None:
-    rng = random.Random(seed)
-    lengths, bound = [rng.randrange(1, 60) for _ in range(rng.randrange(80))], rng.randrange(20, 300)
-    groups = buckets(lengths, bound)
-    assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
-    for group in groups:
-        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= bound
-    flat = [lengths[i] for g in groups for i in g]
-    assert flat == sorted(flat)
-    for one, two in pairwise(groups):  # no group could have taken the next row as well
-        assert (len(one) + 1) * lengths[two[0]] > bound
-
-
-def test_buckets_worth_a_pass_hold_rows_of_about_one_length() -> None:
-    rng = random.Random(0)
-    lengths = [rng.randrange(5, 40) for _ in range(1000)]
-    groups = buckets(lengths, 8192)
-    assert sum(len(g) * lengths[g[-1]] for g in groups) < 1.1 * sum(lengths)
-    assert len(groups) < 30

@@ -7,10 +7,11 @@ import torch
 from torch.testing import assert_close
 
 from retcon.errors import RetconWarning
+from retcon.lm.batches import is_out_of_memory
 from retcon.lm.model import Site
 from retcon.lm.prompts import Row
 from retcon.memory import collect as module
-from retcon.memory.capacity import free_bytes, is_out_of_memory
+from retcon.memory.capacity import free_bytes
 from retcon.memory.collect import batched, chunked, collect
 
 

@@ -21,7 +21,7 @@ from retcon.memory.values.chunk import Chunk, EditRows
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
 from retcon.memory.values.reference import search_values_reference
-from retcon.memory.values.search import search_values
+from retcon.memory.values.search import REPLAYS, search_values
 from tests.conftest import FLOAT32_INSIDE, random_moments
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
@@ -263,7 +263,7 @@ def test_running_out_of_memory_takes_less_and_says_so(
     def never(self: Chunk, now: Any, vectors: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    lm.replays.update({("values", LOW.point, HIGH.point): True})
+    REPLAYS[lm] = {("values", LOW.point, HIGH.point): True}
     monkeypatch.setattr(Chunk, "logits", never)
     with pytest.warns(RetconWarning), pytest.raises(OutOfMemory, match="does not fit into memory even alone"):
         search_values(lm, mixed, (LOW, HIGH), CONTEXTS, search)

@@ -11,7 +11,6 @@ from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import Scope, next_token_divergence
-from retcon.evaluation.generate import PRESETS, Writing, Written, write
 from retcon.evaluation.metrics import (
     Measured,
     accuracy,
@@ -41,6 +40,8 @@ from retcon.evaluation.plan import (
 from retcon.evaluation.records import Record, Status, When
 from retcon.evaluation.results import Evaluation
 from retcon.evaluation.score import TokenScore, score_rows
+from retcon.evaluation.writing import PRESETS
+from retcon.lm.generate import Writing, Written, generate
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode
 
@@ -183,7 +184,7 @@ def _write(lm: LM, plan: Plan, measures: Measures, advance: Advance) -> dict[Pla
     for how, asked in groups.items():
         prompts = [prompt for prompt, _ in asked]
         lengths = [gold if gold is not None else how.max_new_tokens for _, gold in asked]
-        written = write(
+        written = generate(
             lm,
             prompts,
             how,
@@ -201,12 +202,12 @@ def _write_freely(lm: LM, plan: Plan, measures: Measures) -> dict[tuple[str, str
     wanted = [(a, variant) for a in plan.asked for variant in _fluencies(a, measures)]
     greedy = [(a, variant) for a, variant in wanted if variant == "flu.new"]
     prompts = list(dict.fromkeys(a.query.prompt for a, _ in greedy))
-    texts = dict(zip(prompts, write(lm, prompts, PRESETS["fluency"]) if prompts else [], strict=True))
+    texts = dict(zip(prompts, generate(lm, prompts, PRESETS["fluency"]) if prompts else [], strict=True))
     found |= {(*a.place, variant): texts[a.query.prompt] for a, variant in greedy}
     drawn = [(a, variant) for a, variant in wanted if variant != "flu.new"]
     if drawn:
         seeds = [derive_seed(measures.seed, "text", *a.place) for a, _ in drawn]
-        written = write(lm, [a.query.prompt for a, _ in drawn], PRESETS["fluency_rome"], seeds=seeds)
+        written = generate(lm, [a.query.prompt for a, _ in drawn], PRESETS["fluency_rome"], seeds=seeds)
         found |= {(*a.place, variant): text for (a, variant), text in zip(drawn, written, strict=True)}
     return found
 

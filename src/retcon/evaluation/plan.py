@@ -7,10 +7,11 @@ from typing import Literal, get_args
 from retcon.edits import Case, Query
 from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.evaluation.datasets.rows import Family, contaminated
-from retcon.evaluation.generate import PRESETS, Writing
 from retcon.evaluation.metrics import Judge, accepted
 from retcon.evaluation.metrics.consistency import References
-from retcon.evaluation.score import MAX_BATCH_TOKENS
+from retcon.evaluation.writing import PRESETS
+from retcon.lm.batches import MAX_BATCH_TOKENS
+from retcon.lm.generate import Writing
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode
 

@@ -13,7 +13,6 @@ from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import perplexity
-from retcon.evaluation.generate import PRESETS, write
 from retcon.evaluation.intervals import Interval, ci_boot
 from retcon.evaluation.measure import measure
 from retcon.evaluation.metrics import is_locality
@@ -21,6 +20,8 @@ from retcon.evaluation.plan import Measures, Plan, make_plan
 from retcon.evaluation.records import Record
 from retcon.evaluation.results import Evaluation
 from retcon.evaluation.summary import case_values
+from retcon.evaluation.writing import PRESETS
+from retcon.lm.generate import generate
 from retcon.lm.model import LM
 
 Part = Literal["took", "generalised", "local", "language"]
@@ -192,7 +193,7 @@ def _worst(part: Part, plan: Plan, records: Iterable[Record]) -> tuple[Example, 
 def _texts(lm: LM, answers: Sequence[Answer], stops: Sequence[str]) -> dict[str, str]:
     prompts = list(dict.fromkeys(e.prompt for a in answers for e in a.worst))
     how = replace(PRESETS["qa"], stops=tuple(stops), max_new_tokens=12)
-    return {p: w.text.strip() for p, w in zip(prompts, write(lm, prompts, how), strict=True)} if prompts else {}
+    return {p: w.text.strip() for p, w in zip(prompts, generate(lm, prompts, how), strict=True)} if prompts else {}
 
 
 def _sentence(answer: Answer) -> str:

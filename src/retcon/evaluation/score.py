@@ -5,19 +5,16 @@ on the right, one forward pass per batch, and the head is applied only where a t
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, buckets, encode, pad
-
-MAX_BATCH_TOKENS = 4096
-"""Padded tokens per forward pass."""
+from retcon.lm.prompts import Row, encode, pad
 
 
 @dataclass(frozen=True)
@@ -106,44 +103,23 @@ def score_rows(
     """
     inputs, carrier = _fewest_inputs([row.ids[:-1] for row in rows])  # the last token predicts nothing we want
     carried: list[list[int]] = [[] for _ in inputs]
-    for i, host in enumerate(carrier):
-        carried[host].append(i)
+    for i, longest_row in enumerate(carrier):
+        carried[longest_row].append(i)
 
-    results: dict[int, TokenScore] = {}
-    limit, done = max_batch_tokens, 0
-    todo = _longest_first(range(len(inputs)), inputs, limit)
+    def work(group: list[int]) -> list[dict[int, TokenScore]]:
+        return _score_batch(lm, rows, [inputs[h] for h in group], [carried[h] for h in group])
+
     with lm.frozen_eval(), torch.inference_mode():
-        while todo:
-            group = todo.popleft()
-            try:
-                results.update(_score_batch(lm, rows, [inputs[h] for h in group], [carried[h] for h in group]))
-            except torch.OutOfMemoryError as error:
-                limit = halved(error, [len(inputs[h]) for h in group])
-                todo = _longest_first([*group, *(h for g in todo for h in g)], inputs, limit)
-                continue
-            done += len(group)
-            if on_progress is not None:
-                on_progress(done, len(inputs))
+        lengths = [len(ids) for ids in inputs]
+        found = in_batches(lengths, work, max_tokens=max_batch_tokens, on_progress=on_progress)
+    results = {i: one for scores in found for i, one in scores.items()}
     return [results[i] for i in range(len(rows))]
-
-
-def halved(error: torch.OutOfMemoryError, lengths: Sequence[int]) -> int:
-    """Half the padded tokens of a batch of these rows, which did not fit.
-
-    Raises:
-        torch.OutOfMemoryError: `error` again, where the batch was a single row.
-    """
-    if len(lengths) == 1:
-        raise error
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return len(lengths) * max(lengths) // 2
 
 
 def _score_batch(
     lm: LM, rows: Sequence[Row], inputs: Sequence[tuple[int, ...]], carried: Sequence[Sequence[int]]
-) -> dict[int, TokenScore]:
-    """Scores of `rows[i]` for all i in `carried`; `carried[r]` are those whose input is a prefix of `inputs[r]`."""
+) -> list[dict[int, TokenScore]]:
+    """Return, per input, the scores of `rows[i]` for all i in `carried[r]`, whose own input is a prefix of it."""
     places: dict[tuple[int, int], int] = {}  # (row of the batch, position) -> row of the logits
     wanted: list[int] = []
     gold: list[int] = []
@@ -162,10 +138,13 @@ def _score_batch(
     logp = (logits[index, torch.tensor(gold, device=logits.device)].float() - log_z[index]).tolist()
     pred = best[index].tolist()
 
-    results, start = {}, 0
-    for i in (i for members in carried for i in members):
-        part = slice(start, start := start + len(rows[i].target_ids))
-        results[i] = TokenScore(tuple(logp[part]), tuple(pred[part]), rows[i].target_ids, rows[i].boundary_merge)
+    results, start = [], 0
+    for members in carried:
+        scores = {}
+        for i in members:
+            part = slice(start, start := start + len(rows[i].target_ids))
+            scores[i] = TokenScore(tuple(logp[part]), tuple(pred[part]), rows[i].target_ids, rows[i].boundary_merge)
+        results.append(scores)
     return results
 
 
@@ -182,9 +161,3 @@ def _fewest_inputs(inputs: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, .
             hosts.append(ids)
         carrier[ids] = len(hosts) - 1
     return hosts, [carrier[ids] for ids in inputs]
-
-
-def _longest_first(which: Sequence[int], inputs: Sequence[tuple[int, ...]], limit: int) -> deque[list[int]]:
-    """Batches of inputs alike in length, the longest first, so that memory runs out early or not at all."""
-    groups = buckets([len(inputs[h]) for h in which], limit)
-    return deque([which[k] for k in group] for group in reversed(groups))

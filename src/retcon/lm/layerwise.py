@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, buckets
+from retcon.lm.prompts import Row
 from retcon.lm.replay import ReplayState, common_beginnings, embedded, replaying, tokens_at
-from retcon.lm.replay.capture import MAX_BATCH_TOKENS
 
 if TYPE_CHECKING:
     from transformers import Cache

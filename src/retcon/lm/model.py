@@ -3,7 +3,7 @@
 import gc
 import warnings
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -29,7 +29,7 @@ from retcon.lm.fingerprint import fingerprint
 from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
-from retcon.lm.prompts import Row, buckets, decode, encode, pad
+from retcon.lm.prompts import Row, encode
 from retcon.lm.scopes import Edited, FrozenEval, Lent, Scope, Turn, Turns, WithoutDeltas
 
 SiteName = Literal["down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
@@ -158,8 +158,6 @@ class LM:
         self._lent: Lent | None = None
         self._fingerprint: str | None = None
         self._seen: dict[str, tuple[object, ...]] = {}
-        self.replays: dict[Hashable, bool] = {}
-        """What `memory/values/search.py` has found out about replaying this model, by sites."""
         for kind in ("down_proj", "o_proj"):
             self.site(0, kind)  # a layout that does not fit fails here, not in an edit
         for name in ("embedding", "final_norm", "head"):
@@ -196,6 +194,13 @@ class LM:
     def dtype(self) -> torch.dtype:
         """The weights' dtype, read from the first down-projection."""
         return self.site(0, "down_proj").module.weight.dtype  # type: ignore[return-value]
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model can read at once; None where its config does not say."""
+        config = self.model.config
+        found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        return None if found is None else int(found)
 
     @property
     def head(self) -> nn.Module:
@@ -484,45 +489,13 @@ class LM:
         return self.generate([prompt], max_new_tokens=max_new_tokens, stops=stops)[0]
 
     def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int = 32,
-        stops: Sequence[str] = ("\n",),
-        max_batch_tokens: int = 8192,
+        self, prompts: Sequence[str], *, max_new_tokens: int = 32, stops: Sequence[str] = ("\n",)
     ) -> list[str]:
-        """Greedy continuations: only the new text, cut at the earliest stop text.
+        """Greedy continuations: only the new text, cut at the earliest stop text (`retcon.lm.generate`)."""
+        from retcon.lm.generate import Writing, generate  # which is written for an LM
 
-        Rows are padded on the left for this, masks given; the model's own generation settings are left out of it.
-        """
-        from transformers import GenerationConfig
-
-        rows = [encode(self.tokenizer, p) for p in prompts]
-        texts = [""] * len(rows)
-        settings = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.eos_token_id or 0,
-            stop_strings=list(stops) or None,
-        )
-        shipped = self.model.generation_config
-        try:
-            self.model.generation_config = settings  # or its unset fields would be filled from the shipped one
-            with self.frozen_eval(), torch.inference_mode():
-                for group in buckets([len(r.ids) + max_new_tokens for r in rows], max_batch_tokens):
-                    batch = pad([rows[i] for i in group], self.device, side="left")
-                    out = self.model.generate(
-                        batch.ids,
-                        attention_mask=batch.mask.long(),
-                        generation_config=settings,
-                        tokenizer=self.tokenizer,
-                    )
-                    for i, new in zip(group, out[:, batch.ids.shape[1] :].tolist(), strict=True):
-                        texts[i] = _cut(decode(self.tokenizer, new), stops)
-        finally:
-            self.model.generation_config = shipped
-        return texts
+        written = generate(self, prompts, Writing(max_new_tokens=max_new_tokens, stops=tuple(stops)))
+        return [one.text for one in written]
 
 
 _OWNERS: "WeakKeyDictionary[nn.Module, weakref.ref[LM]]" = WeakKeyDictionary()
@@ -560,11 +533,6 @@ def _few(parameter: Tensor) -> list[Any]:
 
 def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    ends = [text.index(s) for s in stops if s in text]
-    return text[: min(ends)] if ends else text
 
 
 def _refuse_wrapped(model: Any) -> None:

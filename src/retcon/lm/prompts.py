@@ -164,29 +164,6 @@ def pad(rows: Sequence[Row], device: torch.device | str = "cpu", *, side: Litera
     return Batch(ids.to(device), mask.to(device))
 
 
-MIN_BUCKET_TOKENS = 1024
-"""Tokens from which a forward pass of their own costs less than padding."""
-MAX_PADDING = 1.15
-"""A bucket's longest row over its shortest, beyond which a new bucket is begun if this one is worth a pass."""
-
-
-def buckets(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices grouped so that neighbours in length share a batch of at most `max_tokens` padded tokens, with little
-    padding.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    groups: list[list[int]] = []
-    for i in order:  # ascending, so the newcomer is the longest of its group
-        if groups:
-            size = len(groups[-1]) * lengths[i]
-            padded = lengths[i] > MAX_PADDING * lengths[groups[-1][0]] and size >= MIN_BUCKET_TOKENS
-        if groups and size + lengths[i] <= max_tokens and not padded:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
 def _encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids and character spans, special tokens in front kept (span (0, 0)), those at the end dropped."""
     if not getattr(tokenizer, "is_fast", False):

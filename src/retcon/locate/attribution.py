@@ -22,9 +22,10 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
+from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_probs, logits_at, run
 from retcon.lm.model import LM, Site
-from retcon.lm.prompts import Row, buckets, pad
+from retcon.lm.prompts import Row, pad
 from retcon.lm.replay import ReplayState, replaying
 from retcon.locate.gradients import Captured, catch
 from retcon.training.objective import Answer, answer_rows
@@ -34,9 +35,6 @@ Unit = Literal["row", "column", "entry"]
 Path = Literal["layer", "joint", "local"]
 Quadrature = Literal["right", "midpoint", "gauss"]
 Probability = Literal["conditional", "joint"]
-
-MAX_BATCH_TOKENS = 4096
-"""Padded tokens per forward pass, copies included; only memory and speed depend on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +166,7 @@ def answer_probabilities(lm: LM, facts: Sequence[Edit], how: Attribution) -> Flo
 def _copies(lm: LM, facts: Sequence[Edit], how: Attribution) -> Iterator[_Copies]:
     rows = answer_rows(lm, facts, how.answer)
     alpha, weight = how.points()
-    for group in buckets([len(row.ids) - 1 for row in rows], max(1, MAX_BATCH_TOKENS // len(alpha))):
+    for group in buckets([len(row.ids) - 1 for row in rows], max(1, MAX_BATCH_TOKENS // len(alpha))):  # copies count
         labels = tuple(rows[i] for i in group)
         yield _Copies(tuple(input_rows(labels)), labels, alpha, weight)
 

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
+from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.forward import Hook, Point, TensorName, logits_at
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, Where, buckets, encode, encode_edit, pad
+from retcon.lm.prompts import Row, Where, encode, encode_edit, pad
 from retcon.locate import lens
 from retcon.locate.embeddings import EMBEDDING, reading_first_input
 from retcon.locate.wordsets import SETS, TokenSets, WordSets
 
-MAX_BATCH_TOKENS = 4096
 PROJECTED: tuple[TensorName, ...] = ("block", "attn", "mlp")
 """Outputs that can be read: of whole blocks, of attention, of MLPs."""
 Quantity = Literal["mean_rank", "sum_prob", "mean_prob"]
@@ -192,8 +192,8 @@ def contrast_probe(
     with lm.frozen_eval(), torch.no_grad():
         if True in norms:
             lens.check(lm)
-        done = len(skipped)
-        for group in buckets([len(row.ids) for row in rows], max_batch_tokens):
+
+        def probe(group: list[int]) -> list[None]:
             states, logits = _states(lm, [rows[i] for i in group], positions, points)
             said[group] = logits.argmax(1).cpu()
             answers[group] = torch.tensor([_answers(lm, kept[i], int(said[i])) for i in group])
@@ -204,8 +204,12 @@ def contrast_probe(
                     for w in range(len(positions)):
                         ranks, probs = _read(lm, states[point][:, w], answers[group], sets, final_norm)
                         mean_rank[group, w, p, n], sum_prob[group, w, p, n] = ranks, probs
-            done += len(group)
-            progress(done, len(edits))
+            return [None] * len(group)
+
+        def hear(done: int, _: int) -> None:
+            progress(len(skipped) + done, len(edits))
+
+        in_batches([len(row.ids) for row in rows], probe, max_tokens=max_batch_tokens, on_progress=hear)
     contrasted = answers[:, 0] != answers[:, 1]
     skipped |= {kept[i].id: "both answers begin with the same token" for i in (~contrasted).nonzero()[:, 0].tolist()}
     if not contrasted.any():

@@ -1,4 +1,4 @@
-"""How much memory is free on a device, and what running out of it looks like."""
+"""How much memory is free on a device, and how much to plan with."""
 
 import math
 import os
@@ -32,13 +32,6 @@ def planned_bytes(lm: "LM") -> int:
         return PLANNED_BYTES
     weights = sum(p.nbytes for p in lm.model.parameters() if p.device == lm.device)
     return max(torch.cuda.get_device_properties(lm.device).total_memory - weights, 0)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the machine, has no memory left."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator for the CPU
 
 
 def _container_free() -> float:

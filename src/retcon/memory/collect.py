@@ -20,15 +20,16 @@ from torch import Tensor
 
 from retcon.checked import Kind, cached, keep
 from retcon.errors import NonFinite, RetconWarning
+from retcon.lm.batches import halved, release_memory
 from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import Row, pad
-from retcon.memory.capacity import free_bytes, is_out_of_memory, planned_bytes
+from retcon.memory.capacity import free_bytes, planned_bytes
 
 CHUNK_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 """Tokens between two additions to the float64 sums, at most, by kind of device. Partial sums are saved between chunks,
 and rows of like length are looked for within one."""
-MAX_BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
+PASS_TOKENS = {"cpu": 1024, "cuda": 32_768}
 """Padded tokens of one forward pass, at most, by kind of device; fewer where memory is short."""
 SAVE_EVERY = 30.0
 """Seconds between two savings of partial sums."""
@@ -144,13 +145,10 @@ def _add_chunk(lm: LM, sums: dict[Site, "_Sum"], rows: Sequence[Row], budget: in
                 _add_batch(lm, sums, [rows[i] for i in group])
             break
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or budget <= longest:
-                raise
+            budget = halved(error, budget, longest)
         for site_sum in sums.values():
             site_sum.drop()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        budget = max(budget // 2, longest)
+        release_memory()
         warnings.warn(
             f"out of memory: batches of at most {budget:,} tokens from here on. Moments are the same up to rounding.",
             RetconWarning,
@@ -263,7 +261,7 @@ def _budget(lm: LM, rows: Sequence[Row]) -> int:
     d_model, d_ff = site.weight.shape
     longest = max(len(r.ids) for r in rows)
     per_token = site.weight.element_size() * (12 * d_model + 6 * d_ff) + 12 * config.num_attention_heads * longest
-    most = MAX_BATCH_TOKENS.get(lm.device.type, MAX_BATCH_TOKENS["cpu"])
+    most = PASS_TOKENS.get(lm.device.type, PASS_TOKENS["cpu"])
     return max(min(most, planned_bytes(lm) // 2 // per_token), longest)
 
 

@@ -8,17 +8,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.edits import Edit
+from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Point, activations
 from retcon.lm.layerwise import LayerwiseReader, Reading
 from retcon.lm.model import LM
-from retcon.lm.prompts import Where, buckets, encode_edit, pad
+from retcon.lm.prompts import Where, encode_edit, pad
 from retcon.memory.capacity import planned_bytes
 from retcon.memory.contexts import Contexts
 
 KeyAverage = Literal["two_level", "uniform"]
 """`two_level` (all published numbers): half the bare prompt, half the mean of prefixed ones; `uniform`: plain mean."""
 
-MAX_BATCH_TOKENS = 8192
 SHARE_OF_MEMORY = 0.25
 """What the states kept between readings may take."""
 
@@ -46,9 +46,7 @@ class KeyReader:
         self.bare = [float(j == 0) for _ in edits for j in range(len(texts))]
         prefix_group = list(range(len(texts))) * len(edits)
         keep_bytes = SHARE_OF_MEMORY * planned_bytes(lm)
-        self.reader = LayerwiseReader(
-            lm, self.rows, prefix_group, keep_bytes=keep_bytes, max_batch_tokens=MAX_BATCH_TOKENS
-        )
+        self.reader = LayerwiseReader(lm, self.rows, prefix_group, keep_bytes=keep_bytes)
 
     def read(
         self, point: Point, where: Where, value: Point

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.errors import NonFinite
-from retcon.memory.capacity import is_out_of_memory
+from retcon.lm.batches import is_out_of_memory
 
 Build = Callable[[], Float[Tensor, "m m"]]
 CPU = torch.device("cpu")

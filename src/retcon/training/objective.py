@@ -14,12 +14,10 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit, UnsupportedModel
+from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import answer_log_probs, answer_places, gold, next_log_probs
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, buckets, encode
-
-MAX_BATCH_TOKENS = 4096
-"""Padded tokens per forward pass; only memory and speed depend on it."""
+from retcon.lm.prompts import Row, encode
 
 Answer = Literal["target_new", "target_true"]
 """Which of an edit's answers: the one to write, or the one the model gives now."""

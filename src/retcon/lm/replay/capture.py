@@ -9,15 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Inputs, Point, Stop, run
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, buckets, pad
+from retcon.lm.prompts import Row, pad
 from retcon.lm.replay.states import ReplayState, cache_of, row_arguments, tail, tokens_at
 
 if TYPE_CHECKING:
     from transformers import Cache
-
-MAX_BATCH_TOKENS = 8192
 
 
 def capture_states(

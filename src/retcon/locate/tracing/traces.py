@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.errors import InvalidSetting
+from retcon.lm.batches import MAX_BATCH_TOKENS
 
-MAX_BATCH_TOKENS = 8192
 Kind = Literal["block", "mlp", "attn", "severed_mlp", "severed_attn"]
 """What is put back at a token: a block's output; the MLP's or the attention's outputs over a window of layers; a
 block's output while the MLPs (or attentions) above it keep what they put out when disturbed."""
@@ -37,7 +37,7 @@ class Tracing:
     """Noise on top of the subject's embeddings, or in their place."""
     seed: int = 0
     """The same noise for every cell of a prompt, and for every prompt of the same subject length."""
-    max_batch_tokens: int = MAX_BATCH_TOKENS
+    max_batch_tokens: int = 2 * MAX_BATCH_TOKENS
     """Tokens in a forward pass: as many cells as fit share one."""
     replayed: bool = True
     """Run only what putting a state back can change: the blocks above it, from its token on, and nothing for tokens

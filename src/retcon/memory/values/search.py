@@ -5,20 +5,20 @@ to the vectors alone. Edits are sorted by length and cut into chunks; of a chunk
 time, and as one ends the next takes its place. Edits do not feel each other: the result is that of `reference.py`.
 """
 
-import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import OutOfMemory, RetconWarning
+from retcon.lm.batches import is_out_of_memory, release_memory
 from retcon.lm.forward import adding, answer_places, input_rows, logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import pad
-from retcon.memory.capacity import is_out_of_memory
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.chunk import Chunk, EditRows, ValueOf
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
@@ -116,9 +116,7 @@ def _searched(
 
 def _with_less_memory(plan: Plan, chunk: ChunkPlan, edits: Sequence[Edit], search: ValueSearch) -> Plan:
     """The plan to go on with after a chunk ran out of memory."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
     smaller = plan.split_after_oom(chunk)
     if smaller is None:
         edit = edits[chunk.edits[0]]
@@ -157,15 +155,20 @@ def gathered(found: Sequence[ValueOf], plan: dict[str, Any]) -> Values:
     )
 
 
+REPLAYS: WeakKeyDictionary[LM, dict[Hashable, bool]] = WeakKeyDictionary()
+"""Whether a replay gave what a plain forward pass gives, for every model and sites tried."""
+
+
 def replays(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSearch) -> bool:
     """Whether a replay of this edit's rows gives the logits of a plain forward, tried once per model and sites.
 
     Both are given the same random vectors, half as long as the activations they are added to.
     """
     key = ("values", *(s.point for s in sites))
-    if key not in lm.replays:
+    tried = REPLAYS.setdefault(lm, {})
+    if key not in tried:
         problem = _misses(lm, rows, sites, search)
-        lm.replays[key] = problem is None
+        tried[key] = problem is None
         if problem is not None:
             warnings.warn(
                 f"{lm.name!r} cannot be replayed from {min(s.point for s in sites)} on ({problem}); values are "
@@ -173,7 +176,7 @@ def replays(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSea
                 RetconWarning,
                 stacklevel=3,
             )
-    return lm.replays[key]
+    return tried[key]
 
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}

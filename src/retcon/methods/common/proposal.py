@@ -24,12 +24,13 @@ from torch import Tensor
 from retcon.delta import Change, Delta, EditReport
 from retcon.edits import Edit, check_edits
 from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
+from retcon.lm.batches import in_batches
 from retcon.lm.forward import TensorName, answer_places, gold, log_probs, logits_at
 from retcon.lm.model import LM, Site
-from retcon.lm.prompts import buckets, encode_edit, pad
+from retcon.lm.prompts import encode_edit, pad
 from retcon.memory.contexts import Contexts, ContextStyle
 from retcon.memory.defaults import default_contexts, default_moments
-from retcon.memory.keys import MAX_BATCH_TOKENS, KeyAverage, KeyReader
+from retcon.memory.keys import KeyAverage, KeyReader
 from retcon.memory.moments import GivenMoments, Moments
 from retcon.memory.values import ValueCache, Values, ValueSearch, ValueSite, search_values
 from retcon.memory.write import LayerGroup, write
@@ -275,18 +276,19 @@ def reported(lm: LM, delta: Delta) -> Delta:
     )
 
 
-def answers(lm: LM, edits: Sequence[Edit], *, max_batch_tokens: int = MAX_BATCH_TOKENS) -> list[tuple[float, bool]]:
-    """Per edit, on its bare prompt: the new answer's geometric-mean probability per token, and whether each of its
-    tokens is the model's first choice."""
+def answers(lm: LM, edits: Sequence[Edit]) -> list[tuple[float, bool]]:
+    """Return, per edit on its bare prompt, the new answer's geometric-mean probability per token, and whether each of
+    its tokens is the model's first choice."""
     rows = [encode_edit(lm.tokenizer, edit, with_target=True) for edit in edits]
-    found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+
+    def read(group: list[int]) -> list[tuple[float, bool]]:
+        chosen = [rows[i] for i in group]
+        at, positions = answer_places(chosen)
+        log_p = log_probs(logits_at(lm, pad(chosen, lm.device), (at, positions)).cpu())
+        tokens = torch.tensor([token for r in chosen for token in r.target_ids])
+        picked, first = gold(log_p, chosen), log_p.argmax(-1) == tokens
+        each = range(len(chosen))
+        return [(float(picked[at == j].mean().exp()), bool(first[at == j].all())) for j in each]
+
     with lm.frozen_eval(), torch.no_grad():
-        for group in buckets([len(r.ids) for r in rows], max_batch_tokens):
-            chosen = [rows[i] for i in group]
-            at, positions = answer_places(chosen)
-            log_p = log_probs(logits_at(lm, pad(chosen, lm.device), (at, positions)).cpu())
-            tokens = torch.tensor([token for r in chosen for token in r.target_ids])
-            picked, first = gold(log_p, chosen), log_p.argmax(-1) == tokens
-            for j, i in enumerate(group):
-                found[i] = float(picked[at == j].mean().exp()), bool(first[at == j].all())
-    return found
+        return in_batches([len(r.ids) for r in rows], read)

@@ -1,4 +1,4 @@
-"""Generation: what a model writes behind given prompts. All generative metrics come from `write`.
+"""Generation, written once: what a model writes after given prompts, for `LM.complete` and all generative metrics.
 
 Rows are padded on the left with their mask, decoding is the model's own `generate` with nothing of the shipped
 generation settings, and only newly written tokens are decoded. Sampled text is drawn from a generator per prompt, so
@@ -6,7 +6,6 @@ that it depends on nothing else in the batch.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 
 from retcon.errors import InvalidSetting
-from retcon.evaluation.score import halved
+from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, buckets, decode, encode, pad
+from retcon.lm.prompts import Row, decode, encode, pad
 
-MAX_BATCH_TOKENS = 8192
-"""Padded tokens, prompt and continuation together, per batch."""
+WRITTEN_BATCH_TOKENS = 2 * MAX_BATCH_TOKENS
+"""Padded tokens of a batch, prompts and longest continuations together; most end before they are that long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class Writing:
     system: str = ""
     """System line of the chat."""
     after: str | None = None
-    """Keep only what follows the last occurrence of this (the answer behind a chain of thought)."""
+    """Keep only what follows the last occurrence of this (the answer after a chain of thought)."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "sample_top_k", "total_tokens"):
@@ -51,22 +50,9 @@ class Writing:
             raise InvalidSetting("a stop text is empty; it would cut everything")
 
 
-PRESETS = {
-    "qa": Writing(),
-    "wild_paper": Writing(max_new_tokens=50, stops=(".", "\n")),
-    "wild_easyedit": Writing(max_new_tokens=512, stops=(".", "\n"), chat=True, system="You are a helpful assistant."),
-    "gold_length": Writing(stops=()),
-    "ripple": Writing(max_new_tokens=30),
-    "cot": Writing(max_new_tokens=200, stops=("\n\n",), after="Answer:"),
-    "fluency": Writing(max_new_tokens=100, stops=()),
-    "fluency_rome": Writing(max_new_tokens=100, stops=(), sample_top_k=5, total_tokens=100),
-}
-"""By name: `wild_*` are the Mirage study's, `gold_length` EasyEdit's for GRACE, which hands the model the length."""
-
-
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a model wrote behind one prompt."""
+    """What a model wrote after one prompt."""
 
     text: str
     """New text only, up to the first stop text, special tokens left out."""
@@ -76,19 +62,20 @@ class Written:
     """The limit ended it, neither a stop text nor the end-of-text token."""
 
 
-def write(
+def generate(
     lm: LM,
     prompts: Sequence[str],
-    how: Writing = PRESETS["qa"],
+    how: Writing | None = None,
     *,
     lengths: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
-    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    max_batch_tokens: int = WRITTEN_BATCH_TOKENS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Written]:
-    """Continue every prompt, in the order given.
+    """Continue every prompt, in the order given, by no more than the room that the model's context leaves.
 
     Args:
+        how: `Writing()` by default.
         lengths: most tokens to write, one per prompt (`gold_length`); None: as `how` says.
         seeds: one per prompt; needed for sampling.
         max_batch_tokens: halved when memory runs out.
@@ -99,27 +86,32 @@ def write(
         InvalidSetting: sampling without seeds, or a chat without a template.
         torch.OutOfMemoryError: a single row does not fit.
     """
+    how = how or Writing()
     if how.sample_top_k is not None and seeds is None:
         raise InvalidSetting("sampled text needs a seed per prompt")
     rows = [_row(lm, prompt, how) for prompt in prompts]
-    limits = [_limit(row, how, None if lengths is None else lengths[i]) for i, row in enumerate(rows)]
+    limits = [_limit(lm, row, how, None if lengths is None else lengths[i]) for i, row in enumerate(rows)]
     results = {i: Written("", 0, True) for i, limit in enumerate(limits) if limit < 1}
-    limit, done = max_batch_tokens, len(results)
-    todo = _batches([i for i in range(len(rows)) if i not in results], rows, limits, limit)
+    asked = [i for i in range(len(rows)) if i not in results]
+
+    def work(group: list[int]) -> list[Written]:
+        chosen = [asked[k] for k in group]
+        drawn = [seeds[i] for i in chosen] if seeds is not None else None
+        return _write_batch(lm, [rows[i] for i in chosen], [limits[i] for i in chosen], how, drawn)
+
+    def hear(done: int, _: int) -> None:
+        if on_progress is not None:
+            on_progress(len(rows) - len(asked) + done, len(rows))
+
     with lm.frozen_eval(), _own_settings(lm), torch.inference_mode():
-        while todo:
-            group = todo.popleft()
-            drawn = [seeds[i] for i in group] if seeds is not None else None
-            try:
-                found = _write_batch(lm, [rows[i] for i in group], [limits[i] for i in group], how, drawn)
-            except torch.OutOfMemoryError as error:
-                limit = halved(error, [len(rows[i].ids) + limits[i] for i in group])
-                todo = _batches([*group, *(i for g in todo for i in g)], rows, limits, limit)
-                continue
-            results |= dict(zip(group, found, strict=True))
-            done += len(group)
-            if on_progress is not None:
-                on_progress(done, len(rows))
+        found = in_batches(
+            [len(rows[i].ids) + limits[i] for i in asked],
+            work,
+            max_tokens=max_batch_tokens,
+            kinds=[limits[i] for i in asked],  # a batch goes on to the largest limit in it
+            on_progress=hear,
+        )
+    results |= zip(asked, found, strict=True)
     return [results[i] for i in range(len(rows))]
 
 
@@ -151,23 +143,12 @@ def _row(lm: LM, prompt: str, how: Writing) -> Row:
     return Row(ids, len(ids))
 
 
-def _limit(row: Row, how: Writing, given: int | None) -> int:
-    if given is not None:
-        return given
-    return how.max_new_tokens if how.total_tokens is None else how.total_tokens - len(row.ids)
-
-
-def _batches(which: Sequence[int], rows: Sequence[Row], limits: Sequence[int], most: int) -> deque[list[int]]:
-    """Batches of rows alike in length and of one limit, the longest first."""
-    by_limit: dict[int, list[int]] = {}
-    for i in which:
-        by_limit.setdefault(limits[i], []).append(i)
-    groups = [
-        [members[k] for k in group]
-        for limit, members in by_limit.items()
-        for group in buckets([len(rows[i].ids) + limit for i in members], most)
-    ]
-    return deque(sorted(groups, key=lambda g: -max(len(rows[i].ids) + limits[i] for i in g)))
+def _limit(lm: LM, row: Row, how: Writing, given: int | None) -> int:
+    """Most tokens to write: as asked, and no more than the context has room for."""
+    room = math.inf if lm.context_length is None else lm.context_length - len(row.ids)
+    if given is None:
+        given = how.max_new_tokens if how.total_tokens is None else how.total_tokens - len(row.ids)
+    return int(min(given, room))
 
 
 def _write_batch(
@@ -212,7 +193,7 @@ class _Stop:
         self.lm, self.start, self.stops = lm, start, stops
         self.ended: list[bool] = []
 
-    def __call__(self, ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def __call__(self, ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
         self.ended = self.ended or [False] * len(ids)
         window = max(map(len, self.stops)) + 4  # tokens that can hold the end of a stop text, and then some
         recent = ids[:, max(self.start, ids.shape[1] - window) :].tolist()

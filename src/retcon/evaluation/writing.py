@@ -1,0 +1,15 @@
+"""Ways of writing that published evaluations use."""
+
+from retcon.lm.generate import Writing
+
+PRESETS = {
+    "qa": Writing(),
+    "wild_paper": Writing(max_new_tokens=50, stops=(".", "\n")),
+    "wild_easyedit": Writing(max_new_tokens=512, stops=(".", "\n"), chat=True, system="You are a helpful assistant."),
+    "gold_length": Writing(stops=()),
+    "ripple": Writing(max_new_tokens=30),
+    "cot": Writing(max_new_tokens=200, stops=("\n\n",), after="Answer:"),
+    "fluency": Writing(max_new_tokens=100, stops=()),
+    "fluency_rome": Writing(max_new_tokens=100, stops=(), sample_top_k=5, total_tokens=100),
+}
+"""By name: `wild_*` are the Mirage study's, `gold_length` EasyEdit's for GRACE, which hands the model the length."""
