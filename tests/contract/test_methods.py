@@ -29,6 +29,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ft_l": dict(layers=(2,), learning_rate=5e-2, epochs=12, box=0.2, objective="target_new"),
     "ft_m": dict(layers=(2,), learning_rate=5e-2, epochs=12),
     "ft_wd": dict(layers=(2,), learning_rate=2e-2, epochs=12, objective="target_new"),
+    "lora": dict(rank=4, learning_rate=5e-2, epochs=15, modules=("q_proj", "down_proj")),
+    "adalora": dict(rank=4, target_rank=3, learning_rate=1e-1, epochs=25, modules=("q_proj", "down_proj")),
     "full_c": dict(learning_rate=1e-2, epochs=12, box=0.1),
     "alphaedit": dict(layers=(0, 1), null_threshold=0.7, threshold_mode="rank", ridge=0.1, **FREE),
     "emmet": dict(layers=(1,), **FREE),

@@ -41,7 +41,8 @@ class Site:
     """One matrix of one block, seen in math orientation (out x in) whatever the family stores."""
 
     layer: int
-    kind: SiteName
+    kind: str
+    """Which of its matrices (a `SiteName`), or a module's path inside the block."""
     name: str
     """Name of the parameter that holds it."""
     module: nn.Module

@@ -156,6 +156,36 @@ class TrainedLowRank:
 
 
 @dataclass(frozen=True, eq=False)
+class TrainedTriplets:
+    """dW = scale * left @ diag(singular) @ right: factors that stay even where their singular value is 0."""
+
+    site: Site
+    left: Float[Tensor, "out rank"]
+    singular: Float[Tensor, " rank"]
+    right: Float[Tensor, "rank in"]
+    scale: float = 1.0
+
+    @property
+    def module(self) -> nn.Module:
+        return self.site.module
+
+    @property
+    def parameter(self) -> str:
+        return self.site.name
+
+    def trained(self) -> list[Tensor]:
+        return [self.left, self.singular, self.right]
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return _add_to_site(self.site, y, self.scale * (x @ self.right.T * self.singular) @ self.left.T)
+
+    def change(self) -> tuple[str, Change]:
+        kept = self.singular.detach() != 0
+        left = (self.left * self.singular).detach()[:, kept]
+        return TrainedLowRank(self.site, left, self.right.detach()[kept], self.scale).change()
+
+
+@dataclass(frozen=True, eq=False)
 class TrainedDense:
     """dW = values."""
 

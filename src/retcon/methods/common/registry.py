@@ -19,6 +19,7 @@ from retcon.methods.common.presets import Preset
 from retcon.methods.common.settings import checked
 
 METHODS = {
+    "adalora": "retcon.methods.adalora:AdaLora",
     "alphaedit": "retcon.methods.alphaedit:AlphaEdit",
     "ctp": "retcon.methods.ctp:Ctp",
     "emmet": "retcon.methods.emmet:Emmet",
@@ -29,6 +30,7 @@ METHODS = {
     "full_c": "retcon.methods.full_c:FullC",
     "jeep": "retcon.methods.jeep:Jeep",
     "kne": "retcon.methods.kne:Kne",
+    "lora": "retcon.methods.lora:Lora",
     "memit": "retcon.methods.memit:Memit",
     "pmet": "retcon.methods.pmet:Pmet",
     "prune": "retcon.methods.prune:Prune",

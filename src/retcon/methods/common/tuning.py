@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from retcon.delta import Delta
 from retcon.edits import Edit, check_edits
-from retcon.errors import OutOfMemory
-from retcon.lm.model import LM
+from retcon.errors import InvalidSetting, OutOfMemory
+from retcon.lm.model import LM, Site, SiteName
 from retcon.memory.capacity import free_bytes
 from retcon.methods.common.contract import ModelShape, Progress, check_settings, recorded, silent
 from retcon.methods.common.proposal import report_after
@@ -87,6 +87,7 @@ class Tuning:
         edits: Sequence[Edit] | None = None,
         loss: EditLoss | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        beside: Sequence[Part] = (),
         stage: str = "tuning",
         **hooks: Any,
     ) -> Descent:
@@ -94,6 +95,7 @@ class Tuning:
 
         Args:
             edits: others than the call's own, which `loss` then belongs to.
+            beside: parts that are attached too and stay as they are.
             hooks: `before_epoch`, `after_step` of `training.descent.descend`.
 
         Raises:
@@ -107,7 +109,7 @@ class Tuning:
         optimizer = optimizer or torch.optim.Adam(values, lr=self.method.learning_rate)
         update = stepping(loss, optimizer, self.method.schedule(len(edits)), self.method.reduction)
         evaluate = partial(losses_now, loss, len(edits))
-        with attached(parts):
+        with attached([*parts, *beside]):
             return self.descend(update, evaluate, lambda: values, edits=edits, stage=stage, **hooks)
 
     def descend(
@@ -165,6 +167,36 @@ def tuning(
         lm.check_editable(name)
     with lm.frozen_eval():
         yield Tuning(method, lm, edits, seed, progress or silent)
+
+
+def sites_named(name: str, lm: LM, layers: Sequence[int], modules: Sequence[str]) -> list[Site]:
+    """Return the matrices that settings name, layer by layer.
+
+    Args:
+        name: the method, for messages.
+        layers: blocks, counted from 0; none: all of them.
+        modules: kinds of sites (`q_proj`), or a module's path inside a block (`attn.c_attn`: a fused matrix, whole).
+
+    Raises:
+        InvalidSetting: a layer or a matrix that the model does not have.
+    """
+    found = []
+    for layer in layers or range(lm.n_layers):
+        if not 0 <= layer < lm.n_layers:
+            raise InvalidSetting(f"{name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")
+        for kind in modules:
+            if kind in get_args(SiteName) and getattr(lm.layout, kind) is not None:
+                found.append(lm.site(layer, kind))  # type: ignore[arg-type]
+                continue
+            path = f"{lm.layout.block.format(layer)}.{kind}"
+            module = dict(lm.model.named_modules()).get(path)
+            if module is None or getattr(module, "weight", None) is None or module.weight.dim() != 2:
+                raise InvalidSetting(
+                    f"{name}: {lm.name!r} ({lm.model.config.model_type}) has no {kind} in its blocks; name one of "
+                    f"{', '.join(get_args(SiteName))}, or a matrix's path inside a block"
+                )
+            found.append(Site(layer, kind, f"{path}.weight", module, type(module).__name__ == "Conv1D"))
+    return found
 
 
 @torch.no_grad()

@@ -1,0 +1,121 @@
+"""LoRA: train a low-rank change of a few matrices in every layer.
+
+Hu et al. 2021, arXiv:2106.09685, section 4.1; symbols as there. As a knowledge editor it is a baseline of many tables;
+what EasyEdit's code means by it, and where we depart: docs/methods/lora.md.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from retcon.delta import Delta
+from retcon.edits import Edit
+from retcon.errors import DeltaMismatch, InvalidSetting
+from retcon.lm.model import LM, Site
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import Moments
+from retcon.memory.values import ValueCache
+from retcon.methods.common.contract import Progress, State, check_layers
+from retcon.methods.common.tuning import TuningSettings, sites_named, tuning
+from retcon.training.parts import TrainedLowRank, fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(TuningSettings):
+    """Low-rank adaptation: dW = (alpha / rank) B A."""
+
+    name: ClassVar[str] = "lora"
+    state_description: ClassVar[str] = "the adapter's factors, for continue_adapter"
+
+    rank: int = 8
+    """r: rank of the change of each matrix."""
+    alpha: float = 32.0
+    """The change is alpha / rank times B A."""
+    layers: tuple[int, ...] = ()
+    """Blocks that are adapted, ascending, counted from 0; none: all of them."""
+    modules: tuple[str, ...] = ("q_proj", "v_proj")
+    """Matrices that are adapted: kinds of sites, or a module's path inside a block (`attn.c_attn`)."""
+    learning_rate: float = 5e-3
+    continue_adapter: bool = False
+    """In a sequence, go on training the adapter in `state` rather than begin another on top of it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers(self, "layers", may_be_empty=True)
+        if self.rank < 1 or not self.modules:
+            raise InvalidSetting(
+                f"{self.name}: rank must be at least 1 and modules not empty, found {self.rank} and {self.modules}"
+            )
+
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Delta:
+        """The change that writes `edits` as one adapter; the model is untouched. Contexts and moments are not used.
+
+        The seed draws A and mini-batches.
+
+        Raises:
+            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
+            InvalidSetting: a layer or matrix the model does not have.
+            DeltaMismatch: the adapter given is not one of these matrices and this rank.
+            NonFinite: the model gives an edit no finite probability.
+        """
+        sites = sites_named(self.name, lm, self.layers, self.modules)
+        with tuning(self, lm, edits, [site.name for site in sites], seed=seed, progress=progress) as run:
+            if not edits:
+                return run.delta()
+            generator, scale = torch.Generator().manual_seed(seed), self.alpha / self.rank
+            begun = state if self.continue_adapter and state else None
+            parts, before = [], []
+            for site in sites:
+                b, a = adapter(site, self.rank, generator) if begun is None else self._given(site, begun)
+                parts.append(TrainedLowRank(site, b, a, scale))
+                if begun is not None:  # its B A is in the weights already, by the delta that made it
+                    before.append(TrainedLowRank(site, b.detach().clone(), a.detach().clone(), -scale))
+            ended = run.train(parts, beside=before)
+            kept = {_key(part.site, which): t.detach().cpu() for part in parts for which, t in _factors(part)}
+            return run.delta([*parts, *before], ended, state=kept if self.continue_adapter else None)
+
+    def _given(self, site: Site, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The factors of a state, to be trained on."""
+        out, into = site.weight.shape
+        found = [state.get(_key(site, which)) for which in ("B", "A")]
+        for tensor, shape in zip(found, ((out, self.rank), (self.rank, into)), strict=True):
+            if tensor is None or tensor.shape != shape:
+                raise DeltaMismatch(
+                    f"{self.name}: the state given has no adapter of rank {self.rank} for {site.name}; begin anew "
+                    "(continue_adapter=False)"
+                )
+        like = fresh(site)
+        return tuple(t.to(like.device, like.dtype).clone().requires_grad_() for t in found)  # type: ignore[union-attr, return-value]
+
+
+def adapter(site: Site, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return B = 0 (out x rank) and A (rank x in), Kaiming-uniform with a = sqrt(5): uniform up to 1 / sqrt(in)."""
+    out, into = site.weight.shape
+    b, a = fresh(site, out, rank), fresh(site, rank, into)
+    with torch.no_grad():
+        a.copy_((2 * torch.rand(rank, into, generator=generator, dtype=torch.float64) - 1) / math.sqrt(into))
+    return b, a
+
+
+def _factors(part: TrainedLowRank) -> list[tuple[str, Tensor]]:
+    return [("B", part.left), ("A", part.right)]
+
+
+def _key(site: Site, which: str) -> str:
+    return f"{site.layer}.{site.kind}.{which}"
