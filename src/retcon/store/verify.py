@@ -316,7 +316,8 @@ class _Asker:
 
     def say(self, at: str | None, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
         """What the model writes after the prompts of these checks."""
-        from retcon.evaluation.generate import PRESETS, write
+        from retcon.evaluation.writing import PRESETS
+        from retcon.lm.generate import generate
 
         if not places:
             return {}
@@ -324,5 +325,5 @@ class _Asker:
         prompts = list(dict.fromkeys(queries[place].prompt for place in places))
         how = replace(PRESETS["qa"], stops=("\n",), max_new_tokens=12)
         with self.store.at(self.lm, at):
-            texts = dict(zip(prompts, write(self.lm, prompts, how), strict=True))
+            texts = dict(zip(prompts, generate(self.lm, prompts, how), strict=True))
         return {place: texts[queries[place].prompt].text.strip() for place in places}
