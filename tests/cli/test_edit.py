@@ -19,7 +19,8 @@ from tests.cli.conftest import EDIT, ROWS, write_rows
 def test_shows_settings_report_norms_and_file(cli: Callable[..., Any]) -> None:
     out = cli(*EDIT).stdout
     delta = Delta.load("delta.safetensors")
-    assert "starting points by relative depth" in out
+    assert "no preset for this model: by its shape and the edits" in out
+    assert "in proportion to the key width" in out
     assert "steps = 4" in out
     assert "low = [0, 1]" in out
     assert "high_clamp = 0.25" in out
@@ -32,8 +33,10 @@ def test_shows_settings_report_norms_and_file(cli: Callable[..., Any]) -> None:
     assert [r.id for r in delta.report] == ["fr", "dd"]
 
 
-def test_warns_that_the_model_has_no_preset(cli: Callable[..., Any]) -> None:
-    assert cli(*EDIT).stderr.count("warning: no jeep preset") == 1
+def test_says_how_settings_were_chosen_without_a_preset(cli: Callable[..., Any]) -> None:
+    notes = json.loads(cli(*EDIT, "--json").stdout)["notes"]
+    assert any(note.startswith("low = ") and "by relative depth" in note for note in notes)
+    assert any("times the default, with which" in note for note in notes)
 
 
 def test_json_is_one_object(cli: Callable[..., Any]) -> None:

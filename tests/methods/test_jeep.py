@@ -258,7 +258,7 @@ def test_presets_are_matched_by_sizes_and_the_choice_is_said(tiny, monkeypatch):
     with pytest.raises(UnknownPreset, match="known: jeep/llama-7b/counterfact"):
         method("jeep", for_model=lm, dataset="mquake")
     monkeypatch.setattr("retcon.methods.common.presets.signature", lambda lm: dict(llama) | {"context": 4096})
-    with pytest.warns(RetconWarning, match="nobody has tuned"):  # LLaMA-2-7B differs in its context alone
+    with pytest.warns(RetconWarning, match="follow from its shape"):  # LLaMA-2-7B differs in its context alone
         method("jeep", for_model=lm)
 
 

@@ -114,7 +114,7 @@ def run_bench(
     listing = []
     for model in spec.models:
         started = time.perf_counter()
-        bench = CellRunner(spec, model, time.perf_counter)
+        bench = CellRunner(spec, model, loaded, time.perf_counter)
         seconds = time.perf_counter() - started
         for cell in (c for c in cells if c.model is model):
             cases, report = loaded[cell.dataset.label]
@@ -153,7 +153,9 @@ def chosen_cases(cases: Sequence[Case], cell: Cell) -> list[Case]:
 class CellRunner:
     """A loaded model and what the cells that share it share."""
 
-    def __init__(self, spec: BenchSpec, model: ModelSpec, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, spec: BenchSpec, model: ModelSpec, loaded: Mapping[str, Loaded], clock: Callable[[], float]
+    ) -> None:
         self.spec = spec
         self.lm = load_model(model.name, dtype=model.dtype, device=model.device, revision=model.revision)
         corpus = model.corpus
@@ -164,11 +166,19 @@ class CellRunner:
         self._plans: dict[str, tuple[Plan, Evaluation]] = {}
         self._perplexity: Perplexity | None = None
         self._unedited = self._whole_model("pre", 0)
-        self.methods = {m.label: self._method(m) for m in spec.methods}  # better refused now than after hours
+        self.methods = {  # all of them now: better refused now than after hours
+            (dataset, asked.label): self._method(asked, cases)
+            for dataset, (cases, _) in loaded.items()
+            for asked in spec.methods
+        }
 
-    def _method(self, asked: MethodSpec) -> Any:
+    def method_of(self, cell: Cell) -> Any:
+        """The method of a cell, with the settings that suit the model and, where it has no preset, the dataset."""
+        return self.methods[cell.dataset.label, cell.method.label]
+
+    def _method(self, asked: MethodSpec, cases: Sequence[Case]) -> Any:
         own = {"dataset": asked.dataset, "preset": asked.preset, **asked.settings}
-        return make_method(asked.name, for_model=self.lm, **own)
+        return make_method(asked.name, for_model=self.lm, cases=cases, **own)
 
     def run(
         self,
@@ -183,7 +193,7 @@ class CellRunner:
     ) -> dict[str, str]:
         """One cell, from where it stands to its end; returns its line in the list of runs."""
         chosen = chosen_cases(cases, cell)
-        method = self.methods[cell.method.label]
+        method = self.method_of(cell)
         manifest = manifest_of(self.spec, cell, self.lm, method, chosen, report)
         identity, directory = place_of(cell, manifest, root)
         write_or_verify(directory / "manifest.json", manifest, around, force=force, what="run")
@@ -390,12 +400,12 @@ def estimate(spec: BenchSpec, directory: str | Path | None = None) -> Iterator[E
     cells = cells_of(spec, {label: len(cases) for label, (cases, _) in loaded.items()})
     known: dict[tuple[str, str, str], tuple[float, float, float]] = {}
     for model in spec.models:
-        bench = CellRunner(spec, model, time.perf_counter)
+        bench = CellRunner(spec, model, loaded, time.perf_counter)
         for cell in (c for c in cells if c.model is model):
             everything, report = loaded[cell.dataset.label]
             cases = chosen_cases(everything, cell)
             if directory is not None:
-                manifest = manifest_of(spec, cell, bench.lm, bench.methods[cell.method.label], cases, report)
+                manifest = manifest_of(spec, cell, bench.lm, bench.method_of(cell), cases, report)
                 if (place_of(cell, manifest, Path(directory))[1] / FINISHED).is_file():
                     yield Estimate(cell, len(cases), 0.0, 0.0, 0.0, finished=True)
                     continue
@@ -408,7 +418,7 @@ def estimate(spec: BenchSpec, directory: str | Path | None = None) -> Iterator[E
 def _probe(bench: CellRunner, cell: Cell, cases: Sequence[Case]) -> tuple[float, float, float]:
     """(seconds of a call for one edit, of each further edit in it, of measuring a case)."""
     lm, few = bench.lm, list(cases[:N_PROBED])
-    chosen = bench.methods[cell.method.label]
+    chosen = bench.method_of(cell)
     needed = chosen.needs_subject
     edits = [e for case in few for e in case.edits if e.subject_span is not None or (e.subject is None and not needed)]
     if not edits:

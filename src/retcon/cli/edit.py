@@ -180,11 +180,14 @@ def edit(
         kept_in.checkout(lm)
     loading = time.perf_counter() - started
     with spinner("probing for layers" if layers else "choosing settings"):
-        probe_with = facts.edits if layers else ()
-        resolved = resolve(lm, method, dataset=dataset, preset=preset, given=given, probe_with=probe_with)
+        resolved = resolve(
+            lm, method, dataset=dataset, preset=preset, given=given, edits=facts.edits, probe=layers is not None
+        )
     show.print(f"[bold]{resolved.name}[/] on {escape(str(lm))}")
     show.print(f"edits     {escape(facts.about)}", soft_wrap=True)
     show.print(f"settings  {escape(resolved.source)}", soft_wrap=True)
+    for note in resolved.notes:
+        show.print(f"          {escape(note)}", soft_wrap=True)
     show.print(settings_table(resolved))
     show.print()
     if out is not None and not (force or dry_run):
@@ -319,6 +322,7 @@ def _record(
         "preset": resolved.preset and resolved.preset.name,
         "settings": resolved.settings,
         "n_probed": resolved.n_probed,
+        "notes": list(resolved.notes),
         "seed": seed,
         "delta": {"id": delta.id, "file": str(out), "bytes": delta.nbytes()},
         "report": [asdict(r) for r in delta.report],

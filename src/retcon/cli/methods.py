@@ -55,7 +55,9 @@ def methods(
                 out.print(f"  [bold]{setting}[/]  {escape(meaning)}", soft_wrap=True)
         if lm is not None:
             resolved = resolve(lm, entry["name"])
-            out.print(f"  [green]{escape(lm.name)}[/] gets {escape(resolved.source)}")
+            out.print(f"  [green]{escape(lm.name)}[/]: {escape(resolved.source)}")
+            for note in resolved.notes:
+                out.print(f"  {escape(note)}", soft_wrap=True)
             out.print(settings_table(resolved))
 
 

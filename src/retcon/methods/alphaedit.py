@@ -89,8 +89,7 @@ class AlphaEdit(BatchSettings):
         with proposing(self, lm, edits, [group], given) as proposal:
             if not edits:
                 return proposal.delta(state=state)
-            site = self.value_site(self.layers[-1], tensor)
-            found = proposal.search([site], self.value_search())
+            found = proposal.search(self.value_sites(lm), self.value_search())
             proposal.write(group, found.target(0), key_average=self.key_average)
             kept = extended(earlier, proposal.keys, lm) if self.cache_keys else None
             return proposal.delta(found.report, state=kept, null_space_ranks=ranks)

@@ -38,6 +38,7 @@ class Emmet(BatchSettings):
     """Equality-constrained mass model editing."""
 
     name: ClassVar[str] = "emmet"
+    one_layer: ClassVar[bool] = True
 
     stabiliser: float | None = None
     """a (`emmet_lambda`): added to the diagonal of K^T C^-1 K. 0 stores every fact exactly. None: 0 for one edit, 0.1
@@ -92,7 +93,6 @@ class Emmet(BatchSettings):
         with proposing(self, lm, edits, [group], given) as proposal:
             if not edits:
                 return proposal.delta()
-            site = self.value_site(self.layers[-1], tensor)
-            found = proposal.search([site], self.value_search())
+            found = proposal.search(self.value_sites(lm), self.value_search())
             proposal.write(group, found.target(0), key_average=self.key_average)
             return proposal.delta(found.report)

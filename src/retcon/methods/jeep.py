@@ -24,6 +24,7 @@ from retcon.methods.common.contract import (
     Progress,
     State,
     UpdateFilter,
+    by_key_width,
     check_layers,
     check_not_negative,
     check_stateless,
@@ -95,11 +96,21 @@ class Jeep(SearchSettings):
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """Unverified settings by relative depth: low layers as MEMIT's, high ones where the probe usually parts."""
+        """Layers by relative depth; the weights published for LLaMA-7B (2,500 and 1,000) over its key width."""
         n_layers = shape.n_layers
-        high = min(round((0.55 if shape.parallel else 0.7) * n_layers), n_layers - 1)
-        high_end = max(high, min(high + max(1, round(0.07 * n_layers)), n_layers - 3))  # never the last few
-        return {"low": early_layers(n_layers), "high": tuple(range(high, high_end + 1))}
+        first = min(round((0.55 if shape.parallel else 0.7) * n_layers), n_layers - 1)
+        last = max(first, min(first + max(1, round(0.07 * n_layers)), n_layers - 3))  # never the last few
+        if first == last:  # two at least, not the topmost
+            first, last = (first, last + 1) if last + 1 < n_layers - 1 else (max(first - 1, 0), max(last, 1))
+        low = early_layers(n_layers)
+        if low[-1] >= first:
+            low = tuple(range(max(first - 3, 0), max(first, 1)))
+        return {
+            "low": low,
+            "high": tuple(range(first, min(last, n_layers - 1) + 1)),
+            "low_moment_weight": by_key_width(0.23, shape),
+            "high_moment_weight": by_key_width(0.09, shape),
+        }
 
     def propose(
         self,
@@ -143,7 +154,7 @@ class Jeep(SearchSettings):
             if not edits:
                 return proposal.delta()
             if low and high and self.joint_optimisation:
-                found = proposal.search([self.value_site(low), self.value_site(high)], self.value_search())  # Step 1
+                found = proposal.search(self.value_sites(lm), self.value_search())  # Step 1
                 if self.write_low:
                     proposal.write(low, found.target(0), key_average=self.key_average)  # Step 2
                 if self.write_high:  # Step 3, on keys that Step 2 has changed
@@ -171,6 +182,10 @@ class Jeep(SearchSettings):
             "o_proj" if self.high_module == "attn" else "down_proj",
         )
         return (low if self.low else None), (high if self.high else None)
+
+    def value_sites(self, lm: LM) -> list[ValueSite]:
+        """Where values are sought: low before high."""
+        return [self.value_site(group) for group in self.groups() if group]
 
     def value_site(self, group: LayerGroup) -> ValueSite:
         """Where the value of a group is sought."""

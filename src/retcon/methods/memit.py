@@ -10,7 +10,7 @@ Departures: docs/methods/memit.md.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -24,7 +24,15 @@ from retcon.memory.moments import Moments
 from retcon.memory.solve import ridge
 from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem, with_earlier
-from retcon.methods.common.contract import Progress, State, UpdateFilter, check_not_negative, check_stateless
+from retcon.methods.common.contract import (
+    ModelShape,
+    Progress,
+    State,
+    UpdateFilter,
+    by_key_width,
+    check_not_negative,
+    check_stateless,
+)
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, sites_of, target_tensor
 
@@ -44,6 +52,11 @@ class Memit(BatchSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_not_negative(self, "moment_weight")
+
+    @classmethod
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
+        """Layers by relative depth; the weight published for GPT-J (15,000) over its key width."""
+        return super().fallback_settings(shape) | {"moment_weight": by_key_width(0.92, shape)}
 
     def propose(
         self,
@@ -77,8 +90,7 @@ class Memit(BatchSettings):
         with proposing(self, lm, edits, [group], given) as proposal:
             if not edits:
                 return proposal.delta(state=state)
-            site = self.value_site(self.layers[-1], tensor)
-            found = proposal.search([site], self.value_search())  # z (Eq. 16)
+            found = proposal.search(self.value_sites(lm), self.value_search())  # z (Eq. 16)
             proposal.write(group, found.target(0), key_average=self.key_average)
             kept = extended(earlier, proposal.keys, lm) if self.cache_keys else None
             return proposal.delta(found.report, state=kept)

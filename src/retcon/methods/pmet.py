@@ -9,7 +9,7 @@ The attention's value v_a is searched with v_m and not written. Departures: docs
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from retcon.delta import Delta
 from retcon.edits import Edit
@@ -18,9 +18,17 @@ from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
-from retcon.memory.values import ValueCache, ValueSite
+from retcon.memory.values import ValueCache, ValueSearch, ValueSite
 from retcon.memory.write import LayerGroup, Spread, weighted
-from retcon.methods.common.contract import Progress, State, UpdateFilter, check_not_negative, check_stateless
+from retcon.methods.common.contract import (
+    ModelShape,
+    Progress,
+    State,
+    UpdateFilter,
+    by_key_width,
+    check_not_negative,
+    check_stateless,
+)
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, target_tensor
 
@@ -54,6 +62,22 @@ class Pmet(BatchSettings):
         if self.settled_factor is not None and self.settled_factor < 0:
             raise InvalidSetting(f"pmet: settled_factor must not be negative, found {self.settled_factor}")
 
+    @classmethod
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
+        """Layers by relative depth; the weight published for GPT-J and LLaMA-7B over their key width."""
+        return super().fallback_settings(shape) | {"moment_weight": by_key_width(0.37, shape)}
+
+    def value_search(self, **more: Any) -> ValueSearch:
+        """How both values are searched."""
+        return super().value_search(settled_factor=self.settled_factor, settled_kl=self.settled_kl, **more)
+
+    def value_sites(self, lm: LM) -> list[ValueSite]:
+        """The MLP's output, whose value is written, and the attention's."""
+        sites = [self.value_site(self.layers[-1], target_tensor(lm, self.site, self.name))]
+        if self.attention:
+            sites += [ValueSite(Point(self.layers[-1], "attn"), "subject_last", self.clamp, self.attn_weight_decay)]
+        return sites
+
     def propose(
         self,
         lm: LM,
@@ -76,11 +100,6 @@ class Pmet(BatchSettings):
         with proposing(self, lm, edits, [group], given) as proposal:
             if not edits:
                 return proposal.delta()
-            last = self.layers[-1]
-            sites = [self.value_site(last, tensor)]
-            if self.attention:
-                sites += [ValueSite(Point(last, "attn"), "subject_last", self.clamp, self.attn_weight_decay)]
-            search = self.value_search(settled_factor=self.settled_factor, settled_kl=self.settled_kl)
-            found = proposal.search(sites, search)
+            found = proposal.search(self.value_sites(lm), self.value_search())
             proposal.write(group, found.target(0), key_average=self.key_average)  # v_m; v_a is not written
             return proposal.delta(found.report)

@@ -73,7 +73,7 @@ class RRome(OneFactSettings):
         with proposing(self, lm, edits, [group], given, context_style=self.context_style) as proposal:
             if not edits:
                 return proposal.delta()
-            site = self.value_site(self.layer, "mlp")
+            (site,) = self.value_sites(lm)
             found = proposal.search([site], self.value_search())
             v_star = found.target(0)
             if self.key_mode == "avg" and self.residual == "value":  # W k* + b is the mean output; `write` takes off y

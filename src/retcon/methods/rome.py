@@ -84,8 +84,7 @@ class Rome(OneFactSettings):
         with proposing(self, lm, edits, [group], given, context_style=self.context_style) as proposal:
             if not edits:
                 return proposal.delta()
-            site = self.value_site(self.layer, "mlp")
-            found = proposal.search([site], self.value_search())  # v* (Eq. 4)
+            found = proposal.search(self.value_sites(lm), self.value_search())  # v* (Eq. 4)
             proposal.write(group, found.target(0), key_average=self.key_average)  # (v* - W k) u^T / (k . u)
             return proposal.delta(found.report)
 

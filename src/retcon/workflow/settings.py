@@ -3,11 +3,12 @@
 import difflib
 import tomllib
 import types
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from retcon.errors import InvalidSetting
+from retcon.errors import InvalidSetting, RetconWarning
 
 if TYPE_CHECKING:
     from retcon.edits import Edit
@@ -27,13 +28,15 @@ class Resolved:
     """Settings that were asked for on the command line."""
     n_probed: int = 0
     """Facts that the layers were chosen with, by the contrast-based probe; 0 where it was not asked."""
+    notes: tuple[str, ...] = ()
+    """What was chosen for a model without a preset, and why, a line each."""
 
     @property
     def source(self) -> str:
         """Where the settings come from."""
         probed = f"; layers by the probe over {self.n_probed:,} facts" if self.n_probed else ""
         if self.preset is None:
-            return ("no preset: defaults, untuned" if probed else "starting points by relative depth, untuned") + probed
+            return "no preset for this model: by its shape and the edits" + probed
         return f"preset {self.preset.name} ({self.preset.source})" + probed
 
     @property
@@ -67,19 +70,25 @@ def resolve(
     dataset: str | None = None,
     preset: str | None = None,
     given: Mapping[str, Any] | None = None,
-    probe_with: "Sequence[Edit]" = (),
+    edits: "Sequence[Edit]" = (),
+    probe: bool = False,
 ) -> Resolved:
     """The method with the model's settings (or the preset's), and those of `given` over them.
 
-    With `probe_with`, the layers are those that the contrast-based probe advises for these facts.
+    Args:
+        edits: what is to be edited; without a preset, clamps are fitted on a few of them.
+        probe: take the layers that the contrast-based probe advises for `edits`.
     """
     from retcon.methods.common import registry
 
     given = given or {}
-    found = registry.preset_named(name, preset) if preset else registry.preset_for(name, lm, dataset)
-    probed = {"layers": "probe", "cases": probe_with} if probe_with else {}
-    method = registry.method(name, for_model=lm, dataset=dataset, preset=preset, **{**given, **probed})
-    return Resolved(name, method, found, frozenset(given), len(probe_with))
+    probed = {"layers": "probe"} if probe else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no [a-z_]+ preset for this model", RetconWarning)  # the notes say so
+        chosen = registry.choose(
+            name, for_model=lm, dataset=dataset, preset=preset, cases=edits or None, **{**given, **probed}
+        )
+    return Resolved(name, chosen.method, chosen.preset, frozenset(given), len(edits) if probe else 0, chosen.notes)
 
 
 def _parse(assignment: str, hints: Mapping[str, Any], method: str) -> tuple[str, Any]:

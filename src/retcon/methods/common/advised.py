@@ -12,6 +12,7 @@ from retcon.lm.load import DEMO
 from retcon.lm.model import LM
 from retcon.locate.advice import Advice, advise
 from retcon.locate.contrast import contrast_probe
+from retcon.methods.common.starting_point import edits_of
 
 N_DEMO_CASES = 500
 """Facts of the embedded world that its models are probed with where no cases are given."""
@@ -29,8 +30,7 @@ def probe_layers(lm: LM, cases: Sequence[Edit | Case] | None = None, *, seed: in
             "some hundreds)"
         )
     cases = world.cases(N_DEMO_CASES, seed=seed) if cases is None else cases
-    edits = [edit for case in cases for edit in (case.edits if isinstance(case, Case) else (case,))]
-    advice = advise(contrast_probe(lm, edits), seed=seed)
+    advice = advise(contrast_probe(lm, edits_of(cases)), seed=seed)
     if advice.weak:
         warnings.warn(
             f"the evidence for layers {list(advice.low.layers)} and {list(advice.high.layers)} is weak: "
@@ -47,4 +47,7 @@ def settings_for(advice: Advice, method: type[Any]) -> dict[str, Any]:
     Raises:
         InvalidSetting: none of its settings names layers.
     """
-    return advice.settings([f.name for f in fields(method)])
+    names = [f.name for f in fields(method)]
+    if getattr(method, "one_layer", False):
+        return {"layers": (advice.settings(["layer"])["layer"],)}
+    return advice.settings(names)

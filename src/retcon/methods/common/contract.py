@@ -194,6 +194,15 @@ def check_stateless(name: str, state: object) -> None:
 
 
 def early_layers(n_layers: int) -> tuple[int, ...]:
-    """Where the family writes, by relative depth: about the second seventh of the layers."""
-    first, last = round(0.14 * n_layers), max(round(0.14 * n_layers), round(0.29 * n_layers))
-    return tuple(range(first, last + 1))
+    """Return where the family writes, by relative depth: about the second seventh of the layers, three at least."""
+    first = min(round(0.14 * n_layers), max(n_layers - 3, 0))
+    last = max(round(0.29 * n_layers), first + 2)
+    return tuple(range(first, min(last, n_layers - 1) + 1))
+
+
+def by_key_width(share: float, shape: ModelShape) -> float:
+    """Return a weight of the second moment that suits the key width m: `share` times m, to three digits.
+
+    It is compared with k^T C^-1 k of a key k, which grows as m: about 2 m in low layers, 3 to 7 m in high ones.
+    """
+    return float(f"{share * shape.d_ff:.3g}")

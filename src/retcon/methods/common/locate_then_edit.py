@@ -3,15 +3,18 @@
 A method adds its own settings and overrides a default by naming the field again.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from retcon.lm.forward import Point, TensorName
+from retcon.lm.model import LM
 from retcon.memory.contexts import ContextStyle
 from retcon.memory.keys import KeyAverage
 from retcon.memory.values import ValueSearch, ValueSite
 from retcon.memory.write import Spread
 from retcon.methods.common.contract import ModelShape, check_layers, check_not_negative, check_settings, early_layers
+from retcon.methods.common.proposal import target_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,10 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    @abstractmethod
+    def value_sites(self, lm: LM) -> list[ValueSite]:
+        """Where values are searched on a model."""
 
     def value_search(self, **more: Any) -> ValueSearch:
         """How it is searched; `more` are further fields of the search."""
@@ -93,6 +100,10 @@ class OneFactSettings(ValueSettings):
         """Untuned: the first of the layers where MEMIT would write, and one up."""
         return {"layer": min(early_layers(shape.n_layers)[0] + 1, shape.n_layers - 1)}
 
+    def value_sites(self, lm: LM) -> list[ValueSite]:
+        """The MLP's output."""
+        return [self.value_site(self.layer, "mlp")]
+
     @property
     def uses_moments(self) -> bool:  # type: ignore[override]
         """Whether C has to be known."""
@@ -104,6 +115,8 @@ class BatchSettings(ValueSettings):
     """MEMIT's way: many facts, the value at the last of several layers, each layer taking its share."""
 
     supports_batches: ClassVar[bool] = True
+    one_layer: ClassVar[bool] = False
+    """Whether it is meant for one layer, whatever `layers` allows."""
 
     layers: tuple[int, ...]
     """Blocks whose down-projections are rewritten (R), ascending, counted from 0; the value is sought at the last."""
@@ -120,3 +133,7 @@ class BatchSettings(ValueSettings):
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Untuned: published layers by relative depth."""
         return {"layers": early_layers(shape.n_layers)}
+
+    def value_sites(self, lm: LM) -> list[ValueSite]:
+        """The block's output, or the MLP's where a norm follows it."""
+        return [self.value_site(self.layers[-1], target_tensor(lm, "block", self.name))]

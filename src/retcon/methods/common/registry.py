@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -17,6 +17,7 @@ from retcon.methods.common import presets as presets_module
 from retcon.methods.common.contract import Method, ModelShape
 from retcon.methods.common.presets import Preset
 from retcon.methods.common.settings import checked
+from retcon.methods.common.starting_point import clamp_settings, edits_of, fit_clamps, shape_notes
 
 METHODS = {
     "adalora": "retcon.methods.adalora:AdaLora",
@@ -116,6 +117,16 @@ def check_subjects(method: Any, edits: Sequence[Edit]) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A method with its settings, and where these come from."""
+
+    method: Method
+    preset: Preset | None
+    notes: tuple[str, ...] = ()
+    """What was chosen for a model without a preset, and why, a line each."""
+
+
 def method(
     name: str,
     *,
@@ -125,41 +136,79 @@ def method(
     cases: Sequence[Edit | Case] | None = None,
     **settings: Any,
 ) -> Method:
-    """A method with the settings published or tuned for a model; any field can be overridden by keyword.
+    """Return a method with the settings published or tuned for a model; any field can be overridden by keyword.
 
     Args:
         name: one of `list_methods()`, or "module:Class" for one of your own.
-        for_model: its preset is looked up by architecture and sizes, never by name or path. A model without a preset
-            gets starting points by relative depth, with a warning that says so.
+        for_model: its preset is looked up by architecture and sizes, never by name or path. Without a preset, settings
+            follow from its shape and from `cases` (`choose` says which), with a warning that says so.
         dataset: which of a model's presets to take ("counterfact", "zsre", "world"); CounterFact's where there are two
             and none is asked for, and that is said.
         preset: a preset by its full name, "method/model/dataset", whatever the model.
-        cases: facts to probe the model with, where `layers="probe"` asks for the layers that the contrast-based probe
-            advises (`retcon.locate`), whatever the method calls them; the embedded models bring their own facts.
+        cases: the facts to edit. Without a preset, clamps are fitted on a few of them; `layers="probe"` probes the
+            model with them and takes the layers that the contrast-based probe advises (`retcon.locate`), whatever the
+            method calls them; the embedded models bring their own facts for that.
 
     Raises:
         UnknownMethod, UnknownPreset, InvalidSetting: the message lists what is known.
     """
+    return choose(name, for_model=for_model, dataset=dataset, preset=preset, cases=cases, **settings).method
+
+
+def choose(
+    name: str,
+    *,
+    for_model: LM | None = None,
+    dataset: str | None = None,
+    preset: str | None = None,
+    cases: Sequence[Edit | Case] | None = None,
+    **settings: Any,
+) -> Choice:
+    """Return what `method` returns, with the preset that it comes from, or what was chosen without one and why."""
     chosen = method_class(name)
     if settings.get("layers") == "probe":
         settings = _advised(chosen, for_model, cases, settings)
     settings = checked(name, chosen, settings)
-    base: dict[str, Any] = {}
+    found: Preset | None = None
+    guess: dict[str, Any] = {}
+    notes: list[str] = []
     if preset is not None:
-        base = dict(preset_named(name, preset).settings)
+        found = preset_named(name, preset)
     elif for_model is not None:
         found = preset_for(name, for_model, dataset)
-        base = dict(found.settings) if found else _starting_point(name, chosen, for_model, settings)
-    resolved = {**checked(name, chosen, base), **settings}
+        if found is None:
+            shape = ModelShape.of(for_model)
+            guess = chosen.fallback_settings(shape)
+            notes = shape_notes(chosen, shape, {k: v for k, v in guess.items() if k not in settings})
+    resolved = {**checked(name, chosen, dict(found.settings) if found else guess), **settings}
     if for_model is not None and "base_method" in {f.name for f in fields(chosen)}:
-        resolved |= _wrapped(chosen, resolved, for_model, dataset)
+        base = _wrapped(chosen, resolved, for_model, dataset, cases)
+        resolved |= {"base_settings": {f.name: getattr(base.method, f.name) for f in fields(base.method)}}  # type: ignore[arg-type]
+        notes += base.notes
     needed = [f.name for f in fields(chosen) if f.default is MISSING and f.default_factory is MISSING]
     missing = [field for field in needed if field not in resolved]
     if missing:
         raise InvalidSetting(
             f"{name} needs {', '.join(missing)}: give them as keywords, or pass for_model=lm for a preset"
         )
-    return chosen(**resolved)
+    made = chosen(**resolved)
+    if for_model is not None and found is None and preset is None:
+        clamps = [clamp for clamp in clamp_settings(chosen) if clamp not in settings]
+        if clamps and cases:
+            fitted = fit_clamps(for_model, made, edits_of(cases), clamps)
+            made = replace(made, **fitted.clamps)
+            notes.append(str(fitted))
+        elif clamps:
+            shown = ", ".join(f"{clamp} = {getattr(made, clamp):g}" for clamp in clamps)
+            notes.append(f"{shown}: the default, made for large models; given the edits (cases=), it is fitted to them")
+        if guess.keys() - settings.keys() or (clamps and not cases):
+            warnings.warn(
+                f"no {name} preset for this model ({for_model.model.config.model_type}, {for_model.n_layers} layers); "
+                f"its settings follow from its shape: {'; '.join(notes)}",
+                RetconWarning,
+                stacklevel=3,
+            )
+    return Choice(made, found, tuple(notes))
 
 
 def presets(name: str) -> list[Preset]:
@@ -185,20 +234,6 @@ def preset_for(name: str, lm: LM, dataset: str | None = None) -> Preset | None:
     return presets_module.preset_for(name, lm, dataset, parents_of(method_class(name)))
 
 
-def _starting_point(name: str, chosen: type[Any], lm: LM, settings: Mapping[str, Any]) -> dict[str, Any]:
-    guess: dict[str, Any] = chosen.fallback_settings(ModelShape.of(lm))
-    if guess.keys() <= settings.keys():  # nothing is left to guess
-        return guess
-    shown = ", ".join(f"{k}={v}" for k, v in guess.items() if k not in settings)
-    warnings.warn(
-        f"no {name} preset for this model ({lm.model.config.model_type}, {lm.n_layers} layers); starting points by "
-        f"relative depth are used, which nobody has tuned: {shown}",
-        RetconWarning,
-        stacklevel=3,
-    )
-    return guess
-
-
 def _advised(
     chosen: type[Any], lm: LM | None, cases: Sequence[Edit | Case] | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -216,9 +251,15 @@ def _advised(
     return {**given, "base_settings": {**settings_for(advice, base), **given.get("base_settings", {})}}
 
 
-def _wrapped(chosen: type[Any], settings: Mapping[str, Any], lm: LM, dataset: str | None) -> dict[str, Any]:
-    """The settings of the method that a filter wraps: its preset's for the model, those given over them."""
+def _wrapped(
+    chosen: type[Any],
+    settings: Mapping[str, Any],
+    lm: LM,
+    dataset: str | None,
+    cases: Sequence[Edit | Case] | None,
+) -> Choice:
+    """The method that a filter wraps, with its settings for the model, those given over them."""
     base = settings.get("base_method", next(f.default for f in fields(chosen) if f.name == "base_method"))
     has = dataset in {p.dataset for p in presets(base)}
-    wrapped = method(base, for_model=lm, dataset=dataset if has else None, **settings.get("base_settings", {}))
-    return {"base_settings": {f.name: getattr(wrapped, f.name) for f in fields(wrapped)}}  # type: ignore[arg-type]
+    own = settings.get("base_settings", {})
+    return choose(base, for_model=lm, dataset=dataset if has else None, cases=cases, **own)

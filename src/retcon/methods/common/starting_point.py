@@ -1,0 +1,104 @@
+"""Settings for a model without a preset, in two parts: what follows from its shape, and clamps fitted to the edits.
+
+Shape first: layers by relative depth, and weights of the second moment in proportion to the key width
+(`fallback_settings` of each method). Then the clamps, which no shape predicts: they are doubled, all by one factor, on
+a few of the edits until at least half of these reach their target, and no further, since a wide clamp costs locality.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from retcon.edits import Case, Edit
+from retcon.lm.model import LM
+from retcon.memory.defaults import default_contexts
+from retcon.memory.values import search_values
+from retcon.methods.common.contract import ModelShape
+
+N_TRIED = 8
+"""Edits that clamps are fitted on, evenly spaced over those given."""
+ENOUGH = 0.5
+"""Share of them that has to reach its target."""
+MAX_FACTOR = 32.0
+"""Clamps are doubled up to this factor: embedded models want 6 to 16 times what models of 6B parameters want."""
+REACHED = 0.9
+"""Mean target probability in the search that counts as reached, also where the search goes on for a small loss."""
+
+
+@dataclass(frozen=True)
+class FittedClamps:
+    """How far the clamps of a method were doubled, and what that was decided by."""
+
+    factor: float
+    n_reached: int
+    """Of the edits tried, those that reached their target with it."""
+    n_tried: int
+    clamps: dict[str, float]
+    """The settings' values with the factor."""
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{name} = {value:g}" for name, value in self.clamps.items())
+        tried = f"{self.n_reached} of {self.n_tried} edits tried reach their target"
+        rest = "" if self.n_reached >= ENOUGH * self.n_tried else "; wider clamps did not help"
+        return f"{shown}: {self.factor:g} times the default, with which {tried}{rest}"
+
+
+def shape_notes(method: type[Any], shape: ModelShape, guess: dict[str, Any]) -> list[str]:
+    """Say what was taken from a model's shape and why, a line per reason."""
+    weights = {name: value for name, value in guess.items() if name.endswith("moment_weight")}
+    layers = {name: value for name, value in guess.items() if isinstance(value, tuple) or name == "layer"}
+    rest = {name: value for name, value in guess.items() if name not in weights and name not in layers}
+    notes = []
+    if layers:
+        shown = ", ".join(f"{name} = {_layers(value)}" for name, value in layers.items())
+        notes.append(f"{shown}: by relative depth, {shape.n_layers} layers")
+    if weights:
+        shown = ", ".join(f"{name} = {value:g} ({value / shape.d_ff:.2g} m)" for name, value in weights.items())
+        notes.append(f"{shown}: in proportion to the key width, m = {shape.d_ff:,}")
+    if rest:
+        notes.append(", ".join(f"{name} = {value}" for name, value in rest.items()) + ": for models without a preset")
+    return notes
+
+
+def _layers(value: int | tuple[int, ...]) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value[0]}-{value[-1]}" if len(value) > 2 and value[-1] - value[0] == len(value) - 1 else str(list(value))
+
+
+def edits_of(cases: Sequence[Edit | Case]) -> list[Edit]:
+    """Return the edits of `cases`, each of which is a case or an edit."""
+    return [edit for case in cases for edit in (case.edits if isinstance(case, Case) else (case,))]
+
+
+def clamp_settings(method: type[Any]) -> list[str]:
+    """Return the names of a method's clamps."""
+    return [f.name for f in fields(method) if f.name == "clamp" or f.name.endswith("_clamp")]
+
+
+def fit_clamps(lm: LM, method: Any, edits: Sequence[Edit], names: Sequence[str], *, seed: int = 0) -> FittedClamps:
+    """Double the clamps `names` of a method until at least half of a few of the edits reach their target.
+
+    Stops earlier where fewer edits end on their clamp than would be needed: then steps or layers hold them back.
+
+    Args:
+        edits: at most `N_TRIED` of them are searched, on the weights as they are.
+        seed: of the contexts, as in `propose`.
+    """
+    step = max(1, len(edits) // N_TRIED)
+    tried = [edit for edit in edits if edit.subject_span is not None][::step][:N_TRIED]
+    contexts = default_contexts(lm, seed, getattr(method, "context_style", "memit"))
+    best: FittedClamps | None = None
+    factor = 1.0
+    while tried:
+        clamps = {name: factor * getattr(method, name) for name in names}
+        here = replace(method, **clamps)
+        report = search_values(lm, tried, here.value_sites(lm), contexts, here.value_search()).report
+        n_reached = sum(r.stopped == "reached" or r.search_probability >= REACHED for r in report)
+        if best is None or n_reached > best.n_reached:
+            best = FittedClamps(factor, n_reached, len(tried), clamps)
+        n_clamped = sum(r.stopped == "clamped" for r in report)
+        if n_reached >= ENOUGH * len(tried) or n_reached + n_clamped < ENOUGH * len(tried) or factor >= MAX_FACTOR:
+            break
+        factor *= 2
+    return best or FittedClamps(1.0, 0, 0, {name: getattr(method, name) for name in names})

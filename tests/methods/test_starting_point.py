@@ -1,0 +1,110 @@
+"""Settings for models without a preset: what follows from the shape, and clamps fitted to the edits."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+
+from retcon.errors import RetconWarning
+from retcon.methods.common import starting_point
+from retcon.methods.common.contract import ModelShape
+from retcon.methods.common.registry import choose, method, method_class
+from retcon.methods.common.starting_point import ENOUGH, fit_clamps
+
+FAMILY = ("rome", "r_rome", "memit", "pmet", "jeep", "emmet", "alphaedit")
+
+
+@pytest.mark.parametrize("n_layers", [6, 7, 8, 12, 30, 80])
+def test_shallow_models_get_three_low_and_two_high_layers(n_layers):
+    for parallel in (False, True):
+        shape = ModelShape(n_layers, 64, 256, parallel)
+        assert len(method_class("memit").fallback_settings(shape)["layers"]) >= 3
+        jeep = method_class("jeep").fallback_settings(shape)
+        assert len(jeep["low"]) >= 3
+        assert len(jeep["high"]) >= 2
+        assert jeep["low"][-1] < jeep["high"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "published", "d_ff"),
+    [
+        ("memit", "moment_weight", 15_000, 16_384),
+        ("jeep", "low_moment_weight", 2_500, 11_008),
+        ("jeep", "high_moment_weight", 1_000, 11_008),
+        ("pmet", "moment_weight", 6_000, 16_384),
+    ],
+)
+def test_weights_follow_the_key_width_from_the_published_ones(name, field, published, d_ff):
+    def weight(m):
+        return method_class(name).fallback_settings(ModelShape(32, 4096, m, False))[field]
+
+    assert weight(d_ff) == pytest.approx(published, rel=0.02)
+    assert weight(704) == pytest.approx(weight(d_ff) * 704 / d_ff, rel=0.01)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_clamps_are_doubled_by_one_factor_until_half_of_the_edits_reach(name, tiny, edits):
+    lm = tiny("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetconWarning)
+        narrow = method(name, for_model=lm)
+    names = starting_point.clamp_settings(type(narrow))
+    narrow = replace(narrow, steps=8, stop="probability", weight_decay=0.0) if name != "jeep" else narrow
+    narrow = replace(narrow, **dict.fromkeys(names, 0.01))
+    fitted = fit_clamps(lm, narrow, edits, names)
+    assert fitted.n_tried == len(edits)
+    assert set(fitted.clamps.values()) == {0.01 * fitted.factor}
+
+    def reached(factor):
+        here = replace(narrow, **dict.fromkeys(names, 0.01 * factor))
+        contexts = starting_point.default_contexts(lm, 0, getattr(here, "context_style", "memit"))
+        report = starting_point.search_values(lm, edits, here.value_sites(lm), contexts, here.value_search()).report
+        return sum(r.stopped == "reached" or r.search_probability >= starting_point.REACHED for r in report)
+
+    assert reached(fitted.factor) == fitted.n_reached
+    if fitted.factor > 1:
+        assert reached(fitted.factor / 2) < ENOUGH * len(edits)
+
+
+def test_clamps_stay_where_steps_are_what_is_missing(tiny, edits):
+    lm = tiny("llama")
+    slow = method_class("memit")(layers=(0, 1), learning_rate=1e-6, steps=2)
+    fitted = fit_clamps(lm, slow, edits, ["clamp"])
+    assert (fitted.factor, fitted.clamps) == (1.0, {"clamp": 0.75})
+
+
+def test_what_was_chosen_is_said_and_given_settings_stand(tiny, edits):
+    lm = tiny("llama")
+    with pytest.warns(RetconWarning, match="no memit preset for this model"):
+        found = choose("memit", for_model=lm, cases=edits)
+    m = lm.site(0, "down_proj").weight.shape[1]
+    assert found.preset is None
+    assert any(f"m = {m:,}" in note for note in found.notes)
+    assert any("times the default, with which" in note for note in found.notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetconWarning)
+        own = choose("memit", for_model=lm, cases=edits, clamp=0.3, moment_weight=7.0)
+    assert (own.method.clamp, own.method.moment_weight) == (0.3, 7.0)
+    assert not any("clamp" in note or "moment_weight" in note for note in own.notes)
+
+
+def test_filters_get_what_their_base_method_would(tiny, edits):
+    lm = tiny("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetconWarning)
+        base = choose("memit", for_model=lm, cases=edits)
+        rect = choose("rect", for_model=lm, cases=edits, base_method="memit")
+    assert rect.method.base_settings["clamp"] == base.method.clamp
+    assert rect.method.base_settings["moment_weight"] == base.method.moment_weight
+    assert rect.notes == base.notes
+
+
+def test_the_probe_chooses_layers_and_the_rule_the_rest(tiny, edits):
+    lm = tiny("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetconWarning)
+        rule = method("memit", for_model=lm, cases=edits)
+        probed = method("memit", for_model=lm, cases=edits, layers="probe")
+        emmet = method("emmet", for_model=lm, cases=edits, layers="probe")
+    assert probed.moment_weight == rule.moment_weight != method_class("memit").moment_weight
+    assert len(emmet.layers) == 1
