@@ -244,10 +244,18 @@ class EditReport:
     """Whether every target token is then the model's first choice."""
 
     @property
+    def lost_in_write(self) -> bool:
+        """Whether the search found what the weights do not give, whatever ended the search: the answer is not the first
+        choice, and its probability is less than half of what was searched."""
+        if self.greedy_match is not False or self.final_probability is None:
+            return False
+        return self.stopped == "reached" or self.final_probability < 0.5 * self.search_probability
+
+    @property
     def outcome(self) -> str:
-        """`reached`, or what stood in the way: `clamped`, `steps`, or `conflict` (reached in the search, lost in the
-        write: to the weight on old keys, or to other edits)."""
-        return "conflict" if self.stopped == "reached" and self.greedy_match is False else self.stopped
+        """`reached`, or what stood in the way: `conflict` (lost in the write, to the weight on old keys or to other
+        edits), which is asked first, `clamped` or `steps`."""
+        return "conflict" if self.lost_in_write else self.stopped
 
 
 @dataclass(frozen=True, eq=False)

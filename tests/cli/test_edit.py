@@ -35,7 +35,7 @@ def test_shows_settings_report_norms_and_file(cli: Callable[..., Any]) -> None:
 
 def test_says_how_settings_were_chosen_without_a_preset(cli: Callable[..., Any]) -> None:
     notes = json.loads(cli(*EDIT, "--json").stdout)["notes"]
-    assert any(note.startswith("low = ") and "by relative depth" in note for note in notes)
+    assert any(note.startswith("high = ") and "by relative depth" in note for note in notes)
     assert any("times the default, with which" in note for note in notes)
 
 
@@ -325,6 +325,34 @@ def test_edits_lost_in_the_write_want_less_weight_on_old_keys() -> None:
     assert said is not None
     assert said.endswith("add --set low_moment_weight=250 --set high_moment_weight=100")
     assert remedy(untuned, cast(Delta, SimpleNamespace(report=report))) is None
+
+
+def _said(report: list[EditReport], name: str = "memit", **settings: Any) -> str | None:
+    untuned = Resolved(name, retcon.method(name, layers=(1, 2), **settings), None, frozenset())
+    return remedy(untuned, cast(Delta, SimpleNamespace(report=report)))
+
+
+def test_lost_in_the_write_is_asked_before_clamped_and_the_direction_is_right() -> None:
+    """A weight ten times too large: searches end on their clamps at 0.85, and the weights keep nothing of it."""
+    lost = [EditReport(str(i), 0.85, 25, "clamped", final_probability=0.01, greedy_match=False) for i in range(4)]
+    assert {r.outcome for r in lost} == {"conflict"}
+    assert _said(lost) == "4 of 4 edits were lost in the write: add --set moment_weight=1500"
+    held = [EditReport(str(i), 0.02, 25, "clamped", final_probability=0.02, greedy_match=False) for i in range(4)]
+    assert {r.outcome for r in held} == {"clamped"}
+    assert _said(held) == "4 of 4 edits were held back by the clamp: add --set clamp=1.5"
+
+
+def test_both_kinds_are_added_up_and_all_settings_named_at_once() -> None:
+    lost = EditReport("a", 0.85, 25, "clamped", final_probability=0.01, greedy_match=False)
+    held = EditReport("b", 0.02, 25, "clamped", final_probability=0.02, greedy_match=False)
+    fine = [EditReport(str(i), 0.9, 9, "reached", final_probability=0.9, greedy_match=True) for i in range(4)]
+    assert _said([lost, held, *fine]) == (
+        "1 of 6 edits were lost in the write and 1 held back by the clamp: add --set moment_weight=1500 --set clamp=1.5"
+    )
+    assert _said([lost, *fine]) is None
+    alpha = _said([lost, held], "alphaedit")
+    assert alpha is not None
+    assert alpha.endswith("add --set ridge=1 --set clamp=1.5")
 
 
 def test_a_run_in_which_too_few_edits_took_saves_its_delta_and_exits_with_1(

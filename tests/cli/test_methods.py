@@ -33,11 +33,11 @@ def test_lists_all_with_paper_and_presets(cli: Callable[..., Any]) -> None:
 def test_says_what_a_model_gets(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     result = cli("methods", "gptj")
     assert "gptj: no preset for this model: by its shape and the edits" in result.stdout
-    assert "low = [1]" in result.stdout
+    assert "low = [0]" in result.stdout
     record = json.loads(cli("methods", "gptj", "--json").stdout)
     jeep = next(m for m in record["methods"] if m["name"] == "jeep")
     assert jeep["preset"] is None
-    assert jeep["settings"]["low"] == [1]
+    assert jeep["settings"]["low"] == [0]
 
 
 def test_reads_no_weights(cli: Callable[..., Any], here: Any) -> None:

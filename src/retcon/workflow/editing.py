@@ -139,13 +139,20 @@ def outcomes(delta: "Delta") -> str:
 
 
 def remedy(resolved: Resolved, delta: "Delta") -> str | None:
-    """Which settings to try next where nobody tuned any and a third of the edits or more stop for one reason."""
+    """Say which settings to try next, all at once, where a third of the edits or more were lost or held back."""
     if resolved.preset is not None:
         return None
-    counts = Counter(report.outcome for report in delta.report)
-    for outcome, ending, factor in (("clamped", "clamp", 4.0), ("conflict", "moment_weight", 0.1)):
-        values = {name: value for name, value in resolved.settings.items() if name.endswith(ending) and value}
-        if values and 3 * counts[outcome] >= len(delta.report):
-            tried = " ".join(f"--set {name}={factor * value:g}" for name, value in values.items())
-            return f"this model has no preset, and the defaults are for large ones: add {tried}"
-    return None
+    n, counts = len(delta.report), Counter(report.outcome for report in delta.report)
+    lost, clamped = counts["conflict"], counts["clamped"]
+    if 3 * (lost + clamped) < n:
+        return None
+    tried: dict[str, float] = {}
+    for found, endings, factor in ((lost, ("moment_weight", "ridge"), 0.1), (clamped, ("clamp",), 2.0)):
+        if 10 * found >= n:
+            own = resolved.settings.items()
+            tried |= {name: factor * value for name, value in own if name.endswith(endings) and value}
+    if not tried:
+        return None
+    why = [f"{lost} of {n} edits were lost in the write"] if lost else []
+    why += [f"{clamped} {'' if lost else f'of {n} edits were '}held back by the clamp"] if clamped else []
+    return f"{' and '.join(why)}: add " + " ".join(f"--set {name}={value:g}" for name, value in tried.items())

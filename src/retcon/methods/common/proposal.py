@@ -172,7 +172,8 @@ def proposing(
     """
     check_edits(edits)
     check_subjects(method, edits)
-    sites = [site for group in groups for site in sites_of(method.name, lm, group.layers, group.module)]
+    named = {site.name: site for group in groups for site in sites_of(method.name, lm, group.layers, group.module)}
+    sites = list(named.values())  # groups may share a layer
     for site in sites:
         lm.check_editable(site.name)
     contexts, moments = given.contexts, given.moments
