@@ -98,4 +98,5 @@ def test_starting_points_fit_any_depth(name, n_layers):
     for parallel in (False, True):
         guess = method_class(name).fallback_settings(ModelShape(n_layers, 64, 256, parallel))
         method(name, **guess)
-        assert all(0 <= x < n_layers for value in guess.values() for x in _as_tuple(value))
+        layers = [value for field, value in guess.items() if field in ("layer", "layers", "low", "high")]
+        assert all(0 <= x < n_layers for value in layers for x in _as_tuple(value))
