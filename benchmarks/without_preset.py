@@ -1,0 +1,126 @@
+"""All methods on a model that no preset knows, by the rule for such models: in one batch, or one at a time.
+
+    python -m benchmarks.without_preset --model .cache/smollm2-135m --data FILE --corpus text.txt --n 100
+    python -m benchmarks.without_preset --model .cache/smollm2-135m --data FILE --corpus text.txt --n 50 --alone
+
+Cases are those whose true answer the unedited model finds more probable than the new one, in file order from the
+`--start`-th of them on. Methods that take one fact write them one on top of the other. One line of JSON each, with
+what was chosen and why, Score, ES, GS, LS (`cf.prob_mean`) with 95 % intervals, how many edits the edited model says
+first, outcomes, and seconds (moments left out).
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import retcon
+from benchmarks.common import add_places, machine, moments_of
+from retcon import world
+from retcon.delta import EditReport
+from retcon.edits import Case
+from retcon.errors import RetconWarning
+from retcon.evaluation import Evaluation, evaluate, read_cases
+from retcon.lm.model import LM
+from retcon.memory.moments import Moments
+from retcon.memory.values import ValueCache
+from retcon.methods.common.contract import Method
+from retcon.methods.common.proposal import answers
+from retcon.methods.common.registry import choose
+from retcon.methods.common.sequence import in_steps
+from retcon.workflow.settings import read_settings
+
+METHODS = ("rome", "r_rome", "memit", "pmet", "jeep", "emmet", "alphaedit", "rect", "prune", "kne", "ctp")
+METRICS = ("Score", "ES", "GS", "LS")
+
+
+def preferred(lm: LM, data: str | None, start: int, n: int, seed: int) -> list[Case]:
+    """Return n cases whose true answer the model finds more probable than the new one, passing over the first ones."""
+    everything = world.cases(start + n, seed=seed) if data is None else read_cases(data, conflicts="drop")[0]
+    found: list[Case] = []
+    for first in range(0, len(everything), 250):
+        some = [case for case in everything[first : first + 250] if case.edits[0].target_true]
+        edits = [case.edits[0] for case in some]
+        new = answers(lm, edits)
+        old = answers(lm, [replace(e, target_new=str(e.target_true), target_true=None) for e in edits])
+        found += [case for case, (a, _), (b, _) in zip(some, new, old, strict=True) if b > a]
+        if len(found) >= start + n:
+            break
+    return found[start : start + n]
+
+
+def together(
+    lm: LM, method: Method, cases: list[Case], moments: Moments, values: ValueCache | None, seed: int
+) -> tuple[Evaluation, tuple[EditReport, ...], float]:
+    edits = [edit for case in cases for edit in case.edits]
+    started = time.perf_counter()
+    delta = in_steps(method, lm, edits, moments=moments, values=values, seed=seed)
+    seconds = time.perf_counter() - started
+    return evaluate(lm, cases, delta=delta, generate=False), delta.report, seconds
+
+
+def alone(
+    lm: LM, method: Method, cases: list[Case], moments: Moments, seed: int
+) -> tuple[Evaluation, tuple[EditReport, ...], float]:
+    records: list[Any] = []
+    reports: list[EditReport] = []
+    seconds = 0.0
+    for case in cases:
+        started = time.perf_counter()
+        delta = in_steps(method, lm, case.edits, moments=moments, seed=seed)
+        seconds += time.perf_counter() - started
+        records += evaluate(lm, [case], delta=delta, generate=False).records
+        reports += delta.report
+    return Evaluation(records, {}), tuple(reports), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_places(parser)
+    parser.add_argument("--n", type=int, default=100, help="cases")
+    parser.add_argument("--alone", action="store_true", help="edit every case by itself")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--set", dest="assignments", action="append", default=[], help="FIELD=VALUE")
+    parser.add_argument("--values", type=Path, help="folder that keeps searched values")
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore", RetconWarning)
+    print(f"# {machine()}", flush=True)
+    lm = retcon.load(asked.model)
+    moments = moments_of(lm, asked.corpus)
+    cases = preferred(lm, asked.data, asked.start, asked.n, asked.seed)
+    for name in asked.methods:
+        given = read_settings(name, dataset=None, preset=None, assignments=asked.assignments)
+        chosen = choose(name, for_model=lm, cases=cases, **given)
+        if chosen.method.uses_moments and not asked.alone:
+            in_steps(chosen.method, lm, cases[0].edits, moments=moments)  # moments and contexts are made, untimed
+        if asked.alone:
+            found, report, seconds = alone(lm, chosen.method, cases, moments, asked.seed)
+        else:
+            values = ValueCache(asked.values) if asked.values else None
+            found, report, seconds = together(lm, chosen.method, cases, moments, values, asked.seed)
+        summary = found.summary()
+        lines = {metric: summary[metric] for metric in METRICS}
+        outcome = Counter(r.outcome for r in report)
+        line = {
+            "method": name,
+            "n": len(cases),
+            "alone": asked.alone,
+            "set": asked.assignments,
+            **{m: line.post and line.post.percent() for m, line in lines.items()},
+            "before": {m: line.pre and line.pre.percent() for m, line in lines.items()},
+            "first": sum(bool(r.greedy_match) for r in report),
+            "searched": round(sum(r.search_probability for r in report) / len(report), 3),
+            "final": round(sum(r.final_probability or 0.0 for r in report) / len(report), 3),
+            "outcomes": dict(outcome),
+            "seconds": round(seconds, 1),
+            "notes": chosen.notes,
+        }
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()
