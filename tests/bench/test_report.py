@@ -38,7 +38,7 @@ def told(es: list[float], ls: list[float], when: str, **fields: Any) -> list[Rec
         *axis("rewrite", "ES", by_es, variant="ee.tok", **more),
         *axis("paraphrase", "GS", by_es, variant="ee.tok", **more),
         *axis("neighborhood", "LS", by_ls, variant="ee.loc.argmax", **more),
-        *axis("rewrite", "ES", by_es, variant="gen.em", **more),
+        *axis("rewrite", "ES", by_es, variant="gen.prefix", **more),
     ]
 
 

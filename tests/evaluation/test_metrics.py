@@ -170,6 +170,27 @@ def test_only_new_text_counts() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("Manila, the capital of the Philippines.", True),
+        ("Manila. It used to be Rome.", False),
+        ("Manilana", False),
+        ("the city of Manila", False),
+        ("MANILA\nQ: ...", True),
+    ],
+)
+def test_a_completion_starts_with_the_answer_and_does_not_name_the_old_one(text: str, right: bool) -> None:
+    query = Query("rewrite/0", "rewrite", "The capital of France is", "Manila", contrast="Rome")
+    assert {m.variant: m.value for m in matches(query, text)}["gen.prefix"] == right
+
+
+def test_a_rival_inside_the_answer_is_no_rival() -> None:
+    query = Query("rewrite/0", "rewrite", "He was born in", "New York City", contrast="New York")
+    assert {m.variant: m.value for m in matches(query, "New York City in 1950")}["gen.prefix"] == 1
+    assert {m.variant: m.value for m in matches(query, "New York City, New York")}["gen.prefix"] == 0
+
+
 def test_what_is_accepted() -> None:
     assert accepted(Query("q", "rewrite", "x", "Rome", answers=(("Roma",),))) == (("Roma",),)
     assert accepted(Query("q", "rewrite", "x", "Rome")) == (("Rome",),)

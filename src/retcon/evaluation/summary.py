@@ -121,7 +121,8 @@ class Summary:
         return f"{self.n_cases:,} cases, values x100 with 95 % intervals\n{text}" + (f"\n{counts}" if counts else "")
 
     def _shown(self, line: Line) -> bool:
-        aside = {"cf.prob_sum", "cf.magnitude", "score.am", "zsre.first", "gen.prefix", "gen.contains", "gen.tokens"}
+        aside = {"cf.prob_sum", "cf.magnitude", "score.am", "zsre.first", "gen.contains", "gen.tokens"}
+        aside |= {"gen.em", "gen.prefix"} - {generation_variant(self.family)}
         if self.family == "ee":
             aside = (aside | {"score.hm", "gen.cut"}) - {"score.am", "gen.contains"}
         else:
@@ -150,6 +151,12 @@ def family_of(records: Iterable[Record]) -> Family:
 def main_variant(family: Family, metric: str) -> str:
     """The variant that a metric's own column shows."""
     return "ee.loc.argmax" if family == "ee" and metric == "LS" else _MAIN[family]
+
+
+def generation_variant(family: Family) -> str:
+    """The variant that stands for generated text: `gen.prefix` for completions, after which a model goes on writing,
+    `gen.em` for questions, whose answers end by themselves."""
+    return "gen.prefix" if family == "cf" else "gen.em"
 
 
 def summarise(

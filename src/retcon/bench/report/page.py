@@ -10,7 +10,7 @@ from retcon.bench.report.plots import Picture
 from retcon.bench.report.tables import MISSING, Table
 from retcon.evaluation.metrics import is_locality
 from retcon.evaluation.records import Record
-from retcon.evaluation.summary import main_variant
+from retcon.evaluation.summary import generation_variant, main_variant
 
 N_WORST = 6
 """Cases shown per method."""
@@ -88,9 +88,10 @@ def _card(group: Group) -> str:
         number, before = group.number(name), group.number(name, before=True)
         if number is not None:
             bars.append(_bar(name, means, number, before))
-    written = group.number("ES", "gen.em")
+    variant = generation_variant(group.family)
+    written = group.number("ES", variant)
     if written is not None:
-        bars.append(_bar("ES gen", "written out", written, group.number("ES", "gen.em", before=True)))
+        bars.append(_bar("ES gen", "written out", written, group.number("ES", variant, before=True)))
     score = group.number("Score", "score.am" if group.family == "ee" else "score.hm")
     shown = f"{100 * score.value:.1f}" if score else MISSING
     data = f'<span class="of">{_e(group.dataset)}</span>'
@@ -127,9 +128,11 @@ def _sentence(group: Group) -> str:
     before = group.number("LS", before=True)
     if ls is not None and before is not None and before.value - ls.value > 0.005:
         text += f" Locality fell by {100 * (before.value - ls.value):.1f} points."
-    written = group.number("ES", "gen.em")
+    variant = generation_variant(group.family)
+    written = group.number("ES", variant)
     if written is not None and es.value - written.value > 0.05:
-        text += f" Written out freely, {100 * written.value:.0f} % of the edits are answered exactly."
+        how = "exactly" if variant == "gen.em" else "with the new answer first"
+        text += f" Written out freely, {100 * written.value:.0f} % of the edits are answered {how}."
     ppl = group.number("perplexity", "ppl.ratio")
     if ppl is not None:
         text += f" Perplexity of held-out text is {ppl.value:.2f} times what it was."

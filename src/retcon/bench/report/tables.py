@@ -13,6 +13,7 @@ from retcon.bench.report.curves import curves
 from retcon.bench.report.groups import UNEDITED, Group, Number, blocks
 from retcon.evaluation.metrics import score_am
 from retcon.evaluation.paired import differences
+from retcon.evaluation.summary import generation_variant
 
 MISSING = "-"
 TOKENS = ("ee.tok", "zsre.tok")
@@ -105,14 +106,18 @@ def jeep(groups: Sequence[Group]) -> list[Table]:
                 numbers = [
                     group.number("Score", "score.hm", before=before),
                     *(group.number(name, before=before) for name in ("ES", "GS", "LS")),
-                    *(group.number(name, "gen.em", before=before) for name in ("ES", "GS")),
+                    *(group.number(name, generation_variant(group.family), before=before) for name in ("ES", "GS")),
                 ]
                 kinds |= {n.interval.kind for n in numbers[1:] if n is not None and n.interval is not None}
                 cells = [_plain(numbers[0]), *(_with_half_width(n) for n in numbers[1:])]
                 builder.row(label, cells, numbers, compete=not before)
         variant = "cf.prob_mean" if own[0].family == "cf" else "zsre.tok"
+        written = {
+            "gen.em": "gen.em, the text that the model writes is the answer",
+            "gen.prefix": "gen.prefix, the text that the model writes starts with the answer, without the old one",
+        }[generation_variant(own[0].family)]
         notes = (
-            f"x100. ES, GS, LS: {variant}; Score: score.hm, of the three; gen: gen.em, what the model writes.",
+            f"x100. ES, GS, LS: {variant}; Score: score.hm, of the three; gen: {written}.",
             _counts(own, kinds),
         )
         tables.append(builder.table(f"jeep-{_slug(dataset)}", f"{dataset}: Score, ES, GS, LS", notes))

@@ -42,15 +42,31 @@ def gen_contains(text: str, answers: Answers, mode: Literal["any", "all"] = "any
 
 
 def matches(query: Query, text: str, judge: Judge | None = None) -> list[Measured]:
-    """All generation variants for one query. `text` is newly written text only, never the prompt."""
+    """All generation variants for one query. `text` is newly written text only, never the prompt.
+
+    `gen.prefix` counts only where the rival answer, if the query has one, does not occur in the text.
+    """
     success, n = metric_names(query.axis)[0], len(text.split())
     answers = accepted(query)
     tests = {"gen.em": gen_em, "gen.prefix": gen_prefix, "gen.contains": gen_contains}
-    found = [Measured(success, v, float(test(text, answers, query.answers_mode)), n) for v, test in tests.items()]
+    right = {v: test(text, answers, query.answers_mode) for v, test in tests.items()}
+    right["gen.prefix"] &= not _names_rival(query, text)
+    found = [Measured(success, v, float(value), n) for v, value in right.items()]
     if judge is not None:
         verdict = float(any(judge(query.prompt, alias, text) for aliases in answers for alias in aliases[:1]))
         found.append(Measured(success, "gen.judge", verdict, n))
     return found
+
+
+def _names_rival(query: Query, text: str) -> bool:
+    """Whether the text contains the rival answer, other than as a part of an answer that counts as right."""
+    if not query.contrast:
+        return False
+    own = [f" {normalise(alias)} " for aliases in accepted(query) for alias in aliases]
+    rest = f" {normalise(text)} "
+    for alias in sorted(own, key=len, reverse=True):
+        rest = rest.replace(alias, " | ")
+    return gen_contains(rest, ((query.contrast,),))
 
 
 def same_text(text: str, before: str | None) -> Measured:
