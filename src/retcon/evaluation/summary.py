@@ -153,7 +153,7 @@ def main_variant(family: Family, metric: str) -> str:
     return "ee.loc.argmax" if family == "ee" and metric == "LS" else _MAIN[family]
 
 
-def generation_variant(family: Family) -> str:
+def generation_variant(family: str) -> str:
     """The variant that stands for generated text: `gen.prefix` for completions, after which a model goes on writing,
     `gen.em` for questions, whose answers end by themselves."""
     return "gen.prefix" if family == "cf" else "gen.em"
