@@ -18,7 +18,7 @@ from retcon.cli import app
 from retcon.errors import NonFinite, RetconWarning
 
 VERBS = [
-    *("demo", "edit", "apply", "export", "complete", "methods", "moments", "audit", "bench", "report", "check"),
+    *("demo", "edit", "apply", "export", "complete", "methods", "moments", "tune", "audit", "bench", "report", "check"),
     *("init", "log", "show", "diff", "revert", "amend", "checkout", "verify", "gc"),
 ]
 

@@ -10,6 +10,8 @@ from retcon.lm.model import LM
 from retcon.locate import advise, contrast_probe
 from retcon.methods.common.registry import list_methods, method, method_class
 
+pytestmark = pytest.mark.filterwarnings("ignore:no [a-z_]+ preset for this model:retcon.errors.RetconWarning")
+
 
 @pytest.mark.parametrize("name", list_methods())
 def test_every_method_that_names_layers_takes_the_probes(name: str, tiny: Callable[..., LM], edits: list[Edit]) -> None:

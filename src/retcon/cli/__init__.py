@@ -30,6 +30,7 @@ from retcon.cli import (
     report,
     revert,
     show,
+    tune,
     verify,
 )
 from retcon.cli.shell import CommandGroup, examples
@@ -100,6 +101,12 @@ app.command(
     )
 )(moments.moments)
 app.add_typer(probe.app, name="probe")
+app.command(
+    epilog=examples(
+        "retcon tune ./my-model facts.jsonl --corpus text.txt --method memit --budget 30",
+        "retcon tune ./my-model counterfact.json --corpus text.txt --limit 200",
+    )
+)(tune.tune)
 app.command(
     epilog=examples(
         "retcon audit ./base ./edited",

@@ -6,6 +6,7 @@ user's files, in the folder that `RETCON_PRESETS` names or in `./retcon-presets`
 the package.
 """
 
+import json
 import os
 import tomllib
 import warnings
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from retcon.errors import MalformedFile, RetconWarning, UnknownPreset
+from retcon.files import write_atomically
 from retcon.lm.model import LM
 
 OWN_FOLDER = Path(str(files("retcon") / "presets"))
@@ -91,7 +93,7 @@ def preset_for(name: str, lm: LM, dataset: str | None = None, parents: tuple[str
                 return candidate
         known = ", ".join(p.name for p in fitting)
         raise UnknownPreset(f"{name} has no preset for this model and dataset {dataset!r}; known: {known}")
-    own = [p for p in fitting if p.source.startswith("tuned by retcon")]
+    own = [p for p in fitting if p.source.startswith(TUNED)]
     if len(fitting) == 1 or own:
         return (own or fitting)[0]
     chosen = next((p for p in fitting if p.dataset == "counterfact"), fitting[0])
@@ -118,6 +120,62 @@ def signature(lm: LM) -> dict[str, Any]:
         "rope_theta": rope.get("rope_theta", getattr(config, "rope_theta", None)),
         "context": getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None),
     }
+
+
+TUNED = "tuned by retcon"
+"""What the source of a preset that `retcon tune` wrote begins with; such a preset is taken before all others."""
+
+
+def write_preset(
+    method: str,
+    match: Mapping[str, Any],
+    dataset: str,
+    source: str,
+    settings: Mapping[str, Any],
+    folder: Path | None = None,
+) -> Path:
+    """Write a preset into the user's folder (or `folder`), before those that are there; one of its like is replaced.
+
+    Args:
+        match: what the model must look like (`signature`).
+        settings: None is left out, for TOML has no word for it: such a field has its default.
+
+    Raises:
+        MalformedFile: the file that is there is no file of presets; it is left as it is.
+    """
+    folder = folder or user_folder()
+    path = folder / f"{method.partition(':')[2] or method}.toml"
+    list(_presets_in(folder, method, method))  # what is there can be read
+    look = ", ".join(f"{name} = {_toml_value(value)}" for name, value in match.items() if value is not None)
+    begin = f"# {method} for {look}; {dataset}"
+    end = "# end\n"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if begin in old:
+        before, _, rest = old.partition(begin)
+        old = before + rest.partition(end)[2]
+    lines = [
+        begin,
+        "[[preset]]",
+        f"model = {{{look}}}",
+        f'name = "{match["model_type"]}-{match["n_layers"]}x{match["d_model"]}"',
+        f"dataset = {_toml_value(dataset)}",
+        f"source = {_toml_value(source)}",
+        "[preset.settings]",
+        *(f"{name} = {_toml_value(value)}" for name, value in settings.items() if value is not None),
+    ]
+    write_atomically(path, ("\n".join(lines) + "\n" + end + old).encode())
+    return path
+
+
+def _toml_value(value: Any) -> str:
+    """A setting as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, float):
+        return repr(value) if "e" not in repr(value) or "." in repr(value) else repr(value).replace("e", ".0e")
+    return str(value) if isinstance(value, int) else json.dumps(str(value), ensure_ascii=False)
 
 
 def _presets_in(folder: Path, name: str, file: str) -> Iterator[Preset]:

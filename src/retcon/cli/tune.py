@@ -1,0 +1,146 @@
+"""`retcon tune`: settings for a model and facts of one's own, searched and kept as a preset."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.edit import FileFormat, OnError
+from retcon.cli.shell import Device, DType, Json, Model, Seed, console, count, emit, load_model, seconds
+from retcon.workflow import moments_for, read_facts, read_settings
+from retcon.workflow.tuning import Trial, Tuned, save_preset
+from retcon.workflow.tuning import tune as search
+
+
+def tune(
+    model: Model,
+    cases: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CASES",
+            help="Facts with paraphrases and neighbours to judge by; any format of docs/data.md. A hundred are good.",
+            show_default=False,
+        ),
+    ],
+    method: Annotated[str, typer.Option(help="One of those that `retcon methods` lists.")] = "jeep",
+    budget: Annotated[float, typer.Option(metavar="MIN", min=0, help="Minutes to search.")] = 60.0,
+    trials: Annotated[int, typer.Option(min=2, help="Sets of settings to try at most.")] = 50,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A setting that stays so; repeat.", show_default=False),
+    ] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|DATASET", help="Text for the second moments, as for moments.", show_default=False),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="What the preset's kind of data is called; CASES's name.", show_default=False)
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--presets",
+            metavar="FOLDER",
+            help="Folder of the preset; RETCON_PRESETS, or ./retcon-presets.",
+            show_default=False,
+        ),
+    ] = None,
+    file_format: FileFormat = None,
+    on_error: OnError = "stop",
+    start: Annotated[int, typer.Option(min=0, help="Rows of CASES to pass over.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of CASES to read; all.", show_default=False)] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Search settings for METHOD on one half of CASES, report on the other half, and keep them as a preset.
+
+    `edit`, `bench` and retcon.method(..., for_model=...) find the preset from then on, for models of these sizes.
+    """
+    given = read_settings(method, dataset=None, preset=None, assignments=assignments or ())
+    facts = read_facts(cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error)
+    lm = load_model(model, device=device, dtype=dtype)
+    show = console(stderr=as_json)
+    show.print(f"[bold]{method}[/] on {escape(str(lm))}")
+    show.print(f"facts     {escape(facts.about)}", soft_wrap=True)
+
+    def heard(trial: Trial) -> None:
+        changed = " ".join(f"{name}={_shown(value)}" for name, value in trial.changes.items()) or "the rule's settings"
+        failed = f"  [red]{escape(trial.problem)}[/]" if trial.problem else ""
+        tried = f"{count(trial.n_cases, 'case')}, {seconds(trial.seconds)}"
+        show.print(f"  {100 * trial.score:5.1f}  {tried}  {escape(changed)}{failed}", soft_wrap=True)
+
+    found = search(
+        lm,
+        method,
+        facts.cases,
+        moments=None if corpus is None else moments_for(lm, corpus),
+        given=given,
+        budget=60 * budget,
+        max_trials=trials,
+        seed=seed,
+        heard=heard,
+    )
+    label = dataset or cases.name.removeprefix("hub:").partition(".")[0]
+    source = (
+        f"tuned by retcon tune on {cases.name} ({found.n_searched} facts, {len(found.trials)} trials, seed {seed}); "
+        f"Score {_percent(found, 'found')} on {found.n_reported} others, by the rule {_percent(found, 'by_rule')}"
+    )
+    path = save_preset(lm, found, source, label, folder)
+    show.print()
+    show.print(_table(found))
+    clear = next((d for d in found.differences if d.metric == "Score"), None)
+    if clear is not None and clear.interval is not None:
+        low, high = 100 * clear.interval.low, 100 * clear.interval.high
+        show.print(f"Score {100 * clear.value:+.1f} [{low:.1f}, {high:.1f}] over the rule, paired by case")
+    searched = f"{count(len(found.trials), 'trial')} in {seconds(found.seconds)}"
+    show.print(f"{searched}; settings kept in [bold]{escape(str(path))}[/]")
+    if as_json:
+        emit(
+            {
+                "model": model,
+                "method": method,
+                "settings": asdict(found.method),  # type: ignore[call-overload]
+                "changes": found.changes,
+                "preset": str(path),
+                "trials": [asdict(trial) for trial in found.trials],
+                "found": found.found.as_dict(),
+                "by_rule": found.by_rule.as_dict(),
+                "n_searched": found.n_searched,
+                "n_reported": found.n_reported,
+                "seconds": found.seconds,
+            }
+        )
+
+
+def _table(found: Tuned) -> Table:
+    """The rule and what was found, on the cases that were not searched on."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(f"on {count(found.n_reported, 'other case')}")
+    for name in ("Score", "ES", "GS", "LS"):
+        table.add_column(name, justify="right")
+    for label, summary in (("by the rule", found.by_rule), ("found", found.found)):
+        table.add_row(label, *(_cell(summary, name) for name in ("Score", "ES", "GS", "LS")))
+    return table
+
+
+def _cell(summary: Any, name: str) -> str:
+    try:
+        line = summary[name]
+    except KeyError:
+        return "-"
+    return line.post.percent() if line.post else "-"
+
+
+def _percent(found: Tuned, which: str) -> str:
+    return _cell(getattr(found, which), "Score").partition(" ")[0]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,348 @@
+"""Settings for a model and facts of one's own, searched: successive halving over samples of the facts.
+
+One half of the cases is searched on, the other is only reported on. Candidates vary what the search of values depends
+on (layers, clamps, learning rate, steps, decay) and how they are written (weights of the second moment). They are tried
+on a few cases; the best third goes on to three times as many, and so on. Candidates that differ in the write alone
+share their values, so each is written with several weights, which costs little.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from retcon.edits import Case, Edit
+from retcon.errors import InvalidSetting, RetconError
+
+if TYPE_CHECKING:
+    from retcon.evaluation import Evaluation
+    from retcon.evaluation.paired import Difference
+    from retcon.evaluation.summary import Summary
+    from retcon.lm.model import LM
+    from retcon.memory.moments import Moments
+    from retcon.methods.common.contract import Method
+
+ETA = 3
+"""Candidates kept from one round to the next: one of so many; samples grow as much."""
+SMALLEST = 5
+"""Cases of the first round at least."""
+LEAST_CASES = 4
+"""Cases that tuning needs: two for each half."""
+
+FACTORS: Mapping[str, tuple[float, ...]] = {
+    **dict.fromkeys(("clamp", "low_clamp", "high_clamp"), (0.5, 2.0, 4.0)),
+    "learning_rate": (0.2, 0.5, 2.0),
+    "steps": (2.0,),
+    "epochs": (0.5, 2.0),
+    "budget": (0.1, 0.3),
+    "n_positive": (0.3, 3.0),
+    **dict.fromkeys(("weight_decay", "low_weight_decay", "high_weight_decay", "attn_weight_decay"), (0.1,)),
+    "kl_factor": (0.25, 4.0),
+}
+"""Settings that a search of values, or a training, depends on, and what each may be multiplied by."""
+WRITE = ("moment_weight", "low_moment_weight", "high_moment_weight", "ridge")
+"""Settings that only the write depends on; they are varied together, by one factor."""
+WRITE_FACTORS = (1.0, 0.2, 5.0)
+CHANGE = 0.4
+"""Probability with which a candidate changes a setting."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One set of settings, tried on some of the cases."""
+
+    changes: dict[str, Any]
+    """Settings that differ from the rule's."""
+    n_cases: int
+    score: float
+    """Harmonic mean of ES, GS and LS, or of those that the cases can measure; 0 where the method failed."""
+    seconds: float
+    problem: str = ""
+    """Why it failed."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found, and what it is worth on the half that was not searched on."""
+
+    method: "Method"
+    rule: "Method"
+    """Settings by the rule for models without a preset, or the preset that was there."""
+    trials: tuple[Trial, ...]
+    n_searched: int
+    n_reported: int
+    found: "Summary"
+    """On the reported half."""
+    by_rule: "Summary"
+    """The rule's settings on the reported half."""
+    differences: "tuple[Difference, ...]"
+    """Found minus rule on the reported half, with paired intervals."""
+    seconds: float
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Settings that differ from the rule's."""
+        own = {f.name: getattr(self.method, f.name) for f in fields(self.method)}  # type: ignore[arg-type]
+        return {name: value for name, value in own.items() if getattr(self.rule, name) != value}
+
+
+@dataclass
+class _Search:
+    """What all trials share."""
+
+    lm: "LM"
+    moments: "Moments"
+    cases: Sequence[Case]
+    pre: "Evaluation"
+    seed: int
+    until: float
+    max_trials: int
+    heard: Callable[[Trial], None]
+    folder: str
+    start: "Method"
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        return len(self.trials) >= self.max_trials or (bool(self.trials) and time.monotonic() >= self.until)
+
+    def score(self, method: "Method", n: int) -> float:
+        """Try a method on the first n cases."""
+        own = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
+        changes = {name: value for name, value in own.items() if getattr(self.start, name) != value}
+        known = next((t for t in self.trials if t.n_cases == n and t.changes == changes), None)
+        if known is not None:
+            return known.score
+        started = time.monotonic()
+        score, problem = 0.0, ""
+        try:
+            some = self.cases[:n]
+            score = objective(measured(self.lm, method, some, self.moments, self.pre, self.seed, self.folder).summary())
+        except RetconError as error:
+            problem = str(error)
+        trial = Trial(changes, n, score, time.monotonic() - started, problem)
+        self.trials.append(trial)
+        self.heard(trial)
+        return score
+
+
+def tune(
+    lm: "LM",
+    name: str,
+    cases: Sequence[Case],
+    *,
+    moments: "Moments | None" = None,
+    given: Mapping[str, Any] | None = None,
+    budget: float = 3600.0,
+    max_trials: int = 50,
+    seed: int = 0,
+    heard: Callable[[Trial], None] = lambda trial: None,
+) -> Tuned:
+    """Search a method's settings on one half of `cases`, and report on the other.
+
+    The first candidate is what `retcon.method(name, for_model=lm, cases=...)` gives for the searched half; what is
+    reported is the best of the last round, the rule's own settings among them.
+
+    Args:
+        given: settings that stay as they are.
+        budget: seconds for the search; the round that is running then is the last. Reporting comes on top.
+        max_trials: sets of settings to try at most, all rounds counted.
+        seed: of the halves, the candidates, and everything drawn in editing.
+        heard: is told of every trial.
+
+    Raises:
+        InvalidSetting: too few cases, a method that wraps another, or one without a setting that is searched.
+    """
+    from retcon.evaluation import evaluate
+    from retcon.evaluation.paired import differences
+    from retcon.memory.defaults import default_moments
+    from retcon.methods.common.registry import choose
+
+    if len(cases) < LEAST_CASES:
+        raise InvalidSetting(f"tuning takes at least {LEAST_CASES} cases, better a hundred; found {len(cases)}")
+    given = dict(given or {})
+    order = list(cases)
+    random.Random(seed).shuffle(order)
+    searched, reported = order[: len(order) // 2], order[len(order) // 2 :]
+    start = choose(name, for_model=lm, cases=searched, **given).method
+    if hasattr(start, "base_method"):
+        raise InvalidSetting(
+            f"{name} filters what another method writes; tune that method ({start.base_method}), whose preset {name} "
+            "then takes too"
+        )
+    if moments is None and start.uses_moments:
+        moments = default_moments(lm)
+    began = time.monotonic()
+    with TemporaryDirectory() as folder:
+        search = _Search(
+            lm,
+            moments,  # type: ignore[arg-type]
+            searched,
+            evaluate(lm, searched, generate=False),
+            seed,
+            began + budget,
+            max_trials,
+            heard,
+            folder,
+            start,
+        )
+        best = _halving(search, frozenset(given), random.Random(seed))
+    took = time.monotonic() - began
+    pre = evaluate(lm, reported, generate=False)
+    ours, rules = (measured(lm, m, reported, search.moments, pre, seed) for m in (best, start))
+    after = [[r for r in each.records if r.when == "final"] for each in (ours, rules)]
+    return Tuned(
+        best,
+        start,
+        tuple(search.trials),
+        len(searched),
+        len(reported),
+        ours.summary(),
+        rules.summary(),
+        tuple(differences(*after, seed=seed)),
+        took,
+    )
+
+
+def _halving(search: _Search, given: frozenset[str], draw: random.Random) -> "Method":
+    """Return the best settings of the last round that was finished, or of the first as far as it came."""
+    sizes = rounds(len(search.cases))
+    weights = [name for name in WRITE if getattr(search.start, name, None) and name not in given]
+    n_writes = len(WRITE_FACTORS) if weights else 1
+    share = sum(ETA**-i for i in range(len(sizes)))
+    n_first = max(2, int(search.max_trials / (n_writes * share)))
+    running = [search.start, *candidates(search.lm, search.start, given, n_first - 1, draw)]
+    best = search.start
+    for step, size in enumerate(sizes):
+        ranked: list[tuple[float, Method]] = []
+        for method in running:
+            if search.over:
+                break
+            ranked.append(_best_written(search, method, weights, size))
+        if len(ranked) < len(running) and step:
+            break
+        ranked.sort(key=lambda found: -found[0])  # stable: the rule stands before what is no better
+        best = ranked[0][1]
+        running = [method for _, method in ranked[: math.ceil(len(running) / ETA)]]
+        if search.start not in running:  # what is chosen beats the rule on the same cases, or is the rule
+            running.insert(0, search.start)
+    return best
+
+
+def _best_written(search: _Search, method: "Method", weights: Sequence[str], n: int) -> tuple[float, "Method"]:
+    """The best of a candidate with several weights of the second moment: the values are searched once."""
+    best: tuple[float, Method] | None = None
+    for factor in WRITE_FACTORS if weights else (1.0,):
+        if best is not None and search.over:
+            break
+        here = _changed(method, {name: _rounded(factor * getattr(method, name)) for name in weights})
+        score = search.score(here, n)
+        if best is None or score > best[0]:
+            best = score, here
+    assert best is not None
+    return best
+
+
+def rounds(n_cases: int) -> list[int]:
+    """Return the sizes of the samples, ascending by `ETA` to all cases."""
+    sizes = [n_cases]
+    while sizes[0] / ETA >= SMALLEST:
+        sizes.insert(0, round(sizes[0] / ETA))
+    return sizes
+
+
+def candidates(lm: "LM", start: "Method", given: frozenset[str], n: int, draw: random.Random) -> list["Method"]:
+    """Return n settings that differ from `start` and from each other, as far as there are so many."""
+    found: list[Method] = []
+    for _ in range(20 * n):
+        if len(found) == n:
+            break
+        changes: dict[str, Any] = {}
+        for name, factors in FACTORS.items():
+            value = getattr(start, name, None)
+            if value and name not in given and draw.random() < CHANGE:
+                changed = value * draw.choice(factors)
+                changes[name] = max(1, round(changed)) if isinstance(value, int) else _rounded(changed)
+        for name in ("layer", "layers", "low", "high"):
+            value = getattr(start, name, None)
+            if value is not None and name not in given and draw.random() < CHANGE:
+                changes[name] = _moved(value, lm.n_layers, draw)
+        if hasattr(start, "stop") and "stop" not in given and draw.random() < CHANGE:
+            changes["stop"] = "loss" if start.stop == "probability" else "probability"
+        try:
+            made = _changed(start, changes)
+        except InvalidSetting:  # settings that do not go together
+            continue
+        if made != start and made not in found:
+            found.append(made)
+    return found
+
+
+def _moved(value: int | tuple[int, ...], n_layers: int, draw: random.Random) -> int | tuple[int, ...]:
+    """Layers moved up or down by up to a tenth of the depth, a group also one wider or narrower."""
+    reach = max(1, round(n_layers / 10))
+    by = draw.choice([step for step in range(-reach, reach + 1) if step])
+    if isinstance(value, int):
+        return min(max(value + by, 0), n_layers - 1)
+    wider = draw.choice((-1, 0, 1)) if len(value) > 1 else 0
+    first = max(value[0] + by, 0)
+    last = min(max(value[-1] + by + wider, first), n_layers - 1)
+    return tuple(range(min(first, last), last + 1))
+
+
+def _changed(method: "Method", changes: Mapping[str, Any]) -> "Method":
+    return replace(method, **changes)  # type: ignore[type-var]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def measured(
+    lm: "LM",
+    method: "Method",
+    cases: Sequence[Case],
+    moments: "Moments | None",
+    pre: "Evaluation",
+    seed: int,
+    values: str | None = None,
+) -> "Evaluation":
+    """Edit `cases` with a method, one by one where it takes one fact, and measure them; the model is left as it was."""
+    from retcon.evaluation import evaluate
+    from retcon.memory.values import ValueCache
+    from retcon.methods.common.sequence import in_steps
+
+    edits: list[Edit] = [edit for case in cases for edit in case.edits]
+    cache = ValueCache(values) if values is not None and method.supports_batches else None
+    delta = in_steps(method, lm, edits, moments=moments, values=cache, seed=seed)
+    return evaluate(lm, cases, delta=delta, pre=pre, generate=False, seed=seed)
+
+
+def objective(summary: "Summary") -> float:
+    """Return the harmonic mean of ES, GS and LS as far as they were measured, 0 to 1."""
+    found = []
+    for name in ("ES", "GS", "LS"):
+        try:
+            line = summary[name]
+        except KeyError:
+            continue
+        if line.post is not None and line.post.value is not None:
+            found.append(line.post.value)
+    return len(found) / sum(1 / value for value in found) if found and min(found) > 0 else 0.0
+
+
+def save_preset(lm: "LM", tuned: Tuned, source: str, dataset: str, folder: Path | None = None) -> Path:
+    """Write what was found into the user's folder of presets, where `retcon.method(name, for_model=lm)` finds it first.
+
+    Args:
+        source: where the settings come from, for people.
+        dataset: the kind of data, a word; a preset for the same model and dataset is replaced.
+    """
+    from retcon.methods.common.presets import signature, write_preset
+
+    settings = {f.name: getattr(tuned.method, f.name) for f in fields(tuned.method)}  # type: ignore[arg-type]
+    return write_preset(tuned.method.name, signature(lm), dataset, source, settings, folder)

@@ -1,0 +1,129 @@
+"""`retcon.workflow.tuning`: settings searched on one half of the cases, reported on the other."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import retcon
+from retcon import world
+from retcon.errors import InvalidSetting, MalformedFile
+from retcon.lm.model import LM
+from retcon.methods.common.contract import ModelShape
+from retcon.methods.common.presets import write_preset
+from retcon.methods.common.registry import method_class
+from retcon.workflow import tuning
+from retcon.workflow.tuning import Trial, candidates, objective, rounds, save_preset, tune
+
+CASES = world.cases(24, seed=0)
+WEAK: dict[str, Any] = {"layers": (1, 2, 3)}
+
+
+@pytest.fixture
+def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RETCON_PRESETS", str(tmp_path / "presets"))
+    return tmp_path / "presets"
+
+
+@pytest.mark.filterwarnings("ignore:no memit preset:retcon.errors.RetconWarning")
+def test_finds_settings_at_least_as_good_as_the_rules_and_keeps_them(
+    presets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "FACTORS", {"clamp": (2.0, 4.0)})
+    lm = retcon.load("demo:gptj")
+    before = lm.fingerprint()
+    heard: list[Trial] = []
+    start = {"clamp": 1.5, "moment_weight": 3000.0}
+    monkeypatch.setattr("retcon.methods.memit.Memit.fallback_settings", classmethod(lambda cls, shape: WEAK | start))
+    monkeypatch.setattr("retcon.methods.common.presets.OWN_FOLDER", tmp_path)  # a model that no preset knows
+    monkeypatch.setattr("retcon.methods.common.starting_point.MAX_FACTOR", 1.0)
+    found = tune(lm, "memit", CASES, max_trials=12, given={"steps": 12, "layers": (1, 2, 3)}, heard=heard.append)
+    assert heard == list(found.trials)
+    assert len(heard) <= 12
+    assert (found.n_searched, found.n_reported) == (12, 12)
+    last = [trial for trial in found.trials if trial.n_cases == 12]
+    rule = next(trial.score for trial in last if not trial.changes)
+    chosen = next(trial.score for trial in last if trial.changes == found.changes)
+    assert chosen == max(trial.score for trial in last)
+    assert chosen > rule
+    assert found.changes["moment_weight"] == 600
+    assert set(found.changes) <= {"clamp", "moment_weight", "stop"}
+    assert lm.fingerprint() == before
+    assert not lm.applied
+
+    path = save_preset(lm, found, "tuned by retcon tune", "world")
+    assert path == presets / "memit.toml"
+    assert retcon.method("memit", for_model=lm) == found.method
+    again = save_preset(lm, found, "tuned by retcon tune again", "world")
+    assert again.read_text().count("[[preset]]") == 1
+
+
+def test_trials_that_differ_in_the_write_alone_share_their_values(
+    presets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "FACTORS", {})
+    searched: list[int] = []
+    real = retcon.memory.values.search.Chunk
+
+    def counting(lm: Any, rows: Any, *rest: Any) -> Any:
+        searched.append(len(rows))
+        return real(lm, rows, *rest)
+
+    monkeypatch.setattr("retcon.memory.values.search.Chunk", counting)
+    lm = retcon.load("demo:gptj")
+    retcon.method("memit", for_model=lm, layers=(1, 2)).propose(lm, CASES[0].edits)  # replays are tried
+    searched.clear()
+    keep = {"steps": 4, "stop": "loss", "layers": (1, 2), "clamp": 5.0}
+    found = tune(lm, "memit", CASES[:8], max_trials=3, given=keep)
+    assert [trial.changes for trial in found.trials] == [{}, {"moment_weight": 6.0}, {"moment_weight": 150.0}]
+    assert searched[0] == 4
+    assert sum(searched) == 4 + 2 * 4  # once for all trials; then the reported half, found and rule
+
+
+@pytest.mark.parametrize("name", ["jeep", "rome", "emmet", "kne", "ctp"])
+def test_candidates_differ_are_valid_and_keep_what_is_given(name: str, tiny: Callable[..., LM]) -> None:
+    lm = tiny("llama")
+    cls = method_class(name)
+    start = cls(**cls.fallback_settings(ModelShape.of(lm)))
+    found = candidates(lm, start, frozenset({"learning_rate"}), 10, random.Random(0))
+    assert len(found) >= 8
+    assert start not in found
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
+    assert {method.learning_rate for method in found} == {start.learning_rate}  # type: ignore[attr-defined]
+
+
+def test_rounds_grow_to_all_cases() -> None:
+    assert rounds(50) == [6, 17, 50]
+    assert rounds(10) == [10]
+    assert rounds(200) == [7, 22, 67, 200]
+
+
+def test_what_cannot_be_tuned_says_so() -> None:
+    lm = retcon.load("demo:gptj")
+    with pytest.raises(InvalidSetting, match="at least 4 cases"):
+        tune(lm, "memit", CASES[:3])
+    with pytest.raises(InvalidSetting, match=r"rect filters .* tune that method \(memit\)"):
+        tune(lm, "rect", CASES[:4])
+
+
+def test_the_objective_is_the_score_or_the_mean_of_what_there_is() -> None:
+    lm = retcon.load("demo:gptj")
+    found = retcon.evaluate(lm, CASES[:4], generate=False)
+    assert objective(found.summary()) == 0.0  # nothing was edited
+
+
+def test_a_preset_is_put_before_the_others_and_a_broken_file_is_left_alone(tmp_path: Path) -> None:
+    match = {"model_type": "llama", "n_layers": 4, "d_model": 8, "rope_theta": None}
+    path = write_preset("memit", match, "a", "s", {"layers": (1, 2), "clamp": 1e-5, "threshold": None}, tmp_path)
+    write_preset("memit", match, "b", 'with "quotes"', {"layers": (1,), "cache_keys": True}, tmp_path)
+    text = path.read_text()
+    assert text.index('dataset = "b"') < text.index('dataset = "a"')
+    assert "clamp = 1.0e-05" in text or "clamp = 1e-05" in text
+    assert "threshold" not in text
+    assert "cache_keys = true" in text
+    path.write_text("[[preset]]\nmodel = 3")
+    with pytest.raises(MalformedFile, match=r"memit\.toml"):
+        write_preset("memit", match, "c", "s", {}, tmp_path)
+    assert path.read_text() == "[[preset]]\nmodel = 3"
