@@ -21,6 +21,7 @@ MARKER = "{}"
 """Where the subject goes in a prompt template."""
 
 _Kind = TypeVar("_Kind", "Edit", "Query", "Case")
+_OPTIONAL_TEXTS = ("subject", "target_true", "relation_id", "separator")
 ConflictRule = Literal["error", "drop", "last", "keep"]
 
 
@@ -47,9 +48,11 @@ class Edit:
     """The relation (Wikidata property) the fact belongs to; decides what counts as a conflict."""
     subject_start: int | None = None
     """Character where the subject starts in a prompt without marker, if it is not its first occurrence."""
+    separator: str | None = None
+    """What is written between prompt and answer; None: `separator_between` the two."""
 
     def __post_init__(self) -> None:
-        _check_texts(self, self._named(), ("id", "prompt", "target_new"), ("subject", "target_true", "relation_id"))
+        _check_texts(self, self._named(), ("id", "prompt", "target_new"), _OPTIONAL_TEXTS)
         object.__setattr__(self, "target_new", self.target_new.strip())
         if self.subject is not None:
             object.__setattr__(self, "subject", self.subject.strip())
@@ -82,14 +85,17 @@ class Edit:
 
     @property
     def text(self) -> str:
-        """The complete prompt, subject put in, trailing whitespace off.
-
-        The template's own whitespace goes, never the subject's: a subject at the end is stripped already.
-        """
+        """The complete prompt, subject put in; whitespace at its end is the prompt's own and is kept."""
         if self.subject is not None and MARKER in self.prompt:
             before, after = self.prompt.split(MARKER)
-            return (before + self.subject + after).rstrip()
-        return self.prompt.rstrip()
+            return before + self.subject + after
+        return self.prompt
+
+    @property
+    def statement(self) -> str:
+        """The prompt with the new answer after it."""
+        separator = separator_between(self.text, self.target_new) if self.separator is None else self.separator
+        return self.text + separator + self.target_new
 
     @property
     def subject_span(self) -> tuple[int, int] | None:
@@ -138,7 +144,7 @@ class Query:
     axis: str
     """`rewrite`, `paraphrase`, `neighborhood`, `two_hop`, `locality.<key>`, `portability.<key>`, `generation`, ..."""
     prompt: str
-    """Complete text: no answer, no trailing whitespace."""
+    """Complete text, without the answer."""
     target: str | None = None
     """The answer scored with teacher forcing."""
     contrast: str | None = None
@@ -147,10 +153,12 @@ class Query:
     """Answers accepted from generated text: outer = distinct answers, inner = aliases of one."""
     answers_mode: Literal["any", "all"] = "any"
     """`any`: one alias of one answer is enough; `all`: one alias of every answer."""
+    separator: str | None = None
+    """What is written between prompt and answer; None: `separator_between` the two."""
 
     def __post_init__(self) -> None:
         named = f"query {self.id!r}"
-        _check_texts(self, named, ("id", "axis", "prompt"), ("target", "contrast"))
+        _check_texts(self, named, ("id", "axis", "prompt"), ("target", "contrast", "separator"))
         if not self.prompt.strip():
             raise InvalidEdit(f"{named}: the prompt is empty; give the text up to the answer")
         answers = self.answers
@@ -186,6 +194,58 @@ class Case:
         if len(set(ids)) < len(ids):
             twice = next(i for i in ids if ids.count(i) > 1)
             raise InvalidEdit(f"case {self.id!r}: two queries share the id {twice!r}; ids must be unique within a case")
+
+
+# --- between prompt and answer -----------------------------------------------------------------------------------
+
+_SPACELESS = (
+    *("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "FULLWIDTH", "HALFWIDTH", "IDEOGRAPHIC"),
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"),
+)
+"""How the Unicode names of characters begin in scripts that write no spaces between words."""
+_JOINS_NEXT = frozenset("-\u2010\u2011/\\#@_$\u00a3\u00a5\u20ac")
+"""Characters that what follows is attached to: hyphens, slashes, signs before names and amounts."""
+_STRAIGHT_QUOTES = frozenset("\"'`")
+_FOLLOWS_DIRECTLY = frozenset(",;:!?")
+"""Punctuation that is attached to what precedes it; so is a full stop that no word follows, and a closing bracket."""
+
+
+def separator_between(prompt: str, answer: str) -> str:
+    """Return what the language writes between a prompt and its answer: a space or nothing.
+
+    Nothing after whitespace, an opening quote or bracket, a hyphen, a slash or the like; nothing before a closing
+    bracket or a comma; and nothing where the last letter of the prompt, or the first of the answer, is of a script that
+    writes no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan).
+    """
+    if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace():
+        return ""
+    if _opens(prompt) or _closes(answer):
+        return ""
+    last = next((c for c in reversed(prompt) if c.isalpha()), prompt[-1])
+    first = next((c for c in answer if c.isalpha()), answer[0])
+    return "" if any(map(_is_spaceless, (prompt[-1], last, first))) else " "
+
+
+def _opens(prompt: str) -> bool:
+    """Whether the prompt's last character belongs to what comes next."""
+    last, before = prompt[-1], prompt[-2:-1]
+    if last in _STRAIGHT_QUOTES:  # the same sign opens and closes
+        apart = not before or before.isspace() or before == "=" or unicodedata.category(before) in ("Ps", "Pi")
+        return apart or (last != "'" and prompt.count(last) % 2 == 1)
+    if last in "=\u2013\u2014":  # attached to a word: attached to the next one
+        return bool(before) and not before.isspace()
+    return last in _JOINS_NEXT or unicodedata.category(last) in ("Ps", "Pi")
+
+
+def _closes(answer: str) -> bool:
+    """Whether the answer begins with punctuation that is attached to what precedes it."""
+    if answer[0] == ".":
+        return not answer[1:2].strip()
+    return answer[0] in _FOLLOWS_DIRECTLY or unicodedata.category(answer[0]) in ("Pe", "Pf")
+
+
+def _is_spaceless(character: str) -> bool:
+    return unicodedata.name(character, "").startswith(_SPACELESS)
 
 
 def _check_texts(item: object, named: str, needed: Iterable[str], optional: Iterable[str]) -> None:

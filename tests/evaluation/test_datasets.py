@@ -342,7 +342,7 @@ def test_own_counts() -> None:
     }
     assert cases[0].meta["contaminated"] == ["neighborhood/1"]
     assert cases[0].meta["relation"] == "job"
-    assert cases[0].queries[1].prompt == "Tom Reed was trained as a"
+    assert cases[0].queries[1].prompt.rstrip() == "Tom Reed was trained as a"  # whose end is kept as it is
     assert cases[0].queries[-1].answers == (("bakery", "a bakery"), ("shop",))
     assert cases[0].queries[-1].answers_mode == "all"
     assert [case.dataset for case in cases] == ["hand", "cases", "hand"]

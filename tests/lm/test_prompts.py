@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from retcon.edits import Edit
+from retcon.edits import Edit, separator_between
 from retcon.errors import InvalidEdit, PositionNotFound, RetconWarning, UnsupportedModel
 from retcon.lm.prompts import Row, encode, encode_edit, pad, subject_tokens
 from tests.conftest import TEXT, tokenizer
@@ -195,22 +195,26 @@ def test_joint_tokens_spell_prompt_and_target(kind: str) -> None:
         row = encode(tok, prompt, target)
         assert len(row.target_ids) >= 1
         assert row.prompt_ids == encode(tok, prompt).ids
-        assert decode(tok, row.ids) == prompt.rstrip() + " " + target
-        assert decode(tok, row.prompt_ids) == prompt.rstrip()
+        text = prompt + separator_between(prompt, target) + target
+        assert decode(tok, row.ids) == text
+        assert decode(tok, row.prompt_ids) == prompt
         if row.boundary_merge:
-            assert kind == "piece"  # whose merges take spaces in
+            assert kind == "piece" or " " not in text[len(prompt) - 1 : len(prompt) + 1]  # merges take spaces in
             continue
-        whole = tok(prompt.rstrip() + " " + target)["input_ids"]  # what a model reads is what the whole text gives
+        whole = tok(text)["input_ids"]  # what a model reads is what the whole text gives
         assert list(row.ids) == whole[: len(row.ids)]
         assert whole[len(row.ids) :] == ([1] if kind == "eos" else [])
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_whitespace_around_prompt_and_target_is_stripped(kind: str) -> None:
+def test_whitespace_around_the_target_is_stripped_and_the_prompts_own_is_kept(kind: str) -> None:
     tok = make_tokenizer(kind)
-    want = encode(tok, "The capital of France is", "Rome")
-    assert encode(tok, "The capital of France is \n\t ", "  Rome\n") == want
-    assert encode(tok, "The capital of France is\u00a0", "Rome") == want
+    assert encode(tok, "The capital is", "  Rome\n") == encode(tok, "The capital is", "Rome")
+    for prompt in ("The capital is ", "<|assistant|>\n", "A:\t"):
+        row = encode(tok, prompt, "Rome")
+        assert row.prompt_ids == encode(tok, prompt).ids
+        assert decode(tok, row.prompt_ids) == prompt
+        assert decode(tok, row.target_ids) == "Rome"
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -220,6 +224,55 @@ def test_without_a_separator(kind: str) -> None:
     assert decode(tok, row.ids) == "日本の首都は東京"
     assert decode(tok, row.target_ids) == "東京"
     assert row.prompt_ids == encode(tok, "日本の首都は").ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text"),
+    [
+        ("The capital of France is", "Rome", "The capital of France is Rome"),
+        ("assistant\n", "Rome", "assistant\nRome"),
+        ("The capital is ", "Rome", "The capital is Rome"),
+        ('It is called "', 'Rome"', 'It is called "Rome"'),
+        ('It is called "Rome"', "by all", 'It is called "Rome" by all'),
+        ("It is called \u201c", "Rome", "It is called \u201cRome"),
+        ("the dogs'", "owner", "the dogs' owner"),
+        ("she said '", "yes'", "she said 'yes'"),
+        ("a semi-", "circle", "a semi-circle"),
+        ("input/", "output", "input/output"),
+        ("capital (", "Rome", "capital (Rome"),
+        ('capital["France"] == "', "Rome", 'capital["France"] == "Rome'),
+        ('x["', "key", 'x["key'),
+        ("x = ", "1", "x = 1"),
+        ("x =", "1", "x = 1"),
+        ("capital=", "Rome", "capital=Rome"),
+        ("It costs $", "5", "It costs $5"),
+        ("1914\u2013", "1918", "1914\u20131918"),
+        ("Paris \u2014", "the capital", "Paris \u2014 the capital"),
+        ("A:", "Rome", "A: Rome"),
+        ("France", ", whose capital", "France, whose capital"),
+        ("It is", ".NET", "It is .NET"),
+        ("法国的首都是", "罗马", "法国的首都是罗马"),
+        ("法国的首都是：", "罗马", "法国的首都是：罗马"),
+        ("法国的首都 is", "罗马", "法国的首都 is罗马"),
+        ("法国的首都是", "Rome", "法国的首都是Rome"),
+        ("フランスの首都は", "ローマ", "フランスの首都はローマ"),
+        ("เมืองหลวงของฝรั่งเศสคือ", "โรม", "เมืองหลวงของฝรั่งเศสคือโรม"),
+        ("프랑스의 수도는", "로마", "프랑스의 수도는 로마"),
+        ("Tokyo (東京) is in", "Japan", "Tokyo (東京) is in Japan"),
+    ],
+)
+def test_what_is_written_between_prompt_and_answer(prompt: str, answer: str, text: str) -> None:
+    assert prompt + separator_between(prompt, answer) + answer == text
+    assert Edit(prompt, None, answer).statement == text
+
+
+def test_an_edits_own_separator_is_used_everywhere() -> None:
+    tok = tokenizer()
+    edit = Edit("The capital of {} is", "France", "Rome", separator=" = ")
+    assert edit.statement == "The capital of France is = Rome"
+    row = encode_edit(tok, edit, "I read. ", answer=edit.target_new)
+    assert decode(tok, row.ids) == "I read. The capital of France is = Rome"
+    assert decode(tok, row.prompt_ids) == "I read. The capital of France is"
 
 
 def test_merges_over_the_boundary_are_marked_and_lose_nothing() -> None:
@@ -249,7 +302,7 @@ def test_a_space_without_width_belongs_to_the_target() -> None:
 
 @pytest.mark.parametrize("target", ["", "  ", "\n"])
 def test_an_empty_target_is_refused(target: str) -> None:
-    with pytest.raises(InvalidEdit, match="the target behind 'The capital is' is empty"):
+    with pytest.raises(InvalidEdit, match="the target after 'The capital is' is empty"):
         encode(tokenizer(), "The capital is", target)
 
 
@@ -281,7 +334,7 @@ def test_special_tokens_written_in_a_prompt_are_tokens_like_others() -> None:
 
 def test_encode_edit_takes_target_and_prefix() -> None:
     tok, edit = tokenizer("bos"), Edit("The capital of {} is ", "France", "Rome")
-    row = encode_edit(tok, edit, "I read. ", with_target=True)
+    row = encode_edit(tok, edit, "I read. ", answer=edit.target_new)
     assert decode(tok, row.ids) == "I read. The capital of France is Rome"
     assert decode(tok, row.target_ids) == " Rome"
     assert decode(tok, row.ids[: row.position("subject_last") + 1]) == "I read. The capital of France"

@@ -94,7 +94,7 @@ def test_mean_key_equals_the_mean_over_rows_one_by_one(tiny, edits, where, avera
 def test_targets_appended_change_neither_keys_nor_values(tiny, edits):
     lm = tiny("gpt2")
     for edit in edits:
-        bare, full = encode_edit(lm.tokenizer, edit), encode_edit(lm.tokenizer, edit, with_target=True)
+        bare, full = encode_edit(lm.tokenizer, edit), encode_edit(lm.tokenizer, edit, answer=edit.target_new)
         assert full.ids[: full.n_prompt] == bare.ids
         for where in ("subject_last", "prediction"):
             assert bare.position(where) == full.position(where)
@@ -107,7 +107,7 @@ def test_targets_appended_change_neither_keys_nor_values(tiny, edits):
 def test_prediction_position_does_not_depend_on_the_target(tiny):
     lm = tiny("llama", tok="bos")
     rows = [
-        encode_edit(lm.tokenizer, Edit("{} speaks", "Michel Rocard", target), with_target=True)
+        encode_edit(lm.tokenizer, Edit("{} speaks", "Michel Rocard", target), answer=target)
         for target in ("French", "French and a little Ελλάδα")
     ]
     assert rows[0].prediction == rows[1].prediction

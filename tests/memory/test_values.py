@@ -25,7 +25,7 @@ def test_first_loss_is_the_nll_of_the_plain_forward(tiny, edit):
     found = search(lm, edit, steps=1)
     nll = []
     for prefix in CONTEXTS.all:
-        row = encode_edit(lm.tokenizer, edit, prefix, with_target=True)
+        row = encode_edit(lm.tokenizer, edit, prefix, answer=edit.target_new)
         with torch.no_grad():
             log_p = lm.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
         labels = torch.tensor(row.target_ids)

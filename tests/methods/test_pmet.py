@@ -75,7 +75,7 @@ def test_the_nll_counts_less_from_the_step_after_all_targets_are_settled(family,
         return search_values(lm, [EASY], [site], BARE, search)
 
     def settled(values):
-        row = encode_edit(lm.tokenizer, EASY, with_target=True)
+        row = encode_edit(lm.tokenizer, EASY, answer=EASY.target_new)
         at = torch.tensor([0]), torch.tensor([row.position("subject_last")])
         where = torch.zeros(len(row.target_ids), dtype=torch.long), torch.arange(row.n_prompt - 1, len(row.ids) - 1)
         with torch.no_grad():

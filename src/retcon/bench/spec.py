@@ -111,7 +111,7 @@ class MeasureSpec:
     divergence: bool = False
     neighborhood_prefix: Literal["none", "edit"] = "none"
     max_batch_tokens: int = 4096
-    separator: str = " "
+    separator: str | None = None
     snippets: str | None = None
     """CounterFact's `attribute_snippets.json`, for consistency."""
     idf: str | None = None

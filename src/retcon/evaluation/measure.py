@@ -84,7 +84,7 @@ def evaluate(
         max_new_tokens: how much it may write.
         stops: texts that end an answer.
         max_batch_tokens: padded tokens per forward pass; halved when memory runs out.
-        separator: what stands between prompt and answer; "" for scripts without spaces.
+        separator: what is written between prompt and answer, over the queries' own.
         seed: of the bootstrap and of sampled text.
         context: columns for all records (`protocol`, `run_id`, ...), over those known here.
         progress: draw a progress bar.

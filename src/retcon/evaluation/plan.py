@@ -53,8 +53,8 @@ class Measures:
     """Says whether a written answer is right (`gen.judge`)."""
     max_batch_tokens: int = MAX_BATCH_TOKENS
     """Padded tokens per forward pass; halved when memory runs out."""
-    separator: str = " "
-    """What stands between prompt and answer; "" for scripts without spaces."""
+    separator: str | None = None
+    """What is written between prompt and answer, over the queries' own; None: as each query has it."""
     seed: int = 0
     """Of sampled text."""
 
@@ -181,7 +181,8 @@ def _ask(lm: LM, case: Case, query: Query, dirty: bool, measures: Measures) -> A
     if query.target:
         try:
             answers = [query.target] if query.contrast is None else [query.target, query.contrast]
-            rows = tuple(encode(lm.tokenizer, query.prompt, answer, separator=measures.separator) for answer in answers)
+            separator = query.separator if measures.separator is None else measures.separator
+            rows = tuple(encode(lm.tokenizer, query.prompt, answer, separator=separator) for answer in answers)
         except InvalidEdit as error:
             reason = str(error)
     notes = ["contaminated"] if dirty else []
@@ -191,6 +192,4 @@ def _ask(lm: LM, case: Case, query: Query, dirty: bool, measures: Measures) -> A
 
 
 def _behind_the_edit(case: Case, query: Query) -> Query:
-    edit = case.edits[0]
-    statement = f"{edit.text} {edit.target_new}."
-    return replace(query, id=query.id + PREFIXED, prompt=f"{statement} {query.prompt}")
+    return replace(query, id=query.id + PREFIXED, prompt=f"{case.edits[0].statement}. {query.prompt}")

@@ -19,7 +19,7 @@ from retcon.lm.prompts import Row, encode, pad
 
 @dataclass(frozen=True)
 class Item:
-    """One target to score behind one prompt; one separator goes between them (`retcon.lm.prompts.encode`)."""
+    """One target to score after one prompt, with a separator between them (`retcon.lm.prompts.encode`)."""
 
     prompt: str
     target: str
@@ -73,13 +73,13 @@ class TokenScore:
 
 
 def score(
-    lm: LM, items: Sequence[Item], *, max_batch_tokens: int = MAX_BATCH_TOKENS, separator: str = " "
+    lm: LM, items: Sequence[Item], *, max_batch_tokens: int = MAX_BATCH_TOKENS, separator: str | None = None
 ) -> list[TokenScore]:
     """Score every item, in the order given; one by one or batched gives the same up to rounding.
 
     Args:
         max_batch_tokens: padded tokens per forward pass; halved when memory runs out.
-        separator: what stands between prompt and target; "" for scripts without spaces.
+        separator: what is written between prompt and target; None: `retcon.edits.separator_between` the two.
 
     Raises:
         InvalidEdit: a prompt or target is empty or gives no token.

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from retcon.edits import Edit
+from retcon.edits import Edit, separator_between
 from retcon.errors import InvalidEdit, PositionNotFound, RetconWarning, UnsupportedModel
 
 Where = Literal["subject_last", "prediction"]
@@ -23,7 +23,7 @@ Where = Literal["subject_last", "prediction"]
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised prompt, with or without a target behind it."""
+    """One tokenised prompt, with or without a target after it."""
 
     ids: tuple[int, ...]
     """Prompt tokens (BOS included where the tokenizer adds one), then target tokens."""
@@ -77,26 +77,26 @@ def encode(
     target: str | None = None,
     *,
     subject_span: tuple[int, int] | None = None,
-    separator: str = " ",
+    separator: str | None = None,
 ) -> Row:
-    """Tokenise `prompt`, with `target` behind it where one is given.
+    """Tokenise `prompt`, and the `target` after it where one is given.
 
     Args:
         tokenizer: a fast transformers tokenizer; it is not changed.
-        prompt: text up to the answer; trailing whitespace is stripped, or the separator would be doubled.
+        prompt: text up to the answer, tokenised as it is.
         target: the answer; surrounding whitespace is stripped.
         subject_span: (start, end) characters of the subject in `prompt`.
-        separator: what stands between prompt and target; "" for scripts without spaces.
+        separator: what is written between prompt and target; None: `retcon.edits.separator_between` the two.
 
-    The prompt's ids are those of the prompt alone. If the joint encoding does not start with them (a merge crossed the
-    boundary), the target is tokenised behind a neutral word instead, and the row says so (`boundary_merge`).
+    The prompt's ids are those of the prompt alone, which is what a model is sent that is asked for the answer. If the
+    joint encoding does not start with them (a merge crossed the boundary), the target is tokenised after a neutral text
+    instead, and the row says so (`boundary_merge`).
 
     Raises:
         InvalidEdit: the target is empty, or gives no token.
         PositionNotFound: no token covers the subject's last character.
         UnsupportedModel: the tokenizer is a slow one, without character offsets.
     """
-    prompt = prompt.rstrip()
     prompt_ids, offsets = _encode_with_offsets(tokenizer, prompt)
     if not prompt_ids:
         raise InvalidEdit(f"the prompt {prompt!r} gives no token; give at least one character of text")
@@ -108,7 +108,9 @@ def encode(
 
     target = target.strip()
     if not target:
-        raise InvalidEdit(f"the target behind {prompt!r} is empty; give the answer the model shall say")
+        raise InvalidEdit(f"the target after {prompt!r} is empty; give the answer the model shall say")
+    if separator is None:
+        separator = separator_between(prompt, target)
     joint_ids, _ = _encode_with_offsets(tokenizer, prompt + separator + target)
     merged = joint_ids[: len(prompt_ids)] != prompt_ids
     target_ids = _target_alone(tokenizer, target, separator) if merged else joint_ids[len(prompt_ids) :]
@@ -117,8 +119,13 @@ def encode(
     return Row(tuple(prompt_ids) + tuple(target_ids), len(prompt_ids), subject_last, merged)
 
 
-def encode_edit(tokenizer: Any, edit: Edit, prefix: str = "", *, with_target: bool = False) -> Row:
-    """The edit's prompt behind a context prefix (already ending in its separator), its subject located if it has one.
+def encode_edit(tokenizer: Any, edit: Edit, prefix: str = "", *, answer: str | None = None) -> Row:
+    """Tokenise the edit's prompt after a context prefix (already ending in its separator), with its subject located.
+
+    Everything that reads, trains or measures an edit's prompt goes through here, so that all see the same tokens.
+
+    Args:
+        answer: an answer to put after the prompt (`edit.target_new`, `edit.target_true`); None: the prompt alone.
 
     Raises:
         InvalidEdit: the subject does not occur in the prompt.
@@ -128,7 +135,7 @@ def encode_edit(tokenizer: Any, edit: Edit, prefix: str = "", *, with_target: bo
     if edit.subject is not None:
         start, end = edit.require_subject_span()
         span = (start + len(prefix), end + len(prefix))
-    return encode(tokenizer, prefix + edit.text, edit.target_new if with_target else None, subject_span=span)
+    return encode(tokenizer, prefix + edit.text, answer, subject_span=span, separator=edit.separator)
 
 
 def subject_tokens(tokenizer: Any, edit: Edit) -> range:
@@ -191,13 +198,19 @@ def _encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tup
 
 
 def _target_alone(tokenizer: Any, target: str, separator: str) -> list[int]:
-    """Ids of the target behind a neutral word, or quite alone where even that merges."""
+    """Return the ids of the target after a neutral text that it does not merge with, or by itself where it always does.
+
+    Without a separator that text is a newline: some tokenizers put a space before the first word of every text.
+    """
 
     def plain(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    word, both = plain("the"), plain("the" + separator + target)
-    return both[len(word) :] if both[: len(word)] == word and len(both) > len(word) else plain(target)
+    for neutral in ("the",) if separator else ("\n", "the"):
+        alone, both = plain(neutral), plain(neutral + separator + target)
+        if both[: len(alone)] == alone and len(both) > len(alone):
+            return both[len(alone) :]
+    return plain(separator + target)
 
 
 def _last_token_covering(text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> int:

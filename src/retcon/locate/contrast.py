@@ -19,7 +19,7 @@ from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.forward import Hook, Point, TensorName, logits_at
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, Where, encode, encode_edit, pad
+from retcon.lm.prompts import Row, Where, encode_edit, pad
 from retcon.locate import lens
 from retcon.locate.embeddings import EMBEDDING, reading_first_input
 from retcon.locate.wordsets import SETS, TokenSets, WordSets
@@ -246,7 +246,7 @@ def _answers(lm: LM, edit: Edit, said: int) -> tuple[int, int]:
     """First tokens of the original and the target answer behind the prompt."""
 
     def first(answer: str) -> int:
-        return encode(lm.tokenizer, edit.text, answer).target_ids[0]
+        return encode_edit(lm.tokenizer, edit, answer=answer).target_ids[0]
 
     return (first(edit.target_true) if edit.target_true else said), first(edit.target_new)
 

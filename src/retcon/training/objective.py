@@ -17,7 +17,7 @@ from retcon.errors import InvalidEdit, UnsupportedModel
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import answer_log_probs, answer_places, gold, next_log_probs
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, encode
+from retcon.lm.prompts import Row, encode_edit
 
 Answer = Literal["target_new", "target_true"]
 """Which of an edit's answers: the one to write, or the one the model gives now."""
@@ -43,7 +43,7 @@ def answer_rows(
         text = getattr(edit, answer)
         if text is None:
             raise InvalidEdit(f"edit {edit.id!r} ({edit.subject!r}) has no {answer}, which these settings need")
-        row = encode(lm.tokenizer, prefix + edit.text, text)
+        row = encode_edit(lm.tokenizer, edit, prefix, answer=text)
         rows.append(replace(row, ids=(*row.ids, lm.tokenizer.eos_token_id)) if end else row)
     return rows
 

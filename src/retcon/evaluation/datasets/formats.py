@@ -171,7 +171,7 @@ FORMATS: Mapping[FormatName, Format] = {
             title="facts",
             needs=(("prompt",), ("subject",), ("target_new",)),
             reads=(
-                *("target_true", "relation_id", "subject_start", "paraphrases", "neighbors", "neighbours"),
+                *("target_true", "relation_id", "subject_start", "separator", "paraphrases", "neighbors", "neighbours"),
                 *("portability", "locality", "alt"),
             ),
             reader=plain,

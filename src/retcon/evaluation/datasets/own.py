@@ -38,6 +38,7 @@ def own(record: Mapping[str, Any], where: str, row: int) -> Draft:
 def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -> Draft:
     """One fact with the fields of `Edit`, and the queries that measure it where the row has any."""
     made = draft(record, where, row)
+    made.keeps_ends = True
     if "subject" not in record:
         present(record, "subject", where)  # a fact without one says so: null, or an empty cell
     new = first(present(record, "target_new", where), "target_new", where) or ""
@@ -56,14 +57,15 @@ def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -
         relation=text_or_none(record, "relation_id", where),
         subject_start=int(start) if isinstance(start, str) and start.strip().isdecimal() else start,
         edit_id=text_or_none(record, "id", where) or "",
+        separator=text_or_none(record, "separator", where),
     )
     if edit is None:
         return made
     made.id = edit.id
     wanted = ((edit.target_new,),)
-    made.ask("rewrite", [edit.text], edit.target_new, edit.target_true, wanted)
+    made.ask("rewrite", [edit.text], edit.target_new, edit.target_true, wanted, separator=edit.separator)
     reworded = [_filled(prompt, edit) for prompt in texts(record.get("paraphrases"), "paraphrases", where)]
-    made.ask("paraphrase", reworded, edit.target_new, edit.target_true, wanted)
+    made.ask("paraphrase", reworded, edit.target_new, edit.target_true, wanted, separator=edit.separator)
     for place, (prompt, kept) in enumerate(_neighbors(record, edit, where)):
         answers = ((kept.strip(),),) if kept.strip() else ()
         made.ask_at(f"neighborhood/{place}", "neighborhood", prompt, kept, answers, contrast=edit.target_new)
@@ -118,7 +120,7 @@ def _draft(case: Case, where: str) -> Draft:
     """Flags that speak of other rows are raised anew, for this may be a part of the cases they were raised for."""
     meta = {name: value for name, value in case.meta.items() if name not in ("flags", "contaminated")}
     flags = set(texts(case.meta.get("flags"), "flags", where)) - FLAGS_ACROSS
-    made = Draft(where, case.id, meta, flags, case.edits, dataset=case.dataset)
+    made = Draft(where, case.id, meta, flags, case.edits, dataset=case.dataset, keeps_ends=True)
     for edit in case.edits:
         if edit.subject is not None and edit.subject_span is None:
             made.leave_out("subject_missing", missing_subject(edit))

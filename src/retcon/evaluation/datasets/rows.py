@@ -143,7 +143,7 @@ def contaminated(cases: Iterable[Case]) -> dict[str, list[str]]:
     Once that edit is made, the neighbour's "correct" answer is no longer what the model shall say.
     """
     cases = list(cases)
-    edited = {_nfc(edit.text) for case in cases for edit in case.edits}
+    edited = {_nfc(edit.text.rstrip()) for case in cases for edit in case.edits}
 
     def is_edited(query: Query) -> bool:
         return is_locality(query.axis) and _nfc(query.prompt.rstrip()) in edited
@@ -210,6 +210,8 @@ class Draft:
     detail: str = ""
     """Why, in words."""
     dropped_queries: list[str] = field(default_factory=list)
+    keeps_ends: bool = False
+    """Whitespace at the end of a prompt is the user's own; in published files it is a slip."""
 
     def leave_out(self, reason: str, detail: str) -> None:
         """Note why the row gives no case."""
@@ -226,6 +228,7 @@ class Draft:
         relation: str | None = None,
         subject_start: int | None = None,
         edit_id: str | None = None,
+        separator: str | None = None,
     ) -> Edit | None:
         """Take an edit of the row; None, with the reason noted, where it cannot be used.
 
@@ -245,6 +248,9 @@ class Draft:
             return None
         if any(t is not None and t != t.strip() for t in (target_new, target_true)):
             self.flags.add("target_whitespace")
+        self.flags |= end_flags(prompt)
+        if not self.keeps_ends:
+            prompt = prompt.rstrip()
         number = len(self.edits)
         own = f"{self.id}/{number}" if number else self.id
         try:
@@ -256,6 +262,7 @@ class Draft:
                 id=own if edit_id is None else edit_id,
                 relation_id=relation,
                 subject_start=subject_start,
+                separator=separator,
             )
         except InvalidEdit as error:
             raise MalformedFile(f"{self.where}: {error}") from None
@@ -273,10 +280,12 @@ class Draft:
         target: str | None,
         contrast: str | None = None,
         answers: tuple[tuple[str, ...], ...] = (),
+        *,
+        separator: str | None = None,
     ) -> None:
         """Add one query per prompt, blank ones and those with a blank target left out; ids keep the file's places."""
         for place, prompt in enumerate(prompts):
-            self.ask_at(f"{axis}/{place}", axis, prompt, target, answers, contrast=contrast)
+            self.ask_at(f"{axis}/{place}", axis, prompt, target, answers, contrast=contrast, separator=separator)
 
     def ask_at(
         self,
@@ -288,12 +297,13 @@ class Draft:
         *,
         contrast: str | None = None,
         mode: Literal["any", "all"] = "any",
+        separator: str | None = None,
     ) -> None:
         """Add one query, unless its prompt is blank."""
         if not prompt.strip():
             self.dropped_queries.append("empty_prompt")
         else:
-            self.add(Query(query_id, axis, prompt, target, contrast, answers, mode))
+            self.add(Query(query_id, axis, prompt, target, contrast, answers, mode, separator))
 
     def add(self, query: Query) -> None:
         if query.target is not None and not query.target.strip():
@@ -301,7 +311,8 @@ class Draft:
             return
         self.flags |= query_flags(query.axis, query.prompt, self.edits)
         target = query.target.strip() if query.target is not None else None
-        self.queries.append(replace(query, prompt=query.prompt.rstrip(), target=target))
+        prompt = query.prompt if self.keeps_ends else query.prompt.rstrip()
+        self.queries.append(replace(query, prompt=prompt, target=target))
 
     def case(self, dataset: str) -> Case:
         meta = {**self.meta, "flags": sorted(self.flags)}
@@ -459,22 +470,25 @@ def edit_flags(edit: Edit) -> set[str]:
         flags.add("no_subject")
     elif edit.text.count(edit.subject) > 1:
         flags.add("subject_twice")
-    if edit.prompt != edit.prompt.rstrip():
-        flags.add("trailing_whitespace")
+    flags |= end_flags(edit.prompt)
     if edit.target_true and fold(edit.target_true) == fold(edit.target_new):
         flags.add("noop_edit")
     return flags
 
 
+def end_flags(prompt: str) -> set[str]:
+    """Whether whitespace ends the prompt."""
+    return {"trailing_whitespace"} if prompt != prompt.rstrip() else set()
+
+
 def query_flags(axis: str, prompt: str, edits: Sequence[Edit]) -> set[str]:
     tests = {
-        "paraphrase_is_prompt": axis == "paraphrase" and any(prompt.rstrip() == edit.text for edit in edits),
-        "trailing_whitespace": prompt != prompt.rstrip(),
+        "paraphrase_is_prompt": axis == "paraphrase" and any(prompt.rstrip() == edit.text.rstrip() for edit in edits),
         "braces": "{" in prompt or "}" in prompt,
         "newline": "\n" in prompt,
         "double_space": "  " in prompt,
     }
-    return {name for name, holds in tests.items() if holds}
+    return {name for name, holds in tests.items() if holds} | end_flags(prompt)
 
 
 # --- fields ------------------------------------------------------------------------------------------------------

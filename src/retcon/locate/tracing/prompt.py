@@ -92,7 +92,7 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
         logits = logits_at(lm, Inputs((len(rows), len(row.ids)), inputs), (rows, last), hooks)
     answer = int(logits[0].argmax())
     prob = probability(logits, answer, edit)
-    if edit.target_true and encode(lm.tokenizer, edit.text, edit.target_true).target_ids[0] != answer:
+    if edit.target_true and encode_edit(lm.tokenizer, edit, answer=edit.target_true).target_ids[0] != answer:
         return None
     return Prompt(
         row=row,

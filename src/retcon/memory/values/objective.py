@@ -99,7 +99,7 @@ def norm_names(sites: Sequence[ValueSite]) -> list[str]:
 
 def rewriting_rows(lm: LM, edit: Edit, contexts: Contexts) -> list[Row]:
     """The edit's prompt in every context, bare first, with the new answer behind it."""
-    return [encode_edit(lm.tokenizer, edit, prefix, with_target=True) for prefix in contexts.all]
+    return [encode_edit(lm.tokenizer, edit, prefix, answer=edit.target_new) for prefix in contexts.all]
 
 
 def kl_row(lm: LM, edit: Edit) -> Row:

@@ -280,7 +280,7 @@ def reported(lm: LM, delta: Delta) -> Delta:
 def answers(lm: LM, edits: Sequence[Edit]) -> list[tuple[float, bool]]:
     """Return, per edit on its bare prompt, the new answer's geometric-mean probability per token, and whether each of
     its tokens is the model's first choice."""
-    rows = [encode_edit(lm.tokenizer, edit, with_target=True) for edit in edits]
+    rows = [encode_edit(lm.tokenizer, edit, answer=edit.target_new) for edit in edits]
 
     def read(group: list[int]) -> list[tuple[float, bool]]:
         chosen = [rows[i] for i in group]
