@@ -36,8 +36,8 @@ NFD: Callable[[str], str] = lambda text: unicodedata.normalize("NFD", text)  # n
 def test_whitespace_around_subject_and_targets_goes() -> None:
     edit = Edit("The capital of {} is ", " France", " Rome\n", "  ")
     assert (edit.subject, edit.target_new, edit.target_true) == ("France", "Rome", None)
-    assert edit.text == "The capital of France is"
-    assert edit.prompt == "The capital of {} is "
+    assert edit.text == "The capital of France is "  # whose end is the user's own
+    assert edit.statement == "The capital of France is Rome"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Importing is light: names are loaded when first used, and transformers only when
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from retcon.chat import Chat
 from retcon.edits import (
     Case,
     Edit,
@@ -56,6 +57,7 @@ _LAZY = {
 __all__ = [
     "LM",
     "Case",
+    "Chat",
     "Columns",
     "Contexts",
     "Corpus",

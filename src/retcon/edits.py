@@ -11,9 +11,10 @@ import json
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args
 
+from retcon.chat import Chat, chat_from
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, MalformedFile
 from retcon.files import require, write_atomically
 
@@ -49,9 +50,12 @@ class Edit:
     subject_start: int | None = None
     """Character where the subject starts in a prompt without marker, if it is not its first occurrence."""
     separator: str | None = None
-    """What is written between prompt and answer; None: `separator_between` the two."""
+    """What is written between prompt and answer; None: `separator_between` the two, or as the chat template has it."""
+    chat: Chat | None = None
+    """Put the prompt to a chat model, as the user's turn in its template (True: a plain one); None: as text."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "chat", chat_from(self.chat))
         _check_texts(self, self._named(), ("id", "prompt", "target_new"), _OPTIONAL_TEXTS)
         object.__setattr__(self, "target_new", self.target_new.strip())
         if self.subject is not None:
@@ -154,9 +158,12 @@ class Query:
     answers_mode: Literal["any", "all"] = "any"
     """`any`: one alias of one answer is enough; `all`: one alias of every answer."""
     separator: str | None = None
-    """What is written between prompt and answer; None: `separator_between` the two."""
+    """What is written between prompt and answer; None: `separator_between` the two, or as the chat template has it."""
+    chat: Chat | None = None
+    """Put the prompt to a chat model, as the user's turn in its template (True: a plain one); None: as text."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "chat", chat_from(self.chat))
         named = f"query {self.id!r}"
         _check_texts(self, named, ("id", "axis", "prompt"), ("target", "contrast", "separator"))
         if not self.prompt.strip():
@@ -246,6 +253,19 @@ def _closes(answer: str) -> bool:
 
 def _is_spaceless(character: str) -> bool:
     return unicodedata.name(character, "").startswith(_SPACELESS)
+
+
+def in_chat(cases: Iterable[Case], chat: Chat | bool | None) -> list[Case]:
+    """Return the cases with every edit and query put in this chat; in none where it is None or False."""
+    frame = chat_from(chat)
+    return [
+        replace(
+            case,
+            edits=tuple(replace(edit, chat=frame) for edit in case.edits),
+            queries=tuple(replace(query, chat=frame) for query in case.queries),
+        )
+        for case in cases
+    ]
 
 
 def _check_texts(item: object, named: str, needed: Iterable[str], optional: Iterable[str]) -> None:

@@ -305,8 +305,8 @@ def test_what_cannot_be_scored_is_skipped_with_its_reason(tiny: Make) -> None:
     skipped = {r.query_id: (r.value, r.n, r.detail) for r in found.records if r.status == "skipped"}
     assert {name: detail for name, (_, _, detail) in skipped.items()} == {
         "generation/0": "no target",
-        "rewrite/1": "the target behind 'I read' is empty; give the answer the model shall say",
-        "rewrite/2": "the target behind 'I read' is empty; give the answer the model shall say",
+        "rewrite/1": "the target after 'I read' is empty; give the answer the model shall say",
+        "rewrite/2": "the target after 'I read' is empty; give the answer the model shall say",
         "portability.x/0": "no target",
     }
     assert {(value, n) for value, n, _ in skipped.values()} == {(None, 0)}

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from retcon.edits import separator_between
 from retcon.errors import InvalidEdit
 from retcon.evaluation import Item, TokenScore, score
 from retcon.evaluation.score import score_rows
@@ -237,7 +238,7 @@ def test_prompt_and_target_read_as_written_in_every_tokenizer(kind: str) -> None
         if s.boundary_merge:  # answers that had to be tokenised alone may have lost the space before them
             assert text.replace(" ", "") == (item.prompt + item.target).replace(" ", "")
         else:
-            assert text == f"{item.prompt} {item.target}"
+            assert text == item.prompt + separator_between(item.prompt, item.target) + item.target
         assert "\ufffd" not in text
     reaching = kind in ("piece", "merging")  # these two do not break text at spaces
     assert any(s.boundary_merge for s in found) == reaching
@@ -255,13 +256,12 @@ def test_the_pad_token_is_of_no_account() -> None:
 
 def test_a_separator_for_scripts_without_spaces(tiny: Make) -> None:
     lm = tiny(n_layers=1)
-    found = score(lm, [Item("東京", "東京")], separator="")[0]
-    assert lm.tokenizer.decode(found.target) == "東京"
-    assert lm.tokenizer.decode(score(lm, [Item("東京", "東京")])[0].target) == " 東京"
+    assert lm.tokenizer.decode(score(lm, [Item("東京", "東京")])[0].target) == "東京"
+    assert lm.tokenizer.decode(score(lm, [Item("東京", "東京")], separator=" ")[0].target) == " 東京"
 
 
 def test_an_empty_target_is_refused(tiny: Make) -> None:
-    with pytest.raises(InvalidEdit, match="the target behind 'I read' is empty"):
+    with pytest.raises(InvalidEdit, match="the target after 'I read' is empty"):
         score(tiny(n_layers=1), [Item("I read", " ")])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any, get_args
 
 import pytest
 
-from retcon.edits import Case, Edit, Query
+from retcon.chat import Chat
+from retcon.edits import Case, Edit, Query, write_cases
 from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, RetconError, UnusableRow
 from retcon.evaluation import evaluate, read_cases
 from retcon.evaluation.datasets import FORMATS, FormatName
 from retcon.files import read_json_rows
 from retcon.lm.model import LM
 from retcon.methods.common.registry import check_subjects, list_methods, method
+from tests.conftest import tiny_model, tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "shapes"
 CASES = Path(__file__).parents[3] / "shared" / "cases"
@@ -133,6 +136,45 @@ def test_a_very_long_paraphrase_is_read() -> None:
     assert max(len(q.prompt.split()) for q in cases[1].queries) > 64
 
 
+def of_64_tokens(family: str) -> LM:
+    model = tiny_model(family, n_layers=1)
+    model.config.max_position_embeddings = 64
+    if family == "gpt2":
+        model.transformer.wpe.weight.data = model.transformer.wpe.weight.data[:64]  # reading more is an IndexError
+    return LM(model, tokenizer())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_is_longer_than_the_context_is_not_asked_and_listed(family: str) -> None:
+    lm = of_64_tokens(family)
+    fits, most = "word" + " word" * 20, len(lm.encode("word" + " word" * 20).ids)
+    assert most <= 62
+    queries = (
+        Query("rewrite/0", "rewrite", fits, "Rome", "Paris", (("Rome",),)),
+        Query("paraphrase/0", "paraphrase", "word " * 90 + "is", "Rome", "Paris", (("Rome",),)),
+        Query("generation/0", "generation", "word " * 90 + "is"),
+    )
+    found = evaluate(lm, [Case("a", (Edit("The capital of {} is", "France", "Rome"),), queries)], generate=True)
+    summary = found.summary()
+    assert summary.counts["skipped"] == 2
+    reason = r"\d+ tokens, and the model reads 64"
+    assert re.fullmatch(reason, summary.unread["a, paraphrase/0"])
+    assert re.search(rf"not asked: a, paraphrase/0 \({reason}\)", str(summary))
+    assert summary["ES"].pre is not None
+    assert summary["ES"].pre.n_queries == 1
+    assert ("pre", "a", "rewrite/0") in found.texts
+    assert ("pre", "a", "paraphrase/0") not in found.texts
+
+
+@shared
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_very_long_paraphrase_is_not_asked(family: str) -> None:
+    summary = evaluate(of_64_tokens(family), read_cases(CASES / "overlong.json")[0], generate=True).summary()
+    assert list(summary.unread) == ["1, paraphrase/0"]
+    assert summary["ES"].pre is not None
+    assert summary["ES"].pre.n == 3
+
+
 # --- every format, on files of our own -----------------------------------------------------------------------------
 
 SHAPES = {p.stem: p for p in sorted(FIXTURES.iterdir())}
@@ -191,6 +233,38 @@ def test_facts_with_their_queries_on_one_line() -> None:
     assert asked(two, "neighborhood") == [("neighborhood", "Ben Orr speaks", "Dutch")]
     assert asked(two, "portability") == [("portability.reasoning", "The language of Ada Quill's home is", "Danish")]
     assert three.edits[0].subject is None
+
+
+def test_a_fact_may_say_how_it_is_put(file: Callable[..., Path]) -> None:
+    fact = {"prompt": "{}'s capital:\n", "subject": "France", "target_new": "Rome", "paraphrases": ["{}:\n"]}
+    row = {**fact, "separator": "> ", "chat": {"system": "Be brief.", "template_args": {"think": False}}}
+    [case], report = read_cases(file([row]))
+    (edit,) = case.edits
+    assert (edit.text, edit.separator, edit.statement) == ("France's capital:\n", "> ", "France's capital:\n> Rome")
+    assert edit.chat == Chat("Be brief.", (("think", False),))
+    assert {(q.prompt, q.separator, q.chat) for q in case.queries} == {
+        ("France's capital:\n", "> ", edit.chat),
+        ("France:\n", "> ", edit.chat),
+    }
+    assert report.flags["trailing_whitespace"] == 1
+    write_cases(written := file(""), [case])
+    assert read_cases(written)[0][0].edits == case.edits
+    assert read_cases(written)[0][0].queries == case.queries
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ("yes", "chat must be true, false or an object with system and template_args, found 'yes'"),
+        ({"sytem": "Be brief."}, "chat: unknown field(s) sytem; known: system, template_args"),
+        ({"system": 3}, "chat: system must be text, found int (3)"),
+        ({"template_args": {"tools": []}}, "chat: template argument 'tools' must be text, a number"),
+    ],
+)
+def test_a_chat_that_means_nothing_is_refused(chat: Any, message: str, file: Callable[..., Path]) -> None:
+    fact = {"prompt": "{} is", "subject": "France", "target_new": "Rome", "chat": chat}
+    with pytest.raises(UnusableRow, match=re.escape(f"row 1: {message}")):
+        read_cases(file([fact]))
 
 
 def test_old_answers_are_rivals_only_where_all_are_known(file: Callable[..., Path]) -> None:

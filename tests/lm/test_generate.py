@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from retcon.chat import Chat
 from retcon.errors import InvalidSetting
 from retcon.evaluation.writing import PRESETS
 from retcon.lm import generate as module
 from retcon.lm.generate import Writing, Written, generate
 from retcon.lm.model import LM
+from retcon.lm.prompts import encode
 
 Make = Callable[..., LM]
 PROMPTS = ["The capital of France is", "He", "Michel Rocard is a native speaker of French, and Łódź is", "東京 and"]
@@ -115,8 +117,8 @@ def test_a_chat_goes_through_the_template_once(tiny: Make) -> None:
     template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}assistant:"
     kept, lm.tokenizer.chat_template = lm.tokenizer.chat_template, template
     try:
-        how = Writing(max_new_tokens=3, stops=(), chat=True, system="Be kind.")
-        row = module._row(lm, "Who?", how)
+        how = Writing(max_new_tokens=3, stops=(), chat=Chat("Be kind."))
+        row = encode(lm.tokenizer, "Who?", chat=how.chat)
         assert row.ids.count(lm.tokenizer.bos_token_id) == 1
         assert lm.tokenizer.decode(row.ids) == "<s>system: Be kind. user: Who? assistant:"
         assert generate(lm, ["Who?"], how)[0].n_tokens <= 3

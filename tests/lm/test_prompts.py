@@ -1,5 +1,6 @@
 """Tokenisation against its definition: where a subject ends, where a target starts, nothing lost at the boundary."""
 
+import copy
 import random
 import warnings
 from itertools import product
@@ -10,8 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from retcon.chat import Chat
 from retcon.edits import Edit, separator_between
-from retcon.errors import InvalidEdit, PositionNotFound, RetconWarning, UnsupportedModel
+from retcon.errors import InvalidEdit, InvalidSetting, PositionNotFound, RetconWarning, UnsupportedModel
 from retcon.lm.prompts import Row, encode, encode_edit, pad, subject_tokens
 from tests.conftest import TEXT, tokenizer
 
@@ -275,6 +277,61 @@ def test_an_edits_own_separator_is_used_everywhere() -> None:
     assert decode(tok, row.prompt_ids) == "I read. The capital of France is"
 
 
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' and refuse %}{{ raise_exception('no system') }}"
+    "{% endif %}[{{ m['role'] }}] {{ m['content'] | trim }}{% if not loop.last %} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} [assistant]{% endif %}"
+)
+
+
+def chat_tokenizer(kind: str, template: str = TEMPLATE) -> Any:
+    tok = copy.deepcopy(tokenizer(kind))
+    tok.chat_template = template
+    return tok
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bos"])
+def test_a_chat_prompt_is_the_users_turn_in_the_template(kind: str) -> None:
+    tok = chat_tokenizer(kind)
+    edit = Edit(" Name the capital of {}. ", "France", "Rome", chat=Chat("Answer about France."))
+    row = encode_edit(tok, edit, "I read of France.", answer=edit.target_new)
+    asked = "<s>[system] Answer about France. [user] I read of France. Name the capital of France. [assistant]"
+    assert row.prompt_ids == tuple(tok(asked, add_special_tokens=False)["input_ids"])
+    assert row.ids.count(0) == 1
+    assert decode(tok, row.target_ids).strip() == "Rome"
+    assert row.subject_last is not None
+    until = decode(tok, row.ids[: row.subject_last + 1])
+    assert until.endswith("Name the capital of France")
+    at, ids = subject_tokens(tok, edit), encode_edit(tok, edit).ids
+    assert decode(tok, ids[at.start : at.stop]).strip() == "France"
+    assert decode(tok, ids[at.stop :]).startswith(".")
+
+
+def test_what_the_template_writes_before_an_answer_is_the_separator() -> None:
+    tok = chat_tokenizer("bos")
+    row = encode(tok, "Who?", "Rome", chat=Chat())
+    assert decode(tok, row.ids) == "[user] Who? [assistant] Rome"
+    assert decode(tok, row.prompt_ids) == "[user] Who? [assistant]"
+    assert decode(tok, encode(tok, "Who?", "Rome", chat=Chat(), separator=": ").target_ids) == ": Rome"
+
+
+def test_a_first_token_that_a_prompt_already_has_is_not_added_again() -> None:
+    tok = tokenizer("bos")
+    assert encode(tok, "<s>The capital is", "Rome").ids == encode(tok, "The capital is", "Rome").ids
+    start = len("The capital of ")
+    row = encode(tok, "<s>The capital of France is", "Rome", subject_span=(start + 3, start + 9))
+    assert row == encode(tok, "The capital of France is", "Rome", subject_span=(start, start + 6))
+
+
+def test_a_chat_that_cannot_be_rendered_is_refused() -> None:
+    with pytest.raises(InvalidSetting, match="the tokenizer has no chat template"):
+        encode(tokenizer("bos"), "Who?", chat=Chat())
+    with pytest.raises(InvalidSetting, match=r"the chat template refuses this conversation \(no system\)"):
+        encode(chat_tokenizer("bos"), "Who?", chat=Chat("Be kind.", (("refuse", True),)))
+    with pytest.raises(UnsupportedModel, match=r"changes the question 'Who\?'"):
+        encode(chat_tokenizer("bos", "{{ messages[-1]['content'] | upper }}"), "Who?", chat=Chat())
+
+
 def test_merges_over_the_boundary_are_marked_and_lose_nothing() -> None:
     tok, marked = merging_tokenizer(), 0
     for prompt, target in product(["the cat is", "the", "of is", "cat", "is"], ["Rome", "R", "is Rome", "cat"]):
@@ -314,15 +371,14 @@ def test_a_target_that_gives_no_token_is_refused() -> None:
         encode(PreTrainedTokenizerFast(tokenizer_object=tok), "the cat is", "東京")
 
 
-@pytest.mark.parametrize("prompt", ["", "  \n"])
-def test_an_empty_prompt_is_the_bos_token_or_refused(prompt: str) -> None:
+def test_an_empty_prompt_is_the_bos_token_or_refused() -> None:
     for kind in ("bos", "eos", "trimmed"):
-        assert encode(make_tokenizer(kind), prompt) == Row((0,), 1)
-        row = encode(make_tokenizer(kind), prompt, "Rome")
+        assert encode(make_tokenizer(kind), "") == Row((0,), 1)
+        row = encode(make_tokenizer(kind), "", "Rome")
         assert row.n_prompt == 1
         assert decode(make_tokenizer(kind), row.target_ids).strip() == "Rome"
     with pytest.raises(InvalidEdit, match="gives no token; give at least one character of text"):
-        encode(tokenizer("gpt"), prompt)
+        encode(tokenizer("gpt"), "")
 
 
 def test_special_tokens_written_in_a_prompt_are_tokens_like_others() -> None:
@@ -333,7 +389,7 @@ def test_special_tokens_written_in_a_prompt_are_tokens_like_others() -> None:
 
 
 def test_encode_edit_takes_target_and_prefix() -> None:
-    tok, edit = tokenizer("bos"), Edit("The capital of {} is ", "France", "Rome")
+    tok, edit = tokenizer("bos"), Edit("The capital of {} is", "France", "Rome")
     row = encode_edit(tok, edit, "I read. ", answer=edit.target_new)
     assert decode(tok, row.ids) == "I read. The capital of France is Rome"
     assert decode(tok, row.target_ids) == " Rome"

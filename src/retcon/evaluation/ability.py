@@ -54,11 +54,12 @@ def ability(
             "(text) and locality say what is left of the model"
         ) from None
     mark = _mark(lm)
-    config = lm.model.config
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     with lm.frozen_eval(), _generators_kept():
         wrapped = models.HFLM(
-            pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=batch_size, max_length=context
+            pretrained=lm.model,
+            tokenizer=copy.deepcopy(lm.tokenizer),
+            batch_size=batch_size,
+            max_length=lm.context_length,
         )
         try:
             found = harness.simple_evaluate(

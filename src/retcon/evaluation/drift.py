@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retcon.chat import Chat
 from retcon.errors import InvalidSetting
 from retcon.evaluation.score import score_rows
 from retcon.lm.forward import next_log_probs
@@ -65,9 +66,7 @@ def perplexity(
     ids = encode(lm.tokenizer, text).ids[:max_tokens]
     if len(ids) < 2:
         raise InvalidSetting(f"a text of {len(ids)} token(s) has no perplexity; give a longer one")
-    config = lm.model.config
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or window
-    window = min(window, int(context))
+    window = min(window, lm.context_length or window)
     rows = [Row(ids[a:b], first - a) for a, b, first in windows(len(ids), window, min(stride, window // 2))]
     scores = score_rows(lm, rows, max_batch_tokens=max(4096, window))
     n = sum(len(score.logp) for score in scores)
@@ -79,10 +78,21 @@ Scope = Callable[[], AbstractContextManager[object]]
 
 
 def next_token_divergence(
-    lm: LM, prompts: Sequence[str], before: Scope, after: Scope, *, rows_at_a_time: int = 128
+    lm: LM,
+    prompts: Sequence[str],
+    before: Scope,
+    after: Scope,
+    *,
+    chats: Sequence[Chat | None] | None = None,
+    rows_at_a_time: int = 128,
 ) -> list[float]:
-    """KL(before || after) in nats of the next-token distribution behind every prompt, float32, whole vocabulary."""
-    rows = [encode(lm.tokenizer, prompt) for prompt in prompts]
+    """Return KL(before || after) in nats of the next-token distribution after every prompt, float32, whole vocabulary.
+
+    Args:
+        chats: one per prompt, for prompts that are a user's turn.
+    """
+    frames = chats or [None] * len(prompts)
+    rows = [encode(lm.tokenizer, prompt, chat=chat) for prompt, chat in zip(prompts, frames, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     found: dict[int, float] = {}
     for start in range(0, len(order), rows_at_a_time):

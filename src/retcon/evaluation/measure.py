@@ -200,15 +200,18 @@ def _write(lm: LM, plan: Plan, measures: Measures, advance: Advance) -> dict[Pla
 def _write_freely(lm: LM, plan: Plan, measures: Measures) -> dict[tuple[str, str, Fluency], Written]:
     found: dict[tuple[str, str, Fluency], Written] = {}
     wanted = [(a, variant) for a in plan.asked for variant in _fluencies(a, measures)]
-    greedy = [(a, variant) for a, variant in wanted if variant == "flu.new"]
-    prompts = list(dict.fromkeys(a.query.prompt for a, _ in greedy))
-    texts = dict(zip(prompts, generate(lm, prompts, PRESETS["fluency"]) if prompts else [], strict=True))
-    found |= {(*a.place, variant): texts[a.query.prompt] for a, variant in greedy}
-    drawn = [(a, variant) for a, variant in wanted if variant != "flu.new"]
-    if drawn:
-        seeds = [derive_seed(measures.seed, "text", *a.place) for a, _ in drawn]
-        written = generate(lm, [a.query.prompt for a, _ in drawn], PRESETS["fluency_rome"], seeds=seeds)
-        found |= {(*a.place, variant): text for (a, variant), text in zip(drawn, written, strict=True)}
+    for chat in dict.fromkeys(a.query.chat for a, _ in wanted):
+        here = [(a, variant) for a, variant in wanted if a.query.chat == chat]
+        greedy, drawn = (replace(PRESETS[name], chat=chat) for name in ("fluency", "fluency_rome"))
+        plainly = [(a, variant) for a, variant in here if variant == "flu.new"]
+        prompts = list(dict.fromkeys(a.query.prompt for a, _ in plainly))
+        texts = dict(zip(prompts, generate(lm, prompts, greedy) if prompts else [], strict=True))
+        found |= {(*a.place, variant): texts[a.query.prompt] for a, variant in plainly}
+        sampled = [(a, variant) for a, variant in here if variant != "flu.new"]
+        if sampled:
+            seeds = [derive_seed(measures.seed, "text", *a.place) for a, _ in sampled]
+            written = generate(lm, [a.query.prompt for a, _ in sampled], drawn, seeds=seeds)
+            found |= {(*a.place, variant): text for (a, variant), text in zip(sampled, written, strict=True)}
     return found
 
 
@@ -243,9 +246,13 @@ def _essence(lm: LM, plan: Plan, measures: Measures) -> dict[str, float]:
 def divergences(lm: LM, plan: Plan, when: When, before: Scope, after: Scope, *, step: int = 0) -> list[Record]:
     """`loc.kl`: divergence of the next-token distribution on locality prompts, in nats."""
     chosen = [a for a in plan.asked if is_locality(a.query.axis) and a.readable and not a.prefixed]
-    prompts = list(dict.fromkeys(a.query.prompt for a in chosen))
-    values = dict(zip(prompts, next_token_divergence(lm, prompts, before, after), strict=True))
-    return [_record(a, when, Measured("divergence", "loc.kl", values[a.query.prompt], 1), step) for a in chosen]
+    prompts = list(dict.fromkeys((a.query.prompt, a.query.chat) for a in chosen))
+    found = next_token_divergence(lm, [p for p, _ in prompts], before, after, chats=[chat for _, chat in prompts])
+    values = dict(zip(prompts, found, strict=True))
+    return [
+        _record(a, when, Measured("divergence", "loc.kl", values[a.query.prompt, a.query.chat], 1), step)
+        for a in chosen
+    ]
 
 
 # --- telling -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.evaluation.datasets.rows import Family, contaminated
 from retcon.evaluation.metrics import Judge, accepted
 from retcon.evaluation.metrics.consistency import References
+from retcon.evaluation.records import NO_TARGET
 from retcon.evaluation.writing import PRESETS
 from retcon.lm.batches import MAX_BATCH_TOKENS
 from retcon.lm.generate import Writing
@@ -90,6 +91,8 @@ class Asked:
     notes: tuple[str, ...]
     prefixed: bool = False
     """A neighbour behind the edited statement."""
+    overlong: bool = False
+    """The prompt, or prompt and answer, are more than the model can read."""
 
     @property
     def case_id(self) -> str:
@@ -106,10 +109,14 @@ class Asked:
     @property
     def readable(self) -> bool:
         """The prompt can be put to the model, with or without an answer behind it."""
-        return bool(self.rows) or not self.query.target
+        return bool(self.rows) or not (self.query.target or self.overlong)
 
     def writing(self, measures: Measures) -> Writing | None:
-        """How the model shall write its answer here; None where it shall not."""
+        """How the model shall write its answer here, in the query's chat if it has one; None where it shall not."""
+        how = self._writing(measures)
+        return how if how is None or self.query.chat is None else replace(how, chat=self.query.chat)
+
+    def _writing(self, measures: Measures) -> Writing | None:
         axis = self.query.axis
         if not measures.generate or not self.readable or self.prefixed or not self.query.prompt.strip():
             return None
@@ -177,18 +184,35 @@ def make_plan(lm: LM, cases: Sequence[Case], measures: Measures) -> Plan:
 
 def _ask(lm: LM, case: Case, query: Query, dirty: bool, measures: Measures) -> Asked:
     rows: tuple[Row, ...] = ()
-    reason = None if query.target else "no target"
+    reason = None if query.target else NO_TARGET
     if query.target:
         try:
             answers = [query.target] if query.contrast is None else [query.target, query.contrast]
             separator = query.separator if measures.separator is None else measures.separator
-            rows = tuple(encode(lm.tokenizer, query.prompt, answer, separator=separator) for answer in answers)
+            rows = tuple(
+                encode(lm.tokenizer, query.prompt, answer, separator=separator, chat=query.chat) for answer in answers
+            )
         except InvalidEdit as error:
             reason = str(error)
+    reason, rows, overlong = _within_context(lm, query, rows, reason)
     notes = ["contaminated"] if dirty else []
     if any(row.boundary_merge for row in rows):
         notes.append("boundary_merge")
-    return Asked(case, query, rows, reason, tuple(notes))
+    return Asked(case, query, rows, reason, tuple(notes), overlong=overlong)
+
+
+def _within_context(
+    lm: LM, query: Query, rows: tuple[Row, ...], reason: str | None
+) -> tuple[str | None, tuple[Row, ...], bool]:
+    """Return the reason and the rows, none where the model cannot read them all, and whether that is so."""
+    limit = lm.context_length
+    if limit is None or not (rows or reason == NO_TARGET):
+        return reason, rows, False
+    read = rows or (encode(lm.tokenizer, query.prompt, chat=query.chat),)
+    longest = max(max(row.n_prompt, len(row.ids) - 1) for row in read)  # the last answer token is only predicted
+    if longest <= limit:
+        return reason, rows, False
+    return f"{longest:,} tokens, and the model reads {limit:,}", (), True
 
 
 def _behind_the_edit(case: Case, query: Query) -> Query:

@@ -17,6 +17,8 @@ SCHEMA = 1
 When = Literal["pre", "immediate", "checkpoint", "final"]
 """The unedited model (`pre`); right after the case's own edit (`immediate`); with all edits so far (`checkpoint`); with
 all edits there are (`final`)."""
+NO_TARGET = "no target"
+"""Why a query that only asks for text is not scored."""
 Status = Literal["ok", "skipped", "error"]
 
 _CHUNK = 20_000  # lines parsed at a time

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retcon.evaluation.intervals import N_RESAMPLES, Interval, ci_boot, ci_case
 from retcon.evaluation.metrics import macro, score_am, score_hm
-from retcon.evaluation.records import Record
+from retcon.evaluation.records import NO_TARGET, Record
 
 Family = Literal["cf", "zsre", "ee", "mq", "ripple"]
 Key = tuple[str, str]
@@ -25,6 +25,8 @@ _MAIN: Mapping[Family, str] = {
     "mq": "zsre.tok",
     "ripple": "zsre.tok",
 }
+N_UNREAD_SHOWN = 5
+"""Queries that were not asked, shown below a table with the reason."""
 _UNSCALED = ("loc.kl", "ppl.", "gen.tokens", "time.", "memory.")
 
 
@@ -78,6 +80,8 @@ class Summary:
     lines: tuple[Line, ...]
     counts: Mapping[str, int]
     """Queries skipped, in error, contaminated, tied, or tokenised apart from their prompt (`boundary_merge`)."""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    """Why queries that have an answer could not be scored, by case and query."""
 
     def __getitem__(self, key: str | Key) -> Line:
         metric, variant = key if isinstance(key, tuple) else (key, self._own_variant(key))
@@ -118,7 +122,12 @@ class Summary:
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
         counts = ", ".join(f"{name} {n:,}" for name, n in self.counts.items() if n)
-        return f"{self.n_cases:,} cases, values x100 with 95 % intervals\n{text}" + (f"\n{counts}" if counts else "")
+        cases = "1 case" if self.n_cases == 1 else f"{self.n_cases:,} cases"
+        below = [counts] if counts else []
+        below += [f"not asked: {query} ({reason})" for query, reason in list(self.unread.items())[:N_UNREAD_SHOWN]]
+        if len(self.unread) > N_UNREAD_SHOWN:
+            below.append(f"not asked: {len(self.unread) - N_UNREAD_SHOWN:,} more")
+        return "\n".join([f"{cases}, values x100 with 95 % intervals", text, *below])
 
     def _shown(self, line: Line) -> bool:
         aside = {"cf.prob_sum", "cf.magnitude", "score.am", "zsre.first", "gen.contains", "gen.tokens"}
@@ -188,7 +197,7 @@ def summarise(
     keys = dict.fromkeys(key for own in estimates.values() for key in own)
     lines = [Line(*k, estimates.get("pre", {}).get(k), estimates.get("post", {}).get(k)) for k in keys]
     lines.sort(key=lambda line: _rank(line, family))
-    return Summary(family, len(subjects), tuple(lines), _counts([*before, *after]))
+    return Summary(family, len(subjects), tuple(lines), _counts([*before, *after]), _unread([*before, *after]))
 
 
 def case_values(records: Iterable[Record], metric: str, variant: str) -> dict[str, float]:
@@ -324,6 +333,16 @@ def _scores(means: Float[Tensor, "resamples metrics"]) -> Float[Tensor, "resampl
 
 def _mean(values: Mapping[str, float]) -> float | None:
     return math.fsum(values.values()) / len(values) if values else None
+
+
+def _unread(records: Sequence[Record]) -> dict[str, str]:
+    """The reasons of queries of which nothing at all was measured."""
+    measured = {(r.case_id, r.query_id) for r in records if r.status != "skipped"}
+    return {
+        f"{r.case_id}, {r.query_id}": r.detail or ""
+        for r in records
+        if r.query_id is not None and (r.case_id, r.query_id) not in measured and not r.noted(NO_TARGET)
+    }
 
 
 def _counts(records: Iterable[Record]) -> dict[str, int]:

@@ -1,11 +1,12 @@
 """Ways of writing that published evaluations use."""
 
+from retcon.chat import Chat
 from retcon.lm.generate import Writing
 
 PRESETS = {
     "qa": Writing(),
     "wild_paper": Writing(max_new_tokens=50, stops=(".", "\n")),
-    "wild_easyedit": Writing(max_new_tokens=512, stops=(".", "\n"), chat=True, system="You are a helpful assistant."),
+    "wild_easyedit": Writing(max_new_tokens=512, stops=(".", "\n"), chat=Chat("You are a helpful assistant.")),
     "gold_length": Writing(stops=()),
     "ripple": Writing(max_new_tokens=30),
     "cot": Writing(max_new_tokens=200, stops=("\n\n",), after="Answer:"),

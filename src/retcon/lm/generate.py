@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retcon.chat import Chat
 from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.model import LM
@@ -34,10 +35,8 @@ class Writing:
     """Draw from the k likeliest tokens at temperature 1; None is greedy."""
     total_tokens: int | None = None
     """Prompt and continuation together at most (ROME's fluency); stands above `max_new_tokens`."""
-    chat: bool = False
-    """Wrap the prompt by the tokenizer's chat template."""
-    system: str = ""
-    """System line of the chat."""
+    chat: Chat | None = None
+    """Put the prompt as the user's turn of the chat template."""
     after: str | None = None
     """Keep only what follows the last occurrence of this (the answer after a chain of thought)."""
 
@@ -89,7 +88,7 @@ def generate(
     how = how or Writing()
     if how.sample_top_k is not None and seeds is None:
         raise InvalidSetting("sampled text needs a seed per prompt")
-    rows = [_row(lm, prompt, how) for prompt in prompts]
+    rows = [encode(lm.tokenizer, prompt, chat=how.chat) for prompt in prompts]
     limits = [_limit(lm, row, how, None if lengths is None else lengths[i]) for i, row in enumerate(rows)]
     results = {i: Written("", 0, True) for i, limit in enumerate(limits) if limit < 1}
     asked = [i for i in range(len(rows)) if i not in results]
@@ -129,18 +128,6 @@ class _own_settings:
 
     def __exit__(self, *_: object) -> None:
         self.model.generation_config = self.shipped
-
-
-def _row(lm: LM, prompt: str, how: Writing) -> Row:
-    if not how.chat:
-        return encode(lm.tokenizer, prompt)
-    if not getattr(lm.tokenizer, "chat_template", None):
-        raise InvalidSetting(f"{lm.name!r} has no chat template; choose a way of writing without chat")
-    lines = [{"role": "system", "content": how.system}] if how.system else []
-    lines.append({"role": "user", "content": prompt})
-    text = lm.tokenizer.apply_chat_template(lines, tokenize=False, add_generation_prompt=True)
-    ids = tuple(lm.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has them in it
-    return Row(ids, len(ids))
 
 
 def _limit(lm: LM, row: Row, how: Writing, given: int | None) -> int:

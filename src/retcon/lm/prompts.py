@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from retcon.chat import Chat
 from retcon.edits import Edit, separator_between
-from retcon.errors import InvalidEdit, PositionNotFound, RetconWarning, UnsupportedModel
+from retcon.errors import InvalidEdit, InvalidSetting, PositionNotFound, RetconWarning, UnsupportedModel
 
 Where = Literal["subject_last", "prediction"]
 """Token positions that methods read and write: the subject's last token, and the last token of the prompt."""
@@ -78,6 +79,7 @@ def encode(
     *,
     subject_span: tuple[int, int] | None = None,
     separator: str | None = None,
+    chat: Chat | None = None,
 ) -> Row:
     """Tokenise `prompt`, and the `target` after it where one is given.
 
@@ -86,7 +88,9 @@ def encode(
         prompt: text up to the answer, tokenised as it is.
         target: the answer; surrounding whitespace is stripped.
         subject_span: (start, end) characters of the subject in `prompt`.
-        separator: what is written between prompt and target; None: `retcon.edits.separator_between` the two.
+        separator: what is written between prompt and target; None: `retcon.edits.separator_between` the two, or in a
+            chat what the template writes there.
+        chat: makes the prompt the user's turn in the tokenizer's template.
 
     The prompt's ids are those of the prompt alone, which is what a model is sent that is asked for the answer. If the
     joint encoding does not start with them (a merge crossed the boundary), the target is tokenised after a neutral text
@@ -97,7 +101,12 @@ def encode(
         PositionNotFound: no token covers the subject's last character.
         UnsupportedModel: the tokenizer is a slow one, without character offsets.
     """
-    prompt_ids, offsets = _encode_with_offsets(tokenizer, prompt)
+    if chat is not None:
+        turn = render(tokenizer, chat, [prompt])
+        if subject_span is not None:
+            subject_span = turn.span(prompt, subject_span)
+        prompt, separator = turn.text, turn.separator if separator is None else separator
+    prompt_ids, offsets = _encode_with_offsets(tokenizer, prompt, chat is None)
     if not prompt_ids:
         raise InvalidEdit(f"the prompt {prompt!r} gives no token; give at least one character of text")
     subject_last = None
@@ -111,7 +120,7 @@ def encode(
         raise InvalidEdit(f"the target after {prompt!r} is empty; give the answer the model shall say")
     if separator is None:
         separator = separator_between(prompt, target)
-    joint_ids, _ = _encode_with_offsets(tokenizer, prompt + separator + target)
+    joint_ids, _ = _encode_with_offsets(tokenizer, prompt + separator + target, chat is None)
     merged = joint_ids[: len(prompt_ids)] != prompt_ids
     target_ids = _target_alone(tokenizer, target, separator) if merged else joint_ids[len(prompt_ids) :]
     if not target_ids:
@@ -125,6 +134,7 @@ def encode_edit(tokenizer: Any, edit: Edit, prefix: str = "", *, answer: str | N
     Everything that reads, trains or measures an edit's prompt goes through here, so that all see the same tokens.
 
     Args:
+        prefix: goes before the prompt, in a chat inside the user's turn.
         answer: an answer to put after the prompt (`edit.target_new`, `edit.target_true`); None: the prompt alone.
 
     Raises:
@@ -135,7 +145,7 @@ def encode_edit(tokenizer: Any, edit: Edit, prefix: str = "", *, answer: str | N
     if edit.subject is not None:
         start, end = edit.require_subject_span()
         span = (start + len(prefix), end + len(prefix))
-    return encode(tokenizer, prefix + edit.text, answer, subject_span=span, separator=edit.separator)
+    return encode(tokenizer, prefix + edit.text, answer, subject_span=span, separator=edit.separator, chat=edit.chat)
 
 
 def subject_tokens(tokenizer: Any, edit: Edit) -> range:
@@ -145,12 +155,66 @@ def subject_tokens(tokenizer: Any, edit: Edit) -> range:
         InvalidEdit: the subject does not occur in the prompt.
         PositionNotFound: no token covers the subject's first or last character.
     """
-    span = edit.require_subject_span()
-    _, offsets = _encode_with_offsets(tokenizer, edit.text)
+    span, text = edit.require_subject_span(), edit.text
+    if edit.chat is not None:
+        turn = render(tokenizer, edit.chat, [text])
+        span, text = turn.span(text, span), turn.text
+    _, offsets = _encode_with_offsets(tokenizer, text, edit.chat is None)
     covering = [t for t, (first, stop) in enumerate(offsets) if first <= span[0] < stop]
     if not covering:
-        raise PositionNotFound(f"no token covers the start of the subject {edit.subject!r} in {edit.text!r}")
-    return range(covering[0], _last_token_covering(edit.text, offsets, span) + 1)
+        raise PositionNotFound(f"no token covers the start of the subject {edit.subject!r} in {text!r}")
+    return range(covering[0], _last_token_covering(text, offsets, span) + 1)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A conversation as a chat model reads it, up to where its answer begins."""
+
+    text: str
+    start: int
+    """Character where the last question starts in it."""
+    separator: str
+    """Whitespace that the template writes before an answer."""
+
+    def span(self, question: str, span: tuple[int, int]) -> tuple[int, int]:
+        """Return where a part of the last question is in the rendered text."""
+        stripped = len(question) - len(question.lstrip())  # templates take off what surrounds a turn
+        return span[0] - stripped + self.start, span[1] - stripped + self.start
+
+
+def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> Turn:
+    """Render a conversation by the tokenizer's chat template.
+
+    Args:
+        turns: the user's and the assistant's, in turn; the last is a question.
+
+    Raises:
+        InvalidSetting: there is no template, or it refuses the conversation.
+        UnsupportedModel: the template changes the question, so that its subject cannot be found.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidSetting(
+            "the tokenizer has no chat template, so it is no chat model's; leave the chat out, or give the template as "
+            "tokenizer.chat_template"
+        )
+
+    def apply(messages: list[dict[str, str]], asking: bool) -> str:
+        try:
+            text: str = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=asking, **chat.arguments
+            )
+        except Exception as error:  # templates raise what they like, for a system turn, say
+            raise InvalidSetting(f"the chat template refuses this conversation ({error})") from None
+        return text
+
+    text = apply(chat.turns(turns), True)
+    question = turns[-1].strip()
+    start = text.rfind(question)
+    if start < 0:
+        raise UnsupportedModel(f"the chat template changes the question {question!r}, which must be read as it is")
+    answered = apply(chat.turns([*turns, "answer"]), False)
+    before = answered[len(text) : answered.rfind("answer")] if answered.startswith(text) else ""
+    return Turn(text, start, before if before.isspace() else "")
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -171,8 +235,12 @@ def pad(rows: Sequence[Row], device: torch.device | str = "cpu", *, side: Litera
     return Batch(ids.to(device), mask.to(device))
 
 
-def _encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character spans, special tokens in front kept (span (0, 0)), those at the end dropped."""
+def _encode_with_offsets(tokenizer: Any, text: str, add_special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return ids and character spans: special tokens in front are kept (span (0, 0)), those at the end dropped.
+
+    A chat template writes the special tokens itself, so none are added to what it made; and where a text begins with
+    the token that the tokenizer puts before every text, that is not put there again.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedModel(
             f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell which characters a token covers; "
@@ -180,7 +248,7 @@ def _encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tup
         )
     encoded = tokenizer(
         text or "a",
-        add_special_tokens=True,
+        add_special_tokens=add_special,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
         return_attention_mask=False,
@@ -189,6 +257,9 @@ def _encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tup
         verbose=False,
     )
     ids, offsets, special = encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"]
+    bos = getattr(tokenizer, "bos_token", None)
+    if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2 and offsets[0] != offsets[1]:
+        ids, offsets, special = ids[1:], offsets[1:], special[1:]  # a template wrote it already
     n = len(ids)
     if not text:  # the special tokens in front of any text are all there is
         n = special.index(0) if 0 in special else 0
@@ -210,7 +281,7 @@ def _target_alone(tokenizer: Any, target: str, separator: str) -> list[int]:
         alone, both = plain(neutral), plain(neutral + separator + target)
         if both[: len(alone)] == alone and len(both) > len(alone):
             return both[len(alone) :]
-    return plain(separator + target)
+    return plain(target)
 
 
 def _last_token_covering(text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> int:

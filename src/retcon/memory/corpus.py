@@ -132,9 +132,7 @@ def check_corpus(source: str | os.PathLike[str]) -> None:
 
 def document_rows(lm: LM, documents: Iterable[str], n_tokens: int, max_length: int) -> list[Row]:
     """Tokenised documents, each cut to `max_length` (or the context), as many as it takes to reach `n_tokens`."""
-    config = lm.model.config
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or max_length
-    cap, rows, total = min(max_length, context), [], 0
+    cap, rows, total = min(max_length, lm.context_length or max_length), [], 0
     for document in documents:
         if total >= n_tokens:
             break

@@ -171,7 +171,16 @@ FORMATS: Mapping[FormatName, Format] = {
             title="facts",
             needs=(("prompt",), ("subject",), ("target_new",)),
             reads=(
-                *("target_true", "relation_id", "subject_start", "separator", "paraphrases", "neighbors", "neighbours"),
+                *(
+                    "target_true",
+                    "relation_id",
+                    "subject_start",
+                    "separator",
+                    "chat",
+                    "paraphrases",
+                    "neighbors",
+                    "neighbours",
+                ),
                 *("portability", "locality", "alt"),
             ),
             reader=plain,

@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from retcon import world
+from retcon.chat import chat_from
 from retcon.edits import MARKER, Case, Edit, case_from
-from retcon.errors import MalformedFile
+from retcon.errors import InvalidEdit, MalformedFile
 from retcon.evaluation.datasets.rows import (
     FLAGS_ACROSS,
     CaseTarget,
@@ -71,6 +72,11 @@ def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -
         made.ask_at(f"neighborhood/{place}", "neighborhood", prompt, kept, answers, contrast=edit.target_new)
     ask_related(made, record.get("portability"), "portability", where)
     ask_related(made, record.get("locality"), "locality", where)
+    if record.get("chat") is not None:
+        try:
+            made.put_in_chat(chat_from(record["chat"]))
+        except InvalidEdit as error:
+            raise MalformedFile(f"{where}: {error}") from None
     return made
 
 

@@ -12,6 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from retcon.chat import Chat
 from retcon.edits import MARKER, Case, ConflictRule, Edit, Query, resolve_conflicts, same_question
 from retcon.edits import conflicts as contradictions
 from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, UnusableRow
@@ -313,6 +314,11 @@ class Draft:
         target = query.target.strip() if query.target is not None else None
         prompt = query.prompt if self.keeps_ends else query.prompt.rstrip()
         self.queries.append(replace(query, prompt=prompt, target=target))
+
+    def put_in_chat(self, chat: Chat | None) -> None:
+        """Put what is edited and asked as turns of a chat."""
+        self.edits = tuple(replace(edit, chat=chat) for edit in self.edits)
+        self.queries = [replace(query, chat=chat) for query in self.queries]
 
     def case(self, dataset: str) -> Case:
         meta = {**self.meta, "flags": sorted(self.flags)}

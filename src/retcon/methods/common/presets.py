@@ -118,7 +118,7 @@ def signature(lm: LM) -> dict[str, Any]:
         "d_ff": weight.shape[1],
         "vocabulary": config.vocab_size,
         "rope_theta": rope.get("rope_theta", getattr(config, "rope_theta", None)),
-        "context": getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None),
+        "context": lm.context_length,
     }
 
 

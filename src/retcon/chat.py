@@ -1,0 +1,69 @@
+"""`Chat`: how a question is put to a chat model, by the template of its tokenizer."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from retcon.errors import InvalidEdit
+
+Argument = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation's frame: the prompt is the user's turn, the answer the assistant's.
+
+    Raises:
+        InvalidEdit: the system text is not text, or a template argument is not a plain value under a name.
+    """
+
+    system: str | None = None
+    """Text of the system turn; None: as the template has it."""
+    template_args: tuple[tuple[str, Argument], ...] = ()
+    """What the template is given beside the turns, such as `enable_thinking=False`; a mapping is taken, too."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.system, str | None):
+            raise InvalidEdit(f"chat: system must be text, found {type(self.system).__name__} ({self.system!r})")
+        given: Any = self.template_args
+        try:
+            pairs = dict(given)
+        except (TypeError, ValueError):
+            raise InvalidEdit(f"chat: template_args must be values under names, found {given!r}") from None
+        for name, value in pairs.items():
+            if not isinstance(name, str) or not isinstance(value, Argument):
+                raise InvalidEdit(
+                    f"chat: template argument {name!r} must be text, a number, true, false or null under a name, "
+                    f"found {value!r}"
+                )
+        object.__setattr__(self, "template_args", tuple(sorted(pairs.items())))
+
+    @property
+    def arguments(self) -> dict[str, Argument]:
+        """The template arguments by name."""
+        return dict(self.template_args)
+
+    def turns(self, questions_and_answers: Iterable[str]) -> list[dict[str, str]]:
+        """Return the messages of a conversation: the system's, then the user's and the assistant's in turn."""
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        roles = ("user", "assistant")
+        return messages + [{"role": roles[i % 2], "content": text} for i, text in enumerate(questions_and_answers)]
+
+
+def chat_from(value: "Chat | Mapping[str, Any] | bool | None") -> Chat | None:
+    """Return the `Chat` that a field or an argument means: True is one without anything of its own, False is none.
+
+    Raises:
+        InvalidEdit: it is none of these, or an object with other fields.
+    """
+    if value is None or value is False:
+        return None
+    if value is True:
+        return Chat()
+    if isinstance(value, Chat):
+        return value
+    if not isinstance(value, Mapping):
+        raise InvalidEdit(f"chat must be true, false or an object with system and template_args, found {value!r}")
+    if unknown := sorted(map(str, value.keys() - {"system", "template_args"})):
+        raise InvalidEdit(f"chat: unknown field(s) {', '.join(unknown)}; known: system, template_args")
+    return Chat(value.get("system"), value.get("template_args") or ())
