@@ -447,7 +447,7 @@ def test_methods_that_write_at_the_subject_refuse_a_fact_without_one() -> None:
     free = [name for name in list_methods() if name in ("ctp", "kne")]
     for name in free:
         check_subjects(method(name), [fact])
-    with pytest.raises(InvalidEdit, match=r"edit 'lost' names no subject, and rome writes at .*: ctp, kne"):
+    with pytest.raises(InvalidEdit, match=r"edit 'lost' names no subject, and rome writes at .*: .*\bctp\b.*\bkne\b"):
         check_subjects(method("rome", layer=1), [fact])
 
 
