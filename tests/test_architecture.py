@@ -15,7 +15,7 @@ ROOT = Path(retcon.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = [
-    {"errors", "version", "files", "chat", "edits", "checked", "delta", "world"},
+    {"errors", "version", "files", "chat", "edits", "checked", "attachment", "delta", "world"},
     {"lm"},
     {"memory", "training", "locate"},
     {"evaluation"},
@@ -26,7 +26,7 @@ LEVELS = [
     {"bench"},
     {"cli", "__main__"},
 ]
-BASE = ["errors", "version", "files", "chat", "edits", "checked", "delta"]
+BASE = ["errors", "version", "files", "chat", "edits", "checked", "attachment", "delta"]
 """The order inside the first level; `world` may use the first three."""
 
 

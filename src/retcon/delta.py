@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from retcon.attachment import Attachment, Cost, Hook
+from retcon.attachment import EditReport as EditReport
 from retcon.checked import as_bytes, checksum
 from retcon.edits import Edit, edit_record
-from retcon.errors import DeltaMismatch, MalformedFile, NonFinite
+from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, NonFinite
 from retcon.files import write_atomically
 
 FORMAT = "retcon-delta-2"
@@ -222,42 +224,6 @@ class Dense(Change):
 KINDS: dict[str, type[Change]] = {k.kind: k for k in (LowRank, Rows, Columns, Entries, Dense)}
 
 
-@dataclass(frozen=True)
-class EditReport:
-    """What happened to one edit while its delta was made."""
-
-    id: str
-    search_probability: float
-    """Geometric-mean probability of the target per token, mean over contexts, with the values in place (not yet the
-    weights)."""
-    steps: int
-    """Optimisation steps taken."""
-    stopped: str
-    """Why the search ended: `reached`, `steps`, `clamped` (out of steps with a value on its clamp), or `non_finite`
-    (masked tuning went back to the last finite values)."""
-    detail: Mapping[str, float] = field(default_factory=dict)
-    """Method-specific figures, such as the loss terms at the end."""
-    final_probability: float | None = None
-    """Geometric-mean probability of the target per token on the bare prompt, the delta in the weights; None where it
-    was not measured."""
-    greedy_match: bool | None = None
-    """Whether every target token is then the model's first choice."""
-
-    @property
-    def lost_in_write(self) -> bool:
-        """Whether the search found what the weights do not give, whatever ended the search: the answer is not the first
-        choice, and its probability is less than half of what was searched."""
-        if self.greedy_match is not False or self.final_probability is None:
-            return False
-        return self.stopped == "reached" or self.final_probability < 0.5 * self.search_probability
-
-    @property
-    def outcome(self) -> str:
-        """`reached`, or what stood in the way: `conflict` (lost in the write, to the weight on old keys or to other
-        edits), which is asked first, `clamped` or `steps`."""
-        return "conflict" if self.lost_in_write else self.stopped
-
-
 @dataclass(frozen=True, eq=False)
 class Delta:
     """Which parameters change and by how much, with the record of how that came about.
@@ -343,6 +309,20 @@ class Delta:
         """Upper bound of the change's rank, per parameter; None for vectors and for scattered or dense changes."""
         return {name: _rank_bound(changes) for name, changes in self.changes.items()}
 
+    # --- what attachments of other kinds do beside the weights; a delta does nothing there ------------------------
+
+    def hooks(self) -> Sequence[Hook]:
+        """None: it acts in the weights."""
+        return ()
+
+    def prompt(self, text: str) -> str:
+        """The prompt as it is."""
+        return text
+
+    def cost(self) -> Cost:
+        """Nothing: an edited model runs as the unedited one does."""
+        return Cost()
+
     # --- files ---------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -403,6 +383,22 @@ class Delta:
         if delta.id != record["id"]:
             raise MalformedFile(f"{path}: damaged; its content gives id {delta.id}, its record says {record['id']}")
         return delta
+
+
+def only_deltas(attachments: Sequence[Attachment], what: str) -> tuple[Delta, ...]:
+    """The same, where all of them are in the weights.
+
+    Raises:
+        InvalidSetting: one acts beside the weights, which `what` knows nothing of.
+    """
+    for each in attachments:
+        if not isinstance(each, Delta):
+            kind = getattr(each, "kind", type(each).__name__)
+            raise InvalidSetting(
+                f"{what} deals with weights only, and attachment {each.id} ({kind}) acts beside them; revert it first, "
+                "or keep its own file and attach it where the model runs"
+            )
+    return tuple(each for each in attachments if isinstance(each, Delta))
 
 
 def smallest(left: Tensor, right: Tensor) -> Change:

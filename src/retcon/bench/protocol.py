@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from retcon.attachment import Attachment
 from retcon.bench.units import Unit, Units
 from retcon.checked import as_bytes
-from retcon.delta import Delta
 from retcon.edits import Case, Edit, same_question
 from retcon.errors import DeltaMismatch, InvalidSetting, RetconError
 from retcon.evaluation.measure import divergences, measure
@@ -99,7 +99,7 @@ class Protocol:
         return f"{self.kind}({n})"
 
 
-Propose = Callable[[LM, Sequence[Edit], "Mapping[str, torch.Tensor] | None"], Delta]
+Propose = Callable[[LM, Sequence[Edit], "Mapping[str, torch.Tensor] | None"], Attachment]
 """From a model, edits and the state of the step before to the change that writes them."""
 
 
@@ -269,7 +269,7 @@ def _edit(
     state: Mapping[str, torch.Tensor] | None,
     step: int,
     size: int,
-) -> tuple[Delta | None, Unit]:
+) -> tuple[Attachment | None, Unit]:
     """The chunk's delta, None where there is none to apply, and a unit that tells of every edit and of the time."""
     owners: dict[str, Case] = {}
     edits: dict[tuple[tuple[str, str], str], Edit] = {}

@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from retcon.attachment import Attachment
 from retcon.bench.directory import FINISHED
 from retcon.bench.manifest import as_json, command_line, environment, manifest_of, run_id, versions, write_or_verify
 from retcon.bench.pre import unedited
 from retcon.bench.protocol import Setting, n_units, run_units
 from retcon.bench.spec import BenchSpec, Cell, DatasetSpec, MethodSpec, ModelSpec
 from retcon.bench.units import Unit, Units
-from retcon.delta import Delta
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, RetconError, RetconWarning
 from retcon.evaluation.ability import ability
@@ -210,7 +210,7 @@ class CellRunner:
         kept = ValueCache(root / VALUES)
         seed = derive_seed(cell.seed, "method") % 2**31
 
-        def propose(lm: LM, edits: Sequence[Edit], state: Any, values: ValueCache | None = kept) -> Delta:
+        def propose(lm: LM, edits: Sequence[Edit], state: Any, values: ValueCache | None = kept) -> Attachment:
             return in_steps(method, lm, edits, moments=self.moments, state=state, values=values, seed=seed)
 
         setting = Setting(
@@ -280,7 +280,7 @@ class CellRunner:
             records += ability(self.lm, self.spec.tasks, when=when, step=step, limit=self.spec.task_limit)
         return records
 
-    def _warm_up(self, propose: Callable[[LM, Sequence[Edit], Any], Delta], cases: Sequence[Case]) -> None:
+    def _warm_up(self, propose: Callable[[LM, Sequence[Edit], Any], Attachment], cases: Sequence[Case]) -> None:
         """One edit that is thrown away: statistics are collected and caches filled before time is taken."""
         first = next((e for c in cases for e in c.edits if e.subject is None or e.subject_span is not None), None)
         if first is None:

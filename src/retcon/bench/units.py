@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from retcon.attachment import Attachment, load
 from retcon.checked import Kind, as_bytes, cached, from_bytes, write_checked
-from retcon.delta import Delta
 from retcon.errors import MalformedFile, RetconWarning
 from retcon.evaluation.records import Record, encode_records, parse_records
 from retcon.evaluation.results import Evaluation
@@ -106,17 +106,17 @@ class Units:
     def _identity(self, key: str) -> dict[str, Any]:
         return {"run": self.run_id, "unit": key, "tokens": self.keep_tokens}
 
-    def save_delta(self, key: str, delta: Delta) -> None:
+    def save_delta(self, key: str, delta: Attachment) -> None:
         """Keep a step's delta, with the state it hands on."""
         if self.directory is not None:
             delta.save(self.directory / "deltas" / f"{key}.safetensors")
 
-    def load_delta(self, unit: Unit) -> Delta | None:
+    def load_delta(self, unit: Unit) -> Attachment | None:
         """A step's delta as it was kept, or None where its file is gone or not to be believed, with a warning."""
         assert self.directory is not None
         path = self.directory / "deltas" / f"{unit.key}.safetensors"
         try:
-            delta = Delta.load(path)
+            delta = load(path)
             if delta.id != unit.delta:
                 raise MalformedFile(f"{path}: holds delta {delta.id}, the step made {unit.delta}")
             return delta

@@ -59,6 +59,7 @@ def audit(
     and exported.
     """
     from retcon.audit import audit as compare
+    from retcon.delta import only_deltas
 
     if delta is not None:
         check_can_write(delta)
@@ -70,7 +71,7 @@ def audit(
     lm = load_model(base, device=device, dtype=dtype or "auto")
     other = load_model(edited, device=device, dtype=dtype or "auto")
     with spinner("comparing"):
-        found = compare(lm, other, edits=asked, known=known)
+        found = compare(lm, other, edits=asked, known=only_deltas(known, "an audit"))
     if delta is not None:
         found.delta.save(delta)
     if as_json:

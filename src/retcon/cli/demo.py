@@ -31,7 +31,7 @@ from retcon.errors import InvalidSetting
 from retcon.workflow import Resolved, resolve, write_facts
 
 if TYPE_CHECKING:
-    from retcon.delta import Delta
+    from retcon.attachment import Attachment
     from retcon.evaluation import Estimate, Evaluation, Summary
     from retcon.lm.model import LM
 
@@ -115,7 +115,7 @@ class Story:
     said: Mapping[str, Sequence[Said]]
     """By axis: all of `rewrite`, a few of `paraphrase` and `neighborhood`."""
     evaluation: "Evaluation"
-    delta: "Delta"
+    delta: "Attachment"
     file: Path
     same_from_file: bool
     """The delta read back from the file is the one that was saved."""

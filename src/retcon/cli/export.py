@@ -161,9 +161,10 @@ def _scores(lm: "LM", cases: "Sequence[Case]") -> dict[str, float]:
 
 def _scores_at(lm: "LM", cases: "Sequence[Case]", rank: int) -> dict[str, float]:
     """The same with the changes cut to that rank."""
+    from retcon.delta import only_deltas
     from retcon.export.factors import compressed, factors_of
 
-    deltas = lm.applied
+    deltas = only_deltas(lm.applied, "an adapter")
     small = compressed(lm, factors_of(lm, deltas, rank=rank), deltas)
     lm.revert_all()
     try:

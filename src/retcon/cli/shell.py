@@ -32,7 +32,7 @@ from retcon.errors import (
 )
 
 if TYPE_CHECKING:
-    from retcon.delta import Delta
+    from retcon.attachment import Attachment
     from retcon.lm.model import LM
 
 WIDTH = 100
@@ -285,11 +285,14 @@ def _check_device(name: str | None) -> None:
         raise InvalidSetting(f"device {name!r} asked for, but torch sees {found or 'no'} GPU(s) on this machine")
 
 
-def load_deltas(paths: Sequence[Path]) -> list["Delta"]:
-    """Deltas from files, in that order; a store stands for those in force, `store@ENTRY` for those after an entry."""
-    from retcon.delta import Delta
+def load_deltas(paths: Sequence[Path]) -> list["Attachment"]:
+    """Deltas, or attachments of other kinds, from files, in that order.
 
-    return [Delta.load(path) for path in delta_files(paths)]
+    A store stands for those in force, `store@ENTRY` for those after an entry.
+    """
+    from retcon.attachment import load
+
+    return [load(path) for path in delta_files(paths)]
 
 
 def delta_files(paths: Sequence[Path]) -> list[Path]:

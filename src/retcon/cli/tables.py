@@ -13,7 +13,7 @@ from retcon.edits import Edit
 from retcon.workflow import Estimate, Resolved, outcomes
 
 if TYPE_CHECKING:
-    from retcon.delta import Delta, EditReport
+    from retcon.attachment import Attachment, EditReport
     from retcon.lm.model import LM
 
 N_SHOWN = 12
@@ -72,7 +72,7 @@ def facts_table(edits: Sequence[Edit]) -> Group:
     return Group(table, f"[dim]and {more:,} more[/]") if more > 0 else Group(table)
 
 
-def edits_table(delta: "Delta", edits: Sequence[Edit]) -> Group:
+def edits_table(delta: "Attachment", edits: Sequence[Edit]) -> Group:
     """How far each edit got while its values were sought, and in the weights; of many, those that got least far."""
     by_id = {e.id: e for e in edits}
     reports = [r for r in delta.report if r.id in by_id]
@@ -101,7 +101,7 @@ def _how_far(report: "EditReport") -> float:
     return report.search_probability if report.final_probability is None else report.final_probability
 
 
-def changes_table(lm: "LM", delta: "Delta") -> Table:
+def changes_table(lm: "LM", delta: "Attachment") -> Table:
     """How much each parameter changes."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("parameter", no_wrap=True, overflow="ellipsis")

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from retcon.delta import Delta
+from retcon.attachment import Attachment
 from retcon.edits import Case
 from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import Scope, next_token_divergence
@@ -56,7 +56,7 @@ def evaluate(
     lm: LM,
     cases: Sequence[Case],
     *,
-    delta: Delta | None = None,
+    delta: Attachment | None = None,
     pre: Evaluation | None = None,
     measures: Measures | None = None,
     generate: bool | None = None,
@@ -424,7 +424,7 @@ def _covering(pre: Evaluation, plan: Plan) -> Evaluation:
     return Evaluation(records, pre.context, keep(pre.texts), keep(pre.predictions), keep(pre.scores))
 
 
-def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Delta], seed: int) -> dict[str, Any]:
+def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Attachment], seed: int) -> dict[str, Any]:
     """What holds for the whole run; `deltas` are those in force at the end of it."""
     n_edits = sum(len(delta.report) for delta in deltas)
     methods = dict.fromkeys(str(delta.provenance.get("method", "unknown")) for delta in deltas)

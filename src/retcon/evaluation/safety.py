@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from retcon import world
-from retcon.delta import Delta
+from retcon.attachment import Attachment
 from retcon.edits import Case
 from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import perplexity
@@ -103,7 +103,7 @@ class Verdict:
 def check(
     lm: LM,
     cases: Sequence[Case],
-    deltas: Sequence[Delta],
+    deltas: Sequence[Attachment],
     *,
     thresholds: Thresholds = Thresholds(),
     text: str | None = None,

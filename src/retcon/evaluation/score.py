@@ -14,7 +14,7 @@ import torch
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, encode, pad
+from retcon.lm.prompts import Row, pad
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def score(
         InvalidEdit: a prompt or target is empty or gives no token.
         torch.OutOfMemoryError: a single row does not fit.
     """
-    rows = [encode(lm.tokenizer, item.prompt, item.target, separator=separator) for item in items]
+    rows = [lm.encode(item.prompt, item.target, separator=separator) for item in items]
     return score_rows(lm, rows, max_batch_tokens=max_batch_tokens)
 
 

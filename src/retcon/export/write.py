@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors.torch import save_file
 
-from retcon.delta import Delta
+from retcon.delta import Delta, only_deltas
 from retcon.edits import edit_record
 from retcon.errors import DeltaNotApplied, InvalidSetting
 from retcon.export.adapter import write_adapter
@@ -91,7 +91,7 @@ def export(
         raise InvalidSetting(f"unknown GGUF type {gguf_type!r}; known: {', '.join(TYPES)}")
     place = Path(out)
     check_place(place, base_folder(lm), force)
-    deltas = lm.applied
+    deltas = only_deltas(lm.applied, f"format {format}")
     if not any(d.changes for d in deltas) and format in ("peft", "diff", "gguf-lora"):
         raise DeltaNotApplied(f"no applied delta changes anything, so format {format} would hold nothing")
     named = base_name or base_place(lm)

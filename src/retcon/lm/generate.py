@@ -17,7 +17,7 @@ from retcon.chat import Chat
 from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, decode, encode, pad
+from retcon.lm.prompts import Row, decode, pad
 
 WRITTEN_BATCH_TOKENS = 2 * MAX_BATCH_TOKENS
 """Padded tokens of a batch, prompts and longest continuations together; most end before they are that long."""
@@ -88,7 +88,7 @@ def generate(
     how = how or Writing()
     if how.sample_top_k is not None and seeds is None:
         raise InvalidSetting("sampled text needs a seed per prompt")
-    rows = [encode(lm.tokenizer, prompt, chat=how.chat) for prompt in prompts]
+    rows = [lm.encode(prompt, chat=how.chat) for prompt in prompts]
     limits = [_limit(lm, row, how, None if lengths is None else lengths[i]) for i, row in enumerate(rows)]
     results = {i: Written("", 0, True) for i, limit in enumerate(limits) if limit < 1}
     asked = [i for i in range(len(rows)) if i not in results]

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retcon.delta import Change, Columns, Delta, Entries, Rows
+from retcon.attachment import Attachment
+from retcon.delta import Change, Columns, Entries, Rows
 from retcon.errors import DeltaNotApplied, NonFinite, WeightsChanged
+from retcon.lm.hooks import Hooks
 
 _BLOCK = 2**22
 """Values written at a time: no second copy of a large matrix is ever made."""
@@ -69,7 +71,7 @@ class _Look:
 class Entry:
     """A delta in force, until it is removed or the scope that it belongs to is gone."""
 
-    delta: Delta
+    delta: Attachment
     scope: "weakref.ref[Any] | None" = None
     before: Mapping[str, _Record | None] = field(default_factory=dict)
     """For a scope: the records of the delta's parameters before it, sums copied, so that leaving costs no replay."""
@@ -85,10 +87,12 @@ class Ledger:
 
     Args:
         parameters: by name; a delta changes no others.
+        hooks: brings what attachments do beside the weights onto the model; None where it has no modules.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], hooks: Hooks | None = None) -> None:
         self._parameters = parameters
+        self._hooks = hooks
         self._entries: tuple[Entry, ...] = ()  # what shall be in force, in order of application
         self._hiding: tuple[weakref.ref[Any], ...] = ()  # scopes during which the base shall show
         self._records: dict[str, _Record] = {}
@@ -102,7 +106,7 @@ class Ledger:
         return tuple(entry for entry in self._entries if entry.alive)
 
     @property
-    def applied(self) -> tuple[Delta, ...]:
+    def applied(self) -> tuple[Attachment, ...]:
         """Deltas that shall be in force, in order of application, without those that a later one supersedes."""
         deltas = [entry.delta for entry in self.entries]
         replaced = {i for delta in deltas for i in delta.supersedes}
@@ -121,7 +125,7 @@ class Ledger:
 
     # --- changing it -------------------------------------------------------------------------------------------------
 
-    def push(self, delta: Delta, scope: "weakref.ref[Any] | None" = None) -> Entry:
+    def push(self, delta: Attachment, scope: "weakref.ref[Any] | None" = None) -> Entry:
         """Apply `delta` on top, until it is removed or `scope` is gone. On any failure the weights are as they were.
 
         Raises:
@@ -161,7 +165,7 @@ class Ledger:
         self._entries = tuple(e for e in self._entries if e not in gone)
         self.settle({name: old for entry in reversed(gone) for name, old in entry.before.items()})
 
-    def remove(self, delta: Delta) -> None:
+    def remove(self, delta: Attachment) -> None:
         """Take `delta` out, wherever it is; what remains is the base plus the other applied deltas.
 
         Raises:
@@ -191,7 +195,7 @@ class Ledger:
         self._hiding = ()
         self.settle(force=force)
 
-    def find(self, delta_id: str) -> Delta:
+    def find(self, delta_id: str) -> Attachment:
         """The applied delta of that id.
 
         Raises:
@@ -244,7 +248,7 @@ class Ledger:
             )
 
     @torch.inference_mode(False)
-    def _copies(self, delta: Delta) -> dict[str, _Record | None]:
+    def _copies(self, delta: Attachment) -> dict[str, _Record | None]:
         known = {name: self._records.get(name) for name in delta.changes}
         return {name: None if old is None else _copy(old) for name, old in known.items()}
 
@@ -273,17 +277,19 @@ class Ledger:
         self._settled_at = (None, hidden)
         for name, own in work.items():
             self._bring(name, own, hidden, (before or {}).get(name))
+        if self._hooks is not None:
+            self._hooks.bring(() if hidden else deltas)
         self._entries = entries
         self._settled_at = (entries, hidden)
 
-    def _differs(self, name: str, deltas: Sequence[Delta], hidden: bool) -> bool:
+    def _differs(self, name: str, deltas: Sequence[Attachment], hidden: bool) -> bool:
         """Whether a parameter shows something else than the base plus these deltas, or has a record for nothing."""
         record, ids = self._records.get(name), tuple(delta.id for delta in deltas)
         if record is None:
             return bool(ids) and not hidden
         return not ids or record.shown != (() if hidden else ids) or (record.ids != ids and not hidden)
 
-    def _bring(self, name: str, deltas: Sequence[Delta], hidden: bool, before: _Record | None) -> None:
+    def _bring(self, name: str, deltas: Sequence[Attachment], hidden: bool, before: _Record | None) -> None:
         """Bring one parameter to the base plus these deltas, or to the base while they are hidden."""
         ids = tuple(delta.id for delta in deltas)
         record = self._records.get(name)
@@ -301,7 +307,7 @@ class Ledger:
         record.shown = ids
 
     def _summed(
-        self, name: str, record: _Record | None, deltas: Sequence[Delta], ids: Ids, before: _Record | None
+        self, name: str, record: _Record | None, deltas: Sequence[Attachment], ids: Ids, before: _Record | None
     ) -> _Record:
         """The parameter's record with the sum of these deltas, made from what there is at the least cost."""
         if record is not None and record.ids is not None and record.ids == ids[: len(record.ids)]:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from retcon.attachment import Attachment
 from retcon.delta import Change, Columns, Delta, Dense, Entries, Region, Rows, smallest
 from retcon.errors import (
     DeltaMismatch,
@@ -27,6 +28,7 @@ from retcon.errors import (
 )
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.gguf import DEQUANTIZED_FROM
+from retcon.lm.hooks import Hooks
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
 from retcon.lm.prompts import Row, encode
@@ -155,7 +157,7 @@ class LM:
         """Who may change the model now."""
         self.serials = count()
         """Numbers of scopes."""
-        self._ledger = Ledger(self._parameters)
+        self._ledger = Ledger(self._parameters, Hooks(model))
         self._lent: Lent | None = None
         self._fingerprint: str | None = None
         self._seen: dict[str, tuple[object, ...]] = {}
@@ -255,8 +257,8 @@ class LM:
     # --- deltas --------------------------------------------------------------------------------------------------
 
     @property
-    def applied(self) -> tuple[Delta, ...]:
-        """The deltas in force, in order of application. Finishes first what an interrupt has left undone."""
+    def applied(self) -> tuple[Attachment, ...]:
+        """What is in force (deltas, mostly), in order of application. Finishes first what an interrupt left undone."""
         self._finish()
         return self._ledger.applied
 
@@ -314,8 +316,8 @@ class LM:
             for name, p in self._parameters.items()
         }
 
-    def apply(self, delta: Delta, *, other_base: bool = False) -> None:
-        """Put `delta` into the weights, until `revert`.
+    def apply(self, delta: Attachment, *, other_base: bool = False) -> None:
+        """Put `delta` into the weights, until `revert`; an attachment of another kind, beside them.
 
         On any failure, an interrupt included, the weights are as they were, or the next call makes them so.
 
@@ -334,7 +336,7 @@ class LM:
         with Turn(self.turns):
             self.push(delta, other_base, None)
 
-    def revert(self, delta: Delta | str) -> None:
+    def revert(self, delta: Attachment | str) -> None:
         """Take a delta (or the one of that id) out, wherever it is; with none left, the base is back bit for bit.
 
         Raises:
@@ -360,7 +362,7 @@ class LM:
             self._ledger.clear(force=force)
             self._finish()
 
-    def edited(self, *deltas: Delta, other_base: bool = False) -> Edited:
+    def edited(self, *deltas: Attachment, other_base: bool = False) -> Edited:
         """The model with `deltas` while the scope lasts; scopes nest. Other threads wait meanwhile."""
         return Edited(self, deltas, other_base)
 
@@ -384,7 +386,7 @@ class LM:
 
     # What scopes ask for (lm/scopes.py), inside their turn.
 
-    def push(self, delta: Delta, other_base: bool, scope: "weakref.ref[Any] | None") -> None:
+    def push(self, delta: Attachment, other_base: bool, scope: "weakref.ref[Any] | None") -> None:
         """Check a delta and apply it, until it is reverted or `scope` ends or is gone."""
         self._finish()
         self._check_fits(delta, other_base)
@@ -438,7 +440,7 @@ class LM:
         if name in self.not_editable:
             raise NotEditable(f"{name} cannot be edited: {self.not_editable[name]}")
 
-    def _check_fits(self, delta: Delta, other_base: bool) -> None:
+    def _check_fits(self, delta: Attachment, other_base: bool) -> None:
         for name, changes in delta.changes.items():
             weight = self.parameter(name)
             self.check_editable(name)
@@ -447,6 +449,8 @@ class LM:
                     change.check(weight.shape)
                 except (DeltaMismatch, NonFinite) as error:
                     raise type(error)(f"{name}: {error}") from None
+        for hook in delta.hooks():
+            self._check_module(hook.module)
         if delta.base != self.fingerprint():
             if not other_base:
                 made = delta.provenance.get("model", "another model")
@@ -463,7 +467,27 @@ class LM:
                 stacklevel=3,
             )
 
+    def _check_module(self, name: str) -> None:
+        """Whether an attachment may hook that module.
+
+        Raises:
+            DeltaMismatch: it is not inside a block.
+        """
+        inside = self.layout.block.removesuffix("{}")
+        if name.removeprefix(inside).count(".") < 1 or not name.startswith(inside):
+            raise DeltaMismatch(f"attachments hook modules inside blocks ({inside}0.mlp, say), not {name!r}")
+        try:
+            self.model.get_submodule(name)
+        except AttributeError:
+            raise DeltaMismatch(f"model {self.name!r} has no module {name!r}; was it made for another one?") from None
+
     # --- running -------------------------------------------------------------------------------------------------
+
+    def prompted(self, text: str) -> str:
+        """What the model reads in place of a prompt: the prompt, unless something attached acts on it."""
+        for attachment in () if self._ledger.hidden else self.applied:
+            text = attachment.prompt(text)
+        return text
 
     def frozen_eval(self) -> FrozenEval:
         """Eval mode and frozen parameters while the scope lasts; every flag goes back as it was."""
@@ -483,7 +507,7 @@ class LM:
 
     def encode(self, prompt: str, target: str | None = None, **options: Any) -> Row:
         """Tokenise a prompt (and target); see `retcon.lm.prompts.encode`."""
-        return encode(self.tokenizer, prompt, target, **options)
+        return encode(self.tokenizer, self.prompted(prompt), target, **options)
 
     def complete(self, prompt: str, *, max_new_tokens: int = 32, stops: Sequence[str] = ("\n",)) -> str:
         """What the model says after `prompt`, greedily, up to the first stop text."""

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from retcon.errors import ModelBusy
+from retcon.lm.hooks import Hung
 
 if TYPE_CHECKING:
-    from retcon.delta import Delta
+    from retcon.attachment import Attachment
     from retcon.lm.model import LM
 
 BUSY_SECONDS = 30.0
@@ -119,7 +120,7 @@ class Scope:
 class Edited(Scope):
     """The model with deltas while the scope lasts."""
 
-    def __init__(self, lm: "LM", deltas: "tuple[Delta, ...]", other_base: bool) -> None:
+    def __init__(self, lm: "LM", deltas: "tuple[Attachment, ...]", other_base: bool) -> None:
         super().__init__(lm)
         self._deltas, self._other_base = deltas, other_base
 
@@ -172,6 +173,9 @@ class Lent:
 
 
 def _is_ours(function: Any) -> bool:
+    """Whether a pass of retcon's left it; what attachments have hung there is the ledger's business."""
+    if isinstance(function, Hung):
+        return False
     return str(getattr(function, "__module__", "")).startswith("retcon.")
 
 

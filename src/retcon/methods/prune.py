@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.delta import Change, Delta, Dense, LowRank, smallest
+from retcon.delta import Change, Delta, Dense, LowRank, only_deltas, smallest
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
@@ -64,9 +64,9 @@ class Prune(Hosting):
         Applying it takes the live ones off, reverting it puts them back. The model is untouched. Reports are those of
         the deltas it stands for, with what the model says after the restraint.
         """
-        fresh = None
+        fresh: Delta | None = None
         if edits:
-            fresh = self.wrapped.propose(
+            proposed = self.wrapped.propose(
                 lm,
                 edits,
                 contexts=contexts,
@@ -77,7 +77,8 @@ class Prune(Hosting):
                 seed=seed,
                 progress=progress,
             )
-        parts = [*lm.applied, *([fresh] if fresh else [])]
+            (fresh,) = only_deltas([proposed], "prune")
+        parts = [*only_deltas(lm.applied, "prune"), *([fresh] if fresh else [])]
         names = dict.fromkeys(name for part in parts for name in part.changes)
         changes: dict[str, Sequence[Change]] = {}
         restrained: dict[str, int] = {}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from retcon.delta import Change, Delta, Dense, Entries
+from retcon.delta import Change, Delta, Dense, Entries, only_deltas
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
@@ -75,7 +75,7 @@ class Rect(Hosting):
             return as_change(self.filtered(change.dense(weight.shape), weight, k), change)
 
         in_loop: dict[str, Any] = {"update_filter": kept} if self.in_loop else {}
-        delta = self.wrapped.propose(
+        proposed = self.wrapped.propose(
             lm,
             edits,
             contexts=contexts,
@@ -87,6 +87,7 @@ class Rect(Hosting):
             progress=progress,
             **in_loop,
         )
+        (delta,) = only_deltas([proposed], "rect")
         if delta.supersedes:
             raise InvalidSetting(
                 f"rect: {self.base_method} replaces earlier deltas, so its change is no update to filter"

@@ -39,7 +39,7 @@ from retcon.store.index import FACTS, INDEX, Index, Line, fact_line, with_target
 from retcon.store.journal import LOCK, LOG, STAGING, Transaction, recover, writing
 
 if TYPE_CHECKING:
-    from retcon.delta import Delta
+    from retcon.attachment import Attachment
     from retcon.lm.model import LM
     from retcon.memory.moments import Moments
     from retcon.memory.values import ValueCache
@@ -241,16 +241,16 @@ class Store:
         ]
         return came, went, changed
 
-    def delta(self, delta: str) -> "Delta":
+    def delta(self, delta: str) -> "Attachment":
         """Read a delta.
 
         Raises:
             MalformedFile: its file is missing or damaged; the message says why it can be missing.
         """
-        from retcon.delta import Delta
+        from retcon.attachment import load
 
         path = self._file(DELTAS, delta)
-        found = Delta.load(path)
+        found = load(path)
         if found.id != delta:
             raise MalformedFile(f"{path}: holds delta {found.id}; the file was renamed or put in another's place")
         return found
@@ -275,7 +275,7 @@ class Store:
         files = (self.path / folder / f"{delta}.safetensors" for folder in (DELTAS, VALUES))
         return sum(file.stat().st_size for file in files if file.is_file())
 
-    def deltas(self, at: str | None = None) -> list["Delta"]:
+    def deltas(self, at: str | None = None) -> list["Attachment"]:
         """The deltas in force after an entry, in order of application."""
         return [self.delta(name) for name in self.state(at).deltas]
 
@@ -433,7 +433,7 @@ class Store:
         seed: int,
         contexts: Any = None,
         progress: "Progress | None" = None,
-    ) -> "Delta":
+    ) -> "Attachment":
         """A delta on the model as it is, in the store's precision, staged with its values."""
         from dataclasses import replace
 
@@ -620,7 +620,7 @@ class Store:
         moments: "Moments | None",
         search: bool,
         progress: "Progress | None",
-    ) -> "Delta":
+    ) -> "Attachment":
         """The delta's method, settings, contexts and seed once more, for these facts, on the model as it is."""
         from retcon.memory.contexts import Contexts
         from retcon.memory.values.store import KnownValues
@@ -741,8 +741,9 @@ class _Change:
         return entry
 
 
-def in_precision(lm: "LM", delta: "Delta", precision: Precision) -> "Delta":
-    """The delta with its changes in that precision, and with what the model says then in its report.
+def in_precision(lm: "LM", delta: "Attachment", precision: Precision) -> "Attachment":
+    """The delta with its changes in that precision, and with what the model says then in its report; an attachment of
+    another kind as it is.
 
     Raises:
         NonFinite: a value is out of float16's range.
@@ -751,9 +752,10 @@ def in_precision(lm: "LM", delta: "Delta", precision: Precision) -> "Delta":
 
     import torch
 
+    from retcon.delta import Delta
     from retcon.methods.common.proposal import report_after
 
-    if precision == "float32":
+    if precision == "float32" or not isinstance(delta, Delta):
         return delta
     changes = {}
     for name, parts in delta.changes.items():

@@ -16,7 +16,7 @@ from retcon.workflow.settings import Resolved
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from retcon.delta import Delta
+    from retcon.attachment import Attachment
     from retcon.lm.model import LM
     from retcon.memory.moments import Moments
 
@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 class Made:
     """A delta, and what making it took."""
 
-    delta: "Delta"
+    delta: "Attachment"
     seconds: Mapping[str, float]
     """`moments` (collecting them) and `edit` (all else)."""
     n_resumed: int
@@ -94,7 +94,7 @@ def write_facts(
     return Made(delta, took, n_resumed)
 
 
-def state_after(deltas: "Sequence[Delta]", method: str) -> "Mapping[str, Tensor] | None":
+def state_after(deltas: "Sequence[Attachment]", method: str) -> "Mapping[str, Tensor] | None":
     """What a sequential method takes up from the last of these deltas, where that was its own."""
     return deltas[-1].state if deltas and deltas[-1].provenance.get("method") == method else None
 
@@ -105,12 +105,12 @@ def check_replaces_its_like(out: Path, lm: "LM", resolved: Resolved, edits: Sequ
     Raises:
         InvalidSetting: the file is something else; --force replaces it.
     """
-    from retcon.delta import Delta
+    from retcon.attachment import load
 
     if not out.exists():
         return
     try:
-        old = Delta.load(out)
+        old = load(out)
     except MalformedFile:
         raise InvalidSetting(f"{out} exists and is no delta; name another file, or replace it with --force") from None
     made = old.provenance
@@ -122,7 +122,7 @@ def check_replaces_its_like(out: Path, lm: "LM", resolved: Resolved, edits: Sequ
         )
 
 
-def outcomes(delta: "Delta") -> str:
+def outcomes(delta: "Attachment") -> str:
     """One line on what became of the edits: how many got where they should, and why the others did not."""
     counts = Counter(report.outcome for report in delta.report)
     why = {
@@ -138,7 +138,7 @@ def outcomes(delta: "Delta") -> str:
     return "; ".join(parts)
 
 
-def remedy(resolved: Resolved, delta: "Delta") -> str | None:
+def remedy(resolved: Resolved, delta: "Attachment") -> str | None:
     """Say which settings to try next, all at once, where a third of the edits or more were lost or held back."""
     if resolved.preset is not None:
         return None

@@ -164,7 +164,8 @@ def replays(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSea
 
     Both are given the same random vectors, half as long as the activations they are added to.
     """
-    key = ("values", *(s.point for s in sites))
+    beside = (attached.id for attached in lm.applied if attached.hooks())  # they may act otherwise in a replay
+    key = ("values", *(s.point for s in sites), *beside)
     tried = REPLAYS.setdefault(lm, {})
     if key not in tried:
         problem = _misses(lm, rows, sites, search)

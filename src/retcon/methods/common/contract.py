@@ -11,7 +11,7 @@ from typing import (
 
 import torch
 
-from retcon.delta import Delta
+from retcon.attachment import Attachment
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM, Site
@@ -93,7 +93,7 @@ class Method(Protocol):
         keep_values: bool = False,
         seed: int = 0,
         progress: Progress | None = None,
-    ) -> Delta:
+    ) -> Attachment:
         """Return the change that writes `edits`; the model is untouched.
 
         Args:

@@ -15,7 +15,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from retcon.delta import Change, Delta, Dense, LowRank, smallest
+from retcon.attachment import Attachment, Beside
+from retcon.delta import Change, Delta, Dense, LowRank, only_deltas, smallest
 from retcon.edits import Edit, check_edits
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
@@ -41,7 +42,7 @@ def in_steps(
     keep_values: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Delta:
+) -> Attachment:
     """One delta for all `edits`, made in batches of `batch_size`, each on top of those before; the model is untouched.
 
     The report says what the model makes of every edit after the last step, so an edit that a later one has undone
@@ -74,8 +75,9 @@ def in_steps(
             seed=seed,
             progress=progress,
         )
-    moments = default_moments(lm) if moments is None else moments
-    done: Delta | None = None
+    if moments is None and method.uses_moments:
+        moments = default_moments(lm)  # once for all batches
+    done: Attachment | None = None
     for first in range(0, len(edits), size):
         with nullcontext() if done is None else lm.edited(done):
             step = method.propose(
@@ -94,6 +96,9 @@ def in_steps(
     assert done is not None
     with lm.edited(done):
         report = report_after(lm, done.edits, done.report)
+    if isinstance(done, Beside):
+        return done.with_report(report, batch_size=size)
+    assert isinstance(done, Delta)
     return lm.delta(
         done.changes,
         report=report,
@@ -105,8 +110,11 @@ def in_steps(
     )
 
 
-def _on_top(lm: LM, done: Delta, step: Delta) -> Delta:
-    """Both deltas as one, where `step` was proposed with `done` live (and may replace it)."""
+def _on_top(lm: LM, done: Attachment, step: Attachment) -> Attachment:
+    """Both as one, where `step` was proposed with `done` in force (and may replace it)."""
+    if isinstance(done, Beside) and type(done) is type(step):
+        return done.joined(step)
+    (done, step) = only_deltas((done, step), "editing in steps")
     replaced = done.id in step.supersedes
     names = dict.fromkeys([*({} if replaced else done.changes), *step.changes])
     changes = {

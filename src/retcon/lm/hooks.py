@@ -1,0 +1,56 @@
+"""Hooks of attachments on a model's modules.
+
+What hangs there is looked at, never remembered, so that bringing it about can be cut anywhere and done again.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from retcon.attachment import Attachment, Hook
+
+
+class Hung:
+    """A forward hook that an attachment has on a module."""
+
+    def __init__(self, owner: str, number: int, hook: Hook) -> None:
+        self.mark = (owner, number)
+        """The attachment's id, and which of its hooks this is."""
+        self.hook = hook
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """What the module gives back instead: of a tuple, the first part is replaced."""
+        if isinstance(output, tuple):
+            return (self.hook.call(args[0], output[0]), *output[1:])
+        return self.hook.call(args[0], output)
+
+
+class Hooks:
+    """Brings the hooks of attachments onto a model and takes them off."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._used: frozenset[str] = frozenset()  # names of modules on which one may hang
+
+    def bring(self, attachments: Sequence[Attachment]) -> bool:
+        """Have the hooks of these attachments, in order, and no others; return whether that changed anything."""
+        wanted: dict[str, list[Hung]] = {}
+        for attachment in attachments:
+            for number, hook in enumerate(attachment.hooks()):
+                wanted.setdefault(hook.module, []).append(Hung(attachment.id, number, hook))
+        self._used = self._used | wanted.keys()
+        changed = False
+        for name in sorted(self._used):
+            module = self._model.get_submodule(name)
+            hanging = {key: hook for key, hook in module._forward_hooks.items() if isinstance(hook, Hung)}
+            own = wanted.get(name, [])
+            if [hook.mark for hook in hanging.values()] == [hook.mark for hook in own]:
+                continue
+            changed = True
+            for key in hanging:
+                module._forward_hooks.pop(key, None)
+            for each in own:
+                module.register_forward_hook(each)
+        self._used = frozenset(wanted)
+        return changed
