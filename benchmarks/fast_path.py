@@ -32,8 +32,8 @@ from retcon.lm.prompts import Where
 from retcon.memory.contexts import Contexts, sample_contexts
 from retcon.memory.keys import KeyAverage, mean_keys
 from retcon.memory.moments import Moments
-from retcon.memory.values.chunk import EditRows
 from retcon.memory.values.reference import search_values_reference
+from retcon.memory.values.rows import EditRows
 from retcon.methods.jeep import Jeep
 
 

@@ -16,11 +16,12 @@ from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.memory import capacity, collect
 from retcon.memory.contexts import Contexts
-from retcon.memory.values import chunk as chunk_module
-from retcon.memory.values.chunk import Chunk, EditRows
+from retcon.memory.values import step as step_module
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
 from retcon.memory.values.reference import search_values_reference
+from retcon.memory.values.rows import EditRows
+from retcon.memory.values.schedule import Chunk
 from retcon.memory.values.search import REPLAYS, search_values
 from tests.conftest import FLOAT32_INSIDE, random_moments
 
@@ -110,7 +111,7 @@ def test_kl_rows_join_the_others_or_run_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lm, seen = tiny("llama"), set()
-    monkeypatch.setattr(chunk_module, "MAX_KL_PADDING_TOKENS", {"cpu": padding})
+    monkeypatch.setattr(step_module, "MAX_KL_PADDING_TOKENS", {"cpu": padding})
     logits = Chunk.logits
 
     def counting(self: Chunk, now: Any, vectors: Any) -> Any:

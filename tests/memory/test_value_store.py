@@ -17,8 +17,8 @@ from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.values import ValueCache, Values, ValueSearch, ValueSite, search_values
-from retcon.memory.values.chunk import Chunk
 from retcon.memory.values.plan import ChunkPlan, Plan
+from retcon.memory.values.schedule import Chunk
 from retcon.memory.values.store import ValueStore
 
 CONTEXTS = Contexts(("I read. ",))

@@ -1,7 +1,7 @@
 """Values: vectors that make the model say the new answer when they stand at a site.
 
 `objective` says what is looked for, `plain` finds it as the definition reads, `search` fast: it cuts a batch up
-(`plan`), works chunk by chunk (`chunk`), and can keep what it has on disk (`store`).
+(`plan`), works chunk by chunk (`rows`, `step` and `state`, `schedule`), and can keep what it has on disk (`store`).
 """
 
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite

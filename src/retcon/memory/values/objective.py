@@ -1,14 +1,16 @@
-"""What a value search looks for: sites, settings, rows of text, and the result (ROME Eq. 4, JEEP Eqs. 8, 11).
+"""What a value search looks for: sites, settings, rows of text, the loss and the stop rule, and the result (ROME Eq. 4,
+JEEP Eqs. 8, 11).
 
 Per edit, one vector offset per site is found by gradient descent with everything else frozen; all sites of an edit are
 optimised together.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from retcon.delta import EditReport
@@ -111,3 +113,100 @@ def kl_row(lm: LM, edit: Edit) -> Row:
 def with_kl(sites: Sequence[ValueSite], search: ValueSearch) -> bool:
     """Whether there is a KL term: with no site on the subject offset never reaches it, and it is a constant zero."""
     return search.kl_factor > 0 and any(s.where == "subject_last" for s in sites)
+
+
+# --- loss and stop rule, of many edits at once -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One step's loss and its parts; no edit's depends on another's."""
+
+    total: Float[Tensor, " edits"]
+    """nll_factor * nll + kl_factor * kl + weight decay."""
+    nll: Float[Tensor, " edits"]
+    """Mean over rewriting rows of the mean over answer tokens of -log P."""
+    kl: Float[Tensor, " edits"]
+    """KL(edited || original) at the subject of "<subject> is a"; 0 without a KL term."""
+    probability: Float[Tensor, " edits"]
+    """Mean over rewriting rows of the answer's geometric-mean token probability."""
+    all_likely: Bool[Tensor, " edits"]
+    """Whether every answer token is the most likely one in every rewriting row; False without `settled_factor`."""
+
+    def detach(self) -> "Loss":
+        """Return the same numbers without their graph."""
+        return replace(self, **{f.name: getattr(self, f.name).detach() for f in fields(self)})
+
+    def over(self, search: ValueSearch) -> Bool[Tensor, " edits"]:
+        """Return which edits the stop rule ends."""
+        if search.stop == "probability":
+            over = self.probability.double() >= search.threshold
+        else:
+            over = self.total.double() < search.threshold
+        if search.settled_factor is not None:
+            over = over | (self.all_likely & (search.kl_factor * self.kl.double() <= search.settled_kl))
+        return over
+
+    def next_nll_factor(self, search: ValueSearch) -> Float[Tensor, " edits"]:
+        """Return the weight of the nll in the next step's loss."""
+        one = torch.ones_like(self.nll)
+        return one if search.settled_factor is None else torch.where(self.all_likely, search.settled_factor, one)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The answer tokens that a batch's rewriting rows predict, row by row, the same number of rows for every edit."""
+
+    tokens: Int[Tensor, " labels"]
+    rows: Int[Tensor, " labels"]
+    """Which rewriting row each is of; the number of rows for those that count nowhere."""
+    per_row: Int[Tensor, " rows"]
+
+    def sums(self, values: Float[Tensor, " labels"]) -> Float[Tensor, " rows"]:
+        """Return the sum over each row's labels."""
+        return values.new_zeros(len(self.per_row) + 1).index_add(0, self.rows, values)[:-1]
+
+
+def loss_of(
+    log_p: Float[Tensor, "labels vocab"],
+    kl: Float[Tensor, " edits"] | None,
+    labels: Labels,
+    offsets: Sequence[Float[Tensor, "edits d"]],
+    inits: Sequence[Float[Tensor, "edits d"]],
+    sites: Sequence[ValueSite],
+    search: ValueSearch,
+    nll_factor: Float[Tensor, " edits"],
+) -> Loss:
+    """Return the loss of a batch of edits.
+
+    Args:
+        log_p: log-probabilities at the labels.
+        kl: `divergence` at the KL rows; None without a KL term.
+    """
+    n_edits = len(nll_factor)
+    picked = log_p.gather(1, labels.tokens[:, None])[:, 0]
+    nll_rows = (labels.sums(-picked) / labels.per_row).view(n_edits, -1)
+    nll = nll_rows.mean(1)
+    total = nll * nll_factor
+    if kl is not None:
+        total = total + search.kl_factor * kl
+    for site, offset, init in zip(sites, offsets, inits, strict=True):
+        decay = site.weight_decay * offset.norm(dim=1) / init.norm(dim=1) ** 2
+        total = total + decay.to(total.device)
+    if search.settled_factor is None:
+        all_likely = torch.zeros_like(nll, dtype=torch.bool)
+    else:
+        wrong = (log_p.detach().argmax(-1) != labels.tokens).to(log_p.dtype)
+        all_likely = labels.sums(wrong).view(n_edits, -1).sum(1) == 0
+    return Loss(
+        total=total,
+        nll=nll,
+        kl=torch.zeros_like(nll) if kl is None else kl,
+        probability=(-nll_rows.detach()).exp().mean(1),
+        all_likely=all_likely,
+    )
+
+
+def divergence(log_p: Float[Tensor, "edits vocab"], original: Float[Tensor, "edits vocab"]) -> Float[Tensor, " edits"]:
+    """Return KL(edited || original) of log-probabilities."""
+    return (log_p.exp() * (log_p - original)).sum(1)

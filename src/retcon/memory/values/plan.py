@@ -10,8 +10,8 @@ from typing import Any
 
 from retcon.lm.model import LM
 from retcon.memory.capacity import planned_bytes
-from retcon.memory.values.chunk import EditRows, active_part
 from retcon.memory.values.objective import ValueSite
+from retcon.memory.values.rows import EditRows, active_part
 
 TOKENS_AT_ONCE = {"cpu": 768}
 """Live tokens of a step that fill the device; more brings no speed."""

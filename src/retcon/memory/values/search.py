@@ -20,10 +20,12 @@ from retcon.lm.forward import adding, answer_places, input_rows, logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import pad
 from retcon.memory.contexts import Contexts
-from retcon.memory.values.chunk import Chunk, EditRows, ValueOf
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
 from retcon.memory.values.reference import search_values_reference
+from retcon.memory.values.rows import EditRows
+from retcon.memory.values.schedule import Chunk
+from retcon.memory.values.state import ValueOf
 from retcon.memory.values.store import ValueCache, ValueStore
 
 
@@ -194,11 +196,11 @@ def _misses(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSea
         now = chunk.activate([0])
         generator = torch.Generator().manual_seed(0)
         vectors = [
-            torch.nn.functional.normalize(torch.randn(x.shape, generator=generator)).to(x) for x in chunk.activation
+            torch.nn.functional.normalize(torch.randn(x.shape, generator=generator)).to(x) for x in now.state.activation
         ]
         with torch.no_grad():
-            chunk.logits(now, [torch.zeros_like(x) for x in chunk.init])
-            vectors = [0.5 * x.norm() * unit for x, unit in zip(chunk.activation, vectors, strict=True)]
+            chunk.logits(now, [torch.zeros_like(x) for x in now.state.offset])
+            vectors = [0.5 * x.norm() * unit for x, unit in zip(now.state.activation, vectors, strict=True)]
             replayed = chunk.logits(now, vectors)[0]
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return f"{type(error).__name__}: {error}"

@@ -20,9 +20,9 @@ from retcon.delta import EditReport
 from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
-from retcon.memory.values.chunk import ValueOf
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, Plan
+from retcon.memory.values.state import ValueOf
 
 VALUES = Kind("searched values", format=2, computation=2)
 KNOWN = Kind("values by edit", format=1, computation=1)

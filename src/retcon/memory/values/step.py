@@ -1,0 +1,201 @@
+"""One step of a value search on recorded states: a forward and a backward pass for all active edits, and an update.
+
+The losses of the edits are added up, and since no vector enters two of them, each edit descends as if alone: its own
+Adam state, clamp, step count and end.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retcon.lm.forward import Hook, input_rows, log_probs, logits_at
+from retcon.lm.model import LM
+from retcon.lm.replay import ReplayState, capture_states, replaying
+from retcon.memory.values.objective import Labels, ValueSearch, ValueSite, divergence, loss_of
+from retcon.memory.values.rows import EditRows, active_part
+from retcon.memory.values.state import SearchState
+
+MAX_KL_PADDING_TOKENS = {"cpu": 64}
+"""Tokens of padding up to which KL rows, one token long, join the rewriting rows: a pass of their own costs more."""
+MAX_KL_PADDING_TOKENS_ON_ACCELERATOR = 256
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rows that are replayed together: all rewriting rows of the active edits, then all their KL rows."""
+
+    recorded: ReplayState
+    rewriting: bool
+    """Whether the rewriting rows are among them."""
+    kl: bool
+    """Whether the KL rows are."""
+    changed: list[Int[Tensor, "2 _"]]
+    """Per site, the rows and columns at which its vectors are added."""
+    labels: Int[Tensor, "2 labels"]
+    """Rows and columns whose logits count."""
+
+
+@dataclass
+class ActiveBatch:
+    """The edits that are being optimised now, and the tensors that their steps share."""
+
+    edits: list[int]
+    """The edit of each place."""
+    passes: list[Pass]
+    labels: Labels
+    state: SearchState
+    fresh: bool = True
+    """Whether some edits have yet to make their first step."""
+
+
+class Recorded:
+    """Some edits' recorded parts, held at once.
+
+    Args:
+        rows: of the edits, in the order in which they are activated.
+    """
+
+    def __init__(self, lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], search: ValueSearch) -> None:
+        self.lm, self.rows, self.sites, self.search = lm, rows, sites, search
+        self.dtype = torch.promote_types(lm.dtype, torch.float32)
+        self.n_contexts = len(rows[0].rewriting)
+        first, self.points = active_part(lm, sites)
+        reads = {
+            s.point: [r.position(s.where) if j == 0 else None for e in rows for j, r in enumerate(e.rewriting)]
+            for s in sites
+            if s.point.layer < first
+        }
+        kl = [e.kl for e in rows if e.kl is not None]
+        self.with_kl = bool(kl)
+        texts = [r for e in rows for r in input_rows(e.rewriting)] + kl  # in this order they are recorded and picked
+        starts = [s for e in rows for s in e.starts] + [len(r.ids) - 1 for r in kl]
+        contexts = [j for e in rows for j in range(self.n_contexts)] + [-1] * len(kl)
+        reads = {point: [*at, *[None] * len(kl)] for point, at in reads.items()}
+        self.states, read = capture_states(lm, texts, starts, first, reads, prefix_group=contexts)
+        self.clean = [read.get(s.point) for s in sites]
+        """Per site below the active part, each edit's clean value; the others have it after an edit's first pass."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the recorded parts take."""
+        return self.states.nbytes
+
+    def state(self, edits: Sequence[int]) -> SearchState:
+        """Return the state of these edits before their first step."""
+        clean = [None if x is None else x[list(edits)] for x in self.clean]
+        return SearchState.new(self.lm, self.sites, len(edits), clean, self.search)
+
+    def batch(self, edits: list[int], state: SearchState) -> ActiveBatch:
+        """Return what the next steps of these edits share."""
+        targets = [r.target_ids for e in edits for r in self.rows[e].rewriting]
+        device = next(self.lm.head.parameters()).device
+        per_row = torch.tensor([len(t) for t in targets], device=device)
+        padding = len(edits) * (max(self.rows[e].columns for e in edits) - 1)
+        together = padding <= MAX_KL_PADDING_TOKENS.get(device.type, MAX_KL_PADDING_TOKENS_ON_ACCELERATOR)
+        kinds = [(True, self.with_kl)] if together or not self.with_kl else [(True, False), (False, True)]
+        return ActiveBatch(
+            edits=edits,
+            passes=[self._pass(edits, rewriting=rewriting, kl=kl) for rewriting, kl in kinds],
+            labels=Labels(
+                tokens=torch.tensor([token for ids in targets for token in ids], device=device),
+                rows=torch.arange(len(targets), device=device).repeat_interleave(per_row),
+                per_row=per_row,
+            ),
+            state=state,
+        )
+
+    def _pass(self, edits: Sequence[int], *, rewriting: bool, kl: bool) -> Pass:
+        rows: list[int] = []
+        changed: list[list[tuple[int, int]]] = [[] for _ in self.sites]
+        labels: list[tuple[int, int]] = []
+        for e in edits if rewriting else ():
+            for j, (row, start) in enumerate(zip(self.rows[e].rewriting, self.rows[e].starts, strict=True)):
+                for s, site in enumerate(self.sites):
+                    changed[s].append((len(rows), row.position(site.where) - start))
+                labels += [(len(rows), row.n_prompt - 1 - start + t) for t in range(len(row.target_ids))]
+                rows.append(e * self.n_contexts + j)
+        for e in edits if kl else ():
+            for s, site in enumerate(self.sites):
+                if site.where == "subject_last":
+                    changed[s].append((len(rows), 0))
+            labels.append((len(rows), 0))
+            rows.append(len(self.rows) * self.n_contexts + e)
+        device = next(self.lm.head.parameters()).device
+        return Pass(
+            recorded=self.states.select(rows),
+            rewriting=rewriting,
+            kl=kl,
+            changed=[torch.tensor(places, dtype=torch.long).view(-1, 2).T for places in changed],
+            labels=torch.tensor(labels, device=device).T,
+        )
+
+    def logits(
+        self, now: ActiveBatch, vectors: Sequence[Float[Tensor, "edits d"]]
+    ) -> tuple[Float[Tensor, "labels vocab"], Float[Tensor, "edits vocab"] | None]:
+        """Return logits at the labels and at the KL rows' subjects with `vectors` added at the sites.
+
+        The state takes in the activations there.
+        """
+        every, state = self.n_contexts, now.state
+
+        def hook(s: int, part: Pass) -> Hook:
+            site = self.sites[s]
+
+            def add(value: Tensor) -> Tensor:
+                rows, columns = part.changed[s].to(value.device)
+                if part.rewriting and self.points[s] == site.point:  # else nothing below the site is run
+                    bare = slice(0, len(now.edits) * every, every)
+                    seen = value.detach()[rows[bare], columns[bare]].to(self.dtype)
+                    going = state.going.to(value.device)[:, None]
+                    state.activation[s] = torch.where(going, seen, state.activation[s])
+                vector = vectors[s].to(value.device, value.dtype)
+                added = [vector.repeat_interleave(every, dim=0)] if part.rewriting else []
+                added += [vector] if part.kl and site.where == "subject_last" else []
+                return value.index_put((rows, columns), torch.cat(added), accumulate=True)
+
+            return add
+
+        below_the_last = all(p.layer < self.lm.n_layers - 1 for p in self.points)
+        found: list[Tensor] = []
+        for part in now.passes:
+            hooks = {point: hook(s, part) for s, point in enumerate(self.points) if part.changed[s].numel()}
+            labels = (part.labels[0], part.labels[1])
+            with replaying(self.lm, part.recorded, ends=labels if below_the_last else None) as inputs:
+                logits = logits_at(self.lm, inputs, labels, hooks)
+            found += logits.split([len(now.labels.tokens)] * part.rewriting + [len(now.edits)] * part.kl)
+        return found[0], found[1] if self.with_kl else None
+
+    def step(self, now: ActiveBatch, *, only_measure: bool) -> None:
+        """Run the batch once, take in what it found, and update the vectors of those edits that go on.
+
+        Args:
+            only_measure: no edit can go on after this step, so that there is nothing to update.
+        """
+        state = now.state
+        vectors = [offset.clone().requires_grad_() for offset in state.offset]
+        with torch.enable_grad():
+            logits, kl_logits = self.logits(now, vectors)
+            if now.fresh:
+                for s, (init, activation) in enumerate(zip(state.init, state.activation, strict=True)):
+                    state.init[s] = torch.where(state.steps.to(init.device)[:, None] == 0, activation, init)
+            kl = None if kl_logits is None else self._divergence(now, kl_logits)
+            now.fresh = False
+            loss = loss_of(
+                log_probs(logits), kl, now.labels, vectors, state.init, self.sites, self.search, state.nll_factor
+            )
+            gradients = None if only_measure else torch.autograd.grad(loss.total.sum(), vectors)
+        state.take(loss.detach(), self.search)
+        if gradients is not None:
+            state.descend(gradients, self.sites)
+
+    def _divergence(self, now: ActiveBatch, kl_logits: Float[Tensor, "edits vocab"]) -> Float[Tensor, " edits"]:
+        log_p, state = log_probs(kl_logits), now.state
+        if state.original is None:
+            state.original = log_p.detach()
+        elif now.fresh:
+            begins = (state.steps == 0).to(log_p.device)[:, None]
+            state.original = torch.where(begins, log_p.detach(), state.original)
+        return divergence(log_p, state.original)
