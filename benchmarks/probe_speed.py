@@ -4,7 +4,7 @@
     python -m benchmarks.probe_speed --model PATH --data counterfact-edit.json --cases 1000 --corpus text.txt
 
 Tracing is timed in three ways: as `retcon.locate` does it; by whole forward passes of our own, one per (token, layer)
-cell, over the disturbed copies alone and with the head at the last position only ("lean"); and the way the first
+cell, over the corrupted copies alone and with the head at the last position only ("lean"); and the way the first
 public code does it, one pass per cell over the clean row and its copies, logits everywhere ("as released"). The ways
 take turns, `--rounds` times; gains are medians over rounds. Times are of the processor, so that a busy machine matters
 little. "Fewer tokens" says how many times fewer go through a block's MLP than in whole passes: about what is saved in
@@ -50,7 +50,7 @@ def as_released(lm: LM, edit: Edit, kind: Kind, settings: Tracing) -> torch.Tens
     answer = int(lm.model(ids[:1]).logits[0, -1].argmax())
     scores = torch.zeros(len(row.ids), lm.n_layers)
 
-    def disturb(_: object, __: object, out: torch.Tensor) -> torch.Tensor:
+    def corrupt(_: object, __: object, out: torch.Tensor) -> torch.Tensor:
         out = out.clone()
         out[1:, list(subject)] += noise
         return out
@@ -69,7 +69,7 @@ def as_released(lm: LM, edit: Edit, kind: Kind, settings: Tracing) -> torch.Tens
                 states = out[0] if isinstance(out, tuple) else out
                 states[1:, token] = states[0, token]
 
-            handles = [embedding.register_forward_hook(disturb)]
+            handles = [embedding.register_forward_hook(corrupt)]
             handles += [module.register_forward_hook(restore) for module in modules(layer)]
             logits = lm.model(ids, use_cache=False).logits
             for handle in handles:
@@ -118,7 +118,7 @@ def main() -> None:
 
     settings = Tracing(window=default_window(lm.n_layers))
     causal_trace(lm, edits[:1], settings)
-    print("| put back | subject | prompts | tokens | ours, s | lean, s | gain | fewer tokens | as released, s | gain |")
+    print("| restored | subject | prompts | tokens | ours, s | lean, s | gain | fewer tokens | as released, s | gain |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for where in ("at the start", "further in"):
         first = where == "at the start"

@@ -4,7 +4,7 @@
     python -m benchmarks.tracing_per_fact --model PATH --data counterfact-edit.json --corpus text.txt
 
 Hase et al. 2023 (arXiv:2301.04213), table 2: every fact is traced, and edited alone at every layer with ROME's other
-settings (the model's preset). A fact's effect at a layer is what putting the state of its last subject token back there
+settings (the model's preset). A fact's effect at a layer is what restoring the state of its last subject token there
 gains; an edit's score is (p - p₀) / (1 - p₀) of the new answer, on the edit's prompt ("rewrite") and averaged over its
 paraphrases. Within a layer, Pearson's r between facts says whether the effect tells facts apart; over all layers, R² of
 a linear model on the layer (a constant for each) and on the layer and the effect (one slope) says what tracing adds to

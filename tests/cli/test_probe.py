@@ -104,7 +104,7 @@ def test_trace_writes_figures_and_the_numbers_behind(cli: Cli) -> None:
 
 def test_trace_of_unknown_facts_only(cli: Cli) -> None:
     assert "nothing to trace: 6 left out" in cli("probe", "trace", "gptj", *CASES, code=2).stderr
-    message = "cannot put back blocks; known: block, mlp"
+    message = "cannot restore blocks; known: block, mlp"
     assert message in cli("probe", "trace", "gptj", *CASES, "--kind", "blocks", code=2).stderr
 
 

@@ -29,7 +29,7 @@ TOLERANCE = dict(rtol=1e-5, atol=1e-9)
 
 
 def by_hand(lm: LM, settings: Tracing, restore: dict[Any, list[int]], sever: str | None = None) -> float:
-    """p(answer) under noise with hooked modules' outputs put back at tokens, sample by sample, one forward each."""
+    """p(answer) under noise with hooked modules' outputs restored at tokens, sample by sample, one forward each."""
     row, subject = encode_edit(lm.tokenizer, EDIT), subject_tokens(lm.tokenizer, EDIT)
     ids = torch.tensor([row.ids])
     embedding = lm.model.get_submodule(lm.layout.embedding)
@@ -50,7 +50,7 @@ def by_hand(lm: LM, settings: Tracing, restore: dict[Any, list[int]], sever: str
     def first(out: Any) -> Tensor:
         return out[0] if isinstance(out, tuple) else out
 
-    def disturb(sample: int) -> Any:
+    def corrupt(sample: int) -> Any:
         def hook(_: Any, __: Any, out: Tensor) -> Tensor:
             out = out.clone()
             out[0, list(subject)] += noise[sample]
@@ -71,12 +71,12 @@ def by_hand(lm: LM, settings: Tracing, restore: dict[Any, list[int]], sever: str
         clean = {module: output_of(module) for module in restore}
         probabilities = []
         for sample in range(settings.samples):
-            handles = [disturb(sample)]
+            handles = [corrupt(sample)]
             if sever:
                 kept = [m for m, _ in sites(lm, sever)]
-                disturbed = {m: output_of(m) for m in kept}
+                corrupted = {m: output_of(m) for m in kept}
                 tokens = next(iter(restore.values()))
-                handles += [m.register_forward_hook(put(disturbed[m], tokens)) for m in kept]
+                handles += [m.register_forward_hook(put(corrupted[m], tokens)) for m in kept]
             handles += [m.register_forward_hook(put(clean[m], tokens)) for m, tokens in restore.items()]
             probabilities.append(lm.model(ids).logits[0, -1].softmax(-1)[answer])
             for handle in handles:
@@ -318,7 +318,7 @@ def test_averages_are_over_tokens_first_and_prompts_then() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kinds": ("block", "key")}, "cannot put back key; known: block, mlp"),
+        ({"kinds": ("block", "key")}, "cannot restore key; known: block, mlp"),
         ({"kinds": ()}, "tracing needs a kind"),
         ({"window": 0}, "a window and samples of at least 1"),
         ({"samples": 0}, "a window and samples of at least 1"),

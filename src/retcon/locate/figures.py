@@ -190,7 +190,7 @@ def _span(layers: Sequence[int]) -> str:
 
 
 def trace_figure(trace: Trace, window: int) -> "Figure":
-    """One prompt's heat maps: probability of the answer with a state put back, darkest where it is restored most."""
+    """One prompt's heat maps: probability of the answer with a state restored, darkest where that brings back most."""
     labels = [repr(t)[1:-1] + ("*" if i in trace.subject else "") for i, t in enumerate(trace.tokens)]
     tables = {kind: scores.tolist() for kind, scores in trace.scores.items()}
     return _heat_maps(tables, labels, window, trace.low, trace.high, f"p({trace.answer.strip()})")

@@ -39,7 +39,7 @@ def trace(
         typer.Option(
             "--kind",
             metavar="KIND",
-            help="What to put back: block, mlp, attn, severed_mlp, severed_attn; repeat. \\[default: the first three]",
+            help="What to restore: block, mlp, attn, severed_mlp, severed_attn; repeat. \\[default: the first three]",
             show_default=False,
         ),
     ] = None,
@@ -47,7 +47,7 @@ def trace(
         int | None,
         typer.Option(
             min=1,
-            help="Layers whose MLP or attention is put back at once. \\[default: 10, 3/8 of a shallower model]",
+            help="Layers whose MLP or attention is restored at once. \\[default: 10, 3/8 of a shallower model]",
             show_default=False,
         ),
     ] = None,
@@ -64,7 +64,7 @@ def trace(
     dtype: DType = None,
     as_json: Json = False,
 ) -> None:
-    """Disturb the subject, put one state back at a time, and see what brings the answer back (ROME's causal tracing).
+    """Corrupt the subject, restore one state at a time, and see what brings the answer back (ROME's causal tracing).
 
     Draws the average indirect effect by kind of token and layer, and the first fact's own heat map (STEM-first.png).
     """
@@ -145,7 +145,7 @@ def _table(found: "Traces") -> Table:
     from retcon.locate.tracing import GROUPS
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("put back")
+    table.add_column("restored")
     for group in GROUPS:
         table.add_column(group, justify="right")
     for kind in found.settings.kinds:

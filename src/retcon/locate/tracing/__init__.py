@@ -1,9 +1,9 @@
 """Causal tracing: which states carry a fact to its answer.
 
-Meng et al. 2022, arXiv:2202.05262, section 2. The subject's embeddings are disturbed so that the model no longer finds
-the answer; then one state at a time is put back as it was, and the answer's probability tells what that state carries.
+Meng et al. 2022, arXiv:2202.05262, section 2. The subject's embeddings are corrupted so that the model no longer finds
+the answer; then one state at a time is restored, and the answer's probability tells what that state carries.
 
-`traces` says how to trace and what comes out; `prompt` runs one clean and disturbed, `cells` are the states put back,
+`traces` says how to trace and what comes out; `prompt` runs one clean and corrupted, `cells` are the states restored,
 `causal` goes through them: by whole passes, or by what a restoration can change alone (`packing`).
 """
 

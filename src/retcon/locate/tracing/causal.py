@@ -17,7 +17,7 @@ from retcon.lm.prompts import Batch
 from retcon.locate.embeddings import changing_embeddings
 from retcon.locate.tracing.cells import Cell, cell_of, taps_of, trimmed
 from retcon.locate.tracing.packing import replayed_logits
-from retcon.locate.tracing.prompt import Prompt, disturbing, embedding_deviation, prepare, probability
+from retcon.locate.tracing.prompt import Prompt, corrupting, embedding_deviation, prepare, probability
 from retcon.locate.tracing.traces import Trace, Traces, Tracing
 
 
@@ -46,6 +46,7 @@ def causal_trace(
     kept = [e for e in edits if e.subject_span is not None]
     traces: list[Trace] = []
     tried = False
+    _ = lm.block_outputs  # found by a pass of its own, which must not meet the hooks of a trace
     with lm.frozen_eval(), torch.no_grad():
         deviation = embedding_deviation(lm, [e.subject for e in kept if e.subject is not None])
         for done, edit in enumerate(kept, 1):
@@ -69,7 +70,7 @@ def causal_trace(
 def trace_prompt(lm: LM, edit: Edit, prompt: Prompt, settings: Tracing) -> Trace:
     """All cells of a prompt."""
     n = len(prompt.row.ids)
-    tokens = range(prompt.subject.start if settings.replayed else 0, n)  # what stands before was never disturbed
+    tokens = range(prompt.subject.start if settings.replayed else 0, n)  # what stands before was never corrupted
     cells = [cell_of(lm, k, layer, t, settings) for k in settings.kinds for layer in range(lm.n_layers) for t in tokens]
     if settings.replayed:
         cells = [seen for cell in cells if (seen := trimmed(lm, cell, n - 1)).clean]
@@ -117,7 +118,7 @@ def _logits(lm: LM, prompt: Prompt, cells: Sequence[Cell], settings: Tracing) ->
     samples = torch.arange(settings.samples).repeat(len(cells))
     ids = torch.tensor([prompt.row.ids] * len(samples), device=lm.device)
     last = torch.full_like(samples, prompt.row.prediction)
-    with changing_embeddings(lm, disturbing(samples, prompt.subject, prompt.noise, settings)):
+    with changing_embeddings(lm, corrupting(samples, prompt.subject, prompt.noise, settings)):
         hooks = taps_of(prompt, cells, rows, torch.tensor([[cell.token] for cell in cells]), range(lm.n_layers))
         return logits_at(lm, Batch(ids, torch.ones_like(ids).bool()), (rows.flatten(), last), hooks)
 

@@ -1,4 +1,4 @@
-"""Cells: states that are put back, one at a time."""
+"""Cells: states that are restored, one at a time."""
 
 import math
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ from retcon.locate.tracing.traces import Kind, Tracing
 
 @dataclass(frozen=True)
 class Cell:
-    """One state to put back."""
+    """One state to restore."""
 
     kind: Kind
     layer: int
     token: int
     clean: tuple[Point, ...]
     """What stands at the token as in the clean run."""
-    disturbed: tuple[Point, ...]
-    """What stands there as in the disturbed run of the row's sample."""
+    corrupted: tuple[Point, ...]
+    """What stands there as in the corrupted run of the row's sample."""
 
     @property
     def first(self) -> int:
-        """The block above the lowest that puts out anything else than in the disturbed run."""
+        """The block above the lowest that puts out anything else than in the corrupted run."""
         return min(self.clean).layer + 1
 
 
@@ -48,10 +48,10 @@ def trimmed(lm: LM, cell: Cell, last: int) -> Cell:
     """The cell without what nothing reads: outputs of the topmost block anywhere but at the last token."""
     if cell.token == last:
         return cell
-    clean, disturbed = (
-        tuple(p for p in points if p.layer < lm.n_layers - 1) for points in (cell.clean, cell.disturbed)
+    clean, corrupted = (
+        tuple(p for p in points if p.layer < lm.n_layers - 1) for points in (cell.clean, cell.corrupted)
     )
-    return replace(cell, clean=clean, disturbed=disturbed)
+    return replace(cell, clean=clean, corrupted=corrupted)
 
 
 def taps_of(
@@ -64,20 +64,20 @@ def taps_of(
     """Taps in these layers that put the values of each cell into its rows, all at the column where its token stands."""
     tokens = torch.tensor([cell.token for cell in cells])
 
-    def putting(point: Point) -> Hook:
+    def restoring(point: Point) -> Hook:
         clean = [i for i, cell in enumerate(cells) if point in cell.clean]
-        disturbed = [i for i, cell in enumerate(cells) if point in cell.disturbed]
-        into = rows[clean + disturbed], columns[clean + disturbed]
+        corrupted = [i for i, cell in enumerate(cells) if point in cell.corrupted]
+        into = rows[clean + corrupted], columns[clean + corrupted]
 
         def put(value: Tensor) -> Tensor:
             new = prompt.clean[point][tokens[clean].to(value.device)]
             new = new[:, None].expand(-1, rows.shape[1], -1)
-            if disturbed:
-                kept = prompt.disturbed[point][:, tokens[disturbed].to(value.device)]
+            if corrupted:
+                kept = prompt.corrupted[point][:, tokens[corrupted].to(value.device)]
                 new = torch.cat([new, kept.transpose(0, 1)])
             return value.index_put(tuple(i.to(value.device) for i in into), new.to(value))
 
         return put
 
-    points = {p for cell in cells for p in (*cell.clean, *cell.disturbed)}
-    return {point: putting(point) for point in points if point.layer in layers}
+    points = {p for cell in cells for p in (*cell.clean, *cell.corrupted)}
+    return {point: restoring(point) for point in points if point.layer in layers}

@@ -87,7 +87,7 @@ class Packing:
     """Rows in which cells stand side by side, each with its tokens up to the last; each row once per sample."""
 
     starts: Int[Tensor, " cells"]
-    """The cells' own tokens; what stands before them is as in the disturbed run."""
+    """The cells' own tokens; what stands before them is as in the corrupted run."""
     samples: int
     row: Int[Tensor, " cells"]
     """In which row each cell stands."""
@@ -127,7 +127,7 @@ class Packing:
 
     @property
     def earlier(self) -> Bool[Tensor, "cells earlier"]:
-        """Tokens that each cell sees in the disturbed run."""
+        """Tokens that each cell sees in the corrupted run."""
         return torch.arange(int(self.starts.max())) < self.starts[:, None]
 
     def spread(self, values: Float[Tensor, "samples tokens width"]) -> Float[Tensor, "all_rows columns width"]:
@@ -168,7 +168,7 @@ def replayed_logits(lm: LM, prompt: Prompt, cells: Sequence[Cell]) -> Float[Tens
     first, last = cells[0].first, len(prompt.row.ids) - 1
     packing = Packing.of(cells, len(prompt.noise), last)
     below = first - 1 if all(Point(first - 1, "block") in cell.clean for cell in cells) else first - 2
-    states = packing.spread(prompt.disturbed[Point(below, "block")])
+    states = packing.spread(prompt.corrupted[Point(below, "block")])
     if below == first - 1:
         states[packing.own] = prompt.clean[Point(below, "block")][packing.starts][:, None]
     layers = range(below + 1, lm.n_layers)
@@ -187,8 +187,8 @@ def replayed_logits(lm: LM, prompt: Prompt, cells: Sequence[Cell]) -> Float[Tens
 def _needed(
     lm: LM, prompt: Prompt, cells: Sequence[Cell], packing: Packing, layer: int, ends: Int[Tensor, "cells samples"]
 ) -> Iterator[PartialModule]:
-    """Where a block's modules are run: where what they read is not as in the disturbed run, what they give is read, and
-    no cell puts back or keeps it."""
+    """Where a block's modules are run: where what they read is not as in the corrupted run, what they give is read, and
+    no cell restores or keeps it."""
     none = torch.zeros(len(packing.cell) * packing.samples, packing.cell.shape[1]).bool()
     own, every, end = none.clone(), ~none, none.clone()
     own[packing.own] = True
@@ -199,10 +199,10 @@ def _needed(
 
     if not (entering & read).all():
         asked = projections(lm, layer)
-        for module, disturbed in zip(asked, prompt.projected[layer], strict=True):
+        for module, corrupted in zip(asked, prompt.projected[layer], strict=True):
             queries_alone = module is asked[0] and len(asked) == 3
             yield PartialModule(
-                entering & read if queries_alone else entering, [module], module, packing.spread(disturbed)
+                entering & read if queries_alone else entering, [module], module, packing.spread(corrupted)
             )
     put, held = _held(cells, packing, attn := Point(layer, "attn"))
     mixed = (none if layer < first else every) & read & ~held
@@ -219,11 +219,11 @@ def _needed(
 def _held(
     cells: Sequence[Cell], packing: Packing, point: Point
 ) -> tuple[Bool[Tensor, "all_rows columns"], Bool[Tensor, "all_rows columns"]]:
-    """Where a cell puts an output back; where one does, or keeps it."""
+    """Where a cell restores an output; where one does, or keeps it."""
     put = torch.zeros(len(packing.cell) * packing.samples, packing.cell.shape[1]).bool()
     held = put.clone()
     for i, cell in enumerate(cells):
-        if point in cell.clean or point in cell.disturbed:
+        if point in cell.clean or point in cell.corrupted:
             rows = slice(packing.row[i] * packing.samples, (packing.row[i] + 1) * packing.samples)
             held[rows, packing.column[i]] = True
             put[rows, packing.column[i]] = point in cell.clean
@@ -236,6 +236,6 @@ def _held_outputs(
     """What stands at the point where no module need say it."""
     rows, columns = packing.own
     put = [i for i, cell in enumerate(cells) if point in cell.clean]
-    output = packing.spread(prompt.disturbed[point])
+    output = packing.spread(prompt.corrupted[point])
     output[rows[put], columns[put]] = prompt.clean[point][packing.starts[put], None]
     return output

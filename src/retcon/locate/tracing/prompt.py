@@ -1,4 +1,4 @@
-"""One prompt, run clean and disturbed."""
+"""One prompt, run clean and corrupted."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -29,7 +29,7 @@ def embedding_deviation(lm: LM, subjects: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, its clean run and its disturbed ones; tensors stand where the model's blocks stand."""
+    """A prompt, its clean run and its corrupted ones; tensors stand where the model's blocks stand."""
 
     row: Row
     subject: range
@@ -38,19 +38,19 @@ class Prompt:
     low: float
     noise: Float[Tensor, "samples subject width"]
     clean: dict[Point, Float[Tensor, "tokens d_model"]]
-    disturbed: dict[Point, Float[Tensor, "samples tokens d_model"]]
+    corrupted: dict[Point, Float[Tensor, "samples tokens d_model"]]
     keys: list[Float[Tensor, "samples heads tokens d_head"]]
-    """Of the disturbed runs, per block."""
+    """Of the corrupted runs, per block."""
     values: list[Float[Tensor, "samples heads tokens d_head"]]
     projected: list[list[Float[Tensor, "samples tokens width"]]]
-    """What the attention projections put out in the disturbed runs, per block, in the order of `projections`."""
+    """What the attention projections put out in the corrupted runs, per block, in the order of `projections`."""
 
     def first_samples(self, n: int) -> "Prompt":
-        """With no more than n of the disturbed runs."""
+        """With no more than n of the corrupted runs."""
         return replace(
             self,
             noise=self.noise[:n],
-            disturbed={p: value[:n] for p, value in self.disturbed.items()},
+            corrupted={p: value[:n] for p, value in self.corrupted.items()},
             keys=[x[:n] for x in self.keys],
             values=[x[:n] for x in self.values],
             projected=[[x[:n] for x in block] for block in self.projected],
@@ -58,7 +58,7 @@ class Prompt:
 
 
 def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt | None:
-    """One pass over the clean prompt and its disturbed copies; None where the model does not know the answer."""
+    """One pass over the clean prompt and its corrupted copies; None where the model does not know the answer."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     row, subject = encode_edit(lm.tokenizer, edit), subject_tokens(lm.tokenizer, edit)
@@ -81,9 +81,9 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
     projected: list[list[Tensor]] = [[] for _ in range(lm.n_layers)]
     cache = Cache(layer_class_to_replicate=DynamicLayer)
     inputs = dict(input_ids=batch.ids, attention_mask=torch.ones_like(batch.ids), past_key_values=cache, use_cache=True)
-    disturb = disturbing(rows - 1, subject, noise, settings)
+    corrupt = corrupting(rows - 1, subject, noise, settings)
     with ExitStack() as stack:
-        stack.enter_context(changing_embeddings(lm, disturb))
+        stack.enter_context(changing_embeddings(lm, corrupt))
         stack.enter_context(reading_first_input(lm, reader(EMBEDDING)))
         for layer, into in enumerate(projected if settings.replayed else []):
             for module in projections(lm, layer):
@@ -102,7 +102,7 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
         low=float(prob[1:].mean()),
         noise=noise,
         clean={p: value[0] for p, value in found.items()},
-        disturbed={p: value[1:] for p, value in found.items()},
+        corrupted={p: value[1:] for p, value in found.items()},
         keys=[layer.keys[1:] for layer in cache.layers] if settings.replayed else [],
         values=[layer.values[1:] for layer in cache.layers] if settings.replayed else [],
         projected=projected,
@@ -130,13 +130,13 @@ def _noise(lm: LM, n: int, settings: Tracing, deviation: float) -> Float[Tensor,
     return (settings.noise * deviation * drawn).to(weight)
 
 
-def disturbing(
+def corrupting(
     samples: Int[Tensor, " rows"], subject: range, noise: Float[Tensor, "samples subject width"], settings: Tracing
 ) -> Callable[[Tensor], Tensor]:
     """A change of embeddings: row i gets the noise of sample samples[i]; -1 leaves the row clean."""
     noisy = (samples >= 0).nonzero()[:, 0]
 
-    def disturb(embeddings: Tensor) -> Tensor:
+    def corrupt(embeddings: Tensor) -> Tensor:
         out = embeddings.clone()
         rows = noisy.to(out.device)
         drawn = noise[samples[noisy].to(noise.device)].to(out)
@@ -144,7 +144,7 @@ def disturbing(
         out[rows, span] = drawn if settings.corruption == "replace" else out[rows, span] + drawn
         return out
 
-    return disturb
+    return corrupt
 
 
 def probability(logits: Float[Tensor, "n vocab"], answer: int, edit: Edit) -> Float[Tensor, " n"]:

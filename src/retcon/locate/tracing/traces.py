@@ -13,8 +13,8 @@ from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS
 
 Kind = Literal["block", "mlp", "attn", "severed_mlp", "severed_attn"]
-"""What is put back at a token: a block's output; the MLP's or the attention's outputs over a window of layers; a
-block's output while the MLPs (or attentions) above it keep what they put out when disturbed."""
+"""What is restored at a token: a block's output; the MLP's or the attention's outputs over a window of layers; a
+block's output while the MLPs (or attentions) above it keep what they put out when corrupted."""
 GROUPS = ("first subject", "middle subject", "last subject", "first after", "further", "last")
 """Kinds of tokens that effects are averaged by."""
 
@@ -24,9 +24,9 @@ class Tracing:
     """How to trace."""
 
     kinds: tuple[Kind, ...] = ("block", "mlp", "attn")
-    """What to put back."""
+    """What to restore."""
     window: int = 10
-    """w: MLP and attention outputs are put back over layers l - floor(w/2) to l + ceil(w/2) - 1 at once."""
+    """w: MLP and attention outputs are restored over layers l - floor(w/2) to l + ceil(w/2) - 1 at once."""
     samples: int = 10
     """S: draws of the noise."""
     noise: float = 3.0
@@ -40,13 +40,13 @@ class Tracing:
     max_batch_tokens: int = 2 * MAX_BATCH_TOKENS
     """Tokens in a forward pass: as many cells as fit share one."""
     replayed: bool = True
-    """Run only what putting a state back can change: the blocks above it, from its token on, and nothing for tokens
+    """Run only what restoring a state can change: the blocks above it, from its token on, and nothing for tokens
     before the subject. False: whole forward passes for every cell, the reference; also used for prompts longer than an
     attention window, and for forms of attention that take no mask."""
 
     def __post_init__(self) -> None:
         if unknown := [k for k in self.kinds if k not in KINDS]:
-            raise InvalidSetting(f"cannot put back {', '.join(unknown)}; known: {', '.join(KINDS)}")
+            raise InvalidSetting(f"cannot restore {', '.join(unknown)}; known: {', '.join(KINDS)}")
         if not self.kinds or self.window < 1 or self.samples < 1 or self.noise < 0:
             raise InvalidSetting("tracing needs a kind, a window and samples of at least 1, and noise of at least 0")
 
@@ -72,9 +72,9 @@ class Trace:
     high: float
     """The answer's probability on the clean prompt."""
     low: float
-    """The same with the subject disturbed, mean over samples."""
+    """The same with the subject corrupted, mean over samples."""
     scores: Mapping[Kind, Float[Tensor, "tokens layers"]]
-    """The answer's probability with the state at (token, layer) put back, mean over samples."""
+    """The answer's probability with the state at (token, layer) restored, mean over samples."""
 
     def indirect(self, kind: Kind) -> Float[Tensor, "tokens layers"]:
         """Indirect effect of each state: score - low."""
