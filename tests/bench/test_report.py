@@ -189,7 +189,7 @@ def test_a_setting_with_three_values_has_a_curve(tmp_path: Path, plotting: None)
         records = [*told([0] * 4, [1] * 4, "pre"), *told([share] * 4, [1] * 4, "final")]
         label = f"jeep {clamp} {even}"
         run = make_run(tmp_path, label, records)
-        settings = {"layer": 5, "clamp": clamp, "even": even}
+        settings = {"layer": 5, "clamp": clamp, "even": even, "layers": [1] if even else []}  # lists have no curve
         return dataclasses.replace(
             run, manifest={**run.manifest, "method": {"label": label, "name": "jeep", "settings": settings}}
         )
@@ -201,12 +201,12 @@ def test_a_setting_with_three_values_has_a_curve(tmp_path: Path, plotting: None)
     assert table.head[:2] == ("clamp", "Method")
     shown = [(*row[:2], row[3].split()[0]) for row in table.rows]
     assert shown == [
-        (clamp, f"even {even}", es if even else "50.0")
+        (clamp, f"even {even}, layers {[1] if even else []}", es if even else "50.0")
         for clamp, es in (("0.25", "25.0"), ("0.5", "50.0"), ("1", "100.0"))
         for even in (True, False)
     ]
     (picture,) = (p for p in pictures_of(groups_of(bench)) if p.name.startswith("setting"))
-    assert "against clamp for even True, even False" in picture.alt
+    assert "against clamp for even True, layers [1], even False, layers []" in picture.alt
 
 
 def test_a_missing_part_is_a_dash(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def _settings(groups: Sequence[Group]) -> list[Curve]:
         differing = [key for key in settings[0] if len({json.dumps(s.get(key)) for s in settings}) > 1]
         for key in differing:
             values = [s[key] for s in settings]
-            if len(set(values)) < MIN_POINTS or not all(isinstance(v, int | float) for v in values):
+            if not all(isinstance(v, int | float) for v in values) or len(set(values)) < MIN_POINTS:
                 continue
             rest = [", ".join(f"{k} {s[k]}" for k in differing if k != key) or name for s in settings]
             points = [(float(v), line, group) for v, line, group in zip(values, rest, own, strict=True)]
