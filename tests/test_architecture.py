@@ -24,6 +24,7 @@ LEVELS = [
     {"store"},
     {"workflow"},
     {"bench"},
+    {"web"},
     {"cli", "__main__"},
 ]
 BASE = ["errors", "version", "files", "chat", "edits", "checked", "attachment", "delta"]

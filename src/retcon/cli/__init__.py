@@ -31,6 +31,7 @@ from retcon.cli import (
     revert,
     show,
     tune,
+    ui,
     verify,
 )
 from retcon.cli.shell import CommandGroup, examples
@@ -151,6 +152,7 @@ app.command(
         "retcon verify HEAD~1 --stay known.jsonl --junit verify.xml --markdown verify.md",
     )
 )(verify.verify)
+app.command(epilog=examples("retcon ui demo:gptj", "retcon ui --store edits --port 0"))(ui.ui)
 app.command(epilog=examples("retcon gc", "retcon gc --before HEAD~10 --values"))(gc.gc)
 
 

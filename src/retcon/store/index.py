@@ -41,7 +41,7 @@ class Index:
         path = self.root / INDEX
         for again in (False, True):
             try:
-                connection = sqlite3.connect(path, timeout=10, isolation_level=None)
+                connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
                 connection.execute("PRAGMA journal_mode=WAL")
                 if connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
                     connection.executescript(f"DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS facts;{_TABLES}")
@@ -55,7 +55,9 @@ class Index:
                 for name in (INDEX, f"{INDEX}-wal", f"{INDEX}-shm"):  # damaged: it is made again from the files
                     with suppress(OSError):
                         (self.root / name).unlink(missing_ok=True)
-        memory = sqlite3.connect(":memory:", isolation_level=None)  # a store on a disk that cannot be written to
+        memory = sqlite3.connect(
+            ":memory:", isolation_level=None, check_same_thread=False
+        )  # a store on a disk that cannot be written to
         memory.executescript(_TABLES)
         return memory
 

@@ -369,9 +369,8 @@ class Store:
         size = batch_size or (len(cases) if method.supports_batches else 1)
         if size > 1 and not method.supports_batches:
             raise InvalidSetting(f"batch_size {size}: {method.name} takes 1")
-        check_edits([edit for case in cases for edit in case.edits])
         with self._change() as change, self.at(lm):
-            self._check_new(cases)
+            self.check_new_facts(cases)
             state, lines, sets = self._last_state(lm, method), [], {}
             applied = 0
             for first in range(0, len(cases), size):
@@ -396,7 +395,13 @@ class Store:
             return lm.applied[-1].state
         return None
 
-    def _check_new(self, cases: Sequence[Case]) -> None:
+    def check_new_facts(self, cases: Sequence[Case]) -> None:
+        """Check facts that are to be edited against each other and against those in force.
+
+        Raises:
+            InvalidEdit, ConflictingEdits: as `edit`.
+        """
+        check_edits([edit for case in cases for edit in case.edits])
         live = self.facts()
         ids = {line.fact for line in live}
         asked: dict[tuple[str, str], tuple[str, Edit]] = {}

@@ -1,0 +1,88 @@
+"""`retcon ui`: a page on this machine to look at edits, make them and undo them."""
+
+import secrets
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from retcon.cli.shell import Device, DType, console, load_model
+from retcon.errors import InvalidSetting, MissingPackage
+
+
+def ui(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="As for edit; the store's.", show_default=False)
+    ] = None,
+    store: Annotated[Path, typer.Option("--store", metavar="DIR", help="A store; made where there is none.")] = Path(
+        ".retcon"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free.")] = 8377,
+    host: Annotated[
+        str, typer.Option(help="Anything but this machine's own address lets others change the model.")
+    ] = "127.0.0.1",
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Serve a page for MODEL and its store to browsers on this machine, until Ctrl-C.
+
+    Nothing is sent anywhere else. The address that is printed holds a token; without it, nothing is shown.
+    """
+    try:
+        import uvicorn
+
+        from retcon.web.app import LOOPBACK, make_app
+    except ImportError as error:
+        raise MissingPackage(f"the page needs {error.name}: pip install 'retcon-lm[ui]'") from None
+    from retcon.store import Store
+    from retcon.store.store import CONFIG
+    from retcon.web.session import Session
+
+    there = (store / CONFIG).is_file()
+    if not there and model is None:
+        raise InvalidSetting(f"{store} holds no store, so name the MODEL that one shall be made for")
+    if not there:
+        Store.check_new(store)
+    listening = _listen(host, port)
+    name = model or Store(store).model
+    lm = load_model(name, device=device, dtype=dtype)
+    kept = Store(store) if there else Store.init(store, lm, model=name)
+    kept.check_base(lm)
+    session = Session(kept, lambda: lm, name)
+    session.start()
+    token = secrets.token_urlsafe(16)
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listening.getsockname()[1]}/?token={token}"
+    console().print(f"open   [bold]{escape(address)}[/]", soft_wrap=True)
+    console().print("[dim]Ctrl-C ends it[/]")
+    app = make_app(session, token, hosts=(*LOOPBACK, host))
+    try:
+        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        session.stop()
+        listening.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at that address.
+
+    Raises:
+        InvalidSetting: something else listens there, or there is no such address.
+    """
+    found = None
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+        found.listen(128)
+    except OSError as error:
+        if found is not None:
+            found.close()
+        raise InvalidSetting(
+            f"cannot listen on {host} port {port} ({error.strerror}); another page may be open there: use --port 0"
+        ) from None
+    return found

@@ -1,0 +1,190 @@
+"""The page as a web application: who may ask, what each address shows, and when browsers look again."""
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
+from starlette.routing import Route
+
+from retcon.errors import RetconError
+from retcon.web.session import Session
+
+STATIC = Path(__file__).with_name("static")
+COOKIE = "retcon-token"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PANELS = ("job", "draft", "state", "replies", "checks", "maps", "commands")
+MAX_BODY = 2**23
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+POLL_SECONDS = 0.1
+"""How often a browser's stream looks whether something has changed."""
+
+
+def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
+    """The application.
+
+    Args:
+        token: what a browser must bring, once in the address and from then on as a cookie.
+        hosts: names under which it may be asked for, so that no other site's name can be pointed at it.
+    """
+    pages = Environment(
+        loader=PackageLoader("retcon.web"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+
+    def show(template: str, **more: Any) -> Response:
+        html = pages.get_template(template).render(session=session, **more)
+        return HTMLResponse(html, headers=_HEADERS)
+
+    def guarded(view: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def run(request: Request) -> Response:
+            if (request.url.hostname or "") not in hosts:
+                return _refused(f"asked for as {request.url.hostname!r}; use the address that retcon ui printed")
+            origin = request.headers.get("origin")
+            if (
+                request.method == "POST"
+                and origin not in (None, "null")
+                and urlsplit(str(origin)).hostname not in hosts
+            ):
+                return _refused(f"a request from another site ({origin})")
+            given = request.cookies.get(COOKIE, "") or request.query_params.get("token", "")
+            if not hmac.compare_digest(given.encode(), token.encode()):
+                return _refused("wrong token, or none; use the address that retcon ui printed, token included")
+            return await view(request)
+
+        return run
+
+    async def home(request: Request) -> Response:
+        at = request.query_params.get("at")
+        problem = ""
+        if at is not None:
+            try:
+                session.view(None if at == "HEAD" else at)
+            except RetconError as error:
+                problem = str(error)
+        if "token" in request.query_params:  # out of the address bar, into a cookie
+            response: Response = RedirectResponse(
+                f"/?at={session.viewing}" if session.viewing else "/", status_code=303
+            )
+        else:
+            from retcon.methods.common.registry import list_methods
+
+            response = show("page.html", panels=PANELS, methods=list_methods(), problem=problem)
+        response.set_cookie(COOKIE, token, httponly=True, samesite="strict")
+        return response
+
+    async def panel(request: Request) -> Response:
+        name = request.path_params["name"]
+        return show(f"{name}.html") if name in PANELS else PlainTextResponse("no such panel", status_code=404)
+
+    async def act(request: Request) -> Response:
+        """One action of the form; what goes wrong at once is shown beside it."""
+        body = await request.body()
+        if len(body) > MAX_BODY:
+            return PlainTextResponse("too much at once", status_code=413, headers=_HEADERS)
+        form = {k: v[-1] for k, v in parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True).items()}
+        action = ACTIONS.get(request.path_params["name"])
+        if action is None:
+            return PlainTextResponse("no such action", status_code=404)
+        try:
+            said = action(session, form)
+        except RetconError as error:
+            return show("said.html", said=str(error), bad=True)
+        return show("said.html", said=said or "", bad=False)
+
+    async def events(request: Request) -> Response:
+        async def stream() -> AsyncIterator[str]:
+            seen = (-1, -1)
+            while not await request.is_disconnected():
+                now = (session.version, session.progress)
+                if now != seen:
+                    kind = "changed" if now[0] != seen[0] else "progress"
+                    seen = now
+                    yield f"event: {kind}\ndata: {json.dumps(now)}\n\n"
+                await asyncio.sleep(POLL_SECONDS)
+
+        return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    async def static(request: Request) -> Response:
+        path = STATIC / request.path_params["name"]
+        if path.parent != STATIC or not path.is_file():
+            return PlainTextResponse("no such file", status_code=404)
+        return FileResponse(path, headers=_HEADERS)
+
+    return Starlette(
+        routes=[
+            Route("/", guarded(home)),
+            Route("/panel/{name}", guarded(panel)),
+            Route("/do/{name}", guarded(act), methods=["POST"]),
+            Route("/events", guarded(events)),
+            Route("/static/{name}", guarded(static)),
+        ]
+    )
+
+
+def _refused(why: str) -> Response:
+    return PlainTextResponse(f"refused: {why}\n", status_code=403, headers=_HEADERS)
+
+
+def _ask(session: Session, form: dict[str, str]) -> None:
+    session.ask(form.get("prompt", ""), chat="chat" in form)
+
+
+def _add(session: Session, form: dict[str, str]) -> str:
+    return session.add_facts(form.get("facts", ""))
+
+
+def _choose(session: Session, form: dict[str, str]) -> str:
+    session.choose(form.get("method", ""), form.get("settings", "").splitlines())
+    return f"{session.method} is chosen"
+
+
+def _layer(session: Session, form: dict[str, str]) -> str:
+    session.choose_layer(int(form.get("row", "0")), int(form.get("layer", "0")))
+    return "the next edit is made there"
+
+
+def _view(session: Session, form: dict[str, str]) -> None:
+    session.view(form.get("entry") or None)
+
+
+ACTIONS: dict[str, Callable[[Session, dict[str, str]], str | None]] = {
+    "add": _add,
+    "clear": lambda session, form: session.clear(),
+    "choose": _choose,
+    "layer": _layer,
+    "dry-run": lambda session, form: _started(session.dry_run()),
+    "edit": lambda session, form: _started(session.edit()),
+    "cancel": lambda session, form: session.cancel(),
+    "toggle": lambda session, form: _started(session.toggle(form.get("entry", ""))),
+    "revert-fact": lambda session, form: _started(session.revert_fact(form.get("fact", ""))),
+    "view": _view,
+    "ask": _ask,
+    "verify": lambda session, form: _started(session.verify()),
+    "contrast": lambda session, form: _started(session.probe()),
+    "trace": lambda session, form: _started(session.probe(trace=True)),
+    "export": lambda session, form: _started(session.export(form.get("folder", ""), form.get("format", "hf"))),
+}
+
+
+def _started(job: object) -> None:
+    """What a job says, it says in its own panel."""

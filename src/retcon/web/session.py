@@ -1,0 +1,524 @@
+"""What the page shows and does, without a web server: one thread owns the model, and works one job after the other.
+
+Every browser sees the same session. Methods that begin with a verb submit a job and return at once.
+"""
+
+import queue
+import shlex
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+from retcon.edits import Case, Edit
+from retcon.errors import InvalidSetting, RetconError
+from retcon.store import Entry, Store
+
+if TYPE_CHECKING:
+    from retcon.lm.model import LM
+    from retcon.store.verify import Check, Verification
+    from retcon.workflow import Estimate
+
+JobState = Literal["waiting", "running", "done", "failed", "cancelled"]
+N_JOBS, N_ANSWERS = 20, 12
+"""Jobs and answers that are remembered."""
+MAX_DRAFT = 2**22
+"""Characters of pasted facts."""
+
+
+class Cancelled(BaseException):
+    """Ends the job that is running; no error of retcon's, so that nothing on the way catches it."""
+
+
+@dataclass
+class Job:
+    """One thing that the model's thread does."""
+
+    name: str
+    run: "Callable[[LM, Job], str]"
+    state: JobState = "waiting"
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+    message: str = ""
+    seconds: float = 0.0
+    cancel: bool = False
+
+    @property
+    def percent(self) -> int | None:
+        """How far it is; None where that is not known."""
+        return round(100 * self.done / self.total) if self.total else None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model says after a prompt, without the edits and with them."""
+
+    prompt: str
+    before: str
+    after: str
+
+    @property
+    def common(self) -> str:
+        """What both begin with, whole words."""
+        one, two = self.before.split(" "), self.after.split(" ")
+        n = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+        return " ".join(one[:n])
+
+    @property
+    def changed(self) -> bool:
+        """Whether they differ."""
+        return self.before != self.after
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Values per row and layer, for a map whose cells can be chosen."""
+
+    title: str
+    rows: tuple[str, ...]
+    values: tuple[tuple[float, ...], ...]
+
+    def shade(self, row: int, layer: int) -> int:
+        """0 to 100, by the largest value in the map."""
+        top = max((abs(v) for line in self.values for v in line), default=0.0) or 1.0
+        return round(100 * max(0.0, self.values[row][layer]) / top)
+
+
+@dataclass
+class Session:
+    """One model, its store, and what was done to them from the page."""
+
+    store: Store
+    load: "Callable[[], LM]"
+    model: str
+    draft: list[Case] = field(default_factory=list)
+    """Facts that are about to be edited."""
+    method: str = "jeep"
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Over the preset's."""
+    estimate: "Estimate | None" = None
+    verification: "Verification | None" = None
+    replies: list[Reply] = field(default_factory=list)
+    maps: list[LayerMap] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    """What to type to do the same again."""
+    jobs: list[Job] = field(default_factory=list)
+    version: int = 0
+    """Goes up with every change."""
+    progress: int = 0
+    """Goes up with every step of a job."""
+    about: str = "loading the model"
+    n_layers: int = 0
+    viewing: str | None = None
+    """An entry whose state is shown in place of the last one's."""
+
+    def __post_init__(self) -> None:
+        self._queue: queue.Queue[Job | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self._lm: LM | None = None
+
+    def start(self) -> None:
+        """Load the model, in its thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after what it is doing."""
+        for job in self.jobs:
+            job.cancel = True
+        self._queue.put(None)
+        self._thread.join(timeout=60)
+
+    # --- the model's thread --------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                self._lm = self.load()
+                self.store.check_base(self._lm)
+                self.about, self.n_layers = str(self._lm), self._lm.n_layers
+            except (RetconError, OSError) as error:
+                self.about = f"the model cannot be loaded: {error}"
+            self.changed()
+            while (job := self._queue.get()) is not None:
+                self._do(job)
+
+    def _do(self, job: Job) -> None:
+        started = time.perf_counter()
+        if job.cancel:
+            job.state = "cancelled"
+        elif self._lm is None:
+            job.state, job.message = "failed", self.about
+        else:
+            job.state = "running"
+            self.changed()
+            try:
+                job.message = job.run(self._lm, job)
+                job.state = "done"
+            except Cancelled:
+                job.state, job.message = "cancelled", "cancelled; nothing was changed"
+            except RetconError as error:
+                job.state, job.message = "failed", str(error)
+            except Exception as error:  # a page that dies tells nobody why
+                job.state, job.message = "failed", f"{type(error).__name__}: {error}"
+        job.seconds = time.perf_counter() - started
+        self.changed()
+
+    def submit(self, name: str, run: "Callable[[LM, Job], str]") -> Job:
+        """Add a job."""
+        job = Job(name, run)
+        self.jobs = [*self.jobs[-N_JOBS:], job]
+        self._queue.put(job)
+        self.changed()
+        return job
+
+    def changed(self) -> None:
+        """Let every browser look again."""
+        self.version += 1
+
+    def heard(self, job: Job) -> Callable[[str, int, int], None]:
+        """The progress of a job, which is also where it is cancelled."""
+
+        def hear(stage: str, done: int, total: int) -> None:
+            if job.cancel:
+                raise Cancelled
+            job.stage, job.done, job.total = stage, done, total
+            self.progress += 1
+
+        return hear
+
+    def cancel(self) -> None:
+        """Cancel whatever runs or waits."""
+        for job in self.jobs:
+            if job.state in ("waiting", "running"):
+                job.cancel = True
+        self.changed()
+
+    @property
+    def job(self) -> Job | None:
+        """The job that runs, or the last one."""
+        running = [job for job in self.jobs if job.state == "running"]
+        return running[0] if running else self.jobs[-1] if self.jobs else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs or waits."""
+        return any(job.state in ("waiting", "running") for job in self.jobs)
+
+    # --- facts ---------------------------------------------------------------------------------------------------
+
+    def add_facts(self, text: str) -> str:
+        """Add facts to the draft: JSON lines, a JSON list, CSV, or lines `prompt | subject | answer`.
+
+        Raises:
+            RetconError: the text cannot be read, or a fact contradicts one that is there.
+        """
+        from retcon.workflow import read_facts
+
+        if len(text) > MAX_DRAFT:
+            raise InvalidSetting(f"{len(text):,} characters of facts; put that many into a file (retcon edit)")
+        rows = text.strip()
+        if not rows:
+            raise InvalidSetting("no facts were given")
+        is_json = rows[0] == "[" or (rows[0] == "{" and rows[1:].lstrip().startswith('"'))  # not a prompt's {}
+        if not is_json and "|" in rows.splitlines()[0]:
+            cases = [_from_line(line, i) for i, line in enumerate(rows.splitlines(), 1) if line.strip()]
+        else:
+            suffix = ".jsonl" if is_json else ".csv"
+            with TemporaryDirectory() as folder:
+                path = Path(folder) / f"pasted{suffix}"
+                path.write_text(rows + "\n", encoding="utf-8")
+                try:
+                    cases = list(read_facts(path).cases)
+                except RetconError as error:
+                    raise type(error)(str(error).replace(str(path), "the facts")) from None
+        self.store.check_new_facts([*self.draft, *cases])
+        self.draft = [*self.draft, *cases]
+        self.estimate = None
+        self.changed()
+        return f"{len(cases)} facts added"
+
+    def clear(self) -> None:
+        """Empty the draft."""
+        self.draft, self.estimate = [], None
+        self.changed()
+
+    def choose(self, method: str, settings: Sequence[str]) -> None:
+        """Choose a method and settings over the preset's, each `field=value`.
+
+        Raises:
+            RetconError: no such method or setting.
+        """
+        from retcon.workflow import read_settings
+
+        found = read_settings(method, dataset=None, preset=None, assignments=[s for s in settings if s.strip()])
+        self.method, self.settings = method, found
+        self.estimate = None
+        self.changed()
+
+    def choose_layer(self, row: int, layer: int) -> None:
+        """Edit at a layer that was clicked in a map: low or high layers of JEEP, or those of the method.
+
+        Raises:
+            InvalidSetting: the method's settings name no layers.
+        """
+        from dataclasses import fields
+
+        from retcon.methods.common.registry import method_class
+
+        names = [f.name for f in fields(method_class(self.method))]
+        name = next((n for n in (("low", "high")[min(row, 1)], "layers", "layer") if n in names), None)
+        if name is None:
+            raise InvalidSetting(f"{self.method} has no setting that names a layer")
+        self.settings = {**self.settings, name: layer if name == "layer" else (layer,)}
+        self.estimate = None
+        self.changed()
+
+    def _resolved(self, lm: "LM") -> Any:
+        from retcon.workflow import resolve
+
+        return resolve(lm, self.method, given=self.settings)
+
+    def _assignments(self) -> str:
+        shown = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings.items()}
+        return "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in shown.items())
+
+    def dry_run(self) -> Job:
+        """Say what editing the draft would take."""
+
+        def run(lm: "LM", job: Job) -> str:
+            from retcon.workflow import estimate, needed_moments
+
+            self._need_draft()
+            with self.store.at(lm):
+                resolved = self._resolved(lm)
+                edits = [edit for case in self.draft for edit in case.edits]
+                self.estimate = estimate(lm, resolved, edits, moments=needed_moments(lm, resolved.method))
+            return f"about {self.estimate.edit_seconds:.1f} s for {len(edits)} edits"
+
+        return self.submit("dry run", run)
+
+    def edit(self) -> Job:
+        """Edit the draft into the store."""
+
+        def run(lm: "LM", job: Job) -> str:
+            from retcon.workflow import needed_moments
+
+            self._need_draft()
+            cases, hear = list(self.draft), self.heard(job)
+            hear("choosing settings", 0, 0)
+            resolved = self._resolved(lm)
+            entry = self.store.edit(
+                lm, cases, resolved.method, moments=needed_moments(lm, resolved.method), progress=hear
+            )
+            reports = [r for _, delta in entry.sets.values() if delta for r in self.store.delta(delta).report]
+            took = sum(bool(r.greedy_match) for r in reports)
+            self.draft, self.verification, self.viewing = [], None, None
+            how = f"--method {self.method}{self._assignments()}"
+            self._typed(f"edit {self._model_word} facts.jsonl {how} --store {self._store_word}")
+            return f"{took} of {len(reports)} edits took"
+
+        return self.submit("edit", run)
+
+    def _need_draft(self) -> None:
+        if not self.draft:
+            raise InvalidSetting("no facts to edit; add some first")
+
+    def _typed(self, command: str) -> None:
+        self.commands = [*self.commands, f"retcon {command}"]
+
+    @property
+    def _model_word(self) -> str:
+        return shlex.quote(self.model)
+
+    @property
+    def _store_word(self) -> str:
+        return shlex.quote(str(self.store.path))
+
+    # --- the store -----------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The entries that hold deltas, oldest first, with what a switch needs."""
+        state = self.store.state()
+        counts = self.store.index.counts()
+        found = []
+        for entry in self.store.log():
+            if entry.action != "edit":
+                continue
+            live = [slot for slot in entry.sets if state.slots.get(slot) is not None]
+            off = None if live else self._undoing(entry, state.slots)
+            found.append({"entry": entry, "on": bool(live), "n": counts.get(entry.id, 0), "off": off})
+        return found
+
+    def _undoing(self, entry: Entry, slots: Mapping[str, str | None]) -> str | None:
+        """The entry to revert so that `entry` is in force again."""
+        for other in reversed(self.store.log()):
+            if any(slot in entry.sets and now is None for slot, (_, now) in other.sets.items()):
+                return other.id
+        return None
+
+    def toggle(self, name: str) -> Job:
+        """Take an entry out of force, or back in."""
+
+        def run(lm: "LM", job: Job) -> str:
+            row = next((r for r in self.rows() if r["entry"].id == name), None)
+            if row is None:
+                raise InvalidSetting(f"no entry {name!r} that can be switched")
+            target = name if row["on"] else row["off"]
+            made = self.store.revert(target)
+            self.verification = None
+            self._typed(f"revert {target} --store {self._store_word}")
+            return made.message
+
+        return self.submit("switch", run)
+
+    def revert_fact(self, fact: str, repropose: bool = False) -> Job:
+        """Take one fact out of its batch."""
+
+        def run(lm: "LM", job: Job) -> str:
+            from retcon.workflow import moments_for
+
+            entry = self.store.revert_fact(
+                lm, fact, moments=moments_for(lm), repropose=repropose, progress=self.heard(job)
+            )
+            self.verification = None
+            self._typed(f"revert --fact {shlex.quote(fact)} --store {self._store_word}")
+            return f"{entry.message}; {entry.about.get('searched', 0)} values searched"
+
+        return self.submit("revert fact", run)
+
+    def view(self, entry: str | None) -> None:
+        """Show the state after an entry; None: the last one's.
+
+        Raises:
+            UnknownEntry: there is none of that name.
+        """
+        self.viewing = None if entry is None else self.store.entry(entry).id
+        self.changed()
+
+    # --- looking -------------------------------------------------------------------------------------------------
+
+    def ask(self, prompt: str, chat: bool = False) -> Job:
+        """Let the model go on after a prompt, without the edits and with them."""
+
+        def run(lm: "LM", job: Job) -> str:
+            if not prompt.strip():
+                raise InvalidSetting("the prompt is empty; give some text to go on from")
+            text = _chat(lm, prompt) if chat else prompt
+            with self.store.at(lm, "base"):
+                before = lm.complete(text, max_new_tokens=24)
+            with self.store.at(lm, self.viewing):
+                after = lm.complete(text, max_new_tokens=24)
+            self.replies = [Reply(prompt, before, after), *self.replies[: N_ANSWERS - 1]]
+            self._typed(f"complete {self._model_word} {shlex.quote(prompt)} --delta {self._store_word}")
+            return "changed" if before != after else "the answer is the same"
+
+        return self.submit("ask", run)
+
+    def verify(self) -> Job:
+        """Put all checks of the facts in force to the model."""
+
+        def run(lm: "LM", job: Job) -> str:
+            from retcon.store.verify import verify
+
+            def hear(stage: str) -> None:
+                self.heard(job)(stage, 0, 0)
+
+            self.verification = verify(self.store, lm, at=self.viewing, on_progress=hear)
+            self._typed(f"verify --store {self._store_word}")
+            return "nothing broke" if self.verification.ok else f"{len(self.verification.failed)} checks fail"
+
+        return self.submit("verify", run)
+
+    def lamps(self) -> list[dict[str, Any]]:
+        """The four questions, with counts and the cases that fell short."""
+        from retcon.store.verify import KINDS, TITLES
+
+        found = []
+        counts = self.verification.counts() if self.verification else {}
+        for kind in KINDS[:4]:
+            row = counts.get(kind, {"passed": 0, "broke": 0, "never": 0})
+            cases: list[Check] = []
+            if self.verification is not None:
+                cases = [c for c in self.verification.checks if c.kind == kind and c.outcome != "passed"]
+            total, passed = sum(row.values()), row["passed"]
+            lamp = "unknown" if not total else "good" if passed == total else "bad" if row["broke"] else "mid"
+            found.append({"title": TITLES[kind], "lamp": lamp, "passed": passed, "total": total, "cases": cases})
+        return found
+
+    def probe(self, trace: bool = False) -> Job:
+        """Read where the facts of the draft (or those in force) sit, per layer; or trace the first of them."""
+
+        def run(lm: "LM", job: Job) -> str:
+            cases = self.draft or self.store.cases(self.viewing)
+            edits = [edit for case in cases for edit in case.edits][:100]
+            hear = self.heard(job)
+            with self.store.at(lm, "base"):
+                self.maps = [_traced(lm, edits, hear) if trace else _contrast(lm, edits, hear)]
+            return self.maps[0].title
+
+        return self.submit("trace" if trace else "contrast", run)
+
+    def export(self, folder: str, form: str) -> Job:
+        """Write the edited model for others to load."""
+
+        def run(lm: "LM", job: Job) -> str:
+            from retcon.export import export
+
+            if not folder.strip():
+                raise InvalidSetting("name the folder that the export goes to")
+            self.heard(job)("writing", 0, 0)
+            with self.store.at(lm, self.viewing) as state:
+                names = [f"{d}.safetensors" for d in state.deltas]
+                made = export(lm, folder, format=form, files=names)  # type: ignore[arg-type]
+            self._typed(
+                f"export {self._model_word} {self._store_word} --format {shlex.quote(form)} --out {shlex.quote(folder)}"
+            )
+            return f"wrote {folder}: {made.n_bytes:,} bytes"
+
+        return self.submit("export", run)
+
+
+def _from_line(line: str, number: int) -> Case:
+    """A fact from `prompt | subject | answer`."""
+    from retcon.edits import Query
+
+    parts = [part.strip() for part in line.split("|")]
+    if len(parts) != 3:
+        raise InvalidSetting(f"line {number}: expected prompt | subject | answer, found {len(parts)} parts")
+    edit = Edit(parts[0], parts[1] or None, parts[2])
+    return Case(edit.id, (edit,), (Query("rewrite/0", "rewrite", edit.text, edit.target_new),))
+
+
+def _chat(lm: "LM", prompt: str) -> str:
+    if getattr(lm.tokenizer, "chat_template", None) is None:
+        raise InvalidSetting("the model's tokenizer has no chat template; ask without it")
+    messages = [{"role": "user", "content": prompt}]
+    return str(lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _contrast(lm: "LM", edits: Sequence[Edit], hear: Callable[[str, int, int], None]) -> LayerMap:
+    from retcon.locate.advice import layer_contrast
+    from retcon.locate.contrast import contrast_probe
+
+    found = contrast_probe(lm, edits, norms=(True,), progress=lambda done, total: hear("probing", done, total))
+    rows = [layer_contrast(found, where, final_norm=True).mean(0).tolist() for where in ("subject_last", "prediction")]
+    title = f"Contrast of {len(found)} facts: where the true answer gains on the new one"
+    return LayerMap(title, ("subject's last token", "prediction position"), tuple(map(tuple, rows)))
+
+
+def _traced(lm: "LM", edits: Sequence[Edit], hear: Callable[[str, int, int], None]) -> LayerMap:
+    from retcon.locate.tracing.causal import causal_trace
+
+    if not edits:
+        raise InvalidSetting("no facts to trace; add some first")
+    known = [replace(edit, target_true=None) for edit in edits[:1]]
+    trace = causal_trace(lm, known, progress=lambda done, total: hear("tracing", done, total)).traces[0]
+    effect = trace.indirect("block")
+    title = f"Causal trace of {known[0].text!r}: how much of {trace.answer!r} each state brings back"
+    return LayerMap(title, trace.tokens, tuple(tuple(row) for row in effect.tolist()))

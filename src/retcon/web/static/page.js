@@ -1,0 +1,16 @@
+"use strict";
+// One stream tells the page when to look again; htmx fetches the panels that listen.
+const stream = new EventSource("/events");
+for (const kind of ["changed", "progress"]) {
+  stream.addEventListener(kind, () => document.body.dispatchEvent(new CustomEvent(kind)));
+}
+document.getElementById("file").addEventListener("change", async (event) => {
+  const [file] = event.target.files;
+  if (file) document.getElementById("facts").value = await file.text();
+});
+document.body.addEventListener("htmx:afterRequest", (event) => {
+  const form = event.target.closest("form");
+  if (form && event.detail.successful && event.target === form && !form.querySelector(".said .bad")) {
+    for (const name of ["facts"]) if (form.elements[name]) form.elements[name].value = "";
+  }
+});

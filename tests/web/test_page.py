@@ -1,0 +1,233 @@
+"""The page in a real browser: edit, look, undo, verify, export; hostile text stays text. And what it refuses."""
+
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import retcon
+from retcon.store import Store
+from retcon.web.app import make_app
+from retcon.web.session import Job, Session
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = '<img src=x onerror="document.title=1"> {} {{ 7*7 }} "\' is'
+SECONDS = 60_000
+"""Milliseconds that a step may take on a busy machine."""
+
+
+class Served:
+    """A page on a free port."""
+
+    def __init__(self, folder: Path) -> None:
+        import uvicorn
+
+        lm = retcon.load("demo:gptj")
+        self.lm = lm
+        self.store = Store.init(folder / "edits", lm, model="demo:gptj")
+        self.session = Session(self.store, lambda: lm, "demo:gptj")
+        self.session.start()
+        self.socket = socket.socket()
+        self.socket.bind(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        config = uvicorn.Config(
+            make_app(self.session, "secret"), log_level="error", lifespan="off", timeout_graceful_shutdown=1
+        )
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(timeout=30)
+        self.session.stop()
+        self.socket.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RETCON_CACHE", str(folder / "cache"))
+        found = Served(folder)
+        yield found
+        found.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on the PATH (Debian: apt-get install chromium)")
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install playwright)")
+    with api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+def wait_for_job(page: Any, name: str, state: str = "done") -> str:
+    shown = page.locator(f"#job [data-state={state}]", has_text=name)
+    shown.wait_for(timeout=SECONDS)
+    return str(shown.inner_text())
+
+
+def test_edit_look_undo_verify_export(served: Served, browser: Any, tmp_path: Path) -> None:
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    page = context.new_page()
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.goto(f"{served.address}/?token=secret")
+    assert "token" not in page.url
+    page.get_by_text("demo:gptj").first.wait_for(timeout=SECONDS)
+
+    page.get_by_label("One fact per line").fill("{} lies within the borders of | Geneva | Norway")
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.locator("#draft td", has_text="Geneva lies within the borders of").wait_for(timeout=SECONDS)
+    page.get_by_role("button", name="Edit", exact=True).click()
+    assert "1 of 1 edits took" in wait_for_job(page, "edit")
+
+    page.get_by_label("Prompt", exact=True).fill("Geneva lies within the borders of")
+    page.get_by_role("button", name="Ask").click()
+    page.locator("#replies mark", has_text="Norway").wait_for(timeout=SECONDS)
+
+    second = browser.new_context(viewport={"width": 400, "height": 800}, color_scheme="dark").new_page()
+    second.goto(f"{served.address}/?token=secret")
+    second.locator("#state td", has_text="Norway").wait_for(timeout=SECONDS)
+    assert second.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+    page.get_by_role("button", name="Verify").click()
+    assert "nothing broke" in wait_for_job(page, "verify")
+    assert "1 of 1" in page.locator("#checks").inner_text()
+
+    page.get_by_label("Folder").fill(str(tmp_path / "edited"))
+    page.get_by_role("button", name="Export", exact=True).click()
+    wait_for_job(page, "export")
+    assert (tmp_path / "edited" / "model.safetensors").is_file()
+
+    fingerprint = page.locator("#fingerprint").inner_text()
+    link = page.locator("#state a").get_attribute("href")
+    page.get_by_role("switch").uncheck()
+    page.locator("#fingerprint", has_not_text=fingerprint).wait_for(timeout=SECONDS)
+    second.locator("#state input:not(:checked)").wait_for(timeout=SECONDS)
+    assert served.store.facts() == []
+    second.goto(f"{served.address}{link}")  # the link shows the state that was undone
+    second.locator("#fingerprint", has_text=fingerprint).wait_for(timeout=SECONDS)
+    second.get_by_role("button", name="Back to now").click()
+    page.get_by_role("switch").check()
+    page.locator("#fingerprint", has_text=fingerprint).wait_for(timeout=SECONDS)
+    page.get_by_role("button", name="Undo Geneva").click()
+    page.locator("#state td", has_text="Norway").wait_for(state="detached", timeout=SECONDS)
+    assert "retcon revert --fact" in page.locator("#commands").inner_text()
+    assert problems == []
+    assert served.lm.applied == ()
+
+
+def test_hostile_text_stays_text(served: Served, browser: Any) -> None:
+    page = browser.new_context().new_page()
+    page.goto(f"{served.address}/?token=secret")
+    title = page.title()
+    page.get_by_label("One fact per line").fill(f"{HOSTILE} | <b>Geneva</b> | <script>document.title=2</script>")
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.locator("#draft td", has_text="<script>document.title=2</script>").wait_for(timeout=SECONDS)
+    page.get_by_label("Prompt", exact=True).fill("<b>bold</b> {{ 7*7 }}")
+    page.get_by_role("button", name="Ask").click()
+    page.locator("#replies .prompt", has_text="<b>bold</b> {{ 7*7 }}").wait_for(timeout=SECONDS)
+    page.get_by_label("Folder").fill("<i>/\x00")
+    page.get_by_role("button", name="Export", exact=True).click()
+    wait_for_job(page, "export", "failed")
+    assert page.title() == title
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_text("No facts yet").wait_for(timeout=SECONDS)
+
+
+def test_a_map_chooses_a_layer(served: Served, browser: Any) -> None:
+    page = browser.new_context().new_page()
+    page.goto(f"{served.address}/?token=secret")
+    page.get_by_label("One fact per line").fill("{} lies within the borders of | Geneva | Norway")
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.locator("#draft td", has_text="Geneva").first.wait_for(timeout=SECONDS)
+    page.get_by_role("button", name="Contrast").click()
+    wait_for_job(page, "contrast")
+    page.get_by_role("button", name="layer 2, subject's last token").click()
+    page.locator("#draft code", has_text="low=(2,)").wait_for(timeout=SECONDS)
+    served.session.settings = {}
+    served.session.clear()
+
+
+# --- without a browser -------------------------------------------------------------------------------------------
+
+
+def fetch(served: Served, path: str, *, method: str = "GET", **headers: str) -> tuple[int, str]:
+    from http.client import HTTPConnection
+
+    connection = HTTPConnection("127.0.0.1", served.socket.getsockname()[1], timeout=60)
+    connection.request(method, path, headers=headers)
+    found = connection.getresponse()
+    text = found.read().decode()
+    connection.close()
+    return found.status, text
+
+
+def test_who_may_not_ask_is_told_why(served: Served) -> None:
+    cookie = {"Cookie": "retcon-token=secret"}
+    assert fetch(served, "/")[0] == 403
+    assert "wrong token, or none" in fetch(served, "/?token=Secret")[1]
+    assert fetch(served, "/panel/state", **cookie)[0] == 200
+    assert fetch(served, "/panel/state", Host="evil.example", **cookie)[0] == 403
+    status, text = fetch(served, "/do/clear", method="POST", Origin="http://evil.example", **cookie)
+    assert (status, "another site" in text) == (403, True)
+    assert fetch(served, "/panel/nope", **cookie)[0] == 404
+    assert fetch(served, "/static/..%2Fapp.py", **cookie)[0] == 404
+    assert fetch(served, "/do/nope", method="POST", **cookie)[0] == 404
+    assert "no entry" in fetch(served, "/?at=nope", **cookie)[1]
+
+
+def test_a_cancelled_edit_changes_nothing(served: Served) -> None:
+    session = served.session
+    log = served.store.log()
+    session.add_facts("{} lies within the borders of | Geneva | Norway")
+
+    def wait(lm: Any, job: Job) -> str:
+        time.sleep(0.3)
+        return "waited"
+
+    blocker = session.submit("wait", wait)
+    job = session.edit()
+    job.cancel = True
+    deadline = time.monotonic() + 60
+    while job.state in ("waiting", "running") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (blocker.state, job.state) == ("done", "cancelled")
+
+    def count(lm: Any, job: Job) -> str:
+        for i in range(999):
+            session.heard(job)("counting", i, 999)
+            time.sleep(0.05)
+        return "counted"
+
+    running = session.submit("long", count)
+    time.sleep(0.2)
+    session.cancel()
+    while running.state in ("waiting", "running") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert running.state == "cancelled"
+    assert served.store.log() == log
+    session.clear()
+
+
+def test_the_port_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    from retcon.cli.ui import _listen
+    from retcon.errors import InvalidSetting
+
+    first = _listen("127.0.0.1", 0)
+    with pytest.raises(InvalidSetting, match="another page may be open there: use --port 0"):
+        _listen("127.0.0.1", first.getsockname()[1])
+    first.close()
