@@ -17,7 +17,12 @@ from retcon.world.text import text
 VOCABULARY, ANSWER_REPEATS = 4096, 4
 CONTEXT = 512
 HEAD_WIDTH = 32
-MODEL_TYPES = sorted(LAYOUTS)
+MODEL_TYPES = sorted(
+    name
+    for name, row in LAYOUTS.items()
+    if not (row.experts or row.others or name.endswith("_vl_text") or row.earlier != "attention")
+)
+"""Families all of whose blocks are an attention and a dense MLP."""
 _ADD_BOS = ("llama", "mistral", "gemma2", "gemma3_text", "opt")
 """Families whose tokenizer puts a token before every text; the others have one special token, as GPT has."""
 _GROUPED = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")

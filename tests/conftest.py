@@ -21,8 +21,7 @@ from retcon.lm.model import LM
 from retcon.lm.prompts import Row
 from retcon.memory.moments import GivenMoments, collect_moments
 
-FAMILIES = sorted(LAYOUTS)
-CORE = ("gemma2", "gpt2", "gpt_neox", "gptj", "llama", "phi3")
+CORE = ("gemma2", "gpt2", "gpt_neox", "gptj", "llama", "mixtral", "phi3", "qwen2_moe", "qwen3_5_text")
 """Families that differ in structure; the everyday suite takes these, `make test-all` the others."""
 
 
@@ -82,6 +81,55 @@ def tokenizer(kind: str = "gpt") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+EXPERTS: dict[str, Any] = dict(
+    num_key_value_heads=2, num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4,
+    num_experts_per_tok=2, moe_intermediate_size=24, moe_k=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+)  # fmt: skip
+LATENT: dict[str, Any] = dict(
+    num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+    head_dim=4,
+)  # fmt: skip
+LINEAR: dict[str, Any] = dict(
+    num_key_value_heads=2, head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+    linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"] * 2,
+)  # fmt: skip
+SHARED: dict[str, Any] = dict(shared_expert_intermediate_size=40)
+UNLIKE: dict[str, dict[str, Any]] = {
+    "mixtral": EXPERTS,
+    "olmoe": EXPERTS,
+    "phimoe": EXPERTS,
+    "flex_olmo": EXPERTS,
+    "minimax_m2": EXPERTS | dict(head_dim=8, rotary_dim=8),
+    "gpt_oss": EXPERTS | dict(head_dim=8, sliding_window=8),
+    "granitemoe": EXPERTS | dict(residual_multiplier=0.5),
+    "qwen3_moe": EXPERTS | dict(head_dim=8, mlp_only_layers=[0]),
+    "qwen2_moe": EXPERTS | SHARED | dict(mlp_only_layers=[0]),
+    "hunyuan_v1_moe": EXPERTS | dict(head_dim=8),
+    "ernie4_5_moe": EXPERTS | dict(moe_layer_start_index=1),
+    "dots1": EXPERTS | dict(n_shared_experts=1, head_dim=8),
+    "glm4_moe": EXPERTS | dict(n_shared_experts=1, head_dim=8),
+    "solar_open": EXPERTS | dict(n_shared_experts=1, head_dim=8),
+    "deepseek_v2": EXPERTS | LATENT | dict(n_shared_experts=1),
+    "deepseek_v3": EXPERTS | LATENT | dict(n_shared_experts=1),
+    "glm4_moe_lite": EXPERTS | LATENT | dict(n_shared_experts=1),
+    "qwen3_5_text": LINEAR,
+    "qwen3_next": EXPERTS | SHARED | LINEAR,
+    "qwen3_5_moe_text": EXPERTS | SHARED | LINEAR,
+    "lfm2": dict(
+        num_key_value_heads=2, block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"] * 2
+    ),
+    "jamba": EXPERTS | dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
+    "gemma4_text": dict(
+        num_key_value_heads=2, head_dim=8, global_head_dim=8, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=512, num_kv_shared_layers=2, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+}  # fmt: skip
+"""What the tiny models of mixtures of experts, hybrids and other families with blocks that differ have of their own."""
+WRAPPED = ("qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_text")
+"""Text models that exist inside another model only (tests/lm/test_wrappers.py)."""
+FAMILIES = sorted(set(LAYOUTS) - set(WRAPPED) - set(UNLIKE))
+"""Families all of whose blocks are an attention and a dense MLP; the others: tests/lm/test_mixed.py."""
 WITH_HEAD_DIM = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "helium", "ministral",
     "ministral3", "seed_oss", "ernie4_5", "hunyuan_v1_dense", "cwm",
@@ -123,6 +171,7 @@ def tiny_model(
     )  # fmt: skip
     if family not in ("gpt2", "gptj", "opt", "gpt_neox"):
         common |= dict(num_key_value_heads=2)
+    own |= {name: common | fields for name, fields in UNLIKE.items()}
     if family in WITH_HEAD_DIM:
         common |= dict(head_dim=8)
     if family in WINDOWED:
@@ -134,10 +183,12 @@ def tiny_model(
     )
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
+                if not parameter.any():  # some routers are made of zeros, and would send every token the same way
+                    parameter.normal_(std=0.02)
                 parameter *= 4 if "embed" not in name and "wte" not in name else 10
     torch.set_rng_state(state)
     return model
@@ -174,7 +225,7 @@ def random_moments(lm: LM, *, kinds: tuple[str, ...] = ("down_proj", "o_proj"), 
     """Full-rank second moments of every layer, from random tokens."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 400, (n_tokens // 16, 16), generator=generator).tolist()
-    sites = [lm.site(layer, kind) for layer in range(lm.n_layers) for kind in kinds]  # type: ignore[arg-type]
+    sites = [lm.site(layer, kind) for layer in range(lm.n_layers) for kind in kinds if lm.has(layer, kind)]  # type: ignore[arg-type]
     found = collect_moments(lm, sites, [Row(tuple(r), len(r)) for r in ids])
     return GivenMoments({s.name: m for s, m in found.items()})
 

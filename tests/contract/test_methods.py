@@ -9,13 +9,12 @@ import torch
 
 import retcon
 from retcon.edits import Edit
-from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import GivenMoments
 from retcon.methods.common.registry import METHODS, method, method_class
 from retcon.methods.common.sequence import in_steps
-from tests.conftest import CORE, random_moments, tiny_model, tokenizer
+from tests.conftest import CORE, FAMILIES, random_moments, tiny_model, tokenizer
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 
@@ -72,7 +71,7 @@ SEEDLESS = {"ctp", "kne", "ft", "ft_l", "ft_m", "ft_wd", "full_c"}
 
 ONE_OF_EACH_CLASS = ("jeep", "kne", "rect", "rome")
 """Two groups of layers, masked tuning, a wrapper, one fact: what the families outside `CORE` are tried with."""
-EVERYWHERE = [(name, f) for name in METHODS for f in LAYOUTS if f in CORE or name in ONE_OF_EACH_CLASS]
+EVERYWHERE = [(name, f) for name in METHODS for f in FAMILIES if f in CORE or name in ONE_OF_EACH_CLASS]
 
 
 def test_every_method_has_settings_here() -> None:

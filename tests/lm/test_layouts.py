@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from retcon.delta import Change
 from retcon.errors import NotEditable, UnknownLayout, UnsupportedModel
-from retcon.lm.layouts import LAYOUTS, Fused, Layout, layout_for
+from retcon.lm.layouts import LAYOUTS, REFUSED, Fused, Layout, layout_for
 from retcon.lm.model import LM, Site, SiteName
 from tests.conftest import FAMILIES, Models, tiny_model, tokenizer
 
@@ -249,21 +249,27 @@ def config(model_type: str, **own: Any) -> Any:
     return CONFIG_MAPPING[model_type](**own)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "phimoe", "olmoe", "gpt_oss", "deepseek_v3"])
-def test_mixtures_of_experts_are_refused(model_type: str) -> None:
-    with pytest.raises(UnsupportedModel, match=f"'{model_type}' routes tokens through experts.*Use a dense model"):
+@pytest.mark.parametrize("model_type", ["mamba", "nemotron_h"])
+def test_families_that_cannot_be_edited_are_refused_with_the_reason(model_type: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"'{model_type}' cannot be edited: {REFUSED[model_type]}"):
         layout_for(config(model_type))
+    assert not set(REFUSED) & set(LAYOUTS)
 
 
-@pytest.mark.parametrize("model_type", ["llava", "gemma3", "qwen2_vl", "mistral3", "idefics3"])
-def test_multimodal_wrappers_are_refused(model_type: str) -> None:
-    with pytest.raises(
-        UnsupportedModel, match=rf"'{model_type}' wraps a language model.*\(config\.\w+\); load the text"
-    ):
-        layout_for(config(model_type))
+def test_a_gemma_4_with_experts_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match=r"Gemma 4 with experts \(enable_moe_block=True\).*use a dense Gemma 4"):
+        layout_for(config("gemma4_text", enable_moe_block=True))
 
 
-@pytest.mark.parametrize("model_type", ["codegen", "mamba", "xglm"])
+@pytest.mark.parametrize(
+    ("model_type", "text_type"),
+    [("llava", "llama"), ("gemma3", "gemma3_text"), ("qwen2_vl", "qwen2_vl_text"), ("mistral3", "mistral")],
+)
+def test_a_wrapper_has_its_text_models_row(model_type: str, text_type: str) -> None:
+    assert layout_for(config(model_type)) is LAYOUTS[text_type]
+
+
+@pytest.mark.parametrize("model_type", ["codegen", "xglm"])
 def test_unknown_families_are_refused_with_both_ways_out(model_type: str) -> None:
     with pytest.raises(UnknownLayout) as error:
         layout_for(config(model_type))

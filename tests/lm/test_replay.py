@@ -8,12 +8,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from retcon.lm.forward import Hook, Point, adding, logits_at, run
-from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.replay import ReplayState, capture_states, replaying
 from retcon.locate.tracing.packing import PartialModule
-from tests.conftest import FLOAT32_INSIDE
+from tests.conftest import FAMILIES, FLOAT32_INSIDE
 
 
 def tolerance(family: str) -> dict[str, float]:
@@ -63,7 +62,7 @@ def both(
     return *out[0], *out[1]
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("points", "first"),
     [
@@ -83,7 +82,7 @@ def test_replay_equals_the_plain_forward(family: str, points: list[Point], first
     assert_close(regradient, gradient, rtol=close["rtol"], atol=close["atol"] * float(gradient.abs().max()))
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_rows_can_be_selected_and_all_tokens_can_be_live(family: str, tiny: Callable[..., LM]) -> None:
     lm, rows = tiny(family), ragged_rows()
     chosen = [3, 0, 3]
@@ -125,7 +124,7 @@ def test_a_point_below_the_live_blocks_is_refused(tiny: Callable[..., LM]) -> No
             run(lm, inputs, {Point(1, "mlp"): lambda _: None})
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_module_run_partly_gives_what_is_known_elsewhere(family: str, tiny: Callable[..., LM]) -> None:
     """With its own outputs as the known ones nothing changes, and it has seen the live places only; with others, those
     stand at the other places."""

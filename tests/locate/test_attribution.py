@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, NonFinite
-from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM, Site
 from retcon.locate.attribution import Attribution, answer_probabilities, attribute, select
 from retcon.training.objective import answer_rows
+from tests.conftest import FAMILIES
 
 GAUSS = dict(n_points=16, quadrature="gauss")
 SMOOTH = ("gpt2", "gpt_neox")  # float64 all through; others compute a norm or the attention in float32
@@ -119,7 +119,7 @@ def test_one_point_is_gradient_times_weight(tiny, edits):
 
 
 @pytest.mark.parametrize("path", ["layer", "joint"])
-@pytest.mark.parametrize("family", sorted(LAYOUTS))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_activations_give_what_weight_gradients_give(family, path, tiny, edits):
     """T9 (I3, I4), on every architecture, fused and parallel projections and the replay included; entries too."""
     lm = tiny(family)

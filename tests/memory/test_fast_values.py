@@ -12,7 +12,6 @@ import retcon
 from retcon.edits import Edit
 from retcon.errors import NonFinite, OutOfMemory, RetconWarning
 from retcon.lm.forward import Point
-from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.memory import capacity, collect
 from retcon.memory.contexts import Contexts
@@ -23,7 +22,7 @@ from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.schedule import Chunk
 from retcon.memory.values.search import REPLAYS, search_values
-from tests.conftest import FLOAT32_INSIDE, random_moments
+from tests.conftest import FAMILIES, FLOAT32_INSIDE, random_moments
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 LOW = ValueSite(Point(1, "mlp"), "subject_last", clamp=1.5, weight_decay=0.02)
@@ -77,14 +76,14 @@ def exactness(family: str) -> float:
     return 1e-5 if family in FLOAT32_INSIDE else 1e-10
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sites", SITES)
 def test_fast_and_plain_agree(family: str, sites: str, tiny: Callable[..., LM], mixed: list[Edit]) -> None:
     fast, plain = both(tiny(family), mixed, SITES[sites])
     agree(fast, plain, exactness(family))
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fast_and_plain_agree_in_float32(family: str, tiny: Callable[..., LM], mixed: list[Edit]) -> None:
     fast, plain = both(tiny(family, torch.float32), mixed, (LOW, HIGH))
     agree(fast, plain, 1e-5)

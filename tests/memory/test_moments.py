@@ -10,7 +10,6 @@ from retcon import checked
 from retcon.delta import Dense
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, TooFewTokens
 from retcon.lm.forward import Point, run
-from retcon.lm.layouts import LAYOUTS
 from retcon.lm.prompts import pad
 from retcon.memory import collect as collecting
 from retcon.memory import moments as module
@@ -26,7 +25,7 @@ from retcon.memory.moments import (
     unpack,
 )
 from retcon.memory.solve import cholesky
-from tests.conftest import TEXT, random_moments
+from tests.conftest import FAMILIES, TEXT, random_moments
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +50,7 @@ def direct(lm, rows, point):
     return total / count
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_streaming_equals_direct_for_any_batch_split(family, tiny):
     lm = tiny(family)
     rows = document_rows(lm, TEXT, 10_000, 64)

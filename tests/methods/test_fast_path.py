@@ -9,7 +9,6 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.lm.forward import Point
-from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.lm.prompts import Where
 from retcon.memory.contexts import Contexts
@@ -17,7 +16,7 @@ from retcon.memory.keys import KeyAverage, KeyReader, mean_keys
 from retcon.memory.values.reference import search_values_reference
 from retcon.methods.jeep import Jeep
 from retcon.methods.memit import Memit
-from tests.conftest import FLOAT32_INSIDE, random_moments
+from tests.conftest import FAMILIES, FLOAT32_INSIDE, random_moments
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 METHODS = {
@@ -45,7 +44,7 @@ class PlainReader(KeyReader):
         return keys, now
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", METHODS)
 def test_fast_and_plain_give_the_same_delta(

@@ -255,7 +255,7 @@ def _one_thread_for_a_small_model(lm: "LM") -> None:
     """
     import torch
 
-    width = lm.site(0, "down_proj").weight.shape[0]
+    width = lm.d_model
     if lm.device.type == "cpu" and width <= NARROW and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
-from retcon.lm.replay import ReplayState, common_beginnings, embedded, replaying, tokens_at
+from retcon.lm.replay import ReplayState, common_beginnings, embedded, live_starts, replaying, tokens_at
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -68,7 +68,9 @@ class LayerwiseReader:
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:
         self.lm, self.n_rows = lm, len(rows)
-        limits = [r.prediction if r.subject_last is None else min(r.subject_last, r.prediction) for r in rows]
+        limits = live_starts(
+            lm, [r.prediction if r.subject_last is None else min(r.subject_last, r.prediction) for r in rows]
+        )
         ends, place = common_beginnings([r.ids for r in rows], limits, prefix_group)
         self.starts = [ends[p] for p in place]
         self.groups = [
@@ -80,7 +82,7 @@ class LayerwiseReader:
         nothing = [0] * len(ends)
         self.beginnings = _Group(beginnings, nothing, list(range(len(ends))), nothing)
         self.ends = torch.tensor(ends)
-        width = lm.site(0, "down_proj").weight.shape[0]
+        width = lm.d_model
         n_tokens = sum(len(r.ids) - s for r, s in zip(rows, self.starts, strict=True))
         self.keeps = n_tokens * width * lm.dtype.itemsize <= keep_bytes
         self.reached = 0

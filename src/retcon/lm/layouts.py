@@ -1,7 +1,9 @@
 """What we know of each architecture: one row per `config.model_type`, chosen by that alone, never by name or shape.
 
-Module paths are relative to the block; `stored` says how the family stores its matrices ("out,in" is torch's Linear,
-"in,out" is the Conv1D of GPT-2), and is checked against the modules' types when a model is loaded.
+Blocks of a model may differ (experts in some layers, a recurrent mixer in others): a row then names further kinds of
+block, and each block is of the first kind whose modules it has. Module paths are relative to the block; `stored` says
+how the family stores its matrices ("out,in" is torch's Linear, "in,out" is the Conv1D of GPT-2), and is checked against
+the modules' types when a model is loaded.
 """
 
 from dataclasses import dataclass, replace
@@ -56,17 +58,20 @@ class Layout:
 
     block: str
     """Path of a transformer block, with `{}` for its number."""
-    down_proj: str
-    """Second MLP matrix (m -> d): the associative memory that locate-then-edit methods write to."""
-    up_proj: str | Fused
+    down_proj: str | None
+    """Second MLP matrix (m -> d): the associative memory that locate-then-edit methods write to. In a mixture of
+    experts the shared expert's; None where every expert is routed."""
+    up_proj: str | Fused | None
     """First MLP matrix (d -> m)."""
     gate_proj: str | Fused | None = None
     """Gate matrix of a gated MLP."""
-    q_proj: str | Fused
-    k_proj: str | Fused
-    v_proj: str | Fused
+    experts: str | None = None
+    """Module that holds all routed experts, their down-projections in one tensor (experts, d, m) or (experts, m, d)."""
+    q_proj: str | Fused | None
+    k_proj: str | Fused | None
+    v_proj: str | Fused | None
     o_proj: str
-    """Attention out-projection."""
+    """Out-projection of the attention, or of the recurrent mixer in its place."""
     embedding: str
     final_norm: str
     head: str = "lm_head"
@@ -78,11 +83,39 @@ class Layout:
     """Norm between the MLP's output and the residual stream (gemma2, gemma3, olmo2)."""
     residual_multiplier: bool = False
     """What a block adds to the residual stream is multiplied by a constant first (granite)."""
+    gated_shared: bool = False
+    """The shared expert's output is multiplied by a gate of the token (Qwen)."""
+    earlier: Literal["attention", "state", "other"] = "attention"
+    """How earlier tokens reach a block: through attention keys and values alone; also through a recurrent state, so
+    that a replay runs every token; or in a way that no replay knows."""
+    others: tuple["Layout", ...] = ()
+    """Further kinds of block that the family has."""
 
     @property
     def adds_mlp_output(self) -> bool:
-        """Whether a change of the MLP's output is the same change of the residual stream."""
-        return self.mlp_post_norm is None and not self.residual_multiplier
+        """Whether a change of the down-projection's output is the same change of the residual stream."""
+        return self.mlp_post_norm is None and not (self.residual_multiplier or self.gated_shared)
+
+    @property
+    def kinds(self) -> tuple["Layout", ...]:
+        """All kinds of block, this one first."""
+        return (self, *self.others)
+
+    def within(self, decoder: str) -> "Layout":
+        """Return the row of a text model that another model holds as its module `decoder` (a wrapper's)."""
+        if decoder == "model":
+            return self
+
+        def moved(path: str) -> str:
+            return decoder + path.removeprefix("model") if path.startswith("model.") else path
+
+        return replace(
+            self,
+            block=moved(self.block),
+            embedding=moved(self.embedding),
+            final_norm=moved(self.final_norm),
+            others=tuple(other.within(decoder) for other in self.others),
+        )
 
 
 _LLAMA = Layout(
@@ -102,6 +135,47 @@ _GATELESS = replace(_LLAMA, gate_proj=None)
 _GLM = replace(
     _LLAMA, up_proj=Fused("mlp.gate_up_proj", "up"), gate_proj=Fused("mlp.gate_up_proj", "gate")
 )  # gate and up in one matrix, q, k and v each in its own
+_ROUTED = replace(_LLAMA, down_proj=None, up_proj=None, gate_proj=None, experts="mlp.experts")
+
+
+def _shared(row: Layout, path: str, experts: str = "mlp.experts") -> Layout:
+    """Return a row whose MLP is a mixture of experts with a shared one at `path`."""
+    return replace(
+        row, down_proj=f"{path}.down_proj", up_proj=f"{path}.up_proj", gate_proj=f"{path}.gate_proj", experts=experts
+    )
+
+
+def _recurrent(row: Layout, o_proj: str) -> Layout:
+    """Return a row whose block has a recurrent mixer instead of the attention."""
+    return replace(row, q_proj=None, k_proj=None, v_proj=None, o_proj=o_proj)
+
+
+def _with(row: Layout, *others: Layout) -> Layout:
+    return replace(row, others=others)
+
+
+_LATENT = replace(_LLAMA, q_proj=None, k_proj=None, v_proj=None)  # multi-head latent attention: no plain q, k, v
+_GATED_SHARED = replace(_shared(_LLAMA, "mlp.shared_expert"), gated_shared=True)
+_QWEN_HYBRID = replace(_LLAMA, earlier="state")
+_QWEN_HYBRID_MOE = replace(_GATED_SHARED, earlier="state")
+_LFM2 = replace(
+    _LLAMA,
+    down_proj="feed_forward.w2",
+    up_proj="feed_forward.w3",
+    gate_proj="feed_forward.w1",
+    o_proj="self_attn.out_proj",
+    final_norm="model.embedding_norm",
+    earlier="state",
+)
+_JAMBA = replace(
+    _LLAMA,
+    down_proj="feed_forward.down_proj",
+    up_proj="feed_forward.up_proj",
+    gate_proj="feed_forward.gate_proj",
+    final_norm="model.final_layernorm",
+    earlier="state",
+)
+_JAMBA_ROUTED = replace(_JAMBA, down_proj=None, up_proj=None, gate_proj=None, experts="feed_forward.experts")
 _BLOOM = Layout(
     block="transformer.h.{}",
     down_proj="mlp.dense_4h_to_h",
@@ -219,6 +293,39 @@ LAYOUTS: dict[str, Layout] = {
         k_proj=Fused("self_attn.qkv_proj", "k"),
         v_proj=Fused("self_attn.qkv_proj", "v"),
     ),
+    "qwen2_vl_text": _LLAMA,
+    "qwen2_5_vl_text": _LLAMA,
+    "qwen3_vl_text": _LLAMA,
+    "gemma4_text": replace(_POST_NORM, earlier="other", others=(replace(_POST_NORM, k_proj=None, v_proj=None),)),
+    # mixtures of experts
+    "flex_olmo": replace(_ROUTED, mlp_post_norm="post_feedforward_layernorm"),
+    "gpt_oss": _ROUTED,
+    "minimax_m2": _ROUTED,
+    "mixtral": _ROUTED,
+    "olmoe": _ROUTED,
+    "phimoe": _ROUTED,
+    "qwen3_moe": _with(_ROUTED, _LLAMA),
+    "granitemoe": replace(_ROUTED, experts="block_sparse_moe.experts", residual_multiplier=True),
+    "qwen2_moe": _with(_GATED_SHARED, replace(_LLAMA, gated_shared=True)),
+    "hunyuan_v1_moe": _shared(_LLAMA, "mlp.shared_mlp"),
+    "dots1": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
+    "ernie4_5_moe": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
+    "glm4_moe": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
+    "solar_open": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
+    "deepseek_v2": _with(_shared(_LATENT, "mlp.shared_experts"), _LATENT),
+    "deepseek_v3": _with(_shared(_LATENT, "mlp.shared_experts"), _LATENT),
+    "glm4_moe_lite": _with(_shared(_LATENT, "mlp.shared_experts"), _LATENT),
+    # hybrids
+    "qwen3_5_text": _with(_QWEN_HYBRID, _recurrent(_QWEN_HYBRID, "linear_attn.out_proj")),
+    "qwen3_next": _with(_QWEN_HYBRID_MOE, _recurrent(_QWEN_HYBRID_MOE, "linear_attn.out_proj")),
+    "qwen3_5_moe_text": _with(_QWEN_HYBRID_MOE, _recurrent(_QWEN_HYBRID_MOE, "linear_attn.out_proj")),
+    "lfm2": _with(_LFM2, _recurrent(_LFM2, "conv.out_proj")),
+    "jamba": _with(
+        _JAMBA,
+        _recurrent(_JAMBA, "mamba.out_proj"),
+        _JAMBA_ROUTED,
+        _recurrent(_JAMBA_ROUTED, "mamba.out_proj"),
+    ),
     "opt": Layout(  # the block holds the MLP's matrices itself, and fc2 sees (batch x seq, m)
         block="model.decoder.layers.{}",
         down_proj="fc2",
@@ -232,30 +339,28 @@ LAYOUTS: dict[str, Layout] = {
     ),
 }
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_WRAPPED = ("text_config", "language_config", "llm_config")
+REFUSED = {
+    "falcon_mamba": "a block is a state-space mixer alone: it has no MLP that stores keys and values",
+    "mamba": "a block is a state-space mixer alone: it has no MLP that stores keys and values",
+    "mamba2": "a block is a state-space mixer alone: it has no MLP that stores keys and values",
+    "nemotron_h": "a block is a mixer or an MLP, never both, and the methods speak of layers that have both",
+    "rwkv": "its channel mixing reads the token before as well, so a key is not of one token",
+}
+"""Families that are known and cannot be edited, with the reason."""
 
 
 def layout_for(config: Any) -> Layout:
-    """The row for a transformers config.
+    """Return the row for a transformers config; of a wrapper (a model that holds a text model), its text model's.
 
     Raises:
-        UnsupportedModel: mixture of experts, a multimodal wrapper, or an odd variant of a known family.
+        UnsupportedModel: a family that cannot be edited, or an odd variant of a known one; with the reason.
         UnknownLayout: no row for this `model_type`; the message says how to add one.
     """
+    config = config.get_text_config()
     kind = config.model_type
-    if any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS):
-        raise UnsupportedModel(
-            f"model_type {kind!r} routes tokens through experts: a key reaches only some of them, so no single matrix "
-            "holds a fact. Use a dense model of the family."
-        )
+    if kind in REFUSED:
+        raise UnsupportedModel(f"model_type {kind!r} cannot be edited: {REFUSED[kind]}")
     if kind not in LAYOUTS:
-        inner = next((n for n in _WRAPPED if getattr(config, n, None) is not None), None)
-        if inner:
-            raise UnsupportedModel(
-                f"model_type {kind!r} wraps a language model in another one (config.{inner}); load the text model by "
-                f"itself (AutoModelForCausalLM on a text-only checkpoint) and pass LM(model, tokenizer)."
-            )
         raise UnknownLayout(
             f"no layout for model_type {kind!r}; known: {', '.join(sorted(LAYOUTS))}.\n"
             f"Pass layout=retcon.Layout(...) for a family of the same shape, or add a row to "
@@ -271,11 +376,16 @@ def layout_for(config: Any) -> Layout:
             "BLOOM with apply_residual_connection_post_layernorm=True adds to a normed state, so a block's output is "
             "no residual stream; use another checkpoint."
         )
+    if kind == "gemma4_text" and config.enable_moe_block:
+        raise UnsupportedModel(
+            "Gemma 4 with experts (enable_moe_block=True) norms the dense MLP and the experts apart before it adds "
+            "them, which no layout describes yet; use a dense Gemma 4."
+        )
     row = LAYOUTS[kind]
     if kind in ("gpt_neox", "stablelm"):
         row = replace(row, parallel=config.use_parallel_residual)
     elif kind == "falcon":
         row = replace(row, parallel=config.new_decoder_architecture or config.parallel_attn)
-    elif kind == "granite":
+    elif kind in ("granite", "granitemoe"):
         row = replace(row, residual_multiplier=config.residual_multiplier != 1)
     return row

@@ -52,7 +52,7 @@ def load(
             way out.
         MissingPackage: reading a GGUF file needs packages that are not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     place = str(world.model_path(name.removeprefix(DEMO))) if name.startswith(DEMO) else name
     target = torch.device(device) if device is not None else _best_device()
@@ -70,7 +70,9 @@ def load(
                 weights_options = gguf_options(gguf, options, layout)
                 place, options["gguf_file"] = str(gguf.parent), gguf.name
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            if dtype == torch.float64:
+                weights_options["experts_implementation"] = "eager"  # the grouped products know no float64
+            model, report = _model_class(place, options).from_pretrained(
                 place,
                 dtype=dtype,
                 device_map=device_map,
@@ -82,7 +84,8 @@ def load(
         raise UnsupportedModel(f"cannot load {name!r}: {_reason(error, place, allow_bin, gguf)}") from error
     if missing := sorted(report["missing_keys"]):  # transformers makes them up, at random
         raise UnsupportedModel(
-            f"cannot load {name!r}: the checkpoint lacks {len(missing)} of the model's weights ({missing[0]}, ...)"
+            f"cannot load {name!r}: the checkpoint lacks {len(missing)} of the model's weights, which would be random: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
         )
     if gguf is not None:
         forget_packing(model, gguf)
@@ -94,6 +97,17 @@ def load(
     if files and not any(p.is_meta for p in model.parameters()):
         lm.remember_fingerprint(checkpoint_fingerprint(model, files, verify=verify_base))
     return lm
+
+
+def _model_class(place: str, options: dict[str, Any]) -> Any:
+    """The class that reads a checkpoint whole: of a text model beside others (images, sound), the one with all of them,
+    so that saving gives everything back."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(place, **options)
+    if config.get_text_config() is not config and type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def checkpoint_files(place: str, revision: str | None = None) -> list[Path]:

@@ -6,9 +6,9 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import count, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -134,7 +134,7 @@ class LM:
         name: what reports call it; the model's own name by default.
 
     Raises:
-        UnsupportedModel: wrapped by PEFT, compiled, mixture of experts, multimodal, slow tokenizer.
+        UnsupportedModel: wrapped by PEFT, compiled, a family that cannot be edited, slow tokenizer.
         UnknownLayout: no layout for this `model_type`.
     """
 
@@ -147,7 +147,7 @@ class LM:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.layout = layout or layout_for(model.config)
+        self.layout = (layout or layout_for(model.config)).within(_decoder_path(model))
         self.name = name or getattr(model.config, "_name_or_path", "") or model.config.model_type
         self.n_layers = _count_blocks(model, self.layout)
         self.not_editable = _why_not_editable(model)
@@ -161,8 +161,11 @@ class LM:
         self._lent: Lent | None = None
         self._fingerprint: str | None = None
         self._seen: dict[str, tuple[object, ...]] = {}
-        for kind in ("down_proj", "o_proj"):
-            self.site(0, kind)  # a layout that does not fit fails here, not in an edit
+        self.kinds = tuple(_kind_of(self, layer) for layer in range(self.n_layers))
+        """The layout of each block: the first of the row's kinds whose modules it has."""
+        for layer, kind in product(range(self.n_layers), get_args(SiteName)):
+            if self.has(layer, kind):
+                self.site(layer, kind)  # a layout that does not fit fails here, not in an edit
         for name in ("embedding", "final_norm", "head"):
             _find(model, getattr(self.layout, name), name)
         _own(model, self)
@@ -194,14 +197,34 @@ class LM:
         return self.model.get_submodule(self.layout.embedding).weight.device
 
     @property
+    def config(self) -> Any:
+        """The text model's config; in a wrapper it is a part of `lm.model.config`."""
+        return self.model.config.get_text_config()
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The weights' dtype, read from the first down-projection."""
-        return self.site(0, "down_proj").module.weight.dtype  # type: ignore[return-value]
+        """The weights' dtype, read from the first out-projection."""
+        return self.site(0, "o_proj").module.weight.dtype  # type: ignore[return-value]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.site(0, "o_proj").weight.shape[0])
+
+    @property
+    def d_ff(self) -> int:
+        """Width of the keys of the MLP: of the first block's that has one, else of a routed expert."""
+        for layer in range(self.n_layers):
+            if self.has(layer, "down_proj"):
+                return int(self.site(layer, "down_proj").weight.shape[1])
+        experts = _find(self.model, f"{self.layout.block.format(0)}.{self.kinds[0].experts}", "experts")
+        shape: torch.Size = experts.down_proj.shape  # type: ignore[assignment]
+        return min(shape[1:], key=lambda n: n == self.d_model)
 
     @property
     def context_length(self) -> int | None:
         """Tokens that the model can read at once; None where its config does not say."""
-        config = self.model.config
+        config = self.config
         found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         return None if found is None else int(found)
 
@@ -222,9 +245,9 @@ class LM:
             UnsupportedModel: the layout names a module the model does not have, or another orientation than it has.
         """
         self._check_layer(layer)
-        entry = getattr(self.layout, kind)
+        entry = getattr(self.kinds[layer], kind)
         if entry is None:
-            raise UnsupportedModel(f"{self.model.config.model_type} has no {kind}")
+            raise UnsupportedModel(f"{self.config.model_type} has no {kind}{self._where_it_is(layer, kind)}")
         path = self.layout.block.format(layer) + "." + (entry.module if isinstance(entry, Fused) else entry)
         module = _find(self.model, path, kind)
         transposed = self.layout.stored == "in,out"
@@ -233,8 +256,22 @@ class LM:
                 f"{path} is a {type(module).__name__}, but the layout says its weight is stored as "
                 f"({self.layout.stored}); Conv1D stores (in, out), Linear (out, in)"
             )
-        rows = entry.rows(self.model.config) if isinstance(entry, Fused) else None
+        rows = entry.rows(self.config) if isinstance(entry, Fused) else None
         return Site(layer, kind, f"{path}.weight", module, transposed, rows)
+
+    def has(self, layer: int, kind: SiteName) -> bool:
+        """Whether a block has a matrix of this kind."""
+        self._check_layer(layer)
+        return getattr(self.kinds[layer], kind) is not None
+
+    def _where_it_is(self, layer: int, kind: SiteName) -> str:
+        """What to say of a block without such a matrix: which blocks have one."""
+        having = [i for i in range(self.n_layers) if getattr(self.kinds[i], kind) is not None]
+        if having:
+            return f" in layer {layer}; it has one in layers {', '.join(map(str, having))}"
+        if kind in ("down_proj", "up_proj", "gate_proj") and self.kinds[layer].experts:
+            return f" in layer {layer}: every expert of that block is routed"
+        return ""
 
     def parameter(self, name: str) -> Tensor:
         """A parameter by name.
@@ -576,6 +613,32 @@ def _refuse_wrapped(model: Any) -> None:
         raise UnsupportedModel(
             f"{model.config.model_type!r} is an encoder-decoder model; retcon edits decoder-only ones"
         )
+
+
+def _decoder_path(model: Any) -> str:
+    """Where the text model is: `model`, or a longer path in a wrapper."""
+    if model.config.get_text_config() is model.config or not hasattr(model, "get_decoder"):
+        return "model"
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder and name), "model")
+
+
+def _kind_of(lm: LM, layer: int) -> Layout:
+    """The first kind of block whose modules block `layer` has; where none fits, the first, which then says why not."""
+    block = lm.block(layer)
+    for kind in lm.layout.kinds:
+        entries = [getattr(kind, name) for name in (*get_args(SiteName), "experts", "mlp_post_norm")]
+        paths = [entry.module if isinstance(entry, Fused) else entry for entry in entries if entry is not None]
+        if all(_has(block, path) for path in paths):
+            return kind
+    return lm.layout
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        return block.get_submodule(path) is not None
+    except AttributeError:
+        return False
 
 
 def _find(model: Any, path: str, what: str) -> nn.Module:

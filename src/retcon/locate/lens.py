@@ -30,7 +30,7 @@ def project(lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool) -> 
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
     norm = lm.model.get_submodule(lm.layout.final_norm)
     logits = lm.head(norm(states.to(_weight(norm).device)).to(_weight(lm.head).device))
-    cap = getattr(lm.model.config, "final_logit_softcapping", None)  # gemma 2, some of gemma 3
+    cap = getattr(lm.config, "final_logit_softcapping", None)  # gemma 2, some of gemma 3
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

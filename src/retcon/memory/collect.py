@@ -257,10 +257,9 @@ class _Sum:
 
 def _budget(lm: LM, rows: Sequence[Row]) -> int:
     """Padded tokens of one forward pass: what half of the planned memory holds, up to the device's maximum."""
-    config, site = lm.model.config.get_text_config(), lm.site(0, "down_proj")
-    d_model, d_ff = site.weight.shape
+    d_model, d_ff = lm.d_model, lm.d_ff
     longest = max(len(r.ids) for r in rows)
-    per_token = site.weight.element_size() * (12 * d_model + 6 * d_ff) + 12 * config.num_attention_heads * longest
+    per_token = lm.dtype.itemsize * (12 * d_model + 6 * d_ff) + 12 * lm.config.num_attention_heads * longest
     most = PASS_TOKENS.get(lm.device.type, PASS_TOKENS["cpu"])
     return max(min(most, planned_bytes(lm) // 2 // per_token), longest)
 

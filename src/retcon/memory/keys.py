@@ -40,6 +40,7 @@ class KeyReader:
 
     def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Contexts, *, average: KeyAverage = "two_level") -> None:
         texts = contexts.all
+        self.given, self.average = (lm, edits, contexts), average
         self.rows = [encode_edit(lm.tokenizer, e, prefix) for e in edits for prefix in texts]
         self.edit_of = [i for i in range(len(edits)) for _ in texts]
         self.weights = weights_of(len(contexts.prefixes), average) * len(edits)
@@ -55,6 +56,11 @@ class KeyReader:
         now; on the CPU, in at least float32. Nothing below the point's layer may be changed before the next reading, or
         that starts at the tokens.
         """
+        lm, edits, contexts = self.given
+        if lm.layout.earlier == "other":
+            keys, now = mean_keys(lm, edits, contexts, point, where, value=value, average=self.average)
+            assert now is not None
+            return keys, now
         tokens = [r.position(where) for r in self.rows]
         found = self.reader.read(
             {point: Reading(tokens, self.edit_of, self.weights), value: Reading(tokens, self.edit_of, self.bare)},

@@ -9,7 +9,7 @@ it.
 
 from retcon.lm.replay.capture import capture_states, common_beginnings, embedded
 from retcon.lm.replay.run import mlp_entries, replaying, running_at
-from retcon.lm.replay.states import Replayable, ReplayState, tokens_at
+from retcon.lm.replay.states import Replayable, ReplayState, live_starts, tokens_at
 
 __all__ = [
     "ReplayState",
@@ -17,6 +17,7 @@ __all__ = [
     "capture_states",
     "common_beginnings",
     "embedded",
+    "live_starts",
     "mlp_entries",
     "replaying",
     "running_at",

@@ -60,8 +60,8 @@ class _Past:
 
     ends: tuple[int, ...]
     """How many tokens of each row are here."""
-    keys: tuple[Float[Tensor, "rows heads prefix d_head"], ...] = ()
-    values: tuple[Float[Tensor, "rows heads prefix d_head"], ...] = ()
+    keys: tuple[Float[Tensor, "rows _ prefix _"], ...] = ()
+    values: tuple[Float[Tensor, "rows _ prefix _"], ...] = ()
 
     def of(self, rows: Sequence[int]) -> "_Past":
         """Some of the rows, with no more padding than they need; rows may repeat."""

@@ -71,18 +71,21 @@ def running_at(
 
 def mlp_entries(lm: LM, layer: int) -> list[nn.Module]:
     """Return the modules that read the input of a block's MLP; one where the matrices are fused."""
-    kinds: tuple[SiteName, ...] = ("up_proj", "gate_proj") if lm.layout.gate_proj else ("up_proj",)
-    return list(dict.fromkeys(lm.site(layer, kind).module for kind in kinds))
+    kinds: tuple[SiteName, ...] = ("up_proj", "gate_proj")
+    return list(dict.fromkeys(lm.site(layer, kind).module for kind in kinds if lm.has(layer, kind)))
 
 
 def _end_at(lm: LM, state: Replayable, places: Places, stack: ExitStack) -> None:
     """Run the last block's out-projection and MLP at these places only; elsewhere they give 0, which nothing reads."""
     layer = lm.n_layers - 1
-    out, down = (lm.site(layer, kind).module for kind in ("o_proj", "down_proj"))
-    device = lm.site(layer, "down_proj").weight.device
+    out = lm.site(layer, "o_proj").module
+    device = lm.site(layer, "o_proj").weight.device
     rows, columns = places
     at = (rows * state.states.shape[1] + columns).unique()
-    for entries, end in (([out], out), (mlp_entries(lm, layer), down)):
+    parts = [([out], out)]
+    if lm.has(layer, "down_proj"):
+        parts.append((mlp_entries(lm, layer), lm.site(layer, "down_proj").module))
+    for entries, end in parts:
         stack.enter_context(running_at(at, entries, end, torch.zeros_like(state.states, device=device)))
 
 

@@ -45,9 +45,9 @@ class ReplayState:
     """First live block, counted from 0; the number of blocks where only the final norm and the head are live."""
     states: Float[Tensor, "rows columns d_model"]
     """What enters block `first`; columns behind a row's end hold anything finite."""
-    keys: tuple[Float[Tensor, "rows heads prefix d_head"], ...]
+    keys: tuple[Float[Tensor, "rows _ prefix _"], ...]
     """Per live block, the attention keys of tokens before column 0, padded on the left."""
-    values: tuple[Float[Tensor, "rows heads prefix d_head"], ...]
+    values: tuple[Float[Tensor, "rows _ prefix _"], ...]
     """The same for the attention values."""
     starts: tuple[int, ...]
     """Token index of column 0, per row."""
@@ -81,6 +81,11 @@ class ReplayState:
 def row_arguments(lm: LM, begins: Sequence[int], lengths: Sequence[int], cache: "Cache") -> dict[str, Any]:
     """Return mask and positions for rows whose tokens [begin, begin + length) are run behind their past."""
     prefix, columns = max(begins), max(lengths)
+    if lm.layout.earlier != "attention":  # every token is run, right-padded as in `Inputs.of`, and nothing is before
+        assert prefix == 0
+        return dict(
+            attention_mask=torch.ones(len(begins), columns, dtype=torch.long, device=lm.device), use_cache=False
+        )
     begin, length = torch.tensor(begins)[:, None], torch.tensor(lengths)[:, None]
     return dict(
         attention_mask=(torch.arange(prefix + columns) >= prefix - begin).long().to(lm.device),
@@ -94,6 +99,12 @@ def stand_in(lm: LM, states: Float[Tensor, "rows columns d_model"]) -> Tensor:
     """Return embeddings that nothing reads."""
     embedding = lm.model.get_submodule(lm.layout.embedding).weight
     return embedding.new_zeros(1).expand(*states.shape[:2], embedding.shape[1])
+
+
+def live_starts(lm: LM, starts: Sequence[int]) -> tuple[int, ...]:
+    """Return the first tokens from which rows can be replayed: `starts`, or 0 where earlier tokens do not enter through
+    attention keys and values alone."""
+    return tuple(starts) if lm.layout.earlier == "attention" else (0,) * len(starts)
 
 
 def tokens_at(x: Tensor, tokens: Int[Tensor, "rows n"]) -> Tensor:

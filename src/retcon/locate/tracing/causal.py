@@ -125,9 +125,9 @@ def _logits(lm: LM, prompt: Prompt, cells: Sequence[Cell], settings: Tracing) ->
 
 def _way(lm: LM, prompt: Prompt, settings: Tracing) -> Tracing:
     """Whole passes for prompts longer than an attention window, and for forms of attention that take no mask."""
-    window = getattr(lm.model.config, "sliding_window", None)
+    window = getattr(lm.config, "sliding_window", None)
     within = window is None or len(prompt.row.ids) <= window
-    masked = getattr(lm.model.config, "_attn_implementation", None) in ("eager", "sdpa")
+    masked = getattr(lm.config, "_attn_implementation", None) in ("eager", "sdpa")
     return replace(settings, replayed=settings.replayed and within and masked)
 
 

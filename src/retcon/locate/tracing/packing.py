@@ -37,10 +37,10 @@ class PackedState:
     """First live block, as in `ReplayState`."""
     states: Float[Tensor, "rows columns d_model"]
     """What enters block `first`."""
-    keys: tuple[Float[Tensor, "some_rows heads earlier d_head"], ...]
+    keys: tuple[Float[Tensor, "some_rows _ earlier _"], ...]
     """Per live block, the attention keys of all that columns may see beside each other: of every row, or of the rows of
     one order, which then serve all."""
-    values: tuple[Float[Tensor, "some_rows heads earlier d_head"], ...]
+    values: tuple[Float[Tensor, "some_rows _ earlier _"], ...]
     """The same for the attention values."""
     tokens: Int[Tensor, "orders columns"]
     """Token index of every column. The rows of one order stand one behind the other, as many of each order."""

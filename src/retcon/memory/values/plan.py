@@ -111,9 +111,10 @@ class CostPerEdit:
         first, _ = active_part(lm, sites)
         self.n_active = max(lm.n_layers - first, 1)
         self.itemsize = lm.dtype.itemsize
-        self.d_model, self.d_ff = lm.site(0, "down_proj").weight.shape
-        self.d_kv = lm.site(0, "k_proj").weight.shape[0]
-        self.vocabulary = int(lm.model.config.vocab_size)
+        self.d_model, self.d_ff = lm.d_model, lm.d_ff
+        with_keys = next((i for i in range(lm.n_layers) if lm.has(i, "k_proj")), None)
+        self.d_kv = lm.d_model if with_keys is None else lm.site(with_keys, "k_proj").weight.shape[0]
+        self.vocabulary = int(lm.config.vocab_size)
 
     def active_tokens(self, rows: EditRows) -> int:
         """Tokens that every step runs."""

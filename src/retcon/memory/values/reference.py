@@ -175,7 +175,7 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
 
 def _zeros_at(lm: LM, point: Point, dtype: torch.dtype) -> Tensor:
     """A vector of the residual stream's width on the device of the point's block."""
-    weight = lm.site(point.layer, "down_proj").weight
+    weight = lm.site(point.layer, "o_proj").weight
     return torch.zeros(weight.shape[0], dtype=dtype, device=weight.device, requires_grad=True)
 
 

@@ -73,7 +73,7 @@ def _search(
 ) -> Values:
     with lm.frozen_eval():
         rows = [EditRows.of(lm, edit, sites, contexts, search) for edit in edits]
-        if not edits or not replays(lm, rows[0], sites, search):
+        if not edits or lm.layout.earlier == "other" or not replays(lm, rows[0], sites, search):
             return search_values_reference(lm, edits, sites, contexts, search, progress=progress)
         store = None if cache is None else ValueStore.of(cache, lm, edits, sites, contexts, search)
         plan = plan or (store.plan(lambda: make_plan(lm, rows, sites)) if store else make_plan(lm, rows, sites))

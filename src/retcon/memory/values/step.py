@@ -71,7 +71,7 @@ class Recorded:
         kl = [e.kl for e in rows if e.kl is not None]
         self.with_kl = bool(kl)
         texts = [r for e in rows for r in input_rows(e.rewriting)] + kl  # in this order they are recorded and picked
-        starts = [s for e in rows for s in e.starts] + [len(r.ids) - 1 for r in kl]
+        starts = [s for e in rows for s in e.starts] + [e.kl_start for e in rows if e.kl is not None]
         contexts = [j for e in rows for j in range(self.n_contexts)] + [-1] * len(kl)
         reads = {point: [*at, *[None] * len(kl)] for point, at in reads.items()}
         self.states, read = capture_states(lm, texts, starts, first, reads, prefix_group=contexts)
@@ -118,10 +118,13 @@ class Recorded:
                 labels += [(len(rows), row.n_prompt - 1 - start + t) for t in range(len(row.target_ids))]
                 rows.append(e * self.n_contexts + j)
         for e in edits if kl else ():
+            subject = self.rows[e].kl
+            assert subject is not None
+            last = len(subject.ids) - 1 - self.rows[e].kl_start
             for s, site in enumerate(self.sites):
                 if site.where == "subject_last":
-                    changed[s].append((len(rows), 0))
-            labels.append((len(rows), 0))
+                    changed[s].append((len(rows), last))
+            labels.append((len(rows), last))
             rows.append(len(self.rows) * self.n_contexts + e)
         device = next(self.lm.head.parameters()).device
         return Pass(

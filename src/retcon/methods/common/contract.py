@@ -46,8 +46,7 @@ class ModelShape:
     @classmethod
     def of(cls, lm: LM) -> "ModelShape":
         """The shape of a model."""
-        d_model, d_ff = lm.site(0, "down_proj").weight.shape
-        return cls(lm.n_layers, d_model, d_ff, lm.layout.parallel)
+        return cls(lm.n_layers, lm.d_model, lm.d_ff, lm.layout.parallel)
 
 
 @runtime_checkable

@@ -108,14 +108,13 @@ def preset_for(name: str, lm: LM, dataset: str | None = None, parents: tuple[str
 
 def signature(lm: LM) -> dict[str, Any]:
     """What presets are matched on: architecture and sizes."""
-    config = lm.model.config
-    weight = lm.site(0, "down_proj").weight
+    config = lm.config
     rope = getattr(config, "rope_parameters", None) or {}
     return {
         "model_type": config.model_type,
         "n_layers": lm.n_layers,
-        "d_model": weight.shape[0],
-        "d_ff": weight.shape[1],
+        "d_model": lm.d_model,
+        "d_ff": lm.d_ff,
         "vocabulary": config.vocab_size,
         "rope_theta": rope.get("rope_theta", getattr(config, "rope_theta", None)),
         "context": lm.context_length,

@@ -230,7 +230,7 @@ def target_tensor(lm: LM, wanted: TensorName, name: str) -> TensorName:
     Behind a norm no write can bring the block's output to a wanted value.
     """
     if wanted == "block" and not lm.layout.adds_mlp_output:
-        between = "a norm" if lm.layout.mlp_post_norm else "a constant factor"
+        between = "a norm" if lm.layout.mlp_post_norm else "a factor"
         warnings.warn(
             f"{name}: values belong at the block's output, but on {lm.model.config.model_type!r} {between} stands "
             "between the MLP and that; they are sought and measured at the MLP's output instead",
