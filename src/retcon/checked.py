@@ -66,7 +66,7 @@ def write_checked(
     with replacing(path) as temporary:
         try:
             save_file(own, temporary, metadata={"retcon": json.dumps(record)})
-        except SafetensorError as error:  # which is how it tells of a full disk
+        except SafetensorError as error:  # which is how it reports a full disk
             raise OSError(errno.EIO, str(error), os.fspath(path)) from None
 
 

@@ -236,7 +236,7 @@ class Delta:
     base: str
     """Fingerprint of the unedited model it was made for."""
     parents: tuple[str, ...] = ()
-    """Ids of the deltas that were live when it was proposed, in order of application."""
+    """Ids of the deltas that were applied when it was proposed, in order of application."""
     report: tuple[EditReport, ...] = ()
     """Per edit: probability reached, steps, why the search stopped."""
     state: Mapping[str, Tensor] | None = None

@@ -1,8 +1,8 @@
-"""Protocols: in which order to edit, look and restore. Edits are deltas, so restoring is exact.
+"""Protocols: in which order to edit, measure and restore. Edits are deltas, so restoring is exact.
 
 `single` edits each case alone, `batch` a chunk of cases in one call; both restore before the next. `sequential` edits
-one case after another and never restores, `batch_sequential` a chunk after another; both look at all cases after the
-last step, and at each step's own cases right after it. `curve` is `batch` for growing n.
+one case after another and never restores, `batch_sequential` a chunk after another; both measure all cases after the
+last step, and each step's own cases right after it. `curve` is `batch` for growing n.
 """
 
 import hashlib
@@ -153,7 +153,7 @@ def run_units(setting: Setting, protocol: Protocol, units: Units) -> Generator[U
     """Every unit of a run in order, those that `units` has from before included; each is kept before it is given.
 
     Raises:
-        InvalidSetting: the model has live deltas, so it is not the base that runs start from.
+        InvalidSetting: deltas are applied, so the model is not the base that runs start from.
     """
     if setting.lm.applied:
         raise InvalidSetting(
@@ -349,7 +349,7 @@ def _run_record(metric: str, variant: str, value: float | None, n: int, step: in
 
 
 def weights_hash(lm: LM) -> str:
-    """Hash of the parameters that live deltas touch, as they stand."""
+    """Hash of the parameters that applied deltas touch, as they are now."""
     digest = hashlib.sha256()
     for name in sorted({name for delta in lm.applied for name in delta.changes}):
         digest.update(name.encode())

@@ -73,7 +73,7 @@ def facts_table(edits: Sequence[Edit]) -> Group:
 
 
 def edits_table(delta: "Attachment", edits: Sequence[Edit]) -> Group:
-    """How far each edit got while its values were sought, and in the weights; of many, those that got least far."""
+    """How far each edit got in the search of its values and in the weights; of many, those that got least far."""
     by_id = {e.id: e for e in edits}
     reports = [r for r in delta.report if r.id in by_id]
     if len(reports) > N_SHOWN:

@@ -465,7 +465,7 @@ class LM:
         return self._ledger.base_values(name)
 
     def undo_bytes(self) -> int:
-        """Bytes held so that the live deltas can be undone."""
+        """Bytes held so that the applied deltas can be undone."""
         return self._ledger.nbytes()
 
     def check_editable(self, name: str) -> None:

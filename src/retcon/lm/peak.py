@@ -10,7 +10,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak:
-    """While in scope, watches; afterwards `nbytes` is the peak, or None where this system does not tell.
+    """While in scope, watches; afterwards `nbytes` is the peak, or None where this system does not report it.
 
     On a CPU it is the process's resident memory (`kind` is "process"), libraries and model included.
     """

@@ -1,4 +1,4 @@
-"""Gradients at a module's door: what enters it, what it makes of that, and how an objective depends on it.
+"""Gradients at a matrix: its inputs, its outputs, and how an objective depends on them.
 
 With x_t entering a matrix W and g_t = dF/dy_t at its output, the weight gradient is sum_t g_t x_t^T. Everything here is
 computed from x and g, so that no weight ever needs a gradient.
@@ -18,11 +18,11 @@ from retcon.lm.model import Site
 
 @dataclass(frozen=True)
 class Captured:
-    """One site in one pass, over all rows and positions, in float32 or wider."""
+    """What one pass captured at one site, over all rows and positions, in float32 or wider."""
 
     site: Site
     x: Float[Tensor, "tokens in"]
-    """What entered."""
+    """The site's inputs."""
     h: Float[Tensor, "tokens out"]
     """W x, bias excluded and not scaled."""
     g: Float[Tensor, "tokens out"]
@@ -46,7 +46,7 @@ def catch(
     forward: Callable[[], Tensor],
     alpha: Float[Tensor, " rows"] | None = None,
 ) -> Iterator[Captured]:
-    """Run `forward`, which gives the scalar F, and what passed every site on the way, one site at a time.
+    """Run `forward`, which returns the scalar F, and yield what it captured, site by site.
 
     Args:
         alpha: per row of the batch, what the sites' weights are multiplied by in this pass (biases are not).

@@ -63,8 +63,8 @@ def collect(
 ) -> Iterator[tuple[Site, Collected]]:
     """The second moments of all sites from one pass, handed over one by one, so that each can be put away.
 
-    E[k k^T] over every token of the rows, first positions included, padding excluded. On the unedited weights (live
-    deltas are taken off for the pass), stopping at the highest site. Products are summed in float32 (or the model's own
+    E[k k^T] over every token of the rows, first positions included, padding excluded. On the unedited weights (applied
+    deltas are reverted for the pass), stopping at the highest site. Products are summed in float32 (or the model's own
     wider dtype) within a chunk, chunks in float64.
 
     Args:

@@ -1,7 +1,7 @@
 """Writing values into weights: spread what is missing over a group of layers, and solve for each (MEMIT section 4).
 
 For each layer in turn: collect the keys and the current value at the group's last layer on the weights as they are now,
-take a share of what is missing, solve, and let the change be live for the layers above. How a layer is solved is the
+take a share of what is missing, solve, and apply the change for the layers above. How a layer is solved is the
 method's choice; `weighted` is MEMIT's.
 """
 
@@ -99,7 +99,7 @@ def write(
     Solves to float64's accuracy; changes have the weights' precision, at least float32.
 
     Args:
-        update_filter: has the last word on each change before it goes live.
+        update_filter: may replace each change before it is applied.
         reader: of these edits and contexts, from an earlier write below this one; saves what that has read.
 
     Raises:

@@ -188,7 +188,7 @@ class Jeep(SearchSettings):
         return [self.value_site(group) for group in self.groups() if group]
 
     def value_site(self, group: LayerGroup) -> ValueSite:
-        """Where the value of a group is sought."""
+        """Where the value of a group is searched."""
         if group.where == "subject_last":
             return ValueSite(
                 Point(group.layers[-1], group.target_tensor), "subject_last", self.low_clamp, self.low_weight_decay

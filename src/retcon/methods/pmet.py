@@ -54,7 +54,7 @@ class Pmet(BatchSettings):
     attention: bool = True
     """False: no value at the attention's output."""
     site: Literal["mlp", "block"] = "mlp"
-    """Where the value that is written is sought and measured; `block` is MEMIT's."""
+    """Where the value that is written is searched and measured; `block` is MEMIT's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,7 +33,7 @@ class Prune(Hosting):
     state_description: ClassVar[str] = "as its base method; the base weights are the model's own"
 
     base_method: str = "rome"
-    """Method that writes the edits given; with none given, what is live is restrained."""
+    """Method that writes the edits given; with none given, the applied deltas are restrained."""
     alpha: float = math.e
     """Base of the logarithm; smaller restrains less (published: e, 2, 1.5, 1.2)."""
     restraint: Literal["log", "linear"] = "log"
@@ -59,9 +59,9 @@ class Prune(Hosting):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """One delta in place of all that are live, and of the base method's for `edits` on top: their sum, restrained.
+        """Return one delta in place of all applied ones and the base method's for `edits`: their sum, restrained.
 
-        Applying it takes the live ones off, reverting it puts them back. The model is untouched. Reports are those of
+        Applying it reverts those, reverting it restores them. The model is untouched. Reports are those of
         the deltas it stands for, with what the model says after the restraint.
         """
         fresh: Delta | None = None

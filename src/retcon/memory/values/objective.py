@@ -24,7 +24,7 @@ from retcon.memory.contexts import Contexts
 
 @dataclass(frozen=True)
 class ValueSite:
-    """A place where a value is sought."""
+    """A place where a value is searched."""
 
     point: Point
     """Where offset is added, and whose clean value `init` is read."""

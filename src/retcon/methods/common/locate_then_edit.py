@@ -119,7 +119,7 @@ class BatchSettings(ValueSettings):
     """Whether it is meant for one layer, whatever `layers` allows."""
 
     layers: tuple[int, ...]
-    """Blocks whose down-projections are rewritten (R), ascending, counted from 0; the value is sought at the last."""
+    """Blocks whose down-projections are rewritten (R), ascending, counted from 0; the value is searched at the last."""
     spread: Spread = "even"
     """Share of each layer in what is missing."""
     key_average: KeyAverage = "two_level"

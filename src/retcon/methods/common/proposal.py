@@ -7,7 +7,7 @@ A method opens a `proposing` scope, searches values, writes them, and asks for t
         proposal.write(group, values.target(0))
         return proposal.delta(values.report)
 
-What is written is live inside the scope, and off the model after it.
+Changes are applied inside the scope, and reverted at its end.
 """
 
 import math
@@ -233,7 +233,7 @@ def target_tensor(lm: LM, wanted: TensorName, name: str) -> TensorName:
         between = "a norm" if lm.layout.mlp_post_norm else "a factor"
         warnings.warn(
             f"{name}: values belong at the block's output, but on {lm.model.config.model_type!r} {between} stands "
-            "between the MLP and that; they are sought and measured at the MLP's output instead",
+            "between the MLP and that; they are searched and measured at the MLP's output instead",
             RetconWarning,
             stacklevel=3,
         )
