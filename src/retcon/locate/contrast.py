@@ -276,7 +276,7 @@ def _read(
     lm: LM,
     states: Float[Tensor, "n d_model"],
     answers: Int[Tensor, "n 2"],
-    sets: Sequence[Sequence[Int[Tensor, " tokens"]]],
+    sets: Sequence[Sequence[Int[Tensor, " _"]]],
     final_norm: bool,
 ) -> tuple[Float[Tensor, "n sets"], Float[Tensor, "n sets"]]:
     """Mean rank and summed probability of the two answers and of each row's word sets; NaN for an empty set."""

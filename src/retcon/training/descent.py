@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,7 @@ Losses = Callable[[Sequence[int]], Float[Tensor, " n"]]
 """Loss L_e of each of these edits, with a graph behind it."""
 
 
+@runtime_checkable
 class EditLoss(Protocol):
     """A loss per edit, for any of them at a time: `AnswerLoss`, or another objective of the same shape."""
 

@@ -10,7 +10,7 @@ only.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,7 @@ from retcon.lm.model import Site
 _BLOCK = 2**22  # token x entry products formed at a time
 
 
+@runtime_checkable
 class Part(Protocol):
     """One trainable piece."""
 
