@@ -14,7 +14,7 @@ ASK = ("moments", "gptj", "--corpus", "corpus.txt")
 
 def test_collects_those_of_the_jeep_settings_and_then_finds_them(cli: Callable[..., Any]) -> None:
     first = json.loads(cli(*ASK, "--json").stdout)
-    assert [m["layer"] for m in first["moments"]] == [1, 2]
+    assert [m["layer"] for m in first["moments"]] == [0, 1, 2]
     assert all(not m["found"] and Path(m["file"]).is_file() for m in first["moments"])
     assert first["tokens_read"] > 0
     assert all(0 < m["convergence"] < 1 for m in first["moments"])

@@ -172,14 +172,14 @@ def test_two_commands_lead_from_a_model_without_a_preset_to_an_edit(cli: Cli) ->
     assert record["n_probed"] == 2
     assert "only 2 cases, 30 or more are wanted" in result.stderr
     assert "nobody has tuned" not in result.stderr  # nothing is left to guess
-    assert "settings  no preset: defaults, untuned; layers by the probe over 2 facts" in result.stderr
+    assert "no preset for this model: by its shape and the edits; layers by the probe over 2 facts" in result.stderr
     assert {name.split(".")[2] for name in record["norms"]} == {"0", "1", "2"}
 
 
 def test_what_holds_the_edits_back_is_said_with_what_to_set(cli: Cli) -> None:
-    said = "tune   this model has no preset, and the defaults are for large ones: add --set"
+    said = "tune   2 of 2 edits were held back by the clamp: add --set"
     held = cli(*EDIT, "--layers", "probe", "--set", "low_clamp=0.001", "--set", "high_clamp=0.0005").stdout
-    assert f"{said} low_clamp=0.004 --set high_clamp=0.002" in held
+    assert f"{said} low_clamp=0.002 --set high_clamp=0.001" in held
     reached = cli(*EDIT, "--layers", "probe", "--set", "low_clamp=100", "--set", "high_clamp=100").stdout
     assert "2 held back by the clamp" in held
     assert "held back" not in reached
