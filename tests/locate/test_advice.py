@@ -155,7 +155,8 @@ def test_the_rule_needs_its_reading() -> None:
     with pytest.raises(InvalidSetting, match="the probe holds no reading final_norm = False"):
         advise(probe, Rule(final_norm=False))
     with pytest.raises(InvalidSetting, match="the probe holds no position prediction"):
-        advise(replace(probe, positions=("subject_last",), mean_rank=probe.mean_rank[:, :1]))
+        one = {"mean_rank": probe.mean_rank[:, :1], "sum_prob": probe.sum_prob[:, :1]}
+        advise(replace(probe, positions=("subject_last",), **one))
 
 
 @pytest.mark.parametrize("settings", [{"low_share": 0.0}, {"top_share": 0.6}, {"least_width": 0}, {"n_resamples": 0}])
