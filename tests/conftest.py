@@ -221,13 +221,17 @@ def edits() -> list[Edit]:
     ]
 
 
-def random_moments(lm: LM, *, kinds: tuple[str, ...] = ("down_proj", "o_proj"), n_tokens: int = 1600) -> GivenMoments:
+def random_moments(
+    lm: LM, *, kinds: tuple[str, ...] = ("down_proj", "o_proj"), n_tokens: int = 1600, experts: bool = False
+) -> GivenMoments:
     """Full-rank second moments of every layer, from random tokens."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 400, (n_tokens // 16, 16), generator=generator).tolist()
     sites = [lm.site(layer, kind) for layer in range(lm.n_layers) for kind in kinds if lm.has(layer, kind)]  # type: ignore[arg-type]
+    if experts:
+        sites = [s for layer in range(lm.n_layers) if lm.kinds[layer].experts for s in lm.expert_sites(layer)]
     found = collect_moments(lm, sites, [Row(tuple(r), len(r)) for r in ids])
-    return GivenMoments({s.name: m for s, m in found.items()})
+    return GivenMoments({s.id: m for s, m in found.items()})
 
 
 @pytest.fixture

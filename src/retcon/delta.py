@@ -9,8 +9,9 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -33,7 +34,10 @@ _BLOCK = 2**24  # values of a low-rank product written out at a time
 
 @dataclass(frozen=True)
 class Region:
-    """A contiguous slice of a parameter along one axis: one projection inside a fused one."""
+    """A contiguous slice of a parameter along one axis: one projection inside a fused one, or one expert's matrix.
+
+    A slice of one along the first axis of a tensor of three is that expert's matrix.
+    """
 
     axis: int
     start: int
@@ -72,7 +76,8 @@ class Change:
         axis, start, stop = self.region.axis, self.region.start, self.region.stop
         if not (0 <= axis < total.dim() and 0 <= start < stop <= total.shape[axis]):
             raise DeltaMismatch(f"{self.region} lies outside a parameter of shape {tuple(total.shape)}")
-        return total.narrow(axis, start, stop - start)
+        part = total.narrow(axis, start, stop - start)
+        return part[0] if total.dim() == 3 and axis == 0 and stop == start + 1 else part
 
     def check(self, shape: torch.Size) -> None:
         """Whether the change fits a parameter of that shape.
@@ -426,10 +431,23 @@ def _norm(changes: Sequence[Change]) -> float:
         values = torch.cat([c.values().cpu().double() for c in changes])
         where, inverse = places.unique(return_inverse=True)
         return float(torch.zeros(len(where), dtype=torch.float64).index_add_(0, inverse, values).norm())
+    if (regions := _disjoint(changes)) is not None:
+        parts = [[replace(c, region=None) for c in changes if c.region == region] for region in regions]
+        return math.sqrt(sum(_norm(part) ** 2 for part in parts))
     total = torch.zeros(_extent_of_all(changes), dtype=torch.float64)
     for change in changes:
         change.add_to(total)
     return float(total.norm())
+
+
+def _disjoint(changes: Sequence[Change]) -> list[Region] | None:
+    """The regions of the changes, where all have one, along one axis, and no two overlap."""
+    regions = list(dict.fromkeys(c.region for c in changes))
+    if any(r is None for r in regions) or len({r.axis for r in regions if r is not None}) > 1:
+        return None
+    known = sorted((r for r in regions if r is not None), key=lambda r: r.start)
+    overlap = any(one.stop > other.start for one, other in pairwise(known))
+    return None if overlap else known
 
 
 def _extent_of_all(changes: Sequence[Change]) -> tuple[int, ...]:

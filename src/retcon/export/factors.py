@@ -66,6 +66,10 @@ def compressed(lm: LM, factors: Mapping[str, Factors], deltas: Sequence[Delta]) 
 
 
 def _factored(name: str, changes: Sequence[Change], shape: torch.Size, rank: int | None) -> Factors:
+    if len(shape) == 3:
+        raise DeltaMismatch(
+            f"{name}: a tensor of experts ({tuple(shape)}) has no place in an adapter; export it with format hf or diff"
+        )
     if len(shape) != 2:
         raise DeltaMismatch(
             f"{name}: a change of a vector ({tuple(shape)}) has no low-rank factors; export it with format hf or diff"

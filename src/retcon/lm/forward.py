@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from retcon.lm.experts import expert_key
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, Row, pad
 
@@ -29,6 +30,8 @@ class Point:
 
     layer: int
     tensor: TensorName
+    expert: int | None = None
+    """With `key`: of this routed expert, times the router's weight, 0 where a token is not routed to it; read only."""
 
 
 Places = tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
@@ -194,6 +197,8 @@ def adding(rows: Int[Tensor, " n"], positions: Int[Tensor, " n"], vectors: Float
 
 
 def _hook(lm: LM, point: Point, call: Callable[[Point, Tensor], Tensor | None]) -> Any:
+    if point.expert is not None:
+        return _expert_hook(lm, point, point.expert, call)
     module = _module(lm, point)
     if point.tensor in ("key", "attn_key"):
 
@@ -211,6 +216,15 @@ def _hook(lm: LM, point: Point, call: Callable[[Point, Tensor], Tensor | None]) 
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     return module.register_forward_hook(after)
+
+
+def _expert_hook(lm: LM, point: Point, expert: int, call: Callable[[Point, Tensor], Tensor | None]) -> Any:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states, index, weights = (*args, *kwargs.values())
+        if call(point, expert_key(module, expert, states, index, weights)) is not None:
+            raise ValueError(f"{point} can be read, not replaced")
+
+    return lm.experts(point.layer).register_forward_pre_hook(before, with_kwargs=True)
 
 
 def _module(lm: LM, point: Point) -> nn.Module:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from retcon.attachment import Attachment
-from retcon.delta import Change, Columns, Entries, Rows
+from retcon.delta import Change, Columns, Entries, Region, Rows
 from retcon.errors import DeltaNotApplied, NonFinite, WeightsChanged
 from retcon.lm.hooks import Hooks
 
@@ -467,10 +467,18 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _footprint(changes: Sequence[Change], shape: torch.Size) -> tuple[str, Tensor | None]:
+    regions = [c.region for c in changes if c.region is not None]
+    if len(shape) == 3 and len(regions) == len(changes) and all(_is_one_matrix(r) for r in regions):
+        return "rows", torch.tensor([r.start for r in regions]).unique()
     places = [c.index.cpu() for c in changes if isinstance(c, Rows | Columns | Entries) and c.region is None]
     if len(places) == len(changes) and len({c.kind for c in changes}) == 1:
         return changes[0].kind, torch.cat(places).unique()
     return "whole", None
+
+
+def _is_one_matrix(region: Region) -> bool:
+    """Whether a region of a tensor of three axes is one expert's matrix."""
+    return region.axis == 0 and region.stop == region.start + 1
 
 
 def _places(kind: str, shape: torch.Size) -> int:
@@ -519,6 +527,10 @@ def _on_cpu(record: _Record) -> _Record:
 def _accumulate(record: _Record, change: Change) -> None:
     if record.index is None:
         change.add_to(record.total)
+        return
+    if change.region is not None:  # one expert's matrix
+        place = int(torch.searchsorted(record.index, change.region.start))
+        replace(change, region=None).add_to(record.total[place])
         return
     places = torch.searchsorted(record.index, change.index.to(record.index.device))  # type: ignore[attr-defined]
     values = change.values().to(record.total.device, record.total.dtype)

@@ -4,7 +4,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, product
 from pathlib import Path
@@ -52,18 +52,35 @@ class Site:
     """Stored as (in, out)."""
     rows: Int[Tensor, " rows"] | None = None
     """Output rows of a fused matrix that are this site's; None is all of them."""
+    expert: int | None = None
+    """Which routed expert's; its matrix is one slice of the parameter."""
+
+    @property
+    def id(self) -> str:
+        """The parameter's name, with the expert's number where it is one of several: unique in a model."""
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """The current weight in math orientation (a view where the site is the whole matrix)."""
-        stored = self.module.weight.detach()  # type: ignore[operator]
+        stored = self._stored.detach()
         matrix = stored.T if self.transposed else stored
         return matrix if self.rows is None else matrix[self.rows.to(matrix.device)]
+
+    @property
+    def _stored(self) -> Tensor:
+        if self.expert is None:
+            return self.module.weight  # type: ignore[return-value]
+        return self.module.down_proj[self.expert]  # type: ignore[index]
+
+    def _here(self, change: Change) -> Change:
+        """The change of a matrix as one of the parameter that holds it."""
+        return change if self.expert is None else replace(change, region=Region(0, self.expert, self.expert + 1))
 
     def stored(self, left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"]) -> Change:
         """The update left @ right (math orientation) as a change in stored orientation, in its smaller exact form."""
         if self.rows is None:
-            return smallest(right.T, left.T) if self.transposed else smallest(left, right)
+            return self._here(smallest(right.T, left.T) if self.transposed else smallest(left, right))
         first, last = int(self.rows[0]), int(self.rows[-1]) + 1
         if last - first != len(self.rows):  # alternating heads: no region, but whole rows
             if self.transposed:
@@ -80,8 +97,8 @@ class Site:
     def stored_rows(self, index: Int[Tensor, " n"], values: Float[Tensor, "n in"]) -> Change:
         """Values added to rows (output units) of the math-oriented matrix, as a change in stored orientation."""
         if self.transposed:
-            return Columns(index=self.outputs(index), columns=values.T.contiguous())
-        return Rows(index=self.outputs(index), rows=values)
+            return self._here(Columns(index=self.outputs(index), columns=values.T.contiguous()))
+        return self._here(Rows(index=self.outputs(index), rows=values))
 
     def stored_columns(self, index: Int[Tensor, " n"], values: Float[Tensor, "out n"]) -> Change:
         """Values added to columns (input units) of the math-oriented matrix, as a change in stored orientation."""
@@ -94,21 +111,22 @@ class Site:
                 return self.stored_entries(places.reshape(-1), values.reshape(-1))
             region = Region(1 if self.transposed else 0, first, last)
         if self.transposed:
-            return Rows(index=index, rows=values.T.contiguous(), region=region)
-        return Columns(index=index, columns=values, region=region)
+            return self._here(Rows(index=index, rows=values.T.contiguous(), region=region))
+        return self._here(Columns(index=index, columns=values, region=region))
 
     def stored_entries(self, index: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Change:
         """Values added at places counted row by row through the matrix in math orientation."""
-        stored: Tensor = self.module.weight  # type: ignore[assignment]
+        stored = self._stored
         full_out, full_in = reversed(stored.shape) if self.transposed else stored.shape
         row, column = self.outputs(index // full_in), index % full_in
-        return Entries(index=column * full_out + row if self.transposed else row * full_in + column, entries=values)
+        place = column * full_out + row if self.transposed else row * full_in + column
+        return self._here(Entries(index=place, entries=values))
 
     def stored_dense(self, full: Float[Tensor, "out in"]) -> Change:
         """A change of the whole matrix in math orientation, as a change in stored orientation."""
         if self.rows is not None:
             return self.stored_rows(torch.arange(len(self.rows)), full)
-        return Dense(full=full.T.contiguous() if self.transposed else full)
+        return self._here(Dense(full=full.T.contiguous() if self.transposed else full))
 
     @property
     def bias(self) -> Float[Tensor, " out"] | None:
@@ -258,6 +276,35 @@ class LM:
             )
         rows = entry.rows(self.config) if isinstance(entry, Fused) else None
         return Site(layer, kind, f"{path}.weight", module, transposed, rows)
+
+    def experts(self, layer: int) -> nn.Module:
+        """The module that holds a block's routed experts.
+
+        Raises:
+            UnsupportedModel: it has none, or they are not stored and run as the library knows it.
+        """
+        self._check_layer(layer)
+        path = self.kinds[layer].experts
+        if path is None:
+            raise UnsupportedModel(f"layer {layer} of {self.name!r} has no routed experts")
+        module = _find(self.model, f"{self.layout.block.format(layer)}.{path}", "experts")
+        if not hasattr(module, "is_transposed") or getattr(module, "has_post_expert_norm", False):
+            raise UnsupportedModel(
+                f"{type(module).__name__} runs its experts in a way of its own; only dense and shared MLPs of "
+                f"{self.config.model_type!r} can be edited"
+            )
+        return module
+
+    def expert_sites(self, layer: int) -> list[Site]:
+        """The down-projections of a block's routed experts, in their order.
+
+        Raises:
+            UnsupportedModel: it has none, or they are not stored and run as the library knows it.
+        """
+        module = self.experts(layer)
+        name = f"{self.layout.block.format(layer)}.{self.kinds[layer].experts}.down_proj"
+        n_experts, transposed = len(module.down_proj), bool(module.is_transposed)  # type: ignore[arg-type]
+        return [Site(layer, "down_proj", name, module, transposed, expert=e) for e in range(n_experts)]
 
     def has(self, layer: int, kind: SiteName) -> bool:
         """Whether a block has a matrix of this kind."""

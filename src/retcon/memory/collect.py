@@ -49,6 +49,8 @@ class Collected:
     """E[k k^T], float64 on the CPU."""
     convergence: float | None
     """||C1 - C2|| / ||C|| (Frobenius), C1 and C2 from the two halves of the rows; None for a single row."""
+    n_routed: int = 0
+    """Tokens that a routed expert has seen."""
 
 
 def collect(
@@ -172,7 +174,11 @@ def _add_batch(lm: LM, sums: dict[Site, "_Sum"], rows: Sequence[Row]) -> None:
 
         return add
 
-    run(lm, batch, {Point(s.layer, "key" if s.kind == "down_proj" else "attn_key"): adder(x) for s, x in sums.items()})
+    run(
+        lm,
+        batch,
+        {Point(s.layer, "key" if s.kind == "down_proj" else "attn_key", s.expert): adder(x) for s, x in sums.items()},
+    )
 
 
 class _Sum:
@@ -187,6 +193,7 @@ class _Sum:
         roomy = device.type == "cuda" and free_bytes(device) > 16 * needed
         self.total = self._blocks(torch.float64, device if roomy else torch.device("cpu"))
         self.half: list[Tensor] = []
+        self.n_routed = self.n_routed_in_chunk = 0
         self.chunk: list[Tensor] = []
 
     def _blocks(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -197,6 +204,9 @@ class _Sum:
         """Add the products of these keys, or of those that `index` names, to the chunk's sum."""
         if index is not None:
             keys = keys.index_select(0, index.to(keys.device))
+        if self.site.expert is not None:
+            keys = keys[keys.any(1)]
+            self.n_routed_in_chunk += len(keys)
         wide = torch.promote_types(keys.dtype, torch.float32)
         if not self.chunk:
             self.chunk = self._blocks(wide, keys.device)
@@ -215,14 +225,15 @@ class _Sum:
         for total, block in zip(self.total, self.chunk, strict=True):
             total += block.to(total.device)
             block.zero_()
+        self.n_routed, self.n_routed_in_chunk = self.n_routed + self.n_routed_in_chunk, 0
 
     def drop(self) -> None:
         """Forget the chunk's sum."""
-        self.chunk = []
+        self.chunk, self.n_routed_in_chunk = [], 0
 
     def clear(self) -> None:
         """Forget everything."""
-        self.half, self.chunk = [], []
+        self.half, self.chunk, self.n_routed, self.n_routed_in_chunk = [], [], 0, 0
         for total in self.total:
             total.zero_()
 
@@ -239,17 +250,41 @@ class _Sum:
             moment[start:end, :end] = block
             moment[:start, start:end] = block[:, :start].T
         if not torch.isfinite(moment.sum()):
-            raise NonFinite(
-                f"the second moment of {self.site.name} is NaN or infinite; load the model in a wider dtype"
-            )
+            raise NonFinite(f"the second moment of {self.site.id} is NaN or infinite; load the model in a wider dtype")
+        if self.site.expert is not None:
+            moment = with_few_tokens(moment, self.n_routed, self.site.id)
         if not self.half:
-            return Collected(moment, None)
+            return Collected(moment, None, self.n_routed)
         squares = 0.0
         for total, half, start in zip(self.total, self.half, self.edges, strict=False):
             change = half.double() / n_first
             change -= (total.cpu() - half) / (n - n_first)
             squares += 2 * float(change.square().sum()) - float(change[:, start:].square().sum())
-        return Collected(moment, float(squares**0.5 / moment.norm()))
+        return Collected(moment, float(squares**0.5 / moment.norm()), self.n_routed)
+
+
+UNSEEN = 1e12
+"""Second moment of an expert that no token of the corpus was routed to: nothing is known of its keys, so that it is not
+written."""
+
+
+def with_few_tokens(moment: Float[Tensor, "d_ff d_ff"], n_routed: int, name: str) -> Float[Tensor, "d_ff d_ff"]:
+    """Return a routed expert's second moment, made safe to invert where few tokens reached it, with a warning.
+
+    Under ten tokens per dimension a hundredth of the mean diagonal is added to the diagonal.
+    """
+    width = len(moment)
+    if n_routed >= 10 * width:
+        return moment
+    identity = torch.eye(width, dtype=moment.dtype)
+    warnings.warn(
+        f"{name}: {n_routed} tokens of the corpus were routed to this expert, {10 * width} are wanted for its "
+        f"{width} key dimensions; "
+        + ("its keys are unknown and it is not written" if not n_routed else "its second moment is smoothed"),
+        RetconWarning,
+        stacklevel=4,
+    )
+    return moment + 0.01 * moment.trace() / width * identity if n_routed else UNSEEN * identity
 
 
 # --- how much at once --------------------------------------------------------------------------------------------
@@ -280,7 +315,7 @@ class _State:
 
 
 def _digest(sites: Sequence[Site], rows: Sequence[Row], chunks: Sequence[range]) -> str:
-    digest = hashlib.sha256(json.dumps([[s.name for s in sites], [c.stop for c in chunks]]).encode())
+    digest = hashlib.sha256(json.dumps([[s.id for s in sites], [c.stop for c in chunks]]).encode())
     for row in rows:
         digest.update(json.dumps(row.ids).encode())
     return digest.hexdigest()
@@ -290,8 +325,9 @@ def _save(path: Path, state: _State, sums: dict[Site, _Sum]) -> None:
     """Write the sums so that a crash at any point leaves the old file or the new one."""
     tensors: dict[str, Tensor] = {}
     for site, site_sum in sums.items():
-        tensors |= {f"{site.name}:{i}": total.cpu() for i, total in enumerate(site_sum.total)}
-        tensors |= {f"{site.name}:{i}:half": half for i, half in enumerate(site_sum.half)}
+        tensors |= {f"{site.id}:{i}": total.cpu() for i, total in enumerate(site_sum.total)}
+        tensors |= {f"{site.id}:{i}:half": half for i, half in enumerate(site_sum.half)}
+        tensors[f"{site.id}:routed"] = torch.tensor(site_sum.n_routed)
     keep(path, PARTIAL_SUMS, {"digest": state.digest}, tensors, {"n_done": state.n_done, "budget": state.budget})
 
 
@@ -302,8 +338,9 @@ def _load(path: Path, fresh: _State, sums: dict[Site, _Sum]) -> _State:
         return fresh
     tensors, about = found
     for site, site_sum in sums.items():
+        site_sum.n_routed = int(tensors[f"{site.id}:routed"])
         for i, total in enumerate(site_sum.total):
-            total.copy_(tensors[f"{site.name}:{i}"])
-            if f"{site.name}:{i}:half" in tensors:
-                site_sum.half.append(tensors[f"{site.name}:{i}:half"])
+            total.copy_(tensors[f"{site.id}:{i}"])
+            if f"{site.id}:{i}:half" in tensors:
+                site_sum.half.append(tensors[f"{site.id}:{i}:half"])
     return _State(fresh.digest, about["n_done"], about["budget"])

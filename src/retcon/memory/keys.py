@@ -68,6 +68,17 @@ class KeyReader:
         )
         return found[point], found[value]
 
+    def read_experts(
+        self, layer: int, where: Where, value: Point
+    ) -> tuple[Float[Tensor, "n_experts n_edits d_ff"], Float[Tensor, "n_edits d_model"]]:
+        """As `read`, for every routed expert of a block: each edit's mean of g_e k_e over its contexts."""
+        lm = self.given[0]
+        tokens = [r.position(where) for r in self.rows]
+        points = [Point(layer, "key", site.expert) for site in lm.expert_sites(layer)]
+        readings = {point: Reading(tokens, self.edit_of, self.weights) for point in points}
+        found = self.reader.read({**readings, value: Reading(tokens, self.edit_of, self.bare)}, keep=layer)
+        return torch.stack([found[point] for point in points]), found[value]
+
 
 def mean_keys(
     lm: LM,

@@ -95,13 +95,13 @@ class Moments(Protocol):
 
 @dataclass(frozen=True)
 class GivenMoments:
-    """Moments that the caller already has, by parameter name."""
+    """Moments that the caller already has, by parameter name (a routed expert's: `Site.id`)."""
 
     by_name: Mapping[str, Float[Tensor, "d_in d_in"]]
     _made: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def prepare(self, lm: LM, sites: Sequence[Site]) -> None:
-        missing = [s.name for s in sites if s.name not in self.by_name]
+        missing = [s.id for s in sites if s.id not in self.by_name]
         if missing:
             raise InvalidSetting(f"no second moment given for {', '.join(missing)}; given: {', '.join(self.by_name)}")
 
@@ -112,12 +112,12 @@ class GivenMoments:
         return self.derived(lm, site, "factor", lambda c: cholesky(c)[0])
 
     def derived(self, lm: LM, site: Site, what: str, build: Callable[[Tensor], Tensor]) -> Tensor:
-        if (site.name, what) not in self._made:
-            self._made[site.name, what] = build(self.by_name[site.name])
-        return self._made[site.name, what]
+        if (site.id, what) not in self._made:
+            self._made[site.id, what] = build(self.by_name[site.id])
+        return self._made[site.id, what]
 
     def keys(self, lm: LM, sites: Sequence[Site]) -> dict[str, str]:
-        return {s.name: "given" for s in sites}
+        return {s.id: "given" for s in sites}
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class CorpusMoments:
     def key(self, lm: LM, site: Site) -> MomentKey:
         """The cache key of one site's moment."""
         n_tokens = self.tokens_per_dimension * site.weight.shape[1]
-        return MomentKey(lm.fingerprint(), site.name, self.corpus.id, n_tokens, self.max_length)
+        return MomentKey(lm.fingerprint(), site.id, self.corpus.id, n_tokens, self.max_length)
 
     def prepare(self, lm: LM, sites: Sequence[Site]) -> None:
         """Collect what neither the shipped file nor the cache holds, in one pass; a killed one is taken up again.
@@ -170,8 +170,10 @@ class CorpusMoments:
         moments = {}
         for site, found in collect(lm, sites, rows, progress=self.progress, partial=partial):
             about = {"convergence": found.convergence, "n_tokens": n_found}
+            if site.expert is not None:
+                about["n_routed"] = found.n_routed
             try:
-                save_moments(keys[site].file, {keys[site]: found.moment}, {site.name: about})
+                save_moments(keys[site].file, {keys[site]: found.moment}, {site.id: about})
                 if len(sites) == 1:
                     moments[site] = load_moment(keys[site].file, keys[site])
             except OSError as error:
@@ -216,12 +218,12 @@ class CorpusMoments:
         return made
 
     def keys(self, lm: LM, sites: Sequence[Site]) -> dict[str, str]:
-        return {s.name: f"{self.corpus.id}/{self.key(lm, s).n_tokens}/{self.max_length}" for s in sites}
+        return {s.id: f"{self.corpus.id}/{self.key(lm, s).n_tokens}/{self.max_length}" for s in sites}
 
     def convergence(self, lm: LM, site: Site) -> float | None:
         """||C1 - C2|| / ||C|| of the two halves of the text; None where the moment's file does not say."""
         path = self.stored(lm, site)
-        return None if path is None else _record(path).get("about", {}).get(site.name, {}).get("convergence")
+        return None if path is None else _record(path).get("about", {}).get(site.id, {}).get("convergence")
 
     def stored(self, lm: LM, site: Site) -> Path | None:
         """The file that holds one site's moment, or None where it has yet to be collected."""

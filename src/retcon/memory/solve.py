@@ -76,6 +76,30 @@ def ridge_small(
     return spd_solve(inner.clone, y.T)
 
 
+def ridge_of_experts(
+    keys: Float[Tensor, "n_experts m n"], factors: Sequence[Build], weight: float
+) -> Float[Tensor, "n_experts n m"]:
+    """X_e^T of one joint solve over routed experts, dW_e = R X_e^T.
+
+    `ridge_small` for the stacked keys Phi = [Phi_1; ...; Phi_E], Phi_e = g_e k_e, with the block-diagonal second moment
+    of the C_e, which is never built. Y_e = C_e^-1 Phi_e, X_e^T = (weight I + sum_e Phi_e^T Y_e)^-1 Y_e^T. An expert
+    without a key is left alone, and its factor is not asked for.
+
+    Args:
+        factors: return the Cholesky factors of C_e.
+    """
+    y = torch.zeros_like(keys)
+    inner = torch.zeros(keys.shape[2], keys.shape[2], dtype=keys.dtype)
+    for e, phi in enumerate(keys):
+        if phi.any():
+            y[e] = torch.cholesky_solve(phi, factors[e]())
+            inner += phi.T @ y[e]
+    inner = (inner + inner.T) / 2
+    inner.diagonal().add_(weight)
+    right = spd_solve(inner.clone, y.transpose(1, 2).transpose(0, 1).flatten(1))
+    return right.view(keys.shape[2], len(keys), keys.shape[1]).transpose(0, 1)
+
+
 def solve_on(
     device: torch.device, build: Callable[[torch.device], Float[Tensor, "m m"]], b: Float[Tensor, "m n"]
 ) -> Float[Tensor, "m n"]:

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from retcon.delta import Change
 from retcon.edits import Edit
-from retcon.errors import NonFinite
+from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.forward import Point, TensorName
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import Where
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyAverage, KeyReader
 from retcon.memory.moments import Moments
-from retcon.memory.solve import ridge
+from retcon.memory.solve import ridge, ridge_of_experts
 
 Spread = Literal["even", "sqrt"]
 """Divisor of what is missing with N - i layers left: N - i (MEMIT) or its root (PMET)."""
@@ -45,6 +45,23 @@ class LayerProblem:
     """Returns C's Cholesky factor, float64."""
     derived: Callable[[str, Callable[[Tensor], Tensor]], Tensor]
     """derived(what, build) returns build(C), made once and kept; `what` names all else that determines it."""
+
+    def ridge(self, keys: Float[Tensor, "m n"], weight: float) -> Float[Tensor, "n m"]:
+        """K^T (weight C + K K^T)^-1."""
+        return ridge(keys, self.moment, weight, factor=self.factor, device=self.site.weight.device)
+
+
+@dataclass(frozen=True)
+class ExpertsProblem(LayerProblem):
+    """The linear problem of all routed experts of a block: `keys` are stacked, C is block-diagonal and never built."""
+
+    factors: tuple[Callable[[], Float[Tensor, "m m"]], ...] = ()
+    """Return the Cholesky factors of each expert's C."""
+
+    def ridge(self, keys: Float[Tensor, "m n"], weight: float) -> Float[Tensor, "n m"]:
+        """As for one matrix, by one solve that all experts share."""
+        by_expert = keys.unflatten(0, (len(self.factors), -1))
+        return ridge_of_experts(by_expert, self.factors, weight).transpose(0, 1).flatten(1)
 
 
 Solve = Callable[[LayerProblem], Float[Tensor, "n m"]]
@@ -69,13 +86,33 @@ class LayerGroup:
     """How a layer's update is found."""
     module: Literal["down_proj", "o_proj"] = "down_proj"
     """Matrix that is written; its input is the key."""
+    routed: bool = False
+    """Write to the routed experts also where a block has a dense or a shared MLP."""
+
+
+def written_sites(
+    lm: LM, layer: int, module: Literal["down_proj", "o_proj"] = "down_proj", *, routed: bool = False
+) -> list[Site]:
+    """The matrices that are written in a layer: one, or the down-projections of its routed experts.
+
+    Args:
+        routed: the experts also where a block has a dense or a shared MLP.
+    """
+    if module == "down_proj" and is_routed(lm, layer, routed):
+        return lm.expert_sites(layer)
+    return [lm.site(layer, module)]
+
+
+def is_routed(lm: LM, layer: int, routed: bool) -> bool:
+    """Whether a layer's routed experts are written: where that is wanted, or where it has no other MLP."""
+    return lm.kinds[layer].experts is not None and (routed or not lm.has(layer, "down_proj"))
 
 
 @dataclass(frozen=True)
 class Written:
     """What a group's write changed, by parameter name."""
 
-    changes: dict[str, Change] = field(default_factory=dict)
+    changes: dict[str, list[Change]] = field(default_factory=dict)
     keys: dict[str, Float[Tensor, "n m"]] = field(default_factory=dict)
     """Keys that were stored, in the precision they were read in. They hold for the weights after the write too: a key
     depends on the layers below alone."""
@@ -109,34 +146,59 @@ def write(
     reader = reader or KeyReader(lm, edits, contexts, average=key_average)
     value = Point(group.layers[-1], group.target_tensor)
     for i, layer in enumerate(group.layers):
-        site = lm.site(layer, group.module)
-        point = Point(layer, "key" if group.module == "down_proj" else "attn_key")
-        keys, current = reader.read(point, group.where, value)
+        sites = written_sites(lm, layer, group.module, routed=group.routed)
+        if sites[0].expert is not None:
+            by_expert, current = reader.read_experts(layer, group.where, value)
+            keys = by_expert.transpose(0, 1).flatten(1)
+        else:
+            point = Point(layer, "key" if group.module == "down_proj" else "attn_key")
+            keys, current = reader.read(point, group.where, value)
         share = divisor(group.spread, len(group.layers) - i)
         residuals = (targets.to(current) - current) / share  # r = (v - h) / s(N - i)
         if not (torch.isfinite(keys).all() and torch.isfinite(residuals).all()):
             raise NonFinite(f"layer {layer}: a key or a residual is NaN or infinite; is the model's dtype wide enough?")
-        right = group.solve(problem(lm, site, keys, moments))
+        right = group.solve(problem(lm, sites, keys, moments))
         if not torch.isfinite(right).all():
             raise NonFinite(f"layer {layer}: the update is NaN or infinite; the keys may be linearly dependent")
-        dtype = torch.promote_types(site.weight.dtype, torch.float32)
-        change = site.stored(residuals.T.to(dtype).contiguous(), right.to(dtype))
-        if update_filter is not None:
-            change = update_filter(site.name, change)
-        written.changes[site.name] = change
-        written.keys[site.name] = keys
-        scope.enter_context(lm.edited(lm.delta({site.name: [change]})))
+        dtype = torch.promote_types(sites[0].weight.dtype, torch.float32)
+        left = residuals.T.to(dtype).contiguous()
+        changes = []
+        for site, part in zip(sites, right.to(dtype).chunk(len(sites), 1), strict=True):
+            if site.expert is not None and not part.any():
+                continue
+            change = site.stored(left, part.contiguous())
+            changes.append(change if update_filter is None else update_filter(site.name, change))
+        name = sites[0].name
+        written.changes[name] = changes
+        written.keys[name] = keys
+        scope.enter_context(lm.edited(lm.delta({name: changes})))
     return written
 
 
-def problem(lm: LM, site: Site, keys: Float[Tensor, "n m"], moments: Moments) -> LayerProblem:
-    """The problem of storing `keys` (one per row) in `site`."""
-    return LayerProblem(
-        site,
+def problem(lm: LM, sites: Sequence[Site], keys: Float[Tensor, "n m"], moments: Moments) -> LayerProblem:
+    """The problem of storing `keys` (one per row) in a matrix, or in those of all routed experts of a block."""
+    if sites[0].expert is None:
+        return LayerProblem(
+            sites[0],
+            keys.double().T,
+            partial(moments.second_moment, lm, sites[0]),
+            partial(moments.factor, lm, sites[0]),
+            partial(moments.derived, lm, sites[0]),
+        )
+    return ExpertsProblem(
+        sites[0],
         keys.double().T,
-        partial(moments.second_moment, lm, site),
-        partial(moments.factor, lm, site),
-        partial(moments.derived, lm, site),
+        _not_for_experts,
+        _not_for_experts,
+        _not_for_experts,
+        tuple(partial(moments.factor, lm, site) for site in sites),
+    )
+
+
+def _not_for_experts(*_: object) -> Tensor:
+    raise InvalidSetting(
+        "this method's solve knows one matrix per layer, not the routed experts of a mixture; memit and jeep write to "
+        "those"
     )
 
 
@@ -150,9 +212,7 @@ def weighted(moment_weight: float, earlier: Mapping[str, Float[Tensor, "n_earlie
 
     def solve(layer: LayerProblem) -> Float[Tensor, "n m"]:
         keys = with_earlier(layer, earlier)
-        right = ridge(
-            keys, layer.moment, moment_weight, factor=layer.factor, device=layer.site.weight.device
-        )  # one row per key; the earlier ones' rows meet a residual of zero
+        right = layer.ridge(keys, moment_weight)  # one row per key; the earlier ones' rows meet a residual of zero
         return right[keys.shape[1] - layer.keys.shape[1] :]
 
     return solve

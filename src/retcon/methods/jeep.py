@@ -18,7 +18,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyAverage
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache, ValueSite
-from retcon.memory.write import LayerGroup, Spread, weighted
+from retcon.memory.write import LayerGroup, Spread, is_routed, weighted
 from retcon.methods.common.contract import (
     ModelShape,
     Progress,
@@ -73,6 +73,9 @@ class Jeep(SearchSettings):
     """Matrix that Step 3 writes: down-projection, or attention out-projection, with z* on its output (Table 4)."""
     joint_optimisation: bool = True
     """False: delta' alone, Step 2, then delta* alone on the edited weights, Step 3 (Table 4)."""
+    mlp: Literal["dense", "experts"] | None = None
+    """What is written in a mixture of experts, as in MEMIT; for routed experts `sites` is `block`, the one output that
+    they share."""
     write_low: bool = True
     """False: optimise both values, skip Step 2 (Table 4)."""
     write_high: bool = True
@@ -134,8 +137,9 @@ class Jeep(SearchSettings):
             NonFinite: a loss, a key or a change is NaN or infinite.
         """
         check_stateless(self.name, state)
-        if self.sites == "block" and target_tensor(lm, "block", self.name) == "mlp":
-            here = replace(self, sites="mlp", high_target=self._high_target)
+        if (sites := self._sites_on(lm)) != self.sites:
+            target = self._high_target if sites == "mlp" else self.high_target
+            here = replace(self, sites=sites, high_target=target)
             return here.propose(
                 lm,
                 edits,
@@ -168,11 +172,21 @@ class Jeep(SearchSettings):
                     reports.append(found.report)
             return proposal.delta(_in_a_row(reports))
 
+    def _sites_on(self, lm: LM) -> Literal["mlp", "release", "block"]:
+        """`sites` as far as this model allows it."""
+        layers = (*self.low, *(self.high if self.high_module == "mlp" else ()))
+        routed = self.mlp == "experts"
+        if self.sites == "block" or any(is_routed(lm, layer, routed) for layer in layers if layer < lm.n_layers):
+            tensor = target_tensor(lm, "block", self.name, layers=layers, routed=routed)
+            return "mlp" if tensor == "mlp" else "block"
+        return self.sites
+
     def groups(self) -> tuple[LayerGroup | None, LayerGroup | None]:
         """The low and the high group, None where one is left out."""
         tensor: TensorName = "block" if self.sites == "block" else "mlp"
         high_tensor: TensorName = "attn" if self.high_module == "attn" else tensor
-        low = LayerGroup(self.low, "subject_last", tensor, self.low_spread, weighted(self.low_moment_weight))
+        routed, low_solve = self.mlp == "experts", weighted(self.low_moment_weight)
+        low = LayerGroup(self.low, "subject_last", tensor, self.low_spread, low_solve, routed=routed)
         high = LayerGroup(
             self.high,
             "prediction",
@@ -180,12 +194,14 @@ class Jeep(SearchSettings):
             self.high_spread,
             weighted(self.high_moment_weight),
             "o_proj" if self.high_module == "attn" else "down_proj",
+            routed=routed,
         )
         return (low if self.low else None), (high if self.high else None)
 
     def value_sites(self, lm: LM) -> list[ValueSite]:
         """Where values are sought: low before high."""
-        return [self.value_site(group) for group in self.groups() if group]
+        here = replace(self, sites=self._sites_on(lm))
+        return [here.value_site(group) for group in here.groups() if group]
 
     def value_site(self, group: LayerGroup) -> ValueSite:
         """Where the value of a group is searched."""

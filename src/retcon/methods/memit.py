@@ -10,19 +10,20 @@ Departures: docs/methods/memit.md.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from retcon.delta import Delta
 from retcon.edits import Edit
+from retcon.errors import InvalidSetting
+from retcon.lm.forward import TensorName
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.key_cache import earlier_keys, extended
 from retcon.memory.moments import Moments
-from retcon.memory.solve import ridge
-from retcon.memory.values import ValueCache
+from retcon.memory.values import ValueCache, ValueSite
 from retcon.memory.write import LayerGroup, LayerProblem, with_earlier
 from retcon.methods.common.contract import (
     ModelShape,
@@ -48,6 +49,9 @@ class Memit(BatchSettings):
     """lambda: how many old keys the second moment stands for."""
     cache_keys: bool = False
     """MEMIT-seq: the keys of earlier batches join the old keys, so that their values stay too."""
+    mlp: Literal["dense", "experts"] | None = None
+    """What is written in a mixture of experts: the dense or the shared MLP, or all routed experts by one solve. None:
+    the experts where a block has nothing else."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,17 +79,20 @@ class Memit(BatchSettings):
         """The change that writes `edits` as one batch; the model is untouched. `state` is taken with `cache_keys`."""
         if not self.cache_keys:
             check_stateless(f"{self.name} without cache_keys", state)
-        earlier = earlier_keys(state, lm, sites_of(self.name, lm, self.layers))
+        routed = self.mlp == "experts"
+        sites = sites_of(self.name, lm, self.layers, routed=routed)
+        if self.cache_keys and any(site.expert is not None for site in sites):
+            raise InvalidSetting(f"{self.name}: cache_keys knows no routed experts; leave it out, or set mlp='dense'")
+        earlier = earlier_keys(state, lm, sites)
 
         def solve(layer: LayerProblem) -> Float[Tensor, "n m"]:
             """K^T (lambda C + Kp Kp^T + K K^T)^-1; Kp are the keys of earlier batches, whose residual is zero."""
             keys = with_earlier(layer, earlier)  # [Kp, K]
-            device = layer.site.weight.device
-            right = ridge(keys, layer.moment, self.moment_weight, factor=layer.factor, device=device)
+            right = layer.ridge(keys, self.moment_weight)
             return right[keys.shape[1] - layer.keys.shape[1] :]
 
-        tensor = target_tensor(lm, "block", self.name)
-        group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve)
+        tensor = self._target_tensor(lm)
+        group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve, routed=routed)
         given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
         with proposing(self, lm, edits, [group], given) as proposal:
             if not edits:
@@ -94,3 +101,10 @@ class Memit(BatchSettings):
             proposal.write(group, found.target(0), key_average=self.key_average)
             kept = extended(earlier, proposal.keys, lm) if self.cache_keys else None
             return proposal.delta(found.report, state=kept)
+
+    def value_sites(self, lm: LM) -> list[ValueSite]:
+        """The block's output, or the MLP's where a norm follows it."""
+        return [self.value_site(self.layers[-1], self._target_tensor(lm))]
+
+    def _target_tensor(self, lm: LM) -> TensorName:
+        return target_tensor(lm, "block", self.name, layers=self.layers, routed=self.mlp == "experts")

@@ -57,17 +57,17 @@ class StoredOrIdentity:
         self.missing: dict[str, Site] = {}
 
     def prepare(self, lm: "LM", sites: "Sequence[Site]") -> None:
-        self.asked |= {s.name for s in sites}
-        self.missing |= {s.name: s for s in sites if not _is_there(self.inner, lm, s)}
+        self.asked |= {s.id for s in sites}
+        self.missing |= {s.id: s for s in sites if not _is_there(self.inner, lm, s)}
 
     def second_moment(self, lm: "LM", site: "Site") -> "Float[Tensor, 'd_in d_in']":
-        return self._identity(site) if site.name in self.missing else self.inner.second_moment(lm, site)
+        return self._identity(site) if site.id in self.missing else self.inner.second_moment(lm, site)
 
     def factor(self, lm: "LM", site: "Site") -> "Float[Tensor, 'd_in d_in']":
-        return self._identity(site) if site.name in self.missing else self.inner.factor(lm, site)
+        return self._identity(site) if site.id in self.missing else self.inner.factor(lm, site)
 
     def derived(self, lm: "LM", site: "Site", what: str, build: "Callable[[Tensor], Tensor]") -> "Tensor":
-        if site.name in self.missing:
+        if site.id in self.missing:
             return build(self._identity(site))
         return self.inner.derived(lm, site, what, build)
 

@@ -33,7 +33,7 @@ from retcon.memory.defaults import default_contexts, default_moments
 from retcon.memory.keys import KeyAverage, KeyReader
 from retcon.memory.moments import GivenMoments, Moments
 from retcon.memory.values import ValueCache, Values, ValueSearch, ValueSite, search_values
-from retcon.memory.write import LayerGroup, write
+from retcon.memory.write import LayerGroup, is_routed, write, written_sites
 from retcon.methods.common.contract import Progress, UpdateFilter, recorded, silent
 from retcon.methods.common.registry import check_subjects
 
@@ -121,8 +121,8 @@ class Proposal:
             update_filter=self.update_filter,
             reader=self.readers[contexts, key_average],
         )
-        for name, change in written.changes.items():
-            self.changes.setdefault(name, []).append(change)
+        for name, changes in written.changes.items():
+            self.changes.setdefault(name, []).extend(changes)
         self.keys |= written.keys
 
     def delta(
@@ -172,8 +172,8 @@ def proposing(
     """
     check_edits(edits)
     check_subjects(method, edits)
-    named = {site.name: site for group in groups for site in sites_of(method.name, lm, group.layers, group.module)}
-    sites = list(named.values())  # groups may share a layer
+    written = [s for g in groups for s in sites_of(method.name, lm, g.layers, g.module, routed=g.routed)]
+    sites = list({site.id: site for site in written}.values())  # groups may share a layer
     for site in sites:
         lm.check_editable(site.name)
     contexts, moments = given.contexts, given.moments
@@ -202,9 +202,14 @@ def proposing(
 
 
 def sites_of(
-    name: str, lm: LM, layers: Sequence[int], module: Literal["down_proj", "o_proj"] = "down_proj"
+    name: str,
+    lm: LM,
+    layers: Sequence[int],
+    module: Literal["down_proj", "o_proj"] = "down_proj",
+    *,
+    routed: bool = False,
 ) -> list[Site]:
-    """The matrices that a method writes in these layers.
+    """The matrices that a method writes in these layers; `routed` as in `written_sites`.
 
     Raises:
         InvalidSetting: a layer the model does not have.
@@ -212,7 +217,7 @@ def sites_of(
     for layer in layers:
         if not 0 <= layer < lm.n_layers:
             raise InvalidSetting(f"{name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")
-    return [lm.site(layer, module) for layer in layers]
+    return [site for layer in layers for site in written_sites(lm, layer, module, routed=routed)]
 
 
 def only_one(name: str, edits: Sequence[Edit]) -> None:
@@ -224,11 +229,25 @@ def only_one(name: str, edits: Sequence[Edit]) -> None:
         )
 
 
-def target_tensor(lm: LM, wanted: TensorName, name: str) -> TensorName:
+def target_tensor(
+    lm: LM, wanted: TensorName, name: str, *, layers: Sequence[int] = (), routed: bool = False
+) -> TensorName:
     """The tensor at which a method measures values on this model: the MLP's output behind a post-norm.
 
-    Behind a norm no write can bring the block's output to a wanted value.
+    Behind a norm no write can bring the block's output to a wanted value. Routed experts have no output of their own to
+    measure at: there it is the block's.
+
+    Raises:
+        InvalidSetting: routed experts would be written, and something stands between them and the block's output.
     """
+    if any(is_routed(lm, layer, routed) for layer in layers if layer < lm.n_layers):
+        if lm.layout.mlp_post_norm or lm.layout.residual_multiplier:
+            between = "a norm" if lm.layout.mlp_post_norm else "a factor"
+            raise InvalidSetting(
+                f"{name}: on {lm.config.model_type!r} {between} stands between the routed experts and the residual "
+                "stream, and values are measured there; kne, ctp and fine-tuning of the attention work"
+            )
+        return "block"
     if wanted == "block" and not lm.layout.adds_mlp_output:
         between = "a norm" if lm.layout.mlp_post_norm else "a factor"
         warnings.warn(

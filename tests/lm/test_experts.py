@@ -1,0 +1,182 @@
+"""Routed experts: their keys, their slices of a tensor, and one joint write, against brute force."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from retcon.delta import Delta, LowRank
+from retcon.edits import Edit
+from retcon.errors import InvalidSetting, UnsupportedModel
+from retcon.lm.experts import routing_similarity
+from retcon.lm.forward import Point, run
+from retcon.lm.model import LM
+from retcon.lm.prompts import Row, pad
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import GivenMoments
+from retcon.memory.solve import ridge_direct, ridge_of_experts
+from retcon.methods.jeep import Jeep
+from retcon.methods.memit import Memit
+from tests.conftest import UNLIKE, random_moments
+from tests.contract.test_methods import ENDING, probability
+
+CONTEXTS = Contexts(("The train stood still. ", "I read. "))
+HYBRIDS = ("gemma4_text", "lfm2", "qwen3_5_text")
+ROUTED = sorted(set(UNLIKE) - set(HYBRIDS))
+BEHIND_A_NORM_OR_FACTOR = ("flex_olmo", "granitemoe")
+WRITTEN = sorted(set(ROUTED) - set(BEHIND_A_NORM_OR_FACTOR))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*larger than the weight"),
+    pytest.mark.filterwarnings("ignore:.*were routed to this expert"),
+]
+
+
+def with_experts(lm: LM) -> list[int]:
+    return [layer for layer in range(lm.n_layers) if lm.kinds[layer].experts]
+
+
+def batch() -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return pad([Row(tuple(torch.randint(3, 400, (n,), generator=generator).tolist()), n) for n in (9, 5)])
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_weighted_keys_times_the_matrices_are_what_the_experts_put_out(family: str, tiny: Callable[..., LM]) -> None:
+    """sum_e (W_e (g_e k_e) + g_e b_e) is the module's own output, in either orientation, with biases and without."""
+    lm = tiny(family)
+    layer = with_experts(lm)[0]
+    sites, seen, whole = lm.expert_sites(layer), {}, []
+    handle = lm.experts(layer).register_forward_hook(
+        lambda _, args, kwargs, out: whole.append((args, out)), with_kwargs=True
+    )
+    try:
+        points = {Point(layer, "key", s.expert): s for s in sites}
+        with torch.no_grad():
+            run(
+                lm,
+                batch(),
+                {p: (lambda value, p=p: seen.__setitem__(p, value.clone())) for p in points}
+                | {Point(layer, "block"): lambda value: None},
+            )  # type: ignore[dict-item]
+    finally:
+        handle.remove()
+    (_, index, weights), out = whole[0]
+    total = sum(seen[p].flatten(0, 1) @ s.weight.T for p, s in points.items())
+    bias = getattr(lm.experts(layer), "down_proj_bias", None)
+    if bias is not None:
+        total = total + (weights[..., None] * bias[index]).sum(1)
+    assert isinstance(total, Tensor)
+    assert_close(total, out.view_as(total), rtol=1e-6, atol=1e-9)
+    assert len(sites) == 4
+    assert all(s.weight.shape[0] == lm.d_model for s in sites)
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    return torch.block_diag(*parts)
+
+
+def test_the_joint_solve_is_the_stacked_one(randn: Callable[..., Tensor]) -> None:
+    """Against one dense ridge over the stacked keys with the block-diagonal moment; an expert without keys gets 0."""
+    n_experts, m, n, weight = 3, 5, 4, 2.5
+    keys = randn(n_experts, m, n)
+    keys[1] = 0
+    moments = [(x := randn(m, 3 * m)) @ x.T / (3 * m) for _ in range(n_experts)]
+    factors = [lambda c=c: torch.linalg.cholesky(c) for c in moments]
+    found = ridge_of_experts(keys, factors, weight)
+    brute = ridge_direct(keys.flatten(0, 1), lambda: stacked(moments), weight)
+    assert_close(found.transpose(0, 1).flatten(1), brute)
+    assert not found[1].any()
+
+
+@pytest.mark.parametrize("family", WRITTEN)
+def test_a_free_write_brings_the_blocks_output_to_its_target(
+    family: str, tiny: Callable[..., LM], untouched: Callable[[LM], Any]
+) -> None:
+    """With no weight on old keys, one layer and one context the value is met, so keys, weights and residual fit."""
+    lm = tiny(family)
+    layer = with_experts(lm)[1 if len(with_experts(lm)) > 2 else 0]
+    edit = Edit("You know {}", "France", "Rome", id="france")
+    method = Memit(layers=(layer,), moment_weight=1e-12, clamp=1.0, steps=4, mlp="experts")
+    before = untouched(lm)
+    delta = method.propose(lm, [edit], contexts=Contexts(), moments=random_moments(lm, experts=True), keep_values=True)
+    assert untouched(lm) == before
+    assert list(delta.changes) == [lm.expert_sites(layer)[0].name]
+    assert delta.values is not None
+    value = next(t for name, t in delta.values.items() if "init" in name)
+    offset = next(t for name, t in delta.values.items() if "offset" in name)
+    row = lm.encode("You know France")
+    with lm.edited(delta):
+        found = at(lm, row, Point(layer, "block"), len(row.ids) - 1)
+    assert_close(found, (value + offset)[0].to(found), rtol=1e-4, atol=1e-5)
+    assert untouched(lm) == before
+
+
+def at(lm: LM, row: Row, point: Point, token: int) -> Tensor:
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        run(lm, pad([row]), {point: lambda value: seen.append(value[0, token].clone())})
+    return seen[0]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["jeep", "memit"])
+def test_facts_are_written_into_routed_experts(name: str, family: str, tiny: Callable[..., LM], tmp_path: Any) -> None:
+    lm, edits = tiny(family, torch.float32), ENDING
+    methods = {
+        "jeep": Jeep(low=(1,), high=(2, 3), low_clamp=8.0, high_clamp=8.0, low_moment_weight=1.0,
+                     high_moment_weight=1.0, low_weight_decay=0.0, high_weight_decay=0.0, steps=6, mlp="experts"),
+        "memit": Memit(layers=(1, 2), moment_weight=1.0, clamp=8.0, weight_decay=0.0, steps=6, mlp="experts"),
+    }  # fmt: skip
+    base = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
+    delta = methods[name].propose(lm, edits, contexts=CONTEXTS, moments=random_moments(lm, experts=True))
+    assert all(n.endswith("experts.down_proj") for n in delta.changes)
+    delta.save(tmp_path / "delta.safetensors")
+    loaded = Delta.load(tmp_path / "delta.safetensors")
+    assert loaded == delta
+    before = [probability(lm, e) for e in edits]
+    lm.apply(loaded)
+    assert {n for n, p in lm.model.named_parameters() if not torch.equal(p, base[n])} == set(delta.changes)
+    assert all(probability(lm, e) > b for e, b in zip(edits, before, strict=True))
+    lm.revert(loaded)
+    assert all(torch.equal(p, base[n]) for n, p in lm.model.named_parameters())
+
+
+def test_an_experts_slice_costs_and_covers_that_expert_alone(tiny: Callable[..., LM], randn: Any) -> None:
+    lm = tiny("mixtral")
+    sites = lm.expert_sites(1)
+    whole = sites[0].module.down_proj.detach().clone()  # type: ignore[operator]
+    one = sites[2].stored(randn(32, 1), randn(1, 64))
+    other = sites[2].stored(randn(32, 2), randn(2, 64))
+    assert isinstance(one, LowRank)
+    expected = whole.clone()
+    expected[2] += one.left @ one.right + other.left @ other.right  # type: ignore[attr-defined]
+    delta, second = lm.delta({sites[2].name: [one]}), None
+    lm.apply(delta)
+    assert lm.undo_bytes() == 2 * whole[0].numel() * 8
+    second = lm.delta({sites[2].name: [other]})
+    lm.apply(second)
+    assert_close(lm.parameter(sites[2].name), expected)
+    lm.revert(delta)
+    lm.revert(second)
+    assert torch.equal(lm.parameter(sites[2].name), whole)
+    both = lm.delta({sites[2].name: [one, sites[0].stored(randn(32, 1), randn(1, 64))]})
+    dense = both.dense(sites[2].name, whole.shape)
+    assert both.norms()[sites[2].name] == pytest.approx(float(dense.norm()))
+
+
+def test_what_is_not_for_routed_experts_says_so(tiny: Callable[..., LM], edits: list[Edit]) -> None:
+    with pytest.raises(UnsupportedModel, match="has no routed experts"):
+        tiny("llama").experts(0)
+    lm = tiny("granitemoe")
+    with pytest.raises(InvalidSetting, match="a factor stands between the routed experts and the residual"):
+        Memit(layers=(0,)).propose(lm, edits, contexts=CONTEXTS, moments=GivenMoments({}))
+    with pytest.raises(InvalidSetting, match="cache_keys knows no routed experts"):
+        Memit(layers=(0,), cache_keys=True).propose(tiny("mixtral"), edits, contexts=CONTEXTS)
+
+
+def test_similarity_of_routing() -> None:
+    before, after = torch.tensor([[0, 1], [2, 3], [0, 1]]), torch.tensor([[1, 0], [2, 0], [2, 3]])
+    assert routing_similarity(before, after).tolist() == pytest.approx([1, 1 / 3, 0])
