@@ -19,7 +19,7 @@ from retcon.errors import NonFinite, RetconWarning
 
 VERBS = [
     *("demo", "edit", "apply", "export", "complete", "methods", "moments", "tune", "audit", "bench", "report", "check"),
-    *("init", "log", "show", "diff", "revert", "amend", "checkout", "verify", "ui", "gc"),
+    *("doctor", "init", "log", "show", "diff", "revert", "amend", "checkout", "verify", "ui", "gc"),
 ]
 
 

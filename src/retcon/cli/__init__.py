@@ -19,6 +19,7 @@ from retcon.cli import (
     complete,
     demo,
     diff,
+    doctor,
     edit,
     export,
     gc,
@@ -129,6 +130,7 @@ app.command(
         "retcon check ./gpt-j-6b --delta cf.safetensors --cases counterfact.json --limit 100 --local 0.9",
     )
 )(check.check)
+app.command(epilog=examples("retcon doctor demo:gptj", "retcon doctor ./my-model --json"))(doctor.doctor)
 app.command(
     epilog=examples("retcon init demo:gptj", "retcon init ./my-model --store edits --precision float16 --lfs"),
 )(init.init)

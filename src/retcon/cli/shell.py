@@ -236,14 +236,16 @@ def _shown_once(others: Callable[..., None]) -> Callable[..., None]:
 # --- models, deltas, places --------------------------------------------------------------------------------------
 
 
-def load_model(name: str, *, device: str | None = None, dtype: str | None = None) -> "LM":
+def load_model(
+    name: str, *, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False
+) -> "LM":
     """`retcon.load`, with a spinner and a checked device."""
     with spinner(f"loading {name}"):
         import retcon
 
         _check_path(name)
         _check_device(device)
-        lm = retcon.load(name, device=device, dtype=dtype)
+        lm = retcon.load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         _one_thread_for_a_small_model(lm)
         return lm
 

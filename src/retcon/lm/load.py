@@ -99,6 +99,12 @@ def load(
     return lm
 
 
+def load_plain(folder: Path, *, dtype: torch.dtype) -> Any:
+    """Read a saved checkpoint as transformers does, without the library: the model in eval mode."""
+    more = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    return _model_class(str(folder), {}).from_pretrained(folder, dtype=dtype, **more).eval()
+
+
 def _model_class(place: str, options: dict[str, Any]) -> Any:
     """The class that reads a checkpoint whole: of a text model beside others (images, sound), the one with all of them,
     so that saving gives everything back."""

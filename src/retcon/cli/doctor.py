@@ -1,0 +1,43 @@
+"""`retcon doctor`: does everything that editing rests on hold for this model?"""
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.shell import Device, DType, Json, Model, console, emit, load_model, spinner
+
+_MARKS = {"passed": "[green]✓[/]", "failed": "[red]✗[/]", "skipped": "[dim]-[/]"}
+
+
+def doctor(
+    model: Model,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Try layout, replay, keys, one edit per kind of method, undo and saving on a model. Exit code 0: all hold; 1: not.
+
+    The edited model is saved once to a temporary folder, so there must be room for a second copy of it.
+    """
+    from retcon.workflow.doctor import examine
+
+    lm = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    with spinner("examining"):
+        found = examine(lm)
+    if as_json:
+        emit(found.as_dict())
+    else:
+        table = Table(box=None, pad_edge=False, title_justify="left")
+        table.title = f"{escape(found.model)}: {found.model_type}, {found.n_layers} layers, {found.dtype}"
+        for heading in ("", "check", "found"):
+            table.add_column(heading, overflow="fold")
+        for finding in found.findings:
+            table.add_row(_MARKS[finding.outcome], finding.check, escape(finding.detail))
+        console().print(table)
+    if not found.passed:
+        raise typer.Exit(1)
