@@ -53,6 +53,7 @@ attack: $(VENV)/.ready  ## try at full size to break what docs/reliability.md pr
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.signals
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.sequences
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.threads
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.stores
 
 lint: $(VENV)/.ready  ## style and types
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(("attack", "n"), [("signals", 84), ("sequences", 24), ("threads", 3)])
+@pytest.mark.parametrize(("attack", "n"), [("signals", 84), ("sequences", 24), ("threads", 3), ("stores", 12)])
 def test_nothing_gives_way(attack: str, n: int) -> None:
     command = [sys.executable, "-m", f"tests.attacks.{attack}", "--n", str(n), "--seed", "7"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300)
