@@ -70,12 +70,13 @@ def test_a_store_stands_for_its_deltas(cli: Cli, store: Path) -> None:
 
 
 def test_verify_writes_its_files_and_its_exit_code(cli: Cli, store: Path, here: Path) -> None:
-    files = ("--junit", "verify.xml", "--markdown", "verify.md")
+    files = ("--junit", "verify.xml", "--markdown", "verify.md", "--html", "verify.html")
     result = cli("verify", *files, "--json", code=1)  # a random model learns nothing in three steps
     found = json.loads(result.stdout)
     assert {check["since"] for check in found["failed"]} == {None}
     assert (here / "verify.xml").read_text().count("<failure") == len(found["failed"])
     assert "never passed" in (here / "verify.md").read_text()
+    assert "The capital of France is" in (here / "verify.html").read_text()
     assert "never passed" in cli("verify", code=1).stdout
     assert "nothing to verify" in cli("verify", "base", code=2).stderr
 

@@ -112,6 +112,11 @@ def test_reports_hold_every_check_and_hostile_text_stays_text(store: Store, lm: 
     assert len(cases) == len(found.checks) == int(root.attrib["tests"])
     assert len(root.findall(".//failure")) == len(found.failed) == int(root.attrib["failures"])
     assert any('<script>alert("x")' in str(c.get("name")) for c in cases)
+    page = found.html()
+    assert page.count("<tr data-broke=") == 3
+    assert "<script>alert" not in page
+    assert page.count("<script") == 1
+    assert "http" not in page
     text = verify(store, lm, strict=True).markdown()
     assert "<script>" not in text
     assert "&lt;script&gt;" in text

@@ -24,8 +24,8 @@ def log(
         emit({"store": str(store), "state": found.state().id, "entries": [entry_record(found, e) for e in shown]})
         return
     table = Table(box=None, pad_edge=False, show_header=False)
-    for style in ("yellow", "dim", "bold"):
-        table.add_column(style=style, no_wrap=True)
+    for style, width in (("yellow", 12), ("dim", 16), ("bold", 7)):
+        table.add_column(style=style, no_wrap=True, min_width=width)
     table.add_column(overflow="ellipsis", no_wrap=True)
     for entry in shown:
         table.add_row(entry.id, entry.time[:16].replace("T", " "), entry.action, escape(entry.message))

@@ -36,6 +36,9 @@ def verify(
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the result as Markdown.", show_default=False)
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page, a row per fact.", show_default=False)
+    ] = None,
     model: OtherModel = None,
     store: StorePath = Path(".retcon"),
     device: Device = None,
@@ -50,7 +53,7 @@ def verify(
     from retcon.store.verify import verify as run
     from retcon.workflow import read_facts
 
-    for path in (junit, markdown):
+    for path in (junit, markdown, html):
         if path is not None:
             check_can_write(path)
     must_stay = read_facts(stay, conflicts="drop").cases if stay is not None else ()
@@ -64,6 +67,8 @@ def verify(
         write_atomically(junit, result.junit().encode())
     if markdown is not None:
         write_atomically(markdown, result.markdown().encode())
+    if html is not None:
+        write_atomically(html, result.html().encode())
     if as_json:
         emit(_record(result))
     else:
@@ -112,7 +117,7 @@ def _show(result: "Verification") -> None:
         for check in result.failed[:N_SHOWN]:
             show.print(f"[red]✗[/] [bold]{escape(check.fact)}[/]  {escape(check.words)}", soft_wrap=True)
         if len(result.failed) > N_SHOWN:
-            show.print(f"[dim]and {len(result.failed) - N_SHOWN:,} more; --json, --junit and --markdown have all[/]")
+            show.print(f"[dim]and {len(result.failed) - N_SHOWN:,} more; --json and the files have all[/]")
     show.print()
     facts = f"{count(result.n_facts, 'fact')} in force, state {result.state.id}"
     if result.ok:

@@ -119,6 +119,37 @@ class Verification:
         inner = f"<testsuite name={name} {suite}>\n  {body}\n</testsuite>"
         return f'<?xml version="1.0" encoding="UTF-8"?>\n<testsuites {suite}>\n{inner}\n</testsuites>\n'
 
+    def html(self) -> str:
+        """The result as one self-contained page: a row per fact, to filter and to sort."""
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        pages = Environment(loader=PackageLoader("retcon.store"), autoescape=True, undefined=StrictUndefined)
+        return pages.get_template("verify.html").render(found=self, titles=TITLES, rows=self._rows())
+
+    def _rows(self) -> list[dict[str, object]]:
+        by_fact: dict[str, list[Check]] = {}
+        for check in self.checks:
+            by_fact.setdefault(check.fact, []).append(check)
+        rows: list[dict[str, object]] = []
+        for checks in by_fact.values():
+            own = next((c for c in checks if c.query.axis == "rewrite"), checks[0])
+            kinds = (("took", "stays"), ("generalised",), ("follows",), ("local",))
+            parts = [[c for c in checks if c.kind in kind] for kind in kinds]
+            since = dict.fromkeys(f"{c.since.id} {c.since.message}" for c in checks if c.since is not None)
+            rows.append(
+                {
+                    "prompt": own.query.prompt,
+                    "before": own.query.contrast or "",
+                    "wanted": own.wanted,
+                    "said": "" if own.outcome == "passed" else own.said or "something else",
+                    "cells": [(sum(c.outcome == "passed" for c in part), len(part)) for part in parts],
+                    "since": "; ".join(since),
+                    "broke": any(c.outcome == "broke" for c in checks),
+                    "untaken": any(c.outcome == "never" and c.kind == "took" for c in checks),
+                }
+            )
+        return rows
+
     def markdown(self) -> str:
         """The result as Markdown: for a pull request's comment or a job's summary."""
         verdict = "nothing broke" if self.ok else f"{len(self.failed)} checks fail"
@@ -138,9 +169,9 @@ class Verification:
         if self.failed:
             lines += ["", "| fact | prompt | wanted | found | since |", "|---|---|---|---|---|"]
             for check in self.failed[:50]:
-                since = f"`{check.since.id}` {check.since.message}" if check.since else "never passed"
-                cells = (check.fact, check.query.prompt, check.wanted, check.said, since)
-                lines.append(f"| {' | '.join(map(_cell, cells))} |")
+                since = f"`{check.since.id}` {_cell(check.since.message)}" if check.since else "never passed"
+                cells = map(_cell, (check.fact, check.query.prompt, check.wanted, check.said))
+                lines.append(f"| {' | '.join([*cells, since])} |")
             if len(self.failed) > 50:
                 lines.append(f"\nand {len(self.failed) - 50:,} more")
         return "\n".join(lines) + "\n"
