@@ -92,7 +92,7 @@ def test_edit_look_undo_verify_export(served: Served, browser: Any, tmp_path: Pa
     page.get_by_role("button", name="Add", exact=True).click()
     page.locator("#draft td", has_text="Geneva lies within the borders of").wait_for(timeout=SECONDS)
     page.get_by_role("button", name="Edit", exact=True).click()
-    assert "1 of 1 edits took" in wait_for_job(page, "edit")
+    assert "1 of 1 edit took" in wait_for_job(page, "edit")
 
     page.get_by_label("Prompt", exact=True).fill("Geneva lies within the borders of")
     page.get_by_role("button", name="Ask").click()

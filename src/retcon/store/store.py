@@ -388,7 +388,13 @@ class Store:
             about: dict[str, Any] = {"method": method.name, "facts": len(cases), "seed": seed}
             if corpus is not None:
                 about["corpus"] = corpus
-            return change.commit("edit", message or f"{len(cases)} facts by {method.name}", sets, lines, about=about)
+            return change.commit(
+                "edit",
+                message or f"{len(cases)} fact{'s' * (len(cases) != 1)} by {method.name}",
+                sets,
+                lines,
+                about=about,
+            )
 
     def _last_state(self, lm: "LM", method: "Method") -> Any:
         if lm.applied and lm.applied[-1].provenance.get("method") == method.name:

@@ -241,7 +241,7 @@ class Session:
         self.draft = [*self.draft, *cases]
         self.estimate = None
         self.changed()
-        return f"{len(cases)} facts added"
+        return f"{len(cases)} fact{'s' * (len(cases) != 1)} added"
 
     def clear(self) -> None:
         """Empty the draft."""
@@ -321,7 +321,7 @@ class Session:
             self.draft, self.verification, self.viewing = [], None, None
             how = f"--method {self.method}{self._assignments()}"
             self._typed(f"edit {self._model_word} facts.jsonl {how} --store {self._store_word}")
-            return f"{took} of {len(reports)} edits took"
+            return f"{took} of {len(reports)} edit{'s' * (len(reports) != 1)} took"
 
         return self.submit("edit", run)
 
