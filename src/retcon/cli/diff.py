@@ -1,13 +1,15 @@
 """`retcon diff`: which facts differ between two states."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from retcon.cli.shell import Json, console, count, emit
+from retcon.cli.shell import Json, count, emit
 from retcon.cli.stores import StorePath, fact_record, open_store
+
+if TYPE_CHECKING:
+    from retcon.store.index import Line
 
 
 def diff(
@@ -29,13 +31,19 @@ def diff(
             }
         )
         return
-    out = console()
     for line in went:
-        out.print(f"[red]- {escape(line.fact)}  {escape(line.prompt)} {escape(line.target)}[/]", soft_wrap=True)
+        typer.secho(f"- {_shown(line)}", fg="red")
     for line in came:
-        out.print(f"[green]+ {escape(line.fact)}  {escape(line.prompt)} {escape(line.target)}[/]", soft_wrap=True)
+        typer.secho(f"+ {_shown(line)}", fg="green")
     for one, two in changed:
-        what = f"{escape(one.target)} -> {escape(two.target)}"
-        out.print(f"[yellow]~ {escape(one.fact)}  {escape(one.prompt)} {what}[/]", soft_wrap=True)
-    total = f"{count(len(came), 'fact')} came, {len(went):,} went, {len(changed):,} changed"
-    out.print(f"[dim]{total}[/]")
+        typer.secho(f"~ {_shown(one)} -> {_one_line(two.target)}", fg="yellow")
+    typer.secho(f"{count(len(came), 'fact')} came, {len(went):,} went, {len(changed):,} changed", dim=True)
+
+
+def _shown(line: "Line") -> str:
+    return _one_line(f"{line.fact}  {line.prompt} {line.target}")
+
+
+def _one_line(text: str) -> str:
+    """Text in one line, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -195,7 +195,9 @@ class Store:
 
     def facts(self, at: str | None = None) -> list[Line]:
         """The facts in force after an entry, in order of application."""
-        held = self._lines_by_delta()
+        return self._facts(at, self._lines_by_delta())
+
+    def _facts(self, at: str | None, held: Mapping[str, Mapping[str, Line]]) -> list[Line]:
         return [line for delta in self.state(at).deltas for line in held.get(delta, {}).values()]
 
     def cases(self, at: str | None = None) -> list[Case]:
@@ -230,8 +232,9 @@ class Store:
 
     def diff(self, a: str, b: str | None = None) -> tuple[list[Line], list[Line], list[tuple[Line, Line]]]:
         """The facts that came, that went, and that changed from the state after one entry to that after another."""
-        before = {line.fact: line for line in self.facts(a)}
-        after = {line.fact: line for line in self.facts(b)}
+        held = self._lines_by_delta()
+        before = {line.fact: line for line in self._facts(a, held)}
+        after = {line.fact: line for line in self._facts(b, held)}
         came = [line for fact, line in after.items() if fact not in before]
         went = [line for fact, line in before.items() if fact not in after]
         changed = [
