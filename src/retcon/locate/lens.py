@@ -22,14 +22,17 @@ MAX_LOGITS = 2**24
 def project(lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool) -> Float[Tensor, "n vocab"]:
     """Logits of states, at least float32.
 
-    With the final norm, what the model itself does with its last state (a soft cap of the logits included), so that the
-    last block's output gives the model's own logits. Without it, W x + b and nothing else (JEEP, Eq. 5).
+    With the final norm, what the model itself does with its last state (a scale or a soft cap of the logits included),
+    so that the last block's output gives the model's own logits. Without it, W x + b and nothing else (JEEP, Eq. 5).
     """
     if not final_norm:
         logits = lm.head(states.to(_weight(lm.head).device))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
     norm = lm.model.get_submodule(lm.layout.final_norm)
-    logits = lm.head(norm(states.to(_weight(norm).device)).to(_weight(lm.head).device))
+    place = next((p.device for p in norm.parameters()), _weight(lm.head).device)  # OLMo's has no weight
+    logits = lm.head(norm(states.to(place)).to(_weight(lm.head).device))
+    logits = logits * (getattr(lm.config, "logit_scale", None) or 1.0)  # Cohere
+    logits = logits / (getattr(lm.config, "logits_scaling", None) or 1.0)  # Granite
     cap = getattr(lm.config, "final_logit_softcapping", None)  # gemma 2, some of gemma 3
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -71,12 +71,12 @@ class RowState:
     steps: Float[Tensor, " n"]
 
     @classmethod
-    def fresh(cls, tensor: Tensor, steps: float = 0.0) -> "RowState":
+    def fresh(cls, tensor: Tensor, steps: int | float = 0) -> "RowState":
         """Nothing remembered; `steps` counted so far, without a gradient."""
         zero = torch.zeros_like(tensor, requires_grad=False)
         return cls(zero, zero.clone(), torch.full((len(tensor),), steps, dtype=zero.dtype, device=zero.device))
 
-    def grown(self, tensor: Tensor, kept: Bool[Tensor, " n"], steps: float = 0.0) -> "RowState":
+    def grown(self, tensor: Tensor, kept: Bool[Tensor, " n"], steps: int | float = 0) -> "RowState":
         """For a tensor with rows added behind; rows not `kept` start fresh, with `steps` counted."""
         new = RowState.fresh(tensor, steps)
         old = kept[: len(self.steps)]
