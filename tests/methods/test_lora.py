@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from retcon.errors import DeltaMismatch, InvalidSetting
+from retcon.lm.model import Site
 from retcon.methods.adalora import AdaLora, Allotment, add_penalty
 from retcon.methods.lora import Lora
 from retcon.training.objective import answer_log_probs, answer_rows
@@ -104,8 +105,8 @@ def test_the_allotment_is_peft_s(randn):
     layer = pytest.importorskip("peft.tuners.adalora.layer")
     n_steps, rank, target = 12, 4, 2
     settings = adalora(rank=rank, target_rank=target, warmup=0.2, cooldown=0.3)
-    site = SimpleNamespace(module=nn.Linear(5, 6, dtype=torch.float64))
-    parts = [TrainedTriplets(site, randn(6, rank), randn(rank), randn(rank, 5)) for _ in range(3)]  # type: ignore[arg-type]
+    site = Site(0, "down_proj", "weight", nn.Linear(5, 6, dtype=torch.float64), transposed=False)
+    parts = [TrainedTriplets(site, randn(6, rank), randn(rank), randn(rank, 5)) for _ in range(3)]
 
     class Theirs(nn.Module):
         def __init__(self) -> None:

@@ -154,7 +154,7 @@ def test_the_report_tells_what_became_of_each_edit(tiny, edits):
     assert light.report[0].final_probability > 0.2 > heavy.report[0].final_probability
     many = propose(lm, edits)
     with lm.edited(many):
-        for report, (probability, said) in zip(many.report, answers(lm, edits, max_batch_tokens=20), strict=True):
+        for report, (probability, said) in zip(many.report, answers(lm, edits), strict=True):
             assert report.final_probability == pytest.approx(probability)
             assert report.greedy_match == said
     assert {r.outcome for r in propose(lm, edits, clamp=0.01, steps=4).report} == {"clamped"}

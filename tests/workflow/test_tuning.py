@@ -28,6 +28,7 @@ def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:no memit preset:retcon.errors.RetconWarning")
+@pytest.mark.long
 def test_finds_settings_at_least_as_good_as_the_rules_and_keeps_them(
     presets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

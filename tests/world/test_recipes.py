@@ -62,8 +62,8 @@ def test_the_embedded_models_begin_and_go_on_as_they_did(model_type: str) -> Non
     train(model, stream(), n_tokens=4 * world.ROW_TOKENS * 24)
     assert (found, untrained, magnitude(model)) == (
         EMBEDDED[model_type][0],
-        pytest.approx(EMBEDDED[model_type][1], rel=1e-7),
-        pytest.approx(EMBEDDED[model_type][2], rel=1e-6),
+        pytest.approx(EMBEDDED[model_type][1], rel=1e-5),
+        pytest.approx(EMBEDDED[model_type][2], rel=1e-4),
     )
 
 
