@@ -177,7 +177,9 @@ def tiny_model(
     if family in WINDOWED:
         common |= dict(sliding_window=8)
     if family == "granite":
-        common |= dict(residual_multiplier=0.5)
+        common |= dict(residual_multiplier=0.5, logits_scaling=2.0)
+    if family in ("cohere", "cohere2"):  # a factor of the logits that a lens must know, not so small as to hide edits
+        common |= dict(logit_scale=0.5)
     config = CONFIG_MAPPING[family](
         vocab_size=512, bos_token_id=0, eos_token_id=1, **own.get(family, common) | own_config
     )
