@@ -31,6 +31,7 @@ from retcon.evaluation import Measures
 from retcon.evaluation.measure import Outputs, tell
 from retcon.evaluation.plan import make_plan
 from retcon.lm.model import LM
+from retcon.methods.common.registry import method_class
 from retcon.methods.memit import Memit
 from retcon.methods.rect import Rect
 from retcon.methods.rome import Rome
@@ -379,3 +380,11 @@ def test_differences_name_leaves() -> None:
     assert differences({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [2]}}) == ["b.c: [1] -> [2]"]
     assert differences({"a": 1}, {}) == ["a: 1 -> null"]
     assert differences(list(range(20)), [0, *range(2, 20)]) == [": 19 of 20 entries differ"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "docs" / "results").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_files_of_the_results_name_methods_and_settings_that_there_are(path: Path) -> None:
+    for method in spec_from_file(path).methods:
+        assert set(method.settings) <= {field.name for field in dataclasses.fields(method_class(method.name))}

@@ -153,6 +153,7 @@ def test_knes_layout(tmp_path: Path) -> None:
             *axis("portability.reasoning", "Portability", {"a": [share, 0]}, variant="ee.tok", when="final"),
             *axis("locality.x", "LS", {"a": [1]}, variant="ee.loc.argmax", when="final"),
             *axis("rewrite", "fluency", {"a": [5.5]}, variant="flu.new.re", when="final"),
+            *axis("rewrite", "fluency", {"a": [6]}, variant="flu.easyedit.re", when="final"),
         ]
         return make_run(tmp_path, method, records, kind="single", n=1, dataset="recent")
 
@@ -164,9 +165,12 @@ def test_knes_layout(tmp_path: Path) -> None:
         ("recent", "Portability", "25.00", "50.00"),
         ("recent", "Locality", "100.00", "100.00"),
         ("recent", "Fluency", "550.00", "550.00"),
+        ("recent", "Fluency, sampled", "600.00", "600.00"),
     )
     assert {(0, 3), (1, 3)} <= table.bold
-    assert "flu.new.re" in table.notes[0]
+    assert "Fluency: flu.new.re" in table.notes[0]
+    assert "Fluency, sampled: flu.easyedit.re" in table.notes[0]
+    assert "rephrased prompts are not in it" in table.notes[0]
 
 
 def test_curves_need_three_sizes(tmp_path: Path) -> None:

@@ -162,33 +162,54 @@ def _ctp_numbers(group: Group, *, before: bool) -> list[Number | None]:
 
 
 def kne(groups: Sequence[Group]) -> list[Table]:
-    """KNE's Table 1: rows dataset x {Edit Succ., Portability, Locality, Fluency}, columns methods."""
+    """KNE's Table 1: rows dataset x {Edit Succ., Portability, Locality, Fluency}, columns methods.
+
+    A row for each fluency that was measured (`fluency` of a benchmark's measures); KNE's is `flu.easyedit`.
+    """
     fitting = [g for g in groups if g.family == "ee"]
     tables = []
     for model, protocol, block in blocks(fitting):
         methods = list(dict.fromkeys(g.method for g in block))
         builder = _Builder(("Dataset", "Metric", *methods), text_columns=2)
+        fluencies = _fluencies(block)
         for dataset in dict.fromkeys(g.dataset for g in block):
             for metric, name, variants in (
                 ("Edit Succ.", "ES", ("ee.tok",)),
                 ("Portability", "Portability", ("ee.tok",)),
                 ("Locality", "LS", ("ee.loc.argmax",)),
-                ("Fluency", "fluency", ("flu.new.nltk", "flu.new.re")),
+                *((row, "fluency", (variant,)) for row, variant, _ in fluencies),
             ):
                 own = {g.method: g for g in block if g.dataset == dataset}
                 numbers = [own[m].number(name, *variants) if m in own else None for m in methods]
                 cells = [MISSING if n is None else f"{100 * n.value:.2f}" for n in numbers]
                 builder.row_of(dataset, metric, cells, numbers)
-        words = "nltk" if any(g.number("fluency", "flu.new.nltk") for g in block) else "re"
         notes = (
-            "x100. Edit Succ., Portability: ee.tok, token accuracy; Locality: ee.loc.argmax, agreement with the "
-            f"unedited model; Fluency: flu.new.{words}, n-gram entropy of greedy continuations.",
+            "x100. Edit Succ., Portability: ee.tok, token accuracy; Edit Succ. is asked on the edit's own prompt, "
+            "rephrased prompts are not in it (as in EasyEdit's script); Locality: ee.loc.argmax, agreement with the "
+            "unedited model"
+            + "".join(f"; {row}: {variant}, n-gram entropy of {of}" for row, variant, of in fluencies)
+            + ".",
             _counts(block, set()),
         )
         tables.append(
             builder.table(f"kne-{_slug(model)}-{_slug(protocol)}", f"{model}: {protocol} (KnowEdit's columns)", notes)
         )
     return tables
+
+
+def _fluencies(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
+    """(row, variant, what it reads) for every fluency that some of the groups have."""
+    known = (
+        ("Fluency", "flu.new", "greedy continuations"),
+        ("Fluency, sampled", "flu.easyedit", "the edit's prompt with a sampled continuation"),
+        ("Fluency, ROME's", "flu.rome", "generation prompts with sampled continuations"),
+    )
+    return [
+        (row, variant, of)
+        for row, family, of in known
+        for variant in (f"{family}.nltk", f"{family}.re")
+        if any(g.number("fluency", variant) for g in groups)
+    ]
 
 
 def multihop(groups: Sequence[Group]) -> list[Table]:
