@@ -190,7 +190,7 @@ def as_json(value: Any) -> Any:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package lies in, `+` behind it where files differ; None outside one."""
+    """Of the checkout that this package lies in, followed by `+` where files differ; None outside one."""
     here = Path(__file__).parent
     try:
         asked = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]

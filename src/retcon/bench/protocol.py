@@ -31,7 +31,7 @@ Kind = Literal["single", "batch", "sequential", "batch_sequential", "curve"]
 CURVE = tuple(round(math.exp(math.log(10_000) * i / 16)) for i in range(17))
 """MEMIT's numbers of edits (Figure 5): 1, 2, 3, 6, 10, 18, 32, 56, 100, ..., 10,000."""
 MIN_RECORDS_PER_POINT = 1000
-"""Cases behind every point of a curve, so that small batches are averaged over as many cases as large ones."""
+"""Cases of every point of a curve, so that small batches are averaged over as many cases as large ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Protocol:
     ns: tuple[int, ...] = CURVE
     """Points of a curve."""
     records_per_point: int | None = None
-    """Cases behind each of them; None: at least 1,000, and n where that is more."""
+    """Cases of each of them; None: at least 1,000, and n where that is more."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -238,7 +238,7 @@ def _sequence(
 
 
 def _look(setting: Setting, cases: Sequence[Case], when: When, step: int) -> Evaluation:
-    """The model as it stands, on some of the cases."""
+    """Measure the model as it is now on some of the cases."""
     part = setting.plan.of(cases)
     found = measure(setting.lm, part, setting.measures, when, setting.pre, step=step)
     if setting.measures.divergence:

@@ -191,7 +191,7 @@ class CellRunner:
         watch: Watch,
         load_seconds: float,
     ) -> dict[str, str]:
-        """One cell, from where it stands to its end; returns its line in the list of runs."""
+        """Run one cell, from where it was stopped to its end; returns its line in the list of runs."""
         chosen = chosen_cases(cases, cell)
         method = self.method_of(cell)
         manifest = manifest_of(self.spec, cell, self.lm, method, chosen, report)
@@ -263,7 +263,7 @@ class CellRunner:
         return self._plans[key]
 
     def _whole_model(self, when: When, step: int) -> list[Record]:
-        """Perplexity and tasks of the model as it stands."""
+        """Perplexity and tasks of the model as it is now."""
         records = []
         if self.text is not None:
             found = perplexity(self.lm, self.text, max_tokens=self.spec.text_tokens)

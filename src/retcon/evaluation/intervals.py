@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 N_RESAMPLES = 2000
-"""Bootstrap resamples behind a `ci.boot`."""
+"""Bootstrap resamples of a `ci.boot`."""
 
 _T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)  # degrees of freedom 1 to 9
 

@@ -391,7 +391,7 @@ def _of_case(case: Case, when: When, m: Measured, step: int) -> Record:
 
 
 def _status(m: Measured) -> Status:
-    """No tokens behind a missing value means that nothing could be asked; else that something broke."""
+    """A missing value of no tokens means that nothing could be asked; else that something broke."""
     if m.value is not None:
         return "ok"
     return "error" if m.n else "skipped"

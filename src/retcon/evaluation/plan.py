@@ -23,7 +23,7 @@ Fluency = Literal["flu.new", "flu.rome", "flu.easyedit"]
 WRITTEN = ("rewrite", "paraphrase", "two_hop", "portability", "singlehop", "unedited_hop", "multihop", "ripple")
 """Axes on which the model also writes its own answer (`portability.<key>` included)."""
 PREFIXED = "+edit"
-"""Ends the ids of neighbour queries asked behind the edited statement, and the variants of what they give."""
+"""Ends the ids of neighbour queries asked after the edited statement, and the variants of what they give."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Measures:
     divergence: bool = False
     """Also the divergence of next-token distributions on locality prompts (`loc.kl`)."""
     neighborhood_prefix: Literal["none", "edit"] = "none"
-    """`edit`: also ask neighbours behind the edited statement (CounterFact+, arXiv:2305.17553)."""
+    """`edit`: also ask neighbours after the edited statement (CounterFact+, arXiv:2305.17553)."""
     references: References | None = None
     """Passages for consistency; None leaves it out."""
     judge: Judge | None = None
@@ -90,7 +90,7 @@ class Asked:
     """Why nothing can be scored."""
     notes: tuple[str, ...]
     prefixed: bool = False
-    """A neighbour behind the edited statement."""
+    """A neighbour after the edited statement."""
     overlong: bool = False
     """The prompt, or prompt and answer, are more than the model can read."""
 
@@ -108,7 +108,7 @@ class Asked:
 
     @property
     def readable(self) -> bool:
-        """The prompt can be put to the model, with or without an answer behind it."""
+        """The prompt can be put to the model, with or without an answer after it."""
         return bool(self.rows) or not (self.query.target or self.overlong)
 
     def writing(self, measures: Measures) -> Writing | None:
@@ -177,8 +177,8 @@ def make_plan(lm: LM, cases: Sequence[Case], measures: Measures) -> Plan:
         for query in case.queries:
             asked.append(_ask(lm, case, query, query.id in dirty.get(case.id, ()), measures))
             if measures.neighborhood_prefix == "edit" and query.axis == "neighborhood" and case.edits:
-                behind = _behind_the_edit(case, query)
-                asked.append(replace(_ask(lm, case, behind, False, measures), prefixed=True))
+                after = _after_the_edit(case, query)
+                asked.append(replace(_ask(lm, case, after, False, measures), prefixed=True))
     return Plan(tuple(cases), tuple(asked))
 
 
@@ -215,5 +215,5 @@ def _within_context(
     return f"{longest:,} tokens, and the model reads {limit:,}", (), True
 
 
-def _behind_the_edit(case: Case, query: Query) -> Query:
+def _after_the_edit(case: Case, query: Query) -> Query:
     return replace(query, id=query.id + PREFIXED, prompt=f"{case.edits[0].statement}. {query.prompt}")

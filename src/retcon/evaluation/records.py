@@ -43,7 +43,7 @@ class Record(NamedTuple):
     value: float | None
     """0 to 1 (magnitudes -1 to 1, fluency in bits, divergence in nats); None unless status is `ok`."""
     n: int
-    """Target tokens (for `gen.*`, words written) behind the value."""
+    """Target tokens (for `gen.*`, words written) that the value is the mean of."""
     status: Status = "ok"
     detail: str | None = None
     """Notes joined by "; ": `tie`, `contaminated`, `boundary_merge`, or the reason of a status that is not ok."""

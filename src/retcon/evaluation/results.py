@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: tidy records, and a summary computed from nothing but them."""
+"""What an evaluation returns: tidy records, and a summary computed from nothing but them."""
 
 import os
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Teacher-forced scoring: how likely a model finds given targets behind given prompts.
+"""Teacher-forced scoring: how likely a model finds given targets after given prompts.
 
 All teacher-forced metrics come from `score`; they are then pure functions of its results (metrics.py). Rows are padded
 on the right, one forward pass per batch, and the head is applied only where a target token is predicted.

@@ -37,13 +37,13 @@ def scale(variant: str) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric over cases: macro mean, interval, and what is behind it."""
+    """A metric over cases: macro mean, interval, and how many cases it is of."""
 
     value: float | None
     """None where nothing was measured."""
     interval: Interval | None
     n: int
-    """Cases behind the value; those without the metric are left out."""
+    """Cases that the value is the mean of; those without the metric are left out."""
     n_queries: int
     ties: int = 0
     """Queries whose two answers were exactly as probable (they count as failures)."""

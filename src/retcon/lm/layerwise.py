@@ -1,4 +1,4 @@
-"""Climb: read activations of many rows layer by layer while the layers are being changed from the bottom up.
+"""Read activations of many rows layer by layer while the layers are being changed from the bottom up.
 
 A write at layer l leaves what enters l as it was. So the states that enter the layer read last are kept, and the next
 reading starts there instead of at the tokens. Text that rows begin with in common is run once for all of them.
@@ -53,7 +53,7 @@ class LayerwiseReader:
     """Rows of text whose states follow the layer that is being read.
 
     Args:
-        rows: texts, with a subject or without; read at the subject's last or the prediction token, or behind.
+        rows: texts, with a subject or without; read at the subject's last or the prediction token, or later.
         alike: rows whose number is the same begin with the same text.
         keep_bytes: states are kept up to this much memory; with more rows every reading starts at the tokens.
     """

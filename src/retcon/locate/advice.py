@@ -38,7 +38,7 @@ class Rule:
     top_share: float = 0.1
     """Topmost layers that the high group keeps out of, at least one."""
     n_resamples: int = 1000
-    """Bootstrap samples of the cases behind `Choice.stability`."""
+    """Bootstrap samples of the cases for `Choice.stability`."""
     enough_cases: int = 30
     """Fewer than this many cases are weak evidence."""
     enough_known: float = 0.5

@@ -83,7 +83,7 @@ class Attribution:
 
 @dataclass(frozen=True)
 class _Copies:
-    """A group of facts, each at every point: rows stand copy by copy."""
+    """A group of facts, each at every point: rows are ordered copy by copy."""
 
     rows: tuple[Row, ...]
     """The facts, without their last answer tokens in `ids`."""
@@ -232,7 +232,7 @@ def _adds_to_the_stream(lm: LM, site: Site) -> bool:
 
 
 def _behind(lm: LM, copies: _Copies, site: Site, below: _Below, how: Attribution) -> Captured:
-    """One site whose scaling is a change of its block's output: (alpha - 1) h. Only the blocks behind it are run."""
+    """One site whose scaling is a change of its block's output: (alpha - 1) h. Only the blocks after it are run."""
     frozen = below.entering[site.layer + 1]
     shape = frozen.states.shape
     wide = torch.promote_types(lm.dtype, torch.float32)

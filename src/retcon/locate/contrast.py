@@ -38,7 +38,7 @@ class Curve:
     mean: Float[Tensor, " layers"]
     half_width: Float[Tensor, " layers"]
     n: int
-    """Records behind it: those for which the set is not empty."""
+    """Records that it is the mean of: those for which the set is not empty."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def contrast_probe(
 ) -> Contrast:
     """Probability and rank of every edit's two answers in every state, on the weights as they are now.
 
-    An answer is its first token behind the prompt. The original one is `target_true`; where an edit gives none, the
+    An answer is its first token after the prompt. The original one is `target_true`; where an edit gives none, the
     model's own next token stands in for it, and the record says so. An edit whose two answers begin with the same token
     has nothing to contrast and is left out, as is one whose subject does not occur in its prompt.
 
@@ -243,7 +243,7 @@ def _counted(skipped: Mapping[str, str]) -> str:
 
 
 def _answers(lm: LM, edit: Edit, said: int) -> tuple[int, int]:
-    """First tokens of the original and the target answer behind the prompt."""
+    """First tokens of the original and the target answer after the prompt."""
 
     def first(answer: str) -> int:
         return encode_edit(lm.tokenizer, edit, answer=answer).target_ids[0]

@@ -1,7 +1,7 @@
 """The vocabulary projection of any state of the residual stream: what the model would say if it ended there.
 
 nostalgebraist 2020 ("logit lens"); JEEP's Eq. 5 is the same without the final norm. Projections are made for a few
-states at a time, so that the logits of all of them never stand in memory together.
+states at a time, so that the logits of all of them are never in memory together.
 """
 
 from collections.abc import Iterator

@@ -34,7 +34,7 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text as they stand there, punctuation left out."""
+    """The words of a text as they are spelt there, punctuation left out."""
     return _WORD.findall(text)
 
 
@@ -137,7 +137,7 @@ class TokenSets:
         return torch.tensor(sorted({self._first_token(word) for word in words}), dtype=torch.long)
 
     def _first_token(self, word: str) -> int:
-        """As it stands in running text: words behind a space, punctuation without one."""
+        """As in running text: words after a space, punctuation without one."""
         if word not in self._first:
             separator = " " if _WORD.match(word) else ""
             self._first[word] = encode(self._tokenizer, "the", word, separator=separator).target_ids[0]

@@ -1,4 +1,4 @@
-"""The linear problem behind a write, as pure functions of tensors (MEMIT, arXiv:2210.07229, Eq. 14).
+"""The linear problem of a write, as pure functions of tensors (MEMIT, arXiv:2210.07229, Eq. 14).
 
 K: (m, n) keys as columns, R: (d, n) residuals, C: (m, m) second moment, lambda: weight of the old keys. All in float64,
 in math orientation. An update is returned as its right factor X^T (n, m): dW = R X^T, rank at most n.

@@ -173,7 +173,7 @@ class _PathTrainer:
         return [part for nodes in self.nodes for part in nodes.parts()]
 
     def values(self) -> list[Tensor]:
-        """The tensors behind the parts."""
+        """The tensors that the parts train."""
         return [tensor for nodes in self.nodes for tensor in nodes.tensors]
 
     def losses_now(self) -> list[float]:

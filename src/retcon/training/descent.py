@@ -23,7 +23,7 @@ Reduction = Literal["per_edit", "per_token"]
 """How losses of a mini-batch become one: the mean over edits, or over answer tokens (longer answers weigh more)."""
 
 Losses = Callable[[Sequence[int]], Float[Tensor, " n"]]
-"""Loss L_e of each of these edits, with a graph behind it."""
+"""Loss L_e of each of these edits, differentiable."""
 
 
 @runtime_checkable
@@ -35,7 +35,7 @@ class EditLoss(Protocol):
         """The edits' rows; the lengths of their answers weigh under `per_token`."""
 
     def __call__(self, items: Sequence[int]) -> Float[Tensor, " n"]:
-        """The losses of these edits, with a graph behind them."""
+        """Return the losses of these edits, differentiable."""
 
     def chunks(self, items: Sequence[int]) -> list[list[int]]:
         """`items` in groups that fit in memory."""

@@ -77,7 +77,7 @@ class RowState:
         return cls(zero, zero.clone(), torch.full((len(tensor),), steps, dtype=zero.dtype, device=zero.device))
 
     def grown(self, tensor: Tensor, kept: Bool[Tensor, " n"], steps: int | float = 0) -> "RowState":
-        """For a tensor with rows added behind; rows not `kept` start fresh, with `steps` counted."""
+        """For a tensor with rows added at its end; rows not `kept` start fresh, with `steps` counted."""
         new = RowState.fresh(tensor, steps)
         old = kept[: len(self.steps)]
         for mine, theirs in ((new.first, self.first), (new.second, self.second), (new.steps, self.steps)):

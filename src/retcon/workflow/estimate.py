@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from retcon.memory.moments import Moments
 
 N_TRIED = 6
-"""Edits that are tried, behind one that warms up."""
+"""Edits that are tried, after one that warms up."""
 TOKENS_TRIED = 1024
 """Tokens of the corpus that are tried where moments are missing."""
 

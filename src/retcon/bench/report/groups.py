@@ -21,7 +21,7 @@ class Number:
     interval: Interval | None
     """`ci.seed` over several runs; of one run, its own over cases."""
     n: int
-    """Cases behind it, in each run."""
+    """Cases that it is the mean of, in each run."""
     runs: int
 
 

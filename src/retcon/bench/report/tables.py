@@ -318,7 +318,7 @@ def cost(groups: Sequence[Group]) -> list[Table]:
 
 
 def case_study(groups: Sequence[Group]) -> list[Table]:
-    """JEEP's Table 1: what the methods write behind one case's edited, equivalent and unrelated prompts."""
+    """JEEP's Table 1: what the methods write after one case's edited, equivalent and unrelated prompts."""
     tables = []
     for model, protocol, block in blocks(groups):
         for dataset in dict.fromkeys(g.dataset for g in block):

@@ -74,7 +74,7 @@ def left_out(skipped: Mapping[str, str]) -> str:
 
 
 def write(stem: str, figures: Mapping[str, "Figure"], record: Mapping[str, Any]) -> list[Path]:
-    """The figures as `stem``suffix`.png and .svg, the numbers behind them as `stem`.json; the paths written."""
+    """The figures as `stem``suffix`.png and .svg, their numbers as `stem`.json; the paths written."""
     import json
 
     from retcon.locate.figures import save

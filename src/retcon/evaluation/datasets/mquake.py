@@ -1,7 +1,7 @@
 """MQuAKE: one to four edits, three wordings of a multi-hop question that follows from them (arXiv:2305.14795).
 
 Axes: `rewrite` (the cloze prompt of every edit), `singlehop` (questions after the edits), `unedited_hop` (those of them
-that no edit touches), `multihop` (the three wordings). Questions stand behind demonstrations of our own; numbers made
+that no edit touches), `multihop` (the three wordings). Questions follow demonstrations of our own; numbers made
 with the authors' demonstrations differ.
 """
 
@@ -81,7 +81,7 @@ def _relations(record: Mapping[str, Any], made: Draft) -> list[str | None]:
 
 
 def _question(question: str, relation: str | None, prompting: Prompting) -> str:
-    """A single-hop question behind demonstrations of its relation (of any, where we have none for it)."""
+    """A single-hop question after demonstrations of its relation (of any, where we have none for it)."""
     if prompting == "bare":
         return question
     shown = _demonstrations()["relation"].get(relation or "") or _demonstrations()["any"]
@@ -89,7 +89,7 @@ def _question(question: str, relation: str | None, prompting: Prompting) -> str:
 
 
 def _several(question: str, prompting: Prompting) -> str:
-    """A multi-hop question behind multi-hop demonstrations."""
+    """A multi-hop question after multi-hop demonstrations."""
     if prompting == "bare":
         return question
     shown = _demonstrations()["multihop"]

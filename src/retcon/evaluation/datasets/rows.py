@@ -87,7 +87,7 @@ class LoadReport:
     options: Mapping[str, Any]
     """The reader's settings."""
     left_out: tuple[LeftOut, ...] = ()
-    """The rows behind `dropped`, one by one."""
+    """The rows that `dropped` counts, one by one."""
     unknown: Mapping[str, int] = field(default_factory=dict)
     """Fields that the format does not have, by name, with the rows that have them; kept in `meta["extra"]`."""
     likely: Mapping[str, str] = field(default_factory=dict)

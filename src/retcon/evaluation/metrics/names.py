@@ -15,7 +15,7 @@ class Measured:
     value: float | None
     """0 to 1 (magnitudes -1 to 1, fluency in bits, divergence in nats); None where it could not be had."""
     n: int
-    """Target tokens behind the value (words, for generated text)."""
+    """Target tokens that the value is the mean of (words, for generated text)."""
     note: str | None = None
     """`tie`, `few_words`, ..., or why there is no value."""
 

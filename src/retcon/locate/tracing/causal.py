@@ -70,7 +70,7 @@ def causal_trace(
 def trace_prompt(lm: LM, edit: Edit, prompt: Prompt, settings: Tracing) -> Trace:
     """All cells of a prompt."""
     n = len(prompt.row.ids)
-    tokens = range(prompt.subject.start if settings.replayed else 0, n)  # what stands before was never corrupted
+    tokens = range(prompt.subject.start if settings.replayed else 0, n)  # earlier tokens were never corrupted
     cells = [cell_of(lm, k, layer, t, settings) for k in settings.kinds for layer in range(lm.n_layers) for t in tokens]
     if settings.replayed:
         cells = [seen for cell in cells if (seen := trimmed(lm, cell, n - 1)).clean]
@@ -111,7 +111,7 @@ def _groups(prompt: Prompt, cells: Sequence[Cell], settings: Tracing) -> list[li
 
 
 def _logits(lm: LM, prompt: Prompt, cells: Sequence[Cell], settings: Tracing) -> Float[Tensor, "rows vocab"]:
-    """Logits behind the prompt for every cell and sample, cell by cell."""
+    """Logits after the prompt for every cell and sample, cell by cell."""
     if settings.replayed:
         return replayed_logits(lm, prompt, cells)
     rows = torch.arange(len(cells) * settings.samples).view(len(cells), -1)

@@ -22,9 +22,9 @@ class Cell:
     layer: int
     token: int
     clean: tuple[Point, ...]
-    """What stands at the token as in the clean run."""
+    """What has its value of the clean run at the token."""
     corrupted: tuple[Point, ...]
-    """What stands there as in the corrupted run of the row's sample."""
+    """What has its value of the corrupted run there, of the row's sample."""
 
     @property
     def first(self) -> int:
@@ -61,7 +61,7 @@ def taps_of(
     columns: Int[Tensor, "cells 1"],
     layers: range,
 ) -> dict[Point, Hook]:
-    """Taps in these layers that put the values of each cell into its rows, all at the column where its token stands."""
+    """Hooks in these layers that put the values of each cell into its rows, all at its token's column."""
     tokens = torch.tensor([cell.token for cell in cells])
 
     def restoring(point: Point) -> Hook:

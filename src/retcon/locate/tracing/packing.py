@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedState:
-    """What a replay takes as given where variants of a text stand side by side in rows, so that little is padded.
+    """What a replay takes as given where variants of a text are side by side in rows, so that little is padded.
 
     For attention without a window, or within it, in transformers' `eager` and `sdpa` forms (the others take no mask).
     """
@@ -43,7 +43,7 @@ class PackedState:
     values: tuple[Float[Tensor, "some_rows _ earlier _"], ...]
     """The same for the attention values."""
     tokens: Int[Tensor, "orders columns"]
-    """Token index of every column. The rows of one order stand one behind the other, as many of each order."""
+    """Token index of every column. The rows of one order follow each other, as many of each order."""
     seen: Bool[Tensor, "orders columns earlier_and_columns"]
     """What every column attends to; itself, at the least."""
 
@@ -84,13 +84,13 @@ class PartialModule:
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows in which cells stand side by side, each with its tokens up to the last; each row once per sample."""
+    """Rows in which cells are side by side, each with its tokens up to the last; each row once per sample."""
 
     starts: Int[Tensor, " cells"]
-    """The cells' own tokens; what stands before them is as in the corrupted run."""
+    """The cells' own tokens; earlier tokens are as in the corrupted run."""
     samples: int
     row: Int[Tensor, " cells"]
-    """In which row each cell stands."""
+    """Each cell's row."""
     column: Int[Tensor, " cells"]
     """Where in it."""
     cell: Int[Tensor, "rows columns"]
@@ -164,7 +164,7 @@ def _rows_of(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def replayed_logits(lm: LM, prompt: Prompt, cells: Sequence[Cell]) -> Float[Tensor, "logits vocab"]:
-    """Logits behind the prompt for every cell and sample, cell by cell; all cells of one first block."""
+    """Logits after the prompt for every cell and sample, cell by cell; all cells of one first block."""
     first, last = cells[0].first, len(prompt.row.ids) - 1
     packing = Packing.of(cells, len(prompt.noise), last)
     below = first - 1 if all(Point(first - 1, "block") in cell.clean for cell in cells) else first - 2
@@ -233,7 +233,7 @@ def _held(
 def _held_outputs(
     prompt: Prompt, cells: Sequence[Cell], packing: Packing, point: Point
 ) -> Float[Tensor, "all_rows columns d_model"]:
-    """What stands at the point where no module need say it."""
+    """The values at the point where no module has to compute them."""
     rows, columns = packing.own
     put = [i for i, cell in enumerate(cells) if point in cell.clean]
     output = packing.spread(prompt.corrupted[point])

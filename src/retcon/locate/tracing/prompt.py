@@ -29,7 +29,7 @@ def embedding_deviation(lm: LM, subjects: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, its clean run and its corrupted ones; tensors stand where the model's blocks stand."""
+    """A prompt, its clean run and its corrupted ones; tensors are on their blocks' devices."""
 
     row: Row
     subject: range

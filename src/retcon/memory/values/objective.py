@@ -100,7 +100,7 @@ def norm_names(sites: Sequence[ValueSite]) -> list[str]:
 
 
 def rewriting_rows(lm: LM, edit: Edit, contexts: Contexts) -> list[Row]:
-    """The edit's prompt in every context, bare first, with the new answer behind it."""
+    """The edit's prompt in every context, bare first, with the new answer after it."""
     return [encode_edit(lm.tokenizer, edit, prefix, answer=edit.target_new) for prefix in contexts.all]
 
 

@@ -1,4 +1,4 @@
-"""Where a search stands: vectors, Adam's moments, step counts and what was reached, one place per edit.
+"""The state of a search: vectors, Adam's moments, step counts and what was reached, one place per edit.
 
 Everything is a tensor on the device where it is used, so that a step needs nothing from the host. Places whose edit has
 ended keep what they have.

@@ -91,7 +91,7 @@ class OneFactSettings(ValueSettings):
     use_moment: bool = True
     """False: the identity in place of C (as EasyEdit's settings have it; `mom2_adjustment`)."""
     key_average: KeyAverage = "uniform"
-    """Mean over contexts behind k*."""
+    """Which mean over contexts k* is."""
     context_style: ContextStyle = "memit"
     """Prefixes where none are given; `rome` is the released code's."""
 

@@ -232,7 +232,7 @@ def only_one(name: str, edits: Sequence[Edit]) -> None:
 def target_tensor(
     lm: LM, wanted: TensorName, name: str, *, layers: Sequence[int] = (), routed: bool = False
 ) -> TensorName:
-    """The tensor at which a method measures values on this model: the MLP's output behind a post-norm.
+    """The tensor at which a method measures values on this model: the MLP's output where a post-norm follows.
 
     Behind a norm no write can bring the block's output to a wanted value. Routed experts have no output of their own to
     measure at: there it is the block's.
