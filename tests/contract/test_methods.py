@@ -22,6 +22,7 @@ FREE: dict[str, Any] = dict(clamp=8.0, weight_decay=0.0, steps=6)
 """A value search that tiny random models answer to."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "ctp": dict(n_positive=6, learning_rate=2e-2, epochs=12),
+    "kn": dict(n_points=4, n_prefixes=2),
     "kne": dict(budget=0.05, learning_rate=5e-2, n_points=4, epochs=12),
     "ft": dict(layers=(2,), learning_rate=5e-2, epochs=12),
     # their own objective, prompt_last, teaches no answer of several tokens
@@ -71,6 +72,9 @@ SEEDLESS = {"ctp", "kne", "ft", "ft_l", "ft_m", "ft_wd", "full_c"}
 
 ONE_OF_EACH_CLASS = ("jeep", "kne", "rect", "rome")
 """Two groups of layers, masked tuning, a wrapper, one fact: what the families outside `CORE` are tried with."""
+UNSEARCHED = {"kn"}
+"""Methods that search nothing: whether an edit takes on a random model is chance."""
+
 EVERYWHERE = [(name, f) for name in METHODS for f in FAMILIES if f in CORE or name in ONE_OF_EACH_CLASS]
 
 
@@ -118,7 +122,7 @@ def test_an_edit_takes_is_undone_and_proposing_writes_nothing(
     lm.apply(delta)
     changed = {n for n, p in lm.model.named_parameters() if not torch.equal(p, weights[n])}
     assert changed == set(delta.changes)
-    assert probability(lm, edit) > 2 * unlikely, (unlikely, delta.report)
+    assert name in UNSEARCHED or probability(lm, edit) > 2 * unlikely, (unlikely, delta.report)
     lm.revert(delta)
     assert untouched(lm) == before
     with lm.edited(delta):
@@ -135,7 +139,7 @@ def test_batches_unicode_and_longer_targets(name: str, family: str, tiny: Callab
     before = [probability(lm, e) for e in edits]
     with lm.edited(delta):
         after = [probability(lm, e) for e in edits]
-    assert all(b > a for a, b in zip(before, after, strict=True))
+    assert name in UNSEARCHED or all(b > a for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("name", METHODS)

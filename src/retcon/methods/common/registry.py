@@ -30,6 +30,7 @@ METHODS = {
     "ft_wd": "retcon.methods.ft_wd:FtWd",
     "full_c": "retcon.methods.full_c:FullC",
     "jeep": "retcon.methods.jeep:Jeep",
+    "kn": "retcon.methods.kn:Kn",
     "kne": "retcon.methods.kne:Kne",
     "lora": "retcon.methods.lora:Lora",
     "memit": "retcon.methods.memit:Memit",

@@ -1,0 +1,183 @@
+"""Knowledge neurons: which MLP units carry an answer, by integrated gradients over their activations.
+
+Dai et al. 2022, arXiv:2104.08696, Eqs. 2 and 3. A unit's activation is scaled from 0 to its value together with all
+units of its layer, at the one position that predicts an answer token; everything else is as the model computes it.
+
+    Attr_j = a_j * integral over alpha in [0, 1] of dp(y)/da_j (alpha a),     sum_j Attr_j = p(y | a) - p(y | 0).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from retcon.errors import InvalidSetting, NonFinite
+from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
+from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_probs, logits_at, run
+from retcon.lm.model import LM
+from retcon.lm.prompts import Row, pad
+from retcon.lm.replay import ReplayState, replaying
+
+Neuron = Literal["value_input", "pre_activation"]
+"""What a unit's activation is: what multiplies its value vector (after the activation function, and the gate where
+there is one), or what enters the activation function."""
+Grid = Literal["midpoint", "left", "ends"]
+"""Points of the integral: interval midpoints, i/m from 0 on (the release for BERT), or m points from 0 to 1 with both
+ends (EleutherAI's port)."""
+
+
+def grid_points(n_points: int, grid: Grid) -> Float[Tensor, " m"]:
+    """Return the points in [0, 1]; each weighs 1/m. `ends` with one point is 0 alone, as in the port."""
+    if n_points < 1:
+        raise InvalidSetting(f"n_points must be at least 1, found {n_points}")
+    if grid == "ends":
+        return torch.linspace(0, 1, n_points, dtype=torch.float64)
+    return (torch.arange(n_points, dtype=torch.float64) + (0.5 if grid == "midpoint" else 0.0)) / n_points
+
+
+def attribute_neurons(
+    lm: LM,
+    rows: Sequence[Row],
+    *,
+    n_points: int = 20,
+    grid: Grid = "midpoint",
+    neuron: Neuron = "value_input",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Float[Tensor, "n_rows n_layers d_ff"], Float[Tensor, "n_rows n_layers d_ff"]]:
+    """Attribute the probability of each row's answer to the units of every layer: the mean over its answer tokens.
+
+    Every token is predicted with those before it given. Blocks below a layer are run once, those from it on for all
+    points of all tokens in one batch.
+
+    Returns:
+        Scores, and the activations themselves (the mean over the same positions); on the CPU, in float32 or the
+        weights' dtype where that is wider.
+
+    Raises:
+        NonFinite: a score is NaN or infinite.
+    """
+    points = grid_points(n_points, grid)
+    d_ff = lm.site(0, "down_proj").weight.shape[1]
+    wide = torch.promote_types(lm.dtype, torch.float32)
+    scores, activations = (torch.zeros(len(rows), lm.n_layers, d_ff, dtype=wide) for _ in range(2))
+    most = max(len(row.target_ids) for row in rows)
+    done = 0
+    with lm.frozen_eval():
+        for group in buckets([len(row.ids) - 1 for row in rows], max(1, MAX_BATCH_TOKENS // (n_points * most))):
+            labels = [rows[i] for i in group]
+            counts = torch.tensor([len(row.target_ids) for row in labels])
+            of_row = torch.repeat_interleave(torch.arange(len(group)), counts)
+            for total, per_token in zip((scores, activations), _per_token(lm, labels, points, neuron), strict=True):
+                summed = torch.zeros(len(group), *per_token.shape[1:], dtype=wide).index_add_(0, of_row, per_token)
+                total[torch.tensor(group)] = summed / counts[:, None, None]
+            done += len(group)
+            progress(done, len(rows))
+    if not bool(torch.isfinite(scores).all()):
+        raise NonFinite("an attribution is NaN or infinite; is the model's own probability finite?")
+    return scores, activations
+
+
+def _per_token(
+    lm: LM, labels: Sequence[Row], points: Float[Tensor, " m"], neuron: Neuron
+) -> tuple[Float[Tensor, "n n_layers d_ff"], Float[Tensor, "n n_layers d_ff"]]:
+    """Scores and activations of every answer token of these rows."""
+    inputs, (at, positions), m = input_rows(labels), answer_places(labels), len(points)
+    blocks: dict[int, Tensor] = {}
+    own: dict[int, Tensor] = {}
+
+    def reader(point: Point) -> Hook:
+        def read(value: Tensor) -> None:
+            blocks[point.layer] = value
+
+        return read
+
+    with torch.no_grad(), _reading(lm, len(labels), at, positions, neuron, own):
+        run(
+            lm,
+            pad(inputs, lm.device),
+            {Point(layer, "block"): reader(Point(layer, "block")) for layer in range(lm.n_layers)},
+        )
+    _ = lm.block_outputs  # found by a pass of its own, which must not meet the hooks below
+    starts, lengths = (0,) * len(inputs), tuple(len(row.ids) for row in inputs)
+    copies, places = at.repeat(m), (torch.arange(m * len(at)), positions.repeat(m))
+    found, activations = [], []
+    for layer in range(lm.n_layers):
+        a = own[layer].to(torch.promote_types(lm.dtype, torch.float32))  # (n, d_ff)
+        leaf = (points.to(a)[:, None, None] * a).flatten(0, 1).requires_grad_()
+        with torch.enable_grad(), _replaced(lm, layer, m * len(at), places, neuron, leaf):
+            if layer == 0:
+                scope: Any = nullcontext(pad([inputs[i] for i in copies.tolist()], lm.device))
+            else:
+                state = ReplayState(layer, blocks[layer - 1], (), (), starts, lengths)
+                scope = replaying(lm, state.select(copies.tolist()))
+            with scope as batch:
+                log_p = log_probs(logits_at(lm, batch, places))
+            (g,) = torch.autograd.grad(gold(log_p, list(labels) * m).exp().sum() / m, [leaf])
+        found.append((a * g.view(m, *a.shape).sum(0)).cpu())
+        activations.append(a.cpu())
+    return torch.stack(found, 1), torch.stack(activations, 1)
+
+
+def _module(lm: LM, layer: int, neuron: Neuron) -> tuple[nn.Module, Int[Tensor, " d_ff"] | None]:
+    """The module at which a layer's units are seen, and which of its outputs they are (None: its inputs)."""
+    if neuron == "value_input":
+        return lm.site(layer, "down_proj").module, None
+    site = lm.site(layer, "gate_proj" if lm.layout.gate_proj is not None else "up_proj")
+    return site.module, site.outputs(torch.arange(site.weight.shape[0], device=site.weight.device))
+
+
+@contextmanager
+def _hooked(lm: LM, layer: int, n_rows: int, neuron: Neuron, call: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """`call` sees a layer's units (rows, seq, d_ff), and may return others in their place."""
+    module, outputs = _module(lm, layer, neuron)
+
+    def seen(value: Tensor) -> Tensor | None:
+        units = value.view(n_rows, -1, value.shape[-1])  # OPT's have (rows * seq, width)
+        new = call(units if outputs is None else units[..., outputs])
+        if new is None or outputs is None:
+            return None if new is None else new.view(value.shape)
+        return units.index_copy(-1, outputs, new.to(units.dtype)).view(value.shape)
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        new = seen(args[0])
+        return None if new is None else (new, *args[1:])
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return seen(output)
+
+    handle = module.register_forward_pre_hook(before) if outputs is None else module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _reading(
+    lm: LM, n_rows: int, at: Tensor, positions: Tensor, neuron: Neuron, into: dict[int, Tensor]
+) -> Iterator[None]:
+    """Keep every layer's units at (row, position)."""
+
+    def read(layer: int, value: Tensor) -> None:
+        into[layer] = value[at.to(value.device), positions.to(value.device)].detach()
+
+    with ExitStack() as stack:
+        for layer in range(lm.n_layers):
+            stack.enter_context(_hooked(lm, layer, n_rows, neuron, lambda value, here=layer: read(here, value)))  # type: ignore[misc]
+        yield
+
+
+@contextmanager
+def _replaced(
+    lm: LM, layer: int, n_rows: int, places: tuple[Tensor, Tensor], neuron: Neuron, values: Tensor
+) -> Iterator[None]:
+    """Put `values` (n, d_ff) in the place of a layer's units at (row, position)."""
+
+    def replace(value: Tensor) -> Tensor:
+        return value.index_put([p.to(value.device) for p in places], values.to(value.dtype))
+
+    with _hooked(lm, layer, n_rows, neuron, replace):
+        yield
