@@ -1,0 +1,60 @@
+"""`retcon tune`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import write_rows
+
+TUNE = (
+    "tune",
+    "gptj",
+    "facts.jsonl",
+    "--corpus",
+    "corpus.txt",
+    "--method",
+    "memit",
+    "--trials",
+    "3",
+    "--set",
+    "steps=3",
+)
+ROWS = [
+    {
+        "prompt": "The capital of {} is",
+        "subject": subject,
+        "target_new": "Rome",
+        "target_true": "Paris",
+        "paraphrases": [f"{subject}'s seat of government is"],
+        "neighbors": ["The Louvre is in"],
+    }
+    for subject in ("France", "Spain", "Norway", "Chile", "Kenya", "Japan")
+]
+
+
+@pytest.fixture(autouse=True)
+def facts(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETCON_PRESETS", str(here / "mine"))
+    write_rows(here / "facts.jsonl", ROWS)
+
+
+@pytest.mark.filterwarnings("ignore:.*larger than the weight")
+def test_searches_reports_and_keeps_a_preset_that_edit_then_takes(cli: Callable[..., Any], here: Path) -> None:
+    result = cli(*TUNE)
+    assert "the rule's settings" in result.stdout
+    assert "on 3 other cases" in result.stdout
+    assert (here / "mine" / "memit.toml").is_file()
+    edited = cli("edit", "gptj", "facts.jsonl", "--out", "d", "--corpus", "corpus.txt", "--method", "memit")
+    assert "tuned by retcon tune on facts.jsonl (3 facts" in edited.stdout
+
+
+@pytest.mark.filterwarnings("ignore:.*larger than the weight")
+def test_json(cli: Callable[..., Any], here: Path) -> None:
+    record = json.loads(cli(*TUNE, "--json", "--presets", "elsewhere").stdout)
+    assert record["settings"]["steps"] == 3
+    assert (record["n_searched"], record["n_reported"]) == (3, 3)
+    assert 1 <= len(record["trials"]) <= 3
+    assert Path(record["preset"]) == Path("elsewhere/memit.toml")
