@@ -2,6 +2,7 @@
 
     python -m benchmarks.without_preset --model .cache/smollm2-135m --data FILE --corpus text.txt --n 100
     python -m benchmarks.without_preset --model .cache/smollm2-135m --data FILE --corpus text.txt --n 50 --alone
+    python -m benchmarks.without_preset --model demo:gptj --start 1000 --n 30 --any --put-presets-aside --methods memit
 
 Cases are those whose true answer the unedited model finds more probable than the new one, in file order from the
 `--start`-th of them on. Methods that take one fact write them one on top of the other. One line of JSON each, with
@@ -15,11 +16,12 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import add_places, machine, moments_of
+from benchmarks.common import add_places, cases_of, machine, moments_of
 from retcon import world
 from retcon.delta import EditReport
 from retcon.edits import Case
@@ -28,9 +30,9 @@ from retcon.evaluation import Evaluation, evaluate, read_cases
 from retcon.lm.model import LM
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
+from retcon.methods.common import registry
 from retcon.methods.common.contract import Method
 from retcon.methods.common.proposal import answers
-from retcon.methods.common.registry import choose
 from retcon.methods.common.sequence import in_steps
 from retcon.workflow.settings import read_settings
 
@@ -83,6 +85,8 @@ def main() -> None:
     add_places(parser)
     parser.add_argument("--n", type=int, default=100, help="cases")
     parser.add_argument("--alone", action="store_true", help="edit every case by itself")
+    parser.add_argument("--any", action="store_true", help="cases as they come, preferred or not")
+    parser.add_argument("--put-presets-aside", action="store_true", help="as if no preset knew the model")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--set", dest="assignments", action="append", default=[], help="FIELD=VALUE")
     parser.add_argument("--values", type=Path, help="folder that keeps searched values")
@@ -91,10 +95,13 @@ def main() -> None:
     print(f"# {machine()}", flush=True)
     lm = retcon.load(asked.model)
     moments = moments_of(lm, asked.corpus)
-    cases = preferred(lm, asked.data, asked.start, asked.n, asked.seed)
+    pick = cases_of if asked.any else partial(preferred, lm)
+    cases = pick(asked.data, asked.start, asked.n, asked.seed)
+    if asked.put_presets_aside:
+        registry.preset_for = lambda *_, **__: None  # type: ignore[assignment]
     for name in asked.methods:
         given = read_settings(name, dataset=None, preset=None, assignments=asked.assignments)
-        chosen = choose(name, for_model=lm, cases=cases, **given)
+        chosen = registry.choose(name, for_model=lm, cases=cases, **given)
         if chosen.method.uses_moments and not asked.alone:
             in_steps(chosen.method, lm, cases[0].edits, moments=moments)  # moments and contexts are made, untimed
         if asked.alone:

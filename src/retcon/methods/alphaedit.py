@@ -6,7 +6,7 @@ Fang et al. 2024, arXiv:2410.02355, section 3; symbols as there. Departures: doc
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -21,7 +21,14 @@ from retcon.memory.moments import Moments
 from retcon.memory.solve import NullSpace, null_space, null_space_ridge
 from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem, with_earlier
-from retcon.methods.common.contract import Progress, State, UpdateFilter, check_not_negative, check_stateless
+from retcon.methods.common.contract import (
+    ModelShape,
+    Progress,
+    State,
+    UpdateFilter,
+    check_not_negative,
+    check_stateless,
+)
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, sites_of, target_tensor
 
@@ -42,6 +49,9 @@ class AlphaEdit(BatchSettings):
     """What tau is: an eigenvalue (published), a share of C's trace, or the null space's share of all dimensions."""
     ridge: float = 10.0
     """L2: weight of the update's own norm."""
+    ridge_mode: Literal["absolute", "mean"] = "absolute"
+    """What `ridge` is: the weight itself (published), or a multiple of C's mean eigenvalue, which follows the size of a
+    model's keys."""
     cache_keys: bool = True
     """Keys of earlier batches are kept, and stay where they are."""
     form: Literal["auto", "eigenbasis", "keys", "released"] = "auto"
@@ -54,6 +64,13 @@ class AlphaEdit(BatchSettings):
             raise InvalidSetting(f"alphaedit: ridge must be positive, found {self.ridge}")
         if self.threshold_mode != "absolute" and self.null_threshold > 1:
             raise InvalidSetting(f"alphaedit: null_threshold is a share here, at most 1; found {self.null_threshold}")
+
+    @classmethod
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
+        """Layers by relative depth; threshold and ridge that follow the size of a model's keys: the published ones are
+        absolute and suit models of some billion parameters."""
+        scale_free = {"threshold_mode": "rank", "null_threshold": 0.6, "ridge_mode": "mean", "ridge": 1.0}
+        return super().fallback_settings(shape) | scale_free
 
     def propose(
         self,
@@ -80,7 +97,10 @@ class AlphaEdit(BatchSettings):
             p = self._null_space(layer)
             ranks[layer.site.name] = p.rank
             keys = with_earlier(layer, earlier)
-            right = null_space_ridge(keys, p, self.ridge, self.form, layer.site.weight.device)
+            scale = 1.0
+            if self.ridge_mode == "mean":
+                scale = float(layer.derived("mean-eigenvalue", lambda c: c.diagonal().mean()[None]))
+            right = null_space_ridge(keys, p, self.ridge * scale, self.form, layer.site.weight.device)
             return right[keys.shape[1] - layer.keys.shape[1] :]  # the earlier keys' residual is zero
 
         tensor = target_tensor(lm, "block", self.name)

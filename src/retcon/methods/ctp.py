@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool
@@ -24,7 +24,15 @@ from retcon.locate.paths import Assess, KeyMatrix, Score, Select, Slot, Transmis
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, check_not_negative
+from retcon.methods.common.contract import (
+    ModelShape,
+    Progress,
+    State,
+    check_depth,
+    check_layers,
+    check_not_negative,
+    lower_layers,
+)
 from retcon.methods.common.tuning import TuningSettings, tuning
 from retcon.training.descent import accumulate, shares
 from retcon.training.nodes import Nodes, RowAdam, RowState
@@ -37,7 +45,11 @@ class Ctp(TuningSettings):
     """Parameter-aware contrastive editing along critical transmission paths."""
 
     name: ClassVar[str] = "ctp"
+    fits_learning_rate: ClassVar[bool] = True
 
+    layers: tuple[int, ...] | None = None
+    """Layers that paths go through, ascending, counted from 0; None: all, as published. Nodes of the upper layers raise
+    the answer whatever the subject is."""
     n_positive: int = 15
     """|T+|: paths that are tuned towards the new answer; each has one node per matrix."""
     n_negative: int = 1
@@ -71,10 +83,17 @@ class Ctp(TuningSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_not_negative(self, "contrast_weight", "n_negative", "reassess", "learning_rate")
+        if self.layers is not None:
+            check_layers(self, "layers")
         if self.n_positive < 1:
             raise InvalidSetting(f"ctp: n_positive must be at least 1, found {self.n_positive}")
         if self.mode == "release" and self.contrast == "mirror":
             raise InvalidSetting("ctp: mode='release' has a second step to take; contrast='mirror' has none")
+
+    @classmethod
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
+        """Lower layers; the learning rate is the smallest to try."""
+        return {"layers": lower_layers(shape.n_layers), "learning_rate": 5e-4, "epochs": 40, "stop_loss": 0.1}
 
     def propose(
         self,
@@ -99,6 +118,9 @@ class Ctp(TuningSettings):
             NonFinite: the model gives an edit no finite probability, or a gradient overflows.
         """
         slots = slots_of(lm, self.key_matrix)
+        if self.layers is not None:
+            check_depth(self.name, lm, self.layers)
+            slots = [slot for slot in slots if slot.site.layer in self.layers]
         with_bias = [s for s in slots if s.site.bias is not None and (self.train_out_bias or not s.is_value)]
         names = [slot.site.name for slot in slots] + [slot.site.bias_name for slot in with_bias]
         with tuning(self, lm, edits, names, seed=seed, progress=progress) as run:

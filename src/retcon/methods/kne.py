@@ -7,9 +7,9 @@ docs/methods/kne.md.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -24,7 +24,7 @@ from retcon.locate.attribution import Attribution, Path, Probability, Quadrature
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, silent
+from retcon.methods.common.contract import ModelShape, Progress, State, check_depth, check_layers, lower_layers, silent
 from retcon.methods.common.tuning import TuningSettings, tuning
 from retcon.training.objective import Answer
 from retcon.training.parts import TrainedColumns, TrainedEntries, TrainedRows, fresh
@@ -38,11 +38,15 @@ class Kne(TuningSettings):
     """Knowledge Neuronal Ensemble."""
 
     name: ClassVar[str] = "kne"
+    fits_learning_rate: ClassVar[bool] = True
     state_description: ClassVar[str] = "the ensemble"
 
     modules: tuple[SiteName, ...] = ("down_proj",)
     """Matrices that are attributed and edited, in every layer; any of down_proj, up_proj, gate_proj, q_proj, k_proj,
     v_proj, o_proj."""
+    layers: tuple[int, ...] | None = None
+    """Layers whose matrices are attributed and edited, ascending, counted from 0; None: all, as published. Rows of the
+    upper layers raise the answer whatever the subject is."""
     granularity: Unit = "row"
     """What an ensemble is made of: output units (Eqs. 6, 8), input units (Eq. 10; on down_proj, the value vectors of
     knowledge neurons), or single weights."""
@@ -88,6 +92,8 @@ class Kne(TuningSettings):
             raise InvalidSetting(
                 f"kne: modules must be one or more of {', '.join(get_args(SiteName))}, each once; found {self.modules}"
             )
+        if self.layers is not None:
+            check_layers(self, "layers")
         if (self.budget is None) == (self.p is None):
             raise InvalidSetting(
                 f"kne: give budget or p, and None for the other; found budget {self.budget}, p {self.p}"
@@ -100,6 +106,22 @@ class Kne(TuningSettings):
         if self.locate_limit < 1:
             raise InvalidSetting(f"kne: locate_limit must be at least 1, found {self.locate_limit}")
         self.attribution()
+
+    @classmethod
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
+        """Lower layers, and two Gauss-Legendre points; the learning rate is the smallest to try."""
+        return {
+            "layers": lower_layers(shape.n_layers),
+            "quadrature": "gauss",
+            "n_points": 2,
+            "learning_rate": 2.5e-3,
+            "epochs": 40,
+            "stop_loss": 0.1,
+        }
+
+    def for_next_try(self) -> "Kne":
+        """The same ensemble: it was located on these edits."""
+        return replace(self, reuse=True)
 
     def propose(
         self,
@@ -165,7 +187,9 @@ class Kne(TuningSettings):
         for kind in self.modules:
             if getattr(lm.layout, kind) is None:
                 raise InvalidSetting(f"kne: {lm.name!r} ({lm.model.config.model_type}) has no {kind}")
-        return [lm.site(layer, kind) for layer in range(lm.n_layers) for kind in self.modules]
+        layers = range(lm.n_layers) if self.layers is None else self.layers
+        check_depth(self.name, lm, layers)
+        return [lm.site(layer, kind) for layer in layers for kind in self.modules]
 
     def n_chosen(self, lm: LM, sites: Sequence[Site]) -> int:
         """max(1, round(p * units)); p = budget * parameters / weights of the sites, where a budget is given."""

@@ -167,6 +167,13 @@ def check_layers(method: Any, *settings: str, may_be_empty: bool = False) -> Non
             )
 
 
+def check_depth(name: str, lm: LM, layers: Sequence[int]) -> None:
+    """Raises InvalidSetting where a layer is asked for that the model does not have."""
+    for layer in layers:
+        if not 0 <= layer < lm.n_layers:
+            raise InvalidSetting(f"{name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")
+
+
 def check_not_negative(method: Any, *settings: str) -> None:
     """Raises InvalidSetting where one of these settings is below 0."""
     for setting in settings:
@@ -197,6 +204,15 @@ def early_layers(n_layers: int) -> tuple[int, ...]:
     first = min(round(0.14 * n_layers), max(n_layers - 3, 0))
     last = max(round(0.29 * n_layers), first + 2)
     return tuple(range(first, min(last, n_layers - 1) + 1))
+
+
+def lower_layers(n_layers: int) -> tuple[int, ...]:
+    """Return the layers that fine-tuning stays local in: from a fifteenth to three eighths of the depth.
+
+    Rows trained higher up raise an answer whatever the subject is.
+    """
+    first = min(round(n_layers / 15), n_layers - 1)
+    return tuple(range(first, max(round(0.375 * n_layers), first + 1)))
 
 
 def by_key_width(share: float, shape: ModelShape) -> float:

@@ -17,7 +17,7 @@ from retcon.methods.common import presets as presets_module
 from retcon.methods.common.contract import Method, ModelShape
 from retcon.methods.common.presets import Preset
 from retcon.methods.common.settings import checked
-from retcon.methods.common.starting_point import clamp_settings, edits_of, fit_clamps, shape_notes
+from retcon.methods.common.starting_point import clamp_settings, edits_of, fit_clamps, fit_learning_rate, shape_notes
 
 METHODS = {
     "adalora": "retcon.methods.adalora:AdaLora",
@@ -180,7 +180,8 @@ def choose(
         if found is None:
             shape = ModelShape.of(for_model)
             guess = chosen.fallback_settings(shape)
-            notes = shape_notes(chosen, shape, {k: v for k, v in guess.items() if k not in settings})
+            fitted_later = {"learning_rate"} if getattr(chosen, "fits_learning_rate", False) and cases else set()
+            notes = shape_notes(chosen, shape, {k: v for k, v in guess.items() if k not in {*settings, *fitted_later}})
     resolved = {**checked(name, chosen, dict(found.settings) if found else guess), **settings}
     if for_model is not None and "base_method" in {f.name for f in fields(chosen)}:
         base = _wrapped(chosen, resolved, for_model, dataset, cases)
@@ -199,6 +200,10 @@ def choose(
             fitted = fit_clamps(for_model, made, edits_of(cases), clamps)
             made = replace(made, **fitted.clamps)
             notes.append(str(fitted))
+        elif cases and getattr(chosen, "fits_learning_rate", False) and "learning_rate" not in settings:
+            step = fit_learning_rate(for_model, made, edits_of(cases))
+            made = replace(made, learning_rate=step.learning_rate)
+            notes.append(str(step))
         elif clamps:
             shown = ", ".join(f"{clamp} = {getattr(made, clamp):g}" for clamp in clamps)
             notes.append(f"{shown}: the default, made for large models; given the edits (cases=), it is fitted to them")

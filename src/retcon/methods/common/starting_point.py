@@ -21,6 +21,8 @@ ENOUGH = 0.5
 """Share of them that has to reach its target."""
 MAX_FACTOR = 32.0
 """Clamps are doubled up to this factor: embedded models want 6 to 16 times what models of 6B parameters want."""
+MAX_RATE_FACTOR = 16.0
+"""Learning rates are doubled up to this factor."""
 REACHED = 0.9
 """Mean target probability in the search that counts as reached, also where the search goes on for a small loss."""
 
@@ -41,6 +43,20 @@ class FittedClamps:
         tried = f"{self.n_reached} of {self.n_tried} edits tried reach their target"
         rest = "" if self.n_reached >= ENOUGH * self.n_tried else "; wider clamps did not help"
         return f"{shown}: {self.factor:g} times the default, with which {tried}{rest}"
+
+
+@dataclass(frozen=True)
+class FittedStep:
+    """The learning rate of a method that trains weights, and what it was decided by."""
+
+    learning_rate: float
+    n_reached: int
+    """Of the edits tried, those whose loss fell below `stop_loss` with it."""
+    n_tried: int
+
+    def __str__(self) -> str:
+        tried = f"{self.n_reached} of {self.n_tried} edits tried reach their loss with it"
+        return f"learning_rate = {self.learning_rate:g}: doubled until half of the edits do; {tried}"
 
 
 def shape_notes(method: type[Any], shape: ModelShape, guess: dict[str, Any]) -> list[str]:
@@ -74,6 +90,31 @@ def edits_of(cases: Sequence[Edit | Case]) -> list[Edit]:
 def clamp_settings(method: type[Any]) -> list[str]:
     """Return the names of a method's clamps."""
     return [f.name for f in fields(method) if f.name == "clamp" or f.name.endswith("_clamp")]
+
+
+def fit_learning_rate(lm: LM, method: Any, edits: Sequence[Edit], *, seed: int = 0) -> FittedStep:
+    """Double the learning rate until at least half of a few of the edits reach their loss, and no further.
+
+    How far a step goes depends on how many weights are trained and how large they are: one rate moves nothing in one
+    model and breaks another, and too large a rate costs locality.
+
+    Args:
+        method: of masked tuning (`TuningSettings`); its learning rate is the smallest that is tried.
+        edits: at most `N_TRIED` of them are written, as one batch; nothing of that is kept.
+    """
+    step = max(1, len(edits) // N_TRIED)
+    tried = list(edits[::step])[:N_TRIED]
+    rate, state = method.learning_rate, None
+    best = FittedStep(rate, 0, len(tried))
+    while tried:
+        delta = replace(method, learning_rate=rate).propose(lm, tried, state=state, seed=seed)
+        n_reached = sum(r.stopped == "reached" for r in delta.report)
+        if n_reached > best.n_reached or rate == method.learning_rate:
+            best = FittedStep(rate, n_reached, len(tried))
+        if n_reached >= ENOUGH * len(tried) or rate >= MAX_RATE_FACTOR * method.learning_rate:
+            break
+        method, state, rate = method.for_next_try(), delta.state, 2 * rate
+    return best
 
 
 def fit_clamps(lm: LM, method: Any, edits: Sequence[Edit], names: Sequence[str], *, seed: int = 0) -> FittedClamps:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class TuningSettings:
     uses_moments: ClassVar[bool] = False
     needs_subject: ClassVar[bool] = False
     layerwise: ClassVar[bool] = False
+    fits_learning_rate: ClassVar[bool] = False
+    """Whether a model without a preset gets a learning rate fitted to the edits (`starting_point`)."""
 
     learning_rate: float = 5e-4
     """Adam's; betas (0.9, 0.999), no decay."""
@@ -67,6 +69,10 @@ class TuningSettings:
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Nothing depends on depth."""
         return {}
+
+    def for_next_try(self) -> Self:
+        """Return the method for the same edits once more, the state of the delta before being handed over."""
+        return self
 
 
 @dataclass(frozen=True)
