@@ -31,7 +31,6 @@ def test_shallow_models_get_three_low_and_two_high_layers(n_layers):
         ("memit", "moment_weight", 6_000, 24_576),
         ("jeep", "low_moment_weight", 2_500, 11_008),
         ("jeep", "high_moment_weight", 1_000, 11_008),
-        ("pmet", "moment_weight", 6_000, 16_384),
     ],
 )
 def test_weights_follow_the_key_width_from_the_published_ones(name, field, published, d_ff):
@@ -56,7 +55,7 @@ def test_clamps_are_doubled_by_one_factor_until_half_of_the_edits_reach(name, ti
     assert set(fitted.clamps.values()) == {0.01 * fitted.factor}
 
     def reached(factor):
-        here = replace(narrow, **dict.fromkeys(names, 0.01 * factor))
+        here = replace(narrow.searching_what_is_written(), **dict.fromkeys(names, 0.01 * factor))
         contexts = starting_point.default_contexts(lm, 0, getattr(here, "context_style", "memit"))
         report = starting_point.search_values(lm, edits, here.value_sites(lm), contexts, here.value_search()).report
         return sum(r.stopped == "reached" or r.search_probability >= starting_point.REACHED for r in report)

@@ -49,9 +49,9 @@ class AlphaEdit(BatchSettings):
     """What tau is: an eigenvalue (published), a share of C's trace, or the null space's share of all dimensions."""
     ridge: float = 10.0
     """L2: weight of the update's own norm."""
-    ridge_mode: Literal["absolute", "mean"] = "absolute"
-    """What `ridge` is: the weight itself (published), or a multiple of C's mean eigenvalue, which follows the size of a
-    model's keys."""
+    ridge_mode: Literal["absolute", "median"] = "absolute"
+    """What `ridge` is: the weight itself (published), or a multiple of the median of C's diagonal, which follows the size
+    of a model's keys, whatever a few outlying dimensions do."""
     cache_keys: bool = True
     """Keys of earlier batches are kept, and stay where they are."""
     form: Literal["auto", "eigenbasis", "keys", "released"] = "auto"
@@ -69,7 +69,7 @@ class AlphaEdit(BatchSettings):
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Layers by relative depth; threshold and ridge that follow the size of a model's keys: the published ones are
         absolute and suit models of some billion parameters."""
-        scale_free = {"threshold_mode": "rank", "null_threshold": 0.6, "ridge_mode": "mean", "ridge": 1.0}
+        scale_free = {"threshold_mode": "rank", "null_threshold": 0.6, "ridge_mode": "median", "ridge": 2.0}
         return super().fallback_settings(shape) | scale_free
 
     def propose(
@@ -98,8 +98,8 @@ class AlphaEdit(BatchSettings):
             ranks[layer.site.name] = p.rank
             keys = with_earlier(layer, earlier)
             scale = 1.0
-            if self.ridge_mode == "mean":
-                scale = float(layer.derived("mean-eigenvalue", lambda c: c.diagonal().mean()[None]))
+            if self.ridge_mode == "median":
+                scale = float(layer.derived("median-square", lambda c: c.diagonal().median()[None]))
             right = null_space_ridge(keys, p, self.ridge * scale, self.form, layer.site.weight.device)
             return right[keys.shape[1] - layer.keys.shape[1] :]  # the earlier keys' residual is zero
 

@@ -5,7 +5,7 @@ A method adds its own settings and overrides a default by naming the field again
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from retcon.lm.forward import Point, TensorName
 from retcon.lm.model import LM
@@ -46,6 +46,10 @@ class SearchSettings:
     @abstractmethod
     def value_sites(self, lm: LM) -> list[ValueSite]:
         """Where values are searched on a model."""
+
+    def searching_what_is_written(self) -> Self:
+        """Return the method with no values but those it writes: what clamps are fitted with (`starting_point`)."""
+        return self
 
     def value_search(self, **more: Any) -> ValueSearch:
         """How it is searched; `more` are further fields of the search."""

@@ -120,6 +120,7 @@ def fit_learning_rate(lm: LM, method: Any, edits: Sequence[Edit], *, seed: int =
 def fit_clamps(lm: LM, method: Any, edits: Sequence[Edit], names: Sequence[str], *, seed: int = 0) -> FittedClamps:
     """Double the clamps `names` of a method until at least half of a few of the edits reach their target.
 
+    Only values that are written are searched: what PMET's attention contributes to a search is lost in the write.
     Stops earlier where fewer edits end on their clamp than would be needed: then steps or layers hold them back.
 
     Args:
@@ -133,7 +134,7 @@ def fit_clamps(lm: LM, method: Any, edits: Sequence[Edit], names: Sequence[str],
     factor = 1.0
     while tried:
         clamps = {name: factor * getattr(method, name) for name in names}
-        here = replace(method, **clamps)
+        here = replace(method.searching_what_is_written(), **clamps)
         report = search_values(lm, tried, here.value_sites(lm), contexts, here.value_search()).report
         n_reached = sum(r.stopped == "reached" or r.search_probability >= REACHED for r in report)
         if best is None or n_reached > best.n_reached:
