@@ -50,8 +50,8 @@ class AlphaEdit(BatchSettings):
     ridge: float = 10.0
     """L2: weight of the update's own norm."""
     ridge_mode: Literal["absolute", "median"] = "absolute"
-    """What `ridge` is: the weight itself (published), or a multiple of the median of C's diagonal, which follows the size
-    of a model's keys, whatever a few outlying dimensions do."""
+    """What `ridge` is: the weight itself (published), or a multiple of the median of C's diagonal, which follows the
+    size of a model's keys, whatever a few outlying dimensions do."""
     cache_keys: bool = True
     """Keys of earlier batches are kept, and stay where they are."""
     form: Literal["auto", "eigenbasis", "keys", "released"] = "auto"
