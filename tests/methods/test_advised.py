@@ -13,6 +13,13 @@ from retcon.methods.common.registry import list_methods, method, method_class
 pytestmark = pytest.mark.filterwarnings("ignore:no [a-z_]+ preset for this model:retcon.errors.RetconWarning")
 
 
+@pytest.fixture(autouse=True)
+def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clamps and learning rates are not what is asked here."""
+    monkeypatch.setattr("retcon.methods.common.starting_point.MAX_FACTOR", 1.0)
+    monkeypatch.setattr("retcon.methods.common.starting_point.MAX_RATE_FACTOR", 1.0)
+
+
 @pytest.mark.parametrize("name", list_methods())
 def test_every_method_that_names_layers_takes_the_probes(name: str, tiny: Callable[..., LM], edits: list[Edit]) -> None:
     lm = tiny("llama")

@@ -21,7 +21,7 @@ ENOUGH = 0.5
 """Share of them that has to reach its target."""
 MAX_FACTOR = 32.0
 """Clamps are doubled up to this factor: embedded models want 6 to 16 times what models of 6B parameters want."""
-MAX_RATE_FACTOR = 16.0
+MAX_RATE_FACTOR = 8.0
 """Learning rates are doubled up to this factor."""
 REACHED = 0.9
 """Mean target probability in the search that counts as reached, also where the search goes on for a small loss."""
