@@ -23,7 +23,7 @@ from torch import Tensor
 
 from retcon.delta import Change, Delta, EditReport
 from retcon.edits import Edit, check_edits
-from retcon.errors import InvalidEdit, RetconWarning
+from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
 from retcon.lm.batches import in_batches
 from retcon.lm.forward import TensorName, answer_places, gold, log_probs, logits_at
 from retcon.lm.model import LM, Site
