@@ -15,19 +15,20 @@ ROOT = Path(retcon.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = [
-    {"errors", "version", "files", "chat", "edits", "checked", "attachment", "delta", "world"},
+    {"errors", "version", "work", "files", "chat", "edits", "checked", "attachment", "delta", "world"},
     {"lm"},
     {"memory", "training", "locate"},
     {"evaluation"},
     {"methods"},
     {"export", "audit"},
     {"store"},
+    {"cluster"},
     {"workflow"},
     {"bench"},
     {"web"},
     {"cli", "__main__"},
 ]
-BASE = ["errors", "version", "files", "chat", "edits", "checked", "attachment", "delta"]
+BASE = ["errors", "version", "work", "files", "chat", "edits", "checked", "attachment", "delta"]
 """The order inside the first level; `world` may use the first three."""
 
 

@@ -97,6 +97,10 @@ class TooFewTokens(RetconError):
     """A second moment from fewer tokens than the keys have dimensions: it would be singular."""
 
 
+class WorkersLost(RetconError):
+    """Workers are lost as often as they are started."""
+
+
 class MissingPackage(RetconError):
     """An optional package is needed and not installed; the message names the extra that brings it."""
 

@@ -34,6 +34,7 @@ from retcon.cli.shell import (
 )
 from retcon.cli.stores import entry_record, open_store
 from retcon.cli.tables import changes_table, edits_table, estimate_table, facts_table, settings_table
+from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
 from retcon.workflow import (
     Made,
@@ -140,6 +141,13 @@ def edit(
     message: Annotated[
         str, typer.Option("-m", "--message", help="What the store's log says of it.", show_default=False)
     ] = "",
+    on: Annotated[
+        str,
+        typer.Option(
+            metavar="PLACE",
+            help="Where values are searched: local, or processes:N of this machine. The delta is the same.",
+        ),
+    ] = "local",
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at DELTA.")] = False,
     seed: Seed = 0,
     device: Device = None,
@@ -162,6 +170,7 @@ def edit(
         raise InvalidSetting(
             "--out DELTA is missing: name the file that the delta goes to, a --store, or ask for a --dry-run"
         )
+    place = workers(on)
     given = read_settings(method, dataset=dataset, preset=preset, assignments=assignments or ())
     if layers and "layers" in given:
         raise InvalidSetting("--layers probe and --set layers=... both say which layers to edit; give one of them")
@@ -205,10 +214,11 @@ def edit(
         return
 
     if kept_in is not None:
-        _edit_store(kept_in, lm, resolved, facts, moments, batch_size, seed, corpus, message, require, as_json)
+        with place as at, working_on(lm, at):
+            _edit_store(kept_in, lm, resolved, facts, moments, batch_size, seed, corpus, message, require, as_json)
         return
     assert out is not None
-    with progress_bars() as advance:
+    with place as at, working_on(lm, at), progress_bars() as advance:
         made = write_facts(
             lm,
             resolved,

@@ -93,6 +93,17 @@ def load(
         model = model.to(target)
     model.eval()
     lm = LM(model, tokenizer, layout=layout, name=name)
+    lm.source = (
+        name,
+        dict(
+            device=str(target) if device_map is None else None,
+            device_map=device_map,
+            revision=revision,
+            layout=layout,
+            allow_bin=allow_bin,
+            trust_remote_code=trust_remote_code,
+        ),
+    )
     files = checkpoint_files(place, revision) if gguf is None else [gguf]
     if files and not any(p.is_meta for p in model.parameters()):
         lm.remember_fingerprint(checkpoint_fingerprint(model, files, verify=verify_base))

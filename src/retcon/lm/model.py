@@ -33,6 +33,7 @@ from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
 from retcon.lm.prompts import Row, encode
 from retcon.lm.scopes import Edited, FrozenEval, Lent, Scope, Turn, Turns, WithoutDeltas
+from retcon.work import Here, Workers
 
 SiteName = Literal["down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -177,6 +178,10 @@ class LM:
         """Numbers of scopes."""
         self._ledger = Ledger(self._parameters, Hooks(model))
         self._lent: Lent | None = None
+        self.source: tuple[str, dict[str, Any]] | None = None
+        """What `retcon.load` was given, so that another process can load the same; None where the caller loaded it."""
+        self.workers: Workers = Here()
+        """Where independent pieces of work on this model are done (`retcon.cluster`)."""
         self._fingerprint: str | None = None
         self._seen: dict[str, tuple[object, ...]] = {}
         self.kinds = tuple(_kind_of(self, layer) for layer in range(self.n_layers))

@@ -7,6 +7,7 @@ time, and as one ends the next takes its place. Edits do not feel each other: th
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -78,42 +79,54 @@ def _search(
         store = None if cache is None else ValueStore.of(cache, lm, edits, sites, contexts, search)
         plan = plan or (store.plan(lambda: make_plan(lm, rows, sites)) if store else make_plan(lm, rows, sites))
         found: dict[int, ValueOf] = {}
+        for chunk in plan.chunks:
+            if store and (kept := store.load(chunk)) is not None:
+                found |= kept
+                progress(len(found))
+
+        def hear(n: int) -> None:
+            progress(len(found) + n)
+
+        work = SearchOfChunk(tuple(sites), search)
         while waiting := [chunk for chunk in plan.chunks if chunk.edits[0] not in found]:
-            chunk = waiting[0]
-            done = store.load(chunk) if store else None
-            if done is None:
-                done = _searched(lm, [rows[i] for i in chunk.edits], sites, search, chunk, len(found), progress)
-                if done is not None and store:
-                    store.save(chunk, done)
-            if done is None:
-                plan = _with_less_memory(plan, chunk, edits, search)
+            pieces = [(chunk.max_active, tuple(rows[i] for i in chunk.edits)) for chunk in waiting]
+            for place, done in lm.workers.map(lm, work, pieces, hear):
+                chunk = waiting[place]
+                if done is None:
+                    plan = _with_less_memory(plan, chunk, edits, search)
+                    if store:
+                        store.change_plan(plan)
+                    continue
+                values = dict(zip(chunk.edits, done, strict=True))
                 if store:
-                    store.change_plan(plan)
-            else:
-                found |= done
+                    store.save(chunk, values)
+                found |= values
                 progress(len(found))
     return gathered([found[i] for i in range(len(edits))], plan.summary())
 
 
-def _searched(
-    lm: LM,
-    rows: Sequence[EditRows],
-    sites: Sequence[ValueSite],
-    search: ValueSearch,
-    chunk: ChunkPlan,
-    before: int,
-    progress: Callable[[int], None],
-) -> dict[int, ValueOf] | None:
-    """What was found for a chunk's edits; None: memory ran out."""
-    try:
-        part = Chunk(lm, rows, sites, search)
-        for _ in part.run(chunk.max_active):
-            progress(before + len(part.found))
-        return {edit: part.found[j] for j, edit in enumerate(chunk.edits)}
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    return None
+@dataclass(frozen=True)
+class SearchOfChunk:
+    """The search of one chunk, as work that can be sent elsewhere; a piece is (edits active at a time, edits' rows)."""
+
+    sites: tuple[ValueSite, ...]
+    search: ValueSearch
+
+    def __call__(
+        self, lm: LM, piece: tuple[int, tuple[EditRows, ...]], progress: Callable[[int], None]
+    ) -> list[ValueOf] | None:
+        """Return what was found for each edit; None: memory ran out."""
+        max_active, rows = piece
+        try:
+            with lm.frozen_eval():
+                chunk = Chunk(lm, rows, self.sites, self.search)
+                for _ in chunk.run(max_active):
+                    progress(len(chunk.found))
+                return [chunk.found[j] for j in range(len(rows))]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
 
 
 def _with_less_memory(plan: Plan, chunk: ChunkPlan, edits: Sequence[Edit], search: ValueSearch) -> Plan:

@@ -1,0 +1,92 @@
+"""A worker: loads a model once, and works on pieces with the weights that the asking process has."""
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retcon import attachment
+from retcon.attachment import Attachment
+from retcon.errors import WrongBase
+from retcon.lm.load import load
+from retcon.lm.model import LM
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a worker finds a model, and how it computes."""
+
+    name: str
+    options: dict[str, Any]
+    """Of `load`."""
+    base: str | None
+    """Fingerprint that the loaded model must have; None: the checkpoint was written for this run."""
+    n_threads: int
+
+    @classmethod
+    def of(cls, lm: LM, folder: Path) -> "Source":
+        """Return the source of a model: what it was loaded from, or a checkpoint of its base in `folder`."""
+        threads = torch.get_num_threads()
+        if lm.source is not None:
+            name, options = lm.source
+            return cls(name, {**options, "dtype": str(lm.dtype).removeprefix("torch.")}, lm.fingerprint(), threads)
+        with lm.without_deltas():
+            lm.model.save_pretrained(folder)
+        lm.tokenizer.save_pretrained(folder)
+        options = {"dtype": str(lm.dtype).removeprefix("torch."), "device": lm.device.type, "layout": lm.layout}
+        return cls(str(folder), options, None, threads)
+
+
+class Worker:
+    """One process's model, and the deltas that are applied to it."""
+
+    def __init__(self, source: Source) -> None:
+        torch.set_num_threads(source.n_threads)
+        self.source, self.lm = source, load(source.name, **source.options)
+        if source.base is not None and self.lm.fingerprint() != source.base:
+            raise WrongBase(
+                f"a worker has loaded another {source.name!r} than the asking process has (fingerprints "
+                f"{self.lm.fingerprint()[:12]} and {source.base[:12]}); give workers the same checkpoint, or work with "
+                "--on local"
+            )
+        self._deltas: dict[str, Attachment] = {}
+
+    def run(self, work: Any, piece: Any, deltas: Sequence[tuple[str, bytes]]) -> Any:
+        """Return the result of a piece, with these deltas (id, file) applied in their order."""
+        self._apply(deltas)
+        return work(self.lm, piece, lambda _: None)
+
+    def _apply(self, deltas: Sequence[tuple[str, bytes]]) -> None:
+        wanted = [id_ for id_, _ in deltas]
+        if [d.id for d in self.lm.applied] == wanted:
+            return
+        self._deltas = {id_: self._deltas.get(id_) or from_bytes(content) for id_, content in deltas}
+        self.lm.revert_all()
+        with ExitStack() as stack:
+            stack.callback(self.lm.revert_all)  # nothing, or all of them
+            for id_ in wanted:
+                self.lm.apply(self._deltas[id_], other_base=self.source.base is None)
+            stack.pop_all()
+
+
+def to_bytes(deltas: Sequence[Attachment]) -> list[tuple[str, bytes]]:
+    """Return (id, file) of each delta, as they travel."""
+    found = []
+    with tempfile.TemporaryDirectory(prefix="retcon-") as folder:
+        path = Path(folder) / "delta.safetensors"
+        for delta in deltas:
+            delta.save(path)
+            found.append((delta.id, path.read_bytes()))
+    return found
+
+
+def from_bytes(content: bytes) -> Attachment:
+    """Return the delta in a file's bytes."""
+    with tempfile.TemporaryDirectory(prefix="retcon-") as folder:
+        path = Path(folder) / "delta.safetensors"
+        path.write_bytes(content)
+        return attachment.load(path)

@@ -1,0 +1,49 @@
+"""Independent pieces of work on a model, and the map over them: in this process, or where `retcon.cluster` has workers.
+
+A result does not depend on where its piece was worked on, nor on how many workers there were, so a map may hand results
+over in any order.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from retcon.lm.model import LM
+
+Piece = TypeVar("Piece")
+Piece_contra = TypeVar("Piece_contra", contravariant=True)
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+Progress = Callable[[int], None]
+"""Hears how much of a piece is done."""
+
+
+class Work(Protocol[Piece_contra, Result_co]):
+    """What is done with every piece: an object that can be sent to another process."""
+
+    def __call__(self, lm: "LM", piece: Piece_contra, progress: Progress) -> Result_co:
+        """Return the piece's result, the model left as it was."""
+
+
+class Workers(Protocol):
+    """A place where pieces are worked on."""
+
+    def map(
+        self, lm: "LM", work: Work[Piece, Result], pieces: Sequence[Piece], progress: Progress
+    ) -> Iterator[tuple[int, Result]]:
+        """Give (place of the piece, its result) as pieces are done, on the model's weights as they are now.
+
+        Args:
+            progress: hears of pieces that are worked on in this process.
+        """
+
+
+class Here:
+    """This process: one piece after the other, in their order."""
+
+    def map(
+        self, lm: "LM", work: Work[Piece, Result], pieces: Sequence[Piece], progress: Progress
+    ) -> Iterator[tuple[int, Result]]:
+        for place, piece in enumerate(pieces):
+            yield place, work(lm, piece, progress)
