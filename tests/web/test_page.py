@@ -17,7 +17,7 @@ from retcon.web.session import Job, Session
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = '<img src=x onerror="document.title=1"> {} {{ 7*7 }} "\' is'
-SECONDS = 60_000
+SECONDS = 240_000
 """Milliseconds that a step may take on a busy machine."""
 
 
