@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from retcon.evaluation import ci_boot, ci_case, ci_seed
+from retcon.evaluation import ci_boot, ci_case, ci_seed, ci_wilson
 from retcon.evaluation.intervals import Interval, _t_975
 
 
@@ -96,3 +96,16 @@ def test_many_subjects_are_drawn_in_parts_without_changing_the_result(monkeypatc
     assert found is not None
     assert plain is not None
     assert found.half_width == pytest.approx(plain.half_width, rel=0.15)
+
+
+def test_wilsons_interval_against_its_equation_and_known_values() -> None:
+    found = ci_wilson(1.0, 1)
+    assert found is not None
+    assert (found.kind, round(found.low, 4), found.high) == ("ci.wilson", 0.2065, 1.0)
+    for n, share in ((10, 0.1), (50, 0.98), (7, 0.0), (200, 0.5)):
+        found = ci_wilson(share, n)
+        assert found is not None
+        assert 0 <= found.low <= share <= found.high <= 1
+        for bound in (found.low, found.high):  # where (p - bound)^2 = z^2 bound (1 - bound) / n
+            assert (share - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / n, abs=1e-12)
+    assert ci_wilson(0.5, 0) is None

@@ -2,14 +2,16 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from retcon.errors import MalformedFile
-from retcon.evaluation import Evaluation, Interval, Record, ci_case
+from retcon.errors import InvalidSetting, MalformedFile
+from retcon.evaluation import Evaluation, Interval, Record, ci_case, ci_wilson
 
 FIELDS: dict[str, Any] = dict(
     when="pre", case_id="a", subject="A", axis="rewrite", query_id="rewrite/0", metric="ES", variant="cf.prob_mean"
@@ -50,7 +52,7 @@ def test_macro_means_by_hand() -> None:
     }
     assert all(line.post is None for line in summary.lines)
     assert found["GS"] is not None
-    assert found["GS"].interval == ci_case([0.5, 1, 0, 1])
+    assert found["GS"].interval == ci_wilson(2.5 / 4, 4)  # so few that a normal interval would leave [0, 1]
 
 
 def test_scores_come_from_unrounded_means() -> None:
@@ -197,7 +199,7 @@ def test_the_table() -> None:
     assert lines[0] == "4 cases, values x100 with 95 % intervals"
     assert lines[1].split() == ["metric", "variant", "pre", "post", "cases", "queries", "interval"]
     assert next(line for line in lines if line.startswith("ES")).split() == [
-        *("ES", "cf.prob_mean", "75.0", "±", "42.4", "50.0", "±", "69.3", "2", "2", "ci.case"),
+        *("ES", "cf.prob_mean", "75.0", "[30.1,", "95.4]", "50.0", "[9.5,", "90.5]", "2", "2", "ci.wilson"),
     ]
     assert "cf.magnitude" not in str(summary)
     assert "zsre.tok" not in str(summary)
@@ -211,7 +213,7 @@ def test_the_summary_as_plain_values() -> None:
     assert plain["n_cases"] == 4
     assert plain["lines"][2]["metric"] == "ES"
     assert plain["lines"][2]["pre"]["value"] == 0.75
-    assert plain["lines"][2]["pre"]["interval"]["kind"] == "ci.case"
+    assert plain["lines"][2]["pre"]["interval"]["kind"] == "ci.wilson"
 
 
 def test_the_seed_of_the_context_is_the_bootstraps() -> None:
@@ -282,3 +284,43 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
 
 def test_an_evaluation_does_not_flood_the_screen() -> None:
     assert repr(Evaluation([], {})) == "Evaluation(0 records of 0 cases; print(evaluation.summary()) for the figures)"
+
+
+def test_many_cases_away_from_the_bounds_keep_the_published_interval() -> None:
+    values = {f"c{i}": [i % 2] for i in range(40)}
+    found = Evaluation(axis("rewrite", "ES", values)).summary()["ES"].pre
+    assert found is not None
+    assert found.interval == ci_case([float(v[0]) for v in values.values()])
+
+
+def test_shares_near_their_bounds_have_an_interval_within_them() -> None:
+    records = axis("rewrite", "ES", {f"c{i}": [1] for i in range(40)})
+    found = Evaluation(records).summary()["ES"].pre
+    assert found is not None
+    assert found.interval == ci_wilson(1.0, 40)
+    assert found.percent() == "100.0 [91.2, 100.0]"
+    ours = [replace_subject(r, "S") for r in records]  # forty cases about one subject are one observation
+    assert Evaluation(ours).summary()["ES"].pre.interval == ci_wilson(1.0, 1)  # type: ignore[union-attr]
+
+
+def replace_subject(record: Record, subject: str) -> Record:
+    return record._replace(subject=subject)
+
+
+def test_notebooks_get_a_table() -> None:
+    evaluation = Evaluation([*THREE, record("<a>", None, n=0, status="skipped", detail="its 5 < 6 tokens")])
+    text = evaluation._repr_html_()
+    assert text == evaluation.summary()._repr_html_()
+    assert text.startswith("<table><caption>")
+    assert "<td>75.0 [30.1, 95.4]</td>" in text
+    assert "not asked: &lt;a&gt;, rewrite/0 (its 5 &lt; 6 tokens)" in text
+
+
+def test_records_as_a_pandas_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=lambda rows, columns: seen.update(r=rows)))
+    Evaluation(THREE, {"model": "m"}).frame()
+    assert seen["r"][0] == {"model": "m", **THREE[0]._asdict()}
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InvalidSetting, match=r"frame\(\) needs pandas"):
+        Evaluation(THREE).frame()

@@ -5,7 +5,7 @@
 """
 
 from retcon.evaluation.datasets import LoadReport, contaminated, read_cases
-from retcon.evaluation.intervals import Interval, ci_boot, ci_case, ci_seed
+from retcon.evaluation.intervals import Interval, ci_boot, ci_case, ci_seed, ci_wilson
 from retcon.evaluation.measure import evaluate
 from retcon.evaluation.plan import Measures
 from retcon.evaluation.records import Record
@@ -27,6 +27,7 @@ __all__ = [
     "ci_boot",
     "ci_case",
     "ci_seed",
+    "ci_wilson",
     "contaminated",
     "evaluate",
     "read_cases",

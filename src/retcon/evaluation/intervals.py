@@ -2,7 +2,7 @@
 
 Published tables mix kinds, so an interval never travels without its name: `ci.case` (normal, over cases; ROME, MEMIT),
 `ci.boot` (bootstrap of subjects; right where cases share a subject, and for scores made of several means), `ci.seed`
-(Student's t over runs).
+(Student's t over runs), `ci.wilson` (of a share near 0 or 1, where the first two are too narrow and may leave [0, 1]).
 """
 
 import math
@@ -24,7 +24,7 @@ class Interval:
     """A 95 % interval, in the unit of the values it was made from."""
 
     kind: str
-    """`ci.case`, `ci.boot` or `ci.seed`."""
+    """`ci.case`, `ci.boot`, `ci.seed` or `ci.wilson`."""
     low: float
     high: float
 
@@ -44,6 +44,34 @@ def ci_case(values: Sequence[float]) -> Interval | None:
     variance = math.fsum((v - mean) ** 2 for v in values) / len(values)
     half = 1.96 * math.sqrt(variance / len(values))
     return Interval("ci.case", mean - half, mean + half)
+
+
+FEW = 5
+"""Successes or failures below which a share counts as near its bound."""
+
+
+def near_a_bound(share: float, n: int) -> bool:
+    """Return whether a share of `n` subjects rests on so few successes, or failures, that others mislead."""
+    return n * min(share, 1 - share) < FEW
+
+
+def ci_wilson(share: float, n: int) -> Interval | None:
+    """Return Wilson's score interval of a share: (p + z^2/2n ± z sqrt(p(1 - p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96.
+
+    It lies within [0, 1], and has a width where all succeed: 1 of 1 is [0.21, 1]. A mean of shares counts as a share,
+    which is cautious. Wilson 1927; Brown, Cai and DasGupta 2001, equation 4.
+
+    Args:
+        share: in [0, 1].
+        n: independent subjects; None is returned for 0.
+    """
+    if n < 1:
+        return None
+    z2 = 1.959964**2
+    centre = share + z2 / (2 * n)
+    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
+    scale = 1 + z2 / n
+    return Interval("ci.wilson", max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale))
 
 
 def ci_seed(values: Sequence[float]) -> Interval | None:

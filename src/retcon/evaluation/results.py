@@ -3,12 +3,17 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from retcon.errors import InvalidSetting
 from retcon.evaluation.intervals import N_RESAMPLES
 from retcon.evaluation.records import Record, read_records, write_records
 from retcon.evaluation.score import TokenScore
 from retcon.evaluation.summary import Summary, summarise
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,27 @@ class Evaluation:
         before = [record for record in self.records if record.when == "pre"]
         after = [record for record in self.records if record.when == "final"]
         return summarise(before, after, seed=int(self.context.get("seed", 0)), n_resamples=n_resamples)
+
+    def _repr_html_(self) -> str:
+        """Return the summary's table for a notebook."""
+        return self.summary()._repr_html_()
+
+    def frame(self) -> "pandas.DataFrame":
+        """Return the records as a pandas table, a row each, with the context's columns first.
+
+        Raises:
+            InvalidSetting: pandas is not installed.
+        """
+        try:
+            pandas = import_module("pandas")
+        except ImportError:
+            raise InvalidSetting(
+                "evaluation.frame() needs pandas, which is not installed (pip install pandas); without it, "
+                "evaluation.records holds the same rows and evaluation.write(PATH) writes them as JSON lines"
+            ) from None
+        columns = dict.fromkeys([*self.context, *Record._fields])
+        rows = [{**self.context, **record._asdict()} for record in self.records]
+        return pandas.DataFrame(rows, columns=list(columns))
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """One JSON object per record and line, the context repeated in each."""

@@ -1,5 +1,6 @@
 """From records to a summary: macro means with intervals, before and after."""
 
+import html
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.evaluation.intervals import N_RESAMPLES, Interval, ci_boot, ci_case
+from retcon.evaluation.intervals import N_RESAMPLES, Interval, ci_boot, ci_case, ci_wilson, near_a_bound
 from retcon.evaluation.metrics import macro, score_am, score_hm
 from retcon.evaluation.records import NO_TARGET, Record
 
@@ -27,6 +28,7 @@ _MAIN: Mapping[Family, str] = {
 }
 N_UNREAD_SHOWN = 5
 """Queries that were not asked, shown below a table with the reason."""
+_DIFFERENCES = ("cf.magnitude",)
 _UNSCALED = ("loc.kl", "ppl.", "gen.tokens", "time.", "memory.")
 
 
@@ -55,7 +57,7 @@ class Estimate:
         text, interval = f"{times * self.value:.1f}", self.interval
         if interval is None:
             return text
-        if interval.kind == "ci.boot":
+        if interval.kind in ("ci.boot", "ci.wilson"):
             return f"{text} [{times * interval.low:.1f}, {times * interval.high:.1f}]"
         return f"{text} ± {times * interval.half_width:.1f}"
 
@@ -104,7 +106,35 @@ class Summary:
         return self.table()
 
     def table(self, *, everything: bool = False) -> str:
-        """Plain text, values times 100. Side variants are left out unless `everything`."""
+        """Return plain text, values times 100. Side variants are left out unless `everything`."""
+        rows = self._cells(everything)
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join([self._title(), text, *self._notes()])
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        head, *rows = [[html.escape(cell) for cell in row] for row in self._cells(False)]
+        lines = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"]
+        lines += [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows]
+        notes = "<br>".join(map(html.escape, self._notes()))
+        return f"<table><caption>{html.escape(self._title())}</caption>{''.join(lines)}</table><small>{notes}</small>"
+
+    def _title(self) -> str:
+        cases = "1 case" if self.n_cases == 1 else f"{self.n_cases:,} cases"
+        return f"{cases}, values x100 with 95 % intervals"
+
+    def _notes(self) -> list[str]:
+        """What is worth knowing about the queries, a line each."""
+        counts = ", ".join(f"{name} {n:,}" for name, n in self.counts.items() if n)
+        notes = [counts] if counts else []
+        notes += [f"not asked: {query} ({reason})" for query, reason in list(self.unread.items())[:N_UNREAD_SHOWN]]
+        if len(self.unread) > N_UNREAD_SHOWN:
+            notes.append(f"not asked: {len(self.unread) - N_UNREAD_SHOWN:,} more")
+        return notes
+
+    def _cells(self, everything: bool) -> list[list[str]]:
+        """The table's head and rows."""
         lines = [line for line in self.lines if everything or self._shown(line)]
         has_post = any(line.post is not None for line in lines)
         head = ["metric", "variant", "pre", *(["post"] if has_post else []), "cases", "queries", "interval"]
@@ -119,15 +149,7 @@ class Summary:
             ]
             kind = last.interval.kind if last.interval else "-"
             rows.append([line.metric, line.variant, *values, f"{last.n:,}", f"{last.n_queries:,}", kind])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-        counts = ", ".join(f"{name} {n:,}" for name, n in self.counts.items() if n)
-        cases = "1 case" if self.n_cases == 1 else f"{self.n_cases:,} cases"
-        below = [counts] if counts else []
-        below += [f"not asked: {query} ({reason})" for query, reason in list(self.unread.items())[:N_UNREAD_SHOWN]]
-        if len(self.unread) > N_UNREAD_SHOWN:
-            below.append(f"not asked: {len(self.unread) - N_UNREAD_SHOWN:,} more")
-        return "\n".join([f"{cases}, values x100 with 95 % intervals", text, *below])
+        return rows
 
     def _shown(self, line: Line) -> bool:
         aside = {"cf.prob_sum", "cf.magnitude", "score.am", "zsre.first", "gen.contains", "gen.tokens"}
@@ -291,13 +313,30 @@ def _intervals(
     family: Family,
     seed: int,
     n_resamples: int,
+    *,
+    changes: bool = False,
 ) -> dict[Key, Interval | None]:
+    found: dict[Key, Interval | None]
     if family == "cf":
-        return {key: ci_case(list(values.values())) for key, values in per_case.items()}
-    values = _matrix(list(per_case.values()), list(subjects))
-    return dict(
-        zip(per_case, ci_boot(values, list(subjects.values()), seed=seed, n_resamples=n_resamples), strict=True)
-    )
+        found = {key: ci_case(list(values.values())) for key, values in per_case.items()}
+    else:
+        values = _matrix(list(per_case.values()), list(subjects))
+        boot = ci_boot(values, list(subjects.values()), seed=seed, n_resamples=n_resamples)
+        found = dict(zip(per_case, boot, strict=True))
+    return found if changes else found | _near_bounds(per_case, subjects)
+
+
+def _near_bounds(
+    per_case: Mapping[Key, Mapping[str, float]], subjects: Mapping[Any, Any]
+) -> dict[Key, Interval | None]:
+    """Wilson's intervals, over subjects, of the shares that are near 0 or 1."""
+    found = {}
+    for (metric, variant), values in per_case.items():
+        is_share = scale(variant) == 100 and variant not in _DIFFERENCES and all(0 <= v <= 1 for v in values.values())
+        n = len({subjects[case] for case in values})
+        if is_share and n and near_a_bound(share := math.fsum(values.values()) / len(values), n):
+            found[metric, variant] = ci_wilson(share, n)
+    return found
 
 
 def _change(
@@ -316,7 +355,7 @@ def _change(
     change = {case: after[case] - before[case] for case in after if case in before}
     if not change:
         return None
-    interval = _intervals({key: change}, subjects, family, seed, n_resamples)[key]
+    interval = _intervals({key: change}, subjects, family, seed, n_resamples, changes=True)[key]
     return Estimate(_mean(change), interval, len(change), post[key].n_queries)
 
 

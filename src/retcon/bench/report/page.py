@@ -105,7 +105,11 @@ def _bar(name: str, means: str, number: Number, before: Number | None) -> str:
     value = 100 * number.value
     tone = "good" if number.value >= HELD else "bad" if number.value < BROKE else "mid"
     mark = f'<i style="left:{100 * before.value:.1f}%"></i>' if before is not None else ""
-    half = f" ± {100 * number.interval.half_width:.1f}" if number.interval else ""
+    half = ""
+    if number.interval is not None:
+        low, high = 100 * number.interval.low, 100 * number.interval.high
+        lopsided = number.interval.kind == "ci.wilson"
+        half = f" [{low:.1f}, {high:.1f}]" if lopsided else f" ± {100 * number.interval.half_width:.1f}"
     return (
         f'<div class="bar"><span>{name} <em>{means}</em></span><span class="track"><u class="{tone}" '
         f'style="width:{max(0.0, min(100.0, value)):.1f}%"></u>{mark}</span><span class="num">{value:.1f}'

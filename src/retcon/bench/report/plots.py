@@ -9,7 +9,7 @@ from typing import Any
 
 from retcon.bench.report.curves import curves
 from retcon.bench.report.groups import Group, Number, blocks
-from retcon.errors import InvalidSetting
+from retcon.errors import InvalidSetting, how_to_install
 from retcon.evaluation.records import Record
 from retcon.evaluation.summary import main_variant
 
@@ -81,7 +81,7 @@ def trade_off(groups: Sequence[Group], places: Places) -> list[Picture]:
                     label=name,
                 )
             for limits, ends in ((axes.set_xlim, axes.get_xlim()), (axes.set_ylim, axes.get_ylim())):
-                limits(max(ends[0], -3), min(ends[1], 103))  # intervals may reach beyond what a share can be
+                limits(max(ends[0], -3), min(ends[1], 103))  # a margin for the marks at 0 and 100
             axes.set_xlabel("LS: neighbours that keep their answer, %")
             axes.set_ylabel("GS: paraphrases that give the new one, %")
             axes.legend(frameon=False, fontsize=8)
@@ -255,7 +255,7 @@ def _figure(width: float, height: float, *, columns: int = 1, **more: Any) -> tu
         made = import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
         import_module("matplotlib.backends.backend_svg")
     except ImportError:
-        raise InvalidSetting("pictures need matplotlib: pip install 'retcon-lm[plot]', or leave them out") from None
+        raise InvalidSetting(f"pictures need matplotlib: {how_to_install('plot')}; or leave them out") from None
     axes = made.subplots(1, columns, **more)
     for each in axes if columns > 1 else [axes]:
         each.grid(True, color="#e2e8f0", lw=0.6)
@@ -270,14 +270,21 @@ def _line(axes: Any, points: Sequence[tuple[float, Number]], place: int, label: 
     x, y = [n for n, _ in points], [100 * number.value for _, number in points]
     axes.plot(x, y, marker=MARKERS[place % len(MARKERS)], ms=4, color=colour, label=label)
     banded = [(n, number.interval) for n, number in points if number.interval is not None]
-    low, high = [100 * i.low for _, i in banded], [100 * i.high for _, i in banded]
+    low, high = [_within(100 * i.low) for _, i in banded], [_within(100 * i.high) for _, i in banded]
     axes.fill_between([n for n, _ in banded], low, high, color=colour, alpha=0.15, lw=0)
 
 
 def _arms(n: Number) -> list[list[float]] | None:
     if n.interval is None:
         return None
-    return [[max(0.0, 100 * (n.value - n.interval.low))], [max(0.0, 100 * (n.interval.high - n.value))]]
+    value = 100 * n.value
+    low, high = _within(100 * n.interval.low), _within(100 * n.interval.high)
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
+
+
+def _within(percent: float) -> float:
+    """A bound of an interval, cut where no share can be."""
+    return min(100.0, max(0.0, percent))
 
 
 def _done(figure: Any, name: str, title: str, alt: str) -> Picture:

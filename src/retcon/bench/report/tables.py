@@ -108,7 +108,7 @@ def jeep(groups: Sequence[Group]) -> list[Table]:
                     *(group.number(name, before=before) for name in ("ES", "GS", "LS")),
                     *(group.number(name, generation_variant(group.family), before=before) for name in ("ES", "GS")),
                 ]
-                kinds |= {n.interval.kind for n in numbers[1:] if n is not None and n.interval is not None}
+                kinds |= _kinds(numbers[1:])
                 cells = [_plain(numbers[0]), *(_with_half_width(n) for n in numbers[1:])]
                 builder.row(label, cells, numbers, compete=not before)
         variant = "cf.prob_mean" if own[0].family == "cf" else "zsre.tok"
@@ -226,12 +226,13 @@ def multihop(groups: Sequence[Group]) -> list[Table]:
         axes = dict.fromkeys(line.metric for line in lines if line.metric.startswith("ripple."))
         columns = [(n, ()) for n in names] + [(a, ("ripple.taken",)) for a in axes]
         builder = _Builder(("Method", *(name for name, _ in columns)))
+        kinds: set[str] = set()
         for model, protocol, block in blocks(own):
             builder.block(f"{model}: {protocol}")
             for group in block:
                 numbers = [group.number(name, *variants or _variants(group, name)) for name, variants in columns]
+                kinds |= _kinds(numbers)
                 builder.row(group.method, [_with_half_width(n) for n in numbers], numbers)
-        kinds = {"ci.seed" if len(own[0].runs) > 1 else "ci.boot"}
         notes = ("x100; the variants are in the records.", _counts(own, kinds))
         tables.append(builder.table(family, f"{own[0].dataset}: what follows from the edits", notes))
     return tables
@@ -246,11 +247,13 @@ def curve(groups: Sequence[Group]) -> list[Table]:
     tables = []
     for found in curves(groups):
         builder = _Builder((_capital(found.x), "Method", "Score", "ES", "GS", "LS"), text_columns=2)
+        kinds: set[str] = set()
         for number, line, group in found.points:
             numbers = [group.number("Score", "score.hm"), *(group.number(name) for name in ("ES", "GS", "LS"))]
             builder.row_of(f"{number:,g}", line, [_plain(numbers[0]), *map(_with_half_width, numbers[1:])], numbers)
+            kinds |= _kinds(numbers[1:])
         own = [group for _, _, group in found.points]
-        notes = ("x100.", _counts(own, {"ci.seed" if len(own[0].runs) > 1 else "ci.case"}))
+        notes = ("x100.", _counts(own, kinds))
         tables.append(builder.table(_slug(found.name), found.title, notes, best=False))
     return tables
 
@@ -402,7 +405,13 @@ def _plain(n: Number | None) -> str:
 def _with_half_width(n: Number | None) -> str:
     if n is None:
         return MISSING
+    if n.interval is not None and n.interval.kind == "ci.wilson":  # which lies to one side
+        return f"{100 * n.value:.1f} [{100 * n.interval.low:.1f}, {100 * n.interval.high:.1f}]"
     return f"{100 * n.value:.1f}" + (f" ({100 * n.interval.half_width:.1f})" if n.interval else "")
+
+
+def _kinds(numbers: Sequence[Number | None]) -> set[str]:
+    return {n.interval.kind for n in numbers if n is not None and n.interval is not None}
 
 
 def _counts(groups: Sequence[Group], kinds: set[str]) -> str:
@@ -413,9 +422,12 @@ def _counts(groups: Sequence[Group], kinds: set[str]) -> str:
         "ci.case": "ci.case, 1.96 s / sqrt(n) over cases",
         "ci.boot": "ci.boot, half of a bootstrap interval by subject",
     }
-    width = "; ".join(said[kind] for kind in sorted(kinds))
-    return f"{', '.join(f'{n:,}' for n in cases)} cases; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}." + (
-        f" In brackets: half-width of a 95 % interval, {width}." if width else ""
+    width = "; ".join(said[kind] for kind in sorted(kinds - {"ci.wilson"}))
+    bounds = " In square brackets: Wilson's 95 % interval, near 0 and 100." if "ci.wilson" in kinds else ""
+    return (
+        f"{', '.join(f'{n:,}' for n in cases)} cases; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}."
+        + (f" In brackets: half-width of a 95 % interval, {width}." if width else "")
+        + bounds
     )
 
 
