@@ -111,3 +111,8 @@ class RetconWarning(UserWarning):
 
 class OutOfMemory(RetconError):
     """Not even the smallest piece of the work fits into memory."""
+
+
+def how_to_install(extra: str) -> str:
+    """Return what to type for an optional dependency, for a message."""
+    return f"pip install 'retcon-lm[{extra}]', or in a clone pip install '.[{extra}]'"

@@ -8,11 +8,11 @@ from torch.testing import assert_close
 
 import retcon
 from retcon import world
-from retcon.errors import TooFewTokens
+from retcon.errors import RetconWarning
 from retcon.memory import defaults
 from retcon.memory.contexts import sample_contexts
 from retcon.memory.corpus import document_rows
-from retcon.memory.defaults import default_contexts, default_moments
+from retcon.memory.defaults import default_contexts, default_moments, shipped_text
 from retcon.memory.moments import collect_moments
 
 
@@ -31,10 +31,13 @@ def test_the_embedded_models_ship_moments_of_every_layer(name, monkeypatch, tmp_
     assert float(torch.linalg.eigvalsh(source.second_moment(lm, site).double()).min()) > -1e-6
 
 
-def test_without_corpus_or_datasets_the_error_says_how_to_give_one(tiny, monkeypatch):
+def test_without_corpus_or_datasets_the_shipped_text_serves_and_that_is_said(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(TooFewTokens, match=r"pip install 'retcon-lm\[hub\]'.*--corpus PATH"):
-        default_moments(tiny("llama"))
+    defaults.wikitext.cache_clear()
+    with pytest.warns(RetconWarning, match=r"small text that ships with retcon.*'\.\[hub\]'.*--corpus FILE"):
+        moments = default_moments(tiny("llama"))
+    assert moments.corpus == shipped_text()
+    assert sum(map(len, moments.corpus.documents)) > 1_000_000  # characters: enough for keys of 16,384 dimensions
 
 
 def test_contexts_of_a_model_are_sampled_once(tiny, monkeypatch):

@@ -41,7 +41,8 @@ def moments(
         str | None,
         typer.Option(
             metavar="FILE|DATASET",
-            help="Text, JSON lines with a field text, or NAME/NAME[:CONFIG[:SPLIT]] on the hub; WikiText-103.",
+            help="Text, JSON lines with a field text, or NAME/NAME[:CONFIG[:SPLIT]] on the hub; WikiText-103, or "
+            "the small text that ships with retcon.",
             show_default=False,
         ),
     ] = None,

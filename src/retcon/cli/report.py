@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from retcon.cli.shell import Json, console, count, emit, spinner
+from retcon.errors import how_to_install
 
 
 def report(
@@ -37,7 +38,8 @@ def report(
         typer.echo(table.markdown())
     show = console()
     if not drawing and pictures is None:
-        show.print("[dim]no pictures: matplotlib is not installed (pip install 'retcon-lm[plot]')[/]")
+        hint = f"no pictures: matplotlib is not installed ({how_to_install('plot')})"
+        show.print(f"[dim]{escape(hint)}[/]", soft_wrap=True)
     what = f"{count(len(made.tables), 'table')}, {count(len(made.pictures), 'picture')}"
     show.print(
         f"[dim]{what} in {escape(str(made.directory))};[/] read [bold]{escape(str(made.page))}[/]", soft_wrap=True

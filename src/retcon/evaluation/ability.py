@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from retcon.checked import as_bytes
-from retcon.errors import InvalidSetting, NotEditable
+from retcon.errors import InvalidSetting, NotEditable, how_to_install
 from retcon.evaluation.records import Record, When
 from retcon.lm.model import LM
 
@@ -50,7 +50,7 @@ def ability(
         harness, models = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
     except ImportError:
         raise InvalidSetting(
-            "general ability needs the package lm-eval (pip install 'retcon-lm[ability]'); without it, perplexity "
+            f"general ability needs the package lm-eval ({how_to_install('ability')}); without it, perplexity "
             "(text) and locality say what is left of the model"
         ) from None
     mark = _mark(lm)

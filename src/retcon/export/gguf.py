@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from retcon.errors import MalformedFile, MissingPackage, UnsupportedModel
+from retcon.errors import MalformedFile, MissingPackage, UnsupportedModel, how_to_install
 from retcon.export.factors import Factors
 from retcon.files import replacing
 from retcon.lm.model import LM
@@ -52,7 +52,7 @@ def require_gguf() -> Any:
         MissingPackage: it is not installed.
     """
     if find_spec("gguf") is None:
-        raise MissingPackage("writing GGUF needs the package gguf; the extra brings it: pip install 'retcon-lm[gguf]'")
+        raise MissingPackage(f"writing GGUF needs the package gguf; the extra brings it: {how_to_install('gguf')}")
     import gguf
 
     return gguf

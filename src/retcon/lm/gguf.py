@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from retcon.errors import MissingPackage, UnsupportedModel
+from retcon.errors import MissingPackage, UnsupportedModel, how_to_install
 from retcon.lm.layouts import Layout, layout_for
 
 SUFFIX = ".gguf"
@@ -58,7 +58,7 @@ def gguf_options(file: Path, options: Mapping[str, Any], layout: Layout | None) 
     if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
         raise MissingPackage(
             f"{file.name}: reading GGUF needs {' and '.join(missing)}, not installed here; "
-            "the extra 'gguf' brings both (pip install 'retcon-lm[gguf]', or pip install '.[gguf]' from a clone)"
+            f"the extra 'gguf' brings both ({how_to_install('gguf')})"
         )
     import transformers
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retcon.errors import MissingPackage
+from retcon.errors import MissingPackage, how_to_install
 from retcon.files import write_atomically
 from retcon.lm.prompts import Where
 from retcon.locate.advice import Advice, Choice
@@ -51,7 +51,7 @@ def figure(n_rows: int, n_columns: int, width: float, height: float, **options: 
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise MissingPackage("figures need matplotlib, which is not installed: pip install 'retcon-lm[plot]'") from None
+        raise MissingPackage(f"figures need matplotlib, which is not installed: {how_to_install('plot')}") from None
     made = Figure(figsize=(width, height), layout="constrained")
     return made, made.subplots(n_rows, n_columns, squeeze=False, **options)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from retcon.checked import Kind, as_bytes, cached, from_bytes, keep
-from retcon.errors import MalformedFile, TooFewTokens
+from retcon.errors import MalformedFile, TooFewTokens, how_to_install
 from retcon.files import cache_dir, read_json_rows
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode
@@ -105,7 +105,7 @@ class Corpus:
             documents = tuple(_first(rows, field, min_characters))
         except ImportError:
             raise TooFewTokens(
-                f"the corpus {name} needs the package 'datasets', which is not installed (pip install 'retcon-lm[hub]')"
+                f"the corpus {name} needs the package 'datasets', which is not installed ({how_to_install('hub')})"
             ) from None
         except Exception as error:  # whatever a network, a hub, a file format can come up with
             raise TooFewTokens(f"the corpus {name} cannot be read ({type(error).__name__}: {error})") from error

@@ -1,10 +1,11 @@
 """Contexts and second moments for a model when the caller names none."""
 
+import warnings
 from functools import cache
 from weakref import WeakKeyDictionary
 
 from retcon import world
-from retcon.errors import TooFewTokens
+from retcon.errors import RetconWarning, TooFewTokens
 from retcon.lm.load import DEMO
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts, ContextStyle, sample_contexts
@@ -25,19 +26,31 @@ def default_contexts(lm: LM, seed: int, style: ContextStyle = "memit") -> Contex
 
 
 def default_moments(lm: LM) -> Moments:
-    """The embedded world's text and shipped moments for its models, WikiText-103 from the hub for others.
+    """Return the embedded models' shipped moments; for other models those of WikiText-103, or of the shipped text.
 
-    Raises:
-        TooFewTokens: no corpus can be had; the message says how to give one.
+    The shipped text serves where the `datasets` package or the hub is absent, and a warning says so: it is small and
+    plain, so figures are a little lower than with text of the kind that the model should go on treating as before
+    (docs/guides/own-model.md has figures).
     """
     if lm.name.startswith(DEMO):
         shipped = world.model_path(lm.name.removeprefix(DEMO)) / SHIPPED_MOMENTS
-        return CorpusMoments(_world(), shipped=shipped)
-    return CorpusMoments(wikitext())
+        return CorpusMoments(shipped_text(), shipped=shipped)
+    try:
+        return CorpusMoments(wikitext())
+    except TooFewTokens as error:
+        warnings.warn(
+            f"second moments come from the small text that ships with retcon, for {error}. Text of the kind that the "
+            "model should go on treating as before is better: --corpus FILE, in Python "
+            "moments=CorpusMoments(Corpus.from_file(PATH))",
+            RetconWarning,
+            stacklevel=2,
+        )
+        return CorpusMoments(shipped_text())
 
 
 @cache
-def _world() -> Corpus:
+def shipped_text() -> Corpus:
+    """Return the text that ships with the package: statements of the embedded world and plain paragraphs."""
     return Corpus(tuple(world.corpus()))
 
 
@@ -48,11 +61,4 @@ def wikitext() -> Corpus:
     Raises:
         TooFewTokens: `datasets` is not installed, or the hub cannot be reached.
     """
-    try:
-        return Corpus.from_dataset("Salesforce/wikitext", "wikitext-103-raw-v1")
-    except TooFewTokens as error:
-        raise TooFewTokens(
-            f"no corpus for second moments was given: {error}. Give any text of the kind the model should go on "
-            "treating as before: moments=CorpusMoments(Corpus.from_file(PATH)) in Python, --corpus PATH on the command "
-            "line"
-        ) from error.__cause__
+    return Corpus.from_dataset("Salesforce/wikitext", "wikitext-103-raw-v1")

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from retcon.errors import MalformedFile
+from retcon.errors import MalformedFile, how_to_install
 from retcon.evaluation.datasets.tables import read_rows
 from retcon.files import Row
 
@@ -60,7 +60,7 @@ def read_hub_rows(address: str, bad: list[tuple[int, str]] | None = None, *, spl
         return list(enumerate(rows, 1))
     except ImportError:
         raise MalformedFile(
-            f"{address}: reading a whole dataset needs the package 'datasets' (pip install 'retcon-lm[hub]'); or name "
+            f"{address}: reading a whole dataset needs the package 'datasets' ({how_to_install('hub')}); or name "
             "one file, hub:owner/name/file.json"
         ) from None
     except MalformedFile:

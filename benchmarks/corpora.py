@@ -1,0 +1,75 @@
+"""What the text behind the second moments does to edits: the text that ships with the package against others.
+
+    python -m benchmarks.corpora .cache/smollm2-135m --data counterfact-edit.json shipped docs/*.md
+
+Facts are the file's first ones whose true answer the model finds likelier than the new one. Each text gives its own
+moments, of as many tokens for each key dimension; method, settings and facts are the same. Perplexity is that of
+`--held-out`, a text that is none of them.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import retcon
+from benchmarks.common import machine
+from retcon.edits import Case
+from retcon.evaluation import evaluate, read_cases
+from retcon.evaluation.drift import perplexity
+from retcon.lm.model import LM
+from retcon.memory.defaults import shipped_text
+from retcon.memory.moments import Corpus, CorpusMoments
+from retcon.methods.common.registry import method
+
+TOKENS_PER_DIMENSION = 20
+
+
+def preferred(lm: LM, cases: list[Case], n: int) -> list[Case]:
+    """The first `n` cases whose true answer the model prefers."""
+    found: list[Case] = []
+    for start in range(0, len(cases), 4 * n):
+        part = cases[start : start + 4 * n]
+        for record in evaluate(lm, part, generate=False).records:
+            if record.metric == "ES" and record.variant == "cf.prob_mean" and record.value == 0.0:
+                found += [case for case in part if case.id == record.case_id]
+        if len(found) >= n:
+            break
+    return found[:n]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("texts", nargs="+", help="files, or 'shipped'")
+    parser.add_argument("--data", required=True, help="facts, as `retcon edit` reads them")
+    parser.add_argument("--method", default="jeep")
+    parser.add_argument("--n", type=int, default=20)
+    parser.add_argument("--held-out", type=Path, help="text for perplexity; none if left out")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    lm = retcon.load(args.model)
+    cases = preferred(lm, read_cases(args.data, limit=20 * args.n)[0], args.n)
+    edits = [case.edits[0] for case in cases]
+    held_out = args.held_out.read_text("utf-8") if args.held_out else None
+    before = perplexity(lm, held_out).ppl if held_out else float("nan")
+    print(json.dumps({"machine": machine(), "model": str(lm), "facts": len(cases), "perplexity": round(before, 2)}))
+    pre = evaluate(lm, cases, generate=False)
+    for name in args.texts:
+        corpus = shipped_text() if name == "shipped" else Corpus.from_file(name)
+        started = time.perf_counter()
+        moments = CorpusMoments(corpus, tokens_per_dimension=TOKENS_PER_DIMENSION)
+        delta = method(args.method, for_model=lm).propose(lm, edits, moments=moments, seed=args.seed)
+        took = time.perf_counter() - started
+        with lm.edited(delta):
+            after = perplexity(lm, held_out).ppl if held_out else float("nan")
+        summary = evaluate(lm, cases, delta=delta, pre=pre, generate=False).summary()
+        row: dict[str, object] = {"text": name, "characters": sum(map(len, corpus.documents)), "method": args.method}
+        for metric in ("ES", "GS", "LS", "Score"):
+            post = summary[metric].post
+            row[metric] = None if post is None or post.value is None else round(100 * post.value, 1)
+        print(json.dumps(row | {"perplexity": round(after, 2), "seconds": round(took)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
