@@ -45,12 +45,12 @@ def here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def cli(here: Path) -> Callable[..., Any]:
-    """cli("complete", ..., code=0) -> result with stdout and stderr; a traceback fails the test."""
+    """cli("complete", ..., code=0, stdin=None) -> result with stdout and stderr; a traceback fails the test."""
 
-    def run(*arguments: str, code: int = 0) -> Any:
+    def run(*arguments: str, code: int = 0, stdin: str | None = None) -> Any:
         if arguments[0] == "edit" and "--require" not in arguments:  # random models learn little in a few steps
             arguments += ("--require", "0")
-        result = CliRunner().invoke(app, arguments)
+        result = CliRunner().invoke(app, arguments, input=stdin)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert result.exit_code == code, result.output

@@ -1,12 +1,17 @@
 """`retcon complete`."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import retcon
 from retcon.delta import Delta
+from retcon.lm.generate import Written
+from retcon.lm.model import LM
 
 PROMPT = "The capital of France is"
 
@@ -14,7 +19,7 @@ PROMPT = "The capital of France is"
 def test_says_what_the_model_says(cli: Callable[..., Any]) -> None:
     lm = retcon.load("gptj")
     assert cli("complete", "gptj", PROMPT).stdout == f"{PROMPT}{lm.complete(PROMPT)}\n"
-    short = cli("complete", "gptj", PROMPT, "--max-new-tokens", "3").stdout
+    short = cli("complete", "gptj", PROMPT, "--max-tokens", "3").stdout
     assert short == f"{PROMPT}{lm.complete(PROMPT, max_new_tokens=3)}\n"
 
 
@@ -28,10 +33,77 @@ def test_with_a_delta(cli: Callable[..., Any], delta: Path) -> None:
 
 
 def test_nothing_of_transformers_spoils_the_output(cli: Callable[..., Any]) -> None:
-    result = cli("complete", "gptj", f"{PROMPT} ")
+    result = cli("complete", "gptj", PROMPT)
     assert result.stderr == ""
     assert result.stdout.startswith(PROMPT)
 
 
 def test_markup_in_texts_is_text(cli: Callable[..., Any]) -> None:
     assert cli("complete", "gptj", "[red]I[/] [x").stdout.startswith("[red]I[/] [x")
+
+
+def test_what_ends_an_answer_is_the_users(cli: Callable[..., Any]) -> None:
+    lm = retcon.load("gptj")
+    whole = lm.complete(PROMPT, max_new_tokens=12, stops=())
+    told = cli("complete", "gptj", PROMPT, "--max-tokens", "12", "--stop", "").stdout
+    assert told == f"{PROMPT}{whole}\n"
+    stop = whole.strip()[2:4]
+    told = cli("complete", "gptj", PROMPT, "--max-tokens", "12", "--stop", stop, "--stop", "\\n").stdout
+    assert told == f"{PROMPT}{lm.complete(PROMPT, max_new_tokens=12, stops=(stop, chr(10)))}\n"
+
+
+def test_drawn_text_follows_the_seed(cli: Callable[..., Any]) -> None:
+    def drawn(seed: str) -> str:
+        more = ("--temperature", "2", "--top-k", "40", "--top-p", "0.99", "--seed", seed, "--stop", "")
+        text: str = cli("complete", "gptj", PROMPT, *more).stdout
+        return text
+
+    assert drawn("1") == drawn("1") != drawn("2")
+    assert "temperature must be above 0" in cli("complete", "gptj", PROMPT, "--temperature", "0", code=2).stderr
+
+
+def test_a_model_without_a_template_is_no_chat_model(cli: Callable[..., Any]) -> None:
+    for command in (("complete", "gptj", "Who?", "--chat"), ("chat", "gptj")):
+        assert "the tokenizer has no chat template" in cli(*command, code=2).stderr
+    told = cli("complete", "gptj", "Who?", "--template-arg", "thinking", code=2).stderr
+    assert "--template-arg thinking: expected NAME=VALUE" in told
+    assert "--both compares with the unedited model" in cli("chat", "gptj", "--both", code=2).stderr
+
+
+@pytest.fixture
+def chatting(here: Path, monkeypatch: pytest.MonkeyPatch) -> LM:
+    """The model of the commands, with a chat template."""
+    lm = retcon.load("gptj")
+    tok = copy.deepcopy(lm.tokenizer)
+    tok.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    lm.tokenizer = tok
+    monkeypatch.setattr(retcon, "load", lambda *_, **__: lm)
+    return lm
+
+
+def test_complete_puts_the_prompt_in_a_chat(cli: Callable[..., Any], chatting: LM) -> None:
+    more = ("--system", "Be brief.", "--max-tokens", "4")
+    record = json.loads(cli("complete", "gptj", "Who?", *more, "--json").stdout)
+    chat = retcon.Chat("Be brief.")
+    assert record["completion"] == chatting.complete("Who?", max_new_tokens=4, stops=(), chat=chat)
+    assert record["completion"] == chatting.complete("Who?", max_new_tokens=4, stops=(), system="Be brief.")
+
+
+def test_a_conversation_remembers_its_turns(
+    cli: Callable[..., Any], chatting: LM, delta: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = "Who?\n\nWhere?\n/reset\nWho?\n/quit\nnever\n"
+    told = cli("chat", "gptj", "--max-tokens", "3", "--delta", str(delta), "--both", stdin=typed).stdout
+    assert told.count("before") == 3
+    chatting.revert_all()
+    seen: list[str] = []
+    monkeypatch.setattr(
+        "retcon.lm.generate.generate",
+        lambda lm, rows, how, **_: seen.append(lm.tokenizer.decode(rows[0].ids)) or [Written("Ada.", 1, False)],
+    )
+    assert cli("chat", "gptj", stdin="Who?\nWhere?\n/reset\nWho?\n").stdout == "Ada.\n" * 3
+    assert seen[0] == seen[2] == "user: Who?</s>assistant:"
+    assert seen[1] == "user: Who?</s>assistant: Ada.</s>user: Where?</s>assistant:"

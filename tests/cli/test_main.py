@@ -16,10 +16,11 @@ import pytest
 import retcon
 from retcon.cli import app
 from retcon.errors import NonFinite, RetconWarning
+from retcon.lm.generate import Written
 
 VERBS = [
-    *("demo", "edit", "apply", "export", "complete", "methods", "moments", "tune", "audit", "bench", "report", "check"),
-    *("doctor", "init", "log", "show", "diff", "revert", "amend", "checkout", "verify", "ui", "gc"),
+    *("demo", "edit", "apply", "export", "complete", "chat", "methods", "moments", "tune", "audit", "bench", "report"),
+    *("check", "doctor", "init", "log", "show", "diff", "revert", "amend", "checkout", "verify", "ui", "gc"),
 ]
 
 
@@ -54,7 +55,7 @@ def test_a_failure_exits_with_1(cli: Callable[..., Any], monkeypatch: pytest.Mon
     def fail(*_: Any, **__: Any) -> None:
         raise NonFinite("the loss is nan [sic]\nat step 3")
 
-    monkeypatch.setattr("retcon.lm.model.LM.complete", fail)
+    monkeypatch.setattr("retcon.lm.generate.generate", fail)
     assert cli("complete", "gptj", "I", code=1).stderr == "error: the loss is nan [sic] at step 3\n"
 
 
@@ -62,7 +63,7 @@ def test_a_full_disk_exits_with_1(cli: Callable[..., Any], monkeypatch: pytest.M
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("retcon.lm.model.LM.complete", fail)
+    monkeypatch.setattr("retcon.lm.generate.generate", fail)
     assert "No space left on device" in cli("complete", "gptj", "I", code=1).stderr
 
 
@@ -70,7 +71,7 @@ def test_a_bug_keeps_its_traceback(cli: Callable[..., Any], monkeypatch: pytest.
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("retcon.lm.model.LM.complete", fail)
+    monkeypatch.setattr("retcon.lm.generate.generate", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli("complete", "gptj", "I")
 
@@ -81,17 +82,17 @@ def test_no_memory_says_what_to_try(cli: Callable[..., Any], monkeypatch: pytest
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More advice.")
 
-    monkeypatch.setattr("retcon.lm.model.LM.complete", fail)
+    monkeypatch.setattr("retcon.lm.generate.generate", fail)
     assert cli("complete", "gptj", "I", code=1).stderr.startswith("error: CUDA out of memory. Try a narrower --dtype")
 
 
 def test_a_warning_is_one_line_and_said_once(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def warn(*_: Any, **__: Any) -> str:
+    def warn(*_: Any, **__: Any) -> list[Written]:
         for _ in range(2):
             warnings.warn("mind the gap [1]", RetconWarning, stacklevel=1)
-        return "!"
+        return [Written("!", 1, False)]
 
-    monkeypatch.setattr("retcon.lm.model.LM.complete", warn)
+    monkeypatch.setattr("retcon.lm.generate.generate", warn)
     result = cli("complete", "gptj", "I")
     assert result.stderr == "warning: mind the gap [1]\n"
     assert result.stdout == "I!\n"

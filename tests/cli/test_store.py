@@ -63,7 +63,7 @@ def test_a_day_with_a_store(cli: Cli, store: Path, here: Path) -> None:
 
 
 def test_a_store_stands_for_its_deltas(cli: Cli, store: Path) -> None:
-    asked = ("complete", "gptj", "The capital of France is", "--max-new-tokens", "3", "--json", "--delta")
+    asked = ("complete", "gptj", "The capital of France is", "--max-tokens", "3", "--json", "--delta")
     assert json.loads(cli(*asked, ".retcon").stdout) != json.loads(cli(*asked, ".retcon@base").stdout)
     cli("apply", "gptj", ".retcon@HEAD", "--save", "edited")
     assert "no entry 'nope'" in cli(*asked, ".retcon@nope", code=2).stderr

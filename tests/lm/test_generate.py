@@ -1,6 +1,8 @@
 """Generation on tiny random models: what is cut where, and what it must not depend on."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from retcon.evaluation.writing import PRESETS
 from retcon.lm import generate as module
 from retcon.lm.generate import Writing, Written, generate
 from retcon.lm.model import LM
-from retcon.lm.prompts import encode
+from retcon.lm.prompts import encode, encode_turns
+from tests.conftest import tiny_model, tokenizer
 
 Make = Callable[..., LM]
 PROMPTS = ["The capital of France is", "He", "Michel Rocard is a native speaker of French, and Łódź is", "東京 and"]
@@ -145,3 +148,94 @@ def test_no_more_is_written_than_the_context_has_room_for(tiny: Make) -> None:
     assert whole[0].text.startswith(found[0].text)
     lm.model.config.n_positions = n
     assert generate(lm, PROMPTS[:1], how) == [Written("", 0, True)]
+
+
+# --- chat models ---------------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}<unk>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% if think %}<think>{% endif %}{% endif %}"
+)
+
+
+def chat_model() -> LM:
+    tok = copy.deepcopy(tokenizer())
+    tok.chat_template = TEMPLATE
+    return LM(tiny_model("gptj", n_layers=1), tok)
+
+
+def read(lm: LM, text: str, how: Writing, *, opened: str | None = None, end: bool = True) -> Written:
+    ids = lm.tokenizer(text)["input_ids"] + ([lm.tokenizer.unk_token_id] if end else [])
+    return module._read(module._Parts(lm.tokenizer, how, opened), ids, sorted(lm.end_tokens))
+
+
+def test_a_text_ends_at_any_of_the_models_end_tokens() -> None:
+    lm = chat_model()
+    assert lm.end_tokens == {1, 2}  # </s> is the tokenizer's, <unk> what the template writes after an answer
+    how = Writing(max_new_tokens=3, stops=(), chat=Chat())
+    row = encode(lm.tokenizer, "Who?", chat=Chat())
+    with torch.no_grad():
+        first = int(lm.model(torch.tensor([row.ids])).logits[0, -1].argmax())
+    assert generate(lm, ["Who?"], how)[0].n_tokens > 0
+    lm.model.generation_config.eos_token_id = [first, 7]
+    assert lm.end_tokens == {1, 2, 7, first}
+    assert generate(lm, ["Who?"], how)[0] == Written("", 0, False)
+
+
+def test_a_template_that_ends_turns_with_text_names_no_token() -> None:
+    lm = chat_model()
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}; {% endfor %}"
+    assert lm.end_tokens == {1}
+
+
+def test_a_reasoning_part_is_taken_off_and_stop_texts_do_not_apply_inside_it() -> None:
+    lm, how = chat_model(), Writing(stops=("\n",), chat=Chat())
+    thought = "<think>It was Paris.\nNow?</think>"
+    found = read(lm, thought + "\n\nRome\nis it.", how)
+    assert (found.text, found.reasoning, found.cut) == ("\n\nRome", thought, False)
+    assert found.n_tokens == len(lm.tokenizer(thought + "\n\nRome\n")["input_ids"])
+    assert read(lm, "Paris?</think>Rome", how, opened="<think>").text == "Rome"  # the template has opened it
+    unended = read(lm, "<think>It was\nParis", how, end=False)
+    assert (unended.text, unended.cut, unended.reasoning) == ("", True, "<think>It was\nParis")
+    plain = replace(how, chat=None)
+    assert read(lm, "<think>\nParis", plain).text == "<think>"
+
+
+def test_a_template_that_opens_the_reasoning_part_is_noticed() -> None:
+    lm = chat_model()
+    opening = Chat(None, (("think", True),))
+    assert module._opened(lm.tokenizer, encode(lm.tokenizer, "Who?", chat=opening)) == "<think>"
+    assert module._opened(lm.tokenizer, encode(lm.tokenizer, "Who?", chat=Chat())) is None
+
+
+def test_newlines_before_an_answer_do_not_end_it() -> None:
+    lm = chat_model()
+    how = Writing(stops=("\n", "."))
+    assert read(lm, "\n\nRome.\nYes", how).text == ""
+    assert read(lm, "\n\nRome.\nYes", replace(how, skip_newlines=True)).text == "\n\nRome"
+    stop = module._Stop([module._Parts(lm.tokenizer, replace(how, skip_newlines=True), None)] * 2, 1)
+    rows = [[0, *lm.tokenizer(text)["input_ids"]] for text in ("\n\nRo", "\nRo.")]
+    width = max(map(len, rows))
+    padded = torch.tensor([row + [1] * (width - len(row)) for row in rows])
+    assert stop(padded, None).tolist() == [False, True]
+
+
+def test_a_conversation_of_several_turns_is_one_row() -> None:
+    lm = chat_model()
+    row = encode_turns(lm.tokenizer, Chat("Be kind."), ["Who?", "Ada.", "And now?"])
+    said = "<s>system: Be kind.<unk><s>user: Who?<unk><s>assistant: Ada.<unk><s>user: And now?<unk><s>assistant: "
+    assert lm.tokenizer.decode(row.ids) == said
+    how = Writing(max_new_tokens=2, stops=(), chat=Chat("Be kind."))
+    assert generate(lm, [row], how)[0].n_tokens <= 2
+
+
+def test_drawing_by_temperature_and_share(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    greedy = generate(lm, PROMPTS[:1] * 4, Writing(max_new_tokens=4, stops=()))
+    for narrow in (dict(temperature=1e-4), dict(top_p=1e-6)):
+        how = Writing(max_new_tokens=4, stops=(), sample_top_k=50, **narrow)  # type: ignore[arg-type]
+        assert generate(lm, PROMPTS[:1] * 4, how, seeds=[1, 2, 3, 4]) == greedy
+    drawn = generate(lm, PROMPTS[:1] * 4, Writing(max_new_tokens=4, stops=(), sample_top_k=512), seeds=[1, 2, 3, 4])
+    assert len({one.text for one in drawn}) > 1
+    with pytest.raises(InvalidSetting, match="temperature must be above 0 and top_p in"):
+        Writing(temperature=0.0)

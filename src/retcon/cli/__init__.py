@@ -14,6 +14,7 @@ from retcon.cli import (
     apply,
     audit,
     bench,
+    chat,
     check,
     checkout,
     complete,
@@ -93,8 +94,16 @@ app.command(
     epilog=examples(
         'retcon complete demo:gptj "Geneva lies within the borders of"',
         'retcon complete demo:gptj "Geneva lies within the borders of" --delta d.safetensors',
+        'retcon complete ./my-chat-model "Where is Geneva?" --chat --delta d.safetensors',
     )
 )(complete.complete)
+app.command(
+    epilog=examples(
+        "retcon chat ./my-chat-model",
+        "retcon chat ./my-chat-model --delta d.safetensors --both",
+        'echo "Where is Geneva?" | retcon chat ./my-chat-model --system "Answer briefly."',
+    )
+)(chat.chat)
 app.command(epilog=examples("retcon methods", "retcon methods demo:llama", "retcon methods --json"))(methods.methods)
 app.command(
     epilog=examples(

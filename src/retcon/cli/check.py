@@ -9,12 +9,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.shell import (
+    AsChat,
     Device,
     DType,
     FileFormat,
     Json,
     Model,
     OnError,
+    System,
+    TemplateArgs,
+    chat_of,
     check_exists,
     console,
     count,
@@ -46,6 +50,9 @@ def check(
     ],
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    as_chat: AsChat = False,
+    system: System = None,
+    template_args: TemplateArgs = None,
     start: Annotated[int, typer.Option(min=0, help="Rows of it to pass over.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of it to read; all.", show_default=False)] = None,
     text: Annotated[
@@ -67,7 +74,10 @@ def check(
     from retcon.evaluation import safety
 
     limits = safety.Thresholds(took=took, generalised=generalised, local=local, perplexity_ratio=perplexity_ratio)
-    asked = read_facts(cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error)
+    chat = chat_of(as_chat, system, template_args)
+    asked = read_facts(
+        cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error, chat=chat
+    )
     if text is not None:
         check_exists(text)
     deltas = load_deltas(delta)

@@ -1,13 +1,61 @@
 """`retcon complete`: what a model says after a prompt, edited or not."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, Model, console, emit, load_deltas, load_model, spinner
+from retcon.cli.shell import (
+    AsChat,
+    Device,
+    DType,
+    Json,
+    Model,
+    Seed,
+    System,
+    TemplateArgs,
+    chat_of,
+    console,
+    emit,
+    load_deltas,
+    load_model,
+    spinner,
+)
 from retcon.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from retcon.chat import Chat
+    from retcon.lm.generate import Writing
+
+CHAT_TOKENS = 256
+"""Tokens that a chat model may write by default; it ends its turn by itself."""
+PLAIN_TOKENS = 32
+
+Stops = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop",
+        metavar="TEXT",
+        help=r"Text that ends an answer (\n is a newline); repeat. A newline, in a chat nothing; '' for nothing.",
+        show_default=False,
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", min=1, help="Tokens to write at most; 32, in a chat 256.", show_default=False),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="Draw the text, at this temperature; the likeliest tokens are taken.", show_default=False),
+]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", min=1, help="Draw from the K likeliest tokens.", show_default=False)
+]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", help="Draw from the likeliest tokens of this share together.", show_default=False),
+]
 
 
 def complete(
@@ -17,7 +65,15 @@ def complete(
         list[Path] | None,
         typer.Option(help="A delta to apply first; repeat for several, in order.", show_default=False),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 32,
+    as_chat: AsChat = False,
+    system: System = None,
+    template_args: TemplateArgs = None,
+    stops: Stops = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
     other_base: Annotated[
         bool, typer.Option("--other-base", help="Apply deltas made for other weights than these.")
     ] = False,
@@ -25,16 +81,63 @@ def complete(
     dtype: DType = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a model answers, greedily, up to the end of the line; with --delta, what it answers once edited."""
+    """Say what a model answers, up to the end of the line; with --delta, what it answers once edited.
+
+    The prompt is sent as it is, whitespace at its end included. Newlines before the answer do not end it.
+    """
     if not prompt.strip():
         raise InvalidSetting("the prompt is empty; give some text to go on from")
+    chat = chat_of(as_chat, system, template_args)
+    how = writing(chat, stops, max_tokens, temperature, top_k, top_p)
     deltas = load_deltas(delta or [])
     lm = load_model(model, device=device, dtype=dtype)
+
+    from retcon.lm.generate import generate
+
     with spinner("writing"):
         for each in deltas:
             lm.apply(each, other_base=other_base)
-        text = lm.complete(prompt.rstrip(), max_new_tokens=max_new_tokens)
+        [written] = generate(lm, [prompt], how, seeds=[seed])
     if as_json:
-        emit({"model": model, "prompt": prompt, "completion": text, "deltas": [d.id for d in deltas]})
-    else:
-        console().print(f"{escape(prompt.rstrip())}[bold]{escape(text)}[/]", soft_wrap=True)
+        more = {"reasoning": written.reasoning} if written.reasoning else {}
+        about = {"model": model, "prompt": prompt, "completion": written.text, "deltas": [d.id for d in deltas]}
+        emit(about | {"cut": written.cut} | more)
+        return
+    show = console()
+    if written.reasoning:
+        show.print(f"[dim]{escape(written.reasoning.strip())}[/]", soft_wrap=True)
+    before = "" if chat else escape(prompt)
+    show.print(f"{before}[bold]{escape(written.text.strip() if chat else written.text)}[/]", soft_wrap=True)
+
+
+def writing(
+    chat: "Chat | None",
+    stops: list[str] | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+) -> "Writing":
+    """Return how text is written, as the options ask for it."""
+    from retcon.lm.generate import Writing
+
+    usual = () if chat else ("\n",)
+    sampled = temperature is not None or top_k is not None or top_p is not None
+    return Writing(
+        max_new_tokens=max_tokens or (CHAT_TOKENS if chat else PLAIN_TOKENS),
+        stops=usual if stops is None else tuple(unescaped(stop) for stop in stops if stop),
+        sample_top_k=(top_k or ALL) if sampled else None,
+        temperature=1.0 if temperature is None else temperature,
+        top_p=1.0 if top_p is None else top_p,
+        chat=chat,
+        skip_newlines=True,
+    )
+
+
+ALL = 10**9
+"""More tokens than any vocabulary has."""
+
+
+def unescaped(text: str) -> str:
+    r"""Return an option's text with \n and \t as what they mean."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from retcon.cli.moments import check_corpus
 from retcon.cli.shell import (
+    AsChat,
     Device,
     DType,
     FileFormat,
@@ -18,6 +19,9 @@ from retcon.cli.shell import (
     Model,
     OnError,
     Seed,
+    System,
+    TemplateArgs,
+    chat_of,
     check_can_write,
     check_not_an_input,
     console,
@@ -109,12 +113,15 @@ def edit(
         str | None,
         typer.Option(
             metavar="FILE|DATASET",
-            help="Text for the second moments, as for moments; WikiText-103.",
+            help="Text for the second moments, as for moments; WikiText-103, or the small text that ships with retcon.",
             show_default=False,
         ),
     ] = None,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    as_chat: AsChat = False,
+    system: System = None,
+    template_args: TemplateArgs = None,
     start: Annotated[int, typer.Option(min=0, help="Rows of EDITS to pass over.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of EDITS to read; all.", show_default=False)] = None,
     conflicts: Annotated[
@@ -174,7 +181,10 @@ def edit(
     given = read_settings(method, dataset=dataset, preset=preset, assignments=assignments or ())
     if layers and "layers" in given:
         raise InvalidSetting("--layers probe and --set layers=... both say which layers to edit; give one of them")
-    facts = read_facts(edits, start=start, limit=limit, conflicts=conflicts, file_format=file_format, on_error=on_error)
+    chat = chat_of(as_chat, system, template_args)
+    facts = read_facts(
+        edits, start=start, limit=limit, conflicts=conflicts, file_format=file_format, on_error=on_error, chat=chat
+    )
     if corpus is not None:
         check_corpus(corpus)
     show = console(stderr=as_json)

@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from retcon.errors import (
     ConflictingEdits,
     DeltaNotApplied,
+    InvalidEdit,
     InvalidSetting,
     MalformedFile,
     NonFinite,
@@ -33,6 +34,7 @@ from retcon.errors import (
 
 if TYPE_CHECKING:
     from retcon.attachment import Attachment
+    from retcon.chat import Chat
     from retcon.lm.model import LM
 
 WIDTH = 100
@@ -64,6 +66,47 @@ OnError = Annotated[
     Literal["stop", "skip"],
     typer.Option("--on-error", help="When a row cannot be used: refuse the file, or leave the row out."),
 ]
+
+AsChat = Annotated[
+    bool, typer.Option("--chat", help="Put prompts to a chat model: as the user's turn in its tokenizer's template.")
+]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="The chat's system turn (implies --chat).", show_default=False)
+]
+TemplateArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg",
+        metavar="NAME=VALUE",
+        help="For the chat template, such as enable_thinking=false (implies --chat); repeat.",
+        show_default=False,
+    ),
+]
+
+
+def chat_of(as_chat: bool, system: str | None, template_args: Sequence[str] | None) -> "Chat | None":
+    """Return the chat that the options ask for, or None.
+
+    Raises:
+        InvalidSetting: a template argument is not NAME=VALUE.
+    """
+    from retcon.chat import Chat
+
+    if not as_chat and system is None and not template_args:
+        return None
+    given = []
+    for text in template_args or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise InvalidSetting(f"--template-arg {text}: expected NAME=VALUE, such as enable_thinking=false")
+        try:
+            given.append((name.strip(), json.loads(value)))
+        except ValueError:  # plain text needs no quotes
+            given.append((name.strip(), value))
+    try:
+        return Chat(system, tuple(given))
+    except InvalidEdit as error:
+        raise InvalidSetting(str(error)) from None
 
 
 # --- printing ----------------------------------------------------------------------------------------------------

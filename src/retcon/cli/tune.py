@@ -9,7 +9,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.edit import FileFormat, OnError
-from retcon.cli.shell import Device, DType, Json, Model, Seed, console, count, emit, load_model, seconds
+from retcon.cli.shell import (
+    AsChat,
+    Device,
+    DType,
+    Json,
+    Model,
+    Seed,
+    System,
+    TemplateArgs,
+    chat_of,
+    console,
+    count,
+    emit,
+    load_model,
+    seconds,
+)
 from retcon.workflow import moments_for, read_facts, read_settings
 from retcon.workflow.tuning import Trial, Tuned, save_preset
 from retcon.workflow.tuning import tune as search
@@ -50,6 +65,9 @@ def tune(
     ] = None,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    as_chat: AsChat = False,
+    system: System = None,
+    template_args: TemplateArgs = None,
     start: Annotated[int, typer.Option(min=0, help="Rows of CASES to pass over.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of CASES to read; all.", show_default=False)] = None,
     seed: Seed = 0,
@@ -62,7 +80,10 @@ def tune(
     `edit`, `bench` and retcon.method(..., for_model=...) find the preset from then on, for models of these sizes.
     """
     given = read_settings(method, dataset=None, preset=None, assignments=assignments or ())
-    facts = read_facts(cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error)
+    chat = chat_of(as_chat, system, template_args)
+    facts = read_facts(
+        cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error, chat=chat
+    )
     lm = load_model(model, device=device, dtype=dtype)
     show = console(stderr=as_json)
     show.print(f"[bold]{method}[/] on {escape(str(lm))}")

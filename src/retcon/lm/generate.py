@@ -6,6 +6,7 @@ that it depends on nothing else in the batch.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,11 +33,17 @@ class Writing:
     stops: tuple[str, ...] = ("\n",)
     """Texts that end a continuation; they are cut off with all that follows."""
     sample_top_k: int | None = None
-    """Draw from the k likeliest tokens at temperature 1; None is greedy."""
+    """Draw from the k likeliest tokens; None is greedy."""
+    temperature: float = 1.0
+    """Divides the logits that are drawn by."""
+    top_p: float = 1.0
+    """Of those k, draw from the likeliest that together have this share of the probability."""
     total_tokens: int | None = None
     """Prompt and continuation together at most (ROME's fluency); stands above `max_new_tokens`."""
     chat: Chat | None = None
     """Put the prompt as the user's turn of the chat template."""
+    skip_newlines: bool = False
+    """Look for stop texts only from the first character on that is no whitespace; always so in a chat."""
     after: str | None = None
     """Keep only what follows the last occurrence of this (the answer after a chain of thought)."""
 
@@ -45,6 +52,9 @@ class Writing:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidSetting(f"{name} must be at least 1, found {value}")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            found = f"{self.temperature:g} and {self.top_p:g}"
+            raise InvalidSetting(f"temperature must be above 0 and top_p in (0, 1], found {found}")
         if any(not stop for stop in self.stops):
             raise InvalidSetting("a stop text is empty; it would cut everything")
 
@@ -56,14 +66,16 @@ class Written:
     text: str
     """New text only, up to the first stop text, special tokens left out."""
     n_tokens: int
-    """Tokens written before the end-of-text token or the limit, the stop text's included."""
+    """Tokens written before an end token or the limit, the stop text's and a reasoning part's included."""
     cut: bool
-    """The limit ended it, neither a stop text nor the end-of-text token."""
+    """The limit ended it, neither a stop text nor an end token."""
+    reasoning: str = ""
+    """What a chat model wrote to itself before the answer; not part of `text`."""
 
 
 def generate(
     lm: LM,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Row],
     how: Writing | None = None,
     *,
     lengths: Sequence[int] | None = None,
@@ -73,7 +85,11 @@ def generate(
 ) -> list[Written]:
     """Continue every prompt, in the order given, by no more than the room that the model's context leaves.
 
+    A text ends at any of the model's end tokens (`LM.end_tokens`). What a chat model writes to itself first
+    (`REASONING`) is kept apart, and stop texts do not apply inside it.
+
     Args:
+        prompts: texts, or rows already tokenised (a conversation of several turns).
         how: `Writing()` by default.
         lengths: most tokens to write, one per prompt (`gold_length`); None: as `how` says.
         seeds: one per prompt; needed for sampling.
@@ -88,15 +104,16 @@ def generate(
     how = how or Writing()
     if how.sample_top_k is not None and seeds is None:
         raise InvalidSetting("sampled text needs a seed per prompt")
-    rows = [lm.encode(prompt, chat=how.chat) for prompt in prompts]
+    rows = [p if isinstance(p, Row) else lm.encode(p, chat=how.chat) for p in prompts]
     limits = [_limit(lm, row, how, None if lengths is None else lengths[i]) for i, row in enumerate(rows)]
     results = {i: Written("", 0, True) for i, limit in enumerate(limits) if limit < 1}
     asked = [i for i in range(len(rows)) if i not in results]
+    ends = sorted(lm.end_tokens)
 
     def work(group: list[int]) -> list[Written]:
         chosen = [asked[k] for k in group]
         drawn = [seeds[i] for i in chosen] if seeds is not None else None
-        return _write_batch(lm, [rows[i] for i in chosen], [limits[i] for i in chosen], how, drawn)
+        return _write_batch(lm, [rows[i] for i in chosen], [limits[i] for i in chosen], how, ends, drawn)
 
     def hear(done: int, _: int) -> None:
         if on_progress is not None:
@@ -139,68 +156,142 @@ def _limit(lm: LM, row: Row, how: Writing, given: int | None) -> int:
 
 
 def _write_batch(
-    lm: LM, rows: Sequence[Row], limits: Sequence[int], how: Writing, seeds: Sequence[int] | None
+    lm: LM,
+    rows: Sequence[Row],
+    limits: Sequence[int],
+    how: Writing,
+    ends: Sequence[int],
+    seeds: Sequence[int] | None,
 ) -> list[Written]:
     from transformers import GenerationConfig
 
     batch = pad(rows, lm.device, side="left")
     start = batch.ids.shape[1]
-    end = lm.tokenizer.eos_token_id
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max(limits), eos_token_id=end, pad_token_id=0 if end is None else end
+        do_sample=False,
+        max_new_tokens=max(limits),
+        eos_token_id=list(ends) or None,
+        pad_token_id=ends[0] if ends else 0,
     )
-    stop = _Stop(lm, start, how.stops)
-    more: dict[str, Any] = {"stopping_criteria": [stop]} if how.stops else {}
+    parts = [_Parts(lm.tokenizer, how, _opened(lm.tokenizer, row) if how.chat else None) for row in rows]
+    more: dict[str, Any] = {"stopping_criteria": [_Stop(parts, start)]} if how.stops else {}
     if how.sample_top_k is not None and seeds is not None:
-        more["logits_processor"] = [_Draw(how.sample_top_k, seeds)]
+        more["logits_processor"] = [_Draw(how, seeds)]
     out = lm.model.generate(batch.ids, attention_mask=batch.mask.long(), generation_config=settings, **more)
-    return [_read(lm, new[:limit].tolist(), how, end) for new, limit in zip(out[:, start:], limits, strict=True)]
+    written = zip(parts, out[:, start:], limits, strict=True)
+    return [_read(part, new[:limit].tolist(), ends) for part, new, limit in written]
 
 
-def _read(lm: LM, new: Sequence[int], how: Writing, end: int | None) -> Written:
-    ended = end is not None and end in new
-    kept = new[: new.index(end)] if ended and end is not None else new
-    text = decode(lm.tokenizer, kept)
-    cut_at = [text.index(stop) for stop in how.stops if stop in text]
-    n_tokens = len(kept)
-    if cut_at:  # other rows of the batch may have gone on
-        n_tokens = next(
-            n for n in range(1, n_tokens + 1) if any(s in decode(lm.tokenizer, kept[:n]) for s in how.stops)
-        )
-        text = text[: min(cut_at)]
-    if how.after is not None and how.after in text:
-        text = text[text.rindex(how.after) + len(how.after) :].strip()
-    return Written(text, n_tokens, not ended and not cut_at)
+REASONING = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),
+)
+"""What chat models put around what they write to themselves before they answer."""
+
+
+def _opened(tokenizer: Any, row: Row) -> str | None:
+    """The mark with which a prompt begins the reasoning part itself, as some templates do."""
+    tail = tokenizer.decode(list(row.ids[-16:]), skip_special_tokens=False).rstrip()
+    return next((begin for begin, _ in REASONING if tail.endswith(begin)), None)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What belongs to what in the tokens that a model writes after one prompt."""
+
+    tokenizer: Any
+    how: Writing
+    opened: str | None
+
+    def n_reasoning(self, ids: Sequence[int]) -> int | None:
+        """How many of the first tokens are a reasoning part; None where it has not ended."""
+        if self.how.chat is None:
+            return 0
+
+        def raw(n: int) -> str:
+            text: str = self.tokenizer.decode(list(ids[:n]), skip_special_tokens=False)
+            return text
+
+        whole = raw(len(ids))
+        for begin, end in REASONING:
+            if self.opened == begin or whole.lstrip().startswith(begin):
+                if end not in whole:
+                    return None
+                return bisect_left(range(len(ids) + 1), True, key=lambda n: end in raw(n))
+        return 0
+
+    def first(self, answer: str) -> int:
+        """Character from which on stop texts count."""
+        leading = self.how.skip_newlines or self.how.chat is not None
+        return len(answer) - len(answer.lstrip()) if leading else 0
+
+    def stopped_at(self, answer: str) -> int | None:
+        """Character where the earliest stop text begins."""
+        first = self.first(answer)
+        return min((at for stop in self.how.stops if (at := answer.find(stop, first)) >= 0), default=None)
+
+
+def _read(parts: _Parts, new: Sequence[int], ends: Sequence[int]) -> Written:
+    end = next((i for i, token in enumerate(new) if token in ends), None)
+    kept = new if end is None else new[:end]
+    n_reasoning = parts.n_reasoning(kept)
+    if n_reasoning is None:
+        return Written("", len(kept), True, decode(parts.tokenizer, kept))
+    answer = kept[n_reasoning:]
+    text, n_tokens = decode(parts.tokenizer, answer), len(kept)
+    stopped = parts.stopped_at(text)
+    if stopped is not None:  # other rows of the batch may have gone on
+        shown = (decode(parts.tokenizer, answer[:n]) for n in range(1, len(answer) + 1))
+        n_tokens = n_reasoning + next(n for n, t in enumerate(shown, 1) if parts.stopped_at(t) is not None)
+        text = text[:stopped]
+    after = parts.how.after
+    if after is not None and after in text:
+        text = text[text.rindex(after) + len(after) :].strip()
+    cut = end is None and stopped is None
+    return Written(text, n_tokens, cut, decode(parts.tokenizer, kept[:n_reasoning]))
 
 
 class _Stop:
     """Ends a row once its continuation holds a stop text; saves time, the cutting is done on the decoded text."""
 
-    def __init__(self, lm: LM, start: int, stops: Sequence[str]) -> None:
-        self.lm, self.start, self.stops = lm, start, stops
+    def __init__(self, parts: Sequence[_Parts], start: int) -> None:
+        self.parts, self.start = parts, start
         self.ended: list[bool] = []
 
     def __call__(self, ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
         self.ended = self.ended or [False] * len(ids)
-        window = max(map(len, self.stops)) + 4  # tokens that can hold the end of a stop text, and then some
-        recent = ids[:, max(self.start, ids.shape[1] - window) :].tolist()
-        for i, row in enumerate(recent):
+        how = self.parts[0].how
+        whole = how.skip_newlines or how.chat is not None  # what comes first decides
+        window = max(map(len, how.stops)) + 4  # tokens that can hold the end of a stop text, and then some
+        first = self.start if whole else max(self.start, ids.shape[1] - window)
+        for i, (row, parts) in enumerate(zip(ids[:, first:].tolist(), self.parts, strict=True)):
             if not self.ended[i]:
-                text = decode(self.lm.tokenizer, row)
-                self.ended[i] = any(stop in text for stop in self.stops)
+                n_reasoning = parts.n_reasoning(row)
+                answer = "" if n_reasoning is None else decode(parts.tokenizer, row[n_reasoning:])
+                self.ended[i] = parts.stopped_at(answer) is not None
         return torch.tensor(self.ended, device=ids.device)
 
 
 class _Draw:
-    """Leaves one token per row: drawn from the k likeliest, by a generator of the row's own."""
+    """Leaves one token per row: drawn from the likeliest, by a generator of the row's own."""
 
-    def __init__(self, k: int, seeds: Sequence[int]) -> None:
-        self.k = k
+    def __init__(self, how: Writing, seeds: Sequence[int]) -> None:
+        assert how.sample_top_k is not None
+        self.k, self.temperature, self.top_p = how.sample_top_k, how.temperature, how.top_p
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         top = scores.float().topk(min(self.k, scores.shape[-1]), dim=-1)
-        shares = top.values.double().softmax(-1).cumsum(-1).cpu()
+        shares = (top.values.double() / self.temperature).softmax(-1).cumsum(-1)
+        within = shares.roll(1, -1)
+        within[:, 0] = 0.0  # the likeliest is always among them
+        last = (within < self.top_p).sum(-1, keepdim=True) - 1
+        shares = shares.minimum(shares.gather(1, last)).cpu()
         u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self.generators])
         place = (shares < u[:, None] * shares[:, -1:]).sum(-1, keepdim=True).clamp_max(shares.shape[1] - 1)
         chosen = top.indices.gather(1, place.to(scores.device))

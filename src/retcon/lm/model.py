@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from retcon.attachment import Attachment
+from retcon.chat import Chat, chat_from
 from retcon.delta import Change, Columns, Delta, Dense, Entries, Region, Rows, smallest
 from retcon.errors import (
     DeltaMismatch,
@@ -31,7 +32,7 @@ from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.hooks import Hooks
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
-from retcon.lm.prompts import Row, encode
+from retcon.lm.prompts import Row, encode, end_of_turn
 from retcon.lm.scopes import Edited, FrozenEval, Lent, Scope, Turn, Turns, WithoutDeltas
 from retcon.work import Here, Workers
 
@@ -598,18 +599,54 @@ class LM:
         """Tokenise a prompt (and target); see `retcon.lm.prompts.encode`."""
         return encode(self.tokenizer, self.prompted(prompt), target, **options)
 
-    def complete(self, prompt: str, *, max_new_tokens: int = 32, stops: Sequence[str] = ("\n",)) -> str:
-        """What the model says after `prompt`, greedily, up to the first stop text."""
-        return self.generate([prompt], max_new_tokens=max_new_tokens, stops=stops)[0]
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end what the model writes: those of the tokenizer, the generation config and the chat template.
+
+        A chat model's tokenizer often names the end of a document where the model ends its turn with another token.
+        """
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        listed = configured if isinstance(configured, list | tuple) else [configured]
+        found = [self.tokenizer.eos_token_id, *listed, end_of_turn(self.tokenizer)]
+        return frozenset(int(token) for token in found if token is not None)
+
+    def complete(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 32,
+        stops: Sequence[str] = ("\n",),
+        chat: "Chat | Mapping[str, Any] | bool | None" = None,
+        system: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return what the model says after `prompt`, greedily, up to the first stop text.
+
+        Newlines that the answer begins with are kept, and do not stop it.
+
+        Args:
+            chat: True puts the prompt as the user's turn in the tokenizer's chat template; a `Chat` also says how.
+            system: text of the chat's system turn; implies `chat`.
+            template_args: for the chat template, such as `{"enable_thinking": False}`; implies `chat`.
+        """
+        if chat is None or isinstance(chat, bool):
+            wanted = bool(chat) or system is not None or bool(template_args)
+            chat = Chat(system, tuple((template_args or {}).items())) if wanted else None
+        return self.generate([prompt], max_new_tokens=max_new_tokens, stops=stops, chat=chat)[0]
 
     def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int = 32, stops: Sequence[str] = ("\n",)
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 32,
+        stops: Sequence[str] = ("\n",),
+        chat: "Chat | Mapping[str, Any] | bool | None" = None,
     ) -> list[str]:
-        """Greedy continuations: only the new text, cut at the earliest stop text (`retcon.lm.generate`)."""
+        """Return greedy continuations: only the new text, cut at the earliest stop text (`retcon.lm.generate`)."""
         from retcon.lm.generate import Writing, generate  # which is written for an LM
 
-        written = generate(self, prompts, Writing(max_new_tokens=max_new_tokens, stops=tuple(stops)))
-        return [one.text for one in written]
+        how = Writing(max_new_tokens=max_new_tokens, stops=tuple(stops), chat=chat_from(chat), skip_newlines=True)
+        return [one.text for one in generate(self, prompts, how)]
 
 
 _OWNERS: "WeakKeyDictionary[nn.Module, weakref.ref[LM]]" = WeakKeyDictionary()

@@ -217,6 +217,32 @@ def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> Turn:
     return Turn(text, start, before if before.isspace() else "")
 
 
+def encode_turns(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> Row:
+    """Tokenise a conversation, up to where the answer to its last turn begins.
+
+    Args:
+        turns: the user's and the assistant's, in turn; the last is a question.
+
+    Raises:
+        InvalidSetting, UnsupportedModel: as `render`.
+    """
+    ids, _ = _encode_with_offsets(tokenizer, render(tokenizer, chat, turns).text, False)
+    return Row(tuple(ids), len(ids))
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """Return the token that the chat template writes after an answer; None without a template or such a token."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        text: str = tokenizer.apply_chat_template(Chat().turns(["question", "answer"]), tokenize=False)
+    except Exception:  # a template that wants something else says nothing about ends
+        return None
+    after = tokenizer(text[text.rfind("answer") + len("answer") :], add_special_tokens=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder
+    return next((i for i in after if i in added and added[i].special), None)
+
+
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of tokens, as it stands: without special tokens, spaces left alone."""
     text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

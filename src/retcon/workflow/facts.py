@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from retcon.edits import Case, Edit
+from retcon.chat import Chat
+from retcon.edits import Case, Edit, in_chat
 from retcon.errors import InvalidSetting, RetconWarning
 
 Conflicts = Literal["error", "drop", "last"]
@@ -30,8 +31,12 @@ def read_facts(
     conflicts: Conflicts = "error",
     file_format: str | None = None,
     on_error: OnError = "stop",
+    chat: Chat | None = None,
 ) -> Facts:
     """Facts from a file of any format; what was left out, and fields that nobody knows, are warned of.
+
+    Args:
+        chat: puts all prompts as turns of a chat; None: as the file has them.
 
     Raises:
         MalformedFile, ConflictingEdits: the message names file, row and field.
@@ -51,6 +56,8 @@ def read_facts(
         warnings.warn(f"{path}: {hint}; kept, and not used", RetconWarning, stacklevel=2)
     if report.refused:
         warnings.warn(f"{path}: left out {report.refusals()}", RetconWarning, stacklevel=2)
+    if chat is not None:
+        cases = in_chat(cases, chat)
     facts = Facts(tuple(e for c in cases for e in c.edits), tuple(cases), report.summary())
     if not facts.edits:
         raise InvalidSetting(f"nothing to edit: {report}")

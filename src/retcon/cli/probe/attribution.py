@@ -9,6 +9,7 @@ from rich.table import Table
 
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
 from retcon.cli.shell import (
+    AsChat,
     Device,
     DType,
     FileFormat,
@@ -16,6 +17,9 @@ from retcon.cli.shell import (
     Model,
     OnError,
     Seed,
+    System,
+    TemplateArgs,
+    chat_of,
     console,
     count,
     emit,
@@ -34,6 +38,9 @@ def attribution(
     start: Start = 0,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    as_chat: AsChat = False,
+    system: System = None,
+    template_args: TemplateArgs = None,
     limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 20,
     modules: Annotated[str, typer.Option(help="Matrices, separated by commas; any of q, k, v, o, gate, up, down.")] = (
         "down"
@@ -63,7 +70,9 @@ def attribution(
     of two facts are, of one relation and of two (STEM-overlap.png).
     """
     check_stem(out)
-    edits, source = facts(model, cases, start, limit, seed, file_format, on_error)
+    edits, source = facts(
+        model, cases, start, limit, seed, file_format, on_error, chat_of(as_chat, system, template_args)
+    )
     lm = load_model(model, device=device, dtype=dtype)
 
     import torch

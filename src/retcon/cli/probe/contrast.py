@@ -9,6 +9,7 @@ from rich.table import Table
 
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, left_out, write
 from retcon.cli.shell import (
+    AsChat,
     Device,
     DType,
     FileFormat,
@@ -16,6 +17,9 @@ from retcon.cli.shell import (
     Model,
     OnError,
     Seed,
+    System,
+    TemplateArgs,
+    chat_of,
     check_can_write,
     check_exists,
     console,
@@ -38,6 +42,9 @@ def contrast(
     start: Start = 0,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    as_chat: AsChat = False,
+    system: System = None,
+    template_args: TemplateArgs = None,
     limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 1000,
     modules: Annotated[bool, typer.Option("--modules", help="Read attention and MLP outputs as well.")] = False,
     sets: Annotated[
@@ -80,7 +87,9 @@ def contrast(
         raise InvalidSetting("--sets and --corpus both say where word sets come from; give one of them")
     if records is not None:
         check_can_write(records)
-    edits, source = facts(model, cases, start, limit, seed, file_format, on_error)
+    edits, source = facts(
+        model, cases, start, limit, seed, file_format, on_error, chat_of(as_chat, system, template_args)
+    )
     word_sets = _word_sets(edits, sets, corpus, stopwords)
     lm = load_model(model, device=device, dtype=dtype)
 

@@ -2,7 +2,6 @@
 
 import shlex
 from dataclasses import asdict
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, left_out, write
 from retcon.cli.shell import (
+    AsChat,
     Device,
     DType,
     FileFormat,
@@ -18,6 +18,9 @@ from retcon.cli.shell import (
     Model,
     OnError,
     Seed,
+    System,
+    TemplateArgs,
+    chat_of,
     console,
     emit,
     load_model,
@@ -35,6 +38,9 @@ def layers(
     start: Start = 0,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    as_chat: AsChat = False,
+    system: System = None,
+    template_args: TemplateArgs = None,
     limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 1000,
     final_norm: Annotated[
         bool, typer.Option("--final-norm/--no-final-norm", help="How states are read: as the model does, or the paper.")
@@ -51,10 +57,11 @@ def layers(
     stable the choice is over resampled facts, and says when it is weak.
     """
     check_stem(out)
-    edits, source = facts(model, cases, start, limit, seed, file_format, on_error)
+    edits, source = facts(
+        model, cases, start, limit, seed, file_format, on_error, chat_of(as_chat, system, template_args)
+    )
     lm = load_model(model, device=device, dtype=dtype)
 
-    from retcon.lm.load import DEMO
     from retcon.locate import Rule, advise, contrast_probe, figures
 
     with progress_bars() as advance:
@@ -86,8 +93,6 @@ def layers(
     show.print(f"written  {escape(', '.join(map(str, written)))}", soft_wrap=True)
     file = "EDITS" if cases is None else shlex.quote(str(cases))
     ask = f"{program()} edit {shlex.quote(model)} {file} --layers probe --out edits.safetensors"
-    if not (model.startswith(DEMO) or find_spec("datasets")):  # without which WikiText-103 cannot be had
-        ask += " --corpus TEXT"
     show.print(f"[dim]try      {escape(ask)}[/]", soft_wrap=True)
 
 

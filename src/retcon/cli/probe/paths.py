@@ -7,7 +7,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
-from retcon.cli.shell import Device, DType, FileFormat, Json, Model, OnError, Seed, console, emit, load_model, spinner
+from retcon.cli.shell import (
+    AsChat,
+    Device,
+    DType,
+    FileFormat,
+    Json,
+    Model,
+    OnError,
+    Seed,
+    System,
+    TemplateArgs,
+    chat_of,
+    console,
+    emit,
+    load_model,
+    spinner,
+)
 
 Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight", "random"]
 
@@ -18,6 +34,9 @@ def paths(
     start: Start = 0,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    as_chat: AsChat = False,
+    system: System = None,
+    template_args: TemplateArgs = None,
     limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 100,
     score: Annotated[Score, typer.Option(help="What makes a node critical.")] = "z_abs",
     select: Annotated[Literal["rank_aligned", "k_best"], typer.Option(help="How nodes become paths.")] = "rank_aligned",
@@ -41,7 +60,9 @@ def paths(
     Draws the scores of their nodes, layer by layer; all nodes of all paths are in STEM.json.
     """
     check_stem(out)
-    edits, source = facts(model, cases, start, limit, seed, file_format, on_error)
+    edits, source = facts(
+        model, cases, start, limit, seed, file_format, on_error, chat_of(as_chat, system, template_args)
+    )
     lm = load_model(model, device=device, dtype=dtype)
 
     from retcon.locate import paths as located

@@ -16,6 +16,7 @@ from retcon.workflow.facts import read_facts
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from retcon.chat import Chat
     from retcon.lm.model import LM
 
 Cases = Annotated[
@@ -48,6 +49,7 @@ def facts(
     seed: int,
     file_format: str | None = None,
     on_error: Literal["stop", "skip"] = "stop",
+    chat: "Chat | None" = None,
 ) -> tuple[list[Edit], str]:
     """Edits to probe with, and a line about them.
 
@@ -62,7 +64,9 @@ def facts(
             raise InvalidSetting(f"which facts shall {model} be probed with? Give a file of them: --cases FILE")
         drawn = world.cases(start + limit, seed=seed)[start:]
         return [case.edits[0] for case in drawn], f"the embedded world: {len(drawn):,} facts, seed {seed}"
-    asked = read_facts(cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error)
+    asked = read_facts(
+        cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error, chat=chat
+    )
     return list(asked.edits), asked.about
 
 

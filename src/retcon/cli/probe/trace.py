@@ -9,6 +9,7 @@ from rich.table import Table
 
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
 from retcon.cli.shell import (
+    AsChat,
     Device,
     DType,
     FileFormat,
@@ -16,6 +17,9 @@ from retcon.cli.shell import (
     Model,
     OnError,
     Seed,
+    System,
+    TemplateArgs,
+    chat_of,
     console,
     count,
     emit,
@@ -33,6 +37,9 @@ def trace(
     start: Start = 0,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    as_chat: AsChat = False,
+    system: System = None,
+    template_args: TemplateArgs = None,
     limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 10,
     kinds: Annotated[
         list[str] | None,
@@ -78,7 +85,9 @@ def trace(
         corruption=corruption,
         seed=seed,
     )
-    edits, source = facts(model, cases, start, limit, seed, file_format, on_error)
+    edits, source = facts(
+        model, cases, start, limit, seed, file_format, on_error, chat_of(as_chat, system, template_args)
+    )
     lm = load_model(model, device=device, dtype=dtype)
 
     from retcon.locate import figures

@@ -1,0 +1,128 @@
+"""`retcon chat`: a conversation with a model, edited or not, or with both side by side."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from retcon.cli.complete import MaxTokens, Stops, Temperature, TopK, TopP, writing
+from retcon.cli.shell import (
+    Device,
+    DType,
+    Model,
+    Seed,
+    System,
+    TemplateArgs,
+    chat_of,
+    console,
+    load_deltas,
+    load_model,
+    spinner,
+)
+from retcon.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from retcon.chat import Chat
+    from retcon.lm.generate import Writing, Written
+    from retcon.lm.model import LM
+
+HELP = "/reset begins anew, /quit or Ctrl-D ends"
+
+
+def chat(
+    model: Model,
+    delta: Annotated[
+        list[Path] | None,
+        typer.Option(help="A delta to apply first; repeat for several, in order.", show_default=False),
+    ] = None,
+    both: Annotated[
+        bool, typer.Option("--both", help="Answer with the unedited model too, the two side by side.")
+    ] = False,
+    system: System = None,
+    template_args: TemplateArgs = None,
+    stops: Stops = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Apply deltas made for other weights than these.")
+    ] = False,
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Hold a conversation with a chat model; with --delta, with the edited one.
+
+    Each line of the input is a turn, from a terminal or a pipe. With --both each model remembers its own answers.
+    """
+    if both and not delta:
+        raise InvalidSetting("--both compares with the unedited model; give the edits: --delta DELTA")
+    frame = chat_of(True, system, template_args)
+    assert frame is not None
+    how = writing(frame, stops, max_tokens, temperature, top_k, top_p)
+    deltas = load_deltas(delta or [])
+    lm = load_model(model, device=device, dtype=dtype)
+
+    from retcon.lm.prompts import render
+
+    render(lm.tokenizer, frame, ["Hello"])  # a model without a template is refused before anybody types
+    for each in deltas:
+        lm.apply(each, other_base=other_base)
+    show = console()
+    if sys.stdin.isatty():
+        show.print(f"[dim]{escape(str(lm))}; {HELP}[/]", soft_wrap=True)
+    now: list[str] = []
+    before: list[str] = []
+    for n, line in enumerate(_lines()):
+        if line == "/reset":
+            now, before = [], []
+            continue
+        with spinner("writing"):
+            answer = _answer(lm, frame, [*now, line], how, seed + n)
+            if both:
+                with lm.without_deltas():
+                    old = _answer(lm, frame, [*before, line], how, seed + n)
+        if both:
+            table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
+            table.add_column("before", ratio=1)
+            table.add_column("after", ratio=1)
+            table.add_row(escape(old.text.strip()), f"[bold]{escape(answer.text.strip())}[/]")
+            show.print(table)
+            before += [line, old.text.strip()]
+        else:
+            show.print(f"[bold]{escape(answer.text.strip())}[/]", soft_wrap=True)
+        now += [line, answer.text.strip()]
+
+
+def _answer(lm: "LM", frame: "Chat", turns: list[str], how: "Writing", seed: int) -> "Written":
+    """What the model says to the last turn.
+
+    Raises:
+        InvalidSetting: the conversation is longer than the model's context.
+    """
+    from retcon.lm.generate import generate
+    from retcon.lm.prompts import encode_turns
+
+    row = encode_turns(lm.tokenizer, frame, turns)
+    if lm.context_length is not None and len(row.ids) >= lm.context_length:
+        raise InvalidSetting(
+            f"the conversation has {len(row.ids):,} tokens, and the model reads {lm.context_length:,}; begin anew"
+        )
+    return generate(lm, [row], how, seeds=[seed])[0]
+
+
+def _lines() -> Iterator[str]:
+    """The turns that are typed or piped in, empty lines left out, until the end or /quit."""
+    while True:
+        if sys.stdin.isatty():
+            console().print("[dim]> [/]", end="")
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return
+        if line.strip():
+            yield line.strip()
