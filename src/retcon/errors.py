@@ -105,6 +105,10 @@ class MissingPackage(RetconError):
     """An optional package is needed and not installed; the message names the extra that brings it."""
 
 
+class EndpointFailed(RetconError):
+    """A served model cannot be asked: no answer, a refusal, or an answer of another kind; the message says which."""
+
+
 class RetconWarning(UserWarning):
     """Something worth knowing that does not stop the work."""
 

@@ -4,16 +4,21 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
+
+import pytest
 
 ASK = ("check", "gptj", "--delta", "delta.safetensors", "--cases", "edits.jsonl", "--text", "corpus.txt")
 
 
-def test_what_the_cases_do_not_ask_is_not_safe(cli: Callable[..., Any], delta: Path) -> None:
+OFF = ("--took", "0", "--generalised", "0", "--local", "0", "--perplexity-ratio", "inf")
+
+
+def test_two_cases_prove_little(cli: Callable[..., Any], delta: Path) -> None:
     told = cli(*ASK, "--took", "0", "--perplexity-ratio", "inf", code=1).stdout
-    assert "Not known to be safe" in told
-    assert "--generalised 0, --local 0" in told
-    everything_off = ("--took", "0", "--generalised", "0", "--local", "0", "--perplexity-ratio", "inf")
-    assert "Safe to ship by these thresholds, on 2 cases" in cli(*ASK, *everything_off).stdout
+    assert "safe" in told
+    assert "no paraphrases are given" in told
+    assert "Safe to ship by these thresholds, on 2 cases." in cli(*ASK, *OFF).stdout
 
 
 def test_failing_is_told_with_examples(cli: Callable[..., Any], delta: Path) -> None:
@@ -23,8 +28,50 @@ def test_failing_is_told_with_examples(cli: Callable[..., Any], delta: Path) -> 
     found = json.loads(cli(*ASK, "--took", "1", "--json", code=1).stdout)
     assert found["safe"] is False
     assert set(found["answers"]) == {"took", "generalised", "local", "language"}
-    assert found["answers"]["local"]["outcome"] == "unknown"
     assert found["answers"]["took"]["n"] == 2
+    assert len(found["notes"]) == 2
+
+
+def test_the_verdict_as_a_file(cli: Callable[..., Any], delta: Path, here: Path) -> None:
+    for name in ("check.html", "check.md", "check.xml"):
+        cli(*ASK, "--took", "1", "--report", name, code=1)
+    page, markdown = (here / "check.html").read_text(), (here / "check.md").read_text()
+    assert page.startswith("<!doctype html>")
+    for text in (page, markdown):
+        assert "Not safe to ship" in text or "Not known to be safe" in text
+        assert "The edit took" in text
+    suite = ElementTree.parse(here / "check.xml").getroot()
+    assert suite.tag == "testsuite"
+    assert [test.get("name") for test in suite][:2] == ["The edit took", "It generalised"]
+    assert int(suite.get("failures", "0")) == len(suite.findall("testcase/failure")) > 0
+    cli(*ASK, *OFF, "--report", "off.xml")
+    assert len(ElementTree.parse(here / "off.xml").getroot().findall("testcase/skipped")) == 4
+    assert "expected a name that ends in .html, .md, .xml" in cli(*ASK, "--report", "check.pdf", code=2).stderr
+
+
+def test_a_merged_checkpoint_and_an_adapter_give_what_the_delta_gives(
+    cli: Callable[..., Any], delta: Path, here: Path
+) -> None:
+    def values(*how: str) -> list[Any]:
+        asked = ("check", "gptj", *how, "--cases", "edits.jsonl", "--text", "corpus.txt", "--json", *OFF)
+        found = json.loads(cli(*asked).stdout)
+        return [None if a["value"] is None else round(a["value"], 4) for a in found["answers"].values()]
+
+    wanted = values("--delta", "delta.safetensors")
+    cli("apply", "gptj", "delta.safetensors", "--save", "merged")
+    assert values("--edited", "merged") == wanted
+    assert "no such folder" in cli("check", "gptj", "--edited", "none", "--cases", "edits.jsonl", code=2).stderr
+    pytest.importorskip("peft", reason="adapters are merged by peft")
+    cli("export", "gptj", "delta.safetensors", "--format", "peft", "--out", "adapter")
+    assert values("--edited", "adapter") == wanted
+
+
+def test_one_thing_is_checked(cli: Callable[..., Any], delta: Path) -> None:
+    assert "Give one of --delta DELTA" in cli("check", "gptj", "--cases", "edits.jsonl", code=2).stderr
+    both = cli(*ASK, "--url", "http://127.0.0.1:9", code=2)
+    assert "Give one of --delta DELTA" in both.stderr
+    away = cli("check", "m", "--url", "http://127.0.0.1:9", "--cases", "edits.jsonl", code=1)
+    assert "cannot be reached" in away.stderr
 
 
 def test_bad_input_is_refused(cli: Callable[..., Any], delta: Path) -> None:

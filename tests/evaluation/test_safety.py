@@ -10,6 +10,8 @@ import torch
 from retcon.delta import Delta, Dense
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidSetting
+from retcon.evaluation.intervals import ci_wilson
+from retcon.evaluation.made import Made, with_made_queries
 from retcon.evaluation.safety import Thresholds, Verdict, check
 from retcon.lm.model import LM
 from tests.evaluation.test_measure import WEIGHT, bump
@@ -63,34 +65,81 @@ def test_a_wrecked_model_fails_and_says_where(tiny: Callable[..., LM]) -> None:
     assert worst
     assert worst[0].before != worst[0].after
     assert worst[0].wanted == "as before"
-    assert "% of answers to other questions stay as they were (at least 95 % was asked" in verdict["local"].words
+    assert "% of answers to other questions stay as they were (95 % interval" in verdict["local"].words
+    assert "lower bound shall be 80 % or more; 3 cases)" in verdict["local"].words
 
 
 def test_what_was_not_asked_is_not_known_and_not_safe(tiny: Callable[..., LM]) -> None:
     lm = tiny(n_layers=2)
-    bare = [Case(c.id, c.edits, c.queries[:1]) for c in cases(lm)]
-    limits = Thresholds(took=0)
-    verdict = check(lm, bare, [zero(lm)], text=TEXT, thresholds=limits)
-    assert outcomes(verdict) == {"took": "off", "generalised": "unknown", "local": "unknown", "language": "passed"}
+    bare = [Case(c.id, c.edits, ()) for c in cases(lm)]
+    verdict = check(lm, bare, [zero(lm)], text=TEXT)
+    assert outcomes(verdict)["took"] == "unknown"
+    assert verdict["took"].words.endswith("not known, the cases hold no edits")
     assert not verdict.safe
-    assert verdict["local"].words.endswith("not known, the cases hold no locality prompts")
     off = Thresholds(took=0, generalised=0, local=0, perplexity_ratio=math.inf)
     assert set(outcomes(check(lm, bare, [zero(lm)], text=TEXT, thresholds=off)).values()) == {"off"}
     assert check(lm, bare, [zero(lm)], text=TEXT, thresholds=off).safe
 
 
-def test_thresholds_decide(tiny: Callable[..., LM]) -> None:
+def test_paraphrases_and_neighbours_are_made_where_none_are_given(tiny: Callable[..., LM]) -> None:
+    lm = tiny(n_layers=2)
+    bare = [Case(c.id, c.edits, c.queries[:1]) for c in cases(lm)]
+    verdict = check(lm, bare, [zero(lm)], text=TEXT)
+    assert verdict["local"].value == 1  # a change of nothing: whatever is asked stays as it was
+    assert verdict["generalised"].n == 3
+    assert verdict.notes == (
+        "no paraphrases are given; asked are its prompts after a sentence",
+        "no neighbours are given; asked are the subjects' other facts and unrelated ones",
+    )
+    assert check(lm, cases(lm), [zero(lm)], text=TEXT).notes == ()
+
+
+def test_what_is_made_comes_from_the_files_own_facts() -> None:
+    facts = [
+        Edit("The capital of {} is", "France", "Rome", relation_id="capital"),
+        Edit("{}'s seat of government is", "Italy", "Bern", relation_id="capital"),
+        Edit("The river of {} is", "Italy", "Sel", relation_id="river"),
+    ]
+    plain = [Case(str(i), (e,), (Query("rewrite/0", "rewrite", e.text, e.target_new),)) for i, e in enumerate(facts)]
+
+    def say(queries: Any) -> list[str]:
+        return ["Oslo"] * len(queries)
+
+    made = with_made_queries(plain, say)
+    prompts = {c.id: [q.prompt for q in c.queries if q.axis == "paraphrase"] for c in made.cases}
+    assert prompts["0"][0] == "France's seat of government is"
+    assert prompts["1"][0] == "The capital of Italy is"
+    assert prompts["2"][0].endswith(". The river of Italy is")
+    assert {len(p) for p in prompts.values()} == {2}
+    neighbours = {c.id: [q.prompt for q in c.queries if q.axis == "locality.made"] for c in made.cases}
+    assert neighbours["0"][0] == "The river of France is"  # the subject's other facts, none of which is edited
+    edited = {e.text for e in facts}
+    assert all(len(found) == 3 and edited.isdisjoint(found) for found in neighbours.values())
+    assert {q.target for c in made.cases for q in c.queries if q.axis == "locality.made"} == {"Oslo"}
+    assert with_made_queries(made.cases, say) == Made(made.cases, ())
+
+
+def test_the_lower_bound_is_held_against_the_threshold(tiny: Callable[..., LM]) -> None:
     lm = tiny(n_layers=2)
     asked = cases(lm)
-    for size in (0.2, 0.1, 0.05, 0.02, 0.01):  # until some answers change and some stay
-        delta = bump(lm, size)
-        value = check(lm, asked, [delta], text=TEXT)["local"].value
-        assert value is not None
-        if value > 0:
-            break
-    assert 0 < value < 1
-    for limit, wanted in ((value, "passed"), (min(1.0, value + 0.01), "failed")):
-        assert outcomes(check(lm, asked, [delta], text=TEXT, thresholds=Thresholds(local=limit)))["local"] == wanted
+    low = ci_wilson(1.0, 3).low  # type: ignore[union-attr]
+    for limit, wanted in ((low, "passed"), (low + 0.01, "unknown"), (0.99, "unknown")):
+        found = check(lm, asked, [zero(lm)], text=TEXT, thresholds=Thresholds(local=limit))["local"]
+        assert (found.value, found.outcome) == (1, wanted)
+    assert "Too few to say: it takes 381 subjects that all pass" in found.words
+    one = check(lm, asked[:1], [zero(lm)], text=TEXT)
+    assert outcomes(one)["local"] == "unknown"
+    assert not one.safe
+
+
+def test_a_model_loaded_from_elsewhere(tiny: Callable[..., LM]) -> None:
+    base, other = tiny(n_layers=2), tiny(n_layers=2)
+    other.apply(bump(other, 20.0))
+    asked = cases(base)
+    there, here = check(base, asked, [], edited=other, text=TEXT), check(base, asked, [bump(base, 20.0)], text=TEXT)
+    assert [(a.value, a.outcome) for a in there.answers] == [(a.value, a.outcome) for a in here.answers]
+    with pytest.raises(InvalidSetting, match="deltas and an edited model are given"):
+        check(base, asked, [zero(base)], edited=other)
 
 
 def test_a_broken_model_counts_as_fallen_short(tiny: Callable[..., LM]) -> None:

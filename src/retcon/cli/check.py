@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from retcon.cli.complete import CHAT_TOKENS, PLAIN_TOKENS
 from retcon.cli.shell import (
     AsChat,
     Device,
@@ -19,35 +20,65 @@ from retcon.cli.shell import (
     System,
     TemplateArgs,
     chat_of,
+    check_can_write,
     check_exists,
     console,
-    count,
     emit,
     load_deltas,
     load_model,
+    progress_bars,
     spinner,
 )
+from retcon.errors import InvalidSetting
+from retcon.workflow.checking import TITLES, check_report_name, load_edited, verdict_line, write_verdict
 from retcon.workflow.facts import read_facts
 
 if TYPE_CHECKING:
     from retcon.evaluation.safety import Answer, Verdict
 
-_TITLES = {
-    "took": "The edit took",
-    "generalised": "It generalised",
-    "local": "It stayed local",
-    "language": "The language is intact",
+_MARKS = {
+    "passed": "[green]✓[/]",
+    "failed": "[red]✗[/]",
+    "unknown": "[yellow]?[/]",
+    "off": "[dim]-[/]",
+    "unmeasurable": "[dim]-[/]",
 }
-_MARKS = {"passed": "[green]✓[/]", "failed": "[red]✗[/]", "unknown": "[yellow]?[/]", "off": "[dim]-[/]"}
 
 
 def check(
     model: Model,
-    delta: Annotated[list[Path], typer.Option(metavar="DELTA", help="A delta; repeat for several, applied in order.")],
     cases: Annotated[
         Path,
-        typer.Option(metavar="FILE", help="Cases, a dataset, or the edits themselves.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="Cases, a dataset, or the edits themselves (paraphrases and neighbours are made); world.",
+            show_default=False,
+        ),
     ],
+    delta: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DELTA", help="A delta; repeat for several, applied in order.", show_default=False),
+    ] = None,
+    edited: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="The edited model: a merged checkpoint, or a PEFT adapter.", show_default=False
+        ),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="An OpenAI-compatible server that serves the edited model as MODEL; only its text is judged. The key "
+            "is read from RETCON_API_KEY.",
+            show_default=False,
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer of the server.")] = 60.0,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the verdict: .html, .md, or .xml for JUnit.", show_default=False),
+    ] = None,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
     as_chat: AsChat = False,
@@ -59,9 +90,9 @@ def check(
         Path | None,
         typer.Option(metavar="FILE", help="Held-out text; plain paragraphs of the package's own.", show_default=False),
     ] = None,
-    took: Annotated[float, typer.Option(help="Share of edited prompts that must give the whole new answer.")] = 0.95,
-    generalised: Annotated[float, typer.Option(help="The same of rephrased prompts; 0 does not ask.")] = 0.6,
-    local: Annotated[float, typer.Option(help="Share of other answers that must stay; 0 does not ask.")] = 0.95,
+    took: Annotated[float, typer.Option(help="Share of edited prompts that must give the whole new answer.")] = 0.8,
+    generalised: Annotated[float, typer.Option(help="The same of rephrased prompts; 0 does not ask.")] = 0.5,
+    local: Annotated[float, typer.Option(help="Share of other answers that must stay; 0 does not ask.")] = 0.8,
     perplexity_ratio: Annotated[
         float, typer.Option(help="Perplexity of held-out text may grow by this factor; inf does not ask.")
     ] = 1.05,
@@ -70,9 +101,18 @@ def check(
     dtype: DType = None,
     as_json: Json = False,
 ) -> None:
-    """Say whether an edit took, generalised, stayed local and left the language intact. Exit code 0: it did; 1: not."""
+    """Say whether an edit took, generalised, stayed local and left the language intact. Exit code 0: it did; 1: not.
+
+    A share passes when the lower bound of its 95 % interval (Wilson's) reaches the threshold, so one case proves
+    nothing. Give one of --delta, --edited and --url.
+    """
     from retcon.evaluation import safety
 
+    if sum([bool(delta), edited is not None, url is not None]) != 1:
+        raise InvalidSetting("what shall be checked? Give one of --delta DELTA, --edited FOLDER and --url ADDRESS")
+    if report is not None:
+        check_report_name(report)
+        check_can_write(report)
     limits = safety.Thresholds(took=took, generalised=generalised, local=local, perplexity_ratio=perplexity_ratio)
     chat = chat_of(as_chat, system, template_args)
     asked = read_facts(
@@ -80,17 +120,36 @@ def check(
     )
     if text is not None:
         check_exists(text)
-    deltas = load_deltas(delta)
-    lm = load_model(model, device=device, dtype=dtype)
-    with spinner("asking"):
-        verdict = safety.check(
-            lm,
-            asked.cases,
-            deltas,
-            thresholds=limits,
-            text=None if text is None else text.read_text("utf-8"),
-            other_base=other_base,
-        )
+    if url is not None:
+        from retcon.evaluation.endpoint import Endpoint
+
+        served = Endpoint(url=url, model=model, timeout=timeout)
+        with progress_bars() as advance:
+            verdict = safety.check_endpoint(
+                served,
+                asked.cases,
+                thresholds=limits,
+                max_tokens=CHAT_TOKENS if chat else PLAIN_TOKENS,
+                on_progress=lambda done, of: advance("asking", done, of),
+            )
+        about = f"{model} at {url}; {asked.about}"
+    else:
+        deltas = load_deltas(delta or [])
+        lm = load_model(model, device=device, dtype=dtype)
+        with spinner("asking"):
+            verdict = safety.check(
+                lm,
+                asked.cases,
+                deltas,
+                edited=None if edited is None else load_edited(edited, model, device=device, dtype=dtype),
+                thresholds=limits,
+                text=None if text is None else text.read_text("utf-8"),
+                other_base=other_base,
+            )
+        what = str(edited) if edited is not None else ", ".join(map(str, delta or []))
+        about = f"{what} on {lm.label}; {asked.about}"
+    if report is not None:
+        write_verdict(report, verdict, about)
     if as_json:
         emit(_record(verdict))
     else:
@@ -101,7 +160,7 @@ def check(
 
 def _record(verdict: "Verdict") -> dict[str, object]:
     answers = {a.part: {**asdict(a), "words": a.words} for a in verdict.answers}
-    return {"safe": verdict.safe, "n_cases": verdict.n_cases, "answers": answers}
+    return {"safe": verdict.safe, "n_cases": verdict.n_cases, "notes": list(verdict.notes), "answers": answers}
 
 
 def _tell(verdict: "Verdict") -> None:
@@ -110,27 +169,22 @@ def _tell(verdict: "Verdict") -> None:
     for _ in range(3):
         table.add_column()
     for answer in verdict.answers:
-        table.add_row(_MARKS[answer.outcome], f"[bold]{_TITLES[answer.part]}[/]", escape(answer.words))
+        table.add_row(_MARKS[answer.outcome], f"[bold]{TITLES[answer.part]}[/]", escape(answer.words))
     show.print(table)
     for answer in verdict.answers:
         if answer.worst and answer.outcome == "failed":
             show.print()
-            show.print(f"[bold]{_TITLES[answer.part]}: where it fell short[/]")
+            show.print(f"[bold]{TITLES[answer.part]}: where it fell short[/]")
             show.print(_examples(answer))
     show.print()
-    failed = [a for a in verdict.answers if a.outcome == "failed"]
-    unknown = [a for a in verdict.answers if a.outcome == "unknown"]
-    if verdict.safe:
-        show.print(f"[bold green]Safe to ship[/] by these thresholds, on {count(verdict.n_cases, 'case')}.")
-    elif failed:
-        reasons = ", ".join(_TITLES[a.part].lower() for a in failed)
-        show.print(f"[bold red]Not safe to ship:[/] fell short of: {reasons}.")
-    else:
-        options = ", ".join(f"--{a.part} 0" for a in unknown)
-        show.print(
-            "[bold yellow]Not known to be safe:[/] the cases do not ask everything. Give cases that do, or say that "
-            f"it does not matter ({options})."
-        )
+    for note in verdict.notes:
+        show.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
+    colour = "green" if verdict.safe else "red" if any(a.outcome == "failed" for a in verdict.answers) else "yellow"
+    show.print(f"[bold {colour}]{escape(verdict_line(verdict))}[/]", soft_wrap=True)
+    unasked = [f"--{a.part} 0" for a in verdict.answers if a.outcome == "unknown" and a.value is None]
+    if unasked:
+        options = ", ".join(unasked)
+        show.print(f"The cases do not ask everything: give cases that do, or say that it does not matter ({options}).")
 
 
 def _examples(answer: "Answer") -> Table:

@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from retcon.errors import (
     ConflictingEdits,
     DeltaNotApplied,
+    EndpointFailed,
     InvalidEdit,
     InvalidSetting,
     MalformedFile,
@@ -41,7 +42,7 @@ WIDTH = 100
 """Columns of output that goes to a file or a pipe."""
 NARROW = 512
 """Width of the residual stream up to which one thread is used."""
-FAILURES = (NonFinite, DeltaNotApplied)
+FAILURES = (NonFinite, DeltaNotApplied, EndpointFailed)
 """Errors that are no fault of the input: exit code 1, all others 2."""
 
 Model = Annotated[

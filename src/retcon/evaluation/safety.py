@@ -1,22 +1,22 @@
 """Is an edit safe to ship? Four questions, each with a share, a threshold and the cases that fell short."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from retcon import world
 from retcon.attachment import Attachment
-from retcon.edits import Case
+from retcon.edits import Case, Query
 from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import perplexity
-from retcon.evaluation.intervals import Interval, ci_boot
+from retcon.evaluation.endpoint import Endpoint
+from retcon.evaluation.intervals import Interval, ci_wilson
+from retcon.evaluation.made import with_made_queries
 from retcon.evaluation.measure import measure
-from retcon.evaluation.metrics import is_locality
-from retcon.evaluation.plan import Measures, Plan, make_plan
+from retcon.evaluation.metrics import accepted, is_locality, matches
+from retcon.evaluation.plan import Measures, Plan, make_plan, subject_of
 from retcon.evaluation.records import Record
 from retcon.evaluation.results import Evaluation
 from retcon.evaluation.summary import case_values
@@ -25,7 +25,8 @@ from retcon.lm.generate import generate
 from retcon.lm.model import LM
 
 Part = Literal["took", "generalised", "local", "language"]
-Outcome = Literal["passed", "failed", "unknown", "off"]
+Outcome = Literal["passed", "failed", "unknown", "off", "unmeasurable"]
+"""`unknown`: not asked, or too few cases to say. `unmeasurable`: not to be had of a served model."""
 
 N_WORST = 5
 """Failing prompts shown per question."""
@@ -33,13 +34,17 @@ N_WORST = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """What counts as good enough. 0 (infinity for the ratio) turns a question off."""
+    """What counts as good enough. 0 (infinity for the ratio) turns a question off.
 
-    took: float = 0.95
+    A share has to be above its threshold with the lower bound of its 95 % interval (Wilson's, over subjects), so that a
+    handful of cases proves little: 0.8 takes 16 subjects that all pass.
+    """
+
+    took: float = 0.8
     """Share of edited prompts whose whole new answer is the model's own greedy choice, at least."""
-    generalised: float = 0.6
+    generalised: float = 0.5
     """The same on paraphrases, at least."""
-    local: float = 0.95
+    local: float = 0.8
     """Share of answer tokens on locality prompts that the edited model chooses as the unedited one does, at least."""
     perplexity_ratio: float = 1.05
     """Perplexity of held-out text, edited over unedited, at most."""
@@ -78,6 +83,8 @@ class Answer:
     interval: Interval | None
     """Of the share, over subjects."""
     worst: tuple[Example, ...] = ()
+    measured_by: str = ""
+    """How, where it is not by the model's own choices of tokens."""
 
     @property
     def words(self) -> str:
@@ -87,14 +94,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All answers. `safe` is True where every question that was not turned off was asked and passed."""
+    """All answers. `safe` is True where every question that was not turned off, and can be asked, passed."""
 
     answers: tuple[Answer, ...]
     n_cases: int
+    notes: tuple[str, ...] = ()
+    """What was made for the cases, and other things worth knowing."""
 
     @property
     def safe(self) -> bool:
-        return all(answer.outcome in ("passed", "off") for answer in self.answers)
+        return all(answer.outcome in ("passed", "off", "unmeasurable") for answer in self.answers)
 
     def __getitem__(self, part: Part) -> Answer:
         return next(answer for answer in self.answers if answer.part == part)
@@ -107,13 +116,20 @@ def check(
     *,
     thresholds: Thresholds = Thresholds(),
     text: str | None = None,
+    edited: LM | None = None,
     stops: Sequence[str] = ("\n",),
     other_base: bool = False,
+    seed: int = 0,
     on_progress: Callable[[str], None] = lambda stage: None,
 ) -> Verdict:
     """Ask the four questions of `deltas`, applied together; the model is left as it was.
 
+    Cases without paraphrases or neighbours get some (`retcon.evaluation.made`); `notes` of the verdict says so.
+
     Args:
+        edited: the edited model, loaded from elsewhere (a merged checkpoint, an adapter), in place of deltas; with the
+            same tokenizer.
+        seed: of the queries that are made.
         text: held-out text for the fourth; None takes the plain paragraphs of the embedded world.
         stops: end an answer shown among the examples.
         other_base: apply the deltas even though they were made for another base.
@@ -124,6 +140,14 @@ def check(
     """
     if not cases:
         raise InvalidSetting("no cases to check with; give at least the edits themselves")
+    if edited is not None and deltas:
+        raise InvalidSetting("deltas and an edited model are given; check one of them")
+
+    def say(queries: Sequence[Query]) -> list[str]:
+        return _say(lm, queries, ("\n", ".", ","), 5)
+
+    made = with_made_queries(cases, say, seed=seed)
+    cases = made.cases
     measures = Measures(generate=False)
     plan = make_plan(lm, cases, measures)
     held_out = "\n\n".join(world.text(60, seed=0)) if text is None else text
@@ -133,38 +157,109 @@ def check(
         on_progress("the edited model")
         for delta in deltas:
             stack.enter_context(lm.edited(delta, other_base=other_base))
-        post, edited = measure(lm, plan, measures, "final", pre), perplexity(lm, held_out)
+        now = lm if edited is None else edited
+        post, language = measure(now, plan, measures, "final", pre), perplexity(now, held_out)
         shares = [
             _share("took", plan, pre, post, thresholds.took),
             _share("generalised", plan, pre, post, thresholds.generalised),
             _share("local", plan, pre, post, thresholds.local),
         ]
-        after = _texts(lm, shares, stops)
-    before = _texts(lm, shares, stops)
+        after = _texts(now, plan, shares, stops)
+    before = _texts(lm, plan, shares, stops)
     answers = [
         replace(a, worst=tuple(replace(e, before=before[e.prompt], after=after[e.prompt]) for e in a.worst))
         for a in shares
     ]
-    ratio = edited.ppl / base.ppl
+    ratio = language.ppl / base.ppl
     fine = math.isfinite(ratio) and ratio <= thresholds.perplexity_ratio
     outcome: Outcome = "off" if math.isinf(thresholds.perplexity_ratio) else "passed" if fine else "failed"
-    answers.append(Answer("language", outcome, ratio, base.ppl, thresholds.perplexity_ratio, edited.n_tokens, None))
-    return Verdict(tuple(answers), len(cases))
+    answers.append(Answer("language", outcome, ratio, base.ppl, thresholds.perplexity_ratio, language.n_tokens, None))
+    return Verdict(tuple(answers), len(cases), made.notes)
+
+
+def check_endpoint(
+    endpoint: Endpoint,
+    cases: Sequence[Case],
+    *,
+    thresholds: Thresholds = Thresholds(),
+    stops: Sequence[str] = ("\n",),
+    max_tokens: int = 32,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Verdict:
+    """Ask a served model what text can say: whether edited prompts, and paraphrases, give the new answer.
+
+    What it writes has to begin with the answer (`gen.prefix`). The other two questions need the unedited model's tokens
+    and probabilities, which an endpoint does not give.
+
+    Raises:
+        InvalidSetting: no cases.
+        EndpointFailed: the server cannot be asked.
+    """
+    if not cases:
+        raise InvalidSetting("no cases to check with; give at least the edits themselves")
+    made = with_made_queries(cases, None, seed=seed)
+    places = [(c, q) for c in made.cases for q in c.queries if q.axis in ("rewrite", "paraphrase") and accepted(q)]
+    endpoint.check()
+    queries = [query for _, query in places]
+    texts = endpoint.write(
+        [q.prompt for q in queries],
+        [q.chat for q in queries],
+        max_tokens=max_tokens,
+        stops=stops,
+        on_progress=on_progress,
+    )
+    answers = []
+    for part, axis in (("took", "rewrite"), ("generalised", "paraphrase")):
+        asked = [(c, q, text) for (c, q), text in zip(places, texts, strict=True) if q.axis == axis]
+        answers.append(_written_share(part, asked, getattr(thresholds, part)))  # type: ignore[arg-type]
+    for part in ("local", "language"):
+        limit = thresholds.local if part == "local" else thresholds.perplexity_ratio
+        answers.append(Answer(part, "unmeasurable", None, None, limit, 0, None))  # type: ignore[arg-type]
+    return Verdict(tuple(answers), len(made.cases), made.notes)
+
+
+def _written_share(part: Part, asked: Sequence[tuple[Case, Query, str]], threshold: float) -> Answer:
+    """The share of written answers that begin with the right one, by case."""
+    right: dict[str, list[float]] = {}
+    worst = []
+    for case, query, text in asked:
+        value = next(m.value for m in matches(query, text) if m.variant == "gen.prefix")
+        right.setdefault(case.id, []).append(value or 0.0)
+        if not value:
+            worst.append(Example(query.prompt, query.target or "", "", text.strip()))
+    found = {case: math.fsum(values) / len(values) for case, values in right.items()}
+    subjects = {case.id: subject_of(case) for case, _, _ in asked}
+    answer = _judged(part, found, subjects, None, threshold)
+    return replace(answer, worst=tuple(worst[:N_WORST]), measured_by="what the model writes begins with the answer")
+
+
+def _judged(
+    part: Part, found: Mapping[str, float], subjects: Mapping[str, str], before: float | None, threshold: float
+) -> Answer:
+    """One of the first three questions from its value in each case."""
+    if not found:
+        return Answer(part, "off" if threshold == 0 else "unknown", None, None, threshold, 0, None)
+    value = math.fsum(found.values()) / len(found)
+    interval = ci_wilson(value, len({subjects[case] for case in found}))
+    assert interval is not None
+    outcome: Outcome = "unknown"  # too few cases to say
+    if threshold == 0:
+        outcome = "off"
+    elif interval.low >= threshold:
+        outcome = "passed"
+    elif value < threshold:
+        outcome = "failed"
+    return Answer(part, outcome, value, before, threshold, len(found), interval)
 
 
 def _share(part: Part, plan: Plan, pre: Evaluation, post: Evaluation, threshold: float) -> Answer:
     """One of the first three questions, texts of its examples still to be written."""
     found = _values(part, post.records)
     subjects = {a.case_id: a.subject for a in plan.asked}
-    if not found:
-        return Answer(part, "off" if threshold == 0 else "unknown", None, None, threshold, 0, None)
-    value = math.fsum(found.values()) / len(found)
     before = _values(part, pre.records)
-    column = torch.tensor([[v] for v in found.values()], dtype=torch.float64)
-    interval = ci_boot(column, [subjects[case] for case in found])[0]
-    outcome: Outcome = "off" if threshold == 0 else "passed" if value >= threshold else "failed"
     old = math.fsum(before.values()) / len(before) if before and part != "local" else None
-    return Answer(part, outcome, value, old, threshold, len(found), interval, _worst(part, plan, post.records))
+    return replace(_judged(part, found, subjects, old, threshold), worst=_worst(part, plan, post.records))
 
 
 def _values(part: Part, records: Iterable[Record]) -> dict[str, float]:
@@ -190,10 +285,21 @@ def _worst(part: Part, plan: Plan, records: Iterable[Record]) -> tuple[Example, 
     return tuple(Example(q.prompt, "as before" if part == "local" else q.target or "", "", "") for q in chosen)
 
 
-def _texts(lm: LM, answers: Sequence[Answer], stops: Sequence[str]) -> dict[str, str]:
-    prompts = list(dict.fromkeys(e.prompt for a in answers for e in a.worst))
-    how = replace(PRESETS["qa"], stops=tuple(stops), max_new_tokens=12)
-    return {p: w.text.strip() for p, w in zip(prompts, generate(lm, prompts, how), strict=True)} if prompts else {}
+def _texts(lm: LM, plan: Plan, answers: Sequence[Answer], stops: Sequence[str]) -> dict[str, str]:
+    wanted = {e.prompt for a in answers for e in a.worst}
+    queries = list({a.query.prompt: a.query for a in plan.asked if a.query.prompt in wanted}.values())
+    return dict(zip([q.prompt for q in queries], _say(lm, queries, stops, 12), strict=True))
+
+
+def _say(lm: LM, queries: Sequence[Query], stops: Sequence[str], max_new_tokens: int) -> list[str]:
+    """What a model writes after prompts, each in its chat."""
+    texts: dict[int, str] = {}
+    for chat in dict.fromkeys(q.chat for q in queries):
+        here = [i for i, q in enumerate(queries) if q.chat == chat]
+        how = replace(PRESETS["qa"], stops=tuple(stops), max_new_tokens=max_new_tokens, chat=chat, skip_newlines=True)
+        written = generate(lm, [queries[i].prompt for i in here], how)
+        texts |= {i: one.text.strip() for i, one in zip(here, written, strict=True)}
+    return [texts[i] for i in range(len(queries))]
 
 
 def _sentence(answer: Answer) -> str:
@@ -202,6 +308,9 @@ def _sentence(answer: Answer) -> str:
         "generalised": "rephrased prompts give it too",
         "local": "answers to other questions stay as they were",
     }
+    if answer.outcome == "unmeasurable":
+        what = name.get(answer.part, "perplexity of held-out text")
+        return f"{what}: not measurable there, an endpoint gives text only"
     if answer.part == "language":
         change = f"perplexity of held-out text is {answer.value:.3f} times what it was"
         return f"{change} (at most {answer.threshold:g} was asked; it was {answer.before:.1f}; {answer.n:,} tokens)"
@@ -210,7 +319,19 @@ def _sentence(answer: Answer) -> str:
         return f"{name[answer.part]}: not known, the cases hold no {missing}"
     low, high = (answer.interval.low, answer.interval.high) if answer.interval else (answer.value, answer.value)
     was = "" if answer.before is None else f", {100 * answer.before:.1f} % before the edit"
+    how = f"; {answer.measured_by}" if answer.measured_by else ""
+    few = ""
+    if answer.outcome == "unknown":
+        least = _least(answer.threshold)
+        enough = f"it takes {least} subjects that all pass, or a lower threshold" if least else "no number proves 100 %"
+        few = f". Too few to say: {enough}"
+    cases = "1 case" if answer.n == 1 else f"{answer.n:,} cases"
     return (
-        f"{100 * answer.value:.1f} % of {name[answer.part]} (at least {100 * answer.threshold:g} % was asked; 95 % "
-        f"interval {100 * low:.1f} to {100 * high:.1f}, {answer.n:,} cases{was})"
+        f"{100 * answer.value:.1f} % of {name[answer.part]} (95 % interval {100 * low:.1f} to {100 * high:.1f}, whose "
+        f"lower bound shall be {100 * answer.threshold:g} % or more; {cases}{was}{how}){few}"
     )
+
+
+def _least(threshold: float) -> int:
+    """Subjects that it takes for the lower bound to reach a threshold where all pass: z^2 t / (1 - t), rounded up."""
+    return math.ceil(1.959964**2 * threshold / (1 - threshold)) if threshold < 1 else 0

@@ -1,0 +1,173 @@
+"""A served model, asked over loopback: what is sent, what is judged, and what every failure says."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from retcon.chat import Chat
+from retcon.edits import Case, Edit, Query, in_chat
+from retcon.errors import EndpointFailed, InvalidSetting
+from retcon.evaluation.endpoint import Endpoint
+from retcon.evaluation.safety import Thresholds, check_endpoint
+
+Answer = Callable[[str, dict[str, Any] | None], tuple[int, Any]]
+
+
+@contextmanager
+def server(answer: Answer, headers: dict[str, str] | None = None) -> Iterator[tuple[str, list[tuple[str, Any, Any]]]]:
+    """An address, and what was asked there: (path, object, authorization)."""
+    asked: list[tuple[str, Any, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            record = json.loads(self.rfile.read(length)) if length else None
+            asked.append((self.path, record, self.headers.get("Authorization")))
+            code, found = answer(self.path, record)
+            body = found if isinstance(found, bytes) else json.dumps(found).encode()
+            self.send_response(code)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = do
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{running.server_address[1]}", asked
+    finally:
+        running.shutdown()
+        running.server_close()
+
+
+def says(text: str) -> Answer:
+    def answer(path: str, record: dict[str, Any] | None) -> tuple[int, Any]:
+        if path.endswith("/models"):
+            return 200, {"data": [{"id": "edited"}]}
+        message = {"role": "assistant", "content": text}
+        return 200, {"choices": [{"message": message} if "chat" in path else {"text": text}]}
+
+    return answer
+
+
+def cases(n: int = 20) -> list[Case]:
+    made = []
+    for i in range(n):
+        edit = Edit("The capital of {} is", f"Land {i}", "Rome", "Paris", id=str(i))
+        queries = (
+            Query("rewrite/0", "rewrite", edit.text, "Rome", "Paris", (("Rome",),)),
+            Query("neighborhood/0", "neighborhood", "The Louvre is in", "Paris", "Rome"),
+        )
+        made.append(Case(str(i), (edit,), queries))
+    return made
+
+
+def test_text_is_asked_for_and_judged_by_how_it_begins() -> None:
+    with server(says(" Rome, of course")) as (url, asked):
+        verdict = check_endpoint(Endpoint(url=url, model="edited"), cases())
+    assert {a.part: a.outcome for a in verdict.answers} == {
+        "took": "passed", "generalised": "passed", "local": "unmeasurable", "language": "unmeasurable",
+    }  # fmt: skip
+    assert verdict.safe
+    assert verdict["took"].n == 20
+    assert "begins with the answer" in verdict["took"].words
+    assert verdict["local"].words.endswith("not measurable there, an endpoint gives text only")
+    path, record, key = asked[1]
+    assert (path, key) == ("/v1/completions", None)
+    assert record == {
+        "model": "edited", "max_tokens": 32, "temperature": 0, "stream": False,
+        "prompt": "The capital of Land 0 is", "stop": ["\n"],
+    }  # fmt: skip
+    assert len(asked) == 1 + 20 + 40  # models, prompts, paraphrases that were made
+
+
+def test_what_falls_short_is_shown() -> None:
+    with server(says(" Paris")) as (url, _):
+        verdict = check_endpoint(Endpoint(url=url, model="edited"), cases(3), thresholds=Thresholds(generalised=0))
+    assert (verdict["took"].outcome, verdict["took"].value, verdict.safe) == ("failed", 0, False)
+    assert verdict["took"].worst[0].after == "Paris"
+
+
+def test_a_chat_is_asked_as_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETCON_API_KEY", "s3cret")
+    asking = in_chat(cases(2), Chat("Be brief.", (("enable_thinking", False),)))
+    with server(says("Rome")) as (url, asked):
+        check_endpoint(Endpoint(url=f"{url}/v1/", model="edited"), asking)
+    path, record, key = asked[1]
+    assert (path, key) == ("/v1/chat/completions", "Bearer s3cret")
+    assert record["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "The capital of Land 0 is"},
+    ]
+    assert record["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("code", "found", "message"),
+    [
+        (401, {"error": "no key"}, r"wants a key; put it into the environment variable RETCON_API_KEY: HTTP 401"),
+        (403, {}, "refuses the key in RETCON_API_KEY: HTTP 403"),
+        (429, {"error": "slow down"}, r"too many requests; wait, or ask for fewer cases.*HTTP 429.*slow down"),
+        (404, {}, "knows no such address or no model 'edited'.*--chat: HTTP 404"),
+        (500, b"<html>", "cannot answer: HTTP 500"),
+        (200, b"<html>", "gave no JSON"),
+        (200, [], "answered something else than an object"),
+        (200, {"choices": []}, "answered something else than a completion"),
+    ],
+)
+def test_a_failure_is_one_clear_error(code: int, found: Any, message: str) -> None:
+    def answer(path: str, record: Any) -> tuple[int, Any]:
+        return (200, {"data": []}) if path.endswith("/models") else (code, found)
+
+    with server(answer) as (url, asked):
+        with pytest.raises(EndpointFailed, match=message):
+            check_endpoint(Endpoint(url=url, model="edited"), cases(3))
+        assert len(asked) == 2  # nothing is asked again
+
+
+def test_a_wrong_name_is_told_with_the_right_ones() -> None:
+    with server(says("Rome")) as (url, asked):
+        with pytest.raises(EndpointFailed, match="serves no model 'edit'; it serves edited"):
+            check_endpoint(Endpoint(url=url, model="edit"), cases(1))
+        assert len(asked) == 1
+
+
+def test_a_server_that_is_slow_or_not_there() -> None:
+    def slow(path: str, record: Any) -> tuple[int, Any]:
+        time.sleep(0.5)
+        return 200, {}
+
+    with (
+        server(slow) as (url, _),
+        pytest.raises(EndpointFailed, match=r"gave no answer within 0.1 s; --timeout waits longer"),
+    ):
+        check_endpoint(Endpoint(url=url, model="edited", timeout=0.1), cases(1))
+    with pytest.raises(EndpointFailed, match=r"cannot be reached .*is the server running"):
+        check_endpoint(Endpoint(url="http://127.0.0.1:9", model="edited", timeout=5.0), cases(1))
+    with pytest.raises(InvalidSetting, match="expected an address such as http://localhost:8000"):
+        Endpoint(url="localhost:8000", model="edited")
+
+
+def test_nothing_is_sent_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    with server(says("Rome")) as (elsewhere, there):
+        monkeypatch.setenv("http_proxy", elsewhere)
+        moved = {"Location": f"{elsewhere}/v1/completions"}
+        with (
+            server(lambda path, record: (307, {}), moved) as (url, _),
+            pytest.raises(EndpointFailed, match="sends elsewhere, which is not followed"),
+        ):
+            check_endpoint(Endpoint(url=url, model="edited"), cases(1))
+        assert there == []
