@@ -26,7 +26,7 @@ from retcon.bench.spec import MeasureSpec
 from retcon.bench.units import Units
 from retcon.delta import Delta
 from retcon.edits import Edit, write_cases
-from retcon.errors import InvalidSetting, MalformedFile, RetconWarning
+from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, UnsupportedModel
 from retcon.evaluation import Measures
 from retcon.evaluation.measure import Outputs, tell
 from retcon.evaluation.plan import make_plan
@@ -388,3 +388,37 @@ def test_differences_name_leaves() -> None:
 def test_files_of_the_results_name_methods_and_settings_that_there_are(path: Path) -> None:
     for method in spec_from_file(path).methods:
         assert set(method.settings) <= {field.name for field in dataclasses.fields(method_class(method.name))}
+
+
+def test_a_seed_is_the_seed_that_edit_takes(spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = set()
+    real = running.in_steps
+
+    def noting(*arguments: Any, seed: int, **named: Any) -> Any:
+        seeds.add(seed)
+        return real(*arguments, seed=seed, **named)
+
+    monkeypatch.setattr(running, "in_steps", noting)
+    running.run_bench(dataclasses.replace(spec, seeds=(3,)), tmp_path / "bench")
+    assert seeds == {3}
+
+
+def test_a_start_that_fails_leaves_nothing_in_the_next_ones_way(
+    spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str, **_: Any) -> None:
+        raise UnsupportedModel(f"cannot load {name!r}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "load_model", missing)
+        with pytest.raises(UnsupportedModel):
+            running.run_bench(spec, tmp_path / "bench")
+    assert not (tmp_path / "bench").exists()
+    other = dataclasses.replace(spec, measures=MeasureSpec(max_new_tokens=2))
+    running.run_bench(other, tmp_path / "bench")
+    assert (tmp_path / "bench" / "manifest.json").is_file()
+    with monkeypatch.context() as patched:  # what was measured stays, whatever comes later
+        patched.setattr(running, "load_model", missing)
+        with pytest.raises(UnsupportedModel):
+            running.run_bench(other, tmp_path / "bench")
+    assert (tmp_path / "bench" / "runs.json").is_file()

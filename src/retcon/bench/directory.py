@@ -13,6 +13,8 @@ from retcon.errors import MalformedFile
 from retcon.evaluation.records import Record, read_records
 from retcon.files import read_json_rows
 
+MANIFEST = "manifest.json"
+"""What was asked, of a benchmark and of each of its runs."""
 FINISHED = "records.jsonl"
 """File of a run's folder that is there once the run is finished."""
 
@@ -88,7 +90,7 @@ def read_bench(directory: str | os.PathLike[str]) -> Bench:
         MalformedFile: it is none, or none of its runs is finished.
     """
     root = Path(directory)
-    whole = read_manifest(root / "manifest.json")
+    whole = read_manifest(root / MANIFEST)
     try:
         listing = json.loads((root / "runs.json").read_text("utf-8"))
         places = [root / line["directory"] for line in listing]
@@ -98,8 +100,8 @@ def read_bench(directory: str | os.PathLike[str]) -> Bench:
         raise MalformedFile(f"{root / 'runs.json'}: not a list of runs ({error!r})") from None
     runs = []
     for place in places:
-        own = read_manifest(place / "manifest.json")
+        own = read_manifest(place / MANIFEST)
         runs.append(Run(place, own["manifest"], own["environment"]))
-    begun = {p.parent.name for p in (root / "runs").glob("*/manifest.json")}
+    begun = {p.parent.name for p in (root / "runs").glob(f"*/{MANIFEST}")}
     finished = {p.parent.name for p in (root / "runs").glob(f"*/{FINISHED}")}
     return Bench(root, whole["manifest"], whole["environment"], tuple(runs), tuple(sorted(begun - finished)))

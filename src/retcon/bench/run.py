@@ -6,14 +6,14 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from retcon.attachment import Attachment
-from retcon.bench.directory import FINISHED
+from retcon.bench.directory import FINISHED, MANIFEST
 from retcon.bench.manifest import as_json, command_line, environment, manifest_of, run_id, versions, write_or_verify
 from retcon.bench.pre import unedited
 from retcon.bench.protocol import Setting, n_units, run_units
@@ -109,18 +109,37 @@ def run_bench(
     cells = cells_of(spec, {label: len(cases) for label, (cases, _) in loaded.items()})
     around = environment(command or command_line())
     whole = as_json({"spec": _portable(spec), "datasets": {k: r.sha256 for k, (_, r) in loaded.items()}} | versions())
-    for line in write_or_verify(root / "manifest.json", whole, around, force=force, what="benchmark"):
-        warnings.warn(f"the machine is not as it was: {line}; the last bits may differ", RetconWarning, stacklevel=2)
-    listing = []
-    for model in spec.models:
-        started = time.perf_counter()
-        bench = CellRunner(spec, model, loaded, time.perf_counter)
-        seconds = time.perf_counter() - started
-        for cell in (c for c in cells if c.model is model):
-            cases, report = loaded[cell.dataset.label]
-            listing.append(bench.run(cell, cases, report, root, around, force, watch, seconds))
-            write_atomically(root / "runs.json", json.dumps(listing, indent=1).encode())
+    with _nothing_left_of_a_failed_start(root):
+        for line in write_or_verify(root / MANIFEST, whole, around, force=force, what="benchmark"):
+            changed = f"the machine is not as it was: {line}; the last bits may differ"
+            warnings.warn(changed, RetconWarning, stacklevel=2)
+        listing = []
+        for model in spec.models:
+            started = time.perf_counter()
+            bench = CellRunner(spec, model, loaded, time.perf_counter)
+            seconds = time.perf_counter() - started
+            for cell in (c for c in cells if c.model is model):
+                cases, report = loaded[cell.dataset.label]
+                listing.append(bench.run(cell, cases, report, root, around, force, watch, seconds))
+                write_atomically(root / "runs.json", json.dumps(listing, indent=1).encode())
     shutil.rmtree(root / VALUES, ignore_errors=True)
+
+
+@contextmanager
+def _nothing_left_of_a_failed_start(root: Path) -> Iterator[None]:
+    """Take away the manifests of a benchmark that ends before anything is measured, or the next would be refused."""
+    had_manifest = (root / MANIFEST).exists()
+    try:
+        yield
+    except BaseException:
+        runs = root / "runs"
+        made = [path for path in runs.rglob("*") if path.is_file()]
+        if not had_manifest and all(path.name == MANIFEST for path in made):
+            shutil.rmtree(runs, ignore_errors=True)
+            (root / MANIFEST).unlink(missing_ok=True)
+            with suppress(OSError):  # it was there before, with something in it
+                root.rmdir()
+        raise
 
 
 def _portable(spec: BenchSpec) -> dict[str, Any]:
@@ -196,7 +215,7 @@ class CellRunner:
         method = self.method_of(cell)
         manifest = manifest_of(self.spec, cell, self.lm, method, chosen, report)
         identity, directory = place_of(cell, manifest, root)
-        write_or_verify(directory / "manifest.json", manifest, around, force=force, what="run")
+        write_or_verify(directory / MANIFEST, manifest, around, force=force, what="run")
         line = {"slug": cell.slug, "directory": f"runs/{directory.name}", "id": identity}
         total = n_units(cell.protocol, len(chosen))
         if (directory / FINISHED).is_file():
@@ -208,10 +227,9 @@ class CellRunner:
         pre_records = [*before.records, *self._unedited]
 
         kept = ValueCache(root / VALUES)
-        seed = derive_seed(cell.seed, "method") % 2**31
 
         def propose(lm: LM, edits: Sequence[Edit], state: Any, values: ValueCache | None = kept) -> Attachment:
-            return in_steps(method, lm, edits, moments=self.moments, state=state, values=values, seed=seed)
+            return in_steps(method, lm, edits, moments=self.moments, state=state, values=values, seed=cell.seed)
 
         setting = Setting(
             self.lm,

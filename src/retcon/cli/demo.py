@@ -309,9 +309,13 @@ def _percent(estimate: "Estimate | None") -> str:
 
 def _suggest(story: Story, others: Sequence[str]) -> None:
     """Commands that work as they stand, typed here."""
+    from retcon import world
+
     run, model, file = program(), f"demo:{story.name}", shlex.quote(str(story.file))
     edit = story.cases[0].edits[0]
-    wish = {"prompt": edit.prompt, "subject": edit.subject, "target_new": edit.target_new}
+    done = {case.id for case in story.cases}
+    own = next((case for case in world.cases(None, seed=1) if case.id not in done), story.cases[0]).edits[0]
+    wish = {"prompt": own.prompt, "subject": own.subject, "target_new": own.target_new}
     commands = {
         "Ask the edited model": f"{run} complete {model} {shlex.quote(edit.text)} --delta {file}",
         "Make it a checkpoint for transformers": f"{run} apply {model} {file} --save edited-{story.name}",
