@@ -15,6 +15,7 @@ import pytest
 
 import retcon
 from retcon.cli import app
+from retcon.cli.shell import StageLog
 from retcon.errors import NonFinite, RetconWarning
 from retcon.lm.generate import Written
 
@@ -147,3 +148,21 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout == "[]\n"
+
+
+def test_what_takes_long_is_logged_with_rate_and_time_left(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    log = StageLog(clock=lambda: now)
+    with caplog.at_level("INFO", "retcon.progress"):
+        log.advance("short", 0, 2)
+        now = 1.0
+        log.advance("short", 2, 2)
+        log.advance("long", 0, 100)
+        for later, done in ((3.0, 5), (11.0, 10), (12.0, 11), (51.0, 50), (101.0, 100)):
+            now = later
+            log.advance("long", done, 100)
+    assert caplog.messages == [
+        "long: 10 of 100, 1 a second, 90 s left",
+        "long: 50 of 100, 1 a second, 50 s left",
+        "long: 100 done in 100 s, 1 a second",
+    ]

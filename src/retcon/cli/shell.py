@@ -1,11 +1,13 @@
 """What every verb shares: where it prints, how it reports progress and errors, and how it loads a model."""
 
 import json
+import logging
 import math
 import os
 import shlex
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -180,7 +182,11 @@ def seconds(value: float) -> str:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per stage, on stderr, gone when done; nothing where stderr is no terminal."""
+    """A progress bar per stage on stderr, gone when done; where stderr is no terminal, log lines of what takes long."""
+    if not console(stderr=True).is_terminal:
+        with log_lines():
+            yield StageLog().advance
+        return
     shown = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -199,6 +205,54 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
     with shown:
         yield advance
+
+
+LOGGED_SECONDS, LOG_EVERY = 5.0, 30.0
+"""A stage is logged once it takes longer than the first, and again each time the second has passed."""
+_LOG = logging.getLogger("retcon.progress")
+
+
+class StageLog:
+    """How far each stage is, as lines of the logger `retcon.progress`: done, rate, time left; one line when it ends."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.began: dict[str, float] = {}
+        self.logged: dict[str, float] = {}
+
+    def advance(self, stage: str, done: int, total: int) -> None:
+        """Hear that `done` of `total` are done."""
+        now = self.clock()
+        began = self.began.setdefault(stage, now)
+        took = now - began
+        if took < LOGGED_SECONDS or done < 1:
+            return
+        if done >= total:
+            _LOG.info("%s: %s done in %s, %.3g a second", stage, f"{total:,}", seconds(took), done / took)
+            del self.began[stage]
+        elif now - self.logged.get(stage, -LOG_EVERY) >= LOG_EVERY:
+            self.logged[stage] = now
+            left = took / done * (total - done)
+            _LOG.info(
+                "%s: %s of %s, %.3g a second, %s left", stage, f"{done:,}", f"{total:,}", done / took, seconds(left)
+            )
+
+
+@contextmanager
+def log_lines() -> Iterator[None]:
+    """Send the progress log to stderr, unless the caller has given it a handler of its own."""
+    if _LOG.hasHandlers():
+        yield
+        return
+    handler, level = logging.StreamHandler(sys.stderr), _LOG.level
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    _LOG.addHandler(handler)
+    _LOG.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _LOG.removeHandler(handler)
+        _LOG.setLevel(level)
 
 
 @contextmanager

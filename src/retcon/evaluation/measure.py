@@ -1,5 +1,6 @@
 """`evaluate`: every query of the cases, scored and answered, before an edit and after it."""
 
+import builtins
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -443,9 +444,23 @@ def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Attachment], seed: 
 
 @contextmanager
 def _bar(shown: bool) -> Iterator[Advance]:
-    """A progress bar on stderr per stage, or nothing."""
+    """A progress bar per stage, on stderr or in a notebook, or nothing."""
     if not shown:
         yield lambda stage, done, total: None
+        return
+    if hasattr(builtins, "get_ipython"):  # rich draws nothing lasting there
+        from tqdm.auto import tqdm
+
+        bars: dict[str, Any] = {}
+
+        def draw(stage: str, done: int, total: int) -> None:
+            if stage not in bars or bars[stage].n >= bars[stage].total:
+                bars[stage] = tqdm(total=total, desc=f"evaluate: {stage}")
+            bars[stage].update(done - bars[stage].n)
+
+        yield draw
+        for each in bars.values():
+            each.close()
         return
     from rich.console import Console
     from rich.progress import Progress
