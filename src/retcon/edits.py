@@ -230,7 +230,7 @@ def separator_between(prompt: str, answer: str) -> str:
         return ""
     last = next((c for c in reversed(prompt) if c.isalpha()), prompt[-1])
     first = next((c for c in answer if c.isalpha()), answer[0])
-    return "" if any(map(_is_spaceless, (prompt[-1], last, first))) else " "
+    return "" if any(map(is_spaceless, (prompt[-1], last, first))) else " "
 
 
 def _opens(prompt: str) -> bool:
@@ -251,7 +251,8 @@ def _closes(answer: str) -> bool:
     return answer[0] in _FOLLOWS_DIRECTLY or unicodedata.category(answer[0]) in ("Pe", "Pf")
 
 
-def _is_spaceless(character: str) -> bool:
+def is_spaceless(character: str) -> bool:
+    """Return whether a character is of a script that writes no spaces between words."""
     return unicodedata.name(character, "").startswith(_SPACELESS)
 
 

@@ -231,3 +231,12 @@ def test_harmonic_is_at_most_arithmetic() -> None:
         assert hm is not None
         assert am is not None
         assert hm <= am + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [("罗马。", "罗马", True), ("罗马是首都", "罗马", True), ("ローマです", "ローマ", True), ("巴黎", "罗马", False)],
+)
+def test_scripts_without_spaces_have_a_boundary_everywhere(text: str, answer: str, right: bool) -> None:
+    assert gen_prefix(text, ((answer,),)) == right
+    assert not gen_prefix("Romeo", (("Rome",),))

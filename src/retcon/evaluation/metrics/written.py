@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from retcon.edits import Query
+from retcon.edits import Query, is_spaceless
 from retcon.evaluation.metrics.names import Measured, metric_names
 
 Answers = Sequence[Sequence[str]]
@@ -32,8 +32,15 @@ def gen_em(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> 
 
 
 def gen_prefix(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> bool:
-    """The text starts with an answer, at a word boundary."""
-    return _matches(text, answers, mode, lambda written, alias: f"{written} ".startswith(f"{alias} "))
+    """The text starts with an answer, at a word boundary (anywhere, in scripts that write no spaces)."""
+    return _matches(text, answers, mode, _starts_with)
+
+
+def _starts_with(written: str, alias: str) -> bool:
+    if not alias or not written.startswith(alias):
+        return False
+    after = written[len(alias) : len(alias) + 1]
+    return not after.strip() or is_spaceless(after) or is_spaceless(alias[-1])
 
 
 def gen_contains(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> bool:
