@@ -269,7 +269,8 @@ def edit(
     if as_json:
         emit(_record(model, resolved, made, out, seed, took, measured))
     else:
-        ask = f"{program()} complete {shlex.quote(model)} PROMPT --delta {shlex.quote(str(out))}"
+        how = "" if chat is None else " --chat"
+        ask = f"{program()} complete {shlex.quote(model)} PROMPT --delta {shlex.quote(str(out))}{how}"
         show.print(f"[dim]try    {escape(ask)}[/]", soft_wrap=True)
     if made.n_took < require * n:
         warn(

@@ -29,8 +29,8 @@ def default_moments(lm: LM) -> Moments:
     """Return the embedded models' shipped moments; for other models those of WikiText-103, or of the shipped text.
 
     The shipped text serves where the `datasets` package or the hub is absent, and a warning says so: it is small and
-    plain, so figures are a little lower than with text of the kind that the model should go on treating as before
-    (docs/guides/own-model.md has figures).
+    plain, and says less of what a model should go on treating as before than text of that kind does. What that costs is
+    measured by `benchmarks/corpora.py`.
     """
     if lm.name.startswith(DEMO):
         shipped = world.model_path(lm.name.removeprefix(DEMO)) / SHIPPED_MOMENTS
