@@ -209,7 +209,10 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 LOGGED_SECONDS, LOG_EVERY = 5.0, 30.0
 """A stage is logged once it takes longer than the first, and again each time the second has passed."""
-_LOG = logging.getLogger("retcon.progress")
+
+
+def _log() -> logging.Logger:
+    return logging.getLogger("retcon.progress")
 
 
 class StageLog:
@@ -228,12 +231,12 @@ class StageLog:
         if took < LOGGED_SECONDS or done < 1:
             return
         if done >= total:
-            _LOG.info("%s: %s done in %s, %.3g a second", stage, f"{total:,}", seconds(took), done / took)
+            _log().info("%s: %s done in %s, %.3g a second", stage, f"{total:,}", seconds(took), done / took)
             del self.began[stage]
         elif now - self.logged.get(stage, -LOG_EVERY) >= LOG_EVERY:
             self.logged[stage] = now
             left = took / done * (total - done)
-            _LOG.info(
+            _log().info(
                 "%s: %s of %s, %.3g a second, %s left", stage, f"{done:,}", f"{total:,}", done / took, seconds(left)
             )
 
@@ -241,18 +244,18 @@ class StageLog:
 @contextmanager
 def log_lines() -> Iterator[None]:
     """Send the progress log to stderr, unless the caller has given it a handler of its own."""
-    if _LOG.hasHandlers():
+    if _log().hasHandlers():
         yield
         return
-    handler, level = logging.StreamHandler(sys.stderr), _LOG.level
+    handler, level = logging.StreamHandler(sys.stderr), _log().level
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    _LOG.addHandler(handler)
-    _LOG.setLevel(logging.INFO)
+    _log().addHandler(handler)
+    _log().setLevel(logging.INFO)
     try:
         yield
     finally:
-        _LOG.removeHandler(handler)
-        _LOG.setLevel(level)
+        _log().removeHandler(handler)
+        _log().setLevel(level)
 
 
 @contextmanager
