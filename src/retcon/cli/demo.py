@@ -234,7 +234,7 @@ _TITLES = {
     "neighborhood": "other subjects with the same old answer, which should stay as they are",
 }
 _METRICS = {
-    "ES": "edited prompts: the new answer is likelier than the old",
+    "ES": "edited prompts: the new answer is likelier",
     "GS": "the same facts in held-out words",
     "LS": "other subjects with the old answer keep it",
     "Score": "harmonic mean of the three",
