@@ -23,6 +23,14 @@ from retcon.memory.moments import GivenMoments, collect_moments
 
 CORE = ("gemma2", "gpt2", "gpt_neox", "gptj", "llama", "mixtral", "phi3", "qwen2_moe", "qwen3_5_text")
 """Families that differ in structure; the everyday suite takes these, `make test-all` the others."""
+BROAD = (
+    "contract/test_methods.py",
+    "memory/test_fast_values.py",
+    "methods/test_fast_path.py",
+    "methods/test_advised.py",
+)
+"""Tests of everything on every family, of which the everyday suite takes the first three."""
+FIRST = ("gpt2", "gptj", "llama")
 
 
 class Models(dict[str, LM]):
@@ -34,11 +42,12 @@ class Models(dict[str, LM]):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is parametrised with a family outside `CORE` as `long`."""
+    """Mark what is parametrised with a family outside `CORE` as `long`; in the broadest files, outside `FIRST`."""
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             family = item.callspec.params.get("family") or item.callspec.params.get("model_type")
-            if family in LAYOUTS and family not in CORE:
+            kept = FIRST if item.location[0].endswith(BROAD) else CORE
+            if family in LAYOUTS and family not in kept:
                 item.add_marker("long")
 
 
