@@ -369,6 +369,7 @@ class Delta:
                 raise MalformedFile(f"{path}: delta format {record['format']!r}, this version reads {FORMAT!r}")
             if record.pop("check") != checksum(record, tensors):
                 raise MalformedFile(f"{path}: damaged; its content does not match its checksum")
+            _check_record(record)
             delta = cls(
                 changes=_changes_from(tensors),
                 base=record["base"],
@@ -404,6 +405,16 @@ def only_deltas(attachments: Sequence[Attachment], what: str) -> tuple[Delta, ..
                 "or keep its own file and attach it where the model runs"
             )
     return tuple(each for each in attachments if isinstance(each, Delta))
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Raises TypeError where a delta's record holds something of another type than `save` writes."""
+    for name in ("parents", "supersedes", "contexts"):
+        if not isinstance(record[name], list) or not all(isinstance(each, str) for each in record[name]):
+            raise TypeError(f"{name} must be a list of texts, found {record[name]!r:.60}")
+    for name, kind in (("base", str), ("id", str), ("provenance", dict), ("report", list), ("edits", list)):
+        if not isinstance(record[name], kind):
+            raise TypeError(f"{name} must be {kind.__name__}, found {record[name]!r:.60}")
 
 
 def smallest(left: Tensor, right: Tensor) -> Change:

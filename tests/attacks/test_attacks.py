@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+ATTACKS = [("signals", 84), ("sequences", 24), ("threads", 3), ("stores", 12), ("malformed", 60)]
 
-@pytest.mark.parametrize(("attack", "n"), [("signals", 84), ("sequences", 24), ("threads", 3), ("stores", 12)])
+
+@pytest.mark.parametrize(("attack", "n"), ATTACKS)
 def test_nothing_gives_way(attack: str, n: int) -> None:
     command = [sys.executable, "-m", f"tests.attacks.{attack}", "--n", str(n), "--seed", "7"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300)

@@ -437,3 +437,15 @@ def test_the_context_names_the_deltas_in_force(tiny: Make) -> None:
     lm.apply(delta)
     for found in (evaluate(lm, CASES, pre=pre, generate=False), evaluate(lm, CASES, generate=False)):
         assert (found.context["method"], found.context["n_edits"], found.context["edit_batch"]) == ("nothing", 2, 2)
+
+
+def test_a_query_longer_than_the_context_is_skipped_and_said(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    long = Query("long", "paraphrase", "very " * 150 + "long", "Rome")
+    short = Query("short", "rewrite", "The capital of France is", "Rome")
+    unanswered = Query("unanswered", "locality.text", "much " * 150 + "more")
+    found = evaluate(lm, [Case("a", (), (long, short, unanswered))])
+    told = {r.query_id: r for r in found.records}
+    assert (told["long"].status, told["short"].status) == ("skipped", "ok")
+    assert "unanswered" not in told or told["unanswered"].status == "skipped"
+    assert "reads 128 tokens at once" in str(told["long"].detail)

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import retcon
 from retcon.delta import Delta, Dense, LowRank, Rows
+from retcon.edits import Edit
 from retcon.errors import (
     DeltaMismatch,
     DeltaNotApplied,
+    InvalidEdit,
     ModelBusy,
     NonFinite,
     NotEditable,
@@ -28,6 +31,7 @@ from retcon.lm.generate import Writing, generate
 from retcon.lm.ledger import Ledger
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, pad
+from retcon.methods.common.sequence import in_steps
 from tests.conftest import FAMILIES, tiny_model, tokenizer
 from tests.lm.deltas import KINDS, by_hand, random_change, same_bytes
 
@@ -738,3 +742,31 @@ def test_flags_and_hooks_that_an_interrupt_left_are_put_back_by_the_next_call(ti
     assert lm.consistent
     assert lm.model.training
     assert all(p.requires_grad for p in lm.model.parameters())
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_its_ends(tiny: Callable[..., LM]) -> None:
+    lm = tiny("gptj")
+    text = "The first words of it, " + "very " * 150 + "and the last ones."
+    with pytest.raises(
+        InvalidEdit, match=r"'The first words .* \.\.\. .*the last ones\.' has \d+ tokens; .* 128 tokens"
+    ):
+        lm.complete(text)
+    with pytest.raises(InvalidEdit, match=r"has 10,000,000 characters"):  # no tokens are counted
+        lm.complete("x" * 10_000_000)
+
+
+def test_an_edit_longer_than_the_context_is_refused_before_any_pass(tiny: Callable[..., LM]) -> None:
+    edit = Edit("very " * 150 + "{} is", "France", "Rome", id="long")
+    lm = tiny("llama")
+    lm.model.forward = None  # a pass would fail
+    for name in ("memit", "ft"):
+        with pytest.raises(InvalidEdit, match=r"edit 'long': .* tokens"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            in_steps(retcon.method(name, for_model=lm), lm, [edit])
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused() -> None:
+    model = tiny_model("gptj")
+    model.resize_token_embeddings(100)
+    with pytest.raises(UnsupportedModel, match=r"the tokenizer has \d+ tokens, the embedding 100 rows"):
+        LM(model, tokenizer())

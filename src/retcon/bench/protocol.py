@@ -19,7 +19,7 @@ from retcon.attachment import Attachment
 from retcon.bench.units import Unit, Units
 from retcon.checked import as_bytes
 from retcon.edits import Case, Edit, same_question
-from retcon.errors import DeltaMismatch, InvalidSetting, RetconError
+from retcon.errors import DeltaMismatch, InvalidEdit, InvalidSetting, RetconError
 from retcon.evaluation.measure import divergences, measure
 from retcon.evaluation.plan import Measures, Plan, make_plan, subject_of
 from retcon.evaluation.records import Record, When
@@ -59,6 +59,9 @@ class Protocol:
                 raise InvalidSetting(f"{name} must be at least 1, found {value}")
         object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
         object.__setattr__(self, "ns", tuple(self.ns))
+        for name in ("checkpoints", "ns"):
+            if any(n < 1 for n in getattr(self, name)):
+                raise InvalidSetting(f"{name} are numbers of edits, from 1 on; found {list(getattr(self, name))}")
         if self.checkpoints and self.kind not in ("sequential", "batch_sequential"):
             raise InvalidSetting(f"{self.kind} restores after every call, so it has no checkpoints")
         if self.kind in ("single", "sequential") and self.batch not in (None, 1):
@@ -259,6 +262,10 @@ def _reason(setting: Setting, case: Case) -> str | None:
                 return f"edit {edit.id!r} names no subject, which this method needs"
         elif edit.subject_span is None:
             return f"subject {edit.subject!r} does not occur in the prompt"
+        try:
+            setting.lm.check_edit_length(edit)
+        except InvalidEdit as error:
+            return str(error)
     return None
 
 

@@ -36,6 +36,7 @@ from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Corpus, CorpusMoments
 from retcon.memory.timed import TimedMoments
 from retcon.memory.values import ValueCache
+from retcon.methods.common.contract import check_model_has_layers
 from retcon.methods.common.registry import method as make_method
 from retcon.methods.common.sequence import in_steps
 
@@ -107,6 +108,7 @@ def run_bench(
     for _, report in loaded.values():
         on_loaded(report)
     cells = cells_of(spec, {label: len(cases) for label, (cases, _) in loaded.items()})
+    first = CellRunner(spec, spec.models[0], loaded, time.perf_counter)  # bad settings end here, before any writing
     around = environment(command or command_line())
     whole = as_json({"spec": _portable(spec), "datasets": {k: r.sha256 for k, (_, r) in loaded.items()}} | versions())
     with _nothing_left_of_a_failed_start(root):
@@ -115,12 +117,10 @@ def run_bench(
             warnings.warn(changed, RetconWarning, stacklevel=2)
         listing = []
         for model in spec.models:
-            started = time.perf_counter()
-            bench = CellRunner(spec, model, loaded, time.perf_counter)
-            seconds = time.perf_counter() - started
+            bench = first if model is spec.models[0] else CellRunner(spec, model, loaded, time.perf_counter)
             for cell in (c for c in cells if c.model is model):
                 cases, report = loaded[cell.dataset.label]
-                listing.append(bench.run(cell, cases, report, root, around, force, watch, seconds))
+                listing.append(bench.run(cell, cases, report, root, around, force, watch))
                 write_atomically(root / "runs.json", json.dumps(listing, indent=1).encode())
     shutil.rmtree(root / VALUES, ignore_errors=True)
 
@@ -176,7 +176,9 @@ class CellRunner:
         self, spec: BenchSpec, model: ModelSpec, loaded: Mapping[str, Loaded], clock: Callable[[], float]
     ) -> None:
         self.spec = spec
+        started = clock()
         self.lm = load_model(model.name, dtype=model.dtype, device=model.device, revision=model.revision)
+        self.load_seconds = clock() - started
         corpus = model.corpus
         found = default_moments(self.lm) if corpus is None else CorpusMoments(Corpus.from_file(corpus))
         self.moments: Any = TimedMoments(found, clock=clock)
@@ -197,7 +199,9 @@ class CellRunner:
 
     def _method(self, asked: MethodSpec, cases: Sequence[Case]) -> Any:
         own = {"dataset": asked.dataset, "preset": asked.preset, **asked.settings}
-        return make_method(asked.name, for_model=self.lm, cases=cases, **own)
+        made = make_method(asked.name, for_model=self.lm, cases=cases, **own)
+        check_model_has_layers(made, self.lm)
+        return made
 
     def run(
         self,
@@ -208,7 +212,6 @@ class CellRunner:
         around: Mapping[str, Any],
         force: bool,
         watch: Watch,
-        load_seconds: float,
     ) -> dict[str, str]:
         """Run one cell, from where it was stopped to its end; returns its line in the list of runs."""
         chosen = chosen_cases(cases, cell)
@@ -265,7 +268,7 @@ class CellRunner:
             "seed": cell.seed,
         }
         evaluation = Evaluation([*pre_records, *(record for unit in done for record in unit.records)], context)
-        self._write(directory, evaluation, before, done, plan, load_seconds)
+        self._write(directory, evaluation, before, done, plan)
         watch(Event(cell, total, total, evaluation))
         return line
 
@@ -315,9 +318,11 @@ class CellRunner:
         before: Evaluation,
         done: Sequence[Unit],
         plan: Plan,
-        load_seconds: float,
     ) -> None:
-        timings = [_whole("pre", "time", "time.load", load_seconds, 1, 0), *(t for unit in done for t in unit.timings)]
+        timings = [
+            _whole("pre", "time", "time.load", self.load_seconds, 1, 0),
+            *(t for unit in done for t in unit.timings),
+        ]
         write_records(directory / "timings.jsonl", timings, evaluation.context)
         told = "".join(json.dumps(_case_row(case), ensure_ascii=False) + "\n" for case in plan.cases)
         write_atomically(directory / "cases.jsonl", told.encode())

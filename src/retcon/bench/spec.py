@@ -217,7 +217,7 @@ def spec_from_file(path: str | os.PathLike[str]) -> BenchSpec:
     """
     try:
         table = tomllib.loads(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise MalformedFile(f"{path}: not a readable TOML file ({error})") from None
     return _made(BenchSpec, table, str(path))
 

@@ -109,7 +109,7 @@ def _without_weights(name: str) -> "LM":
 
     from retcon import world
     from retcon.errors import UnsupportedModel
-    from retcon.lm.load import DEMO
+    from retcon.lm.load import DEMO, damage
     from retcon.lm.model import LM
 
     place = str(world.model_path(name.removeprefix(DEMO))) if name.startswith(DEMO) else name
@@ -118,6 +118,6 @@ def _without_weights(name: str) -> "LM":
         config = AutoConfig.from_pretrained(place)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"cannot read {name!r}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # whatever the parsers make of a damaged config or tokenizer
+        raise UnsupportedModel(f"cannot read {name!r}: {damage(error)}") from error
     return LM(model, tokenizer, name=name)

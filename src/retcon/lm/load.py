@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from retcon import world
-from retcon.errors import UnsupportedModel
+from retcon.errors import RetconError, UnsupportedModel
 from retcon.lm.fingerprint import checkpoint_fingerprint
 from retcon.lm.gguf import DAMAGED, find_gguf, forget_packing, gguf_options, quiet_conversion
 from retcon.lm.layouts import Layout
@@ -55,14 +54,13 @@ def load(
     from transformers import AutoTokenizer
 
     place = str(world.model_path(name.removeprefix(DEMO))) if name.startswith(DEMO) else name
-    target = torch.device(device) if device is not None else _best_device()
+    target = _device(device)
     if dtype is None:
         dtype = "auto" if target.type != "cpu" or device_map is not None else torch.float32
     elif dtype != "auto":
         dtype = _dtype(dtype)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     gguf = find_gguf(place)
-    unreadable = (OSError, ValueError, RuntimeError, SafetensorError, *(DAMAGED if gguf is not None else ()))
     try:
         with quietly(), quiet_conversion() if gguf is not None else nullcontext():
             weights_options: dict[str, Any] = {"use_safetensors": None if allow_bin else True}
@@ -80,12 +78,20 @@ def load(
                 **weights_options,
                 **options,
             )
-    except unreadable as error:
+    except (RetconError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever the parsers of configs, tokenizers and weights make of a damaged checkpoint
         raise UnsupportedModel(f"cannot load {name!r}: {_reason(error, place, allow_bin, gguf)}") from error
     if missing := sorted(report["missing_keys"]):  # transformers makes them up, at random
         raise UnsupportedModel(
             f"cannot load {name!r}: the checkpoint lacks {len(missing)} of the model's weights, which would be random: "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+        )
+    packed = getattr(model.config, "quantization_config", None)
+    if packed is not None and gguf is None and getattr(model, "hf_quantizer", None) is None:
+        raise UnsupportedModel(
+            f"cannot load {name!r}: its weights are quantised in a way that this version of transformers does not know "
+            f"({_quantiser(packed)}); take the unquantised checkpoint"
         )
     if gguf is not None:
         forget_packing(model, gguf)
@@ -156,8 +162,21 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _device(asked: str | torch.device | None) -> torch.device:
+    """The device asked for, or the best there is.
+
+    Raises:
+        UnsupportedModel: this machine has no such device.
+    """
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModel(f"device {str(asked)!r} cannot be used here ({reason}); try cpu or cuda") from None
+    return device
 
 
 def _dtype(asked: str | torch.dtype) -> torch.dtype:
@@ -175,6 +194,21 @@ def _reason(error: Exception, place: str, allow_bin: bool, gguf: Path | None) ->
         if list(Path(place).glob("*.bin")):
             return "it holds pickled .bin weights only; convert them to safetensors, or pass allow_bin=True"
         return "the directory contains no safetensors weights, and no GGUF file"
+    if isinstance(error, ImportError):
+        return f"it needs a package that is not installed ({text.splitlines()[0]})"
     if "ignore_mismatched_sizes" in text:
         return "its weights have other shapes than its config.json says"
-    return text.splitlines()[0] if text else type(error).__name__
+    return damage(error)
+
+
+def _quantiser(settings: Any) -> str:
+    own = settings if isinstance(settings, dict) else vars(settings)
+    return str(own.get("quant_method", "no method named"))
+
+
+def damage(error: Exception) -> str:
+    """What an error that reading a checkpoint ended in says about it, in one line."""
+    text = str(error).strip()
+    if isinstance(error, (OSError, ValueError)) and text:
+        return text.splitlines()[0]
+    return f"its config, tokenizer or weights are damaged ({type(error).__name__}: {' '.join(text.split())[:200]})"

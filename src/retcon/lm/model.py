@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from retcon.attachment import Attachment
 from retcon.chat import Chat, chat_from
 from retcon.delta import Change, Columns, Delta, Dense, Entries, Region, Rows, smallest
+from retcon.edits import Edit
 from retcon.errors import (
     DeltaMismatch,
     DeltaNotApplied,
+    InvalidEdit,
     NonFinite,
     NotEditable,
     RetconWarning,
@@ -32,7 +34,7 @@ from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.hooks import Hooks
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
-from retcon.lm.prompts import Row, encode, end_of_turn
+from retcon.lm.prompts import Row, encode, encode_edit, end_of_turn
 from retcon.lm.scopes import Edited, FrozenEval, Lent, Scope, Turn, Turns, WithoutDeltas
 from retcon.work import Here, Workers
 
@@ -165,6 +167,7 @@ class LM:
                 f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell which characters a token covers; "
                 "load the fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
             )
+        _refuse_other_vocabulary(model, tokenizer, name)
         self.model = model
         self.tokenizer = tokenizer
         self.layout = (layout or layout_for(model.config)).within(_decoder_path(model))
@@ -250,7 +253,43 @@ class LM:
         """Tokens that the model can read at once; None where its config does not say."""
         config = self.config
         found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        return None if found is None else int(found)
+        return found if isinstance(found, int) else None
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters of the vocabulary's longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def check_length(self, text: str, row: Row | None = None, *, what: str = "the text") -> None:
+        """Check that a text fits into the model's context, before anything is run.
+
+        Args:
+            row: its tokens; without them, only a text that no tokens of this vocabulary could make short enough fails.
+
+        Raises:
+            InvalidEdit: it does not fit; the message shows both ends of the text, its length and the limit.
+        """
+        limit = self.context_length
+        if limit is None:
+            return
+        length = None
+        if row is not None and (n := max(row.n_prompt, len(row.ids) - 1)) > limit:  # the last answer token is not read
+            length = f"{n:,} tokens"
+        elif row is None and len(text) > limit * self._longest_token:
+            length = f"{len(text):,} characters"
+        if length is not None:
+            shown = text if len(text) <= 80 else f"{text[:40]} ... {text[-40:]}"
+            raise InvalidEdit(f"{what} {shown!r} has {length}; {self.name} reads {limit:,} tokens at once. Shorten it")
+
+    def check_edit_length(self, edit: Edit) -> None:
+        """Check that an edit's prompt and answer fit into the model's context.
+
+        Raises:
+            InvalidEdit: they do not.
+        """
+        what = f"edit {edit.id!r}:"
+        self.check_length(edit.text, what=what)
+        self.check_length(edit.text, encode_edit(self.tokenizer, edit, answer=edit.target_new), what=what)
 
     @property
     def head(self) -> nn.Module:
@@ -642,10 +681,17 @@ class LM:
         stops: Sequence[str] = ("\n",),
         chat: "Chat | Mapping[str, Any] | bool | None" = None,
     ) -> list[str]:
-        """Return greedy continuations: only the new text, cut at the earliest stop text (`retcon.lm.generate`)."""
+        """Return greedy continuations: only the new text, cut at the earliest stop text (`retcon.lm.generate`).
+
+        Raises:
+            InvalidEdit: a prompt is longer than the model's context.
+        """
         from retcon.lm.generate import Writing, generate  # which is written for an LM
 
         how = Writing(max_new_tokens=max_new_tokens, stops=tuple(stops), chat=chat_from(chat), skip_newlines=True)
+        for prompt in prompts:
+            self.check_length(prompt, what="the prompt")
+            self.check_length(prompt, self.encode(prompt, chat=how.chat), what="the prompt")
         return [one.text for one in generate(self, prompts, how)]
 
 
@@ -684,6 +730,19 @@ def _few(parameter: Tensor) -> list[Any]:
 
 def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
+
+
+def _refuse_other_vocabulary(model: Any, tokenizer: Any, name: str | None) -> None:
+    """Raises UnsupportedModel where the tokenizer's own vocabulary (tokens added later aside) exceeds the embedding."""
+    embedding, backend = model.get_input_embeddings(), getattr(tokenizer, "backend_tokenizer", None)
+    if embedding is None or backend is None:
+        return
+    n_tokens, n_rows = backend.get_vocab_size(with_added_tokens=False), embedding.weight.shape[0]
+    if n_tokens > n_rows:
+        raise UnsupportedModel(
+            f"{name or model.config.model_type}: the tokenizer has {n_tokens:,} tokens, the embedding {n_rows:,} rows; "
+            "load the tokenizer that belongs to this model, or call model.resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def _refuse_wrapped(model: Any) -> None:

@@ -33,7 +33,7 @@ def answer_rows(
         end: append the tokenizer's end-of-text token (of a chat model, its end of turn) to the answer.
 
     Raises:
-        InvalidEdit: `target_true` is asked for and an edit has none.
+        InvalidEdit: `target_true` is asked for and an edit has none, or a row is longer than the model's context.
         UnsupportedModel: `end` is asked for and the tokenizer has no such token.
     """
     if end and lm.tokenizer.eos_token_id is None:
@@ -44,6 +44,7 @@ def answer_rows(
         if text is None:
             raise InvalidEdit(f"edit {edit.id!r} ({edit.subject!r}) has no {answer}, which these settings need")
         row = encode_edit(lm.tokenizer, edit, prefix, answer=text)
+        lm.check_length(prefix + edit.text, row, what=f"edit {edit.id!r}:")
         rows.append(replace(row, ids=(*row.ids, lm.tokenizer.eos_token_id)) if end else row)
     return rows
 

@@ -80,6 +80,7 @@ def resolve(
         probe: take the layers that the contrast-based probe advises for `edits`.
     """
     from retcon.methods.common import registry
+    from retcon.methods.common.contract import check_model_has_layers
 
     given = given or {}
     probed = {"layers": "probe"} if probe else {}
@@ -88,6 +89,7 @@ def resolve(
         chosen = registry.choose(
             name, for_model=lm, dataset=dataset, preset=preset, cases=edits or None, **{**given, **probed}
         )
+    check_model_has_layers(chosen.method, lm)
     return Resolved(name, chosen.method, chosen.preset, frozenset(given), len(edits) if probe else 0, chosen.notes)
 
 

@@ -100,8 +100,15 @@ def norm_names(sites: Sequence[ValueSite]) -> list[str]:
 
 
 def rewriting_rows(lm: LM, edit: Edit, contexts: Contexts) -> list[Row]:
-    """The edit's prompt in every context, bare first, with the new answer after it."""
-    return [encode_edit(lm.tokenizer, edit, prefix, answer=edit.target_new) for prefix in contexts.all]
+    """The edit's prompt in every context, bare first, with the new answer after it.
+
+    Raises:
+        InvalidEdit: one of them is longer than the model's context.
+    """
+    rows = [encode_edit(lm.tokenizer, edit, prefix, answer=edit.target_new) for prefix in contexts.all]
+    for prefix, row in zip(contexts.all, rows, strict=True):
+        lm.check_length(prefix + edit.text, row, what=f"edit {edit.id!r}, in context,")
+    return rows
 
 
 def kl_row(lm: LM, edit: Edit) -> Row:

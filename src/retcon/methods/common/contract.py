@@ -22,6 +22,8 @@ from retcon.memory.write import UpdateFilter as UpdateFilter
 from retcon.methods.common.settings import checked
 from retcon.version import __version__
 
+LAYER_SETTINGS = ("layer", "layers", "low", "high")
+"""Settings that count blocks from 0."""
 State = Mapping[str, torch.Tensor]
 """What a sequential method keeps: tensors by name."""
 Progress = Callable[[str, int, int], None]
@@ -172,6 +174,18 @@ def check_depth(name: str, lm: LM, layers: Sequence[int]) -> None:
     for layer in layers:
         if not 0 <= layer < lm.n_layers:
             raise InvalidSetting(f"{name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")
+
+
+def check_model_has_layers(method: Any, lm: LM) -> None:
+    """Check the settings that are layers of the model: `layer`, `layers`, `low`, `high`.
+
+    Raises:
+        InvalidSetting: the model has no such layer.
+    """
+    for setting in LAYER_SETTINGS:
+        found = getattr(method, setting, None)
+        listed = found if isinstance(found, tuple) else (found,)
+        check_depth(f"{method.name}: {setting}", lm, [layer for layer in listed if isinstance(layer, int)])
 
 
 def check_not_negative(method: Any, *settings: str) -> None:

@@ -42,6 +42,7 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        self.value_search()  # which checks their ranges
 
     @abstractmethod
     def value_sites(self, lm: LM) -> list[ValueSite]:

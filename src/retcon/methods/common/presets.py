@@ -85,14 +85,14 @@ def preset_for(name: str, lm: LM, dataset: str | None = None, parents: tuple[str
     """
     looks = signature(lm)
     fitting = [p for p in presets(name, parents) if all(looks.get(k) == v for k, v in p.match.items())]
-    if not fitting:
+    if not fitting and dataset is None:
         return None
     if dataset is not None:
         for candidate in fitting:
             if candidate.dataset == dataset:
                 return candidate
         known = ", ".join(p.name for p in fitting)
-        raise UnknownPreset(f"{name} has no preset for this model and dataset {dataset!r}; known: {known}")
+        raise UnknownPreset(f"{name} has no preset for this model and dataset {dataset!r}; known: {known or 'none'}")
     own = [p for p in fitting if p.source.startswith(TUNED)]
     if len(fitting) == 1 or own:
         return (own or fitting)[0]

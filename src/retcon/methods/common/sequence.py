@@ -63,6 +63,8 @@ def in_steps(
         raise InvalidSetting(f"batch_size {size}: {type(method).__name__} takes {allowed}")
     check_edits(edits)
     check_subjects(method, edits)
+    for edit in edits:
+        lm.check_edit_length(edit)
     if len(edits) <= size or not edits:
         return method.propose(
             lm,
