@@ -143,7 +143,7 @@ def test_zero_parts_change_no_bit(kind, dtype, tiny, edits, randn):
 def test_left_and_right_padding_give_the_same_gradient(randn):
     """T2 with padding on either side, on a model called directly with its mask."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32)).double().eval()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=16, n_layer=2, n_head=2, n_positions=32)).double().eval()
     from tests.conftest import tokenizer
 
     lm = LM(model, tokenizer())

@@ -185,7 +185,11 @@ def check_model_has_layers(method: Any, lm: LM) -> None:
     for setting in LAYER_SETTINGS:
         found = getattr(method, setting, None)
         listed = found if isinstance(found, tuple) else (found,)
-        check_depth(f"{method.name}: {setting}", lm, [layer for layer in listed if isinstance(layer, int)])
+        check_depth(
+            f"{getattr(method, 'name', type(method).__name__)}: {setting}",
+            lm,
+            [layer for layer in listed if isinstance(layer, int)],
+        )
 
 
 def check_not_negative(method: Any, *settings: str) -> None:
