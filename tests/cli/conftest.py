@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from retcon.cli import app
+from retcon.cli.shell import console
 from tests.conftest import tiny_model, tokenizer
 
 ROWS = [
@@ -35,6 +36,7 @@ def here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("COLUMNS", raising=False)  # a test runner's own width would wrap lines elsewhere
+    console.cache_clear()  # one that another test made may have that width
     for family in ("gptj", "llama"):
         (tmp_path / family).symlink_to(models / family)
     text = [f"The capital of France is Paris, and {i} of {i * i} trains go home by way of Łódź." for i in range(60)]
