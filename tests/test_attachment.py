@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from retcon import attachment
-from retcon.attachment import Attachment, Cost, Hook
+from retcon.attachment import Attachment, Beside, Cost, Hook
 from retcon.bench.protocol import Protocol, run_protocol
 from retcon.bench.units import Unit, Units
 from retcon.delta import Delta, Dense
@@ -278,3 +279,24 @@ def test_cut_at_any_line_it_is_there_or_it_is_not(lm: LM, call: str) -> None:
 def test_a_hook_is_a_value(lm: LM) -> None:
     hook = Hook("transformer.h.1.mlp", torch.add)
     assert (hook.module, hook.call) == ("transformer.h.1.mlp", torch.add)
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_modules_that_are_called_by_keyword_can_be_hooked(family: str, tiny: Make) -> None:
+    """Attention gets its states by keyword in most families."""
+    lm = tiny(family)
+    name = lm.layout.block.format(1) + (".self_attn" if family == "llama" else ".attn")
+    before, seen = logits(lm), []
+
+    @dataclass(frozen=True, eq=False, kw_only=True)
+    class Silent(Beside):
+        kind = "silent"
+
+        def hooks(self) -> list[Hook]:
+            return [Hook(name, lambda x, y: seen.append(x.shape) or torch.zeros_like(y))]  # type: ignore[func-returns-value]
+
+    with lm.edited(Silent(base=lm.fingerprint())):
+        assert not torch.equal(logits(lm), before)
+    assert seen == [(1, len(before), 32)]
+    assert torch.equal(logits(lm), before)
+    assert not lm.model.get_submodule(name)._forward_hooks_with_kwargs

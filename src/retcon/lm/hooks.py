@@ -19,11 +19,12 @@ class Hung:
         """The attachment's id, and which of its hooks this is."""
         self.hook = hook
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """What the module gives back instead: of a tuple, the first part is replaced."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        """What the module gives back instead: of a tuple, the first part is replaced. Attention is called by keyword."""
+        inputs = args[0] if args else next(iter(named.values()))
         if isinstance(output, tuple):
-            return (self.hook.call(args[0], output[0]), *output[1:])
-        return self.hook.call(args[0], output)
+            return (self.hook.call(inputs, output[0]), *output[1:])
+        return self.hook.call(inputs, output)
 
 
 class Hooks:
@@ -33,24 +34,25 @@ class Hooks:
         self._model = model
         self._used: frozenset[str] = frozenset()  # names of modules on which one may hang
 
-    def bring(self, attachments: Sequence[Attachment]) -> bool:
-        """Have the hooks of these attachments, in order, and no others; return whether that changed anything."""
+    def bring(self, attachments: Sequence[Attachment]) -> None:
+        """Have the hooks of these attachments, in order, and no others. Repeatable."""
         wanted: dict[str, list[Hung]] = {}
         for attachment in attachments:
             for number, hook in enumerate(attachment.hooks()):
                 wanted.setdefault(hook.module, []).append(Hung(attachment.id, number, hook))
         self._used = self._used | wanted.keys()
-        changed = False
         for name in sorted(self._used):
             module = self._model.get_submodule(name)
+            named = module._forward_hooks_with_kwargs  # noted after the hook itself, so a cut may leave it out
             hanging = {key: hook for key, hook in module._forward_hooks.items() if isinstance(hook, Hung)}
             own = wanted.get(name, [])
-            if [hook.mark for hook in hanging.values()] == [hook.mark for hook in own]:
+            if [hook.mark for hook in hanging.values()] == [
+                hook.mark for hook in own
+            ] and named.keys() >= hanging.keys():
                 continue
-            changed = True
             for key in hanging:
+                named.pop(key, None)
                 module._forward_hooks.pop(key, None)
             for each in own:
-                module.register_forward_hook(each)
+                module.register_forward_hook(each, with_kwargs=True)
         self._used = frozenset(wanted)
-        return changed
