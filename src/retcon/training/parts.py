@@ -45,13 +45,10 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class _Units:
-    """A row of values for each of some units of one matrix; what a unit is, its kinds below say."""
+class _OnSite:
+    """A piece that changes the matrix of a site."""
 
     site: Site
-    index: Int[Tensor, " n"]
-    values: Float[Tensor, "n ..."]
-    scale: float = 1.0
 
     @property
     def module(self) -> nn.Module:
@@ -60,6 +57,15 @@ class _Units:
     @property
     def parameter(self) -> str:
         return self.site.name
+
+
+@dataclass(frozen=True, eq=False)
+class _Units(_OnSite):
+    """A row of values for each of some units of one matrix; what a unit is, its kinds below say."""
+
+    index: Int[Tensor, " n"]
+    values: Float[Tensor, "n ..."]
+    scale: float = 1.0
 
     def trained(self) -> list[Tensor]:
         return [self.values]
@@ -125,21 +131,12 @@ class TrainedBias(_Units):
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedLowRank:
+class TrainedLowRank(_OnSite):
     """dW = scale * left @ right."""
 
-    site: Site
     left: Float[Tensor, "out rank"]
     right: Float[Tensor, "rank in"]
     scale: float = 1.0
-
-    @property
-    def module(self) -> nn.Module:
-        return self.site.module
-
-    @property
-    def parameter(self) -> str:
-        return self.site.name
 
     def trained(self) -> list[Tensor]:
         return [self.left, self.right]
@@ -157,22 +154,13 @@ class TrainedLowRank:
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedTriplets:
+class TrainedTriplets(_OnSite):
     """dW = scale * left @ diag(singular) @ right: factors that stay even where their singular value is 0."""
 
-    site: Site
     left: Float[Tensor, "out rank"]
     singular: Float[Tensor, " rank"]
     right: Float[Tensor, "rank in"]
     scale: float = 1.0
-
-    @property
-    def module(self) -> nn.Module:
-        return self.site.module
-
-    @property
-    def parameter(self) -> str:
-        return self.site.name
 
     def trained(self) -> list[Tensor]:
         return [self.left, self.singular, self.right]
@@ -187,19 +175,10 @@ class TrainedTriplets:
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedDense:
+class TrainedDense(_OnSite):
     """dW = values."""
 
-    site: Site
     values: Float[Tensor, "out in"]
-
-    @property
-    def module(self) -> nn.Module:
-        return self.site.module
-
-    @property
-    def parameter(self) -> str:
-        return self.site.name
 
     def trained(self) -> list[Tensor]:
         return [self.values]
