@@ -11,6 +11,7 @@ from retcon.cli.shell import (
     DType,
     Json,
     Model,
+    OtherBase,
     console,
     count,
     delta_files,
@@ -29,9 +30,7 @@ def apply(
     ],
     save: Annotated[Path, typer.Option(metavar="DIR", help="Where the checkpoint goes.", show_default=False)],
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint that is in DIR.")] = False,
-    other_base: Annotated[
-        bool, typer.Option("--other-base", help="Apply deltas made for other weights than these.")
-    ] = False,
+    other_base: OtherBase = False,
     device: Device = None,
     dtype: DType = None,
     as_json: Json = False,

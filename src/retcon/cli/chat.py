@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,9 +10,11 @@ from rich.table import Table
 
 from retcon.cli.complete import MaxTokens, Stops, Temperature, TopK, TopP, writing
 from retcon.cli.shell import (
+    Deltas,
     Device,
     DType,
     Model,
+    OtherBase,
     Seed,
     System,
     TemplateArgs,
@@ -35,10 +36,7 @@ HELP = "/reset begins anew, /quit or Ctrl-D ends"
 
 def chat(
     model: Model,
-    delta: Annotated[
-        list[Path] | None,
-        typer.Option(help="A delta to apply first; repeat for several, in order.", show_default=False),
-    ] = None,
+    delta: Deltas = None,
     both: Annotated[
         bool, typer.Option("--both", help="Answer with the unedited model too, the two side by side.")
     ] = False,
@@ -50,9 +48,7 @@ def chat(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
-    other_base: Annotated[
-        bool, typer.Option("--other-base", help="Apply deltas made for other weights than these.")
-    ] = False,
+    other_base: OtherBase = False,
     device: Device = None,
     dtype: DType = None,
 ) -> None:
@@ -108,7 +104,7 @@ def _answer(lm: "LM", frame: "Chat", turns: list[str], how: "Writing", seed: int
     from retcon.lm.generate import generate
     from retcon.lm.prompts import encode_turns
 
-    row = encode_turns(lm.tokenizer, frame, turns)
+    row = encode_turns(lm.tokenizer, frame, [*turns[:-1], lm.prompted(turns[-1])])
     if lm.context_length is not None and len(row.ids) >= lm.context_length:
         raise InvalidSetting(
             f"the conversation has {len(row.ids):,} tokens, and the model reads {lm.context_length:,}; begin anew"

@@ -1,6 +1,5 @@
 """`retcon complete`: what a model says after a prompt, edited or not."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,10 +7,12 @@ from rich.markup import escape
 
 from retcon.cli.shell import (
     AsChat,
+    Deltas,
     Device,
     DType,
     Json,
     Model,
+    OtherBase,
     Seed,
     System,
     TemplateArgs,
@@ -61,10 +62,7 @@ TopP = Annotated[
 def complete(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on from.", show_default=False)],
-    delta: Annotated[
-        list[Path] | None,
-        typer.Option(help="A delta to apply first; repeat for several, in order.", show_default=False),
-    ] = None,
+    delta: Deltas = None,
     as_chat: AsChat = False,
     system: System = None,
     template_args: TemplateArgs = None,
@@ -74,9 +72,7 @@ def complete(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
-    other_base: Annotated[
-        bool, typer.Option("--other-base", help="Apply deltas made for other weights than these.")
-    ] = False,
+    other_base: OtherBase = False,
     device: Device = None,
     dtype: DType = None,
     as_json: Json = False,

@@ -14,6 +14,7 @@ from retcon.cli.shell import (
     Json,
     Model,
     OnError,
+    OtherBase,
     console,
     delta_files,
     emit,
@@ -85,9 +86,7 @@ def export(
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository of --push a public one.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the export that is in DIR.")] = False,
-    other_base: Annotated[
-        bool, typer.Option("--other-base", help="Apply deltas made for other weights than these.")
-    ] = False,
+    other_base: OtherBase = False,
     device: Device = None,
     dtype: DType = None,
     as_json: Json = False,

@@ -61,6 +61,11 @@ DType = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
+Deltas = Annotated[
+    list[Path] | None,
+    typer.Option("--delta", help="A delta to apply first; repeat for several, in order.", show_default=False),
+]
+OtherBase = Annotated[bool, typer.Option("--other-base", help="Apply deltas made for other weights than these.")]
 FileFormat = Annotated[
     str | None,
     typer.Option("--format", metavar="NAME", help="What kind of file that is; by its fields.", show_default=False),
