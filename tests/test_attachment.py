@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from retcon.bench.units import Unit, Units
 from retcon.delta import Delta, Dense
 from retcon.edits import Case, Edit, Query
 from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, WrongBase
-from retcon.evaluation import Measures, evaluate
+from retcon.evaluation import Evaluation, Measures, evaluate
 from retcon.evaluation.score import Item, score
 from retcon.export import export
 from retcon.lm.model import LM
@@ -201,6 +201,23 @@ def test_an_editor_at_the_prompt_acts_before_tokens_are_made(lm: LM, tmp_path: P
     assert said == lm.complete("The capital of Italy is", max_new_tokens=4)
     assert told.cost() == Cost(prompt_characters=31)
     assert noise(lm, 0).cost() == Cost()
+
+
+def test_an_editor_at_the_prompt_is_measured_with_what_it_puts_before_it(lm: LM) -> None:
+    told = InContext(base=lm.fingerprint(), settings={"before": "The capital of France is Rome."})
+    spelt_out = [
+        replace(c, queries=tuple(replace(q, prompt=f"{told.settings['before']} {q.prompt}") for q in c.queries))
+        for c in CASES
+    ]
+    found = evaluate(lm, CASES, delta=told, generate=False)
+    expected = evaluate(lm, spelt_out, generate=False)
+
+    def values(evaluation: Evaluation, when: str) -> dict[Any, float | None]:
+        of = [r for r in evaluation.records if r.when == when and r.variant.startswith("cf.")]
+        return {(r.case_id, r.query_id, r.variant): r.value for r in of}
+
+    assert values(found, "final") == values(expected, "pre")
+    assert values(found, "final") != values(found, "pre")
 
 
 def test_what_does_not_fit_is_refused_and_nothing_hangs(lm: LM) -> None:

@@ -36,6 +36,7 @@ from retcon.evaluation.plan import (
     Plan,
     family_of_case,
     make_plan,
+    rows_now,
     subject_of,
 )
 from retcon.evaluation.records import Record, Status, When
@@ -159,7 +160,7 @@ def measure(
 
 def ask(lm: LM, plan: Plan, measures: Measures, advance: Advance = lambda stage, done, total: None) -> Outputs:
     """Put every query of the plan to the model."""
-    rows = [row for a in plan.asked for row in a.rows]
+    rows = [row for a in plan.asked for row in rows_now(lm, a, measures)]
     scores = iter(
         score_rows(
             lm,

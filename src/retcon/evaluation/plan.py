@@ -187,11 +187,7 @@ def _ask(lm: LM, case: Case, query: Query, dirty: bool, measures: Measures) -> A
     reason = None if query.target else NO_TARGET
     if query.target:
         try:
-            answers = [query.target] if query.contrast is None else [query.target, query.contrast]
-            separator = query.separator if measures.separator is None else measures.separator
-            rows = tuple(
-                encode(lm.tokenizer, query.prompt, answer, separator=separator, chat=query.chat) for answer in answers
-            )
+            rows = _rows(lm, query, measures)
         except InvalidEdit as error:
             reason = str(error)
     reason, rows, overlong = _within_context(lm, query, rows, reason)
@@ -199,6 +195,20 @@ def _ask(lm: LM, case: Case, query: Query, dirty: bool, measures: Measures) -> A
     if any(row.boundary_merge for row in rows):
         notes.append("boundary_merge")
     return Asked(case, query, rows, reason, tuple(notes), overlong=overlong)
+
+
+def _rows(lm: LM, query: Query, measures: Measures) -> tuple[Row, ...]:
+    """A query's prompt with its target, and with the rival answer if it has one, as the model reads them now."""
+    answers = [query.target] if query.contrast is None else [query.target, query.contrast]
+    separator = query.separator if measures.separator is None else measures.separator
+    return tuple(lm.encode(query.prompt, answer, separator=separator, chat=query.chat) for answer in answers)
+
+
+def rows_now(lm: LM, asked: Asked, measures: Measures) -> tuple[Row, ...]:
+    """The plan's rows, tokenised again where something attached since acts on the prompt."""
+    if not asked.rows or lm.prompted(asked.query.prompt) == asked.query.prompt:
+        return asked.rows
+    return _rows(lm, asked.query, measures)
 
 
 def _within_context(
