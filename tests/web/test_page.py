@@ -105,7 +105,7 @@ def test_edit_look_undo_verify_export(served: Served, browser: Any, tmp_path: Pa
 
     page.get_by_role("button", name="Verify").click()
     assert "nothing broke" in wait_for_job(page, "verify")
-    assert "1 of 1" in page.locator("#checks").inner_text()
+    page.locator("#checks", has_text="1 of 1").wait_for(timeout=SECONDS)  # panels come one by one
 
     page.get_by_label("Folder").fill(str(tmp_path / "edited"))
     page.get_by_role("button", name="Export", exact=True).click()
@@ -125,7 +125,7 @@ def test_edit_look_undo_verify_export(served: Served, browser: Any, tmp_path: Pa
     page.locator("#fingerprint", has_text=fingerprint).wait_for(timeout=SECONDS)
     page.get_by_role("button", name="Undo Geneva").click()
     page.locator("#state td", has_text="Norway").wait_for(state="detached", timeout=SECONDS)
-    assert "retcon revert --fact" in page.locator("#commands").inner_text()
+    page.locator("#commands", has_text="retcon revert --fact").wait_for(timeout=SECONDS)
     assert problems == []
     assert served.lm.applied == ()
 
