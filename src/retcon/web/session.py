@@ -282,7 +282,8 @@ class Session:
     def _resolved(self, lm: "LM") -> Any:
         from retcon.workflow import resolve
 
-        return resolve(lm, self.method, given=self.settings)
+        edits = [edit for case in self.draft for edit in case.edits]  # without a preset, clamps are fitted to them
+        return resolve(lm, self.method, given=self.settings, edits=edits)
 
     def _assignments(self) -> str:
         shown = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings.items()}

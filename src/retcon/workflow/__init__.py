@@ -3,7 +3,7 @@
 Nothing here prints; what takes long says how far it is through `progress(stage, done, of)`.
 
     facts = read_facts("facts.jsonl")
-    resolved = resolve(lm, "jeep")
+    resolved = resolve(lm, "jeep", edits=facts.edits)
     made = write_facts(lm, resolved, facts.edits, out=Path("facts.safetensors"))
     print(outcomes(made.delta))
 """
