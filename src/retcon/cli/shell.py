@@ -405,7 +405,8 @@ def load_deltas(paths: Sequence[Path]) -> list["Attachment"]:
 
 def delta_files(paths: Sequence[Path]) -> list[Path]:
     """The files of deltas, with those of a store in its place."""
-    from retcon.store.store import CONFIG, Store
+    from retcon.store import Store
+    from retcon.store.contents import CONFIG
 
     found: list[Path] = []
     for path in paths:

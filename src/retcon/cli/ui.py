@@ -37,7 +37,7 @@ def ui(
     except ImportError as error:
         raise MissingPackage(f"the page needs {error.name}: pip install 'retcon-lm[ui]'") from None
     from retcon.store import Store
-    from retcon.store.store import CONFIG
+    from retcon.store.contents import CONFIG
     from retcon.web.session import Session
 
     there = (store / CONFIG).is_file()

@@ -1,0 +1,189 @@
+"""One entry on its way into a store: files staged, deltas proposed, then all of it made an entry at once."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retcon.edits import Case, Edit
+from retcon.errors import InvalidSetting, NonFinite, RetconWarning
+from retcon.files import cache_dir, write_atomically
+from retcon.store.contents import DELTAS, VALUES, Contents, Precision
+from retcon.store.history import Action, Entry
+from retcon.store.index import FACTS
+from retcon.store.journal import Transaction
+
+if TYPE_CHECKING:
+    from retcon.attachment import Attachment
+    from retcon.lm.model import LM
+    from retcon.memory.moments import Moments
+    from retcon.memory.values import ValueCache
+    from retcon.methods.common.contract import Method, Progress
+
+
+class Change:
+    """One entry on its way into a store."""
+
+    def __init__(self, store: Contents) -> None:
+        self.store, self.transaction = store, Transaction(store.path)
+        self.searched = 0
+        self.caches: list[Any] = []
+
+    def path(self, name: str) -> Path:
+        """Where to write the file that shall be `name` in the store."""
+        return self.transaction.path(name)
+
+    def commit(
+        self,
+        action: Action,
+        message: str,
+        sets: Mapping[str, tuple[str | None, str | None]],
+        lines: Sequence[str] = (),
+        *,
+        drops: tuple[str, ...] = (),
+        about: Mapping[str, Any] | None = None,
+        remove: Sequence[str] = (),
+    ) -> Entry:
+        """Make it an entry."""
+        last = self.store.log()
+        entry = Entry.make(
+            action,
+            " ".join(message.split()),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            after=last[-1].id if last else None,
+            sets=sets,
+            drops=drops,
+            about=dict(about or {}),
+        )
+        if lines:
+            write_atomically(self.path(f"{FACTS}/{entry.id}.jsonl"), ("\n".join(lines) + "\n").encode())
+        self.transaction.commit(entry.line, remove=remove)
+        for cache in self.caches:
+            cache.discard()
+        return entry
+
+    def propose(
+        self,
+        lm: "LM",
+        edits: Sequence[Edit],
+        method: "Method",
+        *,
+        moments: "Moments | None",
+        values: "ValueCache | None" = None,
+        known: Any = None,
+        state: Any = None,
+        seed: int,
+        contexts: Any = None,
+        progress: "Progress | None" = None,
+    ) -> "Attachment":
+        """A delta on the model as it is, in the store's precision, staged with its values."""
+        from retcon.memory.values import ValueCache
+        from retcon.memory.values.store import KnownValues
+
+        cache = values or ValueCache(cache_dir() / "values")
+        known = known or KnownValues(len(lm.applied))
+        delta = method.propose(
+            lm,
+            edits,
+            contexts=contexts,
+            moments=moments,
+            state=state,
+            values=replace(cache, known=known),
+            seed=seed,
+            progress=progress,
+        )
+        delta = in_precision(lm, delta, self.store.precision)
+        delta.save(self.path(f"{DELTAS}/{delta.id}.safetensors"))
+        if known.used:
+            known.save(self.path(f"{VALUES}/{delta.id}.safetensors"))
+        self.searched += known.searched
+        self.caches.append(cache)
+        return delta
+
+    def propose_again(
+        self,
+        lm: "LM",
+        delta: str,
+        cases: Sequence[Case],
+        *,
+        moments: "Moments | None",
+        search: bool,
+        progress: "Progress | None",
+    ) -> "Attachment":
+        """The delta's method, settings, contexts and seed once more, for these facts, on the model as it is."""
+        from retcon.memory.contexts import Contexts
+        from retcon.memory.values.store import KnownValues
+        from retcon.methods.common.registry import method_class
+
+        old = self.store.delta(delta)
+        made = old.provenance
+        method = method_class(str(made["method"]))(**made["settings"])
+        known = None
+        if not search:
+            with_values = self.store.path / VALUES / f"{delta}.safetensors"
+            if with_values.is_file():
+                known = KnownValues.load(self.store.file(VALUES, delta), len(lm.applied))
+            else:
+                warnings.warn(
+                    f"delta {delta} has no values in the store ({made['method']} keeps none, or gc removed them); its "
+                    f"{len(cases)} facts are edited anew",
+                    RetconWarning,
+                    stacklevel=4,
+                )
+        new = self.propose(
+            lm,
+            [edit for case in cases for edit in case.edits],
+            method,
+            moments=moments,
+            known=known,
+            state=last_state(lm, method) if method.state_description else None,
+            seed=int(made["seed"]),
+            contexts=Contexts(old.contexts) if old.contexts else None,
+            progress=progress,
+        )
+        if old.provenance.get("moments") and new.provenance["moments"] != old.provenance["moments"]:
+            raise InvalidSetting(
+                f"delta {delta} was made with other second moments than those given; name the same text (--corpus)"
+            )
+        return new
+
+
+def last_state(lm: "LM", method: "Method") -> Any:
+    """What a sequential method left behind in the last delta, where that is one of its own."""
+    if lm.applied and lm.applied[-1].provenance.get("method") == method.name:
+        return lm.applied[-1].state
+    return None
+
+
+def in_precision(lm: "LM", delta: "Attachment", precision: Precision) -> "Attachment":
+    """The delta with its changes in that precision, and with what the model says then in its report; an attachment of
+    another kind as it is.
+
+    Raises:
+        NonFinite: a value is out of float16's range.
+    """
+    import torch
+
+    from retcon.delta import Delta
+    from retcon.methods.common.proposal import report_after
+
+    if precision == "float32" or not isinstance(delta, Delta):
+        return delta
+    changes = {}
+    for name, parts in delta.changes.items():
+        narrow = []
+        for change in parts:
+            tensors: dict[str, Any] = {
+                f.name: tensor.to(torch.float16)
+                for f in fields(change)
+                if isinstance(tensor := getattr(change, f.name), torch.Tensor) and tensor.is_floating_point()
+            }
+            if not all(bool(t.isfinite().all()) for t in tensors.values()):
+                raise NonFinite(f"{name}: the change is out of float16's range; make the store with float32")
+            narrow.append(replace(change, **tensors))
+        changes[name] = tuple(narrow)
+    delta = replace(delta, changes=changes)
+    with lm.edited(delta):
+        return replace(delta, report=report_after(lm, delta.edits, delta.report))
