@@ -220,6 +220,18 @@ def test_rows_that_cannot_be_used_are_left_out_on_request(cli: Callable[..., Any
     assert "2 of 3 rows kept; dropped: subject_missing 1" in result.stdout
 
 
+def test_the_alternative_answer_is_written_where_it_is_asked_for(cli: Callable[..., Any], here: Path) -> None:
+    with_alt = {**ROWS[0], "alt": "Berlin"}
+    write_rows(here / "edits.jsonl", [with_alt, ROWS[1]])
+    stopped = cli(*EDIT, "--case-target", "alt", code=2).stderr
+    assert "row 2: it has no alternative answer (field 'alt')" in stopped
+    cli(*EDIT, "--case-target", "alt", "--on-error", "skip")
+    assert [edit.target_new for edit in Delta.load("delta.safetensors").edits] == ["Berlin"]
+    write_rows(here / "edits.jsonl", [{"question": "What is Norr?", "answer": "A town."}])
+    refused = cli(*EDIT, "--case-target", "alt", code=2).stderr
+    assert "--case-target alt: unke has no alternative answers; counterfact, zsre, edits" in refused
+
+
 def test_unknown_fields_are_told_with_the_likely_ones(cli: Callable[..., Any], here: Path) -> None:
     write_rows(here / "edits.jsonl", [{**ROWS[0], "paraphrase": "y"}])
     assert "unknown field 'paraphrase' in 1 row (did you mean 'paraphrases'?)" in cli(*EDIT).stderr

@@ -48,6 +48,12 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    case_target: Annotated[
+        Literal["new", "alt"] | None,
+        typer.Option(
+            help="The answer to write: the row's new one, or its alternative; over the file's.", show_default=False
+        ),
+    ] = None,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -67,7 +73,7 @@ def bench(
     from retcon.bench import run_bench
 
     spec = _spec(file, model, method, dataset, protocol, n, batch, seed, corpus, text)
-    spec = _with_reading(spec, file_format, on_error)
+    spec = _with_reading(spec, format=file_format, on_error=on_error, case_target=case_target)
     if dry_run:
         _estimate(spec, out, as_json)
         return
@@ -135,9 +141,9 @@ def _spec(
     return replace(spec, seeds=tuple(seeds)) if seeds else spec
 
 
-def _with_reading(spec: "BenchSpec", file_format: str | None, on_error: Literal["stop", "skip"] | None) -> "BenchSpec":
+def _with_reading(spec: "BenchSpec", **options: str | None) -> "BenchSpec":
     """The specification with options of reading put over those of its datasets."""
-    over: dict[str, Any] = {name: v for name, v in (("format", file_format), ("on_error", on_error)) if v is not None}
+    over: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     return replace(spec, datasets=tuple(replace(d, **over) for d in spec.datasets)) if over else spec
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from retcon.cli.complete import CHAT_TOKENS, PLAIN_TOKENS
 from retcon.cli.shell import (
     AsChat,
+    CaseTarget,
     Device,
     DType,
     FileFormat,
@@ -81,6 +82,7 @@ def check(
     ] = None,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    case_target: CaseTarget = "new",
     as_chat: AsChat = False,
     system: System = None,
     template_args: TemplateArgs = None,
@@ -116,7 +118,14 @@ def check(
     limits = safety.Thresholds(took=took, generalised=generalised, local=local, perplexity_ratio=perplexity_ratio)
     chat = chat_of(as_chat, system, template_args)
     asked = read_facts(
-        cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error, chat=chat
+        cases,
+        start=start,
+        limit=limit,
+        conflicts="drop",
+        file_format=file_format,
+        on_error=on_error,
+        case_target=case_target,
+        chat=chat,
     )
     if text is not None:
         check_exists(text)

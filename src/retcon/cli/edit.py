@@ -12,6 +12,7 @@ from rich.markup import escape
 from retcon.cli.moments import check_corpus
 from retcon.cli.shell import (
     AsChat,
+    CaseTarget,
     Device,
     DType,
     FileFormat,
@@ -119,6 +120,7 @@ def edit(
     ] = None,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    case_target: CaseTarget = "new",
     as_chat: AsChat = False,
     system: System = None,
     template_args: TemplateArgs = None,
@@ -183,7 +185,14 @@ def edit(
         raise InvalidSetting("--layers probe and --set layers=... both say which layers to edit; give one of them")
     chat = chat_of(as_chat, system, template_args)
     facts = read_facts(
-        edits, start=start, limit=limit, conflicts=conflicts, file_format=file_format, on_error=on_error, chat=chat
+        edits,
+        start=start,
+        limit=limit,
+        conflicts=conflicts,
+        file_format=file_format,
+        on_error=on_error,
+        case_target=case_target,
+        chat=chat,
     )
     if corpus is not None:
         check_corpus(corpus)

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.shell import (
+    CaseTarget,
     Device,
     DType,
     Json,
@@ -79,6 +80,7 @@ def export(
         ),
     ] = None,
     on_error: OnError = "stop",
+    case_target: CaseTarget = "new",
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of it to read; all.", show_default=False)] = None,
     push: Annotated[
         str | None,
@@ -103,7 +105,9 @@ def export(
     wanted = _rank(rank)
     asked: Sequence[Case] = ()
     if cases is not None:
-        asked = read_facts(cases, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error).cases
+        asked = read_facts(
+            cases, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error, case_target=case_target
+        ).cases
     deltas = load_deltas(delta)
     lm = load_model(model, device=device, dtype=dtype or "auto")
     for each in deltas:

@@ -74,6 +74,10 @@ OnError = Annotated[
     Literal["stop", "skip"],
     typer.Option("--on-error", help="When a row cannot be used: refuse the file, or leave the row out."),
 ]
+CaseTarget = Annotated[
+    Literal["new", "alt"],
+    typer.Option("--case-target", help="The answer to write: the row's new one, or its alternative (field alt)."),
+]
 
 AsChat = Annotated[
     bool, typer.Option("--chat", help="Put prompts to a chat model: as the user's turn in its tokenizer's template.")
@@ -312,7 +316,7 @@ def _as_options(error: RetconError) -> str:
         return f"{error.problem}. Mend the row, or leave such rows out: --on-error skip"
     if isinstance(error, ConflictingEdits):
         return str(error).replace("load with conflicts='drop' or 'last'", "keep one of them: --conflicts drop or last")
-    return str(error)
+    return str(error).replace("case_target 'alt'", "--case-target alt")
 
 
 def _failed(message: str, code: int) -> typer.Exit:

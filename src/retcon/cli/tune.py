@@ -11,6 +11,7 @@ from rich.table import Table
 from retcon.cli.edit import FileFormat, OnError
 from retcon.cli.shell import (
     AsChat,
+    CaseTarget,
     Device,
     DType,
     Json,
@@ -65,6 +66,7 @@ def tune(
     ] = None,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    case_target: CaseTarget = "new",
     as_chat: AsChat = False,
     system: System = None,
     template_args: TemplateArgs = None,
@@ -82,7 +84,14 @@ def tune(
     given = read_settings(method, dataset=None, preset=None, assignments=assignments or ())
     chat = chat_of(as_chat, system, template_args)
     facts = read_facts(
-        cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error, chat=chat
+        cases,
+        start=start,
+        limit=limit,
+        conflicts="drop",
+        file_format=file_format,
+        on_error=on_error,
+        case_target=case_target,
+        chat=chat,
     )
     lm = load_model(model, device=device, dtype=dtype)
     show = console(stderr=as_json)

@@ -11,6 +11,7 @@ from retcon.errors import InvalidSetting, RetconWarning
 
 Conflicts = Literal["error", "drop", "last"]
 OnError = Literal["stop", "skip"]
+CaseTarget = Literal["new", "alt"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ def read_facts(
     conflicts: Conflicts = "error",
     file_format: str | None = None,
     on_error: OnError = "stop",
+    case_target: CaseTarget = "new",
     chat: Chat | None = None,
 ) -> Facts:
     """Facts from a file of any format; what was left out, and fields that nobody knows, are warned of.
 
     Args:
+        case_target: `alt` takes the rows' alternative answers, their field `alt`, as the new ones.
         chat: puts all prompts as turns of a chat; None: as the file has them.
 
     Raises:
@@ -51,6 +54,7 @@ def read_facts(
         limit=limit,
         conflicts=conflicts,
         on_error=on_error,
+        case_target=case_target,
     )
     for hint in report.hints():
         warnings.warn(f"{path}: {hint}; kept, and not used", RetconWarning, stacklevel=2)

@@ -10,6 +10,7 @@ from rich.table import Table
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
 from retcon.cli.shell import (
     AsChat,
+    CaseTarget,
     Device,
     DType,
     FileFormat,
@@ -38,6 +39,7 @@ def attribution(
     start: Start = 0,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    case_target: CaseTarget = "new",
     as_chat: AsChat = False,
     system: System = None,
     template_args: TemplateArgs = None,
@@ -71,7 +73,7 @@ def attribution(
     """
     check_stem(out)
     edits, source = facts(
-        model, cases, start, limit, seed, file_format, on_error, chat_of(as_chat, system, template_args)
+        model, cases, start, limit, seed, file_format, on_error, case_target, chat_of(as_chat, system, template_args)
     )
     lm = load_model(model, device=device, dtype=dtype)
 

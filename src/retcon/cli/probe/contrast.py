@@ -10,6 +10,7 @@ from rich.table import Table
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, left_out, write
 from retcon.cli.shell import (
     AsChat,
+    CaseTarget,
     Device,
     DType,
     FileFormat,
@@ -42,6 +43,7 @@ def contrast(
     start: Start = 0,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    case_target: CaseTarget = "new",
     as_chat: AsChat = False,
     system: System = None,
     template_args: TemplateArgs = None,
@@ -88,7 +90,7 @@ def contrast(
     if records is not None:
         check_can_write(records)
     edits, source = facts(
-        model, cases, start, limit, seed, file_format, on_error, chat_of(as_chat, system, template_args)
+        model, cases, start, limit, seed, file_format, on_error, case_target, chat_of(as_chat, system, template_args)
     )
     word_sets = _word_sets(edits, sets, corpus, stopwords)
     lm = load_model(model, device=device, dtype=dtype)

@@ -49,6 +49,7 @@ def facts(
     seed: int,
     file_format: str | None = None,
     on_error: Literal["stop", "skip"] = "stop",
+    case_target: Literal["new", "alt"] = "new",
     chat: "Chat | None" = None,
 ) -> tuple[list[Edit], str]:
     """Edits to probe with, and a line about them.
@@ -65,7 +66,14 @@ def facts(
         drawn = world.cases(start + limit, seed=seed)[start:]
         return [case.edits[0] for case in drawn], f"the embedded world: {len(drawn):,} facts, seed {seed}"
     asked = read_facts(
-        cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error, chat=chat
+        cases,
+        start=start,
+        limit=limit,
+        conflicts="drop",
+        file_format=file_format,
+        on_error=on_error,
+        case_target=case_target,
+        chat=chat,
     )
     return list(asked.edits), asked.about
 

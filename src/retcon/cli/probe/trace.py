@@ -10,6 +10,7 @@ from rich.table import Table
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
 from retcon.cli.shell import (
     AsChat,
+    CaseTarget,
     Device,
     DType,
     FileFormat,
@@ -37,6 +38,7 @@ def trace(
     start: Start = 0,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
+    case_target: CaseTarget = "new",
     as_chat: AsChat = False,
     system: System = None,
     template_args: TemplateArgs = None,
@@ -86,7 +88,7 @@ def trace(
         seed=seed,
     )
     edits, source = facts(
-        model, cases, start, limit, seed, file_format, on_error, chat_of(as_chat, system, template_args)
+        model, cases, start, limit, seed, file_format, on_error, case_target, chat_of(as_chat, system, template_args)
     )
     lm = load_model(model, device=device, dtype=dtype)
 
