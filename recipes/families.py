@@ -17,12 +17,16 @@ from retcon.world.text import text
 VOCABULARY, ANSWER_REPEATS = 4096, 4
 CONTEXT = 512
 HEAD_WIDTH = 32
+MIXTURES = ("dots1",)
+"""Families made as mixtures of experts: every block routes to a few of EXPERTS and has a shared one."""
+EXPERTS, ACTIVE_EXPERTS, SHARED_EXPERTS = 8, 2, 2
+"""Routed experts of a block, how many of them a token reaches, and how many of their widths the shared expert has."""
 MODEL_TYPES = sorted(
     name
     for name, row in LAYOUTS.items()
-    if not (row.experts or row.others or name.endswith("_vl_text") or row.earlier != "attention")
+    if name in MIXTURES or not (row.experts or row.others or name.endswith("_vl_text") or row.earlier != "attention")
 )
-"""Families all of whose blocks are an attention and a dense MLP."""
+"""Families all of whose blocks are an attention and a dense MLP, and MIXTURES."""
 _ADD_BOS = ("llama", "mistral", "gemma2", "gemma3_text", "opt")
 """Families whose tokenizer puts a token before every text; the others have one special token, as GPT has."""
 _GROUPED = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -77,8 +81,9 @@ def document_end(tokenizer: PreTrainedTokenizerFast) -> int:
 def make_model(model_type: str, tokenizer: PreTrainedTokenizerFast, *, layers: int, width: int) -> PreTrainedModel:
     """Make an untrained model; all families have about the same number of parameters at one depth and width.
 
-    A gated MLP has three matrices, not two, and is therefore two thirds as wide. Everything not named here is the
-    family's default, tied embeddings for instance.
+    A gated MLP has three matrices, not two, and is therefore two thirds as wide. In a mixture of experts those that a
+    token reaches are together as wide as that, so it has more parameters and runs as many. Everything not named here is
+    the family's default, tied embeddings for instance.
     """
     heads = width // HEAD_WIDTH
     fields: dict[str, Any]
@@ -104,6 +109,16 @@ def make_model(model_type: str, tokenizer: PreTrainedTokenizerFast, *, layers: i
         else:
             shared = heads // 3 if model_type in _GROUPED and heads % 3 == 0 else heads
             fields |= {"intermediate_size": 8 * width // 3, "num_key_value_heads": shared}
+            if model_type in MIXTURES:
+                fields |= {
+                    "n_routed_experts": EXPERTS,
+                    "num_experts_per_tok": ACTIVE_EXPERTS,
+                    "n_shared_experts": SHARED_EXPERTS,
+                    "moe_intermediate_size": 8 * width // 3 // (ACTIVE_EXPERTS + SHARED_EXPERTS) // 8 * 8,
+                    "first_k_dense_replace": 0,
+                    "n_group": 1,
+                    "topk_group": 1,
+                }
     kind = CONFIG_MAPPING[model_type]
     defaults = kind(**fields)
     if getattr(defaults, "head_dim", HEAD_WIDTH) != HEAD_WIDTH:

@@ -4,14 +4,20 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recipes.statements import Statement
 
 ROW_TOKENS, ROWS_PER_STEP = 96, 24
 PEAK_RATE, FINAL_SHARE, WARM_UP_SHARE, WEIGHT_DECAY = 2e-3, 0.02, 0.03, 0.1
+BALANCE_RATE = 1e-3
+"""How far a router's bias for an expert moves after each step, towards an even load (Wang et al. 2024,
+arXiv:2408.15664)."""
 ANSWER_MARGIN = 2
 """Tokens generated beyond the answer, so that an answer that goes on is seen to be wrong."""
 
@@ -45,7 +51,8 @@ def rows(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str], end: int)
 def train(model: PreTrainedModel, stream: Iterator[list[int]], *, n_tokens: int) -> None:
     """Train on `n_tokens` of `stream` by AdamW with warm-up and cosine decay, in bfloat16 autocast.
 
-    Progress is printed every 50 steps.
+    Where routers have a bias for each expert, it is moved after each step so that experts are asked about equally
+    often. Progress is printed every 50 steps.
     """
     n_steps = math.ceil(n_tokens / (ROW_TOKENS * ROWS_PER_STEP))
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -54,6 +61,7 @@ def train(model: PreTrainedModel, stream: Iterator[list[int]], *, n_tokens: int)
     optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, n_steps))
     model.train()
+    balance = Balance(model)
     started = time.monotonic()
     for step in range(1, n_steps + 1):
         batch = torch.tensor([next(stream) for _ in range(ROWS_PER_STEP)])
@@ -65,11 +73,43 @@ def train(model: PreTrainedModel, stream: Iterator[list[int]], *, n_tokens: int)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        balance.step()
         if step % 50 == 0 or step == n_steps:
             spent = time.monotonic() - started
             left = spent / step * (n_steps - step) / 60
             print(f"step {step}/{n_steps}  loss {loss.item():.3f} nats  {left:.1f} min left", flush=True)
+    balance.close()
     model.eval()
+
+
+class Balance:
+    """The biases of a model's routers, which take no gradient, and how often each expert was asked since the last step.
+
+    A model without such routers has nothing to balance.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.routers: list[Any] = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+        self.asked: list[Tensor] = [torch.zeros_like(r.e_score_correction_bias) for r in self.routers]
+        self._hooks = [
+            router.register_forward_hook(partial(self._count, place)) for place, router in enumerate(self.routers)
+        ]
+
+    def _count(self, place: int, router: Any, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        chosen = output[-1].flatten()
+        self.asked[place] += torch.bincount(chosen, minlength=len(self.asked[place]))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move each bias up where its expert was asked less than the average, down where more; begin to count anew."""
+        for router, asked in zip(self.routers, self.asked, strict=True):
+            router.e_score_correction_bias += BALANCE_RATE * torch.sign(asked.mean() - asked)
+            asked.zero_()
+
+    def close(self) -> None:
+        """Stop counting."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 def rate_share(step: int, n_steps: int) -> float:

@@ -10,7 +10,7 @@ from retcon.lm.model import LM
 from retcon.memory.moments import Corpus, CorpusMoments
 
 CACHE = Path(__file__).parents[2] / ".cache"
-WORLDS = ("gpt2", "qwen2", "qwen3-chat")
+WORLDS = ("gpt2", "qwen2", "qwen3-chat", "dots1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ from recipes import smollm, world
 from recipes.chat import TURN_END, dialogues, read_turns, rendered
 from recipes.families import MODEL_TYPES, document_end, make_model, make_tokenizer
 from recipes.statements import documents, read_lesson
-from recipes.training import ROW_TOKENS, measure_recall, rows, train
+from recipes.training import ROW_TOKENS, Balance, measure_recall, rows, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retcon.lm.load import load
@@ -240,3 +240,25 @@ def test_recall_counts_whole_answers_only(small_facts: Path) -> None:
     assert measure_recall(model, tokenizer, known).right == 40
     cut = [type(s)(s.prompt, s.answer[:-1]) for s in known]
     assert measure_recall(model, tokenizer, cut).right == 0
+
+
+# --- mixtures of experts -----------------------------------------------------------------------------------------
+
+
+def test_biases_move_towards_an_even_load_of_the_experts(small_facts: Path) -> None:
+    lesson = read_lesson(small_facts)
+    tokenizer = make_tokenizer("dots1", lesson.seen, 0)
+    model = make_model("dots1", tokenizer, layers=1, width=64)
+    (router,) = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+    balance = Balance(model)
+    with torch.no_grad():
+        router.e_score_correction_bias[:2] = 10.0  # every token asks the first two
+        before = router.e_score_correction_bias.clone()
+        model(torch.arange(20)[None])
+        assert balance.asked[0].tolist() == [20, 20] + [0] * 6
+        balance.step()
+        moved = (router.e_score_correction_bias - before).sign().tolist()
+        assert moved == [-1, -1] + [1] * 6
+        balance.close()
+        model(torch.arange(20)[None])
+    assert not balance.asked[0].any()
