@@ -15,7 +15,8 @@ import pytest
 from retcon.bench import Bench, Run
 from retcon.bench.report import Table, groups_of, tables_of
 from retcon.bench.report import plots as drawing
-from retcon.bench.report.page import page, worst_of
+from retcon.bench.report.facts import fact_tables
+from retcon.bench.report.page import page
 from retcon.bench.report.plots import pictures_of
 from retcon.errors import InvalidSetting
 from retcon.evaluation.records import Record, write_records
@@ -69,6 +70,10 @@ def make_run(
             "case_id": c,
             "relation": "capital" if c in "ab" else "tongue",
             "edits": [{"prompt": f"<{c}> is", "subject": c, "target_new": "new", "target_true": "old"}],
+            "queries": [
+                {"query_id": "rewrite/0", "prompt": f"<{c}> is", "target": "new", "contrast": "old"},
+                {"query_id": "neighborhood/0", "prompt": f"neighbours of {c}", "target": "stays", "contrast": "new"},
+            ],
             "flags": [],
         }
         for c in "abcdefgh"[:n]
@@ -270,7 +275,7 @@ class Tags(HTMLParser):
             self.ids.append(str(given["id"]))
         if tag == "a":
             self.links.append(str(given["href"]))
-        if tag in ("script", "link", "img", "iframe"):
+        if tag in ("link", "img", "iframe") or "src" in given:
             self.loads.append(tag)
         if tag not in self.VOID:
             self.open.append(tag)
@@ -289,6 +294,7 @@ def test_the_page_is_whole_and_loads_nothing(bench: Bench) -> None:
     assert tags.open == []
     assert tags.loads == []
     assert [link.removeprefix("#") for link in tags.links] == tags.ids
+    assert text.count("<script") == 1
     assert "a &lt;bench&gt;" in text
     assert "retcon bench &lt;x&gt;" in text
     assert "http-equiv" not in text
@@ -298,16 +304,24 @@ def test_the_page_is_whole_and_loads_nothing(bench: Bench) -> None:
     assert "Many edits did not take" in text  # memit
 
 
-def test_the_worst_cases_come_first(bench: Bench) -> None:
-    jeep = groups_of(bench)[0]
-    found = worst_of(jeep)
-    assert [w.case_id for w in found] == ["d"]
-    assert found[0].edit == "<d> is → new (was old)"
-    assert found[0].rows[0][1:] == ("<p> is", "new", "pre & jeep", "final & jeep")
-    assert "1 neighborhood" in found[0].rows[-1][1]
-    memit = groups_of(bench)[1]
-    assert [w.case_id for w in worst_of(memit)] == ["b", "c", "d"]
-    assert worst_of(memit)[0].rows[0][0] == "✗ rewrite"
+def test_every_fact_has_a_row_with_its_texts_and_the_worst_come_first(bench: Bench) -> None:
+    (table,) = fact_tables(groups_of(bench))
+    assert table.title == "m_1, cf & <co>, 4 edits at once, seed 0"
+    assert table.sides == ("jeep", "memit")
+    assert [fact.id for fact in table.facts] == ["d", "b", "c", "a"]
+    worst = table.facts[0]
+    assert (worst.prompt, worst.before, worst.wanted) == ("<d> is", "old", "new")
+    jeep, memit = worst.outcomes
+    assert jeep is not None
+    assert memit is not None
+    assert (jeep.untaken, jeep.broke) == (False, True)  # the neighbour of d, of the first seed
+    assert (memit.untaken, memit.broke) == (True, False)
+    assert jeep.own is not None
+    assert (jeep.own.before, jeep.own.after) == ("pre & jeep", "final & jeep")
+    (neighbour,) = jeep.of("neighbour")
+    assert neighbour.prompt == "neighbours of d"
+    assert (neighbour.before, neighbour.after) == ("stays (likelier of the two)", "new (likelier of the two)")
+    assert (table.count("broke"), table.count("untaken")) == (1, 3)
 
 
 @pytest.mark.usefixtures("plotting")
@@ -318,6 +332,9 @@ def test_pictures_are_the_same_twice_and_say_what_they_show(bench: Bench) -> Non
     assert pictures == pictures_of(groups)
     assert "jeep: LS 75.0, GS 75.0" in pictures[0].alt
     assert all(p.svg.startswith("<svg") for p in pictures)
+    for picture in pictures:  # names are inside, for whom a picture reaches by itself
+        inside = " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", picture.svg))
+        assert all(name in inside for name in ("m_1", "4 edits at once", "jeep", "memit")), picture.name
 
 
 @pytest.mark.usefixtures("plotting")

@@ -114,6 +114,7 @@ def test_reports_hold_every_check_and_hostile_text_stays_text(store: Store, lm: 
     assert any('<script>alert("x")' in str(c.get("name")) for c in cases)
     page = found.html()
     assert page.count("<tr data-broke=") == 3
+    assert "the one to blame" in page
     assert "<script>alert" not in page
     assert page.count("<script") == 1
     assert "http" not in page

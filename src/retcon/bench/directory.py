@@ -54,7 +54,7 @@ class Run:
 
     @cached_property
     def cases(self) -> dict[str, dict[str, Any]]:
-        """By case id: subject, relation, edits (prompt and answers), flags."""
+        """By case id: relation, edits (prompt and answers), queries (prompt, target, rival), flags."""
         return {row["case_id"]: row for _, row in read_json_rows(self.directory / "cases.jsonl")}
 
     @property

@@ -356,6 +356,9 @@ def _case_row(case: Case) -> dict[str, Any]:
             {"prompt": e.text, "subject": e.subject, "target_new": e.target_new, "target_true": e.target_true}
             for e in case.edits
         ],
+        "queries": [
+            {"query_id": q.id, "prompt": q.prompt, "target": q.target, "contrast": q.contrast} for q in case.queries
+        ],
         "flags": case.meta.get("flags", []),
     }
 

@@ -12,6 +12,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from retcon.edits import Case, Query
 from retcon.errors import InvalidEdit, InvalidSetting
+from retcon.pages import Answered, Fact, FactOutcome, FactTable, PromptKind, render, worst_first
 from retcon.store.history import Entry, State
 from retcon.store.store import Store
 
@@ -121,34 +122,20 @@ class Verification:
 
     def html(self) -> str:
         """The result as one self-contained page: a row per fact, to filter and to sort."""
-        from jinja2 import Environment, PackageLoader, StrictUndefined
+        return render("verify.html", found=self, titles=TITLES, table=self._table())
 
-        pages = Environment(loader=PackageLoader("retcon.store"), autoescape=True, undefined=StrictUndefined)
-        return pages.get_template("verify.html").render(found=self, titles=TITLES, rows=self._rows())
-
-    def _rows(self) -> list[dict[str, object]]:
+    def _table(self) -> FactTable:
         by_fact: dict[str, list[Check]] = {}
         for check in self.checks:
             by_fact.setdefault(check.fact, []).append(check)
-        rows: list[dict[str, object]] = []
-        for checks in by_fact.values():
+        facts = []
+        for name, checks in by_fact.items():
             own = next((c for c in checks if c.query.axis == "rewrite"), checks[0])
-            kinds = (("took", "stays"), ("generalised",), ("follows",), ("local",))
-            parts = [[c for c in checks if c.kind in kind] for kind in kinds]
-            since = dict.fromkeys(f"{c.since.id} {c.since.message}" for c in checks if c.since is not None)
-            rows.append(
-                {
-                    "prompt": own.query.prompt,
-                    "before": own.query.contrast or "",
-                    "wanted": own.wanted,
-                    "said": "" if own.outcome == "passed" else own.said or "something else",
-                    "cells": [(sum(c.outcome == "passed" for c in part), len(part)) for part in parts],
-                    "since": "; ".join(since),
-                    "broke": any(c.outcome == "broke" for c in checks),
-                    "untaken": any(c.outcome == "never" and c.kind == "took" for c in checks),
-                }
-            )
-        return rows
+            outcome = FactOutcome(tuple(map(_answered, checks)))
+            facts.append(Fact(name, own.query.prompt, own.query.contrast or "", own.wanted, (outcome,)))
+        passes = "A prompt passes where the whole answer is the model's own greedy choice; of neighbours, where the "
+        passes += "model chooses as the unedited one does."
+        return FactTable("Facts in force, and what must stay", (self.state.id,), worst_first(facts), passes=passes)
 
     def markdown(self) -> str:
         """The result as Markdown: for a pull request's comment or a job's summary."""
@@ -175,6 +162,25 @@ class Verification:
             if len(self.failed) > 50:
                 lines.append(f"\nand {len(self.failed) - 50:,} more")
         return "\n".join(lines) + "\n"
+
+
+_ROWS: Mapping[Kind, PromptKind] = {
+    "took": "own",
+    "stays": "own",
+    "generalised": "paraphrase",
+    "follows": "follows",
+    "local": "neighbour",
+}
+
+
+def _answered(check: Check) -> Answered:
+    """A check as the table of facts shows it."""
+    passed, broke = check.outcome == "passed", check.outcome == "broke"
+    since = f"broke in {check.since.id} ({check.since.message})" if check.since is not None else ""
+    after = check.wanted if passed else check.said or "something else"
+    return Answered(
+        _ROWS[check.kind], check.query.prompt, check.wanted, check.query.contrast or "", after, passed, broke, since
+    )
 
 
 def _attribute(text: str) -> str:

@@ -1,6 +1,5 @@
 """Whether an edit is safe to ship: the edited model from wherever it is, and the verdict as a file."""
 
-import html
 import re
 import warnings
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from xml.etree import ElementTree
 
 from retcon.errors import InvalidSetting, MissingPackage
 from retcon.files import write_atomically
+from retcon.pages import render
 
 if TYPE_CHECKING:
     from retcon.evaluation.safety import Answer, Verdict
@@ -23,10 +23,6 @@ TITLES = {
 }
 ADAPTER = "adapter_config.json"
 ENDINGS = (".html", ".md", ".xml")
-_STYLE = (
-    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
-    "td,th{text-align:left;padding:.3em .8em;border-bottom:1px solid #ccc;vertical-align:top}"
-)
 _NO_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _OUTCOMES = {
     "passed": "passed",
@@ -124,22 +120,10 @@ def _markdown(verdict: "Verdict", about: str) -> str:
 
 
 def _page(verdict: "Verdict", about: str) -> str:
-    def row(cells: tuple[str, ...], tag: str = "td") -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    parts = [row(("question", "outcome", "finding"), "th")]
-    parts += [row((TITLES[a.part], _OUTCOMES[a.outcome], a.words)) for a in verdict.answers]
-    tables = [f"<table>{''.join(parts)}</table>"]
-    for answer in verdict.answers:
-        if rows := _examples(answer):
-            head = row(("prompt", "wanted", "before", "after"), "th")
-            tables.append(f"<h2>{TITLES[answer.part]}: where it fell short</h2>")
-            tables.append(f"<table>{head}{''.join(map(row, rows))}</table>")
-    notes = "".join(f"<p>{html.escape(note)}.</p>" for note in verdict.notes)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>retcon check</title><style>{_STYLE}</style>'
-        f"<h1>{html.escape(verdict_line(verdict))}</h1><p>{html.escape(about)}</p>{''.join(tables)}{notes}</html>\n"
-    )
+    questions = [(TITLES[a.part], a.outcome, _OUTCOMES[a.outcome], a.words) for a in verdict.answers]
+    examples = [(TITLES[a.part], rows) for a in verdict.answers if (rows := _examples(a))]
+    line = verdict_line(verdict)
+    return render("check.html", verdict=verdict, line=line, about=about, questions=questions, examples=examples)
 
 
 def _junit(verdict: "Verdict", about: str) -> str:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from retcon.bench import Bench, Run
 from retcon.evaluation.intervals import Interval, ci_seed
-from retcon.evaluation.summary import Estimate, Summary, summarise
+from retcon.evaluation.summary import Estimate, Family, Summary, summarise
 
 UNEDITED = "unedited"
 """The row of the model without edits."""
@@ -50,7 +50,7 @@ class Group:
         return tuple(summarise(run.at("pre"), run.at("final"), seed=int(run.context["seed"])) for run in self.runs)
 
     @property
-    def family(self) -> str:
+    def family(self) -> Family:
         return self.summaries[0].family
 
     def number(self, metric: str, *variants: str, before: bool = False) -> Number | None:

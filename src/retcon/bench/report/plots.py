@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -68,7 +69,7 @@ def trade_off(groups: Sequence[Group], places: Places) -> list[Picture]:
                     points.append((places[g.method], g.method, x, y))
             if not points:
                 continue
-            figure, axes = _figure(5.2, 4.2)
+            figure, axes = _figure(5.2, 4.5)
             for place, name, x, y in points:
                 axes.errorbar(
                     100 * x.value,
@@ -96,7 +97,7 @@ def scaling(groups: Sequence[Group], places: Places) -> list[Picture]:
     shaded."""
     pictures = []
     for curve in curves(groups):
-        figure, panels = _figure(9, 2.6, columns=4)
+        figure, panels = _figure(9, 2.9, columns=4)
         numbers = [x for x, _, _ in curve.points]
         for axes, name in zip(panels, ("Score", "ES", "GS", "LS"), strict=True):
             for i, (line, points) in enumerate(curve.lines.items()):
@@ -119,7 +120,7 @@ def retention(groups: Sequence[Group], places: Places) -> list[Picture]:
     for model, protocol, block in blocks(sequential):
         for dataset in dict.fromkeys(g.dataset for g in block):
             own = [g for g in block if g.dataset == dataset]
-            figure, panels = _figure(9, 3.6, columns=3)
+            figure, panels = _figure(9, 3.9, columns=3)
             for axes, name in zip(panels, ("ES", "GS", "LS"), strict=True):
                 for group in own:
                     kept, place = _kept(group, name), places[group.method]
@@ -162,7 +163,7 @@ def relations(groups: Sequence[Group], places: Places) -> list[Picture]:
             shown = sorted(counted, key=lambda r: -counted[r])[:MAX_RELATIONS]
             if len(shown) < 2:
                 continue
-            figure, panels = _figure(9, 0.8 + 0.27 * len(shown), columns=2, sharey=True)
+            figure, panels = _figure(9, 1.3 + 0.27 * len(shown), columns=2, sharey=True)
             for axes, name in zip(panels, ("GS", "LS"), strict=True):
                 for place, group in enumerate(own):
                     values = _by_relation(group, name)
@@ -175,7 +176,9 @@ def relations(groups: Sequence[Group], places: Places) -> list[Picture]:
                 axes.set_xlabel(f"{name}, %")
                 axes.set_xlim(-3, 103)
             panels[0].invert_yaxis()
-            panels[1].legend(frameon=False, fontsize=8, loc="lower left")
+            figure.legend(
+                *panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8
+            )
             title = f"By relation: {model}, {dataset}, {protocol}"
             alt = f"GS and LS of {', '.join(g.method for g in own)} for {', '.join(shown)}"
             pictures.append(_done(figure, f"relations-{model}-{dataset}-{protocol}", title, alt))
@@ -189,7 +192,7 @@ def times(groups: Sequence[Group], places: Places) -> list[Picture]:
         found = [(g.method, s) for g in block if (s := g.seconds_per_edit()) is not None]
         if len(found) < 2:
             continue
-        figure, axes = _figure(5.2, 0.7 + 0.3 * len(found))
+        figure, axes = _figure(5.2, 1.1 + 0.3 * len(found))
         colours = [COLOURS[places[method] % len(COLOURS)] for method, _ in found]
         axes.barh([m for m, _ in found], [s for _, s in found], color=colours, height=0.6)
         axes.invert_yaxis()
@@ -288,10 +291,17 @@ def _within(percent: float) -> float:
 
 
 def _done(figure: Any, name: str, title: str, alt: str) -> Picture:
+    """The picture with its title inside, so that it says what it is of wherever it is pasted."""
     out = io.StringIO()
+    figure.suptitle(_plain_text(textwrap.fill(title, int(15 * figure.get_figwidth()))), fontsize=9)
     matplotlib = import_module("matplotlib")
     with matplotlib.rc_context({"svg.hashsalt": "retcon", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
     svg = out.getvalue()
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return Picture(slug, title, alt, svg[svg.index("<svg") :])
+
+
+def _plain_text(text: str) -> str:
+    """A dollar sign is not the start of a formula."""
+    return text.replace("$", r"\$")
