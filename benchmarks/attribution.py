@@ -28,8 +28,9 @@ import retcon
 from benchmarks.common import cases_of, machine
 from retcon.edits import Edit
 from retcon.lm.forward import answer_log_probs, gold
-from retcon.lm.model import LM, Site
+from retcon.lm.model import LM
 from retcon.lm.prompts import Row
+from retcon.lm.site import Site
 from retcon.locate.attribution import Attribution, attribute
 from retcon.locate.gradients import catch
 from retcon.training.objective import answer_rows

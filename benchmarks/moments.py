@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrain
 import retcon
 from benchmarks.common import machine, moments_of
 from retcon.lm.forward import Point, run
-from retcon.lm.model import LM, Site
+from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
+from retcon.lm.site import Site
 from retcon.memory.collect import collect
 from retcon.memory.corpus import document_rows
 

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from retcon.delta import Change
 from retcon.errors import NotEditable, UnknownLayout, UnsupportedModel
 from retcon.lm.layouts import LAYOUTS, REFUSED, Fused, Layout, layout_for
-from retcon.lm.model import LM, Site, SiteName
+from retcon.lm.model import LM
+from retcon.lm.site import Site, SiteName
 from tests.conftest import FAMILIES, Models, tiny_model, tokenizer
 
 KINDS: tuple[SiteName, ...] = get_args(SiteName)

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, NonFinite
-from retcon.lm.model import LM, Site
+from retcon.lm.model import LM
+from retcon.lm.site import Site
 from retcon.locate.attribution import Attribution, answer_probabilities, attribute, select
 from retcon.training.objective import answer_rows
 from tests.conftest import FAMILIES

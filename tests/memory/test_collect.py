@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from retcon.errors import RetconWarning
 from retcon.lm.batches import is_out_of_memory
-from retcon.lm.model import Site
 from retcon.lm.prompts import Row
+from retcon.lm.site import Site
 from retcon.memory import collect as module
 from retcon.memory.capacity import free_bytes
 from retcon.memory.collect import batched, chunked, collect

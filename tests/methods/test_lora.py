@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from retcon.errors import DeltaMismatch, InvalidSetting
-from retcon.lm.model import Site
+from retcon.lm.site import Site
 from retcon.methods.adalora import AdaLora, Allotment, add_penalty
 from retcon.methods.lora import Lora
 from retcon.training.objective import answer_log_probs, answer_rows

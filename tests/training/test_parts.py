@@ -7,8 +7,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from retcon.errors import NonFinite
 from retcon.lm.forward import answer_log_probs
-from retcon.lm.model import LM, Site
+from retcon.lm.model import LM
 from retcon.lm.prompts import Row
+from retcon.lm.site import Site
 from retcon.training.objective import AnswerLoss, answer_rows
 from retcon.training.parts import (
     Part,

@@ -4,20 +4,18 @@ import gc
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from retcon.attachment import Attachment
 from retcon.chat import Chat, chat_from
-from retcon.delta import Change, Columns, Delta, Dense, Entries, Region, Rows, smallest
+from retcon.delta import Change, Delta
 from retcon.edits import Edit
 from retcon.errors import (
     DeltaMismatch,
@@ -35,115 +33,10 @@ from retcon.lm.hooks import Hooks
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
 from retcon.lm.prompts import Row, encode, encode_edit, end_of_turn
+from retcon.lm.refusals import refuse_other_vocabulary, refuse_wrapped, why_not_editable
 from retcon.lm.scopes import Edited, FrozenEval, Lent, Scope, Turn, Turns, WithoutDeltas
+from retcon.lm.site import Site, SiteName
 from retcon.work import Here, Workers
-
-SiteName = Literal["down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One matrix of one block, seen in math orientation (out x in) whatever the family stores."""
-
-    layer: int
-    kind: str
-    """Which of its matrices (a `SiteName`), or a module's path inside the block."""
-    name: str
-    """Name of the parameter that holds it."""
-    module: nn.Module
-    transposed: bool
-    """Stored as (in, out)."""
-    rows: Int[Tensor, " rows"] | None = None
-    """Output rows of a fused matrix that are this site's; None is all of them."""
-    expert: int | None = None
-    """Which routed expert's; its matrix is one slice of the parameter."""
-
-    @property
-    def id(self) -> str:
-        """The parameter's name, with the expert's number where it is one of several: unique in a model."""
-        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
-
-    @property
-    def weight(self) -> Float[Tensor, "out in"]:
-        """The current weight in math orientation (a view where the site is the whole matrix)."""
-        stored = self._stored.detach()
-        matrix = stored.T if self.transposed else stored
-        return matrix if self.rows is None else matrix[self.rows.to(matrix.device)]
-
-    @property
-    def _stored(self) -> Tensor:
-        if self.expert is None:
-            return self.module.weight  # type: ignore[return-value]
-        return self.module.down_proj[self.expert]  # type: ignore[index]
-
-    def _here(self, change: Change) -> Change:
-        """The change of a matrix as one of the parameter that holds it."""
-        return change if self.expert is None else replace(change, region=Region(0, self.expert, self.expert + 1))
-
-    def stored(self, left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"]) -> Change:
-        """The update left @ right (math orientation) as a change in stored orientation, in its smaller exact form."""
-        if self.rows is None:
-            return self._here(smallest(right.T, left.T) if self.transposed else smallest(left, right))
-        first, last = int(self.rows[0]), int(self.rows[-1]) + 1
-        if last - first != len(self.rows):  # alternating heads: no region, but whole rows
-            if self.transposed:
-                raise NotEditable(f"{self.name}: alternating columns of a transposed matrix have no layout yet")
-            return Rows(index=self.rows.clone(), rows=left @ right)
-        region = Region(1 if self.transposed else 0, first, last)
-        change = smallest(right.T, left.T) if self.transposed else smallest(left, right)
-        return type(change)(region=region, **change.tensors())
-
-    def outputs(self, index: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """Places of output units of this site among the module's outputs."""
-        return index if self.rows is None else self.rows.to(index.device)[index]
-
-    def stored_rows(self, index: Int[Tensor, " n"], values: Float[Tensor, "n in"]) -> Change:
-        """Values added to rows (output units) of the math-oriented matrix, as a change in stored orientation."""
-        if self.transposed:
-            return self._here(Columns(index=self.outputs(index), columns=values.T.contiguous()))
-        return self._here(Rows(index=self.outputs(index), rows=values))
-
-    def stored_columns(self, index: Int[Tensor, " n"], values: Float[Tensor, "out n"]) -> Change:
-        """Values added to columns (input units) of the math-oriented matrix, as a change in stored orientation."""
-        region = None
-        if self.rows is not None:
-            first, last = int(self.rows[0]), int(self.rows[-1]) + 1
-            if last - first != len(self.rows):  # alternating heads: no region holds them
-                width = self.weight.shape[1]
-                places = torch.arange(len(self.rows), device=index.device)[:, None] * width + index
-                return self.stored_entries(places.reshape(-1), values.reshape(-1))
-            region = Region(1 if self.transposed else 0, first, last)
-        if self.transposed:
-            return self._here(Rows(index=index, rows=values.T.contiguous(), region=region))
-        return self._here(Columns(index=index, columns=values, region=region))
-
-    def stored_entries(self, index: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Change:
-        """Values added at places counted row by row through the matrix in math orientation."""
-        stored = self._stored
-        full_out, full_in = reversed(stored.shape) if self.transposed else stored.shape
-        row, column = self.outputs(index // full_in), index % full_in
-        place = column * full_out + row if self.transposed else row * full_in + column
-        return self._here(Entries(index=place, entries=values))
-
-    def stored_dense(self, full: Float[Tensor, "out in"]) -> Change:
-        """A change of the whole matrix in math orientation, as a change in stored orientation."""
-        if self.rows is not None:
-            return self.stored_rows(torch.arange(len(self.rows)), full)
-        return self._here(Dense(full=full.T.contiguous() if self.transposed else full))
-
-    @property
-    def bias(self) -> Float[Tensor, " out"] | None:
-        """The bias of this site's outputs, None where the module has none."""
-        whole = getattr(self.module, "bias", None)
-        if whole is None:
-            return None
-        return whole.detach() if self.rows is None else whole.detach()[self.rows.to(whole.device)]
-
-    @property
-    def bias_name(self) -> str:
-        """Name of the parameter that holds the bias, where there is one."""
-        return self.name.removesuffix("weight") + "bias"
 
 
 class LM:
@@ -161,19 +54,19 @@ class LM:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, layout: Layout | None = None, name: str | None = None) -> None:
-        _refuse_wrapped(model)
+        refuse_wrapped(model)
         if not getattr(tokenizer, "is_fast", False):
             raise UnsupportedModel(
                 f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell which characters a token covers; "
                 "load the fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
             )
-        _refuse_other_vocabulary(model, tokenizer, name)
+        refuse_other_vocabulary(model, tokenizer, name)
         self.model = model
         self.tokenizer = tokenizer
         self.layout = (layout or layout_for(model.config)).within(_decoder_path(model))
         self.name = name or getattr(model.config, "_name_or_path", "") or model.config.model_type
         self.n_layers = _count_blocks(model, self.layout)
-        self.not_editable = _why_not_editable(model)
+        self.not_editable = why_not_editable(model)
         """Parameters that must not be edited, with the reason."""
         self._parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied name is known, and refused
         self.turns = Turns(f"LM({self.name})")
@@ -734,37 +627,6 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def _refuse_other_vocabulary(model: Any, tokenizer: Any, name: str | None) -> None:
-    """Raises UnsupportedModel where the tokenizer's own vocabulary (tokens added later aside) exceeds the embedding."""
-    embedding, backend = model.get_input_embeddings(), getattr(tokenizer, "backend_tokenizer", None)
-    if embedding is None or backend is None:
-        return
-    n_tokens, n_rows = backend.get_vocab_size(with_added_tokens=False), embedding.weight.shape[0]
-    if n_tokens > n_rows:
-        raise UnsupportedModel(
-            f"{name or model.config.model_type}: the tokenizer has {n_tokens:,} tokens, the embedding {n_rows:,} rows; "
-            "load the tokenizer that belongs to this model, or call model.resize_token_embeddings(len(tokenizer))"
-        )
-
-
-def _refuse_wrapped(model: Any) -> None:
-    if hasattr(model, "_orig_mod"):
-        raise UnsupportedModel("the model is compiled (torch.compile); wrap the original one: LM(model._orig_mod, ...)")
-    if getattr(model, "_compiled_call_impl", None) is not None:
-        raise UnsupportedModel("the model was compiled in place (model.compile()); load it again and leave that out")
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModel(
-            "the model carries PEFT adapters; merge or drop them first: LM(model.merge_and_unload(), ...) or "
-            "LM(model.unload(), ...)"
-        )
-    if not hasattr(getattr(model, "config", None), "model_type"):
-        raise UnsupportedModel(f"{type(model).__name__} is no transformers model (it has no config.model_type)")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"{model.config.model_type!r} is an encoder-decoder model; retcon edits decoder-only ones"
-        )
-
-
 def _decoder_path(model: Any) -> str:
     """Where the text model is: `model`, or a longer path in a wrapper."""
     if model.config.get_text_config() is model.config or not hasattr(model, "get_decoder"):
@@ -806,41 +668,3 @@ def _count_blocks(model: Any, layout: Layout) -> int:
         return len(model.get_submodule(path))
     except (AttributeError, TypeError):
         raise UnsupportedModel(f"the layout places the blocks at {path!r}, but the model has no such list") from None
-
-
-def _why_not_editable(model: nn.Module) -> dict[str, str]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    overlaps = _overlapping(model)
-    reasons = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.is_meta:
-            reasons[name] = "it has no data on this machine (meta device or offloaded)"
-        elif hasattr(parameter, "quant_state") or parameter.dtype not in _FLOATS:
-            reasons[name] = f"it is quantised or not floating ({parameter.dtype}); load the model unquantised"
-        elif len(names[id(parameter)]) > 1:
-            others = [n for n in names[id(parameter)] if n != name]
-            reasons[name] = f"it is shared with {', '.join(others)}, which would change too"
-        elif name in overlaps:
-            reasons[name] = f"it lies in the same memory as {overlaps[name]}, which would change too"
-    return reasons
-
-
-def _overlapping(model: nn.Module) -> dict[str, str]:
-    """Parameters that share bytes with another parameter object, and the other one's name."""
-    spans = []
-    for name, p in model.named_parameters():
-        if p.is_meta or not p.numel():
-            continue
-        reach = 1 + sum((n - 1) * abs(stride) for n, stride in zip(p.shape, p.stride(), strict=True))
-        spans.append((str(p.device), p.data_ptr(), p.data_ptr() + reach * p.element_size(), name))
-    found: dict[str, str] = {}
-    furthest: tuple[str, int, str] | None = None
-    for device, start, end, name in sorted(spans):
-        if furthest is not None and furthest[0] == device and start < furthest[1]:
-            found[name] = furthest[2]
-            found.setdefault(furthest[2], name)
-        if furthest is None or furthest[0] != device or end > furthest[1]:
-            furthest = (device, end, name)
-    return found

@@ -24,9 +24,10 @@ from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_probs, logits_at, run
-from retcon.lm.model import LM, Site
+from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.replay import ReplayState, replaying
+from retcon.lm.site import Site
 from retcon.locate.gradients import Captured, catch
 from retcon.training.objective import Answer, answer_rows
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from retcon.lm.model import Site
+from retcon.lm.site import Site
 
 
 @dataclass(frozen=True)

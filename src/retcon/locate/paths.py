@@ -18,8 +18,9 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
-from retcon.lm.model import LM, Site, SiteName
+from retcon.lm.model import LM
 from retcon.lm.prompts import Row
+from retcon.lm.site import Site, SiteName
 from retcon.locate.gradients import Captured, catch
 from retcon.training.descent import Reduction, shares
 from retcon.training.objective import answer_nll, answer_rows, token_chunks

@@ -22,8 +22,9 @@ from retcon.checked import Kind, cached, keep
 from retcon.errors import NonFinite, RetconWarning
 from retcon.lm.batches import halved, release_memory
 from retcon.lm.forward import Hook, Point, run
-from retcon.lm.model import LM, Site
+from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
+from retcon.lm.site import Site
 from retcon.memory.capacity import free_bytes, planned_bytes
 
 CHUNK_TOKENS = {"cpu": 16_384, "cuda": 131_072}

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.errors import InvalidSetting
-from retcon.lm.model import LM, Site
+from retcon.lm.model import LM
+from retcon.lm.site import Site
 
 _BASE, _KEYS = "base", "keys/"
 

@@ -24,8 +24,9 @@ from torch import Tensor
 from retcon.checked import Kind, cached, checksum, keep, warn_unwritable
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, TooFewTokens
 from retcon.files import cache_dir, write_atomically
-from retcon.lm.model import LM, Site
+from retcon.lm.model import LM
 from retcon.lm.prompts import Row
+from retcon.lm.site import Site
 from retcon.memory.collect import Progress, collect
 from retcon.memory.corpus import Corpus, document_rows
 from retcon.memory.solve import cholesky, definite

@@ -7,7 +7,8 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.lm.model import LM, Site
+from retcon.lm.model import LM
+from retcon.lm.site import Site
 from retcon.memory.moments import CorpusMoments, Moments
 
 

@@ -20,8 +20,9 @@ from retcon.delta import Change
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.forward import Point, TensorName
-from retcon.lm.model import LM, Site
+from retcon.lm.model import LM
 from retcon.lm.prompts import Where
+from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyAverage, KeyReader
 from retcon.memory.moments import Moments

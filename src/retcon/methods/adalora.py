@@ -14,7 +14,8 @@ from torch import Tensor
 from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
-from retcon.lm.model import LM, Site
+from retcon.lm.model import LM
+from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache

@@ -19,7 +19,8 @@ from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.errors import DeltaMismatch, InvalidSetting
 from retcon.evaluation.datasets import read_cases
-from retcon.lm.model import LM, Site, SiteName
+from retcon.lm.model import LM
+from retcon.lm.site import Site, SiteName
 from retcon.locate.attribution import Attribution, Path, Probability, Quadrature, Unit, attribute, select
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retcon.lm.model import Site
+from retcon.lm.site import Site
 from retcon.training.parts import Part, TrainedBias, TrainedColumns, TrainedRows, fresh
 
 Kind = Literal["rows", "columns", "bias"]

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from retcon.delta import Change, Dense, Entries, LowRank
-from retcon.lm.model import Site
+from retcon.lm.site import Site
 
 _BLOCK = 2**22  # token x entry products formed at a time
 

@@ -14,9 +14,10 @@ from retcon.edits import Edit
 from retcon.errors import RetconError
 from retcon.lm.forward import Point, logits_at, run
 from retcon.lm.load import load_plain, quietly
-from retcon.lm.model import LM, Site, SiteName
+from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.replay import capture_states, live_starts, replaying
+from retcon.lm.site import Site, SiteName
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyReader, mean_keys
 from retcon.memory.moments import GivenMoments

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from retcon.edits import Edit
-    from retcon.lm.model import LM, Site
+    from retcon.lm.model import LM
+    from retcon.lm.site import Site
     from retcon.memory.moments import Moments
 
 N_TRIED = 6

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from retcon.lm.forward import Inputs, Places
-from retcon.lm.model import LM, SiteName
+from retcon.lm.model import LM
 from retcon.lm.replay.states import Replayable
+from retcon.lm.site import SiteName
 
 if TYPE_CHECKING:
     from transformers import Cache

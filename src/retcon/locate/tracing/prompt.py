@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from retcon.edits import Edit
 from retcon.errors import NonFinite
 from retcon.lm.forward import Hook, Inputs, Point, TensorName, logits_at
-from retcon.lm.model import LM, SiteName
+from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, Row, encode, encode_edit, subject_tokens
+from retcon.lm.site import SiteName
 from retcon.locate.embeddings import EMBEDDING, changing_embeddings, reading_first_input
 from retcon.locate.tracing.traces import Tracing
 

@@ -14,7 +14,8 @@ import torch
 from retcon.attachment import Attachment
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
-from retcon.lm.model import LM, Site
+from retcon.lm.model import LM
+from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache

@@ -26,8 +26,9 @@ from retcon.edits import Edit, check_edits
 from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
 from retcon.lm.batches import in_batches
 from retcon.lm.forward import TensorName, answer_places, gold, log_probs, logits_at
-from retcon.lm.model import LM, Site
+from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit, pad
+from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts, ContextStyle
 from retcon.memory.defaults import default_contexts, default_moments
 from retcon.memory.keys import KeyAverage, KeyReader

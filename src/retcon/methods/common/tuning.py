@@ -21,7 +21,8 @@ from torch import Tensor
 from retcon.delta import Delta
 from retcon.edits import Edit, check_edits
 from retcon.errors import InvalidSetting, OutOfMemory
-from retcon.lm.model import LM, Site, SiteName
+from retcon.lm.model import LM
+from retcon.lm.site import Site, SiteName
 from retcon.memory.capacity import free_bytes
 from retcon.methods.common.contract import ModelShape, Progress, check_settings, recorded, silent
 from retcon.methods.common.proposal import report_after

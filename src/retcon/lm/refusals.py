@@ -1,0 +1,81 @@
+"""What is refused: models that cannot be edited, tokenizers of other models, parameters that must not change."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from retcon.errors import UnsupportedModel
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def refuse_other_vocabulary(model: Any, tokenizer: Any, name: str | None) -> None:
+    """Raises UnsupportedModel where the tokenizer's own vocabulary (tokens added later aside) exceeds the embedding."""
+    embedding, backend = model.get_input_embeddings(), getattr(tokenizer, "backend_tokenizer", None)
+    if embedding is None or backend is None:
+        return
+    n_tokens, n_rows = backend.get_vocab_size(with_added_tokens=False), embedding.weight.shape[0]
+    if n_tokens > n_rows:
+        raise UnsupportedModel(
+            f"{name or model.config.model_type}: the tokenizer has {n_tokens:,} tokens, the embedding {n_rows:,} rows; "
+            "load the tokenizer that belongs to this model, or call model.resize_token_embeddings(len(tokenizer))"
+        )
+
+
+def refuse_wrapped(model: Any) -> None:
+    """Raises UnsupportedModel where the model is compiled, carries adapters, or is not decoder-only."""
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModel("the model is compiled (torch.compile); wrap the original one: LM(model._orig_mod, ...)")
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise UnsupportedModel("the model was compiled in place (model.compile()); load it again and leave that out")
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModel(
+            "the model carries PEFT adapters; merge or drop them first: LM(model.merge_and_unload(), ...) or "
+            "LM(model.unload(), ...)"
+        )
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        raise UnsupportedModel(f"{type(model).__name__} is no transformers model (it has no config.model_type)")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{model.config.model_type!r} is an encoder-decoder model; retcon edits decoder-only ones"
+        )
+
+
+def why_not_editable(model: nn.Module) -> dict[str, str]:
+    """Parameters that must not be edited, with the reason."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    overlaps = _overlapping(model)
+    reasons = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_meta:
+            reasons[name] = "it has no data on this machine (meta device or offloaded)"
+        elif hasattr(parameter, "quant_state") or parameter.dtype not in _FLOATS:
+            reasons[name] = f"it is quantised or not floating ({parameter.dtype}); load the model unquantised"
+        elif len(names[id(parameter)]) > 1:
+            others = [n for n in names[id(parameter)] if n != name]
+            reasons[name] = f"it is shared with {', '.join(others)}, which would change too"
+        elif name in overlaps:
+            reasons[name] = f"it lies in the same memory as {overlaps[name]}, which would change too"
+    return reasons
+
+
+def _overlapping(model: nn.Module) -> dict[str, str]:
+    """Parameters that share bytes with another parameter object, and the other one's name."""
+    spans = []
+    for name, p in model.named_parameters():
+        if p.is_meta or not p.numel():
+            continue
+        reach = 1 + sum((n - 1) * abs(stride) for n, stride in zip(p.shape, p.stride(), strict=True))
+        spans.append((str(p.device), p.data_ptr(), p.data_ptr() + reach * p.element_size(), name))
+    found: dict[str, str] = {}
+    furthest: tuple[str, int, str] | None = None
+    for device, start, end, name in sorted(spans):
+        if furthest is not None and furthest[0] == device and start < furthest[1]:
+            found[name] = furthest[2]
+            found.setdefault(furthest[2], name)
+        if furthest is None or furthest[0] != device or end > furthest[1]:
+            furthest = (device, end, name)
+    return found
