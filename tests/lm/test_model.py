@@ -32,7 +32,7 @@ from retcon.lm.ledger import Ledger
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, pad
 from retcon.methods.common.sequence import in_steps
-from tests.conftest import FAMILIES, tiny_model, tokenizer
+from tests.conftest import FAMILIES, FLOAT32_INSIDE, tiny_model, tokenizer
 from tests.lm.deltas import KINDS, by_hand, random_change, same_bytes
 
 Make = Callable[..., LM]
@@ -502,8 +502,8 @@ def step_by_step(lm: LM, prompt: str, n: int) -> list[int]:
 
 @pytest.mark.parametrize(("family", "tok"), [*((f, "gpt") for f in FAMILIES), ("gpt2", "bos"), ("llama", "piece")])
 def test_generating_equals_one_step_at_a_time(family: str, tok: str, tiny: Make, untouched: Any) -> None:
-    # gemma2's eager attention casts to float32 before its softmax: a float64 mask becomes -inf there, and padding NaN.
-    lm = tiny(family, torch.float32 if family == "gemma2" else torch.float64, tok=tok)
+    # Where attention is cast to float32 before its softmax, a float64 mask becomes -inf there, and padding NaN.
+    lm = tiny(family, torch.float32 if family in FLOAT32_INSIDE else torch.float64, tok=tok)
     look, shipped = untouched(lm), lm.model.generation_config
     got = generate(lm, PROMPTS, Writing(max_new_tokens=6, stops=()), max_batch_tokens=64)
     for prompt, text in zip(PROMPTS, [one.text for one in got], strict=True):
