@@ -2,13 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from retcon import files
-from retcon.errors import MalformedFile
+from retcon.errors import MalformedFile, PlaceBusy
 from retcon.files import cache_dir, read_json_rows, require, write_atomically
 
 SEPARATORS = "a\u2028b\u2029c\x85d"
@@ -123,3 +125,56 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_dir() == Path("/two/retcon")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache" / "retcon"
+
+
+def left_by_a_killed_process(place: Path, part: str) -> Path:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = place.with_name(f".{place.name}.{files._machine()}.{ended.pid}-ab{part}")
+    left.mkdir()
+    (left / "file").write_text(part)
+    return left
+
+
+def test_a_folder_is_mended_after_a_kill_at_any_point_of_its_exchange(tmp_path: Path) -> None:
+    place = tmp_path / "a [folder]"
+    new = left_by_a_killed_process(place, ".new")  # killed while writing
+    files.mend_folder(place)
+    assert not new.exists()
+    left_by_a_killed_process(place, ".old")  # killed between the two renames
+    left_by_a_killed_process(place, ".new")
+    files.mend_folder(place)
+    assert [p.name for p in tmp_path.iterdir()] == [place.name]
+    assert (place / "file").read_text() == ".old"
+    left_by_a_killed_process(place, ".old")  # killed before the old one was removed
+    (place / "file").write_text("the new one")
+    with files.replacing_folder(place) as fresh:
+        (fresh / "file").write_text("the next")
+    assert [p.name for p in tmp_path.iterdir()] == [place.name]
+    assert (place / "file").read_text() == "the next"
+
+
+def test_a_folder_that_must_not_be_replaced_stays(tmp_path: Path) -> None:
+    place = tmp_path / "folder"
+
+    def refuse() -> None:
+        if place.exists():
+            raise MalformedFile("somebody else's")
+
+    with pytest.raises(MalformedFile, match="somebody"), files.replacing_folder(place, check=refuse) as fresh:
+        (fresh / "file").touch()
+        place.mkdir()
+        (place / "theirs").touch()
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "theirs"]
+
+
+def test_one_process_at_a_time_has_the_turn_in_a_folder(tmp_path: Path) -> None:
+    other = files.turn_in(tmp_path, wait=False)
+    with (
+        files.turn_in(tmp_path, wait=False),
+        pytest.raises(PlaceBusy, match=rf"{tmp_path}: another process is at work"),
+        other,
+    ):
+        pass
+    with files.turn_in(tmp_path, wait=True):
+        pass

@@ -13,11 +13,10 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retcon.errors import MalformedFile, RetconWarning
-from retcon.files import cache_dir, replacing
+from retcon.files import cache_dir, replacing, tidy_cache
 from retcon.version import __version__
 
 if TYPE_CHECKING:
@@ -80,20 +79,7 @@ def read_checked(
         MalformedFile: it cannot be read, its checksum is another, or it is of another kind, computation or
             identity; the message names the file and says which.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).exists():
-        raise FileNotFoundError(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {})["retcon"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        check = record.pop("check")
-        intact = check == checksum(record, tensors)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise MalformedFile(f"{path}: not a readable file of {kind.name} ({type(error).__name__}: {error})") from None
-    if not intact:
-        raise MalformedFile(f"{path}: damaged; its content does not match its checksum")
+    record, tensors = read_intact(path, kind.name)
     found = (record["kind"], record["format"], record["computation"])
     if found != (kind.name, kind.format, kind.computation):
         raise MalformedFile(
@@ -106,11 +92,38 @@ def read_checked(
     return tensors, record["about"]
 
 
+def read_intact(
+    path: str | os.PathLike[str], what: str = "checked content"
+) -> tuple[dict[str, Any], dict[str, "Tensor"]]:
+    """Return the record and the tensors of a file that `write_checked` wrote, whatever they are for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        MalformedFile: it cannot be read, or its checksum is another.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {})["retcon"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        check = record.pop("check")
+        intact = check == checksum(record, tensors)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise MalformedFile(f"{path}: not a readable file of {what} ({type(error).__name__}: {error})") from None
+    if not intact:
+        raise MalformedFile(f"{path}: damaged; its content does not match its checksum")
+    return record, tensors
+
+
 def cached(
     path: str | os.PathLike[str], kind: Kind, identity: Mapping[str, Any]
 ) -> tuple[dict[str, "Tensor"], dict[str, Any]] | None:
     """Return what a cache holds, or None where it has to be made (again): with a warning that names the file and the
     reason where there is one that cannot be used."""
+    tidy_cache()
     try:
         return read_checked(path, kind, identity)
     except FileNotFoundError:
@@ -128,8 +141,12 @@ def keep(
     about: Mapping[str, Any] | None = None,
 ) -> bool:
     """Write a cache file; return whether that succeeded. A cache that cannot be written costs time, nothing else."""
+    tidy_cache()
     try:
-        write_checked(path, kind, identity, tensors, about)
+        try:
+            write_checked(path, kind, identity, tensors, about)
+        except FileNotFoundError:  # another process has removed the folder in between
+            write_checked(path, kind, identity, tensors, about)
         return True
     except OSError as error:
         warn_unwritable(error)

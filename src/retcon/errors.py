@@ -85,6 +85,10 @@ class StoreBusy(RetconError):
     """Another process is writing to the store."""
 
 
+class PlaceBusy(RetconError):
+    """Another process is at work in the same folder."""
+
+
 class NonFinite(RetconError):
     """NaN or infinity where a number must stand: a loss, a moment, a change."""
 

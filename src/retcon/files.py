@@ -1,16 +1,20 @@
 """Files in and out: rows read with errors that name them, and writing that a crash cannot leave half done."""
 
+import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from retcon.errors import MalformedFile
+from retcon.errors import MalformedFile, PlaceBusy
 
 TEMPORARY = ".tmp"
 """How the names of files end that are being written."""
@@ -150,10 +154,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: it cannot be written; the error names `path`.
     """
     target = Path(path)
-    temporary = target.parent / f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(8)}{TEMPORARY}"
+    temporary = target.parent / f".{target.name[:100]}.{_mark()}{TEMPORARY}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(target.parent, f".{target.name[:100]}.*{TEMPORARY}")
+        remove_abandoned(target.parent, f".{_escaped(target.name[:100])}.*{TEMPORARY}")
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # less the umask, as open() would
         yield temporary
         with open(temporary, "rb") as stream:
@@ -168,15 +172,50 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def turn_in(folder: str | os.PathLike[str], *, wait: bool) -> Iterator[None]:
+    """The turn of one process in a folder, which must be there. It ends with the process, however that ends.
+
+    Where the file system knows no locks, everybody has the turn.
+
+    Args:
+        wait: until another process ends its turn; else:
+
+    Raises:
+        PlaceBusy: another process has the turn.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PlaceBusy(
+                f"{folder}: another process is at work in this folder; wait for it, stop it, or name another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str], *, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A fresh folder beside `path` that takes its place when the scope ends well; whatever fails, what was there stays.
 
-    Its files become readable for everybody, whatever their writer thought of that.
+    Its files become readable for everybody, whatever their writer thought of that. What a process that was killed here
+    has left behind is put in order by the next one that writes the same folder.
+
+    Args:
+        check: raises where what is at `path` by then must not be replaced.
+
+    Raises:
+        OSError: it cannot be written; the error names `path` or a file in it.
     """
     place = Path(path).resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
-    mark = secrets.token_hex(4)
-    fresh, old = (place.with_name(f".{place.name}.{mark}.{part}") for part in ("new", "old"))
+    mend_folder(place)
+    mark = _mark()
+    fresh, old = (place.with_name(f".{place.name}.{mark}{part}") for part in (_NEW, _OLD))
     fresh.mkdir()
     try:
         yield fresh
@@ -184,17 +223,46 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             if file.is_file():
                 file.chmod(0o644)
                 _sync(file)
-        if place.exists():
-            place.rename(old)
-        try:
-            fresh.rename(place)
-        except BaseException:
-            if old.exists():
-                old.rename(place)
-            raise
+        with turn_in(place.parent, wait=True):
+            check()
+            if place.exists():
+                place.rename(old)
+            try:
+                fresh.rename(place)
+            except BaseException:
+                if old.exists() and not place.exists():
+                    old.rename(place)
+                raise
+    except OSError as error:
+        if error.filename is None or fresh.name in str(error.filename):
+            raise type(error)(error.errno, error.strerror or str(error), os.fspath(place)) from error
+        raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        if place.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+_NEW, _OLD = ".new", ".old"
+
+
+def mend_folder(path: str | os.PathLike[str]) -> None:
+    """Put in order what a process has left that was killed in `replacing_folder`: the folder is as it was, or new."""
+    place = Path(path).resolve()
+    for old in place.parent.glob(f".{_escaped(place.name)}.*{_OLD}"):
+        if _is_abandoned(old, _OLD):
+            if place.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(place)
+    for new in place.parent.glob(f".{_escaped(place.name)}.*{_NEW}"):
+        if _is_abandoned(new, _NEW):
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def _escaped(name: str) -> str:
+    """A name for `glob`, which would take some characters for patterns."""
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _sync(path: Path) -> None:
@@ -206,15 +274,45 @@ def _sync(path: Path) -> None:
 
 
 def remove_abandoned(folder: Path, pattern: str = f".*{TEMPORARY}") -> list[Path]:
-    """Remove the temporary files in a folder whose process is gone, and return them."""
+    """Remove the temporary files of a folder that nobody is writing any more, and return them.
+
+    Args:
+        pattern: of their names, as `Path.glob` takes it; "**/" before it looks in folders below too.
+    """
     removed = []
     for path in folder.glob(pattern):
-        process = path.name.removesuffix(TEMPORARY).rpartition(".")[2].partition("-")[0]
-        if process.isdecimal() and not _is_running(int(process)):
+        if _is_abandoned(path, TEMPORARY):
             with suppress(OSError):
                 path.unlink()
                 removed.append(path)
     return removed
+
+
+LONGEST_WRITE = 86_400.0
+"""Seconds after which a temporary file that nobody has touched is abandoned, whatever process wrote it."""
+
+
+def _mark() -> str:
+    """What the name of a temporary file or folder says of its writer: machine, process, and something of its own."""
+    return f"{_machine()}.{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def _machine() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40] or "-"
+
+
+def _is_abandoned(path: Path, suffix: str) -> bool:
+    """Whether the writer of a temporary file or folder is gone. Processes of other machines cannot be asked."""
+    machine, _, rest = path.name.removesuffix(suffix).rpartition(".")
+    process = rest.partition("-")[0]
+    if not process.isdecimal():
+        return False
+    if machine.endswith(f".{_machine()}") and not _is_running(int(process)):
+        return True
+    try:
+        return time.time() - path.stat().st_mtime > LONGEST_WRITE
+    except OSError:  # gone already
+        return False
 
 
 def _is_running(process: int) -> bool:
@@ -232,3 +330,13 @@ def cache_dir() -> Path:
     if own := os.environ.get("RETCON_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retcon"
+
+
+def tidy_cache() -> list[Path]:
+    """Remove what processes that were killed while they saved have left in the cache, once in the life of a process."""
+    return _tidied(cache_dir())
+
+
+@cache
+def _tidied(folder: Path) -> list[Path]:
+    return remove_abandoned(folder, f"**/.*{TEMPORARY}")

@@ -21,7 +21,7 @@ from retcon.lm.generate import Written
 
 VERBS = [
     *("demo", "edit", "apply", "export", "complete", "chat", "methods", "moments", "tune", "audit", "bench", "report"),
-    *("check", "doctor", "init", "log", "show", "diff", "revert", "amend", "checkout", "verify", "ui", "gc"),
+    *("check", "doctor", "init", "log", "show", "diff", "revert", "amend", "checkout", "verify", "ui", "gc", "cache"),
 ]
 
 

@@ -29,7 +29,7 @@ from retcon.evaluation.metrics.consistency import References
 from retcon.evaluation.plan import Measures, Plan, make_plan
 from retcon.evaluation.records import Record, When, write_records
 from retcon.evaluation.results import Evaluation
-from retcon.files import write_atomically
+from retcon.files import TEMPORARY, remove_abandoned, turn_in, write_atomically
 from retcon.lm.load import load as load_model
 from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
@@ -88,6 +88,7 @@ def run_bench(
     watch: Watch = silent,
     on_loaded: Callable[[LoadReport], None] = lambda report: None,
     command: str | None = None,
+    verify_base: bool = False,
 ) -> None:
     """Run all cells, or go on with those that are not finished.
 
@@ -99,30 +100,38 @@ def run_bench(
         watch: hears of every unit.
         on_loaded: hears once what was read, dropped and flagged of each dataset.
         command: how this was called, for the record; the command line by default.
+        verify_base: as `retcon.load` takes it.
 
     Raises:
         InvalidSetting: the directory holds another benchmark (the message lists what differs).
+        PlaceBusy: another process runs a benchmark in the directory.
     """
     root = Path(directory)
     loaded = {d.label: load_cases(d) for d in spec.datasets}
     for _, report in loaded.values():
         on_loaded(report)
     cells = cells_of(spec, {label: len(cases) for label, (cases, _) in loaded.items()})
-    first = CellRunner(spec, spec.models[0], loaded, time.perf_counter)  # bad settings end here, before any writing
+
+    def runner(model: ModelSpec) -> CellRunner:
+        return CellRunner(spec, model, loaded, time.perf_counter, verify_base=verify_base)
+
+    first = runner(spec.models[0])  # bad settings end here, before any writing
     around = environment(command or command_line())
     whole = as_json({"spec": _portable(spec), "datasets": {k: r.sha256 for k, (_, r) in loaded.items()}} | versions())
-    with _nothing_left_of_a_failed_start(root):
+    root.mkdir(parents=True, exist_ok=True)
+    with turn_in(root, wait=False), _nothing_left_of_a_failed_start(root):
+        remove_abandoned(root, f"**/.*{TEMPORARY}")
         for line in write_or_verify(root / MANIFEST, whole, around, force=force, what="benchmark"):
             changed = f"the machine is not as it was: {line}; the last bits may differ"
             warnings.warn(changed, RetconWarning, stacklevel=2)
         listing = []
         for model in spec.models:
-            bench = first if model is spec.models[0] else CellRunner(spec, model, loaded, time.perf_counter)
+            bench = first if model is spec.models[0] else runner(model)
             for cell in (c for c in cells if c.model is model):
                 cases, report = loaded[cell.dataset.label]
                 listing.append(bench.run(cell, cases, report, root, around, force, watch))
                 write_atomically(root / "runs.json", json.dumps(listing, indent=1).encode())
-    shutil.rmtree(root / VALUES, ignore_errors=True)
+        shutil.rmtree(root / VALUES, ignore_errors=True)
 
 
 @contextmanager
@@ -173,11 +182,19 @@ class CellRunner:
     """A loaded model and what the cells that share it share."""
 
     def __init__(
-        self, spec: BenchSpec, model: ModelSpec, loaded: Mapping[str, Loaded], clock: Callable[[], float]
+        self,
+        spec: BenchSpec,
+        model: ModelSpec,
+        loaded: Mapping[str, Loaded],
+        clock: Callable[[], float],
+        *,
+        verify_base: bool = False,
     ) -> None:
         self.spec = spec
         started = clock()
-        self.lm = load_model(model.name, dtype=model.dtype, device=model.device, revision=model.revision)
+        self.lm = load_model(
+            model.name, dtype=model.dtype, device=model.device, revision=model.revision, verify_base=verify_base
+        )
         self.load_seconds = clock() - started
         corpus = model.corpus
         found = default_moments(self.lm) if corpus is None else CorpusMoments(Corpus.from_file(corpus))

@@ -14,6 +14,7 @@ from retcon.cli import (
     apply,
     audit,
     bench,
+    cache,
     chat,
     check,
     checkout,
@@ -165,6 +166,9 @@ app.command(
 )(verify.verify)
 app.command(epilog=examples("retcon ui demo:gptj", "retcon ui --store edits --port 0"))(ui.ui)
 app.command(epilog=examples("retcon gc", "retcon gc --before HEAD~10 --values"))(gc.gc)
+app.command(epilog=examples("retcon cache", "retcon cache --prune --days 30", "retcon cache values --prune"))(
+    cache.cache
+)
 
 
 def main() -> None:

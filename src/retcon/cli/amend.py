@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, console, count, emit, progress_bars
+from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, progress_bars
 from retcon.cli.stores import (
     Again,
     Corpus,
@@ -30,6 +30,7 @@ def amend(
     store: StorePath = Path(".retcon"),
     device: Device = None,
     dtype: DType = None,
+    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Give a fact another answer. Its batch is written again, and its value alone is searched."""
@@ -37,7 +38,7 @@ def amend(
 
     found = open_store(store)
     text = corpus or corpus_of(found, fact)
-    lm = load_base(found, model, device=device, dtype=dtype)
+    lm = load_base(found, model, device=device, dtype=dtype, verify_base=verify_base)
     with progress_bars() as advance:
         entry = found.amend(
             lm, fact, target, moments=moments_for(lm, text), repropose=repropose, message=message, progress=advance

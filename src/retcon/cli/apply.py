@@ -12,6 +12,7 @@ from retcon.cli.shell import (
     Json,
     Model,
     OtherBase,
+    VerifyBase,
     console,
     count,
     delta_files,
@@ -33,6 +34,7 @@ def apply(
     other_base: OtherBase = False,
     device: Device = None,
     dtype: DType = None,
+    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Apply deltas to a model and save the result: safetensors weights and tokenizer, for AutoModelForCausalLM.
@@ -47,7 +49,7 @@ def apply(
 
     check_place(save, Path(model) if Path(model).is_dir() else None, force)
     deltas = load_deltas(delta)
-    lm = load_model(model, device=device, dtype=dtype or "auto")
+    lm = load_model(model, device=device, dtype=dtype or "auto", verify_base=verify_base)
     with spinner("applying"):
         for each in deltas:
             lm.apply(each, other_base=other_base)

@@ -12,6 +12,7 @@ from retcon.cli.shell import (
     Device,
     DType,
     Json,
+    VerifyBase,
     check_can_write,
     check_not_an_input,
     console,
@@ -51,6 +52,7 @@ def audit(
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at OUT.")] = False,
     device: Device = None,
     dtype: DType = None,
+    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Say which matrices of EDITED differ from BASE, by what rank and norm, and which answers.
@@ -68,8 +70,8 @@ def audit(
             raise InvalidSetting(f"{delta} exists; name another file, or replace it with --force")
     asked = read_facts(facts, limit=limit, conflicts="drop").edits if facts is not None else ()
     known = load_deltas(explain or [])
-    lm = load_model(base, device=device, dtype=dtype or "auto")
-    other = load_model(edited, device=device, dtype=dtype or "auto")
+    lm = load_model(base, device=device, dtype=dtype or "auto", verify_base=verify_base)
+    other = load_model(edited, device=device, dtype=dtype or "auto", verify_base=verify_base)
     with spinner("comparing"):
         found = compare(lm, other, edits=asked, known=only_deltas(known, "an audit"))
     if delta is not None:

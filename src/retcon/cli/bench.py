@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.shell import FileFormat, Json, console, count, emit, program, seconds
+from retcon.cli.shell import FileFormat, Json, VerifyBase, console, count, emit, program, seconds
 from retcon.errors import InvalidSetting
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def bench(
     text: Annotated[Path | None, typer.Option(help="Held-out text for perplexity.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Where DIR holds another benchmark, start this one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be run, and how long.")] = False,
+    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Run a benchmark: edit, measure before and after, restore. Ended at any point, the same command goes on."""
@@ -93,7 +94,7 @@ def bench(
         def loaded(report: object) -> None:
             console(stderr=True).print(escape(str(report)), soft_wrap=True)
 
-        run_bench(spec, out, force=force, watch=watch, on_loaded=loaded)
+        run_bench(spec, out, force=force, watch=watch, on_loaded=loaded, verify_base=verify_base)
     took = time.perf_counter() - started
     if as_json:
         emit({"directory": str(out), "seconds": took, "runs": board.record()})

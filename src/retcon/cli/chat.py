@@ -18,6 +18,7 @@ from retcon.cli.shell import (
     Seed,
     System,
     TemplateArgs,
+    VerifyBase,
     chat_of,
     console,
     load_deltas,
@@ -51,6 +52,7 @@ def chat(
     other_base: OtherBase = False,
     device: Device = None,
     dtype: DType = None,
+    verify_base: VerifyBase = False,
 ) -> None:
     """Hold a conversation with a chat model; with --delta, with the edited one.
 
@@ -62,7 +64,7 @@ def chat(
     assert frame is not None
     how = writing(frame, stops, max_tokens, temperature, top_k, top_p)
     deltas = load_deltas(delta or [])
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
 
     from retcon.lm.prompts import render
 

@@ -20,6 +20,7 @@ from retcon.cli.shell import (
     OnError,
     System,
     TemplateArgs,
+    VerifyBase,
     chat_of,
     check_can_write,
     check_exists,
@@ -101,6 +102,7 @@ def check(
     other_base: Annotated[bool, typer.Option("--other-base", help="The delta was made for another base.")] = False,
     device: Device = None,
     dtype: DType = None,
+    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Say whether an edit took, generalised, stayed local and left the language intact. Exit code 0: it did; 1: not.
@@ -144,7 +146,7 @@ def check(
         about = f"{model} at {url}; {asked.about}"
     else:
         deltas = load_deltas(delta or [])
-        lm = load_model(model, device=device, dtype=dtype)
+        lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
         with spinner("asking"):
             verdict = safety.check(
                 lm,

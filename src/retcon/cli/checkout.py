@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, console, count, emit, size, spinner
+from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, size, spinner
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 
 
@@ -18,6 +18,7 @@ def checkout(
     store: StorePath = Path(".retcon"),
     device: Device = None,
     dtype: DType = None,
+    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Save the model as of an entry: safetensors weights in the stored dtype, tokenizer and model card.
@@ -32,7 +33,7 @@ def checkout(
     state = found.state(None if entry == "HEAD" else entry)
     source = model or found.model
     check_place(save, Path(source) if Path(source).is_dir() else None, force)
-    lm = load_base(found, model, device=device, dtype=dtype or "auto")
+    lm = load_base(found, model, device=device, dtype=dtype or "auto", verify_base=verify_base)
     with spinner(f"saving {save}"):
         found.checkout(lm, None if entry == "HEAD" else entry)
         made = export(lm, save, format="hf", files=[f"{d}.safetensors" for d in state.deltas], force=force)

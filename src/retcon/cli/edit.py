@@ -22,6 +22,7 @@ from retcon.cli.shell import (
     Seed,
     System,
     TemplateArgs,
+    VerifyBase,
     chat_of,
     check_can_write,
     check_not_an_input,
@@ -161,6 +162,7 @@ def edit(
     seed: Seed = 0,
     device: Device = None,
     dtype: DType = None,
+    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Edit facts into a model and save the change as a delta. The model's files are not touched.
@@ -200,7 +202,7 @@ def edit(
     started = time.perf_counter()
     kept_in = None if store is None else open_store(store)
     before = load_deltas(earlier or []) if kept_in is None else kept_in.deltas()
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
     if kept_in is None:
         for each in before:
             lm.apply(each)
@@ -218,8 +220,12 @@ def edit(
         show.print(f"          {escape(note)}", soft_wrap=True)
     show.print(settings_table(resolved))
     show.print()
-    if out is not None and not (force or dry_run):
-        check_replaces_its_like(out, lm, resolved, facts.edits, seed)
+
+    def check_out() -> None:
+        if out is not None and not (force or dry_run):
+            check_replaces_its_like(out, lm, resolved, facts.edits, seed)
+
+    check_out()
     with spinner("reading the corpus"):
         moments = needed_moments(lm, resolved.method, corpus)
     if dry_run or (out is None and kept_in is None):
@@ -247,6 +253,7 @@ def edit(
             state=state_after(before, method),
             seed=seed,
             out=out,
+            check_out=check_out,
             progress=advance,
         )
     delta, took = made.delta, {"load": loading, **made.seconds}

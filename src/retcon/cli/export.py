@@ -16,6 +16,7 @@ from retcon.cli.shell import (
     Model,
     OnError,
     OtherBase,
+    VerifyBase,
     console,
     delta_files,
     emit,
@@ -91,6 +92,7 @@ def export(
     other_base: OtherBase = False,
     device: Device = None,
     dtype: DType = None,
+    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Write an edited model in a format that others load, with a model card that says what was changed.
@@ -109,7 +111,7 @@ def export(
             cases, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error, case_target=case_target
         ).cases
     deltas = load_deltas(delta)
-    lm = load_model(model, device=device, dtype=dtype or "auto")
+    lm = load_model(model, device=device, dtype=dtype or "auto", verify_base=verify_base)
     for each in deltas:
         lm.apply(each, other_base=other_base)
     scores = _scores(lm, asked) if asked else {}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, Model, console, emit, load_model, program
+from retcon.cli.shell import Device, DType, Json, Model, VerifyBase, console, emit, load_model, program
 
 
 def init(
@@ -18,13 +18,14 @@ def init(
     lfs: Annotated[bool, typer.Option("--lfs", help="Let git-lfs keep deltas and values.")] = False,
     device: Device = None,
     dtype: DType = None,
+    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Make a store: a folder that keeps the edits of MODEL under version control, and lives in git."""
     from retcon.store import Store
 
     Store.check_new(store)
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
     made = Store.init(store, lm, model=model, precision=precision, lfs=lfs)
     if as_json:
         emit({"store": str(store), "model": model, "base": made.base, "precision": precision})

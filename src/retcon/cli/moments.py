@@ -13,6 +13,7 @@ from retcon.cli.shell import (
     DType,
     Json,
     Model,
+    VerifyBase,
     console,
     emit,
     load_model,
@@ -51,6 +52,7 @@ def moments(
     ] = None,
     device: Device = None,
     dtype: DType = None,
+    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Collect the second moments of a model's keys, all layers in one pass, and keep them in the cache.
@@ -62,7 +64,7 @@ def moments(
     wanted = None if layers is None else _layers(layers)
     if corpus is not None:
         check_corpus(corpus)
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
     with spinner("reading the corpus"):
         source: Any = moments_for(lm, corpus)
     if tokens_per_dimension is not None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, console, count, emit, progress_bars
+from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, progress_bars
 from retcon.cli.stores import (
     Again,
     Corpus,
@@ -35,6 +35,7 @@ def revert(
     store: StorePath = Path(".retcon"),
     device: Device = None,
     dtype: DType = None,
+    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Take back an entry, or one fact of it. Reverting a revert brings back what it took.
@@ -53,7 +54,7 @@ def revert(
 
         assert fact is not None
         text = corpus or corpus_of(found, fact)
-        lm = load_base(found, model, device=device, dtype=dtype)
+        lm = load_base(found, model, device=device, dtype=dtype, verify_base=verify_base)
         with progress_bars() as advance:
             entry = found.revert_fact(
                 lm, fact, moments=moments_for(lm, text), repropose=repropose, message=message, progress=advance

@@ -65,6 +65,13 @@ Deltas = Annotated[
     list[Path] | None,
     typer.Option("--delta", help="A delta to apply first; repeat for several, in order.", show_default=False),
 ]
+VerifyBase = Annotated[
+    bool,
+    typer.Option(
+        "--verify-base",
+        help="Hash all of the model's weights, rather than believe what is kept of files that look the same.",
+    ),
+]
 OtherBase = Annotated[bool, typer.Option("--other-base", help="Apply deltas made for other weights than these.")]
 FileFormat = Annotated[
     str | None,
@@ -347,7 +354,12 @@ def _shown_once(others: Callable[..., None]) -> Callable[..., None]:
 
 
 def load_model(
-    name: str, *, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    verify_base: bool = False,
 ) -> "LM":
     """`retcon.load`, with a spinner and a checked device."""
     with spinner(f"loading {name}"):
@@ -355,7 +367,7 @@ def load_model(
 
         _check_path(name)
         _check_device(device)
-        lm = retcon.load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        lm = retcon.load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, verify_base=verify_base)
         _one_thread_for_a_small_model(lm)
         return lm
 

@@ -40,9 +40,16 @@ def open_store(path: Path) -> "Store":
     return Store(path)
 
 
-def load_base(store: "Store", model: str | None, *, device: str | None = None, dtype: str | None = None) -> "LM":
+def load_base(
+    store: "Store",
+    model: str | None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    verify_base: bool = False,
+) -> "LM":
     """The model that the store is of."""
-    lm = load_model(model or store.model, device=device, dtype=dtype)
+    lm = load_model(model or store.model, device=device, dtype=dtype, verify_base=verify_base)
     store.check_base(lm)
     return lm
 

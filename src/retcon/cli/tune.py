@@ -19,6 +19,7 @@ from retcon.cli.shell import (
     Seed,
     System,
     TemplateArgs,
+    VerifyBase,
     chat_of,
     console,
     count,
@@ -75,6 +76,7 @@ def tune(
     seed: Seed = 0,
     device: Device = None,
     dtype: DType = None,
+    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Search settings for METHOD on one half of CASES, report on the other half, and keep them as a preset.
@@ -93,7 +95,7 @@ def tune(
         case_target=case_target,
         chat=chat,
     )
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
     show = console(stderr=as_json)
     show.print(f"[bold]{method}[/] on {escape(str(lm))}")
     show.print(f"facts     {escape(facts.about)}", soft_wrap=True)

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.shell import Device, DType, Json, check_can_write, console, count, emit, spinner
+from retcon.cli.shell import Device, DType, Json, VerifyBase, check_can_write, console, count, emit, spinner
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 from retcon.files import write_atomically
 
@@ -43,6 +43,7 @@ def verify(
     store: StorePath = Path(".retcon"),
     device: Device = None,
     dtype: DType = None,
+    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Hold the model to every check of the store's facts. Exit code 0: nothing broke; 1: something did.
@@ -60,7 +61,7 @@ def verify(
     found = open_store(store)
     if entry is not None:
         found.state(entry)
-    lm = load_base(found, model, device=device, dtype=dtype)
+    lm = load_base(found, model, device=device, dtype=dtype, verify_base=verify_base)
     with spinner("asking"):
         result = run(found, lm, at=entry, stay=must_stay, strict=strict, bisect=bisect)
     if junit is not None:

@@ -90,7 +90,11 @@ def export(
     if gguf_type not in TYPES:
         raise InvalidSetting(f"unknown GGUF type {gguf_type!r}; known: {', '.join(TYPES)}")
     place = Path(out)
-    check_place(place, base_folder(lm), force)
+
+    def check() -> None:
+        check_place(place, base_folder(lm), force)
+
+    check()
     deltas = only_deltas(lm.applied, f"format {format}")
     if not any(d.changes for d in deltas) and format in ("peft", "diff", "gguf-lora"):
         raise DeltaNotApplied(f"no applied delta changes anything, so format {format} would hold nothing")
@@ -100,7 +104,7 @@ def export(
     if format in ("peft", "gguf-lora"):
         factors = with_one_rank(factors_of(lm, deltas, rank=rank if isinstance(rank, int) else None), rank)
     losses = {n: {"rank": f.rank, "exact_rank": f.exact_rank, "error": f.error} for n, f in factors.items()}
-    with replacing_folder(place) as fresh:
+    with replacing_folder(place, check=check) as fresh:
         if format == "hf":
             with quietly():
                 lm.model.save_pretrained(fresh, max_shard_size=max_shard_size)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, MalformedFile
-from retcon.files import cache_dir
+from retcon.files import cache_dir, turn_in
 from retcon.workflow.moments import needed_moments
 from retcon.workflow.settings import Resolved
 
@@ -51,6 +51,7 @@ def write_facts(
     state: "Mapping[str, Tensor] | None" = None,
     seed: int = 0,
     out: Path | None = None,
+    check_out: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
 ) -> Made:
     """One delta for all `edits`, on top of what is applied to `lm`, which stays as it is.
@@ -61,6 +62,7 @@ def write_facts(
         state: what a sequential method kept of its earlier batches (`state_after`).
         out: file for the delta. Values that were searched are kept on disk until it is there, so that the same call
             goes on where a killed one was.
+        check_out: raises where what is at `out` by then must not be replaced.
         progress: hears of tokens read for moments, and of edits done.
 
     Raises:
@@ -88,7 +90,10 @@ def write_facts(
     took = {"moments": timed.seconds, "edit": time.perf_counter() - started - timed.seconds}
     n_resumed = 0
     if out is not None and kept is not None:
-        delta.save(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with turn_in(out.parent, wait=True):
+            check_out()
+            delta.save(out)
         n_resumed = kept.resumed
         kept.discard()
     return Made(delta, took, n_resumed)
