@@ -68,7 +68,7 @@ def test_here_is_one_after_the_other(lm: LM) -> None:
     assert list(Here().map(lm, Square(), [3, 4], lambda n: None)) == [(0, 9), (1, 16)]
 
 
-@pytest.mark.parametrize("on", ["processes:0", "processes", "processes:two", "elsewhere", ""])
+@pytest.mark.parametrize("on", ["processes:0", "processes", "processes:two", "elsewhere", "ray:", ""])
 def test_an_unknown_place_is_refused(on: str) -> None:
     with pytest.raises(InvalidSetting, match="known: local, processes:N"):
         workers(on)

@@ -155,7 +155,8 @@ def edit(
         str,
         typer.Option(
             metavar="PLACE",
-            help="Where values are searched: local, or processes:N of this machine. The delta is the same.",
+            help="Where values are searched: local, processes:N of this machine, ray, or ray:ADDRESS. The delta is the "
+            "same.",
         ),
     ] = "local",
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at DELTA.")] = False,

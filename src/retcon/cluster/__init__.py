@@ -1,4 +1,4 @@
-"""Other places where pieces of work are done: processes of this machine.
+"""Other places where pieces of work are done: processes of this machine, or a Ray cluster.
 
     with retcon.cluster.workers("processes:2") as workers, working_on(lm, workers):
         delta = method.propose(lm, edits)
@@ -25,10 +25,12 @@ def workers(on: str) -> AbstractContextManager[Workers]:
     """Return the workers of a place; they are gone when the scope ends.
 
     Args:
-        on: "local" (this process) or "processes:N" (N processes of this machine).
+        on: "local" (this process), "processes:N" (N processes of this machine), "ray" (Ray is started on this machine)
+            or "ray:ADDRESS" (a Ray cluster that runs).
 
     Raises:
-        InvalidSetting: it is neither.
+        InvalidSetting: it is none of these.
+        MissingPackage: Ray is not installed.
     """
     kind, _, rest = on.partition(":")
     if on == "local":
@@ -37,7 +39,11 @@ def workers(on: str) -> AbstractContextManager[Workers]:
         from retcon.cluster.processes import Processes
 
         return Processes(int(rest))
-    raise InvalidSetting(f"work cannot be done on {on!r}; known: local, processes:N (N at least 1)")
+    if on == "ray" or (kind == "ray" and rest):
+        from retcon.cluster.actors import RayCluster
+
+        return RayCluster(rest or None)
+    raise InvalidSetting(f"work cannot be done on {on!r}; known: local, processes:N (N at least 1), ray, ray:ADDRESS")
 
 
 @contextmanager

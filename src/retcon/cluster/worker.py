@@ -3,7 +3,8 @@
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 
 from retcon import attachment
 from retcon.attachment import Attachment
-from retcon.errors import WrongBase
+from retcon.errors import InvalidSetting, WrongBase
 from retcon.lm.load import load
 from retcon.lm.model import LM
+from retcon.version import __version__
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Source:
     base: str | None
     """Fingerprint that the loaded model must have; None: the checkpoint was written for this run."""
     n_threads: int
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    """Of the packages that decide a result, in the asking process."""
 
     @classmethod
     def of(cls, lm: LM, folder: Path) -> "Source":
@@ -33,6 +37,7 @@ class Source:
         threads = torch.get_num_threads()
         if lm.source is not None:
             name, options = lm.source
+            name = str(Path(name).resolve()) if Path(name).exists() else name
             return cls(name, {**options, "dtype": str(lm.dtype).removeprefix("torch.")}, lm.fingerprint(), threads)
         with lm.without_deltas():
             lm.model.save_pretrained(folder)
@@ -41,10 +46,24 @@ class Source:
         return cls(str(folder), options, None, threads)
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide a result."""
+    return {"retcon": __version__, "torch": torch.__version__, "transformers": version("transformers")}
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{package} {number}" for package, number in versions.items())
+
+
 class Worker:
     """One process's model, and the deltas that are applied to it."""
 
     def __init__(self, source: Source) -> None:
+        if (here := versions()) != source.versions:
+            raise InvalidSetting(
+                f"a worker has other versions than the asking process: {_listed(here)} and {_listed(source.versions)}; "
+                "results would differ in their last bits. Install the same ones, or work with --on local"
+            )
         torch.set_num_threads(source.n_threads)
         self.source, self.lm = source, load(source.name, **source.options)
         if source.base is not None and self.lm.fingerprint() != source.base:
