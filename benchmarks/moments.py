@@ -30,7 +30,7 @@ from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.site import Site
 from retcon.memory.collect import collect
-from retcon.memory.corpus import document_rows
+from retcon.memory.moments import document_rows
 
 SHAPES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "gpt-j-6b": (GPTJConfig(), (3, 4, 5, 6, 7, 8, 15, 16)),

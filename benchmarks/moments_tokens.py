@@ -21,7 +21,7 @@ from benchmarks.common import add_places, cases_of, machine, moments_of
 from benchmarks.jeep_quality import measure
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
-from retcon.memory.corpus import document_rows
+from retcon.memory.moments import document_rows
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from retcon import attachment
 from retcon.attachment import Attachment, Beside, Cost, Hook
-from retcon.bench.protocol import Protocol, run_protocol
+from retcon.bench.protocol import run_protocol
+from retcon.bench.spec import Protocol
 from retcon.bench.units import Unit, Units
 from retcon.delta import Delta, Dense
 from retcon.edits import Case, Edit, Query

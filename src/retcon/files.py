@@ -137,6 +137,18 @@ def require(record: Mapping[str, Any], name: str, kind: type, where: str) -> Any
     return record[name]
 
 
+def check_exists(path: str | os.PathLike[str]) -> None:
+    """Whether an input file is there: better known before a model is loaded than after.
+
+    Raises:
+        MalformedFile: it is not.
+    """
+    if Path(path).is_dir():
+        raise MalformedFile(f"{path}: is a directory, expected a file")
+    if not Path(path).is_file():
+        raise MalformedFile(f"{path}: no such file")
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` so that a crash at any point leaves the old file or the new one, never a part."""
     with replacing(path) as temporary, open(temporary, "wb") as stream:

@@ -21,8 +21,7 @@ from retcon.bench import (
 )
 from retcon.bench import run as running
 from retcon.bench.manifest import differences
-from retcon.bench.protocol import Protocol
-from retcon.bench.spec import MeasureSpec
+from retcon.bench.spec import MeasureSpec, Protocol
 from retcon.bench.units import Units
 from retcon.delta import Delta
 from retcon.edits import Edit, write_cases
@@ -51,6 +50,7 @@ def spec(tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatc
     (tmp_path / "text.txt").write_text("The capital of France is Paris. The train stood still, and he read.")
     monkeypatch.setattr(running, "load_model", lambda name, **_: tiny(n_layers=1))
     monkeypatch.setattr(running, "make_method", lambda name, **settings: NoiseSettings(settings.get("size", 0.3)))
+    monkeypatch.setattr("retcon.bench.inputs.check_early", lambda *asked: {})  # the name is not in the table
     return BenchSpec(
         name="test",
         models=(ModelSpec(name="./tiny", corpus=str(tmp_path / "text.txt")),),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from retcon import world
-from retcon.bench.protocol import CURVE, Protocol, n_units, run_protocol
+from retcon.bench.protocol import n_units, run_protocol
+from retcon.bench.spec import CURVE, Protocol
 from retcon.delta import Delta, Dense, EditReport
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidSetting, NonFinite

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from retcon.edits import separator_between
 from retcon.errors import InvalidEdit
-from retcon.evaluation import Item, TokenScore, score
-from retcon.evaluation.score import score_rows
+from retcon.evaluation.score import Item, TokenScore, score, score_rows
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode
 from tests.conftest import FAMILIES, TEXT, WINDOWED, tiny_model, tokenizer
 
 Make = Callable[..., LM]
-SCORE = sys.modules["retcon.evaluation.score"]  # the package's own name `score` is the function
 
 ITEMS = [
     Item("The capital of France is", "Paris"),
@@ -80,7 +77,7 @@ def test_predictions_are_read_one_place_before_their_tokens(tiny: Make, monkeypa
         read.append((places[0].tolist(), places[1].tolist(), batch.ids.shape[1]))
         return logits_at(lm, batch, places)
 
-    monkeypatch.setattr(SCORE, "logits_at", spy)
+    monkeypatch.setattr("retcon.evaluation.score.logits_at", spy)
     short, long = score_rows(lm, rows)
     assert read == [([0, 0, 1], [3, 4, 8], 9)]
     assert (short.target, long.target) == ((9, 10), (29,))
@@ -274,7 +271,7 @@ def test_the_model_is_left_as_it_was(
     next(lm.model.parameters()).requires_grad_(False)
     look = untouched(lm)
     if fails:
-        monkeypatch.setattr(SCORE, "logits_at", lambda *_: 1 / 0)
+        monkeypatch.setattr("retcon.evaluation.score.logits_at", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             score(lm, ITEMS)
     else:

@@ -10,7 +10,8 @@ import pytest
 from retcon.errors import MalformedFile, TooFewTokens
 from retcon.lm.prompts import Row
 from retcon.memory import corpus as module
-from retcon.memory.corpus import Corpus, check_corpus, document_rows
+from retcon.memory.corpus import Corpus, check_corpus
+from retcon.memory.moments import document_rows
 from tests.conftest import TEXT
 
 

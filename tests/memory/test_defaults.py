@@ -11,9 +11,8 @@ from retcon import world
 from retcon.errors import RetconWarning
 from retcon.memory import defaults
 from retcon.memory.contexts import sample_contexts
-from retcon.memory.corpus import document_rows
 from retcon.memory.defaults import default_contexts, default_moments, shipped_text
-from retcon.memory.moments import collect_moments
+from retcon.memory.moments import collect_moments, document_rows
 
 
 @pytest.mark.parametrize("name", world.MODELS)

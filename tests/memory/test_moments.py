@@ -13,11 +13,12 @@ from retcon.lm.forward import Point, run
 from retcon.lm.prompts import pad
 from retcon.memory import collect as collecting
 from retcon.memory import moments as module
-from retcon.memory.corpus import Corpus, document_rows
+from retcon.memory.corpus import Corpus
 from retcon.memory.moments import (
     CorpusMoments,
     GivenMoments,
     collect_moments,
+    document_rows,
     load_moment,
     moment_keys,
     pack,

@@ -15,8 +15,8 @@ def read(*assignments: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("assignment", "value"),
     [
-        ("low=[1, 2]", [1, 2]),
-        ("low=[]", []),
+        ("low=[1, 2]", (1, 2)),
+        ("low=[]", ()),
         ('sites="block"', "block"),
         ("sites=block", "block"),
         ("kl_factor=0.1", 0.1),

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from retcon.attachment import Attachment
+from retcon.bench.spec import Protocol
 from retcon.bench.units import Unit, Units
 from retcon.checked import as_bytes
 from retcon.edits import Case, Edit, same_question
@@ -26,81 +27,6 @@ from retcon.evaluation.records import Record, When
 from retcon.evaluation.results import Evaluation
 from retcon.lm.model import LM
 from retcon.lm.peak import Peak
-
-Kind = Literal["single", "batch", "sequential", "batch_sequential", "curve"]
-CURVE = tuple(round(math.exp(math.log(10_000) * i / 16)) for i in range(17))
-"""MEMIT's numbers of edits (Figure 5): 1, 2, 3, 6, 10, 18, 32, 56, 100, ..., 10,000."""
-MIN_RECORDS_PER_POINT = 1000
-"""Cases of every point of a curve, so that small batches are averaged over as many cases as large ones."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """One way of running."""
-
-    kind: Kind = "batch"
-    n: int | None = None
-    """Cases in all; None takes every one there is."""
-    batch: int | None = None
-    """Cases edited in one call; None: all in one for `batch`, 1 for `batch_sequential`."""
-    checkpoints: tuple[int, ...] = ()
-    """Numbers of edits after which a sequence looks at all cases edited so far."""
-    ns: tuple[int, ...] = CURVE
-    """Points of a curve."""
-    records_per_point: int | None = None
-    """Cases of each of them; None: at least 1,000, and n where that is more."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise InvalidSetting(f"unknown protocol {self.kind!r}; known: {', '.join(get_args(Kind))}")
-        for name in ("n", "batch", "records_per_point"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidSetting(f"{name} must be at least 1, found {value}")
-        object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
-        object.__setattr__(self, "ns", tuple(self.ns))
-        for name in ("checkpoints", "ns"):
-            if any(n < 1 for n in getattr(self, name)):
-                raise InvalidSetting(f"{name} are numbers of edits, from 1 on; found {list(getattr(self, name))}")
-        if self.checkpoints and self.kind not in ("sequential", "batch_sequential"):
-            raise InvalidSetting(f"{self.kind} restores after every call, so it has no checkpoints")
-        if self.kind in ("single", "sequential") and self.batch not in (None, 1):
-            raise InvalidSetting(f"{self.kind} edits one case at a time, found batch={self.batch}")
-
-    @property
-    def restores(self) -> bool:
-        """Whether the base comes back before the next call."""
-        return self.kind in ("single", "batch")
-
-    def parts(self, n_cases: int) -> list["Protocol"]:
-        """What is run: a curve is one `batch` protocol per point that there are cases for; others are themselves."""
-        if self.kind != "curve":
-            return [self]
-        return [
-            Protocol(kind="batch", n=min(n_cases, self.records_per_point or max(n, MIN_RECORDS_PER_POINT)), batch=n)
-            for n in self.ns
-            if n <= n_cases
-        ]
-
-    def sizes(self, n_cases: int) -> tuple[int, int]:
-        """(cases, cases a call) for a dataset of that many.
-
-        Raises:
-            InvalidSetting: more cases are asked for than there are.
-        """
-        n = n_cases if self.n is None else self.n
-        if n > n_cases:
-            raise InvalidSetting(f"the protocol asks for {n:,} cases, the dataset has {n_cases:,}")
-        size = n if self.kind == "batch" else 1
-        return n, min(self.batch or size, n) or 1
-
-    def describe(self) -> str:
-        """Such as `batch(1000)` or `sequential(500)`."""
-        n = "all" if self.n is None else str(self.n)
-        if self.kind in ("batch_sequential", "batch") and self.batch not in (None, self.n):
-            return f"{self.kind}({n}, {self.batch})"
-        return f"{self.kind}({n})"
-
 
 Propose = Callable[[LM, Sequence[Edit], "Mapping[str, torch.Tensor] | None"], Attachment]
 """From a model, edits and the state of the step before to the change that writes them."""

@@ -14,15 +14,16 @@ from typing import Any
 
 from retcon.attachment import Attachment
 from retcon.bench.directory import FINISHED, MANIFEST
+from retcon.bench.inputs import cells_of, read_inputs
 from retcon.bench.manifest import as_json, command_line, environment, manifest_of, run_id, versions, write_or_verify
 from retcon.bench.pre import unedited
 from retcon.bench.protocol import Setting, n_units, run_units
-from retcon.bench.spec import BenchSpec, Cell, DatasetSpec, MethodSpec, ModelSpec
+from retcon.bench.spec import BenchSpec, Cell, MethodSpec, ModelSpec
 from retcon.bench.units import Unit, Units
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, RetconError, RetconWarning
 from retcon.evaluation.ability import ability
-from retcon.evaluation.datasets import Loaded, LoadReport, read_cases
+from retcon.evaluation.datasets import Loaded, LoadReport
 from retcon.evaluation.drift import Perplexity, perplexity
 from retcon.evaluation.measure import derive_seed, measure
 from retcon.evaluation.metrics.consistency import References
@@ -67,19 +68,6 @@ def silent(event: Event) -> None:
     """Nobody watches."""
 
 
-def cells_of(spec: BenchSpec, cases: Mapping[str, int]) -> list[Cell]:
-    """All runs, model by model; `cases` is the number of cases by dataset label (curves become their points)."""
-    return [
-        Cell(model, method, dataset, protocol, seed)
-        for model in spec.models
-        for dataset in spec.datasets
-        for whole in spec.protocols
-        for protocol in whole.parts(cases[dataset.label])
-        for seed in spec.seeds
-        for method in spec.methods
-    ]
-
-
 def run_bench(
     spec: BenchSpec,
     directory: str | Path,
@@ -89,6 +77,7 @@ def run_bench(
     on_loaded: Callable[[LoadReport], None] = lambda report: None,
     command: str | None = None,
     verify_base: bool = False,
+    loaded: Mapping[str, Loaded] | None = None,
 ) -> None:
     """Run all cells, or go on with those that are not finished.
 
@@ -101,13 +90,14 @@ def run_bench(
         on_loaded: hears once what was read, dropped and flagged of each dataset.
         command: how this was called, for the record; the command line by default.
         verify_base: as `retcon.load` takes it.
+        loaded: what `read_inputs` has read already.
 
     Raises:
         InvalidSetting: the directory holds another benchmark (the message lists what differs).
         PlaceBusy: another process runs a benchmark in the directory.
     """
     root = Path(directory)
-    loaded = {d.label: load_cases(d) for d in spec.datasets}
+    loaded = read_inputs(spec) if loaded is None else loaded
     for _, report in loaded.values():
         on_loaded(report)
     cells = cells_of(spec, {label: len(cases) for label, (cases, _) in loaded.items()})
@@ -157,12 +147,6 @@ def _portable(spec: BenchSpec) -> dict[str, Any]:
     for part, name in (("models", "name"), ("models", "corpus"), ("datasets", "path")):
         own[part] = [each | {name: each[name] and Path(each[name]).name} for each in own[part]]
     return own | {"text": spec.text and Path(spec.text).name}
-
-
-def load_cases(dataset: DatasetSpec) -> Loaded:
-    """The dataset's cases, its own settings given."""
-    own = {name: value for name, value in asdict(dataset).items() if name not in ("path", "label", "order")}
-    return read_cases(dataset.path, **own)
 
 
 def chosen_cases(cases: Sequence[Case], cell: Cell) -> list[Case]:
@@ -434,12 +418,14 @@ class Estimate:
         return self.n_cases * (self.seconds_edit + looks * self.seconds_measure)
 
 
-def estimate(spec: BenchSpec, directory: str | Path | None = None) -> Iterator[Estimate]:
+def estimate(
+    spec: BenchSpec, directory: str | Path | None = None, *, loaded: Mapping[str, Loaded] | None = None
+) -> Iterator[Estimate]:
     """Of every cell, in order; loads the models, makes a few edits per method and measures a few cases.
 
     What is finished in `directory` takes no time.
     """
-    loaded = {d.label: load_cases(d) for d in spec.datasets}
+    loaded = read_inputs(spec) if loaded is None else loaded
     cells = cells_of(spec, {label: len(cases) for label, (cases, _) in loaded.items()})
     known: dict[tuple[str, str, str], tuple[float, float, float]] = {}
     for model in spec.models:

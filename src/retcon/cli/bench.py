@@ -1,7 +1,7 @@
 """`retcon bench`: a matrix of models, methods, datasets, protocols and seeds, into a directory."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,12 +11,24 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.shell import FileFormat, Json, VerifyBase, console, count, emit, program, seconds
+from retcon.cli.shell import (
+    FileFormat,
+    Json,
+    VerifyBase,
+    check_can_make_folder,
+    check_model_path,
+    console,
+    count,
+    emit,
+    program,
+    seconds,
+)
 from retcon.errors import InvalidSetting
 
 if TYPE_CHECKING:
     from retcon.bench import BenchSpec, Cell, Event, MethodSpec
     from retcon.evaluation import Evaluation
+    from retcon.evaluation.datasets import Loaded
 
 _SHOWN = ("Score", "ES", "GS", "LS", "Portability")
 N_RESAMPLES = 200
@@ -71,12 +83,20 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Run a benchmark: edit, measure before and after, restore. Ended at any point, the same command goes on."""
-    from retcon.bench import run_bench
-
     spec = _spec(file, model, method, dataset, protocol, n, batch, seed, corpus, text)
     spec = _with_reading(spec, format=file_format, on_error=on_error, case_target=case_target)
+    for each in spec.models:
+        check_model_path(each.name)
+    check_can_make_folder(out)
+
+    from retcon.bench.inputs import read_inputs
+
+    loaded = read_inputs(spec)
+
+    from retcon.bench import run_bench
+
     if dry_run:
-        _estimate(spec, out, as_json)
+        _estimate(spec, loaded, out, as_json)
         return
     board = _Board(console(stderr=True).is_terminal)
     started = time.perf_counter()
@@ -91,10 +111,10 @@ def bench(
             elif event.evaluation is not None:
                 console(stderr=True).print(escape(board.line(event)), soft_wrap=True)
 
-        def loaded(report: object) -> None:
+        def tell(report: object) -> None:
             console(stderr=True).print(escape(str(report)), soft_wrap=True)
 
-        run_bench(spec, out, force=force, watch=watch, on_loaded=loaded, verify_base=verify_base)
+        run_bench(spec, out, force=force, watch=watch, on_loaded=tell, verify_base=verify_base, loaded=loaded)
     took = time.perf_counter() - started
     if as_json:
         emit({"directory": str(out), "seconds": took, "runs": board.record()})
@@ -117,7 +137,7 @@ def _spec(
     text: Path | None,
 ) -> "BenchSpec":
     from retcon.bench import BenchSpec, DatasetSpec, MethodSpec, ModelSpec, spec_from_file
-    from retcon.bench.protocol import Protocol
+    from retcon.bench.spec import Protocol
 
     if file is None:
         if missing := [f"--{k}" for k, v in (("model", model), ("method", method), ("dataset", dataset)) if not v]:
@@ -155,10 +175,10 @@ def _methods(spec: "BenchSpec", name: str) -> "list[MethodSpec]":
     return [m for m in spec.methods if name in (m.label, m.name)] or [MethodSpec(name=name)]
 
 
-def _estimate(spec: "BenchSpec", out: Path, as_json: bool) -> None:
+def _estimate(spec: "BenchSpec", loaded: "Mapping[str, Loaded]", out: Path, as_json: bool) -> None:
     from retcon.bench import estimate
 
-    found = list(estimate(spec, out))
+    found = list(estimate(spec, out, loaded=loaded))
     rows = [
         {
             "run": e.cell.slug,

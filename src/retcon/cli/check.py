@@ -23,7 +23,6 @@ from retcon.cli.shell import (
     VerifyBase,
     chat_of,
     check_can_write,
-    check_exists,
     console,
     emit,
     load_deltas,
@@ -32,6 +31,7 @@ from retcon.cli.shell import (
     spinner,
 )
 from retcon.errors import InvalidSetting
+from retcon.files import check_exists
 from retcon.workflow.checking import TITLES, check_report_name, load_edited, verdict_line, write_verdict
 from retcon.workflow.facts import read_facts
 
@@ -110,14 +110,11 @@ def check(
     A share passes when the lower bound of its 95 % interval (Wilson's) reaches the threshold, so one case proves
     nothing. Give one of --delta, --edited and --url.
     """
-    from retcon.evaluation import safety
-
     if sum([bool(delta), edited is not None, url is not None]) != 1:
         raise InvalidSetting("what shall be checked? Give one of --delta DELTA, --edited FOLDER and --url ADDRESS")
     if report is not None:
         check_report_name(report)
         check_can_write(report)
-    limits = safety.Thresholds(took=took, generalised=generalised, local=local, perplexity_ratio=perplexity_ratio)
     chat = chat_of(as_chat, system, template_args)
     asked = read_facts(
         cases,
@@ -131,6 +128,10 @@ def check(
     )
     if text is not None:
         check_exists(text)
+
+    from retcon.evaluation import safety
+
+    limits = safety.Thresholds(took=took, generalised=generalised, local=local, perplexity_ratio=perplexity_ratio)
     if url is not None:
         from retcon.evaluation.endpoint import Endpoint
 

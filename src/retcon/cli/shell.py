@@ -27,7 +27,6 @@ from retcon.errors import (
     EndpointFailed,
     InvalidEdit,
     InvalidSetting,
-    MalformedFile,
     NonFinite,
     RetconError,
     RetconWarning,
@@ -365,7 +364,7 @@ def load_model(
     with spinner(f"loading {name}"):
         import retcon
 
-        _check_path(name)
+        check_model_path(name)
         _check_device(device)
         lm = retcon.load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, verify_base=verify_base)
         _one_thread_for_a_small_model(lm)
@@ -384,7 +383,7 @@ def _one_thread_for_a_small_model(lm: "LM") -> None:
         torch.set_num_threads(1)
 
 
-def _check_path(name: str) -> None:
+def check_model_path(name: str) -> None:
     """Refuse what can only be a path, and leads nowhere, before the hub is asked for it in vain.
 
     Raises:
@@ -451,6 +450,17 @@ def check_can_write(path: Path) -> None:
         raise InvalidSetting(f"cannot write {path}: {parent} is not a directory that may be written to")
 
 
+def check_can_make_folder(path: Path) -> None:
+    """Whether a folder of results can be there: better known before hours of work than after.
+
+    Raises:
+        InvalidSetting: a file is in the way, or it cannot be made there.
+    """
+    nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InvalidSetting(f"cannot write into {path}: {nearest} is not a directory that may be written to")
+
+
 def check_not_an_input(path: Path, inputs: Sequence[Path]) -> None:
     """Refuse to write where something is read from.
 
@@ -465,13 +475,3 @@ def check_not_an_input(path: Path, inputs: Sequence[Path]) -> None:
 def warn(message: str) -> None:
     """Print a warning of the command line's own."""
     _say("warning", "yellow", message)
-
-
-def check_exists(path: Path) -> None:
-    """Whether an input file is there: better known before a model is loaded than after.
-
-    Raises:
-        MalformedFile: it is not.
-    """
-    if not path.is_file():
-        raise MalformedFile(f"{path}: " + ("is a directory, expected a file" if path.is_dir() else "no such file"))

@@ -25,12 +25,11 @@ from retcon.evaluation.metrics import (
     unchanged,
 )
 from retcon.evaluation.metrics.consistency import consistency
-from retcon.evaluation.metrics.fluency import fluency
+from retcon.evaluation.metrics.fluency import Fluency, fluency
 from retcon.evaluation.metrics.several import multihop, ripple
 from retcon.evaluation.plan import (
     PREFIXED,
     Asked,
-    Fluency,
     Measures,
     Place,
     Plan,

@@ -9,6 +9,7 @@ from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.evaluation.datasets.rows import Family, contaminated
 from retcon.evaluation.metrics import Judge, accepted
 from retcon.evaluation.metrics.consistency import References
+from retcon.evaluation.metrics.fluency import Fluency
 from retcon.evaluation.records import NO_TARGET
 from retcon.evaluation.writing import PRESETS
 from retcon.lm.batches import MAX_BATCH_TOKENS
@@ -18,7 +19,6 @@ from retcon.lm.prompts import Row, encode
 
 Place = tuple[str, str]
 """(case id, query id)."""
-Fluency = Literal["flu.new", "flu.rome", "flu.easyedit"]
 
 WRITTEN = ("rewrite", "paraphrase", "two_hop", "portability", "singlehop", "unedited_hop", "multihop", "ripple")
 """Axes on which the model also writes its own answer (`portability.<key>` included)."""

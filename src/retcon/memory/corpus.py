@@ -13,8 +13,6 @@ from typing import Any
 from retcon.checked import Kind, as_bytes, cached, from_bytes, keep
 from retcon.errors import MalformedFile, TooFewTokens, how_to_install
 from retcon.files import cache_dir, read_json_rows
-from retcon.lm.model import LM
-from retcon.lm.prompts import Row, encode
 
 CORPORA = Kind("text of a dataset", format=1, computation=1)
 DATASET_CHARACTERS = 16_000_000
@@ -128,20 +126,6 @@ def check_corpus(source: str | os.PathLike[str]) -> None:
         raise MalformedFile(f"{name}: is a directory, expected a file of text or a dataset's name")
     if not _DATASET.fullmatch(name) or path.suffix in (".txt", ".json", ".jsonl", ".md") or name.startswith("."):
         raise MalformedFile(f"{name}: no such file (and a dataset is named NAME/NAME[:CONFIG[:SPLIT]])")
-
-
-def document_rows(lm: LM, documents: Iterable[str], n_tokens: int, max_length: int) -> list[Row]:
-    """Tokenised documents, each cut to `max_length` (or the context), as many as it takes to reach `n_tokens`."""
-    cap, rows, total = min(max_length, lm.context_length or max_length), [], 0
-    for document in documents:
-        if total >= n_tokens:
-            break
-        if not document.strip():
-            continue
-        ids = encode(lm.tokenizer, document).ids[: min(cap, n_tokens - total)]
-        rows.append(Row(ids, len(ids)))
-        total += len(ids)
-    return rows
 
 
 def _first(rows: Iterable[dict[str, Any]], field: str, min_characters: int) -> Iterator[str]:

@@ -25,10 +25,10 @@ from retcon.checked import Kind, cached, checksum, keep, warn_unwritable
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, TooFewTokens
 from retcon.files import cache_dir, write_atomically
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row
+from retcon.lm.prompts import Row, encode
 from retcon.lm.site import Site
 from retcon.memory.collect import Progress, collect
-from retcon.memory.corpus import Corpus, document_rows
+from retcon.memory.corpus import Corpus
 from retcon.memory.solve import cholesky, definite
 from retcon.version import __version__
 
@@ -357,3 +357,17 @@ def _check_enough(found: int, d: int, max_length: int) -> None:
             RetconWarning,
             stacklevel=4,
         )
+
+
+def document_rows(lm: LM, documents: Iterable[str], n_tokens: int, max_length: int) -> list[Row]:
+    """Tokenised documents, each cut to `max_length` (or the context), as many as it takes to reach `n_tokens`."""
+    cap, rows, total = min(max_length, lm.context_length or max_length), [], 0
+    for document in documents:
+        if total >= n_tokens:
+            break
+        if not document.strip():
+            continue
+        ids = encode(lm.tokenizer, document).ids[: min(cap, n_tokens - total)]
+        rows.append(Row(ids, len(ids)))
+        total += len(ids)
+    return rows

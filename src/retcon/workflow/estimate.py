@@ -139,8 +139,7 @@ def estimate(
 def _collecting(lm: "LM", moments: "Moments", missing: "list[Site]") -> tuple[int, float]:
     """Tokens that the missing moments take, and seconds, from a few of them."""
     from retcon.memory.collect import collect
-    from retcon.memory.corpus import document_rows
-    from retcon.memory.moments import CorpusMoments
+    from retcon.memory.moments import CorpusMoments, document_rows
 
     if not missing or not isinstance(moments, CorpusMoments):
         return 0, 0.0

@@ -1,12 +1,11 @@
 """A method with its settings: a preset or the starting points for the model's shape, and what is given over them."""
 
-import difflib
 import tomllib
-import types
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from retcon.errors import InvalidSetting, RetconWarning
 
@@ -46,7 +45,7 @@ class Resolved:
 
 
 def read_settings(name: str, *, dataset: str | None, preset: str | None, assignments: Sequence[str]) -> dict[str, Any]:
-    """What `assignments` (each "field=value") set, with all checked that needs no model.
+    """What `assignments` (each "field=value") set, with all checked that needs no model and no torch.
 
     Raises:
         InvalidSetting: an assignment is malformed, its field unknown, or its value of another type than the field.
@@ -56,11 +55,8 @@ def read_settings(name: str, *, dataset: str | None, preset: str | None, assignm
 
     if preset and dataset:
         raise InvalidSetting(f"--preset {preset} names its dataset already; leave out --dataset {dataset}")
-    hints = get_type_hints(registry.method_class(name))
-    if preset:
-        registry.preset_named(name, preset)
-    known = {field: hint for field, hint in hints.items() if get_origin(hint) is not ClassVar}
-    return dict(_parse(assignment, known, name) for assignment in assignments)
+    hints = registry.setting_types(name)
+    return registry.check_early(name, dict(_given(each, hints, name) for each in assignments), preset)
 
 
 def resolve(
@@ -93,53 +89,25 @@ def resolve(
     return Resolved(name, chosen.method, chosen.preset, frozenset(given), len(edits) if probe else 0, chosen.notes)
 
 
-def _parse(assignment: str, hints: Mapping[str, Any], method: str) -> tuple[str, Any]:
+def _given(assignment: str, hints: Mapping[str, Any], method: str) -> tuple[str, Any]:
+    """A setting's name and value from "field=value"; the value is TOML, and what is none is a text."""
+    from retcon.methods.common.settings import fitted
+
     name, equals, text = (part.strip() for part in assignment.partition("="))
     if not (name and equals and text):
         raise InvalidSetting(f"--set {assignment}: expected field=value, such as --set steps=25 or --set 'low=[3,4]'")
-    if name not in hints:
-        close = difflib.get_close_matches(name, hints, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InvalidSetting(f"--set {assignment}: {method} has no such setting{hint} (known: {', '.join(hints)})")
-    value = _value(text)
-    if text.lower() == "none" and _fits(None, hints[name]):
-        return name, None
-    if not _fits(value, hints[name]):
-        raise InvalidSetting(f"--set {assignment}: {method}'s {name} must be {_described(hints[name])}")
-    return name, float(value) if hints[name] is float else value
+    if text.lower() == "none":
+        with suppress(InvalidSetting):
+            return name, fitted(method, hints, {name: None})[name]
+    try:
+        return name, fitted(method, hints, {name: _value(text)})[name]
+    except InvalidSetting as error:
+        raise InvalidSetting(f"--set {assignment}: {error}") from None
 
 
 def _value(text: str) -> Any:
-    """`text` as a TOML value; what is none is a string."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError):
         return text
     return parsed["value"] if len(parsed) == 1 else text
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is Literal:
-        return value in parts
-    if origin in (tuple, list):
-        return isinstance(value, list | tuple) and all(_fits(v, parts[0]) for v in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint) if isinstance(hint, type) else True
-
-
-def _described(hint: Any) -> str:
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(_described, parts)))
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, parts))
-    if origin in (tuple, list):
-        return f"a list of {_described(parts[0]).split()[-1]}s"
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "none"}
-    return names.get(hint, str(hint))

@@ -22,7 +22,6 @@ from retcon.cli.shell import (
     TemplateArgs,
     chat_of,
     check_can_write,
-    check_exists,
     console,
     count,
     emit,
@@ -31,6 +30,7 @@ from retcon.cli.shell import (
     spinner,
 )
 from retcon.errors import InvalidSetting
+from retcon.files import check_exists
 
 if TYPE_CHECKING:
     from retcon.edits import Edit

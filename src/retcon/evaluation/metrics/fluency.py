@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from typing import Literal
 
 from retcon.evaluation.metrics.names import Measured
 
+Fluency = Literal["flu.new", "flu.rome", "flu.easyedit"]
 MIN_WORDS = 3
 """Fewer words have no trigram."""
 _WORD = re.compile(r"\w+(?:['’]\w+)?|[^\w\s]")

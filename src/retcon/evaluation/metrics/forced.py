@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from retcon.evaluation.metrics.names import Measured, metric_names
-from retcon.evaluation.score import TokenScore
+
+if TYPE_CHECKING:
+    from retcon.evaluation.score import TokenScore
 
 NOT_FINITE = "NaN or infinite log-probability"
 
 
-def compare(axis: str, target: TokenScore, contrast: TokenScore) -> list[Measured]:
+def compare(axis: str, target: "TokenScore", contrast: "TokenScore") -> list[Measured]:
     """The CounterFact family for one query: the target must be more probable than its rival.
 
     On neighbours the target is the true answer, so the same comparison serves ES, GS and LS. Ties fail.
@@ -31,7 +34,7 @@ def compare(axis: str, target: TokenScore, contrast: TokenScore) -> list[Measure
     ]
 
 
-def accuracy(axis: str, target: TokenScore) -> list[Measured]:
+def accuracy(axis: str, target: "TokenScore") -> list[Measured]:
     """The zsRE family for one query: how much of the target is the model's own choice."""
     success, n = metric_names(axis)[0], len(target.target)
     if not target.finite:
@@ -43,13 +46,13 @@ def accuracy(axis: str, target: TokenScore) -> list[Measured]:
     ]
 
 
-def easyedit(axis: str, target: TokenScore) -> list[Measured]:
+def easyedit(axis: str, target: "TokenScore") -> list[Measured]:
     """EasyEdit's `rewrite_acc`, `rephrase_acc`, `portability.<key>_acc`: token accuracy, so `zsre.tok` by its name."""
     success, n = metric_names(axis)[0], len(target.target)
     return [Measured(success, "ee.tok", target.tok_acc, n) if target.finite else _broken(success, "ee.tok", n)]
 
 
-def unchanged(target: TokenScore, before: Sequence[int] | None) -> Measured:
+def unchanged(target: "TokenScore", before: Sequence[int] | None) -> Measured:
     """EasyEdit's `locality.<key>_acc` for one query: agreement with the unedited model at the answer's places.
 
     Args:

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retcon.errors import MalformedFile, RetconWarning, UnknownPreset
 from retcon.files import write_atomically
-from retcon.lm.model import LM
+
+if TYPE_CHECKING:
+    from retcon.lm.model import LM
 
 OWN_FOLDER = Path(str(files("retcon") / "presets"))
 USER_FOLDER = "retcon-presets"
@@ -77,7 +79,7 @@ def preset_named(name: str, preset: str, parents: tuple[str, ...] = ()) -> Prese
     raise UnknownPreset(f"no preset {preset!r}; known: {', '.join(p.name for p in known) or 'none'}")
 
 
-def preset_for(name: str, lm: LM, dataset: str | None = None, parents: tuple[str, ...] = ()) -> Preset | None:
+def preset_for(name: str, lm: "LM", dataset: str | None = None, parents: tuple[str, ...] = ()) -> Preset | None:
     """The preset that fits the model, or None; the user's, then CounterFact's where several fit and none is asked for.
 
     Raises:
@@ -106,7 +108,7 @@ def preset_for(name: str, lm: LM, dataset: str | None = None, parents: tuple[str
     return chosen
 
 
-def signature(lm: LM) -> dict[str, Any]:
+def signature(lm: "LM") -> dict[str, Any]:
     """What presets are matched on: architecture and sizes."""
     config = lm.config
     rope = getattr(config, "rope_parameters", None) or {}

@@ -8,16 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning, UnknownMethod
-from retcon.lm.model import LM
 from retcon.methods.common import presets as presets_module
-from retcon.methods.common.contract import Method, ModelShape
 from retcon.methods.common.presets import Preset
-from retcon.methods.common.settings import checked
-from retcon.methods.common.starting_point import clamp_settings, edits_of, fit_clamps, fit_learning_rate, shape_notes
+from retcon.methods.common.settings import checked, declared, fitted, types_of
+
+if TYPE_CHECKING:
+    from retcon.lm.model import LM
+    from retcon.methods.common.contract import Method
 
 METHODS = {
     "adalora": "retcon.methods.adalora:AdaLora",
@@ -61,15 +62,8 @@ def method_class(name: str) -> type[Any]:
     Raises:
         UnknownMethod: there is none, or it is no method.
     """
-    table = {**_installed(), **METHODS}
-    if name not in table and ":" not in name:
-        close = difflib.get_close_matches(name, table, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UnknownMethod(
-            f"no method {name!r}; known: {', '.join(list_methods())}; one of your own is named module:Class.{hint}"
-        )
     try:
-        found = _named_object(table.get(name, name))
+        found = _named_object(_place(name))
     except (ImportError, AttributeError, ValueError) as error:
         raise UnknownMethod(
             f"cannot find the method {name!r}: {error}. module:Class names a class in a file of the current folder "
@@ -81,6 +75,49 @@ def method_class(name: str) -> type[Any]:
     if lacks:
         raise UnknownMethod(f"{name} is no method: it lacks {', '.join(lacks)}; see docs/guides/add-a-method.md")
     return found
+
+
+def _place(name: str) -> str:
+    """Where the class of a method is, as "module:Class"."""
+    table = {**_installed(), **METHODS}
+    if name not in table and ":" not in name:
+        close = difflib.get_close_matches(name, table, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UnknownMethod(
+            f"no method {name!r}; known: {', '.join(list_methods())}; one of your own is named module:Class.{hint}"
+        )
+    return table.get(name, name)
+
+
+def check_early(name: str, settings: Mapping[str, Any], preset: str | None = None) -> dict[str, Any]:
+    """Return settings of a method as its fields want them, where no model is there yet, and check a preset's too.
+
+    A method of this package is read from its source (`declared`), so that a setting that cannot be is refused before
+    torch is imported. What depends on two settings or on the model is checked when the method is made.
+
+    Raises:
+        UnknownMethod, UnknownPreset, InvalidSetting: the message names the method, preset or setting.
+    """
+    hints = setting_types(name)
+    if preset is not None:
+        found = presets_module.preset_named(name, preset, parents_of(name))
+        fitted(f"preset {preset}", hints, found.settings)
+    made = fitted(name, hints, settings)
+    if "base_method" in made:  # a filter's
+        check_early(made["base_method"], made.get("base_settings", {}))
+    return made
+
+
+def setting_types(name: str) -> Mapping[str, Any]:
+    """Return the type of each setting of a method, in order.
+
+    Raises:
+        UnknownMethod: there is none of that name.
+    """
+    place = _place(name)
+    if place.startswith("retcon."):
+        return declared(place).fields
+    return types_of(method_class(name))
 
 
 def _named_object(name: str) -> Any:
@@ -100,10 +137,14 @@ REQUIRED = (
 """What every method has (`retcon.methods.common.contract.Method`)."""
 
 
-def parents_of(method: type[Any]) -> tuple[str, ...]:
-    """Names of the registered methods that a class inherits from: their presets are its own too."""
-    own = {method_class(name): name for name in METHODS}
-    return tuple(own[base] for base in method.__mro__[1:] if base in own)
+def parents_of(name: str) -> tuple[str, ...]:
+    """Names of the registered methods that one inherits from: their presets are its own too."""
+    place = _place(name)
+    own = {path: known for known, path in METHODS.items()}
+    if place.startswith("retcon."):
+        return tuple(own[base] for base in declared(place).bases if base in own)
+    bases = (f"{base.__module__}:{base.__qualname__}" for base in method_class(name).__mro__[1:])
+    return tuple(own[base] for base in bases if base in own)
 
 
 def check_subjects(method: Any, edits: Sequence[Edit]) -> None:
@@ -122,7 +163,7 @@ def check_subjects(method: Any, edits: Sequence[Edit]) -> None:
 class Choice:
     """A method with its settings, and where these come from."""
 
-    method: Method
+    method: "Method"
     preset: Preset | None
     notes: tuple[str, ...] = ()
     """What was chosen for a model without a preset, and why, a line each."""
@@ -131,12 +172,12 @@ class Choice:
 def method(
     name: str,
     *,
-    for_model: LM | None = None,
+    for_model: "LM | None" = None,
     dataset: str | None = None,
     preset: str | None = None,
     cases: Sequence[Edit | Case] | None = None,
     **settings: Any,
-) -> Method:
+) -> "Method":
     """Return a method with the settings published or tuned for a model; any field can be overridden by keyword.
 
     Args:
@@ -159,13 +200,16 @@ def method(
 def choose(
     name: str,
     *,
-    for_model: LM | None = None,
+    for_model: "LM | None" = None,
     dataset: str | None = None,
     preset: str | None = None,
     cases: Sequence[Edit | Case] | None = None,
     **settings: Any,
 ) -> Choice:
     """Return what `method` returns, with the preset that it comes from, or what was chosen without one and why."""
+    from retcon.methods.common import starting_point
+    from retcon.methods.common.contract import ModelShape
+
     chosen = method_class(name)
     if settings.get("layers") == "probe":
         settings = _advised(chosen, for_model, cases, settings)
@@ -181,7 +225,9 @@ def choose(
             shape = ModelShape.of(for_model)
             guess = chosen.fallback_settings(shape)
             fitted_later = {"learning_rate"} if getattr(chosen, "fits_learning_rate", False) and cases else set()
-            notes = shape_notes(chosen, shape, {k: v for k, v in guess.items() if k not in {*settings, *fitted_later}})
+            notes = starting_point.shape_notes(
+                chosen, shape, {k: v for k, v in guess.items() if k not in {*settings, *fitted_later}}
+            )
     resolved = {**checked(name, chosen, dict(found.settings) if found else guess), **settings}
     if for_model is not None and "base_method" in {f.name for f in fields(chosen)}:
         base = _wrapped(chosen, resolved, for_model, dataset, cases)
@@ -195,13 +241,13 @@ def choose(
         )
     made = chosen(**resolved)
     if for_model is not None and found is None and preset is None:
-        clamps = [clamp for clamp in clamp_settings(chosen) if clamp not in settings]
+        clamps = [clamp for clamp in starting_point.clamp_settings(chosen) if clamp not in settings]
         if clamps and cases:
-            fitted = fit_clamps(for_model, made, edits_of(cases), clamps)
-            made = replace(made, **fitted.clamps)
-            notes.append(str(fitted))
+            found_clamps = starting_point.fit_clamps(for_model, made, starting_point.edits_of(cases), clamps)
+            made = replace(made, **found_clamps.clamps)
+            notes.append(str(found_clamps))
         elif cases and getattr(chosen, "fits_learning_rate", False) and "learning_rate" not in settings:
-            step = fit_learning_rate(for_model, made, edits_of(cases))
+            step = starting_point.fit_learning_rate(for_model, made, starting_point.edits_of(cases))
             made = replace(made, learning_rate=step.learning_rate)
             notes.append(str(step))
         elif clamps:
@@ -219,7 +265,7 @@ def choose(
 
 def presets(name: str) -> list[Preset]:
     """All presets of a method, the user's first."""
-    return presets_module.presets(name, parents_of(method_class(name)))
+    return presets_module.presets(name, parents_of(name))
 
 
 def preset_named(name: str, preset: str) -> Preset:
@@ -228,20 +274,20 @@ def preset_named(name: str, preset: str) -> Preset:
     Raises:
         UnknownPreset: there is none.
     """
-    return presets_module.preset_named(name, preset, parents_of(method_class(name)))
+    return presets_module.preset_named(name, preset, parents_of(name))
 
 
-def preset_for(name: str, lm: LM, dataset: str | None = None) -> Preset | None:
+def preset_for(name: str, lm: "LM", dataset: str | None = None) -> Preset | None:
     """The preset that fits the model, or None; the user's, then CounterFact's where several fit and none is asked for.
 
     Raises:
         UnknownPreset: the model has presets, but none for that dataset.
     """
-    return presets_module.preset_for(name, lm, dataset, parents_of(method_class(name)))
+    return presets_module.preset_for(name, lm, dataset, parents_of(name))
 
 
 def _advised(
-    chosen: type[Any], lm: LM | None, cases: Sequence[Edit | Case] | None, settings: Mapping[str, Any]
+    chosen: type[Any], lm: "LM | None", cases: Sequence[Edit | Case] | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The settings with the probe's layers for `layers="probe"`; what is given by its own name stands over them."""
     from retcon.methods.common.advised import probe_layers, settings_for
@@ -260,7 +306,7 @@ def _advised(
 def _wrapped(
     chosen: type[Any],
     settings: Mapping[str, Any],
-    lm: LM,
+    lm: "LM",
     dataset: str | None,
     cases: Sequence[Edit | Case] | None,
 ) -> Choice:

@@ -1,16 +1,26 @@
-"""A method's settings as they are read by people and checked before they are used: descriptions, types, finiteness."""
+"""A method's settings as they are read by people and checked before they are used: descriptions, types, finiteness.
+
+`checked` needs the method's class, which brings torch; `declared` reads the fields of a class of this package from its
+source, so that a setting that cannot be is refused at once.
+"""
 
 import ast
+import builtins
 import difflib
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from retcon.errors import InvalidSetting
+
+_PACKAGE = Path(__file__).parents[2]
 
 
 def descriptions(method: type[Any]) -> dict[str, str]:
@@ -42,16 +52,113 @@ def checked(name: str, method: type[Any], settings: Mapping[str, Any]) -> dict[s
     Raises:
         InvalidSetting: an unknown name, a value of another type, NaN or infinity; the message names the setting.
     """
+    return fitted(name, types_of(method), settings)
+
+
+def types_of(method: type[Any]) -> dict[str, Any]:
+    """Return the type of each setting of a method's class, in order."""
     hints = get_type_hints(method)
-    known = [f.name for f in fields(method)]
+    return {f.name: hints[f.name] for f in fields(method)}
+
+
+def fitted(name: str, hints: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as these fields want them; `checked` says what is refused.
+
+    Args:
+        name: the method's, for messages.
+        hints: the type of each field.
+    """
     made: dict[str, Any] = {}
     for setting, value in settings.items():
-        if setting not in known:
-            close = difflib.get_close_matches(setting, known, n=1)
+        if setting not in hints:
+            close = difflib.get_close_matches(setting, hints, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InvalidSetting(f"{name} has no setting {setting!r}{hint} (known: {', '.join(known)})")
+            raise InvalidSetting(f"{name} has no setting {setting!r}{hint} (known: {', '.join(hints)})")
         made[setting] = _fitted(value, hints[setting], f"{name}: {setting}")
     return made
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A method's class as its source has it."""
+
+    fields: Mapping[str, Any]
+    """The type of each setting; `Any` where the source does not say it plainly."""
+    bases: tuple[str, ...]
+    """The classes that it inherits from, nearest first, as "module:Class"."""
+
+
+@cache
+def declared(path: str) -> Declared:
+    """Read the settings of a class of this package, "module:Class", from its source: nothing is imported.
+
+    So settings are checked before torch is there, and before a model is. Each base's own fields come before those
+    of the class, and a field that is named again keeps its place, as dataclasses have it.
+    """
+    module, _, name = path.partition(":")
+    source = _source(module)
+    body = source.classes[name]
+    found: dict[str, Any] = {}
+    bases: list[str] = []
+    for base in body.bases:
+        if (place := source.place(ast.unparse(base))) is not None:
+            above = declared(place)
+            found = {**above.fields, **found}
+            bases += [place, *above.bases]
+    for line in body.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            hint = source.value(line.annotation)
+            if get_origin(hint) is not ClassVar:
+                found[line.target.id] = hint
+    return Declared(found, tuple(dict.fromkeys(bases)))
+
+
+class _Source(dict[str, Any]):
+    """Names of a module as annotations use them, each found in the source when it is asked for."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__()
+        path = _PACKAGE.joinpath(*module.split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        self.module = module
+        self.classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        self.assigned: dict[str, ast.expr] = {}
+        self.imported: dict[str, tuple[str, str]] = {}
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                self.assigned[node.targets[0].id] = node.value
+            elif isinstance(node, ast.ImportFrom):
+                self.imported |= {a.asname or a.name: (node.module or "", a.name) for a in node.names}
+
+    def place(self, name: str) -> str | None:
+        """Where a class of this package is defined; None for one from elsewhere."""
+        if name in self.classes:
+            return f"{self.module}:{name}"
+        module, original = self.imported.get(name, ("", ""))
+        return _source(module).place(original) if module.startswith("retcon.") else None
+
+    def value(self, annotation: ast.expr) -> Any:
+        """What an annotation means; `Any` where that is not to be had without importing."""
+        try:
+            return eval(compile(ast.Expression(annotation), self.module, "eval"), {}, self)  # our own source
+        except (NameError, TypeError, AttributeError):
+            return Any
+
+    def __missing__(self, name: str) -> Any:
+        if name in self.assigned:
+            return self.value(self.assigned[name])
+        module, original = self.imported.get(name, ("", ""))
+        if module in ("typing", "collections.abc"):
+            return getattr(import_module(module), original)
+        if module.startswith("retcon."):
+            return _source(module)[original]
+        if hasattr(builtins, name):
+            return getattr(builtins, name)
+        raise NameError(name)
+
+
+_source = cache(_Source)
 
 
 def _fitted(value: Any, hint: Any, what: str) -> Any:
@@ -86,6 +193,8 @@ def _fitted(value: Any, hint: Any, what: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, int):
             raise InvalidSetting(f"{what} must be a whole number, found {value!r}")
         return value
+    if origin is not None and issubclass(origin, Mapping) and not isinstance(value, Mapping):
+        raise InvalidSetting(f"{what} must be a table, found {value!r}")
     if hint is bool and not isinstance(value, bool):
         raise InvalidSetting(f"{what} must be true or false, found {value!r}")
     if hint is str and not isinstance(value, str):

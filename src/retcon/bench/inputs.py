@@ -1,0 +1,56 @@
+"""What a benchmark reads, checked before a model is loaded and before torch is imported."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from retcon.bench.spec import BenchSpec, Cell, DatasetSpec
+from retcon.errors import InvalidSetting, RetconError
+from retcon.evaluation.datasets import Loaded, read_cases
+from retcon.files import check_exists
+from retcon.methods.common.registry import check_early
+
+
+def read_inputs(spec: BenchSpec) -> dict[str, Loaded]:
+    """Return the cases of every dataset by its label, with all checked that needs no model.
+
+    Raises:
+        RetconError: an unknown method or preset, a setting that cannot be, a dataset or another file that cannot be
+            read, a protocol that asks for more cases than there are; the message names the entry.
+    """
+    for method in spec.methods:
+        try:
+            check_early(method.name, method.settings, method.preset)
+        except RetconError as error:
+            raise type(error)(f"method {method.label!r}: {error}") from None
+    measured = spec.measures
+    for path in (*(m.corpus for m in spec.models), spec.text, measured.snippets, measured.idf, measured.vocabulary):
+        if path is not None:
+            check_exists(path)
+    loaded = {dataset.label: load_cases(dataset) for dataset in spec.datasets}
+    for label, (cases, _) in loaded.items():
+        for protocol in spec.protocols:
+            try:
+                for part in protocol.parts(len(cases)):
+                    part.sizes(len(cases))
+            except InvalidSetting as error:
+                raise InvalidSetting(f"dataset {label!r}: {error}") from None
+    return loaded
+
+
+def load_cases(dataset: DatasetSpec) -> Loaded:
+    """The dataset's cases, its own settings given."""
+    own = {name: value for name, value in asdict(dataset).items() if name not in ("path", "label", "order")}
+    return read_cases(dataset.path, **own)
+
+
+def cells_of(spec: BenchSpec, cases: Mapping[str, int]) -> list[Cell]:
+    """All runs, model by model; `cases` is the number of cases by dataset label (curves become their points)."""
+    return [
+        Cell(model, method, dataset, protocol, seed)
+        for model in spec.models
+        for dataset in spec.datasets
+        for whole in spec.protocols
+        for protocol in whole.parts(cases[dataset.label])
+        for seed in spec.seeds
+        for method in spec.methods
+    ]
