@@ -20,8 +20,9 @@ from retcon.errors import NonFinite, RetconWarning
 from retcon.lm.generate import Written
 
 VERBS = [
-    *("demo", "edit", "apply", "export", "complete", "chat", "methods", "moments", "tune", "audit", "bench", "report"),
-    *("check", "doctor", "init", "log", "show", "diff", "revert", "amend", "checkout", "verify", "ui", "gc", "cache"),
+    *("demo", "edit", "apply", "export", "complete", "chat", "methods", "moments", "tune", "fit", "audit", "bench"),
+    *("report", "check", "doctor", "init", "log", "show", "diff", "revert", "amend", "checkout", "verify", "ui", "gc"),
+    "cache",
 ]
 
 

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
 import torch
 
 import retcon
-from retcon.edits import Edit
+from retcon.edits import Case, Edit
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import GivenMoments
+from retcon.methods.common.contract import Method
 from retcon.methods.common.registry import METHODS, method, method_class
 from retcon.methods.common.sequence import in_steps
 from tests.conftest import CORE, FAMILIES, random_moments, tiny_model, tokenizer
@@ -53,6 +56,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rome": dict(layer=1, **FREE),
 }
 """Settings that make sense for four random layers of width 32."""
+TRAINED: dict[str, dict[str, Any]] = {
+    "mend": dict(layers=(2, 3), normalise=False, step_size=1e-2),
+}
+"""Methods with an editor, and what it is like: an untrained one takes a gradient step, enough for the contract."""
 
 ENDING = [
     Edit("You know {}", "France", "Rome", "Paris", id="france"),
@@ -67,20 +74,38 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*a norm stands between"),
 ]
 
-SEEDLESS = {"ctp", "kne", "ft", "ft_l", "ft_m", "ft_wd", "full_c"}
+SEEDLESS = {"ctp", "kne", "ft", "ft_l", "ft_m", "ft_wd", "full_c", "mend"}
 """Methods that draw nothing for a single edit, so that every seed gives the same delta."""
 
 ONE_OF_EACH_CLASS = ("jeep", "kne", "rect", "rome")
 """Two groups of layers, masked tuning, a wrapper, one fact: what the families outside `CORE` are tried with."""
-UNSEARCHED = {"kn"}
+UNSEARCHED = {"kn", "mend"}
 """Methods that search nothing: whether an edit takes on a random model is chance."""
 
 EVERYWHERE = [(name, f) for name in METHODS for f in FAMILIES if f in CORE or name in ONE_OF_EACH_CLASS]
 
 
 def test_every_method_has_settings_here() -> None:
-    assert set(SETTINGS) == set(METHODS)
+    assert set(SETTINGS) | set(TRAINED) == set(METHODS)
+    assert {name for name in METHODS if hasattr(method_class(name), "fit")} == set(TRAINED)
     assert {name: method_class(name).name for name in METHODS} == {name: name for name in METHODS}
+
+
+@cache
+def folder() -> Path:
+    """Where editors are kept while the tests run."""
+    return Path(mkdtemp())
+
+
+def made(name: str, lm: LM) -> Method:
+    """The method with settings for a tiny model, and an untrained editor where it edits with one."""
+    if name not in TRAINED:
+        return method(name, **SETTINGS[name])
+    path = folder() / f"{name}-{lm.fingerprint()}"
+    if not path.exists():
+        untrained: Any = method(name, **TRAINED[name], rank=4, steps=0, n_validation=1)
+        untrained.fit(lm, [Case(edit.id, (edit,), ()) for edit in ENDING], path)
+    return method(name, editor=str(path))
 
 
 @cache
@@ -95,7 +120,7 @@ def moments_for(lm: LM) -> GivenMoments:
 
 def written(name: str, lm: LM, edits: list[Edit], **given: Any) -> retcon.Delta:
     """One delta of all edits: at once, or in steps where the method takes one."""
-    return in_steps(method(name, **SETTINGS[name]), lm, edits, contexts=CONTEXTS, moments=moments_for(lm), **given)
+    return in_steps(made(name, lm), lm, edits, contexts=CONTEXTS, moments=moments_for(lm), **given)
 
 
 def probability(lm: LM, edit: Edit) -> float:
@@ -116,7 +141,7 @@ def test_an_edit_takes_is_undone_and_proposing_writes_nothing(
     lm.model.train()  # flags that are not the default must come back too
     moments, unlikely = moments_for(lm), probability(lm, edit)
     before = untouched(lm)
-    delta = method(name, **SETTINGS[name]).propose(lm, [edit], contexts=CONTEXTS, moments=moments)
+    delta = made(name, lm).propose(lm, [edit], contexts=CONTEXTS, moments=moments)
     assert untouched(lm) == before
     weights = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
     lm.apply(delta)
@@ -145,10 +170,10 @@ def test_batches_unicode_and_longer_targets(name: str, family: str, tiny: Callab
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_seed_gives_the_same_delta(name: str, tiny: Callable[..., LM], edit: Edit) -> None:
     moments = moments_for(tiny("llama"))
-    first, second = (
-        method(name, **SETTINGS[name]).propose(tiny("llama"), [edit], moments=moments, seed=3) for _ in range(2)
+    first, second, other = (
+        made(name, lm).propose(lm, [edit], moments=moments, seed=seed)
+        for lm, seed in ((tiny("llama"), 3), (tiny("llama"), 3), (tiny("llama"), 4))
     )
-    other = method(name, **SETTINGS[name]).propose(tiny("llama"), [edit], moments=moments, seed=4)
     assert first.id == second.id
     assert (first.id == other.id) == (name in SEEDLESS)
 
@@ -159,7 +184,7 @@ def test_an_empty_batch_gives_an_empty_delta(
 ) -> None:
     lm = tiny("gptj")
     before = untouched(lm)
-    delta = method(name, **SETTINGS[name]).propose(lm, [], contexts=CONTEXTS, moments=moments_for(lm))
+    delta = made(name, lm).propose(lm, [], contexts=CONTEXTS, moments=moments_for(lm))
     assert not delta.changes
     with lm.edited(delta):
         pass
@@ -199,7 +224,7 @@ def test_a_delta_is_the_same_from_memory_and_from_its_file(
 @pytest.mark.parametrize("name", METHODS)
 def test_half_precision_models_can_be_edited(name: str, tiny: Callable[..., LM], edit: Edit) -> None:
     lm = tiny("llama", torch.bfloat16)
-    delta = method(name, **SETTINGS[name]).propose(lm, [edit], contexts=CONTEXTS, moments=moments_for(lm))
+    delta = made(name, lm).propose(lm, [edit], contexts=CONTEXTS, moments=moments_for(lm))
     assert all(c.values().dtype == torch.float32 for changes in delta.changes.values() for c in changes)
     with lm.edited(delta):
         assert probability(lm, edit) > 0

@@ -24,6 +24,7 @@ from retcon.cli import (
     doctor,
     edit,
     export,
+    fit,
     gc,
     init,
     log,
@@ -119,6 +120,12 @@ app.command(
         "retcon tune ./my-model counterfact.json --corpus text.txt --limit 200",
     )
 )(tune.tune)
+app.command(
+    epilog=examples(
+        "retcon fit demo:gptj world --start 1000 --method mend --out mend.safetensors",
+        "retcon edit demo:gptj edits.jsonl --method mend --set editor=mend.safetensors --out d.safetensors",
+    )
+)(fit.fit)
 app.command(
     epilog=examples(
         "retcon audit ./base ./edited",

@@ -154,6 +154,25 @@ class TrainedLowRank(_OnSite):
 
 
 @dataclass(frozen=True, eq=False)
+class LowRankByRow(_OnSite):
+    """A change of its own for each row of a batch: dW_b = left_b^T right_b. It exists in a forward pass only."""
+
+    left: Float[Tensor, "batch rank out"]
+    right: Float[Tensor, "batch rank in"]
+
+    def trained(self) -> list[Tensor]:
+        return [self.left, self.right]
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        rows = x.reshape(len(self.left), -1, x.shape[-1])  # OPT's fc2 sees (batch x seq, width)
+        added = rows @ self.right.mT @ self.left
+        return _add_to_site(self.site, y, added.reshape(*y.shape[:-1], -1))
+
+    def change(self) -> tuple[str, Change]:
+        raise TypeError("a change by row of a batch is none of the weights")
+
+
+@dataclass(frozen=True, eq=False)
 class TrainedTriplets(_OnSite):
     """dW = scale * left @ diag(singular) @ right: factors that stay even where their singular value is 0."""
 

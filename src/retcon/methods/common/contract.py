@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import (
     Any,
     Protocol,
@@ -12,7 +13,7 @@ from typing import (
 import torch
 
 from retcon.attachment import Attachment
-from retcon.edits import Edit
+from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.site import Site
@@ -111,6 +112,16 @@ class Method(Protocol):
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Settings for a model of that shape that has no preset."""
+
+
+@runtime_checkable
+class Trainable(Method, Protocol):
+    """A method that is trained for a model before it edits; the trained file is its setting `editor`."""
+
+    def fit(
+        self, lm: LM, cases: Sequence[Case], out: str | Path, *, seed: int = 0, progress: Progress | None = None
+    ) -> Path:
+        """Train on cases other than those to be edited, and write the editor to `out`; the model is untouched."""
 
 
 def recorded(

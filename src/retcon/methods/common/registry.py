@@ -35,6 +35,7 @@ METHODS = {
     "kne": "retcon.methods.kne:Kne",
     "lora": "retcon.methods.lora:Lora",
     "memit": "retcon.methods.memit:Memit",
+    "mend": "retcon.methods.mend:Mend",
     "pmet": "retcon.methods.pmet:Pmet",
     "prune": "retcon.methods.prune:Prune",
     "r_rome": "retcon.methods.r_rome:RRome",

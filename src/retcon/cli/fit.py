@@ -1,0 +1,123 @@
+"""`retcon fit`: an editor trained for a model, for methods that edit with one."""
+
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from retcon.cli.edit import FileFormat, OnError
+from retcon.cli.shell import (
+    AsChat,
+    Device,
+    DType,
+    Json,
+    Model,
+    Seed,
+    System,
+    TemplateArgs,
+    chat_of,
+    check_can_write,
+    check_not_an_input,
+    console,
+    emit,
+    load_model,
+    progress_bars,
+    seconds,
+    size,
+    warn,
+)
+from retcon.cli.tables import settings_table
+from retcon.errors import InvalidSetting, how_to_install
+from retcon.workflow import read_facts, read_settings, resolve
+from retcon.workflow.fitting import check_trainable, draw_curve, fit_editor
+
+
+def fit(
+    model: Model,
+    cases: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CASES",
+            help="Facts with paraphrases and neighbours to train on, none of those to be edited; any format of "
+            "docs/data.md. A thousand are good.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File that the editor goes to.", show_default=False)],
+    method: Annotated[str, typer.Option(help="mend or malmen.")] = "mend",
+    dataset: Annotated[
+        str | None, typer.Option(help="Which of the model's presets: counterfact, zsre, ...", show_default=False)
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A preset by its full name, method/model/dataset.", show_default=False)
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A setting over the preset's; repeat.", show_default=False),
+    ] = None,
+    file_format: FileFormat = None,
+    on_error: OnError = "stop",
+    as_chat: AsChat = False,
+    system: System = None,
+    template_args: TemplateArgs = None,
+    start: Annotated[int, typer.Option(min=0, help="Rows of CASES to pass over.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of CASES to read; all.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that is at FILE.")] = False,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Train an editor for MODEL, which `retcon edit --method METHOD --set editor=FILE` then edits with.
+
+    A run that was killed goes on where it was when the same command is given again. Beside FILE comes a picture of the
+    losses, where matplotlib is installed.
+    """
+    check_trainable(method)
+    check_can_write(out)
+    check_not_an_input(out, [cases])
+    if out.exists() and not force:
+        raise InvalidSetting(f"{out} is there already; name another file, or give --force to replace it")
+    given = read_settings(method, dataset=dataset, preset=preset, assignments=assignments or ())
+    chat = chat_of(as_chat, system, template_args)
+    facts = read_facts(
+        cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error, chat=chat
+    )
+    show = console(stderr=as_json)
+    lm = load_model(model, device=device, dtype=dtype)
+    resolved = resolve(lm, method, dataset=dataset, preset=preset, given=given)
+    show.print(f"[bold]{method}[/] on {escape(str(lm))}")
+    show.print(f"facts     {escape(facts.about)}", soft_wrap=True)
+    show.print(f"settings  {escape(resolved.source)}", soft_wrap=True)
+    show.print(settings_table(resolved))
+    with progress_bars() as advance:
+        fitted = fit_editor(lm, resolved, facts.cases, out, seed=seed, progress=advance)
+    pictures: list[Path] = []
+    if find_spec("matplotlib") is None:
+        warn(f"no picture of the losses: matplotlib is not installed ({how_to_install('plot')})")
+    else:
+        pictures = draw_curve(fitted, out.with_suffix(""))
+    first, last = fitted.curve[0], fitted.curve[-1]
+    show.print(
+        f"validation loss {first.validation:.4g} untrained, {fitted.best.validation:.4g} at step {fitted.best.step:,} "
+        f"of {last.step:,}; {seconds(fitted.seconds)}",
+        soft_wrap=True,
+    )
+    show.print(f"editor kept in [bold]{escape(str(out))}[/], {size(out.stat().st_size)}", soft_wrap=True)
+    if as_json:
+        emit(
+            {
+                "model": model,
+                "method": method,
+                "settings": resolved.settings,
+                "editor": str(out),
+                "pictures": [str(path) for path in pictures],
+                "best": asdict(fitted.best),
+                "curve": [asdict(point) for point in fitted.curve],
+                "cases": len(facts.cases),
+                "seconds": fitted.seconds,
+            }
+        )

@@ -1,0 +1,425 @@
+"""What MEND and MALMEN share around their own formulas: the facts to train on, the training, and the trained file.
+
+`fit_editor` trains a `Hypernetwork` on cases and writes it to a file; `load_editor` reads it back for a model. Which
+gradient and which loss, the methods say.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.checked import Kind, read_checked, write_checked
+from retcon.edits import Case, case_record, check_edits
+from retcon.errors import InvalidSetting, MalformedFile, WrongBase
+from retcon.lm.batches import in_batches
+from retcon.lm.forward import gold, input_rows, log_probs, logits_at
+from retcon.lm.model import LM, Site, SiteName
+from retcon.lm.prompts import Row, encode, pad
+from retcon.locate.gradients import catch
+from retcon.methods.common.contract import (
+    ModelShape,
+    Progress,
+    check_depth,
+    check_layers,
+    check_not_negative,
+    check_settings,
+    silent,
+)
+from retcon.methods.common.settings import checked
+from retcon.methods.common.tuning import check_memory, sites_named
+from retcon.training.fitting import CurvePoint, Fit, FitSchedule
+from retcon.training.hypernetwork import Hypernetwork, not_zero
+from retcon.training.objective import answer_nll, answer_rows
+from retcon.training.parts import Part, attached
+from retcon.version import __version__
+
+EDITOR = Kind("a trained editor", format=1, computation=1)
+LEAST_CASES = 4
+"""Cases that training needs: three to train on, one to validate with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HypernetworkSettings:
+    """What a hypernetwork lets one set. All but `editor` is for `fit`; an edit has it from the editor's file."""
+
+    name: ClassVar[str]
+    supports_batches: ClassVar[bool] = True
+    state_description: ClassVar[str] = ""
+    uses_moments: ClassVar[bool] = False
+    needs_subject: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = False
+
+    editor: str | None = None
+    """File of the trained editor, which `fit` writes."""
+    layers: tuple[int, ...] = ()
+    """Blocks that are edited, ascending, counted from 0; none: the last three."""
+    modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    """Matrices that are edited in each of them: kinds of sites, as far as the model has them, or a module's path inside
+    a block."""
+    rank: int = 1920
+    """Rank of a network's matrices U V, at most its width."""
+    n_blocks: int = 2
+    """Blocks of a network."""
+    normalise: bool = True
+    """Put what enters a network to mean 0 and deviation 1."""
+    batch_size: int = 10
+    """Edits of a training step."""
+    steps: int = 10_000
+    """Training steps at most."""
+    validate_every: int = 100
+    """Training steps between two validations."""
+    patience: int = 2_000
+    """Training steps without a better validation loss after which training ends."""
+    n_validation: int = 100
+    """Cases to validate with, which are not trained on; a fifth of the cases at most."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_layers(self, "layers", may_be_empty=True)
+        check_not_negative(self, "steps")
+        for setting in ("rank", "batch_size", "validate_every", "patience", "n_validation"):
+            if (found := getattr(self, setting)) < 1:
+                raise InvalidSetting(f"{self.name}: {setting} must be at least 1, found {found}")
+        check_not_negative(self, "n_blocks")
+        if not self.modules:
+            raise InvalidSetting(f"{self.name}: modules is empty, so there is nothing to edit")
+
+    @classmethod
+    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
+        """Nothing depends on depth: it is the last three blocks."""
+        return {}
+
+    def schedule(self, clip: float) -> FitSchedule:
+        """How long to train."""
+        return FitSchedule(steps=self.steps, validate_every=self.validate_every, patience=self.patience, clip=clip)
+
+    def sites(self, lm: LM) -> list[Site]:
+        """The matrices that are edited, layer by layer.
+
+        Raises:
+            InvalidSetting: a layer or a path that the model does not have, or none of the matrices.
+        """
+        layers = self.layers or tuple(range(max(lm.n_layers - 3, 0), lm.n_layers))
+        check_depth(self.name, lm, layers)
+        kinds = get_args(SiteName)
+        found = [
+            site
+            for layer in layers
+            for kind in self.modules
+            if kind not in kinds or lm.has(layer, kind)  # type: ignore[arg-type]
+            for site in sites_named(self.name, lm, [layer], [kind])
+        ]
+        if not found:
+            raise InvalidSetting(
+                f"{self.name}: {lm.name!r} ({lm.config.model_type}) has none of {', '.join(self.modules)} in layers "
+                f"{', '.join(map(str, layers))}"
+            )
+        return found
+
+
+# --- facts to train on ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """A case as it is trained on."""
+
+    edit: Row
+    """The edit's prompt and its new answer: what the gradient is of."""
+    rephrasings: tuple[Row, ...]
+    """Other prompts that should get the new answer too; the edit's own where the case has none."""
+    others: tuple[Row, ...]
+    """Prompts with answers that should stay; none where the case has no neighbours."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One training example's rows: an edit, one rephrasing, one prompt that should stay."""
+
+    edit: Row
+    rephrasing: Row
+    other: Row
+
+
+def examples(lm: LM, cases: Sequence[Case]) -> list[Example]:
+    """Each edit of the cases, with the rephrasings and the neighbours of its case.
+
+    Raises:
+        InvalidEdit: an edit that cannot mean anything, or is longer than the model's context.
+    """
+    found = []
+    for case in cases:
+        check_edits(case.edits)
+        asked: dict[bool, list[Row]] = {True: [], False: []}
+        for query in case.queries:
+            stays = query.axis.startswith(("neighborhood", "locality"))
+            if query.target is not None and (stays or query.axis.startswith(("paraphrase", "rephrase"))):
+                row = encode(lm.tokenizer, query.prompt, query.target, separator=query.separator, chat=query.chat)
+                asked[stays].append(row)
+        for row in answer_rows(lm, case.edits):
+            found.append(Example(row, tuple(asked[False]) or (row,), tuple(asked[True])))
+    return found
+
+
+def draw(pool: Sequence[Example], chosen: Sequence[Example], rng: random.Random) -> list[Drawn]:
+    """One rephrasing and one other prompt for each chosen example; without neighbours, another example's edit."""
+    found = []
+    for example in chosen:
+        others = example.others or tuple(e.edit for e in rng.sample(list(pool), 2) if e is not example)[:1]
+        found.append(Drawn(example.edit, rng.choice(example.rephrasings), rng.choice(others)))
+    return found
+
+
+# --- passes through the model --------------------------------------------------------------------------------------
+
+
+def pieces(
+    lm: LM, sites: Sequence[Site], rows: Sequence[Row]
+) -> list[tuple[Float[Tensor, "batch seq in"], Float[Tensor, "batch seq out"]]]:
+    """u and delta of each site, from one backward pass: what enters it, and dL_e/dy, L_e being each row's own loss."""
+    found = {c.site: (c.x, c.g) for c in catch(sites, lambda: answer_nll(lm, rows).sum())}  # as the pass came by
+    return [(x.view(len(rows), -1, x.shape[-1]), g.view(len(rows), -1, g.shape[-1])) for x, g in map(found.get, sites)]  # type: ignore[misc]
+
+
+def gather_pieces(
+    lm: LM, sites: Sequence[Site], rows: Sequence[Row], keep: Callable[[Sequence[Row], Tensor, Tensor], Tensor]
+) -> list[tuple[Float[Tensor, "n in"], Float[Tensor, "n out"]]]:
+    """The pieces of many rows, batch by batch as memory allows, in the order of the rows.
+
+    Args:
+        keep: from rows, u and delta to the (batch, seq) mask of the tokens that count.
+    """
+
+    def work(group: list[int]) -> list[list[tuple[Tensor, Tensor]]]:
+        here = [rows[i] for i in group]
+        by_row: list[list[tuple[Tensor, Tensor]]] = [[] for _ in group]
+        for u, delta in pieces(lm, sites, here):
+            mask = keep(here, u, delta)
+            for r, found in enumerate(by_row):
+                found.append((u[r, mask[r]], delta[r, mask[r]]))
+        return by_row
+
+    by_row = in_batches([len(row.ids) for row in rows], work)
+    return [
+        (torch.cat([found[s][0] for found in by_row]), torch.cat([found[s][1] for found in by_row]))
+        for s in range(len(sites))
+    ]
+
+
+def with_a_piece(_: Sequence[Row], u: Tensor, delta: Tensor) -> Tensor:
+    """All tokens that have a piece."""
+    return not_zero(u, delta)
+
+
+def every_place(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """(row, position) of every token of these rows."""
+    at = [(i, t) for i, row in enumerate(rows) for t in range(len(row.ids))]
+    return torch.tensor([i for i, _ in at]), torch.tensor([t for _, t in at])
+
+
+@torch.no_grad()
+def base_log_probs(lm: LM, drawn: Sequence[Drawn]) -> Float[Tensor, "n vocab"]:
+    """What the model says after every token of the prompts that should stay."""
+    others = [d.other for d in drawn]
+    return log_probs(logits_at(lm, pad(others, lm.device), every_place(others)))
+
+
+def outer_losses(
+    lm: LM, drawn: Sequence[Drawn], base: Float[Tensor, "n vocab"], parts: Sequence[Part]
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """The outer losses of each example with `parts` attached, from one pass over 2 batch rows, rephrasings first.
+
+    Returns:
+        The mean negative log-likelihood of the answer after the rephrasing; and the mean over the other prompt's tokens
+        of KL(p_W || p_W'), in nats.
+    """
+    asked, others = [d.rephrasing for d in drawn], [d.other for d in drawn]
+    rows = [*input_rows(asked), *others]
+    answers = [(i, row.n_prompt - 1 + j) for i, row in enumerate(asked) for j in range(len(row.target_ids))]
+    at, positions = every_place(others)
+    first = torch.tensor([i for i, _ in answers])
+    places = torch.cat([first, at + len(asked)]), torch.cat([torch.tensor([t for _, t in answers]), positions])
+    with attached(parts):
+        log_p = log_probs(logits_at(lm, pad(rows, lm.device), places))
+    said, now = log_p[: len(answers)], log_p[len(answers) :]
+    nll = _mean_by_row(-gold(said, asked), first, len(drawn))
+    kl = _mean_by_row((base.exp() * (base - now)).sum(-1), at, len(drawn))
+    return nll, kl
+
+
+def _mean_by_row(values: Float[Tensor, " n"], at: Tensor, n_rows: int) -> Float[Tensor, " n_rows"]:
+    at = at.to(values.device)
+    counts = torch.bincount(at, minlength=n_rows).to(values.dtype)
+    return values.new_zeros(n_rows).index_add(0, at, values) / counts
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+class Gradient(Protocol):
+    """Adds the gradient of the training loss on some examples to the networks' parameters, and returns the loss."""
+
+    def __call__(self, drawn: Sequence[Drawn]) -> float:
+        """Return the loss on these examples."""
+
+
+def fit_editor(
+    method: Any,
+    lm: LM,
+    cases: Sequence[Case],
+    out: str | Path,
+    network: Hypernetwork,
+    optimizers: Sequence[torch.optim.Optimizer],
+    gradient: Gradient,
+    loss: Callable[[Sequence[Drawn]], float],
+    *,
+    clip: float,
+    seed: int,
+    progress: Progress | None,
+) -> Path:
+    """Train `network` on the cases and write it to `out`, with its settings, the model's fingerprint and the curve.
+
+    A run that was killed goes on from `out`.unfinished when it is given the same again, with the identical result.
+
+    Raises:
+        InvalidSetting: fewer than `LEAST_CASES` cases.
+        OutOfMemory: networks, gradients and Adam's moments do not fit.
+        NonFinite: the loss overflows.
+    """
+    out = Path(out)
+    check_memory(method.name, lm, sum(p.numel() for p in network.parameters()))
+    known = examples(lm, cases)
+    if len(known) < LEAST_CASES:
+        raise InvalidSetting(f"{method.name} is trained on {LEAST_CASES} cases at least, found {len(known)}")
+    n_held_out = min(method.n_validation, len(known) // 5 or 1)
+    shuffled = random.Random(f"{seed}/split").sample(known, len(known))
+    held_out, trained = shuffled[:n_held_out], shuffled[n_held_out:]
+    size = min(method.batch_size, len(trained))
+
+    def step(i: int) -> float:
+        rng = random.Random(f"{seed}/{i}")
+        return gradient(draw(trained, rng.sample(trained, size), rng))
+
+    to_validate = draw(known, held_out, random.Random(f"{seed}/validation"))
+
+    def validate() -> float:
+        parts = [to_validate[i : i + size] for i in range(0, len(to_validate), size)]
+        return sum(loss(part) * len(part) for part in parts) / len(to_validate)
+
+    settings = {name: value for name, value in asdict(method).items() if name != "editor"}
+    fingerprint, with_deltas = lm.fingerprint(), [delta.id for delta in lm.applied]
+    identity = {
+        "method": method.name,
+        "settings": settings,
+        "fingerprint": fingerprint,
+        "deltas": with_deltas,
+        "cases": _digest(cases),
+        "seed": seed,
+    }
+    unfinished = out.with_name(out.name + ".unfinished")
+    fit = Fit(network, optimizers)
+    heard = progress or silent
+    with lm.frozen_eval():
+        fit.run(
+            step,
+            validate,
+            method.schedule(clip),
+            unfinished=unfinished,
+            identity=identity,
+            progress=lambda done, total: heard("training", done, total),
+        )
+    about = {
+        "settings": settings,
+        "fingerprint": fingerprint,
+        "model": lm.label,
+        "cases": len(known),
+        "seed": seed,
+        "best": asdict(fit.best_point),
+        "curve": [asdict(point) for point in fit.curve],
+    }
+    write_editor(out, method.name, network, about)
+    unfinished.unlink(missing_ok=True)
+    return out
+
+
+def _digest(cases: Sequence[Case]) -> str:
+    return hashlib.sha256(json.dumps([case_record(case) for case in cases]).encode()).hexdigest()
+
+
+# --- the trained file ----------------------------------------------------------------------------------------------
+
+Trained = TypeVar("Trained", bound=HypernetworkSettings)
+
+
+def write_editor(out: str | Path, name: str, network: Hypernetwork, about: Mapping[str, Any]) -> None:
+    """Write a trained editor, whole or not at all."""
+    write_checked(out, EDITOR, {"method": name}, network.state_dict(), {"retcon": __version__, **about})
+
+
+@dataclass(frozen=True)
+class Editor:
+    """A trained editor, as its file has it."""
+
+    network: Hypernetwork
+    sites: list[Site]
+    sha256: str
+    """Of its file; goes into every delta's record."""
+    about: Mapping[str, Any]
+
+
+def load_editor(
+    method: Trained, lm: LM, make: Callable[[Trained, LM, Sequence[Site]], Hypernetwork]
+) -> tuple[Trained, Editor]:
+    """Return the method with the settings that its editor was trained with, and the editor.
+
+    Args:
+        make: an untrained network for the method's settings and these matrices.
+
+    Raises:
+        InvalidSetting: no editor is named.
+        MalformedFile: the file is no editor of this method.
+        WrongBase: it was trained for another model.
+    """
+    if method.editor is None:
+        raise InvalidSetting(
+            f"{method.name} edits with a trained editor, and none is named: train one "
+            f"(retcon fit MODEL CASES --method {method.name} --out FILE) and set editor=FILE"
+        )
+    path = Path(method.editor)
+    try:
+        tensors, about = read_checked(path, EDITOR, {"method": method.name})
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (FileNotFoundError, IsADirectoryError):
+        raise MalformedFile(f"{path}: no such file; {method.name}'s editor is what `retcon fit` writes") from None
+    if about["fingerprint"] != lm.fingerprint():
+        raise WrongBase(
+            f"{path} was trained for {about['model']}, and {lm.label} has other weights; train an editor for this model"
+        )
+    trained = replace(method, **checked(method.name, type(method), about["settings"]))
+    sites = trained.sites(lm)
+    network = make(trained, lm, sites)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise MalformedFile(
+            f"{path}: its tensors are not those of its settings ({str(error).splitlines()[-1]})"
+        ) from None
+    return trained, Editor(network.to(lm.device).eval(), sites, sha256, about)
+
+
+def read_curve(path: str | Path, method: str) -> list[CurvePoint]:
+    """The losses of a training, from its editor's file.
+
+    Raises:
+        MalformedFile: the file is no editor of that method.
+    """
+    about = read_checked(path, EDITOR, {"method": method})[1]
+    return [CurvePoint(**point) for point in about["curve"]]

@@ -1,0 +1,83 @@
+"""An editor trained for a model, for methods that edit with one, and the picture of its training."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retcon.edits import Case
+from retcon.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from retcon.lm.model import LM
+    from retcon.training.fitting import CurvePoint
+    from retcon.workflow.settings import Resolved
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained editor, and how its training went."""
+
+    path: Path
+    curve: "tuple[CurvePoint, ...]"
+    best: "CurvePoint"
+    """The validation with the lowest loss, which the editor is from."""
+    seconds: float
+
+
+def check_trainable(name: str) -> None:
+    """Check that a method is one that is trained before it edits.
+
+    Raises:
+        InvalidSetting: it is not; the message names those that are.
+        UnknownMethod: the message lists what is known.
+    """
+    from retcon.methods.common.registry import list_methods, method_class
+
+    if not hasattr(method_class(name), "fit"):
+        able = [other for other in list_methods() if hasattr(method_class(other), "fit")]
+        raise InvalidSetting(f"{name} edits as it is, with nothing to train first; trained are: {', '.join(able)}")
+
+
+def fit_editor(
+    lm: "LM",
+    resolved: "Resolved",
+    cases: Sequence[Case],
+    out: Path,
+    *,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Fitted:
+    """Train an editor on the cases and write it to `out`; a run that was killed goes on when given the same again.
+
+    Raises:
+        InvalidSetting: the method is not trained before it edits, or the cases are too few.
+    """
+    from retcon.methods.common.hypernetwork import read_curve
+
+    check_trainable(resolved.name)
+    started = time.perf_counter()
+    resolved.method.fit(lm, cases, out, seed=seed, progress=progress)  # type: ignore[attr-defined]
+    curve = tuple(read_curve(out, resolved.name))
+    return Fitted(out, curve, min(curve, key=lambda p: p.validation), time.perf_counter() - started)
+
+
+def draw_curve(fitted: Fitted, stem: Path) -> list[Path]:
+    """Write the losses of a training as pictures, `stem`.png and `stem`.svg.
+
+    Raises:
+        MissingPackage: matplotlib is not installed.
+    """
+    from retcon.locate.figures import figure, save
+
+    made, axes = figure(1, 1, 4.8, 3.0)
+    axis = axes[0, 0]
+    trained = [point for point in fitted.curve if point.train is not None]
+    axis.plot([p.step for p in trained], [p.train for p in trained], color="0.55", linestyle="--", label="training")
+    axis.plot([p.step for p in fitted.curve], [p.validation for p in fitted.curve], color="black", label="validation")
+    axis.plot([fitted.best.step], [fitted.best.validation], "o", color="black", label="kept")
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss")
+    axis.legend(fontsize=8)
+    return save(made, stem)

@@ -1,0 +1,42 @@
+"""`retcon fit`, and an edit with what it trained."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import write_rows
+from tests.cli.test_tune import ROWS
+
+FIT = (
+    *("fit", "gptj", "facts.jsonl", "--out", "mend.safetensors", "--set", "steps=4", "--set", "validate_every=2"),
+    *("--set", "rank=4", "--set", "batch_size=2", "--set", "step_size=0.01"),
+)
+EDIT = ("edit", "gptj", "edits.jsonl", "--out", "d.safetensors", "--method", "mend")
+
+
+@pytest.fixture(autouse=True)
+def facts(here: Path) -> None:
+    write_rows(here / "facts.jsonl", ROWS)
+
+
+def test_fit_then_edit(cli: Callable[..., Any], here: Path) -> None:
+    result = cli(*FIT)
+    assert "validation loss" in result.stdout
+    assert "editor kept in mend.safetensors" in result.stdout
+    assert (here / "mend.png").stat().st_size > 1000
+    assert (here / "mend.svg").exists()
+    assert "2 edits" in cli(*EDIT, "--set", "editor=mend.safetensors").stdout
+    assert "is there already" in cli(*FIT, code=2).stderr
+    record = json.loads(cli(*FIT, "--force", "--json").stdout)
+    assert [point["step"] for point in record["curve"]] == [0, 2, 4]
+    assert record["best"]["validation"] == min(point["validation"] for point in record["curve"])
+
+
+def test_what_cannot_be_trained_or_edited_with_is_said(cli: Callable[..., Any]) -> None:
+    assert "nothing to train first; trained are: " in cli(*FIT, "--method", "jeep", code=2).stderr
+    assert "retcon fit MODEL CASES --method mend" in cli(*EDIT, code=2).stderr
+    assert "no such file; mend's editor is what" in cli(*EDIT, "--set", "editor=nothing", code=2).stderr
+    assert "is an input of this command" in cli(*FIT, "--out", "facts.jsonl", code=2).stderr
