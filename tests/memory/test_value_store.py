@@ -17,6 +17,8 @@ from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.values import ValueCache, Values, ValueSearch, ValueSite, search_values
+from retcon.memory.values import search as search_module
+from retcon.memory.values import store as store_module
 from retcon.memory.values.plan import ChunkPlan, Plan
 from retcon.memory.values.schedule import Chunk
 from retcon.memory.values.store import ValueStore
@@ -77,6 +79,117 @@ def test_a_killed_search_goes_on_with_the_identical_result(
     assert len(ran) == len(PLAN.chunks) - finished
     kept.discard()
     assert not list(tmp_path.iterdir())
+
+
+ONE_CHUNK = Plan((ChunkPlan((2, 0, 3, 1), 2),))
+
+
+def searched_edits(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The ids of the edits that steps are made for, from now on."""
+    stepped: set[str] = set()
+    real = Chunk.step
+
+    def step(self: Chunk, now: Any, **options: Any) -> None:
+        stepped.update(self.rows[e].edit.id for e in now.edits)
+        real(self, now, **options)
+
+    monkeypatch.setattr(Chunk, "step", step)
+    return stepped
+
+
+@pytest.mark.parametrize("settled", [None, 0.5])
+@pytest.mark.parametrize("passes", [1, 3, 5, 7])
+def test_a_search_that_was_killed_in_the_middle_of_a_chunk_goes_on_there(
+    passes: int,
+    settled: float | None,
+    tiny: Callable[..., LM],
+    edits: list[Edit],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    search = replace(SEARCH, threshold=0.002, settled_factor=settled)  # some end early, and others follow
+    monkeypatch.setattr(store_module, "KEEP_SECONDS", 0.0)
+    whole = search_values(tiny("llama", torch.float32), edits, SITES, CONTEXTS, search, plan=ONE_CHUNK)
+    lm = tiny("llama", torch.float32)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(passes + 2, patch)
+        search_values(lm, edits, SITES, CONTEXTS, search, plan=ONE_CHUNK, cache=ValueCache(tmp_path))
+    (begun,) = tmp_path.glob("*/*.begun")
+    found_before = json.loads(_metadata(begun))["about"]["places"]
+    stepped, cache = searched_edits(monkeypatch), ValueCache(tmp_path)
+    assert same(search_values(lm, edits, SITES, CONTEXTS, search, plan=ONE_CHUNK, cache=cache), whole)
+    assert stepped == {edits[i].id for k, i in enumerate((2, 0, 3, 1)) if k not in found_before}
+    assert cache.resumed == len(found_before)
+    assert not list(tmp_path.glob("*/*.begun"))
+
+
+def test_a_begun_chunk_that_is_damaged_or_anothers_is_begun_again(
+    tiny: Callable[..., LM], edits: list[Edit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "KEEP_SECONDS", 0.0)
+    lm = tiny("llama", torch.float32)
+    whole = search_values(lm, edits, SITES, CONTEXTS, SEARCH, plan=ONE_CHUNK)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(8, patch)
+        search_values(lm, edits, SITES, CONTEXTS, SEARCH, plan=ONE_CHUNK, cache=ValueCache(tmp_path))
+    (begun,) = tmp_path.glob("*/*.begun")
+    content = begun.read_bytes()
+    begun.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    with pytest.warns(RetconWarning, match=begun.name):
+        found = search_values(lm, edits, SITES, CONTEXTS, SEARCH, plan=ONE_CHUNK, cache=ValueCache(tmp_path))
+    assert same(found, whole)
+
+
+def test_a_chunk_is_kept_every_minute_or_every_32_edits(
+    tiny: Callable[..., LM], edits: list[Edit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, now, kept_at = tiny("llama", torch.float32), [0.0], []
+    real = Chunk.step
+
+    def step(self: Chunk, batch: Any, **options: Any) -> None:
+        real(self, batch, **options)
+        now[0] += 20.0
+
+    monkeypatch.setattr(Chunk, "step", step)
+    monkeypatch.setattr(store_module.time, "monotonic", lambda: now[0])
+    write = store_module.keep
+
+    def noting(path: Path, kind: Any, *args: Any, **kwargs: Any) -> bool:
+        if kind == store_module.BEGUN:
+            kept_at.append(now[0])
+        return write(path, kind, *args, **kwargs)
+
+    monkeypatch.setattr(store_module, "keep", noting)
+    search_values(lm, edits, SITES, CONTEXTS, SEARCH, plan=ONE_CHUNK, cache=ValueCache(tmp_path))
+    assert kept_at == [60.0, 120.0, 180.0]
+    kept_at.clear()
+    many = [replace(edits[i % 3], id=f"{i}", target_new=f"Rome {i}") for i in range(70)]
+    one = Plan((ChunkPlan(tuple(range(70)), 7),))
+    search = replace(SEARCH, steps=1)
+    monkeypatch.setattr(store_module, "KEEP_SECONDS", 1e9)
+    search_values(lm, many, SITES, Contexts(), search, plan=one, cache=ValueCache(tmp_path))
+    assert len(kept_at) == 1  # with 35 found; the other 35 end with the chunk
+
+
+def test_what_is_searched_plainly_is_kept_edit_by_edit(
+    tiny: Callable[..., LM], edits: list[Edit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny("llama", torch.float32)
+    monkeypatch.setattr("retcon.memory.values.search.replays", lambda *_: False)
+    whole = search_values(lm, edits, SITES, CONTEXTS, SEARCH)
+    real, searched = search_module.search_values_reference, []
+
+    def killing(lm: LM, some: Any, *args: Any, **kwargs: Any) -> Values:
+        searched.append(some[0].id)
+        if len(searched) == 3:
+            raise Killed
+        return real(lm, some, *args, **kwargs)
+
+    monkeypatch.setattr(search_module, "search_values_reference", killing)
+    with pytest.raises(Killed):
+        search_values(lm, edits, SITES, CONTEXTS, SEARCH, cache=ValueCache(tmp_path))
+    assert same(search_values(lm, edits, SITES, CONTEXTS, SEARCH, cache=ValueCache(tmp_path)), whole)
+    assert searched == [edits[i].id for i in (0, 1, 2, 2, 3)]
 
 
 def test_a_run_that_goes_on_takes_over_the_plan(tiny: Callable[..., LM], edits: list[Edit], tmp_path: Path) -> None:

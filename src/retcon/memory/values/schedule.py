@@ -1,7 +1,8 @@
 """Which edits of a chunk are active when: as one ends, the next takes its place."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,8 +11,28 @@ from retcon.errors import NonFinite
 from retcon.lm.model import LM
 from retcon.memory.values.objective import ValueSearch, ValueSite, norm_names
 from retcon.memory.values.rows import EditRows
-from retcon.memory.values.state import ValueOf
+from retcon.memory.values.state import SearchState, ValueOf
 from retcon.memory.values.step import ActiveBatch, Recorded
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A chunk's search between two steps: all that it takes to go on to the identical result."""
+
+    found: dict[int, ValueOf]
+    """By place in the chunk."""
+    active: list[int]
+    made: list[int]
+    """Steps that each active edit has made."""
+    waiting: list[int]
+    """The last one is next."""
+    fresh: bool
+    """Whether some active edits have yet to make their first step."""
+    state: SearchState
+
+
+def forget(found: int, snapshot: Callable[[], Snapshot]) -> None:
+    """Keep no snapshot."""
 
 
 class Chunk(Recorded):
@@ -25,20 +46,38 @@ class Chunk(Recorded):
         """Return these edits before their first step."""
         return self.batch(edits, self.state(edits))
 
-    def run(self, max_active: int, *, look_every: int = 1) -> Iterator[int]:
+    def run(
+        self,
+        max_active: int,
+        *,
+        look_every: int = 1,
+        start: Snapshot | None = None,
+        hear: Callable[[int, Callable[[], Snapshot]], None] = forget,
+    ) -> Iterator[int]:
         """Optimise all, `max_active` at a time; gives the place of each edit in the chunk as it ends.
 
         Args:
             look_every: steps after which the host looks which edits have ended; in between it waits for nothing, and
                 edits that have ended stay as they are.
+            start: where an earlier search of the chunk was; it goes on from there.
+            hear: is told after every look how many edits are found, and how to get a snapshot.
 
         Raises:
             NonFinite: a loss came out NaN or infinite; the message names the edit.
         """
-        waiting = list(range(len(self.rows)))[::-1]
-        now = self.activate([waiting.pop() for _ in range(min(max_active, len(waiting)))])
-        made = [0] * len(now.edits)
-        """Steps that each place has made."""
+        if start is None:
+            waiting = list(range(len(self.rows)))[::-1]
+            now = self.activate([waiting.pop() for _ in range(min(max_active, len(waiting)))])
+            made = [0] * len(now.edits)
+        else:
+            self.found, waiting, made = dict(start.found), list(start.waiting), list(start.made)
+            now = self.batch(list(start.active), start.state)
+            now.fresh = start.fresh
+            yield from list(self.found)
+
+        def snapshot() -> Snapshot:
+            return Snapshot(dict(self.found), list(now.edits), list(made), list(waiting), now.fresh, now.state)
+
         while now.edits:
             left = max(self.search.steps - n for n in made)
             for i in range(min(look_every, left)):
@@ -54,6 +93,7 @@ class Chunk(Recorded):
                 state = now.state.followed_by(torch.tensor(stay, dtype=torch.long), self.state(new))
                 now = self.batch([now.edits[place] for place in stay] + new, state)
                 now.fresh = bool(new)
+            hear(len(self.found), snapshot)
 
     def _look(self, now: ActiveBatch) -> list[int]:
         """Return the places whose edits have ended, once their results are on the CPU."""

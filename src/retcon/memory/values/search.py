@@ -25,9 +25,9 @@ from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
 from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.rows import EditRows
-from retcon.memory.values.schedule import Chunk
+from retcon.memory.values.schedule import Chunk, forget
 from retcon.memory.values.state import ValueOf
-from retcon.memory.values.store import ValueCache, ValueStore
+from retcon.memory.values.store import BegunChunk, ValueCache, ValueStore
 
 
 def search_values(
@@ -75,7 +75,7 @@ def _search(
     with lm.frozen_eval():
         rows = [EditRows.of(lm, edit, sites, contexts, search) for edit in edits]
         if not edits or lm.layout.earlier == "other" or not replays(lm, rows[0], sites, search):
-            return search_values_reference(lm, edits, sites, contexts, search, progress=progress)
+            return _search_plainly(lm, edits, sites, contexts, search, progress, cache)
         store = None if cache is None else ValueStore.of(cache, lm, edits, sites, contexts, search)
         plan = plan or (store.plan(lambda: make_plan(lm, rows, sites)) if store else make_plan(lm, rows, sites))
         found: dict[int, ValueOf] = {}
@@ -89,7 +89,10 @@ def _search(
 
         work = SearchOfChunk(tuple(sites), search)
         while waiting := [chunk for chunk in plan.chunks if chunk.edits[0] not in found]:
-            pieces = [(chunk.max_active, tuple(rows[i] for i in chunk.edits)) for chunk in waiting]
+            pieces: list[ChunkPiece] = [
+                (chunk.max_active, tuple(rows[i] for i in chunk.edits), store.begun(chunk) if store else None)
+                for chunk in waiting
+            ]
             for place, done in lm.workers.map(lm, work, pieces, hear):
                 chunk = waiting[place]
                 if done is None:
@@ -98,29 +101,61 @@ def _search(
                         store.change_plan(plan)
                     continue
                 values = dict(zip(chunk.edits, done, strict=True))
-                if store:
+                begun = pieces[place][2]
+                if store and begun:
                     store.save(chunk, values)
+                    store.cache.resumed += begun.n_resumed
                 found |= values
                 progress(len(found))
     return gathered([found[i] for i in range(len(edits))], plan.summary())
 
 
+def _search_plainly(
+    lm: LM,
+    edits: Sequence[Edit],
+    sites: Sequence[ValueSite],
+    contexts: Contexts,
+    search: ValueSearch,
+    progress: Callable[[int], None],
+    cache: ValueCache | None,
+) -> Values:
+    """The reference, each edit kept as it is found."""
+    if cache is None or not edits:
+        return search_values_reference(lm, edits, sites, contexts, search, progress=progress)
+    store = ValueStore.of(cache, lm, edits, sites, contexts, search, plainly=True)
+    found: list[ValueOf] = []
+    for i, edit in enumerate(edits):
+        alone = ChunkPlan((i,), 1)
+        if (kept := store.load(alone)) is None:
+            values = search_values_reference(lm, [edit], sites, contexts, search)
+            vectors = [tuple(x[0] for x in part) for part in (values.init, values.offset, values.activation)]
+            kept = {i: ValueOf(vectors[0], vectors[1], vectors[2], values.report[0])}
+            store.save(alone, kept)
+        found.append(kept[i])
+        progress(len(found))
+    return gathered(found, {})
+
+
+ChunkPiece = tuple[int, tuple[EditRows, ...], BegunChunk | None]
+"""Edits active at a time, edits' rows, and where the chunk is kept while it is searched."""
+
+
 @dataclass(frozen=True)
 class SearchOfChunk:
-    """The search of one chunk, as work that can be sent elsewhere; a piece is (edits active at a time, edits' rows)."""
+    """The search of one chunk, as work that can be sent elsewhere."""
 
     sites: tuple[ValueSite, ...]
     search: ValueSearch
 
-    def __call__(
-        self, lm: LM, piece: tuple[int, tuple[EditRows, ...]], progress: Callable[[int], None]
-    ) -> list[ValueOf] | None:
+    def __call__(self, lm: LM, piece: ChunkPiece, progress: Callable[[int], None]) -> list[ValueOf] | None:
         """Return what was found for each edit; None: memory ran out."""
-        max_active, rows = piece
+        max_active, rows, begun = piece
         try:
             with lm.frozen_eval():
                 chunk = Chunk(lm, rows, self.sites, self.search)
-                for _ in chunk.run(max_active):
+                start = None if begun is None else begun.load(lm, self.sites, self.search)
+                hear = forget if begun is None else begun.hear
+                for _ in chunk.run(max_active, start=start, hear=hear):
                     progress(len(chunk.found))
                 return [chunk.found[j] for j in range(len(rows))]
         except (RuntimeError, MemoryError) as error:

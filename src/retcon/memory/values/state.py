@@ -5,7 +5,7 @@ ended keep what they have.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -91,6 +91,29 @@ class SearchState:
             square=zeros,
             rates=[z.new_tensor([size, root]) for z in zeros],
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that changes in the course of a search, by name."""
+        names = ("going", "reached", "steps", "nll_factor", "terms")
+        found: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+        for name in ("init", "activation", "offset", "mean", "square"):
+            found |= {f"{name}.{s}": x for s, x in enumerate(getattr(self, name))}
+        return found if self.original is None else {**found, "original": self.original}
+
+    @classmethod
+    def from_tensors(
+        cls, lm: LM, sites: Sequence[ValueSite], tensors: Mapping[str, Tensor], search: ValueSearch
+    ) -> "SearchState":
+        """Return the state that `tensors` gave, on the devices of a search by `lm`."""
+        state = cls.new(lm, sites, len(tensors["going"]), [None] * len(sites), search)
+        for name in ("going", "reached", "steps", "nll_factor", "terms"):
+            setattr(state, name, tensors[name].to(getattr(state, name).device, copy=True))
+        for name in ("init", "activation", "offset", "mean", "square"):
+            own = getattr(state, name)
+            own[:] = [tensors[f"{name}.{s}"].to(x.device, copy=True) for s, x in enumerate(own)]
+        if "original" in tensors:
+            state.original = tensors["original"].to(state.going.device, copy=True)
+        return state
 
     def followed_by(self, stay: Int[Tensor, " stay"], new: "SearchState") -> "SearchState":
         """Return a state with some of these places, then new ones."""

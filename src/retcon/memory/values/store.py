@@ -1,19 +1,23 @@
 """Values on disk, so that a run that was killed goes on where it was, with the identical result.
 
-With a `ValueCache`, every finished chunk of a search is written down, under a key of everything that determines it. A
-later search with the same key takes over plan and chunks and does the rest.
+With a `ValueCache`, every finished chunk of a search is written down, under a key of everything that determines it, and
+a chunk that takes long is written down on its way. A later search with the same key takes over plan and chunks, goes on
+in the middle of those that were begun, and does the rest.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from retcon.checked import Kind, cached, keep, read_checked, write_checked
 from retcon.delta import EditReport
@@ -22,9 +26,15 @@ from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, Plan
-from retcon.memory.values.state import ValueOf
+from retcon.memory.values.schedule import Snapshot
+from retcon.memory.values.state import SearchState, ValueOf
 
-VALUES = Kind("searched values", format=2, computation=2)
+VALUES = Kind("searched values", format=3, computation=2)
+BEGUN = Kind("a search that was begun", format=1, computation=VALUES.computation)
+KEEP_SECONDS = 45.0
+"""Between two savings of a chunk that is being searched, at most, steps that take longer aside."""
+KEEP_EDITS = 32
+"""Edits found between two savings, at most."""
 KNOWN = Kind("values by edit", format=1, computation=1)
 
 
@@ -155,8 +165,14 @@ class ValueStore:
         sites: Sequence[ValueSite],
         contexts: Contexts,
         search: ValueSearch,
+        *,
+        plainly: bool = False,
     ) -> "ValueStore":
-        """The store of this search."""
+        """The store of this search.
+
+        Args:
+            plainly: each edit is searched by itself, by the reference.
+        """
         key = {
             "model": lm.fingerprint(),
             "dtype": str(lm.dtype),
@@ -169,6 +185,7 @@ class ValueStore:
             "sites": [asdict(s) for s in sites],
             "contexts": contexts.prefixes,
             "search": asdict(search),
+            "plainly": plainly,
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         path = Path(cache.folder) / digest
@@ -190,32 +207,101 @@ class ValueStore:
 
     def load(self, chunk: ChunkPlan) -> dict[int, ValueOf] | None:
         """What was found for a chunk's edits, or None if it has yet to be run."""
-        kept = cached(self._file(chunk), VALUES, self.key | {"chunk": asdict(chunk)})
+        kept = cached(self._file(chunk), VALUES, self._identity(chunk))
         if kept is None:
             return None
-        tensors, about = kept
-        found = {}
-        for j, (edit, report) in enumerate(zip(chunk.edits, about["reports"], strict=True)):
-            init, offset, activation = (
-                tuple(tensors[f"{name}.{s}"][j] for s in range(about["sites"]))
-                for name in ("init", "offset", "activation")
-            )
-            found[edit] = ValueOf(init, offset, activation, EditReport(**report))
+        found = dict(zip(chunk.edits, _values_of(*kept), strict=True))
         self.cache.resumed += len(found)
         return found
 
     def save(self, chunk: ChunkPlan, found: dict[int, ValueOf]) -> None:
         """Write down what was found for a chunk's edits."""
-        values = [found[edit] for edit in chunk.edits]
-        n_sites = len(values[0].init)
-        tensors = {
-            f"{name}.{s}": torch.stack([getattr(v, name)[s] for v in values])
-            for name in ("init", "offset", "activation")
-            for s in range(n_sites)
-        }
-        about = {"reports": [asdict(v.report) for v in values], "sites": n_sites}
-        keep(self._file(chunk), VALUES, self.key | {"chunk": asdict(chunk)}, tensors, about)
+        tensors, about = _as_file([found[edit] for edit in chunk.edits])
+        keep(self._file(chunk), VALUES, self._identity(chunk), tensors, about)
+        with suppress(OSError):
+            Path(self.begun(chunk).path).unlink(missing_ok=True)
+
+    def begun(self, chunk: ChunkPlan) -> "BegunChunk":
+        """Where a chunk is kept that is being searched."""
+        with suppress(OSError):
+            self.path.mkdir(parents=True, exist_ok=True)
+        return BegunChunk(f"{self._file(chunk).with_suffix('')}.begun", self._identity(chunk))
+
+    def _identity(self, chunk: ChunkPlan) -> dict[str, Any]:
+        return self.key | {"chunk": asdict(chunk)}
 
     def _file(self, chunk: ChunkPlan) -> Path:
         name = hashlib.sha256(json.dumps(asdict(chunk)).encode()).hexdigest()[:16]
         return self.path / f"{name}.safetensors"
+
+
+@dataclass
+class BegunChunk:
+    """A chunk on disk that is being searched, as whoever searches it writes it; that may be another process."""
+
+    path: str
+    identity: dict[str, Any]
+    n_kept: int = 0
+    """Edits found when it was last written."""
+    n_resumed: int = 0
+    """Edits that an earlier search had found."""
+    kept: float = field(default_factory=time.monotonic)
+    """When that was."""
+
+    def load(self, lm: LM, sites: Sequence[ValueSite], search: ValueSearch) -> Snapshot | None:
+        """Return where an earlier search of the chunk was, or None."""
+        self.kept = time.monotonic()
+        found = cached(self.path, BEGUN, self.identity)
+        if found is None:
+            return None
+        tensors, about = found
+        state = {name.removeprefix("state."): x for name, x in tensors.items() if name.startswith("state.")}
+        values = _values_of(tensors, about["found"]) if about["places"] else []
+        self.n_kept = self.n_resumed = len(values)
+        return Snapshot(
+            dict(zip(about["places"], values, strict=True)),
+            about["active"],
+            about["made"],
+            about["waiting"],
+            about["fresh"],
+            SearchState.from_tensors(lm, sites, state, search),
+        )
+
+    def hear(self, n_found: int, snapshot: Callable[[], Snapshot]) -> None:
+        """Write a snapshot down, where enough has happened since the last one.
+
+        Nothing is written where the search's folder is not to be seen (a worker on another machine).
+        """
+        if n_found - self.n_kept < KEEP_EDITS and time.monotonic() - self.kept < KEEP_SECONDS:
+            return
+        self.n_kept, self.kept = n_found, time.monotonic()
+        if not Path(self.path).parent.is_dir():
+            return
+        now = snapshot()
+        tensors, about = _as_file(list(now.found.values())) if now.found else ({}, {})
+        tensors |= {f"state.{name}": x for name, x in now.state.tensors().items()}
+        schedule = {"active": now.active, "made": now.made, "waiting": now.waiting, "fresh": now.fresh}
+        keep(self.path, BEGUN, self.identity, tensors, {"places": list(now.found), "found": about, **schedule})
+
+
+def _as_file(values: Sequence[ValueOf]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Values of edits that have the same sites as the content of a file."""
+    n_sites = len(values[0].init)
+    tensors = {
+        f"{name}.{s}": torch.stack([getattr(v, name)[s] for v in values])
+        for name in ("init", "offset", "activation")
+        for s in range(n_sites)
+    }
+    return tensors, {"reports": [asdict(v.report) for v in values], "sites": n_sites}
+
+
+def _values_of(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> list[ValueOf]:
+    """The values in a file."""
+    found = []
+    for j, report in enumerate(about["reports"]):
+        init, offset, activation = (
+            tuple(tensors[f"{name}.{s}"][j].clone() for s in range(about["sites"]))
+            for name in ("init", "offset", "activation")
+        )
+        found.append(ValueOf(init, offset, activation, EditReport(**report)))
+    return found
