@@ -6,22 +6,33 @@ docs/methods/kne.md.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from retcon.delta import Delta
 from retcon.edits import Edit
-from retcon.errors import DeltaMismatch, InvalidSetting
+from retcon.errors import InvalidSetting
 from retcon.evaluation.datasets import read_cases
 from retcon.lm.model import LM
 from retcon.lm.site import Site, SiteName
-from retcon.locate.attribution import Attribution, Path, Probability, Quadrature, Unit, attribute, select
+from retcon.locate.attribution import Attribution, Path, Probability, Quadrature, Unit
+from retcon.locate.ensemble import (
+    Ensemble,
+    UnitScore,
+    above_threshold,
+    checked,
+    key,
+    n_units,
+    random_scores,
+    sampled,
+    union,
+    unit_scores,
+)
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
@@ -29,9 +40,6 @@ from retcon.methods.common.contract import ModelShape, Progress, State, check_de
 from retcon.methods.common.tuning import TuningSettings, tuning
 from retcon.training.objective import Answer
 from retcon.training.parts import TrainedColumns, TrainedEntries, TrainedRows, fresh
-
-Ensemble = dict[str, Int[Tensor, " n"]]
-"""N*: chosen units by `<layer>.<matrix>`, ascending; matrices without a unit are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +65,7 @@ class Kne(TuningSettings):
     """Share of the units that are chosen (Eq. 6), in place of a budget."""
     score: Literal["attribution", "random"] = "attribution"
     """`random`: a control; units drawn by seed."""
-    unit_score: Literal["sum", "sum_abs"] = "sum"
+    unit_score: UnitScore = "sum"
     """A row's or column's score: the sum of its entries' attributions, or of their sizes."""
     sign: Literal["signed", "abs"] = "signed"
     """`abs`: units that lower the probability count as well."""
@@ -152,35 +160,31 @@ class Kne(TuningSettings):
             if not edits:
                 return run.delta()
             if self.reuse and state:
-                ensemble = self._given(lm, sites, state)
+                ensemble = checked(state, lm, sites, self.granularity)
             else:
                 ensemble = self.locate(lm, self._facts(edits), seed=seed, progress=run.progress)
-            parts = [self._part(site, ensemble[_key(site)]) for site in sites if _key(site) in ensemble]
+            parts = [self._part(site, ensemble[key(site)]) for site in sites if key(site) in ensemble]
             return run.delta(parts, run.train(parts, stage="ensemble"), state=ensemble)
 
     def locate(self, lm: LM, facts: Sequence[Edit], *, seed: int = 0, progress: Progress = silent) -> Ensemble:
         """N*: the ensemble of `facts` on the weights as they are now (Eqs. 4 to 7); the seed samples too many facts."""
-        facts = _sample(facts, self.locate_limit, seed)
+        facts = sampled(facts, self.locate_limit, seed)
         if self.pool == "mean":
             return self.choose(lm, self.scores(lm, facts, seed=seed, progress=progress))
-        union: dict[str, list[Tensor]] = {}
+        own: list[Ensemble] = []
         for i, fact in enumerate(facts):
-            for name, units in self.choose(lm, self.scores(lm, [fact], seed=seed + i)).items():
-                union.setdefault(name, []).append(units)
+            own.append(self.choose(lm, self.scores(lm, [fact], seed=seed + i)))
             progress("attribution", i + 1, len(facts))
-        return {_key(s): torch.cat(union[_key(s)]).unique() for s in self.sites(lm) if _key(s) in union}
+        return union(self.sites(lm), own)
 
     def scores(self, lm: LM, facts: Sequence[Edit], *, seed: int = 0, progress: Progress = silent) -> list[Tensor]:
         """The score of every unit of every site (`sites`), higher is sooner chosen."""
         sites = self.sites(lm)
         if self.score == "random":
-            generator = torch.Generator().manual_seed(seed)
-            return [torch.rand(self._n_units(site), generator=generator) for site in sites]
-        unit: Unit = "entry" if self.unit_score == "sum_abs" else self.granularity
-        found = attribute(lm, facts, sites, self.attribution(), unit, progress=partial(progress, "attribution"))
-        if self.unit_score == "sum_abs":
-            over = 1 if self.granularity == "row" else 0
-            found = [s.abs().view(site.weight.shape).sum(over) for s, site in zip(found, sites, strict=True)]
+            return random_scores(sites, self.granularity, seed)
+        report = partial(progress, "attribution")
+        how, unit = self.attribution(), self.granularity
+        found = unit_scores(lm, facts, sites, how, unit, self.unit_score, progress=report)
         return [s.abs() for s in found] if self.sign == "abs" else found
 
     def sites(self, lm: LM) -> list[Site]:
@@ -199,13 +203,12 @@ class Kne(TuningSettings):
             assert self.budget is not None
             n_parameters = sum(parameter.numel() for parameter in lm.model.parameters())
             p = min(1.0, self.budget * n_parameters / sum(site.weight.numel() for site in sites))
-        return max(1, round(p * sum(map(self._n_units, sites))))
+        return max(1, round(p * sum(n_units(site, self.granularity) for site in sites)))
 
     def choose(self, lm: LM, scores: Sequence[Tensor]) -> Ensemble:
         """The units above the one threshold over all sites (Eqs. 6, 7)."""
         sites = self.sites(lm)
-        found = select(scores, self.n_chosen(lm, sites))
-        return {_key(site): units for site, units in zip(sites, found, strict=True) if len(units)}
+        return above_threshold(sites, scores, self.n_chosen(lm, sites))
 
     def attribution(self) -> Attribution:
         """How scores are found."""
@@ -216,10 +219,6 @@ class Kne(TuningSettings):
             probability=self.probability,
             answer=self.answer,
         )
-
-    def _n_units(self, site: Site) -> int:
-        out, into = site.weight.shape
-        return {"row": out, "column": into, "entry": out * into}[self.granularity]
 
     def _part(self, site: Site, units: Int[Tensor, " n"]) -> TrainedRows | TrainedColumns | TrainedEntries:
         """W_kne, zero (Eq. 8), which Eqs. 9 to 11 place in the matrix and scale."""
@@ -236,26 +235,3 @@ class Kne(TuningSettings):
         if self.locate_on is None:
             return edits
         return [edit for case in read_cases(self.locate_on)[0] for edit in case.edits]
-
-    def _given(self, lm: LM, sites: Sequence[Site], state: Mapping[str, Tensor]) -> Ensemble:
-        """The ensemble of a state, checked."""
-        units = {_key(site): self._n_units(site) for site in sites}
-        for name, index in state.items():
-            if name not in units or index.dtype != torch.long or not len(index) or int(index.max()) >= units[name]:
-                raise DeltaMismatch(
-                    f"kne: the ensemble given names {name!r} ({len(index)} units), which is no {self.granularity} "
-                    f"ensemble over {', '.join(self.modules)} of {lm.name!r}; locate anew (reuse=False)"
-                )
-        return {name: index.cpu() for name, index in state.items()}
-
-
-def _key(site: Site) -> str:
-    return f"{site.layer}.{site.kind}"
-
-
-def _sample(facts: Sequence[Edit], limit: int, seed: int) -> Sequence[Edit]:
-    """At most `limit` facts, in their order."""
-    if len(facts) <= limit:
-        return facts
-    order = torch.randperm(len(facts), generator=torch.Generator().manual_seed(seed))[:limit]
-    return [facts[i] for i in order.sort().values.tolist()]

@@ -30,7 +30,7 @@ from retcon.cli.shell import (
 
 if TYPE_CHECKING:
     from retcon.edits import Edit
-    from retcon.methods.kne import Ensemble
+    from retcon.locate.ensemble import Ensemble
 
 
 def attribution(

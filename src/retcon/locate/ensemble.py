@@ -1,0 +1,97 @@
+"""An ensemble: of the units of many matrices, those whose scores lie above one threshold for all.
+
+Li et al., "Knowledge Editing for Large Language Model with Knowledge Neuronal Ensemble" (KNE), Eqs. 6 and 7. What a
+unit scores is `attribution`'s.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from retcon.edits import Edit
+from retcon.errors import DeltaMismatch
+from retcon.lm.model import LM
+from retcon.lm.site import Site
+from retcon.locate.attribution import Attribution, Unit, attribute, select
+
+Ensemble = dict[str, Int[Tensor, " n"]]
+"""N*: chosen units by `<layer>.<matrix>`, ascending; matrices without a unit are left out."""
+UnitScore = Literal["sum", "sum_abs"]
+
+
+def key(site: Site) -> str:
+    """What an ensemble calls a matrix."""
+    return f"{site.layer}.{site.kind}"
+
+
+def n_units(site: Site, unit: Unit) -> int:
+    """How many rows, columns or entries a matrix has."""
+    out, into = site.weight.shape
+    return {"row": out, "column": into, "entry": out * into}[unit]
+
+
+def unit_scores(
+    lm: LM,
+    facts: Sequence[Edit],
+    sites: Sequence[Site],
+    how: Attribution,
+    unit: Unit,
+    unit_score: UnitScore = "sum",
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Tensor]:
+    """Per site, every unit's mean score over `facts`: the sum of its entries' attributions, or of their sizes.
+
+    Raises:
+        InvalidEdit, NonFinite: as `attribute`.
+    """
+    if unit_score == "sum":
+        return attribute(lm, facts, sites, how, unit, progress=progress)
+    found = attribute(lm, facts, sites, how, "entry", progress=progress)
+    over = 1 if unit == "row" else 0
+    return [score.abs().view(site.weight.shape).sum(over) for score, site in zip(found, sites, strict=True)]
+
+
+def random_scores(sites: Sequence[Site], unit: Unit, seed: int) -> list[Tensor]:
+    """A control: scores drawn uniformly."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(n_units(site, unit), generator=generator) for site in sites]
+
+
+def above_threshold(sites: Sequence[Site], scores: Sequence[Tensor], count: int) -> Ensemble:
+    """The `count` units of the highest scores over all sites together; the order of the sites breaks ties."""
+    found = select(scores, count)
+    return {key(site): units for site, units in zip(sites, found, strict=True) if len(units)}
+
+
+def union(sites: Sequence[Site], ensembles: Sequence[Ensemble]) -> Ensemble:
+    """The units that are in any of the ensembles."""
+    held = {key(site): [e[key(site)] for e in ensembles if key(site) in e] for site in sites}
+    return {name: torch.cat(units).unique() for name, units in held.items() if units}
+
+
+def sampled(facts: Sequence[Edit], limit: int, seed: int) -> Sequence[Edit]:
+    """At most `limit` facts, in their order."""
+    if len(facts) <= limit:
+        return facts
+    order = torch.randperm(len(facts), generator=torch.Generator().manual_seed(seed))[:limit]
+    return [facts[i] for i in order.sort().values.tolist()]
+
+
+def checked(given: Mapping[str, Tensor], lm: LM, sites: Sequence[Site], unit: Unit) -> Ensemble:
+    """An ensemble that was kept, if it is one over these sites.
+
+    Raises:
+        DeltaMismatch: it names another matrix, or a unit that its matrix does not have.
+    """
+    known = {key(site): n_units(site, unit) for site in sites}
+    for name, index in given.items():
+        if name not in known or index.dtype != torch.long or not len(index) or int(index.max()) >= known[name]:
+            raise DeltaMismatch(
+                f"kne: the ensemble given names {name!r} ({len(index)} units), which is no {unit} ensemble over "
+                f"{', '.join(dict.fromkeys(site.kind for site in sites))} of {lm.name!r}; locate anew (reuse=False)"
+            )
+    return {name: index.cpu() for name, index in given.items()}
