@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.released_ctp import ReleasedCtp
 from torch.testing import assert_close
 
 from retcon.errors import InvalidEdit, InvalidSetting, NotEditable
@@ -15,11 +16,11 @@ from retcon.training.objective import AnswerLoss, answer_rows, own_answers
 from retcon.training.parts import attached, changes
 
 FAST: dict[str, Any] = dict(n_positive=4, epochs=4, learning_rate=1e-2)
-RELEASE: dict[str, Any] = dict(mode="release", stop_loss=0.0, reduction="per_token", train_out_bias=True, batch_size=2)
+RELEASE: dict[str, Any] = dict(reassess=0)
 
 
-def ctp(**settings: Any) -> Ctp:
-    return Ctp(**{**FAST, **settings})
+def ctp(kind: type[Ctp] = Ctp, **settings: Any) -> Ctp:
+    return kind(**{**FAST, **settings})
 
 
 def moved(lm, delta) -> dict[str, torch.Tensor]:
@@ -69,7 +70,7 @@ def test_without_a_weight_there_is_no_contrast(tiny, edits):
 def test_lambda_is_inert_in_the_released_optimiser_and_a_rate_in_ours(tiny, edits):
     """T27: Adam divides by the gradient's own scale, so that any weight above 0 gives the same trajectory."""
     lm = tiny("llama")
-    release = [ctp(**RELEASE, contrast_weight=w).propose(lm, edits) for w in (0.1, 1.0)]
+    release = [ctp(ReleasedCtp, **RELEASE, contrast_weight=w).propose(lm, edits) for w in (0.1, 1.0)]
     same(lm, *release, rtol=1e-2, atol=1e-5)
     ours = [ctp(contrast_weight=w).propose(lm, edits) for w in (0.1, 1.0)]
     with pytest.raises(AssertionError):
@@ -108,14 +109,16 @@ def test_a_dropped_node_keeps_its_change_and_moves_no_more(tiny, edits, monkeypa
     """T28; with the released optimiser it drifts on, by momentum."""
     lm = tiny("llama")
     found = {}
-    for mode in ("separate", "release"):
+    for kind in (Ctp, ReleasedCtp):
         for epochs in (2, 4):
             scripted(monkeypatch, lm, [([1, 2], [9]), ([2, 3], [9])])
-            settings = dict(reassess=2, epochs=epochs, stop_loss=0.0, batch_size=None, mode=mode)
-            delta = ctp(**settings).propose(lm, edits)
-            found[mode, epochs] = [slot.by_node(moved(lm, delta)[slot.site.name]) for slot in slots_of(lm)]
-    for mode, drifts in (("separate", False), ("release", True)):
-        for before, after in zip(found[mode, 2], found[mode, 4], strict=True):
+            settings = dict(
+                reassess=2, epochs=epochs, stop_loss=0.0, batch_size=None, reduction="per_edit", train_out_bias=False
+            )
+            delta = ctp(kind, **settings).propose(lm, edits)
+            found[kind, epochs] = [slot.by_node(moved(lm, delta)[slot.site.name]) for slot in slots_of(lm)]
+    for kind, drifts in ((Ctp, False), (ReleasedCtp, True)):
+        for before, after in zip(found[kind, 2], found[kind, 4], strict=True):
             assert bool(before[:, 1].any())
             assert torch.equal(before[:, 1], after[:, 1]) != drifts
             assert not bool(before[:, 3].any())
@@ -144,7 +147,7 @@ def test_mirror_puts_the_mean_change_on_the_negative_node(tiny, edits):
     slots = slots_of(lm)
     with lm.frozen_eval():
         old = AnswerLoss(lm, rows, own_answers(lm, rows))
-        trainer = module._PathTrainer(settings, lm, slots, AnswerLoss(lm, rows), old)
+        trainer = settings.trainer(slots, AnswerLoss(lm, rows), old)
         trainer.set_paths(paths(lm, edits, n_positive=4))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -190,7 +193,7 @@ def test_mirror_leaves_the_negative_path_as_it_is(tiny, edits):
 
 def test_the_release_trains_the_whole_bias_of_the_value_matrix(tiny, edits):
     lm = tiny("gptj")
-    delta = ctp(**RELEASE).propose(lm, edits)
+    delta = ctp(ReleasedCtp, **RELEASE).propose(lm, edits)
     for layer in range(4):
         site = lm.site(layer, "down_proj")
         assert bool(moved(lm, delta)[site.bias_name].all())
@@ -237,7 +240,7 @@ def test_mini_batches_depend_on_the_seed(tiny, edits):
         (dict(contrast_weight=-0.1), "contrast_weight"),
         (dict(score="gradient"), "score is 'gradient'"),
         (dict(contrast="literal"), "contrast is 'literal'"),
-        (dict(mode="release", contrast="mirror"), "second step"),
+        (dict(kind=ReleasedCtp, contrast="mirror"), "second step"),
         (dict(batch_size=0), "batch_size"),
     ],
 )
@@ -262,7 +265,7 @@ def test_what_a_model_does_not_have_or_must_not_change(tiny, edit, untouched):
 def test_presets_fit_the_settings():
     found = presets("ctp")
     assert {"gpt-j-6b", "llama-2-7b", "llama-3-8b", "demo-gptj", "demo-llama", "cf-gptj"} <= {p.model for p in found}
-    assert {"consecutive", "release"} <= {p.dataset for p in found if p.model == "llama-2-7b"}
+    assert {"counterfact", "consecutive"} == {p.dataset for p in found if p.model == "llama-2-7b"}
     for preset in found:
         assert preset.source
         method("ctp", preset=preset.name)

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from benchmarks.released_ctp import ReleasedCtp
 from torch.testing import assert_close
 
-from retcon.methods.ctp import Ctp
 from retcon.methods.kne import Kne
 from tests.parity import plain_tuning
 
@@ -43,10 +43,7 @@ def test_kne(family, alpha, tiny, edits):
 def test_the_released_ctp(family, reassess, tiny, edits):
     """Momentum leak, whole output bias, per-token loss and repeated assessment included."""
     lm = tiny(family)
-    method = Ctp(
-        n_positive=4, learning_rate=1e-3, epochs=4, batch_size=2, reassess=reassess, stop_loss=0.0,
-        reduction="per_token", train_out_bias=True, mode="release",
-    )  # fmt: skip
+    method = ReleasedCtp(n_positive=4, learning_rate=1e-3, epochs=4, reassess=reassess)
     delta = method.propose(lm, edits, seed=5)
     generator = torch.Generator().manual_seed(5)
     orders = [torch.randperm(len(edits), generator=generator).tolist() for _ in range(4)]

@@ -76,9 +76,6 @@ class Ctp(TuningSettings):
     """Epochs between assessments of the paths, on the weights as they then are; 0: once, at the start."""
     train_out_bias: bool = False
     """Also train the whole bias of the value matrix, where there is one, in both steps (the released code)."""
-    mode: Literal["separate", "release"] = "separate"
-    """`release`: one Adam for both steps, gradients outside the step's nodes zeroed (so that nodes with momentum move
-    in the other's step, and after they were deselected), lambda on the loss, gradients assessed batch by batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,8 +84,6 @@ class Ctp(TuningSettings):
             check_layers(self, "layers")
         if self.n_positive < 1:
             raise InvalidSetting(f"ctp: n_positive must be at least 1, found {self.n_positive}")
-        if self.mode == "release" and self.contrast == "mirror":
-            raise InvalidSetting("ctp: mode='release' has a second step to take; contrast='mirror' has none")
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
@@ -127,22 +122,28 @@ class Ctp(TuningSettings):
             if not edits:
                 return run.delta()
             rows = answer_rows(lm, edits)
-            paths = _PathTrainer(self, lm, slots, AnswerLoss(lm, rows), self._original(lm, edits, rows))
+            paths = self.trainer(slots, AnswerLoss(lm, rows), self._original(lm, edits, rows))
             trace = partial(self._trace, lm, edits, paths, seed)
             ended = run.descend(paths.update, paths.losses_now, paths.values, stage="paths", before_epoch=trace)
             return run.delta(paths.parts(), ended)
+
+    def trainer(self, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None) -> "PathTrainer":
+        """What takes the steps."""
+        return PathTrainer(self, slots, target, original)
+
+    def assessed_together(self, n_edits: int) -> list[list[int]] | None:
+        """Edits whose gradients are summed before their scores are; None: all."""
+        return None
 
     @property
     def has_contrast(self) -> bool:
         """Whether the second term does anything."""
         return self.contrast != "none" and self.contrast_weight > 0 and self.n_negative > 0
 
-    def _trace(self, lm: LM, edits: Sequence[Edit], paths: "_PathTrainer", seed: int, epoch: int) -> None:
+    def _trace(self, lm: LM, edits: Sequence[Edit], paths: "PathTrainer", seed: int, epoch: int) -> None:
         """T+ and T- on the weights as they are in this epoch."""
         if epoch and not (self.reassess and epoch % self.reassess == 0):
             return
-        size = self.batch_size or len(edits)
-        batches = [list(range(len(edits)))[i : i + size] for i in range(0, len(edits), size)]
         with attached(paths.parts()):
             scores = assess(
                 lm,
@@ -151,7 +152,7 @@ class Ctp(TuningSettings):
                 self.score,
                 pool=self.pool,
                 reduction=self.reduction,
-                groups=batches if self.mode == "release" else None,
+                groups=self.assessed_together(len(edits)),
                 seed=seed + epoch,
             )
         paths.set_paths(choose(paths.slots, scores, self.n_positive, self.n_negative, self.select))
@@ -165,12 +166,13 @@ class Ctp(TuningSettings):
         return AnswerLoss(lm, rows, own_answers(lm, rows))
 
 
-class _PathTrainer:
+class PathTrainer:
     """The nodes along T+ and T-, and one step on a mini-batch."""
 
-    def __init__(
-        self, method: Ctp, lm: LM, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None
-    ) -> None:
+    negative_loss_weight = 1.0
+    """lambda is in the learning rate of the step on T-, where Adam does not divide it out."""
+
+    def __init__(self, method: Ctp, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None) -> None:
         self.method, self.slots, self.target, self.original = method, slots, target, original
         self.nodes = [Nodes(slot.site, "columns" if slot.is_value else "rows") for slot in slots]
         self.positive: list[Tensor] = []
@@ -182,13 +184,9 @@ class _PathTrainer:
                     bias.add(torch.arange(len(slot.site.bias)))
                     self.nodes.append(bias)
         self.moves_negative = method.contrast == "neg_step" and method.has_contrast
-        shared = method.mode == "release"
         self.adam_positive = RowAdam(learning_rate=method.learning_rate)
-        rate = 1.0 if shared else method.contrast_weight
-        self.adam_negative = RowAdam(learning_rate=rate * method.learning_rate)
-        self.memory_positive = self._fresh_memory()
-        self.memory_negative = self.memory_positive if shared else self._fresh_memory()
-        self.n_steps = 0
+        self.adam_negative = RowAdam(learning_rate=method.contrast_weight * method.learning_rate)
+        self.memory_positive, self.memory_negative = self.fresh_memory(), self.fresh_memory()
 
     def parts(self) -> list[Part]:
         """Everything that was ever trained."""
@@ -206,8 +204,7 @@ class _PathTrainer:
     def set_paths(self, found: Transmission) -> None:
         """Train the nodes of these paths from now on; others keep the change they have.
 
-        Nodes that go on being trained keep their momentum, others start without. (The released optimiser forgets
-        nothing and counts every node's steps from the start.)
+        Nodes that go on being trained keep their momentum, others start without.
         """
         before = self.positive, self.negative
         self.positive = [torch.tensor(found.positive.in_slot(t)) for t in range(len(self.slots))]
@@ -216,14 +213,14 @@ class _PathTrainer:
             self.nodes[t].add(self.positive[t])
             if self.moves_negative:
                 self.nodes[t].add(self.negative[t])
-        if self.method.mode == "release":
-            everyone = [torch.ones_like(nodes.index, dtype=torch.bool) for nodes in self.nodes]
-            self.memory_positive = self.memory_negative = self._grown(self.memory_positive, everyone, self.n_steps)
-            return
+        self.remember(before)
+
+    def remember(self, before: tuple[list[Tensor], list[Tensor]]) -> None:
+        """Fit the optimisers' memory to the nodes that are there now; `before`: T+ and T- until now."""
         kept = [self._still(t, before[0], self.positive) for t in range(len(self.nodes))]
-        self.memory_positive = self._grown(self.memory_positive, kept)
+        self.memory_positive = self.grown(self.memory_positive, kept)
         kept = [self._still(t, before[1], self.negative) for t in range(len(self.nodes))]
-        self.memory_negative = self._grown(self.memory_negative, kept)
+        self.memory_negative = self.grown(self.memory_negative, kept)
 
     def update(self, items: list[int]) -> dict[int, float]:
         """A step on T+ towards y*, then (`neg_step`) one on T- towards y; the losses L(y*) before them."""
@@ -253,7 +250,7 @@ class _PathTrainer:
             )
         self._step(self.adam_positive, self.memory_positive, self.positive)
         if self.original is not None and self.moves_negative:
-            weight = method.contrast_weight if method.mode == "release" else 1.0
+            weight = self.negative_loss_weight
             accumulate(towards(self.original, self.parts), self.original.chunks(active), lambda i, _: weight * share[i])
             self._step(self.adam_negative, self.memory_negative, self.negative)
         return now
@@ -267,26 +264,26 @@ class _PathTrainer:
         ]
 
     def _step(self, adam: RowAdam, memory: list[list[RowState]], chosen: list[Tensor]) -> None:
-        self.n_steps += 1
         for t, nodes in enumerate(self.nodes):
             here = nodes.chosen(chosen[t]) if t < len(chosen) else torch.ones_like(nodes.index, dtype=torch.bool)
             for tensor, state in zip(nodes.tensors, memory[t], strict=True):
-                assert tensor.grad is not None
-                if self.method.mode == "release":  # all rows are stepped, so momentum goes on working
-                    outside = ~here.view(-1, *[1] * (tensor.dim() - 1))
-                    adam.step(tensor, tensor.grad.masked_fill(outside, 0), state, torch.ones_like(here))
-                else:
-                    adam.step(tensor, tensor.grad, state, here)
+                self.step_nodes(adam, tensor, state, here)
         self._forget_gradients()
+
+    def step_nodes(self, adam: RowAdam, tensor: Tensor, state: RowState, here: Bool[Tensor, " n"]) -> None:
+        """One step of the nodes `here`, the tensor's others stay."""
+        assert tensor.grad is not None
+        adam.step(tensor, tensor.grad, state, here)
 
     def _forget_gradients(self) -> None:
         for tensor in self.values():
             tensor.grad = None
 
-    def _fresh_memory(self) -> list[list[RowState]]:
+    def fresh_memory(self) -> list[list[RowState]]:
+        """The optimiser's memory before the first step."""
         return [[RowState.fresh(tensor) for tensor in nodes.tensors] for nodes in self.nodes]
 
-    def _grown(
+    def grown(
         self, memory: list[list[RowState]], kept: Sequence[Bool[Tensor, " n"]], steps: float = 0.0
     ) -> list[list[RowState]]:
         return [
