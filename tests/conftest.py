@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -31,6 +32,13 @@ BROAD = (
 )
 """Tests of everything on every family, of which the everyday suite takes the first three."""
 FIRST = ("gpt2", "gptj", "llama")
+SHAPED = pytest.StashKey[dict[str, str]]()
+WHOLE_RUNS = (
+    "behaviour/", "bench/", "cli/", "cluster/", "evaluation/", "export/", "store/", "web/", "workflow/", "world/",
+    "locate/test_figures.py", "locate/test_tracing.py", "test_examples.py", "test_guides.py",
+    "test_readme.py",
+)  # fmt: skip
+"""Tests of commands and whole runs, in which shapes are not checked: checking takes about as long as the work."""
 
 
 class Models(dict[str, LM]):
@@ -49,6 +57,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             kept = FIRST if item.location[0].endswith(BROAD) else CORE
             if family in LAYOUTS and family not in kept:
                 item.add_marker("long")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Check shapes in tests of the parts: in the first case of each, and in every case of `make test-all`."""
+    test = item.nodeid.partition("[")[0]
+    first = item.session.stash.setdefault(SHAPED, {}).setdefault(test, item.nodeid) == item.nodeid
+    checked = (first or item.get_closest_marker("long")) and not any(part in test for part in WHOLE_RUNS)
+    jaxtyping.config.update("jaxtyping_disable", not checked)
 
 
 TEXT = [

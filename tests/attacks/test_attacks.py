@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ATTACKS = [("signals", 84), ("sequences", 24), ("threads", 3), ("stores", 12), ("malformed", 60)]
+ATTACKS = [("signals", 42), ("sequences", 10), ("threads", 2), ("stores", 6), ("malformed", 30)]
 
 
 @pytest.mark.parametrize(("attack", "n"), ATTACKS)

@@ -1,6 +1,7 @@
 """The command line in this process, on tiny random models in files."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,15 @@ def cli(here: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def delta(cli: Callable[..., Any]) -> Path:
-    """A delta made for the `gptj` checkpoint."""
-    cli(*EDIT)
-    return Path("delta.safetensors")
+def delta(cli: Callable[..., Any], models: Path) -> Path:
+    """A delta made for the `gptj` checkpoint, once for all tests, with what making it leaves in the cache."""
+    kept, path = models / "made", Path("delta.safetensors")
+    if not kept.exists():
+        cli(*EDIT)
+        shutil.copytree("cache", kept / "cache")
+        shutil.copy(path, kept)
+    shutil.copytree(kept, ".", dirs_exist_ok=True)
+    return path
 
 
 EDIT = (

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from retcon.errors import InvalidSetting
-from retcon.lm.forward import Point, answer_log_probs
+from retcon.lm.forward import Point
 from retcon.locate.neurons import attribute_neurons, grid_points
 from retcon.training.objective import answer_rows
 
@@ -36,9 +36,7 @@ def probabilities(lm, row, layer, factor, neuron="value_input"):
 def test_scores_of_a_layer_add_up_to_what_its_units_do_together(family, tiny, edits):
     """T38: completeness, which the midpoint rule meets better the more points it has."""
     lm = tiny(family)
-    rows = answer_rows(lm, edits)
-    with torch.no_grad(), lm.frozen_eval():
-        answer_log_probs(lm, rows)
+    rows = answer_rows(lm, edits[:2])
     errors = []
     for n_points in (8, 64):
         scores, _ = attribute_neurons(lm, rows, n_points=n_points)
