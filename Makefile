@@ -10,7 +10,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 export MALLOC_TOP_PAD_ ?= 268435456
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-models test-newest smollm worlds lint docs attack clean
+.PHONY: demo test test-all test-models test-newest smollm worlds verify-all lint docs attack clean
 
 demo: $(VENV)/.ready  ## edit 20 facts of the embedded world with JEEP, measure, save, undo
 	$(BIN)/retcon demo
@@ -50,6 +50,9 @@ worlds: $(WORLDS:%=.cache/worlds/%/card.json)  ## small models of other families
 .cache/worlds/dots1/card.json: WORLD = --model-type dots1 --tokens $(MIXTURE_TOKENS)
 .cache/worlds/%/card.json: | $(VENV)/.ready
 	$(BIN)/python -m recipes.world $(WORLD) --threads $(WORLD_THREADS) --out $(@D)
+
+verify-all: $(VENV)/.ready  ## `retcon doctor` on a tiny random model of every family; writes what it found into the package and docs/models.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m recipes.verify
 
 attack: $(VENV)/.ready  ## try at full size to break what docs/reliability.md promises
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.signals

@@ -5,31 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from recipes.tiny import WRAPPERS, tiny_wrapper, tokenizer
 
 from retcon.edits import Edit
 from retcon.lm.load import load
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.search import REPLAYS
 from retcon.methods.memit import Memit
-from tests.conftest import random_moments, tokenizer
+from tests.conftest import random_moments
 
-TEXT: dict[str, Any] = dict(
-    hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, max_position_embeddings=128,
-    num_key_value_heads=2, head_dim=8, vocab_size=512, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-)  # fmt: skip
-SEEN: dict[str, Any] = dict(
-    hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, depth=1, num_heads=2,
-    out_hidden_size=32, image_size=28, patch_size=14,
-)  # fmt: skip
-ROPE = dict(rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e4))
-WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma3": ("gemma3_text", {}),
-    "llava": ("llama", {}),
-    "mistral3": ("mistral", {}),
-    "qwen2_5_vl": ("qwen2_5_vl_text", ROPE),
-    "qwen2_vl": ("qwen2_vl_text", ROPE),
-    "qwen3_vl": ("qwen3_vl_text", ROPE),
-}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*larger than the weight"),
     pytest.mark.filterwarnings("ignore:.*a norm stands between"),
@@ -38,21 +22,7 @@ pytestmark = [
 
 def saved(wrapper: str, folder: Path) -> Any:
     """A tiny random model of that kind, written to `folder`."""
-    from transformers import AutoModelForImageTextToText
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    text_type, own = WRAPPERS[wrapper]
-    seen = dict(embed_dim=16, hidden_size=32) if wrapper == "qwen2_vl" else {}
-    config = CONFIG_MAPPING[wrapper](
-        text_config={**TEXT, **own, "model_type": text_type}, vision_config=CONFIG_MAPPING[wrapper]().vision_config
-        .__class__(**{**SEEN, **seen}),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter *= 10 if "embed" in name else 4
+    model = tiny_wrapper(wrapper)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return model

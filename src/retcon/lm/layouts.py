@@ -33,7 +33,8 @@ class Fused:
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         n_groups = shared if self.cut == "groups" else 1
         if self.part in ("gate", "up"):
-            sizes = {"gate": config.intermediate_size, "up": config.intermediate_size}
+            width = getattr(config, "shared_intermediate_size", None) or config.intermediate_size
+            sizes = {"gate": width, "up": width}
         else:
             sizes = {"q": heads * size, "k": shared * size, "v": shared * size}
         sizes = {part: rows // n_groups for part, rows in sizes.items()}
@@ -114,6 +115,7 @@ class Layout:
             block=moved(self.block),
             embedding=moved(self.embedding),
             final_norm=moved(self.final_norm),
+            head=decoder.removesuffix("model") + self.head if decoder.endswith(".model") else self.head,
             others=tuple(other.within(decoder) for other in self.others),
         )
 
@@ -176,6 +178,30 @@ _JAMBA = replace(
     earlier="state",
 )
 _JAMBA_ROUTED = replace(_JAMBA, down_proj=None, up_proj=None, gate_proj=None, experts="feed_forward.experts")
+_FALCON_H1 = replace(  # attention and a state-space mixer side by side; factors after the MLP's matrices
+    _LLAMA,
+    down_proj="feed_forward.down_proj",
+    up_proj="feed_forward.up_proj",
+    gate_proj="feed_forward.gate_proj",
+    final_norm="model.final_layernorm",
+    residual_multiplier=True,
+    earlier="state",
+)
+_GRANITE_HYBRID = replace(
+    _LLAMA,
+    down_proj="shared_mlp.output_linear",
+    up_proj=Fused("shared_mlp.input_linear", "up"),
+    gate_proj=Fused("shared_mlp.input_linear", "gate"),
+    residual_multiplier=True,
+    earlier="state",
+)
+_GRANITE_HYBRID_MOE = replace(_GRANITE_HYBRID, experts="block_sparse_moe.experts")
+_LLAMA4 = replace(
+    _LLAMA,
+    down_proj="feed_forward.down_proj",
+    up_proj="feed_forward.up_proj",
+    gate_proj="feed_forward.gate_proj",
+)
 _BLOOM = Layout(
     block="transformer.h.{}",
     down_proj="mlp.dense_4h_to_h",
@@ -315,6 +341,9 @@ LAYOUTS: dict[str, Layout] = {
     "deepseek_v2": _with(_shared(_LATENT, "mlp.shared_experts"), _LATENT),
     "deepseek_v3": _with(_shared(_LATENT, "mlp.shared_experts"), _LATENT),
     "glm4_moe_lite": _with(_shared(_LATENT, "mlp.shared_experts"), _LATENT),
+    "qwen3_vl_moe_text": _with(_ROUTED, _LLAMA),
+    # its router scales what enters an expert, not what leaves it, so that only the shared expert is linear in it
+    "llama4_text": _with(replace(_shared(_LLAMA, "feed_forward.shared_expert"), experts=None), _LLAMA4),
     # hybrids
     "qwen3_5_text": _with(_QWEN_HYBRID, _recurrent(_QWEN_HYBRID, "linear_attn.out_proj")),
     "qwen3_next": _with(_QWEN_HYBRID_MOE, _recurrent(_QWEN_HYBRID_MOE, "linear_attn.out_proj")),
@@ -325,6 +354,13 @@ LAYOUTS: dict[str, Layout] = {
         _recurrent(_JAMBA, "mamba.out_proj"),
         _JAMBA_ROUTED,
         _recurrent(_JAMBA_ROUTED, "mamba.out_proj"),
+    ),
+    "falcon_h1": _FALCON_H1,
+    "granitemoehybrid": _with(
+        _GRANITE_HYBRID_MOE,
+        _recurrent(_GRANITE_HYBRID_MOE, "mamba.out_proj"),
+        _GRANITE_HYBRID,
+        _recurrent(_GRANITE_HYBRID, "mamba.out_proj"),
     ),
     "opt": Layout(  # the block holds the MLP's matrices itself, and fc2 sees (batch x seq, m)
         block="model.decoder.layers.{}",

@@ -36,6 +36,7 @@ from retcon.lm.prompts import Row, encode, encode_edit, end_of_turn
 from retcon.lm.refusals import refuse_other_vocabulary, refuse_wrapped, why_not_editable
 from retcon.lm.scopes import Edited, FrozenEval, Lent, Scope, Turn, Turns, WithoutDeltas
 from retcon.lm.site import Site, SiteName
+from retcon.lm.status import unverified
 from retcon.work import Here, Workers
 
 
@@ -88,6 +89,7 @@ class LM:
                 self.site(layer, kind)  # a layout that does not fit fails here, not in an edit
         for name in ("embedding", "final_norm", "head"):
             _find(model, getattr(self.layout, name), name)
+        _warn_of_the_unverified(model.config.model_type, self.name)
         _own(model, self)
 
     def __repr__(self) -> str:
@@ -627,11 +629,20 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+def _warn_of_the_unverified(model_type: str, name: str) -> None:
+    from transformers import __version__
+
+    if reason := unverified(model_type, __version__):
+        warnings.warn(f"{reason}; `retcon doctor {name}` tries it on the model itself", RetconWarning, stacklevel=4)
+
+
 def _decoder_path(model: Any) -> str:
     """Where the text model is: `model`, or a longer path in a wrapper."""
     if model.config.get_text_config() is model.config or not hasattr(model, "get_decoder"):
         return "model"
     decoder = model.get_decoder()
+    if isinstance(inner := getattr(decoder, "model", None), nn.Module):
+        decoder = inner  # the wrapper holds a whole causal model, head included (Llama 4)
     return next((name for name, module in model.named_modules() if module is decoder and name), "model")
 
 
