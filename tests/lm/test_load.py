@@ -102,6 +102,21 @@ def test_a_loaded_model_matches_the_one_in_memory(saved: Path) -> None:
     assert own.fingerprint() == load(str(saved), dtype="bfloat16", device="cpu").fingerprint()
 
 
+def test_weights_in_several_files_with_an_index_are_one_model(saved: Path) -> None:
+    whole = load(str(saved), device="cpu")
+    (saved / "model.safetensors").unlink()
+    tiny_model("llama", torch.bfloat16).save_pretrained(saved, max_shard_size="30KB")
+    shards = sorted(saved.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert (saved / "model.safetensors.index.json").is_file()
+    lm = load(str(saved), device="cpu", device_map="cpu")
+    assert lm.fingerprint() == whole.fingerprint()
+    assert all(torch.equal(p, dict(whole.model.named_parameters())[n]) for n, p in lm.model.named_parameters())
+    shards[1].unlink()
+    with pytest.raises(UnsupportedModel, match=rf"cannot load '.*tiny': .*{shards[1].name}"):
+        load(str(saved), device="cpu")
+
+
 def test_a_cache_that_cannot_be_written_does_not_keep_a_model_from_loading(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

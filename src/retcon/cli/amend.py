@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, progress_bars
+from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, progress_bars
 from retcon.cli.stores import (
     Again,
     Corpus,
@@ -20,6 +20,7 @@ from retcon.cli.stores import (
 )
 
 
+@loads_a_model
 def amend(
     fact: Annotated[str, typer.Argument(metavar="FACT", help="A fact that is in force.", show_default=False)],
     target: Annotated[str, typer.Option(metavar="TEXT", help="Its new answer.", show_default=False)],

@@ -19,11 +19,13 @@ from retcon.cli.shell import (
     emit,
     load_deltas,
     load_model,
+    loads_a_model,
     size,
     spinner,
 )
 
 
+@loads_a_model
 def apply(
     model: Model,
     delta: Annotated[

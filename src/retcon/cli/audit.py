@@ -20,6 +20,7 @@ from retcon.cli.shell import (
     emit,
     load_deltas,
     load_model,
+    loads_a_model,
     size,
     spinner,
 )
@@ -33,6 +34,7 @@ N_SHOWN = 30
 """Rows shown of each table; the JSON has all."""
 
 
+@loads_a_model
 def audit(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The unedited model.", show_default=False)],
     edited: Annotated[str, typer.Argument(metavar="EDITED", help="The other checkpoint.", show_default=False)],

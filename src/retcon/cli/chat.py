@@ -23,6 +23,7 @@ from retcon.cli.shell import (
     console,
     load_deltas,
     load_model,
+    loads_a_model,
     spinner,
 )
 from retcon.errors import InvalidSetting
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 HELP = "/reset begins anew, /quit or Ctrl-D ends"
 
 
+@loads_a_model
 def chat(
     model: Model,
     delta: Deltas = None,

@@ -27,6 +27,7 @@ from retcon.cli.shell import (
     emit,
     load_deltas,
     load_model,
+    loads_a_model,
     progress_bars,
     spinner,
 )
@@ -47,6 +48,7 @@ _MARKS = {
 }
 
 
+@loads_a_model
 def check(
     model: Model,
     cases: Annotated[

@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, size, spinner
+from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, size, spinner
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 
 
+@loads_a_model
 def checkout(
     save: Annotated[Path, typer.Option(metavar="DIR", help="Where the checkpoint goes.", show_default=False)],
     entry: Annotated[str, typer.Argument(metavar="ID", help="An entry, or base.")] = "HEAD",

@@ -22,6 +22,7 @@ from retcon.cli.shell import (
     emit,
     load_deltas,
     load_model,
+    loads_a_model,
     spinner,
 )
 from retcon.errors import InvalidSetting
@@ -60,6 +61,7 @@ TopP = Annotated[
 ]
 
 
+@loads_a_model
 def complete(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on from.", show_default=False)],

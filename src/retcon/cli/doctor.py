@@ -1,21 +1,17 @@
 """`retcon doctor`: does everything that editing rests on hold for this model?"""
 
-from typing import Annotated
-
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.shell import Device, DType, Json, Model, console, emit, load_model, spinner
+from retcon.cli.shell import Device, DType, Json, Model, console, emit, load_model, loads_a_model, spinner
 
 _MARKS = {"passed": "[green]✓[/]", "failed": "[red]✗[/]", "skipped": "[dim]-[/]"}
 
 
+@loads_a_model
 def doctor(
     model: Model,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
     device: Device = None,
     dtype: DType = None,
     as_json: Json = False,
@@ -26,7 +22,7 @@ def doctor(
     """
     from retcon.workflow.doctor import examine
 
-    lm = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    lm = load_model(model, device=device, dtype=dtype)
     with spinner("examining"):
         found = examine(lm)
     if as_json:

@@ -31,6 +31,7 @@ from retcon.cli.shell import (
     emit,
     load_deltas,
     load_model,
+    loads_a_model,
     program,
     progress_bars,
     seconds,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from retcon.store import Store
 
 
+@loads_a_model
 def edit(
     model: Model,
     edits: Annotated[

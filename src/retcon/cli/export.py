@@ -22,6 +22,7 @@ from retcon.cli.shell import (
     emit,
     load_deltas,
     load_model,
+    loads_a_model,
     size,
     spinner,
 )
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from retcon.lm.model import LM
 
 
+@loads_a_model
 def export(
     model: Model,
     delta: Annotated[

@@ -24,6 +24,7 @@ from retcon.cli.shell import (
     console,
     emit,
     load_model,
+    loads_a_model,
     progress_bars,
     seconds,
     size,
@@ -35,6 +36,7 @@ from retcon.workflow import read_facts, read_settings, resolve
 from retcon.workflow.fitting import check_trainable, draw_curve, fit_editor
 
 
+@loads_a_model
 def fit(
     model: Model,
     cases: Annotated[

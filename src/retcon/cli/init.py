@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, Model, VerifyBase, console, emit, load_model, program
+from retcon.cli.shell import Device, DType, Json, Model, VerifyBase, console, emit, load_model, loads_a_model, program
 
 
+@loads_a_model
 def init(
     model: Model,
     store: Annotated[Path, typer.Option("--store", metavar="DIR", help="The folder to make.")] = Path(".retcon"),

@@ -17,6 +17,7 @@ from retcon.cli.shell import (
     console,
     emit,
     load_model,
+    loads_a_model,
     progress_bars,
     seconds,
     size,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from retcon.lm.model import LM
 
 
+@loads_a_model
 def moments(
     model: Model,
     layers: Annotated[

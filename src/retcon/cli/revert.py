@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, progress_bars
+from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, progress_bars
 from retcon.cli.stores import (
     Again,
     Corpus,
@@ -21,6 +21,7 @@ from retcon.cli.stores import (
 from retcon.errors import InvalidSetting
 
 
+@loads_a_model
 def revert(
     name: Annotated[
         str | None, typer.Argument(metavar="ID", help="An entry; HEAD is the last.", show_default=False)

@@ -1,5 +1,6 @@
 """What every verb shares: where it prints, how it reports progress and errors, and how it loads a model."""
 
+import inspect
 import json
 import logging
 import math
@@ -11,7 +12,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -63,6 +66,20 @@ Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
 Deltas = Annotated[
     list[Path] | None,
     typer.Option("--delta", help="A delta to apply first; repeat for several, in order.", show_default=False),
+]
+Revision = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the hub.", show_default=False)
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MAP",
+        help="Spread the model over devices: auto, balanced, or a JSON object of modules and devices.",
+        show_default=False,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint. Off unless asked for.")
 ]
 VerifyBase = Annotated[
     bool,
@@ -352,21 +369,83 @@ def _shown_once(others: Callable[..., None]) -> Callable[..., None]:
 # --- models, deltas, places --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Loading:
+    """What the options of `loads_a_model` say."""
+
+    revision: str | None = None
+    device_map: Any = None
+    trust_remote_code: bool = False
+
+
+_LOADING: ContextVar[_Loading | None] = ContextVar("_LOADING", default=None)
+
+
+def loads_a_model(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the options --revision, --device-map and --trust-remote-code; `load_model` hears of them."""
+
+    @wraps(verb)
+    def with_options(
+        *args: Any,
+        revision: str | None = None,
+        device_map: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> None:
+        token = _LOADING.set(_Loading(revision, _device_map(device_map), trust_remote_code))
+        try:
+            verb(*args, **options)
+        finally:
+            _LOADING.reset(token)
+
+    more = {"revision": Revision, "device_map": DeviceMap, "trust_remote_code": TrustRemoteCode}
+    defaults = {"revision": None, "device_map": None, "trust_remote_code": False}
+    parameters = []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        parameters.append(parameter)
+        if name == "dtype":
+            parameters += [parameter.replace(name=n, default=defaults[n], annotation=more[n]) for n in more]
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {**verb.__annotations__, **more}  # typer reads both
+    return with_options
+
+
+def _device_map(text: str | None) -> Any:
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidSetting(f"--device-map {text}: is no JSON object ({error})") from None
+
+
 def load_model(
     name: str,
     *,
     device: str | None = None,
     dtype: str | None = None,
-    trust_remote_code: bool = False,
     verify_base: bool = False,
 ) -> "LM":
-    """`retcon.load`, with a spinner and a checked device."""
+    """`retcon.load`, with a spinner, a checked device and the options of `loads_a_model`."""
+    asked = _LOADING.get() or _Loading()
+    if device is not None and asked.device_map is not None:
+        raise InvalidSetting("--device and --device-map both say where the model goes; give one of them")
+    if asked.trust_remote_code:
+        warn(f"--trust-remote-code: code that comes with {name}, if there is any, is run with your rights")
     with spinner(f"loading {name}"):
         import retcon
 
         check_model_path(name)
         _check_device(device)
-        lm = retcon.load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, verify_base=verify_base)
+        lm = retcon.load(
+            name,
+            device=device,
+            dtype=dtype,
+            device_map=asked.device_map,
+            revision=asked.revision,
+            trust_remote_code=asked.trust_remote_code,
+            verify_base=verify_base,
+        )
         _one_thread_for_a_small_model(lm)
         return lm
 

@@ -25,6 +25,7 @@ from retcon.cli.shell import (
     count,
     emit,
     load_model,
+    loads_a_model,
     seconds,
 )
 from retcon.workflow import moments_for, read_facts, read_settings
@@ -32,6 +33,7 @@ from retcon.workflow.tuning import Trial, Tuned, save_preset
 from retcon.workflow.tuning import tune as search
 
 
+@loads_a_model
 def tune(
     model: Model,
     cases: Annotated[

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, console, load_model
+from retcon.cli.shell import Device, DType, console, load_model, loads_a_model
 from retcon.errors import InvalidSetting, MissingPackage
 
 
+@loads_a_model
 def ui(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="As for edit; the store's.", show_default=False)

@@ -7,7 +7,18 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.shell import Device, DType, Json, VerifyBase, check_can_write, console, count, emit, spinner
+from retcon.cli.shell import (
+    Device,
+    DType,
+    Json,
+    VerifyBase,
+    check_can_write,
+    console,
+    count,
+    emit,
+    loads_a_model,
+    spinner,
+)
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 from retcon.files import write_atomically
 
@@ -18,6 +29,7 @@ N_SHOWN = 15
 """Failing checks shown; the files have all."""
 
 
+@loads_a_model
 def verify(
     entry: Annotated[
         str | None, typer.Argument(metavar="ID", help="The state after this entry; now.", show_default=False)

@@ -25,6 +25,7 @@ from retcon.cli.shell import (
     count,
     emit,
     load_model,
+    loads_a_model,
     progress_bars,
 )
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from retcon.locate.ensemble import Ensemble
 
 
+@loads_a_model
 def attribution(
     model: Model,
     cases: Cases = None,

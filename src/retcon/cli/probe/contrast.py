@@ -26,6 +26,7 @@ from retcon.cli.shell import (
     count,
     emit,
     load_model,
+    loads_a_model,
     progress_bars,
     spinner,
 )
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from retcon.locate import Contrast, WordSets
 
 
+@loads_a_model
 def contrast(
     model: Model,
     cases: Cases = None,

@@ -25,6 +25,7 @@ from retcon.cli.shell import (
     console,
     emit,
     load_model,
+    loads_a_model,
     program,
     progress_bars,
 )
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from retcon.locate import Advice, Choice
 
 
+@loads_a_model
 def layers(
     model: Model,
     cases: Cases = None,

@@ -23,12 +23,14 @@ from retcon.cli.shell import (
     console,
     emit,
     load_model,
+    loads_a_model,
     spinner,
 )
 
 Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight", "random"]
 
 
+@loads_a_model
 def paths(
     model: Model,
     cases: Cases = None,

@@ -25,6 +25,7 @@ from retcon.cli.shell import (
     count,
     emit,
     load_model,
+    loads_a_model,
     progress_bars,
 )
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from retcon.locate import Traces
 
 
+@loads_a_model
 def trace(
     model: Model,
     cases: Cases = None,

@@ -1,0 +1,65 @@
+"""The options of how a model is loaded, which every verb that loads one has."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import retcon
+from retcon.cli import app
+from retcon.lm.load import load
+
+PROMPT = "The capital of France is"
+OPTIONS = ("--revision", "--device-map", "--trust-remote-code")
+LOADING = (
+    "amend", "apply", "audit", "chat", "check", "checkout", "complete", "doctor", "edit", "export", "fit", "init",
+    "moments", "revert", "tune", "ui", "verify",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", LOADING)
+def test_every_verb_that_loads_a_model_has_them(verb: str) -> None:
+    import typer
+
+    command: Any = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    found = {option for parameter in command.params for option in parameter.opts}
+    assert set(OPTIONS) <= found
+    assert command.help == typer.main.get_command(app).commands[verb].help  # type: ignore[attr-defined]
+
+
+def test_they_reach_the_loader(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def watch(name: str, **options: Any) -> Any:
+        seen.append(options)
+        return load(name)
+
+    monkeypatch.setattr(retcon, "load", watch)
+    cli("complete", "gptj", PROMPT, "--revision", "main", "--device-map", '{"": "cpu"}', "--trust-remote-code")
+    asked = {"revision": "main", "device_map": {"": "cpu"}, "trust_remote_code": True}
+    assert asked.items() <= seen[-1].items()
+    cli("complete", "gptj", PROMPT)  # and are gone with the command
+    asked = {"revision": None, "device_map": None, "trust_remote_code": False}
+    assert asked.items() <= seen[-1].items()
+
+
+def test_code_of_others_is_run_only_when_asked_for_and_that_is_said(cli: Callable[..., Any]) -> None:
+    assert cli("complete", "gptj", PROMPT).stderr == ""
+    said = cli("complete", "gptj", PROMPT, "--trust-remote-code").stderr
+    assert said == (
+        "warning: --trust-remote-code: code that comes with gptj, if there is any, is run with your rights\n"
+    )
+
+
+def test_a_model_is_placed_by_a_map(cli: Callable[..., Any]) -> None:
+    plain = cli("complete", "gptj", PROMPT).stdout
+    assert cli("complete", "gptj", PROMPT, "--device-map", "auto").stdout == plain
+    assert cli("complete", "gptj", PROMPT, "--device-map", '{"": "cpu"}').stdout == plain
+
+
+def test_maps_that_cannot_be_meant(cli: Callable[..., Any], here: Path) -> None:
+    both = cli("complete", "gptj", PROMPT, "--device", "cpu", "--device-map", "auto", code=2)
+    assert "both say where the model goes" in both.stderr
+    assert "is no JSON object" in cli("complete", "gptj", PROMPT, "--device-map", "{", code=2).stderr
+    assert "cannot load 'gptj'" in cli("complete", "gptj", PROMPT, "--device-map", "everywhere", code=2).stderr
