@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.cli.conftest import EDIT
+
 ASK = ("check", "gptj", "--delta", "delta.safetensors", "--cases", "edits.jsonl", "--text", "corpus.txt")
 
 
@@ -47,6 +49,23 @@ def test_the_verdict_as_a_file(cli: Callable[..., Any], delta: Path, here: Path)
     cli(*ASK, *OFF, "--report", "off.xml")
     assert len(ElementTree.parse(here / "off.xml").getroot().findall("testcase/skipped")) == 4
     assert "expected a name that ends in .html, .md, .xml" in cli(*ASK, "--report", "check.pdf", code=2).stderr
+
+
+def test_two_deltas_are_compared_fact_by_fact(cli: Callable[..., Any], delta: Path, here: Path) -> None:
+    cli(*EDIT[:3], "--out", "other.safetensors", *EDIT[5:-1], "low=[0]")
+    told = cli(*ASK, *OFF, "--against", "other.safetensors", "--report", "two.html").stdout
+    assert "Compared with other.safetensors" in told
+    page = (here / "two.html").read_text()
+    assert page.count("<tr data-broke=") == 2
+    assert page.count('data-passed1="') == 2
+    assert "Compared with other.safetensors" in page
+    assert "The capital of France is" in page
+    cli(*ASK, *OFF, "--against", "other.safetensors", "--report", "two.md")
+    assert "## Compared with other.safetensors" in (here / "two.md").read_text()
+    found = json.loads(cli(*ASK, *OFF, "--against", "other.safetensors", "--json").stdout)
+    assert set(found["against"]["answers"]) == set(found["answers"])
+    served = cli("check", "m", "--url", "http://127.0.0.1:9", "--cases", "edits.jsonl", "--against", "x", code=2)
+    assert "which a served model cannot be given" in served.stderr
 
 
 def test_a_merged_checkpoint_and_an_adapter_give_what_the_delta_gives(

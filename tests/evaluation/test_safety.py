@@ -54,12 +54,20 @@ def test_a_change_of_nothing_is_local_and_keeps_the_language(
     assert verdict["took"].value == verdict["took"].before
     assert verdict["took"].n == 3
     assert verdict["language"].words.startswith("perplexity of held-out text is 1.000 times what it was")
+    assert len(verdict.findings) == 9
+    for finding in verdict.findings:
+        assert finding.passed == finding.passed_before or finding.query.axis == "rewrite"
+        if finding.query.axis == "locality.x":
+            assert finding.passed
+            assert finding.before == finding.after != ""
 
 
 def test_a_wrecked_model_fails_and_says_where(tiny: Callable[..., LM]) -> None:
     lm = tiny(n_layers=2)
-    verdict = check(lm, cases(lm), [bump(lm, 20.0)], text=TEXT)
+    verdict = check(lm, cases(lm), [bump(lm, 20.0)], text=TEXT, own_words=True)
     assert not verdict.safe
+    assert all(f.after for f in verdict.findings if not f.passed)
+    assert all(f.before for f in verdict.findings if f.query.axis == "rewrite")
     assert outcomes(verdict)["local"] == "failed"
     worst = verdict["local"].worst
     assert worst

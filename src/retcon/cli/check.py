@@ -1,6 +1,7 @@
 """`retcon check`: is an edit safe to ship? In plain words, and as an exit code."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,6 +79,14 @@ def check(
             show_default=False,
         ),
     ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DELTA",
+            help="Compare with what this delta makes of the same cases; repeat for several, applied in order.",
+            show_default=False,
+        ),
+    ] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer of the server.")] = 60.0,
     report: Annotated[
         Path | None,
@@ -110,10 +119,13 @@ def check(
     """Say whether an edit took, generalised, stayed local and left the language intact. Exit code 0: it did; 1: not.
 
     A share passes when the lower bound of its 95 % interval (Wilson's) reaches the threshold, so one case proves
-    nothing. Give one of --delta, --edited and --url.
+    nothing. Give one of --delta, --edited and --url. --against compares with another delta; the exit code is that of
+    the first.
     """
     if sum([bool(delta), edited is not None, url is not None]) != 1:
         raise InvalidSetting("what shall be checked? Give one of --delta DELTA, --edited FOLDER and --url ADDRESS")
+    if against and url is not None:
+        raise InvalidSetting("--against compares with a delta, which a served model cannot be given; leave out --url")
     if report is not None:
         check_report_name(report)
         check_can_write(report)
@@ -134,6 +146,7 @@ def check(
     from retcon.evaluation import safety
 
     limits = safety.Thresholds(took=took, generalised=generalised, local=local, perplexity_ratio=perplexity_ratio)
+    other: tuple[str, "Verdict"] | None = None
     if url is not None:
         from retcon.evaluation.endpoint import Endpoint
 
@@ -148,26 +161,34 @@ def check(
             )
         about = f"{model} at {url}; {asked.about}"
     else:
-        deltas = load_deltas(delta or [])
+        deltas, rivals = load_deltas(delta or []), load_deltas(against or [])
         lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
+        put = partial(
+            safety.check,
+            lm,
+            asked.cases,
+            thresholds=limits,
+            text=None if text is None else text.read_text("utf-8"),
+            other_base=other_base,
+            own_words=report is not None and report.suffix.lower() == ".html",
+        )
         with spinner("asking"):
-            verdict = safety.check(
-                lm,
-                asked.cases,
-                deltas,
-                edited=None if edited is None else load_edited(edited, model, device=device, dtype=dtype),
-                thresholds=limits,
-                text=None if text is None else text.read_text("utf-8"),
-                other_base=other_base,
+            verdict = put(
+                deltas, edited=None if edited is None else load_edited(edited, model, device=device, dtype=dtype)
             )
+            if against:
+                other = (", ".join(map(str, against)), put(rivals))
         what = str(edited) if edited is not None else ", ".join(map(str, delta or []))
         about = f"{what} on {lm.label}; {asked.about}"
     if report is not None:
-        write_verdict(report, verdict, about)
+        write_verdict(report, verdict, about, other)
     if as_json:
-        emit(_record(verdict))
+        emit(_record(verdict) | ({"against": _record(other[1])} if other else {}))
     else:
         _tell(verdict)
+        if other:
+            console().print(f"\n[bold]Compared with {escape(other[0])}[/]", soft_wrap=True)
+            _tell(other[1])
     if not verdict.safe:
         raise typer.Exit(1)
 

@@ -30,6 +30,8 @@ Outcome = Literal["passed", "failed", "unknown", "off", "unmeasurable"]
 
 N_WORST = 5
 """Failing prompts shown per question."""
+N_SAID = 400
+"""Prompts at most for whose finding the models' own words are written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,20 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """One prompt of a case: what is wanted there, and what the model answers before and after."""
+
+    case: Case
+    query: Query
+    passed: bool
+    passed_before: bool
+    before: str
+    """The unedited model's own words; empty where they were not asked for."""
+    after: str
+    """The edited model's; what was wanted, where the whole answer is its own choice."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """One question and what was found."""
 
@@ -100,6 +116,8 @@ class Verdict:
     n_cases: int
     notes: tuple[str, ...] = ()
     """What was made for the cases, and other things worth knowing."""
+    findings: tuple[Finding, ...] = ()
+    """Prompt by prompt, in the order of cases; of a served model none."""
 
     @property
     def safe(self) -> bool:
@@ -119,6 +137,7 @@ def check(
     edited: LM | None = None,
     stops: Sequence[str] = ("\n",),
     other_base: bool = False,
+    own_words: bool = False,
     seed: int = 0,
     on_progress: Callable[[str], None] = lambda stage: None,
 ) -> Verdict:
@@ -133,6 +152,8 @@ def check(
         text: held-out text for the fourth; None takes the plain paragraphs of the embedded world.
         stops: end an answer shown among the examples.
         other_base: apply the deltas even though they were made for another base.
+        own_words: let both models write their answers to the edited prompts and to what fails, for the findings
+            (`N_SAID` prompts at most).
 
     Raises:
         InvalidSetting: no cases.
@@ -164,8 +185,14 @@ def check(
             _share("generalised", plan, pre, post, thresholds.generalised),
             _share("local", plan, pre, post, thresholds.local),
         ]
-        after = _texts(now, plan, shares, stops)
-    before = _texts(lm, plan, shares, stops)
+        findings = _findings(lm, plan, pre, post)
+        telling = [f.query for f in findings if not f.passed or f.query.axis == "rewrite"][: N_SAID if own_words else 0]
+        after = _texts(now, plan, shares, telling, stops)
+    before = _texts(lm, plan, shares, telling, stops)
+    findings = [
+        replace(f, before=f.before or before.get(f.query.prompt, ""), after=f.after or after.get(f.query.prompt, ""))
+        for f in findings
+    ]
     answers = [
         replace(a, worst=tuple(replace(e, before=before[e.prompt], after=after[e.prompt]) for e in a.worst))
         for a in shares
@@ -174,7 +201,7 @@ def check(
     fine = math.isfinite(ratio) and ratio <= thresholds.perplexity_ratio
     outcome: Outcome = "off" if math.isinf(thresholds.perplexity_ratio) else "passed" if fine else "failed"
     answers.append(Answer("language", outcome, ratio, base.ppl, thresholds.perplexity_ratio, language.n_tokens, None))
-    return Verdict(tuple(answers), len(cases), made.notes)
+    return Verdict(tuple(answers), len(cases), made.notes, tuple(findings))
 
 
 def check_endpoint(
@@ -285,8 +312,38 @@ def _worst(part: Part, plan: Plan, records: Iterable[Record]) -> tuple[Example, 
     return tuple(Example(q.prompt, "as before" if part == "local" else q.target or "", "", "") for q in chosen)
 
 
-def _texts(lm: LM, plan: Plan, answers: Sequence[Answer], stops: Sequence[str]) -> dict[str, str]:
-    wanted = {e.prompt for a in answers for e in a.worst}
+def _findings(lm: LM, plan: Plan, pre: Evaluation, post: Evaluation) -> list[Finding]:
+    """Every prompt with an answer. Neighbours show the tokens that are chosen; other texts are still to be written."""
+    values = {}
+    for when, found in (("pre", pre), ("final", post)):
+        for r in found.records:
+            variants = ("ee.loc.argmax",) if is_locality(r.axis or "") else ("cf.all_correct", "zsre.seq")
+            if r.status != "skipped" and r.variant in variants:
+                values[when, r.case_id, r.query_id] = (r.value or 0.0) >= 1
+
+    def chosen(found: Evaluation, when: str, place: tuple[str, str]) -> str:
+        ids = found.predictions.get((when, *place))
+        return "" if ids is None else str(lm.tokenizer.decode(list(ids))).strip()
+
+    findings = []
+    for a in plan.asked:
+        passed = values.get(("final", *a.place))
+        if passed is None:
+            continue
+        local = is_locality(a.query.axis)
+        before = chosen(pre, "pre", a.place) if local else ""
+        after = chosen(post, "final", a.place) if local else (a.query.target or "") if passed else ""
+        # what must stay is right before the edits by definition
+        was = local or values.get(("pre", *a.place), False)
+        findings.append(Finding(a.case, a.query, passed, was, before, after))
+    return findings
+
+
+def _texts(
+    lm: LM, plan: Plan, answers: Sequence[Answer], more: Sequence[Query], stops: Sequence[str]
+) -> dict[str, str]:
+    """What a model writes after the examples' prompts, and after those of `more`."""
+    wanted = {e.prompt for a in answers for e in a.worst} | {q.prompt for q in more}
     queries = list({a.query.prompt: a.query for a in plan.asked if a.query.prompt in wanted}.values())
     return dict(zip([q.prompt for q in queries], _say(lm, queries, stops, 12), strict=True))
 

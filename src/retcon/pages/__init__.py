@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 PromptKind = Literal["own", "paraphrase", "follows", "neighbour"]
 """The fact's own prompt (for a fact that must stay, too); its paraphrases; what follows from it; other questions."""
 KINDS: tuple[PromptKind, ...] = ("own", "paraphrase", "follows", "neighbour")
+PASSES_BY_CHOICE = (
+    "A prompt passes where the whole answer is the model's own greedy choice; of neighbours, where the model chooses "
+    "as the unedited one does."
+)
+"""How `check` and `verify` judge a prompt."""
 
 
 @dataclass(frozen=True)

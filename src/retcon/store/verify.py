@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from retcon.edits import Case, Query
 from retcon.errors import InvalidEdit, InvalidSetting
-from retcon.pages import Answered, Fact, FactOutcome, FactTable, PromptKind, render, worst_first
+from retcon.pages import PASSES_BY_CHOICE, Answered, Fact, FactOutcome, FactTable, PromptKind, render, worst_first
 from retcon.store.history import Entry, State
 from retcon.store.store import Store
 
@@ -133,9 +133,9 @@ class Verification:
             own = next((c for c in checks if c.query.axis == "rewrite"), checks[0])
             outcome = FactOutcome(tuple(map(_answered, checks)))
             facts.append(Fact(name, own.query.prompt, own.query.contrast or "", own.wanted, (outcome,)))
-        passes = "A prompt passes where the whole answer is the model's own greedy choice; of neighbours, where the "
-        passes += "model chooses as the unedited one does."
-        return FactTable("Facts in force, and what must stay", (self.state.id,), worst_first(facts), passes=passes)
+        return FactTable(
+            "Facts in force, and what must stay", (self.state.id,), worst_first(facts), passes=PASSES_BY_CHOICE
+        )
 
     def markdown(self) -> str:
         """The result as Markdown: for a pull request's comment or a job's summary."""

@@ -2,14 +2,13 @@
 
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from retcon.errors import InvalidSetting, MissingPackage
 from retcon.files import write_atomically
-from retcon.pages import render
+from retcon.pages import PASSES_BY_CHOICE, Answered, Fact, FactOutcome, FactTable, PromptKind, render, worst_first
 
 if TYPE_CHECKING:
     from retcon.evaluation.safety import Answer, Verdict
@@ -86,18 +85,23 @@ def check_report_name(path: Path) -> None:
         raise InvalidSetting(f"--report {path}: expected a name that ends in {', '.join(ENDINGS)} (.xml is JUnit)")
 
 
-def write_verdict(path: Path, verdict: "Verdict", about: str) -> None:
+def write_verdict(path: Path, verdict: "Verdict", about: str, against: "tuple[str, Verdict] | None" = None) -> None:
     """Write a verdict as a page, as Markdown or as JUnit XML, by the ending of `path`.
 
     Args:
         about: what was checked, in a line.
+        against: what it is compared with, by name, and the verdict on that; JUnit leaves it out.
 
     Raises:
         InvalidSetting: another ending.
     """
     check_report_name(path)
-    writers: dict[str, Callable[[Verdict, str], str]] = {".html": _page, ".md": _markdown, ".xml": _junit}
-    write_atomically(path, writers[path.suffix.lower()](verdict, about).encode())
+    if path.suffix.lower() == ".xml":
+        text = _junit(verdict, about)
+    else:
+        write = _page if path.suffix.lower() == ".html" else _markdown
+        text = write(verdict, about, against)
+    write_atomically(path, text.encode())
 
 
 def _examples(answer: "Answer") -> list[tuple[str, str, str, str]]:
@@ -106,7 +110,7 @@ def _examples(answer: "Answer") -> list[tuple[str, str, str, str]]:
     return [(e.prompt, e.wanted, e.before, e.after) for e in answer.worst]
 
 
-def _markdown(verdict: "Verdict", about: str) -> str:
+def _markdown(verdict: "Verdict", about: str, against: "tuple[str, Verdict] | None") -> str:
     def cell(text: str) -> str:
         return " ".join(text.split()).replace("|", "\\|")
 
@@ -116,14 +120,71 @@ def _markdown(verdict: "Verdict", about: str) -> str:
         if rows := _examples(answer):
             lines += ["", f"{TITLES[answer.part]}: where it fell short", "", "| prompt | wanted | before | after |"]
             lines += ["|---|---|---|---|", *(f"| {' | '.join(map(cell, row))} |" for row in rows)]
+    if against is not None:
+        lines += ["", f"## Compared with {cell(against[0])}: {verdict_line(against[1])}", ""]
+        lines += ["| question | outcome | finding |", "|---|---|---|"]
+        lines += [f"| {TITLES[a.part]} | {_OUTCOMES[a.outcome]} | {cell(a.words)} |" for a in against[1].answers]
     return "\n".join([*lines, "", *(f"{note}." for note in verdict.notes)]) + "\n"
 
 
-def _page(verdict: "Verdict", about: str) -> str:
-    questions = [(TITLES[a.part], a.outcome, _OUTCOMES[a.outcome], a.words) for a in verdict.answers]
-    examples = [(TITLES[a.part], rows) for a in verdict.answers if (rows := _examples(a))]
-    line = verdict_line(verdict)
-    return render("check.html", verdict=verdict, line=line, about=about, questions=questions, examples=examples)
+def _page(verdict: "Verdict", about: str, against: "tuple[str, Verdict] | None") -> str:
+    verdicts = [("", verdict), *([against] if against else [])]
+    return render(
+        "check.html",
+        verdict=verdict,
+        line=verdict_line(verdict),
+        about=about,
+        verdicts=[
+            (name, verdict_line(v), [(TITLES[a.part], a.outcome, _OUTCOMES[a.outcome], a.words) for a in v.answers])
+            for name, v in verdicts
+        ],
+        examples=[] if verdict.findings else [(TITLES[a.part], e) for a in verdict.answers if (e := _examples(a))],
+        table=_facts(verdict, against) if verdict.findings else None,
+    )
+
+
+def _facts(verdict: "Verdict", against: "tuple[str, Verdict] | None") -> FactTable:
+    """A row per case; two sides where there is something to compare with."""
+    sides = [_outcomes(verdict), *([_outcomes(against[1])] if against else [])]
+    before = {f.case.id: f.before for f in reversed(verdict.findings) if f.query.axis == "rewrite" and f.before}
+    rows = [
+        Fact(
+            case.id,
+            "; ".join(e.text for e in case.edits),
+            before.get(case.id, "; ".join(e.target_true or "" for e in case.edits)),
+            "; ".join(e.target_new for e in case.edits),
+            tuple(outcomes.get(case.id) for outcomes in sides),
+        )
+        for case in {f.case.id: f.case for f in verdict.findings}.values()
+    ]
+    return FactTable(
+        "Facts",
+        ("the edit", against[0]) if against else ("the edit",),
+        worst_first(rows),
+        passes=PASSES_BY_CHOICE,
+    )
+
+
+def _outcomes(verdict: "Verdict") -> dict[str, FactOutcome]:
+    """What came of each case's prompts, by case id."""
+    from retcon.evaluation.metrics import is_locality
+
+    answers: dict[str, list[Answered]] = {}
+    for f in verdict.findings:
+        local = is_locality(f.query.axis)
+        kinds: dict[str, PromptKind] = {"rewrite": "own", "paraphrase": "paraphrase"}
+        answers.setdefault(f.case.id, []).append(
+            Answered(
+                "neighbour" if local else kinds.get(f.query.axis, "follows"),
+                f.query.prompt,
+                "as before" if local else f.query.target or "",
+                f.before,
+                f.after or "something else",
+                f.passed,
+                broke=f.passed_before and not f.passed,
+            )
+        )
+    return {case: FactOutcome(tuple(own)) for case, own in answers.items()}
 
 
 def _junit(verdict: "Verdict", about: str) -> str:
