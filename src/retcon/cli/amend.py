@@ -45,7 +45,7 @@ def amend(
             lm, fact, target, moments=moments_for(lm, text), repropose=repropose, message=message, progress=advance
         )
     if as_json:
-        emit(entry_record(found, entry))
+        emit(entry_record(entry, found.state(entry.id)))
         return
     searched = f"{count(entry.about['searched'], 'value')} searched"
     console().print(f"[yellow]{entry.id}[/]  {escape(entry.message)}  [dim]{searched}[/]")

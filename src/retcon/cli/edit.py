@@ -336,7 +336,10 @@ def _edit_store(
         f"[dim]{count(len(made), 'delta')}, {size(n_bytes)}; state {store.state().id}[/]"
     )
     if as_json:
-        emit(entry_record(store, entry) | {"took": took, "report": [asdict(r) for r in reports], "bytes": n_bytes})
+        emit(
+            entry_record(entry, store.state(entry.id))
+            | {"took": took, "report": [asdict(r) for r in reports], "bytes": n_bytes}
+        )
     if took < require * len(reports):
         warn(
             f"{took} of {count(len(reports), 'edit')} took, fewer than asked for (--require {require:g}); "

@@ -61,7 +61,7 @@ def revert(
                 lm, fact, moments=moments_for(lm, text), repropose=repropose, message=message, progress=advance
             )
     if as_json:
-        emit(entry_record(found, entry))
+        emit(entry_record(entry, found.state(entry.id)))
         return
     searched = f"; {count(entry.about['searched'], 'value')} searched" if "searched" in entry.about else ""
     facts = count(len(found.facts()), "fact")

@@ -38,7 +38,7 @@ def show(
 def _entry(store: "Store", entry: "Entry", as_json: bool) -> None:
     facts = store.index.of_entry(entry.id)
     if as_json:
-        emit(entry_record(store, entry) | {"facts": [fact_record(line) for line in facts]})
+        emit(entry_record(entry, store.state(entry.id)) | {"facts": [fact_record(line) for line in facts]})
         return
     out = console()
     out.print(f"[yellow]{entry.id}[/]  [bold]{entry.action}[/]  {escape(entry.message)}")

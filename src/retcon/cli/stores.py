@@ -11,7 +11,7 @@ from retcon.cli.shell import count, load_model, warn
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
-    from retcon.store import Entry, Store
+    from retcon.store import Entry, State, Store
     from retcon.store.index import Line
 
 StorePath = Annotated[Path, typer.Option("--store", metavar="DIR", help="The store's folder.")]
@@ -76,7 +76,7 @@ def fact_record(line: "Line") -> dict[str, Any]:
     return {"id": line.fact, "prompt": line.prompt, "answer": line.target, "entry": line.entry}
 
 
-def entry_record(store: "Store", entry: "Entry") -> dict[str, Any]:
+def entry_record(entry: "Entry", state: "State") -> dict[str, Any]:
     """An entry for machines."""
     return {
         "id": entry.id,
@@ -86,7 +86,7 @@ def entry_record(store: "Store", entry: "Entry") -> dict[str, Any]:
         "sets": {slot: list(pair) for slot, pair in entry.sets.items()},
         "drops": list(entry.drops),
         "about": dict(entry.about),
-        "state": store.state(entry.id).id,
+        "state": state.id,
     }
 
 

@@ -61,15 +61,7 @@ class Contents:
         Raises:
             UnknownEntry: there is none, or several begin so.
         """
-        entries = self.log()
-        head, tilde, back = name.partition("~")
-        if head == "HEAD" and (not tilde or back.isdecimal()):
-            place = len(entries) - 1 - int(back or 0)
-            if place < 0:
-                raise UnknownEntry(f"{name}: the log has {len(entries)} entries")
-            return entries[place]
-        found = one_named(name, (e.id for e in entries), "entry")
-        return next(e for e in entries if e.id == found)
+        return _named(name, self.log())
 
     def state(self, at: str | None = None) -> State:
         """The deltas in force after an entry (`base`: before the first); now by default."""
@@ -79,19 +71,25 @@ class Contents:
             return found[-1]
         if at == "base":
             return found[0]
-        return found[1 + [e.id for e in entries].index(self.entry(at).id)]
+        return found[1 + entries.index(_named(at, entries))]
+
+    def history_of_states(self) -> list[tuple[Entry, State]]:
+        """Every entry, oldest first, with the state after it."""
+        entries = self.log()
+        return list(zip(entries, states(self.base, entries, self.path / LOG)[1:], strict=True))
 
     @cached_property
     def index(self) -> Index:
         """The facts, quick to ask."""
         return Index(self.path)
 
-    def lines_by_delta(self) -> dict[str, dict[str, Line]]:
-        """The facts of every delta that ever was, by id, in order."""
+    def lines_by_delta(self, fact: str | None = None) -> dict[str, dict[str, Line]]:
+        """The facts of every delta that ever was, by id, in order; one fact alone where it is named."""
         held: dict[str, dict[str, Line]] = {}
+        by_entry = self.index.by_entry(fact)
         for entry in self.log():
             brought: dict[str, dict[str, Line]] = {}
-            for line in self.index.of_entry(entry.id):
+            for line in by_entry.get(entry.id, ()):
                 brought.setdefault(line.delta, {})[line.fact] = line
             for before, now in entry.sets.values():
                 if now is None:
@@ -133,7 +131,7 @@ class Contents:
         """The entries that changed a fact, oldest first, with what it was from then on; None: not in force."""
         if not self.index.of_fact(fact):
             return []
-        held, found = self.lines_by_delta(), []
+        held, found = self.lines_by_delta(fact), []
         entries = self.log()
         last: Line | None = None
         for entry, state in zip(entries, states(self.base, entries, self.path / LOG)[1:], strict=True):
@@ -252,3 +250,15 @@ class Contents:
                     lm.revert(delta)
                 for delta in before:
                     lm.apply(delta)
+
+
+def _named(name: str, entries: tuple[Entry, ...]) -> Entry:
+    """The entry that `Contents.entry` is asked for."""
+    head, tilde, back = name.partition("~")
+    if head == "HEAD" and (not tilde or back.isdecimal()):
+        place = len(entries) - 1 - int(back or 0)
+        if place < 0:
+            raise UnknownEntry(f"{name}: the log has {len(entries)} entries")
+        return entries[place]
+    found = one_named(name, (e.id for e in entries), "entry")
+    return next(e for e in entries if e.id == found)

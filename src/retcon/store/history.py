@@ -92,7 +92,7 @@ def read_log(path: Path) -> tuple[Entry, ...]:
     Raises:
         MalformedFile: a line that is no entry, merge marks, or an entry that is there twice.
     """
-    entries: list[Entry] = []
+    entries: dict[str, Entry] = {}
     for number, record in json_lines(path):
         where = f"{path}, line {number}"
         try:
@@ -113,10 +113,10 @@ def read_log(path: Path) -> tuple[Entry, ...]:
             raise MalformedFile(f"{where}: unknown action {entry.action!r}; was it written by a later retcon?")
         if record:
             raise MalformedFile(f"{where}: unknown field(s) {', '.join(record)}; was it written by a later retcon?")
-        if any(entry.id == other.id for other in entries):
+        if entry.id in entries:
             raise MalformedFile(f"{where}: entry {entry.id} is there twice; take one of the two lines out")
-        entries.append(entry)
-    return tuple(entries)
+        entries[entry.id] = entry
+    return tuple(entries.values())
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -4,9 +4,9 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from retcon.edits import Case, case_from, case_record
 from retcon.errors import InvalidEdit, MalformedFile
@@ -16,9 +16,8 @@ INDEX, FACTS = "index.sqlite", "facts"
 VERSION = 1
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of a file of facts: where it is, and enough of it to be listed."""
+class Line(NamedTuple):
+    """One line of a file of facts: where it is, and enough of it to be listed. A tuple, for there can be many."""
 
     entry: str
     number: int
@@ -85,6 +84,15 @@ class Index:
     def close(self) -> None:
         """Let go of the file."""
         self.connection.close()
+
+    def by_entry(self, fact: str | None = None) -> dict[str, list[Line]]:
+        """All lines, those of each file in order; of one fact alone where it is named."""
+        where, values = ("WHERE fact = ? ", (fact,)) if fact is not None else ("", ())
+        found: dict[str, list[Line]] = {}
+        rows = self.connection.execute(f"SELECT {_SHOWN} FROM facts {where}ORDER BY entry, number", values)
+        for line in map(Line._make, rows):
+            found.setdefault(line.entry, []).append(line)
+        return found
 
     def of_entry(self, entry: str) -> list[Line]:
         """The lines of one file, in order."""
