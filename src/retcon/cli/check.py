@@ -146,7 +146,7 @@ def check(
     from retcon.evaluation import safety
 
     limits = safety.Thresholds(took=took, generalised=generalised, local=local, perplexity_ratio=perplexity_ratio)
-    other: tuple[str, "Verdict"] | None = None
+    other: tuple[str, Verdict] | None = None
     if url is not None:
         from retcon.evaluation.endpoint import Endpoint
 
