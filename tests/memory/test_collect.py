@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from retcon.checked import cached, keep
 from retcon.errors import RetconWarning
 from retcon.lm.batches import is_out_of_memory
 from retcon.lm.prompts import Row
@@ -76,6 +77,18 @@ def test_partial_sums_of_another_pass_or_damaged_ones_are_not_used(tiny, ragged,
         for (_, one), (_, other) in zip(found.items(), collect(lm, sites(lm), ragged), strict=True):
             assert torch.equal(one.moment, other.moment)
         path.write_bytes(b"damaged")
+
+
+def test_partial_sums_that_an_earlier_version_kept_are_not_used(tiny, ragged, sites, tmp_path):
+    lm = tiny("llama", torch.float32)
+    path = tmp_path / "a.partial"
+    whole = {site.id: found.moment for site, found in collect(lm, sites(lm), ragged)}
+    list(collect(lm, sites(lm), ragged, partial=path, save_every=0.0))
+    identity = {"digest": module._digest(sites(lm), ragged, chunked([len(r.ids) for r in ragged], 40))}
+    tensors, about = cached(path, module.PARTIAL_SUMS, identity)
+    keep(path, module.PARTIAL_SUMS, identity, {n: t for n, t in tensors.items() if "routed" not in n}, about)
+    for site, found in collect(lm, sites(lm), ragged, partial=path):
+        assert torch.equal(found.moment, whole[site.id])
 
 
 def test_when_memory_runs_out_batches_get_smaller_and_the_chunk_is_done_again(tiny, ragged, sites, monkeypatch):

@@ -338,6 +338,9 @@ def _load(path: Path, fresh: _State, sums: dict[Site, _Sum]) -> _State:
     if found is None:
         return fresh
     tensors, about = found
+    wanted = {f"{s.id}:{i}" for s, site_sum in sums.items() for i in range(len(site_sum.total))}
+    if not (wanted | {f"{site.id}:routed" for site in sums}) <= tensors.keys():  # of a version that kept less
+        return fresh
     for site, site_sum in sums.items():
         site_sum.n_routed = int(tensors[f"{site.id}:routed"])
         for i, total in enumerate(site_sum.total):
