@@ -7,7 +7,7 @@
 Cases are those whose true answer the unedited model finds more probable than the new one, in file order from the
 `--start`-th of them on. Methods that take one fact write them one on top of the other. One line of JSON each, with
 what was chosen and why, Score, ES, GS, LS (`cf.prob_mean`) with 95 % intervals, how many edits the edited model says
-first, outcomes, and seconds (moments left out).
+first, outcomes, seconds (moments left out), and the model's own text before and after some edits.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ import retcon
 from benchmarks.common import add_places, cases_of, machine, moments_of
 from retcon import world
 from retcon.delta import EditReport
-from retcon.edits import Case
+from retcon.edits import Case, Edit
 from retcon.errors import RetconWarning
 from retcon.evaluation import Evaluation, evaluate, read_cases
 from retcon.lm.model import LM
@@ -38,6 +39,10 @@ from retcon.workflow.settings import read_settings
 
 METHODS = ("rome", "r_rome", "memit", "pmet", "jeep", "emmet", "alphaedit", "rect", "prune", "kne", "ctp")
 METRICS = ("Score", "ES", "GS", "LS")
+TEXT_TOKENS = 10
+"""Length of the texts that are printed."""
+Made = tuple[Evaluation, tuple[EditReport, ...], float, list[str]]
+"""What was measured, what became of the edits, seconds, and texts after them."""
 
 
 def preferred(lm: LM, data: str | None, start: int, n: int, seed: int) -> list[Case]:
@@ -56,20 +61,21 @@ def preferred(lm: LM, data: str | None, start: int, n: int, seed: int) -> list[C
 
 
 def together(
-    lm: LM, method: Method, cases: list[Case], moments: Moments, values: ValueCache | None, seed: int
-) -> tuple[Evaluation, tuple[EditReport, ...], float]:
+    lm: LM, method: Method, cases: list[Case], moments: Moments, values: ValueCache | None, seed: int, n_texts: int
+) -> Made:
     edits = [edit for case in cases for edit in case.edits]
     started = time.perf_counter()
     delta = in_steps(method, lm, edits, moments=moments, values=values, seed=seed)
     seconds = time.perf_counter() - started
-    return evaluate(lm, cases, delta=delta, generate=False), delta.report, seconds
+    with lm.edited(delta):
+        texts = written(lm, edits[:n_texts])
+    return evaluate(lm, cases, delta=delta, generate=False), delta.report, seconds, texts
 
 
-def alone(
-    lm: LM, method: Method, cases: list[Case], moments: Moments, seed: int
-) -> tuple[Evaluation, tuple[EditReport, ...], float]:
+def alone(lm: LM, method: Method, cases: list[Case], moments: Moments, seed: int, n_texts: int) -> Made:
     records: list[Any] = []
     reports: list[EditReport] = []
+    texts: list[str] = []
     seconds = 0.0
     for case in cases:
         started = time.perf_counter()
@@ -77,7 +83,15 @@ def alone(
         seconds += time.perf_counter() - started
         records += evaluate(lm, [case], delta=delta, generate=False).records
         reports += delta.report
-    return Evaluation(records, {}), tuple(reports), seconds
+        if len(texts) < n_texts:
+            with lm.edited(delta):
+                texts += written(lm, case.edits)
+    return Evaluation(records, {}), tuple(reports), seconds, texts
+
+
+def written(lm: LM, edits: Sequence[Edit]) -> list[str]:
+    """What the model writes after each edit's prompt."""
+    return [lm.complete(edit.text, max_new_tokens=TEXT_TOKENS) for edit in edits]
 
 
 def main() -> None:
@@ -90,6 +104,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--set", dest="assignments", action="append", default=[], help="FIELD=VALUE")
     parser.add_argument("--values", type=Path, help="folder that keeps searched values")
+    parser.add_argument("--texts", type=int, default=3, help="edits whose texts are printed")
     asked = parser.parse_args()
     warnings.simplefilter("ignore", RetconWarning)
     print(f"# {machine()}", flush=True)
@@ -97,6 +112,8 @@ def main() -> None:
     moments = moments_of(lm, asked.corpus)
     pick = cases_of if asked.any else partial(preferred, lm)
     cases = pick(asked.data, asked.start, asked.n, asked.seed)
+    shown = [edit for case in cases for edit in case.edits][: asked.texts]
+    texts_before = written(lm, shown)
     if asked.put_presets_aside:
         registry.preset_for = lambda *_, **__: None  # type: ignore[assignment]
     for name in asked.methods:
@@ -105,10 +122,10 @@ def main() -> None:
         if chosen.method.uses_moments and not asked.alone:
             in_steps(chosen.method, lm, cases[0].edits, moments=moments)  # moments and contexts are made, untimed
         if asked.alone:
-            found, report, seconds = alone(lm, chosen.method, cases, moments, asked.seed)
+            found, report, seconds, texts = alone(lm, chosen.method, cases, moments, asked.seed, asked.texts)
         else:
             values = ValueCache(asked.values) if asked.values else None
-            found, report, seconds = together(lm, chosen.method, cases, moments, values, asked.seed)
+            found, report, seconds, texts = together(lm, chosen.method, cases, moments, values, asked.seed, asked.texts)
         summary = found.summary()
         lines = {metric: summary[metric] for metric in METRICS}
         outcome = Counter(r.outcome for r in report)
@@ -125,6 +142,10 @@ def main() -> None:
             "outcomes": dict(outcome),
             "seconds": round(seconds, 1),
             "notes": chosen.notes,
+            "texts": [
+                {"prompt": edit.text, "asked": edit.target_new, "before": before, "after": after}
+                for edit, before, after in zip(shown, texts_before, texts, strict=True)
+            ],
         }
         print(json.dumps(line, ensure_ascii=False), flush=True)
 
