@@ -15,12 +15,13 @@ from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.memory import capacity, collect
 from retcon.memory.contexts import Contexts
+from retcon.memory.values import schedule
 from retcon.memory.values import step as step_module
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
 from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.rows import EditRows
-from retcon.memory.values.schedule import Chunk
+from retcon.memory.values.schedule import Chunk, Pace
 from retcon.memory.values.search import REPLAYS, search_values
 from tests.conftest import FAMILIES, FLOAT32_INSIDE, random_moments
 
@@ -80,6 +81,18 @@ def exactness(family: str) -> float:
 @pytest.mark.parametrize("sites", SITES)
 def test_fast_and_plain_agree(family: str, sites: str, tiny: Callable[..., LM], mixed: list[Edit]) -> None:
     fast, plain = both(tiny(family), mixed, SITES[sites])
+    agree(fast, plain, exactness(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pace_of_a_card_agrees_with_plain(
+    family: str, tiny: Callable[..., LM], mixed: list[Edit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few shapes, places that repeat edits that have ended, and a look every eight steps."""
+    monkeypatch.setattr(schedule, "LOOK_EVERY", {})
+    monkeypatch.setattr(schedule, "MAX_SHAPES", {})
+    assert Pace.on("cpu") == Pace(8, 4)
+    fast, plain = both(tiny(family), mixed, (LOW, HIGH), width=4, chunk=6, steps=11, threshold=0.00201)
     agree(fast, plain, exactness(family))
 
 

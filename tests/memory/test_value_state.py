@@ -15,7 +15,7 @@ from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.objective import Labels, Loss, ValueSearch, ValueSite, divergence, loss_of
 from retcon.memory.values.rows import EditRows
-from retcon.memory.values.schedule import Chunk
+from retcon.memory.values.schedule import Chunk, Pace
 from retcon.memory.values.state import SearchState
 
 CONTEXTS = Contexts(("The train stood still. ",))
@@ -144,7 +144,7 @@ def test_looking_less_often_finds_the_same(look_every: int, tiny: Callable[..., 
         found = []
         for every in (1, look_every):
             chunk = Chunk(lm, rows, SITES, search)
-            assert sorted(chunk.run(2, look_every=every)) == [0, 1, 2, 3]
+            assert sorted(chunk.run(2, pace=Pace(every, max_shapes=None))) == [0, 1, 2, 3]
             found.append(chunk.found)
     for e in range(len(edits)):
         one, other = found[0][e], found[1][e]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replaying(
-    lm: LM, state: Replayable, *, cache: "Cache | None" = None, ends: Places | None = None
+    lm: LM, state: Replayable, *, cache: "Cache | None" = None, ends: Int[Tensor, " n"] | None = None
 ) -> Iterator[Inputs]:
     """Inside, the model runs from block `state.first` and from column 0 on; gives what `run` and `logits_at` take.
 
@@ -28,7 +28,8 @@ def replaying(
 
     Args:
         cache: `state.cache(lm)`, from a caller who reads the live tokens' attention keys and values from it afterwards.
-        ends: let the last block compute these (row, column) alone, for a caller who reads no other of its outputs.
+        ends: let the last block compute these tokens alone (`token_numbers`), for a caller who reads no other of its
+            outputs.
     """
     with _blocks_below_answer(lm, state), ExitStack() as stack:
         if ends is not None and state.first < lm.n_layers:
@@ -76,13 +77,17 @@ def mlp_entries(lm: LM, layer: int) -> list[nn.Module]:
     return list(dict.fromkeys(lm.site(layer, kind).module for kind in kinds if lm.has(layer, kind)))
 
 
-def _end_at(lm: LM, state: Replayable, places: Places, stack: ExitStack) -> None:
+def token_numbers(places: Places, columns: int) -> Int[Tensor, " n"]:
+    """Return the tokens at (row, column), counted through, each once. The host waits for their number."""
+    rows, at = places
+    return (rows * columns + at).unique()
+
+
+def _end_at(lm: LM, state: Replayable, at: Int[Tensor, " n"], stack: ExitStack) -> None:
     """Run the last block's out-projection and MLP at these places only; elsewhere they give 0, which nothing reads."""
     layer = lm.n_layers - 1
     out = lm.site(layer, "o_proj").module
     device = lm.site(layer, "o_proj").weight.device
-    rows, columns = places
-    at = (rows * state.states.shape[1] + columns).unique()
     parts = [([out], out)]
     if lm.has(layer, "down_proj"):
         parts.append((mlp_entries(lm, layer), lm.site(layer, "down_proj").module))

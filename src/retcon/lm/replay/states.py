@@ -53,6 +53,8 @@ class ReplayState:
     """Token index of column 0, per row."""
     lengths: tuple[int, ...]
     """Live tokens, per row."""
+    prefix: int | None = None
+    """Tokens that keys and values have; None: as many as the longest past."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -62,25 +64,53 @@ class ReplayState:
         """Memory that the recorded tensors take."""
         return sum(t.nbytes for t in (self.states, *self.keys, *self.values))
 
-    def select(self, rows: Sequence[int]) -> "ReplayState":
-        """Some of the rows, with no more padding than they need."""
+    def select(self, rows: Sequence[int], *, columns: int | None = None, prefix: int | None = None) -> "ReplayState":
+        """Some of the rows, with no more padding than they need, or with so many columns and earlier tokens."""
         starts, lengths = tuple(self.starts[r] for r in rows), tuple(self.lengths[r] for r in rows)
-        states = self.states[:, : max(lengths)].index_select(0, torch.tensor(rows, device=self.states.device))
-        keys, values = (tuple(tail(x, rows, max(starts)) for x in part) for part in (self.keys, self.values))
-        return replace(self, states=states, keys=keys, values=values, starts=starts, lengths=lengths)
+        columns, prefix = columns or max(lengths), max(starts) if prefix is None else prefix
+        states = self.states[:, :columns].index_select(0, torch.tensor(rows, device=self.states.device))
+        keys, values = (tuple(tail(x, rows, prefix) for x in part) for part in (self.keys, self.values))
+        return replace(self, states=states, keys=keys, values=values, starts=starts, lengths=lengths, prefix=prefix)
 
     def cache(self, lm: LM) -> "Cache":
         """The earlier tokens as the model's forward takes them, for one pass."""
-        return live_cache(lm, self.first, self.keys, self.values, max(self.starts))
+        return live_cache(lm, self.first, self.keys, self.values, self._past)
 
     def arguments(self, lm: LM, cache: "Cache") -> dict[str, Any]:
         """Arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier tokens."""
-        return dict(inputs_embeds=stand_in(lm, self.states), **row_arguments(lm, self.starts, self.lengths, cache))
+        if lm.device not in self._given:
+            columns = self.states.shape[1]
+            self._given[lm.device] = row_arguments(lm, self.starts, self.lengths, cache, self._past, columns)
+        given = self._given[lm.device]
+        if "past_key_values" in given:
+            given = {**given, "past_key_values": cache}
+        return dict(inputs_embeds=stand_in(lm, self.states), **given)
+
+    @property
+    def _past(self) -> int:
+        return max(self.starts) if self.prefix is None else self.prefix
+
+    @functools.cached_property
+    def _given(self) -> dict[torch.device, dict[str, Any]]:
+        """Mask and positions, made once: a step that made them from Python's numbers would wait for their copy."""
+        return {}
 
 
-def row_arguments(lm: LM, begins: Sequence[int], lengths: Sequence[int], cache: "Cache") -> dict[str, Any]:
-    """Return mask and positions for rows whose tokens [begin, begin + length) are run behind their past."""
-    prefix, columns = max(begins), max(lengths)
+def row_arguments(
+    lm: LM,
+    begins: Sequence[int],
+    lengths: Sequence[int],
+    cache: "Cache",
+    prefix: int | None = None,
+    columns: int | None = None,
+) -> dict[str, Any]:
+    """Return mask and positions for rows whose tokens [begin, begin + length) are run behind their past.
+
+    Args:
+        prefix: tokens that keys and values of the past have; as many as the longest past.
+        columns: tokens that are run of every row; those of the longest row.
+    """
+    prefix, columns = max(begins) if prefix is None else prefix, columns or max(lengths)
     if lm.layout.earlier != "attention":  # every token is run, right-padded as in `Inputs.of`, and nothing is before
         assert prefix == 0
         return dict(

@@ -12,7 +12,33 @@ from retcon.lm.model import LM
 from retcon.memory.values.objective import ValueSearch, ValueSite, norm_names
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.state import SearchState, ValueOf
-from retcon.memory.values.step import ActiveBatch, Recorded
+from retcon.memory.values.step import ActiveBatch, Recorded, Shape
+
+LOOK_EVERY = {"cpu": 1}
+"""Steps between two looks at which edits have ended. A look costs nothing where the device is the host."""
+LOOK_EVERY_ON_ACCELERATOR = 8
+MAX_SHAPES: dict[str, int | None] = {"cpu": None}
+"""Shapes in which the steps of a chunk are run. A CPU does not mind: there every edit that ends makes steps smaller."""
+MAX_SHAPES_ON_ACCELERATOR = 4
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a device wants of the host between steps; values differ by it in their last bits only."""
+
+    look_every: int
+    """Steps after which the host looks which edits have ended; in between it waits for nothing, and edits that have
+    ended stay as they are."""
+    max_shapes: int | None
+    """Shapes of a chunk's steps at most; None: every step has the smallest shape for the edits that are searched."""
+
+    @classmethod
+    def on(cls, device_type: str) -> "Pace":
+        """Return that of a kind of device."""
+        return cls(
+            LOOK_EVERY.get(device_type, LOOK_EVERY_ON_ACCELERATOR),
+            MAX_SHAPES.get(device_type, MAX_SHAPES_ON_ACCELERATOR),
+        )
 
 
 @dataclass(frozen=True)
@@ -22,8 +48,9 @@ class Snapshot:
     found: dict[int, ValueOf]
     """By place in the chunk."""
     active: list[int]
+    """The edit of each place; one that is found only fills its place."""
     made: list[int]
-    """Steps that each active edit has made."""
+    """Steps that each place has made."""
     waiting: list[int]
     """The last one is next."""
     fresh: bool
@@ -50,57 +77,69 @@ class Chunk(Recorded):
         self,
         max_active: int,
         *,
-        look_every: int = 1,
+        pace: Pace | None = None,
         start: Snapshot | None = None,
         hear: Callable[[int, Callable[[], Snapshot]], None] = forget,
     ) -> Iterator[int]:
         """Optimise all, `max_active` at a time; gives the place of each edit in the chunk as it ends.
 
         Args:
-            look_every: steps after which the host looks which edits have ended; in between it waits for nothing, and
-                edits that have ended stay as they are.
+            pace: how often the host looks, and in how many shapes steps are run; that of the device by default.
             start: where an earlier search of the chunk was; it goes on from there.
             hear: is told after every look how many edits are found, and how to get a snapshot.
 
         Raises:
             NonFinite: a loss came out NaN or infinite; the message names the edit.
         """
+        pace = pace or Pace.on(self.lm.device.type)
+        shapes = self._shapes(min(max_active, len(self.rows)), pace)
         if start is None:
             waiting = list(range(len(self.rows)))[::-1]
-            now = self.activate([waiting.pop() for _ in range(min(max_active, len(waiting)))])
-            made = [0] * len(now.edits)
+            edits = [waiting.pop() for _ in range(min(max_active, len(waiting)))]
+            now, made = self.batch(edits, self.state(edits), _room(shapes, len(edits))), [0] * len(edits)
         else:
             self.found, waiting, made = dict(start.found), list(start.waiting), list(start.made)
-            now = self.batch(list(start.active), start.state)
+            now = self.batch(list(start.active), start.state, _room(shapes, len(start.active)))
             now.fresh = start.fresh
             yield from list(self.found)
 
         def snapshot() -> Snapshot:
             return Snapshot(dict(self.found), list(now.edits), list(made), list(waiting), now.fresh, now.state)
 
-        while now.edits:
-            left = max(self.search.steps - n for n in made)
-            for i in range(min(look_every, left)):
+        while True:
+            going = [place for place, edit in enumerate(now.edits) if edit not in self.found]
+            left = max(self.search.steps - made[place] for place in going)
+            for i in range(min(pace.look_every, left)):
                 self.step(now, only_measure=i == left - 1)
-            made = [n + min(look_every, left) for n in made]
-            if ended := self._look(now):
+            made = [n + min(pace.look_every, left) for n in made]
+            if ended := self._look(now, going):
                 yield from [now.edits[place] for place in ended]
-                stay = [place for place in range(len(now.edits)) if place not in ended]
-                new = [waiting.pop() for _ in range(min(max_active - len(stay), len(waiting)))]
+                new = [waiting.pop() for _ in range(min(len(ended), len(waiting)))]
+                stay = [place for place in going if place not in ended]
                 if not stay and not new:
                     return
-                made = [made[place] for place in stay] + [0] * len(new)
-                state = now.state.followed_by(torch.tensor(stay, dtype=torch.long), self.state(new))
-                now = self.batch([now.edits[place] for place in stay] + new, state)
-                now.fresh = bool(new)
+                shape = _room(shapes, len(stay) + len(new))
+                order = _order(len(now.edits), stay, len(new), ended, shape)
+                if order != list(range(len(now.edits))):
+                    edits, made = [*now.edits, *new], [*made, *[0] * len(new)]
+                    state = now.state.rearranged(torch.tensor(order), self.state(new))
+                    now = self.batch([edits[place] for place in order], state, shape)
+                    now.fresh = bool(new)
+                    made = [made[place] for place in order]
             hear(len(self.found), snapshot)
 
-    def _look(self, now: ActiveBatch) -> list[int]:
-        """Return the places whose edits have ended, once their results are on the CPU."""
+    def _shapes(self, places: int, pace: Pace) -> list[Shape]:
+        """Return the shapes that steps are run in, each with half as many places as the one before; none where any will
+        do."""
+        n_places = [places >> i for i in range(pace.max_shapes or 0) if places >> i]
+        return [self.shape_for_any(n) for n in n_places]
+
+    def _look(self, now: ActiveBatch, searched: Sequence[int]) -> list[int]:
+        """Return those of these places whose edits have ended, once their results are on the CPU."""
         state = now.state
         columns = torch.stack([state.going.double(), state.reached.double(), state.steps.double(), *state.terms]).cpu()
         going, reached, steps, *terms = columns.tolist()
-        ended = [place for place, on in enumerate(going) if not on]
+        ended = [place for place in searched if not going[place]]
         if not ended:
             return []
         init, offset, activation = (
@@ -122,3 +161,23 @@ class Chunk(Recorded):
             report = EditReport(edit.id, probability, n_steps, stopped, detail)
             self.found[now.edits[place]] = ValueOf(of_one[0], of_one[1], of_one[2], report)
         return ended
+
+
+def _room(shapes: Sequence[Shape], places: int) -> Shape | None:
+    """Return the smallest shape for so many edits; None where shapes are as they come."""
+    return min((shape for shape in shapes if shape.places >= places), default=None)
+
+
+def _order(n: int, stay: Sequence[int], n_new: int, ended: Sequence[int], shape: Shape | None) -> list[int]:
+    """Return what each place of the next steps takes: one of the n places that there were, or, from n on, a new edit.
+
+    In the shape that there was, new edits take the places of those that have ended.
+    """
+    if shape is not None and shape.places == n:
+        order = list(range(n))
+        for j, place in enumerate(ended[:n_new]):
+            order[place] = n + j
+        return order
+    order = [*stay, *range(n, n + n_new)]
+    fill = [place for place in range(n) if place not in stay]
+    return order if shape is None else order + fill[: shape.places - len(order)]

@@ -115,11 +115,11 @@ class SearchState:
             state.original = tensors["original"].to(state.going.device, copy=True)
         return state
 
-    def followed_by(self, stay: Int[Tensor, " stay"], new: "SearchState") -> "SearchState":
-        """Return a state with some of these places, then new ones."""
+    def rearranged(self, order: Int[Tensor, " places"], new: "SearchState") -> "SearchState":
+        """Return a state with these places of this one and a new one, counted through this one first."""
 
         def joined(one: Tensor, other: Tensor) -> Tensor:
-            return torch.cat([one.index_select(0, stay.to(one.device)), other])
+            return torch.cat([one, other]).index_select(0, order.to(one.device))
 
         def of_sites(name: str) -> list[Tensor]:
             return [joined(one, other) for one, other in zip(getattr(self, name), getattr(new, name), strict=True)]

@@ -5,7 +5,8 @@ Adam state, clamp, step count and end.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,24 @@ MAX_KL_PADDING_TOKENS = {"cpu": 64}
 MAX_KL_PADDING_TOKENS_ON_ACCELERATOR = 256
 
 
+@dataclass(frozen=True, order=True)
+class Shape:
+    """How large the tensors of a step are. A device plans and captures its work by shape."""
+
+    places: int
+    """Edits; places without an edit that is searched repeat one that has ended."""
+    columns: int
+    """Active tokens of a rewriting row."""
+    prefix: int
+    """Tokens before those that enter through attention keys and values."""
+    labels: int
+    """Answer tokens that rewriting rows predict, and tokens in their place that count nowhere."""
+    kl_columns: int = 0
+    """Active tokens of a KL row."""
+    kl_prefix: int = 0
+    """Tokens before those of a KL row."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """Rows that are replayed together: all rewriting rows of the active edits, then all their KL rows."""
@@ -35,7 +54,9 @@ class Pass:
     changed: list[Int[Tensor, "2 _"]]
     """Per site, the rows and columns at which its vectors are added."""
     labels: Int[Tensor, "2 labels"]
-    """Rows and columns whose logits count."""
+    """Rows and columns whose logits are read."""
+    ends: Int[Tensor, " labels"]
+    """The same tokens, counted through (rows, columns) and in that order."""
 
 
 @dataclass
@@ -88,26 +109,53 @@ class Recorded:
         clean = [None if x is None else x[list(edits)] for x in self.clean]
         return SearchState.new(self.lm, self.sites, len(edits), clean, self.search)
 
-    def batch(self, edits: list[int], state: SearchState) -> ActiveBatch:
-        """Return what the next steps of these edits share."""
+    def shape(self, edits: Sequence[int]) -> Shape:
+        """Return the smallest shape for these edits."""
+        kl = [(row, self.rows[e].kl_start) for e in edits if (row := self.rows[e].kl) is not None]
+        return Shape(
+            places=len(edits),
+            columns=max(self.rows[e].columns for e in edits),
+            prefix=max(max(self.rows[e].starts) for e in edits),
+            labels=sum(self._n_labels(e) for e in edits),
+            kl_columns=max(len(r.ids) - start for r, start in kl) if kl else 0,
+            kl_prefix=max(start for _, start in kl) if kl else 0,
+        )
+
+    def shape_for_any(self, places: int) -> Shape:
+        """Return the smallest shape for any so many of all edits."""
+        most = sorted((self._n_labels(e) for e in range(len(self.rows))), reverse=True)
+        return replace(self.shape(range(len(self.rows))), places=places, labels=sum(most[:places]))
+
+    def _n_labels(self, edit: int) -> int:
+        return sum(len(r.target_ids) for r in self.rows[edit].rewriting)
+
+    def batch(self, edits: list[int], state: SearchState, shape: Shape | None = None) -> ActiveBatch:
+        """Return what the next steps of these edits share.
+
+        Args:
+            shape: with as many places as there are edits; the smallest one by default.
+        """
+        shape = shape or self.shape(edits)
         targets = [r.target_ids for e in edits for r in self.rows[e].rewriting]
         device = next(self.lm.head.parameters()).device
         per_row = torch.tensor([len(t) for t in targets], device=device)
-        padding = len(edits) * (max(self.rows[e].columns for e in edits) - 1)
+        padding = len(edits) * (shape.columns - 1)
         together = padding <= MAX_KL_PADDING_TOKENS.get(device.type, MAX_KL_PADDING_TOKENS_ON_ACCELERATOR)
         kinds = [(True, self.with_kl)] if together or not self.with_kl else [(True, False), (False, True)]
+        of_row = [row for row, ids in enumerate(targets) for _ in ids]
+        unused = shape.labels - len(of_row)
         return ActiveBatch(
             edits=edits,
-            passes=[self._pass(edits, rewriting=rewriting, kl=kl) for rewriting, kl in kinds],
+            passes=[self._pass(edits, shape, rewriting=rewriting, kl=kl) for rewriting, kl in kinds],
             labels=Labels(
-                tokens=torch.tensor([token for ids in targets for token in ids], device=device),
-                rows=torch.arange(len(targets), device=device).repeat_interleave(per_row),
+                tokens=torch.tensor([token for ids in targets for token in ids] + [0] * unused, device=device),
+                rows=torch.tensor(of_row + [len(targets)] * unused, device=device),
                 per_row=per_row,
             ),
             state=state,
         )
 
-    def _pass(self, edits: Sequence[int], *, rewriting: bool, kl: bool) -> Pass:
+    def _pass(self, edits: Sequence[int], shape: Shape, *, rewriting: bool, kl: bool) -> Pass:
         rows: list[int] = []
         changed: list[list[tuple[int, int]]] = [[] for _ in self.sites]
         labels: list[tuple[int, int]] = []
@@ -117,6 +165,13 @@ class Recorded:
                     changed[s].append((len(rows), row.position(site.where) - start))
                 labels += [(len(rows), row.n_prompt - 1 - start + t) for t in range(len(row.target_ids))]
                 rows.append(e * self.n_contexts + j)
+        columns, prefix = shape.columns, shape.prefix
+        if rewriting:
+            read = set(labels)
+            others = ((row, c) for row in range(len(rows)) for c in range(columns) if (row, c) not in read)
+            labels += list(islice(others, shape.labels - len(labels)))
+        if kl:
+            columns, prefix = max(columns * rewriting, shape.kl_columns), max(prefix * rewriting, shape.kl_prefix)
         for e in edits if kl else ():
             subject = self.rows[e].kl
             assert subject is not None
@@ -128,12 +183,19 @@ class Recorded:
             rows.append(len(self.rows) * self.n_contexts + e)
         device = next(self.lm.head.parameters()).device
         return Pass(
-            recorded=self.states.select(rows),
+            recorded=self.states.select(rows, columns=columns, prefix=prefix),
             rewriting=rewriting,
             kl=kl,
-            changed=[torch.tensor(places, dtype=torch.long).view(-1, 2).T for places in changed],
+            changed=[
+                torch.tensor(places, dtype=torch.long, device=self._device(site)).view(-1, 2).T
+                for site, places in zip(self.sites, changed, strict=True)
+            ],
             labels=torch.tensor(labels, device=device).T,
+            ends=torch.tensor(sorted(row * columns + at for row, at in labels), device=device),
         )
+
+    def _device(self, site: ValueSite) -> torch.device:
+        return self.lm.site(site.point.layer, "o_proj").weight.device
 
     def logits(
         self, now: ActiveBatch, vectors: Sequence[Float[Tensor, "edits d"]]
@@ -166,7 +228,7 @@ class Recorded:
         for part in now.passes:
             hooks = {point: hook(s, part) for s, point in enumerate(self.points) if part.changed[s].numel()}
             labels = (part.labels[0], part.labels[1])
-            with replaying(self.lm, part.recorded, ends=labels if below_the_last else None) as inputs:
+            with replaying(self.lm, part.recorded, ends=part.ends if below_the_last else None) as inputs:
                 logits = logits_at(self.lm, inputs, labels, hooks)
             found += logits.split([len(now.labels.tokens)] * part.rewriting + [len(now.edits)] * part.kl)
         return found[0], found[1] if self.with_kl else None
