@@ -64,11 +64,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Check shapes in tests of the parts: in the first case of each, and in every case of `make test-all`."""
+    """Check shapes in tests of the parts, in the first case of each."""
     test = item.nodeid.partition("[")[0]
     first = item.session.stash.setdefault(SHAPED, {}).setdefault(test, item.nodeid) == item.nodeid
-    checked = (first or item.get_closest_marker("long")) and not any(part in test for part in WHOLE_RUNS)
-    jaxtyping.config.update("jaxtyping_disable", not checked)
+    whole = any(part in test for part in WHOLE_RUNS)
+    jaxtyping.config.update("jaxtyping_disable", whole or not first)
 
 
 @pytest.fixture
