@@ -11,7 +11,7 @@ from retcon.methods.common.registry import method, preset_for
 N = 20
 
 
-@pytest.fixture(scope="module", params=world.MODELS)
+@pytest.fixture(scope="module", params=["llama", pytest.param("gptj", marks=pytest.mark.long)])
 def edited(request):
     """(model, cases, delta, evaluation before and after) for 20 facts in one batch."""
     lm = retcon.load(f"demo:{request.param}")

@@ -78,7 +78,9 @@ EDIT = (
     *("edit", "gptj", "edits.jsonl", "--out", "delta.safetensors", "--corpus", "corpus.txt"),
     *("--set", "steps=4", "--set", "low=[0, 1]"),
 )
-"""A quick edit in `here`."""
+"""An edit in `here` whose settings are found without a preset."""
+QUICK = (*EDIT, "--set", "low_clamp=0.5", "--set", "high_clamp=0.25")
+"""The same with clamps given, so that none are tried."""
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

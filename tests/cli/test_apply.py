@@ -46,9 +46,9 @@ def test_weights_may_be_read_by_others(cli: Callable[..., Any], delta: Path) -> 
 
 
 def test_several_deltas_in_order(cli: Callable[..., Any], delta: Path) -> None:
-    from tests.cli.conftest import EDIT
+    from tests.cli.conftest import QUICK
 
-    cli(*EDIT, "--seed", "5", "--out", "second.safetensors")
+    cli(*QUICK, "--seed", "5", "--out", "second.safetensors")
     result = cli("apply", "gptj", str(delta), "second.safetensors", "--save", "edited")
     names = [d["file"] for d in json.loads(Path("edited/retcon.json").read_text())["deltas"]]
     assert names == ["delta.safetensors", "second.safetensors"]

@@ -13,7 +13,7 @@ import retcon
 from retcon.delta import Delta, EditReport
 from retcon.edits import Case, Edit, Query, write_cases
 from retcon.workflow import Resolved, remedy
-from tests.cli.conftest import EDIT, ROWS, write_rows
+from tests.cli.conftest import EDIT, QUICK, ROWS, write_rows
 
 
 def test_shows_settings_report_norms_and_file(cli: Callable[..., Any]) -> None:
@@ -40,7 +40,7 @@ def test_says_how_settings_were_chosen_without_a_preset(cli: Callable[..., Any])
 
 
 def test_json_is_one_object(cli: Callable[..., Any]) -> None:
-    result = cli(*EDIT, "--json", "--evaluate")
+    result = cli(*QUICK, "--json", "--evaluate")
     record = json.loads(result.stdout)
     delta = Delta.load("delta.safetensors")
     assert record["delta"]["id"] == delta.id
@@ -55,19 +55,19 @@ def test_json_is_one_object(cli: Callable[..., Any]) -> None:
 
 
 def test_the_same_seed_gives_the_same_delta(cli: Callable[..., Any]) -> None:
-    ids = [json.loads(cli(*EDIT, "--json", "--seed", s, "--force").stdout)["delta"]["id"] for s in ("3", "3", "4")]
+    ids = [json.loads(cli(*QUICK, "--json", "--seed", s, "--force").stdout)["delta"]["id"] for s in ("3", "3", "4")]
     assert ids[0] == ids[1] != ids[2]
 
 
 def test_plain_edits_are_evaluated_on_their_own_prompts(cli: Callable[..., Any]) -> None:
-    out = cli(*EDIT, "--evaluate").stdout
+    out = cli(*QUICK, "--evaluate").stdout
     assert "2 cases" in out
     assert "zsre.tok" in out  # one edit has no old answer, so none is held against one
 
 
 def test_plain_edits_with_old_answers_are_held_against_them(cli: Callable[..., Any], here: Path) -> None:
     write_rows(here / "edits.jsonl", ROWS[:1])
-    assert "cf.prob_mean" in cli(*EDIT, "--evaluate").stdout
+    assert "cf.prob_mean" in cli(*QUICK, "--evaluate").stdout
 
 
 def test_a_dataset_is_recognised_and_measured_by_its_queries(cli: Callable[..., Any], here: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_dataset_is_recognised_and_measured_by_its_queries(cli: Callable[..., 
         "locality_ground_truth": "Rome",
     }
     write_rows(here / "edits.jsonl", [flat])
-    out = cli(*EDIT, "--evaluate").stdout
+    out = cli(*QUICK, "--evaluate").stdout
     assert "counterfact-flat" in out
     assert all(f"\n{metric}  " in out for metric in ("Score", "ES", "GS", "LS"))
 
@@ -91,11 +91,11 @@ def test_cases_of_our_own(cli: Callable[..., Any], here: Path) -> None:
     edit = Edit("The capital of {} is", "France", "Rome")
     query = Query("rewrite/0", "rewrite", edit.text, "Rome")
     write_cases(here / "edits.jsonl", [Case("one", (edit,), (query,))])
-    assert "(cases," in cli(*EDIT, "--format", "cases").stdout
+    assert "(cases," in cli(*QUICK, "--format", "cases").stdout
 
 
 def test_start_and_limit_pick_rows(cli: Callable[..., Any]) -> None:
-    out = cli(*EDIT, "--start", "1", "--limit", "5").stdout
+    out = cli(*QUICK, "--start", "1", "--limit", "5").stdout
     assert "1 of 1 rows" in out
     assert [r.id for r in Delta.load("delta.safetensors").report] == ["dd"]
 
@@ -103,7 +103,7 @@ def test_start_and_limit_pick_rows(cli: Callable[..., Any]) -> None:
 def test_of_many_edits_the_worst_are_shown_first(cli: Callable[..., Any], here: Path) -> None:
     rows = [{"prompt": "The capital of {} is", "subject": f"Italy {i}", "target_new": "Rome"} for i in range(15)]
     write_rows(here / "edits.jsonl", rows)
-    out = cli(*EDIT, "--set", "steps=1").stdout
+    out = cli(*QUICK, "--set", "steps=1").stdout
     worst = min(Delta.load("delta.safetensors").report, key=lambda r: r.final_probability)
     first = out.split("final  steps")[1].splitlines()[1]
     assert f"{worst.search_probability:.3f}" in first
@@ -112,7 +112,7 @@ def test_of_many_edits_the_worst_are_shown_first(cli: Callable[..., Any], here: 
 
 
 def test_says_what_became_of_the_edits(cli: Callable[..., Any]) -> None:
-    out = cli(*EDIT, "--set", "low_clamp=0.001", "--set", "high_clamp=0.001").stdout
+    out = cli(*QUICK, "--set", "low_clamp=0.001", "--set", "high_clamp=0.001").stdout
     assert "0 of 2 reached what was asked for; 2 held back by the clamp; 0 are what the edited model says first" in out
 
 
@@ -148,14 +148,14 @@ def test_editing_goes_on_where_an_earlier_delta_ended(cli: Callable[..., Any]) -
 
 def test_contradicting_edits(cli: Callable[..., Any], here: Path) -> None:
     write_rows(here / "edits.jsonl", [ROWS[0], {**ROWS[0], "target_new": "Milan", "id": "fr2"}])
-    assert "contradict each other" in cli(*EDIT, code=2).stderr
-    cli(*EDIT, "--conflicts", "last")
+    assert "contradict each other" in cli(*QUICK, code=2).stderr
+    cli(*QUICK, "--conflicts", "last")
     assert [r.id for r in Delta.load("delta.safetensors").report] == ["fr2"]
 
 
 def test_repeated_rows_are_one_edit(cli: Callable[..., Any], here: Path) -> None:
     write_rows(here / "edits.jsonl", [ROWS[0], ROWS[0]])
-    cli(*EDIT, "--evaluate")
+    cli(*QUICK, "--evaluate")
     assert len(Delta.load("delta.safetensors").report) == 1
 
 
@@ -182,7 +182,7 @@ def test_repeated_rows_are_one_edit(cli: Callable[..., Any], here: Path) -> None
     ],
 )
 def test_bad_settings(arguments: tuple[str, ...], message: str, cli: Callable[..., Any]) -> None:
-    result = cli(*EDIT, *arguments, code=2)
+    result = cli(*QUICK, *arguments, code=2)
     assert message in result.stderr.replace("\n", " ")
     assert not Path("delta.safetensors").exists()
 
@@ -207,14 +207,14 @@ def test_bad_settings(arguments: tuple[str, ...], message: str, cli: Callable[..
 )
 def test_malformed_files(text: str, message: str, cli: Callable[..., Any], here: Path) -> None:
     (here / "edits.jsonl").write_text(text)
-    assert message in cli(*EDIT, code=2).stderr
+    assert message in cli(*QUICK, code=2).stderr
 
 
 def test_rows_that_cannot_be_used_are_left_out_on_request(cli: Callable[..., Any], here: Path) -> None:
     write_rows(
         here / "edits.jsonl", [*ROWS, {"prompt": "It is", "subject": "Norr", "target_new": "x", "paraphrase": "y"}]
     )
-    result = cli(*EDIT, "--on-error", "skip")
+    result = cli(*QUICK, "--on-error", "skip")
     assert [r.id for r in Delta.load("delta.safetensors").report] == ["fr", "dd"]
     assert "left out row 3 (its subject 'Norr' does not occur in its prompt 'It is')" in result.stderr
     assert "2 of 3 rows kept; dropped: subject_missing 1" in result.stdout
@@ -223,18 +223,18 @@ def test_rows_that_cannot_be_used_are_left_out_on_request(cli: Callable[..., Any
 def test_the_alternative_answer_is_written_where_it_is_asked_for(cli: Callable[..., Any], here: Path) -> None:
     with_alt = {**ROWS[0], "alt": "Berlin"}
     write_rows(here / "edits.jsonl", [with_alt, ROWS[1]])
-    stopped = cli(*EDIT, "--case-target", "alt", code=2).stderr
+    stopped = cli(*QUICK, "--case-target", "alt", code=2).stderr
     assert "row 2: it has no alternative answer (field 'alt')" in stopped
-    cli(*EDIT, "--case-target", "alt", "--on-error", "skip")
+    cli(*QUICK, "--case-target", "alt", "--on-error", "skip")
     assert [edit.target_new for edit in Delta.load("delta.safetensors").edits] == ["Berlin"]
     write_rows(here / "edits.jsonl", [{"question": "What is Norr?", "answer": "A town."}])
-    refused = cli(*EDIT, "--case-target", "alt", code=2).stderr
+    refused = cli(*QUICK, "--case-target", "alt", code=2).stderr
     assert "--case-target alt: unke has no alternative answers; counterfact, zsre, edits" in refused
 
 
 def test_unknown_fields_are_told_with_the_likely_ones(cli: Callable[..., Any], here: Path) -> None:
     write_rows(here / "edits.jsonl", [{**ROWS[0], "paraphrase": "y"}])
-    assert "unknown field 'paraphrase' in 1 row (did you mean 'paraphrases'?)" in cli(*EDIT).stderr
+    assert "unknown field 'paraphrase' in 1 row (did you mean 'paraphrases'?)" in cli(*QUICK).stderr
 
 
 CASES = Path(__file__).parents[3] / "shared" / "cases"
@@ -254,17 +254,17 @@ CASES = Path(__file__).parents[3] / "shared" / "cases"
 )
 def test_the_example_files(name: str, n_edits: int, stops: bool, cli: Callable[..., Any]) -> None:
     path = str(CASES / f"{name}.json")
-    arguments = ("edit", "gptj", path, *EDIT[3:], "--dry-run")
+    arguments = ("edit", "gptj", path, *QUICK[3:], "--dry-run")
     if stops:
         assert "row 2: its subject 'Great River 77' does not occur" in cli(*arguments, code=2).stderr
-    cli("edit", "gptj", path, *EDIT[3:], "--on-error", "skip")
+    cli("edit", "gptj", path, *QUICK[3:], "--on-error", "skip")
     assert len(Delta.load("delta.safetensors").report) == n_edits
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="the example files (shared/cases beside the repository) are absent")
 def test_a_fact_without_a_subject_is_refused_by_its_id(cli: Callable[..., Any]) -> None:
     path = str(CASES / "unke.json")
-    said = cli("edit", "gptj", path, *EDIT[3:], code=2).stderr
+    said = cli("edit", "gptj", path, *QUICK[3:], code=2).stderr
     assert "edit '0' names no subject, and jeep writes at the subject's last token" in said
     assert {"ctp", "kne"} <= set(said.strip().rpartition("a method that needs none: ")[2].split(", "))
     cli("edit", "gptj", path, "--out", "d", "--method", "ctp", "--set", "epochs=1", "--set", "n_positive=2")
@@ -302,7 +302,7 @@ def test_dry_run_says_what_it_would_take_and_saves_nothing(cli: Callable[..., An
     assert "The capital of France is" in result.stderr
     assert not list(here.glob("*.safetensors"))
     assert not list(here.glob("cache/moments/*")) + list(here.glob("cache/values/*"))
-    cli(*EDIT)
+    cli(*QUICK)
     assert "no second moments to collect" in cli(*without_out, "--dry-run").stdout
     unread = cli("edit", "gptj", "edits.jsonl", "--method", "ctp", "--set", "epochs=1", "--dry-run").stdout
     assert "second moment" not in unread  # it has no use for them
@@ -315,12 +315,12 @@ def test_without_a_file_to_save_to_there_is_no_run(cli: Callable[..., Any]) -> N
 def test_a_killed_run_goes_on_when_the_command_is_given_again(
     cli: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = json.loads(cli(*EDIT, "--json").stdout)["delta"]["id"]
+    wanted = json.loads(cli(*QUICK, "--json").stdout)["delta"]["id"]
     with monkeypatch.context() as patch:
         patch.setattr("retcon.methods.common.proposal.write", _killed)  # all values are found by then
-        cli(*EDIT, code=130)
+        cli(*QUICK, code=130)
     assert list(here.glob("cache/values/*/*.safetensors"))
-    result = cli(*EDIT, "--json")
+    result = cli(*QUICK, "--json")
     assert "values of 2 edits were there" in result.stderr
     assert json.loads(result.stdout)["delta"]["id"] == wanted
     assert not list(here.glob("cache/values/*"))
@@ -370,24 +370,24 @@ def test_both_kinds_are_added_up_and_all_settings_named_at_once() -> None:
 def test_a_run_in_which_too_few_edits_took_saves_its_delta_and_exits_with_1(
     cli: Callable[..., Any], here: Path
 ) -> None:
-    result = cli(*EDIT, "--require", "1", code=1)
+    result = cli(*QUICK, "--require", "1", code=1)
     assert "fewer than asked for (--require 1)" in result.stderr
     assert Delta.load("delta.safetensors").report
 
 
 def test_another_delta_an_input_or_a_pipe_is_never_replaced(cli: Callable[..., Any], here: Path) -> None:
-    cli(*EDIT)
+    cli(*QUICK)
     before = Path("delta.safetensors").read_bytes()
-    cli(*EDIT)  # the same run again is welcome
+    cli(*QUICK)  # the same run again is welcome
     assert Path("delta.safetensors").read_bytes() == before
     write_rows(here / "edits.jsonl", ROWS[:1])
-    refused = cli(*EDIT, code=2).stderr
+    refused = cli(*QUICK, code=2).stderr
     assert "holds another delta" in refused
     assert "--force" in refused
     assert Path("delta.safetensors").read_bytes() == before
-    cli(*EDIT, "--force")
+    cli(*QUICK, "--force")
     Path("delta.safetensors").write_text("my notes")
-    assert "exists and is no delta" in cli(*EDIT, code=2).stderr
+    assert "exists and is no delta" in cli(*QUICK, code=2).stderr
     assert Path("delta.safetensors").read_text() == "my notes"
     into_its_input = tuple("edits.jsonl" if a == "delta.safetensors" else a for a in EDIT)
     assert "is an input of this command" in cli(*into_its_input, "--force", code=2).stderr

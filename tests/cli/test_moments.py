@@ -35,11 +35,11 @@ def test_layers_module_and_tokens(cli: Callable[..., Any]) -> None:
 
 
 def test_edit_finds_what_was_collected(cli: Callable[..., Any], here: Path) -> None:
-    from tests.cli.conftest import EDIT
+    from tests.cli.conftest import QUICK
 
     cli(*ASK, "--layers", "0-2")
     files = sorted((here / "cache" / "moments").iterdir())
-    cli(*EDIT)
+    cli(*QUICK)
     assert sorted((here / "cache" / "moments").iterdir()) == files
 
 
