@@ -37,6 +37,9 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+MODULES = {module_name(path) for path in FILES}
+
+
 def imports(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
     """Modules of retcon that a file imports, those under TYPE_CHECKING left out."""
     tree = ast.parse(path.read_text())
@@ -60,8 +63,7 @@ def imports(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
             if (node.module or "").split(".")[0] == "retcon":
                 for alias in node.names:
                     full = f"{node.module}.{alias.name}"
-                    is_module = any(module_name(f) == full for f in FILES)
-                    yield full if is_module or node.module == "retcon" else str(node.module)
+                    yield full if full in MODULES or node.module == "retcon" else str(node.module)
 
 
 def is_of_the_face(node: ast.AST) -> bool:
