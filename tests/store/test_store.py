@@ -297,6 +297,10 @@ def test_gc_removes_what_nothing_needs_and_says_so_later(store: Store, lm: LM, m
     with pytest.raises(MalformedFile, match=r"no such file; entry \w+ \(gc\) removed it"):
         store.checkout(lm, store.log()[1].id)
     lm.revert_all()
+    before = store.log()
+    with pytest.raises(MalformedFile, match=r"no such file; entry \w+ \(gc\) removed it"):
+        store.revert(before[-2].id)  # would bring back what is gone
+    assert store.log() == before
     store.gc(values=True)
     with pytest.warns(UserWarning, match="has no values in the store"):
         assert store.revert_fact(lm, "france", moments=moments).about["searched"] == 2

@@ -196,6 +196,7 @@ class Store(Contents):
 
         Raises:
             UnknownEntry: no such entry, or nothing of it is left to take back.
+            MalformedFile: a delta would come back whose file is missing; the message says why it can be.
         """
         with self._change() as change:
             entry, state = self.entry(name), self.state()
@@ -208,6 +209,9 @@ class Store(Contents):
                     sets[slot] = (held, before)
             if not sets:
                 raise UnknownEntry(f"entry {entry.id} ({entry.action}): nothing of it is in force; see `retcon log`")
+            for _, returning in sets.values():
+                if returning is not None:
+                    self.file(DELTAS, returning)  # or the state could not be rebuilt
             back = any(held is None for held, _ in sets.values())
             about = {"of": entry.id, **self._on_top(state, sets)}
             what = message or (f"restore what {entry.id} reverted" if back else f"revert {entry.id}: {entry.message}")
@@ -362,7 +366,8 @@ class Store(Contents):
             if not removed:
                 return [], 0
             n_bytes = sum((self.path / name).stat().st_size for name in removed)
-            change.commit("gc", f"remove {len(removed)} files", {}, about={"removed": removed}, remove=removed)
+            what = f"remove {len(removed)} file{'s' * (len(removed) != 1)}"
+            change.commit("gc", what, {}, about={"removed": removed}, remove=removed)
             return removed, n_bytes
 
     @contextmanager
