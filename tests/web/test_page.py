@@ -20,6 +20,10 @@ HOSTILE = '<img src=x onerror="document.title=1"> {} {{ 7*7 }} "\' is'
 SECONDS = 240_000
 """Milliseconds that a step may take on a busy machine."""
 
+UNNAMED = """[...document.querySelectorAll("input:not([type=hidden]), select, textarea, button, [tabindex]")]
+  .filter((e) => !(e.ariaLabel || e.textContent.trim() || (e.labels && e.labels.length))).map((e) => e.outerHTML)"""
+"""What a screen reader would have no name for."""
+
 
 class Served:
     """A page on a free port."""
@@ -30,7 +34,7 @@ class Served:
         lm = retcon.load("demo:gptj")
         self.lm = lm
         self.store = Store.init(folder / "edits", lm, model="demo:gptj")
-        self.session = Session(self.store, lambda: lm, "demo:gptj")
+        self.session = Session(self.store, lambda name: lm if name == "demo:gptj" else retcon.load(name), "demo:gptj")
         self.session.start()
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
@@ -103,6 +107,17 @@ def test_edit_look_undo_verify_export(served: Served, browser: Any, tmp_path: Pa
     second.locator("#state td", has_text="Norway").wait_for(timeout=SECONDS)
     assert second.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
+    page.get_by_label("Another answer to Geneva").fill("Brazil")
+    page.get_by_role("button", name="Amend Geneva").click()
+    assert "1 value searched" in wait_for_job(page, "amend")
+    second.locator("#state td", has_text="Brazil").wait_for(timeout=SECONDS)
+    page.get_by_label("One fact per line").fill("{} lies within the borders of | Geneva | Norway")
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.get_by_role("region", name="Conflicts").get_by_role("button", name="Amend").click()  # and back again
+    page.locator("#state td", has_text="Norway").wait_for(timeout=SECONDS)
+    assert page.get_by_role("region", name="Conflicts").count() == 0
+    assert page.evaluate(UNNAMED) == []
+
     page.get_by_role("button", name="Verify").click()
     assert "nothing broke" in wait_for_job(page, "verify")
     page.locator("#checks", has_text="1 of 1").wait_for(timeout=SECONDS)  # panels come one by one
@@ -140,6 +155,12 @@ def test_hostile_text_stays_text(served: Served, browser: Any) -> None:
     page.get_by_label("Prompt", exact=True).fill("<b>bold</b> {{ 7*7 }}")
     page.get_by_role("button", name="Ask").click()
     page.locator("#replies .prompt", has_text="<b>bold</b> {{ 7*7 }}").wait_for(timeout=SECONDS)
+    page.get_by_label("Settings over the preset's").fill("<u>low</u>=<script>document.title=3</script>")
+    page.get_by_role("combobox", name="Method").select_option("memit")
+    page.locator("#said-choose .bad", has_text="<u>low</u>").wait_for(timeout=SECONDS)
+    page.get_by_label("Model: a path").fill("<s>no model</s>")
+    page.get_by_role("button", name="Load").click()
+    assert "<s>no model</s>" in wait_for_job(page, "load", "failed")
     page.get_by_label("Folder").fill("<i>/\x00")
     page.get_by_role("button", name="Export", exact=True).click()
     wait_for_job(page, "export", "failed")
@@ -160,6 +181,26 @@ def test_a_map_chooses_a_layer(served: Served, browser: Any) -> None:
     page.locator("#draft code", has_text="low=(2,)").wait_for(timeout=SECONDS)
     served.session.settings = {}
     served.session.clear()
+
+
+def test_another_model_has_a_store_of_its_own(served: Served, browser: Any) -> None:
+    page = browser.new_context().new_page()
+    page.goto(f"{served.address}/?token=secret")
+    page.get_by_label("Model: a path").fill("demo:llama")
+    page.get_by_role("button", name="Load").click()
+    assert "edits-demo-llama" in wait_for_job(page, "load")
+    page.locator("#model", has_text="edits-demo-llama").wait_for(timeout=SECONDS)
+    page.locator("#state", has_text="the model is as it was").wait_for(timeout=SECONDS)
+    page.get_by_label("One fact per line").fill("{} lies within the borders of | Geneva | Norway")
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.locator("#draft td", has_text="Geneva").first.wait_for(timeout=SECONDS)
+    page.get_by_role("button", name="Dry run").click()
+    page.locator("#estimate", has_text="write at layer low").wait_for(timeout=SECONDS)
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_label("Model: a path").fill("demo:gptj")
+    page.get_by_role("button", name="Load").click()
+    page.locator("#model:not(:has-text('llama'))").wait_for(timeout=SECONDS)
+    assert served.session.store is served.store
 
 
 # --- without a browser -------------------------------------------------------------------------------------------

@@ -3,13 +3,16 @@
 import secrets
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from retcon.cli.shell import Device, DType, console, load_model, loads_a_model
 from retcon.errors import InvalidSetting, MissingPackage
+
+if TYPE_CHECKING:
+    from retcon.lm.model import LM
 
 
 @loads_a_model
@@ -51,7 +54,14 @@ def ui(
     lm = load_model(name, device=device, dtype=dtype)
     kept = Store(store) if there else Store.init(store, lm, model=name)
     kept.check_base(lm)
-    session = Session(kept, lambda: lm, name)
+    first = {name: lm}  # of which the page has others loaded as it is told to
+
+    def load(wanted: str) -> "LM":
+        from retcon.lm.load import load as load_lm
+
+        return first.pop(wanted, None) or load_lm(wanted, device=device, dtype=dtype)
+
+    session = Session(kept, load, name)
     session.start()
     token = secrets.token_urlsafe(16)
     shown = f"[{host}]" if ":" in host else host

@@ -166,12 +166,8 @@ class Store(Contents):
             InvalidEdit, ConflictingEdits: as `edit`.
         """
         check_edits([edit for case in cases for edit in case.edits])
-        live = self.facts()
-        ids = {line.fact for line in live}
-        asked: dict[tuple[str, str], tuple[str, Edit]] = {}
-        for line in live:
-            for edit in self.index.case(line).edits:
-                asked[same_question(edit)] = (line.fact, edit)
+        asked = self.questions()
+        ids = {line.fact for line in self.facts()}
         seen: set[str] = set()
         for case in cases:
             if not case.edits:
@@ -187,6 +183,10 @@ class Store(Contents):
                         f"{found[1].target_new!r}); change that one: retcon amend {found[0]} --target "
                         f"{edit.target_new!r}"
                     )
+
+    def questions(self) -> dict[tuple[str, str], tuple[str, Edit]]:
+        """The questions that facts in force answer (`same_question`): the fact that does, and its edit."""
+        return {same_question(edit): (line.fact, edit) for line in self.facts() for edit in self.index.case(line).edits}
 
     def revert(self, name: str, *, message: str = "") -> Entry:
         """Take back an entry: its deltas go out of force, or come back where it had reverted them.

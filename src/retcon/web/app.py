@@ -27,7 +27,7 @@ from retcon.web.session import Session
 STATIC = Path(__file__).with_name("static")
 COOKIE = "retcon-token"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PANELS = ("job", "draft", "state", "replies", "checks", "maps", "commands")
+PANELS = ("model", "job", "draft", "state", "replies", "checks", "maps", "commands")
 MAX_BODY = 2**23
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
@@ -172,6 +172,8 @@ ACTIONS: dict[str, Callable[[Session, dict[str, str]], str | None]] = {
     "clear": lambda session, form: session.clear(),
     "choose": _choose,
     "layer": _layer,
+    "model": lambda session, form: _started(session.choose_model(form.get("model", ""))),
+    "amend": lambda session, form: _started(session.amend(form.get("fact", ""), form.get("target", ""))),
     "dry-run": lambda session, form: _started(session.dry_run()),
     "edit": lambda session, form: _started(session.edit()),
     "cancel": lambda session, form: session.cancel(),

@@ -4,6 +4,7 @@ Every browser sees the same session. Methods that begin with a verb submit a job
 """
 
 import queue
+import re
 import shlex
 import threading
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from retcon.edits import Case, Edit
+from retcon.edits import Case, Edit, same_question
 from retcon.errors import InvalidSetting, RetconError
 from retcon.store import Entry, Store
 
@@ -76,6 +77,17 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Conflict:
+    """A fact that was to be added, and the one in force that answers the same question with something else."""
+
+    fact: str
+    """Id of the one in force."""
+    prompt: str
+    now: str
+    wanted: str
+
+
+@dataclass(frozen=True)
 class LayerMap:
     """Values per row and layer, for a map whose cells can be chosen."""
 
@@ -94,14 +106,19 @@ class Session:
     """One model, its store, and what was done to them from the page."""
 
     store: Store
-    load: "Callable[[], LM]"
+    load: "Callable[[str], LM]"
+    """Loads a model by its name; called in the model's thread."""
     model: str
     draft: list[Case] = field(default_factory=list)
     """Facts that are about to be edited."""
+    conflicts: list[Conflict] = field(default_factory=list)
+    """Facts that were left out of the draft, since one in force answers their question."""
     method: str = "jeep"
     settings: dict[str, Any] = field(default_factory=dict)
     """Over the preset's."""
     estimate: "Estimate | None" = None
+    layers: str = ""
+    """Where the edit that was estimated would be written."""
     verification: "Verification | None" = None
     replies: list[Reply] = field(default_factory=list)
     maps: list[LayerMap] = field(default_factory=list)
@@ -119,6 +136,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self._queue: queue.Queue[Job | None] = queue.Queue()
+        self._stores = {self.model: self.store}
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._lm: LM | None = None
 
@@ -139,7 +157,7 @@ class Session:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                self._lm = self.load()
+                self._lm = self.load(self.model)
                 self.store.check_base(self._lm)
                 self.about, self.n_layers = str(self._lm), self._lm.n_layers
             except (RetconError, OSError) as error:
@@ -215,8 +233,10 @@ class Session:
     def add_facts(self, text: str) -> str:
         """Add facts to the draft: JSON lines, a JSON list, CSV, or lines `prompt | subject | answer`.
 
+        Those whose question a fact in force answers otherwise become `conflicts`, to be amended.
+
         Raises:
-            RetconError: the text cannot be read, or a fact contradicts one that is there.
+            RetconError: the text cannot be read, or a fact contradicts another one of the draft.
         """
         from retcon.workflow import read_facts
 
@@ -237,16 +257,63 @@ class Session:
                     cases = list(read_facts(path).cases)
                 except RetconError as error:
                     raise type(error)(str(error).replace(str(path), "the facts")) from None
-        self.store.check_new_facts([*self.draft, *cases])
-        self.draft = [*self.draft, *cases]
+        fresh, conflicts, n_known = [], [], 0
+        answered = self.store.questions()
+        for case in cases:
+            clash = next(((answered[q], e) for e in case.edits if (q := same_question(e)) in answered), None)
+            if clash is None:
+                fresh.append(case)
+            elif clash[0][1].target_new == clash[1].target_new:
+                n_known += 1
+            else:
+                (fact, held), edit = clash
+                conflicts.append(Conflict(fact, held.text, held.target_new, edit.target_new))
+        self.store.check_new_facts([*self.draft, *fresh])
+        self.draft, self.conflicts = [*self.draft, *fresh], [*self.conflicts, *conflicts]
         self.estimate = None
         self.changed()
-        return f"{len(cases)} fact{'s' * (len(cases) != 1)} added"
+        said = [f"{len(fresh)} fact{'s' * (len(fresh) != 1)} added"]
+        said += [f"{n_known} in force already"] * bool(n_known)
+        said += [f"{len(conflicts)} contradict what is in force"] * bool(conflicts)
+        return "; ".join(said)
 
     def clear(self) -> None:
         """Empty the draft."""
-        self.draft, self.estimate = [], None
+        self.draft, self.conflicts, self.estimate = [], [], None
         self.changed()
+
+    def choose_model(self, name: str) -> Job:
+        """Load another model, with the store that is beside this one's; what fails leaves everything as it is.
+
+        A store holds the edits of one model. Another model's is `STORE-MODEL`, made where there is none.
+        """
+
+        def run(lm: "LM", job: Job) -> str:
+            if not name.strip():
+                raise InvalidSetting("name a model: a folder, a hub id, or demo:gptj")
+            self.heard(job)("loading", 0, 0)
+            new = self.load(name.strip())
+            store = self._store_of(new, name.strip())
+            self._lm, self.store, self.model = new, store, name.strip()
+            self.about, self.n_layers = str(new), new.n_layers
+            self.settings, self.conflicts, self.maps, self.replies = {}, [], [], []
+            self.estimate = self.verification = self.viewing = None
+            return f"edits go to {store.path}"
+
+        return self.submit("load", run)
+
+    def _store_of(self, lm: "LM", name: str) -> Store:
+        from retcon.store.contents import CONFIG
+
+        for store in self._stores.values():
+            if store.base == lm.fingerprint():
+                return store
+        first = next(iter(self._stores.values())).path
+        path = first.with_name(f"{first.name}-{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-.')}")
+        store = Store(path) if (path / CONFIG).is_file() else Store.init(path, lm, model=name)
+        store.check_base(lm)
+        self._stores[name] = store
+        return store
 
     def choose(self, method: str, settings: Sequence[str]) -> None:
         """Choose a method and settings over the preset's, each `field=value`.
@@ -299,6 +366,7 @@ class Session:
             with self.store.at(lm):
                 resolved = self._resolved(lm)
                 edits = [edit for case in self.draft for edit in case.edits]
+                self.layers = _layers(resolved.settings)
                 self.estimate = estimate(lm, resolved, edits, moments=needed_moments(lm, resolved.method))
             return f"about {self.estimate.edit_seconds:.1f} s for {len(edits)} edits"
 
@@ -389,9 +457,23 @@ class Session:
             )
             self.verification = None
             self._typed(f"revert --fact {shlex.quote(fact)} --store {self._store_word}")
-            return f"{entry.message}; {entry.about.get('searched', 0)} values searched"
+            return _searched(entry)
 
         return self.submit("revert fact", run)
+
+    def amend(self, fact: str, target: str) -> Job:
+        """Give a fact in force another answer; its batch is written again."""
+
+        def run(lm: "LM", job: Job) -> str:
+            from retcon.workflow import moments_for
+
+            entry = self.store.amend(lm, fact, target.strip(), moments=moments_for(lm), progress=self.heard(job))
+            self.conflicts = [c for c in self.conflicts if c.fact != fact]
+            self.verification = None
+            self._typed(f"amend {shlex.quote(fact)} --target {shlex.quote(target.strip())} --store {self._store_word}")
+            return _searched(entry)
+
+        return self.submit("amend", run)
 
     def view(self, entry: str | None) -> None:
         """Show the state after an entry; None: the last one's.
@@ -483,6 +565,23 @@ class Session:
             return f"wrote {folder}: {made.n_bytes:,} bytes"
 
         return self.submit("export", run)
+
+
+def _searched(entry: Entry) -> str:
+    n = entry.about.get("searched", 0)
+    return f"{entry.message}; {n} value{'s' * (n != 1)} searched"
+
+
+def _layers(settings: Mapping[str, Any]) -> str:
+    """The layers that a method's settings name."""
+    named = {name: settings.get(name) for name in ("layer", "layers", "low", "high")}
+    parts = []
+    for name, value in named.items():
+        if isinstance(value, list | tuple | range) and value:
+            parts.append(f"{name + ' ' if name in ('low', 'high') else ''}{', '.join(map(str, value))}")
+        elif isinstance(value, int):
+            parts.append(str(value))
+    return "; ".join(parts)
 
 
 def _from_line(line: str, number: int) -> Case:

@@ -11,6 +11,8 @@ document.getElementById("file").addEventListener("change", async (event) => {
 document.body.addEventListener("htmx:afterRequest", (event) => {
   const form = event.target.closest("form");
   if (form && event.detail.successful && event.target === form && !form.querySelector(".said .bad")) {
-    for (const name of ["facts"]) if (form.elements[name]) form.elements[name].value = "";
+    for (const name of ["facts", "target"]) {
+      if (form.elements[name] && form.elements[name].type !== "hidden") form.elements[name].value = "";
+    }
   }
 });
