@@ -41,7 +41,7 @@ smollm: $(VENV)/.ready  ## SmolLM2-135M-Instruct, a real pretrained model, into 
 WORLDS := gpt2 qwen2 qwen3-chat dots1
 WORLD_TOKENS ?= 3000000
 CHAT_TOKENS ?= 4500000
-MIXTURE_TOKENS ?= 1500000
+MIXTURE_TOKENS ?= 3000000
 WORLD_THREADS ?= 1
 worlds: $(WORLDS:%=.cache/worlds/%/card.json)  ## small models of other families that know the embedded world
 .cache/worlds/gpt2/card.json: WORLD = --model-type gpt2 --tokens $(WORLD_TOKENS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retcon.errors import InvalidSetting
-from retcon.evaluation.drift import divergence, next_token_divergence, perplexity, windows
+from retcon.evaluation.drift import divergence, next_token_divergence, perplexity, routing_overlap, windows
 from retcon.lm.model import LM
 from tests.evaluation.test_measure import bump
 
@@ -70,3 +70,31 @@ def test_the_same_model_does_not_diverge_and_an_edited_one_does(tiny: Make) -> N
     lm.apply(delta)
     again = next_token_divergence(lm, prompts, lm.without_deltas, nullcontext)
     assert again == pytest.approx(found, abs=1e-5)
+
+
+def test_routing_overlap_is_that_of_each_token_routed_by_hand(tiny: Make) -> None:
+    lm = tiny("mixtral")
+    prompts = ["The capital of France is", "I read. The train stood still and", "You know"]
+    same = routing_overlap(lm, prompts, nullcontext, nullcontext)
+    assert same == dict.fromkeys(range(lm.n_layers), 1.0)
+    site = lm.site(1, "o_proj")
+    delta = lm.delta({site.name: [site.stored_dense(3 * torch.eye(lm.d_model, dtype=torch.float64))]})
+    found = routing_overlap(lm, prompts, nullcontext, lambda: lm.edited(delta), rows_at_a_time=2)
+    assert found[0] == 1.0
+    assert min(found.values()) < 1.0
+
+    def experts(layer: int, text: str) -> list[set[int]]:
+        seen: list[torch.Tensor] = []
+        handle = lm.experts(layer).register_forward_hook(lambda _, args, out: seen.append(args[1]))
+        with torch.no_grad():
+            lm.model(torch.tensor([lm.encode(text).ids]))
+        handle.remove()
+        return [set(row.tolist()) for row in seen[0]]
+
+    for layer in range(lm.n_layers):
+        old = [s for text in prompts for s in experts(layer, text)]
+        with lm.edited(delta):
+            new = [s for text in prompts for s in experts(layer, text)]
+        shares = [len(a & b) / len(a | b) for a, b in zip(old, new, strict=True)]
+        assert found[layer] == pytest.approx(sum(shares) / len(shares))
+    assert routing_overlap(tiny("llama"), prompts, nullcontext, nullcontext) == {}

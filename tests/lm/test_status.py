@@ -27,7 +27,7 @@ def test_every_family_was_verified_and_passes() -> None:
     for version, families in status.read_status().items():
         assert set(families) == {*FAMILIES, *UNLIKE, *WRAPPERS} == {*set(LAYOUTS) - set(WRAPPED), *WRAPPERS}
         for model_type, dtypes in families.items():
-            assert "float32" in dtypes, (version, model_type)
+            assert set(dtypes) == set(verify.DTYPES), (version, model_type)
             for found in dtypes.values():
                 assert not found["failed"], (version, model_type, found)
                 assert {"layout", "orientation", "undo", "save"} <= set(found["passed"]), (version, model_type)

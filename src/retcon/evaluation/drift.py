@@ -1,20 +1,22 @@
-"""How far a model's language has moved: perplexity of held-out text, and divergence of next-token distributions."""
+"""How far a model has moved: perplexity of held-out text, divergence of next-token distributions, experts' routing."""
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from retcon.chat import Chat
 from retcon.errors import InvalidSetting
 from retcon.evaluation.score import score_rows
-from retcon.lm.forward import next_log_probs
+from retcon.lm.experts import routing_similarity
+from retcon.lm.forward import Point, next_log_probs, run
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, encode
+from retcon.lm.prompts import Batch, Row, encode, pad
 
 WINDOW = 1024
 """Tokens of a window at most; a model's context where that is shorter."""
@@ -103,6 +105,47 @@ def next_token_divergence(
             new = _next_logp(lm, [rows[i] for i in part])
         found |= dict(zip(part, divergence(old, new).tolist(), strict=True))
     return [found[i] for i in range(len(rows))]
+
+
+def routing_overlap(
+    lm: LM, prompts: Sequence[str], before: Scope, after: Scope, *, rows_at_a_time: int = 128
+) -> dict[int, float]:
+    """Return, for each layer with routed experts, how many of a token's experts are the same in both states.
+
+    Mean over the tokens of `prompts` of |S and S'| / |S or S'|, S the experts that the token is routed to: 1 where
+    nothing changed. Empty for a model without routed experts.
+    """
+    layers = [layer for layer, kind in enumerate(lm.kinds) if kind.experts is not None]
+    rows = sorted((encode(lm.tokenizer, prompt) for prompt in prompts), key=lambda row: len(row.ids))
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for start in range(0, len(rows) if layers else 0, rows_at_a_time):
+        batch = pad(rows[start : start + rows_at_a_time], lm.device)
+        with before():
+            old = _routes(lm, batch, layers)
+        with after():
+            new = _routes(lm, batch, layers)
+        for layer in layers:
+            found[layer].append(routing_similarity(old[layer], new[layer]).double().cpu())
+    return {layer: float(torch.cat(parts).mean()) for layer, parts in found.items()}
+
+
+def _routes(lm: LM, batch: Batch, layers: Sequence[int]) -> dict[int, Int[Tensor, "tokens top_k"]]:
+    """Which experts each token of the rows is routed to; padding left out."""
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _, index, _ = (*args, *kwargs.values())
+            found[layer] = index[batch.mask.flatten().to(index.device)]
+
+        return hook
+
+    with ExitStack() as hooks, lm.frozen_eval(), torch.inference_mode():
+        for layer in layers:
+            handle = lm.experts(layer).register_forward_pre_hook(keep(layer), with_kwargs=True)
+            hooks.callback(handle.remove)
+        run(lm, batch, {Point(lm.n_layers - 1, "block"): lambda value: None})
+    return found
 
 
 def divergence(old: Float[Tensor, "n vocab"], new: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:

@@ -1,0 +1,108 @@
+"""Editing a mixture of experts: through its routed experts, or through the shared expert alone.
+
+    python -m benchmarks.mixture --model .cache/worlds/dots1        # make worlds
+    python -m benchmarks.mixture --model demo:llama --mlp dense     # a dense world beside it
+
+`--n` facts of the embedded world in one batch, settings by the rule for models without a preset. Of a world that some
+facts were left out of, those are neither edited nor measured. One line of JSON per
+method and choice of MLP, with Score, ES, GS, LS (`cf.prob_mean`), how many edits the edited model says first, seconds
+(moments left out), and how many of a token's experts are the same as before: on the prompts of the edits, on those of
+their neighbours, on plain text (mean over the layers above the first edited one, and the lowest layer).
+"""
+
+import argparse
+import json
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import retcon
+from benchmarks.common import add_places, cases_of, machine, moments_of
+from retcon import world
+from retcon.delta import Delta
+from retcon.edits import Case
+from retcon.errors import RetconWarning
+from retcon.evaluation import evaluate
+from retcon.evaluation.drift import routing_overlap
+from retcon.lm.model import LM
+from retcon.methods.common import registry
+
+METHODS = ("memit", "jeep")
+N_TEXTS = 100
+N_WORLD = 1500
+"""Cases that are drawn, for `--n` of them to be among what the model knows."""
+
+
+def overlaps(lm: LM, cases: list[Case], delta: Delta, first: int) -> dict[str, list[float]]:
+    """Mean and lowest routing overlap of the layers above `first`, per kind of prompt."""
+    prompts = {
+        "edits": [case.edits[0].text for case in cases],
+        "neighbours": [q.prompt for case in cases for q in case.queries if q.axis == "neighborhood"],
+        "text": world.text(N_TEXTS, seed=7),
+    }
+    found = {}
+    for kind, texts in prompts.items():
+        shares = routing_overlap(lm, texts, nullcontext, lambda: lm.edited(delta))
+        above = [share for layer, share in shares.items() if layer > first]
+        found[kind] = [round(sum(above) / len(above), 3), round(min(above), 3)]
+    return found
+
+
+def known(cases: list[Case], model: str) -> list[Case]:
+    """Leave out what a world's `left_out.json` says it never read: cases, and queries of others."""
+    file = Path(model) / "left_out.json"
+    if not file.is_file():
+        return cases
+    gone = {subject for subject, *_ in json.loads(file.read_text())}
+    return [
+        replace(case, queries=tuple(q for q in case.queries if not any(subject in q.prompt for subject in gone)))
+        for case in cases
+        if case.edits[0].subject not in gone
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_places(parser)
+    parser.add_argument("--n", type=int, default=100, help="cases")
+    parser.add_argument("--mlp", nargs="+", default=["experts", "dense"], help="dense is the shared expert")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore", RetconWarning)
+    print(f"# {machine()}", flush=True)
+    lm = retcon.load(asked.model)
+    registry.preset_for = lambda *_, **__: None  # type: ignore[assignment]  # a dense world's too: one rule for all
+    moments = moments_of(lm, asked.corpus)
+    cases = known(cases_of(asked.data, asked.start, N_WORLD, asked.seed), asked.model)[: asked.n]
+    edits = [case.edits[0] for case in cases]
+    for name in asked.methods:
+        for mlp in asked.mlp:
+            chosen = registry.choose(name, for_model=lm, cases=cases, mlp=mlp)
+            chosen.method.propose(lm, edits[:1], moments=moments, seed=asked.seed)  # moments are made, untimed
+            started = time.perf_counter()
+            delta = chosen.method.propose(lm, edits, moments=moments, seed=asked.seed)
+            seconds = time.perf_counter() - started
+            summary = evaluate(lm, cases, delta=delta, generate=False).summary()
+            settings = {f: getattr(chosen.method, f) for f in ("layers", "low", "high") if hasattr(chosen.method, f)}
+            first = min(layer for layers in settings.values() for layer in layers)
+            routed = any(kind.experts for kind in lm.kinds)
+            scores = {metric: summary[metric].post for metric in ("Score", "ES", "GS", "LS")}
+            line = {
+                "model": lm.label,
+                "method": name,
+                "mlp": mlp,
+                "n": len(cases),
+                **{metric: post and post.percent() for metric, post in scores.items()},
+                "first": sum(bool(report.greedy_match) for report in delta.report),
+                "routing": overlaps(lm, cases, delta, first) if routed else {},
+                "seconds": round(seconds, 1),
+                "settings": settings,
+                "notes": chosen.notes,
+            }
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()
