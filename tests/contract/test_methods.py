@@ -57,6 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Settings that make sense for four random layers of width 32."""
 TRAINED: dict[str, dict[str, Any]] = {
+    "malmen": dict(layers=(2, 3), normalise=False, step_size=1e-3),
     "mend": dict(layers=(2, 3), normalise=False, step_size=1e-2),
 }
 """Methods with an editor, and what it is like: an untrained one takes a gradient step, enough for the contract."""
@@ -74,14 +75,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*a norm stands between"),
 ]
 
-SEEDLESS = {"ctp", "kne", "ft", "ft_l", "ft_m", "ft_wd", "full_c", "mend"}
+SEEDLESS = {"ctp", "kne", "ft", "ft_l", "ft_m", "ft_wd", "full_c", "malmen", "mend"}
 """Methods that draw nothing for a single edit, so that every seed gives the same delta."""
 
 ONE_OF_EACH_CLASS = ("jeep", "kne", "rect", "rome")
 """Two groups of layers, masked tuning, a wrapper, one fact: what the families outside `CORE` are tried with, and those
 outside `EVERYDAY` in `make test`."""
 EVERYDAY = ("gpt2", "llama")
-UNSEARCHED = {"kn", "mend"}
+UNSEARCHED = {"kn", "malmen", "mend"}
 """Methods that search nothing: whether an edit takes on a random model is chance."""
 
 EVERYWHERE = [

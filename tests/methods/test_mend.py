@@ -114,7 +114,7 @@ def test_nothing_diverges_where_nothing_changes(tiny, edits):
     lm = tiny("llama")
     with lm.frozen_eval():
         facts = drawn(lm, edits)
-        nll, kl = outer_losses(lm, facts, base_log_probs(lm, facts), [])
+        nll, kl = outer_losses(lm, facts, base_log_probs(lm, facts, "answers"), [], "answers")
     assert_close(kl, torch.zeros(len(edits), dtype=torch.float64), atol=1e-12, rtol=0)
     assert (nll > 0).all()
 

@@ -168,7 +168,7 @@ class Mend(HypernetworkSettings):
             left = delta_new * not_zero(u, delta)[..., None]
             right = self.sign * network.step_sizes[i] * u_new
             parts.append(LowRankByRow(site, torch.cat([left, left]), torch.cat([right, right])))
-        nll, kl = outer_losses(lm, drawn, base_log_probs(lm, drawn), parts)
+        nll, kl = outer_losses(lm, drawn, base_log_probs(lm, drawn, "everywhere"), parts, "everywhere")
         return self.edit_weight * nll.mean() + self.locality_weight * kl.mean()
 
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from retcon.checked import Kind, read_checked, write_checked
 from retcon.edits import Case, case_record, check_edits
 from retcon.errors import InvalidSetting, MalformedFile, WrongBase
 from retcon.lm.batches import in_batches
-from retcon.lm.forward import gold, input_rows, log_probs, logits_at
+from retcon.lm.forward import answer_places, gold, input_rows, log_probs, logits_at
 from retcon.lm.model import LM, Site, SiteName
 from retcon.lm.prompts import Row, encode, pad
 from retcon.locate.gradients import catch
@@ -219,32 +219,39 @@ def with_a_piece(_: Sequence[Row], u: Tensor, delta: Tensor) -> Tensor:
     return not_zero(u, delta)
 
 
-def every_place(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """(row, position) of every token of these rows."""
+Where = Literal["everywhere", "answers"]
+"""After which tokens of a prompt that should stay the model is compared with itself: all, or those that predict its
+answer."""
+
+
+def compared_places(rows: Sequence[Row], where: Where) -> tuple[Tensor, Tensor]:
+    """(row, position) of every token of these rows after which the model is compared."""
+    if where == "answers":
+        return answer_places(rows)
     at = [(i, t) for i, row in enumerate(rows) for t in range(len(row.ids))]
     return torch.tensor([i for i, _ in at]), torch.tensor([t for _, t in at])
 
 
 @torch.no_grad()
-def base_log_probs(lm: LM, drawn: Sequence[Drawn]) -> Float[Tensor, "n vocab"]:
-    """What the model says after every token of the prompts that should stay."""
+def base_log_probs(lm: LM, drawn: Sequence[Drawn], where: Where) -> Float[Tensor, "n vocab"]:
+    """What the model says in the prompts that should stay."""
     others = [d.other for d in drawn]
-    return log_probs(logits_at(lm, pad(others, lm.device), every_place(others)))
+    return log_probs(logits_at(lm, pad(others, lm.device), compared_places(others, where)))
 
 
 def outer_losses(
-    lm: LM, drawn: Sequence[Drawn], base: Float[Tensor, "n vocab"], parts: Sequence[Part]
+    lm: LM, drawn: Sequence[Drawn], base: Float[Tensor, "n vocab"], parts: Sequence[Part], where: Where
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """The outer losses of each example with `parts` attached, from one pass over 2 batch rows, rephrasings first.
 
     Returns:
-        The mean negative log-likelihood of the answer after the rephrasing; and the mean over the other prompt's tokens
-        of KL(p_W || p_W'), in nats.
+        The mean negative log-likelihood of the answer after the rephrasing; and the mean of KL(p_W || p_W') over the
+        other prompt's places, in nats.
     """
     asked, others = [d.rephrasing for d in drawn], [d.other for d in drawn]
     rows = [*input_rows(asked), *others]
     answers = [(i, row.n_prompt - 1 + j) for i, row in enumerate(asked) for j in range(len(row.target_ids))]
-    at, positions = every_place(others)
+    at, positions = compared_places(others, where)
     first = torch.tensor([i for i, _ in answers])
     places = torch.cat([first, at + len(asked)]), torch.cat([torch.tensor([t for _, t in answers]), positions])
     with attached(parts):

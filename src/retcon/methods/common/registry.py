@@ -34,6 +34,7 @@ METHODS = {
     "kn": "retcon.methods.kn:Kn",
     "kne": "retcon.methods.kne:Kne",
     "lora": "retcon.methods.lora:Lora",
+    "malmen": "retcon.methods.malmen:Malmen",
     "memit": "retcon.methods.memit:Memit",
     "mend": "retcon.methods.mend:Mend",
     "pmet": "retcon.methods.pmet:Pmet",

@@ -1,0 +1,250 @@
+"""MALMEN: every token of every edit proposes a new value, and one ridge regression merges thousands of them.
+
+Tan et al. 2024, arXiv:2311.04661, sections 3 and 4; symbols as there. Departures: docs/methods/malmen.md.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retcon.delta import Change, Delta
+from retcon.edits import Case, Edit, check_edits
+from retcon.lm.batches import MAX_BATCH_TOKENS
+from retcon.lm.model import LM, Site
+from retcon.lm.prompts import Row
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import Moments
+from retcon.memory.values import ValueCache
+from retcon.methods.common.contract import Progress, State, check_not_negative, recorded, silent
+from retcon.methods.common.hypernetwork import (
+    Drawn,
+    HypernetworkSettings,
+    base_log_probs,
+    fit_editor,
+    gather_pieces,
+    load_editor,
+    outer_losses,
+)
+from retcon.methods.common.proposal import reported
+from retcon.training.hypernetwork import Hypernetwork
+from retcon.training.objective import answer_rows
+from retcon.training.parts import TrainedDense
+
+EPS = torch.finfo(torch.float32).eps
+"""Added to deviations that are divided by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Malmen(HypernetworkSettings):
+    """Massive language model editing network."""
+
+    name: ClassVar[str] = "malmen"
+
+    modules: tuple[str, ...] = ("down_proj",)
+    batch_size: int = 512
+    """Edits of a training step, which are written together."""
+    n_validation: int = 512
+    """Cases to validate with, which are not trained on; a fifth of the cases at most."""
+    step_size: float = 1e-6
+    """Where eta starts, which is learned for each matrix."""
+    learning_rate: float = 1e-5
+    """Adam's, for everything."""
+    locality_weight: float = 1.0
+    """Weight of the divergence on prompts that should stay."""
+    clip: float = 1.0
+    """Largest norm of a gradient."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative(self, "learning_rate", "locality_weight", "clip")
+
+    def propose(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        *,
+        contexts: Contexts | None = None,
+        moments: Moments | None = None,
+        state: State | None = None,
+        values: ValueCache | None = None,
+        keep_values: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Delta:
+        """The change that writes `edits` as one batch; the model is untouched.
+
+        Only the editor is used: nothing is searched, drawn or kept.
+
+        Raises:
+            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
+            InvalidSetting: no editor is named.
+            MalformedFile, WrongBase: the editor cannot be read, or is another model's.
+        """
+        check_edits(edits)
+        method, editor = load_editor(self, lm, untrained)
+        for site in editor.sites:
+            lm.check_editable(site.name)
+        record = recorded(method, lm, edits, seed=seed, editor_sha256=editor.sha256)
+        if not edits:
+            return lm.delta({}, **record)
+        changes: dict[str, list[Change]] = {}
+        with lm.frozen_eval(), torch.no_grad():
+            found = gather_pieces(lm, editor.sites, answer_rows(lm, edits), at_answers)
+            for i, (site, (u, delta)) in enumerate(zip(editor.sites, found, strict=True)):
+                v, ridge = value_differences(editor.network, i, u, delta), editor.network.log_ridge[i].exp()
+                if len(u) < u.shape[1]:  # S^T = X^T K, kept as factors
+                    change = site.stored(dual_shift(u, v, ridge).T.cpu(), u.cpu())
+                else:
+                    change = site.stored_dense(shift(u, v, ridge).T.contiguous().cpu())
+                changes.setdefault(site.name, []).append(change)
+                (progress or silent)("matrices", i + 1, len(found))
+        return reported(lm, lm.delta(changes, **record))
+
+    def fit(
+        self,
+        lm: LM,
+        cases: Sequence[Case],
+        out: str | Path,
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Path:
+        """Train an editor for the model on cases other than those to be edited, and write it to `out` (algorithm 1).
+
+        Each step writes `batch_size` edits together. The gradient goes through the regression by hand (section 4.2).
+
+        Raises:
+            InvalidSetting: too few cases, or a layer that the model does not have.
+            OutOfMemory: networks, gradients and Adam's moments do not fit.
+            NonFinite: the loss overflows.
+        """
+        sites = self.sites(lm)
+        for site in sites:
+            lm.check_editable(site.name)
+        network = untrained(self, lm, sites, seed)
+        optimizers = [torch.optim.Adam(network.parameters(), lr=self.learning_rate)]
+
+        def gradient(drawn: Sequence[Drawn]) -> float:
+            return self.backward(lm, network, sites, drawn)
+
+        @torch.no_grad()
+        def loss(drawn: Sequence[Drawn]) -> float:
+            return self.outer_step(lm, sites, self.shifts(lm, network, sites, drawn)[1], drawn, backward=False)
+
+        return fit_editor(
+            self, lm, cases, out, network, optimizers, gradient, loss, clip=self.clip, seed=seed, progress=progress
+        )
+
+    def backward(self, lm: LM, network: Hypernetwork, sites: Sequence[Site], drawn: Sequence[Drawn]) -> float:
+        """Add the gradient of the outer loss to the network's parameters; keys are constants. Returns the loss."""
+        found, parts = self.shifts(lm, network, sites, drawn)
+        loss = self.outer_step(lm, sites, parts, drawn, backward=True)
+        to_ridge = torch.zeros_like(network.log_ridge)
+        for i, ((u, delta), part) in enumerate(zip(found, parts, strict=True)):
+            assert part.values.grad is not None
+            v = value_differences(network, i, u, delta)
+            to_v, to_ridge[i] = shift_gradients(u, v.detach(), network.log_ridge[i].detach(), part.values.grad.T)
+            (to_v * v).sum().backward()
+        network.log_ridge.grad = to_ridge
+        return loss
+
+    def shifts(
+        self, lm: LM, network: Hypernetwork, sites: Sequence[Site], drawn: Sequence[Drawn]
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[TrainedDense]]:
+        """The edits' pieces (u, delta) at each matrix, and S^T as a leaf that a gradient can be taken at."""
+        found = gather_pieces(lm, sites, [d.edit for d in drawn], at_answers)
+        for i, (u, delta) in enumerate(found):
+            network.network(i).observe(u, delta)
+        parts = []
+        with torch.no_grad():
+            for i, (site, (u, delta)) in enumerate(zip(sites, found, strict=True)):
+                s = shift(u, value_differences(network, i, u, delta), network.log_ridge[i].exp())
+                parts.append(TrainedDense(site, s.T.contiguous().requires_grad_()))
+        return found, parts
+
+    def outer_step(
+        self, lm: LM, sites: Sequence[Site], parts: Sequence[TrainedDense], drawn: Sequence[Drawn], *, backward: bool
+    ) -> float:
+        """The mean over examples of NLL on the rephrasing plus weighted KL at the answer that should stay."""
+        total = 0.0
+        for group in in_groups(drawn):
+            nll, kl = outer_losses(lm, group, base_log_probs(lm, group, "answers"), parts, "answers")
+            loss = (nll + self.locality_weight * kl).sum() / len(drawn)
+            if backward:
+                loss.backward()
+            total += float(loss.detach())
+        return total
+
+
+def untrained(method: Malmen, lm: LM, sites: Sequence[Site], seed: int = 0) -> Hypernetwork:
+    """An editor that leaves normalised pieces as they are."""
+    return Hypernetwork(
+        [(site.weight.shape[1], site.weight.shape[0]) for site in sites],
+        step_size=method.step_size,
+        with_ridge=True,
+        rank=method.rank,
+        n_blocks=method.n_blocks,
+        scale_at="outside",
+        normalise=method.normalise,
+        eps=EPS,
+        dtype=torch.promote_types(lm.dtype, torch.float32),
+        seed=seed,
+    ).to(lm.device)
+
+
+def at_answers(rows: Sequence[Row], u: Tensor, delta: Tensor) -> Tensor:
+    """The (batch, seq) mask of the tokens that predict answer tokens."""
+    mask = torch.zeros(u.shape[:2], dtype=torch.bool, device=u.device)
+    for r, row in enumerate(rows):
+        mask[r, row.n_prompt - 1 : len(row.ids) - 1] = True
+    return mask
+
+
+def in_groups(drawn: Sequence[Drawn]) -> Iterator[Sequence[Drawn]]:
+    """The examples in groups that are one pass each."""
+    longest = max(len(row.ids) for d in drawn for row in (d.rephrasing, d.other))
+    size = max(1, MAX_BATCH_TOKENS // (2 * longest))
+    return (drawn[i : i + size] for i in range(0, len(drawn), size))
+
+
+def value_differences(
+    network: Hypernetwork, i: int, u: Float[Tensor, "n in"], delta: Float[Tensor, "n out"]
+) -> Float[Tensor, "n out"]:
+    """d = -eta (u . u~) delta~ of each token: what the step -eta delta~ u~^T would do to its own key (equation 3)."""
+    u_new, delta_new = network.transform(i, u, delta)
+    return -network.step_sizes[i] * (u * u_new).sum(-1, keepdim=True) * delta_new
+
+
+def shift(k: Float[Tensor, "n in"], v: Float[Tensor, "n out"], ridge: Tensor) -> Float[Tensor, "in out"]:
+    """S = argmin ||K S - V||^2 + lambda ||S||^2, by the smaller of its two systems, in float64 (equation 4)."""
+    if len(k) < k.shape[1]:
+        return k.T @ dual_shift(k, v, ridge)
+    return _normal_solve(k, k.double().T @ v.double(), ridge).to(v.dtype)
+
+
+def dual_shift(k: Float[Tensor, "n in"], v: Float[Tensor, "n out"], ridge: Tensor) -> Float[Tensor, "n out"]:
+    """X = (K K^T + lambda I)^-1 V, in float64; S = K^T X."""
+    gram = k.double() @ k.double().T
+    gram.diagonal().add_(ridge.double())
+    return torch.linalg.solve(gram, v.double()).to(v.dtype)
+
+
+def shift_gradients(
+    k: Float[Tensor, "n in"], v: Float[Tensor, "n out"], log_ridge: Tensor, to_s: Float[Tensor, "in out"]
+) -> tuple[Float[Tensor, "n out"], Tensor]:
+    """dL/dV = K M and dL/d log lambda = -lambda <M, S>, with M = (K^T K + lambda I)^-1 dL/dS."""
+    ridge = log_ridge.exp()
+    m = _normal_solve(k, to_s.double(), ridge)
+    s = shift(k, v, ridge).double()
+    return (k.double() @ m).to(v.dtype), (-ridge * (m * s).sum()).to(log_ridge.dtype)
+
+
+def _normal_solve(k: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
+    gram = k.double().T @ k.double()
+    gram.diagonal().add_(ridge.double())
+    return torch.linalg.solve(gram, right)
