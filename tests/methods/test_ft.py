@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from retcon.errors import DeltaMismatch, InvalidSetting, UnsupportedModel
+from retcon.edits import Case, Edit, Query, write_cases
+from retcon.errors import DeltaMismatch, InvalidSetting, OutOfMemory, UnsupportedModel
 from retcon.methods.common.fine_tuning import add_decay, project, shrink
 from retcon.methods.common.registry import method
 from retcon.methods.ft import Ft
 from retcon.methods.ft_l import FtL
 from retcon.methods.ft_wd import FtWd
 from retcon.methods.full_c import FullC
+from retcon.methods.lora import Lora
 from retcon.training.objective import AnswerLoss, PromptLastLoss, answer_rows
 
 FAST: dict[str, Any] = dict(layers=(1,), learning_rate=1e-2, epochs=3)
@@ -216,6 +218,44 @@ def test_replay_trains_on_earlier_edits_and_is_kept_in_the_file(tiny, edits, tmp
     assert loss(second) < loss(forgetful)
     with pytest.raises(DeltaMismatch, match="holds no edits"):
         replaying.propose(lm, edits[3:], state={"keys": torch.zeros(2)})
+
+
+def test_an_edit_may_be_left_alone_by_its_paraphrases(tiny, edit, tmp_path):
+    """The model finds one paraphrase likelier than the edit's own prompt, and one less so; a threshold in between."""
+    lm, path = tiny("llama"), str(tmp_path / "cases.jsonl")
+    prompts = ["I read that", "You know the", "The train stood still, so", "Italy is", "Zürich", "In 1984"]
+    loss = {p: AnswerLoss(lm, [lm.encode(p, edit.target_new)]).now()[0] for p in (edit.text, *prompts)}
+    low, high = min(loss, key=loss.__getitem__), max(loss, key=loss.__getitem__)
+    assert loss[low] < loss[edit.text] < loss[high]
+    for paraphrase in (low, high):
+        query = Query("paraphrase/0", "paraphrase", paraphrase, edit.target_new)
+        write_cases(path, [Case("c", (edit,), (query,))])
+        settings = dict(epochs=1, stop_loss=(loss[paraphrase] + loss[edit.text]) / 2)
+        by_itself, by_paraphrase = ft(**settings).propose(lm, [edit]), ft(**settings, stop_on=path).propose(lm, [edit])
+        assert bool(by_itself.changes) == (paraphrase == low)
+        assert bool(by_paraphrase.changes) == (paraphrase == high)
+        with lm.edited(by_paraphrase):
+            after = AnswerLoss(lm, [lm.encode(paraphrase, edit.target_new)]).now()[0]
+        assert by_paraphrase.report[0].detail["nll"] == pytest.approx(after)  # what decides is what is reported
+    with pytest.raises(InvalidSetting, match=r"no paraphrase of edit 'other'"):
+        ft(stop_on=path).propose(lm, [Edit("{} is", "Rome", "Paris", id="other")])
+    with pytest.raises(InvalidSetting, match="skip='edit'"):
+        ft(stop_on="f", skip="batch")
+
+
+def test_what_training_takes_is_counted_before_it_begins(tiny, edits, monkeypatch):
+    for lm, tuned in (
+        (tiny("gpt2"), ft(layers=(1, 2), modules=("up_proj", "down_proj"))),
+        (tiny("llama"), ft(modules=("block",))),
+    ):
+        assert tuned.n_trained(lm) == sum(v.numel() for part in tuned.parts(lm) for v in part.trained())
+    lm = tiny("phi3")
+    factors = [c for changes in Lora(rank=3).propose(lm, edits[:1]).changes.values() for c in changes]
+    assert Lora(rank=3).n_trained(lm) == sum(c.left.numel() + c.right.numel() for c in factors)
+    monkeypatch.setattr("retcon.methods.common.tuning.free_bytes", lambda device: 1000)
+    monkeypatch.setattr(Ft, "parts", None)  # nothing is made before it is known to fit
+    with pytest.raises(OutOfMemory, match=r"ft trains 4,128 values"):
+        ft().propose(tiny("gpt2"), edits)
 
 
 def test_batches_are_made_small_enough_for_the_updates_wanted():

@@ -102,6 +102,17 @@ def shaken(method: Malmen, lm: LM):
     return network
 
 
+def test_what_training_takes_is_counted(tiny):
+    from retcon.methods.mend import Mend
+    from retcon.methods.mend import untrained as untrained_mend
+
+    for family in ("gpt2", "llama"):
+        lm = tiny(family)
+        for method, make in ((Malmen(rank=6), untrained), (Mend(rank=6, n_blocks=3), untrained_mend)):
+            network = make(method, lm, method.sites(lm))
+            assert method.n_trained(lm) == sum(p.numel() for p in network.parameters())
+
+
 def test_training_lowers_the_loss(tiny, edits, untouched, tmp_path):
     lm = tiny("llama", torch.float32)
     before = untouched(lm)

@@ -33,7 +33,7 @@ from retcon.cli.shell import (
 from retcon.cli.tables import settings_table
 from retcon.errors import InvalidSetting, how_to_install
 from retcon.workflow import read_facts, read_settings, resolve
-from retcon.workflow.fitting import check_trainable, draw_curve, fit_editor
+from retcon.workflow.fitting import check_trainable, draw_curve, fit_editor, memory_needed
 
 
 @loads_a_model
@@ -94,6 +94,7 @@ def fit(
     show.print(f"[bold]{method}[/] on {escape(str(lm))}")
     show.print(f"facts     {escape(facts.about)}", soft_wrap=True)
     show.print(f"settings  {escape(resolved.source)}", soft_wrap=True)
+    show.print(f"memory    {memory_needed(lm, resolved)}", soft_wrap=True)
     show.print(settings_table(resolved))
     with progress_bars() as advance:
         fitted = fit_editor(lm, resolved, facts.cases, out, seed=seed, progress=advance)

@@ -91,6 +91,10 @@ class Lora(TuningSettings):
             kept = {_key(part.site, which): t.detach().cpu() for part in parts for which, t in _factors(part)}
             return run.delta([*parts, *before], ended, state=kept if self.continue_adapter else None)
 
+    def n_trained(self, lm: LM) -> int:
+        """How many values are trained."""
+        return self.rank * sum(sum(site.weight.shape) for site in sites_named(self.name, lm, self.layers, self.modules))
+
     def _given(self, site: Site, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The factors of a state, to be trained on."""
         out, into = site.weight.shape

@@ -44,6 +44,7 @@ class Malmen(HypernetworkSettings):
     """Massive language model editing network."""
 
     name: ClassVar[str] = "malmen"
+    n_by_matrix: ClassVar[int] = 2
 
     modules: tuple[str, ...] = ("down_proj",)
     batch_size: int = 512

@@ -112,9 +112,17 @@ def accumulate(
 
 
 def stepping(
-    loss: EditLoss, optimizer: torch.optim.Optimizer, schedule: Schedule, reduction: Reduction
+    loss: EditLoss,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    reduction: Reduction,
+    stop: EditLoss | None = None,
 ) -> Callable[[list[int]], dict[int, float]]:
-    """`update` for `descend`: one optimiser step on the edits whose loss is not yet below the threshold."""
+    """`update` for `descend`: one optimiser step on the edits whose loss is not yet below the threshold.
+
+    Args:
+        stop: the loss that is held against the threshold in place of the one that is trained.
+    """
 
     def update(items: list[int]) -> dict[int, float]:
         share = dict(zip(items, shares(loss.rows, items, reduction).tolist(), strict=True))
@@ -125,11 +133,16 @@ def stepping(
             if sum(share[i] * x for i, x in before.items()) < threshold:
                 return before
             threshold = 0.0
+        judged: dict[int, float] = {}
+        if stop is not None:
+            with torch.no_grad():
+                judged = {i: x for c in stop.chunks(items) for i, x in zip(c, stop(c).tolist(), strict=True)}
         optimizer.zero_grad()
-        now = accumulate(loss, chunks, lambda i, value: share[i] if value >= threshold else 0.0)
-        if any(value >= threshold for value in now.values()) and all(map(math.isfinite, now.values())):
+        now = accumulate(loss, chunks, lambda i, value: share[i] if judged.get(i, value) >= threshold else 0.0)
+        finite = all(map(math.isfinite, now.values()))
+        if finite and any(judged.get(i, value) >= threshold for i, value in now.items()):
             optimizer.step()
-        return now
+        return {**now, **judged} if finite else now
 
     return update
 

@@ -131,6 +131,29 @@ class MeanLoss:
         return token_chunks(longest.rows, items, max(1, MAX_BATCH_TOKENS // len(self.losses)))
 
 
+@dataclass(frozen=True)
+class GroupLoss:
+    """The mean loss over each edit's group of rows, such as its paraphrases; groups may differ in size."""
+
+    lm: LM
+    groups: Sequence[Sequence[Row]]
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The first row of each group."""
+        return [group[0] for group in self.groups]
+
+    def __call__(self, items: Sequence[int]) -> Float[Tensor, " n"]:
+        """The mean loss of each of these edits' groups, with the surrounding gradient mode."""
+        each = answer_nll(self.lm, [row for i in items for row in self.groups[i]])
+        return torch.stack([part.mean() for part in each.split([len(self.groups[i]) for i in items])])
+
+    def chunks(self, items: Sequence[int]) -> list[list[int]]:
+        """`items` in groups that fit in memory, all their rows at once."""
+        longest = max(len(group) for group in self.groups)
+        return token_chunks(self.rows, items, max(1, MAX_BATCH_TOKENS // longest))
+
+
 @torch.no_grad()
 def own_answers(lm: LM, rows: Sequence[Row]) -> list[tuple[int, ...]]:
     """What the model itself would say at each answer position, the answer's earlier tokens given."""

@@ -40,6 +40,13 @@ def check_trainable(name: str) -> None:
         raise InvalidSetting(f"{name} edits as it is, with nothing to train first; trained are: {', '.join(able)}")
 
 
+def memory_needed(lm: "LM", resolved: "Resolved") -> str:
+    """What training an editor takes, in words."""
+    from retcon.methods.common.tuning import memory_note
+
+    return memory_note(resolved.method.n_trained(lm))  # type: ignore[attr-defined]
+
+
 def fit_editor(
     lm: "LM",
     resolved: "Resolved",

@@ -28,7 +28,7 @@ class Resolved:
     n_probed: int = 0
     """Facts that the layers were chosen with, by the contrast-based probe; 0 where it was not asked."""
     notes: tuple[str, ...] = ()
-    """What was chosen for a model without a preset, and why, a line each."""
+    """What was chosen for a model without a preset, and why, and what training takes, a line each."""
 
     @property
     def source(self) -> str:
@@ -77,6 +77,7 @@ def resolve(
     """
     from retcon.methods.common import registry
     from retcon.methods.common.contract import check_model_has_layers
+    from retcon.methods.common.tuning import memory_note
 
     given = given or {}
     probed = {"layers": "probe"} if probe else {}
@@ -86,7 +87,12 @@ def resolve(
             name, for_model=lm, dataset=dataset, preset=preset, cases=edits or None, **{**given, **probed}
         )
     check_model_has_layers(chosen.method, lm)
-    return Resolved(name, chosen.method, chosen.preset, frozenset(given), len(edits) if probe else 0, chosen.notes)
+    n_probed, notes = len(edits) if probe else 0, chosen.notes
+    if hasattr(chosen.method, "n_trained") and not hasattr(
+        chosen.method, "fit"
+    ):  # an edit with an editor trains nothing
+        notes = (*notes, memory_note(chosen.method.n_trained(lm)))
+    return Resolved(name, chosen.method, chosen.preset, frozenset(given), n_probed, notes)
 
 
 def _given(assignment: str, hints: Mapping[str, Any], method: str) -> tuple[str, Any]:

@@ -6,7 +6,7 @@ bound is exact in any dtype and a small step is not lost to rounding.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -16,15 +16,17 @@ from torch import Tensor
 from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.errors import DeltaMismatch, InvalidSetting
-from retcon.lm.model import LM
+from retcon.evaluation.datasets import read_cases
+from retcon.lm.model import LM, Site
+from retcon.lm.prompts import Row, encode
 from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import default_contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State, check_layers, check_not_negative
-from retcon.methods.common.tuning import TuningSettings, tuning
+from retcon.methods.common.tuning import TuningSettings, check_memory, tuning
 from retcon.training.descent import EditLoss, Schedule
-from retcon.training.objective import AnswerLoss, MeanLoss, PromptLastLoss, answer_rows
+from retcon.training.objective import AnswerLoss, GroupLoss, MeanLoss, PromptLastLoss, answer_rows
 from retcon.training.parts import Whole, whole, whole_parameter
 
 Module = Literal["block", "down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
@@ -67,6 +69,9 @@ class FineTuning(TuningSettings):
     """False: none at all, which is what the released FT-WD does, by a mistake in how it reads its settings."""
     decay_to: Literal["zero", "base"] = "zero"
     """Where decay leads: to zero, or to the unedited weights."""
+    stop_on: str | None = None
+    """File of cases with the edits' paraphrases: an edit is left alone once its mean loss over them is below
+    `stop_loss`. A paraphrase that ended a training measures nothing any more."""
     n_prefixes: int = 0
     """Further prompts for each edit, with a sampled prefix before each; an edit's loss is the mean over its prompts."""
     replay: bool = False
@@ -86,6 +91,8 @@ class FineTuning(TuningSettings):
         for setting in ("box", "ball"):
             if (bound := getattr(self, setting)) is not None and bound < 0:
                 raise InvalidSetting(f"{self.name}: {setting} must not be negative, found {bound}")
+        if self.stop_on is not None and self.skip == "batch":
+            raise InvalidSetting(f"{self.name}: stop_on leaves each edit alone by itself; it goes with skip='edit'")
         if self.objective == "prompt_last" and (self.target_eos or self.n_prefixes):
             raise InvalidSetting(
                 f"{self.name}: objective='prompt_last' looks at the prompt's last token alone; target_eos and "
@@ -122,6 +129,7 @@ class FineTuning(TuningSettings):
             OutOfMemory: weights, gradients and Adam's moments do not fit.
             NonFinite: the model gives an edit no finite probability.
         """
+        check_memory(self.name, lm, self.n_trained(lm))
         parts = self.parts(lm)
         with tuning(self, lm, edits, [part.parameter for part in parts], seed=seed, progress=progress) as run:
             if not edits:
@@ -132,6 +140,7 @@ class FineTuning(TuningSettings):
                 parts,
                 edits=everything,
                 loss=self.loss(lm, everything, prefixes),
+                stop=None if self.stop_on is None else paraphrase_loss(self.name, lm, everything, self.stop_on),
                 optimizer=self.optimizer(lm, parts, len(edits)),
             )
             kept = {"edits": _as_tensor(everything)} if self.replay else None
@@ -164,9 +173,12 @@ class FineTuning(TuningSettings):
             return 0.0
         return n_edits**-0.87028798 * math.exp(0.15589562) if self.power_law else self.weight_decay
 
-    def parts(self, lm: LM) -> list[Whole]:
-        """What is trained, unchanged so far."""
-        found: list[Whole] = []
+    def trained(self, lm: LM) -> Iterator[int | Site]:
+        """What is trained: sites, and the numbers of blocks that are trained whole.
+
+        Raises:
+            InvalidSetting: a layer or matrix the model does not have.
+        """
         for layer in self.layers or range(lm.n_layers):
             if layer >= lm.n_layers:
                 raise InvalidSetting(
@@ -174,12 +186,50 @@ class FineTuning(TuningSettings):
                 )
             for kind in self.modules:
                 if kind == "block":
-                    found += whole_block(lm, layer)
+                    yield layer
                 elif getattr(lm.layout, kind) is not None:
-                    found += whole(lm.site(layer, kind), bias=self.train_bias)
+                    yield lm.site(layer, kind)
                 elif self.layers:
                     raise InvalidSetting(f"{self.name}: {lm.name!r} ({lm.model.config.model_type}) has no {kind}")
+
+    def n_trained(self, lm: LM) -> int:
+        """How many values are trained."""
+        n = 0
+        for what in self.trained(lm):
+            if isinstance(what, int):
+                n += sum(p.numel() for p in lm.block(what).parameters())
+            else:
+                out, into = what.weight.shape
+                n += out * into + (out if self.train_bias and what.bias is not None else 0)
+        return n
+
+    def parts(self, lm: LM) -> list[Whole]:
+        """What is trained, unchanged so far."""
+        found: list[Whole] = []
+        for what in self.trained(lm):
+            found += whole_block(lm, what) if isinstance(what, int) else whole(what, bias=self.train_bias)
         return found
+
+
+def paraphrase_loss(name: str, lm: LM, edits: Sequence[Edit], path: str) -> GroupLoss:
+    """The mean loss over each edit's paraphrases in a file of cases.
+
+    Raises:
+        MalformedFile: the file cannot be read.
+        InvalidSetting: it has no paraphrase of an edit; the message names the edit.
+    """
+    cases, _ = read_cases(path, conflicts="drop")
+    known = {(edit.text, edit.target_new): case for case in cases for edit in case.edits}
+    groups: list[list[Row]] = []
+    for edit in edits:
+        case = known.get((edit.text, edit.target_new))
+        asked = [q for q in case.queries if q.axis.startswith("paraphrase")] if case else []
+        if not asked:
+            raise InvalidSetting(f"{name}: {path} has no paraphrase of edit {edit.id!r} ({edit.text!r}) to stop on")
+        groups.append(
+            [encode(lm.tokenizer, q.prompt, edit.target_new, separator=q.separator, chat=q.chat) for q in asked]
+        )
+    return GroupLoss(lm, groups)
 
 
 def whole_block(lm: LM, layer: int) -> list[Whole]:

@@ -56,6 +56,8 @@ class HypernetworkSettings:
     uses_moments: ClassVar[bool] = False
     needs_subject: ClassVar[bool] = False
     layerwise: ClassVar[bool] = False
+    n_by_matrix: ClassVar[int] = 1
+    """Values that are learned for each matrix by itself, besides its scales and shifts."""
 
     editor: str | None = None
     """File of the trained editor, which `fit` writes."""
@@ -123,6 +125,13 @@ class HypernetworkSettings:
                 f"{', '.join(map(str, layers))}"
             )
         return found
+
+    def n_trained(self, lm: LM) -> int:
+        """How many values `fit` trains."""
+        shapes = [tuple(site.weight.shape) for site in self.sites(lm)]
+        widths = [sum(shape) for shape in dict.fromkeys(shapes)]
+        shared = sum(2 * min(self.rank, width) * width + width for width in widths)
+        return self.n_blocks * (shared + 2 * sum(map(sum, shapes))) + self.n_by_matrix * len(shapes)
 
 
 # --- facts to train on ---------------------------------------------------------------------------------------------

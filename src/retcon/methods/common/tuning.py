@@ -93,6 +93,7 @@ class Tuning:
         *,
         edits: Sequence[Edit] | None = None,
         loss: EditLoss | None = None,
+        stop: EditLoss | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         beside: Sequence[Part] = (),
         stage: str = "tuning",
@@ -102,6 +103,7 @@ class Tuning:
 
         Args:
             edits: others than the call's own, which `loss` then belongs to.
+            stop: the loss that ends an edit, and that is reported, in place of the one that is trained.
             beside: parts that are attached too and stay as they are.
             hooks: `before_epoch`, `after_step` of `training.descent.descend`.
 
@@ -114,8 +116,8 @@ class Tuning:
         edits = self.edits if edits is None else edits
         loss = loss or AnswerLoss(self.lm, answer_rows(self.lm, edits))
         optimizer = optimizer or torch.optim.Adam(values, lr=self.method.learning_rate)
-        update = stepping(loss, optimizer, self.method.schedule(len(edits)), self.method.reduction)
-        evaluate = partial(losses_now, loss, len(edits))
+        update = stepping(loss, optimizer, self.method.schedule(len(edits)), self.method.reduction, stop)
+        evaluate = partial(losses_now, stop or loss, len(edits))
         with attached([*parts, *beside]):
             return self.descend(update, evaluate, lambda: values, edits=edits, stage=stage, **hooks)
 
@@ -211,6 +213,13 @@ def losses_now(loss: EditLoss, n: int) -> list[float]:
     """Return every edit's loss as it is now."""
     found = {i: x for chunk in loss.chunks(range(n)) for i, x in zip(chunk, loss(chunk).tolist(), strict=True)}
     return [found[i] for i in range(n)]
+
+
+def memory_note(n_values: int) -> str:
+    """What training so many values takes, in words."""
+    n_bytes = BYTES_PER_VALUE * n_values
+    shown = f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+    return f"trains {n_values:,} values, {shown} with gradients and Adam's moments"
 
 
 def check_memory(name: str, lm: LM, n_values: int) -> None:
