@@ -136,6 +136,16 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(tiny, edits, untouc
     assert not (tmp_path / "e.unfinished").exists()
 
 
+def test_an_editor_is_of_the_unedited_model(tiny, edits, tmp_path):
+    lm, method = tiny("gpt2", torch.float32), Mend(**{**SMALL, "steps": 1, "batch_size": 2})
+    method.fit(lm, cases(edits), tmp_path / "unedited")
+    delta = Mend(editor=str(tmp_path / "unedited")).propose(lm, edits)
+    with lm.edited(delta):
+        method.fit(lm, cases(edits), tmp_path / "edited")
+        assert [d.id for d in lm.applied] == [delta.id]
+    assert (tmp_path / "edited").read_bytes() == (tmp_path / "unedited").read_bytes()
+
+
 def test_a_killed_training_ends_with_the_same_file(tiny, edits, tmp_path, monkeypatch):
     lm = tiny("gpt2", torch.float32)
     method = Mend(**{**SMALL, "steps": 9, "validate_every": 3, "batch_size": 2})

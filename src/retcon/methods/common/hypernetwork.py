@@ -303,7 +303,8 @@ def fit_editor(
 ) -> Path:
     """Train `network` on the cases and write it to `out`, with its settings, the model's fingerprint and the curve.
 
-    A run that was killed goes on from `out`.unfinished when it is given the same again, with the identical result.
+    Deltas that are applied are off meanwhile: an editor is of the unedited model. A run that was killed goes on from
+    `out`.unfinished when it is given the same again, with the identical result.
 
     Raises:
         InvalidSetting: fewer than `LEAST_CASES` cases.
@@ -331,19 +332,18 @@ def fit_editor(
         return sum(loss(part) * len(part) for part in parts) / len(to_validate)
 
     settings = {name: value for name, value in asdict(method).items() if name != "editor"}
-    fingerprint, with_deltas = lm.fingerprint(), [delta.id for delta in lm.applied]
+    fingerprint = lm.fingerprint()
     identity = {
         "method": method.name,
         "settings": settings,
         "fingerprint": fingerprint,
-        "deltas": with_deltas,
         "cases": _digest(cases),
         "seed": seed,
     }
     unfinished = out.with_name(out.name + ".unfinished")
     fit = Fit(network, optimizers)
     heard = progress or silent
-    with lm.frozen_eval():
+    with lm.without_deltas(), lm.frozen_eval():
         fit.run(
             step,
             validate,
