@@ -15,7 +15,20 @@ ROOT = Path(retcon.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = [
-    {"errors", "version", "work", "files", "pages", "chat", "edits", "checked", "attachment", "delta", "world"},
+    {
+        "errors",
+        "version",
+        "work",
+        "escaping",
+        "files",
+        "pages",
+        "chat",
+        "edits",
+        "checked",
+        "attachment",
+        "delta",
+        "world",
+    },
     {"lm"},
     {"memory", "training", "locate"},
     {"evaluation"},
@@ -28,7 +41,7 @@ LEVELS = [
     {"web"},
     {"cli", "__main__"},
 ]
-BASE = ["errors", "version", "work", "files", "pages", "chat", "edits", "checked", "attachment", "delta"]
+BASE = ["errors", "version", "work", "escaping", "files", "pages", "chat", "edits", "checked", "attachment", "delta"]
 """The order inside the first level; `world` may use the first three."""
 
 

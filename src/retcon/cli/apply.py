@@ -63,7 +63,8 @@ def apply(
     out = console()
     for each in made.record["deltas"]:
         out.print(
-            f"applied  {escape(each['file'])}  [dim]{each['id']}: {each['method']}, {count(each['n_edits'], 'edit')}[/]"
+            f"applied  {escape(each['file'])}  [dim]{each['id']}: {escape(str(each['method']))}, "
+            f"{count(each['n_edits'], 'edit')}[/]"
         )
     out.print(f"saved    {escape(str(save))}  [dim]{size(made.n_bytes)}, {made.record['base']['dtype']}[/]")
     out.print(f"[dim]load it with AutoModelForCausalLM.from_pretrained({escape(repr(str(save)))})[/]")

@@ -216,7 +216,7 @@ def edit(
         resolved = resolve(
             lm, method, dataset=dataset, preset=preset, given=given, edits=facts.edits, probe=layers is not None
         )
-    show.print(f"[bold]{resolved.name}[/] on {escape(str(lm))}")
+    show.print(f"[bold]{escape(resolved.name)}[/] on {escape(str(lm))}")
     show.print(f"edits     {escape(facts.about)}", soft_wrap=True)
     show.print(f"settings  {escape(resolved.source)}", soft_wrap=True)
     for note in resolved.notes:

@@ -25,7 +25,8 @@ def log(
         return
     show = console()
     for entry, _ in shown:  # lines, not a table: with many entries that takes longer than reading them
-        line = f"[yellow]{entry.id}[/]  [dim]{entry.time[:16].replace('T', ' ')}[/]  [bold]{entry.action:7}[/]  "
+        when = escape(entry.time[:16].replace("T", " "))
+        line = f"[yellow]{entry.id}[/]  [dim]{when}[/]  [bold]{escape(entry.action):7}[/]  "
         show.print(line + escape(entry.message), no_wrap=True, overflow="ellipsis", highlight=False)
     in_force = f"{count(len(found.facts()), 'fact')} in force in {count(len(state.deltas), 'delta')}, state {state.id}"
     show.print(f"[dim]{in_force}, of {escape(found.model)}[/]" if steps else "[dim]no entries yet[/]")

@@ -45,11 +45,11 @@ def methods(
     out = console()
     out.print(f"[dim]on {', '.join(sorted(LAYOUTS))}[/]", soft_wrap=True)
     for entry in found:
-        out.print(f"[bold]{entry['name']}[/]  {escape(entry['description'])}")
+        out.print(f"[bold]{escape(entry['name'])}[/]  {escape(entry['description'])}")
         out.print(f"  paper    {escape(entry['paper'] or '-')}")
         out.print(f"  facts    {entry['facts']}")
-        out.print(f"  keeps    {entry['keeps'] or 'nothing'} between batches", soft_wrap=True)
-        out.print(f"  presets  {', '.join(entry['presets']) or 'none'}", soft_wrap=True)
+        out.print(f"  keeps    {escape(entry['keeps'] or 'nothing')} between batches", soft_wrap=True)
+        out.print(f"  presets  {escape(', '.join(entry['presets']) or 'none')}", soft_wrap=True)
         if method is not None:
             for setting, meaning in entry["meanings"].items():
                 out.print(f"  [bold]{setting}[/]  {escape(meaning)}", soft_wrap=True)

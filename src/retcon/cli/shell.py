@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -19,9 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
+from rich.errors import MarkupError
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
+from rich.text import Text
 from typer.core import TyperGroup
 
 from retcon.errors import (
@@ -36,6 +40,7 @@ from retcon.errors import (
     UnsupportedModel,
     UnusableRow,
 )
+from retcon.escaping import json_text, printable
 
 if TYPE_CHECKING:
     from retcon.attachment import Attachment
@@ -147,17 +152,43 @@ def chat_of(as_chat: bool, system: str | None, template_args: Sequence[str] | No
 # --- printing ----------------------------------------------------------------------------------------------------
 
 
+_TAG = re.compile(r"(\\*)\[([a-z#/@][^\[\]]*)\]")
+_OURS = re.compile("/?(?:(?:bold|dim|red|green|yellow|cyan) ?)*")
+
+
+def _only_ours(tag: "re.Match[str]") -> str:
+    """A tag as rich takes it: one that is not ours gets the backslash that makes it text."""
+    escaped = len(tag[1]) % 2 == 1
+    return tag[0] if escaped or _OURS.fullmatch(tag[2]) else f"{tag[1]}\\[{tag[2]}]"
+
+
+class PlainTextConsole(Console):
+    """A console on which a text is never obeyed by the terminal, and never ends the program by looking like markup."""
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Every segment of every renderable, control characters of texts shown in place of obeyed."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A text with the tags that the verbs use; others, and all where they do not match, are text."""
+        try:
+            return super().render_str(_TAG.sub(_only_ours, text), **options)
+        except MarkupError:
+            return Text(text)
+
+
 @cache
 def console(*, stderr: bool = False) -> Console:
     """The terminal, as wide as it is; files and pipes are `WIDTH` wide. Numbers in texts are not coloured."""
     plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "emoji": False}  # or demo:llama: becomes a picture
-    made = Console(**plain)
-    return made if made.is_terminal or "COLUMNS" in os.environ else Console(**plain, width=WIDTH)
+    made = PlainTextConsole(**plain)
+    return made if made.is_terminal or "COLUMNS" in os.environ else PlainTextConsole(**plain, width=WIDTH)
 
 
 def emit(record: Mapping[str, Any]) -> None:
     """Print one JSON object; NaN and infinity, which JSON does not have, become null."""
-    typer.echo(json.dumps(finite(record), ensure_ascii=False, allow_nan=False))
+    typer.echo(json_text(json.dumps(finite(record), ensure_ascii=False, allow_nan=False)))
 
 
 def finite(value: Any) -> Any:

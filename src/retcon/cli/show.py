@@ -41,16 +41,16 @@ def _entry(store: "Store", entry: "Entry", as_json: bool) -> None:
         emit(entry_record(entry, store.state(entry.id)) | {"facts": [fact_record(line) for line in facts]})
         return
     out = console()
-    out.print(f"[yellow]{entry.id}[/]  [bold]{entry.action}[/]  {escape(entry.message)}")
+    out.print(f"[yellow]{entry.id}[/]  [bold]{escape(entry.action)}[/]  {escape(entry.message)}")
     about = ", ".join(f"{k} {v}" for k, v in entry.about.items() if not isinstance(v, list))
-    out.print(f"[dim]{entry.time}; {escape(about) or 'no details'}[/]", soft_wrap=True)
+    out.print(f"[dim]{escape(entry.time)}; {escape(about) or 'no details'}[/]", soft_wrap=True)
     for before, now in entry.sets.values():
         out.print(f"  delta  {_delta(store, before)} -> {_delta(store, now)}", soft_wrap=True)
     for fact in entry.drops:
         out.print(f"  [red]-[/] fact {escape(fact)}")
     for what in ("on_top", "proposed_again", "removed"):
         if named := entry.about.get(what):
-            out.print(f"  [dim]{what.replace('_', ' ')}: {', '.join(map(str, named))}[/]", soft_wrap=True)
+            out.print(f"  [dim]{what.replace('_', ' ')}: {escape(', '.join(map(str, named)))}[/]", soft_wrap=True)
     if facts:
         out.print()
         out.print(facts_table(facts))
@@ -85,12 +85,13 @@ def _fact(store: "Store", name: str, as_json: bool) -> None:
     out.print(f"[bold]{escape(line.prompt)}[/] {escape(line.target)}" + ("" if live else "  [red](reverted)[/]"))
     for entry, step in steps:
         answer = "[dim]taken back[/]" if step is None else escape(step.target)
-        out.print(f"  [yellow]{entry.id}[/]  [dim]{entry.time[:16].replace('T', ' ')}[/]  {entry.action:8}{answer}")
+        when = escape(entry.time[:16].replace("T", " "))
+        out.print(f"  [yellow]{entry.id}[/]  [dim]{when}[/]  {escape(entry.action):8}{answer}")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for head, width in (("check", 18), ("prompt", 56), ("answer", 22)):
         table.add_column(head, no_wrap=True, overflow="ellipsis", max_width=width)
     for query in case.queries[:N_SHOWN]:
-        table.add_row(query.axis, escape(query.prompt), escape(query.target or "as before"))
+        table.add_row(escape(query.axis), escape(query.prompt), escape(query.target or "as before"))
     out.print()
     out.print(table)
     if len(case.queries) > N_SHOWN:

@@ -99,7 +99,7 @@ def tune(
     )
     lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
     show = console(stderr=as_json)
-    show.print(f"[bold]{method}[/] on {escape(str(lm))}")
+    show.print(f"[bold]{escape(method)}[/] on {escape(str(lm))}")
     show.print(f"facts     {escape(facts.about)}", soft_wrap=True)
 
     def heard(trial: Trial) -> None:

@@ -1,6 +1,5 @@
 """From records to a summary: macro means with intervals, before and after."""
 
-import html
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retcon.escaping import as_html
 from retcon.evaluation.intervals import N_RESAMPLES, Interval, ci_boot, ci_case, ci_wilson, near_a_bound
 from retcon.evaluation.metrics import macro, score_am, score_hm
 from retcon.evaluation.records import NO_TARGET, Record
@@ -114,11 +114,11 @@ class Summary:
 
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
-        head, *rows = [[html.escape(cell) for cell in row] for row in self._cells(False)]
+        head, *rows = [[as_html(cell) for cell in row] for row in self._cells(False)]
         lines = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"]
         lines += [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows]
-        notes = "<br>".join(map(html.escape, self._notes()))
-        return f"<table><caption>{html.escape(self._title())}</caption>{''.join(lines)}</table><small>{notes}</small>"
+        notes = "<br>".join(map(as_html, self._notes()))
+        return f"<table><caption>{as_html(self._title())}</caption>{''.join(lines)}</table><small>{notes}</small>"
 
     def _title(self) -> str:
         cases = "1 case" if self.n_cases == 1 else f"{self.n_cases:,} cases"

@@ -1,10 +1,12 @@
 """Model cards: what was changed in a model, by what, with which scores and limits, in Markdown."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from retcon.delta import Delta
+from retcon.escaping import markdown
 from retcon.lm.model import LM
 from retcon.version import __version__
 
@@ -35,25 +37,25 @@ def model_card(
     reports = [r for d in deltas for r in d.report]
     first = sum(bool(r.greedy_match) for r in reports)
     known = sum(r.greedy_match is not None for r in reports)
-    is_hub = "/" in base_name and not base_name.startswith(("/", ".", "~")) and base_name.count("/") == 1
+    is_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", base_name) is not None
     lines = ["---", *([f"base_model: {base_name}"] if is_hub else []), "library_name: transformers"]
     lines += ["pipeline_tag: text-generation", "tags:", "- knowledge-editing", "- retcon", "---", ""]
-    lines += [f"# {_text(lm.label)}, edited", ""]
+    lines += [f"# {markdown(lm.label)}, edited", ""]
     lines += [
-        f"{_text(lm.label)} with {_count(len(edits), 'fact')} changed by [retcon](https://pypi.org/project/retcon-lm/) "
-        f"{__version__}; a {kind}. All else is meant to be as in the base.",
+        f"{markdown(lm.label)} with {_count(len(edits), 'fact')} changed by "
+        f"[retcon](https://pypi.org/project/retcon-lm/) {__version__}; a {kind}. All else is meant to be as "
+        "in the base.",
         "",
     ]
     lines += ["## What was changed", "", "| delta | method | facts | layers' matrices |", "|---|---|---:|---|"]
     for d in deltas:
         names = ", ".join(f"`{n}`" for n in d.changes)
-        lines.append(f"| `{d.id}` | {_text(str(d.provenance.get('method', '?')))} | {len(d.edits)} | {names} |")
+        lines.append(f"| `{d.id}` | {markdown(str(d.provenance.get('method', '?')))} | {len(d.edits)} | {names} |")
     lines += ["", f"Base: `{lm.fingerprint()}` (SHA-256 over its config and weights).", ""]
     if edits:
         lines += ["| prompt | new answer | instead of |", "|---|---|---|"]
-        lines += [
-            f"| {_text(e.text)} | {_text(e.target_new)} | {_text(e.target_true or '')} |" for e in edits[:N_FACTS]
-        ]
+        for e in edits[:N_FACTS]:
+            lines.append(f"| {' | '.join(map(markdown, (e.text, e.target_new, e.target_true or '')))} |")
         if len(edits) > N_FACTS:
             lines.append(f"\n... and {len(edits) - N_FACTS:,} more, listed in `retcon.json`.")
         lines.append("")
@@ -65,7 +67,7 @@ def model_card(
     outcomes = Counter(r.outcome for r in reports if r.outcome != "reached")
     if outcomes:
         lines.append("- Short of what was asked for: " + ", ".join(f"{n} {why}" for why, n in outcomes.items()) + ".")
-    lines += [f"- {_text(name)}: {value:.1f}" for name, value in (scores or {}).items()]
+    lines += [f"- {markdown(name)}: {value:.1f}" for name, value in (scores or {}).items()]
     if not known and not scores:
         lines.append("- Not measured.")
     if losses and any(f["error"] for f in losses.values()):
@@ -82,17 +84,11 @@ def model_card(
         "from it by reasoning over several steps need not follow.",
         "- Prompts about other subjects were kept by a statistical constraint, not by proof: measure what matters to "
         "you (`retcon check`, `retcon verify`).",
-        *(f"- {_text(note)}" for note in notes),
+        *(f"- {markdown(note)}" for note in notes),
     ]
     if has_base_card:
         lines += ["", "The base's own card is in [README.base.md](README.base.md); its licence applies."]
     return "\n".join(lines) + "\n"
-
-
-def _text(text: str) -> str:
-    """Text that stays text in a Markdown table."""
-    flat = " ".join(text.split())
-    return flat.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("`", "\\`").replace("[", "\\[")
 
 
 def _count(n: int, what: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retcon.errors import MissingPackage, how_to_install
+from retcon.escaping import plain_texts, printable
 from retcon.files import write_atomically
 from retcon.lm.prompts import Where
 from retcon.locate.advice import Advice, Choice
@@ -62,16 +63,18 @@ def save(made: "Figure", stem: str | os.PathLike[str], *, title: str | None = No
 
     if title:
         made.suptitle(title, fontsize=10)
+    plain_texts(made)
     if made.get_layout_engine() is not None:  # it would move things a little at each drawing
         made.draw_without_rendering()
         made.set_layout_engine("none")
     written = []
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "retcon"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "retcon", "text.parse_math": False}):
         for kind, about in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             buffer = io.BytesIO()
             made.savefig(buffer, format=kind, dpi=DPI, metadata=about)
             path = Path(f"{stem}.{kind}")
-            write_atomically(path, buffer.getvalue())
+            drawn = buffer.getvalue()
+            write_atomically(path, drawn if kind == "png" else printable(drawn.decode()).encode())
             written.append(path)
     return written
 

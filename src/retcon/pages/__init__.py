@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from retcon.escaping import printable
+
 if TYPE_CHECKING:
     from jinja2 import Environment
 
@@ -143,6 +145,7 @@ def _environment() -> "Environment":
     return Environment(
         loader=PackageLoader("retcon.pages"),
         autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not markup
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -4,7 +4,6 @@ found = verify(store, lm)
 print(found.markdown())
 """
 
-import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +11,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from retcon.edits import Case, Query
 from retcon.errors import InvalidEdit, InvalidSetting
+from retcon.escaping import markdown, printable
 from retcon.pages import PASSES_BY_CHOICE, Answered, Fact, FactOutcome, FactTable, PromptKind, render, worst_first
 from retcon.store.history import Entry, State
 from retcon.store.store import Store
@@ -108,7 +108,7 @@ class Verification:
             if check.outcome == "passed":
                 cases.append(f"{head}/>")
             elif id(check) in failed:
-                text = escape(_printable(check.words))
+                text = escape(printable(check.words))
                 failure = f'<failure message={_attribute(check.words)} type="{check.outcome}">{text}</failure>'
                 cases.append(f"{head}>{failure}</testcase>")
             else:
@@ -143,7 +143,7 @@ class Verification:
         lines = [
             f"## {'✅' if self.ok else '❌'} retcon verify: {verdict}",
             "",
-            f"{self.n_facts:,} facts in force in {len(self.state.deltas)} deltas on {_cell(self.model)}, "
+            f"{self.n_facts:,} facts in force in {len(self.state.deltas)} deltas on {markdown(self.model)}, "
             f"state `{self.state.id}`.",
             "",
             "| check | asked | pass | broke | never passed |",
@@ -156,8 +156,8 @@ class Verification:
         if self.failed:
             lines += ["", "| fact | prompt | wanted | found | since |", "|---|---|---|---|---|"]
             for check in self.failed[:50]:
-                since = f"`{check.since.id}` {_cell(check.since.message)}" if check.since else "never passed"
-                cells = map(_cell, (check.fact, check.query.prompt, check.wanted, check.said))
+                since = f"`{check.since.id}` {markdown(check.since.message)}" if check.since else "never passed"
+                cells = map(markdown, (check.fact, check.query.prompt, check.wanted, check.said))
                 lines.append(f"| {' | '.join([*cells, since])} |")
             if len(self.failed) > 50:
                 lines.append(f"\nand {len(self.failed) - 50:,} more")
@@ -184,19 +184,7 @@ def _answered(check: Check) -> Answered:
 
 
 def _attribute(text: str) -> str:
-    return quoteattr(_printable(text))
-
-
-def _printable(text: str) -> str:
-    """XML 1.0 has no place for control characters."""
-    return "".join(c if c in "\t\n\r" or (c >= " " and c not in "\ufffe\uffff") else "\ufffd" for c in text)
-
-
-def _cell(text: str) -> str:
-    """Text in a Markdown table that stays text."""
-    return (
-        html.escape(" ".join(text.split()), quote=False).replace("\\", "\\\\").replace("|", "\\|").replace("`", "\\`")
-    )
+    return quoteattr(printable(text))
 
 
 def verify(

@@ -1,12 +1,12 @@
 """Whether an edit is safe to ship: the edited model from wherever it is, and the verdict as a file."""
 
-import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from retcon.errors import InvalidSetting, MissingPackage
+from retcon.escaping import markdown, printable
 from retcon.files import write_atomically
 from retcon.pages import PASSES_BY_CHOICE, Answered, Fact, FactOutcome, FactTable, PromptKind, render, worst_first
 
@@ -22,7 +22,6 @@ TITLES = {
 }
 ADAPTER = "adapter_config.json"
 ENDINGS = (".html", ".md", ".xml")
-_NO_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _OUTCOMES = {
     "passed": "passed",
     "failed": "failed",
@@ -111,20 +110,17 @@ def _examples(answer: "Answer") -> list[tuple[str, str, str, str]]:
 
 
 def _markdown(verdict: "Verdict", about: str, against: "tuple[str, Verdict] | None") -> str:
-    def cell(text: str) -> str:
-        return " ".join(text.split()).replace("|", "\\|")
-
-    lines = [f"# {verdict_line(verdict)}", "", about, "", "| question | outcome | finding |", "|---|---|---|"]
-    lines += [f"| {TITLES[a.part]} | {_OUTCOMES[a.outcome]} | {cell(a.words)} |" for a in verdict.answers]
+    lines = [f"# {verdict_line(verdict)}", "", markdown(about), "", "| question | outcome | finding |", "|---|---|---|"]
+    lines += [f"| {TITLES[a.part]} | {_OUTCOMES[a.outcome]} | {markdown(a.words)} |" for a in verdict.answers]
     for answer in verdict.answers:
         if rows := _examples(answer):
             lines += ["", f"{TITLES[answer.part]}: where it fell short", "", "| prompt | wanted | before | after |"]
-            lines += ["|---|---|---|---|", *(f"| {' | '.join(map(cell, row))} |" for row in rows)]
+            lines += ["|---|---|---|---|", *(f"| {' | '.join(map(markdown, row))} |" for row in rows)]
     if against is not None:
-        lines += ["", f"## Compared with {cell(against[0])}: {verdict_line(against[1])}", ""]
+        lines += ["", f"## Compared with {markdown(against[0])}: {verdict_line(against[1])}", ""]
         lines += ["| question | outcome | finding |", "|---|---|---|"]
-        lines += [f"| {TITLES[a.part]} | {_OUTCOMES[a.outcome]} | {cell(a.words)} |" for a in against[1].answers]
-    return "\n".join([*lines, "", *(f"{note}." for note in verdict.notes)]) + "\n"
+        lines += [f"| {TITLES[a.part]} | {_OUTCOMES[a.outcome]} | {markdown(a.words)} |" for a in against[1].answers]
+    return "\n".join([*lines, "", *(f"{markdown(note)}." for note in verdict.notes)]) + "\n"
 
 
 def _page(verdict: "Verdict", about: str, against: "tuple[str, Verdict] | None") -> str:
@@ -202,7 +198,7 @@ def _junit(verdict: "Verdict", about: str) -> str:
             failure = ElementTree.SubElement(test, "failure", {"message": answer.words})
             failure.text = "\n".join(f"{p}: wanted {w}, was {b}, is {a}" for p, w, b, a in _examples(answer))
     for element in suite.iter():  # XML holds no control characters, and a model may write any
-        element.text = element.text and _NO_XML.sub("\ufffd", element.text)
-        element.attrib = {name: _NO_XML.sub("\ufffd", value) for name, value in element.attrib.items()}
+        element.text = element.text and printable(element.text)
+        element.attrib = {name: printable(value) for name, value in element.attrib.items()}
     text: str = ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
     return text + "\n"

@@ -11,6 +11,7 @@ from typing import Any
 from retcon.bench.report.curves import curves
 from retcon.bench.report.groups import Group, Number, blocks
 from retcon.errors import InvalidSetting, how_to_install
+from retcon.escaping import plain_texts, printable
 from retcon.evaluation.records import Record
 from retcon.evaluation.summary import main_variant
 
@@ -194,7 +195,8 @@ def times(groups: Sequence[Group], places: Places) -> list[Picture]:
             continue
         figure, axes = _figure(5.2, 1.1 + 0.3 * len(found))
         colours = [COLOURS[places[method] % len(COLOURS)] for method, _ in found]
-        axes.barh([m for m, _ in found], [s for _, s in found], color=colours, height=0.6)
+        axes.barh(range(len(found)), [s for _, s in found], color=colours, height=0.6)
+        axes.set_yticks(range(len(found)), [method for method, _ in found])
         axes.invert_yaxis()
         axes.set_xlabel("seconds per edit")
         title = f"Time: {model}, {protocol}"
@@ -290,18 +292,22 @@ def _within(percent: float) -> float:
     return min(100.0, max(0.0, percent))
 
 
+_LOOK = {
+    "svg.hashsalt": "retcon",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "text.parse_math": False,  # of ticks, which are made while drawing
+}
+
+
 def _done(figure: Any, name: str, title: str, alt: str) -> Picture:
     """The picture with its title inside, so that it says what it is of wherever it is pasted."""
     out = io.StringIO()
-    figure.suptitle(_plain_text(textwrap.fill(title, int(15 * figure.get_figwidth()))), fontsize=9)
+    figure.suptitle(textwrap.fill(title, int(15 * figure.get_figwidth())), fontsize=9)
+    plain_texts(figure)
     matplotlib = import_module("matplotlib")
-    with matplotlib.rc_context({"svg.hashsalt": "retcon", "svg.fonttype": "none", "font.family": "sans-serif"}):
+    with matplotlib.rc_context(_LOOK):
         figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
-    svg = out.getvalue()
+    svg = printable(out.getvalue())
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return Picture(slug, title, alt, svg[svg.index("<svg") :])
-
-
-def _plain_text(text: str) -> str:
-    """A dollar sign is not the start of a formula."""
-    return text.replace("$", r"\$")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from retcon.bench.report.curves import curves
 from retcon.bench.report.groups import UNEDITED, Group, Number, blocks
+from retcon.escaping import csv_cell, latex, markdown
 from retcon.evaluation.metrics import score_am
 from retcon.evaluation.paired import differences
 from retcon.evaluation.summary import generation_variant
@@ -36,39 +37,44 @@ class Table:
 
     def markdown(self) -> str:
         """As Markdown, numbers to the right."""
-        lines = [f"**{self.title}**", "", _pipes(self.head), _pipes(["---", *["---:"] * (len(self.head) - 1)])]
+        lines = [
+            f"**{markdown(self.title)}**",
+            "",
+            _pipes(map(markdown, self.head)),
+            _pipes(["---", *["---:"] * (len(self.head) - 1)]),
+        ]
         for i, row in enumerate(self.rows):
-            cells = [f"**{c}**" if (i, j) in self.bold else c for j, c in enumerate(row)]
+            cells = [f"**{markdown(c)}**" if (i, j) in self.bold else markdown(c) for j, c in enumerate(row)]
             if len(row) == 1:
-                cells = [f"*{row[0]}*", *[""] * (len(self.head) - 1)]
-            lines.append(_pipes(c.replace("|", "\\|").replace("\n", " ") for c in cells))
-        return "\n".join([*lines, "", *(f"{note}  " for note in self.notes)]).rstrip() + "\n"
+                cells = [f"*{markdown(row[0])}*", *[""] * (len(self.head) - 1)]
+            lines.append(_pipes(cells))
+        return "\n".join([*lines, "", *(f"{markdown(note)}  " for note in self.notes)]).rstrip() + "\n"
 
     def csv(self) -> str:
         """As CSV; blocks are a column of their own, nothing is bold, notes are left out."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         has_blocks = any(len(row) == 1 for row in self.rows)
-        writer.writerow([*(["block"] if has_blocks else []), *self.head])
+        writer.writerow([*(["block"] if has_blocks else []), *map(csv_cell, self.head)])
         block = ""
         for row in self.rows:
             if len(row) == 1:
-                block = row[0]
+                block = csv_cell(row[0])
             else:
-                writer.writerow([*([block] if has_blocks else []), *row])
+                writer.writerow([*([block] if has_blocks else []), *map(csv_cell, row)])
         return out.getvalue()
 
     def latex(self) -> str:
         """As a LaTeX `tabular` with booktabs rules."""
-        lines = [f"% {_tex(self.title)}", f"\\begin{{tabular}}{{l{'r' * (len(self.head) - 1)}}}", "\\toprule"]
-        lines += [" & ".join(map(_tex, self.head)) + r" \\", "\\midrule"]
+        lines = [f"% {latex(self.title)}", f"\\begin{{tabular}}{{l{'r' * (len(self.head) - 1)}}}", "\\toprule"]
+        lines += [" & ".join(map(latex, self.head)) + r" \\", "\\midrule"]
         for i, row in enumerate(self.rows):
             if len(row) == 1:
-                lines.append(f"\\multicolumn{{{len(self.head)}}}{{l}}{{\\emph{{{_tex(row[0])}}}}} \\\\")
+                lines.append(f"\\multicolumn{{{len(self.head)}}}{{l}}{{\\emph{{{latex(row[0])}}}}} \\\\")
             else:
-                cells = [f"\\textbf{{{_tex(c)}}}" if (i, j) in self.bold else _tex(c) for j, c in enumerate(row)]
+                cells = [f"\\textbf{{{latex(c)}}}" if (i, j) in self.bold else latex(c) for j, c in enumerate(row)]
                 lines.append(" & ".join(cells) + r" \\")
-        lines += ["\\bottomrule", "\\end{tabular}", *(f"% {_tex(note)}" for note in self.notes)]
+        lines += ["\\bottomrule", "\\end{tabular}", *(f"% {latex(note)}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
 
@@ -437,17 +443,3 @@ def _pipes(cells: Iterable[str]) -> str:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()
-
-
-_TEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "^": r"\textasciicircum{}",
-        "~": r"\textasciitilde{}",
-        **{character: "\\" + character for character in "&%_#${}"},
-    }
-)
-
-
-def _tex(text: str) -> str:
-    return text.translate(_TEX)

@@ -122,7 +122,7 @@ def contrast(
     show = console()
     show.print(f"[bold]contrast[/] on {escape(str(lm))}")
     show.print(f"facts  {escape(source)}", soft_wrap=True)
-    show.print(_said(found))
+    show.print(escape(_said(found)))
     show.print()
     show.print(_table(found))
     show.print(f"written  {escape(', '.join(map(str, written)))}", soft_wrap=True)
