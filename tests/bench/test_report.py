@@ -229,7 +229,7 @@ def test_a_missing_part_is_a_dash(tmp_path: Path) -> None:
 def test_markdown_csv_and_latex_hold_the_same_cells(bench: Bench) -> None:
     table = named(bench, "jeep")
     markdown = table.markdown()
-    assert markdown.startswith("**cf & <co>: Score, ES, GS, LS**\n\n| Method | Score |")
+    assert markdown.startswith("**cf &amp; &lt;co>: Score, ES, GS, LS**\n\n| Method | Score |")
     assert "| jeep | **" in markdown
     rows = list(csv.reader(io.StringIO(table.csv())))
     assert rows[0] == ["block", *table.head]
