@@ -166,7 +166,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: it cannot be written; the error names `path`.
     """
     target = Path(path)
-    temporary = target.parent / f".{target.name[:100]}.{_mark()}{TEMPORARY}"
+    temporary = target.parent / f".{target.name[:100]}.{writer_mark()}{TEMPORARY}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(target.parent, f".{_escaped(target.name[:100])}.*{TEMPORARY}")
@@ -226,7 +226,7 @@ def replacing_folder(path: str | os.PathLike[str], *, check: Callable[[], None] 
     place = Path(path).resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
     mend_folder(place)
-    mark = _mark()
+    mark = writer_mark()
     fresh, old = (place.with_name(f".{place.name}.{mark}{part}") for part in (_NEW, _OLD))
     fresh.mkdir()
     try:
@@ -304,7 +304,7 @@ LONGEST_WRITE = 86_400.0
 """Seconds after which a temporary file that nobody has touched is abandoned, whatever process wrote it."""
 
 
-def _mark() -> str:
+def writer_mark() -> str:
     """What the name of a temporary file or folder says of its writer: machine, process, and something of its own."""
     return f"{_machine()}.{os.getpid()}-{secrets.token_hex(8)}"
 

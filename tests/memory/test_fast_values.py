@@ -13,9 +13,10 @@ from retcon.edits import Edit
 from retcon.errors import NonFinite, OutOfMemory, RetconWarning
 from retcon.lm.forward import Point
 from retcon.lm.model import LM
-from retcon.memory import capacity, collect
+from retcon.memory import capacity, collect, offload
 from retcon.memory.contexts import Contexts
 from retcon.memory.values import schedule
+from retcon.memory.values import search as searching
 from retcon.memory.values import step as step_module
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
@@ -255,6 +256,35 @@ def test_the_free_memory_changes_nothing(
     assert len(set(found)) == 1
 
 
+@pytest.mark.parametrize("family", ["gptj", "llama", "gpt2"])
+@pytest.mark.parametrize("short", ["found out", "foreseen"])
+def test_where_memory_is_short_the_work_takes_longer_and_no_bit_changes(
+    family: str, short: str, tiny: Callable[..., LM], mixed: list[Edit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan((ChunkPlan(tuple(range(6)), 3),))
+    search = ValueSearch(steps=4)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    whole = search_values(tiny(family, torch.float32), mixed, (LOW, HIGH), CONTEXTS, search, plan=plan)
+    lm, step, steps = tiny(family, torch.float32), Chunk.step, []
+
+    def limited(self: Chunk, now: Any, *, only_measure: bool) -> None:
+        steps.append(self.offload)
+        if not self.offload and len(steps) == 6:
+            raise torch.OutOfMemoryError("no room")
+        step(self, now, only_measure=only_measure)
+
+    monkeypatch.setattr(Chunk, "step", limited)
+    if short == "foreseen":
+        monkeypatch.setattr(searching, "free_bytes", lambda device: 1000)
+    with pytest.warns(RetconWarning, match="memory is short for 3 edits at a time"):
+        found = search_values(lm, mixed, (LOW, HIGH), CONTEXTS, search, plan=plan)
+    assert steps.count(False) == (6 if short == "found out" else 0)
+    assert found.plan == whole.plan
+    assert found.report == whole.report
+    for one, other in zip((*whole.offset, *whole.activation), (*found.offset, *found.activation), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_running_out_of_memory_takes_less_and_says_so(
     tiny: Callable[..., LM], mixed: list[Edit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,12 +298,15 @@ def test_running_out_of_memory_takes_less_and_says_so(
         return step(self, now, vectors)
 
     monkeypatch.setattr(Chunk, "logits", limited)
-    with pytest.warns(RetconWarning, match="memory ran out with [63] edits active of 6"):
+    with pytest.warns(RetconWarning, match="memory (is short for|ran out with) [63] edits"):
         found = search_values(lm, mixed, (LOW, HIGH), CONTEXTS, search, plan=Plan((ChunkPlan(tuple(range(6)), 6),)))
     agree(found, wanted, 1e-10)
     assert found.plan == {"chunks": [[6, 1]], "oom_retries": 2}
 
-    with pytest.raises(OutOfMemory, match=r"6 edits active .* shrink=true"):
+    with (
+        pytest.warns(RetconWarning, match=r"memory is short for 6 edits .* changes no bit"),
+        pytest.raises(OutOfMemory, match=r"6 edits active .* shrink=True \(--shrink\)"),
+    ):
         search_values(
             lm, mixed, (LOW, HIGH), CONTEXTS, ValueSearch(steps=3), plan=Plan((ChunkPlan(tuple(range(6)), 6),))
         )

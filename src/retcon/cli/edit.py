@@ -161,6 +161,13 @@ def edit(
             "same.",
         ),
     ] = "local",
+    shrink: Annotated[
+        bool,
+        typer.Option(
+            "--shrink",
+            help="Where memory runs out, go on with fewer edits at a time; the delta is then another in its last bits.",
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at DELTA.")] = False,
     seed: Seed = 0,
     device: Device = None,
@@ -185,7 +192,8 @@ def edit(
             "--out DELTA is missing: name the file that the delta goes to, a --store, or ask for a --dry-run"
         )
     place = workers(on)
-    given = read_settings(method, dataset=dataset, preset=preset, assignments=assignments or ())
+    assigned = [*(assignments or ()), *(["shrink=true"] if shrink else [])]
+    given = read_settings(method, dataset=dataset, preset=preset, assignments=assigned)
     if layers and "layers" in given:
         raise InvalidSetting("--layers probe and --set layers=... both say which layers to edit; give one of them")
     chat = chat_of(as_chat, system, template_args)

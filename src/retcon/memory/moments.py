@@ -38,7 +38,9 @@ MAX_LENGTH = 1024
 """Documents are cut to this many tokens (or the model's context, if that is shorter)."""
 FACTOR_FILE_FROM = 2048
 """Key dimensions from which a moment's Cholesky factor is read from disk sooner than it is made again."""
-FORMAT = "retcon-moments-2"
+FORMAT = "retcon-moments-3"
+UNSEALED = "retcon-moments-2"
+"""The format of the embedded models' files: each moment has a checksum, the record around them has none."""
 COMPUTATION = 1
 """Raised only when a pass over the same text gives other moments."""
 DERIVED = Kind("matrices made from a second moment", format=1, computation=1)
@@ -234,7 +236,9 @@ class CorpusMoments:
         if not key.file.is_file():
             return None
         try:
-            return key.file if key in moment_keys(key.file) else None
+            if key not in moment_keys(key.file):
+                raise MalformedFile(f"{key.file}: holds another second moment than that of {site.id}")
+            return key.file
         except MalformedFile as error:
             warnings.warn(f"{error}; it is not used", RetconWarning, stacklevel=2)
             return None
@@ -274,6 +278,7 @@ def save_moments(
         about_site = {"jitter": cholesky(rounded)[1], **(about or {}).get(key.site, {})}
         record[key.site] = about_site | {"check": _check_of(key, about_site, tensors[key.site])}
     metadata = {"format": FORMAT, "keys": [asdict(k) for k in moments], "about": record, "retcon": __version__}
+    metadata["seal"] = checksum(metadata, {})
     write_atomically(path, save(tensors, metadata={"retcon": json.dumps(metadata)}))
 
 
@@ -330,7 +335,10 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {})["retcon"])
-        if record["format"] != FORMAT:
+        sealed = record.pop("seal", None)
+        if sealed != (checksum(record, {}) if record["format"] == FORMAT else None):
+            raise MalformedFile(f"{path}: damaged; its record does not match its checksum")
+        if record["format"] not in (FORMAT, UNSEALED):
             raise MalformedFile(f"{path}: moments format {record['format']!r}, this version reads {FORMAT!r}")
         for key in record["keys"]:
             MomentKey(**key)

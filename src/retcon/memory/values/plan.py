@@ -1,7 +1,8 @@
 """How a value search is cut up: which edits share frozen parts, and how many of them are active at a time.
 
 The plan follows from the model, the edits and the kind of device, never from what memory happens to be free: the cut of
-a batch decides the last bits of its values. It is recorded, and a run that continues another takes over its plan.
+a batch decides the last bits of its values. It is recorded, and a run that continues another takes over its plan. Where
+a chunk does not fit, what its steps leave for their backward passes is put out of the way, which changes no bit.
 """
 
 from collections.abc import Sequence
@@ -102,6 +103,13 @@ def make_plan(lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], *, m
         max_active = max(1, min(at_once // cost.active_tokens(last), room, n))
         chunks.append(ChunkPlan(tuple(taken), max_active))
     return Plan(tuple(chunks))
+
+
+def needed_bytes(lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], max_active: int) -> int:
+    """Return what a chunk's search takes at once, estimated."""
+    cost = CostPerEdit(lm, sites)
+    steps = sorted((cost.step_bytes(row) for row in rows), reverse=True)[:max_active]
+    return sum(cost.frozen_bytes(row) for row in rows) + sum(steps)
 
 
 class CostPerEdit:

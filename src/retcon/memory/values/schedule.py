@@ -65,8 +65,15 @@ def forget(found: int, snapshot: Callable[[], Snapshot]) -> None:
 class Chunk(Recorded):
     """Some edits that are searched together, and what was found for them."""
 
-    def __init__(self, lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], search: ValueSearch) -> None:
-        super().__init__(lm, rows, sites, search)
+    def __init__(
+        self,
+        lm: LM,
+        rows: Sequence[EditRows],
+        sites: Sequence[ValueSite],
+        search: ValueSearch,
+        offload: bool = False,
+    ) -> None:
+        super().__init__(lm, rows, sites, search, offload)
         self.found: dict[int, ValueOf] = {}
 
     def activate(self, edits: list[int]) -> ActiveBatch:

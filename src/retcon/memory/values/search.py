@@ -20,9 +20,10 @@ from retcon.lm.batches import is_out_of_memory, release_memory
 from retcon.lm.forward import adding, answer_places, input_rows, logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import pad
+from retcon.memory.capacity import free_bytes
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
-from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
+from retcon.memory.values.plan import ChunkPlan, Plan, make_plan, needed_bytes
 from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.schedule import Chunk, forget
@@ -150,18 +151,32 @@ class SearchOfChunk:
     def __call__(self, lm: LM, piece: ChunkPiece, progress: Callable[[int], None]) -> list[ValueOf] | None:
         """Return what was found for each edit; None: memory ran out."""
         max_active, rows, begun = piece
-        try:
-            with lm.frozen_eval():
-                chunk = Chunk(lm, rows, self.sites, self.search)
-                start = None if begun is None else begun.load(lm, self.sites, self.search)
-                hear = forget if begun is None else begun.hear
-                for _ in chunk.run(max_active, start=start, hear=hear):
-                    progress(len(chunk.found))
-                return [chunk.found[j] for j in range(len(rows))]
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+        start = None if begun is None else begun.load(lm, self.sites, self.search)
+        hear = forget if begun is None else begun.hear
+        short = needed_bytes(lm, rows, self.sites, max_active) > free_bytes(lm.device)
+        for offload in (True,) if short else (False, True):
+            if offload:
+                _say_offloading(max_active)
+            try:
+                with lm.frozen_eval():
+                    chunk = Chunk(lm, rows, self.sites, self.search, offload)
+                    for _ in chunk.run(max_active, start=start, hear=hear):
+                        progress(len(chunk.found))
+                    return [chunk.found[j] for j in range(len(rows))]
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            release_memory()
         return None
+
+
+def _say_offloading(max_active: int) -> None:
+    warnings.warn(
+        f"memory is short for {max_active} edits at a time: what a step leaves for its backward pass is kept outside, "
+        "which takes longer and changes no bit",
+        RetconWarning,
+        stacklevel=4,
+    )
 
 
 def _with_less_memory(plan: Plan, chunk: ChunkPlan, edits: Sequence[Edit], search: ValueSearch) -> Plan:
@@ -169,16 +184,12 @@ def _with_less_memory(plan: Plan, chunk: ChunkPlan, edits: Sequence[Edit], searc
     release_memory()
     smaller = plan.split_after_oom(chunk)
     if smaller is None:
-        edit = edits[chunk.edits[0]]
-        raise OutOfMemory(
-            f"edit {edit.id!r} ({edit.subject!r}) does not fit into memory even alone; load the model in bfloat16, use "
-            "fewer contexts, or a device with more memory"
-        )
+        raise OutOfMemory(_alone(edits[chunk.edits[0]]))
     if not search.shrink:
         raise OutOfMemory(
             f"memory ran out with {chunk.max_active} edits active of a chunk of {len(chunk.edits)}. Free some memory "
             "and run again (finished edits are found again), or allow a smaller cut with shrink=True "
-            "(--set shrink=true); the delta then differs in its last bits from the one that another run would give"
+            "(--shrink); the delta then differs in its last bits from the one that another run would give"
         )
     warnings.warn(
         f"memory ran out with {chunk.max_active} edits active of {len(chunk.edits)}; going on with a smaller cut, as "
@@ -188,6 +199,13 @@ def _with_less_memory(plan: Plan, chunk: ChunkPlan, edits: Sequence[Edit], searc
         stacklevel=4,
     )
     return smaller
+
+
+def _alone(edit: Edit) -> str:
+    return (
+        f"edit {edit.id!r} ({edit.subject!r}) does not fit into memory even alone; load the model in bfloat16, use "
+        "fewer contexts, or a device with more memory"
+    )
 
 
 def gathered(found: Sequence[ValueOf], plan: dict[str, Any]) -> Values:
@@ -251,6 +269,8 @@ def _misses(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSea
             vectors = [0.5 * x.norm() * unit for x, unit in zip(now.state.activation, vectors, strict=True)]
             replayed = chunk.logits(now, vectors)[0]
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        if is_out_of_memory(error):  # says nothing about replays, and what is done must not depend on it
+            raise OutOfMemory(_alone(rows.edit)) from None
         return f"{type(error).__name__}: {error}"
     texts = rows.rewriting
     everyone = torch.arange(len(texts))

@@ -5,6 +5,7 @@ Adam state, clamp, step count and end.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from retcon.lm.forward import Hook, input_rows, log_probs, logits_at
 from retcon.lm.model import LM
 from retcon.lm.replay import ReplayState, capture_states, replaying
+from retcon.memory.offload import offloading, put_away
 from retcon.memory.values.objective import Labels, ValueSearch, ValueSite, divergence, loss_of
 from retcon.memory.values.rows import EditRows, active_part
 from retcon.memory.values.state import SearchState
@@ -77,10 +79,20 @@ class Recorded:
 
     Args:
         rows: of the edits, in the order in which they are activated.
+        offload: where memory is short, what is recorded and what steps leave for their backward passes goes out of the
+            way (`memory.offload`), which takes longer and changes no bit.
     """
 
-    def __init__(self, lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], search: ValueSearch) -> None:
+    def __init__(
+        self,
+        lm: LM,
+        rows: Sequence[EditRows],
+        sites: Sequence[ValueSite],
+        search: ValueSearch,
+        offload: bool = False,
+    ) -> None:
         self.lm, self.rows, self.sites, self.search = lm, rows, sites, search
+        self.offload = offload
         self.dtype = torch.promote_types(lm.dtype, torch.float32)
         self.n_contexts = len(rows[0].rewriting)
         first, self.points = active_part(lm, sites)
@@ -95,9 +107,25 @@ class Recorded:
         starts = [s for e in rows for s in e.starts] + [e.kl_start for e in rows if e.kl is not None]
         contexts = [j for e in rows for j in range(self.n_contexts)] + [-1] * len(kl)
         reads = {point: [*at, *[None] * len(kl)] for point, at in reads.items()}
-        self.states, read = capture_states(lm, texts, starts, first, reads, prefix_group=contexts)
+        states, read = capture_states(lm, texts, starts, first, reads, prefix_group=contexts)
+        self.states = self._away(states)
         self.clean = [read.get(s.point) for s in sites]
         """Per site below the active part, each edit's clean value; the others have it after an edit's first pass."""
+
+    def _away(self, states: ReplayState) -> ReplayState:
+        if not self.offload:
+            return states
+        keys, values = (tuple(put_away(x) for x in part) for part in (states.keys, states.values))
+        return replace(states, states=put_away(states.states), keys=keys, values=values)
+
+    def _room(self, now: ActiveBatch) -> AbstractContextManager[None]:
+        """The scope of a forward pass whose gradients are wanted."""
+        if not self.offload:
+            return nullcontext()
+        recorded = [
+            x for part in now.passes for x in (part.recorded.states, *part.recorded.keys, *part.recorded.values)
+        ]
+        return offloading([*self.lm.model.parameters(), *self.lm.model.buffers(), *recorded])
 
     @property
     def nbytes(self) -> int:
@@ -183,7 +211,7 @@ class Recorded:
             rows.append(len(self.rows) * self.n_contexts + e)
         device = next(self.lm.head.parameters()).device
         return Pass(
-            recorded=self.states.select(rows, columns=columns, prefix=prefix),
+            recorded=self._away(self.states.select(rows, columns=columns, prefix=prefix)),
             rewriting=rewriting,
             kl=kl,
             changed=[
@@ -241,7 +269,7 @@ class Recorded:
         """
         state = now.state
         vectors = [offset.clone().requires_grad_() for offset in state.offset]
-        with torch.enable_grad():
+        with torch.enable_grad(), self._room(now):
             logits, kl_logits = self.logits(now, vectors)
             if now.fresh:
                 for s, (init, activation) in enumerate(zip(state.init, state.activation, strict=True)):
