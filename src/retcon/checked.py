@@ -5,14 +5,12 @@ Every cache of retcon (moments, factors, searched values, fingerprints, records 
 computation made is reported as such and never used.
 """
 
-import errno
 import hashlib
 import json
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from retcon.errors import MalformedFile, RetconWarning
@@ -49,7 +47,6 @@ def write_checked(
         tensors: by name.
         about: what else the file says. JSON values.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
@@ -63,10 +60,7 @@ def write_checked(
     }
     record["check"] = checksum(record, own)
     with replacing(path) as temporary:
-        try:
-            save_file(own, temporary, metadata={"retcon": json.dumps(record)})
-        except SafetensorError as error:  # which is how it reports a full disk
-            raise OSError(errno.EIO, str(error), os.fspath(path)) from None
+        save_file(own, temporary, metadata={"retcon": json.dumps(record)})
 
 
 def read_checked(
@@ -153,18 +147,22 @@ def keep(
         return False
 
 
+_warned: set[str] = set()
+"""Caches that this process has said it cannot write to."""
+
+
 def warn_unwritable(error: OSError) -> None:
-    """Warn, once for each directory, that the cache cannot be written to and that the run goes on without it."""
-    _warn_once(f"{error.strerror or error} ({cache_dir()})")
-
-
-@cache
-def _warn_once(reason: str) -> None:
+    """Warn, once for each cache, that it cannot be written to and that the run goes on without it."""
+    cache = str(cache_dir())
+    if cache in _warned:
+        return
+    _warned.add(cache)
+    what = error.filename or cache
     warnings.warn(
-        f"the cache cannot be written: {reason}. The run goes on without it, and makes again next time what it "
-        "makes now; set RETCON_CACHE to a directory that can be written to.",
+        f"the cache cannot be written: {error.strerror or error} ({what}). The run goes on without it, and makes again "
+        "next time what it makes now; set RETCON_CACHE to a directory that can be written to.",
         RetconWarning,
-        stacklevel=5,
+        stacklevel=4,
     )
 
 

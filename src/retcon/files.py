@@ -1,5 +1,6 @@
 """Files in and out: rows read with errors that name them, and writing that a crash cannot leave half done."""
 
+import errno
 import fcntl
 import json
 import os
@@ -178,8 +179,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):
-            raise type(error)(error.errno, error.strerror or str(error), os.fspath(target)) from error
+        if (named := _naming(error, temporary, target)) is not None:
+            raise named from error
         raise
 
 
@@ -245,14 +246,23 @@ def replacing_folder(path: str | os.PathLike[str], *, check: Callable[[], None] 
                 if old.exists() and not place.exists():
                     old.rename(place)
                 raise
-    except OSError as error:
-        if error.filename is None or fresh.name in str(error.filename):
-            raise type(error)(error.errno, error.strerror or str(error), os.fspath(place)) from error
+    except Exception as error:
+        if (named := _naming(error, fresh, place)) is not None:
+            raise named from error
         raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         if place.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _naming(error: BaseException, temporary: Path, target: Path) -> OSError | None:
+    """The error of a write with the name that the caller knows; None for errors of another kind."""
+    if type(error).__name__ == "SafetensorError":  # which is how safetensors reports a full disk
+        return OSError(errno.EIO, str(error), os.fspath(target))
+    if isinstance(error, OSError) and (error.filename is None or os.fspath(temporary) in str(error.filename)):
+        return type(error)(error.errno or errno.EIO, error.strerror or str(error), os.fspath(target))
+    return None
 
 
 _NEW, _OLD = ".new", ".old"

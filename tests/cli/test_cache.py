@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
+from retcon import checked
+from retcon.delta import Delta
 from retcon.lm import fingerprint as module
+from tests.cli.conftest import EDIT
 
 
 def test_lists_and_prunes_what_is_kept(cli: Callable[..., Any], delta: Path) -> None:
@@ -54,3 +57,24 @@ VERIFYING = (
 @pytest.mark.parametrize("verb", VERIFYING)
 def test_whatever_believes_a_fingerprint_can_be_told_not_to(verb: str, cli: Callable[..., Any]) -> None:
     assert "--verify-base" in cli(verb, "--help").stdout
+
+
+@pytest.mark.parametrize("where", ["a file", "no home"])
+def test_a_cache_that_cannot_be_written_costs_one_warning(
+    where: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli(*EDIT)
+    Path("wanted").write_bytes(Path("delta.safetensors").read_bytes())
+    Path("delta.safetensors").unlink()
+    if where == "a file":
+        Path("a file").touch()
+        monkeypatch.setenv("RETCON_CACHE", str(Path("a file").absolute()))
+    else:
+        monkeypatch.delenv("RETCON_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv("HOME", "/proc/none")
+    checked._warned.clear()
+    said = cli(*EDIT).stderr
+    assert said.count("warning: the cache cannot be written") == 1
+    assert len([line for line in said.splitlines() if line.startswith("warning:") and "cache" in line]) == 1
+    assert Delta.load("delta.safetensors").id == Delta.load("wanted").id

@@ -206,6 +206,6 @@ def test_a_cache_that_cannot_be_written_does_not_matter(
     files: list[Path], computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RETCON_CACHE", str(files[0] / "under a file"))
-    checked._warn_once.cache_clear()
+    checked._warned.clear()
     with pytest.warns(RetconWarning, match="cache cannot be written"):
         assert checkpoint_fingerprint(MODEL, files) == "value0"

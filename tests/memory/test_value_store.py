@@ -244,7 +244,7 @@ def test_a_cache_that_cannot_be_written_does_not_stop_a_search(
 ) -> None:
     lm = tiny("llama")
     (tmp_path / "a file").write_text("")
-    checked._warn_once.cache_clear()
+    checked._warned.clear()
     with pytest.warns(RetconWarning, match="cache cannot be written"):
         found = search_values(lm, edits, SITES, CONTEXTS, SEARCH, cache=ValueCache(tmp_path / "a file"))
     assert same(found, search_values(lm, edits, SITES, CONTEXTS, SEARCH))
