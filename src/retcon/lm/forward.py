@@ -212,7 +212,9 @@ def _hook(lm: LM, point: Point, call: Callable[[Point, Tensor], Tensor | None]) 
         first = output[0] if isinstance(output, tuple) else output  # blocks return a tensor or (tensor, ...)
         new = call(point, first)
         if new is None:
-            return None
+            if point.tensor != "mlp":
+                return None
+            new = first.clone()  # Falcon's block adds to its MLP's output in place, and the hook may keep what it saw
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     return module.register_forward_hook(after)

@@ -62,7 +62,7 @@ def running_at(
 
     def widen(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         whole = fill_values.view(-1, output.shape[-1]).index_copy_(0, at, output)
-        return whole.view(*shapes[-1], output.shape[-1])
+        return whole.view(*shapes[-1], output.shape[-1]).clone()  # Falcon's block adds to it in place
 
     with ExitStack() as stack:
         for module in entries:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import signature
 from itertools import groupby
 
 import torch
@@ -124,11 +125,13 @@ def _logits(lm: LM, prompt: Prompt, cells: Sequence[Cell], settings: Tracing) ->
 
 
 def _way(lm: LM, prompt: Prompt, settings: Tracing) -> Tracing:
-    """Whole passes for prompts longer than an attention window, and for forms of attention that take no mask."""
+    """Whole passes for prompts longer than an attention window, for attention that takes no mask, and for models that
+    count places along the row (ALiBi), where cells side by side would not have their own."""
     window = getattr(lm.config, "sliding_window", None)
     within = window is None or len(prompt.row.ids) <= window
     masked = getattr(lm.config, "_attn_implementation", None) in ("eager", "sdpa")
-    return replace(settings, replayed=settings.replayed and within and masked)
+    places = "position_ids" in signature(type(lm.model).forward).parameters and not getattr(lm.config, "alibi", False)
+    return replace(settings, replayed=settings.replayed and within and masked and places)
 
 
 def _replay_agrees(lm: LM, prompt: Prompt, settings: Tracing) -> bool:
