@@ -126,11 +126,12 @@ def _logits(lm: LM, prompt: Prompt, cells: Sequence[Cell], settings: Tracing) ->
 
 def _way(lm: LM, prompt: Prompt, settings: Tracing) -> Tracing:
     """Whole passes for prompts longer than an attention window, for attention that takes no mask, and for models that
-    count places along the row (ALiBi), where cells side by side would not have their own."""
+    count places along the row (ALiBi, GPT-Neo's window), where cells side by side would not have their own."""
     window = getattr(lm.config, "sliding_window", None)
     within = window is None or len(prompt.row.ids) <= window
     masked = getattr(lm.config, "_attn_implementation", None) in ("eager", "sdpa")
     places = "position_ids" in signature(type(lm.model).forward).parameters and not getattr(lm.config, "alibi", False)
+    places = places and "local" not in getattr(lm.config, "attention_layers", ())
     return replace(settings, replayed=settings.replayed and within and masked and places)
 
 
