@@ -5,10 +5,14 @@ has caught up, and a tensor of Python's numbers is a copy to it.
 """
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from retcon.memory.values.schedule import Chunk
+from retcon.memory.values.step import ActiveBatch
 
 WAITS = ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "equal")
 """Operators whose answer, or whose answer's shape, the host must know."""
@@ -55,3 +59,35 @@ def waits(ops: Counter[str]) -> int:
 def uploads(ops: Counter[str]) -> int:
     """Return how many tensors are made from Python's numbers."""
     return ops["lift_fresh"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one step asked of the host."""
+
+    shape: tuple[int, ...]
+    """Rows, columns, earlier tokens and labels of each of its passes."""
+    first: bool
+    """Whether it is the first step of a batch, which makes masks and positions."""
+    launches: int
+    waits: int
+    uploads: int
+
+
+class CountedChunk(Chunk):
+    """A chunk that notes what each of its steps asks of the host."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.steps: list[Asked] = []
+        self.batch_before: ActiveBatch | None = None
+
+    def step(self, now: ActiveBatch, *, only_measure: bool) -> None:
+        """As `Chunk.step`, counted."""
+        parts = [(*p.recorded.states.shape[:2], p.recorded.keys[0].shape[2], p.labels.shape[1]) for p in now.passes]
+        first, self.batch_before = now is not self.batch_before, now
+        with Counts() as counts:
+            super().step(now, only_measure=only_measure)
+        ops = counts.mark()
+        shape = tuple(n for part in parts for n in part)
+        self.steps.append(Asked(shape, first, launches(ops), waits(ops), uploads(ops)))

@@ -6,7 +6,10 @@
 
 Time does not depend on the weights' values. Edits are the embedded world's, every one runs all its steps (no stop), and
 second moments are the identity. The rate counts what the search cannot do without (`fast_path.floor`), and is set
-against the best matrix product of the model's dtype measured in the same run.
+against the best matrix product of the model's dtype measured in the same run. Beside it is what a step asks of the
+host, counted on the edits that are searched at once (`counting.py`): operators that run something, times that the host
+waits for the device, tensors made from Python's numbers, and in how many shapes the steps of a chunk are run. With
+`--pace card` a CPU runs its steps as a card would.
 """
 
 import argparse
@@ -14,20 +17,25 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from transformers import AutoTokenizer
 
 from benchmarks.common import machine
+from benchmarks.counting import CountedChunk
 from benchmarks.fast_path import floor
 from benchmarks.moments import SHAPES, product_rates, random_lm
 from retcon import world
 from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.lm.peak import Peak
-from retcon.memory.contexts import sample_contexts
+from retcon.memory.contexts import Contexts, sample_contexts
 from retcon.memory.moments import GivenMoments
-from retcon.memory.values import search_values
+from retcon.memory.values import schedule, search_values
+from retcon.memory.values.objective import ValueSearch, ValueSite
+from retcon.memory.values.plan import make_plan
+from retcon.memory.values.rows import EditRows
 from retcon.methods.jeep import Jeep
 
 UNREACHABLE = 2.0
@@ -60,14 +68,41 @@ def measure(name: str, lm: LM, edits: Sequence[Edit], steps: int, profile: Abstr
     whole = time.perf_counter() - started
     least = floor(lm, method, edits, contexts, delta)
     n = len(edits)
+    asked = count(lm, edits, places, contexts, search)
     memory = f"{peak.nbytes / 2**30:.1f}" if peak.nbytes else "unknown"
     plan = delta.provenance["values"][0]["chunks"]
     cells = [
         name, f"{n:,}", steps, f"{searching / n:.4f}", f"{whole / n:.4f}", f"{10_000 * whole / n / 60:.1f}",
         f"{least / searching / 1e12:.2f}", f"{rate / 1e12:.2f}", f"{100 * least / searching / rate:.0f} %", memory,
-        f"{max(w for _, w in plan)}",
+        f"{max(w for _, w in plan)}", *asked,
     ]  # fmt: skip
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def as_on_a_card() -> None:
+    """Let a CPU run its steps as a card would, for the rest of the process."""
+    schedule.LOOK_EVERY.clear()
+    schedule.MAX_SHAPES.clear()
+
+
+def count(
+    lm: LM, edits: Sequence[Edit], sites: Sequence[ValueSite], contexts: Contexts, search: ValueSearch
+) -> list[str]:
+    """Return launches, waits and uploads per step, and shapes, of the first chunk of the plan."""
+    with lm.frozen_eval():
+        rows = [EditRows.of(lm, edit, sites, contexts, search) for edit in edits]
+        first = make_plan(lm, rows, sites).chunks[0]
+        chunk = CountedChunk(lm, [rows[i] for i in first.edits], sites, replace(search, steps=min(search.steps, 9)))
+        for _ in chunk.run(first.max_active):
+            pass
+    steps = chunk.steps
+    n = len(steps)
+    return [
+        f"{sum(s.launches for s in steps) / n:,.0f}",
+        f"{sum(s.waits for s in steps) / n:.2f}",
+        f"{sum(s.uploads for s in steps) / n:.2f}",
+        f"{len({s.shape for s in steps})}",
+    ]
 
 
 def main() -> None:
@@ -78,16 +113,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[20], help="steps that every edit takes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="bfloat16 on a GPU and float32 on a CPU if left out")
+    parser.add_argument("--pace", choices=["card"], help="run a CPU's steps in the shapes of a card's")
     parser.add_argument("--profile", help="folder for a trace of the search, in Chrome's format")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", ".*larger than the weight")
     torch.manual_seed(args.seed)
+    if args.pace:
+        as_on_a_card()
     dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     print(f"{machine()}, {dtype} on {args.device}, seed {args.seed}\n")
     print(
         "| shape | edits | steps | search, s an edit | JEEP, s an edit | 10,000 edits, min | search, TFLOP/s |"
-        " products, TFLOP/s | share | peak GiB | edits at once |\n" + "|" + "---|" * 11
+        " products, TFLOP/s | share | peak GiB | edits at once | launches a step | waits a step | uploads a step |"
+        " shapes of a chunk |\n" + "|" + "---|" * 15
     )
     edits = [c.edits[0] for c in world.cases(args.n, seed=args.seed)]
     for name in args.shape:

@@ -117,8 +117,10 @@ def row_arguments(
             attention_mask=torch.ones(len(begins), columns, dtype=torch.long, device=lm.device), use_cache=False
         )
     begin, length = torch.tensor(begins)[:, None], torch.tensor(lengths)[:, None]
+    # a mask that hides nothing is none: transformers would read it back to find out
+    mask = None if min(begins) == prefix else (torch.arange(prefix + columns) >= prefix - begin).long().to(lm.device)
     return dict(
-        attention_mask=(torch.arange(prefix + columns) >= prefix - begin).long().to(lm.device),
+        attention_mask=mask,
         position_ids=(begin + torch.arange(columns).minimum(length - 1)).to(lm.device),  # padding stays in the context
         past_key_values=cache,
         use_cache=True,

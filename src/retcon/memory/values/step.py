@@ -150,9 +150,17 @@ class Recorded:
         )
 
     def shape_for_any(self, places: int) -> Shape:
-        """Return the smallest shape for any so many of all edits."""
+        """Return the smallest shape for any so many of all edits, at least two columns wide: of a mask for one column,
+        transformers would ask the device whether it hides anything."""
         most = sorted((self._n_labels(e) for e in range(len(self.rows))), reverse=True)
-        return replace(self.shape(range(len(self.rows))), places=places, labels=sum(most[:places]))
+        shape, two = self.shape(range(len(self.rows))), min(2, self.states.states.shape[1])
+        return replace(
+            shape,
+            places=places,
+            columns=max(shape.columns, two),
+            labels=sum(most[:places]),
+            kl_columns=max(shape.kl_columns, two) if self.with_kl else 0,
+        )
 
     def _n_labels(self, edit: int) -> int:
         return sum(len(r.target_ids) for r in self.rows[edit].rewriting)
