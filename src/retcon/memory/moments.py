@@ -29,7 +29,7 @@ from retcon.lm.prompts import Row, encode
 from retcon.lm.site import Site
 from retcon.memory.collect import Progress, collect
 from retcon.memory.corpus import Corpus
-from retcon.memory.solve import cholesky, definite
+from retcon.memory.solve import CPU, cholesky, definite
 from retcon.version import __version__
 
 TOKENS_PER_DIMENSION = 20
@@ -109,10 +109,10 @@ class GivenMoments:
             raise InvalidSetting(f"no second moment given for {', '.join(missing)}; given: {', '.join(self.by_name)}")
 
     def second_moment(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
-        return self.derived(lm, site, "definite", definite)
+        return self.derived(lm, site, "definite", lambda c: definite(c, device=site.weight.device))
 
     def factor(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
-        return self.derived(lm, site, "factor", lambda c: cholesky(c)[0])
+        return self.derived(lm, site, "factor", lambda c: cholesky(c, site.weight.device)[0])
 
     def derived(self, lm: LM, site: Site, what: str, build: Callable[[Tensor], Tensor]) -> Tensor:
         if (site.id, what) not in self._made:
@@ -175,13 +175,14 @@ class CorpusMoments:
             about = {"convergence": found.convergence, "n_tokens": n_found}
             if site.expert is not None:
                 about["n_routed"] = found.n_routed
+            device = site.weight.device
             try:
-                save_moments(keys[site].file, {keys[site]: found.moment}, {site.id: about})
+                save_moments(keys[site].file, {keys[site]: found.moment}, {site.id: about}, device=device)
                 if len(sites) == 1:
                     moments[site] = load_moment(keys[site].file, keys[site])
             except OSError as error:
                 warn_unwritable(error)
-                self._unwritten[keys[site]] = moments[site] = definite(found.moment.to(torch.float32))
+                self._unwritten[keys[site]] = moments[site] = definite(found.moment.to(torch.float32), device=device)
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         return moments
@@ -205,9 +206,9 @@ class CorpusMoments:
         if d < FACTOR_FILE_FROM:
             key = self.key(lm, site)
             if key not in self._factors:
-                self._factors[key] = cholesky(self.second_moment(lm, site))[0]
+                self._factors[key] = cholesky(self.second_moment(lm, site), site.weight.device)[0]
             return self._factors[key]
-        return unpack(self.derived(lm, site, "factor", lambda c: pack(cholesky(c)[0])), d)
+        return unpack(self.derived(lm, site, "factor", lambda c: pack(cholesky(c, site.weight.device)[0])), d)
 
     def derived(self, lm: LM, site: Site, what: str, build: Callable[[Tensor], Tensor]) -> Tensor:
         """As the protocol has it; kept in the cache directory beside the moment."""
@@ -264,18 +265,23 @@ def partial_file(keys: Iterable[MomentKey]) -> Path:
 
 
 def save_moments(
-    path: Path, moments: Mapping[MomentKey, Float[Tensor, "d d"]], about: Mapping[str, Mapping[str, Any]] | None = None
+    path: Path,
+    moments: Mapping[MomentKey, Float[Tensor, "d d"]],
+    about: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    device: torch.device = CPU,
 ) -> None:
     """Write moments as packed triangles in float32, with their keys and the jitter that makes each definite.
 
     Args:
         about: what else the file's record shall say, by site.
+        device: where the jitter is looked for, if it is good at float64.
     """
     tensors, record = {}, {}
     for key, moment in moments.items():
         rounded = moment.to(torch.float32)
         tensors[key.site] = pack(rounded)
-        about_site = {"jitter": cholesky(rounded)[1], **(about or {}).get(key.site, {})}
+        about_site = {"jitter": cholesky(rounded, device)[1], **(about or {}).get(key.site, {})}
         record[key.site] = about_site | {"check": _check_of(key, about_site, tensors[key.site])}
     metadata = {"format": FORMAT, "keys": [asdict(k) for k in moments], "about": record, "retcon": __version__}
     metadata["seal"] = checksum(metadata, {})

@@ -216,22 +216,31 @@ def spd_solve(build: Build, b: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
     return solution
 
 
-def cholesky(c: Float[Tensor, "m m"]) -> tuple[Float[Tensor, "m m"], float]:
-    """L and j of C + j I = L L^T in float64, j the least jitter that makes C definite.
+def cholesky(c: Float[Tensor, "m m"], device: torch.device = CPU) -> tuple[Float[Tensor, "m m"], float]:
+    """L and j of C + j I = L L^T in float64, j the least jitter that makes C definite; on C's device.
+
+    Computed on `device` where that is a card that is good at float64 and has the room.
 
     0 nearly always; not where the text repeats itself so often that C is singular to its stored precision.
 
     Raises:
         NonFinite: C holds NaN or infinity, or is nothing like positive definite.
     """
+    if device.type == "cuda" and device != c.device and good_at_float64(device):
+        try:
+            lower, jitter = cholesky(c.to(device))
+            return lower.to(c.device), jitter
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
     for found in _factors(lambda: c.to(torch.float64, copy=True), _JITTERS):
         return found
     raise NonFinite("the second moment is far from positive definite, so it is none; collect it again")
 
 
-def definite(c: Float[Tensor, "m m"], jitter: float | None = None) -> Float[Tensor, "m m"]:
+def definite(c: Float[Tensor, "m m"], jitter: float | None = None, device: torch.device = CPU) -> Float[Tensor, "m m"]:
     """C itself where it has a Cholesky factor, else in float64 with the jitter of `cholesky` (or the one given)."""
-    j = cholesky(c)[1] if jitter is None else jitter
+    j = cholesky(c, device)[1] if jitter is None else jitter
     if j == 0:
         return c
     c = c.to(torch.float64, copy=True)
