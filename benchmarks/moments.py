@@ -35,6 +35,31 @@ from retcon.memory.moments import document_rows
 SHAPES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "gpt-j-6b": (GPTJConfig(), (3, 4, 5, 6, 7, 8, 15, 16)),
     "llama-7b": (LlamaConfig(), (5, 6, 7, 8, 9, 10, 22, 23)),
+    "llama-3-8b": (
+        LlamaConfig(
+            hidden_size=4096,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            intermediate_size=14336,
+            vocab_size=128256,
+            max_position_embeddings=8192,
+        ),
+        (4, 5, 6, 7, 8, 22, 23),
+    ),
+    "gptj-128": (
+        GPTJConfig(
+            n_embd=128,
+            n_layer=5,
+            n_head=4,
+            rotary_dim=16,
+            n_positions=512,
+            vocab_size=4096,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+        (1, 2, 3),
+    ),
     "gptj-1024": (
         GPTJConfig(n_embd=1024, n_layer=6, n_head=8, n_positions=1024, vocab_size=4096, bos_token_id=0, eos_token_id=0),
         (1, 2, 3, 4),

@@ -1,0 +1,260 @@
+"""All that is measured on a card, with checks that results are right, in one table and in a given time.
+
+    python -m benchmarks.gpu --minutes 8                       # a card of 80 GB
+    python -m benchmarks.gpu --tiny --device cpu --minutes 5   # small shapes, to see that it runs
+
+Models have random weights in bfloat16; edits are the embedded world's, and every one takes all its steps. Parts are run
+in the order of their worth; one for which there is no time left is named. Where a check fails, the exit code is 1.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoTokenizer
+
+import retcon
+from benchmarks.common import machine
+from benchmarks.fast_path import floor
+from benchmarks.large_models import count, settings
+from benchmarks.moments import SHAPES, product_rates, random_lm, random_rows
+from retcon import world
+from retcon.lm.fingerprint import fingerprint
+from retcon.lm.model import LM
+from retcon.lm.peak import Peak
+from retcon.memory.collect import collect
+from retcon.memory.contexts import Contexts, sample_contexts
+from retcon.memory.moments import GivenMoments
+from retcon.memory.solve import cholesky
+from retcon.memory.values import search_values
+from retcon.memory.values.reference import search_values_reference
+
+TOLERANCE = 1e-4
+"""Largest difference of a delta in float32, this device's and the CPU's, over the CPU's norm."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    shapes: tuple[str, ...]
+    n: tuple[int, ...]
+    """Edits of a search."""
+    steps: int
+    tokens: int
+    """Of the second moments."""
+    n_cases: int
+    """Of an evaluation."""
+
+
+FULL = Size(("llama-3-8b", "gpt-j-6b"), (1, 512), 20, 1_000_000, 64)
+TINY = Size(("llama-256", "gptj-128"), (1, 4), 3, 2_048, 4)
+
+Row = tuple[str, str, str, str]
+"""What, model, measured, wanted."""
+
+
+class Failed(Exception):
+    """A result that is wrong."""
+
+
+class Card:
+    """One device and the models that are measured on it, one at a time."""
+
+    def __init__(self, size: Size, device: str, dtype: torch.dtype) -> None:
+        self.size, self.device, self.dtype = size, torch.device(device), dtype
+        self.name = ""
+        self.lm: LM | None = None
+
+    def model(self, name: str) -> LM:
+        """Return the model of a shape; the one before it is gone."""
+        if self.lm is None or self.name != name:
+            self.lm = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            made = random_lm(name, str(self.device), self.dtype).model
+            self.lm, self.name = LM(made, AutoTokenizer.from_pretrained(world.model_path("gptj")), name=name), name
+        return self.lm
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Return the seconds of a call, the device's work included."""
+        self._wait()
+        started = time.perf_counter()
+        call()
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def same_as_the_cpu(self) -> Iterator[Row]:
+        """JEEP on the embedded models in float32: this device's delta and the CPU's."""
+        edits = [case.edits[0] for case in world.cases(4)]
+        for name in ("demo:gptj", "demo:llama"):
+            changes: list[list[torch.Tensor]] = []
+            for device in ("cpu", str(self.device)):
+                lm = retcon.load(name, device=device, dtype="float32")
+                delta = retcon.method("jeep", for_model=lm, steps=5).propose(lm, edits)
+                changes.append([delta.dense(p, lm.parameter(p).shape) for p in sorted(delta.changes)])
+            off = max(float((a - b).norm() / a.norm()) for a, b in zip(*changes, strict=True) if a.norm() > 0)
+            if off > TOLERANCE:
+                raise Failed(f"{name}: the delta on {self.device} parts from the CPU's by {off:.1e}")
+            yield "delta in float32, to the CPU's", name, f"{off:.1e}", f"at most {TOLERANCE:.0e}"
+
+    def search(self, name: str) -> Iterator[Row]:
+        """The value search alone and the whole of JEEP."""
+        lm, size = self.model(name), self.size
+        method = settings(SHAPES[name][1], size.steps)
+        groups = [g for g in method.groups() if g]
+        sites = [lm.site(layer, g.module) for g in groups for layer in g.layers]
+        moments = GivenMoments({s.name: torch.eye(s.weight.shape[1]) for s in sites})
+        contexts, places, search = sample_contexts(lm), [method.value_site(g) for g in groups], method.value_search()
+        edits = [case.edits[0] for case in world.cases(max(size.n))]
+        rate = max(product_rates(lm).values())
+        yield from self._as_plain(name, contexts)
+        for n in size.n:
+            few = edits[:n]
+            search_values(lm, few[: min(n, 8)], places, contexts, search)  # the second call in the process counts
+            with Peak(lm.device) as peak:
+                took = self.seconds(lambda few=few: search_values(lm, few, places, contexts, search))  # type: ignore[misc]
+            memory = f"{peak.nbytes / 2**30:.1f} GiB" if peak.nbytes else "memory unknown"
+            what = f"search, {n} edits, {size.steps} steps"
+            if n == 1:
+                yield what, name, f"{took:.2f} s", "0.4 s"
+                continue
+            delta = method.propose(lm, few, contexts=contexts, moments=moments)
+            least = floor(lm, method, few, contexts, delta)
+            share = f"{100 * least / took / rate:.0f} % of {rate / 1e12:.3g} TFLOP/s"
+            yield what, name, f"{1000 * took / n:.1f} ms an edit, {share}, {memory}", "45 %"
+            launches, waits, uploads, shapes = count(lm, few, places, contexts, search)
+            yield (
+                "launches / waits / uploads a step; shapes",
+                name,
+                f"{launches} / {waits} / {uploads}; {shapes}",
+                "0 waits; 4",
+            )
+
+    def _as_plain(self, name: str, contexts: Contexts) -> Iterator[Row]:
+        lm = self.model(name)
+        method = settings(SHAPES[name][1], 2)
+        places = [method.value_site(g) for g in method.groups() if g]
+        edits = [case.edits[0] for case in world.cases(2)]
+        fast = search_values(lm, edits, places, contexts, method.value_search())
+        plain = search_values_reference(lm, edits, places, contexts, method.value_search())
+        off = max(
+            float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in zip(fast.offset, plain.offset, strict=True)
+        )
+        wanted = 0.2 if lm.dtype.itemsize < 4 else 1e-4
+        if not off <= wanted:
+            raise Failed(f"{name}: fast and plain values part by {off:.1e} after two steps")
+        yield "values after 2 steps, fast to plain", name, f"{off:.1e}", f"at most {wanted:g}"
+
+    def moments(self, name: str) -> Iterator[Row]:
+        """Second moments of all edited layers in one pass, and a factor."""
+        lm = self.model(name)
+        sites = [lm.site(layer, "down_proj") for layer in SHAPES[name][1][:7]]
+        rows = random_rows(self.size.tokens, lm.model.config.vocab_size, 0)
+        found: list[torch.Tensor] = []
+
+        def one_pass() -> None:
+            for _, one in collect(lm, sites, rows):
+                found[:] = [one.moment]
+
+        took = self.seconds(one_pass)
+        width = sites[0].weight.shape[1]
+        what = f"moments of {len(sites)} layers, {width:,} wide, {self.size.tokens:,} tokens"
+        yield what, name, f"{took:.1f} s", "90 s"
+        c = found[0].double() + torch.eye(width, dtype=torch.float64)
+        factor: list[torch.Tensor] = []
+        took = self.seconds(lambda: factor.append(cholesky(c, self.device)[0]))
+        probe = torch.randn(width, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        off = float((factor[0] @ (factor[0].T @ probe) - c @ probe).norm() / (c @ probe).norm())
+        if not off < 1e-10:
+            raise Failed(f"{name}: the Cholesky factor misses its matrix by {off:.1e}")
+        yield f"Cholesky factor, {width:,} wide, to and from the card", name, f"{took:.2f} s", ""
+
+    def start(self, name: str) -> Iterator[Row]:
+        """What precedes a first edit, and a MEMIT edit after it."""
+        lm = self.model(name)
+        took = self.seconds(lambda: fingerprint(lm.model))
+        gib = sum(p.nbytes for p in lm.model.parameters()) / 2**30
+        yield f"fingerprint of {gib:.2g} GiB, from the card", name, f"{took:.1f} s", "4 s"
+        layers = SHAPES[name][1][:5]
+        sites = [lm.site(layer, "down_proj") for layer in layers]
+        moments = GivenMoments({s.name: torch.eye(s.weight.shape[1]) for s in sites})
+        memit = retcon.method("memit", layers=layers, steps=self.size.steps, threshold=2.0)
+        edit = [case.edits[0] for case in world.cases(1)]
+        for how, wanted in (("cold", "10 s"), ("warm", "3 s")):
+            took = self.seconds(lambda: memit.propose(lm, edit, moments=moments))
+            yield f"MEMIT, one edit, {how}", name, f"{took:.1f} s", wanted
+
+    def evaluation(self, name: str) -> Iterator[Row]:
+        """Cases of the embedded world, free text included."""
+        lm, n = self.model(name), self.size.n_cases
+        cases = world.cases(n)
+        retcon.evaluate(lm, cases[:2])
+        took = self.seconds(lambda: retcon.evaluate(lm, cases))
+        yield f"evaluate, {n} cases", name, f"{1000 * took / n:.0f} ms a case", "25 ms"
+
+
+def parts(card: Card) -> list[tuple[str, float, Callable[[], Iterator[Row]]]]:
+    """Return name, seconds on one H100 by estimate, and work of every part; a model's parts follow each other."""
+    first, *others = card.size.shapes
+    found: list[tuple[str, float, Callable[[], Iterator[Row]]]] = [
+        ("delta as on the CPU", 30, card.same_as_the_cpu),
+        (f"search, {first}", 130, lambda: card.search(first)),
+        (f"start, {first}", 40, lambda: card.start(first)),
+        (f"evaluation, {first}", 30, lambda: card.evaluation(first)),
+        (f"moments, {first}", 100, lambda: card.moments(first)),
+    ]
+    return found + [(f"search, {name}", 120, lambda name=name: card.search(name)) for name in others]  # type: ignore[misc]
+
+
+def measure(card: Card, minutes: float) -> bool:
+    """Print the table; returns whether every check held."""
+    print("| what | model | measured | wanted |\n|---|---|---|---|", flush=True)
+    until, held = time.monotonic() + 60 * minutes, True
+    for name, seconds, part in parts(card):
+        left = until - time.monotonic()
+        if left < seconds and card.size is not TINY:
+            print(f"| {name} | | left out: {left:.0f} s are left, it takes {seconds:.0f} | |", flush=True)
+            continue
+        try:
+            for row in part():
+                print(f"| {' | '.join(row)} |", flush=True)
+        except Failed as error:
+            held = False
+            print(f"| **wrong** | | {error} | |", flush=True)
+        except torch.OutOfMemoryError as error:
+            print(f"| {name} | | out of memory: {str(error).partition('.')[0]} | |", flush=True)
+    return held
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table; exit code 1 where a result is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, in float32 on a CPU")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no card is here; --tiny --device cpu tries the command")
+    warnings.filterwarnings("ignore", ".*larger than the weight")
+    warnings.filterwarnings("ignore", ".*tokens per dimension")
+    torch.manual_seed(0)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    print(f"{machine()}; {where}, {str(dtype).removeprefix('torch.')}, seed 0\n")
+    if not measure(Card(TINY if args.tiny else FULL, args.device, dtype), args.minutes):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
