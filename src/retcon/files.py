@@ -138,6 +138,23 @@ def require(record: Mapping[str, Any], name: str, kind: type, where: str) -> Any
     return record[name]
 
 
+def as_shared(path: str, folder: str | os.PathLike[str] | None = None) -> str:
+    """Return a path as a file that people share holds it: no folder of this machine from its root on.
+
+    Args:
+        folder: of that file. An absolute path becomes relative to it; without one, its last part is left.
+    """
+    if not os.path.isabs(path):
+        return path
+    return Path(path).name if folder is None else os.path.relpath(path, Path(folder).absolute())
+
+
+def found_from(path: str, folder: str | os.PathLike[str]) -> str:
+    """Return where what `as_shared` made of a path is: as it is, or from that folder on where only that exists."""
+    beside = Path(folder) / path
+    return str(beside) if beside.exists() and not Path(path).exists() else path
+
+
 def check_exists(path: str | os.PathLike[str]) -> None:
     """Whether an input file is there: better known before a model is loaded than after.
 

@@ -92,7 +92,7 @@ def test_an_adapter_gives_the_live_models_logits(family: str, checkpoint: Callab
 
     folder = checkpoint(family)
     lm = edited(folder)
-    export(lm, tmp_path / "peft", format="peft", rank="max")
+    export(lm, tmp_path / "peft", format="peft", rank="max", base_name=str(folder))
     config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"], config["rank_pattern"]) == (str(folder), 3, {})
     with torch.no_grad():

@@ -19,7 +19,7 @@ from retcon.bench.spec import BenchSpec, Cell
 from retcon.edits import Case
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import LoadReport
-from retcon.files import write_atomically
+from retcon.files import as_shared, write_atomically
 from retcon.lm.model import LM
 from retcon.version import __version__
 
@@ -201,5 +201,15 @@ def _commit() -> str | None:
 
 
 def command_line() -> str:
-    """What was typed, by the program's name."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """What was typed, by the program's name; absolute paths are relative, or their last part where that leads out."""
+    return " ".join([Path(sys.argv[0]).name, *map(_from_here, sys.argv[1:])])
+
+
+def _from_here(argument: str) -> str:
+    """An argument without the folders of this machine that it begins with."""
+    option, equals, path = argument.partition("=")
+    if not (option.startswith("-") and equals):
+        option, equals, path = "", "", argument
+    whole = Path(path)
+    inside = whole.is_absolute() and whole.is_relative_to(Path.cwd())
+    return option + equals + (str(whole.relative_to(Path.cwd())) if inside else as_shared(path))

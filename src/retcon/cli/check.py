@@ -24,6 +24,7 @@ from retcon.cli.shell import (
     VerifyBase,
     chat_of,
     check_can_write,
+    check_not_an_input,
     console,
     emit,
     load_deltas,
@@ -129,6 +130,7 @@ def check(
     if report is not None:
         check_report_name(report)
         check_can_write(report)
+        check_not_an_input(report, [cases, *(delta or []), *([text] if text else [])])
     chat = chat_of(as_chat, system, template_args)
     asked = read_facts(
         cases,
@@ -177,11 +179,11 @@ def check(
                 deltas, edited=None if edited is None else load_edited(edited, model, device=device, dtype=dtype)
             )
             if against:
-                other = (", ".join(map(str, against)), put(rivals))
-        what = str(edited) if edited is not None else ", ".join(map(str, delta or []))
+                other = (", ".join(path.name for path in against), put(rivals))
+        what = edited.name if edited is not None else ", ".join(path.name for path in delta or [])
         about = f"{what} on {lm.label}; {asked.about}"
     if report is not None:
-        write_verdict(report, verdict, about, other)
+        write_verdict(report, verdict, about.replace(str(cases), cases.name), other)
     if as_json:
         emit(_record(verdict) | ({"against": _record(other[1])} if other else {}))
     else:

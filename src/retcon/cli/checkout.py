@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, size, spinner
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
+from retcon.files import found_from
 
 
 @loads_a_model
@@ -32,7 +33,7 @@ def checkout(
 
     found = open_store(store)
     state = found.state(None if entry == "HEAD" else entry)
-    source = model or found.model
+    source = model or found_from(found.model, found.path)
     check_place(save, Path(source) if Path(source).is_dir() else None, force)
     lm = load_base(found, model, device=device, dtype=dtype or "auto", verify_base=verify_base)
     with spinner(f"saving {save}"):

@@ -27,7 +27,7 @@ from retcon.cli.shell import (
     spinner,
 )
 from retcon.edits import Case, Query
-from retcon.errors import InvalidSetting
+from retcon.errors import InvalidSetting, MalformedFile
 from retcon.workflow import Resolved, resolve, write_facts
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def demo(
     places = {name: _place(out, name, len(chosen)) for name in chosen}
     for place in places.values():
         check_can_write(place)
+        _check_replaces_a_delta(place)
     cases = world.cases(edits, seed=seed)
     told = []
     for name in chosen:
@@ -88,6 +89,18 @@ def _place(out: Path | None, name: str, n_models: int) -> Path:
     if n_models > 1:
         raise InvalidSetting(f"--out {out}: for several models give a directory that exists")
     return out
+
+
+def _check_replaces_a_delta(place: Path) -> None:
+    """Refuse to replace a file that no demo can have written."""
+    if not place.exists():
+        return
+    from retcon.attachment import load
+
+    try:
+        load(place)
+    except MalformedFile:
+        raise InvalidSetting(f"{place} is there already and is no delta; name another file") from None
 
 
 # --- doing -------------------------------------------------------------------------------------------------------

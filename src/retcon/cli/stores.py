@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.shell import count, load_model, warn
+from retcon.files import found_from
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -49,7 +50,7 @@ def load_base(
     verify_base: bool = False,
 ) -> "LM":
     """The model that the store is of."""
-    lm = load_model(model or store.model, device=device, dtype=dtype, verify_base=verify_base)
+    lm = load_model(model or found_from(store.model, store.path), device=device, dtype=dtype, verify_base=verify_base)
     store.check_base(lm)
     return lm
 
@@ -58,7 +59,8 @@ def corpus_of(store: "Store", fact: str) -> str | None:
     """The text of the moments that a fact's delta was made with; None: the model's default."""
     _, delta = store.fact(fact)
     slot = store.state().slot_of(delta)
-    return next((e.about.get("corpus") for e in store.log() if slot in e.sets), None)
+    named = next((e.about.get("corpus") for e in store.log() if slot in e.sets), None)
+    return None if named is None else found_from(named, store.path)
 
 
 def facts_table(lines: "list[Line]") -> Table:

@@ -13,6 +13,7 @@ from retcon.cli.shell import (
     Json,
     VerifyBase,
     check_can_write,
+    check_not_an_input,
     console,
     count,
     emit,
@@ -69,6 +70,7 @@ def verify(
     for path in (junit, markdown, html):
         if path is not None:
             check_can_write(path)
+            check_not_an_input(path, [stay] if stay is not None else [])
     must_stay = read_facts(stay, conflicts="drop").cases if stay is not None else ()
     found = open_store(store)
     if entry is not None:

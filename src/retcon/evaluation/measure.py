@@ -430,7 +430,7 @@ def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Attachment], seed: 
     n_edits = sum(len(delta.report) for delta in deltas)
     methods = dict.fromkeys(str(delta.provenance.get("method", "unknown")) for delta in deltas)
     known = {
-        "model": f"{lm.name}@{lm.fingerprint()[:12]}",
+        "model": f"{lm.label}@{lm.fingerprint()[:12]}",
         "method": "+".join(methods) or "none",
         "dataset": ",".join(sorted({case.dataset for case in cases})),
         "protocol": "batch",

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,6 +35,14 @@ FORMATS: dict[str, str] = {
 RECORD = "retcon.json"
 """What is in an export beside the model: which deltas, on which base."""
 RECORD_FORMAT = "retcon-applied-1"
+_FOLDERS = ("additional_chat_templates",)
+_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "*.gguf", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    *("config.json", "generation_config.json", "adapter_config.json", "retcon.json", "README.md", "README.base.md"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.json", "*.jinja", ".gitattributes"),
+)
+"""What a folder may consist of that --force replaces, beside the papers."""
 _KEPT = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
 
 
@@ -215,9 +224,9 @@ def base_folder(lm: LM) -> Path | None:
 
 
 def base_place(lm: LM) -> str:
-    """How a loader finds the base: a hub id as it is, a folder by its absolute path."""
+    """How people find the base: a hub id as it is; of a folder, the last part, for nobody else has the rest of it."""
     name = str(getattr(lm.model.config, "_name_or_path", "") or lm.label)
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def check_place(place: Path, model: Path | None, force: bool) -> None:
@@ -236,6 +245,20 @@ def check_place(place: Path, model: Path | None, force: bool) -> None:
         raise InvalidSetting(f"{place} exists and is not empty; give another directory, or --force to replace it")
     if not (place / "config.json").is_file() and not (place / RECORD).is_file():
         raise InvalidSetting(f"{place} holds no checkpoint (no config.json), so --force does not replace it")
+    foreign = next((p for p in sorted(place.rglob("*")) if not _of_a_checkpoint(p.relative_to(place), p)), None)
+    if foreign is not None:
+        raise InvalidSetting(
+            f"{place} holds {foreign.relative_to(place)}, which is no file of a checkpoint, so --force does not "
+            "replace it; move that file, or give another directory"
+        )
+
+
+def _of_a_checkpoint(name: Path, path: Path) -> bool:
+    """Whether a file below a checkpoint's folder is one that checkpoints, adapters and our exports consist of."""
+    if path.is_dir() and not path.is_symlink():
+        return name.parts[0] in _FOLDERS
+    known = any(fnmatch(name.name, pattern) for pattern in (*_FILES, *_KEPT))
+    return path.is_file() and known and (len(name.parts) == 1 or name.parts[0] in _FOLDERS)
 
 
 def _keep_papers(lm: LM, fresh: Path) -> bool:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from retcon.edits import Case, Edit, check_edits, same_question
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, UnknownEntry
-from retcon.files import write_atomically
+from retcon.files import as_shared, write_atomically
 from retcon.store.change import Change, last_state
 from retcon.store.contents import CONFIG, DELTAS, FORMAT, VALUES, Contents, Precision
 from retcon.store.history import Action, Entry, State, states
@@ -85,7 +85,12 @@ class Store(Contents):
         (root / ".gitignore").write_text(_IGNORED)
         (root / ".gitattributes").write_text(_ATTRIBUTES + (_LFS if lfs else ""))
         write_atomically(root / LOG, b"")
-        record = {"format": FORMAT, "base": lm.fingerprint(), "model": model or lm.name, "precision": precision}
+        record = {
+            "format": FORMAT,
+            "base": lm.fingerprint(),
+            "model": as_shared(model or lm.name, root),
+            "precision": precision,
+        }
         write_atomically(root / CONFIG, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
         return cls(root)
 
@@ -150,7 +155,7 @@ class Store(Contents):
                     progress("facts", min(first + size, len(cases)), len(cases))
             about: dict[str, Any] = {"method": method.name, "facts": len(cases), "seed": seed}
             if corpus is not None:
-                about["corpus"] = corpus
+                about["corpus"] = as_shared(corpus, self.path)
             return change.commit(
                 "edit",
                 message or f"{len(cases)} fact{'s' * (len(cases) != 1)} by {method.name}",

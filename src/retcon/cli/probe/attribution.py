@@ -73,7 +73,7 @@ def attribution(
     Draws how much probability each layer carries and where the ensemble of the facts lies; and how alike the ensembles
     of two facts are, of one relation and of two (STEM-overlap.png).
     """
-    check_stem(out)
+    check_stem(out, cases)
     edits, source = facts(
         model, cases, start, limit, seed, file_format, on_error, case_target, chat_of(as_chat, system, template_args)
     )

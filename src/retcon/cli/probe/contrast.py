@@ -22,6 +22,7 @@ from retcon.cli.shell import (
     TemplateArgs,
     chat_of,
     check_can_write,
+    check_not_an_input,
     console,
     count,
     emit,
@@ -83,7 +84,7 @@ def contrast(
     does), at the subject's last token and where the answer is predicted. Draws probability and rank over layers; with
     --sets or --corpus also those of word sets (STEM-sets.png).
     """
-    check_stem(out)
+    check_stem(out, cases, sets, corpus, stopwords)
     for path in (sets, corpus, stopwords):
         if path is not None:
             check_exists(path)
@@ -91,6 +92,7 @@ def contrast(
         raise InvalidSetting("--sets and --corpus both say where word sets come from; give one of them")
     if records is not None:
         check_can_write(records)
+        check_not_an_input(records, [path for path in (cases, sets, corpus, stopwords) if path is not None])
     edits, source = facts(
         model, cases, start, limit, seed, file_format, on_error, case_target, chat_of(as_chat, system, template_args)
     )

@@ -60,7 +60,7 @@ def layers(
     Low layers for JEEP's first group and the MEMIT family, high ones for JEEP's second. Prints the evidence and how
     stable the choice is over resampled facts, and says when it is weak.
     """
-    check_stem(out)
+    check_stem(out, cases)
     edits, source = facts(
         model, cases, start, limit, seed, file_format, on_error, case_target, chat_of(as_chat, system, template_args)
     )

@@ -63,7 +63,7 @@ def paths(
 
     Draws the scores of their nodes, layer by layer; all nodes of all paths are in STEM.json.
     """
-    check_stem(out)
+    check_stem(out, cases)
     edits, source = facts(
         model, cases, start, limit, seed, file_format, on_error, case_target, chat_of(as_chat, system, template_args)
     )

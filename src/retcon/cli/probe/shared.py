@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from retcon.cli.shell import check_can_write, finite, spinner
+from retcon.cli.shell import check_can_write, check_not_an_input, finite, spinner
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.files import write_atomically
@@ -29,16 +29,17 @@ Start = Annotated[int, typer.Option(min=0, help="Rows of FILE to pass over.")]
 Out = Annotated[str, typer.Option(metavar="STEM", help="Files to write: STEM.png, STEM.svg, STEM.json.")]
 
 
-def check_stem(stem: str) -> None:
-    """Whether the three files can be written: better known before the work than after.
+def check_stem(stem: str, *inputs: Path | None) -> None:
+    """Whether the three files can be written, and are none of those read: better known before the work than after.
 
     Raises:
-        InvalidSetting: they cannot.
+        InvalidSetting: they cannot, or one is an input.
     """
     if not Path(stem).name or stem.endswith(("/", os.sep)):
         raise InvalidSetting(f"--out {stem}: expected the files' name without its ending, such as figures/contrast")
     for kind in ("png", "svg", "json"):
         check_can_write(Path(f"{stem}.{kind}"))
+        check_not_an_input(Path(f"{stem}.{kind}"), [path for path in inputs if path is not None])
 
 
 def facts(
@@ -75,7 +76,7 @@ def facts(
         case_target=case_target,
         chat=chat,
     )
-    return list(asked.edits), asked.about
+    return list(asked.edits), asked.about.replace(str(cases), cases.name)
 
 
 def left_out(skipped: Mapping[str, str]) -> str:
@@ -115,7 +116,7 @@ def about(lm: "LM", model: str, facts: str, seed: int) -> dict[str, Any]:
     import retcon
 
     return {
-        "model": model,
+        "model": lm.label,
         "fingerprint": lm.fingerprint(),
         "model_type": lm.model.config.model_type,
         "n_layers": lm.n_layers,

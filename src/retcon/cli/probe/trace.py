@@ -79,7 +79,7 @@ def trace(
 
     Draws the average indirect effect by kind of token and layer, and the first fact's own heat map (STEM-first.png).
     """
-    check_stem(out)
+    check_stem(out, cases)
     from retcon.locate.tracing import Tracing, causal_trace, default_window
 
     settings = Tracing(
