@@ -25,13 +25,12 @@ from retcon.methods.common.contract import (
     State,
     UpdateFilter,
     by_key_width,
-    check_layers,
-    check_not_negative,
     check_stateless,
     early_layers,
 )
 from retcon.methods.common.locate_then_edit import SearchSettings
 from retcon.methods.common.proposal import Given, proposing, target_tensor
+from retcon.methods.common.settings import AnyLayers, Count, NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,23 +40,23 @@ class Jeep(SearchSettings):
     name: ClassVar[str] = "jeep"
     supports_batches: ClassVar[bool] = True
 
-    low: tuple[int, ...]
+    low: AnyLayers
     """Low layers [l'..L'], ascending, counted from 0; () leaves the low group out (Table 4, "w/o delta' & Step 2")."""
-    high: tuple[int, ...]
+    high: AnyLayers
     """High layers [l*..L*]; () leaves the high group out (Table 4, "w/o delta* & Step 3")."""
-    low_clamp: float = 1.0
+    low_clamp: NotNegative = 1.0
     """gamma': radius of delta' as a multiple of the clean value's norm (Eq. 12)."""
-    high_clamp: float = 0.25
+    high_clamp: NotNegative = 0.25
     """gamma*: radius of delta*; good values are well below gamma' (paper, appendix B)."""
-    low_moment_weight: float = 2500.0
+    low_moment_weight: NotNegative = 2500.0
     """lambda': how many old keys the second moment stands for in Step 2."""
-    high_moment_weight: float = 1000.0
+    high_moment_weight: NotNegative = 1000.0
     """lambda*: the same in Step 3."""
-    low_weight_decay: float = 0.5
+    low_weight_decay: NotNegative = 0.5
     """beta': weight of ||delta'|| / ||init'||^2."""
-    high_weight_decay: float = 0.5
+    high_weight_decay: NotNegative = 0.5
     """beta*: weight of ||delta*|| / ||init*||^2."""
-    steps: int = 30
+    steps: Count = 30
     stop: Literal["loss", "probability"] = "probability"
     sites: Literal["mlp", "release", "block"] = "mlp"
     """Which tensor is "h": the MLP's output (all of it consistent), the released code's mixture (delta* on the
@@ -85,11 +84,6 @@ class Jeep(SearchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers(self, "low", "high", may_be_empty=True)
-        check_not_negative(
-            self,
-            *(f"{group}_{what}" for what in ("clamp", "moment_weight", "weight_decay") for group in ("low", "high")),
-        )
         if not self.low and not self.high:
             raise InvalidSetting("jeep: low and high are both empty, so there is nothing to edit")
         if not (self.write_low or self.write_high):

@@ -31,6 +31,7 @@ from retcon.methods.common.contract import (
 )
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, target_tensor
+from retcon.methods.common.settings import Count, NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,9 @@ class Pmet(BatchSettings):
 
     name: ClassVar[str] = "pmet"
 
-    clamp: float = 1.0
-    steps: int = 30
-    kl_factor: float = 1.0
+    clamp: NotNegative = 1.0
+    steps: Count = 30
+    kl_factor: NotNegative = 1.0
     spread: Spread = "sqrt"
     moment_weight: float = 6000.0
     """lambda: how many old keys the second moment stands for."""

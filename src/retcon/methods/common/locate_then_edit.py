@@ -13,8 +13,9 @@ from retcon.memory.contexts import ContextStyle
 from retcon.memory.keys import KeyAverage
 from retcon.memory.values import ValueSearch, ValueSite
 from retcon.memory.write import Spread
-from retcon.methods.common.contract import ModelShape, check_layers, check_not_negative, check_settings, early_layers
+from retcon.methods.common.contract import ModelShape, check_settings, early_layers
 from retcon.methods.common.proposal import target_tensor
+from retcon.methods.common.settings import Count, Layer, Layers, NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +28,11 @@ class SearchSettings:
     uses_moments: ClassVar[bool] = True
     needs_subject: ClassVar[bool] = True
 
-    steps: int = 25
+    steps: Count = 25
     """Forward passes per edit at most."""
-    learning_rate: float = 0.5
+    learning_rate: NotNegative = 0.5
     """Adam's."""
-    kl_factor: float = 0.0625
+    kl_factor: NotNegative = 0.0625
     """Weight of the divergence at the subject."""
     stop: Literal["loss", "probability"] = "loss"
     """What ends the search: the total loss under `threshold`, or the target's mean token probability at it."""
@@ -69,14 +70,10 @@ class SearchSettings:
 class ValueSettings(SearchSettings):
     """A value at the subject's last token."""
 
-    clamp: float = 0.75
+    clamp: NotNegative = 0.75
     """Radius of the offset as a multiple of the clean value's norm."""
-    weight_decay: float = 0.5
+    weight_decay: NotNegative = 0.5
     """Weight of ||offset|| / ||init||^2."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "clamp", "weight_decay")
 
     def value_site(self, layer: int, tensor: TensorName) -> ValueSite:
         """Where the value is searched."""
@@ -89,10 +86,10 @@ class OneFactSettings(ValueSettings):
 
     supports_batches: ClassVar[bool] = False
 
-    layer: int
+    layer: Layer
     """Block whose down-projection is rewritten (l*), counted from 0."""
-    clamp: float = 4.0
-    steps: int = 20
+    clamp: NotNegative = 4.0
+    steps: Count = 20
     use_moment: bool = True
     """False: the identity in place of C (as EasyEdit's settings have it; `mom2_adjustment`)."""
     key_average: KeyAverage = "uniform"
@@ -123,16 +120,12 @@ class BatchSettings(ValueSettings):
     one_layer: ClassVar[bool] = False
     """Whether it is meant for one layer, whatever `layers` allows."""
 
-    layers: tuple[int, ...]
+    layers: Layers
     """Blocks whose down-projections are rewritten (R), ascending, counted from 0; the value is searched at the last."""
     spread: Spread = "even"
     """Share of each layer in what is missing."""
     key_average: KeyAverage = "two_level"
     """Mean over contexts: `two_level` as the released codes, `uniform` as the papers' formula."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layers(self, "layers")
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:

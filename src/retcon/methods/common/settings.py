@@ -9,18 +9,45 @@ import builtins
 import difflib
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from retcon.errors import InvalidSetting
 
 _PACKAGE = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a setting's value has to be beside its type: an annotation of the field."""
+
+    words: str
+    """What it must do, for a message."""
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Rule("be at least 1", lambda n: n >= 1)]
+"""A number of things, from 1 on."""
+Layer = Annotated[int, Rule("not be negative", lambda layer: layer >= 0)]
+"""A block, counted from 0."""
+AnyLayers = Annotated[
+    tuple[int, ...],
+    Rule(
+        "ascend without repeats from 0 on",
+        lambda layers: list(layers) == sorted(set(layers)) and not any(layer < 0 for layer in layers),
+    ),
+]
+"""Blocks, ascending, counted from 0; there may be none."""
+Layers = Annotated[AnyLayers, Rule("name a layer, or there is nothing to edit", bool)]
+"""Blocks, ascending, counted from 0: one at least."""
+NotNegative = Annotated[float, Rule("not be negative", lambda value: value >= 0)]
+"""A number from 0 on."""
 
 
 def descriptions(method: type[Any]) -> dict[str, str]:
@@ -57,7 +84,7 @@ def checked(name: str, method: type[Any], settings: Mapping[str, Any]) -> dict[s
 
 def types_of(method: type[Any]) -> dict[str, Any]:
     """Return the type of each setting of a method's class, in order."""
-    hints = get_type_hints(method)
+    hints = get_type_hints(method, include_extras=True)
     return {f.name: hints[f.name] for f in fields(method)}
 
 
@@ -151,6 +178,8 @@ class _Source(dict[str, Any]):
         module, original = self.imported.get(name, ("", ""))
         if module in ("typing", "collections.abc"):
             return getattr(import_module(module), original)
+        if module == __name__:
+            return globals()[original]
         if module.startswith("retcon."):
             return _source(module)[original]
         if hasattr(builtins, name):
@@ -164,6 +193,12 @@ _source = cache(_Source)
 def _fitted(value: Any, hint: Any, what: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
+        return value
+    if origin is Annotated:
+        value = _fitted(value, args[0], what)
+        for rule in hint.__metadata__:
+            if isinstance(rule, Rule) and not rule.holds(value):
+                raise InvalidSetting(f"{what} must {rule.words}, found {value!r}")
         return value
     if origin in (Union, UnionType):
         if value is None and NoneType in args:
@@ -186,9 +221,13 @@ def _fitted(value: Any, hint: Any, what: str) -> Any:
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InvalidSetting(f"{what} must be a number, found {value!r}")
-        if not math.isfinite(value):
-            raise InvalidSetting(f"{what} must be finite, found {value}")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            number = math.inf
+        if not math.isfinite(number):
+            raise InvalidSetting(f"{what} must be finite, found {number}")
+        return number
     if hint is int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise InvalidSetting(f"{what} must be a whole number, found {value!r}")
