@@ -60,6 +60,9 @@ attack: $(VENV)/.ready  ## try at full size to break what docs/reliability.md pr
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.threads
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.stores
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.malformed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.kills
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.damaged
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.twoatonce
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.workers
 
 lint: $(VENV)/.ready  ## style and types

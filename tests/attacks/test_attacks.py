@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ATTACKS = [("signals", 42), ("sequences", 10), ("threads", 2), ("stores", 6), ("malformed", 30)]
+ATTACKS += [("kills", 3), ("damaged", 12), ("twoatonce", 5)]
 
 
 @pytest.mark.parametrize(("attack", "n"), ATTACKS)
