@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,6 +144,16 @@ def test_a_wrong_name_is_told_with_the_right_ones() -> None:
         with pytest.raises(EndpointFailed, match="serves no model 'edit'; it serves edited"):
             check_endpoint(Endpoint(url=url, model="edit"), cases(1))
         assert len(asked) == 1
+
+
+def test_a_server_need_not_list_its_models_nor_a_folder_that_it_loads(tmp_path: Path) -> None:
+    def answer(path: str, record: dict[str, Any] | None) -> tuple[int, Any]:
+        return (500, b"broken") if path.endswith("/models") else says("Rome")(path, record)
+
+    for serving in (answer, says("Rome")):
+        with server(serving) as (url, _):
+            verdict = check_endpoint(Endpoint(url=url, model=str(tmp_path)), cases(1))
+            assert verdict["took"].value == 1
 
 
 def test_a_server_that_is_slow_or_not_there() -> None:

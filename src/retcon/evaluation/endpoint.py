@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from retcon.chat import Chat
@@ -46,18 +47,20 @@ class Endpoint:
     def check(self) -> None:
         """Refuse a name that the server does not have, where it lists its models.
 
+        A folder is asked for in any case: `transformers serve` loads it, and lists the hub's cache alone.
+
         Raises:
             EndpointFailed: the server cannot be reached, or serves other models.
         """
         try:
             listed = self._ask("models", None)
         except EndpointFailed as error:
-            if "404" in str(error) or "405" in str(error):  # a server need not list its models
+            if any(f"HTTP {code}" in str(error) for code in (404, 405, 500, 501)):  # a server need not list its models
                 return
             raise
         data = listed.get("data")
         names = [str(each["id"]) for each in data if isinstance(each, dict) and "id" in each] if data else []
-        if names and self.model not in names:
+        if names and self.model not in names and not Path(self.model).is_dir():
             raise EndpointFailed(f"{self.url} serves no model {self.model!r}; it serves {', '.join(sorted(names)[:8])}")
 
     def write(
