@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 PLANNED_BYTES = 2**33
 """On a CPU."""
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device | str) -> int:
@@ -35,10 +36,14 @@ def planned_bytes(lm: "LM") -> int:
 
 
 def _container_free() -> float:
-    """What the container's limit leaves, infinite where there is none (control groups, version 2)."""
-    folder = Path("/sys/fs/cgroup")
+    """What the container's limit leaves, infinite where there is none (control groups, version 2).
+
+    Pages of files that were read, such as a checkpoint's, are given back when room is needed, so they count as free.
+    """
     try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+        limit, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+        return limit - used + sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
     except (OSError, ValueError):  # no control group, or its limit is "max"
         return math.inf
 
