@@ -1,6 +1,7 @@
 """A full disk is an error that names the file, whoever writes it."""
 
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from retcon.checked import Kind, write_checked
+from retcon.cluster.worker import Source
 from retcon.delta import Delta
 from retcon.export import export
 from retcon.files import replacing_folder, write_atomically
@@ -59,7 +61,14 @@ def changes(place: Path, lm: LM, delta: Delta) -> None:
     export(lm, place, format="diff")
 
 
-WRITERS = (a_checked_file, moments, a_delta, text, a_folder, a_checkpoint, changes)
+def for_a_worker(place: Path, lm: LM, delta: Delta) -> None:
+    try:
+        Source.of(lm, place)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)  # it is in a temporary folder that goes with the workers
+
+
+WRITERS = (a_checked_file, moments, a_delta, text, a_folder, a_checkpoint, changes, for_a_worker)
 
 
 @pytest.mark.parametrize("write", WRITERS)

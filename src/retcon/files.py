@@ -273,6 +273,17 @@ def replacing_folder(path: str | os.PathLike[str], *, check: Callable[[], None] 
             shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def errors_naming(place: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, a write that fails raises an OSError that names a file, `place` where the writer names none."""
+    try:
+        yield
+    except Exception as error:
+        if (named := _naming(error, Path(place), Path(place))) is not None:
+            raise named from error
+        raise
+
+
 def _naming(error: BaseException, temporary: Path, target: Path) -> OSError | None:
     """The error of a write with the name that the caller knows; None for errors of another kind."""
     if type(error).__name__ == "SafetensorError":  # which is how safetensors reports a full disk

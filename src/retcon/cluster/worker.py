@@ -13,6 +13,7 @@ import torch
 from retcon import attachment
 from retcon.attachment import Attachment
 from retcon.errors import InvalidSetting, WrongBase
+from retcon.files import errors_naming, write_atomically
 from retcon.lm.load import load
 from retcon.lm.model import LM
 from retcon.version import __version__
@@ -39,9 +40,9 @@ class Source:
             name, options = lm.source
             name = str(Path(name).resolve()) if Path(name).exists() else name
             return cls(name, {**options, "dtype": str(lm.dtype).removeprefix("torch.")}, lm.fingerprint(), threads)
-        with lm.without_deltas():
+        with lm.without_deltas(), errors_naming(folder):
             lm.model.save_pretrained(folder)
-        lm.tokenizer.save_pretrained(folder)
+            lm.tokenizer.save_pretrained(folder)
         options = {"dtype": str(lm.dtype).removeprefix("torch."), "device": lm.device.type, "layout": lm.layout}
         return cls(str(folder), options, None, threads)
 
@@ -107,5 +108,5 @@ def from_bytes(content: bytes) -> Attachment:
     """Return the delta in a file's bytes."""
     with tempfile.TemporaryDirectory(prefix="retcon-") as folder:
         path = Path(folder) / "delta.safetensors"
-        path.write_bytes(content)
+        write_atomically(path, content)
         return attachment.load(path)

@@ -43,7 +43,7 @@ def _container_free() -> float:
     try:
         limit, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         lines = (CONTROL_GROUP / "memory.stat").read_text().splitlines()
-        return limit - used + sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        return float(limit - used + sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file ")))
     except (OSError, ValueError):  # no control group, or its limit is "max"
         return math.inf
 

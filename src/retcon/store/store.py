@@ -82,8 +82,8 @@ class Store(Contents):
         cls.check_new(root)
         for name in (FACTS, DELTAS, VALUES):
             (root / name).mkdir(parents=True, exist_ok=True)
-        (root / ".gitignore").write_text(_IGNORED)
-        (root / ".gitattributes").write_text(_ATTRIBUTES + (_LFS if lfs else ""))
+        write_atomically(root / ".gitignore", _IGNORED.encode())
+        write_atomically(root / ".gitattributes", (_ATTRIBUTES + (_LFS if lfs else "")).encode())
         write_atomically(root / LOG, b"")
         record = {
             "format": FORMAT,
