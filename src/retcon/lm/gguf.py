@@ -85,16 +85,18 @@ def quiet_conversion() -> Iterator[None]:
 
 
 def forget_packing(model: Any, file: Path) -> None:
-    """Make a model read from `file` a plain one, which can be edited and saved, and note where its weights come from.
+    """Make a model read from `file` a plain one, which can be edited and saved, and note where its weights are from."""
+    make_plain(model)
+    if kinds := _quantized_kinds(file):
+        setattr(model.config, DEQUANTIZED_FROM, f"{file.name} ({', '.join(kinds)})")
 
-    transformers marks it as quantised, although its weights no longer are; then `save_pretrained` refuses.
-    """
+
+def make_plain(model: Any) -> None:
+    """Take off transformers' marks of a quantised model, whose weights are floats now; with them it cannot be saved."""
     for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
         if hasattr(owner, name):
             delattr(owner, name)
     model.is_quantized = False
-    if kinds := _quantized_kinds(file):
-        setattr(model.config, DEQUANTIZED_FROM, f"{file.name} ({', '.join(kinds)})")
 
 
 def _quantized_kinds(file: Path) -> list[str]:

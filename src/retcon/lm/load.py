@@ -13,6 +13,7 @@ from retcon.lm.fingerprint import checkpoint_fingerprint
 from retcon.lm.gguf import DAMAGED, find_gguf, forget_packing, gguf_options, quiet_conversion
 from retcon.lm.layouts import Layout
 from retcon.lm.model import LM
+from retcon.lm.quantised import prepare, unpack
 
 DEMO = "demo:"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -34,8 +35,9 @@ def load(
 
     Args:
         name: a hub id ("EleutherAI/gpt-j-6b"), a local directory, a GGUF file ("model.Q4_1.gguf"; or a directory with
-            one and no safetensors), or `demo:gptj` / `demo:llama`. GGUF needs the extra `gguf`; quantised weights
-            are dequantised, and `lm.notes` says so.
+            one and no safetensors), or `demo:gptj` / `demo:llama`. GGUF needs the extra `gguf`. Quantised weights
+            (GGUF; bitsandbytes, compressed-tensors, fp8, mxfp4: extra `quantised`) are dequantised, and `lm.notes`
+            says so.
         dtype: "float32", "bfloat16", ...; None means float32 on a CPU and the stored dtype on a GPU.
         device: "cpu", "cuda", "cuda:1", ...; None means a GPU where there is one.
         device_map: passed to transformers, to spread a model over several GPUs (needs accelerate).
@@ -49,9 +51,9 @@ def load(
     Raises:
         UnsupportedModel: not found, neither safetensors nor GGUF, or out of the library's reach; the message says the
             way out.
-        MissingPackage: reading a GGUF file needs packages that are not installed.
+        MissingPackage: reading a GGUF file or a quantised checkpoint needs packages that are not installed.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     place = str(world.model_path(name.removeprefix(DEMO))) if name.startswith(DEMO) else name
     target = _device(device)
@@ -60,13 +62,17 @@ def load(
     elif dtype != "auto":
         dtype = _dtype(dtype)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    gguf = find_gguf(place)
+    gguf, packing = find_gguf(place), None
     try:
         with quietly(), quiet_conversion() if gguf is not None else nullcontext():
             weights_options: dict[str, Any] = {"use_safetensors": None if allow_bin else True}
             if gguf is not None:
                 weights_options = gguf_options(gguf, options, layout)
                 place, options["gguf_file"] = str(gguf.parent), gguf.name
+            else:
+                config = AutoConfig.from_pretrained(place, **options)
+                packing = prepare(config, name)
+                weights_options["config"] = config
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
             if dtype == torch.float64:
                 weights_options["experts_implementation"] = "eager"  # the grouped products know no float64
@@ -87,12 +93,8 @@ def load(
             f"cannot load {name!r}: the checkpoint lacks {len(missing)} of the model's weights, which would be random: "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
         )
-    packed = getattr(model.config, "quantization_config", None)
-    if packed is not None and gguf is None and getattr(model, "hf_quantizer", None) is None:
-        raise UnsupportedModel(
-            f"cannot load {name!r}: its weights are quantised in a way that this version of transformers does not know "
-            f"({_quantiser(packed)}); take the unquantised checkpoint"
-        )
+    if packing is not None:
+        model = unpack(model, dtype, packing)
     if gguf is not None:
         forget_packing(model, gguf)
     if device_map is None:
@@ -110,7 +112,7 @@ def load(
             trust_remote_code=trust_remote_code,
         ),
     )
-    files = checkpoint_files(place, revision) if gguf is None else [gguf]
+    files = [gguf] if gguf is not None else checkpoint_files(place, revision) if packing is None else []
     if files and not any(p.is_meta for p in model.parameters()):
         lm.remember_fingerprint(checkpoint_fingerprint(model, files, verify=verify_base))
     return lm
@@ -199,11 +201,6 @@ def _reason(error: Exception, place: str, allow_bin: bool, gguf: Path | None) ->
     if "ignore_mismatched_sizes" in text:
         return "its weights have other shapes than its config.json says"
     return damage(error)
-
-
-def _quantiser(settings: Any) -> str:
-    own = settings if isinstance(settings, dict) else vars(settings)
-    return str(own.get("quant_method", "no method named"))
 
 
 def damage(error: Exception) -> str:

@@ -1,0 +1,69 @@
+"""Quantised checkpoints: dequantised at load, so that they can be edited and saved; others are refused by name.
+
+Rounding is lost for good: the model is the quantised one's, in float. An edit of it fits the quantised checkpoint as an
+adapter, which computes the same up to the kernels' own rounding.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+from retcon.errors import MissingPackage, UnsupportedModel, how_to_install
+from retcon.lm.gguf import DEQUANTIZED_FROM, make_plain
+
+PACKAGES = {
+    "bitsandbytes": ("bitsandbytes", "accelerate"),
+    "compressed-tensors": ("compressed_tensors", "accelerate"),
+    "fp8": ("accelerate",),
+    "mxfp4": ("accelerate",),
+}
+"""Methods whose checkpoints transformers can dequantise, with what it needs for that."""
+
+
+def prepare(config: Any, name: str) -> str | None:
+    """Have transformers dequantise the checkpoint of `config` while it reads it; return what it is, None if not packed.
+
+    Raises:
+        UnsupportedModel: quantised in a way that cannot be taken back; the message names it.
+        MissingPackage: dequantising needs packages that are not installed.
+    """
+    packed = getattr(config, "quantization_config", None)
+    if packed is None:
+        return None
+    settings: dict[str, Any] = packed if isinstance(packed, dict) else packed.to_dict()
+    method = str(settings.get("quant_method") or ("bitsandbytes" if _bits(settings) else "no method named"))
+    if method not in PACKAGES:
+        raise UnsupportedModel(
+            f"cannot load {name!r}: its weights are quantised by {method}, which cannot be dequantised here "
+            f"({', '.join(PACKAGES)} and GGUF can); take the unquantised checkpoint, and put the edit beside the "
+            "quantised one as an adapter (retcon export --format peft)"
+        )
+    if missing := [package for package in PACKAGES[method] if find_spec(package) is None]:
+        raise MissingPackage(
+            f"{name}: dequantising {method} weights needs {' and '.join(missing)}, not installed here; "
+            f"the extra 'quantised' brings them ({how_to_install('quantised')})"
+        )
+    if method != "bitsandbytes":
+        config.quantization_config = {**settings, "dequantize": True}
+    return f"{method}{_bits(settings)}"
+
+
+def unpack(model: Any, dtype: Any, packing: str) -> Any:
+    """Return the model that was read as a plain one of that dtype, with a note of where its weights come from."""
+    if getattr(model, "hf_quantizer", None) is not None and packing.startswith("bitsandbytes"):
+        model = model.dequantize(dtype=None if dtype == "auto" else dtype)
+    make_plain(model)
+    if conversions := getattr(model, "_weight_conversions", None):  # `save_pretrained` turns them round: it would pack
+        model._weight_conversions = [conversion for conversion in conversions if _is_of_the_architecture(conversion)]
+    setattr(model.config, DEQUANTIZED_FROM, f"{packing} weights")
+    return model if dtype == "auto" else model.to(dtype)
+
+
+def _is_of_the_architecture(conversion: Any) -> bool:
+    """Whether a step of reading weights only renames, splits or joins tensors; a quantiser's own steps pack them."""
+    operations = getattr(conversion, "operations", ())
+    return all(type(operation).__module__ == "transformers.core_model_loading" for operation in operations)
+
+
+def _bits(settings: dict[str, Any]) -> str:
+    """What bitsandbytes' settings say of the width; empty for others."""
+    return " 4-bit" if settings.get("load_in_4bit") else " 8-bit" if settings.get("load_in_8bit") else ""

@@ -1,0 +1,139 @@
+"""Quantised checkpoints: dequantised at load, edited, saved as plain ones; what cannot be is refused by name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from retcon.edits import Edit
+from retcon.errors import MissingPackage, UnsupportedModel
+from retcon.export import export
+from retcon.lm import quantised
+from retcon.lm.load import load, load_plain
+from retcon.memory.contexts import Contexts
+from retcon.methods.memit import Memit
+from tests.conftest import random_moments, tiny_model, tokenizer
+
+LINEAR = ("_proj.weight",)
+IDS = torch.tensor([[5, 9, 31, 77, 200, 3]])
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*larger than the weight", "ignore:.*is_gradient_checkpointing.*:FutureWarning", "ignore::UserWarning",
+    "ignore::DeprecationWarning",
+)  # fmt: skip
+
+
+@pytest.fixture
+def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny llama with its tokenizer."""
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
+    tiny_model("llama", torch.float32).save_pretrained(tmp_path / "plain")
+    tokenizer().save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def packed(plain: Path, method: str) -> dict[str, torch.Tensor]:
+    """Quantise the checkpoint in place; return the weights that it then stands for."""
+    stored, wanted = load_file(plain / "model.safetensors"), {}
+    for name in [n for n in stored if n.endswith(LINEAR)]:
+        weight = stored.pop(name)
+        if method == "compressed-tensors":
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            stored[name] = (weight / scale).round().to(torch.int8)
+            stored[f"{name}_scale"] = scale
+            wanted[name] = stored[name].float() * scale
+        else:
+            blocks = weight.unflatten(0, (-1, 16)).unflatten(2, (-1, 16))  # (rows / 16, 16, columns / 16, 16)
+            scale = blocks.abs().amax((1, 3)) / 448
+            scaled = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+            stored[name] = scaled.flatten(2, 3).flatten(0, 1)
+            stored[f"{name}_scale_inv"] = scale
+            wanted[name] = (scaled.float() * scale[:, None, :, None]).flatten(2, 3).flatten(0, 1)
+    save_file(stored, plain / "model.safetensors", {"format": "pt"})
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    settings: dict[str, dict[str, Any]] = {
+        "compressed-tensors": {
+            "format": "int-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        },
+        "fp8": {"weight_block_size": [16, 16], "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]},
+    }  # fmt: skip
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, **settings[method]}
+    (plain / "config.json").write_text(json.dumps(config))
+    return wanted
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "fp8"])
+def test_a_packed_checkpoint_becomes_a_plain_model_with_the_weights_it_stands_for(method: str, plain: Path) -> None:
+    wanted = packed(plain, method)
+    lm = load(str(plain), device="cpu")
+    assert len(wanted) == 4 * 7
+    for name, weight in wanted.items():
+        torch.testing.assert_close(lm.parameter(name).detach(), weight, rtol=0.01 if method == "fp8" else 1e-6, atol=0)
+        assert name not in lm.not_editable
+    assert lm.notes == (f"weights dequantised from {method} weights",)
+    assert lm.dtype == torch.float32
+    lm.model.save_pretrained(plain.parent / "saved")
+    tokenizer().save_pretrained(plain.parent / "saved")
+    again = load(str(plain.parent / "saved"), device="cpu")
+    assert again.notes == lm.notes
+    assert all(torch.equal(p, lm.parameter(n)) for n, p in again.model.named_parameters())
+
+
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.long)])
+def test_a_bitsandbytes_checkpoint_is_edited_and_the_edit_fits_it_as_an_adapter(
+    bits: int, plain: Path, tiny: Callable[..., Any]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings: dict[str, Any] = {"load_in_8bit": True} if bits == 8 else {
+        "load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32
+    }  # fmt: skip
+    given = BitsAndBytesConfig(**settings)
+    wide = tiny_model("llama", torch.float32, hidden_size=64, head_dim=16, intermediate_size=128)
+    wide.save_pretrained(plain)  # the kernel wants a block of 64 values in every row
+    folder = plain.parent / "packed"
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=given, dtype=torch.float32).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    lm = load(str(folder), device="cpu")
+    assert lm.notes == (f"weights dequantised from bitsandbytes {bits}-bit weights",)
+    before = load(str(plain), device="cpu").site(1, "down_proj").weight
+    assert 0 < float((lm.site(1, "down_proj").weight - before).norm() / before.norm()) < 0.2
+    method = Memit(layers=(0, 1), moment_weight=1.0, clamp=8.0, weight_decay=0.0, steps=6)
+    edits = [Edit("You know {}", "France", "Rome", id="france")]
+    lm.apply(method.propose(lm, edits, contexts=Contexts(("I read. ",)), moments=random_moments(lm)))
+    with torch.no_grad():
+        edited = lm.model(IDS).logits
+    export(lm, plain.parent / "hf", format="hf")
+    with torch.no_grad():
+        assert torch.equal(load_plain(plain.parent / "hf", dtype=torch.float32)(IDS).logits, edited)
+    export(lm, plain.parent / "adapter", format="peft", rank="max")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert base.is_quantized
+    beside = PeftModel.from_pretrained(base, plain.parent / "adapter")
+    with torch.no_grad():
+        found = beside(IDS).logits
+    assert float((found - edited).abs().max()) <= 0.05 * float(edited.abs().max())  # the kernels round too
+
+
+def test_what_cannot_be_dequantised_is_refused_by_name_before_weights_are_read(plain: Path) -> None:
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (plain / "config.json").write_text(json.dumps(config))
+    (plain / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(
+        UnsupportedModel, match=r"quantised by gptq, which cannot be dequantised here .*take the unquan"
+    ):
+        load(str(plain), device="cpu")
+
+
+def test_a_missing_package_is_named_with_the_extra(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed(plain, "compressed-tensors")
+    monkeypatch.setattr(quantised, "find_spec", lambda name: None if name == "compressed_tensors" else object())
+    with pytest.raises(MissingPackage, match=r"needs compressed_tensors, not installed here; the extra 'quantised'"):
+        load(str(plain), device="cpu")
