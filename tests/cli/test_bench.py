@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from retcon.work import Here
 from tests.cli.conftest import write_rows
 
 OPTIONS = (
@@ -82,3 +84,28 @@ def test_more_cases_than_there_are(cli: Callable[..., Any], here: Path) -> None:
     write_rows(here / "edits.jsonl", [{"prompt": "{} is", "subject": "Rome", "target_new": "far"}])
     told = cli("bench", *OPTIONS, "--n", "5", code=2).stderr
     assert "asks for 5 cases, the dataset has 1" in told
+
+
+class Noting(Here):
+    """This process, and how many pieces came to it."""
+
+    n = 0
+
+    def map(self, lm: Any, work: Any, pieces: Any, progress: Any) -> Any:
+        self.n += len(pieces)
+        return super().map(lm, work, pieces, progress)
+
+
+def test_values_are_searched_where_it_is_asked(
+    cli: Callable[..., Any], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Noting()
+    monkeypatch.setattr("retcon.cli.bench.workers", lambda on: nullcontext(place))
+    cli("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--out", "out", "--on", "processes:2")
+    assert place.n > 0
+
+
+@pytest.mark.parametrize("verb", [("bench",), ("tune", "gptj", "edits.jsonl")])
+def test_an_unknown_place_is_refused(cli: Callable[..., Any], file: Path, verb: tuple[str, ...]) -> None:
+    more = (str(file), "--model", "gptj", "--out", "out") if verb == ("bench",) else ()
+    assert "work cannot be done on 'mars'" in cli(*verb, *more, "--on", "mars", code=2).stderr

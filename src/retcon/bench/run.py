@@ -40,6 +40,7 @@ from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import check_model_has_layers
 from retcon.methods.common.registry import method as make_method
 from retcon.methods.common.sequence import in_steps
+from retcon.work import Workers
 
 VALUES = "values"
 """Folder of values found by a batch that has not ended."""
@@ -78,6 +79,7 @@ def run_bench(
     command: str | None = None,
     verify_base: bool = False,
     loaded: Mapping[str, Loaded] | None = None,
+    workers: Workers | None = None,
 ) -> None:
     """Run all cells, or go on with those that are not finished.
 
@@ -91,6 +93,8 @@ def run_bench(
         command: how this was called, for the record; the command line by default.
         verify_base: as `retcon.load` takes it.
         loaded: what `read_inputs` has read already.
+        workers: where values are searched (`retcon.cluster.workers`); this process by default. Records are the same,
+            times are not.
 
     Raises:
         InvalidSetting: the directory holds another benchmark (the message lists what differs).
@@ -103,7 +107,9 @@ def run_bench(
     cells = cells_of(spec, {label: len(cases) for label, (cases, _) in loaded.items()})
 
     def runner(model: ModelSpec) -> CellRunner:
-        return CellRunner(spec, model, loaded, time.perf_counter, verify_base=verify_base)
+        made = CellRunner(spec, model, loaded, time.perf_counter, verify_base=verify_base)
+        made.lm.workers = workers or made.lm.workers
+        return made
 
     first = runner(spec.models[0])  # bad settings end here, before any writing
     around = environment(command or command_line())

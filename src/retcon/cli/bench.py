@@ -14,6 +14,7 @@ from rich.table import Table
 from retcon.cli.shell import (
     FileFormat,
     Json,
+    On,
     VerifyBase,
     check_can_make_folder,
     check_model_path,
@@ -23,6 +24,7 @@ from retcon.cli.shell import (
     program,
     seconds,
 )
+from retcon.cluster import workers
 from retcon.errors import InvalidSetting
 
 if TYPE_CHECKING:
@@ -79,10 +81,12 @@ def bench(
     text: Annotated[Path | None, typer.Option(help="Held-out text for perplexity.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Where DIR holds another benchmark, start this one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be run, and how long.")] = False,
+    on: On = "local",
     verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Run a benchmark: edit, measure before and after, restore. Ended at any point, the same command goes on."""
+    place = workers(on)
     spec = _spec(file, model, method, dataset, protocol, n, batch, seed, corpus, text)
     spec = _with_reading(spec, format=file_format, on_error=on_error, case_target=case_target)
     for each in spec.models:
@@ -100,7 +104,8 @@ def bench(
         return
     board = _Board(console(stderr=True).is_terminal)
     started = time.perf_counter()
-    with Live(board.table(), console=console(stderr=True), refresh_per_second=2, transient=True) as live:
+    shown = Live(board.table(), console=console(stderr=True), refresh_per_second=2, transient=True)
+    with place as at, shown as live:
         if not board.shown:
             live.stop()
 
@@ -114,7 +119,8 @@ def bench(
         def tell(report: object) -> None:
             console(stderr=True).print(escape(str(report)), soft_wrap=True)
 
-        run_bench(spec, out, force=force, watch=watch, on_loaded=tell, verify_base=verify_base, loaded=loaded)
+        how: dict[str, Any] = dict(force=force, verify_base=verify_base, workers=at)
+        run_bench(spec, out, watch=watch, on_loaded=tell, loaded=loaded, **how)
     took = time.perf_counter() - started
     if as_json:
         emit({"directory": str(out), "seconds": took, "runs": board.record()})

@@ -18,6 +18,7 @@ from retcon.cli.shell import (
     FileFormat,
     Json,
     Model,
+    On,
     OnError,
     Seed,
     System,
@@ -153,14 +154,7 @@ def edit(
     message: Annotated[
         str, typer.Option("-m", "--message", help="What the store's log says of it.", show_default=False)
     ] = "",
-    on: Annotated[
-        str,
-        typer.Option(
-            metavar="PLACE",
-            help="Where values are searched: local, processes:N of this machine, ray, or ray:ADDRESS. The delta is the "
-            "same.",
-        ),
-    ] = "local",
+    on: On = "local",
     shrink: Annotated[
         bool,
         typer.Option(

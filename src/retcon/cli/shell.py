@@ -93,6 +93,14 @@ VerifyBase = Annotated[
         help="Hash all of the model's weights, rather than believe what is kept of files that look the same.",
     ),
 ]
+On = Annotated[
+    str,
+    typer.Option(
+        metavar="PLACE",
+        help="Where values are searched: local, processes:N of this machine, ray, or ray:ADDRESS. The result is the "
+        "same.",
+    ),
+]
 OtherBase = Annotated[bool, typer.Option("--other-base", help="Apply deltas made for other weights than these.")]
 FileFormat = Annotated[
     str | None,

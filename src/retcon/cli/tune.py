@@ -16,6 +16,7 @@ from retcon.cli.shell import (
     DType,
     Json,
     Model,
+    On,
     Seed,
     System,
     TemplateArgs,
@@ -28,6 +29,7 @@ from retcon.cli.shell import (
     loads_a_model,
     seconds,
 )
+from retcon.cluster import workers, working_on
 from retcon.workflow import moments_for, read_facts, read_settings
 from retcon.workflow.tuning import Trial, Tuned, save_preset
 from retcon.workflow.tuning import tune as search
@@ -75,6 +77,7 @@ def tune(
     template_args: TemplateArgs = None,
     start: Annotated[int, typer.Option(min=0, help="Rows of CASES to pass over.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of CASES to read; all.", show_default=False)] = None,
+    on: On = "local",
     seed: Seed = 0,
     device: Device = None,
     dtype: DType = None,
@@ -85,6 +88,7 @@ def tune(
 
     `edit`, `bench` and retcon.method(..., for_model=...) find the preset from then on, for models of these sizes.
     """
+    place = workers(on)
     given = read_settings(method, dataset=None, preset=None, assignments=assignments or ())
     chat = chat_of(as_chat, system, template_args)
     facts = read_facts(
@@ -108,17 +112,18 @@ def tune(
         tried = f"{count(trial.n_cases, 'case')}, {seconds(trial.seconds)}"
         show.print(f"  {100 * trial.score:5.1f}  {tried}  {escape(changed)}{failed}", soft_wrap=True)
 
-    found = search(
-        lm,
-        method,
-        facts.cases,
-        moments=None if corpus is None else moments_for(lm, corpus),
-        given=given,
-        budget=60 * budget,
-        max_trials=trials,
-        seed=seed,
-        heard=heard,
-    )
+    with place as at, working_on(lm, at):
+        found = search(
+            lm,
+            method,
+            facts.cases,
+            moments=None if corpus is None else moments_for(lm, corpus),
+            given=given,
+            budget=60 * budget,
+            max_trials=trials,
+            seed=seed,
+            heard=heard,
+        )
     label = dataset or cases.name.removeprefix("hub:").partition(".")[0]
     source = (
         f"tuned by retcon tune on {cases.name} ({found.n_searched} facts, {len(found.trials)} trials, seed {seed}); "

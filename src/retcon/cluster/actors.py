@@ -47,9 +47,8 @@ class RayCluster:
     torch has threads, and memory for its weights.
 
     Args:
-        address: of a cluster that runs ("auto": this machine's); None: Ray is started on this machine, for its own
-            processes alone (loopback), and stopped when the scope ends. Where the process is connected to a cluster
-            already, that one is used.
+        address: of a cluster that runs ("auto": this machine's); None: Ray is started on this machine and stopped when
+            the scope ends. Where the process is connected to a cluster already, that one is used.
         n: actors; None: as many as the cluster has room for.
         folder: where models are written that were not loaded by name; a cluster of several machines needs one that
             all of them see.
@@ -133,7 +132,7 @@ class RayCluster:
         if self.address is None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             os.environ.setdefault("RAY_worker_niceness", "0")  # else workers give way to all other processes
-            options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            options["include_dashboard"] = False
             if self.n is not None:
                 import torch
 
@@ -150,6 +149,7 @@ class RayCluster:
 
     def _actors_for(self, lm: LM) -> list[Any]:
         if lm not in self._actors:
+            self._dismiss()  # one model at a time: another one's actors may have all the room
             needs = _needs(lm)
             machines = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
             room = sum(min(int(has.get(kind, 0) / n) for kind, n in needs.items()) for has in machines)
