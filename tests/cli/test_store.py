@@ -94,7 +94,16 @@ def test_bad_input_changes_nothing(cli: Cli, store: Path, here: Path) -> None:
     assert "--store and --out" in cli(*EDIT, "--out", "x.safetensors", code=2).stderr
     write_rows(here / "edits.jsonl", [{"prompt": "The capital of {} is", "subject": "France", "target_new": "Milan"}])
     assert "retcon amend fr" in cli(*EDIT, code=2).stderr
+    delta = next((store / "deltas").iterdir())
+    delta.rename(here / "away")
+    asked = ("complete", "gptj", "The capital of France is", "--delta", ".retcon")
+    for command in (asked, ("checkout", "HEAD", "--save", "now"), ("revert", "--fact", "fr"), ("verify",)):
+        assert "not committed to git, or not fetched" in cli(*command, code=2).stderr
+    assert not (here / "now").exists()
+    (here / "away").rename(delta)
     facts = next((store / "facts").iterdir())
     facts.write_text("<<<<<<< ours\n" + facts.read_text())
     assert "marks of a merge" in cli("diff", "base", code=2).stderr
     assert (store / "log.jsonl").read_text() == before
+    (store / "log.jsonl").write_text("<<<<<<< ours\n" + before)
+    assert "marks of a merge" in cli("log", code=2).stderr

@@ -101,6 +101,26 @@ def test_an_adapter_gives_the_live_models_logits(family: str, checkpoint: Callab
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()) + 1e-5)
 
 
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_an_adapter_merged_in_half_precision_gives_the_live_weights(
+    family: str, dtype: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """To one rounding of the dtype: PEFT rounds the change before it adds it, the live model after."""
+    from peft import PeftModel
+
+    folder = checkpoint(family, dtype)
+    lm = edited(folder)
+    export(lm, tmp_path / "peft", format="peft")
+    merged = PeftModel.from_pretrained(loaded(folder), str(tmp_path / "peft")).merge_and_unload().state_dict()
+    rounding = torch.finfo(getattr(torch, dtype)).eps
+    for name, wanted in lm.model.state_dict().items():
+        error = (merged[name].double() - wanted.double()).abs().max()
+        assert error <= 2 * rounding * wanted.double().abs().max(), name
+
+
 @pytest.mark.parametrize("family", ["gptj", "gpt2", "llama", "qwen2"])
 def test_a_gguf_adapter_holds_the_live_change(family: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     lm = edited(checkpoint(family))
