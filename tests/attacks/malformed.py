@@ -92,7 +92,7 @@ def _with(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 FIELDS = ("prompt", "subject", "target_new")
-WRONG = (7, True, [], {}, ["France"], 1.5, [[["deep"]]])
+WRONG = (7, True, [], {}, 1.5, ["France"], [[["deep"]]])
 
 
 def edits(rng: random.Random) -> Broken:
@@ -100,7 +100,8 @@ def edits(rng: random.Random) -> Broken:
     whole = _row(rng, lambda row: row)
     kinds: list[Callable[[], bytes]] = [
         lambda: _row(rng, _without(rng.choice(("prompt", "target_new")))),
-        lambda: _row(rng, _with(rng.choice(FIELDS), rng.choice(WRONG))),
+        lambda: _row(rng, _with(rng.choice(FIELDS), rng.choice(WRONG[:-2]))),
+        lambda: _row(rng, _with(rng.choice(FIELDS[:-1]), rng.choice(WRONG))),  # a list of answers is one way to say it
         lambda: _row(rng, _with(rng.choice(("prompt", "target_new")), rng.choice(("", "  ", "\n")))),
         lambda: _row(rng, _with("subject", "Atlantis and Mu")).replace(b"{}", b"it"),
         lambda: _row(rng, _with("prompt", "{} is to {} as")),
@@ -297,34 +298,38 @@ def checkpoints(rng: random.Random) -> Broken:
         name = rng.choice([n for n, t in tensors.items() if t.dim() == 2])
         tensors[name] = tensors[name][:, :-1].contiguous()
 
-    kinds: list[Callable[[], Any]] = [
-        lambda: config.write_text(config.read_text()[: rng.randrange(1, 200)]),
-        lambda: config.write_text(rng.choice(("", "[]", "null", "7", "[" * 5000))),
-        config.unlink,
-        lambda: setting("model_type", rng.choice(("nothing", 3, None, ["gptj"]))),
-        lambda: setting("n_layer", rng.choice(("four", -1, 9, None, 2.5))),
-        lambda: setting("n_embd", rng.choice(("wide", -32, 33, 0, None))),
-        lambda: setting("n_head", rng.choice((0, -1, "x", 7))),
-        lambda: setting("vocab_size", rng.choice((0, -5, "many", 1))),
-        lambda: setting("quantization_config", {"quant_method": rng.choice(("bitsandbytes", "gptq", "awq", "odd"))}),
+    of_weights: list[Callable[[], Any]] = [
         lambda: weights.write_bytes(weights.read_bytes()[: rng.randrange(0, 20_000)]),
         lambda: weights.write_bytes(rng.randbytes(4000)),
         weights.unlink,
         lambda: weights.rename("bad/pytorch_model.bin"),
         lambda: other_weights(one_lost),
         lambda: other_weights(one_narrow),
+        lambda: setting("n_layer", 9),
+    ]
+    kinds: list[Callable[[], Any]] = [
+        lambda: config.write_text(config.read_text()[: rng.randrange(1, 200)]),
+        lambda: config.write_text(rng.choice(("", "[]", "null", "7", "[" * 5000))),
+        config.unlink,
+        lambda: setting("model_type", rng.choice(("nothing", 3, None, ["gptj"]))),
+        lambda: setting("n_layer", rng.choice(("four", -1, None, 2.5))),
+        lambda: setting("n_embd", rng.choice(("wide", -32, 33, 0, None))),
+        lambda: setting("n_head", rng.choice((0, -1, "x", 7))),
+        lambda: setting("vocab_size", rng.choice((0, -5, "many", 1))),
+        lambda: setting("quantization_config", {"quant_method": rng.choice(("bitsandbytes", "gptq", "awq", "odd"))}),
         lambda: tokenizer_text(more_tokens),
         lambda: tokenizer_text(lambda table: table.pop("model")),
         lambda: Path("bad/tokenizer.json").write_text(rng.choice(("", "{", "[]", "null"))),
     ]
-    _broken(rng, kinds)
-    quantised = config.exists() and "quantization_config" in config.read_text()
+    needs_weights = rng.random() < 0.3
+    _broken(rng, of_weights if needs_weights else kinds)
+    needs_weights |= config.exists() and "quantization_config" in config.read_text()
     command = rng.choice(
         (
             ["complete", "bad", "The capital of France is"],
             ["edit", "bad", "edits.jsonl", "--out", "out.safetensors", *QUICK],
             ["apply", "bad", "delta.safetensors", "--save", "out"],
-            ["methods", "bad"] if not quantised else ["complete", "bad", "Rome"],  # `methods` reads no weights
+            ["complete", "bad", "Rome"] if needs_weights else ["methods", "bad"],  # which reads no weights
         )
     )
     return command, "bad"

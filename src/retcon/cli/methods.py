@@ -108,7 +108,7 @@ def _without_weights(name: str) -> "LM":
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from retcon import world
-    from retcon.errors import UnsupportedModel
+    from retcon.errors import RetconError, UnsupportedModel
     from retcon.lm.load import DEMO, damage
     from retcon.lm.model import LM
 
@@ -118,6 +118,12 @@ def _without_weights(name: str) -> "LM":
         config = AutoConfig.from_pretrained(place)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+        lm = LM(model, tokenizer, name=name)
+        widths = {"n_layers": lm.n_layers, "d_model": lm.d_model, "d_ff": lm.d_ff}
+    except RetconError:
+        raise
     except Exception as error:  # whatever the parsers make of a damaged config or tokenizer
         raise UnsupportedModel(f"cannot read {name!r}: {damage(error)}") from error
-    return LM(model, tokenizer, name=name)
+    if nothing := [what for what, width in widths.items() if width < 1]:
+        raise UnsupportedModel(f"cannot read {name!r}: its config gives 0 for {', '.join(nothing)}; it is damaged")
+    return lm
