@@ -1,11 +1,14 @@
-"""CTP as its released code runs it (SonglinZhai/PAC 1240102), where that departs from the paper and from `ctp`.
+r"""CTP as its released code runs it (SonglinZhai/PAC 1240102), where that departs from the paper and from `ctp`.
 
 One Adam takes both steps, and gradients outside a step's nodes are zeroed rather than left out. So nodes with momentum
 move in the other's step, and go on moving after they were deselected. lambda is on the loss, where Adam divides it out
 again, and paths are assessed from gradients batch by batch. `tests/parity/test_tuning.py` holds it to the released loop
 written down on whole weights.
 
-    retcon bench --model PATH --method benchmarks.released_ctp:ReleasedCtp --dataset FILE ...
+    retcon edit PATH edits.jsonl --out d.safetensors --method benchmarks.released_ctp:ReleasedCtp \
+        --preset benchmarks.released_ctp:ReleasedCtp/gpt-j-6b/consecutive
+
+`consecutive` is the released schedule; without naming it, a model with presets gets `ctp`'s first, which is ours.
 """
 
 from collections.abc import Sequence
