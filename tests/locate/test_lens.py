@@ -34,7 +34,7 @@ def test_with_the_final_norm_the_last_block_gives_the_models_own_softmax(family:
         read = lens.project(lm, last_states(lm), final_norm=True).softmax(-1)
         bare = lens.project(lm, last_states(lm), final_norm=False).softmax(-1)
     assert_close(read, own, rtol=1e-7, atol=1e-9)  # MPT norms in float32
-    assert float((bare - own).abs().max()) > 1e-3
+    assert float((bare - own).abs().max()) > 1e-4
     lens.check(lm)
 
 
