@@ -59,8 +59,8 @@ def plain_path() -> Iterator[None]:
         yield
 
 
-def floor(lm: LM, method: Jeep, edits: Sequence[Edit], contexts: Contexts, delta: Delta) -> float:
-    """FLOPs that the value search needs at least (docs/design.md), with the steps it took."""
+def floor(lm: LM, method: Jeep, edits: Sequence[Edit], contexts: Contexts, steps: Sequence[int]) -> float:
+    """FLOPs that the value search needs at least (docs/design.md), with the steps that each edit took."""
     per_token = 2 * sum(m.weight.numel() for m in lm.block(0).modules() if type(m).__name__ in ("Linear", "Conv1D"))
     groups = [g for g in method.groups() if g]
     sites = [method.value_site(group) for group in groups]
@@ -68,14 +68,14 @@ def floor(lm: LM, method: Jeep, edits: Sequence[Edit], contexts: Contexts, delta
     head = 2 * lm.head.weight.numel()  # type: ignore[operator]
     live = lm.n_layers - 2 - min(s.point.layer for s in sites)  # the last block reads all tokens, and answers at labels
     total = 0.0
-    for edit, report in zip(edits, delta.report, strict=True):
+    for edit, taken in zip(edits, steps, strict=True):
         rows = EditRows.of(lm, edit, sites, contexts, method.value_search())
         kl = len(rows.kl.ids) if rows.kl else 0
         total += per_token * lm.n_layers * (sum(len(r.ids) - 1 for r in rows.rewriting) + kl)
         tokens = sum(len(r.ids) - 1 - s for r, s in zip(rows.rewriting, rows.starts, strict=True)) + (kl > 0)
         labels = sum(len(r.target_ids) for r in rows.rewriting) + (kl > 0)
         step = (per_token * live + reading) * tokens + (per_token - reading + head) * labels
-        total += (2 * report.steps + 1) * step
+        total += (2 * taken + 1) * step
     return total
 
 
@@ -93,7 +93,7 @@ def compare(lm: LM, edits: Sequence[Edit], moments: Moments, repeats: int) -> st
         with scope(), FlopCounterMode(display=False) as counter:
             delta = run()
         flops[name], steps[name] = counter.get_total_flops(), [r.steps for r in delta.report]
-    least = floor(lm, method, edits, contexts, delta)
+    least = floor(lm, method, edits, contexts, [r.steps for r in delta.report])
     same = sum(a == b for a, b in zip(steps["fast"], steps["plain"], strict=True))
     took: dict[str, list[float]] = {"fast": [], "plain": []}
     for _ in range(repeats):

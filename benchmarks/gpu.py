@@ -130,7 +130,7 @@ class Card:
                 yield what, name, f"{took:.2f} s", "0.4 s"
                 continue
             delta = method.propose(lm, few, contexts=contexts, moments=moments)
-            least = floor(lm, method, few, contexts, delta)
+            least = floor(lm, method, few, contexts, [r.steps for r in delta.report])
             share = f"{100 * least / took / rate:.0f} % of {rate / 1e12:.3g} TFLOP/s"
             yield what, name, f"{1000 * took / n:.1f} ms an edit, {share}, {memory}", "45 %"
             launches, waits, uploads, shapes = count(lm, few, places, contexts, search)

@@ -66,7 +66,7 @@ def measure(name: str, lm: LM, edits: Sequence[Edit], steps: int, profile: Abstr
     started = time.perf_counter()
     delta = method.propose(lm, edits, contexts=contexts, moments=moments)
     whole = time.perf_counter() - started
-    least = floor(lm, method, edits, contexts, delta)
+    least = floor(lm, method, edits, contexts, [r.steps for r in delta.report])
     n = len(edits)
     asked = count(lm, edits, places, contexts, search)
     memory = f"{peak.nbytes / 2**30:.1f}" if peak.nbytes else "unknown"
