@@ -1,12 +1,12 @@
-"""What very many edits would take on 1 to 64 cards, by count: search, keys, transfer and write, and where it stops scaling.
+"""What very many edits would take on 1 to 64 cards, by count, and where it stops scaling.
 
     python -m benchmarks.many_cards --shape gpt-j-6b --n 1000000
     python -m benchmarks.many_cards --shape llama-3-8b --rate 8e14 --share 0.45
 
 A model of cost, nothing is run: FLOPs are counted on the shape (weights on no device) for edits of the embedded world,
-and divided by rates that are given. Replace those by what `benchmarks.gpu` prints on your card. The search is spread over
-the cards; its results travel to the process that asked, which reads the keys and solves, one batch after the other,
-since the next batch is searched on the weights that this one leaves.
+and divided by rates that are given. Replace those by what `benchmarks.gpu` prints on your card. The search is spread
+over the cards; its results travel to the process that asked, which reads the keys and solves, one batch after the
+other, since the next batch is searched on the weights that this one leaves.
 """
 
 import argparse
@@ -90,14 +90,16 @@ def main() -> None:
     transfer = args.n * edit.nbytes / args.bandwidth
     write = batches * write_flops(edited, args.batch) / args.rate64
     print(
-        f"{args.shape}, {args.n:,} JEEP edits in {batches} batches, {args.steps} steps; assumed: {args.rate:.2g} FLOP/s, "
-        f"{100 * args.share:.0f} % of it, {args.rate64:.2g} in float64, {args.bandwidth / 1e9:.3g} GB/s\n"
+        f"{args.shape}, {args.n:,} JEEP edits in {batches} batches, {args.steps} steps; assumed: "
+        f"{args.rate:.2g} FLOP/s, {100 * args.share:.0f} % of it, {args.rate64:.2g} in float64, "
+        f"{args.bandwidth / 1e9:.3g} GB/s\n"
         f"an edit: {edit.search / 1e12:.2f} TFLOP to search, {edit.keys / 1e12:.3f} for its keys, "
         f"{edit.nbytes / 1e3:.0f} kB of values\n"
         f"keys of a batch: {4 * args.batch * edited.d_ff * edited.layers / 2**30:.1f} GiB in float32\n"
     )
     print(
-        "| cards | search, h | transfer, h | keys, h | write, h | in all, h | of one card's speed | share in one place |"
+        "| cards | search, h | transfer, h | keys, h | write, h | in all, h | of one card's speed | share in one place"
+        " |"
     )
     print("|---" * 8 + "|")
     one_place = transfer + keys + write
