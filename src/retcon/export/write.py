@@ -18,7 +18,7 @@ from retcon.export.adapter import write_adapter
 from retcon.export.card import model_card
 from retcon.export.factors import Factors, factors_of
 from retcon.export.gguf import TYPES, write_lora, write_model
-from retcon.files import replacing_folder
+from retcon.files import as_shared, replacing_folder
 from retcon.lm.load import checkpoint_files, quietly
 from retcon.lm.model import LM
 from retcon.version import __version__
@@ -224,9 +224,9 @@ def base_folder(lm: LM) -> Path | None:
 
 
 def base_place(lm: LM) -> str:
-    """How people find the base: a hub id as it is; of a folder, the last part, for nobody else has the rest of it."""
-    name = str(getattr(lm.model.config, "_name_or_path", "") or lm.label)
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    """How people find the base: a hub id and a relative path as they are; of an absolute path, which is of this machine
+    alone, the last part."""
+    return as_shared(str(getattr(lm.model.config, "_name_or_path", "") or lm.label))
 
 
 def check_place(place: Path, model: Path | None, force: bool) -> None:
