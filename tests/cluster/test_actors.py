@@ -40,6 +40,7 @@ def cluster() -> Iterator[RayCluster]:
         yield two
 
 
+@pytest.mark.long
 def test_ray_gives_the_same_delta(cluster: RayCluster, lm: LM, edits: list[Edit]) -> None:
     wanted = propose(lm, edits[:4])
     with working_on(lm, cluster):
