@@ -53,7 +53,7 @@ def trial(
 def attack(n: int, seed: int) -> Tally:
     """`n` trials."""
     rng, tally = random.Random(seed), Tally("kills")
-    kills = inside = 0
+    kills = inside = of_edits = 0
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         furnish(root)
@@ -70,8 +70,8 @@ def attack(n: int, seed: int) -> Tally:
                 shutil.rmtree(root / "unharmed")
             fault, killed, within = trial(root, call, rng, unharmed[call])
             tally.count(fault)
-            kills, inside = kills + killed, inside + within
-    tally.notes |= {"kills": kills, "inside saves": inside, "disk calls of an edit": unharmed["edit"][2]}
+            kills, inside, of_edits = kills + killed, inside + within, of_edits + killed * (call == "edit")
+            tally.notes |= {"kills": kills, "of edits": of_edits, "inside saves": inside}
     return tally
 
 

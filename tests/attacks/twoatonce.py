@@ -78,7 +78,7 @@ def attack(n: int, seed: int) -> Tally:
             fault, n_refused = trial(root, kind, late, wanted)
             tally.count(fault)
             refused += n_refused
-    tally.notes["refused"] = refused
+            tally.notes["refused"] = refused
     return tally
 
 
