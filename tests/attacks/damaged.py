@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 from retcon.bench import units
 from retcon.checked import checksum
 from retcon.memory import collect
-from retcon.memory.values.schedule import Chunk
-from retcon.memory.values.store import ValueCache
+from retcon.memory.values.store import BegunChunk, ValueCache
 from tests.attacks.processes import BENCH, EDIT, MOMENTS, furnish, result_of_bench, result_of_edit, result_of_moments
 from tests.attacks.processes import run as run_command
 from tests.attacks.tally import Tally, main
@@ -50,7 +49,7 @@ def states(root: Path) -> dict[str, tuple[tuple[str, ...], Callable[[Path], str]
     """Make folders that runs were cut in; return the command that goes on in each, and how to read its result."""
     made: list[tuple[str, tuple[str, ...], Any, str, Any]] = [
         ("searched", EDIT, ValueCache, "discard", lambda self: None),
-        ("begun", EDIT, Chunk, "step", _cutting(Chunk.step, 2)),
+        ("begun", EDIT, BegunChunk, "hear", _cutting(BegunChunk.hear, 2)),
         ("passing", MOMENTS, collect, "_add_chunk", _cutting(collect._add_chunk, 1)),
         ("measured", BENCH, units.Units, "save", _cutting(units.Units.save, 1)),
     ]
