@@ -136,7 +136,7 @@ def test_facts_of_an_embedded_model_become_likelier():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (dict(n_points=0), "n_points and max_units"),
+        (dict(n_points=0), "n_points must be at least 1"),
         (dict(share=0.0), "share must be above 0"),
         (dict(threshold=-0.1), "threshold must not be negative"),
         (dict(grid="all"), "grid is 'all'"),

@@ -161,7 +161,7 @@ def test_the_penalty_is_the_mean_distance_from_orthogonality(tiny, randn):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (dict(rank=0), "target_rank must be from 1 to rank"),
+        (dict(rank=0), "rank must be at least 1"),
         (dict(target_rank=9), "target_rank must be from 1"),
         (dict(warmup=0.6, cooldown=0.5), "leave no step"),
         (dict(smoothing=1.0), "smoothing must be between"),

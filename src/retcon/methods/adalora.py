@@ -19,7 +19,8 @@ from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, check_layers, check_not_negative
+from retcon.methods.common.contract import Progress, State
+from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, NotNegative
 from retcon.methods.common.tuning import TuningSettings, sites_named, tuning
 from retcon.training.parts import TrainedTriplets, fresh
 
@@ -30,33 +31,31 @@ class AdaLora(TuningSettings):
 
     name: ClassVar[str] = "adalora"
 
-    rank: int = 12
+    rank: Count = 12
     """Singular values of each matrix at the start."""
-    target_rank: int = 8
+    target_rank: Count = 8
     """Singular values per matrix at the end, on average."""
     alpha: float = 32.0
     """The change is alpha / rank times P diag(E) Q."""
-    layers: tuple[int, ...] = ()
+    layers: AnyLayers = ()
     """Blocks that are adapted, ascending, counted from 0; none: all of them."""
     modules: tuple[str, ...] = ("q_proj", "v_proj")
     """Matrices that are adapted: kinds of sites, or a module's path inside a block (`attn.c_attn`)."""
-    learning_rate: float = 5e-3
-    epochs: int = 70
-    orthogonality: float = 0.5
+    learning_rate: NotNegative = 5e-3
+    epochs: CountFromZero = 70
+    orthogonality: NotNegative = 0.5
     """Weight of the mean norm of P'P - I and QQ' - I."""
     allocate: bool = True
     """False: every singular value stays, as in EasyEdit, which never asks for the allotment."""
-    warmup: float = 0.2
+    warmup: NotNegative = 0.2
     """Share of the steps before singular values are taken away."""
-    cooldown: float = 0.3
+    cooldown: NotNegative = 0.3
     """Share of the steps, the last ones, in which those that are left are trained and none is taken."""
     smoothing: float = 0.85
     """Of the importance and of its uncertainty (both betas of the paper)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers(self, "layers", may_be_empty=True)
-        check_not_negative(self, "orthogonality", "warmup", "cooldown")
         if not 1 <= self.target_rank <= self.rank or not self.modules:
             raise InvalidSetting(
                 f"adalora: target_rank must be from 1 to rank and modules not empty, found {self.target_rank}, "

@@ -26,11 +26,11 @@ from retcon.methods.common.contract import (
     Progress,
     State,
     UpdateFilter,
-    check_not_negative,
     check_stateless,
 )
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, sites_of, target_tensor
+from retcon.methods.common.settings import NotNegative, Positive
 
 USUAL_RANKS = (0.3, 0.99)
 """Share of a key's dimensions that the null space usually has; outside it a warning is given."""
@@ -43,11 +43,11 @@ class AlphaEdit(BatchSettings):
     name: ClassVar[str] = "alphaedit"
     state_description: ClassVar[str] = "the keys of earlier edits"
 
-    null_threshold: float = 0.02
+    null_threshold: NotNegative = 0.02
     """tau (`nullspace_threshold`): eigenvectors of C below it span the null space."""
     threshold_mode: Literal["absolute", "trace", "rank"] = "absolute"
     """What tau is: an eigenvalue (published), a share of C's trace, or the null space's share of all dimensions."""
-    ridge: float = 10.0
+    ridge: Positive = 10.0
     """L2: weight of the update's own norm."""
     ridge_mode: Literal["absolute", "median"] = "absolute"
     """What `ridge` is: the weight itself (published), or a multiple of the median of C's diagonal, which follows the
@@ -59,9 +59,6 @@ class AlphaEdit(BatchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_not_negative(self, "null_threshold")
-        if self.ridge <= 0:
-            raise InvalidSetting(f"alphaedit: ridge must be positive, found {self.ridge}")
         if self.threshold_mode != "absolute" and self.null_threshold > 1:
             raise InvalidSetting(f"alphaedit: null_threshold is a share here, at most 1; found {self.null_threshold}")
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from retcon.delta import Delta
 from retcon.edits import Edit
-from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
 from retcon.locate.paths import Assess, KeyMatrix, Score, Select, Slot, Transmission, assess, choose, slots_of
@@ -29,10 +28,9 @@ from retcon.methods.common.contract import (
     Progress,
     State,
     check_depth,
-    check_layers,
-    check_not_negative,
     lower_layers,
 )
+from retcon.methods.common.settings import Count, CountFromZero, Layers, NotNegative
 from retcon.methods.common.tuning import TuningSettings, tuning
 from retcon.training.descent import accumulate, shares
 from retcon.training.nodes import Nodes, RowAdam, RowState
@@ -47,12 +45,12 @@ class Ctp(TuningSettings):
     name: ClassVar[str] = "ctp"
     fits_learning_rate: ClassVar[bool] = True
 
-    layers: tuple[int, ...] | None = None
+    layers: Layers | None = None
     """Layers that paths go through, ascending, counted from 0; None: all, as published. Nodes of the upper layers raise
     the answer whatever the subject is."""
-    n_positive: int = 15
+    n_positive: Count = 15
     """|T+|: paths that are tuned towards the new answer; each has one node per matrix."""
-    n_negative: int = 1
+    n_negative: CountFromZero = 1
     """|T-|: paths for the contrast."""
     score: Score = "z_abs"
     """What makes a node critical; the paper's `signed_sum` is 0 on every value node of models with LayerNorm. `random`
@@ -66,24 +64,16 @@ class Ctp(TuningSettings):
     contrast: Literal["neg_step", "mirror", "none"] = "neg_step"
     """`neg_step`: after a step on T+ towards the new answer, one on T- towards the original answer (the released code);
     `mirror`: the original answer shall survive if T-'s nodes are changed as T+'s are, on average; T- stays as it is."""
-    contrast_weight: float = 0.1
+    contrast_weight: NotNegative = 0.1
     """lambda: the second step's learning rate over the first's (`neg_step`), or the second loss's weight (`mirror`)."""
     original: Literal["own", "target_true"] = "own"
     """y: at each answer position the unedited model's own choice, or the edit's true answer."""
-    batch_size: int | None = 16
+    batch_size: Count | None = 16
     """Edits per step; None: all of the call."""
-    reassess: int = 0
+    reassess: CountFromZero = 0
     """Epochs between assessments of the paths, on the weights as they then are; 0: once, at the start."""
     train_out_bias: bool = False
     """Also train the whole bias of the value matrix, where there is one, in both steps (the released code)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "contrast_weight", "n_negative", "reassess", "learning_rate")
-        if self.layers is not None:
-            check_layers(self, "layers")
-        if self.n_positive < 1:
-            raise InvalidSetting(f"ctp: n_positive must be at least 1, found {self.n_positive}")
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from retcon.delta import Delta
 from retcon.edits import Edit
-from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
@@ -25,12 +24,12 @@ from retcon.methods.common.contract import (
     Progress,
     State,
     UpdateFilter,
-    check_not_negative,
     check_stateless,
     early_layers,
 )
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, target_tensor
+from retcon.methods.common.settings import NotNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +39,14 @@ class Emmet(BatchSettings):
     name: ClassVar[str] = "emmet"
     one_layer: ClassVar[bool] = True
 
-    stabiliser: float | None = None
+    stabiliser: NotNegative | None = None
     """a (`emmet_lambda`): added to the diagonal of K^T C^-1 K. 0 stores every fact exactly. None: 0 for one edit, 0.1
     for more."""
-    moment_weight: float = 1.0
+    moment_weight: Positive = 1.0
     """w (`mom2_update_weight`): factor of C. With a > 0 and mu = 0 the update is MEMIT's with lambda = a w; with a = 0,
     w changes nothing."""
-    identity_weight: float = 0.0
+    identity_weight: NotNegative = 0.0
     """mu (`update_norm_lambda`): weight of the update's own norm."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "identity_weight")
-        if self.moment_weight <= 0:
-            raise InvalidSetting(f"emmet: moment_weight must be positive, found {self.moment_weight}")
-        if self.stabiliser is not None and self.stabiliser < 0:
-            raise InvalidSetting(f"emmet: stabiliser must not be negative, found {self.stabiliser}")
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:

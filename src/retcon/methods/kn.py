@@ -26,12 +26,12 @@ from retcon.methods.common.contract import (
     ModelShape,
     Progress,
     State,
-    check_not_negative,
     check_settings,
     recorded,
     silent,
 )
 from retcon.methods.common.proposal import reported
+from retcon.methods.common.settings import Count, CountFromZero, NotNegative
 from retcon.training.objective import answer_rows
 
 Unit = tuple[int, int]
@@ -51,24 +51,24 @@ class Kn:
 
     neuron: Neuron = "value_input"
     """What is attributed: what multiplies a unit's value vector, or what enters its activation function (the port)."""
-    n_points: int = 20
+    n_points: Count = 20
     """m: points of the integral."""
     grid: Grid = "midpoint"
     """Where they lie: interval midpoints, `left` (the release) or both `ends` (the port)."""
-    threshold: float = 0.2
+    threshold: NotNegative = 0.2
     """t: a prompt's coarse set is what scores at least t times its highest score."""
-    n_prefixes: int = 4
+    n_prefixes: CountFromZero = 4
     """Further prompts for each fact, with a sampled prefix before each."""
     share: float = 0.7
     """r: share of a fact's prompts in whose coarse sets a unit must be; moved by 0.05, up to six times, until two to
     five units are left. From three prompts on; below, the mean score is thresholded."""
-    max_units: int = 20
+    max_units: Count = 20
     """Units of a fact at most, by their mean score."""
     attributed: Literal["old", "target_new"] = "old"
     """The answer that is attributed: the edit's true one, or where there is none the model's own; or the new one."""
-    subtract: float = 1.0
+    subtract: NotNegative = 1.0
     """lambda_1: how much of the old answer's embedding is taken from each value vector."""
-    add: float = 8.0
+    add: NotNegative = 8.0
     """lambda_2: how much of the new answer's is added."""
     scale: Literal["norm", "none"] = "norm"
     """Embeddings as long as the value vector, or as they are (the port)."""
@@ -83,11 +83,6 @@ class Kn:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_not_negative(self, "threshold", "n_prefixes", "subtract", "add")
-        if self.n_points < 1 or self.max_units < 1:
-            raise InvalidSetting(
-                f"kn: n_points and max_units must be at least 1, found {self.n_points}, {self.max_units}"
-            )
         if not 0 < self.share <= 1:
             raise InvalidSetting(f"kn: share must be above 0 and up to 1, found {self.share}")
 

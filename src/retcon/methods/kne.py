@@ -36,7 +36,8 @@ from retcon.locate.ensemble import (
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import ModelShape, Progress, State, check_depth, check_layers, lower_layers, silent
+from retcon.methods.common.contract import ModelShape, Progress, State, check_depth, lower_layers, silent
+from retcon.methods.common.settings import Count, Layers
 from retcon.methods.common.tuning import TuningSettings, tuning
 from retcon.training.objective import Answer
 from retcon.training.parts import TrainedColumns, TrainedEntries, TrainedRows, fresh
@@ -53,7 +54,7 @@ class Kne(TuningSettings):
     modules: tuple[SiteName, ...] = ("down_proj",)
     """Matrices that are attributed and edited, in every layer; any of down_proj, up_proj, gate_proj, q_proj, k_proj,
     v_proj, o_proj."""
-    layers: tuple[int, ...] | None = None
+    layers: Layers | None = None
     """Layers whose matrices are attributed and edited, ascending, counted from 0; None: all, as published. Rows of the
     upper layers raise the answer whatever the subject is."""
     granularity: Unit = "row"
@@ -71,7 +72,7 @@ class Kne(TuningSettings):
     """`abs`: units that lower the probability count as well."""
     path: Path = "layer"
     """What is scaled together along the integral (Eq. 4): a matrix, all of them, or nothing."""
-    n_points: int = 20
+    n_points: Count = 20
     """m in Eq. 5."""
     quadrature: Quadrature = "right"
     """Points of the integral: i/m (Eq. 5), interval midpoints, or Gauss-Legendre nodes."""
@@ -83,7 +84,7 @@ class Kne(TuningSettings):
     """Over facts: one threshold over mean scores, or the union of every fact's own ensemble."""
     locate_on: str | None = None
     """JSON lines of edits to locate on; None: the edits of the call."""
-    locate_limit: int = 200
+    locate_limit: Count = 200
     """Facts to locate on at most, drawn by seed."""
     reuse: bool = False
     """Take the ensemble from `state` where one is given (`locate` makes one, and every delta carries its own), rather
@@ -101,8 +102,6 @@ class Kne(TuningSettings):
             raise InvalidSetting(
                 f"kne: modules must be one or more of {', '.join(get_args(SiteName))}, each once; found {self.modules}"
             )
-        if self.layers is not None:
-            check_layers(self, "layers")
         if (self.budget is None) == (self.p is None):
             raise InvalidSetting(
                 f"kne: give budget or p, and None for the other; found budget {self.budget}, p {self.p}"
@@ -112,8 +111,6 @@ class Kne(TuningSettings):
             raise InvalidSetting(f"kne: budget and p are shares above 0 and up to 1, found {share}")
         if self.granularity == "entry" and self.unit_score == "sum_abs":
             raise InvalidSetting("kne: unit_score='sum_abs' sums over a row or column; entries have nothing to sum")
-        if self.locate_limit < 1:
-            raise InvalidSetting(f"kne: locate_limit must be at least 1, found {self.locate_limit}")
         self.attribution()
 
     @classmethod

@@ -20,7 +20,8 @@ from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, check_layers
+from retcon.methods.common.contract import Progress, State
+from retcon.methods.common.settings import AnyLayers, Count, NotNegative
 from retcon.methods.common.tuning import TuningSettings, sites_named, tuning
 from retcon.training.parts import TrainedLowRank, fresh
 
@@ -32,25 +33,22 @@ class Lora(TuningSettings):
     name: ClassVar[str] = "lora"
     state_description: ClassVar[str] = "the adapter's factors, for continue_adapter"
 
-    rank: int = 8
+    rank: Count = 8
     """r: rank of the change of each matrix."""
     alpha: float = 32.0
     """The change is alpha / rank times B A."""
-    layers: tuple[int, ...] = ()
+    layers: AnyLayers = ()
     """Blocks that are adapted, ascending, counted from 0; none: all of them."""
     modules: tuple[str, ...] = ("q_proj", "v_proj")
     """Matrices that are adapted: kinds of sites, or a module's path inside a block (`attn.c_attn`)."""
-    learning_rate: float = 5e-3
+    learning_rate: NotNegative = 5e-3
     continue_adapter: bool = False
     """In a sequence, go on training the adapter in `state` rather than begin another on top of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers(self, "layers", may_be_empty=True)
-        if self.rank < 1 or not self.modules:
-            raise InvalidSetting(
-                f"{self.name}: rank must be at least 1 and modules not empty, found {self.rank} and {self.modules}"
-            )
+        if not self.modules:
+            raise InvalidSetting(f"{self.name}: modules is empty, so there is nothing to adapt")
 
     def propose(
         self,

@@ -20,7 +20,7 @@ from retcon.lm.prompts import Row
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, check_not_negative, recorded, silent
+from retcon.methods.common.contract import Progress, State, recorded, silent
 from retcon.methods.common.hypernetwork import (
     Drawn,
     HypernetworkSettings,
@@ -31,6 +31,7 @@ from retcon.methods.common.hypernetwork import (
     outer_losses,
 )
 from retcon.methods.common.proposal import reported
+from retcon.methods.common.settings import Count, NotNegative
 from retcon.training.hypernetwork import Hypernetwork
 from retcon.training.objective import answer_rows
 from retcon.training.parts import TrainedDense
@@ -47,22 +48,18 @@ class Malmen(HypernetworkSettings):
     n_by_matrix: ClassVar[int] = 2
 
     modules: tuple[str, ...] = ("down_proj",)
-    batch_size: int = 512
+    batch_size: Count = 512
     """Edits of a training step, which are written together."""
-    n_validation: int = 512
+    n_validation: Count = 512
     """Cases to validate with, which are not trained on; a fifth of the cases at most."""
     step_size: float = 1e-6
     """Where eta starts, which is learned for each matrix."""
-    learning_rate: float = 1e-5
+    learning_rate: NotNegative = 1e-5
     """Adam's, for everything."""
-    locality_weight: float = 1.0
+    locality_weight: NotNegative = 1.0
     """Weight of the divergence on prompts that should stay."""
-    clip: float = 1.0
+    clip: NotNegative = 1.0
     """Largest norm of a gradient."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "learning_rate", "locality_weight", "clip")
 
     def propose(
         self,

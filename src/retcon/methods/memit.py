@@ -31,11 +31,11 @@ from retcon.methods.common.contract import (
     State,
     UpdateFilter,
     by_key_width,
-    check_not_negative,
     check_stateless,
 )
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, sites_of, target_tensor
+from retcon.methods.common.settings import NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,13 @@ class Memit(BatchSettings):
     name: ClassVar[str] = "memit"
     state_description: ClassVar[str] = "with cache_keys, the keys of earlier edits"
 
-    moment_weight: float = 15_000.0
+    moment_weight: NotNegative = 15_000.0
     """lambda: how many old keys the second moment stands for."""
     cache_keys: bool = False
     """MEMIT-seq: the keys of earlier batches join the old keys, so that their values stay too."""
     mlp: Literal["dense", "experts"] | None = None
     """What is written in a mixture of experts: the dense or the shared MLP, or all routed experts by one solve. None:
     the experts where a block has nothing else."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "moment_weight")
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from retcon.lm.model import LM, Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, check_not_negative, recorded, silent
+from retcon.methods.common.contract import Progress, State, recorded, silent
 from retcon.methods.common.hypernetwork import (
     Drawn,
     HypernetworkSettings,
@@ -34,6 +34,7 @@ from retcon.methods.common.hypernetwork import (
     write_editor,
 )
 from retcon.methods.common.proposal import reported
+from retcon.methods.common.settings import NotNegative
 from retcon.training.hypernetwork import Hypernetwork, not_zero
 from retcon.training.objective import answer_rows
 from retcon.training.parts import LowRankByRow, Part
@@ -52,20 +53,16 @@ class Mend(HypernetworkSettings):
     """W' = W + sign eta G~. 1: as released, where training has to find out that a loss is to go down."""
     step_size: float = 1e-4
     """Where eta starts, which is learned for each matrix."""
-    learning_rate: float = 1e-6
+    learning_rate: NotNegative = 1e-6
     """Adam's, for the networks."""
-    step_size_learning_rate: float = 1e-4
+    step_size_learning_rate: NotNegative = 1e-4
     """Adam's, for eta."""
-    edit_weight: float = 0.1
+    edit_weight: NotNegative = 0.1
     """c_e: weight of the loss on rephrasings."""
-    locality_weight: float = 1.0
+    locality_weight: NotNegative = 1.0
     """Weight of the divergence on prompts that should stay; the paper's is 1."""
-    clip: float = 100.0
+    clip: NotNegative = 100.0
     """Largest norm of a gradient."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "learning_rate", "step_size_learning_rate", "edit_weight", "locality_weight", "clip")
 
     def propose(
         self,

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 
 from retcon.delta import Delta
 from retcon.edits import Edit
-from retcon.errors import InvalidSetting
 from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
@@ -26,7 +25,6 @@ from retcon.methods.common.contract import (
     State,
     UpdateFilter,
     by_key_width,
-    check_not_negative,
     check_stateless,
 )
 from retcon.methods.common.locate_then_edit import BatchSettings
@@ -44,24 +42,18 @@ class Pmet(BatchSettings):
     steps: Count = 30
     kl_factor: NotNegative = 1.0
     spread: Spread = "sqrt"
-    moment_weight: float = 6000.0
+    moment_weight: NotNegative = 6000.0
     """lambda: how many old keys the second moment stands for."""
-    attn_weight_decay: float = 0.5
+    attn_weight_decay: NotNegative = 0.5
     """`weight_decay` at the attention's output."""
-    settled_factor: float | None = 0.1
+    settled_factor: NotNegative | None = 0.1
     """phi: weight of the nll once every target token is the most likely one in every context; None: always 1."""
-    settled_kl: float = 0.01
+    settled_kl: NotNegative = 0.01
     """The search also stops once that is so and kl_factor * KL is at most this."""
     attention: bool = True
     """False: no value at the attention's output."""
     site: Literal["mlp", "block"] = "mlp"
     """Where the value that is written is searched and measured; `block` is MEMIT's."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "attn_weight_decay", "moment_weight", "settled_kl")
-        if self.settled_factor is not None and self.settled_factor < 0:
-            raise InvalidSetting(f"pmet: settled_factor must not be negative, found {self.settled_factor}")
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:

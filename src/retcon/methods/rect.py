@@ -18,8 +18,9 @@ from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, check_not_negative
+from retcon.methods.common.contract import Progress, State
 from retcon.methods.common.proposal import report_after
+from retcon.methods.common.settings import NotNegative
 from retcon.methods.common.wrappers import Hosting
 
 
@@ -39,14 +40,13 @@ class Rect(Hosting):
     """Relative to |W| + eps, or to W + eps (AlphaEdit's code, where entries near -eps blow up)."""
     count: Literal["exact", "released"] = "exact"
     """Exactly the k % largest, the first of equals; or all from AlphaEdit's threshold on, which is one more."""
-    eps: float = 1e-8
+    eps: NotNegative = 1e-8
     """Added to the denominator."""
     in_loop: bool = False
     """True: each layer is filtered before the next is solved, so that later ones make up for it (ours)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_not_negative(self, "eps")
         if self.keep_percent is not None and not 0 <= self.keep_percent <= 100:
             raise InvalidSetting(f"rect: keep_percent must be from 0 to 100, found {self.keep_percent}")
         if self.in_loop and not self.wrapped.layerwise:

@@ -26,9 +26,10 @@ from retcon.memory.moments import Moments
 from retcon.memory.solve import whitened
 from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem
-from retcon.methods.common.contract import Progress, State, UpdateFilter, check_not_negative, check_stateless
+from retcon.methods.common.contract import Progress, State, UpdateFilter, check_stateless
 from retcon.methods.common.locate_then_edit import OneFactSettings
 from retcon.methods.common.proposal import Given, only_one, proposing
+from retcon.methods.common.settings import NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +38,10 @@ class Rome(OneFactSettings):
 
     name: ClassVar[str] = "rome"
 
-    min_denominator: float = 0.1
+    min_denominator: NotNegative = 0.1
     """Smallest |k . u| of the bare prompt's key k, as a share of that of the mean key k*."""
     small_denominator: Literal["warn", "raise"] = "warn"
     """What to do below that: such an update is huge (the "disabling edits" of arXiv:2403.07175)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "min_denominator")
 
     def propose(
         self,

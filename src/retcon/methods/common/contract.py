@@ -165,22 +165,6 @@ def recorded(
 # --- settings ----------------------------------------------------------------------------------------------------
 
 
-def check_layers(method: Any, *settings: str, may_be_empty: bool = False) -> None:
-    """Check that each of these settings lists ascending layers, counted from 0.
-
-    Raises:
-        InvalidSetting: layers repeat, do not ascend, are negative, or there is none.
-    """
-    for setting in settings:
-        layers = getattr(method, setting)
-        if not layers and not may_be_empty:
-            raise InvalidSetting(f"{method.name}: {setting} is empty, so there is nothing to edit")
-        if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
-            raise InvalidSetting(
-                f"{method.name}: {setting} layers must ascend without repeats from 0 on, found {layers}"
-            )
-
-
 def check_depth(name: str, lm: LM, layers: Sequence[int]) -> None:
     """Raises InvalidSetting where a layer is asked for that the model does not have."""
     for layer in layers:
@@ -202,14 +186,6 @@ def check_model_has_layers(method: Any, lm: LM) -> None:
             lm,
             [layer for layer in listed if isinstance(layer, int)],
         )
-
-
-def check_not_negative(method: Any, *settings: str) -> None:
-    """Raises InvalidSetting where one of these settings is below 0."""
-    for setting in settings:
-        if getattr(method, setting) < 0:
-            found = getattr(method, setting)
-            raise InvalidSetting(f"{method.name}: {setting} must not be negative, found {found}")
 
 
 def check_settings(method: Any) -> None:

@@ -23,7 +23,8 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import default_contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, check_layers, check_not_negative
+from retcon.methods.common.contract import Progress, State
+from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, NotNegative
 from retcon.methods.common.tuning import TuningSettings, check_memory, tuning
 from retcon.training.descent import EditLoss, Schedule
 from retcon.training.objective import AnswerLoss, GroupLoss, MeanLoss, PromptLastLoss, answer_rows
@@ -39,7 +40,7 @@ class FineTuning(TuningSettings):
 
     state_description: ClassVar[str] = "the edits so far, where replay is on"
 
-    layers: tuple[int, ...]
+    layers: AnyLayers
     """Blocks that are trained, ascending, counted from 0; none: all of them."""
     modules: tuple[Module, ...] = ("down_proj",)
     """Matrices that are trained in each of the layers, or `block`: all that a block has."""
@@ -50,18 +51,18 @@ class FineTuning(TuningSettings):
     token, as ROME's and MEMIT's code has it (a longer answer's tokens in any order)."""
     target_eos: bool = False
     """Train the end of the text after the answer too, so that the model stops there."""
-    steps_per_epoch: int | None = None
+    steps_per_epoch: Count | None = None
     """Mini-batches of an epoch at least, as far as there are edits: batches are made smaller where `batch_size` would
     give fewer. What counts is the number of updates, not of epochs."""
     skip: Literal["edit", "batch"] = "edit"
     """What is left alone once its loss is below `stop_loss`: each edit, or a mini-batch by its mean (releases)."""
-    box: float | None = None
+    box: NotNegative | None = None
     """Largest change of a single weight (L-infinity norm)."""
-    ball: float | None = None
+    ball: NotNegative | None = None
     """Largest norm of the whole change (L2)."""
     anchor: Literal["call", "base"] = "call"
     """Where box and ball are centred: the weights as the call finds them, or the unedited model's."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Coupled (in the gradient, as Adam's `weight_decay`) towards zero, decoupled towards the base."""
     power_law: bool = False
     """Weight decay by MEMIT's law of the number of edits n, n^-0.87028798 e^0.15589562, in place of `weight_decay`."""
@@ -72,15 +73,13 @@ class FineTuning(TuningSettings):
     stop_on: str | None = None
     """File of cases with the edits' paraphrases: an edit is left alone once its mean loss over them is below
     `stop_loss`. A paraphrase that ended a training measures nothing any more."""
-    n_prefixes: int = 0
+    n_prefixes: CountFromZero = 0
     """Further prompts for each edit, with a sampled prefix before each; an edit's loss is the mean over its prompts."""
     replay: bool = False
     """In a sequence, train on the edits so far (`state`) together with the new ones."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers(self, "layers", may_be_empty=True)
-        check_not_negative(self, "weight_decay", "n_prefixes", "learning_rate")
         if not self.modules or len(set(self.modules)) < len(self.modules):
             raise InvalidSetting(
                 f"{self.name}: modules must be one or more of {', '.join(get_args(Module))}, each once; "
@@ -88,9 +87,6 @@ class FineTuning(TuningSettings):
             )
         if "block" in self.modules and len(self.modules) > 1:
             raise InvalidSetting(f"{self.name}: modules='block' has every matrix in it; name no others beside it")
-        for setting in ("box", "ball"):
-            if (bound := getattr(self, setting)) is not None and bound < 0:
-                raise InvalidSetting(f"{self.name}: {setting} must not be negative, found {bound}")
         if self.stop_on is not None and self.skip == "batch":
             raise InvalidSetting(f"{self.name}: stop_on leaves each edit alone by itself; it goes with skip='edit'")
         if self.objective == "prompt_last" and (self.target_eos or self.n_prefixes):

@@ -28,12 +28,10 @@ from retcon.methods.common.contract import (
     ModelShape,
     Progress,
     check_depth,
-    check_layers,
-    check_not_negative,
     check_settings,
     silent,
 )
-from retcon.methods.common.settings import checked
+from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, checked
 from retcon.methods.common.tuning import check_memory, sites_named
 from retcon.training.fitting import CurvePoint, Fit, FitSchedule
 from retcon.training.hypernetwork import Hypernetwork, not_zero
@@ -61,36 +59,30 @@ class HypernetworkSettings:
 
     editor: str | None = None
     """File of the trained editor, which `fit` writes."""
-    layers: tuple[int, ...] = ()
+    layers: AnyLayers = ()
     """Blocks that are edited, ascending, counted from 0; none: the last three."""
     modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     """Matrices that are edited in each of them: kinds of sites, as far as the model has them, or a module's path inside
     a block."""
-    rank: int = 1920
+    rank: Count = 1920
     """Rank of a network's matrices U V, at most its width."""
-    n_blocks: int = 2
+    n_blocks: CountFromZero = 2
     """Blocks of a network."""
     normalise: bool = True
     """Put what enters a network to mean 0 and deviation 1."""
-    batch_size: int = 10
+    batch_size: Count = 10
     """Edits of a training step."""
-    steps: int = 10_000
+    steps: CountFromZero = 10_000
     """Training steps at most."""
-    validate_every: int = 100
+    validate_every: Count = 100
     """Training steps between two validations."""
-    patience: int = 2_000
+    patience: Count = 2_000
     """Training steps without a better validation loss after which training ends."""
-    n_validation: int = 100
+    n_validation: Count = 100
     """Cases to validate with, which are not trained on; a fifth of the cases at most."""
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_layers(self, "layers", may_be_empty=True)
-        check_not_negative(self, "steps")
-        for setting in ("rank", "batch_size", "validate_every", "patience", "n_validation"):
-            if (found := getattr(self, setting)) < 1:
-                raise InvalidSetting(f"{self.name}: {setting} must be at least 1, found {found}")
-        check_not_negative(self, "n_blocks")
         if not self.modules:
             raise InvalidSetting(f"{self.name}: modules is empty, so there is nothing to edit")
 

@@ -34,6 +34,8 @@ class Rule:
 
 Count = Annotated[int, Rule("be at least 1", lambda n: n >= 1)]
 """A number of things, from 1 on."""
+CountFromZero = Annotated[int, Rule("not be negative", lambda n: n >= 0)]
+"""A number of things, from 0 on."""
 Layer = Annotated[int, Rule("not be negative", lambda layer: layer >= 0)]
 """A block, counted from 0."""
 AnyLayers = Annotated[
@@ -48,6 +50,8 @@ Layers = Annotated[AnyLayers, Rule("name a layer, or there is nothing to edit", 
 """Blocks, ascending, counted from 0: one at least."""
 NotNegative = Annotated[float, Rule("not be negative", lambda value: value >= 0)]
 """A number from 0 on."""
+Positive = Annotated[float, Rule("be positive", lambda value: value > 0)]
+"""A number above 0."""
 
 
 def descriptions(method: type[Any]) -> dict[str, str]:

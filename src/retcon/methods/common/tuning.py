@@ -26,6 +26,7 @@ from retcon.lm.site import Site, SiteName
 from retcon.memory.capacity import free_bytes
 from retcon.methods.common.contract import ModelShape, Progress, check_settings, recorded, silent
 from retcon.methods.common.proposal import report_after
+from retcon.methods.common.settings import Count, CountFromZero, NotNegative
 from retcon.training.descent import Descent, EditLoss, Reduction, Schedule, descend, stepping
 from retcon.training.objective import AnswerLoss, answer_rows
 from retcon.training.parts import Part, attached, changes
@@ -47,13 +48,13 @@ class TuningSettings:
     fits_learning_rate: ClassVar[bool] = False
     """Whether a model without a preset gets a learning rate fitted to the edits (`starting_point`)."""
 
-    learning_rate: float = 5e-4
+    learning_rate: NotNegative = 5e-4
     """Adam's; betas (0.9, 0.999), no decay."""
-    epochs: int = 25
+    epochs: CountFromZero = 25
     """Passes over the edits at most; steps, where all edits are one batch."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Edits per step; None: all of the call."""
-    stop_loss: float = 1e-2
+    stop_loss: NotNegative = 1e-2
     """An edit is left alone once its loss is below this; 0: never."""
     reduction: Reduction = "per_edit"
     """What a batch's loss is the mean of: edits, or answer tokens."""
