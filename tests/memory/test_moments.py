@@ -233,7 +233,7 @@ def test_a_factor_is_that_of_the_stored_moment_and_large_ones_are_read_again(on_
     assert torch.equal(lower, lower.tril())
     files = sorted((cache / "moments").iterdir())
     assert len(files) == 1 + on_disk
-    monkeypatch.setattr(module, "cholesky", lambda c: (torch.zeros_like(c), 0.0))
+    monkeypatch.setattr(module, "cholesky", lambda c, device: (torch.zeros_like(c), 0.0))
     assert torch.equal(CorpusMoments(corpus, tokens_per_dimension=2).factor(lm, site), lower if on_disk else 0 * lower)
 
 

@@ -89,7 +89,8 @@ class LM:
                 self.site(layer, kind)  # a layout that does not fit fails here, not in an edit
         for name in ("embedding", "final_norm", "head"):
             _find(model, getattr(self.layout, name), name)
-        _warn_of_the_unverified(model.config.model_type, self.name)
+        if layout is None:  # whoever brings a layout knows that the family is none of ours
+            _warn_of_the_unverified(model.config.model_type, self.name)
         _own(model, self)
 
     def __repr__(self) -> str:
