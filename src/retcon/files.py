@@ -138,6 +138,11 @@ def require(record: Mapping[str, Any], name: str, kind: type, where: str) -> Any
     return record[name]
 
 
+def looks_like_path(name: str) -> bool:
+    """Whether a model's name can only be a path, and none of the hub's."""
+    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name
+
+
 def as_shared(path: str, folder: str | os.PathLike[str] | None = None) -> str:
     """Return a path as a file that people share holds it: no folder of this machine from its root on.
 

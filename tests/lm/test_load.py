@@ -178,6 +178,13 @@ def test_what_is_not_there(name: str) -> None:
         load(name, device="cpu")
 
 
+@pytest.mark.parametrize("name", ["/no/such/path", "./here/not", ".cache/not-made"])
+def test_a_path_that_leads_nowhere_is_not_asked_of_the_hub(name: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(UnsupportedModel, match=f"cannot load '{name}': no such directory"):
+        load(name, device="cpu")
+
+
 def test_a_model_without_tokenizer(saved: Path) -> None:
     for file in saved.glob("token*"):
         file.unlink()

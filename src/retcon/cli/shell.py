@@ -41,6 +41,7 @@ from retcon.errors import (
     UnusableRow,
 )
 from retcon.escaping import json_text, printable
+from retcon.files import looks_like_path
 
 if TYPE_CHECKING:
     from retcon.attachment import Attachment
@@ -507,8 +508,7 @@ def check_model_path(name: str) -> None:
     Raises:
         UnsupportedModel: there is no such directory.
     """
-    looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name
-    if looks_like_path and not name.startswith("demo:") and not Path(name).is_dir():
+    if looks_like_path(name) and not name.startswith("demo:") and not Path(name).is_dir():
         raise UnsupportedModel(f"cannot load {name!r}: no such directory")
 
 

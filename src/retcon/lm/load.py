@@ -9,6 +9,7 @@ import torch
 
 from retcon import world
 from retcon.errors import RetconError, UnsupportedModel
+from retcon.files import looks_like_path
 from retcon.lm.fingerprint import checkpoint_fingerprint
 from retcon.lm.gguf import DAMAGED, find_gguf, forget_packing, gguf_options, quiet_conversion
 from retcon.lm.layouts import Layout
@@ -63,6 +64,8 @@ def load(
         dtype = _dtype(dtype)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     gguf, packing = find_gguf(place), None
+    if gguf is None and looks_like_path(place) and not Path(place).is_dir():
+        raise UnsupportedModel(f"cannot load {name!r}: no such directory")
     try:
         with quietly(), quiet_conversion() if gguf is not None else nullcontext():
             weights_options: dict[str, Any] = {"use_safetensors": None if allow_bin else True}

@@ -27,6 +27,7 @@ from retcon.errors import (
     UnsupportedModel,
     WrongBase,
 )
+from retcon.files import looks_like_path
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.hooks import Hooks
@@ -103,8 +104,7 @@ class LM:
     @property
     def label(self) -> str:
         """The name as it goes into files that people share: of a local folder, its last part."""
-        is_path = self.name.startswith(("/", ".", "~", "\\")) or self.name.count("/") > 1
-        return Path(self.name).name if is_path else self.name
+        return Path(self.name).name if looks_like_path(self.name) else self.name
 
     @property
     def notes(self) -> tuple[str, ...]:
