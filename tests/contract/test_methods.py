@@ -72,7 +72,7 @@ ENDING = [
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*larger than the weight"),  # as free a search in so small a model may well be
-    pytest.mark.filterwarnings("ignore:.*a norm stands between"),
+    pytest.mark.filterwarnings("ignore:.*a (norm|factor) stands between"),
 ]
 
 SEEDLESS = {"ctp", "kne", "ft", "ft_l", "ft_m", "ft_wd", "full_c", "malmen", "mend"}
