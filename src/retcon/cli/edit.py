@@ -12,6 +12,7 @@ from rich.markup import escape
 from retcon.cli.moments import check_corpus
 from retcon.cli.shell import (
     AsChat,
+    Assignments,
     CaseTarget,
     Device,
     DType,
@@ -20,6 +21,8 @@ from retcon.cli.shell import (
     Model,
     On,
     OnError,
+    Preset,
+    PresetsOf,
     Seed,
     System,
     TemplateArgs,
@@ -82,16 +85,9 @@ def edit(
         Path | None, typer.Option(metavar="DELTA", help="File that the delta goes to.", show_default=False)
     ] = None,
     method: Annotated[str, typer.Option(help="One of those that `retcon methods` lists.")] = "jeep",
-    dataset: Annotated[
-        str | None, typer.Option(help="Which of the model's presets: counterfact, zsre, ...", show_default=False)
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="A preset by its full name, method/model/dataset.", show_default=False)
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A setting over the preset's; repeat.", show_default=False),
-    ] = None,
+    dataset: PresetsOf = None,
+    preset: Preset = None,
+    assignments: Assignments = None,
     layers: Annotated[
         Literal["probe"] | None,
         typer.Option(help="Edit the layers that the contrast-based probe advises for EDITS.", show_default=False),

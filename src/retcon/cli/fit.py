@@ -11,10 +11,13 @@ from rich.markup import escape
 from retcon.cli.edit import FileFormat, OnError
 from retcon.cli.shell import (
     AsChat,
+    Assignments,
     Device,
     DType,
     Json,
     Model,
+    Preset,
+    PresetsOf,
     Seed,
     System,
     TemplateArgs,
@@ -50,16 +53,9 @@ def fit(
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="File that the editor goes to.", show_default=False)],
     method: Annotated[str, typer.Option(help="mend or malmen.")] = "mend",
-    dataset: Annotated[
-        str | None, typer.Option(help="Which of the model's presets: counterfact, zsre, ...", show_default=False)
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="A preset by its full name, method/model/dataset.", show_default=False)
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A setting over the preset's; repeat.", show_default=False),
-    ] = None,
+    dataset: PresetsOf = None,
+    preset: Preset = None,
+    assignments: Assignments = None,
     file_format: FileFormat = None,
     on_error: OnError = "stop",
     as_chat: AsChat = False,

@@ -69,6 +69,16 @@ DType = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
+PresetsOf = Annotated[
+    str | None, typer.Option(help="Which of the model's presets: counterfact, zsre, ...", show_default=False)
+]
+Preset = Annotated[
+    str | None, typer.Option(help="A preset by its full name, method/model/dataset.", show_default=False)
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="A setting over the preset's; repeat.", show_default=False),
+]
 Deltas = Annotated[
     list[Path] | None,
     typer.Option("--delta", help="A delta to apply first; repeat for several, in order.", show_default=False),
