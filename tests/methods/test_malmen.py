@@ -44,7 +44,8 @@ def test_the_gradients_by_hand_are_autograds(n, width, randn):
     log_ridge = ridge_of(-0.4).requires_grad_()
     gram = k.T @ k + log_ridge.exp() * torch.eye(width, dtype=torch.float64)
     (torch.linalg.solve(gram, k.T @ v) * slope).sum().backward()
-    to_v, to_ridge = shift_gradients(k, v.detach(), log_ridge.detach(), slope)
+    s = shift(k, v.detach(), log_ridge.detach().exp())
+    to_v, to_ridge = shift_gradients(k, s, log_ridge.detach(), slope)
     assert_close(to_v, v.grad)
     assert_close(to_ridge, log_ridge.grad)
 

@@ -85,8 +85,6 @@ class Malmen(HypernetworkSettings):
         """
         check_edits(edits)
         method, editor = load_editor(self, lm, untrained)
-        for site in editor.sites:
-            lm.check_editable(site.name)
         record = recorded(method, lm, edits, seed=seed, editor_sha256=editor.sha256)
         if not edits:
             return lm.delta({}, **record)
@@ -122,8 +120,6 @@ class Malmen(HypernetworkSettings):
             NonFinite: the loss overflows.
         """
         sites = self.sites(lm)
-        for site in sites:
-            lm.check_editable(site.name)
         network = untrained(self, lm, sites, seed)
         optimizers = [torch.optim.Adam(network.parameters(), lr=self.learning_rate)]
 
@@ -146,7 +142,8 @@ class Malmen(HypernetworkSettings):
         for i, ((u, delta), part) in enumerate(zip(found, parts, strict=True)):
             assert part.values.grad is not None
             v = value_differences(network, i, u, delta)
-            to_v, to_ridge[i] = shift_gradients(u, v.detach(), network.log_ridge[i].detach(), part.values.grad.T)
+            s = part.values.detach().T
+            to_v, to_ridge[i] = shift_gradients(u, s, network.log_ridge[i].detach(), part.values.grad.T)
             (to_v * v).sum().backward()
         network.log_ridge.grad = to_ridge
         return loss
@@ -233,13 +230,12 @@ def dual_shift(k: Float[Tensor, "n in"], v: Float[Tensor, "n out"], ridge: Tenso
 
 
 def shift_gradients(
-    k: Float[Tensor, "n in"], v: Float[Tensor, "n out"], log_ridge: Tensor, to_s: Float[Tensor, "in out"]
+    k: Float[Tensor, "n in"], s: Float[Tensor, "in out"], log_ridge: Tensor, to_s: Float[Tensor, "in out"]
 ) -> tuple[Float[Tensor, "n out"], Tensor]:
     """dL/dV = K M and dL/d log lambda = -lambda <M, S>, with M = (K^T K + lambda I)^-1 dL/dS."""
     ridge = log_ridge.exp()
     m = _normal_solve(k, to_s.double(), ridge)
-    s = shift(k, v, ridge).double()
-    return (k.double() @ m).to(v.dtype), (-ridge * (m * s).sum()).to(log_ridge.dtype)
+    return (k.double() @ m).to(s.dtype), (-ridge * (m * s.double()).sum()).to(log_ridge.dtype)
 
 
 def _normal_solve(k: Tensor, right: Tensor, ridge: Tensor) -> Tensor:

@@ -100,6 +100,7 @@ class HypernetworkSettings:
 
         Raises:
             InvalidSetting: a layer or a path that the model does not have, or none of the matrices.
+            NotEditable: one of the matrices shares its memory with other parameters.
         """
         layers = self.layers or tuple(range(max(lm.n_layers - 3, 0), lm.n_layers))
         check_depth(self.name, lm, layers)
@@ -116,6 +117,8 @@ class HypernetworkSettings:
                 f"{self.name}: {lm.name!r} ({lm.config.model_type}) has none of {', '.join(self.modules)} in layers "
                 f"{', '.join(map(str, layers))}"
             )
+        for site in found:
+            lm.check_editable(site.name)
         return found
 
     def n_trained(self, lm: LM) -> int:
