@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from retcon.bench.manifest import command_line
+from retcon.methods.common.contract import recorded
+from retcon.methods.kne import Kne
 
 QUICK = ("--set", "steps=1", "--set", "low=[0, 1]", "--set", "high=[2, 3]")
 
@@ -53,3 +55,9 @@ def test_a_command_is_recorded_without_folders(here: Path, monkeypatch: pytest.M
     typed = ["/opt/x/retcon", "bench", "--model", "/opt/models/gptj", f"--out={here}/a/b", "--n", "3", "https://x/y"]
     monkeypatch.setattr("sys.argv", typed)
     assert command_line() == "retcon bench --model gptj --out=a/b --n 3 https://x/y"
+
+
+def test_a_setting_that_is_a_path_is_recorded_by_its_last_part(tiny: Any, edits: Any) -> None:
+    method = Kne(locate_on="/opt/facts/some.jsonl")
+    made = recorded(method, tiny("gptj"), edits, seed=0)["provenance"]
+    assert (method.locate_on, made["settings"]["locate_on"]) == ("/opt/facts/some.jsonl", "some.jsonl")

@@ -88,8 +88,6 @@ class Mend(HypernetworkSettings):
         """
         check_edits(edits)
         method, editor = load_editor(self, lm, untrained)
-        for site in editor.sites:
-            lm.check_editable(site.name)
         record = recorded(method, lm, edits, seed=seed, editor_sha256=editor.sha256)
         if not edits:
             return lm.delta({}, **record)
@@ -128,8 +126,6 @@ class Mend(HypernetworkSettings):
             NonFinite: the loss overflows.
         """
         sites = self.sites(lm)
-        for site in sites:
-            lm.check_editable(site.name)
         network = untrained(self, lm, sites, seed)
         others = [p for p in network.parameters() if p is not network.step_sizes]
         optimizers = [
@@ -230,7 +226,7 @@ def from_release(
         "fingerprint": lm.fingerprint(),
         "model": lm.label,
         "curve": [],
-        "source": str(released),
+        "source": Path(released).name,
     }
     write_editor(out, "mend", network, about)
     return Path(out)

@@ -15,6 +15,7 @@ import torch
 from retcon.attachment import Attachment
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting
+from retcon.files import as_shared
 from retcon.lm.model import LM
 from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts
@@ -137,13 +138,14 @@ def recorded(
 ) -> dict[str, Any]:
     """The fields of a Delta that record its run: enough to repeat it and to compare it with another implementation.
 
-    A method that uses no contexts or moments leaves them out. `notes` join the provenance.
+    A method that uses no contexts or moments leaves them out. `notes` join the provenance. A setting that is a file's
+    path from the root on is recorded by its last part.
     """
     import transformers
 
     about = {
         "method": method.name,
-        "settings": asdict(method),
+        "settings": {name: as_shared(v) if isinstance(v, str) else v for name, v in asdict(method).items()},
         "model": lm.label,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "moments": moments.keys(lm, sites) if moments else {},
