@@ -152,13 +152,13 @@ class Mend(HypernetworkSettings):
         u and delta are constants here, so that no second derivative is taken.
         """
         found = pieces(lm, sites, [d.edit for d in drawn])
+        counted = [not_zero(u, delta) for u, delta in found]
         for i, (u, delta) in enumerate(found):
-            counted = not_zero(u, delta)
-            network.network(i).observe(u[counted], delta[counted])
+            network.network(i).observe(u[counted[i]], delta[counted[i]])
         parts: list[Part] = []
         for i, (site, (u, delta)) in enumerate(zip(sites, found, strict=True)):
             u_new, delta_new = network.transform(i, u, delta)
-            left = delta_new * not_zero(u, delta)[..., None]
+            left = delta_new * counted[i][..., None]
             right = self.sign * network.step_sizes[i] * u_new
             parts.append(LowRankByRow(site, torch.cat([left, left]), torch.cat([right, right])))
         nll, kl = outer_losses(lm, drawn, base_log_probs(lm, drawn, "everywhere"), parts, "everywhere")
