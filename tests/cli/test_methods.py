@@ -47,3 +47,11 @@ def test_reads_no_weights(cli: Callable[..., Any], here: Any) -> None:
     cli("methods", "config-only")
     (here / "config-only" / "config.json").unlink()
     assert "cannot read 'config-only'" in cli("methods", "config-only", code=2).stderr
+
+
+def test_a_method_is_described_by_its_name_or_its_class(cli: Callable[..., Any]) -> None:
+    out = cli("methods", "rome").stdout
+    assert "rome  " in out
+    assert "memit" not in out.partition("\n")[2]
+    assert out == cli("methods", "--method", "rome").stdout
+    assert "retcon.methods.rome:Rome" in cli("methods", "retcon.methods.rome:Rome").stdout

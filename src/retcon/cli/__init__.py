@@ -106,7 +106,9 @@ app.command(
         'echo "Where is Geneva?" | retcon chat ./my-chat-model --system "Answer briefly."',
     )
 )(chat.chat)
-app.command(epilog=examples("retcon methods", "retcon methods demo:llama", "retcon methods --json"))(methods.methods)
+app.command(
+    epilog=examples("retcon methods", "retcon methods jeep", "retcon methods demo:llama", "retcon methods --json")
+)(methods.methods)
 app.command(
     epilog=examples(
         "retcon moments demo:gptj",

@@ -3,6 +3,7 @@
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,13 +22,17 @@ def methods(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Also say which preset this model gets. Only its config is read.",
+            help="Also say which preset this model gets. Only its config is read. A method here is as --method.",
             show_default=False,
         ),
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", help="Only this one, with every setting and what it means.", show_default=False),
+        typer.Option(
+            "--method",
+            help="Only this one, or module:Class, with every setting and what it means.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -35,6 +40,8 @@ def methods(
     with spinner("reading"):
         from retcon.methods.common.registry import list_methods
 
+        if method is None and model is not None and _names_method(model):
+            model, method = None, model
         lm = _without_weights(model) if model else None
         found = [_described(name, lm) for name in ([method] if method else list_methods())]
     from retcon.lm.layouts import LAYOUTS
@@ -59,6 +66,14 @@ def methods(
             for note in resolved.notes:
                 out.print(f"  {escape(note)}", soft_wrap=True)
             out.print(settings_table(resolved))
+
+
+def _names_method(name: str) -> bool:
+    """Whether what is given where a model can be is a method: a name of the list, or module:Class."""
+    from retcon.lm.load import DEMO
+    from retcon.methods.common.registry import list_methods
+
+    return not Path(name).exists() and (name in list_methods() or (":" in name and not name.startswith(DEMO)))
 
 
 def _described(name: str, lm: "LM | None") -> dict[str, Any]:

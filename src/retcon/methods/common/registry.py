@@ -238,8 +238,10 @@ def choose(
     needed = [f.name for f in fields(chosen) if f.default is MISSING and f.default_factory is MISSING]
     missing = [field for field in needed if field not in resolved]
     if missing:
+        tried = "neither a preset nor the model's shape gives" if for_model is not None else "no default gives"
         raise InvalidSetting(
-            f"{name} needs {', '.join(missing)}: give them as keywords, or pass for_model=lm for a preset"
+            f"{name} needs {', '.join(missing)}, which {tried}: set it (on the command line --set {missing[0]}=..., in "
+            "Python by keyword)" + ("" if for_model is not None else ", or pass for_model=lm for a model's preset")
         )
     made = chosen(**resolved)
     if for_model is not None and found is None and preset is None:
