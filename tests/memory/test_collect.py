@@ -7,11 +7,12 @@ import torch
 from torch.testing import assert_close
 
 from retcon.checked import cached, keep
-from retcon.errors import RetconWarning
+from retcon.errors import OutOfMemory, RetconWarning
 from retcon.lm.batches import is_out_of_memory
 from retcon.lm.prompts import Row
 from retcon.lm.site import Site
 from retcon.memory import collect as module
+from retcon.memory import offload
 from retcon.memory.capacity import free_bytes
 from retcon.memory.collect import batched, chunked, collect
 
@@ -91,38 +92,88 @@ def test_partial_sums_that_an_earlier_version_kept_are_not_used(tiny, ragged, si
         assert torch.equal(found.moment, whole[site.id])
 
 
-def test_when_memory_runs_out_batches_get_smaller_and_the_chunk_is_done_again(tiny, ragged, sites, monkeypatch):
-    lm = tiny("gpt2")  # which computes in float64 throughout
-    wanted = dict(collect(lm, sites(lm), ragged))
+def running_out(monkeypatch, *, over=30, times=10**6):
+    """Let passes of more than so many tokens fail, after their products have been added; return the sizes tried."""
     whole, seen = module.run, []
 
     def tight(lm, batch, hooks):
+        nonlocal times
         result = whole(lm, batch, hooks)
         seen.append(batch.ids.numel())
-        if batch.ids.numel() > 30:  # after the products of this batch have been added
+        if batch.ids.numel() > over and times:
+            times -= 1
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result
 
     monkeypatch.setattr(module, "run", tight)
-    with pytest.warns(RetconWarning, match="out of memory: batches of at most") as told:
-        found = dict(collect(lm, sites(lm), ragged, max_batch_tokens=100))
-    assert len(told) == 2  # 100, 50, 26: the longest row; and it stays so
+    return seen
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_chunk_is_done_again_with_the_sums_out_of_the_way_and_no_bit_changes(tiny, ragged, sites, monkeypatch):
+    lm = tiny("gptj", torch.float32)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    wanted = list(collect(lm, sites(lm), ragged, max_batch_tokens=100))
+    seen = running_out(monkeypatch, over=0, times=1)
+    for (_, one), (_, other) in zip(wanted, collect(lm, sites(lm), ragged, max_batch_tokens=100), strict=True):
+        assert torch.equal(one.moment, other.moment)
+        assert (one.convergence, None) == (other.convergence, other.shrunk_to)
+    assert seen[0] == seen[1], "the same pass again"
+
+
+def test_without_leave_to_shrink_a_pass_that_does_not_fit_ends_the_work_and_keeps_it(
+    tiny, ragged, sites, tmp_path, monkeypatch
+):
+    lm = tiny("llama", torch.float32)
+    wanted = list(collect(lm, sites(lm), ragged))
+    whole, path, heard = module.run, tmp_path / "a.partial", []
+    hear = lambda done, total: (heard.append(done), len(heard) == 3 and running_out(monkeypatch, over=0))  # noqa: E731
+    with pytest.raises(OutOfMemory, match=r"memory ran out in a forward pass.*--shrink"):
+        list(collect(lm, sites(lm), ragged, progress=hear, partial=path))
+    monkeypatch.setattr(module, "run", whole)
+    again = []
+    found = collect(lm, sites(lm), ragged, partial=path, progress=lambda done, total: again.append(done))
+    for (_, one), (_, other) in zip(wanted, found, strict=True):
+        assert torch.equal(one.moment, other.moment)
+    assert len(again) == len(chunked([len(r.ids) for r in ragged], 40)) - 3
+
+
+def test_with_leave_to_shrink_passes_get_smaller_and_the_result_says_so(tiny, ragged, sites, tmp_path, monkeypatch):
+    lm = tiny("gpt2")  # which computes in float64 throughout
+    wanted = dict(collect(lm, sites(lm), ragged))
+    whole = module.run
+    running_out(monkeypatch)
+    path = tmp_path / "a.partial"
+    with pytest.warns(RetconWarning, match="memory ran out; going on with at most") as told:
+        found = dict(collect(lm, sites(lm), ragged, max_batch_tokens=100, shrink=True, partial=path, save_every=0.0))
+    assert len(told) == 2  # 100, 50, 25; and it stays so
     for one, other in zip(wanted.values(), found.values(), strict=True):
         assert_close(one.moment, other.moment, rtol=1e-12, atol=1e-12)
+        assert other.shrunk_to == 25
+    monkeypatch.setattr(module, "run", whole)  # sums of smaller passes are another thing
+    for one, other in zip(wanted.values(), dict(collect(lm, sites(lm), ragged, partial=path)).values(), strict=True):
+        assert torch.equal(one.moment, other.moment)
+        assert other.shrunk_to is None
 
 
 def test_a_row_that_does_not_fit_is_an_error_and_so_is_any_other_failure(tiny, ragged, sites, monkeypatch):
     lm = tiny("gptj")
 
-    def never(lm, batch, hooks):
-        raise error
+    def failing(error):
+        def never(lm, batch, hooks):
+            raise error
 
-    monkeypatch.setattr(module, "run", never)
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("shapes do not match")):
+        return never
+
+    for error, told in (
+        (torch.OutOfMemoryError("CUDA out of memory"), (OutOfMemory, "a text of .* tokens does not fit")),
+        (RuntimeError("shapes do not match"), (RuntimeError, "shapes do not match")),
+    ):
+        monkeypatch.setattr(module, "run", failing(error))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with pytest.raises(type(error), match=str(error)):
-                list(collect(lm, sites(lm), ragged))
+            with pytest.raises(told[0], match=told[1]):
+                list(collect(lm, sites(lm), ragged, shrink=True))
         assert not any(p.requires_grad is False for p in lm.model.parameters())
 
 

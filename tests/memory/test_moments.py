@@ -198,6 +198,35 @@ def test_without_a_cache_that_can_be_written_moments_are_kept_in_memory(tiny, co
     assert len([w for w in caught if "cache cannot" in str(w.message)]) == 1
 
 
+@pytest.mark.filterwarnings("ignore:second moments from", "ignore:memory ran out")
+def test_moments_of_smaller_passes_say_so_and_serve_only_where_such_are_allowed(tiny, corpus, monkeypatch):
+    lm = tiny("gptj", torch.float32)
+    site = lm.site(0, "down_proj")
+    source = CorpusMoments(corpus, tokens_per_dimension=2)
+    wanted, half = source.second_moment(lm, site), source.derived(lm, site, "half", lambda c: c / 2)
+    for path in (source.key(lm, site).file, source.key(lm, site).file_of("half")):
+        path.unlink()
+    whole, most = collecting.run, []
+
+    def tight(lm, batch, hooks):
+        most.append(batch.ids.numel())
+        if batch.ids.numel() == max(most):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(lm, batch, hooks)
+
+    monkeypatch.setattr(collecting, "run", tight)
+    shrunk = CorpusMoments(corpus, tokens_per_dimension=2, shrink=True)
+    shrunk.prepare(lm, [site])
+    assert "passes of" in shrunk.keys(lm, [site])[site.id]
+    shrunk.derived(lm, site, "half", lambda c: c / 2)
+    monkeypatch.setattr(collecting, "run", whole)
+    assert source.keys(lm, [site])[site.id] in shrunk.keys(lm, [site])[site.id]
+    with pytest.warns(RetconWarning, match="collected in smaller passes"):
+        assert torch.equal(source.second_moment(lm, site), wanted)
+    with pytest.warns(RetconWarning, match="is of another"):
+        assert torch.equal(source.derived(lm, site, "half", lambda c: c / 2), half)
+
+
 @pytest.mark.filterwarnings("ignore:second moments from")
 def test_files_hold_what_they_say(tiny, corpus):
     lm = tiny("gptj")

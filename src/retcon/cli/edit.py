@@ -24,6 +24,7 @@ from retcon.cli.shell import (
     Preset,
     PresetsOf,
     Seed,
+    Shrink,
     System,
     TemplateArgs,
     VerifyBase,
@@ -151,13 +152,7 @@ def edit(
         str, typer.Option("-m", "--message", help="What the store's log says of it.", show_default=False)
     ] = "",
     on: On = "local",
-    shrink: Annotated[
-        bool,
-        typer.Option(
-            "--shrink",
-            help="Where memory runs out, go on with fewer edits at a time; the delta is then another in its last bits.",
-        ),
-    ] = False,
+    shrink: Shrink = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at DELTA.")] = False,
     seed: Seed = 0,
     device: Device = None,

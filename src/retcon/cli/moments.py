@@ -13,6 +13,7 @@ from retcon.cli.shell import (
     DType,
     Json,
     Model,
+    Shrink,
     VerifyBase,
     console,
     emit,
@@ -52,6 +53,7 @@ def moments(
     tokens_per_dimension: Annotated[
         int | None, typer.Option(min=1, help="Corpus tokens per key dimension.  [default: 20]", show_default=False)
     ] = None,
+    shrink: Shrink = False,
     device: Device = None,
     dtype: DType = None,
     verify_base: VerifyBase = False,
@@ -68,7 +70,7 @@ def moments(
         check_corpus(corpus)
     lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
     with spinner("reading the corpus"):
-        source: Any = moments_for(lm, corpus)
+        source: Any = moments_for(lm, corpus, shrink=shrink)
     if tokens_per_dimension is not None:
         source = replace(source, tokens_per_dimension=tokens_per_dimension)
     sites = [lm.site(layer, module) for layer in (_jeep_layers(lm) if wanted is None else wanted)]

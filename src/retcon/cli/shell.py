@@ -104,6 +104,13 @@ VerifyBase = Annotated[
         help="Hash all of the model's weights, rather than believe what is kept of files that look the same.",
     ),
 ]
+Shrink = Annotated[
+    bool,
+    typer.Option(
+        "--shrink",
+        help="Where memory runs out, go on with less at a time; the result is then another in its last bits.",
+    ),
+]
 On = Annotated[
     str,
     typer.Option(

@@ -10,7 +10,8 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,22 +20,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retcon.checked import Kind, cached, keep
-from retcon.errors import NonFinite, RetconWarning
-from retcon.lm.batches import halved, release_memory
+from retcon.errors import NonFinite, OutOfMemory, RetconWarning
+from retcon.lm.batches import halved, is_out_of_memory, release_memory
 from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.site import Site
 from retcon.memory.capacity import free_bytes, planned_bytes
+from retcon.memory.offload import put_away
 
 CHUNK_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 """Tokens between two additions to the float64 sums, at most, by kind of device. Partial sums are saved between chunks,
 and rows of like length are looked for within one."""
 PASS_TOKENS = {"cpu": 1024, "cuda": 32_768}
-"""Padded tokens of one forward pass, at most, by kind of device; fewer where memory is short."""
+"""Padded tokens of one forward pass, at most, by kind of device."""
 SAVE_EVERY = 30.0
 """Seconds between two savings of partial sums."""
-PARTIAL_SUMS = Kind("partial sums of second moments", format=2, computation=1)
+PARTIAL_SUMS = Kind("partial sums of second moments", format=3, computation=1)
 MAX_PADDING = 1 / 32
 """Share of padding that a batch of a fair size may have; it is fair from a thirty-second of the budget on."""
 
@@ -52,6 +54,8 @@ class Collected:
     """||C1 - C2|| / ||C|| (Frobenius), C1 and C2 from the two halves of the rows; None for a single row."""
     n_routed: int = 0
     """Tokens that a routed expert has seen."""
+    shrunk_to: int | None = None
+    """Padded tokens of one forward pass, where memory ran out and smaller passes were allowed."""
 
 
 def collect(
@@ -60,6 +64,7 @@ def collect(
     rows: Sequence[Row],
     *,
     max_batch_tokens: int | None = None,
+    shrink: bool = False,
     progress: Progress = lambda done, total: None,
     partial: Path | None = None,
     save_every: float | None = None,
@@ -68,23 +73,28 @@ def collect(
 
     E[k k^T] over every token of the rows, first positions included, padding excluded. On the unedited weights (applied
     deltas are reverted for the pass), stopping at the highest site. Products are summed in float32 (or the model's own
-    wider dtype) within a chunk, chunks in float64.
+    wider dtype) within a chunk, chunks in float64. Where memory runs out the sums are put out of the way and the chunk
+    is done again, which changes no bit.
 
     Args:
-        max_batch_tokens: padded tokens of one forward pass; by default as many as the planned memory allows. Halved
-            when memory runs out, with a warning; the chunk is then done again.
+        max_batch_tokens: padded tokens of one forward pass; by default as many as the planned memory allows.
+        shrink: where memory runs out all the same, go on with half as many tokens a pass, with a warning: the moments
+            are then others in their last bits.
         partial: where partial sums are kept every now and then; a pass of the same rows and sites begins with what it
             finds there. The caller deletes it once the moments are safe.
         save_every: seconds between two savings, `SAVE_EVERY` by default; more where saving takes long.
 
     Raises:
         NonFinite: a moment came out NaN or infinite.
+        OutOfMemory: a pass does not fit, and `shrink` does not allow a smaller one; or not even one row fits. What has
+            been summed is kept in `partial`.
     """
     chunks = chunked([len(r.ids) for r in rows], CHUNK_TOKENS.get(lm.device.type, CHUNK_TOKENS["cpu"]))
     sums = {s: _Sum(s) for s in sites}
-    state = _State(_digest(sites, rows, chunks), 0, max_batch_tokens or _budget(lm, rows))
+    planned = max_batch_tokens or _budget(lm, rows)
+    state = _State(_digest(sites, rows, chunks), 0, planned, planned)
     if partial is not None:
-        state = _load(partial, state, sums)
+        state = _load(partial, state, sums, shrink)
     ends = list(accumulate(sum(len(rows[j].ids) for j in chunk) for chunk in chunks))
     n_half = min(range(1, len(chunks) + 1), key=lambda n: abs(2 * ends[n - 1] - ends[-1]))
     saved, pause = time.monotonic(), SAVE_EVERY if save_every is None else save_every
@@ -92,7 +102,12 @@ def collect(
         for i, chunk in enumerate(chunks):
             if i < state.n_done:
                 continue
-            state.budget = _add_chunk(lm, sums, [rows[j] for j in chunk], state.budget)
+            try:
+                state.budget = _add_chunk(lm, sums, [rows[j] for j in chunk], state.budget, shrink)
+            except OutOfMemory:
+                if partial is not None and state.n_done:
+                    _save(partial, state, sums)
+                raise
             state.n_done = i + 1
             if state.n_done == n_half < len(chunks):
                 for site_sum in sums.values():
@@ -104,7 +119,8 @@ def collect(
                 saved = time.monotonic()
                 pause = max(pause, 20 * (saved - started))
     for site in sites:
-        yield site, sums.pop(site).result(ends[n_half - 1], ends[-1])
+        found = sums.pop(site).result(ends[n_half - 1], ends[-1])
+        yield site, found if state.budget == state.planned else replace(found, shrunk_to=state.budget)
 
 
 def chunked(lengths: Sequence[int], most: int) -> list[range]:
@@ -139,26 +155,59 @@ def batched(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return groups
 
 
-def _add_chunk(lm: LM, sums: dict[Site, "_Sum"], rows: Sequence[Row], budget: int) -> int:
+def _add_chunk(lm: LM, sums: dict[Site, "_Sum"], rows: Sequence[Row], budget: int, shrink: bool) -> int:
     """Add a chunk's products to the sums; the budget that it could be done with is returned."""
     longest = max(len(r.ids) for r in rows)
+    moved = False
     while True:
         try:
             for group in batched([len(r.ids) for r in rows], budget):
                 _add_batch(lm, sums, [rows[i] for i in group])
             break
         except (RuntimeError, MemoryError) as error:
-            budget = halved(error, budget, longest)
+            if moved:
+                budget = _smaller(error, budget, longest, shrink)
+            elif not is_out_of_memory(error):
+                raise
         for site_sum in sums.values():
             site_sum.drop()
+        if not moved:
+            for site_sum in sums.values():
+                site_sum.make_room()
+            moved = True
         release_memory()
-        warnings.warn(
-            f"out of memory: batches of at most {budget:,} tokens from here on. Moments are the same up to rounding.",
-            RetconWarning,
-            stacklevel=5,
-        )
     for site_sum in sums.values():
         site_sum.promote()
+    return budget
+
+
+def _smaller(error: BaseException, budget: int, longest: int, shrink: bool) -> int:
+    """The budget to go on with after memory ran out, with a warning.
+
+    Raises:
+        OutOfMemory: there is none that is allowed.
+        BaseException: `error` again, where it is another one.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if budget <= longest:
+        raise OutOfMemory(
+            f"a text of {longest:,} tokens does not fit into memory; load the model in bfloat16, give the corpus in "
+            "shorter documents, or use a device with more memory"
+        ) from error
+    if not shrink:
+        raise OutOfMemory(
+            f"memory ran out in a forward pass of {budget:,} tokens of the corpus. Free some memory and run again "
+            "(what has been read is kept), or allow smaller passes with shrink=True (--shrink); the second moments, "
+            "and deltas made with them, then differ in their last bits from those that another run would give"
+        ) from error
+    budget = halved(error, budget, longest)
+    warnings.warn(
+        f"memory ran out; going on with at most {budget:,} tokens of the corpus a pass, as shrink allows: these second "
+        "moments are others, in their last bits, than a run with enough memory gives (their record says so)",
+        RetconWarning,
+        stacklevel=6,
+    )
     return budget
 
 
@@ -231,6 +280,11 @@ class _Sum:
     def drop(self) -> None:
         """Forget the chunk's sum."""
         self.chunk, self.n_routed_in_chunk = [], 0
+
+    def make_room(self) -> None:
+        """Put what is kept where the system, or the host, can hold it, with the same bits."""
+        with suppress(OSError):  # no room on the disk either
+            self.total, self.half = [[put_away(t.cpu()) for t in each] for each in (self.total, self.half)]
 
     def clear(self) -> None:
         """Forget everything."""
@@ -311,8 +365,10 @@ class _State:
     """Of rows, chunks and sites."""
     n_done: int
     """Chunks that are in the sums."""
+    planned: int
+    """Padded tokens of one forward pass, as memory was planned with."""
     budget: int
-    """Padded tokens of one forward pass from here on."""
+    """From here on; less than planned where memory ran out and `shrink` allowed it."""
 
 
 def _digest(sites: Sequence[Site], rows: Sequence[Row], chunks: Sequence[range]) -> str:
@@ -329,15 +385,21 @@ def _save(path: Path, state: _State, sums: dict[Site, _Sum]) -> None:
         tensors |= {f"{site.id}:{i}": total.cpu() for i, total in enumerate(site_sum.total)}
         tensors |= {f"{site.id}:{i}:half": half for i, half in enumerate(site_sum.half)}
         tensors[f"{site.id}:routed"] = torch.tensor(site_sum.n_routed)
-    keep(path, PARTIAL_SUMS, {"digest": state.digest}, tensors, {"n_done": state.n_done, "budget": state.budget})
+    about = {"n_done": state.n_done, "planned": state.planned, "budget": state.budget}
+    keep(path, PARTIAL_SUMS, {"digest": state.digest}, tensors, about)
 
 
-def _load(path: Path, fresh: _State, sums: dict[Site, _Sum]) -> _State:
-    """Fill the sums from a file of the same pass, and say how far it came; `fresh` where there is none."""
+def _load(path: Path, fresh: _State, sums: dict[Site, _Sum], shrink: bool) -> _State:
+    """Fill the sums from a file of the same pass, and say how far it came; `fresh` where there is none.
+
+    Sums of smaller passes are taken up only where such are allowed.
+    """
     found = cached(path, PARTIAL_SUMS, {"digest": fresh.digest})
     if found is None:
         return fresh
     tensors, about = found
+    if about["budget"] < about["planned"] and not shrink:
+        return fresh
     wanted = {f"{s.id}:{i}" for s, site_sum in sums.items() for i in range(len(site_sum.total))}
     if not (wanted | {f"{site.id}:routed" for site in sums}) <= tensors.keys():  # of a version that kept less
         return fresh
@@ -347,4 +409,4 @@ def _load(path: Path, fresh: _State, sums: dict[Site, _Sum]) -> _State:
             total.copy_(tensors[f"{site.id}:{i}"])
             if f"{site.id}:{i}:half" in tensors:
                 site_sum.half.append(tensors[f"{site.id}:{i}:half"])
-    return _State(fresh.digest, about["n_done"], about["budget"])
+    return _State(fresh.digest, about["n_done"], about["planned"], about["budget"])

@@ -9,7 +9,7 @@ from retcon.errors import RetconWarning, TooFewTokens
 from retcon.lm.load import DEMO
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts, ContextStyle, sample_contexts
-from retcon.memory.moments import Corpus, CorpusMoments, Moments
+from retcon.memory.moments import Corpus, CorpusMoments
 
 SHIPPED_MOMENTS = "moments.safetensors"
 """The embedded models' moments, beside their weights."""
@@ -25,7 +25,7 @@ def default_contexts(lm: LM, seed: int, style: ContextStyle = "memit") -> Contex
     return known[seed, style]
 
 
-def default_moments(lm: LM) -> Moments:
+def default_moments(lm: LM) -> CorpusMoments:
     """Return the embedded models' shipped moments; for other models those of WikiText-103, or of the shipped text.
 
     The shipped text serves where the `datasets` package or the hub is absent, and a warning says so: it is small and

@@ -132,6 +132,9 @@ class CorpusMoments:
     """Corpus tokens per key dimension."""
     max_length: int = MAX_LENGTH
     """Cap on a document, in tokens."""
+    shrink: bool = False
+    """Where memory runs out, go on with smaller passes, and use moments that were collected so: others in their last
+    bits."""
     shipped: Path | None = None
     """A file of moments to look in before the cache (the embedded models')."""
     progress: Progress = lambda done, total: None
@@ -140,6 +143,8 @@ class CorpusMoments:
     """Moments for which there is no room in the cache directory."""
     _factors: dict[MomentKey, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Small ones, which take less to keep than to make or read again for every edit of a sequence."""
+    _shrunk: dict[MomentKey, int] = field(default_factory=dict, repr=False, compare=False)
+    """Tokens of a pass, of those moments whose passes had to be smaller."""
 
     def key(self, lm: LM, site: Site) -> MomentKey:
         """The cache key of one site's moment."""
@@ -151,6 +156,7 @@ class CorpusMoments:
 
         Raises:
             TooFewTokens: the corpus has fewer tokens than the keys have dimensions.
+        OutOfMemory: a pass over it does not fit; see `collect`.
         """
         missing = [s for s in sites if self.stored(lm, s) is None and self.key(lm, s) not in self._unwritten]
         if missing:
@@ -171,8 +177,11 @@ class CorpusMoments:
         keys = {s: self.key(lm, s) for s in sites}
         partial = partial_file(keys.values())
         moments = {}
-        for site, found in collect(lm, sites, rows, progress=self.progress, partial=partial):
+        passes = collect(lm, sites, rows, shrink=self.shrink, progress=self.progress, partial=partial)
+        for site, found in passes:
             about = {"convergence": found.convergence, "n_tokens": n_found}
+            if found.shrunk_to is not None:
+                about["shrunk_to"] = self._shrunk[keys[site]] = found.shrunk_to
             if site.expert is not None:
                 about["n_routed"] = found.n_routed
             device = site.weight.device
@@ -214,6 +223,8 @@ class CorpusMoments:
         """As the protocol has it; kept in the cache directory beside the moment."""
         key = self.key(lm, site)
         path, identity = key.file_of(what), {**asdict(key), "what": what}
+        if (shrunk_to := self._shrunk_to(lm, site)) is not None:
+            identity["shrunk_to"] = shrunk_to
         found = cached(path, DERIVED, identity)
         if found is not None:
             return found[0][what]
@@ -222,12 +233,24 @@ class CorpusMoments:
         return made
 
     def keys(self, lm: LM, sites: Sequence[Site]) -> dict[str, str]:
-        return {s.id: f"{self.corpus.id}/{self.key(lm, s).n_tokens}/{self.max_length}" for s in sites}
+        found = {}
+        for site in sites:
+            shrunk_to = self._shrunk_to(lm, site)
+            passes = "" if shrunk_to is None else f"/passes of {shrunk_to}"
+            found[site.id] = f"{self.corpus.id}/{self.key(lm, site).n_tokens}/{self.max_length}{passes}"
+        return found
 
     def convergence(self, lm: LM, site: Site) -> float | None:
         """||C1 - C2|| / ||C|| of the two halves of the text; None where the moment's file does not say."""
         path = self.stored(lm, site)
-        return None if path is None else _record(path).get("about", {}).get(site.id, {}).get("convergence")
+        return None if path is None else _said(path, site).get("convergence")
+
+    def _shrunk_to(self, lm: LM, site: Site) -> int | None:
+        """Tokens of a pass, where memory ran out while this moment was collected."""
+        if not self.shrink:  # such moments are not used
+            return None
+        path = self.stored(lm, site)
+        return self._shrunk.get(self.key(lm, site)) if path is None else _said(path, site).get("shrunk_to")
 
     def stored(self, lm: LM, site: Site) -> Path | None:
         """The file that holds one site's moment, or None where it has yet to be collected."""
@@ -239,6 +262,8 @@ class CorpusMoments:
         try:
             if key not in moment_keys(key.file):
                 raise MalformedFile(f"{key.file}: holds another second moment than that of {site.id}")
+            if _said(key.file, site).get("shrunk_to") is not None and not self.shrink:
+                raise MalformedFile(f"{key.file}: collected in smaller passes, where memory ran out (shrink)")
             return key.file
         except MalformedFile as error:
             warnings.warn(f"{error}; it is not used", RetconWarning, stacklevel=2)
@@ -355,6 +380,12 @@ def _record(path: Path) -> dict[str, Any]:
         raise MalformedFile(
             f"{path}: not a file of second moments ({error}); delete it to collect them again"
         ) from None
+
+
+def _said(path: Path, site: Site) -> dict[str, Any]:
+    """What a file of moments says about one site's."""
+    said: dict[str, Any] = _record(path).get("about", {}).get(site.id, {})
+    return said
 
 
 def _check_enough(found: int, d: int, max_length: int) -> None:

@@ -1,5 +1,6 @@
 """Second moments for a run: from the corpus named, or the model's default ones."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,11 @@ if TYPE_CHECKING:
     from retcon.methods.common.contract import Method
 
 
-def moments_for(lm: "LM", corpus: str | Path | None = None) -> "Moments":
+def moments_for(lm: "LM", corpus: str | Path | None = None, *, shrink: bool = False) -> "Moments":
     """Moments from `corpus` (a file, or a dataset of the hub), or the model's default ones.
+
+    Args:
+        shrink: see `CorpusMoments.shrink`.
 
     Raises:
         MalformedFile: the file cannot be read as text.
@@ -19,11 +23,17 @@ def moments_for(lm: "LM", corpus: str | Path | None = None) -> "Moments":
     from retcon.memory.defaults import default_moments
     from retcon.memory.moments import CorpusMoments
 
-    return default_moments(lm) if corpus is None else CorpusMoments(Corpus.named(corpus))
+    found = default_moments(lm) if corpus is None else CorpusMoments(Corpus.named(corpus))
+    return replace(found, shrink=True) if shrink else found
 
 
 def needed_moments(lm: "LM", method: "Method", corpus: str | Path | None = None) -> "Moments":
-    """Moments for a method; none, and no corpus read, where it has no use for them."""
+    """Moments for a method; none, and no corpus read, where it has no use for them.
+
+    A method that may search with a smaller cut where memory runs out (`shrink`) may be given moments so collected.
+    """
     from retcon.memory.moments import GivenMoments
 
-    return moments_for(lm, corpus) if method.uses_moments else GivenMoments({})
+    if not method.uses_moments:
+        return GivenMoments({})
+    return moments_for(lm, corpus, shrink=getattr(method, "shrink", False))
