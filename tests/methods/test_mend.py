@@ -8,10 +8,12 @@ from safetensors.torch import save_file
 from torch.func import functional_call
 from torch.testing import assert_close
 
+from retcon.checked import read_checked
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidSetting, MalformedFile, WrongBase
 from retcon.lm.forward import answer_places, gold, log_probs
 from retcon.lm.model import LM
+from retcon.methods.common import hypernetwork
 from retcon.methods.common.hypernetwork import Drawn, base_log_probs, examples, outer_losses, pieces
 from retcon.methods.mend import Mend, from_release, untrained
 from retcon.training.objective import answer_rows
@@ -165,6 +167,24 @@ def test_a_killed_training_ends_with_the_same_file(tiny, edits, tmp_path, monkey
     assert (tmp_path / "part.unfinished").exists()
     method.fit(lm, cases(edits), tmp_path / "part")
     assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_an_editor_is_read_once_and_again_when_its_file_is_another(tiny, edits, tmp_path, monkeypatch):
+    lm, read = tiny("llama", torch.float32), []
+    monkeypatch.setattr(hypernetwork, "read_checked", lambda *a: read.append(a[0]) or read_checked(*a))
+    mend = editor(lm, edits, tmp_path, step_size=0.1)
+    first, second = mend.propose(lm, edits), mend.propose(lm, edits[:1])
+    assert len(read) == 1
+    assert first.provenance["editor_sha256"] == second.provenance["editor_sha256"]
+    name = next(iter(second.changes))
+    alone = editor(lm, edits, tmp_path, step_size=0.2).propose(lm, edits[:1])
+    assert len(read) == 2
+    assert alone.provenance["editor_sha256"] != first.provenance["editor_sha256"]
+    shape = lm.parameter(name).shape
+    assert_close(alone.dense(name, shape), 2 * second.dense(name, shape))
+    lm.parameter(name).data.add_(1e-3)
+    with pytest.raises(WrongBase, match="was trained for"):
+        mend.propose(lm, edits)
 
 
 def test_what_cannot_be_edited_with_is_said(tiny, edits, tmp_path):

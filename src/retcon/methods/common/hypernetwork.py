@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -386,10 +387,16 @@ class Editor:
     about: Mapping[str, Any]
 
 
+_LOADED: WeakKeyDictionary[LM, tuple[tuple[Any, ...], Any, Editor]] = WeakKeyDictionary()
+"""The editor that each model was last edited with: what its file was, the method with its settings, and itself."""
+
+
 def load_editor(
     method: Trained, lm: LM, make: Callable[[Trained, LM, Sequence[Site]], Hypernetwork]
 ) -> tuple[Trained, Editor]:
     """Return the method with the settings that its editor was trained with, and the editor.
+
+    The file is read once: the model's next edit has the same editor, as long as the file is the same.
 
     Args:
         make: an untrained network for the method's settings and these matrices.
@@ -406,14 +413,18 @@ def load_editor(
         )
     path = Path(method.editor)
     try:
+        now = path.stat()
+        source = (type(method), str(path), now.st_mtime_ns, now.st_ctime_ns, now.st_size, now.st_ino)
+        known = _LOADED.get(lm)
+        if known is not None and known[0] == (*source, lm.device, lm.dtype):
+            _, trained, editor = known
+            _check_base(path, editor.about, lm)
+            return trained, editor
         tensors, about = read_checked(path, EDITOR, {"method": method.name})
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     except (FileNotFoundError, IsADirectoryError):
         raise MalformedFile(f"{path}: no such file; {method.name}'s editor is what `retcon fit` writes") from None
-    if about["fingerprint"] != lm.fingerprint():
-        raise WrongBase(
-            f"{path} was trained for {about['model']}, and {lm.label} has other weights; train an editor for this model"
-        )
+    _check_base(path, about, lm)
     trained = replace(method, **checked(method.name, type(method), about["settings"]))
     sites = trained.sites(lm)
     network = make(trained, lm, sites)
@@ -423,7 +434,16 @@ def load_editor(
         raise MalformedFile(
             f"{path}: its tensors are not those of its settings ({str(error).splitlines()[-1]})"
         ) from None
-    return trained, Editor(network.to(lm.device).eval(), sites, sha256, about)
+    editor = Editor(network.to(lm.device).eval(), sites, sha256, about)
+    _LOADED[lm] = (*source, lm.device, lm.dtype), trained, editor
+    return trained, editor
+
+
+def _check_base(path: Path, about: Mapping[str, Any], lm: LM) -> None:
+    if about["fingerprint"] != lm.fingerprint():
+        raise WrongBase(
+            f"{path} was trained for {about['model']}, and {lm.label} has other weights; train an editor for this model"
+        )
 
 
 def read_curve(path: str | Path, method: str) -> list[CurvePoint]:
