@@ -4,7 +4,7 @@ A result does not depend on where its piece was worked on, nor on how many worke
 over in any order.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -47,3 +47,15 @@ class Here:
     ) -> Iterator[tuple[int, Result]]:
         for place, piece in enumerate(pieces):
             yield place, work(lm, piece, progress)
+
+
+def in_order(results: Iterable[tuple[int, Result]]) -> Iterator[Result]:
+    """Give results of `Workers.map` in the order of their pieces; one that comes early waits."""
+    early: dict[int, Result] = {}
+    due = 0
+    for place, result in results:
+        early[place] = result
+        del result
+        while due in early:
+            yield early.pop(due)
+            due += 1

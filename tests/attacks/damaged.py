@@ -50,7 +50,7 @@ def states(root: Path) -> dict[str, tuple[tuple[str, ...], Callable[[Path], str]
     made: list[tuple[str, tuple[str, ...], Any, str, Any]] = [
         ("searched", EDIT, ValueCache, "discard", lambda self: None),
         ("begun", EDIT, BegunChunk, "hear", _cutting(BegunChunk.hear, 2)),
-        ("passing", MOMENTS, collect, "_add_chunk", _cutting(collect._add_chunk, 1)),
+        ("passing", MOMENTS, collect.SumOfChunk, "__call__", _cutting(collect.SumOfChunk.__call__, 1)),
         ("measured", BENCH, units.Units, "save", _cutting(units.Units.save, 1)),
     ]
     for name, command, owner, attribute, instead in made:

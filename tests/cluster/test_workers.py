@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +16,16 @@ from retcon.cluster.worker import Source, Worker, from_bytes, to_bytes
 from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite, WorkersLost, WrongBase
+from retcon.evaluation import Evaluation, evaluate, score
+from retcon.evaluation.score import ScoreBatch, TokenScore
+from retcon.lm import batches
+from retcon.lm.generate import Writing, generate
 from retcon.lm.model import LM
+from retcon.lm.prompts import Row
+from retcon.memory import collect
+from retcon.memory.collect import Collected, SumOfChunk
 from retcon.memory.values import plan
-from retcon.work import Here, Progress
+from retcon.work import Here, Progress, in_order
 
 N_EDITS = 6
 
@@ -93,6 +101,43 @@ def test_another_checkpoint_is_refused() -> None:
         Worker(Source("demo:gptj", {"dtype": "float32"}, "0" * 64, 1))
 
 
+def test_results_are_put_in_order() -> None:
+    assert list(in_order(iter([(2, "c"), (0, "a"), (1, "b"), (3, "d")]))) == ["a", "b", "c", "d"]
+
+
+def test_inside_without_deltas_none_travel(lm: LM, edits: list[Edit]) -> None:
+    delta = propose(lm, edits[:1])
+    with lm.edited(delta):
+        assert lm.showing == lm.applied == (delta,)
+        with lm.without_deltas():
+            assert lm.applied == (delta,)
+            assert lm.showing == ()
+    assert lm.showing == ()
+
+
+def test_shards_of_batches_give_what_one_process_gives(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Backwards(Here):
+        def map(self, lm, work, pieces, progress):  # type: ignore[no-untyped-def]
+            assert len(pieces) == 3
+            yield from [*super().map(lm, work, pieces, progress)][::-1]
+
+    def noted(lm: LM, items: Sequence[int]) -> list[tuple[int, ...]]:
+        return [(item, *items) for item in items]  # with its batch
+
+    lengths = [5, 3, 9, 3, 2, 7, 8, 8, 1]
+    wanted = batches.shared_in_batches(lm, noted, list(range(9)), lengths, max_tokens=16)
+    monkeypatch.setattr(batches, "MAX_SHARDS", 3)
+    monkeypatch.setattr(batches, "Here", Processes)  # so that this process counts as another place
+    with working_on(lm, Backwards()):
+        heard: list[tuple[int, int]] = []
+        found = batches.shared_in_batches(
+            lm, noted, list(range(9)), lengths, max_tokens=16, on_progress=lambda *n: heard.append(n)
+        )
+    assert found == wanted
+    assert [item for item, *_ in found] == list(range(9))
+    assert heard[-1] == (9, 9)
+
+
 @pytest.fixture(scope="module")
 def two() -> Iterator[Processes]:
     with workers("processes:2") as found:
@@ -129,3 +174,91 @@ def test_processes_that_always_die_are_given_up(lm: LM, monkeypatch: pytest.Monk
     monkeypatch.setattr("retcon.cluster.processes.MAX_LOSSES", 0)
     with workers("processes:1") as one, pytest.raises(WorkersLost, match="lost 1 times before a piece was done"):
         list(one.map(lm, Square(5), [5], lambda n: None))
+
+
+# --- moments and evaluation ----------------------------------------------------------------------------------------
+
+
+def moments(lm: LM) -> list[Collected]:
+    """Second moments of two sites, from some dozen chunks."""
+    rows = [lm.encode(text) for text in world.text(40, seed=1)]
+    sites = [lm.site(2, "down_proj"), lm.site(3, "o_proj")]
+    return [found for _, found in collect.collect(lm, sites, rows, max_batch_tokens=128)]
+
+
+def equal(one: list[Collected], other: list[Collected]) -> bool:
+    return all(a.moment.equal(b.moment) and a.convergence == b.convergence for a, b in zip(one, other, strict=True))
+
+
+def measured(lm: LM, edits: Sequence[Edit], delta: Delta) -> Evaluation:
+    return evaluate(lm, world.cases(len(edits)), delta=delta, max_batch_tokens=64, max_new_tokens=4)
+
+
+@pytest.fixture
+def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(collect.CHUNK_TOKENS, "cpu", 100)
+
+
+class DiesOnce:
+    """Kills the first worker that comes by."""
+
+    mark: Path
+
+    def die(self) -> None:
+        if not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DyingSum(SumOfChunk, DiesOnce):
+    def __call__(self, lm: LM, piece: Sequence[Row], progress: Progress):  # type: ignore[no-untyped-def]
+        self.die()
+        return super().__call__(lm, piece, progress)
+
+
+class DyingScore(ScoreBatch, DiesOnce):
+    def __init__(self, mark: Path) -> None:
+        object.__setattr__(self, "mark", mark)
+
+    def __call__(self, lm: LM, items: Sequence[score.Input]) -> list[list[TokenScore]]:
+        self.die()
+        return super().__call__(lm, items)
+
+
+@pytest.mark.usefixtures("many_chunks")
+def test_processes_give_the_same_moments_also_when_one_is_killed(
+    two: Processes, lm: LM, edits: list[Edit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = moments(lm)
+
+    def dying(*args: Any) -> SumOfChunk:
+        work = DyingSum(*args)
+        work.mark = tmp_path / "killed"
+        return work
+
+    with working_on(lm, two), lm.edited(propose(lm, edits[:1])):
+        assert equal(moments(lm), wanted)  # of the unedited weights
+        monkeypatch.setattr(collect, "SumOfChunk", dying)
+        assert equal(moments(lm), wanted)
+    assert (tmp_path / "killed").exists()
+
+
+def test_processes_give_the_same_evaluation_also_when_one_is_killed(
+    two: Processes, lm: LM, edits: list[Edit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta = propose(lm, edits)
+    wanted = measured(lm, edits, delta)
+    monkeypatch.setattr(score, "ScoreBatch", lambda: DyingScore(tmp_path / "killed"))
+    with working_on(lm, two):
+        found = measured(lm, edits, delta)
+    assert (tmp_path / "killed").exists()
+    assert found.records == wanted.records
+    assert (found.texts, found.scores) == (wanted.texts, wanted.scores)
+
+
+def test_processes_draw_the_same_text(two: Processes, lm: LM, edits: list[Edit]) -> None:
+    how = Writing(max_new_tokens=4, sample_top_k=5)
+    prompts = [edit.text for edit in edits]
+    wanted = generate(lm, prompts, how, seeds=range(len(edits)), max_batch_tokens=32)
+    with working_on(lm, two):
+        assert generate(lm, prompts, how, seeds=range(len(edits)), max_batch_tokens=32) == wanted

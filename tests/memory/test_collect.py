@@ -205,8 +205,9 @@ def test_wide_keys_are_summed_in_block_rows(randn):
     total, keys = module._Sum(site), randn(300, 1000)
     assert len(total.edges) == 9
     for part in keys.split(70):
-        total.add(part, None)
-        total.promote()
+        products = module._Products(1000, routed=False)
+        products.add(part, None)
+        total.add(products)
     assert_close(total.result(300, 300).moment, keys.T @ keys / 300)
 
 

@@ -18,6 +18,7 @@ from retcon.cli.shell import (
     FileFormat,
     Json,
     Model,
+    On,
     OnError,
     System,
     TemplateArgs,
@@ -33,6 +34,7 @@ from retcon.cli.shell import (
     progress_bars,
     spinner,
 )
+from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
 from retcon.files import check_exists
 from retcon.workflow.checking import TITLES, check_report_name, load_edited, verdict_line, write_verdict
@@ -112,6 +114,7 @@ def check(
         float, typer.Option(help="Perplexity of held-out text may grow by this factor; inf does not ask.")
     ] = 1.05,
     other_base: Annotated[bool, typer.Option("--other-base", help="The delta was made for another base.")] = False,
+    on: On = "local",
     device: Device = None,
     dtype: DType = None,
     verify_base: VerifyBase = False,
@@ -127,6 +130,9 @@ def check(
         raise InvalidSetting("what shall be checked? Give one of --delta DELTA, --edited FOLDER and --url ADDRESS")
     if against and url is not None:
         raise InvalidSetting("--against compares with a delta, which a served model cannot be given; leave out --url")
+    if url is not None and on != "local":
+        raise InvalidSetting("--on shares out the work of a model that is loaded here, not of a server's; leave it out")
+    place = workers(on)
     if report is not None:
         check_report_name(report)
         check_can_write(report)
@@ -174,10 +180,9 @@ def check(
             other_base=other_base,
             own_words=report is not None and report.suffix.lower() == ".html",
         )
-        with spinner("asking"):
-            verdict = put(
-                deltas, edited=None if edited is None else load_edited(edited, model, device=device, dtype=dtype)
-            )
+        merged = None if edited is None else load_edited(edited, model, device=device, dtype=dtype)
+        with place as at, working_on(lm, at), working_on(merged or lm, at), spinner("asking"):
+            verdict = put(deltas, edited=merged)
             if against:
                 other = (", ".join(path.name for path in against), put(rivals))
         what = edited.name if edited is not None else ", ".join(path.name for path in delta or [])

@@ -13,6 +13,7 @@ from retcon.cli.shell import (
     DType,
     Json,
     Model,
+    On,
     Shrink,
     VerifyBase,
     console,
@@ -24,6 +25,7 @@ from retcon.cli.shell import (
     size,
     spinner,
 )
+from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
 from retcon.workflow.moments import moments_for
 
@@ -54,6 +56,7 @@ def moments(
         int | None, typer.Option(min=1, help="Corpus tokens per key dimension.  [default: 20]", show_default=False)
     ] = None,
     shrink: Shrink = False,
+    on: On = "local",
     device: Device = None,
     dtype: DType = None,
     verify_base: VerifyBase = False,
@@ -65,6 +68,7 @@ def moments(
     two halves lie apart (relative, Frobenius norm) is printed; more tokens bring them together. A run that was stopped
     goes on where it was.
     """
+    place = workers(on)
     wanted = None if layers is None else _layers(layers)
     if corpus is not None:
         check_corpus(corpus)
@@ -78,7 +82,7 @@ def moments(
         had = {s: source.stored(lm, s) for s in sites}
     started = time.perf_counter()
     n_read = 0
-    with progress_bars() as advance:
+    with place as at, working_on(lm, at), progress_bars() as advance:
 
         def hear(done: int, total: int) -> None:
             nonlocal n_read

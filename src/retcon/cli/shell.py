@@ -115,7 +115,7 @@ On = Annotated[
     str,
     typer.Option(
         metavar="PLACE",
-        help="Where values are searched: local, processes:N of this machine, ray, or ray:ADDRESS. The result is the "
+        help="Where the work is shared out: local, processes:N of this machine, ray, or ray:ADDRESS. The result is the "
         "same.",
     ),
 ]

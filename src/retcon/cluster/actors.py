@@ -88,7 +88,7 @@ class RayCluster:
             WorkersLost: a piece loses its worker again and again.
         """
         errors = self.ray.exceptions
-        shared = self.ray.put(work), self.ray.put(to_bytes(lm.applied))
+        shared = self.ray.put(work), self.ray.put(to_bytes(lm.showing))
         waiting, losses = list(range(len(pieces)))[::-1], [0] * len(pieces)
         idle: list[Any] = []
         busy: dict[Any, tuple[int | None, Any]] = {}

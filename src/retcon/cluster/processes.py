@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from retcon.cluster.worker import Source, Worker, to_bytes
+from retcon.cluster.worker import Source, Worker, to_files
 from retcon.errors import WorkersLost
 from retcon.lm.model import LM
 from retcon.work import Piece, Progress, Result, Work
@@ -50,7 +50,8 @@ class Processes:
         Raises:
             WorkersLost: processes die as often as they are started.
         """
-        deltas = to_bytes(lm.applied)
+        assert self._folder is not None, "Processes is a scope; use it in a `with`"
+        deltas = to_files(lm.showing, Path(self._folder.name))
         waiting, losses = set(range(len(pieces))), 0
         while waiting:
             pool = self._pool(lm)
@@ -74,7 +75,7 @@ class Processes:
 
     def _pool(self, lm: LM) -> ProcessPoolExecutor:
         if lm not in self._sources:
-            assert self._folder is not None, "Processes is a scope; use it in a `with`"
+            assert self._folder is not None
             self._sources[lm] = Source.of(lm, Path(self._folder.name) / str(len(self._sources)))
         if lm not in self._pools:
             self._pools[lm] = ProcessPoolExecutor(
@@ -91,5 +92,5 @@ def _start(source: Source) -> None:
     _WORKER.append(Worker(source))
 
 
-def _work(work: Any, piece: Any, deltas: Sequence[tuple[str, bytes]]) -> Any:
+def _work(work: Any, piece: Any, deltas: Sequence[tuple[str, Path]]) -> Any:
     return _WORKER[0].run(work, piece, deltas)

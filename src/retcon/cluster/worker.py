@@ -75,16 +75,16 @@ class Worker:
             )
         self._deltas: dict[str, Attachment] = {}
 
-    def run(self, work: Any, piece: Any, deltas: Sequence[tuple[str, bytes]]) -> Any:
-        """Return the result of a piece, with these deltas (id, file) applied in their order."""
+    def run(self, work: Any, piece: Any, deltas: Sequence[tuple[str, bytes | Path]]) -> Any:
+        """Return the result of a piece, with these deltas (id, file or what is in it) applied in their order."""
         self._apply(deltas)
         return work(self.lm, piece, lambda _: None)
 
-    def _apply(self, deltas: Sequence[tuple[str, bytes]]) -> None:
+    def _apply(self, deltas: Sequence[tuple[str, bytes | Path]]) -> None:
         wanted = [id_ for id_, _ in deltas]
         if [d.id for d in self.lm.applied] == wanted:
             return
-        self._deltas = {id_: self._deltas.get(id_) or from_bytes(content) for id_, content in deltas}
+        self._deltas = {id_: self._deltas.get(id_) or _read(content) for id_, content in deltas}
         self.lm.revert_all()
         with ExitStack() as stack:
             stack.callback(self.lm.revert_all)  # nothing, or all of them
@@ -102,6 +102,19 @@ def to_bytes(deltas: Sequence[Attachment]) -> list[tuple[str, bytes]]:
             delta.save(path)
             found.append((delta.id, path.read_bytes()))
     return found
+
+
+def to_files(deltas: Sequence[Attachment], folder: Path) -> list[tuple[str, Path]]:
+    """Return (id, file) of each delta, its file in the folder, where it may be already."""
+    found = [(delta.id, folder / f"{delta.id}.safetensors") for delta in deltas]
+    for delta, (_, path) in zip(deltas, found, strict=True):
+        if not path.exists():
+            delta.save(path)
+    return found
+
+
+def _read(content: bytes | Path) -> Attachment:
+    return attachment.load(content) if isinstance(content, Path) else from_bytes(content)
 
 
 def from_bytes(content: bytes) -> Attachment:

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 
-from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
+from retcon.lm.batches import MAX_BATCH_TOKENS, shared_in_batches
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
@@ -106,31 +106,44 @@ def score_rows(
     for i, longest_row in enumerate(carrier):
         carried[longest_row].append(i)
 
-    def work(group: list[int]) -> list[dict[int, TokenScore]]:
-        return _score_batch(lm, rows, [inputs[h] for h in group], [carried[h] for h in group])
-
-    with lm.frozen_eval(), torch.inference_mode():
-        lengths = [len(ids) for ids in inputs]
-        found = in_batches(lengths, work, max_tokens=max_batch_tokens, on_progress=on_progress)
-    results = {i: one for scores in found for i, one in scores.items()}
+    items = [(ids, tuple(rows[i] for i in members)) for ids, members in zip(inputs, carried, strict=True)]
+    lengths = [len(ids) for ids in inputs]
+    with lm.frozen_eval():
+        found = shared_in_batches(
+            lm, ScoreBatch(), items, lengths, max_tokens=max_batch_tokens, on_progress=on_progress
+        )
+    results = {
+        i: one for members, scores in zip(carried, found, strict=True) for i, one in zip(members, scores, strict=True)
+    }
     return [results[i] for i in range(len(rows))]
 
 
-def _score_batch(
-    lm: LM, rows: Sequence[Row], inputs: Sequence[tuple[int, ...]], carried: Sequence[Sequence[int]]
-) -> list[dict[int, TokenScore]]:
-    """Return, per input, the scores of `rows[i]` for all i in `carried[r]`, whose own input is a prefix of it."""
+Input = tuple[tuple[int, ...], tuple[Row, ...]]
+"""Tokens, and the rows whose own input is a prefix of them."""
+
+
+@dataclass(frozen=True)
+class ScoreBatch:
+    """The scoring of a batch of inputs, as work that can be sent elsewhere."""
+
+    def __call__(self, lm: LM, items: Sequence[Input]) -> list[list[TokenScore]]:
+        """Return, per input, the scores of its rows."""
+        with lm.frozen_eval(), torch.inference_mode():
+            return _score_batch(lm, items)
+
+
+def _score_batch(lm: LM, items: Sequence[Input]) -> list[list[TokenScore]]:
     places: dict[tuple[int, int], int] = {}  # (row of the batch, position) -> row of the logits
     wanted: list[int] = []
     gold: list[int] = []
-    for r, members in enumerate(carried):
-        for i in members:
-            for position, token in enumerate(rows[i].target_ids, start=rows[i].prediction):
+    for r, (_, rows) in enumerate(items):
+        for row in rows:
+            for position, token in enumerate(row.target_ids, start=row.prediction):
                 wanted.append(places.setdefault((r, position), len(places)))
                 gold.append(token)
 
     at = torch.tensor(list(places), device=lm.device)  # (n, 2)
-    batch = pad([Row(ids, len(ids)) for ids in inputs], lm.device)
+    batch = pad([Row(ids, len(ids)) for ids, _ in items], lm.device)
     logits = logits_at(lm, batch, (at[:, 0], at[:, 1]))
     parts = [(c.float().logsumexp(-1), c.argmax(-1)) for c in logits.split(256)]  # bounds the float32 copy
     log_z, best = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -139,11 +152,11 @@ def _score_batch(
     pred = best[index].tolist()
 
     results, start = [], 0
-    for members in carried:
-        scores = {}
-        for i in members:
-            part = slice(start, start := start + len(rows[i].target_ids))
-            scores[i] = TokenScore(tuple(logp[part]), tuple(pred[part]), rows[i].target_ids, rows[i].boundary_merge)
+    for _, rows in items:
+        scores = []
+        for row in rows:
+            part = slice(start, start := start + len(row.target_ids))
+            scores.append(TokenScore(tuple(logp[part]), tuple(pred[part]), row.target_ids, row.boundary_merge))
         results.append(scores)
     return results
 

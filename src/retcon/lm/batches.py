@@ -1,13 +1,26 @@
-"""Cutting work into forward passes that fit: rows alike in length together, fewer of them where memory runs out."""
+"""Cutting work into forward passes that fit: rows alike in length together, fewer of them where memory runs out.
+
+`in_batches` runs them in this process; `shared_in_batches` where `lm.workers` are, in the same batches, so that the
+results are the same to the bit.
+"""
 
 import gc
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
+from retcon.work import Here
+
+if TYPE_CHECKING:
+    from retcon.lm.model import LM
+
+Item = TypeVar("Item")
+Item_contra = TypeVar("Item_contra", contravariant=True)
 Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
 MAX_BATCH_TOKENS = 4096
 """Padded tokens of one forward pass, where nothing else is asked for."""
@@ -15,6 +28,8 @@ MIN_BUCKET_TOKENS = 1024
 """Tokens from which a forward pass of their own costs less than padding."""
 MAX_PADDING = 1.15
 """A bucket's longest row over its shortest, beyond which a new bucket is begun if this one is worth a pass."""
+MAX_SHARDS = 32
+"""Pieces at most that shared work is cut into, so that workers are seldom idle and little is sent about."""
 
 
 def buckets(lengths: Sequence[int], max_tokens: int = MAX_BATCH_TOKENS) -> list[list[int]]:
@@ -56,8 +71,21 @@ def in_batches(
     Raises:
         torch.OutOfMemoryError, MemoryError: a single row does not fit.
     """
-    found: dict[int, Result] = {}
     todo = _longest_first(range(len(lengths)), lengths, max_tokens, kinds)
+    found = _in_batches(todo, lengths, work, max_tokens, kinds, on_progress)
+    return [found[i] for i in range(len(lengths))]
+
+
+def _in_batches(
+    todo: deque[list[int]],
+    lengths: Sequence[int],
+    work: Callable[[list[int]], Sequence[Result]],
+    max_tokens: int,
+    kinds: Sequence[Hashable] | None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[int, Result]:
+    """As `in_batches`, from these batches on."""
+    found: dict[int, Result] = {}
     while todo:
         group = todo.popleft()
         longest = max(lengths[i] for i in group)
@@ -72,7 +100,68 @@ def in_batches(
             continue
         release_memory()  # the failed batch's tensors are gone only now
         todo = _longest_first([*group, *(i for g in todo for i in g)], lengths, max_tokens, kinds)
-    return [found[i] for i in range(len(lengths))]
+    return found
+
+
+@runtime_checkable
+class BatchWork(Protocol[Item_contra, Result_co]):
+    """What is done with a batch of items: an object that can be sent to another process."""
+
+    def __call__(self, lm: "LM", items: Sequence[Item_contra]) -> Sequence[Result_co]:
+        """Return one result per item, the model left as it was."""
+
+
+def shared_in_batches(
+    lm: "LM",
+    work: BatchWork[Item, Result],
+    items: Sequence[Item],
+    lengths: Sequence[int],
+    *,
+    max_tokens: int = MAX_BATCH_TOKENS,
+    kinds: Sequence[Hashable] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Result]:
+    """Do work on items of these lengths as `in_batches`, by the workers of the model; a single batch is done here."""
+    batches = _longest_first(range(len(lengths)), lengths, max_tokens, kinds)
+    if isinstance(lm.workers, Here) or len(batches) < 2:
+
+        def work_here(group: list[int]) -> Sequence[Result]:
+            return work(lm, [items[i] for i in group])
+
+        return in_batches(lengths, work_here, max_tokens=max_tokens, kinds=kinds, on_progress=on_progress)
+    n_shards = min(len(batches), MAX_SHARDS)
+    shards = [[batches[j] for j in range(k, len(batches), n_shards)] for k in range(n_shards)]  # each like the others
+    pieces = [
+        [[(items[i], lengths[i], kinds[i] if kinds else None) for i in batch] for batch in shard] for shard in shards
+    ]
+    found: dict[int, Result] = {}
+    for k, results in lm.workers.map(lm, _OfShard(work, max_tokens), pieces, lambda _: None):
+        found |= zip((i for batch in shards[k] for i in batch), results, strict=True)
+        if on_progress is not None:
+            on_progress(len(found), len(items))
+    return [found[i] for i in range(len(items))]
+
+
+@dataclass(frozen=True)
+class _OfShard(Generic[Item, Result]):
+    """Work on some of the batches, for a worker."""
+
+    work: BatchWork[Item, Result]
+    max_tokens: int
+
+    def __call__(
+        self, lm: "LM", piece: Sequence[Sequence[tuple[Item, int, Hashable]]], progress: Callable[[int], None]
+    ) -> list[Result]:
+        """Return a result per item, in their order."""
+        flat = [member for batch in piece for member in batch]
+        places = iter(range(len(flat)))
+        todo = deque([next(places) for _ in batch] for batch in piece)
+
+        def work(group: list[int]) -> Sequence[Result]:
+            return self.work(lm, [flat[i][0] for i in group])
+
+        found = _in_batches(todo, [n for _, n, _ in flat], work, self.max_tokens, [kind for *_, kind in flat])
+        return [found[i] for i in range(len(flat))]
 
 
 def _longest_first(

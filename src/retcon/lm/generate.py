@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retcon.chat import Chat
 from retcon.errors import InvalidSetting
-from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
+from retcon.lm.batches import MAX_BATCH_TOKENS, shared_in_batches
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, decode, pad
 
@@ -108,21 +108,17 @@ def generate(
     limits = [_limit(lm, row, how, None if lengths is None else lengths[i]) for i, row in enumerate(rows)]
     results = {i: Written("", 0, True) for i, limit in enumerate(limits) if limit < 1}
     asked = [i for i in range(len(rows)) if i not in results]
-    ends = sorted(lm.end_tokens)
-
-    def work(group: list[int]) -> list[Written]:
-        chosen = [asked[k] for k in group]
-        drawn = [seeds[i] for i in chosen] if seeds is not None else None
-        return _write_batch(lm, [rows[i] for i in chosen], [limits[i] for i in chosen], how, ends, drawn)
 
     def hear(done: int, _: int) -> None:
         if on_progress is not None:
             on_progress(len(rows) - len(asked) + done, len(rows))
 
-    with lm.frozen_eval(), _own_settings(lm), torch.inference_mode():
-        found = in_batches(
+    with lm.frozen_eval():
+        found = shared_in_batches(
+            lm,
+            WriteBatch(how),
+            [(rows[i], limits[i], None if seeds is None else seeds[i]) for i in asked],
             [len(rows[i].ids) + limits[i] for i in asked],
-            work,
             max_tokens=max_batch_tokens,
             kinds=[limits[i] for i in asked],  # a batch goes on to the largest limit in it
             on_progress=hear,
@@ -155,13 +151,26 @@ def _limit(lm: LM, row: Row, how: Writing, given: int | None) -> int:
     return int(min(given, room))
 
 
+@dataclass(frozen=True)
+class WriteBatch:
+    """What a model writes after a batch of prompts, as work that can be sent elsewhere."""
+
+    how: Writing
+
+    def __call__(self, lm: LM, items: Sequence[tuple[Row, int, int | None]]) -> list[Written]:
+        """Return a text per item (prompt, most tokens to write, seed)."""
+        rows, limits, seeds = (list(column) for column in zip(*items, strict=True))
+        with lm.frozen_eval(), _own_settings(lm), torch.inference_mode():
+            return _write_batch(lm, rows, limits, self.how, sorted(lm.end_tokens), seeds)
+
+
 def _write_batch(
     lm: LM,
     rows: Sequence[Row],
     limits: Sequence[int],
     how: Writing,
     ends: Sequence[int],
-    seeds: Sequence[int] | None,
+    seeds: Sequence[int | None],
 ) -> list[Written]:
     from transformers import GenerationConfig
 
@@ -175,8 +184,8 @@ def _write_batch(
     )
     parts = [_Parts(lm.tokenizer, how, _opened(lm.tokenizer, row) if how.chat else None) for row in rows]
     more: dict[str, Any] = {"stopping_criteria": [_Stop(parts, start)]} if how.stops else {}
-    if how.sample_top_k is not None and seeds is not None:
-        more["logits_processor"] = [_Draw(how, seeds)]
+    if how.sample_top_k is not None:
+        more["logits_processor"] = [_Draw(how, [seed for seed in seeds if seed is not None])]
     out = lm.model.generate(batch.ids, attention_mask=batch.mask.long(), generation_config=settings, **more)
     written = zip(parts, out[:, start:], limits, strict=True)
     return [_read(part, new[:limit].tolist(), ends) for part, new, limit in written]

@@ -288,6 +288,11 @@ class LM:
         return self._ledger.applied
 
     @property
+    def showing(self) -> tuple[Attachment, ...]:
+        """What the model computes with now: `applied`, or nothing inside `without_deltas`."""
+        return () if self._ledger.hidden else self.applied
+
+    @property
     def consistent(self) -> bool:
         """Whether weights and flags are what `applied` and the open scopes say.
 

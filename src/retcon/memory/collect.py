@@ -3,6 +3,8 @@
 A chunk's products are summed in float32 where the keys are and then added to float64 sums; only block rows of the lower
 triangle are computed. The order of chunks and batches is a function of the rows and of a budget of tokens per batch,
 and the budget is kept with the partial sums: a pass that was killed ends with the sums it would have had, bit for bit.
+Chunks are pieces of work for `lm.workers`. Their sums are added in the chunks' order, so that the bits do not depend on
+how many workers there are.
 """
 
 import hashlib
@@ -12,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -22,12 +24,13 @@ from torch import Tensor
 from retcon.checked import Kind, cached, keep
 from retcon.errors import NonFinite, OutOfMemory, RetconWarning
 from retcon.lm.batches import halved, is_out_of_memory, release_memory
-from retcon.lm.forward import Hook, Point, run
+from retcon.lm.forward import Hook, Point, TensorName, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.site import Site
 from retcon.memory.capacity import free_bytes, planned_bytes
 from retcon.memory.offload import put_away
+from retcon.work import Here, in_order
 
 CHUNK_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 """Tokens between two additions to the float64 sums, at most, by kind of device. Partial sums are saved between chunks,
@@ -98,26 +101,34 @@ def collect(
     ends = list(accumulate(sum(len(rows[j].ids) for j in chunk) for chunk in chunks))
     n_half = min(range(1, len(chunks) + 1), key=lambda n: abs(2 * ends[n - 1] - ends[-1]))
     saved, pause = time.monotonic(), SAVE_EVERY if save_every is None else save_every
-    with lm.frozen_eval(), lm.without_deltas(), torch.no_grad():
-        for i, chunk in enumerate(chunks):
-            if i < state.n_done:
-                continue
-            try:
-                state.budget = _add_chunk(lm, sums, [rows[j] for j in chunk], state.budget, shrink)
-            except OutOfMemory:
-                if partial is not None and state.n_done:
-                    _save(partial, state, sums)
-                raise
-            state.n_done = i + 1
-            if state.n_done == n_half < len(chunks):
+    here = isinstance(lm.workers, Here)
+
+    def make_room() -> None:
+        for site_sum in sums.values():
+            site_sum.make_room()
+
+    work = SumOfChunk(tuple(map(_key, sites)), state.budget, shrink, here, make_room if here else None)
+    pieces = [tuple(rows[j] for j in chunk) for chunk in chunks[state.n_done :]]
+    with lm.frozen_eval(), lm.without_deltas():
+        try:
+            for products, budget in in_order(lm.workers.map(lm, work, pieces, lambda _: None)):
                 for site_sum in sums.values():
-                    site_sum.keep_half()
-            progress(ends[i], ends[-1])
-            if partial is not None and time.monotonic() - saved >= pause:
-                started = time.monotonic()
+                    site_sum.add(products.pop(0))
+                state.budget = min(state.budget, budget)
+                state.n_done += 1
+                if state.n_done == n_half < len(chunks):
+                    for site_sum in sums.values():
+                        site_sum.keep_half()
+                progress(ends[state.n_done - 1], ends[-1])
+                if partial is not None and time.monotonic() - saved >= pause:
+                    started = time.monotonic()
+                    _save(partial, state, sums)
+                    saved = time.monotonic()
+                    pause = max(pause, 20 * (saved - started))
+        except OutOfMemory:
+            if partial is not None and state.n_done:
                 _save(partial, state, sums)
-                saved = time.monotonic()
-                pause = max(pause, 20 * (saved - started))
+            raise
     for site in sites:
         found = sums.pop(site).result(ends[n_half - 1], ends[-1])
         yield site, found if state.budget == state.planned else replace(found, shrunk_to=state.budget)
@@ -155,30 +166,56 @@ def batched(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return groups
 
 
-def _add_chunk(lm: LM, sums: dict[Site, "_Sum"], rows: Sequence[Row], budget: int, shrink: bool) -> int:
-    """Add a chunk's products to the sums; the budget that it could be done with is returned."""
-    longest = max(len(r.ids) for r in rows)
-    moved = False
-    while True:
-        try:
-            for group in batched([len(r.ids) for r in rows], budget):
-                _add_batch(lm, sums, [rows[i] for i in group])
-            break
-        except (RuntimeError, MemoryError) as error:
-            if moved:
-                budget = _smaller(error, budget, longest, shrink)
-            elif not is_out_of_memory(error):
-                raise
-        for site_sum in sums.values():
-            site_sum.drop()
-        if not moved:
-            for site_sum in sums.values():
-                site_sum.make_room()
-            moved = True
-        release_memory()
-    for site_sum in sums.values():
-        site_sum.promote()
-    return budget
+class SumOfChunk:
+    """The products of one chunk of rows, as work that can be sent elsewhere.
+
+    Args:
+        keys: point and width of each site's.
+        budget: padded tokens of one forward pass. Where memory runs out and `shrink` allows fewer, later chunks in this
+            process begin with what was found to fit.
+        shrink: as `collect` has it.
+        on_device: leave the sums where the keys are; else they come to the CPU, and can travel.
+        make_room: puts what this process holds out of the way, before a chunk that did not fit is tried again.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[tuple[Point, int]],
+        budget: int,
+        shrink: bool,
+        on_device: bool,
+        make_room: Callable[[], None] | None,
+    ) -> None:
+        self.keys, self.budget, self.shrink, self.on_device, self.make_room = keys, budget, shrink, on_device, make_room
+
+    def __call__(self, lm: LM, piece: Sequence[Row], progress: Callable[[int], None]) -> tuple[list["_Products"], int]:
+        """Return the products of every site, and the budget that they could be summed with."""
+        with lm.frozen_eval(), lm.without_deltas(), torch.no_grad():
+            found = list(self._of_chunk(lm, piece).values())
+        if not self.on_device:
+            for products in found:
+                products.blocks = [block.cpu() for block in products.blocks]
+        return found, self.budget
+
+    def _of_chunk(self, lm: LM, rows: Sequence[Row]) -> dict[Point, "_Products"]:
+        longest = max(len(r.ids) for r in rows)
+        tried = False
+        while True:
+            found = {point: _Products(width, point.expert is not None) for point, width in self.keys}
+            try:
+                for group in batched([len(r.ids) for r in rows], self.budget):
+                    _add_batch(lm, found, [rows[i] for i in group])
+                return found
+            except (RuntimeError, MemoryError) as error:
+                if tried:
+                    self.budget = _smaller(error, self.budget, longest, self.shrink)
+                elif not is_out_of_memory(error):
+                    raise
+            del found
+            if not tried and self.make_room is not None:
+                self.make_room()
+            tried = True
+            release_memory()
 
 
 def _smaller(error: BaseException, budget: int, longest: int, shrink: bool) -> int:
@@ -211,86 +248,91 @@ def _smaller(error: BaseException, budget: int, longest: int, shrink: bool) -> i
     return budget
 
 
-def _add_batch(lm: LM, sums: dict[Site, "_Sum"], rows: Sequence[Row]) -> None:
+def _key(site: Site) -> tuple[Point, int]:
+    """Return where the keys of a site's moment are read, and how wide they are."""
+    tensor: TensorName = "key" if site.kind == "down_proj" else "attn_key"
+    return Point(site.layer, tensor, site.expert), site.weight.shape[1]
+
+
+def _add_batch(lm: LM, found: dict[Point, "_Products"], rows: Sequence[Row]) -> None:
     batch = pad(rows, lm.device)
     longest = batch.ids.shape[1]
     index = None
     if any(len(r.ids) < longest for r in rows):
         index = torch.cat([torch.arange(len(r.ids)) + i * longest for i, r in enumerate(rows)]).to(lm.device)
 
-    def adder(site_sum: "_Sum") -> Hook:
+    def adder(products: "_Products") -> Hook:
         def add(value: Tensor) -> None:
-            site_sum.add(value.flatten(0, 1), index)
+            products.add(value.flatten(0, 1), index)
 
         return add
 
-    run(
-        lm,
-        batch,
-        {Point(s.layer, "key" if s.kind == "down_proj" else "attn_key", s.expert): adder(x) for s, x in sums.items()},
-    )
+    run(lm, batch, {point: adder(products) for point, products in found.items()})
 
 
-class _Sum:
-    """Running sum of k k^T of one site, as block rows of its lower triangle: row i spans the columns up to its own."""
+def _edges(d: int) -> list[int]:
+    """Return where the block rows of a d x d matrix begin and end."""
+    n_blocks = min(max(d // 96, 1), 8)
+    return [d * i // n_blocks for i in range(n_blocks + 1)]
 
-    def __init__(self, site: Site) -> None:
-        self.site, self.d = site, site.weight.shape[1]
-        n_blocks = min(max(self.d // 96, 1), 8)
-        self.edges = [self.d * i // n_blocks for i in range(n_blocks + 1)]
-        device = site.weight.device
-        needed = 8 * self.d * self.d  # little more than float64 sums and float32 partial ones take
-        roomy = device.type == "cuda" and free_bytes(device) > 16 * needed
-        self.total = self._blocks(torch.float64, device if roomy else torch.device("cpu"))
-        self.half: list[Tensor] = []
-        self.n_routed = self.n_routed_in_chunk = 0
-        self.chunk: list[Tensor] = []
 
-    def _blocks(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        spans = zip(self.edges, self.edges[1:], strict=False)
-        return [torch.zeros(end - start, end, dtype=dtype, device=device) for start, end in spans]
+def _blocks(d: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return zeros for the lower triangle of a d x d matrix: row i of blocks spans the columns up to its own."""
+    spans = pairwise(_edges(d))
+    return [torch.zeros(end - start, end, dtype=dtype, device=device) for start, end in spans]
+
+
+class _Products:
+    """Sum of k k^T over one chunk, in float32 (or the keys' own wider dtype), as block rows of its lower triangle."""
+
+    def __init__(self, d: int, routed: bool) -> None:
+        self.d, self.routed, self.n_routed = d, routed, 0
+        self.blocks: list[Tensor] = []
 
     def add(self, keys: Float[Tensor, "n d_in"], index: Int[Tensor, " n_real"] | None) -> None:
-        """Add the products of these keys, or of those that `index` names, to the chunk's sum."""
+        """Add the products of these keys, or of those that `index` names."""
         if index is not None:
             keys = keys.index_select(0, index.to(keys.device))
-        if self.site.expert is not None:
+        if self.routed:
             keys = keys[keys.any(1)]
-            self.n_routed_in_chunk += len(keys)
+            self.n_routed += len(keys)
         wide = torch.promote_types(keys.dtype, torch.float32)
-        if not self.chunk:
-            self.chunk = self._blocks(wide, keys.device)
+        if not self.blocks:
+            self.blocks = _blocks(self.d, wide, keys.device)
         exact_halves = keys.is_cuda and keys.dtype != wide and hasattr(torch.ops.aten.mm, "dtype")
         if not exact_halves:
             keys = keys.to(wide)
-        for block, start, end in zip(self.chunk, self.edges, self.edges[1:], strict=False):
+        for block, (start, end) in zip(self.blocks, pairwise(_edges(self.d)), strict=True):
             left, right = keys[:, start:end].T, keys[:, :end]
             if exact_halves:  # products of 16-bit numbers are exact in float32, in which they are summed
                 block += torch.mm(left, right, out_dtype=wide)
             else:
                 block.addmm_(left, right)
 
-    def promote(self) -> None:
-        """Add the chunk's sum to the whole."""
-        for total, block in zip(self.total, self.chunk, strict=True):
-            total += block.to(total.device)
-            block.zero_()
-        self.n_routed, self.n_routed_in_chunk = self.n_routed + self.n_routed_in_chunk, 0
 
-    def drop(self) -> None:
-        """Forget the chunk's sum."""
-        self.chunk, self.n_routed_in_chunk = [], 0
+class _Sum:
+    """Running sum of k k^T of one site over chunks, float64, as block rows of its lower triangle."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.d = site, site.weight.shape[1]
+        self.edges = _edges(self.d)
+        device = site.weight.device
+        needed = 8 * self.d * self.d  # little more than float64 sums and float32 partial ones take
+        roomy = device.type == "cuda" and free_bytes(device) > 16 * needed
+        self.total = _blocks(self.d, torch.float64, device if roomy else torch.device("cpu"))
+        self.half: list[Tensor] = []
+        self.n_routed = 0
+
+    def add(self, products: _Products) -> None:
+        """Add a chunk's sum to the whole."""
+        for total, block in zip(self.total, products.blocks, strict=True):
+            total += block.to(total.device)
+        self.n_routed += products.n_routed
 
     def make_room(self) -> None:
         """Put what is kept where the system, or the host, can hold it, with the same bits."""
         with suppress(OSError):  # no room on the disk either
             self.total, self.half = [[put_away(t.cpu()) for t in each] for each in (self.total, self.half)]
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.half, self.chunk, self.n_routed, self.n_routed_in_chunk = [], [], 0, 0
-        for total in self.total:
-            total.zero_()
 
     def keep_half(self) -> None:
         """Remember the sum as it is now, which is the first half's."""
