@@ -16,6 +16,7 @@ from retcon.delta import Change, Delta, Dense, LowRank, Rows
 from retcon.edits import Edit
 from retcon.errors import DeltaMismatch
 from retcon.lm.model import LM
+from retcon.memory.solve import float64_place
 from retcon.version import __version__
 
 
@@ -112,8 +113,9 @@ def audit(
                 continue
             base.check_editable(name)
             difference = other.double() - ours.double()
-            found.append(_difference(name, difference, ours, other, known))
-            change, is_exact = _change(difference, ours, other, found[-1].rank)
+            where = float64_place(base.parameter(name).device)
+            found.append(_difference(name, difference, ours, other, known, where))
+            change, is_exact = _change(difference, ours, other, found[-1].rank, where)
             changes[name] = [change]
             exact &= is_exact
     answers = _answers(base, edited, edits, max_new_tokens) if edits else ()
@@ -130,7 +132,9 @@ def audit(
     return Audit(tuple(found), len(names), answers, delta, exact)
 
 
-def _difference(name: str, difference: Tensor, ours: Tensor, other: Tensor, known: Sequence[Delta]) -> Difference:
+def _difference(
+    name: str, difference: Tensor, ours: Tensor, other: Tensor, known: Sequence[Delta], where: torch.device
+) -> Difference:
     norm, whole = float(difference.norm()), float(ours.double().norm())
     unexplained = None
     if known:
@@ -145,7 +149,7 @@ def _difference(name: str, difference: Tensor, ours: Tensor, other: Tensor, know
         name,
         norm,
         norm / whole if whole else math.inf,
-        _rank(difference, other) if difference.dim() == 2 else None,
+        _rank(difference, other, where) if difference.dim() == 2 else None,
         int((difference != 0).sum()),
         unexplained,
     )
@@ -156,14 +160,16 @@ def _rounding(stored: Tensor) -> float:
     return torch.finfo(stored.dtype).eps * float(stored.double().square().mean().sqrt()) / math.sqrt(12)
 
 
-def _rank(difference: Float[Tensor, "rows columns"], stored: Tensor) -> int:
+def _rank(difference: Float[Tensor, "rows columns"], stored: Tensor, where: torch.device) -> int:
     """Singular values above the largest that rounding noise of that size has (Marchenko and Pastur 1967)."""
     rows, columns = difference.shape
     noise = 2 * _rounding(stored) * (math.sqrt(rows) + math.sqrt(columns))
-    return max(1, int((torch.linalg.svdvals(difference) > noise).sum()))
+    return max(1, int((torch.linalg.svdvals(difference.to(where)) > noise).sum()))
 
 
-def _change(difference: Tensor, ours: Tensor, other: Tensor, rank: int | None) -> tuple[Change, bool]:
+def _change(
+    difference: Tensor, ours: Tensor, other: Tensor, rank: int | None, where: torch.device
+) -> tuple[Change, bool]:
     """The difference in the smallest form that gives the edited values exactly; whether there is one."""
     dtype = torch.promote_types(ours.dtype, torch.float32)
     full = Dense(full=difference.to(dtype).contiguous())
@@ -173,7 +179,7 @@ def _change(difference: Tensor, ours: Tensor, other: Tensor, rank: int | None) -
         if len(rows) < len(difference) // 2:
             candidates.append(Rows(index=rows, rows=difference[rows].to(dtype).contiguous()))
         if rank is not None and rank * sum(difference.shape) < difference.numel():
-            u, s, v = torch.linalg.svd(difference, full_matrices=False)
+            u, s, v = (x.cpu() for x in torch.linalg.svd(difference.to(where), full_matrices=False))
             root = s[:rank].sqrt()
             left, right = (u[:, :rank] * root).to(dtype), (root[:, None] * v[:rank]).to(dtype)
             candidates.insert(0, LowRank(left=left.contiguous(), right=right.contiguous()))

@@ -225,9 +225,13 @@ class DyingScore(ScoreBatch, DiesOnce):
         return super().__call__(lm, items)
 
 
+KILLED = pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.long)])
+
+
+@KILLED
 @pytest.mark.usefixtures("many_chunks")
-def test_processes_give_the_same_moments_also_when_one_is_killed(
-    two: Processes, lm: LM, edits: list[Edit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_processes_give_the_same_moments(
+    two: Processes, lm: LM, edits: list[Edit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
     wanted = moments(lm)
 
@@ -236,22 +240,24 @@ def test_processes_give_the_same_moments_also_when_one_is_killed(
         work.mark = tmp_path / "killed"
         return work
 
+    if killed:
+        monkeypatch.setattr(collect, "SumOfChunk", dying)
     with working_on(lm, two), lm.edited(propose(lm, edits[:1])):
         assert equal(moments(lm), wanted)  # of the unedited weights
-        monkeypatch.setattr(collect, "SumOfChunk", dying)
-        assert equal(moments(lm), wanted)
-    assert (tmp_path / "killed").exists()
+    assert (tmp_path / "killed").exists() == killed
 
 
-def test_processes_give_the_same_evaluation_also_when_one_is_killed(
-    two: Processes, lm: LM, edits: list[Edit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@KILLED
+def test_processes_give_the_same_evaluation(
+    two: Processes, lm: LM, edits: list[Edit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
     delta = propose(lm, edits)
     wanted = measured(lm, edits, delta)
-    monkeypatch.setattr(score, "ScoreBatch", lambda: DyingScore(tmp_path / "killed"))
+    if killed:
+        monkeypatch.setattr(score, "ScoreBatch", lambda: DyingScore(tmp_path / "killed"))
     with working_on(lm, two):
         found = measured(lm, edits, delta)
-    assert (tmp_path / "killed").exists()
+    assert (tmp_path / "killed").exists() == killed
     assert found.records == wanted.records
     assert (found.texts, found.scores) == (wanted.texts, wanted.scores)
 

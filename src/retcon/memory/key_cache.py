@@ -14,6 +14,7 @@ from torch import Tensor
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.site import Site
+from retcon.memory.solve import float64_place
 
 _BASE, _KEYS = "base", "keys/"
 
@@ -47,18 +48,19 @@ def extended(
     earlier: Mapping[str, Float[Tensor, "n_earlier m"]], fresh: Mapping[str, Float[Tensor, "n m"]], lm: LM
 ) -> dict[str, Tensor]:
     """The state after a batch whose keys are `fresh`."""
-    state = {_KEYS + name: _joined(earlier.get(name), keys) for name, keys in fresh.items()}
+    state = {_KEYS + name: _joined(earlier.get(name), keys, lm.device) for name, keys in fresh.items()}
     return {_BASE: _fingerprint(lm), **state}
 
 
-def _joined(earlier: Tensor | None, fresh: Tensor) -> Tensor:
+def _joined(earlier: Tensor | None, fresh: Tensor, device: torch.device) -> Tensor:
     if earlier is None:
         rows = fresh
     else:
         rows = torch.cat([earlier, fresh.to(torch.promote_types(earlier.dtype, fresh.dtype))])
     if len(rows) <= rows.shape[1]:
         return rows
-    return torch.linalg.qr(rows.double(), mode="r").R  # R^T R = sum of k k^T
+    there = rows.to(float64_place(device), torch.float64)
+    return torch.linalg.qr(there, mode="r").R.to(rows.device)  # R^T R = sum of k k^T
 
 
 def _fingerprint(lm: LM) -> Tensor:

@@ -66,18 +66,16 @@ def ridge_small(
     device: torch.device = CPU,
 ) -> Float[Tensor, "n m"]:
     """`ridge` by an (n x n) solve beside the factor of C: Y = C^-1 K, X^T = (lambda I + K^T Y)^-1 Y^T (Woodbury)."""
-    if factor is not None and device.type == "cpu":
-        y = torch.cholesky_solve(k, factor())
-    else:
-        y = solve_on(device, lambda where: moment().to(where, torch.float64, copy=True), k)
-    inner = k.T @ y
+    there = k.to(float64_place(device))
+    y = whitened(there, moment, factor=factor, device=device)
+    inner = there.T @ y
     inner = (inner + inner.T) / 2
     inner.diagonal().add_(weight)
-    return spd_solve(inner.clone, y.T)
+    return spd_solve(inner.clone, y.T).to(k.device)
 
 
 def ridge_of_experts(
-    keys: Float[Tensor, "n_experts m n"], factors: Sequence[Build], weight: float
+    keys: Float[Tensor, "n_experts m n"], factors: Sequence[Build], weight: float, device: torch.device = CPU
 ) -> Float[Tensor, "n_experts n m"]:
     """X_e^T of one joint solve over routed experts, dW_e = R X_e^T.
 
@@ -87,17 +85,21 @@ def ridge_of_experts(
 
     Args:
         factors: return the Cholesky factors of C_e.
+        device: where the model is; the work is done there if it is good at float64.
     """
-    y = torch.zeros_like(keys)
-    inner = torch.zeros(keys.shape[2], keys.shape[2], dtype=keys.dtype)
+    where = float64_place(device)
+    y = torch.zeros(keys.shape, dtype=keys.dtype, device=where)
+    inner = torch.zeros(keys.shape[2], keys.shape[2], dtype=keys.dtype, device=where)
+    known = keys.any(2).any(1).tolist()
     for e, phi in enumerate(keys):
-        if phi.any():
-            y[e] = torch.cholesky_solve(phi, factors[e]())
-            inner += phi.T @ y[e]
+        if known[e]:
+            there = phi.to(where)
+            y[e] = torch.cholesky_solve(there, factors[e]().to(where))
+            inner += there.T @ y[e]
     inner = (inner + inner.T) / 2
     inner.diagonal().add_(weight)
     right = spd_solve(inner.clone, y.transpose(1, 2).transpose(0, 1).flatten(1))
-    return right.view(keys.shape[2], len(keys), keys.shape[1]).transpose(0, 1)
+    return right.view(keys.shape[2], len(keys), keys.shape[1]).transpose(0, 1).to(keys.device)
 
 
 def solve_on(
@@ -122,6 +124,11 @@ def solve_on(
             raise
         x = None
     return (spd_solve(lambda: build(CPU), b.to(CPU)) if x is None else x).to(b.device)
+
+
+def float64_place(device: torch.device) -> torch.device:
+    """Return where matrices of a model on `device` are decomposed: there, if that is a card good at float64, or the CPU."""
+    return device if device.type == "cuda" and good_at_float64(device) else CPU
 
 
 @cache
@@ -226,9 +233,9 @@ def cholesky(c: Float[Tensor, "m m"], device: torch.device = CPU) -> tuple[Float
     Raises:
         NonFinite: C holds NaN or infinity, or is nothing like positive definite.
     """
-    if device.type == "cuda" and device != c.device and good_at_float64(device):
+    if (where := float64_place(device)) not in (CPU, c.device):
         try:
-            lower, jitter = cholesky(c.to(device))
+            lower, jitter = cholesky(c.to(where))
             return lower.to(c.device), jitter
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -295,15 +302,19 @@ def equality(
         c.diagonal().add_(identity_weight)
         return c
 
-    x = solve_on(device, build, k) if identity_weight else whitened(k, moment, factor=factor, device=device) / weight
-    d = k.T @ x
+    there = k.to(float64_place(device))
+    if identity_weight:
+        x = solve_on(device, build, there)
+    else:
+        x = whitened(there, moment, factor=factor, device=device) / weight
+    d = there.T @ x
     d = (d + d.T) / 2
     d.diagonal().add_(stabiliser)
     lower, failed = torch.linalg.cholesky_ex(d)
     pivots = lower.diagonal()
     if not int(failed) and bool(pivots.min() > 1e-7 * pivots.max()):
-        return torch.cholesky_solve(x.T, lower)
-    return torch.linalg.pinv(d, hermitian=True) @ x.T
+        return torch.cholesky_solve(x.T, lower).to(k.device)
+    return (torch.linalg.pinv(d, hermitian=True) @ x.T).to(k.device)
 
 
 @dataclass(frozen=True)
@@ -348,7 +359,7 @@ def null_space(
     `absolute`: s < threshold; `trace`: the smallest ones, as long as their sum is under that share of C's trace;
     `rank`: that share of all, the smallest.
     """
-    where = device if good_at_float64(device) else CPU
+    where = float64_place(device)
     s, u = torch.linalg.eigh(c.to(where, torch.float64))
     if mode == "absolute":
         r = int((s < threshold).sum())
@@ -373,7 +384,7 @@ def null_space_ridge(
     thinner), `auto` takes the smaller of the two; `released` is the authors' non-symmetric system by LU. All agree.
     """
     m, n = k.shape
-    where = device if good_at_float64(device) else CPU
+    where = float64_place(device)
     space = NullSpace(space.basis.to(where), space.complement)
     k_there = k.to(where)
     pk = space.project(k_there)

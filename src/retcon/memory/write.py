@@ -62,7 +62,7 @@ class ExpertsProblem(LayerProblem):
     def ridge(self, keys: Float[Tensor, "m n"], weight: float) -> Float[Tensor, "n m"]:
         """As for one matrix, by one solve that all experts share."""
         by_expert = keys.unflatten(0, (len(self.factors), -1))
-        return ridge_of_experts(by_expert, self.factors, weight).transpose(0, 1).flatten(1)
+        return ridge_of_experts(by_expert, self.factors, weight, self.site.weight.device).transpose(0, 1).flatten(1)
 
 
 Solve = Callable[[LayerProblem], Float[Tensor, "n m"]]

@@ -18,6 +18,7 @@ from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
+from retcon.memory.solve import CPU, float64_place
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State, recorded
 from retcon.methods.common.proposal import report_after
@@ -109,14 +110,15 @@ class Prune(Hosting):
         base = lm.base_weight(name)
         if base.dim() != 2:
             return combined(changes, base.shape), 0
-        u, s, vh = singular_values(changes, base.shape)
-        sigma = torch.linalg.matrix_norm(base.double(), ord=2).to(s)
+        where = float64_place(lm.parameter(name).device)
+        u, s, vh = singular_values(changes, base.shape, where)
+        sigma = torch.linalg.matrix_norm(base.to(where, torch.float64), ord=2)
         above = int((s > sigma).sum())
         if not above:
             return combined(changes, base.shape), 0
         dtype = torch.promote_types(base.dtype, torch.float32)
         left = u * restrain(s, float(sigma), self.alpha, self.restraint, guard=self.guard)
-        return (smallest(left.to(dtype), vh.to(dtype)),), above
+        return (smallest(left.to("cpu", dtype), vh.to("cpu", dtype)),), above
 
 
 def restrain(
@@ -135,14 +137,14 @@ def restrain(
 
 
 def singular_values(
-    changes: Sequence[Change], shape: torch.Size
+    changes: Sequence[Change], shape: torch.Size, device: torch.device = CPU
 ) -> tuple[Float[Tensor, "rows rank"], Float[Tensor, " rank"], Float[Tensor, "rank columns"]]:
-    """U, s, V^T of the sum of changes, float64; through its factors where those are thin."""
+    """U, s, V^T of the sum of changes, float64, found on `device`; through its factors where those are thin."""
     (whole,) = total if len(total := combined(changes, shape)) == 1 else (Dense(full=_written_out(changes, shape)),)
     if not isinstance(whole, LowRank) or whole.region is not None:
-        return torch.linalg.svd(_written_out([whole], shape), full_matrices=False)
-    ql, rl = torch.linalg.qr(whole.left.double())
-    qr, rr = torch.linalg.qr(whole.right.double().T)
+        return torch.linalg.svd(_written_out([whole], shape).to(device), full_matrices=False)
+    ql, rl = torch.linalg.qr(whole.left.to(device, torch.float64))
+    qr, rr = torch.linalg.qr(whole.right.to(device, torch.float64).T)
     u, s, vh = torch.linalg.svd(rl @ rr.T, full_matrices=False)
     return ql @ u, s, vh @ qr.T
 

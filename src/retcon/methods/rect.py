@@ -17,6 +17,7 @@ from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
+from retcon.memory.solve import float64_place
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State
 from retcon.methods.common.proposal import report_after
@@ -104,9 +105,11 @@ class Rect(Hosting):
 
     def filtered(self, update: Tensor, weight: Tensor, keep_percent: float) -> Tensor:
         """`update` with all but its relatively largest entries zero; any orientation."""
+        where = float64_place(weight.device)
         size = weight.abs() if self.denominator == "absolute" else weight
-        relative = (update.abs().to(torch.float64) / (size.to(update.device, torch.float64) + self.eps)).flatten()
-        return torch.where(self._chosen(relative, keep_percent).view_as(update), update, torch.zeros_like(update))
+        relative = (update.abs().to(where, torch.float64) / (size.to(where, torch.float64) + self.eps)).flatten()
+        chosen = self._chosen(relative, keep_percent).view_as(update).to(update.device)
+        return torch.where(chosen, update, torch.zeros_like(update))
 
     def _chosen(self, relative: Tensor, keep_percent: float) -> Tensor:
         n = relative.numel()

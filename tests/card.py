@@ -1,0 +1,89 @@
+"""A card that is not there: tensors that say they are on one, and count what the host asks of it.
+
+Their numbers are on the CPU, so that results are the CPU's. As on a card, an operation on tensors of both places fails.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+CARD = torch.device("cuda:0")
+
+
+class OnCard(torch.Tensor):
+    """A tensor of the card."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "OnCard":
+        return Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype
+        )
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @property
+    def device(self) -> torch.device:
+        return CARD
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given, _ = tree_flatten((args, kwargs or {}))
+        if strays := [x for x in given if type(x) is Tensor and x.dim() > 0]:
+            raise RuntimeError(f"{func}: tensors on the card and on the CPU ({[tuple(x.shape) for x in strays]})")
+        Card.ran[str(func).split(".")[1]] += 1
+        known = {id(x.inner): x for x in given if isinstance(x, OnCard)}  # what is changed in place stays itself
+        args, kwargs = tree_map(lambda x: x.inner if isinstance(x, OnCard) else x, (args, kwargs or {}))
+        made = func(*args, **kwargs)
+
+        def on_card(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return known[id(x)] if id(x) in known else OnCard(x)
+
+        return tree_map(on_card, made)
+
+
+class Card(TorchFunctionMode):
+    """While it lasts, "cuda:0" is the card."""
+
+    ran: ClassVar[Counter[str]] = Counter()
+    """Operators that ran on the card, by name; `_local_scalar_dense` is a number that the host waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_card = self.to_host = 0
+        Card.ran = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (Tensor.to, Tensor.cpu):
+            return self._moved(func, args[0], list(args[1:]), kwargs)
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            return OnCard(func(*args, **kwargs | {"device": "cpu"}))
+        return func(*args, **kwargs)
+
+    def _moved(self, func: Any, x: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
+        place = kwargs.pop("device", None)
+        if func is Tensor.cpu:
+            place = "cpu"
+        elif args and isinstance(args[0], Tensor):
+            place, args = args[0].device, [args[0].dtype, *args[1:]]
+        elif args and isinstance(args[0], torch.device | str):
+            place, args = args[0], args[1:]
+        place = x.device if place is None else torch.device(place)
+        if place == x.device:
+            return x.to(*args, **kwargs) if args or kwargs else x
+        with torch._C.DisableTorchFunction():
+            if place.type == "cuda":
+                self.to_card += 1
+                return OnCard((x.to(*args, **kwargs) if args or kwargs else x).clone())
+            self.to_host += 1
+            inner = x.inner  # type: ignore[attr-defined]
+            return (inner.to(*args, **kwargs) if args or kwargs else inner).clone()

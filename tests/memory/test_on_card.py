@@ -1,0 +1,107 @@
+"""Solves and decompositions run where the matrices are: on a card that is good at float64, with the CPU's results."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from retcon import audit
+from retcon.delta import Dense, LowRank
+from retcon.memory import solve
+from retcon.methods.prune import singular_values
+from retcon.methods.rect import Rect
+from tests.card import CARD, Card, OnCard
+
+M = 40
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    monkeypatch.setattr(solve, "good_at_float64", lambda device: True)
+    with Card() as card:
+        yield card
+
+
+def test_the_card_that_is_not_there_minds_where_tensors_are(card: Card) -> None:
+    here = torch.ones(3)
+    there = here.to(CARD)
+    assert there.device == CARD
+    assert (there + there).device == CARD
+    assert (there + there).cpu().device.type == "cpu"
+    with pytest.raises(RuntimeError, match="on the card and on the CPU"):
+        there + here
+    assert (card.to_card, card.to_host) == (1, 1)
+
+
+@pytest.fixture
+def c(randn: Callable[..., Tensor]) -> Tensor:
+    x = randn(M, 2 * M)
+    return x @ x.T / (2 * M)
+
+
+SOLVES: dict[str, Callable[[Tensor, Tensor, torch.device], Tensor]] = {
+    "ridge, few keys": lambda k, c, device: solve.ridge(k[:, :6], lambda: c, 3.0, device=device),
+    "ridge, many keys": lambda k, c, device: solve.ridge(k, lambda: c, 3.0, device=device),
+    "whitened": lambda k, c, device: solve.whitened(k, lambda: c, device=device),
+    "equality": lambda k, c, device: solve.equality(k[:, :6], lambda: c, device=device),
+    "equality, identity": lambda k, c, device: solve.equality(k, lambda: c, identity_weight=2.0, device=device),
+    "equality, dependent": lambda k, c, device: solve.equality(k[:, [0, 1, 0]], lambda: c, device=device),
+    "experts": lambda k, c, device: solve.ridge_of_experts(
+        torch.stack([k, 0 * k, 2 * k]), [lambda: torch.linalg.cholesky(c)] * 3, 3.0, device
+    ),
+    "null space": lambda k, c, device: solve.null_space_ridge(
+        k, solve.null_space(c, 0.3, "rank", device), 2.0, device=device
+    ),
+    "factor": lambda k, c, device: solve.cholesky(c, device)[0].tril(),
+}
+
+
+@pytest.mark.parametrize("name", SOLVES)
+def test_a_solve_runs_on_the_card(name: str, card: Card, c: Tensor, randn: Callable[..., Tensor]) -> None:
+    k = randn(M, 15)
+    wanted = SOLVES[name](k, c, solve.CPU)
+    assert not card.ran
+    found = SOLVES[name](k, c, CARD)
+    assert found.device.type == "cpu"
+    assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert {"linalg_cholesky_ex", "_linalg_eigh", "cholesky_solve"} & card.ran.keys(), card.ran
+    assert card.to_host == 1 + (name == "null space")  # the result alone, and the basis, which is kept
+
+
+def test_singular_values_of_a_change_are_found_on_the_card(card: Card, randn: Callable[..., Tensor]) -> None:
+    for change in (LowRank(left=randn(12, 3), right=randn(3, 9)), Dense(full=randn(12, 9))):
+        wanted = singular_values([change], torch.Size((12, 9)))
+        assert not card.ran
+        found = singular_values([change], torch.Size((12, 9)), CARD)
+        for one, other in zip(found, wanted, strict=True):
+            assert one.device == CARD
+            assert_close(one.cpu(), other)
+        assert "_linalg_svd" in card.ran
+        card.ran.clear()
+
+
+def test_rect_ranks_on_the_card(card: Card, randn: Callable[..., Tensor]) -> None:
+    update, weight = randn(12, 9), randn(12, 9)
+    weight[0] = weight[1]
+    update[0] = update[1]  # equals
+    wanted = Rect().filtered(update, weight, 33.0)
+    assert not card.ran
+    found = Rect().filtered(update, weight.to(CARD), 33.0)
+    assert torch.equal(found, wanted)
+    assert "kthvalue" in card.ran
+    assert (card.to_card, card.to_host) == (2, 1)  # weight and update there; what is chosen back
+
+
+def test_an_audit_counts_ranks_on_the_card(card: Card, randn: Callable[..., Tensor]) -> None:
+    difference = randn(30, 2) @ randn(2, 20)
+    assert audit._rank(difference, torch.ones(1), CARD) == audit._rank(difference, torch.ones(1), solve.CPU) == 2
+    assert "_linalg_svd" in card.ran
+
+
+def test_a_card_that_is_bad_at_float64_leaves_decompositions_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve, "good_at_float64", lambda device: False)
+    assert solve.float64_place(CARD) == solve.CPU
+    assert solve.float64_place(torch.device("mps")) == solve.CPU  # which has no float64 at all
+    assert isinstance(OnCard(torch.ones(2)), Tensor)
