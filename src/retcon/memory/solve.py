@@ -127,7 +127,7 @@ def solve_on(
 
 
 def float64_place(device: torch.device) -> torch.device:
-    """Return where matrices of a model on `device` are decomposed: there, if that is a card good at float64, or the CPU."""
+    """Return where matrices of a model on `device` are decomposed: there, if it is good at float64, else the CPU."""
     return device if device.type == "cuda" and good_at_float64(device) else CPU
 
 
