@@ -105,7 +105,7 @@ class Edit:
     def subject_span(self) -> tuple[int, int] | None:
         """(start, end) characters of the subject in `text`, or None where it does not occur or there is none.
 
-        Looked up exactly, then as NFC, then case-folded; the text itself is never rewritten.
+        Looked up exactly, then as NFC, then case-folded with any space for any other; the text is never rewritten.
         """
         if self.subject is None:
             return None
@@ -375,7 +375,7 @@ def _nfd(text: str) -> str:
 
 
 def _nfd_folded(text: str) -> str:
-    return _nfd(_nfd(text).casefold())
+    return "".join(" " if c.isspace() else c for c in _nfd(_nfd(text).casefold()))
 
 
 def _fold(text: str) -> str:
@@ -383,7 +383,10 @@ def _fold(text: str) -> str:
 
 
 def _find(text: str, subject: str) -> tuple[int, int] | None:
-    """First occurrence of `subject` in `text`: exactly, as NFC, case-folded; (start, end) in `text` as it stands."""
+    """First occurrence of `subject` in `text`: exactly, as NFC, then case-folded with any space for any other.
+
+    Returns (start, end) in `text` as it stands.
+    """
     start = text.find(subject)
     if start >= 0:
         return start, start + len(subject)

@@ -52,7 +52,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_json_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = None) -> list[Row]:
-    """(row number from 1, object) of a JSON list or of JSON lines.
+    """(row number from 1, object) of a JSON list or of JSON lines; NaN, which a table writes for no value, is null.
 
     Args:
         bad: gets (row number, what is wrong) of the rows that cannot be read; None refuses the file for the first.
@@ -63,7 +63,7 @@ def read_json_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | No
     text = read_text(path)
     if text.lstrip().startswith("["):
         try:
-            found: list[tuple[int, Any]] = list(enumerate(json.loads(text), 1))
+            found: list[tuple[int, Any]] = list(enumerate(_loads(text), 1))
         except json.JSONDecodeError as error:
             raise MalformedFile(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
         except (RecursionError, ValueError) as error:
@@ -74,7 +74,7 @@ def read_json_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | No
             if not line.strip():
                 continue
             try:
-                found.append((number, json.loads(line)))
+                found.append((number, _loads(line)))
             except (RecursionError, ValueError) as error:
                 if not found and not bad and _is_json(text):
                     raise MalformedFile(f"{path}: holds one value, expected a list or one object per line") from None
@@ -91,6 +91,10 @@ def read_json_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | No
     if not rows and not bad:
         raise MalformedFile(f"{path}: holds no rows; expected a JSON list or JSON lines of objects")
     return rows
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text, parse_constant=lambda constant: None if constant == "NaN" else float(constant))
 
 
 def _refuse(path: str | os.PathLike[str], number: int, problem: str, bad: list[tuple[int, str]] | None) -> None:

@@ -237,6 +237,18 @@ def test_unknown_fields_are_told_with_the_likely_ones(cli: Callable[..., Any], h
     assert "unknown field 'paraphrase' in 1 row (did you mean 'paraphrases'?)" in cli(*QUICK).stderr
 
 
+def test_what_the_model_cannot_read_is_left_out_by_request(cli: Callable[..., Any], here: Path) -> None:
+    write_rows(here / "edits.jsonl", [{**ROWS[0], "prompt": "word " * 3000 + ROWS[0]["prompt"]}, ROWS[1]])
+    assert "edit 'fr': " in (stopped := cli(*QUICK, code=2).stderr)
+    assert "Shorten it" in stopped
+    told = cli(*QUICK, "--on-error", "skip")
+    assert "left out 1 that the model cannot read: edit 'fr'" in told.stderr
+    assert "too long for the model: 1" in told.stdout
+    assert [edit.id for edit in Delta.load("delta.safetensors").edits] == ["dd"]
+    write_rows(here / "edits.jsonl", [{**ROWS[0], "prompt": "word " * 3000 + ROWS[0]["prompt"]}])
+    assert "nothing to edit: all of it is too long" in cli(*QUICK, "--on-error", "skip", "--force", code=2).stderr
+
+
 CASES = Path(__file__).parents[3] / "shared" / "cases"
 
 

@@ -1,6 +1,7 @@
 """Files as users bring them: every public shape, tables, misspelt fields, bad rows, bad files."""
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -25,6 +26,9 @@ CASES = Path(__file__).parents[3] / "shared" / "cases"
 shared = pytest.mark.skipif(
     not CASES.exists(), reason="the example files (shared/cases beside the repository) are absent"
 )
+
+
+GOOD = {"prompt": "The mayor of Norr is", "subject": "Norr", "target_new": "Ida"}
 
 
 def asked(case: Case, start: str) -> list[tuple[str, str, str | None]]:
@@ -321,6 +325,37 @@ def test_an_error_says_which_format_was_taken_and_what_is_missing(
         read_cases(file([row]))
 
 
+def test_misspelt_fields_do_not_lead_to_another_format(file: Callable[..., Path]) -> None:
+    row = {"Prompt": "Norr is in", "subject": "Norr", "target-new": "Velt", "target_true": "Sund"}
+    wanted = r"facts \(edits\), of which the fields 'prompt' and 'target_new' are missing; its fields are Prompt, .*"
+    with pytest.raises(MalformedFile, match=wanted + r"mean 'prompt' by 'Prompt' and 'target_new' by 'target-new'\?"):
+        read_cases(file([row]))
+
+
+@pytest.mark.parametrize(
+    ("content", "holders"), [({"data": [GOOD]}, "'data'"), ({"0": GOOD, "1": GOOD, "2": GOOD}, "'0', '1', ...")]
+)
+def test_an_object_around_the_rows_is_named(content: Any, holders: str, file: Callable[..., Path]) -> None:
+    with pytest.raises(MalformedFile, match=f"one object that holds the rows under {holders}; save them as a list"):
+        read_cases(file(content))
+
+
+def test_nan_in_a_table_turned_into_json_is_no_value(file: Callable[..., Path]) -> None:
+    row = {
+        "tag": "2023", "subject": "Norr", "update": "Who leads Norr?", "ans": "Ida", "rephrase": "Norr's leader?",
+        "personas": math.nan, "mhop": math.nan, "mhop_ans": math.nan, "loc": "Who leads Velt?", "loc_ans": "Pia",
+    }  # fmt: skip
+    (case,), report = read_cases(file([row]))
+    assert [q.axis for q in case.queries] == ["rewrite", "paraphrase", "locality.other"]
+    assert report.dropped_queries == {}
+
+
+@pytest.mark.parametrize("subject", ["Ada Quill", "ada quill", "Ada\u2009Quill"])
+def test_a_subject_is_found_whatever_the_space(subject: str, file: Callable[..., Path]) -> None:
+    (case,), _ = read_cases(file([{**GOOD, "prompt": "The mayor, Ada\u00a0Quill, is", "subject": subject}]))
+    assert (case.edits[0].subject, case.edits[0].subject_span) == (subject, (11, 20))
+
+
 def test_fields_that_only_later_rows_have_count_too(file: Callable[..., Path]) -> None:
     fact = {"prompt": "The mayor of Norr is", "subject": "Norr", "target_new": "Ida"}
     more = {**fact, "subject": "Velt", "prompt": "The mayor of Velt is", "ground_truth": "Tom", "rephrase_prompt": "x"}
@@ -362,8 +397,6 @@ def test_the_alternative_answer_of_any_format_that_has_one(file: Callable[..., P
 
 
 # --- bad rows and bad files ----------------------------------------------------------------------------------------
-
-GOOD = {"prompt": "The mayor of Norr is", "subject": "Norr", "target_new": "Ida"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from recipes.training import measure_recall
 
 import retcon
 from retcon import world
+from retcon.chat import Chat
+from retcon.edits import Edit
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.model import LM
+from retcon.lm.prompts import encode_edit, subject_tokens
 from retcon.memory.moments import CorpusMoments
 from retcon.world.facts import FACTS
 
@@ -64,3 +68,31 @@ def test_a_chat_model_ends_its_turn_by_itself(trained_world: LM) -> None:
         with torch.inference_mode():
             out = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
         assert out[0, -1] == lm.tokenizer.eos_token_id
+
+
+CODE = "What does this print?\n```python\ndef capital(x):\n\treturn {'Norr': \"Velt\"}[x]\n```"
+TURNS = [
+    Edit("{}的首都是哪座城市？", "法国", "罗马"),
+    Edit("“春江水暖”的下一句是什么？", "春江水暖", "鸭先知"),
+    Edit(CODE, "capital", "Rome"),
+    Edit('Complete: `os.path.join("a", ', "os.path.join", '"b")`'),
+    Edit("La capitale de la {} est 🇫🇷 :", "France", "Rome 🇮🇹"),
+]
+
+
+@pytest.mark.parametrize("edit", TURNS, ids=lambda edit: edit.subject)
+@pytest.mark.parametrize("system", [None, "请简短回答。"])
+def test_a_turn_in_any_script_is_trained_as_it_is_sent(trained_world: LM, edit: Edit, system: str | None) -> None:
+    tokenizer = trained_world.tokenizer
+    if not tokenizer.chat_template:
+        pytest.skip("not a chat model")
+    asked = replace(edit, chat=Chat(system))
+    row = encode_edit(tokenizer, asked, answer=edit.target_new)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": "user", "content": edit.text}]
+    sent = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(row.prompt_ids) == sent
+    assert tokenizer.decode(row.target_ids) == edit.target_new
+    at = subject_tokens(tokenizer, asked)
+    assert tokenizer.decode(row.ids[at.start : at.stop]).strip() == edit.subject
+    assert row.subject_last == at.stop - 1

@@ -53,6 +53,7 @@ from retcon.workflow import (
     Resolved,
     check_replaces_its_like,
     estimate,
+    facts_that_fit,
     needed_moments,
     read_facts,
     read_settings,
@@ -205,6 +206,7 @@ def edit(
     else:
         kept_in.checkout(lm)
     loading = time.perf_counter() - started
+    facts = facts_that_fit(lm, facts, on_error)
     with spinner("probing for layers" if layers else "choosing settings"):
         resolved = resolve(
             lm, method, dataset=dataset, preset=preset, given=given, edits=facts.edits, probe=layers is not None
@@ -323,7 +325,8 @@ def _edit_store(
     reports = [report for delta in made for report in delta.report]
     took = sum(bool(report.greedy_match) for report in reports)
     n_bytes = sum(store.file_size(delta.id) for delta in made)
-    show.print(f"{took} of {count(len(reports), 'edit')} are what the edited model says first")
+    verb = "is" if len(reports) == 1 else "are"
+    show.print(f"{took} of {count(len(reports), 'edit')} {verb} what the edited model says first")
     show.print(
         f"entry  [yellow]{entry.id}[/]  {escape(entry.message)}  "
         f"[dim]{count(len(made), 'delta')}, {size(n_bytes)}; state {store.state().id}[/]"

@@ -30,7 +30,7 @@ from retcon.cli.shell import (
     seconds,
 )
 from retcon.cluster import workers, working_on
-from retcon.workflow import moments_for, read_facts, read_settings
+from retcon.workflow import facts_that_fit, moments_for, read_facts, read_settings
 from retcon.workflow.tuning import Trial, Tuned, save_preset
 from retcon.workflow.tuning import tune as search
 
@@ -102,6 +102,7 @@ def tune(
         chat=chat,
     )
     lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
+    facts = facts_that_fit(lm, facts, on_error)
     show = console(stderr=as_json)
     show.print(f"[bold]{escape(method)}[/] on {escape(str(lm))}")
     show.print(f"facts     {escape(facts.about)}", soft_wrap=True)

@@ -3,11 +3,14 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from retcon.chat import Chat
 from retcon.edits import Case, Edit, in_chat
-from retcon.errors import InvalidSetting, RetconWarning
+from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
+
+if TYPE_CHECKING:
+    from retcon.lm.model import LM
 
 Conflicts = Literal["error", "drop", "last"]
 OnError = Literal["stop", "skip"]
@@ -66,3 +69,32 @@ def read_facts(
     if not facts.edits:
         raise InvalidSetting(f"nothing to edit: {report}")
     return facts
+
+
+def facts_that_fit(lm: "LM", facts: Facts, on_error: OnError = "stop") -> Facts:
+    """Facts whose prompts and new answers the model can read at once; what is left out is warned of.
+
+    Args:
+        on_error: `stop` leaves the refusal to the edit.
+
+    Raises:
+        InvalidSetting: nothing is left to edit.
+    """
+    if on_error == "stop":
+        return facts
+    too_long: dict[str, str] = {}
+    for case in facts.cases:
+        try:
+            for edit in case.edits:
+                lm.check_edit_length(edit)
+        except InvalidEdit as error:
+            too_long[case.id] = str(error)
+    if not too_long:
+        return facts
+    shown = "; ".join(list(too_long.values())[:3]) + (" and more" if len(too_long) > 3 else "")
+    if len(too_long) == len(facts.cases):
+        raise InvalidSetting(f"nothing to edit: all of it is too long for the model: {shown}")
+    warnings.warn(f"left out {len(too_long)} that the model cannot read: {shown}", RetconWarning, stacklevel=2)
+    kept = tuple(case for case in facts.cases if case.id not in too_long)
+    about = f"{facts.about}; too long for the model: {len(too_long)}"
+    return Facts(tuple(edit for case in kept for edit in case.edits), kept, about)

@@ -65,6 +65,20 @@ class Format:
         """How many of a file's fields belong to it."""
         return len(found.keys() & {*self.fields, *self.carries})
 
+    def misspelt(self, found: Mapping[str, Any]) -> dict[str, str]:
+        """The right name of each of a file's fields that looks like one it needs and lacks."""
+        meant: dict[str, str] = {}
+        for group in self.missing(found):
+            for name in (name for name in found if name not in {*self.fields, *self.carries, *meant}):
+                if close := difflib.get_close_matches(name.lower().replace("-", "_"), group, n=1, cutoff=0.8):
+                    meant[name] = close[0]
+                    break
+        return meant
+
+    def nearness(self, found: Mapping[str, Any]) -> int:
+        """How well a file that it does not fit is explained by it: fields it has, less those it needs and lacks."""
+        return self.likeness(found) + 2 * len(self.misspelt(found)) - len(self.missing(found))
+
 
 FORMATS: Mapping[FormatName, Format] = {
     f.name: f
@@ -216,19 +230,43 @@ def recognise(rows: Sequence[Row], path: object) -> FormatName:
     fitting = [f for f in FORMATS.values() if f.fits(found)]
     if fitting:
         return max(fitting, key=lambda f: f.likeness(found)).name
-    nearest = max(FORMATS.values(), key=lambda f: (f.likeness(found) - len(f.missing(found)), f.name == "edits"))
+    nearest = max(FORMATS.values(), key=lambda f: (f.nearness(found), f.name == "edits"))
     shown = ", ".join(map(str, found)) or "(none)"
-    missing = nearest.missing(found)
+    missing, misspelt = nearest.missing(found), nearest.misspelt(found)
     if not missing:
         return nearest.name
-    if nearest.likeness(found) >= 2 and len(missing) < len(nearest.needs):
+    if nearest.likeness(found) + len(misspelt) >= 2 and len(missing) - len(misspelt) < len(nearest.needs):
         lacking = " and ".join(" or ".join(map(repr, group)) for group in missing)
+        are = "field {} is" if len(missing) == 1 else "fields {} are"
+        meant = " and ".join(f"{right!r} by {wrong!r}" for wrong, right in sorted(misspelt.items()))
         raise MalformedFile(
-            f"{path}: taken for {nearest.title} ({nearest.name}), of which the field {lacking} is missing; its fields "
-            f"are {shown}. Name the format if it is another: {', '.join(FORMATS)}"
+            f"{path}: taken for {nearest.title} ({nearest.name}), of which the {are.format(lacking)} missing; its "
+            f"fields are {shown}"
+            + (f" (did you mean {meant}?)" if meant else "")
+            + f". Name the format if it is another: {', '.join(FORMATS)}"
+        )
+    if holders := _holders(rows):
+        raise MalformedFile(
+            f"{path}: one object that holds the rows under {holders}; save them as a list, or one object per line"
         )
     known = "; ".join(f"{f.name} ({', '.join('/'.join(group[:2]) for group in f.needs)})" for f in FORMATS.values())
     raise MalformedFile(f"{path}: no known format; the rows have the fields {shown}. Known: {known}")
+
+
+def _holders(rows: Sequence[Row]) -> str:
+    """The fields of a file's only row that hold rows themselves, for a message; empty where there are none."""
+
+    def is_row(item: Any) -> bool:
+        return isinstance(item, dict) and len(item) > 1
+
+    if len(rows) != 1:
+        return ""
+    names = [
+        repr(name)
+        for name, value in rows[0][1].items()
+        if is_row(value) or (isinstance(value, list) and value and all(map(is_row, value)))
+    ]
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
 def reader(format: FormatName, given: Mapping[str, str], counts: Counter[str]) -> tuple[Parser, dict[str, str]]:
