@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from retcon.errors import DeltaMismatch, InvalidSetting
 from retcon.lm.site import Site
 from retcon.methods.adalora import AdaLora, Allotment, add_penalty
+from retcon.methods.common import tuning as tuning_module
 from retcon.methods.lora import Lora
 from retcon.training.objective import answer_log_probs, answer_rows
 from retcon.training.parts import TrainedTriplets, attached, changes, fresh
@@ -39,6 +40,15 @@ def test_the_change_has_at_most_the_rank(family, tiny, edits):
 def test_adapters_leave_as_factors(tiny, edits):
     delta = lora().propose(tiny("llama", torch.float32), edits)
     assert {change.kind for changes in delta.changes.values() for change in changes} == {"low_rank"}
+
+
+@pytest.mark.parametrize("method", [lora(), adalora(), adalora(allocate=False)])
+def test_what_is_trained_is_stated_beforehand(method, tiny, edits, monkeypatch):
+    lm, stated = tiny("llama", torch.float32), []
+    monkeypatch.setattr(tuning_module, "check_memory", lambda name, lm, n, each: stated.append((n, each)))
+    method.propose(lm, edits)
+    assert stated == [(method.n_trained(lm), method.bytes_per_value)]
+    assert method.bytes_per_value == (24 if getattr(method, "allocate", False) else 16)
 
 
 def test_a_fused_matrix_is_adapted_whole_by_its_path(tiny, edits):

@@ -21,7 +21,7 @@ from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State
 from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, NotNegative
-from retcon.methods.common.tuning import TuningSettings, sites_named, tuning
+from retcon.methods.common.tuning import BYTES_PER_VALUE, TuningSettings, sites_named, tuning
 from retcon.training.parts import TrainedTriplets, fresh
 
 
@@ -105,6 +105,16 @@ class AdaLora(TuningSettings):
                 allotment = Allotment(self, parts, schedule.epochs * batches)
                 adam.register_step_post_hook(lambda *_: allotment.update())
             return run.delta(parts, run.train(parts, optimizer=adam))
+
+    def n_trained(self, lm: LM) -> int:
+        """How many values are trained, those that the budget takes away among them."""
+        sites = sites_named(self.name, lm, self.layers, self.modules)
+        return self.rank * sum(sum(site.weight.shape) + 1 for site in sites)
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Where the budget is allotted, sensitivity and its deviation besides, in float32."""
+        return BYTES_PER_VALUE + (8 if self.allocate else 0)
 
     def _part(self, site: Site, generator: torch.Generator) -> TrainedTriplets:
         """P and Q normal with a deviation of 0.02, E = 0."""

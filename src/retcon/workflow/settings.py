@@ -77,7 +77,7 @@ def resolve(
     """
     from retcon.methods.common import registry
     from retcon.methods.common.contract import check_model_has_layers
-    from retcon.methods.common.tuning import memory_note
+    from retcon.methods.common.tuning import BYTES_PER_VALUE, memory_note
 
     given = given or {}
     probed = {"layers": "probe"} if probe else {}
@@ -88,10 +88,9 @@ def resolve(
         )
     check_model_has_layers(chosen.method, lm)
     n_probed, notes = len(edits) if probe else 0, chosen.notes
-    if hasattr(chosen.method, "n_trained") and not hasattr(
-        chosen.method, "fit"
-    ):  # an edit with an editor trains nothing
-        notes = (*notes, memory_note(chosen.method.n_trained(lm)))
+    if hasattr(chosen.method, "n_trained") and not hasattr(chosen.method, "fit"):  # with an editor nothing is trained
+        each = getattr(chosen.method, "bytes_per_value", BYTES_PER_VALUE)
+        notes = (*notes, memory_note(chosen.method.n_trained(lm), each))
     return Resolved(name, chosen.method, chosen.preset, frozenset(given), n_probed, notes)
 
 

@@ -63,6 +63,11 @@ class TuningSettings:
         check_settings(self)
         self.schedule(1)
 
+    @property
+    def bytes_per_value(self) -> int:
+        """What a trained value takes, with all that is kept of it while training."""
+        return BYTES_PER_VALUE
+
     def schedule(self, n_edits: int) -> Schedule:
         """How long to go on, for so many edits."""
         return Schedule(epochs=self.epochs, batch_size=self.batch_size, stop_loss=self.stop_loss)
@@ -113,7 +118,8 @@ class Tuning:
             NonFinite: the model gives an edit no finite probability.
         """
         values = [tensor for part in parts for tensor in part.trained()]
-        check_memory(self.method.name, self.lm, sum(tensor.numel() for tensor in values))
+        n_values = sum(tensor.numel() for tensor in values)
+        check_memory(self.method.name, self.lm, n_values, self.method.bytes_per_value)
         edits = self.edits if edits is None else edits
         loss = loss or AnswerLoss(self.lm, answer_rows(self.lm, edits))
         optimizer = optimizer or torch.optim.Adam(values, lr=self.method.learning_rate)
@@ -216,20 +222,20 @@ def losses_now(loss: EditLoss, n: int) -> list[float]:
     return [found[i] for i in range(n)]
 
 
-def memory_note(n_values: int) -> str:
+def memory_note(n_values: int, bytes_per_value: int = BYTES_PER_VALUE) -> str:
     """What training so many values takes, in words."""
-    n_bytes = BYTES_PER_VALUE * n_values
+    n_bytes = bytes_per_value * n_values
     shown = f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
     return f"trains {n_values:,} values, {shown} with gradients and Adam's moments"
 
 
-def check_memory(name: str, lm: LM, n_values: int) -> None:
+def check_memory(name: str, lm: LM, n_values: int, bytes_per_value: int = BYTES_PER_VALUE) -> None:
     """Check that `n_values` trained values and their optimiser state fit into the free memory beside the model.
 
     Raises:
         OutOfMemory: they do not; the message gives the figures.
     """
-    needed, free = BYTES_PER_VALUE * n_values, free_bytes(lm.device)
+    needed, free = bytes_per_value * n_values, free_bytes(lm.device)
     if needed > free:
         raise OutOfMemory(
             f"{name} trains {n_values:,} values, which take {needed / 2**30:.1f} GiB with gradients and Adam's "
