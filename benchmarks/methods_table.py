@@ -1,7 +1,8 @@
-"""All locate-then-edit methods at several numbers of edits, as a Markdown table.
+"""All methods at several numbers of edits, as a Markdown table.
 
     python -m benchmarks.methods_table --model demo:gptj --n 1 100 1000
     python -m benchmarks.methods_table --model PATH --data FILE --corpus text.txt --start 1000 --n 1 100 1000
+    python -m benchmarks.methods_table --methods MEND MALMEN --editor MEND=mend.safetensors MALMEN=malmen.safetensors
 
 Settings are the model's presets. At n = 1 each of `--alone` cases is edited and measured by itself. At larger n, batch
 methods write all edits at once, and methods for one fact write them one on top of the other, all kept. ES, GS, LS
@@ -38,7 +39,21 @@ ROWS = {
     "EMMET": "emmet",
     "PMET": "pmet",
     "JEEP": "jeep",
+    "KNE": "kne",
+    "CTP": "ctp",
+    "FT": "ft",
+    "FT-L": "ft_l",
+    "FT-M": "ft_m",
+    "FT-WD": "ft_wd",
+    "Full-C": "full_c",
+    "LoRA": "lora",
+    "AdaLoRA": "adalora",
+    "KN": "kn",
+    "MEND": "mend",
+    "MALMEN": "malmen",
 }
+FAMILY = ["ROME", "R-ROME", "MEMIT", "RECT", "PRUNE", "AlphaEdit", "EMMET", "PMET", "JEEP"]
+"""The locate-then-edit methods, which are run where none are named."""
 METRICS = ("Score", "ES", "GS", "LS")
 
 
@@ -82,8 +97,12 @@ def main() -> None:
     add_places(parser)
     parser.add_argument("--n", type=int, nargs="+", default=[1, 100, 1000])
     parser.add_argument("--alone", type=int, default=100, help="cases edited one at a time for n = 1")
-    parser.add_argument("--methods", nargs="+", choices=ROWS.values(), default=list(ROWS.values()))
+    parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=FAMILY)
+    parser.add_argument(
+        "--editor", nargs="*", default=[], metavar="METHOD=FILE", help="trained editors, by `retcon fit`"
+    )
     args = parser.parse_args()
+    editors = dict(pair.split("=", 1) for pair in args.editor)
 
     warnings.simplefilter("ignore", RetconWarning)
     lm = retcon.load(args.model)
@@ -96,9 +115,10 @@ def main() -> None:
             pre = evaluate(lm, cases, generate=False)
             print(f"| {n} | unedited | {cells(pre, 'pre')} | | |", flush=True)
             for label, name in ROWS.items():
-                if name not in args.methods:
+                if label not in args.methods:
                     continue
-                method = retcon.method(name, for_model=lm)
+                own = {"editor": editors[label]} if label in editors else {}
+                method = retcon.method(name, for_model=lm, **own)
                 method.propose(
                     lm, cases[0].edits, contexts=contexts, moments=moments
                 )  # moments and what is made of them
