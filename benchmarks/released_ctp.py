@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from retcon.errors import InvalidSetting
 from retcon.locate.paths import Slot
 from retcon.methods.ctp import Ctp, PathTrainer
 from retcon.training.descent import Reduction
-from retcon.training.nodes import RowAdam, RowState
+from retcon.training.nodes import NodeAdam
 from retcon.training.objective import AnswerLoss
 
 
@@ -57,26 +56,29 @@ class ReleasedCtp(Ctp):
 
 
 class _LeakingTrainer(PathTrainer):
-    def __init__(
-        self, method: ReleasedCtp, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None
-    ) -> None:
-        super().__init__(method, slots, target, original)
-        self.adam_negative = RowAdam(learning_rate=method.learning_rate)
-        self.memory_negative = self.memory_positive
-        self.negative_loss_weight = method.contrast_weight
-        self.n_steps = 0
+    def optimizers(self) -> tuple[NodeAdam, NodeAdam]:
+        """One Adam for both steps; lambda is on the loss."""
+        self.negative_loss_weight = self.method.contrast_weight
+        positive, negative = (_LeakingAdam(self.nodes, self.method.learning_rate) for _ in range(2))
+        negative.memory = positive.memory
+        return positive, negative
 
-    def remember(self, before: tuple[list[Tensor], list[Tensor]]) -> None:
-        """Everything that was ever trained goes on, its steps counted from the start."""
-        everyone = [torch.ones_like(nodes.index, dtype=torch.bool) for nodes in self.nodes]
-        self.memory_positive = self.memory_negative = self.grown(self.memory_positive, everyone, self.n_steps)
 
-    def _step(self, adam: RowAdam, memory: list[list[RowState]], chosen: list[Tensor]) -> None:
-        self.n_steps += 1
-        super()._step(adam, memory, chosen)
+class _LeakingAdam(NodeAdam):
+    """Steps everything that was ever trained, so that momentum goes on working where the gradient is zeroed."""
 
-    def step_nodes(self, adam: RowAdam, tensor: Tensor, state: RowState, here: Bool[Tensor, " n"]) -> None:
-        """All rows are stepped, so that momentum goes on working where the gradient is zeroed."""
-        assert tensor.grad is not None
-        outside = ~here.view(-1, *[1] * (tensor.dim() - 1))
-        adam.step(tensor, tensor.grad.masked_fill(outside, 0), state, torch.ones_like(here))
+    def choose(self, units: Sequence[Tensor]) -> None:
+        """Nodes that are new have no momentum, and as many steps counted as all others."""
+        counted = [float(state.steps.max()) for states in self.memory for state in states if len(state.steps)]
+        for t, nodes in enumerate(self.nodes):
+            everyone = torch.ones_like(nodes.index, dtype=torch.bool)
+            self.chosen[t] = nodes.chosen(units[t]) if t < len(units) else everyone
+            states = zip(self.memory[t], nodes.tensors, strict=True)
+            self.memory[t] = [state.grown(tensor, everyone, max(counted, default=0)) for state, tensor in states]
+
+    def step(self) -> None:
+        for nodes, memory, chosen in zip(self.nodes, self.memory, self.chosen, strict=True):
+            for tensor, state in zip(nodes.tensors, memory, strict=True):
+                assert tensor.grad is not None
+                outside = ~chosen.view(-1, *[1] * (tensor.dim() - 1))
+                self.adam.step(tensor, tensor.grad.masked_fill(outside, 0), state, torch.ones_like(chosen))

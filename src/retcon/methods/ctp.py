@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from retcon.delta import Delta
@@ -23,17 +22,11 @@ from retcon.locate.paths import Assess, KeyMatrix, Score, Select, Slot, Transmis
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import (
-    ModelShape,
-    Progress,
-    State,
-    check_depth,
-    lower_layers,
-)
+from retcon.methods.common.contract import ModelShape, Progress, State, check_depth, lower_layers
 from retcon.methods.common.settings import Count, CountFromZero, Layers, NotNegative
 from retcon.methods.common.tuning import TuningSettings, tuning
 from retcon.training.descent import accumulate, shares
-from retcon.training.nodes import Nodes, RowAdam, RowState
+from retcon.training.nodes import NodeAdam, Nodes
 from retcon.training.objective import AnswerLoss, answer_rows, own_answers
 from retcon.training.parts import Part, attached
 
@@ -165,18 +158,21 @@ class PathTrainer:
     def __init__(self, method: Ctp, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None) -> None:
         self.method, self.slots, self.target, self.original = method, slots, target, original
         self.nodes = [Nodes(slot.site, "columns" if slot.is_value else "rows") for slot in slots]
-        self.positive: list[Tensor] = []
-        self.negative: list[Tensor] = []
         if method.train_out_bias:
             for slot in slots:
                 if slot.is_value and slot.site.bias is not None:
                     bias = Nodes(slot.site, "bias")
                     bias.add(torch.arange(len(slot.site.bias)))
                     self.nodes.append(bias)
+        self.positive: list[Tensor] = []
+        self.negative: list[Tensor] = []
         self.moves_negative = method.contrast == "neg_step" and method.has_contrast
-        self.adam_positive = RowAdam(learning_rate=method.learning_rate)
-        self.adam_negative = RowAdam(learning_rate=method.contrast_weight * method.learning_rate)
-        self.memory_positive, self.memory_negative = self.fresh_memory(), self.fresh_memory()
+        self.adam_positive, self.adam_negative = self.optimizers()
+
+    def optimizers(self) -> tuple[NodeAdam, NodeAdam]:
+        """What moves T+, and what moves T-."""
+        rate = self.method.learning_rate
+        return NodeAdam(self.nodes, rate), NodeAdam(self.nodes, self.method.contrast_weight * rate)
 
     def parts(self) -> list[Part]:
         """Everything that was ever trained."""
@@ -192,57 +188,36 @@ class PathTrainer:
             return self.target.now()
 
     def set_paths(self, found: Transmission) -> None:
-        """Train the nodes of these paths from now on; others keep the change they have.
-
-        Nodes that go on being trained keep their momentum, others start without.
-        """
-        before = self.positive, self.negative
-        self.positive = [torch.tensor(found.positive.in_slot(t)) for t in range(len(self.slots))]
-        self.negative = [torch.tensor(found.negative.in_slot(t)) for t in range(len(self.slots))]
-        for t in range(len(self.slots)):
-            self.nodes[t].add(self.positive[t])
+        """Train the nodes of these paths from now on; others keep the change they have."""
+        self.positive, self.negative = (
+            [torch.tensor(paths.in_slot(t), dtype=torch.long) for t in range(len(self.slots))]
+            for paths in (found.positive, found.negative)
+        )
+        for nodes, positive, negative in zip(self.nodes, self.positive, self.negative, strict=False):
+            nodes.add(positive)
             if self.moves_negative:
-                self.nodes[t].add(self.negative[t])
-        self.remember(before)
-
-    def remember(self, before: tuple[list[Tensor], list[Tensor]]) -> None:
-        """Fit the optimisers' memory to the nodes that are there now; `before`: T+ and T- until now."""
-        kept = [self._still(t, before[0], self.positive) for t in range(len(self.nodes))]
-        self.memory_positive = self.grown(self.memory_positive, kept)
-        kept = [self._still(t, before[1], self.negative) for t in range(len(self.nodes))]
-        self.memory_negative = self.grown(self.memory_negative, kept)
+                nodes.add(negative)
+        self.adam_positive.choose(self.positive)
+        self.adam_negative.choose(self.negative)
 
     def update(self, items: list[int]) -> dict[int, float]:
         """A step on T+ towards y*, then (`neg_step`) one on T- towards y; the losses L(y*) before them."""
         method = self.method
         share = dict(zip(items, shares(self.target.rows, items, method.reduction).tolist(), strict=True))
-
-        def towards(loss: AnswerLoss, parts: Callable[[], list[Part]]) -> Callable[[Sequence[int]], Tensor]:
-            def losses(chunk: Sequence[int]) -> Tensor:
-                with attached(parts()):
-                    return loss(chunk)
-
-            return losses
-
-        now = accumulate(
-            towards(self.target, self.parts),
-            self.target.chunks(items),
-            lambda i, loss: share[i] if loss >= method.stop_loss else 0.0,
-        )
+        self._forget_gradients()
+        now = _accumulate(self.target, self.parts, items, lambda i, loss: share[i] if loss >= method.stop_loss else 0.0)
         active = [i for i in items if now[i] >= method.stop_loss]
         if not all(map(math.isfinite, now.values())) or not active:
-            self._forget_gradients()
             return now
         if self.original is not None and method.contrast == "mirror":  # one step on both terms
             weight = method.contrast_weight
-            accumulate(
-                towards(self.original, self._mirrored), self.original.chunks(active), lambda i, _: weight * share[i]
-            )
-        self._step(self.adam_positive, self.memory_positive, self.positive)
+            _accumulate(self.original, self._mirrored, active, lambda i, _: weight * share[i])
+        self.adam_positive.step()
         if self.original is not None and self.moves_negative:
             weight = self.negative_loss_weight
-            accumulate(towards(self.original, self.parts), self.original.chunks(active), lambda i, _: weight * share[i])
-            self._step(self.adam_negative, self.memory_negative, self.negative)
+            self._forget_gradients()
+            _accumulate(self.original, self.parts, active, lambda i, _: weight * share[i])
+            self.adam_negative.step()
         return now
 
     def _mirrored(self) -> list[Part]:
@@ -253,37 +228,18 @@ class PathTrainer:
             for part in nodes.averaged(nodes.chosen(positive), negative)
         ]
 
-    def _step(self, adam: RowAdam, memory: list[list[RowState]], chosen: list[Tensor]) -> None:
-        for t, nodes in enumerate(self.nodes):
-            here = nodes.chosen(chosen[t]) if t < len(chosen) else torch.ones_like(nodes.index, dtype=torch.bool)
-            for tensor, state in zip(nodes.tensors, memory[t], strict=True):
-                self.step_nodes(adam, tensor, state, here)
-        self._forget_gradients()
-
-    def step_nodes(self, adam: RowAdam, tensor: Tensor, state: RowState, here: Bool[Tensor, " n"]) -> None:
-        """One step of the nodes `here`, the tensor's others stay."""
-        assert tensor.grad is not None
-        adam.step(tensor, tensor.grad, state, here)
-
     def _forget_gradients(self) -> None:
         for tensor in self.values():
             tensor.grad = None
 
-    def fresh_memory(self) -> list[list[RowState]]:
-        """The optimiser's memory before the first step."""
-        return [[RowState.fresh(tensor) for tensor in nodes.tensors] for nodes in self.nodes]
 
-    def grown(
-        self, memory: list[list[RowState]], kept: Sequence[Bool[Tensor, " n"]], steps: float = 0.0
-    ) -> list[list[RowState]]:
-        return [
-            [state.grown(tensor, keep, steps) for state, tensor in zip(states, nodes.tensors, strict=True)]
-            for states, nodes, keep in zip(memory, self.nodes, kept, strict=True)
-        ]
+def _accumulate(
+    loss: AnswerLoss, parts: Callable[[], list[Part]], items: Sequence[int], weight: Callable[[int, float], float]
+) -> dict[int, float]:
+    """Add the gradient of the weighted losses of `items`, with the parts attached; return the losses."""
 
-    def _still(self, t: int, before: list[Tensor], now: list[Tensor]) -> Bool[Tensor, " n"]:
-        """Nodes that are trained now and were before."""
-        nodes = self.nodes[t]
-        if t >= len(now):  # a whole bias
-            return torch.ones_like(nodes.index, dtype=torch.bool)
-        return nodes.chosen(now[t]) & nodes.chosen(before[t]) if before else torch.zeros_like(nodes.index).bool()
+    def losses(chunk: Sequence[int]) -> Tensor:
+        with attached(parts()):
+            return loss(chunk)
+
+    return accumulate(losses, loss.chunks(items), weight)

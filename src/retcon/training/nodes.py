@@ -2,7 +2,7 @@
 
 A matrix's nodes stand in one compact tensor, so that those that no longer move still count in the forward pass.
 `RowAdam` steps chosen rows of it: a row that is not stepped neither moves nor ages, which zeroing its gradient would
-not achieve, since Adam moves any row with momentum left.
+not achieve, since Adam moves any row with momentum left. `NodeAdam` does so for the chosen nodes of many matrices.
 """
 
 from collections.abc import Sequence
@@ -103,3 +103,32 @@ class RowAdam:
         state.first[rows], state.second[rows], state.steps[rows] = m, v, steps
         t = steps.view(-1, *[1] * (tensor.dim() - 1))
         tensor[rows] -= self.learning_rate * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + self.eps)
+
+
+class NodeAdam:
+    """Adam on the chosen nodes of several matrices; nodes that stay chosen keep their momentum."""
+
+    def __init__(self, nodes: Sequence[Nodes], learning_rate: float) -> None:
+        self.nodes, self.adam = nodes, RowAdam(learning_rate=learning_rate)
+        self.chosen = [torch.zeros_like(n.index, dtype=torch.bool) for n in nodes]
+        self.memory = [[RowState.fresh(tensor) for tensor in n.tensors] for n in nodes]
+
+    def choose(self, units: Sequence[Int[Tensor, " k"]]) -> None:
+        """Step these units of each matrix from now on; of matrices past the end of `units`, all nodes.
+
+        Nodes that were chosen before keep their momentum, others start without.
+        """
+        for t, nodes in enumerate(self.nodes):
+            now = nodes.chosen(units[t]) if t < len(units) else torch.ones_like(nodes.index, dtype=torch.bool)
+            kept = now.clone()
+            kept[: len(self.chosen[t])] &= self.chosen[t]
+            kept[len(self.chosen[t]) :] = False
+            self.memory[t] = [s.grown(x, kept) for s, x in zip(self.memory[t], nodes.tensors, strict=True)]
+            self.chosen[t] = now
+
+    def step(self) -> None:
+        """Move the chosen nodes against their gradients."""
+        for nodes, memory, chosen in zip(self.nodes, self.memory, self.chosen, strict=True):
+            for tensor, state in zip(nodes.tensors, memory, strict=True):
+                assert tensor.grad is not None
+                self.adam.step(tensor, tensor.grad, state, chosen)
