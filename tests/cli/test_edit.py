@@ -12,6 +12,7 @@ import pytest
 import retcon
 from retcon.delta import Delta, EditReport
 from retcon.edits import Case, Edit, Query, write_cases
+from retcon.methods.common.starting_point import FittedClamps
 from retcon.workflow import Resolved, remedy
 from tests.cli.conftest import EDIT, QUICK, ROWS, write_rows
 
@@ -354,6 +355,17 @@ def test_edits_lost_in_the_write_want_less_weight_on_old_keys() -> None:
 def _said(report: list[EditReport], name: str = "memit", **settings: Any) -> str | None:
     untuned = Resolved(name, retcon.method(name, layers=(1, 2), **settings), None, frozenset())
     return remedy(untuned, cast(Delta, SimpleNamespace(report=report)))
+
+
+def test_no_wider_clamp_is_advised_where_none_helped() -> None:
+    clamped = [EditReport(str(i), 0.1, 25, "clamped", final_probability=0.1, greedy_match=False) for i in range(3)]
+    assert (said := _said(clamped)) is not None
+    assert "add --set clamp=1.5" in said
+    fitted = FittedClamps(1.0, 0, 3, {"clamp": 0.75})
+    tried = Resolved("memit", retcon.method("memit", layers=(1, 2)), None, frozenset(), notes=(str(fitted),))
+    said = remedy(tried, cast(Delta, SimpleNamespace(report=clamped)))
+    assert said is not None
+    assert said.endswith("wider ones did not help: try other layers (--layers probe), or --method ft")
 
 
 def test_lost_in_the_write_is_asked_before_clamped_and_the_direction_is_right() -> None:

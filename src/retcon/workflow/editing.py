@@ -145,12 +145,19 @@ def outcomes(delta: "Attachment") -> str:
 
 def remedy(resolved: Resolved, delta: "Attachment") -> str | None:
     """Say which settings to try next, all at once, where a third of the edits or more were lost or held back."""
+    from retcon.methods.common.starting_point import NO_WIDER
+
     if resolved.preset is not None:
         return None
     n, counts = len(delta.report), Counter(report.outcome for report in delta.report)
     lost, clamped = counts["conflict"], counts["clamped"]
     if 3 * (lost + clamped) < n:
         return None
+    if 2 * clamped > n and any(NO_WIDER in note for note in resolved.notes):
+        return (
+            f"{clamped} of {n} edits were held back by the clamp, and wider ones did not help: try other layers "
+            "(--layers probe), or --method ft"
+        )
     tried: dict[str, float] = {}
     for found, endings, factor in ((lost, ("moment_weight", "ridge"), 0.1), (clamped, ("clamp",), 2.0)):
         if 10 * found >= n:

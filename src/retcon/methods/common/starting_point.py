@@ -23,6 +23,8 @@ MAX_FACTOR = 32.0
 """Clamps are doubled up to this factor: embedded models want 6 to 16 times what models of 6B parameters want."""
 MAX_RATE_FACTOR = 8.0
 """Learning rates are doubled up to this factor."""
+NO_WIDER = "wider clamps did not help"
+"""What a note says where doubling them stopped short of half of the edits."""
 REACHED = 0.9
 """Mean target probability in the search that counts as reached, also where the search goes on for a small loss."""
 
@@ -41,7 +43,7 @@ class FittedClamps:
     def __str__(self) -> str:
         shown = ", ".join(f"{name} = {value:g}" for name, value in self.clamps.items())
         tried = f"{self.n_reached} of {self.n_tried} edits tried reach their target"
-        rest = "" if self.n_reached >= ENOUGH * self.n_tried else "; wider clamps did not help"
+        rest = "" if self.n_reached >= ENOUGH * self.n_tried else f"; {NO_WIDER}"
         return f"{shown}: {self.factor:g} times the default, with which {tried}{rest}"
 
 
