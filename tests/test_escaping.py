@@ -10,12 +10,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Group
+from rich.table import Table as Grid
 
 from retcon.bench import Bench
 from retcon.bench.report import Table, groups_of, tables_of
 from retcon.bench.report.page import page
 from retcon.bench.report.plots import pictures_of
-from retcon.cli.shell import PlainTextConsole, _say, emit
+from retcon.cli.shell import PlainTextConsole, _say, emit, styled
 from retcon.delta import Delta
 from retcon.edits import Edit, Query
 from retcon.escaping import csv_cell, json_text, latex, markdown, one_line, printable
@@ -164,11 +166,16 @@ def test_a_summary_in_a_notebook() -> None:
 def test_the_terminal_and_messages(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     shown = PlainTextConsole(file=out, width=400, force_terminal=False, emoji=False, highlight=False)
-    shown.print(f"[bold]{HOSTILE}[/]")
-    shown.print(HALF)
-    shown.print(HALF, markup=False)
+    shown.print(styled("[bold]{}[/] and [dim]{:>3}[/] {}", HOSTILE, "[red]", styled("[bold]{}[/]", "[red]x[/]")))
+    assert out.getvalue().rstrip().endswith(" and [red] [red]x[/]")
+    shown.print(HOSTILE)
+    shown.print(HALF, markup=True)
+    table = Grid(title=HALF)
+    table.add_column(HALF)
+    table.add_row(HALF)
+    shown.print(table, Group(HALF))
     assert not NEVER.search(out.getvalue())
-    assert out.getvalue().count("[link=http://x]") == 3
+    assert out.getvalue().count("[link=http://x]") == 7
     monkeypatch.setattr("retcon.cli.shell.console", lambda **_: shown)
     _say("error", "red", HALF)
     assert not NEVER.search(out.getvalue())

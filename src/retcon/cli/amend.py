@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, progress_bars
+from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, progress_bars, styled
 from retcon.cli.stores import (
     Again,
     Corpus,
@@ -48,5 +47,5 @@ def amend(
         emit(entry_record(entry, found.state(entry.id)))
         return
     searched = f"{count(entry.about['searched'], 'value')} searched"
-    console().print(f"[yellow]{entry.id}[/]  {escape(entry.message)}  [dim]{searched}[/]")
+    console().print(styled("[yellow]{}[/]  {}  [dim]{}[/]", entry.id, entry.message, searched))
     say_on_top(entry, offer=True)

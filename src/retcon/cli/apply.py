@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from retcon.cli.shell import (
     Device,
@@ -22,6 +21,7 @@ from retcon.cli.shell import (
     loads_a_model,
     size,
     spinner,
+    styled,
 )
 
 
@@ -63,8 +63,13 @@ def apply(
     out = console()
     for each in made.record["deltas"]:
         out.print(
-            f"applied  {escape(each['file'])}  [dim]{each['id']}: {escape(str(each['method']))}, "
-            f"{count(each['n_edits'], 'edit')}[/]"
+            styled(
+                "applied  {}  [dim]{}: {}, {}[/]",
+                each["file"],
+                each["id"],
+                each["method"],
+                count(each["n_edits"], "edit"),
+            )
         )
-    out.print(f"saved    {escape(str(save))}  [dim]{size(made.n_bytes)}, {made.record['base']['dtype']}[/]")
-    out.print(f"[dim]load it with AutoModelForCausalLM.from_pretrained({escape(repr(str(save)))})[/]")
+    out.print(styled("saved    {}  [dim]{}, {}[/]", save, size(made.n_bytes), made.record["base"]["dtype"]))
+    out.print(styled("[dim]load it with AutoModelForCausalLM.from_pretrained({})[/]", repr(str(save))))

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.shell import (
@@ -23,6 +22,7 @@ from retcon.cli.shell import (
     loads_a_model,
     size,
     spinner,
+    styled,
 )
 from retcon.errors import InvalidSetting
 from retcon.workflow.facts import read_facts
@@ -96,25 +96,25 @@ def audit(
     if delta is not None:
         exact = "base and delta give EDITED bit for bit" if found.exact else "exact to float32's rounding"
         about = f"{size(delta.stat().st_size)}, delta {found.delta.id}; {exact}"
-        console().print(f"saved  [bold]{escape(str(delta))}[/]  [dim]{about}[/]")
+        console().print(styled("saved  [bold]{}[/]  [dim]{}[/]", delta, about))
 
 
 def _show(found: "Audit", *, known: bool) -> None:
     show = console()
     n = len(found.differences)
     if not n:
-        show.print(f"[green]The same[/]: all {count(found.n_parameters, 'parameter')} agree bit for bit.")
+        show.print(styled("[green]The same[/]: all {} agree bit for bit.", count(found.n_parameters, "parameter")))
     else:
         table = Table(box=None, pad_edge=False, header_style="dim")
         table.add_column("parameter", no_wrap=True, overflow="ellipsis")
         for head in ("difference", "of its norm", "rank", *(("unexplained",) if known else ())):
             table.add_column(head, justify="right")
         for d in found.differences[:N_SHOWN]:
-            cells = [escape(d.parameter), f"{d.norm:.3g}", f"{d.share:.2%}", "-" if d.rank is None else str(d.rank)]
+            cells = [d.parameter, f"{d.norm:.3g}", f"{d.share:.2%}", "-" if d.rank is None else str(d.rank)]
             table.add_row(*cells, *([f"{d.unexplained or 0:.2%}"] if known else []))
         show.print(table)
         more = f"; {n - N_SHOWN:,} more in --json" if n > N_SHOWN else ""
-        show.print(f"[dim]{n:,} of {count(found.n_parameters, 'parameter')} differ{more}[/]")
+        show.print(styled("[dim]{:,} of {} differ{}[/]", n, count(found.n_parameters, "parameter"), more))
         if found.unexplained is not None:
             show.print(f"The deltas given leave {found.unexplained:.2%} of the difference unexplained.")
     if found.answers:
@@ -123,7 +123,7 @@ def _show(found: "Audit", *, known: bool) -> None:
         for head, width in (("prompt", 44), ("base", 22), ("edited", 22)):
             answers.add_column(head, no_wrap=True, overflow="ellipsis", max_width=width)
         for a in changed[:N_SHOWN]:
-            answers.add_row(*(escape(" ".join(part.split())) for part in (a.edit.text, a.base, a.edited)))
+            answers.add_row(*(" ".join(part.split()) for part in (a.edit.text, a.base, a.edited)))
         show.print()
         if changed:
             show.print(answers)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.shell import (
@@ -23,6 +22,7 @@ from retcon.cli.shell import (
     emit,
     program,
     seconds,
+    styled,
 )
 from retcon.cluster import workers
 from retcon.errors import InvalidSetting
@@ -114,10 +114,10 @@ def bench(
             if board.shown:
                 live.update(board.table())
             elif event.evaluation is not None:
-                console(stderr=True).print(escape(board.line(event)), soft_wrap=True)
+                console(stderr=True).print(board.line(event), soft_wrap=True)
 
         def tell(report: object) -> None:
-            console(stderr=True).print(escape(str(report)), soft_wrap=True)
+            console(stderr=True).print(str(report), soft_wrap=True)
 
         how: dict[str, Any] = dict(force=force, verify_base=verify_base, workers=at)
         run_bench(spec, out, watch=watch, on_loaded=tell, loaded=loaded, **how)
@@ -126,8 +126,8 @@ def bench(
         emit({"directory": str(out), "seconds": took, "runs": board.record()})
         return
     console().print(board.table())
-    console().print(f"{count(len(board.rows), 'run')} in {seconds(took)}, kept in [bold]{escape(str(out))}[/]")
-    console().print(f"[dim]next   {escape(program())} report {escape(str(out))}[/]", soft_wrap=True)
+    console().print(styled("{} in {}, kept in [bold]{}[/]", count(len(board.rows), "run"), seconds(took), out))
+    console().print(styled("[dim]next   {} report {}[/]", program(), out), soft_wrap=True)
 
 
 def _spec(
@@ -207,10 +207,10 @@ def _estimate(spec: "BenchSpec", loaded: "Mapping[str, Loaded]", out: Path, as_j
         cells = [seconds(e.seconds_edit), f"{1000 * e.seconds_measure:.0f} ms", seconds(e.seconds)]
         if e.finished:
             cells = ["", "", "before"]
-        table.add_row(escape(e.cell.slug), f"{e.n_cases:,}", *cells)
+        table.add_row(e.cell.slug, f"{e.n_cases:,}", *cells)
     console().print(table)
     left, took = sum(not e.finished for e in found), sum(e.seconds for e in found)
-    console().print(f"{count(left, 'run')}, about {seconds(took)} [dim](from a few edits and cases each)[/]")
+    console().print(styled("{}, about {} [dim](from a few edits and cases each)[/]", count(left, "run"), seconds(took)))
 
 
 @dataclass
@@ -268,7 +268,7 @@ class _Board:
             cell = row.cell
             what = (cell.model.label, cell.method.label, cell.dataset.label, cell.protocol.describe(), str(cell.seed))
             table.add_row(
-                *map(escape, what),
+                *what,
                 f"{row.done}/{row.total}",
                 self._time(row),
                 *(row.numbers.get(name, "") for name in columns),

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.shell import Json, console, count, emit, size
@@ -59,7 +58,7 @@ def cache(
         n_bytes = sum(each.n_bytes for each in removed)
         show.print(f"removed {count(len(removed), 'file')}, {size(n_bytes)}" if removed else "nothing to remove")
     if not kept:
-        show.print(f"nothing is kept in {escape(str(cache_dir()))}", soft_wrap=True)
+        show.print(f"nothing is kept in {cache_dir()}", soft_wrap=True)
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("kind")
@@ -71,4 +70,4 @@ def cache(
             written = time.strftime("%Y-%m-%d", time.localtime(max(each.written for each in own)))
             table.add_row(kind, what, f"{len(own):,}", size(sum(each.n_bytes for each in own)), written)
     show.print(table)
-    show.print(f"\n{size(sum(each.n_bytes for each in kept))} in {escape(str(cache_dir()))}", soft_wrap=True)
+    show.print(f"\n{size(sum(each.n_bytes for each in kept))} in {cache_dir()}", soft_wrap=True)

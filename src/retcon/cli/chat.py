@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.complete import MaxTokens, Stops, Temperature, TopK, TopP, writing
@@ -25,6 +24,7 @@ from retcon.cli.shell import (
     load_model,
     loads_a_model,
     spinner,
+    styled,
 )
 from retcon.errors import InvalidSetting
 
@@ -75,7 +75,7 @@ def chat(
         lm.apply(each, other_base=other_base)
     show = console()
     if sys.stdin.isatty():
-        show.print(f"[dim]{escape(str(lm))}; {HELP}[/]", soft_wrap=True)
+        show.print(styled("[dim]{}; {}[/]", lm, HELP), soft_wrap=True)
     now: list[str] = []
     before: list[str] = []
     for n, line in enumerate(_lines()):
@@ -91,11 +91,11 @@ def chat(
             table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
             table.add_column("before", ratio=1)
             table.add_column("after", ratio=1)
-            table.add_row(escape(old.text.strip()), f"[bold]{escape(answer.text.strip())}[/]")
+            table.add_row(old.text.strip(), styled("[bold]{}[/]", answer.text.strip()))
             show.print(table)
             before += [line, old.text.strip()]
         else:
-            show.print(f"[bold]{escape(answer.text.strip())}[/]", soft_wrap=True)
+            show.print(styled("[bold]{}[/]", answer.text.strip()), soft_wrap=True)
         now += [line, answer.text.strip()]
 
 
@@ -120,7 +120,7 @@ def _lines() -> Iterator[str]:
     """The turns that are typed or piped in, empty lines left out, until the end or /quit."""
     while True:
         if sys.stdin.isatty():
-            console().print("[dim]> [/]", end="")
+            console().print(styled("[dim]> [/]"), end="")
         line = sys.stdin.readline()
         if not line or line.strip() == "/quit":
             return

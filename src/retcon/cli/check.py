@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.complete import CHAT_TOKENS, PLAIN_TOKENS
@@ -33,6 +32,7 @@ from retcon.cli.shell import (
     loads_a_model,
     progress_bars,
     spinner,
+    styled,
 )
 from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from retcon.evaluation.safety import Answer, Verdict
 
 _MARKS = {
-    "passed": "[green]✓[/]",
-    "failed": "[red]✗[/]",
-    "unknown": "[yellow]?[/]",
-    "off": "[dim]-[/]",
-    "unmeasurable": "[dim]-[/]",
+    "passed": styled("[green]✓[/]"),
+    "failed": styled("[red]✗[/]"),
+    "unknown": styled("[yellow]?[/]"),
+    "off": styled("[dim]-[/]"),
+    "unmeasurable": styled("[dim]-[/]"),
 }
 
 
@@ -194,7 +194,7 @@ def check(
     else:
         _tell(verdict)
         if other:
-            console().print(f"\n[bold]Compared with {escape(other[0])}[/]", soft_wrap=True)
+            console().print(styled("\n[bold]Compared with {}[/]", other[0]), soft_wrap=True)
             _tell(other[1])
     if not verdict.safe:
         raise typer.Exit(1)
@@ -211,18 +211,18 @@ def _tell(verdict: "Verdict") -> None:
     for _ in range(3):
         table.add_column()
     for answer in verdict.answers:
-        table.add_row(_MARKS[answer.outcome], f"[bold]{TITLES[answer.part]}[/]", escape(answer.words))
+        table.add_row(_MARKS[answer.outcome], styled("[bold]{}[/]", TITLES[answer.part]), answer.words)
     show.print(table)
     for answer in verdict.answers:
         if answer.worst and answer.outcome == "failed":
             show.print()
-            show.print(f"[bold]{TITLES[answer.part]}: where it fell short[/]")
+            show.print(styled("[bold]{}: where it fell short[/]", TITLES[answer.part]))
             show.print(_examples(answer))
     show.print()
     for note in verdict.notes:
-        show.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
+        show.print(styled("[dim]{}[/]", note), soft_wrap=True)
     colour = "green" if verdict.safe else "red" if any(a.outcome == "failed" for a in verdict.answers) else "yellow"
-    show.print(f"[bold {colour}]{escape(verdict_line(verdict))}[/]", soft_wrap=True)
+    show.print(styled("[bold {}]{}[/]", colour, verdict_line(verdict)), soft_wrap=True)
     unasked = [f"--{a.part} 0" for a in verdict.answers if a.outcome == "unknown" and a.value is None]
     if unasked:
         options = ", ".join(unasked)
@@ -234,5 +234,5 @@ def _examples(answer: "Answer") -> Table:
     for head, width in (("prompt", 46), ("wanted", 15), ("before", 15), ("after", 15)):
         table.add_column(head, no_wrap=True, overflow="ellipsis", width=width)
     for e in answer.worst:
-        table.add_row(*(escape(" ".join(part.split())) for part in (e.prompt, e.wanted, e.before, e.after)))
+        table.add_row(*(" ".join(part.split()) for part in (e.prompt, e.wanted, e.before, e.after)))
     return table

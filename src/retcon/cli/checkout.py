@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, size, spinner
+from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, size, spinner, styled
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 from retcon.files import found_from
 
@@ -44,4 +43,4 @@ def checkout(
         return
     facts = count(len(found.facts(None if entry == "HEAD" else entry)), "fact")
     about = f"{size(made.n_bytes)}, state {state.id}: {facts} in {count(len(state.deltas), 'delta')}"
-    console().print(f"saved  [bold]{escape(str(save))}[/]  [dim]{about}[/]")
+    console().print(styled("saved  [bold]{}[/]  [dim]{}[/]", save, about))

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from retcon.cli.shell import (
     AsChat,
@@ -24,6 +23,7 @@ from retcon.cli.shell import (
     load_model,
     loads_a_model,
     spinner,
+    styled,
 )
 from retcon.errors import InvalidSetting
 
@@ -105,9 +105,9 @@ def complete(
         return
     show = console()
     if written.reasoning:
-        show.print(f"[dim]{escape(written.reasoning.strip())}[/]", soft_wrap=True)
-    before = "" if chat else escape(prompt)
-    show.print(f"{before}[bold]{escape(written.text.strip() if chat else written.text)}[/]", soft_wrap=True)
+        show.print(styled("[dim]{}[/]", written.reasoning.strip()), soft_wrap=True)
+    before = "" if chat else prompt
+    show.print(styled("{}[bold]{}[/]", before, written.text.strip() if chat else written.text), soft_wrap=True)
 
 
 def writing(

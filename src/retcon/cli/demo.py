@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.shell import (
@@ -25,6 +24,7 @@ from retcon.cli.shell import (
     seconds,
     size,
     spinner,
+    styled,
 )
 from retcon.edits import Case, Query
 from retcon.errors import InvalidSetting, MalformedFile
@@ -261,7 +261,7 @@ def _tell(story: Story, as_json: bool) -> None:
     n_values = sum(p.numel() for p in story.lm.model.parameters())
     n_facts = len(load_world().facts)
     show.print()
-    show.rule(f"[bold]retcon demo[/] · demo:{story.name}", style="dim", align="left")
+    show.rule(styled("[bold]retcon demo[/] · demo:{}", story.name), style="dim", align="left")
     show.print(
         f"A small {MODELS[story.name]} with {n_values / 1e6:.1f} million weights that knows {n_facts:,} "
         f"facts. JEEP rewrites {len(story.cases)} at once."
@@ -269,29 +269,46 @@ def _tell(story: Story, as_json: bool) -> None:
     show.print()
     for axis, title in _TITLES.items():
         if title and story.said[axis]:
-            show.print(f"[dim]{title}[/]")
+            show.print(styled("[dim]{}[/]", title))
         show.print(_table(story.said[axis], header=not title))
     show.print()
     show.print(_metrics_table(story))
     show.print()
     took, n = story.seconds, len(story.cases)
     show.print(
-        f"Time    [bold]{seconds(took['edit'] / n)} an edit[/]  [dim]({seconds(took['edit'])} for {n}; loading "
-        f"{seconds(took['load'])}, moments {seconds(took['moments'])}, measuring {seconds(took['evaluate'])})[/]"
+        styled(
+            "Time    [bold]{} an edit[/]  [dim]({} for {}; loading {}, moments {}, measuring {})[/]",
+            seconds(took["edit"] / n),
+            seconds(took["edit"]),
+            n,
+            seconds(took["load"]),
+            seconds(took["moments"]),
+            seconds(took["evaluate"]),
+        )
     )
-    read_back = "read back the same" if story.same_from_file else "[red]read back different[/]"
+    read_back = "read back the same" if story.same_from_file else styled("[red]read back different[/]")
     show.print(
-        f"Saved   [bold]{escape(str(story.file))}[/]  [dim]{size(story.file.stat().st_size)}, {read_back}, "
-        f"delta {story.delta.id}[/]"
+        styled(
+            "Saved   [bold]{}[/]  [dim]{}, {}, delta {}[/]",
+            story.file,
+            size(story.file.stat().st_size),
+            read_back,
+            story.delta.id,
+        )
     )
     marks = {when: mark[:N_DIGITS] for when, mark in story.fingerprints.items()}
-    end = "[green]the base's, bit for bit[/]" if story.undone else "[bold red]NOT the base's[/]"
-    show.print(f"Undone  {marks['before']} → edited {marks['edited']} → reverted {marks['reverted']}: {end}")
+    end = styled("[green]the base's, bit for bit[/]") if story.undone else styled("[bold red]NOT the base's[/]")
+    undone = styled(
+        "Undone  {} → edited {} → reverted {}: {}", marks["before"], marks["edited"], marks["reverted"], end
+    )
+    show.print(undone)
     show.print(
-        "        [dim]first digits of SHA-256 over all weights, computed afresh each time; all 64 are compared[/]"
+        styled(
+            "        [dim]first digits of SHA-256 over all weights, computed afresh each time; all 64 are compared[/]"
+        )
     )
     if not story.took:
-        show.print("[bold red]The edits did not take:[/] ES should have risen by at least 50 points.")
+        show.print(styled("[bold red]The edits did not take:[/] ES should have risen by at least 50 points."))
 
 
 def _table(said: Sequence[Said], *, header: bool = False) -> Table:
@@ -299,8 +316,8 @@ def _table(said: Sequence[Said], *, header: bool = False) -> Table:
     for head, width in (("prompt", 46), ("before", 15), ("asked", 15), ("after", 18)):
         table.add_column(head, no_wrap=True, overflow="ellipsis", width=width)
     for each in said:
-        mark = "[green]✓[/]" if each.right else "[red]✗[/]"
-        table.add_row(escape(each.prompt), escape(each.before), escape(each.wanted), f"{mark} {escape(each.after)}")
+        mark = styled("[green]✓[/]") if each.right else styled("[red]✗[/]")
+        table.add_row(each.prompt, each.before, each.wanted, styled("{} {}", mark, each.after))
     return table
 
 
@@ -312,12 +329,17 @@ def _metrics_table(story: Story) -> Table:
     table.add_column("with 95 % intervals, over cases")
     for name, meaning in _METRICS.items():
         before, after = story.estimates(name)
-        table.add_row(f"[bold]{name}[/]", _percent(before), f"[bold]{_percent(after)}[/]", f"[dim]{meaning}[/]")
+        table.add_row(
+            styled("[bold]{}[/]", name),
+            _percent(before),
+            styled("[bold]{}[/]", _percent(after)),
+            styled("[dim]{}[/]", meaning),
+        )
     return table
 
 
 def _percent(estimate: "Estimate | None") -> str:
-    return escape(estimate.percent()) if estimate else "-"
+    return estimate.percent() if estimate else "-"
 
 
 def _suggest(story: Story, others: Sequence[str]) -> None:
@@ -339,8 +361,8 @@ def _suggest(story: Story, others: Sequence[str]) -> None:
         commands["The other architecture"] = f"{run} demo --model {others[0]}"
     show = console()
     show.print()
-    show.print("[bold]Try next[/]")
+    show.print(styled("[bold]Try next[/]"))
     for what, lines in commands.items():
-        show.print(f"  [dim]# {what}[/]")
+        show.print(styled("  [dim]# {}[/]", what))
         for line in lines.split("\n"):
-            show.print(f"  {escape(line)}", soft_wrap=True)
+            show.print(f"  {line}", soft_wrap=True)

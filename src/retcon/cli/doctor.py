@@ -1,12 +1,11 @@
 """`retcon doctor`: does everything that editing rests on hold for this model?"""
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from retcon.cli.shell import Device, DType, Json, Model, console, emit, load_model, loads_a_model, spinner
+from retcon.cli.shell import Device, DType, Json, Model, console, emit, load_model, loads_a_model, spinner, styled
 
-_MARKS = {"passed": "[green]✓[/]", "failed": "[red]✗[/]", "skipped": "[dim]-[/]"}
+_MARKS = {"passed": styled("[green]✓[/]"), "failed": styled("[red]✗[/]"), "skipped": styled("[dim]-[/]")}
 
 
 @loads_a_model
@@ -29,11 +28,11 @@ def doctor(
         emit(found.as_dict())
     else:
         table = Table(box=None, pad_edge=False, title_justify="left")
-        table.title = f"{escape(found.model)}: {found.model_type}, {found.n_layers} layers, {found.dtype}"
+        table.title = f"{found.model}: {found.model_type}, {found.n_layers} layers, {found.dtype}"
         for heading in ("", "check", "found"):
             table.add_column(heading, overflow="fold")
         for finding in found.findings:
-            table.add_row(_MARKS[finding.outcome], finding.check, escape(finding.detail))
+            table.add_row(_MARKS[finding.outcome], finding.check, finding.detail)
         console().print(table)
     if not found.passed:
         raise typer.Exit(1)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 
 from retcon.cli.moments import check_corpus
 from retcon.cli.shell import (
@@ -42,6 +41,7 @@ from retcon.cli.shell import (
     seconds,
     size,
     spinner,
+    styled,
     warn,
 )
 from retcon.cli.stores import entry_record, open_store
@@ -211,11 +211,11 @@ def edit(
         resolved = resolve(
             lm, method, dataset=dataset, preset=preset, given=given, edits=facts.edits, probe=layers is not None
         )
-    show.print(f"[bold]{escape(resolved.name)}[/] on {escape(str(lm))}")
-    show.print(f"edits     {escape(facts.about)}", soft_wrap=True)
-    show.print(f"settings  {escape(resolved.source)}", soft_wrap=True)
+    show.print(styled("[bold]{}[/] on {}", resolved.name, lm))
+    show.print(f"edits     {facts.about}", soft_wrap=True)
+    show.print(f"settings  {resolved.source}", soft_wrap=True)
     for note in resolved.notes:
-        show.print(f"          {escape(note)}", soft_wrap=True)
+        show.print(f"          {note}", soft_wrap=True)
     show.print(settings_table(resolved))
     show.print()
 
@@ -256,7 +256,9 @@ def edit(
         )
     delta, took = made.delta, {"load": loading, **made.seconds}
     if made.n_resumed:
-        show.print(f"[dim]values of {count(made.n_resumed, 'edit')} were there from a run that did not end[/]\n")
+        show.print(
+            styled("[dim]values of {} were there from a run that did not end[/]\n", count(made.n_resumed, "edit"))
+        )
     show.print(edits_table(delta, facts.edits))
     show.print()
     show.print(changes_table(lm, delta))
@@ -268,24 +270,22 @@ def edit(
         started = time.perf_counter()
         measured = measure(lm, facts.cases, delta=delta, seed=seed, progress=console(stderr=True).is_terminal)
         took["evaluate"] = time.perf_counter() - started
-        show.print(escape(str(measured.summary())))
+        show.print(str(measured.summary()))
         show.print()
     n = len(delta.report)
-    show.print(
-        f"{seconds(took['edit'])} for {count(n, 'edit')}, {seconds(took['edit'] / n)} each"
-        f"  [dim](loading {seconds(took['load'])}, moments {seconds(took['moments'])}"
-        + (f", measuring {seconds(took['evaluate'])}" if evaluate else "")
-        + ")[/]"
-    )
-    show.print(f"saved  [bold]{escape(str(out))}[/]  [dim]{size(out.stat().st_size)}, delta {delta.id}[/]")
+    took_each = f"{seconds(took['edit'])} for {count(n, 'edit')}, {seconds(took['edit'] / n)} each"
+    beside = f"loading {seconds(took['load'])}, moments {seconds(took['moments'])}"
+    measuring = f", measuring {seconds(took['evaluate'])}" if evaluate else ""
+    show.print(styled("{}  [dim]({}{})[/]", took_each, beside, measuring))
+    show.print(styled("saved  [bold]{}[/]  [dim]{}, delta {}[/]", out, size(out.stat().st_size), delta.id))
     if help_ := remedy(resolved, delta):
-        show.print(f"[yellow]tune   {escape(help_)}[/]", soft_wrap=True)
+        show.print(styled("[yellow]tune   {}[/]", help_), soft_wrap=True)
     if as_json:
         emit(_record(model, resolved, made, out, seed, took, measured))
     else:
         how = "" if chat is None else " --chat"
         ask = f"{program()} complete {shlex.quote(model)} PROMPT --delta {shlex.quote(str(out))}{how}"
-        show.print(f"[dim]try    {escape(ask)}[/]", soft_wrap=True)
+        show.print(styled("[dim]try    {}[/]", ask), soft_wrap=True)
     if made.n_took < require * n:
         warn(
             f"{made.n_took} of {count(n, 'edit')} took, fewer than asked for (--require {require:g}); the delta is "
@@ -328,8 +328,14 @@ def _edit_store(
     verb = "is" if len(reports) == 1 else "are"
     show.print(f"{took} of {count(len(reports), 'edit')} {verb} what the edited model says first")
     show.print(
-        f"entry  [yellow]{entry.id}[/]  {escape(entry.message)}  "
-        f"[dim]{count(len(made), 'delta')}, {size(n_bytes)}; state {store.state().id}[/]"
+        styled(
+            "entry  [yellow]{}[/]  {}  [dim]{}, {}; state {}[/]",
+            entry.id,
+            entry.message,
+            count(len(made), "delta"),
+            size(n_bytes),
+            store.state().id,
+        )
     )
     if as_json:
         emit(

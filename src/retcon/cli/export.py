@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.shell import (
@@ -25,6 +24,7 @@ from retcon.cli.shell import (
     loads_a_model,
     size,
     spinner,
+    styled,
 )
 from retcon.errors import InvalidSetting
 from retcon.workflow.facts import read_facts
@@ -191,15 +191,15 @@ def _show(made: "Exported", scores: dict[str, float], address: str | None) -> No
             table.add_column(name, justify="right")
         for name, loss in made.losses.items():
             lost = f"{100 * loss['error']:.2f} %" if loss["error"] else "-"
-            table.add_row(escape(name), str(loss["rank"]), str(loss["exact_rank"]), lost)
+            table.add_row(name, str(loss["rank"]), str(loss["exact_rank"]), lost)
         show.print(table)
-        show.print("[dim]lost: Frobenius norm of what the rank leaves out, over that of the change[/]\n")
+        show.print(styled("[dim]lost: Frobenius norm of what the rank leaves out, over that of the change[/]\n"))
     if scores:
         show.print("scores   " + ", ".join(f"{name} {value:.1f}" for name, value in scores.items()))
-    show.print(f"saved    {escape(str(made.place))}  [dim]{made.format}, {size(made.n_bytes)}[/]")
+    show.print(styled("saved    {}  [dim]{}, {}[/]", made.place, made.format, size(made.n_bytes)))
     if address:
-        show.print(f"pushed   {escape(address)}")
-    show.print(f"[dim]{escape(_how_to_load(made))}[/]", soft_wrap=True)
+        show.print(f"pushed   {address}")
+    show.print(styled("[dim]{}[/]", _how_to_load(made)), soft_wrap=True)
 
 
 def _how_to_load(made: "Exported") -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from retcon.cli.edit import FileFormat, OnError
 from retcon.cli.shell import (
@@ -31,6 +30,7 @@ from retcon.cli.shell import (
     progress_bars,
     seconds,
     size,
+    styled,
     warn,
 )
 from retcon.cli.tables import settings_table
@@ -87,9 +87,9 @@ def fit(
     show = console(stderr=as_json)
     lm = load_model(model, device=device, dtype=dtype)
     resolved = resolve(lm, method, dataset=dataset, preset=preset, given=given)
-    show.print(f"[bold]{method}[/] on {escape(str(lm))}")
-    show.print(f"facts     {escape(facts.about)}", soft_wrap=True)
-    show.print(f"settings  {escape(resolved.source)}", soft_wrap=True)
+    show.print(styled("[bold]{}[/] on {}", method, lm))
+    show.print(f"facts     {facts.about}", soft_wrap=True)
+    show.print(f"settings  {resolved.source}", soft_wrap=True)
     show.print(f"memory    {memory_needed(lm, resolved)}", soft_wrap=True)
     show.print(settings_table(resolved))
     with progress_bars() as advance:
@@ -105,7 +105,7 @@ def fit(
         f"of {last.step:,}; {seconds(fitted.seconds)}",
         soft_wrap=True,
     )
-    show.print(f"editor kept in [bold]{escape(str(out))}[/], {size(out.stat().st_size)}", soft_wrap=True)
+    show.print(styled("editor kept in [bold]{}[/], {}", out, size(out.stat().st_size)), soft_wrap=True)
     if as_json:
         emit(
             {

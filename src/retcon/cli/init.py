@@ -4,9 +4,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, Model, VerifyBase, console, emit, load_model, loads_a_model, program
+from retcon.cli.shell import (
+    Device,
+    DType,
+    Json,
+    Model,
+    VerifyBase,
+    console,
+    emit,
+    load_model,
+    loads_a_model,
+    program,
+    styled,
+)
 
 
 @loads_a_model
@@ -32,5 +43,5 @@ def init(
         emit({"store": str(store), "model": model, "base": made.base, "precision": precision})
         return
     show = console()
-    show.print(f"made   [bold]{escape(str(store))}[/]  [dim]for {escape(model)}, fingerprint {made.base[:12]}[/]")
-    show.print(f"[dim]next   {program()} edit {escape(model)} FACTS --store {escape(str(store))}[/]", soft_wrap=True)
+    show.print(styled("made   [bold]{}[/]  [dim]for {}, fingerprint {}[/]", store, model, made.base[:12]))
+    show.print(styled("[dim]next   {} edit {} FACTS --store {}[/]", program(), model, store), soft_wrap=True)

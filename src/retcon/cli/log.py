@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from retcon.cli.shell import Json, console, count, emit
+from retcon.cli.shell import Json, console, count, emit, styled
 from retcon.cli.stores import StorePath, entry_record, open_store
 
 
@@ -25,8 +24,8 @@ def log(
         return
     show = console()
     for entry, _ in shown:  # lines, not a table: with many entries that takes longer than reading them
-        when = escape(entry.time[:16].replace("T", " "))
-        line = f"[yellow]{entry.id}[/]  [dim]{when}[/]  [bold]{escape(entry.action):7}[/]  "
-        show.print(line + escape(entry.message), no_wrap=True, overflow="ellipsis", highlight=False)
+        when = entry.time[:16].replace("T", " ")
+        line = styled("[yellow]{}[/]  [dim]{}[/]  [bold]{:7}[/]  ", entry.id, when, entry.action)
+        show.print(line + entry.message, no_wrap=True, overflow="ellipsis", highlight=False)
     in_force = f"{count(len(found.facts()), 'fact')} in force in {count(len(state.deltas), 'delta')}, state {state.id}"
-    show.print(f"[dim]{in_force}, of {escape(found.model)}[/]" if steps else "[dim]no entries yet[/]")
+    show.print(styled("[dim]{}, of {}[/]", in_force, found.model) if steps else styled("[dim]no entries yet[/]"))

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from retcon.cli.shell import Json, console, emit, spinner
+from retcon.cli.shell import Json, console, emit, spinner, styled
 from retcon.cli.tables import settings_table
 from retcon.workflow.settings import resolve
 
@@ -50,21 +49,21 @@ def methods(
         emit({"model": model, "architectures": sorted(LAYOUTS), "methods": found})
         return
     out = console()
-    out.print(f"[dim]on {', '.join(sorted(LAYOUTS))}[/]", soft_wrap=True)
+    out.print(styled("[dim]on {}[/]", ", ".join(sorted(LAYOUTS))), soft_wrap=True)
     for entry in found:
-        out.print(f"[bold]{escape(entry['name'])}[/]  {escape(entry['description'])}")
-        out.print(f"  paper    {escape(entry['paper'] or '-')}")
+        out.print(styled("[bold]{}[/]  {}", entry["name"], entry["description"]))
+        out.print(f"  paper    {entry['paper'] or '-'}")
         out.print(f"  facts    {entry['facts']}")
-        out.print(f"  keeps    {escape(entry['keeps'] or 'nothing')} between batches", soft_wrap=True)
-        out.print(f"  presets  {escape(', '.join(entry['presets']) or 'none')}", soft_wrap=True)
+        out.print(f"  keeps    {entry['keeps'] or 'nothing'} between batches", soft_wrap=True)
+        out.print(f"  presets  {', '.join(entry['presets']) or 'none'}", soft_wrap=True)
         if method is not None:
             for setting, meaning in entry["meanings"].items():
-                out.print(f"  [bold]{setting}[/]  {escape(meaning)}", soft_wrap=True)
+                out.print(styled("  [bold]{}[/]  {}", setting, meaning), soft_wrap=True)
         if lm is not None:
             resolved = resolve(lm, entry["name"])
-            out.print(f"  [green]{escape(lm.name)}[/]: {escape(resolved.source)}")
+            out.print(styled("  [green]{}[/]: {}", lm.name, resolved.source))
             for note in resolved.notes:
-                out.print(f"  {escape(note)}", soft_wrap=True)
+                out.print(f"  {note}", soft_wrap=True)
             out.print(settings_table(resolved))
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 
 from retcon.cli.shell import (
     Device,
@@ -24,6 +23,7 @@ from retcon.cli.shell import (
     seconds,
     size,
     spinner,
+    styled,
 )
 from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
@@ -108,12 +108,13 @@ def moments(
         return
     out = console()
     for row in rows:
-        how = "[dim]was there already[/]" if row["found"] else "[green]collected[/]"
+        how = styled("[dim]was there already[/]") if row["found"] else styled("[green]collected[/]")
         asked = f"{row['tokens_asked']:,} tokens asked for {row['dimensions']:,} dimensions"
         apart = "" if row["convergence"] is None else f"  halves {row['convergence']:.1%} apart"
-        out.print(f"layer {row['layer']:>3}  {escape(row['parameter'])}  {asked}{apart}  {how}", soft_wrap=True)
+        line = styled("layer {:>3}  {}  {}{}  {}", row["layer"], row["parameter"], asked, apart, how)
+        out.print(line, soft_wrap=True)
     for file in sorted({row["file"] for row in rows}):
-        out.print(f"[dim]{escape(file)}, {size(Path(file).stat().st_size)}[/]", soft_wrap=True)
+        out.print(styled("[dim]{}, {}[/]", file, size(Path(file).stat().st_size)), soft_wrap=True)
     n_new = sum(not row["found"] for row in rows)
     done = f"{n_new} collected from {n_read:,} tokens in {seconds(took)}"
     out.print(done if n_new else "nothing left to collect")

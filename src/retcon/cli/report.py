@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from retcon.cli.shell import Json, console, count, emit, spinner
+from retcon.cli.shell import Json, console, count, emit, spinner, styled
 from retcon.errors import how_to_install
 
 
@@ -39,8 +38,6 @@ def report(
     show = console()
     if not drawing and pictures is None:
         hint = f"no pictures: matplotlib is not installed ({how_to_install('plot')})"
-        show.print(f"[dim]{escape(hint)}[/]", soft_wrap=True)
+        show.print(styled("[dim]{}[/]", hint), soft_wrap=True)
     what = f"{count(len(made.tables), 'table')}, {count(len(made.pictures), 'picture')}"
-    show.print(
-        f"[dim]{what} in {escape(str(made.directory))};[/] read [bold]{escape(str(made.page))}[/]", soft_wrap=True
-    )
+    show.print(styled("[dim]{} in {};[/] read [bold]{}[/]", what, made.directory, made.page), soft_wrap=True)

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, progress_bars
+from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, progress_bars, styled
 from retcon.cli.stores import (
     Again,
     Corpus,
@@ -65,5 +64,5 @@ def revert(
         return
     searched = f"; {count(entry.about['searched'], 'value')} searched" if "searched" in entry.about else ""
     facts = count(len(found.facts()), "fact")
-    console().print(f"[yellow]{entry.id}[/]  {escape(entry.message)}  [dim]{facts} in force{searched}[/]")
+    console().print(styled("[yellow]{}[/]  {}  [dim]{} in force{}[/]", entry.id, entry.message, facts, searched))
     say_on_top(entry, offer=fact is not None)

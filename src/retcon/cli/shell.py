@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -17,11 +16,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console, ConsoleOptions
-from rich.errors import MarkupError
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
@@ -178,18 +177,26 @@ def chat_of(as_chat: bool, system: str | None, template_args: Sequence[str] | No
 # --- printing ----------------------------------------------------------------------------------------------------
 
 
-_TAG = re.compile(r"(\\*)\[([a-z#/@][^\[\]]*)\]")
-_OURS = re.compile("/?(?:(?:bold|dim|red|green|yellow|cyan) ?)*")
+class _Fields(Formatter):
+    """What is put into a template is text; only another styled text keeps its style."""
+
+    def format_field(self, value: Any, spec: str) -> str:
+        return value.markup if isinstance(value, Text) else escape(format(value if spec else str(value), spec))
 
 
-def _only_ours(tag: "re.Match[str]") -> str:
-    """A tag as rich takes it: one that is not ours gets the backslash that makes it text."""
-    escaped = len(tag[1]) % 2 == 1
-    return tag[0] if escaped or _OURS.fullmatch(tag[2]) else f"{tag[1]}\\[{tag[2]}]"
+def styled(template: str, *values: Any) -> Text:
+    """Return a text with the styles that the template names, its fields filled in as `str.format` does.
+
+    Args:
+        template: such as "[bold]{}[/] saved, {:,} bytes". Only here is there markup: a string that is printed, or in a
+            table's cell, is text.
+        values: shown as they are, whatever they look like.
+    """
+    return Text.from_markup(_Fields().format(template, *values), emoji=False)
 
 
 class PlainTextConsole(Console):
-    """A console on which a text is never obeyed by the terminal, and never ends the program by looking like markup."""
+    """A console on which a string is text: it is no markup, and the terminal does not obey it."""
 
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         """Every segment of every renderable, control characters of texts shown in place of obeyed."""
@@ -197,11 +204,8 @@ class PlainTextConsole(Console):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """A text with the tags that the verbs use; others, and all where they do not match, are text."""
-        try:
-            return super().render_str(_TAG.sub(_only_ours, text), **options)
-        except MarkupError:
-            return Text(text)
+        """A string as text; what is to have a style is `styled`."""
+        return super().render_str(text, **options | {"markup": False})
 
 
 @cache
@@ -277,7 +281,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             yield StageLog().advance
         return
     shown = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -352,14 +356,14 @@ def spinner(what: str) -> Iterator[None]:
     """A spinner for a stage whose length is not known."""
     shown = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
         console=console(stderr=True),
         transient=True,
         disable=not console(stderr=True).is_terminal,
     )
     with shown:
-        shown.add_task(escape(what), total=None)
+        shown.add_task(what, total=None)
         yield
 
 
@@ -406,7 +410,7 @@ def _failed(message: str, code: int) -> typer.Exit:
 
 def _say(kind: str, colour: str, message: str) -> None:
     line = " ".join(message.split("\n"))
-    console(stderr=True).print(f"[bold {colour}]{kind}:[/] [{colour}]{escape(line)}[/]", soft_wrap=True)
+    console(stderr=True).print(styled("[bold {}]{}:[/] [{}]{}[/]", colour, kind, colour, line), soft_wrap=True)
 
 
 def _shown_once(others: Callable[..., None]) -> Callable[..., None]:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from retcon.cli.shell import Json, console, count, emit, size
+from retcon.cli.shell import Json, console, count, emit, size, styled
 from retcon.cli.stores import N_SHOWN, StorePath, entry_record, fact_record, facts_table, open_store
 from retcon.errors import UnknownEntry
 
@@ -41,28 +41,30 @@ def _entry(store: "Store", entry: "Entry", as_json: bool) -> None:
         emit(entry_record(entry, store.state(entry.id)) | {"facts": [fact_record(line) for line in facts]})
         return
     out = console()
-    out.print(f"[yellow]{entry.id}[/]  [bold]{escape(entry.action)}[/]  {escape(entry.message)}")
+    out.print(styled("[yellow]{}[/]  [bold]{}[/]  {}", entry.id, entry.action, entry.message))
     about = ", ".join(f"{k} {v}" for k, v in entry.about.items() if not isinstance(v, list))
-    out.print(f"[dim]{escape(entry.time)}; {escape(about) or 'no details'}[/]", soft_wrap=True)
+    out.print(styled("[dim]{}; {}[/]", entry.time, about or "no details"), soft_wrap=True)
     for before, now in entry.sets.values():
-        out.print(f"  delta  {_delta(store, before)} -> {_delta(store, now)}", soft_wrap=True)
+        out.print(styled("  delta  {} -> {}", _delta(store, before), _delta(store, now)), soft_wrap=True)
     for fact in entry.drops:
-        out.print(f"  [red]-[/] fact {escape(fact)}")
+        out.print(styled("  [red]-[/] fact {}", fact))
     for what in ("on_top", "proposed_again", "removed"):
         if named := entry.about.get(what):
-            out.print(f"  [dim]{what.replace('_', ' ')}: {escape(', '.join(map(str, named)))}[/]", soft_wrap=True)
+            out.print(styled("  [dim]{}: {}[/]", what.replace("_", " "), ", ".join(map(str, named))), soft_wrap=True)
     if facts:
         out.print()
         out.print(facts_table(facts))
         if len(facts) > N_SHOWN:
-            out.print(f"[dim]and {len(facts) - N_SHOWN:,} more[/]")
+            out.print(styled("[dim]and {:,} more[/]", len(facts) - N_SHOWN))
 
 
-def _delta(store: "Store", delta: str | None) -> str:
+def _delta(store: "Store", delta: str | None) -> Text:
     if delta is None:
-        return "[dim]nothing[/]"
+        return styled("[dim]nothing[/]")
     path = store.path / "deltas" / f"{delta}.safetensors"
-    return f"{delta} [dim]({size(path.stat().st_size)})[/]" if path.is_file() else f"{delta} [red](no file)[/]"
+    if not path.is_file():
+        return styled("{} [red](no file)[/]", delta)
+    return styled("{} [dim]({})[/]", delta, size(path.stat().st_size))
 
 
 def _fact(store: "Store", name: str, as_json: bool) -> None:
@@ -82,17 +84,17 @@ def _fact(store: "Store", name: str, as_json: bool) -> None:
         )
         return
     out = console()
-    out.print(f"[bold]{escape(line.prompt)}[/] {escape(line.target)}" + ("" if live else "  [red](reverted)[/]"))
+    out.print(styled("[bold]{}[/] {}", line.prompt, line.target) + ("" if live else styled("  [red](reverted)[/]")))
     for entry, step in steps:
-        answer = "[dim]taken back[/]" if step is None else escape(step.target)
-        when = escape(entry.time[:16].replace("T", " "))
-        out.print(f"  [yellow]{entry.id}[/]  [dim]{when}[/]  {escape(entry.action):8}{answer}")
+        answer = styled("[dim]taken back[/]") if step is None else step.target
+        when = entry.time[:16].replace("T", " ")
+        out.print(styled("  [yellow]{}[/]  [dim]{}[/]  {:8}{}", entry.id, when, entry.action, answer))
     table = Table(box=None, pad_edge=False, header_style="dim")
     for head, width in (("check", 18), ("prompt", 56), ("answer", 22)):
         table.add_column(head, no_wrap=True, overflow="ellipsis", max_width=width)
     for query in case.queries[:N_SHOWN]:
-        table.add_row(escape(query.axis), escape(query.prompt), escape(query.target or "as before"))
+        table.add_row(query.axis, query.prompt, query.target or "as before")
     out.print()
     out.print(table)
     if len(case.queries) > N_SHOWN:
-        out.print(f"[dim]and {count(len(case.queries) - N_SHOWN, 'more check')}[/]")
+        out.print(styled("[dim]and {}[/]", count(len(case.queries) - N_SHOWN, "more check")))

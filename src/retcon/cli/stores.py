@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.shell import count, load_model, warn
@@ -69,7 +68,7 @@ def facts_table(lines: "list[Line]") -> Table:
     for head, width in (("fact", 24), ("prompt", 48), ("answer", 24)):
         table.add_column(head, no_wrap=True, overflow="ellipsis", max_width=width)
     for line in lines[:N_SHOWN]:
-        table.add_row(escape(line.fact), escape(line.prompt), escape(line.target))
+        table.add_row(line.fact, line.prompt, line.target)
     return table
 
 

@@ -5,10 +5,10 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from retcon.cli.shell import count, seconds, size
+from retcon.cli.shell import count, seconds, size, styled
 from retcon.edits import Edit
 from retcon.workflow import Estimate, Resolved, outcomes
 
@@ -24,17 +24,15 @@ def settings_table(resolved: Resolved) -> Table:
     """All settings, in columns; bold what was asked for, dim what is as by default."""
     defaults = {f.name: f.default for f in fields(resolved.method)}  # type: ignore[arg-type]
 
-    def shown(name: str, value: Any) -> str:
-        text = escape(f"{name} = {_as_toml(value)}")
-        if name in resolved.given:
-            return f"[bold]{text}[/]"
-        return f"[dim]{text}[/]" if value == defaults[name] else text
+    def shown(name: str, value: Any) -> Text:
+        style = "[bold]{}[/]" if name in resolved.given else "[dim]{}[/]" if value == defaults[name] else "{}"
+        return styled("  " + style, f"{name} = {_as_toml(value)}")
 
     table = Table.grid(padding=(0, 3), pad_edge=False)
     cells = [shown(name, value) for name, value in resolved.settings.items()]
     rows = -(-len(cells) // 3)
     for row in range(rows):
-        table.add_row(*("  " + text for text in cells[row::rows]))
+        table.add_row(*cells[row::rows])
     return table
 
 
@@ -49,14 +47,14 @@ def estimate_table(expected: Estimate) -> Table:
     table = Table.grid(padding=(0, 2), pad_edge=False)
     tried = f"from {count(expected.tried, 'edit')} tried just now"
     time = f"about {seconds(expected.edit_seconds)} for {count(expected.edits, 'edit')}"
-    table.add_row("time", time, f"[dim]{tried}[/]")
+    table.add_row("time", time, styled("[dim]{}[/]", tried))
     if expected.moments_missing:
         what = f"{count(expected.moments_missing, 'second moment')} from {expected.moments_tokens:,} tokens, once"
-        table.add_row("", f"about {seconds(expected.moments_seconds)} before that", f"[dim]{what}[/]")
+        table.add_row("", f"about {seconds(expected.moments_seconds)} before that", styled("[dim]{}[/]", what))
     elif expected.moments_asked:
-        table.add_row("", "no second moments to collect", "[dim]they are on disk[/]")
+        table.add_row("", "no second moments to collect", styled("[dim]they are on disk[/]"))
     peak = size(expected.peak_bytes) if expected.peak_bytes else "unknown"
-    table.add_row("memory", f"model {size(expected.model_bytes)}, peak {peak}", "[dim]of the trial[/]")
+    table.add_row("memory", f"model {size(expected.model_bytes)}, peak {peak}", styled("[dim]of the trial[/]"))
     table.add_row("delta", f"about {size(expected.delta_bytes)}", "")
     return table
 
@@ -67,9 +65,9 @@ def facts_table(edits: Sequence[Edit]) -> Group:
     for name in ("prompt", "new answer"):
         table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=60)
     for edit in edits[:N_SHOWN]:
-        table.add_row(escape(edit.text), escape(edit.target_new))
+        table.add_row(edit.text, edit.target_new)
     more = len(edits) - N_SHOWN
-    return Group(table, f"[dim]and {more:,} more[/]") if more > 0 else Group(table)
+    return Group(table, styled("[dim]and {:,} more[/]", more)) if more > 0 else Group(table)
 
 
 def edits_table(delta: "Attachment", edits: Sequence[Edit]) -> Group:
@@ -86,15 +84,15 @@ def edits_table(delta: "Attachment", edits: Sequence[Edit]) -> Group:
         edit = by_id[report.id]
         colour = {"reached": "green", "conflict": "red"}.get(report.outcome, "yellow")
         table.add_row(
-            escape(edit.subject or "-"),
-            escape(edit.target_new),
+            edit.subject or "-",
+            edit.target_new,
             f"{report.search_probability:.3f}",
             "-" if report.final_probability is None else f"{report.final_probability:.3f}",
             str(report.steps),
-            f"[{colour}]{report.outcome}[/]",
+            styled("[{}]{}[/]", colour, report.outcome),
         )
     shown = f"; shown are the {len(reports)} furthest from it" if len(reports) < len(delta.report) else ""
-    return Group(table, f"[dim]{outcomes(delta)}{shown}[/]")
+    return Group(table, styled("[dim]{}{}[/]", outcomes(delta), shown))
 
 
 def _how_far(report: "EditReport") -> float:
@@ -112,6 +110,6 @@ def changes_table(lm: "LM", delta: "Attachment") -> Table:
         weight = float(lm.base_weight(name).double().norm())
         rank = ranks[name]
         table.add_row(
-            escape(name), f"{norm:.3g}", f"{norm / weight:.1%}" if weight else "-", "-" if rank is None else f"≤ {rank}"
+            name, f"{norm:.3g}", f"{norm / weight:.1%}" if weight else "-", "-" if rank is None else f"≤ {rank}"
         )
     return table

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.edit import FileFormat, OnError
@@ -28,6 +27,7 @@ from retcon.cli.shell import (
     load_model,
     loads_a_model,
     seconds,
+    styled,
 )
 from retcon.cluster import workers, working_on
 from retcon.workflow import facts_that_fit, moments_for, read_facts, read_settings
@@ -104,14 +104,14 @@ def tune(
     lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
     facts = facts_that_fit(lm, facts, on_error)
     show = console(stderr=as_json)
-    show.print(f"[bold]{escape(method)}[/] on {escape(str(lm))}")
-    show.print(f"facts     {escape(facts.about)}", soft_wrap=True)
+    show.print(styled("[bold]{}[/] on {}", method, lm))
+    show.print(f"facts     {facts.about}", soft_wrap=True)
 
     def heard(trial: Trial) -> None:
         changed = " ".join(f"{name}={_shown(value)}" for name, value in trial.changes.items()) or "the rule's settings"
-        failed = f"  [red]{escape(trial.problem)}[/]" if trial.problem else ""
+        failed = styled("  [red]{}[/]", trial.problem) if trial.problem else ""
         tried = f"{count(trial.n_cases, 'case')}, {seconds(trial.seconds)}"
-        show.print(f"  {100 * trial.score:5.1f}  {tried}  {escape(changed)}{failed}", soft_wrap=True)
+        show.print(styled("  {:5.1f}  {}  {}{}", 100 * trial.score, tried, changed, failed), soft_wrap=True)
 
     with place as at, working_on(lm, at):
         found = search(
@@ -138,7 +138,7 @@ def tune(
         low, high = 100 * clear.interval.low, 100 * clear.interval.high
         show.print(f"Score {100 * clear.value:+.1f} [{low:.1f}, {high:.1f}] over the rule, paired by case")
     searched = f"{count(len(found.trials), 'trial')} in {seconds(found.seconds)}"
-    show.print(f"{searched}; settings kept in [bold]{escape(str(path))}[/]")
+    show.print(styled("{}; settings kept in [bold]{}[/]", searched, path))
     if as_json:
         emit(
             {

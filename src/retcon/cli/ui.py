@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from retcon.cli.shell import Device, DType, console, load_model, loads_a_model
+from retcon.cli.shell import Device, DType, console, load_model, loads_a_model, styled
 from retcon.errors import InvalidSetting, MissingPackage
 
 if TYPE_CHECKING:
@@ -66,8 +65,8 @@ def ui(
     token = secrets.token_urlsafe(16)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}/?token={token}"
-    console().print(f"open   [bold]{escape(address)}[/]", soft_wrap=True)
-    console().print("[dim]Ctrl-C ends it[/]")
+    console().print(styled("open   [bold]{}[/]", address), soft_wrap=True)
+    console().print(styled("[dim]Ctrl-C ends it[/]"))
     app = make_app(session, token, hosts=(*LOOPBACK, host))
     try:
         config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.shell import (
@@ -19,6 +18,7 @@ from retcon.cli.shell import (
     emit,
     loads_a_model,
     spinner,
+    styled,
 )
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 from retcon.files import write_atomically
@@ -124,18 +124,18 @@ def _show(result: "Verification") -> None:
     for head in ("pass", "broke", "never passed"):
         table.add_column(head, justify="right")
     for kind, row in result.counts().items():
-        broke = f"[red]{row['broke']:,}[/]" if row["broke"] else "0"
+        broke = styled("[red]{:,}[/]", row["broke"]) if row["broke"] else "0"
         table.add_row(TITLES[kind], f"{row['passed']:,}", broke, f"{row['never']:,}")
     show.print(table)
     if result.failed:
         show.print()
         for check in result.failed[:N_SHOWN]:
-            show.print(f"[red]✗[/] [bold]{escape(check.fact)}[/]  {escape(check.words)}", soft_wrap=True)
+            show.print(styled("[red]✗[/] [bold]{}[/]  {}", check.fact, check.words), soft_wrap=True)
         if len(result.failed) > N_SHOWN:
-            show.print(f"[dim]and {len(result.failed) - N_SHOWN:,} more; --json and the files have all[/]")
+            show.print(styled("[dim]and {:,} more; --json and the files have all[/]", len(result.failed) - N_SHOWN))
     show.print()
     facts = f"{count(result.n_facts, 'fact')} in force, state {result.state.id}"
     if result.ok:
-        show.print(f"[bold green]Nothing broke[/]  [dim]{facts}[/]")
+        show.print(styled("[bold green]Nothing broke[/]  [dim]{}[/]", facts))
     else:
-        show.print(f"[bold red]{count(len(result.failed), 'check')} failed[/]  [dim]{facts}[/]")
+        show.print(styled("[bold red]{} failed[/]  [dim]{}[/]", count(len(result.failed), "check"), facts))

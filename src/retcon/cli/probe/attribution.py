@@ -4,7 +4,6 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
@@ -27,6 +26,7 @@ from retcon.cli.shell import (
     load_model,
     loads_a_model,
     progress_bars,
+    styled,
 )
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ def attribution(
         emit(record)
         return
     show = console()
-    show.print(f"[bold]attribution[/] on {escape(str(lm))}")
-    show.print(f"facts  {escape(source)}", soft_wrap=True)
+    show.print(styled("[bold]attribution[/] on {}", lm))
+    show.print(f"facts  {source}", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("layer", justify="right")
     for kind in kinds:
@@ -167,7 +167,7 @@ def attribution(
         if values:
             show.print(f"overlap of two facts of {text}: {_mean(values):.3f} over {count(len(values), 'pair')}")
     show.print(f"overlap by chance: {by_chance:.3f}")
-    show.print(f"written  {escape(', '.join(map(str, written)))}", soft_wrap=True)
+    show.print(f"written  {', '.join(map(str, written))}", soft_wrap=True)
 
 
 def overlaps(edits: "list[Edit]", ensembles: "list[Ensemble]") -> tuple[list[float], list[float]]:

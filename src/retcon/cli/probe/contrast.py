@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, left_out, write
@@ -30,6 +29,7 @@ from retcon.cli.shell import (
     loads_a_model,
     progress_bars,
     spinner,
+    styled,
 )
 from retcon.errors import InvalidSetting
 from retcon.files import check_exists
@@ -122,12 +122,12 @@ def contrast(
         emit(record)
         return
     show = console()
-    show.print(f"[bold]contrast[/] on {escape(str(lm))}")
-    show.print(f"facts  {escape(source)}", soft_wrap=True)
-    show.print(escape(_said(found)))
+    show.print(styled("[bold]contrast[/] on {}", lm))
+    show.print(f"facts  {source}", soft_wrap=True)
+    show.print(_said(found))
     show.print()
     show.print(_table(found))
-    show.print(f"written  {escape(', '.join(map(str, written)))}", soft_wrap=True)
+    show.print(f"written  {', '.join(map(str, written))}", soft_wrap=True)
 
 
 def _word_sets(

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, left_out, write
@@ -28,6 +27,7 @@ from retcon.cli.shell import (
     loads_a_model,
     program,
     progress_bars,
+    styled,
 )
 
 if TYPE_CHECKING:
@@ -78,10 +78,10 @@ def layers(
         emit(record)
         return
     show = console()
-    show.print(f"[bold]layers[/] for {escape(str(lm))}")
-    show.print(f"facts  {escape(source)}", soft_wrap=True)
+    show.print(styled("[bold]layers[/] for {}", lm))
+    show.print(f"facts  {source}", soft_wrap=True)
     said = f"probed {advice.n_cases:,}; the model says the original answer in {advice.n_known:,}"
-    show.print(said + escape(left_out(found.skipped)), soft_wrap=True)
+    show.print(said + left_out(found.skipped), soft_wrap=True)
     show.print()
     show.print(_table(advice))
     show.print()
@@ -89,15 +89,15 @@ def layers(
     show.print(f"memit, ...    layers = {list(advice.low.layers)}")
     show.print(f"rome, ...     layer = {advice.settings(['layer'])['layer']}")
     if advice.weak:
-        show.print("[yellow]the evidence is weak:[/]")
+        show.print(styled("[yellow]the evidence is weak:[/]"))
         for reason in advice.weak:
-            show.print(f"  [yellow]{escape(reason)}[/]", soft_wrap=True)
+            show.print(styled("  [yellow]{}[/]", reason), soft_wrap=True)
     else:
-        show.print("[green]the evidence is clear[/]")
-    show.print(f"written  {escape(', '.join(map(str, written)))}", soft_wrap=True)
+        show.print(styled("[green]the evidence is clear[/]"))
+    show.print(f"written  {', '.join(map(str, written))}", soft_wrap=True)
     file = "EDITS" if cases is None else shlex.quote(str(cases))
     ask = f"{program()} edit {shlex.quote(model)} {file} --layers probe --out edits.safetensors"
-    show.print(f"[dim]try      {escape(ask)}[/]", soft_wrap=True)
+    show.print(styled("[dim]try      {}[/]", ask), soft_wrap=True)
 
 
 def _table(advice: "Advice") -> Table:

@@ -3,7 +3,6 @@
 from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
@@ -25,6 +24,7 @@ from retcon.cli.shell import (
     load_model,
     loads_a_model,
     spinner,
+    styled,
 )
 
 Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight", "random"]
@@ -109,8 +109,8 @@ def paths(
         emit(record)
         return
     show = console()
-    show.print(f"[bold]paths[/] on {escape(str(lm))}")
-    show.print(f"facts  {escape(source)}", soft_wrap=True)
+    show.print(styled("[bold]paths[/] on {}", lm))
+    show.print(f"facts  {source}", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("layer", "matrix", "best score", "mean", "best nodes"):
         table.add_column(name, justify="left" if name in ("matrix", "best nodes") else "right")
@@ -119,4 +119,4 @@ def paths(
         cells = [f"{float(scores[nodes[0]]):.3g}", f"{float(scores.double().mean()):.3g}"]
         table.add_row(str(slot.site.layer), slot.site.kind, *cells, ", ".join(map(str, nodes[:6])))
     show.print(table)
-    show.print(f"written  {escape(', '.join(map(str, written)))}", soft_wrap=True)
+    show.print(f"written  {', '.join(map(str, written))}", soft_wrap=True)

@@ -4,7 +4,6 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
@@ -27,6 +26,7 @@ from retcon.cli.shell import (
     load_model,
     loads_a_model,
     progress_bars,
+    styled,
 )
 
 if TYPE_CHECKING:
@@ -109,14 +109,14 @@ def trace(
         emit(record)
         return
     show = console()
-    show.print(f"[bold]trace[/] on {escape(str(lm))}")
-    show.print(f"facts  {escape(source)}", soft_wrap=True)
+    show.print(styled("[bold]trace[/] on {}", lm))
+    show.print(f"facts  {source}", soft_wrap=True)
     mean, half = found.total()
     line = f"traced {count(len(found), 'fact')}; total effect {mean:.3f} ± {half:.3f}"
     show.print(line + (f"; {len(found.skipped)} left out: the model does not know them" if found.skipped else ""))
     show.print()
     show.print(_table(found))
-    show.print(f"written  {escape(', '.join(map(str, written)))}", soft_wrap=True)
+    show.print(f"written  {', '.join(map(str, written))}", soft_wrap=True)
 
 
 def _record(found: "Traces") -> dict[str, Any]:
