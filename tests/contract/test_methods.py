@@ -90,7 +90,11 @@ EVERYWHERE = [
     for name in METHODS
     for f in FAMILIES
     if f in CORE or name in ONE_OF_EACH_CLASS
+] + [
+    pytest.param(name, "mixtral", marks=[] if name == "kne" else [pytest.mark.long])
+    for name in ("ctp", "ft", "kne", "lora")
 ]
+"""With a mixture all of whose experts are routed, masked tuning in those; MEMIT and JEEP: tests/lm/test_experts.py."""
 
 
 def test_every_method_has_settings_here() -> None:

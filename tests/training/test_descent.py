@@ -197,7 +197,7 @@ def test_a_row_that_is_not_stepped_neither_moves_nor_ages(randn):
 
 def test_nodes_keep_their_change_when_others_join(tiny, randn):
     lm = tiny("gpt2")
-    nodes = Nodes(lm.site(0, "up_proj"), "rows")
+    nodes = Nodes([lm.site(0, "up_proj")], "rows")
     nodes.add(torch.tensor([3, 1]))
     with torch.no_grad():
         nodes.tensors[0] += 1.0

@@ -26,7 +26,7 @@ def test_a_sound_model_passes_and_is_as_it_was(
     assert found.passed, found
     assert [f.check for f in found.findings] == CHECKS
     skipped = {c for c, o in outcomes(found).items() if o == "skipped"}
-    assert skipped == {"llama": {"experts"}, "mixtral": {"rome", "kne"}, "qwen3_5_text": {"experts", "kne"}}[family]
+    assert skipped == {"llama": {"experts"}, "mixtral": {"rome"}, "qwen3_5_text": {"experts"}}[family]
     assert untouched(lm) == before
 
 

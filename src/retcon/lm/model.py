@@ -28,6 +28,7 @@ from retcon.errors import (
     WrongBase,
 )
 from retcon.files import looks_like_path
+from retcon.lm.experts import expert_matrix
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.hooks import Hooks
@@ -236,16 +237,36 @@ class LM:
             )
         return module
 
-    def expert_sites(self, layer: int) -> list[Site]:
-        """The down-projections of a block's routed experts, in their order.
+    def expert_sites(self, layer: int, kind: SiteName = "down_proj") -> list[Site]:
+        """Matrices of a block's routed experts, in the experts' order; none where the experts have no gate to ask for.
+
+        Args:
+            kind: `down_proj`, `up_proj` or `gate_proj`.
 
         Raises:
-            UnsupportedModel: it has none, or they are not stored and run as the library knows it.
+            UnsupportedModel: the block has no routed experts, or they are not stored and run as the library knows it.
         """
         module = self.experts(layer)
-        name = f"{self.layout.block.format(layer)}.{self.kinds[layer].experts}.down_proj"
+        parameter, rows = expert_matrix(module, kind)
+        if parameter is None:
+            return []
+        name = f"{self.layout.block.format(layer)}.{self.kinds[layer].experts}.{parameter}"
         n_experts, transposed = len(module.down_proj), bool(module.is_transposed)  # type: ignore[arg-type]
-        return [Site(layer, "down_proj", name, module, transposed, expert=e) for e in range(n_experts)]
+        return [Site(layer, kind, name, module, transposed, rows, expert=e) for e in range(n_experts)]
+
+    def sites(self, layer: int, kind: SiteName, *, routed: bool = False) -> list[Site]:
+        """All matrices of this kind in a block: one, or those of its routed experts, or none.
+
+        Args:
+            routed: the experts' also where the block has a dense or a shared MLP.
+
+        Raises:
+            UnsupportedModel: the experts are not stored and run as the library knows it.
+        """
+        of_mlp = kind in ("down_proj", "up_proj", "gate_proj")
+        if of_mlp and self.kinds[layer].experts and (routed or not self.has(layer, "down_proj")):
+            return self.expert_sites(layer, kind)
+        return [self.site(layer, kind)] if self.has(layer, kind) else []
 
     def has(self, layer: int, kind: SiteName) -> bool:
         """Whether a block has a matrix of this kind."""

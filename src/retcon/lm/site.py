@@ -46,16 +46,18 @@ class Site:
     def _stored(self) -> Tensor:
         if self.expert is None:
             return self.module.weight  # type: ignore[return-value]
-        return self.module.down_proj[self.expert]  # type: ignore[index]
+        return self.module.get_parameter(self.name.rpartition(".")[2])[self.expert]
 
-    def _here(self, change: Change) -> Change:
-        """The change of a matrix as one of the parameter that holds it."""
+    def in_parameter(self, change: Change) -> Change:
+        """The change of a stored matrix as one of the parameter that holds it: of experts, one matrix of several."""
         return change if self.expert is None else replace(change, region=Region(0, self.expert, self.expert + 1))
 
     def stored(self, left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"]) -> Change:
         """The update left @ right (math orientation) as a change in stored orientation, in its smaller exact form."""
         if self.rows is None:
-            return self._here(smallest(right.T, left.T) if self.transposed else smallest(left, right))
+            return self.in_parameter(smallest(right.T, left.T) if self.transposed else smallest(left, right))
+        if self.expert is not None:  # its region is the expert's matrix already
+            return self.stored_rows(torch.arange(len(self.rows)), left @ right)
         first, last = int(self.rows[0]), int(self.rows[-1]) + 1
         if last - first != len(self.rows):  # alternating heads: no region, but whole rows
             if self.transposed:
@@ -72,22 +74,22 @@ class Site:
     def stored_rows(self, index: Int[Tensor, " n"], values: Float[Tensor, "n in"]) -> Change:
         """Values added to rows (output units) of the math-oriented matrix, as a change in stored orientation."""
         if self.transposed:
-            return self._here(Columns(index=self.outputs(index), columns=values.T.contiguous()))
-        return self._here(Rows(index=self.outputs(index), rows=values))
+            return self.in_parameter(Columns(index=self.outputs(index), columns=values.T.contiguous()))
+        return self.in_parameter(Rows(index=self.outputs(index), rows=values))
 
     def stored_columns(self, index: Int[Tensor, " n"], values: Float[Tensor, "out n"]) -> Change:
         """Values added to columns (input units) of the math-oriented matrix, as a change in stored orientation."""
         region = None
         if self.rows is not None:
             first, last = int(self.rows[0]), int(self.rows[-1]) + 1
-            if last - first != len(self.rows):  # alternating heads: no region holds them
+            if last - first != len(self.rows) or self.expert is not None:  # no region holds them
                 width = self.weight.shape[1]
                 places = torch.arange(len(self.rows), device=index.device)[:, None] * width + index
                 return self.stored_entries(places.reshape(-1), values.reshape(-1))
             region = Region(1 if self.transposed else 0, first, last)
         if self.transposed:
-            return self._here(Rows(index=index, rows=values.T.contiguous(), region=region))
-        return self._here(Columns(index=index, columns=values, region=region))
+            return self.in_parameter(Rows(index=index, rows=values.T.contiguous(), region=region))
+        return self.in_parameter(Columns(index=index, columns=values, region=region))
 
     def stored_entries(self, index: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Change:
         """Values added at places counted row by row through the matrix in math orientation."""
@@ -95,13 +97,13 @@ class Site:
         full_out, full_in = reversed(stored.shape) if self.transposed else stored.shape
         row, column = self.outputs(index // full_in), index % full_in
         place = column * full_out + row if self.transposed else row * full_in + column
-        return self._here(Entries(index=place, entries=values))
+        return self.in_parameter(Entries(index=place, entries=values))
 
     def stored_dense(self, full: Float[Tensor, "out in"]) -> Change:
         """A change of the whole matrix in math orientation, as a change in stored orientation."""
         if self.rows is not None:
             return self.stored_rows(torch.arange(len(self.rows)), full)
-        return self._here(Dense(full=full.T.contiguous() if self.transposed else full))
+        return self.in_parameter(Dense(full=full.T.contiguous() if self.transposed else full))
 
     @property
     def bias(self) -> Float[Tensor, " out"] | None:

@@ -12,7 +12,7 @@ which is formed for one matrix at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal, get_args
 
@@ -120,7 +120,8 @@ def attribute(
     """The mean attribution over `facts` of every unit of every site.
 
     Args:
-        sites: matrices, of any layers and kinds; `path="layer"` scales each by itself.
+        sites: matrices, of any layers and kinds; `path="layer"` scales each by itself, those of a block's routed
+            experts together.
         progress: hears (facts done, facts).
 
     Returns:
@@ -136,18 +137,18 @@ def attribute(
     with lm.frozen_eval():
         for copies in _copies(lm, facts, how):
             for caught in _passes(lm, copies, sites, how):
-                key = f"{caught.site.name}/{caught.site.kind}"
+                key = f"{caught.site.id}/{caught.site.kind}"
                 found = _contribution(caught, unit).cpu()
                 totals[key] = totals[key].add_(found) if key in totals else found
             done += len(copies.rows)
             progress(done, len(facts))
     scores = []
     for site in sites:
-        score = totals.pop(f"{site.name}/{site.kind}") / len(facts)
+        score = totals.pop(f"{site.id}/{site.kind}") / len(facts)
         if unit == "entry":
             score = score * site.weight.to(score).reshape(-1)
         if not bool(torch.isfinite(score).all()):
-            raise NonFinite(f"{site.name}: an attribution is NaN or infinite; is the model's own probability finite?")
+            raise NonFinite(f"{site.id}: an attribution is NaN or infinite; is the model's own probability finite?")
         scores.append(score)
     return scores
 
@@ -178,12 +179,20 @@ def _passes(lm: LM, copies: _Copies, sites: Sequence[Site], how: Attribution) ->
         yield from catch(sites, lambda: copies.objective(_log_p(lm, copies, None), how.probability), alpha)
         return
     below = _Below.record(lm, copies.rows, sites)
-    for site in sites:
-        if _adds_to_the_stream(lm, site):
-            yield _behind(lm, copies, site, below, how)
+    for group in _together(sites):
+        if _adds_to_the_stream(lm, group[0]):
+            yield from _behind(lm, copies, group, below, how)
         else:
-            forward = partial(_log_p, lm, copies, below.entering.get(site.layer))
-            yield from catch([site], lambda run=forward: copies.objective(run(), how.probability), alpha)  # type: ignore[misc]
+            forward = partial(_log_p, lm, copies, below.entering.get(group[0].layer))
+            yield from catch(group, lambda run=forward: copies.objective(run(), how.probability), alpha)  # type: ignore[misc]
+
+
+def _together(sites: Sequence[Site]) -> list[list[Site]]:
+    """The sites, those of one block's routed experts in one group: they are one linear map of the weighted keys."""
+    groups: dict[tuple[int, str, bool], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((site.layer, site.kind, site.expert is not None), []).append(site)
+    return list(groups.values())
 
 
 @dataclass(frozen=True)
@@ -192,8 +201,8 @@ class _Below:
 
     entering: dict[int, ReplayState]
     """What enters each block but block 0 (which is run from the tokens), all tokens of it, in order of blocks."""
-    keys: dict[int, Tensor]
-    """What enters each down-projection, and `values` what it puts out."""
+    keys: dict[tuple[int, int | None], Tensor]
+    """What enters each down-projection, by layer and routed expert, and `values` what a dense one puts out."""
     values: dict[int, Tensor]
 
     @classmethod
@@ -206,10 +215,11 @@ class _Below:
 
             return read
 
-        behind = sorted({site.layer for site in sites if _adds_to_the_stream(lm, site)})
-        last = max(site.layer + (site.layer in behind) for site in sites)
+        behind = [site for site in sites if _adds_to_the_stream(lm, site)]
+        last = max(site.layer + (site in behind) for site in sites)
         wanted = [Point(layer, "block") for layer in range(last)]
-        wanted += [Point(layer, tensor) for layer in behind for tensor in ("key", "mlp")]
+        wanted += [Point(site.layer, "key", site.expert) for site in behind]
+        wanted += [Point(site.layer, "mlp") for site in behind if site.expert is None]
         if not wanted:
             return cls({}, {}, {})
         with torch.no_grad():
@@ -222,35 +232,43 @@ class _Below:
                 for p, x in seen.items()
                 if p.tensor == "block"
             },
-            {p.layer: x for p, x in seen.items() if p.tensor == "key"},
+            {(p.layer, p.expert): x for p, x in seen.items() if p.tensor == "key"},
             {p.layer: x for p, x in seen.items() if p.tensor == "mlp"},
         )
 
 
 def _adds_to_the_stream(lm: LM, site: Site) -> bool:
     """Whether the site's output goes straight into the block's output, so that its own block need not be run again."""
-    return site.kind == "down_proj" and lm.layout.adds_mlp_output
+    kind = lm.kinds[site.layer]
+    if site.expert is not None:  # a shared expert's gate is not theirs
+        kind = replace(kind, gated_shared=False)
+    return site.kind == "down_proj" and kind.adds_mlp_output
 
 
-def _behind(lm: LM, copies: _Copies, site: Site, below: _Below, how: Attribution) -> Captured:
-    """One site whose scaling is a change of its block's output: (alpha - 1) h. Only the blocks after it are run."""
-    frozen = below.entering[site.layer + 1]
+def _behind(lm: LM, copies: _Copies, sites: Sequence[Site], below: _Below, how: Attribution) -> Iterator[Captured]:
+    """Sites of one block whose scaling is a change of its output: (alpha - 1) h. Only the blocks after it are run."""
+    layer = sites[0].layer
+    frozen = below.entering[layer + 1]
     shape = frozen.states.shape
     wide = torch.promote_types(lm.dtype, torch.float32)
-    value = below.values[site.layer].view(shape).to(wide)
-    h = value if site.bias is None else value - site.bias.to(wide)
-    less = copies.alpha.to(h)[:, None, None, None] - 1
-    moved = (less * h).view(-1, *shape[1:]).requires_grad_()
+    keys = [below.keys[layer, site.expert].to(wide) for site in sites]
+    if sites[0].expert is None:
+        value = below.values[layer].view(shape).to(wide)
+        h = [value if sites[0].bias is None else value - sites[0].bias.to(wide)]
+    else:
+        h = [x.view(*shape[:-1], -1) @ site.weight.T.to(wide) for x, site in zip(keys, sites, strict=True)]
+    less = copies.alpha.to(h[0])[:, None, None, None] - 1
+    moved = (less * sum(h)).view(-1, *shape[1:]).requires_grad_()
 
     def change(state: Tensor) -> Tensor:
         return (state + moved).to(state.dtype)
 
     with torch.enable_grad():
-        log_p = _log_p(lm, copies, frozen, {Point(site.layer, "block"): change}, end_at_logits=True)
+        log_p = _log_p(lm, copies, frozen, {Point(layer, "block"): change}, end_at_logits=True)
         (g,) = torch.autograd.grad(copies.objective(log_p, how.probability), [moved])
     g = g.view(len(copies.alpha), -1, shape[-1]).sum(0)  # x and h are the same for all copies
-    x = below.keys[site.layer]
-    return Captured(site, x.reshape(len(g), -1).to(wide), h.reshape(len(g), -1), g)
+    for site, x, output in zip(sites, keys, h, strict=True):
+        yield Captured(site, x.reshape(len(g), -1), output.reshape(len(g), -1), g)
 
 
 def _log_p(

@@ -18,13 +18,14 @@ from retcon.lm.site import Site
 from retcon.locate.attribution import Attribution, Unit, attribute, select
 
 Ensemble = dict[str, Int[Tensor, " n"]]
-"""N*: chosen units by `<layer>.<matrix>`, ascending; matrices without a unit are left out."""
+"""N*: chosen units by `<layer>.<matrix>`, of a routed expert `<layer>.<matrix>.<expert>`, ascending; matrices without
+a unit are left out."""
 UnitScore = Literal["sum", "sum_abs"]
 
 
 def key(site: Site) -> str:
     """What an ensemble calls a matrix."""
-    return f"{site.layer}.{site.kind}"
+    return f"{site.layer}.{site.kind}" + ("" if site.expert is None else f".{site.expert}")
 
 
 def n_units(site: Site, unit: Unit) -> int:

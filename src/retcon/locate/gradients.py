@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from retcon.lm.experts import Change, Tokens, changed
 from retcon.lm.site import Site
 
 
@@ -27,6 +28,13 @@ class Captured:
     """W x, bias excluded and not scaled."""
     g: Float[Tensor, "tokens out"]
     """dF/d(alpha W x)."""
+
+    @classmethod
+    def nothing(cls, site: Site) -> "Captured":
+        """Of a pass that no token of went through the site."""
+        out, into = site.weight.shape
+        x = torch.zeros(0, into, dtype=torch.promote_types(site.weight.dtype, torch.float32), device=site.weight.device)
+        return cls(site, x, x.new_zeros(0, out), x.new_zeros(0, out))
 
     def rows(self) -> Float[Tensor, " out"]:
         """sum_t h_t g_t: per output unit, <W row, dF/dW row> (identity I3)."""
@@ -46,12 +54,27 @@ def catch(
     forward: Callable[[], Tensor],
     alpha: Float[Tensor, " rows"] | None = None,
 ) -> Iterator[Captured]:
-    """Run `forward`, which returns the scalar F, and yield what it captured, site by site.
+    """Run `forward`, which returns the scalar F, and yield what it captured, site by site, in the order of `sites`.
+
+    Of a routed expert's matrix only the tokens that are routed to it are captured; a down-projection's x is g_e k_e.
 
     Args:
         alpha: per row of the batch, what the sites' weights are multiplied by in this pass (biases are not).
     """
-    passed: list[tuple[Site, Tensor, Tensor, Tensor]] = []
+    passed: dict[Site, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def expert_change(site: Site, expert: int) -> Change:
+        def scale(x: Tensor, output: Tensor, tokens: Tokens) -> Tensor:
+            rows = None if site.rows is None else site.rows.to(output.device)
+            h = output if rows is None else output[..., rows]
+            factor: Any = 1.0
+            if alpha is not None:
+                factor = alpha.to(h)[tokens.numbers // (tokens.total // len(alpha)), None]
+            scaled = factor * h if h.requires_grad else (factor * h).detach().requires_grad_()
+            passed[site] = x.detach(), h.detach(), scaled
+            return scaled if rows is None else output.index_copy(-1, rows, scaled)
+
+        return Change(expert, scale, down=site.kind == "down_proj")
 
     def hook(site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def scale(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -62,7 +85,7 @@ def catch(
             h = part.to(wide) if bias is None else part.to(wide) - bias.to(wide)
             factor = 1.0 if alpha is None else _per_token(alpha.to(h), h)
             scaled = factor * h if h.requires_grad else (factor * h).detach().requires_grad_()
-            passed.append((site, x.detach(), h.detach(), scaled))
+            passed[site] = x.detach(), h.detach(), scaled
             new = (scaled if bias is None else scaled + bias.to(wide)).to(output.dtype)
             return new if site.rows is None else output.index_copy(-1, site.rows.to(output.device), new)
 
@@ -70,10 +93,18 @@ def catch(
 
     with ExitStack() as stack, torch.enable_grad():
         for site in sites:
-            stack.callback(site.module.register_forward_hook(hook(site)).remove)
+            if site.expert is None:
+                stack.callback(site.module.register_forward_hook(hook(site)).remove)
+            else:
+                stack.enter_context(changed(site.module, [expert_change(site, site.expert)]))
         objective = forward()
-    gradients = torch.autograd.grad(objective, [scaled for *_, scaled in passed])
-    for (site, x, h, _), g in zip(passed, gradients, strict=True):
+    gradients = torch.autograd.grad(objective, [scaled for *_, scaled in passed.values()])
+    by_site = dict(zip(passed, gradients, strict=True))
+    for site in sites:
+        if site not in passed:  # no token was routed to this expert
+            yield Captured.nothing(site)
+            continue
+        (x, h, _), g = passed[site], by_site[site]
         yield Captured(site, _flat(x, g.dtype), _flat(h, g.dtype), _flat(g, g.dtype))
 
 

@@ -8,8 +8,9 @@ docs/methods/ctp.md.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -45,9 +46,14 @@ MAX_GRADIENT_BYTES = 2**31
 
 @dataclass(frozen=True)
 class Slot:
-    """One matrix whose units are nodes."""
+    """One matrix whose units are nodes, or one of every routed expert of a block, whose units are nodes together."""
 
-    site: Site
+    sites: tuple[Site, ...]
+
+    @property
+    def site(self) -> Site:
+        """The matrix; of a mixture the first expert's."""
+        return self.sites[0]
 
     @property
     def is_value(self) -> bool:
@@ -56,8 +62,8 @@ class Slot:
 
     @property
     def n_nodes(self) -> int:
-        """M, the units of the MLP."""
-        return self.site.weight.shape[1 if self.is_value else 0]
+        """M, the units of the MLP; in a mixture those of its experts, one after the other."""
+        return sum(site.weight.shape[1 if self.is_value else 0] for site in self.sites)
 
     def by_node(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "d nodes"]:
         """A matrix of the site's shape as (D x M), one column per node."""
@@ -91,13 +97,16 @@ class Transmission:
     """T-: the paths of lowest score."""
 
 
-def slots_of(lm: LM, key_matrix: KeyMatrix = "up") -> list[Slot]:
+def slots_of(lm: LM, key_matrix: KeyMatrix = "up", *, routed: bool = False) -> list[Slot]:
     """Every layer's key matrices and value matrix, in order of layers.
+
+    Args:
+        routed: take the routed experts also where a block has a dense or a shared MLP.
 
     Raises:
         InvalidSetting: the gate matrix is asked for and the model has none.
     """
-    if key_matrix != "up" and lm.layout.gate_proj is None:
+    if key_matrix != "up" and not any(lm.sites(layer, "gate_proj", routed=routed) for layer in range(lm.n_layers)):
         raise InvalidSetting(
             f"key_matrix={key_matrix!r} asks for the gate matrix, but {lm.name!r} "
             f"({lm.model.config.model_type}) has no gated MLP; use 'up'"
@@ -108,7 +117,8 @@ def slots_of(lm: LM, key_matrix: KeyMatrix = "up") -> list[Slot]:
         "both": ("up_proj", "gate_proj"),
     }
     kinds: tuple[SiteName, ...] = (*keys[key_matrix], "down_proj")
-    return [Slot(lm.site(layer, kind)) for layer in range(lm.n_layers) for kind in kinds]
+    found = [lm.sites(layer, kind, routed=routed) for layer in range(lm.n_layers) for kind in kinds]
+    return [Slot(tuple(sites)) for sites in found if sites]
 
 
 # --- node scores -------------------------------------------------------------------------------------------------
@@ -207,18 +217,21 @@ def _assess(
         for chunk in token_chunks(rows, list(group))
     ]
 
-    def caught(chunk: Sequence[int], share: dict[int, float], here: Sequence[Slot]) -> "list[tuple[Slot, Captured]]":
+    def caught(chunk: Sequence[int], share: dict[int, float], here: Sequence[Slot]) -> Iterator[list[Captured]]:
+        """Slot by slot, what each of its sites captured."""
+
         def loss() -> Tensor:
             nll = answer_nll(lm, [rows[i] for i in chunk])
             return nll @ torch.tensor([share[i] for i in chunk], dtype=nll.dtype, device=nll.device)
 
-        return list(zip(here, catch([slot.site for slot in here], loss), strict=True))
+        by_site = catch([site for slot in here for site in slot.sites], loss)
+        return (list(islice(by_site, len(slot.sites))) for slot in here)
 
     if score in ("signed_sum", "abs_of_sum", "grad_x_weight"):
         sums: dict[int, Tensor] = {}
         for chunk, share in passes:
-            for i, (slot, found) in enumerate(caught(chunk, share, slots)):
-                part = _summed(slot, found, score)
+            for i, (slot, found) in enumerate(zip(slots, caught(chunk, share, slots), strict=True)):
+                part = torch.cat([_summed(slot, one, score) for one in found])
                 sums[i] = sums[i] + part if i in sums else part
         return [(sums[i] if score == "signed_sum" else sums[i].abs()).cpu() for i in range(len(slots))]
 
@@ -226,14 +239,13 @@ def _assess(
     for here in [slots] if len(passes) == 1 else _fitting(slots, max_gradient_bytes):
         gradients: dict[int, Tensor] = {}
         for chunk, share in passes:
-            for i, (slot, found) in enumerate(caught(chunk, share, here)):
-                if len(passes) == 1:  # scored on the spot, so that one matrix's gradient exists at a time
-                    scores.append(node_scores(slot.by_node(found.weight_gradient()), score).cpu())
-                elif i in gradients:
-                    gradients[i].addmm_(found.g.T, found.x)
+            for i, (slot, found) in enumerate(zip(here, caught(chunk, share, here), strict=True)):
+                g = torch.cat([slot.by_node(one.weight_gradient()) for one in found], 1)
+                if len(passes) == 1:  # scored on the spot, so that one slot's gradient exists at a time
+                    scores.append(node_scores(g, score).cpu())
                 else:
-                    gradients[i] = found.weight_gradient()
-        scores += [node_scores(here[i].by_node(g), score).cpu() for i, g in sorted(gradients.items())]
+                    gradients[i] = gradients[i].add_(g) if i in gradients else g
+        scores += [node_scores(g, score).cpu() for _, g in sorted(gradients.items())]
     return scores
 
 
@@ -242,7 +254,7 @@ def _fitting(slots: Sequence[Slot], max_bytes: int) -> list[list[Slot]]:
     groups: list[list[Slot]] = []
     room = 0
     for slot in slots:
-        size = 4 * slot.site.weight.numel()
+        size = 4 * sum(site.weight.numel() for site in slot.sites)
         if not groups or size > room:
             groups.append([])
             room = max_bytes

@@ -54,6 +54,8 @@ class Ctp(TuningSettings):
     """Scores of the summed gradient of all edits, or the mean of every edit's own."""
     key_matrix: KeyMatrix = "up"
     """Where key vectors are, in a gated MLP."""
+    mlp: Literal["dense", "experts"] | None = None
+    """What paths go through in a mixture of experts, as in MEMIT; of routed experts, a node of any of them."""
     contrast: Literal["neg_step", "mirror", "none"] = "neg_step"
     """`neg_step`: after a step on T+ towards the new answer, one on T- towards the original answer (the released code);
     `mirror`: the original answer shall survive if T-'s nodes are changed as T+'s are, on average; T- stays as it is."""
@@ -95,7 +97,7 @@ class Ctp(TuningSettings):
             InvalidSetting: a matrix the model does not have, or more paths than a matrix has nodes.
             NonFinite: the model gives an edit no finite probability, or a gradient overflows.
         """
-        slots = slots_of(lm, self.key_matrix)
+        slots = slots_of(lm, self.key_matrix, routed=self.mlp == "experts")
         if self.layers is not None:
             check_depth(self.name, lm, self.layers)
             slots = [slot for slot in slots if slot.site.layer in self.layers]
@@ -157,11 +159,11 @@ class PathTrainer:
 
     def __init__(self, method: Ctp, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None) -> None:
         self.method, self.slots, self.target, self.original = method, slots, target, original
-        self.nodes = [Nodes(slot.site, "columns" if slot.is_value else "rows") for slot in slots]
+        self.nodes = [Nodes(slot.sites, "columns" if slot.is_value else "rows") for slot in slots]
         if method.train_out_bias:
             for slot in slots:
                 if slot.is_value and slot.site.bias is not None:
-                    bias = Nodes(slot.site, "bias")
+                    bias = Nodes(slot.sites, "bias")
                     bias.add(torch.arange(len(slot.site.bias)))
                     self.nodes.append(bias)
         self.positive: list[Tensor] = []

@@ -54,6 +54,8 @@ class Kne(TuningSettings):
     modules: tuple[SiteName, ...] = ("down_proj",)
     """Matrices that are attributed and edited, in every layer; any of down_proj, up_proj, gate_proj, q_proj, k_proj,
     v_proj, o_proj."""
+    mlp: Literal["dense", "experts"] | None = None
+    """What is attributed and edited in a mixture of experts, as in MEMIT."""
     layers: Layers | None = None
     """Layers whose matrices are attributed and edited, ascending, counted from 0; None: all, as published. Rows of the
     upper layers raise the answer whatever the subject is."""
@@ -185,13 +187,16 @@ class Kne(TuningSettings):
         return [s.abs() for s in found] if self.sign == "abs" else found
 
     def sites(self, lm: LM) -> list[Site]:
-        """The matrices, in order of layers; that order breaks ties."""
-        for kind in self.modules:
-            if getattr(lm.layout, kind) is None:
-                raise InvalidSetting(f"kne: {lm.name!r} ({lm.model.config.model_type}) has no {kind}")
+        """The matrices, in order of layers; that order breaks ties. A block without such a matrix has none here."""
         layers = range(lm.n_layers) if self.layers is None else self.layers
         check_depth(self.name, lm, layers)
-        return [lm.site(layer, kind) for layer in layers for kind in self.modules]
+        routed = self.mlp == "experts"
+        sites = [s for layer in layers for kind in self.modules for s in lm.sites(layer, kind, routed=routed)]
+        for kind in self.modules:
+            if not any(site.kind == kind for site in sites):
+                where = "" if self.layers is None else " in these layers"
+                raise InvalidSetting(f"kne: {lm.name!r} ({lm.model.config.model_type}) has no {kind}{where}")
+        return sites
 
     def n_chosen(self, lm: LM, sites: Sequence[Site]) -> int:
         """max(1, round(p * units)); p = budget * parameters / weights of the sites, where a budget is given."""

@@ -121,4 +121,5 @@ def _factors(part: TrainedLowRank) -> list[tuple[str, Tensor]]:
 
 
 def _key(site: Site, which: str) -> str:
-    return f"{site.layer}.{site.kind}.{which}"
+    expert = "" if site.expert is None else f".{site.expert}"
+    return f"{site.layer}.{site.kind}{expert}.{which}"

@@ -21,11 +21,16 @@ Kind = Literal["rows", "columns", "bias"]
 
 
 class Nodes:
-    """The nodes of one matrix that are or were trained, with their changes so far."""
+    """The nodes of one matrix that are or were trained, with their changes so far.
 
-    def __init__(self, site: Site, kind: Kind) -> None:
-        self.site, self.kind = site, kind
+    The matrix may be one of every routed expert of a block; their nodes are numbered one expert after the other.
+    """
+
+    def __init__(self, sites: Sequence[Site], kind: Kind) -> None:
+        site = sites[0]
+        self.sites, self.kind = sites, kind
         out, into = site.weight.shape
+        self.of_each = into if kind == "columns" else out
         widths: dict[str, list[tuple[int, ...]]] = {"rows": [(into,)], "columns": [(out,)], "bias": [()]}
         if site.bias is not None:
             widths["rows"].append(())
@@ -38,7 +43,7 @@ class Nodes:
         units = units.to(self.index.device)
         new = units[~torch.isin(units, self.index)]
         self.index = torch.cat([self.index, new])
-        grown = [torch.cat([t.detach(), fresh(self.site, len(new), *t.shape[1:]).detach()]) for t in self.tensors]
+        grown = [torch.cat([t.detach(), fresh(self.sites[0], len(new), *t.shape[1:]).detach()]) for t in self.tensors]
         self.tensors = [t.requires_grad_() for t in grown]
 
     def chosen(self, units: Int[Tensor, " k"]) -> Bool[Tensor, " n"]:
@@ -55,11 +60,20 @@ class Nodes:
         return self._parts(index, [t[sources].mean(0).expand(len(index), *t.shape[1:]) for t in self.tensors])
 
     def _parts(self, index: Int[Tensor, " n"], tensors: Sequence[Tensor]) -> list[Part]:
+        if len(self.sites) == 1:
+            return self._parts_of(self.sites[0], index, tensors)
+        found = []
+        for expert in (index // self.of_each).unique().tolist():
+            here = index // self.of_each == expert
+            found += self._parts_of(self.sites[expert], index[here] % self.of_each, [t[here] for t in tensors])
+        return found
+
+    def _parts_of(self, site: Site, index: Int[Tensor, " n"], tensors: Sequence[Tensor]) -> list[Part]:
         if self.kind == "columns":
-            return [TrainedColumns(self.site, index, tensors[0])]
+            return [TrainedColumns(site, index, tensors[0])]
         if self.kind == "bias":
-            return [TrainedBias(self.site, index, tensors[0])]
-        return [TrainedRows(self.site, index, tensors[0]), *(TrainedBias(self.site, index, t) for t in tensors[1:])]
+            return [TrainedBias(site, index, tensors[0])]
+        return [TrainedRows(site, index, tensors[0]), *(TrainedBias(site, index, t) for t in tensors[1:])]
 
 
 @dataclass(frozen=True)

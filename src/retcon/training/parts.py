@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from retcon.delta import Change, Dense, Entries, LowRank
+from retcon.lm.experts import Change as ExpertChange
+from retcon.lm.experts import Tokens, changed
 from retcon.lm.site import Site
 
 _BLOCK = 2**22  # token x entry products formed at a time
@@ -28,7 +30,7 @@ class Part(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """The module at whose output it is added."""
+        """The module at whose output it is added; a part of a routed expert's matrix inside the experts' module."""
 
     @property
     def parameter(self) -> str:
@@ -150,7 +152,8 @@ class TrainedLowRank(_OnSite):
             return self.site.name, self.site.stored(left, right)
         if self.site.transposed:
             left, right = right.T.contiguous(), left.T.contiguous()
-        return self.site.name, LowRank(left=left, right=right)  # kept as factors: adapters hold nothing else
+        factors = LowRank(left=left, right=right)  # kept as factors: adapters hold nothing else
+        return self.site.name, self.site.in_parameter(factors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,9 +285,9 @@ def whole_parameter(module: nn.Module, name: str) -> TrainedParameter:
 
 def fresh(site: Site, *shape: int) -> Tensor:
     """Zeros to be trained, on the site's device, in float32 or the weight's dtype where that is wider."""
-    weight = site.module.weight
-    dtype = torch.promote_types(weight.dtype, torch.float32)  # type: ignore[arg-type]
-    return torch.zeros(shape, dtype=dtype, device=weight.device, requires_grad=True)  # type: ignore[arg-type]
+    weight = site.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros(shape, dtype=dtype, device=weight.device, requires_grad=True)
 
 
 @contextmanager
@@ -295,7 +298,10 @@ def attached(parts: Iterable[Part]) -> Iterator[None]:
         by_module.setdefault(part.module, []).append(part)
     with ExitStack() as stack:
         for module, here in by_module.items():
-            stack.callback(module.register_forward_hook(_adding(here)).remove)
+            if _expert(here[0]) is None:
+                stack.callback(module.register_forward_hook(_adding(here)).remove)
+            else:
+                stack.enter_context(changed(module, [_expert_change(part) for part in here]))
         yield
 
 
@@ -321,6 +327,20 @@ def _adding(parts: Sequence[Part]) -> Callable[[nn.Module, tuple[Any, ...], Tens
         return y.to(output.dtype)
 
     return hook
+
+
+def _expert(part: Part) -> int | None:
+    site: Site | None = getattr(part, "site", None)
+    return None if site is None else site.expert
+
+
+def _expert_change(part: Any) -> ExpertChange:
+    def step(x: Tensor, y: Tensor, _: Tokens) -> Tensor:
+        wide = part.trained()[0].dtype
+        added: Tensor = part.add(x.to(wide), y.to(wide))
+        return added
+
+    return ExpertChange(part.site.expert, step, down=part.site.kind == "down_proj")
 
 
 def _add_to_site(site: Site, y: Tensor, contribution: Tensor) -> Tensor:

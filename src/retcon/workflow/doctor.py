@@ -248,8 +248,6 @@ def _proposed(lm: LM, name: str) -> Any:
         settings = dict(low=low, high=high, low_moment_weight=1e-3, high_moment_weight=1e-3, low_clamp=4.0,
                         high_clamp=4.0, low_weight_decay=0.0, high_weight_decay=0.0, **free)  # fmt: skip
     else:
-        if len(dense) < lm.n_layers or lm.layout.others:
-            return "blocks differ, and the attribution asks every block for the same matrices"
         settings = dict(epochs=3, n_points=2)
     chosen = method(name, **settings)
     layers = [settings[n] for n in ("layer",) if n in settings]

@@ -83,6 +83,7 @@ def attribution(
 
     from retcon.locate import unit_figures
     from retcon.locate.attribution import answer_probabilities
+    from retcon.locate.ensemble import key
     from retcon.methods.kne import Kne
 
     kinds = tuple(f"{part.strip().removesuffix('_proj')}_proj" for part in modules.split(","))
@@ -110,13 +111,13 @@ def attribution(
     mean = [t / len(edits) for t in total]
     ensemble = method.choose(lm, mean)
 
-    sums = torch.stack(each)  # (facts, sites)
-    half = 1.96 * sums.std(0, correction=0) / len(edits) ** 0.5
-    of_kind = {kind: [i for i, site in enumerate(sites) if site.kind == kind] for kind in kinds}
-    carried, interval = ({kind: of[at] for kind, at in of_kind.items()} for of in (sums.mean(0), half))
-    chosen = {
-        kind: torch.tensor([len(ensemble.get(f"{layer}.{kind}", ())) for layer in range(lm.n_layers)]) for kind in kinds
-    }
+    by_layer = {kind: torch.zeros(len(edits), lm.n_layers, dtype=torch.float64) for kind in kinds}
+    chosen = {kind: torch.zeros(lm.n_layers, dtype=torch.long) for kind in kinds}
+    for site, sums in zip(sites, torch.stack(each, 1), strict=True):  # (sites, facts); a block's experts count as one
+        by_layer[site.kind][:, site.layer] += sums
+        chosen[site.kind][site.layer] += len(ensemble.get(key(site), ()))
+    carried = {kind: sums.mean(0) for kind, sums in by_layer.items()}
+    interval = {kind: 1.96 * sums.std(0, correction=0) / len(edits) ** 0.5 for kind, sums in by_layer.items()}
     same, different = overlaps(edits, ensembles)
     n_units = sum(map(len, mean))
     p = method.n_chosen(lm, sites) / n_units

@@ -182,11 +182,18 @@ class FineTuning(TuningSettings):
                 )
             for kind in self.modules:
                 if kind == "block":
+                    if lm.kinds[layer].experts:
+                        raise InvalidSetting(
+                            f"{self.name}: layer {layer} of {lm.name!r} has routed experts, and such a block is not "
+                            "trained whole; name matrices, down_proj for instance"
+                        )
                     yield layer
-                elif getattr(lm.layout, kind) is not None:
-                    yield lm.site(layer, kind)
+                elif found := lm.sites(layer, kind):
+                    yield from found
                 elif self.layers:
-                    raise InvalidSetting(f"{self.name}: {lm.name!r} ({lm.model.config.model_type}) has no {kind}")
+                    raise InvalidSetting(
+                        f"{self.name}: {lm.name!r} ({lm.model.config.model_type}) has no {kind} in layer {layer}"
+                    )
 
     def n_trained(self, lm: LM) -> int:
         """How many values are trained."""

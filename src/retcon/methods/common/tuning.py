@@ -186,7 +186,7 @@ def tuning(
 
 
 def sites_named(name: str, lm: LM, layers: Sequence[int], modules: Sequence[str]) -> list[Site]:
-    """Return the matrices that settings name, layer by layer.
+    """Return the matrices that settings name, layer by layer; where every expert is routed, those of all of them.
 
     Args:
         name: the method, for messages.
@@ -201,8 +201,8 @@ def sites_named(name: str, lm: LM, layers: Sequence[int], modules: Sequence[str]
         if not 0 <= layer < lm.n_layers:
             raise InvalidSetting(f"{name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")
         for kind in modules:
-            if kind in get_args(SiteName) and getattr(lm.layout, kind) is not None:
-                found.append(lm.site(layer, kind))  # type: ignore[arg-type]
+            if kind in get_args(SiteName) and any(getattr(k, kind) is not None or k.experts for k in lm.kinds):
+                found += lm.sites(layer, kind) or [lm.site(layer, kind)]  # type: ignore[arg-type]
                 continue
             path = f"{lm.layout.block.format(layer)}.{kind}"
             module = dict(lm.model.named_modules()).get(path)
