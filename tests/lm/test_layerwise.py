@@ -84,3 +84,35 @@ def test_rows_that_share_nothing_or_everything(tiny: Callable[..., LM]) -> None:
     check(lm, LayerwiseReader(lm, rows, [0] * len(rows), keep_bytes=1e9), rows, [Point(2, "mlp")], keep=1)
     check(lm, LayerwiseReader(lm, rows[:1] * 3, [0] * 3, keep_bytes=1e9), rows[:1] * 3, [Point(2, "mlp")], keep=1)
     check(lm, LayerwiseReader(lm, rows[:1], [0], keep_bytes=1e9), rows[:1], [Point(2, "mlp")], keep=1)
+
+
+def test_rows_that_are_read_low_are_run_no_further(tiny: Callable[..., LM]) -> None:
+    """Of what prefixed rows give above the keys nothing is read, so none of it is computed; the sums are the same."""
+    lm = tiny("llama")
+    rows, prefix_group = rows_of((9, 4))
+    deep = [number == 1 for number in prefix_group]  # with a beginning that is not the longest
+    tokens, one_sum = [r.position("subject_last") for r in rows], [0] * len(rows)
+    readings = {
+        Point(1, "key"): Reading(tokens, one_sum, [1.0] * len(rows)),
+        Point(3, "block"): Reading(tokens, one_sum, [float(d) for d in deep]),
+    }
+    seen: dict[int, int] = {}
+
+    def count(layer: int) -> Callable[..., None]:
+        def add(module: object, args: tuple[torch.Tensor, ...], output: object) -> None:
+            seen[layer] = seen.get(layer, 0) + args[0].shape[0]
+
+        return add
+
+    found = []
+    for given in (None, deep):
+        reader = LayerwiseReader(lm, rows, prefix_group, keep_bytes=1e9, deep=given)
+        seen.clear()
+        handles = [lm.site(layer, "down_proj").module.register_forward_hook(count(layer)) for layer in (0, 2)]
+        found.append(reader.read(readings, keep=1))
+        for handle in handles:
+            handle.remove()
+        above = sum(deep) if given else len(rows)
+        assert seen[2] - seen[0] == above - len(rows)  # the common beginnings are run in both
+    for point in readings:
+        assert_close(found[0][point], found[1][point], rtol=1e-9, atol=1e-9)

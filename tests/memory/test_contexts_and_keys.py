@@ -133,3 +133,13 @@ def test_a_reader_gives_the_mean_keys_while_layers_are_written(
             site = lm.site(layer, "down_proj")
             change = site.stored(randn(32, 2), 0.1 * randn(2, 64 if family != "gpt2" else 128))
             scope.enter_context(lm.edited(lm.delta({site.name: [change]})))
+
+
+def test_a_reader_runs_no_token_after_the_last_that_is_read(tiny: Callable[..., LM], edits: list[Edit]) -> None:
+    lm = tiny("llama")
+    reader = KeyReader(lm, edits, CONTEXTS, last="subject_last")
+    assert all(len(row.ids) == row.subject_last + 1 for row in reader.rows if row.subject_last is not None)
+    point, value = Point(1, "key"), Point(2, "mlp")
+    found = reader.read(point, "subject_last", value)
+    for a, b in zip(found, mean_keys(lm, edits, CONTEXTS, point, "subject_last", value=value), strict=True):
+        assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -32,11 +32,16 @@ MAX_SHARDS = 32
 """Pieces at most that shared work is cut into, so that workers are seldom idle and little is sent about."""
 
 
-def buckets(lengths: Sequence[int], max_tokens: int = MAX_BATCH_TOKENS) -> list[list[int]]:
+def buckets(
+    lengths: Sequence[int], max_tokens: int = MAX_BATCH_TOKENS, which: Sequence[int] | None = None
+) -> list[list[int]]:
     """Group indices so that neighbours in length share a batch of at most `max_tokens` padded tokens (or one row), with
     little padding; the shortest come first.
+
+    Args:
+        which: these indices alone; all by default.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    order = sorted(range(len(lengths)) if which is None else which, key=lambda i: (lengths[i], i))
     groups: list[list[int]] = []
     for i in order:  # ascending, so the newcomer is the longest of its group
         if groups:

@@ -1,7 +1,8 @@
 """Read activations of many rows layer by layer while the layers are being changed from the bottom up.
 
 A write at layer l leaves what enters l as it was. So the states that enter the layer read last are kept, and the next
-reading starts there instead of at the tokens. Text that rows begin with in common is run once for all of them.
+reading starts there instead of at the tokens. Text that rows begin with in common is run once for all of them, and rows
+that are read low are run no further than that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
-from retcon.lm.replay import ReplayState, common_beginnings, embedded, live_starts, replaying, tokens_at
+from retcon.lm.replay import ReplayState, common_beginnings, embedded, live_starts, replaying, tail, tokens_at
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -56,6 +57,8 @@ class LayerwiseReader:
         rows: texts, with a subject or without; read at the subject's last or the prediction token, or later.
         alike: rows whose number is the same begin with the same text.
         keep_bytes: states are kept up to this much memory; with more rows every reading starts at the tokens.
+        deep: whether each row is read at the deepest point of a reading; such rows are run together, the others only as
+            far as they are read. All of them by default.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class LayerwiseReader:
         prefix_group: Sequence[int],
         *,
         keep_bytes: float,
+        deep: Sequence[bool] | None = None,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:
         self.lm, self.n_rows = lm, len(rows)
@@ -73,9 +77,12 @@ class LayerwiseReader:
         )
         ends, place = common_beginnings([r.ids for r in rows], limits, prefix_group)
         self.starts = [ends[p] for p in place]
+        lengths = [len(r.ids) - s for r, s in zip(rows, self.starts, strict=True)]
+        depths = [True] * len(rows) if deep is None else deep
         self.groups = [
             _Group([rows[i] for i in group], [self.starts[i] for i in group], group, [place[i] for i in group])
-            for group in buckets([len(r.ids) - s for r, s in zip(rows, self.starts, strict=True)], max_batch_tokens)
+            for depth in (True, False)
+            for group in buckets(lengths, max_batch_tokens, [i for i, d in enumerate(depths) if d == depth])
         ]
         first_with = {p: r for r, p in reversed(list(enumerate(place)))}
         beginnings = [Row(rows[first_with[p]].ids[: max(end, 1)], 1) for p, end in enumerate(ends)]
@@ -83,8 +90,7 @@ class LayerwiseReader:
         self.beginnings = _Group(beginnings, nothing, list(range(len(ends))), nothing)
         self.ends = torch.tensor(ends)
         width = lm.d_model
-        n_tokens = sum(len(r.ids) - s for r, s in zip(rows, self.starts, strict=True))
-        self.keeps = n_tokens * width * lm.dtype.itemsize <= keep_bytes
+        self.keeps = sum(lengths) * width * lm.dtype.itemsize <= keep_bytes
         self.reached = 0
         self.applied: tuple[str, ...] = ()
 
@@ -102,8 +108,13 @@ class LayerwiseReader:
         with self.lm.frozen_eval(), torch.no_grad():
             past = self._past(deepest, keep)
             for group in self.groups:
-                hooks = {point: self._adder(found, point, group, reading) for point, reading in readings.items()}
-                self._run(group, hooks, past, keep)
+                hooks = {
+                    point: self._adder(found, point, group, reading)
+                    for point, reading in readings.items()
+                    if any(reading.weights[i] for i in group.index)
+                }
+                if hooks or (self.keeps and keep > self.reached):
+                    self._run(group, hooks, past, keep)
         if self.keeps:
             self.reached = keep
         self.applied = tuple(d.id for d in self.lm.applied)
@@ -151,7 +162,8 @@ class LayerwiseReader:
         frozen = self._entering(group)
         states = frozen.states
         if past and any(group.starts):
-            keys, values = (tuple(pair[i][group.beginning] for pair in past) for i in (0, 1))
+            longest = max(group.starts)  # the group may hold none of the rows that share most
+            keys, values = (tuple(tail(pair[i], group.beginning, longest) for pair in past) for i in (0, 1))
             frozen = replace(frozen, keys=keys, values=values)
         entering: list[Tensor] = []
         if keep > self.reached:

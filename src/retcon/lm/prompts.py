@@ -60,6 +60,15 @@ class Row:
             raise PositionNotFound("this row was tokenised without a subject, so it has no subject position")
         return self.subject_last
 
+    def until(self, where: Where) -> "Row":
+        """The row up to a named position, which is then its prediction position; the answer is left out.
+
+        Raises:
+            PositionNotFound: the row has no subject.
+        """
+        end = self.position(where) + 1
+        return Row(self.ids[:end], end, self.subject_last)
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -35,19 +35,32 @@ def weights_of(n_prefixes: int, average: KeyAverage) -> list[float]:
 class KeyReader:
     """Mean keys and current values of a batch of edits, layer after layer while the layers are written.
 
-    Gives what `mean_keys` does, and runs of each pass only what a write can have changed since the last reading.
+    Gives what `mean_keys` does, and runs of each pass only what a write can have changed since the last reading, and
+    what is read.
+
+    Args:
+        last: the last token position that is asked for; no token after it is run.
     """
 
-    def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Contexts, *, average: KeyAverage = "two_level") -> None:
+    def __init__(
+        self,
+        lm: LM,
+        edits: Sequence[Edit],
+        contexts: Contexts,
+        *,
+        average: KeyAverage = "two_level",
+        last: Where = "prediction",
+    ) -> None:
         texts = contexts.all
         self.given, self.average = (lm, edits, contexts), average
-        self.rows = [encode_edit(lm.tokenizer, e, prefix) for e in edits for prefix in texts]
+        self.rows = [encode_edit(lm.tokenizer, e, prefix).until(last) for e in edits for prefix in texts]
         self.edit_of = [i for i in range(len(edits)) for _ in texts]
         self.weights = weights_of(len(contexts.prefixes), average) * len(edits)
         self.bare = [float(j == 0) for _ in edits for j in range(len(texts))]
         prefix_group = list(range(len(texts))) * len(edits)
         keep_bytes = SHARE_OF_MEMORY * planned_bytes(lm)
-        self.reader = LayerwiseReader(lm, self.rows, prefix_group, keep_bytes=keep_bytes)
+        bare = [b > 0 for b in self.bare]  # current values are read there, above the layer of the keys
+        self.reader = LayerwiseReader(lm, self.rows, prefix_group, keep_bytes=keep_bytes, deep=bare)
 
     def read(
         self, point: Point, where: Where, value: Point

@@ -9,7 +9,7 @@ it.
 
 from retcon.lm.replay.capture import capture_states, common_beginnings, embedded
 from retcon.lm.replay.run import mlp_entries, replaying, running_at, token_numbers
-from retcon.lm.replay.states import Replayable, ReplayState, live_starts, tokens_at
+from retcon.lm.replay.states import Replayable, ReplayState, live_starts, tail, tokens_at
 
 __all__ = [
     "ReplayState",
@@ -21,6 +21,7 @@ __all__ = [
     "mlp_entries",
     "replaying",
     "running_at",
+    "tail",
     "token_numbers",
     "tokens_at",
 ]

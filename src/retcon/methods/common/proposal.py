@@ -27,7 +27,7 @@ from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
 from retcon.lm.batches import in_batches
 from retcon.lm.forward import TensorName, answer_places, gold, log_probs, logits_at
 from retcon.lm.model import LM
-from retcon.lm.prompts import encode_edit, pad
+from retcon.lm.prompts import Where, encode_edit, pad
 from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts, ContextStyle
 from retcon.memory.defaults import default_contexts, default_moments
@@ -71,6 +71,8 @@ class Proposal:
     progress: Progress
     cache: ValueCache | None
     keep_values: bool
+    last: Where
+    """The last token position at which keys are read."""
     scope: ExitStack
     changes: dict[str, list[Change]] = field(default_factory=dict)
     keys: dict[str, Float[Tensor, "n_edits m"]] = field(default_factory=dict)
@@ -109,7 +111,9 @@ class Proposal:
         """Write `targets` into the group's layers (`memory.write.write`); `contexts` other than the batch's own."""
         contexts = self.contexts if contexts is None else contexts
         if (contexts, key_average) not in self.readers:
-            self.readers[contexts, key_average] = KeyReader(self.lm, self.edits, contexts, average=key_average)
+            self.readers[contexts, key_average] = KeyReader(
+                self.lm, self.edits, contexts, average=key_average, last=self.last
+            )
         written = write(
             self.lm,
             self.edits,
@@ -198,6 +202,7 @@ def proposing(
             given.progress or silent,
             given.values,
             given.keep_values,
+            "prediction" if any(g.where == "prediction" for g in groups) else "subject_last",
             scope,
         )
 
