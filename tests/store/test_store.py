@@ -23,6 +23,7 @@ from retcon.errors import (
 )
 from retcon.lm.model import LM
 from retcon.methods.memit import Memit
+from retcon.methods.mend import Mend
 from retcon.methods.rome import Rome
 from retcon.store import Store
 from retcon.store.journal import writing
@@ -188,6 +189,25 @@ def test_later_deltas_are_proposed_again_on_request(store: Store, lm: LM, moment
     one, two, three = store.deltas()
     assert (two.parents, three.parents) == ((one.id,), (one.id, two.id))
     assert list(store.state().slots) == list(old.slots)
+
+
+def test_a_batch_of_a_trained_method_asks_for_its_editor(tmp_path: Path, lm: LM) -> None:
+    """A store keeps no path of the machine it was made on: where the editor is has to be said, and is checked."""
+    for size, name in ((0.5, "own"), (0.4, "other")):
+        untrained = Mend(layers=(1, 2), modules=("down_proj",), rank=4, steps=0, n_validation=1, step_size=size)
+        untrained.fit(lm, FACTS, tmp_path / name)
+    store = Store.init(tmp_path / "edits", lm)
+    store.edit(lm, FACTS[:2], Mend(editor=str(tmp_path / "own")))
+    before = store.log()
+    with pytest.raises(InvalidSetting, match=r"own: no such file; mend made delta .* --editor FILE"):
+        store.revert_fact(lm, "france")
+    with pytest.raises(InvalidSetting, match=r"other: not the editor that delta .* was made with"):
+        store.amend(lm, "france", "Milan", editor=tmp_path / "other")
+    assert store.log() == before
+    assert store.amend(lm, "france", "Milan", editor=tmp_path / "own").about["searched"] == 0
+    store.revert_fact(lm, "france", editor=tmp_path / "own", repropose=True)
+    assert [line.fact for line in store.facts()] == ["darrieux"]
+    assert store.deltas()[0].provenance["settings"]["editor"] == "own"
 
 
 def test_float16_halves_a_store_and_says_what_it_does_then(tmp_path: Path, lm: LM, moments: Any) -> None:

@@ -9,6 +9,7 @@ from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, em
 from retcon.cli.stores import (
     Again,
     Corpus,
+    Editor,
     OtherModel,
     StorePath,
     corpus_of,
@@ -24,6 +25,7 @@ def amend(
     fact: Annotated[str, typer.Argument(metavar="FACT", help="A fact that is in force.", show_default=False)],
     target: Annotated[str, typer.Option(metavar="TEXT", help="Its new answer.", show_default=False)],
     repropose: Again = False,
+    editor: Editor = None,
     message: Annotated[str, typer.Option("-m", "--message", help="Why.", show_default=False)] = "",
     model: OtherModel = None,
     corpus: Corpus = None,
@@ -41,7 +43,14 @@ def amend(
     lm = load_base(found, model, device=device, dtype=dtype, verify_base=verify_base)
     with progress_bars() as advance:
         entry = found.amend(
-            lm, fact, target, moments=moments_for(lm, text), repropose=repropose, message=message, progress=advance
+            lm,
+            fact,
+            target,
+            moments=moments_for(lm, text),
+            repropose=repropose,
+            editor=editor,
+            message=message,
+            progress=advance,
         )
     if as_json:
         emit(entry_record(entry, found.state(entry.id)))

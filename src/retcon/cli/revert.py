@@ -9,6 +9,7 @@ from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, em
 from retcon.cli.stores import (
     Again,
     Corpus,
+    Editor,
     OtherModel,
     StorePath,
     corpus_of,
@@ -29,6 +30,7 @@ def revert(
         str | None, typer.Option(metavar="FACT", help="One fact of a batch instead.", show_default=False)
     ] = None,
     repropose: Again = False,
+    editor: Editor = None,
     message: Annotated[str, typer.Option("-m", "--message", help="Why.", show_default=False)] = "",
     model: OtherModel = None,
     corpus: Corpus = None,
@@ -57,7 +59,13 @@ def revert(
         lm = load_base(found, model, device=device, dtype=dtype, verify_base=verify_base)
         with progress_bars() as advance:
             entry = found.revert_fact(
-                lm, fact, moments=moments_for(lm, text), repropose=repropose, message=message, progress=advance
+                lm,
+                fact,
+                moments=moments_for(lm, text),
+                repropose=repropose,
+                editor=editor,
+                message=message,
+                progress=advance,
             )
     if as_json:
         emit(entry_record(entry, found.state(entry.id)))

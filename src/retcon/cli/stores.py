@@ -29,6 +29,14 @@ Again = Annotated[
     bool,
     typer.Option("--repropose", help="Propose the deltas that came later again, in order, on what is there then."),
 ]
+Editor = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The trained editor that the fact's batch was made with (mend, malmen); a store keeps its name only.",
+        show_default=False,
+    ),
+]
 N_SHOWN = 20
 """Facts shown; the JSON has all."""
 

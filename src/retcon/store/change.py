@@ -1,5 +1,7 @@
 """One entry on its way into a store: files staged, deltas proposed, then all of it made an entry at once."""
 
+import hashlib
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -111,21 +113,33 @@ class Change:
         moments: "Moments | None",
         search: bool,
         progress: "Progress | None",
+        editor: "str | os.PathLike[str] | None" = None,
     ) -> "Attachment":
-        """The delta's method, settings, contexts and seed once more, for these facts, on the model as it is."""
+        """The delta's method, settings, contexts and seed once more, for these facts, on the model as it is.
+
+        Args:
+            editor: where the trained editor is that the delta was made with; only its last part is on record.
+
+        Raises:
+            InvalidSetting: other second moments, or another editor, than the delta was made with; or its editor is not
+                found.
+        """
         from retcon.memory.contexts import Contexts
         from retcon.memory.values.store import KnownValues
         from retcon.methods.common.registry import method_class
 
         old = self.store.delta(delta)
         made = old.provenance
-        method = method_class(str(made["method"]))(**made["settings"])
+        settings = dict(made["settings"])
+        if settings.get("editor") is not None:
+            settings["editor"] = _editor_of(delta, made, editor)
+        method = method_class(str(made["method"]))(**settings)
         known = None
         if not search:
             with_values = self.store.path / VALUES / f"{delta}.safetensors"
             if with_values.is_file():
                 known = KnownValues.load(self.store.file(VALUES, delta), len(lm.applied))
-            else:
+            elif settings.get("editor") is None:  # a trained editor searches nothing
                 warnings.warn(
                     f"delta {delta} has no values in the store ({made['method']} keeps none, or gc removed them); its "
                     f"{len(cases)} facts are edited anew",
@@ -148,6 +162,24 @@ class Change:
                 f"delta {delta} was made with other second moments than those given; name the same text (--corpus)"
             )
         return new
+
+
+def _editor_of(delta: str, made: Mapping[str, Any], given: "str | os.PathLike[str] | None") -> str:
+    """The file of the trained editor that a delta was made with: the one given, or the one on record."""
+    path = Path(made["settings"]["editor"] if given is None else given)
+    name_it = "name it: --editor FILE"
+    if not path.is_file():
+        raise InvalidSetting(
+            f"{path}: no such file; {made['method']} made delta {delta} with a trained editor, and without its file no "
+            f"fact of it can be changed; {name_it}"
+        )
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != made["editor_sha256"]:
+        raise InvalidSetting(
+            f"{path}: not the editor that delta {delta} was made with (SHA-256 {found[:12]}, on record is "
+            f"{made['editor_sha256'][:12]}); {name_it}"
+        )
+    return str(path)
 
 
 def last_state(lm: "LM", method: "Method") -> Any:

@@ -233,6 +233,7 @@ class Store(Contents):
         *,
         moments: "Moments | None" = None,
         repropose: bool = False,
+        editor: str | os.PathLike[str] | None = None,
         message: str = "",
         progress: "Progress | None" = None,
     ) -> Entry:
@@ -241,9 +242,12 @@ class Store(Contents):
         Args:
             repropose: propose the later deltas again too, in order, on what is there now; their values are searched
                 anew.
+            editor: the trained editor that the batch was made with (MEND, MALMEN), where it is not found by the name on
+                record.
 
         Raises:
             UnknownEntry: no such fact is in force.
+            InvalidSetting: the editor, or the second moments, are not those that the batch was made with.
         """
         line, delta = self.fact(name)
         return self._rewritten(
@@ -252,6 +256,7 @@ class Store(Contents):
             {line.fact: None},
             moments=moments,
             repropose=repropose,
+            editor=editor,
             message=message or f"revert fact {line.fact}: {line.prompt}",
             progress=progress,
             action="revert",
@@ -265,6 +270,7 @@ class Store(Contents):
         *,
         moments: "Moments | None" = None,
         repropose: bool = False,
+        editor: str | os.PathLike[str] | None = None,
         message: str = "",
         progress: "Progress | None" = None,
     ) -> Entry:
@@ -275,6 +281,7 @@ class Store(Contents):
         Raises:
             UnknownEntry: no such fact is in force.
             InvalidEdit: the target is empty, or what it is already.
+            InvalidSetting: as `revert_fact`.
         """
         line, delta = self.fact(name)
         case = self.index.case(line)
@@ -287,6 +294,7 @@ class Store(Contents):
             {line.fact: new},
             moments=moments,
             repropose=repropose,
+            editor=editor,
             message=message or f"amend {line.fact}: {line.prompt} {new.edits[0].target_new}",
             progress=progress,
             action="amend",
@@ -300,6 +308,7 @@ class Store(Contents):
         *,
         moments: "Moments | None",
         repropose: bool,
+        editor: str | os.PathLike[str] | None,
         message: str,
         progress: "Progress | None",
         action: Action,
@@ -319,7 +328,9 @@ class Store(Contents):
             with self.at(lm):
                 self._to(lm, state, upto=slot)
                 if kept:
-                    new = change.propose_again(lm, delta, kept, moments=moments, search=False, progress=progress)
+                    new = change.propose_again(
+                        lm, delta, kept, moments=moments, search=False, progress=progress, editor=editor
+                    )
                     lines = [fact_line(case, new.id) for case in facts.values() if case is not None]
                     lm.apply(new)
                     sets[slot] = (delta, new.id)
@@ -328,7 +339,9 @@ class Store(Contents):
                 for each in later if repropose else ():
                     old = str(state.slots[each])
                     own = [self.index.case(line) for line in self.lines_by_delta()[old].values()]
-                    new = change.propose_again(lm, old, own, moments=moments, search=True, progress=progress)
+                    new = change.propose_again(
+                        lm, old, own, moments=moments, search=True, progress=progress, editor=editor
+                    )
                     lm.apply(new)
                     sets[each] = (old, new.id)
                 about: dict[str, Any] = {"searched": change.searched}

@@ -356,6 +356,11 @@ class Session:
         shown = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings.items()}
         return "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in shown.items())
 
+    @property
+    def _editor(self) -> str:
+        editor = self.settings.get("editor")
+        return f" --editor {shlex.quote(str(editor))}" if editor else ""
+
     def dry_run(self) -> Job:
         """Say what editing the draft would take."""
 
@@ -453,10 +458,15 @@ class Session:
             from retcon.workflow import moments_for
 
             entry = self.store.revert_fact(
-                lm, fact, moments=moments_for(lm), repropose=repropose, progress=self.heard(job)
+                lm,
+                fact,
+                moments=moments_for(lm),
+                repropose=repropose,
+                editor=self.settings.get("editor"),
+                progress=self.heard(job),
             )
             self.verification = None
-            self._typed(f"revert --fact {shlex.quote(fact)} --store {self._store_word}")
+            self._typed(f"revert --fact {shlex.quote(fact)}{self._editor} --store {self._store_word}")
             return _searched(entry)
 
         return self.submit("revert fact", run)
@@ -467,10 +477,18 @@ class Session:
         def run(lm: "LM", job: Job) -> str:
             from retcon.workflow import moments_for
 
-            entry = self.store.amend(lm, fact, target.strip(), moments=moments_for(lm), progress=self.heard(job))
+            entry = self.store.amend(
+                lm,
+                fact,
+                target.strip(),
+                moments=moments_for(lm),
+                editor=self.settings.get("editor"),
+                progress=self.heard(job),
+            )
             self.conflicts = [c for c in self.conflicts if c.fact != fact]
             self.verification = None
-            self._typed(f"amend {shlex.quote(fact)} --target {shlex.quote(target.strip())} --store {self._store_word}")
+            what = f"{shlex.quote(fact)} --target {shlex.quote(target.strip())}"
+            self._typed(f"amend {what}{self._editor} --store {self._store_word}")
             return _searched(entry)
 
         return self.submit("amend", run)
