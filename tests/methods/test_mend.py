@@ -77,9 +77,10 @@ def test_pieces_of_a_batch_add_up_whatever_is_padded(tiny, edits, tmp_path):
     assert all(rank <= n_tokens for rank in alone[0].ranks().values())
 
 
-def test_the_outer_gradient_is_that_through_the_changed_weights(tiny, edits):
+@pytest.mark.parametrize("locality_at", ["everywhere", "answers"])
+def test_the_outer_gradient_is_that_through_the_changed_weights(locality_at, tiny, edits):
     """T49, against a model whose weights are W' as tensors of the graph."""
-    lm, method = tiny("gpt2"), Mend(**{**SMALL, "step_size": 0.3})
+    lm, method = tiny("gpt2"), Mend(**{**SMALL, "step_size": 0.3, "locality_at": locality_at})
     sites, facts = method.sites(lm), drawn(lm, edits)
     network = untrained(method, lm, sites).train()
     generator = torch.Generator().manual_seed(0)
@@ -105,7 +106,8 @@ def test_the_outer_gradient_is_that_through_the_changed_weights(tiny, edits):
             nll = -gold(said[answer_places([asked])[1]], [asked]).mean()
             now = log_probs(functional_call(lm.model, changed, (torch.tensor([stays.ids]),)).logits[0])
             before = log_probs(lm.model(torch.tensor([stays.ids])).logits[0])
-            kl = (before.exp() * (before - now)).sum(-1).mean()
+            places = answer_places([stays])[1] if locality_at == "answers" else slice(None)
+            kl = (before.exp() * (before - now)).sum(-1)[places].mean()
             total = total + (0.1 * nll + kl) / len(facts)
         total.backward()
     for name, parameter in network.named_parameters():

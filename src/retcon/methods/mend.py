@@ -24,6 +24,7 @@ from retcon.methods.common.contract import Progress, State, recorded, silent
 from retcon.methods.common.hypernetwork import (
     Drawn,
     HypernetworkSettings,
+    Where,
     base_log_probs,
     fit_editor,
     gather_pieces,
@@ -61,6 +62,8 @@ class Mend(HypernetworkSettings):
     """c_e: weight of the loss on rephrasings."""
     locality_weight: NotNegative = 1.0
     """Weight of the divergence on prompts that should stay; the paper's is 1."""
+    locality_at: Where = "everywhere"
+    """After which tokens of those prompts the model is compared with itself: all, or those that predict the answer."""
     clip: NotNegative = 100.0
     """Largest norm of a gradient."""
 
@@ -161,7 +164,7 @@ class Mend(HypernetworkSettings):
             left = delta_new * counted[i][..., None]
             right = self.sign * network.step_sizes[i] * u_new
             parts.append(LowRankByRow(site, torch.cat([left, left]), torch.cat([right, right])))
-        nll, kl = outer_losses(lm, drawn, base_log_probs(lm, drawn, "everywhere"), parts, "everywhere")
+        nll, kl = outer_losses(lm, drawn, base_log_probs(lm, drawn, self.locality_at), parts, self.locality_at)
         return self.edit_weight * nll.mean() + self.locality_weight * kl.mean()
 
 
