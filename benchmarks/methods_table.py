@@ -8,7 +8,8 @@ Settings are the model's presets. At n = 1 each of `--alone` cases is edited and
 methods write all edits at once, and methods for one fact write them one on top of the other, all kept. ES, GS, LS
 compare probabilities (`cf.prob_mean`), with 95 % intervals over cases; Score is their harmonic mean, its interval a
 bootstrap by subject. "said" is the share of edits whose new answer the edited model gives first on the edit's prompt.
-Seconds per edit leave moments out; methods that search the same values share them, and only the first is timed.
+Seconds per edit are the processor's, so that other processes matter little; they leave moments out. Methods that search
+the same values share them, and only the first is timed.
 """
 
 import argparse
@@ -68,9 +69,9 @@ def alone(
     """Every case edited and measured by itself; seconds per edit."""
     records, seconds = [], 0.0
     for case in cases:
-        started = time.perf_counter()
+        started = time.process_time()
         delta = method.propose(lm, case.edits, contexts=contexts, moments=moments)
-        seconds += time.perf_counter() - started
+        seconds += time.process_time() - started
         records += evaluate(lm, [case], delta=delta, pre=pre, generate=False).records
     return Evaluation(records, pre.context), seconds / len(cases)
 
@@ -80,13 +81,13 @@ def together(
 ) -> tuple[Evaluation, str, float]:
     """All cases in one delta; seconds per edit where the values were searched, and the share of what reached them."""
     edits = [case.edits[0] for case in cases]
-    started = time.perf_counter()
+    started = time.process_time()
     if method.supports_batches:
         kept = ValueCache(folder)
         delta = in_steps(method, lm, edits, contexts=contexts, moments=moments, values=kept)
     else:
         kept, delta = None, in_steps(method, lm, edits, contexts=contexts, moments=moments)
-    seconds = (time.perf_counter() - started) / len(edits)
+    seconds = (time.process_time() - started) / len(edits)
     said = sum(report.greedy_match or False for report in delta.report) / len(edits)
     after = evaluate(lm, cases, delta=delta, pre=pre, generate=False)
     return after, "" if kept and kept.resumed else f"{seconds:.2f}", said
