@@ -39,7 +39,7 @@ def apply(
     verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
-    """Apply deltas to a model and save the result: safetensors weights and tokenizer, for AutoModelForCausalLM.
+    """Apply deltas to a model and save the result: safetensors weights and tokenizer, for transformers.
 
     Weights are saved in the dtype in which the model is stored, whatever the deltas were computed in.
 
@@ -48,6 +48,7 @@ def apply(
     """
     from retcon.export import export
     from retcon.export.write import check_place
+    from retcon.lm.load import how_to_load
 
     check_place(save, Path(model) if Path(model).is_dir() else None, force)
     deltas = load_deltas(delta)
@@ -72,4 +73,4 @@ def apply(
             )
         )
     out.print(styled("saved    {}  [dim]{}, {}[/]", save, size(made.n_bytes), made.record["base"]["dtype"]))
-    out.print(styled("[dim]load it with AutoModelForCausalLM.from_pretrained({})[/]", repr(str(save))))
+    out.print(styled("[dim]load it with {}[/]", how_to_load(save)))

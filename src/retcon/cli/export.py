@@ -203,9 +203,12 @@ def _show(made: "Exported", scores: dict[str, float], address: str | None) -> No
 
 
 def _how_to_load(made: "Exported") -> str:
+    from retcon.lm.load import how_to_load
+
     place = str(made.place)
+    if made.format == "hf":
+        return f"load it with {how_to_load(place)}"
     return {
-        "hf": f"load it with AutoModelForCausalLM.from_pretrained({place!r})",
         "peft": f"load it with AutoPeftModelForCausalLM.from_pretrained({place!r})",
         "diff": f"load it with retcon.export.write.load_changed(model, {place + '/changed.safetensors'!r})",
         "gguf-lora": f"load it with llama-cli -m BASE.gguf --lora {place}/adapter.gguf",

@@ -127,6 +127,11 @@ def load_plain(folder: Path, *, dtype: torch.dtype) -> Any:
     return _model_class(str(folder), {}).from_pretrained(folder, dtype=dtype, **more).eval()
 
 
+def how_to_load(folder: str | Path) -> str:
+    """Return the line of Python that reads a saved checkpoint with transformers alone."""
+    return f"{_model_class(str(folder), {}).__name__}.from_pretrained({str(folder)!r})"
+
+
 def _model_class(place: str, options: dict[str, Any]) -> Any:
     """The class that reads a checkpoint whole: of a text model beside others (images, sound), the one with all of them,
     so that saving gives everything back."""
