@@ -1,11 +1,12 @@
 """What the tests share; the tiny random models that they run on are in `recipes.tiny`."""
 
+import gc
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jaxtyping
@@ -38,11 +39,17 @@ BROAD = (
 FIRST = ("gpt2", "gptj", "llama")
 SHAPED = pytest.StashKey[dict[str, str]]()
 WHOLE_RUNS = (
-    "behaviour/", "bench/", "cli/", "cluster/", "evaluation/", "export/", "store/", "web/", "workflow/", "world/",
-    "locate/test_figures.py", "locate/test_tracing.py", "test_examples.py", "test_guides.py",
-    "test_readme.py",
+    "behaviour/", "bench/", "cli/", "cluster/", "contract/", "evaluation/", "export/", "methods/", "parity/", "store/",
+    "web/", "workflow/", "world/", "locate/test_figures.py", "locate/test_tracing.py", "test_attachment.py",
+    "test_examples.py", "test_guides.py", "test_readme.py",
 )  # fmt: skip
-"""Tests of commands and whole runs, in which shapes are not checked: checking takes about as long as the work."""
+"""Tests of methods, commands and whole runs, in which shapes are not checked (checking takes about as long as the work)
+but where a test asks for it: the contract battery does, once for every method."""
+
+
+def everyday(*kept: Any, of: Iterable[Any]) -> list[Any]:
+    """Values for `parametrize`, of which `make test` takes those that are kept and `make test-all` the others."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.long) for value in of]
 
 
 class Models(dict[str, LM]):
@@ -63,12 +70,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("long")
 
 
+def pytest_collection_finish() -> None:
+    """Take what was imported out of the garbage collector's sight: it looks at all of it wherever memory is short."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Check shapes in tests of the parts, in the first case of each."""
     test = item.nodeid.partition("[")[0]
     first = item.session.stash.setdefault(SHAPED, {}).setdefault(test, item.nodeid) == item.nodeid
     whole = any(part in test for part in WHOLE_RUNS)
     jaxtyping.config.update("jaxtyping_disable", whole or not first)
+
+
+@pytest.fixture
+def shapes() -> None:
+    """Check shapes in this test, whatever its folder."""
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

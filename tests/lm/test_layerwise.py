@@ -10,7 +10,7 @@ from retcon.lm.forward import Point, activations
 from retcon.lm.layerwise import LayerwiseReader, Reading
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
-from tests.conftest import FAMILIES, FLOAT32_INSIDE
+from tests.conftest import FAMILIES, FLOAT32_INSIDE, everyday
 
 ENDS = [[7, 3, 9, 5], [11, 2, 14]]
 """Tokens behind what the rows of a kind begin with in common."""
@@ -50,7 +50,7 @@ def check(lm: LM, reader: LayerwiseReader, rows: list[Row], points: list[Point],
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("keep_bytes", [0.0, 1e9])
+@pytest.mark.parametrize("keep_bytes", everyday(1e9, of=[0.0, 1e9]))
 def test_readings_equal_plain_passes_while_the_layers_change(
     family: str, keep_bytes: float, tiny: Callable[..., LM]
 ) -> None:

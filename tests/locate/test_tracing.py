@@ -19,10 +19,12 @@ from retcon.locate import Trace, Traces, Tracing, causal_trace
 from retcon.locate.tracing import GROUPS, default_window, embedding_deviation, packing
 from retcon.locate.tracing.causal import trace_prompt
 from retcon.locate.tracing.prompt import prepare
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, everyday
 
 Still = Callable[[str], LM]
 EDIT = Edit("The mother tongue of {} is now", "Danielle Darrieux", "Italian", id="darrieux")
+SHORT = Edit("{} is now", "France", "Italian", id="short")
+"""For tests that run a cell at a time."""
 ALL = Tracing(kinds=("block", "mlp", "attn", "severed_mlp", "severed_attn"), window=3, samples=2)
 TOLERANCE = dict(rtol=1e-5, atol=1e-9)
 """Some architectures take their attention weights in float32, whatever the model's dtype."""
@@ -91,12 +93,12 @@ def sites(lm: LM, tensor: str) -> list[tuple[Any, int]]:
     return [(lm.site(layer, kind).module, layer) for layer in range(lm.n_layers)]  # type: ignore[arg-type]
 
 
-def trace(lm: LM, settings: Tracing = ALL) -> Trace:
-    (found,) = causal_trace(lm, [EDIT], settings).traces
+def trace(lm: LM, settings: Tracing = ALL, edit: Edit = EDIT) -> Trace:
+    (found,) = causal_trace(lm, [edit], settings).traces
     return found
 
 
-@pytest.mark.parametrize("replayed", [True, False])
+@pytest.mark.parametrize("replayed", everyday(True, of=[True, False]))
 @pytest.mark.parametrize("family", ["gptj", "gpt2", "gemma2", "opt"])
 def test_every_kind_of_cell_is_as_by_hand(family: str, replayed: bool, still: Still) -> None:
     lm = still(family)
@@ -156,13 +158,13 @@ def test_prompts_longer_than_an_attention_window_take_whole_passes(
 @pytest.mark.parametrize("replayed", [True, False])
 def test_how_many_cells_share_a_pass_does_not_matter(replayed: bool, still: Still) -> None:
     lm, settings = still("opt"), replace(ALL, replayed=replayed, samples=1)
-    together, one_by_one = trace(lm, settings), trace(lm, replace(settings, max_batch_tokens=1))
+    together, one_by_one = trace(lm, settings, SHORT), trace(lm, replace(settings, max_batch_tokens=1), SHORT)
     for kind in ALL.kinds:
         assert_close(one_by_one.scores[kind], together.scores[kind], **TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["gptj", "llama", "gemma2"])
-@pytest.mark.parametrize("replayed", [True, False])
+@pytest.mark.parametrize("replayed", everyday(True, of=[True, False]))
 def test_identities(family: str, replayed: bool, still: Still) -> None:
     lm = still(family)
     settings = replace(ALL, replayed=replayed)
@@ -198,11 +200,12 @@ def test_a_window_of_one_is_one_layer(still: Still) -> None:
 
 
 def test_noise_is_drawn_once_and_by_seed(still: Still) -> None:
-    lm = still("llama")
-    assert trace(lm).low == trace(lm, replace(ALL, kinds=("mlp",), max_batch_tokens=1)).low
-    assert trace(lm).low != trace(lm, replace(ALL, seed=1)).low
+    lm, settings = still("llama"), replace(ALL, kinds=("mlp",))
+    low = trace(lm, settings).low
+    assert low == trace(lm, replace(settings, max_batch_tokens=1)).low == trace(lm).low
+    assert low != trace(lm, replace(settings, seed=1)).low
     lows = {
-        trace(lm, replace(ALL, distribution=d, corruption=c)).low
+        trace(lm, replace(settings, distribution=d, corruption=c)).low
         for d in ("gaussian", "uniform")
         for c in ("add", "replace")
     }
@@ -346,10 +349,10 @@ def test_only_what_a_cell_changes_is_run(family: str, kind: Any, still: Still) -
 
     alone = replace(ALL, kinds=(kind,), window=1, samples=samples, max_batch_tokens=1)  # a cell at a time: no padding
     with lm.frozen_eval(), torch.no_grad():
-        prompt = prepare(lm, EDIT, alone, 1.0)
+        prompt = prepare(lm, SHORT, alone, 1.0)
         assert prompt is not None
         handles = [counting(layer) for layer in range(lm.n_layers)]
-        trace_prompt(lm, EDIT, prompt, alone)
+        trace_prompt(lm, SHORT, prompt, alone)
     for handle in handles:
         handle.remove()
     lengths = range(1, len(prompt.row.ids) - prompt.subject.start + 1)  # of the cells of one layer
@@ -372,7 +375,7 @@ def test_projections_run_for_changed_tokens_only(family: str, still: Still) -> N
     ran: dict[tuple[int, str], int] = {}
     alone = replace(ALL, kinds=("block",), samples=samples, max_batch_tokens=1)
     with lm.frozen_eval(), torch.no_grad():
-        prompt = prepare(lm, EDIT, alone, 1.0)
+        prompt = prepare(lm, SHORT, alone, 1.0)
         assert prompt is not None
         handles = []
         for layer, kind in product(range(lm.n_layers), ("q_proj", "k_proj")):
@@ -381,7 +384,7 @@ def test_projections_run_for_changed_tokens_only(family: str, still: Still) -> N
                 ran[at] = ran.get(at, 0) + out.numel() // out.shape[-1] // samples
 
             handles.append(lm.site(layer, kind).module.register_forward_hook(count))  # type: ignore[arg-type]
-        trace_prompt(lm, EDIT, prompt, alone)
+        trace_prompt(lm, SHORT, prompt, alone)
     for handle in handles:
         handle.remove()
     lengths, top = range(1, len(prompt.row.ids) - prompt.subject.start + 1), lm.n_layers - 1

@@ -24,7 +24,7 @@ from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.schedule import Chunk, Pace
 from retcon.memory.values.search import REPLAYS, search_values
-from tests.conftest import CORE, FAMILIES, FLOAT32_INSIDE, random_moments
+from tests.conftest import CORE, FAMILIES, FLOAT32_INSIDE, everyday, random_moments
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 LOW = ValueSite(Point(1, "mlp"), "subject_last", clamp=1.5, weight_decay=0.02)
@@ -109,17 +109,18 @@ def test_fast_and_plain_agree_in_float32(family: str, tiny: Callable[..., LM], m
     agree(fast, plain, 1e-5)
 
 
-@pytest.mark.parametrize(("width", "chunk"), [(1, 1), (2, 6), (6, 6), (4, 5)])
+@pytest.mark.parametrize("cut", everyday((1, 1), (4, 5), of=[(1, 1), (2, 6), (6, 6), (4, 5)]), ids=str)
 def test_the_way_a_batch_is_cut_up_changes_nothing(
-    width: int, chunk: int, tiny: Callable[..., LM], mixed: list[Edit]
+    cut: tuple[int, int], tiny: Callable[..., LM], mixed: list[Edit]
 ) -> None:
     """Some edits end early, so that others take their places at different steps."""
+    width, chunk = cut
     fast, plain = both(tiny("llama"), mixed, (LOW, HIGH), width=width, chunk=chunk, steps=9, threshold=0.00201)
     assert len({r.steps for r in plain.report}) > 2
     agree(fast, plain, 1e-10)
 
 
-@pytest.mark.parametrize("sites", ["low and high", "block", "attention and MLP"])
+@pytest.mark.parametrize("sites", everyday("low and high", of=["low and high", "block", "attention and MLP"]))
 @pytest.mark.parametrize(("padding", "passes"), [(-1, 2), (1000, 1)])
 def test_kl_rows_join_the_others_or_run_apart(
     padding: int,
@@ -154,19 +155,19 @@ def test_kl_rows_join_the_others_or_run_apart(
     ids=lambda s: " ".join(s),
 )
 def test_every_setting_of_the_search_means_the_same(
-    settings: dict[str, Any], tiny: Callable[..., LM], mixed: list[Edit]
+    settings: dict[str, Any], tiny: Callable[..., LM], edits: list[Edit]
 ) -> None:
     free = tuple(replace(s, clamp=50.0, weight_decay=0.0) for s in (ATTN, LOW))
-    fast, plain = both(tiny("gpt2"), mixed, free, **settings)
+    fast, plain = both(tiny("gpt2"), edits, free, **settings)
     agree(fast, plain, 1e-9)
 
 
 @pytest.mark.parametrize(("tok", "side"), [("bos", "right"), ("eos", "left"), ("piece", "left")])
-def test_tokenizers_of_every_kind(tok: str, side: str, tiny: Callable[..., LM], mixed: list[Edit]) -> None:
+def test_tokenizers_of_every_kind(tok: str, side: str, tiny: Callable[..., LM], edits: list[Edit]) -> None:
     lm = tiny("llama", tok=tok)
     kept, lm.tokenizer.padding_side = lm.tokenizer.padding_side, side
     try:
-        fast, plain = both(lm, mixed, (LOW, HIGH))
+        fast, plain = both(lm, edits, (LOW, HIGH))
     finally:
         lm.tokenizer.padding_side = kept
     agree(fast, plain, 1e-10)
@@ -256,7 +257,7 @@ def test_the_free_memory_changes_nothing(
     assert len(set(found)) == 1
 
 
-@pytest.mark.parametrize("family", ["gptj", "llama", "gpt2"])
+@pytest.mark.parametrize("family", everyday("llama", of=["gptj", "llama", "gpt2"]))
 @pytest.mark.parametrize("short", ["found out", "foreseen"])
 def test_where_memory_is_short_the_work_takes_longer_and_no_bit_changes(
     family: str, short: str, tiny: Callable[..., LM], mixed: list[Edit], monkeypatch: pytest.MonkeyPatch
@@ -286,29 +287,29 @@ def test_where_memory_is_short_the_work_takes_longer_and_no_bit_changes(
 
 
 def test_running_out_of_memory_takes_less_and_says_so(
-    tiny: Callable[..., LM], mixed: list[Edit], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., LM], edits: list[Edit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm, search = tiny("llama"), ValueSearch(steps=3, shrink=True)
-    wanted = search_values_reference(lm, mixed, (LOW, HIGH), CONTEXTS, search)
+    lm, search = tiny("llama"), ValueSearch(steps=2, shrink=True)
+    wanted = search_values_reference(lm, edits, (LOW, HIGH), CONTEXTS, search)
     step = Chunk.logits
 
     def limited(self: Chunk, now: Any, vectors: Any) -> Any:
-        if len(now.edits) > 2:
+        if len(now.edits) > 1:
             raise torch.OutOfMemoryError("no room")
         return step(self, now, vectors)
 
     monkeypatch.setattr(Chunk, "logits", limited)
-    with pytest.warns(RetconWarning, match="memory (is short for|ran out with) [63] edits"):
-        found = search_values(lm, mixed, (LOW, HIGH), CONTEXTS, search, plan=Plan((ChunkPlan(tuple(range(6)), 6),)))
+    with pytest.warns(RetconWarning, match="memory (is short for|ran out with) [42] edits"):
+        found = search_values(lm, edits, (LOW, HIGH), CONTEXTS, search, plan=Plan((ChunkPlan(tuple(range(4)), 4),)))
     agree(found, wanted, 1e-10)
-    assert found.plan == {"chunks": [[6, 1]], "oom_retries": 2}
+    assert found.plan == {"chunks": [[4, 1]], "oom_retries": 2}
 
     with (
-        pytest.warns(RetconWarning, match=r"memory is short for 6 edits .* changes no bit"),
-        pytest.raises(OutOfMemory, match=r"6 edits active .* shrink=True \(--shrink\)"),
+        pytest.warns(RetconWarning, match=r"memory is short for 4 edits .* changes no bit"),
+        pytest.raises(OutOfMemory, match=r"4 edits active .* shrink=True \(--shrink\)"),
     ):
         search_values(
-            lm, mixed, (LOW, HIGH), CONTEXTS, ValueSearch(steps=3), plan=Plan((ChunkPlan(tuple(range(6)), 6),))
+            lm, edits, (LOW, HIGH), CONTEXTS, ValueSearch(steps=2), plan=Plan((ChunkPlan(tuple(range(4)), 4),))
         )
 
     def never(self: Chunk, now: Any, vectors: Any) -> Any:
@@ -317,4 +318,4 @@ def test_running_out_of_memory_takes_less_and_says_so(
     REPLAYS[lm] = {("values", LOW.point, HIGH.point): True}
     monkeypatch.setattr(Chunk, "logits", never)
     with pytest.warns(RetconWarning), pytest.raises(OutOfMemory, match="does not fit into memory even alone"):
-        search_values(lm, mixed, (LOW, HIGH), CONTEXTS, search)
+        search_values(lm, edits, (LOW, HIGH), CONTEXTS, search)

@@ -22,6 +22,7 @@ from retcon.memory.values import store as store_module
 from retcon.memory.values.plan import ChunkPlan, Plan
 from retcon.memory.values.schedule import Chunk
 from retcon.memory.values.store import ValueStore
+from tests.conftest import everyday
 
 CONTEXTS = Contexts(("I read. ",))
 SITES = (
@@ -54,7 +55,7 @@ def killed_after(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Chunk, "logits", logits)
 
 
-@pytest.mark.parametrize("passes", [0, 3, 7, 12])
+@pytest.mark.parametrize("passes", everyday(0, 7, of=[0, 3, 7, 12]))
 def test_a_killed_search_goes_on_with_the_identical_result(
     passes: int, tiny: Callable[..., LM], edits: list[Edit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +99,7 @@ def searched_edits(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 @pytest.mark.parametrize("settled", [None, 0.5])
-@pytest.mark.parametrize("passes", [1, 3, 5, 7])
+@pytest.mark.parametrize("passes", everyday(1, 5, of=[1, 3, 5, 7]))
 def test_a_search_that_was_killed_in_the_middle_of_a_chunk_goes_on_there(
     passes: int,
     settled: float | None,
