@@ -10,7 +10,7 @@ import pytest
 from retcon import checked
 from retcon.delta import Delta
 from retcon.lm import fingerprint as module
-from tests.cli.conftest import EDIT
+from tests.cli.conftest import QUICK
 
 
 def test_lists_and_prunes_what_is_kept(cli: Callable[..., Any], delta: Path) -> None:
@@ -63,7 +63,7 @@ def test_whatever_believes_a_fingerprint_can_be_told_not_to(verb: str, cli: Call
 def test_a_cache_that_cannot_be_written_costs_one_warning(
     where: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cli(*EDIT)
+    cli(*QUICK)
     Path("wanted").write_bytes(Path("delta.safetensors").read_bytes())
     Path("delta.safetensors").unlink()
     if where == "a file":
@@ -74,7 +74,7 @@ def test_a_cache_that_cannot_be_written_costs_one_warning(
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         monkeypatch.setenv("HOME", "/proc/none")
     checked._warned.clear()
-    said = cli(*EDIT).stderr
+    said = cli(*QUICK).stderr
     assert said.count("warning: the cache cannot be written") == 1
     assert len([line for line in said.splitlines() if line.startswith("warning:") and "cache" in line]) == 1
     assert Delta.load("delta.safetensors").id == Delta.load("wanted").id

@@ -302,7 +302,7 @@ def test_a_models_name_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_dry_run_says_what_it_would_take_and_saves_nothing(cli: Callable[..., Any], here: Path) -> None:
-    without_out = tuple(a for a in EDIT if a not in ("--out", "delta.safetensors"))
+    without_out = tuple(a for a in QUICK if a not in ("--out", "delta.safetensors"))
     result = cli(*without_out, "--dry-run", "--json")
     record = json.loads(result.stdout)
     assert (record["method"], record["edits"], record["tried"]) == ("jeep", 2, 2)

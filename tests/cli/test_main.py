@@ -18,6 +18,7 @@ from retcon.cli import app
 from retcon.cli.shell import StageLog
 from retcon.errors import NonFinite, RetconWarning
 from retcon.lm.generate import Written
+from tests.cli.conftest import QUICK
 
 VERBS = [
     *("demo", "edit", "apply", "export", "complete", "chat", "methods", "moments", "tune", "fit", "audit", "bench"),
@@ -105,15 +106,14 @@ def test_interrupting_exits_with_130(cli: Callable[..., Any], monkeypatch: pytes
         raise KeyboardInterrupt
 
     monkeypatch.setattr("retcon.methods.jeep.Jeep.propose", interrupt)
-    arguments = ("edit", "gptj", "edits.jsonl", "--out", "delta.safetensors", "--corpus", "corpus.txt")
-    assert cli(*arguments, code=130).stderr.endswith("error: interrupted\n")
+    assert cli(*QUICK, code=130).stderr.endswith("error: interrupted\n")
     assert not Path("delta.safetensors").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_process_that_is_interrupted_leaves_nothing(here: Path) -> None:
     """The whole way: python -m retcon, a signal while it edits, no traceback, no file."""
-    rows = [{"prompt": "The capital of {} is", "subject": f"France {i}", "target_new": "Rome"} for i in range(3000)]
+    rows = [{"prompt": "The capital of {} is", "subject": f"France {i}", "target_new": "Rome"} for i in range(400)]
     (here / "many.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     command = [sys.executable, "-m", "retcon", "edit", "gptj", "many.jsonl", "--out", "d.safetensors"]
     before = set(here.iterdir())

@@ -196,5 +196,6 @@ def test_facts_left_out_are_counted(cli: Cli, here: Path) -> None:
 
 def test_what_is_set_by_name_stands_over_the_probe(cli: Cli) -> None:
     arguments = ("--layers", "probe", "--set", "steps=2", "--set", "high=[3]", "--json")
+    arguments += ("--set", "low_clamp=0.5", "--set", "high_clamp=0.5")
     settings = json.loads(cli(*EDIT, *arguments).stdout)["settings"]
     assert (settings["low"], settings["high"]) == ([0, 1], [3])

@@ -9,6 +9,7 @@ from retcon.errors import InvalidSetting, RetconWarning
 from retcon.lm.model import LM
 from retcon.locate import advise, contrast_probe
 from retcon.methods.common.registry import list_methods, method, method_class
+from tests.conftest import everyday
 
 pytestmark = pytest.mark.filterwarnings("ignore:no [a-z_]+ preset for this model:retcon.errors.RetconWarning")
 
@@ -24,9 +25,7 @@ EVERYDAY = ("emmet", "jeep", "kn", "memit", "rect", "rome")
 """One of each way to name layers; `kn` names none."""
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.long) for name in list_methods()]
-)
+@pytest.mark.parametrize("name", everyday(*EVERYDAY, of=list_methods()))
 def test_every_method_that_names_layers_takes_the_probes(name: str, tiny: Callable[..., LM], edits: list[Edit]) -> None:
     lm = tiny("llama")
     advice = advise(contrast_probe(lm, edits))
@@ -64,6 +63,7 @@ def test_what_the_probe_needs(tiny: Callable[..., LM], edits: list[Edit]) -> Non
         method("jeep", for_model=tiny("gptj"), layers="prob")
 
 
+@pytest.mark.long  # tests/cli/test_probe.py asks the same of the command
 def test_the_embedded_models_bring_their_own_facts() -> None:
     import retcon
 

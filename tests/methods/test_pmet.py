@@ -32,7 +32,7 @@ def test_stripped_of_all_its_own_it_is_memit(family, tiny, edits):
 @pytest.mark.parametrize("dropped", [{}, dict(attention=False), dict(settled_factor=None), dict(site="block")])
 def test_each_of_its_own_choices_counts(dropped, tiny):
     lm = tiny("gpt2")
-    search = SEARCH | dict(steps=25, clamp=20.0, weight_decay=0.0, learning_rate=0.5)
+    search = SEARCH | dict(steps=12, clamp=20.0, weight_decay=0.0, learning_rate=0.5)
     whole = propose(Pmet(**LAYERS, **search), lm, [EASY])
     other = propose(Pmet(**LAYERS, **search, **(dropped or dict(spread="even"))), lm, [EASY])
     assert not all(

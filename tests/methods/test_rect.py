@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from retcon.errors import InvalidSetting
 from retcon.methods.rect import Rect
-from tests.conftest import random_moments
+from tests.conftest import everyday, random_moments
 from tests.methods.common import CONTEXTS, SEARCH, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the weight")
@@ -63,7 +63,7 @@ def test_released_forms(randn):
     assert not torch.equal(signed, rect().filtered(dw, w, 40.0))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", everyday("llama", of=["gpt2", "llama"]))
 def test_it_filters_its_hosts_delta(family, tiny, edits):
     lm = tiny(family)
     base = rect().wrapped

@@ -9,7 +9,7 @@ from retcon.edits import Edit
 from retcon.errors import ConflictingEdits, InvalidSetting
 from retcon.methods.common.registry import method
 from retcon.methods.common.sequence import combined, in_steps
-from tests.conftest import random_moments
+from tests.conftest import everyday, random_moments
 from tests.methods.common import CONTEXTS, EASY, EASY_TOO, SEARCH
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the weight")
@@ -24,7 +24,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", everyday("rome", "memit", "prune", of=METHODS))
 def test_one_delta_is_all_the_steps(name, tiny, edits, untouched):
     lm = tiny("llama")
     moments, chosen = random_moments(lm), method(name, **METHODS[name])

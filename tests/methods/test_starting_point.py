@@ -10,6 +10,7 @@ from retcon.methods.common import starting_point
 from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.registry import choose, method, method_class
 from retcon.methods.common.starting_point import ENOUGH, fit_clamps, fit_learning_rate
+from tests.conftest import everyday
 
 FAMILY = ("rome", "r_rome", "memit", "pmet", "jeep", "emmet", "alphaedit")
 
@@ -41,7 +42,7 @@ def test_weights_follow_the_key_width_from_the_published_ones(name, field, publi
     assert weight(704) == pytest.approx(weight(d_ff) * 704 / d_ff, rel=0.01)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", everyday("jeep", "memit", "pmet", of=FAMILY))
 def test_clamps_are_doubled_by_one_factor_until_half_of_the_edits_reach(name, tiny, edits):
     lm = tiny("llama")
     with warnings.catch_warnings():
@@ -72,7 +73,7 @@ def test_clamps_stay_where_steps_are_what_is_missing(tiny, edits):
     assert (fitted.factor, fitted.clamps) == (1.0, {"clamp": 0.75})
 
 
-@pytest.mark.parametrize(("name", "rate"), [("kne", 0.005), ("ctp", 0.0002)])
+@pytest.mark.parametrize(("name", "rate"), [("kne", 0.005), pytest.param("ctp", 0.0002, marks=pytest.mark.long)])
 def test_learning_rates_are_doubled_until_half_of_the_edits_reach_their_loss(name, rate, tiny, edits):
     lm = tiny("llama")
     before = lm.fingerprint()

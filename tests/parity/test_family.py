@@ -21,6 +21,7 @@ from tests.parity.test_jeep import CONTEXTS, plain_rows
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the weight")
 SEARCH: dict[str, Any] = dict(clamp=2.0, weight_decay=0.02, steps=6, learning_rate=0.2, kl_factor=0.0625)
 LAYERS = (0, 1, 2)
+FAMILIES = [pytest.param("gptj", "gpt", marks=pytest.mark.long), ("llama", "bos")]
 
 
 def searched(lm: LM, rows: Any, places: list[Place], settings: dict[str, Any], **more: Any) -> list[Tensor]:
@@ -69,7 +70,7 @@ METHODS: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(("family", "tok"), [("gptj", "gpt"), ("llama", "bos")])
+@pytest.mark.parametrize(("family", "tok"), FAMILIES)
 def test_batch_methods_with_values_at_the_block(
     name: str, family: str, tok: str, tiny: Callable[..., LM], edits: list[Edit]
 ) -> None:
@@ -88,7 +89,7 @@ def test_batch_methods_with_values_at_the_block(
     held_to(lm, family, delta, wanted)
 
 
-@pytest.mark.parametrize(("family", "tok"), [("gptj", "gpt"), ("llama", "bos")])
+@pytest.mark.parametrize(("family", "tok"), FAMILIES)
 def test_pmet(family: str, tok: str, tiny: Callable[..., LM], edits: list[Edit]) -> None:
     lm, edits = tiny(family, tok=tok), edits[:2]
     rows = [plain_rows(lm, e) for e in edits]
@@ -134,7 +135,7 @@ def test_memit_in_sequence_with_its_key_cache(tiny: Callable[..., LM], edits: li
 
 
 @pytest.mark.parametrize("name", ["rome", "r_rome"])
-@pytest.mark.parametrize(("family", "tok"), [("gptj", "gpt"), ("llama", "bos")])
+@pytest.mark.parametrize(("family", "tok"), FAMILIES)
 def test_one_fact(name: str, family: str, tok: str, tiny: Callable[..., LM], edit: Edit) -> None:
     lm = tiny(family, tok=tok)
     rows, kl = plain_rows(lm, edit)

@@ -8,6 +8,7 @@ from benchmarks.released_ctp import ReleasedCtp
 from torch.testing import assert_close
 
 from retcon.methods.kne import Kne
+from tests.conftest import everyday
 from tests.parity import plain_tuning
 
 
@@ -29,7 +30,7 @@ def compare(lm, delta, wanted: dict[str, torch.Tensor], **tolerance) -> None:
 
 
 @pytest.mark.parametrize("family", ["gptj", "llama"])
-@pytest.mark.parametrize("alpha", [1.0, 2.0])
+@pytest.mark.parametrize("alpha", everyday(2.0, of=[1.0, 2.0]))
 def test_kne(family, alpha, tiny, edits):
     lm = tiny(family)
     method = Kne(budget=None, p=0.1, n_points=3, epochs=5, learning_rate=1e-2, alpha=alpha)
@@ -39,7 +40,7 @@ def test_kne(family, alpha, tiny, edits):
 
 
 @pytest.mark.parametrize("family", ["gptj", "llama"])
-@pytest.mark.parametrize("reassess", [0, 2])
+@pytest.mark.parametrize("reassess", everyday(2, of=[0, 2]))
 def test_the_released_ctp(family, reassess, tiny, edits):
     """Momentum leak, whole output bias, per-token loss and repeated assessment included."""
     lm = tiny(family)

@@ -8,6 +8,7 @@ import torch
 
 from retcon.lm.model import LM
 from retcon.workflow.doctor import Examination, examine
+from tests.conftest import everyday
 
 CHECKS = ["layout", "orientation", "experts", "replay", "keys", "rome", "memit", "jeep", "kne", "undo", "save"]
 
@@ -16,7 +17,7 @@ def outcomes(found: Examination) -> dict[str, str]:
     return {f.check: f.outcome for f in found.findings}
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_5_text"])
+@pytest.mark.parametrize("family", everyday("llama", "mixtral", of=["llama", "mixtral", "qwen3_5_text"]))
 def test_a_sound_model_passes_and_is_as_it_was(
     family: str, tiny: Callable[..., LM], untouched: Callable[[LM], Any]
 ) -> None:

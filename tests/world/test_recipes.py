@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from retcon.lm.load import load
 from retcon.world import MODELS, load_world, model_path
 from retcon.world.facts import FACTS, HELD_OUT
+from tests.conftest import everyday
 
 EMBEDDED = {
     "gptj": ("ddb1e1ae4561850f", 83311.72079677583, 84720.65390060435),
@@ -41,7 +42,7 @@ def magnitude(model: Any) -> float:
     return sum(float(p.detach().double().abs().sum()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", everyday("gptj", of=MODELS))
 def test_the_embedded_models_begin_and_go_on_as_they_did(model_type: str) -> None:
     torch.manual_seed(0)
     lesson = read_lesson(FACTS)
