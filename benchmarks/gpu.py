@@ -1,6 +1,7 @@
 """All that is measured on a card, with checks that results are right, in one table and in a given time.
 
     python -m benchmarks.gpu --minutes 8                       # a card of 80 GB
+    python -m benchmarks.gpu --released PATH                   # and JEEP's released code, of which PATH is a checkout
     python -m benchmarks.gpu --tiny --device cpu --minutes 5   # small shapes, to see that it runs
 
 Models have random weights in bfloat16; edits are the embedded world's, and every one takes all its steps. Parts are run
@@ -12,17 +13,22 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import AutoTokenizer
 
 import retcon
+from benchmarks import released_jeep
 from benchmarks.common import machine
 from benchmarks.fast_path import floor
 from benchmarks.large_models import count, settings
 from benchmarks.moments import SHAPES, product_rates, random_lm, random_rows
 from retcon import world
+from retcon.edits import Edit
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.model import LM
 from retcon.lm.peak import Peak
@@ -30,7 +36,7 @@ from retcon.memory.collect import collect
 from retcon.memory.contexts import Contexts, sample_contexts
 from retcon.memory.moments import GivenMoments
 from retcon.memory.solve import cholesky
-from retcon.memory.values import search_values
+from retcon.memory.values import Values, schedule, search_values
 from retcon.memory.values.reference import search_values_reference
 
 TOLERANCE = 1e-4
@@ -54,6 +60,9 @@ class Size:
 FULL = Size(("llama-3-8b", "gpt-j-6b"), (1, 512), 20, 1_000_000, 64)
 TINY = Size(("llama-256", "gptj-128"), (1, 4), 3, 2_048, 4)
 
+RELEASED_FOR = "gpt-j-6b"
+"""The shape for which the released code has settings."""
+
 Row = tuple[str, str, str, str]
 """What, model, measured, wanted."""
 
@@ -69,6 +78,10 @@ class Card:
         self.size, self.device, self.dtype = size, torch.device(device), dtype
         self.name = ""
         self.lm: LM | None = None
+        self.released: Path | None = None
+        """A checkout of JEEP's released code."""
+        self.an_edit: dict[str, float] = {}
+        """Milliseconds of the search of one of most edits, by model."""
 
     def model(self, name: str) -> LM:
         """Return the model of a shape; the one before it is gone."""
@@ -119,6 +132,10 @@ class Card:
         edits = [case.edits[0] for case in world.cases(max(size.n))]
         rate = max(product_rates(lm).values())
         yield from self._as_plain(name, contexts)
+
+        def search_all(few: Sequence[Edit]) -> Values:
+            return search_values(lm, few, places, contexts, search)
+
         for n in size.n:
             few = edits[:n]
             search_values(lm, few[: min(n, 8)], places, contexts, search)  # the second call in the process counts
@@ -126,9 +143,17 @@ class Card:
                 took = self.seconds(lambda few=few: search_values(lm, few, places, contexts, search))  # type: ignore[misc]
             memory = f"{peak.nbytes / 2**30:.1f} GiB" if peak.nbytes else "memory unknown"
             what = f"search, {n} edits, {size.steps} steps"
+            m = min(n, 64)
+            yield (
+                f"search, {m} edits, steps launched piece by piece",
+                name,
+                self._in_pieces(lm, edits[:m], search_all),
+                "",
+            )
             if n == 1:
                 yield what, name, f"{took:.2f} s", "0.4 s"
                 continue
+            self.an_edit[name] = 1000 * took / n
             delta = method.propose(lm, few, contexts=contexts, moments=moments)
             least = floor(lm, method, few, contexts, [r.steps for r in delta.report])
             share = f"{100 * least / took / rate:.0f} % of {rate / 1e12:.3g} TFLOP/s"
@@ -140,6 +165,37 @@ class Card:
                 f"{launches} / {waits} / {uploads}; {shapes}",
                 "0 waits; 4",
             )
+
+    def _in_pieces(self, lm: LM, edits: Sequence[Edit], search: Callable[[Sequence[Edit]], Values]) -> str:
+        """Say what a search takes without captured steps and with them, and that both find the same."""
+        found: list[Values] = []
+        took = []
+        for scope in (patch.dict(schedule.CAPTURED, clear=True), nullcontext()):
+            with scope:
+                search(edits)
+                took.append(self.seconds(lambda: found.append(search(edits))))
+        off = max(
+            float((a - b).norm() / b.norm().clamp_min(1e-12))
+            for a, b in zip(found[1].offset, found[0].offset, strict=True)
+        )
+        steps = max(r.steps for r in found[0].report)
+        if not off <= (0.2 if lm.dtype.itemsize < 4 else 1e-4):
+            raise Failed(f"captured steps and others part by {off:.1e} after {steps} steps")
+        return f"{took[0]:.2f} s; captured {took[1]:.2f} s; values {off:.0e} apart"
+
+    def by_released_code(self, name: str) -> Iterator[Row]:
+        """The released search, one edit after the other."""
+        assert self.released is not None
+        lm, method = self.model(name), settings(SHAPES[name][1], self.size.steps)
+        edits = [case.edits[0] for case in world.cases(4)]
+        layers = method.low[-1], method.high[-1]
+        try:
+            took = released_jeep.seconds_an_edit(self.released, lm, edits, sample_contexts(lm), layers, self.size.steps)
+        except (RuntimeError, TypeError, AttributeError, ImportError, IndexError) as error:
+            yield "released code, one edit", name, f"did not run: {type(error).__name__}: {error}", ""
+            return
+        gain = "" if name not in self.an_edit else f", {1000 * took / self.an_edit[name]:.0f} times ours"
+        yield "released code, one edit", name, f"{1000 * took:.0f} ms{gain}", "60 times"
 
     def _as_plain(self, name: str, contexts: Contexts) -> Iterator[Row]:
         lm = self.model(name)
@@ -214,7 +270,11 @@ def parts(card: Card) -> list[tuple[str, float, Callable[[], Iterator[Row]]]]:
         (f"evaluation, {first}", 30, lambda: card.evaluation(first)),
         (f"moments, {first}", 100, lambda: card.moments(first)),
     ]
-    return found + [(f"search, {name}", 120, lambda name=name: card.search(name)) for name in others]  # type: ignore[misc]
+    for name in others:
+        found.append((f"search, {name}", 120, lambda name=name: card.search(name)))  # type: ignore[misc]
+        if card.released is not None and name == RELEASED_FOR:
+            found.append(("released code", 30, lambda name=name: card.by_released_code(name)))  # type: ignore[misc]
+    return found
 
 
 def measure(card: Card, minutes: float) -> bool:
@@ -243,7 +303,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, in float32 on a CPU")
+    parser.add_argument("--released", type=Path, metavar="PATH", help="a checkout of JEEP's released code, timed too")
     args = parser.parse_args(argv)
+    if args.released is not None:
+        released_jeep.check(args.released)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no card is here; --tiny --device cpu tries the command")
     warnings.filterwarnings("ignore", ".*larger than the weight")
@@ -252,7 +315,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     print(f"{machine()}; {where}, {str(dtype).removeprefix('torch.')}, seed 0\n")
-    if not measure(Card(TINY if args.tiny else FULL, args.device, dtype), args.minutes):
+    card = Card(TINY if args.tiny else FULL, args.device, dtype)
+    card.released = None if args.released is None else args.released.resolve()
+    if not measure(card, args.minutes):
         sys.exit(1)
 
 

@@ -36,6 +36,7 @@ from retcon.memory.values import schedule, search_values
 from retcon.memory.values.objective import ValueSearch, ValueSite
 from retcon.memory.values.plan import make_plan
 from retcon.memory.values.rows import EditRows
+from retcon.memory.values.schedule import Pace
 from retcon.methods.jeep import Jeep
 
 UNREACHABLE = 2.0
@@ -93,7 +94,7 @@ def count(
         rows = [EditRows.of(lm, edit, sites, contexts, search) for edit in edits]
         first = make_plan(lm, rows, sites).chunks[0]
         chunk = CountedChunk(lm, [rows[i] for i in first.edits], sites, replace(search, steps=min(search.steps, 9)))
-        for _ in chunk.run(first.max_active):
+        for _ in chunk.run(first.max_active, pace=replace(Pace.on(lm.device.type), capture=None)):
             pass
     steps = chunk.steps
     n = len(steps)

@@ -1,8 +1,13 @@
 """The command that awaits a card, at the smallest size, on this one."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from benchmarks import gpu
+from benchmarks import gpu, released_jeep
+
+from retcon.errors import InvalidSetting
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
@@ -42,3 +47,38 @@ def test_a_wrong_result_is_said(capsys: pytest.CaptureFixture[str], monkeypatch:
     printed = capsys.readouterr().out
     assert "| **wrong** | | a delta parts from the CPU's | |" in printed
     assert "| two | | left out: 60 s are left" in printed
+
+
+RELEASED = """
+def compute_z_joint(model, tok, request, hparams, layer_low, layer_high, templates):
+    print("much is said")
+    assert "gpt-j" in tok.name_or_path and tok.pad_token
+    assert request["prompt"].count("{}") == 1 and request["target_new"]["str"].startswith(" ")
+    assert templates[0] == ["{}"] and all("{}" in t for t in templates[1])
+    assert (hparams.v_num_grad_steps, hparams.min_loss) == (2, 2.0) and 0 <= layer_low < layer_high
+    CALLS.append(request["case_id"])
+
+CALLS = []
+"""
+
+
+def test_a_checkout_of_the_released_code_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InvalidSetting, match=r"no jeep/compute_z\.py there; give a checkout of JEEP's released code"):
+        gpu.main(["--tiny", "--device", "cpu", "--released", str(tmp_path)])
+    (tmp_path / "jeep").mkdir()
+    (tmp_path / "jeep/compute_z.py").write_text(RELEASED)
+    (tmp_path / "jeep/jeep_hparams.py").write_text("from types import SimpleNamespace as JEEPHyperParams")
+    (tmp_path / released_jeep.SETTINGS).parent.mkdir(parents=True)
+    (tmp_path / released_jeep.SETTINGS).write_text('{"v_num_grad_steps": 30, "min_loss": 0.9}')
+    card = gpu.Card(gpu.Size(("llama-256", "gptj-128"), (1,), steps=2, tokens=8, n_cases=1), "cpu", torch.float32)
+    assert "released code" not in [name for name, *_ in gpu.parts(card)]
+    card.released, card.an_edit["gptj-128"] = tmp_path, 1e-9
+    ((what, _, measured, wanted),) = card.by_released_code("gptj-128")
+    assert what == "released code, one edit"
+    assert measured.endswith("times ours")
+    assert wanted == "60 times"
+    assert "jeep.compute_z" not in sys.modules
+    (tmp_path / "jeep/compute_z.py").write_text("compute_z_joint = None")
+    ((_, _, measured, _),) = card.by_released_code("gptj-128")
+    assert measured.startswith("did not run: TypeError")
+    assert "much is said" not in capsys.readouterr().out

@@ -4,8 +4,8 @@ A hook is a function at a `Point`; it sees the activation as (batch, seq, width)
 is changed in place, and every hook is gone when the pass ends, whether it ends well or not.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ class Inputs:
     """Of the model's forward."""
     first: int = 0
     """First block that is run; of those below, only the output of the last one can be hooked."""
+    planned: bool = False
+    """Whether many passes have these shapes."""
 
     @classmethod
     def of(cls, batch: Batch) -> "Inputs":
@@ -121,9 +123,23 @@ def _forward(lm: LM, inputs: Batch | Inputs, hooks: Mapping[Point, Hook], seen: 
         return new.reshape(value.shape) if new is not None and flat else new
 
     with ExitStack() as stack:
+        if not inputs.planned:
+            stack.enter_context(unplanned_attention())
         for point in hooks:
             stack.callback(_hook(lm, point, call).remove)
         return lm.model(**inputs.arguments)
+
+
+@contextmanager
+def unplanned_attention() -> Iterator[None]:
+    """Inside, attention on a card makes no plan for its shapes: one of cuDNN's takes milliseconds, and is of use to
+    passes of exactly these shapes only."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 # --- answers -------------------------------------------------------------------------------------------------------

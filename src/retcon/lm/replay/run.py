@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from retcon.lm.forward import Inputs, Places
 from retcon.lm.model import LM
+from retcon.lm.replay.attention import fused
 from retcon.lm.replay.states import Replayable
 from retcon.lm.site import SiteName
 
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replaying(
-    lm: LM, state: Replayable, *, cache: "Cache | None" = None, ends: Int[Tensor, " n"] | None = None
+    lm: LM,
+    state: Replayable,
+    *,
+    cache: "Cache | None" = None,
+    ends: Int[Tensor, " n"] | None = None,
+    planned: bool = False,
 ) -> Iterator[Inputs]:
     """Inside, the model runs from block `state.first` and from column 0 on; gives what `run` and `logits_at` take.
 
@@ -30,12 +36,15 @@ def replaying(
         cache: `state.cache(lm)`, from a caller who reads the live tokens' attention keys and values from it afterwards.
         ends: let the last block compute these tokens alone (`token_numbers`), for a caller who reads no other of its
             outputs.
+        planned: the shapes are those of many passes, so that a card's plans for them are worth making.
     """
     with _blocks_below_answer(lm, state), ExitStack() as stack:
+        if lm.device.type != "cpu":  # where it is no faster (BENCHMARKS.md, 5)
+            stack.enter_context(fused(lm, state.first))
         if ends is not None and state.first < lm.n_layers:
             _end_at(lm, state, ends, stack)
         rows, columns = state.states.shape[:2]
-        yield Inputs((rows, columns), state.arguments(lm, cache or state.cache(lm)), state.first)
+        yield Inputs((rows, columns), state.arguments(lm, cache or state.cache(lm)), state.first, planned)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from retcon.delta import EditReport
 from retcon.errors import NonFinite
 from retcon.lm.model import LM
+from retcon.memory.values.captured import Capture, Steps, cuda_graphs
 from retcon.memory.values.objective import ValueSearch, ValueSite, norm_names
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.state import SearchState, ValueOf
@@ -20,6 +21,8 @@ LOOK_EVERY_ON_ACCELERATOR = 8
 MAX_SHAPES: dict[str, int | None] = {"cpu": None}
 """Shapes in which the steps of a chunk are run. A CPU does not mind: there every edit that ends makes steps smaller."""
 MAX_SHAPES_ON_ACCELERATOR = 4
+CAPTURED = {"cuda": cuda_graphs}
+"""How a device captures a step, so that later ones are launched as one (`captured.py`)."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Pace:
     ended stay as they are."""
     max_shapes: int | None
     """Shapes of a chunk's steps at most; None: every step has the smallest shape for the edits that are searched."""
+    capture: Callable[[], Capture] | None = None
+    """How a step is captured, to be launched as one when it comes again; None: it is launched piece by piece."""
 
     @classmethod
     def on(cls, device_type: str) -> "Pace":
@@ -38,6 +43,7 @@ class Pace:
         return cls(
             LOOK_EVERY.get(device_type, LOOK_EVERY_ON_ACCELERATOR),
             MAX_SHAPES.get(device_type, MAX_SHAPES_ON_ACCELERATOR),
+            CAPTURED.get(device_type),
         )
 
 
@@ -100,6 +106,7 @@ class Chunk(Recorded):
         """
         pace = pace or Pace.on(self.lm.device.type)
         shapes = self._shapes(min(max_active, len(self.rows)), pace)
+        step = Steps(self, pace.capture() if pace.capture is not None and self._stays() else None)
         if start is None:
             waiting = list(range(len(self.rows)))[::-1]
             edits = [waiting.pop() for _ in range(min(max_active, len(waiting)))]
@@ -117,7 +124,7 @@ class Chunk(Recorded):
             going = [place for place, edit in enumerate(now.edits) if edit not in self.found]
             left = max(self.search.steps - made[place] for place in going)
             for i in range(min(pace.look_every, left)):
-                self.step(now, only_measure=i == left - 1)
+                step(now, only_measure=i == left - 1)
             made = [n + min(pace.look_every, left) for n in made]
             if ended := self._look(now, going):
                 yield from [now.edits[place] for place in ended]
@@ -134,6 +141,10 @@ class Chunk(Recorded):
                     now.fresh = bool(new)
                     made = [made[place] for place in order]
             hear(len(self.found), snapshot)
+
+    def _stays(self) -> bool:
+        """Whether all that a step works on stays on one device."""
+        return not self.offload and len({x.device for x in self.lm.model.parameters()}) == 1
 
     def _shapes(self, places: int, pace: Pace) -> list[Shape]:
         """Return the shapes that steps are run in, each with half as many places as the one before; none where any will

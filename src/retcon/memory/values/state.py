@@ -100,6 +100,14 @@ class SearchState:
             found |= {f"{name}.{s}": x for s, x in enumerate(getattr(self, name))}
         return found if self.original is None else {**found, "original": self.original}
 
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors, named as `tensors` names them, for those that change."""
+        for name in ("going", "reached", "steps", "nll_factor", "terms"):
+            setattr(self, name, tensors[name])
+        for name in ("init", "activation", "offset", "mean", "square"):
+            setattr(self, name, [tensors[f"{name}.{s}"] for s in range(len(self.rates))])
+        self.original = tensors.get("original")
+
     @classmethod
     def from_tensors(
         cls, lm: LM, sites: Sequence[ValueSite], tensors: Mapping[str, Tensor], search: ValueSearch

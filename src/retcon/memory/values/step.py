@@ -264,7 +264,7 @@ class Recorded:
         for part in now.passes:
             hooks = {point: hook(s, part) for s, point in enumerate(self.points) if part.changed[s].numel()}
             labels = (part.labels[0], part.labels[1])
-            with replaying(self.lm, part.recorded, ends=part.ends if below_the_last else None) as inputs:
+            with replaying(self.lm, part.recorded, ends=part.ends if below_the_last else None, planned=True) as inputs:
                 logits = logits_at(self.lm, inputs, labels, hooks)
             found += logits.split([len(now.labels.tokens)] * part.rewriting + [len(now.edits)] * part.kl)
         return found[0], found[1] if self.with_kl else None
