@@ -15,13 +15,16 @@ from retcon.lm import generate as module
 from retcon.lm.generate import Writing, Written, generate
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, encode_turns
-from tests.conftest import tiny_model, tokenizer
+from tests.conftest import FAMILIES, tiny_model, tokenizer
 
 Make = Callable[..., LM]
 PROMPTS = ["The capital of France is", "He", "Michel Rocard is a native speaker of French, and Łódź is", "東京 and"]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "opt"])
+EVERYDAY = ("gpt2", "gptj", "llama", "opt", "gemma2", "mpt")
+
+
+@pytest.mark.parametrize("family", [f if f in EVERYDAY else pytest.param(f, marks=pytest.mark.long) for f in FAMILIES])
 def test_greedy_text_is_the_argmax_one_by_one(family: str, tiny: Make) -> None:
     lm = tiny(family, n_layers=2)
     found = generate(lm, PROMPTS, Writing(max_new_tokens=5, stops=()))

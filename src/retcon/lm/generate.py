@@ -1,8 +1,9 @@
 """Generation, written once: what a model writes after given prompts, for `LM.complete` and all generative metrics.
 
-Rows are padded on the left with their mask, decoding is the model's own `generate` with nothing of the shipped
-generation settings, and only newly written tokens are decoded. Sampled text is drawn from a generator per prompt, so
-that it depends on nothing else in the batch.
+Rows that have ended leave their batch (`decoding.write`). Models in which more than attention keys and values reaches
+later tokens write by transformers' `generate`, padded on the left, with nothing of the shipped generation settings.
+Only newly written tokens are decoded. Sampled text is drawn from a generator per prompt, so that it depends on nothing
+else in the batch.
 """
 
 import math
@@ -17,6 +18,8 @@ from torch import Tensor
 from retcon.chat import Chat
 from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS, shared_in_batches
+from retcon.lm.decoding import Prompts, pads, remembers, write
+from retcon.lm.forward import unplanned_attention
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, decode, pad
 
@@ -120,11 +123,18 @@ def generate(
             [(rows[i], limits[i], None if seeds is None else seeds[i]) for i in asked],
             [len(rows[i].ids) + limits[i] for i in asked],
             max_tokens=max_batch_tokens,
-            kinds=[limits[i] for i in asked],  # a batch goes on to the largest limit in it
+            kinds=[_kind(lm, rows[i], limits[i]) for i in asked],
             on_progress=hear,
         )
     results |= zip(asked, found, strict=True)
     return [results[i] for i in range(len(rows))]
+
+
+def _kind(lm: LM, row: Row, limit: int) -> int:
+    """What rows of a batch have in common, where they must have something in common."""
+    if remembers(lm):
+        return 0 if pads(lm) else len(row.ids)
+    return limit  # a batch goes on to the largest limit in it
 
 
 class _own_settings:
@@ -160,11 +170,80 @@ class WriteBatch:
     def __call__(self, lm: LM, items: Sequence[tuple[Row, int, int | None]]) -> list[Written]:
         """Return a text per item (prompt, most tokens to write, seed)."""
         rows, limits, seeds = (list(column) for column in zip(*items, strict=True))
-        with lm.frozen_eval(), _own_settings(lm), torch.inference_mode():
+        with lm.frozen_eval(), torch.inference_mode():
             return _write_batch(lm, rows, limits, self.how, sorted(lm.end_tokens), seeds)
 
 
 def _write_batch(
+    lm: LM,
+    rows: Sequence[Row],
+    limits: Sequence[int],
+    how: Writing,
+    ends: Sequence[int],
+    seeds: Sequence[int | None],
+) -> list[Written]:
+    if not remembers(lm):
+        return _write_by_transformers(lm, rows, limits, how, ends, seeds)
+    draw = None if how.sample_top_k is None else _Draw(how, [seed for seed in seeds if seed is not None])
+    prompts = Prompts(lm, [row.ids for row in rows])
+    return write_after(prompts, rows, limits, [how] * len(rows), ends, draw)
+
+
+def write_after(
+    prompts: Prompts,
+    rows: Sequence[Row],
+    limits: Sequence[int],
+    hows: Sequence[Writing],
+    ends: Sequence[int],
+    draw: "_Draw | None" = None,
+) -> list[Written]:
+    """Return what the model writes after prompts that were run; their memory is used up.
+
+    Args:
+        limits: most tokens to write, at least 1.
+        draw: chooses the tokens; None: the likeliest.
+    """
+    tokenizer = prompts.lm.tokenizer
+    parts = [
+        _Parts(tokenizer, how, _opened(tokenizer, row) if how.chat else None)
+        for row, how in zip(rows, hows, strict=True)
+    ]
+    over = _Over(parts, limits, ends)
+
+    def likeliest(logits: Tensor, active: Sequence[int]) -> list[int]:
+        found: list[int] = logits.argmax(-1).tolist()
+        return found
+
+    written = write(prompts, likeliest if draw is None else draw.chosen, over)
+    return [_read(part, new, ends) for part, new in zip(parts, written, strict=True)]
+
+
+class _Over:
+    """Whether a text is over: by an end token, its limit, or a stop text."""
+
+    def __init__(self, parts: Sequence["_Parts"], limits: Sequence[int], ends: Sequence[int]) -> None:
+        self.parts, self.limits, self.ends = parts, limits, set(ends)
+        self._may_stop: dict[tuple[int, tuple[str, ...]], bool] = {}
+
+    def __call__(self, row: int, written: Sequence[int]) -> bool:
+        if written[-1] in self.ends or len(written) >= self.limits[row]:
+            return True
+        parts = self.parts[row]
+        return bool(parts.how.stops) and self._may(parts, written[-1]) and parts.ended(written)
+
+    def _may(self, parts: "_Parts", token: int) -> bool:
+        """Whether a stop text may end in a token: nearly always it does not, and no text has to be made."""
+        how = parts.how
+        if how.chat is not None or any(stop[-1] == " " for stop in how.stops):
+            return True
+        key = token, how.stops
+        if key not in self._may_stop:
+            text = parts.tokenizer.decode([token])
+            self._may_stop[key] = "\ufffd" in text or any(stop[-1] in text for stop in how.stops)
+        return self._may_stop[key]
+
+
+def _write_by_transformers(
     lm: LM,
     rows: Sequence[Row],
     limits: Sequence[int],
@@ -186,7 +265,8 @@ def _write_batch(
     more: dict[str, Any] = {"stopping_criteria": [_Stop(parts, start)]} if how.stops else {}
     if how.sample_top_k is not None:
         more["logits_processor"] = [_Draw(how, [seed for seed in seeds if seed is not None])]
-    out = lm.model.generate(batch.ids, attention_mask=batch.mask.long(), generation_config=settings, **more)
+    with _own_settings(lm), unplanned_attention():
+        out = lm.model.generate(batch.ids, attention_mask=batch.mask.long(), generation_config=settings, **more)
     written = zip(parts, out[:, start:], limits, strict=True)
     return [_read(part, new[:limit].tolist(), ends) for part, new, limit in written]
 
@@ -244,6 +324,14 @@ class _Parts:
         first = self.first(answer)
         return min((at for stop in self.how.stops if (at := answer.find(stop, first)) >= 0), default=None)
 
+    def ended(self, ids: Sequence[int]) -> bool:
+        """Whether the newest of these tokens completes a stop text."""
+        if not (self.how.skip_newlines or self.how.chat is not None):  # else what comes first decides
+            ids = ids[-max(map(len, self.how.stops)) - 4 :]  # tokens that can hold the end of one, and then some
+        n_reasoning = self.n_reasoning(ids)
+        answer = "" if n_reasoning is None else decode(self.tokenizer, ids[n_reasoning:])
+        return self.stopped_at(answer) is not None
+
 
 def _read(parts: _Parts, new: Sequence[int], ends: Sequence[int]) -> Written:
     end = next((i for i, token in enumerate(new) if token in ends), None)
@@ -274,15 +362,8 @@ class _Stop:
 
     def __call__(self, ids: Tensor, scores: Tensor | None, **_: Any) -> Tensor:
         self.ended = self.ended or [False] * len(ids)
-        how = self.parts[0].how
-        whole = how.skip_newlines or how.chat is not None  # what comes first decides
-        window = max(map(len, how.stops)) + 4  # tokens that can hold the end of a stop text, and then some
-        first = self.start if whole else max(self.start, ids.shape[1] - window)
-        for i, (row, parts) in enumerate(zip(ids[:, first:].tolist(), self.parts, strict=True)):
-            if not self.ended[i]:
-                n_reasoning = parts.n_reasoning(row)
-                answer = "" if n_reasoning is None else decode(parts.tokenizer, row[n_reasoning:])
-                self.ended[i] = parts.stopped_at(answer) is not None
+        for i, (row, parts) in enumerate(zip(ids[:, self.start :].tolist(), self.parts, strict=True)):
+            self.ended[i] = self.ended[i] or parts.ended(row)
         return torch.tensor(self.ended, device=ids.device)
 
 
@@ -295,13 +376,18 @@ class _Draw:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = torch.tensor(self.chosen(scores, range(len(scores))), device=scores.device)[:, None]
+        return torch.full_like(scores, -math.inf).scatter(1, chosen, 0.0)
+
+    def chosen(self, scores: Tensor, rows: Sequence[int]) -> list[int]:
+        """Return a token for each of these rows."""
         top = scores.float().topk(min(self.k, scores.shape[-1]), dim=-1)
         shares = (top.values.double() / self.temperature).softmax(-1).cumsum(-1)
         within = shares.roll(1, -1)
         within[:, 0] = 0.0  # the likeliest is always among them
         last = (within < self.top_p).sum(-1, keepdim=True) - 1
         shares = shares.minimum(shares.gather(1, last)).cpu()
-        u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self.generators])
+        u = torch.stack([torch.rand((), generator=self.generators[i], dtype=torch.float64) for i in rows])
         place = (shares < u[:, None] * shares[:, -1:]).sum(-1, keepdim=True).clamp_max(shares.shape[1] - 1)
-        chosen = top.indices.gather(1, place.to(scores.device))
-        return torch.full_like(scores, -math.inf).scatter(1, chosen, 0.0)
+        found: list[int] = top.indices.gather(1, place.to(scores.device))[:, 0].tolist()
+        return found
