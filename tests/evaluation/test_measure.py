@@ -19,6 +19,7 @@ from retcon.evaluation import Evaluation, Record, evaluate, measure, read_cases
 from retcon.evaluation.metrics import compare
 from retcon.evaluation.score import score_rows
 from retcon.lm.forward import logits_at
+from retcon.lm.decoding import Prompts
 from retcon.lm.model import LM
 
 Make = Callable[..., LM]
@@ -395,7 +396,7 @@ def test_model_tokenizer_and_generators_are_left_as_they_were(
     try:
         tokenizer, delta, look = str(lm.tokenizer), bump(lm), untouched(lm)
         if fails:
-            monkeypatch.setattr(lm.model, "generate", lambda *_, **__: 1 / 0)
+            monkeypatch.setattr(Prompts, "take", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 evaluate(lm, CASES, delta=delta)
         else:
