@@ -18,8 +18,8 @@ from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.evaluation import Evaluation, Record, evaluate, measure, read_cases
 from retcon.evaluation.metrics import compare
 from retcon.evaluation.score import score_rows
-from retcon.lm.forward import logits_at
 from retcon.lm.decoding import Prompts
+from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 
 Make = Callable[..., LM]
