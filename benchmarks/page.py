@@ -72,7 +72,7 @@ def edit(browser: Any, address: str, pid: int, fact: str) -> tuple[float, float]
     page.locator("#draft td").first.wait_for()
     started, used = time.perf_counter(), processor(pid)
     page.get_by_role("button", name="Edit", exact=True).click()
-    page.locator("#state td", has_text=fact.rpartition("| ")[2]).wait_for(timeout=300_000)
+    page.locator("#in-force td", has_text=fact.rpartition("| ")[2]).wait_for(timeout=300_000)
     took = time.perf_counter() - started, processor(pid) - used
     page.close()
     return took

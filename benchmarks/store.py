@@ -1,12 +1,16 @@
-"""A store with many facts: how long `log`, `show` and `diff` take, and what writing a batch again costs.
+"""A store with many facts: how long `log`, `show` and `diff` take, what a checkout, `verify` and writing again cost.
 
     python -m benchmarks.store
     python -m benchmarks.store --again 400
+    python -m benchmarks.store --checkout 100
+    python -m benchmarks.store --verify 200
 
 The first prints seconds of whole commands, the start of Python included, on a store of 10,000 facts in 100 entries
 (and no delta files, since these commands read none): of the clock, and of the processor, which other programs on the
 machine touch less. The second edits N facts of the embedded world by JEEP and by
-MEMIT, takes one fact out, and prints what that took of the processor beside the whole edit.
+MEMIT, takes one fact out, and prints what that took of the processor beside the whole edit. The third makes so many
+entries and prints what a checkout takes beside reading and applying the same deltas. The fourth edits N facts in two
+entries and prints what `verify` takes beside `check` on the same facts and deltas.
 """
 
 import resource
@@ -96,11 +100,81 @@ def rewriting(n: int) -> None:
             )
 
 
+def checking_out(n: int) -> None:
+    """Time checkouts of a store of `n` entries, and reading and applying the same deltas."""
+    lm = retcon.load("demo:gptj")
+    method = retcon.method("memit", for_model=lm, steps=1)
+    with TemporaryDirectory() as folder:
+        store = retcon.Store.init(Path(folder) / "edits", lm)
+        for case in world.cases(n, seed=0):
+            store.edit(lm, [case], method)
+        for name, at in {"the last entry": "HEAD", "the entry in the middle": f"HEAD~{n // 2}"}.items():
+            files = store.paths(at)
+            seconds = {}
+            for _ in range(3):
+                started = time.process_time()
+                deltas = [retcon.Delta.load(file) for file in files]
+                read = time.process_time() - started
+                started = time.process_time()
+                for delta in deltas:
+                    lm.apply(delta)
+                keep_best(seconds, "applying", time.process_time() - started)
+                keep_best(seconds, "reading", read)
+                lm.revert_all()
+                started = time.process_time()
+                store.checkout(lm, at)
+                keep_best(seconds, "checkout", time.process_time() - started)
+                lm.revert_all()
+            print(
+                f"{name}, {len(files)} deltas: checkout {seconds['checkout']:.2f} s of the processor; reading the same "
+                f"files {seconds['reading']:.2f} s, applying them {seconds['applying']:.2f} s",
+                flush=True,
+            )
+        store.checkout(lm, "HEAD")
+        started = time.process_time()
+        store.checkout(lm, "HEAD~1")
+        print(f"one entry back: {time.process_time() - started:.2f} s", flush=True)
+
+
+def keep_best(seconds: dict[str, float], name: str, took: float) -> None:
+    """Keep the least of what was measured."""
+    seconds[name] = min(took, seconds.get(name, took))
+
+
+def verifying(n: int) -> None:
+    """Time `verify` on a store of `n` facts in two entries, and `check` on the same facts and deltas."""
+    from retcon.evaluation.safety import check
+    from retcon.store.verify import verify
+
+    lm = retcon.load("demo:gptj")
+    cases = world.cases(n, seed=0)
+    with TemporaryDirectory() as folder:
+        store = retcon.Store.init(Path(folder) / "edits", lm)
+        for part in (cases[: n // 2], cases[n // 2 :]):
+            store.edit(lm, part, retcon.method("memit", for_model=lm))
+        deltas = store.deltas()
+        runs = {
+            "check": lambda: check(lm, cases, deltas),
+            "verify": lambda: verify(store, lm),
+            "verify, without the search for who broke what": lambda: verify(store, lm, bisect=False),
+        }
+        for name, run in runs.items():
+            started = time.process_time()
+            run()
+            print(f"{name}: {n} facts, {time.process_time() - started:.1f} s of the processor", flush=True)
+
+
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--again", type=int, metavar="N", help="facts edited, of which one is taken out")
+    parser.add_argument("--checkout", type=int, metavar="N", help="entries of the store that is checked out")
+    parser.add_argument("--verify", type=int, metavar="N", help="facts that are verified, and checked")
     asked = parser.parse_args()
     if asked.again:
         rewriting(asked.again)
+    elif asked.checkout:
+        checking_out(asked.checkout)
+    elif asked.verify:
+        verifying(asked.verify)
     else:
         commands()

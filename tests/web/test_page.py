@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 import retcon
-from retcon.store import Store
+from retcon.edits import Case, Edit
+from retcon.store import Entry, Store
+from retcon.store.index import fact_line
 from retcon.web.app import make_app
 from retcon.web.session import Job, Session
 
@@ -104,17 +106,17 @@ def test_edit_look_undo_verify_export(served: Served, browser: Any, tmp_path: Pa
 
     second = browser.new_context(viewport={"width": 400, "height": 800}, color_scheme="dark").new_page()
     second.goto(f"{served.address}/?token=secret")
-    second.locator("#state td", has_text="Norway").wait_for(timeout=SECONDS)
+    second.locator("#in-force td", has_text="Norway").wait_for(timeout=SECONDS)
     assert second.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
     page.get_by_label("Another answer to Geneva").fill("Brazil")
     page.get_by_role("button", name="Amend Geneva").click()
     assert "1 value searched" in wait_for_job(page, "amend")
-    second.locator("#state td", has_text="Brazil").wait_for(timeout=SECONDS)
+    second.locator("#in-force td", has_text="Brazil").wait_for(timeout=SECONDS)
     page.get_by_label("One fact per line").fill("{} lies within the borders of | Geneva | Norway")
     page.get_by_role("button", name="Add", exact=True).click()
     page.get_by_role("region", name="Conflicts").get_by_role("button", name="Amend").click()  # and back again
-    page.locator("#state td", has_text="Norway").wait_for(timeout=SECONDS)
+    page.locator("#in-force td", has_text="Norway").wait_for(timeout=SECONDS)
     assert page.get_by_role("region", name="Conflicts").count() == 0
     assert page.evaluate(UNNAMED) == []
 
@@ -139,7 +141,7 @@ def test_edit_look_undo_verify_export(served: Served, browser: Any, tmp_path: Pa
     page.get_by_role("switch").check()
     page.locator("#fingerprint", has_text=fingerprint).wait_for(timeout=SECONDS)
     page.get_by_role("button", name="Undo Geneva").click()
-    page.locator("#state td", has_text="Norway").wait_for(state="detached", timeout=SECONDS)
+    page.locator("#in-force td", has_text="Norway").wait_for(state="detached", timeout=SECONDS)
     page.locator("#commands", has_text="retcon revert --fact").wait_for(timeout=SECONDS)
     assert problems == []
     assert served.lm.applied == ()
@@ -201,6 +203,44 @@ def test_another_model_has_a_store_of_its_own(served: Served, browser: Any) -> N
     page.get_by_role("button", name="Load").click()
     page.locator("#model:not(:has-text('llama'))").wait_for(timeout=SECONDS)
     assert served.session.store is served.store
+
+
+def with_many_facts(path: Path, served: Served, n: int) -> Store:
+    """A store of so many facts in one entry, without the delta's file."""
+    store = Store.init(path, served.lm)
+    edits = [Edit("The town that {} lies in is", f"river {i:04}", f"Town {i % 7}", id=f"f{i}") for i in range(n)]
+    entry = Entry.make("edit", "many", time="2026-01-01T00:00:00+00:00", after=None, sets={"0" * 16: (None, "0" * 16)})
+    lines = [fact_line(Case(edit.id, (edit,), ()), "0" * 16) for edit in edits]
+    (store.path / "facts" / f"{entry.id}.jsonl").write_text("\n".join(lines) + "\n")
+    (store.path / "log.jsonl").write_text(entry.line + "\n")
+    return Store(path)
+
+
+def test_many_facts_come_by_the_hundred_are_filtered_and_sorted(
+    served: Served, browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.session, "store", with_many_facts(tmp_path / "many", served, 250))
+    page = browser.new_context().new_page()
+    page.goto(f"{served.address}/?token=secret")
+    rows = page.locator("#in-force tbody tr")
+
+    def shows(text: str) -> None:
+        page.locator("#in-force p", has_text=text).wait_for(timeout=SECONDS)
+
+    shows("100 of 250 facts")
+    assert rows.count() == 100
+    page.get_by_role("button", name="More").click()
+    shows("200 of 250 facts")
+    served.session.changed()  # looking again keeps what was asked for
+    page.get_by_label("Sort").select_option("newest")
+    page.locator("#in-force tbody tr:first-child", has_text="river 0249").wait_for(timeout=SECONDS)
+    assert rows.count() == 200
+    page.get_by_label("Filter").fill("TOWN river 024")
+    shows("11 of 11 found, 250 facts")
+    assert all("024" in text for text in rows.all_inner_texts())
+    page.get_by_label("Filter").fill("nowhere")
+    shows("0 of 0 found")
+    assert rows.count() == 0
 
 
 # --- without a browser -------------------------------------------------------------------------------------------

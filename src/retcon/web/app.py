@@ -93,7 +93,11 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
         return response
 
     async def panel(request: Request) -> Response:
-        name = request.path_params["name"]
+        name, asked = request.path_params["name"], request.query_params
+        if name == "facts":
+            rows = asked.get("rows", "")
+            found = session.facts(asked.get("words", ""), asked.get("order", ""), int(rows) if rows.isdecimal() else 0)
+            return show("facts.html", found=found)
         return show(f"{name}.html") if name in PANELS else PlainTextResponse("no such panel", status_code=404)
 
     async def act(request: Request) -> Response:

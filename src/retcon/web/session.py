@@ -21,12 +21,15 @@ from retcon.store import Entry, Store
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
+    from retcon.store.index import Line
     from retcon.store.verify import Check, Verification
     from retcon.workflow import Estimate
 
 JobState = Literal["waiting", "running", "done", "failed", "cancelled"]
 N_JOBS, N_ANSWERS = 20, 12
 """Jobs and answers that are remembered."""
+N_ROWS, MAX_ROWS = 100, 1000
+"""Facts in force that the page shows at first, and at most; a filter finds the others."""
 MAX_DRAFT = 2**22
 """Characters of pasted facts."""
 
@@ -99,6 +102,24 @@ class LayerMap:
         """0 to 100, by the largest value in the map."""
         top = max((abs(v) for line in self.values for v in line), default=0.0) or 1.0
         return round(100 * max(0.0, self.values[row][layer]) / top)
+
+
+Order = Literal["applied", "newest", "prompt", "answer"]
+"""How the facts in force are sorted: as applied, the other way round, or by the alphabet."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The facts in force that a browser asked for."""
+
+    shown: "tuple[Line, ...]"
+    n_found: int
+    n_all: int
+
+    @property
+    def more(self) -> int:
+        """How many to ask for next; 0 where all are shown, or as many as can be."""
+        return min(len(self.shown) + N_ROWS, MAX_ROWS) if len(self.shown) < min(self.n_found, MAX_ROWS) else 0
 
 
 @dataclass
@@ -428,6 +449,27 @@ class Session:
             off = None if live else self._undoing(entry, state.slots)
             found.append({"entry": entry, "on": bool(live), "n": counts.get(entry.id, 0), "off": off})
         return found
+
+    def facts(self, words: str = "", order: str = "applied", rows: int = N_ROWS) -> Listing:
+        """The facts in force in the state that is shown.
+
+        Args:
+            words: each of them is in a fact's prompt, its answer or its id, in any case.
+            order: an `Order`; another word is the first one.
+            rows: how many, between `N_ROWS` and `MAX_ROWS`.
+        """
+        lines = self.store.facts(self.viewing)
+        wanted = words.casefold().split()
+        found = [
+            line
+            for line in lines
+            if not wanted or all(w in f"{line.prompt}\n{line.target}\n{line.fact}".casefold() for w in wanted)
+        ]
+        if order == "newest":
+            found.reverse()
+        elif order in ("prompt", "answer"):
+            found.sort(key=lambda line: (line.prompt if order == "prompt" else line.target).casefold())
+        return Listing(tuple(found[: max(N_ROWS, min(rows, MAX_ROWS))]), len(found), len(lines))
 
     def _undoing(self, entry: Entry, slots: Mapping[str, str | None]) -> str | None:
         """The entry to revert so that `entry` is in force again."""
