@@ -1,5 +1,7 @@
 """The training loop: the best tensors are kept, it ends early, and goes on after a kill with the identical result."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -38,10 +40,10 @@ class Problem:
     def validate(self):
         return float(self.loss(torch.arange(30, 40)))
 
-    def run(self, path, *, steps=40, patience=1000, identity="same", lr=0.05):
+    def run(self, path, *, steps=40, patience=1000, identity="same", lr=0.05, anneal=False):
         weight, bias = self.module.parameters()
         fit = Fit(self.module, [torch.optim.Adam([weight], lr=lr), torch.optim.Adam([bias], lr=lr)])
-        schedule = FitSchedule(steps=steps, validate_every=5, patience=patience, clip=10.0)
+        schedule = FitSchedule(steps=steps, validate_every=5, patience=patience, clip=10.0, anneal=anneal)
         fit.run(self.step, self.validate, schedule, unfinished=path, identity={"what": identity})
         return fit
 
@@ -50,12 +52,13 @@ def same(a, b):
     return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
 
 
-def test_a_killed_run_goes_on_with_the_identical_result(tmp_path):
+@pytest.mark.parametrize("anneal", [False, True])
+def test_a_killed_run_goes_on_with_the_identical_result(anneal, tmp_path):
     whole, killed, resumed = Problem(), Problem(kill_at=23), Problem()
-    wanted = whole.run(tmp_path / "whole")
+    wanted = whole.run(tmp_path / "whole", anneal=anneal)
     with pytest.raises(Killed):
-        killed.run(tmp_path / "part")
-    found = resumed.run(tmp_path / "part")
+        killed.run(tmp_path / "part", anneal=anneal)
+    found = resumed.run(tmp_path / "part", anneal=anneal)
     assert same(resumed.module, whole.module)
     assert found.curve == wanted.curve
 
@@ -88,3 +91,14 @@ def test_a_loss_that_overflows_is_an_error_and_what_was_kept_stays(tmp_path):
     with pytest.raises(NonFinite, match="training step 0: the loss is inf"):
         problem.run(tmp_path / "f")
     assert (tmp_path / "f").exists()
+
+
+def test_rates_fall_to_nothing_where_asked(tmp_path):
+    """Adam's steps have about the size of its rate: the last ones are small then."""
+    problem, seen = Problem(), []
+    step = problem.step
+    problem.step = lambda i: seen.append(problem.module.weight.detach().clone()) or step(i)
+    problem.run(tmp_path / "u", steps=40, lr=0.05, anneal=True)
+    moved = [float((b - a).abs().max()) for a, b in pairwise(seen)]
+    assert moved[0] == pytest.approx(0.05, rel=1e-3)
+    assert all(change <= 0.06 * (1 - i / 40) for i, change in enumerate(moved))

@@ -30,6 +30,8 @@ class FitSchedule:
     """Steps without a better validation loss after which it ends."""
     clip: float
     """Largest norm of a gradient."""
+    anneal: bool = False
+    """Let learning rates fall linearly to nothing over the steps, so that the noise of small batches settles."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Fit:
         """
         first = self._resume(unfinished, identity)
         losses: list[float] = []
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        rates = [group["lr"] for group in groups]
         for i in range(first, schedule.steps + 1):
             last = i == schedule.steps
             if i % schedule.validate_every == 0 or last:
@@ -92,6 +96,9 @@ class Fit:
                     break
             if last:
                 break
+            if schedule.anneal:
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate * (1 - i / schedule.steps)
             losses.append(self._step(step, i, schedule.clip))
             progress(i + 1, schedule.steps)
         self.module.load_state_dict(self.best)

@@ -79,6 +79,8 @@ class HypernetworkSettings:
     """Training steps between two validations."""
     patience: Count = 2_000
     """Training steps without a better validation loss after which training ends."""
+    anneal: bool = False
+    """Let learning rates fall linearly to nothing over the steps."""
     n_validation: Count = 100
     """Cases to validate with, which are not trained on; a fifth of the cases at most."""
 
@@ -94,7 +96,9 @@ class HypernetworkSettings:
 
     def schedule(self, clip: float) -> FitSchedule:
         """How long to train."""
-        return FitSchedule(steps=self.steps, validate_every=self.validate_every, patience=self.patience, clip=clip)
+        return FitSchedule(
+            steps=self.steps, validate_every=self.validate_every, patience=self.patience, clip=clip, anneal=self.anneal
+        )
 
     def sites(self, lm: LM) -> list[Site]:
         """The matrices that are edited, layer by layer.
