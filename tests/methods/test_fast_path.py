@@ -35,7 +35,7 @@ pytestmark = [
 class PlainReader(KeyReader):
     """Keys by full passes."""
 
-    def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Contexts, *, average: KeyAverage) -> None:
+    def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Contexts, *, average: KeyAverage, last: Where) -> None:
         self.given, self.average = (lm, edits, contexts), average
 
     def read(self, point: Point, where: Where, value: Point) -> tuple[Tensor, Tensor]:
