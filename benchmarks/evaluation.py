@@ -100,11 +100,14 @@ def scoring(lm: LM, cases: list[Case]) -> None:
 def end_to_end(lm: LM, cases: list[Case]) -> None:
     """`evaluate` of the unedited model, without and with the model's own answers."""
     for generate in (False, True):
-        started = time.perf_counter()
+        started, processor = time.perf_counter(), time.process_time()
         found = evaluate(lm, cases, generate=generate, stops=("\n", "."))
-        took = time.perf_counter() - started
+        took, processor = time.perf_counter() - started, time.process_time() - processor
         how = "with written answers" if generate else "teacher forcing only"
-        print(f"evaluating {len(cases):,} cases, {how}: {took:.1f} s ({len(found.records):,} records)")
+        print(
+            f"evaluating {len(cases):,} cases, {how}: {took:.1f} s, {processor:.1f} s of the processor "
+            f"({len(found.records):,} records)"
+        )
 
 
 def record_files() -> None:

@@ -40,9 +40,10 @@ from retcon.evaluation.plan import (
 )
 from retcon.evaluation.records import Record, Status, When
 from retcon.evaluation.results import Evaluation
-from retcon.evaluation.score import TokenScore, score_rows
+from retcon.evaluation.score import Question, TokenScore, ask_questions, score_rows
 from retcon.evaluation.writing import PRESETS
-from retcon.lm.generate import Writing, Written, generate
+from retcon.lm.decoding import remembers
+from retcon.lm.generate import Writing, Written, generate, most_tokens
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode
 
@@ -159,6 +160,9 @@ def measure(
 
 def ask(lm: LM, plan: Plan, measures: Measures, advance: Advance = lambda stage, done, total: None) -> Outputs:
     """Put every query of the plan to the model."""
+    if remembers(lm):
+        found, texts = _ask_together(lm, plan, measures, advance)
+        return Outputs(found, texts, _write_freely(lm, plan, measures), _essence(lm, plan, measures))
     rows = [row for a in plan.asked for row in rows_now(lm, a, measures)]
     scores = iter(
         score_rows(
@@ -174,15 +178,74 @@ def ask(lm: LM, plan: Plan, measures: Measures, advance: Advance = lambda stage,
     )
 
 
-def _write(lm: LM, plan: Plan, measures: Measures, advance: Advance) -> dict[Place, Written]:
-    """The model's own answers; a prompt that several queries share is written once."""
+def _ask_together(
+    lm: LM, plan: Plan, measures: Measures, advance: Advance
+) -> tuple[dict[Place, tuple[TokenScore, ...]], dict[Place, Written]]:
+    """Scores and the model's own answers; a prompt after which the model writes is run once for both.
+
+    Other prompts are scored with their answers in one pass (`score_rows`), which takes less than two with a memory
+    between them.
+    """
+    scored: dict[tuple[int, ...], dict[Row, None]] = {}
+    rows_of: dict[Place, tuple[Row, ...]] = {}
+    for a in plan.asked:
+        if a.rows:
+            rows_of[a.place] = rows_now(lm, a, measures)
+            for row in rows_of[a.place]:
+                scored.setdefault(row.prompt_ids, {})[row] = None
+    questions: list[Question] = []
+    members: list[list[Asked]] = []
+    texts: dict[Place, Written] = {}
+    for how, asked in _written_groups(plan, measures).items():
+        for (prompt, gold), askers in asked.items():
+            own = next((rows_of[a.place][0] for a in askers if a.rows and a.query.chat == how.chat), None)
+            row = lm.encode(prompt, chat=how.chat) if own is None else Row(own.prompt_ids, own.n_prompt)
+            limit = most_tokens(lm, row, how, None if measures.preset != "gold_length" else gold)
+            if limit < 1:
+                texts |= dict.fromkeys((a.place for a in askers), Written("", 0, True))
+                continue
+            questions.append(Question(row.ids, tuple(scored.pop(row.ids, ())), how, limit))
+            members.append(askers)
+    others = [row for rows in scored.values() for row in rows]
+    scores = dict(
+        zip(
+            others,
+            score_rows(
+                lm,
+                others,
+                max_batch_tokens=measures.max_batch_tokens,
+                on_progress=lambda done, total: advance("score", done, total),
+            ),
+            strict=True,
+        )
+    )
+    replies = ask_questions(
+        lm,
+        questions,
+        max_batch_tokens=2 * measures.max_batch_tokens,
+        on_progress=lambda done, total: advance("write", done, total),
+    )
+    for question, (found, _) in zip(questions, replies, strict=True):
+        scores |= zip(question.rows, found, strict=True)
+    for askers, (_, text) in zip(members, replies, strict=True):
+        texts |= dict.fromkeys((a.place for a in askers), text)
+    return {place: tuple(scores[row] for row in rows) for place, rows in rows_of.items()}, texts
+
+
+def _written_groups(plan: Plan, measures: Measures) -> dict[Writing, dict[tuple[str, int | None], list[Asked]]]:
+    """Which queries the model shall answer in its own words, by how, and by prompt and length; each is written once."""
     groups: dict[Writing, dict[tuple[str, int | None], list[Asked]]] = {}
     for a in plan.asked:
         if (how := a.writing(measures)) is not None:
             gold = len(a.rows[0].target_ids) if measures.preset == "gold_length" and a.rows else None
             groups.setdefault(how, {}).setdefault((a.query.prompt, gold), []).append(a)
+    return groups
+
+
+def _write(lm: LM, plan: Plan, measures: Measures, advance: Advance) -> dict[Place, Written]:
+    """The model's own answers; a prompt that several queries share is written once."""
     texts: dict[Place, Written] = {}
-    for how, asked in groups.items():
+    for how, asked in _written_groups(plan, measures).items():
         prompts = [prompt for prompt, _ in asked]
         lengths = [gold if gold is not None else how.max_new_tokens for _, gold in asked]
         written = generate(

@@ -199,9 +199,11 @@ def _ask(lm: LM, case: Case, query: Query, dirty: bool, measures: Measures) -> A
 
 def _rows(lm: LM, query: Query, measures: Measures) -> tuple[Row, ...]:
     """A query's prompt with its target, and with the rival answer if it has one, as the model reads them now."""
-    answers = [query.target] if query.contrast is None else [query.target, query.contrast]
     separator = query.separator if measures.separator is None else measures.separator
-    return tuple(lm.encode(query.prompt, answer, separator=separator, chat=query.chat) for answer in answers)
+    first = lm.encode(query.prompt, query.target, separator=separator, chat=query.chat)
+    if query.contrast is None:
+        return (first,)
+    return first, lm.encode(query.prompt, query.contrast, separator=separator, chat=query.chat, known=first)
 
 
 def rows_now(lm: LM, asked: Asked, measures: Measures) -> tuple[Row, ...]:

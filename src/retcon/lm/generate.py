@@ -108,7 +108,7 @@ def generate(
     if how.sample_top_k is not None and seeds is None:
         raise InvalidSetting("sampled text needs a seed per prompt")
     rows = [p if isinstance(p, Row) else lm.encode(p, chat=how.chat) for p in prompts]
-    limits = [_limit(lm, row, how, None if lengths is None else lengths[i]) for i, row in enumerate(rows)]
+    limits = [most_tokens(lm, row, how, None if lengths is None else lengths[i]) for i, row in enumerate(rows)]
     results = {i: Written("", 0, True) for i, limit in enumerate(limits) if limit < 1}
     asked = [i for i in range(len(rows)) if i not in results]
 
@@ -123,18 +123,18 @@ def generate(
             [(rows[i], limits[i], None if seeds is None else seeds[i]) for i in asked],
             [len(rows[i].ids) + limits[i] for i in asked],
             max_tokens=max_batch_tokens,
-            kinds=[_kind(lm, rows[i], limits[i]) for i in asked],
+            kinds=_kinds(lm, [rows[i] for i in asked], [limits[i] for i in asked]),
             on_progress=hear,
         )
     results |= zip(asked, found, strict=True)
     return [results[i] for i in range(len(rows))]
 
 
-def _kind(lm: LM, row: Row, limit: int) -> int:
-    """What rows of a batch have in common, where they must have something in common."""
+def _kinds(lm: LM, rows: Sequence[Row], limits: Sequence[int]) -> Sequence[int] | None:
+    """What rows of a batch must have in common; None: nothing."""
     if remembers(lm):
-        return 0 if pads(lm) else len(row.ids)
-    return limit  # a batch goes on to the largest limit in it
+        return None if pads(lm) else [len(row.ids) for row in rows]
+    return limits  # a batch goes on to the largest limit in it
 
 
 class _own_settings:
@@ -153,8 +153,8 @@ class _own_settings:
         self.model.generation_config = self.shipped
 
 
-def _limit(lm: LM, row: Row, how: Writing, given: int | None) -> int:
-    """Most tokens to write: as asked, and no more than the context has room for."""
+def most_tokens(lm: LM, row: Row, how: Writing, given: int | None) -> int:
+    """Return the most tokens to write: as asked, and no more than the context has room for."""
     room = math.inf if lm.context_length is None else lm.context_length - len(row.ids)
     if given is None:
         given = how.max_new_tokens if how.total_tokens is None else how.total_tokens - len(row.ids)

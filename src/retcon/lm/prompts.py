@@ -89,6 +89,7 @@ def encode(
     subject_span: tuple[int, int] | None = None,
     separator: str | None = None,
     chat: Chat | None = None,
+    known: Row | None = None,
 ) -> Row:
     """Tokenise `prompt`, and the `target` after it where one is given.
 
@@ -100,6 +101,7 @@ def encode(
         separator: what is written between prompt and target; None: `retcon.edits.separator_between` the two, or in a
             chat what the template writes there.
         chat: makes the prompt the user's turn in the tokenizer's template.
+        known: a row of the same prompt with another target, whose prompt need not be tokenised again.
 
     The prompt's ids are those of the prompt alone, which is what a model is sent that is asked for the answer. If the
     joint encoding does not start with them (a merge crossed the boundary), the target is tokenised after a neutral text
@@ -115,12 +117,15 @@ def encode(
         if subject_span is not None:
             subject_span = turn.span(prompt, subject_span)
         prompt, separator = turn.text, turn.separator if separator is None else separator
-    prompt_ids, offsets = _encode_with_offsets(tokenizer, prompt, chat is None)
-    if not prompt_ids:
-        raise InvalidEdit(f"the prompt {prompt!r} gives no token; give at least one character of text")
-    subject_last = None
-    if subject_span is not None:
-        subject_last = _last_token_covering(prompt, offsets, subject_span)
+    if known is not None:
+        prompt_ids, subject_last = list(known.prompt_ids), known.subject_last
+    else:
+        prompt_ids, offsets = _encode_with_offsets(tokenizer, prompt, chat is None)
+        if not prompt_ids:
+            raise InvalidEdit(f"the prompt {prompt!r} gives no token; give at least one character of text")
+        subject_last = None
+        if subject_span is not None:
+            subject_last = _last_token_covering(prompt, offsets, subject_span)
     if target is None:
         return Row(tuple(prompt_ids), len(prompt_ids), subject_last)
 
