@@ -281,8 +281,13 @@ def test_batches_and_other_cases_are_of_no_account(options: dict[str, int], tiny
 def test_batch_limit_holds_for_written_answers_too(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny(n_layers=1)
     limits: list[int] = []
-    real = measure.generate
-    monkeypatch.setattr(measure, "generate", lambda *a, **k: (limits.append(k["max_batch_tokens"]), real(*a, **k))[1])
+    real = measure.ask_questions
+
+    def noted(*args: Any, **options: Any) -> Any:
+        limits.append(options["max_batch_tokens"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(measure, "ask_questions", noted)
     evaluate(lm, CASES, max_batch_tokens=77)
     assert limits == [154]
 
