@@ -28,7 +28,9 @@ def test_fit_then_edit(cli: Callable[..., Any], here: Path) -> None:
     assert "editor kept in mend.safetensors" in result.stdout
     assert (here / "mend.png").stat().st_size > 1000
     assert (here / "mend.svg").exists()
-    assert "2 edits" in cli(*EDIT, "--set", "editor=mend.safetensors").stdout
+    shown = cli(*EDIT, "--set", "editor=mend.safetensors").stdout
+    assert "2 edits" in shown
+    assert "rank = 4 " in shown, "the settings shown are those of the training"
     assert "is there already" in cli(*FIT, code=2).stderr
     record = json.loads(cli(*FIT, "--force", "--json").stdout)
     assert [point["step"] for point in record["curve"]] == [0, 2, 4]

@@ -4,7 +4,7 @@ import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from retcon.errors import InvalidSetting, RetconWarning
@@ -86,6 +86,8 @@ def resolve(
         chosen = registry.choose(
             name, for_model=lm, dataset=dataset, preset=preset, cases=edits or None, **{**given, **probed}
         )
+    if hasattr(chosen.method, "as_trained"):  # an edit with an editor has the settings of its training
+        chosen = replace(chosen, method=chosen.method.as_trained())
     check_model_has_layers(chosen.method, lm)
     n_probed, notes = len(edits) if probe else 0, chosen.notes
     if hasattr(chosen.method, "n_trained") and not hasattr(chosen.method, "fit"):  # with an editor nothing is trained

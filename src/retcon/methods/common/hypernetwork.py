@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -93,6 +93,14 @@ class HypernetworkSettings:
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Nothing depends on depth: it is the last three blocks."""
         return {}
+
+    def as_trained(self) -> Self:
+        """Return the method with the settings that its editor was trained with; itself where no editor is named.
+
+        Raises:
+            MalformedFile: the file is no editor of this method.
+        """
+        return self if self.editor is None else with_settings_of(self, read_editor(self.name, Path(self.editor))[1])
 
     def schedule(self, clip: float) -> FitSchedule:
         """How long to train."""
@@ -418,18 +426,18 @@ def load_editor(
     path = Path(method.editor)
     try:
         now = path.stat()
-        source = (type(method), str(path), now.st_mtime_ns, now.st_ctime_ns, now.st_size, now.st_ino)
-        known = _LOADED.get(lm)
-        if known is not None and known[0] == (*source, lm.device, lm.dtype):
-            _, trained, editor = known
-            _check_base(path, editor.about, lm)
-            return trained, editor
-        tensors, about = read_checked(path, EDITOR, {"method": method.name})
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    except (FileNotFoundError, IsADirectoryError):
-        raise MalformedFile(f"{path}: no such file; {method.name}'s editor is what `retcon fit` writes") from None
+    except FileNotFoundError:
+        raise no_such_file(method.name, path) from None
+    source = (type(method), str(path), now.st_mtime_ns, now.st_ctime_ns, now.st_size, now.st_ino, lm.device, lm.dtype)
+    known = _LOADED.get(lm)
+    if known is not None and known[0] == source:
+        _, trained, editor = known
+        _check_base(path, editor.about, lm)
+        return trained, editor
+    tensors, about = read_editor(method.name, path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     _check_base(path, about, lm)
-    trained = replace(method, **checked(method.name, type(method), about["settings"]))
+    trained = with_settings_of(method, about)
     sites = trained.sites(lm)
     network = make(trained, lm, sites)
     try:
@@ -439,8 +447,30 @@ def load_editor(
             f"{path}: its tensors are not those of its settings ({str(error).splitlines()[-1]})"
         ) from None
     editor = Editor(network.to(lm.device).eval(), sites, sha256, about)
-    _LOADED[lm] = (*source, lm.device, lm.dtype), trained, editor
+    _LOADED[lm] = source, trained, editor
     return trained, editor
+
+
+def read_editor(name: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an editor's tensors and what its file says of it.
+
+    Raises:
+        MalformedFile: the file is no editor of that method.
+    """
+    try:
+        return read_checked(path, EDITOR, {"method": name})
+    except (FileNotFoundError, IsADirectoryError):
+        raise no_such_file(name, path) from None
+
+
+def no_such_file(name: str, path: Path) -> MalformedFile:
+    """The error for an editor that is not there."""
+    return MalformedFile(f"{path}: no such file; {name}'s editor is what `retcon fit` writes")
+
+
+def with_settings_of(method: Trained, about: Mapping[str, Any]) -> Trained:
+    """Return the method with the settings in an editor's file."""
+    return replace(method, **checked(method.name, type(method), about["settings"]))
 
 
 def _check_base(path: Path, about: Mapping[str, Any], lm: LM) -> None:
@@ -456,5 +486,5 @@ def read_curve(path: str | Path, method: str) -> list[CurvePoint]:
     Raises:
         MalformedFile: the file is no editor of that method.
     """
-    about = read_checked(path, EDITOR, {"method": method})[1]
+    about = read_editor(method, Path(path))[1]
     return [CurvePoint(**point) for point in about["curve"]]
