@@ -126,3 +126,17 @@ def test_the_probe_chooses_layers_and_the_rule_the_rest(tiny, edits):
         emmet = method("emmet", for_model=lm, cases=edits, layers="probe")
     assert probed.moment_weight == rule.moment_weight != method_class("memit").moment_weight
     assert len(emmet.layers) == 1
+
+
+def test_jeep_without_a_preset_fits_its_clamps_on_the_low_value_alone(tiny, edits):
+    guess = method_class("jeep").fallback_settings(ModelShape.of(tiny("llama")))
+    jeep = method("jeep", **guess)
+    assert (jeep.sites, jeep.joint_optimisation) == ("block", False)
+    assert jeep.searching_what_is_written() == replace(jeep, high=())
+    together = replace(jeep, joint_optimisation=True)
+    assert together.searching_what_is_written() == together
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetconWarning)
+        notes = choose("jeep", for_model=tiny("llama"), cases=edits, steps=2).notes
+    assert sum("low_clamp" in note for note in notes) == 1
+    assert any(note.startswith("sites = block, joint_optimisation = False: ") for note in notes)

@@ -93,7 +93,12 @@ class Jeep(SearchSettings):
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """Layers by relative depth; the weights published for LLaMA-7B (2,500 and 1,000) over its key width."""
+        """Layers by relative depth; the weights published for LLaMA-7B (2,500 and 1,000) over its key width.
+
+        Values at the blocks' outputs, one after the other: a write that is spread over layers reaches a block's output
+        and overshoots a single MLP's, and high keys of small models tell prompts of one form apart badly, so that the
+        high value is better for what the low one leaves (docs/results/without-preset.md).
+        """
         n_layers = shape.n_layers
         first = min(round((0.55 if shape.parallel else 0.7) * n_layers), n_layers - 1)
         last = max(first, min(first + max(1, round(0.07 * n_layers)), n_layers - 3))  # never the last few
@@ -107,6 +112,9 @@ class Jeep(SearchSettings):
             "high": tuple(range(first, min(last, n_layers - 1) + 1)),
             "low_moment_weight": by_key_width(0.23, shape),
             "high_moment_weight": by_key_width(0.09, shape),
+            "sites": "block",
+            "joint_optimisation": False,
+            "low_clamp": 0.75,
         }
 
     def propose(
@@ -165,6 +173,10 @@ class Jeep(SearchSettings):
                     proposal.write(group, found.target(0), key_average=self.key_average)
                     reports.append(found.report)
             return proposal.delta(_in_a_row(reports))
+
+    def searching_what_is_written(self) -> "Jeep":
+        """Without delta* where delta' is searched by itself first: delta* then makes up for what that leaves."""
+        return replace(self, high=()) if self.low and self.high and not self.joint_optimisation else self
 
     def _sites_on(self, lm: LM) -> Literal["mlp", "release", "block"]:
         """`sites` as far as this model allows it."""

@@ -227,6 +227,7 @@ def choose(
             shape = ModelShape.of(for_model)
             guess = chosen.fallback_settings(shape)
             fitted_later = {"learning_rate"} if getattr(chosen, "fits_learning_rate", False) and cases else set()
+            fitted_later |= {*starting_point.clamp_settings(chosen)}  # which have a note of their own
             notes = starting_point.shape_notes(
                 chosen, shape, {k: v for k, v in guess.items() if k not in {*settings, *fitted_later}}
             )
