@@ -22,6 +22,8 @@ EDIT = (
     "steps=3",
     "--set",
     "low=[0, 1]",
+    "--set",
+    "joint_optimisation=true",  # a high value that was searched on what Step 2 wrote is searched again with it
 )
 
 
