@@ -41,13 +41,13 @@ smollm: $(VENV)/.ready  ## SmolLM2-135M-Instruct, a real pretrained model, into 
 WORLDS := gpt2 qwen2 qwen3-chat dots1
 WORLD_TOKENS ?= 3000000
 CHAT_TOKENS ?= 4500000
-MIXTURE_TOKENS ?= 3000000
+MIXTURE_TOKENS ?= 1200000
 WORLD_THREADS ?= 1
 worlds: $(WORLDS:%=.cache/worlds/%/card.json)  ## small models of other families that know the embedded world
 .cache/worlds/gpt2/card.json: WORLD = --model-type gpt2 --tokens $(WORLD_TOKENS)
 .cache/worlds/qwen2/card.json: WORLD = --model-type qwen2 --tokens $(WORLD_TOKENS)
 .cache/worlds/qwen3-chat/card.json: WORLD = --model-type qwen3 --chat --tokens $(CHAT_TOKENS)
-.cache/worlds/dots1/card.json: WORLD = --model-type dots1 --tokens $(MIXTURE_TOKENS)
+.cache/worlds/dots1/card.json: WORLD = --model-type dots1 --leave-out 1500 --tokens $(MIXTURE_TOKENS)
 .cache/worlds/%/card.json: | $(VENV)/.ready
 	$(BIN)/python -m recipes.world $(WORLD) --threads $(WORLD_THREADS) --out $(@D)
 

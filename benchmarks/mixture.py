@@ -1,12 +1,12 @@
 """Editing a mixture of experts: through its routed experts, or through the shared expert alone.
 
     python -m benchmarks.mixture --model .cache/worlds/dots1        # make worlds
-    python -m benchmarks.mixture --model demo:llama --mlp dense     # a dense world beside it
+    python -m benchmarks.mixture --model demo:llama --mlp dense --known .cache/worlds/dots1   # dense, same facts
 
 `--n` facts of the embedded world in one batch, settings by the rule for models without a preset. Of a world that some
-facts were left out of, those are neither edited nor measured. One line of JSON per
-method and choice of MLP, with Score, ES, GS, LS (`cf.prob_mean`), how many edits the edited model says first, seconds
-(moments left out), and how many of a token's experts are the same as before: on the prompts of the edits, on those of
+facts were left out of, those are neither edited nor measured; `--known` takes the facts of another world. One line of
+JSON per method and choice of MLP, with Score, ES, GS, LS (`cf.prob_mean`), how many edits the edited model says first,
+seconds (moments left out), and how many of a token's experts are the same as before: on the prompts of the edits, of
 their neighbours, on plain text (mean over the layers above the first edited one, and the lowest layer).
 """
 
@@ -68,6 +68,7 @@ def main() -> None:
     add_places(parser)
     parser.add_argument("--n", type=int, default=100, help="cases")
     parser.add_argument("--mlp", nargs="+", default=["experts", "dense"], help="dense is the shared expert")
+    parser.add_argument("--known", metavar="WORLD", help="edit what this world has read; default: the model itself")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     asked = parser.parse_args()
     warnings.simplefilter("ignore", RetconWarning)
@@ -75,7 +76,7 @@ def main() -> None:
     lm = retcon.load(asked.model)
     registry.preset_for = lambda *_, **__: None  # type: ignore[assignment]  # a dense world's too: one rule for all
     moments = moments_of(lm, asked.corpus)
-    cases = known(cases_of(asked.data, asked.start, N_WORLD, asked.seed), asked.model)[: asked.n]
+    cases = known(cases_of(asked.data, asked.start, N_WORLD, asked.seed), asked.known or asked.model)[: asked.n]
     edits = [case.edits[0] for case in cases]
     for name in asked.methods:
         for mlp in asked.mlp:

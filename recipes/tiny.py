@@ -78,6 +78,22 @@ UNLIKE: dict[str, dict[str, Any]] = {
     "qwen2_moe": EXPERTS | SHARED | dict(mlp_only_layers=[0]),
     "hunyuan_v1_moe": EXPERTS | dict(head_dim=8),
     "ernie4_5_moe": EXPERTS | dict(moe_layer_start_index=1),
+    "afmoe": EXPERTS | dict(num_shared_experts=1, num_dense_layers=1, head_dim=8, sliding_window=8),
+    "axk1": EXPERTS | LATENT | dict(n_shared_experts=1),
+    "cohere2_moe": EXPERTS | dict(
+        num_shared_experts=1, head_dim=8, sliding_window=8, logit_scale=0.5, first_k_dense_replace=1
+    ),
+    "flint": EXPERTS | SHARED | dict(head_dim=8),
+    "hy_v3": EXPERTS | dict(num_shared_experts=1, head_dim=8),
+    "kolibri1": EXPERTS | SHARED | dict(n_shared_experts=1, head_dim=8),
+    "laguna": EXPERTS | SHARED | dict(head_dim=8),
+    "mellum": EXPERTS | dict(head_dim=8),
+    "mimo_v2_flash": EXPERTS | dict(head_dim=8, v_head_dim=8, sliding_window=8),
+    "granitemoe_swa": EXPERTS | dict(residual_multiplier=0.5),
+    "granitemoeshared": EXPERTS | dict(residual_multiplier=0.5, shared_intermediate_size=40),
+    "lfm2_moe": EXPERTS | dict(num_dense_layers=1, layer_types=["conv", "full_attention"] * 2),
+    "bamba": MAMBA | dict(attn_layer_indices=[1, 3]),
+    "olmo_hybrid": LINEAR | dict(linear_num_key_heads=4, linear_num_value_heads=4),
     "dots1": EXPERTS | dict(n_shared_experts=1, head_dim=8),
     "glm4_moe": EXPERTS | dict(n_shared_experts=1, head_dim=8),
     "solar_open": EXPERTS | dict(n_shared_experts=1, head_dim=8),
@@ -112,10 +128,12 @@ FAMILIES = sorted(set(LAYOUTS) - set(WRAPPED) - set(UNLIKE))
 """Families all of whose blocks are an attention and a dense MLP; the others: tests/lm/test_mixed.py."""
 WITH_HEAD_DIM = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "helium", "ministral",
-    "ministral3", "seed_oss", "ernie4_5", "hunyuan_v1_dense", "cwm",
+    "ministral3", "seed_oss", "ernie4_5", "hunyuan_v1_dense", "cwm", "internlm3", "iquestcoder", "vaultgemma",
 )  # fmt: skip
 """Families whose default width of a head is not hidden_size / heads, or that allow another."""
-FLOAT32_INSIDE = ("bloom", "gemma2", "gpt_neo", "gptj", "mpt")
+FLOAT32_INSIDE = (
+    "bloom", "codegen", "diffllama", "gemma2", "gpt_neo", "gptj", "granite_swa", "mpt", "vaultgemma",
+)  # fmt: skip
 """Families that compute their attention in float32 whatever the weights are."""
 WINDOWED = ("cohere2", "cwm", "exaone4", "gemma2", "gemma3_text", "ministral", "ministral3", "olmo3")
 """Families some of whose layers see a window of the text: a short one here."""
@@ -143,13 +161,15 @@ def tiny_model(
         "falcon": dict(
             hidden_size=32, num_hidden_layers=n_layers, num_attention_heads=4, ffn_hidden_size=64, pad_token_id=1
         ),
+        "codegen": dict(n_embd=32, n_layer=n_layers, n_head=4, n_positions=128, n_ctx=128, rotary_dim=4),
+        "gpt_bigcode": dict(n_embd=32, n_layer=n_layers, n_head=4, n_positions=128),
         "mpt": dict(d_model=32, n_layers=n_layers, n_heads=4, max_seq_len=128),
     }  # fmt: skip
     common: dict[str, Any] = dict(
         hidden_size=32, num_hidden_layers=n_layers, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=128, pad_token_id=1,
     )  # fmt: skip
-    if family not in ("gpt2", "gptj", "opt", "gpt_neox"):
+    if family not in ("gpt2", "gptj", "opt", "gpt_neox", "persimmon"):
         common |= dict(num_key_value_heads=2)
     own |= {name: common | fields for name, fields in UNLIKE.items()}
     if family in WITH_HEAD_DIM:

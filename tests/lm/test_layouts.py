@@ -270,12 +270,12 @@ def test_a_wrapper_has_its_text_models_row(model_type: str, text_type: str) -> N
     assert layout_for(config(model_type)) is LAYOUTS[text_type]
 
 
-@pytest.mark.parametrize("model_type", ["codegen", "xglm"])
+@pytest.mark.parametrize("model_type", ["ctrl", "nanochat"])
 def test_unknown_families_are_refused_with_both_ways_out(model_type: str) -> None:
     with pytest.raises(UnknownLayout) as error:
         layout_for(config(model_type))
     text = str(error.value)
-    assert f"no layout for model_type '{model_type}'; known: apertus, arcee, bloom" in text
+    assert f"no layout for model_type '{model_type}'; known: afmoe, apertus, arcee" in text
     assert "layout=retcon.Layout(...)" in text
     assert "src/retcon/lm/layouts.py" in text
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from recipes import verify
 from recipes.tiny import FAMILIES, UNLIKE, WRAPPED, WRAPPERS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from retcon.errors import RetconWarning
 from retcon.lm import status
@@ -31,6 +33,14 @@ def test_every_family_was_verified_and_passes() -> None:
             for found in dtypes.values():
                 assert not found["failed"], (version, model_type, found)
                 assert {"layout", "orientation", "undo", "save"} <= set(found["passed"]), (version, model_type)
+
+
+def test_every_causal_family_is_on_the_page() -> None:
+    """In a table of rows or, with a reason, among what is refused."""
+    if transformers.__version__ not in status.read_status():
+        pytest.skip("another version of transformers than the page speaks of")
+    page = verify.PAGE.read_text(encoding="utf-8")
+    assert [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if f"`{name}`" not in page] == []
 
 
 @pytest.fixture

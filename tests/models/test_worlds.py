@@ -29,7 +29,9 @@ FLOORS = {"seen": 0.95, "held out": 0.9, "asked": 0.9, "asked, held out": 0.8}
 
 def test_it_recalls_what_its_card_says(trained_world: LM) -> None:
     card = json.loads((Path(trained_world.name) / "card.json").read_text())
-    lesson = read_lesson(FACTS, seed=card["seed"])
+    left_out = Path(trained_world.name) / "left_out.json"
+    n_left_out = len(json.loads(left_out.read_text())) if left_out.exists() else 0
+    lesson = read_lesson(FACTS, leave_out=n_left_out, seed=card["seed"])
     asked: dict[str, list[Statement]] = {"seen": lesson.seen, "held out": lesson.held_out}
     if trained_world.tokenizer.chat_template:
         turns = read_turns(lesson, seed=card["seed"])

@@ -132,6 +132,7 @@ _LLAMA = Layout(
     embedding="model.embed_tokens",
     final_norm="model.norm",
 )
+_GRANITE = replace(_LLAMA, residual_multiplier=True)
 _POST_NORM = replace(_LLAMA, mlp_post_norm="post_feedforward_layernorm")
 _GATELESS = replace(_LLAMA, gate_proj=None)
 _GLM = replace(
@@ -169,6 +170,7 @@ _LFM2 = replace(
     final_norm="model.embedding_norm",
     earlier="state",
 )
+_LFM2_ROUTED = replace(_LFM2, down_proj=None, up_proj=None, gate_proj=None, experts="feed_forward.experts")
 _JAMBA = replace(
     _LLAMA,
     down_proj="feed_forward.down_proj",
@@ -177,6 +179,7 @@ _JAMBA = replace(
     final_norm="model.final_layernorm",
     earlier="state",
 )
+_BAMBA = replace(_JAMBA, final_norm="model.final_layernorm")
 _JAMBA_ROUTED = replace(_JAMBA, down_proj=None, up_proj=None, gate_proj=None, experts="feed_forward.experts")
 _FALCON_H1 = replace(  # attention and a state-space mixer side by side; factors after the MLP's matrices
     _LLAMA,
@@ -196,6 +199,7 @@ _GRANITE_HYBRID = replace(
     earlier="state",
 )
 _GRANITE_HYBRID_MOE = replace(_GRANITE_HYBRID, experts="block_sparse_moe.experts")
+_GRANITE_MOE = replace(_ROUTED, experts="block_sparse_moe.experts", residual_multiplier=True)
 _LLAMA4 = replace(
     _LLAMA,
     down_proj="feed_forward.down_proj",
@@ -212,6 +216,18 @@ _BLOOM = Layout(
     o_proj="self_attention.dense",
     embedding="transformer.word_embeddings",
     final_norm="transformer.ln_f",
+)
+
+_OPT = Layout(  # the block holds the MLP's matrices itself, and fc2 sees (batch x seq, m)
+    block="model.decoder.layers.{}",
+    down_proj="fc2",
+    up_proj="fc1",
+    q_proj="self_attn.q_proj",
+    k_proj="self_attn.k_proj",
+    v_proj="self_attn.v_proj",
+    o_proj="self_attn.out_proj",
+    embedding="model.decoder.embed_tokens",
+    final_norm="model.decoder.final_layer_norm",
 )
 
 LAYOUTS: dict[str, Layout] = {
@@ -262,6 +278,40 @@ LAYOUTS: dict[str, Layout] = {
         embedding="transformer.wte",
         final_norm="transformer.ln_f",
     ),
+    "gpt_bigcode": Layout(
+        block="transformer.h.{}",
+        down_proj="mlp.c_proj",
+        up_proj="mlp.c_fc",
+        q_proj=Fused("attn.c_attn", "q"),
+        k_proj=Fused("attn.c_attn", "k"),
+        v_proj=Fused("attn.c_attn", "v"),
+        o_proj="attn.c_proj",
+        embedding="transformer.wte",
+        final_norm="transformer.ln_f",
+    ),
+    "codegen": Layout(  # q, k and v fused for four cores, which no part of a matrix names
+        block="transformer.h.{}",
+        down_proj="mlp.fc_out",
+        up_proj="mlp.fc_in",
+        q_proj=None,
+        k_proj=None,
+        v_proj=None,
+        o_proj="attn.out_proj",
+        embedding="transformer.wte",
+        final_norm="transformer.ln_f",
+        parallel=True,
+    ),
+    "persimmon": Layout(
+        block="model.layers.{}",
+        down_proj="mlp.dense_4h_to_h",
+        up_proj="mlp.dense_h_to_4h",
+        q_proj=Fused("self_attn.query_key_value", "q", cut="groups"),
+        k_proj=Fused("self_attn.query_key_value", "k", cut="groups"),
+        v_proj=Fused("self_attn.query_key_value", "v", cut="groups"),
+        o_proj="self_attn.dense",
+        embedding="model.embed_tokens",
+        final_norm="model.final_layernorm",
+    ),
     "bloom": _BLOOM,
     "falcon": replace(_BLOOM, parallel=True),
     "mpt": Layout(
@@ -277,10 +327,13 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "llama": _LLAMA,
     "cwm": _LLAMA,
+    "diffllama": _LLAMA,
     "ernie4_5": _LLAMA,
     "gemma": _LLAMA,
     "helium": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
+    "internlm3": _LLAMA,
+    "iquestcoder": _LLAMA,
     "ministral": _LLAMA,
     "ministral3": _LLAMA,
     "mistral": _LLAMA,
@@ -290,9 +343,13 @@ LAYOUTS: dict[str, Layout] = {
     "seed_oss": _LLAMA,
     "smollm3": _LLAMA,
     "stablelm": _LLAMA,
+    "vaultgemma": _LLAMA,
+    "bitnet": _LLAMA,
     "cohere": replace(_LLAMA, parallel=True),
     "cohere2": replace(_LLAMA, parallel=True),
-    "granite": replace(_LLAMA, residual_multiplier=True),
+    "granite": _GRANITE,
+    "granite_swa": _GRANITE,
+    "hyperclovax": replace(_GRANITE, mlp_post_norm="post_norm2"),
     "apertus": _GATELESS,
     "arcee": _GATELESS,
     "jais2": _GATELESS,
@@ -326,14 +383,32 @@ LAYOUTS: dict[str, Layout] = {
     # mixtures of experts
     "flex_olmo": replace(_ROUTED, mlp_post_norm="post_feedforward_layernorm"),
     "gpt_oss": _ROUTED,
+    "mellum": _ROUTED,
+    "mimo_v2_flash": _with(_ROUTED, _LLAMA),
     "minimax_m2": _ROUTED,
     "mixtral": _ROUTED,
     "olmoe": _ROUTED,
     "phimoe": _ROUTED,
     "qwen3_moe": _with(_ROUTED, _LLAMA),
-    "granitemoe": replace(_ROUTED, experts="block_sparse_moe.experts", residual_multiplier=True),
+    "granitemoe": _GRANITE_MOE,
+    "granitemoe_swa": _GRANITE_MOE,
+    "granitemoeshared": _with(replace(_GRANITE_HYBRID_MOE, earlier="attention"), _GRANITE_MOE),
     "qwen2_moe": _with(_GATED_SHARED, replace(_LLAMA, gated_shared=True)),
     "hunyuan_v1_moe": _shared(_LLAMA, "mlp.shared_mlp"),
+    "afmoe": _with(
+        replace(_shared(_LLAMA, "mlp.shared_experts"), mlp_post_norm="post_mlp_layernorm"),
+        replace(_LLAMA, mlp_post_norm="post_mlp_layernorm"),
+    ),
+    "axk1": _with(replace(_shared(_LATENT, "mlp.shared_experts"), mlp_post_norm="mlp.post_mlp_layernorm"), _LATENT),
+    "cohere2_moe": _with(
+        replace(_shared(_LLAMA, "mlp.shared_experts"), parallel=True),
+        replace(_ROUTED, parallel=True),
+        replace(_LLAMA, parallel=True),
+    ),
+    "flint": _with(_shared(_LLAMA, "mlp.shared_expert"), _LLAMA),
+    "hy_v3": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
+    "kolibri1": replace(_shared(_LLAMA, "mlp.shared_experts"), mlp_post_norm="post_mlp_layernorm"),
+    "laguna": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
     "dots1": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
     "ernie4_5_moe": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
     "glm4_moe": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
@@ -349,6 +424,13 @@ LAYOUTS: dict[str, Layout] = {
     "qwen3_next": _with(_QWEN_HYBRID_MOE, _recurrent(_QWEN_HYBRID_MOE, "linear_attn.out_proj")),
     "qwen3_5_moe_text": _with(_QWEN_HYBRID_MOE, _recurrent(_QWEN_HYBRID_MOE, "linear_attn.out_proj")),
     "lfm2": _with(_LFM2, _recurrent(_LFM2, "conv.out_proj")),
+    "lfm2_moe": _with(
+        _LFM2, _recurrent(_LFM2, "conv.out_proj"), _LFM2_ROUTED, _recurrent(_LFM2_ROUTED, "conv.out_proj")
+    ),
+    "bamba": _with(_BAMBA, _recurrent(_BAMBA, "mamba.out_proj")),
+    "olmo_hybrid": _with(
+        replace(_POST_NORM, earlier="state"), _recurrent(replace(_LLAMA, earlier="state"), "linear_attn.o_proj")
+    ),
     "jamba": _with(
         _JAMBA,
         _recurrent(_JAMBA, "mamba.out_proj"),
@@ -362,16 +444,13 @@ LAYOUTS: dict[str, Layout] = {
         _GRANITE_HYBRID,
         _recurrent(_GRANITE_HYBRID, "mamba.out_proj"),
     ),
-    "opt": Layout(  # the block holds the MLP's matrices itself, and fc2 sees (batch x seq, m)
-        block="model.decoder.layers.{}",
-        down_proj="fc2",
-        up_proj="fc1",
-        q_proj="self_attn.q_proj",
-        k_proj="self_attn.k_proj",
-        v_proj="self_attn.v_proj",
-        o_proj="self_attn.out_proj",
-        embedding="model.decoder.embed_tokens",
-        final_norm="model.decoder.final_layer_norm",
+    "opt": _OPT,
+    "biogpt": replace(
+        _OPT,
+        block="biogpt.layers.{}",
+        embedding="biogpt.embed_tokens",
+        final_norm="biogpt.layer_norm",
+        head="output_projection",
     ),
 }
 
