@@ -208,7 +208,7 @@ def test_another_model_has_a_store_of_its_own(served: Served, browser: Any) -> N
 def with_many_facts(path: Path, served: Served, n: int) -> Store:
     """A store of so many facts in one entry, without the delta's file."""
     store = Store.init(path, served.lm)
-    edits = [Edit("The town that {} lies in is", f"river {i:04}", f"Town {i % 7}", id=f"f{i}") for i in range(n)]
+    edits = [Edit("The town that {} lies in is", f"river {i:04}", f"Town {i % 7}", id=f"P17/#{i} 'é") for i in range(n)]
     entry = Entry.make("edit", "many", time="2026-01-01T00:00:00+00:00", after=None, sets={"0" * 16: (None, "0" * 16)})
     lines = [fact_line(Case(edit.id, (edit,), ()), "0" * 16) for edit in edits]
     (store.path / "facts" / f"{entry.id}.jsonl").write_text("\n".join(lines) + "\n")
@@ -221,6 +221,8 @@ def test_many_facts_come_by_the_hundred_are_filtered_and_sorted(
 ) -> None:
     monkeypatch.setattr(served.session, "store", with_many_facts(tmp_path / "many", served, 250))
     page = browser.new_context().new_page()
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(f"{served.address}/?token=secret")
     rows = page.locator("#in-force tbody tr")
 
@@ -241,6 +243,7 @@ def test_many_facts_come_by_the_hundred_are_filtered_and_sorted(
     page.get_by_label("Filter").fill("nowhere")
     shows("0 of 0 found")
     assert rows.count() == 0
+    assert problems == []
 
 
 # --- without a browser -------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The page as a web application: who may ask, what each address shows, and when browsers look again."""
 
 import asyncio
+import hashlib
 import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -50,6 +51,9 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
     pages = Environment(
         loader=PackageLoader("retcon.web"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+
+    # a fact's id is any text, and htmx looks for elements by selectors, in which most of it would have a meaning
+    pages.filters["element_id"] = lambda text: hashlib.sha256(str(text).encode()).hexdigest()[:16]
 
     def show(template: str, **more: Any) -> Response:
         html = pages.get_template(template).render(session=session, **more)
