@@ -93,6 +93,16 @@ def test_completeness(family, kind, tiny, edits):
     assert_close(total, mean_f(lm, edits, joint) - without, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("family", ["gemma4_text", "lfm2"])
+def test_layers_that_share_keys_and_layers_that_have_a_state(family, tiny, edits):
+    """A whole pass, and a replay of every token, in place of a replay from the first live one."""
+    lm = tiny(family)
+    sites = [lm.site(layer, "down_proj") for layer in (1, 2)]
+    how = Attribution(n_points=2, quadrature="midpoint")
+    for found, wanted in zip(attribute(lm, edits, sites, how), by_weight_gradients(lm, edits, sites, how), strict=True):
+        assert_close(found, wanted.sum(1), rtol=1e-4, atol=1e-9)
+
+
 def test_errors_of_the_quadratures(tiny, edits):
     """T7: the right rule's error falls as 1/m, the midpoint's as 1/m^2."""
     lm = tiny("gpt2")

@@ -178,9 +178,10 @@ def _passes(lm: LM, copies: _Copies, sites: Sequence[Site], how: Attribution) ->
     if how.path != "layer":
         yield from catch(sites, lambda: copies.objective(_log_p(lm, copies, None), how.probability), alpha)
         return
-    below = _Below.record(lm, copies.rows, sites)
+    replays = lm.layout.earlier != "other"  # where layers share keys and values every pass is a whole one
+    below = _Below.record(lm, copies.rows, sites) if replays else _Below({}, {}, {})
     for group in _together(sites):
-        if _adds_to_the_stream(lm, group[0]):
+        if replays and _adds_to_the_stream(lm, group[0]):
             yield from _behind(lm, copies, group, below, how)
         else:
             forward = partial(_log_p, lm, copies, below.entering.get(group[0].layer))
