@@ -3,7 +3,7 @@
     python -m recipes.world --model-type gptj                       # the embedded model of that name, made again
     python -m recipes.world --model-type gpt2 --out .cache/worlds/gpt2
     python -m recipes.world --model-type qwen3 --chat --out .cache/worlds/qwen3-chat
-    python -m recipes.world --model-type dots1 --out .cache/worlds/dots1     # a mixture of experts
+    python -m recipes.world --model-type dots1 --leave-out 1500 --tokens 1200000 --out .cache/worlds/dots1   # experts
     python -m recipes.world --model-type llama --facts counterfact.json --out my-model
 
 At the default size and length a model takes under half an hour on two CPU cores.

@@ -25,6 +25,8 @@ N_SAMPLED = 200
 MARGIN = 0.03
 """Recall of a sample may fall this far short of the card's: three standard errors of 200 answers at 98 %."""
 FLOORS = {"seen": 0.95, "held out": 0.9, "asked": 0.9, "asked, held out": 0.8}
+MIXTURES_FLOORS = {"seen": 0.85, "held out": 0.45}
+"""A mixture is trained for a shorter time, on fewer facts (docs/models.md)."""
 
 
 def test_it_recalls_what_its_card_says(trained_world: LM) -> None:
@@ -41,7 +43,7 @@ def test_it_recalls_what_its_card_says(trained_world: LM) -> None:
         }
     for kind, statements in asked.items():
         claimed = card["recall"][kind]["right"] / card["recall"][kind]["asked"]
-        assert claimed >= FLOORS[kind], kind
+        assert claimed >= (MIXTURES_FLOORS if card["architecture"] == "dots1" else FLOORS)[kind], kind
         sample = random.Random(7).sample(statements, N_SAMPLED)
         found = measure_recall(trained_world.model, trained_world.tokenizer, sample)
         assert found.right / found.asked >= claimed - MARGIN, kind
