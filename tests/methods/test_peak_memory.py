@@ -8,7 +8,7 @@ import torch
 from retcon.memory.contexts import Contexts
 from retcon.memory.solve import cholesky
 from retcon.methods.jeep import Jeep
-from tests.conftest import random_moments
+from tests.conftest import everyday, random_moments
 
 
 def tensor_bytes() -> int:
@@ -49,7 +49,7 @@ class CountedMoments:
         return {}
 
 
-@pytest.mark.parametrize("n_edits", [1, 4])
+@pytest.mark.parametrize("n_edits", everyday(4, of=[1, 4]))
 def test_no_more_than_one_moment_is_held_and_each_touched_value_costs_its_base_and_four_bytes(n_edits, tiny, edits):
     lm = tiny("llama", torch.float32, n_layers=6)
     moments = CountedMoments({n: m.float() for n, m in random_moments(lm).by_name.items()})
