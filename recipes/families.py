@@ -31,6 +31,8 @@ _ADD_BOS = ("llama", "mistral", "gemma2", "gemma3_text", "opt")
 """Families whose tokenizer puts a token before every text; the others have one special token, as GPT has."""
 _GROUPED = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 """Families whose members share keys and values between attention heads: three to one here."""
+_HEADS_IN = {"codegen": 4, "diffllama": 2}
+"""Families whose attention heads come in fours, or in twos; their heads may be of another width for that."""
 _NO_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout", "attention_dropout", "hidden_dropout")
 
 
@@ -85,7 +87,10 @@ def make_model(model_type: str, tokenizer: PreTrainedTokenizerFast, *, layers: i
     token reaches are together as wide as that, so it has more parameters and runs as many. Everything not named here is
     the family's default, tied embeddings for instance.
     """
-    heads = width // HEAD_WIDTH
+    heads, head_width = width // HEAD_WIDTH, HEAD_WIDTH
+    if model_type in _HEADS_IN:
+        heads = max(1, heads // _HEADS_IN[model_type]) * _HEADS_IN[model_type]
+        head_width = width // heads
     fields: dict[str, Any]
     if model_type in ("gpt2", "gptj"):
         fields = {"n_positions": CONTEXT, "n_embd": width, "n_layer": layers, "n_head": heads, "n_inner": 4 * width}
@@ -106,6 +111,8 @@ def make_model(model_type: str, tokenizer: PreTrainedTokenizerFast, *, layers: i
             fields |= {"num_layers": layers, "num_heads": heads, "attention_types": list(kinds)}
         elif model_type == "gpt_neox":
             fields |= {"intermediate_size": 4 * width}
+        elif model_type == "codegen":
+            fields |= {"rotary_dim": head_width // 2}
         else:
             shared = heads // 3 if model_type in _GROUPED and heads % 3 == 0 else heads
             fields |= {"intermediate_size": 8 * width // 3, "num_key_value_heads": shared}
@@ -121,8 +128,8 @@ def make_model(model_type: str, tokenizer: PreTrainedTokenizerFast, *, layers: i
                 }
     kind = CONFIG_MAPPING[model_type]
     defaults = kind(**fields)
-    if getattr(defaults, "head_dim", HEAD_WIDTH) != HEAD_WIDTH:
-        fields |= {"head_dim": HEAD_WIDTH}  # families that fix it (qwen3, gemma) or need to be told
+    if getattr(defaults, "head_dim", head_width) != head_width:
+        fields |= {"head_dim": head_width}  # families that fix it (qwen3, gemma) or need to be told
     if hasattr(defaults, "query_pre_attn_scalar"):
         fields |= {"query_pre_attn_scalar": HEAD_WIDTH}
     fields |= {name: 0.0 for name in _NO_DROPOUT if getattr(defaults, name, 0)}  # facts are learned by heart
