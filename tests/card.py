@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
 CARD = torch.device("cuda:0")
@@ -19,13 +20,13 @@ class OnCard(torch.Tensor):
     """A tensor of the card."""
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "OnCard":
+    def __new__(cls, held: Tensor) -> "OnCard":
         return Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype
         )
 
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
 
     @property
     def device(self) -> torch.device:
@@ -34,19 +35,27 @@ class OnCard(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given, _ = tree_flatten((args, kwargs or {}))
-        if strays := [x for x in given if type(x) is Tensor and x.dim() > 0]:
+        strays = [x for x in given if type(x) is Tensor and x.dim() > 0]
+        name = str(func).split(".")[1]
+        if name in ("index", "index_put", "index_put_"):  # indices may be on the CPU
+            strays = [x for x in strays if x.is_floating_point()]
+        if name == "copy_":  # which is made for it
+            strays = []
+        if strays:
             raise RuntimeError(f"{func}: tensors on the card and on the CPU ({[tuple(x.shape) for x in strays]})")
-        Card.ran[str(func).split(".")[1]] += 1
-        known = {id(x.inner): x for x in given if isinstance(x, OnCard)}  # what is changed in place stays itself
-        args, kwargs = tree_map(lambda x: x.inner if isinstance(x, OnCard) else x, (args, kwargs or {}))
-        made = func(*args, **kwargs)
+        Card.ran[name] += 1
+        if name.startswith("index") and any(isinstance(x, OnCard) and x.dtype == torch.bool for x in given[1:]):
+            Card.ran["nonzero"] += 1  # what indexing by a mask does first
+        known = {id(x.held): x for x in given if isinstance(x, OnCard)}  # what is changed in place stays itself
+        inner_args, inner_kwargs = tree_map(lambda x: x.held if isinstance(x, OnCard) else x, (args, kwargs or {}))
+        made = func(*inner_args, **inner_kwargs)
 
         def on_card(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
             return known[id(x)] if id(x) in known else OnCard(x)
 
-        return tree_map(on_card, made)
+        return return_and_correct_aliasing(func, args, kwargs or {}, tree_map(on_card, made))
 
 
 class Card(TorchFunctionMode):
@@ -62,11 +71,22 @@ class Card(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is Tensor.tolist and isinstance(args[0], OnCard):
+            self.to_host += 1
+            return args[0].held.tolist()
+        if func == Tensor.data.__get__ and isinstance(args[0], OnCard):  # type: ignore[attr-defined]
+            return OnCard(args[0].held)
+        if func is torch.unravel_index and isinstance(args[0], OnCard):
+            return tuple(OnCard(x) for x in torch.unravel_index(args[0].held, *args[1:], **kwargs))
+        if func is Tensor.new_tensor and isinstance(args[0], OnCard):
+            return OnCard(args[0].held.new_tensor(*args[1:], **kwargs))
         if func in (Tensor.to, Tensor.cpu):
             return self._moved(func, args[0], list(args[1:]), kwargs)
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
-            return OnCard(func(*args, **kwargs | {"device": "cpu"}))
+            leaf = kwargs.pop("requires_grad", False)
+            made = func(*args, **kwargs | {"device": "cpu"})
+            return (made if isinstance(made, OnCard) else OnCard(made)).requires_grad_(leaf)
         return func(*args, **kwargs)
 
     def _moved(self, func: Any, x: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
@@ -85,5 +105,5 @@ class Card(TorchFunctionMode):
                 self.to_card += 1
                 return OnCard((x.to(*args, **kwargs) if args or kwargs else x).clone())
             self.to_host += 1
-            inner = x.inner  # type: ignore[attr-defined]
+            inner = x.held  # type: ignore[attr-defined]
             return (inner.to(*args, **kwargs) if args or kwargs else inner).clone()

@@ -168,6 +168,8 @@ class PathTrainer:
                     self.nodes.append(bias)
         self.positive: list[Tensor] = []
         self.negative: list[Tensor] = []
+        self.sources: list[Tensor] = []
+        """Places of T+ among the nodes, per slot."""
         self.moves_negative = method.contrast == "neg_step" and method.has_contrast
         self.adam_positive, self.adam_negative = self.optimizers()
 
@@ -192,13 +194,14 @@ class PathTrainer:
     def set_paths(self, found: Transmission) -> None:
         """Train the nodes of these paths from now on; others keep the change they have."""
         self.positive, self.negative = (
-            [torch.tensor(paths.in_slot(t), dtype=torch.long) for t in range(len(self.slots))]
+            [nodes.at_hand(torch.tensor(paths.in_slot(t), dtype=torch.long)) for t, nodes in self._by_slot()]
             for paths in (found.positive, found.negative)
         )
         for nodes, positive, negative in zip(self.nodes, self.positive, self.negative, strict=False):
             nodes.add(positive)
             if self.moves_negative:
                 nodes.add(negative)
+        self.sources = [nodes.chosen(self.positive[t]).nonzero()[:, 0] for t, nodes in self._by_slot()]
         self.adam_positive.choose(self.positive)
         self.adam_negative.choose(self.negative)
 
@@ -226,9 +229,13 @@ class PathTrainer:
         """Delta': T-'s nodes changed as T+'s are on average, all else as in the model."""
         return [
             part
-            for nodes, positive, negative in zip(self.nodes, self.positive, self.negative, strict=False)
-            for part in nodes.averaged(nodes.chosen(positive), negative)
+            for nodes, sources, negative in zip(self.nodes, self.sources, self.negative, strict=False)
+            for part in nodes.averaged(sources, negative)
         ]
+
+    def _by_slot(self) -> list[tuple[int, Nodes]]:
+        """The nodes of every slot, with its number; biases of their own come after those."""
+        return list(enumerate(self.nodes[: len(self.slots)]))
 
     def _forget_gradients(self) -> None:
         for tensor in self.values():

@@ -38,6 +38,10 @@ class Nodes:
         self.tensors = [fresh(site, 0, *width) for width in widths[kind]]
         """(n, width) values, and for rows with a bias (n) values of that."""
 
+    def at_hand(self, units: Int[Tensor, " k"]) -> Int[Tensor, " k"]:
+        """These units, where the nodes are."""
+        return units.to(self.index.device)
+
     def add(self, units: Int[Tensor, " k"]) -> None:
         """Take in those of `units` that are not here yet, unchanged so far."""
         units = units.to(self.index.device)
@@ -54,8 +58,11 @@ class Nodes:
         """What the nodes add to the module's output."""
         return self._parts(self.index, self.tensors)
 
-    def averaged(self, sources: Bool[Tensor, " n"], units: Int[Tensor, " k"]) -> list[Part]:
-        """The mean change of the `sources`, put on each of `units` in their place; gradients flow into the sources."""
+    def averaged(self, sources: Int[Tensor, " s"], units: Int[Tensor, " k"]) -> list[Part]:
+        """The mean change of the nodes at places `sources`, put on each of `units` in their place.
+
+        Gradients flow into the sources.
+        """
         index = units.to(self.index.device)
         return self._parts(index, [t[sources].mean(0).expand(len(index), *t.shape[1:]) for t in self.tensors])
 
@@ -109,14 +116,16 @@ class RowAdam:
 
     @torch.no_grad()
     def step(self, tensor: Tensor, gradient: Tensor, state: RowState, rows: Bool[Tensor, " n"]) -> None:
-        """Move `rows` of `tensor`, in place."""
-        g, (b1, b2) = gradient[rows], self.betas
-        m = b1 * state.first[rows] + (1 - b1) * g
-        v = b2 * state.second[rows] + (1 - b2) * g * g
-        steps = state.steps[rows] + 1
-        state.first[rows], state.second[rows], state.steps[rows] = m, v, steps
-        t = steps.view(-1, *[1] * (tensor.dim() - 1))
-        tensor[rows] -= self.learning_rate * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + self.eps)
+        """Move `rows` of `tensor`, in place. All are computed: to pick some, the host would wait for their number."""
+        g, (b1, b2) = gradient, self.betas
+        m = b1 * state.first + (1 - b1) * g
+        v = b2 * state.second + (1 - b2) * g * g
+        steps = state.steps + 1
+        t, here = (x.view(-1, *[1] * (tensor.dim() - 1)) for x in (steps, rows))
+        moved = tensor - self.learning_rate * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + self.eps)
+        for kept, new in ((state.first, m), (state.second, v), (tensor, moved)):
+            kept.copy_(torch.where(here, new, kept))
+        state.steps.copy_(torch.where(rows, steps, state.steps))
 
 
 class NodeAdam:

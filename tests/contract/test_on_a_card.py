@@ -1,0 +1,118 @@
+"""Methods and evaluation on a card that is not there: nothing lies on the wrong device, and results are the CPU's."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import retcon
+from retcon import world
+from retcon.edits import Edit
+from retcon.evaluation import evaluate
+from retcon.lm.model import LM
+from retcon.memory import capacity, keys, solve
+from retcon.memory.contexts import Contexts
+from retcon.memory.values import plan, schedule, search
+from retcon.methods.common import tuning
+from tests.card import Card, OnCard
+from tests.conftest import random_moments, tiny_model, tokenizer
+
+EDITS = [
+    Edit("The capital of {} is", "France", "Rome", "Paris", id="a"),
+    Edit("The mother tongue of {} is", "Danielle Darrieux", "Italian", "French", id="b"),
+]
+MEMIT: dict[str, Any] = dict(layers=(1, 2), steps=3)
+METHODS: dict[str, dict[str, Any]] = {
+    "jeep": dict(low=(1, 2), high=(3,), steps=4),
+    "memit": MEMIT,
+    "emmet": MEMIT,
+    "pmet": MEMIT,
+    "alphaedit": MEMIT,
+    "rome": dict(layer=1, steps=3),
+    "prune": dict(base_method="memit", base_settings=MEMIT),
+    "rect": dict(base_method="memit", base_settings=MEMIT),
+    "kn": {},
+    "kne": dict(epochs=3, n_points=2, budget=0.05),
+    "ctp": dict(epochs=3, n_positive=3),
+    "ft": dict(layers=(1,), epochs=3),
+    "lora": dict(epochs=3),
+}
+EVERYDAY = ("jeep", "kne", "ctp")
+AT_MOST = {"kne": (2, 10), "ctp": (2, 10)}
+"""Of a step more: numbers that come to the host or that it waits for, and tensors that go to the card."""
+
+
+def put_on_card(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(OnCard(parameter.detach().clone()))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else OnCard(buffer.detach().clone())
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    monkeypatch.setattr(solve, "good_at_float64", lambda device: True)
+    monkeypatch.setattr(schedule, "CAPTURED", {})
+    for module in (capacity, search, tuning):
+        monkeypatch.setattr(module, "free_bytes", lambda device: 2**33)
+    for module in (capacity, keys, plan):
+        monkeypatch.setattr(module, "planned_bytes", lambda lm: 2**33)
+    with Card() as card:
+        yield card
+
+
+def both() -> tuple[LM, LM]:
+    """A model on the CPU, and the same on the card."""
+    here, model = (tiny_model("gptj", torch.float32) for _ in range(2))
+    put_on_card(model)
+    there = LM(model, tokenizer("gpt"), name="tiny")
+    vars(there)["not_editable"] = {}  # tensors of the card have no address by which it could be told
+    return LM(here, tokenizer("gpt"), name="tiny"), there
+
+
+def proposed(lm: LM, name: str, **more: Any) -> Any:
+    method = retcon.method(name, **METHODS[name] | more)
+    edits = EDITS if method.supports_batches else EDITS[:1]
+    return method.propose(lm, edits, contexts=Contexts(("It rained. ",)), moments=random_moments(lm_of_moments()))
+
+
+def lm_of_moments() -> LM:
+    return LM(tiny_model("gptj", torch.float32), tokenizer("gpt"), name="tiny")
+
+
+@pytest.mark.parametrize("name", [n if n in EVERYDAY else pytest.param(n, marks=pytest.mark.long) for n in METHODS])
+def test_a_method_s_delta_is_the_cpu_s(name: str, card: Card) -> None:
+    here, there = both()
+    wanted, found = proposed(here, name), proposed(there, name)
+    for parameter in wanted.changes:
+        shape = here.parameter(parameter).shape
+        one, other = wanted.dense(parameter, shape), found.dense(parameter, shape)
+        assert float((one - other).norm()) <= 1e-4 * float(one.norm())
+    for changes in found.changes.values():
+        assert all(type(x) is torch.Tensor for change in changes for x in change.tensors().values())
+
+
+@pytest.mark.parametrize("name", AT_MOST)
+def test_a_step_asks_little_of_the_host(name: str, card: Card) -> None:
+    asked = []
+    for epochs in (3, 4):
+        _, there = both()
+        before = Counter(Card.ran), card.to_host, card.to_card
+        proposed(there, name, epochs=epochs)
+        ran = Card.ran - before[0]
+        asked.append((ran["_local_scalar_dense"] + ran["nonzero"] + card.to_host - before[1], card.to_card - before[2]))
+    (waits, uploads), (waits_more, uploads_more) = asked
+    assert waits_more - waits <= AT_MOST[name][0], asked
+    assert uploads_more - uploads <= AT_MOST[name][1], asked
+
+
+def test_an_evaluation_is_the_cpu_s(card: Card) -> None:
+    here, there = both()
+    wanted, found = (evaluate(lm, world.cases(3), max_new_tokens=4) for lm in (here, there))
+    assert found.texts == wanted.texts
+    assert found.records == wanted.records
