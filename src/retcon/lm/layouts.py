@@ -400,8 +400,8 @@ LAYOUTS: dict[str, Layout] = {
         replace(_LLAMA, mlp_post_norm="post_mlp_layernorm"),
     ),
     "axk1": _with(replace(_shared(_LATENT, "mlp.shared_experts"), mlp_post_norm="mlp.post_mlp_layernorm"), _LATENT),
-    "cohere2_moe": _with(
-        replace(_shared(_LLAMA, "mlp.shared_experts"), parallel=True),
+    "cohere2_moe": _with(  # shared and routed experts are averaged, or summed, as the config says
+        replace(_shared(_LLAMA, "mlp.shared_experts"), parallel=True, residual_multiplier=True),
         replace(_ROUTED, parallel=True),
         replace(_LLAMA, parallel=True),
     ),
