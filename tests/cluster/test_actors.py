@@ -13,7 +13,17 @@ from retcon.cluster.actors import RayCluster
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, MissingPackage, NonFinite, WorkersLost
 from retcon.lm.model import LM
-from tests.cluster.test_workers import Fails, Square, propose, same, small_chunks  # noqa: F401
+from tests.cluster.test_workers import (
+    Fails,
+    Square,
+    equal,
+    many_chunks,  # noqa: F401
+    measured,
+    moments,
+    propose,
+    same,
+    small_chunks,  # noqa: F401
+)
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,3 +99,15 @@ def test_too_small_a_cluster_is_said(cluster: RayCluster, lm: LM, monkeypatch: p
         pytest.raises(InvalidSetting, match=r"one needs 1048576.0 GiB of memory, 1 cores; there are"),
     ):
         list(other.map(lm, Square(), [1], lambda n: None))
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("many_chunks")
+def test_ray_gives_the_same_moments_and_the_same_evaluation(cluster: RayCluster, lm: LM, edits: list[Edit]) -> None:
+    delta = propose(lm, edits)
+    wanted = moments(lm), measured(lm, edits, delta)
+    with working_on(lm, cluster):
+        assert equal(moments(lm), wanted[0])
+        found = measured(lm, edits, delta)
+    assert found.records == wanted[1].records
+    assert found.texts == wanted[1].texts
