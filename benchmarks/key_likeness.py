@@ -7,7 +7,7 @@ With old keys C, an edit whose key is k changes the output for a key x by k^T C^
 itself, as far as the weight on old keys is small. Printed is the mean of that share: for the paraphrase's key at the
 subject's last token and at the prediction position, and for the neighbour's key, at the token where it is largest and
 at the prediction position. A layer stores a fact well where paraphrases are near 1 and neighbours near 0. Last, how
-large k^T C^-1 k is, over the key width m.
+large k^T C^-1 k is at the prediction position, over the key width m.
 """
 
 import argparse
