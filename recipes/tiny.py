@@ -176,7 +176,7 @@ def tiny_model(
         common |= dict(head_dim=8)
     if family in WINDOWED:
         common |= dict(sliding_window=8)
-    if family == "granite":
+    if family in ("granite", "granite_swa"):
         common |= dict(residual_multiplier=0.5, logits_scaling=2.0)
     if family in ("cohere", "cohere2"):  # a factor of the logits that a lens must know, not so small as to hide edits
         common |= dict(logit_scale=0.5)

@@ -18,7 +18,7 @@ from retcon.lm.prompts import Batch
 from retcon.locate.embeddings import changing_embeddings
 from retcon.locate.tracing.cells import Cell, cell_of, taps_of, trimmed
 from retcon.locate.tracing.packing import replayed_logits
-from retcon.locate.tracing.prompt import Prompt, corrupting, embedding_deviation, prepare, probability
+from retcon.locate.tracing.prompt import PROJECTIONS, Prompt, corrupting, embedding_deviation, prepare, probability
 from retcon.locate.tracing.traces import Trace, Traces, Tracing
 
 
@@ -125,14 +125,16 @@ def _logits(lm: LM, prompt: Prompt, cells: Sequence[Cell], settings: Tracing) ->
 
 
 def _way(lm: LM, prompt: Prompt, settings: Tracing) -> Tracing:
-    """Whole passes for prompts longer than an attention window, for attention that takes no mask, and for models that
-    count places along the row (ALiBi, GPT-Neo's window), where cells side by side would not have their own."""
+    """Whole passes for prompts longer than an attention window, for attention that takes no mask, for models that count
+    places along the row (ALiBi, GPT-Neo's window), where cells side by side would not have their own, and for models
+    whose projections are not known (CodeGen fuses them in an order of its own)."""
     window = getattr(lm.config, "sliding_window", None)
     within = window is None or len(prompt.row.ids) <= window
     masked = getattr(lm.config, "_attn_implementation", None) in ("eager", "sdpa")
     places = "position_ids" in signature(type(lm.model).forward).parameters and not getattr(lm.config, "alibi", False)
     places = places and "local" not in getattr(lm.config, "attention_layers", ())
-    return replace(settings, replayed=settings.replayed and within and masked and places)
+    known = all(lm.has(layer, kind) for layer in range(lm.n_layers) for kind in PROJECTIONS)
+    return replace(settings, replayed=settings.replayed and within and masked and places and known)
 
 
 def _replay_agrees(lm: LM, prompt: Prompt, settings: Tracing) -> bool:

@@ -114,10 +114,12 @@ def _wanted(point: Point, settings: Tracing) -> bool:
     return settings.replayed or point.tensor == "block" or any(point.tensor in kind for kind in settings.kinds)
 
 
+PROJECTIONS: tuple[SiteName, ...] = ("q_proj", "k_proj", "v_proj")
+
+
 def projections(lm: LM, layer: int) -> list[nn.Module]:
     """The modules that make a block's queries, attention keys and values; one where the family fuses them."""
-    kinds: tuple[SiteName, ...] = ("q_proj", "k_proj", "v_proj")
-    return list(dict.fromkeys(lm.site(layer, kind).module for kind in kinds))
+    return list(dict.fromkeys(lm.site(layer, kind).module for kind in PROJECTIONS if lm.has(layer, kind)))
 
 
 def _noise(lm: LM, n: int, settings: Tracing, deviation: float) -> Float[Tensor, "samples n width"]:
