@@ -23,7 +23,6 @@ from retcon.errors import (
     UnsupportedModel,
     WrongBase,
 )
-from retcon.lm import generate as generate_module
 from retcon.lm import scopes
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.forward import Point, adding, logits_at, run
@@ -543,9 +542,14 @@ def test_padding_side_does_not_matter(tiny: Make) -> None:
 
 
 def test_generation_config_comes_back_after_an_error(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = tiny("llama")
+    lm = tiny("lfm2")  # which keeps more than attention's keys and values: written by transformers' own generate
     shipped = lm.model.generation_config
-    monkeypatch.setattr(generate_module, "pad", lambda *_, **__: 1 / 0)
+
+    def fail(*_: Any, **__: Any) -> None:
+        assert lm.model.generation_config is not shipped
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(lm.model, "generate", fail)
     with pytest.raises(ZeroDivisionError):
         lm.generate(PROMPTS)
     assert lm.model.generation_config is shipped
