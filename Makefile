@@ -16,7 +16,7 @@ demo: $(VENV)/.ready  ## edit 20 facts of the embedded world with JEEP, measure,
 	$(BIN)/retcon demo
 
 test: $(VENV)/.ready  ## the everyday suite, two processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not models and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not models and not long"
 
 test-all: $(VENV)/.ready  ## what `make test` leaves out: the other families, and what takes long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "long and not models"
