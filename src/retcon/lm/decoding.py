@@ -36,7 +36,12 @@ def pads(lm: LM) -> bool:
     """
     config = lm.model.config.get_text_config(decoder=True)
     windows = getattr(config, "sliding_window", None) or getattr(config, "attention_types", None)
-    return not windows and "position_ids" in inspect.signature(lm.model.forward).parameters
+    return not windows and takes_positions(lm)
+
+
+def takes_positions(lm: LM) -> bool:
+    """Whether the model is told where its tokens stand."""
+    return "position_ids" in inspect.signature(lm.model.forward).parameters
 
 
 class Prompts:
@@ -75,7 +80,7 @@ class Prompts:
 
     @cached_property
     def _takes_positions(self) -> bool:
-        return "position_ids" in inspect.signature(self.lm.model.forward).parameters
+        return takes_positions(self.lm)
 
     def _run(
         self,

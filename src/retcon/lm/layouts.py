@@ -179,7 +179,6 @@ _JAMBA = replace(
     final_norm="model.final_layernorm",
     earlier="state",
 )
-_BAMBA = replace(_JAMBA, final_norm="model.final_layernorm")
 _JAMBA_ROUTED = replace(_JAMBA, down_proj=None, up_proj=None, gate_proj=None, experts="feed_forward.experts")
 _FALCON_H1 = replace(  # attention and a state-space mixer side by side; factors after the MLP's matrices
     _LLAMA,
@@ -218,6 +217,19 @@ _BLOOM = Layout(
     final_norm="transformer.ln_f",
 )
 
+_GPTJ = Layout(
+    block="transformer.h.{}",
+    down_proj="mlp.fc_out",
+    up_proj="mlp.fc_in",
+    q_proj="attn.q_proj",
+    k_proj="attn.k_proj",
+    v_proj="attn.v_proj",
+    o_proj="attn.out_proj",
+    embedding="transformer.wte",
+    final_norm="transformer.ln_f",
+    parallel=True,
+)
+
 _OPT = Layout(  # the block holds the MLP's matrices itself, and fc2 sees (batch x seq, m)
     block="model.decoder.layers.{}",
     down_proj="fc2",
@@ -243,18 +255,7 @@ LAYOUTS: dict[str, Layout] = {
         final_norm="transformer.ln_f",
         stored="in,out",
     ),
-    "gptj": Layout(
-        block="transformer.h.{}",
-        down_proj="mlp.fc_out",
-        up_proj="mlp.fc_in",
-        q_proj="attn.q_proj",
-        k_proj="attn.k_proj",
-        v_proj="attn.v_proj",
-        o_proj="attn.out_proj",
-        embedding="transformer.wte",
-        final_norm="transformer.ln_f",
-        parallel=True,
-    ),
+    "gptj": _GPTJ,
     "gpt_neox": Layout(
         block="gpt_neox.layers.{}",
         down_proj="mlp.dense_4h_to_h",
@@ -289,18 +290,9 @@ LAYOUTS: dict[str, Layout] = {
         embedding="transformer.wte",
         final_norm="transformer.ln_f",
     ),
-    "codegen": Layout(  # q, k and v fused for four cores, which no part of a matrix names
-        block="transformer.h.{}",
-        down_proj="mlp.fc_out",
-        up_proj="mlp.fc_in",
-        q_proj=None,
-        k_proj=None,
-        v_proj=None,
-        o_proj="attn.out_proj",
-        embedding="transformer.wte",
-        final_norm="transformer.ln_f",
-        parallel=True,
-    ),
+    "codegen": replace(
+        _GPTJ, q_proj=None, k_proj=None, v_proj=None
+    ),  # fused for four cores, which no part of a matrix names
     "persimmon": Layout(
         block="model.layers.{}",
         down_proj="mlp.dense_4h_to_h",
@@ -427,7 +419,7 @@ LAYOUTS: dict[str, Layout] = {
     "lfm2_moe": _with(
         _LFM2, _recurrent(_LFM2, "conv.out_proj"), _LFM2_ROUTED, _recurrent(_LFM2_ROUTED, "conv.out_proj")
     ),
-    "bamba": _with(_BAMBA, _recurrent(_BAMBA, "mamba.out_proj")),
+    "bamba": _with(_JAMBA, _recurrent(_JAMBA, "mamba.out_proj")),
     "olmo_hybrid": _with(
         replace(_POST_NORM, earlier="state"), _recurrent(replace(_LLAMA, earlier="state"), "linear_attn.o_proj")
     ),
