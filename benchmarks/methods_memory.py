@@ -18,7 +18,6 @@ from benchmarks.common import add_places, cases_of, machine, moments_of
 from benchmarks.methods_table import ROWS
 from retcon.errors import RetconWarning
 from retcon.methods.common.fine_tuning import FineTuning
-from retcon.methods.common.tuning import BYTES_PER_VALUE
 
 
 def main() -> None:
@@ -44,7 +43,7 @@ def main() -> None:
         method.propose(lm, edits[:1], contexts=contexts, moments=moments)
         with TensorPeak() as peak:
             method.propose(lm, edits, contexts=contexts, moments=moments)
-        trained = f"{BYTES_PER_VALUE * method.n_trained(lm) / 1e6:.1f}" if isinstance(method, FineTuning) else ""
+        trained = f"{method.bytes_per_value * method.n_trained(lm) / 1e6:.1f}" if isinstance(method, FineTuning) else ""
         shown = label if method.supports_batches else f"{label} (one edit)"
         print(f"| {shown} | {peak.peak / 1e6:.1f} | {peak.peak / weights:.2f} | {trained} |", flush=True)
 

@@ -5,7 +5,7 @@ It is what GRACE does in one layer, without its growing and splitting of balls. 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from retcon.attachment import Beside, Cost, EditReport, Hook, register
 from retcon.edits import Edit
 from retcon.lm.model import LM
+from retcon.methods.common.contract import Method
 
 RADIUS = 1e-3
 """Distance between an input and a key within which the value is given; keys of other prompts lie much further."""
@@ -59,16 +60,12 @@ class InContext(Beside):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookupEditor:
+class LookupEditor(Method):
     """Writes the first token of answers into a lookup: the key is what enters the MLP at the prompt's end."""
 
     layer: int = 1
     steps: int = 60
-    supports_batches = True
-    uses_moments = False
-    needs_subject = False
-    state_description = None
-    name = "lookup"
+    name: ClassVar[str] = "lookup"
 
     def propose(
         self,

@@ -93,3 +93,15 @@ def test_a_class_that_is_not_there_leads_to_the_guide(folder: Path) -> None:
     for name in ("mean_shift:MeanShft", "no_such_module:MeanShift"):
         with pytest.raises(UnknownMethod, match=re.escape("docs/guides/add-a-method.md")):
             retcon.method(name)
+
+
+def test_a_class_that_is_no_method_is_refused_with_what_it_lacks(folder: Path) -> None:
+    (folder / "unlike.py").write_text(
+        "from retcon.methods.common.contract import Method\n\n\nclass Unlike:\n    name = 'unlike'\n\n\n"
+        "class Idle(Method):\n    name = 'idle'\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(UnknownMethod, match="lacks Method as a base class, propose, @dataclass"):
+        retcon.method("unlike:Unlike")
+    with pytest.raises(UnknownMethod, match="unlike:Idle is no method: it lacks propose; see"):
+        retcon.method("unlike:Idle")

@@ -30,6 +30,7 @@ from retcon.evaluation import Measures
 from retcon.evaluation.measure import Outputs, tell
 from retcon.evaluation.plan import make_plan
 from retcon.lm.model import LM
+from retcon.methods.common.contract import Method
 from retcon.methods.common.registry import method_class
 from retcon.methods.memit import Memit
 from retcon.methods.rect import Rect
@@ -49,7 +50,7 @@ def spec(tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatc
     write_cases(tmp_path / "cases.jsonl", CASES)
     (tmp_path / "text.txt").write_text("The capital of France is Paris. The train stood still, and he read.")
     monkeypatch.setattr(running, "load_model", lambda name, **_: tiny(n_layers=1))
-    monkeypatch.setattr(running, "make_method", lambda name, **settings: NoiseSettings(settings.get("size", 0.3)))
+    monkeypatch.setattr(running, "make_method", lambda name, **settings: NoiseSettings(size=settings.get("size", 0.3)))
     monkeypatch.setattr("retcon.bench.inputs.check_early", lambda *asked: {})  # the name is not in the table
     return BenchSpec(
         name="test",
@@ -62,16 +63,12 @@ def spec(tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatc
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class NoiseSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseSettings(Method):
     """Adds noise."""
 
     size: float = 0.3
-    supports_batches = True
-    state_description = ""
     uses_moments = True
-    needs_subject = False
-    layerwise = False
 
     def propose(
         self, lm: LM, edits: Sequence[Edit], *, contexts: Any = None, moments: Any, state: Any = None, **rest: Any

@@ -111,7 +111,7 @@ def test_what_training_takes_is_counted(tiny):
         lm = tiny(family)
         for method, make in ((Malmen(rank=6), untrained), (Mend(rank=6, n_blocks=3), untrained_mend)):
             network = make(method, lm, method.sites(lm))
-            assert method.n_trained(lm) == sum(p.numel() for p in network.parameters())
+            assert method.n_fitted(lm) == sum(p.numel() for p in network.parameters())
 
 
 def test_training_lowers_the_loss(tiny, edits, untouched, tmp_path):

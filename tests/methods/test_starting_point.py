@@ -57,7 +57,7 @@ def test_clamps_are_doubled_by_one_factor_until_half_of_the_edits_reach(name, ti
 
     def reached(factor):
         here = replace(narrow.searching_what_is_written(), **dict.fromkeys(names, 0.01 * factor))
-        contexts = starting_point.default_contexts(lm, 0, getattr(here, "context_style", "memit"))
+        contexts = here.sampled_contexts(lm, 0)
         report = starting_point.search_values(lm, edits, here.value_sites(lm), contexts, here.value_search()).report
         return sum(r.stopped == "reached" or r.search_probability >= starting_point.REACHED for r in report)
 

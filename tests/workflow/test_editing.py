@@ -10,6 +10,7 @@ from retcon import workflow
 from retcon.delta import Delta
 from retcon.errors import InvalidSetting
 from retcon.files import cache_dir
+from retcon.methods.rect import Rect
 
 FACTS = """{"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}
 {"prompt": "The capital of {} is", "subject": "Spain", "target_new": "Oslo"}
@@ -73,3 +74,11 @@ def test_an_empty_file_of_facts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text(FACTS)
     with pytest.raises(InvalidSetting, match="nothing to edit"):
         workflow.read_facts(tmp_path / "none.jsonl", start=5)
+
+
+def test_a_filter_is_given_the_moments_that_its_base_method_may_have(tmp_path: Path) -> None:
+    lm = retcon.load("demo:gptj")
+    (tmp_path / "text.txt").write_text("The capital of France is Paris.")
+    for shrink in (False, True):
+        method = Rect(base_settings={"layers": (1,), "shrink": shrink})
+        assert workflow.needed_moments(lm, method, tmp_path / "text.txt").shrink == shrink  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from retcon.workflow.settings import resolve
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
+    from retcon.methods.common.contract import Method
 
 
 def methods(
@@ -85,7 +86,7 @@ def _described(name: str, lm: "LM | None") -> dict[str, Any]:
         "name": name,
         "description": about.description,
         "paper": about.paper,
-        "facts": _facts(chosen.supports_batches),
+        "facts": _facts(chosen),
         "keeps": chosen.state_description,
         "presets": [p.name for p in registry.presets(name)],
         "meanings": descriptions(chosen),
@@ -96,11 +97,13 @@ def _described(name: str, lm: "LM | None") -> dict[str, Any]:
     return record
 
 
-def _facts(batch: Any) -> str:
-    """What a method class says of how many facts it takes; a filter's property leaves that to its base method."""
-    if not isinstance(batch, bool):
+def _facts(chosen: "type[Method]") -> str:
+    """What a method class says of how many facts it takes; a filter leaves that to its base method."""
+    from retcon.methods.common.wrappers import Filter
+
+    if issubclass(chosen, Filter):
         return "as its base method"
-    return "many at once" if batch else "one; many in steps, one on top of the other"
+    return "many at once" if chosen.supports_batches else "one; many in steps, one on top of the other"
 
 
 @dataclass(frozen=True)

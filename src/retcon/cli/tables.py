@@ -22,7 +22,7 @@ N_SHOWN = 12
 
 def settings_table(resolved: Resolved) -> Table:
     """All settings, in columns; bold what was asked for, dim what is as by default."""
-    defaults = {f.name: f.default for f in fields(resolved.method)}  # type: ignore[arg-type]
+    defaults = {f.name: f.default for f in fields(resolved.method)}
 
     def shown(name: str, value: Any) -> Text:
         style = "[bold]{}[/]" if name in resolved.given else "[dim]{}[/]" if value == defaults[name] else "{}"

@@ -144,7 +144,7 @@ def tune(
             {
                 "model": model,
                 "method": method,
-                "settings": asdict(found.method),  # type: ignore[call-overload]
+                "settings": asdict(found.method),
                 "changes": found.changes,
                 "preset": str(path),
                 "trials": [asdict(trial) for trial in found.trials],

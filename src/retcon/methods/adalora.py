@@ -21,7 +21,7 @@ from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State
 from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, NotNegative
-from retcon.methods.common.tuning import BYTES_PER_VALUE, TuningSettings, sites_named, tuning
+from retcon.methods.common.tuning import TuningSettings, sites_named, tuning
 from retcon.training.parts import TrainedTriplets, fresh
 
 
@@ -112,9 +112,9 @@ class AdaLora(TuningSettings):
         return self.rank * sum(sum(site.weight.shape) + 1 for site in sites)
 
     @property
-    def bytes_per_value(self) -> int:
+    def bytes_per_value(self) -> int:  # type: ignore[override]
         """Where the budget is allotted, sensitivity and its deviation besides, in float32."""
-        return BYTES_PER_VALUE + (8 if self.allocate else 0)
+        return TuningSettings.bytes_per_value + (8 if self.allocate else 0)
 
     def _part(self, site: Site, generator: torch.Generator) -> TrainedTriplets:
         """P and Q normal with a deviation of 0.02, E = 0."""

@@ -7,7 +7,7 @@ a decoder changes, and what EasyEdit's port of it does: docs/methods/kn.md.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,7 +23,7 @@ from retcon.memory.defaults import default_contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import (
-    ModelShape,
+    Method,
     Progress,
     State,
     check_settings,
@@ -39,15 +39,10 @@ Unit = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kn:
+class Kn(Method):
     """Knowledge neurons."""
 
     name: ClassVar[str] = "kn"
-    supports_batches: ClassVar[bool] = True
-    state_description: ClassVar[str] = ""
-    uses_moments: ClassVar[bool] = False
-    needs_subject: ClassVar[bool] = False
-    layerwise: ClassVar[bool] = False
 
     neuron: Neuron = "value_input"
     """What is attributed: what multiplies a unit's value vector, or what enters its activation function (the port)."""
@@ -85,11 +80,6 @@ class Kn:
         check_settings(self)
         if not 0 < self.share <= 1:
             raise InvalidSetting(f"kn: share must be above 0 and up to 1, found {self.share}")
-
-    @classmethod
-    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """Nothing depends on depth."""
-        return {}
 
     def propose(
         self,

@@ -23,11 +23,11 @@ from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State, recorded
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.sequence import combined
-from retcon.methods.common.wrappers import Hosting
+from retcon.methods.common.wrappers import Filter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune(Hosting):
+class Prune(Filter):
     """Perturbation restraint on the upper bound of the condition number: a filter over all edits so far."""
 
     name: ClassVar[str] = "prune"

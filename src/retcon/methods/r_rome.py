@@ -70,7 +70,7 @@ class RRome(OneFactSettings):
 
         group = LayerGroup((self.layer,), "subject_last", "mlp", "even", solve)
         given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
-        with proposing(self, lm, edits, [group], given, context_style=self.context_style) as proposal:
+        with proposing(self, lm, edits, [group], given) as proposal:
             if not edits:
                 return proposal.delta()
             (site,) = self.value_sites(lm)

@@ -22,11 +22,11 @@ from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.settings import NotNegative
-from retcon.methods.common.wrappers import Hosting
+from retcon.methods.common.wrappers import Filter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rect(Hosting):
+class Rect(Filter):
     """Relative change in weight: a filter over a base method."""
 
     name: ClassVar[str] = "rect"

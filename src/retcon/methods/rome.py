@@ -78,7 +78,7 @@ class Rome(OneFactSettings):
 
         group = LayerGroup((self.layer,), "subject_last", "mlp", "even", solve)
         given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
-        with proposing(self, lm, edits, [group], given, context_style=self.context_style) as proposal:
+        with proposing(self, lm, edits, [group], given) as proposal:
             if not edits:
                 return proposal.delta()
             found = proposal.search(self.value_sites(lm), self.value_search())  # v* (Eq. 4)

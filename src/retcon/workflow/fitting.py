@@ -4,13 +4,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from retcon.edits import Case
 from retcon.errors import InvalidSetting
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
+    from retcon.methods.common.contract import Trainable
     from retcon.training.fitting import CurvePoint
     from retcon.workflow.settings import Resolved
 
@@ -33,10 +34,11 @@ def check_trainable(name: str) -> None:
         InvalidSetting: it is not; the message names those that are.
         UnknownMethod: the message lists what is known.
     """
+    from retcon.methods.common.contract import Trainable
     from retcon.methods.common.registry import list_methods, method_class
 
-    if not hasattr(method_class(name), "fit"):
-        able = [other for other in list_methods() if hasattr(method_class(other), "fit")]
+    if not issubclass(method_class(name), Trainable):
+        able = [other for other in list_methods() if issubclass(method_class(other), Trainable)]
         raise InvalidSetting(f"{name} edits as it is, with nothing to train first; trained are: {', '.join(able)}")
 
 
@@ -44,7 +46,13 @@ def memory_needed(lm: "LM", resolved: "Resolved") -> str:
     """What training an editor takes, in words."""
     from retcon.methods.common.tuning import memory_note
 
-    return memory_note(resolved.method.n_trained(lm))  # type: ignore[attr-defined]
+    return memory_note(_trainable(resolved).n_fitted(lm), resolved.method.bytes_per_value)
+
+
+def _trainable(resolved: "Resolved") -> "Trainable":
+    """Raises InvalidSetting where the method is not one that is trained before it edits."""
+    check_trainable(resolved.name)
+    return cast("Trainable", resolved.method)
 
 
 def fit_editor(
@@ -63,9 +71,9 @@ def fit_editor(
     """
     from retcon.methods.common.hypernetwork import read_curve
 
-    check_trainable(resolved.name)
+    method = _trainable(resolved)
     started = time.perf_counter()
-    resolved.method.fit(lm, cases, out, seed=seed, progress=progress)  # type: ignore[attr-defined]
+    method.fit(lm, cases, out, seed=seed, progress=progress)
     curve = tuple(read_curve(out, resolved.name))
     return Fitted(out, curve, min(curve, key=lambda p: p.validation), time.perf_counter() - started)
 

@@ -36,4 +36,4 @@ def needed_moments(lm: "LM", method: "Method", corpus: str | Path | None = None)
 
     if not method.uses_moments:
         return GivenMoments({})
-    return moments_for(lm, corpus, shrink=getattr(method, "shrink", False))
+    return moments_for(lm, corpus, shrink=method.takes_shrunk_moments)

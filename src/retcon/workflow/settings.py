@@ -4,7 +4,7 @@ import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from retcon.errors import InvalidSetting, RetconWarning
@@ -41,7 +41,7 @@ class Resolved:
     @property
     def settings(self) -> dict[str, Any]:
         """Every setting of the method."""
-        return {f.name: getattr(self.method, f.name) for f in fields(self.method)}  # type: ignore[arg-type]
+        return {f.name: getattr(self.method, f.name) for f in fields(self.method)}
 
 
 def read_settings(name: str, *, dataset: str | None, preset: str | None, assignments: Sequence[str]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def resolve(
     """
     from retcon.methods.common import registry
     from retcon.methods.common.contract import check_model_has_layers
-    from retcon.methods.common.tuning import BYTES_PER_VALUE, memory_note
+    from retcon.methods.common.tuning import memory_note
 
     given = given or {}
     probed = {"layers": "probe"} if probe else {}
@@ -86,14 +86,11 @@ def resolve(
         chosen = registry.choose(
             name, for_model=lm, dataset=dataset, preset=preset, cases=edits or None, **{**given, **probed}
         )
-    if hasattr(chosen.method, "as_trained"):  # an edit with an editor has the settings of its training
-        chosen = replace(chosen, method=chosen.method.as_trained())
-    check_model_has_layers(chosen.method, lm)
-    n_probed, notes = len(edits) if probe else 0, chosen.notes
-    if hasattr(chosen.method, "n_trained") and not hasattr(chosen.method, "fit"):  # with an editor nothing is trained
-        each = getattr(chosen.method, "bytes_per_value", BYTES_PER_VALUE)
-        notes = (*notes, memory_note(chosen.method.n_trained(lm), each))
-    return Resolved(name, chosen.method, chosen.preset, frozenset(given), n_probed, notes)
+    method, notes = chosen.method.as_trained(), chosen.notes
+    check_model_has_layers(method, lm)
+    if n_trained := method.n_trained(lm):
+        notes = (*notes, memory_note(n_trained, method.bytes_per_value))
+    return Resolved(name, method, chosen.preset, frozenset(given), len(edits) if probe else 0, notes)
 
 
 def _given(assignment: str, hints: Mapping[str, Any], method: str) -> tuple[str, Any]:

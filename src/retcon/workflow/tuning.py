@@ -86,7 +86,7 @@ class Tuned:
     @property
     def changes(self) -> dict[str, Any]:
         """Settings that differ from the rule's."""
-        own = {f.name: getattr(self.method, f.name) for f in fields(self.method)}  # type: ignore[arg-type]
+        own = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
         return {name: value for name, value in own.items() if getattr(self.rule, name) != value}
 
 
@@ -112,7 +112,7 @@ class _Search:
 
     def score(self, method: "Method", n: int) -> float:
         """Try a method on the first n cases."""
-        own = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
+        own = {f.name: getattr(method, f.name) for f in fields(method)}
         changes = {name: value for name, value in own.items() if getattr(self.start, name) != value}
         known = next((t for t in self.trials if t.n_cases == n and t.changes == changes), None)
         if known is not None:
@@ -161,6 +161,7 @@ def tune(
     from retcon.evaluation.paired import differences
     from retcon.memory.defaults import default_moments
     from retcon.methods.common.registry import choose
+    from retcon.methods.common.wrappers import Filter
 
     if len(cases) < LEAST_CASES:
         raise InvalidSetting(f"tuning takes at least {LEAST_CASES} cases, better a hundred; found {len(cases)}")
@@ -169,7 +170,7 @@ def tune(
     random.Random(seed).shuffle(order)
     searched, reported = order[: len(order) // 2], order[len(order) // 2 :]
     start = choose(name, for_model=lm, cases=searched, **given).method
-    if hasattr(start, "base_method"):
+    if isinstance(start, Filter):
         raise InvalidSetting(
             f"{name} filters what another method writes; tune that method ({start.base_method}), whose preset {name} "
             "then takes too"
@@ -295,7 +296,7 @@ def _moved(value: int | tuple[int, ...], n_layers: int, draw: random.Random) -> 
 
 
 def _changed(method: "Method", changes: Mapping[str, Any]) -> "Method":
-    return replace(method, **changes)  # type: ignore[type-var]
+    return replace(method, **changes)
 
 
 def _rounded(value: float) -> float:
@@ -344,5 +345,5 @@ def save_preset(lm: "LM", tuned: Tuned, source: str, dataset: str, folder: Path 
     """
     from retcon.methods.common.presets import signature, write_preset
 
-    settings = {f.name: getattr(tuned.method, f.name) for f in fields(tuned.method)}  # type: ignore[arg-type]
+    settings = {f.name: getattr(tuned.method, f.name) for f in fields(tuned.method)}
     return write_preset(tuned.method.name, signature(lm), dataset, source, settings, folder)

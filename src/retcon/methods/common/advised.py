@@ -12,6 +12,7 @@ from retcon.lm.load import DEMO
 from retcon.lm.model import LM
 from retcon.locate.advice import Advice, advise
 from retcon.locate.contrast import contrast_probe
+from retcon.methods.common.contract import Method
 from retcon.methods.common.starting_point import edits_of
 
 N_DEMO_CASES = 500
@@ -41,13 +42,13 @@ def probe_layers(lm: LM, cases: Sequence[Edit | Case] | None = None, *, seed: in
     return advice
 
 
-def settings_for(advice: Advice, method: type[Any]) -> dict[str, Any]:
+def settings_for(advice: Advice, method: type[Method]) -> dict[str, Any]:
     """The advice as settings of a method, by the names of its fields.
 
     Raises:
         InvalidSetting: none of its settings names layers.
     """
     names = [f.name for f in fields(method)]
-    if getattr(method, "one_layer", False):
+    if method.one_layer:
         return {"layers": (advice.settings(["layer"])["layer"],)}
     return advice.settings(names)

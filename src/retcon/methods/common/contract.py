@@ -1,14 +1,11 @@
 """What every editing method is: settings in a frozen dataclass, one verb, and no side effect."""
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import (
-    Any,
-    Protocol,
-    runtime_checkable,
-)
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -54,37 +51,33 @@ class ModelShape:
         return cls(lm.n_layers, lm.d_model, lm.d_ff, lm.layout.parallel)
 
 
-@runtime_checkable
-class Method(Protocol):
-    """An editing method; its fields are its settings.
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """An editing method; its fields are its settings. A method says below where it differs from what is here.
 
     What `propose` returns is something the LM can attach and detach. A Delta is the kind that is only weights.
     """
 
-    @property
-    def name(self) -> str:
-        """What it is called in the table of methods."""
+    name: ClassVar[str]
+    """What it is called in the table of methods."""
+    supports_batches: ClassVar[bool] = True
+    """Whether `propose` takes more than one edit; `in_steps` applies those of any number one by one."""
+    state_description: ClassVar[str] = ""
+    """What the delta's `state` holds for the next batch, in words; empty for nothing."""
+    uses_moments: ClassVar[bool] = False
+    """Whether `propose` needs second moments."""
+    needs_subject: ClassVar[bool] = False
+    """Whether it writes at the subject, so that an edit without one is refused."""
+    layerwise: ClassVar[bool] = False
+    """Whether it writes layer by layer, and `propose` takes an `update_filter`."""
+    one_layer: ClassVar[bool] = False
+    """Whether it is meant for one layer, where its setting `layers` allows several."""
+    takes_shrunk_moments: ClassVar[bool] = False
+    """Whether second moments may be those of a pass that was cut smaller where memory ran out (`--shrink`)."""
+    bytes_per_value: ClassVar[int] = 16
+    """Memory of each value that is trained: float32, its gradient, and Adam's two moments."""
 
-    @property
-    def supports_batches(self) -> bool:
-        """Whether `propose` takes more than one edit; `in_steps` applies those of any number one by one."""
-
-    @property
-    def state_description(self) -> str:
-        """What the delta's `state` holds for the next batch, in words; empty for nothing."""
-
-    @property
-    def uses_moments(self) -> bool:
-        """Whether `propose` needs second moments."""
-
-    @property
-    def needs_subject(self) -> bool:
-        """Whether it writes at the subject, so that an edit without one is refused."""
-
-    @property
-    def layerwise(self) -> bool:
-        """Whether it writes layer by layer, and `propose` takes an `update_filter`."""
-
+    @abstractmethod
     def propose(
         self,
         lm: LM,
@@ -112,17 +105,30 @@ class Method(Protocol):
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """Settings for a model of that shape that has no preset."""
+        """Settings for a model of that shape that has no preset; none where no setting depends on it."""
+        return {}
+
+    def as_trained(self) -> Self:
+        """Return the method with the settings that its editor was trained with; itself where there is no editor."""
+        return self
+
+    def n_trained(self, lm: LM) -> int:
+        """How many values `propose` trains; 0 where it trains none, or as many as the edits decide."""
+        return 0
 
 
-@runtime_checkable
-class Trainable(Method, Protocol):
+class Trainable(Method):
     """A method that is trained for a model before it edits; the trained file is its setting `editor`."""
 
+    @abstractmethod
     def fit(
         self, lm: LM, cases: Sequence[Case], out: str | Path, *, seed: int = 0, progress: Progress | None = None
     ) -> Path:
         """Train on cases other than those to be edited, and write the editor to `out`; the model is untouched."""
+
+    @abstractmethod
+    def n_fitted(self, lm: LM) -> int:
+        """How many values `fit` trains."""
 
 
 def recorded(

@@ -26,8 +26,8 @@ from retcon.lm.model import LM, Site, SiteName
 from retcon.lm.prompts import Row, encode, pad
 from retcon.locate.gradients import catch
 from retcon.methods.common.contract import (
-    ModelShape,
     Progress,
+    Trainable,
     check_depth,
     check_settings,
     silent,
@@ -46,15 +46,9 @@ LEAST_CASES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class HypernetworkSettings:
+class HypernetworkSettings(Trainable):
     """What a hypernetwork lets one set. All but `editor` is for `fit`; an edit has it from the editor's file."""
 
-    name: ClassVar[str]
-    supports_batches: ClassVar[bool] = True
-    state_description: ClassVar[str] = ""
-    uses_moments: ClassVar[bool] = False
-    needs_subject: ClassVar[bool] = False
-    layerwise: ClassVar[bool] = False
     n_by_matrix: ClassVar[int] = 1
     """Values that are learned for each matrix by itself, besides its scales and shifts."""
 
@@ -88,11 +82,6 @@ class HypernetworkSettings:
         check_settings(self)
         if not self.modules:
             raise InvalidSetting(f"{self.name}: modules is empty, so there is nothing to edit")
-
-    @classmethod
-    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """Nothing depends on depth: it is the last three blocks."""
-        return {}
 
     def as_trained(self) -> Self:
         """Return the method with the settings that its editor was trained with; itself where no editor is named.
@@ -134,7 +123,7 @@ class HypernetworkSettings:
             lm.check_editable(site.name)
         return found
 
-    def n_trained(self, lm: LM) -> int:
+    def n_fitted(self, lm: LM) -> int:
         """How many values `fit` trains."""
         shapes = [tuple(site.weight.shape) for site in self.sites(lm)]
         widths = [sum(shape) for shape in dict.fromkeys(shapes)]

@@ -9,21 +9,20 @@ from typing import Any, ClassVar, Literal, Self
 
 from retcon.lm.forward import Point, TensorName
 from retcon.lm.model import LM
-from retcon.memory.contexts import ContextStyle
+from retcon.memory.contexts import Contexts, ContextStyle
+from retcon.memory.defaults import default_contexts
 from retcon.memory.keys import KeyAverage
 from retcon.memory.values import ValueSearch, ValueSite
 from retcon.memory.write import Spread
-from retcon.methods.common.contract import ModelShape, check_settings, early_layers
+from retcon.methods.common.contract import Method, ModelShape, check_settings, early_layers
 from retcon.methods.common.proposal import target_tensor
 from retcon.methods.common.settings import Count, Layer, Layers, NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings:
+class SearchSettings(Method):
     """How values are searched: Adam on offsets that are added to activations."""
 
-    name: ClassVar[str]
-    state_description: ClassVar[str] = ""
     layerwise: ClassVar[bool] = True
     uses_moments: ClassVar[bool] = True
     needs_subject: ClassVar[bool] = True
@@ -45,9 +44,18 @@ class SearchSettings:
         check_settings(self)
         self.value_search()  # which checks their ranges
 
+    @property
+    def takes_shrunk_moments(self) -> bool:  # type: ignore[override]
+        """As the search: what may go on smaller may be given what did."""
+        return self.shrink
+
     @abstractmethod
     def value_sites(self, lm: LM) -> list[ValueSite]:
         """Where values are searched on a model."""
+
+    def sampled_contexts(self, lm: LM, seed: int) -> Contexts:
+        """The prefixes for prompts where none are given."""
+        return default_contexts(lm, seed)
 
     def searching_what_is_written(self) -> Self:
         """Return the method with no values but those it writes: what clamps are fitted with (`starting_point`)."""
@@ -106,6 +114,10 @@ class OneFactSettings(ValueSettings):
         """The MLP's output."""
         return [self.value_site(self.layer, "mlp")]
 
+    def sampled_contexts(self, lm: LM, seed: int) -> Contexts:
+        """As `context_style` says."""
+        return default_contexts(lm, seed, self.context_style)
+
     @property
     def uses_moments(self) -> bool:  # type: ignore[override]
         """Whether C has to be known."""
@@ -115,10 +127,6 @@ class OneFactSettings(ValueSettings):
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings(ValueSettings):
     """MEMIT's way: many facts, the value at the last of several layers, each layer taking its share."""
-
-    supports_batches: ClassVar[bool] = True
-    one_layer: ClassVar[bool] = False
-    """Whether it is meant for one layer, whatever `layers` allows."""
 
     layers: Layers
     """Blocks whose down-projections are rewritten (R), ascending, counted from 0; the value is searched at the last."""

@@ -29,8 +29,8 @@ from retcon.lm.forward import TensorName, answer_places, gold, log_probs, logits
 from retcon.lm.model import LM
 from retcon.lm.prompts import Where, encode_edit, pad
 from retcon.lm.site import Site
-from retcon.memory.contexts import Contexts, ContextStyle
-from retcon.memory.defaults import default_contexts, default_moments
+from retcon.memory.contexts import Contexts
+from retcon.memory.defaults import default_moments
 from retcon.memory.keys import KeyAverage, KeyReader
 from retcon.memory.moments import GivenMoments, Moments
 from retcon.memory.values import ValueCache, Values, ValueSearch, ValueSite, search_values
@@ -165,8 +165,6 @@ def proposing(
     edits: Sequence[Edit],
     groups: Sequence[LayerGroup],
     given: Given,
-    *,
-    context_style: ContextStyle = "memit",
 ) -> Iterator[Proposal]:
     """Checks edits and layers, makes contexts and moments where none are given; the model is as it was afterwards.
 
@@ -184,7 +182,7 @@ def proposing(
     contexts, moments = given.contexts, given.moments
     if not edits:
         contexts, moments, sites = contexts or Contexts(), moments or GivenMoments({}), []
-    contexts = default_contexts(lm, given.seed, context_style) if contexts is None else contexts
+    contexts = method.sampled_contexts(lm, given.seed) if contexts is None else contexts
     moments = default_moments(lm) if moments is None else moments
     if not method.uses_moments:
         sites = []

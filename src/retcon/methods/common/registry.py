@@ -19,6 +19,7 @@ from retcon.methods.common.settings import checked, declared, fitted, types_of
 if TYPE_CHECKING:
     from retcon.lm.model import LM
     from retcon.methods.common.contract import Method
+    from retcon.methods.common.wrappers import Filter
 
 METHODS = {
     "adalora": "retcon.methods.adalora:AdaLora",
@@ -58,12 +59,14 @@ def _installed() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
 
-def method_class(name: str) -> type[Any]:
+def method_class(name: str) -> type["Method"]:
     """The class registered under a name, or the one that "module:Class" names.
 
     Raises:
         UnknownMethod: there is none, or it is no method.
     """
+    from retcon.methods.common.contract import Method
+
     try:
         found = _named_object(_place(name))
     except (ImportError, AttributeError, ValueError) as error:
@@ -71,7 +74,9 @@ def method_class(name: str) -> type[Any]:
             f"cannot find the method {name!r}: {error}. module:Class names a class in a file of the current folder "
             "or in an installed package; see docs/guides/add-a-method.md"
         ) from None
-    lacks = [what for what in REQUIRED if not hasattr(found, what)]
+    lacks = [] if isinstance(found, type) and issubclass(found, Method) else ["Method as a base class"]
+    lacks += [what for what in ("name", "propose") if not hasattr(found, what)]
+    lacks += sorted(getattr(found, "__abstractmethods__", ()))
     if not is_dataclass(found):
         lacks.append("@dataclass(frozen=True, kw_only=True)")
     if lacks:
@@ -132,13 +137,6 @@ def _named_object(name: str) -> Any:
         sys.path.pop()
 
 
-REQUIRED = (
-    *("name", "supports_batches", "state_description", "uses_moments", "needs_subject", "layerwise"),
-    *("propose", "fallback_settings"),
-)
-"""What every method has (`retcon.methods.common.contract.Method`)."""
-
-
 def parents_of(name: str) -> tuple[str, ...]:
     """Names of the registered methods that one inherits from: their presets are its own too."""
     place = _place(name)
@@ -154,7 +152,7 @@ def check_subjects(method: Any, edits: Sequence[Edit]) -> None:
     lost = next((edit for edit in edits if edit.subject is None), None)
     if lost is None or not method.needs_subject:
         return
-    able = [name for name in list_methods() if getattr(method_class(name), "needs_subject", True) is False]
+    able = [name for name in list_methods() if method_class(name).needs_subject is False]
     raise InvalidEdit(
         f"edit {lost.id!r} names no subject, and {method.name} writes at the subject's last token; name the subject, "
         f"or take a method that needs none: {', '.join(able)}"
@@ -211,6 +209,9 @@ def choose(
     """Return what `method` returns, with the preset that it comes from, or what was chosen without one and why."""
     from retcon.methods.common import starting_point
     from retcon.methods.common.contract import ModelShape
+    from retcon.methods.common.locate_then_edit import SearchSettings
+    from retcon.methods.common.tuning import TuningSettings
+    from retcon.methods.common.wrappers import Filter
 
     chosen = method_class(name)
     if settings.get("layers") == "probe":
@@ -226,15 +227,16 @@ def choose(
         if found is None:
             shape = ModelShape.of(for_model)
             guess = chosen.fallback_settings(shape)
-            fitted_later = {"learning_rate"} if getattr(chosen, "fits_learning_rate", False) and cases else set()
-            fitted_later |= {*starting_point.clamp_settings(chosen)}  # which have a note of their own
+            fitted_later = {*starting_point.clamp_settings(chosen)}  # which have a note of their own
+            if issubclass(chosen, TuningSettings) and chosen.fits_learning_rate and cases:
+                fitted_later.add("learning_rate")
             notes = starting_point.shape_notes(
                 chosen, shape, {k: v for k, v in guess.items() if k not in {*settings, *fitted_later}}
             )
     resolved = {**checked(name, chosen, dict(found.settings) if found else guess), **settings}
-    if for_model is not None and "base_method" in {f.name for f in fields(chosen)}:
+    if for_model is not None and issubclass(chosen, Filter):
         base = _wrapped(chosen, resolved, for_model, dataset, cases)
-        resolved |= {"base_settings": {f.name: getattr(base.method, f.name) for f in fields(base.method)}}  # type: ignore[arg-type]
+        resolved |= {"base_settings": {f.name: getattr(base.method, f.name) for f in fields(base.method)}}
         notes += base.notes
     needed = [f.name for f in fields(chosen) if f.default is MISSING and f.default_factory is MISSING]
     missing = [field for field in needed if field not in resolved]
@@ -247,11 +249,11 @@ def choose(
     made = chosen(**resolved)
     if for_model is not None and found is None and preset is None:
         clamps = [clamp for clamp in starting_point.clamp_settings(chosen) if clamp not in settings]
-        if clamps and cases:
+        if isinstance(made, SearchSettings) and clamps and cases:
             found_clamps = starting_point.fit_clamps(for_model, made, starting_point.edits_of(cases), clamps)
             made = replace(made, **found_clamps.clamps)
             notes.append(str(found_clamps))
-        elif cases and getattr(chosen, "fits_learning_rate", False) and "learning_rate" not in settings:
+        elif isinstance(made, TuningSettings) and made.fits_learning_rate and cases and "learning_rate" not in settings:
             step = starting_point.fit_learning_rate(for_model, made, starting_point.edits_of(cases))
             made = replace(made, learning_rate=step.learning_rate)
             notes.append(str(step))
@@ -292,31 +294,31 @@ def preset_for(name: str, lm: "LM", dataset: str | None = None) -> Preset | None
 
 
 def _advised(
-    chosen: type[Any], lm: "LM | None", cases: Sequence[Edit | Case] | None, settings: Mapping[str, Any]
+    chosen: type["Method"], lm: "LM | None", cases: Sequence[Edit | Case] | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The settings with the probe's layers for `layers="probe"`; what is given by its own name stands over them."""
     from retcon.methods.common.advised import probe_layers, settings_for
+    from retcon.methods.common.wrappers import Filter
 
     if lm is None:
         raise InvalidSetting("layers='probe' needs the model that is to be probed: pass for_model=lm")
     given = {name: value for name, value in settings.items() if name != "layers"}
-    base_methods = [f.default for f in fields(chosen) if f.name == "base_method"]
     advice = probe_layers(lm, cases)
-    if not base_methods:
+    if not issubclass(chosen, Filter):
         return {**settings_for(advice, chosen), **given}
-    base = method_class(given.get("base_method", base_methods[0]))
+    base = method_class(chosen.base_of(given))
     return {**given, "base_settings": {**settings_for(advice, base), **given.get("base_settings", {})}}
 
 
 def _wrapped(
-    chosen: type[Any],
+    chosen: type["Filter"],
     settings: Mapping[str, Any],
     lm: "LM",
     dataset: str | None,
     cases: Sequence[Edit | Case] | None,
 ) -> Choice:
     """The method that a filter wraps, with its settings for the model, those given over them."""
-    base = settings.get("base_method", next(f.default for f in fields(chosen) if f.name == "base_method"))
+    base = chosen.base_of(settings)
     has = dataset in {p.dataset for p in presets(base)}
     own = settings.get("base_settings", {})
     return choose(base, for_model=lm, dataset=dataset if has else None, cases=cases, **own)

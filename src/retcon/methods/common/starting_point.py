@@ -11,9 +11,10 @@ from typing import Any
 
 from retcon.edits import Case, Edit
 from retcon.lm.model import LM
-from retcon.memory.defaults import default_contexts
 from retcon.memory.values import search_values
-from retcon.methods.common.contract import ModelShape
+from retcon.methods.common.contract import Method, ModelShape
+from retcon.methods.common.locate_then_edit import SearchSettings
+from retcon.methods.common.tuning import TuningSettings
 
 N_TRIED = 8
 """Edits that clamps are fitted on, evenly spaced over those given."""
@@ -37,7 +38,7 @@ class FittedClamps:
     n_reached: int
     """Of the edits tried, those that reached their target with it."""
     n_tried: int
-    clamps: dict[str, float]
+    clamps: dict[str, Any]
     """The settings' values with the factor."""
 
     def __str__(self) -> str:
@@ -61,7 +62,7 @@ class FittedStep:
         return f"learning_rate = {self.learning_rate:g}: doubled until half of the edits do; {tried}"
 
 
-def shape_notes(method: type[Any], shape: ModelShape, guess: dict[str, Any]) -> list[str]:
+def shape_notes(method: type[Method], shape: ModelShape, guess: dict[str, Any]) -> list[str]:
     """Say what was taken from a model's shape and why, a line per reason."""
     weights = {name: value for name, value in guess.items() if name.endswith("moment_weight")}
     layers = {name: value for name, value in guess.items() if isinstance(value, tuple) or name == "layer"}
@@ -89,12 +90,14 @@ def edits_of(cases: Sequence[Edit | Case]) -> list[Edit]:
     return [edit for case in cases for edit in (case.edits if isinstance(case, Case) else (case,))]
 
 
-def clamp_settings(method: type[Any]) -> list[str]:
-    """Return the names of a method's clamps."""
+def clamp_settings(method: type[Method]) -> list[str]:
+    """Return the names of the clamps of a method that searches values; none of another."""
+    if not issubclass(method, SearchSettings):
+        return []
     return [f.name for f in fields(method) if f.name == "clamp" or f.name.endswith("_clamp")]
 
 
-def fit_learning_rate(lm: LM, method: Any, edits: Sequence[Edit], *, seed: int = 0) -> FittedStep:
+def fit_learning_rate(lm: LM, method: TuningSettings, edits: Sequence[Edit], *, seed: int = 0) -> FittedStep:
     """Double the learning rate until at least half of a few of the edits reach their loss, and no further.
 
     How far a step goes depends on how many weights are trained and how large they are: one rate moves nothing in one
@@ -119,7 +122,9 @@ def fit_learning_rate(lm: LM, method: Any, edits: Sequence[Edit], *, seed: int =
     return best
 
 
-def fit_clamps(lm: LM, method: Any, edits: Sequence[Edit], names: Sequence[str], *, seed: int = 0) -> FittedClamps:
+def fit_clamps(
+    lm: LM, method: SearchSettings, edits: Sequence[Edit], names: Sequence[str], *, seed: int = 0
+) -> FittedClamps:
     """Double the clamps `names` of a method until at least half of a few of the edits reach their target.
 
     Only values that are written are searched: what PMET's attention contributes to a search is lost in the write.
@@ -131,7 +136,7 @@ def fit_clamps(lm: LM, method: Any, edits: Sequence[Edit], names: Sequence[str],
     """
     step = max(1, len(edits) // N_TRIED)
     tried = [edit for edit in edits if edit.subject_span is not None][::step][:N_TRIED]
-    contexts = default_contexts(lm, seed, getattr(method, "context_style", "memit"))
+    contexts = method.sampled_contexts(lm, seed)
     best: FittedClamps | None = None
     factor = 1.0
     while tried:

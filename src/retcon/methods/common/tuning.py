@@ -24,27 +24,18 @@ from retcon.errors import InvalidSetting, OutOfMemory
 from retcon.lm.model import LM
 from retcon.lm.site import Site, SiteName
 from retcon.memory.capacity import free_bytes
-from retcon.methods.common.contract import ModelShape, Progress, check_settings, recorded, silent
+from retcon.methods.common.contract import Method, Progress, check_settings, recorded, silent
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.settings import Count, CountFromZero, NotNegative
 from retcon.training.descent import Descent, EditLoss, Reduction, Schedule, descend, stepping
 from retcon.training.objective import AnswerLoss, answer_rows
 from retcon.training.parts import Part, attached, changes
 
-BYTES_PER_VALUE = 16
-"""A trained value in float32, its gradient, and Adam's two moments."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class TuningSettings:
+class TuningSettings(Method):
     """What every method of masked tuning lets one set: Adam, how long, and when an edit is left alone."""
 
-    name: ClassVar[str]
-    supports_batches: ClassVar[bool] = True
-    state_description: ClassVar[str] = ""
-    uses_moments: ClassVar[bool] = False
-    needs_subject: ClassVar[bool] = False
-    layerwise: ClassVar[bool] = False
     fits_learning_rate: ClassVar[bool] = False
     """Whether a model without a preset gets a learning rate fitted to the edits (`starting_point`)."""
 
@@ -63,19 +54,9 @@ class TuningSettings:
         check_settings(self)
         self.schedule(1)
 
-    @property
-    def bytes_per_value(self) -> int:
-        """What a trained value takes, with all that is kept of it while training."""
-        return BYTES_PER_VALUE
-
     def schedule(self, n_edits: int) -> Schedule:
         """How long to go on, for so many edits."""
         return Schedule(epochs=self.epochs, batch_size=self.batch_size, stop_loss=self.stop_loss)
-
-    @classmethod
-    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """Nothing depends on depth."""
-        return {}
 
     def for_next_try(self) -> Self:
         """Return the method for the same edits once more, the state of the delta before being handed over."""
@@ -222,14 +203,14 @@ def losses_now(loss: EditLoss, n: int) -> list[float]:
     return [found[i] for i in range(n)]
 
 
-def memory_note(n_values: int, bytes_per_value: int = BYTES_PER_VALUE) -> str:
+def memory_note(n_values: int, bytes_per_value: int = Method.bytes_per_value) -> str:
     """What training so many values takes, in words."""
     n_bytes = bytes_per_value * n_values
     shown = f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
     return f"trains {n_values:,} values, {shown} with gradients and Adam's moments"
 
 
-def check_memory(name: str, lm: LM, n_values: int, bytes_per_value: int = BYTES_PER_VALUE) -> None:
+def check_memory(name: str, lm: LM, n_values: int, bytes_per_value: int = Method.bytes_per_value) -> None:
     """Check that `n_values` trained values and their optimiser state fit into the free memory beside the model.
 
     Raises:

@@ -1,18 +1,16 @@
 """What methods share that filter another method's change: the base method, its settings, and what follows from them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from retcon.methods.common.contract import Method, ModelShape, check_settings
+from retcon.methods.common.contract import Method, check_settings
 from retcon.methods.common.registry import method
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hosting:
-    """A filter over a base method."""
-
-    layerwise: ClassVar[bool] = False
+class Filter(Method):
+    """A filter over what a base method writes."""
 
     base_method: str
     """Method that writes the edits."""
@@ -23,9 +21,9 @@ class Hosting:
         check_settings(self)
 
     @classmethod
-    def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """The same for every model; what depends on it are the base method's settings."""
-        return {}
+    def base_of(cls, settings: Mapping[str, Any]) -> str:
+        """The base method that settings name; the filter's default where they name none."""
+        return settings.get("base_method", {f.name: f.default for f in fields(cls)}["base_method"])
 
     @property
     def wrapped(self) -> Method:
@@ -33,16 +31,21 @@ class Hosting:
         return method(self.base_method, **self.base_settings)
 
     @property
-    def supports_batches(self) -> bool:
+    def supports_batches(self) -> bool:  # type: ignore[override]
         """As the base method."""
         return self.wrapped.supports_batches
 
     @property
-    def uses_moments(self) -> bool:
+    def uses_moments(self) -> bool:  # type: ignore[override]
         """As the base method."""
         return self.wrapped.uses_moments
 
     @property
-    def needs_subject(self) -> bool:
+    def needs_subject(self) -> bool:  # type: ignore[override]
         """As the base method."""
         return self.wrapped.needs_subject
+
+    @property
+    def takes_shrunk_moments(self) -> bool:  # type: ignore[override]
+        """As the base method."""
+        return self.wrapped.takes_shrunk_moments
