@@ -96,7 +96,7 @@ def moments(
             "layer": s.layer,
             "parameter": s.name,
             "tokens_asked": source.key(lm, s).n_tokens,
-            "dimensions": s.weight.shape[1],
+            "dimensions": s.shape[1],
             "convergence": source.convergence(lm, s),
             "file": str(source.stored(lm, s)),
             "found": had[s] is not None,

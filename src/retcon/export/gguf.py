@@ -158,7 +158,7 @@ def _weights(lm: LM) -> Iterator[tuple[str, Tensor]]:
 
 def _add_shape(lm: LM, writer: Any) -> None:
     config = lm.model.config
-    d_model, d_ff = lm.site(0, "down_proj").weight.shape
+    d_model, d_ff = lm.site(0, "down_proj").shape
     heads = config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(d_model)

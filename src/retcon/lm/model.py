@@ -128,19 +128,19 @@ class LM:
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype, read from the first out-projection."""
-        return self.site(0, "o_proj").module.weight.dtype  # type: ignore[return-value]
+        return self.site(0, "o_proj").dtype
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return int(self.site(0, "o_proj").weight.shape[0])
+        return self.site(0, "o_proj").shape[0]
 
     @property
     def d_ff(self) -> int:
         """Width of the keys of the MLP: of the first block's that has one, else of a routed expert."""
         for layer in range(self.n_layers):
             if self.has(layer, "down_proj"):
-                return int(self.site(layer, "down_proj").weight.shape[1])
+                return self.site(layer, "down_proj").shape[1]
         experts = _find(self.model, f"{self.layout.block.format(0)}.{self.kinds[0].experts}", "experts")
         shape: torch.Size = experts.down_proj.shape  # type: ignore[assignment]
         return min(shape[1:], key=lambda n: n == self.d_model)

@@ -43,10 +43,33 @@ class Site:
         return matrix if self.rows is None else matrix[self.rows.to(matrix.device)]
 
     @property
+    def shape(self) -> torch.Size:
+        """Outputs and inputs of the matrix."""
+        out, into = reversed(self._stored_shape) if self.transposed else self._stored_shape
+        return torch.Size((out if self.rows is None else len(self.rows), into))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrix is."""
+        return self._parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The matrix's dtype."""
+        return self._parameter.dtype
+
+    @property
+    def _stored_shape(self) -> torch.Size:
+        return self._parameter.shape[-2:]
+
+    @property
+    def _parameter(self) -> Tensor:
+        """The parameter that holds the matrix."""
+        return getattr(self.module, self.name.rpartition(".")[2])
+
+    @property
     def _stored(self) -> Tensor:
-        if self.expert is None:
-            return self.module.weight  # type: ignore[return-value]
-        return self.module.get_parameter(self.name.rpartition(".")[2])[self.expert]
+        return self._parameter if self.expert is None else self._parameter[self.expert]
 
     def in_parameter(self, change: Change) -> Change:
         """The change of a stored matrix as one of the parameter that holds it: of experts, one matrix of several."""
@@ -83,7 +106,7 @@ class Site:
         if self.rows is not None:
             first, last = int(self.rows[0]), int(self.rows[-1]) + 1
             if last - first != len(self.rows) or self.expert is not None:  # no region holds them
-                width = self.weight.shape[1]
+                width = self.shape[1]
                 places = torch.arange(len(self.rows), device=index.device)[:, None] * width + index
                 return self.stored_entries(places.reshape(-1), values.reshape(-1))
             region = Region(1 if self.transposed else 0, first, last)
@@ -93,8 +116,7 @@ class Site:
 
     def stored_entries(self, index: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Change:
         """Values added at places counted row by row through the matrix in math orientation."""
-        stored = self._stored
-        full_out, full_in = reversed(stored.shape) if self.transposed else stored.shape
+        full_out, full_in = reversed(self._stored_shape) if self.transposed else self._stored_shape
         row, column = self.outputs(index // full_in), index % full_in
         place = column * full_out + row if self.transposed else row * full_in + column
         return self.in_parameter(Entries(index=place, entries=values))

@@ -30,7 +30,7 @@ def key(site: Site) -> str:
 
 def n_units(site: Site, unit: Unit) -> int:
     """How many rows, columns or entries a matrix has."""
-    out, into = site.weight.shape
+    out, into = site.shape
     return {"row": out, "column": into, "entry": out * into}[unit]
 
 
@@ -53,7 +53,7 @@ def unit_scores(
         return attribute(lm, facts, sites, how, unit, progress=progress)
     found = attribute(lm, facts, sites, how, "entry", progress=progress)
     over = 1 if unit == "row" else 0
-    return [score.abs().view(site.weight.shape).sum(over) for score, site in zip(found, sites, strict=True)]
+    return [score.abs().view(site.shape).sum(over) for score, site in zip(found, sites, strict=True)]
 
 
 def random_scores(sites: Sequence[Site], unit: Unit, seed: int) -> list[Tensor]:

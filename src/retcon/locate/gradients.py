@@ -32,8 +32,8 @@ class Captured:
     @classmethod
     def nothing(cls, site: Site) -> "Captured":
         """Of a pass that no token of went through the site."""
-        out, into = site.weight.shape
-        x = torch.zeros(0, into, dtype=torch.promote_types(site.weight.dtype, torch.float32), device=site.weight.device)
+        out, into = site.shape
+        x = torch.zeros(0, into, dtype=torch.promote_types(site.dtype, torch.float32), device=site.device)
         return cls(site, x, x.new_zeros(0, out), x.new_zeros(0, out))
 
     def rows(self) -> Float[Tensor, " out"]:

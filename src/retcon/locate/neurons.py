@@ -60,7 +60,7 @@ def attribute_neurons(
         NonFinite: a score is NaN or infinite.
     """
     points = grid_points(n_points, grid)
-    d_ff = lm.site(0, "down_proj").weight.shape[1]
+    d_ff = lm.site(0, "down_proj").shape[1]
     wide = torch.promote_types(lm.dtype, torch.float32)
     scores, activations = (torch.zeros(len(rows), lm.n_layers, d_ff, dtype=wide) for _ in range(2))
     most = max(len(row.target_ids) for row in rows)
@@ -126,7 +126,7 @@ def _module(lm: LM, layer: int, neuron: Neuron) -> tuple[nn.Module, Int[Tensor, 
     if neuron == "value_input":
         return lm.site(layer, "down_proj").module, None
     site = lm.site(layer, "gate_proj" if lm.layout.gate_proj is not None else "up_proj")
-    return site.module, site.outputs(torch.arange(site.weight.shape[0], device=site.weight.device))
+    return site.module, site.outputs(torch.arange(site.shape[0], device=site.device))
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Slot:
     @property
     def n_nodes(self) -> int:
         """M, the units of the MLP; in a mixture those of its experts, one after the other."""
-        return sum(site.weight.shape[1 if self.is_value else 0] for site in self.sites)
+        return sum(site.shape[1 if self.is_value else 0] for site in self.sites)
 
     def by_node(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "d nodes"]:
         """A matrix of the site's shape as (D x M), one column per node."""
@@ -254,7 +254,7 @@ def _fitting(slots: Sequence[Slot], max_bytes: int) -> list[list[Slot]]:
     groups: list[list[Slot]] = []
     room = 0
     for slot in slots:
-        size = 4 * sum(site.weight.numel() for site in slot.sites)
+        size = 4 * sum(site.shape.numel() for site in slot.sites)
         if not groups or size > room:
             groups.append([])
             room = max_bytes

@@ -251,7 +251,7 @@ def _smaller(error: BaseException, budget: int, longest: int, shrink: bool) -> i
 def _key(site: Site) -> tuple[Point, int]:
     """Return where the keys of a site's moment are read, and how wide they are."""
     tensor: TensorName = "key" if site.kind == "down_proj" else "attn_key"
-    return Point(site.layer, tensor, site.expert), site.weight.shape[1]
+    return Point(site.layer, tensor, site.expert), site.shape[1]
 
 
 def _add_batch(lm: LM, found: dict[Point, "_Products"], rows: Sequence[Row]) -> None:
@@ -314,9 +314,9 @@ class _Sum:
     """Running sum of k k^T of one site over chunks, float64, as block rows of its lower triangle."""
 
     def __init__(self, site: Site) -> None:
-        self.site, self.d = site, site.weight.shape[1]
+        self.site, self.d = site, site.shape[1]
         self.edges = _edges(self.d)
-        device = site.weight.device
+        device = site.device
         needed = 8 * self.d * self.d  # little more than float64 sums and float32 partial ones take
         roomy = device.type == "cuda" and free_bytes(device) > 16 * needed
         self.total = _blocks(self.d, torch.float64, device if roomy else torch.device("cpu"))

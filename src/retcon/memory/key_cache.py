@@ -35,7 +35,7 @@ def earlier_keys(
             "state); start without a state, or on the model it was made on"
         )
     found = {name.removeprefix(_KEYS): keys for name, keys in state.items() if name.startswith(_KEYS)}
-    wanted = {site.name: site.weight.shape[1] for site in sites}
+    wanted = {site.name: site.shape[1] for site in sites}
     if {name: keys.shape[1] for name, keys in found.items()} != wanted:
         raise InvalidSetting(
             f"the state given holds keys of {', '.join(found) or 'nothing'}; this method edits {', '.join(wanted)}. "

@@ -109,10 +109,10 @@ class GivenMoments:
             raise InvalidSetting(f"no second moment given for {', '.join(missing)}; given: {', '.join(self.by_name)}")
 
     def second_moment(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
-        return self.derived(lm, site, "definite", lambda c: definite(c, device=site.weight.device))
+        return self.derived(lm, site, "definite", lambda c: definite(c, device=site.device))
 
     def factor(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
-        return self.derived(lm, site, "factor", lambda c: cholesky(c, site.weight.device)[0])
+        return self.derived(lm, site, "factor", lambda c: cholesky(c, site.device)[0])
 
     def derived(self, lm: LM, site: Site, what: str, build: Callable[[Tensor], Tensor]) -> Tensor:
         if (site.id, what) not in self._made:
@@ -148,7 +148,7 @@ class CorpusMoments:
 
     def key(self, lm: LM, site: Site) -> MomentKey:
         """The cache key of one site's moment."""
-        n_tokens = self.tokens_per_dimension * site.weight.shape[1]
+        n_tokens = self.tokens_per_dimension * site.shape[1]
         return MomentKey(lm.fingerprint(), site.id, self.corpus.id, n_tokens, self.max_length)
 
     def prepare(self, lm: LM, sites: Sequence[Site]) -> None:
@@ -173,7 +173,7 @@ class CorpusMoments:
         n_tokens = max(self.key(lm, s).n_tokens for s in sites)
         rows = document_rows(lm, self.corpus.documents, n_tokens, self.max_length)
         n_found = sum(len(r.ids) for r in rows)
-        _check_enough(n_found, max(s.weight.shape[1] for s in sites), self.max_length)
+        _check_enough(n_found, max(s.shape[1] for s in sites), self.max_length)
         keys = {s: self.key(lm, s) for s in sites}
         partial = partial_file(keys.values())
         moments = {}
@@ -184,7 +184,7 @@ class CorpusMoments:
                 about["shrunk_to"] = self._shrunk[keys[site]] = found.shrunk_to
             if site.expert is not None:
                 about["n_routed"] = found.n_routed
-            device = site.weight.device
+            device = site.device
             try:
                 save_moments(keys[site].file, {keys[site]: found.moment}, {site.id: about}, device=device)
                 if len(sites) == 1:
@@ -211,13 +211,13 @@ class CorpusMoments:
         return self._collect(lm, [site])[site]
 
     def factor(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
-        d = site.weight.shape[1]
+        d = site.shape[1]
         if d < FACTOR_FILE_FROM:
             key = self.key(lm, site)
             if key not in self._factors:
-                self._factors[key] = cholesky(self.second_moment(lm, site), site.weight.device)[0]
+                self._factors[key] = cholesky(self.second_moment(lm, site), site.device)[0]
             return self._factors[key]
-        return unpack(self.derived(lm, site, "factor", lambda c: pack(cholesky(c, site.weight.device)[0])), d)
+        return unpack(self.derived(lm, site, "factor", lambda c: pack(cholesky(c, site.device)[0])), d)
 
     def derived(self, lm: LM, site: Site, what: str, build: Callable[[Tensor], Tensor]) -> Tensor:
         """As the protocol has it; kept in the cache directory beside the moment."""

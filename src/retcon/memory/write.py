@@ -49,7 +49,7 @@ class LayerProblem:
 
     def ridge(self, keys: Float[Tensor, "m n"], weight: float) -> Float[Tensor, "n m"]:
         """K^T (weight C + K K^T)^-1."""
-        return ridge(keys, self.moment, weight, factor=self.factor, device=self.site.weight.device)
+        return ridge(keys, self.moment, weight, factor=self.factor, device=self.site.device)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ExpertsProblem(LayerProblem):
     def ridge(self, keys: Float[Tensor, "m n"], weight: float) -> Float[Tensor, "n m"]:
         """As for one matrix, by one solve that all experts share."""
         by_expert = keys.unflatten(0, (len(self.factors), -1))
-        return ridge_of_experts(by_expert, self.factors, weight, self.site.weight.device).transpose(0, 1).flatten(1)
+        return ridge_of_experts(by_expert, self.factors, weight, self.site.device).transpose(0, 1).flatten(1)
 
 
 Solve = Callable[[LayerProblem], Float[Tensor, "n m"]]
@@ -161,7 +161,7 @@ def write(
         right = group.solve(problem(lm, sites, keys, moments))
         if not torch.isfinite(right).all():
             raise NonFinite(f"layer {layer}: the update is NaN or infinite; the keys may be linearly dependent")
-        dtype = torch.promote_types(sites[0].weight.dtype, torch.float32)
+        dtype = torch.promote_types(sites[0].dtype, torch.float32)
         left = residuals.T.to(dtype).contiguous()
         changes = []
         for site, part in zip(sites, right.to(dtype).chunk(len(sites), 1), strict=True):

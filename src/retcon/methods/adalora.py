@@ -109,7 +109,7 @@ class AdaLora(TuningSettings):
     def n_trained(self, lm: LM) -> int:
         """How many values are trained, those that the budget takes away among them."""
         sites = sites_named(self.name, lm, self.layers, self.modules)
-        return self.rank * sum(sum(site.weight.shape) + 1 for site in sites)
+        return self.rank * sum(sum(site.shape) + 1 for site in sites)
 
     @property
     def bytes_per_value(self) -> int:  # type: ignore[override]
@@ -118,7 +118,7 @@ class AdaLora(TuningSettings):
 
     def _part(self, site: Site, generator: torch.Generator) -> TrainedTriplets:
         """P and Q normal with a deviation of 0.02, E = 0."""
-        out, into = site.weight.shape
+        out, into = site.shape
         p, e, q = fresh(site, out, self.rank), fresh(site, self.rank), fresh(site, self.rank, into)
         with torch.no_grad():
             for tensor in (p, q):

@@ -97,7 +97,7 @@ class AlphaEdit(BatchSettings):
             scale = 1.0
             if self.ridge_mode == "median":
                 scale = float(layer.derived("median-square", lambda c: c.diagonal().median()[None]))
-            right = null_space_ridge(keys, p, self.ridge * scale, self.form, layer.site.weight.device)
+            right = null_space_ridge(keys, p, self.ridge * scale, self.form, layer.site.device)
             return right[keys.shape[1] - layer.keys.shape[1] :]  # the earlier keys' residual is zero
 
         tensor = target_tensor(lm, "block", self.name)
@@ -115,7 +115,7 @@ class AlphaEdit(BatchSettings):
         """P, from the moment's eigenvectors; computed once per model and threshold, and kept beside the moment."""
 
         def build(c: Tensor) -> Tensor:
-            return null_space(c, self.null_threshold, self.threshold_mode, layer.site.weight.device).packed()
+            return null_space(c, self.null_threshold, self.threshold_mode, layer.site.device).packed()
 
         p = NullSpace.unpacked(layer.derived(f"null-space-{self.threshold_mode}-{self.null_threshold!r}", build))
         share = p.rank / len(p.basis)

@@ -75,7 +75,7 @@ class Emmet(BatchSettings):
             """(K^T C'^-1 K + a I)^-1 K^T C'^-1 with C' = w C + mu I: the least change that has dW K = R."""
             return equality(
                 layer.keys, layer.moment, stabiliser=a, weight=self.moment_weight,
-                identity_weight=self.identity_weight, factor=layer.factor, device=layer.site.weight.device,
+                identity_weight=self.identity_weight, factor=layer.factor, device=layer.site.device,
             )  # fmt: skip
 
         tensor = target_tensor(lm, "block", self.name)

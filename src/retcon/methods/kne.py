@@ -204,7 +204,7 @@ class Kne(TuningSettings):
         if p is None:
             assert self.budget is not None
             n_parameters = sum(parameter.numel() for parameter in lm.model.parameters())
-            p = min(1.0, self.budget * n_parameters / sum(site.weight.numel() for site in sites))
+            p = min(1.0, self.budget * n_parameters / sum(site.shape.numel() for site in sites))
         return max(1, round(p * sum(n_units(site, self.granularity) for site in sites)))
 
     def choose(self, lm: LM, scores: Sequence[Tensor]) -> Ensemble:
@@ -224,9 +224,9 @@ class Kne(TuningSettings):
 
     def _part(self, site: Site, units: Int[Tensor, " n"]) -> TrainedRows | TrainedColumns | TrainedEntries:
         """W_kne, zero (Eq. 8), which Eqs. 9 to 11 place in the matrix and scale."""
-        index, n = units.to(site.weight.device), len(units)
+        index, n = units.to(site.device), len(units)
         scale = self.alpha / math.sqrt(n)
-        out, into = site.weight.shape
+        out, into = site.shape
         if self.granularity == "row":
             return TrainedRows(site, index, fresh(site, n, into), scale)
         if self.granularity == "column":

@@ -91,11 +91,11 @@ class Lora(TuningSettings):
 
     def n_trained(self, lm: LM) -> int:
         """How many values are trained."""
-        return self.rank * sum(sum(site.weight.shape) for site in sites_named(self.name, lm, self.layers, self.modules))
+        return self.rank * sum(sum(site.shape) for site in sites_named(self.name, lm, self.layers, self.modules))
 
     def _given(self, site: Site, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The factors of a state, to be trained on."""
-        out, into = site.weight.shape
+        out, into = site.shape
         found = [state.get(_key(site, which)) for which in ("B", "A")]
         for tensor, shape in zip(found, ((out, self.rank), (self.rank, into)), strict=True):
             if tensor is None or tensor.shape != shape:
@@ -109,7 +109,7 @@ class Lora(TuningSettings):
 
 def adapter(site: Site, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return B = 0 (out x rank) and A (rank x in), Kaiming-uniform with a = sqrt(5): uniform up to 1 / sqrt(in)."""
-    out, into = site.weight.shape
+    out, into = site.shape
     b, a = fresh(site, out, rank), fresh(site, rank, into)
     with torch.no_grad():
         a.copy_((2 * torch.rand(rank, into, generator=generator, dtype=torch.float64) - 1) / math.sqrt(into))

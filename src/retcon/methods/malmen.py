@@ -179,7 +179,7 @@ class Malmen(HypernetworkSettings):
 def untrained(method: Malmen, lm: LM, sites: Sequence[Site], seed: int = 0) -> Hypernetwork:
     """An editor that leaves normalised pieces as they are."""
     return Hypernetwork(
-        [(site.weight.shape[1], site.weight.shape[0]) for site in sites],
+        [(site.shape[1], site.shape[0]) for site in sites],
         step_size=method.step_size,
         with_ridge=True,
         rank=method.rank,

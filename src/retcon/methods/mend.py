@@ -171,7 +171,7 @@ class Mend(HypernetworkSettings):
 def untrained(method: Mend, lm: LM, sites: Sequence[Site], seed: int = 0) -> Hypernetwork:
     """An editor that leaves pieces as they are: an edit is one gradient step of size eta, if nothing is normalised."""
     return Hypernetwork(
-        [(site.weight.shape[1], site.weight.shape[0]) for site in sites],
+        [(site.shape[1], site.shape[0]) for site in sites],
         step_size=method.step_size,
         rank=method.rank,
         n_blocks=method.n_blocks,
@@ -205,7 +205,7 @@ def from_release(
     except (OSError, SafetensorError) as error:
         raise MalformedFile(f"{released}: not a readable safetensors file ({error})") from None
     sites = [_site_of(lm, name) for name in matrices]
-    shapes = [(site.weight.shape[1], site.weight.shape[0]) for site in sites]
+    shapes = [(site.shape[1], site.shape[0]) for site in sites]
     etas = tensors.get("edit_lrs") if step_sizes is None else torch.tensor(step_sizes)
     if etas is None or len(etas) != len(sites):
         found = "no edit_lrs" if etas is None else f"{len(etas)} step sizes"

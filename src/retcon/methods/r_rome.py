@@ -64,7 +64,7 @@ class RRome(OneFactSettings):
         def solve(layer: LayerProblem) -> Float[Tensor, "1 m"]:
             """u^T / (k* . u) with u = C^-1 k*."""
             k_star = layer.keys
-            device = layer.site.weight.device
+            device = layer.site.device
             u = whitened(k_star, layer.moment, factor=layer.factor, device=device) if self.use_moment else k_star
             return u.T / (k_star * u).sum()
 

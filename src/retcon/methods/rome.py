@@ -69,7 +69,7 @@ class Rome(OneFactSettings):
         def solve(layer: LayerProblem) -> Float[Tensor, "1 m"]:
             """u^T / (k . u) with u = C^-1 k*: divided by another key than it was made from."""
             k_star = layer.keys
-            device = layer.site.weight.device
+            device = layer.site.device
             u = whitened(k_star, layer.moment, factor=layer.factor, device=device) if self.use_moment else k_star
             bare, _ = mean_keys(lm, edits, Contexts(), Point(self.layer, "key"), "subject_last")
             k = bare.T.to(u)

@@ -29,12 +29,12 @@ class Nodes:
     def __init__(self, sites: Sequence[Site], kind: Kind) -> None:
         site = sites[0]
         self.sites, self.kind = sites, kind
-        out, into = site.weight.shape
+        out, into = site.shape
         self.of_each = into if kind == "columns" else out
         widths: dict[str, list[tuple[int, ...]]] = {"rows": [(into,)], "columns": [(out,)], "bias": [()]}
         if site.bias is not None:
             widths["rows"].append(())
-        self.index: Int[Tensor, " n"] = torch.empty(0, dtype=torch.long, device=site.weight.device)
+        self.index: Int[Tensor, " n"] = torch.empty(0, dtype=torch.long, device=site.device)
         self.tensors = [fresh(site, 0, *width) for width in widths[kind]]
         """(n, width) values, and for rows with a bias (n) values of that."""
 

@@ -269,10 +269,10 @@ Whole = TrainedDense | TrainedBias | TrainedParameter
 
 def whole(site: Site, *, bias: bool = True) -> list[Whole]:
     """All of a matrix, unchanged so far, and of its bias where it has one and that is wanted too."""
-    out, into = site.weight.shape
+    out, into = site.shape
     parts: list[Whole] = [TrainedDense(site, fresh(site, out, into))]
     if bias and site.bias is not None:
-        parts.append(TrainedBias(site, torch.arange(out, device=site.weight.device), fresh(site, out)))
+        parts.append(TrainedBias(site, torch.arange(out, device=site.device), fresh(site, out)))
     return parts
 
 
@@ -285,9 +285,8 @@ def whole_parameter(module: nn.Module, name: str) -> TrainedParameter:
 
 def fresh(site: Site, *shape: int) -> Tensor:
     """Zeros to be trained, on the site's device, in float32 or the weight's dtype where that is wider."""
-    weight = site.weight
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.zeros(shape, dtype=dtype, device=weight.device, requires_grad=True)
+    dtype = torch.promote_types(site.dtype, torch.float32)
+    return torch.zeros(shape, dtype=dtype, device=site.device, requires_grad=True)
 
 
 @contextmanager

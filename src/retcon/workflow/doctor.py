@@ -119,7 +119,7 @@ def _orientation(lm: LM) -> tuple[Outcome, str]:
             if not lm.has(layer, kind):
                 continue
             site = lm.site(layer, kind)
-            x = _random(5, site.weight.shape[1], site)
+            x = _random(5, site.shape[1], site)
             with torch.no_grad():
                 whole = site.module(x)
             found = whole if site.rows is None else whole[:, site.rows.to(whole.device)]
@@ -266,7 +266,7 @@ def _any_delta(lm: LM) -> Any:
             return found
     site = lm.site(lm.n_layers // 2, "o_proj")
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(n, 1, generator=generator) for n in site.weight.shape)
+    left, right = (torch.randn(n, 1, generator=generator) for n in site.shape)
     return lm.delta({site.name: [site.stored(left, right.T)]})
 
 
@@ -274,7 +274,7 @@ def _identity(lm: LM, layers: Any) -> GivenMoments:
     sites: list[Site] = []
     for layer in layers:
         sites += lm.expert_sites(layer) if is_routed(lm, layer, False) else [lm.site(layer, "down_proj")]
-    return GivenMoments({s.id: torch.eye(s.weight.shape[1]) for s in sites})
+    return GivenMoments({s.id: torch.eye(s.shape[1]) for s in sites})
 
 
 @contextmanager

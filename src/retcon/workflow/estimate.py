@@ -78,7 +78,7 @@ class StoredOrIdentity:
     def _identity(self, site: "Site") -> "Tensor":
         import torch
 
-        return torch.eye(site.weight.shape[1], dtype=torch.float64)
+        return torch.eye(site.shape[1], dtype=torch.float64)
 
 
 def _is_there(moments: "Moments", lm: "LM", site: "Site") -> bool:

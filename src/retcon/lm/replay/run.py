@@ -96,7 +96,7 @@ def _end_at(lm: LM, state: Replayable, at: Int[Tensor, " n"], stack: ExitStack) 
     """Run the last block's out-projection and MLP at these places only; elsewhere they give 0, which nothing reads."""
     layer = lm.n_layers - 1
     out = lm.site(layer, "o_proj").module
-    device = lm.site(layer, "o_proj").weight.device
+    device = lm.site(layer, "o_proj").device
     parts = [([out], out)]
     if lm.has(layer, "down_proj"):
         parts.append((mlp_entries(lm, layer), lm.site(layer, "down_proj").module))

@@ -121,7 +121,7 @@ class CostPerEdit:
         self.itemsize = lm.dtype.itemsize
         self.d_model, self.d_ff = lm.d_model, lm.d_ff
         with_keys = next((i for i in range(lm.n_layers) if lm.has(i, "k_proj")), None)
-        self.d_kv = lm.d_model if with_keys is None else lm.site(with_keys, "k_proj").weight.shape[0]
+        self.d_kv = lm.d_model if with_keys is None else lm.site(with_keys, "k_proj").shape[0]
         self.vocabulary = int(lm.config.vocab_size)
 
     def active_tokens(self, rows: EditRows) -> int:

@@ -175,8 +175,8 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
 
 def _zeros_at(lm: LM, point: Point, dtype: torch.dtype) -> Tensor:
     """A vector of the residual stream's width on the device of the point's block."""
-    weight = lm.site(point.layer, "o_proj").weight
-    return torch.zeros(weight.shape[0], dtype=dtype, device=weight.device, requires_grad=True)
+    place = lm.site(point.layer, "o_proj").device
+    return torch.zeros(lm.d_model, dtype=dtype, device=place, requires_grad=True)
 
 
 def _nll_by_row(log_p: Float[Tensor, "labels vocab"], rows: _Rows) -> Float[Tensor, " n_rewriting"]:

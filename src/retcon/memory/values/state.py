@@ -181,5 +181,4 @@ class SearchState:
 
 def _zeros(lm: LM, point: Point, n: int, dtype: torch.dtype) -> Float[Tensor, "n d_model"]:
     """Return vectors of the residual stream's width on the device of the point's block."""
-    weight = lm.site(point.layer, "o_proj").weight
-    return torch.zeros(n, weight.shape[0], dtype=dtype, device=weight.device)
+    return torch.zeros(n, lm.d_model, dtype=dtype, device=lm.site(point.layer, "o_proj").device)

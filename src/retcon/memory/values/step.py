@@ -231,7 +231,7 @@ class Recorded:
         )
 
     def _device(self, site: ValueSite) -> torch.device:
-        return self.lm.site(site.point.layer, "o_proj").weight.device
+        return self.lm.site(site.point.layer, "o_proj").device
 
     def logits(
         self, now: ActiveBatch, vectors: Sequence[Float[Tensor, "edits d"]]

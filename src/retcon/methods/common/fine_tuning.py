@@ -202,7 +202,7 @@ class FineTuning(TuningSettings):
             if isinstance(what, int):
                 n += sum(p.numel() for p in lm.block(what).parameters())
             else:
-                out, into = what.weight.shape
+                out, into = what.shape
                 n += out * into + (out if self.train_bias and what.bias is not None else 0)
         return n
 

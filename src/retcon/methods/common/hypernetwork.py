@@ -125,7 +125,7 @@ class HypernetworkSettings(Trainable):
 
     def n_fitted(self, lm: LM) -> int:
         """How many values `fit` trains."""
-        shapes = [tuple(site.weight.shape) for site in self.sites(lm)]
+        shapes = [tuple(site.shape) for site in self.sites(lm)]
         widths = [sum(shape) for shape in dict.fromkeys(shapes)]
         shared = sum(2 * min(self.rank, width) * width + width for width in widths)
         return self.n_blocks * (shared + 2 * sum(map(sum, shapes))) + self.n_by_matrix * len(shapes)
