@@ -5,7 +5,10 @@ Their numbers are on the CPU, so that results are the CPU's. As on a card, an op
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -64,10 +67,23 @@ class Card(TorchFunctionMode):
     ran: ClassVar[Counter[str]] = Counter()
     """Operators that ran on the card, by name; `_local_scalar_dense` is a number that the host waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, capability: tuple[int, int] = (9, 0), memory: int = 2**40) -> None:
+        """A card of this compute capability, with so many bytes of memory."""
         super().__init__()
         self.to_card = self.to_host = 0
         Card.ran = Counter()
+        self.named = ExitStack()
+        self.capability, self.about = capability, SimpleNamespace(total_memory=memory)
+
+    def __enter__(self) -> "Card":
+        self.named.enter_context(patch("torch.cuda.get_device_capability", lambda device: self.capability))
+        self.named.enter_context(patch("torch.cuda.get_device_properties", lambda device: self.about))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.named.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

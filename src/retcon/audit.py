@@ -16,7 +16,7 @@ from retcon.delta import Change, Delta, Dense, LowRank, Rows
 from retcon.edits import Edit
 from retcon.errors import DeltaMismatch
 from retcon.lm.model import LM
-from retcon.memory.solve import float64_place
+from retcon.memory.place import float64_place
 from retcon.version import __version__
 
 
@@ -113,7 +113,7 @@ def audit(
                 continue
             base.check_editable(name)
             difference = other.double() - ours.double()
-            where = float64_place(base.parameter(name).device)
+            where = float64_place(base.parameter(name).device, max(ours.shape))
             found.append(_difference(name, difference, ours, other, known, where))
             change, is_exact = _change(difference, ours, other, found[-1].rank, where)
             changes[name] = [change]

@@ -13,7 +13,7 @@ from retcon import world
 from retcon.edits import Edit
 from retcon.evaluation import evaluate
 from retcon.lm.model import LM
-from retcon.memory import capacity, keys, solve
+from retcon.memory import capacity, keys
 from retcon.memory.contexts import Contexts
 from retcon.memory.values import plan, schedule, search
 from retcon.methods.common import tuning
@@ -56,7 +56,6 @@ def put_on_card(model: nn.Module) -> None:
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    monkeypatch.setattr(solve, "good_at_float64", lambda device: True)
     monkeypatch.setattr(schedule, "CAPTURED", {})
     for module in (capacity, search, tuning):
         monkeypatch.setattr(module, "free_bytes", lambda device: 2**33)

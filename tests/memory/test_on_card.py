@@ -12,14 +12,13 @@ from retcon.delta import Dense, LowRank
 from retcon.memory import solve
 from retcon.methods.prune import singular_values
 from retcon.methods.rect import Rect
-from tests.card import CARD, Card, OnCard
+from tests.card import CARD, Card
 
 M = 40
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    monkeypatch.setattr(solve, "good_at_float64", lambda device: True)
+def card() -> Iterator[Card]:
     with Card() as card:
         yield card
 
@@ -98,10 +97,3 @@ def test_an_audit_counts_ranks_on_the_card(card: Card, randn: Callable[..., Tens
     difference = randn(30, 2) @ randn(2, 20)
     assert audit._rank(difference, torch.ones(1), CARD) == audit._rank(difference, torch.ones(1), solve.CPU) == 2
     assert "_linalg_svd" in card.ran
-
-
-def test_a_card_that_is_bad_at_float64_leaves_decompositions_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solve, "good_at_float64", lambda device: False)
-    assert solve.float64_place(CARD) == solve.CPU
-    assert solve.float64_place(torch.device("mps")) == solve.CPU  # which has no float64 at all
-    assert isinstance(OnCard(torch.ones(2)), Tensor)

@@ -13,7 +13,6 @@ from retcon.memory.solve import (
     ridge,
     ridge_direct,
     ridge_small,
-    solve_on,
     spd_solve,
 )
 
@@ -177,23 +176,6 @@ def test_a_zero_column_stays_zero_in_refinement(problem):
     assert x is not None
     assert not x[:, 0].any()
     assert_close(x, torch.linalg.solve(c, b))
-
-
-def test_a_card_without_room_leaves_the_solve_to_the_cpu(problem, monkeypatch):
-    _, _, c = problem
-    asked = []
-
-    def build(where):
-        asked.append(where.type)
-        if where.type == "cuda":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return c.clone()
-
-    monkeypatch.setattr(module, "good_at_float64", lambda device: device.type == "cpu")
-    b = torch.ones(12, 1, dtype=torch.float64)
-    monkeypatch.setattr(module, "refined_solve", lambda a, b: pytest.fail("there is no room"))
-    assert_close(solve_on(torch.device("cuda"), build, b), torch.linalg.solve(c, b))
-    assert asked == ["cuda", "cpu"]
 
 
 def test_the_factor_at_hand_is_used_and_gives_the_same(problem):

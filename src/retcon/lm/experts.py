@@ -86,9 +86,11 @@ _CHANGES: WeakKeyDictionary[nn.Module, list[Change]] = WeakKeyDictionary()
 def changed(module: nn.Module, changes: Sequence[Change]) -> Iterator[None]:
     """The experts with these changes while the scope lasts, after those that are in force already."""
     active = _CHANGES.setdefault(module, [])
-    handle = None if active else module.register_forward_hook(_changed_output, with_kwargs=True)
-    active.extend(changes)
+    handle = None
     try:
+        if not active:
+            handle = module.register_forward_hook(_changed_output, with_kwargs=True)
+        active.extend(changes)
         yield
     finally:
         for change in changes:

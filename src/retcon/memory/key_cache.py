@@ -14,7 +14,7 @@ from torch import Tensor
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.site import Site
-from retcon.memory.solve import float64_place
+from retcon.memory.place import float64_place
 
 _BASE, _KEYS = "base", "keys/"
 
@@ -59,7 +59,7 @@ def _joined(earlier: Tensor | None, fresh: Tensor, device: torch.device) -> Tens
         rows = torch.cat([earlier, fresh.to(torch.promote_types(earlier.dtype, fresh.dtype))])
     if len(rows) <= rows.shape[1]:
         return rows
-    there = rows.to(float64_place(device), torch.float64)
+    there = rows.to(float64_place(device, rows.shape[1]), torch.float64)
     return torch.linalg.qr(there, mode="r").R.to(rows.device)  # R^T R = sum of k k^T
 
 

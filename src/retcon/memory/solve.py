@@ -8,8 +8,6 @@ What is large is made when it is asked for: `moment` and `factor` are functions 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from time import perf_counter
 from typing import Literal
 
 import torch
@@ -17,10 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.errors import NonFinite
-from retcon.lm.batches import is_out_of_memory
+from retcon.memory.place import CPU, float64_place, good_at_float64, room, solve_place
 
 Build = Callable[[], Float[Tensor, "m m"]]
-CPU = torch.device("cpu")
 
 
 def ridge(
@@ -38,7 +35,7 @@ def ridge(
     Args:
         moment: returns C, float32 or float64.
         factor: returns C's Cholesky factor where it is at hand; used where the work is done on the CPU.
-        device: where the model is; see `solve_on`.
+        device: where the model is; see `memory/place.py`.
     """
     if 4 * k.shape[1] < k.shape[0]:
         return ridge_small(k, moment, weight, factor=factor, device=device)
@@ -66,7 +63,7 @@ def ridge_small(
     device: torch.device = CPU,
 ) -> Float[Tensor, "n m"]:
     """`ridge` by an (n x n) solve beside the factor of C: Y = C^-1 K, X^T = (lambda I + K^T Y)^-1 Y^T (Woodbury)."""
-    there = k.to(float64_place(device))
+    there = k.to(float64_place(device, len(k)))
     y = whitened(there, moment, factor=factor, device=device)
     inner = there.T @ y
     inner = (inner + inner.T) / 2
@@ -87,7 +84,7 @@ def ridge_of_experts(
         factors: return the Cholesky factors of C_e.
         device: where the model is; the work is done there if it is good at float64.
     """
-    where = float64_place(device)
+    where = float64_place(device, keys.shape[1])
     y = torch.zeros(keys.shape, dtype=keys.dtype, device=where)
     inner = torch.zeros(keys.shape[2], keys.shape[2], dtype=keys.dtype, device=where)
     known = keys.any(2).any(1).tolist()
@@ -107,51 +104,21 @@ def solve_on(
 ) -> Float[Tensor, "m n"]:
     """A^-1 B to float64's accuracy; the result is on B's device.
 
-    By `spd_solve` on the device where that is a CPU or a CUDA card that is good at float64; on other CUDA cards by
-    `refined_solve`. On the CPU where that does not reach its tolerance, where the card has no room, and for any other
-    device.
+    At `solve_place`: by `spd_solve` on a CPU or a card that is good at float64, on other cards by `refined_solve`, and
+    on the CPU where that does not reach its tolerance.
 
     Args:
         build: makes A afresh in float64 on the device it is given.
+
+    Raises:
+        OutOfMemory: the card has no room beside what else runs there.
     """
-    where = device if device.type == "cuda" else CPU
-    try:
+    where = solve_place(device, len(b))
+    with room(where, len(b)):
         if good_at_float64(where):
             return spd_solve(lambda: build(where), b.to(where)).to(b.device)
         x = refined_solve(build(where), b.to(where))
-    except RuntimeError as error:
-        if where == CPU or not is_out_of_memory(error):
-            raise
-        x = None
     return (spd_solve(lambda: build(CPU), b.to(CPU)) if x is None else x).to(b.device)
-
-
-def float64_place(device: torch.device) -> torch.device:
-    """Return where matrices of a model on `device` are decomposed: there, if it is good at float64, else the CPU."""
-    return device if device.type == "cuda" and good_at_float64(device) else CPU
-
-
-@cache
-def good_at_float64(device: torch.device) -> bool:
-    """Whether a float64 matrix product takes at most sixteen times a float32 one there, measured once.
-
-    Cards made for computing take 2 to 8 times (8 with TF32 allowed), others 32 to 128 times.
-    """
-    if device.type == "cpu":
-        return True
-
-    def seconds(dtype: torch.dtype) -> float:
-        x = torch.ones(2048, 2048, dtype=dtype, device=device)
-        took = []
-        for _ in range(3):
-            torch.cuda.synchronize(device)
-            started = perf_counter()
-            x @ x
-            torch.cuda.synchronize(device)
-            took.append(perf_counter() - started)
-        return min(took)
-
-    return seconds(torch.float64) <= 16 * seconds(torch.float32)
 
 
 def refined_solve(
@@ -226,20 +193,18 @@ def spd_solve(build: Build, b: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
 def cholesky(c: Float[Tensor, "m m"], device: torch.device = CPU) -> tuple[Float[Tensor, "m m"], float]:
     """L and j of C + j I = L L^T in float64, j the least jitter that makes C definite; on C's device.
 
-    Computed on `device` where that is a card that is good at float64 and has the room.
+    Computed at the `float64_place` of a model on `device`.
 
     0 nearly always; not where the text repeats itself so often that C is singular to its stored precision.
 
     Raises:
         NonFinite: C holds NaN or infinity, or is nothing like positive definite.
+        OutOfMemory: the card has no room beside what else runs there.
     """
-    if (where := float64_place(device)) not in (CPU, c.device):
-        try:
+    if (where := float64_place(device, len(c))) not in (CPU, c.device):
+        with room(where, len(c)):
             lower, jitter = cholesky(c.to(where))
             return lower.to(c.device), jitter
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
     for found in _factors(lambda: c.to(torch.float64, copy=True), _JITTERS):
         return found
     raise NonFinite("the second moment is far from positive definite, so it is none; collect it again")
@@ -302,7 +267,7 @@ def equality(
         c.diagonal().add_(identity_weight)
         return c
 
-    there = k.to(float64_place(device))
+    there = k.to(float64_place(device, len(k)))
     if identity_weight:
         x = solve_on(device, build, there)
     else:
@@ -359,8 +324,9 @@ def null_space(
     `absolute`: s < threshold; `trace`: the smallest ones, as long as their sum is under that share of C's trace;
     `rank`: that share of all, the smallest.
     """
-    where = float64_place(device)
-    s, u = torch.linalg.eigh(c.to(where, torch.float64))
+    where = float64_place(device, len(c))
+    with room(where, len(c)):
+        s, u = torch.linalg.eigh(c.to(where, torch.float64))
     if mode == "absolute":
         r = int((s < threshold).sum())
     elif mode == "trace":
@@ -384,7 +350,7 @@ def null_space_ridge(
     thinner), `auto` takes the smaller of the two; `released` is the authors' non-symmetric system by LU. All agree.
     """
     m, n = k.shape
-    where = float64_place(device)
+    where = float64_place(device, m)
     space = NullSpace(space.basis.to(where), space.complement)
     k_there = k.to(where)
     pk = space.project(k_there)

@@ -18,7 +18,7 @@ from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
-from retcon.memory.solve import CPU, float64_place
+from retcon.memory.place import CPU, float64_place
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State, recorded
 from retcon.methods.common.proposal import report_after
@@ -110,7 +110,7 @@ class Prune(Filter):
         base = lm.base_weight(name)
         if base.dim() != 2:
             return combined(changes, base.shape), 0
-        where = float64_place(lm.parameter(name).device)
+        where = float64_place(lm.parameter(name).device, max(base.shape))
         u, s, vh = singular_values(changes, base.shape, where)
         sigma = torch.linalg.matrix_norm(base.to(where, torch.float64), ord=2)
         above = int((s > sigma).sum())

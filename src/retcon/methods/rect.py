@@ -17,7 +17,7 @@ from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
-from retcon.memory.solve import float64_place
+from retcon.memory.place import float64_place
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State
 from retcon.methods.common.proposal import report_after
@@ -105,7 +105,7 @@ class Rect(Filter):
 
     def filtered(self, update: Tensor, weight: Tensor, keep_percent: float) -> Tensor:
         """`update` with all but its relatively largest entries zero; any orientation."""
-        where = float64_place(weight.device)
+        where = float64_place(weight.device, max(weight.shape))
         size = weight.abs() if self.denominator == "absolute" else weight
         relative = (update.abs().to(where, torch.float64) / (size.to(where, torch.float64) + self.eps)).flatten()
         chosen = self._chosen(relative, keep_percent).view_as(update).to(update.device)
