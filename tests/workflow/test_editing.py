@@ -73,7 +73,7 @@ def test_a_method_without_moments_reads_no_corpus(facts: workflow.Facts) -> None
 def test_an_empty_file_of_facts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text(FACTS)
     with pytest.raises(InvalidSetting, match="nothing to edit"):
-        workflow.read_facts(tmp_path / "none.jsonl", start=5)
+        workflow.read_facts(tmp_path / "none.jsonl", workflow.Reading(start=5))
 
 
 def test_a_filter_is_given_the_moments_that_its_base_method_may_have(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from retcon.cli.shell import (
     styled,
 )
 from retcon.errors import InvalidSetting
-from retcon.workflow.facts import read_facts
+from retcon.workflow.facts import Reading, read_facts
 
 if TYPE_CHECKING:
     from retcon.audit import Audit
@@ -70,7 +70,7 @@ def audit(
         check_not_an_input(delta, [*(explain or []), *([facts] if facts else [])])
         if delta.exists() and not force:
             raise InvalidSetting(f"{delta} exists; name another file, or replace it with --force")
-    asked = read_facts(facts, limit=limit, conflicts="drop").edits if facts is not None else ()
+    asked = read_facts(facts, Reading(limit=limit, conflicts="drop")).edits if facts is not None else ()
     known = load_deltas(explain or [])
     lm = load_model(base, device=device, dtype=dtype or "auto", verify_base=verify_base)
     other = load_model(edited, device=device, dtype=dtype or "auto", verify_base=verify_base)

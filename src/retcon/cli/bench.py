@@ -10,8 +10,8 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
+from retcon.cli.facts import FileFormat
 from retcon.cli.shell import (
-    FileFormat,
     Json,
     On,
     VerifyBase,

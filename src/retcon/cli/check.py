@@ -9,20 +9,14 @@ import typer
 from rich.table import Table
 
 from retcon.cli.complete import CHAT_TOKENS, PLAIN_TOKENS
+from retcon.cli.facts import reads_facts
 from retcon.cli.shell import (
-    AsChat,
-    CaseTarget,
     Device,
     DType,
-    FileFormat,
     Json,
     Model,
     On,
-    OnError,
-    System,
-    TemplateArgs,
     VerifyBase,
-    chat_of,
     check_can_write,
     check_not_an_input,
     console,
@@ -38,7 +32,7 @@ from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
 from retcon.files import check_exists
 from retcon.workflow.checking import TITLES, check_report_name, load_edited, verdict_line, write_verdict
-from retcon.workflow.facts import read_facts
+from retcon.workflow.facts import Reading, read_facts
 
 if TYPE_CHECKING:
     from retcon.evaluation.safety import Answer, Verdict
@@ -53,6 +47,7 @@ _MARKS = {
 
 
 @loads_a_model
+@reads_facts("it")
 def check(
     model: Model,
     cases: Annotated[
@@ -95,14 +90,8 @@ def check(
         Path | None,
         typer.Option(metavar="FILE", help="Write the verdict: .html, .md, or .xml for JUnit.", show_default=False),
     ] = None,
-    file_format: FileFormat = None,
-    on_error: OnError = "stop",
-    case_target: CaseTarget = "new",
-    as_chat: AsChat = False,
-    system: System = None,
-    template_args: TemplateArgs = None,
-    start: Annotated[int, typer.Option(min=0, help="Rows of it to pass over.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of it to read; all.", show_default=False)] = None,
+    *,
+    reading: Reading,
     text: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Held-out text; plain paragraphs of the package's own.", show_default=False),
@@ -137,17 +126,7 @@ def check(
         check_report_name(report)
         check_can_write(report)
         check_not_an_input(report, [cases, *(delta or []), *([text] if text else [])])
-    chat = chat_of(as_chat, system, template_args)
-    asked = read_facts(
-        cases,
-        start=start,
-        limit=limit,
-        conflicts="drop",
-        file_format=file_format,
-        on_error=on_error,
-        case_target=case_target,
-        chat=chat,
-    )
+    asked = read_facts(cases, reading)
     if text is not None:
         check_exists(text)
 
@@ -164,7 +143,7 @@ def check(
                 served,
                 asked.cases,
                 thresholds=limits,
-                max_tokens=CHAT_TOKENS if chat else PLAIN_TOKENS,
+                max_tokens=CHAT_TOKENS if reading.chat else PLAIN_TOKENS,
                 on_progress=lambda done, of: advance("asking", done, of),
             )
         about = f"{model} at {url}; {asked.about}"

@@ -2,32 +2,26 @@
 
 import shlex
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from retcon.cli.facts import reads_facts
 from retcon.cli.moments import check_corpus
 from retcon.cli.shell import (
-    AsChat,
     Assignments,
-    CaseTarget,
     Device,
     DType,
-    FileFormat,
     Json,
     Model,
     On,
-    OnError,
     Preset,
     PresetsOf,
     Seed,
     Shrink,
-    System,
-    TemplateArgs,
     VerifyBase,
-    chat_of,
     check_can_write,
     check_not_an_input,
     console,
@@ -62,7 +56,7 @@ from retcon.workflow import (
     state_after,
     write_facts,
 )
-from retcon.workflow.facts import Conflicts, Facts
+from retcon.workflow.facts import Conflicts, Facts, Reading
 
 if TYPE_CHECKING:
     from retcon.evaluation import Evaluation
@@ -72,6 +66,7 @@ if TYPE_CHECKING:
 
 
 @loads_a_model
+@reads_facts("EDITS")
 def edit(
     model: Model,
     edits: Annotated[
@@ -120,14 +115,8 @@ def edit(
             show_default=False,
         ),
     ] = None,
-    file_format: FileFormat = None,
-    on_error: OnError = "stop",
-    case_target: CaseTarget = "new",
-    as_chat: AsChat = False,
-    system: System = None,
-    template_args: TemplateArgs = None,
-    start: Annotated[int, typer.Option(min=0, help="Rows of EDITS to pass over.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of EDITS to read; all.", show_default=False)] = None,
+    *,
+    reading: Reading,
     conflicts: Annotated[
         Conflicts, typer.Option(help="When edits contradict each other: refuse, or keep the first or the last.")
     ] = "error",
@@ -182,17 +171,7 @@ def edit(
     given = read_settings(method, dataset=dataset, preset=preset, assignments=assigned)
     if layers and "layers" in given:
         raise InvalidSetting("--layers probe and --set layers=... both say which layers to edit; give one of them")
-    chat = chat_of(as_chat, system, template_args)
-    facts = read_facts(
-        edits,
-        start=start,
-        limit=limit,
-        conflicts=conflicts,
-        file_format=file_format,
-        on_error=on_error,
-        case_target=case_target,
-        chat=chat,
-    )
+    facts = read_facts(edits, replace(reading, conflicts=conflicts))
     if corpus is not None:
         check_corpus(corpus)
     show = console(stderr=as_json)
@@ -206,7 +185,7 @@ def edit(
     else:
         kept_in.checkout(lm)
     loading = time.perf_counter() - started
-    facts = facts_that_fit(lm, facts, on_error)
+    facts = facts_that_fit(lm, facts, reading.on_error)
     with spinner("probing for layers" if layers else "choosing settings"):
         resolved = resolve(
             lm, method, dataset=dataset, preset=preset, given=given, edits=facts.edits, probe=layers is not None
@@ -283,7 +262,7 @@ def edit(
     if as_json:
         emit(_record(model, resolved, made, out, seed, took, measured))
     else:
-        how = "" if chat is None else " --chat"
+        how = "" if reading.chat is None else " --chat"
         ask = f"{program()} complete {shlex.quote(model)} PROMPT --delta {shlex.quote(str(out))}{how}"
         show.print(styled("[dim]try    {}[/]", ask), soft_wrap=True)
     if made.n_took < require * n:

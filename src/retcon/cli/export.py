@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
+from retcon.cli.facts import CaseTarget, OnError
 from retcon.cli.shell import (
-    CaseTarget,
     Device,
     DType,
     Json,
     Model,
-    OnError,
     OtherBase,
     VerifyBase,
     console,
@@ -27,7 +26,7 @@ from retcon.cli.shell import (
     styled,
 )
 from retcon.errors import InvalidSetting
-from retcon.workflow.facts import read_facts
+from retcon.workflow.facts import Reading, read_facts
 
 if TYPE_CHECKING:
     from retcon.edits import Case
@@ -109,9 +108,10 @@ def export(
     wanted = _rank(rank)
     asked: Sequence[Case] = ()
     if cases is not None:
-        asked = read_facts(
-            cases, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error, case_target=case_target
-        ).cases
+        reading = Reading(
+            limit=limit, conflicts="drop", file_format=file_format, on_error=on_error, case_target=case_target
+        )
+        asked = read_facts(cases, reading).cases
     deltas = load_deltas(delta)
     lm = load_model(model, device=device, dtype=dtype or "auto", verify_base=verify_base)
     for each in deltas:

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from retcon.cli.edit import FileFormat, OnError
+from retcon.cli.facts import reads_facts
 from retcon.cli.shell import (
-    AsChat,
     Assignments,
     Device,
     DType,
@@ -18,9 +17,6 @@ from retcon.cli.shell import (
     Preset,
     PresetsOf,
     Seed,
-    System,
-    TemplateArgs,
-    chat_of,
     check_can_write,
     check_not_an_input,
     console,
@@ -36,10 +32,12 @@ from retcon.cli.shell import (
 from retcon.cli.tables import settings_table
 from retcon.errors import InvalidSetting, how_to_install
 from retcon.workflow import read_facts, read_settings, resolve
+from retcon.workflow.facts import Reading
 from retcon.workflow.fitting import check_trainable, draw_curve, fit_editor, memory_needed
 
 
 @loads_a_model
+@reads_facts("CASES")
 def fit(
     model: Model,
     cases: Annotated[
@@ -56,13 +54,8 @@ def fit(
     dataset: PresetsOf = None,
     preset: Preset = None,
     assignments: Assignments = None,
-    file_format: FileFormat = None,
-    on_error: OnError = "stop",
-    as_chat: AsChat = False,
-    system: System = None,
-    template_args: TemplateArgs = None,
-    start: Annotated[int, typer.Option(min=0, help="Rows of CASES to pass over.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of CASES to read; all.", show_default=False)] = None,
+    *,
+    reading: Reading,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at FILE.")] = False,
     seed: Seed = 0,
     device: Device = None,
@@ -80,10 +73,7 @@ def fit(
     if out.exists() and not force:
         raise InvalidSetting(f"{out} is there already; name another file, or give --force to replace it")
     given = read_settings(method, dataset=dataset, preset=preset, assignments=assignments or ())
-    chat = chat_of(as_chat, system, template_args)
-    facts = read_facts(
-        cases, start=start, limit=limit, conflicts="drop", file_format=file_format, on_error=on_error, chat=chat
-    )
+    facts = read_facts(cases, reading)
     show = console(stderr=as_json)
     lm = load_model(model, device=device, dtype=dtype)
     resolved = resolve(lm, method, dataset=dataset, preset=preset, given=given)

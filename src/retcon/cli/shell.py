@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, ConsoleOptions
@@ -119,19 +119,6 @@ On = Annotated[
     ),
 ]
 OtherBase = Annotated[bool, typer.Option("--other-base", help="Apply deltas made for other weights than these.")]
-FileFormat = Annotated[
-    str | None,
-    typer.Option("--format", metavar="NAME", help="What kind of file that is; by its fields.", show_default=False),
-]
-OnError = Annotated[
-    Literal["stop", "skip"],
-    typer.Option("--on-error", help="When a row cannot be used: refuse the file, or leave the row out."),
-]
-CaseTarget = Annotated[
-    Literal["new", "alt"],
-    typer.Option("--case-target", help="The answer to write: the row's new one, or its alternative (field alt)."),
-]
-
 AsChat = Annotated[
     bool, typer.Option("--chat", help="Put prompts to a chat model: as the user's turn in its tokenizer's template.")
 ]

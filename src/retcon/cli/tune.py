@@ -7,20 +7,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from retcon.cli.edit import FileFormat, OnError
+from retcon.cli.facts import reads_facts
 from retcon.cli.shell import (
-    AsChat,
-    CaseTarget,
     Device,
     DType,
     Json,
     Model,
     On,
     Seed,
-    System,
-    TemplateArgs,
     VerifyBase,
-    chat_of,
     console,
     count,
     emit,
@@ -31,11 +26,13 @@ from retcon.cli.shell import (
 )
 from retcon.cluster import workers, working_on
 from retcon.workflow import facts_that_fit, moments_for, read_facts, read_settings
+from retcon.workflow.facts import Reading
 from retcon.workflow.tuning import Trial, Tuned, save_preset
 from retcon.workflow.tuning import tune as search
 
 
 @loads_a_model
+@reads_facts("CASES")
 def tune(
     model: Model,
     cases: Annotated[
@@ -69,14 +66,8 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    file_format: FileFormat = None,
-    on_error: OnError = "stop",
-    case_target: CaseTarget = "new",
-    as_chat: AsChat = False,
-    system: System = None,
-    template_args: TemplateArgs = None,
-    start: Annotated[int, typer.Option(min=0, help="Rows of CASES to pass over.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of CASES to read; all.", show_default=False)] = None,
+    *,
+    reading: Reading,
     on: On = "local",
     seed: Seed = 0,
     device: Device = None,
@@ -90,19 +81,9 @@ def tune(
     """
     place = workers(on)
     given = read_settings(method, dataset=None, preset=None, assignments=assignments or ())
-    chat = chat_of(as_chat, system, template_args)
-    facts = read_facts(
-        cases,
-        start=start,
-        limit=limit,
-        conflicts="drop",
-        file_format=file_format,
-        on_error=on_error,
-        case_target=case_target,
-        chat=chat,
-    )
+    facts = read_facts(cases, reading)
     lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
-    facts = facts_that_fit(lm, facts, on_error)
+    facts = facts_that_fit(lm, facts, reading.on_error)
     show = console(stderr=as_json)
     show.print(styled("[bold]{}[/] on {}", method, lm))
     show.print(f"facts     {facts.about}", soft_wrap=True)

@@ -65,13 +65,13 @@ def verify(
     own prompt never gave its answer fails too; other checks that never passed are counted.
     """
     from retcon.store.verify import verify as run
-    from retcon.workflow import read_facts
+    from retcon.workflow import Reading, read_facts
 
     for path in (junit, markdown, html):
         if path is not None:
             check_can_write(path)
             check_not_an_input(path, [stay] if stay is not None else [])
-    must_stay = read_facts(stay, conflicts="drop").cases if stay is not None else ()
+    must_stay = read_facts(stay, Reading(conflicts="drop")).cases if stay is not None else ()
     found = open_store(store)
     if entry is not None:
         found.state(entry)

@@ -10,7 +10,7 @@ Nothing here prints; what takes long says how far it is through `progress(stage,
 
 from retcon.workflow.editing import Made, check_replaces_its_like, outcomes, remedy, state_after, write_facts
 from retcon.workflow.estimate import Estimate, estimate
-from retcon.workflow.facts import Facts, facts_that_fit, read_facts
+from retcon.workflow.facts import Facts, Reading, facts_that_fit, read_facts
 from retcon.workflow.moments import moments_for, needed_moments
 from retcon.workflow.settings import Resolved, read_settings, resolve
 
@@ -18,6 +18,7 @@ __all__ = [
     "Estimate",
     "Facts",
     "Made",
+    "Reading",
     "Resolved",
     "check_replaces_its_like",
     "estimate",

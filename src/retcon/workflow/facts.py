@@ -27,22 +27,31 @@ class Facts:
     """One line: the file, its format, how many facts were read and left out."""
 
 
-def read_facts(
-    path: str | Path,
-    *,
-    start: int = 0,
-    limit: int | None = None,
-    conflicts: Conflicts = "error",
-    file_format: str | None = None,
-    on_error: OnError = "stop",
-    case_target: CaseTarget = "new",
-    chat: Chat | None = None,
-) -> Facts:
-    """Facts from a file of any format; what was left out, and fields that nobody knows, are warned of.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a file of facts is read."""
 
-    Args:
-        case_target: `alt` takes the rows' alternative answers, their field `alt`, as the new ones.
-        chat: puts all prompts as turns of a chat; None: as the file has them.
+    start: int = 0
+    """Rows to pass over."""
+    limit: int | None = None
+    """Rows to read; None: all."""
+    conflicts: Conflicts = "error"
+    """Which rows to keep where some contradict each other: none, the first or the last."""
+    file_format: str | None = None
+    """None: found by the file's fields."""
+    on_error: OnError = "stop"
+    """What happens where a row cannot be used: the file is refused, or the row left out."""
+    case_target: CaseTarget = "new"
+    """`alt` takes the rows' alternative answers, their field `alt`, as the new ones."""
+    chat: Chat | None = None
+    """Puts all prompts as turns of a chat; None: as the file has them."""
+
+
+PLAIN = Reading()
+
+
+def read_facts(path: str | Path, reading: Reading = PLAIN) -> Facts:
+    """Facts from a file of any format; what was left out, and fields that nobody knows, are warned of.
 
     Raises:
         MalformedFile, ConflictingEdits: the message names file, row and field.
@@ -52,19 +61,19 @@ def read_facts(
 
     cases, report = read_cases(
         path,
-        file_format,  # type: ignore[arg-type]  # an unknown one is refused by name
-        start=start,
-        limit=limit,
-        conflicts=conflicts,
-        on_error=on_error,
-        case_target=case_target,
+        reading.file_format,  # type: ignore[arg-type]  # an unknown one is refused by name
+        start=reading.start,
+        limit=reading.limit,
+        conflicts=reading.conflicts,
+        on_error=reading.on_error,
+        case_target=reading.case_target,
     )
     for hint in report.hints():
         warnings.warn(f"{path}: {hint}; kept, and not used", RetconWarning, stacklevel=2)
     if report.refused:
         warnings.warn(f"{path}: left out {report.refusals()}", RetconWarning, stacklevel=2)
-    if chat is not None:
-        cases = in_chat(cases, chat)
+    if reading.chat is not None:
+        cases = in_chat(cases, reading.chat)
     facts = Facts(tuple(e for c in cases for e in c.edits), tuple(cases), report.summary())
     if not facts.edits:
         raise InvalidSetting(f"nothing to edit: {report}")

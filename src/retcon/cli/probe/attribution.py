@@ -6,20 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
+from retcon.cli.facts import reads_facts
+from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write
 from retcon.cli.shell import (
-    AsChat,
-    CaseTarget,
     Device,
     DType,
-    FileFormat,
     Json,
     Model,
-    OnError,
     Seed,
-    System,
-    TemplateArgs,
-    chat_of,
     console,
     count,
     emit,
@@ -28,6 +22,7 @@ from retcon.cli.shell import (
     progress_bars,
     styled,
 )
+from retcon.workflow.facts import Reading
 
 if TYPE_CHECKING:
     from retcon.edits import Edit
@@ -35,17 +30,12 @@ if TYPE_CHECKING:
 
 
 @loads_a_model
+@reads_facts("FILE", limit=20)
 def attribution(
     model: Model,
     cases: Cases = None,
-    start: Start = 0,
-    file_format: FileFormat = None,
-    on_error: OnError = "stop",
-    case_target: CaseTarget = "new",
-    as_chat: AsChat = False,
-    system: System = None,
-    template_args: TemplateArgs = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 20,
+    *,
+    reading: Reading,
     modules: Annotated[str, typer.Option(help="Matrices, separated by commas; any of q, k, v, o, gate, up, down.")] = (
         "down"
     ),
@@ -74,9 +64,7 @@ def attribution(
     of two facts are, of one relation and of two (STEM-overlap.png).
     """
     check_stem(out, cases)
-    edits, source = facts(
-        model, cases, start, limit, seed, file_format, on_error, case_target, chat_of(as_chat, system, template_args)
-    )
+    edits, source = facts(model, cases, reading, seed)
     lm = load_model(model, device=device, dtype=dtype)
 
     import torch

@@ -6,20 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, left_out, write
+from retcon.cli.facts import reads_facts
+from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, write
 from retcon.cli.shell import (
-    AsChat,
-    CaseTarget,
     Device,
     DType,
-    FileFormat,
     Json,
     Model,
-    OnError,
     Seed,
-    System,
-    TemplateArgs,
-    chat_of,
     check_can_write,
     check_not_an_input,
     console,
@@ -33,6 +27,7 @@ from retcon.cli.shell import (
 )
 from retcon.errors import InvalidSetting
 from retcon.files import check_exists
+from retcon.workflow.facts import Reading
 
 if TYPE_CHECKING:
     from retcon.edits import Edit
@@ -40,17 +35,12 @@ if TYPE_CHECKING:
 
 
 @loads_a_model
+@reads_facts("FILE", limit=1_000)
 def contrast(
     model: Model,
     cases: Cases = None,
-    start: Start = 0,
-    file_format: FileFormat = None,
-    on_error: OnError = "stop",
-    case_target: CaseTarget = "new",
-    as_chat: AsChat = False,
-    system: System = None,
-    template_args: TemplateArgs = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 1000,
+    *,
+    reading: Reading,
     modules: Annotated[bool, typer.Option("--modules", help="Read attention and MLP outputs as well.")] = False,
     sets: Annotated[
         Path | None,
@@ -93,9 +83,7 @@ def contrast(
     if records is not None:
         check_can_write(records)
         check_not_an_input(records, [path for path in (cases, sets, corpus, stopwords) if path is not None])
-    edits, source = facts(
-        model, cases, start, limit, seed, file_format, on_error, case_target, chat_of(as_chat, system, template_args)
-    )
+    edits, source = facts(model, cases, reading, seed)
     word_sets = _word_sets(edits, sets, corpus, stopwords)
     lm = load_model(model, device=device, dtype=dtype)
 

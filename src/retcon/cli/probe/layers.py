@@ -7,20 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, left_out, write
+from retcon.cli.facts import reads_facts
+from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, write
 from retcon.cli.shell import (
-    AsChat,
-    CaseTarget,
     Device,
     DType,
-    FileFormat,
     Json,
     Model,
-    OnError,
     Seed,
-    System,
-    TemplateArgs,
-    chat_of,
     console,
     emit,
     load_model,
@@ -29,23 +23,19 @@ from retcon.cli.shell import (
     progress_bars,
     styled,
 )
+from retcon.workflow.facts import Reading
 
 if TYPE_CHECKING:
     from retcon.locate import Advice, Choice
 
 
 @loads_a_model
+@reads_facts("FILE", limit=1_000)
 def layers(
     model: Model,
     cases: Cases = None,
-    start: Start = 0,
-    file_format: FileFormat = None,
-    on_error: OnError = "stop",
-    case_target: CaseTarget = "new",
-    as_chat: AsChat = False,
-    system: System = None,
-    template_args: TemplateArgs = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 1000,
+    *,
+    reading: Reading,
     final_norm: Annotated[
         bool, typer.Option("--final-norm/--no-final-norm", help="How states are read: as the model does, or the paper.")
     ] = True,
@@ -61,9 +51,7 @@ def layers(
     stable the choice is over resampled facts, and says when it is weak.
     """
     check_stem(out, cases)
-    edits, source = facts(
-        model, cases, start, limit, seed, file_format, on_error, case_target, chat_of(as_chat, system, template_args)
-    )
+    edits, source = facts(model, cases, reading, seed)
     lm = load_model(model, device=device, dtype=dtype)
 
     from retcon.locate import Rule, advise, contrast_probe, figures

@@ -5,20 +5,14 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
+from retcon.cli.facts import reads_facts
+from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write
 from retcon.cli.shell import (
-    AsChat,
-    CaseTarget,
     Device,
     DType,
-    FileFormat,
     Json,
     Model,
-    OnError,
     Seed,
-    System,
-    TemplateArgs,
-    chat_of,
     console,
     emit,
     load_model,
@@ -26,22 +20,18 @@ from retcon.cli.shell import (
     spinner,
     styled,
 )
+from retcon.workflow.facts import Reading
 
 Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight", "random"]
 
 
 @loads_a_model
+@reads_facts("FILE", limit=100)
 def paths(
     model: Model,
     cases: Cases = None,
-    start: Start = 0,
-    file_format: FileFormat = None,
-    on_error: OnError = "stop",
-    case_target: CaseTarget = "new",
-    as_chat: AsChat = False,
-    system: System = None,
-    template_args: TemplateArgs = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 100,
+    *,
+    reading: Reading,
     score: Annotated[Score, typer.Option(help="What makes a node critical.")] = "z_abs",
     select: Annotated[Literal["rank_aligned", "k_best"], typer.Option(help="How nodes become paths.")] = "rank_aligned",
     positive: Annotated[int, typer.Option(min=1, help="Paths of highest score.")] = 15,
@@ -64,9 +54,7 @@ def paths(
     Draws the scores of their nodes, layer by layer; all nodes of all paths are in STEM.json.
     """
     check_stem(out, cases)
-    edits, source = facts(
-        model, cases, start, limit, seed, file_format, on_error, case_target, chat_of(as_chat, system, template_args)
-    )
+    edits, source = facts(model, cases, reading, seed)
     lm = load_model(model, device=device, dtype=dtype)
 
     from retcon.locate import paths as located

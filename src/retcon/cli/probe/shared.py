@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,12 +11,11 @@ from retcon.cli.shell import check_can_write, check_not_an_input, finite, spinne
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.files import write_atomically
-from retcon.workflow.facts import read_facts
+from retcon.workflow.facts import Reading, read_facts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from retcon.chat import Chat
     from retcon.lm.model import LM
 
 Cases = Annotated[
@@ -25,7 +24,6 @@ Cases = Annotated[
         metavar="FILE", help="Facts: a file that `retcon edit` reads; the embedded models' own.", show_default=False
     ),
 ]
-Start = Annotated[int, typer.Option(min=0, help="Rows of FILE to pass over.")]
 Out = Annotated[str, typer.Option(metavar="STEM", help="Files to write: STEM.png, STEM.svg, STEM.json.")]
 
 
@@ -45,13 +43,8 @@ def check_stem(stem: str, *inputs: Path | None) -> None:
 def facts(
     model: str,
     cases: Path | None,
-    start: int,
-    limit: int,
+    reading: Reading,
     seed: int,
-    file_format: str | None = None,
-    on_error: Literal["stop", "skip"] = "stop",
-    case_target: Literal["new", "alt"] = "new",
-    chat: "Chat | None" = None,
 ) -> tuple[list[Edit], str]:
     """Edits to probe with, and a line about them.
 
@@ -64,18 +57,10 @@ def facts(
 
         if not model.startswith(DEMO):
             raise InvalidSetting(f"which facts shall {model} be probed with? Give a file of them: --cases FILE")
-        drawn = world.cases(start + limit, seed=seed)[start:]
+        assert reading.limit is not None  # each probe has a number
+        drawn = world.cases(reading.start + reading.limit, seed=seed)[reading.start :]
         return [case.edits[0] for case in drawn], f"the embedded world: {len(drawn):,} facts, seed {seed}"
-    asked = read_facts(
-        cases,
-        start=start,
-        limit=limit,
-        conflicts="drop",
-        file_format=file_format,
-        on_error=on_error,
-        case_target=case_target,
-        chat=chat,
-    )
+    asked = read_facts(cases, reading)
     return list(asked.edits), asked.about.replace(str(cases), cases.name)
 
 

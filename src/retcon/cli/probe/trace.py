@@ -6,20 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from retcon.cli.probe.shared import Cases, Out, Start, about, check_stem, facts, write
+from retcon.cli.facts import reads_facts
+from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write
 from retcon.cli.shell import (
-    AsChat,
-    CaseTarget,
     Device,
     DType,
-    FileFormat,
     Json,
     Model,
-    OnError,
     Seed,
-    System,
-    TemplateArgs,
-    chat_of,
     console,
     count,
     emit,
@@ -28,23 +22,19 @@ from retcon.cli.shell import (
     progress_bars,
     styled,
 )
+from retcon.workflow.facts import Reading
 
 if TYPE_CHECKING:
     from retcon.locate import Traces
 
 
 @loads_a_model
+@reads_facts("FILE", limit=10)
 def trace(
     model: Model,
     cases: Cases = None,
-    start: Start = 0,
-    file_format: FileFormat = None,
-    on_error: OnError = "stop",
-    case_target: CaseTarget = "new",
-    as_chat: AsChat = False,
-    system: System = None,
-    template_args: TemplateArgs = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows of FILE to read.")] = 10,
+    *,
+    reading: Reading,
     kinds: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,9 +79,7 @@ def trace(
         corruption=corruption,
         seed=seed,
     )
-    edits, source = facts(
-        model, cases, start, limit, seed, file_format, on_error, case_target, chat_of(as_chat, system, template_args)
-    )
+    edits, source = facts(model, cases, reading, seed)
     lm = load_model(model, device=device, dtype=dtype)
 
     from retcon.locate import figures

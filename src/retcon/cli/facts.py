@@ -1,0 +1,69 @@
+"""The options of verbs that read a file of facts."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, Literal
+
+import typer
+
+from retcon.cli.shell import AsChat, System, TemplateArgs, chat_of
+from retcon.workflow.facts import Reading
+
+FileFormat = Annotated[
+    str | None,
+    typer.Option("--format", metavar="NAME", help="What kind of file that is; by its fields.", show_default=False),
+]
+OnError = Annotated[
+    Literal["stop", "skip"],
+    typer.Option("--on-error", help="When a row cannot be used: refuse the file, or leave the row out."),
+]
+CaseTarget = Annotated[
+    Literal["new", "alt"],
+    typer.Option("--case-target", help="The answer to write: the row's new one, or its alternative (field alt)."),
+]
+
+
+def reads_facts(file: str, *, limit: int | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb, in the place of its argument `reading`, the options that say how its file of facts is read.
+
+    Of rows that contradict each other the first is kept; a verb with another mind replaces that.
+
+    Args:
+        file: what the verb calls the file.
+        limit: rows to read where the user names no number; None: all.
+    """
+    start = Annotated[int, typer.Option(min=0, help=f"Rows of {file} to pass over.")]
+    if limit is None:
+        rows: Any = typer.Option(min=1, help=f"Rows of {file} to read; all.", show_default=False)
+    else:
+        rows = typer.Option(min=1, help=f"Rows of {file} to read.")
+    options: dict[str, tuple[Any, Any]] = {
+        "file_format": (FileFormat, None),
+        "on_error": (OnError, "stop"),
+        "case_target": (CaseTarget, "new"),
+        "as_chat": (AsChat, False),
+        "system": (System, None),
+        "template_args": (TemplateArgs, None),
+        "start": (start, 0),
+        "limit": (Annotated[int | None if limit is None else int, rows], limit),
+    }
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        @wraps(verb)
+        def with_options(**given: Any) -> None:
+            own = {name: given.pop(name) for name in options}
+            chat = chat_of(*(own.pop(name) for name in ("as_chat", "system", "template_args")))
+            verb(**given, reading=Reading(**own, conflicts="drop", chat=chat))
+
+        parameters = []
+        for name, parameter in inspect.signature(verb).parameters.items():
+            if name == "reading":
+                parameters += [parameter.replace(name=n, default=d, annotation=a) for n, (a, d) in options.items()]
+            else:
+                parameters.append(parameter)
+        with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}  # typer reads both
+        return with_options
+
+    return decorate
