@@ -12,7 +12,7 @@ from retcon.chat import Chat
 from retcon.errors import InvalidSetting
 from retcon.evaluation.writing import PRESETS
 from retcon.lm import generate as module
-from retcon.lm.generate import Writing, Written, generate
+from retcon.lm.generate import WriteBatch, Writing, Written, generate
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, encode_turns
 from tests.conftest import FAMILIES, tiny_model, tokenizer
@@ -92,19 +92,19 @@ def test_sampled_text_depends_on_its_own_seed_only(tiny: Make, untouched: Callab
 def test_memory_running_out_halves_the_batch(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny(n_layers=1)
     how = Writing(max_new_tokens=3, stops=())
-    wanted, sizes, real = generate(lm, PROMPTS, how), [], module._write_batch
+    wanted, sizes, real = generate(lm, PROMPTS, how), [], WriteBatch.__call__
 
-    def scarce(lm: LM, rows: Any, *more: Any) -> Any:
-        sizes.append(len(rows))
-        if len(rows) > 1:
+    def scarce(self: WriteBatch, lm: LM, items: Any) -> Any:
+        sizes.append(len(items))
+        if len(items) > 1:
             raise torch.OutOfMemoryError("no room")
-        return real(lm, rows, *more)
+        return real(self, lm, items)
 
-    monkeypatch.setattr(module, "_write_batch", scarce)
+    monkeypatch.setattr(WriteBatch, "__call__", scarce)
     assert generate(lm, PROMPTS, how) == wanted
     assert sizes[0] == 4
     assert sizes.count(1) == 4
-    monkeypatch.setattr(module, "_write_batch", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    monkeypatch.setattr(WriteBatch, "__call__", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     with pytest.raises(torch.OutOfMemoryError):
         generate(lm, PROMPTS[:1], how)
 

@@ -37,7 +37,8 @@ def names(found: list[object]) -> set[tuple[str, str]]:
 def test_a_search_is_one_thing_and_everything_has_a_size(cache: Path) -> None:
     found = kept_files()
     assert names(found) == {
-        *(("values", "run"), ("fingerprints", ".safetensors"), ("moments", ".safetensors"), ("passes", ".partial"))
+        *(("values", "run"), ("fingerprints", ".safetensors"), ("passes", ".partial")),
+        *(("moments", ".safetensors"), ("moments", ".derived")),
     }
     assert len(found) == 5
     on_disk = sum(p.stat().st_size for p in cache.rglob("*") if p.is_file())
@@ -55,7 +56,11 @@ def test_an_empty_cache_holds_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_pruning_takes_what_is_damaged_and_nothing_else(cache: Path) -> None:
     assert prune() == []
-    for path in (cache / "values/run/one.safetensors", *cache.glob("moments/*.safetensors")):
+    for path in (
+        cache / "values/run/one.safetensors",
+        *cache.glob("moments/*.safetensors"),
+        *cache.glob("moments/*.derived"),
+    ):
         whole = path.read_bytes()
         path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
     assert {each.kind for each in prune()} == {"values", "moments"}

@@ -38,9 +38,10 @@ from retcon.evaluation.plan import (
     rows_now,
     subject_of,
 )
+from retcon.evaluation.questions import Question, ask_questions
 from retcon.evaluation.records import Record, Status, When
 from retcon.evaluation.results import Evaluation
-from retcon.evaluation.score import Question, TokenScore, ask_questions, score_rows
+from retcon.evaluation.score import TokenScore, score_rows
 from retcon.evaluation.writing import PRESETS
 from retcon.lm.decoding import remembers
 from retcon.lm.generate import Writing, Written, generate, most_tokens

@@ -14,9 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.lm.batches import MAX_BATCH_TOKENS, shared_in_batches
-from retcon.lm.decoding import Prompts, pads
 from retcon.lm.forward import logits_at
-from retcon.lm.generate import Writing, Written, write_after
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 
@@ -105,7 +103,7 @@ def score_rows(
     Args:
         on_progress: called after every batch with the inputs done and the inputs in all.
     """
-    inputs, carrier = _fewest_inputs([row.ids[:-1] for row in rows])  # the last token predicts nothing we want
+    inputs, carrier = fewest_inputs([row.ids[:-1] for row in rows])  # the last token predicts nothing we want
     carried: list[list[int]] = [[] for _ in inputs]
     for i, longest_row in enumerate(carrier):
         carried[longest_row].append(i)
@@ -148,7 +146,7 @@ def _score_batch(lm: LM, items: Sequence[Input]) -> list[list[TokenScore]]:
 
     at = torch.tensor(list(places), device=lm.device)  # (n, 2)
     batch = pad([Row(ids, len(ids)) for ids, _ in items], lm.device)
-    found = _Read(logits_at(lm, batch, (at[:, 0], at[:, 1]))).at(list(zip(wanted, gold, strict=True)))
+    found = LogitReader(logits_at(lm, batch, (at[:, 0], at[:, 1]))).at(list(zip(wanted, gold, strict=True)))
     logp, pred = zip(*found, strict=True)
 
     results, start = [], 0
@@ -161,107 +159,7 @@ def _score_batch(lm: LM, items: Sequence[Input]) -> list[list[TokenScore]]:
     return results
 
 
-# --- prompts that are run once ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt, answers to score after it, and how the model shall write its own."""
-
-    prompt: tuple[int, ...]
-    rows: tuple[Row, ...]
-    """The prompt with an answer each."""
-    writing: Writing
-    limit: int
-    """Most tokens to write, at least one."""
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest row of it."""
-        return len(self.prompt) + max([self.limit, *(len(row.target_ids) - 1 for row in self.rows)])
-
-
-Reply = tuple[list[TokenScore], Written]
-"""Scores of a question's rows, and what the model has written."""
-
-
-def ask_questions(
-    lm: LM,
-    questions: Sequence[Question],
-    *,
-    max_batch_tokens: int = MAX_BATCH_TOKENS,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[Reply]:
-    """Score and write what is asked; each prompt is run once, whatever comes after it (`retcon.lm.decoding`).
-
-    Args:
-        on_progress: called after every batch with the questions done and the questions in all.
-    """
-    together = pads(lm)
-    with lm.frozen_eval():
-        return shared_in_batches(
-            lm,
-            AskBatch(),
-            questions,
-            [question.length for question in questions],
-            max_tokens=max_batch_tokens,
-            kinds=None if together else [len(question.prompt) for question in questions],
-            on_progress=on_progress,
-        )
-
-
-@dataclass(frozen=True)
-class AskBatch:
-    """The replies to a batch of questions, as work that can be sent elsewhere."""
-
-    def __call__(self, lm: LM, items: Sequence[Question]) -> list[Reply]:
-        """Return a reply per question."""
-        with lm.frozen_eval(), torch.inference_mode():
-            prompts = Prompts(lm, [question.prompt for question in items])
-            scores = _scores_after(prompts, items)
-            rows = [Row(question.prompt, len(question.prompt)) for question in items]
-            hows, limits = [question.writing for question in items], [question.limit for question in items]
-            return list(zip(scores, write_after(prompts, rows, limits, hows, sorted(lm.end_tokens)), strict=True))
-
-
-def _scores_after(prompts: Prompts, questions: Sequence[Question]) -> list[list[TokenScore]]:
-    """Return the scores of every question's rows."""
-    which: list[int] = []
-    tokens: list[tuple[int, ...]] = []
-    begins: list[dict[tuple[int, ...], int]] = []  # per question: answer -> where logits after its tokens begin
-    n = 0
-    for k, question in enumerate(questions):
-        inputs = [row.target_ids[:-1] for row in question.rows]
-        fewest, carrier = _fewest_inputs([ids for ids in inputs if ids])
-        starts = []
-        for ids in fewest:
-            starts.append(n)
-            n += len(ids)
-        which += [k] * len(fewest)
-        tokens += fewest
-        begins.append(dict(zip((ids for ids in inputs if ids), (starts[c] for c in carrier), strict=True)))
-    first = _Read(prompts.logits)
-    later = _Read(prompts.after(which, tokens)) if tokens else first
-    at_first: list[tuple[int, int]] = []
-    at_later: list[tuple[int, int]] = []
-    for k, question in enumerate(questions):
-        for row in question.rows:
-            gold = row.target_ids
-            at_first.append((k, gold[0]))
-            at_later += [(begins[k][gold[:-1]] + j, token) for j, token in enumerate(gold[1:])]
-    firsts, laters = iter(first.at(at_first)), iter(later.at(at_later))
-    found = []
-    for question in questions:
-        scores = []
-        for row in question.rows:
-            read = [next(firsts), *(next(laters) for _ in row.target_ids[1:])]
-            logp, pred = zip(*read, strict=True)
-            scores.append(TokenScore(logp, pred, row.target_ids, row.boundary_merge))
-        found.append(scores)
-    return found
-
-
-class _Read:
+class LogitReader:
     """Log-probabilities and choices read from logits."""
 
     def __init__(self, logits: Float[Tensor, "n vocab"]) -> None:
@@ -278,7 +176,7 @@ class _Read:
         return list(zip(logp.tolist(), self.best[row].tolist(), strict=True))
 
 
-def _fewest_inputs(inputs: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
+def fewest_inputs(inputs: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
     """The fewest rows of which every given one is a prefix, and which of them carries each.
 
     Attention is causal, so a prefix of a row is computed with the row: a prompt asked with two one-token targets is run

@@ -170,23 +170,12 @@ class WriteBatch:
     def __call__(self, lm: LM, items: Sequence[tuple[Row, int, int | None]]) -> list[Written]:
         """Return a text per item (prompt, most tokens to write, seed)."""
         rows, limits, seeds = (list(column) for column in zip(*items, strict=True))
+        draw = None if self.how.sample_top_k is None else _Draw(self.how, seeds)
         with lm.frozen_eval(), torch.inference_mode():
-            return _write_batch(lm, rows, limits, self.how, sorted(lm.end_tokens), seeds)
-
-
-def _write_batch(
-    lm: LM,
-    rows: Sequence[Row],
-    limits: Sequence[int],
-    how: Writing,
-    ends: Sequence[int],
-    seeds: Sequence[int | None],
-) -> list[Written]:
-    if not remembers(lm):
-        return _write_by_transformers(lm, rows, limits, how, ends, seeds)
-    draw = None if how.sample_top_k is None else _Draw(how, [seed for seed in seeds if seed is not None])
-    prompts = Prompts(lm, [row.ids for row in rows])
-    return write_after(prompts, rows, limits, [how] * len(rows), ends, draw)
+            if not remembers(lm):
+                return _write_by_transformers(lm, rows, limits, self.how, draw)
+            prompts = Prompts(lm, [row.ids for row in rows])
+            return write_after(prompts, rows, limits, [self.how] * len(rows), sorted(lm.end_tokens), draw)
 
 
 def write_after(
@@ -244,16 +233,12 @@ class _Over:
 
 
 def _write_by_transformers(
-    lm: LM,
-    rows: Sequence[Row],
-    limits: Sequence[int],
-    how: Writing,
-    ends: Sequence[int],
-    seeds: Sequence[int | None],
+    lm: LM, rows: Sequence[Row], limits: Sequence[int], how: Writing, draw: "_Draw | None"
 ) -> list[Written]:
+    """Return the texts of a model with a recurrent state, of which transformers' `generate` takes care."""
     from transformers import GenerationConfig
 
-    batch = pad(rows, lm.device, side="left")
+    batch, ends = pad(rows, lm.device, side="left"), sorted(lm.end_tokens)
     start = batch.ids.shape[1]
     settings = GenerationConfig(
         do_sample=False,
@@ -263,8 +248,8 @@ def _write_by_transformers(
     )
     parts = [_Parts(lm.tokenizer, how, _opened(lm.tokenizer, row) if how.chat else None) for row in rows]
     more: dict[str, Any] = {"stopping_criteria": [_Stop(parts, start)]} if how.stops else {}
-    if how.sample_top_k is not None:
-        more["logits_processor"] = [_Draw(how, [seed for seed in seeds if seed is not None])]
+    if draw is not None:
+        more["logits_processor"] = [draw]
     with _own_settings(lm), unplanned_attention():
         out = lm.model.generate(batch.ids, attention_mask=batch.mask.long(), generation_config=settings, **more)
     written = zip(parts, out[:, start:], limits, strict=True)
@@ -370,10 +355,10 @@ class _Stop:
 class _Draw:
     """Leaves one token per row: drawn from the likeliest, by a generator of the row's own."""
 
-    def __init__(self, how: Writing, seeds: Sequence[int]) -> None:
+    def __init__(self, how: Writing, seeds: Sequence[int | None]) -> None:
         assert how.sample_top_k is not None
         self.k, self.temperature, self.top_p = how.sample_top_k, how.temperature, how.top_p
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds if seed is not None]
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         chosen = torch.tensor(self.chosen(scores, range(len(scores))), device=scores.device)[:, None]

@@ -44,6 +44,7 @@ UNSEALED = "retcon-moments-2"
 COMPUTATION = 1
 """Raised only when a pass over the same text gives other moments."""
 DERIVED = Kind("matrices made from a second moment", format=1, computation=1)
+DERIVED_SUFFIX = ".derived"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class MomentKey:
     def file_of(self, what: str) -> Path:
         """Where something made from this moment is kept."""
         digest = hashlib.sha256(what.encode()).hexdigest()[:12]
-        return cache_dir() / "moments" / f"{self._digest}-{digest}.safetensors"
+        return cache_dir() / "moments" / f"{self._digest}-{digest}{DERIVED_SUFFIX}"
 
     @property
     def _digest(self) -> str:

@@ -10,28 +10,24 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from retcon.edits import Case, Edit, same_question
+from retcon.edits import Case, same_question
 from retcon.errors import InvalidSetting, RetconError
 from retcon.store import Entry, Store
+from retcon.web.listing import N_ROWS, Listing, listed
+from retcon.web.maps import LayerMap, contrast_map, trace_map
+from retcon.web.pasted import pasted_cases
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
-    from retcon.store.index import Line
     from retcon.store.verify import Check, Verification
     from retcon.workflow import Estimate
 
 JobState = Literal["waiting", "running", "done", "failed", "cancelled"]
 N_JOBS, N_ANSWERS = 20, 12
 """Jobs and answers that are remembered."""
-N_ROWS, MAX_ROWS = 100, 1000
-"""Facts in force that the page shows at first, and at most; a filter finds the others."""
-MAX_DRAFT = 2**22
-"""Characters of pasted facts."""
 
 
 class Cancelled(BaseException):
@@ -88,38 +84,6 @@ class Conflict:
     prompt: str
     now: str
     wanted: str
-
-
-@dataclass(frozen=True)
-class LayerMap:
-    """Values per row and layer, for a map whose cells can be chosen."""
-
-    title: str
-    rows: tuple[str, ...]
-    values: tuple[tuple[float, ...], ...]
-
-    def shade(self, row: int, layer: int) -> int:
-        """0 to 100, by the largest value in the map."""
-        top = max((abs(v) for line in self.values for v in line), default=0.0) or 1.0
-        return round(100 * max(0.0, self.values[row][layer]) / top)
-
-
-Order = Literal["applied", "newest", "prompt", "answer"]
-"""How the facts in force are sorted: as applied, the other way round, or by the alphabet."""
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The facts in force that a browser asked for."""
-
-    shown: "tuple[Line, ...]"
-    n_found: int
-    n_all: int
-
-    @property
-    def more(self) -> int:
-        """How many to ask for next; 0 where all are shown, or as many as can be."""
-        return min(len(self.shown) + N_ROWS, MAX_ROWS) if len(self.shown) < min(self.n_found, MAX_ROWS) else 0
 
 
 @dataclass
@@ -252,32 +216,14 @@ class Session:
     # --- facts ---------------------------------------------------------------------------------------------------
 
     def add_facts(self, text: str) -> str:
-        """Add facts to the draft: JSON lines, a JSON list, CSV, or lines `prompt | subject | answer`.
+        """Add facts to the draft, as `pasted.pasted_cases` reads them.
 
         Those whose question a fact in force answers otherwise become `conflicts`, to be amended.
 
         Raises:
             RetconError: the text cannot be read, or a fact contradicts another one of the draft.
         """
-        from retcon.workflow import read_facts
-
-        if len(text) > MAX_DRAFT:
-            raise InvalidSetting(f"{len(text):,} characters of facts; put that many into a file (retcon edit)")
-        rows = text.strip()
-        if not rows:
-            raise InvalidSetting("no facts were given")
-        is_json = rows[0] == "[" or (rows[0] == "{" and rows[1:].lstrip().startswith('"'))  # not a prompt's {}
-        if not is_json and "|" in rows.splitlines()[0]:
-            cases = [_from_line(line, i) for i, line in enumerate(rows.splitlines(), 1) if line.strip()]
-        else:
-            suffix = ".jsonl" if is_json else ".csv"
-            with TemporaryDirectory() as folder:
-                path = Path(folder) / f"pasted{suffix}"
-                path.write_text(rows + "\n", encoding="utf-8")
-                try:
-                    cases = list(read_facts(path).cases)
-                except RetconError as error:
-                    raise type(error)(str(error).replace(str(path), "the facts")) from None
+        cases = pasted_cases(text)
         fresh, conflicts, n_known = [], [], 0
         answered = self.store.questions()
         for case in cases:
@@ -451,25 +397,8 @@ class Session:
         return found
 
     def facts(self, words: str = "", order: str = "applied", rows: int = N_ROWS) -> Listing:
-        """The facts in force in the state that is shown.
-
-        Args:
-            words: each of them is in a fact's prompt, its answer or its id, in any case.
-            order: an `Order`; another word is the first one.
-            rows: how many, between `N_ROWS` and `MAX_ROWS`.
-        """
-        lines = self.store.facts(self.viewing)
-        wanted = words.casefold().split()
-        found = [
-            line
-            for line in lines
-            if not wanted or all(w in f"{line.prompt}\n{line.target}\n{line.fact}".casefold() for w in wanted)
-        ]
-        if order == "newest":
-            found.reverse()
-        elif order in ("prompt", "answer"):
-            found.sort(key=lambda line: (line.prompt if order == "prompt" else line.target).casefold())
-        return Listing(tuple(found[: max(N_ROWS, min(rows, MAX_ROWS))]), len(found), len(lines))
+        """The facts in force in the state that is shown; the arguments are those of `listing.listed`."""
+        return listed(self.store.facts(self.viewing), words, order, rows)
 
     def _undoing(self, entry: Entry, slots: Mapping[str, str | None]) -> str | None:
         """The entry to revert so that `entry` is in force again."""
@@ -602,7 +531,7 @@ class Session:
             edits = [edit for case in cases for edit in case.edits][:100]
             hear = self.heard(job)
             with self.store.at(lm, "base"):
-                self.maps = [_traced(lm, edits, hear) if trace else _contrast(lm, edits, hear)]
+                self.maps = [trace_map(lm, edits, hear) if trace else contrast_map(lm, edits, hear)]
             return self.maps[0].title
 
         return self.submit("trace" if trace else "contrast", run)
@@ -644,41 +573,8 @@ def _layers(settings: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _from_line(line: str, number: int) -> Case:
-    """A fact from `prompt | subject | answer`."""
-    from retcon.edits import Query
-
-    parts = [part.strip() for part in line.split("|")]
-    if len(parts) != 3:
-        raise InvalidSetting(f"line {number}: expected prompt | subject | answer, found {len(parts)} parts")
-    edit = Edit(parts[0], parts[1] or None, parts[2])
-    return Case(edit.id, (edit,), (Query("rewrite/0", "rewrite", edit.text, edit.target_new),))
-
-
 def _chat(lm: "LM", prompt: str) -> str:
     if getattr(lm.tokenizer, "chat_template", None) is None:
         raise InvalidSetting("the model's tokenizer has no chat template; ask without it")
     messages = [{"role": "user", "content": prompt}]
     return str(lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
-def _contrast(lm: "LM", edits: Sequence[Edit], hear: Callable[[str, int, int], None]) -> LayerMap:
-    from retcon.locate.advice import layer_contrast
-    from retcon.locate.contrast import contrast_probe
-
-    found = contrast_probe(lm, edits, norms=(True,), progress=lambda done, total: hear("probing", done, total))
-    rows = [layer_contrast(found, where, final_norm=True).mean(0).tolist() for where in ("subject_last", "prediction")]
-    title = f"Contrast of {len(found)} facts: where the true answer gains on the new one"
-    return LayerMap(title, ("subject's last token", "prediction position"), tuple(map(tuple, rows)))
-
-
-def _traced(lm: "LM", edits: Sequence[Edit], hear: Callable[[str, int, int], None]) -> LayerMap:
-    from retcon.locate.tracing.causal import causal_trace
-
-    if not edits:
-        raise InvalidSetting("no facts to trace; add some first")
-    known = [replace(edit, target_true=None) for edit in edits[:1]]
-    trace = causal_trace(lm, known, progress=lambda done, total: hear("tracing", done, total)).traces[0]
-    effect = trace.indirect("block")
-    title = f"Causal trace of {known[0].text!r}: how much of {trace.answer!r} each state brings back"
-    return LayerMap(title, trace.tokens, tuple(tuple(row) for row in effect.tolist()))

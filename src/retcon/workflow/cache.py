@@ -82,10 +82,10 @@ def _files(path: Path) -> list[Path]:
 def _is_damaged(path: Path, kind: str) -> bool:
     """Whether a file of the cache is not what its checksum says."""
     from retcon.checked import read_intact
-    from retcon.memory.moments import load_moment, moment_keys
+    from retcon.memory.moments import DERIVED_SUFFIX, load_moment, moment_keys
 
     try:
-        if kind == "moments" and "-" not in path.stem:
+        if kind == "moments" and path.suffix != DERIVED_SUFFIX:
             for key in moment_keys(path):
                 load_moment(path, key)
         else:

@@ -1,0 +1,44 @@
+"""Facts that were pasted into the page."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from retcon.edits import Case, Edit, Query
+from retcon.errors import InvalidSetting, RetconError
+from retcon.workflow import read_facts
+
+MAX_DRAFT = 2**22
+"""Characters of pasted facts."""
+
+
+def pasted_cases(text: str) -> list[Case]:
+    """Read JSON lines, a JSON list, CSV, or lines `prompt | subject | answer`.
+
+    Raises:
+        RetconError: the text cannot be read; the message calls it "the facts".
+    """
+    if len(text) > MAX_DRAFT:
+        raise InvalidSetting(f"{len(text):,} characters of facts; put that many into a file (retcon edit)")
+    rows = text.strip()
+    if not rows:
+        raise InvalidSetting("no facts were given")
+    is_json = rows[0] == "[" or (rows[0] == "{" and rows[1:].lstrip().startswith('"'))  # not a prompt's {}
+    if not is_json and "|" in rows.splitlines()[0]:
+        return [_from_line(line, i) for i, line in enumerate(rows.splitlines(), 1) if line.strip()]
+    suffix = ".jsonl" if is_json else ".csv"
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"pasted{suffix}"
+        path.write_text(rows + "\n", encoding="utf-8")
+        try:
+            return list(read_facts(path).cases)
+        except RetconError as error:
+            raise type(error)(str(error).replace(str(path), "the facts")) from None
+
+
+def _from_line(line: str, number: int) -> Case:
+    """A fact from `prompt | subject | answer`."""
+    parts = [part.strip() for part in line.split("|")]
+    if len(parts) != 3:
+        raise InvalidSetting(f"line {number}: expected prompt | subject | answer, found {len(parts)} parts")
+    edit = Edit(parts[0], parts[1] or None, parts[2])
+    return Case(edit.id, (edit,), (Query("rewrite/0", "rewrite", edit.text, edit.target_new),))
