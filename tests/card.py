@@ -11,10 +11,13 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
+
+from retcon.lm.model import LM
+from tests.conftest import tiny_model, tokenizer
 
 CARD = torch.device("cuda:0")
 
@@ -123,3 +126,21 @@ class Card(TorchFunctionMode):
             self.to_host += 1
             inner = x.held  # type: ignore[attr-defined]
             return (inner.to(*args, **kwargs) if args or kwargs else inner).clone()
+
+
+def put_on_card(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(OnCard(parameter.detach().clone()))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else OnCard(buffer.detach().clone())
+
+
+def both() -> tuple[LM, LM]:
+    """A model on the CPU, and the same on the card."""
+    here, model = (tiny_model("gptj", torch.float32) for _ in range(2))
+    put_on_card(model)
+    there = LM(model, tokenizer("gpt"), name="tiny")
+    vars(there)["not_editable"] = {}  # tensors of the card have no address by which it could be told
+    return LM(here, tokenizer("gpt"), name="tiny"), there

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import retcon
 from retcon import world
@@ -17,7 +16,7 @@ from retcon.memory import capacity, keys
 from retcon.memory.contexts import Contexts
 from retcon.memory.values import plan, schedule, search
 from retcon.methods.common import tuning
-from tests.card import Card, OnCard
+from tests.card import Card, both
 from tests.conftest import random_moments, tiny_model, tokenizer
 
 EDITS = [
@@ -45,15 +44,6 @@ AT_MOST = {"kne": (2, 10), "ctp": (2, 10)}
 """Of a step more: numbers that come to the host or that it waits for, and tensors that go to the card."""
 
 
-def put_on_card(model: nn.Module) -> None:
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(OnCard(parameter.detach().clone()))
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else OnCard(buffer.detach().clone())
-
-
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     monkeypatch.setattr(schedule, "CAPTURED", {})
@@ -63,15 +53,6 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
         monkeypatch.setattr(module, "planned_bytes", lambda lm: 2**33)
     with Card() as card:
         yield card
-
-
-def both() -> tuple[LM, LM]:
-    """A model on the CPU, and the same on the card."""
-    here, model = (tiny_model("gptj", torch.float32) for _ in range(2))
-    put_on_card(model)
-    there = LM(model, tokenizer("gpt"), name="tiny")
-    vars(there)["not_editable"] = {}  # tensors of the card have no address by which it could be told
-    return LM(here, tokenizer("gpt"), name="tiny"), there
 
 
 def proposed(lm: LM, name: str, **more: Any) -> Any:

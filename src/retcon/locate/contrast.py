@@ -199,11 +199,11 @@ def contrast_probe(
             answers[group] = torch.tensor([_answers(lm, kept[i], int(said[i])) for i in group])
             sets = [as_tokens.of(kept[i], int(answers[i, 0])) if as_tokens else [] for i in group]
             size[group, 2:] = torch.tensor([[len(tokens) for tokens in of] for of in sets], dtype=torch.long)
-            for p, point in enumerate(points):
-                for n, final_norm in enumerate(norms):
-                    for w in range(len(positions)):
-                        ranks, probs = _read(lm, states[point][:, w], answers[group], sets, final_norm)
-                        mean_rank[group, w, p, n], sum_prob[group, w, p, n] = ranks, probs
+            place = lens.place(lm)
+            stacked = torch.stack([states[point].to(place) for point in points], 2)
+            for n, final_norm in enumerate(norms):
+                ranks, probs = _read(lm, stacked, answers[group], sets, final_norm)
+                mean_rank[group, :, :, n], sum_prob[group, :, :, n] = ranks, probs
             return [None] * len(group)
 
         def hear(done: int, _: int) -> None:
@@ -274,27 +274,46 @@ def _states(
 
 def _read(
     lm: LM,
-    states: Float[Tensor, "n d_model"],
-    answers: Int[Tensor, "n 2"],
+    states: Float[Tensor, "rows positions points d_model"],
+    answers: Int[Tensor, "rows 2"],
     sets: Sequence[Sequence[Int[Tensor, " _"]]],
     final_norm: bool,
-) -> tuple[Float[Tensor, "n sets"], Float[Tensor, "n sets"]]:
-    """Mean rank and summed probability of the two answers and of each row's word sets; NaN for an empty set."""
-    mean_rank = torch.full((len(states), 2 + len(sets[0])), torch.nan, dtype=torch.float64)
-    sum_prob = mean_rank.clone()
-    for part, logits in lens.in_chunks(lm, states, final_norm=final_norm):
+) -> tuple[Float[Tensor, "rows positions points sets"], Float[Tensor, "rows positions points sets"]]:
+    """Mean rank and summed probability of the two answers and of each row's word sets; NaN for an empty set.
+
+    What is found comes to the host once, for all states together.
+    """
+    words, held = _padded(sets)
+    row = torch.arange(len(states)).repeat_interleave(states[0, ..., 0].numel()).to(states.device)
+    answers, words, held = (tensor.to(states.device) for tensor in (answers, words, held))
+    found = []
+    for part, logits in lens.in_chunks(lm, states.flatten(0, 2), final_norm=final_norm):
+        at = row[part]
         prob = logits.softmax(1)
-        if not torch.isfinite(prob).all():
-            raise NonFinite("a probability is NaN or infinite; load the model in a wider dtype")
-        two = answers[part].to(logits.device)
-        mean_rank[part, :2] = lens.rank_of(logits, two).double().cpu()
-        sum_prob[part, :2] = prob.gather(1, two).double().cpu()
+        rank, summed = lens.rank_of(logits, answers[at]).double(), prob.gather(1, answers[at]).double()
         if sets[0]:
-            rank = lens.ranks(logits)
-            for i, of_row in enumerate(sets[part]):
-                for k, tokens in enumerate(of_row):
-                    if len(tokens):
-                        tokens = tokens.to(logits.device)
-                        mean_rank[part.start + i, 2 + k] = rank[i, tokens].double().mean().cpu()
-                        sum_prob[part.start + i, 2 + k] = prob[i, tokens].double().sum().cpu()
-    return mean_rank, sum_prob
+            their_rank = lens.ranks(logits).gather(1, words[at].flatten(1)).view_as(words[at]).double()
+            their_prob = prob.gather(1, words[at].flatten(1)).view_as(words[at]).double()
+            size = held[at].sum(2)
+            rank = torch.cat([rank, their_rank.where(held[at], 0.0).sum(2) / size], 1)
+            of_sets = their_prob.where(held[at], 0.0).sum(2)
+            summed = torch.cat([summed, of_sets.where(size > 0, torch.nan)], 1)
+        found.append(torch.stack([rank, summed]))
+    ranks, probs = torch.cat(found, 1).cpu().unflatten(1, states.shape[:3])
+    if not torch.isfinite(probs[..., :2]).all():
+        raise NonFinite("a probability is NaN or infinite; load the model in a wider dtype")
+    return ranks, probs
+
+
+def _padded(
+    sets: Sequence[Sequence[Int[Tensor, " _"]]],
+) -> tuple[Int[Tensor, "rows sets most"], Bool[Tensor, "rows sets most"]]:
+    """Tokens of every row's sets, filled up with zeros, and which of them are of the set."""
+    most = max((len(tokens) for of_row in sets for tokens in of_row), default=0)
+    words = torch.zeros(len(sets), len(sets[0]), most, dtype=torch.long)
+    held = torch.zeros_like(words, dtype=torch.bool)
+    for i, of_row in enumerate(sets):
+        for k, tokens in enumerate(of_row):
+            words[i, k, : len(tokens)] = tokens
+            held[i, k, : len(tokens)] = True
+    return words, held

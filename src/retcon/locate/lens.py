@@ -48,6 +48,11 @@ def in_chunks(
         yield part, project(lm, states[part], final_norm=final_norm)
 
 
+def place(lm: LM) -> torch.device:
+    """Where logits are made."""
+    return _weight(lm.head).device
+
+
 def vocabulary(lm: LM) -> int:
     """Tokens that the head knows."""
     return _weight(lm.head).shape[0]

@@ -116,9 +116,9 @@ def _per_token(
             with scope as batch:
                 log_p = log_probs(logits_at(lm, batch, places))
             (g,) = torch.autograd.grad(gold(log_p, list(labels) * m).exp().sum() / m, [leaf])
-        found.append((a * g.view(m, *a.shape).sum(0)).cpu())
-        activations.append(a.cpu())
-    return torch.stack(found, 1), torch.stack(activations, 1)
+        found.append((a * g.view(m, *a.shape).sum(0)).to(lm.device))
+        activations.append(a.to(lm.device))
+    return torch.stack(found, 1).cpu(), torch.stack(activations, 1).cpu()
 
 
 def _module(lm: LM, layer: int, neuron: Neuron) -> tuple[nn.Module, Int[Tensor, " d_ff"] | None]:

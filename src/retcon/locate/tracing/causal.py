@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from inspect import signature
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,15 @@ from retcon.lm.prompts import Batch
 from retcon.locate.embeddings import changing_embeddings
 from retcon.locate.tracing.cells import Cell, cell_of, taps_of, trimmed
 from retcon.locate.tracing.packing import replayed_logits
-from retcon.locate.tracing.prompt import PROJECTIONS, Prompt, corrupting, embedding_deviation, prepare, probability
+from retcon.locate.tracing.prompt import (
+    PROJECTIONS,
+    Prompt,
+    corrupting,
+    embedding_deviation,
+    finite,
+    prepare,
+    probability,
+)
 from retcon.locate.tracing.traces import Trace, Traces, Tracing
 
 
@@ -76,10 +84,11 @@ def trace_prompt(lm: LM, edit: Edit, prompt: Prompt, settings: Tracing) -> Trace
     if settings.replayed:
         cells = [seen for cell in cells if (seen := trimmed(lm, cell, n - 1)).clean]
     scores = {k: torch.full((n, lm.n_layers), prompt.low, dtype=torch.float64) for k in settings.kinds}
-    for group in _groups(prompt, cells, settings):
-        prob = probability(_logits(lm, prompt, group, settings), prompt.answer, edit)
-        for cell, score in zip(group, prob.view(len(group), settings.samples).mean(1).tolist(), strict=True):
-            scores[cell.kind][cell.token, cell.layer] = score
+    groups = _groups(prompt, cells, settings)
+    prob = [probability(_logits(lm, prompt, group, settings), prompt.answer) for group in groups]
+    found = finite(torch.cat(prob), edit).view(-1, settings.samples).mean(1).tolist() if prob else []
+    for cell, score in zip(chain.from_iterable(groups), found, strict=True):
+        scores[cell.kind][cell.token, cell.layer] = score
     tokenizer = lm.tokenizer
     return Trace(
         id=edit.id,

@@ -92,7 +92,7 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
                 stack.callback(hook.remove)
         logits = logits_at(lm, Inputs((len(rows), len(row.ids)), inputs), (rows, last), hooks)
     answer = int(logits[0].argmax())
-    prob = probability(logits, answer, edit)
+    prob = finite(probability(logits, answer), edit)
     if edit.target_true and encode_edit(lm.tokenizer, edit, answer=edit.target_true).target_ids[0] != answer:
         return None
     return Prompt(
@@ -150,9 +150,19 @@ def corrupting(
     return corrupt
 
 
-def probability(logits: Float[Tensor, "n vocab"], answer: int, edit: Edit) -> Float[Tensor, " n"]:
+def probability(logits: Float[Tensor, "n vocab"], answer: int) -> Float[Tensor, " n"]:
+    """Of the answer, in float64, where the logits are."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    prob = (logits[:, answer] - logits.logsumexp(-1)).exp().double().cpu()
+    return (logits[:, answer] - logits.logsumexp(-1)).exp().double()
+
+
+def finite(prob: Float[Tensor, " n"], edit: Edit) -> Float[Tensor, " n"]:
+    """Probabilities, on the CPU.
+
+    Raises:
+        NonFinite: one is NaN or infinite.
+    """
+    prob = prob.cpu()
     if not torch.isfinite(prob).all():
         raise NonFinite(f"edit {edit.id!r} ({edit.subject!r}): a probability is NaN or infinite; load a wider dtype")
     return prob
