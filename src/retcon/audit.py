@@ -95,17 +95,17 @@ def audit(
     Raises:
         DeltaMismatch: the two are no models of one shape, or differ in a parameter that shares its memory.
     """
-    theirs = dict(edited.model.named_parameters())
+    theirs = {name for name, _ in edited.model.named_parameters()}
     names = [name for name, _ in base.model.named_parameters()]
-    if set(names) != set(theirs):
-        odd = sorted(set(names) ^ set(theirs))
+    if set(names) != theirs:
+        odd = sorted(set(names) ^ theirs)
         raise DeltaMismatch(f"the models have other parameters ({odd[0]}, ...); an audit compares two of one shape")
     found: list[Difference] = []
     changes: dict[str, list[Change]] = {}
     exact = True
     with base.without_deltas(), torch.no_grad():
         for name in names:
-            ours, other = base.parameter(name).detach().cpu(), theirs[name].detach().cpu()
+            ours, other = base.parameter(name).detach().cpu(), edited.parameter(name).detach().cpu()
             if ours.shape != other.shape:
                 raise DeltaMismatch(f"{name}: shapes differ, {tuple(ours.shape)} and {tuple(other.shape)}")
             wider = torch.promote_types(ours.dtype, other.dtype)

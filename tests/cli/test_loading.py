@@ -11,7 +11,7 @@ from retcon.cli import app
 from retcon.lm.load import load
 
 PROMPT = "The capital of France is"
-OPTIONS = ("--revision", "--device-map", "--trust-remote-code")
+OPTIONS = ("--revision", "--device-map", "--packed", "--trust-remote-code")
 LOADING = (
     "amend", "apply", "audit", "chat", "check", "checkout", "complete", "doctor", "edit", "export", "fit", "init",
     "moments", "revert", "tune", "ui", "verify",

@@ -1,5 +1,6 @@
 """What a new user does with a checkpoint, for each group of models: doctor, edit, apply, and transformers alone."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,33 @@ def test_doctor_edit_and_apply(group: str, cli: Callable[..., Any], here: Path) 
                      for more in ((), ("--delta", "d.safetensors")))  # fmt: skip
     assert first.strip()
     assert second.strip()
+
+
+def test_a_packed_checkpoint_is_edited_as_it_is(cli: Callable[..., Any], here: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    wide = tiny_model("llama", torch.float32, hidden_size=64, head_dim=16, intermediate_size=128)
+    wide.save_pretrained("plain")
+    four = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained("plain", quantization_config=four, dtype=torch.float32)
+    model.save_pretrained("mine")
+    tokenizer().save_pretrained("mine")
+    tokenizer().save_pretrained("plain")
+    refused = cli("complete", "./plain", "The capital of France is", "--packed", code=2).stderr
+    assert "its weights are not quantised" in " ".join(refused.split())
+    assert "failed" not in cli("doctor", "./mine", "--packed").stdout
+    command = ("edit", "./mine", "edits.jsonl", "--method", "memit", "--corpus", "corpus.txt", "--packed")
+    expected = json.loads(cli(*command, "--dry-run", "--json").stdout)["estimate"]
+    assert expected["float_bytes"] == 4 * 64 * 128 * len(json.loads(cli(*command, "--dry-run", "--json").stdout)["x"])
+    cli(*command, "--out", "d.safetensors")
+    packed, plain = (
+        cli("complete", "./mine", "The capital of France is", "--delta", "d.safetensors", *more).stdout
+        for more in (("--packed",), ())
+    )
+    assert packed == plain
+    cli("apply", "./mine", "d.safetensors", "--save", "edited")  # the delta fits the dequantised model, too
+    cli("apply", "./mine", "d.safetensors", "--save", "edited-packed", "--packed")
+    ids = torch.tensor([[5, 9, 31, 77, 200, 3]])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    with torch.no_grad():
+        one, two = (load(name, dtype=torch.float32)(ids).logits for name in ("edited", "edited-packed"))
+    assert torch.equal(one, two)

@@ -96,6 +96,14 @@ DeviceMap = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint. Off unless asked for.")
 ]
+Packed = Annotated[
+    bool,
+    typer.Option(
+        "--packed",
+        help="Keep a checkpoint's 4- or 8-bit matrices as they are (bitsandbytes), those that are edited aside: less "
+        "memory, slower, the same results.",
+    ),
+]
 VerifyBase = Annotated[
     bool,
     typer.Option(
@@ -424,30 +432,32 @@ class _Loading:
     revision: str | None = None
     device_map: Any = None
     trust_remote_code: bool = False
+    packed: bool = False
 
 
 _LOADING: ContextVar[_Loading | None] = ContextVar("_LOADING", default=None)
 
 
 def loads_a_model(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the options --revision, --device-map and --trust-remote-code; `load_model` hears of them."""
+    """Give a verb the options of how a model is loaded (--revision, --packed, ...); `load_model` hears of them."""
 
     @wraps(verb)
     def with_options(
         *args: Any,
         revision: str | None = None,
         device_map: str | None = None,
+        packed: bool = False,
         trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
-        token = _LOADING.set(_Loading(revision, _device_map(device_map), trust_remote_code))
+        token = _LOADING.set(_Loading(revision, _device_map(device_map), trust_remote_code, packed))
         try:
             verb(*args, **options)
         finally:
             _LOADING.reset(token)
 
-    more = {"revision": Revision, "device_map": DeviceMap, "trust_remote_code": TrustRemoteCode}
-    defaults = {"revision": None, "device_map": None, "trust_remote_code": False}
+    more = {"revision": Revision, "device_map": DeviceMap, "packed": Packed, "trust_remote_code": TrustRemoteCode}
+    defaults = {"revision": None, "device_map": None, "packed": False, "trust_remote_code": False}
     parameters = []
     for name, parameter in inspect.signature(verb).parameters.items():
         parameters.append(parameter)
@@ -492,6 +502,7 @@ def load_model(
             device_map=asked.device_map,
             revision=asked.revision,
             trust_remote_code=asked.trust_remote_code,
+            packed=asked.packed,
             verify_base=verify_base,
         )
         _one_thread_for_a_small_model(lm)

@@ -55,6 +55,9 @@ def estimate_table(expected: Estimate) -> Table:
         table.add_row("", "no second moments to collect", styled("[dim]they are on disk[/]"))
     peak = size(expected.peak_bytes) if expected.peak_bytes else "unknown"
     table.add_row("memory", f"model {size(expected.model_bytes)}, peak {peak}", styled("[dim]of the trial[/]"))
+    if expected.float_bytes:
+        what = f"{size(expected.float_bytes)} of packed matrices as floats"
+        table.add_row("", what, styled("[dim]while the edit is applied, and twice that to undo it[/]"))
     table.add_row("delta", f"about {size(expected.delta_bytes)}", "")
     return table
 

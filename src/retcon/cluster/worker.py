@@ -43,7 +43,8 @@ class Source:
         with lm.without_deltas(), errors_naming(folder):
             lm.model.save_pretrained(folder)
             lm.tokenizer.save_pretrained(folder)
-        options = {"dtype": str(lm.dtype).removeprefix("torch."), "device": lm.device.type, "layout": lm.layout}
+        options = {"dtype": str(lm.dtype).removeprefix("torch."), "device": lm.device.type, "layout": lm.layout,
+                   "packed": bool(lm.packed)}  # fmt: skip
         return cls(str(folder), options, None, threads)
 
 

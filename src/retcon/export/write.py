@@ -115,7 +115,7 @@ def export(
     losses = {n: {"rank": f.rank, "exact_rank": f.exact_rank, "error": f.error} for n, f in factors.items()}
     with replacing_folder(place, check=check) as fresh:
         if format == "hf":
-            with quietly():
+            with quietly(), lm.as_floats():
                 lm.model.save_pretrained(fresh, max_shard_size=max_shard_size)
                 lm.tokenizer.save_pretrained(fresh)
         elif format == "peft":
@@ -125,7 +125,8 @@ def export(
         elif format == "gguf-lora":
             write_lora(lm, factors, fresh / "adapter.gguf")
         else:
-            write_model(lm, fresh / f"model-{gguf_type}.gguf", type_name=gguf_type)
+            with lm.as_floats():
+                write_model(lm, fresh / f"model-{gguf_type}.gguf", type_name=gguf_type)
         has_base_card = _keep_papers(lm, fresh)
         card = model_card(
             lm,

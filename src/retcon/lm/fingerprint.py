@@ -19,12 +19,13 @@ from retcon.checked import Kind, as_bytes, cached, keep
 from retcon.errors import UnsupportedModel
 from retcon.files import cache_dir
 from retcon.lm.gguf import DEQUANTIZED_FROM
+from retcon.lm.packed import PackedMatrix
 
 _NOT_IDENTITY = {
     *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"),
     *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "chunk_size_feed_forward"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "initializer_range"),
-    DEQUANTIZED_FROM,
+    *(DEQUANTIZED_FROM, "quantization_config"),  # what is packed counts as the floats that it stands for
 }
 """Settings that do not enter a forward pass; callers set some of them (`pad_token_id`), transformers the others."""
 PIECE = 2**26
@@ -59,7 +60,9 @@ class StoredTensors:
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def fingerprint(model: nn.Module, stored: StoredTensors | None = None) -> str:
+def fingerprint(
+    model: nn.Module, stored: StoredTensors | None = None, packed: Mapping[str, PackedMatrix] | None = None
+) -> str:
     """Return the SHA-256 over config and every parameter and buffer (name, dtype, shape, bytes), as hexadecimal digits.
 
     Tensors are hashed in pieces, on as many threads as there are cores.
@@ -67,11 +70,19 @@ def fingerprint(model: nn.Module, stored: StoredTensors | None = None) -> str:
     Args:
         stored: the checkpoint that the model was read from. A tensor counts as it is stored there, whatever dtype it
             was loaded in; without it, as the model holds it.
+        packed: quantised matrices, by their parameters' names. They count as the floats that they stand for: a delta
+            made on the packed model fits the dequantised one.
 
     Raises:
         UnsupportedModel: a tensor has no data here (meta device, offloaded).
     """
-    tensors = sorted(model.state_dict().items())
+    packed = packed or {}
+    beside = tuple(name.removesuffix("weight") for name in packed)  # scales and the like, which floats have not
+    tensors = [
+        (name, tensor)
+        for name, tensor in sorted(model.state_dict().items())
+        if name in packed or not name.startswith(beside) or name.endswith(".bias")
+    ]
     for name, tensor in tensors:
         if tensor.is_meta:
             raise UnsupportedModel(
@@ -83,7 +94,10 @@ def fingerprint(model: nn.Module, stored: StoredTensors | None = None) -> str:
     digest.update(json.dumps(_settings(model.config), sort_keys=True, default=str).encode())
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         for name, tensor in tensors:
-            own = tensor if stored is None else _as_stored(name, tensor, stored, tied)
+            if name in packed:
+                own = packed[name].floats()
+            else:
+                own = tensor if stored is None else _as_stored(name, tensor, stored, tied)
             digest.update(f"{name}:{own.dtype}:{tuple(own.shape)}".encode())
             for piece in threads.map(lambda part: hashlib.sha256(part).digest(), _pieces(own)):
                 digest.update(piece)

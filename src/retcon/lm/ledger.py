@@ -9,6 +9,9 @@ Every change of state can be cut at any point. What shall be in force is one tup
 `settle` then brings every parameter there, each step of it repeatable: a record exists before the first byte of its
 parameter changes and is dropped after the last byte is back, and it says what its sum holds (`ids`) and what the
 parameter shows (`shown`), None while that is being changed. Whatever interrupts it, the next call finishes the work.
+
+A quantised parameter that is kept packed has floats to write to as long as it has a record, and they are in place while
+the record shows deltas; else the packed weight is, untouched.
 """
 
 import weakref
@@ -23,6 +26,7 @@ from retcon.attachment import Attachment
 from retcon.delta import Change, Columns, Entries, Region, Rows
 from retcon.errors import DeltaNotApplied, NonFinite, WeightsChanged
 from retcon.lm.hooks import Hooks
+from retcon.lm.packed import PackedMatrix
 
 _BLOCK = 2**22
 """Values written at a time: no second copy of a large matrix is ever made."""
@@ -88,11 +92,18 @@ class Ledger:
     Args:
         parameters: by name; a delta changes no others.
         hooks: brings what attachments do beside the weights onto the model; None where it has no modules.
+        packed: parameters that are floats only while a delta is on them.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], hooks: Hooks | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        hooks: Hooks | None = None,
+        packed: Mapping[str, PackedMatrix] | None = None,
+    ) -> None:
         self._parameters = parameters
         self._hooks = hooks
+        self._packed = packed or {}
         self._entries: tuple[Entry, ...] = ()  # what shall be in force, in order of application
         self._hiding: tuple[weakref.ref[Any], ...] = ()  # scopes during which the base shall show
         self._records: dict[str, _Record] = {}
@@ -222,8 +233,9 @@ class Ledger:
         return copy
 
     def nbytes(self) -> int:
-        """Bytes held for undoing: base values and running sums."""
-        return sum(t.numel() * t.element_size() for r in self._records.values() for t in (r.base, r.total))
+        """Bytes held for undoing: base values, running sums and, of packed matrices, the floats in their place."""
+        floats = sum(self._packed[name].weight().nbytes for name in self._records if name in self._packed)
+        return floats + sum(t.numel() * t.element_size() for r in self._records.values() for t in (r.base, r.total))
 
     def touched(self) -> frozenset[str]:
         """Names of the parameters that an applied delta touches."""
@@ -277,10 +289,17 @@ class Ledger:
         self._settled_at = (None, hidden)
         for name, own in work.items():
             self._bring(name, own, hidden, (before or {}).get(name))
+        self.bring_packed()
         if self._hooks is not None:
             self._hooks.bring(() if hidden else deltas)
         self._entries = entries
         self._settled_at = (entries, hidden)
+
+    def bring_packed(self) -> None:
+        """Have floats in place of a packed parameter while it shows deltas, else what it was packed as. Repeatable."""
+        for name, matrix in self._packed.items():
+            record = self._records.get(name)
+            matrix.bring(held=record is not None, shown=record is not None and record.shown != ())
 
     def _differs(self, name: str, deltas: Sequence[Attachment], hidden: bool) -> bool:
         """Whether a parameter shows something else than the base plus these deltas, or has a record for nothing."""
@@ -334,6 +353,8 @@ class Ledger:
 
     def _cover(self, name: str, changes: Sequence[Change]) -> _Record:
         """The parameter's record, made or widened so that it covers the changes."""
+        if name in self._packed:
+            self._packed[name].hold()
         weight, old = self._parameters[name].detach(), self._records.get(name)
         kind, index = _footprint(changes, weight.shape)
         if old is not None:

@@ -30,6 +30,7 @@ def load(
     layout: Layout | None = None,
     allow_bin: bool = False,
     trust_remote_code: bool = False,
+    packed: bool = False,
     verify_base: bool = False,
 ) -> LM:
     """Load a model and its tokenizer.
@@ -46,6 +47,8 @@ def load(
         layout: a row for an architecture that the layout table does not know.
         allow_bin: also read pickled `.bin` checkpoints (as plain tensors); otherwise safetensors only.
         trust_remote_code: run code that comes with the checkpoint.
+        packed: keep the matrices of a quantised checkpoint (bitsandbytes, 4 or 8 bits) as they are: floats exist for
+            the length of a product, and of matrices that are edited. Slower; a fraction of the memory; the same model.
         verify_base: hash every byte of the weights for the fingerprint, even where the files look like those that were
             hashed before.
 
@@ -64,6 +67,10 @@ def load(
         dtype = _dtype(dtype)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     gguf, packing = find_gguf(place), None
+    if gguf is not None and packed:
+        raise UnsupportedModel(
+            f"cannot load {name!r} packed: the weights of GGUF files are dequantised; leave --packed (packed=True) out"
+        )
     if gguf is None and looks_like_path(place) and not Path(place).is_dir():
         raise UnsupportedModel(f"cannot load {name!r}: no such directory")
     try:
@@ -74,7 +81,7 @@ def load(
                 place, options["gguf_file"] = str(gguf.parent), gguf.name
             else:
                 config = AutoConfig.from_pretrained(place, **options)
-                packing = prepare(config, name)
+                packing = prepare(config, name, packed=packed)
                 weights_options["config"] = config
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
             if dtype == torch.float64:
@@ -82,7 +89,7 @@ def load(
             model, report = _model_class(place, options).from_pretrained(
                 place,
                 dtype=dtype,
-                device_map=device_map,
+                device_map={"": target} if packed and device_map is None else device_map,
                 output_loading_info=True,
                 **weights_options,
                 **options,
@@ -96,11 +103,11 @@ def load(
             f"cannot load {name!r}: the checkpoint lacks {len(missing)} of the model's weights, which would be random: "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
         )
-    if packing is not None:
+    if packing is not None and not packed:
         model = unpack(model, dtype, packing)
     if gguf is not None:
         forget_packing(model, gguf)
-    if device_map is None:
+    if device_map is None and not packed:
         model = model.to(target)
     model.eval()
     lm = LM(model, tokenizer, layout=layout, name=name)
@@ -113,6 +120,7 @@ def load(
             layout=layout,
             allow_bin=allow_bin,
             trust_remote_code=trust_remote_code,
+            packed=packed,
         ),
     )
     files = [gguf] if gguf is not None else checkpoint_files(place, revision) if packing is None else []

@@ -3,7 +3,8 @@
 import gc
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import count, product
 from pathlib import Path
@@ -34,7 +35,9 @@ from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.hooks import Hooks
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
+from retcon.lm.packed import Parameters, packed_matrices
 from retcon.lm.prompts import Row, encode, encode_edit, end_of_turn
+from retcon.lm.quantised import unmarked
 from retcon.lm.refusals import refuse_other_vocabulary, refuse_wrapped, why_not_editable
 from retcon.lm.scopes import Edited, FrozenEval, Lent, Scope, Turn, Turns, WithoutDeltas
 from retcon.lm.site import Site, SiteName
@@ -69,14 +72,16 @@ class LM:
         self.layout = (layout or layout_for(model.config)).within(_decoder_path(model))
         self.name = name or getattr(model.config, "_name_or_path", "") or model.config.model_type
         self.n_layers = _count_blocks(model, self.layout)
-        self.not_editable = why_not_editable(model)
+        self.packed = packed_matrices(model, model.get_input_embeddings().weight.dtype)
+        """Quantised matrices that stay packed until they are edited, by the names of their parameters."""
+        self.not_editable = {n: why for n, why in why_not_editable(model).items() if n not in self.packed}
         """Parameters that must not be edited, with the reason."""
-        self._parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied name is known, and refused
+        self._parameters = Parameters(model, self.packed)
         self.turns = Turns(f"LM({self.name})")
         """Who may change the model now."""
         self.serials = count()
         """Numbers of scopes."""
-        self._ledger = Ledger(self._parameters, Hooks(model))
+        self._ledger = Ledger(self._parameters, Hooks(model), self.packed)
         self._lent: Lent | None = None
         self.source: tuple[str, dict[str, Any]] | None = None
         """What `retcon.load` was given, so that another process can load the same; None where the caller loaded it."""
@@ -111,7 +116,9 @@ class LM:
     def notes(self) -> tuple[str, ...]:
         """What whoever reads figures measured on this model should know, one phrase each; usually none."""
         source = getattr(self.model.config, DEQUANTIZED_FROM, None)
-        return (f"weights dequantised from {source}",) if source else ()
+        packings = sorted({matrix.packing for matrix in self.packed.values()})
+        packed = (f"{' and '.join(packings)} weights, packed",) if packings else ()
+        return ((f"weights dequantised from {source}",) if source else ()) + packed
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
@@ -217,7 +224,8 @@ class LM:
                 f"({self.layout.stored}); Conv1D stores (in, out), Linear (out, in)"
             )
         rows = entry.rows(self.config) if isinstance(entry, Fused) else None
-        return Site(layer, kind, f"{path}.weight", module, transposed, rows)
+        name = f"{path}.weight"
+        return Site(layer, kind, name, module, transposed, rows, packed=self.packed.get(name))
 
     def experts(self, layer: int) -> nn.Module:
         """The module that holds a block's routed experts.
@@ -292,6 +300,14 @@ class LM:
             raise DeltaMismatch(f"model {self.name!r} has no parameter {name!r}; was the delta made for another one?")
         return self._parameters[name]
 
+    def shape_of(self, name: str) -> torch.Size:
+        """A parameter's shape; of a packed one, that of the matrix that it stands for.
+
+        Raises:
+            DeltaMismatch: the model has none of that name.
+        """
+        return self.packed[name].shape if name in self.packed else self.parameter(name).shape
+
     def transposed_parameters(self) -> list[str]:
         """Parameters stored (in, out), which a PEFT export must know."""
         return [f"{name}.weight" for name, module in self.model.named_modules() if _is_conv1d(module)]
@@ -352,7 +368,7 @@ class LM:
             now = self._look()
             if self._fingerprint is None or any(self._seen.get(n) != x for n, x in now.items() if n not in touched):
                 with self.without_deltas():
-                    self._fingerprint = fingerprint(self.model)
+                    self._fingerprint = fingerprint(self.model, packed=self.packed)
                     self._seen = self._look()
             return self._fingerprint
 
@@ -362,10 +378,7 @@ class LM:
 
     def _look(self) -> dict[str, tuple[object, ...]]:
         """Enough of every parameter to notice that something else has changed it."""
-        return {
-            name: (p.data_ptr(), p.dtype, p._version, *(_few(p) if not p.is_meta else ()))
-            for name, p in self._parameters.items()
-        }
+        return {name: tuple(map(_seen, self._parameters.stored(name))) for name in self._parameters}
 
     def apply(self, delta: Attachment, *, other_base: bool = False) -> None:
         """Put `delta` into the weights, until `revert`; an attachment of another kind, beside them.
@@ -433,6 +446,8 @@ class LM:
         """
         if self.applied:
             raise DeltaNotApplied(f"{len(self.applied)} deltas are applied; revert_all() before release()")
+        for matrix in self.packed.values():
+            matrix.give_back()
         _OWNERS.pop(self.model, None)
 
     # What scopes ask for (lm/scopes.py), inside their turn.
@@ -463,6 +478,25 @@ class LM:
             self.model.eval()
             self.model.requires_grad_(False)
 
+    @contextmanager
+    def as_floats(self) -> Iterator[None]:
+        """The model as it is, every packed matrix replaced by its floats, while the scope lasts: as it can be saved.
+
+        It takes the memory of the model in float meanwhile.
+        """
+        if not self.packed:
+            yield
+            return
+        with Turn(self.turns), unmarked(self.model, " and ".join(sorted({m.packing for m in self.packed.values()}))):
+            self._finish()
+            try:
+                for matrix in self.packed.values():
+                    matrix.hold()
+                    matrix.bring(held=True, shown=True)
+                yield
+            finally:
+                self._ledger.bring_packed()
+
     def delta(self, changes: Mapping[str, Sequence[Change]], **record: Any) -> Delta:
         """A Delta of these changes, proposed on this model as it is now; `record` fills its other fields."""
         return Delta(
@@ -474,9 +508,14 @@ class LM:
 
     def base_weight(self, name: str) -> Tensor:
         """The unedited values of a parameter."""
-        self.parameter(name)
+        self.shape_of(name)
         self._finish()
         return self._ledger.base_values(name)
+
+    def model_bytes(self) -> int:
+        """Bytes of the unedited weights in memory, packed ones with their scales."""
+        stored = {id(tensor): tensor for name in self._parameters for tensor in self._parameters.stored(name)}
+        return sum(tensor.nbytes for tensor in stored.values())
 
     def undo_bytes(self) -> int:
         """Bytes held so that the applied deltas can be undone."""
@@ -493,11 +532,11 @@ class LM:
 
     def _check_fits(self, delta: Attachment, other_base: bool) -> None:
         for name, changes in delta.changes.items():
-            weight = self.parameter(name)
+            shape = self.shape_of(name)
             self.check_editable(name)
             for change in changes:
                 try:
-                    change.check(weight.shape)
+                    change.check(shape)
                 except (DeltaMismatch, NonFinite) as error:
                     raise type(error)(f"{name}: {error}") from None
         for hook in delta.hooks():
@@ -646,10 +685,11 @@ def _began_from(scope: "weakref.ref[Any]", serial: int) -> bool:
     return alive is None or alive.serial >= serial
 
 
-def _few(parameter: Tensor) -> list[Any]:
-    """A few values of a parameter, spread over it."""
-    flat = parameter.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // 3)].tolist()
+def _seen(tensor: Tensor) -> tuple[object, ...]:
+    """Where a tensor is, and a few values spread over it."""
+    flat = tensor.detach().reshape(-1)
+    few = () if tensor.is_meta else flat[:: max(1, flat.numel() // 3)].tolist()
+    return (tensor.data_ptr(), tensor.dtype, tensor._version, *few)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

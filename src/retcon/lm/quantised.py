@@ -1,9 +1,11 @@
-"""Quantised checkpoints: dequantised at load, so that they can be edited and saved; others are refused by name.
+"""Quantised checkpoints: dequantised at load, or kept packed (`retcon.lm.packed`); others are refused by name.
 
 Rounding is lost for good: the model is the quantised one's, in float. An edit of it fits the quantised checkpoint as an
 adapter, which computes the same up to the kernels' own rounding.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,19 +19,33 @@ PACKAGES = {
     "mxfp4": ("accelerate",),
 }
 """Methods whose checkpoints transformers can dequantise, with what it needs for that."""
+MARKS = ("hf_quantizer", "quantization_method", "quantization_config", "is_quantized", "_weight_conversions",
+         DEQUANTIZED_FROM)  # fmt: skip
+"""Attributes of a model and of its config by which transformers knows a quantised one, and we one that was."""
+STAY_PACKED = ("bitsandbytes",)
+"""Those whose matrices can be kept as they are."""
 
 
-def prepare(config: Any, name: str) -> str | None:
-    """Have transformers dequantise the checkpoint of `config` while it reads it; return what it is, None if not packed.
+def prepare(config: Any, name: str, *, packed: bool = False) -> str | None:
+    """Return how the checkpoint of `config` is quantised, None if it is not; have it dequantised when it is read.
+
+    Args:
+        packed: its matrices shall stay as they are.
 
     Raises:
-        UnsupportedModel: quantised in a way that cannot be taken back; the message names it.
+        UnsupportedModel: quantised in a way that cannot be taken back, or to stay packed and it cannot; the message
+            names it.
         MissingPackage: dequantising needs packages that are not installed.
     """
-    packed = getattr(config, "quantization_config", None)
-    if packed is None:
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        if packed:
+            raise UnsupportedModel(
+                f"cannot load {name!r} packed: its weights are not quantised (config.json has no quantization_config); "
+                "leave --packed (packed=True) out"
+            )
         return None
-    settings: dict[str, Any] = packed if isinstance(packed, dict) else packed.to_dict()
+    settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
     method = str(settings.get("quant_method") or ("bitsandbytes" if _bits(settings) else "no method named"))
     if method not in PACKAGES:
         raise UnsupportedModel(
@@ -42,6 +58,11 @@ def prepare(config: Any, name: str) -> str | None:
             f"{name}: dequantising {method} weights needs {' and '.join(missing)}, not installed here; "
             f"the extra 'quantised' brings them ({how_to_install('quantised')})"
         )
+    if packed and method not in STAY_PACKED:
+        raise UnsupportedModel(
+            f"cannot load {name!r} packed: {method} weights cannot stay packed ({', '.join(STAY_PACKED)} ones can); "
+            "leave --packed (packed=True) out, and they are dequantised"
+        )
     if method != "bitsandbytes":
         config.quantization_config = {**settings, "dequantize": True}
     return f"{method}{_bits(settings)}"
@@ -51,11 +72,30 @@ def unpack(model: Any, dtype: Any, packing: str) -> Any:
     """Return the model that was read as a plain one of that dtype, with a note of where its weights come from."""
     if getattr(model, "hf_quantizer", None) is not None and packing.startswith("bitsandbytes"):
         model = model.dequantize(dtype=None if dtype == "auto" else dtype)
+    _unmark(model, packing)
+    return model if dtype == "auto" else model.to(dtype)
+
+
+def _unmark(model: Any, packing: str) -> None:
     make_plain(model)
     if conversions := getattr(model, "_weight_conversions", None):  # `save_pretrained` turns them round: it would pack
         model._weight_conversions = [conversion for conversion in conversions if _is_of_the_architecture(conversion)]
     setattr(model.config, DEQUANTIZED_FROM, f"{packing} weights")
-    return model if dtype == "auto" else model.to(dtype)
+
+
+@contextmanager
+def unmarked(model: Any, packing: str) -> Iterator[None]:
+    """A model whose matrices are floats for the moment, as one that `unpack` returned while the scope lasts."""
+    marks = [dict(owner.__dict__) for owner in (model, model.config)]
+    try:
+        _unmark(model, packing)
+        yield
+    finally:
+        for owner, known in zip((model, model.config), marks, strict=True):
+            for name in MARKS:
+                owner.__dict__.pop(name, None)
+                if name in known:
+                    owner.__dict__[name] = known[name]
 
 
 def _is_of_the_architecture(conversion: Any) -> bool:

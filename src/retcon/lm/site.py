@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from retcon.delta import Change, Columns, Dense, Entries, Region, Rows, smallest
 from retcon.errors import NotEditable
+from retcon.lm.packed import PackedMatrix
 
 SiteName = Literal["down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -29,6 +30,8 @@ class Site:
     """Output rows of a fused matrix that are this site's; None is all of them."""
     expert: int | None = None
     """Which routed expert's; its matrix is one slice of the parameter."""
+    packed: PackedMatrix | None = None
+    """Of a matrix that is kept quantised: how it is read."""
 
     @property
     def id(self) -> str:
@@ -51,21 +54,21 @@ class Site:
     @property
     def device(self) -> torch.device:
         """Where the matrix is."""
-        return self._parameter.device
+        return (self.packed or self._parameter).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The matrix's dtype."""
-        return self._parameter.dtype
+        return (self.packed or self._parameter).dtype
 
     @property
     def _stored_shape(self) -> torch.Size:
-        return self._parameter.shape[-2:]
+        return (self.packed or self._parameter).shape[-2:]
 
     @property
     def _parameter(self) -> Tensor:
         """The parameter that holds the matrix."""
-        return getattr(self.module, self.name.rpartition(".")[2])
+        return self.packed.weight() if self.packed else getattr(self.module, self.name.rpartition(".")[2])
 
     @property
     def _stored(self) -> Tensor:

@@ -203,7 +203,7 @@ class Kne(TuningSettings):
         p = self.p
         if p is None:
             assert self.budget is not None
-            n_parameters = sum(parameter.numel() for parameter in lm.model.parameters())
+            n_parameters = sum(lm.shape_of(name).numel() for name, _ in lm.model.named_parameters())
             p = min(1.0, self.budget * n_parameters / sum(site.shape.numel() for site in sites))
         return max(1, round(p * sum(n_units(site, self.granularity) for site in sites)))
 

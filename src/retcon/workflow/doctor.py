@@ -221,7 +221,8 @@ def _save(lm: LM) -> tuple[Outcome, str]:
     delta = _any_delta(lm)
     with tempfile.TemporaryDirectory() as folder, lm.edited(delta), lm.frozen_eval(), torch.no_grad(), quietly():
         edited = lm.model(ids, use_cache=False).logits
-        lm.model.save_pretrained(folder)
+        with lm.as_floats():
+            lm.model.save_pretrained(folder)
         with torch.random.fork_rng():  # some families draw numbers while they are made
             again = load_plain(Path(folder), dtype=lm.dtype).to(lm.device)
         found = again(ids, use_cache=False).logits
@@ -305,7 +306,7 @@ def _keep(into: dict[Any, Tensor], name: Any) -> Callable[[Tensor], None]:
 
 
 def _random(n: int, width: int, site: Site) -> Tensor:
-    return torch.randn(n, width, generator=torch.Generator().manual_seed(0)).to(site.weight)
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(0)).to(site.device, site.dtype)
 
 
 def _apart(found: Tensor, wanted: Tensor) -> float:

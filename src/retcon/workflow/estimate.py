@@ -40,6 +40,8 @@ class Estimate:
     moments_tokens: int
     moments_seconds: float
     model_bytes: int
+    float_bytes: int
+    """Of packed matrices: those that the edit would replace by floats."""
     peak_bytes: int | None
     """Peak of the trial: the device's, or the whole process's on a CPU. A full batch is cut to what memory allows."""
     delta_bytes: int
@@ -121,7 +123,7 @@ def estimate(
         took = time.perf_counter() - started
     more = max(took - first, 0.0) / (len(tried) - 1) if len(tried) > 1 else first
     n_tokens, collecting = _collecting(lm, moments, list(trial.missing.values()))
-    touched = sum(lm.parameter(name).numel() * 4 for name in delta.changes)
+    touched = sum(lm.shape_of(name).numel() * 4 for name in delta.changes)
     return Estimate(
         edits=len(edits),
         tried=len(tried),
@@ -130,7 +132,10 @@ def estimate(
         moments_missing=len(trial.missing),
         moments_tokens=n_tokens,
         moments_seconds=collecting,
-        model_bytes=sum(p.nbytes for p in lm.model.parameters()),
+        model_bytes=lm.model_bytes(),
+        float_bytes=sum(
+            matrix.shape.numel() * matrix.dtype.itemsize for n, matrix in lm.packed.items() if n in delta.changes
+        ),
         peak_bytes=peak.nbytes,
         delta_bytes=min(delta.nbytes() * len(edits) // len(tried), touched),
     )

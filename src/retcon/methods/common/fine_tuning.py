@@ -200,7 +200,8 @@ class FineTuning(TuningSettings):
         n = 0
         for what in self.trained(lm):
             if isinstance(what, int):
-                n += sum(p.numel() for p in lm.block(what).parameters())
+                own = lm.block(what).named_parameters(prefix=lm.layout.block.format(what))
+                n += sum(lm.shape_of(name).numel() for name, _ in own)
             else:
                 out, into = what.shape
                 n += out * into + (out if self.train_bias and what.bias is not None else 0)
@@ -238,11 +239,15 @@ def paraphrase_loss(name: str, lm: LM, edits: Sequence[Edit], path: str) -> Grou
 def whole_block(lm: LM, layer: int) -> list[Whole]:
     """Every parameter of a block."""
     path = lm.layout.block.format(layer)
-    return [
-        whole_parameter(module, f"{name}.{own}")
-        for name, module in lm.block(layer).named_modules(prefix=path)
-        for own, _ in module.named_parameters(recurse=False)
-    ]
+    found: list[Whole] = []
+    for name, module in lm.block(layer).named_modules(prefix=path):
+        for own, _ in module.named_parameters(recurse=False):
+            parameter = f"{name}.{own}"
+            if (packed := lm.packed.get(parameter)) is not None:
+                found += whole(Site(layer, name, parameter, module, transposed=False, packed=packed), bias=False)
+            else:
+                found.append(whole_parameter(module, parameter))
+    return found
 
 
 def moved_so_far(lm: LM, part: Whole) -> Tensor:

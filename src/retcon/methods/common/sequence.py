@@ -121,7 +121,7 @@ def _on_top(lm: LM, done: Attachment, step: Attachment) -> Attachment:
     names = dict.fromkeys([*({} if replaced else done.changes), *step.changes])
     changes = {
         name: combined(
-            [*(() if replaced else done.changes.get(name, ())), *step.changes.get(name, ())], lm.parameter(name).shape
+            [*(() if replaced else done.changes.get(name, ())), *step.changes.get(name, ())], lm.shape_of(name)
         )
         for name in names
     }

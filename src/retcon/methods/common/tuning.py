@@ -192,7 +192,8 @@ def sites_named(name: str, lm: LM, layers: Sequence[int], modules: Sequence[str]
                     f"{name}: {lm.name!r} ({lm.model.config.model_type}) has no {kind} in its blocks; name one of "
                     f"{', '.join(get_args(SiteName))}, or a matrix's path inside a block"
                 )
-            found.append(Site(layer, kind, f"{path}.weight", module, type(module).__name__ == "Conv1D"))
+            own = f"{path}.weight"
+            found.append(Site(layer, kind, own, module, type(module).__name__ == "Conv1D", packed=lm.packed.get(own)))
     return found
 
 
