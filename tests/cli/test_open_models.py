@@ -80,8 +80,8 @@ def test_a_packed_checkpoint_is_edited_as_it_is(cli: Callable[..., Any], here: P
     assert "its weights are not quantised" in " ".join(refused.split())
     assert "failed" not in cli("doctor", "./mine", "--packed").stdout
     command = ("edit", "./mine", "edits.jsonl", "--method", "memit", "--corpus", "corpus.txt", "--packed")
-    expected = json.loads(cli(*command, "--dry-run", "--json").stdout)["estimate"]
-    assert expected["float_bytes"] == 4 * 64 * 128 * len(json.loads(cli(*command, "--dry-run", "--json").stdout)["x"])
+    expected = json.loads(cli(*command, "--dry-run", "--json").stdout)
+    assert expected["float_bytes"] % (4 * 64 * 128) == 0 < expected["float_bytes"] < expected["model_bytes"]
     cli(*command, "--out", "d.safetensors")
     packed, plain = (
         cli("complete", "./mine", "The capital of France is", "--delta", "d.safetensors", *more).stdout

@@ -137,3 +137,22 @@ def test_a_missing_package_is_named_with_the_extra(plain: Path, monkeypatch: pyt
     monkeypatch.setattr(quantised, "find_spec", lambda name: None if name == "compressed_tensors" else object())
     with pytest.raises(MissingPackage, match=r"needs compressed_tensors, not installed here; the extra 'quantised'"):
         load(str(plain), device="cpu")
+
+
+def test_a_family_with_its_own_linear_layers_is_turned_back_and_cannot_stay_packed(plain: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_model("gpt2", torch.float32).save_pretrained(plain)
+    folder = plain.parent / "packed"
+    given = BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=given, dtype=torch.float32).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    before, lm = load(str(plain), device="cpu"), load(str(folder), device="cpu")
+    site, old = lm.site(1, "down_proj"), before.site(1, "down_proj")
+    assert type(site.module) is type(old.module)
+    assert 0 < float((site.weight - old.weight).norm() / old.weight.norm()) < 0.02
+    with torch.no_grad():
+        found, wanted = lm.model(IDS).logits, before.model(IDS).logits
+    assert float((found - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+    with pytest.raises(UnsupportedModel, match=r"bitsandbytes turns the matrices of gpt2 round.*leave --packed"):
+        load(str(folder), device="cpu", packed=True)

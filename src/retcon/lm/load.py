@@ -14,7 +14,7 @@ from retcon.lm.fingerprint import checkpoint_fingerprint
 from retcon.lm.gguf import DAMAGED, find_gguf, forget_packing, gguf_options, quiet_conversion
 from retcon.lm.layouts import Layout
 from retcon.lm.model import LM
-from retcon.lm.quantised import prepare, unpack
+from retcon.lm.quantised import no_remarks_of, prepare, unpack
 
 DEMO = "demo:"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -74,14 +74,15 @@ def load(
     if gguf is None and looks_like_path(place) and not Path(place).is_dir():
         raise UnsupportedModel(f"cannot load {name!r}: no such directory")
     try:
-        with quietly(), quiet_conversion() if gguf is not None else nullcontext():
+        quiet = quiet_conversion() if gguf is not None else nullcontext()
+        with quietly(), quiet, no_remarks_of("bitsandbytes"):  # of a kernel on the hub that it would like to have
             weights_options: dict[str, Any] = {"use_safetensors": None if allow_bin else True}
             if gguf is not None:
                 weights_options = gguf_options(gguf, options, layout)
                 place, options["gguf_file"] = str(gguf.parent), gguf.name
             else:
                 config = AutoConfig.from_pretrained(place, **options)
-                packing = prepare(config, name, packed=packed)
+                packing = prepare(config, name, packed=packed, layout=layout)
                 weights_options["config"] = config
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
             if dtype == torch.float64:

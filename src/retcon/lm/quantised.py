@@ -4,13 +4,18 @@ Rounding is lost for good: the model is the quantised one's, in float. An edit o
 adapter, which computes the same up to the kernels' own rounding.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+from torch import nn
+
 from retcon.errors import MissingPackage, UnsupportedModel, how_to_install
 from retcon.lm.gguf import DEQUANTIZED_FROM, make_plain
+from retcon.lm.layouts import Layout, layout_for
 
 PACKAGES = {
     "bitsandbytes": ("bitsandbytes", "accelerate"),
@@ -26,13 +31,15 @@ STAY_PACKED = ("bitsandbytes",)
 """Those whose matrices can be kept as they are."""
 
 
-def prepare(config: Any, name: str, *, packed: bool = False) -> str | None:
+def prepare(config: Any, name: str, *, packed: bool = False, layout: Layout | None = None) -> str | None:
     """Return how the checkpoint of `config` is quantised, None if it is not; have it dequantised when it is read.
 
     Args:
         packed: its matrices shall stay as they are.
+        layout: the family's, where the layout table does not know it.
 
     Raises:
+        UnknownLayout: to stay packed, and the family has no layout.
         UnsupportedModel: quantised in a way that cannot be taken back, or to stay packed and it cannot; the message
             names it.
         MissingPackage: dequantising needs packages that are not installed.
@@ -63,6 +70,11 @@ def prepare(config: Any, name: str, *, packed: bool = False) -> str | None:
             f"cannot load {name!r} packed: {method} weights cannot stay packed ({', '.join(STAY_PACKED)} ones can); "
             "leave --packed (packed=True) out, and they are dequantised"
         )
+    if packed and (layout or layout_for(config)).stored == "in,out":
+        raise UnsupportedModel(
+            f"cannot load {name!r} packed: bitsandbytes turns the matrices of {config.model_type} round, and deltas of "
+            "the float model would not fit; leave --packed (packed=True) out: they are dequantised and turned back"
+        )
     if method != "bitsandbytes":
         config.quantization_config = {**settings, "dequantize": True}
     return f"{method}{_bits(settings)}"
@@ -71,9 +83,36 @@ def prepare(config: Any, name: str, *, packed: bool = False) -> str | None:
 def unpack(model: Any, dtype: Any, packing: str) -> Any:
     """Return the model that was read as a plain one of that dtype, with a note of where its weights come from."""
     if getattr(model, "hf_quantizer", None) is not None and packing.startswith("bitsandbytes"):
-        model = model.dequantize(dtype=None if dtype == "auto" else dtype)
+        with no_remarks_of("transformers"):  # that it does what it was asked for
+            model = model.dequantize(dtype=None if dtype == "auto" else dtype)
+        _turn_back(model)
     _unmark(model, packing)
     return model if dtype == "auto" else model.to(dtype)
+
+
+@contextmanager
+def no_remarks_of(package: str) -> Iterator[None]:
+    """No warnings in a package's log while the scope lasts."""
+    log = logging.getLogger(package)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _turn_back(model: Any) -> None:
+    """Make the linear layers that bitsandbytes put in place of a family's own Conv1D (GPT-2) what they were."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        as_configured = type(model)(model.config)
+    for path, module in as_configured.named_modules():
+        now = model.get_submodule(path)
+        if isinstance(module, Conv1D) and isinstance(now, nn.Linear):
+            module.weight, module.bias = nn.Parameter(now.weight.detach().T.contiguous()), now.bias
+            model.set_submodule(path, module)
 
 
 def _unmark(model: Any, packing: str) -> None:

@@ -1,0 +1,97 @@
+"""Edits of a model whose matrices stay packed, in 4 and 8 bits, beside those of the model in float.
+
+    python -m benchmarks.packed --model demo:llama --n 50 --alone 10
+
+The model is packed by bitsandbytes (nf4 with quantised scales; 8 bits), saved, and loaded with `packed=True`. Batch
+methods write `--n` facts at once, methods for one fact write `--alone` facts, each measured by itself, with the model's
+presets and second moments of its own keys. One line of JSON per model and method: Score, ES, GS, LS (`cf.prob_mean`),
+how many edits the model says first, processor seconds per edit, and bytes: of the model as it is in memory, and of the
+floats that an applied edit puts in place of packed matrices.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import retcon
+from benchmarks.common import add_places, cases_of, machine, moments_of
+from retcon import world
+from retcon.edits import Case
+from retcon.errors import RetconWarning
+from retcon.evaluation import Evaluation, evaluate
+from retcon.evaluation.records import Record
+from retcon.lm.model import LM
+from retcon.memory.contexts import Contexts
+from retcon.memory.moments import Moments
+from retcon.methods.common.contract import Method
+from retcon.methods.common.proposal import answers
+
+METHODS = ("memit", "jeep", "rome", "kne", "ft_m")
+PACKINGS: dict[str, dict[str, Any]] = {
+    "8 bits": {"load_in_8bit": True},
+    "4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+}
+
+
+def packed(model: str, how: dict[str, Any], folder: Path) -> LM:
+    """Pack a model in float, save it, and load it packed."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    place = str(world.model_path(model.removeprefix("demo:"))) if model.startswith("demo:") else model
+    AutoModelForCausalLM.from_pretrained(
+        place, quantization_config=BitsAndBytesConfig(**how), dtype=torch.float32
+    ).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(place).save_pretrained(folder)
+    return retcon.load(str(folder), packed=True, device="cpu")
+
+
+def edited(
+    lm: LM, method: Method, cases: list[Case], contexts: Contexts, moments: Moments, seed: int
+) -> dict[str, Any]:
+    """Figures of the cases, edited at once where the method takes them, else each by itself."""
+    pre = evaluate(lm, cases, generate=False)
+    records: list[Record] = []
+    seconds, first, floats = 0.0, 0, 0
+    for group in [cases] if method.supports_batches else [[case] for case in cases]:
+        edits = [case.edits[0] for case in group]
+        started = time.process_time()
+        delta = method.propose(lm, edits, contexts=contexts, moments=moments, seed=seed)
+        seconds += time.process_time() - started
+        with lm.edited(delta):
+            first += sum(said for _, said in answers(lm, edits))
+        records += evaluate(lm, group, delta=delta, pre=pre, generate=False).records
+        floats = sum(m.shape.numel() * m.dtype.itemsize for name, m in lm.packed.items() if name in delta.changes)
+    summary = Evaluation(records, pre.context).summary()
+    found = {m: (line := summary[m].post) and line.percent() for m in ("Score", "ES", "GS", "LS")}
+    return {**found, "first": first, "seconds_per_edit": round(seconds / len(cases), 2), "float_bytes": floats}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_places(parser)
+    parser.add_argument("--n", type=int, default=50, help="cases written at once")
+    parser.add_argument("--alone", type=int, default=10, help="cases of methods for one fact")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore", RetconWarning)
+    print(f"# {machine()}", flush=True)
+    with TemporaryDirectory() as folder:
+        for how in ("float32", *PACKINGS):
+            lm = retcon.load(asked.model) if how == "float32" else packed(asked.model, PACKINGS[how], Path(folder, how))
+            contexts, moments = retcon.sample_contexts(lm, seed=asked.seed), moments_of(lm, asked.corpus)
+            for name in asked.methods:
+                cases = cases_of(asked.data, asked.start, asked.n, asked.seed)
+                method = retcon.method(name, for_model=lm, cases=cases)
+                cases = cases if method.supports_batches else cases[: asked.alone]
+                line = {"model": asked.model, "weights": how, "model_bytes": lm.model_bytes(), "method": name}
+                found = edited(lm, method, cases, contexts, moments, asked.seed)
+                print(json.dumps({**line, "n": len(cases), **found}, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()
