@@ -83,7 +83,7 @@ def test_trials_that_differ_in_the_write_alone_share_their_values(
     assert sum(searched) == 4 + 2 * 4  # once for all trials; then the reported half, found and rule
 
 
-@pytest.mark.parametrize("name", ["jeep", "rome", "emmet", "kne", "ctp"])
+@pytest.mark.parametrize("name", ["jeep", "rome", "emmet", "kne", "ctp", "full_c", "ft_l"])
 def test_candidates_differ_are_valid_and_keep_what_is_given(name: str, tiny: Callable[..., LM]) -> None:
     lm = tiny("llama")
     cls = method_class(name)

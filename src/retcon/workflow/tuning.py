@@ -35,10 +35,14 @@ LEAST_CASES = 4
 
 FACTORS: Mapping[str, tuple[float, ...]] = {
     **dict.fromkeys(("clamp", "low_clamp", "high_clamp"), (0.5, 2.0, 4.0)),
-    "learning_rate": (0.2, 0.5, 2.0),
+    "learning_rate": (0.2, 0.5, 2.0, 5.0),
     "steps": (2.0,),
     "epochs": (0.5, 2.0),
     "budget": (0.1, 0.3),
+    "box": (0.2, 5.0, 20.0),
+    "threshold": (0.5, 1.5),
+    "add": (0.3, 3.0),
+    "alpha": (0.25, 4.0),
     "n_positive": (0.3, 3.0),
     **dict.fromkeys(("weight_decay", "low_weight_decay", "high_weight_decay", "attn_weight_decay"), (0.1,)),
     "kl_factor": (0.25, 4.0),
@@ -270,7 +274,7 @@ def candidates(lm: "LM", start: "Method", given: frozenset[str], n: int, draw: r
                 changes[name] = max(1, round(changed)) if isinstance(value, int) else _rounded(changed)
         for name in ("layer", "layers", "low", "high"):
             value = getattr(start, name, None)
-            if value is not None and name not in given and draw.random() < CHANGE:
+            if value not in (None, ()) and name not in given and draw.random() < CHANGE:  # (): all, or a rule's
                 changes[name] = _moved(value, lm.n_layers, draw)
         if hasattr(start, "stop") and "stop" not in given and draw.random() < CHANGE:
             changes["stop"] = "loss" if start.stop == "probability" else "probability"
