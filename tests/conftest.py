@@ -47,9 +47,14 @@ WHOLE_RUNS = (
 but where a test asks for it: the contract battery does, once for every method."""
 
 
-def everyday(*kept: Any, of: Iterable[Any]) -> list[Any]:
-    """Values for `parametrize`, of which `make test` takes those that are kept and `make test-all` the others."""
-    return [value if value in kept else pytest.param(value, marks=pytest.mark.long) for value in of]
+def everyday(*kept: Any, of: Iterable[Any], rows: bool = False) -> list[Any]:
+    """Values for `parametrize`, of which `make test` takes those that are kept and `make test-all` the others.
+
+    Args:
+        rows: every value is a tuple, with a value for each of several names.
+    """
+    marked = [(value if rows else (value,), [] if value in kept else [pytest.mark.long]) for value in of]
+    return [pytest.param(*values, marks=marks) for values, marks in marked]
 
 
 class Models(dict[str, LM]):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-SMALL = {"signals": 42, "sequences": 10, "threads": 2, "stores": 4, "malformed": 24, "kills": 2, "damaged": 12}
-SMALL |= {"twoatonce": 5}
+SMALL = {"signals": 28, "sequences": 8, "threads": 2, "stores": 3, "malformed": 16, "kills": 1, "damaged": 8}
+SMALL |= {"twoatonce": 3}
 LARGER = {"signals": 84, "sequences": 40, "threads": 5, "stores": 12, "malformed": 60, "kills": 8, "damaged": 24}
 LARGER |= {"twoatonce": 10}
 

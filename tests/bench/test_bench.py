@@ -36,7 +36,7 @@ from retcon.methods.memit import Memit
 from retcon.methods.rect import Rect
 from retcon.methods.rome import Rome
 from tests.bench.test_protocol import CASES, Counting
-from tests.conftest import random_moments
+from tests.conftest import everyday, random_moments
 
 PROTOCOLS = (
     Protocol(kind="batch", n=4, batch=2),
@@ -129,7 +129,7 @@ def test_a_run_leaves_records_texts_timings_and_a_manifest(spec: BenchSpec, tmp_
     assert order[0] != [c.id for c in CASES[:4]]
 
 
-@pytest.mark.parametrize("within", [False, True], ids=["between units", "inside a method's call"])
+@pytest.mark.parametrize("within", everyday(True, of=[False, True]), ids=["between units", "inside a method's call"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(spec: BenchSpec, tmp_path: Path, within: bool) -> None:
     spec = dataclasses.replace(spec, warm_up=False)
     run_bench(spec, tmp_path / "whole")

@@ -11,6 +11,7 @@ from retcon import checked
 from retcon.delta import Delta
 from retcon.lm import fingerprint as module
 from tests.cli.conftest import QUICK
+from tests.conftest import everyday
 
 
 def test_lists_and_prunes_what_is_kept(cli: Callable[..., Any], delta: Path) -> None:
@@ -59,7 +60,7 @@ def test_whatever_believes_a_fingerprint_can_be_told_not_to(verb: str, cli: Call
     assert "--verify-base" in cli(verb, "--help").stdout
 
 
-@pytest.mark.parametrize("where", ["a file", "no home"])
+@pytest.mark.parametrize("where", everyday("a file", of=["a file", "no home"]))
 def test_a_cache_that_cannot_be_written_costs_one_warning(
     where: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,9 +60,9 @@ def test_two_deltas_are_compared_fact_by_fact(cli: Callable[..., Any], delta: Pa
     assert page.count('data-passed1="') == 2
     assert "Compared with other.safetensors" in page
     assert "The capital of France is" in page
-    cli(*ASK, *OFF, "--against", "other.safetensors", "--report", "two.md")
+    asked = cli(*ASK, *OFF, "--against", "other.safetensors", "--report", "two.md", "--json")
     assert "## Compared with other.safetensors" in (here / "two.md").read_text()
-    found = json.loads(cli(*ASK, *OFF, "--against", "other.safetensors", "--json").stdout)
+    found = json.loads(asked.stdout)
     assert set(found["against"]["answers"]) == set(found["answers"])
     served = cli("check", "m", "--url", "http://127.0.0.1:9", "--cases", "edits.jsonl", "--against", "x", code=2)
     assert "which a served model cannot be given" in served.stderr

@@ -10,6 +10,7 @@ import pytest
 
 from retcon import world
 from retcon.delta import Delta
+from tests.conftest import everyday
 
 shipped = pytest.mark.skipif(
     not all((world.model_path(name) / "model.safetensors").is_file() for name in world.MODELS),
@@ -18,7 +19,7 @@ shipped = pytest.mark.skipif(
 
 
 @shipped
-@pytest.mark.parametrize("model", world.MODELS)
+@pytest.mark.parametrize("model", everyday("gptj", of=world.MODELS))
 def test_edits_measures_saves_and_undoes(model: str, cli: Callable[..., Any]) -> None:
     result = cli("demo", "--model", model, "--edits", "4", "--json")
     record = json.loads(result.stdout)

@@ -110,6 +110,7 @@ def test_interrupting_exits_with_130(cli: Callable[..., Any], monkeypatch: pytes
     assert not Path("delta.safetensors").exists()
 
 
+@pytest.mark.long  # the attack by signals does it in one process every day
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_process_that_is_interrupted_leaves_nothing(here: Path) -> None:
     """The whole way: python -m retcon, a signal while it edits, no traceback, no file."""

@@ -131,9 +131,9 @@ def test_layers_proposes_and_says_how_sure_it_is(cli: Cli) -> None:
 
 
 def test_the_embedded_models_bring_their_facts(cli: Cli) -> None:
-    record = json.loads(cli("probe", "layers", "demo:gptj", "--limit", "40", "--json").stdout)
-    assert (record["n"], record["n_known"], record["weak"]) == (40, 40, record["weak"])
-    assert record["facts"] == "the embedded world: 40 facts, seed 0"
+    record = json.loads(cli("probe", "layers", "demo:gptj", "--limit", "8", "--json").stdout)
+    assert (record["n"], record["n_known"], record["weak"]) == (8, 8, record["weak"])
+    assert record["facts"] == "the embedded world: 8 facts, seed 0"
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
@@ -180,10 +180,7 @@ def test_what_holds_the_edits_back_is_said_with_what_to_set(cli: Cli) -> None:
     said = "tune   2 of 2 edits were held back by the clamp: add --set"
     held = cli(*EDIT, "--layers", "probe", "--set", "low_clamp=0.001", "--set", "high_clamp=0.0005").stdout
     assert f"{said} low_clamp=0.002 --set high_clamp=0.001" in held
-    reached = cli(*EDIT, "--layers", "probe", "--set", "low_clamp=100", "--set", "high_clamp=100").stdout
     assert "2 held back by the clamp" in held
-    assert "held back" not in reached
-    assert "_clamp=400" not in reached
 
 
 def test_facts_left_out_are_counted(cli: Cli, here: Path) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import everyday
+
 pytest.importorskip("matplotlib")
 
 ROWS = [
@@ -23,7 +25,7 @@ def edits(here):
     return "facts.jsonl"
 
 
-@pytest.mark.parametrize("unit", ["row", "column"])
+@pytest.mark.parametrize("unit", everyday("row", of=["row", "column"]))
 def test_attribution_adds_up_and_is_drawn(unit, cli, edits):
     result = cli(
         *("probe", "attribution", "gptj", "--cases", edits, "--modules", "down,q", "--unit", unit, "--points", "2"),

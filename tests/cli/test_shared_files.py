@@ -13,6 +13,7 @@ from retcon.methods.kne import Kne
 QUICK = ("--set", "steps=1", "--set", "low=[0, 1]", "--set", "high=[2, 3]")
 
 
+@pytest.mark.long
 def test_no_file_names_a_folder_of_this_machine(cli: Callable[..., Any], here: Path, models: Path) -> None:
     model, edits, corpus = (str(p) for p in (models / "gptj", here / "edits.jsonl", here / "corpus.txt"))
     delta = str(here / "d.safetensors")

@@ -17,7 +17,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.values import plan, schedule, search
 from retcon.methods.common import tuning
 from tests.card import Card, both
-from tests.conftest import random_moments, tiny_model, tokenizer
+from tests.conftest import everyday, random_moments, tiny_model, tokenizer
 
 EDITS = [
     Edit("The capital of {} is", "France", "Rome", "Paris", id="a"),
@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ft": dict(layers=(1,), epochs=3),
     "lora": dict(epochs=3),
 }
-EVERYDAY = ("jeep", "kne", "ctp")
+EVERYDAY = ("jeep", "ctp")
 AT_MOST = {"kne": (2, 10), "ctp": (2, 10)}
 """Of a step more: numbers that come to the host or that it waits for, and tensors that go to the card."""
 
@@ -65,7 +65,7 @@ def lm_of_moments() -> LM:
     return LM(tiny_model("gptj", torch.float32), tokenizer("gpt"), name="tiny")
 
 
-@pytest.mark.parametrize("name", [n if n in EVERYDAY else pytest.param(n, marks=pytest.mark.long) for n in METHODS])
+@pytest.mark.parametrize("name", everyday(*EVERYDAY, of=METHODS))
 def test_a_method_s_delta_is_the_cpu_s(name: str, card: Card) -> None:
     here, there = both()
     wanted, found = proposed(here, name), proposed(there, name)
@@ -77,7 +77,7 @@ def test_a_method_s_delta_is_the_cpu_s(name: str, card: Card) -> None:
         assert all(type(x) is torch.Tensor for change in changes for x in change.tensors().values())
 
 
-@pytest.mark.parametrize("name", AT_MOST)
+@pytest.mark.parametrize("name", everyday("ctp", of=AT_MOST))
 def test_a_step_asks_little_of_the_host(name: str, card: Card) -> None:
     asked = []
     for epochs in (3, 4):

@@ -21,6 +21,7 @@ from retcon.evaluation.score import score_rows
 from retcon.lm.decoding import Prompts
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
+from tests.conftest import everyday
 
 Make = Callable[..., LM]
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -266,7 +267,10 @@ def test_an_earlier_evaluation_of_other_cases_is_refused(tiny: Make) -> None:
         evaluate(lm, CASES, pre=pre, generate=False)
 
 
-@pytest.mark.parametrize("options", [dict(max_batch_tokens=1), dict(max_batch_tokens=30)])
+BATCHES = [dict(max_batch_tokens=1), dict(max_batch_tokens=30)]
+
+
+@pytest.mark.parametrize("options", everyday(BATCHES[1], of=BATCHES))
 def test_batches_and_other_cases_are_of_no_account(options: dict[str, int], tiny: Make) -> None:
     lm = tiny(n_layers=2)
     together = evaluate(lm, [*CASES, *ZSRE])

@@ -12,7 +12,7 @@ from retcon.lm.model import LM
 from retcon.lm.site import Site
 from retcon.locate.attribution import Attribution, answer_probabilities, attribute, select
 from retcon.training.objective import answer_rows
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, everyday
 
 GAUSS = dict(n_points=16, quadrature="gauss")
 SMOOTH = ("gpt2", "gpt_neox")  # float64 all through; others compute a norm or the attention in float32
@@ -130,7 +130,7 @@ def test_one_point_is_gradient_times_weight(tiny, edits):
 
 
 @pytest.mark.parametrize("path", ["layer", "joint"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", everyday("gpt2", "gptj", "phi3", of=FAMILIES))
 def test_activations_give_what_weight_gradients_give(family, path, tiny, edits):
     """T9 (I3, I4), on every architecture, fused and parallel projections and the replay included; entries too."""
     lm = tiny(family)
@@ -267,6 +267,7 @@ def test_selection_does_not_depend_on_scale(randn):
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.long
 def test_selection_takes_more_values_than_torch_quantile(randn):
     scores = [torch.rand(2**23 + 1, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     with pytest.raises(RuntimeError, match="too large"):

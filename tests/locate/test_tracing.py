@@ -117,7 +117,7 @@ def test_every_kind_of_cell_is_as_by_hand(family: str, replayed: bool, still: St
                 assert float(found.scores[kind][token, layer]) == pytest.approx(wanted, rel=1e-5), (kind, token, layer)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", everyday("gptj", "llama", "gemma2", of=FAMILIES))
 def test_running_only_what_changes_gives_the_same(
     family: str, still: Still, untouched: Callable[[LM], Any], recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -157,9 +157,9 @@ def test_prompts_longer_than_an_attention_window_take_whole_passes(
 
 @pytest.mark.parametrize("replayed", [True, False])
 def test_how_many_cells_share_a_pass_does_not_matter(replayed: bool, still: Still) -> None:
-    lm, settings = still("opt"), replace(ALL, replayed=replayed, samples=1)
+    lm, settings = still("opt"), replace(ALL, kinds=("mlp", "severed_attn"), replayed=replayed, samples=1)
     together, one_by_one = trace(lm, settings, SHORT), trace(lm, replace(settings, max_batch_tokens=1), SHORT)
-    for kind in ALL.kinds:
+    for kind in settings.kinds:
         assert_close(one_by_one.scores[kind], together.scores[kind], **TOLERANCE)
 
 
@@ -201,11 +201,11 @@ def test_a_window_of_one_is_one_layer(still: Still) -> None:
 
 def test_noise_is_drawn_once_and_by_seed(still: Still) -> None:
     lm, settings = still("llama"), replace(ALL, kinds=("mlp",))
-    low = trace(lm, settings).low
-    assert low == trace(lm, replace(settings, max_batch_tokens=1)).low == trace(lm).low
-    assert low != trace(lm, replace(settings, seed=1)).low
+    low = trace(lm, settings, SHORT).low
+    assert low == trace(lm, replace(settings, max_batch_tokens=1), SHORT).low == trace(lm, edit=SHORT).low
+    assert low != trace(lm, replace(settings, seed=1), SHORT).low
     lows = {
-        trace(lm, replace(settings, distribution=d, corruption=c)).low
+        trace(lm, replace(settings, distribution=d, corruption=c), SHORT).low
         for d in ("gaussian", "uniform")
         for c in ("add", "replace")
     }
@@ -333,8 +333,12 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
         Tracing(**settings)
 
 
-@pytest.mark.parametrize("family", ["gptj", "llama", "opt"])
-@pytest.mark.parametrize("kind", ["block", "mlp", "attn", "severed_mlp"])
+KINDS = ("block", "mlp", "attn", "severed_mlp")
+EACH_KIND = (("gptj", "mlp"), ("gptj", "severed_mlp"), ("llama", "block"), ("llama", "attn"))
+RUN = [(family, kind) for family in ("gptj", "llama", "opt") for kind in KINDS]
+
+
+@pytest.mark.parametrize(("family", "kind"), everyday(*EACH_KIND, of=RUN, rows=True))
 def test_only_what_a_cell_changes_is_run(family: str, kind: Any, still: Still) -> None:
     """Tokens through each MLP: those from the cell's own on, the last alone in the topmost block; none whose output is
     known, as it is of the tokens behind where an MLP beside attention reads what they were."""
@@ -367,7 +371,7 @@ def test_only_what_a_cell_changes_is_run(family: str, kind: Any, still: Still) -
     assert ran[-1] == samples * topmost
 
 
-@pytest.mark.parametrize("family", ["gptj", "llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", everyday("llama", "gpt2", of=["gptj", "llama", "gpt2", "gpt_neox"]))
 def test_projections_run_for_changed_tokens_only(family: str, still: Still) -> None:
     """Attention keys: in the block above a restored state only of the cell's own token, then of every one from it on;
     queries too, but for the topmost block, where only the last token asks (a fused matrix gives both)."""

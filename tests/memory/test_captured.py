@@ -22,6 +22,7 @@ from retcon.memory.values.objective import ValueSearch
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.schedule import Chunk, Pace
 from retcon.memory.values.state import ValueOf
+from tests.conftest import everyday
 from tests.memory.test_value_pace import CONTEXTS, FACTS, SITES
 
 SEARCH = ValueSearch(steps=9, learning_rate=0.2, threshold=0.00201)
@@ -80,7 +81,7 @@ def searched(lm: LM, pace: Pace, n: int = 3, *, facts: Any = FACTS) -> dict[int,
     return chunk.found
 
 
-@pytest.mark.parametrize("family", ["gptj", "llama", "gemma2"])
+@pytest.mark.parametrize("family", everyday("llama", "gemma2", of=["gptj", "llama", "gemma2"]))
 def test_captured_steps_find_the_same_in_memory_that_stays(family: str, tiny: Callable[..., LM]) -> None:
     lm, paper = tiny(family), OnPaper()
     wanted = searched(lm, Pace(2, 4))

@@ -14,6 +14,7 @@ from retcon.memory.values import step
 from retcon.memory.values.objective import ValueSearch, ValueSite
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.schedule import Chunk, Pace
+from tests.conftest import everyday
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 SITES = (
@@ -31,7 +32,11 @@ FACTS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "look_every"), [("gptj", 8), ("llama", 1), ("gemma2", 2)])
+PACES = [("gptj", 8), ("llama", 1), ("gemma2", 2)]
+"""Families, and after how many steps the host looks for edits that have ended."""
+
+
+@pytest.mark.parametrize(("family", "look_every"), everyday(("gptj", 8), of=PACES, rows=True))
 def test_a_card_s_steps_have_few_shapes_and_wait_for_nothing(
     family: str, look_every: int, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retcon.methods.common.starting_point.MAX_RATE_FACTOR", 1.0)
 
 
-EVERYDAY = ("emmet", "jeep", "kn", "memit", "rect", "rome")
+EVERYDAY = ("emmet", "jeep", "kn", "rect", "rome")
 """One of each way to name layers; `kn` names none."""
 
 

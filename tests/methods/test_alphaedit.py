@@ -11,7 +11,7 @@ from retcon.memory.moments import GivenMoments
 from retcon.memory.solve import null_space
 from retcon.methods.alphaedit import AlphaEdit
 from retcon.methods.memit import Memit
-from tests.conftest import random_moments
+from tests.conftest import everyday, random_moments
 from tests.methods.common import CONTEXTS, SEARCH, equal, keys_of, same, update, value_of, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the weight")
@@ -27,7 +27,7 @@ def propose(lm, edits, state=None, moments=None, **settings):
     return alphaedit(**settings).propose(lm, edits, contexts=CONTEXTS, moments=moments, state=state)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", everyday("gpt2", of=["gpt2", "llama"]))
 def test_keys_of_the_text_are_left_alone(family, tiny, edits, randn):
     """Identity 44, on the model."""
     lm = tiny(family)
@@ -43,7 +43,7 @@ def test_keys_of_the_text_are_left_alone(family, tiny, edits, randn):
         assert delta.provenance["null_space_ranks"][site.name] == space.rank
 
 
-@pytest.mark.parametrize("form", ["eigenbasis", "keys", "released"])
+@pytest.mark.parametrize("form", everyday("keys", of=["eigenbasis", "keys", "released"]))
 def test_forms_agree_on_the_model(form, tiny, edits):
     """Identity 45: two batches, the second with a state."""
     lm = tiny("llama")

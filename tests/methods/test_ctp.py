@@ -14,6 +14,7 @@ from retcon.methods.common.registry import method, presets
 from retcon.methods.ctp import Ctp
 from retcon.training.objective import AnswerLoss, answer_rows, own_answers
 from retcon.training.parts import attached, changes
+from tests.conftest import everyday
 
 FAST: dict[str, Any] = dict(n_positive=4, epochs=4, learning_rate=1e-2)
 RELEASE: dict[str, Any] = dict(reassess=0)
@@ -209,8 +210,12 @@ def test_the_original_answer_may_be_the_true_one(tiny, edits):
         ctp(original="target_true").propose(lm, edits)
 
 
-@pytest.mark.parametrize("key_matrix", ["gate", "both"])
-@pytest.mark.parametrize("select", ["rank_aligned", "k_best"])
+CHOICES = [(k, s) for k in ("gate", "both") for s in ("rank_aligned", "k_best")]
+
+
+@pytest.mark.parametrize(
+    ("key_matrix", "select"), everyday(("gate", "rank_aligned"), ("both", "k_best"), of=CHOICES, rows=True)
+)
 def test_other_key_matrices_and_selections(key_matrix, select, tiny, edits):
     lm = tiny("phi3")  # gate and up are one fused parameter
     delta = ctp(key_matrix=key_matrix, select=select, pool="per_edit").propose(lm, edits)
@@ -227,8 +232,8 @@ def test_other_key_matrices_and_selections(key_matrix, select, tiny, edits):
 
 
 def test_mini_batches_depend_on_the_seed(tiny, edits):
-    lm = tiny("llama")
-    a, b, c = (ctp(batch_size=1).propose(lm, edits, seed=seed) for seed in (1, 1, 2))
+    lm = tiny("llama", n_layers=2)
+    a, b, c = (ctp(batch_size=2, epochs=2).propose(lm, edits, seed=seed) for seed in (1, 1, 2))
     assert a.id == b.id != c.id
 
 

@@ -16,7 +16,7 @@ from retcon.memory.keys import KeyAverage, KeyReader, mean_keys
 from retcon.memory.values.reference import search_values_reference
 from retcon.methods.jeep import Jeep
 from retcon.methods.memit import Memit
-from tests.conftest import CORE, FAMILIES, FLOAT32_INSIDE, random_moments
+from tests.conftest import CORE, FAMILIES, FLOAT32_INSIDE, everyday, random_moments
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 METHODS = {
@@ -25,6 +25,9 @@ METHODS = {
     ),
     "memit": Memit(layers=(0, 1, 2), clamp=1.0, moment_weight=10.0, steps=5),
 }
+
+JEEP, MEMIT = ("jeep", torch.float64, "llama"), ("memit", torch.float32, "gpt2")
+"""What is tried every day; the other families by `make test-all`."""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*larger than the weight"),
@@ -47,8 +50,8 @@ class PlainReader(KeyReader):
 @pytest.mark.parametrize(
     ("name", "dtype", "family"),
     [
-        *(("jeep", torch.float64, family) for family in FAMILIES),
-        *(("memit", torch.float32, family) for family in FAMILIES if family in CORE),
+        *everyday(JEEP, of=(("jeep", torch.float64, f) for f in FAMILIES), rows=True),
+        *everyday(MEMIT, of=(("memit", torch.float32, f) for f in FAMILIES if f in CORE), rows=True),
     ],
 )
 def test_fast_and_plain_give_the_same_delta(

@@ -27,7 +27,7 @@ from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.presets import signature
 from retcon.methods.common.registry import method, presets
 from retcon.methods.jeep import Jeep
-from tests.conftest import random_moments
+from tests.conftest import everyday, random_moments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the weight")  # exact writes into tiny random models
 CONTEXTS, BARE = Contexts(("The train stood still. ",)), Contexts()
@@ -52,7 +52,7 @@ def same(lm, a, b, **tolerance):
         assert_close(a.dense(name, shape), b.dense(name, shape), **tolerance)
 
 
-@pytest.mark.parametrize("family", ["gptj", "llama"])
+@pytest.mark.parametrize("family", everyday("gptj", of=["gptj", "llama"]))
 def test_a_zero_high_clamp_gives_the_low_values_of_the_low_group_alone(family, tiny, edits):
     lm = tiny(family)
     a = propose(lm, edits, high_clamp=0.0, write_high=False)

@@ -29,7 +29,7 @@ def compare(lm, delta, wanted: dict[str, torch.Tensor], **tolerance) -> None:
         assert_close(delta.dense(name, lm.parameter(name).shape), wanted[name], **tolerance)
 
 
-@pytest.mark.parametrize("family", ["gptj", "llama"])
+@pytest.mark.parametrize("family", everyday("gptj", of=["gptj", "llama"]))
 @pytest.mark.parametrize("alpha", everyday(2.0, of=[1.0, 2.0]))
 def test_kne(family, alpha, tiny, edits):
     lm = tiny(family)
@@ -39,7 +39,7 @@ def test_kne(family, alpha, tiny, edits):
     compare(lm, delta, wanted, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["gptj", "llama"])
+@pytest.mark.parametrize("family", everyday("gptj", of=["gptj", "llama"]))
 @pytest.mark.parametrize("reassess", everyday(2, of=[0, 2]))
 def test_the_released_ctp(family, reassess, tiny, edits):
     """Momentum leak, whole output bias, per-token loss and repeated assessment included."""

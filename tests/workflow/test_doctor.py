@@ -17,7 +17,7 @@ def outcomes(found: Examination) -> dict[str, str]:
     return {f.check: f.outcome for f in found.findings}
 
 
-@pytest.mark.parametrize("family", everyday("llama", "mixtral", of=["llama", "mixtral", "qwen3_5_text"]))
+@pytest.mark.parametrize("family", everyday("mixtral", of=["llama", "mixtral", "qwen3_5_text"]))
 def test_a_sound_model_passes_and_is_as_it_was(
     family: str, tiny: Callable[..., LM], untouched: Callable[[LM], Any]
 ) -> None:

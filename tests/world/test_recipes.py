@@ -80,7 +80,7 @@ def small_facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", everyday("gpt2", "llama", of=MODEL_TYPES))
 def test_a_model_of_every_supported_type_is_trained_and_loaded(
     model_type: str, small_facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
