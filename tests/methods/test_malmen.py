@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from retcon.lm.model import LM
 from retcon.methods.common.hypernetwork import base_log_probs, outer_losses, pieces
-from retcon.methods.malmen import Malmen, dual_shift, shift, shift_gradients, untrained, value_differences
+from retcon.methods.malmen import Malmen, dual_shift, shift, shift_gradients, value_differences
 from retcon.training.objective import answer_rows
 from retcon.training.parts import TrainedDense
 from tests.methods.test_mend import cases, drawn
@@ -95,7 +95,7 @@ def test_the_outer_gradient_is_autograds_through_everything(tiny, edits):
 
 def shaken(method: Malmen, lm: LM):
     """A network that is no longer as it was made, in training mode."""
-    network = untrained(method, lm, method.sites(lm)).train()
+    network = method.untrained(lm, method.sites(lm)).train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -105,12 +105,11 @@ def shaken(method: Malmen, lm: LM):
 
 def test_what_training_takes_is_counted(tiny):
     from retcon.methods.mend import Mend
-    from retcon.methods.mend import untrained as untrained_mend
 
     for family in ("gpt2", "llama"):
         lm = tiny(family)
-        for method, make in ((Malmen(rank=6), untrained), (Mend(rank=6, n_blocks=3), untrained_mend)):
-            network = make(method, lm, method.sites(lm))
+        for method in (Malmen(rank=6), Mend(rank=6, n_blocks=3)):
+            network = method.untrained(lm, method.sites(lm))
             assert method.n_fitted(lm) == sum(p.numel() for p in network.parameters())
 
 

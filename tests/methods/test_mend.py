@@ -15,7 +15,8 @@ from retcon.lm.forward import answer_places, gold, log_probs
 from retcon.lm.model import LM
 from retcon.methods.common import hypernetwork
 from retcon.methods.common.hypernetwork import Drawn, base_log_probs, examples, outer_losses, pieces
-from retcon.methods.mend import Mend, from_release, untrained
+from retcon.methods.common.released_editors import from_release
+from retcon.methods.mend import Mend
 from retcon.training.objective import answer_rows
 
 SMALL = dict(layers=(1, 3), modules=("up_proj", "down_proj"), rank=6, steps=0, n_validation=1)
@@ -82,7 +83,7 @@ def test_the_outer_gradient_is_that_through_the_changed_weights(locality_at, tin
     """T49, against a model whose weights are W' as tensors of the graph."""
     lm, method = tiny("gpt2"), Mend(**{**SMALL, "step_size": 0.3, "locality_at": locality_at})
     sites, facts = method.sites(lm), drawn(lm, edits)
-    network = untrained(method, lm, sites).train()
+    network = method.untrained(lm, sites).train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -3,7 +3,7 @@
 Tan et al. 2024, arXiv:2311.04661, sections 3 and 4; symbols as there. Departures: docs/methods/malmen.md.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from retcon.delta import Change, Delta
 from retcon.edits import Case, Edit, check_edits
-from retcon.lm.batches import MAX_BATCH_TOKENS
 from retcon.lm.model import LM, Site
-from retcon.lm.prompts import Row
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
@@ -24,20 +22,19 @@ from retcon.methods.common.contract import Progress, State, recorded, silent
 from retcon.methods.common.hypernetwork import (
     Drawn,
     HypernetworkSettings,
+    at_answers,
     base_log_probs,
     fit_editor,
     gather_pieces,
+    in_passes,
     load_editor,
     outer_losses,
 )
 from retcon.methods.common.proposal import reported
 from retcon.methods.common.settings import Count, NotNegative
-from retcon.training.hypernetwork import Hypernetwork
+from retcon.training.hypernetwork import Hypernetwork, ScaleAt
 from retcon.training.objective import answer_rows
 from retcon.training.parts import TrainedDense
-
-EPS = torch.finfo(torch.float32).eps
-"""Added to deviations that are divided by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +42,9 @@ class Malmen(HypernetworkSettings):
     """Massive language model editing network."""
 
     name: ClassVar[str] = "malmen"
-    n_by_matrix: ClassVar[int] = 2
+    scale_at: ClassVar[ScaleAt] = "outside"
+    with_ridge: ClassVar[bool] = True
+    eps: ClassVar[float] = torch.finfo(torch.float32).eps
 
     modules: tuple[str, ...] = ("down_proj",)
     batch_size: Count = 512
@@ -53,7 +52,6 @@ class Malmen(HypernetworkSettings):
     n_validation: Count = 512
     """Cases to validate with, which are not trained on; a fifth of the cases at most."""
     step_size: float = 1e-6
-    """Where eta starts, which is learned for each matrix."""
     learning_rate: NotNegative = 1e-5
     """Adam's, for everything."""
     locality_weight: NotNegative = 1.0
@@ -84,7 +82,7 @@ class Malmen(HypernetworkSettings):
             MalformedFile, WrongBase: the editor cannot be read, or is another model's.
         """
         check_edits(edits)
-        method, editor = load_editor(self, lm, untrained)
+        method, editor = load_editor(self, lm)
         record = recorded(method, lm, edits, seed=seed, editor_sha256=editor.sha256)
         if not edits:
             return lm.delta({}, **record)
@@ -120,7 +118,7 @@ class Malmen(HypernetworkSettings):
             NonFinite: the loss overflows.
         """
         sites = self.sites(lm)
-        network = untrained(self, lm, sites, seed)
+        network = self.untrained(lm, sites, seed)
         optimizers = [torch.optim.Adam(network.parameters(), lr=self.learning_rate)]
 
         def gradient(drawn: Sequence[Drawn]) -> float:
@@ -167,44 +165,13 @@ class Malmen(HypernetworkSettings):
     ) -> float:
         """The mean over examples of NLL on the rephrasing plus weighted KL at the answer that should stay."""
         total = 0.0
-        for group in in_groups(drawn):
+        for group in in_passes(drawn):
             nll, kl = outer_losses(lm, group, base_log_probs(lm, group, "answers"), parts, "answers")
             loss = (nll + self.locality_weight * kl).sum() / len(drawn)
             if backward:
                 loss.backward()
             total += float(loss.detach())
         return total
-
-
-def untrained(method: Malmen, lm: LM, sites: Sequence[Site], seed: int = 0) -> Hypernetwork:
-    """An editor that leaves normalised pieces as they are."""
-    return Hypernetwork(
-        [(site.shape[1], site.shape[0]) for site in sites],
-        step_size=method.step_size,
-        with_ridge=True,
-        rank=method.rank,
-        n_blocks=method.n_blocks,
-        scale_at="outside",
-        normalise=method.normalise,
-        eps=EPS,
-        dtype=torch.promote_types(lm.dtype, torch.float32),
-        seed=seed,
-    ).to(lm.device)
-
-
-def at_answers(rows: Sequence[Row], u: Tensor, delta: Tensor) -> Tensor:
-    """The (batch, seq) mask of the tokens that predict answer tokens."""
-    mask = torch.zeros(u.shape[:2], dtype=torch.bool, device=u.device)
-    for r, row in enumerate(rows):
-        mask[r, row.n_prompt - 1 : len(row.ids) - 1] = True
-    return mask
-
-
-def in_groups(drawn: Sequence[Drawn]) -> Iterator[Sequence[Drawn]]:
-    """The examples in groups that are one pass each."""
-    longest = max(len(row.ids) for d in drawn for row in (d.rephrasing, d.other))
-    size = max(1, MAX_BATCH_TOKENS // (2 * longest))
-    return (drawn[i : i + size] for i in range(0, len(drawn), size))
 
 
 def value_differences(

@@ -7,7 +7,7 @@ gradient and which loss, the methods say.
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args
@@ -20,7 +20,7 @@ from torch import Tensor
 from retcon.checked import Kind, read_checked, write_checked
 from retcon.edits import Case, case_record, check_edits
 from retcon.errors import InvalidSetting, MalformedFile, WrongBase
-from retcon.lm.batches import in_batches
+from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.forward import answer_places, gold, input_rows, log_probs, logits_at
 from retcon.lm.model import LM, Site, SiteName
 from retcon.lm.prompts import Row, encode, pad
@@ -35,7 +35,7 @@ from retcon.methods.common.contract import (
 from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, checked
 from retcon.methods.common.tuning import check_memory, sites_named
 from retcon.training.fitting import CurvePoint, Fit, FitSchedule
-from retcon.training.hypernetwork import Hypernetwork, not_zero
+from retcon.training.hypernetwork import Hypernetwork, ScaleAt, not_zero
 from retcon.training.objective import answer_nll, answer_rows
 from retcon.training.parts import Part, attached
 from retcon.version import __version__
@@ -49,8 +49,12 @@ LEAST_CASES = 4
 class HypernetworkSettings(Trainable):
     """What a hypernetwork lets one set. All but `editor` is for `fit`; an edit has it from the editor's file."""
 
-    n_by_matrix: ClassVar[int] = 1
-    """Values that are learned for each matrix by itself, besides its scales and shifts."""
+    scale_at: ClassVar[ScaleAt]
+    """Where a block's scale and shift act."""
+    with_ridge: ClassVar[bool] = False
+    """Whether a lambda is learned for each matrix, besides its eta."""
+    eps: ClassVar[float]
+    """Added to deviations that are divided by."""
 
     editor: str | None = None
     """File of the trained editor, which `fit` writes."""
@@ -59,6 +63,8 @@ class HypernetworkSettings(Trainable):
     modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     """Matrices that are edited in each of them: kinds of sites, as far as the model has them, or a module's path inside
     a block."""
+    step_size: float = 1e-4
+    """Where eta starts, which is learned for each matrix."""
     rank: Count = 1920
     """Rank of a network's matrices U V, at most its width."""
     n_blocks: CountFromZero = 2
@@ -90,6 +96,21 @@ class HypernetworkSettings(Trainable):
             MalformedFile: the file is no editor of this method.
         """
         return self if self.editor is None else with_settings_of(self, read_editor(self.name, Path(self.editor))[1])
+
+    def untrained(self, lm: LM, sites: Sequence[Site], seed: int = 0) -> Hypernetwork:
+        """Return an editor that leaves pieces as they are, or normalises them; `seed` draws U and V."""
+        return Hypernetwork(
+            [(site.shape[1], site.shape[0]) for site in sites],
+            step_size=self.step_size,
+            with_ridge=self.with_ridge,
+            rank=self.rank,
+            n_blocks=self.n_blocks,
+            scale_at=self.scale_at,
+            normalise=self.normalise,
+            eps=self.eps,
+            dtype=torch.promote_types(lm.dtype, torch.float32),
+            seed=seed,
+        ).to(lm.device)
 
     def schedule(self, clip: float) -> FitSchedule:
         """How long to train."""
@@ -128,7 +149,7 @@ class HypernetworkSettings(Trainable):
         shapes = [tuple(site.shape) for site in self.sites(lm)]
         widths = [sum(shape) for shape in dict.fromkeys(shapes)]
         shared = sum(2 * min(self.rank, width) * width + width for width in widths)
-        return self.n_blocks * (shared + 2 * sum(map(sum, shapes))) + self.n_by_matrix * len(shapes)
+        return self.n_blocks * (shared + 2 * sum(map(sum, shapes))) + (1 + self.with_ridge) * len(shapes)
 
 
 # --- facts to train on ---------------------------------------------------------------------------------------------
@@ -223,6 +244,21 @@ def gather_pieces(
 def with_a_piece(_: Sequence[Row], u: Tensor, delta: Tensor) -> Tensor:
     """All tokens that have a piece."""
     return not_zero(u, delta)
+
+
+def at_answers(rows: Sequence[Row], u: Tensor, delta: Tensor) -> Tensor:
+    """The tokens that predict answer tokens."""
+    mask = torch.zeros(u.shape[:2], dtype=torch.bool, device=u.device)
+    for r, row in enumerate(rows):
+        mask[r, row.n_prompt - 1 : len(row.ids) - 1] = True
+    return mask
+
+
+def in_passes(drawn: Sequence[Drawn]) -> Iterator[Sequence[Drawn]]:
+    """The examples in groups whose outer losses are one pass each."""
+    longest = max(len(row.ids) for d in drawn for row in (d.rephrasing, d.other))
+    size = max(1, MAX_BATCH_TOKENS // (2 * longest))
+    return (drawn[i : i + size] for i in range(0, len(drawn), size))
 
 
 Where = Literal["everywhere", "answers"]
@@ -392,15 +428,10 @@ _LOADED: WeakKeyDictionary[LM, tuple[tuple[Any, ...], Any, Editor]] = WeakKeyDic
 """The editor that each model was last edited with: what its file was, the method with its settings, and itself."""
 
 
-def load_editor(
-    method: Trained, lm: LM, make: Callable[[Trained, LM, Sequence[Site]], Hypernetwork]
-) -> tuple[Trained, Editor]:
+def load_editor(method: Trained, lm: LM) -> tuple[Trained, Editor]:
     """Return the method with the settings that its editor was trained with, and the editor.
 
     The file is read once: the model's next edit has the same editor, as long as the file is the same.
-
-    Args:
-        make: an untrained network for the method's settings and these matrices.
 
     Raises:
         InvalidSetting: no editor is named.
@@ -428,7 +459,7 @@ def load_editor(
     _check_base(path, about, lm)
     trained = with_settings_of(method, about)
     sites = trained.sites(lm)
-    network = make(trained, lm, sites)
+    network = trained.untrained(lm, sites)
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
