@@ -59,7 +59,7 @@ class _LeakingTrainer(PathTrainer):
     def optimizers(self) -> tuple[NodeAdam, NodeAdam]:
         """One Adam for both steps; lambda is on the loss."""
         self.negative_loss_weight = self.method.contrast_weight
-        positive, negative = (_LeakingAdam(self.nodes, self.method.learning_rate) for _ in range(2))
+        positive, negative = (_LeakingAdam(self.paths.nodes, self.method.learning_rate) for _ in range(2))
         negative.memory = positive.memory
         return positive, negative
 

@@ -30,6 +30,7 @@ SEARCH = dict(steps=4)
 SETTINGS: dict[str, dict[str, Any]] = {
     "kne": dict(epochs=3, n_points=2, budget=0.02),
     "ctp": dict(epochs=3),
+    "kn": dict(n_points=4, n_prefixes=1),
     "prune": dict(base_method="memit", base_settings=SEARCH),
     "rect": dict(base_method="memit", base_settings=SEARCH),
 }

@@ -152,16 +152,16 @@ def test_mirror_puts_the_mean_change_on_the_negative_node(tiny, edits):
         trainer.set_paths(paths(lm, edits, n_positive=4))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for tensor in trainer.values():
+            for tensor in trainer.paths.values():
                 tensor += 0.05 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
 
         def second_term() -> torch.Tensor:
-            with attached(trainer._mirrored()):
+            with attached(trainer.paths.mirrored()):
                 return old(range(len(rows))).mean()
 
         second_term().backward()
         for t in (0, 5):
-            nodes = trainer.nodes[t]
+            nodes = trainer.paths.nodes[t]
             for place in ((0, 3), (2, 7)):
                 sides = []
                 for sign in (1, -1):
@@ -172,10 +172,10 @@ def test_mirror_puts_the_mean_change_on_the_negative_node(tiny, edits):
                 assert_close((sides[0] - sides[1]) / 2e-5, float(nodes.tensors[0].grad[place]), rtol=1e-5, atol=1e-10)
 
         # and it is the loss of a model changed in T-'s nodes alone, by the mean
-        mean = trainer.nodes[1].tensors[0][trainer.nodes[1].chosen(trainer.positive[1])].mean(0)
-        delta = lm.delta(changes(trainer._mirrored()))
+        mean = trainer.paths.nodes[1].tensors[0][trainer.paths.nodes[1].chosen(trainer.paths.positive[1])].mean(0)
+        delta = lm.delta(changes(trainer.paths.mirrored()))
         full = slots[1].by_node(moved(lm, delta)[slots[1].site.name].T)
-        assert_close(full[:, trainer.negative[1][0]], mean.detach())
+        assert_close(full[:, trainer.paths.negative[1][0]], mean.detach())
         assert int((full != 0).any(0).sum()) == 1
         hooked = second_term().detach()
         with lm.edited(delta):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from retcon.delta import Delta
@@ -26,9 +25,10 @@ from retcon.methods.common.contract import ModelShape, Progress, State, check_de
 from retcon.methods.common.settings import Count, CountFromZero, Layers, NotNegative
 from retcon.methods.common.tuning import TuningSettings, tuning
 from retcon.training.descent import accumulate, shares
-from retcon.training.nodes import NodeAdam, Nodes
+from retcon.training.nodes import NodeAdam
 from retcon.training.objective import AnswerLoss, answer_rows, own_answers
 from retcon.training.parts import Part, attached
+from retcon.training.path_nodes import PathNodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +107,10 @@ class Ctp(TuningSettings):
             if not edits:
                 return run.delta()
             rows = answer_rows(lm, edits)
-            paths = self.trainer(slots, AnswerLoss(lm, rows), self._original(lm, edits, rows))
-            trace = partial(self._trace, lm, edits, paths, seed)
-            ended = run.descend(paths.update, paths.losses_now, paths.values, stage="paths", before_epoch=trace)
-            return run.delta(paths.parts(), ended)
+            steps = self.trainer(slots, AnswerLoss(lm, rows), self._original(lm, edits, rows))
+            trace = partial(self._trace, lm, edits, steps, seed)
+            ended = run.descend(steps.update, steps.losses_now, steps.paths.values, stage="paths", before_epoch=trace)
+            return run.delta(steps.paths.parts(), ended)
 
     def trainer(self, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None) -> "PathTrainer":
         """What takes the steps."""
@@ -125,22 +125,22 @@ class Ctp(TuningSettings):
         """Whether the second term does anything."""
         return self.contrast != "none" and self.contrast_weight > 0 and self.n_negative > 0
 
-    def _trace(self, lm: LM, edits: Sequence[Edit], paths: "PathTrainer", seed: int, epoch: int) -> None:
+    def _trace(self, lm: LM, edits: Sequence[Edit], steps: "PathTrainer", seed: int, epoch: int) -> None:
         """T+ and T- on the weights as they are in this epoch."""
         if epoch and not (self.reassess and epoch % self.reassess == 0):
             return
-        with attached(paths.parts()):
+        with attached(steps.paths.parts()):
             scores = assess(
                 lm,
                 edits,
-                paths.slots,
+                steps.slots,
                 self.score,
                 pool=self.pool,
                 reduction=self.reduction,
                 groups=self.assessed_together(len(edits)),
                 seed=seed + epoch,
             )
-        paths.set_paths(choose(paths.slots, scores, self.n_positive, self.n_negative, self.select))
+        steps.set_paths(choose(steps.slots, scores, self.n_positive, self.n_negative, self.select))
 
     def _original(self, lm: LM, edits: Sequence[Edit], rows: Sequence[Row]) -> AnswerLoss | None:
         """L(y): the loss of the original answers."""
@@ -152,94 +152,56 @@ class Ctp(TuningSettings):
 
 
 class PathTrainer:
-    """The nodes along T+ and T-, and one step on a mini-batch."""
+    """One step on a mini-batch: on the nodes of T+, then (`neg_step`) on those of T-."""
 
     negative_loss_weight = 1.0
     """lambda is in the learning rate of the step on T-, where Adam does not divide it out."""
 
     def __init__(self, method: Ctp, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None) -> None:
         self.method, self.slots, self.target, self.original = method, slots, target, original
-        self.nodes = [Nodes(slot.sites, "columns" if slot.is_value else "rows") for slot in slots]
-        if method.train_out_bias:
-            for slot in slots:
-                if slot.is_value and slot.site.bias is not None:
-                    bias = Nodes(slot.sites, "bias")
-                    bias.add(torch.arange(len(slot.site.bias)))
-                    self.nodes.append(bias)
-        self.positive: list[Tensor] = []
-        self.negative: list[Tensor] = []
-        self.sources: list[Tensor] = []
-        """Places of T+ among the nodes, per slot."""
+        self.paths = PathNodes(slots, with_bias=method.train_out_bias)
         self.moves_negative = method.contrast == "neg_step" and method.has_contrast
         self.adam_positive, self.adam_negative = self.optimizers()
 
     def optimizers(self) -> tuple[NodeAdam, NodeAdam]:
         """What moves T+, and what moves T-."""
-        rate = self.method.learning_rate
-        return NodeAdam(self.nodes, rate), NodeAdam(self.nodes, self.method.contrast_weight * rate)
-
-    def parts(self) -> list[Part]:
-        """Everything that was ever trained."""
-        return [part for nodes in self.nodes for part in nodes.parts()]
-
-    def values(self) -> list[Tensor]:
-        """The tensors that the parts train."""
-        return [tensor for nodes in self.nodes for tensor in nodes.tensors]
-
-    def losses_now(self) -> list[float]:
-        """L(y*) of every edit."""
-        with attached(self.parts()):
-            return self.target.now()
+        rate, nodes = self.method.learning_rate, self.paths.nodes
+        return NodeAdam(nodes, rate), NodeAdam(nodes, self.method.contrast_weight * rate)
 
     def set_paths(self, found: Transmission) -> None:
         """Train the nodes of these paths from now on; others keep the change they have."""
-        self.positive, self.negative = (
-            [nodes.at_hand(torch.tensor(paths.in_slot(t), dtype=torch.long)) for t, nodes in self._by_slot()]
-            for paths in (found.positive, found.negative)
-        )
-        for nodes, positive, negative in zip(self.nodes, self.positive, self.negative, strict=False):
-            nodes.add(positive)
-            if self.moves_negative:
-                nodes.add(negative)
-        self.sources = [nodes.chosen(self.positive[t]).nonzero()[:, 0] for t, nodes in self._by_slot()]
-        self.adam_positive.choose(self.positive)
-        self.adam_negative.choose(self.negative)
+        self.paths.choose(found, train_negative=self.moves_negative)
+        self.adam_positive.choose(self.paths.positive)
+        self.adam_negative.choose(self.paths.negative)
+
+    def losses_now(self) -> list[float]:
+        """L(y*) of every edit."""
+        with attached(self.paths.parts()):
+            return self.target.now()
 
     def update(self, items: list[int]) -> dict[int, float]:
         """A step on T+ towards y*, then (`neg_step`) one on T- towards y; the losses L(y*) before them."""
-        method = self.method
+        method, paths = self.method, self.paths
         share = dict(zip(items, shares(self.target.rows, items, method.reduction).tolist(), strict=True))
-        self._forget_gradients()
-        now = _accumulate(self.target, self.parts, items, lambda i, loss: share[i] if loss >= method.stop_loss else 0.0)
+        paths.forget_gradients()
+
+        def of_share(i: int, loss: float) -> float:
+            return share[i] if loss >= method.stop_loss else 0.0
+
+        now = _accumulate(self.target, paths.parts, items, of_share)
         active = [i for i in items if now[i] >= method.stop_loss]
         if not all(map(math.isfinite, now.values())) or not active:
             return now
         if self.original is not None and method.contrast == "mirror":  # one step on both terms
             weight = method.contrast_weight
-            _accumulate(self.original, self._mirrored, active, lambda i, _: weight * share[i])
+            _accumulate(self.original, paths.mirrored, active, lambda i, _: weight * share[i])
         self.adam_positive.step()
         if self.original is not None and self.moves_negative:
             weight = self.negative_loss_weight
-            self._forget_gradients()
-            _accumulate(self.original, self.parts, active, lambda i, _: weight * share[i])
+            paths.forget_gradients()
+            _accumulate(self.original, paths.parts, active, lambda i, _: weight * share[i])
             self.adam_negative.step()
         return now
-
-    def _mirrored(self) -> list[Part]:
-        """Delta': T-'s nodes changed as T+'s are on average, all else as in the model."""
-        return [
-            part
-            for nodes, sources, negative in zip(self.nodes, self.sources, self.negative, strict=False)
-            for part in nodes.averaged(sources, negative)
-        ]
-
-    def _by_slot(self) -> list[tuple[int, Nodes]]:
-        """The nodes of every slot, with its number; biases of their own come after those."""
-        return list(enumerate(self.nodes[: len(self.slots)]))
-
-    def _forget_gradients(self) -> None:
-        for tensor in self.values():
-            tensor.grad = None
 
 
 def _accumulate(

@@ -30,6 +30,7 @@ from retcon.locate.ensemble import (
     n_units,
     random_scores,
     sampled,
+    share_of_budget,
     union,
     unit_scores,
 )
@@ -38,9 +39,9 @@ from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import ModelShape, Progress, State, check_depth, lower_layers, silent
 from retcon.methods.common.settings import Count, Layers
-from retcon.methods.common.tuning import TuningSettings, tuning
+from retcon.methods.common.tuning import TuningSettings, sites_of_kinds, tuning
 from retcon.training.objective import Answer
-from retcon.training.parts import TrainedColumns, TrainedEntries, TrainedRows, fresh
+from retcon.training.parts import Part, trained_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,27 +191,18 @@ class Kne(TuningSettings):
         """The matrices, in order of layers; that order breaks ties. A block without such a matrix has none here."""
         layers = range(lm.n_layers) if self.layers is None else self.layers
         check_depth(self.name, lm, layers)
-        routed = self.mlp == "experts"
-        sites = [s for layer in layers for kind in self.modules for s in lm.sites(layer, kind, routed=routed)]
-        for kind in self.modules:
-            if not any(site.kind == kind for site in sites):
-                where = "" if self.layers is None else " in these layers"
-                raise InvalidSetting(f"kne: {lm.name!r} ({lm.model.config.model_type}) has no {kind}{where}")
-        return sites
-
-    def n_chosen(self, lm: LM, sites: Sequence[Site]) -> int:
-        """max(1, round(p * units)); p = budget * parameters / weights of the sites, where a budget is given."""
-        p = self.p
-        if p is None:
-            assert self.budget is not None
-            n_parameters = sum(lm.shape_of(name).numel() for name, _ in lm.model.named_parameters())
-            p = min(1.0, self.budget * n_parameters / sum(site.shape.numel() for site in sites))
-        return max(1, round(p * sum(n_units(site, self.granularity) for site in sites)))
+        return sites_of_kinds(self.name, lm, layers, self.modules, routed=self.mlp == "experts")
 
     def choose(self, lm: LM, scores: Sequence[Tensor]) -> Ensemble:
         """The units above the one threshold over all sites (Eqs. 6, 7)."""
         sites = self.sites(lm)
         return above_threshold(sites, scores, self.n_chosen(lm, sites))
+
+    def n_chosen(self, lm: LM, sites: Sequence[Site]) -> int:
+        """How many units: max(1, round(p * units)); where a budget is given, p follows from it."""
+        p = self.p if self.budget is None else share_of_budget(lm, sites, self.budget)
+        assert p is not None
+        return max(1, round(p * sum(n_units(site, self.granularity) for site in sites)))
 
     def attribution(self) -> Attribution:
         """How scores are found."""
@@ -222,16 +214,9 @@ class Kne(TuningSettings):
             answer=self.answer,
         )
 
-    def _part(self, site: Site, units: Int[Tensor, " n"]) -> TrainedRows | TrainedColumns | TrainedEntries:
+    def _part(self, site: Site, units: Int[Tensor, " n"]) -> Part:
         """W_kne, zero (Eq. 8), which Eqs. 9 to 11 place in the matrix and scale."""
-        index, n = units.to(site.device), len(units)
-        scale = self.alpha / math.sqrt(n)
-        out, into = site.shape
-        if self.granularity == "row":
-            return TrainedRows(site, index, fresh(site, n, into), scale)
-        if self.granularity == "column":
-            return TrainedColumns(site, index, fresh(site, n, out), scale)
-        return TrainedEntries(site, index, fresh(site, n), scale)
+        return trained_units(site, self.granularity, units, self.alpha / math.sqrt(len(units)))
 
     def _facts(self, edits: Sequence[Edit]) -> Sequence[Edit]:
         if self.locate_on is None:

@@ -10,7 +10,7 @@ only.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -265,6 +265,18 @@ class _WithoutHooks(nn.Module):
 
 Whole = TrainedDense | TrainedBias | TrainedParameter
 """A part of a parameter of which every value is trained; `weight()` is what its values are added to."""
+
+
+def trained_units(
+    site: Site, unit: Literal["row", "column", "entry"], index: Int[Tensor, " n"], scale: float
+) -> TrainedRows | TrainedColumns | TrainedEntries:
+    """Return a part over some rows, columns or entries of a matrix, zero so far."""
+    index, n, (out, into) = index.to(site.device), len(index), site.shape
+    if unit == "row":
+        return TrainedRows(site, index, fresh(site, n, into), scale)
+    if unit == "column":
+        return TrainedColumns(site, index, fresh(site, n, out), scale)
+    return TrainedEntries(site, index, fresh(site, n), scale)
 
 
 def whole(site: Site, *, bias: bool = True) -> list[Whole]:

@@ -197,6 +197,25 @@ def sites_named(name: str, lm: LM, layers: Sequence[int], modules: Sequence[str]
     return found
 
 
+def sites_of_kinds(
+    name: str, lm: LM, layers: Sequence[int], kinds: Sequence[SiteName], *, routed: bool = False
+) -> list[Site]:
+    """Return the matrices of these kinds, layer by layer, as far as blocks have them.
+
+    Args:
+        routed: as in `LM.sites`.
+
+    Raises:
+        InvalidSetting: no layer has a matrix of a kind.
+    """
+    found = [site for layer in layers for kind in kinds for site in lm.sites(layer, kind, routed=routed)]
+    for kind in kinds:
+        if not any(site.kind == kind for site in found):
+            where = "" if len(layers) == lm.n_layers else " in these layers"
+            raise InvalidSetting(f"{name}: {lm.name!r} ({lm.model.config.model_type}) has no {kind}{where}")
+    return found
+
+
 @torch.no_grad()
 def losses_now(loss: EditLoss, n: int) -> list[float]:
     """Return every edit's loss as it is now."""

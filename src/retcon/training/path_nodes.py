@@ -1,0 +1,66 @@
+"""The nodes that CTP trains: those along its paths, and those that were on them before."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retcon.locate.paths import Slot, Transmission
+from retcon.training.nodes import Nodes
+from retcon.training.parts import Part
+
+
+class PathNodes:
+    """The nodes along CTP's paths T+ and T-, matrix by matrix, with all that were trained before."""
+
+    def __init__(self, slots: Sequence[Slot], *, with_bias: bool) -> None:
+        """Start with no path.
+
+        Args:
+            with_bias: train the whole bias of every value matrix besides, where there is one.
+        """
+        self.nodes = [Nodes(slot.sites, "columns" if slot.is_value else "rows") for slot in slots]
+        self.n_slots = len(slots)
+        for slot in slots:
+            if with_bias and slot.is_value and slot.site.bias is not None:
+                bias = Nodes(slot.sites, "bias")
+                bias.add(torch.arange(len(slot.site.bias)))
+                self.nodes.append(bias)
+        self.positive: list[Tensor] = []
+        self.negative: list[Tensor] = []
+        self.sources: list[Tensor] = []
+        """Places of T+ among the nodes, per slot."""
+
+    def parts(self) -> list[Part]:
+        """Everything that was ever trained."""
+        return [part for nodes in self.nodes for part in nodes.parts()]
+
+    def values(self) -> list[Tensor]:
+        """The tensors that the parts train."""
+        return [tensor for nodes in self.nodes for tensor in nodes.tensors]
+
+    def choose(self, found: Transmission, *, train_negative: bool) -> None:
+        """Take in the nodes of these paths, those of T- only where they are trained."""
+        of_slots = list(enumerate(self.nodes[: self.n_slots]))
+        self.positive, self.negative = (
+            [nodes.at_hand(torch.tensor(paths.in_slot(t), dtype=torch.long)) for t, nodes in of_slots]
+            for paths in (found.positive, found.negative)
+        )
+        for nodes, positive, negative in zip(self.nodes, self.positive, self.negative, strict=False):
+            nodes.add(positive)
+            if train_negative:
+                nodes.add(negative)
+        self.sources = [nodes.chosen(self.positive[t]).nonzero()[:, 0] for t, nodes in of_slots]
+
+    def mirrored(self) -> list[Part]:
+        """T-'s nodes changed as T+'s are on average, all else as in the model."""
+        return [
+            part
+            for nodes, sources, negative in zip(self.nodes, self.sources, self.negative, strict=False)
+            for part in nodes.averaged(sources, negative)
+        ]
+
+    def forget_gradients(self) -> None:
+        """Drop the gradients of the values."""
+        for tensor in self.values():
+            tensor.grad = None
