@@ -84,6 +84,38 @@ def test_a_packed_checkpoint_becomes_a_plain_model_with_the_weights_it_stands_fo
     assert all(torch.equal(p, lm.parameter(n)) for n, p in again.model.named_parameters())
 
 
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+"""The values of four bits in mxfp4; groups of 32 inputs share a power of two."""
+
+
+@pytest.mark.filterwarnings("ignore:.*attn_output")
+def test_experts_packed_in_mxfp4_become_floats(plain: Path) -> None:
+    tiny_model("gpt_oss", torch.float32).save_pretrained(plain)
+    stored, wanted = load_file(plain / "model.safetensors"), {}
+    for name in [n for n in stored if n.endswith(("experts.down_proj", "experts.gate_up_proj"))]:
+        groups = stored.pop(name).mT.unflatten(2, (-1, 32))  # (experts, out, in / 32, 32)
+        exponent = (groups.abs().amax(-1, keepdim=True) / 6).log2().ceil()
+        codes = ((groups / 2**exponent)[..., None] - FP4).abs().argmin(-1)
+        stored[f"{name}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+        stored[f"{name}_scales"] = (exponent.squeeze(-1) + 127).to(torch.uint8)
+        wanted[name] = (FP4[codes] * 2**exponent).flatten(2).mT
+    save_file({n: t.contiguous() for n, t in stored.items()}, plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (plain / "config.json").write_text(json.dumps(config))
+    lm = load(str(plain), device="cpu")
+    assert lm.notes == ("weights dequantised from mxfp4 weights",)
+    assert len(wanted) == 2 * lm.n_layers
+    for name, weight in wanted.items():
+        assert torch.equal(lm.parameter(name).detach(), weight)
+        assert name not in lm.not_editable
+    lm.model.save_pretrained(plain.parent / "saved")
+    tokenizer().save_pretrained(plain.parent / "saved")
+    again = load(str(plain.parent / "saved"), device="cpu")
+    assert all(torch.equal(p, lm.parameter(n)) for n, p in again.model.named_parameters())
+
+
 @pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.long)])
 def test_a_bitsandbytes_checkpoint_is_edited_and_the_edit_fits_it_as_an_adapter(
     bits: int, plain: Path, tiny: Callable[..., Any]

@@ -75,7 +75,8 @@ def load(
         raise UnsupportedModel(f"cannot load {name!r}: no such directory")
     try:
         quiet = quiet_conversion() if gguf is not None else nullcontext()
-        with quietly(), quiet, no_remarks_of("bitsandbytes"):  # of a kernel on the hub that it would like to have
+        # bitsandbytes would like to have a kernel of the hub's; transformers says that it dequantises
+        with quietly(), quiet, no_remarks_of("bitsandbytes"), no_remarks_of("transformers.quantizers"):
             weights_options: dict[str, Any] = {"use_safetensors": None if allow_bin else True}
             if gguf is not None:
                 weights_options = gguf_options(gguf, options, layout)
