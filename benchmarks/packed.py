@@ -30,7 +30,7 @@ from retcon.memory.moments import Moments
 from retcon.methods.common.contract import Method
 from retcon.methods.common.proposal import answers
 
-METHODS = ("memit", "jeep", "rome", "kne", "ft_m")
+METHODS = ("memit", "jeep", "rome", "kne", "ft")
 PACKINGS: dict[str, dict[str, Any]] = {
     "8 bits": {"load_in_8bit": True},
     "4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},

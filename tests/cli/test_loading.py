@@ -8,6 +8,7 @@ import pytest
 
 import retcon
 from retcon.cli import app
+from retcon.cli.shell import loading_options, loads_a_model
 from retcon.lm.load import load
 
 PROMPT = "The capital of France is"
@@ -42,6 +43,18 @@ def test_they_reach_the_loader(cli: Callable[..., Any], monkeypatch: pytest.Monk
     cli("complete", "gptj", PROMPT)  # and are gone with the command
     asked = {"revision": None, "device_map": None, "trust_remote_code": False}
     assert asked.items() <= seen[-1].items()
+
+
+def test_a_command_that_is_suggested_repeats_them() -> None:
+    heard: list[str] = []
+
+    def verb(dtype: str | None = None) -> None:
+        heard.append(loading_options())
+
+    asked: Any = loads_a_model(verb)
+    asked()
+    asked(revision="my branch", device_map='{"": "cpu"}', packed=True, trust_remote_code=True)
+    assert heard == ["", """ --revision 'my branch' --device-map '{"": "cpu"}' --packed --trust-remote-code"""]
 
 
 def test_code_of_others_is_run_only_when_asked_for_and_that_is_said(cli: Callable[..., Any]) -> None:

@@ -17,7 +17,7 @@ from tests.lm.test_quantised import packed
 pytestmark = [
     pytest.mark.long,
     pytest.mark.filterwarnings("ignore:.*larger than the weight", "ignore:.*no memit preset", "ignore:.*took"),
-    pytest.mark.filterwarnings("ignore:.*were routed to this expert", "ignore:.*a (norm|factor) stands between"),
+    pytest.mark.filterwarnings("ignore:too few tokens of the corpus", "ignore:.*a (norm|factor) stands between"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning", "ignore::UserWarning"),
 ]
 GROUPS = {
@@ -82,7 +82,7 @@ def test_a_packed_checkpoint_is_edited_as_it_is(cli: Callable[..., Any], here: P
     command = ("edit", "./mine", "edits.jsonl", "--method", "memit", "--corpus", "corpus.txt", "--packed")
     expected = json.loads(cli(*command, "--dry-run", "--json").stdout)
     assert expected["float_bytes"] % (4 * 64 * 128) == 0 < expected["float_bytes"] < expected["model_bytes"]
-    cli(*command, "--out", "d.safetensors")
+    assert "--delta d.safetensors --packed" in cli(*command, "--out", "d.safetensors").stdout
     packed, plain = (
         cli("complete", "./mine", "The capital of France is", "--delta", "d.safetensors", *more).stdout
         for more in (("--packed",), ())

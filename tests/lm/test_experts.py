@@ -10,12 +10,13 @@ from torch.testing import assert_close
 
 from retcon.delta import Delta, LowRank
 from retcon.edits import Edit
-from retcon.errors import InvalidSetting, UnsupportedModel
+from retcon.errors import InvalidSetting, RetconWarning, UnsupportedModel
 from retcon.lm.experts import routing_similarity
 from retcon.lm.forward import Point, run
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
+from retcon.memory.collect import collect
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import GivenMoments
 from retcon.memory.solve import ridge_direct, ridge_of_experts
@@ -34,7 +35,7 @@ BEHIND_A_NORM_OR_FACTOR = tuple(
 WRITTEN = sorted(set(ROUTED) - set(BEHIND_A_NORM_OR_FACTOR))
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*larger than the weight"),
-    pytest.mark.filterwarnings("ignore:.*were routed to this expert"),
+    pytest.mark.filterwarnings("ignore:too few tokens of the corpus"),
 ]
 
 
@@ -184,3 +185,31 @@ def test_what_is_not_for_routed_experts_says_so(tiny: Callable[..., LM], edits: 
 def test_similarity_of_routing() -> None:
     before, after = torch.tensor([[0, 1], [2, 3], [0, 1]]), torch.tensor([[1, 0], [2, 0], [2, 3]])
     assert routing_similarity(before, after).tolist() == pytest.approx([1, 1 / 3, 0])
+
+
+def test_experts_of_which_the_corpus_says_too_little_are_smoothed_and_counted_in_one_warning(
+    tiny: Callable[..., LM],
+) -> None:
+    lm = tiny("mixtral")
+    sites = [site for layer in range(lm.n_layers) for site in lm.expert_sites(layer)]
+    generator = torch.Generator().manual_seed(0)
+    rows = [Row(tuple(torch.randint(3, 400, (16,), generator=generator).tolist()), 16) for _ in range(80)]
+    with pytest.warns(RetconWarning) as said:
+        found = dict(collect(lm, sites, rows))
+    width = sites[0].shape[1]
+    few = [site for site in sites if found[site].n_routed < 10 * width]
+    assert 0 < len(few) < len(sites)
+    assert all(found[site].n_routed for site in few)
+    fewest = min(few, key=lambda site: found[site].n_routed)
+    assert [str(warning.message) for warning in said] == [
+        f"too few tokens of the corpus were routed to {len(few)} of {len(sites)} experts ({found[fewest].n_routed} to "
+        f"{fewest.id}, the fewest of these; {10 * width} are wanted for {width} key dimensions); their second moments "
+        "are smoothed. A longer corpus has more"
+    ]
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        run(lm, pad(rows), {Point(fewest.layer, "key", fewest.expert): lambda value: seen.append(value.clone())})
+    keys = seen[0].flatten(0, 1)
+    raw = keys.mT @ keys / len(keys)
+    smoothed = raw + 0.01 * raw.trace() / width * torch.eye(width, dtype=raw.dtype)
+    assert_close(found[fewest].moment, smoothed)

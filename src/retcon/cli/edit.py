@@ -29,6 +29,7 @@ from retcon.cli.shell import (
     emit,
     load_deltas,
     load_model,
+    loading_options,
     loads_a_model,
     program,
     progress_bars,
@@ -262,7 +263,7 @@ def edit(
     if as_json:
         emit(_record(model, resolved, made, out, seed, took, measured))
     else:
-        how = "" if reading.chat is None else " --chat"
+        how = ("" if reading.chat is None else " --chat") + loading_options()
         ask = f"{program()} complete {shlex.quote(model)} PROMPT --delta {shlex.quote(str(out))}{how}"
         show.print(styled("[dim]try    {}[/]", ask), soft_wrap=True)
     if made.n_took < require * n:

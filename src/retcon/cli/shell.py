@@ -468,6 +468,17 @@ def loads_a_model(verb: Callable[..., None]) -> Callable[..., None]:
     return with_options
 
 
+def loading_options() -> str:
+    """Return the options of `loads_a_model` as they were given, to be repeated in a command that is suggested."""
+    asked = _LOADING.get() or _Loading()
+    given = [f"--revision {shlex.quote(asked.revision)}"] if asked.revision else []
+    if asked.device_map is not None:
+        place = asked.device_map if isinstance(asked.device_map, str) else json.dumps(asked.device_map)
+        given.append(f"--device-map {shlex.quote(place)}")
+    given += ["--packed"] * asked.packed + ["--trust-remote-code"] * asked.trust_remote_code
+    return "".join(f" {option}" for option in given)
+
+
 def _device_map(text: str | None) -> Any:
     if text is None or not text.lstrip().startswith("{"):
         return text

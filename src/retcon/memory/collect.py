@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -129,6 +129,7 @@ def collect(
             if partial is not None and state.n_done:
                 _save(partial, state, sums)
             raise
+    _warn_of_few({site: site_sum.n_routed for site, site_sum in sums.items() if site.expert is not None})
     for site in sites:
         found = sums.pop(site).result(ends[n_half - 1], ends[-1])
         yield site, found if state.budget == state.planned else replace(found, shrunk_to=state.budget)
@@ -349,7 +350,7 @@ class _Sum:
         if not torch.isfinite(moment.sum()):
             raise NonFinite(f"the second moment of {self.site.id} is NaN or infinite; load the model in a wider dtype")
         if self.site.expert is not None:
-            moment = with_few_tokens(moment, self.n_routed, self.site.id)
+            moment = with_few_tokens(moment, self.n_routed)
         if not self.half:
             return Collected(moment, None, self.n_routed)
         squares = 0.0
@@ -365,23 +366,38 @@ UNSEEN = 1e12
 written."""
 
 
-def with_few_tokens(moment: Float[Tensor, "d_ff d_ff"], n_routed: int, name: str) -> Float[Tensor, "d_ff d_ff"]:
-    """Return a routed expert's second moment, made safe to invert where few tokens reached it, with a warning.
+TOKENS_WANTED = 10
+"""Tokens per key dimension under which an expert's second moment is smoothed."""
 
-    Under ten tokens per dimension a hundredth of the mean diagonal is added to the diagonal.
+
+def with_few_tokens(moment: Float[Tensor, "d_ff d_ff"], n_routed: int) -> Float[Tensor, "d_ff d_ff"]:
+    """Return a routed expert's second moment, made safe to invert where few tokens reached it.
+
+    Under `TOKENS_WANTED` per dimension a hundredth of the mean diagonal is added to the diagonal.
     """
     width = len(moment)
-    if n_routed >= 10 * width:
+    if n_routed >= TOKENS_WANTED * width:
         return moment
     identity = torch.eye(width, dtype=moment.dtype)
-    warnings.warn(
-        f"{name}: {n_routed} tokens of the corpus were routed to this expert, {10 * width} are wanted for its "
-        f"{width} key dimensions; "
-        + ("its keys are unknown and it is not written" if not n_routed else "its second moment is smoothed"),
-        RetconWarning,
-        stacklevel=4,
-    )
     return moment + 0.01 * moment.trace() / width * identity if n_routed else UNSEEN * identity
+
+
+def _warn_of_few(n_routed: Mapping[Site, int]) -> None:
+    """Say, once for all of them, which routed experts the corpus says little of, and what becomes of their moments."""
+    few = {site: n for site, n in n_routed.items() if n < TOKENS_WANTED * site.shape[1]}
+    for sites, outcome in (
+        ([site for site, n in few.items() if n], "their second moments are smoothed"),
+        ([site for site, n in few.items() if not n], "their keys are unknown and they are not written"),
+    ):
+        if sites:
+            least = min(sites, key=lambda site: few[site])
+            warnings.warn(
+                f"too few tokens of the corpus were routed to {len(sites)} of {len(n_routed)} experts "
+                f"({few[least]} to {least.id}, the fewest of these; {TOKENS_WANTED * least.shape[1]} are wanted for "
+                f"{least.shape[1]} key dimensions); {outcome}. A longer corpus has more",
+                RetconWarning,
+                stacklevel=4,
+            )
 
 
 # --- how much at once --------------------------------------------------------------------------------------------
