@@ -68,7 +68,9 @@ class Site:
     @property
     def _parameter(self) -> Tensor:
         """The parameter that holds the matrix."""
-        return self.packed.weight() if self.packed else getattr(self.module, self.name.rpartition(".")[2])
+        if self.packed is not None:
+            return self.packed.weight()
+        return self.module.weight if self.expert is None else getattr(self.module, self.name.rpartition(".")[2])  # type: ignore[return-value]
 
     @property
     def _stored(self) -> Tensor:
