@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -32,9 +32,6 @@ from retcon.evaluation.plan import make_plan
 from retcon.lm.model import LM
 from retcon.methods.common.contract import Method
 from retcon.methods.common.registry import method_class
-from retcon.methods.memit import Memit
-from retcon.methods.rect import Rect
-from retcon.methods.rome import Rome
 from tests.bench.test_protocol import CASES, Counting
 from tests.conftest import everyday, random_moments
 
@@ -50,12 +47,10 @@ def spec(tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatc
     write_cases(tmp_path / "cases.jsonl", CASES)
     (tmp_path / "text.txt").write_text("The capital of France is Paris. The train stood still, and he read.")
     monkeypatch.setattr(running, "load_model", lambda name, **_: tiny(n_layers=1))
-    monkeypatch.setattr(running, "make_method", lambda name, **settings: NoiseSettings(size=settings.get("size", 0.3)))
-    monkeypatch.setattr("retcon.bench.inputs.check_early", lambda *asked: {})  # the name is not in the table
     return BenchSpec(
         name="test",
         models=(ModelSpec(name="./tiny", corpus=str(tmp_path / "text.txt")),),
-        methods=(MethodSpec(name="noise"),),
+        methods=(noise(),),
         datasets=(DatasetSpec(path=str(tmp_path / "cases.jsonl"), order="shuffle"),),
         protocols=PROTOCOLS,
         measures=MeasureSpec(max_new_tokens=3),
@@ -63,10 +58,16 @@ def spec(tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatc
     )
 
 
+def noise(label: str = "noise", **settings: float) -> MethodSpec:
+    """The method below, by its place: it is in no table."""
+    return MethodSpec(name=f"{__name__}:NoiseSettings", label=label, settings=settings)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseSettings(Method):
     """Adds noise."""
 
+    name: ClassVar[str] = "noise"
     size: float = 0.3
     uses_moments = True
 
@@ -152,11 +153,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(spec: BenchSpec, tmp_path:
         assert results(place) == wanted, stop
 
 
-def test_a_method_for_one_fact_makes_a_batch_one_by_one(
-    spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(running, "make_method", lambda name, **_: Rome(layer=0, steps=2, use_moment=False))
-    spec = dataclasses.replace(spec, protocols=(Protocol(kind="batch", n=4),), text=None)
+def test_a_method_for_one_fact_makes_a_batch_one_by_one(spec: BenchSpec, tmp_path: Path) -> None:
+    rome = MethodSpec(name="rome", settings={"layer": 0, "steps": 2, "use_moment": False})
+    spec = dataclasses.replace(spec, methods=(rome,), protocols=(Protocol(kind="batch", n=4),), text=None)
     run_bench(spec, tmp_path / "out")
     (run,) = read_bench(tmp_path / "out").runs
     edits = [r for r in run.records if r.axis == "edit"]
@@ -171,10 +170,9 @@ def test_a_method_for_one_fact_makes_a_batch_one_by_one(
 def test_shared_values_are_searched_once_and_change_nothing(
     spec: BenchSpec, tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = {"memit": Memit(layers=(0,), steps=3), "rect": Rect(base_settings={"layers": (0,), "steps": 3})}
-    monkeypatch.setattr(running, "make_method", lambda name, **_: made[name])
     monkeypatch.setattr(running, "CorpusMoments", lambda corpus: random_moments(tiny(n_layers=1)))
-    methods = (MethodSpec(name="memit"), MethodSpec(name="rect"))
+    own = {"layers": (0,), "steps": 3, "clamp": 0.75, "moment_weight": 15_000.0}
+    methods = (MethodSpec(name="memit", settings=own), MethodSpec(name="rect", settings={"base_settings": own}))
     alone = dataclasses.replace(spec, methods=methods, protocols=(Protocol(n=4, batch=2),), text=None)
     run_bench(alone, tmp_path / "alone")
     run_bench(dataclasses.replace(alone, share_values=True), tmp_path / "shared")
@@ -208,7 +206,8 @@ def test_the_unedited_model_is_measured_once_for_all(
     real = pre.measure
     monkeypatch.setattr(pre, "measure", lambda lm, plan, *a: (looked.append(len(plan.cases)), real(lm, plan, *a))[1])
     both = dataclasses.replace(
-        spec, methods=(MethodSpec(name="noise"), MethodSpec(name="noise", label="more", settings={"size": 0.5}))
+        spec,
+        methods=(noise(), noise("more", size=0.5)),
     )
     run_bench(both, tmp_path / "one")
     assert looked == [4, 3]
@@ -225,7 +224,7 @@ def test_the_unedited_model_is_measured_once_for_all(
 
 def test_another_benchmark_in_the_directory_is_refused_with_what_differs(spec: BenchSpec, tmp_path: Path) -> None:
     run_bench(spec, tmp_path / "out")
-    other = dataclasses.replace(spec, seeds=(1,), methods=(MethodSpec(name="noise", settings={"size": 0.2}),))
+    other = dataclasses.replace(spec, seeds=(1,), methods=(noise(size=0.2),))
     with pytest.raises(InvalidSetting) as caught:
         run_bench(other, tmp_path / "out")
     text = str(caught.value)

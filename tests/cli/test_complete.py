@@ -71,22 +71,22 @@ def test_a_model_without_a_template_is_no_chat_model(cli: Callable[..., Any]) ->
 
 
 @pytest.fixture
-def chatting(here: Path, monkeypatch: pytest.MonkeyPatch) -> LM:
-    """The model of the commands, with a chat template."""
+def chatting(here: Path) -> LM:
+    """The model in the folder `chatty`: that of the commands, with a chat template."""
     lm = retcon.load("gptj")
     tok = copy.deepcopy(lm.tokenizer)
     tok.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    lm.tokenizer = tok
-    monkeypatch.setattr(retcon, "load", lambda *_, **__: lm)
-    return lm
+    lm.model.save_pretrained("chatty")
+    tok.save_pretrained("chatty")
+    return retcon.load("chatty")
 
 
 def test_complete_puts_the_prompt_in_a_chat(cli: Callable[..., Any], chatting: LM) -> None:
     more = ("--system", "Be brief.", "--max-tokens", "4")
-    record = json.loads(cli("complete", "gptj", "Who?", *more, "--json").stdout)
+    record = json.loads(cli("complete", "chatty", "Who?", *more, "--json").stdout)
     chat = retcon.Chat("Be brief.")
     assert record["completion"] == chatting.complete("Who?", max_new_tokens=4, stops=(), chat=chat)
     assert record["completion"] == chatting.complete("Who?", max_new_tokens=4, stops=(), system="Be brief.")
@@ -96,14 +96,13 @@ def test_a_conversation_remembers_its_turns(
     cli: Callable[..., Any], chatting: LM, delta: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     typed = "Who?\n\nWhere?\n/reset\nWho?\n/quit\nnever\n"
-    told = cli("chat", "gptj", "--max-tokens", "3", "--delta", str(delta), "--both", stdin=typed).stdout
+    told = cli("chat", "chatty", "--max-tokens", "3", "--delta", str(delta), "--both", stdin=typed).stdout
     assert told.count("before") == 3
-    chatting.revert_all()
     seen: list[str] = []
     monkeypatch.setattr(
         "retcon.lm.generate.generate",
         lambda lm, rows, how, **_: seen.append(lm.tokenizer.decode(rows[0].ids)) or [Written("Ada.", 1, False)],
     )
-    assert cli("chat", "gptj", stdin="Who?\nWhere?\n/reset\nWho?\n").stdout == "Ada.\n" * 3
+    assert cli("chat", "chatty", stdin="Who?\nWhere?\n/reset\nWho?\n").stdout == "Ada.\n" * 3
     assert seen[0] == seen[2] == "user: Who?</s>assistant:"
     assert seen[1] == "user: Who?</s>assistant: Ada.</s>user: Where?</s>assistant:"

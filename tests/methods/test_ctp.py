@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 from retcon.errors import InvalidEdit, InvalidSetting, NotEditable
 from retcon.locate.paths import Paths, Transmission, paths, slots_of
-from retcon.methods import ctp as module
 from retcon.methods.common.registry import method, presets
 from retcon.methods.ctp import Ctp
 from retcon.training.objective import AnswerLoss, answer_rows, own_answers
@@ -90,33 +89,35 @@ def test_the_negative_step_is_lambda_times_as_long(tiny, edit):
             assert_close(step, torch.tensor(rate, dtype=step.dtype), rtol=1e-2, atol=0)
 
 
-def scripted(monkeypatch, lm, script: list[tuple[list[int], list[int]]]) -> None:
-    """The n-th assessment finds these positive and negative nodes, in every slot."""
+def scripted(kind: type[Ctp], script: list[tuple[list[int], list[int]]], **settings: Any) -> Ctp:
+    """The method, whose n-th assessment finds these positive and negative nodes, in every slot."""
     calls = iter(script)
 
-    def choose(slots, scores, *_):
-        positive, negative = next(calls)
-        return Transmission(
-            tuple(slots),
-            tuple(scores),
-            Paths(tuple((i,) * len(slots) for i in positive), (0.0,) * len(positive)),
-            Paths(tuple((i,) * len(slots) for i in negative), (0.0,) * len(negative)),
-        )
+    class Scripted(kind):
+        def trainer(self, slots, target, original):
+            trainer = super().trainer(slots, target, original)
+            set_paths = trainer.set_paths
 
-    monkeypatch.setattr(module, "choose", choose)
+            def set_scripted(found: Transmission) -> None:
+                of = [Paths(tuple((i,) * len(slots) for i in nodes), (0.0,) * len(nodes)) for nodes in next(calls)]
+                set_paths(Transmission(found.slots, found.scores, *of))
+
+            trainer.set_paths = set_scripted
+            return trainer
+
+    return ctp(Scripted, **settings)
 
 
-def test_a_dropped_node_keeps_its_change_and_moves_no_more(tiny, edits, monkeypatch):
+def test_a_dropped_node_keeps_its_change_and_moves_no_more(tiny, edits):
     """T28; with the released optimiser it drifts on, by momentum."""
     lm = tiny("llama")
     found = {}
     for kind in (Ctp, ReleasedCtp):
         for epochs in (2, 4):
-            scripted(monkeypatch, lm, [([1, 2], [9]), ([2, 3], [9])])
             settings = dict(
                 reassess=2, epochs=epochs, stop_loss=0.0, batch_size=None, reduction="per_edit", train_out_bias=False
             )
-            delta = ctp(kind, **settings).propose(lm, edits)
+            delta = scripted(kind, [([1, 2], [9]), ([2, 3], [9])], **settings).propose(lm, edits)
             found[kind, epochs] = [slot.by_node(moved(lm, delta)[slot.site.name]) for slot in slots_of(lm)]
     for kind, drifts in ((Ctp, False), (ReleasedCtp, True)):
         for before, after in zip(found[kind, 2], found[kind, 4], strict=True):
@@ -132,11 +133,8 @@ def test_kept_nodes_go_on_as_if_nothing_had_happened(tiny, edits):
     lm = tiny("llama")
     found = paths(lm, edits, n_positive=4)
     script = [([int(n[0]) for n in found.positive.nodes], [int(found.negative.nodes[0][0])])] * 3
-    with pytest.MonkeyPatch.context() as patch:
-        scripted(patch, lm, script)
-        once = ctp(epochs=6, stop_loss=0.0).propose(lm, edits)
-        scripted(patch, lm, script)
-        thrice = ctp(epochs=6, stop_loss=0.0, reassess=2).propose(lm, edits)
+    once = scripted(Ctp, script, epochs=6, stop_loss=0.0).propose(lm, edits)
+    thrice = scripted(Ctp, script, epochs=6, stop_loss=0.0, reassess=2).propose(lm, edits)
     same(lm, once, thrice, rtol=1e-9, atol=1e-12)
 
 
