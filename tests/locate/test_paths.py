@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
-from retcon.locate.paths import Slot, assess, choose, k_best, node_scores, paths, rank_aligned, slots_of
+from retcon.locate.paths import Slot, assess, choose, covering, k_best, node_scores, paths, rank_aligned, slots_of
 from retcon.training.objective import AnswerLoss, answer_rows
 
 FROM_GRADIENT = ("z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight")
@@ -202,6 +202,17 @@ def test_rank_aligned_paths_are_disjoint_and_start_with_the_best(randn):
     assert all(len(found.in_slot(t)) == 6 for t in range(4))
     assert list(found.scores) == sorted(found.scores, reverse=True)
     assert rank_aligned(scores, 1, lowest=True).nodes[0] == every_path(scores)[-1][1]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.95])
+def test_covering_takes_no_path_more_than_the_share_needs(share, randn):
+    scores = [randn(12), randn(12).abs(), randn(12)]
+    every = rank_aligned(scores, 12).scores
+    above = [s - every[-1] for s in every]
+    n = covering(scores, share)
+    assert sum(above[:n]) >= share * sum(above) - 1e-12
+    assert n == 1 or sum(above[: n - 1]) < share * sum(above)
+    assert covering(scores, 1.0, n_negative=4) <= 8
 
 
 def test_k_best_hardly_leaves_the_best_path():

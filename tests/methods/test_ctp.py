@@ -108,6 +108,26 @@ def scripted(kind: type[Ctp], script: list[tuple[list[int], list[int]]], **setti
     return ctp(Scripted, **settings)
 
 
+@pytest.mark.parametrize("by", ["equal", "middle", "score"])
+def test_steps_are_larger_where_layers_weigh_more(by, tiny, edit):
+    """Adam's first step moves every entry by the learning rate, whatever its gradient."""
+    lm = tiny("llama")
+    change = moved(lm, ctp(epochs=1, contrast="none", score="l2", layer_steps=by).propose(lm, [edit]))
+    largest = [float(change[slot.site.name].abs().max()) for slot in slots_of(lm)]
+    assert sum(largest) == pytest.approx(len(largest) * FAST["learning_rate"], rel=1e-2)
+    assert (max(largest) > 1.2 * min(largest)) == (by != "equal")
+
+
+def test_more_paths_cover_more_of_the_score(tiny, edit):
+    lm = tiny("llama")
+    n_moved = []
+    for share in (0.05, 0.5, 1.0):
+        delta = ctp(epochs=1, contrast="none", score="l2", coverage=share, n_positive=1).propose(lm, [edit])
+        slot = slots_of(lm)[-1]
+        n_moved.append(int(slot.by_node(moved(lm, delta)[slot.site.name]).any(0).sum()))
+    assert n_moved[0] < n_moved[1] < n_moved[2] < slot.n_nodes
+
+
 def test_a_dropped_node_keeps_its_change_and_moves_no_more(tiny, edits):
     """T28; with the released optimiser it drifts on, by momentum."""
     lm = tiny("llama")

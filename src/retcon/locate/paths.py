@@ -26,6 +26,8 @@ from retcon.locate.gradients import Captured, catch
 from retcon.training.descent import Reduction, shares
 from retcon.training.objective import answer_nll, answer_rows, token_chunks
 
+LayerSteps = Literal["equal", "score", "middle"]
+"""How step sizes of layers compare: see `step_weights`."""
 Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight", "random"]
 """What a node is worth, of the gradient G (D x M) of the edit loss with respect to its matrix:
 
@@ -307,14 +309,52 @@ def _ranked(scores: Tensor, n: int, lowest: bool) -> tuple[Tensor, Tensor]:
     return order, scores[order].double()
 
 
+def covering(scores: Sequence[Float[Tensor, " nodes"]], share: float, n_negative: int = 0) -> int:
+    """The fewest rank-aligned paths that hold a share of the score of all, counted from the lowest path's score on.
+
+    A path's worth of nodes is left for T-.
+    """
+    n = min(map(len, scores))
+    by_rank = torch.stack([_ranked(s, n, False)[1] for s in scores]).sum(0)
+    above = by_rank - by_rank[-1]
+    return max(1, min(1 + int((above.cumsum(0) < share * above.sum()).sum()), n - n_negative))
+
+
+def step_weights(found: Transmission, by: LayerSteps) -> list[float]:
+    """How large steps are in each slot, 1 on average.
+
+    `score`: as the mean score of T+'s nodes there; `middle`: in the middle layer three times as large as in the first
+    and last one.
+    """
+    if by == "score":
+        weights = [float(s[found.positive.in_slot(t)].double().mean().abs()) for t, s in enumerate(found.scores)]
+    else:
+        layers = [slot.site.layer for slot in found.slots]
+        middle, half = (layers[0] + layers[-1]) / 2, max((layers[-1] - layers[0]) / 2, 1)
+        weights = [1.5 - abs(layer - middle) / half if by == "middle" else 1.0 for layer in layers]
+    mean = sum(weights) / len(weights)
+    return [w / mean for w in weights] if mean else [1.0] * len(weights)
+
+
 def choose(
-    slots: Sequence[Slot], scores: Sequence[Float[Tensor, " nodes"]], n_positive: int, n_negative: int, select: Select
+    slots: Sequence[Slot],
+    scores: Sequence[Float[Tensor, " nodes"]],
+    n_positive: int,
+    n_negative: int,
+    select: Select,
+    *,
+    coverage: float | None = None,
 ) -> Transmission:
     """T+ and T- by node scores; their nodes are disjoint.
+
+    Args:
+        coverage: takes as many paths into T+ as hold this share of the scores (`covering`), whatever `n_positive` is.
 
     Raises:
         InvalidSetting: a slot has fewer nodes than both need.
     """
+    if coverage is not None:
+        n_positive = covering([s.cpu() for s in scores], coverage, n_negative)
     fewest = min(slot.n_nodes for slot in slots)
     if n_positive + n_negative > fewest:
         raise InvalidSetting(

@@ -17,12 +17,24 @@ from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
-from retcon.locate.paths import Assess, KeyMatrix, Score, Select, Slot, Transmission, assess, choose, slots_of
+from retcon.locate.paths import (
+    Assess,
+    KeyMatrix,
+    LayerSteps,
+    Score,
+    Select,
+    Slot,
+    Transmission,
+    assess,
+    choose,
+    slots_of,
+    step_weights,
+)
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import ModelShape, Progress, State, check_depth, lower_layers
-from retcon.methods.common.settings import Count, CountFromZero, Layers, NotNegative
+from retcon.methods.common.settings import Count, CountFromZero, Layers, NotNegative, Share
 from retcon.methods.common.tuning import TuningSettings, tuning
 from retcon.training.descent import accumulate, shares
 from retcon.training.nodes import NodeAdam
@@ -43,6 +55,9 @@ class Ctp(TuningSettings):
     the answer whatever the subject is."""
     n_positive: Count = 15
     """|T+|: paths that are tuned towards the new answer; each has one node per matrix."""
+    coverage: Share | None = None
+    """As many paths into T+, in place of `n_positive`, as hold this share of all paths' scores, counted from the lowest
+    path's on (|T+| by the edit: the paper's section 7.2)."""
     n_negative: CountFromZero = 1
     """|T-|: paths for the contrast."""
     score: Score = "z_abs"
@@ -63,6 +78,9 @@ class Ctp(TuningSettings):
     """lambda: the second step's learning rate over the first's (`neg_step`), or the second loss's weight (`mirror`)."""
     original: Literal["own", "target_true"] = "own"
     """y: at each answer position the unedited model's own choice, or the edit's true answer."""
+    layer_steps: LayerSteps = "equal"
+    """Step sizes of layers: equal, as published; by the scores of T+'s nodes there (with `score` l2, since `z_abs` does
+    not compare layers); larger in the middle (the paper's 6.2 and 7.2)."""
     batch_size: Count | None = 16
     """Edits per step; None: all of the call."""
     reassess: CountFromZero = 0
@@ -140,7 +158,8 @@ class Ctp(TuningSettings):
                 groups=self.assessed_together(len(edits)),
                 seed=seed + epoch,
             )
-        steps.set_paths(choose(steps.slots, scores, self.n_positive, self.n_negative, self.select))
+        found = choose(steps.slots, scores, self.n_positive, self.n_negative, self.select, coverage=self.coverage)
+        steps.set_paths(found)
 
     def _original(self, lm: LM, edits: Sequence[Edit], rows: Sequence[Row]) -> AnswerLoss | None:
         """L(y): the loss of the original answers."""
@@ -173,6 +192,9 @@ class PathTrainer:
         self.paths.choose(found, train_negative=self.moves_negative)
         self.adam_positive.choose(self.paths.positive)
         self.adam_negative.choose(self.paths.negative)
+        weights = step_weights(found, self.method.layer_steps)
+        self.adam_positive.weigh(weights)
+        self.adam_negative.weigh(weights)
 
     def losses_now(self) -> list[float]:
         """L(y*) of every edit."""

@@ -6,7 +6,7 @@ not achieve, since Adam moves any row with momentum left. `NodeAdam` does so for
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -135,6 +135,12 @@ class NodeAdam:
         self.nodes, self.adam = nodes, RowAdam(learning_rate=learning_rate)
         self.chosen = [torch.zeros_like(n.index, dtype=torch.bool) for n in nodes]
         self.memory = [[RowState.fresh(tensor) for tensor in n.tensors] for n in nodes]
+        self.adams = [self.adam for _ in nodes]
+
+    def weigh(self, weights: Sequence[float]) -> None:
+        """Multiply the learning rate by one weight per matrix; of matrices past the end, by 1."""
+        rate = self.adam.learning_rate
+        self.adams[: len(weights)] = [replace(self.adam, learning_rate=rate * weight) for weight in weights]
 
     def choose(self, units: Sequence[Int[Tensor, " k"]]) -> None:
         """Step these units of each matrix from now on; of matrices past the end of `units`, all nodes.
@@ -151,7 +157,7 @@ class NodeAdam:
 
     def step(self) -> None:
         """Move the chosen nodes against their gradients."""
-        for nodes, memory, chosen in zip(self.nodes, self.memory, self.chosen, strict=True):
+        for adam, nodes, memory, chosen in zip(self.adams, self.nodes, self.memory, self.chosen, strict=True):
             for tensor, state in zip(nodes.tensors, memory, strict=True):
                 assert tensor.grad is not None
-                self.adam.step(tensor, tensor.grad, state, chosen)
+                adam.step(tensor, tensor.grad, state, chosen)

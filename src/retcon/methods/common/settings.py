@@ -52,6 +52,8 @@ NotNegative = Annotated[float, Rule("not be negative", lambda value: value >= 0)
 """A number from 0 on."""
 Positive = Annotated[float, Rule("be positive", lambda value: value > 0)]
 """A number above 0."""
+Share = Annotated[float, Rule("be above 0 and at most 1", lambda value: 0 < value <= 1)]
+"""A part of a whole."""
 
 
 def descriptions(method: type[Any]) -> dict[str, str]:
