@@ -27,7 +27,7 @@ from retcon.delta import Delta
 from retcon.edits import Edit, write_cases
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, UnsupportedModel
 from retcon.evaluation import Measures
-from retcon.evaluation.measure import Outputs, tell
+from retcon.evaluation.measure import Outputs, compute_records
 from retcon.evaluation.plan import make_plan
 from retcon.lm.model import LM
 from retcon.methods.common.contract import Method
@@ -258,7 +258,7 @@ def test_kept_tokens_give_the_records_again(spec: BenchSpec, tmp_path: Path, tin
     measures = Measures(generate=False)
     plan = make_plan(tiny(n_layers=1), chosen[:2], measures)
     outputs = Outputs({(case, query): scores for (_, case, query), scores in unit.scores.items()})
-    again = tell(plan, measures, outputs, "final").records
+    again = compute_records(plan, measures, outputs, "final").records
     assert [r for r in again if not r.variant.startswith("ee.")] == [
         r for r in unit.records if r.when == "final" and r.case_id and not r.variant.startswith("ee.")
     ]

@@ -115,7 +115,7 @@ def _independent(setting: Setting, chunks: Sequence[Sequence[Case]], units: Unit
             delta, unit = _edit(setting, key, chunk, None, step, size)
             if delta is not None:
                 with setting.lm.edited(delta):
-                    unit = unit.with_looked(_look(setting, _made(setting, chunk), "final", step))
+                    unit = unit.extended(_look(setting, _made(setting, chunk), "final", step))
                     if size > 1:
                         unit = replace(unit, records=(*unit.records, *setting.look("final", step)))
             units.save(unit)
@@ -136,31 +136,31 @@ def _sequence(
     for step, (key, chunk) in enumerate(zip(keys, chunks, strict=True)):
         done += chunk
         unit, delta = kept[step], None
-        if unit is not None and unit.mark is not None and finished is None:
+        if unit is not None and unit.weights_hash is not None and finished is None:
             delta = units.load_delta(unit)
-        if unit is None or (unit.mark is not None and finished is None and delta is None):
+        if unit is None or (unit.weights_hash is not None and finished is None and delta is None):
             delta, unit = _edit(setting, key, chunk, state, step, size)
             if delta is not None:
                 units.save_delta(key, delta)
                 lm.apply(delta)
-                unit = replace(unit, mark=weights_hash(lm), delta=delta.id)
+                unit = replace(unit, weights_hash=weights_hash(lm), delta=delta.id)
                 immediate = replace(setting, measures=cheap)
-                unit = unit.with_looked(_look(immediate, _made(setting, chunk), "immediate", step))
+                unit = unit.extended(_look(immediate, _made(setting, chunk), "immediate", step))
                 state, applied = delta.state, applied + 1
             if len(done) in protocol.checkpoints and applied and len(done) < sum(map(len, chunks)):
-                unit = unit.with_looked(_look(setting, _made(setting, done), "checkpoint", step))
+                unit = unit.extended(_look(setting, _made(setting, done), "checkpoint", step))
                 unit = replace(unit, records=(*unit.records, *setting.look("checkpoint", step)))
             units.save(unit)
         elif delta is not None:
             lm.apply(delta)
-            _check_mark(lm, unit, key)
+            _check_weights(lm, unit, key)
             state, applied = delta.state, applied + 1
         yield unit
     if finished is None:
         step = len(chunks) - 1
         finished = Unit(last_key, (), {}, ())
         if applied:
-            finished = finished.with_looked(_look(setting, _made(setting, done), "final", step))
+            finished = finished.extended(_look(setting, _made(setting, done), "final", step))
             finished = replace(finished, records=(*finished.records, *setting.look("final", step)))
         units.save(finished)
     yield finished
@@ -290,8 +290,8 @@ def weights_hash(lm: LM) -> str:
     return digest.hexdigest()
 
 
-def _check_mark(lm: LM, unit: Unit, key: str) -> None:
-    if weights_hash(lm) != unit.mark:
+def _check_weights(lm: LM, unit: Unit, key: str) -> None:
+    if weights_hash(lm) != unit.weights_hash:
         raise DeltaMismatch(
             f"unit {key}: the weights rebuilt from the kept deltas are not those that were measured; the run's "
             "directory is damaged, or was made on another machine. Start it anew in another directory."

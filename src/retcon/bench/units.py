@@ -1,4 +1,4 @@
-"""Units of a run: what was measured in one go, kept whole or not at all."""
+"""Units of a run, the grain of its results: each is kept on disk whole, or not at all."""
 
 import hashlib
 import json
@@ -33,22 +33,22 @@ class Unit:
     """What the model wrote."""
     timings: tuple[Record, ...]
     """Seconds and bytes: they differ from run to run, so they are kept apart from the records."""
-    mark: str | None = None
-    """Of the edited weights after a sequence's step (`weights_hash`); None where nothing was applied."""
+    weights_hash: str | None = None
+    """Of the edited weights, after a step of a sequence; None where nothing was applied."""
     delta: str | None = None
-    """Id of a sequence's step's delta."""
+    """Id of the delta that a step of a sequence has made."""
     scores: Mapping[TextKey, tuple[TokenScore, ...]] = field(default_factory=dict)
     """Token by token; kept on disk only where that is asked for."""
 
-    def with_looked(self, found: Evaluation) -> "Unit":
-        """The unit with another look's records and texts behind its own."""
+    def extended(self, found: Evaluation) -> "Unit":
+        """Return the unit with the records and texts of another measurement after its own."""
         records = (*self.records, *found.records)
         texts, scores = {**self.texts, **found.texts}, {**self.scores, **found.scores}
         return replace(self, records=records, texts=texts, scores=scores)
 
 
 class Units:
-    """The units of a run in a directory, or nowhere (None: nothing is found, nothing is kept)."""
+    """The units of a run in a directory; without one (None) nothing is found and nothing is kept."""
 
     def __init__(
         self, directory: str | os.PathLike[str] | None, run_id: str = "", *, keep_tokens: bool = False
@@ -58,13 +58,12 @@ class Units:
         self.keep_tokens = keep_tokens
 
     def key(self, index: int, ids: Sequence[str]) -> str:
-        """Identity of a unit: its place and what is in it, under this run."""
+        """Return the name of a unit: its number, and a hash of the run and of the cases in it."""
         digest = hashlib.sha256(json.dumps([self.run_id, index, list(ids)]).encode()).hexdigest()
         return f"{index:06d}-{digest[:16]}"
 
     def load(self, key: str) -> Unit | None:
-        """A unit as it was kept, or None where there is none, or where its file is not to be believed (with a warning
-        that names it)."""
+        """Return a unit that was kept; None where there is none, or, with a warning, where its file is damaged."""
         if self.directory is None:
             return None
         path = self._file(key)
@@ -84,17 +83,17 @@ class Units:
         )
 
     def save(self, unit: Unit) -> None:
-        """Keep a unit; a crash leaves it whole or leaves none."""
+        """Keep a unit. A crash leaves it whole, or leaves none."""
         if self.directory is None:
             return
         scores = unit.scores if self.keep_tokens else {}
         head = {
             "n_records": len(unit.records),
-            "mark": unit.mark,
+            "mark": unit.weights_hash,
             "delta": unit.delta,
             "timings": [record._asdict() for record in unit.timings],
             "texts": [[*key, text] for key, text in unit.texts.items()],
-            "scores": [[*key, [_told(score) for score in own]] for key, own in scores.items()],
+            "scores": [[*key, [_as_json(score) for score in own]] for key, own in scores.items()],
         }
         tensors = {"records": from_bytes(encode_records(unit.records, {}))}
         write_checked(self._file(unit.key), UNITS, self._identity(unit.key), tensors, head)
@@ -107,12 +106,12 @@ class Units:
         return {"run": self.run_id, "unit": key, "tokens": self.keep_tokens}
 
     def save_delta(self, key: str, delta: Attachment) -> None:
-        """Keep a step's delta, with the state it hands on."""
+        """Keep the delta of a step, with its state for the next one."""
         if self.directory is not None:
             delta.save(self.directory / "deltas" / f"{key}.safetensors")
 
     def load_delta(self, unit: Unit) -> Attachment | None:
-        """A step's delta as it was kept, or None where its file is gone or not to be believed, with a warning."""
+        """Return the delta of a step; None, with a warning, where its file is gone or damaged."""
         assert self.directory is not None
         path = self.directory / "deltas" / f"{unit.key}.safetensors"
         try:
@@ -125,8 +124,8 @@ class Units:
             return None
 
 
-def _told(score: TokenScore) -> dict[str, object]:
-    """A score as JSON; numbers that JSON lacks are written out."""
+def _as_json(score: TokenScore) -> dict[str, object]:
+    """Return a score as JSON has it; NaN and infinities are texts."""
     row = asdict(score)
     return {**row, "logp": [p if math.isfinite(p) else repr(p) for p in score.logp]}
 

@@ -156,7 +156,7 @@ def measure(
 ) -> Evaluation:
     """One look at the model as it stands; `before` is the look at the unedited one, None where this is it."""
     outputs = ask(lm, plan, measures, advance)
-    return tell(plan, measures, outputs, when, before, step=step)
+    return compute_records(plan, measures, outputs, when, before, step=step)
 
 
 def ask(lm: LM, plan: Plan, measures: Measures, advance: Advance = lambda stage, done, total: None) -> Outputs:
@@ -320,13 +320,13 @@ def divergences(lm: LM, plan: Plan, when: When, before: Scope, after: Scope, *, 
     ]
 
 
-# --- telling -----------------------------------------------------------------------------------------------------
+# --- records -----------------------------------------------------------------------------------------------------
 
 
-def tell(
+def compute_records(
     plan: Plan, measures: Measures, outputs: Outputs, when: When, before: Evaluation | None = None, *, step: int = 0
 ) -> Evaluation:
-    """Records of what a model made of the queries; no model is needed.
+    """Return the records of what a model made of the queries; no model is needed.
 
     Args:
         before: of the unedited model; None where `outputs` are its own.
@@ -344,8 +344,8 @@ def tell(
         by_case[a.case_id].append(a)
     for case in plan.cases:
         for a in by_case[case.id]:
-            records += _told(a, measures, outputs, old_texts, old_predictions, when, step)
-        for measured in _told_together(case, measures, outputs, texts, old_texts):
+            records += _records_of_query(a, measures, outputs, old_texts, old_predictions, when, step)
+        for measured in _records_of_case(case, measures, outputs, texts, old_texts):
             records.append(_of_case(case, when, measured, step))
     return Evaluation(
         records,
@@ -356,7 +356,7 @@ def tell(
     )
 
 
-def _told(
+def _records_of_query(
     a: Asked,
     measures: Measures,
     outputs: Outputs,
@@ -387,10 +387,12 @@ def _told(
         found.append(unchanged(scores[0], old_predictions.get(a.place)))
     if a.place in outputs.texts:
         written = outputs.texts[a.place]
-        said = [*matches(a.query, written.text, measures.judge), *length(a.query.axis, written.n_tokens, written.cut)]
+        matched = matches(a.query, written.text, measures.judge)
         if is_locality(a.query.axis):
-            said = [*matches(a.query, written.text, measures.judge), same_text(written.text, old_texts.get(a.place))]
-        found += [replace(m, variant=measures.named(m.variant)) for m in said]
+            matched.append(same_text(written.text, old_texts.get(a.place)))
+        else:
+            matched += length(a.query.axis, written.n_tokens, written.cut)
+        found += [replace(m, variant=measures.named(m.variant)) for m in matched]
     for variant in _fluencies(a, measures):
         text = outputs.free[(*a.place, variant)].text
         found.append(fluency(text if variant == "flu.new" else a.query.prompt + text, variant))
@@ -398,10 +400,10 @@ def _told(
     return records + [_record(a, when, m, step) for m in found]
 
 
-def _told_together(
+def _records_of_case(
     case: Case, measures: Measures, outputs: Outputs, texts: Mapping[Place, str], old_texts: Mapping[Place, str]
 ) -> list[Measured]:
-    """What several queries of a case say together."""
+    """Return what is measured of several queries of a case together."""
     found: list[Measured] = []
     family = family_of_case(case)
     if family in ("mquake", "ripple") and measures.generate:

@@ -95,7 +95,7 @@ class _Copies:
 
     @cached_property
     def places(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-        """(row, position) of what predicts an answer token, in all copies."""
+        """Rows and positions of the tokens that predict answer tokens, in all copies."""
         return answer_places(self.labels * len(self.alpha))
 
     def objective(self, log_p: Float[Tensor, "n vocab"], probability: Probability) -> Tensor:
@@ -180,16 +180,19 @@ def _passes(lm: LM, copies: _Copies, sites: Sequence[Site], how: Attribution) ->
         return
     replays = lm.layout.earlier != "other"  # where layers share keys and values every pass is a whole one
     below = _Below.record(lm, copies.rows, sites) if replays else _Below({}, {}, {})
-    for group in _together(sites):
+    for group in _in_groups(sites):
         if replays and _adds_to_the_stream(lm, group[0]):
-            yield from _behind(lm, copies, group, below, how)
+            yield from _after_block(lm, copies, group, below, how)
         else:
             forward = partial(_log_p, lm, copies, below.entering.get(group[0].layer))
             yield from catch(group, lambda run=forward: copies.objective(run(), how.probability), alpha)  # type: ignore[misc]
 
 
-def _together(sites: Sequence[Site]) -> list[list[Site]]:
-    """The sites, those of one block's routed experts in one group: they are one linear map of the weighted keys."""
+def _in_groups(sites: Sequence[Site]) -> list[list[Site]]:
+    """Return the sites in groups that are scaled together.
+
+    Each is a group of its own, but for a block's routed experts, which are one linear map of the weighted keys.
+    """
     groups: dict[tuple[int, str, bool], list[Site]] = {}
     for site in sites:
         groups.setdefault((site.layer, site.kind, site.expert is not None), []).append(site)
@@ -198,13 +201,14 @@ def _together(sites: Sequence[Site]) -> list[list[Site]]:
 
 @dataclass(frozen=True)
 class _Below:
-    """What does not depend on a layer's scale: everything that comes before it, from one pass over the facts."""
+    """What does not depend on how a layer is scaled: all that comes before it, from one pass over the facts."""
 
     entering: dict[int, ReplayState]
-    """What enters each block but block 0 (which is run from the tokens), all tokens of it, in order of blocks."""
+    """Inputs of the blocks, all tokens of them; not of block 0, which is run from the tokens."""
     keys: dict[tuple[int, int | None], Tensor]
-    """What enters each down-projection, by layer and routed expert, and `values` what a dense one puts out."""
+    """Inputs of the down-projections, by layer and routed expert."""
     values: dict[int, Tensor]
+    """Outputs of the dense ones, by layer."""
 
     @classmethod
     def record(cls, lm: LM, rows: Sequence[Row], sites: Sequence[Site]) -> "_Below":
@@ -216,11 +220,11 @@ class _Below:
 
             return read
 
-        behind = [site for site in sites if _adds_to_the_stream(lm, site)]
-        last = max(site.layer + (site in behind) for site in sites)
+        added = [site for site in sites if _adds_to_the_stream(lm, site)]
+        last = max(site.layer + (site in added) for site in sites)
         wanted = [Point(layer, "block") for layer in range(last)]
-        wanted += [Point(site.layer, "key", site.expert) for site in behind]
-        wanted += [Point(site.layer, "mlp") for site in behind if site.expert is None]
+        wanted += [Point(site.layer, "key", site.expert) for site in added]
+        wanted += [Point(site.layer, "mlp") for site in added if site.expert is None]
         if not wanted:
             return cls({}, {}, {})
         with torch.no_grad():
@@ -239,15 +243,15 @@ class _Below:
 
 
 def _adds_to_the_stream(lm: LM, site: Site) -> bool:
-    """Whether the site's output goes straight into the block's output, so that its own block need not be run again."""
+    """Whether the site's output is added to the block's as it is, so that its own block need not run again."""
     kind = lm.kinds[site.layer]
     if site.expert is not None:  # a shared expert's gate is not theirs
         kind = replace(kind, gated_shared=False)
     return site.kind == "down_proj" and kind.adds_mlp_output
 
 
-def _behind(lm: LM, copies: _Copies, sites: Sequence[Site], below: _Below, how: Attribution) -> Iterator[Captured]:
-    """Sites of one block whose scaling is a change of its output: (alpha - 1) h. Only the blocks after it are run."""
+def _after_block(lm: LM, copies: _Copies, sites: Sequence[Site], below: _Below, how: Attribution) -> Iterator[Captured]:
+    """Yield the gradients of sites whose scaling adds (alpha - 1) h to their block's output; only later blocks run."""
     layer = sites[0].layer
     frozen = below.entering[layer + 1]
     shape = frozen.states.shape
@@ -280,7 +284,7 @@ def _log_p(
     *,
     end_at_logits: bool = False,
 ) -> Float[Tensor, "n vocab"]:
-    """Log-probabilities where answers are predicted, for all copies; a replay where what enters a block is known."""
+    """Return log-probabilities where answers are predicted, for all copies; by a replay where `frozen` is given."""
     m, n = len(copies.alpha), len(copies.rows)
     if frozen is None:
         return log_probs(logits_at(lm, pad(copies.rows * m, lm.device), copies.places))
@@ -336,7 +340,7 @@ def select(scores: Sequence[Float[Tensor, " units"]], count: int) -> list[Tensor
 
 
 def _ordered(score: Tensor) -> Tensor:
-    """Integers in the order of the scores: the bits of a float32, those of negative numbers turned over."""
+    """Return integers in the order of the scores: the bits of a float32, inverted for negative numbers."""
     single = score.detach().cpu().to(torch.float32) + 0.0  # -0 is 0
     if bool(single.isnan().any()):
         raise NonFinite("a score is NaN, so that units cannot be ranked")
@@ -345,7 +349,7 @@ def _ordered(score: Tensor) -> Tensor:
 
 
 def _bin_of(histogram: Tensor, count: int) -> tuple[int, int]:
-    """The bin that holds the `count`-th largest value, and how many values lie above it."""
+    """Return the bin that holds the `count`-th largest value, and how many values are in bins above it."""
     from_top = histogram.flip(0).cumsum(0)
     place = int((from_top >= count).nonzero()[0, 0])
     above = int(from_top[place - 1]) if place else 0

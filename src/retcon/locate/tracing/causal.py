@@ -16,7 +16,7 @@ from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch
 from retcon.locate.embeddings import changing_embeddings
-from retcon.locate.tracing.cells import Cell, cell_of, taps_of, trimmed
+from retcon.locate.tracing.cells import Cell, cell_of, restoring_hooks, trimmed
 from retcon.locate.tracing.packing import replayed_logits
 from retcon.locate.tracing.prompt import (
     PROJECTIONS,
@@ -129,7 +129,7 @@ def _logits(lm: LM, prompt: Prompt, cells: Sequence[Cell], settings: Tracing) ->
     ids = torch.tensor([prompt.row.ids] * len(samples), device=lm.device)
     last = torch.full_like(samples, prompt.row.prediction)
     with changing_embeddings(lm, corrupting(samples, prompt.subject, prompt.noise, settings)):
-        hooks = taps_of(prompt, cells, rows, torch.tensor([[cell.token] for cell in cells]), range(lm.n_layers))
+        hooks = restoring_hooks(prompt, cells, rows, torch.tensor([[cell.token] for cell in cells]), range(lm.n_layers))
         return logits_at(lm, Batch(ids, torch.ones_like(ids).bool()), (rows.flatten(), last), hooks)
 
 

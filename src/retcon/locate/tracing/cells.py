@@ -22,13 +22,13 @@ class Cell:
     layer: int
     token: int
     clean: tuple[Point, ...]
-    """What has its value of the clean run at the token."""
+    """Where the token gets its value of the clean run."""
     corrupted: tuple[Point, ...]
-    """What has its value of the corrupted run there, of the row's sample."""
+    """Where the token keeps its value of the corrupted run, of the row's sample."""
 
     @property
     def first(self) -> int:
-        """The block above the lowest that puts out anything else than in the corrupted run."""
+        """The first block whose input differs from the corrupted run's."""
         return min(self.clean).layer + 1
 
 
@@ -45,7 +45,7 @@ def cell_of(lm: LM, kind: Kind, layer: int, token: int, settings: Tracing) -> Ce
 
 
 def trimmed(lm: LM, cell: Cell, last: int) -> Cell:
-    """The cell without what nothing reads: outputs of the topmost block anywhere but at the last token."""
+    """Return the cell without outputs that nothing reads: those of the topmost block, but for the last token's."""
     if cell.token == last:
         return cell
     clean, corrupted = (
@@ -54,14 +54,14 @@ def trimmed(lm: LM, cell: Cell, last: int) -> Cell:
     return replace(cell, clean=clean, corrupted=corrupted)
 
 
-def taps_of(
+def restoring_hooks(
     prompt: Prompt,
     cells: Sequence[Cell],
     rows: Int[Tensor, "cells samples"],
     columns: Int[Tensor, "cells 1"],
     layers: range,
 ) -> dict[Point, Hook]:
-    """Hooks in these layers that put the values of each cell into its rows, all at its token's column."""
+    """Return hooks in these layers that put each cell's values into its rows, at its token's column."""
     tokens = torch.tensor([cell.token for cell in cells])
 
     def restoring(point: Point) -> Hook:

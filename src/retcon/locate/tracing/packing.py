@@ -1,9 +1,9 @@
-"""Only what a restoration can change.
+"""A forward pass for many cells at once, in which only what a restoration can change is computed.
 
-Nothing below the block where it is made, and nothing before its token. In that block only the token itself changes, for
-attention there reads the other tokens' inputs; in the blocks above, every token from it on; of the topmost one, only
-the last token is read. So cells climb from there, side by side in rows of one length, and every module is run for the
-tokens alone whose output can change and is read.
+A restored state changes nothing in the blocks below its own and nothing at tokens before its own. In its own block only
+its token changes, since attention there reads what entered the block; in later blocks, every token from it on. Of the
+topmost block only the last token is read. So the pass begins at that block, several cells share a row (`Packing`), and
+a module is run only for tokens whose output can change and is read (`PartialModule`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from retcon.lm.forward import Point, logits_at
 from retcon.lm.model import LM
 from retcon.lm.replay import mlp_entries, replaying, running_at
 from retcon.lm.replay.states import live_cache, stand_in
-from retcon.locate.tracing.cells import Cell, taps_of
+from retcon.locate.tracing.cells import Cell, restoring_hooks
 from retcon.locate.tracing.prompt import Prompt, projections
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedState:
-    """What a replay takes as given where variants of a text are side by side in rows, so that little is padded.
+    """The recorded part of a replay in which several variants of a text share a row, so that little is padded.
 
     For attention without a window, or within it, in transformers' `eager` and `sdpa` forms (the others take no mask).
     """
@@ -38,14 +38,15 @@ class PackedState:
     states: Float[Tensor, "rows columns d_model"]
     """What enters block `first`."""
     keys: tuple[Float[Tensor, "some_rows _ earlier _"], ...]
-    """Per live block, the attention keys of all that columns may see beside each other: of every row, or of the rows of
-    one order, which then serve all."""
+    """Per live block, attention keys of earlier tokens, which all columns may see: of every row, or of the rows of one
+    order, which then serve all."""
     values: tuple[Float[Tensor, "some_rows _ earlier _"], ...]
     """The same for the attention values."""
     tokens: Int[Tensor, "orders columns"]
-    """Token index of every column. The rows of one order follow each other, as many of each order."""
+    """Token index of every column. Rows with the same tokens in the same order follow each other, equally many of each
+    order."""
     seen: Bool[Tensor, "orders columns earlier_and_columns"]
-    """What every column attends to; itself, at the least."""
+    """What every column attends to; at least itself."""
 
     def cache(self, lm: LM) -> "Cache":
         """As `ReplayState.cache`."""
@@ -66,7 +67,7 @@ class PackedState:
 
 @dataclass(frozen=True)
 class PartialModule:
-    """Modules that treat every token by itself, run at some places only."""
+    """Modules that treat every token by itself, and the places at which they are run."""
 
     live: Bool[Tensor, "rows columns"]
     """Where they run."""
@@ -75,7 +76,7 @@ class PartialModule:
     end: nn.Module
     """The module whose output counts; an entry, or what the entries' outputs lead to."""
     fill_values: Float[Tensor, "rows columns width"]
-    """What the end gives elsewhere; at the live places it is written over."""
+    """Output of `end` at the other places; at the live ones it is overwritten."""
 
     def running(self) -> AbstractContextManager[None]:
         """Inside, the modules run so."""
@@ -84,7 +85,8 @@ class PartialModule:
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows in which cells are side by side, each with its tokens up to the last; each row once per sample."""
+    """How cells share rows: each takes a run of columns, for its own token and all after it; each row comes once per
+    sample."""
 
     starts: Int[Tensor, " cells"]
     """The cells' own tokens; earlier tokens are as in the corrupted run."""
@@ -92,14 +94,15 @@ class Packing:
     row: Int[Tensor, " cells"]
     """Each cell's row."""
     column: Int[Tensor, " cells"]
-    """Where in it."""
+    """The column of each cell's own token."""
     cell: Int[Tensor, "rows columns"]
-    """Whose place it is; -1 for nobody's."""
+    """The cell that takes this place; -1 where none does."""
     token: Int[Tensor, "rows columns"]
+    """Index of the token at this place."""
 
     @classmethod
     def of(cls, cells: Sequence[Cell], samples: int, last: int) -> "Packing":
-        """Each cell's tokens from its own to `last`, in rows of about one length."""
+        """Put each cell's tokens, from its own to `last`, into rows of about one length."""
         starts = torch.tensor([cell.token for cell in cells])
         lengths = [last + 1 - cell.token for cell in cells]
         rows = _rows_of(lengths)
@@ -127,15 +130,18 @@ class Packing:
 
     @property
     def earlier(self) -> Bool[Tensor, "cells earlier"]:
-        """Tokens that each cell sees in the corrupted run."""
+        """Which earlier tokens each cell attends to: those before its own, as they are in the corrupted run."""
         return torch.arange(int(self.starts.max())) < self.starts[:, None]
 
     def spread(self, values: Float[Tensor, "samples tokens width"]) -> Float[Tensor, "all_rows columns width"]:
-        """Every token's values at its places."""
+        """Return the values of every token at the places that it takes."""
         return values[:, self.token].transpose(0, 1).flatten(0, 1)
 
     def packed(self, prompt: Prompt, layers: range, states: Float[Tensor, "all_rows columns d_model"]) -> PackedState:
-        """A replay of these layers on them: each token sees its cell's tokens up to itself, and those before."""
+        """Return a replay of these layers on `states`.
+
+        Each token attends to its cell's tokens up to itself, and to those before the cell.
+        """
         inside = (self.cell[:, :, None] == self.cell[:, None]) & (self.token[:, None] <= self.token[:, :, None])
         seen = torch.cat([self.earlier[self.cell], inside], 2)
         keys, values = (
@@ -146,8 +152,11 @@ class Packing:
 
 
 def _rows_of(lengths: Sequence[int]) -> list[list[int]]:
-    """Which stand in a row together: the longest first, each in the first row that has room. Rows are as long as the
-    longest or by one longer (1 to n fill those for even n), whichever leaves less over."""
+    """Return the cells of each row: the longest first, each in the first row that has room.
+
+    Rows are as long as the longest cell, or longer by one (cells of lengths 1 to n fill those for even n), whichever
+    leaves less room unused.
+    """
     found: list[tuple[int, list[list[int]]]] = []
     for most in (max(lengths), max(lengths) + 1):
         rows: list[list[int]] = []
@@ -164,7 +173,7 @@ def _rows_of(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def replayed_logits(lm: LM, prompt: Prompt, cells: Sequence[Cell]) -> Float[Tensor, "logits vocab"]:
-    """Logits after the prompt for every cell and sample, cell by cell; all cells of one first block."""
+    """Return logits after the prompt for every cell and sample, cell by cell; all cells have the same first block."""
     first, last = cells[0].first, len(prompt.row.ids) - 1
     packing = Packing.of(cells, len(prompt.noise), last)
     below = first - 1 if all(Point(first - 1, "block") in cell.clean for cell in cells) else first - 2
@@ -172,8 +181,8 @@ def replayed_logits(lm: LM, prompt: Prompt, cells: Sequence[Cell]) -> Float[Tens
     if below == first - 1:
         states[packing.own] = prompt.clean[Point(below, "block")][packing.starts][:, None]
     layers = range(below + 1, lm.n_layers)
-    hooks = taps_of(prompt, cells, *packing.own, layers)
-    hooks = {point: tap for point, tap in hooks.items() if point.tensor == "block"}
+    hooks = restoring_hooks(prompt, cells, *packing.own, layers)
+    hooks = {point: hook for point, hook in hooks.items() if point.tensor == "block"}
     ends = (packing.column + last - packing.starts)[:, None].expand_as(packing.rows)
     given = packing.packed(prompt, layers, states)
     with ExitStack() as stack:
@@ -187,8 +196,10 @@ def replayed_logits(lm: LM, prompt: Prompt, cells: Sequence[Cell]) -> Float[Tens
 def _needed(
     lm: LM, prompt: Prompt, cells: Sequence[Cell], packing: Packing, layer: int, ends: Int[Tensor, "cells samples"]
 ) -> Iterator[PartialModule]:
-    """Where a block's modules are run: where what they read is not as in the corrupted run, what they give is read, and
-    no cell restores or keeps it."""
+    """Yield the modules of a block that need not run everywhere, with the places where they must.
+
+    That is where their input differs from the corrupted run's, their output is read, and no cell fixes that output.
+    """
     none = torch.zeros(len(packing.cell) * packing.samples, packing.cell.shape[1]).bool()
     own, every, end = none.clone(), ~none, none.clone()
     own[packing.own] = True
@@ -219,7 +230,7 @@ def _needed(
 def _held(
     cells: Sequence[Cell], packing: Packing, point: Point
 ) -> tuple[Bool[Tensor, "all_rows columns"], Bool[Tensor, "all_rows columns"]]:
-    """Where a cell restores an output; where one does, or keeps it."""
+    """Return where a cell restores an output, and where one fixes it (restores it, or holds it corrupted)."""
     put = torch.zeros(len(packing.cell) * packing.samples, packing.cell.shape[1]).bool()
     held = put.clone()
     for i, cell in enumerate(cells):
@@ -233,7 +244,7 @@ def _held(
 def _held_outputs(
     prompt: Prompt, cells: Sequence[Cell], packing: Packing, point: Point
 ) -> Float[Tensor, "all_rows columns d_model"]:
-    """The values at the point where no module has to compute them."""
+    """Return the output at the point where it need not be computed: restored values, elsewhere those corrupted."""
     rows, columns = packing.own
     put = [i for i, cell in enumerate(cells) if point in cell.clean]
     output = packing.spread(prompt.corrupted[point])

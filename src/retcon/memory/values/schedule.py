@@ -1,4 +1,4 @@
-"""Which edits of a chunk are active when: as one ends, the next takes its place."""
+"""The order in which the edits of a chunk are searched: some are active, and as one ends, the next takes its place."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +16,10 @@ from retcon.memory.values.state import SearchState, ValueOf
 from retcon.memory.values.step import ActiveBatch, Recorded, Shape
 
 LOOK_EVERY = {"cpu": 1}
-"""Steps between two looks at which edits have ended. A look costs nothing where the device is the host."""
+"""Steps after which the host reads which edits have ended. On a CPU that costs nothing."""
 LOOK_EVERY_ON_ACCELERATOR = 8
 MAX_SHAPES: dict[str, int | None] = {"cpu": None}
-"""Shapes in which the steps of a chunk are run. A CPU does not mind: there every edit that ends makes steps smaller."""
+"""Shapes of a chunk's steps at most; None: any, so that every edit that ends makes the next steps smaller."""
 MAX_SHAPES_ON_ACCELERATOR = 4
 CAPTURED = {"cuda": cuda_graphs}
 """How a device captures a step, so that later ones are launched as one (`captured.py`)."""
@@ -27,19 +27,20 @@ CAPTURED = {"cuda": cuda_graphs}
 
 @dataclass(frozen=True)
 class Pace:
-    """What a device wants of the host between steps; values differ by it in their last bits only."""
+    """How often the host and the device wait for each other; values differ by it in their last bits only."""
 
     look_every: int
-    """Steps after which the host looks which edits have ended; in between it waits for nothing, and edits that have
-    ended stay as they are."""
+    """Steps after which the host reads which edits have ended; in between it waits for nothing, and the values of edits
+    that have ended no longer change."""
     max_shapes: int | None
     """Shapes of a chunk's steps at most; None: every step has the smallest shape for the edits that are searched."""
     capture: Callable[[], Capture] | None = None
-    """How a step is captured, to be launched as one when it comes again; None: it is launched piece by piece."""
+    """Records a step, so that it can be launched as a whole when it comes again; None: it is launched kernel by
+    kernel."""
 
     @classmethod
     def on(cls, device_type: str) -> "Pace":
-        """Return that of a kind of device."""
+        """Return the pace for a kind of device ("cpu", "cuda")."""
         return cls(
             LOOK_EVERY.get(device_type, LOOK_EVERY_ON_ACCELERATOR),
             MAX_SHAPES.get(device_type, MAX_SHAPES_ON_ACCELERATOR),
@@ -49,16 +50,16 @@ class Pace:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A chunk's search between two steps: all that it takes to go on to the identical result."""
+    """The state of a chunk's search between two steps, from which it goes on to the identical result."""
 
     found: dict[int, ValueOf]
     """By place in the chunk."""
     active: list[int]
-    """The edit of each place; one that is found only fills its place."""
+    """The edit at each place of the batch; one that has ended only keeps the batch's shape."""
     made: list[int]
-    """Steps that each place has made."""
+    """Steps that the edit at each place has taken."""
     waiting: list[int]
-    """The last one is next."""
+    """Edits that have yet to begin; the last one is next."""
     fresh: bool
     """Whether some active edits have yet to make their first step."""
     state: SearchState
@@ -69,7 +70,7 @@ def forget(found: int, snapshot: Callable[[], Snapshot]) -> None:
 
 
 class Chunk(Recorded):
-    """Some edits that are searched together, and what was found for them."""
+    """Edits that share their recorded states, and the values found for them."""
 
     def __init__(
         self,
@@ -94,12 +95,13 @@ class Chunk(Recorded):
         start: Snapshot | None = None,
         hear: Callable[[int, Callable[[], Snapshot]], None] = forget,
     ) -> Iterator[int]:
-        """Optimise all, `max_active` at a time; gives the place of each edit in the chunk as it ends.
+        """Search the values of all edits, `max_active` at a time; yields the number of each in the chunk as it ends.
 
         Args:
-            pace: how often the host looks, and in how many shapes steps are run; that of the device by default.
-            start: where an earlier search of the chunk was; it goes on from there.
-            hear: is told after every look how many edits are found, and how to get a snapshot.
+            pace: how often the host reads which edits have ended, and in how many shapes steps are run; that of the
+                device by default.
+            start: the state of an earlier search of the chunk, from which this one goes on.
+            hear: called each time that has been read, with how many edits have ended and what makes a snapshot.
 
         Raises:
             NonFinite: a loss came out NaN or infinite; the message names the edit.
@@ -126,7 +128,7 @@ class Chunk(Recorded):
             for i in range(min(pace.look_every, left)):
                 step(now, only_measure=i == left - 1)
             made = [n + min(pace.look_every, left) for n in made]
-            if ended := self._look(now, going):
+            if ended := self._read_ended(now, going):
                 yield from [now.edits[place] for place in ended]
                 new = [waiting.pop() for _ in range(min(len(ended), len(waiting)))]
                 stay = [place for place in going if place not in ended]
@@ -147,13 +149,12 @@ class Chunk(Recorded):
         return not self.offload and len({x.device for x in self.lm.model.parameters()}) == 1
 
     def _shapes(self, places: int, pace: Pace) -> list[Shape]:
-        """Return the shapes that steps are run in, each with half as many places as the one before; none where any will
-        do."""
+        """Return the shapes that steps are run in, each with half as many places as the one before; empty for any."""
         n_places = [places >> i for i in range(pace.max_shapes or 0) if places >> i]
         return [self.shape_for_any(n) for n in n_places]
 
-    def _look(self, now: ActiveBatch, searched: Sequence[int]) -> list[int]:
-        """Return those of these places whose edits have ended, once their results are on the CPU."""
+    def _read_ended(self, now: ActiveBatch, searched: Sequence[int]) -> list[int]:
+        """Move the results of edits that have ended to the CPU; return their places, out of those `searched`."""
         state = now.state
         columns = torch.stack([state.going.double(), state.reached.double(), state.steps.double(), *state.terms]).cpu()
         going, reached, steps, *terms = columns.tolist()
@@ -182,14 +183,14 @@ class Chunk(Recorded):
 
 
 def _room(shapes: Sequence[Shape], places: int) -> Shape | None:
-    """Return the smallest shape for so many edits; None where shapes are as they come."""
+    """Return the smallest shape for so many edits; None where any shape will do."""
     return min((shape for shape in shapes if shape.places >= places), default=None)
 
 
 def _order(n: int, stay: Sequence[int], n_new: int, ended: Sequence[int], shape: Shape | None) -> list[int]:
-    """Return what each place of the next steps takes: one of the n places that there were, or, from n on, a new edit.
+    """Return, for each place of the next steps, the place that it is filled from; from n on, a new edit.
 
-    In the shape that there was, new edits take the places of those that have ended.
+    If the shape stays, new edits take the places of those that have ended.
     """
     if shape is not None and shape.places == n:
         order = list(range(n))
