@@ -17,6 +17,7 @@ from retcon.export import export
 from retcon.lm.load import load, load_plain
 from retcon.lm.model import LM
 from retcon.lm.packed import PackedMatrix
+from retcon.locate import Tracing, causal_trace, contrast_probe
 from retcon.memory.values.reference import search_values_reference
 from retcon.methods.common.registry import METHODS
 from retcon.methods.common.sequence import in_steps
@@ -159,6 +160,17 @@ def test_the_fast_path_is_the_plain_one(bits: int, checkpoints: dict[int, Path])
     for name in plain.changes:
         a, b = (delta.dense(name, packed.shape_of(name)) for delta in (fast, plain))
         assert float((a - b).norm()) <= 1e-5 * float(b.norm()), name
+
+
+def test_probes_find_what_they_find_in_the_dequantised_model(checkpoints: dict[int, Path]) -> None:
+    plain, packed = both(checkpoints, 4)
+    wanted, found = (contrast_probe(lm, ENDING[:2], norms=(False,)) for lm in (plain, packed))
+    assert found.means() == wanted.means()
+    settings = Tracing(samples=2)
+    wanted_traces, found_traces = (causal_trace(lm, ENDING[3:], settings) for lm in (plain, packed))
+    assert len(found_traces) == len(wanted_traces) == 1
+    for kind, scores in wanted_traces.traces[0].scores.items():
+        assert torch.equal(found_traces.traces[0].scores[kind], scores)
 
 
 def test_scopes_nest_and_the_base_shows_where_it_is_asked_for(checkpoints: dict[int, Path]) -> None:
