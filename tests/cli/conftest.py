@@ -40,7 +40,7 @@ def here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     console.cache_clear()  # one that another test made may have that width
     for family in ("gptj", "llama"):
         (tmp_path / family).symlink_to(models / family)
-    text = [f"The capital of France is Paris, and {i} of {i * i} trains go home by way of Łódź." for i in range(60)]
+    text = [f"The capital of France is Paris, and {i} of {i * i} trains go home by way of Łódź." for i in range(20)]
     (tmp_path / "corpus.txt").write_text("\n\n".join(text))
     write_rows(tmp_path / "edits.jsonl", ROWS)
     return tmp_path
