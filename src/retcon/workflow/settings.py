@@ -4,7 +4,7 @@ import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from retcon.errors import InvalidSetting, RetconWarning
@@ -41,7 +41,7 @@ class Resolved:
     @property
     def settings(self) -> dict[str, Any]:
         """Every setting of the method."""
-        return {f.name: getattr(self.method, f.name) for f in fields(self.method)}
+        return self.method.settings
 
 
 def read_settings(name: str, *, dataset: str | None, preset: str | None, assignments: Sequence[str]) -> dict[str, Any]:

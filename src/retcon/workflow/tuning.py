@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -90,8 +90,12 @@ class Tuned:
     @property
     def changes(self) -> dict[str, Any]:
         """Settings that differ from the rule's."""
-        own = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
-        return {name: value for name, value in own.items() if getattr(self.rule, name) != value}
+        return changed_settings(self.method, self.rule)
+
+
+def changed_settings(method: "Method", before: "Method") -> dict[str, Any]:
+    """Return the settings that are not those of the same method before."""
+    return {name: value for name, value in method.settings.items() if before.settings[name] != value}
 
 
 @dataclass
@@ -116,8 +120,7 @@ class _Search:
 
     def score(self, method: "Method", n: int) -> float:
         """Try a method on the first n cases."""
-        own = {f.name: getattr(method, f.name) for f in fields(method)}
-        changes = {name: value for name, value in own.items() if getattr(self.start, name) != value}
+        changes = changed_settings(method, self.start)
         known = next((t for t in self.trials if t.n_cases == n and t.changes == changes), None)
         if known is not None:
             return known.score
@@ -216,7 +219,7 @@ def tune(
 def _halving(search: _Search, given: frozenset[str], draw: random.Random) -> "Method":
     """Return the best settings of the last round that was finished, or of the first as far as it came."""
     sizes = rounds(len(search.cases))
-    weights = [name for name in WRITE if getattr(search.start, name, None) and name not in given]
+    weights = [name for name in WRITE if search.start.settings.get(name) and name not in given]
     n_writes = len(WRITE_FACTORS) if weights else 1
     share = sum(ETA**-i for i in range(len(sizes)))
     n_first = max(2, int(search.max_trials / (n_writes * share)))
@@ -244,7 +247,7 @@ def _best_written(search: _Search, method: "Method", weights: Sequence[str], n: 
     for factor in WRITE_FACTORS if weights else (1.0,):
         if best is not None and search.over:
             break
-        here = _changed(method, {name: _rounded(factor * getattr(method, name)) for name in weights})
+        here = _changed(method, {name: _rounded(factor * method.settings[name]) for name in weights})
         score = search.score(here, n)
         if best is None or score > best[0]:
             best = score, here
@@ -263,21 +266,22 @@ def rounds(n_cases: int) -> list[int]:
 def candidates(lm: "LM", start: "Method", given: frozenset[str], n: int, draw: random.Random) -> list["Method"]:
     """Return n settings that differ from `start` and from each other, as far as there are so many."""
     found: list[Method] = []
+    own = start.settings
     for _ in range(20 * n):
         if len(found) == n:
             break
         changes: dict[str, Any] = {}
         for name, factors in FACTORS.items():
-            value = getattr(start, name, None)
+            value = own.get(name)
             if value and name not in given and draw.random() < CHANGE:
                 changed = value * draw.choice(factors)
                 changes[name] = max(1, round(changed)) if isinstance(value, int) else _rounded(changed)
         for name in ("layer", "layers", "low", "high"):
-            value = getattr(start, name, None)
+            value = own.get(name)
             if value not in (None, ()) and name not in given and draw.random() < CHANGE:  # (): all, or a rule's
                 changes[name] = _moved(value, lm.n_layers, draw)
-        if hasattr(start, "stop") and "stop" not in given and draw.random() < CHANGE:
-            changes["stop"] = "loss" if start.stop == "probability" else "probability"
+        if "stop" in own and "stop" not in given and draw.random() < CHANGE:
+            changes["stop"] = "loss" if own["stop"] == "probability" else "probability"
         try:
             made = _changed(start, changes)
         except InvalidSetting:  # settings that do not go together
@@ -349,5 +353,4 @@ def save_preset(lm: "LM", tuned: Tuned, source: str, dataset: str, folder: Path 
     """
     from retcon.methods.common.presets import signature, write_preset
 
-    settings = {f.name: getattr(tuned.method, f.name) for f in fields(tuned.method)}
-    return write_preset(tuned.method.name, signature(lm), dataset, source, settings, folder)
+    return write_preset(tuned.method.name, signature(lm), dataset, source, tuned.method.settings, folder)

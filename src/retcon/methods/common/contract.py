@@ -77,6 +77,11 @@ class Method(ABC):
     bytes_per_value: ClassVar[int] = 16
     """Memory of each value that is trained: float32, its gradient, and Adam's two moments."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     @abstractmethod
     def propose(
         self,
@@ -132,7 +137,7 @@ class Trainable(Method):
 
 
 def recorded(
-    method: Any,
+    method: Method,
     lm: LM,
     edits: Sequence[Edit],
     *,
@@ -180,30 +185,25 @@ def check_depth(name: str, lm: LM, layers: Sequence[int]) -> None:
             raise InvalidSetting(f"{name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")
 
 
-def check_model_has_layers(method: Any, lm: LM) -> None:
+def check_model_has_layers(method: Method, lm: LM) -> None:
     """Check the settings that are layers of the model: `layer`, `layers`, `low`, `high`.
 
     Raises:
         InvalidSetting: the model has no such layer.
     """
     for setting in LAYER_SETTINGS:
-        found = getattr(method, setting, None)
+        found = method.settings.get(setting)
         listed = found if isinstance(found, tuple) else (found,)
-        check_depth(
-            f"{getattr(method, 'name', type(method).__name__)}: {setting}",
-            lm,
-            [layer for layer in listed if isinstance(layer, int)],
-        )
+        check_depth(f"{method.name}: {setting}", lm, [layer for layer in listed if isinstance(layer, int)])
 
 
-def check_settings(method: Any) -> None:
+def check_settings(method: Method) -> None:
     """Check every setting against its field's type, and bring it to that type.
 
     Raises:
         InvalidSetting: another type, an unknown choice, NaN or infinity; the message names the setting.
     """
-    given = {f.name: getattr(method, f.name) for f in fields(method)}
-    for setting, value in checked(method.name, type(method), given).items():
+    for setting, value in checked(method.name, type(method), method.settings).items():
         object.__setattr__(method, setting, value)
 
 

@@ -236,7 +236,7 @@ def choose(
     resolved = {**checked(name, chosen, dict(found.settings) if found else guess), **settings}
     if for_model is not None and issubclass(chosen, Filter):
         base = _wrapped(chosen, resolved, for_model, dataset, cases)
-        resolved |= {"base_settings": {f.name: getattr(base.method, f.name) for f in fields(base.method)}}
+        resolved |= {"base_settings": base.method.settings}
         notes += base.notes
     needed = [f.name for f in fields(chosen) if f.default is MISSING and f.default_factory is MISSING]
     missing = [field for field in needed if field not in resolved]
@@ -258,7 +258,7 @@ def choose(
             made = replace(made, learning_rate=step.learning_rate)
             notes.append(str(step))
         elif clamps:
-            shown = ", ".join(f"{clamp} = {getattr(made, clamp):g}" for clamp in clamps)
+            shown = ", ".join(f"{clamp} = {made.settings[clamp]:g}" for clamp in clamps)
             notes.append(f"{shown}: the default, made for large models; given the edits (cases=), it is fitted to them")
         if guess.keys() - settings.keys() or (clamps and not cases):
             warnings.warn(

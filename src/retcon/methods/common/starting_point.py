@@ -140,7 +140,7 @@ def fit_clamps(
     best: FittedClamps | None = None
     factor = 1.0
     while tried:
-        clamps = {name: factor * getattr(method, name) for name in names}
+        clamps = {name: factor * method.settings[name] for name in names}
         here = replace(method.searching_what_is_written(), **clamps)
         report = search_values(lm, tried, here.value_sites(lm), contexts, here.value_search()).report
         n_reached = sum(r.stopped == "reached" or r.search_probability >= REACHED for r in report)
@@ -150,4 +150,4 @@ def fit_clamps(
         if n_reached >= ENOUGH * len(tried) or n_reached + n_clamped < ENOUGH * len(tried) or factor >= MAX_FACTOR:
             break
         factor *= 2
-    return best or FittedClamps(1.0, 0, 0, {name: getattr(method, name) for name in names})
+    return best or FittedClamps(1.0, 0, 0, {name: method.settings[name] for name in names})
