@@ -240,6 +240,8 @@ def test_an_edited_packed_model_is_saved_as_floats_and_stays_packed(
     edited = logits(packed)
     marks = {name: getattr(packed.model, name) for name in ("hf_quantizer", "is_quantized", "quantization_method")}
     export(packed, tmp_path / "hf", format="hf")
+    assert f"weights dequantised from bitsandbytes {bits}-bit weights" in (tmp_path / "hf/README.md").read_text()
+    assert "packed" not in (tmp_path / "hf/README.md").read_text()
     again = load_plain(tmp_path / "hf", dtype=torch.float32)
     assert not getattr(again.config, "quantization_config", None)
     with torch.no_grad():
@@ -247,6 +249,7 @@ def test_an_edited_packed_model_is_saved_as_floats_and_stays_packed(
     assert load(str(tmp_path / "hf"), device="cpu").notes == plain.notes
     export(packed, tmp_path / "diff", format="diff")
     export(packed, tmp_path / "peft", format="peft", rank="max")
+    assert f"{bits}-bit weights, packed" in (tmp_path / "peft/README.md").read_text()
     assert torch.equal(logits(packed), edited)
     assert {name: getattr(packed.model, name) for name in marks} == marks
     packed.revert_all()

@@ -113,9 +113,11 @@ def export(
     if format in ("peft", "gguf-lora"):
         factors = with_one_rank(factors_of(lm, deltas, rank=rank if isinstance(rank, int) else None), rank)
     losses = {n: {"rank": f.rank, "exact_rank": f.exact_rank, "error": f.error} for n, f in factors.items()}
+    notes = lm.notes
     with replacing_folder(place, check=check) as fresh:
         if format == "hf":
             with quietly(), lm.as_floats():
+                notes = lm.notes
                 lm.model.save_pretrained(fresh, max_shard_size=max_shard_size)
                 lm.tokenizer.save_pretrained(fresh)
         elif format == "peft":
@@ -126,6 +128,7 @@ def export(
             write_lora(lm, factors, fresh / "adapter.gguf")
         else:
             with lm.as_floats():
+                notes = lm.notes
                 write_model(lm, fresh / f"model-{gguf_type}.gguf", type_name=gguf_type)
         has_base_card = _keep_papers(lm, fresh)
         card = model_card(
@@ -135,7 +138,7 @@ def export(
             base_name=named,
             scores=scores,
             losses=losses,
-            notes=lm.notes,
+            notes=notes,
             has_base_card=has_base_card,
         )
         (fresh / "README.md").write_text(card, encoding="utf-8")

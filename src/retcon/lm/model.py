@@ -116,7 +116,7 @@ class LM:
     def notes(self) -> tuple[str, ...]:
         """What whoever reads figures measured on this model should know, one phrase each; usually none."""
         source = getattr(self.model.config, DEQUANTIZED_FROM, None)
-        packings = sorted({matrix.packing for matrix in self.packed.values()})
+        packings = sorted({matrix.packing for matrix in self.packed.values() if not matrix.shows_floats})
         packed = (f"{' and '.join(packings)} weights, packed",) if packings else ()
         return ((f"weights dequantised from {source}",) if source else ()) + packed
 

@@ -45,6 +45,11 @@ class PackedMatrix:
         """Where it is."""
         return self.stored.device
 
+    @property
+    def shows_floats(self) -> bool:
+        """Whether the float weight is in place."""
+        return self.module._parameters["weight"] is not self.stored
+
     def floats(self) -> Tensor:
         """Return the matrix (out, in) that the packed weight stands for: a new tensor at every call."""
         return dequantised(self.stored, self.module).to(self.dtype)

@@ -222,7 +222,7 @@ def _fitted(value: Any, hint: Any, what: str) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise InvalidSetting(f"{what} must be a list, found {value!r}")
+            raise InvalidSetting(f"{what} must be a list ([1, 2, 3], say), found {value!r}")
         return tuple(_fitted(item, args[0], what) for item in value)
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, int | float):
