@@ -75,7 +75,7 @@ def check(lm: LM) -> None:
     off = float((read - own).abs().max() / own.abs().max())
     if not off <= allowed:
         raise UnsupportedModel(
-            f"{lm.name!r}: the last block's output behind final norm and head is {off:.1%} off the model's own logits, "
+            f"{lm.name!r}: the last block's output after final norm and head is {off:.1%} off the model's own logits, "
             "so states cannot be read as next tokens. If the layout is your own, check its final_norm and head; or "
             "read without the final norm."
         )

@@ -120,8 +120,8 @@ def _extended(
     def keep(rows: Sequence[int], layers: Sequence[Any]) -> None:
         begin = torch.tensor([past.ends[i] for i in rows])[:, None]
         token = torch.tensor([ends[i] for i in rows])[:, None] + torch.arange(-max(ends), 0)
-        behind = int(begin.max())  # columns of the past come first, aligned on the right; then the new tokens
-        column = torch.where(token < begin, behind - begin + token, behind + token - begin).clamp(min=0)
+        n_past = int(begin.max())  # columns of the past come first, aligned on the right; then the new tokens
+        column = torch.where(token < begin, n_past - begin + token, n_past + token - begin).clamp(min=0)
         for i, layer in enumerate(layers):
             for into, x in zip(kept, layer.all_of_it(), strict=True):
                 part = tokens_at(x.transpose(1, 2), column).transpose(1, 2)
@@ -151,7 +151,7 @@ def _frozen(
     reads: Mapping[Point, Sequence[int | None]],
     max_batch_tokens: int,
 ) -> tuple[ReplayState, dict[Point, Tensor]]:
-    """The tokens behind the past, run through the blocks below `first`."""
+    """Run the tokens after the past through the blocks below `first`, and return what enters that block."""
     lengths = [len(ids) - end for ids, end in zip(texts, past.ends, strict=True)]
     columns = max(lengths)
     states: Tensor | None = None
@@ -177,10 +177,10 @@ def _frozen(
             entering.clear()
             run(lm, inputs, hooks)
             column = torch.arange(columns).minimum(torch.tensor([lengths[i] for i in group])[:, None] - 1)
-            behind = tokens_at(entering[0], column)
+            recorded = tokens_at(entering[0], column)
             if states is None:
-                states = behind.new_empty(len(texts), *behind.shape[1:])
-            states[group] = behind
+                states = recorded.new_empty(len(texts), *recorded.shape[1:])
+            states[group] = recorded
     assert states is not None
     frozen = ReplayState(first, states, past.keys[first:], past.values[first:], past.ends, tuple(lengths))
     return frozen, {p: torch.stack([v for _, v in sorted(by_row.items())]) for p, by_row in found.items()}

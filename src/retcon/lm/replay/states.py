@@ -44,7 +44,7 @@ class ReplayState:
     first: int
     """First live block, counted from 0; the number of blocks where only the final norm and the head are live."""
     states: Float[Tensor, "rows columns d_model"]
-    """What enters block `first`; columns behind a row's end hold anything finite."""
+    """What enters block `first`; columns after a row's end hold anything finite."""
     keys: tuple[Float[Tensor, "rows _ prefix _"], ...]
     """Per live block, the attention keys of tokens before column 0, padded on the left."""
     values: tuple[Float[Tensor, "rows _ prefix _"], ...]
@@ -104,7 +104,7 @@ def row_arguments(
     prefix: int | None = None,
     columns: int | None = None,
 ) -> dict[str, Any]:
-    """Return mask and positions for rows whose tokens [begin, begin + length) are run behind their past.
+    """Return mask and positions for rows whose tokens [begin, begin + length) are run after their past.
 
     Args:
         prefix: tokens that keys and values of the past have; as many as the longest past.
@@ -155,7 +155,7 @@ def _layer_class() -> Any:
     from transformers.cache_utils import DynamicLayer
 
     class Earlier(DynamicLayer):
-        """One block's past for one pass: gives it with the new tokens behind, and remembers the whole."""
+        """One block's past for one pass: returns it with the new tokens after it, and remembers the whole."""
 
         def __init__(self, keys: Tensor | None, values: Tensor | None, length: int) -> None:
             super().__init__()

@@ -129,7 +129,7 @@ class CostPerEdit:
         return len(rows.rewriting) * rows.columns + (rows.kl is not None)
 
     def frozen_bytes(self, rows: EditRows) -> int:
-        """The recorded parts: attention keys and values before the first active token, states behind it."""
+        """The recorded parts: attention keys and values before the first active token, states after it."""
         earlier = max(rows.starts) * 2 * self.d_kv * self.n_active
         return self.itemsize * (len(rows.rewriting) + 1) * (earlier + rows.columns * self.d_model)
 

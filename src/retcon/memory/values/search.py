@@ -1,8 +1,8 @@
-"""Values, fast: many edits at once, and of each only the layers and tokens that its vectors can change.
+"""The fast value search: many edits at once, and of each only the layers and tokens that its vectors can change.
 
-An edit's rows are recorded once (`lm/replay/`); every step then replays them from the lowest site on, with gradients
+An edit's rows are recorded once (`lm/replay/`). Every step then replays them from the lowest site on, with gradients
 to the vectors alone. Edits are sorted by length and cut into chunks; of a chunk, `max_active` edits are active at a
-time, and as one ends the next takes its place. Edits do not feel each other: the result is that of `reference.py`.
+time, and as one ends the next takes its place. Edits do not affect each other: the result is that of `reference.py`.
 """
 
 import warnings
@@ -42,7 +42,7 @@ def search_values(
     plan: Plan | None = None,
     cache: ValueCache | None = None,
 ) -> Values:
-    """Values for every edit on the weights as they are now.
+    """Search the values of every edit on the weights as they are now.
 
     Args:
         progress: hears how many edits are done.
@@ -120,7 +120,7 @@ def _search_plainly(
     progress: Callable[[int], None],
     cache: ValueCache | None,
 ) -> Values:
-    """The reference, each edit kept as it is found."""
+    """Search edit by edit as `reference.py` does, and keep each in the cache once it is found."""
     if cache is None or not edits:
         return search_values_reference(lm, edits, sites, contexts, search, progress=progress)
     store = ValueStore.of(cache, lm, edits, sites, contexts, search, plainly=True)
@@ -138,7 +138,7 @@ def _search_plainly(
 
 
 ChunkPiece = tuple[int, tuple[EditRows, ...], BegunChunk | None]
-"""Edits active at a time, edits' rows, and where the chunk is kept while it is searched."""
+"""How many edits are active at a time, the edits' rows, and where an unfinished search of the chunk is kept."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,11 @@ def _say_offloading(max_active: int) -> None:
 
 
 def _with_less_memory(plan: Plan, chunk: ChunkPlan, edits: Sequence[Edit], search: ValueSearch) -> Plan:
-    """The plan to go on with after a chunk ran out of memory."""
+    """Return the plan to go on with after a chunk ran out of memory.
+
+    Raises:
+        OutOfMemory: it was one edit alone, or `search.shrink` allows no other plan.
+    """
     release_memory()
     smaller = plan.split_after_oom(chunk)
     if smaller is None:
@@ -209,7 +213,7 @@ def _alone(edit: Edit) -> str:
 
 
 def gathered(found: Sequence[ValueOf], plan: dict[str, Any]) -> Values:
-    """The values of single edits as one batch."""
+    """Join the values of single edits into one batch."""
 
     def by_site(per_edit: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         return tuple(torch.stack(vectors) for vectors in zip(*per_edit, strict=True))
@@ -228,15 +232,15 @@ REPLAYS: WeakKeyDictionary[LM, dict[Hashable, bool]] = WeakKeyDictionary()
 
 
 def replays(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSearch) -> bool:
-    """Whether a replay of this edit's rows gives the logits of a plain forward, tried once per model and sites.
+    """Whether a replay of this edit's rows gives the logits of a plain forward pass; tried once per model and sites.
 
-    Both are given the same random vectors, half as long as the activations they are added to.
+    The same random vectors are added in both, half as long as the activations they are added to.
     """
-    beside = (attached.id for attached in lm.applied if attached.hooks())  # they may act otherwise in a replay
-    key = ("values", *(s.point for s in sites), *beside)
+    hooked = (attached.id for attached in lm.applied if attached.hooks())  # they may act otherwise in a replay
+    key = ("values", *(s.point for s in sites), *hooked)
     tried = REPLAYS.setdefault(lm, {})
     if key not in tried:
-        problem = _misses(lm, rows, sites, search)
+        problem = _replay_problem(lm, rows, sites, search)
         tried[key] = problem is None
         if problem is not None:
             warnings.warn(
@@ -250,11 +254,11 @@ def replays(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSea
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Root mean square of the difference over the logits' standard deviation; a wrong mask or position gives about 1.
-float64 is wide since some architectures compute their attention in float32."""
+That of float64 is wide, since some architectures compute their attention in float32."""
 
 
-def _misses(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSearch) -> str | None:
-    """What is wrong with a replay of these rows, or None."""
+def _replay_problem(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSearch) -> str | None:
+    """Return why these rows cannot be replayed; None where they can."""
     if len({s.point for s in sites}) < len(sites):
         return "two sites share a point"
     try:
@@ -288,4 +292,4 @@ def _misses(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSea
     if not plain.isfinite().all():
         return None  # nothing to compare; the search will say which edit it is
     off = float((plain - replayed).pow(2).mean().sqrt() / plain.std())
-    return None if off <= TOLERANCE[lm.dtype] else f"its logits part from a plain forward's by {off:.1%}"
+    return None if off <= TOLERANCE[lm.dtype] else f"its logits differ from those of a plain forward pass by {off:.1%}"

@@ -238,8 +238,8 @@ def target_tensor(
 ) -> TensorName:
     """The tensor at which a method measures values on this model: the MLP's output where a post-norm follows.
 
-    Behind a norm no write can bring the block's output to a wanted value. Routed experts have no output of their own to
-    measure at: there it is the block's.
+    Through a norm no write can bring the block's output to a wanted value. Routed experts have no output of their own
+    to measure at: there it is the block's.
 
     Raises:
         InvalidSetting: routed experts would be written, and something stands between them and the block's output.
