@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import retcon
 from retcon.errors import UnsupportedModel
@@ -273,6 +274,41 @@ def test_a_model_that_the_caller_loaded_is_given_back_as_it_was(checkpoints: dic
     assert torch.equal(logits(copied), logits(LM(model, tokenizer())))
 
 
+class Halves(TwoTensor):  # type: ignore[misc]
+    """A matrix kept as two tensors, as torchao keeps codes and scales."""
+
+    def dequantize(self) -> torch.Tensor:
+        return self.a + self.b
+
+
+Halves.__module__ = "torchao.of.this.test"
+
+
+def test_a_model_packed_by_torchao_is_edited_and_other_subclasses_of_tensors_are_refused() -> None:
+    plain, model = LM(tiny_model("llama", torch.float32), tokenizer()), tiny_model("llama", torch.float32)
+    for layer in model.model.layers:
+        weight = layer.mlp.down_proj.weight.detach()
+        layer.mlp.down_proj.weight = nn.Parameter(Halves(weight / 2, weight / 2), requires_grad=False)
+    packed = LM(model, tokenizer())
+    before = packed_bytes(packed)
+    assert packed.notes == ("torchao Halves weights, packed",)
+    assert packed.fingerprint() == plain.fingerprint()
+    assert torch.equal(logits(packed), logits(plain))
+    moments = random_moments(plain)
+    wanted, found = (
+        made("memit", lm).propose(lm, ENDING, contexts=CONTEXTS, moments=moments) for lm in (plain, packed)
+    )
+    assert found.id == wanted.id
+    with packed.edited(found), plain.edited(wanted):
+        assert torch.equal(logits(packed), logits(plain))
+    assert same_bytes(packed_bytes(packed), before)
+    packed.release()
+    embedding = model.get_input_embeddings()
+    embedding.weight = nn.Parameter(Halves(embedding.weight.detach(), embedding.weight.detach()), requires_grad=False)
+    with pytest.raises(UnsupportedModel, match=r"embed_tokens.weight is a Halves of torchao.* no plain tensor"):
+        LM(model, tokenizer())
+
+
 def test_what_cannot_stay_packed_is_refused_by_name_before_weights_are_read(
     checkpoints: dict[int, Path], tmp_path: Path
 ) -> None:
@@ -283,7 +319,9 @@ def test_what_cannot_stay_packed_is_refused_by_name_before_weights_are_read(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     (folder / "model.safetensors").write_bytes(b"not read")
-    with pytest.raises(UnsupportedModel, match=r"fp8 weights cannot stay packed \(bitsandbytes ones can\); leave"):
+    with pytest.raises(
+        UnsupportedModel, match=r"fp8 weights cannot stay packed \(bitsandbytes, torchao ones can\); leave"
+    ):
         load(str(folder), device="cpu", packed=True)
 
 

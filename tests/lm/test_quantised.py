@@ -164,6 +164,14 @@ def test_what_cannot_be_dequantised_is_refused_by_name_before_weights_are_read(p
         load(str(plain), device="cpu")
 
 
+def test_torchao_is_asked_for_by_name(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "torchao"}}))
+    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match=r"torchao weights needs torchao, not installed here; pip install torchao"):
+        load(str(plain), device="cpu")
+
+
 def test_a_missing_package_is_named_with_the_extra(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed(plain, "compressed-tensors")
     monkeypatch.setattr(quantised, "find_spec", lambda name: None if name == "compressed_tensors" else object())

@@ -100,8 +100,8 @@ Packed = Annotated[
     bool,
     typer.Option(
         "--packed",
-        help="Keep a checkpoint's 4- or 8-bit matrices as they are (bitsandbytes), those that are edited aside: less "
-        "memory, slower, the same results.",
+        help="Keep a checkpoint's 4- or 8-bit matrices as they are (bitsandbytes, torchao), except those that are "
+        "edited: less memory, slower, the same results.",
     ),
 ]
 VerifyBase = Annotated[

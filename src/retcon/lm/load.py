@@ -38,8 +38,8 @@ def load(
     Args:
         name: a hub id ("EleutherAI/gpt-j-6b"), a local directory, a GGUF file ("model.Q4_1.gguf"; or a directory with
             one and no safetensors), or `demo:gptj` / `demo:llama`. GGUF needs the extra `gguf`. Quantised weights
-            (GGUF; bitsandbytes, compressed-tensors, fp8, mxfp4: extra `quantised`) are dequantised, and `lm.notes`
-            says so.
+            (GGUF; bitsandbytes, compressed-tensors, fp8, mxfp4: extra `quantised`; torchao) are dequantised, and
+            `lm.notes` says so.
         dtype: "float32", "bfloat16", ...; None means float32 on a CPU and the stored dtype on a GPU.
         device: "cpu", "cuda", "cuda:1", ...; None means a GPU where there is one.
         device_map: passed to transformers, to spread a model over several GPUs (needs accelerate).
@@ -47,7 +47,7 @@ def load(
         layout: a row for an architecture that the layout table does not know.
         allow_bin: also read pickled `.bin` checkpoints (as plain tensors); otherwise safetensors only.
         trust_remote_code: run code that comes with the checkpoint.
-        packed: keep the matrices of a quantised checkpoint (bitsandbytes, 4 or 8 bits) as they are: floats exist for
+        packed: keep the matrices of a quantised checkpoint (bitsandbytes, torchao) as they are: floats exist for
             the length of a product, and of matrices that are edited. Slower; a fraction of the memory; the same model.
         verify_base: hash every byte of the weights for the fingerprint, even where the files look like those that were
             hashed before.

@@ -38,7 +38,7 @@ from retcon.lm.ledger import Ledger
 from retcon.lm.packed import Parameters, packed_matrices
 from retcon.lm.prompts import Row, encode, encode_edit, end_of_turn
 from retcon.lm.quantised import unmarked
-from retcon.lm.refusals import refuse_other_vocabulary, refuse_wrapped, why_not_editable
+from retcon.lm.refusals import refuse_other_vocabulary, refuse_subclasses, refuse_wrapped, why_not_editable
 from retcon.lm.scopes import Edited, FrozenEval, Lent, Scope, Turn, Turns, WithoutDeltas
 from retcon.lm.site import Site, SiteName
 from retcon.lm.status import unverified
@@ -76,6 +76,7 @@ class LM:
         """Quantised matrices that stay packed until they are edited, by the names of their parameters."""
         self.not_editable = {n: why for n, why in why_not_editable(model).items() if n not in self.packed}
         """Parameters that must not be edited, with the reason."""
+        refuse_subclasses(model, self.packed)
         self._parameters = Parameters(model, self.packed)
         self.turns = Turns(f"LM({self.name})")
         """Who may change the model now."""

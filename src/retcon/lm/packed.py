@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from retcon.errors import UnsupportedModel
 
@@ -147,17 +148,29 @@ def packing_of(module: nn.Module) -> str | None:
         return "bitsandbytes 4-bit" if getattr(weight, "quant_state", None) is not None else None
     if type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8:
         return "bitsandbytes 8-bit"
+    if _is_torchao(weight):
+        return f"torchao {type(weight).__name__}"
     return None
+
+
+def _is_torchao(weight: Tensor) -> bool:
+    return is_traceable_wrapper_subclass(weight) and type(weight).__module__.partition(".")[0] == "torchao"
 
 
 def dequantised(weight: Tensor, module: Any) -> Tensor:
     """Return the floats that a packed weight stands for, as transformers dequantises it."""
+    if _is_torchao(weight):
+        with torch.no_grad():  # in inference mode its `detach` fails
+            return weight.dequantize()
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     return dequantize_bnb_weight(weight, getattr(module, "state", None))
 
 
 def _tensors(weight: Any, module: Any) -> Iterator[Tensor]:
+    if _is_torchao(weight):
+        yield from (getattr(weight, name) for name in weight.__tensor_flatten__()[0])
+        return
     yield weight
     if (state := getattr(weight, "quant_state", None)) is not None:
         scales = [state.absmax, state.code]

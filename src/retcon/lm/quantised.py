@@ -16,18 +16,20 @@ from torch import nn
 from retcon.errors import MissingPackage, UnsupportedModel, how_to_install
 from retcon.lm.gguf import DEQUANTIZED_FROM, make_plain
 from retcon.lm.layouts import Layout, layout_for
+from retcon.lm.packed import dequantised, packing_of
 
 PACKAGES = {
     "bitsandbytes": ("bitsandbytes", "accelerate"),
     "compressed-tensors": ("compressed_tensors", "accelerate"),
     "fp8": ("accelerate",),
     "mxfp4": ("accelerate",),
+    "torchao": ("torchao",),
 }
 """Methods whose checkpoints transformers can dequantise, with what it needs for that."""
 MARKS = ("hf_quantizer", "quantization_method", "quantization_config", "is_quantized", "_weight_conversions",
          DEQUANTIZED_FROM)  # fmt: skip
 """Attributes of a model and of its config by which transformers knows a quantised one, and we one that was."""
-STAY_PACKED = ("bitsandbytes",)
+STAY_PACKED = ("bitsandbytes", "torchao")
 """Those whose matrices can be kept as they are."""
 
 
@@ -61,21 +63,23 @@ def prepare(config: Any, name: str, *, packed: bool = False, layout: Layout | No
             "quantised one as an adapter (retcon export --format peft)"
         )
     if missing := [package for package in PACKAGES[method] if find_spec(package) is None]:
+        how = f"the extra 'quantised' brings them ({how_to_install('quantised')})"
+        if method == "torchao":  # which prints and warns where it is imported, so that no extra of ours brings it
+            how = "pip install torchao"
         raise MissingPackage(
-            f"{name}: dequantising {method} weights needs {' and '.join(missing)}, not installed here; "
-            f"the extra 'quantised' brings them ({how_to_install('quantised')})"
+            f"{name}: dequantising {method} weights needs {' and '.join(missing)}, not installed here; {how}"
         )
     if packed and method not in STAY_PACKED:
         raise UnsupportedModel(
             f"cannot load {name!r} packed: {method} weights cannot stay packed ({', '.join(STAY_PACKED)} ones can); "
             "leave --packed (packed=True) out, and they are dequantised"
         )
-    if packed and (layout or layout_for(config)).stored == "in,out":
+    if packed and method == "bitsandbytes" and (layout or layout_for(config)).stored == "in,out":
         raise UnsupportedModel(
             f"cannot load {name!r} packed: bitsandbytes turns the matrices of {config.model_type} round, and deltas of "
             "the float model would not fit; leave --packed (packed=True) out: they are dequantised and turned back"
         )
-    if method != "bitsandbytes":
+    if method not in STAY_PACKED:
         config.quantization_config = {**settings, "dequantize": True}
     return f"{method}{_bits(settings)}"
 
@@ -86,6 +90,10 @@ def unpack(model: Any, dtype: Any, packing: str) -> Any:
         with no_remarks_of("transformers"):  # that it does what it was asked for
             model = model.dequantize(dtype=None if dtype == "auto" else dtype)
         _turn_back(model)
+    for module in model.modules() if packing == "torchao" else ():
+        if packing_of(module):
+            floats = dequantised(module.weight, module)
+            module.weight = nn.Parameter(floats if dtype == "auto" else floats.to(dtype), requires_grad=False)
     _unmark(model, packing)
     return model if dtype == "auto" else model.to(dtype)
 

@@ -1,9 +1,11 @@
 """What is refused: models that cannot be edited, tokenizers of other models, parameters that must not change."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from retcon.errors import UnsupportedModel
 
@@ -42,6 +44,16 @@ def refuse_wrapped(model: Any) -> None:
         )
 
 
+def refuse_subclasses(model: nn.Module, packed: Collection[str]) -> None:
+    """Raises UnsupportedModel where a parameter is no plain tensor (sharded, quantised), and none of those `packed`."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in packed and is_traceable_wrapper_subclass(parameter):
+            raise UnsupportedModel(
+                f"{name} is a {type(parameter).__name__} of {type(parameter).__module__}, no plain tensor; load the "
+                "model in float and on one device"
+            )
+
+
 def why_not_editable(model: nn.Module) -> dict[str, str]:
     """Parameters that must not be edited, with the reason."""
     names: dict[int, list[str]] = {}
@@ -66,7 +78,7 @@ def _overlapping(model: nn.Module) -> dict[str, str]:
     """Parameters that share bytes with another parameter object, and the other one's name."""
     spans = []
     for name, p in model.named_parameters():
-        if p.is_meta or not p.numel():
+        if p.is_meta or not p.numel() or is_traceable_wrapper_subclass(p):
             continue
         reach = 1 + sum((n - 1) * abs(stride) for n, stride in zip(p.shape, p.stride(), strict=True))
         spans.append((str(p.device), p.data_ptr(), p.data_ptr() + reach * p.element_size(), name))
