@@ -309,6 +309,11 @@ class LM:
         """
         return self.packed[name].shape if name in self.packed else self.parameter(name).shape
 
+    @property
+    def n_parameters(self) -> int:
+        """Values of all parameters, shared ones once, packed ones as many as they stand for."""
+        return sum(self.shape_of(name).numel() for name, _ in self.model.named_parameters())
+
     def transposed_parameters(self) -> list[str]:
         """Parameters stored (in, out), which a PEFT export must know."""
         return [f"{name}.weight" for name, module in self.model.named_modules() if _is_conv1d(module)]

@@ -36,8 +36,7 @@ def n_units(site: Site, unit: Unit) -> int:
 
 def share_of_budget(lm: LM, sites: Sequence[Site], budget: float) -> float:
     """The share of the sites' weights that is `budget` of the model's parameters; 1 where they have fewer."""
-    n_parameters = sum(parameter.numel() for parameter in lm.model.parameters())
-    return min(1.0, budget * n_parameters / sum(site.shape.numel() for site in sites))
+    return min(1.0, budget * lm.n_parameters / sum(site.shape.numel() for site in sites))
 
 
 def unit_scores(
