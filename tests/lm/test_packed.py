@@ -163,6 +163,17 @@ def test_the_fast_path_is_the_plain_one(bits: int, checkpoints: dict[int, Path])
         assert float((a - b).norm()) <= 1e-5 * float(b.norm()), name
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_other_dtypes_are_those_of_the_dequantised_model(bits: int, checkpoints: dict[int, Path]) -> None:
+    place = str(checkpoints[bits])
+    plain, packed = (load(place, device="cpu", dtype="bfloat16", packed=packed) for packed in (False, True))
+    assert packed.dtype == plain.dtype == torch.bfloat16
+    assert packed.fingerprint() == plain.fingerprint()
+    assert torch.equal(logits(packed), logits(plain))
+    buffers = [{n: b.dtype for n, b in lm.model.named_buffers()} for lm in (plain, packed, load(str(checkpoints[32])))]
+    assert buffers[0] == buffers[1] == buffers[2]  # positions are in float32 whatever the weights are
+
+
 def test_probes_find_what_they_find_in_the_dequantised_model(checkpoints: dict[int, Path]) -> None:
     plain, packed = both(checkpoints, 4)
     wanted, found = (contrast_probe(lm, ENDING[:2], norms=(False,)) for lm in (plain, packed))

@@ -14,7 +14,7 @@ from retcon.lm.fingerprint import checkpoint_fingerprint
 from retcon.lm.gguf import DAMAGED, find_gguf, forget_packing, gguf_options, quiet_conversion
 from retcon.lm.layouts import Layout
 from retcon.lm.model import LM
-from retcon.lm.quantised import no_remarks_of, prepare, unpack
+from retcon.lm.quantised import cast, no_remarks_of, prepare, unpack
 
 DEMO = "demo:"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -105,7 +105,9 @@ def load(
             f"cannot load {name!r}: the checkpoint lacks {len(missing)} of the model's weights, which would be random: "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
         )
-    if packing is not None and not packed:
+    if packing is not None and packed:
+        cast(model, dtype)
+    elif packing is not None:
         model = unpack(model, dtype, packing)
     if gguf is not None:
         forget_packing(model, gguf)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from retcon.errors import MissingPackage, UnsupportedModel, how_to_install
 from retcon.lm.gguf import DEQUANTIZED_FROM, make_plain
@@ -95,7 +96,19 @@ def unpack(model: Any, dtype: Any, packing: str) -> Any:
             floats = dequantised(module.weight, module)
             module.weight = nn.Parameter(floats if dtype == "auto" else floats.to(dtype), requires_grad=False)
     _unmark(model, packing)
-    return model if dtype == "auto" else model.to(dtype)
+    cast(model, dtype)
+    return model
+
+
+def cast(model: Any, dtype: Any) -> None:
+    """Bring a model's plain parameters to a dtype; packed ones stay, and buffers, as where transformers loads floats.
+
+    Args:
+        dtype: "auto": as they are.
+    """
+    for parameter in model.parameters():
+        if dtype != "auto" and parameter.is_floating_point() and not is_traceable_wrapper_subclass(parameter):
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager
