@@ -55,7 +55,6 @@ def causal_trace(
     kept = [e for e in edits if e.subject_span is not None]
     traces: list[Trace] = []
     tried = False
-    _ = lm.block_outputs  # found by a pass of its own, which must not meet the hooks of a trace
     with lm.frozen_eval(), torch.no_grad():
         deviation = embedding_deviation(lm, [e.subject for e in kept if e.subject is not None])
         for done, edit in enumerate(kept, 1):

@@ -62,6 +62,7 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
     """One pass over the clean prompt and its corrupted copies; None where the model does not know the answer."""
     from transformers.cache_utils import Cache, DynamicLayer
 
+    _ = lm.block_outputs  # found by a pass of its own, which must not meet the hooks of a trace
     row, subject = encode_edit(lm.tokenizer, edit), subject_tokens(lm.tokenizer, edit)
     rows = torch.arange(settings.samples + 1)
     last = torch.full_like(rows, row.prediction)
