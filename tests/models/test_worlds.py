@@ -54,8 +54,11 @@ def test_a_fact_is_edited_and_undone_bit_for_bit(trained_world: LM, moments: Cor
     lm, (case,) = trained_world, world.cases(1, seed=4)
     before = {n: p.clone() for n, p in lm.model.named_parameters()}
     identity = fingerprint(lm.model)
-    rome = retcon.method("rome", for_model=lm, clamp=20.0)  # a clamp for large models stops the search short here
-    delta = rome.propose(lm, list(case.edits), moments=moments, seed=0)
+    if lm.config.model_type == "dots1":  # where one layer, ROME's, does not hold the fact
+        method = retcon.method("jeep", for_model=lm)
+    else:
+        method = retcon.method("rome", for_model=lm, clamp=20.0)  # a clamp for large models stops the search short here
+    delta = method.propose(lm, list(case.edits), moments=moments, seed=0)
     with lm.edited(delta):
         assert lm.complete(case.edits[0].text, max_new_tokens=8).strip().startswith(case.edits[0].target_new)
     assert all(torch.equal(p, before[n]) for n, p in lm.model.named_parameters())
