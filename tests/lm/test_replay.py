@@ -151,3 +151,24 @@ def test_a_module_run_partly_gives_what_is_known_elsewhere(family: str, tiny: Ca
     assert_close(same, plain, **tolerance(family))
     assert_close(outputs[1], outputs[0] * live[:, :, None], **tolerance(family))
     assert not torch.equal(other, plain)
+
+
+def test_a_replay_that_ends_late_leaves_what_came_after_it(tiny: Callable[..., LM]) -> None:
+    """An interrupted pass is cleared up by its borrower; its own end may come when another replay is under way."""
+    lm = tiny("llama")
+    block = lm.block(0)
+    state = ReplayState(1, torch.zeros(1, 3, lm.config.hidden_size, dtype=lm.dtype), (), (), (0,), (3,))
+    late, later = replaying(lm, state), replaying(lm, state)
+    late.__enter__()
+    block.__dict__.pop("forward")
+    late.__exit__(None, None, None)
+    assert "forward" not in vars(block)
+    late = replaying(lm, state)
+    late.__enter__()
+    block.__dict__.pop("forward")
+    later.__enter__()
+    now = block.forward
+    late.__exit__(None, None, None)
+    assert block.forward is now
+    later.__exit__(None, None, None)
+    assert "forward" not in vars(block)
