@@ -353,15 +353,15 @@ def choose(
     Raises:
         InvalidSetting: a slot has fewer nodes than both need.
     """
+    kept = tuple(s.cpu() for s in scores)
     if coverage is not None:
-        n_positive = covering([s.cpu() for s in scores], coverage, n_negative)
+        n_positive = covering(kept, coverage, n_negative)
     fewest = min(slot.n_nodes for slot in slots)
     if n_positive + n_negative > fewest:
         raise InvalidSetting(
             f"{n_positive} positive and {n_negative} negative paths asked for; a slot has {fewest} nodes"
         )
     by: Callable[..., Paths] = rank_aligned if select == "rank_aligned" else k_best
-    kept = tuple(s.cpu() for s in scores)
     return Transmission(tuple(slots), kept, by(kept, n_positive), by(kept, n_negative, lowest=True))
 
 
