@@ -74,7 +74,7 @@ def read_checked(
             identity; the message names the file and says which.
     """
     record, tensors = read_intact(path, kind.name)
-    found = (record["kind"], record["format"], record["computation"])
+    found = tuple(record.get(what, "unknown") for what in ("kind", "format", "computation"))  # moments have none
     if found != (kind.name, kind.format, kind.computation):
         raise MalformedFile(
             f"{path}: holds {found[0]}, format {found[1]}, computation {found[2]}; this version reads {kind.name}, "

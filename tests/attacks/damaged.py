@@ -70,7 +70,7 @@ def states(root: Path) -> dict[str, tuple[tuple[str, ...], Callable[[Path], str]
 def kind_of(path: Path) -> str:
     """What a file is."""
     if "moments" in path.parts:
-        return "partial sums" if path.suffix == ".partial" else ("derived" if "-" in path.stem else "moment")
+        return "partial sums" if path.suffix == ".partial" else ("derived" if path.suffix == ".derived" else "moment")
     if "values" in path.parts:
         return "plan" if path.stem == "plan" else ("begun" if path.suffix == ".begun" else "values")
     return {"fingerprints": "fingerprint", "pre": "unedited", "units": "unit", "deltas": "delta"}[path.parent.name]
@@ -78,7 +78,7 @@ def kind_of(path: Path) -> str:
 
 def checked_files(folder: Path) -> list[Path]:
     """The files of a folder that are believed after reading."""
-    ends = (".safetensors", ".partial", ".begun")
+    ends = (".safetensors", ".derived", ".partial", ".begun")
     found = [p for p in folder.rglob("*") if p.suffix in ends and p.parent != folder]
     return sorted(p for p in found if p.parent.name != "deltas" or (p.parents[1] / "units" / p.name).exists())
 
