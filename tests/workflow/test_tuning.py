@@ -15,7 +15,7 @@ from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.presets import write_preset
 from retcon.methods.common.registry import method_class
 from retcon.workflow import tuning
-from retcon.workflow.tuning import Trial, candidates, objective, rounds, save_preset, tune
+from retcon.workflow.tuning import Trial, _halving, _Search, candidates, objective, rounds, save_preset, tune
 
 CASES = world.cases(24, seed=0)
 WEAK: dict[str, Any] = {"layers": (1, 2, 3)}
@@ -99,6 +99,55 @@ def test_rounds_grow_to_all_cases() -> None:
     assert rounds(50) == [6, 17, 50]
     assert rounds(10) == [10]
     assert rounds(200) == [7, 22, 67, 200]
+
+
+class Scripted(_Search):
+    """Few cases speak for other rates than the rule's, all of them for the rule's; time is over after `last` trials."""
+
+    last = 1000
+
+    @property
+    def over(self) -> bool:
+        return len(self.trials) >= min(self.max_trials, self.last)
+
+    def score(self, method: Any, n: int) -> float:
+        away = abs(method.learning_rate - self.start.learning_rate)  # type: ignore[attr-defined]
+        self.trials.append(Trial({}, n, score := 1 - away if n == len(self.cases) else away, 0.0))
+        return score
+
+
+@pytest.fixture
+def scripted(tiny: Callable[..., LM]) -> Callable[[int], Scripted]:
+    lm, cls = tiny("llama"), method_class("ft_l")
+    start = cls(**cls.fallback_settings(ModelShape.of(lm)))
+
+    def make(max_trials: int) -> Scripted:
+        return Scripted(lm, None, CASES[:24] * 2, None, 0, 0.0, max_trials, lambda trial: None, "", start)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.mark.parametrize("max_trials", [12, 40, 50])
+def test_the_round_on_all_cases_ends_within_the_trials_there_are(max_trials: int, scripted: Any) -> None:
+    """The rule is tried again in every round; where that was not counted, a third of the cases decided."""
+    search = scripted(max_trials)
+    found = _halving(search, frozenset(), random.Random(0))
+    assert max_trials - 3 <= len(search.trials) <= max_trials
+    assert search.trials[-1].n_cases == len(search.cases)
+    assert found.learning_rate == search.start.learning_rate
+
+
+@pytest.mark.parametrize(("n_more", "is_rule"), [(0, False), (1, False), (2, True)])
+def test_a_round_that_is_cut_short_counts_once_the_best_so_far_was_tried_in_it(
+    n_more: int, is_rule: bool, scripted: Any
+) -> None:
+    """In it the rule comes first, then what led before it."""
+    whole = scripted(50)
+    _halving(whole, frozenset(), random.Random(0))
+    search = scripted(50)
+    search.last = sum(trial.n_cases < len(whole.cases) for trial in whole.trials) + n_more
+    found = _halving(search, frozenset(), random.Random(0))
+    assert (found.learning_rate == search.start.learning_rate) is is_rule
 
 
 def test_what_cannot_be_tuned_says_so() -> None:

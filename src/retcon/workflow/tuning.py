@@ -156,7 +156,8 @@ def tune(
 
     Args:
         given: settings that stay as they are.
-        budget: seconds for the search; the round that is running then is the last. Reporting comes on top.
+        budget: seconds for the search; the round that is running then ends there, and the best so far is given up only
+            for what beat it in that round. Reporting comes on top.
         max_trials: sets of settings to try at most, all rounds counted.
         seed: of the halves, the candidates, and everything drawn in editing.
         heard: is told of every trial.
@@ -217,28 +218,41 @@ def tune(
 
 
 def _halving(search: _Search, given: frozenset[str], draw: random.Random) -> "Method":
-    """Return the best settings of the last round that was finished, or of the first as far as it came."""
+    """Return the best settings of the last round, or of as much of it as there was time for."""
     sizes = rounds(len(search.cases))
     weights = [name for name in WRITE if search.start.settings.get(name) and name not in given]
-    n_writes = len(WRITE_FACTORS) if weights else 1
-    share = sum(ETA**-i for i in range(len(sizes)))
-    n_first = max(2, int(search.max_trials / (n_writes * share)))
+    n_first = first_round(search.max_trials // (len(WRITE_FACTORS) if weights else 1), len(sizes))
     running = [search.start, *candidates(search.lm, search.start, given, n_first - 1, draw)]
     best = search.start
-    for step, size in enumerate(sizes):
+    for size in sizes:
         ranked: list[tuple[float, Method]] = []
         for method in running:
             if search.over:
                 break
             ranked.append(_best_written(search, method, weights, size))
-        if len(ranked) < len(running) and step:
+        if best not in running[: len(ranked)]:  # cut short before the best so far was tried on so many cases
             break
+        cut = len(ranked) < len(running)
         ranked.sort(key=lambda found: -found[0])  # stable: the rule stands before what is no better
         best = ranked[0][1]
+        if cut:
+            break
         running = [method for _, method in ranked[: math.ceil(len(running) / ETA)]]
         if search.start not in running:  # what is chosen beats the rule on the same cases, or is the rule
             running.insert(0, search.start)
     return best
+
+
+def first_round(n_trials: int, n_rounds: int) -> int:
+    """Return how many candidates so many trials suffice for, all rounds counted, with the rule in each; at least 2."""
+
+    def needed(n: int) -> int:
+        total = 0
+        for _ in range(n_rounds):
+            total, n = total + n, math.ceil(n / ETA) + 1
+        return total
+
+    return max([2, *(n for n in range(3, n_trials + 1) if needed(n) <= n_trials)])
 
 
 def _best_written(search: _Search, method: "Method", weights: Sequence[str], n: int) -> tuple[float, "Method"]:
