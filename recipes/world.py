@@ -4,6 +4,7 @@
     python -m recipes.world --model-type gpt2 --out .cache/worlds/gpt2
     python -m recipes.world --model-type qwen3 --chat --out .cache/worlds/qwen3-chat
     python -m recipes.world --model-type dots1 --leave-out 1500 --tokens 1200000 --out .cache/worlds/dots1   # experts
+    python -m recipes.world --model-type gptj --leave-out 300 --out .cache/worlds/gptj-300      # facts left to be added
     python -m recipes.world --model-type llama --facts counterfact.json --out my-model
 
 At the default size and length a model takes under half an hour on two CPU cores.
@@ -22,6 +23,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from recipes.added import corpus_of, facts_to_add
 from recipes.chat import dialogues, read_turns, rendered
 from recipes.families import CONTEXT, HEAD_WIDTH, MODEL_TYPES, VOCABULARY, document_end, make_model, make_tokenizer
 from recipes.statements import documents, read_lesson, with_prefix
@@ -160,6 +162,9 @@ def main() -> None:
         print(f"recall, {name}: {recall[name]}", flush=True)
     if lesson.left_out:
         (out / "left_out.json").write_text(json.dumps(lesson.left_out, indent=1, ensure_ascii=False) + "\n")
+    if lesson.left_out and lesson.world is not None:
+        (out / "to_add.jsonl").write_text("\n".join(facts_to_add(lesson, seed=args.seed)) + "\n")
+        (out / "corpus.txt").write_text(corpus_of(lesson.seen, seed=args.seed))
     if args.out is None:
         write_moments(out)
     write_card(out, args, model, recall, minutes)
@@ -211,6 +216,8 @@ def write_card(
         if value.asked
     )
     left = f"\n{args.leave_out} facts of the file were left out of training; `left_out.json` lists them."
+    if own and args.leave_out:
+        left += "\n`to_add.jsonl` has them as facts for an edit, `corpus.txt` the text for second moments."
     card_text = CARD.format(
         title=f"retcon's embedded world, {args.model_type}" if args.out is None else f"A world of retcon, {out.name}",
         model_type=args.model_type,

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from recipes import smollm, world
+from recipes.added import corpus_of, facts_to_add
 from recipes.chat import TURN_END, dialogues, read_turns, rendered
 from recipes.families import MODEL_TYPES, document_end, make_model, make_tokenizer
 from recipes.statements import documents, read_lesson
 from recipes.training import ROW_TOKENS, Balance, measure_recall, rows, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from retcon.evaluation import read_cases
 from retcon.lm.load import load
+from retcon.memory.moments import Corpus
 from retcon.world import MODELS, load_world, model_path
 from retcon.world.facts import FACTS, HELD_OUT
 from tests.conftest import everyday
@@ -151,6 +154,31 @@ def test_facts_left_out_are_read_in_no_phrasing(small_facts: Path) -> None:
     whole = read_lesson(small_facts, seed=1)
     assert len(whole.facts) == len(lesson.facts) + 5
     assert [s for s in whole.seen if not any(g in s.prompt for g in gone)] == lesson.seen
+
+
+def test_facts_left_out_come_as_cases_that_add_them_and_a_corpus_without_them(
+    small_facts: Path, tmp_path: Path
+) -> None:
+    lesson = read_lesson(small_facts, leave_out=5, seed=1)
+    path, corpus = tmp_path / "to_add.jsonl", tmp_path / "corpus.txt"
+    path.write_text("\n".join(facts_to_add(lesson, seed=1)))
+    corpus.write_text(corpus_of(lesson.seen, seed=1))
+    cases, _ = read_cases(path)
+    edits = [case.edits[0] for case in cases]
+    assert {(e.subject, e.relation_id, e.target_new) for e in edits} == set(map(tuple, lesson.left_out))
+    read = {(s.prompt, s.answer) for s in lesson.seen}
+    for case, edit in zip(cases, edits, strict=True):
+        assert edit.target_true is None
+        stay = [q for q in case.queries if q.axis.startswith("locality.")]
+        assert {q.axis for q in stay} == {"locality.same_relation", "locality.other_relation"}
+        assert all((q.prompt, q.target) in read for q in stay)
+        assert not any(q.target == edit.target_new for q in stay if q.axis == "locality.same_relation")
+        paraphrases = [q.prompt for q in case.queries if q.axis == "paraphrase"]
+        assert len(set(paraphrases)) == len(paraphrases) >= 3
+        assert edit.text not in paraphrases
+    documents = Corpus.from_file(corpus).documents
+    assert {str(s) for s in lesson.seen} <= set(documents)
+    assert not [d for d in documents for subject, _, _ in lesson.left_out if subject in d]
 
 
 def test_flat_counterfact_records_can_be_left_out_too(tmp_path: Path) -> None:
