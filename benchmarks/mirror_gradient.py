@@ -1,0 +1,84 @@
+"""Why CTP's contrast `mirror` moves nothing: how long its gradient on T+ is, beside that of the new answers.
+
+    python -m benchmarks.mirror_gradient --model demo:llama --n 16
+
+Step by step of one batch: L(y*) with the change in the weights, L(y) with T-'s nodes changed as T+'s are on average, and
+the ratio of their gradients' lengths on T+'s nodes, |grad L(y)| / |grad L(y*)|, before lambda. The last three columns
+have nodes of T+ and T- at random: whether it is because T- takes the lowest ones.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import ClassVar, cast
+
+import retcon
+from benchmarks.common import add_places, cases_of, machine
+from retcon.locate.paths import Slot
+from retcon.methods.ctp import Ctp, PathTrainer, _accumulate
+from retcon.training.descent import shares
+from retcon.training.objective import AnswerLoss
+
+
+class Watched(PathTrainer):
+    """A trainer that notes the two gradients' lengths before every step."""
+
+    seen: ClassVar[list[tuple[float, float, float]]] = []
+
+    def update(self, items: list[int]) -> dict[int, float]:
+        """Note, then step as CTP does."""
+        share = dict(zip(items, shares(self.target.rows, items, self.method.reduction).tolist(), strict=True))
+        assert self.original is not None
+        self.paths.forget_gradients()
+        new = _accumulate(self.target, self.paths.parts, items, lambda i, _: share[i])
+        towards_new = self._length()
+        self.paths.forget_gradients()
+        old = _accumulate(self.original, self.paths.mirrored, items, lambda i, _: share[i])
+        mirrored = self._length()
+        mean = [sum(losses.values()) / len(losses) for losses in (new, old)]
+        self.seen.append((mean[0], mean[1], mirrored / towards_new))
+        return super().update(items)
+
+    def _length(self) -> float:
+        grads = [value.grad for value in self.paths.values() if value.grad is not None]
+        return math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
+
+
+class WatchedCtp(Ctp):
+    """CTP with that trainer."""
+
+    def trainer(self, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None) -> PathTrainer:
+        """The trainer that notes."""
+        return Watched(self, slots, target, original)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_places(parser)
+    parser.add_argument("--n", type=int, default=16)
+    parser.add_argument("--n-negative", type=int, default=1)
+    args = parser.parse_args()
+    lm = retcon.load(args.model)
+    edits = [case.edits[0] for case in cases_of(args.data, args.start, args.n, args.seed)]
+    preset = cast(Ctp, retcon.method("ctp", for_model=lm))
+    asked = replace(preset, contrast="mirror", batch_size=None, stop_loss=0.0, n_negative=args.n_negative)
+    settings = {field.name: getattr(asked, field.name) for field in fields(asked)}
+    columns = {}
+    for score in ("z_abs", "random"):
+        Watched.seen.clear()
+        WatchedCtp(**{**settings, "score": score}).propose(lm, edits, seed=args.seed)
+        columns[score] = list(Watched.seen)
+    print(
+        f"{args.model}, {len(edits)} edits from {args.start}, T- of {args.n_negative}, seed {args.seed}; {machine()}\n"
+    )
+    print("| step | L(y*) | L(y), mirrored | ratio | L(y*), nodes at random | L(y), mirrored | ratio |")
+    print("|" + "---|" * 7)
+    for step, noted in enumerate(zip(columns["z_abs"], columns["random"], strict=True)):
+        if step in (0, 1, 2, 5, 10, 20, 30, 39):
+            cells = [cell for new, old, ratio in noted for cell in (f"{new:.3f}", f"{old:.3f}", f"{ratio:.1e}")]
+            print("| " + " | ".join([str(step), *cells]) + " |")
+
+
+if __name__ == "__main__":
+    main()
