@@ -2,7 +2,7 @@
 
     python -m benchmarks.mirror_gradient --model demo:llama --n 16
 
-Step by step of one batch: L(y*) with the change in the weights, L(y) with T-'s nodes changed as T+'s are on average, and
+Step by step of one batch: L(y*) with the change in the weights, L(y) with T-'s nodes changed as T+'s on average, and
 the ratio of their gradients' lengths on T+'s nodes, |grad L(y)| / |grad L(y*)|, before lambda. The last three columns
 have nodes of T+ and T- at random: whether it is because T- takes the lowest ones.
 """
