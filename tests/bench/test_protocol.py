@@ -205,6 +205,8 @@ def test_the_points_of_a_curve() -> None:
     assert {p.kind for p in parts} == {"batch"}
     assert [p.n for p in parts] == [1000] * 13 + [1778]
     assert [p.n for p in Protocol(kind="curve", ns=(1, 10), records_per_point=20).parts(15)] == [15, 15]
+    points = Protocol(kind="curve", ns=(1, 10, 100), records_per_point=20).parts(500)
+    assert [(p.n, p.batch) for p in points] == [(20, 1), (20, 10), (100, 100)], "a point of 100 edits has all 100"
     assert Protocol(kind="batch").parts(7) == [Protocol(kind="batch")]
 
 

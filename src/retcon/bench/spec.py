@@ -38,7 +38,7 @@ class Protocol:
     ns: tuple[int, ...] = CURVE
     """Points of a curve."""
     records_per_point: int | None = None
-    """Cases of each of them; None: at least 1,000, and n where that is more."""
+    """Cases of each of them, and n where that is more; None: 1,000."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -67,7 +67,7 @@ class Protocol:
         if self.kind != "curve":
             return [self]
         return [
-            Protocol(kind="batch", n=min(n_cases, self.records_per_point or max(n, MIN_RECORDS_PER_POINT)), batch=n)
+            Protocol(kind="batch", n=min(n_cases, max(n, self.records_per_point or MIN_RECORDS_PER_POINT)), batch=n)
             for n in self.ns
             if n <= n_cases
         ]
