@@ -3,8 +3,9 @@
     python -m benchmarks.methods_table --model demo:gptj --n 1 100 1000
     python -m benchmarks.methods_table --model PATH --data FILE --corpus text.txt --start 1000 --n 1 100 1000
     python -m benchmarks.methods_table --methods MEND MALMEN --editor MEND=mend.safetensors MALMEN=malmen.safetensors
+    python -m benchmarks.methods_table --n 1 --methods FT --preset FT=ft/demo-gptj/world-single
 
-Settings are the model's presets. At n = 1 each of `--alone` cases is edited and measured by itself. At larger n, batch
+Settings are the model's presets, or the one that is named. At n = 1 each of `--alone` cases is edited and measured by itself. At larger n, batch
 methods write all edits at once, and methods for one fact write them one on top of the other, all kept. ES, GS, LS
 compare probabilities (`cf.prob_mean`), with 95 % intervals over cases; Score is their harmonic mean, its interval a
 bootstrap by subject. "said" is the share of edits whose new answer the edited model gives first on the edit's prompt.
@@ -102,8 +103,9 @@ def main() -> None:
     parser.add_argument(
         "--editor", nargs="*", default=[], metavar="METHOD=FILE", help="trained editors, by `retcon fit`"
     )
+    parser.add_argument("--preset", nargs="*", default=[], metavar="METHOD=NAME", help="in place of the model's own")
     args = parser.parse_args()
-    editors = dict(pair.split("=", 1) for pair in args.editor)
+    editors, named = (dict(pair.split("=", 1) for pair in pairs) for pairs in (args.editor, args.preset))
 
     warnings.simplefilter("ignore", RetconWarning)
     lm = retcon.load(args.model)
@@ -119,7 +121,7 @@ def main() -> None:
                 if label not in args.methods:
                     continue
                 own = {"editor": editors[label]} if label in editors else {}
-                method = retcon.method(name, for_model=lm, **own)
+                method = retcon.method(name, for_model=lm, preset=named.get(label), **own)
                 method.propose(
                     lm, cases[0].edits, contexts=contexts, moments=moments
                 )  # moments and what is made of them

@@ -100,3 +100,11 @@ def test_starting_points_fit_any_depth(name, n_layers):
         method(name, **guess)
         layers = [value for field, value in guess.items() if field in ("layer", "layers", "low", "high")]
         assert all(0 <= x < n_layers for value in layers for x in _as_tuple(value))
+
+
+def test_a_preset_for_a_part_of_what_another_is_for_is_taken_where_it_is_asked_for(tiny, monkeypatch):
+    """`world-single` beside `world`: no question is raised where neither is named."""
+    monkeypatch.setattr("retcon.methods.common.presets.signature", lambda lm: dict(_models()["demo-llama"]))
+    lm = tiny("llama")
+    assert method("ft", for_model=lm) == method("ft", preset="ft/demo-llama/world")
+    assert method("ft", for_model=lm, dataset="world-single") == method("ft", preset="ft/demo-llama/world-single")

@@ -82,6 +82,8 @@ def preset_named(name: str, preset: str, parents: tuple[str, ...] = ()) -> Prese
 def preset_for(name: str, lm: "LM", dataset: str | None = None, parents: tuple[str, ...] = ()) -> Preset | None:
     """The preset that fits the model, or None; the user's, then CounterFact's where several fit and none is asked for.
 
+    One for a part of what another is for ("world-single" beside "world") is taken only where it is asked for.
+
     Raises:
         UnknownPreset: the model has presets, but none for that dataset.
     """
@@ -95,6 +97,7 @@ def preset_for(name: str, lm: "LM", dataset: str | None = None, parents: tuple[s
                 return candidate
         known = ", ".join(p.name for p in fitting)
         raise UnknownPreset(f"{name} has no preset for this model and dataset {dataset!r}; known: {known or 'none'}")
+    fitting = [p for p in fitting if not any(p.dataset.startswith(f"{q.dataset}-") for q in fitting)]
     own = [p for p in fitting if p.source.startswith(TUNED)]
     if len(fitting) == 1 or own:
         return (own or fitting)[0]
