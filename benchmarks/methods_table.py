@@ -5,8 +5,9 @@
     python -m benchmarks.methods_table --methods MEND MALMEN --editor MEND=mend.safetensors MALMEN=malmen.safetensors
     python -m benchmarks.methods_table --n 1 --methods FT --preset FT=ft/demo-gptj/world-single
 
-Settings are the model's presets, or the one that is named. At n = 1 each of `--alone` cases is edited and measured by itself. At larger n, batch
-methods write all edits at once, and methods for one fact write them one on top of the other, all kept. ES, GS, LS
+Settings are the model's presets, or the one that is named. At n = 1 each of `--alone` cases is edited and measured by
+itself. At larger n, batch methods write all edits at once, and methods for one fact write them one on top of the other,
+all kept. ES, GS, LS
 compare probabilities (`cf.prob_mean`), with 95 % intervals over cases; Score is their harmonic mean, its interval a
 bootstrap by subject. "said" is the share of edits whose new answer the edited model gives first on the edit's prompt.
 Seconds per edit are the processor's, so that other processes matter little; they leave moments out. Methods that search
