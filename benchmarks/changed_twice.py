@@ -1,0 +1,91 @@
+"""One fact changed twice: from its true answer A to B, then on to C, or back to A; beside C written directly.
+
+    python -m benchmarks.changed_twice --model demo:gptj --n 30
+
+All facts are written in one call each time, on the weights that the call before left. ES and GS compare the answer
+asked for with the one before it (B with A, C with B, A with B; C directly with A), LS asks neighbours for A against the
+answer written, agreement is the share of their answer tokens on which the edited model's choice is the unedited one's.
+The facts are the embedded world's.
+"""
+
+import argparse
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import retcon
+from benchmarks.common import add_places, cases_of, machine, moments_of
+from retcon import world
+from retcon.edits import Case
+from retcon.evaluation import evaluate
+from retcon.lm.model import LM
+
+METRICS = ("Score", "ES", "GS", "LS", ("LS", "ee.loc.argmax"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_places(parser)
+    parser.add_argument("--n", type=int, default=30)
+    parser.add_argument("--methods", nargs="+", default=["memit", "alphaedit", "jeep", "kne", "ctp"])
+    args = parser.parse_args()
+    lm = retcon.load(args.model)
+    to_b = cases_of(None, args.start, args.n, args.seed)
+    b_to_c, a_to_c, b_to_a = [], [], []
+    for case in to_b:
+        a, b, c = case.edits[0].target_true or "", case.edits[0].target_new, third(case, args.seed)
+        b_to_c.append(asking(case, c, b))
+        a_to_c.append(asking(case, c, a))
+        b_to_a.append(asking(case, a, b))
+    moments = moments_of(lm, args.corpus)
+    print(f"{args.model}, {args.n} facts from {args.start}, seed {args.seed}; {machine()}\n")
+    print("| method | change | Score | ES | GS | LS | agreement |\n|" + "---|" * 7)
+    for name in args.methods:
+        method = retcon.method(name, for_model=lm)
+        more = dict(contexts=retcon.sample_contexts(lm, seed=args.seed), moments=moments) if method.uses_moments else {}
+
+        def write(cases: Sequence[Case]) -> None:
+            edits = [case.edits[0] for case in cases]
+            lm.apply(method.propose(lm, edits, seed=args.seed, **more))  # noqa: B023 (called within this turn)
+
+        for change, calls in {
+            "A to B": [to_b],
+            "A to C": [a_to_c],
+            "A to B to C": [to_b, b_to_c],
+            "A to B to A": [to_b, b_to_a],
+        }.items():
+            before = evaluate(lm, calls[-1], generate=False)
+            for cases in calls:
+                write(cases)
+            print("| " + " | ".join([name, change, *measured(lm, calls[-1], before)]) + " |", flush=True)
+            lm.revert_all()
+
+
+def third(case: Case, seed: int) -> str:
+    """C: an answer of the relation that is neither A nor B, drawn."""
+    edit = case.edits[0]
+    others = world.load_world().objects(edit.relation_id or "")
+    rng = random.Random(f"third/{seed}/{case.id}")
+    return rng.choice([answer for answer in others if answer not in (edit.target_new, edit.target_true)])
+
+
+def asking(case: Case, answer: str, rival: str) -> Case:
+    """The case with another answer to write and to compare."""
+    edit = replace(case.edits[0], target_new=answer, target_true=rival)
+    queries = []
+    for query in case.queries:
+        if query.axis in ("rewrite", "paraphrase"):
+            queries.append(replace(query, target=answer, contrast=rival, answers=((answer,),)))
+        elif query.axis == "neighborhood":
+            queries.append(replace(query, contrast=rival if answer == query.target else answer))
+    return replace(case, edits=(edit,), queries=tuple(queries))
+
+
+def measured(lm: LM, cases: Sequence[Case], before: retcon.evaluation.Evaluation) -> list[str]:
+    """Metrics of the model as it stands."""
+    summary = evaluate(lm, cases, pre=before, generate=False).summary()
+    return ["-" if summary[key].post is None else summary[key].post.percent() for key in METRICS]
+
+
+if __name__ == "__main__":
+    main()
