@@ -118,7 +118,7 @@ def main() -> None:
         registry.preset_for = lambda *_, **__: None  # type: ignore[assignment]
     for name in asked.methods:
         given = read_settings(name, dataset=None, preset=None, assignments=asked.assignments)
-        chosen = registry.choose(name, for_model=lm, cases=cases, **given)
+        chosen = registry.choose(name, for_model=lm, cases=cases, at_once=1 if asked.alone else None, **given)
         if chosen.method.uses_moments and not asked.alone:
             in_steps(chosen.method, lm, cases[0].edits, moments=moments)  # moments and contexts are made, untimed
         if asked.alone:

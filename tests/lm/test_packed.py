@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,13 +27,15 @@ from tests.conftest import everyday, random_moments, tiny_model, tokenizer
 from tests.contract.test_methods import CONTEXTS, ENDING, made
 from tests.methods.test_fast_path import PlainReader
 
-pytest.importorskip("bitsandbytes")
 IDS = torch.tensor([[5, 9, 31, 77, 200, 3]])
 BITS = [4, 8]
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*larger than the weight", "ignore:.*is_gradient_checkpointing.*:FutureWarning", "ignore::UserWarning",
-    "ignore::DeprecationWarning",
-)  # fmt: skip
+pytestmark = [
+    pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra `quantised`)"),
+    pytest.mark.filterwarnings(
+        "ignore:.*larger than the weight", "ignore:.*is_gradient_checkpointing.*:FutureWarning", "ignore::UserWarning",
+        "ignore::DeprecationWarning",
+    ),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_learning_rates_are_doubled_until_half_of_the_edits_reach_their_loss(nam
     slow = replace(method_class(name)(), learning_rate=rate, epochs=15, stop_loss=5.6)
     fitted = fit_learning_rate(lm, slow, edits)
     assert fitted.n_tried == len(edits)
-    assert fitted.learning_rate in [rate * 2**i for i in range(5)]
+    assert fitted.learning_rate in [rate * 2**i for i in range(8)]
 
     def reached(faster):
         return sum(r.stopped == "reached" for r in replace(slow, learning_rate=faster).propose(lm, edits).report)
@@ -89,6 +89,42 @@ def test_learning_rates_are_doubled_until_half_of_the_edits_reach_their_loss(nam
     assert fitted.learning_rate > rate
     assert reached(fitted.learning_rate / 2) < ENOUGH * len(edits)
     assert lm.fingerprint() == before
+
+
+@pytest.mark.parametrize(
+    ("n_edits", "at_once", "sizes"),
+    [
+        (5, None, [5]),
+        (50, None, [50]),
+        (1000, None, [64]),
+        (50, 1, [1] * 8),
+        (3, 1, [1] * 3),
+        (50, 3, [3] * 3),
+        (0, 1, []),
+    ],
+)
+def test_learning_rates_are_tried_on_batches_of_the_size_that_will_be_written(n_edits, at_once, sizes):
+    edits = [object() for _ in range(n_edits)]
+    batches = starting_point.tried_batches(edits, at_once)
+    assert [len(batch) for batch in batches] == sizes
+    tried = [edit for batch in batches for edit in batch]
+    assert len({id(edit) for edit in tried}) == len(tried)  # none twice, in the order given
+    assert [edits.index(edit) for edit in tried] == sorted(edits.index(edit) for edit in tried)
+
+
+@pytest.mark.long
+def test_a_batch_gets_a_larger_learning_rate_than_facts_one_at_a_time(tiny, edits):
+    lm = tiny("llama")
+    slow = replace(method_class("kne")(), learning_rate=0.001, epochs=15, stop_loss=5.6)
+    together, alone = (fit_learning_rate(lm, slow, edits, at_once=at_once) for at_once in (None, 1))
+    assert together.n_tried == alone.n_tried == len(edits)
+    assert together.learning_rate >= alone.learning_rate
+
+    def reached(rate):
+        each = [replace(slow, learning_rate=rate).propose(lm, [edit]).report for edit in edits]
+        return sum(r.stopped == "reached" for report in each for r in report)
+
+    assert reached(alone.learning_rate) == alone.n_reached >= ENOUGH * len(edits)
 
 
 def test_what_was_chosen_is_said_and_given_settings_stand(tiny, edits):

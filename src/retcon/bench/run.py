@@ -194,19 +194,22 @@ class CellRunner:
         self._plans: dict[str, tuple[Plan, Evaluation]] = {}
         self._perplexity: Perplexity | None = None
         self._unedited = self._whole_model("pre", 0)
+        self.n_cases = {dataset: len(cases) for dataset, (cases, _) in loaded.items()}
         self.methods = {  # all of them now: better refused now than after hours
-            (dataset, asked.label): self._method(asked, cases)
+            (dataset, asked.label, at_once): self._method(asked, cases, at_once)
             for dataset, (cases, _) in loaded.items()
             for asked in spec.methods
+            for at_once in {part.sizes(len(cases))[1] for whole in spec.protocols for part in whole.parts(len(cases))}
         }
 
     def method_of(self, cell: Cell) -> Any:
-        """The method of a cell, with the settings that suit the model and, where it has no preset, the dataset."""
-        return self.methods[cell.dataset.label, cell.method.label]
+        """The method of a cell, with the settings that suit the model and, where it has no preset, the facts."""
+        _, at_once = cell.protocol.sizes(self.n_cases[cell.dataset.label])
+        return self.methods[cell.dataset.label, cell.method.label, at_once]
 
-    def _method(self, asked: MethodSpec, cases: Sequence[Case]) -> Any:
+    def _method(self, asked: MethodSpec, cases: Sequence[Case], at_once: int) -> Any:
         own = {"dataset": asked.dataset, "preset": asked.preset, **asked.settings}
-        made = make_method(asked.name, for_model=self.lm, cases=cases, **own)
+        made = make_method(asked.name, for_model=self.lm, cases=cases, at_once=at_once, **own)
         check_model_has_layers(made, self.lm)
         return made
 

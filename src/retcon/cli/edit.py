@@ -189,7 +189,14 @@ def edit(
     facts = facts_that_fit(lm, facts, reading.on_error)
     with spinner("probing for layers" if layers else "choosing settings"):
         resolved = resolve(
-            lm, method, dataset=dataset, preset=preset, given=given, edits=facts.edits, probe=layers is not None
+            lm,
+            method,
+            dataset=dataset,
+            preset=preset,
+            given=given,
+            edits=facts.edits,
+            batch_size=batch_size,
+            probe=layers is not None,
         )
     show.print(styled("[bold]{}[/] on {}", resolved.name, lm))
     show.print(f"edits     {facts.about}", soft_wrap=True)

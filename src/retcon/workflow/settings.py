@@ -67,12 +67,14 @@ def resolve(
     preset: str | None = None,
     given: Mapping[str, Any] | None = None,
     edits: "Sequence[Edit]" = (),
+    batch_size: int | None = None,
     probe: bool = False,
 ) -> Resolved:
     """The method with the model's settings (or the preset's), and those of `given` over them.
 
     Args:
-        edits: what is to be edited; without a preset, clamps are fitted on a few of them.
+        edits: what is to be edited; without a preset, clamps and learning rates are fitted on some of them.
+        batch_size: how many of them will be written at once, as `write_facts` takes it.
         probe: take the layers that the contrast-based probe advises for `edits`.
     """
     from retcon.methods.common import registry
@@ -84,7 +86,13 @@ def resolve(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "no [a-z_]+ preset for this model", RetconWarning)  # the notes say so
         chosen = registry.choose(
-            name, for_model=lm, dataset=dataset, preset=preset, cases=edits or None, **{**given, **probed}
+            name,
+            for_model=lm,
+            dataset=dataset,
+            preset=preset,
+            cases=edits or None,
+            at_once=batch_size,
+            **{**given, **probed},
         )
     method, notes = chosen.method.as_trained(), chosen.notes
     check_model_has_layers(method, lm)

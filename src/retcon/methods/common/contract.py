@@ -214,10 +214,13 @@ def check_stateless(name: str, state: object) -> None:
 
 
 def early_layers(n_layers: int) -> tuple[int, ...]:
-    """Return where the family writes, by relative depth: about the second seventh of the layers, three at least."""
-    first = min(round(0.14 * n_layers), max(n_layers - 3, 0))
-    last = max(round(0.29 * n_layers), first + 2)
-    return tuple(range(first, min(last, n_layers - 1) + 1))
+    """Return where the family writes, by relative depth: about the second seventh of the layers, three at least.
+
+    What a shallow model lacks is added below: one layer higher, its prediction hears less of what is written
+    (docs/results/without-preset.md).
+    """
+    last = min(max(round(0.29 * n_layers), 2), n_layers - 1)
+    return tuple(range(max(min(round(0.14 * n_layers), last - 2), 0), last + 1))
 
 
 def lower_layers(n_layers: int) -> tuple[int, ...]:

@@ -176,6 +176,7 @@ def method(
     dataset: str | None = None,
     preset: str | None = None,
     cases: Sequence[Edit | Case] | None = None,
+    at_once: int | None = None,
     **settings: Any,
 ) -> "Method":
     """Return a method with the settings published or tuned for a model; any field can be overridden by keyword.
@@ -187,14 +188,17 @@ def method(
         dataset: which of a model's presets to take ("counterfact", "zsre", "world"); CounterFact's where there are two
             and none is asked for, and that is said.
         preset: a preset by its full name, "method/model/dataset", whatever the model.
-        cases: the facts to edit. Without a preset, clamps are fitted on a few of them; `layers="probe"` probes the
-            model with them and takes the layers that the contrast-based probe advises (`retcon.locate`), whatever the
-            method calls them; the embedded models bring their own facts for that.
+        cases: the facts to edit. Without a preset, clamps and learning rates are fitted on some of them;
+            `layers="probe"` probes the model with them and takes the layers that the contrast-based probe advises
+            (`retcon.locate`), whatever the method calls them; the embedded models bring their own facts for that.
+        at_once: how many of the facts one batch will hold (None: all), which a learning rate that is fitted goes by.
 
     Raises:
         UnknownMethod, UnknownPreset, InvalidSetting: the message lists what is known.
     """
-    return choose(name, for_model=for_model, dataset=dataset, preset=preset, cases=cases, **settings).method
+    return choose(
+        name, for_model=for_model, dataset=dataset, preset=preset, cases=cases, at_once=at_once, **settings
+    ).method
 
 
 def choose(
@@ -204,6 +208,7 @@ def choose(
     dataset: str | None = None,
     preset: str | None = None,
     cases: Sequence[Edit | Case] | None = None,
+    at_once: int | None = None,
     **settings: Any,
 ) -> Choice:
     """Return what `method` returns, with the preset that it comes from, or what was chosen without one and why."""
@@ -235,7 +240,7 @@ def choose(
             )
     resolved = {**checked(name, chosen, dict(found.settings) if found else guess), **settings}
     if for_model is not None and issubclass(chosen, Filter):
-        base = _wrapped(chosen, resolved, for_model, dataset, cases)
+        base = _wrapped(chosen, resolved, for_model, dataset, cases, at_once)
         resolved |= {"base_settings": base.method.settings}
         notes += base.notes
     needed = [f.name for f in fields(chosen) if f.default is MISSING and f.default_factory is MISSING]
@@ -254,7 +259,7 @@ def choose(
             made = replace(made, **found_clamps.clamps)
             notes.append(str(found_clamps))
         elif isinstance(made, TuningSettings) and made.fits_learning_rate and cases and "learning_rate" not in settings:
-            step = starting_point.fit_learning_rate(for_model, made, starting_point.edits_of(cases))
+            step = starting_point.fit_learning_rate(for_model, made, starting_point.edits_of(cases), at_once=at_once)
             made = replace(made, learning_rate=step.learning_rate)
             notes.append(str(step))
         elif clamps:
@@ -316,9 +321,10 @@ def _wrapped(
     lm: "LM",
     dataset: str | None,
     cases: Sequence[Edit | Case] | None,
+    at_once: int | None,
 ) -> Choice:
     """The method that a filter wraps, with its settings for the model, those given over them."""
     base = chosen.base_of(settings)
     has = dataset in {p.dataset for p in presets(base)}
     own = settings.get("base_settings", {})
-    return choose(base, for_model=lm, dataset=dataset if has else None, cases=cases, **own)
+    return choose(base, for_model=lm, dataset=dataset if has else None, cases=cases, at_once=at_once, **own)

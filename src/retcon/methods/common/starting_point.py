@@ -1,8 +1,10 @@
 """Settings for a model without a preset, in two parts: what follows from its shape, and clamps fitted to the edits.
 
 Shape first: layers by relative depth, and weights of the second moment in proportion to the key width
-(`fallback_settings` of each method). Then the clamps, which no shape predicts: they are doubled, all by one factor, on
-a few of the edits until at least half of these reach their target, and no further, since a wide clamp costs locality.
+(`fallback_settings` of each method). Then what no shape predicts. Clamps are doubled, all by one factor, on a few of
+the edits until at least half of these reach their target, and no further, since a wide clamp costs locality. Learning
+rates of masked tuning likewise, but on as many edits as will be written together: the more there are, the less of each
+step is any one's.
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from typing import Any
 from retcon.edits import Case, Edit
 from retcon.lm.model import LM
 from retcon.memory.values import search_values
-from retcon.methods.common.contract import Method, ModelShape
+from retcon.methods.common.contract import Method, ModelShape, State
 from retcon.methods.common.locate_then_edit import SearchSettings
 from retcon.methods.common.tuning import TuningSettings
 
@@ -22,7 +24,9 @@ ENOUGH = 0.5
 """Share of them that has to reach its target."""
 MAX_FACTOR = 32.0
 """Clamps are doubled up to this factor: embedded models want 6 to 16 times what models of 6B parameters want."""
-MAX_RATE_FACTOR = 8.0
+N_TRIED_TOGETHER = 64
+"""Edits of one batch that a learning rate is fitted on, at most."""
+MAX_RATE_FACTOR = 64.0
 """Learning rates are doubled up to this factor."""
 NO_WIDER = "wider clamps did not help"
 """What a note says where doubling them stopped short of half of the edits."""
@@ -97,29 +101,49 @@ def clamp_settings(method: type[Method]) -> list[str]:
     return [f.name for f in fields(method) if f.name == "clamp" or f.name.endswith("_clamp")]
 
 
-def fit_learning_rate(lm: LM, method: TuningSettings, edits: Sequence[Edit], *, seed: int = 0) -> FittedStep:
-    """Double the learning rate until at least half of a few of the edits reach their loss, and no further.
+def fit_learning_rate(
+    lm: LM, method: TuningSettings, edits: Sequence[Edit], *, at_once: int | None = None, seed: int = 0
+) -> FittedStep:
+    """Double the learning rate until at least half of the edits tried reach their loss, and no further.
 
-    How far a step goes depends on how many weights are trained and how large they are: one rate moves nothing in one
-    model and breaks another, and too large a rate costs locality.
+    How far a step goes depends on how many weights are trained, how large they are and how many edits share them: one
+    rate moves nothing in one model and breaks another, and too large a rate costs locality.
 
     Args:
         method: of masked tuning (`TuningSettings`); its learning rate is the smallest that is tried.
-        edits: at most `N_TRIED` of them are written, as one batch; nothing of that is kept.
+        edits: those of `tried_batches` are written and nothing of that is kept.
+        at_once: edits that will be written together; None: all.
     """
-    step = max(1, len(edits) // N_TRIED)
-    tried = list(edits[::step])[:N_TRIED]
-    rate, state = method.learning_rate, None
-    best = FittedStep(rate, 0, len(tried))
-    while tried:
-        delta = replace(method, learning_rate=rate).propose(lm, tried, state=state, seed=seed)
-        n_reached = sum(r.stopped == "reached" for r in delta.report)
-        if n_reached > best.n_reached or rate == method.learning_rate:
-            best = FittedStep(rate, n_reached, len(tried))
-        if n_reached >= ENOUGH * len(tried) or rate >= MAX_RATE_FACTOR * method.learning_rate:
+    batches = tried_batches(edits, at_once)
+    n_tried = sum(map(len, batches))
+    rate, highest = method.learning_rate, MAX_RATE_FACTOR * method.learning_rate
+    states: list[State | None] = [None] * len(batches)
+    best = FittedStep(rate, 0, n_tried)
+    while n_tried:
+        here = replace(method, learning_rate=rate)
+        deltas = [here.propose(lm, batch, state=of, seed=seed) for batch, of in zip(batches, states, strict=True)]
+        n_reached = sum(r.stopped == "reached" for delta in deltas for r in delta.report)
+        falls = n_reached < best.n_reached  # so large a step spoils what smaller ones reach
+        if n_reached > best.n_reached or rate == best.learning_rate:
+            best = FittedStep(rate, n_reached, n_tried)
+        if n_reached >= ENOUGH * n_tried or falls or rate >= highest:
             break
-        method, state, rate = method.for_next_try(), delta.state, 2 * rate
+        method, states, rate = method.for_next_try(), [delta.state for delta in deltas], 2 * rate
     return best
+
+
+def tried_batches(edits: Sequence[Edit], at_once: int | None) -> list[list[Edit]]:
+    """Return batches, evenly spaced over `edits`, of the size that will be written and `N_TRIED_TOGETHER` at most.
+
+    As many as `N_TRIED` edits need: a method that writes one fact at a time is tried on eight of them.
+    """
+    size = min(at_once or len(edits), len(edits), N_TRIED_TOGETHER)
+    if not size:
+        return []
+    n_batches = min(-(-N_TRIED // size), len(edits) // size)
+    step = len(edits) // (n_batches * size)
+    tried = list(edits[::step])[: n_batches * size]
+    return [tried[first : first + size] for first in range(0, len(tried), size)]
 
 
 def fit_clamps(
