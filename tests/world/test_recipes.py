@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import smollm, world
+from recipes import knowedit, smollm, world
 from recipes.added import corpus_of, facts_to_add
 from recipes.chat import TURN_END, dialogues, read_turns, rendered
 from recipes.families import MODEL_TYPES, document_end, make_model, make_tokenizer
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from retcon.evaluation import read_cases
 from retcon.lm.load import load
 from retcon.memory.moments import Corpus
-from retcon.world import MODELS, load_world, model_path
+from retcon.world import MODELS, cases, load_world, model_path
 from retcon.world.facts import FACTS, HELD_OUT
 from tests.conftest import everyday
 
@@ -179,6 +179,19 @@ def test_facts_left_out_come_as_cases_that_add_them_and_a_corpus_without_them(
     documents = Corpus.from_file(corpus).documents
     assert {str(s) for s in lesson.seen} <= set(documents)
     assert not [d for d in documents for subject, _, _ in lesson.left_out if subject in d]
+
+
+def test_cases_of_the_world_come_in_knowedits_form_with_what_follows_from_them(tmp_path: Path) -> None:
+    drawn = cases(60, seed=0)
+    path = tmp_path / "world.json"
+    path.write_text(json.dumps(knowedit.rows(drawn)))
+    found, _ = read_cases(path, format="knowedit")
+    asked = {case.id: case for case in drawn if any(q.axis == "two_hop" for q in case.queries)}
+    assert [case.id for case in found] == list(asked)
+    for case in found:
+        kept = {(q.axis.split(".")[0], q.prompt, q.target) for q in case.queries}
+        names = {"neighborhood": "locality", "two_hop": "portability"}
+        assert kept == {(names.get(q.axis, q.axis), q.prompt, q.target) for q in asked[case.id].queries}
 
 
 def test_flat_counterfact_records_can_be_left_out_too(tmp_path: Path) -> None:
