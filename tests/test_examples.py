@@ -16,7 +16,8 @@ def test_every_script_is_known_and_fits_a_screen() -> None:
     assert all(len(path.read_text().splitlines()) <= 30 for path in scripts)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "one_fact" else pytest.mark.long) for n in SHOWS])
+@pytest.mark.long
+@pytest.mark.parametrize("name", SHOWS)
 def test_the_script_runs(name: str, tmp_path: Path) -> None:
     script = EXAMPLES / f"{name}.py"
     ran = subprocess.run(

@@ -7,6 +7,7 @@ import torch
 from benchmarks import same_deltas
 
 
+@pytest.mark.long
 def test_the_same_code_compares_equal_and_a_nudged_setting_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

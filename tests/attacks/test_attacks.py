@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-SMALL = {"signals": 28, "sequences": 8, "threads": 2, "stores": 3, "malformed": 16, "kills": 1, "damaged": 8}
-SMALL |= {"twoatonce": 3}
+SMALL = {"signals": 28, "sequences": 8, "threads": 2, "stores": 3, "malformed": 16, "kills": 1, "damaged": 5}
+SMALL |= {"twoatonce": 2}
 LARGER = {"signals": 84, "sequences": 40, "threads": 5, "stores": 12, "malformed": 60, "kills": 8, "damaged": 24}
 LARGER |= {"twoatonce": 10}
 

@@ -51,6 +51,7 @@ def test_the_verdict_as_a_file(cli: Callable[..., Any], delta: Path, here: Path)
     assert "expected a name that ends in .html, .md, .xml" in cli(*ASK, "--report", "check.pdf", code=2).stderr
 
 
+@pytest.mark.long
 def test_two_deltas_are_compared_fact_by_fact(cli: Callable[..., Any], delta: Path, here: Path) -> None:
     cli(*EDIT[:3], "--out", "other.safetensors", *EDIT[5:-1], "low=[0]")
     told = cli(*ASK, *OFF, "--against", "other.safetensors", "--report", "two.html").stdout

@@ -115,6 +115,7 @@ def test_earlier_edits_stay_better_with_the_cache(tiny, edits):
     assert moved[1] < 0.9 * moved[0]
 
 
+@pytest.mark.long
 def test_half_way_saved_and_resumed_is_the_uninterrupted_run(tiny, edits, tmp_path):
     def run(lm, edits, state=None):
         for edit in edits:

@@ -24,7 +24,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", everyday("rome", "memit", "prune", of=METHODS))
+@pytest.mark.parametrize("name", everyday("rome", "memit", of=METHODS))
 def test_one_delta_is_all_the_steps(name, tiny, edits, untouched):
     lm = tiny("llama")
     moments, chosen = random_moments(lm), method(name, **METHODS[name])

@@ -42,7 +42,7 @@ def test_weights_follow_the_key_width_from_the_published_ones(name, field, publi
     assert weight(704) == pytest.approx(weight(d_ff) * 704 / d_ff, rel=0.01)
 
 
-@pytest.mark.parametrize("name", everyday("jeep", "memit", "pmet", of=FAMILY))
+@pytest.mark.parametrize("name", everyday("memit", "pmet", of=FAMILY))
 def test_clamps_are_doubled_by_one_factor_until_half_of_the_edits_reach(name, tiny, edits):
     lm = tiny("llama")
     with warnings.catch_warnings():

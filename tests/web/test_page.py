@@ -185,6 +185,7 @@ def test_a_map_chooses_a_layer(served: Served, browser: Any) -> None:
     served.session.clear()
 
 
+@pytest.mark.long
 def test_another_model_has_a_store_of_its_own(served: Served, browser: Any) -> None:
     page = browser.new_context().new_page()
     page.goto(f"{served.address}/?token=secret")
@@ -216,6 +217,7 @@ def with_many_facts(path: Path, served: Served, n: int) -> Store:
     return Store(path)
 
 
+@pytest.mark.long
 def test_many_facts_come_by_the_hundred_are_filtered_and_sorted(
     served: Served, browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

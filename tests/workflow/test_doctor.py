@@ -45,6 +45,7 @@ def test_a_model_that_does_something_else_in_passing_fails(
     assert "apart" in next(f.detail for f in found.findings if f.check == "replay")
 
 
+@pytest.mark.long
 def test_an_error_inside_a_check_is_a_finding(tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny("llama", torch.float32)
 

@@ -61,6 +61,7 @@ def test_finds_settings_at_least_as_good_as_the_rules_and_keeps_them(
     assert again.read_text().count("[[preset]]") == 1
 
 
+@pytest.mark.long
 def test_trials_that_differ_in_the_write_alone_share_their_values(
     presets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
