@@ -1,7 +1,9 @@
 """Settings for models without a preset: what follows from the shape, and clamps fitted to the edits."""
 
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -110,6 +112,48 @@ def test_learning_rates_are_tried_on_batches_of_the_size_that_will_be_written(n_
     tried = [edit for batch in batches for edit in batch]
     assert len({id(edit) for edit in tried}) == len(tried)  # none twice, in the order given
     assert [edits.index(edit) for edit in tried] == sorted(edits.index(edit) for edit in tried)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A method whose edits reach their loss once the rate is large enough for as many as are written together."""
+
+    learning_rate: float
+    needed: Callable[[int], float]
+    """The rate that so many edits need; the earlier half of a batch needs half of that."""
+    tried: list[tuple[int, float]] = field(default_factory=list)
+
+    def propose(self, lm, edits, *, state, seed):
+        self.tried.append((len(edits), self.learning_rate))
+        needs = [self.needed(len(edits)) / (2 if 2 * i < len(edits) else 1) for i in range(len(edits))]
+        stopped = ["reached" if self.learning_rate >= need else "steps" for need in needs]
+        return SimpleNamespace(report=[SimpleNamespace(stopped=each) for each in stopped], state={})
+
+    def for_next_try(self):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("n_edits", "at_once", "rate", "tried"),
+    [
+        (50, None, 4.0, [(8, 1.0), (50, 1.0), (50, 2.0), (50, 4.0)]),  # eight are content with less than fifty
+        (50, 1, 1.0, [(1, 1.0)] * 8),
+        (6, None, 1.0, [(6, 1.0)]),
+        (1000, None, 4.0, [(8, 1.0), (64, 1.0), (64, 2.0), (64, 4.0)]),
+        (0, None, 1.0, []),
+    ],
+)
+def test_many_edits_begin_with_the_rate_that_a_few_need(n_edits, at_once, rate, tried):
+    method = Training(1.0, lambda n: n / 8)
+    fitted = fit_learning_rate(None, method, [object() for _ in range(n_edits)], at_once=at_once)
+    assert fitted.learning_rate == rate
+    assert method.tried == tried
+
+
+def test_a_rate_that_helps_nobody_is_not_raised_for_ever():
+    method = Training(1.0, lambda n: 1e9)
+    assert fit_learning_rate(None, method, [object()] * 4).learning_rate == 1.0
+    assert [rate for _, rate in method.tried] == [2.0**i for i in range(7)]
 
 
 @pytest.mark.long

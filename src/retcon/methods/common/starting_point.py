@@ -107,7 +107,8 @@ def fit_learning_rate(
     """Double the learning rate until at least half of the edits tried reach their loss, and no further.
 
     How far a step goes depends on how many weights are trained, how large they are and how many edits share them: one
-    rate moves nothing in one model and breaks another, and too large a rate costs locality.
+    rate moves nothing in one model and breaks another, and too large a rate costs locality. Where many are written
+    together, it begins with the rate that a few of them need, who are tried in a moment and never need more.
 
     Args:
         method: of masked tuning (`TuningSettings`); its learning rate is the smallest that is tried.
@@ -117,6 +118,8 @@ def fit_learning_rate(
     batches = tried_batches(edits, at_once)
     n_tried = sum(map(len, batches))
     rate, highest = method.learning_rate, MAX_RATE_FACTOR * method.learning_rate
+    if any(len(batch) > N_TRIED for batch in batches):
+        rate = fit_learning_rate(lm, method, evenly(edits, N_TRIED), seed=seed).learning_rate
     states: list[State | None] = [None] * len(batches)
     best = FittedStep(rate, 0, n_tried)
     while n_tried:
@@ -141,9 +144,13 @@ def tried_batches(edits: Sequence[Edit], at_once: int | None) -> list[list[Edit]
     if not size:
         return []
     n_batches = min(-(-N_TRIED // size), len(edits) // size)
-    step = len(edits) // (n_batches * size)
-    tried = list(edits[::step])[: n_batches * size]
+    tried = evenly(edits, n_batches * size)
     return [tried[first : first + size] for first in range(0, len(tried), size)]
+
+
+def evenly(edits: Sequence[Edit], n: int) -> list[Edit]:
+    """Return at most `n` of the edits, evenly spaced and in their order."""
+    return list(edits[:: max(1, len(edits) // n)])[:n]
 
 
 def fit_clamps(
@@ -158,8 +165,7 @@ def fit_clamps(
         edits: at most `N_TRIED` of them are searched, on the weights as they are.
         seed: of the contexts, as in `propose`.
     """
-    step = max(1, len(edits) // N_TRIED)
-    tried = [edit for edit in edits if edit.subject_span is not None][::step][:N_TRIED]
+    tried = evenly([edit for edit in edits if edit.subject_span is not None], N_TRIED)
     contexts = method.sampled_contexts(lm, seed)
     best: FittedClamps | None = None
     factor = 1.0
