@@ -108,3 +108,10 @@ def test_a_preset_for_a_part_of_what_another_is_for_is_taken_where_it_is_asked_f
     lm = tiny("llama")
     assert method("ft", for_model=lm) == method("ft", preset="ft/demo-llama/world")
     assert method("ft", for_model=lm, dataset="world-single") == method("ft", preset="ft/demo-llama/world-single")
+
+
+@pytest.mark.parametrize("model", ["demo-gptj", "demo-llama"])
+def test_ft_m_of_the_embedded_models_is_ft_for_single_facts(model):
+    """Its rows in the tables are those of that preset."""
+    single = method("ft", preset=f"ft/{model}/world-single").settings
+    assert method("ft_m", preset=f"ft_m/{model}/world").settings == single
