@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,6 +38,11 @@ def cases_of(data: str | None, start: int, n: int, seed: int) -> list[Case]:
 def moments_of(lm: LM, corpus: str | None) -> Moments:
     """Moments from a text file, or the model's default."""
     return CorpusMoments(Corpus.from_file(corpus)) if corpus else default_moments(lm)
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Return the place of each value among all, from 0; values that are equal share the mean of theirs."""
+    return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
 
 
 def machine() -> str:

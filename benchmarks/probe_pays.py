@@ -18,13 +18,14 @@ and STEM.png and .svg are drawn.
 import argparse
 import itertools
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import cases_of, machine, moments_of
+from benchmarks.common import cases_of, machine, moments_of, ranks
 from retcon.cli.probe.shared import rounded
 from retcon.evaluation import evaluate
 from retcon.lm.model import LM
@@ -114,19 +115,10 @@ def evidence(
 
 def spearman(one: Sequence[float], two: Sequence[float]) -> tuple[float, float]:
     """Rank correlation, and the share of all orders that correlate at least as strongly (two-sided)."""
-
-    def ranks(values: Sequence[float]) -> list[float]:
-        return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
-
-    def correlation(x: Sequence[float], y: Sequence[float]) -> float:
-        mx, my = sum(x) / len(x), sum(y) / len(y)
-        top = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
-        return top / (sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y)) ** 0.5
-
     x, y = ranks(one), ranks(two)
-    found = correlation(x, y)
+    found = statistics.correlation(x, y)
     orders = list(itertools.permutations(y))
-    return found, sum(abs(correlation(x, order)) >= abs(found) - 1e-12 for order in orders) / len(orders)
+    return found, sum(abs(statistics.correlation(x, order)) >= abs(found) - 1e-12 for order in orders) / len(orders)
 
 
 def draw(

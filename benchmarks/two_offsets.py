@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of
+from benchmarks.common import add_places, cases_of, machine, moments_of, ranks
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import evaluate
@@ -77,15 +77,6 @@ def correlated(one: Sequence[float], two: Sequence[float], seed: int) -> list[st
     shuffled = [statistics.correlation(x, rng.sample(y, len(y))) for _ in range(2000)]
     p = (1 + sum(abs(r) >= abs(observed) for r in shuffled)) / (1 + len(shuffled))
     return [f"{observed:+.2f}", f"{p:.4f}"]
-
-
-def ranks(values: Sequence[float]) -> list[float]:
-    """The place of each value among all, ties in the order they come."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    placed = [0.0] * len(values)
-    for place, i in enumerate(order):
-        placed[i] = float(place)
-    return placed
 
 
 if __name__ == "__main__":
