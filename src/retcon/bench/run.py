@@ -18,7 +18,7 @@ from retcon.bench.inputs import cells_of, read_inputs
 from retcon.bench.manifest import as_json, command_line, environment, manifest_of, run_id, versions, write_or_verify
 from retcon.bench.pre import unedited
 from retcon.bench.protocol import Setting, n_units, run_units
-from retcon.bench.spec import BenchSpec, Cell, MethodSpec, ModelSpec
+from retcon.bench.spec import BenchSpec, Cell, MethodSpec, ModelSpec, Protocol
 from retcon.bench.units import Unit, Units
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, RetconError, RetconWarning
@@ -39,6 +39,7 @@ from retcon.memory.timed import TimedMoments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import check_model_has_layers
 from retcon.methods.common.registry import method as make_method
+from retcon.methods.common.registry import method_class
 from retcon.methods.common.sequence import in_steps
 from retcon.work import Workers
 
@@ -199,15 +200,21 @@ class CellRunner:
             (dataset, asked.label, at_once): self._method(asked, cases, at_once)
             for dataset, (cases, _) in loaded.items()
             for asked in spec.methods
-            for at_once in {part.sizes(len(cases))[1] for whole in spec.protocols for part in whole.parts(len(cases))}
+            for at_once in {
+                self._at_once(asked, part, len(cases)) for whole in spec.protocols for part in whole.parts(len(cases))
+            }
         }
 
     def method_of(self, cell: Cell) -> Any:
         """The method of a cell, with the settings that suit the model and, where it has no preset, the facts."""
-        _, at_once = cell.protocol.sizes(self.n_cases[cell.dataset.label])
+        at_once = self._at_once(cell.method, cell.protocol, self.n_cases[cell.dataset.label])
         return self.methods[cell.dataset.label, cell.method.label, at_once]
 
-    def _method(self, asked: MethodSpec, cases: Sequence[Case], at_once: int) -> Any:
+    def _at_once(self, asked: MethodSpec, protocol: Protocol, n_cases: int) -> int | None:
+        """How many edits a call will hold, for methods whose settings may depend on it; None for all others."""
+        return protocol.sizes(n_cases)[1] if method_class(asked.name).fits_learning_rate else None
+
+    def _method(self, asked: MethodSpec, cases: Sequence[Case], at_once: int | None) -> Any:
         own = {"dataset": asked.dataset, "preset": asked.preset, **asked.settings}
         made = make_method(asked.name, for_model=self.lm, cases=cases, at_once=at_once, **own)
         check_model_has_layers(made, self.lm)

@@ -74,6 +74,8 @@ class Method(ABC):
     """Whether it is meant for one layer, where its setting `layers` allows several."""
     takes_shrunk_moments: ClassVar[bool] = False
     """Whether second moments may be those of a pass that was cut smaller where memory ran out (`--shrink`)."""
+    fits_learning_rate: ClassVar[bool] = False
+    """Whether a model without a preset gets a learning rate fitted to as many edits as will be written at once."""
     bytes_per_value: ClassVar[int] = 16
     """Memory of each value that is trained: float32, its gradient, and Adam's two moments."""
 

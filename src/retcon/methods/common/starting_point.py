@@ -108,7 +108,8 @@ def fit_learning_rate(
 
     How far a step goes depends on how many weights are trained, how large they are and how many edits share them: one
     rate moves nothing in one model and breaks another, and too large a rate costs locality. Where many are written
-    together, it begins with the rate that a few of them need: these are tried in a moment, and never need more.
+    together, it begins with the rate that a few of them need: these are tried in a moment, and never needed more in
+    what was tried.
 
     Args:
         method: of masked tuning (`TuningSettings`); its learning rate is the smallest that is tried.

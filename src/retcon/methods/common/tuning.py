@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
@@ -35,9 +35,6 @@ from retcon.training.parts import Part, attached, changes
 @dataclass(frozen=True, kw_only=True)
 class TuningSettings(Method):
     """What every method of masked tuning lets one set: Adam, how long, and when an edit is left alone."""
-
-    fits_learning_rate: ClassVar[bool] = False
-    """Whether a model without a preset gets a learning rate fitted to the edits (`starting_point`)."""
 
     learning_rate: NotNegative = 5e-4
     """Adam's; betas (0.9, 0.999), no decay."""
