@@ -26,6 +26,11 @@ def add_places(parser: argparse.ArgumentParser, *, start: int = 0) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    """The option that chooses among a model's presets."""
+    parser.add_argument("--dataset", metavar="NAME", help="take the preset for this kind of data, such as world-first")
+
+
 def cases_of(data: str | None, start: int, n: int, seed: int) -> list[Case]:
     """Cases of a CounterFact file in file order, or of the embedded world, drawn by seed."""
     if data is None:

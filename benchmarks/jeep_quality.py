@@ -15,13 +15,14 @@ from collections import Counter
 from typing import Any
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of
+from benchmarks.common import add_dataset, add_places, cases_of, machine, moments_of
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
+from retcon.methods.common.contract import Method
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "JEEP": {},
@@ -39,12 +40,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def measure(
-    lm: LM, cases: list[Case], pre: Evaluation, contexts: Contexts, moments: Moments, settings: dict[str, Any]
+    lm: LM, cases: list[Case], pre: Evaluation, contexts: Contexts, moments: Moments, method: Method
 ) -> tuple[str, Delta, Evaluation]:
     """One row's cells (Score, ES, GS, LS, generated match on paraphrases, reached, seconds per edit), and more."""
-    method = retcon.method("jeep", for_model=lm, **settings)
     edits = [case.edits[0] for case in cases]
-    for kind in ("down_proj", "o_proj") if settings.get("high_module") == "attn" else ("down_proj",):
+    for kind in ("down_proj", "o_proj") if method.settings["high_module"] == "attn" else ("down_proj",):
         moments.prepare(lm, [lm.site(layer, kind) for layer in (*method.low, *method.high)])  # type: ignore[attr-defined]
     started = time.perf_counter()
     delta = method.propose(lm, edits, contexts=contexts, moments=moments)
@@ -79,6 +79,7 @@ def misses(cases: list[Case], delta: Delta, evaluation: Evaluation) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_places(parser)
+    add_dataset(parser)
     parser.add_argument("--n", type=int, nargs="+", default=[100])
     parser.add_argument("--ablations", action="store_true", help="the rows of the paper's Table 4")
     parser.add_argument("--only", nargs="+", help="some of the ablations, by the start of their names")
@@ -106,7 +107,8 @@ def main() -> None:
         for name, settings in rows.items():
             if args.only and not any(name.startswith(start) for start in args.only):
                 continue
-            row, delta, evaluation = measure(lm, cases, pre, contexts, moments, {**overrides, **settings})
+            method = retcon.method("jeep", for_model=lm, dataset=args.dataset, **{**overrides, **settings})
+            row, delta, evaluation = measure(lm, cases, pre, contexts, moments, method)
             print(f"| {n} | {name} | {row} |", flush=True)
             if args.misses:
                 print(f"paraphrases: {misses(cases, delta, evaluation)}", flush=True)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of
+from benchmarks.common import add_dataset, add_places, cases_of, machine, moments_of
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
     for name, settings in itertools.product(args.methods, varied(args.vary)):
         for control in ({}, {"score": "random"}) if args.random and name in ("kne", "ctp") else ({},):
             shown = {**settings, **control}
-            method = retcon.method(name, for_model=lm, **{**fixed, **shown})
+            method = retcon.method(name, for_model=lm, dataset=args.dataset, **{**fixed, **shown})
             if args.located and isinstance(method, Kne):
                 facts = [case.edits[0] for case in cases_of(args.data, args.start, max(args.located), args.seed)]
                 method = replace(method, reuse=True, locate_limit=len(facts))
@@ -233,6 +233,7 @@ def main() -> None:
     running = verbs.add_parser("run")
     running.add_argument("methods", nargs="+")
     add_places(running)
+    add_dataset(running)
     running.add_argument("--n", type=int, default=100)
     running.add_argument("--protocol", choices=("single", "batch", "consecutive"), default="batch")
     running.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting, as TOML")

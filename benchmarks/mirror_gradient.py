@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from typing import ClassVar, cast
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine
+from benchmarks.common import add_dataset, add_places, cases_of, machine
 from retcon.locate.paths import Slot
 from retcon.methods.ctp import Ctp, PathTrainer, _accumulate
 from retcon.training.descent import shares
@@ -56,12 +56,13 @@ class WatchedCtp(Ctp):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_places(parser)
+    add_dataset(parser)
     parser.add_argument("--n", type=int, default=16)
     parser.add_argument("--n-negative", type=int, default=1)
     args = parser.parse_args()
     lm = retcon.load(args.model)
     edits = [case.edits[0] for case in cases_of(args.data, args.start, args.n, args.seed)]
-    preset = cast(Ctp, retcon.method("ctp", for_model=lm))
+    preset = cast(Ctp, retcon.method("ctp", for_model=lm, dataset=args.dataset))
     asked = replace(preset, contrast="mirror", batch_size=None, stop_loss=0.0, n_negative=args.n_negative)
     settings = {field.name: getattr(asked, field.name) for field in fields(asked)}
     columns = {}

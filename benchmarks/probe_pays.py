@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import cases_of, machine, moments_of, ranks
+from benchmarks.common import add_dataset, cases_of, machine, moments_of, ranks
 from retcon.cli.probe.shared import rounded
 from retcon.evaluation import evaluate
 from retcon.lm.model import LM
@@ -43,7 +43,7 @@ def windows(n_layers: int, width: int) -> list[tuple[int, ...]]:
 def sweep(lm: LM, args: argparse.Namespace, advice: Advice, rows: list[dict[str, Any]], out: Path) -> bool:
     """One row per position and setting of the other group, appended to `rows` and to the file; whether all are done."""
     rule = Rule()
-    preset = retcon.method("jeep", for_model=lm)
+    preset = retcon.method("jeep", for_model=lm, dataset=args.dataset)
     groups = {"low": preset.low, "high": preset.high}  # type: ignore[attr-defined]
     asked = []
     for swept, share in (("low", rule.low_share), ("high", rule.high_share)):
@@ -64,7 +64,7 @@ def sweep(lm: LM, args: argparse.Namespace, advice: Advice, rows: list[dict[str,
     moments.prepare(lm, [lm.site(layer, "down_proj") for layer in range(lm.n_layers)])
     pre = evaluate(lm, cases, generate=False)
     for swept, layers, beside, settings in asked[: args.rows]:
-        jeep = retcon.method("jeep", for_model=lm, **settings)
+        jeep = retcon.method("jeep", for_model=lm, dataset=args.dataset, **settings)
         started = time.perf_counter()
         delta = jeep.propose(lm, edits, contexts=contexts, moments=moments, seed=args.seed)
         took = time.perf_counter() - started
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="also sweep each group with the other one left out")
     parser.add_argument("--rows", type=int, help="stop after that many new rows; the next run goes on")
     parser.add_argument("--seed", type=int, default=0)
+    add_dataset(parser)
     parser.add_argument("--out", required=True, metavar="STEM")
     args = parser.parse_args()
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of, ranks
+from benchmarks.common import add_dataset, add_places, cases_of, machine, moments_of, ranks
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import evaluate
@@ -27,6 +27,7 @@ from retcon.lm.model import LM
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_places(parser)
+    add_dataset(parser)
     parser.add_argument("--n", type=int, default=100)
     args = parser.parse_args()
     lm = retcon.load(args.model)
@@ -36,7 +37,7 @@ def main() -> None:
     print(f"{args.model}, {args.n} facts from {args.start}, seed {args.seed}; {machine()}\n")
     print("| searched | of | none | low | high | both | interaction | below 0 | correlation | p |\n|" + "---|" * 10)
     for searched, joint in (("together", True), ("one after the other", False)):
-        method = retcon.method("jeep", for_model=lm, joint_optimisation=joint)
+        method = retcon.method("jeep", for_model=lm, dataset=args.dataset, joint_optimisation=joint)
         delta = method.propose(lm, edits, seed=args.seed, **given)
         low, high = (part_of(lm, delta, layers) for layers in (method.settings["low"], method.settings["high"]))
         of = [margins(lm, cases, part) for part in (None, low, high, delta)]
