@@ -71,6 +71,19 @@ def test_a_dry_run_only_says(cli: Callable[..., Any], file: Path) -> None:
     assert not Path("out").exists()
 
 
+def test_a_method_asked_for_by_name_and_by_label_runs_once(cli: Callable[..., Any], file: Path) -> None:
+    file.write_text(
+        TOML + '[[methods]]\nname = "jeep"\nlabel = "longer"\nsettings = {steps = 4, low = [0], high = [3]}\n'
+    )
+    run = ("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--dry-run", "--json")
+    asked = json.loads(cli(*run, "--method", "jeep", "--method", "longer").stdout)
+    assert [run["run"] for run in asked["runs"]] == [
+        "tiny_jeep_edits_batch-all_seed0",
+        "tiny_longer_edits_batch-all_seed0",
+    ]
+    assert len(json.loads(cli(*run, "--method", "longer").stdout)["runs"]) == 1
+
+
 def test_what_is_missing_is_named(cli: Callable[..., Any], here: Path) -> None:
     assert "give a TOML file, or --method, --dataset too" in cli("bench", "--model", "gptj", code=2).stderr
     assert "not a readable TOML file" in cli("bench", "nowhere.toml", code=2).stderr

@@ -157,7 +157,9 @@ def _spec(
     else:
         spec = spec_from_file(file)
         if method:
-            spec = replace(spec, methods=tuple(chosen for name in method for chosen in _methods(spec, name)))
+            asked = [chosen for name in method for chosen in _methods(spec, name)]
+            once = tuple(chosen for i, chosen in enumerate(asked) if chosen not in asked[:i])  # by name and by label
+            spec = replace(spec, methods=once)
     places = {"model": model, "dataset": dataset, "corpus": corpus, "text": text}
     spec = spec.with_places(**{k: None if v is None else str(v) for k, v in places.items()})
     if protocol is not None:
