@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Any
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of
+from benchmarks.common import add_dataset, add_places, cases_of, machine, moments_of
 from benchmarks.jeep_quality import measure
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
@@ -27,13 +27,14 @@ from retcon.memory.moments import document_rows
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_places(parser)
+    add_dataset(parser)
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--per-dimension", type=int, nargs="+", default=[2, 5, 10, 20, 50], metavar="TOKENS")
     args = parser.parse_args()
 
     warnings.simplefilter("ignore", RetconWarning)  # too few tokens, and what comes of it
     lm = retcon.load(args.model)
-    jeep: Any = retcon.method("jeep", for_model=lm)
+    jeep: Any = retcon.method("jeep", for_model=lm, dataset=args.dataset)
     sites = [lm.site(layer, "down_proj") for layer in (*jeep.low, *jeep.high)]
     contexts = retcon.sample_contexts(lm, seed=args.seed)
     cases = cases_of(args.data, args.start, args.n, args.seed)
@@ -57,7 +58,7 @@ def main() -> None:
         for site in sites:
             last = sources[-1].second_moment(lm, site)
             apart.append(float((source.second_moment(lm, site) - last).norm() / last.norm()))
-        row, _, _ = measure(lm, cases, pre, contexts, source, {})
+        row, _, _ = measure(lm, cases, pre, contexts, source, jeep)
         scores = " | ".join(row.split(" | ")[:4])
         tokens = f"{read:,}" + (f" of {asked:,}" if read < asked else "")
         per = source.tokens_per_dimension

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of
+from benchmarks.common import add_dataset, add_places, cases_of, machine, moments_of
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.methods.common.sequence import in_steps
@@ -52,8 +52,9 @@ def run(args: argparse.Namespace) -> None:
 
         for label in args.methods:
             name, settings = ROWS[label]
-            method, state, started = retcon.method(name, for_model=lm, **settings), None, time.perf_counter()
-            prune = retcon.method("prune", for_model=lm) if label == "MEMIT" else None
+            method = retcon.method(name, for_model=lm, dataset=args.dataset, **settings)
+            prune = retcon.method("prune", for_model=lm, dataset=args.dataset) if label == "MEMIT" else None
+            state, started = None, time.perf_counter()
             for first in range(0, args.edits, args.step):
                 edits = [case.edits[0] for case in cases[first : first + args.step]]
                 delta = in_steps(method, lm, edits, contexts=contexts, moments=moments, state=state)
@@ -94,6 +95,7 @@ def main() -> None:
     verbs = parser.add_subparsers(required=True)
     running = verbs.add_parser("run")
     add_places(running)
+    add_dataset(running)
     running.add_argument("--edits", type=int, default=500)
     running.add_argument("--step", type=int, default=10)
     running.add_argument("--every", type=int, default=50)
