@@ -1,5 +1,6 @@
 """Presets of all methods: every published row loads, says its source, and is found for its model."""
 
+import tomllib
 from importlib.resources import files
 from pathlib import Path
 
@@ -108,6 +109,20 @@ def test_a_preset_for_a_part_of_what_another_is_for_is_taken_where_it_is_asked_f
     lm = tiny("llama")
     assert method("ft", for_model=lm) == method("ft", preset="ft/demo-llama/world")
     assert method("ft", for_model=lm, dataset="world-single") == method("ft", preset="ft/demo-llama/world-single")
+
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.toml")), ids=lambda file: file.stem)
+def test_presets_that_records_of_results_name_are_there(file):
+    """A record's file can be run again: what it was made with has stayed, under the name that it gives."""
+    asked = tomllib.loads(file.read_text("utf-8"))
+    models = [m["name"].replace("demo:", "demo-") for m in asked["models"] if m["name"].startswith("demo:")]
+    for row in asked["methods"]:
+        known = {(p.model, p.dataset) for p in presets(row["name"])}
+        for model in models if "dataset" in row else ():
+            assert (model, row["dataset"]) in known
 
 
 @pytest.mark.parametrize("model", ["demo-gptj", "demo-llama"])
