@@ -3,11 +3,13 @@
     python -m benchmarks.without_preset --model .cache/smollm2-135m --data FILE --corpus text.txt --n 100
     python -m benchmarks.without_preset --model .cache/smollm2-135m --data FILE --corpus text.txt --n 50 --alone
     python -m benchmarks.without_preset --model demo:gptj --start 1000 --n 30 --any --put-presets-aside --methods memit
+    python -m benchmarks.without_preset --model .cache/smollm2-135m --data FILE --n 100 --write-cases facts.jsonl
 
 Cases are those whose true answer the unedited model finds more probable than the new one, in file order from the
 `--start`-th of them on. Methods that take one fact write them one on top of the other. One line of JSON each, with
 what was chosen and why, Score, ES, GS, LS (`cf.prob_mean`) with 95 % intervals, how many edits the edited model says
-first, outcomes, seconds (moments left out), and the model's own text before and after some edits.
+first, outcomes, seconds (moments left out), and the model's own text before and after some edits. With `--write-cases`
+nothing is edited: the cases become a file, for `retcon tune`.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import retcon
 from benchmarks.common import add_places, cases_of, machine, moments_of
 from retcon import world
 from retcon.delta import EditReport
-from retcon.edits import Case, Edit
+from retcon.edits import Case, Edit, write_cases
 from retcon.errors import RetconWarning
 from retcon.evaluation import Evaluation, evaluate, read_cases
 from retcon.lm.model import LM
@@ -104,14 +106,18 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--set", dest="assignments", action="append", default=[], help="FIELD=VALUE")
     parser.add_argument("--values", type=Path, help="folder that keeps searched values")
+    parser.add_argument("--write-cases", type=Path, metavar="FILE", help="write the cases there and stop")
     parser.add_argument("--texts", type=int, default=3, help="edits whose texts are printed")
     asked = parser.parse_args()
     warnings.simplefilter("ignore", RetconWarning)
     print(f"# {machine()}", flush=True)
     lm = retcon.load(asked.model)
-    moments = moments_of(lm, asked.corpus)
     pick = cases_of if asked.any else partial(preferred, lm)
     cases = pick(asked.data, asked.start, asked.n, asked.seed)
+    if asked.write_cases:
+        write_cases(asked.write_cases, cases)
+        return
+    moments = moments_of(lm, asked.corpus)
     shown = [edit for case in cases for edit in case.edits][: asked.texts]
     texts_before = written(lm, shown)
     if asked.put_presets_aside:

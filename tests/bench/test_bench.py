@@ -339,6 +339,18 @@ def test_a_specification_from_a_file(tmp_path: Path) -> None:
     assert (moved.datasets[0].path, moved.datasets[0].label, moved.text) == ("there.json", "cf", "t.txt")
 
 
+def test_one_of_several_models_is_chosen_by_label_or_place() -> None:
+    spec = BenchSpec(
+        models=(ModelSpec(name="demo:gptj"), ModelSpec(name="./own", label="mine")),
+        methods=(MethodSpec(name="memit"),),
+        datasets=(DatasetSpec(path="world"),),
+    )
+    assert [m.name for m in spec.with_places(model="demo:gptj").models] == ["demo:gptj"]
+    assert [m.name for m in spec.with_places(model="mine").models] == ["./own"]
+    with pytest.raises(InvalidSetting, match="--model other: the file has 2 models; choose one of them: demo-gptj, mine"):
+        spec.with_places(model="other")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -245,14 +245,16 @@ class BenchSpec:
     ) -> "BenchSpec":
         """The same on other files: for a specification whose paths are another machine's. Labels stay.
 
+        Of several models or datasets, the one with that label or place.
+
         Raises:
-            InvalidSetting: one place is given for several models or datasets.
+            InvalidSetting: none of several models or datasets is called so.
         """
         made = self
         if model is not None:
-            made = replace(made, models=(replace(_only(made.models, "model"), name=model),))
+            made = replace(made, models=_at(model, made.models, "model", "name"))
         if dataset is not None:
-            made = replace(made, datasets=(replace(_only(made.datasets, "dataset"), path=dataset),))
+            made = replace(made, datasets=_at(dataset, made.datasets, "dataset", "path"))
         if corpus is not None:
             made = replace(made, models=tuple(replace(m, corpus=corpus) for m in made.models))
         return made if text is None else replace(made, text=text)
@@ -295,10 +297,14 @@ def spec_from_file(path: str | os.PathLike[str]) -> BenchSpec:
     return _made(BenchSpec, table, str(path))
 
 
-def _only(items: tuple[Any, ...], what: str) -> Any:
-    if len(items) > 1:
-        raise InvalidSetting(f"--{what} stands for one {what}; the file has {len(items)}")
-    return items[0]
+def _at(place: str, items: tuple[Any, ...], what: str, where: str) -> tuple[Any, ...]:
+    """The only item at another place; of several, those with that label or place."""
+    if len(items) == 1:
+        return (replace(items[0], **{where: place}),)
+    if found := tuple(item for item in items if place in (item.label, getattr(item, where))):
+        return found
+    there = ", ".join(item.label for item in items)
+    raise InvalidSetting(f"--{what} {place}: the file has {len(items)} {what}s; choose one of them: {there}")
 
 
 def _made(kind: Any, table: Mapping[str, Any], where: str) -> Any:
