@@ -20,7 +20,7 @@ from retcon.evaluation.drift import perplexity
 from retcon.lm.model import LM
 from retcon.memory.defaults import shipped_text
 from retcon.memory.moments import Corpus, CorpusMoments
-from retcon.methods.common.registry import method
+from retcon.methods.common.choosing import method
 
 TOKENS_PER_DIMENSION = 20
 

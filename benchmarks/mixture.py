@@ -27,7 +27,8 @@ from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.evaluation.drift import routing_overlap
 from retcon.lm.model import LM
-from retcon.methods.common import registry
+from retcon.methods.common.choosing import choose
+from retcon.methods.common.registry import NO_PRESET
 
 METHODS = ("memit", "jeep")
 N_TEXTS = 100
@@ -74,13 +75,14 @@ def main() -> None:
     warnings.simplefilter("ignore", RetconWarning)
     print(f"# {machine()}", flush=True)
     lm = retcon.load(asked.model)
-    registry.preset_for = lambda *_, **__: None  # type: ignore[assignment]  # a dense world's too: one rule for all
     moments = moments_of(lm, asked.corpus)
     cases = known(cases_of(asked.data, asked.start, N_WORLD, asked.seed), asked.known or asked.model)[: asked.n]
     edits = [case.edits[0] for case in cases]
     for name in asked.methods:
         for mlp in asked.mlp:
-            chosen = registry.choose(name, for_model=lm, cases=cases, mlp=mlp)
+            chosen = choose(
+                name, for_model=lm, preset=NO_PRESET, cases=cases, mlp=mlp
+            )  # a dense world too: one rule for all
             chosen.method.propose(lm, edits[:1], moments=moments, seed=asked.seed)  # moments are made, untimed
             started = time.perf_counter()
             delta = chosen.method.propose(lm, edits, moments=moments, seed=asked.seed)

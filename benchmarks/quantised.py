@@ -26,7 +26,7 @@ from retcon.edits import Case
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.lm.model import LM
-from retcon.methods.common import registry
+from retcon.methods.common.choosing import choose
 from retcon.methods.common.proposal import answers
 
 METHODS = ("memit", "jeep")
@@ -92,7 +92,7 @@ def main() -> None:
     for name, (bits, group) in TREATMENTS.items():
         show("unedited", name, copied(lm, lambda made, b=bits, g=group: round_blocks(made, b, g)))  # type: ignore[misc]
     for method in asked.methods:
-        chosen = registry.choose(method, for_model=lm, cases=cases)
+        chosen = choose(method, for_model=lm, cases=cases)
         delta = chosen.method.propose(lm, [case.edits[0] for case in cases], moments=moments, seed=asked.seed)
         with lm.edited(delta):
             edited = copied(lm)

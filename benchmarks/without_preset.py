@@ -33,9 +33,10 @@ from retcon.evaluation import Evaluation, evaluate, read_cases
 from retcon.lm.model import LM
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common import registry
+from retcon.methods.common.choosing import choose
 from retcon.methods.common.contract import Method
 from retcon.methods.common.proposal import answers
+from retcon.methods.common.registry import NO_PRESET
 from retcon.methods.common.sequence import in_steps
 from retcon.workflow.settings import read_settings
 
@@ -120,11 +121,11 @@ def main() -> None:
     moments = moments_of(lm, asked.corpus)
     shown = [edit for case in cases for edit in case.edits][: asked.texts]
     texts_before = written(lm, shown)
-    if asked.put_presets_aside:
-        registry.preset_for = lambda *_, **__: None  # type: ignore[assignment]
+    preset = NO_PRESET if asked.put_presets_aside else None
     for name in asked.methods:
         given = read_settings(name, dataset=None, preset=None, assignments=asked.assignments)
-        chosen = registry.choose(name, for_model=lm, cases=cases, at_once=1 if asked.alone else None, **given)
+        how: dict[str, Any] = dict(preset=preset, cases=cases, at_once=1 if asked.alone else None)
+        chosen = choose(name, for_model=lm, **how, **given)
         if chosen.method.uses_moments and not asked.alone:
             in_steps(chosen.method, lm, cases[0].edits, moments=moments)  # moments and contexts are made, untimed
         if asked.alone:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from retcon.memory.contexts import Contexts, sample_contexts
     from retcon.memory.moments import Corpus, CorpusMoments, GivenMoments
     from retcon.memory.values import ValueCache
-    from retcon.methods.common.registry import list_methods, method
+    from retcon.methods.common.choosing import method
+    from retcon.methods.common.registry import list_methods
     from retcon.methods.common.sequence import in_steps
     from retcon.store import Store
 
@@ -49,7 +50,7 @@ _LAZY = {
     "in_steps": "retcon.methods.common.sequence",
     "list_methods": "retcon.methods.common.registry",
     "load": "retcon.lm.load",
-    "method": "retcon.methods.common.registry",
+    "method": "retcon.methods.common.choosing",
     "read_cases": "retcon.evaluation",
     "sample_contexts": "retcon.memory.contexts",
 }

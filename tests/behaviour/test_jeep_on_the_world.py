@@ -6,7 +6,8 @@ import retcon
 from retcon import world
 from retcon.evaluation import evaluate
 from retcon.lm.fingerprint import fingerprint
-from retcon.methods.common.registry import method, preset_for
+from retcon.methods.common.choosing import method
+from retcon.methods.common.registry import preset_for
 
 N = 20
 

@@ -347,7 +347,9 @@ def test_one_of_several_models_is_chosen_by_label_or_place() -> None:
     )
     assert [m.name for m in spec.with_places(model="demo:gptj").models] == ["demo:gptj"]
     assert [m.name for m in spec.with_places(model="mine").models] == ["./own"]
-    with pytest.raises(InvalidSetting, match="--model other: the file has 2 models; choose one of them: demo-gptj, mine"):
+    with pytest.raises(
+        InvalidSetting, match="--model other: the file has 2 models; choose one of them: demo-gptj, mine"
+    ):
         spec.with_places(model="other")
 
 

@@ -44,11 +44,15 @@ def facts(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:.*larger than the weight")
 def test_searches_reports_and_keeps_a_preset_that_edit_then_takes(cli: Callable[..., Any], here: Path) -> None:
     result = cli(*TUNE)
-    assert "the rule's settings" in result.stdout
+    assert "where it begins" in result.stdout
+    assert "by the rule" in result.stdout
     assert "on 3 other cases" in result.stdout
     assert (here / "mine" / "memit.toml").is_file()
     edited = cli("edit", "gptj", "facts.jsonl", "--out", "d", "--corpus", "corpus.txt", "--method", "memit")
     assert "tuned by retcon tune on facts.jsonl (3 facts" in edited.stdout
+    again = json.loads(cli(*TUNE, "--json").stdout)
+    assert Path(again["start"]).match("memit/*/facts")
+    assert json.loads(cli(*TUNE, "--preset", "none", "--json").stdout)["start"] == "rule"
 
 
 @pytest.mark.filterwarnings("ignore:.*larger than the weight")

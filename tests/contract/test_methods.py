@@ -14,8 +14,9 @@ from retcon.edits import Case, Edit
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import GivenMoments
+from retcon.methods.common.choosing import method
 from retcon.methods.common.contract import Method, Trainable
-from retcon.methods.common.registry import METHODS, method, method_class
+from retcon.methods.common.registry import METHODS, method_class
 from retcon.methods.common.sequence import in_steps
 from tests.conftest import CORE, FAMILIES, everyday, random_moments, tiny_model, tokenizer
 

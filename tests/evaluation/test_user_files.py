@@ -18,7 +18,8 @@ from retcon.evaluation import evaluate, read_cases
 from retcon.evaluation.datasets import FORMATS, FormatName
 from retcon.files import read_json_rows
 from retcon.lm.model import LM
-from retcon.methods.common.registry import check_subjects, list_methods, method
+from retcon.methods.common.choosing import method
+from retcon.methods.common.registry import check_subjects, list_methods
 from tests.conftest import tiny_model, tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "shapes"

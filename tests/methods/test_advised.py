@@ -8,7 +8,8 @@ from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, RetconWarning
 from retcon.lm.model import LM
 from retcon.locate import advise, contrast_probe
-from retcon.methods.common.registry import list_methods, method, method_class
+from retcon.methods.common.choosing import method
+from retcon.methods.common.registry import list_methods, method_class
 from tests.conftest import everyday
 
 pytestmark = pytest.mark.filterwarnings("ignore:no [a-z_]+ preset for this model:retcon.errors.RetconWarning")

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from retcon.edits import Case, Edit, Query, write_cases
 from retcon.errors import DeltaMismatch, InvalidSetting, OutOfMemory, UnsupportedModel
+from retcon.methods.common.choosing import method
 from retcon.methods.common.fine_tuning import add_decay, project, shrink
-from retcon.methods.common.registry import method
 from retcon.methods.ft import Ft
 from retcon.methods.ft_l import FtL
 from retcon.methods.ft_wd import FtWd

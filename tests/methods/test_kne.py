@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from retcon.edits import Edit, write_edits
 from retcon.errors import DeltaMismatch, InvalidEdit, InvalidSetting, NotEditable
 from retcon.locate.attribution import Attribution, attribute
-from retcon.methods.common.registry import method, presets
+from retcon.methods.common.choosing import method
+from retcon.methods.common.registry import presets
 from retcon.methods.kne import Kne
 
 FAST: dict[str, Any] = dict(budget=0.05, n_points=3, epochs=3, learning_rate=1e-2)

@@ -9,8 +9,9 @@ import pytest
 from retcon.errors import RetconWarning
 from retcon.lm.layouts import LAYOUTS
 from retcon.methods.common import presets as presets_module
+from retcon.methods.common.choosing import method
 from retcon.methods.common.contract import ModelShape
-from retcon.methods.common.registry import METHODS, method, method_class, presets
+from retcon.methods.common.registry import METHODS, method_class, presets
 
 
 def _models():
@@ -101,6 +102,17 @@ def test_starting_points_fit_any_depth(name, n_layers):
         method(name, **guess)
         layers = [value for field, value in guess.items() if field in ("layer", "layers", "low", "high")]
         assert all(0 <= x < n_layers for value in layers for x in _as_tuple(value))
+
+
+@pytest.mark.parametrize("name", ["memit", "rect"])
+def test_a_preset_can_be_left_aside(name, tiny, monkeypatch):
+    lm = tiny("gptj")
+    with pytest.warns(RetconWarning, match="no [a-z]+ preset"):
+        by_rule = method(name, for_model=lm)
+    monkeypatch.setattr("retcon.methods.common.presets.signature", lambda lm: dict(_models()["gpt-j-6b"]))
+    preset = method(name, for_model=lm)
+    with pytest.warns(RetconWarning, match="no [a-z]+ preset"):
+        assert method(name, for_model=lm, preset="none") == by_rule != preset
 
 
 def test_a_preset_for_a_part_of_what_another_is_for_is_taken_where_it_is_asked_for(tiny, monkeypatch):

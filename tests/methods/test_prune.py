@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from retcon.delta import Dense, LowRank
 from retcon.errors import InvalidSetting
-from retcon.methods.common.registry import method
+from retcon.methods.common.choosing import method
 from retcon.methods.prune import Prune, restrain, singular_values
 from tests.conftest import random_moments
 from tests.methods.common import CONTEXTS, SEARCH, equal, same, weights

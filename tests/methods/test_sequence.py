@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from retcon.delta import Dense, Entries, LowRank, Region
 from retcon.edits import Edit
 from retcon.errors import ConflictingEdits, InvalidSetting
-from retcon.methods.common.registry import method
+from retcon.methods.common.choosing import method
 from retcon.methods.common.sequence import combined, in_steps
 from tests.conftest import everyday, random_moments
 from tests.methods.common import CONTEXTS, EASY, EASY_TOO, SEARCH

@@ -9,8 +9,9 @@ import pytest
 
 from retcon.errors import RetconWarning
 from retcon.methods.common import starting_point
+from retcon.methods.common.choosing import choose, method
 from retcon.methods.common.contract import ModelShape
-from retcon.methods.common.registry import choose, method, method_class
+from retcon.methods.common.registry import method_class
 from retcon.methods.common.starting_point import ENOUGH, fit_clamps, fit_learning_rate
 from tests.conftest import everyday
 

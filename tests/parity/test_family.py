@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.memory.moments import GivenMoments
-from retcon.methods.common.registry import method
+from retcon.methods.common.choosing import method
 from tests.conftest import random_moments
 from tests.parity.plain import Place, edit_group, forward, optimise
 from tests.parity.test_jeep import CONTEXTS, plain_rows

@@ -37,8 +37,8 @@ from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Corpus, CorpusMoments
 from retcon.memory.timed import TimedMoments
 from retcon.memory.values import ValueCache
+from retcon.methods.common.choosing import method as make_method
 from retcon.methods.common.contract import check_model_has_layers
-from retcon.methods.common.registry import method as make_method
 from retcon.methods.common.registry import method_class
 from retcon.methods.common.sequence import in_steps
 from retcon.work import Workers

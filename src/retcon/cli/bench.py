@@ -45,7 +45,8 @@ def bench(
         Path, typer.Option(metavar="DIR", help="Directory of the results; a run in it goes on.", show_default=False)
     ] = Path("bench"),
     model: Annotated[
-        str | None, typer.Option(help="demo:gptj, a directory, a hub id; one of the file's, or over it.", show_default=False)
+        str | None,
+        typer.Option(help="demo:gptj, a directory, a hub id; one of the file's, or over it.", show_default=False),
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="A method; repeat. Over the file's.", show_default=False)

@@ -134,7 +134,7 @@ def _layers(text: str) -> list[int]:
 
 
 def _jeep_layers(lm: "LM") -> list[int]:
-    from retcon.methods.common.registry import method
+    from retcon.methods.common.choosing import method
 
     jeep: Any = method("jeep", for_model=lm)
     return [*jeep.low, *jeep.high]

@@ -72,7 +72,11 @@ PresetsOf = Annotated[
     str | None, typer.Option(help="Which of the model's presets: counterfact, zsre, ...", show_default=False)
 ]
 Preset = Annotated[
-    str | None, typer.Option(help="A preset by its full name, method/model/dataset.", show_default=False)
+    str | None,
+    typer.Option(
+        help="A preset by its full name, method/model/dataset; none: as if no preset knew the model.",
+        show_default=False,
+    ),
 ]
 Assignments = Annotated[
     list[str] | None,

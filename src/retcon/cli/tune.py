@@ -50,6 +50,13 @@ def tune(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="A setting that stays so; repeat.", show_default=False),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A preset to begin at, by its full name; none: the rule for models without one. Default: the model's.",
+            show_default=False,
+        ),
+    ] = None,
     corpus: Annotated[
         str | None,
         typer.Option(metavar="FILE|DATASET", help="Text for the second moments, as for moments.", show_default=False),
@@ -80,7 +87,7 @@ def tune(
     `edit`, `bench` and retcon.method(..., for_model=...) find the preset from then on, for models of these sizes.
     """
     place = workers(on)
-    given = read_settings(method, dataset=None, preset=None, assignments=assignments or ())
+    given = read_settings(method, dataset=None, preset=preset, assignments=assignments or ())
     facts = read_facts(cases, reading)
     lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
     facts = facts_that_fit(lm, facts, reading.on_error)
@@ -89,7 +96,7 @@ def tune(
     show.print(f"facts     {facts.about}", soft_wrap=True)
 
     def heard(trial: Trial) -> None:
-        changed = " ".join(f"{name}={_shown(value)}" for name, value in trial.changes.items()) or "the rule's settings"
+        changed = " ".join(f"{name}={_shown(value)}" for name, value in trial.changes.items()) or "where it begins"
         failed = styled("  [red]{}[/]", trial.problem) if trial.problem else ""
         tried = f"{count(trial.n_cases, 'case')}, {seconds(trial.seconds)}"
         show.print(styled("  {:5.1f}  {}  {}{}", 100 * trial.score, tried, changed, failed), soft_wrap=True)
@@ -100,6 +107,7 @@ def tune(
             method,
             facts.cases,
             moments=None if corpus is None else moments_for(lm, corpus),
+            preset=preset,
             given=given,
             budget=60 * budget,
             max_trials=trials,
@@ -109,7 +117,7 @@ def tune(
     label = dataset or cases.name.removeprefix("hub:").partition(".")[0]
     source = (
         f"tuned by retcon tune on {cases.name} ({found.n_searched} facts, {len(found.trials)} trials, seed {seed}); "
-        f"Score {_percent(found, 'found')} on {found.n_reported} others, by the rule {_percent(found, 'by_rule')}"
+        f"Score {_percent(found, 'found')} on {found.n_reported} others, {_start(found)} {_percent(found, 'before')}"
     )
     path = save_preset(lm, found, source, label, folder)
     show.print()
@@ -117,7 +125,7 @@ def tune(
     clear = next((d for d in found.differences if d.metric == "Score"), None)
     if clear is not None and clear.interval is not None:
         low, high = 100 * clear.interval.low, 100 * clear.interval.high
-        show.print(f"Score {100 * clear.value:+.1f} [{low:.1f}, {high:.1f}] over the rule, paired by case")
+        show.print(f"Score {100 * clear.value:+.1f} [{low:.1f}, {high:.1f}] over that, paired by case")
     searched = f"{count(len(found.trials), 'trial')} in {seconds(found.seconds)}"
     show.print(styled("{}; settings kept in [bold]{}[/]", searched, path))
     if as_json:
@@ -130,7 +138,8 @@ def tune(
                 "preset": str(path),
                 "trials": [asdict(trial) for trial in found.trials],
                 "found": found.found.as_dict(),
-                "by_rule": found.by_rule.as_dict(),
+                "start": found.start_preset or "rule",
+                "before": found.before.as_dict(),
                 "n_searched": found.n_searched,
                 "n_reported": found.n_reported,
                 "seconds": found.seconds,
@@ -139,14 +148,18 @@ def tune(
 
 
 def _table(found: Tuned) -> Table:
-    """The rule and what was found, on the cases that were not searched on."""
+    """What was begun at and what was found, on the cases that were not searched on."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(f"on {count(found.n_reported, 'other case')}")
     for name in ("Score", "ES", "GS", "LS"):
         table.add_column(name, justify="right")
-    for label, summary in (("by the rule", found.by_rule), ("found", found.found)):
+    for label, summary in ((_start(found), found.before), ("found", found.found)):
         table.add_row(label, *(_cell(summary, name) for name in ("Score", "ES", "GS", "LS")))
     return table
+
+
+def _start(found: Tuned) -> str:
+    return f"by {found.start_preset}" if found.start_preset else "by the rule"
 
 
 def _cell(summary: Any, name: str) -> str:

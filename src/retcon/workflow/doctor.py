@@ -22,7 +22,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyReader, mean_keys
 from retcon.memory.moments import GivenMoments
 from retcon.memory.write import is_routed
-from retcon.methods.common.registry import method
+from retcon.methods.common.choosing import method
 
 Outcome = Literal["passed", "failed", "skipped"]
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}

@@ -77,7 +77,7 @@ def resolve(
         batch_size: how many of them will be written at once, as `write_facts` takes it.
         probe: take the layers that the contrast-based probe advises for `edits`.
     """
-    from retcon.methods.common import registry
+    from retcon.methods.common.choosing import choose
     from retcon.methods.common.contract import check_model_has_layers
     from retcon.methods.common.tuning import memory_note
 
@@ -85,7 +85,7 @@ def resolve(
     probed = {"layers": "probe"} if probe else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "no [a-z_]+ preset for this model", RetconWarning)  # the notes say so
-        chosen = registry.choose(
+        chosen = choose(
             name,
             for_model=lm,
             dataset=dataset,

@@ -60,7 +60,7 @@ class Trial:
     """One set of settings, tried on some of the cases."""
 
     changes: dict[str, Any]
-    """Settings that differ from the rule's."""
+    """Settings that differ from what was begun at."""
     n_cases: int
     score: float
     """Harmonic mean of ES, GS and LS, or of those that the cases can measure; 0 where the method failed."""
@@ -74,23 +74,25 @@ class Tuned:
     """What was found, and what it is worth on the half that was not searched on."""
 
     method: "Method"
-    rule: "Method"
-    """Settings by the rule for models without a preset, or the preset that was there."""
+    start: "Method"
+    """What was begun at."""
+    start_preset: str | None
+    """The preset that it comes from; None: the rule for models without one."""
     trials: tuple[Trial, ...]
     n_searched: int
     n_reported: int
     found: "Summary"
     """On the reported half."""
-    by_rule: "Summary"
-    """The rule's settings on the reported half."""
+    before: "Summary"
+    """What was begun at, on the reported half."""
     differences: "tuple[Difference, ...]"
-    """Found minus rule on the reported half, with paired intervals."""
+    """Found minus before on the reported half, with paired intervals."""
     seconds: float
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Settings that differ from the rule's."""
-        return changed_settings(self.method, self.rule)
+        """Settings that differ from what was begun at."""
+        return changed_settings(self.method, self.start)
 
 
 def changed_settings(method: "Method", before: "Method") -> dict[str, Any]:
@@ -143,6 +145,7 @@ def tune(
     cases: Sequence[Case],
     *,
     moments: "Moments | None" = None,
+    preset: str | None = None,
     given: Mapping[str, Any] | None = None,
     budget: float = 3600.0,
     max_trials: int = 50,
@@ -151,10 +154,11 @@ def tune(
 ) -> Tuned:
     """Search a method's settings on one half of `cases`, and report on the other.
 
-    The first candidate is what `retcon.method(name, for_model=lm, cases=...)` gives for the searched half; what is
-    reported is the best of the last round, the rule's own settings among them.
+    The first candidate is what `retcon.method(name, for_model=lm, preset=preset, cases=...)` gives for the searched
+    half; what is reported is the best of the last round, the first candidate among them.
 
     Args:
+        preset: the full name of the one to begin at, or "none" for the rule; None: the model's, or else the rule.
         given: settings that stay as they are.
         budget: seconds for the search; the round that is running then ends there, and the best so far is given up only
             for what beat it in that round. Reporting comes on top.
@@ -168,7 +172,7 @@ def tune(
     from retcon.evaluation import evaluate
     from retcon.evaluation.paired import differences
     from retcon.memory.defaults import default_moments
-    from retcon.methods.common.registry import choose
+    from retcon.methods.common.choosing import choose
     from retcon.methods.common.wrappers import Filter
 
     if len(cases) < LEAST_CASES:
@@ -177,7 +181,8 @@ def tune(
     order = list(cases)
     random.Random(seed).shuffle(order)
     searched, reported = order[: len(order) // 2], order[len(order) // 2 :]
-    start = choose(name, for_model=lm, cases=searched, **given).method
+    chosen = choose(name, for_model=lm, preset=preset, cases=searched, **given)
+    start = chosen.method
     if isinstance(start, Filter):
         raise InvalidSetting(
             f"{name} filters what another method writes; tune that method ({start.base_method}), whose preset {name} "
@@ -202,16 +207,17 @@ def tune(
         best = _halving(search, frozenset(given), random.Random(seed))
     took = time.monotonic() - began
     pre = evaluate(lm, reported, generate=False)
-    ours, rules = (measured(lm, m, reported, search.moments, pre, seed) for m in (best, start))
-    after = [[r for r in each.records if r.when == "final"] for each in (ours, rules)]
+    ours, before = (measured(lm, m, reported, search.moments, pre, seed) for m in (best, start))
+    after = [[r for r in each.records if r.when == "final"] for each in (ours, before)]
     return Tuned(
         best,
         start,
+        chosen.preset.name if chosen.preset else None,
         tuple(search.trials),
         len(searched),
         len(reported),
         ours.summary(),
-        rules.summary(),
+        before.summary(),
         tuple(differences(*after, seed=seed)),
         took,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from retcon.methods.common.contract import Method, check_settings
-from retcon.methods.common.registry import method
+from retcon.methods.common.registry import build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Filter(Method):
     @property
     def wrapped(self) -> Method:
         """The base method with its settings."""
-        return method(self.base_method, **self.base_settings)
+        return build(self.base_method, self.base_settings)
 
     @property
     def supports_batches(self) -> bool:  # type: ignore[override]

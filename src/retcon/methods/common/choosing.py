@@ -1,0 +1,178 @@
+"""A method with its settings for a model: published, tuned, or by the rule for models that no preset knows."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from retcon.edits import Case, Edit
+from retcon.errors import InvalidSetting, RetconWarning
+from retcon.lm.model import LM
+from retcon.methods.common.advised import probe_layers, settings_for
+from retcon.methods.common.contract import Method, ModelShape
+from retcon.methods.common.locate_then_edit import SearchSettings
+from retcon.methods.common.presets import Preset
+from retcon.methods.common.registry import NO_PRESET, build, method_class, preset_for, preset_named, presets
+from retcon.methods.common.settings import checked
+from retcon.methods.common.starting_point import (
+    clamp_settings,
+    edits_of,
+    fit_clamps,
+    fit_learning_rate,
+    shape_notes,
+)
+from retcon.methods.common.tuning import TuningSettings
+from retcon.methods.common.wrappers import Filter
+
+Facts = Sequence[Edit | Case] | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method with its settings, and where these come from."""
+
+    method: Method
+    preset: Preset | None
+    notes: tuple[str, ...] = ()
+    """What was chosen for a model without a preset, and why, a line each."""
+
+
+def method(
+    name: str,
+    *,
+    for_model: LM | None = None,
+    dataset: str | None = None,
+    preset: str | None = None,
+    cases: Facts = None,
+    at_once: int | None = None,
+    **settings: Any,
+) -> Method:
+    """Return a method with the settings published or tuned for a model; any field can be overridden by keyword.
+
+    Args:
+        name: one of `list_methods()`, or "module:Class" for one of your own.
+        for_model: its preset is looked up by architecture and sizes, never by name or path. Without a preset, settings
+            follow from its shape and from `cases` (`choose` says which), with a warning that says so.
+        dataset: which of a model's presets to take ("counterfact", "zsre", "world"); CounterFact's where there are two
+            and none is asked for, and that is said.
+        preset: a preset by its full name, "method/model/dataset", whatever the model; "none": as if no preset knew the
+            model.
+        cases: the facts to edit. Without a preset, clamps and learning rates are fitted on some of them;
+            `layers="probe"` probes the model with them and takes the layers that the contrast-based probe advises
+            (`retcon.locate`), whatever the method calls them; the embedded models bring their own facts for that.
+        at_once: how many of the facts one batch will hold (None: all), which a learning rate that is fitted goes by.
+
+    Raises:
+        UnknownMethod, UnknownPreset, InvalidSetting: the message lists what is known.
+    """
+    return choose(
+        name, for_model=for_model, dataset=dataset, preset=preset, cases=cases, at_once=at_once, **settings
+    ).method
+
+
+def choose(
+    name: str,
+    *,
+    for_model: LM | None = None,
+    dataset: str | None = None,
+    preset: str | None = None,
+    cases: Facts = None,
+    at_once: int | None = None,
+    **settings: Any,
+) -> Choice:
+    """Return what `method` returns, with the preset that it comes from, or what was chosen without one and why."""
+    chosen = method_class(name)
+    if settings.get("layers") == "probe":
+        settings = _advised(chosen, for_model, cases, settings)
+    settings = checked(name, chosen, settings)
+    found: Preset | None = None
+    if preset not in (None, NO_PRESET):
+        found = preset_named(name, preset)
+    elif preset is None and for_model is not None:
+        found = preset_for(name, for_model, dataset)
+    by_rule = for_model if found is None else None
+    guess = chosen.fallback_settings(ModelShape.of(by_rule)) if by_rule is not None else {}
+    resolved = {**checked(name, chosen, dict(found.settings) if found else guess), **settings}
+    base: Choice | None = None
+    if for_model is not None and issubclass(chosen, Filter):
+        base = _wrapped(
+            chosen, resolved, for_model, dataset, NO_PRESET if preset == NO_PRESET else None, cases, at_once
+        )
+        resolved |= {"base_settings": base.method.settings}
+    made = build(name, resolved, lm=for_model)
+    notes: list[str] = []
+    if by_rule is not None:
+        made, fitted = _fitted(by_rule, made, settings, cases, at_once)
+        notes = _from_shape(chosen, by_rule, guess, settings, cases) + fitted
+    if base is not None:
+        notes += base.notes
+    if by_rule is not None and (guess.keys() - settings.keys() or (_clamps(chosen, settings) and not cases)):
+        warnings.warn(
+            f"no {name} preset for this model ({by_rule.model.config.model_type}, {by_rule.n_layers} layers); "
+            f"its settings follow from its shape: {'; '.join(notes)}",
+            RetconWarning,
+            stacklevel=3,
+        )
+    return Choice(made, found, tuple(notes))
+
+
+def _from_shape(
+    chosen: type[Method], lm: LM, guess: Mapping[str, Any], given: Mapping[str, Any], cases: Facts
+) -> list[str]:
+    """What the rule takes from the model's shape, a line each; what is fitted on the cases has a line of its own."""
+    fitted = set(clamp_settings(chosen))
+    if issubclass(chosen, TuningSettings) and chosen.fits_learning_rate and cases:
+        fitted.add("learning_rate")
+    return shape_notes(chosen, ModelShape.of(lm), {k: v for k, v in guess.items() if k not in {*given, *fitted}})
+
+
+def _fitted(
+    lm: LM, made: Method, given: Mapping[str, Any], cases: Facts, at_once: int | None
+) -> tuple[Method, list[str]]:
+    """The method with clamps or a learning rate that suit the cases, where those are not given, and a line on it."""
+    clamps = _clamps(type(made), given)
+    if isinstance(made, SearchSettings) and clamps and cases:
+        found = fit_clamps(lm, made, edits_of(cases), clamps)
+        return replace(made, **found.clamps), [str(found)]
+    if isinstance(made, TuningSettings) and made.fits_learning_rate and cases and "learning_rate" not in given:
+        step = fit_learning_rate(lm, made, edits_of(cases), at_once=at_once)
+        return replace(made, learning_rate=step.learning_rate), [str(step)]
+    if clamps:
+        shown = ", ".join(f"{clamp} = {made.settings[clamp]:g}" for clamp in clamps)
+        return made, [f"{shown}: the default, made for large models; given the edits (cases=), it is fitted to them"]
+    return made, []
+
+
+def _clamps(chosen: type[Method], given: Iterable[str]) -> list[str]:
+    """The method's clamps that are not given."""
+    return [clamp for clamp in clamp_settings(chosen) if clamp not in given]
+
+
+def _advised(chosen: type[Method], lm: LM | None, cases: Facts, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the probe's layers for `layers="probe"`; what is given by its own name stands over them."""
+    if lm is None:
+        raise InvalidSetting("layers='probe' needs the model that is to be probed: pass for_model=lm")
+    given = {name: value for name, value in settings.items() if name != "layers"}
+    advice = probe_layers(lm, cases)
+    if not issubclass(chosen, Filter):
+        return {**settings_for(advice, chosen), **given}
+    base = method_class(chosen.base_of(given))
+    return {**given, "base_settings": {**settings_for(advice, base), **given.get("base_settings", {})}}
+
+
+def _wrapped(
+    chosen: type[Filter],
+    settings: Mapping[str, Any],
+    lm: LM,
+    dataset: str | None,
+    preset: str | None,
+    cases: Facts,
+    at_once: int | None,
+) -> Choice:
+    """The method that a filter wraps, with its settings for the model, those given over them."""
+    base = chosen.base_of(settings)
+    has = dataset in {p.dataset for p in presets(base)}
+    own = settings.get("base_settings", {})
+    return choose(
+        base, for_model=lm, dataset=dataset if has else None, preset=preset, cases=cases, at_once=at_once, **own
+    )
