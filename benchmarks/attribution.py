@@ -18,6 +18,7 @@ import argparse
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def separate(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attribut
     scores = []
     with lm.frozen_eval():
         for site in sites:
-            weight: Tensor = site.module.weight  # type: ignore[assignment]
+            weight = site.module.get_parameter("weight")
             trained, total = weight.detach().clone(), torch.zeros_like(weight)
             for row in rows:
                 for alpha in how.points()[0].tolist():
@@ -98,7 +99,7 @@ def activations(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attri
     with lm.frozen_eval():
         for row in answer_rows(lm, facts):
             for score, site in zip(scores, sites, strict=True):
-                for caught in catch([site], lambda row=row: f(lm, [row] * how.n_points), alpha.float()):
+                for caught in catch([site], partial(f, lm, [row] * how.n_points), alpha.float()):
                     score += caught.rows() * float(weight[0]) / len(facts)
     return scores
 

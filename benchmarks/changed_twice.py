@@ -42,12 +42,7 @@ def main() -> None:
     print("| method | change | Score | ES | GS | LS | agreement |\n|" + "---|" * 7)
     for name in args.methods:
         method = retcon.method(name, for_model=lm)
-        more = dict(contexts=retcon.sample_contexts(lm, seed=args.seed), moments=moments) if method.uses_moments else {}
-
-        def write(cases: Sequence[Case]) -> None:
-            edits = [case.edits[0] for case in cases]
-            lm.apply(method.propose(lm, edits, seed=args.seed, **more))  # noqa: B023 (called within this turn)
-
+        contexts = retcon.sample_contexts(lm, seed=args.seed) if method.uses_moments else None
         for change, calls in {
             "A to B": [to_b],
             "A to C": [a_to_c],
@@ -56,7 +51,8 @@ def main() -> None:
         }.items():
             before = evaluate(lm, calls[-1], generate=False)
             for cases in calls:
-                write(cases)
+                edits = [case.edits[0] for case in cases]
+                lm.apply(method.propose(lm, edits, contexts=contexts, moments=moments, seed=args.seed))
             print("| " + " | ".join([name, change, *measured(lm, calls[-1], before)]) + " |", flush=True)
             lm.revert_all()
 
@@ -84,7 +80,7 @@ def asking(case: Case, answer: str, rival: str) -> Case:
 def measured(lm: LM, cases: Sequence[Case], before: retcon.evaluation.Evaluation) -> list[str]:
     """Metrics of the model as it stands."""
     summary = evaluate(lm, cases, pre=before, generate=False).summary()
-    return ["-" if summary[key].post is None else summary[key].post.percent() for key in METRICS]
+    return ["-" if (post := summary[key].post) is None else post.percent() for key in METRICS]
 
 
 if __name__ == "__main__":

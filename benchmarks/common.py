@@ -5,16 +5,20 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 import retcon
 from retcon import world
 from retcon.edits import Case
 from retcon.evaluation import read_cases
+from retcon.evaluation.summary import Estimate
 from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
-from retcon.memory.moments import Corpus, CorpusMoments, Moments
+from retcon.memory.moments import Corpus, CorpusMoments
+from retcon.methods.jeep import Jeep
 
 
 def add_places(parser: argparse.ArgumentParser, *, start: int = 0) -> None:
@@ -40,9 +44,28 @@ def cases_of(data: str | None, start: int, n: int, seed: int) -> list[Case]:
     return cases
 
 
-def moments_of(lm: LM, corpus: str | None) -> Moments:
+def moments_of(lm: LM, corpus: str | None) -> CorpusMoments:
     """Moments from a text file, or the model's default."""
     return CorpusMoments(Corpus.from_file(corpus)) if corpus else default_moments(lm)
+
+
+def jeep_of(lm: LM, dataset: str | None = None, **settings: Any) -> Jeep:
+    """JEEP with the model's preset; any field can be overridden by keyword."""
+    method = retcon.method("jeep", for_model=lm, dataset=dataset, **settings)
+    assert isinstance(method, Jeep)
+    return method
+
+
+def estimated(estimate: Estimate | None) -> Estimate:
+    """Return the estimate of a metric that every evaluation of these scripts measures."""
+    assert estimate is not None
+    return estimate
+
+
+def flops_per_token(block: nn.Module) -> int:
+    """Return the FLOPs of one token in a block's matrices; attention scores are left out."""
+    matrices = [m for m in block.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    return 2 * sum(m.get_parameter("weight").numel() for m in matrices)
 
 
 def ranks(values: Sequence[float]) -> list[float]:

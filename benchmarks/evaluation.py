@@ -26,9 +26,9 @@ from retcon.evaluation import Measures, evaluate
 from retcon.evaluation.plan import make_plan
 from retcon.evaluation.records import Record, read_records, write_records
 from retcon.evaluation.score import TokenScore, score_rows
-from retcon.lm.forward import logits_at
+from retcon.lm.forward import Places, logits_at
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row
+from retcon.lm.prompts import Batch, Row
 
 N_RECORDS = 780_000
 
@@ -53,7 +53,7 @@ class Counter:
         self.tokens = self.positions = 0
         inside = [p.numel() for name, p in lm.model.named_parameters() if name.startswith(_prefix(lm)) and p.dim() == 2]
         self.per_token = 2 * sum(inside)
-        self.per_position = 2 * lm.head.weight.numel()  # type: ignore[operator]
+        self.per_position = 2 * lm.head.get_parameter("weight").numel()
 
     def flops(self) -> float:
         return self.tokens * self.per_token + self.positions * self.per_position
@@ -67,7 +67,7 @@ def counted(lm: LM, rows: list[Row]) -> float:
     """FLOPs of `score_rows`, from the batches it runs."""
     counter = Counter(lm)
 
-    def count(lm, batch, places):  # type: ignore[no-untyped-def]
+    def count(lm: LM, batch: Batch, places: Places) -> torch.Tensor:
         counter.tokens += batch.ids.numel()
         counter.positions += len(places[0])
         return logits_at(lm, batch, places)

@@ -22,7 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import retcon
-from benchmarks.common import cases_of, machine, moments_of
+from benchmarks.common import cases_of, flops_per_token, jeep_of, machine, moments_of
 from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.lm.forward import Point
@@ -61,11 +61,11 @@ def plain_path() -> Iterator[None]:
 
 def floor(lm: LM, method: Jeep, edits: Sequence[Edit], contexts: Contexts, steps: Sequence[int]) -> float:
     """FLOPs that the value search needs at least (docs/design.md), with the steps that each edit took."""
-    per_token = 2 * sum(m.weight.numel() for m in lm.block(0).modules() if type(m).__name__ in ("Linear", "Conv1D"))
+    per_token = flops_per_token(lm.block(0))
     groups = [g for g in method.groups() if g]
     sites = [method.value_site(group) for group in groups]
     reading = 2 * sum(lm.site(0, kind).weight.numel() for kind in ("q_proj", "k_proj", "v_proj"))
-    head = 2 * lm.head.weight.numel()  # type: ignore[operator]
+    head = 2 * lm.head.get_parameter("weight").numel()
     live = lm.n_layers - 2 - min(s.point.layer for s in sites)  # the last block reads all tokens, and answers at labels
     total = 0.0
     for edit, taken in zip(edits, steps, strict=True):
@@ -81,8 +81,7 @@ def floor(lm: LM, method: Jeep, edits: Sequence[Edit], contexts: Contexts, steps
 
 def compare(lm: LM, edits: Sequence[Edit], moments: Moments, repeats: int) -> str:
     """A row of the first table."""
-    method = retcon.method("jeep", for_model=lm)
-    assert isinstance(method, Jeep)
+    method = jeep_of(lm)
     contexts = sample_contexts(lm)
 
     def run() -> Delta:
@@ -121,7 +120,7 @@ def compare(lm: LM, edits: Sequence[Edit], moments: Moments, repeats: int) -> st
 
 def grow(lm: LM, edits: Sequence[Edit], moments: Moments) -> str:
     """A row of the second table."""
-    method, contexts = retcon.method("jeep", for_model=lm), sample_contexts(lm)
+    method, contexts = jeep_of(lm), sample_contexts(lm)
     with Peak(lm.device) as peak:
         took = seconds_of(lambda: method.propose(lm, edits, contexts=contexts, moments=moments))
     n = len(edits)
@@ -161,7 +160,7 @@ def main() -> None:
         lm = retcon.load(name)
         moments = moments_of(lm, args.corpus)
         edits = [c.edits[0] for c in cases_of(args.data, args.start, max(args.grow or [args.n]), 0)]
-        retcon.method("jeep", for_model=lm).propose(lm, edits[:2], moments=moments)  # warms up
+        jeep_of(lm).propose(lm, edits[:2], moments=moments)  # warms up
         if args.grow:
             for n in args.grow:
                 print(grow(lm, edits[:n], moments), flush=True)

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer
 
 import retcon
 from benchmarks import released_jeep
-from benchmarks.common import machine
+from benchmarks.common import jeep_of, machine
 from benchmarks.fast_path import floor
 from benchmarks.large_models import count, settings
 from benchmarks.moments import SHAPES, product_rates, random_lm, random_rows
@@ -114,7 +115,7 @@ class Card:
             changes: list[list[torch.Tensor]] = []
             for device in ("cpu", str(self.device)):
                 lm = retcon.load(name, device=device, dtype="float32")
-                delta = retcon.method("jeep", for_model=lm, steps=5).propose(lm, edits)
+                delta = jeep_of(lm, steps=5).propose(lm, edits)
                 changes.append([delta.dense(p, lm.parameter(p).shape) for p in sorted(delta.changes)])
             off = max(float((a - b).norm() / a.norm()) for a, b in zip(*changes, strict=True) if a.norm() > 0)
             if off > TOLERANCE:
@@ -140,7 +141,7 @@ class Card:
             few = edits[:n]
             search_values(lm, few[: min(n, 8)], places, contexts, search)  # the second call in the process counts
             with Peak(lm.device) as peak:
-                took = self.seconds(lambda few=few: search_values(lm, few, places, contexts, search))  # type: ignore[misc]
+                took = self.seconds(partial(search_all, few))
             memory = f"{peak.nbytes / 2**30:.1f} GiB" if peak.nbytes else "memory unknown"
             what = f"search, {n} edits, {size.steps} steps"
             m = min(n, 64)
@@ -271,9 +272,9 @@ def parts(card: Card) -> list[tuple[str, float, Callable[[], Iterator[Row]]]]:
         (f"moments, {first}", 100, lambda: card.moments(first)),
     ]
     for name in others:
-        found.append((f"search, {name}", 120, lambda name=name: card.search(name)))  # type: ignore[misc]
+        found.append((f"search, {name}", 120, partial(card.search, name)))
         if card.released is not None and name == RELEASED_FOR:
-            found.append(("released code", 30, lambda name=name: card.by_released_code(name)))  # type: ignore[misc]
+            found.append(("released code", 30, partial(card.by_released_code, name)))
     return found
 
 

@@ -15,14 +15,14 @@ from collections import Counter
 from typing import Any
 
 import retcon
-from benchmarks.common import add_dataset, add_places, cases_of, machine, moments_of
+from benchmarks.common import add_dataset, add_places, cases_of, estimated, jeep_of, machine, moments_of
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
-from retcon.methods.common.contract import Method
+from retcon.methods.jeep import Jeep
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "JEEP": {},
@@ -40,19 +40,19 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def measure(
-    lm: LM, cases: list[Case], pre: Evaluation, contexts: Contexts, moments: Moments, method: Method
+    lm: LM, cases: list[Case], pre: Evaluation, contexts: Contexts, moments: Moments, method: Jeep
 ) -> tuple[str, Delta, Evaluation]:
     """One row's cells (Score, ES, GS, LS, generated match on paraphrases, reached, seconds per edit), and more."""
     edits = [case.edits[0] for case in cases]
-    for kind in ("down_proj", "o_proj") if method.settings["high_module"] == "attn" else ("down_proj",):
-        moments.prepare(lm, [lm.site(layer, kind) for layer in (*method.low, *method.high)])  # type: ignore[attr-defined]
+    for kind in ("down_proj", "o_proj") if method.high_module == "attn" else ("down_proj",):
+        moments.prepare(lm, [lm.site(layer, kind) for layer in (*method.low, *method.high)])
     started = time.perf_counter()
     delta = method.propose(lm, edits, contexts=contexts, moments=moments)
     seconds = (time.perf_counter() - started) / len(edits)
     evaluation = evaluate(lm, cases, delta=delta, pre=pre, stops=("\n", "."))
     summary = evaluation.summary()
-    cells = [summary[name].post.percent() for name in ("Score", "ES", "GS", "LS")]
-    cells += [summary["GS", "gen.em"].post.percent()]
+    cells = [estimated(summary[name].post).percent() for name in ("Score", "ES", "GS", "LS")]
+    cells += [estimated(summary["GS", "gen.em"].post).percent()]
     reached = sum(r.stopped == "reached" for r in delta.report) / len(delta.report)
     return " | ".join([*cells, f"{100 * reached:.0f} %", f"{seconds:.2f}"]), delta, evaluation
 
@@ -66,10 +66,11 @@ def misses(cases: list[Case], delta: Delta, evaluation: Evaluation) -> str:
     for record in evaluation.records:
         if (record.when, record.metric, record.variant) != ("final", "GS", "cf.prob_mean") or record.value is None:
             continue
-        case = by_id[record.case_id]
+        case = by_id[record.case_id or ""]
         edit = case.edits[0]
+        subject = edit.subject or ""
         prompt = next(query.prompt for query in case.queries if query.id == record.query_id)
-        same_place = prompt.startswith(edit.subject) == edit.text.startswith(edit.subject)
+        same_place = prompt.startswith(subject) == edit.text.startswith(subject)
         for group in (f"search {stopped[edit.id]}", f"subject in {'the same' if same_place else 'another'} place"):
             asked[group] += 1
             missed[group] += record.value == 0
@@ -99,15 +100,13 @@ def main() -> None:
         cases = cases_of(args.data, args.start, n, args.seed)
         pre = evaluate(lm, cases, stops=("\n", "."))
         before = pre.summary()
-        cells = [before[name].pre.percent() for name in ("Score", "ES", "GS", "LS")] + [
-            before["GS", "gen.em"].pre.percent()
-        ]
+        cells = [estimated(before[key].pre).percent() for key in ("Score", "ES", "GS", "LS", ("GS", "gen.em"))]
         print(f"| {n} | unedited | {' | '.join(cells)} | | |", flush=True)
         rows = ABLATIONS if args.ablations else {"JEEP": {}}
         for name, settings in rows.items():
             if args.only and not any(name.startswith(start) for start in args.only):
                 continue
-            method = retcon.method("jeep", for_model=lm, dataset=args.dataset, **{**overrides, **settings})
+            method = jeep_of(lm, args.dataset, **{**overrides, **settings})
             row, delta, evaluation = measure(lm, cases, pre, contexts, moments, method)
             print(f"| {n} | {name} | {row} |", flush=True)
             if args.misses:

@@ -12,6 +12,7 @@ large k^T C^-1 k is at the prediction position, over the key width m.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,15 +30,12 @@ def keys_of(lm: LM, row: Row, layers: Sequence[int]) -> dict[int, Tensor]:
     """The keys of every token, by layer: (tokens, m)."""
     found: dict[int, Tensor] = {}
 
-    def keep(layer: int) -> object:
-        def hook(value: Tensor) -> None:
-            found[layer] = value[0].detach().double().cpu()
+    def keep(layer: int, value: Tensor) -> None:
+        found[layer] = value[0].detach().double().cpu()
 
-        return hook
-
-    hooks = {Point(layer, "key"): keep(layer) for layer in layers}
+    hooks = {Point(layer, "key"): partial(keep, layer) for layer in layers}
     with torch.inference_mode():
-        run(lm, Inputs.of(pad([row], lm.device)), hooks)  # type: ignore[arg-type]
+        run(lm, Inputs.of(pad([row], lm.device)), hooks)
     return found
 
 

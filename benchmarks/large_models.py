@@ -139,9 +139,7 @@ def main() -> None:
         for steps in args.steps:
             profile: AbstractContextManager = nullcontext()
             if args.profile:
-                profile = torch.profiler.profile(
-                    on_trace_ready=torch.profiler.tensorboard_trace_handler(args.profile)  # type: ignore[attr-defined]
-                )
+                profile = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(args.profile))
             measure(name, lm, edits, steps, profile)
         del lm
 

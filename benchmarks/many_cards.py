@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.common import flops_per_token
 from benchmarks.fast_path import floor
 from benchmarks.large_models import settings
 from benchmarks.moments import SHAPES, random_lm
@@ -55,7 +56,7 @@ def counted(name: str, steps: int, n: int) -> tuple[PerEdit, Edited]:
     method = settings(SHAPES[name][1], steps)
     edits = [case.edits[0] for case in world.cases(n)]
     search = floor(lm, method, edits, PREFIXES, [steps - 1] * n) / n
-    per_token = 2 * sum(m.weight.numel() for m in lm.block(0).modules() if type(m).__name__ in ("Linear", "Conv1D"))
+    per_token = flops_per_token(lm.block(0))
     layers = sorted({layer for g in method.groups() if g for layer in g.layers})
     tokens = statistics.mean(
         sum(len(lm.tokenizer(prefix + edit.text).input_ids) for prefix in PREFIXES.all) for edit in edits

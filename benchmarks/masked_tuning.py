@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import add_dataset, add_places, cases_of, machine, moments_of
-from retcon.delta import Delta
+from benchmarks.common import add_dataset, add_places, cases_of, estimated, machine, moments_of
+from retcon.attachment import Attachment
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
 from retcon.evaluation.summary import Estimate
@@ -116,7 +116,7 @@ class Bench:
     def outcome(self, method: Method, state: Any = None) -> Outcome:
         """The cases edited and measured; the model is as before."""
         given = self.given(method)
-        deltas: list[Delta] = []
+        deltas: list[Attachment] = []
         records: list[Any] = []
         seconds = 0.0
         groups = [self.cases] if self.protocol == "batch" else [[case] for case in self.cases]
@@ -137,17 +137,17 @@ class Bench:
         summary = Evaluation(list(self.pre.records) + records, dict(self.pre.context), {}, {}).summary()
         reports = [report for delta in deltas for report in delta.report]
         return Outcome(
-            {metric: _measured(summary[key].post) for metric, key in METRICS.items()},
+            {metric: estimated(summary[key].post) for metric, key in METRICS.items()},
             seconds / len(reports),
             statistics.mean(self._n_changed(delta) for delta in deltas) / self.n_parameters,
             sum(report.stopped == "reached" for report in reports) / len(reports),
         )
 
-    def _after(self, cases: Sequence[Case], delta: Delta | None) -> list[Any]:
+    def _after(self, cases: Sequence[Case], delta: Attachment | None) -> list[Any]:
         measured = evaluate(self.lm, cases, delta=delta, pre=self.pre, generate=False)
         return [record for record in measured.records if record.when == "final"]
 
-    def _n_changed(self, delta: Delta) -> int:
+    def _n_changed(self, delta: Attachment) -> int:
         """Parameters that the delta touches; low-rank changes touch all of theirs."""
         count = 0
         for name, changes in delta.changes.items():
@@ -155,11 +155,6 @@ class Bench:
                 whole = change.kind in ("low_rank", "dense")
                 count += self.lm.parameter(name).numel() if whole else change.values().numel()
         return count
-
-
-def _measured(estimate: Estimate | None) -> Estimate:
-    assert estimate is not None
-    return estimate
 
 
 def varied(settings: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -177,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.model}, {args.protocol}, n = {args.n} from {args.start}, seed {args.seed}; {machine()}\n")
     print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
     before = bench.pre.summary()
-    print("| unedited | " + " | ".join(_measured(before[key].pre).percent() for key in METRICS.values()) + " | | | |")
+    print("| unedited | " + " | ".join(estimated(before[key].pre).percent() for key in METRICS.values()) + " | | | |")
 
     def show(name: str, settings: dict[str, Any], outcome: Outcome) -> None:
         label = ", ".join([name, *(f"{k}={v}" for k, v in settings.items())])

@@ -42,7 +42,7 @@ def main() -> None:
     lm = retcon.load(args.model)
     edits = [case.edits[0] for case in cases_of(args.data, 0, args.edits, 0)]
     contexts, moments = retcon.sample_contexts(lm), moments_of(lm, args.corpus)
-    last = retcon.method("memit", for_model=lm).layers  # type: ignore[attr-defined]
+    last = retcon.method("memit", for_model=lm).settings["layers"]
     taken: dict[str, list[float]] = {label: [] for label in ROWS}
     for _ in range(args.rounds):
         for label, (name, settings) in ROWS.items():

@@ -21,7 +21,7 @@ from pathlib import Path
 import retcon
 from benchmarks.common import add_places, cases_of, machine, moments_of
 from retcon import world
-from retcon.delta import Delta
+from retcon.attachment import Attachment
 from retcon.edits import Case
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
@@ -36,7 +36,7 @@ N_WORLD = 1500
 """Cases that are drawn, for `--n` of them to be among what the model knows."""
 
 
-def overlaps(lm: LM, cases: list[Case], delta: Delta, first: int) -> dict[str, list[float]]:
+def overlaps(lm: LM, cases: list[Case], delta: Attachment, first: int) -> dict[str, list[float]]:
     """Mean and lowest routing overlap of the layers above `first`, per kind of prompt."""
     prompts = {
         "edits": [case.edits[0].text for case in cases],

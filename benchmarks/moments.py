@@ -16,6 +16,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import retcon
-from benchmarks.common import machine, moments_of
+from benchmarks.common import flops_per_token, jeep_of, machine, moments_of
 from retcon.lm.forward import Point, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
@@ -97,10 +98,7 @@ def random_rows(n_tokens: int, vocabulary: int, seed: int) -> list[Row]:
 def counted(lm: LM, sites: Sequence[Site], rows: Sequence[Row]) -> tuple[float, float]:
     """(forward, products of keys) in FLOPs for the real tokens of `rows`."""
     highest = max(s.layer for s in sites)
-    linear = 0
-    for layer in range(highest + 1):
-        matrices = [m for m in lm.block(layer).modules() if type(m).__name__ in ("Linear", "Conv1D")]
-        linear += 2 * sum(m.weight.numel() for m in matrices)
+    linear = sum(flops_per_token(lm.block(layer)) for layer in range(highest + 1))
     linear -= 2 * lm.site(highest, "down_proj").weight.numel()  # the pass ends at its input
     width = lm.site(0, "o_proj").weight.shape[1]
     n_tokens = sum(len(r.ids) for r in rows)
@@ -141,7 +139,7 @@ def product_rates(lm: LM) -> dict[str, float]:
         a = torch.randn(i, j, device=lm.device, dtype=lm.dtype)
         b = torch.randn(j, k, device=lm.device, dtype=lm.dtype)
         a @ b
-        rates[name] = 2 * i * j * k / seconds_of(lambda a=a, b=b: a @ b, lm.device, 5)  # type: ignore[misc]
+        rates[name] = 2 * i * j * k / seconds_of(partial(torch.matmul, a, b), lm.device, 5)
     return rates
 
 
@@ -150,15 +148,16 @@ def measure(name: str, lm: LM, layers: Sequence[int], rows: Sequence[Row], per_l
     sites = [lm.site(layer, "down_proj") for layer in layers]
     check_count(lm, sites, rows[0])
 
-    def one_pass(chosen: Sequence[Site]) -> None:
-        for _ in collect(lm, chosen, rows):
-            pass
+    def passes(*groups: Sequence[Site]) -> None:
+        for group in groups:
+            for _ in collect(lm, group, rows):
+                pass
 
     run(lm, pad(rows[:1], lm.device), {Point(max(layers), "key"): lambda _: None})
     before = product_rates(lm)
-    once = seconds_of(lambda: one_pass(sites), lm.device, repeats)
+    once = seconds_of(lambda: passes(sites), lm.device, repeats)
     after = product_rates(lm)
-    each = seconds_of(lambda: [one_pass([s]) for s in sites], lm.device, 1) if per_layer else None
+    each = seconds_of(lambda: passes(*([s] for s in sites)), lm.device, 1) if per_layer else None
     rates = {shape: max(before[shape], after[shape]) for shape in before}
     forward, products = counted(lm, sites, rows)
     n_tokens, rate, best = sum(len(r.ids) for r in rows), (forward + products) / once, max(rates.values())
@@ -202,9 +201,9 @@ def main() -> None:
     print("|" + "---|" * (11 if memory else 10), flush=True)
     for name in args.model:
         lm = retcon.load(name, device=args.device, dtype=dtype)
-        jeep: Any = retcon.method("jeep", for_model=lm)
+        jeep = jeep_of(lm)
         layers = args.layers or [*jeep.low, *jeep.high]
-        source: Any = moments_of(lm, args.corpus)
+        source = moments_of(lm, args.corpus)
         n_tokens = args.tokens or source.key(lm, lm.site(layers[0], "down_proj")).n_tokens
         rows = document_rows(lm, source.corpus.documents, n_tokens, source.max_length)
         measure(name, lm, layers, rows, not args.no_per_layer, args.repeats)

@@ -11,13 +11,13 @@ mean over layers). Where the corpus is too small for a row, the row says how man
 """
 
 import argparse
+import math
 import warnings
 from dataclasses import replace
 from statistics import mean
-from typing import Any
 
 import retcon
-from benchmarks.common import add_dataset, add_places, cases_of, machine, moments_of
+from benchmarks.common import add_dataset, add_places, cases_of, estimated, jeep_of, machine, moments_of
 from benchmarks.jeep_quality import measure
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
@@ -34,12 +34,12 @@ def main() -> None:
 
     warnings.simplefilter("ignore", RetconWarning)  # too few tokens, and what comes of it
     lm = retcon.load(args.model)
-    jeep: Any = retcon.method("jeep", for_model=lm, dataset=args.dataset)
+    jeep = jeep_of(lm, args.dataset)
     sites = [lm.site(layer, "down_proj") for layer in (*jeep.low, *jeep.high)]
     contexts = retcon.sample_contexts(lm, seed=args.seed)
     cases = cases_of(args.data, args.start, args.n, args.seed)
     pre = evaluate(lm, cases, stops=("\n", "."))
-    base: Any = replace(moments_of(lm, args.corpus), shipped=None)  # whose record has no halves
+    base = replace(moments_of(lm, args.corpus), shipped=None)  # whose record has no halves
     sources = [replace(base, tokens_per_dimension=n) for n in args.per_dimension]
     for source in sources:
         source.prepare(lm, sites)
@@ -48,12 +48,12 @@ def main() -> None:
     print(f"{args.model}, {args.n} edits, seed {args.seed}; {machine()}\n")
     print("| tokens per dimension | tokens | halves | to the last | Score | ES | GS | LS |")
     print("|" + "---|" * 8)
-    unedited = [before[name].pre.percent() for name in ("Score", "ES", "GS", "LS")]
+    unedited = [estimated(before[name].pre).percent() for name in ("Score", "ES", "GS", "LS")]
     print(f"| unedited | | | | {' | '.join(unedited)} |", flush=True)
     for source in sources:
         asked = source.key(lm, sites[0]).n_tokens
         read = sum(len(r.ids) for r in document_rows(lm, source.corpus.documents, asked, source.max_length))
-        halves = mean(source.convergence(lm, site) for site in sites)
+        halves = mean(source.convergence(lm, site) or math.nan for site in sites)
         apart = []
         for site in sites:
             last = sources[-1].second_moment(lm, site)

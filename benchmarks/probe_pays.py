@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import add_dataset, cases_of, machine, moments_of, ranks
+from benchmarks.common import add_dataset, cases_of, estimated, jeep_of, machine, moments_of, ranks
 from retcon.cli.probe.shared import rounded
 from retcon.evaluation import evaluate
 from retcon.lm.model import LM
@@ -43,9 +43,9 @@ def windows(n_layers: int, width: int) -> list[tuple[int, ...]]:
 def sweep(lm: LM, args: argparse.Namespace, advice: Advice, rows: list[dict[str, Any]], out: Path) -> bool:
     """One row per position and setting of the other group, appended to `rows` and to the file; whether all are done."""
     rule = Rule()
-    preset = retcon.method("jeep", for_model=lm, dataset=args.dataset)
-    groups = {"low": preset.low, "high": preset.high}  # type: ignore[attr-defined]
-    asked = []
+    preset = jeep_of(lm, args.dataset)
+    groups = {"low": preset.low, "high": preset.high}
+    asked: list[tuple[str, tuple[int, ...], str, dict[str, tuple[int, ...]]]] = []
     for swept, share in (("low", rule.low_share), ("high", rule.high_share)):
         other = "high" if swept == "low" else "low"
         positions = windows(lm.n_layers, rule.width(share, lm.n_layers))
@@ -64,7 +64,7 @@ def sweep(lm: LM, args: argparse.Namespace, advice: Advice, rows: list[dict[str,
     moments.prepare(lm, [lm.site(layer, "down_proj") for layer in range(lm.n_layers)])
     pre = evaluate(lm, cases, generate=False)
     for swept, layers, beside, settings in asked[: args.rows]:
-        jeep = retcon.method("jeep", for_model=lm, dataset=args.dataset, **settings)
+        jeep = jeep_of(lm, args.dataset, low=settings["low"], high=settings["high"])
         started = time.perf_counter()
         delta = jeep.propose(lm, edits, contexts=contexts, moments=moments, seed=args.seed)
         took = time.perf_counter() - started
@@ -77,7 +77,7 @@ def sweep(lm: LM, args: argparse.Namespace, advice: Advice, rows: list[dict[str,
             "reached": sum(r.stopped == "reached" for r in delta.report) / len(delta.report),
         }
         for name in METRICS:
-            post = summary[name].post
+            post = estimated(summary[name].post)
             row[name] = post.value
             if name == "Score":
                 row["interval"] = [post.interval.low, post.interval.high] if post.interval else None

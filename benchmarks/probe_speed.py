@@ -12,13 +12,15 @@ arithmetic.
 """
 
 import argparse
+import itertools
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import mean, median
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ from benchmarks.common import cases_of, machine
 from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit, subject_tokens
+from retcon.lm.site import SiteName
 from retcon.locate import Tracing, causal_trace, contrast_probe, retrieve_word_sets
 from retcon.locate.tracing import Kind, default_window, embedding_deviation
 from retcon.memory.moments import Corpus
@@ -44,7 +47,7 @@ def as_released(lm: LM, edit: Edit, kind: Kind, settings: Tracing) -> torch.Tens
     row, subject = encode_edit(lm.tokenizer, edit), subject_tokens(lm.tokenizer, edit)
     ids = torch.tensor([row.ids] * (settings.samples + 1))
     embedding = lm.model.get_submodule(lm.layout.embedding)
-    deviation = embedding_deviation(lm, [edit.subject])
+    deviation = embedding_deviation(lm, [edit.subject or ""])
     shape = (settings.samples, len(subject), embedding.weight.shape[1])
     noise = settings.noise * deviation * torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed))
     answer = int(lm.model(ids[:1]).logits[0, -1].argmax())
@@ -59,13 +62,13 @@ def as_released(lm: LM, edit: Edit, kind: Kind, settings: Tracing) -> torch.Tens
         if kind == "block":
             return [lm.block(layer)]
         low, high = layer - settings.window // 2, layer + math.ceil(settings.window / 2)
-        site = "down_proj" if kind == "mlp" else "o_proj"
+        site: SiteName = "down_proj" if kind == "mlp" else "o_proj"
         return [lm.site(i, site).module for i in range(max(0, low), min(lm.n_layers, high))]
 
     for layer in range(lm.n_layers):
         for token in range(len(row.ids)):
 
-            def restore(_: object, __: object, out: object, token: int = token) -> None:
+            def restore(_: object, __: object, out: Any, token: int = token) -> None:
                 states = out[0] if isinstance(out, tuple) else out
                 states[1:, token] = states[0, token]
 
@@ -76,6 +79,12 @@ def as_released(lm: LM, edit: Edit, kind: Kind, settings: Tracing) -> torch.Tens
                 handle.remove()
             scores[token, layer] = logits[1:, -1].softmax(-1)[:, answer].mean()
     return scores
+
+
+def all_as_released(lm: LM, edits: Sequence[Edit], settings: Tracing) -> None:
+    """Trace edits one after the other, for every kind of the settings."""
+    for edit, kind in itertools.product(edits, settings.kinds):
+        as_released(lm, edit, kind, settings)
 
 
 def mlp_tokens(lm: LM, call: Callable[[], object]) -> int:
@@ -108,12 +117,12 @@ def main() -> None:
     edits = [case.edits[0] for case in cases_of(args.data, 0, args.cases, args.seed)]
     print(f"{args.model}, seed {args.seed}; {machine()}\n")
     contrast_probe(lm, edits[:8])
-    took = seconds(lambda: contrast_probe(lm, edits))
-    print(f"contrast-based probe, {len(edits):,} cases, both readings: {took:.1f} s")
+    probing = seconds(lambda: contrast_probe(lm, edits))
+    print(f"contrast-based probe, {len(edits):,} cases, both readings: {probing:.1f} s")
     if args.corpus:
         words = retrieve_word_sets(edits, Corpus.from_file(args.corpus).documents)
-        took = seconds(lambda: contrast_probe(lm, edits, word_sets=words))
-        print(f"the same with word sets: {took:.1f} s")
+        probing = seconds(lambda: contrast_probe(lm, edits, word_sets=words))
+        print(f"the same with word sets: {probing:.1f} s")
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB\n")
 
     settings = Tracing(window=default_window(lm.n_layers))
@@ -129,15 +138,12 @@ def main() -> None:
             continue
         n_tokens = mean(len(encode_edit(lm.tokenizer, e).ids) for e in chosen)
         for kinds in (*((kind,) for kind in settings.kinds), settings.kinds):
+            asked = replace(settings, kinds=kinds)
             ways: dict[str, Callable[[], object]] = {
-                "ours": partial(causal_trace, lm, chosen, replace(settings, kinds=kinds)),
-                "lean": partial(
-                    causal_trace, lm, chosen, replace(settings, kinds=kinds, replayed=False, max_batch_tokens=1)
-                ),
+                "ours": partial(causal_trace, lm, chosen, asked),
+                "lean": partial(causal_trace, lm, chosen, replace(asked, replayed=False, max_batch_tokens=1)),
+                "released": partial(all_as_released, lm, chosen, asked),
             }
-            ways["released"] = lambda chosen=chosen, kinds=kinds: [  # type: ignore[misc]
-                as_released(lm, edit, kind, settings) for edit in chosen for kind in kinds
-            ]
             rounds = [{name: seconds(call) / len(chosen) for name, call in ways.items()} for _ in range(args.rounds)]
             took = {name: min(r[name] for r in rounds) for name in ways}
             gain = {name: median(r[name] / r["ours"] for r in rounds) for name in ways}

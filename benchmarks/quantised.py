@@ -15,6 +15,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def main() -> None:
 
     show("unedited", "float32", lm)
     for name, (bits, group) in TREATMENTS.items():
-        show("unedited", name, copied(lm, lambda made, b=bits, g=group: round_blocks(made, b, g)))  # type: ignore[misc]
+        show("unedited", name, copied(lm, partial(round_blocks, bits=bits, group=group)))
     for method in asked.methods:
         chosen = choose(method, for_model=lm, cases=cases)
         delta = chosen.method.propose(lm, [case.edits[0] for case in cases], moments=moments, seed=asked.seed)
@@ -98,8 +99,8 @@ def main() -> None:
             edited = copied(lm)
         show(method, "float32", edited)
         for name, (bits, group) in TREATMENTS.items():
-            show(method, name, copied(edited, lambda made, b=bits, g=group: round_blocks(made, b, g)))  # type: ignore[misc]
-            beside = copied(lm, lambda made, b=bits, g=group: round_blocks(made, b, g))  # type: ignore[misc]
+            show(method, name, copied(edited, partial(round_blocks, bits=bits, group=group)))
+            beside = copied(lm, partial(round_blocks, bits=bits, group=group))
             beside.apply(delta, other_base=True)
             show(method, f"{name}, the edit beside it", beside)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import add_dataset, add_places, cases_of, machine, moments_of
+from benchmarks.common import add_dataset, add_places, cases_of, estimated, machine, moments_of
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.methods.common.sequence import in_steps
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
         def measured(label: str, n: int) -> None:
             summary = evaluate(lm, cases[:n], pre=pre, generate=False).summary(n_resamples=2)
-            row = {m: round(100 * (summary[m].post.value or 0), 1) for m in METRICS}
+            row = {m: round(100 * (estimated(summary[m].post).value or 0), 1) for m in METRICS}
             out.write(json.dumps({"model": args.model, "method": label, "n": n, **row}) + "\n")
             out.flush()
             print(label, n, row, flush=True)

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -74,7 +74,8 @@ def commands(n_entries: int = 100, n_facts: int = 10_000) -> None:
         for name, arguments in runs.items():
             best = min(timed(arguments) for _ in range(1 if "first" in name else 3))
             print(f"{name:45} {best[0]:6.2f} s, processor {best[1]:.2f} s", flush=True)
-        for name, call in {"log": retcon.Store.log, "facts": retcon.Store.facts}.items():
+        readers: dict[str, Callable[[retcon.Store], object]] = {"log": retcon.Store.log, "facts": retcon.Store.facts}
+        for name, call in readers.items():
             started = time.perf_counter()
             call(retcon.Store(store.path))
             print(f"{name + ', in a process that runs':45} {time.perf_counter() - started:6.2f} s", flush=True)
@@ -137,7 +138,7 @@ def checking_out(n: int) -> None:
             store.edit(lm, [case], method)
         for name, at in {"the last entry": "HEAD", "the entry in the middle": f"HEAD~{n // 2}"}.items():
             files = store.paths(at)
-            seconds = {}
+            seconds: dict[str, float] = {}
             for _ in range(3):
                 started = time.process_time()
                 deltas = [retcon.Delta.load(file) for file in files]

@@ -25,7 +25,7 @@ from retcon.errors import RetconWarning
 from retcon.evaluation.score import Item, score
 from retcon.lm.model import LM
 from retcon.locate import Tracing, causal_trace
-from retcon.locate.tracing import default_window
+from retcon.locate.tracing import Kind, default_window
 
 SCORES = ("rewrite", "paraphrase")
 
@@ -55,7 +55,8 @@ def explained(effects: Tensor, scores: Tensor) -> tuple[float, float]:
     total = float((scores - scores.mean()).square().sum())
     within, x = scores - scores.mean(0), effects - effects.mean(0)
     slope = float((x * within).sum() / x.square().sum())
-    return tuple(1 - float(rest.square().sum()) / total for rest in (within, within - slope * x))  # type: ignore[return-value]
+    alone, both = (1 - float(rest.square().sum()) / total for rest in (within, within - slope * x))
+    return alone, both
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def main() -> None:
     lm = retcon.load(args.model)
     print(f"{args.model}, seed {args.seed}; {machine()}")
     cases = {case.edits[0].id: case for case in cases_of(args.data, args.start, args.n, args.seed)}
-    kinds = ("block", "mlp")
+    kinds: tuple[Kind, ...] = ("block", "mlp")
     settings = Tracing(kinds=kinds, window=default_window(lm.n_layers), seed=args.seed)
     traces = causal_trace(lm, [case.edits[0] for case in cases.values()], settings).traces
     effects = {kind: torch.stack([t.indirect(kind)[t.subject.stop - 1] for t in traces]) for kind in kinds}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import retcon
-from benchmarks.common import add_dataset, add_places, cases_of, machine, moments_of, ranks
+from benchmarks.common import add_dataset, add_places, cases_of, jeep_of, machine, moments_of, ranks
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import evaluate
@@ -33,13 +33,13 @@ def main() -> None:
     lm = retcon.load(args.model)
     cases = cases_of(args.data, args.start, args.n, args.seed)
     edits = [case.edits[0] for case in cases]
-    given = dict(contexts=retcon.sample_contexts(lm, seed=args.seed), moments=moments_of(lm, args.corpus))
+    contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)
     print(f"{args.model}, {args.n} facts from {args.start}, seed {args.seed}; {machine()}\n")
     print("| searched | of | none | low | high | both | interaction | below 0 | correlation | p |\n|" + "---|" * 10)
     for searched, joint in (("together", True), ("one after the other", False)):
-        method = retcon.method("jeep", for_model=lm, dataset=args.dataset, joint_optimisation=joint)
-        delta = method.propose(lm, edits, seed=args.seed, **given)
-        low, high = (part_of(lm, delta, layers) for layers in (method.settings["low"], method.settings["high"]))
+        method = jeep_of(lm, args.dataset, joint_optimisation=joint)
+        delta = method.propose(lm, edits, contexts=contexts, moments=moments, seed=args.seed)
+        low, high = (part_of(lm, delta, layers) for layers in (method.low, method.high))
         of = [margins(lm, cases, part) for part in (None, low, high, delta)]
         interactions = {}
         for asked in ("prompt", "paraphrases"):

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 
 import retcon
-from benchmarks.common import cases_of, machine, moments_of
+from benchmarks.common import cases_of, jeep_of, machine, moments_of
 from retcon.cluster import workers, working_on
 from retcon.cluster.actors import RayCluster
 from retcon.delta import Delta
@@ -64,7 +64,7 @@ def main() -> None:
     lm = retcon.load(args.model)
     moments = moments_of(lm, args.corpus)
     edits = [c.edits[0] for c in cases_of(args.data, 0, args.n, 0)]
-    jeep = retcon.method("jeep", for_model=lm)
+    jeep = jeep_of(lm)
 
     def propose() -> Delta:
         return jeep.propose(lm, edits, moments=moments)

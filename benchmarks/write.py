@@ -12,6 +12,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,14 +61,12 @@ def main() -> None:
         )
         for n in args.n:
             k = torch.randn(args.d, n, dtype=torch.float64)
-            direct, wanted = timed(lambda k=k: ridge_direct(k, lambda: c, WEIGHT))  # type: ignore[misc]
-            fresh, _ = timed(lambda k=k: ridge_small(k, lambda: c, WEIGHT))  # type: ignore[misc]
+            direct, wanted = timed(partial(ridge_direct, k, lambda: c, WEIGHT))
+            fresh, _ = timed(partial(ridge_small, k, lambda: c, WEIGHT))
             disk, found = timed(
-                lambda k=k: ridge_small(  # type: ignore[misc]
-                    k, lambda: c, WEIGHT, factor=lambda: unpack(load_file(file)["factor"], args.d)
-                )
+                partial(ridge_small, k, lambda: c, WEIGHT, factor=lambda: unpack(load_file(file)["factor"], args.d))
             )
-            memory, _ = timed(lambda k=k: ridge_small(k, lambda: c, WEIGHT, factor=lambda: lower))  # type: ignore[misc]
+            memory, _ = timed(partial(ridge_small, k, lambda: c, WEIGHT, factor=lambda: lower))
             apart = float((found - wanted).abs().max() / wanted.abs().max())
             cells = [f"{seconds:.2f}" for seconds in (direct, fresh, disk, memory)]
             print(f"| {n:,} | {' | '.join(cells)} | {direct / disk:.1f}x | {apart:.0e} |", flush=True)
