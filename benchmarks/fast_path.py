@@ -30,23 +30,24 @@ from retcon.lm.model import LM
 from retcon.lm.peak import Peak
 from retcon.lm.prompts import Where
 from retcon.memory.contexts import Contexts, sample_contexts
-from retcon.memory.keys import KeyAverage, mean_keys
+from retcon.memory.keys import KeyAverage, KeyReader, mean_keys
 from retcon.memory.moments import Moments
 from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.rows import EditRows
 from retcon.methods.jeep import Jeep
 
 
-class PlainReader:
-    """Keys by full passes, in the place of `KeyReader`."""
+class PlainReader(KeyReader):
+    """Reads keys by full passes."""
 
-    def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Contexts, *, average: KeyAverage) -> None:
-        self.lm, self.edits, self.contexts, self.average = lm, edits, contexts, average
+    def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Contexts, *, average: KeyAverage, last: Where) -> None:
+        self.given, self.average = (lm, edits, contexts), average
 
-    def read(self, point: Point, where: Where, value: Point) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read(self, point: Point, where: Where, value: Point) -> tuple[torch.Tensor, torch.Tensor]:
         """As `KeyReader.read`."""
-        args = (self.lm, self.edits, self.contexts, point, where)
-        return mean_keys(*args, value=value, average=self.average)
+        keys, now = mean_keys(*self.given, point, where, value=value, average=self.average)
+        assert now is not None
+        return keys, now
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
+from benchmarks.fast_path import plain_path
 from torch import Tensor
 
 from retcon.edits import Edit
@@ -16,11 +16,9 @@ from retcon.lm.model import LM
 from retcon.lm.prompts import Row
 from retcon.lm.replay import capture_states, live_starts, replaying
 from retcon.memory.contexts import Contexts
-from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.search import REPLAYS
 from retcon.methods.memit import Memit
 from tests.conftest import UNLIKE, random_moments
-from tests.methods.test_fast_path import PlainReader
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 pytestmark = [
@@ -93,10 +91,7 @@ def test_dense_and_shared_matrices_are_edited_fast_as_plain_and_undone_to_the_bi
     moments = random_moments(lm)
     fast = method.propose(lm, edits, contexts=CONTEXTS, moments=moments)
     assert lm.layout.earlier == "other" or all(REPLAYS[lm].values())
-    with (
-        patch("retcon.methods.common.proposal.search_values", search_values_reference),
-        patch("retcon.methods.common.proposal.KeyReader", PlainReader),
-    ):
+    with plain_path():
         plain = method.propose(lm, edits, contexts=CONTEXTS, moments=moments)
     assert set(fast.changes) == set(plain.changes) == {lm.site(i, "down_proj").name for i in method.layers}
     for name in plain.changes:

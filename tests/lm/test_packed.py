@@ -6,10 +6,10 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
+from benchmarks.fast_path import plain_path
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -20,12 +20,10 @@ from retcon.lm.load import load, load_plain
 from retcon.lm.model import LM
 from retcon.lm.packed import PackedMatrix
 from retcon.locate import Tracing, causal_trace, contrast_probe
-from retcon.memory.values.reference import search_values_reference
 from retcon.methods.common.registry import METHODS
 from retcon.methods.common.sequence import in_steps
 from tests.conftest import everyday, random_moments, tiny_model, tokenizer
 from tests.contract.test_methods import CONTEXTS, ENDING, made
-from tests.methods.test_fast_path import PlainReader
 
 IDS = torch.tensor([[5, 9, 31, 77, 200, 3]])
 BITS = [4, 8]
@@ -155,10 +153,7 @@ def test_the_fast_path_is_the_plain_one(bits: int, checkpoints: dict[int, Path])
     moments = random_moments(packed)
     method: Any = made("jeep", packed)
     fast = method.propose(packed, ENDING[:2], contexts=CONTEXTS, moments=moments)
-    with (
-        patch("retcon.methods.common.proposal.search_values", search_values_reference),
-        patch("retcon.methods.common.proposal.KeyReader", PlainReader),
-    ):
+    with plain_path():
         plain = method.propose(packed, ENDING[:2], contexts=CONTEXTS, moments=moments)
     assert fast.provenance["values"] != plain.provenance["values"]
     for name in plain.changes:

@@ -1,19 +1,14 @@
 """Whole proposals by the fast path against the plain one: the same delta."""
 
-from collections.abc import Callable, Sequence
-from unittest.mock import patch
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from benchmarks.fast_path import plain_path
 
 from retcon.edits import Edit
-from retcon.lm.forward import Point
 from retcon.lm.model import LM
-from retcon.lm.prompts import Where
 from retcon.memory.contexts import Contexts
-from retcon.memory.keys import KeyAverage, KeyReader, mean_keys
-from retcon.memory.values.reference import search_values_reference
 from retcon.methods.jeep import Jeep
 from retcon.methods.memit import Memit
 from tests.conftest import CORE, FAMILIES, FLOAT32_INSIDE, everyday, random_moments
@@ -35,18 +30,6 @@ pytestmark = [
 ]
 
 
-class PlainReader(KeyReader):
-    """Keys by full passes."""
-
-    def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Contexts, *, average: KeyAverage, last: Where) -> None:
-        self.given, self.average = (lm, edits, contexts), average
-
-    def read(self, point: Point, where: Where, value: Point) -> tuple[Tensor, Tensor]:
-        keys, now = mean_keys(*self.given, point, where, value=value, average=self.average)
-        assert now is not None
-        return keys, now
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "family"),
     [
@@ -60,10 +43,7 @@ def test_fast_and_plain_give_the_same_delta(
     lm = tiny(family, dtype)
     moments = random_moments(lm)
     fast = METHODS[name].propose(lm, edits, contexts=CONTEXTS, moments=moments)
-    with (
-        patch("retcon.methods.common.proposal.search_values", search_values_reference),
-        patch("retcon.methods.common.proposal.KeyReader", PlainReader),
-    ):
+    with plain_path():
         plain = METHODS[name].propose(lm, edits, contexts=CONTEXTS, moments=moments)
     assert fast.provenance["values"] != plain.provenance["values"]  # the plain path has no plan
     assert [(r.steps, r.stopped) for r in fast.report] == [(r.steps, r.stopped) for r in plain.report]
