@@ -173,6 +173,7 @@ def test_repeated_rows_are_one_edit(cli: Callable[..., Any], here: Path) -> None
         (("--set", "high=x"), "must be a list"),
         (("--preset", "jeep/gpt-5/world"), "no preset 'jeep/gpt-5/world'; known: jeep/gpt-j-6b/counterfact"),
         (("--preset", "jeep/gpt-j-6b/zsre", "--dataset", "zsre"), "names its dataset already"),
+        (("--preset", "none", "--dataset", "zsre"), "leaves all presets aside"),
         (("--corpus", "nowhere.txt"), "nowhere.txt: no such file"),
         (("--out", "."), "is a directory"),
         (("--out", "edits.jsonl/delta.safetensors"), "is not a directory that may be written to"),

@@ -54,7 +54,8 @@ def read_settings(name: str, *, dataset: str | None, preset: str | None, assignm
     from retcon.methods.common import registry
 
     if preset and dataset:
-        raise InvalidSetting(f"--preset {preset} names its dataset already; leave out --dataset {dataset}")
+        why = "leaves all presets aside" if preset == registry.NO_PRESET else "names its dataset already"
+        raise InvalidSetting(f"--preset {preset} {why}; leave out --dataset {dataset}")
     hints = registry.setting_types(name)
     return registry.check_early(name, dict(_given(each, hints, name) for each in assignments), preset)
 
