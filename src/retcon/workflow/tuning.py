@@ -39,7 +39,7 @@ FACTORS: Mapping[str, tuple[float, ...]] = {
     "steps": (2.0,),
     "epochs": (0.5, 2.0),
     "budget": (0.1, 0.3),
-    "box": (0.2, 5.0, 20.0),
+    "box": (0.2, 5.0, 20.0, 100.0),
     "threshold": (0.5, 1.5),
     "add": (0.3, 3.0),
     "alpha": (0.25, 4.0),
