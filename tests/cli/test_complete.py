@@ -23,6 +23,13 @@ def test_says_what_the_model_says(cli: Callable[..., Any]) -> None:
     assert short == f"{PROMPT}{lm.complete(PROMPT, max_new_tokens=3)}\n"
 
 
+def test_a_prompt_longer_than_the_context_is_refused(cli: Callable[..., Any]) -> None:
+    for n in (130, 2000):
+        told = cli("complete", "gptj", "very " * n, code=2).stderr
+        assert "the prompt 'very very" in told
+        assert "reads 128 tokens at once" in told
+
+
 def test_with_a_delta(cli: Callable[..., Any], delta: Path) -> None:
     lm = retcon.load("gptj")
     plain = lm.complete(PROMPT)

@@ -100,14 +100,14 @@ def generate(
         on_progress: called after every batch with the prompts done and the prompts in all.
 
     Raises:
-        InvalidEdit: a prompt gives no token.
+        InvalidEdit: a prompt gives no token, or is a text longer than the model's context.
         InvalidSetting: sampling without seeds, or a chat without a template.
         torch.OutOfMemoryError: a single row does not fit.
     """
     how = how or Writing()
     if how.sample_top_k is not None and seeds is None:
         raise InvalidSetting("sampled text needs a seed per prompt")
-    rows = [p if isinstance(p, Row) else lm.encode(p, chat=how.chat) for p in prompts]
+    rows = [p if isinstance(p, Row) else _row_of(lm, p, how.chat) for p in prompts]
     limits = [most_tokens(lm, row, how, None if lengths is None else lengths[i]) for i, row in enumerate(rows)]
     results = {i: Written("", 0, True) for i, limit in enumerate(limits) if limit < 1}
     asked = [i for i in range(len(rows)) if i not in results]
@@ -135,6 +135,14 @@ def _kinds(lm: LM, rows: Sequence[Row], limits: Sequence[int]) -> Sequence[int] 
     if remembers(lm):
         return None if pads(lm) else [len(row.ids) for row in rows]
     return limits  # a batch goes on to the largest limit in it
+
+
+def _row_of(lm: LM, prompt: str, chat: Chat | None) -> Row:
+    """A prompt's tokens, which fit into the context; a text that cannot fit is not tokenised."""
+    lm.check_length(prompt, what="the prompt")
+    row = lm.encode(prompt, chat=chat)
+    lm.check_length(prompt, row, what="the prompt")
+    return row
 
 
 class _own_settings:

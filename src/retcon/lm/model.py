@@ -656,12 +656,7 @@ class LM:
         from retcon.lm.generate import Writing, generate  # which is written for an LM
 
         how = Writing(max_new_tokens=max_new_tokens, stops=tuple(stops), chat=chat_from(chat), skip_newlines=True)
-        rows = []
-        for prompt in prompts:
-            self.check_length(prompt, what="the prompt")  # before it is tokenised
-            rows.append(self.encode(prompt, chat=how.chat))
-            self.check_length(prompt, rows[-1], what="the prompt")
-        return [one.text for one in generate(self, rows, how)]
+        return [one.text for one in generate(self, list(prompts), how)]
 
 
 _OWNERS: "WeakKeyDictionary[nn.Module, weakref.ref[LM]]" = WeakKeyDictionary()
