@@ -3,7 +3,8 @@
     python -m benchmarks.same_deltas record FOLDER     # with the code as it was
     python -m benchmarks.same_deltas compare FOLDER    # with the code as it is
 
-Each method edits a few facts of the embedded world at fixed settings, in one step and in steps, and is measured.
+Each method edits a few facts of the embedded world at fixed settings, in one step and in steps, and is measured; those
+with an editor train one for a few steps first.
 `compare` does the same again and wants every tensor and every figure identical, on the same machine and number of
 threads. What was renamed since the record was made is in `RENAMED`, and nowhere else. Fingerprints, ids, times and
 versions are no results.
@@ -15,8 +16,10 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,11 +29,14 @@ import retcon
 
 MODELS = ("demo:gptj", "demo:llama")
 N_CASES, STEP = 6, 4
+N_TRAINED = 20
+"""Other facts, which the editors of methods that have one are trained on."""
 SEARCH = dict(steps=4)
 SETTINGS: dict[str, dict[str, Any]] = {
     "kne": dict(epochs=3, n_points=2, budget=0.02),
     "ctp": dict(epochs=3),
     "kn": dict(n_points=4, n_prefixes=1),
+    **{name: dict(epochs=3) for name in ("ft", "ft_l", "ft_m", "ft_wd", "full_c", "lora", "adalora")},
     "prune": dict(base_method="memit", base_settings=SEARCH),
     "rect": dict(base_method="memit", base_settings=SEARCH),
 }
@@ -52,12 +58,15 @@ def results(names: list[str], models: list[str]) -> Iterator[tuple[str, dict[str
     """(method/model/way, tensors by name, figures by name) of every run."""
     from retcon import world
 
-    for model in models:
+    for model, name in product(models, names):
         lm = retcon.load(model)
         cases = world.cases()[:N_CASES]
         edits = [edit for case in cases for edit in case.edits]
-        for name in names:
+        with TemporaryDirectory() as folder:
             method = make(name, lm)
+            if hasattr(method, "fit"):
+                others = world.cases()[N_CASES : N_CASES + N_TRAINED]
+                method = replace(method, editor=str(method.fit(lm, others, Path(folder) / "editor.safetensors")))
             for way, size in (("whole", len(edits)), ("steps", STEP)):
                 if size > 1 and not getattr(method, "supports_batches", getattr(method, "batch", True)):
                     if way == "whole":
