@@ -342,11 +342,14 @@ def check_edits(edits: Sequence[Edit]) -> None:
     Edits without a subject pass; `retcon.methods.common.registry.check_subjects` refuses them where one is needed.
 
     Raises:
-        InvalidEdit: a subject is missing from its prompt, or two edits share an id.
+        InvalidEdit: a subject is missing from its prompt, two edits share an id, or something is no edit.
         ConflictingEdits: two edits contradict each other.
     """
     seen: dict[str, Edit] = {}
     for edit in edits:
+        if not isinstance(edit, Edit):
+            hint = "; a case's own are case.edits" if isinstance(edit, Case) else ""
+            raise InvalidEdit(f"{type(edit).__name__} given where an Edit is wanted{hint}")
         if edit.subject is not None:
             edit.require_subject_span()
         if edit.id in seen and seen[edit.id] != edit:

@@ -14,7 +14,7 @@ import torch
 import retcon
 from retcon.delta import Delta, Dense, EditReport
 from retcon.edits import Case, Edit, Query
-from retcon.errors import InvalidEdit, InvalidSetting
+from retcon.errors import InvalidEdit, InvalidSetting, UnsupportedModel
 from retcon.evaluation import Evaluation, Record, evaluate, measure, read_cases
 from retcon.evaluation.metrics import compare
 from retcon.evaluation.score import score_rows
@@ -459,3 +459,15 @@ def test_a_query_longer_than_the_context_is_skipped_and_said(tiny: Make) -> None
     assert (told["long"].status, told["short"].status) == ("skipped", "ok")
     assert "unanswered" not in told or told["unanswered"].status == "skipped"
     assert "reads 128" in str(told["long"].detail)
+
+
+def test_what_is_no_model_and_what_is_no_case_are_named(tiny: Make) -> None:
+    lm = tiny()
+    with pytest.raises(UnsupportedModel, match=r"load it first: retcon.load\('demo:gptj'\)"):
+        evaluate("demo:gptj", CASES)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModel, match=r"GPTJForCausalLM given where an LM is wanted: retcon.LM\(model, tok"):
+        evaluate(lm.model, CASES)
+    with pytest.raises(InvalidEdit, match="Edit given where a Case is wanted"):
+        evaluate(lm, CASES[0].edits)  # type: ignore[arg-type]
+    with pytest.raises(InvalidEdit, match=r"Case given where an Edit is wanted; a case's own are case\.edits"):
+        retcon.in_steps(retcon.method("memit", layers=(0,)), lm, CASES)  # type: ignore[arg-type]

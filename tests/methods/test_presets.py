@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from retcon.errors import RetconWarning
+from retcon.errors import RetconWarning, UnsupportedModel
 from retcon.lm.layouts import LAYOUTS
 from retcon.methods.common import presets as presets_module
 from retcon.methods.common.choosing import method
@@ -142,3 +142,11 @@ def test_ft_m_of_the_embedded_models_is_ft_for_single_facts(model):
     """Its rows in the tables are those of that preset."""
     single = method("ft", preset=f"ft/{model}/world-single").settings
     assert method("ft_m", preset=f"ft_m/{model}/world").settings == single
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_name_in_place_of_a_model_says_to_load_it(name):
+    with pytest.raises(
+        UnsupportedModel, match=r"'demo:gptj' is a model's name; load it first: retcon.load\('demo:gptj'\)"
+    ):
+        method(name, for_model="demo:gptj")

@@ -45,7 +45,7 @@ from retcon.evaluation.score import TokenScore, score_rows
 from retcon.evaluation.writing import PRESETS
 from retcon.lm.decoding import remembers
 from retcon.lm.generate import Writing, Written, generate, most_tokens
-from retcon.lm.model import LM
+from retcon.lm.model import LM, require_lm
 from retcon.lm.prompts import Row, encode
 
 ESSENCE_TOKENS = 100
@@ -93,9 +93,11 @@ def evaluate(
         progress: draw a progress bar.
 
     Raises:
-        InvalidEdit: two cases share an id.
+        InvalidEdit: two cases share an id, or something is no case.
+        UnsupportedModel: `lm` is no `LM`.
         InvalidSetting: `pre` does not cover the queries.
     """
+    require_lm(lm)
     given: dict[str, Any] = {
         "generate": generate,
         "max_new_tokens": max_new_tokens,

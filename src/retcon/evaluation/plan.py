@@ -165,8 +165,13 @@ def make_plan(lm: LM, cases: Sequence[Case], measures: Measures) -> Plan:
     """Tokenise everything once.
 
     Raises:
-        InvalidEdit: two cases share an id.
+        InvalidEdit: two cases share an id, or something is no case.
     """
+    for case in cases:
+        if not isinstance(case, Case):
+            raise InvalidEdit(
+                f"{type(case).__name__} given where a Case is wanted, edits with the queries that measure them"
+            )
     ids = [case.id for case in cases]
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)

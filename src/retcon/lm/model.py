@@ -747,3 +747,12 @@ def _count_blocks(model: Any, layout: Layout) -> int:
         return len(model.get_submodule(path))
     except (AttributeError, TypeError):
         raise UnsupportedModel(f"the layout places the blocks at {path!r}, but the model has no such list") from None
+
+
+def require_lm(given: Any) -> None:
+    """Raises UnsupportedModel where what is given is no `LM`; the message says how to get one."""
+    if isinstance(given, LM):
+        return
+    if isinstance(given, str | Path):
+        raise UnsupportedModel(f"{str(given)!r} is a model's name; load it first: retcon.load({str(given)!r})")
+    raise UnsupportedModel(f"{type(given).__name__} given where an LM is wanted: retcon.LM(model, tokenizer)")

@@ -75,7 +75,11 @@ class Store(Contents):
 
         Raises:
             InvalidSetting: there is a store or something else at `path`, or no such precision.
+            UnsupportedModel: `lm` is no `LM`.
         """
+        from retcon.lm.model import require_lm  # torch, which reading a store does without
+
+        require_lm(lm)
         root = Path(path)
         if precision not in ("float32", "float16"):
             raise InvalidSetting(f"unknown precision {precision!r}; known: float32, float16")

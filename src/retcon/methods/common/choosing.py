@@ -7,7 +7,7 @@ from typing import Any
 
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, RetconWarning
-from retcon.lm.model import LM
+from retcon.lm.model import LM, require_lm
 from retcon.methods.common.advised import probe_layers, settings_for
 from retcon.methods.common.contract import Method, ModelShape
 from retcon.methods.common.locate_then_edit import SearchSettings
@@ -64,6 +64,7 @@ def method(
 
     Raises:
         UnknownMethod, UnknownPreset, InvalidSetting: the message lists what is known.
+        UnsupportedModel: `for_model` is no `LM`.
     """
     return choose(
         name, for_model=for_model, dataset=dataset, preset=preset, cases=cases, at_once=at_once, **settings
@@ -82,6 +83,8 @@ def choose(
 ) -> Choice:
     """Return what `method` returns, with the preset that it comes from, or what was chosen without one and why."""
     chosen = method_class(name)
+    if for_model is not None:
+        require_lm(for_model)
     if settings.get("layers") == "probe":
         settings = _advised(chosen, for_model, cases, settings)
     settings = checked(name, chosen, settings)

@@ -26,7 +26,7 @@ from retcon.edits import Edit, check_edits
 from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
 from retcon.lm.batches import in_batches
 from retcon.lm.forward import TensorName, answer_places, gold, log_probs, logits_at
-from retcon.lm.model import LM
+from retcon.lm.model import LM, require_lm
 from retcon.lm.prompts import Where, encode_edit, pad
 from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts
@@ -173,6 +173,7 @@ def proposing(
         InvalidSetting: a layer the model does not have.
         NotEditable: a matrix that must not be edited.
     """
+    require_lm(lm)
     check_edits(edits)
     check_subjects(method, edits)
     written = [s for g in groups for s in sites_of(method.name, lm, g.layers, g.module, routed=g.routed)]

@@ -19,7 +19,7 @@ from retcon.attachment import Attachment, Beside
 from retcon.delta import Change, Delta, Dense, LowRank, only_deltas, smallest
 from retcon.edits import Edit, check_edits
 from retcon.errors import InvalidSetting
-from retcon.lm.model import LM
+from retcon.lm.model import LM, require_lm
 from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Moments
@@ -57,6 +57,7 @@ def in_steps(
         InvalidSetting: `batch_size` does not suit the method.
         InvalidEdit, ConflictingEdits: as `propose`, and across batches too.
     """
+    require_lm(lm)
     size = batch_size if batch_size is not None else len(edits) if method.supports_batches else 1
     if len(edits) > 1 and (size < 1 or (size > 1 and not method.supports_batches)):
         allowed = "any number from 1" if method.supports_batches else "1"

@@ -21,7 +21,7 @@ from torch import Tensor
 from retcon.delta import Delta
 from retcon.edits import Edit, check_edits
 from retcon.errors import InvalidSetting, OutOfMemory
-from retcon.lm.model import LM
+from retcon.lm.model import LM, require_lm
 from retcon.lm.site import Site, SiteName
 from retcon.memory.capacity import free_bytes
 from retcon.methods.common.contract import Method, Progress, check_settings, recorded, silent
@@ -156,6 +156,7 @@ def tuning(
         InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
         NotEditable: a parameter that must not be edited.
     """
+    require_lm(lm)
     check_edits(edits)
     for name in names:
         lm.check_editable(name)
