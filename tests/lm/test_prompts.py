@@ -419,6 +419,29 @@ def test_the_tokenizers_own_settings_neither_matter_nor_change() -> None:
     assert (tok.padding_side, tok.truncation_side, tok.model_max_length, tok.pad_token) == before
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_asking_the_backend_is_calling_the_tokenizer(kind: str) -> None:
+    """A subclass that says something of its own, and a backend that would cut or pad, are called."""
+    tok, called = make_tokenizer(kind), []
+
+    class Own(PreTrainedTokenizerFast):
+        def __call__(self, text: str, **options: Any) -> Any:
+            called.append(text)
+            return super().__call__(text, **options)
+
+    own = Own(tokenizer_object=Tokenizer.from_str(tok.backend_tokenizer.to_str()), bos_token=tok.bos_token)
+    cutting = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tok.backend_tokenizer.to_str()), bos_token=tok.bos_token
+    )
+    for prompt, subject, start in examples(5, 12):
+        expected = encode(tok, prompt, "Rome", subject_span=(start, start + len(subject)))
+        cutting.backend_tokenizer.enable_truncation(2)
+        cutting.backend_tokenizer.enable_padding(length=64)
+        for other in (own, cutting):
+            assert encode(other, prompt, "Rome", subject_span=(start, start + len(subject))) == expected
+    assert len(called) >= 24
+
+
 # --- padding and batching ------------------------------------------------------------------------------------------
 
 

@@ -128,7 +128,7 @@ class LM:
         """Where token ids go: the embedding's device."""
         return self.model.get_submodule(self.layout.embedding).weight.device
 
-    @property
+    @cached_property
     def config(self) -> Any:
         """The text model's config; in a wrapper it is a part of `lm.model.config`."""
         return self.model.config.get_text_config()

@@ -286,17 +286,7 @@ def _encode_with_offsets(tokenizer: Any, text: str, add_special: bool) -> tuple[
             f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell which characters a token covers; "
             "load the fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
         )
-    encoded = tokenizer(
-        text or "a",
-        add_special_tokens=add_special,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        return_attention_mask=False,
-        padding=False,
-        truncation=False,
-        verbose=False,
-    )
-    ids, offsets, special = encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"]
+    ids, offsets, special = _encoded(tokenizer, text or "a", add_special)
     bos = getattr(tokenizer, "bos_token", None)
     if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2 and offsets[0] != offsets[1]:
         ids, offsets, special = ids[1:], offsets[1:], special[1:]  # a template wrote it already
@@ -305,7 +295,35 @@ def _encode_with_offsets(tokenizer: Any, text: str, add_special: bool) -> tuple[
         n = special.index(0) if 0 in special else 0
     while text and n and special[n - 1] and offsets[n - 1] == (0, 0):
         n -= 1
-    return list(ids[:n]), [(0, 0) if s else tuple(o) for o, s in zip(offsets[:n], special[:n], strict=True)]
+    return list(ids[:n]), [(0, 0) if s else (o[0], o[1]) for o, s in zip(offsets[:n], special[:n], strict=True)]
+
+
+def _encoded(tokenizer: Any, text: str, add_special: bool) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+    """Return a text's ids, their character spans, and which of them are special.
+
+    Where the tokenizer would do no more than ask its backend, the backend is asked, which takes a third of the time.
+    """
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    backend, kind = tokenizer.backend_tokenizer, type(tokenizer)
+    settings = backend.truncation, backend.padding, backend.encode_special_tokens
+    if settings == (None, None, tokenizer.split_special_tokens) and (kind.__call__, kind._encode_plus) == (
+        Fast.__call__,
+        Fast._encode_plus,
+    ):
+        found = backend.encode(text, add_special_tokens=add_special)
+        return found.ids, found.offsets, found.special_tokens_mask
+    encoded = tokenizer(
+        text,
+        add_special_tokens=add_special,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        padding=False,
+        truncation=False,
+        verbose=False,
+    )
+    return encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"]
 
 
 def _target_alone(tokenizer: Any, target: str, separator: str) -> list[int]:
