@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from retcon.edits import Case
+from retcon.cli.log import log
+from retcon.edits import Case, Edit
 from retcon.errors import (
     ConflictingEdits,
     InvalidEdit,
@@ -27,6 +28,7 @@ from retcon.methods.mend import Mend
 from retcon.methods.rome import Rome
 from retcon.store import Store
 from retcon.store.journal import writing
+from retcon.store.verify import verify
 from tests.conftest import random_moments, tiny_model, tokenizer
 from tests.store.facts import FACTS, TEXTS
 
@@ -116,6 +118,36 @@ def test_reverting_an_entry_and_the_reverting(store: Store, lm: LM) -> None:
     assert store.state() == state  # in its old place, before those that were proposed on it
     with store.at(lm):
         assert same(weights(lm), before)
+
+
+def test_reverting_says_what_to_revert_first(store: Store, lm: LM, moments: Any) -> None:
+    without = store.revert_fact(lm, "darrieux", moments=moments)
+    amended = store.amend(lm, "france", "Milan", moments=moments)
+    with pytest.raises(
+        UnknownEntry, match=rf"entry {amended.id} \(amend: .* Milan\) changed the same batch since; revert"
+    ):
+        store.revert(without.id)
+    store.revert(amended.id)
+    store.revert(without.id)
+    assert [line.fact for line in store.facts()][:3] == ["france", "darrieux", "leonardo"]
+    store.gc(values=True)
+    with pytest.raises(UnknownEntry, match="it changed no facts"):
+        store.revert("HEAD")
+
+
+@pytest.mark.parametrize("what", ["an entry", "a fact of a batch"])
+def test_what_comes_back_contradicts_nothing(what: str, store: Store, lm: LM, moments: Any) -> None:
+    first = store.log()[0].id
+    undo = store.revert(first) if what == "an entry" else store.revert_fact(lm, "france", moments=moments)
+    other = Case("fr2", (replace(FACTS[0].edits[0], target_new="Milan", id="fr2"),), ())
+    store.edit(lm, [other], MEMIT, moments=moments)
+    before = store.log()
+    with pytest.raises(ConflictingEdits, match=r"back fact 'france' .* 'fr2' in force .*: retcon revert --fact fr2"):
+        store.revert(undo.id)
+    assert store.log() == before
+    store.revert_fact(lm, "fr2", moments=moments)
+    assert store.revert(undo.id).action in ("restore", "revert")
+    assert "france" in [line.fact for line in store.facts()]
 
 
 def test_a_fact_leaves_its_batch_and_no_value_is_searched(store: Store, lm: LM, moments: Any) -> None:
@@ -362,3 +394,41 @@ def test_two_branches_merge_and_two_changes_of_one_delta_do_not(
     git(tmp_path, "merge", "-q", "main", "-m", "clash")
     with pytest.raises(MalformedFile, match="both change delta"):
         Store(store.path).facts()
+
+
+def test_an_entry_whose_line_was_lost_is_asked_for(store: Store) -> None:
+    undo = store.revert(store.log()[0].id)
+    log = store.path / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    for broken in ([*lines[1:]], [lines[2], *lines[:2]]):
+        log.write_text("".join(broken))
+        with pytest.raises(
+            MalformedFile, match=f"entry {undo.id} changes delta .* no line before it has made that one"
+        ):
+            store.state()
+
+
+def test_two_branches_that_answer_one_question_are_told_so(
+    store: Store, lm: LM, moments: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "edits")
+    git(tmp_path, "commit", "-qm", "two entries")
+    edit = Edit("The capital of {} is", "Spain", "Rome", id="spain")
+    for branch, answer in (("one", "Rome"), ("two", "Milan")):
+        git(tmp_path, "checkout", "-qb", branch, "main")
+        Store(store.path).edit(lm, [Case("spain", (replace(edit, target_new=answer),), ())], MEMIT, moments=moments)
+        git(tmp_path, "add", "edits")
+        git(tmp_path, "commit", "-qm", branch)
+    git(tmp_path, "merge", "-q", "one", "-m", "both")
+    merged = Store(store.path)
+    assert [line.target for line in merged.facts() if line.fact == "spain"] == ["Milan", "Rome"]
+    said = r"'spain' of entry \w+ \('Milan'\) and fact 'spain' of entry \w+ \('Rome'\) are both in force"
+    with pytest.raises(ConflictingEdits, match=said):
+        verify(merged, lm)
+    log(store=store.path)
+    assert "were two branches merged?" in capsys.readouterr().err
+    merged.revert_fact(lm, "spain", moments=moments)
+    assert [line.target for line in merged.facts() if line.fact == "spain"] == ["Milan"]
+    log(store=store.path)
+    assert "merged" not in capsys.readouterr().err

@@ -96,6 +96,19 @@ def test_a_bisect_names_the_entry_that_broke_a_fact(store: Store, lm: LM) -> Non
     assert lm.applied == ()
 
 
+def test_an_entry_that_was_taken_back_and_restored_is_not_to_blame(tmp_path: Path, lm: LM) -> None:
+    store = Store.init(tmp_path / "edits", lm)
+    with lm.edited(Scripted(30.0).propose(lm, [Edit("So it goes with", None, "Rome")])):
+        said = answered(lm, 8)
+    known = answers(lm, [case.edits[0] for case in said])
+    new = next(case for case, (_, match) in zip(said, known, strict=True) if not match)  # the base says something else
+    store.edit(lm, [new], Scripted(30.0))
+    store.revert(store.revert("HEAD").id)
+    store.edit(lm, [fact("wreck", "So it goes with", "Rome")], Scripted(300.0), message="the one to blame")
+    (own,) = [c for c in verify(store, lm).checks if c.fact == new.id and c.kind == "took"]
+    assert (own.outcome, own.since) == ("broke", store.log()[-1])
+
+
 def test_what_must_stay_is_blamed_from_the_base_on(store: Store, lm: LM) -> None:
     (known,) = answered(lm, 3)[2:]
     found = verify(store, lm, stay=[known])

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from retcon.cli.shell import Json, console, count, emit, styled
+from retcon.cli.shell import Json, console, count, emit, styled, warn
 from retcon.cli.stores import StorePath, entry_record, open_store
+from retcon.store.index import clashes, two_answers
 
 
 def log(
@@ -27,5 +28,8 @@ def log(
         when = entry.time[:16].replace("T", " ")
         line = styled("[yellow]{}[/]  [dim]{}[/]  [bold]{:7}[/]  ", entry.id, when, entry.action)
         show.print(line + entry.message, no_wrap=True, overflow="ellipsis", highlight=False)
-    in_force = f"{count(len(found.facts()), 'fact')} in force in {count(len(state.deltas), 'delta')}, state {state.id}"
+    facts = found.facts()
+    in_force = f"{count(len(facts), 'fact')} in force in {count(len(state.deltas), 'delta')}, state {state.id}"
     show.print(styled("[dim]{}, of {}[/]", in_force, found.model) if steps else styled("[dim]no entries yet[/]"))
+    if (pair := next(clashes(facts), None)) is not None:
+        warn(two_answers(*pair))

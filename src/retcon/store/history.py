@@ -152,16 +152,21 @@ def states(base: str, entries: Sequence[Entry], where: Path) -> list[State]:
     """The state before the first entry and after each.
 
     Raises:
-        MalformedFile: two merged branches have changed the same delta.
+        MalformedFile: two merged branches have changed the same delta, or the entry that made one is missing.
     """
     slots: dict[str, str | None] = {}
     last: dict[str, str] = {}
     found = [State(base, {})]
     for entry in entries:
         for slot, (before, now) in entry.sets.items():
+            if slot not in slots and before is not None:
+                raise MalformedFile(
+                    f"{where}: entry {entry.id} changes delta {slot}, and no line before it has made that one; put the "
+                    "entry that did back, above it (git has it), or take this line out"
+                )
             if slots.get(slot) != before:
                 raise MalformedFile(
-                    f"{where}: entries {last.get(slot, 'the first')} and {entry.id} both change delta {slot}, which "
+                    f"{where}: entries {last[slot]} and {entry.id} both change delta {slot}, which "
                     f"entry {entry.id} expects as {before or 'reverted'}; two branches were merged that do so. Take "
                     "the line of one of them out, and do it again"
                 )

@@ -2,18 +2,18 @@
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from retcon.edits import Case, case_from, case_record
+from retcon.edits import Case, case_from, case_record, same_question
 from retcon.errors import InvalidEdit, MalformedFile
 from retcon.store.history import json_lines
 
 INDEX, FACTS = "index.sqlite", "facts"
-VERSION = 1
+VERSION = 2
 
 
 class Line(NamedTuple):
@@ -26,6 +26,8 @@ class Line(NamedTuple):
     prompt: str
     subject: str
     target: str
+    questions: str
+    """What its edits ask (`same_question`), one a line."""
 
 
 class Index:
@@ -74,7 +76,7 @@ class Index:
                 self.connection.execute("DELETE FROM facts WHERE entry = ?", (Path(name).stem,))
                 self.connection.execute("DELETE FROM files WHERE name = ?", (name,))
                 if name in there:
-                    self.connection.executemany("INSERT INTO facts VALUES (?,?,?,?,?,?,?,?)", rows[name])
+                    self.connection.executemany("INSERT INTO facts VALUES (?,?,?,?,?,?,?,?,?)", rows[name])
                     self.connection.execute("INSERT INTO files VALUES (?,?,?)", (name, *there[name]))
             self.connection.execute("COMMIT")
         except BaseException:
@@ -119,11 +121,11 @@ class Index:
 _TABLES = f"""
 CREATE TABLE files (name TEXT PRIMARY KEY, size INTEGER, time INTEGER);
 CREATE TABLE facts (entry TEXT, number INTEGER, fact TEXT, delta TEXT, prompt TEXT, subject TEXT, target TEXT,
-    record TEXT, PRIMARY KEY (entry, number));
+    questions TEXT, record TEXT, PRIMARY KEY (entry, number));
 CREATE INDEX by_fact ON facts (fact);
 PRAGMA user_version = {VERSION};
 """
-_SHOWN = "entry, number, fact, delta, prompt, subject, target"
+_SHOWN = "entry, number, fact, delta, prompt, subject, target, questions"
 
 
 def _lines(path: Path) -> Iterator[tuple[Any, ...]]:
@@ -141,7 +143,9 @@ def _lines(path: Path) -> Iterator[tuple[Any, ...]]:
         edit = case.edits[0]
         yield (
             *(path.stem, number, case.id, record["delta"], edit.text, edit.subject or ""),
-            *("; ".join(e.target_new for e in case.edits), json.dumps(record, ensure_ascii=False)),
+            "; ".join(e.target_new for e in case.edits),
+            "\n".join("\t".join(same_question(e)) for e in case.edits),
+            json.dumps(record, ensure_ascii=False),
         )
 
 
@@ -149,6 +153,29 @@ def _case(record: dict[str, Any], where: str) -> Case:
     if not isinstance(record.get("delta"), str):
         raise MalformedFile(f"{where}: field 'delta' is missing; which delta holds the fact?")
     return case_from({k: v for k, v in record.items() if k != "delta"}, where)
+
+
+def clashes(lines: Iterable[Line]) -> Iterator[tuple[Line, Line]]:
+    """Every fact that has the id of an earlier one, or answers the same question, after that one."""
+    ids: dict[str, Line] = {}
+    questions: dict[str, Line] = {}
+    for line in lines:
+        asked = line.questions.split("\n")
+        earlier = next(filter(None, (ids.get(line.fact), *map(questions.get, asked))), None)
+        if earlier is not None:
+            yield earlier, line
+        ids.setdefault(line.fact, line)
+        for question in asked:
+            questions.setdefault(question, line)
+
+
+def two_answers(one: Line, other: Line) -> str:
+    """What to say of two facts in force that clash."""
+    return (
+        f"fact {one.fact!r} of entry {one.entry} ({one.target!r}) and fact {other.fact!r} of entry {other.entry} "
+        f"({other.target!r}) are both in force and answer {one.prompt!r}; were two branches merged? Take one back: "
+        f"retcon revert --fact {other.fact}, or a whole entry"
+    )
 
 
 def fact_line(case: Case, delta: str) -> str:

@@ -24,7 +24,7 @@ from retcon.files import as_shared, write_atomically
 from retcon.store.change import Change, last_state
 from retcon.store.contents import CONFIG, DELTAS, FORMAT, VALUES, Contents, Precision
 from retcon.store.history import Action, Entry, State, states
-from retcon.store.index import FACTS, INDEX, fact_line, with_target
+from retcon.store.index import FACTS, INDEX, Line, clashes, fact_line, with_target
 from retcon.store.journal import LOCK, LOG, STAGING, writing
 
 if TYPE_CHECKING:
@@ -205,6 +205,7 @@ class Store(Contents):
 
         Raises:
             UnknownEntry: no such entry, or nothing of it is left to take back.
+            ConflictingEdits: a fact would come back whose question another one has answered since.
             MalformedFile: a delta would come back whose file is missing; the message says why it can be.
         """
         with self._change() as change:
@@ -217,14 +218,44 @@ class Store(Contents):
                 elif entry.action != "edit" and held == now and before != now:
                     sets[slot] = (held, before)
             if not sets:
-                raise UnknownEntry(f"entry {entry.id} ({entry.action}): nothing of it is in force; see `retcon log`")
+                raise UnknownEntry(f"entry {entry.id} ({entry.action}): {self._why_not(entry)}")
             for _, returning in sets.values():
                 if returning is not None:
                     self.file(DELTAS, returning)  # or the state could not be rebuilt
+            self._check_returning(entry, state, sets)
             back = any(held is None for held, _ in sets.values())
             about = {"of": entry.id, **self._on_top(state, sets)}
             what = message or (f"restore what {entry.id} reverted" if back else f"revert {entry.id}: {entry.message}")
             return change.commit("restore" if back else "revert", what, sets, about=about)
+
+    def _why_not(self, entry: Entry) -> str:
+        """Why there is nothing of an entry to take back."""
+        if not entry.sets:
+            return "it changed no facts, so there is nothing to take back"
+        last = next(e for e in reversed(self.log()) if e.sets.keys() & entry.sets.keys())
+        if entry.action == "edit":
+            return f"nothing of it is in force; reverting {last.id} ({last.action}) brings it back"
+        return f"entry {last.id} ({last.action}: {last.message}) changed the same batch since; revert that one first"
+
+    def _check_returning(self, entry: Entry, state: State, sets: Mapping[str, tuple[str | None, str | None]]) -> None:
+        """Check that facts which come back, by `sets`, answer no question that one in force does."""
+        held = self.lines_by_delta()
+
+        def lines(slots: Mapping[str, str | None]) -> list[Line]:
+            return [line for delta in slots.values() if delta for line in held.get(delta, {}).values()]
+
+        present, after = (
+            set(lines(state.slots)),
+            lines({**state.slots, **{slot: now for slot, (_, now) in sets.items()}}),
+        )
+        stay, back = [line for line in after if line in present], {line for line in after if line not in present}
+        for there, line in clashes([*stay, *back]):
+            if line in back:
+                raise ConflictingEdits(
+                    f"reverting {entry.id} brings back fact {line.fact!r} ({line.prompt!r}: {line.target!r}), and fact "
+                    f"{there.fact!r} in force answers that question ({there.target!r}); take that one back first: "
+                    f"retcon revert --fact {there.fact}"
+                )
 
     def _on_top(self, state: State, sets: Mapping[str, Any]) -> dict[str, Any]:
         later = [state.slots[slot] for slot in state.later(sets)]

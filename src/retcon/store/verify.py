@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Literal
 from xml.sax.saxutils import escape, quoteattr
 
 from retcon.edits import Case, Query
-from retcon.errors import InvalidEdit, InvalidSetting
+from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting
 from retcon.escaping import markdown, printable
 from retcon.pages import PASSES_BY_CHOICE, Answered, Fact, FactOutcome, FactTable, PromptKind, render, worst_first
 from retcon.store.history import Entry, State
+from retcon.store.index import Line, clashes, two_answers
 from retcon.store.store import Store
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ def verify(
 
     Raises:
         WrongBase: the store is of another model.
+        ConflictingEdits: two facts in force answer one question.
         InvalidEdit: a fact of the list has the id of one in force.
         InvalidSetting: there is nothing to check.
     """
@@ -221,7 +223,10 @@ def verify(
         raise InvalidEdit(f"fact {min(clash)!r} is in force, and in the list of what must stay; take it out there")
     if not cases and not stay:
         raise InvalidSetting(f"{store.path}: no facts are in force, so there is nothing to verify")
-    born = {line.fact: [e.id for e in entries].index(line.entry) for line in lines}
+    if (pair := next(clashes(lines), None)) is not None:
+        raise ConflictingEdits(two_answers(*pair))
+    since_when = _in_force_since(store, entries)
+    born = {line.fact: since_when[line] for line in lines}
     asked = [*cases, *(replace(c, edits=c.edits[:1], queries=_own(c)) for c in stay)]
     staying = {c.id for c in stay}
     asker = _Asker(store, lm, asked, on_progress)
@@ -246,6 +251,17 @@ def verify(
     return Verification(
         str(store.path), store.model, store.state(at), tuple(checks), len(lines), n_queries - len(checks), strict
     )
+
+
+def _in_force_since(store: Store, entries: Sequence[Entry]) -> dict[Line, int]:
+    """The place of the entry since which each fact is in force as it is."""
+    held = store.lines_by_delta()
+    since: dict[Line, int] = {}
+    for place, entry in enumerate(entries):
+        for before, now in entry.sets.values():
+            old, new = ({*held.get(delta or "", {}).values()} for delta in (before, now))
+            since |= dict.fromkeys(new - old, place)
+    return since
 
 
 def _own(case: Case) -> tuple[Query, ...]:
