@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from retcon.workflow import tuning
 from tests.cli.conftest import write_rows
 
 TUNE = (
@@ -62,3 +64,13 @@ def test_json(cli: Callable[..., Any], here: Path) -> None:
     assert (record["n_searched"], record["n_reported"]) == (3, 3)
     assert 1 <= len(record["trials"]) <= 3
     assert Path(record["preset"]) == Path("elsewhere/memit.toml")
+
+
+def test_what_is_clearly_worse_on_the_other_half_is_not_kept(
+    cli: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_halving", lambda search, given, draw: replace(search.start, clamp=1e-3))
+    result = cli("tune", "demo:gptj", "world", "--limit", "12", "--method", "memit", "--set", "steps=6", "--json")
+    assert "not kept: worse than memit/demo-gptj/world on cases that chose nothing" in result.stderr
+    assert json.loads(result.stdout)["preset"] is None
+    assert not (here / "mine").exists()

@@ -119,7 +119,7 @@ def tune(
         f"tuned by retcon tune on {cases.name} ({found.n_searched} facts, {len(found.trials)} trials, seed {seed}); "
         f"Score {_percent(found, 'found')} on {found.n_reported} others, {_start(found)} {_percent(found, 'before')}"
     )
-    path = save_preset(lm, found, source, label, folder)
+    path = None if found.worse else save_preset(lm, found, source, label, folder)
     show.print()
     show.print(_table(found))
     clear = next((d for d in found.differences if d.metric == "Score"), None)
@@ -127,7 +127,10 @@ def tune(
         low, high = 100 * clear.interval.low, 100 * clear.interval.high
         show.print(f"Score {100 * clear.value:+.1f} [{low:.1f}, {high:.1f}] over that, paired by case")
     searched = f"{count(len(found.trials), 'trial')} in {seconds(found.seconds)}"
-    show.print(styled("{}; settings kept in [bold]{}[/]", searched, path))
+    if path is None:
+        show.print(f"{searched}; not kept: worse than {_start(found).removeprefix('by ')} on cases that chose nothing")
+    else:
+        show.print(styled("{}; settings kept in [bold]{}[/]", searched, path))
     if as_json:
         emit(
             {
@@ -135,7 +138,7 @@ def tune(
                 "method": method,
                 "settings": asdict(found.method),
                 "changes": found.changes,
-                "preset": str(path),
+                "preset": path and str(path),
                 "trials": [asdict(trial) for trial in found.trials],
                 "found": found.found.as_dict(),
                 "start": found.start_preset or "rule",

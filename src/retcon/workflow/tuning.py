@@ -94,6 +94,12 @@ class Tuned:
         """Settings that differ from what was begun at."""
         return changed_settings(self.method, self.start)
 
+    @property
+    def worse(self) -> bool:
+        """Whether the Score on the reported half is lower than what was begun at has there, the interval included."""
+        score = next((d for d in self.differences if d.metric == "Score"), None)
+        return score is not None and score.interval is not None and score.interval.high < 0
+
 
 def changed_settings(method: "Method", before: "Method") -> dict[str, Any]:
     """Return the settings that are not those of the same method before."""
@@ -161,7 +167,8 @@ def tune(
         preset: the full name of the one to begin at, or "none" for the rule; None: the model's, or else the rule.
         given: settings that stay as they are.
         budget: seconds for the search; the round that is running then ends there, and the best so far is given up only
-            for what beat it in that round. Reporting comes on top.
+            for what beat it in that round. It is then compared with the first candidate on all searched cases, unless
+            it was. That and reporting come on top.
         max_trials: sets of settings to try at most, all rounds counted.
         seed: of the halves, the candidates, and everything drawn in editing.
         heard: is told of every trial.
@@ -246,7 +253,8 @@ def _halving(search: _Search, given: frozenset[str], draw: random.Random) -> "Me
         running = [method for _, method in ranked[: math.ceil(len(running) / ETA)]]
         if search.start not in running:  # what is chosen beats the rule on the same cases, or is the rule
             running.insert(0, search.start)
-    return best
+    n = len(search.cases)  # settings that lead on a few cases may be far from what all of them at once need
+    return best if best == search.start or search.score(best, n) > search.score(search.start, n) else search.start
 
 
 def first_round(n_trials: int, n_rounds: int) -> int:
