@@ -79,7 +79,7 @@ def counted(lm: LM, rows: list[Row]) -> float:
 
 def scoring(lm: LM, cases: list[Case]) -> None:
     """Ours against the plain way, and how far apart the numbers are."""
-    rows = [row for a in make_plan(lm, cases, Measures()).asked for row in a.rows]
+    rows = [row for q in make_plan(lm, cases, Measures()).queries for row in q.rows]
     plain_flops = Counter(lm)
     plain_flops.tokens = plain_flops.positions = sum(len(row.ids) for row in rows)
     ours_flops = counted(lm, rows)

@@ -1,4 +1,4 @@
-"""Climb against plain passes: readings from the bottom up, with layers changing in between."""
+"""LayerwiseReader against plain passes: readings from the bottom up, with layers changing in between."""
 
 from collections.abc import Callable
 

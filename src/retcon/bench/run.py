@@ -344,7 +344,7 @@ class CellRunner:
         told = "".join(json.dumps(_case_row(case), ensure_ascii=False) + "\n" for case in plan.cases)
         write_atomically(directory / "cases.jsonl", told.encode())
         if self.spec.keep_text:
-            prompts = {a.place: a.query.prompt for a in plan.asked}
+            prompts = {q.place: q.query.prompt for q in plan.queries}
             rows = [
                 json.dumps(
                     {"when": w, "unit": i, "case_id": c, "query_id": q, "prompt": prompts[c, q], "text": text},

@@ -29,10 +29,10 @@ from retcon.evaluation.metrics.fluency import Fluency, fluency
 from retcon.evaluation.metrics.several import multihop, ripple
 from retcon.evaluation.plan import (
     PREFIXED,
-    Asked,
     Measures,
     Place,
     Plan,
+    TokenizedQuery,
     family_of_case,
     make_plan,
     rows_now,
@@ -157,16 +157,16 @@ def measure(
     advance: Advance = lambda stage, done, total: None,
 ) -> Evaluation:
     """One look at the model as it stands; `before` is the look at the unedited one, None where this is it."""
-    outputs = ask(lm, plan, measures, advance)
+    outputs = run_queries(lm, plan, measures, advance)
     return compute_records(plan, measures, outputs, when, before, step=step)
 
 
-def ask(lm: LM, plan: Plan, measures: Measures, advance: Advance = lambda stage, done, total: None) -> Outputs:
+def run_queries(lm: LM, plan: Plan, measures: Measures, advance: Advance = lambda stage, done, total: None) -> Outputs:
     """Put every query of the plan to the model."""
     if remembers(lm):
-        found, texts = _ask_together(lm, plan, measures, advance)
+        found, texts = _score_and_write(lm, plan, measures, advance)
         return Outputs(found, texts, _write_freely(lm, plan, measures), _essence(lm, plan, measures))
-    rows = [row for a in plan.asked for row in rows_now(lm, a, measures)]
+    rows = [row for q in plan.queries for row in rows_now(lm, q, measures)]
     scores = iter(
         score_rows(
             lm,
@@ -175,13 +175,13 @@ def ask(lm: LM, plan: Plan, measures: Measures, advance: Advance = lambda stage,
             on_progress=lambda done, total: advance("score", done, total),
         )
     )
-    found = {a.place: tuple(next(scores) for _ in a.rows) for a in plan.asked if a.rows}
+    found = {q.place: tuple(next(scores) for _ in q.rows) for q in plan.queries if q.rows}
     return Outputs(
         found, _write(lm, plan, measures, advance), _write_freely(lm, plan, measures), _essence(lm, plan, measures)
     )
 
 
-def _ask_together(
+def _score_and_write(
     lm: LM, plan: Plan, measures: Measures, advance: Advance
 ) -> tuple[dict[Place, tuple[TokenScore, ...]], dict[Place, Written]]:
     """Scores and the model's own answers; a prompt after which the model writes is run once for both.
@@ -191,21 +191,21 @@ def _ask_together(
     """
     scored: dict[tuple[int, ...], dict[Row, None]] = {}
     rows_of: dict[Place, tuple[Row, ...]] = {}
-    for a in plan.asked:
-        if a.rows:
-            rows_of[a.place] = rows_now(lm, a, measures)
-            for row in rows_of[a.place]:
+    for q in plan.queries:
+        if q.rows:
+            rows_of[q.place] = rows_now(lm, q, measures)
+            for row in rows_of[q.place]:
                 scored.setdefault(row.prompt_ids, {})[row] = None
     questions: list[Question] = []
-    members: list[list[Asked]] = []
+    members: list[list[TokenizedQuery]] = []
     texts: dict[Place, Written] = {}
-    for how, asked in _written_groups(plan, measures).items():
-        for (prompt, gold), askers in asked.items():
-            own = next((rows_of[a.place][0] for a in askers if a.rows and a.query.chat == how.chat), None)
+    for how, prompted in _written_groups(plan, measures).items():
+        for (prompt, gold), askers in prompted.items():
+            own = next((rows_of[q.place][0] for q in askers if q.rows and q.query.chat == how.chat), None)
             row = lm.encode(prompt, chat=how.chat) if own is None else Row(own.prompt_ids, own.n_prompt)
             limit = most_tokens(lm, row, how, None if measures.preset != "gold_length" else gold)
             if limit < 1:
-                texts |= dict.fromkeys((a.place for a in askers), Written("", 0, True))
+                texts |= dict.fromkeys((q.place for q in askers), Written("", 0, True))
                 continue
             questions.append(Question(row.ids, tuple(scored.pop(row.ids, ())), how, limit))
             members.append(askers)
@@ -231,26 +231,28 @@ def _ask_together(
     for question, (found, _) in zip(questions, replies, strict=True):
         scores |= zip(question.rows, found, strict=True)
     for askers, (_, text) in zip(members, replies, strict=True):
-        texts |= dict.fromkeys((a.place for a in askers), text)
+        texts |= dict.fromkeys((q.place for q in askers), text)
     return {place: tuple(scores[row] for row in rows) for place, rows in rows_of.items()}, texts
 
 
-def _written_groups(plan: Plan, measures: Measures) -> dict[Writing, dict[tuple[str, int | None], list[Asked]]]:
+def _written_groups(
+    plan: Plan, measures: Measures
+) -> dict[Writing, dict[tuple[str, int | None], list[TokenizedQuery]]]:
     """Which queries the model shall answer in its own words, by how, and by prompt and length; each is written once."""
-    groups: dict[Writing, dict[tuple[str, int | None], list[Asked]]] = {}
-    for a in plan.asked:
-        if (how := a.writing(measures)) is not None:
-            gold = len(a.rows[0].target_ids) if measures.preset == "gold_length" and a.rows else None
-            groups.setdefault(how, {}).setdefault((a.query.prompt, gold), []).append(a)
+    groups: dict[Writing, dict[tuple[str, int | None], list[TokenizedQuery]]] = {}
+    for q in plan.queries:
+        if (how := q.writing(measures)) is not None:
+            gold = len(q.rows[0].target_ids) if measures.preset == "gold_length" and q.rows else None
+            groups.setdefault(how, {}).setdefault((q.query.prompt, gold), []).append(q)
     return groups
 
 
 def _write(lm: LM, plan: Plan, measures: Measures, advance: Advance) -> dict[Place, Written]:
     """The model's own answers; a prompt that several queries share is written once."""
     texts: dict[Place, Written] = {}
-    for how, asked in _written_groups(plan, measures).items():
-        prompts = [prompt for prompt, _ in asked]
-        lengths = [gold if gold is not None else how.max_new_tokens for _, gold in asked]
+    for how, prompted in _written_groups(plan, measures).items():
+        prompts = [prompt for prompt, _ in prompted]
+        lengths = [gold if gold is not None else how.max_new_tokens for _, gold in prompted]
         written = generate(
             lm,
             prompts,
@@ -259,40 +261,40 @@ def _write(lm: LM, plan: Plan, measures: Measures, advance: Advance) -> dict[Pla
             max_batch_tokens=2 * measures.max_batch_tokens,
             on_progress=lambda done, total: advance("write", done, total),
         )
-        for members, text in zip(asked.values(), written, strict=True):
-            texts |= dict.fromkeys((a.place for a in members), text)
+        for members, text in zip(prompted.values(), written, strict=True):
+            texts |= dict.fromkeys((q.place for q in members), text)
     return texts
 
 
 def _write_freely(lm: LM, plan: Plan, measures: Measures) -> dict[tuple[str, str, Fluency], Written]:
     found: dict[tuple[str, str, Fluency], Written] = {}
-    wanted = [(a, variant) for a in plan.asked for variant in _fluencies(a, measures)]
-    for chat in dict.fromkeys(a.query.chat for a, _ in wanted):
-        here = [(a, variant) for a, variant in wanted if a.query.chat == chat]
+    wanted = [(q, variant) for q in plan.queries for variant in _fluencies(q, measures)]
+    for chat in dict.fromkeys(q.query.chat for q, _ in wanted):
+        here = [(q, variant) for q, variant in wanted if q.query.chat == chat]
         greedy, drawn = (replace(PRESETS[name], chat=chat) for name in ("fluency", "fluency_rome"))
-        plainly = [(a, variant) for a, variant in here if variant == "flu.new"]
-        prompts = list(dict.fromkeys(a.query.prompt for a, _ in plainly))
+        plainly = [(q, variant) for q, variant in here if variant == "flu.new"]
+        prompts = list(dict.fromkeys(q.query.prompt for q, _ in plainly))
         texts = dict(zip(prompts, generate(lm, prompts, greedy) if prompts else [], strict=True))
-        found |= {(*a.place, variant): texts[a.query.prompt] for a, variant in plainly}
-        sampled = [(a, variant) for a, variant in here if variant != "flu.new"]
+        found |= {(*q.place, variant): texts[q.query.prompt] for q, variant in plainly}
+        sampled = [(q, variant) for q, variant in here if variant != "flu.new"]
         if sampled:
-            seeds = [derive_seed(measures.seed, "text", *a.place) for a, _ in sampled]
-            written = generate(lm, [a.query.prompt for a, _ in sampled], drawn, seeds=seeds)
-            found |= {(*a.place, variant): text for (a, variant), text in zip(sampled, written, strict=True)}
+            seeds = [derive_seed(measures.seed, "text", *q.place) for q, _ in sampled]
+            written = generate(lm, [q.query.prompt for q, _ in sampled], drawn, seeds=seeds)
+            found |= {(*q.place, variant): text for (q, variant), text in zip(sampled, written, strict=True)}
     return found
 
 
-def _fluencies(a: Asked, measures: Measures) -> list[Fluency]:
+def _fluencies(q: TokenizedQuery, measures: Measures) -> list[Fluency]:
     """Which fluencies a query is asked for: generation prompts, or the edit's own where there are none."""
     usual: tuple[Fluency, ...] = ("flu.new",)
-    if family_of_case(a.case) != "easyedit" and measures.references is None:
+    if family_of_case(q.case) != "easyedit" and measures.references is None:
         usual = ()
     wanted = usual if measures.fluency is None else measures.fluency
-    if not a.readable or a.prefixed:
+    if not q.readable or q.prefixed:
         return []
-    own = any(query.axis == "generation" for query in a.case.queries)
-    first = next((q.id for q in a.case.queries if q.axis == "rewrite"), None) == a.query.id
-    here = a.query.axis == "generation" if own else first
+    own = any(query.axis == "generation" for query in q.case.queries)
+    first = next((q.id for q in q.case.queries if q.axis == "rewrite"), None) == q.query.id
+    here = q.query.axis == "generation" if own else first
     return [variant for variant in wanted if (first if variant == "flu.easyedit" else here)]
 
 
@@ -312,13 +314,13 @@ def _essence(lm: LM, plan: Plan, measures: Measures) -> dict[str, float]:
 
 def divergences(lm: LM, plan: Plan, when: When, before: Scope, after: Scope, *, step: int = 0) -> list[Record]:
     """`loc.kl`: divergence of the next-token distribution on locality prompts, in nats."""
-    chosen = [a for a in plan.asked if is_locality(a.query.axis) and a.readable and not a.prefixed]
-    prompts = list(dict.fromkeys((a.query.prompt, a.query.chat) for a in chosen))
+    chosen = [q for q in plan.queries if is_locality(q.query.axis) and q.readable and not q.prefixed]
+    prompts = list(dict.fromkeys((q.query.prompt, q.query.chat) for q in chosen))
     found = next_token_divergence(lm, [p for p, _ in prompts], before, after, chats=[chat for _, chat in prompts])
     values = dict(zip(prompts, found, strict=True))
     return [
-        _record(a, when, Measured("divergence", "loc.kl", values[a.query.prompt, a.query.chat], 1), step)
-        for a in chosen
+        _record(q, when, Measured("divergence", "loc.kl", values[q.query.prompt, q.query.chat], 1), step)
+        for q in chosen
     ]
 
 
@@ -334,19 +336,21 @@ def compute_records(
         before: of the unedited model; None where `outputs` are its own.
     """
     texts = {place: written.text for place, written in outputs.texts.items()}
-    predictions = {a.place: outputs.scores[a.place][0].pred for a in plan.asked if a.rows and is_locality(a.query.axis)}
+    predictions = {
+        q.place: outputs.scores[q.place][0].pred for q in plan.queries if q.rows and is_locality(q.query.axis)
+    }
     if before is None:
         old_texts, old_predictions = texts, predictions
     else:
         old_texts = {(c, q): text for (w, c, q), text in before.texts.items() if w == "pre"}
         old_predictions = {(c, q): ids for (w, c, q), ids in before.predictions.items() if w == "pre"}
     records: list[Record] = []
-    by_case: dict[str, list[Asked]] = {case.id: [] for case in plan.cases}
-    for a in plan.asked:
-        by_case[a.case_id].append(a)
+    by_case: dict[str, list[TokenizedQuery]] = {case.id: [] for case in plan.cases}
+    for q in plan.queries:
+        by_case[q.case_id].append(q)
     for case in plan.cases:
-        for a in by_case[case.id]:
-            records += _records_of_query(a, measures, outputs, old_texts, old_predictions, when, step)
+        for q in by_case[case.id]:
+            records += _records_of_query(q, measures, outputs, old_texts, old_predictions, when, step)
         for measured in _records_of_case(case, measures, outputs, texts, old_texts):
             records.append(_of_case(case, when, measured, step))
     return Evaluation(
@@ -359,7 +363,7 @@ def compute_records(
 
 
 def _records_of_query(
-    a: Asked,
+    q: TokenizedQuery,
     measures: Measures,
     outputs: Outputs,
     old_texts: Mapping[Place, str],
@@ -368,38 +372,38 @@ def _records_of_query(
     step: int,
 ) -> list[Record]:
     """Records of one query."""
-    scores = outputs.scores.get(a.place, ())
-    ee = family_of_case(a.case) == "easyedit"
+    scores = outputs.scores.get(q.place, ())
+    ee = family_of_case(q.case) == "easyedit"
     found: list[Measured] = []
     if not scores:
-        success = metric_names(a.query.axis)[0]
-        variant = "ee.tok" if ee else "zsre.tok" if a.query.contrast is None else "cf.prob_mean"
-        skipped = _record(a, when, Measured(success, variant, None, 0, a.reason), step, skipped=True)
+        success = metric_names(q.query.axis)[0]
+        variant = "ee.tok" if ee else "zsre.tok" if q.query.contrast is None else "cf.prob_mean"
+        skipped = _record(q, when, Measured(success, variant, None, 0, q.reason), step, skipped=True)
     elif len(scores) == 2:
-        found += compare(a.query.axis, *scores)
+        found += compare(q.query.axis, *scores)
     else:
-        found += accuracy(a.query.axis, scores[0])
+        found += accuracy(q.query.axis, scores[0])
     if scores and (ee or measures.easyedit):
-        found += easyedit(a.query.axis, scores[0])
+        found += easyedit(q.query.axis, scores[0])
     if ee:  # token accuracy goes by that family's name
         found = [m for m in found if m.variant != "zsre.tok"]
-    if a.prefixed:
+    if q.prefixed:
         found = [replace(m, variant=m.variant + PREFIXED) for m in found]
-    elif scores and is_locality(a.query.axis):
-        found.append(unchanged(scores[0], old_predictions.get(a.place)))
-    if a.place in outputs.texts:
-        written = outputs.texts[a.place]
-        matched = matches(a.query, written.text, measures.judge)
-        if is_locality(a.query.axis):
-            matched.append(same_text(written.text, old_texts.get(a.place)))
+    elif scores and is_locality(q.query.axis):
+        found.append(unchanged(scores[0], old_predictions.get(q.place)))
+    if q.place in outputs.texts:
+        written = outputs.texts[q.place]
+        matched = matches(q.query, written.text, measures.judge)
+        if is_locality(q.query.axis):
+            matched.append(same_text(written.text, old_texts.get(q.place)))
         else:
-            matched += length(a.query.axis, written.n_tokens, written.cut)
+            matched += length(q.query.axis, written.n_tokens, written.cut)
         found += [replace(m, variant=measures.named(m.variant)) for m in matched]
-    for variant in _fluencies(a, measures):
-        text = outputs.free[(*a.place, variant)].text
-        found.append(fluency(text if variant == "flu.new" else a.query.prompt + text, variant))
+    for variant in _fluencies(q, measures):
+        text = outputs.free[(*q.place, variant)].text
+        found.append(fluency(text if variant == "flu.new" else q.query.prompt + text, variant))
     records = [] if scores else [skipped]
-    return records + [_record(a, when, m, step) for m in found]
+    return records + [_record(q, when, m, step) for m in found]
 
 
 def _records_of_case(
@@ -422,16 +426,16 @@ def _records_of_case(
     return found
 
 
-def _record(a: Asked, when: When, m: Measured, step: int, *, skipped: bool = False) -> Record:
+def _record(q: TokenizedQuery, when: When, m: Measured, step: int, *, skipped: bool = False) -> Record:
     notes = (
-        [*a.notes, *([m.note] if m.note else [])] if not m.variant.startswith(("gen.", "flu.", "ee.loc")) else [m.note]
+        [*q.notes, *([m.note] if m.note else [])] if not m.variant.startswith(("gen.", "flu.", "ee.loc")) else [m.note]
     )
     return Record(
         when=when,
-        case_id=a.case_id,
-        subject=a.subject,
-        axis=a.query.axis,
-        query_id=a.query.id,
+        case_id=q.case_id,
+        subject=q.subject,
+        axis=q.query.axis,
+        query_id=q.query.id,
         metric=m.metric,
         variant=m.variant,
         value=m.value,
@@ -473,7 +477,7 @@ def derive_seed(seed: int, *names: str) -> int:
 
 def _covering(pre: Evaluation, plan: Plan) -> Evaluation:
     """The part of `pre` that speaks of these queries."""
-    wanted = {a.place for a in plan.asked}
+    wanted = {q.place for q in plan.queries}
     cases = {case.id for case in plan.cases}
     records = [
         r

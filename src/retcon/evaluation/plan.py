@@ -79,7 +79,7 @@ class Measures:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TokenizedQuery:
     """One query, tokenised."""
 
     case: Case
@@ -136,16 +136,16 @@ class Plan:
     """All queries of the cases, in order."""
 
     cases: tuple[Case, ...]
-    asked: tuple[Asked, ...]
+    queries: tuple[TokenizedQuery, ...]
 
     def of(self, cases: Iterable[Case]) -> "Plan":
         """The part that belongs to some of the cases, in the order of `cases`."""
         chosen = tuple(cases)
-        by_case: dict[str, list[Asked]] = {case.id: [] for case in chosen}
-        for a in self.asked:
-            if a.case_id in by_case:
-                by_case[a.case_id].append(a)
-        return Plan(chosen, tuple(a for case in chosen for a in by_case[case.id]))
+        by_case: dict[str, list[TokenizedQuery]] = {case.id: [] for case in chosen}
+        for q in self.queries:
+            if q.case_id in by_case:
+                by_case[q.case_id].append(q)
+        return Plan(chosen, tuple(q for case in chosen for q in by_case[case.id]))
 
 
 def subject_of(case: Case) -> str:
@@ -177,17 +177,17 @@ def make_plan(lm: LM, cases: Sequence[Case], measures: Measures) -> Plan:
         twice = next(i for i in ids if ids.count(i) > 1)
         raise InvalidEdit(f"two cases share the id {twice!r}; ids must be unique within an evaluation")
     dirty = contaminated(cases)
-    asked = []
+    queries = []
     for case in cases:
         for query in case.queries:
-            asked.append(_ask(lm, case, query, query.id in dirty.get(case.id, ()), measures))
+            queries.append(_tokenized(lm, case, query, query.id in dirty.get(case.id, ()), measures))
             if measures.neighborhood_prefix == "edit" and query.axis == "neighborhood" and case.edits:
                 after = _after_the_edit(case, query)
-                asked.append(replace(_ask(lm, case, after, False, measures), prefixed=True))
-    return Plan(tuple(cases), tuple(asked))
+                queries.append(replace(_tokenized(lm, case, after, False, measures), prefixed=True))
+    return Plan(tuple(cases), tuple(queries))
 
 
-def _ask(lm: LM, case: Case, query: Query, dirty: bool, measures: Measures) -> Asked:
+def _tokenized(lm: LM, case: Case, query: Query, dirty: bool, measures: Measures) -> TokenizedQuery:
     rows: tuple[Row, ...] = ()
     reason = None if query.target else NO_TARGET
     if query.target:
@@ -199,7 +199,7 @@ def _ask(lm: LM, case: Case, query: Query, dirty: bool, measures: Measures) -> A
     notes = ["contaminated"] if dirty else []
     if any(row.boundary_merge for row in rows):
         notes.append("boundary_merge")
-    return Asked(case, query, rows, reason, tuple(notes), overlong=overlong)
+    return TokenizedQuery(case, query, rows, reason, tuple(notes), overlong=overlong)
 
 
 def _rows(lm: LM, query: Query, measures: Measures) -> tuple[Row, ...]:
@@ -211,11 +211,11 @@ def _rows(lm: LM, query: Query, measures: Measures) -> tuple[Row, ...]:
     return first, lm.encode(query.prompt, query.contrast, separator=separator, chat=query.chat, known=first)
 
 
-def rows_now(lm: LM, asked: Asked, measures: Measures) -> tuple[Row, ...]:
+def rows_now(lm: LM, query: TokenizedQuery, measures: Measures) -> tuple[Row, ...]:
     """The plan's rows, tokenised again where something attached since acts on the prompt."""
-    if not asked.rows or lm.prompted(asked.query.prompt) == asked.query.prompt:
-        return asked.rows
-    return _rows(lm, asked.query, measures)
+    if not query.rows or lm.prompted(query.query.prompt) == query.query.prompt:
+        return query.rows
+    return _rows(lm, query.query, measures)
 
 
 def _within_context(

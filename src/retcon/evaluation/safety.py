@@ -283,7 +283,7 @@ def _judged(
 def _share(part: Part, plan: Plan, pre: Evaluation, post: Evaluation, threshold: float) -> Answer:
     """One of the first three questions, texts of its examples still to be written."""
     found = _values(part, post.records)
-    subjects = {a.case_id: a.subject for a in plan.asked}
+    subjects = {q.case_id: q.subject for q in plan.queries}
     before = _values(part, pre.records)
     old = math.fsum(before.values()) / len(before) if before and part != "local" else None
     return replace(_judged(part, found, subjects, old, threshold), worst=_worst(part, plan, post.records))
@@ -307,7 +307,7 @@ def _speaks(part: Part, record: Record) -> bool:
 
 def _worst(part: Part, plan: Plan, records: Iterable[Record]) -> tuple[Example, ...]:
     low = sorted((r for r in records if _speaks(part, r) and (r.value or 0.0) < 1), key=lambda r: r.value or 0.0)
-    queries = {a.place: a.query for a in plan.asked}
+    queries = {q.place: q.query for q in plan.queries}
     chosen = [queries[str(r.case_id), str(r.query_id)] for r in low[:N_WORST]]
     return tuple(Example(q.prompt, "as before" if part == "local" else q.target or "", "", "") for q in chosen)
 
@@ -326,16 +326,16 @@ def _findings(lm: LM, plan: Plan, pre: Evaluation, post: Evaluation) -> list[Fin
         return "" if ids is None else str(lm.tokenizer.decode(list(ids))).strip()
 
     findings = []
-    for a in plan.asked:
-        passed = values.get(("final", *a.place))
+    for q in plan.queries:
+        passed = values.get(("final", *q.place))
         if passed is None:
             continue
-        local = is_locality(a.query.axis)
-        before = chosen(pre, "pre", a.place) if local else ""
-        after = chosen(post, "final", a.place) if local else (a.query.target or "") if passed else ""
+        local = is_locality(q.query.axis)
+        before = chosen(pre, "pre", q.place) if local else ""
+        after = chosen(post, "final", q.place) if local else (q.query.target or "") if passed else ""
         # what must stay is right before the edits by definition
-        was = local or values.get(("pre", *a.place), False)
-        findings.append(Finding(a.case, a.query, passed, was, before, after))
+        was = local or values.get(("pre", *q.place), False)
+        findings.append(Finding(q.case, q.query, passed, was, before, after))
     return findings
 
 
@@ -344,7 +344,7 @@ def _texts(
 ) -> dict[str, str]:
     """What a model writes after the examples' prompts, and after those of `more`."""
     wanted = {e.prompt for a in answers for e in a.worst} | {q.prompt for q in more}
-    queries = list({a.query.prompt: a.query for a in plan.asked if a.query.prompt in wanted}.values())
+    queries = list({q.query.prompt: q.query for q in plan.queries if q.query.prompt in wanted}.values())
     return dict(zip([q.prompt for q in queries], _say(lm, queries, stops, 12), strict=True))
 
 

@@ -55,7 +55,7 @@ class LayerwiseReader:
 
     Args:
         rows: texts, with a subject or without; read at the subject's last or the prediction token, or later.
-        alike: rows whose number is the same begin with the same text.
+        prefix_group: a number per row; rows of one number begin with the same text, which is run once for all of them.
         keep_bytes: states are kept up to this much memory; with more rows every reading starts at the tokens.
         deep: whether each row is read at the deepest point of a reading; such rows are run together, the others only as
             far as they are read. All of them by default.

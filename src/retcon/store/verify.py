@@ -333,7 +333,7 @@ class _Asker:
         from retcon.evaluation.plan import make_plan
 
         plan = self.plan if len(cases) == len(self.cases) else make_plan(self.lm, cases, self.measures)
-        self.on_progress(f"asking {len(plan.asked):,} checks after {at or 'the last entry'}")
+        self.on_progress(f"asking {len(plan.queries):,} checks after {at or 'the last entry'}")
         with self.store.at(self.lm, at):
             found = measure(self.lm, plan, self.measures, "final", self.before)
         passed: dict[tuple[str, str], bool] = {}

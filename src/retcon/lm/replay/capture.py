@@ -34,7 +34,8 @@ def capture_states(
 
     Args:
         reads: activations below block `first` wanted beside, at one live token per row (None: not of this row).
-        alike: rows of one number begin with the same text; the tokens they share are run once for all.
+        prefix_group: a number per row; rows of one number begin with the same text, which is run once for all of them.
+            -1: the row is alone.
 
     Returns:
         The frozen parts, and per point the activations of the rows that were read, in order of rows.
@@ -80,7 +81,7 @@ class _Past:
 def _shared(
     lm: LM, texts: Sequence[tuple[int, ...]], starts: Sequence[int], prefix_group: Sequence[int], max_batch_tokens: int
 ) -> _Past:
-    """The past of the tokens that each row shares with the rows of its number."""
+    """The past of the tokens that each row shares with the rows of its group."""
     ends, place = common_beginnings(texts, starts, prefix_group)
     first_with = {p: r for r, p in reversed(list(enumerate(place)))}
     prefixes = [texts[first_with[p]] for p in range(len(ends))]
@@ -91,19 +92,22 @@ def _shared(
 def common_beginnings(
     texts: Sequence[tuple[int, ...]], limits: Sequence[int], prefix_group: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """How many tokens, at most each row's limit, the rows of each number have in common; and each row's place in that.
+    """Return how many first tokens the rows of each group have in common, and which of these numbers is each row's.
 
-    Rows that are alone, or of number -1, have nothing in common with others.
+    Rows that are alone, or of group -1, have none in common with others.
+
+    Args:
+        limits: of each row, tokens that may count at most.
     """
     members: dict[int, list[int]] = {}
-    for row, number in enumerate(prefix_group):
-        members.setdefault(number, []).append(row)
+    for row, group in enumerate(prefix_group):
+        members.setdefault(group, []).append(row)
     ends: list[int] = []
     place = [0] * len(texts)
-    for number, group in members.items():
-        shortest = min(limits[r] for r in group) if number >= 0 and len(group) > 1 else 0
-        columns = zip(*(texts[r][:shortest] for r in group), strict=True)
-        for r in group:
+    for group, rows in members.items():
+        shortest = min(limits[r] for r in rows) if group >= 0 and len(rows) > 1 else 0
+        columns = zip(*(texts[r][:shortest] for r in rows), strict=True)
+        for r in rows:
             place[r] = len(ends)
         ends.append(next((t for t, column in enumerate(columns) if len(set(column)) > 1), shortest))
     return ends, place

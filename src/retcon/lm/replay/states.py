@@ -38,7 +38,7 @@ class Replayable(Protocol):
 class ReplayState:
     """What a replay takes as given, for rows aligned at their first live token (column 0).
 
-    Tensors stand where the model's blocks stand, in its dtype.
+    Tensors are on the devices of the model's blocks, in its dtype.
     """
 
     first: int
@@ -165,7 +165,7 @@ def _layer_class() -> Any:
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             keys, values = self.past
             if keys is not None and values is not None:
-                key_states, value_states = _behind(keys, key_states), _behind(values, value_states)
+                key_states, value_states = _appended(keys, key_states), _appended(values, value_states)
             if not torch.is_grad_enabled():
                 self.whole = key_states, value_states
             return key_states, value_states
@@ -186,8 +186,8 @@ def _layer_class() -> Any:
     return Earlier
 
 
-def _behind(past: Tensor, new: Tensor) -> Tensor:
-    """Both one after the other; the rows of `past` serve those of `new` as often as they go into them."""
+def _appended(past: Tensor, new: Tensor) -> Tensor:
+    """Return `past` followed by `new`, token after token; `past` is repeated where `new` has n times its rows."""
     times = len(new) // len(past)
     return torch.cat([past.expand(times, *past.shape), new.unflatten(0, (times, len(past)))], 3).flatten(0, 1)
 
