@@ -14,7 +14,7 @@ import retcon
 from retcon import world
 from retcon.edits import Case
 from retcon.evaluation import read_cases
-from retcon.evaluation.summary import Estimate
+from retcon.evaluation.summary import CaseMean
 from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Corpus, CorpusMoments
@@ -56,7 +56,7 @@ def jeep_of(lm: LM, dataset: str | None = None, **settings: Any) -> Jeep:
     return method
 
 
-def estimated(estimate: Estimate | None) -> Estimate:
+def estimated(estimate: CaseMean | None) -> CaseMean:
     """Return the estimate of a metric that every evaluation of these scripts measures."""
     assert estimate is not None
     return estimate

@@ -23,7 +23,7 @@ import retcon
 from benchmarks.common import cases_of, machine
 from retcon.edits import Case
 from retcon.evaluation import Measures, evaluate
-from retcon.evaluation.plan import make_plan
+from retcon.evaluation.plan import plan_queries
 from retcon.evaluation.records import Record, read_records, write_records
 from retcon.evaluation.score import TokenScore, score_rows
 from retcon.lm.forward import Places, logits_at
@@ -79,7 +79,7 @@ def counted(lm: LM, rows: list[Row]) -> float:
 
 def scoring(lm: LM, cases: list[Case]) -> None:
     """Ours against the plain way, and how far apart the numbers are."""
-    rows = [row for q in make_plan(lm, cases, Measures()).queries for row in q.rows]
+    rows = [row for q in plan_queries(lm, cases, Measures()).queries for row in q.rows]
     plain_flops = Counter(lm)
     plain_flops.tokens = plain_flops.positions = sum(len(row.ids) for row in rows)
     ours_flops = counted(lm, rows)

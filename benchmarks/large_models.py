@@ -34,7 +34,7 @@ from retcon.memory.contexts import Contexts, sample_contexts
 from retcon.memory.moments import GivenMoments
 from retcon.memory.values import schedule, search_values
 from retcon.memory.values.objective import ValueSearch, ValueSite
-from retcon.memory.values.plan import make_plan
+from retcon.memory.values.plan import plan_search
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.schedule import Pace
 from retcon.methods.jeep import Jeep
@@ -92,7 +92,7 @@ def count(
     """Return launches, waits and uploads per step, and shapes, of the first chunk of the plan."""
     with lm.frozen_eval():
         rows = [EditRows.of(lm, edit, sites, contexts, search) for edit in edits]
-        first = make_plan(lm, rows, sites).chunks[0]
+        first = plan_search(lm, rows, sites).chunks[0]
         chunk = CountedChunk(lm, [rows[i] for i in first.edits], sites, replace(search, steps=min(search.steps, 9)))
         for _ in chunk.run(first.max_active, pace=replace(Pace.on(lm.device.type), capture=None)):
             pass

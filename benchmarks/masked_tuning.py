@@ -31,7 +31,7 @@ from benchmarks.common import add_dataset, add_places, cases_of, estimated, mach
 from retcon.attachment import Attachment
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
-from retcon.evaluation.summary import Estimate
+from retcon.evaluation.summary import CaseMean
 from retcon.lm.model import LM
 from retcon.locate.figures import figure, save
 from retcon.methods.common.contract import Method
@@ -64,7 +64,7 @@ LABELS = {
 class Outcome:
     """What one row of the table holds."""
 
-    quality: dict[str, Estimate]
+    quality: dict[str, CaseMean]
     """Per metric of `METRICS`, as a share."""
     seconds: float
     """Per edit."""
@@ -88,7 +88,7 @@ class Outcome:
         }
 
 
-def _percents(estimate: Estimate) -> list[float]:
+def _percents(estimate: CaseMean) -> list[float]:
     value, interval = estimate.value or 0.0, estimate.interval
     return [100 * x for x in (value, *((interval.low, interval.high) if interval else (value, value)))]
 

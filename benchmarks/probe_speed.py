@@ -31,7 +31,7 @@ from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit, subject_tokens
 from retcon.lm.site import SiteName
 from retcon.locate import Tracing, causal_trace, contrast_probe, retrieve_word_sets
-from retcon.locate.tracing import Kind, default_window, embedding_deviation
+from retcon.locate.tracing import RestoredKind, default_window, embedding_deviation
 from retcon.memory.moments import Corpus
 
 
@@ -42,7 +42,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def as_released(lm: LM, edit: Edit, kind: Kind, settings: Tracing) -> torch.Tensor:
+def as_released(lm: LM, edit: Edit, kind: RestoredKind, settings: Tracing) -> torch.Tensor:
     """Scores (tokens, layers): a pass per cell over S + 1 rows, the first of them clean."""
     row, subject = encode_edit(lm.tokenizer, edit), subject_tokens(lm.tokenizer, edit)
     ids = torch.tensor([row.ids] * (settings.samples + 1))

@@ -25,7 +25,7 @@ from retcon.errors import RetconWarning
 from retcon.evaluation.score import Item, score
 from retcon.lm.model import LM
 from retcon.locate import Tracing, causal_trace
-from retcon.locate.tracing import Kind, default_window
+from retcon.locate.tracing import RestoredKind, default_window
 
 SCORES = ("rewrite", "paraphrase")
 
@@ -68,7 +68,7 @@ def main() -> None:
     lm = retcon.load(args.model)
     print(f"{args.model}, seed {args.seed}; {machine()}")
     cases = {case.edits[0].id: case for case in cases_of(args.data, args.start, args.n, args.seed)}
-    kinds: tuple[Kind, ...] = ("block", "mlp")
+    kinds: tuple[RestoredKind, ...] = ("block", "mlp")
     settings = Tracing(kinds=kinds, window=default_window(lm.n_layers), seed=args.seed)
     traces = causal_trace(lm, [case.edits[0] for case in cases.values()], settings).traces
     effects = {kind: torch.stack([t.indirect(kind)[t.subject.stop - 1] for t in traces]) for kind in kinds}

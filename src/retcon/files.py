@@ -21,7 +21,7 @@ TEMPORARY = ".tmp"
 """How the names of files end that are being written."""
 
 
-Row = tuple[int, dict[str, Any]]
+NumberedRow = tuple[int, dict[str, Any]]
 """A row's number in its file, and the object."""
 
 _HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -51,7 +51,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return text
 
 
-def read_json_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = None) -> list[Row]:
+def read_json_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = None) -> list[NumberedRow]:
     """(row number from 1, object) of a JSON list or of JSON lines; NaN, which a table writes for no value, is null.
 
     Args:

@@ -28,7 +28,7 @@ from retcon.edits import Edit, write_cases
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, UnsupportedModel
 from retcon.evaluation import Measures
 from retcon.evaluation.measure import Outputs, compute_records
-from retcon.evaluation.plan import make_plan
+from retcon.evaluation.plan import plan_queries
 from retcon.lm.model import LM
 from retcon.methods.common.contract import Method
 from retcon.methods.common.registry import method_class
@@ -256,7 +256,7 @@ def test_kept_tokens_give_the_records_again(spec: BenchSpec, tmp_path: Path, tin
     unit = units.load(units.key(0, [c.id for c in chosen[:2]]))
     assert unit is not None
     measures = Measures(generate=False)
-    plan = make_plan(tiny(n_layers=1), chosen[:2], measures)
+    plan = plan_queries(tiny(n_layers=1), chosen[:2], measures)
     outputs = Outputs({(case, query): scores for (_, case, query), scores in unit.scores.items()})
     again = compute_records(plan, measures, outputs, "final").records
     assert [r for r in again if not r.variant.startswith("ee.")] == [

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from retcon.evaluation import Evaluation, evaluate, measure
-from retcon.lm.decoding import Prompts, pads, remembers, write
+from retcon.lm.decoding import Prompts, pads, remembers, write_tokens
 from retcon.lm.model import LM
 from retcon.world import cases
 from tests.conftest import FAMILIES, FLOAT32_INSIDE, WINDOWED
@@ -55,7 +55,7 @@ def test_rows_that_have_ended_leave(tiny: Make) -> None:
         return [100 * i for i in active]
 
     with lm.frozen_eval(), torch.inference_mode():
-        found = write(Prompts(lm, [(5, 6)] * 5), choose, lambda i, tokens: len(tokens) > i)
+        found = write_tokens(Prompts(lm, [(5, 6)] * 5), choose, lambda i, tokens: len(tokens) > i)
     assert found == [[100 * i] * (i + 1) for i in range(5)]
     assert widths == [5, 4, 3, 2, 1]
 
@@ -64,7 +64,9 @@ def test_a_row_that_has_ended_may_wait_for_others_to_leave(tiny: Make, monkeypat
     monkeypatch.setattr("retcon.lm.decoding.LEAVE_AT", 0.5)
     lm = tiny("llama")
     with lm.frozen_eval(), torch.inference_mode():
-        found = write(Prompts(lm, [(5, 6)] * 4), lambda logits, active: [7] * len(active), lambda i, t: len(t) > 2 * i)
+        found = write_tokens(
+            Prompts(lm, [(5, 6)] * 4), lambda logits, active: [7] * len(active), lambda i, t: len(t) > 2 * i
+        )
     assert [len(tokens) for tokens in found] == [1, 3, 5, 7]
 
 

@@ -35,7 +35,7 @@ def test_with_the_final_norm_the_last_block_gives_the_models_own_softmax(family:
         bare = lens.project(lm, last_states(lm), final_norm=False).softmax(-1)
     assert_close(read, own, rtol=1e-7, atol=1e-9)  # MPT norms in float32
     assert float((bare - own).abs().max()) > 1e-4
-    lens.check(lm)
+    lens.check_reads(lm)
 
 
 def test_a_soft_cap_is_in_force_somewhere(still: Still) -> None:
@@ -59,7 +59,7 @@ def test_a_wrong_layout_is_noticed() -> None:
     with torch.no_grad():
         model.model.norm.weight.copy_(torch.linspace(0.1, 2, 32))
     with pytest.raises(UnsupportedModel, match="off the model's own logits, so states cannot be read"):
-        lens.check(LM(model, tokenizer(), layout=layout))
+        lens.check_reads(LM(model, tokenizer(), layout=layout))
 
 
 def test_chunks_are_the_whole(still: Still) -> None:

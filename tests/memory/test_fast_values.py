@@ -19,7 +19,7 @@ from retcon.memory.values import schedule
 from retcon.memory.values import search as searching
 from retcon.memory.values import step as step_module
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
-from retcon.memory.values.plan import ChunkPlan, Plan, make_plan
+from retcon.memory.values.plan import ChunkPlan, SearchPlan, plan_search
 from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.schedule import Chunk, Pace
@@ -66,7 +66,7 @@ def both(
         warnings.simplefilter("error")  # no falling back
         order = [*range(1, len(edits), 2), *range(0, len(edits), 2)]
         chunks = [ChunkPlan(tuple(order[i : i + chunk]), width) for i in range(0, len(order), chunk)]
-        fast = search_values(lm, edits, sites, contexts, search, plan=Plan(tuple(chunks)))
+        fast = search_values(lm, edits, sites, contexts, search, plan=SearchPlan(tuple(chunks)))
     return fast, search_values_reference(lm, edits, sites, contexts, search)
 
 
@@ -236,12 +236,12 @@ def test_the_edit_whose_loss_is_nan_is_named(tiny: Callable[..., LM], mixed: lis
 def test_plans_hold_every_edit_once_whatever_the_memory(tiny: Callable[..., LM], mixed: list[Edit]) -> None:
     lm = tiny("llama")
     rows = [EditRows.of(lm, e, (LOW, HIGH), CONTEXTS, ValueSearch()) for e in mixed]
-    plans = {memory: make_plan(lm, rows, (LOW, HIGH), memory=memory) for memory in (0, 100_000, 10**10)}
+    plans = {memory: plan_search(lm, rows, (LOW, HIGH), memory=memory) for memory in (0, 100_000, 10**10)}
     for plan in plans.values():
         assert sorted(i for c in plan.chunks for i in c.edits) == list(range(len(mixed)))
         columns = [rows[i].columns for c in plan.chunks for i in c.edits]
         assert columns == sorted(columns)
-        assert Plan.from_json(plan.as_json()) == plan
+        assert SearchPlan.from_json(plan.as_json()) == plan
     assert all(c.max_active == len(c.edits) == 1 for c in plans[0].chunks)
     assert len(plans[10**10].chunks) == 1 < len(plans[100_000].chunks)
 
@@ -265,7 +265,7 @@ def test_the_free_memory_changes_nothing(
 def test_where_memory_is_short_the_work_takes_longer_and_no_bit_changes(
     family: str, short: str, tiny: Callable[..., LM], mixed: list[Edit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = Plan((ChunkPlan(tuple(range(6)), 3),))
+    plan = SearchPlan((ChunkPlan(tuple(range(6)), 3),))
     search = ValueSearch(steps=4)
     monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     whole = search_values(tiny(family, torch.float32), mixed, (LOW, HIGH), CONTEXTS, search, plan=plan)
@@ -303,7 +303,9 @@ def test_running_out_of_memory_takes_less_and_says_so(
 
     monkeypatch.setattr(Chunk, "logits", limited)
     with pytest.warns(RetconWarning, match="memory (is short for|ran out with) [42] edits"):
-        found = search_values(lm, edits, (LOW, HIGH), CONTEXTS, search, plan=Plan((ChunkPlan(tuple(range(4)), 4),)))
+        found = search_values(
+            lm, edits, (LOW, HIGH), CONTEXTS, search, plan=SearchPlan((ChunkPlan(tuple(range(4)), 4),))
+        )
     agree(found, wanted, 1e-10)
     assert found.plan == {"chunks": [[4, 1]], "oom_retries": 2}
 
@@ -312,7 +314,7 @@ def test_running_out_of_memory_takes_less_and_says_so(
         pytest.raises(OutOfMemory, match=r"4 edits active .* shrink=True \(--shrink\)"),
     ):
         search_values(
-            lm, edits, (LOW, HIGH), CONTEXTS, ValueSearch(steps=2), plan=Plan((ChunkPlan(tuple(range(4)), 4),))
+            lm, edits, (LOW, HIGH), CONTEXTS, ValueSearch(steps=2), plan=SearchPlan((ChunkPlan(tuple(range(4)), 4),))
         )
 
     def never(self: Chunk, now: Any, vectors: Any) -> Any:

@@ -19,7 +19,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.values import ValueCache, Values, ValueSearch, ValueSite, search_values
 from retcon.memory.values import search as search_module
 from retcon.memory.values import store as store_module
-from retcon.memory.values.plan import ChunkPlan, Plan
+from retcon.memory.values.plan import ChunkPlan, SearchPlan
 from retcon.memory.values.schedule import Chunk
 from retcon.memory.values.store import ValueStore
 from tests.conftest import everyday
@@ -30,7 +30,7 @@ SITES = (
     ValueSite(Point(2, "mlp"), "prediction", clamp=0.7, weight_decay=0.02),
 )
 SEARCH = ValueSearch(steps=5, learning_rate=0.2)
-PLAN = Plan((ChunkPlan((2, 0), 2), ChunkPlan((1,), 1), ChunkPlan((3,), 1)))
+PLAN = SearchPlan((ChunkPlan((2, 0), 2), ChunkPlan((1,), 1), ChunkPlan((3,), 1)))
 
 
 class Killed(BaseException):
@@ -82,7 +82,7 @@ def test_a_killed_search_goes_on_with_the_identical_result(
     assert not list(tmp_path.iterdir())
 
 
-ONE_CHUNK = Plan((ChunkPlan((2, 0, 3, 1), 2),))
+ONE_CHUNK = SearchPlan((ChunkPlan((2, 0, 3, 1), 2),))
 
 
 def searched_edits(monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -165,7 +165,7 @@ def test_a_chunk_is_kept_every_minute_or_every_32_edits(
     assert kept_at == [60.0, 120.0, 180.0]
     kept_at.clear()
     many = [replace(edits[i % 3], id=f"{i}", target_new=f"Rome {i}") for i in range(70)]
-    one = Plan((ChunkPlan(tuple(range(70)), 7),))
+    one = SearchPlan((ChunkPlan(tuple(range(70)), 7),))
     search = replace(SEARCH, steps=1)
     monkeypatch.setattr(store_module, "KEEP_SECONDS", 1e9)
     search_values(lm, many, SITES, Contexts(), search, plan=one, cache=ValueCache(tmp_path))

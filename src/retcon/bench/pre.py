@@ -14,7 +14,7 @@ from retcon.bench.spec import MeasureSpec
 from retcon.checked import Kind, as_bytes, cached, from_bytes, keep
 from retcon.evaluation.datasets import LoadReport
 from retcon.evaluation.measure import measure
-from retcon.evaluation.plan import Measures, Plan
+from retcon.evaluation.plan import Measures, QueryPlan
 from retcon.evaluation.records import encode_records, parse_records
 from retcon.evaluation.results import Evaluation
 from retcon.files import cache_dir
@@ -23,7 +23,7 @@ from retcon.lm.model import LM
 UNEDITED = Kind("records of an unedited model", format=2, computation=1)
 
 
-def unedited(lm: LM, plan: Plan, measures: Measures, asked: MeasureSpec, report: LoadReport) -> Evaluation:
+def unedited(lm: LM, plan: QueryPlan, measures: Measures, asked: MeasureSpec, report: LoadReport) -> Evaluation:
     """The unedited model on the plan's cases, from the cache where it is there."""
     key = {
         "model": lm.fingerprint(),

@@ -22,7 +22,7 @@ from retcon.checked import as_bytes
 from retcon.edits import Case, Edit, same_question
 from retcon.errors import DeltaMismatch, InvalidEdit, InvalidSetting, RetconError
 from retcon.evaluation.measure import divergences, measure
-from retcon.evaluation.plan import Measures, Plan, make_plan, subject_of
+from retcon.evaluation.plan import Measures, QueryPlan, plan_queries, subject_of
 from retcon.evaluation.records import Record, When
 from retcon.evaluation.results import Evaluation
 from retcon.lm.model import LM
@@ -37,7 +37,7 @@ class Setting:
     """What a run needs beside the protocol."""
 
     lm: LM
-    plan: Plan
+    plan: QueryPlan
     """All cases of the run, in order."""
     measures: Measures
     propose: Propose
@@ -68,7 +68,7 @@ def run_protocol(
     """
     measures = measures or Measures()
     n, _ = protocol.sizes(len(cases))
-    plan = make_plan(lm, cases[:n], measures)
+    plan = plan_queries(lm, cases[:n], measures)
     before = pre or measure(lm, plan, measures, "pre")
     units = list(run_units(Setting(lm, plan, measures, propose, before), protocol, Units(None)))
     return Evaluation(

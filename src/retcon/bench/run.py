@@ -27,7 +27,7 @@ from retcon.evaluation.datasets import Loaded, LoadReport
 from retcon.evaluation.drift import Perplexity, perplexity
 from retcon.evaluation.measure import derive_seed, measure
 from retcon.evaluation.metrics.consistency import References
-from retcon.evaluation.plan import Measures, Plan, make_plan
+from retcon.evaluation.plan import Measures, QueryPlan, plan_queries
 from retcon.evaluation.records import Record, When, write_records
 from retcon.evaluation.results import Evaluation
 from retcon.files import TEMPORARY, remove_abandoned, turn_in, write_atomically
@@ -192,7 +192,7 @@ class CellRunner:
         self.moments: Any = TimedMoments(found, clock=clock)
         self.text = None if spec.text is None else Path(spec.text).read_text("utf-8")
         self.measures = _measures(spec)
-        self._plans: dict[str, tuple[Plan, Evaluation]] = {}
+        self._plans: dict[str, tuple[QueryPlan, Evaluation]] = {}
         self._perplexity: Perplexity | None = None
         self._unedited = self._whole_model("pre", 0)
         self.n_cases = {dataset: len(cases) for dataset, (cases, _) in loaded.items()}
@@ -289,14 +289,14 @@ class CellRunner:
         watch(Event(cell, total, total, evaluation))
         return line
 
-    def _plan(self, chosen: Sequence[Case], report: LoadReport, measures: Measures) -> tuple[Plan, Evaluation]:
+    def _plan(self, chosen: Sequence[Case], report: LoadReport, measures: Measures) -> tuple[QueryPlan, Evaluation]:
         """The cases tokenised, and the unedited model on them: once for all methods, and kept in the cache."""
         key = json.dumps(
             [report.sha256, dict(report.options), [case.id for case in chosen], measures.seed], default=str
         )
         if key not in self._plans:
             self._plans.clear()  # one at a time: methods follow each other on the same cases
-            plan = make_plan(self.lm, chosen, measures)
+            plan = plan_queries(self.lm, chosen, measures)
             self._plans[key] = plan, unedited(self.lm, plan, measures, self.spec.measures, report)
         return self._plans[key]
 
@@ -334,7 +334,7 @@ class CellRunner:
         evaluation: Evaluation,
         before: Evaluation,
         done: Sequence[Unit],
-        plan: Plan,
+        plan: QueryPlan,
     ) -> None:
         timings = [
             _whole("pre", "time", "time.load", self.load_seconds, 1, 0),
@@ -406,7 +406,7 @@ def _measures(spec: BenchSpec) -> Measures:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """What one run will take, from a few edits and cases."""
 
     cell: Cell
@@ -436,7 +436,7 @@ class Estimate:
 
 def estimate(
     spec: BenchSpec, directory: str | Path | None = None, *, loaded: Mapping[str, Loaded] | None = None
-) -> Iterator[Estimate]:
+) -> Iterator[RunEstimate]:
     """Of every cell, in order; loads the models, makes a few edits per method and measures a few cases.
 
     What is finished in `directory` takes no time.
@@ -452,12 +452,12 @@ def estimate(
             if directory is not None:
                 manifest = manifest_of(spec, cell, bench.lm, bench.method_of(cell), cases, report)
                 if (place_of(cell, manifest, Path(directory))[1] / FINISHED).is_file():
-                    yield Estimate(cell, len(cases), 0.0, 0.0, 0.0, finished=True)
+                    yield RunEstimate(cell, len(cases), 0.0, 0.0, 0.0, finished=True)
                     continue
             key = (model.label, cell.dataset.label, cell.method.label)
             if key not in known:
                 known[key] = _probe(bench, cell, cases)
-            yield Estimate(cell, len(cases), *known[key])
+            yield RunEstimate(cell, len(cases), *known[key])
 
 
 def _probe(bench: CellRunner, cell: Cell, cases: Sequence[Case]) -> tuple[float, float, float]:
@@ -478,5 +478,5 @@ def _probe(bench: CellRunner, cell: Cell, cases: Sequence[Case]) -> tuple[float,
     call, several = seconds(edits[:1]), seconds(edits)
     more = max(several - call, 0.0) / (len(edits) - 1) if len(edits) > 1 else call
     started = time.perf_counter()
-    measure(lm, make_plan(lm, few, bench.measures), bench.measures, "pre")
+    measure(lm, plan_queries(lm, few, bench.measures), bench.measures, "pre")
     return call, more, (time.perf_counter() - started) / len(few)

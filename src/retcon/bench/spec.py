@@ -17,7 +17,7 @@ from retcon.evaluation.datasets import Answers, CaseTarget, FormatName, OnError,
 from retcon.evaluation.metrics.fluency import Fluency
 
 Order = Literal["file", "shuffle"]
-Kind = Literal["single", "batch", "sequential", "batch_sequential", "curve"]
+ProtocolKind = Literal["single", "batch", "sequential", "batch_sequential", "curve"]
 CURVE = tuple(round(math.exp(math.log(10_000) * i / 16)) for i in range(17))
 """MEMIT's numbers of edits (Figure 5): 1, 2, 3, 6, 10, 18, 32, 56, 100, ..., 10,000."""
 MIN_RECORDS_PER_POINT = 1000
@@ -28,7 +28,7 @@ MIN_RECORDS_PER_POINT = 1000
 class Protocol:
     """One way of running."""
 
-    kind: Kind = "batch"
+    kind: ProtocolKind = "batch"
     n: int | None = None
     """Cases in all; None takes every one there is."""
     batch: int | None = None
@@ -41,8 +41,8 @@ class Protocol:
     """Cases of each of them, and n where that is more; None: 1,000."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise InvalidSetting(f"unknown protocol {self.kind!r}; known: {', '.join(get_args(Kind))}")
+        if self.kind not in get_args(ProtocolKind):
+            raise InvalidSetting(f"unknown protocol {self.kind!r}; known: {', '.join(get_args(ProtocolKind))}")
         for name in ("n", "batch", "records_per_point"):
             value = getattr(self, name)
             if value is not None and value < 1:

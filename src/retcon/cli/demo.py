@@ -32,7 +32,7 @@ from retcon.workflow import Resolved, resolve, write_facts
 
 if TYPE_CHECKING:
     from retcon.attachment import Attachment
-    from retcon.evaluation import Estimate, Evaluation, Summary
+    from retcon.evaluation import CaseMean, Evaluation, Summary
     from retcon.lm.model import LM
 
 MODELS = {"gptj": "GPT-J", "llama": "LLaMA"}
@@ -155,7 +155,7 @@ class Story:
     def ok(self) -> bool:
         return self.same_from_file and self.undone and self.took
 
-    def estimates(self, metric: str) -> "tuple[Estimate | None, Estimate | None]":
+    def estimates(self, metric: str) -> "tuple[CaseMean | None, CaseMean | None]":
         """Before and after."""
         try:
             line = self.summary[("Score", "score.hm") if metric == "Score" else metric]
@@ -338,7 +338,7 @@ def _metrics_table(story: Story) -> Table:
     return table
 
 
-def _percent(estimate: "Estimate | None") -> str:
+def _percent(estimate: "CaseMean | None") -> str:
     return estimate.percent() if estimate else "-"
 
 

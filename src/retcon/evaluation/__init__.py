@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from retcon.evaluation.plan import Measures
     from retcon.evaluation.records import Record
     from retcon.evaluation.results import Evaluation
-    from retcon.evaluation.summary import Estimate, Line, Summary
+    from retcon.evaluation.summary import CaseMean, Line, Summary
 
 _LAZY = {
-    "Estimate": "retcon.evaluation.summary",
+    "CaseMean": "retcon.evaluation.summary",
     "Evaluation": "retcon.evaluation.results",
     "Interval": "retcon.evaluation.intervals",
     "Line": "retcon.evaluation.summary",
@@ -37,7 +37,7 @@ _LAZY = {
 }
 
 __all__ = [
-    "Estimate",
+    "CaseMean",
     "Evaluation",
     "Interval",
     "Line",

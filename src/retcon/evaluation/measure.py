@@ -31,10 +31,10 @@ from retcon.evaluation.plan import (
     PREFIXED,
     Measures,
     Place,
-    Plan,
+    QueryPlan,
     TokenizedQuery,
     family_of_case,
-    make_plan,
+    plan_queries,
     rows_now,
     subject_of,
 )
@@ -107,7 +107,7 @@ def evaluate(
         "seed": seed,
     }
     measures = replace(measures or Measures(), **{name: value for name, value in given.items() if value is not None})
-    plan = make_plan(lm, cases, measures)
+    plan = plan_queries(lm, cases, measures)
     before = None if pre is None else _covering(pre, plan)
     with _bar(progress) as advance:
         parts = []
@@ -148,7 +148,7 @@ class Outputs:
 
 def measure(
     lm: LM,
-    plan: Plan,
+    plan: QueryPlan,
     measures: Measures,
     when: When,
     before: Evaluation | None = None,
@@ -161,7 +161,9 @@ def measure(
     return compute_records(plan, measures, outputs, when, before, step=step)
 
 
-def run_queries(lm: LM, plan: Plan, measures: Measures, advance: Advance = lambda stage, done, total: None) -> Outputs:
+def run_queries(
+    lm: LM, plan: QueryPlan, measures: Measures, advance: Advance = lambda stage, done, total: None
+) -> Outputs:
     """Put every query of the plan to the model."""
     if remembers(lm):
         found, texts = _score_and_write(lm, plan, measures, advance)
@@ -182,7 +184,7 @@ def run_queries(lm: LM, plan: Plan, measures: Measures, advance: Advance = lambd
 
 
 def _score_and_write(
-    lm: LM, plan: Plan, measures: Measures, advance: Advance
+    lm: LM, plan: QueryPlan, measures: Measures, advance: Advance
 ) -> tuple[dict[Place, tuple[TokenScore, ...]], dict[Place, Written]]:
     """Scores and the model's own answers; a prompt after which the model writes is run once for both.
 
@@ -236,7 +238,7 @@ def _score_and_write(
 
 
 def _written_groups(
-    plan: Plan, measures: Measures
+    plan: QueryPlan, measures: Measures
 ) -> dict[Writing, dict[tuple[str, int | None], list[TokenizedQuery]]]:
     """Which queries the model shall answer in its own words, by how, and by prompt and length; each is written once."""
     groups: dict[Writing, dict[tuple[str, int | None], list[TokenizedQuery]]] = {}
@@ -247,7 +249,7 @@ def _written_groups(
     return groups
 
 
-def _write(lm: LM, plan: Plan, measures: Measures, advance: Advance) -> dict[Place, Written]:
+def _write(lm: LM, plan: QueryPlan, measures: Measures, advance: Advance) -> dict[Place, Written]:
     """The model's own answers; a prompt that several queries share is written once."""
     texts: dict[Place, Written] = {}
     for how, prompted in _written_groups(plan, measures).items():
@@ -266,7 +268,7 @@ def _write(lm: LM, plan: Plan, measures: Measures, advance: Advance) -> dict[Pla
     return texts
 
 
-def _write_freely(lm: LM, plan: Plan, measures: Measures) -> dict[tuple[str, str, Fluency], Written]:
+def _write_freely(lm: LM, plan: QueryPlan, measures: Measures) -> dict[tuple[str, str, Fluency], Written]:
     found: dict[tuple[str, str, Fluency], Written] = {}
     wanted = [(q, variant) for q in plan.queries for variant in _fluencies(q, measures)]
     for chat in dict.fromkeys(q.query.chat for q, _ in wanted):
@@ -298,7 +300,7 @@ def _fluencies(q: TokenizedQuery, measures: Measures) -> list[Fluency]:
     return [variant for variant in wanted if (first if variant == "flu.easyedit" else here)]
 
 
-def _essence(lm: LM, plan: Plan, measures: Measures) -> dict[str, float]:
+def _essence(lm: LM, plan: QueryPlan, measures: Measures) -> dict[str, float]:
     if measures.references is None:
         return {}
     about = {c.id: measures.references.about.get(subject_of(c), ()) for c in plan.cases}
@@ -312,7 +314,7 @@ def _essence(lm: LM, plan: Plan, measures: Measures) -> dict[str, float]:
     return {i: nll / n for i, (nll, n) in sums.items()}
 
 
-def divergences(lm: LM, plan: Plan, when: When, before: Scope, after: Scope, *, step: int = 0) -> list[Record]:
+def divergences(lm: LM, plan: QueryPlan, when: When, before: Scope, after: Scope, *, step: int = 0) -> list[Record]:
     """`loc.kl`: divergence of the next-token distribution on locality prompts, in nats."""
     chosen = [q for q in plan.queries if is_locality(q.query.axis) and q.readable and not q.prefixed]
     prompts = list(dict.fromkeys((q.query.prompt, q.query.chat) for q in chosen))
@@ -328,7 +330,13 @@ def divergences(lm: LM, plan: Plan, when: When, before: Scope, after: Scope, *, 
 
 
 def compute_records(
-    plan: Plan, measures: Measures, outputs: Outputs, when: When, before: Evaluation | None = None, *, step: int = 0
+    plan: QueryPlan,
+    measures: Measures,
+    outputs: Outputs,
+    when: When,
+    before: Evaluation | None = None,
+    *,
+    step: int = 0,
 ) -> Evaluation:
     """Return the records of what a model made of the queries; no model is needed.
 
@@ -475,7 +483,7 @@ def derive_seed(seed: int, *names: str) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps([seed, *names]).encode()).digest()[:7], "big")
 
 
-def _covering(pre: Evaluation, plan: Plan) -> Evaluation:
+def _covering(pre: Evaluation, plan: QueryPlan) -> Evaluation:
     """The part of `pre` that speaks of these queries."""
     wanted = {q.place for q in plan.queries}
     cases = {case.id for case in plan.cases}

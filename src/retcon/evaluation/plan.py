@@ -132,20 +132,20 @@ class TokenizedQuery:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QueryPlan:
     """All queries of the cases, in order."""
 
     cases: tuple[Case, ...]
     queries: tuple[TokenizedQuery, ...]
 
-    def of(self, cases: Iterable[Case]) -> "Plan":
+    def of(self, cases: Iterable[Case]) -> "QueryPlan":
         """The part that belongs to some of the cases, in the order of `cases`."""
         chosen = tuple(cases)
         by_case: dict[str, list[TokenizedQuery]] = {case.id: [] for case in chosen}
         for q in self.queries:
             if q.case_id in by_case:
                 by_case[q.case_id].append(q)
-        return Plan(chosen, tuple(q for case in chosen for q in by_case[case.id]))
+        return QueryPlan(chosen, tuple(q for case in chosen for q in by_case[case.id]))
 
 
 def subject_of(case: Case) -> str:
@@ -161,7 +161,7 @@ def family_of_case(case: Case) -> Family:
     return "counterfact" if any(q.contrast is not None for q in case.queries) else "zsre"
 
 
-def make_plan(lm: LM, cases: Sequence[Case], measures: Measures) -> Plan:
+def plan_queries(lm: LM, cases: Sequence[Case], measures: Measures) -> QueryPlan:
     """Tokenise everything once.
 
     Raises:
@@ -184,7 +184,7 @@ def make_plan(lm: LM, cases: Sequence[Case], measures: Measures) -> Plan:
             if measures.neighborhood_prefix == "edit" and query.axis == "neighborhood" and case.edits:
                 after = _after_the_edit(case, query)
                 queries.append(replace(_tokenized(lm, case, after, False, measures), prefixed=True))
-    return Plan(tuple(cases), tuple(queries))
+    return QueryPlan(tuple(cases), tuple(queries))
 
 
 def _tokenized(lm: LM, case: Case, query: Query, dirty: bool, measures: Measures) -> TokenizedQuery:

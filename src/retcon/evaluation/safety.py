@@ -16,7 +16,7 @@ from retcon.evaluation.intervals import Interval, ci_wilson
 from retcon.evaluation.made import with_made_queries
 from retcon.evaluation.measure import measure
 from retcon.evaluation.metrics import accepted, is_locality, matches
-from retcon.evaluation.plan import Measures, Plan, make_plan, subject_of
+from retcon.evaluation.plan import Measures, QueryPlan, plan_queries, subject_of
 from retcon.evaluation.records import Record
 from retcon.evaluation.results import Evaluation
 from retcon.evaluation.summary import case_values
@@ -170,7 +170,7 @@ def check(
     made = with_made_queries(cases, say, seed=seed)
     cases = made.cases
     measures = Measures(generate=False)
-    plan = make_plan(lm, cases, measures)
+    plan = plan_queries(lm, cases, measures)
     held_out = "\n\n".join(world.text(60, seed=0)) if text is None else text
     on_progress("the unedited model")
     pre, base = measure(lm, plan, measures, "pre"), perplexity(lm, held_out)
@@ -280,7 +280,7 @@ def _judged(
     return Answer(part, outcome, value, before, threshold, len(found), interval)
 
 
-def _share(part: Part, plan: Plan, pre: Evaluation, post: Evaluation, threshold: float) -> Answer:
+def _share(part: Part, plan: QueryPlan, pre: Evaluation, post: Evaluation, threshold: float) -> Answer:
     """One of the first three questions, texts of its examples still to be written."""
     found = _values(part, post.records)
     subjects = {q.case_id: q.subject for q in plan.queries}
@@ -305,14 +305,14 @@ def _speaks(part: Part, record: Record) -> bool:
     return record.axis == axis and record.variant in ("cf.all_correct", "zsre.seq")
 
 
-def _worst(part: Part, plan: Plan, records: Iterable[Record]) -> tuple[Example, ...]:
+def _worst(part: Part, plan: QueryPlan, records: Iterable[Record]) -> tuple[Example, ...]:
     low = sorted((r for r in records if _speaks(part, r) and (r.value or 0.0) < 1), key=lambda r: r.value or 0.0)
     queries = {q.place: q.query for q in plan.queries}
     chosen = [queries[str(r.case_id), str(r.query_id)] for r in low[:N_WORST]]
     return tuple(Example(q.prompt, "as before" if part == "local" else q.target or "", "", "") for q in chosen)
 
 
-def _findings(lm: LM, plan: Plan, pre: Evaluation, post: Evaluation) -> list[Finding]:
+def _findings(lm: LM, plan: QueryPlan, pre: Evaluation, post: Evaluation) -> list[Finding]:
     """Every prompt with an answer. Neighbours show the tokens that are chosen; other texts are still to be written."""
     values = {}
     for when, found in (("pre", pre), ("final", post)):
@@ -340,7 +340,7 @@ def _findings(lm: LM, plan: Plan, pre: Evaluation, post: Evaluation) -> list[Fin
 
 
 def _texts(
-    lm: LM, plan: Plan, answers: Sequence[Answer], more: Sequence[Query], stops: Sequence[str]
+    lm: LM, plan: QueryPlan, answers: Sequence[Answer], more: Sequence[Query], stops: Sequence[str]
 ) -> dict[str, str]:
     """What a model writes after the examples' prompts, and after those of `more`."""
     wanted = {e.prompt for a in answers for e in a.worst} | {q.prompt for q in more}

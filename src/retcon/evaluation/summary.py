@@ -15,11 +15,11 @@ from retcon.evaluation.intervals import N_RESAMPLES, Interval, ci_boot, ci_case,
 from retcon.evaluation.metrics import macro, score_am, score_hm
 from retcon.evaluation.records import NO_TARGET, Record
 
-Family = Literal["cf", "zsre", "ee", "mq", "ripple"]
+ScoreFamily = Literal["cf", "zsre", "ee", "mq", "ripple"]
 Key = tuple[str, str]
 """(metric, variant)."""
 
-_MAIN: Mapping[Family, str] = {
+_MAIN: Mapping[ScoreFamily, str] = {
     "cf": "cf.prob_mean",
     "zsre": "zsre.tok",
     "ee": "ee.tok",
@@ -38,7 +38,7 @@ def scale(variant: str) -> int:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CaseMean:
     """A metric over cases: macro mean, interval, and how many cases it is of."""
 
     value: float | None
@@ -68,15 +68,15 @@ class Line:
 
     metric: str
     variant: str
-    pre: Estimate | None
-    post: Estimate | None
+    pre: CaseMean | None
+    post: CaseMean | None
 
 
 @dataclass(frozen=True)
 class Summary:
     """An evaluation's metrics. `summary["ES"]` is the family's own variant, `summary["ES", "gen.em"]` any other."""
 
-    family: Family
+    family: ScoreFamily
     """`cf` where queries have a rival answer, `ee`, `mq`, `ripple` by what was measured, else `zsre`."""
     n_cases: int
     lines: tuple[Line, ...]
@@ -167,7 +167,7 @@ class Summary:
         )
 
 
-def family_of(records: Iterable[Record]) -> Family:
+def family_of(records: Iterable[Record]) -> ScoreFamily:
     """Which way of scoring the records belong to."""
     variants = {r.variant for r in records if r.status != "skipped"}
     if "cf.prob_mean" in variants:
@@ -179,7 +179,7 @@ def family_of(records: Iterable[Record]) -> Family:
     return "ripple" if any(v.startswith("ripple") for v in variants) else "zsre"
 
 
-def main_variant(family: Family, metric: str) -> str:
+def main_variant(family: ScoreFamily, metric: str) -> str:
     """The variant that a metric's own column shows."""
     return "ee.loc.argmax" if family == "ee" and metric == "LS" else _MAIN[family]
 
@@ -214,7 +214,7 @@ def summarise(
     for when, own in (("pre", before), ("post", after)):
         for record in own:
             if record.case_id is None and record.status == "ok":
-                found = Estimate(record.value, None, 0, record.n)
+                found = CaseMean(record.value, None, 0, record.n)
                 estimates.setdefault(when, {})[record.metric, record.variant] = found
     keys = dict.fromkeys(key for own in estimates.values() for key in own)
     lines = [Line(*k, estimates.get("pre", {}).get(k), estimates.get("post", {}).get(k)) for k in keys]
@@ -254,14 +254,14 @@ class _Column:
 _ORDER = ("Score", "ES", "GS", "LS", "Portability", "EA", "PA", "NA", "EM", "PM", "NM", "fluency", "consistency")
 
 
-def _rank(line: Line, family: Family) -> tuple[bool, int]:
+def _rank(line: Line, family: ScoreFamily) -> tuple[bool, int]:
     """The score and the family's own variants first, then by metric; a stable sort keeps variants as they come."""
     name = line.metric.partition(".")[0]
     place = _ORDER.index(name) if name in _ORDER else len(_ORDER)
     return line.metric != "Score" and line.variant != main_variant(family, line.metric), place
 
 
-def _columns(records: Sequence[Record], family: Family) -> dict[Key, _Column]:
+def _columns(records: Sequence[Record], family: ScoreFamily) -> dict[Key, _Column]:
     columns: dict[Key, _Column] = {}
     main = main_variant(family, "LS")
     dirty = {(r.case_id, r.query_id) for r in records if r.noted("contaminated")}
@@ -283,12 +283,12 @@ def _columns(records: Sequence[Record], family: Family) -> dict[Key, _Column]:
 
 
 def _estimates(
-    columns: Mapping[Key, _Column], subjects: Mapping[Any, Any], family: Family, seed: int, n_resamples: int
-) -> dict[Key, Estimate]:
+    columns: Mapping[Key, _Column], subjects: Mapping[Any, Any], family: ScoreFamily, seed: int, n_resamples: int
+) -> dict[Key, CaseMean]:
     per_case = {key: column.per_case() for key, column in columns.items()}
     intervals = _intervals(per_case, subjects, family, seed, n_resamples)
     estimates = {
-        key: Estimate(_mean(values), intervals[key], len(values), columns[key].n_queries, columns[key].ties)
+        key: CaseMean(_mean(values), intervals[key], len(values), columns[key].n_queries, columns[key].ties)
         for key, values in per_case.items()
     }
     keys = [(name, main_variant(family, name)) for name in ("ES", "GS", "LS")]
@@ -302,15 +302,15 @@ def _estimates(
     if all(part is not None for part in parts):
         values = _matrix([per_case[key] for key in keys], list(subjects))
         boot = ci_boot(values, list(subjects.values()), _scores, seed=seed, n_resamples=n_resamples)
-    estimates["Score", "score.hm"] = Estimate(score_hm(parts), boot[0], n, queries)
-    estimates["Score", "score.am"] = Estimate(score_am(*parts), boot[1], n, queries)
+    estimates["Score", "score.hm"] = CaseMean(score_hm(parts), boot[0], n, queries)
+    estimates["Score", "score.am"] = CaseMean(score_am(*parts), boot[1], n, queries)
     return estimates
 
 
 def _intervals(
     per_case: Mapping[Key, Mapping[str, float]],
     subjects: Mapping[Any, Any],
-    family: Family,
+    family: ScoreFamily,
     seed: int,
     n_resamples: int,
     *,
@@ -344,10 +344,10 @@ def _change(
     post: Mapping[Key, _Column],
     key: Key,
     subjects: Mapping[Any, Any],
-    family: Family,
+    family: ScoreFamily,
     seed: int,
     n_resamples: int,
-) -> Estimate | None:
+) -> CaseMean | None:
     """Post minus pre, paired by case; None where the two have no case in common."""
     if key not in pre or key not in post:
         return None
@@ -356,7 +356,7 @@ def _change(
     if not change:
         return None
     interval = _intervals({key: change}, subjects, family, seed, n_resamples, changes=True)[key]
-    return Estimate(_mean(change), interval, len(change), post[key].n_queries)
+    return CaseMean(_mean(change), interval, len(change), post[key].n_queries)
 
 
 def _matrix(columns: Sequence[Mapping[str, float]], cases: Sequence[str]) -> Float[Tensor, "cases metrics"]:

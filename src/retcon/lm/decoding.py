@@ -144,7 +144,7 @@ def _of_rows(layer: Any, index: Int[Tensor, " n"]) -> Any:
     return found
 
 
-def write(
+def write_tokens(
     prompts: Prompts,
     choose: Callable[[Float[Tensor, "active vocab"], Sequence[int]], Sequence[int]],
     over: Callable[[int, Sequence[int]], bool],

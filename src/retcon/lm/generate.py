@@ -1,7 +1,7 @@
 """Generation, written once: what a model writes after given prompts, for `LM.complete` and all generative metrics.
 
-Rows that have ended leave their batch (`decoding.write`). Models in which more than attention keys and values reaches
-later tokens write by transformers' `generate`, padded on the left, with nothing of the shipped generation settings.
+Rows that have ended leave their batch (`decoding.write_tokens`). Models in which more than attention keys and values
+reaches later tokens write by transformers' `generate`, padded on the left, without the shipped generation settings.
 Only newly written tokens are decoded. Sampled text is drawn from a generator per prompt, so that it depends on nothing
 else in the batch.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from retcon.chat import Chat
 from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS, shared_in_batches
-from retcon.lm.decoding import Prompts, pads, remembers, write
+from retcon.lm.decoding import Prompts, pads, remembers, write_tokens
 from retcon.lm.forward import unplanned_attention
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, decode, pad
@@ -211,7 +211,7 @@ def write_after(
         found: list[int] = logits.argmax(-1).tolist()
         return found
 
-    written = write(prompts, likeliest if draw is None else draw.chosen, over)
+    written = write_tokens(prompts, likeliest if draw is None else draw.chosen, over)
     return [_read(part, new, ends) for part, new in zip(parts, written, strict=True)]
 
 

@@ -31,7 +31,7 @@ from retcon.lm.site import Site
 from retcon.locate.gradients import Captured, catch
 from retcon.training.objective import Answer, answer_rows
 
-Unit = Literal["row", "column", "entry"]
+Granularity = Literal["row", "column", "entry"]
 """What gets a score: output units, input units, or single weights (row by row) of a matrix W (out x in)."""
 Path = Literal["layer", "joint", "local"]
 Quadrature = Literal["right", "midpoint", "gauss"]
@@ -113,7 +113,7 @@ def attribute(
     facts: Sequence[Edit],
     sites: Sequence[Site],
     how: Attribution,
-    unit: Unit = "row",
+    unit: Granularity = "row",
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Tensor]:
@@ -294,7 +294,7 @@ def _log_p(
         return log_probs(logits_at(lm, inputs, copies.places, hooks))
 
 
-def _contribution(caught: Captured, unit: Unit) -> Tensor:
+def _contribution(caught: Captured, unit: Granularity) -> Tensor:
     if unit == "row":
         return caught.rows()
     if unit == "column":

@@ -191,7 +191,7 @@ def contrast_probe(
     as_tokens = TokenSets(word_sets, lm.tokenizer, lens.vocabulary(lm)) if word_sets else None
     with lm.frozen_eval(), torch.no_grad():
         if True in norms:
-            lens.check(lm)
+            lens.check_reads(lm)
 
         def probe(group: list[int]) -> list[None]:
             states, logits = _states(lm, [rows[i] for i in group], positions, points)

@@ -15,7 +15,7 @@ from retcon.edits import Edit
 from retcon.errors import DeltaMismatch
 from retcon.lm.model import LM
 from retcon.lm.site import Site
-from retcon.locate.attribution import Attribution, Unit, attribute, select
+from retcon.locate.attribution import Attribution, Granularity, attribute, select
 
 Ensemble = dict[str, Int[Tensor, " n"]]
 """N*: chosen units by `<layer>.<matrix>`, of a routed expert `<layer>.<matrix>.<expert>`, ascending; matrices without
@@ -28,7 +28,7 @@ def key(site: Site) -> str:
     return f"{site.layer}.{site.kind}" + ("" if site.expert is None else f".{site.expert}")
 
 
-def n_units(site: Site, unit: Unit) -> int:
+def n_units(site: Site, unit: Granularity) -> int:
     """How many rows, columns or entries a matrix has."""
     out, into = site.shape
     return {"row": out, "column": into, "entry": out * into}[unit]
@@ -44,7 +44,7 @@ def unit_scores(
     facts: Sequence[Edit],
     sites: Sequence[Site],
     how: Attribution,
-    unit: Unit,
+    unit: Granularity,
     unit_score: UnitScore = "sum",
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -61,7 +61,7 @@ def unit_scores(
     return [score.abs().view(site.shape).sum(over) for score, site in zip(found, sites, strict=True)]
 
 
-def random_scores(sites: Sequence[Site], unit: Unit, seed: int) -> list[Tensor]:
+def random_scores(sites: Sequence[Site], unit: Granularity, seed: int) -> list[Tensor]:
     """A control: scores drawn uniformly."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(n_units(site, unit), generator=generator) for site in sites]
@@ -87,7 +87,7 @@ def sampled(facts: Sequence[Edit], limit: int, seed: int) -> Sequence[Edit]:
     return [facts[i] for i in order.sort().values.tolist()]
 
 
-def checked(given: Mapping[str, Tensor], lm: LM, sites: Sequence[Site], unit: Unit) -> Ensemble:
+def checked(given: Mapping[str, Tensor], lm: LM, sites: Sequence[Site], unit: Granularity) -> Ensemble:
     """An ensemble that was kept, if it is one over these sites.
 
     Raises:

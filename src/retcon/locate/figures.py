@@ -15,7 +15,7 @@ from retcon.files import write_atomically
 from retcon.lm.prompts import Where
 from retcon.locate.advice import Advice, Choice
 from retcon.locate.contrast import Contrast, Quantity
-from retcon.locate.tracing import GROUPS, Kind, Trace, Traces
+from retcon.locate.tracing import GROUPS, RestoredKind, Trace, Traces
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ STYLES: dict[str, dict[str, Any]] = {
 POSITIONS: dict[Where, str] = {"subject_last": "subject's last token", "prediction": "prediction position"}
 READINGS = {False: "without final norm", True: "with final norm"}
 _QUANTITIES: tuple[Quantity, Quantity] = ("mean_prob", "mean_rank")
-KINDS: dict[Kind, str] = {
+KINDS: dict[RestoredKind, str] = {
     "block": "block output",
     "mlp": "MLP outputs, {window} layers",
     "attn": "attention outputs, {window} layers",
@@ -210,7 +210,12 @@ def effects_figure(traces: Traces) -> "Figure":
 
 
 def _heat_maps(
-    tables: dict[Kind, list[list[float]]], labels: Sequence[str], window: int, low: float, high: float, what: str
+    tables: dict[RestoredKind, list[list[float]]],
+    labels: Sequence[str],
+    window: int,
+    low: float,
+    high: float,
+    what: str,
 ) -> "Figure":
     n_layers = len(next(iter(tables.values()))[0])
     per = max(2.2, 0.16 * n_layers + 1)

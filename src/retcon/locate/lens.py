@@ -58,8 +58,8 @@ def vocabulary(lm: LM) -> int:
     return _weight(lm.head).shape[0]
 
 
-def check(lm: LM) -> None:
-    """Whether the last block's output, read with the final norm, gives the model's own logits.
+def check_reads(lm: LM) -> None:
+    """Check that the last block's output, read with the final norm, gives the model's own logits.
 
     Raises:
         UnsupportedModel: it does not; the family makes its logits in a way that `project` does not know.

@@ -34,7 +34,7 @@ from retcon.methods.common.proposal import reported
 from retcon.methods.common.settings import Count, CountFromZero, NotNegative
 from retcon.training.objective import answer_rows
 
-Unit = tuple[int, int]
+MlpUnit = tuple[int, int]
 """Layer and index of an MLP unit."""
 
 
@@ -109,7 +109,7 @@ class Kn(Method):
             return lm.delta({}, **recorded(self, lm, edits, seed=seed))
         prefixes = (contexts or default_contexts(lm, seed)).prefixes[: self.n_prefixes] if self.n_prefixes else ()
         old = self._old(lm, edits)
-        moved: dict[Unit, Tensor] = {}
+        moved: dict[MlpUnit, Tensor] = {}
         for done, (edit, before, units) in enumerate(self._located(lm, edits, old, prefixes), 1):
             e_old, e_new = (self._embedding(lm, answer) for answer in (before, edit))
             for (layer, j), sign in units.items():
@@ -134,7 +134,7 @@ class Kn(Method):
 
     def _located(
         self, lm: LM, edits: Sequence[Edit], old: Sequence[Edit], prefixes: Sequence[str]
-    ) -> Iterator[tuple[Edit, Edit, dict[Unit, float]]]:
+    ) -> Iterator[tuple[Edit, Edit, dict[MlpUnit, float]]]:
         """Each edit with its old answer and its units, each with the sign of its activation."""
         attributed = edits if self.attributed == "target_new" else old
         find = partial(attribute_neurons, n_points=self.n_points, grid=self.grid, neuron=self.neuron)

@@ -20,7 +20,7 @@ from retcon.errors import InvalidSetting
 from retcon.evaluation.datasets import read_cases
 from retcon.lm.model import LM
 from retcon.lm.site import Site, SiteName
-from retcon.locate.attribution import Attribution, Path, Probability, Quadrature, Unit
+from retcon.locate.attribution import Attribution, Granularity, Path, Probability, Quadrature
 from retcon.locate.ensemble import (
     Ensemble,
     UnitScore,
@@ -60,7 +60,7 @@ class Kne(TuningSettings):
     layers: Layers | None = None
     """Layers whose matrices are attributed and edited, ascending, counted from 0; None: all, as published. Rows of the
     upper layers raise the answer whatever the subject is."""
-    granularity: Unit = "row"
+    granularity: Granularity = "row"
     """What an ensemble is made of: output units (Eqs. 6, 8), input units (Eq. 10; on down_proj, the value vectors of
     knowledge neurons), or single weights."""
     budget: float | None = 0.01

@@ -20,15 +20,15 @@ from retcon.store.store import Store
 if TYPE_CHECKING:
     from retcon.lm.model import LM
 
-Kind = Literal["took", "generalised", "follows", "local", "stays"]
+CheckKind = Literal["took", "generalised", "follows", "local", "stays"]
 """The fact's own prompt; its paraphrases; what follows from it (portability, two hops); other questions, whose answers
 must stay as the unedited model's; a fact of the list that must stay."""
 Outcome = Literal["passed", "broke", "never"]
 """`broke`: it passed when its fact was written (for what must stay: on the base), and an entry has broken it; `never`:
 it has not passed yet."""
 
-KINDS: tuple[Kind, ...] = ("took", "generalised", "follows", "local", "stays")
-TITLES: Mapping[Kind, str] = {
+KINDS: tuple[CheckKind, ...] = ("took", "generalised", "follows", "local", "stays")
+TITLES: Mapping[CheckKind, str] = {
     "took": "own prompts give the new answer",
     "generalised": "paraphrases give it too",
     "follows": "what follows is answered",
@@ -45,7 +45,7 @@ class Check:
 
     fact: str
     query: Query
-    kind: Kind
+    kind: CheckKind
     outcome: Outcome
     since: Entry | None = None
     """The entry that broke it."""
@@ -91,9 +91,9 @@ class Verification:
         """Nothing that counts fails."""
         return not self.failed
 
-    def counts(self) -> dict[Kind, dict[Outcome, int]]:
+    def counts(self) -> dict[CheckKind, dict[Outcome, int]]:
         """Checks by kind and outcome."""
-        found: dict[Kind, dict[Outcome, int]] = {}
+        found: dict[CheckKind, dict[Outcome, int]] = {}
         for check in self.checks:
             row = found.setdefault(check.kind, {"passed": 0, "broke": 0, "never": 0})
             row[check.outcome] += 1
@@ -165,7 +165,7 @@ class Verification:
         return "\n".join(lines) + "\n"
 
 
-_ROWS: Mapping[Kind, PromptKind] = {
+_ROWS: Mapping[CheckKind, PromptKind] = {
     "took": "own",
     "stays": "own",
     "generalised": "paraphrase",
@@ -243,7 +243,7 @@ def verify(
             place = (case.id, query.id)
             if place not in now:
                 continue
-            kind: Kind = "stays" if case.id in staying else _kind(query.axis)
+            kind: CheckKind = "stays" if case.id in staying else _kind(query.axis)
             entry = since.get(place)
             outcome: Outcome = "passed" if now[place] else "never" if entry is None and bisect else "broke"
             checks.append(Check(case.id, query, kind, outcome, entry, said.get(place, "")))
@@ -269,7 +269,7 @@ def _own(case: Case) -> tuple[Query, ...]:
     return tuple(q for q in case.queries if q.axis in ("rewrite", "paraphrase")) or case.queries
 
 
-def _kind(axis: str) -> Kind:
+def _kind(axis: str) -> CheckKind:
     from retcon.evaluation.metrics import is_locality
 
     if is_locality(axis):
@@ -317,12 +317,12 @@ class _Asker:
 
     def __init__(self, store: Store, lm: "LM", cases: Sequence[Case], on_progress: Callable[[str], None]) -> None:
         from retcon.evaluation.measure import measure
-        from retcon.evaluation.plan import Measures, make_plan
+        from retcon.evaluation.plan import Measures, plan_queries
 
         self.store, self.lm, self.on_progress = store, lm, on_progress
         self.cases = {case.id: case for case in cases}
         self.measures = Measures(generate=False)
-        self.plan = make_plan(lm, cases, self.measures)
+        self.plan = plan_queries(lm, cases, self.measures)
         on_progress("asking the unedited model")
         with store.at(lm, "base"):
             self.before = measure(lm, self.plan, self.measures, "pre")
@@ -330,9 +330,9 @@ class _Asker:
     def ask(self, at: str | None, cases: Sequence[Case]) -> dict[tuple[str, str], bool]:
         """Whether each check passes; those that cannot be asked are left out."""
         from retcon.evaluation.measure import measure
-        from retcon.evaluation.plan import make_plan
+        from retcon.evaluation.plan import plan_queries
 
-        plan = self.plan if len(cases) == len(self.cases) else make_plan(self.lm, cases, self.measures)
+        plan = self.plan if len(cases) == len(self.cases) else plan_queries(self.lm, cases, self.measures)
         self.on_progress(f"asking {len(plan.queries):,} checks after {at or 'the last entry'}")
         with self.store.at(self.lm, at):
             found = measure(self.lm, plan, self.measures, "final", self.before)

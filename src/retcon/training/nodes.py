@@ -16,7 +16,7 @@ from torch import Tensor
 from retcon.lm.site import Site
 from retcon.training.parts import Part, TrainedBias, TrainedColumns, TrainedRows, fresh
 
-Kind = Literal["rows", "columns", "bias"]
+NodeKind = Literal["rows", "columns", "bias"]
 """What a node is: an output unit's weights and its bias entry, an input unit's weights, or a bias entry alone."""
 
 
@@ -26,7 +26,7 @@ class Nodes:
     The matrix may be one of every routed expert of a block; their nodes are numbered one expert after the other.
     """
 
-    def __init__(self, sites: Sequence[Site], kind: Kind) -> None:
+    def __init__(self, sites: Sequence[Site], kind: NodeKind) -> None:
         site = sites[0]
         self.sites, self.kind = sites, kind
         out, into = site.shape

@@ -12,7 +12,7 @@ MIN_POINTS = 3
 
 
 @dataclass(frozen=True)
-class Curve:
+class Plot:
     """One picture, or one table."""
 
     name: str
@@ -32,12 +32,12 @@ class Curve:
         return found
 
 
-def curves(groups: Sequence[Group]) -> list[Curve]:
+def curves(groups: Sequence[Group]) -> list[Plot]:
     """Every curve that the runs have three points for."""
     return [*_sizes(groups), *_settings(groups)]
 
 
-def _sizes(groups: Sequence[Group]) -> list[Curve]:
+def _sizes(groups: Sequence[Group]) -> list[Plot]:
     found: dict[tuple[str, str], list[tuple[float, str, Group]]] = {}
     for group in groups:
         protocol = group.runs[0].manifest["protocol"]
@@ -51,7 +51,7 @@ def _sizes(groups: Sequence[Group]) -> list[Curve]:
     ]
 
 
-def _settings(groups: Sequence[Group]) -> list[Curve]:
+def _settings(groups: Sequence[Group]) -> list[Plot]:
     """Of one method's runs, those that differ in a number; a line for each value of what else differs."""
     alike: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
@@ -72,5 +72,5 @@ def _settings(groups: Sequence[Group]) -> list[Curve]:
     return found
 
 
-def _curve(name: str, title: str, x: str, points: list[tuple[float, str, Group]]) -> Curve:
-    return Curve(name, title, x, tuple(sorted(points, key=lambda p: p[0])))
+def _curve(name: str, title: str, x: str, points: list[tuple[float, str, Group]]) -> Plot:
+    return Plot(name, title, x, tuple(sorted(points, key=lambda p: p[0])))

@@ -7,7 +7,7 @@ from retcon.bench import Run
 from retcon.bench.report.groups import Group, blocks
 from retcon.evaluation.metrics import is_locality
 from retcon.evaluation.records import Record
-from retcon.evaluation.summary import Family, main_variant
+from retcon.evaluation.summary import ScoreFamily, main_variant
 from retcon.pages import Answered, Fact, FactOutcome, FactTable, PromptKind, worst_first
 
 MAX_OUTCOMES = 4_000
@@ -48,7 +48,7 @@ def fact_tables(groups: Sequence[Group]) -> list[FactTable]:
     return tables
 
 
-def _passes(family: Family) -> str:
+def _passes(family: ScoreFamily) -> str:
     if family == "cf":
         return "A prompt passes where the wanted answer is likelier than its rival."
     return "A prompt passes where every token of the wanted answer is the model's own choice."

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from retcon.bench import Bench, Run
 from retcon.evaluation.intervals import Interval, ci_seed
-from retcon.evaluation.summary import Estimate, Family, Summary, summarise
+from retcon.evaluation.summary import CaseMean, ScoreFamily, Summary, summarise
 
 UNEDITED = "unedited"
 """The row of the model without edits."""
@@ -50,7 +50,7 @@ class Group:
         return tuple(summarise(run.at("pre"), run.at("final"), seed=int(run.context["seed"])) for run in self.runs)
 
     @property
-    def family(self) -> Family:
+    def family(self) -> ScoreFamily:
         return self.summaries[0].family
 
     def number(self, metric: str, *variants: str, before: bool = False) -> Number | None:
@@ -78,7 +78,7 @@ class Group:
         return math.fsum((r.value or 0.0) * r.n for r in told) / n if n else None
 
     @staticmethod
-    def _estimate(summary: Summary, metric: str, variants: Sequence[str], before: bool) -> Estimate | None:
+    def _estimate(summary: Summary, metric: str, variants: Sequence[str], before: bool) -> CaseMean | None:
         keys: list[str | tuple[str, str]] = [(metric, v) for v in variants] or [metric]
         for key in keys:
             try:

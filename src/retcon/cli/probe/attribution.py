@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from retcon.cli.facts import reads_facts
-from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write
+from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write_figures
 from retcon.cli.shell import (
     Device,
     DType,
@@ -134,7 +134,7 @@ def attribution(
             "pairs": [len(same), len(different)],
         },
     }
-    written = write(out, drawn, record)
+    written = write_figures(out, drawn, record)
     if as_json:
         emit(record)
         return

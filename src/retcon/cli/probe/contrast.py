@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from retcon.cli.facts import reads_facts
-from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, write
+from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, write_figures
 from retcon.cli.shell import (
     Device,
     DType,
@@ -102,7 +102,7 @@ def contrast(
         drawn["-sets"] = figures.sets_figure(found)
     record = {**about(lm, model, source, seed), "n": len(found), "skipped": found.skipped, "means": found.means()}
     record |= {"n_known": int(found.known.sum()), "n_assumed": int(found.assumed.sum())}
-    written = write(out, drawn, record)
+    written = write_figures(out, drawn, record)
     if records is not None:
         _write_records(records, found)
         written.append(records)

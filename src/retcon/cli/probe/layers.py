@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from retcon.cli.facts import reads_facts
-from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, write
+from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, write_figures
 from retcon.cli.shell import (
     Device,
     DType,
@@ -61,7 +61,7 @@ def layers(
     advice = advise(found, Rule(final_norm=final_norm), seed=seed)
     drawn = {"": figures.advice_figure(advice), "-contrast": figures.contrast_figure(found, advice)}
     record = {**about(lm, model, source, seed), **_record(advice), "skipped": found.skipped, "means": found.means()}
-    written = write(out, drawn, record)
+    written = write_figures(out, drawn, record)
     if as_json:
         emit(record)
         return

@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 
 from retcon.cli.facts import reads_facts
-from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write
+from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write_figures
 from retcon.cli.shell import (
     Device,
     DType,
@@ -92,7 +92,7 @@ def paths(
         "path_scores": {"positive": list(found.positive.scores), "negative": list(found.negative.scores)},
         "slots": slots,
     }
-    written = write(out, {"": unit_figures.paths_figure(found, score)}, record)
+    written = write_figures(out, {"": unit_figures.paths_figure(found, score)}, record)
     if as_json:
         emit(record)
         return

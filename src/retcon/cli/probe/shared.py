@@ -71,7 +71,7 @@ def left_out(skipped: Mapping[str, str]) -> str:
     return f"; left out: {told}" if told else ""
 
 
-def write(stem: str, figures: Mapping[str, "Figure"], record: Mapping[str, Any]) -> list[Path]:
+def write_figures(stem: str, figures: Mapping[str, "Figure"], record: Mapping[str, Any]) -> list[Path]:
     """The figures as `stem``suffix`.png and .svg, their numbers as `stem`.json; the paths written."""
     import json
 

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from retcon.cli.facts import reads_facts
-from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write
+from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write_figures
 from retcon.cli.shell import (
     Device,
     DType,
@@ -92,7 +92,7 @@ def trace(
         "-first": figures.trace_figure(found.traces[0], found.settings.window),
     }
     record = {**about(lm, model, source, seed), **_record(found)}
-    written = write(out, drawn, record)
+    written = write_figures(out, drawn, record)
     if as_json:
         emit(record)
         return

@@ -29,7 +29,7 @@ from retcon.evaluation.datasets.rows import (
 )
 from retcon.evaluation.datasets.tables import read_rows
 from retcon.evaluation.datasets.zsre import PromptStyle
-from retcon.files import Row
+from retcon.files import NumberedRow
 
 __all__ = [
     "FORMATS",
@@ -117,7 +117,7 @@ def read_cases(
     )
 
 
-def _rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None) -> list[Row]:
+def _rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None) -> list[NumberedRow]:
     address = str(path)
     if not address.startswith(hub.PREFIX):
         return read_rows(path, bad)

@@ -15,7 +15,7 @@ from retcon.evaluation.datasets.own import own, plain
 from retcon.evaluation.datasets.ripple import AXES, ripple
 from retcon.evaluation.datasets.rows import Answers, CaseTarget, Draft, FormatName, Parser
 from retcon.evaluation.datasets.zsre import PromptStyle, zsre
-from retcon.files import Row
+from retcon.files import NumberedRow
 
 IDENTITY = ("case_id", "id")
 """Fields that name a row, in any format."""
@@ -216,7 +216,7 @@ FORMATS: Mapping[FormatName, Format] = {
 """All formats; where two fit a file equally well, the earlier one is taken."""
 
 
-def recognise(rows: Sequence[Row], path: object) -> FormatName:
+def recognise(rows: Sequence[NumberedRow], path: object) -> FormatName:
     """The format that has the most of the file's fields, of those whose own fields are all there.
 
     Raises:
@@ -253,7 +253,7 @@ def recognise(rows: Sequence[Row], path: object) -> FormatName:
     raise MalformedFile(f"{path}: no known format; the rows have the fields {shown}. Known: {known}")
 
 
-def _holders(rows: Sequence[Row]) -> str:
+def _holders(rows: Sequence[NumberedRow]) -> str:
     """The fields of a file's only row that hold rows themselves, for a message; empty where there are none."""
 
     def is_row(item: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from retcon.errors import MalformedFile, how_to_install
 from retcon.evaluation.datasets.tables import read_rows
-from retcon.files import Row
+from retcon.files import NumberedRow
 
 PREFIX = "hub:"
 _ADDRESS = re.compile(r"^hub:(?P<repo>[^/@:]+/[^/@:]+)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+))?$")
@@ -41,7 +41,7 @@ class Address:
         return cls(found["repo"], found["revision"], found["file"])
 
 
-def read_hub_rows(address: str, bad: list[tuple[int, str]] | None = None, *, split: str = "train") -> list[Row]:
+def read_hub_rows(address: str, bad: list[tuple[int, str]] | None = None, *, split: str = "train") -> list[NumberedRow]:
     """Rows of the file named, or of `split` where no file is; `bad` as for `read_rows`.
 
     Raises:

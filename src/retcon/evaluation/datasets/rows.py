@@ -17,7 +17,7 @@ from retcon.edits import MARKER, Case, ConflictRule, Edit, Query, resolve_confli
 from retcon.edits import conflicts as contradictions
 from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, UnusableRow
 from retcon.evaluation.metrics import is_locality
-from retcon.files import Row, require
+from retcon.files import NumberedRow, require
 
 FormatName = Literal[
     "mquake",
@@ -342,7 +342,7 @@ Parser = Callable[[Mapping[str, Any], str, int], Draft]
 
 def read_drafts(
     path: str | os.PathLike[str],
-    rows: Sequence[Row],
+    rows: Sequence[NumberedRow],
     bad: Sequence[tuple[int, str]],
     parse: Parser,
     format: FormatName,
@@ -439,7 +439,7 @@ FLAGS_ACROSS = {"conflict", "repeated_question", "repeated_subject", "contaminat
 """Those that depend on the other rows."""
 
 
-def sha256_of(path: str | os.PathLike[str], rows: Sequence[Row]) -> str:
+def sha256_of(path: str | os.PathLike[str], rows: Sequence[NumberedRow]) -> str:
     """The checksum of the file; of the rows where they come from elsewhere (a hub)."""
     if Path(path).is_file():
         with open(path, "rb") as file:

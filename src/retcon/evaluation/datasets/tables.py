@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from retcon.errors import MalformedFile
-from retcon.files import Row, read_json_rows, read_text
+from retcon.files import NumberedRow, read_json_rows, read_text
 
 ENDINGS = (".csv", ".tsv")
 """How the names of tables end; every other file is JSON."""
@@ -15,7 +15,7 @@ NESTED = ("paraphrases", "neighbors", "neighbours", "portability", "locality", "
 """Columns whose cells may hold JSON, for a list in a single cell."""
 
 
-def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = None) -> list[Row]:
+def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = None) -> list[NumberedRow]:
     """(row number, object) of a file; a table's rows are numbered as a spreadsheet does, its header being row 1.
 
     Args:
@@ -30,7 +30,7 @@ def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = 
     head = text.lstrip("\n").split("\n", 1)[0]
     delimiter = "\t" if str(path).lower().endswith(".tsv") else max(",;\t", key=head.count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
+    rows: list[NumberedRow] = []
     names: list[str] = []
     number = 0
     try:

@@ -9,12 +9,12 @@ the answer; then one state at a time is restored, and the answer's probability t
 
 from retcon.locate.tracing.causal import causal_trace
 from retcon.locate.tracing.prompt import embedding_deviation
-from retcon.locate.tracing.traces import GROUPS, Effects, Kind, Trace, Traces, Tracing, default_window
+from retcon.locate.tracing.traces import GROUPS, Effects, RestoredKind, Trace, Traces, Tracing, default_window
 
 __all__ = [
     "GROUPS",
     "Effects",
-    "Kind",
+    "RestoredKind",
     "Trace",
     "Traces",
     "Tracing",

@@ -11,14 +11,14 @@ from torch import Tensor
 from retcon.lm.forward import Hook, Point, TensorName
 from retcon.lm.model import LM
 from retcon.locate.tracing.prompt import Prompt
-from retcon.locate.tracing.traces import Kind, Tracing
+from retcon.locate.tracing.traces import RestoredKind, Tracing
 
 
 @dataclass(frozen=True)
 class Cell:
     """One state to restore."""
 
-    kind: Kind
+    kind: RestoredKind
     layer: int
     token: int
     clean: tuple[Point, ...]
@@ -32,7 +32,7 @@ class Cell:
         return min(self.clean).layer + 1
 
 
-def cell_of(lm: LM, kind: Kind, layer: int, token: int, settings: Tracing) -> Cell:
+def cell_of(lm: LM, kind: RestoredKind, layer: int, token: int, settings: Tracing) -> Cell:
     if kind == "mlp" or kind == "attn":
         low, high = layer - settings.window // 2, layer + math.ceil(settings.window / 2)
         inside = range(max(0, low), min(lm.n_layers, high))

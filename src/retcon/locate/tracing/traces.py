@@ -12,7 +12,7 @@ from torch import Tensor
 from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS
 
-Kind = Literal["block", "mlp", "attn", "severed_mlp", "severed_attn"]
+RestoredKind = Literal["block", "mlp", "attn", "severed_mlp", "severed_attn"]
 """What is restored at a token: a block's output; the MLP's or the attention's outputs over a window of layers; a
 block's output while the MLPs (or attentions) above it keep what they put out when corrupted."""
 GROUPS = ("first subject", "middle subject", "last subject", "first after", "further", "last")
@@ -23,7 +23,7 @@ GROUPS = ("first subject", "middle subject", "last subject", "first after", "fur
 class Tracing:
     """How to trace."""
 
-    kinds: tuple[Kind, ...] = ("block", "mlp", "attn")
+    kinds: tuple[RestoredKind, ...] = ("block", "mlp", "attn")
     """What to restore."""
     window: int = 10
     """w: MLP and attention outputs are restored over layers l - floor(w/2) to l + ceil(w/2) - 1 at once."""
@@ -51,7 +51,7 @@ class Tracing:
             raise InvalidSetting("tracing needs a kind, a window and samples of at least 1, and noise of at least 0")
 
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[RestoredKind, ...] = get_args(RestoredKind)
 
 
 def default_window(n_layers: int) -> int:
@@ -73,10 +73,10 @@ class Trace:
     """The answer's probability on the clean prompt."""
     low: float
     """The same with the subject corrupted, mean over samples."""
-    scores: Mapping[Kind, Float[Tensor, "tokens layers"]]
+    scores: Mapping[RestoredKind, Float[Tensor, "tokens layers"]]
     """The answer's probability with the state at (token, layer) restored, mean over samples."""
 
-    def indirect(self, kind: Kind) -> Float[Tensor, "tokens layers"]:
+    def indirect(self, kind: RestoredKind) -> Float[Tensor, "tokens layers"]:
         """Indirect effect of each state: score - low."""
         return self.scores[kind] - self.low
 
@@ -117,7 +117,7 @@ class Traces:
         effects = torch.tensor([[t.high - t.low] for t in self.traces], dtype=torch.float64)
         return tuple(float(x) for x in _mean(effects))  # type: ignore[return-value]
 
-    def average(self, kind: Kind) -> Effects:
+    def average(self, kind: RestoredKind) -> Effects:
         """Mean over a prompt's tokens of a kind first, over prompts then."""
         means, halves, counts = [], [], []
         for group in GROUPS:

@@ -47,20 +47,20 @@ class ChunkPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """Chunks in the order in which they are run."""
 
     chunks: tuple[ChunkPlan, ...]
     oom_retries: int = 0
     """How often memory ran out and the plan was changed."""
 
-    def split_after_oom(self, chunk: ChunkPlan) -> "Plan | None":
+    def split_after_oom(self, chunk: ChunkPlan) -> "SearchPlan | None":
         """The plan with something smaller in that chunk's place; None: there is nothing smaller."""
         smaller = chunk.smaller()
         if smaller is None:
             return None
         at = self.chunks.index(chunk)
-        return Plan((*self.chunks[:at], *smaller, *self.chunks[at + 1 :]), self.oom_retries + 1)
+        return SearchPlan((*self.chunks[:at], *smaller, *self.chunks[at + 1 :]), self.oom_retries + 1)
 
     def summary(self) -> dict[str, Any]:
         """For a run's record."""
@@ -71,13 +71,15 @@ class Plan:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Plan":
+    def from_json(cls, data: dict[str, Any]) -> "SearchPlan":
         """The plan that `as_json` gave."""
         chunks = tuple(ChunkPlan(tuple(c["edits"]), int(c["max_active"])) for c in data["chunks"])
         return cls(chunks, int(data["oom_retries"]))
 
 
-def make_plan(lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], *, memory: int | None = None) -> Plan:
+def plan_search(
+    lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], *, memory: int | None = None
+) -> SearchPlan:
     """Edits by length, cut into chunks that fit.
 
     Args:
@@ -102,7 +104,7 @@ def make_plan(lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], *, m
         room = int(SHARE_OF_MEMORY["steps"] * memory / cost.step_bytes(last))
         max_active = max(1, min(at_once // cost.active_tokens(last), room, n))
         chunks.append(ChunkPlan(tuple(taken), max_active))
-    return Plan(tuple(chunks))
+    return SearchPlan(tuple(chunks))
 
 
 def needed_bytes(lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], max_active: int) -> int:

@@ -23,7 +23,7 @@ from retcon.lm.prompts import pad
 from retcon.memory.capacity import free_bytes
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
-from retcon.memory.values.plan import ChunkPlan, Plan, make_plan, needed_bytes
+from retcon.memory.values.plan import ChunkPlan, SearchPlan, needed_bytes, plan_search
 from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.schedule import Chunk, forget
@@ -39,7 +39,7 @@ def search_values(
     search: ValueSearch,
     *,
     progress: Callable[[int], None] = lambda n: None,
-    plan: Plan | None = None,
+    plan: SearchPlan | None = None,
     cache: ValueCache | None = None,
 ) -> Values:
     """Search the values of every edit on the weights as they are now.
@@ -70,7 +70,7 @@ def _search(
     contexts: Contexts,
     search: ValueSearch,
     progress: Callable[[int], None],
-    plan: Plan | None,
+    plan: SearchPlan | None,
     cache: ValueCache | None,
 ) -> Values:
     with lm.frozen_eval():
@@ -78,7 +78,7 @@ def _search(
         if not edits or lm.layout.earlier == "other" or not replays(lm, rows[0], sites, search):
             return _search_plainly(lm, edits, sites, contexts, search, progress, cache)
         store = None if cache is None else ValueStore.of(cache, lm, edits, sites, contexts, search)
-        plan = plan or (store.plan(lambda: make_plan(lm, rows, sites)) if store else make_plan(lm, rows, sites))
+        plan = plan or (store.plan(lambda: plan_search(lm, rows, sites)) if store else plan_search(lm, rows, sites))
         found: dict[int, ValueOf] = {}
         for chunk in plan.chunks:
             if store and (kept := store.load(chunk)) is not None:
@@ -179,7 +179,7 @@ def _say_offloading(max_active: int) -> None:
     )
 
 
-def _with_less_memory(plan: Plan, chunk: ChunkPlan, edits: Sequence[Edit], search: ValueSearch) -> Plan:
+def _with_less_memory(plan: SearchPlan, chunk: ChunkPlan, edits: Sequence[Edit], search: ValueSearch) -> SearchPlan:
     """Return the plan to go on with after a chunk ran out of memory.
 
     Raises:

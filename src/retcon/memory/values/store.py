@@ -25,7 +25,7 @@ from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
-from retcon.memory.values.plan import ChunkPlan, Plan
+from retcon.memory.values.plan import ChunkPlan, SearchPlan
 from retcon.memory.values.schedule import Snapshot
 from retcon.memory.values.state import SearchState, ValueOf
 
@@ -192,16 +192,16 @@ class ValueStore:
         cache.used.append(path)
         return cls(path, cache, key)
 
-    def plan(self, make: Callable[[], Plan]) -> Plan:
+    def plan(self, make: Callable[[], SearchPlan]) -> SearchPlan:
         """The plan of the run that is continued, or the one that `make()` gives, written down."""
         found = cached(self.path / "plan.safetensors", VALUES, self.key)
         if found is not None:
-            return Plan.from_json(found[1])
+            return SearchPlan.from_json(found[1])
         plan = make()
         self.change_plan(plan)
         return plan
 
-    def change_plan(self, plan: Plan) -> None:
+    def change_plan(self, plan: SearchPlan) -> None:
         """Put a plan in the place of the one there is."""
         keep(self.path / "plan.safetensors", VALUES, self.key, about=plan.as_json())
 
