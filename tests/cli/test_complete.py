@@ -30,6 +30,28 @@ def test_a_prompt_longer_than_the_context_is_refused(cli: Callable[..., Any]) ->
         assert "reads 128 tokens at once" in told
 
 
+def test_no_room_for_an_answer_is_refused_with_one_message(cli: Callable[..., Any], chatting: LM) -> None:
+    """A prompt, a question and a conversation that fill the context to the last token."""
+    room = chatting.context_length
+    assert room is not None
+
+    def filling(chat: retcon.Chat | None) -> str:
+        text = "a"
+        while len(chatting.encode(text, chat=chat).ids) < room:
+            text += " a"
+        return text
+
+    asked, question = filling(None), filling(retcon.Chat())
+    for told in (
+        cli("complete", "chatty", asked, code=2),
+        cli("complete", "chatty", question, "--chat", code=2),
+        cli("chat", "chatty", stdin=f"{question}\n", code=2),
+        cli("chat", "chatty", "--max-tokens", "1", stdin=f"{question[:-80]}\n{question}\n", code=2),
+    ):
+        assert "tokens; chatty reads 128 tokens at once, its answer included" in told.stderr
+    assert json.loads(cli("complete", "chatty", question[:-2], "--chat", "--json").stdout)["cut"]
+
+
 def test_with_a_delta(cli: Callable[..., Any], delta: Path) -> None:
     lm = retcon.load("gptj")
     plain = lm.complete(PROMPT)

@@ -162,7 +162,7 @@ def test_what_is_longer_than_the_context_is_not_asked_and_listed(family: str) ->
     found = evaluate(lm, [Case("a", (Edit("The capital of {} is", "France", "Rome"),), queries)], generate=True)
     summary = found.summary()
     assert summary.counts["skipped"] == 2
-    reason = r"\d+ tokens, and the model reads 64"
+    reason = r"\d+ tokens, and the model reads 64, the answer included"
     assert re.fullmatch(reason, summary.unread["a, paraphrase/0"])
     assert re.search(rf"not asked: a, paraphrase/0 \({reason}\)", str(summary))
     assert summary["ES"].pre is not None

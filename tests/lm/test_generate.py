@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from retcon.chat import Chat
-from retcon.errors import InvalidSetting
+from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.evaluation.writing import PRESETS
 from retcon.lm import generate as module
 from retcon.lm.generate import WriteBatch, Writing, Written, generate
@@ -150,7 +150,8 @@ def test_no_more_is_written_than_the_context_has_room_for(tiny: Make) -> None:
     assert found[0].cut
     assert whole[0].text.startswith(found[0].text)
     lm.model.config.n_positions = n
-    assert generate(lm, PROMPTS[:1], how) == [Written("", 0, True)]
+    with pytest.raises(InvalidEdit, match=f"has {n} tokens; .* reads {n} tokens at once, its answer included"):
+        generate(lm, PROMPTS[:1], how)
 
 
 # --- chat models ---------------------------------------------------------------------------------------------------

@@ -103,16 +103,13 @@ def _answer(lm: "LM", frame: "Chat", turns: list[str], how: "Writing", seed: int
     """What the model says to the last turn.
 
     Raises:
-        InvalidSetting: the conversation is longer than the model's context.
+        InvalidEdit: the conversation leaves no room for an answer in the model's context.
     """
     from retcon.lm.generate import generate
     from retcon.lm.prompts import encode_turns
 
     row = encode_turns(lm.tokenizer, frame, [*turns[:-1], lm.prompted(turns[-1])])
-    if lm.context_length is not None and len(row.ids) >= lm.context_length:
-        raise InvalidSetting(
-            f"the conversation has {len(row.ids):,} tokens, and the model reads {lm.context_length:,}; begin anew"
-        )
+    lm.check_length(turns[-1], row, what=f"the conversation ({HELP}) up to" if len(turns) > 1 else "the turn")
     return generate(lm, [row], how, seeds=[seed])[0]
 
 

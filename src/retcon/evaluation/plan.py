@@ -226,10 +226,10 @@ def _within_context(
     if limit is None or not (rows or reason == NO_TARGET):
         return reason, rows, False
     read = rows or (encode(lm.tokenizer, query.prompt, chat=query.chat),)
-    longest = max(max(row.n_prompt, len(row.ids) - 1) for row in read)  # the last answer token is only predicted
-    if longest <= limit:
+    longest = max(read, key=lambda row: row.n_needed)
+    if longest.n_needed <= limit:
         return reason, rows, False
-    return f"{longest:,} tokens, and the model reads {limit:,}", (), True
+    return f"{len(longest.ids):,} tokens, and the model reads {limit:,}, the answer included", (), True
 
 
 def _after_the_edit(case: Case, query: Query) -> Query:

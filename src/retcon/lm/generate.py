@@ -100,7 +100,7 @@ def generate(
         on_progress: called after every batch with the prompts done and the prompts in all.
 
     Raises:
-        InvalidEdit: a prompt gives no token, or is a text longer than the model's context.
+        InvalidEdit: a prompt gives no token, or is a text that leaves no room for an answer in the model's context.
         InvalidSetting: sampling without seeds, or a chat without a template.
         torch.OutOfMemoryError: a single row does not fit.
     """

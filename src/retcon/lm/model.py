@@ -166,7 +166,7 @@ class LM:
         return max(map(len, self.tokenizer.get_vocab()))
 
     def check_length(self, text: str, row: Row | None = None, *, what: str = "the text") -> None:
-        """Check that a text fits into the model's context, before anything is run.
+        """Check that a text fits into the model's context with its answer (`Row.n_needed`), before anything is run.
 
         Args:
             row: its tokens; without them, only a text that no tokens of this vocabulary could make short enough fails.
@@ -178,13 +178,16 @@ class LM:
         if limit is None:
             return
         length = None
-        if row is not None and (n := max(row.n_prompt, len(row.ids) - 1)) > limit:  # the last answer token is not read
-            length = f"{n:,} tokens"
+        if row is not None and row.n_needed > limit:
+            length = f"{len(row.ids):,} tokens"
         elif row is None and len(text) > limit * self._longest_token:
             length = f"{len(text):,} characters"
         if length is not None:
             shown = text if len(text) <= 80 else f"{text[:40]} ... {text[-40:]}"
-            raise InvalidEdit(f"{what} {shown!r} has {length}; {self.name} reads {limit:,} tokens at once. Shorten it")
+            raise InvalidEdit(
+                f"{what} {shown!r} has {length}; {self.name} reads {limit:,} tokens at once, its answer included. "
+                "Shorten it"
+            )
 
     def check_edit_length(self, edit: Edit) -> None:
         """Check that an edit's prompt and answer fit into the model's context.

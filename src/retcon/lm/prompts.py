@@ -44,6 +44,11 @@ class Row:
         return self.ids[self.n_prompt :]
 
     @property
+    def n_needed(self) -> int:
+        """Tokens that a context must hold: the prompt and the answer, one token of it where none is given."""
+        return max(len(self.ids), self.n_prompt + 1)
+
+    @property
     def prediction(self) -> int:
         """Index of the last prompt token: where the first target token is predicted."""
         return self.n_prompt - 1
