@@ -94,7 +94,8 @@ def choose(
     elif preset is None and for_model is not None:
         found = preset_for(name, for_model, dataset)
     by_rule = for_model if found is None else None
-    guess = chosen.fallback_settings(ModelShape.of(by_rule)) if by_rule is not None else {}
+    shape = None if by_rule is None else ModelShape.of(by_rule)
+    guess = {} if shape is None else chosen.fallback_settings(shape)
     resolved = {**checked(name, chosen, dict(found.settings) if found else guess), **settings}
     base: Choice | None = None
     if for_model is not None and issubclass(chosen, Filter):
@@ -104,9 +105,9 @@ def choose(
         resolved |= {"base_settings": base.method.settings}
     made = build(name, resolved, lm=for_model)
     notes: list[str] = []
-    if by_rule is not None:
+    if by_rule is not None and shape is not None:
         made, fitted = _fitted(by_rule, made, settings, cases, at_once)
-        notes = _from_shape(chosen, by_rule, guess, settings, cases) + fitted
+        notes = _from_shape(chosen, shape, guess, settings, cases) + fitted
     if base is not None:
         notes += base.notes
     if by_rule is not None and (guess.keys() - settings.keys() or (_clamps(chosen, settings) and not cases)):
@@ -120,13 +121,13 @@ def choose(
 
 
 def _from_shape(
-    chosen: type[Method], lm: LM, guess: Mapping[str, Any], given: Mapping[str, Any], cases: Facts
+    chosen: type[Method], shape: ModelShape, guess: Mapping[str, Any], given: Mapping[str, Any], cases: Facts
 ) -> list[str]:
     """What the rule takes from the model's shape, a line each; what is fitted on the cases has a line of its own."""
     fitted = set(clamp_settings(chosen))
     if issubclass(chosen, TuningSettings) and chosen.fits_learning_rate and cases:
         fitted.add("learning_rate")
-    return shape_notes(chosen, ModelShape.of(lm), {k: v for k, v in guess.items() if k not in {*given, *fitted}})
+    return shape_notes(chosen, shape, {k: v for k, v in guess.items() if k not in {*given, *fitted}})
 
 
 def _fitted(
