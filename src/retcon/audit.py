@@ -15,6 +15,7 @@ from torch import Tensor
 from retcon.delta import Change, Delta, Dense, LowRank, Rows
 from retcon.edits import Edit
 from retcon.errors import DeltaMismatch
+from retcon.lm.generate import Writing, generate_in_chats
 from retcon.lm.model import LM
 from retcon.memory.place import float64_place
 from retcon.version import __version__
@@ -191,8 +192,9 @@ def _change(
 
 
 def _answers(base: LM, edited: LM, edits: Sequence[Edit], max_new_tokens: int) -> tuple[Answer, ...]:
-    prompts = [e.text for e in edits]
+    asked = [(edit.text, edit.chat) for edit in edits]
+    how = Writing(max_new_tokens=max_new_tokens, skip_newlines=True)
     with base.without_deltas():
-        before = base.generate(prompts, max_new_tokens=max_new_tokens)
-    after = edited.generate(prompts, max_new_tokens=max_new_tokens)
-    return tuple(Answer(e, b.strip(), a.strip()) for e, b, a in zip(edits, before, after, strict=True))
+        before = generate_in_chats(base, asked, how)
+    after = generate_in_chats(edited, asked, how)
+    return tuple(Answer(e, b.text.strip(), a.text.strip()) for e, b, a in zip(edits, before, after, strict=True))

@@ -4,6 +4,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
+
+import pytest
 
 from retcon.delta import Delta
 
@@ -18,3 +21,20 @@ def test_the_command(cli: Callable[..., Any], delta: Path) -> None:
     assert found["unexplained"] < 1e-3
     assert {d["parameter"] for d in found["differences"]} == set(Delta.load(delta).changes)
     assert "The same" in cli("audit", "gptj", "gptj").stdout
+
+
+def test_a_model_that_is_not_there_is_refused_before_the_other_is_loaded(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retcon.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", Mock(side_effect=OSError("no network")))
+    assert "'./edited': no such directory" in cli("audit", "gptj", "./edited", code=2).stderr
+    assert "the hub cannot be asked for it (no network)" in cli("audit", "gptj", "out/edited", code=2).stderr
+
+
+def test_the_facts_are_read_as_everywhere(cli: Callable[..., Any], here: Path) -> None:
+    (here / "facts.csv").write_text("prompt,subject,target_new\n{} is,France,\nThe capital of {} is,France,Rome\n")
+    assert "--on-error skip" in cli("audit", "gptj", "gptj", "--facts", "facts.csv", code=2).stderr
+    assert "of 1 answer changed" in cli("audit", "gptj", "gptj", "--facts", "facts.csv", "--on-error", "skip").stdout
+    told = cli("audit", "gptj", "gptj", "--facts", "edits.jsonl", "--chat", code=2).stderr
+    assert "the tokenizer has no chat template" in told

@@ -10,6 +10,7 @@ import retcon
 from retcon.cli import app
 from retcon.cli.shell import loading_options, loads_a_model
 from retcon.lm.load import load
+from tests.lm.test_load import write_gguf
 
 PROMPT = "The capital of France is"
 OPTIONS = ("--revision", "--device-map", "--packed", "--trust-remote-code")
@@ -43,6 +44,15 @@ def test_they_reach_the_loader(cli: Callable[..., Any], monkeypatch: pytest.Monk
     cli("complete", "gptj", PROMPT)  # and are gone with the command
     asked = {"revision": None, "device_map": None, "trust_remote_code": False}
     assert asked.items() <= seen[-1].items()
+
+
+def test_a_gguf_file_by_its_path(cli: Callable[..., Any], here: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    write_gguf(here / "tiny.gguf")
+    for path in ("./tiny.gguf", str(here / "tiny.gguf")):
+        cli("complete", path, PROMPT, "--max-tokens", "1")
+    assert "cannot load './none.gguf': no such dir" in cli("complete", "./none.gguf", PROMPT, code=2).stderr
 
 
 def test_a_command_that_is_suggested_repeats_them() -> None:

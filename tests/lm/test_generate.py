@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from retcon.audit import audit
 from retcon.chat import Chat
+from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.evaluation.writing import PRESETS
 from retcon.lm import generate as module
-from retcon.lm.generate import WriteBatch, Writing, Written, generate
+from retcon.lm.generate import WriteBatch, Writing, Written, generate, generate_in_chats
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, encode_turns
+from retcon.methods.kn import own_answers
 from tests.conftest import FAMILIES, tiny_model, tokenizer
 
 Make = Callable[..., LM]
@@ -231,6 +234,30 @@ def test_a_conversation_of_several_turns_is_one_row() -> None:
     assert lm.tokenizer.decode(row.ids) == said
     how = Writing(max_new_tokens=2, stops=(), chat=Chat("Be kind."))
     assert generate(lm, [row], how)[0].n_tokens <= 2
+
+
+def test_each_prompt_is_put_in_its_own_chat() -> None:
+    lm, how, brief = chat_model(), Writing(max_new_tokens=4, stops=()), Chat("Be brief.")
+    found = generate_in_chats(lm, [("Who?", brief), ("Who?", None), ("Where?", brief), ("Who?", Chat())], how)
+    alone = [
+        generate(lm, [p], replace(how, chat=c))[0] for p, c in (("Who?", brief), ("Who?", None), ("Where?", brief))
+    ]
+    assert found[:3] == alone
+    assert len({one.text for one in found}) > 1
+    assert generate_in_chats(lm, [], how) == []
+
+
+def test_an_edit_in_a_chat_is_asked_there_by_all_who_ask() -> None:
+    """An audit, KN (for the model's own answer), and a store's verification."""
+    lm = chat_model()
+    edit = Edit("Who made {}?", "France", "Rome", chat=Chat("Be brief."), id="a")
+
+    def said(n: int, *stops: str) -> str:
+        return lm.complete(edit.text, max_new_tokens=n, stops=stops, chat=edit.chat)
+
+    assert said(12, "\n") != lm.complete(edit.text, max_new_tokens=12)
+    assert audit(lm, lm, edits=[edit]).answers[0].base == said(12, "\n").strip()
+    assert own_answers(lm, [edit]) == [said(4, "\n", ".", ",")]
 
 
 def test_drawing_by_temperature_and_share(tiny: Make) -> None:

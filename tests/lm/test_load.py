@@ -185,6 +185,28 @@ def test_a_path_that_leads_nowhere_is_not_asked_of_the_hub(name: str, monkeypatc
         load(name, device="cpu")
 
 
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch: Any) -> None:
+    asked: list[str] = []
+
+    def unreachable(url: str, **_: Any) -> None:
+        asked.append(url)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked again"))
+    reason = r"no such directory here, and the hub cannot be asked for it \(Name or service not known\)"
+    with pytest.raises(UnsupportedModel, match=f"cannot load 'out/edited': there is {reason}"):
+        load("out/edited", device="cpu")
+    assert len(asked) == 1
+
+
+def test_a_file_that_is_no_gguf(saved: Path) -> None:
+    with pytest.raises(
+        UnsupportedModel, match=r"cannot load '.*config\.json': it is a file, and not GGUF; name the dir"
+    ):
+        load(str(saved / "config.json"), device="cpu")
+
+
 def test_a_model_without_tokenizer(saved: Path) -> None:
     for file in saved.glob("token*"):
         file.unlink()

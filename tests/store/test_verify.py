@@ -1,5 +1,6 @@
 """Knowledge regression tests: what broke is found, and since which entry; hostile text stays text."""
 
+import copy
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from retcon.chat import Chat
 from retcon.delta import Delta, Dense
-from retcon.edits import Case, Edit, Query
+from retcon.edits import Case, Edit, Query, in_chat
 from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.lm.model import LM
 from retcon.methods.common.contract import recorded
@@ -17,6 +19,7 @@ from retcon.methods.common.proposal import answers, reported
 from retcon.methods.rome import Rome
 from retcon.store import Store
 from retcon.store.verify import verify
+from tests.conftest import tiny_model, tokenizer
 
 Tiny = Callable[..., LM]
 HOSTILE = '<script>alert("x")</script> | `a` ]]> & \x07'
@@ -136,6 +139,19 @@ def test_reports_hold_every_check_and_hostile_text_stays_text(store: Store, lm: 
     assert "&lt;script>" in text  # a lone > is text
     rows = [line for line in text.splitlines() if line.startswith("| f")]
     assert all(line.replace("\\|", "").count("|") == 6 for line in rows)
+
+
+def test_what_the_model_says_is_asked_in_the_facts_own_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
+    tok = copy.deepcopy(tokenizer())
+    tok.chat_template = "{% for m in messages %}{{ m['content'] }};{% endfor %}"
+    lm = LM(tiny_model("gptj"), tok)
+    (chatted,) = in_chat([fact("one", "Who made it?", "Rome")], Chat("Be brief."))
+    store = Store.init(tmp_path / "edits", lm)
+    store.edit(lm, [chatted], Scripted(0.0), message="one")
+    found = {c.query.id: c.said for c in verify(store, lm).checks}
+    said = lm.complete("Who made it?", max_new_tokens=12, chat=Chat("Be brief.")).strip()
+    assert found["rewrite/0"] == said != lm.complete("Who made it?", max_new_tokens=12).strip()
 
 
 def test_there_must_be_something_to_verify(tmp_path: Path, lm: LM) -> None:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from retcon.cli.facts import reads_facts
 from retcon.cli.shell import (
     Device,
     DType,
     Json,
     VerifyBase,
     check_can_write,
+    check_model_exists,
     check_not_an_input,
     console,
     count,
@@ -35,6 +37,7 @@ N_SHOWN = 30
 
 
 @loads_a_model
+@reads_facts("FILE")
 def audit(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The unedited model.", show_default=False)],
     edited: Annotated[str, typer.Argument(metavar="EDITED", help="The other checkpoint.", show_default=False)],
@@ -46,7 +49,8 @@ def audit(
         Path | None,
         typer.Option(metavar="FILE", help="Facts that both models are asked; any format.", show_default=False),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of it to read; all.", show_default=False)] = None,
+    *,
+    reading: Reading,
     delta: Annotated[
         Path | None,
         typer.Option(metavar="OUT", help="File that the difference goes to, as a delta.", show_default=False),
@@ -70,8 +74,10 @@ def audit(
         check_not_an_input(delta, [*(explain or []), *([facts] if facts else [])])
         if delta.exists() and not force:
             raise InvalidSetting(f"{delta} exists; name another file, or replace it with --force")
-    asked = read_facts(facts, Reading(limit=limit, conflicts="drop")).edits if facts is not None else ()
+    asked = read_facts(facts, reading).edits if facts is not None else ()
     known = load_deltas(explain or [])
+    for each in (base, edited):
+        check_model_exists(each)
     lm = load_model(base, device=device, dtype=dtype or "auto", verify_base=verify_base)
     other = load_model(edited, device=device, dtype=dtype or "auto", verify_base=verify_base)
     with spinner("comparing"):

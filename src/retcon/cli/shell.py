@@ -537,13 +537,26 @@ def _one_thread_for_a_small_model(lm: "LM") -> None:
 
 
 def check_model_path(name: str) -> None:
-    """Refuse what can only be a path, and leads nowhere, before the hub is asked for it in vain.
+    """Refuse what can only be a path, and leads nowhere.
 
     Raises:
-        UnsupportedModel: there is no such directory.
+        UnsupportedModel: there is no such directory, and no such file.
     """
-    if looks_like_path(name) and not name.startswith("demo:") and not Path(name).is_dir():
-        raise UnsupportedModel(f"cannot load {name!r}: no such directory")
+    if looks_like_path(name) and not name.startswith("demo:") and not Path(name).exists():
+        raise UnsupportedModel(f"cannot load {name!r}: no such directory or file")
+
+
+def check_model_exists(name: str) -> None:
+    """Refuse a model that is neither here nor on the hub, before another one is loaded.
+
+    Raises:
+        UnsupportedModel: there is none, or the hub cannot be asked.
+    """
+    check_model_path(name)
+
+    from retcon.lm.load import find_model
+
+    find_model(name, (_LOADING.get() or _Loading()).revision)
 
 
 def _check_device(name: str | None) -> None:

@@ -21,7 +21,7 @@ from retcon.evaluation.records import Record
 from retcon.evaluation.results import Evaluation
 from retcon.evaluation.summary import case_values
 from retcon.evaluation.writing import PRESETS
-from retcon.lm.generate import generate
+from retcon.lm.generate import generate_in_chats
 from retcon.lm.model import LM
 
 Part = Literal["took", "generalised", "local", "language"]
@@ -350,13 +350,9 @@ def _texts(
 
 def _say(lm: LM, queries: Sequence[Query], stops: Sequence[str], max_new_tokens: int) -> list[str]:
     """What a model writes after prompts, each in its chat."""
-    texts: dict[int, str] = {}
-    for chat in dict.fromkeys(q.chat for q in queries):
-        here = [i for i, q in enumerate(queries) if q.chat == chat]
-        how = replace(PRESETS["qa"], stops=tuple(stops), max_new_tokens=max_new_tokens, chat=chat, skip_newlines=True)
-        written = generate(lm, [queries[i].prompt for i in here], how)
-        texts |= {i: one.text.strip() for i, one in zip(here, written, strict=True)}
-    return [texts[i] for i in range(len(queries))]
+    how = replace(PRESETS["qa"], stops=tuple(stops), max_new_tokens=max_new_tokens, skip_newlines=True)
+    written = generate_in_chats(lm, [(q.prompt, q.chat) for q in queries], how)
+    return [one.text.strip() for one in written]
 
 
 def _sentence(answer: Answer) -> str:

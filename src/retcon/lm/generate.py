@@ -9,7 +9,7 @@ else in the batch.
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,6 +128,15 @@ def generate(
         )
     results |= zip(asked, found, strict=True)
     return [results[i] for i in range(len(rows))]
+
+
+def generate_in_chats(lm: LM, asked: Sequence[tuple[str, Chat | None]], how: Writing) -> list[Written]:
+    """Continue prompts of which each has a chat of its own, or none."""
+    found: dict[int, Written] = {}
+    for chat in dict.fromkeys(chat for _, chat in asked):
+        here = [i for i, (_, own) in enumerate(asked) if own == chat]
+        found |= zip(here, generate(lm, [asked[i][0] for i in here], replace(how, chat=chat)), strict=True)
+    return [found[i] for i in range(len(asked))]
 
 
 def _kinds(lm: LM, rows: Sequence[Row], limits: Sequence[int]) -> Sequence[int] | None:

@@ -11,7 +11,7 @@ from retcon import world
 from retcon.errors import RetconError, UnsupportedModel
 from retcon.files import looks_like_path
 from retcon.lm.fingerprint import checkpoint_fingerprint
-from retcon.lm.gguf import DAMAGED, find_gguf, forget_packing, gguf_options, quiet_conversion
+from retcon.lm.gguf import DAMAGED, SUFFIX, find_gguf, forget_packing, gguf_options, quiet_conversion
 from retcon.lm.layouts import Layout
 from retcon.lm.model import LM
 from retcon.lm.quantised import cast, no_remarks_of, prepare, unpack
@@ -59,20 +59,18 @@ def load(
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    place = str(world.model_path(name.removeprefix(DEMO))) if name.startswith(DEMO) else name
     target = _device(device)
     if dtype is None:
         dtype = "auto" if target.type != "cpu" or device_map is not None else torch.float32
     elif dtype != "auto":
         dtype = _dtype(dtype)
+    place = find_model(name, revision)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     gguf, packing = find_gguf(place), None
     if gguf is not None and packed:
         raise UnsupportedModel(
             f"cannot load {name!r} packed: the weights of GGUF files are dequantised; leave --packed (packed=True) out"
         )
-    if gguf is None and looks_like_path(place) and not Path(place).is_dir():
-        raise UnsupportedModel(f"cannot load {name!r}: no such directory")
     try:
         quiet = quiet_conversion() if gguf is not None else nullcontext()
         # bitsandbytes would like to have a kernel of the hub's; transformers says that it dequantises
@@ -131,6 +129,38 @@ def load(
     if files and not any(p.is_meta for p in model.parameters()):
         lm.remember_fingerprint(checkpoint_fingerprint(model, files, verify=verify_base))
     return lm
+
+
+def find_model(name: str, revision: str | None = None) -> str:
+    """Return where a model is: a directory, a GGUF file, or a hub id that the hub can be asked for.
+
+    Raises:
+        UnsupportedModel: it is a path that leads nowhere, or a hub id, and the hub is out of reach.
+    """
+    if name.startswith(DEMO):
+        return str(world.model_path(name.removeprefix(DEMO)))
+    place = Path(name)
+    if place.is_dir() or place.suffix == SUFFIX:
+        return name
+    if place.exists():
+        raise UnsupportedModel(f"cannot load {name!r}: it is a file, and not GGUF; name the directory that it is in")
+    if looks_like_path(name):
+        raise UnsupportedModel(f"cannot load {name!r}: no such directory or file")
+
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if try_to_load_from_cache(name, "config.json", revision=revision) is None:
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        pass  # an answer of the hub's, which transformers explains
+    except Exception as error:  # no answer; transformers would ask six times
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModel(
+            f"cannot load {name!r}: there is no such directory here, and the hub cannot be asked for it ({reason})"
+        ) from None
+    return name
 
 
 def load_plain(folder: Path, *, dtype: torch.dtype) -> Any:

@@ -163,10 +163,10 @@ class Kn(Method):
 
 def own_answers(lm: LM, edits: Sequence[Edit]) -> list[str]:
     """What the model itself says after each prompt: a few words, up to the end of the sentence."""
-    from retcon.lm.generate import Writing, generate
+    from retcon.lm.generate import Writing, generate_in_chats
 
     how = Writing(max_new_tokens=4, stops=("\n", ".", ","))
-    return [written.text for written in generate(lm, [edit.text for edit in edits], how)] if edits else []
+    return [written.text for written in generate_in_chats(lm, [(edit.text, edit.chat) for edit in edits], how)]
 
 
 def coarse(scores: Float[Tensor, "n_prompts units"], threshold: float) -> Bool[Tensor, "n_prompts units"]:

@@ -358,13 +358,13 @@ class _Asker:
     def say(self, at: str | None, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
         """What the model writes after the prompts of these checks."""
         from retcon.evaluation.writing import PRESETS
-        from retcon.lm.generate import generate
+        from retcon.lm.generate import generate_in_chats
 
         if not places:
             return {}
         queries = {(c.id, q.id): q for c in self.cases.values() for q in c.queries}
-        prompts = list(dict.fromkeys(queries[place].prompt for place in places))
+        asked = list(dict.fromkeys((queries[place].prompt, queries[place].chat) for place in places))
         how = replace(PRESETS["qa"], stops=("\n",), max_new_tokens=12)
         with self.store.at(self.lm, at):
-            texts = dict(zip(prompts, generate(self.lm, prompts, how), strict=True))
-        return {place: texts[queries[place].prompt].text.strip() for place in places}
+            texts = dict(zip(asked, generate_in_chats(self.lm, asked, how), strict=True))
+        return {place: texts[queries[place].prompt, queries[place].chat].text.strip() for place in places}

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from retcon.edits import Case, same_question
@@ -481,13 +482,15 @@ class Session:
         def run(lm: "LM", job: Job) -> str:
             if not prompt.strip():
                 raise InvalidSetting("the prompt is empty; give some text to go on from")
-            text = _chat(lm, prompt) if chat else prompt
+            said = partial(lm.complete, prompt, max_new_tokens=256 if chat else 24, chat=chat)
             with self.store.at(lm, "base"):
-                before = lm.complete(text, max_new_tokens=24)
+                before = said()
             with self.store.at(lm, self.viewing):
-                after = lm.complete(text, max_new_tokens=24)
+                after = said()
             self.replies = [Reply(prompt, before, after), *self.replies[: N_ANSWERS - 1]]
-            self._typed(f"complete {self._model_word} {shlex.quote(prompt)} --delta {self._store_word}")
+            self._typed(
+                f"complete {self._model_word} {shlex.quote(prompt)} --delta {self._store_word}{' --chat' * chat}"
+            )
             return "changed" if before != after else "the answer is the same"
 
         return self.submit("ask", run)
@@ -571,10 +574,3 @@ def _layers(settings: Mapping[str, Any]) -> str:
         elif isinstance(value, int):
             parts.append(str(value))
     return "; ".join(parts)
-
-
-def _chat(lm: "LM", prompt: str) -> str:
-    if getattr(lm.tokenizer, "chat_template", None) is None:
-        raise InvalidSetting("the model's tokenizer has no chat template; ask without it")
-    messages = [{"role": "user", "content": prompt}]
-    return str(lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
