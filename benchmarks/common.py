@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from retcon.evaluation.summary import CaseMean
 from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Corpus, CorpusMoments
+from retcon.methods.common.proposal import answers
 from retcon.methods.jeep import Jeep
 
 
@@ -87,3 +89,24 @@ def machine() -> str:
         f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"retcon {retcon.__version__}"
     )
+
+
+def preferred(lm: LM, data: str | None, start: int, n: int, seed: int, *, said: bool = False) -> list[Case]:
+    """Return n cases whose true answer the model finds more probable than the new one, passing over the first ones.
+
+    Args:
+        said: only those where the true answer is also what the model says first.
+    """
+    everything = world.cases(start + n, seed=seed) if data is None else read_cases(data, conflicts="drop")[0]
+    found: list[Case] = []
+    for first in range(0, len(everything), 250):
+        some = [case for case in everything[first : first + 250] if case.edits[0].target_true]
+        edits = [case.edits[0] for case in some]
+        new = answers(lm, edits)
+        old = answers(lm, [replace(e, target_new=str(e.target_true), target_true=None) for e in edits])
+        found += [
+            case for case, (a, _), (b, is_said) in zip(some, new, old, strict=True) if b > a and (is_said or not said)
+        ]
+        if len(found) >= start + n:
+            break
+    return found[start : start + n]

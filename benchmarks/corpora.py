@@ -13,29 +13,14 @@ import time
 from pathlib import Path
 
 import retcon
-from benchmarks.common import machine
-from retcon.edits import Case
-from retcon.evaluation import evaluate, read_cases
+from benchmarks.common import machine, preferred
+from retcon.evaluation import evaluate
 from retcon.evaluation.drift import perplexity
-from retcon.lm.model import LM
 from retcon.memory.defaults import shipped_text
 from retcon.memory.moments import Corpus, CorpusMoments
 from retcon.methods.common.choosing import method
 
 TOKENS_PER_DIMENSION = 20
-
-
-def preferred(lm: LM, cases: list[Case], n: int) -> list[Case]:
-    """The first `n` cases whose true answer the model prefers."""
-    found: list[Case] = []
-    for start in range(0, len(cases), 4 * n):
-        part = cases[start : start + 4 * n]
-        for record in evaluate(lm, part, generate=False).records:
-            if record.metric == "ES" and record.variant == "cf.prob_mean" and record.value == 0.0:
-                found += [case for case in part if case.id == record.case_id]
-        if len(found) >= n:
-            break
-    return found[:n]
 
 
 def main() -> None:
@@ -49,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     lm = retcon.load(args.model)
-    cases = preferred(lm, read_cases(args.data, limit=20 * args.n)[0], args.n)
+    cases = preferred(lm, args.data, 0, args.n, args.seed)
     edits = [case.edits[0] for case in cases]
     held_out = args.held_out.read_text("utf-8") if args.held_out else None
     before = perplexity(lm, held_out).ppl if held_out else float("nan")

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 import retcon
-from benchmarks.common import add_places, machine, moments_of
-from benchmarks.without_preset import preferred
+from benchmarks.common import add_places, machine, moments_of, preferred
 from retcon.edits import Case
 from retcon.lm.forward import Inputs, Point, run
 from retcon.lm.model import LM

@@ -28,6 +28,8 @@ from retcon.locate import Tracing, causal_trace
 from retcon.locate.tracing import RestoredKind, default_window
 
 SCORES = ("rewrite", "paraphrase")
+LEAST_FACTS = 4
+"""Fisher's z has an interval from here on."""
 
 
 def probabilities(lm: LM, case: Case) -> Tensor:
@@ -64,6 +66,8 @@ def main() -> None:
     add_places(parser)
     parser.add_argument("--n", type=int, default=50)
     args = parser.parse_args()
+    if args.n < LEAST_FACTS:
+        parser.error(f"--n {args.n}: a correlation and its interval take {LEAST_FACTS} facts at least")
 
     lm = retcon.load(args.model)
     print(f"{args.model}, seed {args.seed}; {machine()}")

@@ -9,7 +9,7 @@ Cases are those whose true answer the unedited model finds more probable than th
 `--start`-th of them on. Methods that take one fact write them one on top of the other. One line of JSON each, with
 what was chosen and why, Score, ES, GS, LS (`cf.prob_mean`) with 95 % intervals, how many edits the edited model says
 first, outcomes, seconds (moments left out), and the model's own text before and after some edits. With `--write-cases`
-nothing is edited: the cases become a file, for `retcon tune`.
+nothing is edited: the cases become a file, for `retcon tune` or, with `--said`, for the probes.
 """
 
 import argparse
@@ -18,24 +18,21 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of
-from retcon import world
+from benchmarks.common import add_places, cases_of, machine, moments_of, preferred
 from retcon.delta import EditReport
 from retcon.edits import Case, Edit, write_cases
 from retcon.errors import RetconWarning
-from retcon.evaluation import Evaluation, evaluate, read_cases
+from retcon.evaluation import Evaluation, evaluate
 from retcon.lm.model import LM
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.choosing import choose
 from retcon.methods.common.contract import Method
-from retcon.methods.common.proposal import answers
 from retcon.methods.common.registry import NO_PRESET
 from retcon.methods.common.sequence import in_steps
 from retcon.workflow.settings import read_settings
@@ -46,21 +43,6 @@ TEXT_TOKENS = 10
 """Length of the texts that are printed."""
 Made = tuple[Evaluation, tuple[EditReport, ...], float, list[str]]
 """What was measured, what became of the edits, seconds, and texts after them."""
-
-
-def preferred(lm: LM, data: str | None, start: int, n: int, seed: int) -> list[Case]:
-    """Return n cases whose true answer the model finds more probable than the new one, passing over the first ones."""
-    everything = world.cases(start + n, seed=seed) if data is None else read_cases(data, conflicts="drop")[0]
-    found: list[Case] = []
-    for first in range(0, len(everything), 250):
-        some = [case for case in everything[first : first + 250] if case.edits[0].target_true]
-        edits = [case.edits[0] for case in some]
-        new = answers(lm, edits)
-        old = answers(lm, [replace(e, target_new=str(e.target_true), target_true=None) for e in edits])
-        found += [case for case, (a, _), (b, _) in zip(some, new, old, strict=True) if b > a]
-        if len(found) >= start + n:
-            break
-    return found[start : start + n]
 
 
 def together(
@@ -103,6 +85,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=100, help="cases")
     parser.add_argument("--alone", action="store_true", help="edit every case by itself")
     parser.add_argument("--any", action="store_true", help="cases as they come, preferred or not")
+    parser.add_argument("--said", action="store_true", help="only cases whose true answer the model says first")
     parser.add_argument("--put-presets-aside", action="store_true", help="as if no preset knew the model")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--set", dest="assignments", action="append", default=[], help="FIELD=VALUE")
@@ -113,7 +96,7 @@ def main() -> None:
     warnings.simplefilter("ignore", RetconWarning)
     print(f"# {machine()}", flush=True)
     lm = retcon.load(asked.model)
-    pick = cases_of if asked.any else partial(preferred, lm)
+    pick = cases_of if asked.any else partial(preferred, lm, said=asked.said)
     cases = pick(asked.data, asked.start, asked.n, asked.seed)
     if asked.write_cases:
         write_cases(asked.write_cases, cases)
