@@ -20,7 +20,7 @@ from retcon.bench.report.plots import pictures_of
 from retcon.cli.shell import PlainTextConsole, _say, console, emit, styled
 from retcon.delta import Delta
 from retcon.edits import Edit, Query
-from retcon.escaping import csv_cell, json_text, latex, markdown, one_line, printable
+from retcon.escaping import csv_cell, json_text, latex, markdown, one_line, plain_texts, printable
 from retcon.evaluation.safety import Answer, Example, Verdict
 from retcon.evaluation.summary import Summary
 from retcon.export.card import model_card
@@ -183,3 +183,22 @@ def test_the_terminal_and_messages(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[red]r[/blue]" in said
     emit({HALF: HALF})
     assert not NEVER.search(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("scale", ["log", "symlog"])
+def test_logarithmic_scales_of_a_figure_are_written_as_numbers(scale: str) -> None:
+    """Their ticks are formulas by default, which are not read where a dollar sign begins none."""
+    pytest.importorskip("matplotlib", reason="figures need matplotlib (pip install 'retcon-lm[plot]')")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([1, 2, 3], [0.001, 1.0, 20000.0])
+    axes.set_yscale(scale)
+    plain_texts(figure)
+    with rc_context({"text.parse_math": False}):
+        figure.draw_without_rendering()
+    labels = {label.get_text() for label in axes.get_yticklabels()}
+    assert {"1", "10000"} <= labels
+    assert not any("$" in label for label in labels)

@@ -77,12 +77,12 @@ def json_text(text: str) -> str:
 
 
 def plain_texts(figure: "Figure") -> None:
-    """Have every text of a figure drawn as it is: a dollar sign begins no formula.
+    """Have every text of a figure drawn as it is: a dollar sign begins no formula, and powers of ten are written out.
 
     Ticks are made while drawing: save with the setting `text.parse_math` off.
     """
     from matplotlib.text import Text
-    from matplotlib.ticker import FixedFormatter
+    from matplotlib.ticker import FixedFormatter, LogFormatter
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)
@@ -91,3 +91,6 @@ def plain_texts(figure: "Figure") -> None:
         for axis in (axes.xaxis, axes.yaxis):
             if isinstance(formatter := axis.get_major_formatter(), FixedFormatter):
                 formatter.seq = [label.translate(_NO_GLYPH) for label in formatter.seq]
+            elif isinstance(formatter, LogFormatter):
+                axis.set_major_formatter(LogFormatter())
+                axis.set_minor_formatter(LogFormatter())

@@ -146,8 +146,8 @@ def _rank_axis(axes: "Sequence[Axes]") -> None:
 
 
 def _layer_axis(axis: "Axes", n_layers: int, *, embedding: bool = False) -> None:
-    step = max(1, -(-n_layers // 10))
-    ticks = list(range(0, n_layers, step))
+    step = max(1, -(-n_layers // 8))
+    ticks = list(range(step if embedding and step > 1 else 0, n_layers, step))  # E and 0 would touch
     axis.set_xticks([-1, *ticks] if embedding else ticks, [*(["E"] if embedding else []), *map(str, ticks)])
     axis.set_xlabel("layer (E: embedding)" if embedding else "layer")
 
