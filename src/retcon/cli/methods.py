@@ -2,14 +2,14 @@
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from retcon.cli.shell import Json, console, emit, spinner, styled
-from retcon.cli.tables import settings_table
+from retcon.cli.tables import as_toml, settings_table
 from retcon.workflow.settings import resolve
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ def methods(
         emit({"model": model, "architectures": sorted(LAYOUTS), "methods": found})
         return
     out = console()
-    out.print(styled("[dim]on {}[/]", ", ".join(sorted(LAYOUTS))), soft_wrap=True)
     for entry in found:
         out.print(styled("[bold]{}[/]  {}", entry["name"], entry["description"]))
         out.print(f"  paper    {entry['paper'] or '-'}")
@@ -59,13 +58,16 @@ def methods(
         out.print(f"  presets  {', '.join(entry['presets']) or 'none'}", soft_wrap=True)
         if method is not None:
             for setting, meaning in entry["meanings"].items():
-                out.print(styled("  [bold]{}[/]  {}", setting, meaning), soft_wrap=True)
+                default = f"  (default {entry['defaults'][setting]})" if setting in entry["defaults"] else ""
+                out.print(styled("  [bold]{}[/][dim]{}[/]  {}", setting, default, meaning), soft_wrap=True)
         if lm is not None:
             resolved = resolve(lm, entry["name"])
             out.print(styled("  [green]{}[/]: {}", lm.name, resolved.source))
             for note in resolved.notes:
                 out.print(f"  {note}", soft_wrap=True)
             out.print(settings_table(resolved))
+    if model is None and method is None:
+        out.print(styled("[dim]on {}[/]", ", ".join(sorted(LAYOUTS))), soft_wrap=True)
 
 
 def _names_method(name: str) -> bool:
@@ -90,11 +92,17 @@ def _described(name: str, lm: "LM | None") -> dict[str, Any]:
         "keeps": chosen.state_description,
         "presets": [p.name for p in registry.presets(name)],
         "meanings": descriptions(chosen),
+        "defaults": {f.name: as_toml(default) for f in fields(chosen) if (default := _default(f)) is not MISSING},
     }
     if lm is not None:
         resolved = resolve(lm, name)
         record |= {"preset": resolved.preset and resolved.preset.name, "settings": resolved.settings}
     return record
+
+
+def _default(setting: "Field[Any]") -> Any:
+    """A setting's value where none is given; `MISSING` where one must be."""
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 def _facts(chosen: "type[Method]") -> str:

@@ -26,7 +26,7 @@ def settings_table(resolved: Resolved) -> Table:
 
     def shown(name: str, value: Any) -> Text:
         style = "[bold]{}[/]" if name in resolved.given else "[dim]{}[/]" if value == defaults[name] else "{}"
-        return styled("  " + style, f"{name} = {_as_toml(value)}")
+        return styled("  " + style, f"{name} = {as_toml(value)}")
 
     table = Table.grid(padding=(0, 3), pad_edge=False)
     cells = [shown(name, value) for name, value in resolved.settings.items()]
@@ -36,7 +36,8 @@ def settings_table(resolved: Resolved) -> Table:
     return table
 
 
-def _as_toml(value: Any) -> str:
+def as_toml(value: Any) -> str:
+    """Write a setting as `--set` reads it."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool | None) else str(value)

@@ -24,7 +24,7 @@ from retcon.errors import InvalidSetting, OutOfMemory
 from retcon.lm.model import LM, require_lm
 from retcon.lm.site import Site, SiteName
 from retcon.memory.capacity import free_bytes
-from retcon.methods.common.contract import Method, Progress, check_settings, recorded, silent
+from retcon.methods.common.contract import Method, Progress, check_depth, check_settings, recorded, silent
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.settings import Count, CountFromZero, NotNegative
 from retcon.training.descent import Descent, EditLoss, Reduction, Schedule, descend, stepping
@@ -175,10 +175,9 @@ def sites_named(name: str, lm: LM, layers: Sequence[int], modules: Sequence[str]
     Raises:
         InvalidSetting: a layer or a matrix that the model does not have.
     """
+    check_depth(name, lm, layers)
     found = []
     for layer in layers or range(lm.n_layers):
-        if not 0 <= layer < lm.n_layers:
-            raise InvalidSetting(f"{name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")
         for kind in modules:
             if kind in get_args(SiteName) and any(getattr(k, kind) is not None or k.experts for k in lm.kinds):
                 found += lm.sites(layer, kind) or [lm.site(layer, kind)]  # type: ignore[arg-type]
