@@ -239,10 +239,18 @@ def test_unknown_fields_are_told_with_the_likely_ones(cli: Callable[..., Any], h
     assert "unknown field 'paraphrase' in 1 row (did you mean 'paraphrases'?)" in cli(*QUICK).stderr
 
 
+PROBES = ("layers", "trace")
+
+
 def test_what_the_model_cannot_read_is_left_out_by_request(cli: Callable[..., Any], here: Path) -> None:
     write_rows(here / "edits.jsonl", [{**ROWS[0], "prompt": "word " * 3000 + ROWS[0]["prompt"]}, ROWS[1]])
-    assert "edit 'fr': " in (stopped := cli(*QUICK, code=2).stderr)
-    assert "Shorten it" in stopped
+    commands: list[tuple[str, ...]] = [("probe", verb, "gptj", "--cases") for verb in PROBES]
+    commands += [("fit", "gptj", "--method", "mend", "--out", "e"), ("tune", "gptj", "--method", "memit")]
+    for command in (QUICK[:2], *commands, ("audit", "gptj", "gptj", "--facts")):
+        more = ("--out", "d") if command[0] == "edit" else ()
+        stopped = cli(*command, "edits.jsonl", *more, code=2).stderr
+        assert "edit 'fr': 'word word" in stopped
+        assert "its answer included. Mend the row, or leave such rows out: --on-error skip" in stopped
     told = cli(*QUICK, "--on-error", "skip")
     assert "left out 1 that the model cannot read: edit 'fr'" in told.stderr
     assert "too long for the model: 1" in told.stdout

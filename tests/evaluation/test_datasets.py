@@ -395,10 +395,7 @@ def test_a_part_of_the_rows() -> None:
 def test_the_report_reads_as_one_line() -> None:
     text = str(read(ZSRE, case_target="alt")[1])
     assert "\n" not in text
-    assert (
-        "zsre.json (zsre, start=0, limit=None, conflicts=drop, on_error=skip, case_target=alt, "
-        "prompt_style=loc.nq_q, sha256 " in text
-    )
+    assert "zsre.json (zsre, case_target=alt, sha256 " in text
     assert "4 of 6 rows kept; dropped: conflict 1, empty_target 1; queries dropped: empty_target 1; flagged: " in text
 
 

@@ -1,5 +1,6 @@
 """Files as users bring them: every public shape, tables, misspelt fields, bad rows, bad files."""
 
+import csv
 import json
 import math
 import random
@@ -299,12 +300,52 @@ def test_a_table_is_read_as_json_is(file: Callable[..., Path]) -> None:
         ("prompt,,target_new\na,b,c\n", "row 1: column 2 has no name"),
         ("prompt,subject,target_new\n", "holds no rows below its header"),
         ('prompt,subject,target_new\n"a,b,c\n', "row 2: not a valid table"),
-        ("prompt,target_new\nNorr is,x\n", "field 'subject' is missing"),
+        (
+            "prompt,target_new\nNorr is,x\n",
+            "field 'subject' is missing; .*; a fact that names no subject says so: null, or",
+        ),
     ],
 )
 def test_a_bad_table_is_named(content: str, message: str, file: Callable[..., Path]) -> None:
     with pytest.raises(MalformedFile, match=message):
         read_cases(file(content, "rows.csv"))
+
+
+def test_a_file_without_a_row_that_can_be_read_says_what_is_wrong_with_them(file: Callable[..., Path]) -> None:
+    """Whichever the file's kind: not that its format is unknown."""
+    half = '{"prompt": "{} is \\ud83d", "subject": "Norr", "target_new": "x"}\n'
+    for content, name, reason in (
+        ("prompt,subject,target_new\na,b,c,d\n", "rows.csv", "row 2: 4 cells under 3 columns"),
+        ('["a"]', "rows.json", "row 1: expected an object, found str"),
+        (half, "rows.jsonl", "row 1: holds half a surrogate pair"),
+    ):
+        with pytest.raises(MalformedFile, match=f"{reason}.*; no other row can be read either"):
+            read_cases(file(content, name), on_error="skip")
+
+
+def test_a_table_may_hold_long_texts(file: Callable[..., Path]) -> None:
+    before = csv.field_size_limit()
+    (case,), _ = read_cases(file(f"prompt,subject,target_new,notes\n{{}} is,Norr,x,{'long ' * 40_000}\n", "rows.csv"))
+    assert len(case.meta["extra"]["notes"]) == 200_000
+    assert csv.field_size_limit() == before
+
+
+def test_a_fact_may_have_a_number_as_its_id(file: Callable[..., Path]) -> None:
+    row = {"id": 7, "prompt": "{} is", "subject": "Norr", "target_new": "x"}
+    (case,), _ = read_cases(file([row]))
+    assert (case.id, case.edits[0].id) == ("7", "7")
+
+
+def test_neighbours_need_an_answer(file: Callable[..., Path]) -> None:
+    row = {"prompt": "{} is", "subject": "Norr", "target_new": "x", "neighbors": ["Velt is", {"prompt": "Sund is"}]}
+    _, report = read_cases(file([row]))
+    assert report.dropped_queries == {"neighbor_without_answer": 2}
+
+
+def test_a_report_names_only_options_that_were_chosen(file: Callable[..., Path]) -> None:
+    path = file([GOOD])
+    assert re.fullmatch(rf"{path} \(edits, sha256 \w+\): 1 of 1 rows kept", str(read_cases(path)[1]))
+    assert "(edits, limit=1, sha256" in str(read_cases(path, limit=1)[1])
 
 
 # --- formats by all their fields -----------------------------------------------------------------------------------

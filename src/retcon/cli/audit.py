@@ -27,7 +27,7 @@ from retcon.cli.shell import (
     styled,
 )
 from retcon.errors import InvalidSetting
-from retcon.workflow.facts import Reading, read_facts
+from retcon.workflow.facts import Reading, facts_that_fit, read_facts
 
 if TYPE_CHECKING:
     from retcon.audit import Audit
@@ -74,14 +74,15 @@ def audit(
         check_not_an_input(delta, [*(explain or []), *([facts] if facts else [])])
         if delta.exists() and not force:
             raise InvalidSetting(f"{delta} exists; name another file, or replace it with --force")
-    asked = read_facts(facts, reading).edits if facts is not None else ()
+    asked = None if facts is None else read_facts(facts, reading)
     known = load_deltas(explain or [])
     for each in (base, edited):
         check_model_exists(each)
     lm = load_model(base, device=device, dtype=dtype or "auto", verify_base=verify_base)
     other = load_model(edited, device=device, dtype=dtype or "auto", verify_base=verify_base)
+    edits = () if asked is None else facts_that_fit(lm, asked, reading.on_error).edits
     with spinner("comparing"):
-        found = compare(lm, other, edits=asked, known=only_deltas(known, "an audit"))
+        found = compare(lm, other, edits=edits, known=only_deltas(known, "an audit"))
     if delta is not None:
         found.delta.save(delta)
     if as_json:

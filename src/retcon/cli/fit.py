@@ -31,7 +31,7 @@ from retcon.cli.shell import (
 )
 from retcon.cli.tables import settings_table
 from retcon.errors import InvalidSetting, how_to_install
-from retcon.workflow import read_facts, read_settings, resolve
+from retcon.workflow import facts_that_fit, read_facts, read_settings, resolve
 from retcon.workflow.facts import Reading
 from retcon.workflow.fitting import check_trainable, draw_curve, fit_editor, memory_needed
 
@@ -76,6 +76,7 @@ def fit(
     facts = read_facts(cases, reading)
     show = console(stderr=as_json)
     lm = load_model(model, device=device, dtype=dtype)
+    facts = facts_that_fit(lm, facts, reading.on_error)
     resolved = resolve(lm, method, dataset=dataset, preset=preset, given=given)
     show.print(styled("[bold]{}[/] on {}", method, lm))
     show.print(f"facts     {facts.about}", soft_wrap=True)

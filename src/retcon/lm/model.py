@@ -185,8 +185,7 @@ class LM:
         if length is not None:
             shown = text if len(text) <= 80 else f"{text[:40]} ... {text[-40:]}"
             raise InvalidEdit(
-                f"{what} {shown!r} has {length}; {self.name} reads {limit:,} tokens at once, its answer included. "
-                "Shorten it"
+                f"{what} {shown!r} has {length}; {self.name} reads {limit:,} tokens at once, its answer included"
             )
 
     def check_edit_length(self, edit: Edit) -> None:

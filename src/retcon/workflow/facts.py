@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from retcon.chat import Chat
 from retcon.edits import Case, Edit, in_chat
-from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
+from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning, UnusableRow
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -81,22 +81,23 @@ def read_facts(path: str | Path, reading: Reading = PLAIN) -> Facts:
 
 
 def facts_that_fit(lm: "LM", facts: Facts, on_error: OnError = "stop") -> Facts:
-    """Facts whose prompts and new answers the model can read at once; what is left out is warned of.
+    """Facts whose prompts and new answers the model can read at once.
 
     Args:
-        on_error: `stop` leaves the refusal to the edit.
+        on_error: `stop` refuses the first that is too long; `skip` leaves such facts out, with a warning.
 
     Raises:
+        UnusableRow: a fact is too long, and `on_error="stop"`.
         InvalidSetting: nothing is left to edit.
     """
-    if on_error == "stop":
-        return facts
     too_long: dict[str, str] = {}
     for case in facts.cases:
         try:
             for edit in case.edits:
                 lm.check_edit_length(edit)
         except InvalidEdit as error:
+            if on_error == "stop":
+                raise UnusableRow(str(error)) from None
             too_long[case.id] = str(error)
     if not too_long:
         return facts

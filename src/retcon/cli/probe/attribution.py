@@ -22,7 +22,7 @@ from retcon.cli.shell import (
     progress_bars,
     styled,
 )
-from retcon.workflow.facts import Reading
+from retcon.workflow.facts import Reading, facts_that_fit
 
 if TYPE_CHECKING:
     from retcon.edits import Edit
@@ -64,8 +64,10 @@ def attribution(
     of two facts are, of one relation and of two (STEM-overlap.png).
     """
     check_stem(out, cases)
-    edits, source = facts(model, cases, reading, seed)
+    asked = facts(model, cases, reading, seed)
     lm = load_model(model, device=device, dtype=dtype)
+    asked = facts_that_fit(lm, asked, reading.on_error)
+    edits = list(asked.edits)
 
     import torch
 
@@ -114,7 +116,7 @@ def attribution(
     if same or different:
         drawn["-overlap"] = unit_figures.overlap_figure(same, different, by_chance)
     record = {
-        **about(lm, model, source, seed),
+        **about(lm, model, asked.about, seed),
         "n": len(edits),
         "unit": unit,
         "path": path,
@@ -140,7 +142,7 @@ def attribution(
         return
     show = console()
     show.print(styled("[bold]attribution[/] on {}", lm))
-    show.print(f"facts  {source}", soft_wrap=True)
+    show.print(f"facts  {asked.about}", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("layer", justify="right")
     for kind in kinds:

@@ -27,7 +27,7 @@ from retcon.cli.shell import (
 )
 from retcon.errors import InvalidSetting
 from retcon.files import check_exists
-from retcon.workflow.facts import Reading
+from retcon.workflow.facts import Reading, facts_that_fit
 
 if TYPE_CHECKING:
     from retcon.edits import Edit
@@ -83,9 +83,11 @@ def contrast(
     if records is not None:
         check_can_write(records)
         check_not_an_input(records, [path for path in (cases, sets, corpus, stopwords) if path is not None])
-    edits, source = facts(model, cases, reading, seed)
-    word_sets = _word_sets(edits, sets, corpus, stopwords)
+    asked = facts(model, cases, reading, seed)
+    word_sets = _word_sets(list(asked.edits), sets, corpus, stopwords)
     lm = load_model(model, device=device, dtype=dtype)
+    asked = facts_that_fit(lm, asked, reading.on_error)
+    edits = list(asked.edits)
 
     from retcon.locate import contrast_probe, figures
 
@@ -100,7 +102,7 @@ def contrast(
     drawn = {"": figures.contrast_figure(found)}
     if word_sets is not None:
         drawn["-sets"] = figures.sets_figure(found)
-    record = {**about(lm, model, source, seed), "n": len(found), "skipped": found.skipped, "means": found.means()}
+    record = {**about(lm, model, asked.about, seed), "n": len(found), "skipped": found.skipped, "means": found.means()}
     record |= {"n_known": int(found.known.sum()), "n_assumed": int(found.assumed.sum())}
     written = write_figures(out, drawn, record)
     if records is not None:
@@ -111,7 +113,7 @@ def contrast(
         return
     show = console()
     show.print(styled("[bold]contrast[/] on {}", lm))
-    show.print(f"facts  {source}", soft_wrap=True)
+    show.print(f"facts  {asked.about}", soft_wrap=True)
     show.print(_said(found))
     show.print()
     show.print(_table(found))

@@ -23,7 +23,7 @@ from retcon.cli.shell import (
     progress_bars,
     styled,
 )
-from retcon.workflow.facts import Reading
+from retcon.workflow.facts import Reading, facts_that_fit
 
 if TYPE_CHECKING:
     from retcon.locate import Advice, Choice
@@ -51,8 +51,10 @@ def layers(
     stable the choice is over resampled facts, and says when it is weak.
     """
     check_stem(out, cases)
-    edits, source = facts(model, cases, reading, seed)
+    asked = facts(model, cases, reading, seed)
     lm = load_model(model, device=device, dtype=dtype)
+    asked = facts_that_fit(lm, asked, reading.on_error)
+    edits = list(asked.edits)
 
     from retcon.locate import Rule, advise, contrast_probe, figures
 
@@ -60,14 +62,19 @@ def layers(
         found = contrast_probe(lm, edits, progress=lambda done, total: advance("reading facts", done, total))
     advice = advise(found, Rule(final_norm=final_norm), seed=seed)
     drawn = {"": figures.advice_figure(advice), "-contrast": figures.contrast_figure(found, advice)}
-    record = {**about(lm, model, source, seed), **_record(advice), "skipped": found.skipped, "means": found.means()}
+    record = {
+        **about(lm, model, asked.about, seed),
+        **_record(advice),
+        "skipped": found.skipped,
+        "means": found.means(),
+    }
     written = write_figures(out, drawn, record)
     if as_json:
         emit(record)
         return
     show = console()
     show.print(styled("[bold]layers[/] for {}", lm))
-    show.print(f"facts  {source}", soft_wrap=True)
+    show.print(f"facts  {asked.about}", soft_wrap=True)
     said = f"probed {advice.n_cases:,}; the model says the original answer in {advice.n_known:,}"
     show.print(said + left_out(found.skipped), soft_wrap=True)
     show.print()

@@ -20,7 +20,7 @@ from retcon.cli.shell import (
     spinner,
     styled,
 )
-from retcon.workflow.facts import Reading
+from retcon.workflow.facts import Reading, facts_that_fit
 
 Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight", "random"]
 
@@ -54,8 +54,10 @@ def paths(
     Draws the scores of their nodes, layer by layer; all nodes of all paths are in STEM.json.
     """
     check_stem(out, cases)
-    edits, source = facts(model, cases, reading, seed)
+    asked = facts(model, cases, reading, seed)
     lm = load_model(model, device=device, dtype=dtype)
+    asked = facts_that_fit(lm, asked, reading.on_error)
+    edits = list(asked.edits)
 
     from retcon.locate import paths as located
     from retcon.locate import unit_figures
@@ -84,7 +86,7 @@ def paths(
         for t, slot in enumerate(found.slots)
     ]
     record = {
-        **about(lm, model, source, seed),
+        **about(lm, model, asked.about, seed),
         "n": len(edits),
         "score": score,
         "select": select,
@@ -98,7 +100,7 @@ def paths(
         return
     show = console()
     show.print(styled("[bold]paths[/] on {}", lm))
-    show.print(f"facts  {source}", soft_wrap=True)
+    show.print(f"facts  {asked.about}", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("layer", "matrix", "best score", "mean", "best nodes"):
         table.add_column(name, justify="left" if name in ("matrix", "best nodes") else "right")

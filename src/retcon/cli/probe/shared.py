@@ -2,16 +2,16 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from retcon.cli.shell import check_can_write, check_not_an_input, finite, spinner
-from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.files import write_atomically
-from retcon.workflow.facts import Reading, read_facts
+from retcon.workflow.facts import Facts, Reading, read_facts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,28 +40,25 @@ def check_stem(stem: str, *inputs: Path | None) -> None:
         check_not_an_input(Path(f"{stem}.{kind}"), [path for path in inputs if path is not None])
 
 
-def facts(
-    model: str,
-    cases: Path | None,
-    reading: Reading,
-    seed: int,
-) -> tuple[list[Edit], str]:
-    """Edits to probe with, and a line about them.
+def facts(model: str, cases: Path | None, reading: Reading, seed: int) -> Facts:
+    """Facts to probe with: a file's, or the embedded model's own.
 
     Raises:
         InvalidSetting: none are named, and the model has none of its own.
     """
-    if cases is None:
-        from retcon import world
-        from retcon.lm.load import DEMO
+    if cases is not None:
+        asked = read_facts(cases, reading)
+        return replace(asked, about=asked.about.replace(str(cases), cases.name))
 
-        if not model.startswith(DEMO):
-            raise InvalidSetting(f"which facts shall {model} be probed with? Give a file of them: --cases FILE")
-        assert reading.limit is not None  # each probe has a number
-        drawn = world.cases(reading.start + reading.limit, seed=seed)[reading.start :]
-        return [case.edits[0] for case in drawn], f"the embedded world: {len(drawn):,} facts, seed {seed}"
-    asked = read_facts(cases, reading)
-    return list(asked.edits), asked.about.replace(str(cases), cases.name)
+    from retcon import world
+    from retcon.lm.load import DEMO
+
+    if not model.startswith(DEMO):
+        raise InvalidSetting(f"which facts shall {model} be probed with? Give a file of them: --cases FILE")
+    assert reading.limit is not None  # each probe has a number
+    drawn = world.cases(reading.start + reading.limit, seed=seed)[reading.start :]
+    about = f"the embedded world: {len(drawn):,} facts, seed {seed}"
+    return Facts(tuple(case.edits[0] for case in drawn), tuple(drawn), about)
 
 
 def left_out(skipped: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ from retcon.cli.shell import (
     progress_bars,
     styled,
 )
-from retcon.workflow.facts import Reading
+from retcon.workflow.facts import Reading, facts_that_fit
 
 if TYPE_CHECKING:
     from retcon.locate import Traces
@@ -79,8 +79,10 @@ def trace(
         corruption=corruption,
         seed=seed,
     )
-    edits, source = facts(model, cases, reading, seed)
+    asked = facts(model, cases, reading, seed)
     lm = load_model(model, device=device, dtype=dtype)
+    asked = facts_that_fit(lm, asked, reading.on_error)
+    edits = list(asked.edits)
 
     from retcon.locate import figures
 
@@ -91,14 +93,14 @@ def trace(
         "": figures.effects_figure(found),
         "-first": figures.trace_figure(found.traces[0], found.settings.window),
     }
-    record = {**about(lm, model, source, seed), **_record(found)}
+    record = {**about(lm, model, asked.about, seed), **_record(found)}
     written = write_figures(out, drawn, record)
     if as_json:
         emit(record)
         return
     show = console()
     show.print(styled("[bold]trace[/] on {}", lm))
-    show.print(f"facts  {source}", soft_wrap=True)
+    show.print(f"facts  {asked.about}", soft_wrap=True)
     mean, half = found.total()
     line = f"traced {count(len(found), 'fact')}; total effect {mean:.3f} ± {half:.3f}"
     show.print(line + (f"; {len(found.skipped)} left out: the model does not know them" if found.skipped else ""))

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 
 from retcon.edits import ConflictRule
+from retcon.errors import MalformedFile
 from retcon.evaluation.datasets import hub
 from retcon.evaluation.datasets.formats import FORMATS, likely_fields, reader, recognise
 from retcon.evaluation.datasets.mquake import Prompting
@@ -97,6 +98,9 @@ def read_cases(
         return embedded(options)
     bad: list[tuple[int, str]] = []
     rows = _rows(path, None if on_error == "stop" else bad)
+    if bad and not rows:
+        row, problem = bad[0]
+        raise MalformedFile(f"{path}, row {row}: {problem}; no other row can be read either")
     chosen = format or recognise(rows, path)
     unknown: Counter[str] = Counter()
     own = dict(case_target=case_target, prompt_style=prompt_style, answers=answers, prompting=prompting)

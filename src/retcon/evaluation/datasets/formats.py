@@ -243,6 +243,7 @@ def recognise(rows: Sequence[NumberedRow], path: object) -> FormatName:
             f"{path}: taken for {nearest.title} ({nearest.name}), of which the {are.format(lacking)} missing; its "
             f"fields are {shown}"
             + (f" (did you mean {meant}?)" if meant else "")
+            + ("; a fact that names no subject says so: null, or an empty cell" if missing == [("subject",)] else "")
             + f". Name the format if it is another: {', '.join(FORMATS)}"
         )
     if holders := _holders(rows):

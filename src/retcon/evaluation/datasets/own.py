@@ -57,7 +57,7 @@ def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -
         template=True,
         relation=text_or_none(record, "relation_id", where),
         subject_start=int(start) if isinstance(start, str) and start.strip().isdecimal() else start,
-        edit_id=text_or_none(record, "id", where) or "",
+        edit_id=_name(record, where),
         separator=text_or_none(record, "separator", where),
     )
     if edit is None:
@@ -68,7 +68,10 @@ def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -
     reworded = [_filled(prompt, edit) for prompt in texts(record.get("paraphrases"), "paraphrases", where)]
     made.ask("paraphrase", reworded, edit.target_new, edit.target_true, wanted, separator=edit.separator)
     for place, (prompt, kept) in enumerate(_neighbors(record, edit, where)):
-        answers = ((kept.strip(),),) if kept.strip() else ()
+        if not kept.strip():
+            made.dropped_queries.append("neighbor_without_answer")
+            continue
+        answers = ((kept.strip(),),)
         made.ask_at(f"neighborhood/{place}", "neighborhood", prompt, kept, answers, contrast=edit.target_new)
     ask_related(made, record.get("portability"), "portability", where)
     ask_related(made, record.get("locality"), "locality", where)
@@ -78,6 +81,12 @@ def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -
         except InvalidEdit as error:
             raise MalformedFile(f"{where}: {error}") from None
     return made
+
+
+def _name(record: Mapping[str, Any], where: str) -> str:
+    """The fact's own id, which may be a number; "" where it has none."""
+    own = record.get("id")
+    return str(own) if isinstance(own, int) and not isinstance(own, bool) else text_or_none(record, "id", where) or ""
 
 
 def _filled(prompt: str, edit: Edit) -> str:

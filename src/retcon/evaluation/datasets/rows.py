@@ -124,15 +124,27 @@ class LoadReport:
         def counted(name: str, counts: Mapping[str, int]) -> str:
             return f"; {name}: " + ", ".join(f"{k} {v:,}" for k, v in sorted(counts.items())) if counts else ""
 
-        options = ", ".join(f"{k}={v}" for k, v in self.options.items())
+        chosen = [self.format, *(f"{k}={v}" for k, v in self.options.items() if v not in _USUAL.get(k, ()))]
         return (
-            f"{self.path} ({self.format}, {options}, sha256 {self.sha256[:12]}): "
+            f"{self.path} ({', '.join(chosen)}, sha256 {self.sha256[:12]}): "
             f"{self.cases:,} of {self.rows:,} rows kept"
             + counted("dropped", self.dropped)
             + counted("queries dropped", self.dropped_queries)
             + counted("flagged", self.flags)
         )
 
+
+_USUAL: Mapping[str, tuple[Any, ...]] = {
+    "start": (0,),
+    "limit": (None,),
+    "conflicts": ("error", "drop"),
+    "on_error": ("stop", "skip"),
+    "case_target": ("new",),
+    "prompt_style": ("loc.nq_q",),
+    "answers": ("all",),
+    "prompting": ("standard",),
+}
+"""Options that need no mention: the defaults, and those whose effect the counts show."""
 
 Loaded = tuple[list[Case], LoadReport]
 Item = TypeVar("Item")

@@ -27,12 +27,13 @@ def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = 
     if not str(path).lower().endswith(ENDINGS):
         return read_json_rows(path, bad)
     text = read_text(path)
-    head = text.lstrip("\n").split("\n", 1)[0]
+    head = text.lstrip().split("\n", 1)[0]
     delimiter = "\t" if str(path).lower().endswith(".tsv") else max(",;\t", key=head.count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[NumberedRow] = []
     names: list[str] = []
     number = 0
+    longest_cell = csv.field_size_limit(len(text) + 1)
     try:
         for cells in lines:
             number += 1
@@ -51,7 +52,11 @@ def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = 
                 cells += [""] * (len(names) - len(cells))
                 rows.append((number, {n: _cell(n, cell) for n, cell in zip(names, cells, strict=True)}))
     except csv.Error as error:
-        raise MalformedFile(f"{path}, row {number + 1}: not a valid table ({error})") from None
+        raise MalformedFile(
+            f"{path}, row {number + 1}: not a valid table ({error}); a quote inside a quoted cell is written twice"
+        ) from None
+    finally:
+        csv.field_size_limit(longest_cell)
     if not rows and not bad:
         raise MalformedFile(f"{path}: holds no rows below its header")
     return rows
