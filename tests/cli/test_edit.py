@@ -114,7 +114,8 @@ def test_of_many_edits_the_worst_are_shown_first(cli: Callable[..., Any], here: 
 
 def test_says_what_became_of_the_edits(cli: Callable[..., Any]) -> None:
     out = cli(*QUICK, "--set", "low_clamp=0.001", "--set", "high_clamp=0.001").stdout
-    assert "0 of 2 reached what was asked for; 2 held back by the clamp; 0 are what the edited model says first" in out
+    assert "0 of 2 edits took: the edited model's own answer begins with the new one" in out
+    assert "0 of 2 reached the target of the search, 2 held back by the clamp" in out
 
 
 @pytest.mark.filterwarnings("ignore:.*larger than the weight")

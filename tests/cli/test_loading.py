@@ -1,6 +1,8 @@
 """The options of how a model is loaded, which every verb that loads one has."""
 
+import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 
 import retcon
 from retcon.cli import app
-from retcon.cli.shell import loading_options, loads_a_model
+from retcon.cli.shell import chat_of, chat_options, loading_options, loads_a_model
 from retcon.lm.load import load
 from tests.lm.test_load import write_gguf
 
@@ -65,6 +67,16 @@ def test_a_command_that_is_suggested_repeats_them() -> None:
     asked()
     asked(revision="my branch", device_map='{"": "cpu"}', packed=True, trust_remote_code=True)
     assert heard == ["", """ --revision 'my branch' --device-map '{"": "cpu"}' --packed --trust-remote-code"""]
+
+
+def test_a_suggested_command_asks_in_the_chat_of_the_edits() -> None:
+    plain = retcon.Edit("Who made {}?", "Norr", "Ida")
+    briefly = replace(plain, chat=retcon.Chat("It's all.", (("think", False), ("tone", "kind"))))
+    assert chat_options([plain]) == chat_options([plain, briefly]) == ""
+    assert chat_options([replace(plain, chat=True)] * 2) == " --chat"  # type: ignore[type-var]
+    options = shlex.split(chat_options([briefly]))
+    assert options == ["--system", "It's all.", "--template-arg", "think=false", "--template-arg", 'tone="kind"']
+    assert chat_of(False, options[1], options[3::2]) == briefly.chat
 
 
 def test_code_of_others_is_run_only_when_asked_for_and_that_is_said(cli: Callable[..., Any]) -> None:

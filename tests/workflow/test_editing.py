@@ -41,7 +41,9 @@ def test_a_fact_is_read_resolved_estimated_written_and_undone_without_printing(
     assert heard[-1][1:] == (2, 2)
     assert set(made.seconds) == {"moments", "edit"}
     assert 0 <= made.n_took <= 2
-    assert workflow.outcomes(made.delta).startswith(f"{sum(r.outcome == 'reached' for r in made.delta.report)} of 2")
+    took, search = workflow.outcomes(made.delta).splitlines()
+    assert took.startswith(f"{made.n_took} of 2 edits took: ")
+    assert search.startswith(f"{sum(r.outcome == 'reached' for r in made.delta.report)} of 2 reached the target")
     assert not list((cache_dir() / "values").rglob("*.safetensors"))  # kept until the delta was, and no longer
     assert lm.fingerprint() == before
     assert not lm.applied

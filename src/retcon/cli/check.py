@@ -143,7 +143,7 @@ def check(
                 served,
                 asked.cases,
                 thresholds=limits,
-                max_tokens=CHAT_TOKENS if reading.chat else PLAIN_TOKENS,
+                max_tokens=CHAT_TOKENS if any(edit.chat for edit in asked.edits) else PLAIN_TOKENS,
                 on_progress=lambda done, of: advance("asking", done, of),
             )
         about = f"{model} at {url}; {asked.about}"

@@ -22,6 +22,7 @@ from retcon.cli.shell import (
     Seed,
     Shrink,
     VerifyBase,
+    chat_options,
     check_can_write,
     check_not_an_input,
     console,
@@ -55,6 +56,7 @@ from retcon.workflow import (
     remedy,
     resolve,
     state_after,
+    took_line,
     write_facts,
 )
 from retcon.workflow.facts import Conflicts, Facts, Reading
@@ -270,7 +272,7 @@ def edit(
     if as_json:
         emit(_record(model, resolved, made, out, seed, took, measured))
     else:
-        how = ("" if reading.chat is None else " --chat") + loading_options()
+        how = chat_options(facts.edits) + loading_options()
         ask = f"{program()} complete {shlex.quote(model)} PROMPT --delta {shlex.quote(str(out))}{how}"
         show.print(styled("[dim]try    {}[/]", ask), soft_wrap=True)
     if made.n_took < require * n:
@@ -312,8 +314,7 @@ def _edit_store(
     reports = [report for delta in made for report in delta.report]
     took = sum(bool(report.greedy_match) for report in reports)
     n_bytes = sum(store.file_size(delta.id) for delta in made)
-    verb = "is" if len(reports) == 1 else "are"
-    show.print(f"{took} of {count(len(reports), 'edit')} {verb} what the edited model says first")
+    show.print(took_line(reports), soft_wrap=True)
     show.print(
         styled(
             "entry  [yellow]{}[/]  {}  [dim]{}, {}; state {}[/]",

@@ -45,6 +45,7 @@ from retcon.files import looks_like_path
 if TYPE_CHECKING:
     from retcon.attachment import Attachment
     from retcon.chat import Chat
+    from retcon.edits import Edit
     from retcon.lm.model import LM
 
 WIDTH = 100
@@ -171,6 +172,17 @@ def chat_of(as_chat: bool, system: str | None, template_args: Sequence[str] | No
         return Chat(system, tuple(given))
     except InvalidEdit as error:
         raise InvalidSetting(str(error)) from None
+
+
+def chat_options(edits: "Sequence[Edit]") -> str:
+    """Return the options that put a prompt as all of these are put, to be repeated in a command that is suggested."""
+    frames = {edit.chat for edit in edits}
+    frame = frames.pop() if len(frames) == 1 else None
+    if frame is None:
+        return ""
+    given = [] if frame.system is None else [f"--system {shlex.quote(frame.system)}"]
+    given += [f"--template-arg {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in frame.template_args]
+    return "".join(f" {option}" for option in given or ["--chat"])
 
 
 # --- printing ----------------------------------------------------------------------------------------------------

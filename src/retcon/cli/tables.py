@@ -96,7 +96,8 @@ def edits_table(delta: "Attachment", edits: Sequence[Edit]) -> Group:
             styled("[{}]{}[/]", colour, report.outcome),
         )
     shown = f"; shown are the {len(reports)} furthest from it" if len(reports) < len(delta.report) else ""
-    return Group(table, styled("[dim]{}{}[/]", outcomes(delta), shown))
+    took, search = outcomes(delta).splitlines()
+    return Group(table, took, styled("[dim]{}{}[/]", search, shown))
 
 
 def _how_far(report: "EditReport") -> float:

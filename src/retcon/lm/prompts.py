@@ -213,8 +213,8 @@ def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> Turn:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidSetting(
-            "the tokenizer has no chat template, so it is no chat model's; leave the chat out, or give the template as "
-            "tokenizer.chat_template"
+            "the tokenizer has no chat template, so it is no chat model's; ask without --chat (chat=True), or give the "
+            "template as tokenizer.chat_template"
         )
 
     def apply(messages: list[dict[str, str]], asking: bool) -> str:

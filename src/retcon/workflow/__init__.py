@@ -8,7 +8,7 @@ Nothing here prints; what takes long says how far it is through `progress(stage,
     print(outcomes(made.delta))
 """
 
-from retcon.workflow.editing import Made, check_replaces_its_like, outcomes, remedy, state_after, write_facts
+from retcon.workflow.editing import Made, check_replaces_its_like, outcomes, remedy, state_after, took_line, write_facts
 from retcon.workflow.estimate import Estimate, estimate
 from retcon.workflow.facts import Facts, Reading, facts_that_fit, read_facts
 from retcon.workflow.moments import moments_for, needed_moments
@@ -31,5 +31,6 @@ __all__ = [
     "remedy",
     "resolve",
     "state_after",
+    "took_line",
     "write_facts",
 ]

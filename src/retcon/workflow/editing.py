@@ -16,7 +16,7 @@ from retcon.workflow.settings import Resolved
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from retcon.attachment import Attachment
+    from retcon.attachment import Attachment, EditReport
     from retcon.lm.model import LM
     from retcon.memory.moments import Moments
 
@@ -127,27 +127,36 @@ def check_replaces_its_like(out: Path, lm: "LM", resolved: Resolved, edits: Sequ
         )
 
 
+def took_line(reports: "Sequence[EditReport]") -> str:
+    """Say in a sentence how many edits took, which is whether it worked."""
+    n, took = len(reports), sum(bool(report.greedy_match) for report in reports)
+    return (
+        f"{took:,} of {n:,} {'edit' if n == 1 else 'edits'} took: the edited model's own answer begins with the new one"
+    )
+
+
 def outcomes(delta: "Attachment") -> str:
-    """One line on what became of the edits: how many got where they should, and why the others did not."""
-    counts = Counter(report.outcome for report in delta.report)
-    why = {
-        "clamped": "held back by the clamp",
-        "steps": "out of steps",
-        "conflict": "lost in the write, to old keys or to each other",
-    }
-    parts = [f"{counts['reached']} of {len(delta.report)} reached what was asked for"]
-    parts += [f"{counts[name]} {text}" for name, text in why.items() if counts[name]]
-    matches = [r.greedy_match for r in delta.report]
-    if matches and None not in matches:
-        parts += [f"{sum(map(bool, matches))} are what the edited model says first"]
-    return "; ".join(parts)
+    """Two lines on what became of the edits: how many took, and how the search ended and what was lost after it."""
+    n, counts = len(delta.report), Counter(report.outcome for report in delta.report)
+    parts = [
+        f"{counts['reached']:,} of {n:,} reached the target of the search",
+        *(f"{counts[name]:,} {text}" for name, text in _SHORT_OF_IT.items() if counts[name]),
+    ]
+    return f"{took_line(delta.report)}\n{', '.join(parts)}"
+
+
+_SHORT_OF_IT = {
+    "clamped": "held back by the clamp",
+    "steps": "out of steps",
+    "conflict": "lost in the write, to old keys or to each other",
+}
 
 
 def remedy(resolved: Resolved, delta: "Attachment") -> str | None:
     """Say which settings to try next, all at once, where a third of the edits or more were lost or held back."""
     from retcon.methods.common.starting_point import NO_WIDER
 
-    if resolved.preset is not None:
+    if resolved.preset is not None or all(report.greedy_match for report in delta.report):
         return None
     n, counts = len(delta.report), Counter(report.outcome for report in delta.report)
     lost, clamped = counts["conflict"], counts["clamped"]
