@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -151,6 +152,32 @@ def test_nothing_seeds_logs_or_prints_at_the_top_level() -> None:
 def test_no_star_imports() -> None:
     for path in FILES:
         assert "import *" not in path.read_text(), path
+
+
+NO_VERBS = {
+    *("The", "A", "An", "One", "What", "Whether", "How", "Where", "Which", "Who", "Whose", "Of", "As", "By", "All"),
+    *("Each", "Every", "Some", "Both", "No", "Those", "Its", "It", "Raises", "Returns"),
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_docstrings_say_what_a_function_does_and_name_its_arguments(path: Path) -> None:
+    """By a verb, for all but properties; and under `Args:` there is nothing that the function does not take."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or not (text := ast.get_docstring(node)):
+            continue
+        made_by = node if isinstance(node, ast.FunctionDef) else next(
+            (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None
+        )  # fmt: skip
+        listed = re.findall(r"^    (\w+(?:, \w+)*):", text.partition("Args:\n")[2].partition("\n\n")[0], re.MULTILINE)
+        if listed and made_by is not None:
+            taken = {a.arg for a in ast.walk(made_by.args) if isinstance(a, ast.arg)}
+            assert set(", ".join(listed).split(", ")) <= taken, (
+                f"{path}: {node.name} lists other arguments than it takes"
+            )
+        decorators = " ".join(map(ast.unparse, node.decorator_list))
+        if isinstance(node, ast.FunctionDef) and "property" not in decorators and not node.name.startswith("__"):
+            assert text.split()[0] not in NO_VERBS, f"{path}: the docstring of {node.name} begins without a verb"
 
 
 # --- the public face -----------------------------------------------------------------------------------------------

@@ -139,13 +139,13 @@ class Attachment(Protocol):
         """Method, settings, seed, versions. JSON values."""
 
     def hooks(self) -> Sequence[Hook]:
-        """What it does to the outputs of modules."""
+        """Return what it does to the outputs of modules."""
 
     def prompt(self, text: str) -> str:
-        """What the model reads in place of a prompt."""
+        """Return what the model reads in place of a prompt."""
 
     def cost(self) -> Cost:
-        """What it costs at inference."""
+        """Return what it costs at inference."""
 
     def nbytes(self) -> int:
         """Bytes of its tensors."""
@@ -212,15 +212,15 @@ class Beside:
         return {}
 
     def hooks(self) -> Sequence[Hook]:
-        """What it does to the outputs of modules: nothing."""
+        """Return what it does to the outputs of modules: nothing."""
         return ()
 
     def prompt(self, text: str) -> str:
-        """What the model reads in place of a prompt: the prompt."""
+        """Return what the model reads in place of a prompt: the prompt."""
         return text
 
     def cost(self) -> Cost:
-        """What it costs at inference: its tensors' memory. A kind that computes says more."""
+        """Return what it costs at inference: its tensors' memory. A kind that computes says more."""
         return Cost(nbytes=self.nbytes())
 
     def nbytes(self) -> int:
@@ -236,11 +236,11 @@ class Beside:
         return {}
 
     def with_report(self, report: Sequence[EditReport], **provenance: Any) -> Self:
-        """The same with another report, and with more said about how it was made."""
+        """Return the same with another report, and with more said about how it was made."""
         return replace(self, report=tuple(report), provenance={**self.provenance, **provenance})
 
     def joined(self, later: Self) -> Self:
-        """One attachment that does what this one and a later one do; what `in_steps` makes of its batches.
+        """Return one attachment that does what this one and a later one do; what `in_steps` makes of its batches.
 
         Raises:
             InvalidSetting: this kind has not said how.

@@ -171,7 +171,7 @@ def _rank(difference: Float[Tensor, "rows columns"], stored: Tensor, where: torc
 def _change(
     difference: Tensor, ours: Tensor, other: Tensor, rank: int | None, where: torch.device
 ) -> tuple[Change, bool]:
-    """The difference in the smallest form that gives the edited values exactly; whether there is one."""
+    """Return the difference in the smallest form that gives the edited values exactly; whether there is one."""
     dtype = torch.promote_types(ours.dtype, torch.float32)
     full = Dense(full=difference.to(dtype).contiguous())
     candidates: list[Change] = []

@@ -54,11 +54,11 @@ class Change:
     kind: ClassVar[str]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The change's own tensors by field name."""
+        """Return the change's own tensors by field name."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def values(self) -> Tensor:
-        """The tensor whose dtype is the change's precision."""
+        """Return the tensor whose dtype is the change's precision."""
         raise NotImplementedError
 
     def add_to(self, total: Tensor) -> None:
@@ -66,7 +66,7 @@ class Change:
         raise NotImplementedError
 
     def part_of(self, total: Tensor) -> Tensor:
-        """The region of `total` (a view) that the change adds to.
+        """Return the region of `total` (a view) that the change adds to.
 
         Raises:
             DeltaMismatch: the region lies outside the parameter.
@@ -80,7 +80,7 @@ class Change:
         return part[0] if total.dim() == 3 and axis == 0 and stop == start + 1 else part
 
     def check(self, shape: torch.Size) -> None:
-        """Whether the change fits a parameter of that shape.
+        """Check that the change fits a parameter of that shape.
 
         Raises:
             DeltaMismatch: it does not; the message gives both shapes.
@@ -97,7 +97,7 @@ class Change:
         raise NotImplementedError
 
     def dense(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """The change written out, zeros elsewhere, on the change's device."""
+        """Return the change written out, zeros elsewhere, on the change's device."""
         values = self.values()
         total = torch.zeros(shape, dtype=dtype or values.dtype, device=values.device)
         self.add_to(total)
@@ -299,7 +299,7 @@ class Delta:
         return sum(c.nbytes() for changes in self.changes.values() for c in changes)
 
     def dense(self, name: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
-        """The whole change of one parameter of that shape, written out."""
+        """Return the whole change of one parameter of that shape, written out."""
         changes = self.changes[name]
         total = torch.zeros(shape, dtype=dtype, device=changes[0].values().device)
         for change in changes:
@@ -321,7 +321,7 @@ class Delta:
         return ()
 
     def prompt(self, text: str) -> str:
-        """The prompt as it is."""
+        """Return the prompt as it is."""
         return text
 
     def cost(self) -> Cost:
@@ -392,7 +392,7 @@ class Delta:
 
 
 def only_deltas(attachments: Sequence[Attachment], what: str) -> tuple[Delta, ...]:
-    """The same, where all of them are in the weights.
+    """Return the same, where all of them are in the weights.
 
     Raises:
         InvalidSetting: one acts beside the weights, which `what` knows nothing of.
@@ -408,7 +408,7 @@ def only_deltas(attachments: Sequence[Attachment], what: str) -> tuple[Delta, ..
 
 
 def _check_record(record: Mapping[str, Any]) -> None:
-    """Raises TypeError where a delta's record holds something of another type than `save` writes."""
+    """Raise TypeError where a delta's record holds something of another type than `save` writes."""
     for name in ("parents", "supersedes", "contexts"):
         if not isinstance(record[name], list) or not all(isinstance(each, str) for each in record[name]):
             raise TypeError(f"{name} must be a list of texts, found {record[name]!r:.60}")
@@ -418,7 +418,7 @@ def _check_record(record: Mapping[str, Any]) -> None:
 
 
 def smallest(left: Tensor, right: Tensor) -> Change:
-    """The change left @ right in its smaller exact form: factors, or the product where that takes less room."""
+    """Return the change left @ right in its smaller exact form: factors, or the product where that takes less room."""
     rows, rank = left.shape
     columns = right.shape[1]
     if rank * (rows + columns) < rows * columns:
@@ -452,7 +452,7 @@ def _norm(changes: Sequence[Change]) -> float:
 
 
 def _disjoint(changes: Sequence[Change]) -> list[Region] | None:
-    """The regions of the changes, where all have one, along one axis, and no two overlap."""
+    """Return the regions of the changes, where all have one, along one axis, and no two overlap."""
     regions = list(dict.fromkeys(c.region for c in changes))
     if any(r is None for r in regions) or len({r.axis for r in regions if r is not None}) > 1:
         return None
@@ -462,7 +462,7 @@ def _disjoint(changes: Sequence[Change]) -> list[Region] | None:
 
 
 def _extent_of_all(changes: Sequence[Change]) -> tuple[int, ...]:
-    """The smallest shape that holds all the changes of one parameter; beyond it they are zero."""
+    """Return the smallest shape that holds all the changes of one parameter; beyond it they are zero."""
     extents = [_extent(c) for c in changes if not isinstance(c, Entries)]
     known = any(c.region is None and isinstance(c, LowRank | Dense) for c in changes)
     if len(extents) < len(changes) and not known:  # entries are counted through the whole shape
@@ -494,7 +494,7 @@ def _rank_bound(changes: Sequence[Change]) -> int | None:
 
 
 def _for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors wants them: on the CPU, contiguous, no two in the same memory."""
+    """Return the tensors as safetensors wants them: on the CPU, contiguous, no two in the same memory."""
     found: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():

@@ -234,7 +234,7 @@ def separator_between(prompt: str, answer: str) -> str:
 
 
 def _opens(prompt: str) -> bool:
-    """Whether the prompt's last character belongs to what comes next."""
+    """Return whether the prompt's last character belongs to what comes next."""
     last, before = prompt[-1], prompt[-2:-1]
     if last in _STRAIGHT_QUOTES:  # the same sign opens and closes
         apart = not before or before.isspace() or before == "=" or unicodedata.category(before) in ("Ps", "Pi")
@@ -245,7 +245,7 @@ def _opens(prompt: str) -> bool:
 
 
 def _closes(answer: str) -> bool:
-    """Whether the answer begins with punctuation that is attached to what precedes it."""
+    """Return whether the answer begins with punctuation that is attached to what precedes it."""
     if answer[0] == ".":
         return not answer[1:2].strip()
     return answer[0] in _FOLLOWS_DIRECTLY or unicodedata.category(answer[0]) in ("Pe", "Pf")
@@ -311,7 +311,7 @@ def duplicates(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:
 
 
 def resolve_conflicts(edits: Sequence[Edit], rule: ConflictRule = "error") -> list[Edit]:
-    """The edits to keep when some contradict each other.
+    """Return the edits to keep when some contradict each other.
 
     `error` refuses, `drop` keeps the first of each contradicting group, `last` keeps the last, `keep` keeps all.
 
@@ -435,7 +435,7 @@ def write_edits(path: str | os.PathLike[str], edits: Iterable[Edit]) -> None:
 
 
 def case_from(record: Mapping[str, Any], where: str) -> Case:
-    """A case from one object of a cases file.
+    """Read a case from one object of a cases file.
 
     Raises:
         MalformedFile: `where` names file and row; the message adds the field.
@@ -468,7 +468,7 @@ def case_record(case: Case) -> dict[str, Any]:
 
 
 def edit_record(edit: Edit) -> dict[str, Any]:
-    """The edit's fields, those that are None left out, but for a subject that is missing on purpose."""
+    """Return the edit's fields, those that are None left out, but for a subject that is missing on purpose."""
     return _without_none(asdict(edit)) | ({"subject": None} if edit.subject is None else {})
 
 
@@ -477,7 +477,7 @@ def _without_none(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _made(kind: type[_Kind], record: Any, where: str) -> _Kind:
-    """An `Edit`, `Query` or `Case` from its fields."""
+    """Return an `Edit`, `Query` or `Case` from its fields."""
     if not isinstance(record, dict):
         raise MalformedFile(f"{where}: expected an object, found {type(record).__name__}")
     for name, declared in kind.__dataclass_fields__.items():

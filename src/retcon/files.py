@@ -28,7 +28,7 @@ _HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a file, a byte order mark left out.
+    """Return the text of a file, a byte order mark left out.
 
     Raises:
         MalformedFile: not there, not a file, not UTF-8, or empty.
@@ -104,7 +104,7 @@ def _refuse(path: str | os.PathLike[str], number: int, problem: str, bad: list[t
 
 
 def _out_of_reach(error: Exception) -> str:
-    """What keeps a text from being read as JSON."""
+    """Return what keeps a text from being read as JSON."""
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON ({error.msg})"
     if isinstance(error, RecursionError):
@@ -129,7 +129,7 @@ def _is_json(text: str) -> bool:
 
 
 def require(record: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
-    """The field `name` of `record`, of type `kind`.
+    """Return the field `name` of `record`, of type `kind`.
 
     Raises:
         MalformedFile: it is missing or of another type; `where` names file and row.
@@ -143,7 +143,7 @@ def require(record: Mapping[str, Any], name: str, kind: type, where: str) -> Any
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a model's name can only be a path, and none of the hub's."""
+    """Return whether a model's name can only be a path, and none of the hub's."""
     return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name
 
 
@@ -165,7 +165,7 @@ def found_from(path: str, folder: str | os.PathLike[str]) -> str:
 
 
 def check_exists(path: str | os.PathLike[str]) -> None:
-    """Whether an input file is there: better known before a model is loaded than after.
+    """Check that an input file is there, before a model is loaded.
 
     Raises:
         MalformedFile: it is not.
@@ -184,7 +184,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there takes the place of `path` when the scope ends well.
+    """Give a temporary path beside `path`; what is written there takes the place of `path` when the scope ends well.
 
     A crash at any point leaves the old file or the new one, never a part. What a process that was killed here has left
     behind is removed by the next one that writes the same file.
@@ -212,7 +212,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def turn_in(folder: str | os.PathLike[str], *, wait: bool) -> Iterator[None]:
-    """The turn of one process in a folder, which must be there. It ends with the process, however that ends.
+    """Take one process's turn in a folder, which must be there. It ends with the process, however that ends.
 
     Where the file system knows no locks, everybody has the turn.
 
@@ -239,7 +239,7 @@ def turn_in(folder: str | os.PathLike[str], *, wait: bool) -> Iterator[None]:
 
 @contextmanager
 def replacing_folder(path: str | os.PathLike[str], *, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """A fresh folder beside `path` that takes its place when the scope ends well; whatever fails, what was there stays.
+    """Give a fresh folder beside `path` that takes its place when the scope ends well; else what was there stays.
 
     Its files become readable for everybody, whatever their writer thought of that. What a process that was killed here
     has left behind is put in order by the next one that writes the same folder.
@@ -294,7 +294,7 @@ def errors_naming(place: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _naming(error: BaseException, temporary: Path, target: Path) -> OSError | None:
-    """The error of a write with the name that the caller knows; None for errors of another kind."""
+    """Return the error of a write with the name that the caller knows; None for errors of another kind."""
     if type(error).__name__ == "SafetensorError":  # which is how safetensors reports a full disk
         return OSError(errno.EIO, str(error), os.fspath(target))
     if isinstance(error, OSError) and (error.filename is None or os.fspath(temporary) in str(error.filename)):
@@ -320,7 +320,7 @@ def mend_folder(path: str | os.PathLike[str]) -> None:
 
 
 def _escaped(name: str) -> str:
-    """A name for `glob`, which would take some characters for patterns."""
+    """Return a name for `glob`, which would take some characters for patterns."""
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
@@ -352,7 +352,8 @@ LONGEST_WRITE = 86_400.0
 
 
 def writer_mark() -> str:
-    """What the name of a temporary file or folder says of its writer: machine, process, and something of its own."""
+    """Return what the name of a temporary file or folder says of its writer: machine, process, and something of its
+    own."""
     return f"{_machine()}.{os.getpid()}-{secrets.token_hex(8)}"
 
 
@@ -361,7 +362,7 @@ def _machine() -> str:
 
 
 def _is_abandoned(path: Path, suffix: str) -> bool:
-    """Whether the writer of a temporary file or folder is gone. Processes of other machines cannot be asked."""
+    """Return whether the writer of a temporary file or folder is gone. Processes of other machines cannot be asked."""
     machine, _, rest = path.name.removesuffix(suffix).rpartition(".")
     process = rest.partition("-")[0]
     if not process.isdecimal():
@@ -385,7 +386,8 @@ def _is_running(process: int) -> bool:
 
 
 def cache_dir() -> Path:
-    """Where moments and fingerprints are kept: `$RETCON_CACHE`, else `$XDG_CACHE_HOME/retcon` or `~/.cache/retcon`."""
+    """Return where moments and fingerprints are kept: `$RETCON_CACHE`, else `$XDG_CACHE_HOME/retcon` or
+    `~/.cache/retcon`."""
     if own := os.environ.get("RETCON_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retcon"

@@ -38,13 +38,13 @@ def read_inputs(spec: BenchSpec) -> dict[str, Loaded]:
 
 
 def load_cases(dataset: DatasetSpec) -> Loaded:
-    """The dataset's cases, its own settings given."""
+    """Return the dataset's cases, its own settings given."""
     own = {name: value for name, value in asdict(dataset).items() if name not in ("path", "label", "order")}
     return read_cases(dataset.path, **own)
 
 
 def cells_of(spec: BenchSpec, cases: Mapping[str, int]) -> list[Cell]:
-    """All runs, model by model; `cases` is the number of cases by dataset label (curves become their points)."""
+    """Return all runs, model by model; `cases` is the number of cases by dataset label (curves become their points)."""
     return [
         Cell(model, method, dataset, protocol, seed)
         for model in spec.models

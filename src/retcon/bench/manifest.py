@@ -29,7 +29,7 @@ FORMAT = "retcon-bench-1"
 def manifest_of(
     spec: BenchSpec, cell: Cell, lm: LM, method: Any, cases: Sequence[Case], report: LoadReport
 ) -> dict[str, Any]:
-    """All that determines a run's records. Two runs with equal manifests give equal records on one machine."""
+    """Return all that determines a run's records. Two runs with equal manifests give equal records on one machine."""
     protocol = {**asdict(cell.protocol), "ns": None, "records_per_point": None}
     return as_json(
         {
@@ -67,7 +67,7 @@ def manifest_of(
 
 
 def environment(command: str) -> dict[str, Any]:
-    """The machine and the moment; nothing secret, no list of variables."""
+    """Return the machine and the moment; nothing secret, no list of variables."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "commit": _commit(),
@@ -84,13 +84,13 @@ def environment(command: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
+    """Return the versions of what computes."""
     found = {"retcon": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return found | {name: metadata.version(name) for name in ("transformers", "tokenizers")}
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if "model name" in line:
@@ -104,7 +104,7 @@ def run_id(manifest: Mapping[str, Any]) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Of the vocabulary and rules of a fast tokenizer."""
+    """Hash the vocabulary and rules of a fast tokenizer."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
 
 
@@ -153,7 +153,7 @@ def write_or_verify(
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest file.
+    """Read a manifest file.
 
     Raises:
         MalformedFile: there is none, or it is none.
@@ -185,12 +185,12 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
 
 
 def as_json(value: Any) -> Any:
-    """As JSON gives it back, so that a manifest in memory equals the one from its file."""
+    """Return a value as JSON gives it back, so that a manifest in memory equals the one from its file."""
     return json.loads(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package lies in, followed by `+` where files differ; None outside one."""
+    """Return the commit of the checkout that this package is in, with `+` where files differ; None outside one."""
     here = Path(__file__).parent
     try:
         asked = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
@@ -201,12 +201,13 @@ def _commit() -> str | None:
 
 
 def command_line() -> str:
-    """What was typed, by the program's name; absolute paths are relative, or their last part where that leads out."""
+    """Return what was typed, by the program's name; absolute paths are relative, or their last part where that leads
+    out."""
     return " ".join([Path(sys.argv[0]).name, *map(_from_here, sys.argv[1:])])
 
 
 def _from_here(argument: str) -> str:
-    """An argument without the folders of this machine that it begins with."""
+    """Return an argument without the folders of this machine that it begins with."""
     option, equals, path = argument.partition("=")
     if not (option.startswith("-") and equals):
         option, equals, path = "", "", argument

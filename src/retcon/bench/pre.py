@@ -24,7 +24,7 @@ UNEDITED = Kind("records of an unedited model", format=2, computation=1)
 
 
 def unedited(lm: LM, plan: QueryPlan, measures: Measures, asked: MeasureSpec, report: LoadReport) -> Evaluation:
-    """The unedited model on the plan's cases, from the cache where it is there."""
+    """Return the unedited model on the plan's cases, from the cache where it is there."""
     key = {
         "model": lm.fingerprint(),
         "dtype": str(lm.dtype),

@@ -79,7 +79,8 @@ def run_protocol(
 
 
 def run_units(setting: Setting, protocol: Protocol, units: Units) -> Generator[Unit]:
-    """Every unit of a run in order, those that `units` has from before included; each is kept before it is given.
+    """Return every unit of a run in order, those that `units` has from before included; each is kept before it is
+    given.
 
     Raises:
         InvalidSetting: deltas are applied, so the model is not the base that runs start from.
@@ -101,7 +102,7 @@ def run_units(setting: Setting, protocol: Protocol, units: Units) -> Generator[U
 
 
 def n_units(protocol: Protocol, n_cases: int) -> int:
-    """How many units a run of so many cases has."""
+    """Return how many units a run of so many cases has."""
     n, size = protocol.sizes(n_cases)
     chunks = -(-n // size)
     return chunks if protocol.restores else chunks + 1
@@ -203,7 +204,8 @@ def _edit(
     step: int,
     size: int,
 ) -> tuple[Attachment | None, Unit]:
-    """The chunk's delta, None where there is none to apply, and a unit that tells of every edit and of the time."""
+    """Return the chunk's delta, None where there is none to apply, and a unit that tells of every edit and of the
+    time."""
     owners: dict[str, Case] = {}
     edits: dict[tuple[tuple[str, str], str], Edit] = {}
     records = []
@@ -246,7 +248,7 @@ def _edit(
 
 
 def _edit_record(case: Case, value: float | None, n: int, step: int, status: Any, detail: str | None) -> Record:
-    """How the making of an edit ended: the probability it reached, after n steps."""
+    """Return how the making of an edit ended: the probability it reached, after n steps."""
     finite = value is None or math.isfinite(value)
     return Record(
         when="immediate",

@@ -149,7 +149,7 @@ def _nothing_left_of_a_failed_start(root: Path) -> Iterator[None]:
 
 
 def _portable(spec: BenchSpec) -> dict[str, Any]:
-    """The specification without the folders that files lie in."""
+    """Return the specification without the folders that files lie in."""
     own = asdict(spec)
     for part, name in (("models", "name"), ("models", "corpus"), ("datasets", "path")):
         own[part] = [each | {name: each[name] and Path(each[name]).name} for each in own[part]]
@@ -157,7 +157,7 @@ def _portable(spec: BenchSpec) -> dict[str, Any]:
 
 
 def chosen_cases(cases: Sequence[Case], cell: Cell) -> list[Case]:
-    """The cases of a run: the first ones, or those that the seed draws; curves are nested, for the order is one.
+    """Return the cases of a run: the first ones, or those that the seed draws; curves are nested, for the order is one.
 
     Raises:
         InvalidSetting: fewer cases than the protocol asks for.
@@ -206,12 +206,12 @@ class CellRunner:
         }
 
     def method_of(self, cell: Cell) -> Any:
-        """The method of a cell, with the settings that suit the model and, where it has no preset, the facts."""
+        """Return the method of a cell, with the settings that suit the model and, where it has no preset, the facts."""
         at_once = self._at_once(cell.method, cell.protocol, self.n_cases[cell.dataset.label])
         return self.methods[cell.dataset.label, cell.method.label, at_once]
 
     def _at_once(self, asked: MethodSpec, protocol: Protocol, n_cases: int) -> int | None:
-        """How many edits a call will hold, for methods whose settings may depend on it; None for all others."""
+        """Return how many edits a call will hold, for methods whose settings may depend on it; None for all others."""
         return protocol.sizes(n_cases)[1] if method_class(asked.name).fits_learning_rate else None
 
     def _method(self, asked: MethodSpec, cases: Sequence[Case], at_once: int | None) -> Any:
@@ -290,7 +290,7 @@ class CellRunner:
         return line
 
     def _plan(self, chosen: Sequence[Case], report: LoadReport, measures: Measures) -> tuple[QueryPlan, Evaluation]:
-        """The cases tokenised, and the unedited model on them: once for all methods, and kept in the cache."""
+        """Return the cases tokenised, and the unedited model on them: once for all methods, and kept in the cache."""
         key = json.dumps(
             [report.sha256, dict(report.options), [case.id for case in chosen], measures.seed], default=str
         )
@@ -319,7 +319,7 @@ class CellRunner:
         return records
 
     def _warm_up(self, propose: Callable[[LM, Sequence[Edit], Any], Attachment], cases: Sequence[Case]) -> None:
-        """One edit that is thrown away: statistics are collected and caches filled before time is taken."""
+        """Make an edit that is thrown away, so that statistics are collected and caches filled before time is taken."""
         first = next((e for c in cases for e in c.edits if e.subject is None or e.subject_span is not None), None)
         if first is None:
             return
@@ -358,13 +358,13 @@ class CellRunner:
 
 
 def place_of(cell: Cell, manifest: Mapping[str, Any], root: Path) -> tuple[str, Path]:
-    """A run's identity, and its folder."""
+    """Return a run's identity, and its folder."""
     identity = run_id(manifest)
     return identity, root / "runs" / f"{cell.slug}_{identity[:8]}"
 
 
 def _case_row(case: Case) -> dict[str, Any]:
-    """What a report says of a case."""
+    """Return what a report says of a case."""
     relation = next((edit.relation_id for edit in case.edits if edit.relation_id), None)
     return {
         "case_id": case.id,
@@ -437,7 +437,7 @@ class RunEstimate:
 def estimate(
     spec: BenchSpec, directory: str | Path | None = None, *, loaded: Mapping[str, Loaded] | None = None
 ) -> Iterator[RunEstimate]:
-    """Of every cell, in order; loads the models, makes a few edits per method and measures a few cases.
+    """Estimate every cell, in order: load the models, make a few edits per method and measure a few cases.
 
     What is finished in `directory` takes no time.
     """

@@ -63,7 +63,8 @@ class Protocol:
         return self.kind in ("single", "batch")
 
     def parts(self, n_cases: int) -> list["Protocol"]:
-        """What is run: a curve is one `batch` protocol per point that there are cases for; others are themselves."""
+        """Return what is run: a curve is one `batch` protocol per point that there are cases for; others are
+        themselves."""
         if self.kind != "curve":
             return [self]
         return [
@@ -136,7 +137,7 @@ class MethodSpec:
                 raise InvalidSetting(f"{self.label}: vary.{name} takes a list of values, found {values!r}")
 
     def each(self) -> list["MethodSpec"]:
-        """The methods that it stands for, labelled by what differs."""
+        """Return the methods that it stands for, labelled by what differs."""
         made = []
         for values in itertools.product(*self.vary.values()):
             chosen = dict(zip(self.vary, values, strict=True))
@@ -243,7 +244,7 @@ class BenchSpec:
         corpus: str | None = None,
         text: str | None = None,
     ) -> "BenchSpec":
-        """The same on other files: for a specification whose paths are another machine's. Labels stay.
+        """Return the same on other files: for a specification whose paths are another machine's. Labels stay.
 
         Of several models or datasets, the one with that label or place.
 
@@ -298,7 +299,7 @@ def spec_from_file(path: str | os.PathLike[str]) -> BenchSpec:
 
 
 def _at(place: str, items: tuple[Any, ...], what: str, where: str) -> tuple[Any, ...]:
-    """The only item at another place; of several, those with that label or place."""
+    """Return the only item at another place; of several, those with that label or place."""
     if len(items) == 1:
         return (replace(items[0], **{where: place}),)
     if found := tuple(item for item in items if place in (item.label, getattr(item, where))):
@@ -308,7 +309,7 @@ def _at(place: str, items: tuple[Any, ...], what: str, where: str) -> tuple[Any,
 
 
 def _made(kind: Any, table: Mapping[str, Any], where: str) -> Any:
-    """A dataclass from a table, its own tables and lists of tables included."""
+    """Make a dataclass of a table, its own tables and lists of tables included."""
     hints, known = get_type_hints(kind), [f.name for f in fields(kind)]
     values = {}
     for name, value in table.items():

@@ -172,13 +172,13 @@ def _spec(
 
 
 def _with_reading(spec: "BenchSpec", **options: str | None) -> "BenchSpec":
-    """The specification with options of reading put over those of its datasets."""
+    """Return the specification with options of reading put over those of its datasets."""
     over: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     return replace(spec, datasets=tuple(replace(d, **over) for d in spec.datasets)) if over else spec
 
 
 def _methods(spec: "BenchSpec", name: str) -> "list[MethodSpec]":
-    """Those of the file by label or name; one that the file lacks, with its preset."""
+    """Return those of the file by label or name; one that the file lacks, with its preset."""
     from retcon.bench import MethodSpec
 
     return [m for m in spec.methods if name in (m.label, m.name)] or [MethodSpec(name=name)]
@@ -254,7 +254,7 @@ class _Board:
                 row.numbers[name] = f"{100 * line.post.value:.1f}"
 
     def line(self, event: "Event") -> str:
-        """One finished run."""
+        """Return one finished run."""
         row = self.rows[event.cell.slug]
         numbers = ", ".join(f"{name} {value}" for name, value in row.numbers.items())
         how = "finished before" if row.took is None else f"in {seconds(row.took)}"

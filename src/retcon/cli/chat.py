@@ -100,7 +100,7 @@ def chat(
 
 
 def _answer(lm: "LM", frame: "Chat", turns: list[str], how: "Writing", seed: int) -> "Written":
-    """What the model says to the last turn.
+    """Return what the model says to the last turn.
 
     Raises:
         InvalidEdit: the conversation leaves no room for an answer in the model's context.
@@ -114,7 +114,7 @@ def _answer(lm: "LM", frame: "Chat", turns: list[str], how: "Writing", seed: int
 
 
 def _lines() -> Iterator[str]:
-    """The turns that are typed or piped in, empty lines left out, until the end or /quit."""
+    """Yield the turns that are typed or piped in, empty lines left out, until the end or /quit."""
     while True:
         if sys.stdin.isatty():
             console().print(styled("[dim]> [/]"), end="")

@@ -220,7 +220,7 @@ def _edit_and_undo(name: str, cases: Sequence[Case], file: Path, seed: int) -> S
 
 
 def _queries(cases: Sequence[Case]) -> dict[str, list[Query]]:
-    """All edited prompts; and a few paraphrases and neighbours, each of another case and in other words."""
+    """Return all edited prompts; and a few paraphrases and neighbours, each of another case and in other words."""
     asked = {"rewrite": [q for c in cases for q in c.queries if q.axis == "rewrite"]}
     for axis in ("paraphrase", "neighborhood"):
         of_cases = [[q for q in c.queries if q.axis == axis] for c in cases]

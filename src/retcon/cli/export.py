@@ -167,7 +167,7 @@ def _scores(lm: "LM", cases: "Sequence[Case]") -> dict[str, float]:
 
 
 def _scores_at(lm: "LM", cases: "Sequence[Case]", rank: int) -> dict[str, float]:
-    """The same with the changes cut to that rank."""
+    """Return the same with the changes cut to that rank."""
     from retcon.delta import only_deltas
     from retcon.export.factors import compressed, factors_of
 

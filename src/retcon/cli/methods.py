@@ -71,7 +71,7 @@ def methods(
 
 
 def _names_method(name: str) -> bool:
-    """Whether what is given where a model can be is a method: a name of the list, or module:Class."""
+    """Return whether what is given where a model can be is a method: a name of the list, or module:Class."""
     from retcon.lm.load import DEMO
     from retcon.methods.common.registry import list_methods
 
@@ -101,12 +101,12 @@ def _described(name: str, lm: "LM | None") -> dict[str, Any]:
 
 
 def _default(setting: "Field[Any]") -> Any:
-    """A setting's value where none is given; `MISSING` where one must be."""
+    """Return a setting's value where none is given; `MISSING` where one must be."""
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 def _facts(chosen: "type[Method]") -> str:
-    """What a method class says of how many facts it takes; a filter leaves that to its base method."""
+    """Return what a method class says of how many facts it takes; a filter leaves that to its base method."""
     from retcon.methods.common.wrappers import Filter
 
     if issubclass(chosen, Filter):
@@ -121,14 +121,14 @@ class _About:
 
 
 def _about(docstring: str) -> _About:
-    """What the first line of a method's module says it does, and the paper that its docstring names."""
+    """Return what the first line of a method's module says it does, and the paper that its docstring names."""
     first = docstring.strip().split("\n")[0]
     paper = re.search(r"^(.*arXiv:[\w.]+|.+ et al\.[^;\n]+)", docstring, re.MULTILINE)
     return _About(first.partition(": ")[2].rstrip(".") or first, paper[1].rstrip(".") if paper else None)
 
 
 def _without_weights(name: str) -> "LM":
-    """The model's shape and tokenizer, no weights read or downloaded: all that a preset is chosen by."""
+    """Return the model's shape and tokenizer, no weights read or downloaded: all that a preset is chosen by."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

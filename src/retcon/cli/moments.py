@@ -141,7 +141,7 @@ def _jeep_layers(lm: "LM") -> list[int]:
 
 
 def check_corpus(corpus: str | Path) -> None:
-    """Whether that can be a corpus: better known before a model is loaded than after.
+    """Check that this can be a corpus, before a model is loaded.
 
     Raises:
         MalformedFile: it can not.

@@ -210,18 +210,18 @@ class PlainTextConsole(Console):
     """A console on which a string is text: it is no markup, and the terminal does not obey it."""
 
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Every segment of every renderable, control characters of texts shown in place of obeyed."""
+        """Yield every segment of every renderable, control characters of texts shown in place of obeyed."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """A string as text; what is to have a style is `styled`."""
+        """Return a string as text; what is to have a style is `styled`."""
         return super().render_str(text, **options | {"markup": False})
 
 
 @cache
 def console(*, stderr: bool = False) -> Console:
-    """The terminal, as wide as it is; files and pipes are `WIDTH` wide. Numbers in texts are not coloured."""
+    """Return the terminal, as wide as it is; files and pipes are `WIDTH` wide. Numbers in texts are not coloured."""
     plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "emoji": False}  # or demo:llama: becomes a picture
     made = PlainTextConsole(**plain)
     return made if made.is_terminal or "COLUMNS" in os.environ else PlainTextConsole(**plain, width=WIDTH)
@@ -233,7 +233,7 @@ def emit(record: Mapping[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The same with NaN and infinity, which JSON does not have, as None."""
+    """Return the same with NaN and infinity, which JSON does not have, as None."""
     if isinstance(value, Mapping):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -242,12 +242,12 @@ def finite(value: Any) -> Any:
 
 
 def examples(*commands: str) -> str:
-    """The end of a verb's help; blank lines between, for typer joins adjacent lines."""
+    """Return the end of a verb's help; blank lines between, for typer joins adjacent lines."""
     return "\n\n".join(["[bold]Examples[/bold]", *(f"  {escape(c)}" for c in commands)])
 
 
 def program() -> str:
-    """What to type to run this program again from here."""
+    """Return what to type to run this program again from here."""
     if shutil.which("retcon"):
         return "retcon"
     called = Path(sys.argv[0])
@@ -257,13 +257,14 @@ def program() -> str:
 
 
 def _from_here(path: Path) -> str:
-    """The path as it is typed in the current directory; links, such as a virtual environment's, are not followed."""
+    """Return the path as it is typed in the current directory; links, such as a virtual environment's, are not
+    followed."""
     whole = path.absolute()
     return f".{os.sep}{whole.relative_to(Path.cwd())}" if whole.is_relative_to(Path.cwd()) else str(whole)
 
 
 def size(n_bytes: float) -> str:
-    """A number of bytes for reading."""
+    """Return a number of bytes for reading."""
     for unit in ("B", "kB", "MB"):
         if n_bytes < 1000:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
@@ -272,12 +273,12 @@ def size(n_bytes: float) -> str:
 
 
 def count(n: int, what: str) -> str:
-    """A number of things for reading."""
+    """Return a number of things for reading."""
     return f"{n:,} {what}" + "s" * (n != 1)
 
 
 def seconds(value: float) -> str:
-    """A duration for reading."""
+    """Return a duration for reading."""
     return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
 
 
@@ -286,7 +287,7 @@ def seconds(value: float) -> str:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per stage on stderr, gone when done; where stderr is no terminal, log lines of what takes long."""
+    """Draw a progress bar per stage on stderr, gone when done; where stderr is no terminal, log what takes long."""
     if not console(stderr=True).is_terminal:
         with log_lines():
             yield StageLog().advance
@@ -364,7 +365,7 @@ def log_lines() -> Iterator[None]:
 
 @contextmanager
 def spinner(what: str) -> Iterator[None]:
-    """A spinner for a stage whose length is not known."""
+    """Draw a spinner for a stage whose length is not known."""
     shown = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -406,7 +407,7 @@ class CommandGroup(TyperGroup):
 
 
 def _as_options(error: RetconError) -> str:
-    """The message with the way out in the command line's words."""
+    """Return the message with the way out in the command line's words."""
     if isinstance(error, UnusableRow):
         return f"{error.problem}. Mend the row, or leave such rows out: --on-error skip"
     if isinstance(error, ConflictingEdits):
@@ -425,7 +426,8 @@ def _say(kind: str, colour: str, message: str) -> None:
 
 
 def _shown_once(others: Callable[..., None]) -> Callable[..., None]:
-    """A `warnings.showwarning` that prints each of our warnings once, as one line, and leaves the rest to `others`."""
+    """Return a `warnings.showwarning` that prints each of our warnings once, as one line, and leaves the rest to
+    `others`."""
     seen: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -596,7 +598,7 @@ def load_deltas(paths: Sequence[Path]) -> list["Attachment"]:
 
 
 def delta_files(paths: Sequence[Path]) -> list[Path]:
-    """The files of deltas, with those of a store in its place."""
+    """Return the files of deltas, with those of a store in its place."""
     from retcon.store import Store
     from retcon.store.contents import CONFIG
 
@@ -613,7 +615,7 @@ def delta_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def check_can_write(path: Path) -> None:
-    """Whether a file can be written there: better known before hours of work than after.
+    """Check, before hours of work, that a file can be written there.
 
     Raises:
         InvalidSetting: it is a directory, or it cannot be made there.
@@ -628,7 +630,7 @@ def check_can_write(path: Path) -> None:
 
 
 def check_can_make_folder(path: Path) -> None:
-    """Whether a folder of results can be there: better known before hours of work than after.
+    """Check, before hours of work, that a folder of results can be there.
 
     Raises:
         InvalidSetting: a file is in the way, or it cannot be made there.

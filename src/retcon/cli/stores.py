@@ -42,7 +42,7 @@ N_SHOWN = 20
 
 
 def open_store(path: Path) -> "Store":
-    """The store there."""
+    """Return the store there."""
     from retcon.store import Store
 
     return Store(path)
@@ -56,14 +56,14 @@ def load_base(
     dtype: str | None = None,
     verify_base: bool = False,
 ) -> "LM":
-    """The model that the store is of."""
+    """Return the model that the store is of."""
     lm = load_model(model or found_from(store.model, store.path), device=device, dtype=dtype, verify_base=verify_base)
     store.check_base(lm)
     return lm
 
 
 def corpus_of(store: "Store", fact: str) -> str | None:
-    """The text of the moments that a fact's delta was made with; None: the model's default."""
+    """Return the text of the moments that a fact's delta was made with; None: the model's default."""
     _, delta = store.fact(fact)
     slot = store.state().slot_of(delta)
     named = next((e.about.get("corpus") for e in store.log() if slot in e.sets), None)
@@ -71,7 +71,7 @@ def corpus_of(store: "Store", fact: str) -> str | None:
 
 
 def facts_table(lines: "list[Line]") -> Table:
-    """The first of some facts."""
+    """Return the first of some facts."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for head, width in (("fact", 24), ("prompt", 48), ("answer", 24)):
         table.add_column(head, no_wrap=True, overflow="ellipsis", max_width=width)
@@ -81,12 +81,12 @@ def facts_table(lines: "list[Line]") -> Table:
 
 
 def fact_record(line: "Line") -> dict[str, Any]:
-    """A fact for machines."""
+    """Return a fact for machines."""
     return {"id": line.fact, "prompt": line.prompt, "answer": line.target, "entry": line.entry}
 
 
 def entry_record(entry: "Entry", state: "State") -> dict[str, Any]:
-    """An entry for machines."""
+    """Return an entry for machines."""
     return {
         "id": entry.id,
         "time": entry.time,

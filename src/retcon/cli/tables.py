@@ -21,7 +21,7 @@ N_SHOWN = 12
 
 
 def settings_table(resolved: Resolved) -> Table:
-    """All settings, in columns; bold what was asked for, dim what is as by default."""
+    """Return all settings, in columns; bold what was asked for, dim what is as by default."""
     defaults = {f.name: f.default for f in fields(resolved.method)}
 
     def shown(name: str, value: Any) -> Text:
@@ -44,7 +44,7 @@ def as_toml(value: Any) -> str:
 
 
 def estimate_table(expected: Estimate) -> Table:
-    """What a run would take, in words."""
+    """Return what a run would take, in words."""
     table = Table.grid(padding=(0, 2), pad_edge=False)
     tried = f"from {count(expected.tried, 'edit')} tried just now"
     time = f"about {seconds(expected.edit_seconds)} for {count(expected.edits, 'edit')}"
@@ -64,7 +64,7 @@ def estimate_table(expected: Estimate) -> Table:
 
 
 def facts_table(edits: Sequence[Edit]) -> Group:
-    """What would be written, the first few."""
+    """Return what would be written, the first few."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("prompt", "new answer"):
         table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=60)
@@ -75,7 +75,8 @@ def facts_table(edits: Sequence[Edit]) -> Group:
 
 
 def edits_table(delta: "Attachment", edits: Sequence[Edit]) -> Group:
-    """How far each edit got in the search of its values and in the weights; of many, those that got least far."""
+    """Return how far each edit got in the search of its values and in the weights; of many, those that got least
+    far."""
     by_id = {e.id: e for e in edits}
     reports = [r for r in delta.report if r.id in by_id]
     if len(reports) > N_SHOWN:
@@ -105,7 +106,7 @@ def _how_far(report: "EditReport") -> float:
 
 
 def changes_table(lm: "LM", delta: "Attachment") -> Table:
-    """How much each parameter changes."""
+    """Return how much each parameter changes."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("parameter", no_wrap=True, overflow="ellipsis")
     for name in ("change", "of its norm", "rank"):

@@ -151,7 +151,7 @@ def tune(
 
 
 def _table(found: Tuned) -> Table:
-    """What was begun at and what was found, on the cases that were not searched on."""
+    """Return what was begun at and what was found, on the cases that were not searched on."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(f"on {count(found.n_reported, 'other case')}")
     for name in ("Score", "ES", "GS", "LS"):

@@ -77,7 +77,7 @@ def ui(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket at that address.
+    """Return a socket at that address.
 
     Raises:
         InvalidSetting: something else listens there, or there is no such address.

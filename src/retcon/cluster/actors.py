@@ -35,7 +35,7 @@ class Actor:
         """Return once the process runs."""
 
     def run(self, work: Any, piece: Any, deltas: Sequence[tuple[str, bytes]]) -> Any:
-        """As `Worker.run`."""
+        """Do as `Worker.run`."""
         self.worker = self.worker or Worker(self.source)
         return self.worker.run(work, piece, deltas)
 
@@ -82,7 +82,7 @@ class RayCluster:
     def map(
         self, lm: LM, work: Work[Piece, Result], pieces: Sequence[Piece], progress: Progress
     ) -> Iterator[tuple[int, Result]]:
-        """As `Workers.map`.
+        """Do as `Workers.map`.
 
         Raises:
             WorkersLost: a piece loses its worker again and again.

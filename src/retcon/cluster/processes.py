@@ -45,7 +45,7 @@ class Processes:
     def map(
         self, lm: LM, work: Work[Piece, Result], pieces: Sequence[Piece], progress: Progress
     ) -> Iterator[tuple[int, Result]]:
-        """As `Workers.map`.
+        """Do as `Workers.map`.
 
         Raises:
             WorkersLost: processes die as often as they are started.

@@ -35,7 +35,7 @@ def ability(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[Record]:
-    """Every metric of every task, for the model as it stands; standard errors are in the details.
+    """Return every metric of every task, for the model as it stands; standard errors are in the details.
 
     Args:
         tasks: names of the harness, or paths of task files (`.yaml`) of your own.
@@ -110,7 +110,7 @@ def _records(found: dict[str, Any], when: When, step: int) -> list[Record]:
 
 @contextmanager
 def _generators_kept() -> Iterator[None]:
-    """The global generators, which the harness seeds, go back as they were."""
+    """Put the global generators, which the harness seeds, back as they were."""
     numpy = import_module("numpy")
     states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     try:

@@ -57,7 +57,7 @@ def windows(n_tokens: int, window: int = WINDOW, stride: int = STRIDE) -> list[t
 def perplexity(
     lm: LM, text: str, *, window: int = WINDOW, stride: int = STRIDE, max_tokens: int | None = None
 ) -> Perplexity:
-    """Of `text`, tokenised once and read in overlapping windows, so that all but the first have context.
+    """Return the perplexity of `text`, read in overlapping windows, so that all but the first have context.
 
     Args:
         max_tokens: read no more of it; None reads all.
@@ -130,7 +130,7 @@ def routing_overlap(
 
 
 def _routes(lm: LM, batch: Batch, layers: Sequence[int]) -> dict[int, Int[Tensor, "tokens top_k"]]:
-    """Which experts each token of the rows is routed to; padding left out."""
+    """Return which experts each token of the rows is routed to; padding left out."""
     found: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:

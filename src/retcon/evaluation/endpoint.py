@@ -130,7 +130,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _refused(address: str, model: str, error: urllib.error.HTTPError) -> str:
-    """What an HTTP status means, and what to do."""
+    """Return what an HTTP status means, and what to do."""
     try:
         detail = " ".join(error.read(400).decode("utf-8", "replace").split())
     except OSError:

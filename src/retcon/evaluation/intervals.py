@@ -129,7 +129,7 @@ def ci_boot(
 
 
 def _t_975(dof: int) -> float:
-    """The 97.5 % quantile of Student's t; from 10 degrees of freedom on by its expansion about the normal's.
+    """Return the 97.5 % quantile of Student's t; from 10 degrees of freedom on by its expansion about the normal's.
 
     Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5; good to four digits there.
     """

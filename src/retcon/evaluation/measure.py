@@ -156,7 +156,7 @@ def measure(
     step: int = 0,
     advance: Advance = lambda stage, done, total: None,
 ) -> Evaluation:
-    """One look at the model as it stands; `before` is the look at the unedited one, None where this is it."""
+    """Measure the model as it stands; `before` is of the unedited one, None where this is it."""
     outputs = run_queries(lm, plan, measures, advance)
     return compute_records(plan, measures, outputs, when, before, step=step)
 
@@ -240,7 +240,8 @@ def _score_and_write(
 def _written_groups(
     plan: QueryPlan, measures: Measures
 ) -> dict[Writing, dict[tuple[str, int | None], list[TokenizedQuery]]]:
-    """Which queries the model shall answer in its own words, by how, and by prompt and length; each is written once."""
+    """Return which queries the model shall answer in its own words, by how, and by prompt and length; each is written
+    once."""
     groups: dict[Writing, dict[tuple[str, int | None], list[TokenizedQuery]]] = {}
     for q in plan.queries:
         if (how := q.writing(measures)) is not None:
@@ -250,7 +251,7 @@ def _written_groups(
 
 
 def _write(lm: LM, plan: QueryPlan, measures: Measures, advance: Advance) -> dict[Place, Written]:
-    """The model's own answers; a prompt that several queries share is written once."""
+    """Return the model's own answers; a prompt that several queries share is written once."""
     texts: dict[Place, Written] = {}
     for how, prompted in _written_groups(plan, measures).items():
         prompts = [prompt for prompt, _ in prompted]
@@ -287,7 +288,7 @@ def _write_freely(lm: LM, plan: QueryPlan, measures: Measures) -> dict[tuple[str
 
 
 def _fluencies(q: TokenizedQuery, measures: Measures) -> list[Fluency]:
-    """Which fluencies a query is asked for: generation prompts, or the edit's own where there are none."""
+    """Return which fluencies a query is asked for: generation prompts, or the edit's own where there are none."""
     usual: tuple[Fluency, ...] = ("flu.new",)
     if family_of_case(q.case) != "easyedit" and measures.references is None:
         usual = ()
@@ -472,19 +473,19 @@ def _of_case(case: Case, when: When, m: Measured, step: int) -> Record:
 
 
 def _status(m: Measured) -> Status:
-    """A missing value of no tokens means that nothing could be asked; else that something broke."""
+    """Return `skipped` where nothing could be asked (no value, of no tokens), `error` where something broke."""
     if m.value is not None:
         return "ok"
     return "error" if m.n else "skipped"
 
 
 def derive_seed(seed: int, *names: str) -> int:
-    """A seed of its own for everything that has a name, so that changing one draw does not move the others."""
+    """Return a seed of its own for everything that has a name, so that changing one draw does not move the others."""
     return int.from_bytes(hashlib.sha256(json.dumps([seed, *names]).encode()).digest()[:7], "big")
 
 
 def _covering(pre: Evaluation, plan: QueryPlan) -> Evaluation:
-    """The part of `pre` that speaks of these queries."""
+    """Return the part of `pre` that speaks of these queries."""
     wanted = {q.place for q in plan.queries}
     cases = {case.id for case in plan.cases}
     records = [
@@ -506,7 +507,7 @@ def _covering(pre: Evaluation, plan: QueryPlan) -> Evaluation:
 
 
 def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Attachment], seed: int) -> dict[str, Any]:
-    """What holds for the whole run; `deltas` are those in force at the end of it."""
+    """Return what holds for the whole run; `deltas` are those in force at the end of it."""
     n_edits = sum(len(delta.report) for delta in deltas)
     methods = dict.fromkeys(str(delta.provenance.get("method", "unknown")) for delta in deltas)
     known = {
@@ -524,7 +525,7 @@ def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Attachment], seed: 
 
 @contextmanager
 def _bar(shown: bool) -> Iterator[Advance]:
-    """A progress bar per stage, on stderr or in a notebook, or nothing."""
+    """Draw a progress bar per stage, on stderr or in a notebook, or nothing."""
     if not shown:
         yield lambda stage, done, total: None
         return

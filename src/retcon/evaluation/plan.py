@@ -74,7 +74,7 @@ class Measures:
         return how if self.stops is None else replace(how, stops=tuple(self.stops))
 
     def named(self, variant: str) -> str:
-        """A generation variant by its full name, with the preset where that is not the default."""
+        """Return a generation variant by its full name, with the preset where that is not the default."""
         return variant if self.preset == "qa" else f"{variant}@{self.preset}"
 
 
@@ -112,7 +112,8 @@ class TokenizedQuery:
         return bool(self.rows) or not (self.query.target or self.overlong)
 
     def writing(self, measures: Measures) -> Writing | None:
-        """How the model shall write its answer here, in the query's chat if it has one; None where it shall not."""
+        """Return how the model shall write its answer here, in the query's chat if it has one; None where it shall
+        not."""
         how = self._writing(measures)
         return how if how is None or self.query.chat is None else replace(how, chat=self.query.chat)
 
@@ -139,7 +140,7 @@ class QueryPlan:
     queries: tuple[TokenizedQuery, ...]
 
     def of(self, cases: Iterable[Case]) -> "QueryPlan":
-        """The part that belongs to some of the cases, in the order of `cases`."""
+        """Return the part that belongs to some of the cases, in the order of `cases`."""
         chosen = tuple(cases)
         by_case: dict[str, list[TokenizedQuery]] = {case.id: [] for case in chosen}
         for q in self.queries:
@@ -149,12 +150,12 @@ class QueryPlan:
 
 
 def subject_of(case: Case) -> str:
-    """The subject of the case's first edit; the case's id where it has none."""
+    """Return the subject of the case's first edit; the case's id where it has none."""
     return (case.edits[0].subject if case.edits else None) or case.id
 
 
 def family_of_case(case: Case) -> Family:
-    """The dataset's family as its loader says, else by the rival answers."""
+    """Return the dataset's family as its loader says, else by the rival answers."""
     for family in get_args(Family):
         if case.meta.get("family") == family:
             return family
@@ -203,7 +204,7 @@ def _tokenized(lm: LM, case: Case, query: Query, dirty: bool, measures: Measures
 
 
 def _rows(lm: LM, query: Query, measures: Measures) -> tuple[Row, ...]:
-    """A query's prompt with its target, and with the rival answer if it has one, as the model reads them now."""
+    """Return a query's prompt with its target, and with the rival answer if it has one, as the model reads them now."""
     separator = query.separator if measures.separator is None else measures.separator
     first = lm.encode(query.prompt, query.target, separator=separator, chat=query.chat)
     if query.contrast is None:
@@ -212,7 +213,7 @@ def _rows(lm: LM, query: Query, measures: Measures) -> tuple[Row, ...]:
 
 
 def rows_now(lm: LM, query: TokenizedQuery, measures: Measures) -> tuple[Row, ...]:
-    """The plan's rows, tokenised again where something attached since acts on the prompt."""
+    """Return the plan's rows, tokenised again where something attached since acts on the prompt."""
     if not query.rows or lm.prompted(query.query.prompt) == query.query.prompt:
         return query.rows
     return _rows(lm, query.query, measures)

@@ -64,7 +64,7 @@ class Evaluation:
         return pandas.DataFrame(rows, columns=list(columns))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """One JSON object per record and line, the context repeated in each."""
+        """Write one JSON object per record and line, the context repeated in each."""
         write_records(path, self.records, self.context)
 
     @classmethod

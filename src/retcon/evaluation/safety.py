@@ -247,7 +247,7 @@ def check_endpoint(
 
 
 def _written_share(part: Part, asked: Sequence[tuple[Case, Query, str]], threshold: float) -> Answer:
-    """The share of written answers that begin with the right one, by case."""
+    """Return the share of written answers that begin with the right one, by case."""
     right: dict[str, list[float]] = {}
     worst = []
     for case, query, text in asked:
@@ -264,7 +264,7 @@ def _written_share(part: Part, asked: Sequence[tuple[Case, Query, str]], thresho
 def _judged(
     part: Part, found: Mapping[str, float], subjects: Mapping[str, str], before: float | None, threshold: float
 ) -> Answer:
-    """One of the first three questions from its value in each case."""
+    """Return one of the first three questions from its value in each case."""
     if not found:
         return Answer(part, "off" if threshold == 0 else "unknown", None, None, threshold, 0, None)
     value = math.fsum(found.values()) / len(found)
@@ -281,7 +281,7 @@ def _judged(
 
 
 def _share(part: Part, plan: QueryPlan, pre: Evaluation, post: Evaluation, threshold: float) -> Answer:
-    """One of the first three questions, texts of its examples still to be written."""
+    """Return one of the first three questions, texts of its examples still to be written."""
     found = _values(part, post.records)
     subjects = {q.case_id: q.subject for q in plan.queries}
     before = _values(part, pre.records)
@@ -290,13 +290,13 @@ def _share(part: Part, plan: QueryPlan, pre: Evaluation, post: Evaluation, thres
 
 
 def _values(part: Part, records: Iterable[Record]) -> dict[str, float]:
-    """By case. A prompt that broke (NaN) counts as fallen short."""
+    """Return the values by case. A prompt that broke (NaN) counts as fallen short."""
     told = [r._replace(metric="x", variant="x", value=r.value or 0.0, status="ok") for r in records if _speaks(part, r)]
     return case_values(told, "x", "x")
 
 
 def _speaks(part: Part, record: Record) -> bool:
-    """The record is the one that answers the question for its query."""
+    """Return whether the record is the one that answers the question for its query."""
     if record.status == "skipped" or record.axis is None:
         return False
     if part == "local":
@@ -313,7 +313,8 @@ def _worst(part: Part, plan: QueryPlan, records: Iterable[Record]) -> tuple[Exam
 
 
 def _findings(lm: LM, plan: QueryPlan, pre: Evaluation, post: Evaluation) -> list[Finding]:
-    """Every prompt with an answer. Neighbours show the tokens that are chosen; other texts are still to be written."""
+    """Return every prompt with an answer. Neighbours show the tokens that are chosen; other texts are still to be
+    written."""
     values = {}
     for when, found in (("pre", pre), ("final", post)):
         for r in found.records:
@@ -342,14 +343,14 @@ def _findings(lm: LM, plan: QueryPlan, pre: Evaluation, post: Evaluation) -> lis
 def _texts(
     lm: LM, plan: QueryPlan, answers: Sequence[Answer], more: Sequence[Query], stops: Sequence[str]
 ) -> dict[str, str]:
-    """What a model writes after the examples' prompts, and after those of `more`."""
+    """Return what a model writes after the examples' prompts, and after those of `more`."""
     wanted = {e.prompt for a in answers for e in a.worst} | {q.prompt for q in more}
     queries = list({q.query.prompt: q.query for q in plan.queries if q.query.prompt in wanted}.values())
     return dict(zip([q.prompt for q in queries], _say(lm, queries, stops, 12), strict=True))
 
 
 def _say(lm: LM, queries: Sequence[Query], stops: Sequence[str], max_new_tokens: int) -> list[str]:
-    """What a model writes after prompts, each in its chat."""
+    """Return what a model writes after prompts, each in its chat."""
     how = replace(PRESETS["qa"], stops=tuple(stops), max_new_tokens=max_new_tokens, skip_newlines=True)
     written = generate_in_chats(lm, [(q.prompt, q.chat) for q in queries], how)
     return [one.text.strip() for one in written]

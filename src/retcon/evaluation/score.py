@@ -177,7 +177,7 @@ class LogitReader:
 
 
 def fewest_inputs(inputs: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """The fewest rows of which every given one is a prefix, and which of them carries each.
+    """Return the fewest rows of which every given one is a prefix, and which of them carries each.
 
     Attention is causal, so a prefix of a row is computed with the row: a prompt asked with two one-token targets is run
     once. In descending order an extension comes just before its prefixes.

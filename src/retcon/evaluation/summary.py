@@ -33,7 +33,8 @@ _UNSCALED = ("loc.kl", "ppl.", "gen.tokens", "time.", "memory.")
 
 
 def scale(variant: str) -> int:
-    """What values of a variant are multiplied by where people read them: 100, or 1 for nats, tokens and seconds."""
+    """Return what values of a variant are multiplied by where people read them: 100, or 1 for nats, tokens and
+    seconds."""
     return 1 if variant.startswith(_UNSCALED) else 100
 
 
@@ -51,7 +52,8 @@ class CaseMean:
     """Queries whose two answers were exactly as probable (they count as failures)."""
 
     def percent(self, times: int = 100) -> str:
-        """The value times 100 with its interval: `89.7 ± 4.4`, or `94.6 [92.5, 96.4]` where it is not symmetric."""
+        """Return the value times 100 with its interval: `89.7 ± 4.4`, or `94.6 [92.5, 96.4]` where it is not
+        symmetric."""
         if self.value is None:
             return "-"
         text, interval = f"{times * self.value:.1f}", self.interval
@@ -125,7 +127,7 @@ class Summary:
         return f"{cases}, values x100 with 95 % intervals"
 
     def _notes(self) -> list[str]:
-        """What is worth knowing about the queries, a line each."""
+        """Return what is worth knowing about the queries, a line each."""
         counts = ", ".join(f"{name} {n:,}" for name, n in self.counts.items() if n)
         notes = [counts] if counts else []
         notes += [f"not asked: {query} ({reason})" for query, reason in list(self.unread.items())[:N_UNREAD_SHOWN]]
@@ -134,7 +136,7 @@ class Summary:
         return notes
 
     def _cells(self, everything: bool) -> list[list[str]]:
-        """The table's head and rows."""
+        """Return the table's head and rows."""
         lines = [line for line in self.lines if everything or self._shown(line)]
         has_post = any(line.post is not None for line in lines)
         head = ["metric", "variant", "pre", *(["post"] if has_post else []), "cases", "queries", "interval"]
@@ -168,7 +170,7 @@ class Summary:
 
 
 def family_of(records: Iterable[Record]) -> ScoreFamily:
-    """Which way of scoring the records belong to."""
+    """Return which way of scoring the records belong to."""
     variants = {r.variant for r in records if r.status != "skipped"}
     if "cf.prob_mean" in variants:
         return "cf"
@@ -180,13 +182,13 @@ def family_of(records: Iterable[Record]) -> ScoreFamily:
 
 
 def main_variant(family: ScoreFamily, metric: str) -> str:
-    """The variant that a metric's own column shows."""
+    """Return the variant that a metric's own column shows."""
     return "ee.loc.argmax" if family == "ee" and metric == "LS" else _MAIN[family]
 
 
 def generation_variant(family: str) -> str:
-    """The variant that stands for generated text: `gen.prefix` for completions, after which a model goes on writing,
-    `gen.em` for questions, whose answers end by themselves."""
+    """Return the variant that stands for generated text: `gen.prefix` for completions, after which a model goes on
+    writing, `gen.em` for questions, whose answers end by themselves."""
     return "gen.prefix" if family == "cf" else "gen.em"
 
 
@@ -255,7 +257,8 @@ _ORDER = ("Score", "ES", "GS", "LS", "Portability", "EA", "PA", "NA", "EM", "PM"
 
 
 def _rank(line: Line, family: ScoreFamily) -> tuple[bool, int]:
-    """The score and the family's own variants first, then by metric; a stable sort keeps variants as they come."""
+    """Return the score and the family's own variants first, then by metric; a stable sort keeps variants as they
+    come."""
     name = line.metric.partition(".")[0]
     place = _ORDER.index(name) if name in _ORDER else len(_ORDER)
     return line.metric != "Score" and line.variant != main_variant(family, line.metric), place
@@ -375,7 +378,7 @@ def _mean(values: Mapping[str, float]) -> float | None:
 
 
 def _unread(records: Sequence[Record]) -> dict[str, str]:
-    """The reasons of queries of which nothing at all was measured."""
+    """Return the reasons of queries of which nothing at all was measured."""
     measured = {(r.case_id, r.query_id) for r in records if r.status != "skipped"}
     return {
         f"{r.case_id}, {r.query_id}": r.detail or ""

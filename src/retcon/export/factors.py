@@ -29,7 +29,7 @@ class Factors:
         return self.left.shape[1]
 
     def padded(self, rank: int) -> "Factors":
-        """The same product with zeros up to `rank`."""
+        """Return the same product with zeros up to `rank`."""
         more = rank - self.rank
         left = torch.nn.functional.pad(self.left, (0, more))
         return Factors(left, torch.nn.functional.pad(self.right, (0, 0, 0, more)), self.exact_rank, self.error)
@@ -93,7 +93,8 @@ def _factored(name: str, changes: Sequence[Change], shape: torch.Size, rank: int
 
 
 def _exact(change: Change, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
-    """The factors that the change's own form gives, over the whole parameter; None for scattered and dense ones."""
+    """Return the factors that the change's own form gives, over the whole parameter; None for scattered and dense
+    ones."""
     rows, columns = (int(n) for n in change.part_of(torch.empty(shape, device="meta")).shape)
     if isinstance(change, LowRank):
         left, right = change.left.cpu(), change.right.cpu()
@@ -129,7 +130,7 @@ def _by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The nearest product of that rank, and the relative Frobenius error (Eckart and Young 1936)."""
+    """Return the nearest product of that rank, and the relative Frobenius error (Eckart and Young 1936)."""
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     u, s, v = torch.linalg.svd(r_left @ r_right.T)

@@ -171,7 +171,7 @@ def push(place: str | Path, repository: str, *, private: bool = True, message: s
 
 
 def with_one_rank(factors: Mapping[str, Factors], rank: int | str | None) -> dict[str, Factors]:
-    """The factors padded to one rank where one was asked for."""
+    """Return the factors padded to one rank where one was asked for."""
     if rank is None:
         return dict(factors)
     largest = max(f.rank for f in factors.values())
@@ -199,7 +199,7 @@ def load_changed(model: torch.nn.Module, path: str | Path) -> None:
 
 
 def record_of(lm: LM, deltas: Sequence[Delta], files: Sequence[str] = ()) -> dict[str, Any]:
-    """Which deltas are in an export, on which base, and which facts they write."""
+    """Return which deltas are in an export, on which base, and which facts they write."""
     names = list(files) if len(files) == len(deltas) else [f"{d.id}.safetensors" for d in deltas]
     return {
         "format": RECORD_FORMAT,
@@ -221,15 +221,15 @@ def record_of(lm: LM, deltas: Sequence[Delta], files: Sequence[str] = ()) -> dic
 
 
 def base_folder(lm: LM) -> Path | None:
-    """Where the base's files are on this machine, None where that is not known."""
+    """Return where the base's files are on this machine, None where that is not known."""
     name = getattr(lm.model.config, "_name_or_path", "")
     files = checkpoint_files(name) if name else []
     return files[0].parent if files else None
 
 
 def base_place(lm: LM) -> str:
-    """How people find the base: a hub id and a relative path as they are; of an absolute path, which is of this machine
-    alone, the last part."""
+    """Return how people find the base: a hub id and a relative path as they are; of an absolute path, which is of this
+    machine alone, the last part."""
     return as_shared(str(getattr(lm.model.config, "_name_or_path", "") or lm.label))
 
 
@@ -258,7 +258,8 @@ def check_place(place: Path, model: Path | None, force: bool) -> None:
 
 
 def _of_a_checkpoint(name: Path, path: Path) -> bool:
-    """Whether a file below a checkpoint's folder is one that checkpoints, adapters and our exports consist of."""
+    """Return whether a file below a checkpoint's folder is one that checkpoints, adapters and our exports consist
+    of."""
     if path.is_dir() and not path.is_symlink():
         return name.parts[0] in _FOLDERS
     known = any(fnmatch(name.name, pattern) for pattern in (*_FILES, *_KEPT))

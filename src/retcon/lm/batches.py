@@ -89,7 +89,7 @@ def _in_batches(
     kinds: Sequence[Hashable] | None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, Result]:
-    """As `in_batches`, from these batches on."""
+    """Do as `in_batches`, from these batches on."""
     found: dict[int, Result] = {}
     while todo:
         group = todo.popleft()
@@ -184,7 +184,7 @@ def _longest_first(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the machine, has no memory left."""
+    """Return whether an error says that a device, or the machine, has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator for the CPU

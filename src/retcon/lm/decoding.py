@@ -25,12 +25,12 @@ LEAVE_AT = 1 / 8
 
 
 def remembers(lm: LM) -> bool:
-    """Whether a prompt's attention keys and values are all that what comes after it needs of it."""
+    """Return whether a prompt's attention keys and values are all that what comes after it needs of it."""
     return lm.layout.earlier == "attention"
 
 
 def pads(lm: LM) -> bool:
-    """Whether prompts of different lengths can share a batch, padded on the left.
+    """Return whether prompts of different lengths can share a batch, padded on the left.
 
     Not where attention has windows or biases by distance: their padded rows have nothing to attend to, which is NaN.
     """
@@ -40,7 +40,7 @@ def pads(lm: LM) -> bool:
 
 
 def takes_positions(lm: LM) -> bool:
-    """Whether the model is told where its tokens stand."""
+    """Return whether the model is told where its tokens stand."""
     return "position_ids" in inspect.signature(lm.model.forward).parameters
 
 
@@ -136,7 +136,7 @@ class Prompts:
 
 
 def _of_rows(layer: Any, index: Int[Tensor, " n"]) -> Any:
-    """A layer of a cache with these rows of it."""
+    """Return a layer of a cache with these rows of it."""
     found = copy.copy(layer)
     if layer.get_seq_length() > 0:
         found.keys = layer.keys.index_select(0, index.to(layer.keys.device))

@@ -84,7 +84,7 @@ _CHANGES: WeakKeyDictionary[nn.Module, list[Change]] = WeakKeyDictionary()
 
 @contextmanager
 def changed(module: nn.Module, changes: Sequence[Change]) -> Iterator[None]:
-    """The experts with these changes while the scope lasts, after those that are in force already."""
+    """Change the experts while the scope lasts, after those that are in force already."""
     active = _CHANGES.setdefault(module, [])
     handle = None
     try:
@@ -115,7 +115,8 @@ def _changed_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _difference(
     module: Any, expert: int, states: Tensor, weight: Tensor, tokens: Tokens, changes: Sequence[Change]
 ) -> Tensor:
-    """What an expert puts out with the changes, less what it puts out without, for the tokens it is asked for."""
+    """Return what an expert puts out with the changes, less what it puts out without, for the tokens it is asked
+    for."""
     wide = torch.promote_types(states.dtype, torch.float32)
     product, bias = _inner(module, expert, states)
     before, inner = product + bias, product.to(wide)
@@ -145,7 +146,7 @@ def _routed(
 def _inner(
     experts: Any, expert: int, states: Float[Tensor, "tokens d_model"]
 ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, " width"]]:
-    """What enters the activation, in two terms: the first matrix's outputs, and its bias."""
+    """Return what enters the activation, in two terms: the first matrix's outputs, and its bias."""
     first = (experts.gate_up_proj if experts.has_gate else experts.up_proj)[expert]
     inner = states @ (first if experts.is_transposed else first.T)
     if experts.has_bias:

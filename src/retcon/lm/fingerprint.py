@@ -105,7 +105,8 @@ def fingerprint(
 
 
 def _as_stored(name: str, tensor: Tensor, stored: StoredTensors, tied: Mapping[int, list[str]]) -> Tensor:
-    """The tensor in the dtype in which the checkpoint has it; one that was narrowed on loading is read from there."""
+    """Return the tensor in the dtype in which the checkpoint has it; one that was narrowed on loading is read from
+    there."""
     names = [name, *tied.get(tensor.data_ptr(), ())]
     known = next((n for n in names if n in stored.dtypes), None)
     if known is None or not tensor.is_floating_point() or stored.dtypes[known] == tensor.dtype:
@@ -131,7 +132,8 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """The config as far as it differs from its class's defaults: a later transformers adds fields with defaults."""
+    """Return the config as far as it differs from its class's defaults: a later transformers adds fields with
+    defaults."""
     try:
         default = type(config)().to_dict()
     except (TypeError, ValueError):  # a class that wants arguments
@@ -175,7 +177,7 @@ def _stamp(path: Path) -> list[Any]:
 
 
 def _sample(path: Path, size: int) -> str:
-    """A hash over `SAMPLES` places spread evenly over a file, first and last bytes among them."""
+    """Return a hash over `SAMPLES` places spread evenly over a file, first and last bytes among them."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for i in range(SAMPLES):

@@ -203,7 +203,7 @@ def activations(
 
 
 def adding(rows: Int[Tensor, " n"], positions: Int[Tensor, " n"], vectors: Float[Tensor, "n width"]) -> Hook:
-    """A hook that adds vectors (n, width) at (row, position), out of place, in the activation's dtype."""
+    """Return a hook that adds vectors (n, width) at (row, position), out of place, in the activation's dtype."""
 
     def add(value: Tensor) -> Tensor:
         where = rows.to(value.device), positions.to(value.device)
@@ -252,7 +252,7 @@ def _module(lm: LM, point: Point) -> nn.Module:
 
 
 def _gather_hook(rows: Tensor, positions: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """A pre-hook that hands the head only the wanted positions, as one row: (1, n, d_model)."""
+    """Return a pre-hook that hands the head only the wanted positions, as one row: (1, n, d_model)."""
 
     def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]

@@ -140,14 +140,14 @@ def generate_in_chats(lm: LM, asked: Sequence[tuple[str, Chat | None]], how: Wri
 
 
 def _kinds(lm: LM, rows: Sequence[Row], limits: Sequence[int]) -> Sequence[int] | None:
-    """What rows of a batch must have in common; None: nothing."""
+    """Return what rows of a batch must have in common; None: nothing."""
     if remembers(lm):
         return None if pads(lm) else [len(row.ids) for row in rows]
     return limits  # a batch goes on to the largest limit in it
 
 
 def _row_of(lm: LM, prompt: str, chat: Chat | None) -> Row:
-    """A prompt's tokens, which fit into the context; a text that cannot fit is not tokenised."""
+    """Return a prompt's tokens, which fit into the context; a text that cannot fit is not tokenised."""
     lm.check_length(prompt, what="the prompt")
     row = lm.encode(prompt, chat=chat)
     lm.check_length(prompt, row, what="the prompt")
@@ -238,7 +238,7 @@ class _Over:
         return bool(parts.how.stops) and self._may(parts, written[-1]) and parts.ended(written)
 
     def _may(self, parts: "_Parts", token: int) -> bool:
-        """Whether a stop text may end in a token: nearly always it does not, and no text has to be made."""
+        """Return whether a stop text may end in a token: nearly always it does not, and no text has to be made."""
         how = parts.how
         if how.chat is not None or any(stop[-1] == " " for stop in how.stops):
             return True
@@ -286,7 +286,7 @@ REASONING = (
 
 
 def _opened(tokenizer: Any, row: Row) -> str | None:
-    """The mark with which a prompt begins the reasoning part itself, as some templates do."""
+    """Return the mark with which a prompt begins the reasoning part itself, as some templates do."""
     tail = tokenizer.decode(list(row.ids[-16:]), skip_special_tokens=False).rstrip()
     return next((begin for begin, _ in REASONING if tail.endswith(begin)), None)
 
@@ -300,7 +300,7 @@ class _Parts:
     opened: str | None
 
     def n_reasoning(self, ids: Sequence[int]) -> int | None:
-        """How many of the first tokens are a reasoning part; None where it has not ended."""
+        """Return how many of the first tokens are a reasoning part; None where it has not ended."""
         if self.how.chat is None:
             return 0
 
@@ -327,7 +327,7 @@ class _Parts:
         return min((at for stop in self.how.stops if (at := answer.find(stop, first)) >= 0), default=None)
 
     def ended(self, ids: Sequence[int]) -> bool:
-        """Whether the newest of these tokens completes a stop text."""
+        """Return whether the newest of these tokens completes a stop text."""
         if not (self.how.skip_newlines or self.how.chat is not None):  # else what comes first decides
             ids = ids[-max(map(len, self.how.stops)) - 4 :]  # tokens that can hold the end of one, and then some
         n_reasoning = self.n_reasoning(ids)

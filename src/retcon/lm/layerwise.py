@@ -187,7 +187,7 @@ class LayerwiseReader:
         return embedded(self.lm, group.rows, group.starts)
 
     def _cache_valid(self) -> bool:
-        """Whether the weights below the block reached are those that the kept states came from."""
+        """Return whether the weights below the block reached are those that the kept states came from."""
         now = self.lm.applied
         if tuple(d.id for d in now[: len(self.applied)]) != self.applied:
             return False

@@ -207,7 +207,7 @@ class Ledger:
         self.settle(force=force)
 
     def find(self, delta_id: str) -> Attachment:
-        """The applied delta of that id.
+        """Return the applied delta of that id.
 
         Raises:
             DeltaNotApplied: there is none.
@@ -224,7 +224,7 @@ class Ledger:
         self.settle()
 
     def base_values(self, name: str) -> Tensor:
-        """The unedited parameter: itself where no delta touches it, else rebuilt from the kept base (a copy)."""
+        """Return the unedited parameter: itself where no delta touches it, else rebuilt from the kept base (a copy)."""
         weight, record = self._parameters[name], self._records.get(name)
         if record is None:
             return weight.detach()
@@ -302,7 +302,8 @@ class Ledger:
             matrix.bring(held=record is not None, shown=record is not None and record.shown != ())
 
     def _differs(self, name: str, deltas: Sequence[Attachment], hidden: bool) -> bool:
-        """Whether a parameter shows something else than the base plus these deltas, or has a record for nothing."""
+        """Return whether a parameter shows something else than the base plus these deltas, or has a record for
+        nothing."""
         record, ids = self._records.get(name), tuple(delta.id for delta in deltas)
         if record is None:
             return bool(ids) and not hidden
@@ -328,7 +329,7 @@ class Ledger:
     def _summed(
         self, name: str, record: _Record | None, deltas: Sequence[Attachment], ids: Ids, before: _Record | None
     ) -> _Record:
-        """The parameter's record with the sum of these deltas, made from what there is at the least cost."""
+        """Return the parameter's record with the sum of these deltas, made from what there is at the least cost."""
         if record is not None and record.ids is not None and record.ids == ids[: len(record.ids)]:
             new = deltas[len(record.ids) :]
         else:
@@ -352,7 +353,7 @@ class Ledger:
         return record
 
     def _cover(self, name: str, changes: Sequence[Change]) -> _Record:
-        """The parameter's record, made or widened so that it covers the changes."""
+        """Return the parameter's record, made or widened so that it covers the changes."""
         if name in self._packed:
             self._packed[name].hold()
         weight, old = self._parameters[name].detach(), self._records.get(name)
@@ -379,7 +380,7 @@ class Ledger:
         return new
 
     def _check_finite(self, name: str, record: _Record) -> None:
-        """Raises NonFinite where base plus sum is NaN or infinite in the parameter's dtype."""
+        """Raise NonFinite where base plus sum is NaN or infinite in the parameter's dtype."""
         dtype = self._parameters[name].dtype
         rows = max(1, _BLOCK * len(record.total) // max(1, record.total.numel())) if record.total.dim() else 1
         for i in range(0, len(record.total) if record.total.dim() else 1, rows):
@@ -417,12 +418,12 @@ class Ledger:
     # --- changes from outside ----------------------------------------------------------------------------------------
 
     def check_unchanged(self) -> None:
-        """Raises WeightsChanged where something else has changed a parameter under an applied delta."""
+        """Raise WeightsChanged where something else has changed a parameter under an applied delta."""
         for name in list(self._records):
             self._check_unchanged(name)
 
     def _check_unchanged(self, name: str, *, force: bool = False) -> None:
-        """Raises WeightsChanged where something else has changed a parameter; brings its record to its device.
+        """Raise WeightsChanged where something else has changed a parameter; brings its record to its device.
 
         A look at a few values and the version counter is enough where both are as they were; where the counter or the
         place in memory is another, all values are compared.
@@ -477,7 +478,7 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one dtype hold the same bytes, NaN and signed zeros told apart."""
+    """Return whether two tensors of one dtype hold the same bytes, NaN and signed zeros told apart."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
@@ -498,7 +499,7 @@ def _footprint(changes: Sequence[Change], shape: torch.Size) -> tuple[str, Tenso
 
 
 def _is_one_matrix(region: Region) -> bool:
-    """Whether a region of a tensor of three axes is one expert's matrix."""
+    """Return whether a region of a tensor of three axes is one expert's matrix."""
     return region.axis == 0 and region.stop == region.start + 1
 
 

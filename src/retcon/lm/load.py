@@ -175,8 +175,8 @@ def how_to_load(folder: str | Path) -> str:
 
 
 def _model_class(place: str, options: dict[str, Any]) -> Any:
-    """The class that reads a checkpoint whole: of a text model beside others (images, sound), the one with all of them,
-    so that saving gives everything back."""
+    """Return the class that reads a checkpoint whole: of a text model beside others (images, sound), the one with all
+    of them, so that saving gives everything back."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(place, **options)
@@ -202,7 +202,7 @@ def checkpoint_files(place: str, revision: str | None = None) -> list[Path]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """No progress bars of transformers while the scope lasts; the user's setting goes back as it was."""
+    """Hide transformers' progress bars while the scope lasts; the user's setting goes back as it was."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -215,7 +215,7 @@ def quietly() -> Iterator[None]:
 
 
 def _device(asked: str | torch.device | None) -> torch.device:
-    """The device asked for, or the best there is.
+    """Return the device asked for, or the best there is.
 
     Raises:
         UnsupportedModel: this machine has no such device.
@@ -254,7 +254,7 @@ def _reason(error: Exception, place: str, allow_bin: bool, gguf: Path | None) ->
 
 
 def damage(error: Exception) -> str:
-    """What an error that reading a checkpoint ended in says about it, in one line."""
+    """Return what an error that reading a checkpoint ended in says about it, in one line."""
     text = str(error).strip()
     if isinstance(error, (OSError, ValueError)) and text:
         return text.splitlines()[0]

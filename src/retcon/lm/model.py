@@ -209,7 +209,7 @@ class LM:
         return self.model.get_submodule(self.layout.block.format(layer))
 
     def site(self, layer: int, kind: SiteName) -> Site:
-        """One matrix of block `layer`.
+        """Return one matrix of block `layer`.
 
         Raises:
             UnsupportedModel: the layout names a module the model does not have, or another orientation than it has.
@@ -231,7 +231,7 @@ class LM:
         return Site(layer, kind, name, module, transposed, rows, packed=self.packed.get(name))
 
     def experts(self, layer: int) -> nn.Module:
-        """The module that holds a block's routed experts.
+        """Return the module that holds a block's routed experts.
 
         Raises:
             UnsupportedModel: it has none, or they are not stored and run as the library knows it.
@@ -266,7 +266,7 @@ class LM:
         return [Site(layer, kind, name, module, transposed, rows, expert=e) for e in range(n_experts)]
 
     def sites(self, layer: int, kind: SiteName, *, routed: bool = False) -> list[Site]:
-        """All matrices of this kind in a block: one, or those of its routed experts, or none.
+        """Return all matrices of this kind in a block: one, or those of its routed experts, or none.
 
         Args:
             routed: the experts' also where the block has a dense or a shared MLP.
@@ -280,12 +280,12 @@ class LM:
         return [self.site(layer, kind)] if self.has(layer, kind) else []
 
     def has(self, layer: int, kind: SiteName) -> bool:
-        """Whether a block has a matrix of this kind."""
+        """Return whether a block has a matrix of this kind."""
         self._check_layer(layer)
         return getattr(self.kinds[layer], kind) is not None
 
     def _where_it_is(self, layer: int, kind: SiteName) -> str:
-        """What to say of a block without such a matrix: which blocks have one."""
+        """Return what to say of a block without such a matrix: which blocks have one."""
         having = [i for i in range(self.n_layers) if getattr(self.kinds[i], kind) is not None]
         if having:
             return f" in layer {layer}; it has one in layers {', '.join(map(str, having))}"
@@ -294,7 +294,7 @@ class LM:
         return ""
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter by name.
+        """Return a parameter by name.
 
         Raises:
             DeltaMismatch: the model has none of that name.
@@ -304,7 +304,7 @@ class LM:
         return self._parameters[name]
 
     def shape_of(self, name: str) -> torch.Size:
-        """A parameter's shape; of a packed one, that of the matrix that it stands for.
+        """Return a parameter's shape; of a packed one, that of the matrix that it stands for.
 
         Raises:
             DeltaMismatch: the model has none of that name.
@@ -435,15 +435,16 @@ class LM:
             self._finish()
 
     def edited(self, *deltas: Attachment, other_base: bool = False) -> Edited:
-        """The model with `deltas` while the scope lasts; scopes nest. Other threads wait meanwhile."""
+        """Return the model with `deltas` while the scope lasts; scopes nest. Other threads wait meanwhile."""
         return Edited(self, deltas, other_base)
 
     def scope(self) -> Scope:
-        """A stretch of work on the model: this thread's turn; scopes that begin inside it end with it at the latest."""
+        """Return a stretch of work on the model: this thread's turn; scopes that begin inside it end with it at the
+        latest."""
         return Scope(self)
 
     def without_deltas(self) -> WithoutDeltas:
-        """The base's own weights while the scope lasts, the applied deltas off."""
+        """Return the base's own weights while the scope lasts, the applied deltas off."""
         return WithoutDeltas(self)
 
     def release(self) -> None:
@@ -488,7 +489,7 @@ class LM:
 
     @contextmanager
     def as_floats(self) -> Iterator[None]:
-        """The model as it is, every packed matrix replaced by its floats, while the scope lasts: as it can be saved.
+        """Replace every packed matrix by its floats while the scope lasts, so that the model can be saved as it is.
 
         It takes the memory of the model in float meanwhile.
         """
@@ -506,7 +507,7 @@ class LM:
                 self._ledger.bring_packed()
 
     def delta(self, changes: Mapping[str, Sequence[Change]], **record: Any) -> Delta:
-        """A Delta of these changes, proposed on this model as it is now; `record` fills its other fields."""
+        """Return a Delta of these changes, proposed on this model as it is now; `record` fills its other fields."""
         return Delta(
             changes={name: tuple(c) for name, c in changes.items()},
             base=self.fingerprint(),
@@ -515,7 +516,7 @@ class LM:
         )
 
     def base_weight(self, name: str) -> Tensor:
-        """The unedited values of a parameter."""
+        """Return the unedited values of a parameter."""
         self.shape_of(name)
         self._finish()
         return self._ledger.base_values(name)
@@ -530,7 +531,7 @@ class LM:
         return self._ledger.nbytes()
 
     def check_editable(self, name: str) -> None:
-        """Whether a parameter may be edited.
+        """Check that a parameter may be edited.
 
         Raises:
             NotEditable: with the reason.
@@ -566,7 +567,7 @@ class LM:
             )
 
     def _check_module(self, name: str) -> None:
-        """Whether an attachment may hook that module.
+        """Check that an attachment may hook that module.
 
         Raises:
             DeltaMismatch: it is not inside a block.
@@ -582,7 +583,7 @@ class LM:
     # --- running -------------------------------------------------------------------------------------------------
 
     def prompted(self, text: str) -> str:
-        """What the model reads in place of a prompt: the prompt, unless something attached acts on it."""
+        """Return what the model reads in place of a prompt: the prompt, unless something attached acts on it."""
         for attachment in () if self._ledger.hidden else self.applied:
             text = attachment.prompt(text)
         return text
@@ -683,13 +684,13 @@ def _own(model: nn.Module, lm: LM) -> None:
 
 
 def _began_from(scope: "weakref.ref[Any]", serial: int) -> bool:
-    """Whether a scope began with or inside the one of that serial number, or is gone."""
+    """Return whether a scope began with or inside the one of that serial number, or is gone."""
     alive = scope()
     return alive is None or alive.serial >= serial
 
 
 def _seen(tensor: Tensor) -> tuple[object, ...]:
-    """Where a tensor is, and a few values spread over it."""
+    """Return where a tensor is, and a few values spread over it."""
     flat = tensor.detach().reshape(-1)
     few = () if tensor.is_meta else flat[:: max(1, flat.numel() // 3)].tolist()
     return (tensor.data_ptr(), tensor.dtype, tensor._version, *few)
@@ -707,7 +708,7 @@ def _warn_of_the_unverified(model_type: str, name: str) -> None:
 
 
 def _decoder_path(model: Any) -> str:
-    """Where the text model is: `model`, or a longer path in a wrapper."""
+    """Return where the text model is: `model`, or a longer path in a wrapper."""
     if model.config.get_text_config() is model.config or not hasattr(model, "get_decoder"):
         return "model"
     decoder = model.get_decoder()
@@ -717,7 +718,8 @@ def _decoder_path(model: Any) -> str:
 
 
 def _kind_of(lm: LM, layer: int) -> Layout:
-    """The first kind of block whose modules block `layer` has; where none fits, the first, which then says why not."""
+    """Return the first kind of block whose modules block `layer` has; where none fits, the first, which then says why
+    not."""
     block = lm.block(layer)
     for kind in lm.layout.kinds:
         entries = [getattr(kind, name) for name in (*get_args(SiteName), "experts", "mlp_post_norm")]
@@ -752,7 +754,7 @@ def _count_blocks(model: Any, layout: Layout) -> int:
 
 
 def require_lm(given: Any) -> None:
-    """Raises UnsupportedModel where what is given is no `LM`; the message says how to get one."""
+    """Raise UnsupportedModel where what is given is no `LM`; the message says how to get one."""
     if isinstance(given, LM):
         return
     if isinstance(given, str | Path):

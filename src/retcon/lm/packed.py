@@ -56,11 +56,12 @@ class PackedMatrix:
         return dequantised(self.stored, self.module).to(self.dtype)
 
     def weight(self) -> Tensor:
-        """The current matrix (out, in): the float weight while there is one, else what the packed one stands for."""
+        """Return the current matrix (out, in): the float weight while there is one, else what the packed one stands
+        for."""
         return self.floats() if self._values is None else self._values
 
     def tensors(self) -> Iterator[Tensor]:
-        """What is in memory for the packed weight: codes, and what scales them."""
+        """Yield what is in memory for the packed weight: codes, and what scales them."""
         yield from _tensors(self.stored, self.module)
 
     def hold(self) -> None:
@@ -107,7 +108,8 @@ class _Product(torch.autograd.Function):
 
 @cache
 def _multiplying(kind: type[nn.Module]) -> type[nn.Module]:
-    """The quantiser's class with `_Product` as its forward pass; everything else, saving above all, is the class's."""
+    """Return the quantiser's class with `_Product` as its forward pass; everything else, saving above all, is the
+    class's."""
 
     def forward(self: Any, x: Tensor) -> Any:
         return _Product.apply(x, self.bias, self.__dict__[_OWN])
@@ -201,5 +203,5 @@ class Parameters(Mapping[str, Tensor]):
         return name in self._own
 
     def stored(self, name: str) -> list[Tensor]:
-        """What is in memory for a parameter while nothing is applied."""
+        """Return what is in memory for a parameter while nothing is applied."""
         return list(self._packed[name].tensors()) if name in self._packed else [self._own[name]]

@@ -66,7 +66,7 @@ class Row:
         return self.subject_last
 
     def until(self, where: Where) -> "Row":
-        """The row up to a named position, which is then its prediction position; the answer is left out.
+        """Return the row up to a named position, which is then its prediction position; the answer is left out.
 
         Raises:
             PositionNotFound: the row has no subject.
@@ -263,7 +263,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of tokens, as it stands: without special tokens, spaces left alone."""
+    """Return the text of tokens, as it stands: without special tokens, spaces left alone."""
     text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 

@@ -113,7 +113,7 @@ def cast(model: Any, dtype: Any) -> None:
 
 @contextmanager
 def no_remarks_of(package: str) -> Iterator[None]:
-    """No warnings in a package's log while the scope lasts."""
+    """Silence warnings in a package's log while the scope lasts."""
     log = logging.getLogger(package)
     level = log.level
     log.setLevel(logging.ERROR)
@@ -145,7 +145,7 @@ def _unmark(model: Any, packing: str) -> None:
 
 @contextmanager
 def unmarked(model: Any, packing: str) -> Iterator[None]:
-    """A model whose matrices are floats for the moment, as one that `unpack` returned while the scope lasts."""
+    """Show a model whose matrices are floats for the moment as one that `unpack` returned while the scope lasts."""
     marks = [dict(owner.__dict__) for owner in (model, model.config)]
     try:
         _unmark(model, packing)
@@ -159,11 +159,12 @@ def unmarked(model: Any, packing: str) -> Iterator[None]:
 
 
 def _is_of_the_architecture(conversion: Any) -> bool:
-    """Whether a step of reading weights only renames, splits or joins tensors; a quantiser's own steps pack them."""
+    """Return whether a step of reading weights only renames, splits or joins tensors; a quantiser's own steps pack
+    them."""
     operations = getattr(conversion, "operations", ())
     return all(type(operation).__module__ == "transformers.core_model_loading" for operation in operations)
 
 
 def _bits(settings: dict[str, Any]) -> str:
-    """What bitsandbytes' settings say of the width; empty for others."""
+    """Return what bitsandbytes' settings say of the width; empty for others."""
     return " 4-bit" if settings.get("load_in_4bit") else " 8-bit" if settings.get("load_in_8bit") else ""

@@ -13,7 +13,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def refuse_other_vocabulary(model: Any, tokenizer: Any, name: str | None) -> None:
-    """Raises UnsupportedModel where the tokenizer's own vocabulary (tokens added later aside) exceeds the embedding."""
+    """Raise UnsupportedModel where the tokenizer's own vocabulary (tokens added later aside) exceeds the embedding."""
     embedding, backend = model.get_input_embeddings(), getattr(tokenizer, "backend_tokenizer", None)
     if embedding is None or backend is None:
         return
@@ -26,7 +26,7 @@ def refuse_other_vocabulary(model: Any, tokenizer: Any, name: str | None) -> Non
 
 
 def refuse_wrapped(model: Any) -> None:
-    """Raises UnsupportedModel where the model is compiled, carries adapters, or is not decoder-only."""
+    """Raise UnsupportedModel where the model is compiled, carries adapters, or is not decoder-only."""
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModel("the model is compiled (torch.compile); wrap the original one: LM(model._orig_mod, ...)")
     if getattr(model, "_compiled_call_impl", None) is not None:
@@ -45,7 +45,7 @@ def refuse_wrapped(model: Any) -> None:
 
 
 def refuse_subclasses(model: nn.Module, packed: Collection[str]) -> None:
-    """Raises UnsupportedModel where a parameter is no plain tensor (sharded, quantised), and none of those `packed`."""
+    """Raise UnsupportedModel where a parameter is no plain tensor (sharded, quantised), and none of those `packed`."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in packed and is_traceable_wrapper_subclass(parameter):
             raise UnsupportedModel(

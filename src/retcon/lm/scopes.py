@@ -77,7 +77,7 @@ class Turns:
             self._queue.remove(weakref.ref(turn))
 
     def _owner(self) -> int | None:
-        """The thread of the oldest turn that is still there."""
+        """Return the thread of the oldest turn that is still there."""
         for reference in list(self._queue):
             if (turn := reference()) is not None:
                 return turn.thread
@@ -173,7 +173,7 @@ class Lent:
 
 
 def _is_ours(function: Any) -> bool:
-    """Whether a pass of retcon's left it; what attachments have hung there is the ledger's business."""
+    """Return whether a pass of retcon's left it; what attachments have hung there is the ledger's business."""
     if isinstance(function, Hung):
         return False
     return str(getattr(function, "__module__", "")).startswith("retcon.")
@@ -185,6 +185,6 @@ def _hooks(module: nn.Module) -> list[tuple[Any, frozenset[int]]]:
 
 
 def _notes(module: nn.Module) -> Iterator[Any]:
-    """What torch notes about hooks beside them."""
+    """Yield what torch notes about hooks beside them."""
     for name in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
         yield getattr(module, name, {})

@@ -77,11 +77,13 @@ class Site:
         return self._parameter if self.expert is None else self._parameter[self.expert]
 
     def in_parameter(self, change: Change) -> Change:
-        """The change of a stored matrix as one of the parameter that holds it: of experts, one matrix of several."""
+        """Return the change of a stored matrix as one of the parameter that holds it: of experts, one matrix of
+        several."""
         return change if self.expert is None else replace(change, region=Region(0, self.expert, self.expert + 1))
 
     def stored(self, left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"]) -> Change:
-        """The update left @ right (math orientation) as a change in stored orientation, in its smaller exact form."""
+        """Return the update left @ right (math orientation) as a change in stored orientation, in its smaller exact
+        form."""
         if self.rows is None:
             return self.in_parameter(smallest(right.T, left.T) if self.transposed else smallest(left, right))
         if self.expert is not None:  # its region is the expert's matrix already
@@ -100,13 +102,14 @@ class Site:
         return index if self.rows is None else self.rows.to(index.device)[index]
 
     def stored_rows(self, index: Int[Tensor, " n"], values: Float[Tensor, "n in"]) -> Change:
-        """Values added to rows (output units) of the math-oriented matrix, as a change in stored orientation."""
+        """Return values added to rows (output units) of the math-oriented matrix, as a change in stored orientation."""
         if self.transposed:
             return self.in_parameter(Columns(index=self.outputs(index), columns=values.T.contiguous()))
         return self.in_parameter(Rows(index=self.outputs(index), rows=values))
 
     def stored_columns(self, index: Int[Tensor, " n"], values: Float[Tensor, "out n"]) -> Change:
-        """Values added to columns (input units) of the math-oriented matrix, as a change in stored orientation."""
+        """Return values added to columns (input units) of the math-oriented matrix, as a change in stored
+        orientation."""
         region = None
         if self.rows is not None:
             first, last = int(self.rows[0]), int(self.rows[-1]) + 1
@@ -120,14 +123,14 @@ class Site:
         return self.in_parameter(Columns(index=index, columns=values, region=region))
 
     def stored_entries(self, index: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Change:
-        """Values added at places counted row by row through the matrix in math orientation."""
+        """Return values added at places counted row by row through the matrix in math orientation."""
         full_out, full_in = reversed(self._stored_shape) if self.transposed else self._stored_shape
         row, column = self.outputs(index // full_in), index % full_in
         place = column * full_out + row if self.transposed else row * full_in + column
         return self.in_parameter(Entries(index=place, entries=values))
 
     def stored_dense(self, full: Float[Tensor, "out in"]) -> Change:
-        """A change of the whole matrix in math orientation, as a change in stored orientation."""
+        """Return a change of the whole matrix in math orientation, as a change in stored orientation."""
         if self.rows is not None:
             return self.stored_rows(torch.arange(len(self.rows)), full)
         return self.in_parameter(Dense(full=full.T.contiguous() if self.transposed else full))

@@ -106,7 +106,7 @@ class Advice:
     rule: Rule
 
     def settings(self, fields: Sequence[str]) -> dict[str, Any]:
-        """The advice as settings of a method, chosen by the names of its fields.
+        """Return the advice as settings of a method, chosen by the names of its fields.
 
         `low` and `high` are JEEP's; `layers` is what the MEMIT family edits, and `layer` the middle of that, for
         methods that edit one.
@@ -172,7 +172,7 @@ def layer_contrast(contrast: Contrast, where: Where, *, final_norm: bool) -> Flo
 
 
 def _choose(delta: Float[Tensor, "records layers"], where: Where, among: range, width: int, drawn: Tensor) -> Choice:
-    """The window of `width` layers (or all there are) with the largest mean sum, and how resamples choose."""
+    """Return the window of `width` layers (or all there are) with the largest mean sum, and how resamples choose."""
     width = min(width, len(among))
     starts = range(among.start, among.stop - width + 1)
     sums = torch.stack([delta[:, s : s + width].sum(1) for s in starts], dim=1)  # (records, starts)

@@ -117,7 +117,7 @@ def attribute(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Tensor]:
-    """The mean attribution over `facts` of every unit of every site.
+    """Return the mean attribution over `facts` of every unit of every site.
 
     Args:
         sites: matrices, of any layers and kinds; `path="layer"` scales each by itself, those of a block's routed
@@ -243,7 +243,7 @@ class _Below:
 
 
 def _adds_to_the_stream(lm: LM, site: Site) -> bool:
-    """Whether the site's output is added to the block's as it is, so that its own block need not run again."""
+    """Return whether the site's output is added to the block's as it is, so that its own block need not run again."""
     kind = lm.kinds[site.layer]
     if site.expert is not None:  # a shared expert's gate is not theirs
         kind = replace(kind, gated_shared=False)
@@ -306,7 +306,8 @@ def _contribution(caught: Captured, unit: Granularity) -> Tensor:
 
 
 def select(scores: Sequence[Float[Tensor, " units"]], count: int) -> list[Tensor]:
-    """The `count` units of highest score over all tensors together: per tensor, their indices, ascending (Eqs. 6, 7).
+    """Return the `count` units of highest score over all tensors together: per tensor, their indices, ascending (Eqs.
+    6, 7).
 
     One threshold over all; ties go to the earlier tensor, then the lower index, so that the count is exact. Scores are
     compared as float32. Two histograms of 65,536 bins find the threshold, so that nothing is ever sorted or joined and

@@ -104,7 +104,7 @@ class Contrast:
     def curve(
         self, quantity: Quantity, of: str, position: Where, *, final_norm: bool, tensor: TensorName = "block"
     ) -> Curve:
-        """One set's mean over records, layer by layer."""
+        """Return one set's mean over records, layer by layer."""
         layers, values = self.values(quantity, of, position, final_norm=final_norm, tensor=tensor)
         values = values[~values.isnan().any(1)]
         spread = values.std(0) if len(values) > 1 else torch.full((len(layers),), torch.nan, dtype=values.dtype)
@@ -132,7 +132,7 @@ class Contrast:
                         }
 
     def means(self) -> list[dict[str, Any]]:
-        """The curves as a tidy table: one row per position, site, reading, set, quantity and layer."""
+        """Return the curves as a tidy table: one row per position, site, reading, set, quantity and layer."""
         sites = dict.fromkeys(p.tensor for p in self.points)
         quantities: tuple[Quantity, ...] = ("mean_rank", "sum_prob", "mean_prob")
         found = []
@@ -254,7 +254,7 @@ def _answers(lm: LM, edit: Edit, said: int) -> tuple[int, int]:
 def _states(
     lm: LM, rows: Sequence[Row], positions: Sequence[Where], points: Sequence[Point]
 ) -> tuple[dict[Point, Float[Tensor, "rows positions d_model"]], Float[Tensor, "rows vocab"]]:
-    """Every state at every position, and the model's own logits at the prediction position, from one pass."""
+    """Return every state at every position, and the model's own logits at the prediction position, from one pass."""
     each = torch.arange(len(rows))
     at = torch.tensor([[row.position(where) for where in positions] for row in rows])
     found: dict[Point, Tensor] = {}

@@ -24,18 +24,18 @@ UnitScore = Literal["sum", "sum_abs"]
 
 
 def key(site: Site) -> str:
-    """What an ensemble calls a matrix."""
+    """Return what an ensemble calls a matrix."""
     return f"{site.layer}.{site.kind}" + ("" if site.expert is None else f".{site.expert}")
 
 
 def n_units(site: Site, unit: Granularity) -> int:
-    """How many rows, columns or entries a matrix has."""
+    """Return how many rows, columns or entries a matrix has."""
     out, into = site.shape
     return {"row": out, "column": into, "entry": out * into}[unit]
 
 
 def share_of_budget(lm: LM, sites: Sequence[Site], budget: float) -> float:
-    """The share of the sites' weights that is `budget` of the model's parameters; 1 where they have fewer."""
+    """Return the share of the sites' weights that is `budget` of the model's parameters; 1 where they have fewer."""
     return min(1.0, budget * lm.n_parameters / sum(site.shape.numel() for site in sites))
 
 
@@ -49,7 +49,7 @@ def unit_scores(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Tensor]:
-    """Per site, every unit's mean score over `facts`: the sum of its entries' attributions, or of their sizes.
+    """Return per site, every unit's mean score over `facts`: the sum of its entries' attributions, or of their sizes.
 
     Raises:
         InvalidEdit, NonFinite: as `attribute`.
@@ -62,19 +62,19 @@ def unit_scores(
 
 
 def random_scores(sites: Sequence[Site], unit: Granularity, seed: int) -> list[Tensor]:
-    """A control: scores drawn uniformly."""
+    """Return a control: scores drawn uniformly."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(n_units(site, unit), generator=generator) for site in sites]
 
 
 def above_threshold(sites: Sequence[Site], scores: Sequence[Tensor], count: int) -> Ensemble:
-    """The `count` units of the highest scores over all sites together; the order of the sites breaks ties."""
+    """Return the `count` units of the highest scores over all sites together; the order of the sites breaks ties."""
     found = select(scores, count)
     return {key(site): units for site, units in zip(sites, found, strict=True) if len(units)}
 
 
 def union(sites: Sequence[Site], ensembles: Sequence[Ensemble]) -> Ensemble:
-    """The units that are in any of the ensembles."""
+    """Return the units that are in any of the ensembles."""
     held = {key(site): [e[key(site)] for e in ensembles if key(site) in e] for site in sites}
     return {name: torch.cat(units).unique() for name, units in held.items() if units}
 
@@ -88,7 +88,7 @@ def sampled(facts: Sequence[Edit], limit: int, seed: int) -> Sequence[Edit]:
 
 
 def checked(given: Mapping[str, Tensor], lm: LM, sites: Sequence[Site], unit: Granularity) -> Ensemble:
-    """An ensemble that was kept, if it is one over these sites.
+    """Return an ensemble that was kept, if it is one over these sites.
 
     Raises:
         DeltaMismatch: it names another matrix, or a unit that its matrix does not have.

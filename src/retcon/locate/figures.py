@@ -44,7 +44,7 @@ KINDS: dict[RestoredKind, str] = {
 
 
 def figure(n_rows: int, n_columns: int, width: float, height: float, **options: Any) -> tuple["Figure", Any]:
-    """An empty figure of that many inches and its axes, an array of rows.
+    """Return an empty figure of that many inches and its axes, an array of rows.
 
     Raises:
         MissingPackage: matplotlib is not installed.
@@ -130,7 +130,7 @@ def _curve(axis: "Axes", contrast: Contrast, quantity: Quantity, of: str, where:
 
 
 def _heights(axes: "Sequence[Axes]") -> list[float]:
-    """Where the curves of some axes run."""
+    """Return where the curves of some axes run."""
     lines: Any = [line for axis in axes for line in axis.get_lines()]
     return [float(y) for line in lines for y in line.get_ydata()]
 
@@ -161,7 +161,7 @@ def _band(axis: "Axes", choice: Choice, label: str | None = None) -> None:
 
 
 def advice_figure(advice: Advice) -> "Figure":
-    """The contrast Δ of every layer with the layers advised, and how resamples of the cases would choose."""
+    """Return the contrast Δ of every layer with the layers advised, and how resamples of the cases would choose."""
     made, axes = figure(2, 2, 7.6, 4.8, height_ratios=[3, 2])
     for i, (name, choice) in enumerate((("low", advice.low), ("high", advice.high))):
         delta, half = advice.contrast[choice.where].tolist(), advice.half_width[choice.where].tolist()
@@ -193,7 +193,8 @@ def _span(layers: Sequence[int]) -> str:
 
 
 def trace_figure(trace: Trace, window: int) -> "Figure":
-    """One prompt's heat maps: probability of the answer with a state restored, darkest where that brings back most."""
+    """Return one prompt's heat maps: probability of the answer with a state restored, darkest where that brings back
+    most."""
     labels = [repr(t)[1:-1] + ("*" if i in trace.subject else "") for i, t in enumerate(trace.tokens)]
     tables = {kind: scores.tolist() for kind, scores in trace.scores.items()}
     return _heat_maps(tables, labels, window, trace.low, trace.high, f"p({trace.answer.strip()})")

@@ -31,7 +31,7 @@ class Captured:
 
     @classmethod
     def nothing(cls, site: Site) -> "Captured":
-        """Of a pass that no token of went through the site."""
+        """Return what is captured of a pass of which no token went through the site."""
         out, into = site.shape
         x = torch.zeros(0, into, dtype=torch.promote_types(site.dtype, torch.float32), device=site.device)
         return cls(site, x, x.new_zeros(0, out), x.new_zeros(0, out))
@@ -109,7 +109,7 @@ def catch(
 
 
 def _per_token(alpha: Tensor, h: Tensor) -> Tensor:
-    """One factor per row, shaped for (rows, seq, width) or for OPT's (rows x seq, width)."""
+    """Return one factor per row, shaped for (rows, seq, width) or for OPT's (rows x seq, width)."""
     if h.dim() == 2:
         return alpha.repeat_interleave(len(h) // len(alpha))[:, None]
     return alpha.view(-1, *[1] * (h.dim() - 1))

@@ -49,7 +49,7 @@ def in_chunks(
 
 
 def place(lm: LM) -> torch.device:
-    """Where logits are made."""
+    """Return where logits are made."""
     return _weight(lm.head).device
 
 

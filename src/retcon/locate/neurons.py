@@ -122,7 +122,7 @@ def _per_token(
 
 
 def _module(lm: LM, layer: int, neuron: Neuron) -> tuple[nn.Module, Int[Tensor, " d_ff"] | None]:
-    """The module at which a layer's units are seen, and which of its outputs they are (None: its inputs)."""
+    """Return the module at which a layer's units are seen, and which of its outputs they are (None: its inputs)."""
     if neuron == "value_input":
         return lm.site(layer, "down_proj").module, None
     site = lm.site(layer, "gate_proj" if lm.layout.gate_proj is not None else "up_proj")

@@ -68,7 +68,7 @@ class Slot:
         return sum(site.shape[1 if self.is_value else 0] for site in self.sites)
 
     def by_node(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "d nodes"]:
-        """A matrix of the site's shape as (D x M), one column per node."""
+        """Return a matrix of the site's shape as (D x M), one column per node."""
         return matrix if self.is_value else matrix.T
 
 
@@ -82,7 +82,7 @@ class Paths:
     """Per path, the sum of its nodes' scores (float64)."""
 
     def in_slot(self, slot: int) -> list[int]:
-        """The nodes that some path takes in that slot, in order of their first path, each once."""
+        """Return the nodes that some path takes in that slot, in order of their first path, each once."""
         return list(dict.fromkeys(path[slot] for path in self.nodes))
 
 
@@ -100,7 +100,7 @@ class Transmission:
 
 
 def slots_of(lm: LM, key_matrix: KeyMatrix = "up", *, routed: bool = False) -> list[Slot]:
-    """Every layer's key matrices and value matrix, in order of layers.
+    """Return every layer's key matrices and value matrix, in order of layers.
 
     Args:
         routed: take the routed experts also where a block has a dense or a shared MLP.
@@ -149,7 +149,7 @@ def node_scores(
 
 
 def _summed(slot: Slot, caught: Captured, score: Score) -> Float[Tensor, " nodes"]:
-    """The part of a score that adds up over passes, from activations and their gradients: no weight gradient."""
+    """Return the part of a score that adds up over passes, from activations and their gradients: no weight gradient."""
     if score == "grad_x_weight":
         return caught.columns() if slot.is_value else caught.rows()
     if slot.is_value:
@@ -169,7 +169,7 @@ def assess(
     seed: int = 0,
     max_gradient_bytes: int = MAX_GRADIENT_BYTES,
 ) -> list[Float[Tensor, " nodes"]]:
-    """Every node's score for the loss of `edits`, on the weights as they are now (hooks in force included).
+    """Return every node's score for the loss of `edits`, on the weights as they are now (hooks in force included).
 
     Where one backward pass holds all edits, one matrix's gradient exists at a time. Otherwise slots are assessed in
     groups whose gradients fit in `max_gradient_bytes`, one pass over the edits per group. `signed_sum`, `abs_of_sum`
@@ -276,7 +276,8 @@ def rank_aligned(scores: Sequence[Float[Tensor, " nodes"]], n: int, *, lowest: b
 
 
 def k_best(scores: Sequence[Float[Tensor, " nodes"]], n: int, *, lowest: bool = False) -> Paths:
-    """The n paths of highest score among all of them (of which there are M to the power of slots), ties by ranks.
+    """Return the n paths of highest score among all of them (of which there are M to the power of slots), ties by
+    ranks.
 
     Best-first search over rank tuples: from each path popped, those that go one rank deeper in one slot are pushed.
     Every path but the best has such a predecessor of at least its score, so the pops come in order.
@@ -302,7 +303,7 @@ def k_best(scores: Sequence[Float[Tensor, " nodes"]], n: int, *, lowest: bool = 
 
 
 def _ranked(scores: Tensor, n: int, lowest: bool) -> tuple[Tensor, Tensor]:
-    """The n best nodes of a slot and their scores (float64); ties by index."""
+    """Return the n best nodes of a slot and their scores (float64); ties by index."""
     if n > len(scores):
         raise InvalidSetting(f"{n} paths asked for; a slot has {len(scores)} nodes")
     order = scores.argsort(descending=not lowest, stable=True)[:n]
@@ -310,7 +311,8 @@ def _ranked(scores: Tensor, n: int, lowest: bool) -> tuple[Tensor, Tensor]:
 
 
 def covering(scores: Sequence[Float[Tensor, " nodes"]], share: float, n_negative: int = 0) -> int:
-    """The fewest rank-aligned paths that hold a share of the score of all, counted from the lowest path's score on.
+    """Return the fewest rank-aligned paths that hold a share of the score of all, counted from the lowest path's score
+    on.
 
     A path's worth of nodes is left for T-.
     """
@@ -321,7 +323,7 @@ def covering(scores: Sequence[Float[Tensor, " nodes"]], share: float, n_negative
 
 
 def step_weights(found: Transmission, by: LayerSteps) -> list[float]:
-    """How large steps are in each slot, 1 on average.
+    """Return how large steps are in each slot, 1 on average.
 
     `score`: as the mean score of T+'s nodes there; `middle`: in the middle layer three times as large as in the first
     and last one.
@@ -377,6 +379,6 @@ def paths(
     key_matrix: KeyMatrix = "up",
     seed: int = 0,
 ) -> Transmission:
-    """The critical transmission paths of `edits` on the model as it stands, to look at or to edit along."""
+    """Return the critical transmission paths of `edits` on the model as it stands, to look at or to edit along."""
     slots = slots_of(lm, key_matrix)
     return choose(slots, assess(lm, edits, slots, score, pool=pool, seed=seed), n_positive, n_negative, select)

@@ -19,8 +19,8 @@ def attribution_figure(
     chosen: Mapping[str, Int[Tensor, " layers"]],
     unit: str,
 ) -> "Figure":
-    """Per matrix over layers: the probability it carries (all attributions summed) with half its 95 % interval over
-    facts on either side, and its units in the ensemble."""
+    """Return per matrix over layers: the probability it carries (all attributions summed) with half its 95 % interval
+    over facts on either side, and its units in the ensemble."""
     made, axes = figure(2, len(carried), max(3.4, 2.4 * len(carried)), 4.4, sharex=True, sharey="row")
     for i, (kind, sums) in enumerate(carried.items()):
         layers = range(len(sums))
@@ -36,7 +36,7 @@ def attribution_figure(
 
 
 def overlap_figure(same: Sequence[float], different: Sequence[float], by_chance: float) -> "Figure":
-    """How alike the ensembles of two facts are (intersection over union): facts of one relation, and of two."""
+    """Return how alike the ensembles of two facts are (intersection over union): facts of one relation, and of two."""
     made, axes = figure(1, 1, 4.6, 3.0)
     axis = axes[0, 0]
     for of, label, style in (

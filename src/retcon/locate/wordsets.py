@@ -34,7 +34,7 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text as they are spelt there, punctuation left out."""
+    """Return the words of a text as they are spelt there, punctuation left out."""
     return _WORD.findall(text)
 
 
@@ -118,7 +118,8 @@ class TokenSets:
         self._folded_stopwords = {w.casefold() for w in words.stopwords}
 
     def of(self, edit: Edit, original: int) -> list[Int[Tensor, " tokens"]]:
-        """The sets of one edit, in the order of `SETS`: distinct first tokens, ascending; `left` is without `original`.
+        """Return the sets of one edit, in the order of `SETS`: distinct first tokens, ascending; `left` is without
+        `original`.
 
         The sets of words are disjoint but for `related`; some of their first tokens may be the same.
         """
@@ -137,7 +138,7 @@ class TokenSets:
         return torch.tensor(sorted({self._first_token(word) for word in words}), dtype=torch.long)
 
     def _first_token(self, word: str) -> int:
-        """As in running text: words after a space, punctuation without one."""
+        """Return a word's first token as in running text: words after a space, punctuation without one."""
         if word not in self._first:
             separator = " " if _WORD.match(word) else ""
             self._first[word] = encode(self._tokenizer, "the", word, separator=separator).target_ids[0]
@@ -171,7 +172,7 @@ class Bm25:
         return total
 
     def search(self, words: Iterable[str], n: int) -> list[int]:
-        """The n best documents that hold any of the words, best first."""
+        """Return the n best documents that hold any of the words, best first."""
         scores = self.scores(words)
         order = scores.argsort(descending=True, stable=True)[:n]
         return order[scores[order] > 0].tolist()

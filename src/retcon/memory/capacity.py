@@ -36,7 +36,7 @@ def planned_bytes(lm: "LM") -> int:
 
 
 def _container_free() -> float:
-    """What the container's limit leaves, infinite where there is none (control groups, version 2).
+    """Return what the container's limit leaves, infinite where there is none (control groups, version 2).
 
     Pages of files that were read, such as a checkpoint's, are given back when room is needed, so they count as free.
     """

@@ -72,7 +72,7 @@ def collect(
     partial: Path | None = None,
     save_every: float | None = None,
 ) -> Iterator[tuple[Site, Collected]]:
-    """The second moments of all sites from one pass, handed over one by one, so that each can be put away.
+    """Yield the second moments of all sites from one pass, handed over one by one, so that each can be put away.
 
     E[k k^T] over every token of the rows, first positions included, padding excluded. On the unedited weights (applied
     deltas are reverted for the pass), stopping at the highest site. Products are summed in float32 (or the model's own
@@ -220,7 +220,7 @@ class SumOfChunk:
 
 
 def _smaller(error: BaseException, budget: int, longest: int, shrink: bool) -> int:
-    """The budget to go on with after memory ran out, with a warning.
+    """Return the budget to go on with after memory ran out, with a warning.
 
     Raises:
         OutOfMemory: there is none that is allowed.
@@ -340,7 +340,7 @@ class _Sum:
         self.half = [total.to("cpu", torch.float32) for total in self.total]
 
     def result(self, n_first: int, n: int) -> Collected:
-        """The moment over n tokens, n_first of them the first half's."""
+        """Return the moment over n tokens, n_first of them the first half's."""
         moment = torch.empty(self.d, self.d, dtype=torch.float64)
         for block, start, end in zip(self.total, self.edges, self.edges[1:], strict=False):
             block = block.cpu() / n

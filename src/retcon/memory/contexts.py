@@ -63,7 +63,7 @@ def sample_contexts(lm: LM, *, seed: int = 0, style: ContextStyle = "memit") -> 
 
 
 def _starts(tokenizer: Any, style: ContextStyle) -> list[tuple[Row, int]]:
-    """What each prefix starts with, and how many tokens it may have in all."""
+    """Return what each prefix starts with, and how many tokens it may have in all."""
     if style == "memit":
         return [(encode(tokenizer, start), N_TOKENS) for start in STARTS]
     if style == "rome_easyedit":
@@ -75,6 +75,6 @@ def _starts(tokenizer: Any, style: ContextStyle) -> list[tuple[Row, int]]:
 
 
 def _clean(text: str) -> str:
-    """One line of plain text: NFKD, no end-of-text marks, no braces, runs of whitespace made one space."""
+    """Return one line of plain text: NFKD, no end-of-text marks, no braces, runs of whitespace made one space."""
     text = unicodedata.normalize("NFKD", text).replace("<|endoftext|>", " ").replace("\ufffd", " ")
     return re.sub(r"\s+", " ", re.sub(r"[{}]", " ", text)).strip()

@@ -36,7 +36,7 @@ class Corpus:
 
     @classmethod
     def named(cls, source: str | os.PathLike[str]) -> "Corpus":
-        """A file (see `from_file`), or a dataset as NAME/NAME[:CONFIG[:SPLIT]] (see `from_dataset`).
+        """Return a file (see `from_file`), or a dataset as NAME/NAME[:CONFIG[:SPLIT]] (see `from_dataset`).
 
         Raises:
             MalformedFile: neither, or a file without text.
@@ -51,7 +51,8 @@ class Corpus:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "Corpus":
-        """A `.jsonl`/`.json` file of objects with a `text` field, or plain text with blank lines between documents.
+        """Return a `.jsonl`/`.json` file of objects with a `text` field, or plain text with blank lines between
+        documents.
 
         Raises:
             MalformedFile: unreadable, or without any text.
@@ -83,7 +84,7 @@ class Corpus:
         field: str = "text",
         min_characters: int = 200,
     ) -> "Corpus":
-        """The first documents of a dataset of the Hugging Face hub (or a local folder of data files), streamed.
+        """Return the first documents of a dataset of the Hugging Face hub (or a local folder of data files), streamed.
 
         Documents under `min_characters` (headings, empty lines) are passed over; `DATASET_CHARACTERS` are read. What
         was read is kept in the cache directory: the text stays the same and needs no network a second time.
@@ -114,7 +115,7 @@ class Corpus:
 
 
 def check_corpus(source: str | os.PathLike[str]) -> None:
-    """Whether `source` can name a corpus: better known before a model is loaded than after.
+    """Check that `source` can name a corpus, before a model is loaded.
 
     Raises:
         MalformedFile: it is neither a file nor of the form of a dataset's name.

@@ -47,7 +47,7 @@ def earlier_keys(
 def extended(
     earlier: Mapping[str, Float[Tensor, "n_earlier m"]], fresh: Mapping[str, Float[Tensor, "n m"]], lm: LM
 ) -> dict[str, Tensor]:
-    """The state after a batch whose keys are `fresh`."""
+    """Return the state after a batch whose keys are `fresh`."""
     state = {_KEYS + name: _joined(earlier.get(name), keys, lm.device) for name, keys in fresh.items()}
     return {_BASE: _fingerprint(lm), **state}
 

@@ -65,9 +65,9 @@ class KeyReader:
     def read(
         self, point: Point, where: Where, value: Point
     ) -> tuple[Float[Tensor, "n_edits d_in"], Float[Tensor, "n_edits d_model"]]:
-        """Each edit's mean key at `point`, and the activation at `value` on the bare prompt, on the weights as they are
-        now; on the CPU, in at least float32. Nothing below the point's layer may be changed before the next reading, or
-        that starts at the tokens.
+        """Return each edit's mean key at `point`, and the activation at `value` on the bare prompt, on the weights as
+        they are now; on the CPU, in at least float32. Nothing below the point's layer may be changed before the next
+        reading, or that starts at the tokens.
         """
         lm, edits, contexts = self.given
         if lm.layout.earlier == "other":
@@ -84,7 +84,7 @@ class KeyReader:
     def read_experts(
         self, layer: int, where: Where, value: Point
     ) -> tuple[Float[Tensor, "n_experts n_edits d_ff"], Float[Tensor, "n_edits d_model"]]:
-        """As `read`, for every routed expert of a block: each edit's mean of g_e k_e over its contexts."""
+        """Do as `read` for every routed expert of a block: each edit's mean of g_e k_e over its contexts."""
         lm = self.given[0]
         tokens = [r.position(where) for r in self.rows]
         points = [Point(layer, "key", site.expert) for site in lm.expert_sites(layer)]
@@ -104,8 +104,8 @@ def mean_keys(
     average: KeyAverage = "two_level",
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> tuple[Float[Tensor, "n_edits d_in"], Float[Tensor, "n_edits d_model"] | None]:
-    """Each edit's mean key at `point`, and the activation at `value` on the bare prompt, by full passes: the reference
-    for `KeyReader`, and the way for a single reading.
+    """Return each edit's mean key at `point`, and the activation at `value` on the bare prompt, by full passes: the
+    reference for `KeyReader`, and the way for a single reading.
     """
     weight = weights_of(len(contexts.prefixes), average)
     rows = [(i, j, encode_edit(lm.tokenizer, e, c)) for i, e in enumerate(edits) for j, c in enumerate(contexts.all)]

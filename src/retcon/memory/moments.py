@@ -64,7 +64,7 @@ class MomentKey:
         return cache_dir() / "moments" / f"{self._digest}.safetensors"
 
     def file_of(self, what: str) -> Path:
-        """Where something made from this moment is kept."""
+        """Return where something made from this moment is kept."""
         digest = hashlib.sha256(what.encode()).hexdigest()[:12]
         return cache_dir() / "moments" / f"{self._digest}-{digest}{DERIVED_SUFFIX}"
 
@@ -94,7 +94,7 @@ class Moments(Protocol):
         """`build(C)`, made once. `what` names all that determines it besides C, as in "null-space-0.02"."""
 
     def keys(self, lm: LM, sites: Sequence[Site]) -> dict[str, str]:
-        """What identifies the moment of each site, for the record."""
+        """Return what identifies the moment of each site, for the record."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class CorpusMoments:
     """Tokens of a pass, of those moments whose passes had to be smaller."""
 
     def key(self, lm: LM, site: Site) -> MomentKey:
-        """The cache key of one site's moment."""
+        """Return the cache key of one site's moment."""
         n_tokens = self.tokens_per_dimension * site.shape[1]
         return MomentKey(lm.fingerprint(), site.id, self.corpus.id, n_tokens, self.max_length)
 
@@ -164,7 +164,7 @@ class CorpusMoments:
             self._collect(lm, missing)
 
     def _collect(self, lm: LM, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """The moments of these sites, from one pass over the corpus, kept in the cache directory.
+        """Return the moments of these sites, from one pass over the corpus, kept in the cache directory.
 
         Where that cannot be written to, they are kept in this object.
         """
@@ -221,7 +221,7 @@ class CorpusMoments:
         return unpack(self.derived(lm, site, "factor", lambda c: pack(cholesky(c, site.device)[0])), d)
 
     def derived(self, lm: LM, site: Site, what: str, build: Callable[[Tensor], Tensor]) -> Tensor:
-        """As the protocol has it; kept in the cache directory beside the moment."""
+        """Return what `build` gives, kept in the cache directory beside the moment."""
         key = self.key(lm, site)
         path, identity = key.file_of(what), {**asdict(key), "what": what}
         if (shrunk_to := self._shrunk_to(lm, site)) is not None:
@@ -254,7 +254,7 @@ class CorpusMoments:
         return self._shrunk.get(self.key(lm, site)) if path is None else _said(path, site).get("shrunk_to")
 
     def stored(self, lm: LM, site: Site) -> Path | None:
-        """The file that holds one site's moment, or None where it has yet to be collected."""
+        """Return the file that holds one site's moment, or None where it has yet to be collected."""
         key = self.key(lm, site)
         if self.shipped is not None and self.shipped.is_file() and key in moment_keys(self.shipped):
             return self.shipped
@@ -285,7 +285,7 @@ def collect_moments(
 
 
 def partial_file(keys: Iterable[MomentKey]) -> Path:
-    """Where a pass for these moments keeps its partial sums."""
+    """Return where a pass for these moments keeps its partial sums."""
     digest = hashlib.sha256("".join(sorted(k.file.name for k in keys)).encode()).hexdigest()[:24]
     return cache_dir() / "moments" / f"{digest}.partial"
 
@@ -315,17 +315,17 @@ def save_moments(
 
 
 def _check_of(key: MomentKey, about: Mapping[str, Any], packed: Float[Tensor, " triangle"]) -> str:
-    """The checksum of one moment: its numbers, what they are for, and what is said about them."""
+    """Return the checksum of one moment: its numbers, what they are for, and what is said about them."""
     return checksum({**asdict(key), "about": dict(about)}, {key.site: packed})
 
 
 def pack(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " triangle"]:
-    """The lower triangle column by column, which is a symmetric matrix's upper triangle row by row."""
+    """Return the lower triangle column by column, which is a symmetric matrix's upper triangle row by row."""
     return torch.cat([matrix[i:, i] for i in range(len(matrix))])
 
 
 def unpack(packed: Float[Tensor, " triangle"], d: int) -> Float[Tensor, "d d"]:
-    """The (lower) triangular matrix that `pack` took apart."""
+    """Return the (lower) triangular matrix that `pack` took apart."""
     upper = torch.zeros(d, d, dtype=packed.dtype)
     for i, row in enumerate(packed.split(tuple(range(d, 0, -1)))):
         upper[i, i:] = row
@@ -333,7 +333,7 @@ def unpack(packed: Float[Tensor, " triangle"], d: int) -> Float[Tensor, "d d"]:
 
 
 def moment_keys(path: Path) -> list[MomentKey]:
-    """The keys of the moments in a file.
+    """Return the keys of the moments in a file.
 
     Raises:
         MalformedFile: not a file of moments.
@@ -342,7 +342,7 @@ def moment_keys(path: Path) -> list[MomentKey]:
 
 
 def load_moment(path: Path, key: MomentKey) -> Float[Tensor, "d d"]:
-    """One moment out of a file, on the CPU: float32, or float64 where it needs its jitter to be definite.
+    """Return one moment out of a file, on the CPU: float32, or float64 where it needs its jitter to be definite.
 
     Raises:
         MalformedFile: the file does not hold this key, or the moment does not match its checksum.
@@ -363,7 +363,7 @@ def load_moment(path: Path, key: MomentKey) -> Float[Tensor, "d d"]:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """What a file of moments says about itself, its keys well-formed."""
+    """Return what a file of moments says about itself, its keys well-formed."""
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {})["retcon"])
@@ -384,7 +384,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _said(path: Path, site: Site) -> dict[str, Any]:
-    """What a file of moments says about one site's."""
+    """Return what a file of moments says about one site's."""
     said: dict[str, Any] = _record(path).get("about", {}).get(site.id, {})
     return said
 

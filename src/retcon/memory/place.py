@@ -50,7 +50,7 @@ def float64_place(device: torch.device, order: int) -> torch.device:
 
 
 def good_at_float64(device: torch.device) -> bool:
-    """Whether a place is made for float64, by its compute capability; AMD's Instinct cards (gfx9) are."""
+    """Return whether a place is made for float64, by its compute capability; AMD's Instinct cards (gfx9) are."""
     if device.type == "cpu":
         return True
     major, minor = torch.cuda.get_device_capability(device)
@@ -64,7 +64,7 @@ def total_memory(device: torch.device) -> int:
 
 @contextmanager
 def room(where: torch.device, order: int) -> Iterator[None]:
-    """A problem of this order, solved there while the scope lasts.
+    """Make room for a problem of this order, which is solved there while the scope lasts.
 
     Raises:
         OutOfMemory: the card has no room. It is not solved elsewhere instead: that would be another delta, in its bits.

@@ -102,7 +102,7 @@ def ridge_of_experts(
 def solve_on(
     device: torch.device, build: Callable[[torch.device], Float[Tensor, "m m"]], b: Float[Tensor, "m n"]
 ) -> Float[Tensor, "m n"]:
-    """A^-1 B to float64's accuracy; the result is on B's device.
+    """Return A^-1 B to float64's accuracy; the result is on B's device.
 
     At `solve_place`: by `spd_solve` on a CPU or a card that is good at float64, on other cards by `refined_solve`, and
     on the CPU where that does not reach its tolerance.
@@ -129,7 +129,8 @@ def refined_solve(
     forward: float = 1e-10,
     max_steps: int = 40,
 ) -> Float[Tensor, "m n"] | None:
-    """A^-1 B for A and B in float64, by a Cholesky factor in float32 and residuals in float64; A and B are left alone.
+    """Return A^-1 B for A and B in float64, by a Cholesky factor in float32 and residuals in float64; A and B are left
+    alone.
 
     Each step adds the float32 solution for what is missing (iterative refinement; Higham, Accuracy and Stability of
     Numerical Algorithms, chapter 12), A's diagonal scaled to one before it is rounded. Done when for every column, in
@@ -173,7 +174,7 @@ _NOT_FINITE = "the linear problem holds NaN or infinity: check the second moment
 
 
 def spd_solve(build: Build, b: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    """A^-1 B for the symmetric positive definite A that `build` makes afresh.
+    """Return A^-1 B for the symmetric positive definite A that `build` makes afresh.
 
     Cholesky, in A's own memory; where it fails, again with a little jitter on the diagonal, and LU at the last.
 
@@ -302,13 +303,13 @@ class NullSpace:
         return x - seen if self.complement else seen
 
     def packed(self) -> Float[Tensor, "m q1"]:
-        """One tensor for a file: the basis behind a column that says what it spans."""
+        """Return one tensor for a file: the basis behind a column that says what it spans."""
         head = torch.full((len(self.basis), 1), float(self.complement), dtype=self.basis.dtype)
         return torch.cat([head, self.basis.cpu()], dim=1)
 
     @classmethod
     def unpacked(cls, tensor: Float[Tensor, "m q1"]) -> "NullSpace":
-        """What `packed` gave."""
+        """Return what `packed` gave."""
         return cls(tensor[:, 1:].double(), bool(tensor[0, 0]))
 
 

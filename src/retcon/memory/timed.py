@@ -33,7 +33,7 @@ class TimedMoments:
         self.seconds = 0.0
 
     def prepare(self, lm: LM, sites: Sequence[Site]) -> None:
-        """As `inner` does, timed."""
+        """Prepare as `inner` does, timed."""
         started = self.clock()
         try:
             self.inner.prepare(lm, sites)

@@ -60,7 +60,7 @@ class ExpertsProblem(LayerProblem):
     """Return the Cholesky factors of each expert's C."""
 
     def ridge(self, keys: Float[Tensor, "m n"], weight: float) -> Float[Tensor, "n m"]:
-        """As for one matrix, by one solve that all experts share."""
+        """Do as for one matrix, by one solve that all experts share."""
         by_expert = keys.unflatten(0, (len(self.factors), -1))
         return ridge_of_experts(by_expert, self.factors, weight, self.site.device).transpose(0, 1).flatten(1)
 
@@ -94,7 +94,7 @@ class LayerGroup:
 def written_sites(
     lm: LM, layer: int, module: Literal["down_proj", "o_proj"] = "down_proj", *, routed: bool = False
 ) -> list[Site]:
-    """The matrices that are written in a layer: one, or the down-projections of its routed experts.
+    """Return the matrices that are written in a layer: one, or the down-projections of its routed experts.
 
     Args:
         routed: the experts also where a block has a dense or a shared MLP.
@@ -105,7 +105,7 @@ def written_sites(
 
 
 def is_routed(lm: LM, layer: int, routed: bool) -> bool:
-    """Whether a layer's routed experts are written: where that is wanted, or where it has no other MLP."""
+    """Return whether a layer's routed experts are written: where that is wanted, or where it has no other MLP."""
     return lm.kinds[layer].experts is not None and (routed or not lm.has(layer, "down_proj"))
 
 
@@ -132,7 +132,8 @@ def write(
     update_filter: UpdateFilter | None = None,
     reader: KeyReader | None = None,
 ) -> Written:
-    """The changes that bring each edit's value at the group's last layer to `targets`; they stay applied in `scope`.
+    """Return the changes that bring each edit's value at the group's last layer to `targets`; they stay applied in
+    `scope`.
 
     Solves to float64's accuracy; changes have the weights' precision, at least float32.
 
@@ -177,7 +178,7 @@ def write(
 
 
 def problem(lm: LM, sites: Sequence[Site], keys: Float[Tensor, "n m"], moments: Moments) -> LayerProblem:
-    """The problem of storing `keys` (one per row) in a matrix, or in those of all routed experts of a block."""
+    """Return the problem of storing `keys` (one per row) in a matrix, or in those of all routed experts of a block."""
     if sites[0].expert is None:
         return LayerProblem(
             sites[0],

@@ -81,7 +81,8 @@ class AdaLora(TuningSettings):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """The change that writes `edits` as one adapter; the model is untouched. Contexts, moments, state are not used.
+        """Return the change that writes `edits` as one adapter; the model is untouched. Contexts, moments, state are
+        not used.
 
         The seed draws P, Q and mini-batches.
 
@@ -107,7 +108,7 @@ class AdaLora(TuningSettings):
             return run.delta(parts, run.train(parts, optimizer=adam))
 
     def n_trained(self, lm: LM) -> int:
-        """How many values are trained, those that the budget takes away among them."""
+        """Return how many values are trained, those that the budget takes away among them."""
         sites = sites_named(self.name, lm, self.layers, self.modules)
         return self.rank * sum(sum(site.shape) + 1 for site in sites)
 

@@ -83,7 +83,8 @@ class AlphaEdit(BatchSettings):
         progress: Progress | None = None,
         update_filter: UpdateFilter | None = None,
     ) -> Delta:
-        """The change that writes `edits` as one batch; the model is untouched. Its state holds all keys so far."""
+        """Return the change that writes `edits` as one batch; the model is untouched. Its state holds all keys so
+        far."""
         if not self.cache_keys:
             check_stateless(f"{self.name} without cache_keys", state)
         earlier = earlier_keys(state, lm, sites_of(self.name, lm, self.layers))

@@ -106,7 +106,7 @@ class Ctp(TuningSettings):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """The change that writes `edits`, along one set of paths for all; the model is untouched.
+        """Return the change that writes `edits`, along one set of paths for all; the model is untouched.
 
         Contexts, moments and state are not used. The seed draws mini-batches and random scores.
 
@@ -131,7 +131,7 @@ class Ctp(TuningSettings):
             return run.delta(steps.paths.parts(), ended)
 
     def trainer(self, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None) -> "PathTrainer":
-        """What takes the steps."""
+        """Return what takes the steps."""
         return PathTrainer(self, slots, target, original)
 
     def assessed_together(self, n_edits: int) -> list[list[int]] | None:
@@ -183,7 +183,7 @@ class PathTrainer:
         self.adam_positive, self.adam_negative = self.optimizers()
 
     def optimizers(self) -> tuple[NodeAdam, NodeAdam]:
-        """What moves T+, and what moves T-."""
+        """Return what moves T+, and what moves T-."""
         rate, nodes = self.method.learning_rate, self.paths.nodes
         return NodeAdam(nodes, rate), NodeAdam(nodes, self.method.contrast_weight * rate)
 
@@ -202,7 +202,7 @@ class PathTrainer:
             return self.target.now()
 
     def update(self, items: list[int]) -> dict[int, float]:
-        """A step on T+ towards y*, then (`neg_step`) one on T- towards y; the losses L(y*) before them."""
+        """Make a step on T+ towards y*, then (`neg_step`) one on T- towards y; return the losses L(y*) before them."""
         method, paths = self.method, self.paths
         share = dict(zip(items, shares(self.target.rows, items, method.reduction).tolist(), strict=True))
         paths.forget_gradients()

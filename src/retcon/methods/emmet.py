@@ -67,7 +67,8 @@ class Emmet(BatchSettings):
         progress: Progress | None = None,
         update_filter: UpdateFilter | None = None,
     ) -> Delta:
-        """The change that writes `edits` as one batch; the model is untouched. Nothing is kept between batches."""
+        """Return the change that writes `edits` as one batch; the model is untouched. Nothing is kept between
+        batches."""
         check_stateless(self.name, state)
         a = self.stabiliser if self.stabiliser is not None else 0.0 if len(edits) == 1 else 0.1
 

@@ -20,5 +20,5 @@ class Ft(FineTuning):
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """One down-projection at seven tenths of the depth, in mini-batches."""
+        """Return one down-projection at seven tenths of the depth, in mini-batches."""
         return {"layers": (math.floor(0.7 * shape.n_layers),), "batch_size": 100, "steps_per_epoch": 30}

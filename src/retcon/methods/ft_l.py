@@ -22,5 +22,5 @@ class FtL(FineTuning):
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """The first layer, as published for GPT-2 XL and GPT-J."""
+        """Return the first layer, as published for GPT-2 XL and GPT-J."""
         return {"layers": (0,)}

@@ -19,5 +19,5 @@ class FtM(FineTuning):
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """One down-projection: by depth, the one that EasyEdit has for GPT-J and LLaMA."""
+        """Return one down-projection: by depth, the one that EasyEdit has for GPT-J and LLaMA."""
         return {"layers": (round(0.7 * (shape.n_layers - 1)),)}

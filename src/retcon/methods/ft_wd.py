@@ -23,5 +23,5 @@ class FtWd(FineTuning):
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """The block, by depth, that MEMIT's code has for GPT-J."""
+        """Return the block, by depth, that MEMIT's code has for GPT-J."""
         return {"layers": (round(0.75 * shape.n_layers),)}

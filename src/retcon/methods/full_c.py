@@ -23,5 +23,5 @@ class FullC(FineTuning):
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """All layers of any model."""
+        """Return all layers of any model."""
         return {}

@@ -131,7 +131,8 @@ class Jeep(SearchSettings):
         progress: Progress | None = None,
         update_filter: UpdateFilter | None = None,
     ) -> Delta:
-        """The change that writes `edits` as one batch; the model is untouched. JEEP keeps no state between batches.
+        """Return the change that writes `edits` as one batch; the model is untouched. JEEP keeps no state between
+        batches.
 
         Raises:
             InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
@@ -188,7 +189,7 @@ class Jeep(SearchSettings):
         return self.sites
 
     def groups(self) -> tuple[LayerGroup | None, LayerGroup | None]:
-        """The low and the high group, None where one is left out."""
+        """Return the low and the high group, None where one is left out."""
         tensor: TensorName = "block" if self.sites == "block" else "mlp"
         high_tensor: TensorName = "attn" if self.high_module == "attn" else tensor
         routed, low_solve = self.mlp == "experts", weighted(self.low_moment_weight)
@@ -205,12 +206,12 @@ class Jeep(SearchSettings):
         return (low if self.low else None), (high if self.high else None)
 
     def value_sites(self, lm: LM) -> list[ValueSite]:
-        """Where values are sought: low before high."""
+        """Return where values are sought: low before high."""
         here = replace(self, sites=self._sites_on(lm))
         return [here.value_site(group) for group in here.groups() if group]
 
     def value_site(self, group: LayerGroup) -> ValueSite:
-        """Where the value of a group is searched."""
+        """Return where the value of a group is searched."""
         if group.where == "subject_last":
             return ValueSite(
                 Point(group.layers[-1], group.target_tensor), "subject_last", self.low_clamp, self.low_weight_decay
@@ -224,7 +225,7 @@ class Jeep(SearchSettings):
 
 
 def _in_a_row(reports: Sequence[Sequence[EditReport]]) -> tuple[EditReport, ...]:
-    """One report of searches in a row: where the last one ended, with the steps of all."""
+    """Return one report of searches in a row: where the last one ended, with the steps of all."""
     return tuple(
         replace(runs[-1], steps=sum(r.steps for r in runs), detail={k: v for r in runs for k, v in r.detail.items()})
         for runs in zip(*reports, strict=True)

@@ -94,7 +94,8 @@ class Kn(Method):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """The change that writes `edits`, each by itself; the model is untouched. Moments and state are not used.
+        """Return the change that writes `edits`, each by itself; the model is untouched. Moments and state are not
+        used.
 
         Raises:
             InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
@@ -127,7 +128,8 @@ class Kn(Method):
         return reported(lm, lm.delta(changes, **record))
 
     def _rewrite(self, v: Tensor, e_old: Tensor, e_new: Tensor) -> Tensor:
-        """What is added to a value vector: section 4.2's -lambda_1 e_old + lambda_2 e_new, in units of its length."""
+        """Return what is added to a value vector: section 4.2's -lambda_1 e_old + lambda_2 e_new, in units of its
+        length."""
         if self.scale == "norm":
             e_old, e_new = (e * (v.norm() / e.norm()) for e in (e_old, e_new))
         return self.add * e_new - self.subtract * e_old
@@ -135,7 +137,7 @@ class Kn(Method):
     def _located(
         self, lm: LM, edits: Sequence[Edit], old: Sequence[Edit], prefixes: Sequence[str]
     ) -> Iterator[tuple[Edit, Edit, dict[MlpUnit, float]]]:
-        """Each edit with its old answer and its units, each with the sign of its activation."""
+        """Yield each edit with its old answer and its units, each with the sign of its activation."""
         attributed = edits if self.attributed == "target_new" else old
         find = partial(attribute_neurons, n_points=self.n_points, grid=self.grid, neuron=self.neuron)
         for edit, before, fact in zip(edits, old, attributed, strict=True):
@@ -147,14 +149,14 @@ class Kn(Method):
             yield edit, before, {(layer, j): float(sign[layer, j]) for layer, j in units}
 
     def _old(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
-        """The edits with the old answer in the new one's place."""
+        """Return the edits with the old answer in the new one's place."""
         unknown = [edit for edit in edits if edit.target_true is None]
         said = [text.strip() or edit.target_new for text, edit in zip(own_answers(lm, unknown), unknown, strict=True)]
         own = dict(zip((edit.id for edit in unknown), said, strict=True))
         return [replace(edit, target_new=edit.target_true or own[edit.id]) for edit in edits]
 
     def _embedding(self, lm: LM, edit: Edit) -> Float[Tensor, " d_model"]:
-        """The mean of the answer tokens' rows."""
+        """Return the mean of the answer tokens' rows."""
         module = lm.head if self.embedding == "output" else lm.model.get_submodule(lm.layout.embedding)
         matrix: Tensor = module.get_parameter("weight").detach()
         tokens = torch.tensor(answer_rows(lm, [edit])[0].target_ids, device=matrix.device)
@@ -162,7 +164,7 @@ class Kn(Method):
 
 
 def own_answers(lm: LM, edits: Sequence[Edit]) -> list[str]:
-    """What the model itself says after each prompt: a few words, up to the end of the sentence."""
+    """Return what the model itself says after each prompt: a few words, up to the end of the sentence."""
     from retcon.lm.generate import Writing, generate_in_chats
 
     how = Writing(max_new_tokens=4, stops=("\n", ".", ","))

@@ -129,7 +129,7 @@ class Kne(TuningSettings):
         }
 
     def for_next_try(self) -> "Kne":
-        """The same ensemble: it was located on these edits."""
+        """Return the same ensemble: it was located on these edits."""
         return replace(self, reuse=True)
 
     def propose(
@@ -145,7 +145,8 @@ class Kne(TuningSettings):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """The change that writes `edits` as one batch; the model is untouched. Contexts and moments are not used.
+        """Return the change that writes `edits` as one batch; the model is untouched. Contexts and moments are not
+        used.
 
         The delta's `state` is its ensemble; with `reuse`, that of an earlier call is taken over.
 
@@ -178,7 +179,7 @@ class Kne(TuningSettings):
         return union(self.sites(lm), own)
 
     def scores(self, lm: LM, facts: Sequence[Edit], *, seed: int = 0, progress: Progress = silent) -> list[Tensor]:
-        """The score of every unit of every site (`sites`), higher is sooner chosen."""
+        """Return the score of every unit of every site (`sites`), higher is sooner chosen."""
         sites = self.sites(lm)
         if self.score == "random":
             return random_scores(sites, self.granularity, seed)
@@ -188,24 +189,25 @@ class Kne(TuningSettings):
         return [s.abs() for s in found] if self.sign == "abs" else found
 
     def sites(self, lm: LM) -> list[Site]:
-        """The matrices, in order of layers; that order breaks ties. A block without such a matrix has none here."""
+        """Return the matrices, in order of layers; that order breaks ties. A block without such a matrix has none
+        here."""
         layers = range(lm.n_layers) if self.layers is None else self.layers
         check_depth(self.name, lm, layers)
         return sites_of_kinds(self.name, lm, layers, self.modules, routed=self.mlp == "experts")
 
     def choose(self, lm: LM, scores: Sequence[Tensor]) -> Ensemble:
-        """The units above the one threshold over all sites (Eqs. 6, 7)."""
+        """Return the units above the one threshold over all sites (Eqs. 6, 7)."""
         sites = self.sites(lm)
         return above_threshold(sites, scores, self.n_chosen(lm, sites))
 
     def n_chosen(self, lm: LM, sites: Sequence[Site]) -> int:
-        """How many units: max(1, round(p * units)); where a budget is given, p follows from it."""
+        """Return how many units: max(1, round(p * units)); where a budget is given, p follows from it."""
         p = self.p if self.budget is None else share_of_budget(lm, sites, self.budget)
         assert p is not None
         return max(1, round(p * sum(n_units(site, self.granularity) for site in sites)))
 
     def attribution(self) -> Attribution:
-        """How scores are found."""
+        """Return how scores are found."""
         return Attribution(
             path=self.path,
             n_points=self.n_points,

@@ -63,7 +63,8 @@ class Lora(TuningSettings):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """The change that writes `edits` as one adapter; the model is untouched. Contexts and moments are not used.
+        """Return the change that writes `edits` as one adapter; the model is untouched. Contexts and moments are not
+        used.
 
         The seed draws A and mini-batches.
 
@@ -90,11 +91,11 @@ class Lora(TuningSettings):
             return run.delta([*parts, *before], ended, state=kept if self.continue_adapter else None)
 
     def n_trained(self, lm: LM) -> int:
-        """How many values are trained."""
+        """Return how many values are trained."""
         return self.rank * sum(sum(site.shape) for site in sites_named(self.name, lm, self.layers, self.modules))
 
     def _given(self, site: Site, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The factors of a state, to be trained on."""
+        """Return the factors of a state, to be trained on."""
         out, into = site.shape
         found = [state.get(_key(site, which)) for which in ("B", "A")]
         for tensor, shape in zip(found, ((out, self.rank), (self.rank, into)), strict=True):

@@ -72,7 +72,7 @@ class Malmen(HypernetworkSettings):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """The change that writes `edits` as one batch; the model is untouched.
+        """Return the change that writes `edits` as one batch; the model is untouched.
 
         Only the editor is used: nothing is searched, drawn or kept.
 
@@ -149,7 +149,7 @@ class Malmen(HypernetworkSettings):
     def shifts(
         self, lm: LM, network: Hypernetwork, sites: Sequence[Site], drawn: Sequence[Drawn]
     ) -> tuple[list[tuple[Tensor, Tensor]], list[TrainedDense]]:
-        """The edits' pieces (u, delta) at each matrix, and S^T as a leaf that a gradient can be taken at."""
+        """Return the edits' pieces (u, delta) at each matrix, and S^T as a leaf that a gradient can be taken at."""
         found = gather_pieces(lm, sites, [d.edit for d in drawn], at_answers)
         for i, (u, delta) in enumerate(found):
             network.network(i).observe(u, delta)
@@ -163,7 +163,7 @@ class Malmen(HypernetworkSettings):
     def outer_step(
         self, lm: LM, sites: Sequence[Site], parts: Sequence[TrainedDense], drawn: Sequence[Drawn], *, backward: bool
     ) -> float:
-        """The mean over examples of NLL on the rephrasing plus weighted KL at the answer that should stay."""
+        """Return the mean over examples of NLL on the rephrasing plus weighted KL at the answer that should stay."""
         total = 0.0
         for group in in_passes(drawn):
             nll, kl = outer_losses(lm, group, base_log_probs(lm, group, "answers"), parts, "answers")

@@ -73,7 +73,8 @@ class Memit(BatchSettings):
         progress: Progress | None = None,
         update_filter: UpdateFilter | None = None,
     ) -> Delta:
-        """The change that writes `edits` as one batch; the model is untouched. `state` is taken with `cache_keys`."""
+        """Return the change that writes `edits` as one batch; the model is untouched. `state` is taken with
+        `cache_keys`."""
         if not self.cache_keys:
             check_stateless(f"{self.name} without cache_keys", state)
         routed = self.mlp == "experts"
@@ -100,7 +101,7 @@ class Memit(BatchSettings):
             return proposal.delta(found.report, state=kept)
 
     def value_sites(self, lm: LM) -> list[ValueSite]:
-        """The block's output, or the MLP's where a norm follows it."""
+        """Return the block's output, or the MLP's where a norm follows it."""
         return [self.value_site(self.layers[-1], self._target_tensor(lm))]
 
     def _target_tensor(self, lm: LM) -> TensorName:

@@ -73,7 +73,7 @@ class Mend(HypernetworkSettings):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """The change that writes `edits`, whose pieces are added up; the model is untouched.
+        """Return the change that writes `edits`, whose pieces are added up; the model is untouched.
 
         Only the editor is used: nothing is searched, drawn or kept.
 

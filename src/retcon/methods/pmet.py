@@ -67,11 +67,11 @@ class Pmet(BatchSettings):
         return replace(self, attention=False, settled_factor=None)
 
     def value_search(self, **more: Any) -> ValueSearch:
-        """How both values are searched."""
+        """Return how both values are searched."""
         return super().value_search(settled_factor=self.settled_factor, settled_kl=self.settled_kl, **more)
 
     def value_sites(self, lm: LM) -> list[ValueSite]:
-        """The MLP's output, whose value is written, and the attention's."""
+        """Return the MLP's output, whose value is written, and the attention's."""
         sites = [self.value_site(self.layers[-1], target_tensor(lm, self.site, self.name))]
         if self.attention:
             sites += [ValueSite(Point(self.layers[-1], "attn"), "subject_last", self.clamp, self.attn_weight_decay)]
@@ -91,7 +91,8 @@ class Pmet(BatchSettings):
         progress: Progress | None = None,
         update_filter: UpdateFilter | None = None,
     ) -> Delta:
-        """The change that writes `edits` as one batch; the model is untouched. Nothing is kept between batches."""
+        """Return the change that writes `edits` as one batch; the model is untouched. Nothing is kept between
+        batches."""
         check_stateless(self.name, state)
         tensor = target_tensor(lm, self.site, self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, weighted(self.moment_weight))

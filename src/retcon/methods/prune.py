@@ -106,7 +106,7 @@ class Prune(Filter):
         return lm.delta(changes, report=report, **kept)
 
     def _restrained(self, lm: LM, name: str, changes: Sequence[Change]) -> tuple[Sequence[Change], int]:
-        """The sum of a parameter's changes after the restraint, and how many singular values it lowered."""
+        """Return the sum of a parameter's changes after the restraint, and how many singular values it lowered."""
         base = lm.base_weight(name)
         if base.dim() != 2:
             return combined(changes, base.shape), 0

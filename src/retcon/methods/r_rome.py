@@ -53,7 +53,7 @@ class RRome(OneFactSettings):
         progress: Progress | None = None,
         update_filter: UpdateFilter | None = None,
     ) -> Delta:
-        """The change that writes one edit; the model is untouched. Nothing is kept between edits.
+        """Return the change that writes one edit; the model is untouched. Nothing is kept between edits.
 
         Raises:
             InvalidEdit: more than one edit, or one that cannot mean anything.

@@ -68,7 +68,7 @@ class Rect(Filter):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """The base method's change, filtered; the model is untouched. The state is the base method's."""
+        """Return the base method's change, filtered; the model is untouched. The state is the base method's."""
         k = self.keep_percent if self.keep_percent is not None else 40.0 if self.supports_batches else 20.0
 
         def kept(name: str, change: Change) -> Change:
@@ -127,7 +127,7 @@ class Rect(Filter):
 
 
 def as_change(update: Tensor, base: Change) -> Change:
-    """A filtered update in its smallest exact form: its entries, or all of it where those take more room."""
+    """Return a filtered update in its smallest exact form: its entries, or all of it where those take more room."""
     part = base.part_of(update)
     index = part.flatten().nonzero()[:, 0]
     if len(index) * (8 + update.element_size()) < part.numel() * update.element_size():

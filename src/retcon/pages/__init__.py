@@ -48,7 +48,7 @@ class FactOutcome:
     answers: tuple[Answered, ...]
 
     def of(self, kind: PromptKind) -> tuple[Answered, ...]:
-        """The answers to prompts of one kind."""
+        """Return the answers to prompts of one kind."""
         return tuple(a for a in self.answers if a.kind == kind)
 
     @property

@@ -34,7 +34,7 @@ class Change:
         self.caches: list[Any] = []
 
     def path(self, name: str) -> Path:
-        """Where to write the file that shall be `name` in the store."""
+        """Return where to write the file that shall be `name` in the store."""
         return self.transaction.path(name)
 
     def commit(
@@ -80,7 +80,7 @@ class Change:
         contexts: Any = None,
         progress: "Progress | None" = None,
     ) -> "Attachment":
-        """A delta on the model as it is, in the store's precision, staged with its values."""
+        """Return a delta on the model as it is, in the store's precision, staged with its values."""
         from retcon.memory.values import ValueCache
         from retcon.memory.values.store import KnownValues
 
@@ -115,7 +115,7 @@ class Change:
         progress: "Progress | None",
         editor: "str | os.PathLike[str] | None" = None,
     ) -> "Attachment":
-        """The delta's method, settings, contexts and seed once more, for these facts, on the model as it is.
+        """Return the delta's method, settings, contexts and seed once more, for these facts, on the model as it is.
 
         Args:
             editor: where the trained editor is that the delta was made with; only its last part is on record.
@@ -165,7 +165,7 @@ class Change:
 
 
 def _editor_of(delta: str, made: Mapping[str, Any], given: "str | os.PathLike[str] | None") -> str:
-    """The file of the trained editor that a delta was made with: the one given, or the one on record."""
+    """Return the file of the trained editor that a delta was made with: the one given, or the one on record."""
     path = Path(made["settings"]["editor"] if given is None else given)
     name_it = "name it: --editor FILE"
     if not path.is_file():
@@ -183,15 +183,15 @@ def _editor_of(delta: str, made: Mapping[str, Any], given: "str | os.PathLike[st
 
 
 def last_state(lm: "LM", method: "Method") -> Any:
-    """What a sequential method left behind in the last delta, where that is one of its own."""
+    """Return what a sequential method left behind in the last delta, where that is one of its own."""
     if lm.applied and lm.applied[-1].provenance.get("method") == method.name:
         return lm.applied[-1].state
     return None
 
 
 def in_precision(lm: "LM", delta: "Attachment", precision: Precision) -> "Attachment":
-    """The delta with its changes in that precision, and with what the model says then in its report; an attachment of
-    another kind as it is.
+    """Return the delta with its changes in that precision, and with what the model says then in its report; an
+    attachment of another kind as it is.
 
     Raises:
         NonFinite: a value is out of float16's range.

@@ -52,11 +52,11 @@ class Contents:
         return f"Store({self.path}: {self.model}, {len(self.log())} entries)"
 
     def log(self) -> tuple[Entry, ...]:
-        """Every entry, oldest first."""
+        """Return every entry, oldest first."""
         return read_log(self.path / LOG)
 
     def entry(self, name: str) -> Entry:
-        """An entry by its id, the beginning of it, or `HEAD`, `HEAD~1`, ...
+        """Return an entry by its id, the beginning of it, or `HEAD`, `HEAD~1`, ...
 
         Raises:
             UnknownEntry: there is none, or several begin so.
@@ -64,7 +64,7 @@ class Contents:
         return _named(name, self.log())
 
     def state(self, at: str | None = None) -> State:
-        """The deltas in force after an entry (`base`: before the first); now by default."""
+        """Return the deltas in force after an entry (`base`: before the first); now by default."""
         entries = self.log()
         found = states(self.base, entries, self.path / LOG)
         if at is None:
@@ -74,7 +74,7 @@ class Contents:
         return found[1 + entries.index(_named(at, entries))]
 
     def history_of_states(self) -> list[tuple[Entry, State]]:
-        """Every entry, oldest first, with the state after it."""
+        """Return every entry, oldest first, with the state after it."""
         entries = self.log()
         return list(zip(entries, states(self.base, entries, self.path / LOG)[1:], strict=True))
 
@@ -84,7 +84,7 @@ class Contents:
         return Index(self.path)
 
     def lines_by_delta(self, fact: str | None = None) -> dict[str, dict[str, Line]]:
-        """The facts of every delta that ever was, by id, in order; one fact alone where it is named."""
+        """Return the facts of every delta that ever was, by id, in order; one fact alone where it is named."""
         held: dict[str, dict[str, Line]] = {}
         by_entry = self.index.by_entry(fact)
         for entry in self.log():
@@ -105,18 +105,18 @@ class Contents:
         return held
 
     def facts(self, at: str | None = None) -> list[Line]:
-        """The facts in force after an entry, in order of application."""
+        """Return the facts in force after an entry, in order of application."""
         return self._facts(at, self.lines_by_delta())
 
     def _facts(self, at: str | None, held: Mapping[str, Mapping[str, Line]]) -> list[Line]:
         return [line for delta in self.state(at).deltas for line in held.get(delta, {}).values()]
 
     def cases(self, at: str | None = None) -> list[Case]:
-        """The facts in force after an entry, with their checks."""
+        """Return the facts in force after an entry, with their checks."""
         return [self.index.case(line) for line in self.facts(at)]
 
     def fact(self, name: str, at: str | None = None) -> tuple[Line, str]:
-        """A fact that is in force, by its id or the beginning of it, and the delta that holds it.
+        """Return a fact that is in force, by its id or the beginning of it, and the delta that holds it.
 
         Raises:
             UnknownEntry: there is none; the message says whether it was reverted.
@@ -128,7 +128,7 @@ class Contents:
         return live[one_named(name, live, "fact")]
 
     def history(self, fact: str) -> list[tuple[Entry, Line | None]]:
-        """The entries that changed a fact, oldest first, with what it was from then on; None: not in force."""
+        """Return the entries that changed a fact, oldest first, with what it was from then on; None: not in force."""
         if not self.index.of_fact(fact):
             return []
         held, found = self.lines_by_delta(fact), []
@@ -142,7 +142,8 @@ class Contents:
         return found
 
     def diff(self, a: str, b: str | None = None) -> tuple[list[Line], list[Line], list[tuple[Line, Line]]]:
-        """The facts that came, that went, and that changed from the state after one entry to that after another."""
+        """Return the facts that came, that went, and that changed from the state after one entry to that after
+        another."""
         held = self.lines_by_delta()
         before = {line.fact: line for line in self._facts(a, held)}
         after = {line.fact: line for line in self._facts(b, held)}
@@ -170,7 +171,7 @@ class Contents:
         return found
 
     def file(self, folder: str, delta: str) -> Path:
-        """The file of a delta, or of its values.
+        """Return the file of a delta, or of its values.
 
         Raises:
             MalformedFile: it is missing; the message says why it can be.
@@ -195,15 +196,15 @@ class Contents:
         return sum(file.stat().st_size for file in files if file.is_file())
 
     def deltas(self, at: str | None = None) -> list["Attachment"]:
-        """The deltas in force after an entry, in order of application."""
+        """Return the deltas in force after an entry, in order of application."""
         return [self.delta(name) for name in self.state(at).deltas]
 
     def paths(self, at: str | None = None) -> list[Path]:
-        """The files of these deltas."""
+        """Return the files of these deltas."""
         return [self.file(DELTAS, name) for name in self.state(at).deltas]
 
     def check_base(self, lm: "LM") -> None:
-        """Raises WrongBase where the store is of another model than this."""
+        """Raise WrongBase where the store is of another model than this."""
         if lm.fingerprint() != self.base:
             raise WrongBase(
                 f"{self.path} holds edits of {self.model} (fingerprint {self.base[:12]}), this is {lm.name!r} "
@@ -239,7 +240,7 @@ class Contents:
 
     @contextmanager
     def at(self, lm: "LM", entry: str | None = None) -> Iterator[State]:
-        """The model in the state after an entry, while the scope lasts."""
+        """Put the model in the state after an entry while the scope lasts."""
         before = lm.applied
         try:
             yield self.checkout(lm, entry)
@@ -253,7 +254,7 @@ class Contents:
 
 
 def _named(name: str, entries: tuple[Entry, ...]) -> Entry:
-    """The entry that `Contents.entry` is asked for."""
+    """Return the entry that `Contents.entry` is asked for."""
     head, tilde, back = name.partition("~")
     if head == "HEAD" and (not tilde or back.isdecimal()):
         place = len(entries) - 1 - int(back or 0)

@@ -39,7 +39,7 @@ class Entry:
 
     @classmethod
     def make(cls, action: Action, message: str, *, time: str, after: str | None, **parts: Any) -> "Entry":
-        """An entry with the id that follows from its content."""
+        """Return an entry with the id that follows from its content."""
         content = cls("", time, action, message, after, **parts)
         digest = hashlib.sha256(json.dumps(asdict(content), sort_keys=True).encode()).hexdigest()
         return cls(digest[:12], time, action, message, after, **parts)
@@ -69,7 +69,7 @@ class State:
         return hashlib.sha256(json.dumps([self.base, *self.deltas]).encode()).hexdigest()[:16]
 
     def slot_of(self, delta: str) -> str:
-        """The slot that holds a delta.
+        """Return the slot that holds a delta.
 
         Raises:
             UnknownEntry: none does.
@@ -87,7 +87,7 @@ class State:
 
 
 def read_log(path: Path) -> tuple[Entry, ...]:
-    """The entries of a log, oldest first.
+    """Return the entries of a log, oldest first.
 
     Raises:
         MalformedFile: a line that is no entry, merge marks, or an entry that is there twice.
@@ -149,7 +149,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def states(base: str, entries: Sequence[Entry], where: Path) -> list[State]:
-    """The state before the first entry and after each.
+    """Return the state before the first entry and after each.
 
     Raises:
         MalformedFile: two merged branches have changed the same delta, or the entry that made one is missing.
@@ -177,7 +177,7 @@ def states(base: str, entries: Sequence[Entry], where: Path) -> list[State]:
 
 
 def one_named(name: str, known: Iterable[str], what: str) -> str:
-    """The one of `known` that `name` is, or begins.
+    """Return the one of `known` that `name` is, or begins.
 
     Raises:
         UnknownEntry: none or several are; the message names them.

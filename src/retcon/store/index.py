@@ -88,7 +88,7 @@ class Index:
         self.connection.close()
 
     def by_entry(self, fact: str | None = None) -> dict[str, list[Line]]:
-        """All lines, those of each file in order; of one fact alone where it is named."""
+        """Return all lines, those of each file in order; of one fact alone where it is named."""
         where, values = ("WHERE fact = ? ", (fact,)) if fact is not None else ("", ())
         found: dict[str, list[Line]] = {}
         rows = self.connection.execute(f"SELECT {_SHOWN} FROM facts {where}ORDER BY entry, number", values)
@@ -97,12 +97,12 @@ class Index:
         return found
 
     def of_entry(self, entry: str) -> list[Line]:
-        """The lines of one file, in order."""
+        """Return the lines of one file, in order."""
         found = self.connection.execute(f"SELECT {_SHOWN} FROM facts WHERE entry = ? ORDER BY number", (entry,))
         return [Line(*row) for row in found]
 
     def of_fact(self, fact: str) -> list[Line]:
-        """The lines of one fact, in whatever entry: by its id, or that of one of its edits."""
+        """Return the lines of one fact, in whatever entry: by its id, or that of one of its edits."""
         found = self.connection.execute(f"SELECT {_SHOWN} FROM facts WHERE fact = ? ORDER BY entry", (fact,))
         return [Line(*row) for row in found]
 
@@ -111,7 +111,7 @@ class Index:
         return dict(self.connection.execute("SELECT entry, count(*) FROM facts GROUP BY entry"))
 
     def case(self, line: Line) -> Case:
-        """The fact of a line, with its checks."""
+        """Return the fact of a line, with its checks."""
         row = self.connection.execute(
             "SELECT record FROM facts WHERE entry = ? AND number = ?", (line.entry, line.number)
         ).fetchone()
@@ -156,7 +156,7 @@ def _case(record: dict[str, Any], where: str) -> Case:
 
 
 def clashes(lines: Iterable[Line]) -> Iterator[tuple[Line, Line]]:
-    """Every fact that has the id of an earlier one, or answers the same question, after that one."""
+    """Yield every fact that has the id of an earlier one, or answers the same question, after that one."""
     ids: dict[str, Line] = {}
     questions: dict[str, Line] = {}
     for line in lines:
@@ -170,7 +170,7 @@ def clashes(lines: Iterable[Line]) -> Iterator[tuple[Line, Line]]:
 
 
 def two_answers(one: Line, other: Line) -> str:
-    """What to say of two facts in force that clash."""
+    """Return what to say of two facts in force that clash."""
     return (
         f"fact {one.fact!r} of entry {one.entry} ({one.target!r}) and fact {other.fact!r} of entry {other.entry} "
         f"({other.target!r}) are both in force and answer {one.prompt!r}; were two branches merged? Take one back: "
@@ -179,12 +179,12 @@ def two_answers(one: Line, other: Line) -> str:
 
 
 def fact_line(case: Case, delta: str) -> str:
-    """A fact as its file has it: one line."""
+    """Return a fact as its file has it: one line."""
     return json.dumps({"delta": delta, **case_record(case)}, ensure_ascii=False)
 
 
 def with_target(case: Case, target: str) -> Case:
-    """The fact with another answer, in its edit and in its checks.
+    """Return the fact with another answer, in its edit and in its checks.
 
     Checks whose answers followed from the old one (portability, two hops) are left out: what follows now is not known.
 

@@ -22,7 +22,7 @@ _COMMIT = "commit.json"
 
 @contextmanager
 def writing(root: Path) -> Iterator[None]:
-    """The turn of one writer; what an earlier one was killed at is finished first.
+    """Take the turn of one writer; what an earlier one was killed at is finished first.
 
     Raises:
         StoreBusy: another process is writing.
@@ -76,7 +76,7 @@ class Transaction:
         self.files: list[str] = []
 
     def path(self, name: str) -> Path:
-        """Where to write the file that shall be `name` in the store."""
+        """Return where to write the file that shall be `name` in the store."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name not in self.files:

@@ -100,7 +100,7 @@ class Store(Contents):
 
     @staticmethod
     def check_new(path: str | os.PathLike[str]) -> None:
-        """Raises InvalidSetting where there is a store, or something else, already."""
+        """Raise InvalidSetting where there is a store, or something else, already."""
         root = Path(path)
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             what = "a store already" if (root / CONFIG).is_file() else "in use for something else"
@@ -194,7 +194,7 @@ class Store(Contents):
                     )
 
     def questions(self) -> dict[tuple[str, str], tuple[str, Edit]]:
-        """The questions that facts in force answer (`same_question`): the fact that does, and its edit."""
+        """Return the questions that facts in force answer (`same_question`): the fact that does, and its edit."""
         return {same_question(edit): (line.fact, edit) for line in self.facts() for edit in self.index.case(line).edits}
 
     def revert(self, name: str, *, message: str = "") -> Entry:

@@ -100,7 +100,8 @@ class Verification:
         return {kind: found[kind] for kind in KINDS if kind in found}
 
     def junit(self) -> str:
-        """The checks as JUnit XML: a test case each, a failure where it counts, `skipped` where it never passed."""
+        """Return the checks as JUnit XML: a test case each, a failure where it counts, `skipped` where it never
+        passed."""
         cases = []
         failed = set(map(id, self.failed))
         for check in self.checks:
@@ -122,7 +123,7 @@ class Verification:
         return f'<?xml version="1.0" encoding="UTF-8"?>\n<testsuites {suite}>\n{inner}\n</testsuites>\n'
 
     def html(self) -> str:
-        """The result as one self-contained page: a row per fact, to filter and to sort."""
+        """Return the result as one self-contained page: a row per fact, to filter and to sort."""
         return render("verify.html", found=self, titles=TITLES, table=self._table())
 
     def _table(self) -> FactTable:
@@ -139,7 +140,7 @@ class Verification:
         )
 
     def markdown(self) -> str:
-        """The result as Markdown: for a pull request's comment or a job's summary."""
+        """Return the result as Markdown: for a pull request's comment or a job's summary."""
         verdict = "nothing broke" if self.ok else f"{len(self.failed)} checks fail"
         lines = [
             f"## {'✅' if self.ok else '❌'} retcon verify: {verdict}",
@@ -175,7 +176,7 @@ _ROWS: Mapping[CheckKind, PromptKind] = {
 
 
 def _answered(check: Check) -> Answered:
-    """A check as the table of facts shows it."""
+    """Return a check as the table of facts shows it."""
     passed, broke = check.outcome == "passed", check.outcome == "broke"
     since = f"broke in {check.since.id} ({check.since.message})" if check.since is not None else ""
     after = check.wanted if passed else check.said or "something else"
@@ -254,7 +255,7 @@ def verify(
 
 
 def _in_force_since(store: Store, entries: Sequence[Entry]) -> dict[Line, int]:
-    """The place of the entry since which each fact is in force as it is."""
+    """Return the place of the entry since which each fact is in force as it is."""
     held = store.lines_by_delta()
     since: dict[Line, int] = {}
     for place, entry in enumerate(entries):
@@ -265,7 +266,7 @@ def _in_force_since(store: Store, entries: Sequence[Entry]) -> dict[Line, int]:
 
 
 def _own(case: Case) -> tuple[Query, ...]:
-    """The checks of what must stay: its own prompts, or all where it has none of those."""
+    """Return the checks of what must stay: its own prompts, or all where it has none of those."""
     return tuple(q for q in case.queries if q.axis in ("rewrite", "paraphrase")) or case.queries
 
 
@@ -280,7 +281,8 @@ def _kind(axis: str) -> CheckKind:
 def _blame(
     asker: "_Asker", entries: Sequence[Entry], failing: Iterable[tuple[str, str]], born: Mapping[str, int]
 ) -> dict[tuple[str, str], Entry | None]:
-    """The entry that broke each failing check, by halving; None where it did not pass when its fact was written."""
+    """Return the entry that broke each failing check, by halving; None where it did not pass when its fact was
+    written."""
     found: dict[tuple[str, str], Entry | None] = {}
     by_birth: dict[int, list[tuple[str, str]]] = {}
     for place in failing:
@@ -328,7 +330,7 @@ class _Asker:
             self.before = measure(lm, self.plan, self.measures, "pre")
 
     def ask(self, at: str | None, cases: Sequence[Case]) -> dict[tuple[str, str], bool]:
-        """Whether each check passes; those that cannot be asked are left out."""
+        """Return whether each check passes; those that cannot be asked are left out."""
         from retcon.evaluation.measure import measure
         from retcon.evaluation.plan import plan_queries
 
@@ -346,7 +348,7 @@ class _Asker:
         return passed
 
     def again(self, at: str, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], bool]:
-        """The same of a few checks, by (fact, query)."""
+        """Return the same of a few checks, by (fact, query)."""
         wanted = set(places)
         cases = []
         for fact in dict.fromkeys(fact for fact, _ in places):
@@ -356,7 +358,7 @@ class _Asker:
         return {place: found.get(place, False) for place in places}
 
     def say(self, at: str | None, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
-        """What the model writes after the prompts of these checks."""
+        """Return what the model writes after the prompts of these checks."""
         from retcon.evaluation.writing import PRESETS
         from retcon.lm.generate import generate_in_chats
 

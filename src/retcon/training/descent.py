@@ -74,17 +74,17 @@ class Descent:
     are kept)."""
 
     def first(self, n: int) -> "Descent":
-        """How it ended for the first `n` edits."""
+        """Return how it ended for the first `n` edits."""
         return Descent(self.loss[:n], self.steps[:n], self.stopped[:n])
 
     def report(self, edits: Sequence[Edit]) -> tuple[EditReport, ...]:
-        """The edits' reports; probability is exp(-L_e)."""
+        """Return the edits' reports; probability is exp(-L_e)."""
         each = zip(edits, self.loss, self.steps, self.stopped, strict=True)
         return tuple(EditReport(e.id, math.exp(-loss), n, why, {"nll": loss}) for e, loss, n, why in each)
 
 
 def shares(rows: Sequence[Row], items: Sequence[int], reduction: Reduction) -> Float[Tensor, " n"]:
-    """What each edit of a mini-batch contributes to its loss; sums to 1."""
+    """Return what each edit of a mini-batch contributes to its loss; sums to 1."""
     if reduction == "per_edit":
         return torch.full((len(items),), 1 / len(items), dtype=torch.float64)
     lengths = torch.tensor([len(rows[i].target_ids) for i in items], dtype=torch.float64)

@@ -138,7 +138,7 @@ class Fit:
         write_checked(unfinished, TRAINING, identity, tensors, {"step": i, "curve": curve})
 
     def _resume(self, unfinished: Path, identity: Mapping[str, Any]) -> int:
-        """The step to begin with: where a killed run of the same training was, else 0."""
+        """Return the step to begin with: where a killed run of the same training was, else 0."""
         found = cached(unfinished, TRAINING, identity)
         if found is None:
             return 0

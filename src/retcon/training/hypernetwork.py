@@ -167,13 +167,13 @@ class Hypernetwork(nn.Module):
         )
 
     def network(self, i: int) -> PieceNetwork:
-        """The network of the i-th matrix."""
+        """Return the network of the i-th matrix."""
         found = self.networks[_key(self.shapes[i])]
         assert isinstance(found, PieceNetwork)
         return found
 
     def number(self, i: int) -> int:
-        """Which of the matrices of its shape the i-th matrix is."""
+        """Return which of the matrices of its shape the i-th matrix is."""
         return self.shapes[:i].count(self.shapes[i])
 
     def transform(
@@ -189,5 +189,5 @@ def _key(shape: tuple[int, int]) -> str:
 
 
 def not_zero(u: Float[Tensor, "*tokens in"], delta: Float[Tensor, "*tokens out"]) -> Bool[Tensor, "*tokens"]:
-    """Which tokens have a piece at all: padding has none, nor has what the loss does not depend on."""
+    """Return which tokens have a piece at all: padding has none, nor has what the loss does not depend on."""
     return (u != 0).any(-1) & (delta != 0).any(-1)

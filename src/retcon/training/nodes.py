@@ -51,15 +51,15 @@ class Nodes:
         self.tensors = [t.requires_grad_() for t in grown]
 
     def chosen(self, units: Int[Tensor, " k"]) -> Bool[Tensor, " n"]:
-        """Which of the nodes here are among `units`."""
+        """Return which of the nodes here are among `units`."""
         return torch.isin(self.index, units.to(self.index.device))
 
     def parts(self) -> list[Part]:
-        """What the nodes add to the module's output."""
+        """Return what the nodes add to the module's output."""
         return self._parts(self.index, self.tensors)
 
     def averaged(self, sources: Int[Tensor, " s"], units: Int[Tensor, " k"]) -> list[Part]:
-        """The mean change of the nodes at places `sources`, put on each of `units` in their place.
+        """Return the mean change of the nodes at places `sources`, put on each of `units` in their place.
 
         Gradients flow into the sources.
         """

@@ -82,7 +82,7 @@ class AnswerLoss:
 
     @torch.no_grad()
     def now(self) -> list[float]:
-        """Every row's loss."""
+        """Return every row's loss."""
         chunks = self.chunks(range(len(self.rows)))
         found = {i: loss for chunk in chunks for i, loss in zip(chunk, self(chunk).tolist(), strict=True)}
         return [found[i] for i in range(len(self.rows))]
@@ -156,7 +156,7 @@ class GroupLoss:
 
 @torch.no_grad()
 def own_answers(lm: LM, rows: Sequence[Row]) -> list[tuple[int, ...]]:
-    """What the model itself would say at each answer position, the answer's earlier tokens given."""
+    """Return what the model itself would say at each answer position, the answer's earlier tokens given."""
     said: list[tuple[int, ...]] = [()] * len(rows)
     for chunk in token_chunks(rows, range(len(rows))):
         here = [rows[i] for i in chunk]

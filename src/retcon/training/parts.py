@@ -37,10 +37,11 @@ class Part(Protocol):
         """Name of the parameter that it changes."""
 
     def trained(self) -> list[Tensor]:
-        """Its tensors, for an optimiser."""
+        """Return its tensors, for an optimiser."""
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """The module's output `y` (..., out) with the piece's contribution at the input `x` (..., in), out of place."""
+        """Return the module's output `y` (..., out) with the piece's contribution at the input `x` (..., in), out of
+        place."""
 
     def change(self) -> tuple[str, Change]:
         """Parameter name and change, in stored orientation, detached and on the CPU."""
@@ -118,7 +119,7 @@ class TrainedBias(_Units):
         return self.site.bias_name
 
     def weight(self) -> Tensor:
-        """What `values` are added to, in their precision."""
+        """Return what `values` are added to, in their precision."""
         bias = self.site.bias
         assert bias is not None
         return bias[self.index].to(self.values.dtype)
@@ -206,7 +207,7 @@ class TrainedDense(_OnSite):
         return [self.values]
 
     def weight(self) -> Tensor:
-        """What `values` are added to, in their precision."""
+        """Return what `values` are added to, in their precision."""
         return self.site.weight.to(self.values.dtype)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
@@ -230,7 +231,7 @@ class TrainedParameter:
         return [self.values]
 
     def weight(self) -> Tensor:
-        """What `values` are added to, in their precision."""
+        """Return what `values` are added to, in their precision."""
         own: Tensor = getattr(self.module, self.parameter.rpartition(".")[2]).detach()
         return own.to(self.values.dtype)
 
@@ -244,7 +245,7 @@ class TrainedParameter:
         return self.parameter, Dense(full=self.values.detach().cpu())
 
     def _output(self, x: Tensor, values: Tensor) -> Tensor:
-        """The module's output with `values` in place of the parameter, and zeros in place of its others."""
+        """Return the module's output with `values` in place of the parameter, and zeros in place of its others."""
         own = self.parameter.rpartition(".")[2]
         others = {n: values.new_zeros(()).expand(p.shape) for n, p in self.module.named_parameters() if n != own}
         named = {f"inner.{n}": tensor for n, tensor in (others | {own: values}).items()}
@@ -280,7 +281,7 @@ def trained_units(
 
 
 def whole(site: Site, *, bias: bool = True) -> list[Whole]:
-    """All of a matrix, unchanged so far, and of its bias where it has one and that is wanted too."""
+    """Return all of a matrix, unchanged so far, and of its bias where it has one and that is wanted too."""
     out, into = site.shape
     parts: list[Whole] = [TrainedDense(site, fresh(site, out, into))]
     if bias and site.bias is not None:
@@ -289,7 +290,7 @@ def whole(site: Site, *, bias: bool = True) -> list[Whole]:
 
 
 def whole_parameter(module: nn.Module, name: str) -> TrainedParameter:
-    """A parameter of `module`, by its full name, unchanged so far."""
+    """Return a parameter of `module`, by its full name, unchanged so far."""
     own: Tensor = getattr(module, name.rpartition(".")[2])
     dtype = torch.promote_types(own.dtype, torch.float32)
     return TrainedParameter(module, name, torch.zeros(own.shape, dtype=dtype, device=own.device, requires_grad=True))
@@ -303,7 +304,7 @@ def fresh(site: Site, *shape: int) -> Tensor:
 
 @contextmanager
 def attached(parts: Iterable[Part]) -> Iterator[None]:
-    """The model with the parts' contributions while the scope lasts; several parts of one module add up in order."""
+    """Add the parts' contributions to the model while the scope lasts; several parts of one module add up in order."""
     by_module: dict[nn.Module, list[Part]] = {}
     for part in parts:
         by_module.setdefault(part.module, []).append(part)
@@ -317,7 +318,8 @@ def attached(parts: Iterable[Part]) -> Iterator[None]:
 
 
 def changes(parts: Iterable[Part]) -> dict[str, list[Change]]:
-    """What the parts add to the weights, by parameter, in stored orientation; parts that add nothing are left out."""
+    """Return what the parts add to the weights, by parameter, in stored orientation; parts that add nothing are left
+    out."""
     found: dict[str, list[Change]] = {}
     for part in parts:
         if not all(bool(tensor.detach().any()) for tensor in part.trained()):

@@ -36,7 +36,7 @@ class PathNodes:
         return [part for nodes in self.nodes for part in nodes.parts()]
 
     def values(self) -> list[Tensor]:
-        """The tensors that the parts train."""
+        """Return the tensors that the parts train."""
         return [tensor for nodes in self.nodes for tensor in nodes.tensors]
 
     def choose(self, found: Transmission, *, train_negative: bool) -> None:

@@ -42,7 +42,7 @@ POLL_SECONDS = 0.1
 
 
 def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
-    """The application.
+    """Return the application.
 
     Args:
         token: what a browser must bring, once in the address and from then on as a cookie.
@@ -105,7 +105,7 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
         return show(f"{name}.html") if name in PANELS else PlainTextResponse("no such panel", status_code=404)
 
     async def act(request: Request) -> Response:
-        """One action of the form; what goes wrong at once is shown beside it."""
+        """Do one action of the form; what goes wrong at once is shown beside it."""
         body = await request.body()
         if len(body) > MAX_BODY:
             return PlainTextResponse("too much at once", status_code=413, headers=_HEADERS)
@@ -197,4 +197,4 @@ ACTIONS: dict[str, Callable[[Session, dict[str, str]], str | None]] = {
 
 
 def _started(job: object) -> None:
-    """What a job says, it says in its own panel."""
+    """Return nothing for the page: a job reports in its own panel."""

@@ -36,7 +36,7 @@ def pasted_cases(text: str) -> list[Case]:
 
 
 def _from_line(line: str, number: int) -> Case:
-    """A fact from `prompt | subject | answer`."""
+    """Read a fact from `prompt | subject | answer`."""
     parts = [part.strip() for part in line.split("|")]
     if len(parts) != 3:
         raise InvalidSetting(f"line {number}: expected prompt | subject | answer, found {len(parts)} parts")

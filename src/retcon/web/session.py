@@ -186,7 +186,7 @@ class Session:
         self.version += 1
 
     def heard(self, job: Job) -> Callable[[str, int, int], None]:
-        """The progress of a job, which is also where it is cancelled."""
+        """Return the progress of a job, which is also where it is cancelled."""
 
         def hear(stage: str, done: int, total: int) -> None:
             if job.cancel:
@@ -385,7 +385,7 @@ class Session:
     # --- the store -----------------------------------------------------------------------------------------------
 
     def rows(self) -> list[dict[str, Any]]:
-        """The entries that hold deltas, oldest first, with what a switch needs."""
+        """Return the entries that hold deltas, oldest first, with what a switch needs."""
         state = self.store.state()
         counts = self.store.index.counts()
         found = []
@@ -398,11 +398,11 @@ class Session:
         return found
 
     def facts(self, words: str = "", order: str = "applied", rows: int = N_ROWS) -> Listing:
-        """The facts in force in the state that is shown; the arguments are those of `listing.listed`."""
+        """Return the facts in force in the state that is shown; the arguments are those of `listing.listed`."""
         return listed(self.store.facts(self.viewing), words, order, rows)
 
     def _undoing(self, entry: Entry, slots: Mapping[str, str | None]) -> str | None:
-        """The entry to revert so that `entry` is in force again."""
+        """Return the entry to revert so that `entry` is in force again."""
         for other in reversed(self.store.log()):
             if any(slot in entry.sets and now is None for slot, (_, now) in other.sets.items()):
                 return other.id
@@ -511,7 +511,7 @@ class Session:
         return self.submit("verify", run)
 
     def lamps(self) -> list[dict[str, Any]]:
-        """The four questions, with counts and the cases that fell short."""
+        """Return the four questions, with counts and the cases that fell short."""
         from retcon.store.verify import KINDS, TITLES
 
         found = []
@@ -565,7 +565,7 @@ def _searched(entry: Entry) -> str:
 
 
 def _layers(settings: Mapping[str, Any]) -> str:
-    """The layers that a method's settings name."""
+    """Return the layers that a method's settings name."""
     named = {name: settings.get(name) for name in ("layer", "layers", "low", "high")}
     parts = []
     for name, value in named.items():

@@ -80,7 +80,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _is_damaged(path: Path, kind: str) -> bool:
-    """Whether a file of the cache is not what its checksum says."""
+    """Return whether a file of the cache is not what its checksum says."""
     from retcon.checked import read_intact
     from retcon.memory.moments import DERIVED_SUFFIX, load_moment, moment_keys
 

@@ -140,7 +140,7 @@ def _page(verdict: "Verdict", about: str, against: "tuple[str, Verdict] | None")
 
 
 def _facts(verdict: "Verdict", against: "tuple[str, Verdict] | None") -> FactTable:
-    """A row per case; two sides where there is something to compare with."""
+    """Return a row per case; two sides where there is something to compare with."""
     sides = [_outcomes(verdict), *([_outcomes(against[1])] if against else [])]
     before = {f.case.id: f.before for f in reversed(verdict.findings) if f.query.axis == "rewrite" and f.before}
     rows = [
@@ -162,7 +162,7 @@ def _facts(verdict: "Verdict", against: "tuple[str, Verdict] | None") -> FactTab
 
 
 def _outcomes(verdict: "Verdict") -> dict[str, FactOutcome]:
-    """What came of each case's prompts, by case id."""
+    """Return what came of each case's prompts, by case id."""
     from retcon.evaluation.metrics import is_locality
 
     answers: dict[str, list[Answered]] = {}

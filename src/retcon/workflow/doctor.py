@@ -190,7 +190,7 @@ def _keys(lm: LM) -> tuple[Outcome, str]:
 
 
 def _edit(lm: LM, name: str) -> tuple[Outcome, str]:
-    """An edit makes its answer likelier, once in the weights."""
+    """Check that an edit makes its answer likelier, once in the weights."""
     proposed = _proposed(lm, name)
     if isinstance(proposed, str):
         return "skipped", proposed
@@ -215,7 +215,7 @@ def _undo(lm: LM) -> tuple[Outcome, str]:
 
 
 def _save(lm: LM) -> tuple[Outcome, str]:
-    """The edited model, saved and read by transformers alone, gives the same logits."""
+    """Return the edited model, saved and read by transformers alone, gives the same logits."""
     row = _rows(lm)[0]
     ids = torch.tensor([row.ids], device=lm.device)
     delta = _any_delta(lm)
@@ -233,7 +233,7 @@ def _save(lm: LM) -> tuple[Outcome, str]:
 
 
 def _proposed(lm: LM, name: str) -> Any:
-    """A delta of one edit by that method in the model's middle, or why there is none."""
+    """Return a delta of one edit by that method in the model's middle, or why there is none."""
     with_mlp = [i for i in range(lm.n_layers) if lm.has(i, "down_proj") or lm.kinds[i].experts]
     dense = [i for i in with_mlp if lm.has(i, "down_proj")]
     middle = lambda layers: layers[len(layers) // 3 : len(layers) // 3 + 2]  # noqa: E731
@@ -310,7 +310,7 @@ def _random(n: int, width: int, site: Site) -> Tensor:
 
 
 def _apart(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference over the largest value."""
+    """Return the largest difference over the largest value."""
     scale = float(wanted.abs().max())
     return float((found.to(wanted.device) - wanted).abs().max()) / (scale or 1.0)
 

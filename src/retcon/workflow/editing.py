@@ -54,7 +54,7 @@ def write_facts(
     check_out: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
 ) -> Made:
-    """One delta for all `edits`, on top of what is applied to `lm`, which stays as it is.
+    """Return one delta for all `edits`, on top of what is applied to `lm`, which stays as it is.
 
     Args:
         moments: None: those of `corpus`, or the model's default ones, where the method uses any.
@@ -100,7 +100,7 @@ def write_facts(
 
 
 def state_after(deltas: "Sequence[Attachment]", method: str) -> "Mapping[str, Tensor] | None":
-    """What a sequential method takes up from the last of these deltas, where that was its own."""
+    """Return what a sequential method takes up from the last of these deltas, where that was its own."""
     return deltas[-1].state if deltas and deltas[-1].provenance.get("method") == method else None
 
 
@@ -136,7 +136,7 @@ def took_line(reports: "Sequence[EditReport]") -> str:
 
 
 def outcomes(delta: "Attachment") -> str:
-    """Two lines on what became of the edits: how many took, and how the search ended and what was lost after it."""
+    """Return two lines on the edits: how many took, and how the search ended and what was lost after it."""
     n, counts = len(delta.report), Counter(report.outcome for report in delta.report)
     parts = [
         f"{counts['reached']:,} of {n:,} reached the target of the search",

@@ -84,7 +84,7 @@ class StoredOrIdentity:
 
 
 def _is_there(moments: "Moments", lm: "LM", site: "Site") -> bool:
-    """Whether a moment can be had without reading a corpus."""
+    """Return whether a moment can be had without reading a corpus."""
     from retcon.memory.moments import CorpusMoments
 
     return not isinstance(moments, CorpusMoments) or moments.stored(lm, site) is not None

@@ -43,14 +43,14 @@ def check_trainable(name: str) -> None:
 
 
 def memory_needed(lm: "LM", resolved: "Resolved") -> str:
-    """What training an editor takes, in words."""
+    """Return what training an editor takes, in words."""
     from retcon.methods.common.tuning import memory_note
 
     return memory_note(_trainable(resolved).n_fitted(lm), resolved.method.bytes_per_value)
 
 
 def _trainable(resolved: "Resolved") -> "Trainable":
-    """Raises InvalidSetting where the method is not one that is trained before it edits."""
+    """Raise InvalidSetting where the method is not one that is trained before it edits."""
     check_trainable(resolved.name)
     return cast("Trainable", resolved.method)
 

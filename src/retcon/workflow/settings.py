@@ -45,7 +45,7 @@ class Resolved:
 
 
 def read_settings(name: str, *, dataset: str | None, preset: str | None, assignments: Sequence[str]) -> dict[str, Any]:
-    """What `assignments` (each "field=value") set, with all checked that needs no model and no torch.
+    """Return what `assignments` (each "field=value") set, with all checked that needs no model and no torch.
 
     Raises:
         InvalidSetting: an assignment is malformed, its field unknown, or its value of another type than the field.
@@ -71,7 +71,7 @@ def resolve(
     batch_size: int | None = None,
     probe: bool = False,
 ) -> Resolved:
-    """The method with the model's settings (or the preset's), and those of `given` over them.
+    """Return the method with the model's settings (or the preset's), and those of `given` over them.
 
     Args:
         edits: what is to be edited; without a preset, clamps and learning rates are fitted on some of them.
@@ -103,7 +103,7 @@ def resolve(
 
 
 def _given(assignment: str, hints: Mapping[str, Any], method: str) -> tuple[str, Any]:
-    """A setting's name and value from "field=value"; the value is TOML, and what is none is a text."""
+    """Return a setting's name and value from "field=value"; the value is TOML, and what is none is a text."""
     from retcon.methods.common.settings import fitted
 
     name, equals, text = (part.strip() for part in assignment.partition("="))

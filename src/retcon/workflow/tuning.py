@@ -270,7 +270,7 @@ def first_round(n_trials: int, n_rounds: int) -> int:
 
 
 def _best_written(search: _Search, method: "Method", weights: Sequence[str], n: int) -> tuple[float, "Method"]:
-    """The best of a candidate with several weights of the second moment: the values are searched once."""
+    """Return the best of a candidate with several weights of the second moment: the values are searched once."""
     best: tuple[float, Method] | None = None
     for factor in WRITE_FACTORS if weights else (1.0,):
         if best is not None and search.over:

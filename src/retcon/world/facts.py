@@ -67,7 +67,7 @@ class World:
         return tuple(phrasings[i] for i in self.held_out[fact.relation, fact.subject])
 
     def lookup(self, relation: str, subject: str) -> str | None:
-        """The object of `subject` under `relation`, or None where the world has no such fact."""
+        """Return the object of `subject` under `relation`, or None where the world has no such fact."""
         return self._objects.get((relation, subject))
 
     def objects(self, relation: str) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ class World:
         return tuple(sorted({f.object for f in self.facts if f.relation == relation}))
 
     def sharing(self, fact: Fact) -> tuple[Fact, ...]:
-        """The neighbours of `fact`: other subjects of its relation with the same object."""
+        """Return the neighbours of `fact`: other subjects of its relation with the same object."""
         return tuple(f for f in self._by_object[fact.relation, fact.object] if f.subject != fact.subject)
 
     @cached_property
@@ -98,7 +98,7 @@ def fill(template: str, subject: str) -> str:
 
 @lru_cache(maxsize=1)
 def load_world() -> World:
-    """The world that the package carries."""
+    """Return the world that the package carries."""
     held_out = {
         (relation, subject): tuple(indices)
         for relation, subjects in json.loads(HELD_OUT.read_bytes())["held_out"].items()
@@ -110,7 +110,8 @@ def load_world() -> World:
 def read_world(
     path: str | os.PathLike[str], held_out: Mapping[tuple[str, str], tuple[int, ...]] | None = None, *, seed: int = 0
 ) -> World:
-    """A world from a file of the form of `facts.json`; phrasings are drawn with `seed` where `held_out` is None."""
+    """Read a world from a file of the form of `facts.json`; phrasings are drawn with `seed` where `held_out` is
+    None."""
     record = json.loads(Path(path).read_bytes())
     relations = {r["id"]: Relation(r["id"], r["name"], tuple(r["phrasings"])) for r in record["relations"]}
     facts = tuple(Fact(*triple) for triple in record["facts"])

@@ -145,7 +145,7 @@ RELATIVES = _words("My sister; My brother; Our aunt; Her cousin; His grandfather
 
 
 def sentence(rng: random.Random, topic: Topic | None = None) -> str:
-    """One plain sentence, capital to full stop."""
+    """Return one plain sentence, capital to full stop."""
     topic = topic or rng.choice(TOPICS)
     pick = rng.choice
     person, other = rng.sample(topic.people, 2)

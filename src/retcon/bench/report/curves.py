@@ -33,7 +33,7 @@ class Plot:
 
 
 def curves(groups: Sequence[Group]) -> list[Plot]:
-    """Every curve that the runs have three points for."""
+    """Return every curve that the runs have three points for."""
     return [*_sizes(groups), *_settings(groups)]
 
 
@@ -52,7 +52,7 @@ def _sizes(groups: Sequence[Group]) -> list[Plot]:
 
 
 def _settings(groups: Sequence[Group]) -> list[Plot]:
-    """Of one method's runs, those that differ in a number; a line for each value of what else differs."""
+    """Draw one method's runs that differ in a number; a line for each value of what else differs."""
     alike: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
         name = str(group.runs[0].manifest["method"]["name"])

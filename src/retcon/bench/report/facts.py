@@ -17,7 +17,7 @@ MAX_CHARACTERS = 160
 
 
 def fact_tables(groups: Sequence[Group]) -> list[FactTable]:
-    """One table for each model, protocol and dataset; its sides are the methods, of each the first run."""
+    """Return one table for each model, protocol and dataset; its sides are the methods, of each the first run."""
     tables = []
     for model, protocol, block in blocks(groups):
         for dataset in dict.fromkeys(g.dataset for g in block):
@@ -55,7 +55,7 @@ def _passes(family: ScoreFamily) -> str:
 
 
 def _outcomes(group: Group) -> dict[str, FactOutcome]:
-    """By case id: what the group's first run made of the case's prompts."""
+    """Return, by case id, what the group's first run made of the case's prompts."""
     run = group.runs[0]
     was = {(r.case_id, r.query_id): r.value for r in _deciding(group, run.at("pre"))}
     texts = {(row["when"], row["case_id"], row["query_id"]): row for row in run.texts}
@@ -82,7 +82,7 @@ def _outcomes(group: Group) -> dict[str, FactOutcome]:
 
 
 def _deciding(group: Group, records: Iterable[Record]) -> list[Record]:
-    """The records that say whether a prompt passes: the family's own variant of success and locality."""
+    """Return the records that say whether a prompt passes: the family's own variant of success and locality."""
     found = []
     for r in records:
         if (
@@ -104,7 +104,8 @@ def _kind(axis: str) -> PromptKind:
 
 
 def _query(run: Run, case_id: str, query_id: str) -> dict[str, str]:
-    """A query as the benchmark kept it; benchmarks of older versions kept the prompts of written answers only."""
+    """Return a query as the benchmark kept it; benchmarks of older versions kept the prompts of written answers
+    only."""
     row = run.cases.get(case_id, {})
     for query in row.get("queries", ()):
         if query["query_id"] == query_id:
@@ -115,7 +116,7 @@ def _query(run: Run, case_id: str, query_id: str) -> dict[str, str]:
 
 
 def _said(text: Mapping[str, Any] | None, value: float | None, query: Mapping[str, str]) -> str:
-    """What the model wrote, or else what the score says of its answer."""
+    """Return what the model wrote, or else what the score says of its answer."""
     if text is not None and text["text"].strip():
         flat = " ".join(text["text"].split())
         return flat if len(flat) <= MAX_CHARACTERS else flat[: MAX_CHARACTERS - 1] + "…"

@@ -54,7 +54,7 @@ class Group:
         return self.summaries[0].family
 
     def number(self, metric: str, *variants: str, before: bool = False) -> Number | None:
-        """A metric by the first of `variants` that was measured (the family's own where none is named)."""
+        """Return a metric by the first of `variants` that was measured (the family's own where none is named)."""
         found = [self._estimate(summary, metric, variants, before) for summary in self.summaries]
         known = [e for e in found if e is not None and e.value is not None]
         if not known or len(known) < len(found):
@@ -68,7 +68,7 @@ class Group:
         return self._per_edit("time.edit")
 
     def peak_bytes(self) -> float | None:
-        """The highest of any call."""
+        """Return the highest of any call."""
         values = [r.value for run in self.runs for r in run.timings if r.metric == "memory" and r.value is not None]
         return max(values, default=None)
 
@@ -106,7 +106,7 @@ def groups_of(bench: Bench) -> list[Group]:
 
 
 def describe(protocol: dict[str, object], n_cases: int) -> str:
-    """A protocol for reading."""
+    """Return a protocol for reading."""
     batch = protocol["batch"]
     kind = str(protocol["kind"])
     if kind == "single":

@@ -21,7 +21,7 @@ BARS = (("ES", "edits take"), ("GS", "in other words"), ("LS", "neighbours stay"
 
 
 def page(bench: Bench, groups: Sequence[Group], tables: Sequence[Table], pictures: Sequence[Picture]) -> str:
-    """The whole page as a text."""
+    """Return the whole page as a text."""
     families = {g.family for g in groups}
     means = {
         "ee": "the mean of edits that take, other words, what follows and neighbours",
@@ -80,7 +80,7 @@ class Bar:
 
 
 def _card(group: Group) -> Mapping[str, Any]:
-    """A method's bars, its score, and a sentence."""
+    """Return a method's bars, its score, and a sentence."""
     variant = generation_variant(group.family)
     found = [(name, means, group.number(name), group.number(name, before=True)) for name, means in BARS]
     found.append(("ES gen", "written out", group.number("ES", variant), group.number("ES", variant, before=True)))
@@ -104,7 +104,7 @@ def _bar(name: str, means: str, number: Number, before: Number | None) -> Bar:
 
 
 def _sentence(group: Group) -> str:
-    """What the numbers say, in words."""
+    """Return what the numbers say, in words."""
     es, gs, ls = (group.number(name) for name in ("ES", "GS", "LS"))
     failed = [r for run in group.runs for r in run.records if r.axis == "edit" and r.status == "error"]
     if es is None:

@@ -42,7 +42,7 @@ class Picture:
 
 
 def pictures_of(groups: Sequence[Group]) -> list[Picture]:
-    """Every picture that the runs have the numbers for.
+    """Return every picture that the runs have the numbers for.
 
     Raises:
         InvalidSetting: matplotlib is not installed.
@@ -255,7 +255,7 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
 
 
 def _figure(width: float, height: float, *, columns: int = 1, **more: Any) -> tuple[Any, Any]:
-    """A figure without pyplot, so that nothing global is touched."""
+    """Return a figure without pyplot, so that nothing global is touched."""
     try:
         made = import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
         import_module("matplotlib.backends.backend_svg")
@@ -288,7 +288,7 @@ def _arms(n: Number) -> list[list[float]] | None:
 
 
 def _within(percent: float) -> float:
-    """A bound of an interval, cut where no share can be."""
+    """Return a bound of an interval, cut where no share can be."""
     return min(100.0, max(0.0, percent))
 
 
@@ -301,7 +301,7 @@ _LOOK = {
 
 
 def _done(figure: Any, name: str, title: str, alt: str) -> Picture:
-    """The picture with its title inside, so that it says what it is of wherever it is pasted."""
+    """Return the picture with its title inside, so that it says what it is of wherever it is pasted."""
     out = io.StringIO()
     figure.suptitle(textwrap.fill(title, int(15 * figure.get_figwidth())), fontsize=9)
     plain_texts(figure)

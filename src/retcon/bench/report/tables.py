@@ -36,7 +36,7 @@ class Table:
     """(row, column) of the best values."""
 
     def markdown(self) -> str:
-        """As Markdown, numbers to the right."""
+        """Return the table as Markdown, numbers to the right."""
         lines = [
             f"**{markdown(self.title)}**",
             "",
@@ -51,7 +51,7 @@ class Table:
         return "\n".join([*lines, "", *(f"{markdown(note)}  " for note in self.notes)]).rstrip() + "\n"
 
     def csv(self) -> str:
-        """As CSV; blocks are a column of their own, nothing is bold, notes are left out."""
+        """Return the table as CSV; blocks are a column of their own, nothing is bold, notes are left out."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         has_blocks = any(len(row) == 1 for row in self.rows)
@@ -65,7 +65,7 @@ class Table:
         return out.getvalue()
 
     def latex(self) -> str:
-        """As a LaTeX `tabular` with booktabs rules."""
+        """Return the table as a LaTeX `tabular` with booktabs rules."""
         lines = [f"% {latex(self.title)}", f"\\begin{{tabular}}{{l{'r' * (len(self.head) - 1)}}}", "\\toprule"]
         lines += [" & ".join(map(latex, self.head)) + r" \\", "\\midrule"]
         for i, row in enumerate(self.rows):
@@ -79,7 +79,7 @@ class Table:
 
 
 def tables_of(groups: Sequence[Group]) -> list[Table]:
-    """Every layout that the runs have the numbers for."""
+    """Return every layout that the runs have the numbers for."""
     layouts: list[Callable[[Sequence[Group]], list[Table]]] = [
         jeep,
         ctp,
@@ -269,7 +269,7 @@ def _capital(text: str) -> str:
 
 
 def paired(groups: Sequence[Group]) -> list[Table]:
-    """Each method against the one of the best Score, over common cases, by a paired bootstrap."""
+    """Compare each method with the one of the best Score, over common cases, by a paired bootstrap."""
     tables = []
     for model, protocol, block in blocks(groups):
         for dataset in dict.fromkeys(g.dataset for g in block):
@@ -385,7 +385,7 @@ class _Builder:
         self.values.append([n.value if n else None for n in numbers] if compete else None)
 
     def row_of(self, first: str, second: str, cells: Sequence[str], numbers: Sequence[Number | None]) -> None:
-        """A row of two texts whose numbers compete with each other."""
+        """Add a row of two texts whose numbers compete with each other."""
         best = max((n.value for n in numbers if n is not None), default=None)
         kept = [n.value if n is not None and n.value == best else None for n in numbers]
         self.starts.append(len(self.rows))

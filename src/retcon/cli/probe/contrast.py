@@ -147,7 +147,7 @@ def _write_records(path: Path, found: "Contrast") -> None:
 
 
 def _said(found: "Contrast") -> str:
-    """One line on what was and what was not looked at."""
+    """Return one line on what was and what was not looked at."""
     line = f"probed {count(len(found), 'fact')}; the model says the original answer in {int(found.known.sum()):,}"
     if n := int(found.assumed.sum()):
         line += f" ({n:,} of them give none: the model's own next token stands in)"

@@ -28,7 +28,7 @@ Out = Annotated[str, typer.Option(metavar="STEM", help="Files to write: STEM.png
 
 
 def check_stem(stem: str, *inputs: Path | None) -> None:
-    """Whether the three files can be written, and are none of those read: better known before the work than after.
+    """Check, before the work, that the three files can be written and are none of those read.
 
     Raises:
         InvalidSetting: they cannot, or one is an input.
@@ -62,14 +62,14 @@ def facts(model: str, cases: Path | None, reading: Reading, seed: int) -> Facts:
 
 
 def left_out(skipped: Mapping[str, str]) -> str:
-    """How many facts were not looked at, and why; empty where all were."""
+    """Return how many facts were not looked at, and why; empty where all were."""
     reasons = list(skipped.values())
     told = ", ".join(f"{reasons.count(r):,} ({r})" for r in dict.fromkeys(reasons))
     return f"; left out: {told}" if told else ""
 
 
 def write_figures(stem: str, figures: Mapping[str, "Figure"], record: Mapping[str, Any]) -> list[Path]:
-    """The figures as `stem``suffix`.png and .svg, their numbers as `stem`.json; the paths written."""
+    """Return the figures as `stem``suffix`.png and .svg, their numbers as `stem`.json; the paths written."""
     import json
 
     from retcon.locate.figures import save
@@ -82,7 +82,7 @@ def write_figures(stem: str, figures: Mapping[str, "Figure"], record: Mapping[st
 
 
 def rounded(value: Any) -> Any:
-    """The same with numbers of six significant digits: more than any figure shows, in half the space."""
+    """Return the same with numbers of six significant digits: more than any figure shows, in half the space."""
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -91,7 +91,7 @@ def rounded(value: Any) -> Any:
 
 
 def about(lm: "LM", model: str, facts: str, seed: int) -> dict[str, Any]:
-    """The head of every record."""
+    """Return the head of every record."""
     import torch
     import transformers
 

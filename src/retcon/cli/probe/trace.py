@@ -144,7 +144,7 @@ def _record(found: "Traces") -> dict[str, Any]:
 
 
 def _table(found: "Traces") -> Table:
-    """Where each kind of restoration does most."""
+    """Return where each kind of restoration does most."""
     from retcon.locate.tracing import GROUPS
 
     table = Table(box=None, pad_edge=False, header_style="dim")

@@ -22,7 +22,7 @@ from retcon.files import require
 
 
 def native(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -> Draft:
-    """One row of the nested format; attribute and generation prompts have no target and are not scored."""
+    """Read one row of the nested format; attribute and generation prompts have no target and are not scored."""
     made = draft(record, where, row, "counterfact")
     rewrite = require(record, "requested_rewrite", dict, where)
     inside = f"{where}, requested_rewrite"
@@ -54,7 +54,7 @@ def native(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) 
 
 
 def flat(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -> Draft:
-    """One row of the flat format: one paraphrase, one neighbour, the subject already in the prompt."""
+    """Read one row of the flat format: one paraphrase, one neighbour, the subject already in the prompt."""
     made = draft(record, where, row, "counterfact")
     true = first(record.get("ground_truth"), "ground_truth", where)
     new = first(present(record, "target_new", where), "target_new", where) or ""

@@ -26,7 +26,7 @@ from retcon.files import require
 
 
 def knowedit(record: Mapping[str, Any], where: str, row: int, answers: Answers) -> Draft:
-    """One row of KnowEdit; WikiBio calls the prompt `text`, the target `labels`, the subject `concept`."""
+    """Read one row of KnowEdit; WikiBio calls the prompt `text`, the target `labels`, the subject `concept`."""
     made = draft(record, where, row, "easyedit")
     bio = "labels" in record
     prompt = require(record, "text" if bio else "prompt", str, where)
@@ -52,7 +52,7 @@ def knowedit(record: Mapping[str, Any], where: str, row: int, answers: Answers) 
 
 
 def qaedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
-    """One row of QAEdit: a question, and a list of unrelated ones."""
+    """Read one row of QAEdit: a question, and a list of unrelated ones."""
     made = draft(record, where, row, "easyedit")
     if "source" in record:
         made.meta["source"] = record["source"]
@@ -72,7 +72,7 @@ def qaedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
 
 
 def wikibigedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
-    """One row of WikiBigEdit: a question, its wordings (one by another speaker), a question two hops away."""
+    """Read one row of WikiBigEdit: a question, its wordings (one by another speaker), a question two hops away."""
     made = draft(record, where, row, "easyedit")
     made.meta["tag"] = record.get("tag")
     new = first(present(record, "ans", where), "ans", where) or ""
@@ -94,7 +94,7 @@ def wikibigedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
 
 
 def cknowedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
-    """One row of CKnowEdit: Chinese text without a subject, and lists of what follows and what does not."""
+    """Read one row of CKnowEdit: Chinese text without a subject, and lists of what follows and what does not."""
     made = draft(record, where, row, "easyedit")
     new = first(present(record, "target_new", where), "target_new", where) or ""
     old = first(record.get("target_old"), "target_old", where)
@@ -110,7 +110,7 @@ def cknowedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
 
 
 def unke(record: Mapping[str, Any], where: str, row: int) -> Draft:
-    """One row of UnKE: a question with a long answer and no subject, and questions about parts of the answer."""
+    """Read one row of UnKE: a question with a long answer and no subject, and questions about parts of the answer."""
     made = draft(record, where, row, "easyedit")
     new = first(present(record, "answer", where), "answer", where) or ""
     edit = made.edit(require(record, "question", str, where), text_or_none(record, "subject", where), new, None)
@@ -128,7 +128,7 @@ def unke(record: Mapping[str, Any], where: str, row: int) -> Draft:
 
 
 def fastedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
-    """One row of FastEdit: a template, and other wordings of it."""
+    """Read one row of FastEdit: a template, and other wordings of it."""
     made = draft(record, where, row, "easyedit")
     new = first(present(record, "target", where), "target", where) or ""
     prompt, subject = require(record, "prompt", str, where), require(record, "subject", str, where)

@@ -52,21 +52,21 @@ class Format:
         return (*(name for group in self.needs for name in group), *self.reads, *IDENTITY)
 
     def missing(self, found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-        """The groups of which a file has no field."""
+        """Return the groups of which a file has no field."""
         return [group for group in self.needs if not any(name in found for name in group)]
 
     def fits(self, found: Mapping[str, Any]) -> bool:
-        """Whether a file has every field it needs, each of its type."""
+        """Return whether a file has every field it needs, each of its type."""
         return not self.missing(found) and all(
             not found.get(name) or isinstance(found[name], kind) for name, kind in self.types.items()
         )
 
     def likeness(self, found: Mapping[str, Any]) -> int:
-        """How many of a file's fields belong to it."""
+        """Return how many of a file's fields belong to it."""
         return len(found.keys() & {*self.fields, *self.carries})
 
     def misspelt(self, found: Mapping[str, Any]) -> dict[str, str]:
-        """The right name of each of a file's fields that looks like one it needs and lacks."""
+        """Return the right name of each of a file's fields that looks like one it needs and lacks."""
         meant: dict[str, str] = {}
         for group in self.missing(found):
             for name in (name for name in found if name not in {*self.fields, *self.carries, *meant}):
@@ -76,7 +76,8 @@ class Format:
         return meant
 
     def nearness(self, found: Mapping[str, Any]) -> int:
-        """How well a file that it does not fit is explained by it: fields it has, less those it needs and lacks."""
+        """Return how well a file that it does not fit is explained by it: fields it has, less those it needs and
+        lacks."""
         return self.likeness(found) + 2 * len(self.misspelt(found)) - len(self.missing(found))
 
 
@@ -217,7 +218,7 @@ FORMATS: Mapping[FormatName, Format] = {
 
 
 def recognise(rows: Sequence[NumberedRow], path: object) -> FormatName:
-    """The format that has the most of the file's fields, of those whose own fields are all there.
+    """Return the format that has the most of the file's fields, of those whose own fields are all there.
 
     Raises:
         MalformedFile: none has; the message says which one comes closest and what it lacks.
@@ -255,7 +256,7 @@ def recognise(rows: Sequence[NumberedRow], path: object) -> FormatName:
 
 
 def _holders(rows: Sequence[NumberedRow]) -> str:
-    """The fields of a file's only row that hold rows themselves, for a message; empty where there are none."""
+    """Return the fields of a file's only row that hold rows themselves, for a message; empty where there are none."""
 
     def is_row(item: Any) -> bool:
         return isinstance(item, dict) and len(item) > 1
@@ -271,7 +272,7 @@ def _holders(rows: Sequence[NumberedRow]) -> str:
 
 
 def reader(format: FormatName, given: Mapping[str, str], counts: Counter[str]) -> tuple[Parser, dict[str, str]]:
-    """The reader of a format with its settings, and those settings by name; `counts` gets the unknown fields.
+    """Return the reader of a format with its settings, and those settings by name; `counts` gets the unknown fields.
 
     Raises:
         InvalidSetting: no such format, or a value that a setting of it does not have.

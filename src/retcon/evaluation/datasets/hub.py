@@ -34,7 +34,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """Raises MalformedFile where `text` is no such address."""
+        """Raise MalformedFile where `text` is no such address."""
         found = _ADDRESS.match(text)
         if found is None:
             raise MalformedFile(f"{text}: expected hub:owner/name, hub:owner/name/file.json or hub:owner/name@revision")

@@ -20,7 +20,7 @@ Prompting = Literal["standard", "cot", "bare"]
 
 
 def mquake(record: Mapping[str, Any], where: str, row: int, prompting: Prompting) -> Draft:
-    """One instance."""
+    """Read one instance."""
     made = draft(record, where, row, "mquake")
     made.meta["prompting"] = prompting
     rewrites = require(record, "requested_rewrite", list, where)
@@ -72,7 +72,7 @@ def _hops(record: Mapping[str, Any], name: str, where: str) -> list[tuple[str, t
 
 
 def _relations(record: Mapping[str, Any], made: Draft) -> list[str | None]:
-    """The relation of every hop after the edits, from the instance's triples where it has them."""
+    """Return the relation of every hop after the edits, from the instance's triples where it has them."""
     original = record.get("orig")
     triples = original.get("new_triples") if isinstance(original, dict) else None
     if isinstance(triples, list) and triples:
@@ -81,7 +81,7 @@ def _relations(record: Mapping[str, Any], made: Draft) -> list[str | None]:
 
 
 def _question(question: str, relation: str | None, prompting: Prompting) -> str:
-    """A single-hop question after demonstrations of its relation (of any, where we have none for it)."""
+    """Return a single-hop question after demonstrations of its relation (of any, where we have none for it)."""
     if prompting == "bare":
         return question
     shown = _demonstrations()["relation"].get(relation or "") or _demonstrations()["any"]
@@ -89,7 +89,7 @@ def _question(question: str, relation: str | None, prompting: Prompting) -> str:
 
 
 def _several(question: str, prompting: Prompting) -> str:
-    """A multi-hop question after multi-hop demonstrations."""
+    """Return a multi-hop question after multi-hop demonstrations."""
     if prompting == "bare":
         return question
     shown = _demonstrations()["multihop"]

@@ -32,12 +32,12 @@ CASE_FIELDS = ("id", "edits", "queries", "dataset", "meta")
 
 
 def own(record: Mapping[str, Any], where: str, row: int) -> Draft:
-    """A case of our own, flagged like any other."""
+    """Return a case of our own, flagged like any other."""
     return _draft(case_from({name: record[name] for name in CASE_FIELDS if name in record}, where), where)
 
 
 def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -> Draft:
-    """One fact with the fields of `Edit`, and the queries that measure it where the row has any."""
+    """Read one fact with the fields of `Edit`, and the queries that measure it where the row has any."""
     made = draft(record, where, row)
     made.keeps_ends = True
     if "subject" not in record:
@@ -84,13 +84,13 @@ def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -
 
 
 def _name(record: Mapping[str, Any], where: str) -> str:
-    """The fact's own id, which may be a number; "" where it has none."""
+    """Return the fact's own id, which may be a number; "" where it has none."""
     own = record.get("id")
     return str(own) if isinstance(own, int) and not isinstance(own, bool) else text_or_none(record, "id", where) or ""
 
 
 def _filled(prompt: str, edit: Edit) -> str:
-    """A paraphrase with the subject put in where it is a template."""
+    """Return a paraphrase with the subject put in where it is a template."""
     if edit.subject is None or prompt.count(MARKER) != 1:
         return prompt
     before, after = prompt.split(MARKER)

@@ -88,7 +88,7 @@ _PATTERNS = [
 
 
 def ripple(record: Mapping[str, Any], where: str, row: int) -> Draft:
-    """One row. Its own fact is the axis `rewrite`; tests are on `ripple.<axis>`, their conditions on
+    """Read one row. Its own fact is the axis `rewrite`; tests are on `ripple.<axis>`, their conditions on
     `ripple.condition`."""
     made = draft(record, where, row, "ripple")
     edit = require(record, "edit", dict, where)
@@ -162,7 +162,7 @@ def _ask(
 
 
 def _answers(entries: Any, where: str) -> tuple[tuple[str, ...], ...]:
-    """One group of aliases per answer; single characters that are no digit, and empty groups, are left out."""
+    """Return one group of aliases per answer; single characters that are no digit, and empty groups, are left out."""
     groups = []
     for entry in objects(entries, f"{where}, answers"):
         aliases = entry.get("aliases")

@@ -105,13 +105,13 @@ class LoadReport:
         return [r for r in self.left_out if r.reason not in QUIET]
 
     def refusals(self) -> str:
-        """The first of them, by row and reason, and how many more there are."""
+        """Return the first of them, by row and reason, and how many more there are."""
         text = ", ".join(f"row {r.row} ({r.detail})" for r in self.refused[:N_LISTED])
         more = len(self.refused) - N_LISTED
         return text + (f" and {more:,} more" if more > 0 else "")
 
     def hints(self) -> list[str]:
-        """A line per unknown field, with the likely one."""
+        """Return a line per unknown field, with the likely one."""
         return [
             f"unknown field {name!r} in {n:,} {'row' if n == 1 else 'rows'}"
             + (f" (did you mean {self.likely[name]!r}?)" if name in self.likely else "")
@@ -119,7 +119,7 @@ class LoadReport:
         ]
 
     def summary(self) -> str:
-        """One line of counts."""
+        """Return one line of counts."""
 
         def counted(name: str, counts: Mapping[str, int]) -> str:
             return f"; {name}: " + ", ".join(f"{k} {v:,}" for k, v in sorted(counts.items())) if counts else ""
@@ -191,7 +191,7 @@ class Options:
             raise InvalidSetting(f"start and limit must not be negative, found {self.start} and {self.limit}")
 
     def choose(self, rows: Sequence[Item]) -> list[Item]:
-        """The rows asked for."""
+        """Return the rows asked for."""
         chosen = list(rows)
         if self.order == "shuffle":
             random.Random(self.seed).shuffle(chosen)
@@ -338,13 +338,13 @@ class Draft:
 
 
 def draft(record: Mapping[str, Any], where: str, row: int, family: Family | None = None) -> Draft:
-    """A draft with the file's own identity, else the row's index."""
+    """Return a draft with the file's own identity, else the row's index."""
     own = record.get("case_id", record.get("id"))
     return Draft(where, str(row if own is None else own), {"row": row, **({"family": family} if family else {})})
 
 
 def missing_subject(edit: Edit) -> str:
-    """What is wrong with an edit whose subject is not in its prompt."""
+    """Return what is wrong with an edit whose subject is not in its prompt."""
     return f"its subject {edit.subject!r} does not occur in its prompt {edit.prompt!r}"
 
 
@@ -452,7 +452,7 @@ FLAGS_ACROSS = {"conflict", "repeated_question", "repeated_subject", "contaminat
 
 
 def sha256_of(path: str | os.PathLike[str], rows: Sequence[NumberedRow]) -> str:
-    """The checksum of the file; of the rows where they come from elsewhere (a hub)."""
+    """Return the checksum of the file; of the rows where they come from elsewhere (a hub)."""
     if Path(path).is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -495,7 +495,7 @@ def edit_flags(edit: Edit) -> set[str]:
 
 
 def end_flags(prompt: str) -> set[str]:
-    """Whether whitespace ends the prompt."""
+    """Return whether whitespace ends the prompt."""
     return {"trailing_whitespace"} if prompt != prompt.rstrip() else set()
 
 
@@ -517,7 +517,7 @@ def present(record: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 def labelled(record: Mapping[str, Any], name: str, where: str) -> tuple[str, str | None]:
-    """A target written as {"str": ..., "id": ...}, or plainly."""
+    """Return a target written as {"str": ..., "id": ...}, or plainly."""
     value = present(record, name, where)
     if isinstance(value, dict):
         return require(value, "str", str, f"{where}, {name}"), value.get("id")
@@ -525,7 +525,7 @@ def labelled(record: Mapping[str, Any], name: str, where: str) -> tuple[str, str
 
 
 def texts(value: Any, name: str, where: str) -> list[str]:
-    """The strings in a string, a list of them, a nested list, or nothing."""
+    """Return the strings in a string, a list of them, a nested list, or nothing."""
     if value is None:
         return []
     if isinstance(value, str):
@@ -536,7 +536,7 @@ def texts(value: Any, name: str, where: str) -> list[str]:
 
 
 def objects(value: Any, where: str) -> list[dict[str, Any]]:
-    """A list of objects; None is an empty one."""
+    """Return a list of objects; None is an empty one."""
     if value is None or value == []:
         return []
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
@@ -546,7 +546,7 @@ def objects(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def first(value: Any, name: str, where: str) -> str | None:
-    """The first text that is not blank."""
+    """Return the first text that is not blank."""
     return next((text for text in texts(value, name, where) if text.strip()), None)
 
 
@@ -579,7 +579,7 @@ def _written(value: Any, name: str, where: str) -> Iterator[str]:
 
 
 def text_or_none(record: Mapping[str, Any], name: str, where: str) -> str | None:
-    """A text that may be missing."""
+    """Return a text that may be missing."""
     value = record.get(name)
     if value is not None and not isinstance(value, str):
         raise MalformedFile(f"{where}: field {name!r} must be text, found {type(value).__name__} ({value!r:.60})")
@@ -587,7 +587,7 @@ def text_or_none(record: Mapping[str, Any], name: str, where: str) -> str | None
 
 
 def alternative(made: Draft, record: Mapping[str, Any], where: str) -> str | None:
-    """The row's alternative answer, for `case_target="alt"`; None, and noted, where it has none."""
+    """Return the row's alternative answer, for `case_target="alt"`; None, and noted, where it has none."""
     if record.get("alt") is None:
         made.leave_out("no_alternative", "it has no alternative answer (field 'alt')")
         return None
@@ -635,7 +635,7 @@ def _parts(value: Any, where: str) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def _axis(key: str) -> str:
-    """The key as EasyEdit's reader names it."""
+    """Return the key as EasyEdit's reader names it."""
     return "reasoning" if key == "Reasoning" else "_".join(key.split())
 
 

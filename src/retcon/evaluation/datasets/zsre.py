@@ -17,7 +17,7 @@ NQ_PREFIX = "nq question: "
 
 
 def zsre(record: Mapping[str, Any], where: str, row: int, target: CaseTarget, style: PromptStyle) -> Draft:
-    """One row. The shapes differ in names only: `src` or `prompt`, `answers` or one `ans`, a subject or none.
+    """Read one row. The shapes differ in names only: `src` or `prompt`, `answers` or one `ans`, a subject or none.
 
     The answer to write is the first correct one (ROME, MEMIT, JEEP), or the wrong one in `alt` (EasyEdit).
     """

@@ -48,7 +48,7 @@ class TfIdf:
         return cls({word: values[int(i)] for word, i in places.items()})
 
     def vector(self, text: str) -> dict[str, float]:
-        """Of unit length; empty where no word is known."""
+        """Return a text's vector, of unit length; empty where no word is known."""
         weights = {w: c * self.idf[w] for w, c in Counter(_words(text)).items() if w in self.idf}
         norm = math.sqrt(math.fsum(v * v for v in weights.values()))
         return {w: v / norm for w, v in weights.items()} if norm else {}

@@ -13,7 +13,7 @@ NOT_FINITE = "NaN or infinite log-probability"
 
 
 def compare(axis: str, target: "TokenScore", contrast: "TokenScore") -> list[Measured]:
-    """The CounterFact family for one query: the target must be more probable than its rival.
+    """Return the CounterFact family's metrics of one query: the target must be more probable than its rival.
 
     On neighbours the target is the true answer, so the same comparison serves ES, GS and LS. Ties fail.
     """
@@ -35,7 +35,7 @@ def compare(axis: str, target: "TokenScore", contrast: "TokenScore") -> list[Mea
 
 
 def accuracy(axis: str, target: "TokenScore") -> list[Measured]:
-    """The zsRE family for one query: how much of the target is the model's own choice."""
+    """Return the zsRE family's metrics of one query: how much of the target is the model's own choice."""
     success, n = metric_names(axis)[0], len(target.target)
     if not target.finite:
         return [Measured(success, variant, None, n, NOT_FINITE) for variant in ("zsre.tok", "zsre.seq", "zsre.first")]

@@ -32,5 +32,5 @@ def metric_names(axis: str) -> tuple[str, str, str]:
 
 
 def is_locality(axis: str) -> bool:
-    """Whether the axis asks for what an edit must leave alone."""
+    """Return whether the axis asks for what an edit must leave alone."""
     return axis == "neighborhood" or axis.startswith("locality.")

@@ -27,12 +27,12 @@ def normalise(text: str) -> str:
 
 
 def gen_em(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> bool:
-    """The text is an answer, both normalised."""
+    """Return whether the text is an answer, both normalised."""
     return _matches(text, answers, mode, lambda written, alias: written == alias)
 
 
 def gen_prefix(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> bool:
-    """The text starts with an answer, at a word boundary (anywhere, in scripts that write no spaces)."""
+    """Return whether the text starts with an answer, at a word boundary (anywhere, in scripts that write no spaces)."""
     return _matches(text, answers, mode, _starts_with)
 
 
@@ -44,12 +44,12 @@ def _starts_with(written: str, alias: str) -> bool:
 
 
 def gen_contains(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> bool:
-    """An answer occurs in the text as whole words. Rambling text that quotes many answers passes too easily."""
+    """Return whether an answer occurs in the text as whole words. Rambling text that quotes many answers passes."""
     return _matches(text, answers, mode, lambda written, alias: f" {alias} " in f" {written} ")
 
 
 def matches(query: Query, text: str, judge: Judge | None = None) -> list[Measured]:
-    """All generation variants for one query. `text` is newly written text only, never the prompt.
+    """Return all generation variants for one query. `text` is newly written text only, never the prompt.
 
     `gen.prefix` counts only where the rival answer, if the query has one, does not occur in the text.
     """
@@ -66,7 +66,7 @@ def matches(query: Query, text: str, judge: Judge | None = None) -> list[Measure
 
 
 def _names_rival(query: Query, text: str) -> bool:
-    """Whether the text contains the rival answer, other than as a part of an answer that counts as right."""
+    """Return whether the text contains the rival answer, other than as a part of an answer that counts as right."""
     if not query.contrast:
         return False
     own = [f" {normalise(alias)} " for aliases in accepted(query) for alias in aliases]
@@ -84,7 +84,7 @@ def same_text(text: str, before: str | None) -> Measured:
 
 
 def length(axis: str, n_tokens: int, hit_limit: bool) -> list[Measured]:
-    """How much was written, and whether it was cut: models that never stop are seen here."""
+    """Return how much was written, and whether it was cut: models that never stop are seen here."""
     success = metric_names(axis)[0]
     return [
         Measured(success, "gen.tokens", float(n_tokens), n_tokens),
@@ -93,7 +93,7 @@ def length(axis: str, n_tokens: int, hit_limit: bool) -> list[Measured]:
 
 
 def accepted(query: Query) -> Answers:
-    """What counts as right in generated text: the query's answers, or its target where it names none."""
+    """Return what counts as right in generated text: the query's answers, or its target where it names none."""
     return query.answers or (((query.target,),) if query.target else ())
 
 

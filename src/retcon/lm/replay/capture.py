@@ -29,8 +29,8 @@ def capture_states(
     prefix_group: Sequence[int] | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> tuple[ReplayState, dict[Point, Float[Tensor, "reads width"]]]:
-    """What a replay of `rows` from block `first` and from `starts` on needs, each token run once and no further up than
-    it is asked for: tokens before the start to the last attention, the others to block `first`.
+    """Return what a replay of `rows` from block `first` and from `starts` on needs, each token run once and no further
+    up than it is asked for: tokens before the start to the last attention, the others to block `first`.
 
     Args:
         reads: activations below block `first` wanted beside, at one live token per row (None: not of this row).
@@ -50,7 +50,7 @@ def capture_states(
 def embedded(
     lm: LM, rows: Sequence[Row], starts: Sequence[int], *, max_batch_tokens: int = MAX_BATCH_TOKENS
 ) -> ReplayState:
-    """What enters the first block from `starts` on, without the earlier tokens' attention keys and values."""
+    """Return what enters the first block from `starts` on, without the earlier tokens' attention keys and values."""
     with torch.no_grad():
         return _frozen(lm, [r.ids for r in rows], _Past(tuple(starts)), 0, {}, max_batch_tokens)[0]
 
@@ -65,7 +65,7 @@ class _Past:
     values: tuple[Float[Tensor, "rows _ prefix _"], ...] = ()
 
     def of(self, rows: Sequence[int]) -> "_Past":
-        """Some of the rows, with no more padding than they need; rows may repeat."""
+        """Return some of the rows, with no more padding than they need; rows may repeat."""
         ends = tuple(self.ends[r] for r in rows)
         if not self.keys:
             return _Past(ends)
@@ -73,7 +73,7 @@ class _Past:
         return _Past(ends, tuple(keys), tuple(values))
 
     def cache(self, n_layers: int) -> "Cache":
-        """The rows' past as the model's forward takes it."""
+        """Return the rows' past as the model's forward takes it."""
         none = [None] * n_layers
         return cache_of(self.keys, self.values, max(self.ends)) if self.keys else cache_of(none, none, 0)
 
@@ -81,7 +81,7 @@ class _Past:
 def _shared(
     lm: LM, texts: Sequence[tuple[int, ...]], starts: Sequence[int], prefix_group: Sequence[int], max_batch_tokens: int
 ) -> _Past:
-    """The past of the tokens that each row shares with the rows of its group."""
+    """Return the past of the tokens that each row shares with the rows of its group."""
     ends, place = common_beginnings(texts, starts, prefix_group)
     first_with = {p: r for r, p in reversed(list(enumerate(place)))}
     prefixes = [texts[first_with[p]] for p in range(len(ends))]
@@ -116,7 +116,7 @@ def common_beginnings(
 def _extended(
     lm: LM, texts: Sequence[tuple[int, ...]], past: _Past, ends: Sequence[int], max_batch_tokens: int
 ) -> _Past:
-    """The past up to `ends`: the tokens between are run through every block, as far as the last attention."""
+    """Return the past up to `ends`: the tokens between are run through every block, as far as the last attention."""
     if tuple(ends) == past.ends:
         return past
     kept: tuple[list[Tensor], list[Tensor]] = ([], [])

@@ -120,7 +120,7 @@ def _blocks_below_answer(lm: LM, state: Replayable) -> Iterator[None]:
 
 @contextmanager
 def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """A module that runs otherwise, until the end; late ends, of passes interrupted and cleared up, change nothing."""
+    """Run a module otherwise, until the end; late ends, of passes interrupted and cleared up, change nothing."""
     own = module.__dict__.get("forward")  # accelerate, for one, sets it on the instance
     module.forward = forward
     try:

@@ -28,7 +28,7 @@ class Replayable(Protocol):
         """What enters block `first`."""
 
     def cache(self, lm: LM) -> "Cache":
-        """The earlier tokens as the model's forward takes them, for one pass."""
+        """Return the earlier tokens as the model's forward takes them, for one pass."""
 
     def arguments(self, lm: LM, cache: "Cache") -> dict[str, Any]:
         """Arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier tokens."""
@@ -65,7 +65,7 @@ class ReplayState:
         return sum(t.nbytes for t in (self.states, *self.keys, *self.values))
 
     def select(self, rows: Sequence[int], *, columns: int | None = None, prefix: int | None = None) -> "ReplayState":
-        """Some of the rows, with no more padding than they need, or with so many columns and earlier tokens."""
+        """Return some of the rows, with no more padding than they need, or with so many columns and earlier tokens."""
         starts, lengths = tuple(self.starts[r] for r in rows), tuple(self.lengths[r] for r in rows)
         columns, prefix = columns or max(lengths), max(starts) if prefix is None else prefix
         states = self.states[:, :columns].index_select(0, torch.tensor(rows, device=self.states.device))
@@ -73,7 +73,7 @@ class ReplayState:
         return replace(self, states=states, keys=keys, values=values, starts=starts, lengths=lengths, prefix=prefix)
 
     def cache(self, lm: LM) -> "Cache":
-        """The earlier tokens as the model's forward takes them, for one pass."""
+        """Return the earlier tokens as the model's forward takes them, for one pass."""
         return live_cache(lm, self.first, self.keys, self.values, self._past)
 
     def arguments(self, lm: LM, cache: "Cache") -> dict[str, Any]:
@@ -151,7 +151,7 @@ def tail(x: Tensor, rows: Sequence[int], length: int) -> Tensor:
 
 @functools.cache
 def _layer_class() -> Any:
-    """A layer of transformers' `Cache`, defined on first use, since importing that takes seconds."""
+    """Return a layer of transformers' `Cache`, defined on first use, since importing that takes seconds."""
     from transformers.cache_utils import DynamicLayer
 
     class Earlier(DynamicLayer):

@@ -76,7 +76,7 @@ def causal_trace(
 
 
 def trace_prompt(lm: LM, edit: Edit, prompt: Prompt, settings: Tracing) -> Trace:
-    """All cells of a prompt."""
+    """Return all cells of a prompt."""
     n = len(prompt.row.ids)
     tokens = range(prompt.subject.start if settings.replayed else 0, n)  # earlier tokens were never corrupted
     cells = [cell_of(lm, k, layer, t, settings) for k in settings.kinds for layer in range(lm.n_layers) for t in tokens]
@@ -146,8 +146,8 @@ def _way(lm: LM, prompt: Prompt, settings: Tracing) -> Tracing:
 
 
 def _replay_agrees(lm: LM, prompt: Prompt, settings: Tracing) -> bool:
-    """Whether both ways give the same at three tokens of the middle layer, for two samples; where not, a warning says
-    so."""
+    """Return whether both ways give the same at three tokens of the middle layer, for two samples; where not, a warning
+    says so."""
     prompt, settings = prompt.first_samples(2), replace(settings, samples=min(2, settings.samples))
     last = len(prompt.row.ids) - 1
     tokens = sorted({prompt.subject.start, prompt.subject.stop - 1, last})

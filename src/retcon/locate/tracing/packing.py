@@ -49,11 +49,11 @@ class PackedState:
     """What every column attends to; at least itself."""
 
     def cache(self, lm: LM) -> "Cache":
-        """As `ReplayState.cache`."""
+        """Do as `ReplayState.cache`."""
         return live_cache(lm, self.first, self.keys, self.values, self.seen.shape[2] - self.seen.shape[1])
 
     def arguments(self, lm: LM, cache: "Cache") -> dict[str, Any]:
-        """As `ReplayState.arguments`."""
+        """Do as `ReplayState.arguments`."""
         each, lowest = len(self.states) // len(self.tokens), torch.finfo(self.states.dtype).min
         hidden = torch.zeros(self.seen.shape, dtype=self.states.dtype).masked_fill(~self.seen, lowest)
         return dict(

@@ -59,7 +59,7 @@ class Prompt:
 
 
 def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt | None:
-    """One pass over the clean prompt and its corrupted copies; None where the model does not know the answer."""
+    """Run the clean prompt and its corrupted copies in one pass; None where the model does not know the answer."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     _ = lm.block_outputs  # found by a pass of its own, which must not meet the hooks of a trace
@@ -119,7 +119,7 @@ PROJECTIONS: tuple[SiteName, ...] = ("q_proj", "k_proj", "v_proj")
 
 
 def projections(lm: LM, layer: int) -> list[nn.Module]:
-    """The modules that make a block's queries, attention keys and values; one where the family fuses them."""
+    """Return the modules that make a block's queries, attention keys and values; one where the family fuses them."""
     return list(dict.fromkeys(lm.site(layer, kind).module for kind in PROJECTIONS if lm.has(layer, kind)))
 
 
@@ -137,7 +137,7 @@ def _noise(lm: LM, n: int, settings: Tracing, deviation: float) -> Float[Tensor,
 def corrupting(
     samples: Int[Tensor, " rows"], subject: range, noise: Float[Tensor, "samples subject width"], settings: Tracing
 ) -> Callable[[Tensor], Tensor]:
-    """A change of embeddings: row i gets the noise of sample samples[i]; -1 leaves the row clean."""
+    """Return a change of embeddings: row i gets the noise of sample samples[i]; -1 leaves the row clean."""
     noisy = (samples >= 0).nonzero()[:, 0]
 
     def corrupt(embeddings: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def corrupting(
 
 
 def probability(logits: Float[Tensor, "n vocab"], answer: int) -> Float[Tensor, " n"]:
-    """Of the answer, in float64, where the logits are."""
+    """Return the answer's probability, in float64, where the logits are."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return (logits[:, answer] - logits.logsumexp(-1)).exp().double()
 

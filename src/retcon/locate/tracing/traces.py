@@ -55,7 +55,7 @@ KINDS: tuple[RestoredKind, ...] = get_args(RestoredKind)
 
 
 def default_window(n_layers: int) -> int:
-    """The paper's 10, or three eighths of a shallower model."""
+    """Return the paper's 10, or three eighths of a shallower model."""
     return min(10, math.ceil(3 * n_layers / 8))
 
 

@@ -56,7 +56,7 @@ class Steps:
             self.chunk.step(now, only_measure=only_measure)
 
     def _held(self, now: ActiveBatch, last: bool) -> "CapturedStep | None":
-        """The captured step for such a batch; None where there is none yet that is worth it, or ever."""
+        """Return the captured step for such a batch; None where there is none yet that is worth it, or ever."""
         kind = tuple((name, x.shape, x.dtype) for name, x in tensors_of(self.chunk, now).items())
         if kind in self._captured:
             return self._captured[kind]

@@ -92,7 +92,8 @@ class Values:
 
 
 def norm_names(sites: Sequence[ValueSite]) -> list[str]:
-    """What a report calls the norms of each site: by token position, and by tensor too where two sites share that."""
+    """Return what a report calls the norms of each site: by token position, and by tensor too where two sites share
+    that."""
     names: list[str] = []
     for site in sites:
         names.append(site.where if site.where not in names else f"{site.where}_{site.point.tensor}")
@@ -100,7 +101,7 @@ def norm_names(sites: Sequence[ValueSite]) -> list[str]:
 
 
 def rewriting_rows(lm: LM, edit: Edit, contexts: Contexts) -> list[Row]:
-    """The edit's prompt in every context, bare first, with the new answer after it.
+    """Return the edit's prompt in every context, bare first, with the new answer after it.
 
     Raises:
         InvalidEdit: one of them is longer than the model's context.
@@ -118,7 +119,8 @@ def kl_row(lm: LM, edit: Edit) -> Row:
 
 
 def with_kl(sites: Sequence[ValueSite], search: ValueSearch) -> bool:
-    """Whether there is a KL term: with no site on the subject offset never reaches it, and it is a constant zero."""
+    """Return whether there is a KL term: with no site on the subject offset never reaches it, and it is a constant
+    zero."""
     return search.kl_factor > 0 and any(s.where == "subject_last" for s in sites)
 
 

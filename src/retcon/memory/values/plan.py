@@ -37,7 +37,8 @@ class ChunkPlan:
     """How many are active at a time."""
 
     def smaller(self) -> list["ChunkPlan"] | None:
-        """What to try when this ran out of memory: half as many active, then half the edits; None: it is one edit."""
+        """Return what to try when this ran out of memory: half as many active, then half the edits; None: it is one
+        edit."""
         if self.max_active > 1:
             return [replace(self, max_active=self.max_active // 2)]
         if len(self.edits) > 1:
@@ -55,7 +56,7 @@ class SearchPlan:
     """How often memory ran out and the plan was changed."""
 
     def split_after_oom(self, chunk: ChunkPlan) -> "SearchPlan | None":
-        """The plan with something smaller in that chunk's place; None: there is nothing smaller."""
+        """Return the plan with something smaller in that chunk's place; None: there is nothing smaller."""
         smaller = chunk.smaller()
         if smaller is None:
             return None
@@ -72,7 +73,7 @@ class SearchPlan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "SearchPlan":
-        """The plan that `as_json` gave."""
+        """Return the plan that `as_json` gave."""
         chunks = tuple(ChunkPlan(tuple(c["edits"]), int(c["max_active"])) for c in data["chunks"])
         return cls(chunks, int(data["oom_retries"]))
 
@@ -131,12 +132,12 @@ class CostPerEdit:
         return len(rows.rewriting) * rows.columns + (rows.kl is not None)
 
     def frozen_bytes(self, rows: EditRows) -> int:
-        """The recorded parts: attention keys and values before the first active token, states after it."""
+        """Return the recorded parts: attention keys and values before the first active token, states after it."""
         earlier = max(rows.starts) * 2 * self.d_kv * self.n_active
         return self.itemsize * (len(rows.rewriting) + 1) * (earlier + rows.columns * self.d_model)
 
     def step_bytes(self, rows: EditRows) -> int:
-        """What a forward pass leaves for the backward one, the logits, and the past as attention sees it."""
+        """Return what a forward pass leaves for the backward one, the logits, and the past as attention sees it."""
         activations = self.active_tokens(rows) * self.n_active * (12 * self.d_model + 4 * self.d_ff)
         labels = sum(len(r.target_ids) for r in rows.rewriting) + (rows.kl is not None)
         return self.itemsize * activations + 16 * labels * self.vocabulary + 3 * self.frozen_bytes(rows)

@@ -174,7 +174,7 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
 
 
 def _zeros_at(lm: LM, point: Point, dtype: torch.dtype) -> Tensor:
-    """A vector of the residual stream's width on the device of the point's block."""
+    """Return a vector of the residual stream's width on the device of the point's block."""
     place = lm.site(point.layer, "o_proj").device
     return torch.zeros(lm.d_model, dtype=dtype, device=place, requires_grad=True)
 
@@ -189,7 +189,7 @@ def _nll_by_row(log_p: Float[Tensor, "labels vocab"], rows: _Rows) -> Float[Tens
 
 
 def _all_most_likely(log_p: Float[Tensor, "labels vocab"], rows: _Rows) -> bool:
-    """Whether every target token is the most likely one in every rewriting row."""
+    """Return whether every target token is the most likely one in every rewriting row."""
     keep = rows.label_rows < rows.n_rewriting
     return bool((log_p.argmax(-1).cpu()[keep] == rows.labels[keep]).all())
 

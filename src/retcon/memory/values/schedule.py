@@ -145,7 +145,7 @@ class Chunk(Recorded):
             hear(len(self.found), snapshot)
 
     def _stays(self) -> bool:
-        """Whether all that a step works on stays on one device."""
+        """Return whether all that a step works on stays on one device."""
         return not self.offload and len({x.device for x in self.lm.model.parameters()}) == 1
 
     def _shapes(self, places: int, pace: Pace) -> list[Shape]:

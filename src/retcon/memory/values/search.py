@@ -232,7 +232,8 @@ REPLAYS: WeakKeyDictionary[LM, dict[Hashable, bool]] = WeakKeyDictionary()
 
 
 def replays(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSearch) -> bool:
-    """Whether a replay of this edit's rows gives the logits of a plain forward pass; tried once per model and sites.
+    """Return whether a replay of this edit's rows gives the logits of a plain forward pass; tried once per model and
+    sites.
 
     The same random vectors are added in both, half as long as the activations they are added to.
     """

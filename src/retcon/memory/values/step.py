@@ -119,7 +119,7 @@ class Recorded:
         return replace(states, states=put_away(states.states), keys=keys, values=values)
 
     def _room(self, now: ActiveBatch) -> AbstractContextManager[None]:
-        """The scope of a forward pass whose gradients are wanted."""
+        """Return the scope of a forward pass whose gradients are wanted."""
         if not self.offload:
             return nullcontext()
         recorded = [

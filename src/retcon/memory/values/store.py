@@ -168,7 +168,7 @@ class ValueStore:
         *,
         plainly: bool = False,
     ) -> "ValueStore":
-        """The store of this search.
+        """Return the store of this search.
 
         Args:
             plainly: each edit is searched by itself, by the reference.
@@ -193,7 +193,7 @@ class ValueStore:
         return cls(path, cache, key)
 
     def plan(self, make: Callable[[], SearchPlan]) -> SearchPlan:
-        """The plan of the run that is continued, or the one that `make()` gives, written down."""
+        """Return the plan of the run that is continued, or the one that `make()` gives, written down."""
         found = cached(self.path / "plan.safetensors", VALUES, self.key)
         if found is not None:
             return SearchPlan.from_json(found[1])
@@ -206,7 +206,7 @@ class ValueStore:
         keep(self.path / "plan.safetensors", VALUES, self.key, about=plan.as_json())
 
     def load(self, chunk: ChunkPlan) -> dict[int, ValueOf] | None:
-        """What was found for a chunk's edits, or None if it has yet to be run."""
+        """Return what was found for a chunk's edits, or None if it has yet to be run."""
         kept = cached(self._file(chunk), VALUES, self._identity(chunk))
         if kept is None:
             return None
@@ -222,7 +222,7 @@ class ValueStore:
             Path(self.begun(chunk).path).unlink(missing_ok=True)
 
     def begun(self, chunk: ChunkPlan) -> "BegunChunk":
-        """Where a chunk is kept that is being searched."""
+        """Return where a chunk is kept that is being searched."""
         with suppress(OSError):
             self.path.mkdir(parents=True, exist_ok=True)
         return BegunChunk(f"{self._file(chunk).with_suffix('')}.begun", self._identity(chunk))
@@ -285,7 +285,7 @@ class BegunChunk:
 
 
 def _as_file(values: Sequence[ValueOf]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Values of edits that have the same sites as the content of a file."""
+    """Return values of edits that have the same sites as the content of a file."""
     n_sites = len(values[0].init)
     tensors = {
         f"{name}.{s}": torch.stack([getattr(v, name)[s] for v in values])
@@ -296,7 +296,7 @@ def _as_file(values: Sequence[ValueOf]) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _values_of(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> list[ValueOf]:
-    """The values in a file."""
+    """Return the values in a file."""
     found = []
     for j, report in enumerate(about["reports"]):
         init, offset, activation = (

@@ -20,7 +20,8 @@ N_DEMO_CASES = 500
 
 
 def probe_layers(lm: LM, cases: Sequence[Edit | Case] | None = None, *, seed: int = 0) -> Advice:
-    """Which layers to edit, by the contrast-based probe over the edits of `cases`, with a warning where that is weak.
+    """Return which layers to edit, by the contrast-based probe over the edits of `cases`, with a warning where that is
+    weak.
 
     Raises:
         InvalidSetting: no cases, and the model is none of the embedded ones, which bring their own.
@@ -43,7 +44,7 @@ def probe_layers(lm: LM, cases: Sequence[Edit | Case] | None = None, *, seed: in
 
 
 def settings_for(advice: Advice, method: type[Method]) -> dict[str, Any]:
-    """The advice as settings of a method, by the names of its fields.
+    """Return the advice as settings of a method, by the names of its fields.
 
     Raises:
         InvalidSetting: none of its settings names layers.

@@ -123,7 +123,8 @@ def choose(
 def _from_shape(
     chosen: type[Method], shape: ModelShape, guess: Mapping[str, Any], given: Mapping[str, Any], cases: Facts
 ) -> list[str]:
-    """What the rule takes from the model's shape, a line each; what is fitted on the cases has a line of its own."""
+    """Return what the rule takes from the model's shape, a line each; what is fitted on the cases has a line of its
+    own."""
     fitted = set(clamp_settings(chosen))
     if issubclass(chosen, TuningSettings) and chosen.fits_learning_rate and cases:
         fitted.add("learning_rate")
@@ -133,7 +134,8 @@ def _from_shape(
 def _fitted(
     lm: LM, made: Method, given: Mapping[str, Any], cases: Facts, at_once: int | None
 ) -> tuple[Method, list[str]]:
-    """The method with clamps or a learning rate that suit the cases, where those are not given, and a line on it."""
+    """Return the method with clamps or a learning rate that suit the cases, where those are not given, and a line on
+    it."""
     clamps = _clamps(type(made), given)
     if isinstance(made, SearchSettings) and clamps and cases:
         found = fit_clamps(lm, made, edits_of(cases), clamps)
@@ -148,12 +150,13 @@ def _fitted(
 
 
 def _clamps(chosen: type[Method], given: Iterable[str]) -> list[str]:
-    """The method's clamps that are not given."""
+    """Return the method's clamps that are not given."""
     return [clamp for clamp in clamp_settings(chosen) if clamp not in given]
 
 
 def _advised(chosen: type[Method], lm: LM | None, cases: Facts, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with the probe's layers for `layers="probe"`; what is given by its own name stands over them."""
+    """Return the settings with the probe's layers for `layers="probe"`; what is given by its own name stands over
+    them."""
     if lm is None:
         raise InvalidSetting("layers='probe' needs the model that is to be probed: pass for_model=lm")
     given = {name: value for name, value in settings.items() if name != "layers"}
@@ -173,7 +176,7 @@ def _wrapped(
     cases: Facts,
     at_once: int | None,
 ) -> Choice:
-    """The method that a filter wraps, with its settings for the model, those given over them."""
+    """Return the method that a filter wraps, with its settings for the model, those given over them."""
     base = chosen.base_of(settings)
     has = dataset in {p.dataset for p in presets(base)}
     own = settings.get("base_settings", {})

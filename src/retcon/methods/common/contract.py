@@ -47,7 +47,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, lm: LM) -> "ModelShape":
-        """The shape of a model."""
+        """Return the shape of a model."""
         return cls(lm.n_layers, lm.d_model, lm.d_ff, lm.layout.parallel)
 
 
@@ -120,7 +120,7 @@ class Method(ABC):
         return self
 
     def n_trained(self, lm: LM) -> int:
-        """How many values `propose` trains; 0 where it trains none, or as many as the edits decide."""
+        """Return how many values `propose` trains; 0 where it trains none, or as many as the edits decide."""
         return 0
 
 
@@ -135,7 +135,7 @@ class Trainable(Method):
 
     @abstractmethod
     def n_fitted(self, lm: LM) -> int:
-        """How many values `fit` trains."""
+        """Return how many values `fit` trains."""
 
 
 def recorded(
@@ -149,7 +149,8 @@ def recorded(
     seed: int,
     **notes: Any,
 ) -> dict[str, Any]:
-    """The fields of a Delta that record its run: enough to repeat it and to compare it with another implementation.
+    """Return the fields of a Delta that record its run: enough to repeat it and to compare it with another
+    implementation.
 
     A method that uses no contexts or moments leaves them out. `notes` join the provenance. A setting that is a file's
     path from the root on is recorded by its last part.
@@ -181,7 +182,7 @@ def recorded(
 
 
 def check_depth(name: str, lm: LM, layers: Sequence[int]) -> None:
-    """Raises InvalidSetting where a layer is asked for that the model does not have."""
+    """Raise InvalidSetting where a layer is asked for that the model does not have."""
     for layer in layers:
         if not 0 <= layer < lm.n_layers:
             raise InvalidSetting(f"{name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")
@@ -210,7 +211,7 @@ def check_settings(method: Method) -> None:
 
 
 def check_stateless(name: str, state: object) -> None:
-    """Raises InvalidSetting where a state is handed to a method that has no use for one."""
+    """Raise InvalidSetting where a state is handed to a method that has no use for one."""
     if state is not None:
         raise InvalidSetting(f"{name} keeps nothing between batches, but a state was given; leave it out")
 

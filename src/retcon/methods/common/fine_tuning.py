@@ -96,7 +96,7 @@ class FineTuning(TuningSettings):
             )
 
     def schedule(self, n_edits: int) -> Schedule:
-        """How long to go on, for so many edits."""
+        """Return how long to go on, for so many edits."""
         size = self.batch_size
         if self.steps_per_epoch is not None:
             size = min(size or n_edits, math.ceil(n_edits / self.steps_per_epoch))
@@ -115,7 +115,7 @@ class FineTuning(TuningSettings):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """The change that writes `edits` as one batch; the model is untouched. Moments are not used.
+        """Return the change that writes `edits` as one batch; the model is untouched. Moments are not used.
 
         Contexts are used where `n_prefixes` asks for them, state where `replay` is on.
 
@@ -143,7 +143,7 @@ class FineTuning(TuningSettings):
             return run.delta(parts, ended.first(len(edits)), state=kept, contexts=Contexts(prefixes))
 
     def loss(self, lm: LM, edits: Sequence[Edit], prefixes: Sequence[str] = ()) -> EditLoss:
-        """What is minimised, per edit."""
+        """Return what is minimised, per edit."""
         if self.objective == "prompt_last":
             return PromptLastLoss(lm, answer_rows(lm, edits))
         rows = [answer_rows(lm, edits, prefix=prefix, end=self.target_eos) for prefix in ("", *prefixes)]
@@ -170,7 +170,7 @@ class FineTuning(TuningSettings):
         return n_edits**-0.87028798 * math.exp(0.15589562) if self.power_law else self.weight_decay
 
     def trained(self, lm: LM) -> Iterator[int | Site]:
-        """What is trained: sites, and the numbers of blocks that are trained whole.
+        """Yield what is trained: sites, and the numbers of blocks that are trained whole.
 
         Raises:
             InvalidSetting: a layer or matrix the model does not have.
@@ -196,7 +196,7 @@ class FineTuning(TuningSettings):
                     )
 
     def n_trained(self, lm: LM) -> int:
-        """How many values are trained."""
+        """Return how many values are trained."""
         n = 0
         for what in self.trained(lm):
             if isinstance(what, int):
@@ -208,7 +208,7 @@ class FineTuning(TuningSettings):
         return n
 
     def parts(self, lm: LM) -> list[Whole]:
-        """What is trained, unchanged so far."""
+        """Return what is trained, unchanged so far."""
         found: list[Whole] = []
         for what in self.trained(lm):
             found += whole_block(lm, what) if isinstance(what, int) else whole(what, bias=self.train_bias)
@@ -216,7 +216,7 @@ class FineTuning(TuningSettings):
 
 
 def paraphrase_loss(name: str, lm: LM, edits: Sequence[Edit], path: str) -> GroupLoss:
-    """The mean loss over each edit's paraphrases in a file of cases.
+    """Return the mean loss over each edit's paraphrases in a file of cases.
 
     Raises:
         MalformedFile: the file cannot be read.
@@ -237,7 +237,7 @@ def paraphrase_loss(name: str, lm: LM, edits: Sequence[Edit], path: str) -> Grou
 
 
 def whole_block(lm: LM, layer: int) -> list[Whole]:
-    """Every parameter of a block."""
+    """Return every parameter of a block."""
     path = lm.layout.block.format(layer)
     found: list[Whole] = []
     for name, module in lm.block(layer).named_modules(prefix=path):
@@ -292,7 +292,7 @@ def _as_tensor(edits: Sequence[Edit]) -> Tensor:
 
 
 def _earlier(state: State | None, edits: Sequence[Edit]) -> list[Edit]:
-    """The edits of a state that are not among the new ones' prompts."""
+    """Return the edits of a state that are not among the new ones' prompts."""
     if not state:
         return []
     try:

@@ -113,13 +113,13 @@ class HypernetworkSettings(Trainable):
         ).to(lm.device)
 
     def schedule(self, clip: float) -> FitSchedule:
-        """How long to train."""
+        """Return how long to train."""
         return FitSchedule(
             steps=self.steps, validate_every=self.validate_every, patience=self.patience, clip=clip, anneal=self.anneal
         )
 
     def sites(self, lm: LM) -> list[Site]:
-        """The matrices that are edited, layer by layer.
+        """Return the matrices that are edited, layer by layer.
 
         Raises:
             InvalidSetting: a layer or a path that the model does not have, or none of the matrices.
@@ -145,7 +145,7 @@ class HypernetworkSettings(Trainable):
         return found
 
     def n_fitted(self, lm: LM) -> int:
-        """How many values `fit` trains."""
+        """Return how many values `fit` trains."""
         shapes = [tuple(site.shape) for site in self.sites(lm)]
         widths = [sum(shape) for shape in dict.fromkeys(shapes)]
         shared = sum(2 * min(self.rank, width) * width + width for width in widths)
@@ -177,7 +177,7 @@ class Drawn:
 
 
 def examples(lm: LM, cases: Sequence[Case]) -> list[Example]:
-    """Each edit of the cases, with the rephrasings and the neighbours of its case.
+    """Return each edit of the cases, with the rephrasings and the neighbours of its case.
 
     Raises:
         InvalidEdit: an edit that cannot mean anything, or is longer than the model's context.
@@ -197,7 +197,8 @@ def examples(lm: LM, cases: Sequence[Case]) -> list[Example]:
 
 
 def draw(pool: Sequence[Example], chosen: Sequence[Example], rng: random.Random) -> list[Drawn]:
-    """One rephrasing and one other prompt for each chosen example; without neighbours, another example's edit."""
+    """Return one rephrasing and one other prompt for each chosen example; without neighbours, another example's
+    edit."""
     found = []
     for example in chosen:
         others = example.others or tuple(e.edit for e in rng.sample(list(pool), 2) if e is not example)[:1]
@@ -219,7 +220,7 @@ def pieces(
 def gather_pieces(
     lm: LM, sites: Sequence[Site], rows: Sequence[Row], keep: Callable[[Sequence[Row], Tensor, Tensor], Tensor]
 ) -> list[tuple[Float[Tensor, "n in"], Float[Tensor, "n out"]]]:
-    """The pieces of many rows, batch by batch as memory allows, in the order of the rows.
+    """Return the pieces of many rows, batch by batch as memory allows, in the order of the rows.
 
     Args:
         keep: from rows, u and delta to the (batch, seq) mask of the tokens that count.
@@ -242,12 +243,12 @@ def gather_pieces(
 
 
 def with_a_piece(_: Sequence[Row], u: Tensor, delta: Tensor) -> Tensor:
-    """All tokens that have a piece."""
+    """Return all tokens that have a piece."""
     return not_zero(u, delta)
 
 
 def at_answers(rows: Sequence[Row], u: Tensor, delta: Tensor) -> Tensor:
-    """The tokens that predict answer tokens."""
+    """Return the tokens that predict answer tokens."""
     mask = torch.zeros(u.shape[:2], dtype=torch.bool, device=u.device)
     for r, row in enumerate(rows):
         mask[r, row.n_prompt - 1 : len(row.ids) - 1] = True
@@ -255,7 +256,7 @@ def at_answers(rows: Sequence[Row], u: Tensor, delta: Tensor) -> Tensor:
 
 
 def in_passes(drawn: Sequence[Drawn]) -> Iterator[Sequence[Drawn]]:
-    """The examples in groups whose outer losses are one pass each."""
+    """Return the examples in groups whose outer losses are one pass each."""
     longest = max(len(row.ids) for d in drawn for row in (d.rephrasing, d.other))
     size = max(1, MAX_BATCH_TOKENS // (2 * longest))
     return (drawn[i : i + size] for i in range(0, len(drawn), size))
@@ -276,7 +277,7 @@ def compared_places(rows: Sequence[Row], where: Where) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def base_log_probs(lm: LM, drawn: Sequence[Drawn], where: Where) -> Float[Tensor, "n vocab"]:
-    """What the model says in the prompts that should stay."""
+    """Return what the model says in the prompts that should stay."""
     others = [d.other for d in drawn]
     return log_probs(logits_at(lm, pad(others, lm.device), compared_places(others, where)))
 
@@ -284,7 +285,8 @@ def base_log_probs(lm: LM, drawn: Sequence[Drawn], where: Where) -> Float[Tensor
 def outer_losses(
     lm: LM, drawn: Sequence[Drawn], base: Float[Tensor, "n vocab"], parts: Sequence[Part], where: Where
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """The outer losses of each example with `parts` attached, from one pass over 2 batch rows, rephrasings first.
+    """Return the outer losses of each example with `parts` attached, from one pass over 2 batch rows, rephrasings
+    first.
 
     Returns:
         The mean negative log-likelihood of the answer after the rephrasing; and the mean of KL(p_W || p_W') over the
@@ -484,7 +486,7 @@ def read_editor(name: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def no_such_file(name: str, path: Path) -> MalformedFile:
-    """The error for an editor that is not there."""
+    """Return the error for an editor that is not there."""
     return MalformedFile(f"{path}: no such file; {name}'s editor is what `retcon fit` writes")
 
 
@@ -501,7 +503,7 @@ def _check_base(path: Path, about: Mapping[str, Any], lm: LM) -> None:
 
 
 def read_curve(path: str | Path, method: str) -> list[CurvePoint]:
-    """The losses of a training, from its editor's file.
+    """Return the losses of a training, from its editor's file.
 
     Raises:
         MalformedFile: the file is no editor of that method.

@@ -51,10 +51,10 @@ class SearchSettings(Method):
 
     @abstractmethod
     def value_sites(self, lm: LM) -> list[ValueSite]:
-        """Where values are searched on a model."""
+        """Return where values are searched on a model."""
 
     def sampled_contexts(self, lm: LM, seed: int) -> Contexts:
-        """The prefixes for prompts where none are given."""
+        """Return the prefixes for prompts where none are given."""
         return default_contexts(lm, seed)
 
     def searching_what_is_written(self) -> Self:
@@ -62,7 +62,7 @@ class SearchSettings(Method):
         return self
 
     def value_search(self, **more: Any) -> ValueSearch:
-        """How it is searched; `more` are further fields of the search."""
+        """Return how it is searched; `more` are further fields of the search."""
         return ValueSearch(
             steps=self.steps,
             learning_rate=self.learning_rate,
@@ -84,7 +84,7 @@ class ValueSettings(SearchSettings):
     """Weight of ||offset|| / ||init||^2."""
 
     def value_site(self, layer: int, tensor: TensorName) -> ValueSite:
-        """Where the value is searched."""
+        """Return where the value is searched."""
         return ValueSite(Point(layer, tensor), "subject_last", self.clamp, self.weight_decay)
 
 
@@ -111,11 +111,11 @@ class OneFactSettings(ValueSettings):
         return {"layer": min(early_layers(shape.n_layers)[0] + 1, shape.n_layers - 1)}
 
     def value_sites(self, lm: LM) -> list[ValueSite]:
-        """The MLP's output."""
+        """Return the MLP's output."""
         return [self.value_site(self.layer, "mlp")]
 
     def sampled_contexts(self, lm: LM, seed: int) -> Contexts:
-        """As `context_style` says."""
+        """Sample prefixes as `context_style` says."""
         return default_contexts(lm, seed, self.context_style)
 
     @property
@@ -141,5 +141,5 @@ class BatchSettings(ValueSettings):
         return {"layers": early_layers(shape.n_layers)}
 
     def value_sites(self, lm: LM) -> list[ValueSite]:
-        """The block's output, or the MLP's where a norm follows it."""
+        """Return the block's output, or the MLP's where a norm follows it."""
         return [self.value_site(self.layers[-1], target_tensor(lm, "block", self.name))]

@@ -47,7 +47,8 @@ class Preset:
 
 
 def presets(name: str, parents: tuple[str, ...] = ()) -> list[Preset]:
-    """All presets of a method, the user's first; those of `parents`, which it inherits its settings from, come last.
+    """Return all presets of a method, the user's first; those of `parents`, which it inherits its settings from, come
+    last.
 
     Raises:
         MalformedFile: a file of the user's is no file of presets.
@@ -67,7 +68,7 @@ def user_folder() -> Path:
 
 
 def preset_named(name: str, preset: str, parents: tuple[str, ...] = ()) -> Preset:
-    """The preset of that full name.
+    """Return the preset of that full name.
 
     Raises:
         UnknownPreset: there is none.
@@ -80,7 +81,8 @@ def preset_named(name: str, preset: str, parents: tuple[str, ...] = ()) -> Prese
 
 
 def preset_for(name: str, lm: "LM", dataset: str | None = None, parents: tuple[str, ...] = ()) -> Preset | None:
-    """The preset that fits the model, or None; the user's, then CounterFact's where several fit and none is asked for.
+    """Return the preset that fits the model, or None; the user's, then CounterFact's where several fit and none is
+    asked for.
 
     One for a part of what another is for ("world-single" beside "world") is taken only where it is asked for.
 
@@ -112,7 +114,7 @@ def preset_for(name: str, lm: "LM", dataset: str | None = None, parents: tuple[s
 
 
 def signature(lm: "LM") -> dict[str, Any]:
-    """What presets are matched on: architecture and sizes."""
+    """Return what presets are matched on: architecture and sizes."""
     config = lm.config
     rope = getattr(config, "rope_parameters", None) or {}
     return {
@@ -172,7 +174,7 @@ def write_preset(
 
 
 def _toml_value(value: Any) -> str:
-    """A setting as TOML writes it."""
+    """Return a setting as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):
@@ -183,7 +185,7 @@ def _toml_value(value: Any) -> str:
 
 
 def _presets_in(folder: Path, name: str, file: str) -> Iterator[Preset]:
-    """The presets of a method in a folder, read from a file's `[[preset]]` tables."""
+    """Yield the presets of a method in a folder, read from a file's `[[preset]]` tables."""
     path = folder / f"{file.partition(':')[2] or file}.toml"
     try:
         for i, p in enumerate(_toml(path).get("preset", []), 1):

@@ -85,7 +85,7 @@ class Proposal:
     """What the searches found, where it is kept: by number of the search, site, and part."""
 
     def search(self, sites: Sequence[ValueSite], search: ValueSearch) -> Values:
-        """Values for the batch (`memory.values.search_values`) on the weights as they are now."""
+        """Return values for the batch (`memory.values.search_values`) on the weights as they are now."""
         values = search_values(
             self.lm,
             self.edits,
@@ -133,7 +133,7 @@ class Proposal:
     def delta(
         self, report: Sequence[EditReport] = (), *, state: Mapping[str, Tensor] | None = None, **notes: Any
     ) -> Delta:
-        """What was written as a delta, reports completed by what the model says now; `notes` go on record."""
+        """Return what was written as a delta, reports completed by what the model says now; `notes` go on record."""
         record = recorded(
             self.method,
             self.lm,
@@ -214,7 +214,7 @@ def sites_of(
     *,
     routed: bool = False,
 ) -> list[Site]:
-    """The matrices that a method writes in these layers; `routed` as in `written_sites`.
+    """Return the matrices that a method writes in these layers; `routed` as in `written_sites`.
 
     Raises:
         InvalidSetting: a layer the model does not have.
@@ -226,7 +226,7 @@ def sites_of(
 
 
 def only_one(name: str, edits: Sequence[Edit]) -> None:
-    """Raises InvalidEdit where a method that writes one fact is handed several."""
+    """Raise InvalidEdit where a method that writes one fact is handed several."""
     if len(edits) > 1:
         raise InvalidEdit(
             f"{name} writes one fact at a time, found {len(edits)} edits; retcon.in_steps({name}, lm, "
@@ -237,7 +237,7 @@ def only_one(name: str, edits: Sequence[Edit]) -> None:
 def target_tensor(
     lm: LM, wanted: TensorName, name: str, *, layers: Sequence[int] = (), routed: bool = False
 ) -> TensorName:
-    """The tensor at which a method measures values on this model: the MLP's output where a post-norm follows.
+    """Return the tensor at which a method measures values on this model: the MLP's output where a post-norm follows.
 
     Through a norm no write can bring the block's output to a wanted value. Routed experts have no output of their own
     to measure at: there it is the block's.
@@ -280,7 +280,8 @@ def warn_of_size(lm: LM, delta: Delta) -> None:
 
 
 def report_after(lm: LM, edits: Sequence[Edit], report: Sequence[EditReport]) -> tuple[EditReport, ...]:
-    """The reports with what the model says now: one forward pass per batch of rows, on the edits' bare prompts."""
+    """Return the reports with what the model says now: one forward pass per batch of rows, on the edits' bare
+    prompts."""
     found = answers(lm, edits)
     return tuple(
         replace(r, final_probability=probability, greedy_match=match)

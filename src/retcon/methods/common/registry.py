@@ -60,7 +60,7 @@ def _installed() -> dict[str, str]:
 
 
 def method_class(name: str) -> type["Method"]:
-    """The class registered under a name, or the one that "module:Class" names.
+    """Return the class registered under a name, or the one that "module:Class" names.
 
     Raises:
         UnknownMethod: there is none, or it is no method.
@@ -85,7 +85,7 @@ def method_class(name: str) -> type["Method"]:
 
 
 def _place(name: str) -> str:
-    """Where the class of a method is, as "module:Class"."""
+    """Return where the class of a method is, as "module:Class"."""
     table = {**_installed(), **METHODS}
     if name not in table and ":" not in name:
         close = difflib.get_close_matches(name, table, n=1)
@@ -160,7 +160,7 @@ def check_subjects(method: Any, edits: Sequence[Edit]) -> None:
 
 
 def build(name: str, settings: Mapping[str, Any], *, lm: "LM | None" = None) -> "Method":
-    """The method with these settings, the class's defaults for the rest.
+    """Return the method with these settings, the class's defaults for the rest.
 
     Args:
         lm: the model that settings were looked for by, for the message where one is missing.
@@ -182,12 +182,12 @@ def build(name: str, settings: Mapping[str, Any], *, lm: "LM | None" = None) -> 
 
 
 def presets(name: str) -> list[Preset]:
-    """All presets of a method, the user's first."""
+    """Return all presets of a method, the user's first."""
     return presets_module.presets(name, parents_of(name))
 
 
 def preset_named(name: str, preset: str) -> Preset:
-    """The preset of that full name.
+    """Return the preset of that full name.
 
     Raises:
         UnknownPreset: there is none.
@@ -196,7 +196,8 @@ def preset_named(name: str, preset: str) -> Preset:
 
 
 def preset_for(name: str, lm: "LM", dataset: str | None = None) -> Preset | None:
-    """The preset that fits the model, or None; the user's, then CounterFact's where several fit and none is asked for.
+    """Return the preset that fits the model, or None; the user's, then CounterFact's where several fit and none is
+    asked for.
 
     Raises:
         UnknownPreset: the model has presets, but none for that dataset.

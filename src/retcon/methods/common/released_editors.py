@@ -75,7 +75,7 @@ NAMES = {
 
 
 def _renamed(tensors: Mapping[str, Tensor], shape: tuple[int, int], where: str) -> dict[str, Tensor]:
-    """The tensors of one network by our names."""
+    """Return the tensors of one network by our names."""
     prefix = f"mend.{shape}"
 
     def get(name: str) -> Tensor:

@@ -43,7 +43,8 @@ def in_steps(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Attachment:
-    """One delta for all `edits`, made in batches of `batch_size`, each on top of those before; the model is untouched.
+    """Return one delta for all `edits`, made in batches of `batch_size`, each on top of those before; the model is
+    untouched.
 
     The report says what the model makes of every edit after the last step, so an edit that a later one has undone
     counts as a conflict. All steps share one set of contexts and moments.
@@ -114,7 +115,7 @@ def in_steps(
 
 
 def _on_top(lm: LM, done: Attachment, step: Attachment) -> Attachment:
-    """Both as one, where `step` was proposed with `done` in force (and may replace it)."""
+    """Return both as one, where `step` was proposed with `done` in force (and may replace it)."""
     if isinstance(done, Beside) and type(done) is type(step):
         return done.joined(step)
     (done, step) = only_deltas((done, step), "editing in steps")
@@ -139,7 +140,8 @@ def _on_top(lm: LM, done: Attachment, step: Attachment) -> Attachment:
 
 
 def combined(changes: Sequence[Change], shape: torch.Size) -> tuple[Change, ...]:
-    """The sum of changes to one parameter, in its smallest exact form; changes of slices are left as they are."""
+    """Return the sum of changes to one parameter, in its smallest exact form; changes of slices are left as they
+    are."""
     if len(changes) < 2 or any(change.region is not None for change in changes):
         return tuple(changes)
     factors = list(_factors(changes))

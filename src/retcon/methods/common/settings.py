@@ -57,7 +57,8 @@ Share = Annotated[float, Rule("be above 0 and at most 1", lambda value: 0 < valu
 
 
 def descriptions(method: type[Any]) -> dict[str, str]:
-    """What each setting means: the text beneath its field, in the class or the nearest one that it inherits from."""
+    """Return what each setting means: the text beneath its field, in the class or the nearest one that it inherits
+    from."""
     found: dict[str, str] = {}
     for base in reversed(method.__mro__):
         if base is not object:
@@ -165,14 +166,14 @@ class _Source(dict[str, Any]):
                 self.imported |= {a.asname or a.name: (node.module or "", a.name) for a in node.names}
 
     def place(self, name: str) -> str | None:
-        """Where a class of this package is defined; None for one from elsewhere."""
+        """Return where a class of this package is defined; None for one from elsewhere."""
         if name in self.classes:
             return f"{self.module}:{name}"
         module, original = self.imported.get(name, ("", ""))
         return _source(module).place(original) if module.startswith("retcon.") else None
 
     def value(self, annotation: ast.expr) -> Any:
-        """What an annotation means; `Any` where that is not to be had without importing."""
+        """Return what an annotation means; `Any` where that is not to be had without importing."""
         try:
             return eval(compile(ast.Expression(annotation), self.module, "eval"), {}, self)  # our own source
         except (NameError, TypeError, AttributeError):

@@ -52,7 +52,7 @@ class TuningSettings(Method):
         self.schedule(1)
 
     def schedule(self, n_edits: int) -> Schedule:
-        """How long to go on, for so many edits."""
+        """Return how long to go on, for so many edits."""
         return Schedule(epochs=self.epochs, batch_size=self.batch_size, stop_loss=self.stop_loss)
 
     def for_next_try(self) -> Self:
@@ -130,7 +130,7 @@ class Tuning:
         supersedes: Sequence[str] = (),
         **notes: Any,
     ) -> Delta:
-        """What the parts add, as a delta; its report says how the descent ended and what the model says with it.
+        """Return what the parts add, as a delta; its report says how the descent ended and what the model says with it.
 
         Without a descent, which is for an empty batch, nothing is reported.
         """
@@ -221,7 +221,7 @@ def losses_now(loss: EditLoss, n: int) -> list[float]:
 
 
 def memory_note(n_values: int, bytes_per_value: int = Method.bytes_per_value) -> str:
-    """What training so many values takes, in words."""
+    """Return what training so many values takes, in words."""
     n_bytes = bytes_per_value * n_values
     shown = f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
     return f"trains {n_values:,} values, {shown} with gradients and Adam's moments"

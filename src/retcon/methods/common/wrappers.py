@@ -22,7 +22,7 @@ class Filter(Method):
 
     @classmethod
     def base_of(cls, settings: Mapping[str, Any]) -> str:
-        """The base method that settings name; the filter's default where they name none."""
+        """Return the base method that settings name; the filter's default where they name none."""
         return settings.get("base_method", {f.name: f.default for f in fields(cls)}["base_method"])
 
     @property
