@@ -22,7 +22,10 @@ from retcon.errors import (
     UnknownEntry,
     WrongBase,
 )
+from retcon.evaluation import read_cases
 from retcon.lm.model import LM
+from retcon.memory.corpus import Corpus
+from retcon.memory.moments import CorpusMoments
 from retcon.methods.memit import Memit
 from retcon.methods.mend import Mend
 from retcon.methods.rome import Rome
@@ -101,6 +104,9 @@ def test_facts_are_one_readable_line_each_and_come_back_whole(store: Store) -> N
     assert len(first) == 3
     assert json.loads(first[2])["edits"][0]["target_new"] == "São Paulo"
     assert "São Paulo" in first[2]
+    cases, report = read_cases(store.path / "facts" / f"{store.log()[0].id}.jsonl")  # a file of facts like any other
+    assert [(c.edits, c.queries) for c in cases] == [(c.edits, c.queries) for c in FACTS[:3]]
+    assert not report.hints()
 
 
 def test_reverting_an_entry_and_the_reverting(store: Store, lm: LM) -> None:
@@ -203,6 +209,21 @@ def test_an_amended_fact_keeps_its_place_and_its_checks_follow(store: Store, lm:
     assert store.cases("HEAD~1") == FACTS
     with pytest.raises(InvalidEdit, match="has that answer already"):
         store.amend(lm, "darrieux", "Greek", moments=moments)
+
+
+def test_a_batch_is_written_again_with_the_moments_of_its_own_text(tmp_path: Path, lm: LM) -> None:
+    text = tmp_path / "corpus.txt"
+    text.write_text("\n\n".join(f"The train to Milan stood, and {i} of {i * i} go home." for i in range(80)))
+    store = Store.init(tmp_path / "edits", lm)
+    store.edit(lm, FACTS[:2], MEMIT, moments=CorpusMoments(Corpus.from_file(text)), corpus=str(text))
+    assert store.revert_fact(lm, "france").about["searched"] == 0
+    text.rename(tmp_path / "moved.txt")
+    log = store.log()
+    with pytest.raises(MalformedFile, match=r"no such file .* was made with second moments of it: --corpus says where"):
+        store.amend(lm, "darrieux", "Greek")
+    assert store.log() == log
+    moved = CorpusMoments(Corpus.from_file(tmp_path / "moved.txt"))
+    assert store.amend(lm, "darrieux", "Greek", moments=moved).action == "amend"
 
 
 def test_a_method_of_single_facts_takes_out_its_own_delta(store: Store, lm: LM, moments: Any) -> None:

@@ -1,5 +1,6 @@
 """The page in a real browser: edit, look, undo, verify, export; hostile text stays text. And what it refuses."""
 
+import shlex
 import shutil
 import socket
 import threading
@@ -274,6 +275,40 @@ def test_who_may_not_ask_is_told_why(served: Served) -> None:
     assert fetch(served, "/static/..%2Fapp.py", **cookie)[0] == 404
     assert fetch(served, "/do/nope", method="POST", **cookie)[0] == 404
     assert "no entry" in fetch(served, "/?at=nope", **cookie)[1]
+
+
+def done(job: Job) -> Job:
+    deadline = time.monotonic() + SECONDS / 1000
+    while job.state in ("waiting", "running") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return job
+
+
+def test_commands_name_the_state_that_was_shown(served: Served, tmp_path: Path) -> None:
+    session = served.session
+    session.add_facts("{} lies within the borders of | Geneva | Norway")
+    assert done(session.edit()).state == "done"
+    made = session.store.log()[-1].id
+    edit = shlex.split(session.commands[-1])
+    assert [case.edits[0].target_new for case in retcon.read_cases(edit[3])[0]] == ["Norway"]
+    undo = done(session.toggle(made))
+    assert undo.state == "done"
+    session.view(made)
+    jobs = [
+        session.ask("Geneva lies within the borders of"),
+        session.verify(),
+        session.export(str(tmp_path / "x"), "hf"),
+    ]
+    assert [done(job).state for job in jobs] == ["done"] * 3
+    ask, verify, export = session.commands[-3:]
+    at = f"{session.store.path}@{made}"
+    assert ask.endswith(f"--delta {at}")
+    assert verify == f"retcon verify {made} --store {session.store.path}"
+    assert at in export
+    assert "no chat template" in done(session.ask("Where is Geneva?", chat=True)).message
+    session.view(None)
+    done(session.toggle(made))
+    done(session.toggle(made))
 
 
 def test_a_cancelled_edit_changes_nothing(served: Served) -> None:

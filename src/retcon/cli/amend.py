@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from retcon.cli.moments import check_corpus
 from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, progress_bars, styled
 from retcon.cli.stores import (
     Again,
@@ -12,7 +13,6 @@ from retcon.cli.stores import (
     Editor,
     OtherModel,
     StorePath,
-    corpus_of,
     entry_record,
     load_base,
     open_store,
@@ -39,14 +39,16 @@ def amend(
     from retcon.workflow import moments_for
 
     found = open_store(store)
-    text = corpus or corpus_of(found, fact)
+    found.fact(fact)  # what can be refused before the model is loaded
+    if corpus is not None:
+        check_corpus(corpus)
     lm = load_base(found, model, device=device, dtype=dtype, verify_base=verify_base)
     with progress_bars() as advance:
         entry = found.amend(
             lm,
             fact,
             target,
-            moments=moments_for(lm, text),
+            moments=None if corpus is None else moments_for(lm, corpus),
             repropose=repropose,
             editor=editor,
             message=message,

@@ -62,14 +62,6 @@ def load_base(
     return lm
 
 
-def corpus_of(store: "Store", fact: str) -> str | None:
-    """Return the text of the moments that a fact's delta was made with; None: the model's default."""
-    _, delta = store.fact(fact)
-    slot = store.state().slot_of(delta)
-    named = next((e.about.get("corpus") for e in store.log() if slot in e.sets), None)
-    return None if named is None else found_from(named, store.path)
-
-
 def facts_table(lines: "list[Line]") -> Table:
     """Return the first of some facts."""
     table = Table(box=None, pad_edge=False, header_style="dim")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retcon.edits import Case, Edit
-from retcon.errors import InvalidSetting, NonFinite, RetconWarning
+from retcon.errors import InvalidSetting, MalformedFile, NonFinite, RetconWarning
 from retcon.files import cache_dir, write_atomically
 from retcon.store.contents import DELTAS, VALUES, Contents, Precision
 from retcon.store.history import Action, Entry
@@ -118,9 +118,11 @@ class Change:
         """Return the delta's method, settings, contexts and seed once more, for these facts, on the model as it is.
 
         Args:
+            moments: None: of the text that the delta was made with.
             editor: where the trained editor is that the delta was made with; only its last part is on record.
 
         Raises:
+            MalformedFile: that text is no longer where it was.
             InvalidSetting: other second moments, or another editor, than the delta was made with; or its editor is not
                 found.
         """
@@ -134,6 +136,8 @@ class Change:
         if settings.get("editor") is not None:
             settings["editor"] = _editor_of(delta, made, editor)
         method = method_class(str(made["method"]))(**settings)
+        if moments is None and method.uses_moments:
+            moments = self._moments_of(delta)
         known = None
         if not search:
             with_values = self.store.path / VALUES / f"{delta}.safetensors"
@@ -162,6 +166,20 @@ class Change:
                 f"delta {delta} was made with other second moments than those given; name the same text (--corpus)"
             )
         return new
+
+    def _moments_of(self, delta: str) -> "Moments | None":
+        from retcon.memory.corpus import Corpus
+        from retcon.memory.moments import CorpusMoments
+
+        corpus = self.store.corpus_of(delta)
+        if corpus is None:
+            return None
+        try:
+            return CorpusMoments(Corpus.named(corpus))
+        except MalformedFile as error:
+            raise MalformedFile(
+                f"{error}; delta {delta} was made with second moments of it: --corpus says where"
+            ) from None
 
 
 def _editor_of(delta: str, made: Mapping[str, Any], given: "str | os.PathLike[str] | None") -> str:

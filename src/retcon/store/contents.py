@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from retcon.edits import Case
 from retcon.errors import DeltaNotApplied, MalformedFile, RetconWarning, UnknownEntry, WrongBase
-from retcon.files import read_text
+from retcon.files import found_from, read_text
 from retcon.store.history import Entry, State, one_named, read_log, states
 from retcon.store.index import Index, Line
 from retcon.store.journal import LOG, recover
@@ -126,6 +126,12 @@ class Contents:
         if name not in live and self.index.of_fact(name):
             raise UnknownEntry(f"fact {name!r} is no longer in force; it was reverted (retcon show {name})")
         return live[one_named(name, live, "fact")]
+
+    def corpus_of(self, delta: str) -> str | None:
+        """The text of the second moments that a delta in force was made with; None: the model's default."""
+        slot = self.state().slot_of(delta)
+        named = next((e.about.get("corpus") for e in self.log() if slot in e.sets), None)
+        return None if named is None else found_from(named, self.path)
 
     def history(self, fact: str) -> list[tuple[Entry, Line | None]]:
         """Return the entries that changed a fact, oldest first, with what it was from then on; None: not in force."""

@@ -275,6 +275,7 @@ class Store(Contents):
         """Take one fact back. A batch that held it is written again without it; no other value is searched again.
 
         Args:
+            moments: None: of the text that each batch was made with.
             repropose: propose the later deltas again too, in order, on what is there now; their values are searched
                 anew.
             editor: the trained editor that the batch was made with (MEND, MALMEN), where it is not found by the name on

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from retcon.edits import Case, same_question
 from retcon.errors import InvalidSetting, RetconError
 from retcon.store import Entry, Store
+from retcon.store.index import FACTS
 from retcon.web.listing import N_ROWS, Listing, listed
 from retcon.web.maps import LayerMap, contrast_map, trace_map
 from retcon.web.pasted import pasted_cases
@@ -361,8 +362,9 @@ class Session:
             reports = [r for _, delta in entry.sets.values() if delta for r in self.store.delta(delta).report]
             took = sum(bool(r.greedy_match) for r in reports)
             self.draft, self.verification, self.viewing = [], None, None
+            file = shlex.quote(str(self.store.path / FACTS / f"{entry.id}.jsonl"))
             how = f"--method {self.method}{self._assignments()}"
-            self._typed(f"edit {self._model_word} facts.jsonl {how} --store {self._store_word}")
+            self._typed(f"edit {self._model_word} {file} {how} --store {self._store_word}")
             return f"{took} of {len(reports)} edit{'s' * (len(reports) != 1)} took"
 
         return self.submit("edit", run)
@@ -381,6 +383,10 @@ class Session:
     @property
     def _store_word(self) -> str:
         return shlex.quote(str(self.store.path))
+
+    @property
+    def _state_word(self) -> str:
+        return shlex.quote(f"{self.store.path}@{self.viewing}") if self.viewing else self._store_word
 
     # --- the store -----------------------------------------------------------------------------------------------
 
@@ -427,12 +433,9 @@ class Session:
         """Take one fact out of its batch."""
 
         def run(lm: "LM", job: Job) -> str:
-            from retcon.workflow import moments_for
-
             entry = self.store.revert_fact(
                 lm,
                 fact,
-                moments=moments_for(lm),
                 repropose=repropose,
                 editor=self.settings.get("editor"),
                 progress=self.heard(job),
@@ -447,13 +450,10 @@ class Session:
         """Give a fact in force another answer; its batch is written again."""
 
         def run(lm: "LM", job: Job) -> str:
-            from retcon.workflow import moments_for
-
             entry = self.store.amend(
                 lm,
                 fact,
                 target.strip(),
-                moments=moments_for(lm),
                 editor=self.settings.get("editor"),
                 progress=self.heard(job),
             )
@@ -489,7 +489,7 @@ class Session:
                 after = said()
             self.replies = [Reply(prompt, before, after), *self.replies[: N_ANSWERS - 1]]
             self._typed(
-                f"complete {self._model_word} {shlex.quote(prompt)} --delta {self._store_word}{' --chat' * chat}"
+                f"complete {self._model_word} {shlex.quote(prompt)} --delta {self._state_word}{' --chat' * chat}"
             )
             return "changed" if before != after else "the answer is the same"
 
@@ -505,7 +505,7 @@ class Session:
                 self.heard(job)(stage, 0, 0)
 
             self.verification = verify(self.store, lm, at=self.viewing, on_progress=hear)
-            self._typed(f"verify --store {self._store_word}")
+            self._typed(f"verify{f' {self.viewing}' if self.viewing else ''} --store {self._store_word}")
             return "nothing broke" if self.verification.ok else f"{len(self.verification.failed)} checks fail"
 
         return self.submit("verify", run)
@@ -551,9 +551,8 @@ class Session:
             with self.store.at(lm, self.viewing) as state:
                 names = [f"{d}.safetensors" for d in state.deltas]
                 made = export(lm, folder, format=form, files=names)  # type: ignore[arg-type]
-            self._typed(
-                f"export {self._model_word} {self._store_word} --format {shlex.quote(form)} --out {shlex.quote(folder)}"
-            )
+            where = f"--format {shlex.quote(form)} --out {shlex.quote(folder)}"
+            self._typed(f"export {self._model_word} {self._state_word} {where}")
             return f"wrote {folder}: {made.n_bytes:,} bytes"
 
         return self.submit("export", run)

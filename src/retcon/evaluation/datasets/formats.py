@@ -177,7 +177,7 @@ FORMATS: Mapping[FormatName, Format] = {
             name="cases",
             title="cases as retcon writes them",
             needs=(("edits",), ("queries",)),
-            reads=("dataset", "meta"),
+            reads=("dataset", "meta", "delta"),  # the last of them names what a store wrote the fact with
             types={"edits": list, "queries": list},
             reader=own,
         ),
