@@ -72,6 +72,19 @@ def test_the_same_model_has_no_difference(tiny: Callable[..., LM]) -> None:
     assert found.delta.changes == {}
 
 
+def test_shared_embeddings_are_reported_and_left_out_of_the_delta(tiny: Callable[..., LM]) -> None:
+    base, edited = tiny("gpt2"), tiny("gpt2")
+    with torch.no_grad():
+        edited.parameter("transformer.wte.weight")[5] += 1
+        edited.parameter("transformer.ln_f.weight")[:] += 1
+    found = audit(base, edited)
+    assert [d.parameter for d in found.differences] == ["transformer.wte.weight", "transformer.ln_f.weight"]
+    assert list(found.left_out) == ["transformer.wte.weight"]
+    assert "shared with lm_head.weight" in found.left_out["transformer.wte.weight"]
+    assert list(found.delta.changes) == ["transformer.ln_f.weight"]
+    assert not found.exact
+
+
 def test_models_of_other_shapes_are_refused(tiny: Callable[..., LM]) -> None:
     with pytest.raises(DeltaMismatch, match="other parameters"):
         audit(tiny("llama"), tiny("gptj"))

@@ -5,7 +5,7 @@ found.delta.save("difference.safetensors")     # anybody's edit as a delta: meas
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,8 @@ class Audit:
     """The difference, so that base + delta are the edited weights."""
     exact: bool
     """Whether that holds bit for bit in the base's dtype (else to float32's rounding)."""
+    left_out: Mapping[str, str]
+    """Parameters that differ and that no delta can hold, such as embeddings that are the head too, with the reason."""
 
     @property
     def unexplained(self) -> float | None:
@@ -94,7 +96,8 @@ def audit(
         known: deltas that may explain the difference; they must have been made for this base.
 
     Raises:
-        DeltaMismatch: the two are no models of one shape, or differ in a parameter that shares its memory.
+        DeltaMismatch: the two are no models of one shape.
+        NotEditable: they differ in a parameter that is quantised.
     """
     theirs = {name for name, _ in edited.model.named_parameters()}
     names = [name for name, _ in base.model.named_parameters()]
@@ -103,6 +106,7 @@ def audit(
         raise DeltaMismatch(f"the models have other parameters ({odd[0]}, ...); an audit compares two of one shape")
     found: list[Difference] = []
     changes: dict[str, list[Change]] = {}
+    left_out: dict[str, str] = {}
     exact = True
     with base.without_deltas(), torch.no_grad():
         for name in names:
@@ -112,10 +116,14 @@ def audit(
             wider = torch.promote_types(ours.dtype, other.dtype)
             if torch.equal(ours.to(wider), other.to(wider)):
                 continue
-            base.check_editable(name)
+            if not ours.is_floating_point():
+                base.check_editable(name)
             difference = other.double() - ours.double()
             where = float64_place(base.parameter(name).device, max(ours.shape))
             found.append(_difference(name, difference, ours, other, known, where))
+            if name in base.not_editable:
+                left_out[name] = base.not_editable[name]
+                continue
             change, is_exact = _change(difference, ours, other, found[-1].rank, where)
             changes[name] = [change]
             exact &= is_exact
@@ -130,7 +138,7 @@ def audit(
             "versions": {"retcon": __version__},
         },
     )
-    return Audit(tuple(found), len(names), answers, delta, exact)
+    return Audit(tuple(found), len(names), answers, delta, exact and not left_out, left_out)
 
 
 def _difference(

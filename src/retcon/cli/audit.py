@@ -26,7 +26,7 @@ from retcon.cli.shell import (
     spinner,
     styled,
 )
-from retcon.errors import InvalidSetting
+from retcon.errors import InvalidSetting, NotEditable
 from retcon.workflow.facts import Reading, facts_that_fit, read_facts
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def audit(
     with spinner("comparing"):
         found = compare(lm, other, edits=edits, known=only_deltas(known, "an audit"))
     if delta is not None:
+        for name, why in found.left_out.items():
+            raise NotEditable(f"{name} differs, and no delta can hold that: {why}; without --delta, all is reported")
         found.delta.save(delta)
     if as_json:
         emit(
@@ -91,6 +93,7 @@ def audit(
                 "differences": [asdict(d) for d in found.differences],
                 "n_parameters": found.n_parameters,
                 "unexplained": found.unexplained,
+                "left_out": dict(found.left_out),
                 "answers": [
                     {"id": a.edit.id, "prompt": a.edit.text, "base": a.base, "edited": a.edited, "changed": a.changed}
                     for a in found.answers
@@ -122,6 +125,8 @@ def _show(found: "Audit", *, known: bool) -> None:
         show.print(table)
         more = f"; {n - N_SHOWN:,} more in --json" if n > N_SHOWN else ""
         show.print(styled("[dim]{:,} of {} differ{}[/]", n, count(found.n_parameters, "parameter"), more))
+        for name, why in found.left_out.items():
+            show.print(f"No delta can hold the difference of {name}: {why}.", soft_wrap=True)
         if found.unexplained is not None:
             show.print(f"The deltas given leave {found.unexplained:.2%} of the difference unexplained.")
     if found.answers:

@@ -128,7 +128,7 @@ class Contents:
         return live[one_named(name, live, "fact")]
 
     def corpus_of(self, delta: str) -> str | None:
-        """The text of the second moments that a delta in force was made with; None: the model's default."""
+        """Return the text of the second moments that a delta in force was made with; None: the model's default."""
         slot = self.state().slot_of(delta)
         named = next((e.about.get("corpus") for e in self.log() if slot in e.sets), None)
         return None if named is None else found_from(named, self.path)
