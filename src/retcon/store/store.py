@@ -229,7 +229,7 @@ class Store(Contents):
             return change.commit("restore" if back else "revert", what, sets, about=about)
 
     def _why_not(self, entry: Entry) -> str:
-        """Why there is nothing of an entry to take back."""
+        """Return why there is nothing of an entry to take back."""
         if not entry.sets:
             return "it changed no facts, so there is nothing to take back"
         last = next(e for e in reversed(self.log()) if e.sets.keys() & entry.sets.keys())
