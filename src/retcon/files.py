@@ -147,6 +147,24 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name
 
 
+def out_of_reach(repo: str, file: str, *, kind: str = "model", revision: str | None = None) -> str | None:
+    """Say why the hub cannot be asked for a file; None where it answers, whatever it says, or the file is in its cache.
+
+    Asks once; a download asks six times, over half a minute, before it fails.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if try_to_load_from_cache(repo, file, repo_type=kind, revision=revision) is None:
+            get_hf_file_metadata(hf_hub_url(repo, file, repo_type=kind, revision=revision), timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        pass  # an answer, which the download explains
+    except Exception as error:  # of whatever the connection failed
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
 def as_shared(path: str, folder: str | os.PathLike[str] | None = None) -> str:
     """Return a path as a file that people share holds it: no folder of this machine from its root on.
 

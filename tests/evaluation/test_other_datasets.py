@@ -270,9 +270,11 @@ def test_hub_addresses() -> None:
 
 def test_rows_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    fake = ModuleType("huggingface_hub")
-    fake.hf_hub_download = lambda *a, **k: (calls.append((a, k)), str(FIXTURES / "knowedit.json"))[1]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    answer = partial(monkeypatch.setattr, "huggingface_hub.get_hf_file_metadata")
+    answer(lambda *_, **__: None)
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *a, **k: (calls.append((a, k)), str(FIXTURES / "knowedit.json"))[1]
+    )
     cases, report = read("hub:knowedit/recent")
     assert len(cases) == 5
     assert report.path == "hub:knowedit/recent"
@@ -288,9 +290,13 @@ def test_rows_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(MalformedFile, match=r"needs the package 'datasets'"):
         read("hub:o/n")
 
-    def unreachable(*_: Any, **__: Any) -> str:
+    def broken(*_: Any, **__: Any) -> str:
         raise ConnectionError("no network")
 
-    fake.hf_hub_download = unreachable  # type: ignore[attr-defined]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
     with pytest.raises(MalformedFile, match=r"cannot be read from the hub \(no network\)"):
+        read("hub:o/n/x.json")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked again"))
+    answer(broken)
+    with pytest.raises(MalformedFile, match=r"hub:o/n/x\.json: the hub cannot be asked for it \(no network\)"):
         read("hub:o/n/x.json")

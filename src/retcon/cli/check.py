@@ -31,7 +31,7 @@ from retcon.cli.shell import (
 from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
 from retcon.files import check_exists
-from retcon.workflow.checking import TITLES, check_report_name, load_edited, verdict_line, write_verdict
+from retcon.workflow.checking import TITLES, check_edited, check_report_name, load_edited, verdict_line, write_verdict
 from retcon.workflow.facts import Reading, read_facts
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ def check(
     asked = read_facts(cases, reading)
     if text is not None:
         check_exists(text)
+    if edited is not None:
+        check_edited(edited)
 
     from retcon.evaluation import safety
 

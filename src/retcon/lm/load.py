@@ -9,7 +9,7 @@ import torch
 
 from retcon import world
 from retcon.errors import RetconError, UnsupportedModel
-from retcon.files import looks_like_path
+from retcon.files import looks_like_path, out_of_reach
 from retcon.lm.fingerprint import checkpoint_fingerprint
 from retcon.lm.gguf import DAMAGED, SUFFIX, find_gguf, forget_packing, gguf_options, quiet_conversion
 from retcon.lm.layouts import Layout
@@ -147,19 +147,10 @@ def find_model(name: str, revision: str | None = None) -> str:
     if looks_like_path(name):
         raise UnsupportedModel(f"cannot load {name!r}: no such directory or file")
 
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        if try_to_load_from_cache(name, "config.json", revision=revision) is None:
-            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
-    except (HfHubHTTPError, HFValidationError):
-        pass  # an answer of the hub's, which transformers explains
-    except Exception as error:  # no answer; transformers would ask six times
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if reason := out_of_reach(name, "config.json", revision=revision):
         raise UnsupportedModel(
             f"cannot load {name!r}: there is no such directory here, and the hub cannot be asked for it ({reason})"
-        ) from None
+        )
     return name
 
 

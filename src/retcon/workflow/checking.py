@@ -31,6 +31,16 @@ _OUTCOMES = {
 }
 
 
+def check_edited(folder: Path) -> None:
+    """Refuse a folder of an edited model that is not there: better known before the base is loaded than after.
+
+    Raises:
+        InvalidSetting: there is none.
+    """
+    if not folder.is_dir():
+        raise InvalidSetting(f"{folder}: no such folder; give a merged checkpoint or an adapter")
+
+
 def load_edited(folder: Path, base: str, *, device: str | None = None, dtype: str | None = None) -> "LM":
     """Load an edited model: a merged checkpoint, or `base` with the PEFT adapter of a folder merged into it.
 
@@ -42,8 +52,7 @@ def load_edited(folder: Path, base: str, *, device: str | None = None, dtype: st
     from retcon.lm.load import load
     from retcon.lm.model import LM
 
-    if not folder.is_dir():
-        raise InvalidSetting(f"{folder}: no such folder; give a merged checkpoint or an adapter")
+    check_edited(folder)
     if not (folder / ADAPTER).is_file():
         return load(str(folder), device=device, dtype=dtype)
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from retcon.errors import MalformedFile, how_to_install
 from retcon.evaluation.datasets.tables import read_rows
-from retcon.files import NumberedRow
+from retcon.files import NumberedRow, out_of_reach
 
 PREFIX = "hub:"
 _ADDRESS = re.compile(r"^hub:(?P<repo>[^/@:]+/[^/@:]+)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+))?$")
@@ -52,6 +52,8 @@ def read_hub_rows(address: str, bad: list[tuple[int, str]] | None = None, *, spl
         if at.file is not None:
             from huggingface_hub import hf_hub_download
 
+            if reason := out_of_reach(at.repo, at.file, kind="dataset", revision=at.revision):
+                raise MalformedFile(f"{address}: the hub cannot be asked for it ({reason})")
             file = hf_hub_download(at.repo, at.file, repo_type="dataset", revision=at.revision)
             return read_rows(file, bad)
         from datasets import load_dataset
