@@ -7,6 +7,16 @@ from typing import Any
 from retcon.errors import InvalidEdit
 
 Argument = str | int | float | bool | None
+REASONING = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),
+)
+"""What chat models put around what they write to themselves before they answer."""
 
 
 @dataclass(frozen=True)
@@ -67,3 +77,17 @@ def chat_from(value: "Chat | Mapping[str, Any] | bool | None") -> Chat | None:
     if unknown := sorted(map(str, value.keys() - {"system", "template_args"})):
         raise InvalidEdit(f"chat: unknown field(s) {', '.join(unknown)}; known: system, template_args")
     return Chat(value.get("system"), value.get("template_args") or ())
+
+
+def without_reasoning(text: str) -> str:
+    """Return the answer in what a served chat model said, "" where the reasoning part before it has not ended.
+
+    Where the template opens that part, the text holds its end alone.
+    """
+    for begin, end in REASONING:
+        opened = text.lstrip().startswith(begin)
+        if end in text and (opened or begin not in text):
+            return text.partition(end)[2]
+        if opened:
+            return ""
+    return text

@@ -121,6 +121,15 @@ def test_complete_puts_the_prompt_in_a_chat(cli: Callable[..., Any], chatting: L
     assert record["completion"] == chatting.complete("Who?", max_new_tokens=4, stops=(), system="Be brief.")
 
 
+def test_a_model_that_did_not_finish_its_reasoning_is_said_to(
+    cli: Callable[..., Any], chatting: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unended = Written("", 256, True, "<think>Was it")
+    monkeypatch.setattr("retcon.lm.generate.generate", lambda *_, **__: [unended])
+    for told in (cli("complete", "chatty", "Who?", "--chat"), cli("chat", "chatty", stdin="Who?\n")):
+        assert "no answer within 256 tokens, all of them reasoning; give it room: --max-tokens N" in told.stderr
+
+
 def test_a_conversation_remembers_its_turns(
     cli: Callable[..., Any], chatting: LM, delta: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,22 @@ def test_what_falls_short_is_shown() -> None:
     assert verdict["took"].worst[0].after == "Paris"
 
 
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("<think>Paris?\nNo.</think>\n\nRome.", "\n\nRome."),
+        ("Paris?</think>Rome.", "Rome."),  # the template has opened it
+        ("<think>Paris, or", ""),
+        ("Rome, I <think> so", "Rome, I <think> so"),
+    ],
+)
+def test_the_reasoning_part_is_taken_off_a_chats_answer(said: str, answer: str) -> None:
+    with server(says(said)) as (url, _):
+        served = Endpoint(url=url, model="edited")
+        assert served.write(["Who?"], [Chat()]) == [answer]
+        assert served.write(["Who?"], [None]) == [said]
+
+
 def test_a_chat_is_asked_as_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETCON_API_KEY", "s3cret")
     asking = in_chat(cases(2), Chat("Be brief.", (("enable_thinking", False),)))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from retcon.cli.complete import MaxTokens, Stops, Temperature, TopK, TopP, writing
+from retcon.cli.complete import MaxTokens, Stops, Temperature, TopK, TopP, warn_of_no_answer, writing
 from retcon.cli.shell import (
     Deltas,
     Device,
@@ -87,6 +87,7 @@ def chat(
             if both:
                 with lm.without_deltas():
                     old = _answer(lm, frame, [*before, line], how, seed + n)
+        warn_of_no_answer(answer)
         if both:
             table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
             table.add_column("before", ratio=1)

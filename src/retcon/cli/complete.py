@@ -18,18 +18,20 @@ from retcon.cli.shell import (
     VerifyBase,
     chat_of,
     console,
+    count,
     emit,
     load_deltas,
     load_model,
     loads_a_model,
     spinner,
     styled,
+    warn,
 )
 from retcon.errors import InvalidSetting
 
 if TYPE_CHECKING:
     from retcon.chat import Chat
-    from retcon.lm.generate import Writing
+    from retcon.lm.generate import Writing, Written
 
 CHAT_TOKENS = 256
 """Tokens that a chat model may write by default; it ends its turn by itself."""
@@ -98,6 +100,7 @@ def complete(
         for each in deltas:
             lm.apply(each, other_base=other_base)
         [written] = generate(lm, [prompt], how, seeds=[seed])
+    warn_of_no_answer(written)
     if as_json:
         more = {"reasoning": written.reasoning} if written.reasoning else {}
         about = {"model": model, "prompt": prompt, "completion": written.text, "deltas": [d.id for d in deltas]}
@@ -108,6 +111,14 @@ def complete(
         show.print(styled("[dim]{}[/]", written.reasoning.strip()), soft_wrap=True)
     before = "" if chat else prompt
     show.print(styled("{}[bold]{}[/]", before, written.text.strip() if chat else written.text), soft_wrap=True)
+
+
+def warn_of_no_answer(written: "Written") -> None:
+    """Say why nothing is shown where a model was still reasoning when its tokens ran out."""
+    if written.cut and written.reasoning and not written.text.strip():
+        warn(
+            f"no answer within {count(written.n_tokens, 'token')}, all of them reasoning; give it room: --max-tokens N"
+        )
 
 
 def writing(

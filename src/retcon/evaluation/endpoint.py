@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retcon.chat import Chat
+from retcon.chat import Chat, without_reasoning
 from retcon.errors import EndpointFailed, InvalidSetting
 
 KEY = "RETCON_API_KEY"
@@ -72,7 +72,7 @@ class Endpoint:
         stops: Sequence[str] = ("\n",),
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[str]:
-        """Return the model's greedy text after each prompt; in a chat, its answer to the prompt.
+        """Return the model's greedy text after each prompt; in a chat, its answer to the prompt, reasoning left out.
 
         Raises:
             EndpointFailed: the server does not answer, refuses, or answers something else; nothing is asked again.
@@ -95,7 +95,7 @@ class Endpoint:
             text = choice["text"] if chat is None else choice["message"]["content"]
         except (KeyError, IndexError, TypeError):
             raise EndpointFailed(f"{self.url} answered something else than a completion: {found!r:.120}") from None
-        return str(text or "")
+        return str(text or "") if chat is None else without_reasoning(str(text or ""))
 
     def _ask(self, path: str, record: Mapping[str, Any] | None) -> dict[str, Any]:
         address = f"{self.base}/{path}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retcon.chat import Chat
+from retcon.chat import REASONING, Chat
 from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS, shared_in_batches
 from retcon.lm.decoding import Prompts, pads, remembers, write_tokens
@@ -271,18 +271,6 @@ def _write_by_transformers(
         out = lm.model.generate(batch.ids, attention_mask=batch.mask.long(), generation_config=settings, **more)
     written = zip(parts, out[:, start:], limits, strict=True)
     return [_read(part, new[:limit].tolist(), ends) for part, new, limit in written]
-
-
-REASONING = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|channel|>analysis", "<|channel|>final<|message|>"),
-)
-"""What chat models put around what they write to themselves before they answer."""
 
 
 def _opened(tokenizer: Any, row: Row) -> str | None:
