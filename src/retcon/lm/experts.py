@@ -3,8 +3,8 @@
 Their output is sum_e g_e (W_e k_e + b_e) over the experts that a token is routed to, g_e the router's weight. So they
 are one linear map of the keys g_e k_e, and writing to several of them at once is one linear problem.
 
-What is trained or scaled in some of them is a `Change` of what an expert computes: the experts' module runs as ever,
-and a hook on it adds what the change makes of the expert's output.
+What is trained or scaled in some of them is an `ExpertChange` of what an expert computes: the experts' module runs as
+ever, and a hook on it adds what the change makes of the expert's output.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +69,7 @@ def expert_matrix(module: nn.Module, kind: str) -> tuple[str | None, Int[Tensor,
 
 
 @dataclass(frozen=True)
-class Change:
+class ExpertChange:
     """What is done otherwise in one routed expert."""
 
     expert: int
@@ -78,12 +78,12 @@ class Change:
     """Whether it changes what the down-projection puts out, whose inputs are g_e k_e, or what enters the activation."""
 
 
-_CHANGES: WeakKeyDictionary[nn.Module, list[Change]] = WeakKeyDictionary()
+_CHANGES: WeakKeyDictionary[nn.Module, list[ExpertChange]] = WeakKeyDictionary()
 """What is in force on each module that holds experts, in order."""
 
 
 @contextmanager
-def changed(module: nn.Module, changes: Sequence[Change]) -> Iterator[None]:
+def changed(module: nn.Module, changes: Sequence[ExpertChange]) -> Iterator[None]:
     """Change the experts while the scope lasts, after those that are in force already."""
     active = _CHANGES.setdefault(module, [])
     handle = None
@@ -113,7 +113,7 @@ def _changed_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _difference(
-    module: Any, expert: int, states: Tensor, weight: Tensor, tokens: Tokens, changes: Sequence[Change]
+    module: Any, expert: int, states: Tensor, weight: Tensor, tokens: Tokens, changes: Sequence[ExpertChange]
 ) -> Tensor:
     """Return what an expert puts out with the changes, less what it puts out without, for the tokens it is asked
     for."""

@@ -269,14 +269,14 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def pad(rows: Sequence[Row], device: torch.device | str = "cpu", *, side: Literal["left", "right"] = "right") -> Batch:
-    """Rows side by side, padded on one side; the pad id is 0 and only the mask tells padding from text."""
-    longest = max(len(r.ids) for r in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        start = longest - len(row.ids) if side == "left" else 0
-        ids[i, start : start + len(row.ids)] = torch.tensor(row.ids)
-        mask[i, start : start + len(row.ids)] = True
+    """Put rows side by side, padded on one side; the pad id is 0 and only the mask tells padding from text."""
+    lengths = [len(row.ids) for row in rows]
+    longest = max(lengths)
+    fill, left = [(0,) * (longest - n) for n in lengths], side == "left"
+    filled = [(*none, *row.ids) if left else (*row.ids, *none) for row, none in zip(rows, fill, strict=True)]
+    ids = torch.tensor(filled, dtype=torch.long)
+    column, length = torch.arange(longest), torch.tensor(lengths)[:, None]
+    mask = column >= longest - length if left else column < length
     return Batch(ids.to(device), mask.to(device))
 
 

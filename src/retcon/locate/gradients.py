@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from retcon.lm.experts import Change, Tokens, changed
+from retcon.lm.experts import ExpertChange, Tokens, changed
 from retcon.lm.site import Site
 
 
@@ -63,7 +63,7 @@ def catch(
     """
     passed: dict[Site, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def expert_change(site: Site, expert: int) -> Change:
+    def expert_change(site: Site, expert: int) -> ExpertChange:
         def scale(x: Tensor, output: Tensor, tokens: Tokens) -> Tensor:
             rows = None if site.rows is None else site.rows.to(output.device)
             h = output if rows is None else output[..., rows]
@@ -74,7 +74,7 @@ def catch(
             passed[site] = x.detach(), h.detach(), scaled
             return scaled if rows is None else output.index_copy(-1, rows, scaled)
 
-        return Change(expert, scale, down=site.kind == "down_proj")
+        return ExpertChange(expert, scale, down=site.kind == "down_proj")
 
     def hook(site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def scale(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

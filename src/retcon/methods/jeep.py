@@ -140,23 +140,13 @@ class Jeep(SearchSettings):
             NonFinite: a loss, a key or a change is NaN or infinite.
         """
         check_stateless(self.name, state)
-        if (sites := self._sites_on(lm)) != self.sites:
-            target = self._high_target if sites == "mlp" else self.high_target
-            here = replace(self, sites=sites, high_target=target)
-            return here.propose(
-                lm,
-                edits,
-                contexts=contexts,
-                moments=moments,
-                values=values,
-                keep_values=keep_values,
-                seed=seed,
-                progress=progress,
-                update_filter=update_filter,
-            )
+        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
+        return self._on(lm)._proposed(lm, edits, given)
+
+    def _proposed(self, lm: LM, edits: Sequence[Edit], given: Given) -> Delta:
+        """Write one batch; the sites are those that the model allows."""
         low, high = self.groups()
         groups = [g for g in (low, high) if g]
-        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
         with proposing(self, lm, edits, groups, given) as proposal:
             if not edits:
                 return proposal.delta()
@@ -179,14 +169,16 @@ class Jeep(SearchSettings):
         """Without delta* where delta' is searched by itself first: delta* then makes up for what that leaves."""
         return replace(self, high=()) if self.low and self.high and not self.joint_optimisation else self
 
-    def _sites_on(self, lm: LM) -> Literal["mlp", "release", "block"]:
-        """`sites` as far as this model allows it."""
+    def _on(self, lm: LM) -> "Jeep":
+        """Return the method with the `sites` that this model allows."""
         layers = (*self.low, *(self.high if self.high_module == "mlp" else ()))
         routed = self.mlp == "experts"
-        if self.sites == "block" or any(is_routed(lm, layer, routed) for layer in layers if layer < lm.n_layers):
-            tensor = target_tensor(lm, "block", self.name, layers=layers, routed=routed)
-            return "mlp" if tensor == "mlp" else "block"
-        return self.sites
+        if self.sites != "block" and not any(is_routed(lm, layer, routed) for layer in layers if layer < lm.n_layers):
+            return self
+        tensor = target_tensor(lm, "block", self.name, layers=layers, routed=routed)
+        if tensor == "mlp":
+            return replace(self, sites="mlp", high_target=self._high_target)
+        return self if self.sites == "block" else replace(self, sites="block")
 
     def groups(self) -> tuple[LayerGroup | None, LayerGroup | None]:
         """Return the low and the high group, None where one is left out."""
@@ -206,8 +198,8 @@ class Jeep(SearchSettings):
         return (low if self.low else None), (high if self.high else None)
 
     def value_sites(self, lm: LM) -> list[ValueSite]:
-        """Return where values are sought: low before high."""
-        here = replace(self, sites=self._sites_on(lm))
+        """Return where values are searched: low before high."""
+        here = self._on(lm)
         return [here.value_site(group) for group in here.groups() if group]
 
     def value_site(self, group: LayerGroup) -> ValueSite:

@@ -97,11 +97,7 @@ class Kne(TuningSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            not self.modules
-            or set(self.modules) - set(get_args(SiteName))
-            or len(set(self.modules)) < len(self.modules)
-        ):
+        if not self.modules or len(set(self.modules)) < len(self.modules):
             raise InvalidSetting(
                 f"kne: modules must be one or more of {', '.join(get_args(SiteName))}, each once; found {self.modules}"
             )

@@ -17,8 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from retcon.delta import Change, Dense, Entries, LowRank
-from retcon.lm.experts import Change as ExpertChange
-from retcon.lm.experts import Tokens, changed
+from retcon.lm.experts import ExpertChange, Tokens, changed
 from retcon.lm.site import Site
 
 _BLOCK = 2**22  # token x entry products formed at a time

@@ -310,9 +310,9 @@ def answers(lm: LM, edits: Sequence[Edit]) -> list[tuple[float, bool]]:
     def read(group: list[int]) -> list[tuple[float, bool]]:
         chosen = [rows[i] for i in group]
         at, positions = answer_places(chosen)
-        log_p = log_probs(logits_at(lm, pad(chosen, lm.device), (at, positions)).cpu())
+        log_p = log_probs(logits_at(lm, pad(chosen, lm.device), (at, positions)))
         tokens = torch.tensor([token for r in chosen for token in r.target_ids])
-        picked, first = gold(log_p, chosen), log_p.argmax(-1) == tokens
+        picked, first = gold(log_p, chosen).cpu(), log_p.argmax(-1).cpu() == tokens
         each = range(len(chosen))
         return [(float(picked[at == j].mean().exp()), bool(first[at == j].all())) for j in each]
 
