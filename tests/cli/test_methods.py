@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -58,3 +59,9 @@ def test_a_method_is_described_by_its_name_or_its_class(cli: Callable[..., Any])
     assert "  layer  Block" in out  # it must be given, so there is no default
     assert out == cli("methods", "--method", "rome").stdout
     assert "retcon.methods.rome:Rome" in cli("methods", "retcon.methods.rome:Rome").stdout
+
+
+def test_a_misspelt_method_is_no_model(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", Mock(side_effect=OSError("no network")))
+    assert "Did you mean 'memit'?" in cli("methods", "memti", code=2).stderr
+    assert "cannot load 'out/edited': there is no such directory here" in cli("methods", "out/edited", code=2).stderr

@@ -82,11 +82,19 @@ def test_what_was_not_asked_is_not_known_and_not_safe(tiny: Callable[..., LM]) -
     bare = [Case(c.id, c.edits, ()) for c in cases(lm)]
     verdict = check(lm, bare, [zero(lm)], text=TEXT)
     assert outcomes(verdict)["took"] == "unknown"
-    assert verdict["took"].words.endswith("not known, the cases hold no edits")
+    assert verdict["took"].words.endswith("not known, the cases hold no edits that can be asked")
     assert not verdict.safe
     off = Thresholds(took=0, generalised=0, local=0, perplexity_ratio=math.inf)
     assert set(outcomes(check(lm, bare, [zero(lm)], text=TEXT, thresholds=off)).values()) == {"off"}
     assert check(lm, bare, [zero(lm)], text=TEXT, thresholds=off).safe
+
+
+def test_what_the_model_cannot_read_is_listed(tiny: Callable[..., LM]) -> None:
+    lm = tiny(n_layers=2)
+    long = Query("rewrite/0", "rewrite", "very " * 150, "Rome", answers=(("Rome",),))
+    verdict = check(lm, [Case("a", (), (long,))], [zero(lm)], text=TEXT)
+    assert verdict["took"].outcome == "unknown"
+    assert any(note.startswith("not asked: a, rewrite/0 (") and "model reads 128" in note for note in verdict.notes)
 
 
 def test_paraphrases_and_neighbours_are_made_where_none_are_given(tiny: Callable[..., LM]) -> None:

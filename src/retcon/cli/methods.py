@@ -3,6 +3,7 @@
 import re
 import sys
 from dataclasses import MISSING, Field, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,11 +72,14 @@ def methods(
 
 
 def _names_method(name: str) -> bool:
-    """Return whether what is given where a model can be is a method: a name of the list, or module:Class."""
+    """Return whether what is given where a model can be is a method: a name much like one, or module:Class."""
     from retcon.lm.load import DEMO
     from retcon.methods.common.registry import list_methods
 
-    return not Path(name).exists() and (name in list_methods() or (":" in name and not name.startswith(DEMO)))
+    if Path(name).exists():
+        return False
+    named = get_close_matches(name, list_methods(), n=1, cutoff=0.75)  # a slip in it is told of by that name
+    return bool(named) or (":" in name and not name.startswith(DEMO))
 
 
 def _described(name: str, lm: "LM | None") -> dict[str, Any]:
@@ -132,12 +136,11 @@ def _without_weights(name: str) -> "LM":
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from retcon import world
     from retcon.errors import RetconError, UnsupportedModel
-    from retcon.lm.load import DEMO, damage
+    from retcon.lm.load import damage, find_model
     from retcon.lm.model import LM
 
-    place = str(world.model_path(name.removeprefix(DEMO))) if name.startswith(DEMO) else name
+    place = find_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
         config = AutoConfig.from_pretrained(place)

@@ -19,7 +19,7 @@ from retcon.evaluation.metrics import accepted, is_locality, matches
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries, subject_of
 from retcon.evaluation.records import Record
 from retcon.evaluation.results import Evaluation
-from retcon.evaluation.summary import case_values
+from retcon.evaluation.summary import case_values, unread_notes, unread_queries
 from retcon.evaluation.writing import PRESETS
 from retcon.lm.generate import generate_in_chats
 from retcon.lm.model import LM
@@ -201,7 +201,8 @@ def check(
     fine = math.isfinite(ratio) and ratio <= thresholds.perplexity_ratio
     outcome: Outcome = "off" if math.isinf(thresholds.perplexity_ratio) else "passed" if fine else "failed"
     answers.append(Answer("language", outcome, ratio, base.ppl, thresholds.perplexity_ratio, language.n_tokens, None))
-    return Verdict(tuple(answers), len(cases), made.notes, tuple(findings))
+    notes = (*made.notes, *unread_notes(unread_queries([*pre.records, *post.records])))
+    return Verdict(tuple(answers), len(cases), notes, tuple(findings))
 
 
 def check_endpoint(
@@ -370,7 +371,7 @@ def _sentence(answer: Answer) -> str:
         return f"{change} (at most {answer.threshold:g} was asked; it was {answer.before:.1f}; {answer.n:,} tokens)"
     if answer.value is None:
         missing = {"took": "edits", "generalised": "paraphrases", "local": "locality prompts"}[answer.part]
-        return f"{name[answer.part]}: not known, the cases hold no {missing}"
+        return f"{name[answer.part]}: not known, the cases hold no {missing} that can be asked"
     low, high = (answer.interval.low, answer.interval.high) if answer.interval else (answer.value, answer.value)
     was = "" if answer.before is None else f", {100 * answer.before:.1f} % before the edit"
     how = f"; {answer.measured_by}" if answer.measured_by else ""

@@ -129,11 +129,7 @@ class Summary:
     def _notes(self) -> list[str]:
         """Return what is worth knowing about the queries, a line each."""
         counts = ", ".join(f"{name} {n:,}" for name, n in self.counts.items() if n)
-        notes = [counts] if counts else []
-        notes += [f"not asked: {query} ({reason})" for query, reason in list(self.unread.items())[:N_UNREAD_SHOWN]]
-        if len(self.unread) > N_UNREAD_SHOWN:
-            notes.append(f"not asked: {len(self.unread) - N_UNREAD_SHOWN:,} more")
-        return notes
+        return [*([counts] if counts else []), *unread_notes(self.unread)]
 
     def _cells(self, everything: bool) -> list[list[str]]:
         """Return the table's head and rows."""
@@ -221,7 +217,7 @@ def summarise(
     keys = dict.fromkeys(key for own in estimates.values() for key in own)
     lines = [Line(*k, estimates.get("pre", {}).get(k), estimates.get("post", {}).get(k)) for k in keys]
     lines.sort(key=lambda line: _rank(line, family))
-    return Summary(family, len(subjects), tuple(lines), _counts([*before, *after]), _unread([*before, *after]))
+    return Summary(family, len(subjects), tuple(lines), _counts([*before, *after]), unread_queries([*before, *after]))
 
 
 def case_values(records: Iterable[Record], metric: str, variant: str) -> dict[str, float]:
@@ -377,7 +373,14 @@ def _mean(values: Mapping[str, float]) -> float | None:
     return math.fsum(values.values()) / len(values) if values else None
 
 
-def _unread(records: Sequence[Record]) -> dict[str, str]:
+def unread_notes(unread: Mapping[str, str]) -> list[str]:
+    """Return a line for each of the first queries that could not be asked, with the reason; one for the others."""
+    notes = [f"not asked: {query} ({reason})" for query, reason in list(unread.items())[:N_UNREAD_SHOWN]]
+    more = len(unread) - N_UNREAD_SHOWN
+    return notes + ([f"not asked: {more:,} more"] if more > 0 else [])
+
+
+def unread_queries(records: Sequence[Record]) -> dict[str, str]:
     """Return the reasons of queries of which nothing at all was measured."""
     measured = {(r.case_id, r.query_id) for r in records if r.status != "skipped"}
     return {
