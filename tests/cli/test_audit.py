@@ -38,3 +38,9 @@ def test_the_facts_are_read_as_everywhere(cli: Callable[..., Any], here: Path) -
     assert "of 1 answer changed" in cli("audit", "gptj", "gptj", "--facts", "facts.csv", "--on-error", "skip").stdout
     told = cli("audit", "gptj", "gptj", "--facts", "edits.jsonl", "--chat", code=2).stderr
     assert "the tokenizer has no chat template" in told
+
+
+def test_what_is_no_whole_model_says_what_it_is(cli: Callable[..., Any], delta: Path) -> None:
+    for form, said in (("peft", "it is an adapter and no whole model; merge it"), ("diff", "it has no config.json")):
+        cli("export", "gptj", str(delta), "--format", form, "--out", form)
+        assert said in " ".join(cli("audit", "gptj", form, code=2).stderr.split())

@@ -24,13 +24,9 @@ def test_bad_input_is_one_error_and_nothing_written(cli: Callable[..., Any], del
     for options, message in (
         (("--format", "peft", "--rank", "0"), "expected a whole number from 1"),
         (("--format", "hf", "--rank", "3"), "leave it out"),
-        (
-            (
-                "--format",
-                "gguf",
-            ),
-            "not for gptj",
-        ),
+        (("--format", "gguf"), "not for gptj"),
+        (("--max-shard-size", "lots"), "expected a number and KB, MB, GB or TB"),
+        (("--max-shard-size", "0GB"), "expected a number and KB, MB, GB or TB"),
     ):
         assert message in cli("export", "gptj", str(delta), "--out", "made", *options, code=2).stderr
     assert sorted(here.iterdir()) == before

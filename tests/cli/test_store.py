@@ -94,6 +94,9 @@ def test_bad_input_changes_nothing(cli: Cli, store: Path, here: Path) -> None:
     assert "a store already" in cli("init", "gptj", code=2).stderr
     assert "holds no store" in cli("log", "--store", "elsewhere", code=2).stderr
     assert "--store and --out" in cli(*EDIT, "--out", "x.safetensors", code=2).stderr
+    assert "--evaluate goes with --out" in cli(*EDIT, "--evaluate", code=2).stderr
+    assert "-m goes with --store" in cli("edit", "gptj", "edits.jsonl", "--out", "x", "-m", "why", code=2).stderr
+    assert "is in force already" in cli("edit", "nowhere", *EDIT[2:], code=2).stderr  # before the model is loaded
     write_rows(here / "edits.jsonl", [{"prompt": "The capital of {} is", "subject": "France", "target_new": "Milan"}])
     assert "retcon amend fr" in cli(*EDIT, code=2).stderr
     delta = next((store / "deltas").iterdir())

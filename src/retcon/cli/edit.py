@@ -162,6 +162,10 @@ def edit(
     if store is not None and (out is not None or earlier):
         what = "--out" if out is not None else "--delta"
         raise InvalidSetting(f"--store and {what} exclude each other: a store keeps the delta, on top of its own")
+    if store is not None and evaluate:
+        raise InvalidSetting("--evaluate goes with --out; `retcon verify` asks every check of a store's facts")
+    if store is None and message:
+        raise InvalidSetting("-m goes with --store, whose log says it")
     if out is not None:
         check_can_write(out)
         check_not_an_input(out, [edits, *(earlier or []), *([Path(corpus)] if corpus else [])])
@@ -180,6 +184,8 @@ def edit(
     show = console(stderr=as_json)
     started = time.perf_counter()
     kept_in = None if store is None else open_store(store)
+    if kept_in is not None:
+        kept_in.check_new_facts(facts.cases)  # what can be refused before the model is loaded
     before = load_deltas(earlier or []) if kept_in is None else kept_in.deltas()
     lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
     if kept_in is None:

@@ -1,6 +1,7 @@
 """The one way to export: a folder with the model in one format, a card, and a record of what is in it."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ _FILES = (
     *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.json", "*.jinja", ".gitattributes"),
 )
 """What a folder may consist of that --force replaces, beside the papers."""
+_SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 _KEPT = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
 
 
@@ -87,7 +89,8 @@ def export(
         force: replace an earlier export that is in `out`.
 
     Raises:
-        InvalidSetting: an unknown format or type, a rank where there is none, or a place that holds something else.
+        InvalidSetting: an unknown format, type or size, a rank where there is none, or a place that holds something
+            else.
         DeltaNotApplied: nothing is applied, and the format holds nothing but changes.
         DeltaMismatch: a change that an adapter cannot hold.
         UnsupportedModel: GGUF, and the family or its tokenizer is not written.
@@ -98,6 +101,10 @@ def export(
         raise InvalidSetting(f"a rank was given, which adapters have and format {format} has not; leave it out")
     if gguf_type not in TYPES:
         raise InvalidSetting(f"unknown GGUF type {gguf_type!r}; known: {', '.join(TYPES)}")
+    if not _SIZE.fullmatch(max_shard_size):
+        raise InvalidSetting(
+            f"shards of at most {max_shard_size!r}: expected a number and KB, MB, GB or TB, such as 5GB"
+        )
     place = Path(out)
 
     def check() -> None:

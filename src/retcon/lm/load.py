@@ -237,6 +237,13 @@ def _reason(error: Exception, place: str, allow_bin: bool, gguf: Path | None) ->
         if list(Path(place).glob("*.bin")):
             return "it holds pickled .bin weights only; convert them to safetensors, or pass allow_bin=True"
         return "the directory contains no safetensors weights, and no GGUF file"
+    if gguf is None and (Path(place) / "adapter_config.json").is_file():
+        return (
+            "it is an adapter and no whole model; merge it into its base, with PEFT: PeftModel.from_pretrained(base, "
+            f"{place!r}).merge_and_unload().save_pretrained(...), and the tokenizer beside it"
+        )
+    if gguf is None and Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        return "it has no config.json, so it is no whole model"
     if isinstance(error, ImportError):
         return f"it needs a package that is not installed ({text.splitlines()[0]})"
     if "ignore_mismatched_sizes" in text:
