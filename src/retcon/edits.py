@@ -210,8 +210,8 @@ _SPACELESS = (
     *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"),
 )
 """How the Unicode names of characters begin in scripts that write no spaces between words."""
-_JOINS_NEXT = frozenset("-\u2010\u2011/\\#@_$\u00a3\u00a5\u20ac")
-"""Characters that what follows is attached to: hyphens, slashes, signs before names and amounts."""
+_JOINS_NEXT = frozenset("-\u2010\u2011/\\#@_$\u00a3\u00a5\u20ac\u00bf\u00a1")
+"""Characters that what follows is attached to: hyphens, slashes, signs before names, amounts, questions."""
 _STRAIGHT_QUOTES = frozenset("\"'`")
 _FOLLOWS_DIRECTLY = frozenset(",;:!?")
 """Punctuation that is attached to what precedes it; so is a full stop that no word follows, and a closing bracket."""

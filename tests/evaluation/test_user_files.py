@@ -220,6 +220,24 @@ def test_a_file_of_each_kind(name: str, format: str, n_cases: int, axes: str, ti
     assert evaluate(tiny("llama", n_layers=1), cases, generate=False).records
 
 
+QAEDIT = {"prompt": "who leads norr", "subject": "norr", "target": "Ida", "locality": [{"loc": "who?", "loc_ans": "x"}]}
+
+
+@pytest.mark.parametrize("name", ["wikibigedit", "portability", "unke", "cknowedit", "fastedit", "facts", "qaedit"])
+def test_portability_is_read_in_any_shape(name: str, file: Callable[..., Path]) -> None:
+    row = QAEDIT if name == "qaedit" else next(row for _, row in read_json_rows(SHAPES[name]))
+    own = {"prompt": "The port of Norr is", "answer": "Sund"}
+    shapes = (
+        ("home", {"home": [own]}),
+        ("plain", [own]),
+        ("one_hop", {"New Question": own["prompt"], "New Answer": own["answer"]}),
+    )
+    for kind, value in shapes:
+        (case,), report = read_cases(file([{**row, "portability": value}]))
+        assert (f"portability.{kind}", own["prompt"], own["answer"]) in asked(case, "portability")
+        assert report.unknown == {}
+
+
 def test_the_table_holds_every_format_once() -> None:
     assert {*FORMATS, "world"} == set(get_args(FormatName))
 

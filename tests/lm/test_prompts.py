@@ -248,6 +248,7 @@ def test_without_a_separator(kind: str) -> None:
         ("x =", "1", "x = 1"),
         ("capital=", "Rome", "capital=Rome"),
         ("It costs $", "5", "It costs $5"),
+        ("\u00bf", "Roma?", "\u00bfRoma?"),
         ("1914\u2013", "1918", "1914\u20131918"),
         ("Paris \u2014", "the capital", "Paris \u2014 the capital"),
         ("A:", "Rome", "A: Rome"),

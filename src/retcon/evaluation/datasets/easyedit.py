@@ -63,6 +63,7 @@ def qaedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
     wanted = ((edit.target_new,),)
     made.ask("rewrite", [edit.text], edit.target_new, answers=wanted)
     made.ask("paraphrase", texts(record.get("rephrase"), "rephrase", where), edit.target_new, answers=wanted)
+    ask_related(made, record.get("portability"), "portability", where)
     items = [
         {"prompt": require(item, "loc", str, where), "ground_truth": item.get("loc_ans")}
         for item in objects(present(record, "locality", where), f"{where}, locality")
@@ -83,6 +84,7 @@ def wikibigedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
     made.ask("rewrite", [edit.text], edit.target_new, answers=wanted)
     made.ask("paraphrase", texts(record.get("rephrase"), "rephrase", where), edit.target_new, answers=wanted)
     made.ask("paraphrase.persona", texts(record.get("personas"), "personas", where), edit.target_new, answers=wanted)
+    ask_related(made, record.get("portability"), "portability", where)
     for part, key, asked, answer in (
         ("portability", "multi_hop", "mhop", "mhop_ans"),
         ("locality", "other", "loc", "loc_ans"),
@@ -123,6 +125,7 @@ def unke(record: Mapping[str, Any], where: str, row: int) -> Draft:
     if len(parts) != len(answers):
         raise MalformedFile(f"{where}: {len(parts)} sub_question and {len(answers)} sub_answer; give one for each")
     items = [{"prompt": q, "ground_truth": a} for q, a in zip(parts, answers, strict=True)]
+    ask_related(made, record.get("portability"), "portability", where)
     ask_related(made, {"sub_question": items}, "portability", where)
     return made
 
@@ -138,4 +141,5 @@ def fastedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
     wanted = ((edit.target_new,),)
     made.ask("rewrite", [edit.text], edit.target_new, answers=wanted)
     made.ask("paraphrase", texts(record.get("queries"), "queries", where), edit.target_new, answers=wanted)
+    ask_related(made, record.get("portability"), "portability", where)
     return made
