@@ -149,6 +149,12 @@ def test_nothing_seeds_logs_or_prints_at_the_top_level() -> None:
                 assert not call.startswith(ACTING), f"{path}: {call} runs on import"
 
 
+def test_only_the_command_line_prints() -> None:
+    for path in FILES:
+        calls = {ast.unparse(c.func) for c in ast.walk(ast.parse(path.read_text())) if isinstance(c, ast.Call)}
+        assert "print" not in calls or path.is_relative_to(ROOT / "cli"), path
+
+
 def test_no_star_imports() -> None:
     for path in FILES:
         assert "import *" not in path.read_text(), path
