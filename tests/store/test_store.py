@@ -357,6 +357,13 @@ def test_the_index_is_made_again_from_the_files(store: Store) -> None:
         again.index.close()
 
 
+def test_a_store_that_is_open_sees_what_another_process_writes(store: Store, lm: LM, moments: Any) -> None:
+    assert len(store.facts()) == 5
+    new = Edit("The capital of {} is", "Spain", "Rome", id="spain")
+    Store(store.path).edit(lm, [Case("spain", (new,), ())], MEMIT, moments=moments)
+    assert [line.fact for line in store.facts()][5:] == ["spain"]
+
+
 def test_gc_removes_what_nothing_needs_and_says_so_later(store: Store, lm: LM, moments: Any) -> None:
     assert store.gc() == ([], 0)
     (store.path / "deltas" / "0123456789abcdef.safetensors").write_bytes(b"debris")

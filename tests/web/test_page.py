@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -253,8 +254,6 @@ def test_many_facts_come_by_the_hundred_are_filtered_and_sorted(
 
 
 def fetch(served: Served, path: str, *, method: str = "GET", **headers: str) -> tuple[int, str]:
-    from http.client import HTTPConnection
-
     connection = HTTPConnection("127.0.0.1", served.socket.getsockname()[1], timeout=60)
     connection.request(method, path, headers=headers)
     found = connection.getresponse()
@@ -273,6 +272,7 @@ def test_who_may_not_ask_is_told_why(served: Served) -> None:
     assert (status, "another site" in text) == (403, True)
     assert fetch(served, "/panel/nope", **cookie)[0] == 404
     assert fetch(served, "/static/..%2Fapp.py", **cookie)[0] == 404
+    assert "no layer" in fetch(served, "/do/layer", method="POST", **cookie)[1]
     assert fetch(served, "/do/nope", method="POST", **cookie)[0] == 404
     assert "no entry" in fetch(served, "/?at=nope", **cookie)[1]
 
@@ -309,6 +309,17 @@ def test_commands_name_the_state_that_was_shown(served: Served, tmp_path: Path) 
     session.view(None)
     done(session.toggle(made))
     done(session.toggle(made))
+
+
+def test_what_another_process_writes_is_shown(served: Served) -> None:
+    connection = HTTPConnection("127.0.0.1", served.socket.getsockname()[1], timeout=60)
+    connection.request("GET", "/events", headers={"Cookie": "retcon-token=secret"})
+    stream = connection.getresponse()
+    assert stream.readline() == b"event: changed\n"
+    (served.store.path / "log.jsonl").touch()
+    lines = [stream.readline() for _ in range(3)]  # the rest of the first event, then the next
+    assert lines[2] == b"event: changed\n"
+    connection.close()
 
 
 def test_a_cancelled_edit_changes_nothing(served: Served) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 from retcon.edits import Case, case_from, case_record, same_question
@@ -35,8 +36,8 @@ class Index:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._turn = Lock()  # the page asks from several threads
         self.connection = self._open()
-        self._sync()
 
     def _open(self) -> sqlite3.Connection:
         path = self.root / INDEX
@@ -63,25 +64,26 @@ class Index:
         return memory
 
     def _sync(self) -> None:
-        """Read the files of facts that are new or have changed."""
-        known = {name: (size, time) for name, size, time in self.connection.execute("SELECT * FROM files")}
-        there = {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in (self.root / FACTS).glob("*.jsonl")}
-        changed = sorted(name for name in known.keys() | there.keys() if known.get(name) != there.get(name))
-        if not changed:
-            return
-        rows = {name: list(_lines(self.root / FACTS / name)) for name in changed if name in there}
-        self.connection.execute("BEGIN IMMEDIATE")
-        try:
-            for name in changed:
-                self.connection.execute("DELETE FROM facts WHERE entry = ?", (Path(name).stem,))
-                self.connection.execute("DELETE FROM files WHERE name = ?", (name,))
-                if name in there:
-                    self.connection.executemany("INSERT INTO facts VALUES (?,?,?,?,?,?,?,?,?)", rows[name])
-                    self.connection.execute("INSERT INTO files VALUES (?,?,?)", (name, *there[name]))
-            self.connection.execute("COMMIT")
-        except BaseException:
-            self.connection.execute("ROLLBACK")
-            raise
+        """Read the files of facts that are new or have changed, by whichever process."""
+        with self._turn:
+            known = {name: (size, time) for name, size, time in self.connection.execute("SELECT * FROM files")}
+            there = {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in (self.root / FACTS).glob("*.jsonl")}
+            changed = sorted(name for name in known.keys() | there.keys() if known.get(name) != there.get(name))
+            if not changed:
+                return
+            rows = {name: list(_lines(self.root / FACTS / name)) for name in changed if name in there}
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                for name in changed:
+                    self.connection.execute("DELETE FROM facts WHERE entry = ?", (Path(name).stem,))
+                    self.connection.execute("DELETE FROM files WHERE name = ?", (name,))
+                    if name in there:
+                        self.connection.executemany("INSERT INTO facts VALUES (?,?,?,?,?,?,?,?,?)", rows[name])
+                        self.connection.execute("INSERT INTO files VALUES (?,?,?)", (name, *there[name]))
+                self.connection.execute("COMMIT")
+            except BaseException:
+                self.connection.execute("ROLLBACK")
+                raise
 
     def close(self) -> None:
         """Let go of the file."""
@@ -89,6 +91,7 @@ class Index:
 
     def by_entry(self, fact: str | None = None) -> dict[str, list[Line]]:
         """Return all lines, those of each file in order; of one fact alone where it is named."""
+        self._sync()
         where, values = ("WHERE fact = ? ", (fact,)) if fact is not None else ("", ())
         found: dict[str, list[Line]] = {}
         rows = self.connection.execute(f"SELECT {_SHOWN} FROM facts {where}ORDER BY entry, number", values)
@@ -98,16 +101,19 @@ class Index:
 
     def of_entry(self, entry: str) -> list[Line]:
         """Return the lines of one file, in order."""
+        self._sync()
         found = self.connection.execute(f"SELECT {_SHOWN} FROM facts WHERE entry = ? ORDER BY number", (entry,))
         return [Line(*row) for row in found]
 
     def of_fact(self, fact: str) -> list[Line]:
         """Return the lines of one fact, in whatever entry: by its id, or that of one of its edits."""
+        self._sync()
         found = self.connection.execute(f"SELECT {_SHOWN} FROM facts WHERE fact = ? ORDER BY entry", (fact,))
         return [Line(*row) for row in found]
 
     def counts(self) -> dict[str, int]:
         """Lines by entry."""
+        self._sync()
         return dict(self.connection.execute("SELECT entry, count(*) FROM facts GROUP BY entry"))
 
     def case(self, line: Line) -> Case:

@@ -22,7 +22,7 @@ from starlette.responses import (
 )
 from starlette.routing import Route
 
-from retcon.errors import RetconError
+from retcon.errors import InvalidSetting, RetconError
 from retcon.web.session import Session
 
 STATIC = Path(__file__).with_name("static")
@@ -121,11 +121,11 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
 
     async def events(request: Request) -> Response:
         async def stream() -> AsyncIterator[str]:
-            seen = (-1, -1)
+            seen = (-1, -1, -1)
             while not await request.is_disconnected():
-                now = (session.version, session.progress)
+                now = (session.version, session.written, session.progress)
                 if now != seen:
-                    kind = "changed" if now[0] != seen[0] else "progress"
+                    kind = "changed" if now[:2] != seen[:2] else "progress"
                     seen = now
                     yield f"event: {kind}\ndata: {json.dumps(now)}\n\n"
                 await asyncio.sleep(POLL_SECONDS)
@@ -167,7 +167,10 @@ def _choose(session: Session, form: dict[str, str]) -> str:
 
 
 def _layer(session: Session, form: dict[str, str]) -> str:
-    session.choose_layer(int(form.get("row", "0")), int(form.get("layer", "0")))
+    row, layer = form.get("row", ""), form.get("layer", "")
+    if not (row.isdecimal() and layer.isdecimal()):
+        raise InvalidSetting(f"no layer {layer!r} in row {row!r} of a map; click one of its cells")
+    session.choose_layer(int(row), int(layer))
     return "the next edit is made there"
 
 

@@ -18,6 +18,7 @@ from retcon.edits import Case, same_question
 from retcon.errors import InvalidSetting, RetconError
 from retcon.store import Entry, Store
 from retcon.store.index import FACTS
+from retcon.store.journal import LOG
 from retcon.web.listing import N_ROWS, Listing, listed
 from retcon.web.maps import LayerMap, contrast_map, trace_map
 from retcon.web.pasted import pasted_cases
@@ -185,6 +186,12 @@ class Session:
     def changed(self) -> None:
         """Let every browser look again."""
         self.version += 1
+
+    @property
+    def written(self) -> int:
+        """When the store's log was last written, by whichever process."""
+        log = self.store.path / LOG
+        return log.stat().st_mtime_ns if log.is_file() else 0
 
     def heard(self, job: Job) -> Callable[[str, int, int], None]:
         """Return the progress of a job, which is also where it is cancelled."""
