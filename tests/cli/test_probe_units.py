@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from retcon.cli.probe.attribution import unconverged
 from tests.conftest import everyday
 
 pytest.importorskip("matplotlib")
@@ -44,6 +46,12 @@ def test_attribution_adds_up_and_is_drawn(unit, cli, edits):
         ).stdout
     )
     assert 0 < joint["answers_have"] < found["answers_have"]  # answers of several tokens
+
+
+def test_matrices_that_carry_more_than_there_is_are_named() -> None:
+    carried = {"down_proj": torch.tensor([0.41, 0.02, 0.81]), "up_proj": torch.tensor([-0.9, 0.43, 0.44])}
+    assert unconverged(carried, 0.42) == ["down_proj 2"]
+    assert unconverged(carried, 0.40) == ["down_proj 2", "up_proj 1", "up_proj 2"]
 
 
 def test_paths_are_listed_and_drawn(cli, edits):

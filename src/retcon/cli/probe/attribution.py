@@ -25,6 +25,10 @@ from retcon.cli.shell import (
 from retcon.workflow.facts import Reading, facts_that_fit
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
     from retcon.edits import Edit
     from retcon.locate.ensemble import Ensemble
 
@@ -153,12 +157,29 @@ def attribution(
         table.add_row(str(layer), *cells)
     show.print(table)
     show.print(f"probability of the answers' tokens, summed: {found:.4f}")
+    if path == "layer" and (places := unconverged(carried, found)):
+        show.print(
+            f"more than that is carried by {', '.join(places)}, which cannot be: {points} points are too few for the "
+            f"integral there; try --points {5 * points}",
+            soft_wrap=True,
+        )
     show.print(f"the ensemble: {record['chosen']:,} of {count(n_units, unit)} ({p:.1%})")
     for text, values in (("one relation", same), ("two relations", different)):
         if values:
             show.print(f"overlap of two facts of {text}: {_mean(values):.3f} over {count(len(values), 'pair')}")
     show.print(f"overlap by chance: {by_chance:.3f}")
     show.print(f"written  {', '.join(map(str, written))}", soft_wrap=True)
+
+
+def unconverged(carried: "Mapping[str, Tensor]", probability: float) -> list[str]:
+    """Matrices that carry more than the answers' whole probability, by name and layer.
+
+    A matrix that is scaled by itself carries, of the exact integral, what the answers lose without it, and no more.
+    """
+    most = 1.05 * probability  # a sum over points is never exact
+    return [
+        f"{kind} {i}" for kind, values in carried.items() for i, value in enumerate(values.tolist()) if value > most
+    ]
 
 
 def overlaps(edits: "list[Edit]", ensembles: "list[Ensemble]") -> tuple[list[float], list[float]]:
