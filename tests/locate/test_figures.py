@@ -23,10 +23,13 @@ def drawn(still: Callable[[str], LM]) -> dict[str, Any]:
     lm = still("gptj")
     found = contrast_probe(lm, EDITS, word_sets=WordSets({"france": frozenset({"Rome"})}, {}, frozenset({"the"})))
     advice = advise(found)
+    underflown = found.sum_prob.clone()
+    underflown[:, :, 1] = 0
     traces = causal_trace(lm, UNSAID, Tracing(window=3, samples=2))
     return {
         "contrast": figures.contrast_figure(found, advice),
         "sets": figures.sets_figure(found),
+        "underflown": figures.sets_figure(replace(found, sum_prob=underflown)),
         "advice": figures.advice_figure(advice),
         "effects": figures.effects_figure(traces),
         "trace": figures.trace_figure(traces.traces[0], 3),

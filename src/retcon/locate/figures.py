@@ -41,6 +41,8 @@ KINDS: dict[RestoredKind, str] = {
     "severed_mlp": "block output, MLPs severed",
     "severed_attn": "block output, attention severed",
 }
+LEAST_DRAWN = 1e-12
+"""Probabilities below it are not told apart on a logarithmic scale."""
 
 
 def figure(n_rows: int, n_columns: int, width: float, height: float, **options: Any) -> tuple["Figure", Any]:
@@ -113,7 +115,8 @@ def sets_figure(contrast: Contrast, where: Where = "prediction") -> "Figure":
         axes[0, i].set_title(f"{POSITIONS[where]},\n{READINGS[final_norm]}", fontsize=9)
         _layer_axis(axes[1, i], contrast.n_layers, embedding=True)
     axes[0, 0].set_yscale("log")
-    axes[0, 0].set_ylim(bottom=0.3 * min(_heights(axes[0])))  # an interval that reaches 0 has no end on this scale
+    lowest = min((y for y in _heights(axes[0]) if y > 0), default=1.0)
+    axes[0, 0].set_ylim(bottom=max(0.3 * lowest, LEAST_DRAWN))  # an interval that reaches 0 has no end on this scale
     _rank_axis(axes[1])
     axes[0, 0].set_ylabel("probability per token")
     axes[1, 0].set_ylabel("mean rank (0 is the top)")
