@@ -61,6 +61,11 @@ def test_with_a_delta(cli: Callable[..., Any], delta: Path) -> None:
     assert record["deltas"] == [Delta.load(delta).id]
 
 
+def test_a_delta_given_twice_is_refused(cli: Callable[..., Any], delta: Path) -> None:
+    told = cli("complete", "gptj", PROMPT, "--delta", str(delta), "--delta", str(delta), code=2).stderr
+    assert told == f"error: {delta}: the delta {Delta.load(delta).id} is given twice; a model takes it once\n"
+
+
 def test_nothing_of_transformers_spoils_the_output(cli: Callable[..., Any]) -> None:
     result = cli("complete", "gptj", PROMPT)
     assert result.stderr == ""

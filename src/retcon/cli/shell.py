@@ -591,10 +591,19 @@ def load_deltas(paths: Sequence[Path]) -> list["Attachment"]:
     """Deltas, or attachments of other kinds, from files, in that order.
 
     A store stands for those in force, `store@ENTRY` for those after an entry.
+
+    Raises:
+        InvalidSetting: one is given twice.
     """
     from retcon.attachment import load
 
-    return [load(path) for path in delta_files(paths)]
+    found: dict[str, Attachment] = {}
+    for path in delta_files(paths):
+        delta = load(path)
+        if delta.id in found:
+            raise InvalidSetting(f"{path}: the delta {delta.id} is given twice; a model takes it once")
+        found[delta.id] = delta
+    return list(found.values())
 
 
 def delta_files(paths: Sequence[Path]) -> list[Path]:

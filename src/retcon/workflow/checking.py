@@ -51,12 +51,14 @@ def load_edited(folder: Path, base: str, *, device: str | None = None, dtype: st
     """
     from retcon.lm.load import load
     from retcon.lm.model import LM
+    from retcon.lm.quantised import no_remarks_of
 
     check_edited(folder)
     if not (folder / ADAPTER).is_file():
         return load(str(folder), device=device, dtype=dtype)
     try:
-        from peft import PeftModel
+        with no_remarks_of("bitsandbytes"):  # on kernels of the hub's, which are not needed
+            from peft import PeftModel
     except ImportError:
         raise MissingPackage(f"{folder} is a PEFT adapter, and peft is not installed: pip install peft") from None
     lm = load(base, device=device, dtype=dtype)
