@@ -44,9 +44,8 @@ class Normaliser(nn.Module):
 
     def deviation(self) -> Float[Tensor, " width"]:
         """Unbiased standard deviation; 1 before two rows have been seen."""
-        if float(self.count) < 2:
-            return torch.ones_like(self.mean)
-        return (self.squares / (float(self.count) - 1)).sqrt()
+        n = float(self.count)
+        return torch.ones_like(self.mean) if n < 2 else (self.squares / (n - 1)).sqrt()
 
     def forward(self, rows: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """Return the rows with mean 0 and deviation 1."""

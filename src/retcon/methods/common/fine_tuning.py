@@ -23,7 +23,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import default_contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State
+from retcon.methods.common.contract import Progress, State, check_depth
 from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, NotNegative
 from retcon.methods.common.tuning import TuningSettings, check_memory, tuning
 from retcon.training.descent import EditLoss, Schedule
@@ -175,11 +175,8 @@ class FineTuning(TuningSettings):
         Raises:
             InvalidSetting: a layer or matrix the model does not have.
         """
+        check_depth(self.name, lm, self.layers)
         for layer in self.layers or range(lm.n_layers):
-            if layer >= lm.n_layers:
-                raise InvalidSetting(
-                    f"{self.name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}"
-                )
             for kind in self.modules:
                 if kind == "block":
                     if lm.kinds[layer].experts:
@@ -279,7 +276,8 @@ def project(values: Sequence[Tensor], centre: Sequence[Tensor | None], box: floa
             v.copy_(v.clamp(-box, box) if c is None else (v + c).clamp(-box, box) - c)
     if ball is not None:
         changes = [v if c is None else v + c for v, c in zip(values, centre, strict=True)]
-        norm = math.sqrt(sum(float(change.pow(2).sum()) for change in changes))
+        squares = [change.pow(2).sum().to(changes[0].device) for change in changes]
+        norm = math.sqrt(sum(torch.stack(squares).tolist()))  # which the host waits for once
         if norm > ball:
             for v, c, change in zip(values, centre, changes, strict=True):
                 v.copy_(change * (ball / norm) - (0 if c is None else c))
