@@ -333,6 +333,11 @@ def test_a_chat_that_cannot_be_rendered_is_refused() -> None:
         encode(chat_tokenizer("bos", "{{ messages[-1]['content'] | upper }}"), "Who?", chat=Chat())
 
 
+def test_a_template_argument_that_the_template_does_not_know_is_said() -> None:
+    with pytest.warns(RetconWarning, match="the chat template knows no 'refsue', so that it changes nothing"):
+        encode(chat_tokenizer("bos"), "Who?", chat=Chat(None, (("refsue", False),)))
+
+
 def test_merges_over_the_boundary_are_marked_and_lose_nothing() -> None:
     tok, marked = merging_tokenizer(), 0
     for prompt, target in product(["the cat is", "the", "of is", "cat", "is"], ["Rome", "R", "is Rome", "cat"]):

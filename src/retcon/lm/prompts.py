@@ -217,6 +217,12 @@ def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> Turn:
             "template as tokenizer.chat_template"
         )
 
+    for name in chat.arguments:
+        if name not in str(tokenizer.chat_template):
+            warnings.warn(
+                f"the chat template knows no {name!r}, so that it changes nothing", RetconWarning, stacklevel=2
+            )
+
     def apply(messages: list[dict[str, str]], asking: bool) -> str:
         try:
             text: str = tokenizer.apply_chat_template(
