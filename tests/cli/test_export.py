@@ -15,7 +15,10 @@ def test_an_adapter_of_a_smaller_rank_is_measured_beside_the_exact_one(cli: Call
     assert {"ES", "ES at rank 1"} <= found["scores"].keys()
     assert "at rank 1" in Path("adapter/README.md").read_text()
     shown = cli(*options, "--out", "adapter", "--force").stdout
-    assert "AutoPeftModelForCausalLM" in shown
+    assert "AutoPeftModelForCausalLM.from_pretrained('adapter')" in shown
+    base = str(Path("gptj").absolute())  # which the adapter does not repeat
+    elsewhere = cli("export", base, str(delta), *options[3:], "--out", "adapter", "--force").stdout
+    assert f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), 'adapter')" in elsewhere
     assert "lost" in shown
 
 

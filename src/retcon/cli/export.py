@@ -142,7 +142,7 @@ def export(
             | dict(made.record)
         )
         return
-    _show(made, scores, address)
+    _show(made, scores, address, _how_to_load(made, lm, base_name))
 
 
 def _rank(text: str | None) -> int | Literal["max"] | None:
@@ -182,7 +182,7 @@ def _scores_at(lm: "LM", cases: "Sequence[Case]", rank: int) -> dict[str, float]
             lm.apply(delta, other_base=True)
 
 
-def _show(made: "Exported", scores: dict[str, float], address: str | None) -> None:
+def _show(made: "Exported", scores: dict[str, float], address: str | None, loads: str) -> None:
     show = console()
     if made.losses:
         table = Table(box=None, pad_edge=False, header_style="dim")
@@ -199,15 +199,19 @@ def _show(made: "Exported", scores: dict[str, float], address: str | None) -> No
     show.print(styled("saved    {}  [dim]{}, {}[/]", made.place, made.format, size(made.n_bytes)))
     if address:
         show.print(f"pushed   {address}")
-    show.print(styled("[dim]{}[/]", _how_to_load(made)), soft_wrap=True)
+    show.print(styled("[dim]{}[/]", loads), soft_wrap=True)
 
 
-def _how_to_load(made: "Exported") -> str:
+def _how_to_load(made: "Exported", lm: "LM", base_name: str | None) -> str:
+    from retcon.export.write import base_place
     from retcon.lm.load import how_to_load
 
     place = str(made.place)
     if made.format == "hf":
         return f"load it with {how_to_load(place)}"
+    base = str(lm.model.config._name_or_path)
+    if made.format == "peft" and base_name is None and base != base_place(lm):  # a path that the adapter leaves out
+        return f"load it with PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {place!r})"
     return {
         "peft": f"load it with AutoPeftModelForCausalLM.from_pretrained({place!r})",
         "diff": f"load it with retcon.export.write.load_changed(model, {place + '/changed.safetensors'!r})",
