@@ -87,7 +87,8 @@ def test_bad_input_changes_nothing(cli: Cli, store: Path, here: Path) -> None:
     before = (store / "log.jsonl").read_text()
     assert "fact 'fr' is in force already" in cli(*EDIT, code=2).stderr
     assert "no entry 'nope'" in cli("revert", "nope", code=2).stderr
-    assert "no entry 'nope'" in cli("show", "nope", code=2).stderr
+    assert "no fact 'nope'" in (said := cli("show", "nope", code=2).stderr)
+    assert "no entry 'nope'" in said
     assert "no fact 'nope'" in cli("amend", "nope", "--target", "x", code=2).stderr
     assert "name an entry to revert, or one fact" in cli("revert", code=2).stderr
     assert "load the model the store was made for" in cli("revert", "--fact", "fr", "--model", "llama", code=2).stderr

@@ -365,6 +365,7 @@ def test_a_store_that_is_open_sees_what_another_process_writes(store: Store, lm:
 
 
 def test_gc_removes_what_nothing_needs_and_says_so_later(store: Store, lm: LM, moments: Any) -> None:
+    (store.path / "facts" / "notes").mkdir()  # somebody's own
     assert store.gc() == ([], 0)
     (store.path / "deltas" / "0123456789abcdef.safetensors").write_bytes(b"debris")
     assert store.gc() == (["deltas/0123456789abcdef.safetensors"], 6)

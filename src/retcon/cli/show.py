@@ -30,8 +30,13 @@ def show(
         return
     try:
         entry = found.entry(name)
-    except UnknownEntry as error:
-        raise UnknownEntry(f"{error} (and no fact of that name)") from None
+    except UnknownEntry as no_entry:
+        try:
+            line, _ = found.fact(name)  # the beginning of an id is enough, as everywhere
+        except UnknownEntry as no_fact:
+            raise UnknownEntry(f"{no_entry}; {no_fact}") from None
+        _fact(found, line.fact, as_json)
+        return
     _entry(found, entry, as_json)
 
 

@@ -416,7 +416,7 @@ class Store(Contents):
                     if path.stem not in needed or (values and folder == VALUES):
                         removed.append(f"{folder}/{path.name}")
             known = {e.id for e in entries}
-            removed += [f"{FACTS}/{p.name}" for p in sorted((self.path / FACTS).glob("*")) if p.stem not in known]
+            removed += [f"{FACTS}/{p.name}" for p in sorted((self.path / FACTS).glob("*.jsonl")) if p.stem not in known]
             if not removed:
                 return [], 0
             n_bytes = sum((self.path / name).stat().st_size for name in removed)
