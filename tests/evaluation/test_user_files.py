@@ -348,6 +348,19 @@ def test_a_table_may_hold_long_texts(file: Callable[..., Path]) -> None:
     assert csv.field_size_limit() == before
 
 
+def test_a_table_may_say_that_its_facts_are_put_in_a_chat(file: Callable[..., Path]) -> None:
+    cells = ("TRUE", "false", "", '"{""system"": ""Be brief.""}"')
+    rows = "".join(f"{{}} is,Land {i},x,{cell}\n" for i, cell in enumerate(cells))
+    cases, _ = read_cases(file(f"prompt,subject,target_new,chat\n{rows}", "rows.csv"))
+    assert [case.edits[0].chat for case in cases] == [Chat(), None, None, Chat("Be brief.")]
+
+
+def test_a_subject_that_is_elsewhere_is_said_to_be(file: Callable[..., Path]) -> None:
+    row = {"prompt": "Norr and Norr is", "subject": "Norr", "target_new": "x", "subject_start": 3}
+    with pytest.raises(UnusableRow, match="does not occur in its prompt 'Norr and Norr is' at character 3"):
+        read_cases(file([row]))
+
+
 def test_a_fact_may_have_a_number_as_its_id(file: Callable[..., Path]) -> None:
     row = {"id": 7, "prompt": "{} is", "subject": "Norr", "target_new": "x"}
     (case,), _ = read_cases(file([row]))

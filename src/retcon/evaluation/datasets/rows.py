@@ -345,7 +345,8 @@ def draft(record: Mapping[str, Any], where: str, row: int, family: Family | None
 
 def missing_subject(edit: Edit) -> str:
     """Return what is wrong with an edit whose subject is not in its prompt."""
-    return f"its subject {edit.subject!r} does not occur in its prompt {edit.prompt!r}"
+    at = "" if edit.subject_start is None else f" at character {edit.subject_start}"
+    return f"its subject {edit.subject!r} does not occur in its prompt {edit.prompt!r}{at}"
 
 
 Parser = Callable[[Mapping[str, Any], str, int], Draft]

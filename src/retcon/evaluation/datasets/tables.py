@@ -11,8 +11,8 @@ from retcon.files import NumberedRow, read_json_rows, read_text
 
 ENDINGS = (".csv", ".tsv")
 """How the names of tables end; every other file is JSON."""
-NESTED = ("paraphrases", "neighbors", "neighbours", "portability", "locality", "queries", "answers")
-"""Columns whose cells may hold JSON, for a list in a single cell."""
+NESTED = ("chat", "paraphrases", "neighbors", "neighbours", "portability", "locality", "queries", "answers")
+"""Columns whose cells may hold JSON, for a list or an object in a single cell."""
 
 
 def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = None) -> list[NumberedRow]:
@@ -73,9 +73,11 @@ def _names(path: str | os.PathLike[str], cells: list[str]) -> list[str]:
 
 
 def _cell(name: str, text: str) -> Any:
-    """None for an empty cell; the list or object where one may be and is."""
+    """None for an empty cell; the list, object or truth value where one may be and is."""
     if not text.strip():
         return None
+    if name == "chat" and text.strip().lower() in ("true", "false"):  # as a spreadsheet writes them
+        return text.strip().lower() == "true"
     if name in NESTED and text.lstrip()[0] in "[{":
         try:
             return json.loads(text)
