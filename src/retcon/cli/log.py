@@ -7,7 +7,6 @@ import typer
 
 from retcon.cli.shell import Json, console, count, emit, styled, warn
 from retcon.cli.stores import StorePath, entry_record, open_store
-from retcon.store.index import clashes, two_answers
 
 
 def log(
@@ -16,6 +15,8 @@ def log(
     as_json: Json = False,
 ) -> None:
     """List the entries of the store, the last one first."""
+    from retcon.store.index import clashes, two_answers
+
     found = open_store(store)
     steps = found.history_of_states()
     shown = list(reversed(steps))[:n]
