@@ -4,7 +4,8 @@
     python -m benchmarks.two_checkouts ../older . --model demo:gptj demo:llama --n 100 --rounds 2
 
 Seconds of the processor, so that other processes on the machine disturb less; the least of the rounds counts, and the
-ratio is the older checkout's over the newer one's. Contexts and moments are at hand, and two edits warm up.
+ratio is the older checkout's over the newer one's. Both edit by the older one's preset. Contexts and moments are at
+hand, and two edits warm up.
 """
 
 import argparse
@@ -23,17 +24,19 @@ import json, sys, time, warnings
 import retcon
 from benchmarks.common import cases_of, moments_of
 from retcon.memory.contexts import sample_contexts
-model, n, data, corpus = json.loads(sys.argv[1])
+from dataclasses import asdict
+model, n, data, corpus, settings = json.loads(sys.argv[1])
+settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
 warnings.simplefilter("ignore")
 lm = retcon.load(model)
-moments, contexts, jeep = moments_of(lm, corpus), sample_contexts(lm), retcon.method("jeep", for_model=lm)
+moments, contexts, jeep = moments_of(lm, corpus), sample_contexts(lm), retcon.method("jeep", for_model=lm, **settings)
 edits = [c.edits[0] for c in cases_of(data, 0, n, 0)]
 jeep.propose(lm, edits[:2], contexts=contexts, moments=moments)
 wall, processor = time.perf_counter(), time.process_time()
 delta = jeep.propose(lm, edits, contexts=contexts, moments=moments)
 print(json.dumps({
     "processor": time.process_time() - processor, "wall": time.perf_counter() - wall,
-    "steps": [r.steps for r in delta.report],
+    "steps": [r.steps for r in delta.report], "settings": asdict(jeep),
 }))
 """
 
@@ -41,7 +44,7 @@ print(json.dumps({
 def edited_by(checkout: Path, asked: Sequence[Any]) -> dict[str, Any]:
     """Return what a process of a checkout says of its edits."""
     path = os.pathsep.join([str(checkout / "src"), str(checkout)])
-    command = [sys.executable, "-c", PROGRAM, json.dumps(asked)]
+    command = [sys.executable, "-P", "-c", PROGRAM, json.dumps(asked)]  # -P: nothing of the folder it runs in
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -62,12 +65,13 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name in args.model:
         path = str(Path(name).resolve()) if Path(name).exists() else name
-        asked = [path, args.n, args.data, args.corpus]
+        settings: dict[str, Any] = {}
         took: dict[Path, list[float]] = {args.older: [], args.newer: []}
         steps: dict[Path, list[int]] = {}
         for i in range(args.rounds):
             for checkout in list(took)[:: -1 if i % 2 else 1]:
-                found = edited_by(checkout.resolve(), asked)
+                found = edited_by(checkout.resolve(), [path, args.n, args.data, args.corpus, settings])
+                settings = settings or found["settings"]  # the older one's preset, which comes first, for both
                 took[checkout].append(found["processor"])
                 steps[checkout] = found["steps"]
         older, newer = ([1000 * t / args.n for t in took[c]] for c in (args.older, args.newer))
