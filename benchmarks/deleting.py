@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def left(lm: LM, cases: Sequence[Case]) -> list[str]:
-    """Mean probability of the true answer, and shares of prompts where it is the model's own choice."""
+    """Return the true answer's mean probability, and the shares of prompts where it is the model's own choice."""
     facts = [replace(e, target_new=e.target_true, target_true=None) for c in cases for e in c.edits if e.target_true]
     own = answers(lm, facts)
     found = [f"{sum(p for p, _ in own) / len(own):.3f}", share(own)]
@@ -57,7 +57,7 @@ def left(lm: LM, cases: Sequence[Case]) -> list[str]:
 
 
 def asked_as(cases: Sequence[Case], axis: str) -> list[Edit]:
-    """The true answers as they are asked for on an axis."""
+    """Return the true answers as they are asked for on an axis."""
     return [
         Edit(query.prompt, None, str(query.contrast if axis == "paraphrase" else query.target))
         for case in cases
@@ -67,7 +67,7 @@ def asked_as(cases: Sequence[Case], axis: str) -> list[Edit]:
 
 
 def share(found: Sequence[tuple[float, bool]]) -> str:
-    """How many are the model's own choice, of 100."""
+    """Return how many of 100 are the model's own choice."""
     return f"{100 * sum(said for _, said in found) / len(found):.1f}"
 
 

@@ -244,10 +244,8 @@ class Store(Contents):
         def lines(slots: Mapping[str, str | None]) -> list[Line]:
             return [line for delta in slots.values() if delta for line in held.get(delta, {}).values()]
 
-        present, after = (
-            set(lines(state.slots)),
-            lines({**state.slots, **{slot: now for slot, (_, now) in sets.items()}}),
-        )
+        present = set(lines(state.slots))
+        after = lines({**state.slots, **{slot: now for slot, (_, now) in sets.items()}})
         stay, back = [line for line in after if line in present], {line for line in after if line not in present}
         for there, line in clashes([*stay, *back]):
             if line in back:

@@ -172,7 +172,7 @@ def attribution(
 
 
 def unconverged(carried: "Mapping[str, Tensor]", probability: float) -> list[str]:
-    """Matrices that carry more than the answers' whole probability, by name and layer.
+    """Return the matrices that carry more than the answers' whole probability, by name and layer.
 
     A matrix that is scaled by itself carries, of the exact integral, what the answers lose without it, and no more.
     """
