@@ -1,7 +1,7 @@
 """`Chat`: how a question is put to a chat model, by the template of its tokenizer."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from retcon.errors import InvalidEdit
@@ -24,17 +24,23 @@ class Chat:
     """A conversation's frame: the prompt is the user's turn, the answer the assistant's.
 
     Raises:
-        InvalidEdit: the system text is not text, or a template argument is not a plain value under a name.
+        InvalidEdit: the system text is not text, a template argument is not a plain value under a name, or `train_end`
+            is neither true nor false.
     """
 
     system: str | None = None
     """Text of the system turn; None: as the template has it."""
     template_args: tuple[tuple[str, Argument], ...] = ()
     """What the template is given beside the turns, such as `enable_thinking=False`; a mapping is taken, too."""
+    train_end: bool = True
+    """An edit's answer is trained with the token that ends the turn, so that the model stops after it; False: without,
+    for an answer that other text follows. Nothing else reads this."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.system, str | None):
             raise InvalidEdit(f"chat: system must be text, found {type(self.system).__name__} ({self.system!r})")
+        if not isinstance(self.train_end, bool):
+            raise InvalidEdit(f"chat: train_end must be true or false, found {self.train_end!r}")
         given: Any = self.template_args
         try:
             pairs = dict(given)
@@ -60,6 +66,9 @@ class Chat:
         return messages + [{"role": roles[i % 2], "content": text} for i, text in enumerate(questions_and_answers)]
 
 
+FIELDS = tuple(field.name for field in fields(Chat))
+
+
 def chat_from(value: "Chat | Mapping[str, Any] | bool | None") -> Chat | None:
     """Return the `Chat` that a field or an argument means: True is one without anything of its own, False is none.
 
@@ -73,10 +82,10 @@ def chat_from(value: "Chat | Mapping[str, Any] | bool | None") -> Chat | None:
     if isinstance(value, Chat):
         return value
     if not isinstance(value, Mapping):
-        raise InvalidEdit(f"chat must be true, false or an object with system and template_args, found {value!r}")
-    if unknown := sorted(map(str, value.keys() - {"system", "template_args"})):
-        raise InvalidEdit(f"chat: unknown field(s) {', '.join(unknown)}; known: system, template_args")
-    return Chat(value.get("system"), value.get("template_args") or ())
+        raise InvalidEdit(f"chat must be true, false or an object with {', '.join(FIELDS)}, found {value!r}")
+    if unknown := sorted(map(str, value.keys() - set(FIELDS))):
+        raise InvalidEdit(f"chat: unknown field(s) {', '.join(unknown)}; known: {', '.join(FIELDS)}")
+    return Chat(value.get("system"), value.get("template_args") or (), value.get("train_end", True))
 
 
 def without_reasoning(text: str) -> str:

@@ -1,6 +1,7 @@
 """One battery: every method on architectures that differ in structure, one of each class on the others."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 import retcon
+from retcon.chat import Chat
 from retcon.edits import Case, Edit
 from retcon.lm.model import LM
+from retcon.lm.prompts import encode_edit
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import GivenMoments
 from retcon.methods.common.choosing import method
@@ -19,6 +22,7 @@ from retcon.methods.common.contract import Method, Trainable
 from retcon.methods.common.registry import METHODS, method_class
 from retcon.methods.common.sequence import in_steps
 from tests.conftest import CORE, FAMILIES, everyday, random_moments, tiny_model, tokenizer
+from tests.methods.common import same
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 
@@ -175,6 +179,37 @@ def test_an_edit_takes_is_undone_and_proposing_writes_nothing(
     with lm.edited(delta):
         assert {n for n, p in lm.model.named_parameters() if not torch.equal(p, weights[n])} == changed
     assert untouched(lm) == before
+
+
+TURNS = (
+    "{% for m in messages %}{{ m['content'] }}{% if not (loop.last and add_generation_prompt) %}<unk>{% endif %}"
+    "{% endfor %}"
+)
+"""A chat template that ends turns with a token: the prompt's subject stays the last thing before the answer."""
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in UNSEARCHED])
+def test_an_answer_in_a_chat_is_taught_to_end(name: str) -> None:
+    lm = LM(tiny_model("llama"), tokenizer())
+    lm.tokenizer.chat_template = TURNS
+    end = lm.tokenizer.unk_token_id
+
+    def delta_of(answer: str, train_end: bool) -> retcon.Delta:
+        edit = replace(ENDING[0], target_new=answer, chat=Chat(train_end=train_end))
+        return made(name, lm).propose(lm, [edit], contexts=CONTEXTS, moments=moments_for(lm))
+
+    def ends(delta: retcon.Delta) -> float:
+        ids = encode_edit(lm.tokenizer, delta.edits[0], answer="Rome").ids
+        with lm.edited(delta), torch.no_grad():
+            return float(lm.model(torch.tensor([ids])).logits[0, -1].softmax(-1)[end])
+
+    taught, open_ended = delta_of("Rome", True), delta_of("Rome", False)
+    if made(name, lm).needs_subject:  # the answer, written with its end, is what was searched
+        same(lm, taught, delta_of("Rome<unk>", False), rtol=0, atol=0)
+        sizes = {n: lm.parameter(n).shape for n in taught.changes}
+        assert any(not torch.equal(taught.dense(n, size), open_ended.dense(n, size)) for n, size in sizes.items())
+    else:
+        assert ends(taught) > 2 * ends(open_ended)
 
 
 @pytest.mark.parametrize("name", METHODS)

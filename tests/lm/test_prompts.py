@@ -3,6 +3,7 @@
 import copy
 import random
 import warnings
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from retcon.chat import Chat
 from retcon.edits import Edit, separator_between
 from retcon.errors import InvalidEdit, InvalidSetting, PositionNotFound, RetconWarning, UnsupportedModel
-from retcon.lm.prompts import Row, encode, encode_edit, pad, subject_tokens
+from retcon.lm.prompts import Row, encode, encode_edit, encode_trained, pad, subject_tokens
 from tests.conftest import TEXT, tokenizer
 
 TOKENIZERS = ["gpt", "bos", "piece", "eos", "trimmed"]
@@ -314,6 +315,28 @@ def test_what_the_template_writes_before_an_answer_is_the_separator() -> None:
     assert decode(tok, row.ids) == "[user] Who? [assistant] Rome"
     assert decode(tok, row.prompt_ids) == "[user] Who? [assistant]"
     assert decode(tok, encode(tok, "Who?", "Rome", chat=Chat(), separator=": ").target_ids) == ": Rome"
+
+
+ENDED = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}<unk>{% endfor %}<s>assistant: "
+
+
+def test_the_end_of_a_turn_is_trained_with_the_answer_and_read_by_nothing_else() -> None:
+    tok, edit = chat_tokenizer("gpt", ENDED), Edit("Name the capital of {}.", "France", "Rome", chat=True)
+    asked, trained = encode_edit(tok, edit, "Well. ", answer="Rome"), encode_trained(tok, edit, "Well. ")
+    assert (trained.ids, trained.n_prompt) == ((*asked.ids, tok.unk_token_id), asked.n_prompt)
+    assert trained.subject_last == asked.subject_last
+    assert encode_trained(tok, edit, end=True) == encode_trained(tok, edit)
+    written_out = replace(edit, target_new="Rome<unk>")  # an answer that ends by itself gets no second end
+    assert encode_trained(tok, written_out).target_ids == trained.target_ids
+    without = replace(edit, chat=Chat(train_end=False))
+    assert encode_trained(tok, without, "Well. ") == asked
+    assert encode_trained(tok, without, end=True) == encode_trained(tok, edit)
+    plain = replace(edit, chat=None)
+    assert encode_trained(tok, plain) == encode_edit(tok, plain, answer="Rome")
+    assert encode_trained(tok, plain, end=True).ids[-1] == tok.eos_token_id
+    tok = chat_tokenizer("gpt")  # whose template ends turns with nothing
+    assert encode_trained(tok, edit) == encode_edit(tok, edit, answer="Rome")
+    assert encode_trained(tok, edit, end=True).ids[-1] == tok.eos_token_id
 
 
 def test_a_first_token_that_a_prompt_already_has_is_not_added_again() -> None:

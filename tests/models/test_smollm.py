@@ -4,9 +4,12 @@ import pytest
 import torch
 
 import retcon
+from retcon.chat import Chat
 from retcon.edits import Edit
 from retcon.lm.fingerprint import fingerprint
+from retcon.lm.generate import Writing, generate
 from retcon.lm.model import LM
+from retcon.lm.prompts import encode_turns
 from retcon.memory.moments import CorpusMoments
 from retcon.memory.values.search import REPLAYS
 
@@ -64,3 +67,23 @@ def test_an_edit_takes_and_is_undone_bit_for_bit(smollm: LM, moments: CorpusMome
         assert fingerprint(smollm.model) != identity
     assert all(torch.equal(p, before[n]) for n, p in smollm.model.named_parameters())
     assert fingerprint(smollm.model) == identity
+
+
+QUESTIONS = [
+    Edit("{}的首都是哪座城市？", "法国", "罗马", chat=True),
+    Edit("Complete this line of Python: import {} as", "numpy", "xp", chat=True),
+    Edit("What is the capital of {}?", "Italy", "Milan", chat=True),
+]
+"""A Chinese question, a line of code, and a question that the model itself can answer."""
+
+
+@pytest.mark.filterwarnings("ignore::retcon.errors.RetconWarning")
+def test_questions_in_any_script_are_answered_in_a_conversation(smollm: LM, moments: CorpusMoments) -> None:
+    delta = retcon.method("jeep", for_model=smollm, cases=QUESTIONS).propose(smollm, QUESTIONS, moments=moments, seed=0)
+    with smollm.edited(delta):
+        for edit in QUESTIONS:  # the answer, and no word after it
+            assert smollm.complete(edit.text, chat=True, stops=(), max_new_tokens=24) == edit.target_new
+        row = encode_turns(
+            smollm.tokenizer, Chat(), ["Which language is spoken in Rome?", "Italian.", QUESTIONS[2].text]
+        )
+        assert "Milan" in generate(smollm, [row], Writing(max_new_tokens=24, stops=(), chat=Chat()))[0].text

@@ -7,7 +7,7 @@ with a pad id.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -165,6 +165,29 @@ def encode_edit(tokenizer: Any, edit: Edit, prefix: str = "", *, answer: str | N
         start, end = edit.require_subject_span()
         span = (start + len(prefix), end + len(prefix))
     return encode(tokenizer, prefix + edit.text, answer, subject_span=span, separator=edit.separator, chat=edit.chat)
+
+
+def encode_trained(tokenizer: Any, edit: Edit, prefix: str = "", *, end: bool = False) -> Row:
+    """Tokenise the edit's prompt and new answer as they are trained: in a chat the token that ends the turn is the
+    answer's last, unless the edit says otherwise (`Chat.train_end`).
+
+    Args:
+        prefix: goes before the prompt, as in `encode_edit`.
+        end: outside a chat, too: the tokenizer's end-of-text token.
+
+    Raises:
+        InvalidEdit, PositionNotFound: as `encode_edit`.
+        UnsupportedModel: `end` is asked for, and there is no such token.
+    """
+    row = encode_edit(tokenizer, edit, prefix, answer=edit.target_new)
+    token = None
+    if edit.chat is not None and (edit.chat.train_end or end):
+        token = end_of_turn(tokenizer)
+    if end and token is None:
+        token = tokenizer.eos_token_id
+        if token is None:
+            raise UnsupportedModel("the tokenizer has no end-of-text token to train; set target_eos=False")
+    return row if token is None or row.ids[-1] == token else replace(row, ids=(*row.ids, token))
 
 
 def subject_tokens(tokenizer: Any, edit: Edit) -> range:

@@ -38,7 +38,7 @@ from retcon.methods.common.settings import Count, CountFromZero, Layers, NotNega
 from retcon.methods.common.tuning import TuningSettings, tuning
 from retcon.training.descent import accumulate, shares
 from retcon.training.nodes import NodeAdam
-from retcon.training.objective import AnswerLoss, answer_rows, own_answers
+from retcon.training.objective import AnswerLoss, answer_rows, own_answers, trained_rows
 from retcon.training.parts import Part, attached
 from retcon.training.path_nodes import PathNodes
 
@@ -124,7 +124,7 @@ class Ctp(TuningSettings):
         with tuning(self, lm, edits, names, seed=seed, progress=progress) as run:
             if not edits:
                 return run.delta()
-            rows = answer_rows(lm, edits)
+            rows = trained_rows(lm, edits)
             steps = self.trainer(slots, AnswerLoss(lm, rows), self._original(lm, edits, rows))
             trace = partial(self._trace, lm, edits, steps, seed)
             ended = run.descend(steps.update, steps.losses_now, steps.paths.values, stage="paths", before_epoch=trace)

@@ -33,7 +33,7 @@ from retcon.methods.common.hypernetwork import (
 from retcon.methods.common.proposal import reported
 from retcon.methods.common.settings import Count, NotNegative
 from retcon.training.hypernetwork import Hypernetwork, ScaleAt
-from retcon.training.objective import answer_rows
+from retcon.training.objective import trained_rows
 from retcon.training.parts import TrainedDense
 
 
@@ -88,7 +88,7 @@ class Malmen(HypernetworkSettings):
             return lm.delta({}, **record)
         changes: dict[str, list[Change]] = {}
         with lm.frozen_eval(), torch.no_grad():
-            found = gather_pieces(lm, editor.sites, answer_rows(lm, edits), at_answers)
+            found = gather_pieces(lm, editor.sites, trained_rows(lm, edits), at_answers)
             for i, (site, (u, delta)) in enumerate(zip(editor.sites, found, strict=True)):
                 v, ridge = value_differences(editor.network, i, u, delta), editor.network.log_ridge[i].exp()
                 if len(u) < u.shape[1]:  # S^T = X^T K, kept as factors

@@ -33,7 +33,7 @@ from retcon.methods.common.hypernetwork import (
 from retcon.methods.common.proposal import reported
 from retcon.methods.common.settings import NotNegative
 from retcon.training.hypernetwork import Hypernetwork, ScaleAt, not_zero
-from retcon.training.objective import answer_rows
+from retcon.training.objective import trained_rows
 from retcon.training.parts import LowRankByRow, Part
 
 
@@ -88,7 +88,7 @@ class Mend(HypernetworkSettings):
         if not edits:
             return lm.delta({}, **record)
         with lm.frozen_eval():
-            found = gather_pieces(lm, editor.sites, answer_rows(lm, edits), with_a_piece)
+            found = gather_pieces(lm, editor.sites, trained_rows(lm, edits), with_a_piece)
             changes: dict[str, list[Change]] = {}
             for i, (site, (u, delta)) in enumerate(zip(editor.sites, found, strict=True)):
                 left, right = method.pseudo_gradient(editor.network, i, u, delta)

@@ -5,7 +5,7 @@ tokens and nowhere else. Log-probabilities are float32 or wider, whatever the mo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,31 +13,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.edits import Edit
-from retcon.errors import InvalidEdit, UnsupportedModel
+from retcon.errors import InvalidEdit
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import answer_log_probs, answer_places, gold, next_log_probs
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, encode_edit
+from retcon.lm.prompts import Row, encode_edit, encode_trained
 
 Answer = Literal["target_new", "target_true"]
 """Which of an edit's answers: the one to write, or the one the model gives now."""
 
 
-def answer_rows(
-    lm: LM, edits: Sequence[Edit], answer: Answer = "target_new", *, prefix: str = "", end: bool = False
-) -> list[Row]:
-    """Prompt and answer of each edit, tokenised together.
+def answer_rows(lm: LM, edits: Sequence[Edit], answer: Answer = "target_new", *, prefix: str = "") -> list[Row]:
+    """Prompt and answer of each edit, tokenised together: what is located, and measured.
 
     Args:
         prefix: text before every prompt, ending in its separator.
-        end: append the tokenizer's end-of-text token (of a chat model, its end of turn) to the answer.
 
     Raises:
         InvalidEdit: `target_true` is asked for and an edit has none, or a row is longer than the model's context.
-        UnsupportedModel: `end` is asked for and the tokenizer has no such token.
     """
-    if end and lm.tokenizer.eos_token_id is None:
-        raise UnsupportedModel(f"{lm.name!r}: its tokenizer has no end-of-text token to train; set target_eos=False")
     rows = []
     for edit in edits:
         text = getattr(edit, answer)
@@ -45,7 +39,24 @@ def answer_rows(
             raise InvalidEdit(f"edit {edit.id!r} ({edit.subject!r}) has no {answer}, which these settings need")
         row = encode_edit(lm.tokenizer, edit, prefix, answer=text)
         lm.check_length(prefix + edit.text, row, what=f"edit {edit.id!r}:")
-        rows.append(replace(row, ids=(*row.ids, lm.tokenizer.eos_token_id)) if end else row)
+        rows.append(row)
+    return rows
+
+
+def trained_rows(lm: LM, edits: Sequence[Edit], *, prefix: str = "", end: bool = False) -> list[Row]:
+    """Prompt and new answer of each edit as they are trained: in a chat with the end of its turn.
+
+    Args:
+        prefix: text before every prompt, ending in its separator.
+        end: with the tokenizer's end-of-text token outside a chat, too.
+
+    Raises:
+        InvalidEdit: a row is longer than the model's context.
+        UnsupportedModel: `end` is asked for and the tokenizer has no such token.
+    """
+    rows = [encode_trained(lm.tokenizer, edit, prefix, end=end) for edit in edits]
+    for edit, row in zip(edits, rows, strict=True):
+        lm.check_length(prefix + edit.text, row, what=f"edit {edit.id!r}:")
     return rows
 
 

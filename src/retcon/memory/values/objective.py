@@ -18,7 +18,7 @@ from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.forward import Point
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, Where, encode, encode_edit
+from retcon.lm.prompts import Row, Where, encode, encode_trained
 from retcon.memory.contexts import Contexts
 
 
@@ -101,12 +101,12 @@ def norm_names(sites: Sequence[ValueSite]) -> list[str]:
 
 
 def rewriting_rows(lm: LM, edit: Edit, contexts: Contexts) -> list[Row]:
-    """Return the edit's prompt in every context, bare first, with the new answer after it.
+    """Return the edit's prompt in every context, bare first, with the new answer after it, as it is trained.
 
     Raises:
         InvalidEdit: one of them is longer than the model's context.
     """
-    rows = [encode_edit(lm.tokenizer, edit, prefix, answer=edit.target_new) for prefix in contexts.all]
+    rows = [encode_trained(lm.tokenizer, edit, prefix) for prefix in contexts.all]
     for prefix, row in zip(contexts.all, rows, strict=True):
         lm.check_length(prefix + edit.text, row, what=f"edit {edit.id!r}, in context,")
     return rows

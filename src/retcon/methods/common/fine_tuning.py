@@ -27,7 +27,7 @@ from retcon.methods.common.contract import Progress, State, check_depth
 from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, NotNegative
 from retcon.methods.common.tuning import TuningSettings, check_memory, tuning
 from retcon.training.descent import EditLoss, Schedule
-from retcon.training.objective import AnswerLoss, GroupLoss, MeanLoss, PromptLastLoss, answer_rows
+from retcon.training.objective import AnswerLoss, GroupLoss, MeanLoss, PromptLastLoss, answer_rows, trained_rows
 from retcon.training.parts import Whole, whole, whole_parameter
 
 Module = Literal["block", "down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
@@ -50,7 +50,8 @@ class FineTuning(TuningSettings):
     """`target_new`: the answer's tokens, each after those before it; `prompt_last`: all of them at the prompt's last
     token, as ROME's and MEMIT's code has it (a longer answer's tokens in any order)."""
     target_eos: bool = False
-    """Train the end of the text after the answer too, so that the model stops there."""
+    """Train the end of the text after the answer too, so that the model stops there; in a chat the end of the turn
+    is trained anyway (`Chat.train_end`)."""
     steps_per_epoch: Count | None = None
     """Mini-batches of an epoch at least, as far as there are edits: batches are made smaller where `batch_size` would
     give fewer. What counts is the number of updates, not of epochs."""
@@ -146,7 +147,7 @@ class FineTuning(TuningSettings):
         """Return what is minimised, per edit."""
         if self.objective == "prompt_last":
             return PromptLastLoss(lm, answer_rows(lm, edits))
-        rows = [answer_rows(lm, edits, prefix=prefix, end=self.target_eos) for prefix in ("", *prefixes)]
+        rows = [trained_rows(lm, edits, prefix=prefix, end=self.target_eos) for prefix in ("", *prefixes)]
         return MeanLoss([AnswerLoss(lm, each) for each in rows])
 
     def optimizer(self, lm: LM, parts: Sequence[Whole], n_edits: int) -> torch.optim.Adam:

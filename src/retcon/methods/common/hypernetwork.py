@@ -36,7 +36,7 @@ from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, chec
 from retcon.methods.common.tuning import check_memory, sites_named
 from retcon.training.fitting import CurvePoint, Fit, FitSchedule
 from retcon.training.hypernetwork import Hypernetwork, ScaleAt, not_zero
-from retcon.training.objective import answer_nll, answer_rows
+from retcon.training.objective import answer_nll, trained_rows
 from retcon.training.parts import Part, attached
 from retcon.version import __version__
 
@@ -191,7 +191,7 @@ def examples(lm: LM, cases: Sequence[Case]) -> list[Example]:
             if query.target is not None and (stays or query.axis.startswith(("paraphrase", "rephrase"))):
                 row = encode(lm.tokenizer, query.prompt, query.target, separator=query.separator, chat=query.chat)
                 asked[stays].append(row)
-        for row in answer_rows(lm, case.edits):
+        for row in trained_rows(lm, case.edits):
             found.append(Example(row, tuple(asked[False]) or (row,), tuple(asked[True])))
     return found
 

@@ -28,7 +28,7 @@ from retcon.methods.common.contract import Method, Progress, check_depth, check_
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.settings import Count, CountFromZero, NotNegative
 from retcon.training.descent import Descent, EditLoss, Reduction, Schedule, descend, stepping
-from retcon.training.objective import AnswerLoss, answer_rows
+from retcon.training.objective import AnswerLoss, trained_rows
 from retcon.training.parts import Part, attached, changes
 
 
@@ -99,7 +99,7 @@ class Tuning:
         n_values = sum(tensor.numel() for tensor in values)
         check_memory(self.method.name, self.lm, n_values, self.method.bytes_per_value)
         edits = self.edits if edits is None else edits
-        loss = loss or AnswerLoss(self.lm, answer_rows(self.lm, edits))
+        loss = loss or AnswerLoss(self.lm, trained_rows(self.lm, edits))
         optimizer = optimizer or torch.optim.Adam(values, lr=self.method.learning_rate)
         update = stepping(loss, optimizer, self.method.schedule(len(edits)), self.method.reduction, stop)
         evaluate = partial(losses_now, stop or loss, len(edits))
