@@ -86,7 +86,7 @@ def trade_off(groups: Sequence[Group], places: Places) -> list[Picture]:
                 limits(max(ends[0], -3), min(ends[1], 103))  # a margin for the marks at 0 and 100
             axes.set_xlabel("LS: neighbours that keep their answer, %")
             axes.set_ylabel("GS: paraphrases that give the new one, %")
-            axes.legend(frameon=False, fontsize=8)
+            _legend(figure, axes, 4)
             title = f"Generalisation against locality: {model}, {dataset}, {protocol}"
             alt = "; ".join(f"{n}: LS {100 * x.value:.1f}, GS {100 * y.value:.1f}" for _, n, x, y in points)
             pictures.append(_done(figure, f"trade-off-{model}-{dataset}-{protocol}", title, alt))
@@ -108,7 +108,7 @@ def scaling(groups: Sequence[Group], places: Places) -> list[Picture]:
                 axes.set_xscale("log")
             axes.set_title(name, fontsize=10)
             axes.set_xlabel(curve.x)
-        panels[0].legend(frameon=False, fontsize=8)
+        _legend(figure, panels[0], 8)
         alt = f"Four line plots of Score, ES, GS and LS against {curve.x} for {', '.join(curve.lines)}"
         pictures.append(_done(figure, curve.name, curve.title, alt))
     return pictures
@@ -133,15 +133,7 @@ def retention(groups: Sequence[Group], places: Places) -> list[Picture]:
                 axes.set_title(name, fontsize=10)
                 axes.set_xlabel("edits so far")
                 axes.set_ylim(-3, 103)
-            figure.legend(  # below the panels, where it hides no line
-                *panels[0].get_legend_handles_labels(),
-                loc="outside lower center",
-                ncols=6,
-                frameon=False,
-                fontsize=8,
-                title="all so far; dotted: just made",
-                title_fontsize=7,
-            )
+            _legend(figure, panels[0], 6, title="all so far; dotted: just made")
             title = f"What is left of the edits: {model}, {dataset}, {protocol}"
             alt = "; ".join(
                 f"{g.method}: ES {_last(_right_after(g, 'ES'))} right after, {_last(_kept(g, 'ES'))} at the end"
@@ -177,9 +169,7 @@ def relations(groups: Sequence[Group], places: Places) -> list[Picture]:
                 axes.set_xlabel(f"{name}, %")
                 axes.set_xlim(-3, 103)
             panels[0].invert_yaxis()
-            figure.legend(
-                *panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8
-            )
+            _legend(figure, panels[1], 6)
             title = f"By relation: {model}, {dataset}, {protocol}"
             alt = f"GS and LS of {', '.join(g.method for g in own)} for {', '.join(shown)}"
             pictures.append(_done(figure, f"relations-{model}-{dataset}-{protocol}", title, alt))
@@ -252,6 +242,13 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
 
 
 # --- drawing -----------------------------------------------------------------------------------------------------
+
+
+def _legend(figure: Any, axes: Any, ncols: int, title: str | None = None) -> None:
+    """Say what the lines of `axes` are, below the panels, where it hides none."""
+    handles, labels = axes.get_legend_handles_labels()
+    place: dict[str, Any] = dict(loc="outside lower center", ncols=ncols)
+    figure.legend(handles, labels, frameon=False, fontsize=8, title=title, title_fontsize=7, **place)
 
 
 def _figure(width: float, height: float, *, columns: int = 1, **more: Any) -> tuple[Any, Any]:
