@@ -1,9 +1,11 @@
 """`retcon complete`."""
 
 import copy
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +52,21 @@ def test_no_room_for_an_answer_is_refused_with_one_message(cli: Callable[..., An
     ):
         assert "tokens; chatty reads 128 tokens at once, its answer included" in told.stderr
     assert json.loads(cli("complete", "chatty", question[:-2], "--chat", "--json").stdout)["cut"]
+
+
+def test_who_types_a_turn_that_does_not_fit_goes_on(
+    cli: Callable[..., Any], chatting: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Typed(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    typed = Typed("Who?\n" + "a " * 200 + "\n/reset\nWho?\n")
+    monkeypatch.setattr("retcon.cli.chat.sys", SimpleNamespace(stdin=typed))
+    monkeypatch.setattr("retcon.lm.generate.generate", lambda *_, **__: [Written("Ada.", 1, False)])
+    told = cli("chat", "chatty").stdout
+    assert told.count("Ada.") == 2
+    assert "tokens; chatty reads 128 tokens at once" in told
 
 
 def test_with_a_delta(cli: Callable[..., Any], delta: Path) -> None:

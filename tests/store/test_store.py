@@ -23,6 +23,7 @@ from retcon.errors import (
     WrongBase,
 )
 from retcon.evaluation import read_cases
+from retcon.files import write_atomically
 from retcon.lm.model import LM
 from retcon.memory.corpus import Corpus
 from retcon.memory.moments import CorpusMoments
@@ -335,6 +336,29 @@ def test_missing_and_damaged_files_are_named(store: Store, lm: LM, tmp_path: Pat
         Store(tmp_path)
     with pytest.raises(InvalidSetting, match="a store already"):
         Store.init(store.path, lm)
+
+
+def test_an_init_that_was_killed_is_done_again(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "edits"
+    for survived in range(4):  # .gitignore, .gitattributes, the log, and store.json, which makes it a store
+        left = survived
+
+        def write(path: Path, data: bytes) -> None:
+            nonlocal left
+            if not left:
+                path.with_name(f".{path.name}.1-1.tmp").write_bytes(data[:3])
+                raise KeyboardInterrupt
+            left -= 1
+            write_atomically(path, data)
+
+        with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+            killed.setattr("retcon.store.store.write_atomically", write)
+            Store.init(place, lm, lfs=True)
+    (place / ".gitignore").write_text("mine\n")
+    with pytest.raises(InvalidSetting, match="in use for something else"):
+        Store.init(place, lm)
+    (place / ".gitignore").unlink()
+    assert Store.init(place, lm).log() == ()
 
 
 def test_two_writers_one_is_refused_and_a_reader_is_not(store: Store) -> None:

@@ -26,7 +26,7 @@ from retcon.cli.shell import (
     spinner,
     styled,
 )
-from retcon.errors import InvalidSetting
+from retcon.errors import InvalidEdit, InvalidSetting
 
 if TYPE_CHECKING:
     from retcon.chat import Chat
@@ -82,11 +82,17 @@ def chat(
         if line == "/reset":
             now, before = [], []
             continue
-        with spinner("writing"):
-            answer = _answer(lm, frame, [*now, line], how, seed + n)
-            if both:
-                with lm.without_deltas():
-                    old = _answer(lm, frame, [*before, line], how, seed + n)
+        try:
+            with spinner("writing"):
+                answer = _answer(lm, frame, [*now, line], how, seed + n)
+                if both:
+                    with lm.without_deltas():
+                        old = _answer(lm, frame, [*before, line], how, seed + n)
+        except InvalidEdit as error:
+            if not sys.stdin.isatty():
+                raise
+            show.print(styled("[red]{}[/]", error), soft_wrap=True)  # whoever types can go on: /reset, a shorter turn
+            continue
         warn_of_no_answer(answer)
         if both:
             table = Table(box=None, pad_edge=False, header_style="dim", expand=True)

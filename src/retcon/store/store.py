@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from retcon.edits import Case, Edit, check_edits, same_question
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, UnknownEntry
-from retcon.files import as_shared, write_atomically
+from retcon.files import TEMPORARY, as_shared, write_atomically
 from retcon.store.change import Change, last_state
 from retcon.store.contents import CONFIG, DELTAS, FORMAT, VALUES, Contents, Precision
 from retcon.store.history import Action, Entry, State, states
@@ -45,6 +45,18 @@ _ATTRIBUTES = f"""# the log is a list of lines: a merge keeps those of both side
 {VALUES}/* -text -diff
 """
 _LFS = "".join(f"{folder}/*.safetensors filter=lfs diff=lfs merge=lfs -text\n" for folder in (DELTAS, VALUES))
+
+
+def _begun(folder: Path) -> bool:
+    """Return whether a folder holds no more than what `init` writes before it is a store."""
+    written = {".gitignore": {_IGNORED}, ".gitattributes": {_ATTRIBUTES, _ATTRIBUTES + _LFS}, LOG: {""}}
+    return all(
+        not any(entry.iterdir())
+        if entry.name in (FACTS, DELTAS, VALUES) and entry.is_dir()
+        else entry.name.endswith(TEMPORARY)
+        or (entry.is_file() and entry.read_text(encoding="utf-8", errors="replace") in written.get(entry.name, ()))
+        for entry in folder.iterdir()
+    )
 
 
 class Store(Contents):
@@ -100,9 +112,10 @@ class Store(Contents):
 
     @staticmethod
     def check_new(path: str | os.PathLike[str]) -> None:
-        """Raise InvalidSetting where there is a store, or something else, already."""
+        """Raise InvalidSetting where there is a store, or something else, already. What a killed `init` leaves is
+        neither."""
         root = Path(path)
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        if root.exists() and not (root.is_dir() and _begun(root)):
             what = "a store already" if (root / CONFIG).is_file() else "in use for something else"
             raise InvalidSetting(f"{root} is {what}; name another folder")
 
