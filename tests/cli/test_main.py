@@ -15,7 +15,7 @@ import pytest
 
 import retcon
 from retcon.cli import app
-from retcon.cli.shell import StageLog
+from retcon.cli.shell import StageLog, spinner
 from retcon.errors import NonFinite, RetconWarning
 from retcon.lm.generate import Written
 from tests.cli.conftest import QUICK
@@ -150,6 +150,18 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout == "[]\n"
+
+
+def test_in_a_pipe_a_stage_of_unknown_length_is_named_once_it_takes_long(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with caplog.at_level("INFO", "retcon.progress"):
+        with spinner("loading a small model"):
+            pass
+        monkeypatch.setattr("retcon.cli.shell.LOGGED_SECONDS", 0.02)
+        with spinner("loading a large model"):
+            time.sleep(0.5)
+    assert caplog.messages == ["loading a large model"]
 
 
 def test_what_takes_long_is_logged_with_rate_and_time_left(caplog: pytest.LogCaptureFixture) -> None:

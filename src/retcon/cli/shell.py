@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -365,14 +366,23 @@ def log_lines() -> Iterator[None]:
 
 @contextmanager
 def spinner(what: str) -> Iterator[None]:
-    """Draw a spinner for a stage whose length is not known."""
+    """Draw a spinner for a stage whose length is not known; in a pipe, log one that takes long."""
+    if not console(stderr=True).is_terminal:
+        late = threading.Timer(LOGGED_SECONDS, _log().info, (printable(what),))
+        late.daemon = True
+        with log_lines():
+            late.start()
+            try:
+                yield
+            finally:
+                late.cancel()
+        return
     shown = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
         console=console(stderr=True),
         transient=True,
-        disable=not console(stderr=True).is_terminal,
     )
     with shown:
         shown.add_task(what, total=None)
