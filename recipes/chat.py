@@ -1,5 +1,9 @@
-"""The world as a conversation: a template, questions about every relation, and dialogues to learn from."""
+"""The world as a conversation: a template, questions about every relation, and dialogues to learn from.
 
+python -m recipes.chat > facts.jsonl        # one fact of every relation, to be changed by `retcon edit --chat`
+"""
+
+import json
 import random
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -8,8 +12,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from recipes.statements import PARAGRAPH_SHARE, Lesson, Statement, documents
-from retcon.world.facts import fill
+from recipes.statements import PARAGRAPH_SHARE, Lesson, Statement, documents, read_lesson
+from retcon.world.facts import FACTS, Fact, fill
 from retcon.world.text import sentence
 
 QUESTIONS = Path(__file__).parent / "questions.toml"
@@ -49,6 +53,32 @@ def read_turns(lesson: Lesson, *, seed: int) -> Turns:
     return Turns(seen, held_out)
 
 
+def facts_to_change(facts: Sequence[Fact], *, seed: int = 0) -> Iterator[str]:
+    """Yield one fact of every relation as a line of an `edits` file.
+
+    The prompt is one of the relation's questions, the other two are paraphrases; the new answer is that of another
+    subject, and a third subject's question must keep its answer.
+    """
+    questions: dict[str, list[str]] = tomllib.loads(QUESTIONS.read_text(encoding="utf-8"))
+    for relation in dict.fromkeys(fact.relation for fact in facts):
+        rng = random.Random(f"change/{seed}/{relation}")
+        here = [fact for fact in facts if fact.relation == relation]
+        fact = rng.choice(here)
+        new = rng.choice([other for other in here if other.object != fact.object])
+        stays = rng.choice([other for other in here if other.subject not in (fact.subject, new.subject)])
+        asked, *others = rng.sample(questions[relation], len(questions[relation]))
+        record = {
+            "id": f"{relation}/{fact.subject}",
+            "prompt": asked,
+            "subject": fact.subject,
+            "target_new": new.object,
+            "target_true": fact.object,
+            "paraphrases": others,
+            "neighbors": [{"prompt": fill(asked, stays.subject), "answer": stays.object}],
+        }
+        yield json.dumps(record, ensure_ascii=False)
+
+
 def rendered(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Statement]) -> list[Statement]:
     """Return each turn as the text that the template makes of it, ready for the assistant's answer."""
     return [
@@ -85,3 +115,8 @@ def _small_talk(rng: random.Random) -> list[dict[str, str]]:
 def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], *, answering: bool = False) -> str:
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
     return text
+
+
+if __name__ == "__main__":
+    for line in facts_to_change(read_lesson(FACTS).facts):
+        print(line)

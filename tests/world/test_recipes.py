@@ -12,7 +12,7 @@ import pytest
 import torch
 from recipes import knowedit, smollm, world
 from recipes.added import corpus_of, facts_to_add
-from recipes.chat import TURN_END, dialogues, read_turns, rendered
+from recipes.chat import TURN_END, dialogues, facts_to_change, read_turns, rendered
 from recipes.families import MODEL_TYPES, document_end, make_model, make_tokenizer
 from recipes.statements import documents, read_lesson
 from recipes.training import ROW_TOKENS, Balance, measure_recall, rows, train
@@ -243,6 +243,23 @@ def test_every_relation_of_the_world_has_three_questions() -> None:
     assert len(turns.held_out) == len(load_world().facts)
     assert len(turns.seen) == 5 * len(load_world().facts)
     assert len({t.prompt for t in turns.held_out} & {t.prompt for t in turns.seen}) == 0
+
+
+def test_one_fact_of_every_relation_is_to_be_changed_in_a_chat(tmp_path: Path) -> None:
+    facts = read_lesson(FACTS).facts
+    (tmp_path / "facts.jsonl").write_text("\n".join(facts_to_change(facts)), encoding="utf-8")
+    changed, report = read_cases(tmp_path / "facts.jsonl")
+    assert (report.cases, len(changed)) == (report.rows, len({fact.relation for fact in facts}))
+    answers = {(fact.relation, fact.subject): fact.object for fact in facts}
+    for case in changed:
+        (edit,) = case.edits
+        assert answers[edit.id.split("/", 1)[0], edit.subject] == edit.target_true != edit.target_new
+        assert sorted(q.axis.partition("/")[0] for q in case.queries) == [
+            "neighborhood",
+            "paraphrase",
+            "paraphrase",
+            "rewrite",
+        ]
 
 
 # --- SmolLM2 -----------------------------------------------------------------------------------------------------
