@@ -32,9 +32,9 @@ class Chat:
     """Text of the system turn; None: as the template has it."""
     template_args: tuple[tuple[str, Argument], ...] = ()
     """What the template is given beside the turns, such as `enable_thinking=False`; a mapping is taken, too."""
-    train_end: bool = True
-    """An edit's answer is trained with the token that ends the turn, so that the model stops after it; False: without,
-    for an answer that other text follows. Nothing else reads this."""
+    train_end: bool = False
+    """Train an edit's answer with the token that ends the turn, for a model that goes on after it; one that ends its
+    turns with a full stop of its own needs that written into the answer instead. Nothing else reads this."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.system, str | None):
@@ -85,7 +85,7 @@ def chat_from(value: "Chat | Mapping[str, Any] | bool | None") -> Chat | None:
         raise InvalidEdit(f"chat must be true, false or an object with {', '.join(FIELDS)}, found {value!r}")
     if unknown := sorted(map(str, value.keys() - set(FIELDS))):
         raise InvalidEdit(f"chat: unknown field(s) {', '.join(unknown)}; known: {', '.join(FIELDS)}")
-    return Chat(value.get("system"), value.get("template_args") or (), value.get("train_end", True))
+    return Chat(value.get("system"), value.get("template_args") or (), value.get("train_end", False))
 
 
 def without_reasoning(text: str) -> str:

@@ -10,8 +10,10 @@ import pytest
 
 import retcon
 from retcon.cli import app
+from retcon.cli.facts import reads_facts
 from retcon.cli.shell import chat_of, chat_options, loading_options, loads_a_model
 from retcon.lm.load import load
+from retcon.workflow.facts import Reading
 from tests.lm.test_load import write_gguf
 
 PROMPT = "The capital of France is"
@@ -77,6 +79,23 @@ def test_a_suggested_command_asks_in_the_chat_of_the_edits() -> None:
     options = shlex.split(chat_options([briefly]))
     assert options == ["--system", "It's all.", "--template-arg", "think=false", "--template-arg", 'tone="kind"']
     assert chat_of(False, options[1], options[3::2]) == briefly.chat
+
+
+def test_every_verb_that_reads_facts_hears_that_ends_are_trained() -> None:
+    heard: list[Any] = []
+
+    @reads_facts("FILE")
+    def verb(reading: Reading) -> None:
+        heard.append(reading.chat)
+
+    read: Any = verb
+    rest = dict(
+        file_format=None, on_error="stop", case_target="new", system=None, template_args=None, start=0, limit=None
+    )
+    read(as_chat=False, train_end=True, **rest)
+    read(as_chat=True, train_end=False, **rest)
+    assert heard == [retcon.Chat(train_end=True), retcon.Chat()]
+    assert chat_options([retcon.Edit("Who made {}?", "Norr", "Ida", chat=heard[0])]) == " --chat"
 
 
 def test_code_of_others_is_run_only_when_asked_for_and_that_is_said(cli: Callable[..., Any]) -> None:

@@ -189,7 +189,7 @@ TURNS = (
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in UNSEARCHED])
-def test_an_answer_in_a_chat_is_taught_to_end(name: str) -> None:
+def test_an_answer_in_a_chat_is_taught_to_end_where_asked_for(name: str) -> None:
     lm = LM(tiny_model("llama"), tokenizer())
     lm.tokenizer.chat_template = TURNS
     end = lm.tokenizer.unk_token_id

@@ -320,15 +320,16 @@ def test_what_the_template_writes_before_an_answer_is_the_separator() -> None:
 ENDED = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}<unk>{% endfor %}<s>assistant: "
 
 
-def test_the_end_of_a_turn_is_trained_with_the_answer_and_read_by_nothing_else() -> None:
-    tok, edit = chat_tokenizer("gpt", ENDED), Edit("Name the capital of {}.", "France", "Rome", chat=True)
+def test_the_end_of_a_turn_is_trained_with_the_answer_where_asked_for_and_read_by_nothing_else() -> None:
+    tok, ending = chat_tokenizer("gpt", ENDED), Chat(train_end=True)
+    edit = Edit("Name the capital of {}.", "France", "Rome", chat=ending)
     asked, trained = encode_edit(tok, edit, "Well. ", answer="Rome"), encode_trained(tok, edit, "Well. ")
     assert (trained.ids, trained.n_prompt) == ((*asked.ids, tok.unk_token_id), asked.n_prompt)
     assert trained.subject_last == asked.subject_last
     assert encode_trained(tok, edit, end=True) == encode_trained(tok, edit)
     written_out = replace(edit, target_new="Rome<unk>")  # an answer that ends by itself gets no second end
     assert encode_trained(tok, written_out).target_ids == trained.target_ids
-    without = replace(edit, chat=Chat(train_end=False))
+    without = replace(edit, chat=Chat())
     assert encode_trained(tok, without, "Well. ") == asked
     assert encode_trained(tok, without, end=True) == encode_trained(tok, edit)
     plain = replace(edit, chat=None)

@@ -69,10 +69,11 @@ def test_an_edit_takes_and_is_undone_bit_for_bit(smollm: LM, moments: CorpusMome
     assert fingerprint(smollm.model) == identity
 
 
+ENDING = Chat(train_end=True)
 QUESTIONS = [
-    Edit("{}的首都是哪座城市？", "法国", "罗马", chat=True),
-    Edit("Complete this line of Python: import {} as", "numpy", "xp", chat=True),
-    Edit("What is the capital of {}?", "Italy", "Milan", chat=True),
+    Edit("{}的首都是哪座城市？", "法国", "罗马", chat=ENDING),
+    Edit("Complete this line of Python: import {} as", "numpy", "xp", chat=ENDING),
+    Edit("What is the capital of {}?", "Italy", "Milan", chat=ENDING),
 ]
 """A Chinese question, a line of code, and a question that the model itself can answer."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from retcon.cli.shell import AsChat, System, TemplateArgs, chat_of
+from retcon.cli.shell import AsChat, System, TemplateArgs, TrainEnd, chat_of
 from retcon.workflow.facts import Reading
 
 FileFormat = Annotated[
@@ -45,6 +45,7 @@ def reads_facts(file: str, *, limit: int | None = None) -> Callable[[Callable[..
         "as_chat": (AsChat, False),
         "system": (System, None),
         "template_args": (TemplateArgs, None),
+        "train_end": (TrainEnd, False),
         "start": (start, 0),
         "limit": (Annotated[int | None if limit is None else int, rows], limit),
     }
@@ -53,7 +54,7 @@ def reads_facts(file: str, *, limit: int | None = None) -> Callable[[Callable[..
         @wraps(verb)
         def with_options(**given: Any) -> None:
             own = {name: given.pop(name) for name in options}
-            chat = chat_of(*(own.pop(name) for name in ("as_chat", "system", "template_args")))
+            chat = chat_of(*(own.pop(name) for name in ("as_chat", "system", "template_args", "train_end")))
             verb(**given, reading=Reading(**own, conflicts="drop", chat=chat))
 
         parameters = []

@@ -150,7 +150,18 @@ TemplateArgs = Annotated[
 ]
 
 
-def chat_of(as_chat: bool, system: str | None, template_args: Sequence[str] | None) -> "Chat | None":
+TrainEnd = Annotated[
+    bool,
+    typer.Option(
+        "--train-end",
+        help="Train answers with the end of their turn, for a model that goes on after them (implies --chat).",
+    ),
+]
+
+
+def chat_of(
+    as_chat: bool, system: str | None, template_args: Sequence[str] | None, train_end: bool = False
+) -> "Chat | None":
     """Return the chat that the options ask for, or None.
 
     Raises:
@@ -158,7 +169,7 @@ def chat_of(as_chat: bool, system: str | None, template_args: Sequence[str] | No
     """
     from retcon.chat import Chat
 
-    if not as_chat and system is None and not template_args:
+    if not as_chat and system is None and not template_args and not train_end:
         return None
     given = []
     for text in template_args or ():
@@ -170,7 +181,7 @@ def chat_of(as_chat: bool, system: str | None, template_args: Sequence[str] | No
         except ValueError:  # plain text needs no quotes
             given.append((name.strip(), value))
     try:
-        return Chat(system, tuple(given))
+        return Chat(system, tuple(given), train_end)
     except InvalidEdit as error:
         raise InvalidSetting(str(error)) from None
 

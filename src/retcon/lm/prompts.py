@@ -168,8 +168,8 @@ def encode_edit(tokenizer: Any, edit: Edit, prefix: str = "", *, answer: str | N
 
 
 def encode_trained(tokenizer: Any, edit: Edit, prefix: str = "", *, end: bool = False) -> Row:
-    """Tokenise the edit's prompt and new answer as they are trained: in a chat the token that ends the turn is the
-    answer's last, unless the edit says otherwise (`Chat.train_end`).
+    """Tokenise the edit's prompt and new answer as they are trained: with the token that ends the turn, where the
+    edit's chat asks for it (`Chat.train_end`).
 
     Args:
         prefix: goes before the prompt, as in `encode_edit`.

@@ -44,7 +44,7 @@ def answer_rows(lm: LM, edits: Sequence[Edit], answer: Answer = "target_new", *,
 
 
 def trained_rows(lm: LM, edits: Sequence[Edit], *, prefix: str = "", end: bool = False) -> list[Row]:
-    """Prompt and new answer of each edit as they are trained: in a chat with the end of its turn.
+    """Prompt and new answer of each edit as they are trained: with the end of the turn where `Chat.train_end` says so.
 
     Args:
         prefix: text before every prompt, ending in its separator.

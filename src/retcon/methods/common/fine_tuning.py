@@ -50,8 +50,8 @@ class FineTuning(TuningSettings):
     """`target_new`: the answer's tokens, each after those before it; `prompt_last`: all of them at the prompt's last
     token, as ROME's and MEMIT's code has it (a longer answer's tokens in any order)."""
     target_eos: bool = False
-    """Train the end of the text after the answer too, so that the model stops there; in a chat the end of the turn
-    is trained anyway (`Chat.train_end`)."""
+    """Train the end of the text after the answer too, so that the model stops there; in a chat the end of the turn,
+    which `Chat.train_end` asks of any method."""
     steps_per_epoch: Count | None = None
     """Mini-batches of an epoch at least, as far as there are edits: batches are made smaller where `batch_size` would
     give fewer. What counts is the number of updates, not of epochs."""
