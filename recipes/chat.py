@@ -1,6 +1,8 @@
 """The world as a conversation: a template, questions about every relation, and dialogues to learn from.
 
-python -m recipes.chat > facts.jsonl        # one fact of every relation, to be changed by `retcon edit --chat`
+    python -m recipes.chat > facts.jsonl
+
+writes one fact of every relation, to be changed by `retcon edit --chat`.
 """
 
 import json

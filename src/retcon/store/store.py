@@ -50,13 +50,15 @@ _LFS = "".join(f"{folder}/*.safetensors filter=lfs diff=lfs merge=lfs -text\n" f
 def _begun(folder: Path) -> bool:
     """Return whether a folder holds no more than what `init` writes before it is a store."""
     written = {".gitignore": {_IGNORED}, ".gitattributes": {_ATTRIBUTES, _ATTRIBUTES + _LFS}, LOG: {""}}
-    return all(
-        not any(entry.iterdir())
-        if entry.name in (FACTS, DELTAS, VALUES) and entry.is_dir()
-        else entry.name.endswith(TEMPORARY)
-        or (entry.is_file() and entry.read_text(encoding="utf-8", errors="replace") in written.get(entry.name, ()))
-        for entry in folder.iterdir()
-    )
+
+    def ours(entry: Path) -> bool:
+        if entry.is_dir():
+            return entry.name in (FACTS, DELTAS, VALUES) and not any(entry.iterdir())
+        if entry.name.startswith(".") and entry.name.endswith(TEMPORARY):
+            return True
+        return entry.name in written and entry.read_text(encoding="utf-8", errors="replace") in written[entry.name]
+
+    return all(map(ours, folder.iterdir()))
 
 
 class Store(Contents):
