@@ -173,11 +173,10 @@ def encode_trained(tokenizer: Any, edit: Edit, prefix: str = "", *, end: bool = 
 
     Args:
         prefix: goes before the prompt, as in `encode_edit`.
-        end: outside a chat, too: the tokenizer's end-of-text token.
+        end: whatever the chat says, and outside of one with the tokenizer's end-of-text token.
 
     Raises:
         InvalidEdit, PositionNotFound: as `encode_edit`.
-        UnsupportedModel: `end` is asked for, and there is no such token.
     """
     row = encode_edit(tokenizer, edit, prefix, answer=edit.target_new)
     token = None
@@ -185,8 +184,6 @@ def encode_trained(tokenizer: Any, edit: Edit, prefix: str = "", *, end: bool = 
         token = end_of_turn(tokenizer)
     if end and token is None:
         token = tokenizer.eos_token_id
-        if token is None:
-            raise UnsupportedModel("the tokenizer has no end-of-text token to train; set target_eos=False")
     return row if token is None or row.ids[-1] == token else replace(row, ids=(*row.ids, token))
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.edits import Edit
-from retcon.errors import InvalidEdit
+from retcon.errors import InvalidEdit, UnsupportedModel
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import answer_log_probs, answer_places, gold, next_log_probs
 from retcon.lm.model import LM
@@ -54,6 +54,8 @@ def trained_rows(lm: LM, edits: Sequence[Edit], *, prefix: str = "", end: bool =
         InvalidEdit: a row is longer than the model's context.
         UnsupportedModel: `end` is asked for and the tokenizer has no such token.
     """
+    if end and lm.tokenizer.eos_token_id is None:
+        raise UnsupportedModel(f"{lm.name!r}: its tokenizer has no end-of-text token to train; set target_eos=False")
     rows = [encode_trained(lm.tokenizer, edit, prefix, end=end) for edit in edits]
     for edit, row in zip(edits, rows, strict=True):
         lm.check_length(prefix + edit.text, row, what=f"edit {edit.id!r}:")
