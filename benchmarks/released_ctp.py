@@ -22,7 +22,7 @@ from retcon.errors import InvalidSetting
 from retcon.locate.paths import Slot
 from retcon.methods.ctp import Ctp, PathTrainer
 from retcon.training.descent import Reduction
-from retcon.training.nodes import NodeAdam
+from retcon.training.nodes import NodeAdam, gradient_of
 from retcon.training.objective import AnswerLoss
 
 
@@ -79,6 +79,5 @@ class _LeakingAdam(NodeAdam):
     def step(self) -> None:
         for nodes, memory, chosen in zip(self.nodes, self.memory, self.chosen, strict=True):
             for tensor, state in zip(nodes.tensors, memory, strict=True):
-                assert tensor.grad is not None
                 outside = ~chosen.view(-1, *[1] * (tensor.dim() - 1))
-                self.adam.step(tensor, tensor.grad.masked_fill(outside, 0), state, torch.ones_like(chosen))
+                self.adam.step(tensor, gradient_of(tensor).masked_fill(outside, 0), state, torch.ones_like(chosen))

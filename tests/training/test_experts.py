@@ -1,10 +1,12 @@
 """Masked tuning inside routed experts: parts, gradients and attributions against autograd on the weights themselves."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.released_ctp import ReleasedCtp
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -14,6 +16,7 @@ from retcon.lm.model import LM
 from retcon.lm.site import Site
 from retcon.locate.attribution import Attribution, answer_probabilities, attribute
 from retcon.locate.paths import assess, node_scores, paths, slots_of
+from retcon.methods.adalora import AdaLora
 from retcon.methods.ctp import Ctp
 from retcon.methods.ft import Ft
 from retcon.methods.kne import Kne
@@ -260,3 +263,49 @@ def test_fine_tuning_and_adapters_in_experts(tiny: Callable[..., LM], edits: lis
         assert all(".2.mlp.experts." in name for name in changed_places(lm, delta))
     with pytest.raises(InvalidSetting, match="has routed experts"):
         Ft(layers=(2,), modules=("block",)).propose(lm, edits)
+
+
+def reached(lm: LM, edits: Sequence[Edit], layer: int, kind: Any) -> list[bool]:
+    """Whether a token of the edits is routed to each expert."""
+    return [bool(g.any()) for g in weight_gradients(lm, edits, lm.expert_sites(layer, kind))]
+
+
+def test_an_expert_that_no_token_reaches_stays_as_it_is(tiny: Callable[..., LM]) -> None:
+    """One token reaches two experts of four in each block; which ones in the first block, no edit of an MLP changes."""
+    lm = tiny("mixtral", torch.float32)
+    edits = [Edit("{}", "a", "b", separator="", id="short")]
+    assert [len(row.ids) for row in answer_rows(lm, edits)] == [2]  # the last token is not read
+    hit = {kind: reached(lm, edits, 0, kind) for kind in ("down_proj", "up_proj")}
+    assert [sum(found) for found in hit.values()] == [2, 2]
+
+    def stray(delta: Any) -> bool:
+        """Whether an expert of the first block has moved that was not reached."""
+        moved = changed_places(lm, delta)
+        names = {lm.expert_sites(0, kind)[0].name for kind in hit}  # type: ignore[arg-type]
+        return any(bool(moved[n][e].any()) for n in names & set(moved) for e in range(4) if not hit["up_proj"][e])
+
+    for allocate, orthogonality in ((True, 0.5), (True, 0.0), (False, 0.5)):
+        settings: Any = dict(allocate=allocate, orthogonality=orthogonality, modules=("down_proj",))
+        delta = AdaLora(rank=2, target_rank=1, epochs=3, **settings).propose(lm, edits)
+        assert delta.changes
+        assert not stray(delta)
+    for expert in range(4):
+        state = {f"0.down_proj.{expert}": torch.tensor([0, 3])}
+        delta = Kne(reuse=True, epochs=2, learning_rate=1e-2).propose(lm, edits, state=state)
+        assert bool(delta.changes) == hit["down_proj"][expert]
+        assert delta.report[0].stopped == "steps"
+    for kind, seed in itertools.product((Ctp, ReleasedCtp), range(3)):
+        ctp = kind(score="random", n_positive=1, epochs=2, learning_rate=1e-2)
+        assert not stray(ctp.propose(lm, edits, seed=seed))
+    mirror = Ctp(score="random", n_positive=1, epochs=2, learning_rate=1e-2, contrast="mirror")
+    for seed in range(3):  # what T- is asked moves T+, reached or not
+        assert mirror.propose(lm, edits, seed=seed).report[0].steps == 2
+
+
+def test_an_expert_that_no_token_reaches_has_no_attribution(tiny: Callable[..., LM]) -> None:
+    lm = tiny("mixtral")
+    edits = [Edit("{}", "a", "b", separator="", id="short")]
+    for kind in ("down_proj", "up_proj"):
+        for site, hit in zip(lm.expert_sites(1, kind), reached(lm, edits, 1, kind), strict=True):  # type: ignore[arg-type]
+            (scores,) = attribute(lm, edits, [site], Attribution(n_points=2))
+            assert bool(scores.any()) == hit

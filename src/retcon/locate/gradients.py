@@ -98,7 +98,8 @@ def catch(
             else:
                 stack.enter_context(changed(site.module, [expert_change(site, site.expert)]))
         objective = forward()
-    gradients = torch.autograd.grad(objective, [scaled for *_, scaled in passed.values()])
+    reached = [scaled for *_, scaled in passed.values()]
+    gradients = torch.autograd.grad(objective, reached) if reached else ()
     by_site = dict(zip(passed, gradients, strict=True))
     for site in sites:
         if site not in passed:  # no token was routed to this expert

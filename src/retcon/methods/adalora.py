@@ -22,6 +22,7 @@ from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State
 from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, NotNegative
 from retcon.methods.common.tuning import TuningSettings, sites_named, tuning
+from retcon.training.nodes import gradient_of
 from retcon.training.parts import TrainedTriplets, fresh
 
 
@@ -189,7 +190,6 @@ class Allotment:
         beta = self.settings.smoothing
         for part, means, spreads in zip(self.parts, self.mean, self.spread, strict=True):
             for w, mean, spread in zip(part.trained(), means, spreads, strict=True):
-                assert w.grad is not None
-                sensitivity = (w * w.grad).abs()
+                sensitivity = (w * gradient_of(w)).abs()
                 mean.mul_(beta).add_((1 - beta) * sensitivity)
                 spread.mul_(beta).add_((1 - beta) * (sensitivity - mean).abs())

@@ -97,7 +97,8 @@ def accumulate(
     """Add the gradient of sum_e weight(e, L_e) L_e to `.grad` of whatever the losses depend on; gives back every L_e.
 
     `weight` sees the loss, so that an edit below its threshold can be left out (0). Nothing is added for a chunk with a
-    loss that is NaN or infinite.
+    loss that is NaN or infinite, nor for one that depends on nothing that is trained: no token of it may be routed to a
+    trained expert.
     """
     found: dict[int, float] = {}
     for chunk in chunks:
@@ -106,7 +107,7 @@ def accumulate(
             values = now.detach().tolist()
             found |= dict(zip(chunk, values, strict=True))
             weights = [weight(i, value) for i, value in zip(chunk, values, strict=True)]
-            if any(weights) and all(map(math.isfinite, values)):
+            if any(weights) and now.requires_grad and all(map(math.isfinite, values)):
                 (now * torch.tensor(weights, dtype=now.dtype, device=now.device)).sum().backward()
     return found
 

@@ -159,5 +159,9 @@ class NodeAdam:
         """Move the chosen nodes against their gradients."""
         for adam, nodes, memory, chosen in zip(self.adams, self.nodes, self.memory, self.chosen, strict=True):
             for tensor, state in zip(nodes.tensors, memory, strict=True):
-                assert tensor.grad is not None
-                adam.step(tensor, tensor.grad, state, chosen)
+                adam.step(tensor, gradient_of(tensor), state, chosen)
+
+
+def gradient_of(tensor: Tensor) -> Tensor:
+    """Return the gradient of a tensor: zeros where no loss depended on it, as on an expert that no token reached."""
+    return torch.zeros_like(tensor, requires_grad=False) if tensor.grad is None else tensor.grad
