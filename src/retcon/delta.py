@@ -442,7 +442,7 @@ def _norm(changes: Sequence[Change]) -> float:
         values = torch.cat([c.values().cpu().double() for c in changes])
         where, inverse = places.unique(return_inverse=True)
         return float(torch.zeros(len(where), dtype=torch.float64).index_add_(0, inverse, values).norm())
-    if (regions := _disjoint(changes)) is not None:
+    if (regions := disjoint_regions(changes)) is not None:
         parts = [[replace(c, region=None) for c in changes if c.region == region] for region in regions]
         return math.sqrt(sum(_norm(part) ** 2 for part in parts))
     total = torch.zeros(_extent_of_all(changes), dtype=torch.float64)
@@ -451,7 +451,7 @@ def _norm(changes: Sequence[Change]) -> float:
     return float(total.norm())
 
 
-def _disjoint(changes: Sequence[Change]) -> list[Region] | None:
+def disjoint_regions(changes: Sequence[Change]) -> list[Region] | None:
     """Return the regions of the changes, where all have one, along one axis, and no two overlap."""
     regions = list(dict.fromkeys(c.region for c in changes))
     if any(r is None for r in regions) or len({r.axis for r in regions if r is not None}) > 1:

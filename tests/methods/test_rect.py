@@ -1,13 +1,15 @@
 """RECT's identities (float64)."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from retcon.delta import Dense, Region
 from retcon.errors import InvalidSetting
-from retcon.methods.rect import Rect
+from retcon.methods.rect import Rect, by_matrix
 from tests.conftest import everyday, random_moments
 from tests.methods.common import CONTEXTS, SEARCH, same
 
@@ -79,6 +81,45 @@ def test_it_filters_its_hosts_delta(family, tiny, edits):
     assert some.provenance["settings"]["base_settings"]["moment_weight"] == 1.0
     assert [r.steps for r in some.report] == [r.steps for r in whole.report]
     assert some.report[0].final_probability != whole.report[0].final_probability  # measured after the filter
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_each_expert_keeps_its_share(in_loop, tiny, edits):
+    lm = tiny("mixtral")
+    edits = [replace(edit, prompt="You know {}") for edit in edits[:2]]
+    moments = random_moments(lm, kinds=(), experts=True)
+    delta = rect(keep_percent=20.0, in_loop=in_loop).propose(lm, edits, contexts=CONTEXTS, moments=moments)
+    for name, changes in delta.changes.items():
+        written = delta.dense(name, lm.parameter(name).shape)
+        assert 1 < len({c.region for c in changes}) == len(changes)
+        for change in changes:
+            own = change.part_of(written)
+            assert int((own != 0).sum()) == math.ceil(0.2 * own.numel())
+
+
+@pytest.mark.parametrize(
+    ("base", "modules"), [("ft", ("q_proj", "v_proj")), ("lora", ("q_proj", "v_proj")), ("lora", ("v_proj",))]
+)
+def test_projections_of_a_fused_parameter_keep_their_share(base, modules, tiny, edits):
+    lm = tiny("phi3")
+    settings = dict(layers=(1,), modules=modules, epochs=2) | (dict(rank=2) if base == "lora" else {})
+    delta = propose(rect(base_method=base, base_settings=settings, keep_percent=20.0), lm, edits[:2])
+    (name,) = delta.changes
+    n = sum(lm.site(1, kind).shape.numel() for kind in modules)
+    assert int((delta.dense(name, lm.parameter(name).shape) != 0).sum()) in range(math.ceil(0.2 * n), int(0.2 * n) + 3)
+
+
+def test_changes_of_one_matrix_are_filtered_as_their_sum(randn):
+    w = randn(4, 6, 9)
+    whole, two, one = randn(4, 6, 9), randn(6, 9), randn(6, 9)
+    expert = Region(0, 2, 3)
+    changes = [Dense(region=expert, full=one), Dense(region=Region(0, 0, 1), full=one), Dense(region=expert, full=two)]
+    first, second = (rect().kept(w, of_one, 20.0) for of_one in by_matrix(changes))
+    assert (first.region, second.region) == (Region(0, 0, 1), expert)
+    assert_close(second.dense(w.shape)[2], rect().filtered(one + two, w[2], 20.0))
+    (of_all,) = by_matrix([*changes, Dense(full=whole)])  # regions overlap: one matrix
+    total = sum(change.dense(w.shape) for change in of_all)
+    assert_close(rect().kept(w, of_all, 20.0).dense(w.shape), rect().filtered(total, w, 20.0))
 
 
 def test_in_the_loop_later_layers_make_up_for_it(tiny, edits):

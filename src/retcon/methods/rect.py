@@ -5,13 +5,13 @@ Gu et al. 2024, arXiv:2401.04700, section 5. Departures: docs/methods/rect.md.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from retcon.delta import Change, Delta, Dense, Entries, only_deltas
+from retcon.delta import Change, Delta, Dense, Entries, Region, disjoint_regions, only_deltas
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
@@ -72,8 +72,7 @@ class Rect(Filter):
         k = self.keep_percent if self.keep_percent is not None else 40.0 if self.supports_batches else 20.0
 
         def kept(name: str, change: Change) -> Change:
-            weight = lm.parameter(name).detach()
-            return as_change(self.filtered(change.dense(weight.shape), weight, k), change)
+            return self.kept(lm.parameter(name).detach(), [change], k)
 
         in_loop: dict[str, Any] = {"update_filter": kept} if self.in_loop else {}
         proposed = self.wrapped.propose(
@@ -97,11 +96,36 @@ class Rect(Filter):
         record: dict[str, Any] = dict(edits=delta.edits, contexts=delta.contexts, values=delta.values, provenance=about)
         changes = delta.changes
         if not self.in_loop:
-            changes = {n: tuple(kept(n, c) for c in own) for n, own in changes.items()}
+            changes = {
+                name: tuple(self.kept(lm.parameter(name).detach(), of_one, k) for of_one in by_matrix(own))
+                for name, own in changes.items()
+            }
         filtered = lm.delta(changes, report=delta.report, state=delta.state, **record)
         with lm.edited(filtered):
             report = report_after(lm, edits, filtered.report)
         return lm.delta(changes, report=report, state=delta.state, **record)
+
+    def kept(self, weight: Tensor, changes: Sequence[Change], keep_percent: float) -> Change:
+        """Return what is written in place of the changes of one matrix: their sum, filtered.
+
+        Of several changes, the entries that they can touch are counted: projections of a fused parameter may come
+        as rows of it.
+
+        Args:
+            weight: the parameter that holds the matrix, as it was before.
+        """
+        region = changes[0].region if len({c.region for c in changes}) == 1 else None
+        own = weight if region is None else changes[0].part_of(weight)
+        inside = [change if region is None else replace(change, region=None) for change in changes]
+        update = torch.zeros(own.shape, dtype=changes[0].values().dtype, device=changes[0].values().device)
+        for change in inside:
+            change.add_to(update)
+        reached = None if len(inside) == 1 else touched(inside, own.shape)
+        if reached is None or bool(reached.all()):
+            update = self.filtered(update, own, keep_percent)
+        else:
+            update[reached] = self.filtered(update[reached], own[reached.to(own.device)], keep_percent)
+        return as_change(update, region)
 
     def filtered(self, update: Tensor, weight: Tensor, keep_percent: float) -> Tensor:
         """`update` with all but its relatively largest entries zero; any orientation."""
@@ -126,10 +150,29 @@ class Rect(Filter):
         return chosen
 
 
-def as_change(update: Tensor, base: Change) -> Change:
-    """Return a filtered update in its smallest exact form: its entries, or all of it where those take more room."""
-    part = base.part_of(update)
-    index = part.flatten().nonzero()[:, 0]
-    if len(index) * (8 + update.element_size()) < part.numel() * update.element_size():
-        return Entries(region=base.region, index=index, entries=part.flatten()[index])
-    return Dense(region=base.region, full=part.contiguous())
+def by_matrix(changes: Sequence[Change]) -> list[list[Change]]:
+    """Return the changes of one parameter, grouped by the matrix in it that they are of: a projection of a fused
+    parameter, or one expert's. Where regions overlap, all are of one matrix, the parameter."""
+    regions = disjoint_regions(changes)
+    return [list(changes)] if regions is None else [[c for c in changes if c.region == part] for part in regions]
+
+
+def touched(changes: Sequence[Change], shape: torch.Size) -> Tensor:
+    """Return which entries of a parameter of that shape the changes can touch."""
+    total = torch.zeros(shape, device=changes[0].values().device)
+    for change in changes:
+        ones: dict[str, Any] = {n: torch.ones_like(t) for n, t in change.tensors().items() if t.is_floating_point()}
+        replace(change, **ones).add_to(total)
+    return total != 0
+
+
+def as_change(update: Tensor, region: Region | None = None) -> Change:
+    """Return a filtered update in its smallest exact form: its entries, or all of it where those take more room.
+
+    Args:
+        region: the part of the parameter that it is added to; None: the whole.
+    """
+    index = update.flatten().nonzero()[:, 0]
+    if len(index) * (8 + update.element_size()) < update.numel() * update.element_size():
+        return Entries(region=region, index=index, entries=update.flatten()[index])
+    return Dense(region=region, full=update.contiguous())
