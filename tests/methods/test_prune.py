@@ -140,3 +140,12 @@ def test_nothing_happens_where_nothing_is_large(tiny, edits):
 def test_settings_are_checked(settings, text):
     with pytest.raises(InvalidSetting, match=text):
         prune(**settings)
+
+
+@pytest.mark.parametrize("name", ["prune", "rect"])
+def test_a_base_method_that_replaces_applied_deltas_is_refused(name, tiny, edits):
+    lm = tiny("llama")
+    lm.apply(propose(prune().wrapped, lm, edits[:1]))
+    inner = dict(base_method="memit", base_settings=BASE)
+    with pytest.raises(InvalidSetting, match=f"{name}: prune replaces earlier deltas.* revert those deltas first"):
+        propose(method(name, base_method="prune", base_settings=inner), lm, edits[1:])

@@ -163,10 +163,3 @@ def test_the_hosts_state_passes_through(tiny, edits):
 def test_settings_are_checked(settings, text):
     with pytest.raises(InvalidSetting, match=text):
         rect(**settings)
-
-
-def test_a_host_that_replaces_what_is_live_is_refused(tiny, edits):
-    lm = tiny("llama")
-    lm.apply(propose(rect().wrapped, lm, edits[:1]))
-    with pytest.raises(InvalidSetting, match="prune replaces earlier deltas"):
-        propose(Rect(base_method="prune", base_settings=dict(base_method="memit", base_settings=BASE)), lm, edits[1:])

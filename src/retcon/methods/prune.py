@@ -78,7 +78,7 @@ class Prune(Filter):
                 seed=seed,
                 progress=progress,
             )
-            (fresh,) = only_deltas([proposed], "prune")
+            fresh = self.update_of_base(proposed)
         parts = [*only_deltas(lm.applied, "prune"), *([fresh] if fresh else [])]
         names = dict.fromkeys(name for part in parts for name in part.changes)
         changes: dict[str, Sequence[Change]] = {}

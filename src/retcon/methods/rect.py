@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from retcon.delta import Change, Delta, Dense, Entries, Region, disjoint_regions, only_deltas
+from retcon.delta import Change, Delta, Dense, Entries, Region, disjoint_regions
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
@@ -87,11 +87,7 @@ class Rect(Filter):
             progress=progress,
             **in_loop,
         )
-        (delta,) = only_deltas([proposed], "rect")
-        if delta.supersedes:
-            raise InvalidSetting(
-                f"rect: {self.base_method} replaces earlier deltas, so its change is no update to filter"
-            )
+        delta = self.update_of_base(proposed)
         about = {**delta.provenance, "method": "rect", "settings": asdict(self)}
         record: dict[str, Any] = dict(edits=delta.edits, contexts=delta.contexts, values=delta.values, provenance=about)
         changes = delta.changes

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from retcon.attachment import Attachment
+from retcon.delta import Delta, only_deltas
+from retcon.errors import InvalidSetting
 from retcon.methods.common.contract import Method, check_settings
 from retcon.methods.common.registry import build
 
@@ -29,6 +32,20 @@ class Filter(Method):
     def wrapped(self) -> Method:
         """The base method with its settings."""
         return build(self.base_method, self.base_settings)
+
+    def update_of_base(self, proposed: Attachment) -> Delta:
+        """Return what the base method proposed, which has to be a change on top of the applied deltas.
+
+        Raises:
+            InvalidSetting: it acts beside the weights, or replaces earlier deltas.
+        """
+        (delta,) = only_deltas([proposed], self.name)
+        if delta.supersedes:
+            raise InvalidSetting(
+                f"{self.name}: {self.base_method} replaces earlier deltas, so its change is no update to filter; take "
+                "another base_method, or revert those deltas first"
+            )
+        return delta
 
     @property
     def supports_batches(self) -> bool:  # type: ignore[override]
