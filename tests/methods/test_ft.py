@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from retcon.chat import Chat
 from retcon.edits import Case, Edit, Query, write_cases
 from retcon.errors import DeltaMismatch, InvalidSetting, OutOfMemory, UnsupportedModel
 from retcon.methods.common.choosing import method
-from retcon.methods.common.fine_tuning import add_decay, project, shrink
+from retcon.methods.common.fine_tuning import _earlier, add_decay, project, shrink
 from retcon.methods.ft import Ft
 from retcon.methods.ft_l import FtL
 from retcon.methods.ft_wd import FtWd
@@ -218,6 +219,17 @@ def test_replay_trains_on_earlier_edits_and_is_kept_in_the_file(tiny, edits, tmp
     assert loss(second) < loss(forgetful)
     with pytest.raises(DeltaMismatch, match="holds no edits"):
         replaying.propose(lm, edits[3:], state={"keys": torch.zeros(2)})
+
+
+def test_replay_reads_back_edits_without_a_subject_and_in_a_chat(tiny):
+    lm = tiny("llama")
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    plain = Edit("You know that Rome is", None, "late", id="plain")
+    asked = Edit("Who lived in {}?", "Rome", "Leonardo", id="asked", chat=Chat("Be short."))
+    replaying = ft(replay=True, epochs=2)
+    first = replaying.propose(lm, [plain, asked])
+    assert _earlier(first.state, []) == [plain, asked]
+    assert len(replaying.propose(lm, [Edit("I read", None, "the", id="third")], state=first.state).report) == 1
 
 
 def test_an_edit_may_be_left_alone_by_its_paraphrases(tiny, edit, tmp_path):

@@ -7,14 +7,14 @@ bound is exact in any dtype and a small step is not lost to rounding.
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from retcon.delta import Delta
-from retcon.edits import Edit
+from retcon.edits import Edit, edit_record
 from retcon.errors import DeltaMismatch, InvalidSetting
 from retcon.evaluation.datasets import read_cases
 from retcon.lm.model import LM, Site
@@ -286,7 +286,7 @@ def project(values: Sequence[Tensor], centre: Sequence[Tensor | None], box: floa
 
 def _as_tensor(edits: Sequence[Edit]) -> Tensor:
     """Edits as the bytes of their JSON, since a state holds tensors."""
-    text = json.dumps([{k: v for k, v in asdict(edit).items() if v is not None} for edit in edits])
+    text = json.dumps([edit_record(edit) for edit in edits])
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
