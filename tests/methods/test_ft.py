@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from retcon.chat import Chat
 from retcon.edits import Case, Edit, Query, write_cases
-from retcon.errors import DeltaMismatch, InvalidSetting, OutOfMemory, UnsupportedModel
+from retcon.errors import DeltaMismatch, InvalidEdit, InvalidSetting, OutOfMemory, UnsupportedModel
 from retcon.methods.common.choosing import method
 from retcon.methods.common.fine_tuning import _earlier, add_decay, project, shrink
 from retcon.methods.ft import Ft
@@ -249,6 +249,10 @@ def test_an_edit_may_be_left_alone_by_its_paraphrases(tiny, edit, tmp_path):
         with lm.edited(by_paraphrase):
             after = AnswerLoss(lm, [lm.encode(paraphrase, edit.target_new)]).now()[0]
         assert by_paraphrase.report[0].detail["nll"] == pytest.approx(after)  # what decides is what is reported
+    query = Query("paraphrase/0", "paraphrase", "The train stood still. " * 200, edit.target_new)
+    write_cases(path, [Case("c", (edit,), (query,))])
+    with pytest.raises(InvalidEdit, match=r"edit 'france', query 'paraphrase/0': .* tokens at once"):
+        ft(stop_on=path).propose(lm, [edit])
     with pytest.raises(InvalidSetting, match=r"no paraphrase of edit 'other'"):
         ft(stop_on=path).propose(lm, [Edit("{} is", "Rome", "Paris", id="other")])
     with pytest.raises(InvalidSetting, match="skip='edit'"):

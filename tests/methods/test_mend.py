@@ -1,6 +1,7 @@
 """MEND: an edit against autograd, the outer gradient, training, files, and the released layout (T44 to T51)."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from torch.testing import assert_close
 
 from retcon.checked import read_checked
 from retcon.edits import Case, Edit, Query
-from retcon.errors import InvalidSetting, MalformedFile, WrongBase
+from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, WrongBase
 from retcon.lm.forward import answer_places, gold, log_probs
 from retcon.lm.model import LM
 from retcon.methods.common import hypernetwork
 from retcon.methods.common.hypernetwork import Drawn, base_log_probs, examples, outer_losses, pieces
 from retcon.methods.common.released_editors import from_release
+from retcon.methods.malmen import Malmen
 from retcon.methods.mend import Mend
 from retcon.training.objective import answer_rows
 
@@ -63,6 +65,19 @@ def test_untrained_an_edit_is_one_gradient_step(family, tiny, edits, tmp_path):
         moved = here != 0 if len(found) == 1 and found[0].region else torch.ones_like(here, dtype=torch.bool)
         assert_close(here, -0.5 * gradient * moved)
     assert {r.id for r in delta.report} == {e.id for e in edits}
+
+
+@pytest.mark.parametrize("method", [Mend, Malmen])
+@pytest.mark.parametrize("axis", ["paraphrase", "neighborhood"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_is_longer_than_the_context_is_named_before_training(method, axis, family, tiny, edits, tmp_path):
+    lm, found = tiny(family), cases(edits)
+    long = Query(f"{axis}/1", axis, "The train stood still. " * 200, "late")
+    found[2] = replace(found[2], queries=(*found[2].queries, long))
+    stages: list[str] = []
+    with pytest.raises(InvalidEdit, match=f"case 'leonardo', query '{axis}/1': .* tokens at once"):
+        method(**SMALL | dict(steps=2)).fit(lm, found, tmp_path / "editor", progress=lambda *at: stages.append(at[0]))
+    assert not stages
 
 
 def test_pieces_of_a_batch_add_up_whatever_is_padded(tiny, edits, tmp_path):

@@ -219,6 +219,7 @@ def paraphrase_loss(name: str, lm: LM, edits: Sequence[Edit], path: str) -> Grou
     Raises:
         MalformedFile: the file cannot be read.
         InvalidSetting: it has no paraphrase of an edit; the message names the edit.
+        InvalidEdit: a paraphrase is longer than the model's context.
     """
     cases, _ = read_cases(path, conflicts="drop")
     known = {(edit.text, edit.target_new): case for case in cases for edit in case.edits}
@@ -228,9 +229,10 @@ def paraphrase_loss(name: str, lm: LM, edits: Sequence[Edit], path: str) -> Grou
         asked = [q for q in case.queries if q.axis.startswith("paraphrase")] if case else []
         if not asked:
             raise InvalidSetting(f"{name}: {path} has no paraphrase of edit {edit.id!r} ({edit.text!r}) to stop on")
-        groups.append(
-            [encode(lm.tokenizer, q.prompt, edit.target_new, separator=q.separator, chat=q.chat) for q in asked]
-        )
+        rows = [encode(lm.tokenizer, q.prompt, edit.target_new, separator=q.separator, chat=q.chat) for q in asked]
+        for query, row in zip(asked, rows, strict=True):
+            lm.check_length(query.prompt, row, what=f"{path}: edit {edit.id!r}, query {query.id!r}:")
+        groups.append(rows)
     return GroupLoss(lm, groups)
 
 

@@ -180,7 +180,8 @@ def examples(lm: LM, cases: Sequence[Case]) -> list[Example]:
     """Return each edit of the cases, with the rephrasings and the neighbours of its case.
 
     Raises:
-        InvalidEdit: an edit that cannot mean anything, or is longer than the model's context.
+        InvalidEdit: an edit that cannot mean anything; or one, a rephrasing or a neighbour is longer than the model's
+            context.
     """
     found = []
     for case in cases:
@@ -190,6 +191,7 @@ def examples(lm: LM, cases: Sequence[Case]) -> list[Example]:
             stays = query.axis.startswith(("neighborhood", "locality"))
             if query.target is not None and (stays or query.axis.startswith(("paraphrase", "rephrase"))):
                 row = encode(lm.tokenizer, query.prompt, query.target, separator=query.separator, chat=query.chat)
+                lm.check_length(query.prompt, row, what=f"case {case.id!r}, query {query.id!r}:")
                 asked[stays].append(row)
         for row in trained_rows(lm, case.edits):
             found.append(Example(row, tuple(asked[False]) or (row,), tuple(asked[True])))
@@ -343,6 +345,7 @@ def fit_editor(
 
     Raises:
         InvalidSetting: fewer than `LEAST_CASES` cases.
+        InvalidEdit: see `examples`.
         OutOfMemory: networks, gradients and Adam's moments do not fit.
         NonFinite: the loss overflows.
     """
