@@ -34,7 +34,8 @@ class Chat:
     """What the template is given beside the turns, such as `enable_thinking=False`; a mapping is taken, too."""
     train_end: bool = False
     """Train an edit's answer with the token that ends the turn, for a model that goes on after it; one that ends its
-    turns with a full stop of its own needs that written into the answer instead. Nothing else reads this."""
+    turns with a full stop of its own needs that written into the answer instead. Nothing else reads this; methods that
+    train no token after another (`kn`, `prompt_last` of fine-tuning) refuse it."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.system, str | None):

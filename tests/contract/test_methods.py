@@ -13,6 +13,7 @@ import torch
 import retcon
 from retcon.chat import Chat
 from retcon.edits import Case, Edit
+from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit
 from retcon.memory.contexts import Contexts
@@ -210,6 +211,19 @@ def test_an_answer_in_a_chat_is_taught_to_end_where_asked_for(name: str) -> None
         assert any(not torch.equal(taught.dense(n, size), open_ended.dense(n, size)) for n, size in sizes.items())
     else:
         assert ends(taught) > 2 * ends(open_ended)
+
+
+@pytest.mark.parametrize("name", ["ft_l", "ft_wd", "kn"])
+def test_an_end_that_a_method_does_not_train_is_refused(name: str, untouched: Callable[[LM], Any]) -> None:
+    lm = LM(tiny_model("llama"), tokenizer())
+    lm.tokenizer.chat_template = TURNS
+    before = untouched(lm)
+    edit = replace(ENDING[0], chat=Chat(train_end=True))
+    own = method(name, **{k: v for k, v in SETTINGS[name].items() if k != "objective"})
+    with pytest.raises(InvalidSetting, match=rf"{name} .* cannot train the end of a turn, which edit 'france' asks"):
+        own.propose(lm, [edit], contexts=CONTEXTS)
+    assert untouched(lm) == before
+    assert own.propose(lm, [replace(edit, chat=Chat())], contexts=CONTEXTS).report
 
 
 @pytest.mark.parametrize("name", METHODS)

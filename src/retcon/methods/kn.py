@@ -32,6 +32,7 @@ from retcon.methods.common.contract import (
 )
 from retcon.methods.common.proposal import reported
 from retcon.methods.common.settings import Count, CountFromZero, NotNegative
+from retcon.methods.common.tuning import check_no_end
 from retcon.training.objective import answer_rows
 
 MlpUnit = tuple[int, int]
@@ -99,10 +100,12 @@ class Kn(Method):
 
         Raises:
             InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
+            InvalidSetting: the end of a turn is asked for, which is not trained.
             NotEditable: a down-projection that must not be edited.
             NonFinite: an attribution overflows.
         """
         check_edits(edits)
+        check_no_end(self.name, edits, "writes the mean of an answer's embeddings")
         sites = [lm.site(layer, "down_proj") for layer in range(lm.n_layers)]
         for site in sites:
             lm.check_editable(site.name)

@@ -25,7 +25,7 @@ from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State, check_depth
 from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, NotNegative
-from retcon.methods.common.tuning import TuningSettings, check_memory, tuning
+from retcon.methods.common.tuning import TuningSettings, check_memory, check_no_end, tuning
 from retcon.training.descent import EditLoss, Schedule
 from retcon.training.objective import AnswerLoss, GroupLoss, MeanLoss, PromptLastLoss, answer_rows, trained_rows
 from retcon.training.parts import Whole, whole, whole_parameter
@@ -51,7 +51,7 @@ class FineTuning(TuningSettings):
     token, as ROME's and MEMIT's code has it (a longer answer's tokens in any order)."""
     target_eos: bool = False
     """Train the end of the text after the answer too, so that the model stops there; in a chat the end of the turn,
-    which `Chat.train_end` asks of any method."""
+    which `Chat.train_end` asks for too."""
     steps_per_epoch: Count | None = None
     """Mini-batches of an epoch at least, as far as there are edits: batches are made smaller where `batch_size` would
     give fewer. What counts is the number of updates, not of epochs."""
@@ -122,7 +122,8 @@ class FineTuning(TuningSettings):
 
         Raises:
             InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
-            InvalidSetting: a layer or matrix the model does not have.
+            InvalidSetting: a layer or matrix the model does not have; or the end of a turn is asked for, which
+                `prompt_last` does not train.
             OutOfMemory: weights, gradients and Adam's moments do not fit.
             NonFinite: the model gives an edit no finite probability.
         """
@@ -144,8 +145,13 @@ class FineTuning(TuningSettings):
             return run.delta(parts, ended.first(len(edits)), state=kept, contexts=Contexts(prefixes))
 
     def loss(self, lm: LM, edits: Sequence[Edit], prefixes: Sequence[str] = ()) -> EditLoss:
-        """Return what is minimised, per edit."""
+        """Return what is minimised, per edit.
+
+        Raises:
+            InvalidSetting: the end of a turn is asked for, which `prompt_last` does not train.
+        """
         if self.objective == "prompt_last":
+            check_no_end(self.name, edits, "with objective='prompt_last' looks at the prompt's last token alone")
             return PromptLastLoss(lm, answer_rows(lm, edits))
         rows = [trained_rows(lm, edits, prefix=prefix, end=self.target_eos) for prefix in ("", *prefixes)]
         return MeanLoss([AnswerLoss(lm, each) for each in rows])

@@ -164,6 +164,24 @@ def tuning(
         yield Tuning(method, lm, edits, seed, progress or silent)
 
 
+def check_no_end(name: str, edits: Sequence[Edit], why: str) -> None:
+    """Check that no edit's chat asks for the end of its turn (`Chat.train_end`), where a method does not train it.
+
+    Args:
+        why: what the method does instead, after its name.
+
+    Raises:
+        InvalidSetting: one does; the message names the edit.
+    """
+    asking = next((edit for edit in edits if edit.chat is not None and edit.chat.train_end), None)
+    if asking is not None:
+        raise InvalidSetting(
+            f"{name} {why}, so it cannot train the end of a turn, which edit {asking.id!r} asks for; leave train_end "
+            "(--train-end) out, or take a method that trains each token of the answer after those before it (ft with "
+            "objective='target_new', say)"
+        )
+
+
 def sites_named(name: str, lm: LM, layers: Sequence[int], modules: Sequence[str]) -> list[Site]:
     """Return the matrices that settings name, layer by layer; where every expert is routed, those of all of them.
 
