@@ -1,6 +1,7 @@
 """`retcon.workflow.tuning`: settings searched on one half of the cases, reported on the other."""
 
 import random
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,10 @@ def test_a_preset_is_put_before_the_others_and_a_broken_file_is_left_alone(tmp_p
     assert "clamp = 1.0e-05" in text or "clamp = 1e-05" in text
     assert "threshold" not in text
     assert "cache_keys = true" in text
+    write_preset("memit", match, "b-x", "s", {"layers": (3,)}, tmp_path)
+    write_preset("memit", match, "b", "again", {"layers": (2,)}, tmp_path)  # in place of its like, and of no other
+    tables = tomllib.loads(path.read_text())["preset"]
+    assert [(t["dataset"], t["source"]) for t in tables] == [("b", "again"), ("b-x", "s"), ("a", "s")]
     path.write_text("[[preset]]\nmodel = 3")
     with pytest.raises(MalformedFile, match=r"memit\.toml"):
         write_preset("memit", match, "c", "s", {}, tmp_path)

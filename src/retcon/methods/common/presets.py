@@ -156,9 +156,9 @@ def write_preset(
     begin = f"# {method} for {look}; {dataset}"
     end = "# end\n"
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    if begin in old:
-        before, _, rest = old.partition(begin)
-        old = before + rest.partition(end)[2]
+    before, found, rest = f"\n{old}".partition(f"\n{begin}\n")
+    if found:
+        old = f"{before}\n{rest.partition(end)[2]}".removeprefix("\n")
     lines = [
         begin,
         "[[preset]]",
