@@ -92,6 +92,11 @@ def test_a_bisect_names_the_entry_that_broke_a_fact(store: Store, lm: LM) -> Non
     assert {c.since.id for c in now.checks if c.outcome == "broke" and c.since} == {wreck.id}
     (own,) = [c for c in now.checks if c.fact == "wreck" and c.kind == "took"]
     assert (own.outcome, own.since) == ("never", None)
+    assert own.words.endswith("has never passed")
+    unasked = verify(store, lm, bisect=False)
+    assert {c.outcome for c in unasked.checks} == {"broke"}
+    assert all(c.words.endswith("since when was not looked for") for c in unasked.failed)
+    assert "not looked for" in unasked.markdown()
     for case in store.cases(two.id):
         (check,) = [c for c in now.checks if c.fact == case.id and c.kind == "took"]
         with store.at(lm):

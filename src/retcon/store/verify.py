@@ -25,7 +25,7 @@ CheckKind = Literal["took", "generalised", "follows", "local", "stays"]
 must stay as the unedited model's; a fact of the list that must stay."""
 Outcome = Literal["passed", "broke", "never"]
 """`broke`: it passed when its fact was written (for what must stay: on the base), and an entry has broken it; `never`:
-it has not passed yet."""
+it has not passed yet. Where nobody looked since when (`bisect=False`), all that fails is `broke`."""
 
 KINDS: tuple[CheckKind, ...] = ("took", "generalised", "follows", "local", "stays")
 TITLES: Mapping[CheckKind, str] = {
@@ -60,7 +60,8 @@ class Check:
     @property
     def words(self) -> str:
         """The failure in a sentence."""
-        how = "has never passed" if self.since is None else f"broke in {self.since.id} ({self.since.message})"
+        never = "has never passed" if self.outcome == "never" else "since when was not looked for"
+        how = never if self.since is None else f"broke in {self.since.id} ({self.since.message})"
         said = f", found {self.said!r}" if self.said else ""
         return f"{self.query.prompt!r}: wanted {self.wanted!r}{said}; {how}"
 
@@ -158,7 +159,8 @@ class Verification:
         if self.failed:
             lines += ["", "| fact | prompt | wanted | found | since |", "|---|---|---|---|---|"]
             for check in self.failed[:50]:
-                since = f"`{check.since.id}` {markdown(check.since.message)}" if check.since else "never passed"
+                never = "never passed" if check.outcome == "never" else "not looked for"
+                since = f"`{check.since.id}` {markdown(check.since.message)}" if check.since else never
                 cells = map(markdown, (check.fact, check.query.prompt, check.wanted, check.said))
                 lines.append(f"| {' | '.join([*cells, since])} |")
             if len(self.failed) > 50:
@@ -208,7 +210,8 @@ def verify(
         at: an entry; now by default.
         stay: facts that must stay, whose targets are the answers the unedited model gives.
         strict: paraphrases, consequences and locality that have never passed count as failures too.
-        bisect: find the entry that broke what fails (a few more passes over those checks alone).
+        bisect: find the entry that broke what fails (a few more passes over those checks alone). Without it, what never
+            passed cannot be told apart, so that every check that fails counts.
 
     Raises:
         WrongBase: the store is of another model.
@@ -334,7 +337,8 @@ class _Asker:
         from retcon.evaluation.measure import measure
         from retcon.evaluation.plan import plan_queries
 
-        plan = self.plan if len(cases) == len(self.cases) else plan_queries(self.lm, cases, self.measures)
+        whole = {case.id: case for case in cases} == self.cases
+        plan = self.plan if whole else plan_queries(self.lm, cases, self.measures)
         self.on_progress(f"asking {len(plan.queries):,} checks after {at or 'the last entry'}")
         with self.store.at(self.lm, at):
             found = measure(self.lm, plan, self.measures, "final", self.before)
