@@ -125,7 +125,7 @@ def test_a_method_for_one_fact_writes_many_in_steps(cli: Callable[..., Any]) -> 
     delta = Delta.load("d")
     assert [r.id for r in delta.report] == ["fr", "dd"]
     assert delta.provenance["batch_size"] == 1
-    assert "batch_size 2: RRome takes 1" in cli(*arguments, "--batch-size", "2", code=2).stderr
+    assert "batch_size 2: r_rome takes 1" in cli(*arguments, "--batch-size", "2", code=2).stderr
 
 
 def test_editing_goes_on_where_an_earlier_delta_ended(cli: Callable[..., Any]) -> None:

@@ -76,10 +76,12 @@ def test_all_at_once_is_one_proposal(tiny, edits):
 
 def test_batches_that_do_not_suit_are_refused(tiny, edits):
     lm = tiny("llama")
-    with pytest.raises(InvalidSetting, match="batch_size 2: Rome takes 1"):
+    with pytest.raises(InvalidSetting, match="batch_size 2: rome takes 1"):
         in_steps(method("rome", **METHODS["rome"]), lm, edits, batch_size=2)
-    with pytest.raises(InvalidSetting, match="batch_size 0: Memit takes any number from 1"):
-        in_steps(method("memit", **BASE), lm, edits, batch_size=0)
+    with pytest.raises(InvalidSetting, match="batch_size 0: memit takes any number from 1"):
+        in_steps(method("memit", **BASE), lm, edits[:1], batch_size=0)
+    with pytest.raises(InvalidSetting, match="batch_size -1: memit takes any number from 1"):
+        in_steps(method("memit", **BASE), lm, edits, batch_size=-1)
     again = Edit(edits[0].prompt, edits[0].subject, "Milan", id="again")
     with pytest.raises(ConflictingEdits):
         in_steps(method("rome", **METHODS["rome"]), lm, [*edits, again])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 from retcon.cli.log import log
-from retcon.edits import Case, Edit
+from retcon.edits import Case, Edit, write_cases
 from retcon.errors import (
     ConflictingEdits,
     InvalidEdit,
     InvalidSetting,
     MalformedFile,
+    RetconWarning,
     StoreBusy,
     UnknownEntry,
     WrongBase,
@@ -27,8 +29,10 @@ from retcon.files import write_atomically
 from retcon.lm.model import LM
 from retcon.memory.corpus import Corpus
 from retcon.memory.moments import CorpusMoments
+from retcon.methods.kne import Kne
 from retcon.methods.memit import Memit
 from retcon.methods.mend import Mend
+from retcon.methods.prune import Prune
 from retcon.methods.rome import Rome
 from retcon.store import Store
 from retcon.store.journal import writing
@@ -246,22 +250,111 @@ def test_later_deltas_are_proposed_again_on_request(store: Store, lm: LM, moment
 
 
 def test_a_batch_of_a_trained_method_asks_for_its_editor(tmp_path: Path, lm: LM) -> None:
-    """A store keeps no path of the machine it was made on: where the editor is has to be said, and is checked."""
+    """It is looked for where it lay as seen from the store; elsewhere that has to be said, and it is checked."""
     for size, name in ((0.5, "own"), (0.4, "other")):
         untrained = Mend(layers=(1, 2), modules=("down_proj",), rank=4, steps=0, n_validation=1, step_size=size)
         untrained.fit(lm, FACTS, tmp_path / name)
     store = Store.init(tmp_path / "edits", lm)
     store.edit(lm, FACTS[:2], Mend(editor=str(tmp_path / "own")))
+    assert store.log()[0].about["files"] == {"editor": "../own"}
+    (tmp_path / "own").rename(tmp_path / "moved")
     before = store.log()
     with pytest.raises(InvalidSetting, match=r"own: no such file; mend made delta .* --editor FILE"):
         store.revert_fact(lm, "france")
     with pytest.raises(InvalidSetting, match=r"other: not the editor that delta .* was made with"):
         store.amend(lm, "france", "Milan", editor=tmp_path / "other")
     assert store.log() == before
-    assert store.amend(lm, "france", "Milan", editor=tmp_path / "own").about["searched"] == 0
-    store.revert_fact(lm, "france", editor=tmp_path / "own", repropose=True)
+    assert store.amend(lm, "france", "Milan", editor=tmp_path / "moved").about["searched"] == 0
+    (tmp_path / "moved").rename(tmp_path / "own")
+    store.revert_fact(lm, "france", repropose=True)
     assert [line.fact for line in store.facts()] == ["darrieux"]
     assert store.deltas()[0].provenance["settings"]["editor"] == "own"
+
+
+def test_files_of_a_methods_settings_are_found_again(tmp_path: Path, lm: LM) -> None:
+    paraphrases = tmp_path / "cases.jsonl"
+    write_cases(paraphrases, FACTS)
+    store = Store.init(tmp_path / "edits", lm)
+    store.edit(lm, FACTS[:2], Kne(layers=(0,), epochs=1, locate_on=str(paraphrases)))
+    assert store.log()[0].about["files"] == {"locate_on": "../cases.jsonl"}
+    with pytest.warns(RetconWarning, match="kne keeps none"):
+        store.revert_fact(lm, "france")
+    assert [line.fact for line in store.facts()] == ["darrieux"]
+
+
+def test_a_delta_that_stands_for_those_before_it_is_refused(store: Store, lm: LM, moments: Any) -> None:
+    before = store.log()
+    prune = Prune(base_method="memit", base_settings=MEMIT.settings)
+    with pytest.raises(InvalidSetting, match="prune stands for all deltas before it"):
+        store.edit(
+            lm,
+            [replace(FACTS[0], id="spain", edits=(Edit("The capital of {} is", "Spain", "Rome"),))],
+            prune,
+            moments=moments,
+        )
+    assert store.log() == before
+    assert not lm.applied
+    alone = Store.init(store.path.parent / "alone", lm)
+    alone.edit(lm, FACTS[:2], prune, moments=moments)
+    alone.edit(lm, FACTS[2:3], MEMIT, moments=moments)
+    alone.checkout(lm)
+    alone.checkout(lm)
+    assert len(lm.applied) == 2
+
+
+def test_what_a_method_remembers_is_taken_up_where_it_still_fits(tmp_path: Path, lm: LM, moments: Any) -> None:
+    remembering = replace(MEMIT, cache_keys=True)
+    store = Store.init(tmp_path / "edits", lm)
+    store.edit(lm, FACTS[:1], remembering, moments=moments)
+    store.edit(lm, FACTS[1:2], remembering, moments=moments)
+    keys = [next(iter(v for k, v in d.state.items() if k.startswith("keys/"))) for d in store.deltas() if d.state]
+    assert [len(k) for k in keys] == [1, 2]
+    with pytest.warns(RetconWarning, match=r"made in layers \[0, 1\], this edit is in \[1, 2\]"):
+        store.edit(lm, FACTS[2:3], replace(remembering, layers=(1, 2)), moments=moments)
+    store.edit(lm, FACTS[3:4], replace(MEMIT, layers=(1, 2)), moments=moments)  # remembers nothing
+    assert store.deltas()[-1].state is None
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_holds_at_least_one_fact(tmp_path: Path, lm: LM, size: int) -> None:
+    store = Store.init(tmp_path / "edits", lm)
+    with pytest.raises(InvalidSetting, match=f"batch_size {size}: memit takes any number from 1"):
+        store.edit(lm, FACTS[:2], MEMIT, batch_size=size)
+    assert store.log() == ()
+
+
+def test_a_fact_of_several_edits_is_named_where_the_method_writes_one(tmp_path: Path, lm: LM) -> None:
+    store = Store.init(tmp_path / "edits", lm)
+    two = replace(FACTS[0], id="two", edits=(*FACTS[0].edits, *FACTS[1].edits))
+    with pytest.raises(InvalidEdit, match="fact 'two' consists of 2 edits, and rome writes one at a time"):
+        store.edit(lm, [two], Rome(layer=1, steps=3))
+
+
+def test_an_index_that_another_process_is_long_at_is_left_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(store.facts()) == 5
+    path = store.path / "index.sqlite"
+    store.index.close()
+    own = path.stat().st_ino
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **how: connect(*args, **{**how, "timeout": 0}))
+    other = connect(path, isolation_level=None)
+    other.execute("PRAGMA locking_mode=EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    other.execute("DELETE FROM files WHERE 0")
+    assert len(Store(store.path).facts()) == 5
+    other.close()
+    assert path.stat().st_ino == own
+
+
+def test_an_amended_answer_stands_without_the_spaces_around_it(store: Store, lm: LM, moments: Any) -> None:
+    store.amend(lm, "italy", " Milan ", moments=moments)
+    line, _ = store.fact("italy")
+    case = store.index.case(line)
+    assert (case.edits[0].target_new, case.queries[0].target, case.queries[0].answers) == (
+        "Milan",
+        "Milan",
+        (("Milan",),),
+    )
 
 
 def test_float16_halves_a_store_and_says_what_it_does_then(tmp_path: Path, lm: LM, moments: Any) -> None:

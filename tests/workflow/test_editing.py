@@ -60,9 +60,9 @@ def test_a_sequential_method_takes_up_what_its_last_delta_kept(facts: workflow.F
     lm = retcon.load("demo:gptj")
     resolved = workflow.resolve(lm, "alphaedit", given={"steps": 2, "layers": [3]})
     first = workflow.write_facts(lm, resolved, facts.edits[:1]).delta
-    assert workflow.state_after([first], "alphaedit") is first.state
-    assert workflow.state_after([first], "memit") is None
-    assert workflow.state_after([], "alphaedit") is None
+    assert workflow.state_after([first], resolved.method) is first.state
+    assert workflow.state_after([first], retcon.method("memit", for_model=lm)) is None
+    assert workflow.state_after([], resolved.method) is None
 
 
 def test_a_method_without_moments_reads_no_corpus(facts: workflow.Facts) -> None:

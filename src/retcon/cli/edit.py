@@ -243,7 +243,7 @@ def edit(
             facts.edits,
             moments=moments,
             batch_size=batch_size,
-            state=state_after(before, method),
+            state=state_after(before, resolved.method),
             seed=seed,
             out=out,
             check_out=check_out,

@@ -62,6 +62,11 @@ class AlphaEdit(BatchSettings):
         if self.threshold_mode != "absolute" and self.null_threshold > 1:
             raise InvalidSetting(f"alphaedit: null_threshold is a share here, at most 1; found {self.null_threshold}")
 
+    @property
+    def keeps_state(self) -> bool:
+        """With `cache_keys`."""
+        return self.cache_keys
+
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Layers by relative depth; threshold and ridge that follow the size of a model's keys: the published ones are

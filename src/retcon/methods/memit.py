@@ -53,6 +53,11 @@ class Memit(BatchSettings):
     """What is written in a mixture of experts: the dense or the shared MLP, or all routed experts by one solve. None:
     the experts where a block has nothing else."""
 
+    @property
+    def keeps_state(self) -> bool:
+        """With `cache_keys`."""
+        return self.cache_keys
+
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Layers by relative depth; 0.3 m old keys, near the least that was published (0.24 m to 3.1 m): GPT-J's 0.92 m

@@ -32,6 +32,7 @@ class Prune(Filter):
 
     name: ClassVar[str] = "prune"
     state_description: ClassVar[str] = "as its base method; the base weights are the model's own"
+    replaces_applied: ClassVar[bool] = True
 
     base_method: str = "rome"
     """Method that writes the edits given; with none given, the applied deltas are restrained."""

@@ -80,10 +80,20 @@ class Change:
         contexts: Any = None,
         progress: "Progress | None" = None,
     ) -> "Attachment":
-        """Return a delta on the model as it is, in the store's precision, staged with its values."""
+        """Return a delta on the model as it is, in the store's precision, staged with its values.
+
+        Raises:
+            InvalidSetting: it would stand for the deltas before it.
+        """
         from retcon.memory.values import ValueCache
         from retcon.memory.values.store import KnownValues
 
+        if method.replaces_applied and lm.applied:
+            raise InvalidSetting(
+                f"{method.name} stands for all deltas before it, and a store keeps each, so that any fact can be taken "
+                f"back; edit with the method it wraps, and apply {method.name} to what is exported "
+                f"(retcon edit --apply ... --method {method.name})"
+            )
         cache = values or ValueCache(cache_dir() / "values")
         known = known or KnownValues(len(lm.applied))
         delta = method.propose(
@@ -119,7 +129,7 @@ class Change:
 
         Args:
             moments: None: of the text that the delta was made with.
-            editor: where the trained editor is that the delta was made with; only its last part is on record.
+            editor: where the trained editor is that the delta was made with; None: where it was, or its last part.
 
         Raises:
             MalformedFile: that text is no longer where it was.
@@ -129,12 +139,14 @@ class Change:
         from retcon.memory.contexts import Contexts
         from retcon.memory.values.store import KnownValues
         from retcon.methods.common.registry import method_class
+        from retcon.methods.common.sequence import state_after
 
         old = self.store.delta(delta)
         made = old.provenance
-        settings = dict(made["settings"])
+        files = self.store.files_of(delta)
+        settings = {**made["settings"], **files}
         if settings.get("editor") is not None:
-            settings["editor"] = _editor_of(delta, made, editor)
+            settings["editor"] = _editor_of(delta, made, editor or files.get("editor"))
         method = method_class(str(made["method"]))(**settings)
         if moments is None and method.uses_moments:
             moments = self._moments_of(delta)
@@ -145,8 +157,8 @@ class Change:
                 known = KnownValues.load(self.store.file(VALUES, delta), len(lm.applied))
             elif settings.get("editor") is None:  # a trained editor searches nothing
                 warnings.warn(
-                    f"delta {delta} has no values in the store ({made['method']} keeps none, or gc removed them); its "
-                    f"{len(cases)} facts are edited anew",
+                    f"delta {delta} has no values in the store ({made['method']} keeps none, or gc removed them): "
+                    f"{len(cases)} fact{'s' * (len(cases) != 1)} edited anew",
                     RetconWarning,
                     stacklevel=4,
                 )
@@ -156,7 +168,7 @@ class Change:
             method,
             moments=moments,
             known=known,
-            state=last_state(lm, method) if method.state_description else None,
+            state=state_after(lm.applied, method),
             seed=int(made["seed"]),
             contexts=Contexts(old.contexts) if old.contexts else None,
             progress=progress,
@@ -198,13 +210,6 @@ def _editor_of(delta: str, made: Mapping[str, Any], given: "str | os.PathLike[st
             f"{made['editor_sha256'][:12]}); {name_it}"
         )
     return str(path)
-
-
-def last_state(lm: "LM", method: "Method") -> Any:
-    """Return what a sequential method left behind in the last delta, where that is one of its own."""
-    if lm.applied and lm.applied[-1].provenance.get("method") == method.name:
-        return lm.applied[-1].state
-    return None
 
 
 def in_precision(lm: "LM", delta: "Attachment", precision: Precision) -> "Attachment":

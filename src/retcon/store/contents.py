@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from retcon.edits import Case
 from retcon.errors import DeltaNotApplied, MalformedFile, RetconWarning, UnknownEntry, WrongBase
@@ -129,9 +129,18 @@ class Contents:
 
     def corpus_of(self, delta: str) -> str | None:
         """Return the text of the second moments that a delta in force was made with; None: the model's default."""
-        slot = self.state().slot_of(delta)
-        named = next((e.about.get("corpus") for e in self.log() if slot in e.sets), None)
+        named = self._written_by(delta).get("corpus")
         return None if named is None else found_from(named, self.path)
+
+    def files_of(self, delta: str) -> dict[str, str]:
+        """Return the settings that are files, of the method that made a delta in force, where they were given by paths
+        from the root on: a delta's own record has their last parts."""
+        return {name: found_from(path, self.path) for name, path in self._written_by(delta).get("files", {}).items()}
+
+    def _written_by(self, delta: str) -> Mapping[str, Any]:
+        """Return what is on record about the entry that first wrote the batch of a delta in force."""
+        slot = self.state().slot_of(delta)
+        return next((e.about for e in self.log() if slot in e.sets), {})
 
     def history(self, fact: str) -> list[tuple[Entry, Line | None]]:
         """Return the entries that changed a fact, oldest first, with what it was from then on; None: not in force."""

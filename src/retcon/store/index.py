@@ -49,17 +49,16 @@ class Index:
                     connection.executescript(f"DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS facts;{_TABLES}")
                 connection.execute("SELECT count(*) FROM facts").fetchone()
                 return connection
-            except sqlite3.DatabaseError:
+            except sqlite3.DatabaseError as error:
                 with suppress(sqlite3.Error, UnboundLocalError):
                     connection.close()
-                if again:
+                if again or error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                     break
                 for name in (INDEX, f"{INDEX}-wal", f"{INDEX}-shm"):  # damaged: it is made again from the files
                     with suppress(OSError):
                         (self.root / name).unlink(missing_ok=True)
-        memory = sqlite3.connect(
-            ":memory:", isolation_level=None, check_same_thread=False
-        )  # a store on a disk that cannot be written to
+        # another process is long at it, or the disk cannot be written to
+        memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         memory.executescript(_TABLES)
         return memory
 
@@ -86,7 +85,7 @@ class Index:
                 raise
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self.connection.close()
 
     def by_entry(self, fact: str | None = None) -> dict[str, list[Line]]:
@@ -199,6 +198,7 @@ def with_target(case: Case, target: str) -> Case:
     """
     from retcon.evaluation.metrics import is_locality
 
+    target = target.strip()
     if len(case.edits) != 1:
         raise InvalidEdit(f"fact {case.id!r} consists of {len(case.edits)} edits; revert it and edit it anew")
     queries = []

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from retcon.edits import Case, Edit, check_edits, same_question
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, UnknownEntry
 from retcon.files import TEMPORARY, as_shared, write_atomically
-from retcon.store.change import Change, last_state
+from retcon.store.change import Change
 from retcon.store.contents import CONFIG, DELTAS, FORMAT, VALUES, Contents, Precision
 from retcon.store.history import Action, Entry, State, states
 from retcon.store.index import FACTS, INDEX, Line, clashes, fact_line, with_target
@@ -147,34 +147,48 @@ class Store(Contents):
 
         Raises:
             ConflictingEdits: a fact in force asks the same question; amend it.
-            InvalidEdit: a fact has no edit, or the id of one that is in force.
+            InvalidEdit: a fact has no edit, or the id of one that is in force, or several edits where the method writes
+                one.
+            InvalidSetting: there are no facts, `batch_size` does not suit the method, or the method's delta would stand
+                for those before it (PRUNE).
             StoreBusy: another process is writing.
             WrongBase: the store is of another model.
         """
         if not cases:
             raise InvalidSetting("no facts to edit")
-        size = batch_size or (len(cases) if method.supports_batches else 1)
-        if size > 1 and not method.supports_batches:
-            raise InvalidSetting(f"batch_size {size}: {method.name} takes 1")
-        with self._change() as change, self.at(lm):
-            self.check_new_facts(cases)
-            state, lines, sets = last_state(lm, method), [], {}
-            applied = 0
-            for first in range(0, len(cases), size):
-                batch = cases[first : first + size]
-                edits = [edit for case in batch for edit in case.edits]
-                delta = change.propose(
-                    lm, edits, method, moments=moments, values=values, state=state, seed=seed, progress=progress
-                )
-                sets[delta.id] = (None, delta.id)
-                lines += [fact_line(case, delta.id) for case in batch]
-                lm.apply(delta)
-                applied, state = applied + 1, delta.state
-                if progress is not None and size < len(cases):
-                    progress("facts", min(first + size, len(cases)), len(cases))
+        from retcon.methods.common.sequence import batch_size_for, state_after
+
+        size = batch_size_for(method, len(cases), batch_size)
+        several = next((case for case in cases if len(case.edits) > 1), None)
+        if several is not None and not method.supports_batches:
+            raise InvalidEdit(
+                f"fact {several.id!r} consists of {len(several.edits)} edits, and {method.name} writes one at a time; "
+                "make each a fact of its own, or take a method for batches (memit, jeep)"
+            )
+        with self._change() as change:
+            lines: list[str] = []
+            sets: dict[str, tuple[str | None, str | None]] = {}
+            with self.at(lm):
+                self.check_new_facts(cases)
+                state = state_after(lm.applied, method)
+                for first in range(0, len(cases), size):
+                    batch = cases[first : first + size]
+                    edits = [edit for case in batch for edit in case.edits]
+                    delta = change.propose(
+                        lm, edits, method, moments=moments, values=values, state=state, seed=seed, progress=progress
+                    )
+                    sets[delta.id] = (None, delta.id)
+                    lines += [fact_line(case, delta.id) for case in batch]
+                    lm.apply(delta)
+                    state = delta.state
+                    if progress is not None and size < len(cases):
+                        progress("facts", min(first + size, len(cases)), len(cases))
             about: dict[str, Any] = {"method": method.name, "facts": len(cases), "seed": seed}
             if corpus is not None:
                 about["corpus"] = as_shared(corpus, self.path)
+            settings = method.settings.items()
+            if files := {n: as_shared(v, self.path) for n, v in settings if isinstance(v, str) and os.path.isabs(v)}:
+                about["files"] = files
             return change.commit(
                 "edit",
                 message or f"{len(cases)} fact{'s' * (len(cases) != 1)} by {method.name}",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from retcon.attachment import Attachment, EditReport
     from retcon.lm.model import LM
     from retcon.memory.moments import Moments
+    from retcon.methods.common.contract import Method
 
 Progress = Callable[[str, int, int], None]
 """Hears (stage, done, of)."""
@@ -99,9 +100,12 @@ def write_facts(
     return Made(delta, took, n_resumed)
 
 
-def state_after(deltas: "Sequence[Attachment]", method: str) -> "Mapping[str, Tensor] | None":
-    """Return what a sequential method takes up from the last of these deltas, where that was its own."""
-    return deltas[-1].state if deltas and deltas[-1].provenance.get("method") == method else None
+def state_after(deltas: "Sequence[Attachment]", method: "Method") -> "Mapping[str, Tensor] | None":
+    """Return what a sequential method takes up from the last of these deltas; None where that is not its own, or is of
+    other layers (said in a warning)."""
+    from retcon.methods.common import sequence
+
+    return sequence.state_after(deltas, method)
 
 
 def check_replaces_its_like(out: Path, lm: "LM", resolved: Resolved, edits: Sequence[Edit], seed: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from retcon.errors import InvalidSetting
 from retcon.workflow.moments import needed_moments
 from retcon.workflow.settings import Resolved
 
@@ -104,7 +105,12 @@ def estimate(
     Args:
         moments: None: the model's default ones, where the method uses any.
         batch_size: as `in_steps` takes it.
+
+    Raises:
+        InvalidSetting: there are no edits.
     """
+    if not edits:
+        raise InvalidSetting("no facts to edit")
     from retcon.lm.peak import Peak
     from retcon.methods.common.sequence import in_steps
 

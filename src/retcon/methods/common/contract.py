@@ -64,6 +64,8 @@ class Method(ABC):
     """Whether `propose` takes more than one edit; `in_steps` applies those of any number one by one."""
     state_description: ClassVar[str] = ""
     """What the delta's `state` holds for the next batch, in words; empty for nothing."""
+    replaces_applied: ClassVar[bool] = False
+    """Whether the delta stands for all that were applied before it."""
     uses_moments: ClassVar[bool] = False
     """Whether `propose` needs second moments."""
     needs_subject: ClassVar[bool] = False
@@ -83,6 +85,11 @@ class Method(ABC):
     def settings(self) -> dict[str, Any]:
         """Every setting by its name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether `propose` takes the state of the batch before, with these settings."""
+        return bool(self.state_description)
 
     @abstractmethod
     def propose(

@@ -9,6 +9,7 @@ every step shall be undone by itself, apply each delta before the next is propos
         lm.apply(delta)
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from retcon.attachment import Attachment, Beside
 from retcon.delta import Change, Delta, Dense, LowRank, only_deltas, smallest
 from retcon.edits import Edit, check_edits
-from retcon.errors import InvalidSetting
+from retcon.errors import InvalidSetting, RetconWarning
 from retcon.lm.model import LM, require_lm
 from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import default_moments
@@ -59,10 +60,7 @@ def in_steps(
         InvalidEdit, ConflictingEdits: as `propose`, and across batches too.
     """
     require_lm(lm)
-    size = batch_size if batch_size is not None else len(edits) if method.supports_batches else 1
-    if len(edits) > 1 and (size < 1 or (size > 1 and not method.supports_batches)):
-        allowed = "any number from 1" if method.supports_batches else "1"
-        raise InvalidSetting(f"batch_size {size}: {type(method).__name__} takes {allowed}")
+    size = batch_size_for(method, len(edits), batch_size)
     check_edits(edits)
     check_subjects(method, edits)
     for edit in edits:
@@ -112,6 +110,40 @@ def in_steps(
         contexts=done.contexts,
         provenance={**done.provenance, "batch_size": size},
     )
+
+
+def batch_size_for(method: Method, n: int, asked: int | None = None) -> int:
+    """Return how many of `n` facts are written at once: as many as asked for, else all, or 1 where the method takes
+    one.
+
+    Raises:
+        InvalidSetting: the method does not take as many, or it is no number from 1.
+    """
+    size = asked if asked is not None else max(n, 1) if method.supports_batches else 1
+    if size < 1 or (min(size, n) > 1 and not method.supports_batches):
+        allowed = "any number from 1" if method.supports_batches else "1"
+        raise InvalidSetting(f"batch_size {size}: {method.name} takes {allowed}")
+    return size
+
+
+def state_after(deltas: Sequence[Attachment], method: Method) -> Mapping[str, Tensor] | None:
+    """Return what a sequential method takes up from the last of these deltas; None where it keeps nothing, or where
+    that delta is another method's or of other layers (said in a warning)."""
+    if not deltas or not method.keeps_state or deltas[-1].state is None:
+        return None
+    made = deltas[-1].provenance
+    if made.get("method") != method.name:
+        return None
+    old, new = (settings.get("layers") for settings in (made.get("settings", {}), method.settings))
+    if list(old or ()) != list(new or ()):
+        warnings.warn(
+            f"delta {deltas[-1].id} was made in layers {list(old or ())}, this edit is in {list(new or ())}: what "
+            f"{method.name} remembers of it ({method.state_description}) is left out",
+            RetconWarning,
+            stacklevel=2,
+        )
+        return None
+    return deltas[-1].state
 
 
 def _on_top(lm: LM, done: Attachment, step: Attachment) -> Attachment:

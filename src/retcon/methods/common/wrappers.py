@@ -53,6 +53,11 @@ class Filter(Method):
         return self.wrapped.supports_batches
 
     @property
+    def keeps_state(self) -> bool:
+        """As the base method."""
+        return self.wrapped.keeps_state
+
+    @property
     def uses_moments(self) -> bool:  # type: ignore[override]
         """As the base method."""
         return self.wrapped.uses_moments
