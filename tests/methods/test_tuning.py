@@ -1,15 +1,23 @@
 """The scope that methods of masked tuning share: what it checks, restores and reports."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
-from retcon.errors import NotEditable, OutOfMemory
+from retcon.errors import NotEditable, OutOfMemory, RetconWarning
+from retcon.methods.adalora import AdaLora
 from retcon.methods.common import tuning as module
 from retcon.methods.common.tuning import tuning
+from retcon.methods.ctp import Ctp
+from retcon.methods.ft import Ft
 from retcon.methods.kne import Kne
+from retcon.methods.lora import Lora
 from retcon.training.parts import TrainedRows, fresh
 
 KNE = Kne(epochs=2, learning_rate=1e-2)
+RUNAWAY: dict[str, Any] = dict(epochs=1, learning_rate=1e30)
 
 
 def test_what_does_not_fit_is_refused_with_the_figures_before_any_step(tiny, edits, untouched, monkeypatch):
@@ -35,6 +43,25 @@ def test_flags_and_weights_come_back_when_the_method_fails(tiny, edits, untouche
 
         run.train([part], after_step=cut)
     assert untouched(lm) == before
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Ft(layers=(1,), **RUNAWAY),
+        AdaLora(**RUNAWAY),
+        Lora(**RUNAWAY),
+        Kne(budget=None, p=0.5, **RUNAWAY),
+        Ctp(**RUNAWAY),
+    ],
+    ids=lambda method: method.name,
+)
+def test_no_method_gives_back_what_its_last_step_blew_up(method, tiny, edits):
+    with pytest.warns(RetconWarning, match="the last finite values are kept"):
+        delta = method.propose(tiny("gpt2", torch.float32), edits)
+    assert {report.stopped for report in delta.report} == {"non_finite"}
+    assert all(math.isfinite(report.detail["nll"]) for report in delta.report)
+    assert not delta.changes  # the first step was the last
 
 
 def test_a_parameter_that_must_not_change_is_refused_at_the_door(tiny, edits):

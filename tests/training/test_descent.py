@@ -128,9 +128,19 @@ def test_a_loss_that_overflows_gives_back_the_last_finite_values():
     assert ended.loss == (1.0,)
 
 
+def test_a_loss_that_overflows_by_the_last_step_gives_back_the_last_finite_values():
+    values = torch.zeros(1, requires_grad=True)
+    with pytest.warns(RetconWarning, match=r"edit '0' \('S0'\): the loss became inf after 1 steps"):
+        ended = run(values, torch.tensor([[1.0]]), epochs=1, lr=1e30)
+    assert (ended.stopped, ended.loss) == (("non_finite",), (1.0,))
+    assert values.item() == 0.0
+
+
 def test_a_model_without_finite_probabilities_is_refused():
     with pytest.raises(NonFinite, match=r"edit '0' \('S0'\).*before any step"):
         descend(EDITS[:1], lambda items: {0: float("nan")}, list, list, Schedule())
+    with pytest.raises(NonFinite, match=r"edit '0' \('S0'\).*before any step"):
+        descend(EDITS[:1], lambda items: {0: 1.0}, lambda: [float("nan")], list, Schedule(epochs=0))
 
 
 @pytest.mark.parametrize("bad", [dict(epochs=-1), dict(stop_loss=-0.1), dict(batch_size=0)])

@@ -162,6 +162,9 @@ def descend(
 ) -> Descent:
     """Minimise the edits' losses until each is below its threshold, or the epochs are over.
 
+    Where a loss is NaN or infinite after a step, the last one included, the descent ends there, with a warning and with
+    the last values that gave finite losses.
+
     Args:
         update: takes a step on a mini-batch and gives the losses before it; no step where one of them is not finite,
             nor where all are below the threshold.
@@ -197,6 +200,9 @@ def descend(
         if all(loss < schedule.stop_loss for loss in losses.values()):  # then no step was taken in this epoch
             return Descent(tuple(losses[i] for i in range(n)), tuple(steps), ("reached",) * n)
     final = evaluate()
+    bad = next((i for i, loss in enumerate(final) if not math.isfinite(loss)), None)
+    if bad is not None:
+        return _give_up(edits, bad, final[bad], last, evaluate, steps)
     why = tuple("reached" if loss < schedule.stop_loss else "steps" for loss in final)
     return Descent(tuple(final), tuple(steps), why)
 
