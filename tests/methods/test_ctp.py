@@ -1,5 +1,6 @@
 """CTP: which nodes change, what the contrast does, and what the released optimiser leaks (T25 to T29)."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from benchmarks.released_ctp import ReleasedCtp
 from torch.testing import assert_close
 
-from retcon.errors import InvalidEdit, InvalidSetting, NotEditable
+from retcon.errors import InvalidEdit, InvalidSetting, NotEditable, RetconWarning
 from retcon.locate.paths import Paths, Transmission, paths, slots_of
 from retcon.methods.common.choosing import method
 from retcon.methods.common.registry import presets
@@ -157,6 +158,16 @@ def test_kept_nodes_go_on_as_if_nothing_had_happened(tiny, edits):
     once = scripted(Ctp, script, epochs=6, stop_loss=0.0).propose(lm, edits)
     thrice = scripted(Ctp, script, epochs=6, stop_loss=0.0, reassess=2).propose(lm, edits)
     same(lm, once, thrice, rtol=1e-9, atol=1e-12)
+
+
+def test_a_runaway_is_taken_back_though_paths_were_assessed_anew(tiny, edits):
+    """Assessed anew, paths bring nodes that were not trained before."""
+    lm = tiny("gpt2", torch.float32)
+    with pytest.warns(RetconWarning, match="the last finite values are kept"):
+        delta = ctp(score="random", reassess=1, learning_rate=1e15).propose(lm, edits)
+    assert {report.stopped for report in delta.report} == {"non_finite"}
+    assert all(math.isfinite(report.final_probability) for report in delta.report)
+    assert not delta.changes  # the first step ran away
 
 
 def test_mirror_puts_the_mean_change_on_the_negative_node(tiny, edits):

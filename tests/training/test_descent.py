@@ -136,6 +136,26 @@ def test_a_loss_that_overflows_by_the_last_step_gives_back_the_last_finite_value
     assert values.item() == 0.0
 
 
+def test_values_that_grow_between_epochs_are_given_back_too():
+    values = [torch.zeros(1, requires_grad=True), torch.zeros((), requires_grad=True)]
+    losses = iter([1.0, 2.0, float("inf")])
+
+    def grow(epoch):
+        if epoch:
+            values[0] = torch.cat([values[0].detach(), torch.zeros(1)]).requires_grad_()
+
+    def update(items):
+        with torch.no_grad():
+            for tensor in values:
+                tensor += 1
+        return {0: next(losses)}
+
+    with pytest.warns(RetconWarning, match="the loss became inf"):
+        descend(EDITS[:1], update, lambda: [2.0], lambda: values, Schedule(), before_epoch=grow)
+    assert values[0].tolist() == [1.0, 0.0, 0.0]  # as the second epoch found them; the third added a row
+    assert values[1].item() == 1.0
+
+
 def test_a_model_without_finite_probabilities_is_refused():
     with pytest.raises(NonFinite, match=r"edit '0' \('S0'\).*before any step"):
         descend(EDITS[:1], lambda items: {0: float("nan")}, list, list, Schedule())
@@ -214,6 +234,9 @@ def test_nodes_keep_their_change_when_others_join(tiny, randn):
         nodes.tensors[1] += 2.0
     state = RowState.fresh(nodes.tensors[0])
     state.steps[:] = 5
+    before = nodes.tensors
+    nodes.add(torch.tensor([1, 3]))  # both are here
+    assert nodes.tensors is before
     nodes.add(torch.tensor([1, 9]))
     assert nodes.index.tolist() == [3, 1, 9]
     assert nodes.tensors[0].sum(1).tolist() == [32.0, 32.0, 0.0]

@@ -169,7 +169,8 @@ def descend(
         update: takes a step on a mini-batch and gives the losses before it; no step where one of them is not finite,
             nor where all are below the threshold.
         evaluate: every edit's loss as it is now.
-        values: the tensors being trained (they may be others after `before_epoch`).
+        values: the tensors being trained; `before_epoch` may replace one by a longer one, with zeros in the rows at its
+            end.
         seed: draws the mini-batches.
         after_step: projections, reallocation and the like.
         progress: hears (epochs done, epochs at most).
@@ -181,17 +182,17 @@ def descend(
     size = n if schedule.batch_size is None else min(schedule.batch_size, n)
     generator = torch.Generator().manual_seed(seed)
     steps = [0] * n
-    last: list[tuple[Tensor, Tensor]] = []
+    last: list[Tensor] = []
     for epoch in range(schedule.epochs):
         before_epoch(epoch)
         losses: dict[int, float] = {}
         order = torch.randperm(n, generator=generator).tolist() if size < n else list(range(n))
         for first in range(0, n, size):
-            here = [(tensor, tensor.detach().clone()) for tensor in values()]
+            here = [tensor.detach().clone() for tensor in values()]
             now = update(order[first : first + size])
             bad = next((i for i, loss in now.items() if not math.isfinite(loss)), None)
             if bad is not None:
-                return _give_up(edits, bad, now[bad], last, evaluate, steps)
+                return _give_up(edits, bad, now[bad], values(), last, evaluate, steps)
             last, losses = here, losses | now
             for i, loss in now.items():
                 steps[i] += loss >= schedule.stop_loss
@@ -202,7 +203,7 @@ def descend(
     final = evaluate()
     bad = next((i for i, loss in enumerate(final) if not math.isfinite(loss)), None)
     if bad is not None:
-        return _give_up(edits, bad, final[bad], last, evaluate, steps)
+        return _give_up(edits, bad, final[bad], values(), last, evaluate, steps)
     why = tuple("reached" if loss < schedule.stop_loss else "steps" for loss in final)
     return Descent(tuple(final), tuple(steps), why)
 
@@ -211,7 +212,8 @@ def _give_up(
     edits: Sequence[Edit],
     bad: int,
     loss: float,
-    last: Sequence[tuple[Tensor, Tensor]],
+    values: Sequence[Tensor],
+    last: Sequence[Tensor],
     evaluate: Callable[[], Sequence[float]],
     steps: Sequence[int],
 ) -> Descent:
@@ -225,7 +227,16 @@ def _give_up(
         RetconWarning,
         stacklevel=3,
     )
-    with torch.no_grad():
-        for tensor, kept in last:
-            tensor.copy_(kept)
+    restore(values, last)
     return Descent(tuple(evaluate()), tuple(steps), ("non_finite",) * len(edits))
+
+
+@torch.no_grad()
+def restore(values: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    """Put earlier values back; rows that have joined at the end since then are zero again."""
+    for tensor, before in zip(values, kept, strict=True):
+        if tensor.shape == before.shape:
+            tensor.copy_(before)
+        else:
+            tensor[: len(before)] = before
+            tensor[len(before) :] = 0

@@ -46,6 +46,8 @@ class Nodes:
         """Take in those of `units` that are not here yet, unchanged so far."""
         units = units.to(self.index.device)
         new = units[~torch.isin(units, self.index)]
+        if not len(new):
+            return
         self.index = torch.cat([self.index, new])
         grown = [torch.cat([t.detach(), fresh(self.sites[0], len(new), *t.shape[1:]).detach()]) for t in self.tensors]
         self.tensors = [t.requires_grad_() for t in grown]
