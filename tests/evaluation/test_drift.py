@@ -3,14 +3,19 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 
 from retcon.errors import InvalidSetting
+from retcon.evaluation import drift
 from retcon.evaluation.drift import divergence, next_token_divergence, perplexity, routing_overlap, windows
+from retcon.lm import forward
+from retcon.lm.forward import next_log_probs
 from retcon.lm.model import LM
 from tests.evaluation.test_measure import bump
+from tests.lookup import InContext
 
 Make = Callable[..., LM]
 TEXT = "The capital of France is Paris. He lived in Florence and in Milan, and the train stood still."
@@ -65,11 +70,51 @@ def test_the_same_model_does_not_diverge_and_an_edited_one_does(tiny: Make) -> N
     prompts = ["The capital of Italy is", "He lived in", "Łódź"]
     assert next_token_divergence(lm, prompts, nullcontext, nullcontext) == [0, 0, 0]
     delta = bump(lm)
-    found = next_token_divergence(lm, prompts, nullcontext, lambda: lm.edited(delta), rows_at_a_time=2)
+    found = next_token_divergence(lm, prompts, nullcontext, lambda: lm.edited(delta), max_batch_tokens=16)
     assert all(value > 0 for value in found)
     lm.apply(delta)
     again = next_token_divergence(lm, prompts, lm.without_deltas, nullcontext)
     assert again == pytest.approx(found, abs=1e-5)
+
+
+def test_prompts_are_read_as_what_is_attached_makes_them(tiny: Make) -> None:
+    lm = tiny(n_layers=2)
+    shown = InContext(base=lm.fingerprint(), settings={"before": "You know the way home."})
+    prompts = ["The capital of Italy is", "He lived in"]
+    found = next_token_divergence(lm, prompts, nullcontext, lambda: lm.edited(shown))
+    by_hand = next_token_divergence(lm, [shown.prompt(p) for p in prompts], nullcontext, nullcontext)
+    assert by_hand == [0, 0]
+    logp = [
+        [next_log_probs(lm, [lm.encode(text)]).detach()[0] for text in (prompt, shown.prompt(prompt))]
+        for prompt in prompts
+    ]
+    assert found == pytest.approx([float(divergence(old[None], new[None])) for old, new in logp], abs=1e-6)
+    assert all(value > 0 for value in found)
+    lm.apply(shown)
+    assert next_token_divergence(lm, prompts, lm.without_deltas, nullcontext) == pytest.approx(found, abs=1e-6)
+
+
+def test_where_memory_runs_out_fewer_prompts_are_compared_at_a_time(tiny: Make, monkeypatch: Any) -> None:
+    lm, sizes = tiny("mixtral"), []
+    delta = lm.delta({(site := lm.site(1, "o_proj")).name: [site.stored_dense(3 * torch.eye(lm.d_model).double())]})
+    prompts = ["The capital of Italy is", "He lived in", "I read. The train stood still and"]
+    edited = lambda: lm.edited(delta)  # noqa: E731
+    wanted = next_token_divergence(lm, prompts, nullcontext, edited), routing_overlap(lm, prompts, nullcontext, edited)
+    own = drift.pad, forward.pad
+
+    def short_of_memory(rows: Any, *args: Any, **more: Any) -> Any:
+        sizes.append(len(rows))
+        if len(rows) > 1:
+            raise torch.OutOfMemoryError("as if")
+        return own[0](rows, *args, **more)
+
+    monkeypatch.setattr(drift, "pad", short_of_memory)
+    monkeypatch.setattr(forward, "pad", short_of_memory)
+    found = next_token_divergence(lm, prompts, nullcontext, edited), routing_overlap(lm, prompts, nullcontext, edited)
+    assert max(sizes) > 1
+    assert found[0] == pytest.approx(wanted[0], abs=1e-6)
+    assert found[1] == pytest.approx(wanted[1])
+    assert not lm.applied
 
 
 def test_routing_overlap_is_that_of_each_token_routed_by_hand(tiny: Make) -> None:
@@ -79,7 +124,7 @@ def test_routing_overlap_is_that_of_each_token_routed_by_hand(tiny: Make) -> Non
     assert same == dict.fromkeys(range(lm.n_layers), 1.0)
     site = lm.site(1, "o_proj")
     delta = lm.delta({site.name: [site.stored_dense(3 * torch.eye(lm.d_model, dtype=torch.float64))]})
-    found = routing_overlap(lm, prompts, nullcontext, lambda: lm.edited(delta), rows_at_a_time=2)
+    found = routing_overlap(lm, prompts, nullcontext, lambda: lm.edited(delta), max_batch_tokens=16)
     assert found[0] == 1.0
     assert min(found.values()) < 1.0
 

@@ -11,7 +11,7 @@ from retcon.errors import InvalidSetting
 from retcon.evaluation import Evaluation, Measures, evaluate
 from retcon.evaluation.measure import derive_seed
 from retcon.evaluation.metrics.consistency import References, TfIdf
-from retcon.evaluation.metrics.fluency import fluency, word_tokenizer
+from retcon.evaluation.metrics.fluency import Fluency, fluency, word_tokenizer
 from retcon.evaluation.score import Item, score
 from retcon.evaluation.writing import PRESETS
 from retcon.lm.generate import generate
@@ -153,6 +153,35 @@ def test_divergence_before_and_after(size: float, tiny: Make) -> None:
     line = found.summary()["divergence", "loc.kl"]
     assert line.post is not None
     assert f"{line.post.value:.1f}" in found.summary().table()  # nats are not multiplied
+
+
+def test_divergence_with_a_pre_evaluation_and_no_delta(tiny: Make) -> None:
+    lm, how = tiny(n_layers=1), Measures(generate=False, divergence=True)
+    delta = bump(lm)
+    wanted = told(evaluate(lm, CASES, delta=delta, measures=how), "loc.kl", "final")
+    pre = evaluate(lm, CASES, measures=how)
+    skipped = [r for r in evaluate(lm, CASES, pre=pre, measures=how).records if r.variant == "loc.kl"]
+    assert [(r.status, r.value, r.when) for r in skipped] == [("skipped", None, "final")] * 3
+    assert "no delta is applied" in str(skipped[0].detail)
+    lm.apply(delta)
+    found = told(evaluate(lm, CASES, pre=pre, measures=how), "loc.kl", "final")
+    assert [(case, pytest.approx(value, abs=1e-6)) for case, value in found] == wanted
+
+
+@pytest.mark.parametrize("variant", ["flu.new", "flu.rome"])
+def test_text_for_fluency_is_written_in_batches_of_the_size_asked_for(
+    variant: Fluency, tiny: Make, monkeypatch: Any
+) -> None:
+    asked: list[int] = []
+
+    def hear(*args: Any, max_batch_tokens: int, **more: Any) -> Any:
+        asked.append(max_batch_tokens)
+        return generate(*args, max_batch_tokens=max_batch_tokens, **more)
+
+    monkeypatch.setattr("retcon.evaluation.measure.generate", hear)
+    how = Measures(generate=False, fluency=(variant,), max_batch_tokens=300)
+    evaluate(tiny(n_layers=1), CASES[:1], measures=how)
+    assert asked == [600]
 
 
 def test_seeds_are_derived_by_name() -> None:

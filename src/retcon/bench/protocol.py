@@ -172,7 +172,7 @@ def _look(setting: Setting, cases: Sequence[Case], when: When, step: int) -> Eva
     part = setting.plan.of(cases)
     found = measure(setting.lm, part, setting.measures, when, setting.pre, step=step)
     if setting.measures.divergence:
-        more = divergences(setting.lm, part, when, setting.lm.without_deltas, nullcontext, step=step)
+        more = divergences(setting.lm, part, setting.measures, when, setting.lm.without_deltas, nullcontext, step=step)
         found = replace(found, records=[*found.records, *more])
     return found
 

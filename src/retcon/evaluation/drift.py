@@ -13,6 +13,7 @@ from torch import Tensor
 from retcon.chat import Chat
 from retcon.errors import InvalidSetting
 from retcon.evaluation.score import score_rows
+from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.experts import routing_similarity
 from retcon.lm.forward import Point, next_log_probs, run
 from retcon.lm.model import LM
@@ -86,47 +87,67 @@ def next_token_divergence(
     after: Scope,
     *,
     chats: Sequence[Chat | None] | None = None,
-    rows_at_a_time: int = 128,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> list[float]:
     """Return KL(before || after) in nats of the next-token distribution after every prompt, float32, whole vocabulary.
 
+    In each state the prompts are read as what is attached there makes them.
+
     Args:
         chats: one per prompt, for prompts that are a user's turn.
+        max_batch_tokens: padded tokens per forward pass; halved when memory runs out.
     """
     frames = chats or [None] * len(prompts)
-    rows = [encode(lm.tokenizer, prompt, chat=chat) for prompt, chat in zip(prompts, frames, strict=True)]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    found: dict[int, float] = {}
-    for start in range(0, len(order), rows_at_a_time):
-        part = order[start : start + rows_at_a_time]
+
+    def rows_here() -> list[Row]:
+        return [lm.encode(prompt, chat=chat) for prompt, chat in zip(prompts, frames, strict=True)]
+
+    with before():
+        old_rows = rows_here()
+    with after():
+        new_rows = rows_here()
+
+    def compare(group: list[int]) -> list[float]:
         with before():
-            old = _next_logp(lm, [rows[i] for i in part])
+            old = _next_logp(lm, [old_rows[i] for i in group])
         with after():
-            new = _next_logp(lm, [rows[i] for i in part])
-        found |= dict(zip(part, divergence(old, new).tolist(), strict=True))
-    return [found[i] for i in range(len(rows))]
+            new = _next_logp(lm, [new_rows[i] for i in group])
+        found: list[float] = divergence(old, new).tolist()
+        return found
+
+    lengths = [max(len(old.ids), len(new.ids)) for old, new in zip(old_rows, new_rows, strict=True)]
+    return in_batches(lengths, compare, max_tokens=max_batch_tokens)
 
 
 def routing_overlap(
-    lm: LM, prompts: Sequence[str], before: Scope, after: Scope, *, rows_at_a_time: int = 128
+    lm: LM, prompts: Sequence[str], before: Scope, after: Scope, *, max_batch_tokens: int = MAX_BATCH_TOKENS
 ) -> dict[int, float]:
     """Return, for each layer with routed experts, how many of a token's experts are the same in both states.
 
     Mean over the tokens of `prompts` of |S and S'| / |S or S'|, S the experts that the token is routed to: 1 where
     nothing changed. Empty for a model without routed experts.
+
+    Args:
+        max_batch_tokens: padded tokens per forward pass; halved when memory runs out.
     """
     layers = [layer for layer, kind in enumerate(lm.kinds) if kind.experts is not None]
+    if not layers:
+        return {}
     rows = sorted((encode(lm.tokenizer, prompt) for prompt in prompts), key=lambda row: len(row.ids))
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for start in range(0, len(rows) if layers else 0, rows_at_a_time):
-        batch = pad(rows[start : start + rows_at_a_time], lm.device)
+    lengths = [len(row.ids) for row in rows]
+
+    def compare(group: list[int]) -> list[dict[int, Tensor]]:
+        batch = pad([rows[i] for i in group], lm.device)
         with before():
             old = _routes(lm, batch, layers)
         with after():
             new = _routes(lm, batch, layers)
-        for layer in layers:
-            found[layer].append(routing_similarity(old[layer], new[layer]).double().cpu())
-    return {layer: float(torch.cat(parts).mean()) for layer, parts in found.items()}
+        sizes = [lengths[i] for i in group]
+        shares = [routing_similarity(old[layer], new[layer]).double().cpu().split(sizes) for layer in layers]
+        return [dict(zip(layers, of_row, strict=True)) for of_row in zip(*shares, strict=True)]
+
+    found = in_batches(lengths, compare, max_tokens=max_batch_tokens)
+    return {layer: float(torch.cat([of_row[layer] for of_row in found]).mean()) for layer in layers}
 
 
 def _routes(lm: LM, batch: Batch, layers: Sequence[int]) -> dict[int, Int[Tensor, "tokens top_k"]]:

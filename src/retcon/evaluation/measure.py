@@ -81,7 +81,8 @@ def evaluate(
 
     Args:
         pre: an earlier evaluation of the unedited model on at least these cases, so as not to repeat it. One read from
-            a file has no predictions, so agreement with it (`ee.loc.argmax`) is recorded as skipped.
+            a file has no predictions, so agreement with it (`ee.loc.argmax`) is recorded as skipped. Without `delta`,
+            divergence (`loc.kl`) is from the model with its applied deltas off, and skipped where none are applied.
         measures: what is measured; None: as `Measures` has it. The next five, where given, stand above its fields.
         generate: also let the model write its answers on rewrite, paraphrase, two-hop, portability prompts (`gen.*`).
         max_new_tokens: how much it may write.
@@ -119,9 +120,12 @@ def evaluate(
             with edited():
                 parts.append(measure(lm, plan, measures, "final", before, advance=advance))
             if measures.divergence:
-                parts.append(Evaluation(divergences(lm, plan, "final", nullcontext, edited)))
+                parts.append(Evaluation(divergences(lm, plan, measures, "final", nullcontext, edited)))
         elif pre is not None:
             parts.append(measure(lm, plan, measures, "final", before, advance=advance))
+            if measures.divergence:
+                unedited = lm.without_deltas if lm.applied else None
+                parts.append(Evaluation(divergences(lm, plan, measures, "final", unedited, nullcontext)))
     return Evaluation(
         [record for part in parts for record in part.records],
         _context(lm, cases, (*lm.applied, delta) if delta is not None else lm.applied, seed) | dict(context or {}),
@@ -277,12 +281,14 @@ def _write_freely(lm: LM, plan: QueryPlan, measures: Measures) -> dict[tuple[str
         greedy, drawn = (replace(PRESETS[name], chat=chat) for name in ("fluency", "fluency_rome"))
         plainly = [(q, variant) for q, variant in here if variant == "flu.new"]
         prompts = list(dict.fromkeys(q.query.prompt for q, _ in plainly))
-        texts = dict(zip(prompts, generate(lm, prompts, greedy) if prompts else [], strict=True))
+        size = 2 * measures.max_batch_tokens
+        written = generate(lm, prompts, greedy, max_batch_tokens=size) if prompts else []
+        texts = dict(zip(prompts, written, strict=True))
         found |= {(*q.place, variant): texts[q.query.prompt] for q, variant in plainly}
         sampled = [(q, variant) for q, variant in here if variant != "flu.new"]
         if sampled:
             seeds = [derive_seed(measures.seed, "text", *q.place) for q, _ in sampled]
-            written = generate(lm, [q.query.prompt for q, _ in sampled], drawn, seeds=seeds)
+            written = generate(lm, [q.query.prompt for q, _ in sampled], drawn, seeds=seeds, max_batch_tokens=size)
             found |= {(*q.place, variant): text for (q, variant), text in zip(sampled, written, strict=True)}
     return found
 
@@ -315,11 +321,27 @@ def _essence(lm: LM, plan: QueryPlan, measures: Measures) -> dict[str, float]:
     return {i: nll / n for i, (nll, n) in sums.items()}
 
 
-def divergences(lm: LM, plan: QueryPlan, when: When, before: Scope, after: Scope, *, step: int = 0) -> list[Record]:
-    """`loc.kl`: divergence of the next-token distribution on locality prompts, in nats."""
+def divergences(
+    lm: LM, plan: QueryPlan, measures: Measures, when: When, before: Scope | None, after: Scope, *, step: int = 0
+) -> list[Record]:
+    """Return `loc.kl`: divergence of the next-token distribution on locality prompts, in nats.
+
+    Args:
+        before: puts the model into the unedited state; None where it is not at hand, and the records are skipped.
+    """
     chosen = [q for q in plan.queries if is_locality(q.query.axis) and q.readable and not q.prefixed]
+    if before is None:
+        skipped = Measured("divergence", "loc.kl", None, 0, "no delta is applied, so the unedited model is not at hand")
+        return [_record(q, when, skipped, step) for q in chosen]
     prompts = list(dict.fromkeys((q.query.prompt, q.query.chat) for q in chosen))
-    found = next_token_divergence(lm, [p for p, _ in prompts], before, after, chats=[chat for _, chat in prompts])
+    found = next_token_divergence(
+        lm,
+        [prompt for prompt, _ in prompts],
+        before,
+        after,
+        chats=[chat for _, chat in prompts],
+        max_batch_tokens=measures.max_batch_tokens,
+    )
     values = dict(zip(prompts, found, strict=True))
     return [
         _record(q, when, Measured("divergence", "loc.kl", values[q.query.prompt, q.query.chat], 1), step)
