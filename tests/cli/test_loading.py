@@ -1,5 +1,6 @@
 """The options of how a model is loaded, which every verb that loads one has."""
 
+import inspect
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,10 +82,10 @@ def test_a_suggested_command_asks_in_the_chat_of_the_edits() -> None:
     assert chat_of(False, options[1], options[3::2]) == briefly.chat
 
 
-def test_every_verb_that_reads_facts_hears_that_ends_are_trained() -> None:
+def test_a_verb_that_trains_facts_hears_that_ends_are_trained_and_no_other_offers_it() -> None:
     heard: list[Any] = []
 
-    @reads_facts("FILE")
+    @reads_facts("FILE", trains=True)
     def verb(reading: Reading) -> None:
         heard.append(reading.chat)
 
@@ -95,6 +96,8 @@ def test_every_verb_that_reads_facts_hears_that_ends_are_trained() -> None:
     read(as_chat=False, train_end=True, **rest)
     read(as_chat=True, train_end=False, **rest)
     assert heard == [retcon.Chat(train_end=True), retcon.Chat()]
+    assert "train_end" in inspect.signature(verb).parameters
+    assert "train_end" not in inspect.signature(reads_facts("FILE")(read.__wrapped__)).parameters
     assert chat_options([retcon.Edit("Who made {}?", "Norr", "Ida", chat=heard[0])]) == " --chat"
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch.func import functional_call
 from torch.testing import assert_close
 
+from retcon.chat import Chat
 from retcon.checked import read_checked
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, WrongBase
@@ -78,6 +79,19 @@ def test_what_is_longer_than_the_context_is_named_before_training(method, axis, 
     with pytest.raises(InvalidEdit, match=f"case 'leonardo', query '{axis}/1': .* tokens at once"):
         method(**SMALL | dict(steps=2)).fit(lm, found, tmp_path / "editor", progress=lambda *at: stages.append(at[0]))
     assert not stages
+
+
+def test_a_rephrasing_in_a_chat_is_taught_to_end_as_its_edit_is(tiny, edits):
+    lm = tiny("llama")
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<unk>{% endfor %}"
+    chat = Chat(train_end=True)
+    (case,) = cases(edits[:1])
+    asked = replace(
+        case, edits=(replace(edits[0], chat=chat),), queries=tuple(replace(q, chat=chat) for q in case.queries)
+    )
+    (found,) = examples(lm, [asked])
+    rephrasing, other = found.rephrasings[0], found.others[0]
+    assert [row.ids[-1] == lm.tokenizer.unk_token_id for row in (found.edit, rephrasing, other)] == [True, True, False]
 
 
 def test_pieces_of_a_batch_add_up_whatever_is_padded(tiny, edits, tmp_path):

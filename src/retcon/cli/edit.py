@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 
 
 @loads_a_model
-@reads_facts("EDITS")
+@reads_facts("EDITS", trains=True)
 def edit(
     model: Model,
     edits: Annotated[

@@ -24,7 +24,13 @@ CaseTarget = Annotated[
 ]
 
 
-def reads_facts(file: str, *, limit: int | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+CHAT = ("as_chat", "system", "template_args", "train_end")
+"""Options that become a `Chat`."""
+
+
+def reads_facts(
+    file: str, *, limit: int | None = None, trains: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb, in the place of its argument `reading`, the options that say how its file of facts is read.
 
     Of rows that contradict each other the first is kept; a verb with another mind replaces that.
@@ -32,6 +38,7 @@ def reads_facts(file: str, *, limit: int | None = None) -> Callable[[Callable[..
     Args:
         file: what the verb calls the file.
         limit: rows to read where the user names no number; None: all.
+        trains: whether it trains their answers, so that the end of a turn can be trained with them.
     """
     start = Annotated[int, typer.Option(min=0, help=f"Rows of {file} to pass over.")]
     if limit is None:
@@ -45,7 +52,7 @@ def reads_facts(file: str, *, limit: int | None = None) -> Callable[[Callable[..
         "as_chat": (AsChat, False),
         "system": (System, None),
         "template_args": (TemplateArgs, None),
-        "train_end": (TrainEnd, False),
+        **({"train_end": (TrainEnd, False)} if trains else {}),
         "start": (start, 0),
         "limit": (Annotated[int | None if limit is None else int, rows], limit),
     }
@@ -54,7 +61,7 @@ def reads_facts(file: str, *, limit: int | None = None) -> Callable[[Callable[..
         @wraps(verb)
         def with_options(**given: Any) -> None:
             own = {name: given.pop(name) for name in options}
-            chat = chat_of(*(own.pop(name) for name in ("as_chat", "system", "template_args", "train_end")))
+            chat = chat_of(**{name: own.pop(name) for name in CHAT if name in own})
             verb(**given, reading=Reading(**own, conflicts="drop", chat=chat))
 
         parameters = []

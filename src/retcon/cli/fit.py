@@ -37,7 +37,7 @@ from retcon.workflow.fitting import check_trainable, draw_curve, fit_editor, mem
 
 
 @loads_a_model
-@reads_facts("CASES")
+@reads_facts("CASES", trains=True)
 def fit(
     model: Model,
     cases: Annotated[

@@ -32,7 +32,7 @@ from retcon.workflow.tuning import tune as search
 
 
 @loads_a_model
-@reads_facts("CASES")
+@reads_facts("CASES", trains=True)
 def tune(
     model: Model,
     cases: Annotated[

@@ -178,10 +178,17 @@ def encode_trained(tokenizer: Any, edit: Edit, prefix: str = "", *, end: bool = 
     Raises:
         InvalidEdit, PositionNotFound: as `encode_edit`.
     """
-    row = encode_edit(tokenizer, edit, prefix, answer=edit.target_new)
-    token = None
-    if edit.chat is not None and (edit.chat.train_end or end):
-        token = end_of_turn(tokenizer)
+    return ended(tokenizer, encode_edit(tokenizer, edit, prefix, answer=edit.target_new), edit.chat, end=end)
+
+
+def ended(tokenizer: Any, row: Row, chat: Chat | None, *, end: bool = False) -> Row:
+    """Return a prompt and its answer with the token that ends the turn, where the chat asks for it
+    (`Chat.train_end`).
+
+    Args:
+        end: whatever the chat says, and outside of one with the tokenizer's end-of-text token.
+    """
+    token = end_of_turn(tokenizer) if chat is not None and (chat.train_end or end) else None
     if end and token is None:
         token = tokenizer.eos_token_id
     return row if token is None or row.ids[-1] == token else replace(row, ids=(*row.ids, token))

@@ -23,7 +23,7 @@ from retcon.errors import InvalidSetting, MalformedFile, WrongBase
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.forward import answer_places, gold, input_rows, log_probs, logits_at
 from retcon.lm.model import LM, Site, SiteName
-from retcon.lm.prompts import Row, encode, pad
+from retcon.lm.prompts import Row, encode, ended, pad
 from retcon.locate.gradients import catch
 from retcon.methods.common.contract import (
     Progress,
@@ -192,7 +192,7 @@ def examples(lm: LM, cases: Sequence[Case]) -> list[Example]:
             if query.target is not None and (stays or query.axis.startswith(("paraphrase", "rephrase"))):
                 row = encode(lm.tokenizer, query.prompt, query.target, separator=query.separator, chat=query.chat)
                 lm.check_length(query.prompt, row, what=f"case {case.id!r}, query {query.id!r}:")
-                asked[stays].append(row)
+                asked[stays].append(row if stays else ended(lm.tokenizer, row, query.chat))
         for row in trained_rows(lm, case.edits):
             found.append(Example(row, tuple(asked[False]) or (row,), tuple(asked[True])))
     return found
