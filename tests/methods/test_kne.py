@@ -13,6 +13,7 @@ from retcon.locate.attribution import Attribution, attribute
 from retcon.methods.common.choosing import method
 from retcon.methods.common.registry import presets
 from retcon.methods.kne import Kne
+from retcon.methods.rect import Rect
 
 FAST: dict[str, Any] = dict(budget=0.05, n_points=3, epochs=3, learning_rate=1e-2)
 
@@ -143,6 +144,9 @@ def test_facts_to_locate_on_may_come_from_a_file_and_are_sampled(tiny, edits, tm
     write_edits(tmp_path / "facts.jsonl", edits[2:])
     from_file = kne(locate_on=str(tmp_path / "facts.jsonl")).propose(lm, edits[:1])
     wanted = kne().locate(lm, edits[2:])
+    filtered = Rect(base_method="kne", base_settings=kne(locate_on=str(tmp_path / "facts.jsonl")).settings)
+    record = filtered.propose(lm, edits[:1]).provenance["settings"]
+    assert record["base_settings"]["locate_on"] == from_file.provenance["settings"]["locate_on"] == "facts.jsonl"
     assert {k: v.tolist() for k, v in from_file.state.items()} == {k: v.tolist() for k, v in wanted.items()}
     few = [kne(locate_limit=1).locate(lm, edits, seed=seed) for seed in range(6)]
     alone = [kne().locate(lm, [e]) for e in edits]

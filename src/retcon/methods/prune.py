@@ -5,7 +5,7 @@ Ma et al. 2024, arXiv:2405.16821, section 4; symbols as there. Departures: docs/
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +20,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.place import CPU, float64_place
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, recorded
+from retcon.methods.common.contract import Progress, State, recorded, recorded_settings
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.sequence import combined
 from retcon.methods.common.wrappers import Filter
@@ -89,7 +89,7 @@ class Prune(Filter):
             changes[name], restrained[name] = self._restrained(lm, name, own)
         edits = [edit for part in parts for edit in part.edits]
         made = recorded(self, lm, edits, seed=seed) if fresh is None else {"provenance": dict(fresh.provenance)}
-        about = {"method": "prune", "settings": asdict(self), "singular_values_restrained": restrained}
+        about = {"method": "prune", "settings": recorded_settings(self), "singular_values_restrained": restrained}
         report = tuple(r for part in parts for r in part.report)
         kept: dict[str, Any] = dict(
             state=fresh.state if fresh else state,

@@ -5,7 +5,7 @@ Gu et al. 2024, arXiv:2401.04700, section 5. Departures: docs/methods/rect.md.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +19,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.place import float64_place
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State
+from retcon.methods.common.contract import Progress, State, recorded_settings
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.settings import NotNegative
 from retcon.methods.common.wrappers import Filter
@@ -88,7 +88,7 @@ class Rect(Filter):
             **in_loop,
         )
         delta = self.update_of_base(proposed)
-        about = {**delta.provenance, "method": "rect", "settings": asdict(self)}
+        about = {**delta.provenance, "method": "rect", "settings": recorded_settings(self)}
         record: dict[str, Any] = dict(edits=delta.edits, contexts=delta.contexts, values=delta.values, provenance=about)
         changes = delta.changes
         if not self.in_loop:

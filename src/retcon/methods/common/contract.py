@@ -159,14 +159,13 @@ def recorded(
     """Return the fields of a Delta that record its run: enough to repeat it and to compare it with another
     implementation.
 
-    A method that uses no contexts or moments leaves them out. `notes` join the provenance. A setting that is a file's
-    path from the root on is recorded by its last part.
+    A method that uses no contexts or moments leaves them out. `notes` join the provenance.
     """
     import transformers
 
     about = {
         "method": method.name,
-        "settings": {name: as_shared(v) if isinstance(v, str) else v for name, v in asdict(method).items()},
+        "settings": recorded_settings(method),
         "model": lm.label,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "moments": moments.keys(lm, sites) if moments else {},
@@ -183,6 +182,18 @@ def recorded(
         "contexts": contexts.prefixes if contexts else (),
         "provenance": about | notes,
     }
+
+
+def recorded_settings(method: Method) -> dict[str, Any]:
+    """Return the settings as a delta records them, a wrapped method's among them: of a file's path from the root on,
+    the last part."""
+
+    def shared(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: shared(v) for name, v in value.items()}
+        return as_shared(value) if isinstance(value, str) else value
+
+    return {name: shared(value) for name, value in asdict(method).items()}
 
 
 # --- settings ----------------------------------------------------------------------------------------------------
