@@ -2,14 +2,16 @@
 
     python -m benchmarks.probe_pays --model demo:gptj --out docs/probes/sweep-demo-gptj
     python -m benchmarks.probe_pays --model PATH --data counterfact-edit.json --corpus text.txt --start 1000 --out STEM
+    python -m benchmarks.probe_pays --model .cache/worlds/gptj-16 --out STEM
 
 For every position of a group as wide as the advice's, the same edits are written in one batch with the model's other
 settings (its preset) and the other group where the preset has it (with `--alone` also without the other group). Beside
-them stand the preset's own two groups, and the two that the probe advises.
+them stand the preset's own two groups, and the two that the probe advises. A model that no preset knows is edited by
+the rule for such models, which fits the clamps to the edits anew at every position; a preset's clamps stay.
 Evidence for a position is taken on other facts than those edited: the contrast-based probe's sum of Δ over the group,
 and causal tracing's average indirect effect there (last subject token for the low group, last token for the high one),
-summed over the group. Spearman's rank correlation of evidence and Score over positions, with the exact p of a
-permutation test.
+summed over the group. Spearman's rank correlation of evidence and Score over positions, with the p of a permutation
+test, exact up to eight positions.
 
 Rows go to STEM.jsonl as they are done, and what is there is not done again; at the end the evidence goes to STEM.json,
 and STEM.png and .svg are drawn.
@@ -18,8 +20,11 @@ and STEM.png and .svg are drawn.
 import argparse
 import itertools
 import json
+import math
+import random
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +32,14 @@ from typing import Any
 import retcon
 from benchmarks.common import add_dataset, cases_of, estimated, jeep_of, machine, moments_of, ranks
 from retcon.cli.probe.shared import rounded
+from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.lm.model import LM
 from retcon.locate import Advice, Rule, Tracing, advise, causal_trace, contrast_probe, figures
 from retcon.locate.tracing import default_window
 
 METRICS = ("Score", "ES", "GS", "LS")
+SHUFFLES = 20_160
 EVIDENCE = ("contrast", "contrast, no norm", "trace block", "trace mlp", "trace attn")
 
 
@@ -43,7 +50,9 @@ def windows(n_layers: int, width: int) -> list[tuple[int, ...]]:
 def sweep(lm: LM, args: argparse.Namespace, advice: Advice, rows: list[dict[str, Any]], out: Path) -> bool:
     """One row per position and setting of the other group, appended to `rows` and to the file; whether all are done."""
     rule = Rule()
-    preset = jeep_of(lm, args.dataset)
+    cases = cases_of(args.data, args.start, args.edits, args.seed)
+    edits = [case.edits[0] for case in cases]
+    preset = jeep_of(lm, args.dataset, cases=edits)
     groups = {"low": preset.low, "high": preset.high}
     asked: list[tuple[str, tuple[int, ...], str, dict[str, tuple[int, ...]]]] = []
     for swept, share in (("low", rule.low_share), ("high", rule.high_share)):
@@ -58,13 +67,11 @@ def sweep(lm: LM, args: argparse.Namespace, advice: Advice, rows: list[dict[str,
     asked = [each for each in asked if each[:3] not in done]
     if not asked:
         return True
-    cases = cases_of(args.data, args.start, args.edits, args.seed)
-    edits = [case.edits[0] for case in cases]
     contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)
     moments.prepare(lm, [lm.site(layer, "down_proj") for layer in range(lm.n_layers)])
     pre = evaluate(lm, cases, generate=False)
     for swept, layers, beside, settings in asked[: args.rows]:
-        jeep = jeep_of(lm, args.dataset, low=settings["low"], high=settings["high"])
+        jeep = jeep_of(lm, args.dataset, cases=edits, low=settings["low"], high=settings["high"])
         started = time.perf_counter()
         delta = jeep.propose(lm, edits, contexts=contexts, moments=moments, seed=args.seed)
         took = time.perf_counter() - started
@@ -75,6 +82,8 @@ def sweep(lm: LM, args: argparse.Namespace, advice: Advice, rows: list[dict[str,
             "other": beside,
             "seconds": round(took, 1),
             "reached": sum(r.stopped == "reached" for r in delta.report) / len(delta.report),
+            "low_clamp": jeep.low_clamp,
+            "high_clamp": jeep.high_clamp,
         }
         for name in METRICS:
             post = estimated(summary[name].post)
@@ -114,10 +123,13 @@ def evidence(
 
 
 def spearman(one: Sequence[float], two: Sequence[float]) -> tuple[float, float]:
-    """Rank correlation, and the share of all orders that correlate at least as strongly (two-sided)."""
+    """Rank correlation, and the share of orders that correlate at least as strongly (two-sided): of all, or of
+    `SHUFFLES` drawn ones where there are too many."""
     x, y = ranks(one), ranks(two)
     found = statistics.correlation(x, y)
-    orders = list(itertools.permutations(y))
+    drawn = random.Random(0)
+    few = math.factorial(len(y)) <= 2 * SHUFFLES
+    orders = list(itertools.permutations(y)) if few else [drawn.sample(y, len(y)) for _ in range(SHUFFLES)]
     return found, sum(abs(statistics.correlation(x, order)) >= abs(found) - 1e-12 for order in orders) / len(orders)
 
 
@@ -202,6 +214,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="STEM")
     args = parser.parse_args()
 
+    warnings.simplefilter("ignore", RetconWarning)  # rows have what the rule chose
     lm = retcon.load(args.model)
     print(f"{args.name or args.model}, seed {args.seed}; {machine()}")
     out = Path(f"{args.out}.jsonl")
