@@ -139,6 +139,7 @@ def test_facts_of_an_embedded_model_become_likelier():
         (dict(n_points=0), "n_points must be at least 1"),
         (dict(share=0.0), "share must be above 0"),
         (dict(threshold=-0.1), "threshold must not be negative"),
+        (dict(threshold=1.05), "threshold is a share of the highest score, at most 1; found 1.05"),
         (dict(grid="all"), "grid is 'all'"),
     ],
 )

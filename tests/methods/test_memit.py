@@ -175,6 +175,9 @@ def test_what_is_said_is_read_off_the_models_own_logits(tiny, edits):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [(dict(layers=(2, 1)), "layers must ascend"), (dict(moment_weight=-1.0), "moment_weight must not be negative"),
+     (dict(stop="loss", threshold=-0.1), "with stop='loss' the threshold is a loss, found -0.1"),
+     (dict(stop="probability", threshold=1.35), "above 0 and at most 1, found 1.35; leave it out"),
+     (dict(stop="probability", threshold=0.0), "above 0 and at most 1, found 0.0"),
      (dict(layers=(1, 9)), "layer 9 asked for"), (dict(spread="odd"), "known: even, sqrt")],
 )  # fmt: skip
 def test_settings_are_checked(settings, text, tiny, edits):

@@ -15,6 +15,7 @@ from retcon.lm.model import LM
 from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.presets import write_preset
 from retcon.methods.common.registry import method_class
+from retcon.methods.memit import Memit
 from retcon.workflow import tuning
 from retcon.workflow.tuning import Trial, _halving, _Search, candidates, objective, rounds, save_preset, tune
 
@@ -97,6 +98,23 @@ def test_candidates_differ_are_valid_and_keep_what_is_given(name: str, tiny: Cal
     assert start not in found
     assert all(a != b for i, a in enumerate(found) for b in found[:i])
     assert {method.learning_rate for method in found} == {start.learning_rate}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("given", [(), ("threshold",)])
+@pytest.mark.parametrize(("stop", "threshold"), [("probability", 0.9), ("loss", 0.9), ("probability", None)])
+def test_candidates_have_a_threshold_of_what_they_stop_at(
+    stop: Any, threshold: float | None, given: tuple[str, ...], tiny: Callable[..., LM]
+) -> None:
+    start = Memit(layers=(1,), stop=stop, threshold=threshold)
+    found = candidates(tiny("llama"), start, frozenset(given), 60, random.Random(0))
+    tried = {(method.stop, method.threshold) for method in found if isinstance(method, Memit)}
+    other = "loss" if stop == "probability" else "probability"
+    wanted: set[Any] = {(stop, threshold)}
+    if threshold is None or not given:
+        wanted.add((other, None))
+    if threshold is not None and not given:
+        wanted |= {(stop, 0.45), (stop, 0.95 if stop == "probability" else 1.35)}
+    assert tried == wanted
 
 
 def test_rounds_grow_to_all_cases() -> None:

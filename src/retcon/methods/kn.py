@@ -79,6 +79,8 @@ class Kn(Method):
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.threshold > 1:
+            raise InvalidSetting(f"kn: threshold is a share of the highest score, at most 1; found {self.threshold}")
         if not 0 < self.share <= 1:
             raise InvalidSetting(f"kn: share must be above 0 and up to 1, found {self.share}")
 

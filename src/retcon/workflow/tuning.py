@@ -303,13 +303,17 @@ def candidates(lm: "LM", start: "Method", given: frozenset[str], n: int, draw: r
             value = own.get(name)
             if value and name not in given and draw.random() < CHANGE:
                 changed = value * draw.choice(factors)
+                if name == "threshold" and own.get("stop") != "loss":  # a share, or a probability
+                    changed = min(changed, (1 + value) / 2)
                 changes[name] = max(1, round(changed)) if isinstance(value, int) else _rounded(changed)
         for name in ("layer", "layers", "low", "high"):
             value = own.get(name)
             if value not in (None, ()) and name not in given and draw.random() < CHANGE:  # (): all, or a rule's
                 changes[name] = _moved(value, lm.n_layers, draw)
-        if "stop" in own and "stop" not in given and draw.random() < CHANGE:
+        stop_is_free = "stop" in own and "stop" not in given and not ("threshold" in given and own["threshold"])
+        if stop_is_free and draw.random() < CHANGE:
             changes["stop"] = "loss" if own["stop"] == "probability" else "probability"
+            changes["threshold"] = None  # a loss is no probability: the other one's default
         try:
             made = _changed(start, changes)
         except InvalidSetting:  # settings that do not go together

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+from retcon.errors import InvalidSetting
 from retcon.lm.forward import Point, TensorName
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts, ContextStyle
@@ -42,7 +43,19 @@ class SearchSettings(Method):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.value_search()  # which checks their ranges
+        self.value_search()  # which checks ranges
+        if self.threshold is None:
+            return
+        if self.stop == "loss" and self.threshold < 0:
+            raise InvalidSetting(
+                f"{self.name}: with stop='loss' the threshold is a loss, found {self.threshold}; leave it out for the "
+                "default, or set 0, which is never reached"
+            )
+        if self.stop == "probability" and not 0 < self.threshold <= 1:
+            raise InvalidSetting(
+                f"{self.name}: with stop='probability' the threshold is above 0 and at most 1, found {self.threshold}; "
+                "leave it out for the default"
+            )
 
     @property
     def takes_shrunk_moments(self) -> bool:  # type: ignore[override]
