@@ -13,7 +13,7 @@ import torch
 import retcon
 from retcon.chat import Chat
 from retcon.edits import Case, Edit
-from retcon.errors import InvalidSetting
+from retcon.errors import InvalidSetting, UnsupportedModel
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit
 from retcon.memory.contexts import Contexts
@@ -235,6 +235,19 @@ def test_batches_unicode_and_longer_targets(name: str, family: str, tiny: Callab
     with lm.edited(delta):
         after = [probability(lm, e) for e in ENDING]
     assert name in UNSEARCHED or all(b > a for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("n", [0, 1])
+def test_what_is_no_lm_is_refused_in_words(name: str, n: int) -> None:
+    lm = LM(tiny_model("llama"), tokenizer())
+    own: Any = made(name, lm)
+    for given, text in ((lm.model, r"retcon\.LM\(model, tokenizer\)"), ("gpt2", r"retcon\.load\('gpt2'\)")):
+        with pytest.raises(UnsupportedModel, match=text):
+            own.propose(given, ENDING[:n], contexts=CONTEXTS, moments=moments_for(lm))
+        if isinstance(own, Trainable):
+            with pytest.raises(UnsupportedModel, match=text):
+                own.fit(given, [Case(edit.id, (edit,), ()) for edit in ENDING], folder() / "unused")
 
 
 @pytest.mark.parametrize("name", everyday(*A_FEW, of=METHODS))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
-from retcon.lm.model import LM
+from retcon.lm.model import LM, require_lm
 from retcon.lm.prompts import Row
 from retcon.lm.site import Site, SiteName
 from retcon.locate.gradients import Captured, catch
@@ -107,7 +107,9 @@ def slots_of(lm: LM, key_matrix: KeyMatrix = "up", *, routed: bool = False) -> l
 
     Raises:
         InvalidSetting: the gate matrix is asked for and the model has none.
+        UnsupportedModel: `lm` is no `LM`.
     """
+    require_lm(lm)
     if key_matrix != "up" and not any(lm.sites(layer, "gate_proj", routed=routed) for layer in range(lm.n_layers)):
         raise InvalidSetting(
             f"key_matrix={key_matrix!r} asks for the gate matrix, but {lm.name!r} "

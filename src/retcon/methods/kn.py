@@ -16,7 +16,7 @@ from torch import Tensor
 from retcon.delta import Change, Delta
 from retcon.edits import Edit, check_edits
 from retcon.errors import InvalidSetting
-from retcon.lm.model import LM
+from retcon.lm.model import LM, require_lm
 from retcon.locate.neurons import Grid, Neuron, attribute_neurons
 from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import default_contexts
@@ -106,6 +106,7 @@ class Kn(Method):
             NotEditable: a down-projection that must not be edited.
             NonFinite: an attribution overflows.
         """
+        require_lm(lm)
         check_edits(edits)
         check_no_end(self.name, edits, "writes the mean of an answer's embeddings")
         sites = [lm.site(layer, "down_proj") for layer in range(lm.n_layers)]

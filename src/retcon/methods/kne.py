@@ -18,7 +18,7 @@ from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.evaluation.datasets import read_cases
-from retcon.lm.model import LM
+from retcon.lm.model import LM, require_lm
 from retcon.lm.site import Site, SiteName
 from retcon.locate.attribution import Attribution, Granularity, Path, Probability, Quadrature
 from retcon.locate.ensemble import (
@@ -187,6 +187,7 @@ class Kne(TuningSettings):
     def sites(self, lm: LM) -> list[Site]:
         """Return the matrices, in order of layers; that order breaks ties. A block without such a matrix has none
         here."""
+        require_lm(lm)
         layers = range(lm.n_layers) if self.layers is None else self.layers
         check_depth(self.name, lm, layers)
         return sites_of_kinds(self.name, lm, layers, self.modules, routed=self.mlp == "experts")

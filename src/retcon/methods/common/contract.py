@@ -13,7 +13,7 @@ from retcon.attachment import Attachment
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting
 from retcon.files import as_shared
-from retcon.lm.model import LM
+from retcon.lm.model import LM, require_lm
 from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
@@ -200,7 +200,13 @@ def recorded_settings(method: Method) -> dict[str, Any]:
 
 
 def check_depth(name: str, lm: LM, layers: Sequence[int]) -> None:
-    """Raise InvalidSetting where a layer is asked for that the model does not have."""
+    """Check that the model has the layers that are asked for.
+
+    Raises:
+        UnsupportedModel: `lm` is no `LM`.
+        InvalidSetting: it has no such layer.
+    """
+    require_lm(lm)
     for layer in layers:
         if not 0 <= layer < lm.n_layers:
             raise InvalidSetting(f"{name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")

@@ -22,7 +22,7 @@ from retcon.edits import Case, case_record, check_edits
 from retcon.errors import InvalidSetting, MalformedFile, WrongBase
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.forward import answer_places, gold, input_rows, log_probs, logits_at
-from retcon.lm.model import LM, Site, SiteName
+from retcon.lm.model import LM, Site, SiteName, require_lm
 from retcon.lm.prompts import Row, encode, ended, pad
 from retcon.locate.gradients import catch
 from retcon.methods.common.contract import (
@@ -125,6 +125,7 @@ class HypernetworkSettings(Trainable):
             InvalidSetting: a layer or a path that the model does not have, or none of the matrices.
             NotEditable: one of the matrices shares its memory with other parameters.
         """
+        require_lm(lm)
         layers = self.layers or tuple(range(max(lm.n_layers - 3, 0), lm.n_layers))
         check_depth(self.name, lm, layers)
         kinds = get_args(SiteName)
@@ -442,7 +443,9 @@ def load_editor(method: Trained, lm: LM) -> tuple[Trained, Editor]:
         InvalidSetting: no editor is named.
         MalformedFile: the file is no editor of this method.
         WrongBase: it was trained for another model.
+        UnsupportedModel: `lm` is no `LM`.
     """
+    require_lm(lm)
     if method.editor is None:
         raise InvalidSetting(
             f"{method.name} edits with a trained editor, and none is named: train one "

@@ -35,7 +35,7 @@ from retcon.memory.keys import KeyAverage, KeyReader
 from retcon.memory.moments import GivenMoments, Moments
 from retcon.memory.values import ValueCache, Values, ValueSearch, ValueSite, search_values
 from retcon.memory.write import LayerGroup, is_routed, write, written_sites
-from retcon.methods.common.contract import Progress, UpdateFilter, recorded, silent
+from retcon.methods.common.contract import Progress, UpdateFilter, check_depth, recorded, silent
 from retcon.methods.common.registry import check_subjects
 
 OUT_OF_RANGE = 5.0
@@ -219,9 +219,7 @@ def sites_of(
     Raises:
         InvalidSetting: a layer the model does not have.
     """
-    for layer in layers:
-        if not 0 <= layer < lm.n_layers:
-            raise InvalidSetting(f"{name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")
+    check_depth(name, lm, layers)
     return [site for layer in layers for site in written_sites(lm, layer, module, routed=routed)]
 
 
@@ -245,6 +243,7 @@ def target_tensor(
     Raises:
         InvalidSetting: routed experts would be written, and something stands between them and the block's output.
     """
+    require_lm(lm)
     if any(is_routed(lm, layer, routed) for layer in layers if layer < lm.n_layers):
         if lm.layout.mlp_post_norm or lm.layout.residual_multiplier:
             between = "a norm" if lm.layout.mlp_post_norm else "a factor"
