@@ -182,10 +182,10 @@ def fewest_inputs(inputs: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ..
     Attention is causal, so a prefix of a row is computed with the row: a prompt asked with two one-token targets is run
     once. In descending order an extension comes just before its prefixes.
     """
-    hosts: list[tuple[int, ...]] = []
+    longest_rows: list[tuple[int, ...]] = []
     carrier = {}
     for ids in sorted(set(inputs), reverse=True):
-        if not hosts or hosts[-1][: len(ids)] != ids:
-            hosts.append(ids)
-        carrier[ids] = len(hosts) - 1
-    return hosts, [carrier[ids] for ids in inputs]
+        if not longest_rows or longest_rows[-1][: len(ids)] != ids:
+            longest_rows.append(ids)
+        carrier[ids] = len(longest_rows) - 1
+    return longest_rows, [carrier[ids] for ids in inputs]

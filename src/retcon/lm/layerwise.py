@@ -121,7 +121,7 @@ class LayerwiseReader:
         return found
 
     def _adder(self, found: dict[Point, Tensor], point: Point, group: _Group, reading: Reading) -> Hook:
-        """Adds what a group's rows hold at a point to the sums."""
+        """Add what a group's rows hold at a point to the sums."""
         chosen = [(j, i) for j, i in enumerate(group.index) if reading.weights[i]]
         columns = torch.tensor([reading.tokens[i] - self.starts[i] for _, i in chosen])
         rows = torch.tensor([j for j, _ in chosen])

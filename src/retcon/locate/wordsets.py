@@ -53,7 +53,7 @@ class WordSets:
 
 
 def read_word_sets(path: str | os.PathLike[str], *, stopwords: Iterable[str] | None = None) -> WordSets:
-    """Sets from JSON lines with `id` (of an edit) and the lists `related` and `factual`; either may be missing.
+    """Read sets from JSON lines with `id` (of an edit) and the lists `related` and `factual`; either may be missing.
 
     Raises:
         MalformedFile: names file, row and field.
@@ -75,7 +75,7 @@ def read_word_sets(path: str | os.PathLike[str], *, stopwords: Iterable[str] | N
 def retrieve_word_sets(
     edits: Sequence[Edit], documents: Sequence[str], *, stopwords: Iterable[str] | None = None
 ) -> WordSets:
-    """Sets without anybody's lists: related words by BM25 from `documents`, factual ones from the other edits.
+    """Make sets without anybody's lists: related words by BM25 from `documents`, factual ones from the other edits.
 
     Related: the documents that fit the edit's prompt best, as many as name the subject among the first `N_PARAGRAPHS`;
     the words of the original answer are left out. Factual: subjects and answers of other edits of the same relation (or

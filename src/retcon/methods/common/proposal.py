@@ -166,7 +166,7 @@ def proposing(
     groups: Sequence[LayerGroup],
     given: Given,
 ) -> Iterator[Proposal]:
-    """Checks edits and layers, makes contexts and moments where none are given; the model is as it was afterwards.
+    """Check edits and layers, make contexts and moments where none are given; the model is as it was afterwards.
 
     Raises:
         InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
@@ -265,7 +265,7 @@ def target_tensor(
 
 
 def warn_of_size(lm: LM, delta: Delta) -> None:
-    """Warns where a change dwarfs the weight it is added to."""
+    """Warn where a change dwarfs the weight it is added to."""
     for name, norm in delta.norms().items():
         own = float(lm.parameter(name).detach().norm())
         if norm > OUT_OF_RANGE * own * math.sqrt(max(len(delta.report), 1)):
