@@ -17,7 +17,7 @@ import retcon
 from benchmarks.common import add_dataset, add_places, cases_of, machine
 from retcon.locate.paths import Slot
 from retcon.methods.ctp import Ctp, PathTrainer, _accumulate
-from retcon.training.descent import shares
+from retcon.training.descent import Step, shares
 from retcon.training.objective import AnswerLoss
 
 
@@ -26,8 +26,8 @@ class Watched(PathTrainer):
 
     seen: ClassVar[list[tuple[float, float, float]]] = []
 
-    def update(self, items: list[int]) -> dict[int, float]:
-        """Note, then step as CTP does."""
+    def prepare(self, items: list[int]) -> Step:
+        """Note, then prepare the step as CTP does."""
         share = dict(zip(items, shares(self.target.rows, items, self.method.reduction).tolist(), strict=True))
         assert self.original is not None
         self.paths.forget_gradients()
@@ -38,7 +38,7 @@ class Watched(PathTrainer):
         mirrored = self._length()
         mean = [sum(losses.values()) / len(losses) for losses in (new, old)]
         self.seen.append((mean[0], mean[1], mirrored / towards_new))
-        return super().update(items)
+        return super().prepare(items)
 
     def _length(self) -> float:
         grads = [value.grad for value in self.paths.values() if value.grad is not None]

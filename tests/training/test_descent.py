@@ -8,7 +8,7 @@ from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, NonFinite, RetconWarning
 from retcon.lm.forward import answer_log_probs
 from retcon.lm.prompts import Row
-from retcon.training.descent import Schedule, accumulate, descend, shares, stepping
+from retcon.training.descent import Schedule, Step, accumulate, descend, shares, stepping
 from retcon.training.nodes import Nodes, RowAdam, RowState
 from retcon.training.objective import AnswerLoss, answer_nll, answer_rows, own_answers
 from retcon.training.parts import TrainedRows, attached, changes, fresh
@@ -69,6 +69,32 @@ def test_it_ends_when_all_are_reached_and_says_so():
     assert none.steps == (0,)
 
 
+def test_a_batch_that_is_left_out_whole_counts_for_none_of_its_edits():
+    """One edit is above the threshold, the mean is not."""
+    values = torch.zeros(1, requires_grad=True)
+    ended = run(values, torch.tensor([[0.1], [0.5]]), epochs=6, stop_loss=0.2, skip="batch")
+    assert not values.any()
+    assert ended.steps == (0, 0)
+    assert ended.stopped == ("reached", "steps")
+
+
+def test_a_batch_that_is_not_left_out_counts_for_all_of_its_edits():
+    values = torch.zeros(1, requires_grad=True)
+    ended = run(values, torch.tensor([[0.1], [1.0]]), epochs=3, stop_loss=0.2, skip="batch", lr=0.01)
+    assert ended.steps == (3, 3)
+    assert ended.stopped == ("reached", "steps")
+
+
+@pytest.mark.parametrize(("batch_size", "epochs"), [(None, 1), (2, 1), (1, 6)])
+def test_one_batch_that_is_left_out_is_the_end(batch_size, epochs):
+    """Of several, drawn anew in each epoch, another may be trained."""
+    done: list[int] = []
+    schedule = Schedule(epochs=6, stop_loss=0.2, skip="batch", batch_size=batch_size)
+    left_out = Step({0: 0.01, 1: 0.25})
+    descend(EDITS[:2], lambda _: left_out, lambda: [0.01, 0.25], list, schedule, progress=lambda n, _: done.append(n))
+    assert done[-1] == epochs
+
+
 def test_what_is_reported_are_the_losses_with_the_final_values():
     values = torch.zeros(3, requires_grad=True)
     targets = torch.eye(3)
@@ -81,11 +107,11 @@ def test_what_is_reported_are_the_losses_with_the_final_values():
 def test_mini_batches_cover_every_edit_once_an_epoch(size):
     seen: list[int] = []
 
-    def update(items):
+    def prepare(items):
         seen.extend(items)
-        return dict.fromkeys(items, 1.0)
+        return Step(dict.fromkeys(items, 1.0), items)
 
-    descend(EDITS, update, lambda: [1.0] * 6, list, Schedule(epochs=2, batch_size=size), seed=3)
+    descend(EDITS, prepare, lambda: [1.0] * 6, list, Schedule(epochs=2, batch_size=size), seed=3)
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
     if size < 6:
         assert seen[:6] != seen[6:]  # drawn anew
@@ -112,17 +138,13 @@ def test_reductions_differ_as_soon_as_answers_differ_in_length():
 
 def test_a_loss_that_overflows_gives_back_the_last_finite_values():
     values = torch.zeros(1, requires_grad=True)
-    steps = iter([1.0, 2.0, float("inf")])
+    losses = iter([1.0, 2.0, float("inf")])
 
-    def update(items):
-        loss = next(steps)
-        if loss < 3:
-            with torch.no_grad():
-                values.add_(1)
-        return {0: loss}
+    def prepare(items):
+        return Step({0: next(losses)}, items, lambda: values.data.add_(1))
 
     with pytest.warns(RetconWarning, match=r"edit '0' \('S0'\): the loss became inf"):
-        ended = descend(EDITS[:1], update, lambda: [values.item()], lambda: [values], Schedule())
+        ended = descend(EDITS[:1], prepare, lambda: [values.item()], lambda: [values], Schedule())
     assert ended.stopped == ("non_finite",)
     assert values.item() == 1.0  # where the last finite loss, 2.0, was seen
     assert ended.loss == (1.0,)
@@ -144,23 +166,28 @@ def test_values_that_grow_between_epochs_are_given_back_too():
         if epoch:
             values[0] = torch.cat([values[0].detach(), torch.zeros(1)]).requires_grad_()
 
-    def update(items):
-        with torch.no_grad():
-            for tensor in values:
-                tensor += 1
-        return {0: next(losses)}
+    def move():
+        for tensor in values:
+            tensor.data += 1
 
     with pytest.warns(RetconWarning, match="the loss became inf"):
-        descend(EDITS[:1], update, lambda: [2.0], lambda: values, Schedule(), before_epoch=grow)
+        descend(
+            EDITS[:1],
+            lambda items: Step({0: next(losses)}, items, move),
+            lambda: [2.0],
+            lambda: values,
+            Schedule(),
+            before_epoch=grow,
+        )
     assert values[0].tolist() == [1.0, 0.0, 0.0]  # as the second epoch found them; the third added a row
     assert values[1].item() == 1.0
 
 
 def test_a_model_without_finite_probabilities_is_refused():
     with pytest.raises(NonFinite, match=r"edit '0' \('S0'\).*before any step"):
-        descend(EDITS[:1], lambda items: {0: float("nan")}, list, list, Schedule())
+        descend(EDITS[:1], lambda items: Step({0: float("nan")}), list, list, Schedule())
     with pytest.raises(NonFinite, match=r"edit '0' \('S0'\).*before any step"):
-        descend(EDITS[:1], lambda items: {0: 1.0}, lambda: [float("nan")], list, Schedule(epochs=0))
+        descend(EDITS[:1], lambda items: Step({0: 1.0}), lambda: [float("nan")], list, Schedule(epochs=0))
 
 
 @pytest.mark.parametrize("bad", [dict(epochs=-1), dict(stop_loss=-0.1), dict(batch_size=0)])

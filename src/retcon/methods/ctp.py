@@ -5,8 +5,7 @@ Paths"; symbols as there. The released code (SonglinZhai/PAC 1240102) differs fr
 what each says, and what is done here, is in docs/methods/ctp.md.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -36,7 +35,7 @@ from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import ModelShape, Progress, State, check_depth, lower_layers
 from retcon.methods.common.settings import Count, CountFromZero, Layers, NotNegative, Share
 from retcon.methods.common.tuning import TuningSettings, tuning
-from retcon.training.descent import accumulate, shares
+from retcon.training.descent import Step, accumulate, shares
 from retcon.training.nodes import NodeAdam
 from retcon.training.objective import AnswerLoss, answer_rows, own_answers, trained_rows
 from retcon.training.parts import Part, attached
@@ -127,7 +126,7 @@ class Ctp(TuningSettings):
             rows = trained_rows(lm, edits)
             steps = self.trainer(slots, AnswerLoss(lm, rows), self._original(lm, edits, rows))
             trace = partial(self._trace, lm, edits, steps, seed)
-            ended = run.descend(steps.update, steps.losses_now, steps.paths.values, stage="paths", before_epoch=trace)
+            ended = run.descend(steps.prepare, steps.losses_now, steps.paths.values, stage="paths", before_epoch=trace)
             return run.delta(steps.paths.parts(), ended)
 
     def trainer(self, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None) -> "PathTrainer":
@@ -201,19 +200,22 @@ class PathTrainer:
         with attached(self.paths.parts()):
             return self.target.now()
 
-    def update(self, items: list[int]) -> dict[int, float]:
-        """Make a step on T+ towards y*, then (`neg_step`) one on T- towards y; return the losses L(y*) before them."""
-        method, paths = self.method, self.paths
+    def prepare(self, items: list[int]) -> Step:
+        """Compute L(y*) and its gradient; the step is one on T+ towards y*, then (`neg_step`) one on T- towards y."""
+        method = self.method
         share = dict(zip(items, shares(self.target.rows, items, method.reduction).tolist(), strict=True))
-        paths.forget_gradients()
+        self.paths.forget_gradients()
 
         def of_share(i: int, loss: float) -> float:
             return share[i] if loss >= method.stop_loss else 0.0
 
-        now = _accumulate(self.target, paths.parts, items, of_share)
+        now = _accumulate(self.target, self.paths.parts, items, of_share)
         active = [i for i in items if now[i] >= method.stop_loss]
-        if not all(map(math.isfinite, now.values())) or not active:
-            return now
+        return Step(now, active, partial(self._take, active, share))
+
+    def _take(self, active: list[int], share: Mapping[int, float]) -> None:
+        """Take the step of a mini-batch whose gradient towards y* is there."""
+        method, paths = self.method, self.paths
         if self.original is not None and method.contrast == "mirror":  # one step on both terms
             weight = method.contrast_weight
             _accumulate(self.original, paths.mirrored, active, lambda i, _: weight * share[i])
@@ -223,7 +225,6 @@ class PathTrainer:
             paths.forget_gradients()
             _accumulate(self.original, paths.parts, active, lambda i, _: weight * share[i])
             self.adam_negative.step()
-        return now
 
 
 def _accumulate(

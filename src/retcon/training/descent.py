@@ -1,7 +1,7 @@
 """The loop of masked tuning: epochs over edits in mini-batches, each edit until its own loss is small.
 
-The loop knows nothing of parts, optimisers or methods: `update` takes a step on a mini-batch and says what the losses
-were before it. `accumulate` is the gradient of a mini-batch, computed in pieces that fit in memory.
+The loop knows nothing of parts, optimisers or methods: `prepare` gives it a mini-batch's losses and the step that is
+to be taken on it. `accumulate` is the gradient of a mini-batch, computed in pieces that fit in memory.
 """
 
 import math
@@ -52,7 +52,8 @@ class Schedule:
     stop_loss: float = 1e-2
     """An edit whose loss is below this leaves the gradient, and comes back if it rises again; 0: never."""
     skip: Literal["edit", "batch"] = "edit"
-    """`batch`: a mini-batch is left out whole once its mean loss is below `stop_loss`, and counts whole until then."""
+    """`batch`: a mini-batch is left out whole once its mean loss is below `stop_loss`, and counts whole until then.
+    That is the end where the edits are one mini-batch; where they are several, the next epoch draws others."""
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.stop_loss < 0:
@@ -62,13 +63,25 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A mini-batch whose losses are known, before its step is taken."""
+
+    losses: dict[int, float]
+    """L_e of each of its edits."""
+    active: Sequence[int] = ()
+    """The edits that take part in the step; none: there is no step to take."""
+    take: Callable[[], None] = lambda: None
+    """Takes the step."""
+
+
+@dataclass(frozen=True)
 class Descent:
     """How a descent ended, per edit."""
 
     loss: tuple[float, ...]
     """L_e with the final values in place."""
     steps: tuple[int, ...]
-    """Steps that the edit took part in."""
+    """Steps that the edit took part in; with `skip="batch"` those of its mini-batches, whatever its own loss was."""
     stopped: tuple[str, ...]
     """`reached` (below `stop_loss`), `steps` (out of epochs) or `non_finite` (a loss overflowed; the last finite values
     are kept)."""
@@ -118,21 +131,21 @@ def stepping(
     schedule: Schedule,
     reduction: Reduction,
     stop: EditLoss | None = None,
-) -> Callable[[list[int]], dict[int, float]]:
-    """`update` for `descend`: one optimiser step on the edits whose loss is not yet below the threshold.
+) -> Callable[[list[int]], Step]:
+    """`prepare` for `descend`: optimiser steps on the edits whose loss is not yet below the threshold.
 
     Args:
         stop: the loss that is held against the threshold in place of the one that is trained.
     """
 
-    def update(items: list[int]) -> dict[int, float]:
+    def prepare(items: list[int]) -> Step:
         share = dict(zip(items, shares(loss.rows, items, reduction).tolist(), strict=True))
         threshold, chunks = schedule.stop_loss, loss.chunks(items)
         if schedule.skip == "batch":  # its mean must be known before anything is left out
             with torch.no_grad():
                 before = {i: x for chunk in chunks for i, x in zip(chunk, loss(chunk).tolist(), strict=True)}
             if sum(share[i] * x for i, x in before.items()) < threshold:
-                return before
+                return Step(before)
             threshold = 0.0
         judged: dict[int, float] = {}
         if stop is not None:
@@ -140,17 +153,17 @@ def stepping(
                 judged = {i: x for c in stop.chunks(items) for i, x in zip(c, stop(c).tolist(), strict=True)}
         optimizer.zero_grad()
         now = accumulate(loss, chunks, lambda i, value: share[i] if judged.get(i, value) >= threshold else 0.0)
-        finite = all(map(math.isfinite, now.values()))
-        if finite and any(judged.get(i, value) >= threshold for i, value in now.items()):
-            optimizer.step()
-        return {**now, **judged} if finite else now
+        if not all(map(math.isfinite, now.values())):
+            return Step(now)
+        held = {**now, **judged}
+        return Step(held, [i for i, value in held.items() if value >= threshold], lambda: optimizer.step())
 
-    return update
+    return prepare
 
 
 def descend(
     edits: Sequence[Edit],
-    update: Callable[[list[int]], dict[int, float]],
+    prepare: Callable[[list[int]], Step],
     evaluate: Callable[[], Sequence[float]],
     values: Callable[[], Sequence[Tensor]],
     schedule: Schedule,
@@ -166,8 +179,8 @@ def descend(
     the last values that gave finite losses.
 
     Args:
-        update: takes a step on a mini-batch and gives the losses before it; no step where one of them is not finite,
-            nor where all are below the threshold.
+        prepare: computes a mini-batch's losses and gradient; its step is taken where all losses are finite and there
+            are active edits.
         evaluate: every edit's loss as it is now.
         values: the tensors being trained; `before_epoch` may replace one by a longer one, with zeros in the rows at its
             end.
@@ -189,17 +202,21 @@ def descend(
         order = torch.randperm(n, generator=generator).tolist() if size < n else list(range(n))
         for first in range(0, n, size):
             here = [tensor.detach().clone() for tensor in values()]
-            now = update(order[first : first + size])
-            bad = next((i for i, loss in now.items() if not math.isfinite(loss)), None)
+            step = prepare(order[first : first + size])
+            bad = next((i for i, loss in step.losses.items() if not math.isfinite(loss)), None)
             if bad is not None:
-                return _give_up(edits, bad, now[bad], values(), last, evaluate, steps)
-            last, losses = here, losses | now
-            for i, loss in now.items():
-                steps[i] += loss >= schedule.stop_loss
-            after_step()
+                return _give_up(edits, bad, step.losses[bad], values(), last, evaluate, steps)
+            last, losses = here, losses | step.losses
+            if step.active:
+                step.take()
+                after_step()
+            for i in step.active:
+                steps[i] += 1
         progress(epoch + 1, schedule.epochs)
         if all(loss < schedule.stop_loss for loss in losses.values()):  # then no step was taken in this epoch
             return Descent(tuple(losses[i] for i in range(n)), tuple(steps), ("reached",) * n)
+        if size == n and not step.active:  # the batch was left out, and nothing of it will change
+            break
     final = evaluate()
     bad = next((i for i, loss in enumerate(final) if not math.isfinite(loss)), None)
     if bad is not None:

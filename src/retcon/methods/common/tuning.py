@@ -27,7 +27,7 @@ from retcon.memory.capacity import free_bytes
 from retcon.methods.common.contract import Method, Progress, check_depth, check_settings, recorded, silent
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.settings import Count, CountFromZero, NotNegative
-from retcon.training.descent import Descent, EditLoss, Reduction, Schedule, descend, stepping
+from retcon.training.descent import Descent, EditLoss, Reduction, Schedule, Step, descend, stepping
 from retcon.training.objective import AnswerLoss, trained_rows
 from retcon.training.parts import Part, attached, changes
 
@@ -101,14 +101,14 @@ class Tuning:
         edits = self.edits if edits is None else edits
         loss = loss or AnswerLoss(self.lm, trained_rows(self.lm, edits))
         optimizer = optimizer or torch.optim.Adam(values, lr=self.method.learning_rate)
-        update = stepping(loss, optimizer, self.method.schedule(len(edits)), self.method.reduction, stop)
+        prepare = stepping(loss, optimizer, self.method.schedule(len(edits)), self.method.reduction, stop)
         evaluate = partial(losses_now, stop or loss, len(edits))
         with attached([*parts, *beside]):
-            return self.descend(update, evaluate, lambda: values, edits=edits, stage=stage, **hooks)
+            return self.descend(prepare, evaluate, lambda: values, edits=edits, stage=stage, **hooks)
 
     def descend(
         self,
-        update: Callable[[list[int]], dict[int, float]],
+        prepare: Callable[[list[int]], Step],
         evaluate: Callable[[], Sequence[float]],
         values: Callable[[], Sequence[Tensor]],
         *,
@@ -119,7 +119,7 @@ class Tuning:
         """`training.descent.descend` with the settings, seed and progress of this call, for a step of one's own."""
         edits = self.edits if edits is None else edits
         schedule, heard = self.method.schedule(len(edits)), partial(self.progress, stage)
-        return descend(edits, update, evaluate, values, schedule, seed=self.seed, progress=heard, **hooks)
+        return descend(edits, prepare, evaluate, values, schedule, seed=self.seed, progress=heard, **hooks)
 
     def delta(
         self,
