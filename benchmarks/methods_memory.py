@@ -6,7 +6,7 @@
 Counted are the bytes of all tensors made inside `propose`, each storage once: what is trained or searched, its
 gradient, Adam's moments, activations, solves, the delta. The model's own weights are not among them, nor are contexts
 and second moments, which a call before has made. The count is the same on any machine. "Trained" is what a method of
-the fine-tuning family says of itself before it starts: 16 bytes a value.
+the fine-tuning family says of itself before it starts: 20 bytes a value, or more by its settings.
 """
 
 import argparse

@@ -48,6 +48,8 @@ class Ctp(TuningSettings):
 
     name: ClassVar[str] = "ctp"
     fits_learning_rate: ClassVar[bool] = True
+    bytes_per_value: ClassVar[int] = TuningSettings.bytes_per_value + 8
+    """T+ and T- have moments of their own."""
 
     layers: Layers | None = None
     """Layers that paths go through, ascending, counted from 0; None: all, as published. Nodes of the upper layers raise

@@ -203,6 +203,11 @@ class Kne(TuningSettings):
         assert p is not None
         return max(1, round(p * sum(n_units(site, self.granularity) for site in sites)))
 
+    @property
+    def bytes_per_value(self) -> int:  # type: ignore[override]
+        """With the place of each entry besides, and its row and column while a gradient is taken."""
+        return TuningSettings.bytes_per_value + (24 if self.granularity == "entry" else 0)
+
     def attribution(self) -> Attribution:
         """Return how scores are found."""
         return Attribution(

@@ -94,6 +94,11 @@ class Lora(TuningSettings):
         """Return how many values are trained."""
         return self.rank * sum(sum(site.shape) for site in sites_named(self.name, lm, self.layers, self.modules))
 
+    @property
+    def bytes_per_value(self) -> int:  # type: ignore[override]
+        """With the adapter as it was given besides, where it is trained on."""
+        return TuningSettings.bytes_per_value + (4 if self.continue_adapter else 0)
+
     def _given(self, site: Site, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the factors of a state, to be trained on."""
         out, into = site.shape

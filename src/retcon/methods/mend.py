@@ -119,7 +119,7 @@ class Mend(HypernetworkSettings):
         Raises:
             InvalidSetting: too few cases, or a layer that the model does not have.
             InvalidEdit: an edit, a rephrasing or a neighbour that is longer than the model's context.
-            OutOfMemory: networks, gradients and Adam's moments do not fit.
+            OutOfMemory: networks, gradients, Adam's moments and the best networks do not fit.
             NonFinite: the loss overflows.
         """
         sites = self.sites(lm)

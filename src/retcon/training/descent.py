@@ -195,19 +195,19 @@ def descend(
     size = n if schedule.batch_size is None else min(schedule.batch_size, n)
     generator = torch.Generator().manual_seed(seed)
     steps = [0] * n
-    last: list[Tensor] = []
+    kept: list[Tensor] = []  # the values before the last step, with which its losses were finite
     for epoch in range(schedule.epochs):
         before_epoch(epoch)
         losses: dict[int, float] = {}
         order = torch.randperm(n, generator=generator).tolist() if size < n else list(range(n))
         for first in range(0, n, size):
-            here = [tensor.detach().clone() for tensor in values()]
             step = prepare(order[first : first + size])
             bad = next((i for i, loss in step.losses.items() if not math.isfinite(loss)), None)
             if bad is not None:
-                return _give_up(edits, bad, step.losses[bad], values(), last, evaluate, steps)
-            last, losses = here, losses | step.losses
+                return _give_up(edits, bad, step.losses[bad], values(), kept, evaluate, steps)
+            losses |= step.losses
             if step.active:
+                keep(values(), kept)
                 step.take()
                 after_step()
             for i in step.active:
@@ -220,7 +220,7 @@ def descend(
     final = evaluate()
     bad = next((i for i, loss in enumerate(final) if not math.isfinite(loss)), None)
     if bad is not None:
-        return _give_up(edits, bad, final[bad], values(), last, evaluate, steps)
+        return _give_up(edits, bad, final[bad], values(), kept, evaluate, steps)
     why = tuple("reached" if loss < schedule.stop_loss else "steps" for loss in final)
     return Descent(tuple(final), tuple(steps), why)
 
@@ -230,13 +230,13 @@ def _give_up(
     bad: int,
     loss: float,
     values: Sequence[Tensor],
-    last: Sequence[Tensor],
+    kept: Sequence[Tensor],
     evaluate: Callable[[], Sequence[float]],
     steps: Sequence[int],
 ) -> Descent:
     """Back to the last values that gave finite losses."""
     named = f"edit {edits[bad].id!r} ({edits[bad].subject!r})"
-    if not last:
+    if not any(steps):
         raise NonFinite(f"{named}: the loss is {loss} before any step; the model itself gives no finite probability")
     warnings.warn(
         f"{named}: the loss became {loss} after {max(steps)} steps; the last finite values are kept. Lower the "
@@ -244,8 +244,19 @@ def _give_up(
         RetconWarning,
         stacklevel=3,
     )
-    restore(values, last)
+    restore(values, kept)
     return Descent(tuple(evaluate()), tuple(steps), ("non_finite",) * len(edits))
+
+
+@torch.no_grad()
+def keep(values: Sequence[Tensor], kept: list[Tensor]) -> None:
+    """Copy the values to `kept`, into the copies that are there but where a value has grown."""
+    if not kept:
+        kept.extend(torch.empty_like(tensor, requires_grad=False) for tensor in values)
+    for i, tensor in enumerate(values):
+        if kept[i].shape != tensor.shape:
+            kept[i] = torch.empty_like(tensor, requires_grad=False)
+        kept[i].copy_(tensor)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ bound is exact in any dtype and a small step is not lost to rounding.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -124,10 +124,10 @@ class FineTuning(TuningSettings):
             InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
             InvalidSetting: a layer or matrix the model does not have; or the end of a turn is asked for, which
                 `prompt_last` does not train.
-            OutOfMemory: weights, gradients and Adam's moments do not fit.
+            OutOfMemory: weights, gradients, Adam's moments and copies do not fit.
             NonFinite: the model gives an edit no finite probability.
         """
-        check_memory(self.name, lm, self.n_trained(lm))
+        check_memory(self.name, lm, self.n_trained(lm), self.bytes_per_value)
         parts = self.parts(lm)
         with tuning(self, lm, edits, [part.parameter for part in parts], seed=seed, progress=progress) as run:
             if not edits:
@@ -161,7 +161,7 @@ class FineTuning(TuningSettings):
         trained, decay = [part.values for part in parts], self.decay(n_edits)
         adam = torch.optim.Adam(trained, lr=self.learning_rate)
         if decay and self.decay_to == "zero":
-            adam.register_step_pre_hook(lambda *_: add_decay(trained, [part.weight() for part in parts], decay))
+            adam.register_step_pre_hook(lambda *_: add_decay(trained, (part.weight() for part in parts), decay))
         elif decay:
             away = [moved_so_far(lm, part) for part in parts]
             adam.register_step_post_hook(lambda *_: shrink(trained, away, self.learning_rate * decay))
@@ -210,6 +210,13 @@ class FineTuning(TuningSettings):
                 out, into = what.shape
                 n += out * into + (out if self.train_bias and what.bias is not None else 0)
         return n
+
+    @property
+    def bytes_per_value(self) -> int:  # type: ignore[override]
+        """With the way from the unedited weights besides, for bounds around them and for decay towards them."""
+        bounded = self.anchor == "base" and (self.box is not None or self.ball is not None)
+        decays = self.decay_to == "base" and self.decay(1) > 0
+        return TuningSettings.bytes_per_value + 4 * (bounded + decays)
 
     def parts(self, lm: LM) -> list[Whole]:
         """Return what is trained, unchanged so far."""
@@ -263,7 +270,7 @@ def moved_so_far(lm: LM, part: Whole) -> Tensor:
         return now - part.weight()
 
 
-def add_decay(values: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
+def add_decay(values: Sequence[Tensor], weights: Iterable[Tensor], decay: float) -> None:
     """Add the gradient of decay/2 ||W + V||^2 to that of each V; what has none, because no edit moves it, stays."""
     for v, w in zip(values, weights, strict=True):
         if v.grad is not None:
@@ -284,12 +291,12 @@ def project(values: Sequence[Tensor], centre: Sequence[Tensor | None], box: floa
         for v, c in zip(values, centre, strict=True):
             v.copy_(v.clamp(-box, box) if c is None else (v + c).clamp(-box, box) - c)
     if ball is not None:
-        changes = [v if c is None else v + c for v, c in zip(values, centre, strict=True)]
-        squares = [change.pow(2).sum().to(changes[0].device) for change in changes]
+        pairs = list(zip(values, centre, strict=True))
+        squares = [(v if c is None else v + c).pow(2).sum().to(values[0].device) for v, c in pairs]
         norm = math.sqrt(sum(torch.stack(squares).tolist()))  # which the host waits for once
         if norm > ball:
-            for v, c, change in zip(values, centre, changes, strict=True):
-                v.copy_(change * (ball / norm) - (0 if c is None else c))
+            for v, c in pairs:  # V + centre again, one matrix at a time: all of them would be a copy
+                v.copy_(v * (ball / norm) if c is None else (v + c) * (ball / norm) - c)
 
 
 def _as_tensor(edits: Sequence[Edit]) -> Tensor:

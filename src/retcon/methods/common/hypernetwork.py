@@ -347,7 +347,7 @@ def fit_editor(
     Raises:
         InvalidSetting: fewer than `LEAST_CASES` cases.
         InvalidEdit: see `examples`.
-        OutOfMemory: networks, gradients and Adam's moments do not fit.
+        OutOfMemory: networks, gradients, Adam's moments and the best networks do not fit.
         NonFinite: the loss overflows.
     """
     out = Path(out)

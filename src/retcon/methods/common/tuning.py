@@ -242,7 +242,7 @@ def memory_note(n_values: int, bytes_per_value: int = Method.bytes_per_value) ->
     """Return what training so many values takes, in words."""
     n_bytes = bytes_per_value * n_values
     shown = f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
-    return f"trains {n_values:,} values, {shown} with gradients and Adam's moments"
+    return f"trains {n_values:,} values, {shown} with gradients, Adam's moments and copies"
 
 
 def check_memory(name: str, lm: LM, n_values: int, bytes_per_value: int = Method.bytes_per_value) -> None:
@@ -254,7 +254,7 @@ def check_memory(name: str, lm: LM, n_values: int, bytes_per_value: int = Method
     needed, free = bytes_per_value * n_values, free_bytes(lm.device)
     if needed > free:
         raise OutOfMemory(
-            f"{name} trains {n_values:,} values, which take {needed / 2**30:.1f} GiB with gradients and Adam's "
-            f"moments, and {free / 2**30:.1f} GiB are free on {lm.device}; train fewer matrices, or take a machine "
+            f"{name} trains {n_values:,} values, which take {needed / 2**30:.1f} GiB with gradients, Adam's moments "
+            f"and copies, and {free / 2**30:.1f} GiB are free on {lm.device}; train fewer matrices, or take a machine "
             "with more memory"
         )
