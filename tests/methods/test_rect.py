@@ -97,29 +97,54 @@ def test_each_expert_keeps_its_share(in_loop, tiny, edits):
             assert int((own != 0).sum()) == math.ceil(0.2 * own.numel())
 
 
-@pytest.mark.parametrize(
-    ("base", "modules"), [("ft", ("q_proj", "v_proj")), ("lora", ("q_proj", "v_proj")), ("lora", ("v_proj",))]
-)
-def test_projections_of_a_fused_parameter_keep_their_share(base, modules, tiny, edits):
-    lm = tiny("phi3")
-    settings = dict(layers=(1,), modules=modules, epochs=2) | (dict(rank=2) if base == "lora" else {})
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), ("v_proj",), ("q_proj", "k_proj", "v_proj")])
+@pytest.mark.parametrize("base", ["ft", "lora"])
+def test_projections_of_a_fused_parameter_keep_their_share(base, modules, family, tiny, edits):
+    lm = tiny(family)
+    settings = dict(layers=(1,), modules=modules, epochs=2) | (
+        dict(rank=2) if base == "lora" else {"train_bias": False}
+    )
     delta = propose(rect(base_method=base, base_settings=settings, keep_percent=20.0), lm, edits[:2])
     (name,) = delta.changes
     n = sum(lm.site(1, kind).shape.numel() for kind in modules)
     assert int((delta.dense(name, lm.parameter(name).shape) != 0).sum()) in range(math.ceil(0.2 * n), int(0.2 * n) + 3)
 
 
-def test_changes_of_one_matrix_are_filtered_as_their_sum(randn):
-    w = randn(4, 6, 9)
-    whole, two, one = randn(4, 6, 9), randn(6, 9), randn(6, 9)
+def test_a_projection_of_an_expert_keeps_its_share(tiny, edits):
+    lm = tiny("mixtral")
+    settings = dict(layers=(1,), modules=("up_proj",), epochs=2)
+    delta = propose(rect(base_method="ft", base_settings=settings, keep_percent=20.0), lm, edits[:2])
+    sites = lm.expert_sites(1, "up_proj")
+    written = delta.dense(sites[0].name, lm.parameter(sites[0].name).shape)
+    assert len(delta.changes[sites[0].name]) == len(sites)
+    assert [int((each != 0).sum()) for each in written] == [math.ceil(0.2 * site.shape.numel()) for site in sites]
+
+
+def test_rows_that_a_mask_chose_are_held_against_their_whole_matrix(tiny, randn):
+    """KNE's units: what it leaves out is part of the update, zero."""
+    for family, kind in (("llama", "down_proj"), ("phi3", "q_proj")):
+        lm = tiny(family)
+        site = lm.site(1, kind)
+        change = site.stored_rows(torch.tensor([0, 2, 5]), randn(3, site.shape[1]))
+        kept = rect().kept(lm, site.name, [change], 5.0)
+        n = int((kept.dense(lm.parameter(site.name).shape) != 0).sum())
+        assert n == min(math.ceil(0.05 * site.shape.numel()), 3 * site.shape[1])
+
+
+def test_changes_of_one_matrix_are_filtered_as_their_sum(tiny, randn):
+    lm = tiny("mixtral")
+    name = lm.expert_sites(1)[0].name
+    w = lm.parameter(name).detach()
+    whole, two, one = randn(*w.shape), randn(*w.shape[1:]), randn(*w.shape[1:])
     expert = Region(0, 2, 3)
     changes = [Dense(region=expert, full=one), Dense(region=Region(0, 0, 1), full=one), Dense(region=expert, full=two)]
-    first, second = (rect().kept(w, of_one, 20.0) for of_one in by_matrix(changes))
+    first, second = (rect().kept(lm, name, of_one, 20.0) for of_one in by_matrix(changes))
     assert (first.region, second.region) == (Region(0, 0, 1), expert)
     assert_close(second.dense(w.shape)[2], rect().filtered(one + two, w[2], 20.0))
     (of_all,) = by_matrix([*changes, Dense(full=whole)])  # regions overlap: one matrix
     total = sum(change.dense(w.shape) for change in of_all)
-    assert_close(rect().kept(w, of_all, 20.0).dense(w.shape), rect().filtered(total, w, 20.0))
+    assert_close(rect().kept(lm, name, of_all, 20.0).dense(w.shape), rect().filtered(total, w, 20.0))
 
 
 def test_in_the_loop_later_layers_make_up_for_it(tiny, edits):

@@ -6,7 +6,7 @@ Gu et al. 2024, arXiv:2401.04700, section 5. Departures: docs/methods/rect.md.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from retcon.delta import Change, Delta, Dense, Entries, Region, disjoint_regions
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
+from retcon.lm.site import Site, SiteName
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.place import float64_place
@@ -72,7 +73,7 @@ class Rect(Filter):
         k = self.keep_percent if self.keep_percent is not None else 40.0 if self.supports_batches else 20.0
 
         def kept(name: str, change: Change) -> Change:
-            return self.kept(lm.parameter(name).detach(), [change], k)
+            return self.kept(lm, name, [change], k)
 
         in_loop: dict[str, Any] = {"update_filter": kept} if self.in_loop else {}
         proposed = self.wrapped.propose(
@@ -93,7 +94,7 @@ class Rect(Filter):
         changes = delta.changes
         if not self.in_loop:
             changes = {
-                name: tuple(self.kept(lm.parameter(name).detach(), of_one, k) for of_one in by_matrix(own))
+                name: tuple(self.kept(lm, name, of_one, k) for of_one in by_matrix(own))
                 for name, own in changes.items()
             }
         filtered = lm.delta(changes, report=delta.report, state=delta.state, **record)
@@ -101,26 +102,21 @@ class Rect(Filter):
             report = report_after(lm, edits, filtered.report)
         return lm.delta(changes, report=report, state=delta.state, **record)
 
-    def kept(self, weight: Tensor, changes: Sequence[Change], keep_percent: float) -> Change:
-        """Return what is written in place of the changes of one matrix: their sum, filtered.
-
-        Of several changes, the entries that they can touch are counted: projections of a fused parameter may come
-        as rows of it.
-
-        Args:
-            weight: the parameter that holds the matrix, as it was before.
-        """
+    def kept(self, lm: LM, name: str, changes: Sequence[Change], keep_percent: float) -> Change:
+        """Return what is written in place of the changes of one matrix in a parameter: their sum, filtered."""
+        weight = lm.parameter(name).detach()
         region = changes[0].region if len({c.region for c in changes}) == 1 else None
         own = weight if region is None else changes[0].part_of(weight)
         inside = [change if region is None else replace(change, region=None) for change in changes]
         update = torch.zeros(own.shape, dtype=changes[0].values().dtype, device=changes[0].values().device)
         for change in inside:
             change.add_to(update)
-        reached = None if len(inside) == 1 else touched(inside, own.shape)
-        if reached is None or bool(reached.all()):
+        whole = own.dim() == 2 and (region is None or weight.dim() == 3)  # not a projection by itself
+        counted = counted_entries(inside, own.shape, projections(lm, name)) if whole else None
+        if counted is None:
             update = self.filtered(update, own, keep_percent)
         else:
-            update[reached] = self.filtered(update[reached], own[reached.to(own.device)], keep_percent)
+            update[counted] = self.filtered(update[counted], own[counted.to(own.device)], keep_percent)
         return as_change(update, region)
 
     def filtered(self, update: Tensor, weight: Tensor, keep_percent: float) -> Tensor:
@@ -153,13 +149,34 @@ def by_matrix(changes: Sequence[Change]) -> list[list[Change]]:
     return [list(changes)] if regions is None else [[c for c in changes if c.region == part] for part in regions]
 
 
-def touched(changes: Sequence[Change], shape: torch.Size) -> Tensor:
-    """Return which entries of a parameter of that shape the changes can touch."""
-    total = torch.zeros(shape, device=changes[0].values().device)
+def projections(lm: LM, name: str) -> list[Site]:
+    """Return the projections that share a parameter, of experts those of the first; none where it is not fused."""
+    found: list[Site] = []
+    for layer in range(lm.n_layers):
+        if not name.startswith(lm.layout.block.format(layer) + "."):
+            continue
+        for kind in get_args(SiteName):
+            if lm.parameter(name).dim() == 3:
+                found += lm.expert_sites(layer, kind)[:1] if kind in ("gate_proj", "up_proj", "down_proj") else []
+            elif lm.has(layer, kind):
+                found.append(lm.site(layer, kind))
+    return [site for site in found if site.name == name and site.rows is not None]
+
+
+def counted_entries(changes: Sequence[Change], shape: torch.Size, fused: Sequence[Site]) -> Tensor | None:
+    """Return the entries of those fused projections that the changes can touch; None: they are not confined to any."""
+    if not fused:
+        return None
+    touched = torch.zeros(shape, device=changes[0].values().device)
     for change in changes:
         ones: dict[str, Any] = {n: torch.ones_like(t) for n, t in change.tensors().items() if t.is_floating_point()}
-        replace(change, **ones).add_to(total)
-    return total != 0
+        replace(change, **ones).add_to(touched)
+    counted = torch.zeros(shape, dtype=torch.bool, device=touched.device)
+    for site in fused:
+        seen, taken = (t.T if site.transposed else t for t in (touched, counted))
+        if bool(seen[site.rows].any()):
+            taken[site.rows] = True
+    return None if bool(counted.all()) or bool((touched != 0)[~counted].any()) else counted
 
 
 def as_change(update: Tensor, region: Region | None = None) -> Change:
