@@ -10,14 +10,14 @@ from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.locate.paths import Slot, assess, choose, covering, k_best, node_scores, paths, rank_aligned, slots_of
-from retcon.training.objective import AnswerLoss, answer_rows
+from retcon.training.objective import AnswerLoss, answer_nll, answer_rows
 
 FROM_GRADIENT = ("z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight")
 
 
 def mean_loss(lm: LM, edits: list[Edit]) -> float:
     with lm.frozen_eval():
-        return sum(AnswerLoss(lm, answer_rows(lm, edits)).now()) / len(edits)
+        return answer_nll(lm, answer_rows(lm, edits)).mean().item()
 
 
 def gradients(lm: LM, edits: list[Edit], slots: list[Slot]) -> list[torch.Tensor]:

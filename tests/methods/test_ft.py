@@ -17,6 +17,7 @@ from retcon.methods.ft_l import FtL
 from retcon.methods.ft_wd import FtWd
 from retcon.methods.full_c import FullC
 from retcon.methods.lora import Lora
+from retcon.training.descent import losses_now
 from retcon.training.objective import AnswerLoss, PromptLastLoss, answer_rows
 
 FAST: dict[str, Any] = dict(layers=(1,), learning_rate=1e-2, epochs=3)
@@ -134,7 +135,7 @@ def test_what_is_known_already_is_left_alone(tiny, edits):
 
 def test_skipping_by_the_batch_keeps_learned_edits_in_the_step(tiny, edits):
     lm = tiny("gpt2")
-    now = AnswerLoss(lm, answer_rows(lm, edits)).now()
+    now = losses_now(AnswerLoss(lm, answer_rows(lm, edits))).values()
     between = (min(now) + sum(now) / len(now)) / 2  # one edit is below it, the mean is not
     by_edit, by_batch = (ft(epochs=1, stop_loss=between, skip=skip).propose(lm, edits) for skip in ("edit", "batch"))
     everything = ft(epochs=1, stop_loss=0.0).propose(lm, edits)
@@ -193,7 +194,7 @@ def test_prefixes_are_trained_too_and_go_on_record(tiny, edits):
 
     def loss(of: Any) -> float:
         with lm.edited(of), lm.frozen_eval():
-            return sum(AnswerLoss(lm, rows).now())
+            return sum(losses_now(AnswerLoss(lm, rows)).values())
 
     assert loss(delta) < loss(plain)
     assert delta.id != plain.id
@@ -214,7 +215,7 @@ def test_replay_trains_on_earlier_edits_and_is_kept_in_the_file(tiny, edits, tmp
 
     def loss(of: Any) -> float:
         with lm.edited(of), lm.frozen_eval():
-            return sum(AnswerLoss(lm, rows).now())
+            return sum(losses_now(AnswerLoss(lm, rows)).values())
 
     assert loss(second) < loss(forgetful)
     with pytest.raises(DeltaMismatch, match="holds no edits"):
@@ -236,7 +237,7 @@ def test_an_edit_may_be_left_alone_by_its_paraphrases(tiny, edit, tmp_path):
     """The model finds one paraphrase likelier than the edit's own prompt, and one less so; a threshold in between."""
     lm, path = tiny("llama"), str(tmp_path / "cases.jsonl")
     prompts = ["I read that", "You know the", "The train stood still, so", "Italy is", "Zürich", "In 1984"]
-    loss = {p: AnswerLoss(lm, [lm.encode(p, edit.target_new)]).now()[0] for p in (edit.text, *prompts)}
+    loss = {p: losses_now(AnswerLoss(lm, [lm.encode(p, edit.target_new)]))[0] for p in (edit.text, *prompts)}
     low, high = min(loss, key=loss.__getitem__), max(loss, key=loss.__getitem__)
     assert loss[low] < loss[edit.text] < loss[high]
     for paraphrase in (low, high):
@@ -247,7 +248,7 @@ def test_an_edit_may_be_left_alone_by_its_paraphrases(tiny, edit, tmp_path):
         assert bool(by_itself.changes) == (paraphrase == low)
         assert bool(by_paraphrase.changes) == (paraphrase == high)
         with lm.edited(by_paraphrase):
-            after = AnswerLoss(lm, [lm.encode(paraphrase, edit.target_new)]).now()[0]
+            after = losses_now(AnswerLoss(lm, [lm.encode(paraphrase, edit.target_new)]))[0]
         assert by_paraphrase.report[0].detail["nll"] == pytest.approx(after)  # what decides is what is reported
     query = Query("paraphrase/0", "paraphrase", "The train stood still. " * 200, edit.target_new)
     write_cases(path, [Case("c", (edit,), (query,))])

@@ -201,10 +201,10 @@ def test_known_facts_are_left_alone(tiny, edit):
 def test_what_is_reported_is_what_the_edited_model_says(tiny, edits):
     lm = tiny("gpt2")
     delta = kne(epochs=6, batch_size=2).propose(lm, edits)
-    from retcon.training.objective import AnswerLoss, answer_rows
+    from retcon.training.objective import answer_nll, answer_rows
 
     with lm.edited(delta), lm.frozen_eval():
-        now = AnswerLoss(lm, answer_rows(lm, edits)).now()
+        now = answer_nll(lm, answer_rows(lm, edits)).tolist()
     for said in ([r.search_probability for r in delta.report], [r.final_probability for r in delta.report]):
         assert_close(said, [math.exp(-x) for x in now], rtol=1e-6, atol=1e-9)
 

@@ -1,5 +1,7 @@
 """The loop: per-edit early stop, mini-batches, what happens to NaN, and Adam row by row."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -8,7 +10,7 @@ from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, NonFinite, RetconWarning
 from retcon.lm.forward import answer_log_probs
 from retcon.lm.prompts import Row
-from retcon.training.descent import Schedule, Step, accumulate, descend, shares, stepping
+from retcon.training.descent import Schedule, Step, accumulate, descend, losses_now, shares, stepping
 from retcon.training.nodes import Nodes, RowAdam, RowState
 from retcon.training.objective import AnswerLoss, answer_nll, answer_rows, own_answers
 from retcon.training.parts import TrainedRows, attached, changes, fresh
@@ -34,15 +36,11 @@ class Toy:
     def chunks(self, items):
         return [list(items)]
 
-    def now(self):
-        with torch.no_grad():
-            return self.losses(range(len(self.rows))).tolist()
-
 
 def run(values, targets, *, lr=0.1, **schedule):
     toy, schedule = Toy(values, targets), Schedule(**schedule)
     step = stepping(toy, torch.optim.SGD([values], lr=lr), schedule, "per_edit")
-    return descend(EDITS[: len(targets)], step, toy.now, lambda: [values], schedule)
+    return descend(EDITS[: len(targets)], step, partial(losses_now, toy), lambda: [values], schedule)
 
 
 def test_an_edit_below_its_threshold_leaves_the_gradient():
@@ -91,7 +89,9 @@ def test_one_batch_that_is_left_out_is_the_end(batch_size, epochs):
     done: list[int] = []
     schedule = Schedule(epochs=6, stop_loss=0.2, skip="batch", batch_size=batch_size)
     left_out = Step({0: 0.01, 1: 0.25})
-    descend(EDITS[:2], lambda _: left_out, lambda: [0.01, 0.25], list, schedule, progress=lambda n, _: done.append(n))
+    descend(
+        EDITS[:2], lambda _: left_out, lambda: left_out.losses, list, schedule, progress=lambda n, _: done.append(n)
+    )
     assert done[-1] == epochs
 
 
@@ -111,7 +111,7 @@ def test_mini_batches_cover_every_edit_once_an_epoch(size):
         seen.extend(items)
         return Step(dict.fromkeys(items, 1.0), items)
 
-    descend(EDITS, prepare, lambda: [1.0] * 6, list, Schedule(epochs=2, batch_size=size), seed=3)
+    descend(EDITS, prepare, lambda: dict.fromkeys(range(6), 1.0), list, Schedule(epochs=2, batch_size=size), seed=3)
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
     if size < 6:
         assert seen[:6] != seen[6:]  # drawn anew
@@ -144,7 +144,7 @@ def test_a_loss_that_overflows_gives_back_the_last_finite_values():
         return Step({0: next(losses)}, items, lambda: values.data.add_(1))
 
     with pytest.warns(RetconWarning, match=r"edit '0' \('S0'\): the loss became inf"):
-        ended = descend(EDITS[:1], prepare, lambda: [values.item()], lambda: [values], Schedule())
+        ended = descend(EDITS[:1], prepare, lambda: {0: values.item()}, lambda: [values], Schedule())
     assert ended.stopped == ("non_finite",)
     assert values.item() == 1.0  # where the last finite loss, 2.0, was seen
     assert ended.loss == (1.0,)
@@ -174,7 +174,7 @@ def test_values_that_grow_between_epochs_are_given_back_too():
         descend(
             EDITS[:1],
             lambda items: Step({0: next(losses)}, items, move),
-            lambda: [2.0],
+            lambda: {0: 2.0},
             lambda: values,
             Schedule(),
             before_epoch=grow,
@@ -187,7 +187,7 @@ def test_a_model_without_finite_probabilities_is_refused():
     with pytest.raises(NonFinite, match=r"edit '0' \('S0'\).*before any step"):
         descend(EDITS[:1], lambda items: Step({0: float("nan")}), list, list, Schedule())
     with pytest.raises(NonFinite, match=r"edit '0' \('S0'\).*before any step"):
-        descend(EDITS[:1], lambda items: Step({0: 1.0}), lambda: [float("nan")], list, Schedule(epochs=0))
+        descend(EDITS[:1], lambda items: Step({0: 1.0}), lambda: {0: float("nan")}, list, Schedule(epochs=0))
 
 
 @pytest.mark.parametrize("bad", [dict(epochs=-1), dict(stop_loss=-0.1), dict(batch_size=0)])
@@ -218,7 +218,7 @@ def test_own_answers_are_the_most_likely_tokens(tiny, edits):
     assert [len(s) for s in said] == [len(r.target_ids) for r in rows]
     flat = answer_log_probs(lm, rows).argmax(-1).tolist()
     assert [t for s in said for t in s] == flat
-    assert sum(AnswerLoss(lm, rows, said).now()) < sum(AnswerLoss(lm, rows).now())
+    assert answer_nll(lm, rows, said).sum() < answer_nll(lm, rows).sum()
 
 
 def test_an_edit_without_a_true_answer_is_named(tiny, edits):
@@ -289,6 +289,6 @@ def test_a_box_around_the_start_is_one_projection_after_each_step(tiny, edits):
 
     with lm.frozen_eval(), attached([one]):
         step = stepping(loss, torch.optim.Adam([one.values], lr=5e-4), schedule, "per_edit")
-        descend(edits, step, loss.now, lambda: [one.values], schedule, after_step=project)
+        descend(edits, step, partial(losses_now, loss), lambda: [one.values], schedule, after_step=project)
     largest = changes([one])[site.name][0].values().abs().max()
     assert_close(largest, torch.tensor(1e-3))

@@ -35,7 +35,7 @@ from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import ModelShape, Progress, State, check_depth, lower_layers
 from retcon.methods.common.settings import Count, CountFromZero, Layers, NotNegative, Share
 from retcon.methods.common.tuning import TuningSettings, tuning
-from retcon.training.descent import Step, accumulate, shares
+from retcon.training.descent import Step, accumulate, losses_now, shares
 from retcon.training.nodes import NodeAdam
 from retcon.training.objective import AnswerLoss, answer_rows, own_answers, trained_rows
 from retcon.training.parts import Part, attached
@@ -197,10 +197,10 @@ class PathTrainer:
         self.adam_positive.weigh(weights)
         self.adam_negative.weigh(weights)
 
-    def losses_now(self) -> list[float]:
+    def losses_now(self) -> dict[int, float]:
         """L(y*) of every edit."""
         with attached(self.paths.parts()):
-            return self.target.now()
+            return losses_now(self.target)
 
     def prepare(self, items: list[int]) -> Step:
         """Compute L(y*) and its gradient; the step is one on T+ towards y*, then (`neg_step`) one on T- towards y."""

@@ -6,7 +6,7 @@ to be taken on it. `accumulate` is the gradient of a mini-batch, computed in pie
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -125,6 +125,13 @@ def accumulate(
     return found
 
 
+@torch.no_grad()
+def losses_now(loss: EditLoss, items: Sequence[int] | None = None) -> dict[int, float]:
+    """Return the losses of these edits, None: of all, as they are now."""
+    chunks = loss.chunks(range(len(loss.rows)) if items is None else items)
+    return {i: x for chunk in chunks for i, x in zip(chunk, loss(chunk).tolist(), strict=True)}
+
+
 def stepping(
     loss: EditLoss,
     optimizer: torch.optim.Optimizer,
@@ -140,19 +147,17 @@ def stepping(
 
     def prepare(items: list[int]) -> Step:
         share = dict(zip(items, shares(loss.rows, items, reduction).tolist(), strict=True))
-        threshold, chunks = schedule.stop_loss, loss.chunks(items)
+        threshold = schedule.stop_loss
         if schedule.skip == "batch":  # its mean must be known before anything is left out
-            with torch.no_grad():
-                before = {i: x for chunk in chunks for i, x in zip(chunk, loss(chunk).tolist(), strict=True)}
+            before = losses_now(loss, items)
             if sum(share[i] * x for i, x in before.items()) < threshold:
                 return Step(before)
             threshold = 0.0
-        judged: dict[int, float] = {}
-        if stop is not None:
-            with torch.no_grad():
-                judged = {i: x for c in stop.chunks(items) for i, x in zip(c, stop(c).tolist(), strict=True)}
+        judged = {} if stop is None else losses_now(stop, items)
         optimizer.zero_grad()
-        now = accumulate(loss, chunks, lambda i, value: share[i] if judged.get(i, value) >= threshold else 0.0)
+        now = accumulate(
+            loss, loss.chunks(items), lambda i, value: share[i] if judged.get(i, value) >= threshold else 0.0
+        )
         if not all(map(math.isfinite, now.values())):
             return Step(now)
         held = {**now, **judged}
@@ -164,7 +169,7 @@ def stepping(
 def descend(
     edits: Sequence[Edit],
     prepare: Callable[[list[int]], Step],
-    evaluate: Callable[[], Sequence[float]],
+    evaluate: Callable[[], Mapping[int, float]],
     values: Callable[[], Sequence[Tensor]],
     schedule: Schedule,
     *,
@@ -214,15 +219,19 @@ def descend(
                 steps[i] += 1
         progress(epoch + 1, schedule.epochs)
         if all(loss < schedule.stop_loss for loss in losses.values()):  # then no step was taken in this epoch
-            return Descent(tuple(losses[i] for i in range(n)), tuple(steps), ("reached",) * n)
+            return Descent(_in_order(losses), tuple(steps), ("reached",) * n)
         if size == n and not step.active:  # the batch was left out, and nothing of it will change
             break
     final = evaluate()
-    bad = next((i for i, loss in enumerate(final) if not math.isfinite(loss)), None)
+    bad = next((i for i, loss in final.items() if not math.isfinite(loss)), None)
     if bad is not None:
         return _give_up(edits, bad, final[bad], values(), kept, evaluate, steps)
-    why = tuple("reached" if loss < schedule.stop_loss else "steps" for loss in final)
-    return Descent(tuple(final), tuple(steps), why)
+    loss = _in_order(final)
+    return Descent(loss, tuple(steps), tuple("reached" if x < schedule.stop_loss else "steps" for x in loss))
+
+
+def _in_order(losses: Mapping[int, float]) -> tuple[float, ...]:
+    return tuple(losses[i] for i in range(len(losses)))
 
 
 def _give_up(
@@ -231,7 +240,7 @@ def _give_up(
     loss: float,
     values: Sequence[Tensor],
     kept: Sequence[Tensor],
-    evaluate: Callable[[], Sequence[float]],
+    evaluate: Callable[[], Mapping[int, float]],
     steps: Sequence[int],
 ) -> Descent:
     """Back to the last values that gave finite losses."""
@@ -245,7 +254,7 @@ def _give_up(
         stacklevel=3,
     )
     restore(values, kept)
-    return Descent(tuple(evaluate()), tuple(steps), ("non_finite",) * len(edits))
+    return Descent(_in_order(evaluate()), tuple(steps), ("non_finite",) * len(edits))
 
 
 @torch.no_grad()

@@ -93,13 +93,6 @@ class AnswerLoss:
         """`items` in groups that fit in memory."""
         return token_chunks(self.rows, items)
 
-    @torch.no_grad()
-    def now(self) -> list[float]:
-        """Return every row's loss."""
-        chunks = self.chunks(range(len(self.rows)))
-        found = {i: loss for chunk in chunks for i, loss in zip(chunk, self(chunk).tolist(), strict=True)}
-        return [found[i] for i in range(len(self.rows))]
-
 
 @dataclass(frozen=True)
 class PromptLastLoss:

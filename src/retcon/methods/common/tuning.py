@@ -27,7 +27,7 @@ from retcon.memory.capacity import free_bytes
 from retcon.methods.common.contract import Method, Progress, check_depth, check_settings, recorded, silent
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.settings import Count, CountFromZero, NotNegative
-from retcon.training.descent import Descent, EditLoss, Reduction, Schedule, Step, descend, stepping
+from retcon.training.descent import Descent, EditLoss, Reduction, Schedule, Step, descend, losses_now, stepping
 from retcon.training.objective import AnswerLoss, trained_rows
 from retcon.training.parts import Part, attached, changes
 
@@ -102,14 +102,14 @@ class Tuning:
         loss = loss or AnswerLoss(self.lm, trained_rows(self.lm, edits))
         optimizer = optimizer or torch.optim.Adam(values, lr=self.method.learning_rate)
         prepare = stepping(loss, optimizer, self.method.schedule(len(edits)), self.method.reduction, stop)
-        evaluate = partial(losses_now, stop or loss, len(edits))
+        evaluate = partial(losses_now, stop or loss)
         with attached([*parts, *beside]):
             return self.descend(prepare, evaluate, lambda: values, edits=edits, stage=stage, **hooks)
 
     def descend(
         self,
         prepare: Callable[[list[int]], Step],
-        evaluate: Callable[[], Sequence[float]],
+        evaluate: Callable[[], Mapping[int, float]],
         values: Callable[[], Sequence[Tensor]],
         *,
         edits: Sequence[Edit] | None = None,
@@ -229,13 +229,6 @@ def sites_of_kinds(
             where = "" if len(layers) == lm.n_layers else " in these layers"
             raise InvalidSetting(f"{name}: {lm.name!r} ({lm.model.config.model_type}) has no {kind}{where}")
     return found
-
-
-@torch.no_grad()
-def losses_now(loss: EditLoss, n: int) -> list[float]:
-    """Return every edit's loss as it is now."""
-    found = {i: x for chunk in loss.chunks(range(n)) for i, x in zip(chunk, loss(chunk).tolist(), strict=True)}
-    return [found[i] for i in range(n)]
 
 
 def memory_note(n_values: int, bytes_per_value: int = Method.bytes_per_value) -> str:
