@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,20 @@ class Square:
 class Fails:
     def __call__(self, lm: LM, piece: int, progress: Progress) -> int:
         raise NonFinite(f"piece {piece} is not a number")
+
+
+class LeavesAMark:
+    """Slow work that marks each piece it begins, and fails at one."""
+
+    def __init__(self, folder: Path, fails_at: int | None = None) -> None:
+        self.folder, self.fails_at = folder, fails_at
+
+    def __call__(self, lm: LM, piece: int, progress: Progress) -> int:
+        (self.folder / str(piece)).touch()
+        if piece == self.fails_at:
+            raise NonFinite(f"piece {piece} is not a number")
+        time.sleep(0.1)
+        return piece
 
 
 def test_here_is_one_after_the_other(lm: LM) -> None:
@@ -167,6 +182,21 @@ def test_a_killed_process_s_piece_is_done_again(two: Processes, lm: LM, tmp_path
 def test_an_error_of_the_work_arrives_as_it_is(two: Processes, lm: LM) -> None:
     with pytest.raises(NonFinite, match="piece 7 is not a number"):
         list(two.map(lm, Fails(), [7], lambda n: None))
+
+
+def test_no_piece_is_begun_after_an_error(two: Processes, lm: LM, tmp_path: Path) -> None:
+    with pytest.raises(NonFinite, match="piece 0 is not a number"):
+        list(two.map(lm, LeavesAMark(tmp_path, fails_at=0), range(40), lambda n: None))
+    assert list(two.map(lm, Square(), [3], lambda n: None)) == [(0, 9)]
+    assert len(list(tmp_path.iterdir())) < 10  # those that had reached a process
+
+
+def test_no_piece_is_begun_once_nobody_reads_the_results(two: Processes, lm: LM, tmp_path: Path) -> None:
+    results = two.map(lm, LeavesAMark(tmp_path), range(40), lambda n: None)
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    assert list(two.map(lm, Square(), [3], lambda n: None)) == [(0, 9)]
+    assert len(list(tmp_path.iterdir())) < 10
 
 
 @pytest.mark.long

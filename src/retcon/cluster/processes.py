@@ -72,6 +72,9 @@ class Processes:
                         f"worker processes were lost {losses} times before a piece was done (killed, or out of memory?)"
                         "; use fewer of them (--on processes:N), or --on local"
                     ) from None
+            finally:
+                for future in asked:
+                    future.cancel()
 
     def _pool(self, lm: LM) -> ProcessPoolExecutor:
         if lm not in self._sources:
