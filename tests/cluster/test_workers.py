@@ -199,6 +199,31 @@ def test_no_piece_is_begun_once_nobody_reads_the_results(two: Processes, lm: LM,
     assert len(list(tmp_path.iterdir())) < 10
 
 
+ZEROS = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (Source("demo:gptj", {}, ZEROS, 1, {"retcon": "0.0"}), InvalidSetting, "a worker has other versions than"),
+        (Source("demo:gptj", {}, ZEROS, 1), WrongBase, "a worker has loaded another 'demo:gptj' than"),
+    ],
+    ids=["versions", "checkpoint"],
+)
+def test_a_worker_that_cannot_start_says_why(
+    lm: LM, monkeypatch: pytest.MonkeyPatch, source: Source, error: type[Exception], message: str
+) -> None:
+    monkeypatch.setattr("retcon.cluster.processes.Source.of", lambda lm, folder: source)
+    with workers("processes:1") as one:
+        assert isinstance(one, Processes)
+        with pytest.raises(error, match=message):
+            list(one.map(lm, Square(), range(8), lambda n: None))
+        pool = one._pools[lm]  # not a broken one, nor started again
+        with pytest.raises(error, match=message):
+            list(one.map(lm, Square(), [1], lambda n: None))
+        assert one._pools[lm] is pool
+
+
 @pytest.mark.long
 def test_processes_that_always_die_are_given_up(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retcon.cluster.processes.MAX_LOSSES", 0)

@@ -49,6 +49,7 @@ class Processes:
 
         Raises:
             WorkersLost: processes die as often as they are started.
+            RetconError: a process cannot load the model; the error is its own.
         """
         assert self._folder is not None, "Processes is a scope; use it in a `with`"
         deltas = to_files(lm.showing, Path(self._folder.name))
@@ -87,13 +88,19 @@ class Processes:
         return self._pools[lm]
 
 
-_WORKER: list[Worker] = []
-"""The worker that this process is, where it is one."""
+_WORKER: list[Worker | Exception] = []
+"""The worker that this process is, where it is one, or why it is none."""
 
 
 def _start(source: Source) -> None:
-    _WORKER.append(Worker(source))
+    try:
+        _WORKER.append(Worker(source))
+    except Exception as error:  # raised here, it would break the pool, which does not pass it on
+        _WORKER.append(error)
 
 
 def _work(work: Any, piece: Any, deltas: Sequence[tuple[str, Path]]) -> Any:
-    return _WORKER[0].run(work, piece, deltas)
+    worker = _WORKER[0]
+    if isinstance(worker, Exception):
+        raise worker
+    return worker.run(work, piece, deltas)
