@@ -74,7 +74,7 @@ class WeightsChanged(RetconError):
 
 
 class ModelBusy(RetconError):
-    """Another thread is changing the model, or is inside a scope of it."""
+    """Another thread is changing the model or is inside a scope of it, or an active scope is entered once more."""
 
 
 class UnknownEntry(RetconError):

@@ -111,6 +111,86 @@ def test_scopes_nest_and_restore_on_exceptions(tiny: Make) -> None:
     assert is_restored(lm, before)
 
 
+def test_scopes_nest_in_the_order_in_which_they_are_entered(tiny: Make) -> None:
+    lm = tiny("gptj", torch.bfloat16)
+    before = weights(lm)
+    a, b = make_delta(lm, down(0), 1), make_delta(lm, down(1), 2)
+    first, second = lm.edited(a), lm.edited(b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetconWarning)  # their parents are others
+        with second:
+            with first:
+                assert lm.applied == (b, a)
+            assert lm.applied == (b,)
+            assert torch.equal(lm.parameter(down(1)), by_hand(before[down(1)], down(1), [b]))
+        assert is_restored(lm, before)
+        frozen, shown = lm.frozen_eval(), lm.without_deltas()
+        lm.model.train()
+        with shown, frozen:
+            with lm.scope():
+                pass
+            assert not lm.model.training
+        assert lm.model.training
+        with first:  # a scope that has ended can be entered again
+            assert lm.applied == (a,)
+    assert is_restored(lm, before)
+
+
+def test_a_scope_belongs_to_the_thread_that_enters_it(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scopes, "BUSY_SECONDS", 0.05)
+    lm = tiny("gptj")
+    delta = make_delta(lm, down(0), 1)
+    made, heard = lm.edited(delta), []
+
+    def work() -> None:
+        with made:
+            heard.append(lm.applied)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert heard == [(delta,)]
+    assert lm.applied == ()
+
+
+@pytest.mark.parametrize("kind", ["edited", "scope", "without_deltas", "frozen_eval"])
+def test_a_scope_that_is_active_is_not_entered_again(kind: str, tiny: Make) -> None:
+    lm = tiny("gptj")
+    before = weights(lm)
+    scope = lm.edited(make_delta(lm, down(0), 1)) if kind == "edited" else getattr(lm, kind)()
+    with scope:
+        inside = lm.applied
+        with pytest.raises(ModelBusy, match=rf"this scope of LM\(.*\) is active.*lm\.{kind}\(\.\.\.\)"), scope:
+            pass
+        assert lm.applied == inside
+    with scope:
+        assert lm.applied == inside
+    assert is_restored(lm, before)
+
+
+def test_a_scope_that_another_thread_keeps_from_beginning_leaves_nothing(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scopes, "BUSY_SECONDS", 0.05)
+    lm = tiny("gptj")
+    delta, other = make_delta(lm, down(0), 1), make_delta(lm, down(1), 2)
+    waiting, heard = lm.edited(other), []
+
+    def work() -> None:
+        with pytest.raises(ModelBusy, match="another thread"), waiting:
+            heard.append("inside")
+
+    with lm.edited(delta):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert lm.applied == (delta,)
+    with waiting:
+        assert lm.applied == (other,)
+    assert heard == []
+    assert lm.applied == ()
+
+
 def test_a_delta_applied_inside_a_scope_outlives_it(tiny: Make) -> None:
     lm = tiny("gptj", torch.bfloat16)
     before = weights(lm)

@@ -4,12 +4,13 @@ A scope ends when its `with` block does, or, where an interrupt kept its `__exit
 is gone: everything it stands for hangs on a weak reference to it. The next call of the LM then puts things back.
 """
 
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -25,12 +26,14 @@ BUSY_SECONDS = 30.0
 
 
 class Turn:
-    """One thread's turn with a model, for as long as this object lives or until it is given up."""
+    """The turn of the thread that enters it, for as long as this object lives or until it is given up."""
 
     def __init__(self, of: "Turns") -> None:
-        self.of, self.thread = of, threading.get_ident()
+        self.of = of
+        self.thread: int | None = None
 
     def __enter__(self) -> "Turn":
+        self.thread = threading.get_ident()
         self.of.take(self)
         return self
 
@@ -86,21 +89,42 @@ class Turns:
         return None
 
 
+_NOT_BEGUN = sys.maxsize
+"""Serial number of a scope that nobody is inside."""
+
+
 class Scope:
-    """A stretch of code during which the model is otherwise than before, and this thread's turn.
+    """A stretch of code during which the model is otherwise than before, and the turn of the thread that enters it.
 
     Scopes of one LM end in the reverse order of their beginning: one that ends takes those with it that began inside it
-    and were kept by an interrupt from ending themselves.
+    and were kept by an interrupt from ending themselves. A scope begins when it is entered, and can be entered again
+    once it has ended.
     """
 
+    made_by: ClassVar[str] = "scope"
+    """The method of `LM` that returns it."""
+
     def __init__(self, lm: "LM") -> None:
-        self._lm, self._turn = lm, Turn(lm.turns)
-        self.serial = next(lm.serials)
+        self._lm = lm
+        self._turn: Turn | None = None
+        self.serial = _NOT_BEGUN
         """Scopes that began later have larger ones."""
 
     def __enter__(self) -> "LM":
-        self._turn.__enter__()
+        """Begin the scope.
+
+        Raises:
+            ModelBusy: it is active already, or another thread has the model.
+        """
+        if self._turn is not None:
+            raise ModelBusy(
+                f"this scope of {self._lm.turns.what} is active, and a scope can be entered again only once it has "
+                f"ended; make another one: lm.{self.made_by}(...)"
+            )
+        self._turn = Turn(self._lm.turns)
         try:
+            self._turn.__enter__()
+            self.serial = next(self._lm.serials)
             self.begin()
         except BaseException:
             self.__exit__(BaseException)
@@ -109,9 +133,12 @@ class Scope:
 
     def __exit__(self, failed: object = None, *_: object) -> None:
         try:
-            self._lm.leave(self.serial)
+            if self.serial != _NOT_BEGUN:
+                self._lm.leave(self.serial)
         finally:
-            self._turn.__exit__(failed)
+            turn, self._turn, self.serial = self._turn, None, _NOT_BEGUN
+            if turn is not None:
+                turn.__exit__(failed)
 
     def begin(self) -> None:
         """Make the model as this scope wants it; a plain scope ends the others inside it, and nothing more."""
@@ -119,6 +146,8 @@ class Scope:
 
 class Edited(Scope):
     """The model with deltas while the scope lasts."""
+
+    made_by = "edited"
 
     def __init__(self, lm: "LM", deltas: "tuple[Attachment, ...]", other_base: bool) -> None:
         super().__init__(lm)
@@ -132,12 +161,16 @@ class Edited(Scope):
 class WithoutDeltas(Scope):
     """The base's own weights while the scope lasts."""
 
+    made_by = "without_deltas"
+
     def begin(self) -> None:
         self._lm.hide(weakref.ref(self))
 
 
 class FrozenEval(Scope):
     """Eval mode and frozen parameters while the scope lasts; the outermost one remembers how the model was."""
+
+    made_by = "frozen_eval"
 
     def begin(self) -> None:
         self._lm.lend(weakref.ref(self))
