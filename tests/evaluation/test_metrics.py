@@ -1,6 +1,8 @@
 """Metrics as pure functions of scores and texts."""
 
 import math
+import re
+import string
 
 import pytest
 
@@ -140,6 +142,48 @@ def test_answers_of_nothing_but_articles_and_signs_keep_them() -> None:
 def test_exact_prefix_and_contains(text: str, em: bool, prefix: bool, contains: bool) -> None:
     answers = [["paris"]]
     assert (gen_em(text, answers), gen_prefix(text, answers), gen_contains(text, answers)) == (em, prefix, contains)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "em", "prefix", "contains"),
+    [
+        ("罗马。", "罗马", True, True, True),
+        ("他住在罗马市", "罗马", False, False, True),
+        ("罗马是首都", "罗马", False, True, True),
+        ("他写《红楼梦》。", "红楼梦", False, False, True),
+        ("อยู่ในโรม", "โรม", False, False, True),
+        ("他住在Rome市", "Rome", False, False, True),
+        ("他住在Romeo市", "Rome", False, False, False),
+        ("\u201cRome\u201d", "Rome", True, True, True),
+        ("«Rome», bien sûr", "Rome", False, True, True),
+        ("¿Roma?", "Roma", True, True, True),
+        ("Rome\u2014the capital", "Rome", False, True, True),
+        ("Palme d\u2019Or", "Palme d'Or", True, True, True),
+        ("Łódźer", "Łódź", False, False, False),
+        ("5 °C", "5 C", False, False, False),  # a sign that means something
+    ],
+)
+def test_punctuation_and_boundaries_outside_ascii(
+    text: str, answer: str, em: bool, prefix: bool, contains: bool
+) -> None:
+    answers = [[answer]]
+    assert (gen_em(text, answers), gen_prefix(text, answers), gen_contains(text, answers)) == (em, prefix, contains)
+
+
+def test_ascii_is_judged_by_its_own_punctuation_and_by_spaces() -> None:
+    texts = ["".join(map(chr, range(32, 127))), "Rome -- the U.S.", "$5 + `x`", "a_b", "Rome, Rome", "Romeo", "a ^ the"]
+    for text in texts:
+        bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+        wanted = " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or text.lower()
+        assert normalise(text) == wanted
+        for alias in ("rome", "x", "5", "ab", "us"):
+            assert gen_contains(text, [[alias]]) == (f" {alias} " in f" {wanted} ")
+
+
+def test_a_rival_that_is_part_of_the_answer_counts_only_elsewhere() -> None:
+    query = Query("rewrite/0", "rewrite", "他住在", "罗马市", "罗马", (("罗马市",),))
+    for text, right in (("罗马市的中心", 1), ("罗马市在罗马", 0), ("罗马", 0)):
+        assert {m.variant: m.value for m in matches(query, text)}["gen.prefix"] == right
 
 
 def test_each_variant_implies_the_weaker() -> None:

@@ -4,6 +4,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Literal
 
 from retcon.edits import Query, is_spaceless
@@ -17,13 +18,19 @@ Judge = Callable[[str, str, str], bool]
 
 
 def normalise(text: str) -> str:
-    """For comparing only: NFC, lower case, no ASCII punctuation, no articles (a, an, the), single spaces.
+    """For comparing only: NFC, lower case, no punctuation, no articles (a, an, the), single spaces.
 
-    Text that is nothing but articles and punctuation keeps them ("The The", "+").
+    Punctuation is of every script, and the signs of ASCII; other signs, such as the degree's, mean something. An em
+    dash is between words. Text that is nothing but articles and punctuation keeps them ("The The", "+").
     """
     lowered = " ".join(unicodedata.normalize("NFC", text).lower().split())
-    bare = lowered.translate(str.maketrans("", "", string.punctuation))
+    bare = "".join(c for c in lowered.replace("\u2014", " ") if not _is_punctuation(c))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or lowered
+
+
+@cache
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
 def gen_em(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> bool:
@@ -37,15 +44,33 @@ def gen_prefix(text: str, answers: Answers, mode: Literal["any", "all"] = "any")
 
 
 def _starts_with(written: str, alias: str) -> bool:
-    if not alias or not written.startswith(alias):
-        return False
-    after = written[len(alias) : len(alias) + 1]
-    return not after.strip() or is_spaceless(after) or is_spaceless(alias[-1])
+    return written.startswith(alias) and _is_boundary(alias[-1], written[len(alias) : len(alias) + 1])
 
 
 def gen_contains(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> bool:
-    """Return whether an answer occurs in the text as whole words. Rambling text that quotes many answers passes."""
-    return _matches(text, answers, mode, lambda written, alias: f" {alias} " in f" {written} ")
+    """Return whether an answer occurs in the text as whole words (anywhere, in scripts that write no spaces).
+
+    Rambling text that quotes many answers passes.
+    """
+    return _matches(text, answers, mode, lambda written, alias: bool(_places(written, alias)))
+
+
+def _places(written: str, alias: str) -> list[int]:
+    """Return where an answer begins and ends at word boundaries; places do not overlap."""
+    found = []
+    at = written.find(alias)
+    while at >= 0:
+        end = at + len(alias)
+        whole = _is_boundary(written[max(at - 1, 0) : at], alias[0]) and _is_boundary(alias[-1], written[end : end + 1])
+        if whole:
+            found.append(at)
+        at = written.find(alias, end if whole else at + 1)
+    return found
+
+
+def _is_boundary(left: str, right: str) -> bool:
+    """Return whether words end between two characters; "" is where the text ends."""
+    return not left.strip() or not right.strip() or is_spaceless(left) or is_spaceless(right)
 
 
 def matches(query: Query, text: str, judge: Judge | None = None) -> list[Measured]:
@@ -69,10 +94,13 @@ def _names_rival(query: Query, text: str) -> bool:
     """Return whether the text contains the rival answer, other than as a part of an answer that counts as right."""
     if not query.contrast:
         return False
-    own = [f" {normalise(alias)} " for aliases in accepted(query) for alias in aliases]
+    own = [normalise(alias) for aliases in accepted(query) for alias in aliases]
     rest = f" {normalise(text)} "
-    for alias in sorted(own, key=len, reverse=True):
-        rest = rest.replace(alias, " | ")
+    for alias in sorted(filter(None, own), key=len, reverse=True):
+        rest = rest.replace(f" {alias} ", " | ")
+        if any(map(is_spaceless, rest)):
+            for at in reversed(_places(rest, alias)):
+                rest = f"{rest[:at]} | {rest[at + len(alias) :]}"
     return gen_contains(rest, ((query.contrast,),))
 
 
