@@ -1,8 +1,10 @@
 """Workers on Ray: the same delta to the bit, whatever their number, and whichever of them are killed."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,99 @@ def lm() -> LM:
 @pytest.fixture(scope="module")
 def edits() -> list[Edit]:
     return [case.edits[0] for case in world.cases(6)]
+
+
+class RayActorError(Exception):
+    pass
+
+
+class ActorUnavailableError(RayActorError):
+    pass
+
+
+class StubRay(ModuleType):
+    """Ray in this process: what is asked for is done at once. The actor at each place fails to start as often as
+    `failures` says."""
+
+    def __init__(self, failures: Sequence[int], error: Exception) -> None:
+        super().__init__("ray")
+        self.failures, self.error, self.made, self.starts = list(failures), error, 0, 0
+        self.killed: list[Any] = []
+        self.exceptions = SimpleNamespace(
+            RayTaskError=type("RayTaskError", (Exception,), {}),
+            RayActorError=RayActorError,
+            ActorUnavailableError=ActorUnavailableError,
+        )
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 1000, "memory": 2.0**50}}]
+
+    def put(self, thing: Any) -> Any:
+        return thing
+
+    def wait(self, calls: list[Any]) -> tuple[list[Any], list[Any]]:
+        return calls[:1], calls[1:]
+
+    def get(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+    def kill(self, actor: Any) -> None:
+        self.killed.append(actor)
+
+    def remote(self, _: type) -> Any:
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._actor))
+
+    def _actor(self, _: Any) -> Any:
+        place, self.made = self.made, self.made + 1
+
+        def ready() -> None:
+            self.starts += 1
+            assert self.starts < 100, "started for ever"
+            if self.failures[place] > 0:
+                self.failures[place] -= 1
+                raise self.error
+
+        class StubActor:
+            ready: Any
+            run: Any
+
+        actor = StubActor()
+        actor.ready = SimpleNamespace(remote=lambda: lambda: ready())
+        actor.run = SimpleNamespace(remote=lambda work, piece, deltas: lambda: piece**2)
+        return actor
+
+
+def squares(lm: LM, ray: StubRay, n: int, monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with RayCluster(n=n) as stub:
+        return dict(stub.map(lm, Square(), [0, 1, 2, 3], lambda n: None))
+
+
+DIED = RayActorError("The actor died in its creation task\nModuleNotFoundError: No module named 'retcon'")
+
+
+def test_actors_that_cannot_be_created_are_given_up(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = StubRay([99, 99], DIED)
+    with pytest.raises(
+        WorkersLost, match=r"no worker can be started(.|\n)*ModuleNotFoundError: No module named 'retcon'"
+    ):
+        squares(lm, ray, 2, monkeypatch)
+    assert ray.starts == 2 * 6
+    assert len(ray.killed) == 2
+
+
+def test_the_others_go_on_without_an_actor_that_cannot_be_created(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = StubRay([99, 2], DIED)
+    assert squares(lm, ray, 2, monkeypatch) == {0: 0, 1: 1, 2: 4, 3: 9}
+
+
+def test_an_actor_that_is_being_started_again_is_waited_for(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = StubRay([20], ActorUnavailableError("The actor is restarting"))
+    assert squares(lm, ray, 1, monkeypatch) == {0: 0, 1: 1, 2: 4, 3: 9}
+    assert ray.starts == 21
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from retcon.lm.model import LM
 from retcon.work import Piece, Progress, Result, Work
 
 MAX_LOSSES = 5
-"""Times that a piece may lose its worker."""
+"""Times that a piece may lose its worker, and that an actor may fail to start."""
 
 
 class Actor:
@@ -85,11 +85,12 @@ class RayCluster:
         """Do as `Workers.map`.
 
         Raises:
-            WorkersLost: a piece loses its worker again and again.
+            WorkersLost: a piece loses its worker again and again, or no actor can be started.
         """
         errors = self.ray.exceptions
         shared = self.ray.put(work), self.ray.put(to_bytes(lm.showing))
         waiting, losses = list(range(len(pieces)))[::-1], [0] * len(pieces)
+        failed_starts: dict[Any, int] = {}
         idle: list[Any] = []
         busy: dict[Any, tuple[int | None, Any]] = {}
         """Call under way: the piece's place (None: the actor is being started) and the actor."""
@@ -111,9 +112,15 @@ class RayCluster:
             except errors.RayTaskError as error:
                 raise (error.cause or error) from None
             except errors.RayActorError as error:
-                start(actor)
                 if done_place is None:
+                    if not isinstance(error, errors.ActorUnavailableError):  # else it is being started again
+                        failed_starts[actor] = failed_starts.get(actor, 0) + 1
+                    if failed_starts.get(actor, 0) > MAX_LOSSES:
+                        self._drop(lm, actor, error)
+                    else:
+                        start(actor)
                     continue
+                start(actor)
                 waiting.append(done_place)
                 losses[done_place] += 1
                 if losses[done_place] > MAX_LOSSES:
@@ -123,6 +130,7 @@ class RayCluster:
                     ) from None
                 continue
             idle.append(actor)
+            failed_starts.pop(actor, None)
             if done_place is not None:
                 left -= 1
                 yield done_place, result
@@ -164,6 +172,21 @@ class RayCluster:
             )
             self._actors[lm] = [actor.remote(source) for _ in range(min(self.n or room, room))]
         return self._actors[lm]
+
+    def _drop(self, lm: LM, actor: Any, error: Exception) -> None:
+        """Do without an actor that cannot be started.
+
+        Raises:
+            WorkersLost: it was the last one.
+        """
+        self.ray.kill(actor)
+        self._actors[lm].remove(actor)
+        if not self._actors[lm]:
+            del self._actors[lm]
+            raise WorkersLost(
+                "no worker can be started on the Ray cluster (is retcon installed on its machines?); mend what Ray "
+                f"says, or work with --on local. Ray says: {str(error).strip()}"
+            ) from None
 
     def _source(self, lm: LM) -> Source:
         root = self.folder
