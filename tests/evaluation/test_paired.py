@@ -52,3 +52,26 @@ def test_only_common_cases_and_metrics_count() -> None:
     found = differences(one, two)
     assert [(d.metric, d.value, d.n) for d in found] == [("ES", 0, 2), ("GS", 0, 2)]
     assert differences(one, []) == []
+
+
+def test_every_metric_is_paired_by_itself() -> None:
+    """A case that one method has no LS of counts for ES and GS, and neither for LS nor for the Score."""
+    one, two = records([1, 1, 0], [1, 1, 1], [1, 0, 1]), records([1, 0, 0], [1, 1, 0], [0, 0, 1])
+    failed = [r._replace(value=None, status="error") if (r.case_id, r.metric) == ("a", "LS") else r for r in one]
+    found = {d.metric: (d.value, d.n) for d in differences(failed, two)}
+    assert found == {
+        "ES": (pytest.approx(1 / 3), 3),
+        "GS": (pytest.approx(1 / 3), 3),
+        "LS": (0, 2),
+        "Score": (pytest.approx(3 / (2 + 1 + 2) - 0), 2),
+    }
+    lost = [r._replace(value=None, status="error") if (r.case_id, r.metric) == ("a", "ES") else r for r in one]
+    assert {d.metric: d.n for d in differences(lost, two)} == {"ES": 2, "GS": 3, "LS": 3, "Score": 2}
+
+
+def test_a_case_that_lacks_a_metric_by_nature_counts_for_the_others() -> None:
+    one, two = records([1, 1, 1], [1, 0], [1, 1, 1]), records([1, 0, 1], [1, 1], [1, 1, 1])
+    found = {d.metric: (d.value, d.n) for d in differences(one, two)}
+    score = 3 / (1 + 2 + 1) - 3 / (1.5 + 1 + 1)
+    assert found["GS"] == (-0.5, 2)
+    assert found["Score"] == (pytest.approx(score), 3)

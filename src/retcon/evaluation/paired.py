@@ -1,6 +1,7 @@
 """Comparing two methods on the same cases: the difference, with a bootstrap that draws subjects for both at once."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ class Difference:
     value: float
     interval: Interval | None
     n: int
-    """Common cases."""
+    """Common cases: those in which both have a value."""
 
     @property
     def clear(self) -> bool:
@@ -33,29 +34,54 @@ def differences(
 ) -> list[Difference]:
     """ES, GS, LS in the family's own variants and the harmonic Score, of two methods measured at one moment each.
 
-    Cases that only one of them has are left out; what neither measured is not among the results.
+    A case counts for a metric where both methods have a value, and for the Score where no metric is known of one of
+    them only. What has no such case is not among the results.
     """
     family = family_of([*first, *second])
-    names = ["ES", "GS", "LS"]
     subjects = {r.case_id: r.subject for r in [*first, *second] if r.case_id is not None}
-    columns = [[case_values(own, name, main_variant(family, name)) for name in names] for own in (first, second)]
-    known = [i for i in range(3) if columns[0][i] and columns[1][i]]
-    common = [case for case in subjects if all(case in own[i] for own in columns for i in known[:1])]
-    if not known or not common:
+    pairs: dict[str, _Pair] = {}
+    one_sided: set[str] = set()
+    for name in _METRICS:
+        one, two = (case_values(own, name, main_variant(family, name)) for own in (first, second))
+        if common := one.keys() & two.keys():
+            pairs[name] = ({case: one[case] for case in common}, {case: two[case] for case in common})
+            one_sided |= one.keys() ^ two.keys()
+
+    def compare(cases: Sequence[str], statistic: _Statistic) -> tuple[list[float], list[Interval | None]]:
+        rows = [[pair[i].get(case, math.nan) for i in (0, 1) for pair in pairs.values()] for case in cases]
+        values = torch.tensor(rows, dtype=torch.float64)
+        of_subjects = [subjects[case] for case in cases]
+        intervals = ci_boot(values, of_subjects, statistic, seed=seed, n_resamples=n_resamples)
+        return statistic(values.nanmean(0, keepdim=True))[0].tolist(), intervals
+
+    cases = [case for case in subjects if any(case in pair[0] for pair in pairs.values())]
+    if not cases:
         return []
-    nan = float("nan")
-    rows = [[own[i].get(str(case), nan) for own in columns for i in known] for case in common]
-    values = torch.tensor(rows, dtype=torch.float64)
-    k = len(known)
+    found = [
+        Difference(name, value, interval, len(pairs[name][0]))
+        for name, value, interval in zip(pairs, *compare(cases, _apart), strict=True)
+    ]
+    even = [case for case in cases if case not in one_sided]
+    if len(pairs) == len(_METRICS) and all(any(case in pair[0] for case in even) for pair in pairs.values()):
+        ((value,), (interval,)) = compare(even, _scores_apart)
+        found.append(Difference("Score", value, interval, len(even)))
+    return found
 
-    def statistic(means: Float[Tensor, "resamples metrics"]) -> Float[Tensor, "resamples scores"]:
-        one, two = means[:, :k], means[:, k:]
-        parts = [one - two]
-        if k == 3:
-            parts.append(k / one.reciprocal().sum(1, keepdim=True) - k / two.reciprocal().sum(1, keepdim=True))
-        return torch.cat(parts, dim=1)
 
-    intervals = ci_boot(values, [subjects[case] for case in common], statistic, seed=seed, n_resamples=n_resamples)
-    found = statistic(values.nanmean(0, keepdim=True))[0].tolist()
-    labels = [names[i] for i in known] + (["Score"] if k == 3 else [])
-    return [Difference(*each, len(common)) for each in zip(labels, found, intervals, strict=True)]
+_METRICS = ("ES", "GS", "LS")
+_Pair = tuple[Mapping[str, float], Mapping[str, float]]
+"""One metric of both methods by case, over the same cases."""
+_Statistic = Callable[[Float[Tensor, "resamples metrics"]], Float[Tensor, "resamples scores"]]
+
+
+def _apart(means: Float[Tensor, "resamples metrics"]) -> Float[Tensor, "resamples scores"]:
+    """Return the first method's means, which come first, minus the second's."""
+    one, two = means.chunk(2, dim=1)
+    return one - two
+
+
+def _scores_apart(means: Float[Tensor, "resamples metrics"]) -> Float[Tensor, "resamples 1"]:
+    """Return the difference of the two harmonic means."""
+    one, two = means.chunk(2, dim=1)
+    k = one.shape[1]
+    return k / one.reciprocal().sum(1, keepdim=True) - k / two.reciprocal().sum(1, keepdim=True)
