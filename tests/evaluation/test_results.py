@@ -304,6 +304,15 @@ def test_shares_near_their_bounds_have_an_interval_within_them() -> None:
     assert Evaluation(ours).summary()["ES"].pre.interval == ci_wilson(1.0, 1)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("variant", ["flu.new.re", "flu.easyedit.nltk", "cons.tfidf", "cf.magnitude", "loc.kl"])
+def test_what_is_no_share_keeps_its_own_interval(variant: str) -> None:
+    bits = {f"c{i}": [0.9] for i in range(8)}
+    records = [*axis("rewrite", "ES", bits), *axis("rewrite", "other", bits, variant=variant)]
+    found = Evaluation(records).summary()
+    assert found["ES"].pre.interval.kind == "ci.wilson"  # type: ignore[union-attr]
+    assert found["other", variant].pre.interval == ci_case([0.9] * 8)  # type: ignore[union-attr]
+
+
 def replace_subject(record: Record, subject: str) -> Record:
     return record._replace(subject=subject)
 

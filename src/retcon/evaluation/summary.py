@@ -28,8 +28,9 @@ _MAIN: Mapping[ScoreFamily, str] = {
 }
 N_UNREAD_SHOWN = 5
 """Queries that were not asked, shown below a table with the reason."""
-_DIFFERENCES = ("cf.magnitude",)
 _UNSCALED = ("loc.kl", "ppl.", "gen.tokens", "time.", "memory.")
+_NO_SHARES = (*_UNSCALED, "cf.magnitude", "flu.", "cons.")
+"""Variants that are no share of successes, whatever their values: differences, bits, similarities."""
 
 
 def scale(variant: str) -> int:
@@ -331,7 +332,7 @@ def _near_bounds(
     """Wilson's intervals, over subjects, of the shares that are near 0 or 1."""
     found = {}
     for (metric, variant), values in per_case.items():
-        is_share = scale(variant) == 100 and variant not in _DIFFERENCES and all(0 <= v <= 1 for v in values.values())
+        is_share = not variant.startswith(_NO_SHARES) and all(0 <= v <= 1 for v in values.values())
         n = len({subjects[case] for case in values})
         if is_share and n and near_a_bound(share := math.fsum(values.values()) / len(values), n):
             found[metric, variant] = ci_wilson(share, n)
