@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from retcon.bench import (
     BenchSpec,
@@ -23,7 +24,7 @@ from retcon.bench import run as running
 from retcon.bench.manifest import differences
 from retcon.bench.spec import MeasureSpec, Protocol
 from retcon.bench.units import Units
-from retcon.delta import Delta
+from retcon.delta import Delta, Dense
 from retcon.edits import Edit, write_cases
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, UnsupportedModel
 from retcon.evaluation import Measures
@@ -78,6 +79,17 @@ class NoiseSettings(Method):
         if ACTING.stop_at == ACTING.calls:
             raise KeyboardInterrupt
         return Counting(self.size)(lm, edits, state)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Breaking(Method):
+    """Writes finite weights whose products are not."""
+
+    name: ClassVar[str] = "breaking"
+
+    def propose(self, lm: LM, edits: Sequence[Edit], **rest: Any) -> Delta:
+        signs = torch.randn(lm.parameter("lm_head.weight").shape, generator=torch.Generator().manual_seed(0)).sign()
+        return lm.delta({"lm_head.weight": [Dense(full=3e38 * signs.double())]})
 
 
 class Acting:
@@ -432,3 +444,19 @@ def test_a_start_that_fails_leaves_nothing_in_the_next_ones_way(
         with pytest.raises(UnsupportedModel):
             running.run_bench(other, tmp_path / "bench")
     assert (tmp_path / "bench" / "runs.json").is_file()
+
+
+def test_a_model_that_breaks_is_recorded_and_the_benchmark_goes_on(spec: BenchSpec, tmp_path: Path) -> None:
+    broken = MethodSpec(name=f"{__name__}:Breaking", label="broken")
+    spec = dataclasses.replace(
+        spec,
+        methods=(broken, noise()),
+        protocols=(Protocol(kind="batch", n=2),),
+        measures=MeasureSpec(generate=False, divergence=True),
+    )
+    run_bench(spec, tmp_path / "out")
+    bad, good = read_bench(tmp_path / "out").runs
+    assert {r.status for r in good.at("final")} == {"ok"}
+    told = {r.variant: (r.value, r.status) for r in bad.at("final") if r.metric in ("perplexity", "divergence")}
+    assert told == dict.fromkeys(("ppl.value", "ppl.ratio", "ppl.nll_change", "loc.kl"), (None, "error"))
+    assert next(r.detail for r in bad.at("final") if r.variant == "ppl.value") == "ppl.value is nan"

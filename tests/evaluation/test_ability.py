@@ -77,6 +77,12 @@ def test_the_live_model_is_wrapped_and_left_alone(
     assert {(r.when, r.step, r.case_id) for r in found} == {("checkpoint", 3, None)}
 
 
+def test_a_metric_that_is_no_number_is_an_error(harness: dict[str, Any], tiny: Callable[..., LM]) -> None:
+    harness["act"] = lambda: {"results": {"cola": {"mcc,none": float("nan"), "mcc_stderr,none": 0.1}}}
+    (record,) = ability(tiny(n_layers=1), ["cola"])
+    assert (record.value, record.status, record.detail) == (None, "error", "lm_eval.mcc is nan")
+
+
 def test_weights_that_the_harness_changed_are_noticed(harness: dict[str, Any], tiny: Callable[..., LM]) -> None:
     lm = tiny(n_layers=1)
 

@@ -55,6 +55,12 @@ def test_perplexity_is_that_of_each_token_in_its_window(tiny: Make) -> None:
         perplexity(lm, TEXT, max_tokens=1)
 
 
+def test_a_perplexity_beyond_a_float_is_infinite() -> None:
+    assert drift.Perplexity(709, 3).ppl == math.exp(709)
+    assert drift.Perplexity(710, 3).ppl == math.inf
+    assert math.isnan(drift.Perplexity(math.nan, 3).ppl)
+
+
 def test_divergence_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
     wanted = 0.5 * math.log(2) + 0.25 * math.log(0.5)

@@ -28,7 +28,7 @@ from retcon.evaluation.drift import Perplexity, perplexity
 from retcon.evaluation.measure import derive_seed, measure
 from retcon.evaluation.metrics.consistency import References
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries
-from retcon.evaluation.records import Record, When, write_records
+from retcon.evaluation.records import Record, When, whole_model_record, write_records
 from retcon.evaluation.results import Evaluation
 from retcon.files import TEMPORARY, remove_abandoned, turn_in, write_atomically
 from retcon.lm.load import load as load_model
@@ -313,7 +313,7 @@ class CellRunner:
                 ("ppl.ratio", found.ppl / base.ppl),
                 ("ppl.nll_change", found.nll - base.nll),
             ):
-                records.append(_whole(when, "perplexity", variant, value, found.n_tokens, step))
+                records.append(whole_model_record(when, "perplexity", variant, value, found.n_tokens, step))
         if self.spec.tasks:
             records += ability(self.lm, self.spec.tasks, when=when, step=step, limit=self.spec.task_limit)
         return records
@@ -337,7 +337,7 @@ class CellRunner:
         plan: QueryPlan,
     ) -> None:
         timings = [
-            _whole("pre", "time", "time.load", self.load_seconds, 1, 0),
+            whole_model_record("pre", "time", "time.load", self.load_seconds, 1, 0),
             *(t for unit in done for t in unit.timings),
         ]
         write_records(directory / "timings.jsonl", timings, evaluation.context)
@@ -378,21 +378,6 @@ def _case_row(case: Case) -> dict[str, Any]:
         ],
         "flags": case.meta.get("flags", []),
     }
-
-
-def _whole(when: When, metric: str, variant: str, value: float, n: int, step: int) -> Record:
-    return Record(
-        when=when,
-        case_id=None,
-        subject=None,
-        axis=None,
-        query_id=None,
-        metric=metric,
-        variant=variant,
-        value=value,
-        n=n,
-        step=step,
-    )
 
 
 def _measures(spec: BenchSpec) -> Measures:

@@ -17,7 +17,7 @@ import torch
 
 from retcon.checked import as_bytes
 from retcon.errors import InvalidSetting, NotEditable, how_to_install
-from retcon.evaluation.records import Record, When
+from retcon.evaluation.records import Record, When, whole_model_record
 from retcon.lm.model import LM
 
 DEFAULT_TASKS = ("sst2", "mrpc", "cola", "rte", "mmlu", "mnli")
@@ -90,21 +90,9 @@ def _records(found: dict[str, Any], when: When, step: int) -> list[Record]:
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = values.get(f"{metric}_stderr,{rule}")
-            records.append(
-                Record(
-                    when=when,
-                    case_id=None,
-                    subject=None,
-                    axis=None,
-                    query_id=None,
-                    metric=task,
-                    variant=f"lm_eval.{metric}" if rule == "none" else f"lm_eval.{metric}.{rule}",
-                    value=float(value),
-                    n=int(n),
-                    detail=f"standard error {error:.4g}" if isinstance(error, float) else None,
-                    step=step,
-                )
-            )
+            variant = f"lm_eval.{metric}" if rule == "none" else f"lm_eval.{metric}.{rule}"
+            detail = f"standard error {error:.4g}" if isinstance(error, float) else None
+            records.append(whole_model_record(when, task, variant, float(value), int(n), step, detail))
     return records
 
 

@@ -36,7 +36,11 @@ class Perplexity:
 
     @property
     def ppl(self) -> float:
-        return math.exp(self.nll)
+        """exp(nll); infinite where that is beyond a float (from 709.8 nats on)."""
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            return math.inf
 
 
 def windows(n_tokens: int, window: int = WINDOW, stride: int = STRIDE) -> list[tuple[int, int, int]]:

@@ -3,6 +3,7 @@
 import builtins
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from retcon.evaluation.metrics import (
 )
 from retcon.evaluation.metrics.consistency import consistency
 from retcon.evaluation.metrics.fluency import Fluency, fluency
+from retcon.evaluation.metrics.forced import NOT_FINITE
 from retcon.evaluation.metrics.several import multihop, ripple
 from retcon.evaluation.plan import (
     PREFIXED,
@@ -344,8 +346,7 @@ def divergences(
     )
     values = dict(zip(prompts, found, strict=True))
     return [
-        _record(q, when, Measured("divergence", "loc.kl", values[q.query.prompt, q.query.chat], 1), step)
-        for q in chosen
+        _record(q, when, _or_broken("divergence", "loc.kl", values[q.query.prompt, q.query.chat]), step) for q in chosen
     ]
 
 
@@ -453,7 +454,7 @@ def _records_of_case(
         free = [written.text for (case_id, _, _), written in outputs.free.items() if case_id == case.id]
         found.append(consistency(free, passages, measures.references.tfidf))
         if case.id in outputs.essence:
-            found.append(Measured("essence", "ppl.essence.nll", outputs.essence[case.id], 1))
+            found.append(_or_broken("essence", "ppl.essence.nll", outputs.essence[case.id]))
     return found
 
 
@@ -492,6 +493,12 @@ def _of_case(case: Case, when: When, m: Measured, step: int) -> Record:
         detail=m.note,
         step=step,
     )
+
+
+def _or_broken(metric: str, variant: str, nats: float) -> Measured:
+    """Return a measured number of nats; none, for an error, where it is NaN or infinite."""
+    finite = math.isfinite(nats)
+    return Measured(metric, variant, nats if finite else None, 1, None if finite else NOT_FINITE)
 
 
 def _status(m: Measured) -> Status:

@@ -1,6 +1,7 @@
 """Tidy records: one number each, one JSON object per line in files that are read and written at disk speed."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -52,6 +53,27 @@ class Record(NamedTuple):
 
     def noted(self, note: str) -> bool:
         return self.detail is not None and note in self.detail.split("; ")
+
+
+def whole_model_record(
+    when: When, metric: str, variant: str, value: float, n: int, step: int, detail: str | None = None
+) -> Record:
+    """Return the record of a number that belongs to no case; one that is NaN or infinite is an error."""
+    finite = math.isfinite(value)
+    return Record(
+        when=when,
+        case_id=None,
+        subject=None,
+        axis=None,
+        query_id=None,
+        metric=metric,
+        variant=variant,
+        value=value if finite else None,
+        n=n,
+        status="ok" if finite else "error",
+        detail=detail if finite else f"{variant} is {value}",
+        step=step,
+    )
 
 
 _OWN = Record._fields
