@@ -1,6 +1,7 @@
 """A served model, asked over loopback: what is sent, what is judged, and what every failure says."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -186,6 +187,60 @@ def test_a_server_that_is_slow_or_not_there() -> None:
         check_endpoint(Endpoint(url="http://127.0.0.1:9", model="edited", timeout=5.0), cases(1))
     with pytest.raises(InvalidSetting, match="expected an address such as http://localhost:8000"):
         Endpoint(url="localhost:8000", model="edited")
+
+
+def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with server(says("Rome")) as (url, asked):
+        monkeypatch.setenv("RETCON_API_KEY", " sk-SECRET123\r\n")  # as a shell reads it from a file
+        check_endpoint(Endpoint(url=url, model="edited"), cases(1))
+        assert {key for _, _, key in asked} == {"Bearer sk-SECRET123"}
+        monkeypatch.setenv("RETCON_API_KEY", " \n")
+        check_endpoint(Endpoint(url=url, model="edited"), cases(1))
+        assert asked[-1][2] is None
+        n = len(asked)
+        for key in ("sk-SECRET\n123", "sk-SECRET 123", "sk-SECRÉT123", "sk-SECRET\u2026", "sk-SECRET\x7f"):
+            monkeypatch.setenv("RETCON_API_KEY", key)
+            with pytest.raises(InvalidSetting, match="RETCON_API_KEY holds no key") as caught:
+                check_endpoint(Endpoint(url=url, model="edited"), cases(1))
+            assert "SECR" not in str(caught.value)
+        assert len(asked) == n
+
+
+@pytest.mark.parametrize(
+    "url", ["http://local host:8000", "http://localhost:abc", "http://", "http://[::1", "http://localhost:99999",
+            "http://a\nb:8000", "http://cafe:80/caf\u00e9", "http://a..b"],
+)  # fmt: skip
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(InvalidSetting, match=r"expected an address such as http://localhost:8000"):
+        Endpoint(url=url, model="edited")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"hello\r\n\r\n",  # no status line
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}",  # cut short
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        b"HTTP/1.1 500 Broken\r\nContent-Length: 100\r\n\r\n{}",
+        b"",
+    ],
+)
+def test_an_answer_that_is_no_http_is_one_clear_error(reply: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(reply)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):  # a socket that is closed with something unread is reset
+                    pass
+
+        threading.Thread(target=serve, daemon=True).start()
+        served = Endpoint(url=f"http://127.0.0.1:{listening.getsockname()[1]}", model="edited", timeout=5.0)
+        with pytest.raises(EndpointFailed, match=r"/v1/completions (gave no answer in HTTP|cannot answer: HTTP 500)"):
+            served.write(["Who?"], [None])
 
 
 def test_nothing_is_sent_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from retcon.chat import Chat, without_reasoning
 from retcon.errors import EndpointFailed, InvalidSetting
@@ -35,7 +37,7 @@ class Endpoint:
     """Seconds to wait for an answer."""
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
+        if not _is_address(self.url):
             raise InvalidSetting(f"--url {self.url}: expected an address such as http://localhost:8000")
 
     @property
@@ -51,6 +53,7 @@ class Endpoint:
 
         Raises:
             EndpointFailed: the server cannot be reached, or serves other models.
+            InvalidSetting: what the environment has as the key cannot be one.
         """
         try:
             listed = self._ask("models", None)
@@ -76,6 +79,7 @@ class Endpoint:
 
         Raises:
             EndpointFailed: the server does not answer, refuses, or answers something else; nothing is asked again.
+            InvalidSetting: what the environment has as the key cannot be one.
         """
         texts = []
         for prompt, chat in zip(prompts, chats, strict=True):
@@ -100,7 +104,7 @@ class Endpoint:
     def _ask(self, path: str, record: Mapping[str, Any] | None) -> dict[str, Any]:
         address = f"{self.base}/{path}"
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
+        if key := _key():
             headers["Authorization"] = f"Bearer {key}"
         body = None if record is None else json.dumps(record).encode()
         request = urllib.request.Request(address, body, headers)
@@ -115,7 +119,9 @@ class Endpoint:
                 waited = f"{address} gave no answer within {self.timeout:g} s; --timeout waits longer"
                 raise EndpointFailed(waited) from None
             raise EndpointFailed(f"{address} cannot be reached ({error.reason}); is the server running?") from None
-        except (OSError, ValueError) as error:
+        except (OSError, HTTPException) as error:
+            raise EndpointFailed(f"{address} gave no answer in HTTP ({type(error).__name__}: {error})") from None
+        except ValueError as error:
             raise EndpointFailed(f"{address} gave no JSON ({type(error).__name__}: {error})") from None
         if not isinstance(found, dict):
             raise EndpointFailed(f"{address} answered something else than an object: {found!r:.120}")
@@ -129,11 +135,38 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def _is_address(url: str) -> bool:
+    """Return whether a request can be sent there: http or https, a host, and nothing that HTTP cannot spell."""
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").encode("idna"), parts.port
+    except ValueError:  # a port that is no number, a bracket that is not closed, a host that is no name
+        return False
+    spelt = _is_one_word(url) and (parts.path + parts.query).isascii()
+    return spelt and parts.scheme in ("http", "https") and bool(host) and port != 0
+
+
+def _key() -> str:
+    """Return the key of the environment without the whitespace around it, "" for none.
+
+    Raises:
+        InvalidSetting: it cannot be sent in a header. The message does not show it.
+    """
+    key = os.environ.get(KEY, "").strip()
+    if not key.isascii() or not _is_one_word(key):
+        raise InvalidSetting(f"{KEY} holds no key: a key is one word of ASCII, without line breaks or spaces inside")
+    return key
+
+
+def _is_one_word(text: str) -> bool:
+    return text.isprintable() and " " not in text
+
+
 def _refused(address: str, model: str, error: urllib.error.HTTPError) -> str:
     """Return what an HTTP status means, and what to do."""
     try:
         detail = " ".join(error.read(400).decode("utf-8", "replace").split())
-    except OSError:
+    except (OSError, HTTPException):
         detail = ""
     said = f" ({detail[:200]})" if detail else ""
     meaning = {
