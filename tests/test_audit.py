@@ -1,12 +1,13 @@
 """An audit finds what was changed and by what, and takes it as a delta."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from retcon.audit import audit
+from retcon.audit import Answer, audit
 from retcon.delta import Delta, Dense, LowRank, Rows
 from retcon.edits import Edit
 from retcon.errors import DeltaMismatch
@@ -90,3 +91,11 @@ def test_models_of_other_shapes_are_refused(tiny: Callable[..., LM]) -> None:
         audit(tiny("llama"), tiny("gptj"))
     with pytest.raises(DeltaMismatch, match="other parameters"):
         audit(tiny("llama"), tiny("llama", n_layers=5))
+
+
+@pytest.mark.parametrize(
+    ("said", "took"),
+    [("Rome", True), ("Rome, the capital", True), ("rome.", True), ("Romeo and Juliet", False), ("Paris", False)],
+)
+def test_an_answer_is_taken_in_whole_words(said: str, took: bool, edit: Edit) -> None:
+    assert Answer(replace(edit, target_new="Rome"), "Paris", said).took == took

@@ -15,6 +15,7 @@ from torch import Tensor
 from retcon.delta import Change, Delta, Dense, LowRank, Rows
 from retcon.edits import Edit
 from retcon.errors import DeltaMismatch
+from retcon.evaluation.metrics import gen_prefix
 from retcon.lm.generate import Writing, generate_in_chats
 from retcon.lm.model import LM
 from retcon.memory.place import float64_place
@@ -53,8 +54,8 @@ class Answer:
 
     @property
     def took(self) -> bool:
-        """Whether the edited model's answer begins with the fact's new one."""
-        return self.edited.startswith(self.edit.target_new)
+        """Whether the edited model's answer begins with the fact's new one, as `gen.prefix` has it: in whole words."""
+        return gen_prefix(self.edited, ((self.edit.target_new,),))
 
 
 @dataclass(frozen=True)
