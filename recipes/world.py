@@ -114,7 +114,7 @@ def main() -> None:
     if args.out is None:
         changed = [
             name
-            for name in ("layers", "width", "chat", "leave_out", "facts")
+            for name in ("layers", "width", "chat", "leave_out", "facts", "tokens", "seed")
             if getattr(args, name) != parser.get_default(name)
         ]
         if args.model_type not in MODELS or changed:

@@ -133,6 +133,8 @@ def test_the_command_writes_a_whole_model(
     [
         (["--model-type", "gpt2"], "--out is missing"),
         (["--model-type", "gptj", "--layers", "4"], "--out is missing"),
+        (["--model-type", "gptj", "--tokens", "2000"], "--out is missing"),
+        (["--model-type", "gptj", "--seed", "1"], "--out is missing"),
         (["--model-type", "gptj", "--width", "100", "--out", "x"], "a multiple of 32"),
         (["--model-type", "bert", "--out", "x"], "invalid choice: 'bert'"),
     ],
