@@ -21,6 +21,7 @@ LEVELS = [
         "version",
         "work",
         "escaping",
+        "seed",
         "files",
         "pages",
         "chat",
@@ -42,7 +43,7 @@ LEVELS = [
     {"web"},
     {"cli", "__main__"},
 ]
-BASE = ["errors", "version", "work", "escaping", "files", "pages", "chat", "edits", "checked", "attachment", "delta"]
+BASE = ["errors", "version", "work", "escaping", "seed", "files", "pages", "chat", "edits", "checked", "attachment", "delta"]
 """The order inside the first level; `world` may use the first three."""
 
 

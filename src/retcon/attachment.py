@@ -318,7 +318,7 @@ def load(path: str | os.PathLike[str]) -> Attachment:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise MalformedFile(f"{path}: no such file")
+        raise MalformedFile(f"{path}: {'is a directory, expected a file' if Path(path).is_dir() else 'no such file'}")
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {}).get("retcon", "{}"))

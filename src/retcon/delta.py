@@ -359,7 +359,8 @@ class Delta:
             MalformedFile: not a safetensors file, not a delta, or its content does not match what its record says.
         """
         if not Path(path).is_file():
-            raise MalformedFile(f"{path}: no such file")
+            what = "is a directory, expected a file" if Path(path).is_dir() else "no such file"
+            raise MalformedFile(f"{path}: {what}")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

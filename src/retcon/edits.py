@@ -346,6 +346,8 @@ def check_edits(edits: Sequence[Edit]) -> None:
         ConflictingEdits: two edits contradict each other.
     """
     seen: dict[str, Edit] = {}
+    if isinstance(edits, Edit):
+        raise InvalidEdit(f"one edit given where a list of them is wanted: [edit] (edit {edits.id!r})")
     for edit in edits:
         if not isinstance(edit, Edit):
             hint = "; a case's own are case.edits" if isinstance(edit, Case) else ""

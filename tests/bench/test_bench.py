@@ -398,6 +398,13 @@ def test_a_method_stands_for_one_with_each_value() -> None:
         MethodSpec(name="ctp", vary={"weight": 3})  # type: ignore[dict-item]
 
 
+def test_differences_of_lists_are_told_by_name_and_briefly() -> None:
+    old = {"methods": [{"name": "memit", "vary": {}}, {"name": "jeep", "label": "low"}]}
+    assert differences(old, {"methods": [{"name": "rome"}]}) == ['methods: ["memit", "low"] -> ["rome"]']
+    (line,) = differences({"text": "a" * 500}, {"text": "b"})
+    assert len(line) < 160
+
+
 def test_differences_name_leaves() -> None:
     assert differences({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [2]}}) == ["b.c: [1] -> [2]"]
     assert differences({"a": 1}, {}) == ["a: 1 -> null"]

@@ -90,7 +90,7 @@ def test_one_thing_is_checked(cli: Callable[..., Any], delta: Path) -> None:
     assert "Give one of --delta DELTA" in cli("check", "gptj", "--cases", "edits.jsonl", code=2).stderr
     both = cli(*ASK, "--url", "http://127.0.0.1:9", code=2)
     assert "Give one of --delta DELTA" in both.stderr
-    away = cli("check", "m", "--url", "http://127.0.0.1:9", "--cases", "edits.jsonl", code=1)
+    away = cli("check", "m", "--url", "http://127.0.0.1:9", "--cases", "edits.jsonl", code=2)
     assert "cannot be reached" in away.stderr
 
 

@@ -54,6 +54,26 @@ def test_an_error_is_one_line_on_stderr(cli: Callable[..., Any]) -> None:
     assert result.stdout == ""
 
 
+def test_a_seed_of_more_than_64_bits_is_refused_before_a_model_is_loaded(cli: Callable[..., Any]) -> None:
+    said = cli("edit", "no/such-model", "facts.jsonl", "--out", "d.safetensors", "--seed", str(2**64), code=2).stderr
+    assert "at most 64" in said
+    assert "Traceback" not in said
+
+
+def test_what_is_no_delta_is_said_in_the_commands_own_words(cli: Callable[..., Any], tmp_path: Path) -> None:
+    said = cli("complete", "demo:gptj", "x", "--delta", str(tmp_path), code=2).stderr
+    assert said == f"error: {tmp_path}: is a directory, expected a file\n"
+    retcon.load("demo:llama").delta({}).save(tmp_path / "other.safetensors")
+    said = cli("complete", "demo:gptj", "x", "--delta", str(tmp_path / "other.safetensors"), code=2).stderr
+    assert "or add --other-base, if they differ harmlessly" in said
+
+
+def test_the_preset_of_another_method_says_which(cli: Callable[..., Any]) -> None:
+    how = ("--preset", "memit/demo-gptj/world", "--dry-run")
+    said = cli("edit", "demo:gptj", "world", "--limit", "1", *how, code=2).stderr
+    assert said == "error: 'memit/demo-gptj/world' is a preset of memit, and the method is jeep; name that one\n"
+
+
 def test_a_failure_exits_with_1(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise NonFinite("the loss is nan [sic]\nat step 3")

@@ -285,7 +285,7 @@ def test_twice_or_never_is_refused(tiny: Make) -> None:
     with pytest.raises(DeltaNotApplied, match="delta c0ffee is not applied; applied: none"):
         lm.revert("c0ffee")
     lm.apply(delta)
-    with pytest.warns(RetconWarning), pytest.raises(DeltaNotApplied, match="is applied already; revert it first"):
+    with pytest.raises(DeltaNotApplied, match="is applied already; revert it first"):
         lm.apply(delta)
     assert lm.applied == (delta,)
 
@@ -309,7 +309,7 @@ def test_another_base_is_refused_unless_said(tiny: Make) -> None:
 
 def test_the_dtype_is_part_of_the_base(tiny: Make) -> None:
     delta = make_delta(tiny("gptj", torch.float32), down(0))
-    with pytest.raises(WrongBase, match="in the same dtype"):
+    with pytest.raises(WrongBase, match="one that was wrapped, in the same dtype"):
         tiny("gptj", torch.bfloat16).apply(delta)
 
 

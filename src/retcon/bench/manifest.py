@@ -24,6 +24,8 @@ from retcon.lm.model import LM
 from retcon.version import __version__
 
 FORMAT = "retcon-bench-1"
+MOST_SHOWN = 120
+"""Characters of a value in a message."""
 
 
 def manifest_of(
@@ -181,7 +183,15 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
     if isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > 12:
         places = sum(a != b for a, b in zip(old, new, strict=False)) + abs(len(old) - len(new))
         return [f"{at}: {places} of {max(len(old), len(new))} entries differ"]
-    return [f"{at}: {json.dumps(old, ensure_ascii=False)} -> {json.dumps(new, ensure_ascii=False)}"]
+    return [f"{at}: {_briefly(old)} -> {_briefly(new)}"]
+
+
+def _briefly(value: Any) -> str:
+    """Return a value as JSON; of a list of named things the names, and of a long one its beginning."""
+    if isinstance(value, list) and value and all(isinstance(each, dict) and each.get("name") for each in value):
+        value = [each.get("label") or each["name"] for each in value]
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def as_json(value: Any) -> Any:

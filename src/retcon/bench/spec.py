@@ -15,6 +15,7 @@ from retcon.edits import ConflictRule
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import Answers, CaseTarget, FormatName, OnError, Prompting, PromptStyle
 from retcon.evaluation.metrics.fluency import Fluency
+from retcon.seed import check_seed
 
 Order = Literal["file", "shuffle"]
 ProtocolKind = Literal["single", "batch", "sequential", "batch_sequential", "curve"]
@@ -233,6 +234,8 @@ class BenchSpec:
             labels = [each.label for each in getattr(self, name)]
             if twice := next((label for label in labels if labels.count(label) > 1), None):
                 raise InvalidSetting(f"two {name} are called {twice!r}; give one of them a label of its own")
+        for seed in self.seeds:
+            check_seed(seed)
         if len(set(self.seeds)) < len(self.seeds):
             raise InvalidSetting(f"a seed occurs twice in {list(self.seeds)}")
 

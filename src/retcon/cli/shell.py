@@ -31,7 +31,6 @@ from typer.core import TyperGroup
 from retcon.errors import (
     ConflictingEdits,
     DeltaNotApplied,
-    EndpointFailed,
     InvalidEdit,
     InvalidSetting,
     NonFinite,
@@ -39,9 +38,11 @@ from retcon.errors import (
     RetconWarning,
     UnsupportedModel,
     UnusableRow,
+    WrongBase,
 )
 from retcon.escaping import json_text, printable
 from retcon.files import looks_like_path
+from retcon.seed import check_seed
 
 if TYPE_CHECKING:
     from retcon.attachment import Attachment
@@ -53,7 +54,7 @@ WIDTH = 100
 """Columns of output that goes to a file or a pipe."""
 NARROW = 512
 """Width of the residual stream up to which one thread is used."""
-FAILURES = (NonFinite, DeltaNotApplied, EndpointFailed)
+FAILURES = (NonFinite, DeltaNotApplied)
 """Errors that are no fault of the input: exit code 1, all others 2."""
 
 Model = Annotated[
@@ -69,7 +70,17 @@ DType = Annotated[
         metavar="DTYPE", help="float32, bfloat16, ...; float32 on a CPU, as stored on a GPU.", show_default=False
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
+
+
+def seed_option(seed: int) -> int:
+    """Return a seed from the command line, refused where it is too large."""
+    try:
+        return check_seed(seed)
+    except InvalidSetting as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Seed = Annotated[int, typer.Option(help="Of everything drawn.", callback=seed_option)]
 PresetsOf = Annotated[
     str | None, typer.Option(help="Which of the model's presets: counterfact, zsre, ...", show_default=False)
 ]
@@ -433,6 +444,8 @@ def _as_options(error: RetconError) -> str:
         return f"{error.problem}. Mend the row, or leave such rows out: --on-error skip"
     if isinstance(error, ConflictingEdits):
         return str(error).replace("load with conflicts='drop' or 'last'", "keep one of them: --conflicts drop or last")
+    if isinstance(error, WrongBase):
+        return str(error).replace("pass other_base=True", "add --other-base,")
     return str(error).replace("case_target 'alt'", "--case-target alt")
 
 

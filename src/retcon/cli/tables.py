@@ -1,6 +1,6 @@
 """What the verbs show of settings, facts, estimates and deltas: tables for a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,13 @@ def settings_table(resolved: Resolved) -> Table:
     """Return all settings, in columns; bold what was asked for, dim what is as by default."""
     defaults = {f.name: f.default for f in fields(resolved.method)}
 
-    def shown(name: str, value: Any) -> Text:
+    def shown(name: str, value: Any) -> list[Text]:
         style = "[bold]{}[/]" if name in resolved.given else "[dim]{}[/]" if value == defaults[name] else "{}"
-        return styled("  " + style, f"{name} = {as_toml(value)}")
+        parts = {f"{name}.{n}": v for n, v in value.items()} if isinstance(value, Mapping) else {name: value}
+        return [styled("  " + style, f"{n} = {as_toml(v)}") for n, v in parts.items()]
 
     table = Table.grid(padding=(0, 3), pad_edge=False)
-    cells = [shown(name, value) for name, value in resolved.settings.items()]
+    cells = [cell for name, value in resolved.settings.items() for cell in shown(name, value)]
     rows = -(-len(cells) // 3)
     for row in range(rows):
         table.add_row(*cells[row::rows])
@@ -38,8 +39,10 @@ def settings_table(resolved: Resolved) -> Table:
 
 def as_toml(value: Any) -> str:
     """Write a setting as `--set` reads it."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(str, value))}]"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(as_toml, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name} = {as_toml(v)}' for name, v in value.items())}}}"
     return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 

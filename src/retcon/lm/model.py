@@ -463,6 +463,10 @@ class LM:
 
     def push(self, delta: Attachment, other_base: bool, scope: "weakref.ref[Any] | None") -> None:
         """Check a delta and apply it, until it is reverted or `scope` ends or is gone."""
+        if not isinstance(delta, Attachment):
+            raise DeltaMismatch(
+                f"{type(delta).__name__} given where a delta is wanted; retcon.Delta.load(path) reads one from its file"
+            )
         self._finish()
         self._check_fits(delta, other_base)
         self._ledger.push(delta, scope)
@@ -556,9 +560,10 @@ class LM:
                 raise WrongBase(
                     f"delta {delta.id} was made for {made} (fingerprint {delta.base[:12]}), this is {self.name!r} in "
                     f"{str(self.dtype).removeprefix('torch.')} (fingerprint {self.fingerprint()[:12]}). Load the model "
-                    "it was made for, in the same dtype, or pass other_base=True if they differ harmlessly."
+                    "it was made for (one that was wrapped, in the same dtype), or pass other_base=True if they differ "
+                    "harmlessly."
                 )
-        elif delta.parents != (found := tuple(d.id for d in self.applied)):
+        elif delta.parents != (found := tuple(d.id for d in self.applied)) and delta.id not in found:
             warnings.warn(
                 f"delta {delta.id} was proposed on top of [{', '.join(delta.parents) or 'the base'}] and is applied on "
                 f"top of [{', '.join(found) or 'the base'}]; its effect may differ from what its report says",

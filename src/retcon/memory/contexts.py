@@ -15,6 +15,7 @@ from retcon.errors import InvalidSetting
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode, pad
+from retcon.seed import check_seed
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 N_TOKENS = 10
@@ -42,9 +43,9 @@ def sample_contexts(lm: LM, *, seed: int = 0, style: ContextStyle = "memit") -> 
     """Prefixes from the unedited model: the same seed gives the same texts; global RNGs are left alone.
 
     Raises:
-        InvalidSetting: the style starts from a mark which the tokenizer lacks.
+        InvalidSetting: the style starts from a mark which the tokenizer lacks, or the seed is none.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     starts = _starts(lm.tokenizer, style)
     rows, caps = [row for row, _ in starts], [cap for _, cap in starts]
     with lm.frozen_eval(), lm.without_deltas(), torch.inference_mode():

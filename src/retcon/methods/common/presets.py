@@ -77,6 +77,9 @@ def preset_named(name: str, preset: str, parents: tuple[str, ...] = ()) -> Prese
     for candidate in known:
         if candidate.name == preset:
             return candidate
+    of = preset.partition("/")[0]
+    if of != name and any(p.name == preset for p in presets(of)):
+        raise UnknownPreset(f"{preset!r} is a preset of {of}, and the method is {name}; name that one")
     raise UnknownPreset(f"no preset {preset!r}; known: {', '.join(p.name for p in known) or 'none'}")
 
 

@@ -1,0 +1,16 @@
+"""Seeds of everything drawn: whole numbers that torch's generators take."""
+
+from retcon.errors import InvalidSetting
+
+SMALLEST, LARGEST = -(2**63), 2**63 - 1
+
+
+def check_seed(seed: object) -> int:
+    """Return the seed.
+
+    Raises:
+        InvalidSetting: it is no whole number, or one of more than 64 bits.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not SMALLEST <= seed <= LARGEST:
+        raise InvalidSetting(f"seed: expected a whole number of at most 64 bits, found {seed!r}")
+    return seed
