@@ -43,7 +43,10 @@ LEVELS = [
     {"web"},
     {"cli", "__main__"},
 ]
-BASE = ["errors", "version", "work", "escaping", "seed", "files", "pages", "chat", "edits", "checked", "attachment", "delta"]
+BASE = [
+    *("errors", "version", "work", "escaping", "seed", "files", "pages", "chat"),
+    *("edits", "checked", "attachment", "delta"),
+]
 """The order inside the first level; `world` may use the first three."""
 
 

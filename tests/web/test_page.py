@@ -263,13 +263,20 @@ def fetch(served: Served, path: str, *, method: str = "GET", **headers: str) -> 
 
 
 def test_who_may_not_ask_is_told_why(served: Served) -> None:
-    cookie = {"Cookie": "retcon-token=secret"}
+    port = served.socket.getsockname()[1]
+    cookie = {"Cookie": f"retcon-token-{port}=secret"}
     assert fetch(served, "/")[0] == 403
+    stale = {"Cookie": f"retcon-token-{port}=of-an-earlier-run"}
+    assert fetch(served, "/?token=secret", **stale)[0] == 303  # the address that was just printed opens the page
+    assert fetch(served, "/panel/state", **stale)[0] == 403
     assert "wrong token, or none" in fetch(served, "/?token=Secret")[1]
     assert fetch(served, "/panel/state", **cookie)[0] == 200
     assert fetch(served, "/panel/state", Host="evil.example", **cookie)[0] == 403
     status, text = fetch(served, "/do/clear", method="POST", Origin="http://evil.example", **cookie)
     assert (status, "another site" in text) == (403, True)
+    for origin in ("http://127.0.0.1:3000", "null"):
+        assert fetch(served, "/do/clear", method="POST", Origin=origin, **cookie)[0] == 403
+    assert fetch(served, "/do/clear", method="POST", Origin=f"http://127.0.0.1:{port}", **cookie)[0] == 200
     assert fetch(served, "/panel/nope", **cookie)[0] == 404
     assert fetch(served, "/static/..%2Fapp.py", **cookie)[0] == 404
     assert "no layer" in fetch(served, "/do/layer", method="POST", **cookie)[1]
@@ -311,9 +318,25 @@ def test_commands_name_the_state_that_was_shown(served: Served, tmp_path: Path) 
     done(session.toggle(made))
 
 
+def test_what_comes_while_an_edit_runs_stays_in_the_draft(served: Served) -> None:
+    session = served.session
+    session.add_facts("{} lies within the borders of | Basel | Norway")
+    job = session.edit()
+    while job.state == "waiting":
+        time.sleep(0.01)
+    session.add_facts("{} lies within the borders of | Bern | Norway")
+    session.choose("ft", [])
+    assert done(job).state == "done"
+    assert [case.edits[0].subject for case in session.draft] == ["Bern"]
+    assert "--method jeep" in session.commands[-1]
+    session.choose("jeep", [])
+    session.draft.clear()
+    done(session.toggle(session.store.log()[-1].id))
+
+
 def test_what_another_process_writes_is_shown(served: Served) -> None:
     connection = HTTPConnection("127.0.0.1", served.socket.getsockname()[1], timeout=60)
-    connection.request("GET", "/events", headers={"Cookie": "retcon-token=secret"})
+    connection.request("GET", "/events", headers={"Cookie": f"retcon-token-{served.socket.getsockname()[1]}=secret"})
     stream = connection.getresponse()
     assert stream.readline() == b"event: changed\n"
     (served.store.path / "log.jsonl").touch()

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
@@ -26,15 +26,14 @@ from retcon.errors import InvalidSetting, RetconError
 from retcon.web.session import Session
 
 STATIC = Path(__file__).with_name("static")
-COOKIE = "retcon-token"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PANELS = ("model", "job", "draft", "state", "replies", "checks", "maps", "commands")
-MAX_BODY = 2**23
+MAX_BODY = 2**25
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
 POLL_SECONDS = 0.1
@@ -64,14 +63,10 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
             if (request.url.hostname or "") not in hosts:
                 return _refused(f"asked for as {request.url.hostname!r}; use the address that retcon ui printed")
             origin = request.headers.get("origin")
-            if (
-                request.method == "POST"
-                and origin not in (None, "null")
-                and urlsplit(str(origin)).hostname not in hosts
-            ):
+            if request.method == "POST" and origin not in (None, f"{request.url.scheme}://{request.url.netloc}"):
                 return _refused(f"a request from another site ({origin})")
-            given = request.cookies.get(COOKIE, "") or request.query_params.get("token", "")
-            if not hmac.compare_digest(given.encode(), token.encode()):
+            brought = (request.query_params.get("token", ""), request.cookies.get(_cookie(request), ""))
+            if not any(hmac.compare_digest(given.encode(), token.encode()) for given in brought):
                 return _refused("wrong token, or none; use the address that retcon ui printed, token included")
             return await view(request)
 
@@ -93,7 +88,7 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
             from retcon.methods.common.registry import list_methods
 
             response = show("page.html", panels=PANELS, methods=list_methods(), problem=problem)
-        response.set_cookie(COOKIE, token, httponly=True, samesite="strict")
+        response.set_cookie(_cookie(request), token, httponly=True, samesite="strict")
         return response
 
     async def panel(request: Request) -> Response:
@@ -147,6 +142,11 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
             Route("/static/{name}", guarded(static)),
         ]
     )
+
+
+def _cookie(request: Request) -> str:
+    """Return the name of the cookie with the token; browsers tell no ports apart, so it is in the name."""
+    return f"retcon-token-{request.url.port or 80}"
 
 
 def _refused(why: str) -> Response:

@@ -322,14 +322,8 @@ class Session:
         self.estimate = None
         self.changed()
 
-    def _resolved(self, lm: "LM") -> Any:
-        from retcon.workflow import resolve
-
-        edits = [edit for case in self.draft for edit in case.edits]  # without a preset, clamps are fitted to them
-        return resolve(lm, self.method, given=self.settings, edits=edits)
-
-    def _assignments(self) -> str:
-        shown = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings.items()}
+    def _assignments(self, settings: Mapping[str, Any]) -> str:
+        shown = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
         return "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in shown.items())
 
     @property
@@ -341,12 +335,12 @@ class Session:
         """Say what editing the draft would take."""
 
         def run(lm: "LM", job: Job) -> str:
-            from retcon.workflow import estimate, needed_moments
+            from retcon.workflow import estimate, needed_moments, resolve
 
             self._need_draft()
             with self.store.at(lm):
-                resolved = self._resolved(lm)
                 edits = [edit for case in self.draft for edit in case.edits]
+                resolved = resolve(lm, self.method, given=self.settings, edits=edits)
                 self.layers = _layers(resolved.settings)
                 self.estimate = estimate(lm, resolved, edits, moments=needed_moments(lm, resolved.method))
             return f"about {self.estimate.edit_seconds:.1f} s for {len(edits)} edits"
@@ -354,23 +348,27 @@ class Session:
         return self.submit("dry run", run)
 
     def edit(self) -> Job:
-        """Edit the draft into the store."""
+        """Edit the draft into the store, by the method and settings that are chosen now."""
+        method, settings = self.method, dict(self.settings)
 
         def run(lm: "LM", job: Job) -> str:
-            from retcon.workflow import needed_moments
+            from retcon.workflow import needed_moments, resolve
 
             self._need_draft()
             cases, hear = list(self.draft), self.heard(job)
             hear("choosing settings", 0, 0)
-            resolved = self._resolved(lm)
+            edits = [edit for case in cases for edit in case.edits]  # without a preset, clamps are fitted to them
+            resolved = resolve(lm, method, given=settings, edits=edits)
             entry = self.store.edit(
                 lm, cases, resolved.method, moments=needed_moments(lm, resolved.method), progress=hear
             )
             reports = [r for _, delta in entry.sets.values() if delta for r in self.store.delta(delta).report]
             took = sum(bool(r.greedy_match) for r in reports)
-            self.draft, self.verification, self.viewing = [], None, None
+            edited = {case.id for case in cases}
+            self.draft = [case for case in self.draft if case.id not in edited]  # some may have come meanwhile
+            self.verification, self.viewing = None, None
             file = shlex.quote(str(self.store.path / FACTS / f"{entry.id}.jsonl"))
-            how = f"--method {self.method}{self._assignments()}"
+            how = f"--method {method}{self._assignments(settings)}"
             self._typed(f"edit {self._model_word} {file} {how} --store {self._store_word}")
             return f"{took} of {len(reports)} edit{'s' * (len(reports) != 1)} took"
 

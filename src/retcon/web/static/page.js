@@ -16,3 +16,11 @@ document.body.addEventListener("htmx:afterRequest", (event) => {
     }
   }
 });
+document.body.addEventListener("htmx:responseError", (event) => {
+  const { target, xhr } = event.detail;
+  if (!target.classList.contains("said")) return;
+  const said = document.createElement("span");
+  said.className = "bad";
+  said.textContent = xhr.responseText;
+  target.replaceChildren(said);
+});
