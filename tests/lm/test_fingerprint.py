@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from retcon import checked
 from retcon.errors import RetconWarning, UnsupportedModel
@@ -131,6 +132,46 @@ def test_a_weight_that_is_not_what_the_checkpoint_stores_counts_as_it_is_stored_
     assert fingerprint(model, stored) != before
 
 
+def test_a_tensor_of_another_shape_under_a_weights_name_is_not_that_weight(tmp_path: Path) -> None:
+    model = tiny_model("llama", torch.float16)
+    model.save_pretrained(tmp_path)
+    tensors = {"model.norm.weight": torch.ones(3), "lm_head.weight": torch.ones(3)}
+    save_file(tensors, tmp_path / "other.safetensors", metadata={"format": "pt"})
+    stored = StoredTensors([tmp_path / "model.safetensors", tmp_path / "other.safetensors"])
+    assert stored.find(["model.norm.weight"], model.model.norm.weight.shape) is None
+    assert fingerprint(model, stored) == fingerprint(model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_weights_under_other_names_count_in_the_dtype_of_the_checkpoint(family: str, tmp_path: Path) -> None:
+    """Older GPT-2 checkpoints are of the bare decoder; experts are stored one by one, and held as one tensor."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model(family, torch.bfloat16)
+    (model.transformer if family == "gpt2" else model).save_pretrained(tmp_path)
+    stored = StoredTensors(tmp_path.glob("*.safetensors"))
+    for dtype in (torch.float32, torch.bfloat16, *([torch.float16] if family == "gpt2" else [])):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        assert fingerprint(again, stored) == fingerprint(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_changed_value_counts_in_whatever_dtype_the_checkpoint_is_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_model("llama", torch.float32)
+    model.save_pretrained(tmp_path)
+    stored = StoredTensors(tmp_path.glob("*.safetensors"))
+    own, held = fingerprint(model), model.to(dtype)
+    assert fingerprint(held, stored) == own
+    weight = held.model.norm.weight.data
+    kept = weight[0].clone()
+    weight[0] = torch.nextafter(kept, torch.tensor(9, dtype=dtype))
+    assert fingerprint(held, stored) != own
+    weight[0] = kept
+    assert fingerprint(held, stored) == own
+    (tmp_path / "model.safetensors").unlink()
+    assert (fingerprint(held, stored) == own) == (dtype == torch.float32)  # what was narrowed cannot be read again
+
+
 def test_pieces_of_a_tensor_are_hashed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PIECE", 1000)
     one = fingerprint(tiny_model("llama", torch.float32))
@@ -176,6 +217,16 @@ def test_a_fingerprint_is_worked_out_once_per_state_of_the_files(
     assert checkpoint_fingerprint(MODEL, files[::-1]) == "value1"
     monkeypatch.setattr(module, "version", lambda name: f"{name} 99")
     assert ask() == "value2"
+
+
+def test_a_fingerprint_that_depends_on_the_dtype_loaded_is_kept_for_that_dtype(files: list[Path]) -> None:
+    model, stored = tiny_model("llama", torch.float32), StoredTensors(files[:1])
+    whole = checkpoint_fingerprint(model, files, stored)
+    assert checkpoint_fingerprint(model.to(torch.bfloat16), files, StoredTensors([])) == whole  # from the cache
+    other = [files[0], files[0].parent / "more.json"]
+    other[1].write_text("{}")
+    found = {checkpoint_fingerprint(model.to(d), other, StoredTensors([])) for d in (torch.float16, torch.bfloat16)}
+    assert len(found) == 2
 
 
 def test_a_checkpoint_that_was_exchanged_with_size_and_time_kept_is_noticed(

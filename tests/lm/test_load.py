@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import retcon
 from retcon.errors import MissingPackage, RetconWarning, UnsupportedModel
 from retcon.lm import fingerprint as fingerprint_module
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.layouts import LAYOUTS
-from retcon.lm.load import load
+from retcon.lm.load import checkpoint_files, load
 from retcon.lm.model import LM
 from tests.conftest import tiny_model, tokenizer
 
@@ -84,6 +85,46 @@ def test_the_fingerprint_is_recorded_and_is_the_recomputed_one(saved: Path, comp
     assert first.fingerprint() == again.fingerprint() == half.fingerprint() == fingerprint(half.model)
     load(str(saved), device="cpu", verify_base=True)
     assert len(computed) == 2
+
+
+@pytest.mark.parametrize("first", ["float32", "bfloat16", "float16"])
+def test_the_fingerprint_is_one_whatever_dtype_comes_first_and_whatever_lies_beside_the_weights(
+    first: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As do moments beside the embedded models' weights: under the weights' names, in other shapes and dtypes."""
+    names = [n for n, _ in tiny_model("llama").named_parameters()]
+    save_file({n: torch.ones(3, dtype=torch.float32) for n in names}, saved / "moments.safetensors")
+    own = fingerprint(tiny_model("llama", torch.bfloat16))
+    for dtype in dict.fromkeys((first, "float32", "bfloat16", "float16")):
+        assert load(str(saved), dtype=dtype, device="cpu").fingerprint() == own
+    monkeypatch.setenv("RETCON_CACHE", str(saved / "another cache"))
+    assert load(str(saved), dtype=first, device="cpu").fingerprint() == own
+
+
+def test_the_files_of_a_checkpoint_are_those_that_are_loaded(saved: Path) -> None:
+    config = saved / "config.json"
+    save_file({"x": torch.ones(1)}, saved / "adapter.safetensors")
+    assert checkpoint_files(str(saved)) == [saved / "model.safetensors", config]
+    whole = (saved / "model.safetensors").rename(saved / "own.safetensors")
+    assert checkpoint_files(str(saved)) == []
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_weights": whole.name}))
+    assert checkpoint_files(str(saved)) == [saved / "own.safetensors", config]
+    assert load(str(saved), device="cpu").fingerprint() == fingerprint(tiny_model("llama", torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["tinier", "someone/tinier"])
+def test_a_checkpoint_in_the_hubs_cache_is_found_with_and_without_an_owner(
+    name: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved.parent / "hub" / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots").mkdir()
+    saved.rename(folder / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(saved.parent / "hub"))
+    found = checkpoint_files(name)
+    assert [path.name for path in found] == ["model.safetensors", "config.json"]
+    assert checkpoint_files(f"/nowhere/at/all/{name}") == checkpoint_files("what a caller calls it") == []
 
 
 def test_other_weights_in_the_same_place_have_another_fingerprint(saved: Path, computed: list[str]) -> None:

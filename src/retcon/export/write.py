@@ -231,7 +231,7 @@ def base_folder(lm: LM) -> Path | None:
     """Return where the base's files are on this machine, None where that is not known."""
     name = getattr(lm.model.config, "_name_or_path", "")
     files = checkpoint_files(name) if name else []
-    return files[0].parent if files else None
+    return files[-1].parent if files else None
 
 
 def base_place(lm: LM) -> str:

@@ -22,7 +22,7 @@ from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.packed import PackedMatrix
 
 _NOT_IDENTITY = {
-    *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"),
+    *("_name_or_path", "transformers_version", "transformers_weights", "architectures", "dtype", "torch_dtype"),
     *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "chunk_size_feed_forward"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "initializer_range"),
     *(DEQUANTIZED_FROM, "quantization_config"),  # what is packed counts as the floats that it stands for
@@ -30,7 +30,7 @@ _NOT_IDENTITY = {
 """Settings that do not enter a forward pass; callers set some of them (`pad_token_id`), transformers the others."""
 PIECE = 2**26
 """Bytes that one thread hashes at a time."""
-FINGERPRINTS = Kind("fingerprint", format=2, computation=2)
+FINGERPRINTS = Kind("fingerprint", format=2, computation=3)
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """Places of a file that are read to see whether it is still the file that was hashed."""
 
@@ -42,19 +42,32 @@ class StoredTensors:
         from safetensors import safe_open
 
         self.dtypes: dict[str, torch.dtype] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._file: dict[str, Path] = {}
         for path in files:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
-                    self.dtypes[name] = _DTYPES.get(file.get_slice(name).get_dtype(), torch.float32)
+                    tensor = file.get_slice(name)
+                    self.dtypes[name] = _DTYPES.get(tensor.get_dtype(), torch.float32)
+                    self._shapes[name] = tuple(tensor.get_shape())
                     self._file[name] = path
+        floats = set(self.dtypes.values())
+        self.common_dtype = floats.pop() if len(floats) == 1 else None
+        """The dtype that all tensors are stored in; None where they differ."""
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor."""
-        from safetensors import safe_open
+    def find(self, names: Iterable[str], shape: Sequence[int]) -> str | None:
+        """Return the first of these names that a tensor of that shape is stored under, None where there is none."""
+        return next((name for name in names if self._shapes.get(name) == tuple(shape)), None)
 
-        with safe_open(self._file[name], framework="pt") as file:
-            return file.get_tensor(name)
+    def read(self, name: str) -> Tensor | None:
+        """Return one tensor; None where its file can no longer be read."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._file[name], framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError):
+            return None
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -69,7 +82,9 @@ def fingerprint(
 
     Args:
         stored: the checkpoint that the model was read from. A tensor counts as it is stored there, whatever dtype it
-            was loaded in; without it, as the model holds it.
+            was loaded in, as long as the model holds the values that were loaded. A tensor that is stored otherwise
+            (under another name, in another shape) counts in the dtype that the whole checkpoint has, if that loses
+            nothing. All others, and all tensors without a checkpoint, count as the model holds them.
         packed: quantised matrices, by their parameters' names. They count as the floats that they stand for: a delta
             made on the packed model fits the dequantised one.
 
@@ -97,25 +112,51 @@ def fingerprint(
             if name in packed:
                 own = packed[name].floats()
             else:
-                own = tensor if stored is None else _as_stored(name, tensor, stored, tied)
+                own = tensor if stored is None else _as_stored(tensor, stored, _names(model, name, tensor, tied))
             digest.update(f"{name}:{own.dtype}:{tuple(own.shape)}".encode())
             for piece in threads.map(lambda part: hashlib.sha256(part).digest(), _pieces(own)):
                 digest.update(piece)
     return digest.hexdigest()
 
 
-def _as_stored(name: str, tensor: Tensor, stored: StoredTensors, tied: Mapping[int, list[str]]) -> Tensor:
+def _as_stored(tensor: Tensor, stored: StoredTensors, names: Sequence[str]) -> Tensor:
     """Return the tensor in the dtype in which the checkpoint has it; one that was narrowed on loading is read from
-    there."""
-    names = [name, *tied.get(tensor.data_ptr(), ())]
-    known = next((n for n in names if n in stored.dtypes), None)
-    if known is None or not tensor.is_floating_point() or stored.dtypes[known] == tensor.dtype:
+    there. One that no longer holds what was loaded is returned as it is."""
+    known = stored.find(names, tensor.shape)
+    dtype = stored.common_dtype if known is None else stored.dtypes[known]
+    if not tensor.is_floating_point() or dtype is None or dtype == tensor.dtype:
         return tensor
-    back = tensor.detach().to(stored.dtypes[known])
-    if torch.equal(back.to(tensor.dtype), tensor) and torch.promote_types(back.dtype, tensor.dtype) == tensor.dtype:
+    back = tensor.detach().to(dtype)
+    if torch.promote_types(dtype, tensor.dtype) == tensor.dtype and _same_bits(back.to(tensor.dtype), tensor):
         return back
-    read = stored.read(known)
-    return read if read.shape == tensor.shape else tensor
+    read = None if known is None else stored.read(known)
+    return read if read is not None and _same_bits(read.to(tensor.dtype), tensor.detach().cpu()) else tensor
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    whole = _INTEGERS[one.dtype.itemsize]
+    return torch.equal(one.view(whole), other.view(whole))
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _names(model: nn.Module, name: str, tensor: Tensor, tied: Mapping[int, list[str]]) -> list[str]:
+    """Return the names that a checkpoint may have a tensor under: its own, those of parameters that share it, and each
+    as the bare decoder has it (older checkpoints of GPT-2)."""
+    found = [name, *tied.get(tensor.data_ptr(), ())]
+    bare = f"{getattr(model, 'base_model_prefix', '')}."
+    return [*found, *(each.removeprefix(bare) for each in found if bare != "." and each.startswith(bare))]
+
+
+def _all_stored(model: nn.Module, stored: StoredTensors) -> bool:
+    """Return whether a checkpoint says of each of the model's tensors how it is stored."""
+    tied = _names_by_storage(model)
+    return all(
+        stored.find(_names(model, name, tensor, tied), tensor.shape) is not None
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+    )
 
 
 def _names_by_storage(model: nn.Module) -> dict[int, list[str]]:
@@ -142,7 +183,9 @@ def _settings(config: Any) -> dict[str, Any]:
     return {"model_type": config.model_type} | {k: v for k, v in own.items() if k not in default or default[k] != v}
 
 
-def checkpoint_fingerprint(model: nn.Module, files: Sequence[Path], *, verify: bool = False) -> str:
+def checkpoint_fingerprint(
+    model: nn.Module, files: Sequence[Path], stored: StoredTensors | None = None, *, verify: bool = False
+) -> str:
     """Return the fingerprint of a model just read from the checkpoint of these files, from the cache where they are
     still the files that were hashed.
 
@@ -150,21 +193,26 @@ def checkpoint_fingerprint(model: nn.Module, files: Sequence[Path], *, verify: b
     keep) and a sample of bytes at fixed places of every file.
 
     Args:
+        stored: the tensors of these files; see `fingerprint`.
         verify: hash every byte again, whatever the cache says.
     """
-    stored = [path for path in files if path.suffix == ".safetensors"]
     identity = {"files": [_stamp(path) for path in sorted(files)], "transformers": version("transformers")}
-    if not stored:  # GGUF: dequantised straight into the dtype asked for
-        identity["dtype"] = str(next(model.parameters()).dtype)
-    record = (
-        cache_dir() / "fingerprints" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.safetensors"
-    )
-    found = None if verify else cached(record, FINGERPRINTS, identity)
-    if found is not None and isinstance(found[1].get("fingerprint"), str):
-        return found[1]["fingerprint"]
-    value = fingerprint(model, StoredTensors(stored) if stored else None)
-    keep(record, FINGERPRINTS, identity, about={"fingerprint": value})
+    as_loaded = identity | {"dtype": str(next(model.parameters()).dtype)}
+    for each in () if verify else (identity, as_loaded):
+        found = cached(_record(each), FINGERPRINTS, each)
+        if found is not None and isinstance(found[1].get("fingerprint"), str):
+            return found[1]["fingerprint"]
+    value = fingerprint(model, stored)
+    # else a tensor may count in the dtype in which it was loaded (all of GGUF, which is dequantised into it)
+    key = identity if stored is not None and _all_stored(model, stored) else as_loaded
+    keep(_record(key), FINGERPRINTS, key, about={"fingerprint": value})
     return value
+
+
+def _record(identity: Mapping[str, Any]) -> Path:
+    """Return where the fingerprint of that identity is kept."""
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    return cache_dir() / "fingerprints" / f"{digest}.safetensors"
 
 
 def _stamp(path: Path) -> list[Any]:

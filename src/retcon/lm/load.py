@@ -1,5 +1,6 @@
 """Loading a model by hub id, local path, GGUF file or `demo:` name."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from retcon import world
 from retcon.errors import RetconError, UnsupportedModel
 from retcon.files import looks_like_path, out_of_reach
-from retcon.lm.fingerprint import checkpoint_fingerprint
+from retcon.lm.fingerprint import StoredTensors, checkpoint_fingerprint
 from retcon.lm.gguf import DAMAGED, SUFFIX, find_gguf, forget_packing, gguf_options, quiet_conversion
 from retcon.lm.layouts import Layout
 from retcon.lm.model import LM
@@ -127,7 +128,8 @@ def load(
     )
     files = [gguf] if gguf is not None else checkpoint_files(place, revision) if packing is None else []
     if files and not any(p.is_meta for p in model.parameters()):
-        lm.remember_fingerprint(checkpoint_fingerprint(model, files, verify=verify_base))
+        stored = StoredTensors(p for p in files if p.suffix == ".safetensors") if gguf is None else None
+        lm.remember_fingerprint(checkpoint_fingerprint(model, files, stored, verify=verify_base))
     return lm
 
 
@@ -177,18 +179,42 @@ def _model_class(place: str, options: dict[str, Any]) -> Any:
 
 
 def checkpoint_files(place: str, revision: str | None = None) -> list[Path]:
-    """Return config and safetensors files of a local checkpoint or of one in the hub's cache; none where there are no
-    such files."""
+    """Return the safetensors files that a local checkpoint, or one in the hub's cache, is read from, and its config;
+    none where there are no such files.
+
+    Those are what transformers reads. Other safetensors files in the folder (moments, adapters, another format's copy
+    of the weights) are none of them.
+    """
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
     folder = Path(place)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        found = try_to_load_from_cache(place, "config.json", revision=revision) if place.count("/") == 1 else None
+        try:
+            found = try_to_load_from_cache(place, "config.json", revision=revision)
+        except HFValidationError:  # a path, or what a caller calls the model
+            return []
         if not isinstance(found, str):
             return []
         folder = Path(found).parent
-    weights = sorted(folder.glob("*.safetensors"))
-    return [*weights, folder / "config.json"] if weights else []
+    config = folder / "config.json"
+    try:
+        named = json.loads(config.read_text()).get("transformers_weights")
+        weights = _weights(folder, *([named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]))
+    except (OSError, ValueError, KeyError, AttributeError):  # damaged
+        return []
+    return [*weights, config] if weights else []
+
+
+def _weights(folder: Path, *names: str) -> list[Path]:
+    """Return the files of weights that the first of these names that is there stands for: itself, or those that it is
+    the index of."""
+    first = next((folder / name for name in names if (folder / name).is_file()), None)
+    if first is None or first.suffix != ".json":
+        return [first] if first is not None else []
+    return sorted({first.parent / file for file in json.loads(first.read_text())["weight_map"].values()})
 
 
 @contextmanager

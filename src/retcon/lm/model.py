@@ -30,7 +30,7 @@ from retcon.errors import (
 )
 from retcon.files import looks_like_path
 from retcon.lm.experts import expert_matrix
-from retcon.lm.fingerprint import fingerprint
+from retcon.lm.fingerprint import StoredTensors, fingerprint
 from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.hooks import Hooks
 from retcon.lm.layouts import Fused, Layout, layout_for
@@ -89,6 +89,7 @@ class LM:
         self.workers: Workers = Here()
         """Where independent pieces of work on this model are done (`retcon.cluster`)."""
         self._fingerprint: str | None = None
+        self._stored: StoredTensors | None = None
         self._seen: dict[str, tuple[object, ...]] = {}
         self.kinds = tuple(_kind_of(self, layer) for layer in range(self.n_layers))
         """The layout of each block: the first of the row's kinds whose modules it has."""
@@ -376,13 +377,17 @@ class LM:
             now = self._look()
             if self._fingerprint is None or any(self._seen.get(n) != x for n, x in now.items() if n not in touched):
                 with self.without_deltas():
-                    self._fingerprint = fingerprint(self.model, packed=self.packed)
+                    self._fingerprint = fingerprint(self.model, self._stored, self.packed)
                     self._seen = self._look()
             return self._fingerprint
 
-    def remember_fingerprint(self, value: str) -> None:
-        """Take a fingerprint that the loader has worked out for exactly these weights."""
-        self._fingerprint, self._seen = value, self._look()
+    def remember_fingerprint(self, value: str, stored: StoredTensors | None = None) -> None:
+        """Take a fingerprint that the loader has worked out for exactly these weights.
+
+        Args:
+            stored: the checkpoint that they were read from. It counts again where the weights are moved or changed.
+        """
+        self._fingerprint, self._stored, self._seen = value, stored, self._look()
 
     def _look(self) -> dict[str, tuple[object, ...]]:
         """Enough of every parameter to notice that something else has changed it."""
