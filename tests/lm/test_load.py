@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import retcon
+from retcon.delta import Dense
 from retcon.errors import MissingPackage, RetconWarning, UnsupportedModel
 from retcon.lm import fingerprint as fingerprint_module
 from retcon.lm.fingerprint import fingerprint
@@ -125,6 +126,24 @@ def test_a_checkpoint_in_the_hubs_cache_is_found_with_and_without_an_owner(
     found = checkpoint_files(name)
     assert [path.name for path in found] == ["model.safetensors", "config.json"]
     assert checkpoint_files(f"/nowhere/at/all/{name}") == checkpoint_files("what a caller calls it") == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_that_are_moved_are_the_same_and_changed_ones_are_others(dtype: str, saved: Path) -> None:
+    lm = load(str(saved), dtype=dtype, device="cpu")
+    before = lm.fingerprint()
+    site = lm.site(0, "down_proj")
+    delta = lm.delta({site.name: [Dense(full=torch.ones_like(site.weight))]})
+    weight = lm.model.get_parameter(site.name)
+    weight.data = weight.data.clone()
+    lm.apply(delta)
+    lm.revert(delta)
+    assert lm.fingerprint() == before
+    with torch.no_grad():
+        weight[0, 0] += 1
+    assert lm.fingerprint() != before
+    lm.model.to(torch.float64)
+    assert lm.fingerprint() != before
 
 
 def test_other_weights_in_the_same_place_have_another_fingerprint(saved: Path, computed: list[str]) -> None:

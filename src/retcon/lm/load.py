@@ -129,7 +129,7 @@ def load(
     files = [gguf] if gguf is not None else checkpoint_files(place, revision) if packing is None else []
     if files and not any(p.is_meta for p in model.parameters()):
         stored = StoredTensors(p for p in files if p.suffix == ".safetensors") if gguf is None else None
-        lm.remember_fingerprint(checkpoint_fingerprint(model, files, stored, verify=verify_base))
+        lm.remember_fingerprint(checkpoint_fingerprint(model, files, stored, verify=verify_base), stored)
     return lm
 
 
