@@ -30,7 +30,7 @@ from recipes.statements import documents, read_lesson, with_prefix
 from recipes.training import PEAK_RATE, ROW_TOKENS, WEIGHT_DECAY, Recall, measure_recall, rows, train
 from retcon.lm.load import load
 from retcon.memory.defaults import SHIPPED_MOMENTS
-from retcon.memory.moments import Corpus, CorpusMoments, collect_moments, document_rows, save_moments
+from retcon.memory.moments import SHIPPED_DTYPE, Corpus, CorpusMoments, collect_moments, document_rows, save_moments
 from retcon.world import MODELS, corpus, model_path
 from retcon.world.facts import FACTS
 
@@ -172,7 +172,7 @@ def main() -> None:
 
 def write_moments(folder: Path) -> None:
     """Write the second moments of every down-projection over the world's own text, beside the weights."""
-    lm = load(str(folder))
+    lm = load(str(folder), dtype=SHIPPED_DTYPE, device="cpu")
     source = CorpusMoments(Corpus(tuple(corpus())))
     sites = [lm.site(layer, "down_proj") for layer in range(lm.n_layers)]
     n_tokens = source.key(lm, sites[0]).n_tokens

@@ -37,7 +37,7 @@ def a_checked_file(place: Path, lm: LM, delta: Delta) -> None:
 
 
 def moments(place: Path, lm: LM, delta: Delta) -> None:
-    save_moments(place, {MomentKey("m", "s", "c", 1, 1): BIG @ BIG.T + 300 * torch.eye(300)})
+    save_moments(place, {MomentKey("m", "s", "c", 1, 1, "t", "float32"): BIG @ BIG.T + 300 * torch.eye(300)})
 
 
 def a_delta(place: Path, lm: LM, delta: Delta) -> None:

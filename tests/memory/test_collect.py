@@ -85,7 +85,7 @@ def test_partial_sums_that_an_earlier_version_kept_are_not_used(tiny, ragged, si
     path = tmp_path / "a.partial"
     whole = {site.id: found.moment for site, found in collect(lm, sites(lm), ragged)}
     list(collect(lm, sites(lm), ragged, partial=path, save_every=0.0))
-    identity = {"digest": module._digest(sites(lm), ragged, chunked([len(r.ids) for r in ragged], 40))}
+    identity = {"digest": module._digest(lm, sites(lm), ragged, chunked([len(r.ids) for r in ragged], 40))}
     tensors, about = cached(path, module.PARTIAL_SUMS, identity)
     keep(path, module.PARTIAL_SUMS, identity, {n: t for n, t in tensors.items() if "routed" not in n}, about)
     for site, found in collect(lm, sites(lm), ragged, partial=path):

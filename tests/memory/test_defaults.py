@@ -15,6 +15,21 @@ from retcon.memory.defaults import default_contexts, default_moments, shipped_te
 from retcon.memory.moments import collect_moments, document_rows
 
 
+@pytest.mark.parametrize("first", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", world.MODELS)
+def test_an_embedded_model_has_one_fingerprint_and_its_shipped_moments_in_every_dtype(
+    name, first, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("RETCON_CACHE", str(tmp_path))
+    prints = set()
+    for dtype in dict.fromkeys((first, "float32", "bfloat16", "float16")):
+        lm = retcon.load(f"demo:{name}", dtype=dtype, device="cpu")
+        prints.add(lm.fingerprint())
+        source, sites = default_moments(lm), [lm.site(layer, "down_proj") for layer in range(lm.n_layers)]
+        assert {source.stored(lm, site) for site in sites} == {source.shipped}
+    assert len(prints) == 1
+
+
 @pytest.mark.parametrize("name", world.MODELS)
 def test_the_embedded_models_ship_moments_of_every_layer(name, monkeypatch, tmp_path):
     monkeypatch.setenv("RETCON_CACHE", str(tmp_path))

@@ -132,7 +132,43 @@ def test_a_key_names_everything_that_determines_a_moment(tiny, corpus):
     assert base != CorpusMoments(corpus).key(lm, lm.site(1, "down_proj"))
     assert base != CorpusMoments(corpus, tokens_per_dimension=5).key(lm, site)
     assert base != CorpusMoments(corpus, max_length=16).key(lm, site)
+    for changed in (tiny("gptj", tok="bos"), tiny("gptj", torch.float32)):
+        changed.remember_fingerprint(lm.fingerprint())
+        assert base != CorpusMoments(corpus).key(changed, changed.site(0, "down_proj"))
     assert len({k.file for k in (base, CorpusMoments(corpus, max_length=16).key(lm, site))}) == 2
+
+
+@pytest.mark.filterwarnings("ignore:second moments from")
+@pytest.mark.parametrize("change", [{"tok": "bos"}, {"dtype": torch.bfloat16}], ids=str)
+def test_the_same_weights_with_other_tokens_or_in_another_dtype_have_moments_of_their_own(change, tiny, corpus):
+    lm, other = tiny("gptj", torch.float32), tiny("gptj", **{"dtype": torch.float32, **change})
+    other.remember_fingerprint(lm.fingerprint())  # as of one checkpoint
+    found = []
+    for each in (lm, other):
+        site, source = each.site(1, "down_proj"), CorpusMoments(corpus, tokens_per_dimension=2)
+        found.append(source.second_moment(each, site))
+        rows = document_rows(each, corpus.documents, 2 * 128, 1024)
+        own = next(iter(module.collect(each, [site], rows)))[1].moment.float()
+        assert_close(found[-1], own, rtol=0, atol=0)
+    assert not torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:second moments from")
+def test_shipped_moments_serve_in_every_dtype_and_only_the_tokens_that_they_were_collected_from(tiny, corpus, tmp_path):
+    lm = tiny("gptj", torch.float32)
+    site, source = lm.site(1, "down_proj"), CorpusMoments(corpus, tokens_per_dimension=2)
+    wanted, path = source.second_moment(lm, site), tmp_path / "shipped.safetensors"
+    path.write_bytes(source.key(lm, site).file.read_bytes())
+    source.key(lm, site).file.unlink()
+    shipped = replace(source, shipped=path)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        other = tiny("gptj", dtype)
+        other.remember_fingerprint(lm.fingerprint())
+        assert shipped.stored(other, other.site(1, "down_proj")) == path
+        assert torch.equal(shipped.second_moment(other, other.site(1, "down_proj")), wanted)
+    other = tiny("gptj", torch.float32, tok="bos")
+    other.remember_fingerprint(lm.fingerprint())
+    assert shipped.stored(other, other.site(1, "down_proj")) is None
 
 
 def test_too_few_tokens(tiny):

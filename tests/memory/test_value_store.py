@@ -21,7 +21,7 @@ from retcon.memory.values import search as search_module
 from retcon.memory.values import store as store_module
 from retcon.memory.values.plan import ChunkPlan, SearchPlan
 from retcon.memory.values.schedule import Chunk
-from retcon.memory.values.store import ValueStore
+from retcon.memory.values.store import KnownValues, ValueStore
 from tests.conftest import everyday
 
 CONTEXTS = Contexts(("I read. ",))
@@ -80,6 +80,26 @@ def test_a_killed_search_goes_on_with_the_identical_result(
     assert len(ran) == len(PLAN.chunks) - finished
     kept.discard()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_values_that_were_searched_under_another_chat_template_are_not_taken_up(
+    known: bool, tiny: Callable[..., LM], edits: list[Edit], tmp_path: Path
+) -> None:
+    lm = tiny("llama", torch.float32)
+    cache = ValueCache(tmp_path, known=KnownValues() if known else None)
+
+    def found_again() -> int:
+        """Return how many edits of a search need none."""
+        searched = cache.known.searched if cache.known else 0
+        before = cache.resumed
+        search_values(lm, edits, SITES, CONTEXTS, SEARCH, plan=None if known else PLAN, cache=cache)
+        return cache.resumed - before if cache.known is None else len(edits) - cache.known.searched + searched
+
+    lm.tokenizer.chat_template = "{{ messages[0].content }}"
+    assert [found_again(), found_again()] == [0, len(edits)]
+    lm.tokenizer.chat_template = "Q: {{ messages[0].content }}"
+    assert found_again() == 0
 
 
 ONE_CHUNK = SearchPlan((ChunkPlan((2, 0, 3, 1), 2),))

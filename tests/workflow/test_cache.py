@@ -23,7 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RETCON_CACHE", str(tmp_path))
     for name in ("values/run/plan.safetensors", "values/run/one.safetensors", "fingerprints/a.safetensors"):
         write_checked(tmp_path / name, KIND, {"of": name}, {"x": torch.ones(3)})
-    key = MomentKey("model", "site", "corpus", 10, 10)
+    key = MomentKey("model", "site", "corpus", 10, 10, "tokenizer", "float32")
     save_moments(key.file, {key: torch.eye(4)})
     write_checked(key.file_of("factor"), KIND, {}, {"x": torch.ones(3)})
     write_checked(tmp_path / "moments/begun.partial", KIND, {}, {"x": torch.ones(3)})

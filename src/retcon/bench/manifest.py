@@ -21,6 +21,7 @@ from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import LoadReport
 from retcon.files import as_shared, write_atomically
 from retcon.lm.model import LM
+from retcon.lm.tokenizer import tokenizer_hash
 from retcon.version import __version__
 
 FORMAT = "retcon-bench-1"
@@ -103,11 +104,6 @@ def processor() -> str:
 def run_id(manifest: Mapping[str, Any]) -> str:
     """Identity of a run: a hash of its manifest."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash the vocabulary and rules of a fast tokenizer."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
 
 
 def file_hash(path: str | None) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from retcon.bench.manifest import file_hash, tokenizer_hash, versions
+from retcon.bench.manifest import file_hash, versions
 from retcon.bench.spec import MeasureSpec
 from retcon.checked import Kind, as_bytes, cached, from_bytes, keep
 from retcon.evaluation.datasets import LoadReport
@@ -19,6 +19,7 @@ from retcon.evaluation.records import encode_records, parse_records
 from retcon.evaluation.results import Evaluation
 from retcon.files import cache_dir
 from retcon.lm.model import LM
+from retcon.lm.tokenizer import tokenizer_hash
 
 UNEDITED = Kind("records of an unedited model", format=2, computation=1)
 

@@ -95,7 +95,7 @@ def collect(
     chunks = chunked([len(r.ids) for r in rows], CHUNK_TOKENS.get(lm.device.type, CHUNK_TOKENS["cpu"]))
     sums = {s: _Sum(s) for s in sites}
     planned = max_batch_tokens or _budget(lm, rows)
-    state = _State(_digest(sites, rows, chunks), 0, planned, planned)
+    state = _State(_digest(lm, sites, rows, chunks), 0, planned, planned)
     if partial is not None:
         state = _load(partial, state, sums, shrink)
     ends = list(accumulate(sum(len(rows[j].ids) for j in chunk) for chunk in chunks))
@@ -420,7 +420,7 @@ class _State:
     """How far a pass has come."""
 
     digest: str
-    """Of rows, chunks and sites."""
+    """Of the model's dtype, rows, chunks and sites."""
     n_done: int
     """Chunks that are in the sums."""
     planned: int
@@ -429,8 +429,9 @@ class _State:
     """From here on; less than planned where memory ran out and `shrink` allowed it."""
 
 
-def _digest(sites: Sequence[Site], rows: Sequence[Row], chunks: Sequence[range]) -> str:
-    digest = hashlib.sha256(json.dumps([[s.id for s in sites], [c.stop for c in chunks]]).encode())
+def _digest(lm: LM, sites: Sequence[Site], rows: Sequence[Row], chunks: Sequence[range]) -> str:
+    ends = [c.stop for c in chunks]
+    digest = hashlib.sha256(json.dumps([str(lm.dtype), [s.id for s in sites], ends]).encode())
     for row in rows:
         digest.update(json.dumps(row.ids).encode())
     return digest.hexdigest()

@@ -11,7 +11,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,6 +28,7 @@ from retcon.files import cache_dir, write_atomically
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode
 from retcon.lm.site import Site
+from retcon.lm.tokenizer import tokenizer_hash
 from retcon.memory.collect import Progress, collect
 from retcon.memory.corpus import Corpus
 from retcon.memory.solve import CPU, cholesky, definite
@@ -38,13 +40,13 @@ MAX_LENGTH = 1024
 """Documents are cut to this many tokens (or the model's context, if that is shorter)."""
 FACTOR_FILE_FROM = 2048
 """Key dimensions from which a moment's Cholesky factor is read from disk sooner than it is made again."""
-FORMAT = "retcon-moments-3"
-UNSEALED = "retcon-moments-2"
-"""The format of the embedded models' files: each moment has a checksum, the record around them has none."""
+FORMAT = "retcon-moments-4"
 COMPUTATION = 1
 """Raised only when a pass over the same text gives other moments."""
 DERIVED = Kind("matrices made from a second moment", format=1, computation=1)
 DERIVED_SUFFIX = ".derived"
+SHIPPED_DTYPE = "float32"
+"""That the shipped moments of the embedded models were collected in."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class MomentKey:
     corpus: str
     n_tokens: int
     max_length: int
+    tokenizer: str
+    """Hash of the vocabulary and rules that made tokens of the corpus."""
+    dtype: str
+    """That the model computed in."""
     computation: int = COMPUTATION
 
     @property
@@ -137,7 +143,8 @@ class CorpusMoments:
     """Where memory runs out, go on with smaller passes, and use moments that were collected so: others in their last
     bits."""
     shipped: Path | None = None
-    """A file of moments to look in before the cache (the embedded models')."""
+    """A file of moments to look in before the cache (the embedded models'). They were collected in float32, and serve
+    in whatever dtype the model is loaded."""
     progress: Progress = lambda done, total: None
     """Hears (tokens done, tokens wanted) while collecting."""
     _unwritten: dict[MomentKey, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -150,7 +157,16 @@ class CorpusMoments:
     def key(self, lm: LM, site: Site) -> MomentKey:
         """Return the cache key of one site's moment."""
         n_tokens = self.tokens_per_dimension * site.shape[1]
-        return MomentKey(lm.fingerprint(), site.id, self.corpus.id, n_tokens, self.max_length)
+        dtype = str(lm.dtype).removeprefix("torch.")
+        text = (self.corpus.id, n_tokens, self.max_length, tokenizer_hash(lm.tokenizer))
+        own = MomentKey(lm.fingerprint(), site.id, *text, dtype)
+        shipped = replace(own, dtype=SHIPPED_DTYPE)
+        return shipped if shipped in self._shipped_keys else own
+
+    @cached_property
+    def _shipped_keys(self) -> frozenset[MomentKey]:
+        """Keys of the moments in the shipped file."""
+        return frozenset(moment_keys(self.shipped) if self.shipped is not None and self.shipped.is_file() else ())
 
     def prepare(self, lm: LM, sites: Sequence[Site]) -> None:
         """Collect what neither the shipped file nor the cache holds, in one pass; a killed one is taken up again.
@@ -256,7 +272,7 @@ class CorpusMoments:
     def stored(self, lm: LM, site: Site) -> Path | None:
         """Return the file that holds one site's moment, or None where it has yet to be collected."""
         key = self.key(lm, site)
-        if self.shipped is not None and self.shipped.is_file() and key in moment_keys(self.shipped):
+        if key in self._shipped_keys:
             return self.shipped
         if not key.file.is_file():
             return None
@@ -368,10 +384,10 @@ def _record(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {})["retcon"])
         sealed = record.pop("seal", None)
-        if sealed != (checksum(record, {}) if record["format"] == FORMAT else None):
-            raise MalformedFile(f"{path}: damaged; its record does not match its checksum")
-        if record["format"] not in (FORMAT, UNSEALED):
+        if record["format"] != FORMAT:
             raise MalformedFile(f"{path}: moments format {record['format']!r}, this version reads {FORMAT!r}")
+        if sealed != checksum(record, {}):
+            raise MalformedFile(f"{path}: damaged; its record does not match its checksum")
         for key in record["keys"]:
             MomentKey(**key)
         if not isinstance(record["about"], dict):

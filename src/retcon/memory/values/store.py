@@ -23,6 +23,7 @@ from retcon.checked import Kind, cached, keep, read_checked, write_checked
 from retcon.delta import EditReport
 from retcon.edits import Edit
 from retcon.lm.model import LM
+from retcon.lm.tokenizer import chat_hash
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.objective import Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, SearchPlan
@@ -91,6 +92,7 @@ class KnownValues:
         on = [delta.id for delta in lm.applied][self.n_before :]
         common = {
             "model": lm.fingerprint(),
+            "tokenizer": chat_hash(lm.tokenizer),
             "dtype": str(lm.dtype),
             "on": on,
             "sites": [asdict(s) for s in sites],
@@ -175,6 +177,7 @@ class ValueStore:
         """
         key = {
             "model": lm.fingerprint(),
+            "tokenizer": chat_hash(lm.tokenizer),
             "dtype": str(lm.dtype),
             "applied": [d.id for d in lm.applied],
             "device": lm.device.type,
