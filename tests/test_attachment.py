@@ -1,6 +1,7 @@
 """Attachments that are not weights: attached, measured, saved, loaded, detached; mixed with deltas; cut anywhere."""
 
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -202,6 +203,26 @@ def test_an_editor_at_the_prompt_acts_before_tokens_are_made(lm: LM, tmp_path: P
     assert said == lm.complete("The capital of Italy is", max_new_tokens=4)
     assert told.cost() == Cost(prompt_characters=31)
     assert noise(lm, 0).cost() == Cost()
+
+
+@pytest.mark.parametrize("asked", ["complete", "generate", "score", "evaluate"])
+def test_another_threads_prompt_is_read_in_its_own_turn(asked: str, lm: LM) -> None:
+    ask: dict[str, Callable[[], Any]] = {
+        "complete": lambda: lm.complete("The capital of Italy is", max_new_tokens=4),
+        "generate": lambda: lm.generate(["The capital of Italy is", "He"], max_new_tokens=4),
+        "score": lambda: score(lm, [Item("The capital of Italy is", "Rome")]),
+        "evaluate": lambda: evaluate(lm, CASES, generate=True, max_new_tokens=2).records,
+    }
+    told = InContext(base=lm.fingerprint(), settings={"before": "The capital of France is Rome."})
+    alone, heard = ask[asked](), []
+    thread = threading.Thread(target=lambda: heard.append(ask[asked]()))
+    with lm.edited(told):
+        assert ask[asked]() != alone
+        thread.start()
+        thread.join(0.3)
+        assert not heard  # it waits
+    thread.join()
+    assert heard == [alone]
 
 
 def test_an_editor_at_the_prompt_is_measured_with_what_it_puts_before_it(lm: LM) -> None:

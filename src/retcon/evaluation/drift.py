@@ -106,11 +106,6 @@ def next_token_divergence(
     def rows_here() -> list[Row]:
         return [lm.encode(prompt, chat=chat) for prompt, chat in zip(prompts, frames, strict=True)]
 
-    with before():
-        old_rows = rows_here()
-    with after():
-        new_rows = rows_here()
-
     def compare(group: list[int]) -> list[float]:
         with before():
             old = _next_logp(lm, [old_rows[i] for i in group])
@@ -119,8 +114,13 @@ def next_token_divergence(
         found: list[float] = divergence(old, new).tolist()
         return found
 
-    lengths = [max(len(old.ids), len(new.ids)) for old, new in zip(old_rows, new_rows, strict=True)]
-    return in_batches(lengths, compare, max_tokens=max_batch_tokens)
+    with lm.scope():  # prompts are read in the turn in which they are run
+        with before():
+            old_rows = rows_here()
+        with after():
+            new_rows = rows_here()
+        lengths = [max(len(old.ids), len(new.ids)) for old, new in zip(old_rows, new_rows, strict=True)]
+        return in_batches(lengths, compare, max_tokens=max_batch_tokens)
 
 
 def routing_overlap(

@@ -171,22 +171,23 @@ def run_queries(
     lm: LM, plan: QueryPlan, measures: Measures, advance: Advance = lambda stage, done, total: None
 ) -> Outputs:
     """Put every query of the plan to the model."""
-    if remembers(lm):
-        found, texts = _score_and_write(lm, plan, measures, advance)
-        return Outputs(found, texts, _write_freely(lm, plan, measures), _essence(lm, plan, measures))
-    rows = [row for q in plan.queries for row in rows_now(lm, q, measures)]
-    scores = iter(
-        score_rows(
-            lm,
-            rows,
-            max_batch_tokens=measures.max_batch_tokens,
-            on_progress=lambda done, total: advance("score", done, total),
+    with lm.scope():  # prompts are read in the turn in which they are run: what is attached may act on them
+        if remembers(lm):
+            found, texts = _score_and_write(lm, plan, measures, advance)
+            return Outputs(found, texts, _write_freely(lm, plan, measures), _essence(lm, plan, measures))
+        rows = [row for q in plan.queries for row in rows_now(lm, q, measures)]
+        scores = iter(
+            score_rows(
+                lm,
+                rows,
+                max_batch_tokens=measures.max_batch_tokens,
+                on_progress=lambda done, total: advance("score", done, total),
+            )
         )
-    )
-    found = {q.place: tuple(next(scores) for _ in q.rows) for q in plan.queries if q.rows}
-    return Outputs(
-        found, _write(lm, plan, measures, advance), _write_freely(lm, plan, measures), _essence(lm, plan, measures)
-    )
+        found = {q.place: tuple(next(scores) for _ in q.rows) for q in plan.queries if q.rows}
+        return Outputs(
+            found, _write(lm, plan, measures, advance), _write_freely(lm, plan, measures), _essence(lm, plan, measures)
+        )
 
 
 def _score_and_write(

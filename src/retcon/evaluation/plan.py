@@ -179,12 +179,13 @@ def plan_queries(lm: LM, cases: Sequence[Case], measures: Measures) -> QueryPlan
         raise InvalidEdit(f"two cases share the id {twice!r}; ids must be unique within an evaluation")
     dirty = contaminated(cases)
     queries = []
-    for case in cases:
-        for query in case.queries:
-            queries.append(_tokenized(lm, case, query, query.id in dirty.get(case.id, ()), measures))
-            if measures.neighborhood_prefix == "edit" and query.axis == "neighborhood" and case.edits:
-                after = _after_the_edit(case, query)
-                queries.append(replace(_tokenized(lm, case, after, False, measures), prefixed=True))
+    with lm.scope():  # another thread may be inside one whose attachments act on prompts
+        for case in cases:
+            for query in case.queries:
+                queries.append(_tokenized(lm, case, query, query.id in dirty.get(case.id, ()), measures))
+                if measures.neighborhood_prefix == "edit" and query.axis == "neighborhood" and case.edits:
+                    after = _after_the_edit(case, query)
+                    queries.append(replace(_tokenized(lm, case, after, False, measures), prefixed=True))
     return QueryPlan(tuple(cases), tuple(queries))
 
 

@@ -87,8 +87,9 @@ def score(
         InvalidEdit: a prompt or target is empty or gives no token.
         torch.OutOfMemoryError: a single row does not fit.
     """
-    rows = [lm.encode(item.prompt, item.target, separator=separator) for item in items]
-    return score_rows(lm, rows, max_batch_tokens=max_batch_tokens)
+    with lm.scope():  # what is attached may act on the prompts, which are read in the turn in which they are run
+        rows = [lm.encode(item.prompt, item.target, separator=separator) for item in items]
+        return score_rows(lm, rows, max_batch_tokens=max_batch_tokens)
 
 
 def score_rows(

@@ -107,16 +107,16 @@ def generate(
     how = how or Writing()
     if how.sample_top_k is not None and seeds is None:
         raise InvalidSetting("sampled text needs a seed per prompt")
-    rows = [p if isinstance(p, Row) else _row_of(lm, p, how.chat) for p in prompts]
-    limits = [most_tokens(lm, row, how, None if lengths is None else lengths[i]) for i, row in enumerate(rows)]
-    results = {i: Written("", 0, True) for i, limit in enumerate(limits) if limit < 1}
-    asked = [i for i in range(len(rows)) if i not in results]
+    with lm.frozen_eval():  # prompts are read in this turn, too: what is attached may act on them
+        rows = [p if isinstance(p, Row) else _row_of(lm, p, how.chat) for p in prompts]
+        limits = [most_tokens(lm, row, how, None if lengths is None else lengths[i]) for i, row in enumerate(rows)]
+        results = {i: Written("", 0, True) for i, limit in enumerate(limits) if limit < 1}
+        asked = [i for i in range(len(rows)) if i not in results]
 
-    def hear(done: int, _: int) -> None:
-        if on_progress is not None:
-            on_progress(len(rows) - len(asked) + done, len(rows))
+        def hear(done: int, _: int) -> None:
+            if on_progress is not None:
+                on_progress(len(rows) - len(asked) + done, len(rows))
 
-    with lm.frozen_eval():
         found = shared_in_batches(
             lm,
             WriteBatch(how),
@@ -133,9 +133,10 @@ def generate(
 def generate_in_chats(lm: LM, asked: Sequence[tuple[str, Chat | None]], how: Writing) -> list[Written]:
     """Continue prompts of which each has a chat of its own, or none."""
     found: dict[int, Written] = {}
-    for chat in dict.fromkeys(chat for _, chat in asked):
-        here = [i for i, (_, own) in enumerate(asked) if own == chat]
-        found |= zip(here, generate(lm, [asked[i][0] for i in here], replace(how, chat=chat)), strict=True)
+    with lm.scope():
+        for chat in dict.fromkeys(chat for _, chat in asked):
+            here = [i for i, (_, own) in enumerate(asked) if own == chat]
+            found |= zip(here, generate(lm, [asked[i][0] for i in here], replace(how, chat=chat)), strict=True)
     return [found[i] for i in range(len(asked))]
 
 
