@@ -168,6 +168,50 @@ def test_a_folder_that_must_not_be_replaced_stays(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "theirs"]
 
 
+@pytest.mark.parametrize("cut", range(4))
+def test_an_interrupt_while_a_folder_is_replaced_leaves_the_old_one_or_the_new(
+    cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "out"
+    place.mkdir()
+    (place / "a.txt").write_text("old")
+    whole, calls = Path.rename, [0]
+
+    def rename(self: Path, target: Path) -> Path:
+        calls[0] += 1
+        if cut == 2 * calls[0] - 2:
+            raise KeyboardInterrupt
+        moved = whole(self, target)
+        if cut == 2 * calls[0] - 1:
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt), files.replacing_folder(place) as fresh:
+        (fresh / "a.txt").write_text("new")
+    assert (place / "a.txt").read_text() == ("new" if cut == 3 else "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_interrupts_while_a_folder_is_replaced_leave_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "out"
+    place.mkdir()
+    whole, calls = Path.rename, [0]
+
+    def rename(self: Path, target: Path) -> Path:
+        calls[0] += 1
+        if calls[0] in (2, 3):  # the new one's, and the first attempt to put the old one back
+            raise KeyboardInterrupt
+        return whole(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt), files.replacing_folder(place):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_one_process_at_a_time_has_the_turn_in_a_folder(tmp_path: Path) -> None:
     other = files.turn_in(tmp_path, wait=False)
     with (

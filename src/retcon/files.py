@@ -282,22 +282,28 @@ def replacing_folder(path: str | os.PathLike[str], *, check: Callable[[], None] 
                 _sync(file)
         with turn_in(place.parent, wait=True):
             check()
-            if place.exists():
-                place.rename(old)
             try:
+                if place.exists():
+                    place.rename(old)
                 fresh.rename(place)
             except BaseException:
-                if old.exists() and not place.exists():
-                    old.rename(place)
+                _put_back(old, place)
                 raise
     except Exception as error:
         if (named := _naming(error, fresh, place)) is not None:
             raise named from error
         raise
     finally:
+        _put_back(old, place)  # again, where an interrupt has cut the first attempt
         shutil.rmtree(fresh, ignore_errors=True)
         if place.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, place: Path) -> None:
+    """Bring a folder that was moved aside back, unless another one has taken its place."""
+    if old.exists() and not place.exists():
+        old.rename(place)
 
 
 @contextmanager
