@@ -145,6 +145,18 @@ def test_a_file_gives_the_same_back_and_says_what_is_wrong_with_it(lm: LM, tmp_p
         attachment.load(unknown)
 
 
+def test_tensors_in_the_same_memory_are_saved_each_for_itself(lm: LM, tmp_path: Path) -> None:
+    both = torch.arange(12.0).reshape(3, 4)
+    tensors = {"all": both, "row": both[1], "column": both[:, 1], "again": both}
+    found = Lookup(base="b", settings={"module": "m"}, tensors=tensors, state={"all": both})
+    found.save(path := tmp_path / "shared.safetensors")
+    again = Lookup.load(path)
+    assert again == found
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in tensors.items())
+    assert again.state is not None
+    assert torch.equal(again.state["all"], both)
+
+
 def test_it_is_measured_as_a_delta_is(lm: LM) -> None:
     found = LookupEditor().propose(lm, EDITS)
     summary = evaluate(lm, CASES, delta=found, generate=False).summary()

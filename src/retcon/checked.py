@@ -49,7 +49,7 @@ def write_checked(
     """
     from safetensors.torch import save_file
 
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
+    own = for_file(tensors or {})
     record: dict[str, Any] = {
         "kind": kind.name,
         "format": kind.format,
@@ -164,6 +164,17 @@ def warn_unwritable(error: OSError) -> None:
         RetconWarning,
         stacklevel=4,
     )
+
+
+def for_file(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Return tensors as safetensors takes them: on the CPU, contiguous, no two in the same memory."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        found[name] = own.clone() if own.untyped_storage().data_ptr() in taken else own
+        taken.add(own.untyped_storage().data_ptr())
+    return found
 
 
 def checksum(record: Mapping[str, Any], tensors: Mapping[str, "Tensor"]) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from retcon.attachment import Attachment, Cost, Hook
 from retcon.attachment import EditReport as EditReport
-from retcon.checked import as_bytes, checksum
+from retcon.checked import as_bytes, checksum, for_file
 from retcon.edits import Edit, edit_record
 from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, NonFinite
 from retcon.files import write_atomically
@@ -334,7 +334,7 @@ class Delta:
         """Write everything to one safetensors file; a crash leaves the old file or the new, never a part."""
         tensors = {f"change/{name}": t for name, t in self._change_tensors()}
         tensors |= {f"state/{name}": t for name, t in (self.state or {}).items()}
-        tensors = _for_file(tensors | {f"values/{name}": t for name, t in (self.values or {}).items()})
+        tensors = for_file(tensors | {f"values/{name}": t for name, t in (self.values or {}).items()})
         record: dict[str, Any] = {
             "format": FORMAT,
             "id": self.id,
@@ -492,17 +492,6 @@ def _rank_bound(changes: Sequence[Change]) -> int | None:
     if any(c.kind not in ranks for c in changes):
         return None
     return sum(ranks[c.kind](c) for c in changes)
-
-
-def _for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as safetensors wants them: on the CPU, contiguous, no two in the same memory."""
-    found: dict[str, Tensor] = {}
-    taken: set[int] = set()
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        found[name] = own.clone() if own.untyped_storage().data_ptr() in taken else own
-        taken.add(own.untyped_storage().data_ptr())
-    return found
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
