@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from retcon.edits import Edit
-from retcon.errors import InvalidSetting
+from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.forward import Point, activations
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit, pad
@@ -53,6 +53,15 @@ def test_romes_style_needs_a_mark_to_start_from(tiny):
     lm.tokenizer = SimpleNamespace(bos_token_id=None, eos_token_id=None)
     with pytest.raises(InvalidSetting, match="start from a BOS or EOS token"):
         sample_contexts(lm, style="rome")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_overflows_is_named(value: float, tiny: Callable[..., LM]) -> None:
+    lm = tiny("gptj", torch.float32)
+    with torch.no_grad():
+        lm.head.bias[3] = value
+    with pytest.raises(NonFinite, match=rf"'{lm.name}'.*NaN or infinite.*bfloat16 or float32"):
+        sample_contexts(lm)
 
 
 def test_prefixes_come_from_the_unedited_model(tiny):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from retcon.errors import InvalidSetting
+from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode, pad
@@ -44,6 +44,7 @@ def sample_contexts(lm: LM, *, seed: int = 0, style: ContextStyle = "memit") -> 
 
     Raises:
         InvalidSetting: the style starts from a mark which the tokenizer lacks, or the seed is none.
+        NonFinite: the model's logits are NaN or infinite.
     """
     generator = torch.Generator().manual_seed(check_seed(seed))
     starts = _starts(lm.tokenizer, style)
@@ -53,7 +54,13 @@ def sample_contexts(lm: LM, *, seed: int = 0, style: ContextStyle = "memit") -> 
             last = torch.tensor([len(r.ids) - 1 for r in rows])
             logits = logits_at(lm, pad(rows, lm.device), (torch.arange(len(rows)), last)).float().cpu()
             top = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
-            drawn = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
+            shares = top.values.softmax(-1)
+            if not shares.isfinite().all():
+                raise NonFinite(
+                    f"the logits of {lm.name!r} are NaN or infinite, so it writes no contexts; load it as bfloat16 or "
+                    "float32, or look at its weights"
+                )
+            drawn = torch.multinomial(shares, 1, generator=generator)
             chosen = top.indices.gather(1, drawn)[:, 0].tolist()
             rows = [
                 Row((*row.ids, token), row.n_prompt + 1) if len(row.ids) < cap else row
