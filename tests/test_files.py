@@ -11,7 +11,7 @@ import pytest
 
 from retcon import files
 from retcon.errors import MalformedFile, PlaceBusy
-from retcon.files import cache_dir, read_json_rows, require, write_atomically
+from retcon.files import cache_dir, read_json_rows, read_prose, require, write_atomically
 
 SEPARATORS = "a\u2028b\u2029c\x85d"
 """What `str.splitlines` breaks at and JSON leaves unescaped."""
@@ -72,6 +72,16 @@ def test_what_is_wrong_is_said_with_file_and_place(content: str | bytes, message
         read_json_rows(path)
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
+
+
+def test_a_text_for_a_model_is_read_as_python_reads_it(written: Any) -> None:
+    content = "One\r\nline\rand\n\n another\u2028one\x85.\n"
+    path = written(content)
+    assert read_prose(path) == path.read_text("utf-8")
+    assert read_prose(written("\ufeffcafé")) == "café"
+    assert read_prose(written("")) == ""
+    with pytest.raises(MalformedFile, match=r"not UTF-8 text \(byte 3\); save it as UTF-8"):
+        read_prose(written(b"caf\xe9"))
 
 
 def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:

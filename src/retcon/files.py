@@ -33,6 +33,22 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises:
         MalformedFile: not there, not a file, not UTF-8, or empty.
     """
+    text = _decoded(path)
+    if not text.strip():
+        raise MalformedFile(f"{path}: the file is empty; expected rows")
+    return text
+
+
+def read_prose(path: str | os.PathLike[str]) -> str:
+    r"""Return the text of a file for a model to read: as `read_text`, with \n at the end of every line.
+
+    Raises:
+        MalformedFile: not there, not a file, or not UTF-8.
+    """
+    return _decoded(path).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decoded(path: str | os.PathLike[str]) -> str:
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -42,13 +58,10 @@ def read_text(path: str | os.PathLike[str]) -> str:
     except (OSError, ValueError) as error:
         raise MalformedFile(f"{path}: cannot be read ({error})") from None
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         what = "UTF-16 text" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not UTF-8 text (byte {error.start})"
         raise MalformedFile(f"{path}: {what}; save it as UTF-8") from None
-    if not text.strip():
-        raise MalformedFile(f"{path}: the file is empty; expected rows")
-    return text
 
 
 def read_json_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = None) -> list[NumberedRow]:

@@ -21,6 +21,7 @@ path = "good.jsonl"
 kind = "batch"
 n = 1
 """
+PROBED = ("demo:gptj", "--cases", "good.jsonl", "--out", "stem")
 REFUSED = [
     (["edit", "demo:gptj", "bad.jsonl", "--out", "out.safetensors"], "bad.jsonl"),
     (["edit", "demo:gptj", "deep.json", "--out", "out.safetensors"], "deep.json"),
@@ -56,6 +57,12 @@ REFUSED = [
     (["bench", "method.toml"], "no method 'memot'"),
     (["bench", "path.toml"], "nowhere.jsonl"),
     (["bench", "many.toml"], "asks for 999 cases"),
+    (["bench", "latin.toml"], "latin.txt: not UTF-8 text (byte 3); save it as UTF-8"),
+    (
+        ["check", "demo:gptj", "--delta", "d.safetensors", "--cases", "good.jsonl", "--text", "latin.txt"],
+        "latin.txt: not",
+    ),
+    (["probe", "contrast", *PROBED, "--corpus", "good.jsonl", "--stopwords", "latin.txt"], "latin.txt: not"),
 ]
 
 RUN = """
@@ -88,7 +95,9 @@ def test_what_cannot_be_is_refused_before_torch_is_imported(tmp_path: Path) -> N
         "method": BENCH.replace("memit", "memot"),
         "path": BENCH.replace("good", "nowhere"),
         "many": BENCH.replace("n = 1", "n = 999"),
+        "latin": f'text = "latin.txt"\n{BENCH}',
     }
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     for name, text in bench.items():
         (tmp_path / f"{name}.toml").write_text(text)
     before = sorted(tmp_path.iterdir())

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from retcon.bench.spec import BenchSpec, Cell, DatasetSpec
 from retcon.errors import InvalidSetting, RetconError
 from retcon.evaluation.datasets import Loaded, read_cases
-from retcon.files import check_exists
+from retcon.files import check_exists, read_prose
 from retcon.methods.common.registry import check_early
 
 
@@ -26,6 +26,8 @@ def read_inputs(spec: BenchSpec) -> dict[str, Loaded]:
     for path in (*(m.corpus for m in spec.models), spec.text, measured.snippets, measured.idf, measured.vocabulary):
         if path is not None:
             check_exists(path)
+    if spec.text is not None:
+        read_prose(spec.text)
     loaded = {dataset.label: load_cases(dataset) for dataset in spec.datasets}
     for label, (cases, _) in loaded.items():
         for protocol in spec.protocols:

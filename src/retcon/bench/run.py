@@ -30,7 +30,7 @@ from retcon.evaluation.metrics.consistency import References
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries
 from retcon.evaluation.records import Record, When, whole_model_record, write_records
 from retcon.evaluation.results import Evaluation
-from retcon.files import TEMPORARY, remove_abandoned, turn_in, write_atomically
+from retcon.files import TEMPORARY, read_prose, remove_abandoned, turn_in, write_atomically
 from retcon.lm.load import load as load_model
 from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
@@ -190,7 +190,7 @@ class CellRunner:
         corpus = model.corpus
         found = default_moments(self.lm) if corpus is None else CorpusMoments(Corpus.from_file(corpus))
         self.moments: Any = TimedMoments(found, clock=clock)
-        self.text = None if spec.text is None else Path(spec.text).read_text("utf-8")
+        self.text = None if spec.text is None else read_prose(spec.text)
         self.measures = _measures(spec)
         self._plans: dict[str, tuple[QueryPlan, Evaluation]] = {}
         self._perplexity: Perplexity | None = None

@@ -30,7 +30,7 @@ from retcon.cli.shell import (
 )
 from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
-from retcon.files import check_exists
+from retcon.files import read_prose
 from retcon.workflow.checking import TITLES, check_edited, check_report_name, load_edited, verdict_line, write_verdict
 from retcon.workflow.facts import Reading, read_facts
 
@@ -127,8 +127,7 @@ def check(
         check_can_write(report)
         check_not_an_input(report, [cases, *(delta or []), *([text] if text else [])])
     asked = read_facts(cases, reading)
-    if text is not None:
-        check_exists(text)
+    held_out = None if text is None else read_prose(text)
     if edited is not None:
         check_edited(edited)
 
@@ -157,7 +156,7 @@ def check(
             lm,
             asked.cases,
             thresholds=limits,
-            text=None if text is None else text.read_text("utf-8"),
+            text=held_out,
             other_base=other_base,
             own_words=report is not None and report.suffix.lower() == ".html",
         )

@@ -26,7 +26,7 @@ from retcon.cli.shell import (
     styled,
 )
 from retcon.errors import InvalidSetting
-from retcon.files import check_exists
+from retcon.files import check_exists, read_prose
 from retcon.workflow.facts import Reading, facts_that_fit
 
 if TYPE_CHECKING:
@@ -127,10 +127,11 @@ def _word_sets(
         if stopwords is not None:
             raise InvalidSetting("--stopwords goes with --sets or --corpus")
         return None
+    stop = None if stopwords is None else read_prose(stopwords).split()
+
     from retcon.locate import read_word_sets, retrieve_word_sets
     from retcon.memory.moments import Corpus
 
-    stop = None if stopwords is None else stopwords.read_text(encoding="utf-8").split()
     if sets is not None:
         return read_word_sets(sets, stopwords=stop)
     assert corpus is not None
