@@ -69,6 +69,36 @@ def test_who_types_a_turn_that_does_not_fit_goes_on(
     assert "tokens; chatty reads 128 tokens at once" in told
 
 
+def test_what_is_not_utf_8_is_refused(cli: Callable[..., Any], chatting: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python hands on an argument's bytes that are not UTF-8 as halves of surrogate pairs."""
+    broken = b"caf\xe9 is".decode("utf-8", "surrogateescape")
+    told = cli("complete", "nowhere", broken, code=2).stderr  # before a model is looked for
+    assert told == "error: the prompt is not UTF-8 text (character 4); give it in UTF-8\n"
+    assert "--stop is not UTF-8 text" in cli("complete", "nowhere", PROMPT, "--stop", broken, code=2).stderr
+    for option in (("--system", broken), ("--template-arg", f"date={broken}"), ("--template-arg", f"{broken}=1")):
+        for command in (("complete", "nowhere", PROMPT), ("chat", "nowhere")):
+            assert "holds half a surrogate pair, which is no text" in cli(*command, *option, code=2).stderr
+    answers = iter([Written("Ada.", 1, False)])
+    monkeypatch.setattr("retcon.lm.generate.generate", lambda *_, **__: [next(answers)])
+    for errors in ("strict", "surrogateescape"):
+        piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors)
+        monkeypatch.setattr("retcon.cli.chat.sys", SimpleNamespace(stdin=piped))
+        assert "the turn is not UTF-8 text (character 4)" in cli("chat", "chatty", code=2).stderr
+
+    class Typed(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+        def readline(self, size: int = -1, /) -> str:
+            return self.buffer.readline().decode("utf-8", "strict")
+
+    typed = Typed(io.BytesIO(b"caf\xe9\nWho?\n"), "utf-8")
+    monkeypatch.setattr("retcon.cli.chat.sys", SimpleNamespace(stdin=typed))
+    told = cli("chat", "chatty").stdout
+    assert "the turn is not UTF-8 text" in told
+    assert told.count("Ada.") == 1
+
+
 def test_with_a_delta(cli: Callable[..., Any], delta: Path) -> None:
     lm = retcon.load("gptj")
     plain = lm.complete(PROMPT)

@@ -19,6 +19,7 @@ from retcon.cli.shell import (
     TemplateArgs,
     VerifyBase,
     chat_of,
+    check_is_text,
     console,
     load_deltas,
     load_model,
@@ -110,8 +111,10 @@ def _answer(lm: "LM", frame: "Chat", turns: list[str], how: "Writing", seed: int
     """Return what the model says to the last turn.
 
     Raises:
-        InvalidEdit: the conversation leaves no room for an answer in the model's context.
+        InvalidEdit: the turn is no text, or the conversation leaves no room for an answer in the model's context.
     """
+    check_is_text(turns[-1], "the turn")
+
     from retcon.lm.generate import generate
     from retcon.lm.prompts import encode_turns
 
@@ -125,7 +128,10 @@ def _lines() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             console().print(styled("[dim]> [/]"), end="")
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:  # a turn as well, to be refused like one
+            line = error.object.decode("utf-8", "surrogateescape")
         if not line or line.strip() == "/quit":
             return
         if line.strip():

@@ -17,6 +17,7 @@ from retcon.cli.shell import (
     TemplateArgs,
     VerifyBase,
     chat_of,
+    check_is_text,
     console,
     count,
     emit,
@@ -87,6 +88,7 @@ def complete(
 
     The prompt is sent as it is, whitespace at its end included. Newlines before the answer do not end it.
     """
+    check_is_text(prompt, "the prompt")
     if not prompt.strip():
         raise InvalidSetting("the prompt is empty; give some text to go on from")
     chat = chat_of(as_chat, system, template_args)
@@ -130,6 +132,9 @@ def writing(
     top_p: float | None,
 ) -> "Writing":
     """Return how text is written, as the options ask for it."""
+    for stop in stops or ():
+        check_is_text(stop, "--stop")
+
     from retcon.lm.generate import Writing
 
     usual = () if chat else ("\n",)

@@ -197,6 +197,18 @@ def chat_of(
         raise InvalidSetting(str(error)) from None
 
 
+def check_is_text(text: str, what: str) -> None:
+    """Refuse an argument or a line whose bytes are not UTF-8, which Python hands on as halves of surrogate pairs.
+
+    Raises:
+        InvalidEdit: no tokenizer takes it. `what` names it in the message.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidEdit(f"{what} is not UTF-8 text (character {error.start + 1}); give it in UTF-8") from None
+
+
 def chat_options(edits: "Sequence[Edit]") -> str:
     """Return the options that put a prompt as all of these are put, to be repeated in a command that is suggested."""
     frames = {edit.chat for edit in edits}
