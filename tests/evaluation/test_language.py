@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from retcon.edits import Case, Edit, Query
-from retcon.errors import MalformedFile
+from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.metrics import consistency as cons
 from retcon.evaluation.metrics.consistency import References, TfIdf, consistency
 from retcon.evaluation.metrics.fluency import fluency, ngram_entropy, plain, word_tokenizer
@@ -77,6 +77,9 @@ def test_references_from_files(tmp_path: Path) -> None:
     with pytest.raises(MalformedFile, match="does not fit"):
         TfIdf.from_files(tmp_path / "idf.npy", tmp_path / "vocab.json")
     (tmp_path / "snippets.json").write_text("{}")
+    for alone in ({"idf": tmp_path / "idf.npy"}, {"vocabulary": tmp_path / "vocab.json"}):
+        with pytest.raises(InvalidSetting, match=r"without (vocabulary|idf); they go together"):
+            References.from_files(tmp_path / "snippets.json", **alone)
     (tmp_path / "other.json").write_text('[{"relation_id": 1}]')
     with pytest.raises(MalformedFile, match="expected objects with relation_id"):
         References.from_files(tmp_path / "other.json")

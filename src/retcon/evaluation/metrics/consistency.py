@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retcon.errors import MalformedFile
+from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.metrics.names import Measured
 
 VARIANT = "cons.tfidf"
@@ -73,8 +73,12 @@ class References:
         """From CounterFact's `attribute_snippets.json`; the vocabulary is fitted on it where none is given.
 
         Raises:
+            InvalidSetting: one of `idf` and `vocabulary` without the other.
             MalformedFile: not the file's shape.
         """
+        if (idf is None) != (vocabulary is None):
+            given, lacking = ("idf", "vocabulary") if vocabulary is None else ("vocabulary", "idf")
+            raise InvalidSetting(f"{given} is given without {lacking}; they go together, or none is given")
         try:
             entries = json.loads(Path(snippets).read_text("utf-8"))
             passages: dict[tuple[str, str], list[str]] = {}
