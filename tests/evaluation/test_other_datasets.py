@@ -12,7 +12,7 @@ import pytest
 
 from retcon import world
 from retcon.edits import Case, Query, write_edits
-from retcon.errors import MalformedFile
+from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation import evaluate, read_cases
 from retcon.evaluation.datasets import Loaded
 from retcon.evaluation.datasets.hub import Address, read_hub_rows
@@ -248,6 +248,20 @@ def test_the_embedded_world_is_a_dataset() -> None:
     assert (report.format, report.options["seed"]) == ("world", 3)
     assert report.sha256 == read("world", limit=5, seed=3)[1].sha256 != read("world", limit=5, seed=4)[1].sha256
     assert [c.id for c in read("world", start=2, limit=3, seed=3)[0]] == [c.id for c in cases[2:]]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"case_target": "alt"}, "case_target 'alt': world has no alternative answers; counterfact, "),
+        ({"format": "zsre"}, "format 'zsre': the embedded world .* leave the format out"),
+        ({"order": "shuffle"}, "order 'shuffle': the embedded world's cases are drawn by the seed"),
+    ],
+)
+def test_what_the_embedded_world_has_not_is_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidSetting, match=message):
+        read("world", limit=2, **setting)
+    assert read("world", limit=2, format="world")[0] == read("world", limit=2)[0]
 
 
 def test_a_plain_list_of_edits_is_a_dataset(tmp_path: Path) -> None:

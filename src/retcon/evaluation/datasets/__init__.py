@@ -8,9 +8,9 @@ import os
 from collections import Counter
 
 from retcon.edits import ConflictRule
-from retcon.errors import MalformedFile
+from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import hub
-from retcon.evaluation.datasets.formats import FORMATS, likely_fields, reader, recognise
+from retcon.evaluation.datasets.formats import FORMATS, check_case_target, likely_fields, reader, recognise
 from retcon.evaluation.datasets.mquake import Prompting
 from retcon.evaluation.datasets.own import embedded, without_partial_rivals
 from retcon.evaluation.datasets.rows import (
@@ -80,7 +80,7 @@ def read_cases(
         conflicts: which rows to keep when some contradict each other (`retcon.edits.resolve_conflicts`).
         on_error: `stop` refuses the file for the first row that cannot be used; `skip` leaves such rows out, and the
             report lists them with the reason.
-        case_target: `alt` writes the row's alternative answer, its field `alt`.
+        case_target: `alt` writes the row's alternative answer, its field `alt`, in formats that have one.
         prompt_style: how zsRE's locality prompt is put; numbers differ between the styles.
         answers: KnowEdit's accepted answers, `all` strings or, as in EasyEdit's reader, the `first`.
         prompting: what precedes MQuAKE's questions.
@@ -91,10 +91,11 @@ def read_cases(
         MalformedFile: no known format, or a file that cannot be read.
         UnusableRow: a row that is not what the format promises, and `on_error="stop"`.
         ConflictingEdits: rows contradict each other and `conflicts="error"`.
-        InvalidSetting: a setting that does not exist.
+        InvalidSetting: a setting that does not exist, or that the format or the embedded world does not have.
     """
     options = Options(start, limit, conflicts, on_error, order, seed)
     if str(path) == WORLD:
+        _check_for_the_world(format, order, case_target)
         return embedded(options)
     bad: list[tuple[int, str]] = []
     rows = _rows(path, None if on_error == "stop" else bad)
@@ -119,6 +120,15 @@ def read_cases(
         dict(unknown),
         likely_fields(chosen, list(unknown), present),
     )
+
+
+def _check_for_the_world(format: str | None, order: str, case_target: str) -> None:
+    """Refuse what is said of files."""
+    if format not in (None, WORLD):
+        raise InvalidSetting(f"format {format!r}: the embedded world ({WORLD}) is no file; leave the format out")
+    if order != "file":
+        raise InvalidSetting(f"order {order!r}: the embedded world's cases are drawn by the seed; leave the order out")
+    check_case_target(WORLD, case_target)
 
 
 def _rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None) -> list[NumberedRow]:

@@ -284,9 +284,8 @@ def reader(format: FormatName, given: Mapping[str, str], counts: Counter[str]) -
         if given[name] not in get_args(CHOICES[name]):
             known = ", ".join(get_args(CHOICES[name]))
             raise InvalidSetting(f"unknown {format} {name.replace('_', ' ')} {given[name]!r}; known: {known}")
-    if given["case_target"] != "new" and "case_target" not in chosen.settings:
-        able = ", ".join(f.name for f in FORMATS.values() if "case_target" in f.settings)
-        raise InvalidSetting(f"case_target {given['case_target']!r}: {format} has no alternative answers; {able} may")
+    if "case_target" not in chosen.settings:
+        check_case_target(format, given["case_target"])
     parse = partial(chosen.reader, **{argument: given[name] for name, argument in chosen.settings.items()})
     known_fields = {*chosen.fields, *chosen.carries}
 
@@ -299,6 +298,17 @@ def reader(format: FormatName, given: Mapping[str, str], counts: Counter[str]) -
         return made
 
     return read, {name: given[name] for name in chosen.settings}
+
+
+def check_case_target(format: str, case_target: str) -> None:
+    """Refuse another answer than the new one, for a format that has no other.
+
+    Raises:
+        InvalidSetting: another one is asked for.
+    """
+    if case_target != "new":
+        able = ", ".join(f.name for f in FORMATS.values() if "case_target" in f.settings)
+        raise InvalidSetting(f"case_target {case_target!r}: {format} has no alternative answers; {able} may")
 
 
 def likely_fields(format: FormatName, unknown: Sequence[str], present: Sequence[str]) -> dict[str, str]:
