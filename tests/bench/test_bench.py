@@ -315,6 +315,16 @@ def test_swapped_files_are_never_used(spec: BenchSpec, tmp_path: Path) -> None:
         read_bench(tmp_path / "nowhere")
 
 
+def test_a_dataset_without_a_usable_case_is_refused(spec: BenchSpec, tmp_path: Path) -> None:
+    for dataset in (
+        dataclasses.replace(spec.datasets[0], label="mine", start=len(CASES)),
+        dataclasses.replace(spec.datasets[0], label="mine", limit=0),
+    ):
+        with pytest.raises(InvalidSetting, match="dataset 'mine': no case can be used"):
+            run_bench(dataclasses.replace(spec, datasets=(dataset,), protocols=(Protocol(),)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # --- specifications ------------------------------------------------------------------------------------------------
 
 TOML = """

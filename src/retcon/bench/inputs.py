@@ -15,7 +15,7 @@ def read_inputs(spec: BenchSpec) -> dict[str, Loaded]:
 
     Raises:
         RetconError: an unknown method or preset, a setting that cannot be, a dataset or another file that cannot be
-            read, a protocol that asks for more cases than there are; the message names the entry.
+            read or holds no case, a protocol that asks for more cases than there are; the message names the entry.
     """
     for method in spec.methods:
         try:
@@ -29,7 +29,9 @@ def read_inputs(spec: BenchSpec) -> dict[str, Loaded]:
     if spec.text is not None:
         read_prose(spec.text)
     loaded = {dataset.label: load_cases(dataset) for dataset in spec.datasets}
-    for label, (cases, _) in loaded.items():
+    for label, (cases, report) in loaded.items():
+        if not cases:
+            raise InvalidSetting(f"dataset {label!r}: no case can be used: {report}")
         for protocol in spec.protocols:
             try:
                 for part in protocol.parts(len(cases)):
