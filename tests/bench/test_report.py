@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -359,6 +360,24 @@ def test_retention_follows_steps_checkpoints_and_the_end(tmp_path: Path) -> None
     assert drawing._right_after(group, "ES") == [(1, 100), (2, 100), (3, 100), (4, 100)]
     (picture,) = drawing.retention([group], {"rome": 0})
     assert "rome: ES 100.0 right after, 50.0 at the end" in picture.alt
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("names", [("中文", "日本"), ("A b", "a-b"), ("!", "?"), ("é", "e\u0301")])
+def test_files_of_a_report_never_replace_each_other(names: tuple[str, str], tmp_path: Path, plotting: None) -> None:
+    records = [*told([0] * 4, [1] * 4, "pre"), *told([1] * 4, [1] * 4, "final")]
+    runs = [
+        make_run(tmp_path / str(i), method, records, dataset=name)
+        for i, name in enumerate(names)
+        for method in ("jeep", "memit")
+    ]
+    groups = groups_of(Bench(tmp_path, {"spec": {"name": "x"}, **VERSIONS}, ENVIRONMENT, tuple(runs), ()))
+    for made in (tables_of(groups), pictures_of(groups)):
+        keys = {unicodedata.normalize("NFKC", each.name).casefold() for each in made}
+        assert len(keys) == len(made)
+        assert not any(set("/\\ .") & set(key) for key in keys)
+    if names[0] == "中文":
+        assert {t.name for t in tables_of(groups)} >= {"jeep-中文", "jeep-日本"}
 
 
 def test_without_matplotlib_it_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Pictures of a benchmark, with matplotlib (the extra `plot`), as SVG texts."""
 
 import io
-import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from retcon.bench.report.curves import curves
 from retcon.bench.report.groups import Group, Number, blocks
+from retcon.bench.report.names import slug, told_apart
 from retcon.errors import InvalidSetting, how_to_install
 from retcon.escaping import plain_texts, printable
 from retcon.evaluation.records import Record
@@ -55,7 +55,7 @@ def pictures_of(groups: Sequence[Group]) -> list[Picture]:
         times,
     ]
     places = {method: place for place, method in enumerate(dict.fromkeys(g.method for g in groups))}
-    return [picture for draw in draws for picture in draw(groups, places)]
+    return told_apart(picture for draw in draws for picture in draw(groups, places))
 
 
 def trade_off(groups: Sequence[Group], places: Places) -> list[Picture]:
@@ -306,5 +306,4 @@ def _done(figure: Any, name: str, title: str, alt: str) -> Picture:
     with matplotlib.rc_context(_LOOK):
         figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
     svg = printable(out.getvalue())
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return Picture(slug, title, alt, svg[svg.index("<svg") :])
+    return Picture(slug(name), title, alt, svg[svg.index("<svg") :])

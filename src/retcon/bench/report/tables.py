@@ -5,12 +5,12 @@ One column holds one variant throughout; a footnote names each, with cases, seed
 
 import csv
 import io
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from retcon.bench.report.curves import curves
 from retcon.bench.report.groups import UNEDITED, Group, Number, blocks
+from retcon.bench.report.names import slug, told_apart
 from retcon.escaping import csv_cell, latex, markdown
 from retcon.evaluation.metrics import score_am
 from retcon.evaluation.paired import differences
@@ -26,7 +26,7 @@ class Table:
     """A table of texts."""
 
     name: str
-    """For its files."""
+    """For its files; unlike that of every other table."""
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -91,7 +91,8 @@ def tables_of(groups: Sequence[Group]) -> list[Table]:
         case_study,
     ]
     about_models = tuple(dict.fromkeys(note for group in groups for note in group.model_notes))
-    return [replace(table, notes=(*table.notes, *about_models)) for layout in layouts for table in layout(groups)]
+    made = [replace(table, notes=(*table.notes, *about_models)) for layout in layouts for table in layout(groups)]
+    return told_apart(made)
 
 
 # --- layouts -----------------------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def jeep(groups: Sequence[Group]) -> list[Table]:
             f"x100. ES, GS, LS: {variant}; Score: score.hm, of the three; gen: {written}.",
             _counts(own, kinds),
         )
-        tables.append(builder.table(f"jeep-{_slug(dataset)}", f"{dataset}: Score, ES, GS, LS", notes))
+        tables.append(builder.table(f"jeep-{slug(dataset)}", f"{dataset}: Score, ES, GS, LS", notes))
     return tables
 
 
@@ -198,7 +199,7 @@ def kne(groups: Sequence[Group]) -> list[Table]:
             _counts(block, set()),
         )
         tables.append(
-            builder.table(f"kne-{_slug(model)}-{_slug(protocol)}", f"{model}: {protocol} (KnowEdit's columns)", notes)
+            builder.table(f"kne-{slug(model)}-{slug(protocol)}", f"{model}: {protocol} (KnowEdit's columns)", notes)
         )
     return tables
 
@@ -260,7 +261,7 @@ def curve(groups: Sequence[Group]) -> list[Table]:
             kinds |= _kinds(numbers[1:])
         own = [group for _, _, group in found.points]
         notes = ("x100.", _counts(own, kinds))
-        tables.append(builder.table(_slug(found.name), found.title, notes, best=False))
+        tables.append(builder.table(slug(found.name), found.title, notes, best=False))
     return tables
 
 
@@ -289,7 +290,7 @@ def paired(groups: Sequence[Group]) -> list[Table]:
                 f"{best.method}, [95 % interval] of a paired bootstrap by subject over common cases of seed "
                 f"{best.runs[0].manifest['seed']}; * where the interval leaves out 0.",
             )
-            name = f"paired-{_slug(model)}-{_slug(dataset)}-{_slug(protocol)}"
+            name = f"paired-{slug(model)}-{slug(dataset)}-{slug(protocol)}"
             title = f"{model}, {dataset}, {protocol}: against {best.method}"
             tables.append(builder.table(name, title, notes))
     return tables
@@ -348,7 +349,7 @@ def case_study(groups: Sequence[Group]) -> list[Table]:
                     builder.rows.append((name, prompt, *(" ".join(t.split()) or MISSING for t in texts)))
                     builder.values.append(None)
             title = f"{model}, {dataset}, {protocol}: case {case}"
-            name = f"case-{_slug(model)}-{_slug(dataset)}-{_slug(protocol)}"
+            name = f"case-{slug(model)}-{slug(dataset)}-{slug(protocol)}"
             tables.append(builder.table(name, title, ("Greedy continuations.",)))
     return tables
 
@@ -439,7 +440,3 @@ def _counts(groups: Sequence[Group], kinds: set[str]) -> str:
 
 def _pipes(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()
