@@ -210,6 +210,24 @@ def test_the_points_of_a_curve() -> None:
     assert Protocol(kind="batch").parts(7) == [Protocol(kind="batch")]
 
 
+def test_n_bounds_the_points_of_a_curve_and_their_cases() -> None:
+    parts = Protocol(kind="curve", n=20).parts(500)
+    assert [(p.n, p.batch) for p in parts] == [(20, n) for n in (1, 2, 3, 6, 10, 18)]
+    with pytest.raises(InvalidSetting, match="asks for 20 cases, the dataset has 7"):
+        Protocol(kind="curve", n=20).parts(7)
+    with pytest.raises(InvalidSetting, match="a curve from 10 edits on has no point in 7 cases"):
+        Protocol(kind="curve", ns=(100, 10)).parts(7)
+
+
+def test_checkpoints_are_looked_at_where_batches_end() -> None:
+    protocol = Protocol(kind="batch_sequential", batch=2, checkpoints=(2, 5))  # 5 is the end, or nothing
+    assert protocol.sizes(5) == (5, 2)
+    with pytest.raises(InvalidSetting, match="checkpoint 5 is inside a batch of 2"):
+        protocol.sizes(6)
+    with pytest.raises(InvalidSetting, match="checkpoint 5 is beyond the 4 cases"):
+        protocol.sizes(4)
+
+
 def test_sizes_and_units() -> None:
     assert Protocol(kind="batch").sizes(7) == (7, 7)
     assert Protocol(kind="batch", n=5, batch=2).sizes(7) == (5, 2)
@@ -226,6 +244,12 @@ def test_sizes_and_units() -> None:
         (dict(n=0), "n must be at least 1"),
         (dict(kind="batch", checkpoints=(1,)), "has no checkpoints"),
         (dict(kind="single", batch=2), "edits one case at a time"),
+        (dict(kind="curve", batch=5), "a curve's batches are its points"),
+        (dict(kind="curve", ns=()), "a curve needs a point"),
+        (dict(kind="batch", ns=(1, 2)), "ns are the points of a curve, found with kind='batch'"),
+        (dict(kind="sequential", records_per_point=9), "records_per_point is a curve's, found with kind='sequential'"),
+        (dict(kind="sequential", n=3, checkpoints=(2, 4)), r"checkpoint 4 is beyond the 3 cases"),
+        (dict(kind="batch_sequential", n=6, batch=2, checkpoints=(2, 3)), r"checkpoint 3 is inside a batch of 2"),
     ],
 )
 def test_protocols_that_mean_nothing_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -98,6 +98,16 @@ def test_more_cases_than_there_are(cli: Callable[..., Any], here: Path) -> None:
     assert "asks for 5 cases, the dataset has 1" in told
 
 
+def test_fewer_cases_of_a_file_leave_out_the_checkpoints_beyond_them(cli: Callable[..., Any], file: Path) -> None:
+    file.write_text(TOML + '[[protocols]]\nkind = "sequential"\ncheckpoints = [1, 2, 10]\n')
+    run = ("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--dry-run")
+    assert "checkpoint 10 is beyond the 2 cases" in cli(*run, code=2).stderr
+    found = cli(*run, "--n", "2")
+    assert "sequential-2" in found.stdout
+    assert "--n 2 leaves out the checkpoint 10" in found.stderr
+    assert "a curve's batches are its points" in cli(*run, "--protocol", "curve", "--batch", "2", code=2).stderr
+
+
 class Noting(Here):
     """This process, and how many pieces came to it."""
 

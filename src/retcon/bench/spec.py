@@ -31,15 +31,15 @@ class Protocol:
 
     kind: ProtocolKind = "batch"
     n: int | None = None
-    """Cases in all; None takes every one there is."""
+    """Cases in all, and edits of a curve's last point at most; None takes every case there is."""
     batch: int | None = None
     """Cases edited in one call; None: all in one for `batch`, 1 for `batch_sequential`."""
     checkpoints: tuple[int, ...] = ()
-    """Numbers of edits after which a sequence looks at all cases edited so far."""
+    """Numbers of cases after which a sequence looks at all those edited so far; each ends a batch."""
     ns: tuple[int, ...] = CURVE
-    """Points of a curve."""
+    """Points of a curve: cases edited in one call. Those that there are too few cases for are left out."""
     records_per_point: int | None = None
-    """Cases of each of them, and n where that is more; None: 1,000."""
+    """Cases of each of them, and its own number where that is more; None: 1,000."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ProtocolKind):
@@ -57,6 +57,26 @@ class Protocol:
             raise InvalidSetting(f"{self.kind} restores after every call, so it has no checkpoints")
         if self.kind in ("single", "sequential") and self.batch not in (None, 1):
             raise InvalidSetting(f"{self.kind} edits one case at a time, found batch={self.batch}")
+        if self.kind == "curve":
+            if self.batch is not None:
+                raise InvalidSetting(f"a curve's batches are its points (ns), found batch={self.batch}")
+            if not self.ns:
+                raise InvalidSetting("a curve needs a point; ns is empty")
+        elif self.ns != CURVE:
+            raise InvalidSetting(f"ns are the points of a curve, found with kind={self.kind!r}")
+        elif self.records_per_point is not None:
+            raise InvalidSetting(f"records_per_point is a curve's, found with kind={self.kind!r}")
+        if self.n is not None:
+            self._check_checkpoints(self.n)
+
+    def _check_checkpoints(self, n: int) -> None:
+        for checkpoint in self.checkpoints:
+            if checkpoint > n:
+                raise InvalidSetting(f"checkpoint {checkpoint:,} is beyond the {n:,} cases that are edited")
+            if checkpoint % (self.batch or 1) and checkpoint != n:
+                raise InvalidSetting(
+                    f"checkpoint {checkpoint:,} is inside a batch of {self.batch}; take multiples of {self.batch}"
+                )
 
     @property
     def restores(self) -> bool:
@@ -65,24 +85,33 @@ class Protocol:
 
     def parts(self, n_cases: int) -> list["Protocol"]:
         """Return what is run: a curve is one `batch` protocol per point that there are cases for; others are
-        themselves."""
+        themselves.
+
+        Raises:
+            InvalidSetting: more cases are asked for than there are, or a curve has no point with so few.
+        """
         if self.kind != "curve":
             return [self]
-        return [
-            Protocol(kind="batch", n=min(n_cases, max(n, self.records_per_point or MIN_RECORDS_PER_POINT)), batch=n)
+        most, _ = self.sizes(n_cases)
+        parts = [
+            Protocol(kind="batch", n=min(most, max(n, self.records_per_point or MIN_RECORDS_PER_POINT)), batch=n)
             for n in self.ns
-            if n <= n_cases
+            if n <= most
         ]
+        if not parts:
+            raise InvalidSetting(f"a curve from {min(self.ns):,} edits on has no point in {most:,} cases")
+        return parts
 
     def sizes(self, n_cases: int) -> tuple[int, int]:
         """(cases, cases a call) for a dataset of that many.
 
         Raises:
-            InvalidSetting: more cases are asked for than there are.
+            InvalidSetting: more cases are asked for than there are, or a checkpoint does not fall on a batch's end.
         """
         n = n_cases if self.n is None else self.n
         if n > n_cases:
             raise InvalidSetting(f"the protocol asks for {n:,} cases, the dataset has {n_cases:,}")
+        self._check_checkpoints(n)
         size = n if self.kind == "batch" else 1
         return n, min(self.batch or size, n) or 1
 

@@ -28,7 +28,7 @@ from retcon.cluster import workers
 from retcon.errors import InvalidSetting
 
 if TYPE_CHECKING:
-    from retcon.bench import BenchSpec, Cell, Event, MethodSpec
+    from retcon.bench import BenchSpec, Cell, Event, MethodSpec, Protocol
     from retcon.evaluation import Evaluation
     from retcon.evaluation.datasets import Loaded
 
@@ -75,7 +75,9 @@ def bench(
             help="single, batch, sequential, batch_sequential or curve.  [default: batch]", show_default=False
         ),
     ] = None,
-    n: Annotated[int | None, typer.Option(min=1, help="Cases; all.", show_default=False)] = None,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Cases; all. Of a curve, the last point at most.", show_default=False)
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Cases edited in one call.", show_default=False)] = None,
     seed: Annotated[list[int] | None, typer.Option(help="A seed; repeat. Over the file's.", show_default=False)] = None,
     corpus: Annotated[Path | None, typer.Option(help="Text for second moments.", show_default=False)] = None,
@@ -167,8 +169,18 @@ def _spec(
         spec = replace(spec, protocols=(Protocol(kind=protocol, n=n, batch=batch),))  # type: ignore[arg-type]
     elif n is not None or batch is not None:
         over: dict[str, Any] = {name: value for name, value in (("n", n), ("batch", batch)) if value is not None}
-        spec = replace(spec, protocols=tuple(replace(p, **over) for p in spec.protocols))
+        spec = replace(spec, protocols=tuple(replace(_within(p, n), **over) for p in spec.protocols))
     return replace(spec, seeds=tuple(seeds)) if seeds else spec
+
+
+def _within(protocol: "Protocol", n: int | None) -> "Protocol":
+    """Return a file's protocol without the checkpoints that fewer cases do not reach, which are named on stderr."""
+    beyond = [c for c in protocol.checkpoints if n is not None and c > n]
+    if not beyond:
+        return protocol
+    named = f"the checkpoint{'s' * (len(beyond) > 1)} {', '.join(map(str, beyond))}"
+    console(stderr=True).print(f"--n {n} leaves out {named}", soft_wrap=True)
+    return replace(protocol, checkpoints=tuple(c for c in protocol.checkpoints if c not in beyond))
 
 
 def _with_reading(spec: "BenchSpec", **options: str | None) -> "BenchSpec":
