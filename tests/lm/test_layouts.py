@@ -102,6 +102,8 @@ OWN_ATTENTION: dict[str, dict[str, Any]] = {
     "falcon": {},  # multi-query
     "falcon, a key head per query head": dict(multi_query=False),
     "falcon, grouped": dict(new_decoder_architecture=True, num_kv_heads=2),
+    "gpt_bigcode": {},  # multi-query
+    "gpt_bigcode, a key head per query head": dict(multi_query=False),
 }
 
 
@@ -132,6 +134,21 @@ def test_fused_rows_are_those_the_cache_holds_as_that_part(variant: str) -> None
             after = parts()
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         assert changed == {kind, "logits"} - {"q_proj"}
+
+
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_gpt_bigcode_s_parts_are_those_of_its_own_code(multi_query: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LM(tiny_model("gpt_bigcode", multi_query=multi_query), tokenizer())
+    fused = lm.block(1).attn.c_attn
+    inputs: list[Tensor] = []
+    handle = fused.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    parts = attention_parts(lm, torch.tensor([[5, 9, 33, 60, 7, 101]]), monkeypatch)
+    handle.remove()
+    for kind in ("q_proj", "k_proj", "v_proj"):
+        site = lm.site(1, kind)
+        computed = inputs[0] @ site.weight.T + fused.bias[site.rows]  # (batch, seq, heads x size)
+        heads = computed.unflatten(-1, (-1, 8)).transpose(1, 2)
+        assert_close(heads, parts[kind].reshape(heads.shape), msg=kind)
 
 
 def attention_parts(lm: LM, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:

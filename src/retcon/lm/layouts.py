@@ -25,7 +25,7 @@ class Fused:
     part: Literal["q", "k", "v", "gate", "up"]
     cut: Literal["blocks", "groups"] = "blocks"
     """`blocks`: the parts come one after the other; `groups`: for each key head, its query heads, itself and its value
-    head (GPT-NeoX, where every query head has its own; Falcon)."""
+    head (GPT-NeoX, where every query head has its own; Falcon; GPTBigCode without multi-query attention)."""
 
     def rows(self, config: Any) -> Int[Tensor, " rows"]:
         """Output rows of the fused matrix that belong to this part."""
@@ -495,4 +495,11 @@ def layout_for(config: Any) -> Layout:
         row = replace(row, parallel=config.new_decoder_architecture or config.parallel_attn)
     elif kind in ("granite", "granitemoe"):
         row = replace(row, residual_multiplier=config.residual_multiplier != 1)
+    elif kind == "gpt_bigcode" and not config.multi_query:
+        row = replace(
+            row,
+            q_proj=Fused("attn.c_attn", "q", cut="groups"),
+            k_proj=Fused("attn.c_attn", "k", cut="groups"),
+            v_proj=Fused("attn.c_attn", "v", cut="groups"),
+        )
     return row
