@@ -830,8 +830,9 @@ def test_flags_and_hooks_that_an_interrupt_left_are_put_back_by_the_next_call(ti
     assert all(p.requires_grad for p in lm.model.parameters())
 
 
-def test_a_prompt_longer_than_the_context_is_refused_with_its_ends(tiny: Callable[..., LM]) -> None:
-    lm = tiny("gptj")
+@pytest.mark.parametrize("family", ["gptj", "mpt"])  # n_positions, max_seq_len
+def test_a_prompt_longer_than_the_context_is_refused_with_its_ends(family: str, tiny: Callable[..., LM]) -> None:
+    lm = tiny(family)
     text = "The first words of it, " + "very " * 150 + "and the last ones."
     with pytest.raises(
         InvalidEdit, match=r"'The first words .* \.\.\. .*the last ones\.' has \d+ tokens; .* 128 tokens"

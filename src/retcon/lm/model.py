@@ -157,8 +157,8 @@ class LM:
     @property
     def context_length(self) -> int | None:
         """Tokens that the model can read at once; None where its config does not say."""
-        config = self.config
-        found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        found = next((n for name in names if (n := getattr(self.config, name, None))), None)
         return found if isinstance(found, int) else None
 
     @cached_property
