@@ -15,13 +15,14 @@ import pytest
 from retcon.chat import Chat
 from retcon.edits import Case, Edit, Query, write_cases
 from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, RetconError, UnusableRow
-from retcon.evaluation import evaluate, read_cases
+from retcon.evaluation import Measures, evaluate, read_cases
 from retcon.evaluation.datasets import FORMATS, FormatName
 from retcon.files import read_json_rows
 from retcon.lm.model import LM
 from retcon.methods.common.choosing import method
 from retcon.methods.common.registry import check_subjects, list_methods
 from tests.conftest import tiny_model, tokenizer
+from tests.lookup import InContext
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "shapes"
 CASES = Path(__file__).parents[3] / "shared" / "cases"
@@ -170,6 +171,35 @@ def test_what_is_longer_than_the_context_is_not_asked_and_listed(family: str) ->
     assert summary["ES"].pre.n_queries == 1
     assert ("pre", "a", "rewrite/0") in found.texts
     assert ("pre", "a", "paraphrase/0") not in found.texts
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "falcon_h1"])  # the last has states, too
+def test_what_an_attachment_makes_too_long_is_not_asked(family: str) -> None:
+    lm = of_64_tokens(family)
+    told = InContext(base=lm.fingerprint(), settings={"before": "word " * 20})
+    medium = "word" + " word" * 30
+    queries = (
+        Query("rewrite/0", "rewrite", "word word", "Rome", "Paris", (("Rome",),)),
+        Query("paraphrase/0", "paraphrase", medium, "Rome", "Paris", (("Rome",),)),
+        Query("neighborhood/0", "neighborhood", medium, "Paris", "Rome", (("Paris",),)),
+        Query("generation/0", "generation", medium),
+    )
+    case = Case("a", (Edit("The capital of {} is", "France", "Rome"),), queries)
+    found = evaluate(lm, [case], delta=told, measures=Measures(divergence=True, fluency=("flu.new",), max_new_tokens=4))
+    skipped = {(r.when, r.query_id, r.variant): r.detail for r in found.records if r.status == "skipped"}
+    del skipped["pre", "generation/0", "zsre.tok"]  # it has no target
+    reason = r"\d+ tokens, and the model reads 64, the answer included"
+    assert set(skipped) == {
+        ("final", "generation/0", "zsre.tok"),
+        ("final", "paraphrase/0", "cf.prob_mean"),
+        ("final", "neighborhood/0", "cf.prob_mean"),
+        ("final", "neighborhood/0", "loc.kl"),
+    }
+    assert all(re.fullmatch(reason, detail or "") for detail in skipped.values())
+    asked = {(r.when, r.query_id) for r in found.records if r.status == "ok"}
+    assert asked == {("pre", q.id) for q in queries} | {("final", "rewrite/0")}
+    assert ("final", "a", "rewrite/0") in found.texts
+    assert ("final", "a", "paraphrase/0") not in found.texts
 
 
 @shared

@@ -36,8 +36,8 @@ from retcon.evaluation.plan import (
     QueryPlan,
     TokenizedQuery,
     family_of_case,
+    plan_now,
     plan_queries,
-    rows_now,
     subject_of,
 )
 from retcon.evaluation.questions import Question, ask_questions
@@ -163,7 +163,9 @@ def measure(
     advance: Advance = lambda stage, done, total: None,
 ) -> Evaluation:
     """Measure the model as it stands; `before` is of the unedited one, None where this is it."""
-    outputs = run_queries(lm, plan, measures, advance)
+    with lm.scope():  # prompts are read in the turn in which they are run: what is attached may act on them
+        plan = plan_now(lm, plan, measures)
+        outputs = run_queries(lm, plan, measures, advance)
     return compute_records(plan, measures, outputs, when, before, step=step)
 
 
@@ -171,23 +173,22 @@ def run_queries(
     lm: LM, plan: QueryPlan, measures: Measures, advance: Advance = lambda stage, done, total: None
 ) -> Outputs:
     """Put every query of the plan to the model."""
-    with lm.scope():  # prompts are read in the turn in which they are run: what is attached may act on them
-        if remembers(lm):
-            found, texts = _score_and_write(lm, plan, measures, advance)
-            return Outputs(found, texts, _write_freely(lm, plan, measures), _essence(lm, plan, measures))
-        rows = [row for q in plan.queries for row in rows_now(lm, q, measures)]
-        scores = iter(
-            score_rows(
-                lm,
-                rows,
-                max_batch_tokens=measures.max_batch_tokens,
-                on_progress=lambda done, total: advance("score", done, total),
-            )
+    if remembers(lm):
+        found, texts = _score_and_write(lm, plan, measures, advance)
+        return Outputs(found, texts, _write_freely(lm, plan, measures), _essence(lm, plan, measures))
+    rows = [row for q in plan.queries for row in q.rows]
+    scores = iter(
+        score_rows(
+            lm,
+            rows,
+            max_batch_tokens=measures.max_batch_tokens,
+            on_progress=lambda done, total: advance("score", done, total),
         )
-        found = {q.place: tuple(next(scores) for _ in q.rows) for q in plan.queries if q.rows}
-        return Outputs(
-            found, _write(lm, plan, measures, advance), _write_freely(lm, plan, measures), _essence(lm, plan, measures)
-        )
+    )
+    found = {q.place: tuple(next(scores) for _ in q.rows) for q in plan.queries if q.rows}
+    return Outputs(
+        found, _write(lm, plan, measures, advance), _write_freely(lm, plan, measures), _essence(lm, plan, measures)
+    )
 
 
 def _score_and_write(
@@ -199,18 +200,15 @@ def _score_and_write(
     between them.
     """
     scored: dict[tuple[int, ...], dict[Row, None]] = {}
-    rows_of: dict[Place, tuple[Row, ...]] = {}
     for q in plan.queries:
-        if q.rows:
-            rows_of[q.place] = rows_now(lm, q, measures)
-            for row in rows_of[q.place]:
-                scored.setdefault(row.prompt_ids, {})[row] = None
+        for row in q.rows:
+            scored.setdefault(row.prompt_ids, {})[row] = None
     questions: list[Question] = []
     members: list[list[TokenizedQuery]] = []
     texts: dict[Place, Written] = {}
     for how, prompted in _written_groups(plan, measures).items():
         for (prompt, gold), askers in prompted.items():
-            own = next((rows_of[q.place][0] for q in askers if q.rows and q.query.chat == how.chat), None)
+            own = next((q.rows[0] for q in askers if q.rows and q.query.chat == how.chat), None)
             row = lm.encode(prompt, chat=how.chat) if own is None else Row(own.prompt_ids, own.n_prompt)
             limit = most_tokens(lm, row, how, None if measures.preset != "gold_length" else gold)
             if limit < 1:
@@ -241,7 +239,7 @@ def _score_and_write(
         scores |= zip(question.rows, found, strict=True)
     for askers, (_, text) in zip(members, replies, strict=True):
         texts |= dict.fromkeys((q.place for q in askers), text)
-    return {place: tuple(scores[row] for row in rows) for place, rows in rows_of.items()}, texts
+    return {q.place: tuple(scores[row] for row in q.rows) for q in plan.queries if q.rows}, texts
 
 
 def _written_groups(
@@ -336,7 +334,12 @@ def divergences(
     if before is None:
         skipped = Measured("divergence", "loc.kl", None, 0, "no delta is applied, so the unedited model is not at hand")
         return [_record(q, when, skipped, step) for q in chosen]
-    prompts = list(dict.fromkeys((q.query.prompt, q.query.chat) for q in chosen))
+    reasons: dict[Place, str | None] = {}
+    for scope in (before, after):
+        with scope():
+            now = plan_now(lm, QueryPlan(plan.cases, tuple(chosen)), measures)
+        reasons |= {q.place: q.reason for q in now.queries if not q.readable}
+    prompts = list(dict.fromkeys((q.query.prompt, q.query.chat) for q in chosen if q.place not in reasons))
     found = next_token_divergence(
         lm,
         [prompt for prompt, _ in prompts],
@@ -347,7 +350,10 @@ def divergences(
     )
     values = dict(zip(prompts, found, strict=True))
     return [
-        _record(q, when, _or_broken("divergence", "loc.kl", values[q.query.prompt, q.query.chat]), step) for q in chosen
+        _record(q, when, Measured("divergence", "loc.kl", None, 0, reasons[q.place]), step)
+        if q.place in reasons
+        else _record(q, when, _or_broken("divergence", "loc.kl", values[q.query.prompt, q.query.chat]), step)
+        for q in chosen
     ]
 
 

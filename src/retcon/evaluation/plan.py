@@ -15,7 +15,7 @@ from retcon.evaluation.writing import PRESETS
 from retcon.lm.batches import MAX_BATCH_TOKENS
 from retcon.lm.generate import Writing
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, encode
+from retcon.lm.prompts import Row
 
 Place = tuple[str, str]
 """(case id, query id)."""
@@ -213,11 +213,18 @@ def _rows(lm: LM, query: Query, measures: Measures) -> tuple[Row, ...]:
     return first, lm.encode(query.prompt, query.contrast, separator=separator, chat=query.chat, known=first)
 
 
-def rows_now(lm: LM, query: TokenizedQuery, measures: Measures) -> tuple[Row, ...]:
-    """Return the plan's rows, tokenised again where something attached since acts on the prompt."""
-    if not query.rows or lm.prompted(query.query.prompt) == query.query.prompt:
-        return query.rows
-    return _rows(lm, query.query, measures)
+def plan_now(lm: LM, plan: QueryPlan, measures: Measures) -> QueryPlan:
+    """Return the plan tokenised again where something attached since acts on the prompt; a query that is then more than
+    the model can read has no rows, and the reason."""
+    return QueryPlan(plan.cases, tuple(_tokenized_now(lm, q, measures) for q in plan.queries))
+
+
+def _tokenized_now(lm: LM, query: TokenizedQuery, measures: Measures) -> TokenizedQuery:
+    if not query.readable or lm.prompted(query.query.prompt) == query.query.prompt:
+        return query
+    rows = _rows(lm, query.query, measures) if query.rows else ()
+    reason, rows, overlong = _within_context(lm, query.query, rows, query.reason)
+    return replace(query, rows=rows, reason=reason, overlong=overlong)
 
 
 def _within_context(
@@ -227,7 +234,7 @@ def _within_context(
     limit = lm.context_length
     if limit is None or not (rows or reason == NO_TARGET):
         return reason, rows, False
-    read = rows or (encode(lm.tokenizer, query.prompt, chat=query.chat),)
+    read = rows or (lm.encode(query.prompt, chat=query.chat),)
     longest = max(read, key=lambda row: row.n_needed)
     if longest.n_needed <= limit:
         return reason, rows, False
