@@ -1,6 +1,7 @@
 """Generation on tiny random models: what is cut where, and what it must not depend on."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -117,8 +118,31 @@ def test_settings_that_mean_nothing_are_refused(tiny: Make) -> None:
         Writing(max_new_tokens=0)
     with pytest.raises(InvalidSetting, match="a stop text is empty"):
         Writing(stops=("",))
+    for drawing in ({"temperature": 0.7}, {"top_p": 0.9}, {"temperature": 2.0, "top_p": 0.5}):
+        with pytest.raises(InvalidSetting, match=r"temperature and top_p .*sample_top_k=None is greedy"):
+            Writing(**drawing)  # type: ignore[arg-type]
+        Writing(**drawing, sample_top_k=5)  # type: ignore[arg-type]
     with pytest.raises(InvalidSetting, match="has no chat template"):
         generate(tiny(n_layers=1), PROMPTS[:1], PRESETS["wild_easyedit"])
+
+
+@pytest.mark.parametrize("own", [{"system": "Be kind."}, {"template_args": {"a": 1}}])
+def test_what_belongs_to_a_chat_is_given_once(own: dict[str, Any]) -> None:
+    lm = chat_model()
+    for chat in (Chat(), Chat("Be brief."), {"system": "Be brief."}):
+        with pytest.raises(InvalidSetting, match=r"chat=.*has a system turn and template arguments of its own"):
+            lm.complete("Who?", chat=chat, **own)
+    with pytest.raises(InvalidSetting, match=r"chat=False"):
+        lm.complete("Who?", chat=False, **own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the template knows no "a"
+        said = [lm.complete("Who?", chat=chat, max_new_tokens=3, **own) for chat in (None, True)]
+    assert said[0] == said[1]
+    none: dict[str, Any] = dict.fromkeys(own)
+    assert lm.complete("Who?", chat=False, max_new_tokens=3, **none) == lm.complete("Who?", max_new_tokens=3)
+    assert lm.complete("Who?", chat=Chat(), max_new_tokens=3, template_args={}) == lm.complete(
+        "Who?", chat=True, max_new_tokens=3
+    )
 
 
 def test_a_chat_goes_through_the_template_once(tiny: Make) -> None:

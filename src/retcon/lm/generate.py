@@ -38,9 +38,10 @@ class Writing:
     sample_top_k: int | None = None
     """Draw from the k likeliest tokens; None is greedy."""
     temperature: float = 1.0
-    """Divides the logits that are drawn by."""
+    """Divides the logits that are drawn by; only with `sample_top_k`."""
     top_p: float = 1.0
-    """Of those k, draw from the likeliest that together have this share of the probability."""
+    """Of those k, draw from the likeliest that together have this share of the probability; only with
+    `sample_top_k`."""
     total_tokens: int | None = None
     """Prompt and continuation together at most (ROME's fluency); stands above `max_new_tokens`."""
     chat: Chat | None = None
@@ -58,6 +59,11 @@ class Writing:
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             found = f"{self.temperature:g} and {self.top_p:g}"
             raise InvalidSetting(f"temperature must be above 0 and top_p in (0, 1], found {found}")
+        if self.sample_top_k is None and (self.temperature != 1 or self.top_p != 1):
+            raise InvalidSetting(
+                f"temperature and top_p ({self.temperature:g} and {self.top_p:g}) are of drawing, and "
+                "sample_top_k=None is greedy; give sample_top_k, of any size, or leave them out"
+            )
         if any(not stop for stop in self.stops):
             raise InvalidSetting("a stop text is empty; it would cut everything")
 

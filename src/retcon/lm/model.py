@@ -22,6 +22,7 @@ from retcon.errors import (
     DeltaMismatch,
     DeltaNotApplied,
     InvalidEdit,
+    InvalidSetting,
     NonFinite,
     NotEditable,
     RetconWarning,
@@ -645,12 +646,25 @@ class LM:
 
         Args:
             chat: True puts the prompt as the user's turn in the tokenizer's chat template; a `Chat` also says how.
-            system: text of the chat's system turn; implies `chat`.
-            template_args: for the chat template, such as `{"enable_thinking": False}`; implies `chat`.
+            system: text of the chat's system turn; implies `chat=True`.
+            template_args: for the chat template, such as `{"enable_thinking": False}`; implies `chat=True`.
+
+        Raises:
+            InvalidEdit: the prompt is longer than the model's context.
+            InvalidSetting: `system` or `template_args` beside a `Chat` or `chat=False`, or no chat template.
         """
-        if chat is None or isinstance(chat, bool):
-            wanted = bool(chat) or system is not None or bool(template_args)
-            chat = Chat(system, tuple((template_args or {}).items())) if wanted else None
+        if system is not None or template_args:
+            if chat is not None and not isinstance(chat, bool):
+                raise InvalidSetting(
+                    f"chat={chat!r} has a system turn and template arguments of its own; write them there, "
+                    "Chat(system, template_args), or give chat=True with system= and template_args="
+                )
+            if chat is False:
+                raise InvalidSetting(
+                    "chat=False asks without the chat template, and system= and template_args= are for it; leave "
+                    "either out"
+                )
+            chat = Chat(system, tuple((template_args or {}).items()))
         return self.generate([prompt], max_new_tokens=max_new_tokens, stops=stops, chat=chat)[0]
 
     def generate(
@@ -665,6 +679,7 @@ class LM:
 
         Raises:
             InvalidEdit: a prompt is longer than the model's context.
+            InvalidSetting: a chat without a template.
         """
         from retcon.lm.generate import Writing, generate  # which is written for an LM
 
