@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from retcon.chat import Chat
 from retcon.edits import Edit, separator_between
 from retcon.errors import InvalidEdit, InvalidSetting, PositionNotFound, RetconWarning, UnsupportedModel
-from retcon.lm.prompts import Row, encode, encode_edit, encode_trained, pad, subject_tokens
+from retcon.lm.prompts import Row, encode, encode_edit, encode_trained, end_of_turn, pad, render, subject_tokens
 from tests.conftest import TEXT, tokenizer
 
 TOKENIZERS = ["gpt", "bos", "piece", "eos", "trimmed"]
@@ -307,6 +307,70 @@ def test_a_chat_prompt_is_the_users_turn_in_the_template(kind: str) -> None:
     at, ids = subject_tokens(tok, edit), encode_edit(tok, edit).ids
     assert decode(tok, ids[at.start : at.stop]).strip() == "France"
     assert decode(tok, ids[at.stop :]).startswith(".")
+
+
+ROLES = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+TEMPLATES = {
+    "zephyr": (ROLES + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}", "<|user|>\n"),
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
+        "<|im_start|>user\n",
+    ),
+    "gemma": (
+        "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+        "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "<bos><start_of_turn>user\n",
+    ),
+    "always": (ROLES + "<|assistant|>\n", "<|user|>\n"),
+    "named": ("{% for m in messages %}{{ m['content'] }} [the end of what the user asks, answer] {% endfor %}", ""),
+    "twice": (
+        "{% for m in messages %}To: {{ m['content'] | lower }}. user: {{ m['content'] }}.{% endfor %} assistant:",
+        "To: {0}. user: ",
+    ),
+    "tail": (
+        "{% for m in messages %}user {{ m['content'] }}{% if not m['content'].endswith('d') %} /user{% endif %}"
+        "{% endfor %} assistant",
+        "user ",
+    ),
+}
+"""Templates, and what each writes before a first question."""
+
+
+@pytest.mark.parametrize(
+    "question", ["model", "user", "assistant", "sis", "end", "e", "think", "s", "answer", " user "]
+)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_question_is_found_where_it_is_whatever_the_template_is_made_of(name: str, question: str) -> None:
+    template, before = TEMPLATES[name]
+    tok = chat_tokenizer("bos", template)
+    turn = render(tok, Chat(), [question])
+    asked = [{"role": "user", "content": question}]
+    assert turn.text == tok.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    lead = len(question) - len(question.lstrip())
+    assert turn.start == len(before.format(question)) + (0 if name == "gemma" else lead)  # which trims
+    assert turn.text[turn.start :].startswith(question.strip())
+    row = encode(tok, question, subject_span=(lead, lead + len(question.strip())), chat=Chat())
+    assert row.subject_last is not None
+    asked_after = render(tok, Chat(), ["user", "assistant", question])
+    assert asked_after.text[asked_after.start :].startswith(question.strip())
+    assert len(asked_after.text) - asked_after.start == len(turn.text) - turn.start
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bos"])
+def test_the_subject_of_a_one_word_question_is_in_the_users_turn(kind: str) -> None:
+    tok = chat_tokenizer(kind, TEMPLATES["zephyr"][0])
+    row = encode_edit(tok, Edit("{}", "sis", "Rome", chat=Chat()))
+    assert row.subject_last is not None
+    assert tok.decode(list(row.ids[: row.subject_last + 1])).endswith("user|>\nsis")
+
+
+def test_an_answer_is_not_looked_for_in_what_ends_it() -> None:
+    template = ROLES.replace("</s>", "<answer ends>") + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    assert render(chat_tokenizer("bos", template), Chat(), ["Who?"]).separator == "\n"
+    tok = chat_tokenizer("bos", "{% for m in messages %}{{ m['content'] }}</s>{{ 'answered' }}{% endfor %}")
+    assert end_of_turn(tok) == tok.convert_tokens_to_ids("</s>")
 
 
 def test_what_the_template_writes_before_an_answer_is_the_separator() -> None:

@@ -261,12 +261,38 @@ def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> Turn:
 
     text = apply(chat.turns(turns), True)
     question = turns[-1].strip()
-    start = text.rfind(question)
-    if start < 0:
+    start = _question_start(text, question, apply(chat.turns([*turns[:-1], _STAND_IN]), True))
+    if start is None:
         raise UnsupportedModel(f"the chat template changes the question {question!r}, which must be read as it is")
-    answered = apply(chat.turns([*turns, "answer"]), False)
-    before = answered[len(text) : answered.rfind("answer")] if answered.startswith(text) else ""
+    answered = apply(chat.turns([*turns, _STAND_IN]), False)
+    before = answered[len(text) : answered.rfind(_STAND_IN)] if answered.startswith(text) else ""
     return Turn(text, start, before if before.isspace() else "")
+
+
+_STAND_IN = "qzxjvkwqzxjv"
+"""Text that no template holds, put in a turn's place to see what the template writes around it."""
+
+
+def _question_start(text: str, question: str, other: str) -> int | None:
+    """Return the character where a question starts in a rendered conversation; None where it is not there as it is.
+
+    A search could find it in what the template writes itself: "user", say, or the end of "<|assistant|>".
+
+    Args:
+        other: the conversation with `_STAND_IN` in the question's place.
+    """
+    head, found, tail = other.rpartition(_STAND_IN)
+    if not found:
+        return None
+    if text.endswith(tail):
+        asked = text[: len(text) - len(tail)].rstrip()
+        if asked.endswith(question):
+            return len(asked) - len(question)
+    if text.startswith(head):  # what follows depends on the question
+        asked = text[len(head) :].lstrip()
+        if asked.startswith(question):
+            return len(text) - len(asked)
+    return None
 
 
 def encode_turns(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> Row:
@@ -287,10 +313,13 @@ def end_of_turn(tokenizer: Any) -> int | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
-        text: str = tokenizer.apply_chat_template(Chat().turns(["question", "answer"]), tokenize=False)
+        text: str = tokenizer.apply_chat_template(Chat().turns(["question", _STAND_IN]), tokenize=False)
     except Exception:  # a template that wants something else says nothing about ends
         return None
-    after = tokenizer(text[text.rfind("answer") + len("answer") :], add_special_tokens=False)["input_ids"]
+    _, found, end = text.rpartition(_STAND_IN)
+    if not found:
+        return None
+    after = tokenizer(end, add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
     return next((i for i in after if i in added and added[i].special), None)
 
