@@ -227,6 +227,22 @@ def test_a_missing_part_is_a_dash(tmp_path: Path) -> None:
     assert row[2].startswith("100.0")
 
 
+def test_numbers_of_fewer_cases_say_so(tmp_path: Path) -> None:
+    pre = told([0, 0, 0, 0], [1, 1, 1, 1], "pre")
+    runs = (
+        make_run(tmp_path, "jeep", [*pre, *told([1, 1, 0, 1], [1, 1, 0, 1], "final")]),
+        make_run(tmp_path, "memit", [*pre, *told([1], [1, 1, 0, 1], "final")]),
+    )
+    bench = Bench(tmp_path, {"spec": {"name": "x"}, **VERSIONS}, ENVIRONMENT, runs, ())
+    start = "Cases that could be measured, where not all: "
+    assert named(bench, "jeep").notes[-1] == start + "memit: ES, GS, ES gen 1 of 4."
+    assert named(bench, "ctp").notes[-1] == start + "memit: Efficacy, Generality, Score 1 of 4."
+    assert named(bench, "paired").notes[-1] == start + "jeep: Score, ES, GS 1 of 4."
+    assert "1 of 4 cases could be measured." in page(bench, groups_of(bench), [], [])
+    whole = dataclasses.replace(bench, runs=runs[:1])
+    assert not [t for t in tables_of(groups_of(whole)) if start in t.markdown()]
+
+
 def test_markdown_csv_and_latex_hold_the_same_cells(bench: Bench) -> None:
     table = named(bench, "jeep")
     markdown = table.markdown()

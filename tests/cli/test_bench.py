@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from retcon.errors import NonFinite
 from retcon.work import Here
 from tests.cli.conftest import write_rows
 
@@ -106,6 +107,20 @@ def test_fewer_cases_of_a_file_leave_out_the_checkpoints_beyond_them(cli: Callab
     assert "sequential-2" in found.stdout
     assert "--n 2 leaves out the checkpoint 10" in found.stderr
     assert "a curve's batches are its points" in cli(*run, "--protocol", "curve", "--batch", "2", code=2).stderr
+
+
+def test_edits_that_fail_are_counted(cli: Callable[..., Any], file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise NonFinite("the loss is NaN")
+
+    monkeypatch.setattr("retcon.bench.run.in_steps", failing)
+    run = ("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--out", "out")
+    told = cli(*run)
+    assert "2 edits failed" in told.stderr
+    assert "failed" in told.stdout
+    (row,) = json.loads(cli(*run, "--json").stdout)["runs"]
+    assert row["failed_edits"] == 2
+    assert row["values"]["ES zsre.tok"] is not None
 
 
 class Noting(Here):

@@ -2,14 +2,15 @@
 
 `single` edits each case alone, `batch` a chunk of cases in one call; both restore before the next. `sequential` edits
 one case after another and never restores, `batch_sequential` a chunk after another; both measure all cases after the
-last step, and each step's own cases right after it. `curve` is `batch` for growing n.
+last step, and each step's own cases right after it. `curve` is `batch` for growing n. Cases whose edit fails are
+measured all the same, on the model as it then is.
 """
 
 import hashlib
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,10 +114,12 @@ def _independent(setting: Setting, chunks: Sequence[Sequence[Case]], units: Unit
         key = units.key(step, [case.id for case in chunk])
         unit = units.load(key)
         if unit is None:
-            delta, unit = _edit(setting, key, chunk, None, step, size)
-            if delta is not None:
-                with setting.lm.edited(delta):
-                    unit = unit.extended(_look(setting, _made(setting, chunk), "final", step))
+            with ExitStack() as scope:
+                _, unit = _edit(
+                    setting, key, chunk, None, step, size, lambda delta: scope.enter_context(setting.lm.edited(delta))
+                )
+                if asked := _editable(setting, chunk):
+                    unit = unit.extended(_look(setting, asked, "final", step))
                     if size > 1:
                         unit = replace(unit, records=(*unit.records, *setting.look("final", step)))
             units.save(unit)
@@ -127,7 +130,7 @@ def _sequence(
     setting: Setting, chunks: Sequence[Sequence[Case]], units: Units, protocol: Protocol, size: int
 ) -> Iterator[Unit]:
     """Steps on one model; a step's delta is kept before anything is measured, and rebuilt from its file on resuming."""
-    lm, state, applied = setting.lm, None, 0
+    lm, state = setting.lm, None
     keys = [units.key(step, [case.id for case in chunk]) for step, chunk in enumerate(chunks)]
     last_key = units.key(len(chunks), ["final"])
     kept = [units.load(key) for key in keys]
@@ -140,28 +143,28 @@ def _sequence(
         if unit is not None and unit.weights_hash is not None and finished is None:
             delta = units.load_delta(unit)
         if unit is None or (unit.weights_hash is not None and finished is None and delta is None):
-            delta, unit = _edit(setting, key, chunk, state, step, size)
+            delta, unit = _edit(setting, key, chunk, state, step, size, lm.apply)
             if delta is not None:
                 units.save_delta(key, delta)
-                lm.apply(delta)
                 unit = replace(unit, weights_hash=weights_hash(lm), delta=delta.id)
-                immediate = replace(setting, measures=cheap)
-                unit = unit.extended(_look(immediate, _made(setting, chunk), "immediate", step))
-                state, applied = delta.state, applied + 1
-            if len(done) in protocol.checkpoints and applied and len(done) < sum(map(len, chunks)):
-                unit = unit.extended(_look(setting, _made(setting, done), "checkpoint", step))
+                state = delta.state
+            if asked := _editable(setting, chunk):
+                unit = unit.extended(_look(replace(setting, measures=cheap), asked, "immediate", step))
+            asked = _editable(setting, done)
+            if asked and len(done) in protocol.checkpoints and len(done) < sum(map(len, chunks)):
+                unit = unit.extended(_look(setting, asked, "checkpoint", step))
                 unit = replace(unit, records=(*unit.records, *setting.look("checkpoint", step)))
             units.save(unit)
         elif delta is not None:
             lm.apply(delta)
             _check_weights(lm, unit, key)
-            state, applied = delta.state, applied + 1
+            state = delta.state
         yield unit
     if finished is None:
         step = len(chunks) - 1
         finished = Unit(last_key, (), {}, ())
-        if applied:
-            finished = finished.extended(_look(setting, _made(setting, done), "final", step))
+        if asked := _editable(setting, done):
+            finished = finished.extended(_look(setting, asked, "final", step))
             finished = replace(finished, records=(*finished.records, *setting.look("final", step)))
         units.save(finished)
     yield finished
@@ -177,8 +180,8 @@ def _look(setting: Setting, cases: Sequence[Case], when: When, step: int) -> Eva
     return found
 
 
-def _made(setting: Setting, cases: Sequence[Case]) -> list[Case]:
-    """Cases whose edits can be made; the others are told as skipped where they would have been edited."""
+def _editable(setting: Setting, cases: Sequence[Case]) -> list[Case]:
+    """Return the cases whose edits the method can be asked for; the others are recorded as skipped."""
     return [case for case in cases if case.edits and not _reason(setting, case)]
 
 
@@ -203,9 +206,10 @@ def _edit(
     state: Mapping[str, torch.Tensor] | None,
     step: int,
     size: int,
+    attach: Callable[[Attachment], object],
 ) -> tuple[Attachment | None, Unit]:
-    """Return the chunk's delta, None where there is none to apply, and a unit that tells of every edit and of the
-    time."""
+    """Return the chunk's delta, attached; None where there is none, or it failed; and a unit with a record of every
+    edit and of the time."""
     owners: dict[str, Case] = {}
     edits: dict[tuple[tuple[str, str], str], Edit] = {}
     records = []
@@ -223,9 +227,10 @@ def _edit(
             started = time.perf_counter()
             delta = setting.propose(setting.lm, list(edits.values()), state)
             seconds = time.perf_counter() - started
+        attach(delta)
     except RetconError as error:
-        told = [case for case in chunk if not _reason(setting, case)]
-        records += [_edit_record(case, None, 1, step, "error", f"{type(error).__name__}: {error}") for case in told]
+        failed = f"{type(error).__name__}: {error}"
+        records += [_edit_record(case, None, 1, step, "error", failed) for case in _editable(setting, chunk)]
         return None, Unit(key, tuple(records), {}, ())
     statistics = setting.excluded_seconds() - aside
     for report in delta.report:

@@ -236,6 +236,8 @@ class _Row:
     started: float = field(default_factory=time.perf_counter)
     took: float | None = None
     found: bool = False
+    failed: int = 0
+    """Cases whose edit failed."""
     numbers: dict[str, str] = field(default_factory=dict)
     values: dict[str, float | None] = field(default_factory=dict)
 
@@ -256,6 +258,7 @@ class _Board:
 
     def _take(self, row: _Row, evaluation: "Evaluation") -> None:
         summary = evaluation.summary(n_resamples=N_RESAMPLES)
+        row.failed = summary.counts["failed_edits"]
         for name in _SHOWN:
             try:
                 line = summary[name]
@@ -270,14 +273,16 @@ class _Board:
         row = self.rows[event.cell.slug]
         numbers = ", ".join(f"{name} {value}" for name, value in row.numbers.items())
         how = "finished before" if row.took is None else f"in {seconds(row.took)}"
-        return f"{event.cell.slug}: {numbers or 'done'}, {how}"
+        failed = f", {count(row.failed, 'edit')} failed" if row.failed else ""
+        return f"{event.cell.slug}: {numbers or 'done'}{failed}, {how}"
 
     def table(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
         columns = [name for name in _SHOWN if any(name in row.numbers for row in self.rows.values())]
         for name in ("model", "method", "dataset", "protocol", "seed"):
             table.add_column(name, no_wrap=True, overflow="ellipsis")
-        for name in ("units", "time", *columns):
+        failed = ["failed"] if any(row.failed for row in self.rows.values()) else []
+        for name in ("units", "time", *failed, *columns):
             table.add_column(name, justify="right")
         for row in self.rows.values():
             cell = row.cell
@@ -286,6 +291,7 @@ class _Board:
                 *what,
                 f"{row.done}/{row.total}",
                 self._time(row),
+                *([str(row.failed)] if failed else []),
                 *(row.numbers.get(name, "") for name in columns),
             )
         return table
@@ -302,6 +308,13 @@ class _Board:
     def record(self) -> list[dict[str, Any]]:
         """Plain values, for JSON."""
         return [
-            {"run": slug, "units": row.total, "found": row.found, "seconds": row.took, "values": row.values}
+            {
+                "run": slug,
+                "units": row.total,
+                "found": row.found,
+                "seconds": row.took,
+                "failed_edits": row.failed,
+                "values": row.values,
+            }
             for slug, row in self.rows.items()
         ]

@@ -10,7 +10,7 @@ from retcon.errors import InvalidSetting
 from retcon.evaluation.intervals import N_RESAMPLES
 from retcon.evaluation.records import Record, read_records, write_records
 from retcon.evaluation.score import TokenScore
-from retcon.evaluation.summary import Summary, summarise
+from retcon.evaluation.summary import Summary, edits_of, summarise
 
 if TYPE_CHECKING:
     import pandas
@@ -40,7 +40,8 @@ class Evaluation:
         """Macro means with intervals, of the `pre` and the `final` records; see `retcon.evaluation.summary`."""
         before = [record for record in self.records if record.when == "pre"]
         after = [record for record in self.records if record.when == "final"]
-        return summarise(before, after, seed=int(self.context.get("seed", 0)), n_resamples=n_resamples)
+        seed = int(self.context.get("seed", 0))
+        return summarise(before, after, edits=edits_of(self.records), seed=seed, n_resamples=n_resamples)
 
     def _repr_html_(self) -> str:
         """Return the summary's table for a notebook."""

@@ -84,7 +84,8 @@ class Summary:
     n_cases: int
     lines: tuple[Line, ...]
     counts: Mapping[str, int]
-    """Queries skipped, in error, contaminated, tied, or tokenised apart from their prompt (`boundary_merge`)."""
+    """Queries skipped, in error, contaminated, tied, or tokenised apart from their prompt (`boundary_merge`); and cases
+    whose edits failed (`failed_edits`; measured all the same) or were left out (`skipped_edits`; not measured)."""
     unread: Mapping[str, str] = field(default_factory=dict)
     """Why queries that have an answer could not be scored, by case and query."""
 
@@ -129,7 +130,7 @@ class Summary:
 
     def _notes(self) -> list[str]:
         """Return what is worth knowing about the queries, a line each."""
-        counts = ", ".join(f"{name} {n:,}" for name, n in self.counts.items() if n)
+        counts = ", ".join(f"{name.replace('_edits', ' edits')} {n:,}" for name, n in self.counts.items() if n)
         return [*([counts] if counts else []), *unread_notes(self.unread)]
 
     def _cells(self, everything: bool) -> list[list[str]]:
@@ -190,7 +191,12 @@ def generation_variant(family: str) -> str:
 
 
 def summarise(
-    before: Sequence[Record], after: Sequence[Record], *, seed: int = 0, n_resamples: int = N_RESAMPLES
+    before: Sequence[Record],
+    after: Sequence[Record],
+    *,
+    edits: Iterable[Record] = (),
+    seed: int = 0,
+    n_resamples: int = N_RESAMPLES,
 ) -> Summary:
     """Macro means with intervals: over cases (`ci.case`) for the CounterFact family, by subject (`ci.boot`) for the
     others, whose cases share subjects, and for scores made of several means.
@@ -198,6 +204,7 @@ def summarise(
     Args:
         before: records of the unedited model; may be empty.
         after: records of the edited one, all of one moment; may be empty.
+        edits: records of how the edits ended (`edits_of`), which are counted.
         seed: of the bootstrap.
     """
     family = family_of([*before, *after])
@@ -218,7 +225,13 @@ def summarise(
     keys = dict.fromkeys(key for own in estimates.values() for key in own)
     lines = [Line(*k, estimates.get("pre", {}).get(k), estimates.get("post", {}).get(k)) for k in keys]
     lines.sort(key=lambda line: _rank(line, family))
-    return Summary(family, len(subjects), tuple(lines), _counts([*before, *after]), unread_queries([*before, *after]))
+    asked = [*before, *after]
+    return Summary(family, len(subjects), tuple(lines), _counts(asked) | _counts_of_edits(edits), unread_queries(asked))
+
+
+def edits_of(records: Iterable[Record]) -> list[Record]:
+    """Return the records of how the edits themselves ended."""
+    return [record for record in records if record.axis == "edit"]
 
 
 def case_values(records: Iterable[Record], metric: str, variant: str) -> dict[str, float]:
@@ -405,3 +418,12 @@ def _counts(records: Iterable[Record]) -> dict[str, int]:
                 if record.noted(name):
                     found[name].add(place)
     return dict(Counter({name: len(places) for name, places in found.items()}))
+
+
+def _counts_of_edits(records: Iterable[Record]) -> dict[str, int]:
+    """Distinct cases whose edits failed, or were left out."""
+    cases: dict[str, set[str | None]] = {"error": set(), "skipped": set()}
+    for record in records:
+        if record.status != "ok":
+            cases[record.status].add(record.case_id)
+    return {"failed_edits": len(cases["error"]), "skipped_edits": len(cases["skipped"])}

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from retcon.bench import Bench, Run
 from retcon.evaluation.intervals import Interval, ci_seed
-from retcon.evaluation.summary import CaseMean, ScoreFamily, Summary, summarise
+from retcon.evaluation.summary import CaseMean, ScoreFamily, Summary, edits_of, summarise
 
 UNEDITED = "unedited"
 """The row of the model without edits."""
@@ -21,7 +21,9 @@ class Number:
     interval: Interval | None
     """`ci.seed` over several runs; of one run, its own over cases."""
     n: int
-    """Cases that it is the mean of, in each run."""
+    """Cases that it is the mean of, in each run; in the one with the fewest where they differ."""
+    n_cases: int
+    """Cases that each run has."""
     runs: int
 
 
@@ -47,7 +49,10 @@ class Group:
     @cached_property
     def summaries(self) -> tuple[Summary, ...]:
         """Of each run: before, and after the last edit."""
-        return tuple(summarise(run.at("pre"), run.at("final"), seed=int(run.context["seed"])) for run in self.runs)
+        return tuple(
+            summarise(run.at("pre"), run.at("final"), edits=edits_of(run.records), seed=int(run.context["seed"]))
+            for run in self.runs
+        )
 
     @property
     def family(self) -> ScoreFamily:
@@ -61,7 +66,7 @@ class Group:
             return None
         values = [e.value for e in known if e.value is not None]
         interval = ci_seed(values) if len(values) > 1 else known[0].interval
-        return Number(math.fsum(values) / len(values), interval, known[0].n, len(values))
+        return Number(math.fsum(values) / len(values), interval, min(e.n for e in known), self.n_cases, len(values))
 
     def seconds_per_edit(self) -> float | None:
         """Mean over all edits of all runs, statistics apart."""

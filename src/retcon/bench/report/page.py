@@ -115,6 +115,8 @@ def _sentence(group: Group) -> str:
         _judged(ls, "neighbours kept their answers", "some neighbours changed", "many neighbours changed"),
     ]
     text = ", ".join(part for part in said if part) + "."
+    if es.n < es.n_cases:
+        text += f" {es.n:,} of {es.n_cases:,} cases could be measured."
     before = group.number("LS", before=True)
     if ls is not None and before is not None and before.value - ls.value > 0.005:
         text += f" Locality fell by {100 * (before.value - ls.value):.1f} points."
@@ -153,6 +155,8 @@ def _left_out(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
         counts: dict[str, int] = {}
         for summary in group.summaries:
             for name, n in summary.counts.items():
+                if name.endswith("_edits"):  # listed below, with the reason
+                    continue
                 counts[name] = counts.get(name, 0) + n
         told = [f"queries {name}: {n:,}" for name, n in counts.items() if n]
         edits = [r for run in group.runs for r in run.records if r.axis == "edit" and r.status != "ok"]

@@ -13,7 +13,7 @@ from retcon.bench.report.groups import UNEDITED, Group, Number, blocks
 from retcon.bench.report.names import slug, told_apart
 from retcon.escaping import csv_cell, latex, markdown
 from retcon.evaluation.metrics import score_am
-from retcon.evaluation.paired import differences
+from retcon.evaluation.paired import Difference, differences
 from retcon.evaluation.summary import generation_variant
 
 MISSING = "-"
@@ -165,7 +165,7 @@ def _ctp_numbers(group: Group, *, before: bool) -> list[Number | None]:
     es, gs = (group.number(name, *TOKENS, before=before) for name in ("ES", "GS"))
     ls = None if before else group.number("LS", "ee.loc.argmax")
     am = score_am(*(None if n is None else n.value for n in (es, gs, ls)))
-    return [es, ls, gs, None if am is None or es is None else Number(am, None, es.n, es.runs)]
+    return [es, ls, gs, None if am is None or es is None else Number(am, None, es.n, es.n_cases, es.runs)]
 
 
 def kne(groups: Sequence[Group]) -> list[Table]:
@@ -283,8 +283,9 @@ def paired(groups: Sequence[Group]) -> list[Table]:
                 if group is best:
                     continue
                 found = {d.metric: d for d in differences(group.runs[0].at("final"), best.runs[0].at("final"))}
-                cells = [_difference(found.get(name)) for name in ("Score", "ES", "GS", "LS")]
-                builder.row(group.method, cells, [None] * 4)
+                compared = [found.get(name) for name in ("Score", "ES", "GS", "LS")]
+                counted = [None if d is None else Number(d.value, None, d.n, group.n_cases, 1) for d in compared]
+                builder.row(group.method, [_difference(d) for d in compared], counted, compete=False)
             notes = (
                 "Points, method minus "
                 f"{best.method}, [95 % interval] of a paired bootstrap by subject over common cases of seed "
@@ -296,12 +297,11 @@ def paired(groups: Sequence[Group]) -> list[Table]:
     return tables
 
 
-def _difference(found: object) -> str:
-    value, interval = getattr(found, "value", None), getattr(found, "interval", None)
-    if value is None or interval is None:
+def _difference(found: Difference | None) -> str:
+    if found is None or found.interval is None:
         return MISSING
-    star = "*" if interval.low > 0 or interval.high < 0 else ""
-    return f"{100 * value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]{star}"
+    low, high = 100 * found.interval.low, 100 * found.interval.high
+    return f"{100 * found.value:+.1f} [{low:+.1f}, {high:+.1f}]{'*' if found.clear else ''}"
 
 
 def cost(groups: Sequence[Group]) -> list[Table]:
@@ -375,6 +375,8 @@ class _Builder:
         self.rows: list[tuple[str, ...]] = []
         self.values: list[list[float | None] | None] = []
         self.starts = [0]
+        self.fewer: dict[tuple[str, str, int, int], list[str]] = {}
+        """Columns by block, row, cases measured and cases in all, where some were not."""
 
     def block(self, title: str) -> None:
         self.starts.append(len(self.rows))
@@ -382,16 +384,33 @@ class _Builder:
         self.values.append(None)
 
     def row(self, label: str, cells: Sequence[str], numbers: Sequence[Number | None], *, compete: bool = True) -> None:
+        self._count(label, numbers)
         self.rows.append((label, *cells))
         self.values.append([n.value if n else None for n in numbers] if compete else None)
 
     def row_of(self, first: str, second: str, cells: Sequence[str], numbers: Sequence[Number | None]) -> None:
         """Add a row of two texts whose numbers compete with each other."""
+        self._count(f"{first} {second}", numbers)
         best = max((n.value for n in numbers if n is not None), default=None)
         kept = [n.value if n is not None and n.value == best else None for n in numbers]
         self.starts.append(len(self.rows))
         self.rows.append((first, second, *cells))
         self.values.append(kept)
+
+    def _count(self, row: str, numbers: Sequence[Number | None]) -> None:
+        block = next((own[0] for own in reversed(self.rows) if len(own) == 1), "")
+        for column, number in zip(self.head[self.text_columns :], numbers, strict=True):
+            if number is not None and 0 < number.n < number.n_cases:
+                self.fewer.setdefault((block, row, number.n, number.n_cases), []).append(column)
+
+    def _of_fewer_cases(self) -> list[str]:
+        """Return a note on the numbers that are of fewer cases than their runs have; none where there are none."""
+        several = sum(len(row) == 1 for row in self.rows) > 1
+        found = [
+            f"{f'{block}, ' if several else ''}{row}: {', '.join(columns)} {n:,} of {n_cases:,}"
+            for (block, row, n, n_cases), columns in self.fewer.items()
+        ]
+        return [f"Cases that could be measured, where not all: {'; '.join(found)}."] if found else []
 
     def table(self, name: str, title: str, notes: Sequence[str], *, best: bool = True) -> Table:
         bold: set[tuple[int, int]] = set()
@@ -402,7 +421,7 @@ class _Builder:
                 known = [v for v in values.values() if v is not None]
                 if known and (len(rows) > 1 or self.text_columns > 1):
                     bold |= {(i, column + self.text_columns) for i, v in values.items() if v == max(known)}
-        return Table(name, title, self.head, tuple(self.rows), tuple(notes), frozenset(bold))
+        return Table(name, title, self.head, tuple(self.rows), (*notes, *self._of_fewer_cases()), frozenset(bold))
 
 
 def _plain(n: Number | None) -> str:
