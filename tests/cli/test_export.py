@@ -5,6 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import retcon
+from tests.cli.conftest import write_rows
+
 
 def test_an_adapter_of_a_smaller_rank_is_measured_beside_the_exact_one(cli: Callable[..., Any], delta: Path) -> None:
     options = ("export", "gptj", str(delta), "--format", "peft", "--rank", "1", "--cases", "edits.jsonl")
@@ -20,6 +25,37 @@ def test_an_adapter_of_a_smaller_rank_is_measured_beside_the_exact_one(cli: Call
     elsewhere = cli("export", base, str(delta), *options[3:], "--out", "adapter", "--force").stdout
     assert f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), 'adapter')" in elsewhere
     assert "lost" in shown
+
+
+def test_locality_is_agreement_with_the_unedited_model(cli: Callable[..., Any], here: Path) -> None:
+    lm = retcon.load("gptj")
+    site, g = lm.site(1, "down_proj"), torch.Generator().manual_seed(0)
+    out, inner = site.weight.shape
+    change = site.stored(
+        torch.randn(out, 2, generator=g), torch.randn(2, inner, generator=g)
+    )  # so large that answers move
+    delta = lm.delta({site.name: [change]})
+    delta.save("large.safetensors")
+    rows = [
+        {
+            "prompt": f"The capital of {land} is", "subject": land, "target_new": "Rome", "portability": {},
+            "locality": {"Relation_Specificity": [{"prompt": f"The language of {land} is", "ground_truth": "Italian"}]},
+        }
+        for land in ("France", "Spain", "Norway", "Chile")
+    ]  # fmt: skip
+    write_rows(Path("knowedit.jsonl"), rows)
+    options = ("export", "gptj", "large.safetensors", "--format", "peft", "--cases", "knowedit.jsonl", "--json")
+    exact = json.loads(cli(*options, "--out", "exact").stdout)["scores"]
+    cases, _ = retcon.read_cases("knowedit.jsonl")
+    lines = retcon.evaluate(lm, cases, delta=delta).summary().lines
+    wanted = {
+        line.metric: 100 * line.post.value for line in reversed(lines) if line.post and line.post.value is not None
+    }
+    assert wanted["LS"] < 100
+    assert exact == {name: wanted[name] for name in ("ES", "LS")}
+    cut = json.loads(cli(*options, "--rank", "1", "--out", "cut").stdout)["scores"]
+    assert exact.items() <= cut.items()
+    assert cut["LS at rank 1"] < 100
 
 
 def test_bad_input_is_one_error_and_nothing_written(cli: Callable[..., Any], delta: Path, here: Path) -> None:

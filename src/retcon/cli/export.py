@@ -30,6 +30,7 @@ from retcon.workflow.facts import Reading, read_facts
 
 if TYPE_CHECKING:
     from retcon.edits import Case
+    from retcon.evaluation import Evaluation
     from retcon.export import Exported
     from retcon.lm.model import LM
 
@@ -116,9 +117,7 @@ def export(
     lm = load_model(model, device=device, dtype=dtype or "auto", verify_base=verify_base)
     for each in deltas:
         lm.apply(each, other_base=other_base)
-    scores = _scores(lm, asked) if asked else {}
-    if asked and isinstance(wanted, int):
-        scores |= {f"{name} at rank {wanted}": v for name, v in _scores_at(lm, asked, wanted).items()}
+    scores = _all_scores(lm, asked, wanted) if asked else {}
     with spinner(f"saving {out}"):
         made = write(
             lm,
@@ -153,20 +152,36 @@ def _rank(text: str | None) -> int | Literal["max"] | None:
     return int(text)
 
 
-def _scores(lm: "LM", cases: "Sequence[Case]") -> dict[str, float]:
-    """Score, efficacy, generalisation and locality of the model as it is now, times 100."""
+def _all_scores(lm: "LM", cases: "Sequence[Case]", rank: "int | str | None") -> dict[str, float]:
+    """Return the scores of the edited model, and where a rank was asked for those of the changes cut to it."""
+    from retcon.evaluation import evaluate
+
+    with spinner("measuring the unedited model"), lm.without_deltas():
+        before = evaluate(lm, cases)
+    scores = _scores(lm, cases, before)
+    if isinstance(rank, int):
+        scores |= {f"{name} at rank {rank}": v for name, v in _scores_at(lm, cases, before, rank).items()}
+    return scores
+
+
+def _scores(lm: "LM", cases: "Sequence[Case]", before: "Evaluation") -> dict[str, float]:
+    """Score, efficacy, generalisation and locality of the model as it is now, times 100.
+
+    Args:
+        before: the unedited model's, with which locality of some datasets is the agreement.
+    """
     from retcon.evaluation import evaluate
 
     with spinner("measuring"):
-        lines = evaluate(lm, cases).summary(n_resamples=100).lines
+        lines = evaluate(lm, cases, pre=before).summary(n_resamples=100).lines
     found: dict[str, float] = {}
     for line in lines:
-        if line.metric in ("Score", "ES", "GS", "LS") and line.pre is not None and line.pre.value is not None:
-            found.setdefault(line.metric, 100 * line.pre.value)
+        if line.metric in ("Score", "ES", "GS", "LS") and line.post is not None and line.post.value is not None:
+            found.setdefault(line.metric, 100 * line.post.value)
     return found
 
 
-def _scores_at(lm: "LM", cases: "Sequence[Case]", rank: int) -> dict[str, float]:
+def _scores_at(lm: "LM", cases: "Sequence[Case]", before: "Evaluation", rank: int) -> dict[str, float]:
     """Return the same with the changes cut to that rank."""
     from retcon.delta import only_deltas
     from retcon.export.factors import compressed, factors_of
@@ -176,7 +191,7 @@ def _scores_at(lm: "LM", cases: "Sequence[Case]", rank: int) -> dict[str, float]
     lm.revert_all()
     try:
         with lm.edited(small, other_base=True):
-            return _scores(lm, cases)
+            return _scores(lm, cases, before)
     finally:
         for delta in deltas:
             lm.apply(delta, other_base=True)
