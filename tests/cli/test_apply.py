@@ -57,11 +57,11 @@ def test_several_deltas_in_order(cli: Callable[..., Any], delta: Path) -> None:
 
 def test_an_existing_directory_is_replaced_by_force_only(cli: Callable[..., Any], delta: Path) -> None:
     cli("apply", "gptj", str(delta), "--save", "edited")
-    Path("edited/stale.safetensors").touch()
+    Path("edited/changed.safetensors").touch()
     assert "not empty" in cli("apply", "gptj", str(delta), "--save", "edited", code=2).stderr
-    assert Path("edited/stale.safetensors").exists()
+    assert Path("edited/changed.safetensors").exists()
     cli("apply", "gptj", str(delta), "--save", "edited", "--force")
-    assert not Path("edited/stale.safetensors").exists()
+    assert not Path("edited/changed.safetensors").exists()
     Path("empty").mkdir()
     cli("apply", "gptj", str(delta), "--save", "empty")
 
@@ -82,7 +82,7 @@ def test_a_failure_leaves_what_was_there(
 ) -> None:
     if existing:
         cli("apply", "gptj", str(delta), "--save", "edited")
-        Path("edited/mine.safetensors").touch()
+        Path("edited/changed.safetensors").touch()
 
     def fail(*_: Any, **__: Any) -> None:
         raise error

@@ -31,9 +31,8 @@ def test_locality_is_agreement_with_the_unedited_model(cli: Callable[..., Any], 
     lm = retcon.load("gptj")
     site, g = lm.site(1, "down_proj"), torch.Generator().manual_seed(0)
     out, inner = site.weight.shape
-    change = site.stored(
-        torch.randn(out, 2, generator=g), torch.randn(2, inner, generator=g)
-    )  # so large that answers move
+    left, right = torch.randn(out, 2, generator=g), torch.randn(2, inner, generator=g)
+    change = site.stored(left, right)  # so large that answers move
     delta = lm.delta({site.name: [change]})
     delta.save("large.safetensors")
     rows = [
@@ -48,9 +47,7 @@ def test_locality_is_agreement_with_the_unedited_model(cli: Callable[..., Any], 
     exact = json.loads(cli(*options, "--out", "exact").stdout)["scores"]
     cases, _ = retcon.read_cases("knowedit.jsonl")
     lines = retcon.evaluate(lm, cases, delta=delta).summary().lines
-    wanted = {
-        line.metric: 100 * line.post.value for line in reversed(lines) if line.post and line.post.value is not None
-    }
+    wanted = {line.metric: 100 * line.post.value for line in lines[::-1] if line.post and line.post.value is not None}
     assert wanted["LS"] < 100
     assert exact == {name: wanted[name] for name in ("ES", "LS")}
     cut = json.loads(cli(*options, "--rank", "1", "--out", "cut").stdout)["scores"]

@@ -270,6 +270,24 @@ def test_a_place_that_would_take_something_away_is_refused(checkpoint: Callable[
         export(lm, tmp_path / "b", format="peft")
 
 
+def test_a_base_of_pickled_weights_is_not_replaced_and_its_papers_are_kept(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = checkpoint("llama")
+    torch.save(loaded(folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    lm = load(str(folder), allow_bin=True)
+    site = lm.site(1, "down_proj")
+    out, inner = site.weight.shape
+    lm.apply(lm.delta({site.name: [site.stored(torch.ones(out, 1), torch.ones(1, inner))]}))
+    with pytest.raises(InvalidSetting, match="is the model itself"):
+        export(lm, folder, format="diff", force=True)
+    assert (folder / "pytorch_model.bin").is_file()
+    export(lm, tmp_path / "changed", format="diff")
+    assert (tmp_path / "changed/LICENSE").read_text() == "free for all"
+    assert (tmp_path / "changed/README.base.md").read_text() == "# the base"
+
+
 def test_push_goes_through_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from retcon.export import push
 

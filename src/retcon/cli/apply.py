@@ -50,7 +50,8 @@ def apply(
     from retcon.export.write import check_place
     from retcon.lm.load import how_to_load
 
-    check_place(save, Path(model) if Path(model).is_dir() else None, force)
+    inputs = [Path(model), *delta_files(delta)]
+    check_place(save, Path(model) if Path(model).is_dir() else None, force, inputs)
     deltas = load_deltas(delta)
     lm = load_model(model, device=device, dtype=dtype or "auto", verify_base=verify_base)
     with spinner("applying"):

@@ -33,7 +33,7 @@ def checkout(
     found = open_store(store)
     state = found.state(None if entry == "HEAD" else entry)
     source = model or found_from(found.model, found.path)
-    check_place(save, Path(source) if Path(source).is_dir() else None, force)
+    check_place(save, Path(source) if Path(source).is_dir() else None, force, [Path(source), Path(found.path)])
     lm = load_base(found, model, device=device, dtype=dtype or "auto", verify_base=verify_base)
     with spinner(f"saving {save}"):
         found.checkout(lm, None if entry == "HEAD" else entry)

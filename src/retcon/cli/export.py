@@ -105,7 +105,8 @@ def export(
     from retcon.export import push as upload
     from retcon.export.write import check_place
 
-    check_place(out, Path(model) if Path(model).is_dir() else None, force)
+    inputs = [Path(model), *delta_files(delta), *([cases] if cases else [])]
+    check_place(out, Path(model) if Path(model).is_dir() else None, force, inputs)
     wanted = _rank(rank)
     asked: Sequence[Case] = ()
     if cases is not None:

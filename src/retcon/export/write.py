@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -36,14 +36,18 @@ FORMATS: dict[str, str] = {
 RECORD = "retcon.json"
 """What is in an export beside the model: which deltas, on which base."""
 RECORD_FORMAT = "retcon-applied-1"
+_DIGITS = "[0-9]" * 5
 _FOLDERS = ("additional_chat_templates",)
+_INDEX = "model.safetensors.index.json"
 _FILES = (
-    *("*.safetensors", "*.safetensors.index.json", "*.gguf", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    *("model.safetensors", f"model-{_DIGITS}-of-{_DIGITS}.safetensors", _INDEX),
+    *("changed.safetensors", "adapter_model.safetensors", "adapter.gguf", *(f"model-{name}.gguf" for name in TYPES)),
     *("config.json", "generation_config.json", "adapter_config.json", "retcon.json", "README.md", "README.base.md"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.json", "*.jinja", ".gitattributes"),
 )
-"""What a folder may consist of that --force replaces, beside the papers."""
+"""What a folder may consist of that --force replaces, beside the papers and what its index lists. A delta is none of
+these, for it cannot be made again from the export."""
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 _KEPT = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
 
@@ -230,6 +234,8 @@ def record_of(lm: LM, deltas: Sequence[Delta], files: Sequence[str] = ()) -> dic
 def base_folder(lm: LM) -> Path | None:
     """Return where the base's files are on this machine, None where that is not known."""
     name = getattr(lm.model.config, "_name_or_path", "")
+    if name and Path(name).is_dir():  # whatever its weights are kept in
+        return Path(name)
     files = checkpoint_files(name) if name else []
     return files[-1].parent if files else None
 
@@ -240,11 +246,15 @@ def base_place(lm: LM) -> str:
     return as_shared(str(getattr(lm.model.config, "_name_or_path", "") or lm.label))
 
 
-def check_place(place: Path, model: Path | None, force: bool) -> None:
+def check_place(place: Path, model: Path | None, force: bool, inputs: Sequence[Path] = ()) -> None:
     """Refuse to put an export where it would take something away that cannot be made again.
 
+    Args:
+        inputs: files and folders that the export is made from.
+
     Raises:
-        InvalidSetting: a file, the base itself, or a folder that is not empty (with `force`: that is no export).
+        InvalidSetting: a file, the base itself, or a folder that is not empty (with `force`: that is no export, or that
+            holds an input).
     """
     if place.exists() and not place.is_dir():
         raise InvalidSetting(f"{place} is a file; give a directory to save to")
@@ -256,7 +266,13 @@ def check_place(place: Path, model: Path | None, force: bool) -> None:
         raise InvalidSetting(f"{place} exists and is not empty; give another directory, or --force to replace it")
     if not (place / "config.json").is_file() and not (place / RECORD).is_file():
         raise InvalidSetting(f"{place} holds no checkpoint (no config.json), so --force does not replace it")
-    foreign = next((p for p in sorted(place.rglob("*")) if not _of_a_checkpoint(p.relative_to(place), p)), None)
+    for each in inputs:
+        if _lies_in(each, place):
+            raise InvalidSetting(
+                f"{each} is an input of this command, and --force would remove it with {place}; save somewhere else"
+            )
+    listed = _listed(place)
+    foreign = next((p for p in sorted(place.rglob("*")) if not _of_a_checkpoint(p.relative_to(place), p, listed)), None)
     if foreign is not None:
         raise InvalidSetting(
             f"{place} holds {foreign.relative_to(place)}, which is no file of a checkpoint, so --force does not "
@@ -264,19 +280,34 @@ def check_place(place: Path, model: Path | None, force: bool) -> None:
         )
 
 
-def _of_a_checkpoint(name: Path, path: Path) -> bool:
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Return whether a file or the link that leads to it is in a folder or below it."""
+    if not path.exists():
+        return False
+    return any(folder.resolve() in (p, *p.parents) for p in (path.resolve(), path.parent.resolve() / path.name))
+
+
+def _listed(place: Path) -> frozenset[str]:
+    """Return the files that the index of a checkpoint lists, nothing where there is none."""
+    try:
+        return frozenset(map(str, json.loads((place / _INDEX).read_text("utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return frozenset()
+
+
+def _of_a_checkpoint(name: Path, path: Path, listed: Collection[str]) -> bool:
     """Return whether a file below a checkpoint's folder is one that checkpoints, adapters and our exports consist
     of."""
     if path.is_dir() and not path.is_symlink():
         return name.parts[0] in _FOLDERS
-    known = any(fnmatch(name.name, pattern) for pattern in (*_FILES, *_KEPT))
+    known = name.name in listed or any(fnmatch(name.name, pattern) for pattern in (*_FILES, *_KEPT))
     return path.is_file() and known and (len(name.parts) == 1 or name.parts[0] in _FOLDERS)
 
 
 def _keep_papers(lm: LM, fresh: Path) -> bool:
     """Copy the base's licence, and its card under another name; return whether there was a card."""
     base = base_folder(lm)
-    if base is None:
+    if base is None or not (base / "config.json").is_file():  # what lies beside a GGUF file may be about other things
         return False
     for pattern in _KEPT:
         for file in base.glob(pattern):
