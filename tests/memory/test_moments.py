@@ -124,6 +124,22 @@ def test_collected_once_in_one_pass_and_kept(tiny, corpus, monkeypatch):
     assert len(passes) == 2
 
 
+@pytest.mark.filterwarnings("ignore:second moments from")
+def test_a_moment_is_the_same_whatever_sites_are_collected_with_it(tiny, corpus, cache, monkeypatch):
+    lm = tiny("gptj", torch.float32)
+    sites = [lm.site(1, "o_proj"), lm.site(1, "down_proj"), lm.site(2, "o_proj")]
+    assert len({s.shape[1] for s in sites}) == 2
+    heard = []
+    source = CorpusMoments(corpus, tokens_per_dimension=2, progress=lambda done, total: heard.append((done, total)))
+    source.prepare(lm, sites)
+    assert heard == sorted(heard)
+    assert heard[-1] == (2 * 32 + 2 * 128,) * 2
+    together = [source.second_moment(lm, s) for s in sites]
+    monkeypatch.setenv("RETCON_CACHE", str(cache / "another"))
+    for site, found in zip(sites, together, strict=True):
+        assert torch.equal(CorpusMoments(corpus, tokens_per_dimension=2).second_moment(lm, site), found)
+
+
 def test_a_key_names_everything_that_determines_a_moment(tiny, corpus):
     lm, other = tiny("gptj"), tiny("gptj", seed=1)
     site = lm.site(0, "down_proj")

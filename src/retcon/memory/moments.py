@@ -1,8 +1,8 @@
 """Second moments C = E[k k^T] of the keys entering an edited matrix: what a write must leave alone (ROME, section 3).
 
-Collected on the unedited model, for all needed sites in one pass over a corpus, and kept on disk under everything that
-determines them. `Moments` is what methods are handed: it prepares the sites a method names, and gives one layer's
-moment at a time, so that no more than one need be in memory.
+Collected on the unedited model, for all needed sites of one width in one pass over a corpus, and kept on disk under
+everything that determines them. `Moments` is what methods are handed: it prepares the sites a method names, and gives
+one layer's moment at a time, so that no more than one need be in memory.
 """
 
 import hashlib
@@ -84,7 +84,8 @@ class Moments(Protocol):
     """Where methods get second moments from."""
 
     def prepare(self, lm: LM, sites: Sequence[Site]) -> None:
-        """Make sure that the moments of these sites can be had; missing ones are collected in one pass."""
+        """Make sure that the moments of these sites can be had; missing ones are collected, those of one width in one
+        pass."""
 
     def second_moment(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
         """C: mean of k k^T over tokens of the corpus (activation squared), float32 or float64 on the CPU, not scaled.
@@ -169,32 +170,49 @@ class CorpusMoments:
         return frozenset(moment_keys(self.shipped) if self.shipped is not None and self.shipped.is_file() else ())
 
     def prepare(self, lm: LM, sites: Sequence[Site]) -> None:
-        """Collect what neither the shipped file nor the cache holds, in one pass; a killed one is taken up again.
+        """Collect what neither the shipped file nor the cache holds; a pass that was killed is taken up again.
 
         Raises:
             TooFewTokens: the corpus has fewer tokens than the keys have dimensions.
-        OutOfMemory: a pass over it does not fit; see `collect`.
+            OutOfMemory: a pass over it does not fit; see `collect`.
         """
         missing = [s for s in sites if self.stored(lm, s) is None and self.key(lm, s) not in self._unwritten]
-        if missing:
-            self._collect(lm, missing)
+        before = 0
+        for together in self.passes(lm, missing):
+            n_read = 0
 
-    def _collect(self, lm: LM, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """Return the moments of these sites, from one pass over the corpus, kept in the cache directory.
+            def hear(done: int, total: int, before: int = before) -> None:
+                nonlocal n_read
+                n_read = total
+                self.progress(before + done, before + total)
+
+            self._collect(lm, together, hear)
+            before += n_read
+
+    def passes(self, lm: LM, sites: Sequence[Site]) -> list[list[Site]]:
+        """Return the sites in groups, each of which is collected in a pass of its own: those whose moments take as many
+        tokens, so that a site's moment is the same whatever others are collected with it."""
+        found: dict[int, list[Site]] = {}
+        for site in sites:
+            found.setdefault(self.key(lm, site).n_tokens, []).append(site)
+        return list(found.values())
+
+    def _collect(self, lm: LM, sites: Sequence[Site], progress: Progress) -> dict[Site, Tensor]:
+        """Return the moments of these sites, which take as many tokens each, from one pass over the corpus, kept in the
+        cache directory.
 
         Where that cannot be written to, they are kept in this object.
         """
         known = {site: self._unwritten[key] for site in sites if (key := self.key(lm, site)) in self._unwritten}
         if len(known) == len(sites):
             return known
-        n_tokens = max(self.key(lm, s).n_tokens for s in sites)
-        rows = document_rows(lm, self.corpus.documents, n_tokens, self.max_length)
-        n_found = sum(len(r.ids) for r in rows)
-        _check_enough(n_found, max(s.shape[1] for s in sites), self.max_length)
         keys = {s: self.key(lm, s) for s in sites}
+        rows = document_rows(lm, self.corpus.documents, keys[sites[0]].n_tokens, self.max_length)
+        n_found = sum(len(r.ids) for r in rows)
+        _check_enough(n_found, sites[0].shape[1], self.max_length)
         partial = partial_file(keys.values())
         moments = {}
-        passes = collect(lm, sites, rows, shrink=self.shrink, progress=self.progress, partial=partial)
+        passes = collect(lm, sites, rows, shrink=self.shrink, progress=progress, partial=partial)
         for site, found in passes:
             about = {"convergence": found.convergence, "n_tokens": n_found}
             if found.shrunk_to is not None:
@@ -225,7 +243,7 @@ class CorpusMoments:
                     RetconWarning,
                     stacklevel=2,
                 )
-        return self._collect(lm, [site])[site]
+        return self._collect(lm, [site], self.progress)[site]
 
     def factor(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
         d = site.shape[1]

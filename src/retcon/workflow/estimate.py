@@ -154,9 +154,13 @@ def _collecting(lm: "LM", moments: "Moments", missing: "list[Site]") -> tuple[in
 
     if not missing or not isinstance(moments, CorpusMoments):
         return 0, 0.0
-    n_tokens = max(moments.key(lm, s).n_tokens for s in missing)
-    rows = document_rows(lm, moments.corpus.documents, min(TOKENS_TRIED, n_tokens), moments.max_length)
-    started = time.perf_counter()
-    for _ in collect(lm, missing, rows):
-        pass
-    return n_tokens, (time.perf_counter() - started) * n_tokens / max(sum(len(r.ids) for r in rows), 1)
+    n_tokens, seconds = 0, 0.0
+    for sites in moments.passes(lm, missing):
+        n_wanted = moments.key(lm, sites[0]).n_tokens
+        rows = document_rows(lm, moments.corpus.documents, min(TOKENS_TRIED, n_wanted), moments.max_length)
+        started = time.perf_counter()
+        for _ in collect(lm, sites, rows):
+            pass
+        n_tokens += n_wanted
+        seconds += (time.perf_counter() - started) * n_wanted / max(sum(len(r.ids) for r in rows), 1)
+    return n_tokens, seconds
