@@ -8,11 +8,13 @@ from torch.testing import assert_close
 
 import retcon
 from retcon import world
+from retcon.delta import Dense
 from retcon.errors import RetconWarning
 from retcon.memory import defaults
 from retcon.memory.contexts import sample_contexts
 from retcon.memory.defaults import default_contexts, default_moments, shipped_text
 from retcon.memory.moments import collect_moments, document_rows
+from tests.conftest import tokenizer
 
 
 @pytest.mark.parametrize("first", ["float32", "bfloat16", "float16"])
@@ -64,3 +66,17 @@ def test_contexts_of_a_model_are_sampled_once(tiny, monkeypatch):
     for lm, seed, style in ((one, 1, "memit"), (one, 0, "rome_easyedit"), (two, 0, "memit")):
         assert default_contexts(lm, seed, style) == sample_contexts(lm, seed=seed, style=style)
     assert len(calls) == 4
+
+
+def test_contexts_are_sampled_again_where_weights_or_tokenizer_have_changed(tiny):
+    lm = tiny("llama")
+    first = default_contexts(lm, 0)
+    delta = lm.delta({(site := lm.site(0, "down_proj")).name: [Dense(full=torch.ones_like(site.weight))]})
+    with lm.edited(delta):
+        assert default_contexts(lm, 0) is first  # they are the base's
+    with torch.no_grad():
+        lm.head.weight.copy_(lm.head.weight.roll(1, 0))
+    changed = default_contexts(lm, 0)
+    assert changed == sample_contexts(lm) != first
+    lm.tokenizer.backend_tokenizer.post_processor = tokenizer("bos").backend_tokenizer.post_processor
+    assert default_contexts(lm, 0) == sample_contexts(lm) != changed

@@ -221,6 +221,10 @@ def test_what_cannot_be_replayed_goes_the_plain_way_with_a_warning(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         search_values(lm, mixed[:1], (LOW, HIGH), CONTEXTS, search)  # said once
+    with torch.no_grad():
+        lm.block(3).mlp.down_proj.weight.mul_(1.1)
+    with pytest.warns(RetconWarning, match="cannot be replayed"):
+        search_values(lm, mixed[:1], (LOW, HIGH), CONTEXTS, search)  # tried again on other weights
 
 
 def test_the_edit_whose_loss_is_nan_is_named(tiny: Callable[..., LM], mixed: list[Edit]) -> None:
@@ -320,7 +324,7 @@ def test_running_out_of_memory_takes_less_and_says_so(
     def never(self: Chunk, now: Any, vectors: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    REPLAYS[lm] = {("values", LOW.point, HIGH.point): True}
+    REPLAYS[lm] = {(lm.fingerprint(), lm.dtype, LOW.point, HIGH.point): True}
     monkeypatch.setattr(Chunk, "logits", never)
     with pytest.warns(RetconWarning), pytest.raises(OutOfMemory, match="does not fit into memory even alone"):
         search_values(lm, edits, (LOW, HIGH), CONTEXTS, search)

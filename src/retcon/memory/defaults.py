@@ -1,6 +1,7 @@
 """Contexts and second moments for a model when the caller names none."""
 
 import warnings
+from collections.abc import Hashable
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -8,21 +9,24 @@ from retcon import world
 from retcon.errors import RetconWarning, TooFewTokens
 from retcon.lm.load import DEMO
 from retcon.lm.model import LM
+from retcon.lm.tokenizer import chat_hash
 from retcon.memory.contexts import Contexts, ContextStyle, sample_contexts
 from retcon.memory.moments import Corpus, CorpusMoments
 
 SHIPPED_MOMENTS = "moments.safetensors"
 """The embedded models' moments, beside their weights."""
 
-_SAMPLED: WeakKeyDictionary[LM, dict[tuple[int, ContextStyle], Contexts]] = WeakKeyDictionary()
+_SAMPLED: WeakKeyDictionary[LM, dict[tuple[Hashable, ...], Contexts]] = WeakKeyDictionary()
 
 
 def default_contexts(lm: LM, seed: int, style: ContextStyle = "memit") -> Contexts:
-    """`sample_contexts`, done once for each model, seed and style: like the fingerprint, they are the base's."""
+    """Return `sample_contexts`, done once for each model, seed and style, and again where something else has changed
+    the model's weights, dtype or tokenizer."""
+    key = (lm.fingerprint(), lm.dtype, chat_hash(lm.tokenizer), seed, style)
     known = _SAMPLED.setdefault(lm, {})
-    if (seed, style) not in known:
-        known[seed, style] = sample_contexts(lm, seed=seed, style=style)
-    return known[seed, style]
+    if key not in known:
+        known[key] = sample_contexts(lm, seed=seed, style=style)
+    return known[key]
 
 
 def default_moments(lm: LM) -> CorpusMoments:

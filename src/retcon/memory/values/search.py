@@ -228,17 +228,17 @@ def gathered(found: Sequence[ValueOf], plan: dict[str, Any]) -> Values:
 
 
 REPLAYS: WeakKeyDictionary[LM, dict[Hashable, bool]] = WeakKeyDictionary()
-"""Whether a replay gave what a plain forward pass gives, for every model and sites tried."""
+"""Whether a replay gave what a plain forward pass gives, for every model, its weights and dtype, and sites tried."""
 
 
 def replays(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: ValueSearch) -> bool:
     """Return whether a replay of this edit's rows gives the logits of a plain forward pass; tried once per model and
-    sites.
+    sites, and again where something else has changed the model's weights or dtype.
 
     The same random vectors are added in both, half as long as the activations they are added to.
     """
     hooked = (attached.id for attached in lm.applied if attached.hooks())  # they may act otherwise in a replay
-    key = ("values", *(s.point for s in sites), *hooked)
+    key = (lm.fingerprint(), lm.dtype, *(s.point for s in sites), *hooked)
     tried = REPLAYS.setdefault(lm, {})
     if key not in tried:
         problem = _replay_problem(lm, rows, sites, search)
