@@ -66,6 +66,12 @@ def test_streaming_equals_direct_for_any_batch_split(family, tiny):
     assert float(torch.linalg.eigvalsh(c).min()) > -1e-9
 
 
+def test_without_rows_that_is_said(tiny):
+    lm = tiny("llama")
+    with pytest.raises(InvalidSetting, match="no rows given to collect second moments from"):
+        collect_moments(lm, [lm.site(1, "down_proj")], [])
+
+
 def test_trace_is_the_mean_squared_key_norm(tiny):
     lm = tiny("llama")
     rows = document_rows(lm, TEXT, 10_000, 64)

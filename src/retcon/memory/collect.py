@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retcon.checked import Kind, cached, keep
-from retcon.errors import NonFinite, OutOfMemory, RetconWarning
+from retcon.errors import InvalidSetting, NonFinite, OutOfMemory, RetconWarning
 from retcon.lm.batches import halved, is_out_of_memory, release_memory
 from retcon.lm.forward import Hook, Point, TensorName, run
 from retcon.lm.model import LM
@@ -88,10 +88,13 @@ def collect(
         save_every: seconds between two savings, `SAVE_EVERY` by default; more where saving takes long.
 
     Raises:
+        InvalidSetting: there are no rows.
         NonFinite: a moment came out NaN or infinite.
         OutOfMemory: a pass does not fit, and `shrink` does not allow a smaller one; or not even one row fits. What has
             been summed is kept in `partial`.
     """
+    if not rows:
+        raise InvalidSetting("no rows given to collect second moments from; give at least one with a token")
     chunks = chunked([len(r.ids) for r in rows], CHUNK_TOKENS.get(lm.device.type, CHUNK_TOKENS["cpu"]))
     sums = {s: _Sum(s) for s in sites}
     planned = max_batch_tokens or _budget(lm, rows)

@@ -31,8 +31,8 @@ def earlier_keys(
         return {}
     if _BASE not in state or not torch.equal(state[_BASE], _fingerprint(lm)):
         raise InvalidSetting(
-            f"the state given does not belong to {lm.name!r} (another model, another dtype, or another method's "
-            "state); start without a state, or on the model it was made on"
+            f"the state given does not belong to {lm.name!r} (it is another model's, or another method's); start "
+            "without a state, or on the model it was made on"
         )
     found = {name.removeprefix(_KEYS): keys for name, keys in state.items() if name.startswith(_KEYS)}
     wanted = {site.name: site.shape[1] for site in sites}

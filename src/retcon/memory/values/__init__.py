@@ -1,6 +1,6 @@
 """Values: vectors that make the model say the new answer when they take a site's place.
 
-`objective` says what is looked for, `plain` finds it as the definition reads, `search` fast: it cuts a batch up
+`objective` says what is looked for, `reference` finds it as the definition reads, `search` fast: it cuts a batch up
 (`plan`), works chunk by chunk (`rows`, `step` and `state`, `schedule`), and can keep what it has on disk (`store`).
 """
 
