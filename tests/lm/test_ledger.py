@@ -47,18 +47,19 @@ class Bench:
             weight.data.reshape(-1)[::3] = -0.0
         self.base = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.ledger = Ledger(self.weights)
-        self.n_hiding = 0
+        self.n_scopes = 0
 
     def enter(self, delta: Delta) -> "Scope":
         """A scope with a delta."""
-        scope = Scope()
+        self.n_scopes += 1
+        scope = Scope(self.n_scopes)
         scope.entry = self.ledger.push(delta, weakref.ref(scope))
         return scope
 
     @contextmanager
     def without_deltas(self) -> Iterator[None]:
-        self.n_hiding += 1
-        scope = Scope(self.n_hiding)
+        self.n_scopes += 1
+        scope = Scope(self.n_scopes)
         self.ledger.hide(weakref.ref(scope))
         try:
             yield
@@ -66,7 +67,7 @@ class Bench:
             self.ledger.leave(scope.serial)
 
     def leave(self, scope: "Scope") -> None:
-        self.ledger.pop(scope.entry)
+        self.ledger.leave(scope.serial)
 
     def holds(self, deltas: list[Delta]) -> bool:
         return all(torch.equal(w, by_hand(self.base[n], n, deltas)) for n, w in self.weights.items())

@@ -153,13 +153,6 @@ class Ledger:
         self._exchange((*self._entries, entry))
         return entry
 
-    def pop(self, entry: Entry) -> None:
-        """Take a scope's entry off: cheaply where it is the last one, else by replaying the rest.
-
-        Nothing is left to do where the scope's own body has taken it off already.
-        """
-        self._drop([entry], [])
-
     def leave(self, serial: int) -> None:
         """End the scope of that serial number and those that began inside it: their deltas, and what they hide."""
 
@@ -478,7 +471,7 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors of one dtype hold the same bytes, NaN and signed zeros told apart."""
+    """Return whether two tensors of one dtype hold the same bytes, NaN and signed zeros distinguished."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
