@@ -90,7 +90,7 @@ class EditReport:
     @property
     def outcome(self) -> str:
         """`reached`, or what stood in the way: `conflict` (lost in the write, to the weight on old keys or to other
-        edits), which is asked first, `clamped` or `steps`."""
+        edits), which is asked first, `clamped`, `steps` or `non_finite`."""
         return "conflict" if self.lost_in_write else self.stopped
 
 

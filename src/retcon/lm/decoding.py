@@ -40,7 +40,7 @@ def pads(lm: LM) -> bool:
 
 
 def takes_positions(lm: LM) -> bool:
-    """Return whether the model is told where its tokens stand."""
+    """Return whether the model's forward takes the positions of its tokens."""
     return "position_ids" in inspect.signature(lm.model.forward).parameters
 
 

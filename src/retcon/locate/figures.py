@@ -30,7 +30,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "stopword": dict(color="black", linestyle="-.", marker="x", label="stopwords"),
     "left": dict(color="0.65", linestyle="--", marker="", label="all other tokens"),
 }
-"""How a set's curve is told from the others, in black and white too."""
+"""How a set's curve differs from the others, in black and white too."""
 POSITIONS: dict[Where, str] = {"subject_last": "subject's last token", "prediction": "prediction position"}
 READINGS = {False: "without final norm", True: "with final norm"}
 _QUANTITIES: tuple[Quantity, Quantity] = ("mean_prob", "mean_rank")
@@ -42,7 +42,7 @@ KINDS: dict[RestoredKind, str] = {
     "severed_attn": "block output, attention severed",
 }
 LEAST_DRAWN = 1e-12
-"""Probabilities below it are not told apart on a logarithmic scale."""
+"""Least probability at which a logarithmic axis begins."""
 
 
 def figure(n_rows: int, n_columns: int, width: float, height: float, **options: Any) -> tuple["Figure", Any]:

@@ -20,7 +20,7 @@ MAX_LOGITS = 2**24
 
 
 def project(lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool) -> Float[Tensor, "n vocab"]:
-    """Logits of states, at least float32.
+    """Return the logits of states, at least float32.
 
     With the final norm, what the model itself does with its last state (a scale or a soft cap of the logits included),
     so that the last block's output gives the model's own logits. Without it, W x + b and nothing else (JEEP, Eq. 5).

@@ -44,8 +44,8 @@ def overlap_figure(same: Sequence[float], different: Sequence[float], by_chance:
         (different, "two relations", dict(histtype="step", color="black", linewidth=1.2)),
     ):
         if of:
-            told = f"{label}: mean {sum(of) / len(of):.2f} over {len(of):,} pairs"
-            axis.hist(of, bins=40, range=(0, 1), weights=[1 / len(of)] * len(of), label=told, **style)
+            legend = f"{label}: mean {sum(of) / len(of):.2f} over {len(of):,} pairs"
+            axis.hist(of, bins=40, range=(0, 1), weights=[1 / len(of)] * len(of), label=legend, **style)
     axis.axvline(by_chance, color="black", linestyle=":", label=f"by chance: {by_chance:.2f}")
     axis.set_xlabel("overlap of two facts' ensembles")
     axis.set_ylabel("share of pairs")

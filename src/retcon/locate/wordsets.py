@@ -94,8 +94,8 @@ def retrieve_word_sets(
         answer = set(words_of(edit.target_true or ""))
         related[edit.id] = frozenset(w for text in texts for w in words_of(text)) - answer
         others = [e for e in by_relation[_relation(edit)] if e.subject != edit.subject][:N_FACTUAL]
-        told = [t for e in others for t in (e.subject, e.target_true, e.target_new) if t]
-        factual[edit.id] = frozenset(w for text in told for w in words_of(text)) - answer
+        mentions = [t for e in others for t in (e.subject, e.target_true, e.target_new) if t]
+        factual[edit.id] = frozenset(w for text in mentions for w in words_of(text)) - answer
     return WordSets(related, factual, stop)
 
 

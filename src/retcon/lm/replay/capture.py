@@ -137,8 +137,8 @@ def _extended(
     for group in buckets([ends[i] - past.ends[i] for i in running], max_batch_tokens):
         rows = [running[g] for g in group]
         cache = past.of(rows).cache(lm.n_layers)
-        live = [texts[i][past.ends[i] : ends[i]] for i in rows]
-        inputs = _inputs(lm, live, [past.ends[i] for i in rows], cache)
+        suffixes = [texts[i][past.ends[i] : ends[i]] for i in rows]
+        inputs = _inputs(lm, suffixes, [past.ends[i] for i in rows], cache)
         run(lm, inputs, {Point(lm.n_layers - 1, "attn_key"): lambda _: None})
         keep(rows, cache.layers)
     idle = [i for i, (e, begin) in enumerate(zip(ends, past.ends, strict=True)) if e == begin > 0]
@@ -173,8 +173,8 @@ def _frozen(
             stack.callback(lm.block(first - 1).register_forward_hook(read_output).remove)
         for group in buckets(lengths, max_batch_tokens):
             begins = [past.ends[i] for i in group]
-            live = [texts[i][past.ends[i] :] for i in group]
-            inputs = _inputs(lm, live, begins, past.of(group).cache(lm.n_layers))
+            suffixes = [texts[i][past.ends[i] :] for i in group]
+            inputs = _inputs(lm, suffixes, begins, past.of(group).cache(lm.n_layers))
             hooks: dict[Point, Hook] = {p: _reader(found[p], at, past.ends, group) for p, at in reads.items()}
             if first:
                 hooks.setdefault(Point(first - 1, "block"), lambda _: None)
@@ -190,10 +190,10 @@ def _frozen(
     return frozen, {p: torch.stack([v for _, v in sorted(by_row.items())]) for p, by_row in found.items()}
 
 
-def _inputs(lm: LM, live: Sequence[tuple[int, ...]], begins: Sequence[int], cache: "Cache") -> Inputs:
-    """Tokens of each row that follow its past, as the model's forward takes them."""
-    arguments = row_arguments(lm, begins, [len(ids) for ids in live], cache)
-    arguments["input_ids"] = pad([Row(ids, len(ids)) for ids in live], lm.device).ids
+def _inputs(lm: LM, suffixes: Sequence[tuple[int, ...]], begins: Sequence[int], cache: "Cache") -> Inputs:
+    """Return the tokens of each row that follow its past, as the model's forward takes them."""
+    arguments = row_arguments(lm, begins, [len(ids) for ids in suffixes], cache)
+    arguments["input_ids"] = pad([Row(ids, len(ids)) for ids in suffixes], lm.device).ids
     rows, tokens = arguments["input_ids"].shape
     return Inputs((rows, tokens), arguments)
 
