@@ -361,6 +361,41 @@ def test_a_specification_from_a_file(tmp_path: Path) -> None:
     assert (moved.datasets[0].path, moved.datasets[0].label, moved.text) == ("there.json", "cf", "t.txt")
 
 
+def test_a_file_says_how_a_model_is_loaded(tmp_path: Path, spec: BenchSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: dict[str, object] = {}
+    load = running.load_model
+
+    def loading(name: str, **options: Any) -> LM:
+        heard.update(options)
+        return load(name)
+
+    monkeypatch.setattr(running, "load_model", loading)
+    text = (
+        '[[models]]\nname = "./tiny"\ndevice_map = {"" = "cpu"}\npacked = true\ntrust_remote_code = true\n'
+        '[[methods]]\nname = "jeep"\n[[datasets]]\npath = "world"\n'
+    )
+    (tmp_path / "b.toml").write_text(text)
+    (model,) = spec_from_file(tmp_path / "b.toml").models
+    model = dataclasses.replace(model, corpus=spec.models[0].corpus)
+    run_bench(dataclasses.replace(spec, models=(model,)), tmp_path / "out")
+    assert heard["device_map"] == {"": "cpu"}
+    assert (heard["packed"], heard["trust_remote_code"]) == (True, True)
+    kept = json.loads((tmp_path / "out" / "manifest.json").read_text())["manifest"]["spec"]["models"]
+    assert (kept[0]["device_map"], kept[0]["packed"]) == ({"": "cpu"}, True)
+
+    (tmp_path / "b.toml").write_text(text.replace('{"" = "cpu"}', '"auto"'))
+    assert spec_from_file(tmp_path / "b.toml").models[0].device_map == "auto"
+    (tmp_path / "b.toml").write_text(text.replace("packed", 'device = "cpu"\npacked'))
+    with pytest.raises(InvalidSetting, match="device and device_map both say where it goes"):
+        spec_from_file(tmp_path / "b.toml")
+
+
+def test_a_benchmark_begun_before_a_file_had_device_map_goes_on(spec: BenchSpec, tmp_path: Path) -> None:
+    run_bench(spec, tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "manifest.json").read_text())["manifest"]["spec"]["models"][0]
+    assert not {"device_map", "packed", "trust_remote_code"} & set(kept)
+
+
 def test_one_of_several_models_is_chosen_by_label_or_place() -> None:
     spec = BenchSpec(
         models=(ModelSpec(name="demo:gptj"), ModelSpec(name="./own", label="mine")),

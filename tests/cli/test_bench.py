@@ -37,6 +37,12 @@ def file(here: Path) -> Path:
     return here / "bench.toml"
 
 
+def test_a_file_that_runs_a_checkpoint_s_code_says_so(cli: Callable[..., Any], file: Path) -> None:
+    file.write_text(TOML.replace('label = "tiny"', 'label = "tiny"\ntrust_remote_code = true\ndevice_map = "cpu"'))
+    said = cli("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--out", "out").stderr
+    assert "trust_remote_code: code that comes with gptj, if there is any, is run with your rights" in said
+
+
 def test_a_file_with_its_places_elsewhere(cli: Callable[..., Any], file: Path) -> None:
     run = ("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--out", "out")
     first = json.loads(cli(*run, "--json").stdout)

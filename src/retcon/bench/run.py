@@ -153,6 +153,10 @@ def _portable(spec: BenchSpec) -> dict[str, Any]:
     own = asdict(spec)
     for part, name in (("models", "name"), ("models", "corpus"), ("datasets", "path")):
         own[part] = [each | {name: each[name] and Path(each[name]).name} for each in own[part]]
+    for each in own["models"]:  # a benchmark that was begun before a file had these goes on
+        for name in ("device_map", "packed", "trust_remote_code"):
+            if not each[name]:
+                del each[name]
     return own | {"text": spec.text and Path(spec.text).name}
 
 
@@ -184,7 +188,14 @@ class CellRunner:
         self.spec = spec
         started = clock()
         self.lm = load_model(
-            model.name, dtype=model.dtype, device=model.device, revision=model.revision, verify_base=verify_base
+            model.name,
+            dtype=model.dtype,
+            device=model.device,
+            device_map=model.device_map,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            packed=model.packed,
+            verify_base=verify_base,
         )
         self.load_seconds = clock() - started
         corpus = model.corpus

@@ -134,10 +134,18 @@ class ModelSpec:
     dtype: str | None = None
     device: str | None = None
     revision: str | None = None
+    device_map: str | Mapping[str, Any] | None = None
+    """How the model is spread, in place of `device`: "auto", or a device for each module."""
+    packed: bool = False
+    """Keep the matrices of a quantised checkpoint as they are."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint."""
     corpus: str | None = None
     """Text for second moments; the model's default where none is given."""
 
     def __post_init__(self) -> None:
+        if self.device is not None and self.device_map is not None:
+            raise InvalidSetting(f"model {self.name}: device and device_map both say where it goes; give one of them")
         if not self.label:
             object.__setattr__(self, "label", self.name.rstrip("/").rpartition("/")[2].replace(":", "-"))
 
@@ -362,7 +370,8 @@ def _made(kind: Any, table: Mapping[str, Any], where: str) -> Any:
 def _fitted(value: Any, hint: Any, where: str) -> Any:
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        chosen = next(part for part in parts if part is not type(None))
+        first, *others = (part for part in parts if part is not type(None))
+        chosen = next((part for part in others if get_origin(part) is Mapping and isinstance(value, dict)), first)
         return _fitted(value, chosen, where)
     if origin is Literal:
         if value not in parts:

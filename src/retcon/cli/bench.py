@@ -23,6 +23,7 @@ from retcon.cli.shell import (
     program,
     seconds,
     styled,
+    warn_of_remote_code,
 )
 from retcon.cluster import workers
 from retcon.errors import InvalidSetting
@@ -94,6 +95,8 @@ def bench(
     spec = _with_reading(spec, format=file_format, on_error=on_error, case_target=case_target)
     for each in spec.models:
         check_model_path(each.name)
+        if each.trust_remote_code:
+            warn_of_remote_code("trust_remote_code", each.name)
     check_can_make_folder(out)
 
     from retcon.bench.inputs import read_inputs

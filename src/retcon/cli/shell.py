@@ -564,7 +564,7 @@ def load_model(
     if device is not None and asked.device_map is not None:
         raise InvalidSetting("--device and --device-map both say where the model goes; give one of them")
     if asked.trust_remote_code:
-        warn(f"--trust-remote-code: code that comes with {name}, if there is any, is run with your rights")
+        warn_of_remote_code("--trust-remote-code", name)
     with spinner(f"loading {name}"):
         import retcon
 
@@ -582,6 +582,11 @@ def load_model(
         )
         _one_thread_for_a_small_model(lm)
         return lm
+
+
+def warn_of_remote_code(asked: str, name: str) -> None:
+    """Warn that code of a checkpoint is run, since `asked` says so."""
+    warn(f"{asked}: code that comes with {name}, if there is any, is run with your rights")
 
 
 def _one_thread_for_a_small_model(lm: "LM") -> None:
