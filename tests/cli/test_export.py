@@ -60,9 +60,22 @@ def test_bad_input_is_one_error_and_nothing_written(cli: Callable[..., Any], del
     for options, message in (
         (("--format", "peft", "--rank", "0"), "expected a whole number from 1"),
         (("--format", "hf", "--rank", "3"), "leave it out"),
+        (("--push", "badname"), "'badname' is no repository of the hub; expected owner/name"),
+        (("--push", "me/bad name"), "'me/bad name' is no repository of the hub"),
         (("--format", "gguf"), "not for gptj"),
         (("--max-shard-size", "lots"), "expected a number and KB, MB, GB or TB"),
         (("--max-shard-size", "0GB"), "expected a number and KB, MB, GB or TB"),
     ):
         assert message in cli("export", "gptj", str(delta), "--out", "made", *options, code=2).stderr
     assert sorted(here.iterdir()) == before
+
+
+def test_what_needs_no_model_is_refused_before_one_is_loaded(cli: Callable[..., Any], delta: Path) -> None:
+    for options in (
+        ("--push", "badname"),
+        ("--rank", "3"),
+        ("--max-shard-size", "lots"),
+        ("--format", "peft", "--rank", "0"),
+    ):
+        told = cli("export", "nowhere", str(delta), "--out", "made", "--cases", "edits.jsonl", *options, code=2).stderr
+        assert "nowhere" not in told

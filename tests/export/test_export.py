@@ -297,8 +297,15 @@ def test_push_goes_through_huggingface_hub(tmp_path: Path, monkeypatch: pytest.M
     assert push(tmp_path, "me/edited") == "https://hub/x"
     assert calls[0] == ("me/edited", {"private": True, "exist_ok": True})
     assert calls[1]["repo_id"] == "me/edited"
-    with pytest.raises(InvalidSetting, match="owner/name"):
-        push(tmp_path, "edited")
+    for name, message in (
+        ("edited", "expected owner/name"),
+        ("a/b/c", "'a/b/c' is no"),
+        ("me/ edited", "is no"),
+        ("/x", "is no"),
+    ):
+        with pytest.raises(InvalidSetting, match=message):
+            push(tmp_path, name)
+    assert len(calls) == 2
 
 
 def test_deltas_that_replace_others_are_exported_as_they_stand(tiny: Callable[..., LM], tmp_path: Path) -> None:

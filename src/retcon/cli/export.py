@@ -103,11 +103,14 @@ def export(
     """
     from retcon.export import export as write
     from retcon.export import push as upload
-    from retcon.export.write import check_place
+    from retcon.export.write import check_form, check_place, check_repository
 
+    wanted = _rank(rank)
+    check_form(format_, rank=wanted, gguf_type=gguf_type, max_shard_size=max_shard_size)
+    if push is not None:
+        check_repository(push)
     inputs = [Path(model), *delta_files(delta), *([cases] if cases else [])]
     check_place(out, Path(model) if Path(model).is_dir() else None, force, inputs)
-    wanted = _rank(rank)
     asked: Sequence[Case] = ()
     if cases is not None:
         reading = Reading(

@@ -99,16 +99,7 @@ def export(
         DeltaMismatch: a change that an adapter cannot hold.
         UnsupportedModel: GGUF, and the family or its tokenizer is not written.
     """
-    if format not in get_args(Format):
-        raise InvalidSetting(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
-    if rank is not None and format not in ("peft", "gguf-lora"):
-        raise InvalidSetting(f"a rank was given, which adapters have and format {format} has not; leave it out")
-    if gguf_type not in TYPES:
-        raise InvalidSetting(f"unknown GGUF type {gguf_type!r}; known: {', '.join(TYPES)}")
-    if not _SIZE.fullmatch(max_shard_size):
-        raise InvalidSetting(
-            f"shards of at most {max_shard_size!r}: expected a number and KB, MB, GB or TB, such as 5GB"
-        )
+    check_form(format, rank=rank, gguf_type=gguf_type, max_shard_size=max_shard_size)
     place = Path(out)
 
     def check() -> None:
@@ -167,8 +158,7 @@ def push(place: str | Path, repository: str, *, private: bool = True, message: s
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    if repository.count("/") != 1:
-        raise InvalidSetting(f"{repository!r} is no repository of the hub; expected owner/name")
+    check_repository(repository)
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
@@ -244,6 +234,41 @@ def base_place(lm: LM) -> str:
     """Return how people find the base: a hub id and a relative path as they are; of an absolute path, which is of this
     machine alone, the last part."""
     return as_shared(str(getattr(lm.model.config, "_name_or_path", "") or lm.label))
+
+
+def check_form(format: str, *, rank: int | str | None, gguf_type: str, max_shard_size: str) -> None:
+    """Refuse what no export can be, before there is a model.
+
+    Raises:
+        InvalidSetting: an unknown format, type or size, or a rank where there is none.
+    """
+    if format not in get_args(Format):
+        raise InvalidSetting(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    if rank is not None and format not in ("peft", "gguf-lora"):
+        raise InvalidSetting(f"a rank was given, which adapters have and format {format} has not; leave it out")
+    if gguf_type not in TYPES:
+        raise InvalidSetting(f"unknown GGUF type {gguf_type!r}; known: {', '.join(TYPES)}")
+    if not _SIZE.fullmatch(max_shard_size):
+        raise InvalidSetting(
+            f"shards of at most {max_shard_size!r}: expected a number and KB, MB, GB or TB, such as 5GB"
+        )
+
+
+def check_repository(name: str) -> None:
+    """Refuse what cannot be a repository of the hub.
+
+    Raises:
+        InvalidSetting: it is not owner/name, or has a character that names there do not have.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InvalidSetting(f"{name!r} is no repository of the hub: {str(error).splitlines()[0]}") from None
+    if name.count("/") != 1:
+        raise InvalidSetting(f"{name!r} is no repository of the hub; expected owner/name")
 
 
 def check_place(place: Path, model: Path | None, force: bool, inputs: Sequence[Path] = ()) -> None:
