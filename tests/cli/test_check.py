@@ -94,6 +94,17 @@ def test_one_thing_is_checked(cli: Callable[..., Any], delta: Path) -> None:
     assert "cannot be reached" in away.stderr
 
 
+def test_an_option_without_what_it_is_about_is_refused(cli: Callable[..., Any], here: Path) -> None:
+    served = ("check", "m", "--url", "http://127.0.0.1:9", "--cases", "edits.jsonl")
+    for options in (("--text", "corpus.txt"), ("--device", "cpu"), ("--dtype", "float32"), ("--verify-base",)):
+        told = cli(*served, *options, code=2).stderr
+        assert f"{options[0]} is about a model that is loaded here, not about a server's" in told
+    assert "--other-base goes with --delta" in cli(*served, "--other-base", code=2).stderr
+    edited = ("check", "nowhere", "--edited", "gptj", "--cases", "edits.jsonl")
+    assert "--other-base goes with --delta" in cli(*edited, "--other-base", code=2).stderr
+    assert "--timeout goes with --url" in cli(*edited, "--timeout", "5", code=2).stderr
+
+
 def test_bad_input_is_refused(cli: Callable[..., Any], delta: Path) -> None:
     cases = ("--cases", "edits.jsonl")
     assert "no such file" in cli("check", "gptj", "--delta", "none.safetensors", *cases, code=2).stderr

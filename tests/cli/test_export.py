@@ -79,3 +79,18 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(cli: Callable[..., 
     ):
         told = cli("export", "nowhere", str(delta), "--out", "made", "--cases", "edits.jsonl", *options, code=2).stderr
         assert "nowhere" not in told
+
+
+def test_an_option_without_what_it_is_about_is_refused(cli: Callable[..., Any], delta: Path) -> None:
+    for options, needed in (
+        (("--cases-format", "nonsense"), "--cases"),
+        (("--limit", "3"), "--cases"),
+        (("--on-error", "skip"), "--cases"),
+        (("--case-target", "alt"), "--cases"),
+        (("--public",), "--push"),
+        (("--type", "q8_0"), "--format gguf"),
+        (("--type", "q8_0", "--format", "gguf-lora"), "--format gguf"),
+        (("--max-shard-size", "1MB", "--format", "peft"), "--format hf"),
+    ):
+        told = cli("export", "nowhere", str(delta), "--out", "made", *options, code=2).stderr
+        assert told == f"error: {options[0]} goes with {needed}; leave it out, or give that\n"

@@ -45,6 +45,9 @@ _MARKS = {
     "unmeasurable": styled("[dim]-[/]"),
 }
 
+TIMEOUT = 60.0
+"""Seconds to wait for an answer of a server by default."""
+
 
 @loads_a_model
 @reads_facts("it")
@@ -85,7 +88,7 @@ def check(
             show_default=False,
         ),
     ] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer of the server.")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer of the server.")] = TIMEOUT,
     report: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the verdict: .html, .md, or .xml for JUnit.", show_default=False),
@@ -121,6 +124,18 @@ def check(
         raise InvalidSetting("--against compares with a delta, which a served model cannot be given; leave out --url")
     if url is not None and on != "local":
         raise InvalidSetting("--on shares out the work of a model that is loaded here, not of a server's; leave it out")
+    if url is None and timeout != TIMEOUT:
+        raise InvalidSetting("--timeout goes with --url; leave it out")
+    for option, given in (
+        ("--text", text is not None),
+        ("--device", device is not None),
+        ("--dtype", dtype is not None),
+        ("--verify-base", verify_base),
+    ):
+        if url is not None and given:
+            raise InvalidSetting(f"{option} is about a model that is loaded here, not about a server's; leave it out")
+    if other_base and not delta and not against:
+        raise InvalidSetting("--other-base goes with --delta and --against; leave it out")
     place = workers(on)
     if report is not None:
         check_report_name(report)

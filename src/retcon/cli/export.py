@@ -101,6 +101,18 @@ def export(
 
     Matrices are saved in the dtype in which the model is stored. DIR appears complete or not at all.
     """
+    for option, given, there, needed in (
+        ("--cases-format", file_format is not None, cases is not None, "--cases"),
+        ("--on-error", on_error != "stop", cases is not None, "--cases"),
+        ("--case-target", case_target != "new", cases is not None, "--cases"),
+        ("--limit", limit is not None, cases is not None, "--cases"),
+        ("--public", public, push is not None, "--push"),
+        ("--type", gguf_type != "f16", format_ == "gguf", "--format gguf"),
+        ("--max-shard-size", max_shard_size != "5GB", format_ == "hf", "--format hf"),
+    ):
+        if given and not there:
+            raise InvalidSetting(f"{option} goes with {needed}; leave it out, or give that")
+
     from retcon.export import export as write
     from retcon.export import push as upload
     from retcon.export.write import check_form, check_place, check_repository
