@@ -76,6 +76,14 @@ def test_references_from_files(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps({"baker": 2}))
     with pytest.raises(MalformedFile, match="does not fit"):
         TfIdf.from_files(tmp_path / "idf.npy", tmp_path / "vocab.json")
+    for broken in (b"caf\xe9", b"", b"[1]", b'{"baker": "one"}'):
+        (tmp_path / "vocab.json").write_bytes(broken)
+        with pytest.raises(MalformedFile, match=r"vocab\.json: expected an object of indices by word"):
+            TfIdf.from_files(tmp_path / "idf.npy", tmp_path / "vocab.json")
+    for broken in (b"", b"caf\xe9", b"\x93NUMPY"):
+        (tmp_path / "idf.npy").write_bytes(broken)
+        with pytest.raises(MalformedFile, match=r"idf\.npy: expected an array of numbers"):
+            TfIdf.from_files(tmp_path / "idf.npy", tmp_path / "vocab.json")
     (tmp_path / "snippets.json").write_text("{}")
     for alone in ({"idf": tmp_path / "idf.npy"}, {"vocabulary": tmp_path / "vocab.json"}):
         with pytest.raises(InvalidSetting, match=r"without (vocabulary|idf); they go together"):

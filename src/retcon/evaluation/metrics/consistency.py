@@ -38,14 +38,24 @@ class TfIdf:
 
     @classmethod
     def from_files(cls, idf: str | os.PathLike[str], vocabulary: str | os.PathLike[str]) -> "TfIdf":
-        """From CounterFact's `idf.npy` (numbers by index) and `tfidf_vocab.json` (index by word)."""
+        """From CounterFact's `idf.npy` (numbers by index) and `tfidf_vocab.json` (index by word).
+
+        Raises:
+            MalformedFile: one of them cannot be read, or they do not fit each other.
+        """
         import numpy
 
-        values = numpy.load(idf, allow_pickle=False).ravel().tolist()
-        places = json.loads(Path(vocabulary).read_text("utf-8"))
-        if not isinstance(places, dict) or any(not 0 <= int(i) < len(values) for i in places.values()):
+        try:
+            values = numpy.load(idf, allow_pickle=False).ravel().tolist()
+        except (OSError, EOFError, ValueError, AttributeError) as error:  # the last of an archive of arrays
+            raise MalformedFile(f"{idf}: expected an array of numbers ({error})") from None
+        try:
+            places = {word: int(i) for word, i in json.loads(Path(vocabulary).read_text("utf-8")).items()}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise MalformedFile(f"{vocabulary}: expected an object of indices by word ({error})") from None
+        if any(not 0 <= i < len(values) for i in places.values()):
             raise MalformedFile(f"{vocabulary}: does not fit {idf} ({len(values)} values)")
-        return cls({word: values[int(i)] for word, i in places.items()})
+        return cls({word: values[i] for word, i in places.items()})
 
     def vector(self, text: str) -> dict[str, float]:
         """Return a text's vector, of unit length; empty where no word is known."""
