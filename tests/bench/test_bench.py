@@ -21,7 +21,7 @@ from retcon.bench import (
     spec_from_file,
 )
 from retcon.bench import run as running
-from retcon.bench.manifest import differences
+from retcon.bench.manifest import differences, measures_record
 from retcon.bench.spec import MeasureSpec, Protocol
 from retcon.bench.units import Units
 from retcon.delta import Delta, Dense
@@ -313,6 +313,86 @@ def test_swapped_files_are_never_used(spec: BenchSpec, tmp_path: Path) -> None:
     assert (run.directory / "records.jsonl").read_bytes() == records
     with pytest.raises(MalformedFile, match=r"no such file; is this the directory"):
         read_bench(tmp_path / "nowhere")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading(Method):
+    """Makes of a file what noise it says."""
+
+    name: ClassVar[str] = "reading"
+    editor: str
+    base_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def propose(self, lm: LM, edits: Sequence[Edit], *, state: Any = None, **rest: Any) -> Delta:
+        return Counting(float(Path(self.editor).read_text()))(lm, edits, state)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_file_that_a_setting_names_is_known_by_its_content(spec: BenchSpec, tmp_path: Path, nested: bool) -> None:
+    own, other = tmp_path / "editor.bin", tmp_path / "facts.json"
+    own.write_text("0.5")
+    other.write_text("first")
+    settings = {"editor": str(own), "base_settings": {"stop_on": str(other)}}
+    spec = dataclasses.replace(
+        spec,
+        methods=(MethodSpec(name=f"{__name__}:Reading", label="reading", settings=settings),),
+        protocols=(Protocol(kind="batch", n=2),),
+        text=None,
+        measures=MeasureSpec(generate=False),
+    )
+    run_bench(spec, tmp_path / "out")
+    (run,) = read_bench(tmp_path / "out").runs
+    assert str(tmp_path) not in (run.directory / "manifest.json").read_text()
+    assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
+    assert run.manifest["method"]["settings"]["editor"] == "editor.bin"
+    (other if nested else own).write_text("0.7")
+    found: list[bool] = []
+    run_bench(spec, tmp_path / "out", watch=lambda event: found.append(event.found))
+    assert not any(found)
+    (again,) = read_bench(tmp_path / "out").runs
+    assert again.directory != run.directory
+    run_bench(spec, tmp_path / "out", watch=lambda event: found.append(event.found))
+    assert found[-1]
+
+
+def test_files_of_measures_are_known_by_their_content(tmp_path: Path) -> None:
+    asked = MeasureSpec(snippets=str(tmp_path / "s"), idf=str(tmp_path / "i"), vocabulary=str(tmp_path / "v"))
+    for name in "siv":
+        (tmp_path / name).write_text("one")
+    first = measures_record(asked)
+    assert str(tmp_path) not in json.dumps(first)
+    for name in "siv":
+        (tmp_path / name).write_text("two")
+        assert measures_record(asked) != first
+        (tmp_path / name).write_text("one")
+    assert measures_record(asked) == first
+    assert measures_record(MeasureSpec()) == dataclasses.asdict(MeasureSpec())
+
+
+def test_another_chat_template_or_end_of_text_is_another_run(
+    spec: BenchSpec, tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retcon.bench import pre
+
+    looked: list[str] = []
+    real = pre.measure
+    monkeypatch.setattr(pre, "measure", lambda *a, **k: (looked.append("pre"), real(*a, **k))[1])
+    spec = dataclasses.replace(spec, protocols=PROTOCOLS[:1], text=None, measures=MeasureSpec(generate=False))
+
+    def run(template: str | None, ends: list[int] | None) -> tuple[str, int]:
+        lm = tiny(n_layers=1)
+        lm.tokenizer.chat_template = template
+        lm.model.generation_config.eos_token_id = ends
+        monkeypatch.setattr(running, "load_model", lambda name, **_: lm)
+        run_bench(spec, tmp_path / "out")
+        (found,) = read_bench(tmp_path / "out").runs
+        return found.directory.name, len(looked)
+
+    templates = ["{{ messages[0].content }}", "{{ messages[0].content }}!"]
+    runs = [run(None, None), run(templates[0], None), run(templates[1], None), run(templates[1], [7])]
+    assert len({name for name, _ in runs}) == 4
+    assert [n for _, n in runs] == [1, 2, 3, 4]
+    assert run(templates[1], [7]) == runs[-1]
 
 
 def test_a_dataset_without_a_usable_case_is_refused(spec: BenchSpec, tmp_path: Path) -> None:

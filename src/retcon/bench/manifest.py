@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from retcon.bench.spec import BenchSpec, Cell
+from retcon.bench.spec import MEASURE_FILES, BenchSpec, Cell, MeasureSpec
 from retcon.edits import Case
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import LoadReport
 from retcon.files import as_shared, write_atomically
 from retcon.lm.model import LM
-from retcon.lm.tokenizer import tokenizer_hash
+from retcon.lm.tokenizer import chat_hash
+from retcon.methods.common.contract import recorded_settings
 from retcon.version import __version__
 
 FORMAT = "retcon-bench-1"
@@ -49,20 +50,22 @@ def manifest_of(
                 "device_map": getattr(lm.model, "hf_device_map", None),
                 **({"notes": list(lm.notes)} if lm.notes else {}),
             },
-            "tokenizer": tokenizer_hash(lm.tokenizer),
+            "tokenizer": chat_hash(lm.tokenizer),
+            "end_tokens": sorted(lm.end_tokens),
             "corpus": file_hash(cell.model.corpus),
             "method": {
                 "name": cell.method.name,
                 "label": cell.method.label,
                 "preset": cell.method.preset,
-                "settings": asdict(method),
+                "settings": recorded_settings(method),
+                **({"files": files} if (files := file_hashes(asdict(method))) else {}),
             },
             "dataset": {**asdict(report), "path": cell.dataset.label, "order": cell.dataset.order},
             "cases": [case.id for case in cases],
             "protocol": protocol,
-            "measures": {**asdict(spec.measures), "snippets": file_hash(spec.measures.snippets)},
+            "measures": measures_record(spec.measures),
             "text": {"sha256": file_hash(spec.text), "tokens": spec.text_tokens},
-            "tasks": [list(spec.tasks), spec.task_limit],
+            "tasks": [[file_hash(task) if Path(task).is_file() else task for task in spec.tasks], spec.task_limit],
             "keep": [spec.keep_text, spec.keep_tokens],
             "seed": cell.seed,
         }
@@ -119,6 +122,23 @@ def file_hash(path: str | None) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise MalformedFile(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def measures_record(asked: MeasureSpec) -> dict[str, Any]:
+    """Return what is measured, with the content's hash for each file."""
+    return asdict(asked) | {name: file_hash(getattr(asked, name)) for name in MEASURE_FILES}
+
+
+def file_hashes(settings: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of every file that a method's settings name (an editor, cases), by the setting's name; a setting inside
+    another by both."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{inner}": digest for inner, digest in file_hashes(value).items()}
+        elif isinstance(value, str) and value and Path(value).is_file():
+            found[name] = str(file_hash(value))
+    return found
 
 
 def write_or_verify(

@@ -3,13 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from retcon.bench.manifest import file_hash, versions
+from retcon.bench.manifest import measures_record, versions
 from retcon.bench.spec import MeasureSpec
 from retcon.checked import Kind, as_bytes, cached, from_bytes, keep
 from retcon.evaluation.datasets import LoadReport
@@ -19,7 +18,7 @@ from retcon.evaluation.records import encode_records, parse_records
 from retcon.evaluation.results import Evaluation
 from retcon.files import cache_dir
 from retcon.lm.model import LM
-from retcon.lm.tokenizer import tokenizer_hash
+from retcon.lm.tokenizer import chat_hash
 
 UNEDITED = Kind("records of an unedited model", format=2, computation=1)
 
@@ -30,12 +29,13 @@ def unedited(lm: LM, plan: QueryPlan, measures: Measures, asked: MeasureSpec, re
         "model": lm.fingerprint(),
         "dtype": str(lm.dtype),
         "device": lm.device.type,
-        "tokenizer": tokenizer_hash(lm.tokenizer),
+        "tokenizer": chat_hash(lm.tokenizer),
+        "end_tokens": sorted(lm.end_tokens),
         "dataset": report.sha256,
         "format": report.format,
         "options": dict(report.options),
         "cases": [case.id for case in plan.cases],
-        "measures": {**asdict(asked), "snippets": file_hash(asked.snippets), "seed": measures.seed},
+        "measures": measures_record(asked) | {"seed": measures.seed},
         "versions": versions(),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]

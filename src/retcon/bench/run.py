@@ -18,7 +18,7 @@ from retcon.bench.inputs import cells_of, read_inputs
 from retcon.bench.manifest import as_json, command_line, environment, manifest_of, run_id, versions, write_or_verify
 from retcon.bench.pre import unedited
 from retcon.bench.protocol import Setting, n_units, run_units
-from retcon.bench.spec import BenchSpec, Cell, MethodSpec, ModelSpec, Protocol
+from retcon.bench.spec import MEASURE_FILES, BenchSpec, Cell, MethodSpec, ModelSpec, Protocol
 from retcon.bench.units import Unit, Units
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, RetconError, RetconWarning
@@ -30,7 +30,7 @@ from retcon.evaluation.metrics.consistency import References
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries
 from retcon.evaluation.records import Record, When, whole_model_record, write_records
 from retcon.evaluation.results import Evaluation
-from retcon.files import TEMPORARY, read_prose, remove_abandoned, turn_in, write_atomically
+from retcon.files import TEMPORARY, as_shared, read_prose, remove_abandoned, turn_in, write_atomically
 from retcon.lm.load import load as load_model
 from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
@@ -157,7 +157,18 @@ def _portable(spec: BenchSpec) -> dict[str, Any]:
         for name in ("device_map", "packed", "trust_remote_code"):
             if not each[name]:
                 del each[name]
+    for method in own["methods"]:
+        method["settings"] = {name: _shared(value) for name, value in method["settings"].items()}
+    own["measures"] |= {name: own["measures"][name] and as_shared(own["measures"][name]) for name in MEASURE_FILES}
+    own["tasks"] = [as_shared(task) for task in spec.tasks]
     return own | {"text": spec.text and Path(spec.text).name}
+
+
+def _shared(value: Any) -> Any:
+    """Return a setting without this machine's folders."""
+    if isinstance(value, Mapping):
+        return {name: _shared(v) for name, v in value.items()}
+    return as_shared(value) if isinstance(value, str) else value
 
 
 def chosen_cases(cases: Sequence[Case], cell: Cell) -> list[Case]:

@@ -232,6 +232,10 @@ class MeasureSpec:
     """CounterFact's `tfidf_vocab.json`."""
 
 
+MEASURE_FILES = ("snippets", "idf", "vocabulary")
+"""Fields of a `MeasureSpec` that name files."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchSpec:
     """A matrix of runs."""
