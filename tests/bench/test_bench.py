@@ -199,6 +199,31 @@ def test_shared_values_are_searched_once_and_change_nothing(
     assert not (tmp_path / "shared" / "values").exists()
 
 
+@pytest.mark.parametrize(
+    "protocols",
+    [
+        (Protocol(n=2), Protocol(n=2, batch=2)),
+        (Protocol(), Protocol(n=len(CASES))),
+        (Protocol(batch=1), Protocol(kind="curve", ns=(1, 2))),
+        (Protocol(kind="batch_sequential"), Protocol(kind="batch_sequential", batch=1, checkpoints=(5,))),
+        (Protocol(kind="sequential", checkpoints=(1, 2)), Protocol(kind="sequential", checkpoints=(2, 1, 2))),
+    ],
+)
+def test_one_run_in_two_wordings_is_refused(spec: BenchSpec, tmp_path: Path, protocols: tuple[Protocol, ...]) -> None:
+    for twice in (protocols, protocols[::-1]):
+        with pytest.raises(InvalidSetting, match="dataset 'cases': two protocols are one run"):
+            run_bench(dataclasses.replace(spec, protocols=twice), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_protocol_in_other_words_is_the_same_run(spec: BenchSpec, tmp_path: Path) -> None:
+    run_bench(dataclasses.replace(spec, protocols=(Protocol(n=5),)), tmp_path / "out")
+    found: list[bool] = []
+    other = dataclasses.replace(spec, protocols=(Protocol(batch=5),))
+    run_bench(other, tmp_path / "out", force=True, watch=lambda event: found.append(event.found))
+    assert found == [True]
+
+
 def test_a_finished_run_is_not_run_again(spec: BenchSpec, tmp_path: Path) -> None:
     run_bench(spec, tmp_path / "out")
     before, ACTING.calls = results(tmp_path / "out"), 0

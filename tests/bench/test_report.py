@@ -243,6 +243,34 @@ def test_numbers_of_fewer_cases_say_so(tmp_path: Path) -> None:
     assert not [t for t in tables_of(groups_of(whole)) if start in t.markdown()]
 
 
+def test_protocols_are_no_seeds(tmp_path: Path) -> None:
+    """What differs in its protocol is a row of its own; what is the same run in other words counts once."""
+
+    def of(place: str, kind: str, batch: int | None, checkpoints: list[int], seed: int = 0) -> Run:
+        records = [*told([0] * 4, [1] * 4, "pre"), *told([seed % 2] * 4, [1] * 4, "final")]
+        run = make_run(tmp_path / place, "jeep", records, kind=kind, batch=batch, seed=seed)
+        protocol = run.manifest["protocol"] | {"checkpoints": checkpoints}
+        return dataclasses.replace(run, manifest=run.manifest | {"protocol": protocol})
+
+    runs = (
+        of("a", "batch", None, []),
+        of("b", "batch", 4, []),
+        of("c", "sequential", None, [1]),
+        of("d", "sequential", None, [2, 1, 4]),
+        of("e", "sequential", None, []),
+        of("f", "sequential", None, [1], seed=1),
+    )
+    groups = groups_of(Bench(tmp_path, {"spec": {"name": "p"}, **VERSIONS}, ENVIRONMENT, runs, ()))
+    assert [(g.protocol, [run.directory.parent.name for run in g.runs]) for g in groups] == [
+        ("4 edits at once", ["a"]),
+        ("4 edits, one after another (checkpoints 1)", ["c", "f"]),
+        ("4 edits, one after another (checkpoints 1, 2)", ["d"]),
+        ("4 edits, one after another (no checkpoints)", ["e"]),
+    ]
+    kinds = [number.interval.kind for g in groups if (number := g.number("ES")) and number.interval]
+    assert kinds == ["ci.wilson", "ci.seed", "ci.wilson", "ci.wilson"]
+
+
 def test_markdown_csv_and_latex_hold_the_same_cells(bench: Bench) -> None:
     table = named(bench, "jeep")
     markdown = table.markdown()

@@ -115,6 +115,22 @@ def test_fewer_cases_of_a_file_leave_out_the_checkpoints_beyond_them(cli: Callab
     assert "a curve's batches are its points" in cli(*run, "--protocol", "curve", "--batch", "2", code=2).stderr
 
 
+def test_protocols_that_an_option_makes_one_run_once(cli: Callable[..., Any], file: Path) -> None:
+    file.write_text(TOML + "[[protocols]]\nn = 1\n[[protocols]]\nn = 2\n")
+    run = ("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--dry-run", "--json")
+    assert [len(json.loads(cli(*run, *more).stdout)["runs"]) for more in ((), ("--n", "2"))] == [2, 1]
+
+
+def test_runs_of_one_name_are_shown_each(cli: Callable[..., Any], file: Path) -> None:
+    file.write_text(
+        TOML + "".join(f'[[protocols]]\nkind = "sequential"\nn = 2\ncheckpoints = {c}\n' for c in ("[1]", "[]"))
+    )
+    run = ("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--out", "out")
+    first, second = json.loads(cli(*run, "--json").stdout)["runs"]
+    assert first["run"] == second["run"] == "tiny_jeep_edits_sequential-2_seed0"
+    assert first["id"] != second["id"]
+
+
 def test_edits_that_fail_are_counted(cli: Callable[..., Any], file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any, **__: Any) -> None:
         raise NonFinite("the loss is NaN")

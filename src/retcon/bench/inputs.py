@@ -1,9 +1,9 @@
 """What a benchmark reads, checked before a model is loaded and before torch is imported."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from retcon.bench.spec import BenchSpec, Cell, DatasetSpec
+from retcon.bench.spec import BenchSpec, Cell, DatasetSpec, Protocol
 from retcon.errors import InvalidSetting, RetconError
 from retcon.evaluation.datasets import Loaded, read_cases
 from retcon.files import check_exists, read_prose
@@ -15,7 +15,8 @@ def read_inputs(spec: BenchSpec) -> dict[str, Loaded]:
 
     Raises:
         RetconError: an unknown method or preset, a setting that cannot be, a dataset or another file that cannot be
-            read or holds no case, a protocol that asks for more cases than there are; the message names the entry.
+            read or holds no case, a protocol that asks for more cases than there are, or for the run of another; the
+            message names the entry.
     """
     for method in spec.methods:
         try:
@@ -32,13 +33,23 @@ def read_inputs(spec: BenchSpec) -> dict[str, Loaded]:
     for label, (cases, report) in loaded.items():
         if not cases:
             raise InvalidSetting(f"dataset {label!r}: no case can be used: {report}")
-        for protocol in spec.protocols:
-            try:
-                for part in protocol.parts(len(cases)):
-                    part.sizes(len(cases))
-            except InvalidSetting as error:
-                raise InvalidSetting(f"dataset {label!r}: {error}") from None
+        try:
+            parts = [part for protocol in spec.protocols for part in protocol.parts(len(cases))]
+            _check_distinct(parts, len(cases))
+        except InvalidSetting as error:
+            raise InvalidSetting(f"dataset {label!r}: {error}") from None
     return loaded
+
+
+def _check_distinct(protocols: Sequence[Protocol], n_cases: int) -> None:
+    """Raise InvalidSetting where two protocols, or a curve's point and another, are one run on so many cases."""
+    seen: dict[Protocol, Protocol] = {}
+    for protocol in protocols:
+        other = seen.setdefault(protocol.settled(n_cases), protocol)
+        if other is not protocol:
+            raise InvalidSetting(
+                f"two protocols are one run, {other.describe()} and {protocol.describe()}; leave one of them out"
+            )
 
 
 def load_cases(dataset: DatasetSpec) -> Loaded:

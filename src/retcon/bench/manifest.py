@@ -34,7 +34,7 @@ def manifest_of(
     spec: BenchSpec, cell: Cell, lm: LM, method: Any, cases: Sequence[Case], report: LoadReport
 ) -> dict[str, Any]:
     """Return all that determines a run's records. Two runs with equal manifests give equal records on one machine."""
-    protocol = {**asdict(cell.protocol), "ns": None, "records_per_point": None}
+    protocol = {**asdict(cell.protocol.settled(len(cases))), "ns": None, "records_per_point": None}
     return as_json(
         {
             "format": FORMAT,

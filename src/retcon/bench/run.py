@@ -61,6 +61,8 @@ class Event:
     """Of the whole run, once it is finished."""
     found: bool = False
     """The run had been finished before."""
+    run_id: str = ""
+    """The run's identity; other runs of a benchmark may have the same slug."""
 
 
 Watch = Callable[[Event], None]
@@ -261,9 +263,9 @@ class CellRunner:
         line = {"slug": cell.slug, "directory": f"runs/{directory.name}", "id": identity}
         total = n_units(cell.protocol, len(chosen))
         if (directory / FINISHED).is_file():
-            watch(Event(cell, total, total, Evaluation.read(directory / FINISHED), True))
+            watch(Event(cell, total, total, Evaluation.read(directory / FINISHED), True, run_id=identity))
             return line
-        watch(Event(cell, 0, total))
+        watch(Event(cell, 0, total, run_id=identity))
         measures = replace(self.measures, seed=cell.seed)
         plan, before = self._plan(chosen, report, measures)
         pre_records = [*before.records, *self._unedited]
@@ -295,7 +297,7 @@ class CellRunner:
                 if not self.spec.share_values:
                     kept.discard()
                 done.append(unit)
-                watch(Event(cell, len(done), total))
+                watch(Event(cell, len(done), total, run_id=identity))
         context = {
             "run_id": identity,
             "model": f"{cell.model.label}@{self.lm.fingerprint()[:12]}",
@@ -308,7 +310,7 @@ class CellRunner:
         }
         evaluation = Evaluation([*pre_records, *(record for unit in done for record in unit.records)], context)
         self._write(directory, evaluation, before, done, plan)
-        watch(Event(cell, total, total, evaluation))
+        watch(Event(cell, total, total, evaluation, run_id=identity))
         return line
 
     def _plan(self, chosen: Sequence[Case], report: LoadReport, measures: Measures) -> tuple[QueryPlan, Evaluation]:
@@ -380,9 +382,10 @@ class CellRunner:
 
 
 def place_of(cell: Cell, manifest: Mapping[str, Any], root: Path) -> tuple[str, Path]:
-    """Return a run's identity, and its folder."""
+    """Return a run's identity, and its folder: the one that there is, under whatever words for the protocol."""
     identity = run_id(manifest)
-    return identity, root / "runs" / f"{cell.slug}_{identity[:8]}"
+    there = sorted((root / "runs").glob(f"*_{identity[:8]}"))
+    return identity, there[0] if there else root / "runs" / f"{cell.slug}_{identity[:8]}"
 
 
 def _case_row(case: Case) -> dict[str, Any]:

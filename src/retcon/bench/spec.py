@@ -115,6 +115,16 @@ class Protocol:
         size = n if self.kind == "batch" else 1
         return n, min(self.batch or size, n) or 1
 
+    def settled(self, n_cases: int) -> "Protocol":
+        """Return the same on a dataset of that many cases with nothing left to it: equal ones give equal runs.
+
+        Raises:
+            InvalidSetting: as `sizes`.
+        """
+        n, size = self.sizes(n_cases)
+        between = tuple(sorted({c for c in self.checkpoints if c < n}))  # at the end all cases are looked at anyway
+        return Protocol(kind=self.kind, n=n, batch=size, checkpoints=between)
+
     def describe(self) -> str:
         """Such as `batch(1000)` or `sequential(500)`."""
         n = "all" if self.n is None else str(self.n)

@@ -172,7 +172,8 @@ def _spec(
         spec = replace(spec, protocols=(Protocol(kind=protocol, n=n, batch=batch),))  # type: ignore[arg-type]
     elif n is not None or batch is not None:
         over: dict[str, Any] = {name: value for name, value in (("n", n), ("batch", batch)) if value is not None}
-        spec = replace(spec, protocols=tuple(replace(_within(p, n), **over) for p in spec.protocols))
+        changed = dict.fromkeys(replace(_within(p, n), **over) for p in spec.protocols)  # what is now one, once
+        spec = replace(spec, protocols=tuple(changed))
     return replace(spec, seeds=tuple(seeds)) if seeds else spec
 
 
@@ -251,9 +252,10 @@ class _Board:
     def __init__(self, shown: bool) -> None:
         self.shown = shown
         self.rows: dict[str, _Row] = {}
+        """By the run's identity."""
 
     def hear(self, event: "Event") -> None:
-        row = self.rows.setdefault(event.cell.slug, _Row(event.cell))
+        row = self.rows.setdefault(event.run_id, _Row(event.cell))
         row.done, row.total, row.found = event.done, event.total, event.found
         if event.evaluation is not None:
             row.took = None if event.found else time.perf_counter() - row.started
@@ -273,7 +275,7 @@ class _Board:
 
     def line(self, event: "Event") -> str:
         """Return one finished run."""
-        row = self.rows[event.cell.slug]
+        row = self.rows[event.run_id]
         numbers = ", ".join(f"{name} {value}" for name, value in row.numbers.items())
         how = "finished before" if row.took is None else f"in {seconds(row.took)}"
         failed = f", {count(row.failed, 'edit')} failed" if row.failed else ""
@@ -312,12 +314,13 @@ class _Board:
         """Plain values, for JSON."""
         return [
             {
-                "run": slug,
+                "run": row.cell.slug,
+                "id": run_id,
                 "units": row.total,
                 "found": row.found,
                 "seconds": row.took,
                 "failed_edits": row.failed,
                 "values": row.values,
             }
-            for slug, row in self.rows.items()
+            for run_id, row in self.rows.items()
         ]

@@ -1,7 +1,8 @@
 """Runs that differ in nothing but the seed, gathered; numbers over them, each with its interval's name."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -95,34 +96,58 @@ class Group:
 
 
 def groups_of(bench: Bench) -> list[Group]:
-    """Groups in the order of the benchmark's runs."""
-    gathered: dict[tuple[str, str, str, str], list[Run]] = {}
+    """Groups in the order of the benchmark's runs; a seed counts once in each, however its protocol was worded."""
+    gathered: dict[tuple[str, str, str, _Whole], dict[int, Run]] = {}
     for run in bench.runs:
         manifest = run.manifest
-        protocol = manifest["protocol"]
-        key = (
-            manifest["model"]["name"],
-            manifest["method"]["label"],
-            manifest["dataset"]["path"],
-            describe(protocol, len(manifest["cases"])),
-        )
-        gathered.setdefault(key, []).append(run)
-    return [Group(*key, tuple(runs)) for key, runs in gathered.items()]
+        key = (manifest["model"]["name"], manifest["method"]["label"], manifest["dataset"]["path"], _Whole.of(run))
+        gathered.setdefault(key, {}).setdefault(int(manifest["seed"]), run)
+    names = _names({protocol for *_, protocol in gathered})
+    return [
+        Group(model, method, dataset, names[protocol], tuple(runs.values()))
+        for (model, method, dataset, protocol), runs in gathered.items()
+    ]
 
 
-def describe(protocol: dict[str, object], n_cases: int) -> str:
-    """Return a protocol for reading."""
-    batch = protocol["batch"]
-    kind = str(protocol["kind"])
-    if kind == "single":
-        return f"{n_cases:,} edits, each alone"
-    if kind == "sequential":
-        return f"{n_cases:,} edits, one after another"
-    if kind == "batch_sequential":
-        return f"{n_cases:,} edits, {batch or 1} after {batch or 1}"
-    if batch in (None, n_cases):
-        return f"{n_cases:,} edits at once"
-    return f"{n_cases:,} edits, {batch} at once"
+@dataclass(frozen=True)
+class _Whole:
+    """All of a protocol that a run's numbers depend on."""
+
+    kind: str
+    n_cases: int
+    size: int
+    """Cases of a call."""
+    checkpoints: tuple[int, ...]
+    """Those before the end."""
+
+    @classmethod
+    def of(cls, run: Run) -> "_Whole":
+        protocol, n_cases = run.manifest["protocol"], len(run.manifest["cases"])
+        size = protocol["batch"] or (n_cases if protocol["kind"] == "batch" else 1)
+        between = sorted({int(c) for c in protocol["checkpoints"] if c < n_cases})
+        return cls(protocol["kind"], n_cases, min(size, n_cases), tuple(between))
+
+    def __str__(self) -> str:
+        n, size = f"{self.n_cases:,} edits", self.size
+        if self.kind == "single":
+            return f"{n}, each alone"
+        if self.kind == "sequential":
+            return f"{n}, one after another"
+        if self.kind == "batch_sequential":
+            return f"{n}, {size} after {size}"
+        return f"{n} at once" if size == self.n_cases else f"{n}, {size} at once"
+
+
+def _names(protocols: Iterable[_Whole]) -> dict[_Whole, str]:
+    """Return a protocol's name for reading, each its own: with checkpoints where others differ in nothing else."""
+    protocols = list(protocols)
+    found = Counter(map(str, protocols))
+    names = {}
+    for protocol in protocols:
+        listed = ", ".join(f"{c:,}" for c in protocol.checkpoints)
+        more = f" ({f'checkpoints {listed}' if listed else 'no checkpoints'})" if found[str(protocol)] > 1 else ""
+        names[protocol] = f"{protocol}{more}"
+    return names
 
 
 def blocks(groups: Sequence[Group]) -> list[tuple[str, str, list[Group]]]:
