@@ -1,5 +1,7 @@
 """`LM`: applying and reverting on whole models, what is refused and why, borrowing, generating."""
 
+import copy
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ import torch
 from torch.testing import assert_close
 
 import retcon
+from retcon.attachment import Beside, Hook
 from retcon.delta import Delta, Dense, LowRank, Rows
 from retcon.edits import Edit
 from retcon.errors import (
@@ -767,6 +770,68 @@ def test_a_second_lm_over_a_model_is_refused_while_the_first_is_alive(tiny: Make
     model = second.model
     del lm, second
     LM(model, tokenizer())  # gone is as good as released
+
+
+class Doubling(Beside):
+    """Doubles what an MLP returns."""
+
+    kind = "doubling"
+
+    def hooks(self) -> list[Hook]:
+        return [Hook("transformer.h.1.mlp", _doubled)]
+
+
+def _doubled(inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    return 2 * output
+
+
+@pytest.mark.parametrize("in_a_circle", [False, True])
+def test_weights_that_an_lm_left_edited_are_no_base(in_a_circle: bool) -> None:
+    model = tiny_model("gptj", torch.float32)
+    lm = LM(model, tokenizer())
+    edited = make_delta(lm, down(1))
+    lm.apply(edited)
+    if in_a_circle:
+        lm.myself = lm  # type: ignore[attr-defined]
+    del lm
+    for _ in range(2):
+        with pytest.raises(
+            UnsupportedModel,
+            match=rf"left edited.*1 parameter \({re.escape(down(1))}\).*load the model again.*deepcopy",
+        ):
+            LM(model, tokenizer())
+    copied = LM(copy.deepcopy(model), tokenizer())
+    assert copied.fingerprint() != edited.base
+
+
+def test_an_lm_that_took_its_edits_back_leaves_the_model_free() -> None:
+    model = tiny_model("gptj", torch.float32)
+    lm = LM(model, tokenizer())
+    base, delta = lm.fingerprint(), make_delta(lm, down(1))
+    with lm.edited(delta):
+        pass
+    lm.apply(delta)
+    with lm.without_deltas():
+        pass
+    lm.revert_all()
+    del lm
+    assert LM(model, tokenizer()).fingerprint() == base
+
+
+def test_hooks_of_attachments_that_are_left_on_a_model_are_named() -> None:
+    model, module = tiny_model("gptj", torch.float32), "transformer.h.1.mlp"
+    lm = LM(model, tokenizer())
+    found = Doubling(base=lm.fingerprint())
+    with lm.edited(found):
+        copied = copy.deepcopy(model)
+    message = rf"{re.escape(module)} carries a hook of attachment {found.id}.*revert_all\(\)"
+    with pytest.raises(UnsupportedModel, match=message):
+        LM(copied, tokenizer())
+    LM(copy.deepcopy(model), tokenizer())
+    lm.apply(found)
+    del lm
+    with pytest.raises(UnsupportedModel, match=message):
+        LM(model, tokenizer())
 
 
 def test_parameters_in_the_same_memory_are_not_editable() -> None:

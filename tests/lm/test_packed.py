@@ -283,6 +283,17 @@ def test_a_model_that_the_caller_loaded_is_given_back_as_it_was(checkpoints: dic
     assert torch.equal(logits(copied), logits(LM(model, tokenizer())))
 
 
+def test_a_packed_model_that_an_lm_left_edited_is_no_base(checkpoints: dict[int, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoints[8], dtype=torch.float32).eval()
+    lm = LM(model, tokenizer())
+    lm.apply(some_delta(lm))
+    del lm
+    with pytest.raises(UnsupportedModel, match=r"left edited.*load the model again"):
+        LM(model, tokenizer())
+
+
 class Halves(TwoTensor):  # type: ignore[misc]
     """A matrix kept as two tensors, as torchao keeps codes and scales."""
 
@@ -310,6 +321,15 @@ def test_a_model_packed_by_torchao_is_edited_and_other_subclasses_of_tensors_are
     assert found.id == wanted.id
     with packed.edited(found), plain.edited(wanted):
         assert torch.equal(logits(packed), logits(plain))
+    assert same_bytes(packed_bytes(packed), before)
+    with packed.edited(found):
+        edited = logits(packed)
+        with pytest.raises(UnsupportedModel, match="has an LM already"):
+            LM(model, tokenizer())
+        assert torch.equal(logits(packed), edited)
+    assert same_bytes(packed_bytes(packed), before)
+    del packed
+    packed = LM(model, tokenizer())
     assert same_bytes(packed_bytes(packed), before)
     packed.release()
     embedding = model.get_input_embeddings()

@@ -230,6 +230,11 @@ class Ledger:
         floats = sum(self._packed[name].weight().nbytes for name in self._records if name in self._packed)
         return floats + sum(t.numel() * t.element_size() for r in self._records.values() for t in (r.base, r.total))
 
+    @property
+    def records(self) -> Mapping[str, object]:
+        """What is held to undo the deltas, by parameter: empty when the base is in place. It refers to no model."""
+        return self._records
+
     def touched(self) -> frozenset[str]:
         """Names of the parameters that an applied delta touches."""
         return frozenset(self._records)

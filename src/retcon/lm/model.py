@@ -33,7 +33,7 @@ from retcon.files import looks_like_path
 from retcon.lm.experts import expert_matrix
 from retcon.lm.fingerprint import StoredTensors, fingerprint
 from retcon.lm.gguf import DEQUANTIZED_FROM
-from retcon.lm.hooks import Hooks
+from retcon.lm.hooks import Hooks, Hung
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
 from retcon.lm.packed import Parameters, packed_matrices
@@ -56,7 +56,8 @@ class LM:
         name: what reports call it; the model's own name by default.
 
     Raises:
-        UnsupportedModel: wrapped by PEFT, compiled, a family that cannot be edited, slow tokenizer.
+        UnsupportedModel: wrapped by PEFT, compiled, a family that cannot be edited, slow tokenizer; another LM has it,
+            or one that is gone has left it edited.
         UnknownLayout: no layout for this `model_type`.
     """
 
@@ -73,6 +74,7 @@ class LM:
         self.layout = (layout or layout_for(model.config)).within(_decoder_path(model))
         self.name = name or getattr(model.config, "_name_or_path", "") or model.config.model_type
         self.n_layers = _count_blocks(model, self.layout)
+        _refuse_taken(model, self.name)
         self.packed = packed_matrices(model, model.get_input_embeddings().weight.dtype)
         """Quantised matrices that stay packed until they are edited, by the names of their parameters."""
         self.not_editable = {n: why for n, why in why_not_editable(model).items() if n not in self.packed}
@@ -689,23 +691,47 @@ class LM:
 
 _OWNERS: "WeakKeyDictionary[nn.Module, weakref.ref[LM]]" = WeakKeyDictionary()
 """The LM of each model that has one."""
+_LEFT_EDITED: "WeakKeyDictionary[nn.Module, tuple[str, ...]]" = WeakKeyDictionary()
+"""Of models whose LM is gone, the parameters in which it left deltas."""
 
 
-def _own(model: nn.Module, lm: LM) -> None:
-    """Note that `lm` is the model's.
-
-    Raises:
-        UnsupportedModel: another LM that is alive has it.
-    """
+def _refuse_taken(model: nn.Module, name: str) -> None:
+    """Raise UnsupportedModel where another LM has the model, or one that is gone has left it edited."""
     reference = _OWNERS.get(model)
     if reference is not None and reference() is not None:
         gc.collect()  # it may be waiting for that
         if reference() is not None:
             raise UnsupportedModel(
-                f"{lm.name!r} has an LM already, which alone knows how to undo its edits; use that one, or call its "
+                f"{name!r} has an LM already, which alone knows how to undo its edits; use that one, or call its "
                 "release() first"
             )
+    if left := _LEFT_EDITED.get(model):
+        some = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        raise UnsupportedModel(
+            f"{name!r} was left edited: its LM is gone, which alone knew how to undo its deltas in {len(left)} "
+            f"parameter{'s' * (len(left) != 1)} ({some}); load the model again, and keep its LM or revert_all() before "
+            "it goes. LM(copy.deepcopy(model), tokenizer) takes the edited weights for a base"
+        )
+    for path, module in model.named_modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, Hung):
+                raise UnsupportedModel(
+                    f"{path} carries a hook of attachment {hook.mark[0]}, which an LM that is gone has left there, or "
+                    "which came with a copy of an edited model; load the model again, or revert_all() before it is "
+                    "copied"
+                )
+
+
+def _own(model: nn.Module, lm: LM) -> None:
+    """Note that `lm` is the model's, and, once `lm` is gone, whether it has left the model edited."""
     _OWNERS[model] = weakref.ref(lm)
+    noting = weakref.finalize(lm, _note_left, weakref.ref(model), lm._ledger.records)
+    noting.atexit = False
+
+
+def _note_left(model: "weakref.ref[nn.Module]", records: Mapping[str, object]) -> None:
+    if records and (alive := model()) is not None:
+        _LEFT_EDITED[alive] = tuple(sorted(records))
 
 
 def _began_from(scope: "weakref.ref[Any]", serial: int) -> bool:
