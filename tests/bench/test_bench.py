@@ -26,7 +26,7 @@ from retcon.bench.spec import MeasureSpec, Protocol
 from retcon.bench.units import Units
 from retcon.delta import Delta, Dense
 from retcon.edits import Edit, write_cases
-from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, UnsupportedModel
+from retcon.errors import InvalidSetting, MalformedFile, NonFinite, RetconWarning, UnsupportedModel
 from retcon.evaluation import Measures
 from retcon.evaluation.measure import Outputs, compute_records
 from retcon.evaluation.plan import plan_queries
@@ -163,6 +163,33 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(spec: BenchSpec, tmp_path:
         ACTING.stop_at = None
         run_bench(spec, place)
         assert results(place) == wanted, stop
+
+
+def test_an_interrupted_run_with_failed_edits_goes_on_to_the_same_bytes(
+    spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = running.in_steps
+
+    def failing(method: Any, lm: LM, edits: Sequence[Edit], **rest: Any) -> Any:
+        delta = real(method, lm, edits, **rest)
+        if any(edit.id in ("Italy", "Milan") for edit in edits):
+            raise NonFinite("the loss is NaN")
+        return delta
+
+    monkeypatch.setattr(running, "in_steps", failing)
+    spec = dataclasses.replace(spec, warm_up=False, protocols=(Protocol(kind="sequential", checkpoints=(1, 2, 4)),))
+    run_bench(spec, tmp_path / "whole")
+    wanted, n_calls = results(tmp_path / "whole"), ACTING.calls
+    (run,) = read_bench(tmp_path / "whole").runs
+    assert {r.case_id for r in run.records if r.axis == "edit" and r.status == "error"} == {"Italy", "Milan"}
+    assert len({r.case_id for r in run.at("immediate") if r.axis == "rewrite"}) == len(CASES)
+    for stop in range(1, n_calls + 1):
+        ACTING.calls, ACTING.stop_at = 0, stop
+        with pytest.raises(KeyboardInterrupt):
+            run_bench(spec, tmp_path / f"stopped-{stop}")
+        ACTING.stop_at = None
+        run_bench(spec, tmp_path / f"stopped-{stop}")
+        assert results(tmp_path / f"stopped-{stop}") == wanted, stop
 
 
 def test_a_method_for_one_fact_makes_a_batch_one_by_one(spec: BenchSpec, tmp_path: Path) -> None:
