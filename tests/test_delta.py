@@ -351,8 +351,8 @@ def test_bytes_view_of_any_tensor() -> None:
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:
-    for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(MalformedFile, match=f"{path}: no such file"):
+    for path, what in ((tmp_path / "none", "no such file"), (tmp_path, "is a directory, expected a file")):
+        with pytest.raises(MalformedFile, match=f"{path}: {what}"):
             Delta.load(path)
 
 
