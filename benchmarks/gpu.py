@@ -246,7 +246,7 @@ class Card:
         layers = SHAPES[name][1][:5]
         sites = [lm.site(layer, "down_proj") for layer in layers]
         moments = GivenMoments({s.name: torch.eye(s.weight.shape[1]) for s in sites})
-        memit = retcon.method("memit", layers=layers, steps=self.size.steps, threshold=2.0)
+        memit = retcon.method("memit", layers=layers, steps=self.size.steps, stop="loss", threshold=0.0)
         edit = [case.edits[0] for case in world.cases(1)]
         for how, wanted in (("cold", "10 s"), ("warm", "3 s")):
             took = self.seconds(lambda: memit.propose(lm, edit, moments=moments))

@@ -39,15 +39,13 @@ from retcon.memory.values.rows import EditRows
 from retcon.memory.values.schedule import Pace
 from retcon.methods.jeep import Jeep
 
-UNREACHABLE = 2.0
-"""A probability to stop at that no edit has."""
-
 
 def settings(layers: Sequence[int], steps: int) -> Jeep:
-    """JEEP on a shape's layers: those in a row are the low group, those behind the gap the high one."""
+    """JEEP on a shape's layers, which takes every step: those in a row are the low group, those after the gap the high
+    one."""
     gap = next((i for i in range(1, len(layers)) if layers[i] > layers[i - 1] + 1), len(layers) - 1)
     low, high = tuple(layers[:gap]), tuple(layers[gap:])
-    return Jeep(low=low, high=high, steps=steps, threshold=UNREACHABLE)
+    return Jeep(low=low, high=high, steps=steps, stop="loss", threshold=0.0)
 
 
 def measure(name: str, lm: LM, edits: Sequence[Edit], steps: int, profile: AbstractContextManager) -> None:

@@ -23,9 +23,18 @@ TEXT = [
 ]
 
 
-@cache
 def tokenizer(kind: str = "gpt") -> PreTrainedTokenizerFast:
-    """`gpt`: byte-level BPE, no BOS; `bos`: with BOS; `eos`: with BOS and EOS; `piece`: sentence-piece style."""
+    """`gpt`: byte-level BPE, no BOS; `bos`: with BOS; `eos`: with BOS and EOS; `piece`: sentence-piece style.
+
+    Everyone gets one of their own: a chat template given to it is no other's.
+    """
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_trained(kind), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@cache
+def _trained(kind: str) -> Tokenizer:
     special = ["<s>", "</s>", "<unk>"]
     if kind == "piece":
         tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
@@ -49,7 +58,7 @@ def tokenizer(kind: str = "gpt") -> PreTrainedTokenizerFast:
         tok.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
         )
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return tok
 
 
 EXPERTS: dict[str, Any] = dict(
