@@ -1,6 +1,7 @@
 """What can be measured on request, through `evaluate`."""
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from retcon.evaluation import Evaluation, Measures, evaluate
 from retcon.evaluation.measure import derive_seed
 from retcon.evaluation.metrics.consistency import References, TfIdf
 from retcon.evaluation.metrics.fluency import Fluency, fluency, word_tokenizer
-from retcon.evaluation.score import Item, score
+from retcon.evaluation.score import Item, score, score_rows
 from retcon.evaluation.writing import PRESETS
 from retcon.lm.generate import generate
 from retcon.lm.model import LM
@@ -166,6 +167,29 @@ def test_divergence_with_a_pre_evaluation_and_no_delta(tiny: Make) -> None:
     lm.apply(delta)
     found = told(evaluate(lm, CASES, pre=pre, measures=how), "loc.kl", "final")
     assert [(case, pytest.approx(value, abs=1e-6)) for case, value in found] == wanted
+
+
+def test_another_thread_waits_for_a_stage_and_not_for_the_whole(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny(n_layers=1)
+    monkeypatch.setattr("retcon.lm.scopes.BUSY_SECONDS", 5)
+    answers: list[str] = []
+    other = threading.Thread(target=lambda: answers.append(lm.complete("He lived", max_new_tokens=2)))
+
+    def scored(*args: Any, **more: Any) -> Any:
+        other.start()
+        other.join(0.3)
+        assert not answers  # it waits for the stage
+        return score_rows(*args, **more)
+
+    def written(*args: Any, **more: Any) -> Any:
+        other.join()
+        assert len(answers) == 1
+        return generate(*args, **more)
+
+    monkeypatch.setattr("retcon.evaluation.measure.score_rows", scored)
+    monkeypatch.setattr("retcon.evaluation.measure.generate", written)
+    evaluate(lm, CASES[:1], measures=Measures(fluency=("flu.new",)))
+    assert answers
 
 
 @pytest.mark.parametrize("variant", ["flu.new", "flu.rome"])

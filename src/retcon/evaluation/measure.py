@@ -163,19 +163,33 @@ def measure(
     advance: Advance = lambda stage, done, total: None,
 ) -> Evaluation:
     """Measure the model as it stands; `before` is of the unedited one, None where this is it."""
-    with lm.scope():  # prompts are read in the turn in which they are run: what is attached may act on them
-        plan = plan_now(lm, plan, measures)
-        outputs = run_queries(lm, plan, measures, advance)
+    plan, outputs = run_queries(lm, plan, measures, advance)
     return compute_records(plan, measures, outputs, when, before, step=step)
 
 
 def run_queries(
     lm: LM, plan: QueryPlan, measures: Measures, advance: Advance = lambda stage, done, total: None
-) -> Outputs:
-    """Put every query of the plan to the model."""
-    if remembers(lm):
-        found, texts = _score_and_write(lm, plan, measures, advance)
-        return Outputs(found, texts, _write_freely(lm, plan, measures), _essence(lm, plan, measures))
+) -> tuple[QueryPlan, Outputs]:
+    """Put every query of the plan to the model; return the plan as it was scored, too.
+
+    Each stage has a turn of its own, so that other threads wait for no more than one, and reads the prompts in it: what
+    is attached may act on them.
+    """
+    with lm.scope():
+        scored = plan_now(lm, plan, measures)
+        if remembers(lm):
+            scores, texts = _score_and_write(lm, scored, measures, advance)
+        else:
+            scores = _score(lm, scored, measures, advance)
+    if not remembers(lm):
+        with lm.scope():
+            texts = _write(lm, plan_now(lm, plan, measures), measures, advance)
+    with lm.scope():
+        free = _write_freely(lm, plan_now(lm, plan, measures), measures)
+    return scored, Outputs(scores, texts, free, _essence(lm, plan, measures))
+
+
+def _score(lm: LM, plan: QueryPlan, measures: Measures, advance: Advance) -> dict[Place, tuple[TokenScore, ...]]:
     rows = [row for q in plan.queries for row in q.rows]
     scores = iter(
         score_rows(
@@ -185,10 +199,7 @@ def run_queries(
             on_progress=lambda done, total: advance("score", done, total),
         )
     )
-    found = {q.place: tuple(next(scores) for _ in q.rows) for q in plan.queries if q.rows}
-    return Outputs(
-        found, _write(lm, plan, measures, advance), _write_freely(lm, plan, measures), _essence(lm, plan, measures)
-    )
+    return {q.place: tuple(next(scores) for _ in q.rows) for q in plan.queries if q.rows}
 
 
 def _score_and_write(
@@ -439,6 +450,8 @@ def _records_of_query(
             matched += length(q.query.axis, written.n_tokens, written.cut)
         found += [replace(m, variant=measures.named(m.variant)) for m in matched]
     for variant in _fluencies(q, measures):
+        if (*q.place, variant) not in outputs.free:  # what another thread attached since has made the prompt too long
+            continue
         text = outputs.free[(*q.place, variant)].text
         found.append(fluency(text if variant == "flu.new" else q.query.prompt + text, variant))
     records = [] if scores else [skipped]
