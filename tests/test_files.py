@@ -79,7 +79,6 @@ def test_a_text_for_a_model_is_read_as_python_reads_it(written: Any) -> None:
     path = written(content)
     assert read_prose(path) == path.read_text("utf-8")
     assert read_prose(written("\ufeffcafé")) == "café"
-    assert read_prose(written("")) == ""
     with pytest.raises(MalformedFile, match=r"not UTF-8 text \(byte 3\); save it as UTF-8"):
         read_prose(written(b"caf\xe9"))
 
@@ -232,3 +231,9 @@ def test_one_process_at_a_time_has_the_turn_in_a_folder(tmp_path: Path) -> None:
         pass
     with files.turn_in(tmp_path, wait=True):
         pass
+
+
+def test_text_without_a_word_is_no_text_to_read(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    with pytest.raises(MalformedFile, match=r"empty\.txt: holds no text"):
+        read_prose(tmp_path / "empty.txt")

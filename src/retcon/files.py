@@ -43,9 +43,12 @@ def read_prose(path: str | os.PathLike[str]) -> str:
     r"""Return the text of a file for a model to read: as `read_text`, with \n at the end of every line.
 
     Raises:
-        MalformedFile: not there, not a file, or not UTF-8.
+        MalformedFile: not there, not a file, not UTF-8, or without a word in it.
     """
-    return _decoded(path).replace("\r\n", "\n").replace("\r", "\n")
+    text = _decoded(path).replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip():
+        raise MalformedFile(f"{path}: holds no text")
+    return text
 
 
 def _decoded(path: str | os.PathLike[str]) -> str:

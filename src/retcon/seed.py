@@ -1,8 +1,13 @@
 """Seeds of everything drawn: whole numbers that torch's generators take."""
 
+from typing import TYPE_CHECKING
+
 from retcon.errors import InvalidSetting
 
-SMALLEST, LARGEST = -(2**63), 2**63 - 1
+if TYPE_CHECKING:
+    import torch
+
+SMALLEST, LARGEST = -(2**63), 2**64 - 1
 
 
 def check_seed(seed: object) -> int:
@@ -14,3 +19,14 @@ def check_seed(seed: object) -> int:
     if not isinstance(seed, int) or isinstance(seed, bool) or not SMALLEST <= seed <= LARGEST:
         raise InvalidSetting(f"seed: expected a whole number of at most 64 bits, found {seed!r}")
     return seed
+
+
+def generator_of(seed: object) -> "torch.Generator":
+    """Return a generator on the CPU that begins at the seed.
+
+    Raises:
+        InvalidSetting: as `check_seed`.
+    """
+    import torch
+
+    return torch.Generator().manual_seed(check_seed(seed))

@@ -13,7 +13,7 @@ import torch
 import retcon
 from retcon.chat import Chat
 from retcon.edits import Case, Edit
-from retcon.errors import InvalidSetting, UnsupportedModel
+from retcon.errors import InvalidEdit, InvalidSetting, UnsupportedModel
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit
 from retcon.memory.contexts import Contexts
@@ -211,6 +211,16 @@ def test_an_answer_in_a_chat_is_taught_to_end_where_asked_for(name: str) -> None
         assert any(not torch.equal(taught.dense(n, size), open_ended.dense(n, size)) for n, size in sizes.items())
     else:
         assert ends(taught) > 2 * ends(open_ended)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_edit_in_place_of_a_list_is_named(name: str) -> None:
+    lm = LM(tiny_model("llama"), tokenizer())
+    given = dict(contexts=CONTEXTS, moments=moments_for(lm))
+    with pytest.raises(InvalidEdit, match=r"one edit given where a list of them is wanted"):
+        made(name, lm).propose(lm, ENDING[0], **given)  # type: ignore[arg-type]
+    with pytest.raises(InvalidEdit, match=r"one edit given where a list of them is wanted"):
+        retcon.in_steps(made(name, lm), lm, ENDING[0], **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["ft_l", "ft_wd", "kn"])

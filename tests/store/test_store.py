@@ -29,10 +29,12 @@ from retcon.files import write_atomically
 from retcon.lm.model import LM
 from retcon.memory.corpus import Corpus
 from retcon.memory.moments import CorpusMoments
+from retcon.methods.ft import Ft
 from retcon.methods.kne import Kne
 from retcon.methods.memit import Memit
 from retcon.methods.mend import Mend
 from retcon.methods.prune import Prune
+from retcon.methods.rect import Rect
 from retcon.methods.rome import Rome
 from retcon.store import Store
 from retcon.store.journal import writing
@@ -280,6 +282,39 @@ def test_files_of_a_methods_settings_are_found_again(tmp_path: Path, lm: LM) -> 
     with pytest.warns(RetconWarning, match="kne keeps none"):
         store.revert_fact(lm, "france")
     assert [line.fact for line in store.facts()] == ["darrieux"]
+
+
+def test_a_file_of_a_wrapped_methods_settings_is_found_again(tmp_path: Path, lm: LM) -> None:
+    write_cases(tmp_path / "cases.jsonl", FACTS)
+    store = Store.init(tmp_path / "edits", lm)
+    inner = Kne(layers=(0,), epochs=1, locate_on=str(tmp_path / "cases.jsonl")).settings
+    store.edit(lm, FACTS[:2], Rect(base_method="kne", base_settings=inner))
+    assert store.log()[0].about["files"] == {"base_settings.locate_on": "../cases.jsonl"}
+    with pytest.warns(RetconWarning, match="rect keeps none"):
+        store.revert_fact(lm, "france")
+    assert [line.fact for line in store.facts()] == ["darrieux"]
+
+
+def test_replayed_facts_are_taken_up_in_any_layers(tmp_path: Path, lm: LM) -> None:
+    store = Store.init(tmp_path / "edits", lm)
+    for layer, fact in enumerate(FACTS[:2]):
+        store.edit(lm, [fact], Ft(layers=(layer,), epochs=1, replay=True))
+    state = store.deltas()[-1].state
+    assert state is not None
+    assert len(json.loads(bytes(state["edits"].tolist()))) == 2
+
+
+def test_what_a_wrapped_method_remembers_is_left_out_in_other_layers(tmp_path: Path, lm: LM, moments: Any) -> None:
+    store = Store.init(tmp_path / "edits", lm)
+    store.edit(
+        lm,
+        FACTS[:1],
+        Rect(base_method="memit", base_settings=replace(MEMIT, cache_keys=True).settings),
+        moments=moments,
+    )
+    other = replace(MEMIT, cache_keys=True, layers=(1, 2)).settings
+    with pytest.warns(RetconWarning, match=r"made in layers \[0, 1\], this edit is in \[1, 2\]"):
+        store.edit(lm, FACTS[1:2], Rect(base_method="memit", base_settings=other), moments=moments)
 
 
 def test_a_delta_that_stands_for_those_before_it_is_refused(store: Store, lm: LM, moments: Any) -> None:

@@ -22,7 +22,7 @@ from retcon.evaluation.datasets import LoadReport
 from retcon.files import as_shared, write_atomically
 from retcon.lm.model import LM
 from retcon.lm.tokenizer import chat_hash
-from retcon.methods.common.contract import recorded_settings
+from retcon.methods.common.contract import files_of, recorded_settings
 from retcon.version import __version__
 
 FORMAT = "retcon-bench-1"
@@ -132,13 +132,7 @@ def measures_record(asked: MeasureSpec) -> dict[str, Any]:
 def file_hashes(settings: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 of every file that a method's settings name (an editor, cases), by the setting's name; a setting inside
     another by both."""
-    found: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= {f"{name}.{inner}": digest for inner, digest in file_hashes(value).items()}
-        elif isinstance(value, str) and value and Path(value).is_file():
-            found[name] = str(file_hash(value))
-    return found
+    return {name: str(file_hash(path)) for name, path in files_of(settings).items() if Path(path).is_file()}
 
 
 def write_or_verify(

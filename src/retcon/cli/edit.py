@@ -17,6 +17,7 @@ from retcon.cli.shell import (
     Json,
     Model,
     On,
+    OtherBase,
     Preset,
     PresetsOf,
     Seed,
@@ -151,6 +152,7 @@ def edit(
     device: Device = None,
     dtype: DType = None,
     verify_base: VerifyBase = False,
+    other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
     """Edit facts into a model and save the change as a delta. The model's files are not touched.
@@ -190,7 +192,7 @@ def edit(
     lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
     if kept_in is None:
         for each in before:
-            lm.apply(each)
+            lm.apply(each, other_base=other_base)
     else:
         kept_in.checkout(lm)
     loading = time.perf_counter() - started

@@ -55,7 +55,7 @@ WIDTH = 100
 NARROW = 512
 """Width of the residual stream up to which one thread is used."""
 FAILURES = (NonFinite, DeltaNotApplied)
-"""Errors that are no fault of the input: exit code 1, all others 2."""
+"""Errors that say something of the edit: exit code 1, as a check that fails has; all others 2."""
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="demo:gptj, demo:llama, a directory, or a hub id.", show_default=False)

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retcon.seed import generator_of
+
 N_RESAMPLES = 2000
 """Bootstrap resamples of a `ci.boot`."""
 
@@ -114,7 +116,7 @@ def ci_boot(
     sums = torch.zeros(shape, dtype=torch.float64).index_add_(0, of_case, values.double().nan_to_num(0.0))
     counts = torch.zeros(shape, dtype=torch.float64).index_add_(0, of_case, known.double())
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     means = []
     chunk = max(1, 4_000_000 // len(numbers))  # resamples at a time: bounds the weights at 32 MB
     for done in range(0, n_resamples, chunk):

@@ -21,6 +21,7 @@ from torch import Tensor
 from retcon.errors import InvalidSetting
 from retcon.lm.prompts import Where
 from retcon.locate.contrast import Contrast
+from retcon.seed import generator_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,7 @@ def advise(contrast: Contrast, rule: Rule | None = None, *, seed: int = 0) -> Ad
     lower, upper = range(depth // 2), range(depth // 2, depth - top)
     if not (lower and upper):
         raise InvalidSetting(f"{depth} layers leave no room for a low and a high group; give the layers yourself")
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     drawn = torch.randint(len(contrast), (rule.n_resamples, len(contrast)), generator=generator)
     both: tuple[Where, Where] = ("subject_last", "prediction")
     delta = {where: layer_contrast(contrast, where, final_norm=rule.final_norm) for where in both}

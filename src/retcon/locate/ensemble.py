@@ -16,6 +16,7 @@ from retcon.errors import DeltaMismatch
 from retcon.lm.model import LM
 from retcon.lm.site import Site
 from retcon.locate.attribution import Attribution, Granularity, attribute, select
+from retcon.seed import generator_of
 
 Ensemble = dict[str, Int[Tensor, " n"]]
 """N*: chosen units by `<layer>.<matrix>`, of a routed expert `<layer>.<matrix>.<expert>`, ascending; matrices without
@@ -63,7 +64,7 @@ def unit_scores(
 
 def random_scores(sites: Sequence[Site], unit: Granularity, seed: int) -> list[Tensor]:
     """Return a control: scores drawn uniformly."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     return [torch.rand(n_units(site, unit), generator=generator) for site in sites]
 
 
@@ -83,7 +84,7 @@ def sampled(facts: Sequence[Edit], limit: int, seed: int) -> Sequence[Edit]:
     """At most `limit` facts, in their order."""
     if len(facts) <= limit:
         return facts
-    order = torch.randperm(len(facts), generator=torch.Generator().manual_seed(seed))[:limit]
+    order = torch.randperm(len(facts), generator=generator_of(seed))[:limit]
     return [facts[i] for i in order.sort().values.tolist()]
 
 

@@ -23,6 +23,7 @@ from retcon.lm.model import LM, require_lm
 from retcon.lm.prompts import Row
 from retcon.lm.site import Site, SiteName
 from retcon.locate.gradients import Captured, catch
+from retcon.seed import generator_of
 from retcon.training.descent import Reduction, shares
 from retcon.training.objective import answer_nll, answer_rows, token_chunks
 
@@ -187,7 +188,7 @@ def assess(
         NonFinite: a gradient is NaN or infinite; the message names the parameter.
     """
     if score == "random":
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed)
         return [torch.rand(slot.n_nodes, generator=generator) for slot in slots]
     rows = answer_rows(lm, edits)
     with lm.frozen_eval():

@@ -15,7 +15,7 @@ from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode, pad
-from retcon.seed import check_seed
+from retcon.seed import generator_of
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 N_TOKENS = 10
@@ -46,7 +46,7 @@ def sample_contexts(lm: LM, *, seed: int = 0, style: ContextStyle = "memit") -> 
         InvalidSetting: the style starts from a mark which the tokenizer lacks, or the seed is none.
         NonFinite: the model's logits are NaN or infinite.
     """
-    generator = torch.Generator().manual_seed(check_seed(seed))
+    generator = generator_of(seed)
     starts = _starts(lm.tokenizer, style)
     rows, caps = [row for row, _ in starts], [cap for _, cap in starts]
     with lm.frozen_eval(), lm.without_deltas(), torch.inference_mode():

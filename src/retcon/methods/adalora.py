@@ -22,6 +22,7 @@ from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State
 from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, NotNegative
 from retcon.methods.common.tuning import TuningSettings, sites_named, tuning
+from retcon.seed import generator_of
 from retcon.training.nodes import gradient_of
 from retcon.training.parts import TrainedTriplets, fresh
 
@@ -96,7 +97,7 @@ class AdaLora(TuningSettings):
         with tuning(self, lm, edits, [site.name for site in sites], seed=seed, progress=progress) as run:
             if not edits:
                 return run.delta()
-            generator = torch.Generator().manual_seed(seed)
+            generator = generator_of(seed)
             parts = [self._part(site, generator) for site in sites]
             adam = torch.optim.Adam([t for part in parts for t in part.trained()], lr=self.learning_rate)
             if self.orthogonality:

@@ -23,6 +23,7 @@ from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State
 from retcon.methods.common.settings import AnyLayers, Count, NotNegative
 from retcon.methods.common.tuning import TuningSettings, sites_named, tuning
+from retcon.seed import generator_of
 from retcon.training.parts import TrainedLowRank, fresh
 
 
@@ -49,6 +50,11 @@ class Lora(TuningSettings):
         super().__post_init__()
         if not self.modules:
             raise InvalidSetting(f"{self.name}: modules is empty, so there is nothing to adapt")
+
+    @property
+    def keeps_state(self) -> bool:
+        """With `continue_adapter`."""
+        return self.continue_adapter
 
     def propose(
         self,
@@ -78,7 +84,7 @@ class Lora(TuningSettings):
         with tuning(self, lm, edits, [site.name for site in sites], seed=seed, progress=progress) as run:
             if not edits:
                 return run.delta()
-            generator, scale = torch.Generator().manual_seed(seed), self.alpha / self.rank
+            generator, scale = generator_of(seed), self.alpha / self.rank
             begun = state if self.continue_adapter and state else None
             parts, before = [], []
             for site in sites:

@@ -92,7 +92,7 @@ class Change:
             raise InvalidSetting(
                 f"{method.name} stands for all deltas before it, and a store keeps each, so that any fact can be taken "
                 f"back; edit with the method it wraps, and apply {method.name} to what is exported "
-                f"(retcon edit --apply ... --method {method.name})"
+                f"(retcon edit --delta ... --method {method.name})"
             )
         cache = values or ValueCache(cache_dir() / "values")
         known = known or KnownValues(len(lm.applied))
@@ -138,13 +138,14 @@ class Change:
         """
         from retcon.memory.contexts import Contexts
         from retcon.memory.values.store import KnownValues
+        from retcon.methods.common.contract import with_files
         from retcon.methods.common.registry import method_class
         from retcon.methods.common.sequence import state_after
 
         old = self.store.delta(delta)
         made = old.provenance
         files = self.store.files_of(delta)
-        settings = {**made["settings"], **files}
+        settings = with_files(made["settings"], files)
         if settings.get("editor") is not None:
             settings["editor"] = _editor_of(delta, made, editor or files.get("editor"))
         method = method_class(str(made["method"]))(**settings)

@@ -156,6 +156,7 @@ class Store(Contents):
         """
         if not cases:
             raise InvalidSetting("no facts to edit")
+        from retcon.methods.common.contract import files_of
         from retcon.methods.common.sequence import batch_size_for, state_after
 
         size = batch_size_for(method, len(cases), batch_size)
@@ -186,8 +187,8 @@ class Store(Contents):
             about: dict[str, Any] = {"method": method.name, "facts": len(cases), "seed": seed}
             if corpus is not None:
                 about["corpus"] = as_shared(corpus, self.path)
-            settings = method.settings.items()
-            if files := {n: as_shared(v, self.path) for n, v in settings if isinstance(v, str) and os.path.isabs(v)}:
+            named = files_of(method.settings).items()
+            if files := {name: as_shared(path, self.path) for name, path in named if os.path.isabs(path)}:
                 about["files"] = files
             return change.commit(
                 "edit",

@@ -18,7 +18,7 @@ from retcon.delta import EditReport
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite, RetconWarning
 from retcon.lm.prompts import Row
-from retcon.seed import check_seed
+from retcon.seed import generator_of
 
 Reduction = Literal["per_edit", "per_token"]
 """How losses of a mini-batch become one: the mean over edits, or over answer tokens (longer answers weigh more)."""
@@ -199,7 +199,7 @@ def descend(
     """
     n = len(edits)
     size = n if schedule.batch_size is None else min(schedule.batch_size, n)
-    generator = torch.Generator().manual_seed(check_seed(seed))
+    generator = generator_of(seed)
     steps = [0] * n
     kept: list[Tensor] = []  # the values before the last step, with which its losses were finite
     for epoch in range(schedule.epochs):

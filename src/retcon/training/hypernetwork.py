@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from retcon.seed import generator_of
+
 ScaleAt = Literal["inside", "outside"]
 """Where a block's scale and shift act: before the nonlinearity (MEND), or after it (MALMEN)."""
 
@@ -143,7 +145,7 @@ class Hypernetwork(nn.Module):
             seed: draws V.
         """
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed)
         self.shapes = list(shapes)
         self.step_sizes = nn.Parameter(torch.full((len(shapes),), step_size, dtype=dtype))
         if with_ridge:

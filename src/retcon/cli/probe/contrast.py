@@ -26,7 +26,7 @@ from retcon.cli.shell import (
     styled,
 )
 from retcon.errors import InvalidSetting
-from retcon.files import check_exists, read_prose
+from retcon.files import check_exists, read_text
 from retcon.workflow.facts import Reading, facts_that_fit
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _word_sets(
         if stopwords is not None:
             raise InvalidSetting("--stopwords goes with --sets or --corpus")
         return None
-    stop = None if stopwords is None else read_prose(stopwords).split()
+    stop = None if stopwords is None else read_text(stopwords).split()
 
     from retcon.locate import read_word_sets, retrieve_word_sets
     from retcon.memory.moments import Corpus

@@ -16,6 +16,7 @@ from retcon.lm.prompts import Batch, Row, encode, encode_edit, subject_tokens
 from retcon.lm.site import SiteName
 from retcon.locate.embeddings import EMBEDDING, changing_embeddings, reading_first_input
 from retcon.locate.tracing.traces import Tracing
+from retcon.seed import generator_of
 
 
 def embedding_deviation(lm: LM, subjects: Sequence[str]) -> float:
@@ -124,7 +125,7 @@ def projections(lm: LM, layer: int) -> list[nn.Module]:
 
 
 def _noise(lm: LM, n: int, settings: Tracing, deviation: float) -> Float[Tensor, "samples n width"]:
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = generator_of(settings.seed)
     weight = lm.model.get_submodule(lm.layout.embedding).weight
     shape = (settings.samples, n, weight.shape[1])
     if settings.distribution == "gaussian":

@@ -91,6 +91,11 @@ class Method(ABC):
         """Whether `propose` takes the state of the batch before, with these settings."""
         return bool(self.state_description)
 
+    @property
+    def state_layers(self) -> tuple[int, ...] | None:
+        """The layers that a state is of, and has to be of to be taken; None where any will do."""
+        return tuple(self.settings.get("layers") or ())
+
     @abstractmethod
     def propose(
         self,
@@ -182,6 +187,30 @@ def recorded(
         "contexts": contexts.prefixes if contexts else (),
         "provenance": about | notes,
     }
+
+
+FILES = ("editor", "locate_on", "stop_on")
+"""Settings that are paths of files."""
+
+
+def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the files that settings name; one of a wrapped method's goes by both names, `base_settings.stop_on`."""
+    inner = {
+        f"{outer}.{name}": path
+        for outer, value in settings.items()
+        if isinstance(value, Mapping)
+        for name, path in files_of(value).items()
+    }
+    return {name: settings[name] for name in FILES if settings.get(name)} | inner
+
+
+def with_files(settings: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings with other paths for the files, by the names of `files_of`."""
+    found = dict(settings)
+    for name, path in files.items():
+        outer, _, inner = name.rpartition(".")
+        found |= {outer: with_files(found[outer], {inner: path})} if outer else {name: path}
+    return found
 
 
 def recorded_settings(method: Method) -> dict[str, Any]:

@@ -79,6 +79,16 @@ class FineTuning(TuningSettings):
     replay: bool = False
     """In a sequence, train on the edits so far (`state`) together with the new ones."""
 
+    @property
+    def keeps_state(self) -> bool:
+        """With `replay`."""
+        return self.replay
+
+    @property
+    def state_layers(self) -> None:
+        """A state is facts, to be trained in any layers."""
+        return None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.modules or len(set(self.modules)) < len(self.modules):

@@ -224,7 +224,12 @@ def sites_of(
 
 
 def only_one(name: str, edits: Sequence[Edit]) -> None:
-    """Raise InvalidEdit where a method that writes one fact is handed several."""
+    """Check that a method that writes one fact is handed no more.
+
+    Raises:
+        InvalidEdit, ConflictingEdits: it is, or as `check_edits`.
+    """
+    check_edits(edits)
     if len(edits) > 1:
         raise InvalidEdit(
             f"{name} writes one fact at a time, found {len(edits)} edits; retcon.in_steps({name}, lm, "

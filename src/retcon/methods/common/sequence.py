@@ -60,8 +60,8 @@ def in_steps(
         InvalidEdit, ConflictingEdits: as `propose`, and across batches too.
     """
     require_lm(lm)
-    size = batch_size_for(method, len(edits), batch_size)
     check_edits(edits)
+    size = batch_size_for(method, len(edits), batch_size)
     check_subjects(method, edits)
     for edit in edits:
         lm.check_edit_length(edit)
@@ -134,10 +134,11 @@ def state_after(deltas: Sequence[Attachment], method: Method) -> Mapping[str, Te
     made = deltas[-1].provenance
     if made.get("method") != method.name:
         return None
-    old, new = (settings.get("layers") for settings in (made.get("settings", {}), method.settings))
-    if list(old or ()) != list(new or ()):
+    settings, new = made.get("settings", {}), method.state_layers
+    old = settings.get("base_settings", settings).get("layers")
+    if new is not None and list(old or ()) != list(new):
         warnings.warn(
-            f"delta {deltas[-1].id} was made in layers {list(old or ())}, this edit is in {list(new or ())}: what "
+            f"delta {deltas[-1].id} was made in layers {list(old or ())}, this edit is in {list(new)}: what "
             f"{method.name} remembers of it ({method.state_description}) is left out",
             RetconWarning,
             stacklevel=2,

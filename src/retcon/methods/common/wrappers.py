@@ -58,6 +58,11 @@ class Filter(Method):
         return self.wrapped.keeps_state
 
     @property
+    def state_layers(self) -> tuple[int, ...] | None:
+        """As the base method."""
+        return self.wrapped.state_layers
+
+    @property
     def uses_moments(self) -> bool:  # type: ignore[override]
         """As the base method."""
         return self.wrapped.uses_moments
