@@ -358,6 +358,18 @@ def test_a_question_is_found_where_it_is_whatever_the_template_is_made_of(name: 
     assert len(asked_after.text) - asked_after.start == len(turn.text) - turn.start
 
 
+def test_a_question_between_parts_that_depend_on_it_is_found_where_it_is_there_once() -> None:
+    n = "{{ messages[0]['content'] | length }}"
+    counted = f"[{n}] user: {{{{ messages[0]['content'] }}}} ({n})"
+    tok = chat_tokenizer("bos", counted)
+    turn = render(tok, Chat(), ["Who?"])
+    assert (turn.text, turn.start) == ("[4] user: Who? (4)", len("[4] user: "))
+    tok = chat_tokenizer("bos", counted.replace("'] }}", "'] | upper }}"))
+    for question in ("Who?", "user"):  # which the template writes itself
+        with pytest.raises(UnsupportedModel, match="the question must be there once, as it is"):
+            render(tok, Chat(), [question])
+
+
 @pytest.mark.parametrize("kind", ["gpt", "bos"])
 def test_the_subject_of_a_one_word_question_is_in_the_users_turn(kind: str) -> None:
     tok = chat_tokenizer(kind, TEMPLATES["zephyr"][0])
@@ -417,7 +429,9 @@ def test_a_chat_that_cannot_be_rendered_is_refused() -> None:
         encode(tokenizer("bos"), "Who?", chat=Chat())
     with pytest.raises(InvalidSetting, match=r"the chat template refuses this conversation \(no system\)"):
         encode(chat_tokenizer("bos"), "Who?", chat=Chat("Be kind.", (("refuse", True),)))
-    with pytest.raises(UnsupportedModel, match=r"changes the question 'Who\?'"):
+    with pytest.raises(
+        UnsupportedModel, match=r"question 'Who\?' cannot be told.*the question must be there once, as it is"
+    ):
         encode(chat_tokenizer("bos", "{{ messages[-1]['content'] | upper }}"), "Who?", chat=Chat())
 
 

@@ -236,7 +236,7 @@ def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> Turn:
 
     Raises:
         InvalidSetting: there is no template, or it refuses the conversation.
-        UnsupportedModel: the template changes the question, so that its subject cannot be found.
+        UnsupportedModel: the question cannot be found in what the template writes: it changes it, say.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidSetting(
@@ -263,7 +263,10 @@ def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> Turn:
     question = turns[-1].strip()
     start = _question_start(text, question, apply(chat.turns([*turns[:-1], _STAND_IN]), True))
     if start is None:
-        raise UnsupportedModel(f"the chat template changes the question {question!r}, which must be read as it is")
+        raise UnsupportedModel(
+            f"the place of the question {question!r} cannot be told in what the chat template writes: the question "
+            "must be there once, as it is"
+        )
     answered = apply(chat.turns([*turns, _STAND_IN]), False)
     before = answered[len(text) : answered.rfind(_STAND_IN)] if answered.startswith(text) else ""
     return Turn(text, start, before if before.isspace() else "")
@@ -292,7 +295,8 @@ def _question_start(text: str, question: str, other: str) -> int | None:
         asked = text[len(head) :].lstrip()
         if asked.startswith(question):
             return len(text) - len(asked)
-    return None
+    once = question not in other and text.find(question) == text.rfind(question)  # both sides depend on it
+    return text.find(question) if once and question in text else None
 
 
 def encode_turns(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> Row:
