@@ -17,8 +17,9 @@ from retcon.bench import Bench, Run
 from retcon.bench.report import Table, groups_of, tables_of
 from retcon.bench.report import plots as drawing
 from retcon.bench.report.facts import fact_tables
+from retcon.bench.report.names import distinct
 from retcon.bench.report.page import page
-from retcon.bench.report.plots import pictures_of
+from retcon.bench.report.plots import Picture, pictures_of
 from retcon.errors import InvalidSetting
 from retcon.evaluation.records import Record, write_records
 from tests.evaluation.test_results import axis
@@ -449,3 +450,10 @@ def test_what_is_to_be_known_about_a_model_is_said_beneath_every_table_and_on_th
 def test_methods_are_told_apart_by_colour_and_marker() -> None:
     looks = {(n % len(drawing.COLOURS), n % len(drawing.MARKERS)) for n in range(40)}
     assert len(looks) == 40
+
+
+def test_files_of_one_name_and_title_are_numbered() -> None:
+    same = Picture("jeep-a", "A", "a curve", "<svg/>")
+    first, second = distinct([same, same])
+    assert second.name == f"{first.name}-2"
+    assert distinct([same]) == [same]

@@ -20,14 +20,20 @@ def slug(text: str) -> str:
     return "-".join(kept.split())
 
 
-def told_apart(items: Iterable[Named]) -> list[Named]:
-    """Return the items with a name each: those whose names are one to a file system get a hash of their titles."""
+def distinct(items: Iterable[Named]) -> list[Named]:
+    """Return the items with a name each: those whose names are one to a file system get a hash of their titles, and a
+    number where those are one, too."""
     items = list(items)
     found = Counter(_on_disk(item.name) for item in items)
-    return [
-        replace(item, name=f"{item.name}-{_hash(item.title)}") if found[_on_disk(item.name)] > 1 else item
-        for item in items
-    ]
+    seen: Counter[str] = Counter()
+    named = []
+    for item in items:
+        if found[_on_disk(item.name)] > 1:
+            name = f"{item.name}-{_hash(item.title)}"
+            seen[name] += 1
+            item = replace(item, name=name if seen[name] == 1 else f"{name}-{seen[name]}")
+        named.append(item)
+    return named
 
 
 def _on_disk(name: str) -> str:

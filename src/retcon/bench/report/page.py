@@ -158,12 +158,12 @@ def _left_out(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
                 if name.endswith("_edits"):  # listed below, with the reason
                     continue
                 counts[name] = counts.get(name, 0) + n
-        told = [f"queries {name}: {n:,}" for name, n in counts.items() if n]
+        parts = [f"queries {name}: {n:,}" for name, n in counts.items() if n]
         edits = [r for run in group.runs for r in run.records if r.axis == "edit" and r.status != "ok"]
         if edits:
-            told.append(f"edits not made {len(edits):,} ({edits[0].detail})")
-        if told:
-            items[f"{group.method}, {group.model}, {group.dataset}, {group.protocol}"] = told
+            parts.append(f"edits not made {len(edits):,} ({edits[0].detail})")
+        if parts:
+            items[f"{group.method}, {group.model}, {group.dataset}, {group.protocol}"] = parts
     return list(items.items())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from retcon.bench.report.curves import curves
 from retcon.bench.report.groups import Group, Number, blocks
-from retcon.bench.report.names import slug, told_apart
+from retcon.bench.report.names import distinct, slug
 from retcon.errors import InvalidSetting, how_to_install
 from retcon.escaping import plain_texts, printable
 from retcon.evaluation.records import Record
@@ -55,7 +55,7 @@ def pictures_of(groups: Sequence[Group]) -> list[Picture]:
         times,
     ]
     places = {method: place for place, method in enumerate(dict.fromkeys(g.method for g in groups))}
-    return told_apart(picture for draw in draws for picture in draw(groups, places))
+    return distinct(picture for draw in draws for picture in draw(groups, places))
 
 
 def trade_off(groups: Sequence[Group], places: Places) -> list[Picture]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from retcon.bench.report.curves import curves
 from retcon.bench.report.groups import UNEDITED, Group, Number, blocks
-from retcon.bench.report.names import slug, told_apart
+from retcon.bench.report.names import distinct, slug
 from retcon.escaping import csv_cell, latex, markdown
 from retcon.evaluation.metrics import score_am
 from retcon.evaluation.paired import Difference, differences
@@ -92,7 +92,7 @@ def tables_of(groups: Sequence[Group]) -> list[Table]:
     ]
     about_models = tuple(dict.fromkeys(note for group in groups for note in group.model_notes))
     made = [replace(table, notes=(*table.notes, *about_models)) for layout in layouts for table in layout(groups)]
-    return told_apart(made)
+    return distinct(made)
 
 
 # --- layouts -----------------------------------------------------------------------------------------------------
