@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import retcon
 from retcon.attachment import Beside, Hook
-from retcon.delta import Delta, Dense, LowRank, Rows
+from retcon.delta import Delta, Dense, Entries, LowRank, Rows
 from retcon.edits import Edit
 from retcon.errors import (
     DeltaMismatch,
@@ -802,6 +802,33 @@ def test_weights_that_an_lm_left_edited_are_no_base(in_a_circle: bool) -> None:
             LM(model, tokenizer())
     copied = LM(copy.deepcopy(model), tokenizer())
     assert copied.fingerprint() != edited.base
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "rows", "entries"])
+def test_a_model_whose_weights_were_put_back_since_is_free(kind: str) -> None:
+    model = tiny_model("gptj", torch.float32)
+    base = copy.deepcopy(model.state_dict())
+    lm = LM(model, tokenizer())
+    fingerprint, shape = lm.fingerprint(), lm.parameter(down(1)).shape
+    change: Any = {
+        "low_rank": lambda: LowRank(left=torch.ones(shape[0], 1), right=torch.ones(1, shape[1])),
+        "rows": lambda: Rows(index=torch.tensor([3]), rows=torch.ones(1, shape[1])),
+        "entries": lambda: Entries(index=torch.tensor([5]), entries=torch.ones(1)),
+    }[kind]()
+    lm.apply(lm.delta({down(1): [change]}))
+    edited = copy.deepcopy(model.state_dict())
+    del lm
+    model.double()
+    with pytest.raises(UnsupportedModel, match="left edited"):  # in another dtype, but there
+        LM(model, tokenizer())
+    model.float().load_state_dict(base)
+    lm = LM(model, tokenizer())
+    assert lm.fingerprint() == fingerprint
+    lm.release()
+    del lm
+    model.load_state_dict(edited)
+    with pytest.raises(UnsupportedModel, match="left edited"):
+        LM(model, tokenizer())
 
 
 def test_an_lm_that_took_its_edits_back_leaves_the_model_free() -> None:

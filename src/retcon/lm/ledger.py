@@ -32,6 +32,8 @@ _BLOCK = 2**22
 """Values written at a time: no second copy of a large matrix is ever made."""
 _N_SAMPLED = 64
 """Values of a parameter that are looked at to see whether something else has changed it."""
+_N_TRACED = 4096
+"""Values that are looked at for some that an edit has changed."""
 
 Ids = tuple[str, ...]
 
@@ -69,6 +71,43 @@ class _Look:
     def at(cls, weight: Tensor) -> "_Look":
         """Look at a parameter as it is now."""
         return cls(weight.data_ptr(), weight.dtype, weight._version, _sample(weight))
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A few of the values that an edit has changed, to tell later whether it is still in its parameter."""
+
+    record: _Record
+    """The part of the parameter that the edit touches; without values."""
+    places: Tensor
+    """Places in that part, flattened."""
+    values: Tensor
+    """What is there."""
+    shape: torch.Size
+    """The parameter's."""
+
+    @classmethod
+    def of(cls, record: _Record, weight: Tensor) -> "Trace":
+        """Note what a parameter holds where it is edited."""
+        part = replace(record, base=torch.empty(0), total=torch.empty(0))
+        n = record.base.numel()
+        places = torch.linspace(0, n - 1, min(n, _N_TRACED), dtype=torch.float64).long()
+        values = _values_at(weight, part, places)
+        changed = values != record.base.reshape(-1)[places]
+        if changed.any():
+            places, values = places[changed], values[changed]
+        return cls(part, places, values, weight.shape)
+
+    def is_in(self, weight: Tensor) -> bool:
+        """Return whether the parameter holds these values still, in whatever dtype."""
+        if weight.is_meta or weight.shape != self.shape:
+            return False
+        return torch.equal(_values_at(weight, self.record, self.places), self.values.to(weight.dtype))
+
+
+def _values_at(weight: Tensor, part: _Record, places: Tensor) -> Tensor:
+    flat = _view(weight.detach(), _on(part, weight.device)).reshape(-1)
+    return flat[places.to(flat.device)].cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +270,7 @@ class Ledger:
         return floats + sum(t.numel() * t.element_size() for r in self._records.values() for t in (r.base, r.total))
 
     @property
-    def records(self) -> Mapping[str, object]:
+    def records(self) -> Mapping[str, _Record]:
         """What is held to undo the deltas, by parameter: empty when the base is in place. It refers to no model."""
         return self._records
 

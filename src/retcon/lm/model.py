@@ -35,7 +35,7 @@ from retcon.lm.fingerprint import StoredTensors, fingerprint
 from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.hooks import Hooks, Hung
 from retcon.lm.layouts import Fused, Layout, layout_for
-from retcon.lm.ledger import Ledger
+from retcon.lm.ledger import Ledger, Trace
 from retcon.lm.packed import Parameters, packed_matrices
 from retcon.lm.prompts import Row, encode, encode_edit, end_of_turn
 from retcon.lm.quantised import unmarked
@@ -691,8 +691,8 @@ class LM:
 
 _OWNERS: "WeakKeyDictionary[nn.Module, weakref.ref[LM]]" = WeakKeyDictionary()
 """The LM of each model that has one."""
-_LEFT_EDITED: "WeakKeyDictionary[nn.Module, tuple[str, ...]]" = WeakKeyDictionary()
-"""Of models whose LM is gone, the parameters in which it left deltas."""
+_LEFT_EDITED: "WeakKeyDictionary[nn.Module, dict[str, Trace]]" = WeakKeyDictionary()
+"""Of models whose LM is gone, the parameters in which it left deltas, and what tells whether these are still there."""
 
 
 def _refuse_taken(model: nn.Module, name: str) -> None:
@@ -705,7 +705,9 @@ def _refuse_taken(model: nn.Module, name: str) -> None:
                 f"{name!r} has an LM already, which alone knows how to undo its edits; use that one, or call its "
                 "release() first"
             )
-    if left := _LEFT_EDITED.get(model):
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    traces = _LEFT_EDITED.get(model, {})
+    if left := [n for n, trace in traces.items() if n in parameters and trace.is_in(parameters[n])]:
         some = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
         raise UnsupportedModel(
             f"{name!r} was left edited: its LM is gone, which alone knew how to undo its deltas in {len(left)} "
@@ -729,9 +731,12 @@ def _own(model: nn.Module, lm: LM) -> None:
     noting.atexit = False
 
 
-def _note_left(model: "weakref.ref[nn.Module]", records: Mapping[str, object]) -> None:
+def _note_left(model: "weakref.ref[nn.Module]", records: Mapping[str, Any]) -> None:
     if records and (alive := model()) is not None:
-        _LEFT_EDITED[alive] = tuple(sorted(records))
+        parameters = dict(alive.named_parameters(remove_duplicate=False))
+        there = [name for name in sorted(records) if name in parameters and not parameters[name].is_meta]
+        traces = {name: Trace.of(records[name], parameters[name]) for name in there}
+        _LEFT_EDITED[alive] = _LEFT_EDITED.get(alive, {}) | traces
 
 
 def _began_from(scope: "weakref.ref[Any]", serial: int) -> bool:
