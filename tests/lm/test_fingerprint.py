@@ -155,6 +155,20 @@ def test_weights_under_other_names_count_in_the_dtype_of_the_checkpoint(family: 
         assert fingerprint(again, stored) == fingerprint(model)
 
 
+def test_whole_numbers_beside_the_weights_do_not_hide_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model("mixtral", torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    files = list(tmp_path.glob("*.safetensors"))
+    counts = tmp_path / "counts.safetensors"
+    save_file({"counts": torch.arange(3), "on": torch.ones(2, dtype=torch.bool)}, counts, metadata={"format": "pt"})
+    stored = StoredTensors([*files, counts])
+    assert stored.common_dtype == torch.bfloat16
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert fingerprint(again, stored) == fingerprint(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_changed_value_counts_in_whatever_dtype_the_checkpoint_is_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny_model("llama", torch.float32)

@@ -1,6 +1,9 @@
 """Loading from a directory or a GGUF file: dtypes, what is refused, the fingerprint on record."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,20 @@ def test_the_files_of_a_checkpoint_are_those_that_are_loaded(saved: Path) -> Non
     config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_weights": whole.name}))
     assert checkpoint_files(str(saved)) == [saved / "own.safetensors", config]
     assert load(str(saved), device="cpu").fingerprint() == fingerprint(tiny_model("llama", torch.bfloat16))
+
+
+def test_the_files_of_a_checkpoint_are_found_whatever_the_locale(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    tiny_model("llama", torch.bfloat16).save_pretrained(saved, max_shard_size="30KB")
+    for path in (saved / "config.json", saved / "model.safetensors.index.json"):
+        named = json.loads(path.read_text(encoding="utf-8")) | {"author": "Łódź"}
+        path.write_text(json.dumps(named, ensure_ascii=False), encoding="utf-8")
+    script = "import sys; from retcon.lm.load import checkpoint_files; print(len(checkpoint_files(sys.argv[1])))"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = subprocess.run(
+        [sys.executable, "-c", script, saved], env=os.environ | plain, capture_output=True, text=True, check=True
+    )
+    assert int(found.stdout) == len(checkpoint_files(str(saved))) > 2
 
 
 @pytest.mark.parametrize("name", ["tinier", "someone/tinier"])

@@ -44,16 +44,19 @@ class StoredTensors:
         self.dtypes: dict[str, torch.dtype] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._file: dict[str, Path] = {}
+        whole = set()
         for path in files:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     tensor = file.get_slice(name)
                     self.dtypes[name] = _DTYPES.get(tensor.get_dtype(), torch.float32)
+                    if tensor.get_dtype().startswith(("I", "U", "BOOL")):
+                        whole.add(name)
                     self._shapes[name] = tuple(tensor.get_shape())
                     self._file[name] = path
-        floats = set(self.dtypes.values())
+        floats = {dtype for name, dtype in self.dtypes.items() if name not in whole}
         self.common_dtype = floats.pop() if len(floats) == 1 else None
-        """The dtype that all tensors are stored in; None where they differ."""
+        """The dtype that all tensors of floats are stored in; None where they differ."""
 
     def find(self, names: Iterable[str], shape: Sequence[int]) -> str | None:
         """Return the first of these names that a tensor of that shape is stored under, None where there is none."""
@@ -197,7 +200,8 @@ def checkpoint_fingerprint(
         verify: hash every byte again, whatever the cache says.
     """
     identity = {"files": [_stamp(path) for path in sorted(files)], "transformers": version("transformers")}
-    as_loaded = identity | {"dtype": str(next(model.parameters()).dtype)}
+    # whole numbers counted for the common dtype once: what was worked out then is not found again
+    as_loaded = identity | {"dtype": str(next(model.parameters()).dtype), "common_dtype": "of floats"}
     for each in () if verify else (identity, as_loaded):
         found = cached(_record(each), FINGERPRINTS, each)
         if found is not None and isinstance(found[1].get("fingerprint"), str):

@@ -201,7 +201,7 @@ def checkpoint_files(place: str, revision: str | None = None) -> list[Path]:
         folder = Path(found).parent
     config = folder / "config.json"
     try:
-        named = json.loads(config.read_text()).get("transformers_weights")
+        named = json.loads(config.read_text("utf-8")).get("transformers_weights")
         weights = _weights(folder, *([named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]))
     except (OSError, ValueError, KeyError, AttributeError):  # damaged
         return []
@@ -214,7 +214,7 @@ def _weights(folder: Path, *names: str) -> list[Path]:
     first = next((folder / name for name in names if (folder / name).is_file()), None)
     if first is None or first.suffix != ".json":
         return [first] if first is not None else []
-    return sorted({first.parent / file for file in json.loads(first.read_text())["weight_map"].values()})
+    return sorted({first.parent / file for file in json.loads(first.read_text("utf-8"))["weight_map"].values()})
 
 
 @contextmanager
