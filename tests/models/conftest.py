@@ -18,6 +18,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.models)
+            # the user's own cache, which may hold what an earlier version kept
+            item.add_marker(pytest.mark.filterwarnings("ignore:.*it is not used and is made again"))
 
 
 def model_at(folder: Path, command: str) -> LM:
