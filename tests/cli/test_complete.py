@@ -78,19 +78,18 @@ def test_what_is_not_utf_8_is_refused(cli: Callable[..., Any], chatting: LM, mon
     for option in (("--system", broken), ("--template-arg", f"date={broken}"), ("--template-arg", f"{broken}=1")):
         for command in (("complete", "nowhere", PROMPT), ("chat", "nowhere")):
             assert "holds half a surrogate pair, which is no text" in cli(*command, *option, code=2).stderr
-    answers = iter([Written("Ada.", 1, False)])
+    answers = iter([Written("Ada.", 1, False)] * 3)
     monkeypatch.setattr("retcon.lm.generate.generate", lambda *_, **__: [next(answers)])
     for errors in ("strict", "surrogateescape"):
-        piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors)
+        piped = io.TextIOWrapper(io.BytesIO(b"Who?\ncaf\xe9\n"), "utf-8", errors)
         monkeypatch.setattr("retcon.cli.chat.sys", SimpleNamespace(stdin=piped))
-        assert "the turn is not UTF-8 text (character 4)" in cli("chat", "chatty", code=2).stderr
+        said = cli("chat", "chatty", code=2)
+        assert "the turn is not UTF-8 text (character 4)" in said.stderr
+        assert "Ada." in said.stdout  # the turn before it was answered
 
     class Typed(io.TextIOWrapper):
         def isatty(self) -> bool:
             return True
-
-        def readline(self, size: int = -1, /) -> str:
-            return self.buffer.readline().decode("utf-8", "strict")
 
     typed = Typed(io.BytesIO(b"caf\xe9\nWho?\n"), "utf-8")
     monkeypatch.setattr("retcon.cli.chat.sys", SimpleNamespace(stdin=typed))

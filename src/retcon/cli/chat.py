@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -125,13 +126,12 @@ def _answer(lm: "LM", frame: "Chat", turns: list[str], how: "Writing", seed: int
 
 def _lines() -> Iterator[str]:
     """Yield the turns that are typed or piped in, empty lines left out, until the end or /quit."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused by itself, as a turn
     while True:
         if sys.stdin.isatty():
             console().print(styled("[dim]> [/]"), end="")
-        try:
-            line = sys.stdin.readline()
-        except UnicodeDecodeError as error:  # a turn as well, to be refused like one
-            line = error.object.decode("utf-8", "surrogateescape")
+        line = sys.stdin.readline()
         if not line or line.strip() == "/quit":
             return
         if line.strip():
