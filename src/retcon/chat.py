@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from retcon.errors import InvalidEdit
+from retcon.escaping import is_text
 
 Argument = str | int | float | bool | None
 REASONING = (
@@ -54,7 +55,7 @@ class Chat:
                     f"found {value!r}"
                 )
         for text in (self.system, *pairs, *pairs.values()):
-            if isinstance(text, str) and not _is_text(text):
+            if isinstance(text, str) and not is_text(text):
                 raise InvalidEdit(f"chat: {text!r} holds half a surrogate pair, which is no text")
         object.__setattr__(self, "template_args", tuple(sorted(pairs.items())))
 
@@ -68,14 +69,6 @@ class Chat:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         roles = ("user", "assistant")
         return messages + [{"role": roles[i % 2], "content": text} for i, text in enumerate(questions_and_answers)]
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 FIELDS = tuple(field.name for field in fields(Chat))

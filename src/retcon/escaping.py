@@ -12,6 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
+def is_text(value: str) -> bool:
+    """Return whether a string is text; one of bytes that are not UTF-8 holds halves of surrogate pairs."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 _LOST = "\ufffd"
 _UNPRINTABLE = {c: chr(0x2400 + c) for c in range(0x20) if chr(c) not in "\t\n"}  # each has a picture of its own
 _UNPRINTABLE |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), _LOST)

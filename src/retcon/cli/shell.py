@@ -40,7 +40,7 @@ from retcon.errors import (
     UnusableRow,
     WrongBase,
 )
-from retcon.escaping import json_text, printable
+from retcon.escaping import is_text, json_text, printable
 from retcon.files import looks_like_path
 from retcon.seed import check_seed
 
@@ -203,10 +203,9 @@ def check_is_text(text: str, what: str) -> None:
     Raises:
         InvalidEdit: no tokenizer takes it. `what` names it in the message.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidEdit(f"{what} is not UTF-8 text (character {error.start + 1}); give it in UTF-8") from None
+    if not is_text(text):
+        broken = next(i for i, c in enumerate(text, 1) if not is_text(c))
+        raise InvalidEdit(f"{what} is not UTF-8 text (character {broken}); give it in UTF-8")
 
 
 def chat_options(edits: "Sequence[Edit]") -> str:
