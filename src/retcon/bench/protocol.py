@@ -24,7 +24,7 @@ from retcon.edits import Case, Edit, same_question
 from retcon.errors import DeltaMismatch, InvalidEdit, InvalidSetting, RetconError
 from retcon.evaluation.measure import divergences, measure
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries, subject_of
-from retcon.evaluation.records import Record, When
+from retcon.evaluation.records import Record, When, whole_model_record
 from retcon.evaluation.results import Evaluation
 from retcon.lm.model import LM
 from retcon.lm.peak import Peak
@@ -240,15 +240,19 @@ def _edit(
     note = f"short chunk: {len(chunk)} of {size}" if len(chunk) < size else None
     if n_found := setting.n_cached_values() - n_cached_values:
         reason = f"the values of {n_found} edits had been searched before"
-        timed = _run_record("time", "time.edit", None, len(edits), step, reason)
+        timed = whole_model_record("immediate", "time", "time.edit", None, len(edits), step, reason)
     else:
-        timed = _run_record("time", "time.edit", (seconds - statistics) / len(edits), len(edits), step, note)
+        timed = whole_model_record(
+            "immediate", "time", "time.edit", (seconds - statistics) / len(edits), len(edits), step, note
+        )
     timings = [
         timed,
-        _run_record("time", "time.statistics", statistics, len(edits), step, note),
+        whole_model_record("immediate", "time", "time.statistics", statistics, len(edits), step, note),
     ]
     if peak.nbytes is not None:
-        timings.append(_run_record("memory", f"memory.{peak.kind}", float(peak.nbytes), len(edits), step, note))
+        timings.append(
+            whole_model_record("immediate", "memory", f"memory.{peak.kind}", float(peak.nbytes), len(edits), step, note)
+        )
     return delta, Unit(key, tuple(records), {}, tuple(timings))
 
 
@@ -266,23 +270,6 @@ def _edit_record(case: Case, value: float | None, n: int, step: int, status: Any
         value=value if finite else None,
         n=n,
         status=status if finite else "error",
-        detail=detail,
-        step=step,
-    )
-
-
-def _run_record(metric: str, variant: str, value: float | None, n: int, step: int, detail: str | None) -> Record:
-    return Record(
-        when="immediate",
-        case_id=None,
-        subject=None,
-        axis=None,
-        query_id=None,
-        metric=metric,
-        variant=variant,
-        value=value,
-        n=n,
-        status="ok" if value is not None else "skipped",
         detail=detail,
         step=step,
     )

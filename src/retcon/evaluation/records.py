@@ -56,10 +56,11 @@ class Record(NamedTuple):
 
 
 def whole_model_record(
-    when: When, metric: str, variant: str, value: float, n: int, step: int, detail: str | None = None
+    when: When, metric: str, variant: str, value: float | None, n: int, step: int, detail: str | None = None
 ) -> Record:
-    """Return the record of a number that belongs to no case; one that is NaN or infinite is an error."""
-    finite = math.isfinite(value)
+    """Return the record of a number that belongs to no case; one that is NaN or infinite is an error, None is one that
+    was left out."""
+    finite = value is None or math.isfinite(value)
     return Record(
         when=when,
         case_id=None,
@@ -70,7 +71,7 @@ def whole_model_record(
         variant=variant,
         value=value if finite else None,
         n=n,
-        status="ok" if finite else "error",
+        status="skipped" if value is None else "ok" if finite else "error",
         detail=detail if finite else f"{variant} is {value}",
         step=step,
     )

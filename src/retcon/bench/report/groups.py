@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from retcon.bench import Bench, Run
+from retcon.bench.spec import Protocol
 from retcon.evaluation.intervals import Interval, ci_seed
 from retcon.evaluation.summary import CaseMean, ScoreFamily, Summary, edits_of, summarise
 
@@ -97,10 +98,10 @@ class Group:
 
 def groups_of(bench: Bench) -> list[Group]:
     """Groups in the order of the benchmark's runs; a seed counts once in each, however its protocol was worded."""
-    gathered: dict[tuple[str, str, str, _Whole], dict[int, Run]] = {}
+    gathered: dict[tuple[str, str, str, Protocol], dict[int, Run]] = {}
     for run in bench.runs:
         manifest = run.manifest
-        key = (manifest["model"]["name"], manifest["method"]["label"], manifest["dataset"]["path"], _Whole.of(run))
+        key = (manifest["model"]["name"], manifest["method"]["label"], manifest["dataset"]["path"], _protocol_of(run))
         gathered.setdefault(key, {}).setdefault(int(manifest["seed"]), run)
     names = _names({protocol for *_, protocol in gathered})
     return [
@@ -109,44 +110,34 @@ def groups_of(bench: Bench) -> list[Group]:
     ]
 
 
-@dataclass(frozen=True)
-class _Whole:
-    """All of a protocol that a run's numbers depend on."""
-
-    kind: str
-    n_cases: int
-    size: int
-    """Cases of a call."""
-    checkpoints: tuple[int, ...]
-    """Those before the end."""
-
-    @classmethod
-    def of(cls, run: Run) -> "_Whole":
-        protocol, n_cases = run.manifest["protocol"], len(run.manifest["cases"])
-        size = protocol["batch"] or (n_cases if protocol["kind"] == "batch" else 1)
-        between = sorted({int(c) for c in protocol["checkpoints"] if c < n_cases})
-        return cls(protocol["kind"], n_cases, min(size, n_cases), tuple(between))
-
-    def __str__(self) -> str:
-        n, size = f"{self.n_cases:,} edits", self.size
-        if self.kind == "single":
-            return f"{n}, each alone"
-        if self.kind == "sequential":
-            return f"{n}, one after another"
-        if self.kind == "batch_sequential":
-            return f"{n}, {size} after {size}"
-        return f"{n} at once" if size == self.n_cases else f"{n}, {size} at once"
+def _protocol_of(run: Run) -> Protocol:
+    """Return a run's protocol, settled; a manifest of an earlier version may have left something to it."""
+    kept, n_cases = run.manifest["protocol"], len(run.manifest["cases"])
+    between = tuple(c for c in kept["checkpoints"] if c < n_cases and not c % (kept["batch"] or 1))
+    return Protocol(kind=kept["kind"], batch=kept["batch"], checkpoints=between).settled(n_cases)
 
 
-def _names(protocols: Iterable[_Whole]) -> dict[_Whole, str]:
+def _in_words(protocol: Protocol) -> str:
+    """Return a settled protocol for reading, its checkpoints left out."""
+    n, size = f"{protocol.n:,} edits", protocol.batch
+    if protocol.kind == "single":
+        return f"{n}, each alone"
+    if protocol.kind == "sequential":
+        return f"{n}, one after another"
+    if protocol.kind == "batch_sequential":
+        return f"{n}, {size} after {size}"
+    return f"{n} at once" if size == protocol.n else f"{n}, {size} at once"
+
+
+def _names(protocols: Iterable[Protocol]) -> dict[Protocol, str]:
     """Return a protocol's name for reading, each its own: with checkpoints where others differ in nothing else."""
     protocols = list(protocols)
-    found = Counter(map(str, protocols))
+    found = Counter(map(_in_words, protocols))
     names = {}
     for protocol in protocols:
         listed = ", ".join(f"{c:,}" for c in protocol.checkpoints)
-        more = f" ({f'checkpoints {listed}' if listed else 'no checkpoints'})" if found[str(protocol)] > 1 else ""
-        names[protocol] = f"{protocol}{more}"
+        more = f" ({f'checkpoints {listed}' if listed else 'no checkpoints'})" if found[_in_words(protocol)] > 1 else ""
+        names[protocol] = f"{_in_words(protocol)}{more}"
     return names
 
 
