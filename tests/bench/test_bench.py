@@ -555,6 +555,7 @@ def test_one_of_several_models_is_chosen_by_label_or_place() -> None:
         ('name = "mine"', "name = mine", "not a readable TOML file"),
         ('kind = "sequential"', 'kind = "batch"', r"protocols\[0\]: batch restores after every call"),
         ("[measures]", '[[methods]]\nname = "jeep"\n[measures]', "two methods are called 'jeep'"),
+        ("[measures]", '[measures]\nidf = "idf.npy"', "measures: idf is only read beside snippets"),
     ],
 )
 def test_mistakes_in_a_specification_are_named(old: str, new: str, message: str, tmp_path: Path) -> None:

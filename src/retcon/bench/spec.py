@@ -237,9 +237,14 @@ class MeasureSpec:
     snippets: str | None = None
     """CounterFact's `attribute_snippets.json`, for consistency."""
     idf: str | None = None
-    """CounterFact's `idf.npy`; fitted on the snippets where none is given."""
+    """CounterFact's `idf.npy`, beside `vocabulary`; fitted on the snippets where none is given."""
     vocabulary: str | None = None
     """CounterFact's `tfidf_vocab.json`."""
+
+    def __post_init__(self) -> None:
+        for name in ("idf", "vocabulary"):
+            if getattr(self, name) is not None and self.snippets is None:
+                raise InvalidSetting(f"{name} is only read beside snippets, against which consistency is measured")
 
 
 MEASURE_FILES = ("snippets", "idf", "vocabulary")
