@@ -429,6 +429,43 @@ def test_an_error_says_which_format_was_taken_and_what_is_missing(
         read_cases(file([row]))
 
 
+@pytest.mark.parametrize(
+    ("fields", "format"),
+    [
+        ({"ground_truth": "Tom", "answers": ["Tom"], "loc": "who?", "loc_ans": "x"}, "counterfact-flat"),
+        ({"answers": ["Tom"], "rephrase": "Norr's mayor is"}, "edits"),
+        ({"alt": "Tom", "rephrase_prompt": "Norr's mayor is"}, "counterfact-flat"),
+        ({"question": "Who leads Norr?", "answer": "Tom", "sub_question": []}, "edits"),
+        ({"update": "Who leads Norr?", "ans": "Tom", "rephrase": "Norr's mayor is"}, "edits"),
+        ({"target": "Tom", "locality": [{"loc": "who?", "loc_ans": "x"}], "source": "NQ"}, "edits"),
+    ],
+)
+def test_target_new_is_what_is_written_whatever_else_a_row_has(
+    fields: dict[str, Any], format: str, file: Callable[..., Path]
+) -> None:
+    (case,), report = read_cases(file([{**GOOD, **fields}]))
+    assert (report.format, case.edits[0].statement) == (format, "The mayor of Norr is Ida")
+
+
+def test_a_file_with_target_new_is_not_read_as_one_that_has_none(file: Callable[..., Path]) -> None:
+    row = {"prompt": "The mayor of Norr is", "target_new": "Ida", "answers": ["Tom"], "rephrase": "Norr's mayor is"}
+    with pytest.raises(MalformedFile, match=r"is missing; its fields are .* Name the format if it is another"):
+        read_cases(file([row]))
+
+
+def test_objects_of_portability_do_not_make_a_fact_knowedit(file: Callable[..., Path]) -> None:
+    fact = {"prompt": "Q: Who leads Norr?\nA:\n", "subject": None, "target_new": "Ida"}
+    kinds = {"home": [{"prompt": "The river of Norr is", "answer": "Sel"}]}
+    for field in ("portability", "locality"):
+        (case,), report = read_cases(file([{**fact, field: kinds}]))
+        assert (report.format, case.edits[0].text, case.id) == ("edits", fact["prompt"], case.edits[0].id)
+        assert asked(case, field) == [(f"{field}.home", "The river of Norr is", "Sel")]
+    empty = {**GOOD, "portability": {"home": []}}
+    assert read_cases(file([empty]))[1].format == "edits"
+    published = {**GOOD, "portability": {"home": [{"prompt": "The river of Norr is", "ground_truth": [["Sel"]]}]}}
+    assert read_cases(file([empty, published]), limit=1)[1].format == "knowedit"
+
+
 def test_misspelt_fields_do_not_lead_to_another_format(file: Callable[..., Path]) -> None:
     row = {"Prompt": "Norr is in", "subject": "Norr", "target-new": "Velt", "target_true": "Sund"}
     wanted = r"facts \(edits\), of which the fields 'prompt' and 'target_new' are missing; its fields are Prompt, .*"

@@ -42,6 +42,9 @@ class Format:
     """Fields of the published files that nothing is made of; they are kept in `meta["extra"]`."""
     types: Mapping[str, type] = field(default_factory=dict)
     """What a field is, where another format has one of that name."""
+    signs: tuple[str, ...] = ()
+    """Fields of which it has one, of a row or of an item of its `portability` or `locality`, where all that it needs
+    may be another format's."""
     reader: Callable[..., Draft]
     settings: Mapping[str, str] = field(default_factory=dict)
     """The reader's own settings: their names here, and their names as the reader's arguments."""
@@ -56,9 +59,12 @@ class Format:
         return [group for group in self.needs if not any(name in found for name in group)]
 
     def fits(self, found: Mapping[str, Any]) -> bool:
-        """Return whether a file has every field it needs, each of its type."""
-        return not self.missing(found) and all(
-            not found.get(name) or isinstance(found[name], kind) for name, kind in self.types.items()
+        """Return whether a file has every field it needs, each of its type, and one of its signs."""
+        signs = {*found, *_item_fields(found.get("portability")), *_item_fields(found.get("locality"))}
+        return (
+            not self.missing(found)
+            and all(not found.get(name) or isinstance(found[name], kind) for name, kind in self.types.items())
+            and (not self.signs or not signs.isdisjoint(self.signs))
         )
 
     def likeness(self, found: Mapping[str, Any]) -> int:
@@ -141,6 +147,7 @@ FORMATS: Mapping[FormatName, Format] = {
             reads=("ground_truth", "rephrase_prompt", "rephrase"),
             carries=("cond",),
             types={"portability": dict, "locality": dict},
+            signs=("ground_truth", "rephrase_prompt", "rephrase", "concept", "labels"),
             reader=knowedit,
             settings={"answers": "answers"},
         ),
@@ -220,18 +227,22 @@ FORMATS: Mapping[FormatName, Format] = {
 def recognise(rows: Sequence[NumberedRow], path: object) -> FormatName:
     """Return the format that has the most of the file's fields, of those whose own fields are all there.
 
+    A format that does not read `target_new` writes another field's text, so it is none of a file that has that one.
+
     Raises:
         MalformedFile: none has; the message says which one comes closest and what it lacks.
     """
     found: dict[str, Any] = {}
     for _, record in rows:
         for name, value in record.items():
-            if not found.get(name):
+            held = found.get(name)
+            if not held or (isinstance(held, dict) and not any(held.values())):
                 found[name] = value
-    fitting = [f for f in FORMATS.values() if f.fits(found)]
+    able = [f for f in FORMATS.values() if "target_new" not in found or "target_new" in f.fields]
+    fitting = [f for f in able if f.fits(found)]
     if fitting:
         return max(fitting, key=lambda f: f.likeness(found)).name
-    nearest = max(FORMATS.values(), key=lambda f: (f.nearness(found), f.name == "edits"))
+    nearest = max(able, key=lambda f: (f.nearness(found), f.name == "edits"))
     shown = ", ".join(map(str, found)) or "(none)"
     missing, misspelt = nearest.missing(found), nearest.misspelt(found)
     if not missing:
@@ -253,6 +264,13 @@ def recognise(rows: Sequence[NumberedRow], path: object) -> FormatName:
         )
     known = "; ".join(f"{f.name} ({', '.join('/'.join(group[:2]) for group in f.needs)})" for f in FORMATS.values())
     raise MalformedFile(f"{path}: no known format; the rows have the fields {shown}. Known: {known}")
+
+
+def _item_fields(kinds: Any) -> set[str]:
+    """Return the names of the fields of the items in an object of lists by kind."""
+    lists = kinds.values() if isinstance(kinds, dict) else ()
+    items = (item for held in lists for item in (held if isinstance(held, list) else [held]))
+    return {name for item in items if isinstance(item, dict) for name in item}
 
 
 def _holders(rows: Sequence[NumberedRow]) -> str:
