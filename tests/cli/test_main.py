@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from retcon.cli import app
 from retcon.cli.shell import StageLog, spinner
 from retcon.errors import NonFinite, RetconWarning
 from retcon.lm.generate import Written
+from retcon.memory import defaults
+from retcon.memory.moments import Corpus
 from tests.cli.conftest import QUICK
 
 VERBS = [
@@ -119,6 +122,23 @@ def test_a_warning_is_one_line_and_said_once(cli: Callable[..., Any], monkeypatc
     result = cli("complete", "gptj", "I")
     assert result.stderr == "warning: mind the gap [1]\n"
     assert result.stdout == "I!\n"
+
+
+def test_ways_out_are_options(
+    cli: Callable[..., Any], here: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pickled := here / "pickled").mkdir()
+    for file in (models / "llama").iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, pickled)
+    (pickled / "pytorch_model.bin").touch()
+    said = cli("complete", "pickled", "The capital of France is", code=2).stderr
+    assert said.endswith("it holds pickled .bin weights only; convert them to safetensors\n")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    defaults.wikitext.cache_clear()
+    monkeypatch.setattr(defaults, "shipped_text", lambda: Corpus.from_file("corpus.txt"))
+    said = cli("moments", "llama", "--layers", "0").stderr
+    assert "is better: --corpus FILE\n" in said
 
 
 def test_interrupting_exits_with_130(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,6 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from retcon.errors import (
-    ConflictingEdits,
     DeltaNotApplied,
     InvalidEdit,
     InvalidSetting,
@@ -38,7 +37,6 @@ from retcon.errors import (
     RetconWarning,
     UnsupportedModel,
     UnusableRow,
-    WrongBase,
 )
 from retcon.escaping import is_text, json_text, printable
 from retcon.files import looks_like_path
@@ -449,15 +447,26 @@ class CommandGroup(TyperGroup):
                 raise _failed(f"{reason}. Try a narrower --dtype (bfloat16), or --device cpu.", 1) from None
 
 
-def _as_options(error: RetconError) -> str:
+_AS_OPTIONS = (
+    ("load with conflicts='drop' or 'last'", "keep one of them: --conflicts drop or last"),
+    ("pass other_base=True", "add --other-base,"),
+    ("case_target 'alt'", "--case-target alt"),
+    (", or pass allow_bin=True", ""),
+    (" (packed=True)", ""),
+    (" (chat=True)", ""),
+    (" (moments=CorpusMoments(Corpus.from_file(PATH)))", ""),
+)
+"""What messages say to who works in Python, and what the command line says for it."""
+
+
+def _as_options(message: Exception | str) -> str:
     """Return the message with the way out in the command line's words."""
-    if isinstance(error, UnusableRow):
-        return f"{error.problem}. Mend the row, or leave such rows out: --on-error skip"
-    if isinstance(error, ConflictingEdits):
-        return str(error).replace("load with conflicts='drop' or 'last'", "keep one of them: --conflicts drop or last")
-    if isinstance(error, WrongBase):
-        return str(error).replace("pass other_base=True", "add --other-base,")
-    return str(error).replace("case_target 'alt'", "--case-target alt")
+    if isinstance(message, UnusableRow):
+        return f"{message.problem}. Mend the row, or leave such rows out: --on-error skip"
+    text = str(message)
+    for python, option in _AS_OPTIONS:
+        text = text.replace(python, option)
+    return text
 
 
 def _failed(message: str, code: int) -> typer.Exit:
@@ -480,7 +489,7 @@ def _shown_once(others: Callable[..., None]) -> Callable[..., None]:
             others(message, category, *place, **more)
         elif str(message) not in seen:
             seen.add(str(message))
-            _say("warning", "yellow", str(message))
+            _say("warning", "yellow", _as_options(message))
 
     return show
 

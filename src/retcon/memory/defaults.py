@@ -44,8 +44,8 @@ def default_moments(lm: LM) -> CorpusMoments:
     except TooFewTokens as error:
         warnings.warn(
             f"second moments come from the small text that ships with retcon, for {error}. Text of the kind that the "
-            "model should go on treating as before is better: --corpus FILE, in Python "
-            "moments=CorpusMoments(Corpus.from_file(PATH))",
+            "model should go on treating as before is better: --corpus FILE "
+            "(moments=CorpusMoments(Corpus.from_file(PATH)))",
             RetconWarning,
             stacklevel=2,
         )
