@@ -29,11 +29,11 @@ from typing import Any
 import retcon
 from benchmarks.common import add_dataset, add_places, cases_of, estimated, machine, moments_of
 from retcon.attachment import Attachment
+from retcon.drawing import figure, save
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
 from retcon.evaluation.summary import CaseMean
 from retcon.lm.model import LM
-from retcon.locate.figures import figure, save
 from retcon.methods.common.contract import Method
 from retcon.methods.kne import Kne
 

@@ -32,6 +32,7 @@ from typing import Any
 import retcon
 from benchmarks.common import add_dataset, cases_of, estimated, jeep_of, machine, moments_of, ranks
 from retcon.cli.probe.shared import rounded
+from retcon.drawing import figure, save
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.lm.model import LM
@@ -137,7 +138,7 @@ def draw(
     name: str, advice: Advice, seen: dict[str, dict[str, list[float]]], rows: list[dict[str, Any]], out: str
 ) -> None:
     """Score over position above, evidence over position below, advised positions hatched."""
-    made, axes = figures.figure(2, 2, 7.6, 5.2, sharex="col", height_ratios=[3, 2])
+    made, axes = figure(2, 2, 7.6, 5.2, sharex="col", height_ratios=[3, 2])
     styles = {"preset": dict(color="black", marker="o"), "none": dict(color="0.5", marker="s", linestyle="--")}
     for i, (group, choice) in enumerate((("low", advice.low), ("high", advice.high))):
         upper, lower = axes[:, i]
@@ -190,7 +191,7 @@ def draw(
     for upper in axes[0]:  # above the panel, where it hides no point
         upper.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     made.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    for path in figures.save(made, out, title=name):
+    for path in save(made, out, title=name):
         print(f"written {path}")
 
 

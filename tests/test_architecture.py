@@ -23,6 +23,7 @@ LEVELS = [
         "escaping",
         "seed",
         "files",
+        "drawing",
         "pages",
         "chat",
         "edits",
@@ -44,7 +45,7 @@ LEVELS = [
     {"cli", "__main__"},
 ]
 BASE = [
-    *("errors", "version", "work", "escaping", "seed", "files", "pages", "chat"),
+    *("errors", "version", "work", "escaping", "seed", "files", "drawing", "pages", "chat"),
     *("edits", "checked", "attachment", "delta"),
 ]
 """The order inside the first level; `world` may use the first three."""

@@ -19,12 +19,12 @@ from retcon.bench.report.page import page
 from retcon.bench.report.plots import pictures_of
 from retcon.cli.shell import PlainTextConsole, _say, console, emit, styled
 from retcon.delta import Delta
+from retcon.drawing import figure, save
 from retcon.edits import Edit, Query
 from retcon.escaping import csv_cell, json_text, latex, markdown, one_line, plain_texts, printable
 from retcon.evaluation.safety import Answer, Example, Verdict
 from retcon.evaluation.summary import Summary
 from retcon.export.card import model_card
-from retcon.locate.figures import figure, save
 from retcon.store.history import Entry, State
 from retcon.store.verify import Check, Verification
 from retcon.workflow.checking import write_verdict

@@ -20,7 +20,7 @@ from retcon.bench.report.facts import fact_tables
 from retcon.bench.report.names import distinct
 from retcon.bench.report.page import page
 from retcon.bench.report.plots import Picture, pictures_of
-from retcon.errors import InvalidSetting
+from retcon.errors import MissingPackage
 from retcon.evaluation.records import Record, write_records
 from tests.evaluation.test_results import axis
 
@@ -429,7 +429,7 @@ def test_without_matplotlib_it_is_said(bench: Bench, monkeypatch: pytest.MonkeyP
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InvalidSetting, match=r"pip install 'retcon-lm\[plot\]'"):
+    with pytest.raises(MissingPackage, match=r"pip install 'retcon-lm\[plot\]'"):
         pictures_of(groups_of(bench))
 
 

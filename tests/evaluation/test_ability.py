@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import retcon
-from retcon.errors import InvalidSetting, NotEditable
+from retcon.errors import InvalidSetting, MissingPackage, NotEditable
 from retcon.evaluation.ability import ability
 from retcon.lm.model import LM
 
@@ -110,7 +110,7 @@ def test_errors_say_what_to_do(
     harness["act"] = lambda: None  # another process than the one that reports
     assert ability(lm, ["sst2"]) == []
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(InvalidSetting, match=r"pip install 'retcon-lm\[ability\]'"):
+    with pytest.raises(MissingPackage, match=r"pip install 'retcon-lm\[ability\]'"):
         ability(lm, ["sst2"])
 
 

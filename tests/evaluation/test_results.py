@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from retcon.errors import InvalidSetting, MalformedFile
+from retcon.errors import MalformedFile, MissingPackage
 from retcon.evaluation import Evaluation, Interval, Record, ci_case, ci_wilson
 
 FIELDS: dict[str, Any] = dict(
@@ -332,5 +332,5 @@ def test_records_as_a_pandas_table(monkeypatch: pytest.MonkeyPatch) -> None:
     Evaluation(THREE, {"model": "m"}).frame()
     assert seen["r"][0] == {"model": "m", **THREE[0]._asdict()}
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(InvalidSetting, match=r"frame\(\) needs pandas"):
+    with pytest.raises(MissingPackage, match=r"frame\(\) needs pandas"):
         Evaluation(THREE).frame()

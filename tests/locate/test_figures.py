@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from retcon.drawing import figure, save
 from retcon.errors import MissingPackage
 from retcon.lm.model import LM
 from retcon.locate import Tracing, WordSets, advise, causal_trace, contrast_probe, figures
@@ -38,13 +39,13 @@ def drawn(still: Callable[[str], LM]) -> dict[str, Any]:
 
 def test_all_are_drawn_and_the_same_every_time(drawn: dict[str, Any], tmp_path: Path) -> None:
     for name, made in drawn.items():
-        written = figures.save(made, tmp_path / name)
+        written = save(made, tmp_path / name)
         assert [p.suffix for p in written] == [".png", ".svg"]
         first = [p.read_bytes() for p in written]
         assert first[0].startswith(b"\x89PNG")
         assert b"<svg" in first[1]
         if name in ("contrast", "trace"):
-            assert [p.read_bytes() for p in figures.save(made, tmp_path / name)] == first
+            assert [p.read_bytes() for p in save(made, tmp_path / name)] == first
 
 
 def test_axes_name_layers_tokens_and_curves(drawn: dict[str, Any]) -> None:
@@ -67,4 +68,4 @@ def test_axes_name_layers_tokens_and_curves(drawn: dict[str, Any]) -> None:
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingPackage, match=r"pip install 'retcon-lm\[plot\]'"):
-        figures.figure(1, 1, 2, 2)
+        figure(1, 1, 2, 2)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from retcon.checked import as_bytes
-from retcon.errors import InvalidSetting, NotEditable, how_to_install
+from retcon.errors import InvalidSetting, MissingPackage, NotEditable, how_to_install
 from retcon.evaluation.records import Record, When, whole_model_record
 from retcon.lm.model import LM
 
@@ -43,13 +43,14 @@ def ability(
         limit: items per leaf task (for `mmlu`: per subject); None takes all.
 
     Raises:
-        InvalidSetting: the package is missing, or a task is unknown to it.
+        MissingPackage: lm-eval is not installed.
+        InvalidSetting: a task is unknown to it.
         NotEditable: the harness changed the model's weights.
     """
     try:
         harness, models = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
     except ImportError:
-        raise InvalidSetting(
+        raise MissingPackage(
             f"general ability needs the package lm-eval ({how_to_install('ability')}); without it, perplexity "
             "(text) and locality say what is left of the model"
         ) from None

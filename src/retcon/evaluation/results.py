@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from retcon.errors import InvalidSetting
+from retcon.errors import MissingPackage
 from retcon.evaluation.intervals import N_RESAMPLES
 from retcon.evaluation.records import Record, read_records, write_records
 from retcon.evaluation.score import TokenScore
@@ -51,12 +51,12 @@ class Evaluation:
         """Return the records as a pandas table, a row each, with the context's columns first.
 
         Raises:
-            InvalidSetting: pandas is not installed.
+            MissingPackage: pandas is not installed.
         """
         try:
             pandas = import_module("pandas")
         except ImportError:
-            raise InvalidSetting(
+            raise MissingPackage(
                 "evaluation.frame() needs pandas, which is not installed (pip install pandas); without it, "
                 "evaluation.records holds the same rows and evaluation.write(PATH) writes them as JSON lines"
             ) from None

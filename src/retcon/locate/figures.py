@@ -1,17 +1,9 @@
-"""Pictures of what the probes found, readable without colour. Needs matplotlib (`pip install 'retcon-lm[plot]'`).
+"""Pictures of what the probes found, readable without colour; `retcon.drawing.save` writes them."""
 
-Nothing here touches matplotlib's global state: figures are made without pyplot and saved with their own settings.
-"""
-
-import io
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retcon.errors import MissingPackage, how_to_install
-from retcon.escaping import plain_texts, printable
-from retcon.files import write_atomically
+from retcon.drawing import figure
 from retcon.lm.prompts import Where
 from retcon.locate.advice import Advice, Choice
 from retcon.locate.contrast import Contrast, Quantity
@@ -21,7 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 110
 STYLES: dict[str, dict[str, Any]] = {
     "original": dict(color="black", linestyle="-", marker="o", label="original answer"),
     "target": dict(color="0.45", linestyle="--", marker="s", label="target answer"),
@@ -43,42 +34,6 @@ KINDS: dict[RestoredKind, str] = {
 }
 LEAST_DRAWN = 1e-12
 """Least probability at which a logarithmic axis begins."""
-
-
-def figure(n_rows: int, n_columns: int, width: float, height: float, **options: Any) -> tuple["Figure", Any]:
-    """Return an empty figure of that many inches and its axes, an array of rows.
-
-    Raises:
-        MissingPackage: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPackage(f"figures need matplotlib, which is not installed: {how_to_install('plot')}") from None
-    made = Figure(figsize=(width, height), layout="constrained")
-    return made, made.subplots(n_rows, n_columns, squeeze=False, **options)
-
-
-def save(made: "Figure", stem: str | os.PathLike[str], *, title: str | None = None) -> list[Path]:
-    """Write `stem`.png and `stem`.svg, the same bytes for the same figure."""
-    from matplotlib import rc_context
-
-    if title:
-        made.suptitle(title, fontsize=10)
-    plain_texts(made)
-    if made.get_layout_engine() is not None:  # it would move things a little at each drawing
-        made.draw_without_rendering()
-        made.set_layout_engine("none")
-    written = []
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "retcon", "text.parse_math": False}):
-        for kind, about in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-            buffer = io.BytesIO()
-            made.savefig(buffer, format=kind, dpi=DPI, metadata=about)
-            path = Path(f"{stem}.{kind}")
-            drawn = buffer.getvalue()
-            write_atomically(path, drawn if kind == "png" else printable(drawn.decode()).encode())
-            written.append(path)
-    return written
 
 
 # --- contrast ----------------------------------------------------------------------------------------------------

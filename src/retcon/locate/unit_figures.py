@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from retcon.locate.figures import figure
+from retcon.drawing import figure
 from retcon.locate.paths import Transmission
 
 if TYPE_CHECKING:

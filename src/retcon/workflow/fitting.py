@@ -84,7 +84,7 @@ def draw_curve(fitted: Fitted, stem: Path) -> list[Path]:
     Raises:
         MissingPackage: matplotlib is not installed.
     """
-    from retcon.locate.figures import figure, save
+    from retcon.drawing import figure, save
 
     made, axes = figure(1, 1, 4.8, 3.0)
     axis = axes[0, 0]

@@ -1,17 +1,14 @@
 """Pictures of a benchmark, with matplotlib (the extra `plot`), as SVG texts."""
 
-import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from retcon.bench.report.curves import curves
 from retcon.bench.report.groups import Group, Number, blocks
 from retcon.bench.report.names import distinct, slug
-from retcon.errors import InvalidSetting, how_to_install
-from retcon.escaping import plain_texts, printable
+from retcon.drawing import drawn, figure
 from retcon.evaluation.records import Record
 from retcon.evaluation.summary import main_variant
 
@@ -45,7 +42,7 @@ def pictures_of(groups: Sequence[Group]) -> list[Picture]:
     """Return every picture that the runs have the numbers for.
 
     Raises:
-        InvalidSetting: matplotlib is not installed.
+        MissingPackage: matplotlib is not installed.
     """
     draws: list[Callable[[Sequence[Group], Places], list[Picture]]] = [
         trade_off,
@@ -70,7 +67,7 @@ def trade_off(groups: Sequence[Group], places: Places) -> list[Picture]:
                     points.append((places[g.method], g.method, x, y))
             if not points:
                 continue
-            figure, axes = _figure(5.2, 4.5)
+            made, axes = _figure(5.2, 4.5)
             for place, name, x, y in points:
                 axes.errorbar(
                     100 * x.value,
@@ -86,10 +83,10 @@ def trade_off(groups: Sequence[Group], places: Places) -> list[Picture]:
                 limits(max(ends[0], -3), min(ends[1], 103))  # a margin for the marks at 0 and 100
             axes.set_xlabel("LS: neighbours that keep their answer, %")
             axes.set_ylabel("GS: paraphrases that give the new one, %")
-            _legend(figure, axes, 4)
+            _legend(made, axes, 4)
             title = f"Generalisation against locality: {model}, {dataset}, {protocol}"
             alt = "; ".join(f"{n}: LS {100 * x.value:.1f}, GS {100 * y.value:.1f}" for _, n, x, y in points)
-            pictures.append(_done(figure, f"trade-off-{model}-{dataset}-{protocol}", title, alt))
+            pictures.append(_done(made, f"trade-off-{model}-{dataset}-{protocol}", title, alt))
     return pictures
 
 
@@ -98,7 +95,7 @@ def scaling(groups: Sequence[Group], places: Places) -> list[Picture]:
     shaded."""
     pictures = []
     for curve in curves(groups):
-        figure, panels = _figure(9, 2.9, columns=4)
+        made, panels = _figure(9, 2.9, columns=4)
         numbers = [x for x, _, _ in curve.points]
         for axes, name in zip(panels, ("Score", "ES", "GS", "LS"), strict=True):
             for i, (line, points) in enumerate(curve.lines.items()):
@@ -108,9 +105,9 @@ def scaling(groups: Sequence[Group], places: Places) -> list[Picture]:
                 axes.set_xscale("log")
             axes.set_title(name, fontsize=10)
             axes.set_xlabel(curve.x)
-        _legend(figure, panels[0], 8)
+        _legend(made, panels[0], 8)
         alt = f"Four line plots of Score, ES, GS and LS against {curve.x} for {', '.join(curve.lines)}"
-        pictures.append(_done(figure, curve.name, curve.title, alt))
+        pictures.append(_done(made, curve.name, curve.title, alt))
     return pictures
 
 
@@ -121,7 +118,7 @@ def retention(groups: Sequence[Group], places: Places) -> list[Picture]:
     for model, protocol, block in blocks(sequential):
         for dataset in dict.fromkeys(g.dataset for g in block):
             own = [g for g in block if g.dataset == dataset]
-            figure, panels = _figure(9, 3.9, columns=3)
+            made, panels = _figure(9, 3.9, columns=3)
             for axes, name in zip(panels, ("ES", "GS", "LS"), strict=True):
                 for group in own:
                     kept, place = _kept(group, name), places[group.method]
@@ -133,13 +130,13 @@ def retention(groups: Sequence[Group], places: Places) -> list[Picture]:
                 axes.set_title(name, fontsize=10)
                 axes.set_xlabel("edits so far")
                 axes.set_ylim(-3, 103)
-            _legend(figure, panels[0], 6, title="all so far; dotted: just made")
+            _legend(made, panels[0], 6, title="all so far; dotted: just made")
             title = f"What is left of the edits: {model}, {dataset}, {protocol}"
             alt = "; ".join(
                 f"{g.method}: ES {_last(_right_after(g, 'ES'))} right after, {_last(_kept(g, 'ES'))} at the end"
                 for g in own
             )
-            pictures.append(_done(figure, f"retention-{model}-{dataset}-{protocol}", title, alt))
+            pictures.append(_done(made, f"retention-{model}-{dataset}-{protocol}", title, alt))
     return pictures
 
 
@@ -156,7 +153,7 @@ def relations(groups: Sequence[Group], places: Places) -> list[Picture]:
             shown = sorted(counted, key=lambda r: -counted[r])[:MAX_RELATIONS]
             if len(shown) < 2:
                 continue
-            figure, panels = _figure(9, 1.3 + 0.27 * len(shown), columns=2, sharey=True)
+            made, panels = _figure(9, 1.3 + 0.27 * len(shown), columns=2, sharey=True)
             for axes, name in zip(panels, ("GS", "LS"), strict=True):
                 for place, group in enumerate(own):
                     values = _by_relation(group, name)
@@ -169,10 +166,10 @@ def relations(groups: Sequence[Group], places: Places) -> list[Picture]:
                 axes.set_xlabel(f"{name}, %")
                 axes.set_xlim(-3, 103)
             panels[0].invert_yaxis()
-            _legend(figure, panels[1], 6)
+            _legend(made, panels[1], 6)
             title = f"By relation: {model}, {dataset}, {protocol}"
             alt = f"GS and LS of {', '.join(g.method for g in own)} for {', '.join(shown)}"
-            pictures.append(_done(figure, f"relations-{model}-{dataset}-{protocol}", title, alt))
+            pictures.append(_done(made, f"relations-{model}-{dataset}-{protocol}", title, alt))
     return pictures
 
 
@@ -183,7 +180,7 @@ def times(groups: Sequence[Group], places: Places) -> list[Picture]:
         found = [(g.method, s) for g in block if (s := g.seconds_per_edit()) is not None]
         if len(found) < 2:
             continue
-        figure, axes = _figure(5.2, 1.1 + 0.3 * len(found))
+        made, axes = _figure(5.2, 1.1 + 0.3 * len(found))
         colours = [COLOURS[places[method] % len(COLOURS)] for method, _ in found]
         axes.barh(range(len(found)), [s for _, s in found], color=colours, height=0.6)
         axes.set_yticks(range(len(found)), [method for method, _ in found])
@@ -191,7 +188,7 @@ def times(groups: Sequence[Group], places: Places) -> list[Picture]:
         axes.set_xlabel("seconds per edit")
         title = f"Time: {model}, {protocol}"
         alt = "; ".join(f"{method}: {seconds:.3f} s" for method, seconds in found)
-        pictures.append(_done(figure, f"time-{model}-{protocol}", title, alt))
+        pictures.append(_done(made, f"time-{model}-{protocol}", title, alt))
     return pictures
 
 
@@ -244,27 +241,22 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
 # --- drawing -----------------------------------------------------------------------------------------------------
 
 
-def _legend(figure: Any, axes: Any, ncols: int, title: str | None = None) -> None:
+def _legend(made: Any, axes: Any, ncols: int, title: str | None = None) -> None:
     """Say what the lines of `axes` are, below the panels, where it hides none."""
     handles, labels = axes.get_legend_handles_labels()
     place: dict[str, Any] = dict(loc="outside lower center", ncols=ncols)
-    figure.legend(handles, labels, frameon=False, fontsize=8, title=title, title_fontsize=7, **place)
+    made.legend(handles, labels, frameon=False, fontsize=8, title=title, title_fontsize=7, **place)
 
 
 def _figure(width: float, height: float, *, columns: int = 1, **more: Any) -> tuple[Any, Any]:
-    """Return a figure without pyplot, so that nothing global is touched."""
-    try:
-        made = import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
-        import_module("matplotlib.backends.backend_svg")
-    except ImportError:
-        raise InvalidSetting(f"pictures need matplotlib: {how_to_install('plot')}; or leave them out") from None
-    axes = made.subplots(1, columns, **more)
-    for each in axes if columns > 1 else [axes]:
+    """Return a figure and its axes, an array where there are several."""
+    made, axes = figure(1, columns, width, height, **more)
+    for each in axes[0]:
         each.grid(True, color="#e2e8f0", lw=0.6)
         each.set_axisbelow(True)
         for side in ("top", "right"):
             each.spines[side].set_visible(False)
-    return made, axes
+    return made, axes[0] if columns > 1 else axes[0, 0]
 
 
 def _line(axes: Any, points: Sequence[tuple[float, Number]], place: int, label: str) -> None:
@@ -289,21 +281,8 @@ def _within(percent: float) -> float:
     return min(100.0, max(0.0, percent))
 
 
-_LOOK = {
-    "svg.hashsalt": "retcon",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "text.parse_math": False,  # of ticks, which are made while drawing
-}
-
-
-def _done(figure: Any, name: str, title: str, alt: str) -> Picture:
+def _done(made: Any, name: str, title: str, alt: str) -> Picture:
     """Return the picture with its title inside, so that it says what it is of wherever it is pasted."""
-    out = io.StringIO()
-    figure.suptitle(textwrap.fill(title, int(15 * figure.get_figwidth())), fontsize=9)
-    plain_texts(figure)
-    matplotlib = import_module("matplotlib")
-    with matplotlib.rc_context(_LOOK):
-        figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
-    svg = printable(out.getvalue())
+    made.suptitle(textwrap.fill(title, int(15 * made.get_figwidth())), fontsize=9)
+    svg = drawn(made, "svg", transparent=True).decode()
     return Picture(slug(name), title, alt, svg[svg.index("<svg") :])

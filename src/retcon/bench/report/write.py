@@ -40,7 +40,7 @@ def write_report(
 
     Raises:
         MalformedFile: no benchmark, or none of its runs is finished.
-        InvalidSetting: pictures are wanted and matplotlib is missing.
+        MissingPackage: pictures are wanted and matplotlib is missing.
     """
     bench = read_bench(directory)
     place = Path(out) if out is not None else Path(directory) / "report"

@@ -69,10 +69,10 @@ def left_out(skipped: Mapping[str, str]) -> str:
 
 
 def write_figures(stem: str, figures: Mapping[str, "Figure"], record: Mapping[str, Any]) -> list[Path]:
-    """Return the figures as `stem``suffix`.png and .svg, their numbers as `stem`.json; the paths written."""
+    """Write the figures as `stem``suffix`.png and .svg, their numbers as `stem`.json; return the paths."""
     import json
 
-    from retcon.locate.figures import save
+    from retcon.drawing import save
 
     with spinner("drawing"):
         written = [path for suffix, made in figures.items() for path in save(made, stem + suffix)]
