@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of
+from benchmarks.common import add_dataset, add_places, cases_of, machine, moments_of
 from retcon.edits import Case
 from retcon.errors import RetconWarning
 from retcon.evaluation.score import Item, score
@@ -64,6 +64,7 @@ def explained(effects: Tensor, scores: Tensor) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_places(parser)
+    add_dataset(parser)
     parser.add_argument("--n", type=int, default=50)
     args = parser.parse_args()
     if args.n < LEAST_FACTS:
@@ -81,7 +82,7 @@ def main() -> None:
     before = torch.stack([probabilities(lm, cases[t.id]) for t in traces])
     by_layer = []
     for layer in range(lm.n_layers):
-        rome = retcon.method("rome", for_model=lm, layer=layer)
+        rome = retcon.method("rome", for_model=lm, dataset=args.dataset, layer=layer)
         after = []
         for trace in traces:
             with warnings.catch_warnings():  # of changes too large: some layers need them
