@@ -11,7 +11,7 @@ from retcon.chat import Chat
 from retcon.edits import Case, Edit, Query, write_cases
 from retcon.errors import DeltaMismatch, InvalidEdit, InvalidSetting, OutOfMemory, UnsupportedModel
 from retcon.methods.common.choosing import method
-from retcon.methods.common.fine_tuning import _earlier, add_decay, project, shrink
+from retcon.methods.common.fine_tuning import _as_tensor, _earlier, add_decay, project, shrink
 from retcon.methods.ft import Ft
 from retcon.methods.ft_l import FtL
 from retcon.methods.ft_wd import FtWd
@@ -231,6 +231,22 @@ def test_replay_reads_back_edits_without_a_subject_and_in_a_chat(tiny):
     first = replaying.propose(lm, [plain, asked])
     assert _earlier(first.state, []) == [plain, asked]
     assert len(replaying.propose(lm, [Edit("I read", None, "the", id="third")], state=first.state).report) == 1
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        Edit("{} has the capital", "France", "Rome", relation_id="P36"),
+        Edit("the Capital of  {} is", "france", "Rome"),
+        Edit("The capital of France is", None, "Rome"),
+    ],
+)
+def test_replay_forgets_an_answer_that_a_new_edit_takes_the_place_of(now):
+    relation = now.relation_id
+    before = Edit("The capital of {} is", "France", "Paris", relation_id=relation)
+    other = Edit("The capital of {} is", "Italy", "Zürich", relation_id=relation)
+    state = {"edits": _as_tensor([before, other])}
+    assert _earlier(state, [now]) == [other]
 
 
 def test_an_edit_may_be_left_alone_by_its_paraphrases(tiny, edit, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retcon.delta import Delta
-from retcon.edits import Edit, edit_record
+from retcon.edits import Edit, edit_record, same_question
 from retcon.errors import DeltaMismatch, InvalidSetting
 from retcon.evaluation.datasets import read_cases
 from retcon.lm.model import LM, Site
@@ -316,12 +316,12 @@ def _as_tensor(edits: Sequence[Edit]) -> Tensor:
 
 
 def _earlier(state: State | None, edits: Sequence[Edit]) -> list[Edit]:
-    """Return the edits of a state that are not among the new ones' prompts."""
+    """Return the edits of a state whose question none of the new ones asks, in these or in other words."""
     if not state:
         return []
     try:
         kept = [Edit(**fields) for fields in json.loads(bytes(state["edits"].tolist()))]
     except (KeyError, ValueError, TypeError) as error:
         raise DeltaMismatch(f"the state given holds no edits of fine-tuning ({error}); leave it out") from None
-    new = {edit.text for edit in edits}
-    return [edit for edit in kept if edit.text not in new]
+    texts, questions = {edit.text for edit in edits}, set(map(same_question, edits))
+    return [edit for edit in kept if edit.text not in texts and same_question(edit) not in questions]
