@@ -13,6 +13,7 @@ from retcon.errors import InvalidSetting
 from retcon.lm.forward import Point, activations
 from retcon.lm.prompts import pad
 from retcon.locate.neurons import attribute_neurons
+from retcon.memory.contexts import Contexts
 from retcon.methods.kn import Kn, coarse, refine
 from retcon.training.objective import answer_rows
 
@@ -115,6 +116,16 @@ def test_the_change_is_turned_round_for_units_that_are_negative(tiny, edit):
         for j in columns(lm, signed, i)
     ]
     assert set(products) <= {1.0, -1.0}
+
+
+@pytest.mark.parametrize("name", ["kn", "ft"])
+def test_no_more_prefixes_are_asked_for_than_are_sampled(name, tiny, edits):
+    settings = dict(n_points=1) if name == "kn" else dict(layers=(1,), epochs=1)
+    method, lm = retcon.method(name, n_prefixes=6, **settings), tiny("gpt2")
+    with pytest.raises(InvalidSetting, match=f"^{name}: n_prefixes is 6, and 5 prefixes are sampled"):
+        method.propose(lm, edits[:1])
+    many = Contexts(tuple(f"I read {word}. " for word in ("the", "a", "an", "one", "two", "three", "four")))
+    assert method.propose(lm, edits[:1], contexts=many).contexts == many.prefixes[:6]
 
 
 def test_without_an_old_answer_the_model_s_own_is_taken(tiny, edits):

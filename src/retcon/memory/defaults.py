@@ -6,11 +6,11 @@ from functools import cache
 from weakref import WeakKeyDictionary
 
 from retcon import world
-from retcon.errors import RetconWarning, TooFewTokens
+from retcon.errors import InvalidSetting, RetconWarning, TooFewTokens
 from retcon.lm.load import DEMO
 from retcon.lm.model import LM
 from retcon.lm.tokenizer import chat_hash
-from retcon.memory.contexts import Contexts, ContextStyle, sample_contexts
+from retcon.memory.contexts import STARTS, Contexts, ContextStyle, sample_contexts
 from retcon.memory.moments import Corpus, CorpusMoments
 
 SHIPPED_MOMENTS = "moments.safetensors"
@@ -27,6 +27,22 @@ def default_contexts(lm: LM, seed: int, style: ContextStyle = "memit") -> Contex
     if key not in known:
         known[key] = sample_contexts(lm, seed=seed, style=style)
     return known[key]
+
+
+def first_prefixes(method: str, lm: LM, n: int, contexts: Contexts | None, seed: int) -> tuple[str, ...]:
+    """Return `n` prefixes of the contexts given, or as many as they have; None: of the model's default ones.
+
+    Raises:
+        InvalidSetting: `n` is more than are sampled.
+    """
+    if n == 0:
+        return ()
+    if contexts is None and n > len(STARTS):
+        raise InvalidSetting(
+            f"{method}: n_prefixes is {n}, and {len(STARTS)} prefixes are sampled; set it to {len(STARTS)} at most, or "
+            "in Python hand over contexts that have more"
+        )
+    return (contexts or default_contexts(lm, seed)).prefixes[:n]
 
 
 def default_moments(lm: LM) -> CorpusMoments:

@@ -19,7 +19,7 @@ from retcon.errors import InvalidSetting
 from retcon.lm.model import LM, require_lm
 from retcon.locate.neurons import Grid, Neuron, attribute_neurons
 from retcon.memory.contexts import Contexts
-from retcon.memory.defaults import default_contexts
+from retcon.memory.defaults import first_prefixes
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import (
@@ -54,7 +54,7 @@ class Kn(Method):
     threshold: NotNegative = 0.2
     """t: a prompt's coarse set is what scores at least t times its highest score."""
     n_prefixes: CountFromZero = 4
-    """Further prompts for each fact, with a sampled prefix before each."""
+    """Further prompts for each fact, with a sampled prefix before each; five are sampled."""
     share: float = 0.7
     """r: share of a fact's prompts in whose coarse sets a unit must be; moved by 0.05, up to six times, until two to
     five units are left. From three prompts on; below, the mean score is thresholded."""
@@ -102,7 +102,7 @@ class Kn(Method):
 
         Raises:
             InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
-            InvalidSetting: the end of a turn is asked for, which is not trained.
+            InvalidSetting: the end of a turn is asked for, which is not trained; or more prefixes than are sampled.
             NotEditable: a down-projection that must not be edited.
             NonFinite: an attribution overflows.
         """
@@ -114,7 +114,7 @@ class Kn(Method):
             lm.check_editable(site.name)
         if not edits:
             return lm.delta({}, **recorded(self, lm, edits, seed=seed))
-        prefixes = (contexts or default_contexts(lm, seed)).prefixes[: self.n_prefixes] if self.n_prefixes else ()
+        prefixes = first_prefixes(self.name, lm, self.n_prefixes, contexts, seed)
         old = self._old(lm, edits)
         moved: dict[MlpUnit, Tensor] = {}
         for done, (edit, before, units) in enumerate(self._located(lm, edits, old, prefixes), 1):

@@ -20,7 +20,7 @@ from retcon.evaluation.datasets import read_cases
 from retcon.lm.model import LM, Site
 from retcon.lm.prompts import Row, encode
 from retcon.memory.contexts import Contexts
-from retcon.memory.defaults import default_contexts
+from retcon.memory.defaults import first_prefixes
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State, check_depth
@@ -75,7 +75,8 @@ class FineTuning(TuningSettings):
     """File of cases with the edits' paraphrases: an edit is left alone once its mean loss over them is below
     `stop_loss`. A paraphrase that ended a training measures nothing any more."""
     n_prefixes: CountFromZero = 0
-    """Further prompts for each edit, with a sampled prefix before each; an edit's loss is the mean over its prompts."""
+    """Further prompts for each edit, with a sampled prefix before each, of which there are five; an edit's loss is the
+    mean over its prompts."""
     replay: bool = False
     """In a sequence, train on the edits so far (`state`) together with the new ones."""
 
@@ -132,8 +133,8 @@ class FineTuning(TuningSettings):
 
         Raises:
             InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
-            InvalidSetting: a layer or matrix the model does not have; or the end of a turn is asked for, which
-                `prompt_last` does not train.
+            InvalidSetting: a layer or matrix the model does not have; more prefixes than are sampled; or the end of a
+                turn is asked for, which `prompt_last` does not train.
             OutOfMemory: weights, gradients, Adam's moments and copies do not fit.
             NonFinite: the model gives an edit no finite probability.
         """
@@ -143,7 +144,7 @@ class FineTuning(TuningSettings):
             if not edits:
                 return run.delta()
             everything = [*edits, *_earlier(state, edits)] if self.replay else [*edits]
-            prefixes = (contexts or default_contexts(lm, seed)).prefixes[: self.n_prefixes] if self.n_prefixes else ()
+            prefixes = first_prefixes(self.name, lm, self.n_prefixes, contexts, seed)
             ended = run.train(
                 parts,
                 edits=everything,
