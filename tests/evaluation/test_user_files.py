@@ -341,6 +341,45 @@ def test_a_table_is_read_as_json_is(file: Callable[..., Path]) -> None:
     assert loose.edits[0].subject is None
 
 
+def as_table(row: dict[str, Any], path: Path) -> Path:
+    """The row as a table's, with lists and objects as JSON."""
+    with open(path, "w", encoding="utf-8", newline="") as stream:
+        table = csv.DictWriter(stream, list(row))
+        table.writeheader()
+        table.writerow({n: json.dumps(v) if isinstance(v, list | dict) else v for n, v in row.items()})
+    return path
+
+
+@pytest.mark.parametrize("path", [*SHAPES.values(), *FIXTURES.parent.glob("*.json*")], ids=lambda p: p.name)
+def test_a_table_holds_the_lists_of_any_format(path: Path, file: Callable[..., Path], tmp_path: Path) -> None:
+    if path.suffix not in (".json", ".jsonl"):
+        pytest.skip("is a table")
+    for _, row in read_json_rows(path):
+        if (read := read_cases(file([row]), on_error="skip"))[0]:
+            (wanted,), report = read
+            (found,), again = read_cases(as_table(row, tmp_path / "rows.csv"))
+            assert again.format == report.format
+            assert (found.queries, [e.text for e in found.edits]) == (wanted.queries, [e.text for e in wanted.edits])
+
+
+@pytest.mark.parametrize("cell", ["['a', 'b']", "[\u201ca\u201d]", '["a", "b', "{'k': [{'prompt': 'a'}]}", "[['a']]"])
+@pytest.mark.parametrize("column", ["paraphrases", "portability", "neighbors"])
+def test_a_cell_that_is_a_list_in_another_notation_is_refused(
+    cell: str, column: str, file: Callable[..., Path]
+) -> None:
+    content = f'prompt,subject,target_new,{column}\n{{}} is,Norr,x,"{cell.replace(chr(34), chr(34) * 2)}"\n'
+    message = rf"row 2: column '{column}' holds .* is no JSON; write it as JSON, with straight double quotes"
+    with pytest.raises(UnusableRow, match=message):
+        read_cases(file(content, "rows.csv"))
+
+
+def test_cells_of_text_stay_text(file: Callable[..., Path]) -> None:
+    content = 'prompt,subject,target_new,paraphrases\nThe list of Norr is,Norr,"[""a"", 1]","[1] {} is"\n'
+    (case,), _ = read_cases(file(content, "rows.csv"))
+    assert case.edits[0].target_new == '["a", 1]'
+    assert asked(case, "paraphrase") == [("paraphrase", "[1] Norr is", '["a", 1]')]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -28,7 +28,7 @@ from retcon.evaluation.datasets.rows import (
     read_drafts,
     sha256_of,
 )
-from retcon.evaluation.datasets.tables import read_rows
+from retcon.evaluation.datasets.tables import is_table, json_or_text, read_rows
 from retcon.evaluation.datasets.zsre import PromptStyle
 from retcon.files import NumberedRow
 
@@ -102,10 +102,12 @@ def read_cases(
     if bad and not rows:
         row, problem = bad[0]
         raise MalformedFile(f"{path}, row {row}: {problem}; no other row can be read either")
-    chosen = format or recognise(rows, path)
+    table = is_table(path)
+    guessed = [(n, {k: json_or_text(cell) for k, cell in row.items()}) for n, row in rows] if table else rows
+    chosen = format or recognise(guessed, path)
     unknown: Counter[str] = Counter()
     own = dict(case_target=case_target, prompt_style=prompt_style, answers=answers, prompting=prompting)
-    parse, settings = reader(chosen, own, unknown)
+    parse, settings = reader(chosen, own, unknown, table=table)
     drafts = read_drafts(path, rows, bad, parse, chosen, options)
     if chosen == "edits":
         without_partial_rivals(drafts)

@@ -14,6 +14,7 @@ from retcon.evaluation.datasets.mquake import Prompting, mquake
 from retcon.evaluation.datasets.own import own, plain
 from retcon.evaluation.datasets.ripple import AXES, ripple
 from retcon.evaluation.datasets.rows import Answers, CaseTarget, Draft, FormatName, Parser
+from retcon.evaluation.datasets.tables import with_lists
 from retcon.evaluation.datasets.zsre import PromptStyle, zsre
 from retcon.files import NumberedRow
 
@@ -45,6 +46,8 @@ class Format:
     signs: tuple[str, ...] = ()
     """Fields of which it has one, of a row or of an item of its `portability` or `locality`, where all that it needs
     may be another format's."""
+    lists: tuple[str, ...]
+    """Fields that may be a list or an object; a table's cell holds one text, or JSON."""
     reader: Callable[..., Draft]
     settings: Mapping[str, str] = field(default_factory=dict)
     """The reader's own settings: their names here, and their names as the reader's arguments."""
@@ -99,6 +102,10 @@ FORMATS: Mapping[FormatName, Format] = {
                 *("single_hops", "new_single_hops", "orig"),
             ),
             types={"requested_rewrite": list},
+            lists=(
+                *("requested_rewrite", "questions", "answer_alias", "answer_extended", "new_answer_alias"),
+                *("single_hops", "new_single_hops", "orig"),
+            ),
             reader=mquake,
             settings={"prompting": "prompting"},
         ),
@@ -112,6 +119,10 @@ FORMATS: Mapping[FormatName, Format] = {
             ),
             carries=("pararel_idx",),
             types={"requested_rewrite": dict},
+            lists=(
+                *("requested_rewrite", "paraphrase_prompts", "neighborhood_prompts", "attribute_prompts"),
+                *("generation_prompts", "portability"),
+            ),
             reader=native,
             settings={"case_target": "target"},
         ),
@@ -121,6 +132,7 @@ FORMATS: Mapping[FormatName, Format] = {
             needs=(("edit",), tuple(AXES)),
             reads=("example_type",),
             types={"edit": dict},
+            lists=("edit", *AXES),
             reader=ripple,
         ),
         Format(
@@ -129,6 +141,7 @@ FORMATS: Mapping[FormatName, Format] = {
             needs=(("update",), ("subject",), ("ans",)),
             reads=("rephrase", "personas", "mhop", "mhop_ans", "loc", "loc_ans", "tag", "portability"),
             carries=("ground_truth", "relation", "object", "subject_id", "relation_id", "object_id"),
+            lists=("rephrase", "personas", "mhop_ans", "loc_ans", "portability"),
             reader=wikibigedit,
         ),
         Format(
@@ -137,6 +150,7 @@ FORMATS: Mapping[FormatName, Format] = {
             needs=(("src", "prompt"), ("answers", "ans", "alt"), ("src", "rephrase", "rephrase_prompt", "loc")),
             reads=("subject", "loc_ans", "portability"),
             carries=("pred", "cond"),
+            lists=("answers", "rephrase", "rephrase_prompt", "loc", "loc_ans", "portability"),
             reader=zsre,
             settings={"case_target": "target", "prompt_style": "style"},
         ),
@@ -148,6 +162,7 @@ FORMATS: Mapping[FormatName, Format] = {
             carries=("cond",),
             types={"portability": dict, "locality": dict},
             signs=("ground_truth", "rephrase_prompt", "rephrase", "concept", "labels"),
+            lists=("target_new", "ground_truth", "rephrase_prompt", "rephrase", "portability", "locality"),
             reader=knowedit,
             settings={"answers": "answers"},
         ),
@@ -157,6 +172,7 @@ FORMATS: Mapping[FormatName, Format] = {
             needs=(("prompt",), ("subject",), ("target",), ("locality",)),
             reads=("rephrase", "source", "portability"),
             types={"locality": list},
+            lists=("rephrase", "portability", "locality"),
             reader=qaedit,
         ),
         Format(
@@ -164,6 +180,7 @@ FORMATS: Mapping[FormatName, Format] = {
             title="CKnowEdit",
             needs=(("prompt",), ("target_new",), ("target_old",)),
             reads=("subject", "rephrase", "portability", "locality"),
+            lists=("rephrase", "portability", "locality"),
             reader=cknowedit,
         ),
         Format(
@@ -171,6 +188,7 @@ FORMATS: Mapping[FormatName, Format] = {
             title="UnKE",
             needs=(("question",), ("answer",)),
             reads=("subject", "para_question", "sub_question", "sub_answer", "portability"),
+            lists=("para_question", "sub_question", "sub_answer", "portability"),
             reader=unke,
         ),
         Format(
@@ -178,6 +196,7 @@ FORMATS: Mapping[FormatName, Format] = {
             title="FastEdit",
             needs=(("prompt",), ("subject",), ("target",)),
             reads=("queries", "portability"),
+            lists=("queries", "portability"),
             reader=fastedit,
         ),
         Format(
@@ -186,6 +205,7 @@ FORMATS: Mapping[FormatName, Format] = {
             needs=(("edits",), ("queries",)),
             reads=("dataset", "meta", "delta"),  # the last of them names what a store wrote the fact with
             types={"edits": list, "queries": list},
+            lists=("edits", "queries", "meta"),
             reader=own,
         ),
         Format(
@@ -205,6 +225,7 @@ FORMATS: Mapping[FormatName, Format] = {
                 ),
                 *("portability", "locality", "alt"),
             ),
+            lists=("chat", "paraphrases", "neighbors", "neighbours", "portability", "locality"),
             reader=plain,
             settings={"case_target": "target"},
         ),
@@ -215,6 +236,10 @@ FORMATS: Mapping[FormatName, Format] = {
             reads=(
                 *("ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth", "alt"),
                 *("portability", "portability_prompt", "portability_ground_truth", "case_id"),
+            ),
+            lists=(
+                *("target_new", "ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth"),
+                *("portability", "portability_ground_truth"),
             ),
             reader=flat,
             settings={"case_target": "target"},
@@ -289,8 +314,13 @@ def _holders(rows: Sequence[NumberedRow]) -> str:
     return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
-def reader(format: FormatName, given: Mapping[str, str], counts: Counter[str]) -> tuple[Parser, dict[str, str]]:
+def reader(
+    format: FormatName, given: Mapping[str, str], counts: Counter[str], *, table: bool = False
+) -> tuple[Parser, dict[str, str]]:
     """Return the reader of a format with its settings, and those settings by name; `counts` gets the unknown fields.
+
+    Args:
+        table: the rows are a table's, whose lists are JSON in cells.
 
     Raises:
         InvalidSetting: no such format, or a value that a setting of it does not have.
@@ -308,6 +338,8 @@ def reader(format: FormatName, given: Mapping[str, str], counts: Counter[str]) -
     known_fields = {*chosen.fields, *chosen.carries}
 
     def read(record: Mapping[str, Any], where: str, row: int) -> Draft:
+        if table:
+            record = with_lists(record, chosen.lists, where)
         made = parse(record, where, row)
         extra = {name: value for name, value in record.items() if name not in chosen.fields}
         counts.update(name for name in extra if name not in known_fields)

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import os
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from retcon.errors import MalformedFile
@@ -11,12 +13,14 @@ from retcon.files import NumberedRow, read_json_rows, read_text
 
 ENDINGS = (".csv", ".tsv")
 """How the names of tables end; every other file is JSON."""
-NESTED = ("chat", "paraphrases", "neighbors", "neighbours", "portability", "locality", "queries", "answers")
-"""Columns whose cells may hold JSON, for a list or an object in a single cell."""
+_MEANT_AS_JSON = re.compile(r"\s*[\[{][\[{\s]*[\"'\u2018\u2019\u201c\u201d\u201e\u00ab]")
+"""How a cell begins that is a list or an object, in JSON or in another notation: brackets, then a quote."""
 
 
 def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = None) -> list[NumberedRow]:
     """(row number, object) of a file; a table's rows are numbered as a spreadsheet does, its header being row 1.
+
+    A table's cells are text, those that are empty None; `with_lists` reads what they hold.
 
     Args:
         bad: gets (row number, what is wrong) of the rows that cannot be read; None refuses the file for the first.
@@ -24,7 +28,7 @@ def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = 
     Raises:
         MalformedFile: the file, or one of its rows, cannot be read.
     """
-    if not str(path).lower().endswith(ENDINGS):
+    if not is_table(path):
         return read_json_rows(path, bad)
     text = read_text(path)
     head = text.lstrip().split("\n", 1)[0]
@@ -50,7 +54,7 @@ def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = 
                 bad.append((number, problem))
             else:
                 cells += [""] * (len(names) - len(cells))
-                rows.append((number, {n: _cell(n, cell) for n, cell in zip(names, cells, strict=True)}))
+                rows.append((number, {n: cell if cell.strip() else None for n, cell in zip(names, cells, strict=True)}))
     except csv.Error as error:
         raise MalformedFile(
             f"{path}, row {number + 1}: not a valid table ({error}); a quote inside a quoted cell is written twice"
@@ -72,15 +76,36 @@ def _names(path: str | os.PathLike[str], cells: list[str]) -> list[str]:
     return names
 
 
-def _cell(name: str, text: str) -> Any:
-    """None for an empty cell; the list, object or truth value where one may be and is."""
-    if not text.strip():
-        return None
-    if name == "chat" and text.strip().lower() in ("true", "false"):  # as a spreadsheet writes them
-        return text.strip().lower() == "true"
-    if name in NESTED and text.lstrip()[0] in "[{":
-        try:
-            return json.loads(text)
-        except (RecursionError, ValueError):
-            return text
-    return text
+def is_table(path: str | os.PathLike[str]) -> bool:
+    return str(path).lower().endswith(ENDINGS)
+
+
+def with_lists(record: Mapping[str, Any], columns: Collection[str], where: str) -> dict[str, Any]:
+    """Return a table's row with the lists, the objects and the truth values that the cells of `columns` hold as JSON.
+
+    Raises:
+        MalformedFile: a cell that begins like a list of texts or an object and is no JSON; `where` names file and row.
+    """
+    return {name: _opened(name, cell, where) if name in columns else cell for name, cell in record.items()}
+
+
+def json_or_text(cell: str | None) -> Any:
+    """Return the list or object that a cell holds as JSON, else the cell."""
+    if cell is None or not cell.lstrip().startswith(("[", "{")):
+        return cell
+    try:
+        return json.loads(cell)
+    except (RecursionError, ValueError):
+        return cell
+
+
+def _opened(name: str, cell: str | None, where: str) -> Any:
+    if name == "chat" and cell and cell.strip().lower() in ("true", "false"):  # as a spreadsheet writes them
+        return cell.strip().lower() == "true"
+    found = json_or_text(cell)
+    if isinstance(found, str) and _MEANT_AS_JSON.match(found):
+        raise MalformedFile(
+            f"{where}: column {name!r} holds {found:.60}, which begins like a list or an object and is no JSON; write "
+            "it as JSON, with straight double quotes"
+        )
+    return found
