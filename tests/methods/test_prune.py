@@ -1,6 +1,7 @@
 """PRUNE's identities (float64)."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,50 @@ def test_all_live_deltas_become_one_whose_spectrum_is_held_down(tiny, edits):
     assert equal(weights(lm), edited)
     lm.revert_all()
     assert equal(weights(lm), before)
+
+
+def held_down(delta, base, alpha=math.e):
+    """The restraint of one matrix, from its definition."""
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    return u * restrain(s, float(torch.linalg.matrix_norm(base, 2)), alpha) @ vh
+
+
+def test_each_expert_is_held_against_its_own_base(tiny, edits):
+    """Spec 2.9: each edited matrix separately."""
+    lm = tiny("mixtral")
+    edits = [replace(edit, prompt="You know {}") for edit in edits[:2]]
+    moments = random_moments(lm, kinds=(), experts=True)
+    before = weights(lm)
+    written = prune().wrapped.propose(lm, edits, contexts=CONTEXTS, moments=moments)
+    lm.apply(written)
+    for _ in range(2):  # the second time from one change of the whole tensor
+        delta = propose(prune(), lm, [])
+        for name, lowered in delta.provenance["singular_values_restrained"].items():
+            whole, held = total(lm, [written], name), total(lm, [delta], name)
+            n = 0
+            for e, base in enumerate(before[name]):
+                assert_close(held[e], held_down(whole[e], base))
+                n += int((torch.linalg.svdvals(whole[e]) > torch.linalg.matrix_norm(base, 2)).sum())
+            assert lowered == n > 1
+        lm.revert_all()
+        written = lm.delta({name: [Dense(full=total(lm, [written], name))] for name in written.changes})
+        lm.apply(written)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("as_region", [True, False])
+def test_a_projection_of_a_fused_parameter_is_held_against_its_own_base(as_region, family, tiny, randn):
+    lm = tiny(family)
+    site = lm.site(1, "v_proj")
+    left, right = 30 * randn(site.shape[0], 2), randn(2, site.shape[1])
+    change = site.stored(left, right) if as_region else site.stored_dense(left @ right)
+    lm.apply(lm.delta({site.name: [change]}))
+    delta = propose(prune(), lm, [])
+    held = total(lm, [delta], site.name)
+    lm.revert_all()
+    base = site.weight.clone()
+    lm.apply(lm.delta({site.name: [Dense(full=held)]}))
+    assert_close(site.weight - base, held_down(left @ right, base))
 
 
 def test_edits_given_are_written_by_the_host_first(tiny, edits):

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from retcon.delta import Dense, Region
 from retcon.errors import InvalidSetting
-from retcon.methods.rect import Rect, by_matrix
+from retcon.methods.common.wrappers import by_matrix
+from retcon.methods.rect import Rect
 from tests.conftest import everyday, random_moments
 from tests.methods.common import CONTEXTS, SEARCH, same
 
@@ -139,12 +140,15 @@ def test_changes_of_one_matrix_are_filtered_as_their_sum(tiny, randn):
     whole, two, one = randn(*w.shape), randn(*w.shape[1:]), randn(*w.shape[1:])
     expert = Region(0, 2, 3)
     changes = [Dense(region=expert, full=one), Dense(region=Region(0, 0, 1), full=one), Dense(region=expert, full=two)]
-    first, second = (rect().kept(lm, name, of_one, 20.0) for of_one in by_matrix(changes))
+    first, second = (rect().kept(lm, name, of_one, 20.0) for of_one in by_matrix(changes, w.shape))
     assert (first.region, second.region) == (Region(0, 0, 1), expert)
     assert_close(second.dense(w.shape)[2], rect().filtered(one + two, w[2], 20.0))
-    (of_all,) = by_matrix([*changes, Dense(full=whole)])  # regions overlap: one matrix
-    total = sum(change.dense(w.shape) for change in of_all)
-    assert_close(rect().kept(lm, name, of_all, 20.0).dense(w.shape), rect().filtered(total, w, 20.0))
+    of_all = by_matrix([*changes, Dense(full=whole)], w.shape)  # regions overlap: the sum is taken apart by expert
+    total = sum(change.dense(w.shape) for change in [*changes, Dense(full=whole)])
+    for e, of_one in enumerate(of_all):
+        assert_close(rect().kept(lm, name, of_one, 20.0).dense(w.shape)[e], rect().filtered(total[e], w[e], 20.0))
+    (of_all,) = by_matrix([Dense(region=Region(0, 0, 2), full=one), Dense(full=two)], two.shape)  # one matrix
+    assert len(of_all) == 2
 
 
 def test_in_the_loop_later_layers_make_up_for_it(tiny, edits):

@@ -5,7 +5,7 @@ Ma et al. 2024, arXiv:2405.16821, section 4; symbols as there. Departures: docs/
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +23,7 @@ from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State, recorded, recorded_settings
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.sequence import combined
-from retcon.methods.common.wrappers import Filter
+from retcon.methods.common.wrappers import Filter, by_matrix, edited_matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,9 @@ class Prune(Filter):
         restrained: dict[str, int] = {}
         for name in names:
             own = [change for part in parts for change in part.changes.get(name, ())]
-            changes[name], restrained[name] = self._restrained(lm, name, own)
+            of_each = [self._restrained(lm, name, of_one) for of_one in by_matrix(own, lm.shape_of(name))]
+            changes[name] = [change for held, _ in of_each for change in held]
+            restrained[name] = sum(n for _, n in of_each)
         edits = [edit for part in parts for edit in part.edits]
         made = recorded(self, lm, edits, seed=seed) if fresh is None else {"provenance": dict(fresh.provenance)}
         about = {"method": "prune", "settings": recorded_settings(self), "singular_values_restrained": restrained}
@@ -108,19 +110,22 @@ class Prune(Filter):
         return lm.delta(changes, report=report, **kept)
 
     def _restrained(self, lm: LM, name: str, changes: Sequence[Change]) -> tuple[Sequence[Change], int]:
-        """Return the sum of a parameter's changes after the restraint, and how many singular values it lowered."""
-        base = lm.base_weight(name)
+        """Return the sum of one matrix's changes after the restraint, and how many singular values it lowered."""
+        matrix = edited_matrix(lm, name, changes, lm.base_weight(name))
+        base = matrix.weight
+        if matrix.counted is not None:
+            base = torch.where(matrix.counted.to(base.device), base, 0)
         if base.dim() != 2:
             return combined(changes, base.shape), 0
         where = float64_place(lm.parameter(name).device, max(base.shape))
-        u, s, vh = singular_values(changes, base.shape, where)
+        u, s, vh = singular_values(matrix.changes, base.shape, where)
         sigma = torch.linalg.matrix_norm(base.to(where, torch.float64), ord=2)
         above = int((s > sigma).sum())
         if not above:
             return combined(changes, base.shape), 0
         dtype = torch.promote_types(base.dtype, torch.float32)
         left = u * restrain(s, float(sigma), self.alpha, self.restraint, guard=self.guard)
-        return (smallest(left.to("cpu", dtype), vh.to("cpu", dtype)),), above
+        return (replace(smallest(left.to("cpu", dtype), vh.to("cpu", dtype)), region=matrix.region),), above
 
 
 def restrain(

@@ -5,17 +5,16 @@ Gu et al. 2024, arXiv:2401.04700, section 5. Departures: docs/methods/rect.md.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from retcon.delta import Change, Delta, Dense, Entries, Region, disjoint_regions
+from retcon.delta import Change, Delta, Dense, Entries, Region
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
-from retcon.lm.site import Site, SiteName
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.place import float64_place
@@ -23,7 +22,7 @@ from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State, recorded_settings
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.settings import NotNegative
-from retcon.methods.common.wrappers import Filter
+from retcon.methods.common.wrappers import Filter, by_matrix, edited_matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ class Rect(Filter):
         changes = delta.changes
         if not self.in_loop:
             changes = {
-                name: tuple(self.kept(lm, name, of_one, k) for of_one in by_matrix(own))
+                name: tuple(self.kept(lm, name, of_one, k) for of_one in by_matrix(own, lm.shape_of(name)))
                 for name, own in changes.items()
             }
         filtered = lm.delta(changes, report=delta.report, state=delta.state, **record)
@@ -104,20 +103,16 @@ class Rect(Filter):
 
     def kept(self, lm: LM, name: str, changes: Sequence[Change], keep_percent: float) -> Change:
         """Return what is written in place of the changes of one matrix in a parameter: their sum, filtered."""
-        weight = lm.parameter(name).detach()
-        region = changes[0].region if len({c.region for c in changes}) == 1 else None
-        own = weight if region is None else changes[0].part_of(weight)
-        inside = [change if region is None else replace(change, region=None) for change in changes]
+        matrix = edited_matrix(lm, name, changes, lm.parameter(name).detach())
+        own, counted = matrix.weight, matrix.counted
         update = torch.zeros(own.shape, dtype=changes[0].values().dtype, device=changes[0].values().device)
-        for change in inside:
+        for change in matrix.changes:
             change.add_to(update)
-        whole = own.dim() == 2 and (region is None or weight.dim() == 3)  # not a projection by itself
-        counted = counted_entries(inside, own.shape, projections(lm, name)) if whole else None
         if counted is None:
             update = self.filtered(update, own, keep_percent)
         else:
             update[counted] = self.filtered(update[counted], own[counted.to(own.device)], keep_percent)
-        return as_change(update, region)
+        return as_change(update, matrix.region)
 
     def filtered(self, update: Tensor, weight: Tensor, keep_percent: float) -> Tensor:
         """`update` with all but its relatively largest entries zero; any orientation."""
@@ -140,43 +135,6 @@ class Rect(Filter):
         equal = (relative == smallest_kept).nonzero()[:, 0]
         chosen[equal[: wanted - int(chosen.sum())]] = True  # of equals, the first
         return chosen
-
-
-def by_matrix(changes: Sequence[Change]) -> list[list[Change]]:
-    """Return the changes of one parameter, grouped by the matrix in it that they are of: a projection of a fused
-    parameter, or one expert's. Where regions overlap, all are of one matrix, the parameter."""
-    regions = disjoint_regions(changes)
-    return [list(changes)] if regions is None else [[c for c in changes if c.region == part] for part in regions]
-
-
-def projections(lm: LM, name: str) -> list[Site]:
-    """Return the projections that share a parameter, of experts those of the first; none where it is not fused."""
-    found: list[Site] = []
-    for layer in range(lm.n_layers):
-        if not name.startswith(lm.layout.block.format(layer) + "."):
-            continue
-        for kind in get_args(SiteName):
-            if lm.parameter(name).dim() == 3:
-                found += lm.expert_sites(layer, kind)[:1] if kind in ("gate_proj", "up_proj", "down_proj") else []
-            elif lm.has(layer, kind):
-                found.append(lm.site(layer, kind))
-    return [site for site in found if site.name == name and site.rows is not None]
-
-
-def counted_entries(changes: Sequence[Change], shape: torch.Size, fused: Sequence[Site]) -> Tensor | None:
-    """Return the entries of those fused projections that the changes can touch; None: they are not confined to any."""
-    if not fused:
-        return None
-    touched = torch.zeros(shape, device=changes[0].values().device)
-    for change in changes:
-        ones: dict[str, Any] = {n: torch.ones_like(t) for n, t in change.tensors().items() if t.is_floating_point()}
-        replace(change, **ones).add_to(touched)
-    counted = torch.zeros(shape, dtype=torch.bool, device=touched.device)
-    for site in fused:
-        seen, taken = (t.T if site.transposed else t for t in (touched, counted))
-        if bool(seen[site.rows].any()):
-            taken[site.rows] = True
-    return None if bool(counted.all()) or bool((touched != 0)[~counted].any()) else counted
 
 
 def as_change(update: Tensor, region: Region | None = None) -> Change:
