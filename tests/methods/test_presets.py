@@ -86,12 +86,13 @@ def test_published_figures(name, preset, wanted):
 def test_a_filters_host_gets_its_own_preset_and_what_is_given_over_it(tiny, monkeypatch):
     monkeypatch.setattr("retcon.methods.common.presets.signature", lambda lm: dict(_models()["gpt-j-6b"]))
     chosen = method("rect", for_model=tiny("llama"), base_settings=dict(moment_weight=7.0))
-    assert (chosen.base_method, chosen.keep_percent) == ("memit", 40.0)
+    assert (chosen.base_method, chosen.keep_percent) == ("memit", None)
     assert chosen.base_settings["layers"] == (3, 4, 5, 6, 7, 8)
     assert chosen.base_settings["moment_weight"] == 7.0
     other = method("rect", for_model=tiny("llama"), base_method="rome")
     assert other.base_settings["layer"] == 5
     assert not other.supports_batches
+    assert other.keep_percent is None  # k follows from the base method, which need not be the preset's
 
 
 @pytest.mark.parametrize("n_layers", [2, 4, 6, 12, 28, 32, 48, 80])
