@@ -17,7 +17,7 @@ from retcon.edits import Case, Edit
 from retcon.store import Entry, Store
 from retcon.store.index import fact_line
 from retcon.web.app import make_app
-from retcon.web.session import Job, Session
+from retcon.web.session import N_JOBS, Job, Session
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = '<img src=x onerror="document.title=1"> {} {{ 7*7 }} "\' is'
@@ -147,6 +147,34 @@ def test_edit_look_undo_verify_export(served: Served, browser: Any, tmp_path: Pa
     page.locator("#commands", has_text="retcon revert --fact").wait_for(timeout=SECONDS)
     assert problems == []
     assert served.lm.applied == ()
+
+
+def counting(session: Session, name: str = "count") -> Job:
+    """A job that reports its progress ten times a second, for long."""
+
+    def count(lm: Any, job: Job) -> str:
+        for i in range(999):
+            session.heard(job)("counting", i, 999)
+            time.sleep(0.1)
+        return "counted"
+
+    return session.submit(name, count)
+
+
+def test_a_slow_press_cancels(served: Served, browser: Any) -> None:
+    page = browser.new_context().new_page()
+    page.goto(f"{served.address}/?token=secret")
+    cancel = page.get_by_role("button", name="Cancel")
+    cancel.wait_for(state="hidden", timeout=SECONDS)
+    first, waiting = counting(served.session, "first"), counting(served.session, "second")
+    page.locator("#job progress[value]").wait_for(timeout=SECONDS)
+    cancel.focus()
+    page.wait_for_timeout(500)
+    assert cancel.evaluate("button => button === document.activeElement")
+    cancel.click(delay=500)
+    wait_for_job(page, "second", "cancelled")
+    assert (first.state, waiting.state) == ("cancelled", "cancelled")
+    cancel.wait_for(state="hidden", timeout=SECONDS)
 
 
 def test_hostile_text_stays_text(served: Served, browser: Any) -> None:
@@ -286,7 +314,7 @@ def test_who_may_not_ask_is_told_why(served: Served) -> None:
 
 def done(job: Job) -> Job:
     deadline = time.monotonic() + SECONDS / 1000
-    while job.state in ("waiting", "running") and time.monotonic() < deadline:
+    while not job.ended and time.monotonic() < deadline:
         time.sleep(0.02)
     return job
 
@@ -357,25 +385,25 @@ def test_a_cancelled_edit_changes_nothing(served: Served) -> None:
     blocker = session.submit("wait", wait)
     job = session.edit()
     job.cancel = True
-    deadline = time.monotonic() + 60
-    while job.state in ("waiting", "running") and time.monotonic() < deadline:
-        time.sleep(0.02)
+    done(job)
     assert (blocker.state, job.state) == ("done", "cancelled")
-
-    def count(lm: Any, job: Job) -> str:
-        for i in range(999):
-            session.heard(job)("counting", i, 999)
-            time.sleep(0.05)
-        return "counted"
-
-    running = session.submit("long", count)
+    running = counting(session)
     time.sleep(0.2)
     session.cancel()
-    while running.state in ("waiting", "running") and time.monotonic() < deadline:
-        time.sleep(0.02)
+    done(running)
     assert running.state == "cancelled"
     assert served.store.log() == log
     session.clear()
+
+
+def test_jobs_that_have_not_ended_are_kept(served: Served) -> None:
+    session = served.session
+    jobs = [counting(session) for _ in range(N_JOBS + 5)]
+    assert session.jobs[-len(jobs) :] == jobs
+    session.cancel()
+    assert [done(job).state for job in jobs] == ["cancelled"] * len(jobs)
+    done(session.submit("last", lambda lm, job: ""))
+    assert len(session.jobs) == N_JOBS + 1
 
 
 def test_the_port_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 JobState = Literal["waiting", "running", "done", "failed", "cancelled"]
 N_JOBS, N_ANSWERS = 20, 12
-"""Jobs and answers that are remembered."""
+"""Jobs that have ended and answers that are remembered."""
 
 
 class Cancelled(BaseException):
@@ -50,6 +50,11 @@ class Job:
     message: str = ""
     seconds: float = 0.0
     cancel: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether it neither waits nor runs."""
+        return self.state not in ("waiting", "running")
 
     @property
     def percent(self) -> int | None:
@@ -178,7 +183,8 @@ class Session:
     def submit(self, name: str, run: "Callable[[LM, Job], str]") -> Job:
         """Add a job."""
         job = Job(name, run)
-        self.jobs = [*self.jobs[-N_JOBS:], job]
+        n_ended = sum(job.ended for job in self.jobs)  # the first ones: jobs are done in order
+        self.jobs = [*self.jobs[max(0, n_ended - N_JOBS) :], job]
         self._queue.put(job)
         self.changed()
         return job
@@ -207,7 +213,7 @@ class Session:
     def cancel(self) -> None:
         """Cancel whatever runs or waits."""
         for job in self.jobs:
-            if job.state in ("waiting", "running"):
+            if not job.ended:
                 job.cancel = True
         self.changed()
 
@@ -220,7 +226,7 @@ class Session:
     @property
     def busy(self) -> bool:
         """Whether a job runs or waits."""
-        return any(job.state in ("waiting", "running") for job in self.jobs)
+        return any(not job.ended for job in self.jobs)
 
     # --- facts ---------------------------------------------------------------------------------------------------
 
