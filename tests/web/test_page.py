@@ -281,9 +281,9 @@ def test_many_facts_come_by_the_hundred_are_filtered_and_sorted(
 # --- without a browser -------------------------------------------------------------------------------------------
 
 
-def fetch(served: Served, path: str, *, method: str = "GET", **headers: str) -> tuple[int, str]:
+def fetch(served: Served, path: str, *, method: str = "GET", body: str = "", **headers: str) -> tuple[int, str]:
     connection = HTTPConnection("127.0.0.1", served.socket.getsockname()[1], timeout=60)
-    connection.request(method, path, headers=headers)
+    connection.request(method, path, body, headers)
     found = connection.getresponse()
     text = found.read().decode()
     connection.close()
@@ -317,6 +317,20 @@ def done(job: Job) -> Job:
     while not job.ended and time.monotonic() < deadline:
         time.sleep(0.02)
     return job
+
+
+@pytest.mark.parametrize("broken", ["<<<<<<< HEAD\n", "{}\n", "\xff"])
+def test_a_log_that_cannot_be_read_is_named(served: Served, tmp_path: Path, broken: str, monkeypatch: Any) -> None:
+    store = with_many_facts(tmp_path / "many", served, 2)
+    monkeypatch.setattr(served.session, "store", store)
+    log = store.path / "log.jsonl"
+    log.write_bytes(broken.encode("latin-1") + log.read_bytes())
+    cookie = {"Cookie": f"retcon-token-{served.socket.getsockname()[1]}=secret"}
+    for path in ("/", "/?at=HEAD~1", "/panel/state", "/panel/facts"):
+        status, text = fetch(served, path, **cookie)
+        assert status == 200 and 'role="alert"' in text and "log.jsonl" in text
+    status, text = fetch(served, "/do/add", method="POST", body="facts=a+%7C++%7C+b", **cookie)
+    assert status == 200 and "log.jsonl" in text
 
 
 def test_commands_name_the_state_that_was_shown(served: Served, tmp_path: Path) -> None:

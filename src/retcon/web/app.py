@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import (
@@ -54,9 +55,17 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
     # a fact's id is any text, and htmx looks for elements by selectors, in which most of it would have a meaning
     pages.filters["element_id"] = lambda text: hashlib.sha256(str(text).encode()).hexdigest()[:16]
 
+    def part(name: str, **more: Any) -> Markup:
+        """Return a panel, or why what it shows cannot be read."""
+        try:
+            return Markup(pages.get_template(f"{name}.html").render(session=session, **more))
+        except (RetconError, OSError) as error:
+            return Markup(pages.get_template("problem.html").render(problem=str(error)))
+
+    pages.globals["panel"] = part
+
     def show(template: str, **more: Any) -> Response:
-        html = pages.get_template(template).render(session=session, **more)
-        return HTMLResponse(html, headers=_HEADERS)
+        return HTMLResponse(pages.get_template(template).render(session=session, **more), headers=_HEADERS)
 
     def guarded(view: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def run(request: Request) -> Response:
@@ -78,7 +87,7 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
         if at is not None:
             try:
                 session.view(None if at == "HEAD" else at)
-            except RetconError as error:
+            except (RetconError, OSError) as error:
                 problem = str(error)
         if "token" in request.query_params:  # out of the address bar, into a cookie
             response: Response = RedirectResponse(
@@ -95,9 +104,11 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
         name, asked = request.path_params["name"], request.query_params
         if name == "facts":
             rows = asked.get("rows", "")
-            found = session.facts(asked.get("words", ""), asked.get("order", ""), int(rows) if rows.isdecimal() else 0)
-            return show("facts.html", found=found)
-        return show(f"{name}.html") if name in PANELS else PlainTextResponse("no such panel", status_code=404)
+            wanted = asked.get("words", ""), asked.get("order", ""), int(rows) if rows.isdecimal() else 0
+            return HTMLResponse(part(name, wanted=wanted), headers=_HEADERS)
+        if name not in PANELS:
+            return PlainTextResponse("no such panel", status_code=404)
+        return HTMLResponse(part(name), headers=_HEADERS)
 
     async def act(request: Request) -> Response:
         """Do one action of the form; what goes wrong at once is shown beside it."""
@@ -110,7 +121,7 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
             return PlainTextResponse("no such action", status_code=404)
         try:
             said = action(session, form)
-        except RetconError as error:
+        except (RetconError, OSError) as error:
             return show("said.html", said=str(error), bad=True)
         return show("said.html", said=said or "", bad=False)
 
