@@ -139,7 +139,15 @@ def test_edit_look_undo_verify_export(served: Served, browser: Any, tmp_path: Pa
     assert served.store.facts() == []
     second.goto(f"{served.address}{link}")  # the link shows the state that was undone
     second.locator("#fingerprint", has_text=fingerprint).wait_for(timeout=SECONDS)
-    second.get_by_role("button", name="Back to now").click()
+    page.locator("#state input:not(:checked)").wait_for(timeout=SECONDS)  # and in this browser alone
+    assert second.get_by_role("switch").is_checked()
+    assert second.get_by_role("switch").is_disabled()
+    second.get_by_label("Prompt", exact=True).fill("Geneva lies within the borders of the")
+    second.get_by_role("button", name="Ask").click()
+    second.locator("#replies mark", has_text="Norway").wait_for(timeout=SECONDS)
+    second.get_by_role("link", name="Back to now").click()
+    second.locator("#state input:not(:checked)").wait_for(timeout=SECONDS)
+    assert "at=" not in second.url
     page.get_by_role("switch").check()
     page.locator("#fingerprint", has_text=fingerprint).wait_for(timeout=SECONDS)
     page.get_by_role("button", name="Undo Geneva").click()
@@ -328,9 +336,9 @@ def test_a_log_that_cannot_be_read_is_named(served: Served, tmp_path: Path, brok
     cookie = {"Cookie": f"retcon-token-{served.socket.getsockname()[1]}=secret"}
     for path in ("/", "/?at=HEAD~1", "/panel/state", "/panel/facts"):
         status, text = fetch(served, path, **cookie)
-        assert status == 200 and 'role="alert"' in text and "log.jsonl" in text
+        assert (status, 'role="alert"' in text, "log.jsonl" in text) == (200, True, True)
     status, text = fetch(served, "/do/add", method="POST", body="facts=a+%7C++%7C+b", **cookie)
-    assert status == 200 and "log.jsonl" in text
+    assert (status, "log.jsonl" in text) == (200, True)
 
 
 def test_commands_name_the_state_that_was_shown(served: Served, tmp_path: Path) -> None:
@@ -342,11 +350,10 @@ def test_commands_name_the_state_that_was_shown(served: Served, tmp_path: Path) 
     assert [case.edits[0].target_new for case in retcon.read_cases(edit[3])[0]] == ["Norway"]
     undo = done(session.toggle(made))
     assert undo.state == "done"
-    session.view(made)
     jobs = [
-        session.ask("Geneva lies within the borders of"),
-        session.verify(),
-        session.export(str(tmp_path / "x"), "hf"),
+        session.ask("Geneva lies within the borders of", at=made),
+        session.verify(made),
+        session.export(str(tmp_path / "x"), "hf", at=made),
     ]
     assert [done(job).state for job in jobs] == ["done"] * 3
     ask, verify, export = session.commands[-3:]
@@ -355,7 +362,6 @@ def test_commands_name_the_state_that_was_shown(served: Served, tmp_path: Path) 
     assert verify == f"retcon verify {made} --store {session.store.path}"
     assert at in export
     assert "no chat template" in done(session.ask("Where is Geneva?", chat=True)).message
-    session.view(None)
     done(session.toggle(made))
     done(session.toggle(made))
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -28,6 +28,8 @@ from retcon.web.session import Session
 
 STATIC = Path(__file__).with_name("static")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+TO_NOW = ("model", "edit", "amend")
+"""Actions that change what is in force now: a browser that looks at an earlier state leaves it."""
 PANELS = ("model", "job", "draft", "state", "replies", "checks", "maps", "commands")
 MAX_BODY = 2**25
 _HEADERS = {
@@ -55,12 +57,12 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
     # a fact's id is any text, and htmx looks for elements by selectors, in which most of it would have a meaning
     pages.filters["element_id"] = lambda text: hashlib.sha256(str(text).encode()).hexdigest()[:16]
 
-    def part(name: str, **more: Any) -> Markup:
-        """Return a panel, or why what it shows cannot be read."""
+    def part(name: str, at: str | None, **more: Any) -> Markup:
+        """Return a panel of the state after an entry (None: of now), or why what it shows cannot be read."""
         try:
-            return Markup(pages.get_template(f"{name}.html").render(session=session, **more))
+            return Markup(pages.get_template(f"{name}.html").render(session=session, at=at, **more))
         except (RetconError, OSError) as error:
-            return Markup(pages.get_template("problem.html").render(problem=str(error)))
+            return Markup(pages.get_template("problem.html").render(problem=str(error), at=at))
 
     pages.globals["panel"] = part
 
@@ -82,33 +84,30 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
         return run
 
     async def home(request: Request) -> Response:
-        at = request.query_params.get("at")
-        problem = ""
-        if at is not None:
-            try:
-                session.view(None if at == "HEAD" else at)
-            except (RetconError, OSError) as error:
-                problem = str(error)
+        asked, at, problem = request.query_params.get("at", "HEAD"), None, ""
+        try:
+            at = None if asked == "HEAD" else session.store.entry(asked).id
+        except (RetconError, OSError) as error:
+            problem = str(error)
         if "token" in request.query_params:  # out of the address bar, into a cookie
-            response: Response = RedirectResponse(
-                f"/?at={session.viewing}" if session.viewing else "/", status_code=303
-            )
+            response: Response = RedirectResponse(f"/?{urlencode({'at': at})}" if at else "/", status_code=303)
         else:
             from retcon.methods.common.registry import list_methods
 
-            response = show("page.html", panels=PANELS, methods=list_methods(), problem=problem)
+            response = show("page.html", panels=PANELS, methods=list_methods(), problem=problem, at=at)
         response.set_cookie(_cookie(request), token, httponly=True, samesite="strict")
         return response
 
     async def panel(request: Request) -> Response:
         name, asked = request.path_params["name"], request.query_params
+        at = asked.get("at")
         if name == "facts":
             rows = asked.get("rows", "")
             wanted = asked.get("words", ""), asked.get("order", ""), int(rows) if rows.isdecimal() else 0
-            return HTMLResponse(part(name, wanted=wanted), headers=_HEADERS)
+            return HTMLResponse(part(name, at, wanted=wanted), headers=_HEADERS)
         if name not in PANELS:
             return PlainTextResponse("no such panel", status_code=404)
-        return HTMLResponse(part(name), headers=_HEADERS)
+        return HTMLResponse(part(name, at), headers=_HEADERS)
 
     async def act(request: Request) -> Response:
         """Do one action of the form; what goes wrong at once is shown beside it."""
@@ -123,7 +122,10 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
             said = action(session, form)
         except (RetconError, OSError) as error:
             return show("said.html", said=str(error), bad=True)
-        return show("said.html", said=said or "", bad=False)
+        response = show("said.html", said=said or "", bad=False)
+        if form.get("at") and request.path_params["name"] in TO_NOW:
+            response.headers["HX-Redirect"] = "/"
+        return response
 
     async def events(request: Request) -> Response:
         async def stream() -> AsyncIterator[str]:
@@ -165,7 +167,7 @@ def _refused(why: str) -> Response:
 
 
 def _ask(session: Session, form: dict[str, str]) -> None:
-    session.ask(form.get("prompt", ""), chat="chat" in form)
+    session.ask(form.get("prompt", ""), chat="chat" in form, at=form.get("at"))
 
 
 def _add(session: Session, form: dict[str, str]) -> str:
@@ -185,10 +187,6 @@ def _layer(session: Session, form: dict[str, str]) -> str:
     return "the next edit is made there"
 
 
-def _view(session: Session, form: dict[str, str]) -> None:
-    session.view(form.get("entry") or None)
-
-
 ACTIONS: dict[str, Callable[[Session, dict[str, str]], str | None]] = {
     "add": _add,
     "clear": lambda session, form: session.clear(),
@@ -201,12 +199,13 @@ ACTIONS: dict[str, Callable[[Session, dict[str, str]], str | None]] = {
     "cancel": lambda session, form: session.cancel(),
     "toggle": lambda session, form: _started(session.toggle(form.get("entry", ""))),
     "revert-fact": lambda session, form: _started(session.revert_fact(form.get("fact", ""))),
-    "view": _view,
     "ask": _ask,
-    "verify": lambda session, form: _started(session.verify()),
-    "contrast": lambda session, form: _started(session.probe()),
-    "trace": lambda session, form: _started(session.probe(trace=True)),
-    "export": lambda session, form: _started(session.export(form.get("folder", ""), form.get("format", "hf"))),
+    "verify": lambda session, form: _started(session.verify(form.get("at"))),
+    "contrast": lambda session, form: _started(session.probe(at=form.get("at"))),
+    "trace": lambda session, form: _started(session.probe(trace=True, at=form.get("at"))),
+    "export": lambda session, form: _started(
+        session.export(form.get("folder", ""), form.get("format", "hf"), at=form.get("at"))
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """What the page shows and does, without a web server: one thread owns the model, and works one job after the other.
 
-Every browser sees the same session. Methods that begin with a verb submit a job and return at once.
+Every browser sees the same session; which entry's state it looks at (`at`; None: the last one's) is its own.
+Methods that begin with a verb submit a job and return at once.
 """
 
 import queue
@@ -124,8 +125,6 @@ class Session:
     """Goes up with every step of a job."""
     about: str = "loading the model"
     n_layers: int = 0
-    viewing: str | None = None
-    """An entry whose state is shown in place of the last one's."""
 
     def __post_init__(self) -> None:
         self._queue: queue.Queue[Job | None] = queue.Queue()
@@ -279,7 +278,7 @@ class Session:
             self._lm, self.store, self.model = new, store, name.strip()
             self.about, self.n_layers = str(new), new.n_layers
             self.settings, self.conflicts, self.maps, self.replies = {}, [], [], []
-            self.estimate = self.verification = self.viewing = None
+            self.estimate = self.verification = None
             return f"edits go to {store.path}"
 
         return self.submit("load", run)
@@ -372,7 +371,7 @@ class Session:
             took = sum(bool(r.greedy_match) for r in reports)
             edited = {case.id for case in cases}
             self.draft = [case for case in self.draft if case.id not in edited]  # some may have come meanwhile
-            self.verification, self.viewing = None, None
+            self.verification = None
             file = shlex.quote(str(self.store.path / FACTS / f"{entry.id}.jsonl"))
             how = f"--method {method}{self._assignments(settings)}"
             self._typed(f"edit {self._model_word} {file} {how} --store {self._store_word}")
@@ -395,30 +394,26 @@ class Session:
     def _store_word(self) -> str:
         return shlex.quote(str(self.store.path))
 
-    @property
-    def _state_word(self) -> str:
-        return shlex.quote(f"{self.store.path}@{self.viewing}") if self.viewing else self._store_word
+    def _state_word(self, at: str | None) -> str:
+        return shlex.quote(f"{self.store.path}@{at}") if at else self._store_word
 
     # --- the store -----------------------------------------------------------------------------------------------
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the entries that hold deltas, oldest first, with what a switch needs."""
-        state = self.store.state()
-        counts = self.store.index.counts()
-        found = []
-        for entry in self.store.log():
-            if entry.action != "edit":
-                continue
-            live = [slot for slot in entry.sets if state.slots.get(slot) is not None]
-            off = None if live else self._undoing(entry, state.slots)
-            found.append({"entry": entry, "on": bool(live), "n": counts.get(entry.id, 0), "off": off})
-        return found
+    def rows(self, at: str | None = None) -> list[tuple[Entry, bool, int]]:
+        """Return the entries that brought facts, oldest first: whether they are in force after an entry, and how many
+        facts each brought."""
+        slots, counts = self.store.state(at).slots, self.store.index.counts()
+        return [
+            (entry, any(slots.get(slot) is not None for slot in entry.sets), counts.get(entry.id, 0))
+            for entry in self.store.log()
+            if entry.action == "edit"
+        ]
 
-    def facts(self, words: str = "", order: str = "applied", rows: int = N_ROWS) -> Listing:
-        """Return the facts in force in the state that is shown; the arguments are those of `listing.listed`."""
-        return listed(self.store.facts(self.viewing), words, order, rows)
+    def facts(self, words: str = "", order: str = "applied", rows: int = N_ROWS, at: str | None = None) -> Listing:
+        """Return the facts in force after an entry; the other arguments are those of `listing.listed`."""
+        return listed(self.store.facts(at), words, order, rows)
 
-    def _undoing(self, entry: Entry, slots: Mapping[str, str | None]) -> str | None:
+    def _undoing(self, entry: Entry) -> str | None:
         """Return the entry to revert so that `entry` is in force again."""
         for other in reversed(self.store.log()):
             if any(slot in entry.sets and now is None for slot, (_, now) in other.sets.items()):
@@ -429,10 +424,10 @@ class Session:
         """Take an entry out of force, or back in."""
 
         def run(lm: "LM", job: Job) -> str:
-            row = next((r for r in self.rows() if r["entry"].id == name), None)
-            if row is None:
+            entry, on = next(((e, on) for e, on, _ in self.rows() if e.id == name), (None, False))
+            target = name if on else self._undoing(entry) if entry is not None else None
+            if target is None:
                 raise InvalidSetting(f"no entry {name!r} that can be switched")
-            target = name if row["on"] else row["off"]
             made = self.store.revert(target)
             self.verification = None
             self._typed(f"revert {target} --store {self._store_word}")
@@ -476,18 +471,9 @@ class Session:
 
         return self.submit("amend", run)
 
-    def view(self, entry: str | None) -> None:
-        """Show the state after an entry; None: the last one's.
-
-        Raises:
-            UnknownEntry: there is none of that name.
-        """
-        self.viewing = None if entry is None else self.store.entry(entry).id
-        self.changed()
-
     # --- looking -------------------------------------------------------------------------------------------------
 
-    def ask(self, prompt: str, chat: bool = False) -> Job:
+    def ask(self, prompt: str, chat: bool = False, at: str | None = None) -> Job:
         """Let the model go on after a prompt, without the edits and with them."""
 
         def run(lm: "LM", job: Job) -> str:
@@ -496,18 +482,18 @@ class Session:
             said = partial(lm.complete, prompt, max_new_tokens=256 if chat else 24, chat=chat)
             with self.store.at(lm, "base"):
                 before = said()
-            with self.store.at(lm, self.viewing):
+            with self.store.at(lm, at):
                 after = said()
             self.replies = [Reply(prompt, before, after), *self.replies[: N_ANSWERS - 1]]
             self._typed(
-                f"complete {self._model_word} {shlex.quote(prompt)} --delta {self._state_word}{' --chat' * chat}"
+                f"complete {self._model_word} {shlex.quote(prompt)} --delta {self._state_word(at)}{' --chat' * chat}"
             )
             return "changed" if before != after else "the answer is the same"
 
         return self.submit("ask", run)
 
-    def verify(self) -> Job:
-        """Put all checks of the facts in force to the model."""
+    def verify(self, at: str | None = None) -> Job:
+        """Put all checks of the facts in force after an entry to the model."""
 
         def run(lm: "LM", job: Job) -> str:
             from retcon.store.verify import verify
@@ -515,8 +501,8 @@ class Session:
             def hear(stage: str) -> None:
                 self.heard(job)(stage, 0, 0)
 
-            self.verification = verify(self.store, lm, at=self.viewing, on_progress=hear)
-            self._typed(f"verify{f' {self.viewing}' if self.viewing else ''} --store {self._store_word}")
+            self.verification = verify(self.store, lm, at=at, on_progress=hear)
+            self._typed(f"verify{f' {at}' if at else ''} --store {self._store_word}")
             return "nothing broke" if self.verification.ok else f"{len(self.verification.failed)} checks fail"
 
         return self.submit("verify", run)
@@ -537,11 +523,11 @@ class Session:
             found.append({"title": TITLES[kind], "lamp": lamp, "passed": passed, "total": total, "cases": cases})
         return found
 
-    def probe(self, trace: bool = False) -> Job:
+    def probe(self, trace: bool = False, at: str | None = None) -> Job:
         """Read where the facts of the draft (or those in force) sit, per layer; or trace the first of them."""
 
         def run(lm: "LM", job: Job) -> str:
-            cases = self.draft or self.store.cases(self.viewing)
+            cases = self.draft or self.store.cases(at)
             edits = [edit for case in cases for edit in case.edits][:100]
             hear = self.heard(job)
             with self.store.at(lm, "base"):
@@ -550,7 +536,7 @@ class Session:
 
         return self.submit("trace" if trace else "contrast", run)
 
-    def export(self, folder: str, form: str) -> Job:
+    def export(self, folder: str, form: str, at: str | None = None) -> Job:
         """Write the edited model for others to load."""
 
         def run(lm: "LM", job: Job) -> str:
@@ -559,11 +545,11 @@ class Session:
             if not folder.strip():
                 raise InvalidSetting("name the folder that the export goes to")
             self.heard(job)("writing", 0, 0)
-            with self.store.at(lm, self.viewing) as state:
+            with self.store.at(lm, at) as state:
                 names = [f"{d}.safetensors" for d in state.deltas]
                 made = export(lm, folder, format=form, files=names)  # type: ignore[arg-type]
             where = f"--format {shlex.quote(form)} --out {shlex.quote(folder)}"
-            self._typed(f"export {self._model_word} {self._state_word} {where}")
+            self._typed(f"export {self._model_word} {self._state_word(at)} {where}")
             return f"wrote {folder}: {made.n_bytes:,} bytes"
 
         return self.submit("export", run)
