@@ -8,12 +8,13 @@ computation made is reported as such and never used.
 import hashlib
 import json
 import os
+import reprlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from retcon.errors import MalformedFile, RetconWarning
+from retcon.errors import AnotherIdentity, MalformedFile, RetconWarning
 from retcon.files import cache_dir, replacing, tidy_cache
 from retcon.version import __version__
 
@@ -70,8 +71,9 @@ def read_checked(
 
     Raises:
         FileNotFoundError: there is no such file.
-        MalformedFile: it cannot be read, its checksum is another, or it is of another kind, computation or
-            identity; the message names the file and says which.
+        MalformedFile: it cannot be read, its checksum is another, or it is of another kind or computation; the message
+            names the file and says which.
+        AnotherIdentity: it was written for another identity; the message says what differs.
     """
     record, tensors = read_intact(path, kind.name)
     found = tuple(record.get(what, "unknown") for what in ("kind", "format", "computation"))  # moments have none
@@ -80,10 +82,19 @@ def read_checked(
             f"{path}: holds {found[0]}, format {found[1]}, computation {found[2]}; this version reads {kind.name}, "
             f"format {kind.format}, computation {kind.computation}"
         )
-    if record["identity"] != _as_json(identity):
-        differing = [k for k, v in _as_json(identity).items() if record["identity"].get(k) != v]
-        raise MalformedFile(f"{path}: is of another {kind.name} (it differs in {', '.join(differing) or 'its fields'})")
+    if differing := list(_differences(record["identity"], _as_json(identity))):
+        what = kind.name.removeprefix("a ")
+        raise AnotherIdentity(f"{path}: not the {what} asked for ({', '.join(differing)})")
     return tensors, record["about"]
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    for name in dict.fromkeys([*wanted, *found]):
+        old, new = found.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new)
+        elif old != new:
+            yield f"{name}: found {reprlib.repr(old)}, wanted {reprlib.repr(new)}"
 
 
 def read_intact(

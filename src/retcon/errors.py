@@ -20,6 +20,10 @@ class MalformedFile(RetconError):
     """A file that is not what its reader expects; the message names file, row and field."""
 
 
+class AnotherIdentity(MalformedFile):
+    """A whole file of the kind that was asked for, which belongs to something else; the message says what differs."""
+
+
 class UnusableRow(MalformedFile):
     """A row of a file that cannot be used, where none was to be left out."""
 

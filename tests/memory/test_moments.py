@@ -235,7 +235,7 @@ def test_factors_of_two_layers_are_told_apart_when_their_files_are_swapped(tiny,
     one.write_bytes(two.read_bytes())
     two.write_bytes(first)
     for site, factor, path in zip(sites, factors, (one, two), strict=True):
-        with pytest.warns(RetconWarning, match=rf"{path.name}: is of another"):
+        with pytest.warns(RetconWarning, match=rf"{path.name}: not the matrices made from a second moment asked for"):
             assert torch.equal(source.factor(lm, site), factor)
 
 
@@ -281,7 +281,7 @@ def test_moments_of_smaller_passes_say_so_and_serve_only_where_such_are_allowed(
     assert source.keys(lm, [site])[site.id] in shrunk.keys(lm, [site])[site.id]
     with pytest.warns(RetconWarning, match="collected in smaller passes"):
         assert torch.equal(source.second_moment(lm, site), wanted)
-    with pytest.warns(RetconWarning, match="is of another"):
+    with pytest.warns(RetconWarning, match="not the matrices made from a second moment asked for"):
         assert torch.equal(source.derived(lm, site, "half", lambda c: c / 2), half)
 
 

@@ -229,6 +229,9 @@ def test_what_cannot_be_edited_with_is_said(tiny, edits, tmp_path):
     with pytest.raises(WrongBase, match="was trained for"):
         mend.propose(tiny("llama", torch.float32, seed=1), edits)
     path = tmp_path / "editor.safetensors"
+    other = r"editor.safetensors: not the trained editor asked for \(method: found 'mend', wanted 'malmen'\)"
+    with pytest.raises(MalformedFile, match=other):
+        Malmen(editor=str(path)).propose(lm, edits)
     path.write_bytes(path.read_bytes()[:-3] + b"abc")
     with pytest.raises(MalformedFile, match="damaged"):
         mend.propose(lm, edits)
