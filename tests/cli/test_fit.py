@@ -37,6 +37,22 @@ def test_fit_then_edit(cli: Callable[..., Any], here: Path) -> None:
     assert record["best"]["validation"] == min(point["validation"] for point in record["curve"])
 
 
+def test_the_unfinished_training_of_another_run_is_replaced_where_it_is_said(
+    cli: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("retcon.methods.common.hypernetwork.write_editor", lambda *_: exit(1))
+        cli(*FIT, code=1)
+    unfinished = here / "mend.safetensors.unfinished"
+    kept = unfinished.read_bytes()
+    refused = cli(*FIT, "--set", "steps=5", code=2).stderr
+    assert "steps: found 4, wanted 5" in " ".join(refused.split())
+    assert "--force" in refused
+    assert unfinished.read_bytes() == kept
+    cli(*FIT, "--set", "steps=5", "--force")
+    assert not unfinished.exists()
+
+
 def test_what_cannot_be_trained_or_edited_with_is_said(cli: Callable[..., Any]) -> None:
     assert "nothing to train first; trained are: " in cli(*FIT, "--method", "jeep", code=2).stderr
     assert "retcon fit MODEL CASES --method mend" in cli(*EDIT, code=2).stderr

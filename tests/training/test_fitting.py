@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from retcon.errors import NonFinite, RetconWarning
+from retcon.errors import InvalidSetting, NonFinite, RetconWarning
 from retcon.training.fitting import Fit, FitSchedule
 
 
@@ -40,11 +40,11 @@ class Problem:
     def validate(self):
         return float(self.loss(torch.arange(30, 40)))
 
-    def run(self, path, *, steps=40, patience=1000, identity="same", lr=0.05, anneal=False):
+    def run(self, path, *, steps=40, patience=1000, identity="same", lr=0.05, anneal=False, force=False):
         weight, bias = self.module.parameters()
         fit = Fit(self.module, [torch.optim.Adam([weight], lr=lr), torch.optim.Adam([bias], lr=lr)])
         schedule = FitSchedule(steps=steps, validate_every=5, patience=patience, clip=10.0, anneal=anneal)
-        fit.run(self.step, self.validate, schedule, unfinished=path, identity={"what": identity})
+        fit.run(self.step, self.validate, schedule, unfinished=path, identity={"what": identity}, force=force)
         return fit
 
 
@@ -77,12 +77,22 @@ def test_it_ends_when_validation_gets_no_better(tmp_path):
     assert fit.curve[-1].step == fit.best_point.step + 50 < 10_000
 
 
-def test_another_training_is_not_gone_on_with(tmp_path):
+def test_another_training_is_kept_unless_it_is_to_be_replaced(tmp_path):
     with pytest.raises(Killed):
         Problem(kill_at=23).run(tmp_path / "f")
-    with pytest.warns(RetconWarning, match="differs in what"):
-        fit = Problem().run(tmp_path / "f", identity="another")
-    assert fit.curve[0].step == 0
+    kept = (tmp_path / "f").read_bytes()
+    with pytest.raises(InvalidSetting, match=r"what: found 'same', wanted 'another'.*name another file, or replace"):
+        Problem().run(tmp_path / "f", identity="another")
+    assert (tmp_path / "f").read_bytes() == kept
+    with pytest.raises(Killed), pytest.warns(RetconWarning, match="training begins anew"):
+        Problem(kill_at=7).run(tmp_path / "f", identity="another", force=True)
+    assert Problem().run(tmp_path / "f", identity="another", force=True).curve[0].step == 0
+
+
+def test_what_cannot_be_read_is_made_anew(tmp_path):
+    (tmp_path / "f").write_bytes(b"no file of tensors")
+    with pytest.warns(RetconWarning, match="training begins anew"):
+        assert Problem().run(tmp_path / "f").curve[-1].step == 40
 
 
 def test_a_loss_that_overflows_is_an_error_and_what_was_kept_stays(tmp_path):

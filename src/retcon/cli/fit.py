@@ -56,7 +56,9 @@ def fit(
     assignments: Assignments = None,
     *,
     reading: Reading,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file that is at FILE.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the file that is at FILE, and what another run has kept beside it.")
+    ] = False,
     seed: Seed = 0,
     device: Device = None,
     dtype: DType = None,
@@ -64,7 +66,8 @@ def fit(
 ) -> None:
     """Train an editor for MODEL, which `retcon edit --method METHOD --set editor=FILE` then edits with.
 
-    A run that was killed goes on where it was when the same command is given again. Beside FILE comes a picture of the
+    A run that was killed goes on where it was when the same command is given again; what it keeps meanwhile is in
+    FILE.unfinished. Beside FILE comes a picture of the
     losses, where matplotlib is installed.
     """
     check_trainable(method)
@@ -84,7 +87,7 @@ def fit(
     show.print(f"memory    {memory_needed(lm, resolved)}", soft_wrap=True)
     show.print(settings_table(resolved))
     with progress_bars() as advance:
-        fitted = fit_editor(lm, resolved, facts.cases, out, seed=seed, progress=advance)
+        fitted = fit_editor(lm, resolved, facts.cases, out, seed=seed, force=force, progress=advance)
     pictures: list[Path] = []
     if find_spec("matplotlib") is None:
         warn(f"no picture of the losses: matplotlib is not installed ({how_to_install('plot')})")

@@ -106,6 +106,7 @@ class Malmen(HypernetworkSettings):
         out: str | Path,
         *,
         seed: int = 0,
+        force: bool = False,
         progress: Progress | None = None,
     ) -> Path:
         """Train an editor for the model on cases other than those to be edited, and write it to `out` (algorithm 1).
@@ -113,7 +114,8 @@ class Malmen(HypernetworkSettings):
         Each step writes `batch_size` edits together. The gradient goes through the regression by hand (section 4.2).
 
         Raises:
-            InvalidSetting: too few cases, or a layer that the model does not have.
+            InvalidSetting: too few cases, a layer that the model does not have, or the unfinished training of another
+                run at `out` and not `force`.
             InvalidEdit: an edit, a rephrasing or a neighbour that is longer than the model's context.
             OutOfMemory: networks, gradients, Adam's moments and the best networks do not fit.
             NonFinite: the loss overflows.
@@ -130,7 +132,18 @@ class Malmen(HypernetworkSettings):
             return self.outer_step(lm, sites, self.shifts(lm, network, sites, drawn)[1], drawn, backward=False)
 
         return fit_editor(
-            self, lm, cases, out, network, optimizers, gradient, loss, clip=self.clip, seed=seed, progress=progress
+            self,
+            lm,
+            cases,
+            out,
+            network,
+            optimizers,
+            gradient,
+            loss,
+            clip=self.clip,
+            seed=seed,
+            force=force,
+            progress=progress,
         )
 
     def backward(self, lm: LM, network: Hypernetwork, sites: Sequence[Site], drawn: Sequence[Drawn]) -> float:

@@ -109,6 +109,7 @@ class Mend(HypernetworkSettings):
         out: str | Path,
         *,
         seed: int = 0,
+        force: bool = False,
         progress: Progress | None = None,
     ) -> Path:
         """Train an editor for the model on cases other than those to be edited, and write it to `out` (algorithm 1).
@@ -117,7 +118,8 @@ class Mend(HypernetworkSettings):
         and one on a prompt that should stay. A run that was killed goes on when it is given the same again.
 
         Raises:
-            InvalidSetting: too few cases, or a layer that the model does not have.
+            InvalidSetting: too few cases, a layer that the model does not have, or the unfinished training of another
+                run at `out` and not `force`.
             InvalidEdit: an edit, a rephrasing or a neighbour that is longer than the model's context.
             OutOfMemory: networks, gradients, Adam's moments and the best networks do not fit.
             NonFinite: the loss overflows.
@@ -140,7 +142,18 @@ class Mend(HypernetworkSettings):
             return float(self.loss(lm, network, sites, drawn))
 
         return fit_editor(
-            self, lm, cases, out, network, optimizers, gradient, loss, clip=self.clip, seed=seed, progress=progress
+            self,
+            lm,
+            cases,
+            out,
+            network,
+            optimizers,
+            gradient,
+            loss,
+            clip=self.clip,
+            seed=seed,
+            force=force,
+            progress=progress,
         )
 
     def loss(self, lm: LM, network: Hypernetwork, sites: Sequence[Site], drawn: Sequence[Drawn]) -> Tensor:

@@ -4,6 +4,7 @@ The loop knows nothing of editing: `step` adds a gradient to the parameters, `va
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retcon.checked import Kind, cached, write_checked
-from retcon.errors import NonFinite
+from retcon.checked import Kind, read_checked, write_checked
+from retcon.errors import AnotherIdentity, InvalidSetting, MalformedFile, NonFinite, RetconWarning
 
 TRAINING = Kind("unfinished training of an editor", format=1, computation=1)
 
@@ -67,6 +68,7 @@ class Fit:
         *,
         unfinished: Path,
         identity: Mapping[str, Any],
+        force: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Train until the steps are over or validation gets no better; the module then has its best tensors.
@@ -78,11 +80,13 @@ class Fit:
             validate: the loss on what is not trained on.
             unfinished: file that the training is kept in, and that is removed by whoever has saved its result.
             identity: all that determines the training.
+            force: replace what another training has kept in the file.
 
         Raises:
+            InvalidSetting: another training is kept in the file; the message says what differs.
             NonFinite: a loss or a gradient is NaN or infinite; the file keeps what there was before.
         """
-        first = self._resume(unfinished, identity)
+        first = self._resume(unfinished, identity, force)
         losses: list[float] = []
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         rates = [group["lr"] for group in groups]
@@ -137,12 +141,20 @@ class Fit:
         curve = [asdict(point) for point in self.curve]
         write_checked(unfinished, TRAINING, identity, tensors, {"step": i, "curve": curve})
 
-    def _resume(self, unfinished: Path, identity: Mapping[str, Any]) -> int:
+    def _resume(self, unfinished: Path, identity: Mapping[str, Any], force: bool) -> int:
         """Return the step to begin with: where a killed run of the same training was, else 0."""
-        found = cached(unfinished, TRAINING, identity)
-        if found is None:
+        try:
+            tensors, about = read_checked(unfinished, TRAINING, identity)
+        except FileNotFoundError:
             return 0
-        tensors, about = found
+        except MalformedFile as error:
+            if isinstance(error, AnotherIdentity) and not force:
+                raise InvalidSetting(
+                    f"{error}: a training that was begun with something else is kept there; end it first, name another "
+                    "file, or replace it (--force, in Python force=True)"
+                ) from None
+            warnings.warn(f"{error}; training begins anew", RetconWarning, stacklevel=3)
+            return 0
         self.curve = [CurvePoint(**point) for point in about["curve"]]
         self.best = {name.removeprefix("best."): t for name, t in tensors.items() if name.startswith("best.")}
         now = {name.removeprefix("now."): t for name, t in tensors.items() if name.startswith("now.")}

@@ -62,18 +62,20 @@ def fit_editor(
     out: Path,
     *,
     seed: int = 0,
+    force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Fitted:
     """Train an editor on the cases and write it to `out`; a run that was killed goes on when given the same again.
 
     Raises:
-        InvalidSetting: the method is not trained before it edits, or the cases are too few.
+        InvalidSetting: the method is not trained before it edits, the cases are too few, or the unfinished training of
+            another run is at `out` and not `force`.
     """
     from retcon.methods.common.hypernetwork import read_curve
 
     method = _trainable(resolved)
     started = time.perf_counter()
-    method.fit(lm, cases, out, seed=seed, progress=progress)
+    method.fit(lm, cases, out, seed=seed, force=force, progress=progress)
     curve = tuple(read_curve(out, resolved.name))
     return Fitted(out, curve, min(curve, key=lambda p: p.validation), time.perf_counter() - started)
 

@@ -141,9 +141,20 @@ class Trainable(Method):
 
     @abstractmethod
     def fit(
-        self, lm: LM, cases: Sequence[Case], out: str | Path, *, seed: int = 0, progress: Progress | None = None
+        self,
+        lm: LM,
+        cases: Sequence[Case],
+        out: str | Path,
+        *,
+        seed: int = 0,
+        force: bool = False,
+        progress: Progress | None = None,
     ) -> Path:
-        """Train on cases other than those to be edited, and write the editor to `out`; the model is untouched."""
+        """Train on cases other than those to be edited, and write the editor to `out`; the model is untouched.
+
+        Args:
+            force: replace the unfinished training of another run at `out`.
+        """
 
     @abstractmethod
     def n_fitted(self, lm: LM) -> int:

@@ -337,6 +337,7 @@ def fit_editor(
     *,
     clip: float,
     seed: int,
+    force: bool,
     progress: Progress | None,
 ) -> Path:
     """Train `network` on the cases and write it to `out`, with its settings, the model's fingerprint and the curve.
@@ -345,7 +346,7 @@ def fit_editor(
     `out`.unfinished when it is given the same again, with the identical result.
 
     Raises:
-        InvalidSetting: fewer than `LEAST_CASES` cases.
+        InvalidSetting: fewer than `LEAST_CASES` cases; or `out`.unfinished is another run's, and not `force`.
         InvalidEdit: see `examples`.
         OutOfMemory: networks, gradients, Adam's moments and the best networks do not fit.
         NonFinite: the loss overflows.
@@ -389,6 +390,7 @@ def fit_editor(
             method.schedule(clip),
             unfinished=unfinished,
             identity=identity,
+            force=force,
             progress=lambda done, total: heard("training", done, total),
         )
     about = {
