@@ -17,6 +17,7 @@ from retcon.edits import (
     check_edits,
     conflicts,
     duplicates,
+    mentions,
     resolve_conflicts,
     same_question,
     write_cases,
@@ -133,6 +134,29 @@ def test_a_subject_that_is_not_there(prompt: str, subject: str) -> None:
 
 def test_an_exact_occurrence_goes_before_a_folded_one() -> None:
     assert Edit("ADA or Ada is", "Ada", "x").subject_span == (7, 10)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "start"),
+    [
+        ("The teacher who taught CHER is", "Cher", 23),
+        ("Manfred of MAN is", "Man", 11),
+        ("K2 and K is", "K", 7),
+        ("cafe\u0301 of cafe is", "cafe", 9),
+        ("Norr's mayor, of Norr, is", "Norr", 0),
+        ("Beatles are", "beatle", 0),  # nowhere by itself
+        ("Tokyo東京は東京 の", "東京", 5),  # no spaces between words: none is a part of a longer one
+        ("กรุงเทพคือ กรุงเทพ", "กรุงเทพ", 0),
+    ],
+)
+def test_a_subject_by_itself_goes_before_one_in_a_longer_word(prompt: str, subject: str, start: int) -> None:
+    assert Edit(prompt, subject, "x").subject_span == (start, start + len(subject))
+
+
+def test_mentions_are_those_in_any_case_by_themselves_where_some_are() -> None:
+    assert mentions("Lee commanded the fleet of LEE", "lee") == [(0, 3), (27, 30)]
+    assert mentions("the fleet fleet", "lee") == [(5, 8), (11, 14)]
+    assert mentions("the ship", "lee") == []
 
 
 def test_subject_start_picks_the_occurrence() -> None:

@@ -390,20 +390,33 @@ def _fold(text: str) -> str:
 def _find(text: str, subject: str) -> tuple[int, int] | None:
     """First occurrence of `subject` in `text`: exactly, as NFC, then case-folded with any space for any other.
 
-    Returns (start, end) in `text` as it stands.
+    One that is no part of a longer word comes before those that are. Returns (start, end) in `text` as it stands.
     """
-    start = text.find(subject)
-    if start >= 0:
-        return start, start + len(subject)
-    for fold in (_nfd, _nfd_folded):
-        if found := next(_occurrences(text, subject, fold), None):
-            return found
-    return None
+
+    def candidates() -> Iterator[tuple[int, int]]:
+        start = text.find(subject)
+        while start >= 0:
+            yield start, start + len(subject)
+            start = text.find(subject, start + 1)
+        for fold in (_nfd, _nfd_folded):
+            yield from _occurrences(text, subject, fold)
+
+    return next((span for span in candidates() if _is_whole(text, *span)), None) or next(candidates(), None)
 
 
-def find_last(text: str, subject: str) -> tuple[int, int] | None:
-    """(start, end) of the last occurrence of `subject` in `text`, in whatever case, or None."""
-    return max(_occurrences(text, subject, _nfd_folded), default=None)
+def mentions(text: str, subject: str) -> list[tuple[int, int]]:
+    """(start, end) of the occurrences of `subject` in `text`, in whatever case; parts of longer words where all are."""
+    found = list(_occurrences(text, subject, _nfd_folded))
+    return [span for span in found if _is_whole(text, *span)] or found
+
+
+def _is_whole(text: str, start: int, end: int) -> bool:
+    """Return whether no letter, mark or digit continues a part of the text as a word, on either side."""
+    return not any(
+        all(unicodedata.category(c)[0] in "LMN" and not is_spaceless(c) for c in text[at - 1 : at + 1])
+        for at in (start, end)
+        if 0 < at < len(text)
+    )
 
 
 def _occurrences(text: str, subject: str, fold: Callable[[str], str]) -> Iterator[tuple[int, int]]:

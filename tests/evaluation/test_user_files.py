@@ -82,6 +82,13 @@ def test_knowedit_wikibio_takes_the_last_mention() -> None:
     assert asked(case, "locality") == [("locality.Relation_Specificity", "The occupation of John Smith is", "general")]
 
 
+def test_a_biography_goes_on_from_the_name_by_itself(file: Callable[..., Path]) -> None:
+    row = {"concept": "Lee", "text": "LEE sailed. Lee commanded the fleet and", "labels": "won.", "locality": {}}
+    (case,), _ = read_cases(file([row]))
+    assert (case.edits[0].subject_span, case.edits[0].subject) == ((12, 15), "Lee")
+    assert case.meta["flags"] == ["subject_twice"]
+
+
 @shared
 def test_knowedit_zsre_stops_at_a_row_or_leaves_it_out() -> None:
     path = CASES / "knowedit_zsre.json"

@@ -8,7 +8,7 @@ reader, the first string of the first list is the answer (`answers="first"`).
 from collections.abc import Mapping
 from typing import Any
 
-from retcon.edits import MARKER, find_last
+from retcon.edits import MARKER, mentions
 from retcon.errors import MalformedFile
 from retcon.evaluation.datasets.rows import (
     Answers,
@@ -34,12 +34,11 @@ def knowedit(record: Mapping[str, Any], where: str, row: int, answers: Answers) 
     name = "labels" if bio else "target_new"
     new = first(present(record, name, where), name, where) or ""
     old = answers_of(record.get("ground_truth"), "ground_truth", where)
-    span = find_last(prompt.rstrip(), subject) if bio and MARKER not in prompt else None
-    if span is not None:  # the passage ends with the name that the new text goes on from
-        subject = prompt[slice(*span)]
-        if find_last(prompt[: span[0]], subject):
-            made.flags.add("subject_twice")
-    edit = made.edit(prompt, subject, new, old[0][0] if old else None, subject_start=None if span is None else span[0])
+    start = None
+    if bio and MARKER not in prompt and (found := mentions(prompt.rstrip(), subject)):
+        start, end = found[-1]  # the passage ends with the name that the new text goes on from
+        subject = prompt[start:end]
+    edit = made.edit(prompt, subject, new, old[0][0] if old else None, subject_start=start)
     if edit is None:
         return made
     wanted = ((edit.target_new,),)

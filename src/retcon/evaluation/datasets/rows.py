@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from retcon.chat import Chat
-from retcon.edits import MARKER, Case, ConflictRule, Edit, Query, resolve_conflicts, same_question
+from retcon.edits import MARKER, Case, ConflictRule, Edit, Query, mentions, resolve_conflicts, same_question
 from retcon.edits import conflicts as contradictions
 from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, UnusableRow
 from retcon.evaluation.metrics import is_locality
@@ -487,7 +487,7 @@ def edit_flags(edit: Edit) -> set[str]:
     flags = set()
     if edit.subject is None:
         flags.add("no_subject")
-    elif edit.text.count(edit.subject) > 1:
+    elif len(mentions(edit.text, edit.subject)) > 1:
         flags.add("subject_twice")
     flags |= end_flags(edit.prompt)
     if edit.target_true and fold(edit.target_true) == fold(edit.target_new):
