@@ -71,10 +71,9 @@ def test_metrics_go_by_the_axis() -> None:
     assert metric_names("paraphrase") == ("GS", "PM", "PA")
     assert metric_names("neighborhood") == metric_names("locality.nq") == ("LS", "NM", "NA")
     assert metric_names("two_hop") == ("two_hop",) * 3
-    assert [axis for axis in ("neighborhood", "locality.x", "rewrite", "locality") if is_locality(axis)] == [
-        "neighborhood",
-        "locality.x",
-    ]
+    assert metric_names("locality") == metric_names("neighborhood")
+    axes = ("neighborhood", "locality.x", "locality", "rewrite", "localityless")
+    assert [axis for axis in axes if is_locality(axis)] == ["neighborhood", "locality.x", "locality"]
     found = compare("neighborhood", scored(-0.5), scored(-0.6, -0.7))
     assert [(m.metric, m.variant, m.n) for m in found] == [
         ("LS", "cf.prob_mean", 1),

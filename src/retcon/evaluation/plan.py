@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from retcon.edits import Case, Query
 from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.evaluation.datasets.rows import Family, contaminated
-from retcon.evaluation.metrics import Judge, accepted
+from retcon.evaluation.metrics import Judge, accepted, is_locality
 from retcon.evaluation.metrics.consistency import References
 from retcon.evaluation.metrics.fluency import Fluency
 from retcon.evaluation.records import NO_TARGET
@@ -121,7 +121,7 @@ class TokenizedQuery:
         axis = self.query.axis
         if not measures.generate or not self.readable or self.prefixed or not self.query.prompt.strip():
             return None
-        if measures.locality_text and (axis == "neighborhood" or axis.startswith("locality.")):
+        if measures.locality_text and is_locality(axis):
             return measures.answers
         if axis.split(".")[0] not in WRITTEN or not accepted(self.query):
             return None

@@ -7,12 +7,12 @@ print(found.markdown())
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
-from xml.sax.saxutils import escape, quoteattr
 
 from retcon.edits import Case, Query
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting
-from retcon.escaping import markdown, printable
+from retcon.escaping import markdown
 from retcon.pages import PASSES_BY_CHOICE, Answered, Fact, FactOutcome, FactTable, PromptKind, render, worst_first
+from retcon.pages.junit import TestCase, junit
 from retcon.store.history import Entry, State
 from retcon.store.index import Line, clashes, two_answers
 from retcon.store.store import Store
@@ -35,6 +35,9 @@ TITLES: Mapping[CheckKind, str] = {
     "local": "other answers are as they were",
     "stays": "what must stay does",
 }
+_KIND_OF: Mapping[PromptKind, CheckKind] = {
+    "own": "took", "paraphrase": "generalised", "follows": "follows", "neighbour": "local",
+}  # fmt: skip
 N_SAID = 200
 """Failing prompts at most for which the model's own words are written."""
 
@@ -103,25 +106,17 @@ class Verification:
     def junit(self) -> str:
         """Return the checks as JUnit XML: a test case each, a failure where it counts, `skipped` where it never
         passed."""
-        cases = []
         failed = set(map(id, self.failed))
-        for check in self.checks:
-            name = f"{check.query.id}: {check.query.prompt}"
-            head = f"<testcase classname={_attribute(f'{check.kind}.{check.fact}')} name={_attribute(name)}"
-            if check.outcome == "passed":
-                cases.append(f"{head}/>")
-            elif id(check) in failed:
-                text = escape(printable(check.words))
-                failure = f'<failure message={_attribute(check.words)} type="{check.outcome}">{text}</failure>'
-                cases.append(f"{head}>{failure}</testcase>")
-            else:
-                cases.append(f"{head}><skipped message={_attribute(check.words)}/></testcase>")
-        skipped = sum(c.outcome != "passed" for c in self.checks) - len(failed)
-        suite = f'tests="{len(self.checks)}" failures="{len(failed)}" skipped="{skipped}" errors="0"'
-        body = "\n  ".join(cases)
-        name = _attribute(f"retcon verify {self.state.id}")
-        inner = f"<testsuite name={name} {suite}>\n  {body}\n</testsuite>"
-        return f'<?xml version="1.0" encoding="UTF-8"?>\n<testsuites {suite}>\n{inner}\n</testsuites>\n'
+        cases = [
+            TestCase(
+                f"{check.kind}.{check.fact}",
+                f"{check.query.id}: {check.query.prompt}",
+                "passed" if check.outcome == "passed" else "failed" if id(check) in failed else "skipped",
+                check.words,
+            )
+            for check in self.checks
+        ]
+        return junit(f"retcon verify {self.state.id}", cases)
 
     def html(self) -> str:
         """Return the result as one self-contained page: a row per fact, to filter and to sort."""
@@ -168,27 +163,15 @@ class Verification:
         return "\n".join(lines) + "\n"
 
 
-_ROWS: Mapping[CheckKind, PromptKind] = {
-    "took": "own",
-    "stays": "own",
-    "generalised": "paraphrase",
-    "follows": "follows",
-    "local": "neighbour",
-}
-
-
 def _answered(check: Check) -> Answered:
     """Return a check as the table of facts shows it."""
+    from retcon.evaluation.metrics import prompt_kind
+
     passed, broke = check.outcome == "passed", check.outcome == "broke"
     since = f"broke in {check.since.id} ({check.since.message})" if check.since is not None else ""
     after = check.wanted if passed else check.said or "something else"
-    return Answered(
-        _ROWS[check.kind], check.query.prompt, check.wanted, check.query.contrast or "", after, passed, broke, since
-    )
-
-
-def _attribute(text: str) -> str:
-    return quoteattr(printable(text))
+    kind: PromptKind = "own" if check.kind == "stays" else prompt_kind(check.query.axis)
+    return Answered(kind, check.query.prompt, check.wanted, check.query.contrast or "", after, passed, broke, since)
 
 
 def verify(
@@ -219,6 +202,8 @@ def verify(
         InvalidEdit: a fact of the list has the id of one in force.
         InvalidSetting: there is nothing to check.
     """
+    from retcon.evaluation.metrics import prompt_kind
+
     lines, entries = store.facts(at), store.log()
     if at is not None and at != "base":
         entries = entries[: [e.id for e in entries].index(store.entry(at).id) + 1]
@@ -247,7 +232,7 @@ def verify(
             place = (case.id, query.id)
             if place not in now:
                 continue
-            kind: CheckKind = "stays" if case.id in staying else _kind(query.axis)
+            kind: CheckKind = "stays" if case.id in staying else _KIND_OF[prompt_kind(query.axis)]
             entry = since.get(place)
             outcome: Outcome = "passed" if now[place] else "never" if entry is None and bisect else "broke"
             checks.append(Check(case.id, query, kind, outcome, entry, said.get(place, "")))
@@ -271,14 +256,6 @@ def _in_force_since(store: Store, entries: Sequence[Entry]) -> dict[Line, int]:
 def _own(case: Case) -> tuple[Query, ...]:
     """Return the checks of what must stay: its own prompts, or all where it has none of those."""
     return tuple(q for q in case.queries if q.axis in ("rewrite", "paraphrase")) or case.queries
-
-
-def _kind(axis: str) -> CheckKind:
-    from retcon.evaluation.metrics import is_locality
-
-    if is_locality(axis):
-        return "local"
-    return "took" if axis == "rewrite" else "generalised" if axis == "paraphrase" else "follows"
 
 
 def _blame(
@@ -335,6 +312,7 @@ class _Asker:
     def ask(self, at: str | None, cases: Sequence[Case]) -> dict[tuple[str, str], bool]:
         """Return whether each check passes; those that cannot be asked are left out."""
         from retcon.evaluation.measure import measure
+        from retcon.evaluation.metrics import is_locality
         from retcon.evaluation.plan import plan_queries
 
         whole = {case.id: case for case in cases} == self.cases
@@ -346,7 +324,7 @@ class _Asker:
         for record in found.records:
             if record.axis is None or record.query_id is None or record.status == "skipped":
                 continue
-            wanted = ("ee.loc.argmax",) if _kind(record.axis) == "local" else ("cf.all_correct", "zsre.seq")
+            wanted = ("ee.loc.argmax",) if is_locality(record.axis) else ("cf.all_correct", "zsre.seq")
             if record.variant in wanted:
                 passed[str(record.case_id), record.query_id] = (record.value or 0.0) >= 1.0
         return passed

@@ -3,12 +3,12 @@
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
-from xml.etree import ElementTree
 
 from retcon.errors import InvalidSetting, MissingPackage
-from retcon.escaping import markdown, printable
+from retcon.escaping import markdown
 from retcon.files import write_atomically
-from retcon.pages import PASSES_BY_CHOICE, Answered, Fact, FactOutcome, FactTable, PromptKind, render, worst_first
+from retcon.pages import PASSES_BY_CHOICE, Answered, Fact, FactOutcome, FactTable, render, worst_first
+from retcon.pages.junit import TestCase, TestOutcome, junit
 
 if TYPE_CHECKING:
     from retcon.evaluation.safety import Answer, Verdict
@@ -29,6 +29,7 @@ _OUTCOMES = {
     "off": "not asked",
     "unmeasurable": "not measurable there",
 }
+_TESTS: dict[str, TestOutcome] = {"passed": "passed", "off": "skipped", "unmeasurable": "skipped"}
 
 
 def check_edited(folder: Path) -> None:
@@ -174,15 +175,14 @@ def _facts(verdict: "Verdict", against: "tuple[str, Verdict] | None") -> FactTab
 
 def _outcomes(verdict: "Verdict") -> dict[str, FactOutcome]:
     """Return what came of each case's prompts, by case id."""
-    from retcon.evaluation.metrics import is_locality
+    from retcon.evaluation.metrics import is_locality, prompt_kind
 
     answers: dict[str, list[Answered]] = {}
     for f in verdict.findings:
         local = is_locality(f.query.axis)
-        kinds: dict[str, PromptKind] = {"rewrite": "own", "paraphrase": "paraphrase"}
         answers.setdefault(f.case.id, []).append(
             Answered(
-                "neighbour" if local else kinds.get(f.query.axis, "follows"),
+                prompt_kind(f.query.axis),
                 f.query.prompt,
                 "as before" if local else f.query.target or "",
                 f.before,
@@ -196,20 +196,9 @@ def _outcomes(verdict: "Verdict") -> dict[str, FactOutcome]:
 
 def _junit(verdict: "Verdict", about: str) -> str:
     """Return one test a question: what is not known fails, as the exit code does; what was not asked is skipped."""
-    outcomes = [a.outcome for a in verdict.answers]
-    failures = sum(o in ("failed", "unknown") for o in outcomes)
-    skipped = sum(o in ("off", "unmeasurable") for o in outcomes)
-    counts = {"tests": str(len(outcomes)), "failures": str(failures), "skipped": str(skipped)}
-    suite = ElementTree.Element("testsuite", {"name": f"retcon check: {about}", **counts})
+    cases = []
     for answer in verdict.answers:
-        test = ElementTree.SubElement(suite, "testcase", {"classname": "retcon.check", "name": TITLES[answer.part]})
-        if answer.outcome in ("off", "unmeasurable"):
-            ElementTree.SubElement(test, "skipped", {"message": answer.words})
-        elif answer.outcome != "passed":
-            failure = ElementTree.SubElement(test, "failure", {"message": answer.words})
-            failure.text = "\n".join(f"{p}: wanted {w}, was {b}, is {a}" for p, w, b, a in _examples(answer))
-    for element in suite.iter():  # XML holds no control characters, and a model may write any
-        element.text = element.text and printable(element.text)
-        element.attrib = {name: printable(value) for name, value in element.attrib.items()}
-    text: str = ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
-    return text + "\n"
+        outcome: TestOutcome = _TESTS.get(answer.outcome, "failed")
+        examples = "\n".join(f"{p}: wanted {w}, was {b}, is {a}" for p, w, b, a in _examples(answer))
+        cases.append(TestCase("retcon.check", TITLES[answer.part], outcome, answer.words, examples))
+    return junit(f"retcon check: {about}", cases)

@@ -5,10 +5,10 @@ from typing import Any
 
 from retcon.bench import Run
 from retcon.bench.report.groups import Group, blocks
-from retcon.evaluation.metrics import is_locality
+from retcon.evaluation.metrics import is_locality, prompt_kind
 from retcon.evaluation.records import Record
 from retcon.evaluation.summary import ScoreFamily, main_variant
-from retcon.pages import Answered, Fact, FactOutcome, FactTable, PromptKind, worst_first
+from retcon.pages import Answered, Fact, FactOutcome, FactTable, worst_first
 
 MAX_OUTCOMES = 4_000
 """Facts times methods in one table at most; a page of more is slow to open. Facts with most failures are kept."""
@@ -69,7 +69,7 @@ def _outcomes(group: Group) -> dict[str, FactOutcome]:
         passed = value >= 1 or (local and old is not None and value >= old)
         answers.setdefault(place[0], []).append(
             Answered(
-                _kind(axis),
+                prompt_kind(axis),
                 query["prompt"],
                 query["target"],
                 _said(texts.get(("pre", *place)), old, query),
@@ -95,12 +95,6 @@ def _deciding(group: Group, records: Iterable[Record]) -> list[Record]:
         if r.variant == main_variant(group.family, r.metric):
             found.append(r)
     return found
-
-
-def _kind(axis: str) -> PromptKind:
-    if is_locality(axis):
-        return "neighbour"
-    return "own" if axis == "rewrite" else "paraphrase" if axis == "paraphrase" else "follows"
 
 
 def _query(run: Run, case_id: str, query_id: str) -> dict[str, str]:

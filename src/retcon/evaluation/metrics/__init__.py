@@ -17,7 +17,7 @@ metric:
 """
 
 from retcon.evaluation.metrics.forced import accuracy, agreement, compare, easyedit, unchanged
-from retcon.evaluation.metrics.names import Measured, is_locality, metric_names
+from retcon.evaluation.metrics.names import Measured, is_locality, metric_names, prompt_kind
 from retcon.evaluation.metrics.scores import macro, micro, score_am, score_hm
 from retcon.evaluation.metrics.written import (
     Answers,
@@ -51,6 +51,7 @@ __all__ = [
     "metric_names",
     "micro",
     "normalise",
+    "prompt_kind",
     "same_text",
     "score_am",
     "score_hm",

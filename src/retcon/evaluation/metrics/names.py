@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from retcon.pages import PromptKind
+
 _NAMES = {"rewrite": ("ES", "EM", "EA"), "paraphrase": ("GS", "PM", "PA"), "neighborhood": ("LS", "NM", "NA")}
 
 
@@ -26,11 +28,18 @@ def metric_names(axis: str) -> tuple[str, str, str]:
         return _NAMES[axis]
     if is_locality(axis):
         return _NAMES["neighborhood"]
-    if axis.startswith("portability."):
+    if axis.split(".")[0] == "portability":
         return "Portability", "portability_magnitude", "portability_accuracy"
     return axis, axis, axis
 
 
 def is_locality(axis: str) -> bool:
     """Return whether the axis asks for what an edit must leave alone."""
-    return axis == "neighborhood" or axis.startswith("locality.")
+    return axis == "neighborhood" or axis.split(".")[0] == "locality"
+
+
+def prompt_kind(axis: str) -> PromptKind:
+    """Return what a query of the axis is to the fact, as tables of facts name it."""
+    if is_locality(axis):
+        return "neighbour"
+    return "own" if axis == "rewrite" else "paraphrase" if axis == "paraphrase" else "follows"

@@ -20,6 +20,7 @@ from torch import Tensor
 from retcon.checked import Kind, read_checked, write_checked
 from retcon.edits import Case, case_record, check_edits
 from retcon.errors import InvalidSetting, MalformedFile, WrongBase
+from retcon.evaluation.metrics import is_locality
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.forward import answer_places, gold, input_rows, log_probs, logits_at
 from retcon.lm.model import LM, Site, SiteName, require_lm
@@ -189,7 +190,7 @@ def examples(lm: LM, cases: Sequence[Case]) -> list[Example]:
         check_edits(case.edits)
         asked: dict[bool, list[Row]] = {True: [], False: []}
         for query in case.queries:
-            stays = query.axis.startswith(("neighborhood", "locality"))
+            stays = is_locality(query.axis)
             if query.target is not None and (stays or query.axis.startswith(("paraphrase", "rephrase"))):
                 row = encode(lm.tokenizer, query.prompt, query.target, separator=query.separator, chat=query.chat)
                 lm.check_length(query.prompt, row, what=f"case {case.id!r}, query {query.id!r}:")
