@@ -165,6 +165,13 @@ def test_no_star_imports() -> None:
         assert "import *" not in path.read_text(), path
 
 
+def test_every_script_of_benchmarks_has_its_reason() -> None:
+    top = ROOT.parents[1]
+    scripts = {path.stem for path in (top / "benchmarks").glob("*.py")} - {"__init__", "common"}
+    named = set(re.findall(r"`(\w+)`", (top / "docs/design.md").read_text()))
+    assert scripts <= named, f"say in docs/design.md why no bench file does it: {scripts - named}"
+
+
 NO_VERBS = {
     *("The", "A", "An", "One", "What", "Whether", "How", "Where", "Which", "Who", "Whose", "Of", "As", "By", "All"),
     *("Each", "Every", "Some", "Both", "No", "Those", "Its", "It", "Raises", "Returns"),

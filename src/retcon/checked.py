@@ -1,8 +1,8 @@
 """Files that are believed only after reading: content under a checksum, with what it is for and what made it.
 
-Every cache of retcon (moments, factors, searched values, fingerprints, records of the unedited model) is written by
-`write_checked` and read by `read_checked`. A file that is damaged, that belongs to something else, or that another
-computation made is reported as such and never used.
+Factors, searched values, fingerprints, text, unfinished work and records of the unedited model are written by
+`write_checked` and read by `read_checked`; second moments have a format of their own (`memory/moments.py`). A file
+that is damaged, that belongs to something else, or that another computation made is reported as such and never used.
 """
 
 import hashlib

@@ -213,7 +213,7 @@ def subject_tokens(tokenizer: Any, edit: Edit) -> range:
 
 
 @dataclass(frozen=True)
-class Turn:
+class RenderedChat:
     """A conversation as a chat model reads it, up to where its answer begins."""
 
     text: str
@@ -228,7 +228,7 @@ class Turn:
         return span[0] - stripped + self.start, span[1] - stripped + self.start
 
 
-def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> Turn:
+def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> RenderedChat:
     """Render a conversation by the tokenizer's chat template.
 
     Args:
@@ -269,7 +269,7 @@ def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> Turn:
         )
     answered = apply(chat.turns([*turns, _STAND_IN]), False)
     before = answered[len(text) : answered.rfind(_STAND_IN)] if answered.startswith(text) else ""
-    return Turn(text, start, before if before.isspace() else "")
+    return RenderedChat(text, start, before if before.isspace() else "")
 
 
 _STAND_IN = "qzxjvkwqzxjv"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from retcon.methods.common.contract import Method, Progress
 
 
-class Change:
+class PendingEntry:
     """One entry on its way into a store."""
 
     def __init__(self, store: Contents) -> None:

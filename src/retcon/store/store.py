@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from retcon.edits import Case, Edit, check_edits, same_question
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, UnknownEntry
 from retcon.files import TEMPORARY, as_shared, write_atomically
-from retcon.store.change import Change
+from retcon.store.change import PendingEntry
 from retcon.store.contents import CONFIG, DELTAS, FORMAT, VALUES, Contents, Precision
 from retcon.store.history import Action, Entry, State, states
 from retcon.store.index import FACTS, INDEX, Line, clashes, fact_line, with_target
@@ -453,10 +453,10 @@ class Store(Contents):
             return removed, n_bytes
 
     @contextmanager
-    def _change(self) -> Iterator[Change]:
+    def _change(self) -> Iterator[PendingEntry]:
         with writing(self.path):
             self.__dict__.pop("index", None)  # another process may have written since
-            change = Change(self)
+            change = PendingEntry(self)
             try:
                 yield change
             finally:

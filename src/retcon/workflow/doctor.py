@@ -215,7 +215,7 @@ def _undo(lm: LM) -> tuple[Outcome, str]:
 
 
 def _save(lm: LM) -> tuple[Outcome, str]:
-    """Return the edited model, saved and read by transformers alone, gives the same logits."""
+    """Saved and read by transformers alone, the edited model gives the same logits."""
     row = _rows(lm)[0]
     ids = torch.tensor([row.ids], device=lm.device)
     delta = _any_delta(lm)

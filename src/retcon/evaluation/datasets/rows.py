@@ -496,7 +496,7 @@ def edit_flags(edit: Edit) -> set[str]:
 
 
 def end_flags(prompt: str) -> set[str]:
-    """Return whether whitespace ends the prompt."""
+    """Return the flag of a prompt that ends in whitespace, where it does."""
     return {"trailing_whitespace"} if prompt != prompt.rstrip() else set()
 
 
