@@ -1,7 +1,11 @@
-"""Methods and evaluation on a card that is not there: nothing lies on the wrong device, and results are the CPU's."""
+"""Methods and evaluation on one card that is not there, or two: nothing lies on the wrong device, and results are the
+CPU's."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 
 import retcon
 from retcon import world
+from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.evaluation import evaluate
 from retcon.lm.model import LM
@@ -16,7 +21,7 @@ from retcon.memory import capacity, keys
 from retcon.memory.contexts import Contexts
 from retcon.memory.values import plan, schedule, search
 from retcon.methods.common import tuning
-from tests.card import Card, both
+from tests.card import Card, both, on_two
 from tests.conftest import everyday, random_moments, tiny_model, tokenizer
 
 EDITS = [
@@ -38,8 +43,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "ctp": dict(epochs=3, n_positive=3),
     "ft": dict(layers=(1,), epochs=3),
     "lora": dict(epochs=3),
+    "adalora": dict(epochs=3),
 }
 EVERYDAY = ("jeep", "ctp")
+EVERYDAY_ON_TWO = ("memit", "adalora")
+TRAINED = dict(layers=(1, 2), modules=("down_proj",), steps=2, rank=4, batch_size=2, validate_every=1)
 AT_MOST = {"kne": (2, 10), "ctp": (2, 10)}
 """Of a step more: numbers that come to the host or that it waits for, and tensors that go to the card."""
 
@@ -65,16 +73,40 @@ def lm_of_moments() -> LM:
     return LM(tiny_model("gptj", torch.float32), tokenizer("gpt"), name="tiny")
 
 
-@pytest.mark.parametrize("name", everyday(*EVERYDAY, of=METHODS))
-def test_a_method_s_delta_is_the_cpu_s(name: str, card: Card) -> None:
-    here, there = both()
-    wanted, found = proposed(here, name), proposed(there, name)
+def same(here: LM, found: Delta, wanted: Delta) -> None:
+    assert found.changes.keys() == wanted.changes.keys()
     for parameter in wanted.changes:
         shape = here.parameter(parameter).shape
         one, other = wanted.dense(parameter, shape), found.dense(parameter, shape)
         assert float((one - other).norm()) <= 1e-4 * float(one.norm())
     for changes in found.changes.values():
         assert all(type(x) is torch.Tensor for change in changes for x in change.tensors().values())
+
+
+@pytest.mark.parametrize("name", everyday(*EVERYDAY, of=METHODS))
+def test_a_method_s_delta_is_the_cpu_s(name: str, card: Card) -> None:
+    here, there = both()
+    same(here, proposed(there, name), proposed(here, name))
+
+
+@pytest.mark.parametrize("name", everyday(*EVERYDAY_ON_TWO, of=METHODS))
+def test_a_method_s_delta_is_the_cpu_s_on_two_cards(name: str, card: Card) -> None:
+    here, there = on_two("gptj")
+    delta = proposed(there, name)
+    same(here, delta, proposed(here, name))
+    with there.edited(delta):
+        assert len(there.complete("The capital of France is", max_new_tokens=2)) > 0
+
+
+@pytest.mark.parametrize("name", ["mend", "malmen"])
+def test_a_trained_editor_is_the_cpu_s_on_two_cards(name: str, card: Card, tmp_path: Path) -> None:
+    """Its matrices are of one shape and on different cards."""
+    deltas = []
+    for lm in (models := on_two("gptj")):
+        method = retcon.method(name, **TRAINED)
+        editor = method.fit(lm, world.cases(6), tmp_path / f"editor-{len(deltas)}")
+        deltas.append(replace(method, editor=str(editor)).propose(lm, EDITS))
+    same(models[0], deltas[1], deltas[0])
 
 
 @pytest.mark.parametrize("name", everyday("ctp", of=AT_MOST))
@@ -91,8 +123,9 @@ def test_a_step_asks_little_of_the_host(name: str, card: Card) -> None:
     assert uploads_more - uploads <= AT_MOST[name][1], asked
 
 
-def test_an_evaluation_is_the_cpu_s(card: Card) -> None:
-    here, there = both()
+@pytest.mark.parametrize("models", [both, partial(on_two, "gptj")], ids=["one card", "two cards"])
+def test_an_evaluation_is_the_cpu_s(models: Callable[[], tuple[LM, LM]], card: Card) -> None:
+    here, there = models()
     wanted, found = (evaluate(lm, world.cases(3), max_new_tokens=4) for lm in (here, there))
     assert found.texts == wanted.texts
     assert found.records == wanted.records

@@ -1,4 +1,4 @@
-"""Probes on a card that is not there: they find what they find on the CPU, and wait for it seldom."""
+"""Probes on one card that is not there, or two: they find what they find on the CPU, and wait for it seldom."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,8 @@ from retcon.locate.attribution import Attribution, attribute
 from retcon.locate.neurons import attribute_neurons
 from retcon.locate.paths import assess, slots_of
 from retcon.memory import capacity
-from tests.card import Card, both
+from tests.card import Card, both, on_two
+from tests.conftest import everyday
 
 EDITS = [
     Edit("The capital of {} is", "France", "Rome", id="a"),
@@ -60,6 +61,18 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
         yield card
 
 
+def same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert type(one) is torch.Tensor
+        assert_close(one, other, rtol=1e-4, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("probe", everyday(attribution, of=PROBES))
+def test_a_probe_finds_the_same_on_two_cards(probe: Callable[..., list[Tensor]], card: Card) -> None:
+    here, there = on_two("gptj")
+    same(probe(there, EDITS[:2]), probe(here, EDITS[:2]))
+
+
 @pytest.mark.parametrize("probe", PROBES)
 def test_a_probe_finds_the_same_on_a_card_and_waits_seldom(probe: Callable[..., list[Tensor]], card: Card) -> None:
     waits: list[int] = []
@@ -70,9 +83,7 @@ def test_a_probe_finds_the_same_on_a_card_and_waits_seldom(probe: Callable[..., 
         found = probe(there, EDITS[:n])
         ran = Card.ran - before[0]
         waits.append(ran["_local_scalar_dense"] + ran["nonzero"] + card.to_host - before[1])
-        for one, other in zip(found, wanted, strict=True):
-            assert type(one) is torch.Tensor
-            assert_close(one, other, rtol=1e-4, atol=1e-7, equal_nan=True)
+        same(found, wanted)
     at_most, each_more = PROBES[probe]
     assert waits[0] <= at_most, waits
     assert waits[1] - waits[0] <= 2 * each_more, waits

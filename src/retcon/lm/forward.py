@@ -93,7 +93,7 @@ def logits_at(
 ) -> Float[Tensor, "n vocab"]:
     """Return the next-token logits at (row, position) pairs, in the model's dtype, from one forward pass.
 
-    The vocabulary projection is computed there and nowhere else.
+    The vocabulary projection is computed there and nowhere else. They are on `lm.device`, wherever the head is.
     """
     waiting = set(hooks or {})
     gather = _gather_hook(*places)
@@ -105,7 +105,7 @@ def logits_at(
     if waiting:
         raise AssertionError(f"the forward pass never reached {sorted(waiting)}")
     logits: Tensor = output.logits[0]
-    return logits
+    return logits.to(lm.device)
 
 
 def _forward(lm: LM, inputs: Batch | Inputs, hooks: Mapping[Point, Hook], seen: Callable[[Point], None]) -> Any:

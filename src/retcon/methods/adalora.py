@@ -134,7 +134,7 @@ def add_penalty(parts: Sequence[TrainedTriplets], weight: float) -> None:
     factors = [tensor for part in parts for tensor in (part.left.T, part.right)]
     with torch.enable_grad():
         norms = [(f @ f.T - torch.eye(len(f), dtype=f.dtype, device=f.device)).norm() for f in factors]
-        (weight * sum(norms) / len(norms)).backward()
+        (weight * sum(norm.to(norms[0].device) for norm in norms) / len(norms)).backward()
 
 
 class Allotment:
@@ -168,8 +168,8 @@ class Allotment:
             self._observe()
         if self.dropped is None and (taken := self.settings.rank * len(self.parts) - self.budget) > 0:
             scores = self.scores()
-            threshold = torch.cat(scores).kthvalue(taken).values
-            dropped = [score <= threshold for score in scores]
+            threshold = torch.cat([score.to(scores[0].device) for score in scores]).kthvalue(taken).values
+            dropped = [score <= threshold.to(score.device) for score in scores]
             for part, gone in zip(self.parts, dropped, strict=True):
                 part.singular.masked_fill_(gone, 0.0)
             if self.step >= self.n_steps - self.cooldown:

@@ -154,8 +154,8 @@ class Malmen(HypernetworkSettings):
         for i, ((u, delta), part) in enumerate(zip(found, parts, strict=True)):
             assert part.values.grad is not None
             v = value_differences(network, i, u, delta)
-            s = part.values.detach().T
-            to_v, to_ridge[i] = shift_gradients(u, s, network.log_ridge[i].detach(), part.values.grad.T)
+            s, to_s = part.values.detach().T.to(u.device), part.values.grad.T.to(u.device)
+            to_v, to_ridge[i] = shift_gradients(u, s, network.log_ridge[i].detach(), to_s)
             (to_v * v).sum().backward()
         network.log_ridge.grad = to_ridge
         return loss
@@ -171,7 +171,7 @@ class Malmen(HypernetworkSettings):
         with torch.no_grad():
             for i, (site, (u, delta)) in enumerate(zip(sites, found, strict=True)):
                 s = shift(u, value_differences(network, i, u, delta), network.log_ridge[i].exp())
-                parts.append(TrainedDense(site, s.T.contiguous().requires_grad_()))
+                parts.append(TrainedDense(site, s.T.contiguous().to(site.device).requires_grad_()))
         return found, parts
 
     def outer_step(

@@ -168,8 +168,8 @@ class Mend(HypernetworkSettings):
         parts: list[Part] = []
         for i, (site, (u, delta)) in enumerate(zip(sites, found, strict=True)):
             u_new, delta_new = network.transform(i, u, delta)
-            left = delta_new * counted[i][..., None]
-            right = self.sign * network.step_sizes[i] * u_new
+            left = (delta_new * counted[i][..., None]).to(site.device)
+            right = (self.sign * network.step_sizes[i] * u_new).to(site.device)
             parts.append(LowRankByRow(site, torch.cat([left, left]), torch.cat([right, right])))
         nll, kl = outer_losses(lm, drawn, base_log_probs(lm, drawn, self.locality_at), parts, self.locality_at)
         return self.edit_weight * nll.mean() + self.locality_weight * kl.mean()

@@ -72,7 +72,7 @@ class SearchState:
             clean: per site, the clean activations where they are known; None: the first step finds them.
         """
         dtype = torch.promote_types(lm.dtype, torch.float32)
-        device = next(lm.head.parameters()).device
+        device = lm.device
         zeros = [_zeros(lm, site.point, n, dtype) for site in sites]
         known = [z.clone() if x is None else x.to(z) for x, z in zip(clean, zeros, strict=True)]
         beta, beta2 = BETAS

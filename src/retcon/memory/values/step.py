@@ -173,7 +173,7 @@ class Recorded:
         """
         shape = shape or self.shape(edits)
         targets = [r.target_ids for e in edits for r in self.rows[e].rewriting]
-        device = next(self.lm.head.parameters()).device
+        device = self.lm.device
         per_row = torch.tensor([len(t) for t in targets], device=device)
         padding = len(edits) * (shape.columns - 1)
         together = padding <= MAX_KL_PADDING_TOKENS.get(device.type, MAX_KL_PADDING_TOKENS_ON_ACCELERATOR)
@@ -217,7 +217,7 @@ class Recorded:
                     changed[s].append((len(rows), last))
             labels.append((len(rows), last))
             rows.append(len(self.rows) * self.n_contexts + e)
-        device = next(self.lm.head.parameters()).device
+        device = self.lm.device
         return Pass(
             recorded=self._away(self.states.select(rows, columns=columns, prefix=prefix)),
             rewriting=rewriting,

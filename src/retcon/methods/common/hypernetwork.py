@@ -216,9 +216,12 @@ def draw(pool: Sequence[Example], chosen: Sequence[Example], rng: random.Random)
 def pieces(
     lm: LM, sites: Sequence[Site], rows: Sequence[Row]
 ) -> list[tuple[Float[Tensor, "batch seq in"], Float[Tensor, "batch seq out"]]]:
-    """u and delta of each site, from one backward pass: what enters it, and dL_e/dy, L_e being each row's own loss."""
+    """u and delta of each site, from one backward pass: what enters it, and dL_e/dy, L_e being each row's own loss.
+
+    On `lm.device`, where the networks are.
+    """
     found = {c.site: (c.x, c.g) for c in catch(sites, lambda: answer_nll(lm, rows).sum())}  # as the pass came by
-    return [(x.view(len(rows), -1, x.shape[-1]), g.view(len(rows), -1, g.shape[-1])) for x, g in map(found.get, sites)]  # type: ignore[misc]
+    return [tuple(x.view(len(rows), -1, x.shape[-1]).to(lm.device) for x in found[site]) for site in sites]  # type: ignore[misc]
 
 
 def gather_pieces(
