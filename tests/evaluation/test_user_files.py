@@ -380,6 +380,31 @@ def test_a_cell_that_is_a_list_in_another_notation_is_refused(
         read_cases(file(content, "rows.csv"))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        'prompt, subject, target_new\n"The mayor of Norr, once, is", Norr, "Ida"\n',
+        'sep=;\nprompt;subject;target_new\n"The mayor of Norr, once, is";Norr;Ida\n',
+        'prompt,subject,target_new\r"The mayor of Norr, once, is",Norr,Ida\r',
+        'prompt,subject,target_new,\n"The mayor of Norr, once, is",Norr,Ida, ,\n',
+        'prompt,subject,target_new\n"The mayor of Norr, once, is",Norr,Ida,,\n',
+    ],
+)
+def test_a_table_may_be_written_in_any_hand(content: str, file: Callable[..., Path]) -> None:
+    (case,), _ = read_cases(file(content, "rows.csv"))
+    (edit,) = case.edits
+    assert (edit.text, edit.target_new) == ("The mayor of Norr, once, is", "Ida")
+    with pytest.raises(MalformedFile, match="row 2"):  # whatever the header's row in the file
+        read_cases(file(content.replace("Norr", "", 1).replace("Norr", "Velt"), "rows.csv"))
+
+
+@pytest.mark.parametrize("separator", [" ", "\n", "\n ", "\nA: "])
+def test_a_separator_of_a_table_may_be_whitespace(separator: str, file: Callable[..., Path]) -> None:
+    content = f'prompt,subject,target_new,separator\n{{}}是,诺尔,北省,"{separator}"\n{{}}是,维尔,北省,\n'
+    cases, _ = read_cases(file(content, "rows.csv"))
+    assert [case.edits[0].separator for case in cases] == [separator, None]
+
+
 def test_cells_of_text_stay_text(file: Callable[..., Path]) -> None:
     content = 'prompt,subject,target_new,paraphrases\nThe list of Norr is,Norr,"[""a"", 1]","[1] {} is"\n'
     (case,), _ = read_cases(file(content, "rows.csv"))
@@ -591,6 +616,7 @@ def test_the_alternative_answer_of_any_format_that_has_one(file: Callable[..., P
     [
         (json.dumps({**GOOD, "target_new": " "}), "empty_target", "the answer to write is empty"),
         (json.dumps({**GOOD, "subject": "Velt"}), "subject_missing", "its subject 'Velt' does not occur"),
+        (json.dumps({**GOOD, "prompt": "norr's {} is", "ground_truth": "x"}), "marker_in_prompt", "beside the subject"),
         (json.dumps({**GOOD, "subject": ""}), "malformed", "field 'subject' is empty"),
         (json.dumps({**GOOD, "prompt": 7}), "malformed", "field 'prompt' must be text, found int"),
         (json.dumps({"prompt": "x", "subject": "x"}), "malformed", "field 'target_new' is missing"),

@@ -20,7 +20,7 @@ _MEANT_AS_JSON = re.compile(r"\s*[\[{][\[{\s]*[\"'\u2018\u2019\u201c\u201d\u201e
 def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = None) -> list[NumberedRow]:
     """(row number, object) of a file; a table's rows are numbered as a spreadsheet does, its header being row 1.
 
-    A table's cells are text, those that are empty None; `with_lists` reads what they hold.
+    A table's cells are text, empty ones None; `with_lists` reads what they hold.
 
     Args:
         bad: gets (row number, what is wrong) of the rows that cannot be read; None refuses the file for the first.
@@ -31,9 +31,10 @@ def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = 
     if not is_table(path):
         return read_json_rows(path, bad)
     text = read_text(path)
-    head = text.lstrip().split("\n", 1)[0]
+    head = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
     delimiter = "\t" if str(path).lower().endswith(".tsv") else max(",;\t", key=head.count)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    spaced = re.search(rf'{delimiter} +"(?!")', text) is not None  # a space before the quotes of a cell
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     rows: list[NumberedRow] = []
     names: list[str] = []
     number = 0
@@ -41,7 +42,12 @@ def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = 
     try:
         for cells in lines:
             number += 1
+            while len(cells) > len(names) and not cells[-1].strip():
+                cells.pop()
             if not any(cell.strip() for cell in cells):
+                continue
+            if not names and cells == ["sep="]:  # Excel's note of the delimiter, which it does not show as a row
+                number -= 1
                 continue
             if not names:
                 names = _names(path, cells)
@@ -54,7 +60,7 @@ def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = 
                 bad.append((number, problem))
             else:
                 cells += [""] * (len(names) - len(cells))
-                rows.append((number, {n: cell if cell.strip() else None for n, cell in zip(names, cells, strict=True)}))
+                rows.append((number, {n: _cell(n, cell) for n, cell in zip(names, cells, strict=True)}))
     except csv.Error as error:
         raise MalformedFile(
             f"{path}, row {number + 1}: not a valid table ({error}); a quote inside a quoted cell is written twice"
@@ -74,6 +80,11 @@ def _names(path: str | os.PathLike[str], cells: list[str]) -> list[str]:
     if twice is not None:
         raise MalformedFile(f"{path}, row 1: two columns are called {twice!r}")
     return names
+
+
+def _cell(name: str, text: str) -> str | None:
+    """Return None for an empty cell; whitespace fills none but a separator's."""
+    return text if text.strip() or (text and name == "separator") else None
 
 
 def is_table(path: str | os.PathLike[str]) -> bool:
