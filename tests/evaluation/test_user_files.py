@@ -475,6 +475,26 @@ def test_neighbours_need_an_answer(file: Callable[..., Path]) -> None:
     assert report.dropped_queries == {"neighbor_without_answer": 2}
 
 
+def test_neighbours_name_their_answers_as_portability_does(file: Callable[..., Path]) -> None:
+    items = [
+        {"prompt": "A is", "answers": ["Sel", ["Om", "the Om"]]},
+        {"prompt": "B is", "answer": ["Sel", "Om"]},
+        {"prompt": "C is", "answer": 5},
+        {"prompt": "D is"},
+        "E is",
+    ]
+    row = {"prompt": "{} is", "subject": "Norr", "target_new": "x", "target_true": "Tom", "neighbors": items}
+    (case,), report = read_cases(file([row]))
+    assert [(q.target, q.answers, q.contrast) for q in case.queries if q.axis == "neighborhood"] == [
+        ("Sel", (("Sel",), ("Om", "the Om")), "x"),
+        ("Sel", (("Sel",), ("Om",)), "x"),
+        ("5", (("5",),), "x"),
+        ("Tom", (("Tom",),), "x"),
+        ("Tom", (("Tom",),), "x"),
+    ]
+    assert report.dropped_queries == {}
+
+
 def test_a_report_names_only_options_that_were_chosen(file: Callable[..., Path]) -> None:
     path = file([GOOD])
     assert re.fullmatch(rf"{path} \(edits, sha256 \w+\): 1 of 1 rows kept", str(read_cases(path)[1]))

@@ -22,6 +22,7 @@ from retcon.evaluation.datasets.rows import (
     edit_flags,
     finish,
     first,
+    item_answers,
     missing_subject,
     present,
     text_or_none,
@@ -68,11 +69,10 @@ def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -
     reworded = [_filled(prompt, edit) for prompt in texts(record.get("paraphrases"), "paraphrases", where)]
     made.ask("paraphrase", reworded, edit.target_new, edit.target_true, wanted, separator=edit.separator)
     for place, (prompt, kept) in enumerate(_neighbors(record, edit, where)):
-        if not kept.strip():
+        if not kept:
             made.dropped_queries.append("neighbor_without_answer")
             continue
-        answers = ((kept.strip(),),)
-        made.ask_at(f"neighborhood/{place}", "neighborhood", prompt, kept, answers, contrast=edit.target_new)
+        made.ask_at(f"neighborhood/{place}", "neighborhood", prompt, kept[0][0], kept, contrast=edit.target_new)
     ask_related(made, record.get("portability"), "portability", where)
     ask_related(made, record.get("locality"), "locality", where)
     if record.get("chat") is not None:
@@ -97,19 +97,20 @@ def _filled(prompt: str, edit: Edit) -> str:
     return before + edit.subject + after
 
 
-def _neighbors(record: Mapping[str, Any], edit: Edit, where: str) -> list[tuple[str, str]]:
-    """(prompt, answer) of what shares the old answer, or names its own."""
+def _neighbors(record: Mapping[str, Any], edit: Edit, where: str) -> list[tuple[str, tuple[tuple[str, ...], ...]]]:
+    """(prompt, accepted answers) of what names its own, or shares the old one."""
     spelt = [name for name in ("neighbors", "neighbours") if record.get(name) is not None]
     if len(spelt) == 2:
         raise MalformedFile(f"{where}: both 'neighbors' and 'neighbours' are given; give one of them")
     found = []
+    shared = ((edit.target_true,),) if edit.target_true else ()
     value = record[spelt[0]] if spelt else []
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, dict):
-            prompt = first(item.get("prompt"), f"{spelt[0]}, prompt", where) or ""
-            found.append((prompt, first(item.get("answer"), f"{spelt[0]}, answer", where) or ""))
+            asked = first(item.get("prompt"), f"{spelt[0]}, prompt", where) or ""
+            found.append((asked, item_answers(item, f"{where}, {spelt[0]}") or shared))
         else:
-            found += [(prompt, edit.target_true or "") for prompt in texts(item, spelt[0], where)]
+            found += [(prompt, shared) for prompt in texts(item, spelt[0], where)]
     return found
 
 

@@ -643,9 +643,14 @@ def _axis(key: str) -> str:
 _ANSWER_FIELDS = ("ground_truth", "answer", "answers")
 
 
-def _ask_item(made: Draft, query_id: str, axis: str, item: Mapping[str, Any], where: str, answers: Answers) -> None:
+def item_answers(item: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], ...]:
+    """Return the answers that an item names, whichever field they are in."""
     name = next((n for n in _ANSWER_FIELDS if n in item), "ground_truth")
-    accepted = answers_of(item.get(name), name, where)
+    return answers_of(item.get(name), name, where)
+
+
+def _ask_item(made: Draft, query_id: str, axis: str, item: Mapping[str, Any], where: str, answers: Answers) -> None:
+    accepted = item_answers(item, where)
     if answers == "first":
         accepted = accepted[:1] and (accepted[0][:1],)
     asked = texts(item.get("prompt"), "prompt", where)
