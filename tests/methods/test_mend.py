@@ -94,6 +94,24 @@ def test_a_rephrasing_in_a_chat_is_taught_to_end_as_its_edit_is(tiny, edits):
     assert [row.ids[-1] == lm.tokenizer.unk_token_id for row in (found.edit, rephrasing, other)] == [True, True, False]
 
 
+def test_of_several_edits_in_a_case_each_has_its_own_rephrasings(tiny, edits):
+    lm, (rome, italian, place) = tiny("llama"), edits[:3]
+    again = replace(rome, prompt="You know that {} has", id="again")
+    queries = [
+        Query(f"paraphrase/{i}", "paraphrase", f"I read that {edit.text}", edit.target_new)
+        for i, edit in enumerate([rome, italian])
+    ]
+
+    def rephrasings(*edits: Edit) -> list[tuple[int, ...]]:
+        return [[row.ids for row in e.rephrasings] for e in examples(lm, [Case("c", edits, tuple(queries))])]
+
+    own = [row.ids for row in answer_rows(lm, [rome, italian, place, again])]
+    to_rome, to_italian = (lm.encode(q.prompt, q.target).ids for q in queries)
+    assert rephrasings(rome) == [[to_rome, to_italian]], "a case of one edit is its own"
+    assert rephrasings(rome, italian, place) == [[to_rome], [to_italian], [own[2]]]
+    assert rephrasings(rome, again) == [[own[0]], [own[3]]], "which of the two is asked cannot be told"
+
+
 def test_pieces_of_a_batch_add_up_whatever_is_padded(tiny, edits, tmp_path):
     lm = tiny("gptj")
     mend = editor(lm, edits, tmp_path, steps=3, batch_size=2, learning_rate=1e-3)

@@ -164,7 +164,7 @@ class Example:
     edit: Row
     """The edit's prompt and its new answer: what the gradient is of."""
     rephrasings: tuple[Row, ...]
-    """Other prompts that should get the new answer too; the edit's own where the case has none."""
+    """Other prompts that should get the new answer too; the edit's own where the case has none for it."""
     others: tuple[Row, ...]
     """Prompts with answers that should stay; none where the case has no neighbours."""
 
@@ -181,6 +181,8 @@ class Drawn:
 def examples(lm: LM, cases: Sequence[Case]) -> list[Example]:
     """Return each edit of the cases, with the rephrasings and the neighbours of its case.
 
+    Of several edits in a case each has the rephrasings that ask for its answer alone.
+
     Raises:
         InvalidEdit: an edit that cannot mean anything; or one, a rephrasing or a neighbour is longer than the model's
             context.
@@ -188,15 +190,21 @@ def examples(lm: LM, cases: Sequence[Case]) -> list[Example]:
     found = []
     for case in cases:
         check_edits(case.edits)
-        asked: dict[bool, list[Row]] = {True: [], False: []}
+        others: list[Row] = []
+        asked: list[tuple[str, Row]] = []
         for query in case.queries:
             stays = is_locality(query.axis)
             if query.target is not None and (stays or query.axis.startswith(("paraphrase", "rephrase"))):
                 row = encode(lm.tokenizer, query.prompt, query.target, separator=query.separator, chat=query.chat)
                 lm.check_length(query.prompt, row, what=f"case {case.id!r}, query {query.id!r}:")
-                asked[stays].append(row if stays else ended(lm.tokenizer, row, query.chat))
-        for row in trained_rows(lm, case.edits):
-            found.append(Example(row, tuple(asked[False]) or (row,), tuple(asked[True])))
+                if stays:
+                    others.append(row)
+                else:
+                    asked.append((query.target.strip(), ended(lm.tokenizer, row, query.chat)))
+        answers = [edit.target_new for edit in case.edits]
+        for answer, row in zip(answers, trained_rows(lm, case.edits), strict=True):
+            own = [r for target, r in asked if len(answers) == 1 or (target == answer and answers.count(answer) == 1)]
+            found.append(Example(row, tuple(own) or (row,), tuple(others)))
     return found
 
 
