@@ -95,7 +95,13 @@ def test_an_adapter_may_be_trained_on(tiny, edits):
     b, a = second.state["1.q_proj.B"], second.state["1.q_proj.A"]
     assert_close(together, 2.0 * b @ a, rtol=1e-9, atol=1e-12)
     with pytest.raises(DeltaMismatch, match="no adapter of rank 2"):
-        lora(rank=2, continue_adapter=True).propose(lm, edits, state=first.state)
+        lora(rank=2, alpha=4.0, continue_adapter=True).propose(lm, edits, state=first.state)
+    with pytest.raises(DeltaMismatch, match=r"is of scale 2.0, wanted is scale 4.0; begin anew"):
+        lora(alpha=12.0, continue_adapter=True).propose(lm, edits, state=first.state)
+    with pytest.raises(DeltaMismatch, match="is of base"):
+        on.propose(tiny("llama", seed=1), edits, state=first.state)
+    unnamed = {name: t for name, t in first.state.items() if name not in ("base", "scale")}  # of an earlier version
+    assert on.propose(lm, edits[2:], state=unnamed).id == second.id
 
 
 def test_the_allotment_ends_at_the_target_rank_on_average(tiny, edits):

@@ -38,6 +38,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import ModelShape, Progress, State, check_depth, lower_layers, silent
+from retcon.methods.common.marks import marked, unmarked
 from retcon.methods.common.settings import Count, Layers
 from retcon.methods.common.tuning import TuningSettings, sites_of_kinds, tuning
 from retcon.training.objective import Answer
@@ -149,7 +150,8 @@ class Kne(TuningSettings):
         Raises:
             InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
             InvalidSetting: a matrix the model does not have, or more units than there are.
-            DeltaMismatch: the ensemble given is not one of this model and these settings.
+            DeltaMismatch: the ensemble given is not one of this model and these settings; of one that `locate` made,
+                or an earlier version kept, only its matrices and units are checked.
             NonFinite: the model gives an edit no finite probability.
         """
         sites = self.sites(lm)
@@ -157,11 +159,13 @@ class Kne(TuningSettings):
             if not edits:
                 return run.delta()
             if self.reuse and state:
-                ensemble = checked(state, lm, sites, self.granularity)
+                given = unmarked(self.name, state, lm, "locate anew (reuse=False)", granularity=self.granularity)
+                ensemble = checked(given, lm, sites, self.granularity)
             else:
                 ensemble = self.locate(lm, self._facts(edits), seed=seed, progress=run.progress)
             parts = [self._part(site, ensemble[key(site)]) for site in sites if key(site) in ensemble]
-            return run.delta(parts, run.train(parts, stage="ensemble"), state=ensemble)
+            kept = marked(ensemble, lm, granularity=self.granularity)
+            return run.delta(parts, run.train(parts, stage="ensemble"), state=kept)
 
     def locate(self, lm: LM, facts: Sequence[Edit], *, seed: int = 0, progress: Progress = silent) -> Ensemble:
         """N*: the ensemble of `facts` on the weights as they are now (Eqs. 4 to 7); the seed samples too many facts."""

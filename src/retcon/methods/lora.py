@@ -21,6 +21,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State
+from retcon.methods.common.marks import marked, unmarked
 from retcon.methods.common.settings import AnyLayers, Count, NotNegative
 from retcon.methods.common.tuning import TuningSettings, sites_named, tuning
 from retcon.seed import generator_of
@@ -77,7 +78,8 @@ class Lora(TuningSettings):
         Raises:
             InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
             InvalidSetting: a layer or matrix the model does not have.
-            DeltaMismatch: the adapter given is not one of these matrices and this rank.
+            DeltaMismatch: the adapter given is not one of this model, these matrices, this rank and this alpha / rank;
+                an earlier version kept neither the model nor the scale, and they are then not compared.
             NonFinite: the model gives an edit no finite probability.
         """
         sites = sites_named(self.name, lm, self.layers, self.modules)
@@ -85,7 +87,9 @@ class Lora(TuningSettings):
             if not edits:
                 return run.delta()
             generator, scale = generator_of(seed), self.alpha / self.rank
-            begun = state if self.continue_adapter and state else None
+            begun = None
+            if self.continue_adapter and state:
+                begun = unmarked(self.name, state, lm, "begin anew (continue_adapter=False)", scale=scale)
             parts, before = [], []
             for site in sites:
                 b, a = adapter(site, self.rank, generator) if begun is None else self._given(site, begun)
@@ -94,6 +98,7 @@ class Lora(TuningSettings):
                     before.append(TrainedLowRank(site, b.detach().clone(), a.detach().clone(), -scale))
             ended = run.train(parts, beside=before)
             kept = {_key(part.site, which): t.detach().cpu() for part in parts for which, t in _factors(part)}
+            kept = marked(kept, lm, scale=scale)
             return run.delta([*parts, *before], ended, state=kept if self.continue_adapter else None)
 
     def n_trained(self, lm: LM) -> int:
