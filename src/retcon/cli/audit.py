@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from retcon.cli.facts import reads_facts
 from retcon.cli.shell import (
@@ -22,6 +21,7 @@ from retcon.cli.shell import (
     load_deltas,
     load_model,
     loads_a_model,
+    plain_table,
     size,
     spinner,
     styled,
@@ -116,10 +116,8 @@ def _show(found: "Audit", *, known: bool) -> None:
     if not n:
         show.print(styled("[green]The same[/]: all {} agree bit for bit.", count(found.n_parameters, "parameter")))
     else:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("parameter", no_wrap=True, overflow="ellipsis")
-        for head in ("difference", "of its norm", "rank", *(("unexplained",) if known else ())):
-            table.add_column(head, justify="right")
+        right = ("difference", "of its norm", "rank", *(("unexplained",) if known else ()))
+        table = plain_table(("parameter", None), right=right)
         for d in found.differences[:N_SHOWN]:
             cells = [d.parameter, f"{d.norm:.3g}", f"{d.share:.2%}", "-" if d.rank is None else str(d.rank)]
             table.add_row(*cells, *([f"{d.unexplained or 0:.2%}"] if known else []))
@@ -132,9 +130,7 @@ def _show(found: "Audit", *, known: bool) -> None:
             show.print(f"The deltas given leave {found.unexplained:.2%} of the difference unexplained.")
     if found.answers:
         changed = [a for a in found.answers if a.changed]
-        answers = Table(box=None, pad_edge=False, header_style="dim")
-        for head, width in (("prompt", 44), ("base", 22), ("edited", 22)):
-            answers.add_column(head, no_wrap=True, overflow="ellipsis", max_width=width)
+        answers = plain_table(("prompt", 44), ("base", 22), ("edited", 22))
         for a in changed[:N_SHOWN]:
             answers.add_row(*(" ".join(part.split()) for part in (a.edit.text, a.base, a.edited)))
         show.print()

@@ -20,6 +20,7 @@ from retcon.cli.shell import (
     console,
     count,
     emit,
+    plain_table,
     program,
     seconds,
     styled,
@@ -218,10 +219,7 @@ def _estimate(spec: "BenchSpec", loaded: "Mapping[str, Loaded]", out: Path, as_j
     if as_json:
         emit({"runs": rows, "seconds": sum(e.seconds for e in found)})
         return
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("run")
-    for name in ("cases", "per edit", "per case measured", "in all"):
-        table.add_column(name, justify="right")
+    table = plain_table("run", right=("cases", "per edit", "per case measured", "in all"))
     for e in found:
         cells = [seconds(e.seconds_edit), f"{1000 * e.seconds_measure:.0f} ms", seconds(e.seconds)]
         if e.finished:
@@ -282,13 +280,10 @@ class _Board:
         return f"{event.cell.slug}: {numbers or 'done'}{failed}, {how}"
 
     def table(self) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
         columns = [name for name in _SHOWN if any(name in row.numbers for row in self.rows.values())]
-        for name in ("model", "method", "dataset", "protocol", "seed"):
-            table.add_column(name, no_wrap=True, overflow="ellipsis")
         failed = ["failed"] if any(row.failed for row in self.rows.values()) else []
-        for name in ("units", "time", *failed, *columns):
-            table.add_column(name, justify="right")
+        heads = [(name, None) for name in ("model", "method", "dataset", "protocol", "seed")]
+        table = plain_table(*heads, right=("units", "time", *failed, *columns), padding=(0, 2, 0, 0))
         for row in self.rows.values():
             cell = row.cell
             what = (cell.model.label, cell.method.label, cell.dataset.label, cell.protocol.describe(), str(cell.seed))

@@ -5,9 +5,8 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from retcon.cli.shell import Json, console, count, emit, size
+from retcon.cli.shell import Json, console, count, emit, plain_table, size
 from retcon.errors import InvalidSetting
 
 
@@ -60,11 +59,7 @@ def cache(
     if not kept:
         show.print(f"nothing is kept in {cache_dir()}", soft_wrap=True)
         return
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("kind")
-    table.add_column("what it is")
-    for head in ("files", "size", "last written"):
-        table.add_column(head, justify="right")
+    table = plain_table("kind", "what it is", right=("files", "size", "last written"))
     for kind, what in KINDS.items():
         if own := [each for each in kept if each.kind == kind]:
             written = time.strftime("%Y-%m-%d", time.localtime(max(each.written for each in own)))

@@ -6,7 +6,6 @@ from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from retcon.cli.complete import MaxTokens, Stops, Temperature, TopK, TopP, warn_of_no_answer, writing
 from retcon.cli.shell import (
@@ -25,6 +24,7 @@ from retcon.cli.shell import (
     load_deltas,
     load_model,
     loads_a_model,
+    plain_table,
     spinner,
     styled,
 )
@@ -97,7 +97,7 @@ def chat(
             continue
         warn_of_no_answer(answer)
         if both:
-            table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
+            table = plain_table(expand=True)
             table.add_column("before", ratio=1)
             table.add_column("after", ratio=1)
             table.add_row(old.text.strip(), styled("[bold]{}[/]", answer.text.strip()))

@@ -24,6 +24,7 @@ from retcon.cli.shell import (
     load_deltas,
     load_model,
     loads_a_model,
+    plain_table,
     progress_bars,
     spinner,
     styled,
@@ -202,9 +203,7 @@ def _record(verdict: "Verdict") -> dict[str, object]:
 
 def _tell(verdict: "Verdict") -> None:
     show = console()
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    for _ in range(3):
-        table.add_column()
+    table = plain_table("", "", "", show_header=False, padding=(0, 2, 0, 0))
     for answer in verdict.answers:
         table.add_row(_MARKS[answer.outcome], styled("[bold]{}[/]", TITLES[answer.part]), answer.words)
     show.print(table)
@@ -225,7 +224,7 @@ def _tell(verdict: "Verdict") -> None:
 
 
 def _examples(answer: "Answer") -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table = plain_table(padding=(0, 2, 0, 0))
     for head, width in (("prompt", 46), ("wanted", 15), ("before", 15), ("after", 15)):
         table.add_column(head, no_wrap=True, overflow="ellipsis", width=width)
     for e in answer.worst:

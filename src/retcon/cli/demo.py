@@ -19,6 +19,7 @@ from retcon.cli.shell import (
     console,
     emit,
     load_model,
+    plain_table,
     program,
     progress_bars,
     seconds,
@@ -312,7 +313,7 @@ def _tell(story: Story, as_json: bool) -> None:
 
 
 def _table(said: Sequence[Said], *, header: bool = False) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), show_header=header)
+    table = plain_table(padding=(0, 2, 0, 0), show_header=header)
     for head, width in (("prompt", 46), ("before", 15), ("asked", 15), ("after", 18)):
         table.add_column(head, no_wrap=True, overflow="ellipsis", width=width)
     for each in said:
@@ -322,10 +323,7 @@ def _table(said: Sequence[Said], *, header: bool = False) -> Table:
 
 
 def _metrics_table(story: Story) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("x100")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
+    table = plain_table("x100", right=("before", "after"), padding=(0, 2, 0, 0))
     table.add_column("with 95 % intervals, over cases")
     for name, meaning in _METRICS.items():
         before, after = story.estimates(name)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from retcon.cli.facts import CaseTarget, OnError
 from retcon.cli.shell import (
@@ -21,6 +20,7 @@ from retcon.cli.shell import (
     load_deltas,
     load_model,
     loads_a_model,
+    plain_table,
     size,
     spinner,
     styled,
@@ -216,10 +216,7 @@ def _scores_at(lm: "LM", cases: "Sequence[Case]", before: "Evaluation", rank: in
 def _show(made: "Exported", scores: dict[str, float], address: str | None, loads: str) -> None:
     show = console()
     if made.losses:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("parameter", no_wrap=True, overflow="ellipsis")
-        for name in ("rank", "of", "lost"):
-            table.add_column(name, justify="right")
+        table = plain_table(("parameter", None), right=("rank", "of", "lost"))
         for name, loss in made.losses.items():
             lost = f"{100 * loss['error']:.2f} %" if loss["error"] else "-"
             table.add_row(name, str(loss["rank"]), str(loss["exact_rank"]), lost)

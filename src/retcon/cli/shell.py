@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from rich.console import Console, ConsoleOptions
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -393,6 +394,24 @@ def log_lines() -> Iterator[None]:
     finally:
         _log().removeHandler(handler)
         _log().setLevel(level)
+
+
+def plain_table(*heads: str | tuple[str, int | None], right: Iterable[str] = (), **options: Any) -> Table:
+    """Return a table without lines.
+
+    Args:
+        heads: of the columns; one with a width (None: as wide as there is room) ends what is longer in an ellipsis.
+        right: heads of further columns, of numbers.
+    """
+    table = Table(box=None, pad_edge=False, **{"header_style": "dim", **options})
+    for head in heads:
+        if isinstance(head, str):
+            table.add_column(head)
+        else:
+            table.add_column(head[0], no_wrap=True, overflow="ellipsis", max_width=head[1])
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
 
 
 @contextmanager

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from retcon.cli.shell import Json, console, count, emit, size, styled
+from retcon.cli.shell import Json, console, count, emit, plain_table, size, styled
 from retcon.cli.stores import N_SHOWN, StorePath, entry_record, fact_record, facts_table, open_store
 from retcon.errors import UnknownEntry
 
@@ -94,9 +93,7 @@ def _fact(store: "Store", name: str, as_json: bool) -> None:
         answer = styled("[dim]taken back[/]") if step is None else step.target
         when = entry.time[:16].replace("T", " ")
         out.print(styled("  [yellow]{}[/]  [dim]{}[/]  {:8}{}", entry.id, when, entry.action, answer))
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for head, width in (("check", 18), ("prompt", 56), ("answer", 22)):
-        table.add_column(head, no_wrap=True, overflow="ellipsis", max_width=width)
+    table = plain_table(("check", 18), ("prompt", 56), ("answer", 22))
     for query in case.queries[:N_SHOWN]:
         table.add_row(query.axis, query.prompt, query.target or "as before")
     out.print()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from retcon.cli.shell import count, load_model, warn
+from retcon.cli.shell import count, load_model, plain_table, warn
 from retcon.files import found_from
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ def load_base(
 
 def facts_table(lines: "list[Line]") -> Table:
     """Return the first of some facts."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for head, width in (("fact", 24), ("prompt", 48), ("answer", 24)):
-        table.add_column(head, no_wrap=True, overflow="ellipsis", max_width=width)
+    table = plain_table(("fact", 24), ("prompt", 48), ("answer", 24))
     for line in lines[:N_SHOWN]:
         table.add_row(line.fact, line.prompt, line.target)
     return table

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from retcon.cli.shell import count, seconds, size, styled
+from retcon.cli.shell import count, plain_table, seconds, size, styled
 from retcon.edits import Edit
 from retcon.workflow import Estimate, Resolved, outcomes
 
@@ -68,9 +68,7 @@ def estimate_table(expected: Estimate) -> Table:
 
 def facts_table(edits: Sequence[Edit]) -> Group:
     """Return what would be written, the first few."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("prompt", "new answer"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=60)
+    table = plain_table(("prompt", 60), ("new answer", 60))
     for edit in edits[:N_SHOWN]:
         table.add_row(edit.text, edit.target_new)
     more = len(edits) - N_SHOWN
@@ -84,7 +82,7 @@ def edits_table(delta: "Attachment", edits: Sequence[Edit]) -> Group:
     reports = [r for r in delta.report if r.id in by_id]
     if len(reports) > N_SHOWN:
         reports = sorted(reports, key=_how_far)[:N_SHOWN]
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = plain_table()
     for name in ("subject", "new answer", "searched", "final", "steps", "outcome"):
         right = name in ("searched", "final", "steps")
         table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis", max_width=44)
@@ -110,10 +108,7 @@ def _how_far(report: "EditReport") -> float:
 
 def changes_table(lm: "LM", delta: "Attachment") -> Table:
     """Return how much each parameter changes."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("parameter", no_wrap=True, overflow="ellipsis")
-    for name in ("change", "of its norm", "rank"):
-        table.add_column(name, justify="right")
+    table = plain_table(("parameter", None), right=("change", "of its norm", "rank"))
     ranks = delta.ranks()
     for name, norm in delta.norms().items():
         weight = float(lm.base_weight(name).double().norm())

@@ -21,6 +21,7 @@ from retcon.cli.shell import (
     emit,
     load_model,
     loads_a_model,
+    plain_table,
     seconds,
     styled,
 )
@@ -152,12 +153,10 @@ def tune(
 
 def _table(found: Tuned) -> Table:
     """Return what was begun at and what was found, on the cases that were not searched on."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(f"on {count(found.n_reported, 'other case')}")
-    for name in ("Score", "ES", "GS", "LS"):
-        table.add_column(name, justify="right")
+    names = ("Score", "ES", "GS", "LS")
+    table = plain_table(f"on {count(found.n_reported, 'other case')}", right=names)
     for label, summary in ((_start(found), found.before), ("found", found.found)):
-        table.add_row(label, *(_cell(summary, name) for name in ("Score", "ES", "GS", "LS")))
+        table.add_row(label, *(_cell(summary, name) for name in names))
     return table
 
 

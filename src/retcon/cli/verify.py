@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from retcon.cli.shell import (
     Device,
@@ -17,6 +16,7 @@ from retcon.cli.shell import (
     count,
     emit,
     loads_a_model,
+    plain_table,
     spinner,
     styled,
 )
@@ -119,10 +119,7 @@ def _show(result: "Verification") -> None:
     from retcon.store.verify import TITLES
 
     show = console()
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("")
-    for head in ("pass", "broke", "never passed"):
-        table.add_column(head, justify="right")
+    table = plain_table("", right=("pass", "broke", "never passed"))
     for kind, row in result.counts().items():
         broke = styled("[red]{:,}[/]", row["broke"]) if row["broke"] else "0"
         table.add_row(TITLES[kind], f"{row['passed']:,}", broke, f"{row['never']:,}")

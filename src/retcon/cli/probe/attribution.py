@@ -4,7 +4,6 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from retcon.cli.facts import reads_facts
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write_figures
@@ -19,6 +18,7 @@ from retcon.cli.shell import (
     emit,
     load_model,
     loads_a_model,
+    plain_table,
     progress_bars,
     styled,
 )
@@ -147,11 +147,7 @@ def attribution(
     show = console()
     show.print(styled("[bold]attribution[/] on {}", lm))
     show.print(f"facts  {asked.about}", soft_wrap=True)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layer", justify="right")
-    for kind in kinds:
-        table.add_column(f"{kind}: carried", justify="right")
-        table.add_column(f"{unit}s", justify="right")
+    table = plain_table(right=("layer", *(head for kind in kinds for head in (f"{kind}: carried", f"{unit}s"))))
     for layer in range(lm.n_layers):
         cells = [c for kind in kinds for c in (f"{carried[kind][layer]:.4f}", str(int(chosen[kind][layer])))]
         table.add_row(str(layer), *cells)

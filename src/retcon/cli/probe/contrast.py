@@ -21,6 +21,7 @@ from retcon.cli.shell import (
     emit,
     load_model,
     loads_a_model,
+    plain_table,
     progress_bars,
     spinner,
     styled,
@@ -157,9 +158,8 @@ def _said(found: "Contrast") -> str:
 
 def _table(found: "Contrast") -> Table:
     """Mean rank and probability of both answers, layer by layer, with the final norm."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("layer", "subject: original", "target", "prediction: original", "target", "p(original)", "p(target)"):
-        table.add_column(name, justify="right")
+    read = ("subject: original", "target", "prediction: original", "target")
+    table = plain_table(right=("layer", *read, "p(original)", "p(target)"))
     ranks: list[Any] = [
         found.curve("mean_rank", of, where, final_norm=True)
         for where in found.positions

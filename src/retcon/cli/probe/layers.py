@@ -19,6 +19,7 @@ from retcon.cli.shell import (
     emit,
     load_model,
     loads_a_model,
+    plain_table,
     program,
     progress_bars,
     styled,
@@ -96,9 +97,7 @@ def layers(
 
 
 def _table(advice: "Advice") -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("group", "read at", "layers", "score", "95 %", "stability", "next best"):
-        table.add_column(name, justify="left" if name in ("group", "read at") else "right")
+    table = plain_table("group", "read at", right=("layers", "score", "95 %", "stability", "next best"))
     for name, choice in (("low", advice.low), ("high", advice.high)):
         table.add_row(
             name,

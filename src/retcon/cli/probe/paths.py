@@ -3,7 +3,6 @@
 from typing import Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from retcon.cli.facts import reads_facts
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write_figures
@@ -17,6 +16,7 @@ from retcon.cli.shell import (
     emit,
     load_model,
     loads_a_model,
+    plain_table,
     spinner,
     styled,
 )
@@ -101,7 +101,7 @@ def paths(
     show = console()
     show.print(styled("[bold]paths[/] on {}", lm))
     show.print(f"facts  {asked.about}", soft_wrap=True)
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = plain_table()
     for name in ("layer", "matrix", "best score", "mean", "best nodes"):
         table.add_column(name, justify="left" if name in ("matrix", "best nodes") else "right")
     for t, slot in enumerate(found.slots):

@@ -19,6 +19,7 @@ from retcon.cli.shell import (
     emit,
     load_model,
     loads_a_model,
+    plain_table,
     progress_bars,
     styled,
 )
@@ -147,10 +148,7 @@ def _table(found: "Traces") -> Table:
     """Return where each kind of restoration does most."""
     from retcon.locate.tracing import GROUPS
 
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("restored")
-    for group in GROUPS:
-        table.add_column(group, justify="right")
+    table = plain_table("restored", right=GROUPS)
     for kind in found.settings.kinds:
         mean = found.average(kind).mean
         cells = []
