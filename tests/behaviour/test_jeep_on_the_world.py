@@ -7,7 +7,7 @@ from retcon import world
 from retcon.evaluation import evaluate
 from retcon.lm.fingerprint import fingerprint
 from retcon.methods.common.choosing import method
-from retcon.methods.common.registry import preset_for
+from retcon.methods.common.presets import preset_for
 
 N = 20
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from retcon.errors import InvalidEdit, InvalidSetting, NotEditable, RetconWarning
 from retcon.locate.paths import Paths, Transmission, paths, slots_of
 from retcon.methods.common.choosing import method
-from retcon.methods.common.registry import presets
+from retcon.methods.common.presets import presets
 from retcon.methods.ctp import Ctp
 from retcon.training.objective import AnswerLoss, answer_rows, own_answers
 from retcon.training.parts import attached, changes

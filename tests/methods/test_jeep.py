@@ -25,8 +25,7 @@ from retcon.memory.moments import GivenMoments
 from retcon.memory.values import ValueSearch, ValueSite, search_values
 from retcon.methods.common.choosing import method
 from retcon.methods.common.contract import ModelShape
-from retcon.methods.common.presets import signature
-from retcon.methods.common.registry import presets
+from retcon.methods.common.presets import presets, signature
 from retcon.methods.jeep import Jeep
 from tests.conftest import everyday, random_moments
 

@@ -11,7 +11,7 @@ from retcon.edits import Edit, write_edits
 from retcon.errors import DeltaMismatch, InvalidEdit, InvalidSetting, NotEditable
 from retcon.locate.attribution import Attribution, attribute
 from retcon.methods.common.choosing import method
-from retcon.methods.common.registry import presets
+from retcon.methods.common.presets import presets
 from retcon.methods.kne import Kne
 from retcon.methods.rect import Rect
 

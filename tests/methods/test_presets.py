@@ -11,7 +11,8 @@ from retcon.lm.layouts import LAYOUTS
 from retcon.methods.common import presets as presets_module
 from retcon.methods.common.choosing import method
 from retcon.methods.common.contract import ModelShape
-from retcon.methods.common.registry import METHODS, method_class, presets
+from retcon.methods.common.presets import presets
+from retcon.methods.common.registry import METHODS, method_class
 
 
 def _models():

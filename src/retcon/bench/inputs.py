@@ -7,7 +7,7 @@ from retcon.bench.spec import BenchSpec, Cell, DatasetSpec, Protocol
 from retcon.errors import InvalidSetting, RetconError
 from retcon.evaluation.datasets import Loaded, read_cases
 from retcon.files import check_exists, read_prose
-from retcon.methods.common.registry import check_early
+from retcon.methods.common.presets import check_early
 
 
 def read_inputs(spec: BenchSpec) -> dict[str, Loaded]:

@@ -84,6 +84,7 @@ def _names_method(name: str) -> bool:
 
 def _described(name: str, lm: "LM | None") -> dict[str, Any]:
     from retcon.methods.common import registry
+    from retcon.methods.common.presets import presets
     from retcon.methods.common.settings import descriptions
 
     chosen = registry.method_class(name)
@@ -94,7 +95,7 @@ def _described(name: str, lm: "LM | None") -> dict[str, Any]:
         "paper": about.paper,
         "facts": _facts(chosen),
         "keeps": chosen.state_description,
-        "presets": [p.name for p in registry.presets(name)],
+        "presets": [p.name for p in presets(name)],
         "meanings": descriptions(chosen),
         "defaults": {f.name: as_toml(default) for f in fields(chosen) if (default := _default(f)) is not MISSING},
     }

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from retcon.edits import Edit
     from retcon.lm.model import LM
     from retcon.methods.common.contract import Method
-    from retcon.methods.common.registry import Preset
+    from retcon.methods.common.presets import Preset
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,14 @@ def read_settings(name: str, *, dataset: str | None, preset: str | None, assignm
         InvalidSetting: an assignment is malformed, its field unknown, or its value of another type than the field.
         UnknownMethod, UnknownPreset: the message lists what is known.
     """
-    from retcon.methods.common import registry
+    from retcon.methods.common.presets import check_early
+    from retcon.methods.common.registry import NO_PRESET, setting_types
 
     if preset and dataset:
-        why = "leaves all presets aside" if preset == registry.NO_PRESET else "names its dataset already"
+        why = "leaves all presets aside" if preset == NO_PRESET else "names its dataset already"
         raise InvalidSetting(f"--preset {preset} {why}; leave out --dataset {dataset}")
-    hints = registry.setting_types(name)
-    return registry.check_early(name, dict(_given(each, hints, name) for each in assignments), preset)
+    hints = setting_types(name)
+    return check_early(name, dict(_given(each, hints, name) for each in assignments), preset)
 
 
 def resolve(

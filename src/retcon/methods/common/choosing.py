@@ -11,8 +11,8 @@ from retcon.lm.model import LM, require_lm
 from retcon.methods.common.advised import probe_layers, settings_for
 from retcon.methods.common.contract import Method, ModelShape
 from retcon.methods.common.locate_then_edit import SearchSettings
-from retcon.methods.common.presets import Preset
-from retcon.methods.common.registry import NO_PRESET, build, method_class, preset_for, preset_named, presets
+from retcon.methods.common.presets import Preset, preset_for, preset_named, presets
+from retcon.methods.common.registry import NO_PRESET, build, method_class
 from retcon.methods.common.settings import checked
 from retcon.methods.common.starting_point import (
     clamp_settings,

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from retcon.errors import MalformedFile, RetconWarning, UnknownPreset
 from retcon.files import write_atomically
+from retcon.methods.common.registry import NO_PRESET, parents_of, setting_types
+from retcon.methods.common.settings import fitted
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -46,20 +48,17 @@ class Preset:
         return f"{self.method}/{self.model}/{self.dataset}"
 
 
-def presets(name: str, parents: tuple[str, ...] = ()) -> list[Preset]:
-    """Return all presets of a method, the user's first; those of `parents`, which it inherits its settings from, come
-    last.
+def presets(name: str) -> list[Preset]:
+    """Return all presets of a method, the user's first; those of methods that it inherits its settings from come last.
 
     Raises:
         MalformedFile: a file of the user's is no file of presets.
     """
-    found: list[Preset] = []
-    for method in (name, *parents):
-        found += [
-            *_presets_in(user_folder(), name, method),
-            *_presets_in(OWN_FOLDER, name, method),
-        ]
-    return found
+    return [preset for method in (name, *parents_of(name)) for preset in _presets_of(name, method)]
+
+
+def _presets_of(name: str, file: str) -> list[Preset]:
+    return [*_presets_in(user_folder(), name, file), *_presets_in(OWN_FOLDER, name, file)]
 
 
 def user_folder() -> Path:
@@ -67,23 +66,23 @@ def user_folder() -> Path:
     return Path(os.environ.get("RETCON_PRESETS") or USER_FOLDER)
 
 
-def preset_named(name: str, preset: str, parents: tuple[str, ...] = ()) -> Preset:
+def preset_named(name: str, preset: str) -> Preset:
     """Return the preset of that full name.
 
     Raises:
         UnknownPreset: there is none.
     """
-    known = presets(name, parents)
+    known = presets(name)
     for candidate in known:
         if candidate.name == preset:
             return candidate
     of = preset.partition("/")[0]
-    if of != name and any(p.name == preset for p in presets(of)):
+    if of != name and any(p.name == preset for p in _presets_of(of, of)):
         raise UnknownPreset(f"{preset!r} is a preset of {of}, and the method is {name}; name that one")
     raise UnknownPreset(f"no preset {preset!r}; known: {', '.join(p.name for p in known) or 'none'}")
 
 
-def preset_for(name: str, lm: "LM", dataset: str | None = None, parents: tuple[str, ...] = ()) -> Preset | None:
+def preset_for(name: str, lm: "LM", dataset: str | None = None) -> Preset | None:
     """Return the preset that fits the model, or None; the user's, then CounterFact's where several fit and none is
     asked for.
 
@@ -93,7 +92,7 @@ def preset_for(name: str, lm: "LM", dataset: str | None = None, parents: tuple[s
         UnknownPreset: the model has presets, but none for that dataset.
     """
     looks = signature(lm)
-    fitting = [p for p in presets(name, parents) if all(looks.get(k) == v for k, v in p.match.items())]
+    fitting = [p for p in presets(name) if all(looks.get(k) == v for k, v in p.match.items())]
     if not fitting and dataset is None:
         return None
     if dataset is not None:
@@ -111,9 +110,28 @@ def preset_for(name: str, lm: "LM", dataset: str | None = None, parents: tuple[s
         f"{len(fitting)} presets fit ({', '.join(p.name for p in fitting)}); taking {chosen.name}. "
         "Pass dataset= to choose.",
         RetconWarning,
-        stacklevel=3,
+        stacklevel=2,
     )
     return chosen
+
+
+def check_early(name: str, settings: Mapping[str, Any], preset: str | None = None) -> dict[str, Any]:
+    """Return settings of a method as its fields want them, where no model is there yet, and check a preset's too.
+
+    A method of this package is read from its source (`declared`), so that a setting that cannot be is refused before
+    torch is imported. What depends on two settings or on the model is checked when the method is made.
+
+    Raises:
+        UnknownMethod, UnknownPreset, InvalidSetting: the message names the method, preset or setting.
+    """
+    hints = setting_types(name)
+    if preset not in (None, NO_PRESET):
+        found = preset_named(name, preset)
+        fitted(f"preset {preset}", hints, found.settings)
+    made = fitted(name, hints, settings)
+    if "base_method" in made:  # a filter's
+        check_early(made["base_method"], made.get("base_settings", {}))
+    return made
 
 
 def signature(lm: "LM") -> dict[str, Any]:

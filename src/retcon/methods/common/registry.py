@@ -1,4 +1,4 @@
-"""The table of methods: which there are, the class and the settings of each, its presets."""
+"""The table of methods: which there are, the class and the settings of each."""
 
 import difflib
 import os
@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, UnknownMethod
-from retcon.methods.common import presets as presets_module
-from retcon.methods.common.presets import Preset
-from retcon.methods.common.settings import checked, declared, fitted, types_of
+from retcon.methods.common.settings import checked, declared, types_of
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -96,25 +94,6 @@ def _place(name: str) -> str:
     return table.get(name, name)
 
 
-def check_early(name: str, settings: Mapping[str, Any], preset: str | None = None) -> dict[str, Any]:
-    """Return settings of a method as its fields want them, where no model is there yet, and check a preset's too.
-
-    A method of this package is read from its source (`declared`), so that a setting that cannot be is refused before
-    torch is imported. What depends on two settings or on the model is checked when the method is made.
-
-    Raises:
-        UnknownMethod, UnknownPreset, InvalidSetting: the message names the method, preset or setting.
-    """
-    hints = setting_types(name)
-    if preset not in (None, NO_PRESET):
-        found = presets_module.preset_named(name, preset, parents_of(name))
-        fitted(f"preset {preset}", hints, found.settings)
-    made = fitted(name, hints, settings)
-    if "base_method" in made:  # a filter's
-        check_early(made["base_method"], made.get("base_settings", {}))
-    return made
-
-
 def setting_types(name: str) -> Mapping[str, Any]:
     """Return the type of each setting of a method, in order.
 
@@ -179,27 +158,3 @@ def build(name: str, settings: Mapping[str, Any], *, lm: "LM | None" = None) -> 
             "Python by keyword)" + ("" if lm is not None else ", or pass for_model=lm for a model's preset")
         )
     return chosen(**settings)
-
-
-def presets(name: str) -> list[Preset]:
-    """Return all presets of a method, the user's first."""
-    return presets_module.presets(name, parents_of(name))
-
-
-def preset_named(name: str, preset: str) -> Preset:
-    """Return the preset of that full name.
-
-    Raises:
-        UnknownPreset: there is none.
-    """
-    return presets_module.preset_named(name, preset, parents_of(name))
-
-
-def preset_for(name: str, lm: "LM", dataset: str | None = None) -> Preset | None:
-    """Return the preset that fits the model, or None; the user's, then CounterFact's where several fit and none is
-    asked for.
-
-    Raises:
-        UnknownPreset: the model has presets, but none for that dataset.
-    """
-    return presets_module.preset_for(name, lm, dataset, parents_of(name))
