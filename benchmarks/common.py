@@ -5,7 +5,6 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 import retcon
 from retcon import world
+from retcon.bench.manifest import processor
 from retcon.edits import Case
 from retcon.evaluation import read_cases
 from retcon.evaluation.summary import CaseMean
@@ -21,6 +21,7 @@ from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Corpus, CorpusMoments
 from retcon.methods.common.proposal import answers
 from retcon.methods.jeep import Jeep
+from retcon.version import versions
 
 
 def add_places(parser: argparse.ArgumentParser, *, start: int = 0) -> None:
@@ -77,17 +78,11 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 def machine() -> str:
     """One line for the record: processor, threads, versions."""
-    import transformers
-
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
+    found = versions()
     return (
-        f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used; Python "
-        f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"retcon {retcon.__version__}"
+        f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used; Python "
+        f"{platform.python_version()}, torch {found['torch']}, transformers {found['transformers']}, "
+        f"retcon {found['retcon']}"
     )
 
 

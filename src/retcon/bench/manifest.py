@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from retcon.files import as_shared, write_atomically
 from retcon.lm.model import LM
 from retcon.lm.tokenizer import chat_hash
 from retcon.methods.common.contract import files_of, recorded_settings
-from retcon.version import __version__
+from retcon.version import versions
 
 FORMAT = "retcon-bench-1"
 MOST_SHOWN = 120
@@ -38,7 +37,7 @@ def manifest_of(
     return as_json(
         {
             "format": FORMAT,
-            "versions": versions(),
+            "versions": bench_versions(),
             "model": {
                 "name": cell.model.label,
                 "revision": cell.model.revision,
@@ -89,10 +88,9 @@ def environment(command: str) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
-    found = {"retcon": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    return found | {name: metadata.version(name) for name in ("transformers", "tokenizers")}
+def bench_versions() -> dict[str, str]:
+    """Return the versions of what computes, Python and tokenizers among them."""
+    return versions("tokenizers") | {"python": platform.python_version()}
 
 
 def processor() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from retcon.bench.manifest import measures_record, versions
+from retcon.bench.manifest import bench_versions, measures_record
 from retcon.bench.spec import MeasureSpec
 from retcon.checked import Kind, as_bytes, cached, from_bytes, keep
 from retcon.evaluation.datasets import LoadReport
@@ -36,7 +36,7 @@ def unedited(lm: LM, plan: QueryPlan, measures: Measures, asked: MeasureSpec, re
         "options": dict(report.options),
         "cases": [case.id for case in plan.cases],
         "measures": measures_record(asked) | {"seed": measures.seed},
-        "versions": versions(),
+        "versions": bench_versions(),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
     path = cache_dir() / "pre" / f"{name}.safetensors"

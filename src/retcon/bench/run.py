@@ -15,7 +15,15 @@ from typing import Any
 from retcon.attachment import Attachment
 from retcon.bench.directory import FINISHED, MANIFEST
 from retcon.bench.inputs import cells_of, read_inputs
-from retcon.bench.manifest import as_json, command_line, environment, manifest_of, run_id, versions, write_or_verify
+from retcon.bench.manifest import (
+    as_json,
+    bench_versions,
+    command_line,
+    environment,
+    manifest_of,
+    run_id,
+    write_or_verify,
+)
 from retcon.bench.pre import unedited
 from retcon.bench.protocol import Setting, n_units, run_units
 from retcon.bench.spec import MEASURE_FILES, BenchSpec, Cell, MethodSpec, ModelSpec, Protocol
@@ -116,7 +124,9 @@ def run_bench(
 
     first = runner(spec.models[0])  # bad settings end here, before any writing
     around = environment(command or command_line())
-    whole = as_json({"spec": _portable(spec), "datasets": {k: r.sha256 for k, (_, r) in loaded.items()}} | versions())
+    whole = as_json(
+        {"spec": _portable(spec), "datasets": {k: r.sha256 for k, (_, r) in loaded.items()}} | bench_versions()
+    )
     root.mkdir(parents=True, exist_ok=True)
     with turn_in(root, wait=False), _nothing_left_of_a_failed_start(root):
         remove_abandoned(root, f"**/.*{TEMPORARY}")

@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from retcon.errors import InvalidSetting, WrongBase
 from retcon.files import errors_naming, write_atomically
 from retcon.lm.load import load
 from retcon.lm.model import LM
-from retcon.version import __version__
+from retcon.version import versions
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Source:
     base: str | None
     """Fingerprint that the loaded model must have; None: the checkpoint was written for this run."""
     n_threads: int
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=versions)
     """Of the packages that decide a result, in the asking process."""
 
     @classmethod
@@ -46,11 +45,6 @@ class Source:
         options = {"dtype": str(lm.dtype).removeprefix("torch."), "device": lm.device.type, "layout": lm.layout,
                    "packed": bool(lm.packed)}  # fmt: skip
         return cls(str(folder), options, None, threads)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide a result."""
-    return {"retcon": __version__, "torch": torch.__version__, "transformers": version("transformers")}
 
 
 def _listed(versions: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ import typer
 from retcon.cli.shell import check_can_write, check_not_an_input, finite, spinner
 from retcon.errors import InvalidSetting
 from retcon.files import write_atomically
+from retcon.version import versions
 from retcon.workflow.facts import Facts, Reading, read_facts
 
 if TYPE_CHECKING:
@@ -92,11 +93,6 @@ def rounded(value: Any) -> Any:
 
 def about(lm: "LM", model: str, facts: str, seed: int) -> dict[str, Any]:
     """Return the head of every record."""
-    import torch
-    import transformers
-
-    import retcon
-
     return {
         "model": lm.label,
         "fingerprint": lm.fingerprint(),
@@ -105,9 +101,5 @@ def about(lm: "LM", model: str, facts: str, seed: int) -> dict[str, Any]:
         "dtype": str(lm.dtype).removeprefix("torch."),
         "facts": facts,
         "seed": seed,
-        "versions": {
-            "retcon": retcon.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
     }

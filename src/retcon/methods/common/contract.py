@@ -1,6 +1,6 @@
 """What every editing method is: settings in a frozen dataclass, one verb, and no side effect."""
 
-import sys
+import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +20,7 @@ from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.memory.write import UpdateFilter as UpdateFilter
 from retcon.methods.common.settings import checked
-from retcon.version import __version__
+from retcon.version import versions
 
 LAYER_SETTINGS = ("layer", "layers", "low", "high")
 """Settings that count blocks from 0."""
@@ -177,8 +177,6 @@ def recorded(
 
     A method that uses no contexts or moments leaves them out. `notes` join the provenance.
     """
-    import transformers
-
     about = {
         "method": method.name,
         "settings": recorded_settings(method),
@@ -186,12 +184,7 @@ def recorded(
         "dtype": str(lm.dtype).removeprefix("torch."),
         "moments": moments.keys(lm, sites) if moments else {},
         "seed": seed,
-        "versions": {
-            "retcon": __version__,
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions() | {"python": platform.python_version()},
     }
     return {
         "edits": tuple(edits),
