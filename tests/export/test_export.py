@@ -1,21 +1,22 @@
 """Exports equal the live edited model."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from retcon.delta import Columns, Delta, Dense, Entries, LowRank, Region, Rows
 from retcon.edits import Edit
 from retcon.errors import DeltaMismatch, DeltaNotApplied, InvalidSetting, UnsupportedModel
 from retcon.export import export
-from retcon.export.adapter import read_adapter
 from retcon.export.factors import factors_of
-from retcon.export.gguf import read_lora
 from retcon.export.write import load_changed
 from retcon.lm.load import load
 from retcon.lm.model import LM
@@ -55,6 +56,39 @@ def edited(folder: Path, dtype: str = "auto") -> LM:
         changes[site.name] = [site.stored(0.2 * left, right)]
     lm.apply(lm.delta(changes, edits=(EDIT,), provenance={"method": "jeep"}))
     return lm
+
+
+def read_adapter(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (B, A) by module name of an adapter, as PEFT would use them (times alpha over r)."""
+    config = json.loads((directory / "adapter_config.json").read_text("utf-8"))
+    tensors = load_file(directory / "adapter_model.safetensors")
+    found = {}
+    for name, a in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            scale = _matching(config["alpha_pattern"], module, config["lora_alpha"]) / _matching(
+                config["rank_pattern"], module, config["r"]
+            )
+            found[module] = tensors[name.replace("lora_A", "lora_B")] * torch.tensor(scale, dtype=a.dtype), a
+    return found
+
+
+def _matching(patterns: Mapping[str, int], module: str, default: int) -> int:
+    return next((value for pattern, value in patterns.items() if re.match(pattern, module)), default)
+
+
+def read_lora(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return (B times its scale, A) by tensor name of a GGUF adapter, as llama.cpp uses them: scale alpha / rank."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    alpha = float(reader.fields["adapter.lora.alpha"].parts[-1][0])
+    arrays = {t.name: np.array(t.data) for t in reader.tensors}
+    return {
+        name.removesuffix(".lora_a"): (arrays[name.replace("lora_a", "lora_b")] * (alpha / a.shape[0]), a)
+        for name, a in arrays.items()
+        if name.endswith(".lora_a")
+    }
 
 
 def loaded(folder: Path) -> Any:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -50,24 +49,3 @@ def write_adapter(
     write_atomically(files[0], save(tensors, metadata={"format": "pt"}))
     write_atomically(files[1], (json.dumps(config, indent=2) + "\n").encode())
     return files
-
-
-def read_adapter(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (B, A) by module name of an adapter, as PEFT would use them (times alpha over r)."""
-    from safetensors.torch import load_file
-
-    config = json.loads((directory / "adapter_config.json").read_text("utf-8"))
-    tensors = load_file(directory / "adapter_model.safetensors")
-    found = {}
-    for name, a in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            scale = _matching(config["alpha_pattern"], module, config["lora_alpha"]) / _matching(
-                config["rank_pattern"], module, config["r"]
-            )
-            found[module] = tensors[name.replace("lora_A", "lora_B")] * torch.tensor(scale, dtype=a.dtype), a
-    return found
-
-
-def _matching(patterns: Mapping[str, int], module: str, default: int) -> int:
-    return next((value for pattern, value in patterns.items() if re.match(pattern, module)), default)

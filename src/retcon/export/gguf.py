@@ -92,19 +92,6 @@ def write_lora(lm: LM, factors: Mapping[str, Factors], path: Path) -> None:
     _compare(path, tensors, exact=True)
 
 
-def read_lora(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return (B times its scale, A) by tensor name of a GGUF adapter, as llama.cpp uses them: scale alpha / rank."""
-    gguf = require_gguf()
-    reader = gguf.GGUFReader(path)
-    alpha = float(reader.fields["adapter.lora.alpha"].parts[-1][0])
-    arrays = {t.name: np.array(t.data) for t in reader.tensors}
-    return {
-        name.removesuffix(".lora_a"): (arrays[name.replace("lora_a", "lora_b")] * (alpha / a.shape[0]), a)
-        for name, a in arrays.items()
-        if name.endswith(".lora_a")
-    }
-
-
 # --- models ------------------------------------------------------------------------------------------------------
 
 
