@@ -16,7 +16,7 @@ from retcon.delta import Change, Delta, Dense, LowRank, Rows
 from retcon.edits import Edit
 from retcon.errors import DeltaMismatch
 from retcon.evaluation.metrics import gen_prefix
-from retcon.lm.generate import Writing, generate_in_chats
+from retcon.lm.generate import Writing, texts_after
 from retcon.lm.model import LM
 from retcon.memory.place import float64_place
 from retcon.version import __version__
@@ -204,6 +204,6 @@ def _answers(base: LM, edited: LM, edits: Sequence[Edit], max_new_tokens: int) -
     asked = [(edit.text, edit.chat) for edit in edits]
     how = Writing(max_new_tokens=max_new_tokens, skip_newlines=True)
     with base.without_deltas():
-        before = generate_in_chats(base, asked, how)
-    after = generate_in_chats(edited, asked, how)
-    return tuple(Answer(e, b.text.strip(), a.text.strip()) for e, b, a in zip(edits, before, after, strict=True))
+        before = texts_after(base, asked, how)
+    after = texts_after(edited, asked, how)
+    return tuple(Answer(e, b, a) for e, b, a in zip(edits, before, after, strict=True))

@@ -295,7 +295,7 @@ def replacing_folder(path: str | os.PathLike[str], *, check: Callable[[], None] 
         for file in fresh.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)
-                _sync(file)
+                sync(file)
         with turn_in(place.parent, wait=True):
             check()
             try:
@@ -364,7 +364,8 @@ def _escaped(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system write a file, or a folder's names, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -15,7 +15,7 @@ from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.evaluation.writing import PRESETS
 from retcon.lm import generate as module
-from retcon.lm.generate import WriteBatch, Writing, Written, generate, generate_in_chats
+from retcon.lm.generate import WriteBatch, Writing, Written, generate, texts_after
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, encode_turns
 from retcon.methods.kn import own_answers
@@ -262,13 +262,14 @@ def test_a_conversation_of_several_turns_is_one_row() -> None:
 
 def test_each_prompt_is_put_in_its_own_chat() -> None:
     lm, how, brief = chat_model(), Writing(max_new_tokens=4, stops=()), Chat("Be brief.")
-    found = generate_in_chats(lm, [("Who?", brief), ("Who?", None), ("Where?", brief), ("Who?", Chat())], how)
+    found = texts_after(lm, [("Who?", brief), ("Who?", None), ("Where?", brief), ("Who?", Chat())], how)
     alone = [
-        generate(lm, [p], replace(how, chat=c))[0] for p, c in (("Who?", brief), ("Who?", None), ("Where?", brief))
+        generate(lm, [p], replace(how, chat=c))[0].text.strip()
+        for p, c in (("Who?", brief), ("Who?", None), ("Where?", brief))
     ]
     assert found[:3] == alone
-    assert len({one.text for one in found}) > 1
-    assert generate_in_chats(lm, [], how) == []
+    assert len(set(found)) > 1
+    assert texts_after(lm, [], how) == []
 
 
 def test_an_edit_in_a_chat_is_asked_there_by_all_who_ask() -> None:

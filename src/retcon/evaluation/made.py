@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from retcon import world
 from retcon.edits import MARKER, Case, Edit, Query, same_question
 from retcon.evaluation.metrics import is_locality
+from retcon.world.facts import fill
 
 N_PARAPHRASES = 2
 N_NEIGHBOURS = 3
@@ -64,11 +65,6 @@ def _template(edit: Edit) -> str | None:
     return None if span is None else edit.text[: span[0]] + MARKER + edit.text[span[1] :]
 
 
-def _filled(template: str, subject: str) -> str:
-    before, after = template.split(MARKER)
-    return before + subject + after
-
-
 def _wordings(cases: Sequence[Case], edit: Edit) -> list[str]:
     """Other templates that the file has for the edit's relation."""
     if edit.relation_id is None or edit.subject is None:
@@ -82,7 +78,7 @@ def _paraphrases(cases: Sequence[Case], case: Case, seed: int) -> list[Query]:
     found = []
     for n, edit in enumerate(case.edits):
         rng = random.Random(f"made/{seed}/{case.id}/{n}")
-        prompts = [_filled(t, edit.subject or "") for t in _wordings(cases, edit)][:N_PARAPHRASES]
+        prompts = [fill(t, edit.subject or "") for t in _wordings(cases, edit)][:N_PARAPHRASES]
         sentences = world.text(N_PARAPHRASES - len(prompts), seed=rng.randrange(2**31))
         prompts += [f"{paragraph.split('. ')[0].rstrip('.')}. {edit.text}" for paragraph in sentences]
         for place, prompt in enumerate(prompts):
@@ -114,7 +110,7 @@ def _neighbours(cases: Sequence[Case], case: Case, seed: int) -> list[Query]:
                 continue
             about = replace(other, prompt=template, subject=edit.subject, subject_start=None, id="")
             if same_question(about) not in edited and other.subject != edit.subject:
-                prompts.append(_filled(template, edit.subject))
+                prompts.append(fill(template, edit.subject))
     prompts = list(dict.fromkeys(prompts))
     rng.shuffle(prompts)
     drawn = world.cases(4 * N_NEIGHBOURS, seed=rng.randrange(2**31))

@@ -21,7 +21,7 @@ from retcon.evaluation.records import Record
 from retcon.evaluation.results import Evaluation
 from retcon.evaluation.summary import case_values, unread_notes, unread_queries
 from retcon.evaluation.writing import PRESETS
-from retcon.lm.generate import generate_in_chats
+from retcon.lm.generate import texts_after
 from retcon.lm.model import LM
 
 Part = Literal["took", "generalised", "local", "language"]
@@ -353,8 +353,7 @@ def _texts(
 def _say(lm: LM, queries: Sequence[Query], stops: Sequence[str], max_new_tokens: int) -> list[str]:
     """Return what a model writes after prompts, each in its chat."""
     how = replace(PRESETS["qa"], stops=tuple(stops), max_new_tokens=max_new_tokens, skip_newlines=True)
-    written = generate_in_chats(lm, [(q.prompt, q.chat) for q in queries], how)
-    return [one.text.strip() for one in written]
+    return texts_after(lm, [(q.prompt, q.chat) for q in queries], how)
 
 
 def _sentence(answer: Answer) -> str:

@@ -136,14 +136,14 @@ def generate(
     return [results[i] for i in range(len(rows))]
 
 
-def generate_in_chats(lm: LM, asked: Sequence[tuple[str, Chat | None]], how: Writing) -> list[Written]:
-    """Continue prompts of which each has a chat of its own, or none."""
+def texts_after(lm: LM, asked: Sequence[tuple[str, Chat | None]], how: Writing) -> list[str]:
+    """Return what the model writes after prompts of which each has a chat of its own, or none; outer space removed."""
     found: dict[int, Written] = {}
     with lm.scope():
         for chat in dict.fromkeys(chat for _, chat in asked):
             here = [i for i, (_, own) in enumerate(asked) if own == chat]
             found |= zip(here, generate(lm, [asked[i][0] for i in here], replace(how, chat=chat)), strict=True)
-    return [found[i] for i in range(len(asked))]
+    return [found[i].text.strip() for i in range(len(asked))]
 
 
 def _kinds(lm: LM, rows: Sequence[Row], limits: Sequence[int]) -> Sequence[int] | None:

@@ -157,7 +157,7 @@ class Kn(Method):
     def _old(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
         """Return the edits with the old answer in the new one's place."""
         unknown = [edit for edit in edits if edit.target_true is None]
-        said = [text.strip() or edit.target_new for text, edit in zip(own_answers(lm, unknown), unknown, strict=True)]
+        said = [text or edit.target_new for text, edit in zip(own_answers(lm, unknown), unknown, strict=True)]
         own = dict(zip((edit.id for edit in unknown), said, strict=True))
         return [replace(edit, target_new=edit.target_true or own[edit.id]) for edit in edits]
 
@@ -171,10 +171,10 @@ class Kn(Method):
 
 def own_answers(lm: LM, edits: Sequence[Edit]) -> list[str]:
     """Return what the model itself says after each prompt: a few words, up to the end of the sentence."""
-    from retcon.lm.generate import Writing, generate_in_chats
+    from retcon.lm.generate import Writing, texts_after
 
     how = Writing(max_new_tokens=4, stops=("\n", ".", ","))
-    return [written.text for written in generate_in_chats(lm, [(edit.text, edit.chat) for edit in edits], how)]
+    return texts_after(lm, [(edit.text, edit.chat) for edit in edits], how)
 
 
 def coarse(scores: Float[Tensor, "n_prompts units"], threshold: float) -> Bool[Tensor, "n_prompts units"]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from retcon.errors import StoreBusy
-from retcon.files import read_text, write_atomically
+from retcon.files import read_text, sync, write_atomically
 
 STAGING, LOCK, LOG = "staging", "lock", "log.jsonl"
 _COMMIT = "commit.json"
@@ -86,10 +86,10 @@ class Transaction:
     def commit(self, line: str, *, remove: Sequence[str] = ()) -> None:
         """Bring the files in, append `line` to the log, and then remove the files named."""
         for name in self.files:
-            _sync(self.folder / name)
+            sync(self.folder / name)
         record = {"files": self.files, "line": line, "remove": list(remove)}
         write_atomically(self.folder / _COMMIT, json.dumps(record).encode())
-        _sync(self.folder)
+        sync(self.folder)
         _finish(self.root, self.folder)
 
     def abandon(self) -> None:
@@ -106,23 +106,15 @@ def _finish(root: Path, folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if (folder / name).is_file():
             os.replace(folder / name, target)
-            _sync(target.parent)
+            sync(target.parent)
     log = root / LOG
     text = log.read_text("utf-8") if log.is_file() else ""
     if record["line"] not in text.split("\n"):
         if text and not text.endswith("\n"):
             text += "\n"
         write_atomically(log, (text + record["line"] + "\n").encode())
-        _sync(root)
+        sync(root)
     for name in record["remove"]:
         (root / name).unlink(missing_ok=True)
     (folder / _COMMIT).unlink()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -342,7 +342,7 @@ class _Asker:
     def say(self, at: str | None, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
         """Return what the model writes after the prompts of these checks."""
         from retcon.evaluation.writing import PRESETS
-        from retcon.lm.generate import generate_in_chats
+        from retcon.lm.generate import texts_after
 
         if not places:
             return {}
@@ -350,5 +350,5 @@ class _Asker:
         asked = list(dict.fromkeys((queries[place].prompt, queries[place].chat) for place in places))
         how = replace(PRESETS["qa"], stops=("\n",), max_new_tokens=12)
         with self.store.at(self.lm, at):
-            texts = dict(zip(asked, generate_in_chats(self.lm, asked, how), strict=True))
-        return {place: texts[queries[place].prompt, queries[place].chat].text.strip() for place in places}
+            texts = dict(zip(asked, texts_after(self.lm, asked, how), strict=True))
+        return {place: texts[queries[place].prompt, queries[place].chat] for place in places}
