@@ -1,5 +1,6 @@
 """The page in a real browser: edit, look, undo, verify, export; hostile text stays text. And what it refuses."""
 
+import json
 import shlex
 import shutil
 import socket
@@ -364,6 +365,18 @@ def test_commands_name_the_state_that_was_shown(served: Served, tmp_path: Path) 
     assert "no chat template" in done(session.ask("Where is Geneva?", chat=True)).message
     done(session.toggle(made))
     done(session.toggle(made))
+
+
+def test_the_page_says_what_it_did_not_understand(served: Served) -> None:
+    session = served.session
+    fact = {"prompt": "{} lies within the borders of", "subject": "Aarau", "target_new": "Norway"}
+    odd = {**fact, "paraphrase": ["x"], "neighbors": ["Bern lies within the borders of"]}
+    said = session.add_facts(json.dumps([odd, odd]))
+    assert said == (
+        "1 fact added; dropped: duplicate 1; queries dropped: neighbor_without_answer 1; "
+        "unknown field 'paraphrase' in 2 rows (did you mean 'paraphrases'?)"
+    )
+    session.clear()
 
 
 def test_what_comes_while_an_edit_runs_stays_in_the_draft(served: Served) -> None:

@@ -5,14 +5,17 @@ from tempfile import TemporaryDirectory
 
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidSetting, RetconError
-from retcon.workflow import read_facts
+from retcon.evaluation import read_cases
 
 MAX_DRAFT = 2**22
 """Characters of pasted facts."""
 
 
-def pasted_cases(text: str) -> list[Case]:
+def pasted_cases(text: str) -> tuple[list[Case], list[str]]:
     """Read JSON lines, a JSON list, CSV, or lines `prompt | subject | answer`.
+
+    Returns:
+        The cases, and what was left out or not understood.
 
     Raises:
         RetconError: the text cannot be read; the message calls it "the facts".
@@ -24,15 +27,16 @@ def pasted_cases(text: str) -> list[Case]:
         raise InvalidSetting("no facts were given")
     is_json = rows[0] == "[" or (rows[0] == "{" and rows[1:].lstrip().startswith('"'))  # not a prompt's {}
     if not is_json and "|" in rows.splitlines()[0]:
-        return [_from_line(line, i) for i, line in enumerate(rows.splitlines(), 1) if line.strip()]
+        return [_from_line(line, i) for i, line in enumerate(rows.splitlines(), 1) if line.strip()], []
     suffix = ".jsonl" if is_json else ".csv"
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"pasted{suffix}"
         path.write_text(rows + "\n", encoding="utf-8")
         try:
-            return list(read_facts(path).cases)
+            cases, report = read_cases(path, conflicts="error")
         except RetconError as error:
             raise type(error)(str(error).replace(str(path), "the facts")) from None
+    return cases, report.losses() + report.hints()
 
 
 def _from_line(line: str, number: int) -> Case:

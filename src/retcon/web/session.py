@@ -9,7 +9,6 @@ import re
 import shlex
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -146,17 +145,15 @@ class Session:
     # --- the model's thread --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                self._lm = self.load(self.model)
-                self.store.check_base(self._lm)
-                self.about, self.n_layers = str(self._lm), self._lm.n_layers
-            except (RetconError, OSError) as error:
-                self.about = f"the model cannot be loaded: {error}"
-            self.changed()
-            while (job := self._queue.get()) is not None:
-                self._do(job)
+        try:
+            self._lm = self.load(self.model)
+            self.store.check_base(self._lm)
+            self.about, self.n_layers = str(self._lm), self._lm.n_layers
+        except (RetconError, OSError) as error:
+            self.about = f"the model cannot be loaded: {error}"
+        self.changed()
+        while (job := self._queue.get()) is not None:
+            self._do(job)
 
     def _do(self, job: Job) -> None:
         started = time.perf_counter()
@@ -237,7 +234,7 @@ class Session:
         Raises:
             RetconError: the text cannot be read, or a fact contradicts another one of the draft.
         """
-        cases = pasted_cases(text)
+        cases, notes = pasted_cases(text)
         fresh, conflicts, n_known = [], [], 0
         answered = self.store.questions()
         for case in cases:
@@ -256,7 +253,7 @@ class Session:
         said = [f"{len(fresh)} fact{'s' * (len(fresh) != 1)} added"]
         said += [f"{n_known} in force already"] * bool(n_known)
         said += [f"{len(conflicts)} contradict what is in force"] * bool(conflicts)
-        return "; ".join(said)
+        return "; ".join(said + notes)
 
     def clear(self) -> None:
         """Empty the draft."""

@@ -118,20 +118,21 @@ class LoadReport:
             for name, n in self.unknown.items()
         ]
 
+    def losses(self) -> list[str]:
+        """Return a line of counts per kind of what was left out: rows, and queries of rows that were kept."""
+        return _counted("dropped", self.dropped) + _counted("queries dropped", self.dropped_queries)
+
     def summary(self) -> str:
         """Return one line of counts."""
-
-        def counted(name: str, counts: Mapping[str, int]) -> str:
-            return f"; {name}: " + ", ".join(f"{k} {v:,}" for k, v in sorted(counts.items())) if counts else ""
-
         chosen = [self.format, *(f"{k}={v}" for k, v in self.options.items() if v not in _USUAL.get(k, ()))]
-        return (
-            f"{self.path} ({', '.join(chosen)}, sha256 {self.sha256[:12]}): "
-            f"{self.cases:,} of {self.rows:,} rows kept"
-            + counted("dropped", self.dropped)
-            + counted("queries dropped", self.dropped_queries)
-            + counted("flagged", self.flags)
+        kept = (
+            f"{self.path} ({', '.join(chosen)}, sha256 {self.sha256[:12]}): {self.cases:,} of {self.rows:,} rows kept"
         )
+        return "; ".join([kept, *self.losses(), *_counted("flagged", self.flags)])
+
+
+def _counted(what: str, counts: Mapping[str, int]) -> list[str]:
+    return [f"{what}: " + ", ".join(f"{name} {n:,}" for name, n in sorted(counts.items()))] if counts else []
 
 
 _USUAL: Mapping[str, tuple[Any, ...]] = {
