@@ -54,6 +54,23 @@ def test_no_weight_on_old_keys_stores_the_new_ones_exactly(problem):
     assert_close(r @ ridge_direct(k, lambda: c, 1e-9) @ k, r, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 8, 11, 12])
+@pytest.mark.parametrize("weight", [0.0, 1e-13, 1e-10, 1e-7])
+def test_without_weight_it_is_the_least_disturbance_that_stores_the_keys(weight, n, randn):
+    """The limit keeps C, however many keys there are: by `ridge_direct` the sum of both has lost it (n >= m / 4)."""
+    x, k = randn(12, 200) * torch.logspace(0, -2, 12, dtype=torch.float64)[:, None], randn(12, n)
+    c = x @ x.T / 200
+    y = torch.linalg.solve(c, k)
+    limit = torch.linalg.solve(k.T @ y, y.T)
+    found = ridge(k, lambda: c, weight)
+    assert_close(found, limit, rtol=1e-4, atol=1e-4 * float(limit.abs().max()))
+
+
+def test_more_keys_than_dimensions_are_fitted_as_well_as_they_can_be(problem, randn):
+    k, _, c = randn(12, 20), *problem[1:]
+    assert_close(ridge(k, lambda: c, 0.0), torch.linalg.pinv(k))
+
+
 def test_update_shrinks_to_nothing_as_the_weight_grows(problem):
     k, r, c = problem
     norms = [float((r @ ridge(k, lambda: c, w)).norm()) for w in (0.01, 0.1, 1.0, 10.0, 1e3, 1e6)]

@@ -18,6 +18,8 @@ from retcon.errors import NonFinite
 from retcon.memory.place import CPU, float64_place, good_at_float64, room, solve_place
 
 Build = Callable[[], Float[Tensor, "m m"]]
+NEGLIGIBLE = 1e-8
+"""Trace of lambda C over that of K K^T up to which their sum loses C: about the root of float64's precision."""
 
 
 def ridge(
@@ -30,14 +32,18 @@ def ridge(
 ) -> Float[Tensor, "n m"]:
     """X^T = K^T (lambda C + K K^T)^-1: R X^T minimises ||dW K - R||^2 + lambda tr(dW C dW^T).
 
-    The small-n form is used where n < m / 4. The result is on K's device, whatever device does the work.
+    The small-n form is used where n < m / 4, and up to n = m where lambda C is negligible beside K K^T: their sum is
+    then singular in float64, and the small form has the limit, the least tr(dW C dW^T) that stores the keys. More keys
+    than that leave C no say there: what fits them best is written. The result is on K's device, whatever device does
+    the work.
 
     Args:
         moment: returns C, float32 or float64.
         factor: returns C's Cholesky factor where it is at hand; used where the work is done on the CPU.
         device: where the model is; see `memory/place.py`.
     """
-    if 4 * k.shape[1] < k.shape[0]:
+    m, n = k.shape
+    if 4 * n < m or (n <= m and weight * float(moment().diagonal().sum()) <= NEGLIGIBLE * float(k.square().sum())):
         return ridge_small(k, moment, weight, factor=factor, device=device)
     return ridge_direct(k, moment, weight, device=device)
 
