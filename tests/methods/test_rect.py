@@ -9,10 +9,11 @@ from torch.testing import assert_close
 
 from retcon.delta import Dense, Region
 from retcon.errors import InvalidSetting
+from retcon.methods.common.choosing import method
 from retcon.methods.common.wrappers import by_matrix
 from retcon.methods.rect import Rect
 from tests.conftest import everyday, random_moments
-from tests.methods.common import CONTEXTS, SEARCH, same
+from tests.methods.common import CONTEXTS, SEARCH, keys_of, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the weight")
 BASE = dict(layers=(0, 1), moment_weight=1.0) | SEARCH
@@ -172,12 +173,31 @@ def test_how_much_is_kept_depends_on_the_host_where_nothing_is_said(tiny, edit):
             assert int((delta.dense(name, shape) != 0).sum()) == math.ceil(percent * shape.numel() / 100)
 
 
-def test_the_hosts_state_passes_through(tiny, edits):
+@pytest.mark.parametrize("base", ["memit", "alphaedit"])
+@pytest.mark.parametrize("name", ["rect", "rect in the loop", "prune"])
+def test_remembered_keys_are_those_of_the_filtered_weights(name, base, tiny, edits):
+    """Spec 2.7: they are read on the edited weights."""
     lm = tiny("llama")
-    method = rect(base_settings=BASE | dict(cache_keys=True))
-    first = propose(method, lm, edits[:2])
-    assert first.state is not None
-    assert propose(method, lm, edits[2:], state=first.state).state is not None
+    own = (
+        dict(cache_keys=True, moment_weight=1e-3)
+        if base == "memit"
+        else dict(threshold_mode="rank", null_threshold=0.6, ridge=1e-6)
+    )
+    inner = dict(
+        base_method=base,
+        base_settings=SEARCH | dict(layers=(0, 1), clamp=50.0, weight_decay=0.0, learning_rate=2.0, **own),
+    )
+    how = {} if name == "prune" else dict(keep_percent=20.0, in_loop="loop" in name)
+    chosen = method(name.split()[0], **inner, **how)
+    first = propose(chosen, lm, edits[:2])
+    lm.apply(first)
+    second = propose(chosen, lm, edits[2:], state=first.state)
+    lm.apply(second)
+    assert all(second.provenance.get("singular_values_restrained", {"": 1}).values())
+    for layer in (0, 1):
+        of = "keys/" + lm.site(layer, "down_proj").name
+        assert torch.equal(second.state[of][:2], first.state[of])
+        assert_close(second.state[of][2:], keys_of(lm, edits[2:], layer))
 
 
 @pytest.mark.parametrize(

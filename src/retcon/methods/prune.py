@@ -90,23 +90,25 @@ class Prune(Filter):
             of_each = [self._restrained(lm, name, of_one) for of_one in by_matrix(own, lm.shape_of(name))]
             changes[name] = [change for held, _ in of_each for change in held]
             restrained[name] = sum(n for _, n in of_each)
-        edits = [edit for part in parts for edit in part.edits]
-        made = recorded(self, lm, edits, seed=seed) if fresh is None else {"provenance": dict(fresh.provenance)}
+        all_edits = [edit for part in parts for edit in part.edits]
+        made = recorded(self, lm, all_edits, seed=seed) if fresh is None else {"provenance": dict(fresh.provenance)}
         about = {"method": "prune", "settings": recorded_settings(self), "singular_values_restrained": restrained}
         report = tuple(r for part in parts for r in part.report)
         kept: dict[str, Any] = dict(
             state=fresh.state if fresh else state,
             supersedes=tuple(d.id for d in lm.applied),
-            edits=tuple(edits),
+            edits=tuple(all_edits),
             contexts=fresh.contexts if fresh else (),
             values=fresh.values if fresh else None,
             provenance=made["provenance"] | about,
         )
         delta = lm.delta(changes, report=report, **kept)
-        if not report or len(edits) != len(report):  # a delta without a record of its edits cannot be asked about them
-            return delta
         with lm.edited(delta):
-            report = report_after(lm, edits, report)
+            if fresh and any(restrained.values()):
+                written_with = Contexts(fresh.contexts)
+                kept["state"] = self.state_as_written(lm, edits, written_with, earlier=state, proposed=fresh.state)
+            if len(all_edits) == len(report):  # a delta without a record of its edits cannot be asked about them
+                report = report_after(lm, all_edits, report)
         return lm.delta(changes, report=report, **kept)
 
     def _restrained(self, lm: LM, name: str, changes: Sequence[Change]) -> tuple[Sequence[Change], int]:

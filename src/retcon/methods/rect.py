@@ -68,7 +68,8 @@ class Rect(Filter):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """Return the base method's change, filtered; the model is untouched. The state is the base method's."""
+        """Return the base method's change, filtered; the model is untouched. The state is the base method's, of the
+        weights after the filter."""
         k = self.keep_percent if self.keep_percent is not None else 40.0 if self.supports_batches else 20.0
 
         def kept(name: str, change: Change) -> Change:
@@ -90,16 +91,19 @@ class Rect(Filter):
         delta = self.update_of_base(proposed)
         about = {**delta.provenance, "method": "rect", "settings": recorded_settings(self)}
         record: dict[str, Any] = dict(edits=delta.edits, contexts=delta.contexts, values=delta.values, provenance=about)
-        changes = delta.changes
+        changes, kept_state = delta.changes, delta.state
         if not self.in_loop:
             changes = {
                 name: tuple(self.kept(lm, name, of_one, k) for of_one in by_matrix(own, lm.shape_of(name)))
                 for name, own in changes.items()
             }
-        filtered = lm.delta(changes, report=delta.report, state=delta.state, **record)
+        filtered = lm.delta(changes, report=delta.report, **record)
         with lm.edited(filtered):
             report = report_after(lm, edits, filtered.report)
-        return lm.delta(changes, report=report, state=delta.state, **record)
+            if not self.in_loop:
+                written_with = Contexts(delta.contexts)
+                kept_state = self.state_as_written(lm, edits, written_with, earlier=state, proposed=delta.state)
+        return lm.delta(changes, report=report, state=kept_state, **record)
 
     def kept(self, lm: LM, name: str, changes: Sequence[Change], keep_percent: float) -> Change:
         """Return what is written in place of the changes of one matrix in a parameter: their sum, filtered."""

@@ -122,6 +122,17 @@ class Method(ABC):
             progress: hears (stage, done, total).
         """
 
+    def state_as_written(
+        self, lm: LM, edits: Sequence[Edit], contexts: Contexts, *, earlier: State | None, proposed: State | None
+    ) -> State | None:
+        """Return the state of a batch of which a filter has written less than was proposed, with that in the weights.
+
+        Args:
+            earlier: the state that the batch was given.
+            proposed: the state that came with the proposal; it holds where nothing in it is of the weights.
+        """
+        return proposed
+
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Settings for a model of that shape that has no preset; none where no setting depends on it."""

@@ -4,18 +4,21 @@ A method adds its own settings and overrides a default by naming the field again
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.forward import Point, TensorName
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts, ContextStyle
 from retcon.memory.defaults import default_contexts
-from retcon.memory.keys import KeyAverage
+from retcon.memory.key_cache import earlier_keys, extended
+from retcon.memory.keys import KeyAverage, mean_keys
 from retcon.memory.values import ValueSearch, ValueSite
 from retcon.memory.write import Spread
-from retcon.methods.common.contract import Method, ModelShape, check_settings, early_layers
+from retcon.methods.common.contract import Method, ModelShape, State, check_settings, early_layers
 from retcon.methods.common.proposal import target_tensor
 from retcon.methods.common.settings import Count, Layer, Layers, NotNegative
 
@@ -156,3 +159,18 @@ class BatchSettings(ValueSettings):
     def value_sites(self, lm: LM) -> list[ValueSite]:
         """Return the block's output, or the MLP's where a norm follows it."""
         return [self.value_site(self.layers[-1], target_tensor(lm, "block", self.name))]
+
+    def state_as_written(
+        self, lm: LM, edits: Sequence[Edit], contexts: Contexts, *, earlier: State | None, proposed: State | None
+    ) -> State | None:
+        """Return the keys so far, where keys are kept: those of the batch are read on the weights as they now are."""
+        if proposed is None or not edits:
+            return proposed
+        sites = [lm.site(layer, "down_proj") for layer in self.layers]
+        keys = {
+            site.name: mean_keys(
+                lm, edits, contexts, Point(site.layer, "key"), "subject_last", average=self.key_average
+            )[0]
+            for site in sites
+        }
+        return extended(earlier_keys(earlier, lm, sites), keys, lm)

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from retcon.attachment import Attachment
 from retcon.delta import Change, Delta, Dense, Region, disjoint_regions, only_deltas
+from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.lm.site import Site, SiteName
-from retcon.methods.common.contract import Method, check_settings
+from retcon.memory.contexts import Contexts
+from retcon.methods.common.contract import Method, State, check_settings
 from retcon.methods.common.registry import build
 
 
@@ -52,6 +54,12 @@ class Filter(Method):
                 "another base_method, or revert those deltas first"
             )
         return delta
+
+    def state_as_written(
+        self, lm: LM, edits: Sequence[Edit], contexts: Contexts, *, earlier: State | None, proposed: State | None
+    ) -> State | None:
+        """Return what the base method does."""
+        return self.wrapped.state_as_written(lm, edits, contexts, earlier=earlier, proposed=proposed)
 
     @property
     def supports_batches(self) -> bool:  # type: ignore[override]
