@@ -20,6 +20,7 @@ from retcon.memory.collect import collect
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import GivenMoments
 from retcon.memory.solve import ridge_direct, ridge_of_experts
+from retcon.methods.common.choosing import method
 from retcon.methods.jeep import Jeep
 from retcon.methods.memit import Memit
 from tests.conftest import UNLIKE, random_moments
@@ -178,8 +179,24 @@ def test_what_is_not_for_routed_experts_says_so(tiny: Callable[..., LM], edits: 
     lm = tiny("granitemoe")
     with pytest.raises(InvalidSetting, match="a factor stands between the routed experts and the residual"):
         Memit(layers=(0,)).propose(lm, edits, contexts=CONTEXTS, moments=GivenMoments({}))
-    with pytest.raises(InvalidSetting, match="cache_keys knows no routed experts"):
+    with pytest.raises(InvalidSetting, match="cache_keys knows no routed experts, and these layers have no other MLP"):
         Memit(layers=(0,), cache_keys=True).propose(tiny("mixtral"), edits, contexts=CONTEXTS)
+    with pytest.raises(InvalidSetting, match="cache_keys knows no routed experts, which mlp='experts' writes"):
+        Memit(layers=(1,), cache_keys=True, mlp="experts").propose(tiny("qwen2_moe"), edits, contexts=CONTEXTS)
+
+
+@pytest.mark.parametrize("name", ["ctp", "jeep", "kne", "memit"])
+def test_an_mlp_that_is_asked_for_has_to_be_there(name: str, tiny: Callable[..., LM], edits: list[Edit]) -> None:
+    layers = dict(low=(1,), high=(2,)) if name == "jeep" else dict(layers=(1, 2))
+    for family, mlp, text in (
+        ("mixtral", "dense", "mlp is 'dense', but layer 1 of 'tiny-mixtral' .* has routed experts alone"),
+        ("llama", "experts", "mlp is 'experts', but 'tiny-llama' .* has no routed experts; leave it out"),
+    ):
+        with pytest.raises(InvalidSetting, match=f"{name}: {text}"):
+            method(name, mlp=mlp, **layers).propose(tiny(family), edits[:1], contexts=CONTEXTS)
+    lm = tiny("dots1")  # the first block has no experts
+    with pytest.raises(InvalidSetting, match="no routed experts in layers 0; leave it out"):
+        Memit(layers=(0,), mlp="experts").propose(lm, edits[:1], contexts=CONTEXTS)
 
 
 def test_similarity_of_routing() -> None:

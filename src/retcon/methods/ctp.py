@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retcon.delta import Delta
 from retcon.edits import Edit
-from retcon.lm.model import LM
+from retcon.lm.model import LM, require_lm
 from retcon.lm.prompts import Row
 from retcon.locate.paths import (
     Assess,
@@ -32,7 +32,7 @@ from retcon.locate.paths import (
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import ModelShape, Progress, State, check_depth, lower_layers
+from retcon.methods.common.contract import ModelShape, Progress, State, check_mlp, lower_layers
 from retcon.methods.common.settings import Count, CountFromZero, Layers, NotNegative, Share
 from retcon.methods.common.tuning import TuningSettings, tuning
 from retcon.training.descent import Step, accumulate, losses_now, shares
@@ -116,10 +116,10 @@ class Ctp(TuningSettings):
             InvalidSetting: a matrix the model does not have, or more paths than a matrix has nodes.
             NonFinite: the model gives an edit no finite probability, or a gradient overflows.
         """
-        slots = slots_of(lm, self.key_matrix, routed=self.mlp == "experts")
-        if self.layers is not None:
-            check_depth(self.name, lm, self.layers)
-            slots = [slot for slot in slots if slot.site.layer in self.layers]
+        require_lm(lm)
+        layers = range(lm.n_layers) if self.layers is None else self.layers
+        check_mlp(self.name, lm, layers, self.mlp)
+        slots = [s for s in slots_of(lm, self.key_matrix, routed=self.mlp == "experts") if s.site.layer in layers]
         with_bias = [s for s in slots if s.site.bias is not None and (self.train_out_bias or not s.is_value)]
         names = [slot.site.name for slot in slots] + [slot.site.bias_name for slot in with_bias]
         with tuning(self, lm, edits, names, seed=seed, progress=progress) as run:

@@ -13,7 +13,7 @@ from retcon.delta import Delta, EditReport
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.forward import Point, TensorName
-from retcon.lm.model import LM, require_lm
+from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyAverage
 from retcon.memory.moments import Moments
@@ -25,6 +25,7 @@ from retcon.methods.common.contract import (
     State,
     UpdateFilter,
     by_key_width,
+    check_mlp,
     check_stateless,
     early_layers,
 )
@@ -171,10 +172,10 @@ class Jeep(SearchSettings):
 
     def _on(self, lm: LM) -> "Jeep":
         """Return the method with the `sites` that this model allows."""
-        require_lm(lm)
         layers = (*self.low, *(self.high if self.high_module == "mlp" else ()))
+        check_mlp(self.name, lm, layers, self.mlp)
         routed = self.mlp == "experts"
-        if self.sites != "block" and not any(is_routed(lm, layer, routed) for layer in layers if layer < lm.n_layers):
+        if self.sites != "block" and not any(is_routed(lm, layer, routed) for layer in layers):
             return self
         tensor = target_tensor(lm, "block", self.name, layers=layers, routed=routed)
         if tensor == "mlp":

@@ -37,7 +37,7 @@ from retcon.locate.ensemble import (
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import ModelShape, Progress, State, check_depth, lower_layers, silent
+from retcon.methods.common.contract import ModelShape, Progress, State, check_mlp, lower_layers, silent
 from retcon.methods.common.marks import marked, unmarked
 from retcon.methods.common.settings import Count, Layers
 from retcon.methods.common.tuning import TuningSettings, sites_of_kinds, tuning
@@ -193,7 +193,8 @@ class Kne(TuningSettings):
         here."""
         require_lm(lm)
         layers = range(lm.n_layers) if self.layers is None else self.layers
-        check_depth(self.name, lm, layers)
+        of_mlp = {"down_proj", "up_proj", "gate_proj"} & set(self.modules)
+        check_mlp(self.name, lm, layers, self.mlp if of_mlp else None)
         return sites_of_kinds(self.name, lm, layers, self.modules, routed=self.mlp == "experts")
 
     def choose(self, lm: LM, scores: Sequence[Tensor]) -> Ensemble:

@@ -31,6 +31,7 @@ from retcon.methods.common.contract import (
     State,
     UpdateFilter,
     by_key_width,
+    check_mlp,
     check_stateless,
 )
 from retcon.methods.common.locate_then_edit import BatchSettings
@@ -82,10 +83,19 @@ class Memit(BatchSettings):
         `cache_keys`."""
         if not self.cache_keys:
             check_stateless(f"{self.name} without cache_keys", state)
+        check_mlp(self.name, lm, self.layers, self.mlp)
         routed = self.mlp == "experts"
         sites = sites_of(self.name, lm, self.layers, routed=routed)
         if self.cache_keys and any(site.expert is not None for site in sites):
-            raise InvalidSetting(f"{self.name}: cache_keys knows no routed experts; leave it out, or set mlp='dense'")
+            others = all(lm.has(layer, "down_proj") for layer in self.layers)
+            raise InvalidSetting(
+                f"{self.name}: cache_keys knows no routed experts"
+                + (
+                    ", which mlp='experts' writes; leave either out"
+                    if others
+                    else ", and these layers have no other MLP; leave it out"
+                )
+            )
         earlier = earlier_keys(state, lm, sites)
 
         def solve(layer: LayerProblem) -> Float[Tensor, "n m"]:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
@@ -254,6 +254,26 @@ def check_depth(name: str, lm: LM, layers: Sequence[int]) -> None:
     for layer in layers:
         if not 0 <= layer < lm.n_layers:
             raise InvalidSetting(f"{name}: layer {layer} asked for, {lm.name!r} has layers 0 to {lm.n_layers - 1}")
+
+
+def check_mlp(name: str, lm: LM, layers: Sequence[int], mlp: Literal["dense", "experts"] | None) -> None:
+    """Check that a model has the MLPs in these layers that a setting `mlp` asks for.
+
+    Raises:
+        UnsupportedModel: `lm` is no `LM`.
+        InvalidSetting: `dense` where a block has routed experts alone, `experts` where no block has any, or there is no
+            such layer.
+    """
+    check_depth(name, lm, layers)
+    if mlp == "dense" and (alone := [layer for layer in layers if not lm.has(layer, "down_proj")]):
+        raise InvalidSetting(
+            f"{name}: mlp is 'dense', but layer {alone[0]} of {lm.name!r} ({lm.config.model_type}) has routed experts "
+            "alone; set it to 'experts', or leave it out"
+        )
+    if mlp == "experts" and not any(lm.kinds[layer].experts for layer in layers):
+        where = f" in layers {', '.join(map(str, layers))}" if any(kind.experts for kind in lm.kinds) else ""
+        found = f"{lm.name!r} ({lm.config.model_type}) has no routed experts{where}"
+        raise InvalidSetting(f"{name}: mlp is 'experts', but {found}; leave it out")
 
 
 def check_model_has_layers(method: Method, lm: LM) -> None:
