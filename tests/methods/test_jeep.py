@@ -262,13 +262,16 @@ def test_presets_are_matched_by_sizes_and_the_choice_is_said(tiny, monkeypatch):
         method("jeep", for_model=lm)
 
 
-@pytest.mark.parametrize("n_layers", [2, 4, 6, 12, 28, 32, 48, 80])
+@pytest.mark.parametrize("n_layers", [1, 2, 3, 4, 5, 6, 8, 12, 16, 30, 36, 80, 126])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_starting_points_fit_any_depth(n_layers, parallel):
+    """Two or three high layers, above the low ones and below the topmost; fewer where there is no room."""
     guess = Jeep.fallback_settings(ModelShape(n_layers, 64, 256, parallel))
-    assert min(guess["low"]) >= 0
-    assert max(guess["high"]) < n_layers
-    assert n_layers < 6 or max(guess["low"]) < min(guess["high"])
+    low, high = guess["low"], guess["high"]
+    assert len(high) in ((2, 3) if n_layers >= 4 else (max(n_layers - 2, 0),))
+    assert low[0] >= 0
+    assert max((low[-1], *high)) < max(n_layers - 1, 1)
+    assert not high or low[-1] < high[0]
     Jeep(**guess)
 
 

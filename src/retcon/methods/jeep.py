@@ -101,16 +101,15 @@ class Jeep(SearchSettings):
         high value is better for what the low one leaves (docs/results/without-preset.md).
         """
         n_layers = shape.n_layers
-        first = min(round((0.55 if shape.parallel else 0.7) * n_layers), n_layers - 1)
-        last = max(first, min(first + max(1, round(0.07 * n_layers)), n_layers - 3))  # never the last few
-        if first == last:  # two at least, not the topmost
-            first, last = (first, last + 1) if last + 1 < n_layers - 1 else (max(first - 1, 0), max(last, 1))
+        n_high = 3 if n_layers >= 22 else 2
+        last = min(round((0.55 if shape.parallel else 0.7) * n_layers) + n_high - 1, n_layers - 2)  # not the topmost
+        first = max(last - n_high + 1, 1)
         low = early_layers(n_layers)
         if low[-1] >= first:
-            low = tuple(range(max(first - 3, 0), max(first, 1)))
+            low = tuple(range(max(first - 3, 0), first))
         return {
             "low": low,
-            "high": tuple(range(first, min(last, n_layers - 1) + 1)),
+            "high": tuple(range(first, last + 1)),
             "low_moment_weight": by_key_width(0.23, shape),
             "high_moment_weight": by_key_width(0.09, shape),
             "sites": "block",
