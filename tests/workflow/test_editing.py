@@ -10,6 +10,7 @@ from retcon import workflow
 from retcon.delta import Delta
 from retcon.errors import InvalidSetting
 from retcon.files import cache_dir
+from retcon.methods.common.sequence import state_after
 from retcon.methods.rect import Rect
 
 FACTS = """{"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}
@@ -41,7 +42,7 @@ def test_a_fact_is_read_resolved_estimated_written_and_undone_without_printing(
     assert heard[-1][1:] == (2, 2)
     assert set(made.seconds) == {"moments", "edit"}
     assert 0 <= made.n_took <= 2
-    took, search = workflow.outcomes(made.delta).splitlines()
+    took, search = workflow.took_line(made.delta.report), workflow.search_line(made.delta.report)
     assert took.startswith(f"{made.n_took} of 2 edits took: ")
     assert search.startswith(f"{sum(r.outcome == 'reached' for r in made.delta.report)} of 2 reached the target")
     assert not list((cache_dir() / "values").rglob("*.safetensors"))  # kept until the delta was, and no longer
@@ -60,9 +61,9 @@ def test_a_sequential_method_takes_up_what_its_last_delta_kept(facts: workflow.F
     lm = retcon.load("demo:gptj")
     resolved = workflow.resolve(lm, "alphaedit", given={"steps": 2, "layers": [3]})
     first = workflow.write_facts(lm, resolved, facts.edits[:1]).delta
-    assert workflow.state_after([first], resolved.method) is first.state
-    assert workflow.state_after([first], retcon.method("memit", for_model=lm)) is None
-    assert workflow.state_after([], resolved.method) is None
+    assert state_after([first], resolved.method) is first.state
+    assert state_after([first], retcon.method("memit", for_model=lm)) is None
+    assert state_after([], resolved.method) is None
 
 
 def test_a_method_without_moments_reads_no_corpus(facts: workflow.Facts) -> None:

@@ -56,7 +56,6 @@ from retcon.workflow import (
     read_settings,
     remedy,
     resolve,
-    state_after,
     took_line,
     write_facts,
 )
@@ -237,6 +236,8 @@ def edit(
         with place as at, working_on(lm, at):
             _edit_store(kept_in, lm, resolved, facts, moments, batch_size, seed, corpus, message, require, as_json)
         return
+    from retcon.methods.common.sequence import state_after
+
     assert out is not None
     with place as at, working_on(lm, at), progress_bars() as advance:
         made = write_facts(

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from retcon.cli.shell import count, plain_table, seconds, size, styled
 from retcon.edits import Edit
-from retcon.workflow import Estimate, Resolved, outcomes
+from retcon.workflow import Estimate, Resolved, search_line, took_line
 
 if TYPE_CHECKING:
     from retcon.attachment import Attachment, EditReport
@@ -98,8 +98,7 @@ def edits_table(delta: "Attachment", edits: Sequence[Edit]) -> Group:
             styled("[{}]{}[/]", colour, report.outcome),
         )
     shown = f"; shown are the {len(reports)} furthest from it" if len(reports) < len(delta.report) else ""
-    took, search = outcomes(delta).splitlines()
-    return Group(table, took, styled("[dim]{}{}[/]", search, shown))
+    return Group(table, took_line(delta.report), styled("[dim]{}{}[/]", search_line(delta.report), shown))
 
 
 def _how_far(report: "EditReport") -> float:

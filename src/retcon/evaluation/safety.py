@@ -210,9 +210,7 @@ def check_endpoint(
     cases: Sequence[Case],
     *,
     thresholds: Thresholds = Thresholds(),
-    stops: Sequence[str] = ("\n",),
     max_tokens: int = 32,
-    seed: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verdict:
     """Ask a served model what text can say: whether edited prompts, and paraphrases, give the new answer.
@@ -226,7 +224,7 @@ def check_endpoint(
     """
     if not cases:
         raise InvalidSetting("no cases to check with; give at least the edits themselves")
-    made = with_made_queries(cases, None, seed=seed)
+    made = with_made_queries(cases, None)
     places = [(c, q) for c in made.cases for q in c.queries if q.axis in ("rewrite", "paraphrase") and accepted(q)]
     endpoint.check()
     queries = [query for _, query in places]
@@ -234,7 +232,7 @@ def check_endpoint(
         [q.prompt for q in queries],
         [q.chat for q in queries],
         max_tokens=max_tokens,
-        stops=stops,
+        stops=("\n",),
         on_progress=on_progress,
     )
     answers = []

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from retcon.drawing import figure
 from retcon.lm.prompts import Where
-from retcon.locate.advice import Advice, Choice
+from retcon.locate.advice import Advice, Choice, span
 from retcon.locate.contrast import Contrast, Quantity
 from retcon.locate.tracing import GROUPS, RestoredKind, Trace, Traces
 
@@ -58,8 +58,9 @@ def contrast_figure(contrast: Contrast, advice: Advice | None = None) -> "Figure
     return made
 
 
-def sets_figure(contrast: Contrast, where: Where = "prediction") -> "Figure":
-    """Probability per token, and rank, of the word sets over layers (JEEP, figure 5), for every reading."""
+def sets_figure(contrast: Contrast) -> "Figure":
+    """Probability per token, and rank, of the word sets at the prediction position over layers (JEEP, figure 5)."""
+    where: Where = "prediction"
     shown = [of for of in STYLES if of in contrast.sets and of != "target"]
     made, axes = figure(2, len(contrast.norms), 3.8 * len(contrast.norms), 5.2, sharex=True, sharey="row")
     for i, final_norm in enumerate(contrast.norms):
@@ -128,12 +129,12 @@ def advice_figure(advice: Advice) -> "Figure":
         upper.errorbar(
             range(len(delta)), delta, half, color="black", marker="o", markersize=3.5, capsize=2, linewidth=1.2
         )
-        _band(upper, choice, f"{name} group: {_span(choice.layers)}")
+        _band(upper, choice, f"{name} group: {span(choice.layers)}")
         upper.set_title(POSITIONS[choice.where], fontsize=9)
         upper.legend(fontsize=8)
         lower.bar(range(len(choice.starts)), choice.shares.tolist(), color="0.75", edgecolor="black", width=0.6)
         width = len(choice.layers)
-        lower.set_xticks(range(len(choice.starts)), [_span(range(s, s + width)) for s in choice.starts], fontsize=8)
+        lower.set_xticks(range(len(choice.starts)), [span(range(s, s + width)) for s in choice.starts], fontsize=8)
         lower.tick_params(axis="x", rotation=90 if len(choice.starts) > 8 else 0)
         lower.set_ylim(0, 1)
         lower.set_xlabel(f"{name} group")
@@ -141,10 +142,6 @@ def advice_figure(advice: Advice) -> "Figure":
     axes[0, 0].set_ylabel("contrast Δ per layer")
     axes[1, 0].set_ylabel("share of resamples")
     return made
-
-
-def _span(layers: Sequence[int]) -> str:
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
 
 
 # --- tracing -----------------------------------------------------------------------------------------------------

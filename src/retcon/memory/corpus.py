@@ -17,6 +17,8 @@ from retcon.files import cache_dir, read_json_rows
 CORPORA = Kind("text of a dataset", format=1, computation=1)
 DATASET_CHARACTERS = 16_000_000
 """How much is read of a dataset: some 4 million tokens."""
+MIN_CHARACTERS = 200
+"""Of a dataset's document that is read."""
 _DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]*)(:(?P<split>[\w.+%\[\]:-]+))?)?")
 
 
@@ -82,17 +84,16 @@ class Corpus:
         split: str = "train",
         *,
         field: str = "text",
-        min_characters: int = 200,
     ) -> "Corpus":
         """Return the first documents of a dataset of the Hugging Face hub (or a local folder of data files), streamed.
 
-        Documents under `min_characters` (headings, empty lines) are passed over; `DATASET_CHARACTERS` are read. What
+        Documents under `MIN_CHARACTERS` (headings, empty lines) are passed over; `DATASET_CHARACTERS` are read. What
         was read is kept in the cache directory: the text stays the same and needs no network a second time.
 
         Raises:
             TooFewTokens: `datasets` is not installed, the dataset cannot be read, or it has no such text.
         """
-        asked = json.dumps([name, config, split, field, min_characters, DATASET_CHARACTERS])
+        asked = json.dumps([name, config, split, field, MIN_CHARACTERS, DATASET_CHARACTERS])
         kept = cache_dir() / "corpora" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.safetensors"
         found = cached(kept, CORPORA, {"dataset": asked})
         if found is not None:
@@ -101,7 +102,7 @@ class Corpus:
             from datasets import load_dataset
 
             rows = load_dataset(name, config, split=split, streaming=True)
-            documents = tuple(_first(rows, field, min_characters))
+            documents = tuple(_first(rows, field))
         except ImportError:
             raise TooFewTokens(
                 f"the corpus {name} needs the package 'datasets', which is not installed ({how_to_install('hub')})"
@@ -109,7 +110,7 @@ class Corpus:
         except Exception as error:  # whatever a network, a hub, a file format can come up with
             raise TooFewTokens(f"the corpus {name} cannot be read ({type(error).__name__}: {error})") from error
         if not documents:
-            raise TooFewTokens(f"the corpus {name} has no document of {min_characters} characters in field {field!r}")
+            raise TooFewTokens(f"the corpus {name} has no document of {MIN_CHARACTERS} characters in field {field!r}")
         keep(kept, CORPORA, {"dataset": asked}, {"documents": from_bytes(json.dumps(documents).encode())})
         return cls(documents)
 
@@ -129,12 +130,12 @@ def check_corpus(source: str | os.PathLike[str]) -> None:
         raise MalformedFile(f"{name}: no such file (and a dataset is named NAME/NAME[:CONFIG[:SPLIT]])")
 
 
-def _first(rows: Iterable[dict[str, Any]], field: str, min_characters: int) -> Iterator[str]:
+def _first(rows: Iterable[dict[str, Any]], field: str) -> Iterator[str]:
     """Documents of a stream until there are `DATASET_CHARACTERS`."""
     n_characters = 0
     for row in rows:
         document = str(row[field]).strip()
-        if len(document) < min_characters:
+        if len(document) < MIN_CHARACTERS:
             continue
         yield document
         n_characters += len(document)

@@ -5,10 +5,10 @@ Nothing here prints; what takes long says how far it is through `progress(stage,
     facts = read_facts("facts.jsonl")
     resolved = resolve(lm, "jeep", edits=facts.edits)
     made = write_facts(lm, resolved, facts.edits, out=Path("facts.safetensors"))
-    print(outcomes(made.delta))
+    print(took_line(made.delta.report))
 """
 
-from retcon.workflow.editing import Made, check_replaces_its_like, outcomes, remedy, state_after, took_line, write_facts
+from retcon.workflow.editing import Made, check_replaces_its_like, remedy, search_line, took_line, write_facts
 from retcon.workflow.estimate import Estimate, estimate
 from retcon.workflow.facts import Facts, Reading, facts_that_fit, read_facts
 from retcon.workflow.moments import moments_for, needed_moments
@@ -25,12 +25,11 @@ __all__ = [
     "facts_that_fit",
     "moments_for",
     "needed_moments",
-    "outcomes",
     "read_facts",
     "read_settings",
     "remedy",
     "resolve",
-    "state_after",
+    "search_line",
     "took_line",
     "write_facts",
 ]

@@ -18,6 +18,7 @@ from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.replay import capture_states, live_starts, replaying
 from retcon.lm.site import Site, SiteName
+from retcon.locate.advice import span
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyReader, mean_keys
 from retcon.memory.moments import GivenMoments
@@ -107,7 +108,7 @@ def _layout(lm: LM) -> tuple[Outcome, str]:
         layers = [i for i, k in enumerate(lm.kinds) if k is kind]
         has = [name for name in get_args(SiteName) if getattr(kind, name) is not None]
         mlp = ("experts, one of them shared" if kind.down_proj else "routed experts") if kind.experts else ""
-        parts.append(f"layers {_span(layers)}: {', '.join(has)}{f'; {mlp}' if mlp else ''}")
+        parts.append(f"layers {span(layers)}: {', '.join(has)}{f'; {mlp}' if mlp else ''}")
     return "passed", " | ".join(parts)
 
 
@@ -186,7 +187,7 @@ def _keys(lm: LM) -> tuple[Outcome, str]:
         keys, _ = reader.read(point, "subject_last", value)
         plain, _ = mean_keys(lm, EDITS, CONTEXTS, point, "subject_last", value=value)
         worst = max(worst, _apart(keys, plain))
-    return _judged(lm, worst, f"layers {_span(layers)}")
+    return _judged(lm, worst, f"layers {span(layers)}")
 
 
 def _edit(lm: LM, name: str) -> tuple[Outcome, str]:
@@ -317,9 +318,3 @@ def _apart(found: Tensor, wanted: Tensor) -> float:
 
 def _judged(lm: LM, worst: float, what: str) -> tuple[Outcome, str]:
     return ("passed" if worst <= TOLERANCE[lm.dtype] else "failed"), f"{what}: at most {worst:.1e} apart"
-
-
-def _span(layers: list[int]) -> str:
-    if layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 1:
-        return f"{layers[0]}-{layers[-1]}"
-    return ", ".join(map(str, layers))

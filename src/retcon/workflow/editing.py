@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from retcon.attachment import Attachment, EditReport
     from retcon.lm.model import LM
     from retcon.memory.moments import Moments
-    from retcon.methods.common.contract import Method
 
 Progress = Callable[[str, int, int], None]
 """Hears (stage, done, of)."""
@@ -47,7 +46,6 @@ def write_facts(
     edits: Sequence[Edit],
     *,
     moments: "Moments | None" = None,
-    corpus: str | Path | None = None,
     batch_size: int | None = None,
     state: "Mapping[str, Tensor] | None" = None,
     seed: int = 0,
@@ -58,7 +56,7 @@ def write_facts(
     """Return one delta for all `edits`, on top of what is applied to `lm`, which stays as it is.
 
     Args:
-        moments: None: those of `corpus`, or the model's default ones, where the method uses any.
+        moments: None: the model's default ones, where the method uses any.
         batch_size: as `in_steps` takes it.
         state: what a sequential method kept of its earlier batches (`state_after`).
         out: file for the delta. Values that were searched are kept on disk until it is there, so that the same call
@@ -73,7 +71,7 @@ def write_facts(
     from retcon.memory.values import ValueCache
     from retcon.methods.common.sequence import in_steps
 
-    found = needed_moments(lm, resolved.method, corpus) if moments is None else moments
+    found = needed_moments(lm, resolved.method) if moments is None else moments
     timed = TimedMoments(found, progress=progress and (lambda done, of: progress("corpus tokens", done, of)))
     kept = ValueCache(cache_dir() / "values") if out is not None else None
     started = time.perf_counter()
@@ -98,14 +96,6 @@ def write_facts(
         n_resumed = kept.resumed
         kept.discard()
     return Made(delta, took, n_resumed)
-
-
-def state_after(deltas: "Sequence[Attachment]", method: "Method") -> "Mapping[str, Tensor] | None":
-    """Return what a sequential method takes up from the last of these deltas; None where that is not its own, or is of
-    other layers (said in a warning)."""
-    from retcon.methods.common import sequence
-
-    return sequence.state_after(deltas, method)
 
 
 def check_replaces_its_like(out: Path, lm: "LM", resolved: Resolved, edits: Sequence[Edit], seed: int) -> None:
@@ -139,14 +129,14 @@ def took_line(reports: "Sequence[EditReport]") -> str:
     )
 
 
-def outcomes(delta: "Attachment") -> str:
-    """Return two lines on the edits: how many took, and how the search ended and what was lost after it."""
-    n, counts = len(delta.report), Counter(report.outcome for report in delta.report)
+def search_line(reports: "Sequence[EditReport]") -> str:
+    """Say how the search ended for the edits, and what was lost after it."""
+    n, counts = len(reports), Counter(report.outcome for report in reports)
     parts = [
         f"{counts['reached']:,} of {n:,} reached the target of the search",
         *(f"{counts[name]:,} {text}" for name, text in _SHORT_OF_IT.items() if counts[name]),
     ]
-    return f"{took_line(delta.report)}\n{', '.join(parts)}"
+    return ", ".join(parts)
 
 
 _SHORT_OF_IT = {

@@ -97,12 +97,14 @@ def layers(
 
 
 def _table(advice: "Advice") -> Table:
+    from retcon.locate.advice import span
+
     table = plain_table("group", "read at", right=("layers", "score", "95 %", "stability", "next best"))
     for name, choice in (("low", advice.low), ("high", advice.high)):
         table.add_row(
             name,
             "subject's last token" if choice.where == "subject_last" else "prediction position",
-            _span(choice.layers),
+            span(choice.layers),
             f"{choice.score:.2f}",
             f"{choice.low:.2f} to {choice.high:.2f}",
             f"{choice.stability:.0%}",
@@ -113,16 +115,14 @@ def _table(advice: "Advice") -> Table:
 
 
 def _next_best(choice: "Choice") -> str:
+    from retcon.locate.advice import span
+
     others = [(float(s), start) for s, start in zip(choice.scores, choice.starts, strict=True)]
     others = sorted((pair for pair in others if pair[1] != choice.layers[0]), reverse=True)
     if not others:
         return "-"
     score, start = others[0]
-    return f"{_span(range(start, start + len(choice.layers)))} ({score:.2f})"
-
-
-def _span(layers: Any) -> str:
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+    return f"{span(range(start, start + len(choice.layers)))} ({score:.2f})"
 
 
 def _record(advice: "Advice") -> dict[str, Any]:

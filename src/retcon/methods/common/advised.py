@@ -19,7 +19,7 @@ N_DEMO_CASES = 500
 """Facts of the embedded world that its models are probed with where no cases are given."""
 
 
-def probe_layers(lm: LM, cases: Sequence[Edit | Case] | None = None, *, seed: int = 0) -> Advice:
+def probe_layers(lm: LM, cases: Sequence[Edit | Case] | None = None) -> Advice:
     """Return which layers to edit, by the contrast-based probe over the edits of `cases`, with a warning where that is
     weak.
 
@@ -31,8 +31,8 @@ def probe_layers(lm: LM, cases: Sequence[Edit | Case] | None = None, *, seed: in
             "layers='probe' needs facts to probe the model with: pass cases= (edits or cases; thirty at least, better "
             "some hundreds)"
         )
-    cases = world.cases(N_DEMO_CASES, seed=seed) if cases is None else cases
-    advice = advise(contrast_probe(lm, edits_of(cases)), seed=seed)
+    cases = world.cases(N_DEMO_CASES, seed=0) if cases is None else cases
+    advice = advise(contrast_probe(lm, edits_of(cases)))
     if advice.weak:
         warnings.warn(
             f"the evidence for layers {list(advice.low.layers)} and {list(advice.high.layers)} is weak: "

@@ -40,7 +40,6 @@ def in_steps(
     moments: Moments | None = None,
     state: Mapping[str, Tensor] | None = None,
     values: ValueCache | None = None,
-    keep_values: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Attachment:
@@ -52,7 +51,6 @@ def in_steps(
 
     Args:
         values: where searched values are kept on disk, so that a run that was killed goes on where it was.
-        keep_values: put what was searched into the delta, where there is one step.
         batch_size: None: all at once, or one by one where the method takes one fact.
 
     Raises:
@@ -73,7 +71,6 @@ def in_steps(
             moments=moments,
             state=state,
             values=values,
-            keep_values=keep_values,
             seed=seed,
             progress=progress,
         )

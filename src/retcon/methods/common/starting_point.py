@@ -154,9 +154,7 @@ def evenly(edits: Sequence[Edit], n: int) -> list[Edit]:
     return list(edits[:: max(1, len(edits) // n)])[:n]
 
 
-def fit_clamps(
-    lm: LM, method: SearchSettings, edits: Sequence[Edit], names: Sequence[str], *, seed: int = 0
-) -> FittedClamps:
+def fit_clamps(lm: LM, method: SearchSettings, edits: Sequence[Edit], names: Sequence[str]) -> FittedClamps:
     """Double the clamps `names` of a method until at least half of a few of the edits reach their target.
 
     Only values that are written are searched: what PMET's attention contributes to a search is lost in the write.
@@ -164,10 +162,9 @@ def fit_clamps(
 
     Args:
         edits: at most `N_TRIED` of them are searched, on the weights as they are.
-        seed: of the contexts, as in `propose`.
     """
     tried = evenly([edit for edit in edits if edit.subject_span is not None], N_TRIED)
-    contexts = method.sampled_contexts(lm, seed)
+    contexts = method.sampled_contexts(lm, 0)
     best: FittedClamps | None = None
     factor = 1.0
     while tried:
