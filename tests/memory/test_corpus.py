@@ -14,11 +14,7 @@ from retcon.memory.corpus import Corpus, check_corpus
 from retcon.memory.moments import document_rows
 from tests.conftest import TEXT
 
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

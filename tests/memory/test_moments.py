@@ -28,11 +28,7 @@ from retcon.memory.moments import (
 from retcon.memory.solve import cholesky
 from tests.conftest import FAMILIES, TEXT, random_moments
 
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -17,13 +17,6 @@ from retcon.memory.solve import (
 )
 
 
-@pytest.fixture
-def problem(randn):
-    """K (12, 5), R (4, 5), C (12, 12) of full rank."""
-    x = randn(12, 200)
-    return randn(12, 5), randn(4, 5), x @ x.T / 200
-
-
 def test_ridge_meets_the_normal_equation(problem):
     k, r, c = problem
     update = r @ ridge(k, lambda: c, 3.0)

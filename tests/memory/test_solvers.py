@@ -19,13 +19,6 @@ from retcon.memory.solve import (
 EYE = torch.eye(12, dtype=torch.float64)
 
 
-@pytest.fixture
-def problem(randn):
-    """K (12, 5), R (4, 5), C (12, 12) of full rank."""
-    x = randn(12, 200)
-    return randn(12, 5), randn(4, 5), x @ x.T / 200
-
-
 def of(c):
     return partial(torch.clone, c)
 

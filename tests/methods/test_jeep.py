@@ -28,6 +28,7 @@ from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.presets import presets, signature
 from retcon.methods.jeep import Jeep
 from tests.conftest import everyday, random_moments
+from tests.methods.common import same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*larger than the weight")  # exact writes into tiny random models
 CONTEXTS, BARE = Contexts(("The train stood still. ",)), Contexts()
@@ -43,13 +44,6 @@ def jeep(**settings: Any) -> Jeep:
 
 def propose(lm, edits, contexts=CONTEXTS, **settings):
     return jeep(**settings).propose(lm, edits, contexts=contexts, moments=random_moments(lm))
-
-
-def same(lm, a, b, **tolerance):
-    assert set(a.changes) == set(b.changes)
-    for name in a.changes:
-        shape = lm.parameter(name).shape
-        assert_close(a.dense(name, shape), b.dense(name, shape), **tolerance)
 
 
 @pytest.mark.parametrize("family", everyday("gptj", of=["gptj", "llama"]))

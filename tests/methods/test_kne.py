@@ -27,10 +27,6 @@ def ensemble_of(delta) -> dict[str, list[int]]:
     return {name: units.tolist() for name, units in delta.state.items() if name not in ("base", "granularity")}
 
 
-def stored_units(change, granularity: str) -> list[int]:
-    return sorted(change.index.tolist())
-
-
 @pytest.mark.parametrize("family", ["gptj", "llama"])  # Linear, stored (out, in)
 @pytest.mark.parametrize("granularity", ["row", "column", "entry"])
 def test_only_the_ensemble_changes(family, granularity, tiny, edits):

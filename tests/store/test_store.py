@@ -47,11 +47,6 @@ MEMIT = Memit(layers=(0, 1), steps=3, moment_weight=100.0)
 
 
 @pytest.fixture
-def lm(tiny: Tiny) -> LM:
-    return tiny("gptj", torch.float32)
-
-
-@pytest.fixture
 def moments(lm: LM) -> Any:
     return random_moments(lm)
 

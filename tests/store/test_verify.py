@@ -52,11 +52,6 @@ def fact(name: str, prompt: str, answer: str) -> Case:
     return Case(name, (edit,), queries)
 
 
-@pytest.fixture
-def lm(tiny: Tiny) -> LM:
-    return tiny("gptj", torch.float32)
-
-
 def answered(lm: LM, n: int) -> list[Case]:
     """Facts that the model knows: the word it would go on with by itself is asked for."""
     prompts = [f"{start} {i}" for start in ("Numbers like", "It was late", "Therefore", "You know") for i in range(40)]
