@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.cli.conftest import EDIT
+from tests.cli.conftest import EDIT, ROWS, write_rows
 
 ASK = ("check", "gptj", "--delta", "delta.safetensors", "--cases", "edits.jsonl", "--text", "corpus.txt")
 
@@ -32,6 +32,19 @@ def test_failing_is_told_with_examples(cli: Callable[..., Any], delta: Path) -> 
     assert set(found["answers"]) == {"took", "generalised", "local", "language"}
     assert found["answers"]["took"]["n"] == 2
     assert len(found["notes"]) == 2
+
+
+def test_facts_that_contradict_each_other_are_read_as_the_edit_read_them(
+    cli: Callable[..., Any], delta: Path, here: Path
+) -> None:
+    write_rows(
+        here / "edits.jsonl", [ROWS[0], {**ROWS[0], "target_new": "Milan", "id": "fr2", "neighbors": ["Lyon is in"]}]
+    )
+    told = cli(*ASK, *OFF).stdout
+    assert "1 of 2 rows kept; dropped: conflict 1" in told
+    asked = json.loads(cli(*ASK, "--conflicts", "last", "--took", "1", "--json", code=1).stdout)
+    assert "conflicts=last" in asked["read"]
+    assert "contradict each other" in cli(*ASK, "--conflicts", "error", code=2).stderr
 
 
 def test_the_verdict_as_a_file(cli: Callable[..., Any], delta: Path, here: Path) -> None:

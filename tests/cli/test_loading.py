@@ -90,9 +90,8 @@ def test_a_verb_that_trains_facts_hears_that_ends_are_trained_and_no_other_offer
         heard.append(reading.chat)
 
     read: Any = verb
-    rest = dict(
-        file_format=None, on_error="stop", case_target="new", system=None, template_args=None, start=0, limit=None
-    )
+    rest: dict[str, Any] = dict.fromkeys(("file_format", "system", "template_args", "limit"))
+    rest |= dict(on_error="stop", case_target="new", conflicts="drop", start=0)
     read(as_chat=False, train_end=True, **rest)
     read(as_chat=True, train_end=False, **rest)
     assert heard == [retcon.Chat(train_end=True), retcon.Chat()]

@@ -186,8 +186,9 @@ def check(
     if report is not None:
         write_verdict(report, verdict, about.replace(str(cases), cases.name), other)
     if as_json:
-        emit(_record(verdict) | ({"against": _record(other[1])} if other else {}))
+        emit(_record(verdict) | {"read": asked.about} | ({"against": _record(other[1])} if other else {}))
     else:
+        console().print(styled("[dim]{}[/]", asked.about), soft_wrap=True)
         _tell(verdict)
         if other:
             console().print(styled("\n[bold]Compared with {}[/]", other[0]), soft_wrap=True)

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -59,7 +59,7 @@ from retcon.workflow import (
     took_line,
     write_facts,
 )
-from retcon.workflow.facts import Conflicts, Facts, Reading
+from retcon.workflow.facts import Facts, Reading
 
 if TYPE_CHECKING:
     from retcon.evaluation import Evaluation
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 
 
 @loads_a_model
-@reads_facts("EDITS", trains=True)
+@reads_facts("EDITS", trains=True, conflicts="error")
 def edit(
     model: Model,
     edits: Annotated[
@@ -120,9 +120,6 @@ def edit(
     ] = None,
     *,
     reading: Reading,
-    conflicts: Annotated[
-        Conflicts, typer.Option(help="When edits contradict each other: refuse, or keep the first or the last.")
-    ] = "error",
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Measure the model before and after, on the file's own queries.")
     ] = False,
@@ -179,7 +176,7 @@ def edit(
     given = read_settings(method, dataset=dataset, preset=preset, assignments=assigned)
     if layers and "layers" in given:
         raise InvalidSetting("--layers probe and --set layers=... both say which layers to edit; give one of them")
-    facts = read_facts(edits, replace(reading, conflicts=conflicts))
+    facts = read_facts(edits, reading)
     if corpus is not None:
         check_corpus(corpus)
     show = console(stderr=as_json)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from retcon.cli.facts import CaseTarget, OnError
+from retcon.cli.facts import CaseTarget, Conflicting, OnError
 from retcon.cli.shell import (
     Device,
     DType,
@@ -84,6 +84,7 @@ def export(
     ] = None,
     on_error: OnError = "stop",
     case_target: CaseTarget = "new",
+    conflicts: Conflicting = "drop",
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of it to read; all.", show_default=False)] = None,
     push: Annotated[
         str | None,
@@ -105,6 +106,7 @@ def export(
         ("--cases-format", file_format is not None, cases is not None, "--cases"),
         ("--on-error", on_error != "stop", cases is not None, "--cases"),
         ("--case-target", case_target != "new", cases is not None, "--cases"),
+        ("--conflicts", conflicts != "drop", cases is not None, "--cases"),
         ("--limit", limit is not None, cases is not None, "--cases"),
         ("--public", public, push is not None, "--push"),
         ("--type", gguf_type != "f16", format_ == "gguf", "--format gguf"),
@@ -126,7 +128,7 @@ def export(
     asked: Sequence[Case] = ()
     if cases is not None:
         reading = Reading(
-            limit=limit, conflicts="drop", file_format=file_format, on_error=on_error, case_target=case_target
+            limit=limit, conflicts=conflicts, file_format=file_format, on_error=on_error, case_target=case_target
         )
         asked = read_facts(cases, reading).cases
     deltas = load_deltas(delta)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from retcon.cli.shell import AsChat, System, TemplateArgs, TrainEnd, chat_of
-from retcon.workflow.facts import Reading
+from retcon.workflow.facts import Conflicts, Reading
 
 FileFormat = Annotated[
     str | None,
@@ -22,23 +22,24 @@ CaseTarget = Annotated[
     Literal["new", "alt"],
     typer.Option("--case-target", help="The answer to write: the row's new one, or its alternative (field alt)."),
 ]
-
+Conflicting = Annotated[
+    Conflicts, typer.Option("--conflicts", help="When facts contradict each other: refuse, or keep the first or last.")
+]
 
 CHAT = ("as_chat", "system", "template_args", "train_end")
 """Options that become a `Chat`."""
 
 
 def reads_facts(
-    file: str, *, limit: int | None = None, trains: bool = False
+    file: str, *, limit: int | None = None, trains: bool = False, conflicts: Conflicts = "drop"
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb, in the place of its argument `reading`, the options that say how its file of facts is read.
-
-    Of rows that contradict each other the first is kept; a verb with another mind replaces that.
 
     Args:
         file: what the verb calls the file.
         limit: rows to read where the user names no number; None: all.
         trains: whether it trains their answers, so that the end of a turn can be trained with them.
+        conflicts: what happens to facts that contradict each other where the user does not say.
     """
     start = Annotated[int, typer.Option(min=0, help=f"Rows of {file} to pass over.")]
     if limit is None:
@@ -49,6 +50,7 @@ def reads_facts(
         "file_format": (FileFormat, None),
         "on_error": (OnError, "stop"),
         "case_target": (CaseTarget, "new"),
+        "conflicts": (Conflicting, conflicts),
         "as_chat": (AsChat, False),
         "system": (System, None),
         "template_args": (TemplateArgs, None),
@@ -62,7 +64,7 @@ def reads_facts(
         def with_options(**given: Any) -> None:
             own = {name: given.pop(name) for name in options}
             chat = chat_of(**{name: own.pop(name) for name in CHAT if name in own})
-            verb(**given, reading=Reading(**own, conflicts="drop", chat=chat))
+            verb(**given, reading=Reading(**own, chat=chat))
 
         parameters = []
         for name, parameter in inspect.signature(verb).parameters.items():
