@@ -10,7 +10,7 @@ import pytest
 
 from retcon.errors import NonFinite
 from retcon.work import Here
-from tests.cli.conftest import write_rows
+from tests.cli.conftest import ROWS, write_rows
 
 OPTIONS = (
     *("--model", "gptj", "--method", "jeep", "--dataset", "edits.jsonl", "--corpus", "corpus.txt"),
@@ -76,6 +76,15 @@ def test_a_dry_run_only_says(cli: Callable[..., Any], file: Path) -> None:
     assert row["cases"] == 2
     assert row["seconds"] == pytest.approx(2 * (row["seconds_per_edit"] + 2 * row["seconds_per_case_measured"]))
     assert not Path("out").exists()
+
+
+def test_a_dry_run_says_what_it_read(cli: Callable[..., Any], file: Path, here: Path) -> None:
+    write_rows(here / "edits.jsonl", [ROWS[0], {**ROWS[0], "target_new": "Milan", "id": "b", "paraphrase": "x"}])
+    run = ("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--dry-run")
+    told = cli(*run).stderr
+    assert "1 of 2 rows kept; dropped: conflict 1" in told
+    assert "unknown field 'paraphrase' in 1 row (did you mean 'paraphrases'?)" in told
+    assert "contradict each other" in cli(*run, "--conflicts", "error", code=2).stderr
 
 
 def test_a_method_asked_for_by_name_and_by_label_runs_once(cli: Callable[..., Any], file: Path) -> None:

@@ -71,6 +71,13 @@ def bench(
             help="The answer to write: the row's new one, or its alternative; over the file's.", show_default=False
         ),
     ] = None,
+    conflicts: Annotated[
+        Literal["error", "drop", "last"] | None,
+        typer.Option(
+            help="When facts contradict each other: refuse, or keep the first or last; over the file's.",
+            show_default=False,
+        ),
+    ] = None,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +100,7 @@ def bench(
     """Run a benchmark: edit, measure before and after, restore. Ended at any point, the same command goes on."""
     place = workers(on)
     spec = _spec(file, model, method, dataset, protocol, n, batch, seed, corpus, text)
-    spec = _with_reading(spec, format=file_format, on_error=on_error, case_target=case_target)
+    spec = _with_reading(spec, format=file_format, on_error=on_error, case_target=case_target, conflicts=conflicts)
     for each in spec.models:
         check_model_path(each.name)
         if each.trust_remote_code:
@@ -106,7 +113,12 @@ def bench(
 
     from retcon.bench import run_bench
 
+    def tell(report: object) -> None:
+        console(stderr=True).print(str(report), soft_wrap=True)
+
     if dry_run:
+        for _, report in loaded.values():
+            tell(report)
         _estimate(spec, loaded, out, as_json)
         return
     board = _Board(console(stderr=True).is_terminal)
@@ -122,9 +134,6 @@ def bench(
                 live.update(board.table())
             elif event.evaluation is not None:
                 console(stderr=True).print(board.line(event), soft_wrap=True)
-
-        def tell(report: object) -> None:
-            console(stderr=True).print(str(report), soft_wrap=True)
 
         how: dict[str, Any] = dict(force=force, verify_base=verify_base, workers=at)
         run_bench(spec, out, watch=watch, on_loaded=tell, loaded=loaded, **how)
