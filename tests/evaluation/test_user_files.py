@@ -509,7 +509,8 @@ def test_a_report_names_only_options_that_were_chosen(file: Callable[..., Path])
     [
         ({"update": "Q?", "ans": "x", "rephrase": "R?"}, r"WikiBigEdit \(wikibigedit\).*'subject' is missing"),
         ({"prompt": "Norr is", "target_new": "x", "neighbors": []}, r"facts \(edits\).*'subject' is missing"),
-        ({"subject": "Norr", "src": "Q?", "rephrase": "R?"}, r"zsRE \(zsre\).*'answers' or 'ans' or 'alt' is missing"),
+        ({"subject": "Norr", "src": "Q?", "rephrase": "R?"}, r"zsRE \(zsre\).*'answers' or 'ans' is missing"),
+        ({"subject": "Norr", "src": "Q?", "alt": "x", "loc": "R?"}, r"zsRE \(zsre\).*'answers' or 'ans' is missing"),
         ({"edits": [], "meta": {}}, r"cases as retcon writes them \(cases\).*'queries' is missing"),
     ],
 )

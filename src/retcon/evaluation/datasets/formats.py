@@ -147,8 +147,8 @@ FORMATS: Mapping[FormatName, Format] = {
         Format(
             name="zsre",
             title="zsRE",
-            needs=(("src", "prompt"), ("answers", "ans", "alt"), ("src", "rephrase", "rephrase_prompt", "loc")),
-            reads=("subject", "loc_ans", "portability"),
+            needs=(("src", "prompt"), ("answers", "ans"), ("src", "rephrase", "rephrase_prompt", "loc")),
+            reads=("subject", "alt", "loc_ans", "portability"),
             carries=("pred", "cond"),
             lists=("answers", "rephrase", "rephrase_prompt", "loc", "loc_ans", "portability"),
             reader=zsre,
