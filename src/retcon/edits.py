@@ -241,14 +241,18 @@ def _opens(prompt: str) -> bool:
         return apart or (last != "'" and prompt.count(last) % 2 == 1)
     if last in "=\u2013\u2014":  # attached to a word: attached to the next one
         return bool(before) and not before.isspace()
-    return last in _JOINS_NEXT or unicodedata.category(last) in ("Ps", "Pi")
+    kind = unicodedata.category(last)
+    if kind == "Pf":  # as some languages open a quote; so some end one with a sign of kind Pi
+        return not before or before.isspace()
+    return last in _JOINS_NEXT or kind == "Ps" or (kind == "Pi" and not before.isalnum())
 
 
 def _closes(answer: str) -> bool:
     """Return whether the answer begins with punctuation that is attached to what precedes it."""
     if answer[0] == ".":
         return not answer[1:2].strip()
-    return answer[0] in _FOLLOWS_DIRECTLY or unicodedata.category(answer[0]) in ("Pe", "Pf")
+    kind = unicodedata.category(answer[0])
+    return answer[0] in _FOLLOWS_DIRECTLY or kind == "Pe" or (kind == "Pf" and not answer[1:2].isalnum())
 
 
 def is_spaceless(character: str) -> bool:

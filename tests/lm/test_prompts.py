@@ -238,6 +238,12 @@ def test_without_a_separator(kind: str) -> None:
         ('It is called "', 'Rome"', 'It is called "Rome"'),
         ('It is called "Rome"', "by all", 'It is called "Rome" by all'),
         ("It is called \u201c", "Rome", "It is called \u201cRome"),
+        ("The capital is", "\u2019s-Hertogenbosch", "The capital is \u2019s-Hertogenbosch"),
+        ("The king", "\u201d, he said", "The king\u201d, he said"),
+        ("Der Titel lautet", "\u00bbFaust\u00ab", "Der Titel lautet \u00bbFaust\u00ab"),
+        ("Der Titel lautet \u00bb", "Faust\u00ab", "Der Titel lautet \u00bbFaust\u00ab"),
+        ("Der Autor von \u00bbFaust\u00ab ist, wie der von \u201eEgmont\u201c", "Goethe", None),
+        ("dell\u2019\u00ab", "Amleto", "dell\u2019\u00abAmleto"),
         ("the dogs'", "owner", "the dogs' owner"),
         ("she said '", "yes'", "she said 'yes'"),
         ("a semi-", "circle", "a semi-circle"),
@@ -265,7 +271,8 @@ def test_without_a_separator(kind: str) -> None:
         ("Tokyo (東京) is in", "Japan", "Tokyo (東京) is in Japan"),
     ],
 )
-def test_what_is_written_between_prompt_and_answer(prompt: str, answer: str, text: str) -> None:
+def test_what_is_written_between_prompt_and_answer(prompt: str, answer: str, text: str | None) -> None:
+    text = text or f"{prompt} {answer}"
     assert prompt + separator_between(prompt, answer) + answer == text
     assert Edit(prompt, None, answer).statement == text
 
