@@ -294,6 +294,12 @@ def test_the_prompt_style_changes_nothing_but_the_locality_text() -> None:
     assert rest[0] == rest[1] == rest[2]
 
 
+@pytest.mark.parametrize("loc", ["诺尔在哪里？", "أين نور؟", "where is norr?"])
+def test_a_locality_question_gets_no_second_question_mark(loc: str, rows: Callable[..., Path]) -> None:
+    row = {"subject": "Norr", "src": "Who leads Norr?", "answers": ["Ida"], "loc": loc, "loc_ans": "x"}
+    assert queries(read(rows(row))[0][0], "locality.nq")[0].prompt == loc
+
+
 @pytest.mark.parametrize("setting", [dict(case_target="pred"), dict(prompt_style="nq")])
 def test_unknown_zsre_settings(setting: dict[str, Any]) -> None:
     with pytest.raises(InvalidSetting, match=r"unknown .* '(pred|nq)'; known: (new, alt|loc.nq_q, loc.nq)"):

@@ -14,6 +14,8 @@ PromptStyle = Literal["loc.nq_q", "loc.nq", "loc.plain_q"]
 
 NQ_PREFIX = "nq question: "
 """What MEND's locality prompts begin with."""
+_QUESTION_MARKS = ("?", "\uff1f", "\u061f")
+"""Of any script; the last two are the full-width and the Arabic one."""
 
 
 def zsre(record: Mapping[str, Any], where: str, row: int, target: CaseTarget, style: PromptStyle) -> Draft:
@@ -53,4 +55,4 @@ def _locality_prompt(loc: str, style: PromptStyle) -> str:
     if style == "loc.nq" or not loc.strip():
         return loc
     text = loc.strip().removeprefix(NQ_PREFIX).strip() if style == "loc.plain_q" else loc
-    return text if text.rstrip().endswith("?") else text.rstrip() + "?"
+    return text if text.rstrip().endswith(_QUESTION_MARKS) else text.rstrip() + "?"
