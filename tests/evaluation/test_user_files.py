@@ -298,6 +298,8 @@ def test_facts_with_their_queries_on_one_line() -> None:
 
 def test_a_fact_may_say_how_it_is_put(file: Callable[..., Path]) -> None:
     fact = {"prompt": "{}'s capital:\n", "subject": "France", "target_new": "Rome", "paraphrases": ["{}:\n"]}
+    kept = {"prompt": "Italy:\n", "answer": "Rome"}
+    fact |= {"neighbors": [kept], "portability": [kept], "locality": {"home": [kept]}}
     row = {**fact, "separator": "> ", "chat": {"system": "Be brief.", "template_args": {"think": False}}}
     [case], report = read_cases(file([row]))
     (edit,) = case.edits
@@ -306,6 +308,7 @@ def test_a_fact_may_say_how_it_is_put(file: Callable[..., Path]) -> None:
     assert {(q.prompt, q.separator, q.chat) for q in case.queries} == {
         ("France's capital:\n", "> ", edit.chat),
         ("France:\n", "> ", edit.chat),
+        ("Italy:\n", "> ", edit.chat),
     }
     assert report.flags["trailing_whitespace"] == 1
     write_cases(written := file(""), [case])

@@ -65,9 +65,9 @@ def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -
         return made
     made.id = edit.id
     wanted = ((edit.target_new,),)
-    made.ask("rewrite", [edit.text], edit.target_new, edit.target_true, wanted, separator=edit.separator)
+    made.ask("rewrite", [edit.text], edit.target_new, edit.target_true, wanted)
     reworded = [_filled(prompt, edit) for prompt in texts(record.get("paraphrases"), "paraphrases", where)]
-    made.ask("paraphrase", reworded, edit.target_new, edit.target_true, wanted, separator=edit.separator)
+    made.ask("paraphrase", reworded, edit.target_new, edit.target_true, wanted)
     for place, (prompt, kept) in enumerate(_neighbors(record, edit, where)):
         if not kept:
             made.dropped_queries.append("neighbor_without_answer")
@@ -75,6 +75,7 @@ def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -
         made.ask_at(f"neighborhood/{place}", "neighborhood", prompt, kept[0][0], kept, contrast=edit.target_new)
     ask_related(made, record.get("portability"), "portability", where)
     ask_related(made, record.get("locality"), "locality", where)
+    made.queries = [replace(query, separator=edit.separator) for query in made.queries]
     if record.get("chat") is not None:
         try:
             made.put_in_chat(chat_from(record["chat"]))

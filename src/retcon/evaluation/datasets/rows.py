@@ -294,12 +294,10 @@ class Draft:
         target: str | None,
         contrast: str | None = None,
         answers: tuple[tuple[str, ...], ...] = (),
-        *,
-        separator: str | None = None,
     ) -> None:
         """Add one query per prompt, blank ones and those with a blank target left out; ids keep the file's places."""
         for place, prompt in enumerate(prompts):
-            self.ask_at(f"{axis}/{place}", axis, prompt, target, answers, contrast=contrast, separator=separator)
+            self.ask_at(f"{axis}/{place}", axis, prompt, target, answers, contrast=contrast)
 
     def ask_at(
         self,
@@ -311,13 +309,12 @@ class Draft:
         *,
         contrast: str | None = None,
         mode: Literal["any", "all"] = "any",
-        separator: str | None = None,
     ) -> None:
         """Add one query, unless its prompt is blank."""
         if not prompt.strip():
             self.dropped_queries.append("empty_prompt")
         else:
-            self.add(Query(query_id, axis, prompt, target, contrast, answers, mode, separator))
+            self.add(Query(query_id, axis, prompt, target, contrast, answers, mode))
 
     def add(self, query: Query) -> None:
         if query.target is not None and not query.target.strip():
