@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from retcon.attachment import Beside, EditReport, Hook, register
+from retcon.attachment import Beside, Cost, EditReport, Hook, register
 from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.methods.common.contract import Method
@@ -34,6 +34,9 @@ class Lookup(Beside):
         distance, nearest = torch.cdist(inputs.double(), keys.double().expand(len(inputs), *keys.shape)).min(-1)
         return torch.where((distance < RADIUS)[..., None], values[nearest], outputs)
 
+    def cost(self) -> Cost:
+        return Cost(nbytes=self.nbytes(), flops_per_token=3.0 * self.tensors["keys"].numel())
+
     def joined(self, later: Self) -> Self:
         tensors = {name: torch.cat([self.tensors[name], later.tensors[name]]) for name in ("keys", "values")}
         return replace(
@@ -51,6 +54,9 @@ class InContext(Beside):
 
     def prompt(self, text: str) -> str:
         return f"{self.settings['before']} {text}"
+
+    def cost(self) -> Cost:
+        return Cost(prompt_characters=len(self.settings["before"]) + 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from retcon import attachment
-from retcon.attachment import Attachment, Beside, Hook
+from retcon.attachment import Attachment, Beside, Cost, Hook
 from retcon.bench.protocol import run_protocol
 from retcon.bench.spec import Protocol
 from retcon.bench.units import Unit, Units
@@ -213,6 +213,8 @@ def test_an_editor_at_the_prompt_acts_before_tokens_are_made(lm: LM, tmp_path: P
     assert scored == spelt_out
     assert long == lm.complete("The capital of France is Rome. The capital of Italy is", max_new_tokens=4)
     assert said == lm.complete("The capital of Italy is", max_new_tokens=4)
+    assert told.cost() == Cost(prompt_characters=31)
+    assert noise(lm, 0).cost() == Cost()
 
 
 @pytest.mark.parametrize("asked", ["complete", "generate", "score", "evaluate"])

@@ -47,6 +47,18 @@ class Hook:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What an attachment costs at inference, beside the model without it."""
+
+    nbytes: int = 0
+    """Memory held beside the weights."""
+    flops_per_token: float = 0.0
+    """Floating-point operations, multiply and add counted apart."""
+    prompt_characters: int = 0
+    """Text put before or after every prompt."""
+
+
+@dataclass(frozen=True)
 class EditReport:
     """What happened to one edit while its delta was made."""
 
@@ -132,6 +144,9 @@ class Attachment(Protocol):
     def prompt(self, text: str) -> str:
         """Return what the model reads in place of a prompt."""
 
+    def cost(self) -> Cost:
+        """Return what it costs at inference."""
+
     def nbytes(self) -> int:
         """Bytes of its tensors."""
 
@@ -203,6 +218,10 @@ class Beside:
     def prompt(self, text: str) -> str:
         """Return what the model reads in place of a prompt: the prompt."""
         return text
+
+    def cost(self) -> Cost:
+        """Return what it costs at inference: its tensors' memory. A kind that computes says more."""
+        return Cost(nbytes=self.nbytes())
 
     def nbytes(self) -> int:
         """Bytes of its tensors."""

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from retcon.attachment import Attachment, Hook
+from retcon.attachment import Attachment, Cost, Hook
 from retcon.attachment import EditReport as EditReport
 from retcon.checked import as_bytes, checksum, for_file
 from retcon.edits import Edit, edit_record
@@ -323,6 +323,10 @@ class Delta:
     def prompt(self, text: str) -> str:
         """Return the prompt as it is."""
         return text
+
+    def cost(self) -> Cost:
+        """Nothing: an edited model runs as the unedited one does."""
+        return Cost()
 
     # --- files ---------------------------------------------------------------------------------------------------
 
