@@ -27,6 +27,7 @@ def test_entropy_of_repetition_and_of_distinct_words() -> None:
         assert ngram_entropy(["x" + w for w in words * 2]) == pytest.approx(ngram_entropy(words * 2))
     assert ngram_entropy(["a"]) == ngram_entropy([]) == 0
     assert ngram_entropy(["a", "b"]) == 0
+    assert str(ngram_entropy(["no"] * 6)) == "0.0"  # no sign
 
 
 def test_fluency_names_its_tokenizer_and_flags_short_texts() -> None:

@@ -117,6 +117,7 @@ def test_gold_and_own_choices_compared() -> None:
     assert not found.first_correct
     assert found.nll_sum == pytest.approx(3.4)
     assert found.nll_mean == pytest.approx(0.85)
+    assert str(TokenScore((0.0,), (5,), (5,)).nll_mean) == "0.0"  # certain: no sign
 
 
 def test_accuracies_agree_with_each_other(tiny: Make) -> None:

@@ -46,7 +46,7 @@ class TokenScore:
     @cached_property
     def nll_sum(self) -> float:
         """Negative log-probability of the whole target, in nats, summed in float64."""
-        return -math.fsum(self.logp)
+        return 0.0 - math.fsum(self.logp)  # 0 without a sign for a certain answer
 
     @property
     def nll_mean(self) -> float:

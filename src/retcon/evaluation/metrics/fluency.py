@@ -59,4 +59,5 @@ def word_tokenizer() -> tuple[str, Callable[[str], list[str]]]:
 def _entropy(words: Sequence[str], n: int) -> float:
     grams = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     total = sum(grams.values())
-    return -math.fsum(c / total * math.log2(c / total) for c in grams.values()) if total else 0.0
+    bits = math.fsum(c / total * math.log2(c / total) for c in grams.values())
+    return 0.0 - bits  # 0 without a sign for one word again and again
