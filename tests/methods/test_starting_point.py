@@ -29,6 +29,14 @@ def test_shallow_models_get_three_low_and_two_high_layers(n_layers):
         assert jeep["low"][-1] < jeep["high"][0]
 
 
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("n_layers", [2, 3, 4])
+def test_no_value_at_the_subject_is_searched_in_the_topmost_layer(n_layers, name):
+    guess = method_class(name).fallback_settings(ModelShape(n_layers, 64, 256, False))
+    layers = [guess["layer"]] if "layer" in guess else guess["low" if name == "jeep" else "layers"]
+    assert 0 <= min(layers) <= max(layers) < n_layers - 1
+
+
 @pytest.mark.parametrize(
     ("name", "field", "published", "d_ff"),
     [

@@ -51,7 +51,7 @@ class Emmet(BatchSettings):
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Untuned: ROME's layer."""
-        return {"layers": (min(early_layers(shape.n_layers)[0] + 1, shape.n_layers - 1),)}
+        return {"layers": early_layers(shape.n_layers)[:2][-1:]}
 
     def propose(
         self,

@@ -305,12 +305,13 @@ def check_stateless(name: str, state: object) -> None:
 
 
 def early_layers(n_layers: int) -> tuple[int, ...]:
-    """Return where the family writes, by relative depth: about the second seventh of the layers, three at least.
+    """Return where the family writes, by relative depth: about the second seventh of the layers, three at least as far
+    as there are some below the topmost, from which nothing at a subject reaches the answer.
 
     What a shallow model lacks is added below: one layer higher, its prediction hears less of what is written
     (docs/results/without-preset.md).
     """
-    last = min(max(round(0.29 * n_layers), 2), n_layers - 1)
+    last = min(max(round(0.29 * n_layers), 2), max(n_layers - 2, 0))
     return tuple(range(max(min(round(0.14 * n_layers), last - 2), 0), last + 1))
 
 

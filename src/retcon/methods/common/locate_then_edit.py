@@ -124,7 +124,7 @@ class OneFactSettings(ValueSettings):
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Untuned: the first of the layers where MEMIT would write, and one up."""
-        return {"layer": min(early_layers(shape.n_layers)[0] + 1, shape.n_layers - 1)}
+        return {"layer": early_layers(shape.n_layers)[:2][-1]}
 
     def value_sites(self, lm: LM) -> list[ValueSite]:
         """Return the MLP's output."""

@@ -180,6 +180,8 @@ def proposing(
     sites = list({site.id: site for site in written}.values())  # groups may share a layer
     for site in sites:
         lm.check_editable(site.name)
+    if at_subject := [group for group in groups if group.where == "subject_last"]:
+        warn_of_subjects(method.name, lm, edits, top=max(group.layers[-1] for group in at_subject))
     contexts, moments = given.contexts, given.moments
     if not edits:
         contexts, moments, sites = contexts or Contexts(), moments or GivenMoments({}), []
@@ -267,6 +269,38 @@ def target_tensor(
         )
         return "mlp"
     return wanted
+
+
+def warn_of_subjects(name: str, lm: LM, edits: Sequence[Edit], *, top: int) -> None:
+    """Warn of edits whose subject is no place for a value: it cannot reach the answer from there, or its key is an
+    outlier.
+
+    Args:
+        top: the last layer in which a value is written at the subject.
+    """
+    rows = [encode_edit(lm.tokenizer, edit) for edit in edits]
+    lost = [e for e, row in zip(edits, rows, strict=True) if row.position("subject_last") < row.prediction]
+    if lost and top == lm.n_layers - 1:
+        warnings.warn(
+            f"{name}: what the last layer ({top}) writes at the subject does not reach an answer predicted at a later "
+            f"token: {_named(lost)}. Write lower layers",
+            RetconWarning,
+            stacklevel=5,
+        )
+    first = [e for e, row in zip(edits, rows, strict=True) if row.position("subject_last") == 0]
+    if first:
+        warnings.warn(
+            f"{name}: the subject is the prompt's first token, whose key is unlike the same word's after other text: "
+            f"{_named(first)}. Write the fact with text before it; rome's updates can grow huge there, r_rome's less",
+            RetconWarning,
+            stacklevel=5,
+        )
+
+
+def _named(edits: Sequence[Edit]) -> str:
+    """Return the first of these edits by name, and how many more there are."""
+    shown = ", ".join(f"{edit.id!r} ({edit.subject!r})" for edit in edits[:3])
+    return shown + (f" and {len(edits) - 3:,} more" if len(edits) > 3 else "")
 
 
 def warn_of_size(lm: LM, delta: Delta) -> None:
