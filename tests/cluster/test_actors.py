@@ -48,22 +48,23 @@ class RayActorError(Exception):
     pass
 
 
-class ActorUnavailableError(RayActorError):
+class OutOfMemoryError(Exception):
     pass
 
 
 class StubRay(ModuleType):
-    """Ray in this process: what is asked for is done at once. The actor at each place fails to start as often as
-    `failures` says."""
+    """Ray in this process: what is asked for is done at once. The actors at each place fail to start as often as
+    `failures` says, and then lose as many pieces as `losses` says."""
 
-    def __init__(self, failures: Sequence[int], error: Exception) -> None:
+    def __init__(self, failures: Sequence[int], error: Exception, losses: int = 0) -> None:
         super().__init__("ray")
-        self.failures, self.error, self.made, self.starts = list(failures), error, 0, 0
+        self.failures, self.error, self.losses, self.starts = list(failures), error, losses, 0
+        self.free = list(range(len(failures)))[::-1]
         self.killed: list[Any] = []
         self.exceptions = SimpleNamespace(
             RayTaskError=type("RayTaskError", (Exception,), {}),
             RayActorError=RayActorError,
-            ActorUnavailableError=ActorUnavailableError,
+            OutOfMemoryError=OutOfMemoryError,
         )
 
     def is_initialized(self) -> bool:
@@ -83,27 +84,38 @@ class StubRay(ModuleType):
 
     def kill(self, actor: Any) -> None:
         self.killed.append(actor)
+        self.free.append(actor.place)
 
     def remote(self, _: type) -> Any:
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._actor))
 
     def _actor(self, _: Any) -> Any:
-        place, self.made = self.made, self.made + 1
-
-        def ready() -> None:
-            self.starts += 1
-            assert self.starts < 100, "started for ever"
-            if self.failures[place] > 0:
-                self.failures[place] -= 1
-                raise self.error
-
         class StubActor:
+            place = self.free.pop()
+            lost = False
             ready: Any
             run: Any
 
         actor = StubActor()
+
+        def ready() -> None:
+            self.starts += 1
+            assert self.starts < 100, "started for ever"
+            if self.failures[actor.place] > 0:
+                self.failures[actor.place] -= 1
+                actor.lost = True
+            if actor.lost:
+                raise self.error
+
+        def run(piece: int) -> int:
+            if self.losses > 0:
+                self.losses -= 1
+                actor.lost = True
+                raise self.error
+            return piece**2
+
         actor.ready = SimpleNamespace(remote=lambda: lambda: ready())
-        actor.run = SimpleNamespace(remote=lambda work, piece, deltas: lambda: piece**2)
+        actor.run = SimpleNamespace(remote=lambda work, piece, deltas: lambda: run(piece))
         return actor
 
 
@@ -114,16 +126,17 @@ def squares(lm: LM, ray: StubRay, n: int, monkeypatch: pytest.MonkeyPatch) -> di
 
 
 DIED = RayActorError("The actor died in its creation task\nModuleNotFoundError: No module named 'retcon'")
+FULL = OutOfMemoryError("Task was killed due to the node running low on memory")
 
 
-def test_actors_that_cannot_be_created_are_given_up(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = StubRay([99, 99], DIED)
-    with pytest.raises(
-        WorkersLost, match=r"no worker can be started(.|\n)*ModuleNotFoundError: No module named 'retcon'"
-    ):
+@pytest.mark.parametrize(("error", "said"), [(DIED, "ModuleNotFoundError: No module named 'retcon'"), (FULL, "low on")])
+def test_actors_that_cannot_be_created_are_given_up(
+    error: Exception, said: str, lm: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = StubRay([99, 99], error)
+    with pytest.raises(WorkersLost, match=f"no worker can be started(.|\n)*{said}"):
         squares(lm, ray, 2, monkeypatch)
-    assert ray.starts == 2 * 6
-    assert len(ray.killed) == 2
+    assert ray.starts == len(ray.killed) == 2 * 6
 
 
 def test_the_others_go_on_without_an_actor_that_cannot_be_created(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,10 +144,11 @@ def test_the_others_go_on_without_an_actor_that_cannot_be_created(lm: LM, monkey
     assert squares(lm, ray, 2, monkeypatch) == {0: 0, 1: 1, 2: 4, 3: 9}
 
 
-def test_an_actor_that_is_being_started_again_is_waited_for(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = StubRay([20], ActorUnavailableError("The actor is restarting"))
+@pytest.mark.parametrize("error", [DIED, FULL])
+def test_a_lost_actor_is_made_anew(error: Exception, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = StubRay([5], error, losses=5)
     assert squares(lm, ray, 1, monkeypatch) == {0: 0, 1: 1, 2: 4, 3: 9}
-    assert ray.starts == 21
+    assert len(ray.killed) == 5 + 5 + 1  # the last one when the work is done
 
 
 @pytest.fixture(scope="module")

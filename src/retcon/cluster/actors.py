@@ -1,15 +1,16 @@
 """Workers that are actors of a Ray cluster (extra `ray`).
 
-A piece is one call of an actor. Ray finds room for the actors, and starts a lost one again wherever there is some; its
-piece goes to whichever actor is free first.
+A piece is one call of an actor. Ray finds room for the actors. A lost one is made anew, wherever there is room, and its
+piece goes to whichever actor is free first. Ray's own restarts are off: it would make them for ever without a word.
 """
 
 import os
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -66,6 +67,8 @@ class RayCluster:
         self.ray: Any = ray
         self.address, self.n, self.folder = address, n, folder
         self._actors: WeakKeyDictionary[LM, list[Any]] = WeakKeyDictionary()
+        self._make: Callable[[], Any]
+        """Makes one more actor of those that there are."""
         self._scope = ExitStack()
 
     def __enter__(self) -> "RayCluster":
@@ -111,23 +114,22 @@ class RayCluster:
                 result = self.ray.get(done[0])
             except errors.RayTaskError as error:
                 raise (error.cause or error) from None
-            except errors.RayActorError as error:
-                if done_place is None:
-                    if not isinstance(error, errors.ActorUnavailableError):  # else it is being started again
-                        failed_starts[actor] = failed_starts.get(actor, 0) + 1
-                    if failed_starts.get(actor, 0) > MAX_LOSSES:
-                        self._drop(lm, actor, error)
-                    else:
-                        start(actor)
+            except (errors.RayActorError, errors.OutOfMemoryError) as error:
+                failed = 0 if done_place is not None else failed_starts.pop(actor, 0) + 1
+                if failed > MAX_LOSSES:
+                    self._drop(lm, actor, error)
                     continue
-                start(actor)
-                waiting.append(done_place)
-                losses[done_place] += 1
-                if losses[done_place] > MAX_LOSSES:
-                    raise WorkersLost(
-                        f"a piece of work lost its worker {losses[done_place]} times (killed, or out of memory?); use "
-                        f"machines with more memory, or --on local. Ray says: {_first_line(error)}"
-                    ) from None
+                new = self._made_anew(lm, actor)
+                failed_starts[new] = failed
+                start(new)
+                if done_place is not None:
+                    waiting.append(done_place)
+                    losses[done_place] += 1
+                    if losses[done_place] > MAX_LOSSES:
+                        raise WorkersLost(
+                            f"a piece of work lost its worker {losses[done_place]} times (killed, or out of memory?); "
+                            f"use machines with more memory, or --on local. Ray says: {_first_line(error)}"
+                        ) from None
                 continue
             idle.append(actor)
             failed_starts.pop(actor, None)
@@ -168,10 +170,18 @@ class RayCluster:
                 )
             source = self._source(lm)
             actor = self.ray.remote(Actor).options(
-                num_cpus=needs.get("CPU", 1), num_gpus=needs.get("GPU", 0), memory=needs["memory"], max_restarts=-1
+                num_cpus=needs.get("CPU", 1), num_gpus=needs.get("GPU", 0), memory=needs["memory"]
             )
-            self._actors[lm] = [actor.remote(source) for _ in range(min(self.n or room, room))]
+            self._make = partial(actor.remote, source)
+            self._actors[lm] = [self._make() for _ in range(min(self.n or room, room))]
         return self._actors[lm]
+
+    def _made_anew(self, lm: LM, actor: Any) -> Any:
+        """Return a new actor in the place of one that is lost."""
+        self.ray.kill(actor)
+        actors = self._actors[lm]
+        new = actors[actors.index(actor)] = self._make()
+        return new
 
     def _drop(self, lm: LM, actor: Any, error: Exception) -> None:
         """Do without an actor that cannot be started.
