@@ -7,11 +7,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import retcon
 from retcon import world
 from retcon.cluster import workers, working_on
-from retcon.cluster.actors import RayCluster
+from retcon.cluster.actors import RayCluster, on_own_cards
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, MissingPackage, NonFinite, WorkersLost
 from retcon.lm.model import LM
@@ -149,6 +150,23 @@ def test_a_lost_actor_is_made_anew(error: Exception, lm: LM, monkeypatch: pytest
     ray = StubRay([5], error, losses=5)
     assert squares(lm, ray, 1, monkeypatch) == {0: 0, 1: 1, 2: 4, 3: 9}
     assert len(ray.killed) == 5 + 5 + 1  # the last one when the work is done
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        (dict(device="cpu"), dict(device="cpu", device_map=None)),
+        (dict(device="cuda:3"), dict(device="cuda:0", device_map=None)),
+        (dict(device=None, device_map="auto"), dict(device=None, device_map="auto")),
+        (dict(device_map={"": 1}), dict(device=None, device_map={"": "cuda:0"})),
+        (
+            dict(device_map={"model": 5, "norm": "cuda:2", "lm_head": torch.device("cuda", 2), "vision": "cpu"}),
+            dict(device=None, device_map={"model": "cuda:1", "norm": "cuda:0", "lm_head": "cuda:0", "vision": "cpu"}),
+        ),
+    ],
+)
+def test_an_actor_s_cards_are_counted_from_0(given: dict[str, Any], own: dict[str, Any]) -> None:
+    assert on_own_cards({"packed": False, **given}) == {"packed": False, **own}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import retcon
 from retcon import world
@@ -114,6 +115,23 @@ def test_a_worker_has_the_deltas_of_the_asking_process(lm: LM, edits: list[Edit]
 def test_another_checkpoint_is_refused() -> None:
     with pytest.raises(WrongBase, match="a worker has loaded another 'demo:gptj' than the asking process has"):
         Worker(Source("demo:gptj", {"dtype": "float32"}, "0" * 64, 1))
+
+
+def test_a_caller_s_model_goes_to_the_same_cards(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm, "source", None)
+    monkeypatch.setattr(lm.model, "save_pretrained", lambda folder: None)
+
+    def place() -> dict[str, Any]:
+        options = Source.of(lm, tmp_path).options
+        return {name: options[name] for name in ("device", "device_map") if name in options}
+
+    assert place() == {"device": "cpu"}
+    monkeypatch.setattr(LM, "device", torch.device("cuda", 1))
+    assert place() == {"device": "cuda:1"}
+    monkeypatch.setattr(lm.model, "hf_device_map", {"": 1}, raising=False)
+    assert place() == {"device": "cuda:1"}
+    monkeypatch.setattr(lm.model, "hf_device_map", {"transformer": 0, "lm_head": 1})
+    assert place() == {"device_map": {"transformer": 0, "lm_head": 1}}
 
 
 def test_results_are_put_in_order() -> None:

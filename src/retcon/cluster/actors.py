@@ -7,7 +7,7 @@ piece goes to whichever actor is free first. Ray's own restarts are off: it woul
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -208,15 +208,36 @@ class RayCluster:
                 )
             root = self._scope.enter_context(tempfile.TemporaryDirectory(prefix="retcon-workers-"))
         source = Source.of(lm, Path(root) / f"model-{uuid4().hex}")
-        if lm.device.type == "cuda" and source.options.get("device"):
-            return replace(source, options={**source.options, "device": "cuda"})  # an actor sees its own cards only
-        return source
+        return replace(source, options=on_own_cards(source.options))
 
     def _dismiss(self) -> None:
         for actors in self._actors.values():
             for actor in actors:
                 self.ray.kill(actor)
         self._actors.clear()
+
+
+def on_own_cards(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options of `load` with the cards that they name numbered from 0 on: an actor sees its own cards only."""
+    device, device_map = options.get("device"), options.get("device_map")
+    places = [device, *(device_map.values() if isinstance(device_map, Mapping) else [device_map])]
+    cards = sorted({card for place in places if (card := _card(place)) is not None})
+
+    def own(place: Any) -> Any:
+        card = _card(place)
+        return place if card is None else f"cuda:{cards.index(card)}"
+
+    if isinstance(device_map, Mapping):
+        return {**options, "device": own(device), "device_map": {module: own(at) for module, at in device_map.items()}}
+    return {**options, "device": own(device), "device_map": own(device_map)}
+
+
+def _card(place: Any) -> int | None:
+    """Return the number of the card that is named as a place; None where it names another."""
+    if isinstance(place, int):
+        return place
+    kind, _, number = str(place).partition(":")
+    return int(number or 0) if kind == "cuda" else None
 
 
 def _needs(lm: LM) -> dict[str, float]:

@@ -42,8 +42,10 @@ class Source:
         with lm.without_deltas(), errors_naming(folder):
             lm.model.save_pretrained(folder)
             lm.tokenizer.save_pretrained(folder)
-        options = {"dtype": str(lm.dtype).removeprefix("torch."), "device": lm.device.type, "layout": lm.layout,
-                   "packed": bool(lm.packed)}  # fmt: skip
+        spread: dict[str, Any] = getattr(lm.model, "hf_device_map", {})
+        place = {"device_map": dict(spread)} if len(set(spread.values())) > 1 else {"device": str(lm.device)}
+        dtype = str(lm.dtype).removeprefix("torch.")
+        options = {"dtype": dtype, "layout": lm.layout, "packed": bool(lm.packed), **place}
         return cls(str(folder), options, None, threads)
 
 
