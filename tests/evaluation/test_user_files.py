@@ -609,6 +609,25 @@ def test_unknown_fields_are_counted_and_kept(file: Callable[..., Path]) -> None:
     assert cases[0].meta["extra"] == {"portabilty": [], "batch": 3}
 
 
+def test_fields_of_other_formats_are_named_by_their_own(file: Callable[..., Path]) -> None:
+    row = {**GOOD, "ID": "n", "target_old": "Tom", "neighborhood_prompts": [], "rephrase": "x", "separator": " "}
+    _, report = read_cases(file([row]), "edits")
+    assert report.likely == {
+        "ID": "id",
+        "target_old": "target_true",
+        "neighborhood_prompts": "neighbors",
+        "rephrase": "paraphrases",
+    }
+
+
+def test_facts_with_a_target_and_localities_of_their_own_are_not_qaedit(file: Callable[..., Path]) -> None:
+    row = {"prompt": "The mayor of Norr is", "subject": "Norr", "target": "Ida", "paraphrases": ["x"]}
+    (case,), report = read_cases(file([{**row, "locality": [{"prompt": "The river of Norr is", "answer": "Sel"}]}]))
+    assert (report.format, case.edits[0].target_new) == ("fastedit", "Ida")
+    assert report.unknown == {"paraphrases": 1, "locality": 1}
+    assert report.likely["paraphrases"] == "queries"
+
+
 # --- the alternative answer ----------------------------------------------------------------------------------------
 
 

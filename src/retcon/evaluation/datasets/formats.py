@@ -27,6 +27,15 @@ CHOICES: Mapping[str, Any] = {
     "prompting": Prompting,
 }
 """Settings that some formats have."""
+SYNONYMS = (
+    ("target_new", "target", "answer", "ans", "labels"),
+    ("target_true", "ground_truth", "target_old", "answer_old"),
+    ("paraphrases", "paraphrase_prompts", "rephrase", "rephrase_prompt", "para_question", "queries"),
+    ("neighbors", "neighborhood_prompts", "locality_prompt"),
+    ("prompt", "question", "src", "text", "update"),
+    ("subject", "concept"),
+)
+"""Fields that are for the same thing in different formats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +181,7 @@ FORMATS: Mapping[FormatName, Format] = {
             needs=(("prompt",), ("subject",), ("target",), ("locality",)),
             reads=("rephrase", "source", "portability"),
             types={"locality": list},
+            signs=("loc", "loc_ans"),
             lists=("rephrase", "portability", "locality"),
             reader=qaedit,
         ),
@@ -292,8 +302,8 @@ def recognise(rows: Sequence[NumberedRow], path: object) -> FormatName:
 
 
 def _item_fields(kinds: Any) -> set[str]:
-    """Return the names of the fields of the items in an object of lists by kind."""
-    lists = kinds.values() if isinstance(kinds, dict) else ()
+    """Return the names of the fields of the items in a list, or in an object of lists by kind."""
+    lists = kinds.values() if isinstance(kinds, dict) else (kinds,)
     items = (item for held in lists for item in (held if isinstance(held, list) else [held]))
     return {name for item in items if isinstance(item, dict) for name in item}
 
@@ -362,7 +372,13 @@ def check_case_target(format: str, case_target: str) -> None:
 
 
 def likely_fields(format: FormatName, unknown: Sequence[str], present: Sequence[str]) -> dict[str, str]:
-    """For each unknown field, the one that was probably meant: one that is like it and that the file does not have."""
-    absent = [name for name in FORMATS[format].fields if name not in present and name not in IDENTITY]
-    found = {name: difflib.get_close_matches(name.lower(), absent, n=1, cutoff=0.7) for name in unknown}
-    return {name: close[0] for name, close in found.items() if close}
+    """For each unknown field, the absent one that was probably meant: it is for the same thing, or spelt like it."""
+    absent = [name for name in FORMATS[format].fields if name not in present]
+
+    def meant(name: str) -> str | None:
+        same = next((group for group in SYNONYMS if name in group), ())
+        sure = [known for known in absent if known in same or known == name.lower()]
+        like = difflib.get_close_matches(name.lower(), [n for n in absent if n not in IDENTITY], n=1, cutoff=0.7)
+        return next(iter(sure + like), None)
+
+    return {name: right for name in unknown if (right := meant(name)) is not None}
