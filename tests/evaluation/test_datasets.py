@@ -450,7 +450,11 @@ def less(record: dict[str, Any], name: str) -> dict[str, Any]:
         (GOOD_NATIVE, inside(prompt="{} and {}"), "row 2: edit '1': 2 markers '{}' in the prompt"),
         (GOOD_NATIVE, inside(relation_id=106), "row 2: edit '1': relation_id must be text, found int (106)"),
         (GOOD_NATIVE, {**inside(), "paraphrase_prompts": [3]}, "row 2: field 'paraphrase_prompts' must be text or"),
-        (GOOD_NATIVE, {**GOOD_NATIVE, "paraphrase_prompts": []}, "row 2: case id '107' occurs twice (first in "),
+        (
+            GOOD_NATIVE,
+            {**GOOD_NATIVE, "paraphrase_prompts": []},
+            "row 2: the same fact as row 1 (id '107'), with other queries",
+        ),
         (GOOD_FLAT, less(GOOD_FLAT, "subject"), "row 2: field 'subject' is missing"),
         (GOOD_FLAT, less(GOOD_FLAT, "target_new"), "row 2: field 'target_new' is missing"),
         (GOOD_FLAT, {**GOOD_FLAT, "prompt": " "}, "row 2: edit '107': the prompt is empty"),

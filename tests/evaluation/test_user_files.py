@@ -683,6 +683,22 @@ def test_one_bad_row_does_not_stop_a_file(line: str, reason: str, detail: str, f
     assert "row 2" in str(report)
 
 
+def test_a_fact_on_two_rows_is_said_to_be_one(file: Callable[..., Path]) -> None:
+    path = file("".join(f"{{}} is,Norr,x,{p}\n" for p in ("paraphrases", "So is {}", "And is {}")), "rows.csv")
+    path.write_text(path.read_text("utf-8").replace("{} is,Norr,x", "prompt,subject,target_new", 1), "utf-8")
+    with pytest.raises(
+        UnusableRow, match=r"row 3: the same fact as row 2 \(id '\w+'\), with other queries; put them into one row"
+    ):
+        read_cases(path)
+
+
+def test_the_id_of_a_row_without_one_is_no_other_rows(file: Callable[..., Path]) -> None:
+    rows = [{"src": f"Who leads {s}?", "subject": s, "answers": ["Ida"], "rephrase": "x"} for s in ("Norr", "Velt")]
+    cases, report = read_cases(file([rows[0], {**rows[1], "case_id": 0}]))
+    assert [(case.id, case.edits[0].id) for case in cases] == [("row 1", "row 1"), ("0", "0")]
+    assert report.unknown == {}
+
+
 def test_a_fact_given_twice_is_made_once(file: Callable[..., Path]) -> None:
     cases, report = read_cases(file([GOOD, GOOD]))
     assert (len(cases), report.dropped) == (1, {"duplicate": 1})

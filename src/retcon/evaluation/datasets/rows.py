@@ -335,9 +335,13 @@ class Draft:
         return Case(self.id, self.edits, tuple(self.queries), self.dataset or dataset, meta)
 
 
+def _own_id(record: Mapping[str, Any]) -> Any:
+    return record.get("case_id", record.get("id"))
+
+
 def draft(record: Mapping[str, Any], where: str, row: int, family: Family | None = None) -> Draft:
     """Return a draft with the file's own identity, else the row's index."""
-    own = record.get("case_id", record.get("id"))
+    own = _own_id(record)
     return Draft(where, str(row if own is None else own), {"row": row, **({"family": family} if family else {})})
 
 
@@ -368,12 +372,15 @@ def read_drafts(
         MalformedFile: a row is not what the format promises, and `on_error` is `stop`.
     """
     everything: list[tuple[int, Mapping[str, Any] | str]] = sorted([*rows, *bad], key=itemgetter(0))
+    taken = {str(_own_id(record)) for _, record in rows}
     made = []
     for index, (number, record) in options.choose(list(enumerate(everything))):
         where = f"{path}, row {number}"
         try:
             if isinstance(record, str):
                 raise MalformedFile(f"{where}: {record}")
+            if _own_id(record) is None and str(index) in taken:  # its index would be another row's id
+                record = {**record, "case_id": f"row {number}"}
             found = parse(record, where, index)
         except (MalformedFile, InvalidEdit) as error:
             told = str(error) if where in str(error) else f"{where}: {error}"
@@ -409,7 +416,12 @@ def finish(
         if (earlier.edits, earlier.queries) == (draft.edits, draft.queries):
             draft.leave_out("duplicate", f"repeats row {earlier.number}")
             continue
-        twice = f"case id {draft.id!r} occurs twice (first in {earlier.where}); ids must be unique"
+        if earlier.edits == draft.edits:
+            twice = (
+                f"the same fact as row {earlier.number} (id {draft.id!r}), with other queries; put them into one row"
+            )
+        else:
+            twice = f"case id {draft.id!r} occurs twice (first in {earlier.where}); ids must be unique"
         if options.on_error == "stop":
             raise UnusableRow(f"{draft.where}: {twice}")
         draft.leave_out("duplicate_id", twice)
