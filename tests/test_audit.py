@@ -25,7 +25,7 @@ def test_finds_matrices_rank_and_norm_and_what_explains_them(
     change = site.stored(torch.randn(32, 3, generator=g), torch.randn(3, site.weight.shape[1], generator=g))
     delta = edited.delta({site.name: [change]})
     edited.apply(delta)
-    found = audit(base, edited, edits=[edit], known=[delta])
+    found = audit(base, edited, edits=iter([edit]), known=iter([delta]))
     (difference,) = found.differences
     assert (difference.parameter, difference.rank) == (site.name, 3)
     assert difference.norm == pytest.approx(delta.norms()[site.name], rel=1e-2)

@@ -248,6 +248,7 @@ def test_conflicts_and_duplicates_are_told_apart() -> None:
 )
 def test_resolving(rule: ConflictRule, kept: list[Edit]) -> None:
     assert resolve_conflicts([ROME, OTHER, BERN, AGAIN], rule) == kept
+    assert resolve_conflicts(iter([ROME, OTHER, BERN, AGAIN]), rule) == kept
 
 
 def test_first_or_last_goes_by_the_order_given() -> None:

@@ -5,7 +5,7 @@ found.delta.save("difference.safetensors")     # anybody's edit as a delta: meas
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,8 +86,8 @@ def audit(
     base: LM,
     edited: LM,
     *,
-    edits: Sequence[Edit] = (),
-    known: Sequence[Delta] = (),
+    edits: Iterable[Edit] = (),
+    known: Iterable[Delta] = (),
     max_new_tokens: int = 12,
 ) -> Audit:
     """Compare the base's own weights with those of `edited`, as it stands.
@@ -100,6 +100,7 @@ def audit(
         DeltaMismatch: the two are no models of one shape.
         NotEditable: they differ in a parameter that is quantised.
     """
+    edits, known = tuple(edits), tuple(known)
     theirs = {name for name, _ in edited.model.named_parameters()}
     names = [name for name, _ in base.model.named_parameters()]
     if set(names) != theirs:

@@ -314,7 +314,7 @@ def duplicates(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:
     return [group for group in _groups(edits) if len({_nfc(e.target_new) for e in group}) == 1]
 
 
-def resolve_conflicts(edits: Sequence[Edit], rule: ConflictRule = "error") -> list[Edit]:
+def resolve_conflicts(edits: Iterable[Edit], rule: ConflictRule = "error") -> list[Edit]:
     """Return the edits to keep when some contradict each other.
 
     `error` refuses, `drop` keeps the first of each contradicting group, `last` keeps the last, `keep` keeps all.
@@ -325,9 +325,10 @@ def resolve_conflicts(edits: Sequence[Edit], rule: ConflictRule = "error") -> li
     """
     if rule not in get_args(ConflictRule):
         raise InvalidSetting(f"unknown conflict rule {rule!r}; known: {', '.join(get_args(ConflictRule))}")
+    edits = list(edits)
     groups = conflicts(edits)
     if rule == "keep" or not groups:
-        return list(edits)
+        return edits
     if rule == "error":
         first, second = _contradiction(groups[0])
         raise ConflictingEdits(
@@ -340,8 +341,9 @@ def resolve_conflicts(edits: Sequence[Edit], rule: ConflictRule = "error") -> li
     return [e for e in edits if keep.get(same_question(e), _nfc(e.target_new)) == _nfc(e.target_new)]
 
 
-def check_edits(edits: Sequence[Edit]) -> None:
-    """Check what every method checks before it starts: subjects present, identities unique, no contradictions.
+def check_edits(edits: Iterable[Edit]) -> tuple[Edit, ...]:
+    """Return the edits, once they are checked as for every method: subjects present, identities unique, no
+    contradictions.
 
     Edits without a subject pass; `retcon.methods.common.registry.check_subjects` refuses them where one is needed.
 
@@ -352,6 +354,7 @@ def check_edits(edits: Sequence[Edit]) -> None:
     seen: dict[str, Edit] = {}
     if isinstance(edits, Edit):
         raise InvalidEdit(f"one edit given where a list of them is wanted: [edit] (edit {edits.id!r})")
+    edits = tuple(edits)
     for edit in edits:
         if not isinstance(edit, Edit):
             hint = "; a case's own are case.edits" if isinstance(edit, Case) else ""
@@ -362,6 +365,7 @@ def check_edits(edits: Sequence[Edit]) -> None:
             raise InvalidEdit(f"two different edits share the id {edit.id!r}; ids must be unique")
         seen[edit.id] = edit
     resolve_conflicts(edits, "error")
+    return edits
 
 
 def _groups(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:

@@ -248,6 +248,16 @@ def test_batches_unicode_and_longer_targets(name: str, family: str, tiny: Callab
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_edits_may_come_from_a_generator(name: str) -> None:
+    lm = LM(tiny_model("llama"), tokenizer())
+    edits: Any = (edit for edit in ENDING)
+    found = in_steps(made(name, lm), lm, edits, contexts=CONTEXTS, moments=moments_for(lm))
+    assert found.id == written_on(name, "llama").id
+    edits = (edit for edit in ENDING[:0])
+    assert not made(name, lm).propose(lm, edits, contexts=CONTEXTS, moments=moments_for(lm)).changes
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("n", [0, 1])
 def test_what_is_no_lm_is_refused_in_words(name: str, n: int) -> None:
     lm = LM(tiny_model("llama"), tokenizer())

@@ -119,6 +119,13 @@ def test_records_by_axis_and_family(tiny: Make) -> None:
     assert not [r for r in evaluate(tiny(n_layers=1), CASES, generate=False).records if r.variant.startswith("gen.")]
 
 
+def test_cases_may_come_from_a_generator(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    wanted = evaluate(lm, CASES, generate=False)
+    found = evaluate(lm, (case for case in CASES), generate=False)
+    assert (values(found.records), found.context) == (values(wanted.records), wanted.context)
+
+
 def test_values_are_those_of_the_scores(tiny: Make) -> None:
     lm = tiny(n_layers=2)
     records = evaluate(lm, CASES, generate=False).records

@@ -88,6 +88,11 @@ def test_the_last_layer_with_the_norm_is_the_model_itself(family: str, still: St
         assert bool(found.known[i]) == (int(own.argmax()) == first) == (float(found.mean_rank[i, 0, -1, 0, 0]) == 0)
 
 
+def test_edits_may_come_from_a_generator(still: Still) -> None:
+    lm = still("llama")
+    assert contrast_probe(lm, (edit for edit in EDITS)).ids == contrast_probe(lm, EDITS).ids
+
+
 def test_batches_and_chunks_do_not_matter(still: Still, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = still("llama")
     whole = contrast_probe(lm, EDITS)

@@ -94,7 +94,7 @@ def sites(lm: LM, tensor: str) -> list[tuple[Any, int]]:
 
 
 def trace(lm: LM, settings: Tracing = ALL, edit: Edit = EDIT) -> Trace:
-    (found,) = causal_trace(lm, [edit], settings).traces
+    (found,) = causal_trace(lm, (each for each in [edit]), settings).traces
     return found
 
 

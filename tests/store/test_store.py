@@ -60,7 +60,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("RETCON_CACHE", str(folder / "cache"))
         store = Store.init(folder / "edits", lm)
         store.edit(lm, FACTS[:3], MEMIT, moments=random_moments(lm), message="three facts")
-        store.edit(lm, FACTS[3:], Rome(layer=1, steps=3), moments=random_moments(lm))
+        store.edit(lm, iter(FACTS[3:]), Rome(layer=1, steps=3), moments=random_moments(lm))
     return store.path
 
 

@@ -33,7 +33,7 @@ def test_a_fact_is_read_resolved_estimated_written_and_undone_without_printing(
     before = lm.fingerprint()
     resolved = workflow.resolve(lm, "jeep", given=QUICK)
     assert resolved.settings["steps"] == 3
-    assert workflow.estimate(lm, resolved, facts.edits).edits == 2
+    assert workflow.estimate(lm, resolved, iter(facts.edits)).edits == 2
 
     heard: list[tuple[str, int, int]] = []
     out = tmp_path / "facts.safetensors"

@@ -4,7 +4,7 @@ import builtins
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,7 +59,7 @@ Advance = Callable[[str, int, int], None]
 
 def evaluate(
     lm: LM,
-    cases: Sequence[Case],
+    cases: Iterable[Case],
     *,
     delta: Attachment | None = None,
     pre: Evaluation | None = None,
@@ -110,6 +110,7 @@ def evaluate(
         "seed": seed,
     }
     measures = replace(measures or Measures(), **{name: value for name, value in given.items() if value is not None})
+    cases = list(cases)
     plan = plan_queries(lm, cases, measures)
     before = None if pre is None else _covering(pre, plan)
     with _bar(progress) as advance:

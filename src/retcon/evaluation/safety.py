@@ -129,8 +129,8 @@ class Verdict:
 
 def check(
     lm: LM,
-    cases: Sequence[Case],
-    deltas: Sequence[Attachment],
+    cases: Iterable[Case],
+    deltas: Iterable[Attachment],
     *,
     thresholds: Thresholds = Thresholds(),
     text: str | None = None,
@@ -159,6 +159,7 @@ def check(
         InvalidSetting: no cases.
         WrongBase: a delta was made for another model.
     """
+    cases, deltas = list(cases), tuple(deltas)
     if not cases:
         raise InvalidSetting("no cases to check with; give at least the edits themselves")
     if edited is not None and deltas:
@@ -207,7 +208,7 @@ def check(
 
 def check_endpoint(
     endpoint: Endpoint,
-    cases: Sequence[Case],
+    cases: Iterable[Case],
     *,
     thresholds: Thresholds = Thresholds(),
     max_tokens: int = 32,
@@ -222,6 +223,7 @@ def check_endpoint(
         InvalidSetting: no cases.
         EndpointFailed: the server cannot be asked.
     """
+    cases = list(cases)
     if not cases:
         raise InvalidSetting("no cases to check with; give at least the edits themselves")
     made = with_made_queries(cases, None)

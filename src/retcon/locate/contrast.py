@@ -5,7 +5,7 @@ the last one (Eq. 5), and the probability and the rank (Eq. 6) of an answer's fi
 last token and where the answer is predicted.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -146,7 +146,7 @@ class Contrast:
 
 def contrast_probe(
     lm: LM,
-    edits: Sequence[Edit],
+    edits: Iterable[Edit],
     *,
     positions: Sequence[Where] = ("subject_last", "prediction"),
     tensors: Sequence[TensorName] = ("block",),
@@ -174,6 +174,7 @@ def contrast_probe(
     """
     if odd := [t for t in tensors if t not in PROJECTED]:
         raise InvalidSetting(f"cannot read {', '.join(odd)} as next tokens; known: {', '.join(PROJECTED)}")
+    edits = list(edits)
     skipped = {
         e.id: "it names no subject" if e.subject is None else "the subject does not occur in the prompt"
         for e in edits

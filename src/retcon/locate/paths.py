@@ -8,7 +8,7 @@ docs/methods/ctp.md.
 """
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -372,7 +372,7 @@ def choose(
 
 def paths(
     lm: LM,
-    edits: Sequence[Edit],
+    edits: Iterable[Edit],
     *,
     score: Score = "z_abs",
     select: Select = "rank_aligned",
@@ -384,4 +384,4 @@ def paths(
 ) -> Transmission:
     """Return the critical transmission paths of `edits` on the model as it stands, to look at or to edit along."""
     slots = slots_of(lm, key_matrix)
-    return choose(slots, assess(lm, edits, slots, score, pool=pool, seed=seed), n_positive, n_negative, select)
+    return choose(slots, assess(lm, tuple(edits), slots, score, pool=pool, seed=seed), n_positive, n_negative, select)

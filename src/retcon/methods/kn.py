@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from retcon.delta import Change, Delta
-from retcon.edits import Edit, check_edits
+from retcon.edits import Edit
 from retcon.errors import InvalidSetting
-from retcon.lm.model import LM, require_lm
+from retcon.lm.model import LM
 from retcon.locate.neurons import Grid, Neuron, attribute_neurons
 from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import first_prefixes
@@ -106,8 +106,6 @@ class Kn(Method):
             NotEditable: a down-projection that must not be edited.
             NonFinite: an attribution overflows.
         """
-        require_lm(lm)
-        check_edits(edits)
         check_no_end(self.name, edits, "writes the mean of an answer's embeddings")
         sites = [lm.site(layer, "down_proj") for layer in range(lm.n_layers)]
         for site in sites:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.delta import Change, Delta
-from retcon.edits import Case, Edit, check_edits
+from retcon.edits import Case, Edit
 from retcon.lm.model import LM, Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
@@ -81,7 +81,6 @@ class Malmen(HypernetworkSettings):
             InvalidSetting: no editor is named.
             MalformedFile, WrongBase: the editor cannot be read, or is another model's.
         """
-        check_edits(edits)
         method, editor = load_editor(self, lm)
         record = recorded(method, lm, edits, seed=seed, editor_sha256=editor.sha256)
         if not edits:

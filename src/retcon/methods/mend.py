@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retcon.delta import Change, Delta
-from retcon.edits import Case, Edit, check_edits
+from retcon.edits import Case, Edit
 from retcon.lm.model import LM, Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
@@ -82,7 +82,6 @@ class Mend(HypernetworkSettings):
             InvalidSetting: no editor is named.
             MalformedFile, WrongBase: the editor cannot be read, or is another model's.
         """
-        check_edits(edits)
         method, editor = load_editor(self, lm)
         record = recorded(method, lm, edits, seed=seed, editor_sha256=editor.sha256)
         if not edits:

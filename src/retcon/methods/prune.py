@@ -15,7 +15,7 @@ from torch import Tensor
 from retcon.delta import Change, Delta, Dense, LowRank, only_deltas, smallest
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
-from retcon.lm.model import LM, require_lm
+from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.place import CPU, float64_place
@@ -66,7 +66,6 @@ class Prune(Filter):
         Applying it reverts those, reverting it restores them. The model is untouched. Reports are those of
         the deltas it stands for, with what the model says after the restraint.
         """
-        require_lm(lm)
         fresh: Delta | None = None
         if edits:
             proposed = self.wrapped.propose(

@@ -13,7 +13,7 @@ The state after an entry follows from the lines up to it, so two branches merge 
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +124,7 @@ class Store(Contents):
     def edit(
         self,
         lm: "LM",
-        cases: Sequence[Case],
+        cases: Iterable[Case],
         method: "Method",
         *,
         batch_size: int | None = None,
@@ -154,6 +154,7 @@ class Store(Contents):
             StoreBusy: another process is writing.
             WrongBase: the store is of another model.
         """
+        cases = list(cases)
         if not cases:
             raise InvalidSetting("no facts to edit")
         from retcon.methods.common.contract import files_of

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +43,7 @@ class Made:
 def write_facts(
     lm: "LM",
     resolved: Resolved,
-    edits: Sequence[Edit],
+    edits: Iterable[Edit],
     *,
     moments: "Moments | None" = None,
     batch_size: int | None = None,

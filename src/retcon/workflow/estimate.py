@@ -1,7 +1,7 @@
 """What an edit would take: measured on a few of its own edits, and scaled up."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ def _is_there(moments: "Moments", lm: "LM", site: "Site") -> bool:
 def estimate(
     lm: "LM",
     resolved: Resolved,
-    edits: "Sequence[Edit]",
+    edits: "Iterable[Edit]",
     *,
     moments: "Moments | None" = None,
     batch_size: int | None = None,
@@ -109,6 +109,7 @@ def estimate(
     Raises:
         InvalidSetting: there are no edits.
     """
+    edits = list(edits)
     if not edits:
         raise InvalidSetting("no facts to edit")
     from retcon.lm.peak import Peak
@@ -118,7 +119,7 @@ def estimate(
     propose = partial(in_steps, resolved.method, batch_size=batch_size)
     trial = StoredOrIdentity(moments)
     step = max(1, len(edits) // N_TRIED)
-    tried = list(edits[::step])[:N_TRIED]
+    tried = edits[::step][:N_TRIED]
     propose(lm, tried[:1], moments=trial, seed=seed)
     started = time.perf_counter()
     propose(lm, tried[:1], moments=trial, seed=seed)

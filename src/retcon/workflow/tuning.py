@@ -9,7 +9,7 @@ share their values, so each is written with several weights, which costs little.
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -148,7 +148,7 @@ class _Search:
 def tune(
     lm: "LM",
     name: str,
-    cases: Sequence[Case],
+    cases: Iterable[Case],
     *,
     moments: "Moments | None" = None,
     preset: str | None = None,
@@ -182,10 +182,10 @@ def tune(
     from retcon.methods.common.choosing import choose
     from retcon.methods.common.wrappers import Filter
 
-    if len(cases) < LEAST_CASES:
-        raise InvalidSetting(f"tuning takes at least {LEAST_CASES} cases, better a hundred; found {len(cases)}")
-    given = dict(given or {})
     order = list(cases)
+    if len(order) < LEAST_CASES:
+        raise InvalidSetting(f"tuning takes at least {LEAST_CASES} cases, better a hundred; found {len(order)}")
+    given = dict(given or {})
     random.Random(seed).shuffle(order)
     searched, reported = order[: len(order) // 2], order[len(order) // 2 :]
     chosen = choose(name, for_model=lm, preset=preset, cases=searched, **given)

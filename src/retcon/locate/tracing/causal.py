@@ -1,7 +1,7 @@
 """Causal tracing of many prompts, cell by cell."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from inspect import signature
 from itertools import chain, groupby
@@ -32,7 +32,7 @@ from retcon.locate.tracing.traces import Trace, Traces, Tracing
 
 def causal_trace(
     lm: LM,
-    edits: Sequence[Edit],
+    edits: Iterable[Edit],
     settings: Tracing | None = None,
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -46,7 +46,7 @@ def causal_trace(
         InvalidSetting: no prompt is left.
         NonFinite: a probability is NaN or infinite.
     """
-    settings = settings or Tracing()
+    settings, edits = settings or Tracing(), list(edits)
     skipped = {
         e.id: "it names no subject" if e.subject is None else "the subject does not occur in the prompt"
         for e in edits

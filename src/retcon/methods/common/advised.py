@@ -1,7 +1,7 @@
 """Layers by the probe, as settings of a method: `retcon.method(name, for_model=lm, layers="probe", cases=...)`."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -19,7 +19,7 @@ N_DEMO_CASES = 500
 """Facts of the embedded world that its models are probed with where no cases are given."""
 
 
-def probe_layers(lm: LM, cases: Sequence[Edit | Case] | None = None) -> Advice:
+def probe_layers(lm: LM, cases: Iterable[Edit | Case] | None = None) -> Advice:
     """Return which layers to edit, by the contrast-based probe over the edits of `cases`, with a warning where that is
     weak.
 

@@ -1,7 +1,7 @@
 """A method with its settings for a model: published, tuned, or by the rule for models that no preset knows."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from retcon.methods.common.starting_point import (
 from retcon.methods.common.tuning import TuningSettings
 from retcon.methods.common.wrappers import Filter
 
-Facts = Sequence[Edit | Case] | None
+Facts = Iterable[Edit | Case] | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def choose(
 ) -> Choice:
     """Return what `method` returns, with the preset that it comes from, or what was chosen without one and why."""
     chosen = method_class(name)
+    cases = None if cases is None else list(cases)
     if for_model is not None:
         require_lm(for_model)
     if settings.get("layers") == "probe":

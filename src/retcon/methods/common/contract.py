@@ -2,15 +2,16 @@
 
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 
 from retcon.attachment import Attachment
-from retcon.edits import Case, Edit
+from retcon.edits import Case, Edit, check_edits
 from retcon.errors import InvalidSetting
 from retcon.files import as_shared
 from retcon.lm.model import LM, require_lm
@@ -51,6 +52,24 @@ class ModelShape:
         return cls(lm.n_layers, lm.d_model, lm.d_ff, lm.layout.parallel)
 
 
+def _prepared_to_propose(propose: Callable[..., Attachment]) -> Callable[..., Attachment]:
+    @wraps(propose)
+    def prepared(self: Any, lm: LM, edits: Iterable[Edit], **given: Any) -> Attachment:
+        require_lm(lm)
+        return propose(self, lm, check_edits(edits), **given)
+
+    return prepared
+
+
+def _prepared_to_fit(fit: Callable[..., Path]) -> Callable[..., Path]:
+    @wraps(fit)
+    def prepared(self: Any, lm: LM, cases: Iterable[Case], out: str | Path, **given: Any) -> Path:
+        require_lm(lm)
+        return fit(self, lm, tuple(cases), out, **given)
+
+    return prepared
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """An editing method; its fields are its settings. A method says below where it differs from what is here.
@@ -80,6 +99,13 @@ class Method(ABC):
     """Whether a model without a preset gets a learning rate fitted to as many edits as will be written at once."""
     bytes_per_value: ClassVar[int] = 20
     """Memory of each value that is trained: float32, its gradient, Adam's two moments, and a copy to go back to."""
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        """Have `propose` and `fit` called on facts that are checked and are a tuple, whatever they came in."""
+        super().__init_subclass__(**named)
+        for verb, prepared in (("propose", _prepared_to_propose), ("fit", _prepared_to_fit)):
+            if verb in vars(cls):
+                setattr(cls, verb, prepared(vars(cls)[verb]))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.delta import Change, Delta, EditReport
-from retcon.edits import Edit, check_edits
+from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
 from retcon.lm.batches import in_batches
 from retcon.lm.forward import TensorName, answer_places, gold, log_probs, logits_at
-from retcon.lm.model import LM, require_lm
+from retcon.lm.model import LM
 from retcon.lm.prompts import Where, encode_edit, pad
 from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts
@@ -166,15 +166,13 @@ def proposing(
     groups: Sequence[LayerGroup],
     given: Given,
 ) -> Iterator[Proposal]:
-    """Check edits and layers, make contexts and moments where none are given; the model is as it was afterwards.
+    """Check layers, make contexts and moments where none are given; the model is as it was afterwards.
 
     Raises:
-        InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
+        InvalidEdit: an edit names no subject, and the method needs one.
         InvalidSetting: a layer the model does not have.
         NotEditable: a matrix that must not be edited.
     """
-    require_lm(lm)
-    check_edits(edits)
     check_subjects(method, edits)
     written = [s for g in groups for s in sites_of(method.name, lm, g.layers, g.module, routed=g.routed)]
     sites = list({site.id: site for site in written}.values())  # groups may share a layer
@@ -229,9 +227,8 @@ def only_one(name: str, edits: Sequence[Edit]) -> None:
     """Check that a method that writes one fact is handed no more.
 
     Raises:
-        InvalidEdit, ConflictingEdits: it is, or as `check_edits`.
+        InvalidEdit: it is.
     """
-    check_edits(edits)
     if len(edits) > 1:
         raise InvalidEdit(
             f"{name} writes one fact at a time, found {len(edits)} edits; retcon.in_steps({name}, lm, "
@@ -250,7 +247,6 @@ def target_tensor(
     Raises:
         InvalidSetting: routed experts would be written, and something stands between them and the block's output.
     """
-    require_lm(lm)
     if any(is_routed(lm, layer, routed) for layer in layers if layer < lm.n_layers):
         if lm.layout.mlp_post_norm or lm.layout.residual_multiplier:
             between = "a norm" if lm.layout.mlp_post_norm else "a factor"
@@ -265,7 +261,7 @@ def target_tensor(
             f"{name}: values belong at the block's output, but on {lm.model.config.model_type!r} {between} stands "
             "between the MLP and that; they are searched and measured at the MLP's output instead",
             RetconWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return "mlp"
     return wanted
@@ -313,7 +309,7 @@ def warn_of_size(lm: LM, delta: Delta) -> None:
                 "which usually disables a model; lower the clamp, give the second moment more weight, or edit fewer "
                 "facts at once",
                 RetconWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

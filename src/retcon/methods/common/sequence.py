@@ -10,7 +10,7 @@ every step shall be undone by itself, apply each delta before the next is propos
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -33,7 +33,7 @@ from retcon.methods.common.registry import check_subjects
 def in_steps(
     method: Method,
     lm: LM,
-    edits: Sequence[Edit],
+    edits: Iterable[Edit],
     *,
     batch_size: int | None = None,
     contexts: Contexts | None = None,
@@ -58,7 +58,7 @@ def in_steps(
         InvalidEdit, ConflictingEdits: as `propose`, and across batches too.
     """
     require_lm(lm)
-    check_edits(edits)
+    edits = check_edits(edits)
     size = batch_size_for(method, len(edits), batch_size)
     check_subjects(method, edits)
     for edit in edits:

@@ -7,7 +7,7 @@ rates of masked tuning likewise, but on as many edits as will be written togethe
 step is any one's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -89,7 +89,7 @@ def _layers(value: int | tuple[int, ...]) -> str:
     return f"{value[0]}-{value[-1]}" if len(value) > 2 and value[-1] - value[0] == len(value) - 1 else str(list(value))
 
 
-def edits_of(cases: Sequence[Edit | Case]) -> list[Edit]:
+def edits_of(cases: Iterable[Edit | Case]) -> list[Edit]:
     """Return the edits of `cases`, each of which is a case or an edit."""
     return [edit for case in cases for edit in (case.edits if isinstance(case, Case) else (case,))]
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from retcon.delta import Delta
-from retcon.edits import Edit, check_edits
+from retcon.edits import Edit
 from retcon.errors import InvalidSetting, OutOfMemory
-from retcon.lm.model import LM, require_lm
+from retcon.lm.model import LM
 from retcon.lm.site import Site, SiteName
 from retcon.memory.capacity import free_bytes
 from retcon.methods.common.contract import Method, Progress, check_depth, check_settings, recorded, silent
@@ -147,17 +147,14 @@ class Tuning:
 def tuning(
     method: Any, lm: LM, edits: Sequence[Edit], names: Iterable[str], *, seed: int, progress: Progress | None
 ) -> Iterator[Tuning]:
-    """Check edits and parameters, and freeze the model for the scope; it is as it was afterwards.
+    """Check parameters, and freeze the model for the scope; it is as it was afterwards.
 
     Args:
         names: parameters that the method may change.
 
     Raises:
-        InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
         NotEditable: a parameter that must not be edited.
     """
-    require_lm(lm)
-    check_edits(edits)
     for name in names:
         lm.check_editable(name)
     with lm.frozen_eval():
