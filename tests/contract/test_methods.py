@@ -257,6 +257,45 @@ def test_edits_may_come_from_a_generator(name: str) -> None:
     assert not made(name, lm).propose(lm, edits, contexts=CONTEXTS, moments=moments_for(lm)).changes
 
 
+MODES: dict[str, Callable[[], Any]] = {
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_delta_is_the_same_in_whatever_mode_the_caller_has_torch(name: str, mode: str) -> None:
+    lm = LM(tiny_model("llama", torch.float32), tokenizer())
+    own, given = made(name, lm), dict(contexts=CONTEXTS, seed=1)
+    wanted = own.propose(lm, ENDING[:1], moments=random_moments(lm), **given)
+    with lm.edited(wanted):
+        weights = {n: lm.parameter(n).detach().clone() for n in wanted.changes}
+    with MODES[mode]():
+        moments = random_moments(lm)
+        found = own.propose(lm, ENDING[:1], moments=moments, **given)
+        lm.apply(found)
+    assert found.id == wanted.id
+    assert all(torch.equal(lm.parameter(n), weight) for n, weight in weights.items())
+    again = own.propose(lm, ENDING[1:2], contexts=CONTEXTS, moments=moments, state=found.state)
+    lm.revert(found)
+    assert again.report
+    assert all(torch.isfinite(c.values()).all() for changes in again.changes.values() for c in changes)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_editor_is_the_same_in_whatever_mode_the_caller_has_torch(name: str, tmp_path: Path) -> None:
+    lm = LM(tiny_model("llama", torch.float32), tokenizer())
+    untrained: Any = method(name, **TRAINED[name], rank=4, steps=2, batch_size=2, n_validation=1)
+    cases = [Case(edit.id, (edit,), ()) for edit in ENDING]
+    written = {"plain": untrained.fit(lm, cases, tmp_path / "plain").read_bytes()}
+    for mode, enter in MODES.items():
+        with enter():
+            written[mode] = untrained.fit(lm, iter(cases), tmp_path / mode).read_bytes()
+    assert len(set(written.values())) == 1
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("n", [0, 1])
 def test_what_is_no_lm_is_refused_in_words(name: str, n: int) -> None:

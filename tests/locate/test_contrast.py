@@ -88,9 +88,13 @@ def test_the_last_layer_with_the_norm_is_the_model_itself(family: str, still: St
         assert bool(found.known[i]) == (int(own.argmax()) == first) == (float(found.mean_rank[i, 0, -1, 0, 0]) == 0)
 
 
-def test_edits_may_come_from_a_generator(still: Still) -> None:
+def test_edits_may_come_from_a_generator_and_in_inference_mode(still: Still) -> None:
     lm = still("llama")
-    assert contrast_probe(lm, (edit for edit in EDITS)).ids == contrast_probe(lm, EDITS).ids
+    wanted = contrast_probe(lm, EDITS)
+    with torch.inference_mode():
+        found = contrast_probe(lm, (edit for edit in EDITS))
+    assert (found.ids, found.points) == (wanted.ids, wanted.points)
+    assert torch.equal(found.mean_rank, wanted.mean_rank)
 
 
 def test_batches_and_chunks_do_not_matter(still: Still, monkeypatch: pytest.MonkeyPatch) -> None:

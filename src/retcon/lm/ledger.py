@@ -27,6 +27,7 @@ from retcon.delta import Change, Columns, Entries, Region, Rows
 from retcon.errors import DeltaNotApplied, NonFinite, WeightsChanged
 from retcon.lm.hooks import Hooks
 from retcon.lm.packed import PackedMatrix
+from retcon.lm.scopes import plain_modes
 
 _BLOCK = 2**22
 """Values written at a time: no second copy of a large matrix is ever made."""
@@ -303,7 +304,7 @@ class Ledger:
 
     # --- bringing it about -------------------------------------------------------------------------------------------
 
-    @torch.inference_mode(False)  # what is made here is updated in place later, in whatever mode
+    @plain_modes()  # what is made here is updated in place later, in whatever mode
     @torch.no_grad()
     def settle(self, before: Mapping[str, _Record | None] | None = None, *, force: bool = False) -> None:
         """Bring every parameter to what shall be in force. Repeatable: what an interrupt left undone is done.

@@ -602,7 +602,8 @@ class LM:
         return text
 
     def frozen_eval(self) -> FrozenEval:
-        """Eval mode and frozen parameters while the scope lasts; every flag goes back as it was."""
+        """Eval mode and frozen parameters while the scope lasts, the caller's `torch.inference_mode` and
+        `torch.autocast` off; every flag goes back as it was."""
         return FrozenEval(self)
 
     @cached_property

@@ -9,9 +9,10 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
 from retcon.errors import ModelBusy
@@ -167,13 +168,35 @@ class WithoutDeltas(Scope):
         self._lm.hide(weakref.ref(self))
 
 
+@contextmanager
+def plain_modes() -> Iterator[None]:
+    """Leave the caller's inference mode, in which nothing is trained, and its autocast, which makes other numbers."""
+    with ExitStack() as modes:
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+        for device_type in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device_type):
+                modes.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
 class FrozenEval(Scope):
-    """Eval mode and frozen parameters while the scope lasts; the outermost one remembers how the model was."""
+    """Eval mode, frozen parameters and plain modes while the scope lasts; the outermost one remembers how the model
+    was."""
 
     made_by = "frozen_eval"
 
+    def __init__(self, lm: "LM") -> None:
+        super().__init__(lm)
+        self._modes = ExitStack()
+
     def begin(self) -> None:
         self._lm.lend(weakref.ref(self))
+        self._modes.enter_context(plain_modes())
+
+    def __exit__(self, failed: object = None, *_: object) -> None:
+        self._modes.close()
+        super().__exit__(failed)
 
 
 class Lent:

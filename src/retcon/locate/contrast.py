@@ -182,15 +182,15 @@ def contrast_probe(
     }
     kept = [e for e in edits if e.subject_span is not None]
     points, names = _points(lm, tensors), SETS if word_sets else ()
-    shape = (len(kept), len(positions), len(points), len(norms), 2 + len(names))
-    mean_rank = torch.full(shape, torch.nan, dtype=torch.float64)
-    sum_prob = mean_rank.clone()
-    size = torch.ones(len(kept), shape[-1], dtype=torch.long)
-    answers = torch.zeros(len(kept), 2, dtype=torch.long)
-    said = torch.zeros(len(kept), dtype=torch.long)
     rows = [encode_edit(lm.tokenizer, edit) for edit in kept]
     as_tokens = TokenSets(word_sets, lm.tokenizer, lens.vocabulary(lm)) if word_sets else None
     with lm.frozen_eval(), torch.no_grad():
+        shape = (len(kept), len(positions), len(points), len(norms), 2 + len(names))
+        mean_rank = torch.full(shape, torch.nan, dtype=torch.float64)
+        sum_prob = mean_rank.clone()
+        size = torch.ones(len(kept), shape[-1], dtype=torch.long)
+        answers = torch.zeros(len(kept), 2, dtype=torch.long)
+        said = torch.zeros(len(kept), dtype=torch.long)
         if True in norms:
             lens.check_reads(lm)
 

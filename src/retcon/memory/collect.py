@@ -317,6 +317,7 @@ class _Products:
 class _Sum:
     """Running sum of k k^T of one site over chunks, float64, as block rows of its lower triangle."""
 
+    @torch.inference_mode(False)  # what is made here is added to in place, in plain modes
     def __init__(self, site: Site) -> None:
         self.site, self.d = site, site.shape[1]
         self.edges = _edges(self.d)
@@ -451,6 +452,7 @@ def _save(path: Path, state: _State, sums: dict[Site, _Sum]) -> None:
     keep(path, PARTIAL_SUMS, {"digest": state.digest}, tensors, about)
 
 
+@torch.inference_mode(False)
 def _load(path: Path, fresh: _State, sums: dict[Site, _Sum], shrink: bool) -> _State:
     """Fill the sums from a file of the same pass, and say how far it came; `fresh` where there is none.
 

@@ -15,6 +15,7 @@ from retcon.edits import Case, Edit, check_edits
 from retcon.errors import InvalidSetting
 from retcon.files import as_shared
 from retcon.lm.model import LM, require_lm
+from retcon.lm.scopes import plain_modes
 from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
@@ -56,7 +57,8 @@ def _prepared_to_propose(propose: Callable[..., Attachment]) -> Callable[..., At
     @wraps(propose)
     def prepared(self: Any, lm: LM, edits: Iterable[Edit], **given: Any) -> Attachment:
         require_lm(lm)
-        return propose(self, lm, check_edits(edits), **given)
+        with plain_modes(), torch.enable_grad():
+            return propose(self, lm, check_edits(edits), **given)
 
     return prepared
 
@@ -65,7 +67,8 @@ def _prepared_to_fit(fit: Callable[..., Path]) -> Callable[..., Path]:
     @wraps(fit)
     def prepared(self: Any, lm: LM, cases: Iterable[Case], out: str | Path, **given: Any) -> Path:
         require_lm(lm)
-        return fit(self, lm, tuple(cases), out, **given)
+        with plain_modes(), torch.enable_grad():
+            return fit(self, lm, tuple(cases), out, **given)
 
     return prepared
 
@@ -101,7 +104,7 @@ class Method(ABC):
     """Memory of each value that is trained: float32, its gradient, Adam's two moments, and a copy to go back to."""
 
     def __init_subclass__(cls, **named: Any) -> None:
-        """Have `propose` and `fit` called on facts that are checked and are a tuple, whatever they came in."""
+        """Have `propose` and `fit` called in plain modes, on facts that are checked and are a tuple."""
         super().__init_subclass__(**named)
         for verb, prepared in (("propose", _prepared_to_propose), ("fit", _prepared_to_fit)):
             if verb in vars(cls):
