@@ -257,12 +257,10 @@ class Ledger:
         self.settle()
 
     def base_values(self, name: str) -> Tensor:
-        """Return the unedited parameter: itself where no delta touches it, else rebuilt from the kept base (a copy)."""
-        weight, record = self._parameters[name], self._records.get(name)
-        if record is None:
-            return weight.detach()
-        copy = weight.detach().clone()
-        _assign(copy, record, record.base.to(copy.device))
+        """Return the unedited parameter, a copy."""
+        copy, record = self._parameters[name].detach().clone(), self._records.get(name)
+        if record is not None:
+            _assign(copy, record, record.base.to(copy.device))
         return copy
 
     def nbytes(self) -> int:

@@ -528,7 +528,7 @@ class LM:
         )
 
     def base_weight(self, name: str) -> Tensor:
-        """Return the unedited values of a parameter."""
+        """Return the unedited values of a parameter, a copy."""
         self.shape_of(name)
         self._finish()
         return self._ledger.base_values(name)
