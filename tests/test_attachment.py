@@ -1,5 +1,6 @@
 """Attachments that are not weights: attached, measured, saved, loaded, detached; mixed with deltas; cut anywhere."""
 
+import pickle
 import sys
 import threading
 from collections.abc import Callable
@@ -129,6 +130,10 @@ def test_a_file_gives_the_same_back_and_says_what_is_wrong_with_it(lm: LM, tmp_p
         expected = logits(lm)
     with lm.edited(again):
         assert torch.equal(logits(lm), expected)
+    with pytest.raises(MalformedFile, match=r"holds 'lookup', not a delta; retcon\.attachment\.load"):
+        Delta.load(path)
+    copied = pickle.loads(pickle.dumps(found))
+    assert (copied, copied.report, copied.settings) == (found, found.report, found.settings)
     delta = noise(lm, 3)
     delta.save(other := tmp_path / "delta.safetensors")
     assert attachment.load(other) == delta

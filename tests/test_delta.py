@@ -1,7 +1,9 @@
 """Changes and deltas as values: what fits, what they write out to, identity, files, PEFT."""
 
+import copy
 import json
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,6 +260,18 @@ def test_provenance_is_kept_as_json_gives_it_back() -> None:
     assert full_delta().provenance["layers"] == [1, 2]
     with pytest.raises(TypeError, match="not JSON serializable"):
         Delta({}, base="b", provenance={"tensor": torch.ones(1)})
+
+
+def again(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("copied", [again, copy.deepcopy, copy.copy])
+def test_deltas_can_be_pickled_and_copied(copied: Any) -> None:
+    delta = full_delta()
+    assert_same(copied(delta), delta)
+    with pytest.raises(TypeError):
+        copied(delta).changes["x"] = ()
 
 
 def test_deltas_are_values() -> None:

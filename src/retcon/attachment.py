@@ -13,7 +13,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -160,6 +160,16 @@ class Attachment(Protocol):
         """Write it to one file; a crash leaves the old file or the new, never a part."""
 
 
+def of_its_fields(attachment: Any) -> tuple[Any, ...]:
+    """Return what pickle and copy make a frozen attachment from: its class and its fields, mappings as dicts."""
+    own = {f.name: getattr(attachment, f.name) for f in fields(attachment)}
+    return _made_of, (type(attachment), {n: dict(v) if isinstance(v, MappingProxyType) else v for n, v in own.items()})
+
+
+def _made_of(kind: Callable[..., Any], own: Mapping[str, Any]) -> Any:
+    return kind(**own)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Beside:
     """An attachment that acts beside the weights. Extend it: a name in `kind`, and `hooks` or `prompt`.
@@ -188,6 +198,8 @@ class Beside:
     def __post_init__(self) -> None:
         for name in ("settings", "provenance"):  # as a file gives them back
             object.__setattr__(self, name, MappingProxyType(json.loads(json.dumps(dict(getattr(self, name))))))
+
+    __reduce__ = of_its_fields
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Beside) and self.id == other.id

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from retcon.attachment import Attachment, Cost, Hook
+from retcon.attachment import Attachment, Cost, Hook, of_its_fields
 from retcon.attachment import EditReport as EditReport
 from retcon.checked import as_bytes, checksum, for_file
 from retcon.edits import Edit, edit_record
@@ -258,10 +258,12 @@ class Delta:
     """Ids of deltas that this one replaces: applying takes them off, reverting puts them back."""
 
     def __post_init__(self) -> None:
-        kept = {name: tuple(c) for name, c in self.changes.items() if len(tuple(c))}
+        kept = {name: own for name, c in self.changes.items() if (own := tuple(c))}
         object.__setattr__(self, "changes", MappingProxyType(kept))
         # Kept as JSON gives it back, so that a saved delta equals the one in memory (tuples become lists).
         object.__setattr__(self, "provenance", MappingProxyType(json.loads(json.dumps(dict(self.provenance)))))
+
+    __reduce__ = of_its_fields
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Delta) and self.id == other.id
@@ -366,6 +368,10 @@ class Delta:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             record = json.loads(metadata["retcon"])
+            if "kind" in record:
+                raise MalformedFile(
+                    f"{path}: holds {record['kind']!r}, not a delta; retcon.attachment.load reads attachments"
+                )
             if record["format"] != FORMAT:
                 raise MalformedFile(f"{path}: delta format {record['format']!r}, this version reads {FORMAT!r}")
             if record.pop("check") != checksum(record, tensors):

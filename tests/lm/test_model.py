@@ -1,6 +1,7 @@
 """`LM`: applying and reverting on whole models, what is refused and why, borrowing, generating."""
 
 import copy
+import pickle
 import re
 import threading
 import warnings
@@ -770,6 +771,26 @@ def test_a_second_lm_over_a_model_is_refused_while_the_first_is_alive(tiny: Make
     model = second.model
     del lm, second
     LM(model, tokenizer())  # gone is as good as released
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))])
+def test_a_copy_of_an_lm_has_its_model_and_undoes_what_is_on_it(copied: Any, tiny: Make, untouched: Any) -> None:
+    lm = tiny("llama")
+    before, look = weights(lm), untouched(lm)
+    delta = make_delta(lm, lm.site(0, "down_proj").name)
+    with pytest.raises(UnsupportedModel, match="has an LM already"):
+        LM((unedited := copied(lm)).model, tokenizer())
+    assert unedited.fingerprint() == lm.fingerprint()
+    lm.apply(delta)
+    other = copied(lm)
+    assert other.applied == (delta,)
+    with pytest.raises(UnsupportedModel, match="has an LM already"):
+        LM(other.model, tokenizer())
+    other.revert_all()
+    assert is_restored(other, before)
+    assert not is_restored(lm, before)
+    lm.revert(delta)
+    assert untouched(lm) == look
 
 
 class Doubling(Beside):

@@ -1,6 +1,7 @@
 """A store: its states are bit for bit, nothing is searched that did not change, and files say who they are."""
 
 import json
+import pickle
 import shutil
 import sqlite3
 import subprocess
@@ -70,6 +71,10 @@ def store(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> St
     monkeypatch.setenv("RETCON_CACHE", str(tmp_path / "cache"))
     shutil.copytree(prepared, tmp_path / "edits", ignore=shutil.ignore_patterns("index.sqlite*"))
     return Store(tmp_path / "edits")
+
+
+def test_a_store_can_be_pickled(store: Store) -> None:
+    assert pickle.loads(pickle.dumps(store)).log() == store.log()
 
 
 def weights(lm: LM) -> dict[str, torch.Tensor]:

@@ -105,6 +105,12 @@ class LM:
             _warn_of_the_unverified(model.config.model_type, self.name)
         _own(model, self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become the LM of the model that came with this one's copy, or out of its pickle."""
+        vars(self).update(state)
+        if self.model not in _OWNERS:
+            _own(self.model, self)
+
     def __repr__(self) -> str:
         n = len(self._ledger.applied)
         applied = f", {n} applied delta{'s' * (n != 1)}" if n else ""

@@ -48,6 +48,9 @@ class Contents:
             raise MalformedFile(f"{config}: store format {known!r}, this version reads {FORMAT!r}")
         recover(self.path)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
+
     def __repr__(self) -> str:
         return f"Store({self.path}: {self.model}, {len(self.log())} entries)"
 
