@@ -376,6 +376,10 @@ def test_the_context_says_what_was_run(tiny: Make) -> None:
     ids = [evaluate(lm, c, generate=False).context["run_id"] for c in (CASES, CASES, CASES[:1])]
     assert ids[0] == ids[1] != ids[2]
     assert edited.context["run_id"] not in ids
+    with lm.edited(delta):
+        assert evaluate(lm, CASES, generate=False).context["method"] == "by hand"
+        with lm.without_deltas():
+            assert evaluate(lm, CASES, generate=False).context["method"] == "none"
 
 
 def test_two_cases_of_one_id_are_refused(tiny: Make) -> None:

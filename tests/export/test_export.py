@@ -281,6 +281,18 @@ def test_the_card_says_what_was_changed_and_papers_of_the_base_are_kept(
     assert made.n_bytes > 1000
 
 
+def test_what_does_not_show_is_not_exported(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("llama")
+    lm, base = edited(folder), load(str(folder), dtype="auto")
+    with lm.without_deltas():
+        found = export(lm, tmp_path / "base")
+        with pytest.raises(DeltaNotApplied, match="would hold nothing"):
+            export(lm, tmp_path / "adapter", format="peft")
+    assert found.record["deltas"] == []
+    written = loaded(tmp_path / "base").state_dict()
+    assert all(torch.equal(written[name], weight) for name, weight in base.model.state_dict().items())
+
+
 def test_a_place_that_would_take_something_away_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = checkpoint("llama")
     lm = edited(folder)

@@ -131,7 +131,7 @@ def evaluate(
                 parts.append(Evaluation(divergences(lm, plan, measures, "final", unedited, nullcontext)))
     return Evaluation(
         [record for part in parts for record in part.records],
-        _context(lm, cases, (*lm.applied, delta) if delta is not None else lm.applied, seed) | dict(context or {}),
+        _context(lm, cases, (*lm.showing, delta) if delta is not None else lm.showing, seed) | dict(context or {}),
         {key: text for part in parts for key, text in part.texts.items()},
         {key: ids for part in parts for key, ids in part.predictions.items()},
         {key: scores for part in parts for key, scores in part.scores.items()},

@@ -78,7 +78,7 @@ def export(
     files: Sequence[str] = (),
     force: bool = False,
 ) -> Exported:
-    """Write what `lm` has applied to a folder, which appears complete or not at all; the model is left alone.
+    """Write the model as it shows (`lm.showing`) to a folder, which appears complete or not at all; it is left alone.
 
     Args:
         out: the folder.
@@ -95,7 +95,7 @@ def export(
     Raises:
         InvalidSetting: an unknown format, type or size, a rank where there is none, or a place that holds something
             else.
-        DeltaNotApplied: nothing is applied, and the format holds nothing but changes.
+        DeltaNotApplied: no delta shows, and the format holds nothing but changes.
         DeltaMismatch: a change that an adapter cannot hold.
         UnsupportedModel: GGUF, and the family or its tokenizer is not written.
     """
@@ -106,9 +106,9 @@ def export(
         check_place(place, base_folder(lm), force)
 
     check()
-    deltas = only_deltas(lm.applied, f"format {format}")
+    deltas = only_deltas(lm.showing, f"format {format}")
     if not any(d.changes for d in deltas) and format in ("peft", "diff", "gguf-lora"):
-        raise DeltaNotApplied(f"no applied delta changes anything, so format {format} would hold nothing")
+        raise DeltaNotApplied(f"no delta that shows changes anything, so format {format} would hold nothing")
     named = base_name or base_place(lm)
     record = record_of(lm, deltas, files)
     factors: dict[str, Factors] = {}

@@ -529,7 +529,7 @@ class LM:
         return Delta(
             changes={name: tuple(c) for name, c in changes.items()},
             base=self.fingerprint(),
-            parents=tuple(d.id for d in self.applied),
+            parents=tuple(d.id for d in self.showing),
             **record,
         )
 
