@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import retcon
+from retcon.bench.spec import Protocol
 from retcon.errors import InvalidSetting
 from retcon.seed import LARGEST, SMALLEST, check_seed, generator_of
 
@@ -13,6 +15,25 @@ from retcon.seed import LARGEST, SMALLEST, check_seed, generator_of
 def test_a_seed_begins_a_generator(seed: int) -> None:
     assert check_seed(seed) == seed
     assert generator_of(seed).initial_seed() % 2**64 == seed % 2**64
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    lm = retcon.load("demo:gptj")
+    edit = retcon.Edit("The capital of {} is", "France", "Rome")
+    own: Any = dict(layers=np.array([1, 2]), steps=np.int64(2), learning_rate=np.float32(0.5))
+    method = retcon.method("memit", for_model=lm, **own)
+    assert repr(method) == repr(retcon.method("memit", for_model=lm, layers=(1, 2), steps=2, learning_rate=0.5))
+    seed: Any = np.int64(1)
+    size: Any = np.int64(2)
+    wanted = retcon.in_steps(method, lm, [edit], batch_size=2, seed=1)
+    found = retcon.in_steps(method, lm, [edit], batch_size=size, seed=seed)
+    assert (found, found.provenance) == (wanted, wanted.provenance)
+    assert retcon.evaluate(lm, [], seed=seed).context == retcon.evaluate(lm, [], seed=1).context
+    assert repr(Protocol(n=size, kind="batch")) == repr(Protocol(n=2, kind="batch"))
+    with pytest.raises(InvalidSetting, match=r"protocol: n must be a whole number, found 2\.5"):
+        Protocol(n=2.5)  # type: ignore[arg-type]
+    with pytest.raises(InvalidSetting, match=r"memit: batch_size must be a whole number, found 1\.5"):
+        retcon.in_steps(method, lm, [edit], batch_size=1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", [LARGEST + 1, SMALLEST - 1, 0.5, "a", True, None])

@@ -1,5 +1,6 @@
 """Seeds of everything drawn: whole numbers that torch's generators take."""
 
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from retcon.errors import InvalidSetting
@@ -11,14 +12,14 @@ SMALLEST, LARGEST = -(2**63), 2**64 - 1
 
 
 def check_seed(seed: object) -> int:
-    """Return the seed.
+    """Return the seed, one of NumPy's as Python's own.
 
     Raises:
         InvalidSetting: it is no whole number, or one of more than 64 bits.
     """
-    if not isinstance(seed, int) or isinstance(seed, bool) or not SMALLEST <= seed <= LARGEST:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not SMALLEST <= int(seed) <= LARGEST:
         raise InvalidSetting(f"seed: expected a whole number of at most 64 bits, found {seed!r}")
-    return seed
+    return int(seed)
 
 
 def generator_of(seed: object) -> "torch.Generator":

@@ -15,6 +15,7 @@ from retcon.edits import ConflictRule
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import Answers, CaseTarget, FormatName, OnError, Prompting, PromptStyle
 from retcon.evaluation.metrics.fluency import Fluency
+from retcon.methods.common.settings import fitted, types_of
 from retcon.seed import check_seed
 
 Order = Literal["file", "shuffle"]
@@ -44,12 +45,13 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.kind not in get_args(ProtocolKind):
             raise InvalidSetting(f"unknown protocol {self.kind!r}; known: {', '.join(get_args(ProtocolKind))}")
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kind"}
+        for name, value in fitted("protocol", types_of(Protocol), numbers).items():
+            object.__setattr__(self, name, value)
         for name in ("n", "batch", "records_per_point"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidSetting(f"{name} must be at least 1, found {value}")
-        object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
-        object.__setattr__(self, "ns", tuple(self.ns))
         for name in ("checkpoints", "ns"):
             if any(n < 1 for n in getattr(self, name)):
                 raise InvalidSetting(f"{name} are numbers of edits, from 1 on; found {list(getattr(self, name))}")
@@ -290,8 +292,7 @@ class BenchSpec:
             labels = [each.label for each in getattr(self, name)]
             if twice := next((label for label in labels if labels.count(label) > 1), None):
                 raise InvalidSetting(f"two {name} are called {twice!r}; give one of them a label of its own")
-        for seed in self.seeds:
-            check_seed(seed)
+        object.__setattr__(self, "seeds", tuple(map(check_seed, self.seeds)))
         if len(set(self.seeds)) < len(self.seeds):
             raise InvalidSetting(f"a seed occurs twice in {list(self.seeds)}")
 

@@ -49,6 +49,7 @@ from retcon.lm.decoding import remembers
 from retcon.lm.generate import Writing, Written, generate, most_tokens
 from retcon.lm.model import LM, require_lm
 from retcon.lm.prompts import Row, encode
+from retcon.seed import check_seed
 
 ESSENCE_TOKENS = 100
 """Tokens of a passage read for its essence (ROME)."""
@@ -101,6 +102,7 @@ def evaluate(
         InvalidSetting: `pre` does not cover the queries.
     """
     require_lm(lm)
+    seed = check_seed(seed)
     given: dict[str, Any] = {
         "generate": generate,
         "max_new_tokens": max_new_tokens,

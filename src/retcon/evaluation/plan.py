@@ -16,6 +16,7 @@ from retcon.lm.batches import MAX_BATCH_TOKENS
 from retcon.lm.generate import Writing
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
+from retcon.seed import check_seed
 
 Place = tuple[str, str]
 """(case id, query id)."""
@@ -60,6 +61,7 @@ class Measures:
     """Of sampled text."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", check_seed(self.seed))
         if self.preset not in PRESETS:
             raise InvalidSetting(f"unknown way of writing {self.preset!r}; known: {', '.join(PRESETS)}")
         if self.max_batch_tokens < 1:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from retcon.edits import Case, Edit, check_edits, same_question
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, UnknownEntry
 from retcon.files import TEMPORARY, as_shared, write_atomically
+from retcon.seed import check_seed
 from retcon.store.change import PendingEntry
 from retcon.store.contents import CONFIG, DELTAS, FORMAT, VALUES, Contents, Precision
 from retcon.store.history import Action, Entry, State, states
@@ -154,7 +155,7 @@ class Store(Contents):
             StoreBusy: another process is writing.
             WrongBase: the store is of another model.
         """
-        cases = list(cases)
+        cases, seed = list(cases), check_seed(seed)
         if not cases:
             raise InvalidSetting("no facts to edit")
         from retcon.methods.common.contract import files_of

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, RetconError
+from retcon.seed import check_seed
 
 if TYPE_CHECKING:
     from retcon.evaluation import Evaluation
@@ -182,7 +183,7 @@ def tune(
     from retcon.methods.common.choosing import choose
     from retcon.methods.common.wrappers import Filter
 
-    order = list(cases)
+    order, seed = list(cases), check_seed(seed)
     if len(order) < LEAST_CASES:
         raise InvalidSetting(f"tuning takes at least {LEAST_CASES} cases, better a hundred; found {len(order)}")
     given = dict(given or {})

@@ -86,7 +86,7 @@ def choose(
     cases = None if cases is None else list(cases)
     if for_model is not None:
         require_lm(for_model)
-    if settings.get("layers") == "probe":
+    if isinstance(layers := settings.get("layers"), str) and layers == "probe":
         settings = _advised(chosen, for_model, cases, settings)
     settings = checked(name, chosen, settings)
     found: Preset | None = None

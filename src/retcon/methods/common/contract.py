@@ -22,6 +22,7 @@ from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.memory.write import UpdateFilter as UpdateFilter
 from retcon.methods.common.settings import checked
+from retcon.seed import check_seed
 from retcon.version import versions
 
 LAYER_SETTINGS = ("layer", "layers", "low", "high")
@@ -58,7 +59,7 @@ def _prepared_to_propose(propose: Callable[..., Attachment]) -> Callable[..., At
     def prepared(self: Any, lm: LM, edits: Iterable[Edit], **given: Any) -> Attachment:
         require_lm(lm)
         with plain_modes(), torch.enable_grad():
-            return propose(self, lm, check_edits(edits), **given)
+            return propose(self, lm, check_edits(edits), **_with_seed(given))
 
     return prepared
 
@@ -68,9 +69,13 @@ def _prepared_to_fit(fit: Callable[..., Path]) -> Callable[..., Path]:
     def prepared(self: Any, lm: LM, cases: Iterable[Case], out: str | Path, **given: Any) -> Path:
         require_lm(lm)
         with plain_modes(), torch.enable_grad():
-            return fit(self, lm, tuple(cases), out, **given)
+            return fit(self, lm, tuple(cases), out, **_with_seed(given))
 
     return prepared
+
+
+def _with_seed(given: dict[str, Any]) -> dict[str, Any]:
+    return {**given, "seed": check_seed(given["seed"])} if "seed" in given else given
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Method, Progress
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.registry import check_subjects
+from retcon.methods.common.settings import fitted
 
 
 def in_steps(
@@ -116,6 +117,7 @@ def batch_size_for(method: Method, n: int, asked: int | None = None) -> int:
     Raises:
         InvalidSetting: the method does not take as many, or it is no number from 1.
     """
+    asked = fitted(method.name, {"batch_size": int | None}, {"batch_size": asked})["batch_size"]
     size = asked if asked is not None else max(n, 1) if method.supports_batches else 1
     if size < 1 or (min(size, n) > 1 and not method.supports_batches):
         allowed = "any number from 1" if method.supports_batches else "1"

@@ -9,11 +9,12 @@ import builtins
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from itertools import pairwise
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -81,7 +82,7 @@ def _described_fields(base: type[Any]) -> Iterator[tuple[str, str]]:
 def checked(name: str, method: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings as the method's fields want them, from wherever they come: Python, `--set`, a preset, a file.
 
-    Lists become tuples, whole numbers floats where a float is wanted.
+    Lists and arrays become tuples, NumPy's numbers Python's, whole numbers floats where a float is wanted.
 
     Raises:
         InvalidSetting: an unknown name, a value of another type, NaN or infinity; the message names the setting.
@@ -222,11 +223,11 @@ def _fitted(value: Any, hint: Any, what: str) -> Any:
             raise InvalidSetting(f"{what} is {value!r}; known: {', '.join(map(str, args))}")
         return value
     if origin is tuple:
-        if not isinstance(value, list | tuple):
+        if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
             raise InvalidSetting(f"{what} must be a list ([1, 2, 3], say), found {value!r}")
         return tuple(_fitted(item, args[0], what) for item in value)
     if hint is float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise InvalidSetting(f"{what} must be a number, found {value!r}")
         try:
             number = float(value)
@@ -236,9 +237,9 @@ def _fitted(value: Any, hint: Any, what: str) -> Any:
             raise InvalidSetting(f"{what} must be finite, found {number}")
         return number
     if hint is int:
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise InvalidSetting(f"{what} must be a whole number, found {value!r}")
-        return value
+        return int(value)
     if origin is not None and issubclass(origin, Mapping) and not isinstance(value, Mapping):
         raise InvalidSetting(f"{what} must be a table, found {value!r}")
     if hint is bool and not isinstance(value, bool):
