@@ -65,12 +65,12 @@ class EditReport:
     id: str
     search_probability: float
     """Geometric-mean probability of the target per token, mean over contexts, with the values in place (not yet the
-    weights)."""
+    weights); where nothing is searched, that of the weights."""
     steps: int
     """Optimisation steps taken."""
     stopped: str
     """Why the search ended: `reached`, `steps`, `clamped` (out of steps with a value on its clamp), or `non_finite`
-    (masked tuning went back to the last finite values)."""
+    (masked tuning went back to the last finite values); `written` by a method that searches nothing."""
     detail: Mapping[str, float] = field(default_factory=dict)
     """Method-specific figures, such as the loss terms at the end."""
     final_probability: float | None = None
@@ -83,14 +83,16 @@ class EditReport:
     def lost_in_write(self) -> bool:
         """Whether the search found what the weights do not give, whatever ended the search: the answer is not the first
         choice, and its probability is less than half of what was searched."""
-        if self.greedy_match is not False or self.final_probability is None:
+        if self.greedy_match is not False or self.final_probability is None or self.stopped == "written":
             return False
         return self.stopped == "reached" or self.final_probability < 0.5 * self.search_probability
 
     @property
     def outcome(self) -> str:
         """`reached`, or what stood in the way: `conflict` (lost in the write, to the weight on old keys or to other
-        edits), which is asked first, `clamped`, `steps` or `non_finite`."""
+        edits), which is asked first, `clamped`, `steps` or `non_finite`; or `missed`, where nothing was searched."""
+        if self.stopped == "written":
+            return "reached" if self.greedy_match else "missed"
         return "conflict" if self.lost_in_write else self.stopped
 
 

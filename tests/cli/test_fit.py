@@ -30,6 +30,7 @@ def test_fit_then_edit(cli: Callable[..., Any], here: Path) -> None:
     assert (here / "mend.svg").exists()
     shown = cli(*EDIT, "--set", "editor=mend.safetensors").stdout
     assert "2 edits" in shown
+    assert "search" not in shown.partition("searched")[2], "nothing is searched"
     assert "rank = 4 " in shown, "the settings shown are those of the training"
     assert "is there already" in cli(*FIT, code=2).stderr
     record = json.loads(cli(*FIT, "--force", "--json").stdout)

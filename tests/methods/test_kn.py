@@ -16,6 +16,7 @@ from retcon.locate.neurons import attribute_neurons
 from retcon.memory.contexts import Contexts
 from retcon.methods.kn import Kn, coarse, refine
 from retcon.training.objective import answer_rows
+from retcon.workflow import search_line
 
 
 def kn(**settings: Any) -> Kn:
@@ -116,6 +117,14 @@ def test_the_change_is_turned_round_for_units_that_are_negative(tiny, edit):
         for j in columns(lm, signed, i)
     ]
     assert set(products) <= {1.0, -1.0}
+
+
+def test_an_edit_that_fails_is_no_conflict_since_nothing_was_searched(tiny, edits):
+    delta = kn(erase=True).propose(tiny("llama"), edits)
+    assert {(r.stopped, r.greedy_match, r.outcome) for r in delta.report} == {("written", False, "missed")}
+    assert search_line(delta.report) == ""
+    took = replace(delta.report[0], greedy_match=True)  # by a later step, say
+    assert took.outcome == "reached"
 
 
 @pytest.mark.parametrize("name", ["kn", "ft"])

@@ -88,17 +88,18 @@ def edits_table(delta: "Attachment", edits: Sequence[Edit]) -> Group:
         table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis", max_width=44)
     for report in reports:
         edit = by_id[report.id]
-        colour = {"reached": "green", "conflict": "red"}.get(report.outcome, "yellow")
+        colour = {"reached": "green", "conflict": "red", "missed": "red"}.get(report.outcome, "yellow")
         table.add_row(
             edit.subject or "-",
             edit.target_new,
-            f"{report.search_probability:.3f}",
+            "-" if report.stopped == "written" else f"{report.search_probability:.3f}",
             "-" if report.final_probability is None else f"{report.final_probability:.3f}",
             str(report.steps),
             styled("[{}]{}[/]", colour, report.outcome),
         )
-    shown = f"; shown are the {len(reports)} furthest from it" if len(reports) < len(delta.report) else ""
-    return Group(table, took_line(delta.report), styled("[dim]{}{}[/]", search_line(delta.report), shown))
+    shown = f"shown are the {len(reports)} furthest from it" if len(reports) < len(delta.report) else ""
+    rest = "; ".join(filter(None, (search_line(delta.report), shown)))
+    return Group(table, took_line(delta.report), *([styled("[dim]{}[/]", rest)] if rest else []))
 
 
 def _how_far(report: "EditReport") -> float:

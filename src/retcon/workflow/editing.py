@@ -130,7 +130,9 @@ def took_line(reports: "Sequence[EditReport]") -> str:
 
 
 def search_line(reports: "Sequence[EditReport]") -> str:
-    """Say how the search ended for the edits, and what was lost after it."""
+    """Say how the search ended for the edits, and what was lost after it; nothing where nothing was searched."""
+    if reports and all(report.stopped == "written" for report in reports):
+        return ""
     n, counts = len(reports), Counter(report.outcome for report in reports)
     parts = [
         f"{counts['reached']:,} of {n:,} reached the target of the search",

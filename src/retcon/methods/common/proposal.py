@@ -330,7 +330,7 @@ def reported(lm: LM, delta: Delta) -> Delta:
     return replace(
         delta,
         report=tuple(
-            EditReport(edit.id, probability, 0, "reached", final_probability=probability, greedy_match=match)
+            EditReport(edit.id, probability, 0, "written", final_probability=probability, greedy_match=match)
             for edit, (probability, match) in zip(delta.edits, found, strict=True)
         ),
     )
