@@ -2,6 +2,7 @@
 
 import json
 import math
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.metrics import consistency as cons
 from retcon.evaluation.metrics.consistency import References, TfIdf, consistency
-from retcon.evaluation.metrics.fluency import fluency, ngram_entropy, plain, word_tokenizer
+from retcon.evaluation.metrics.fluency import _words, fluency, ngram_entropy, plain, word_tokenizer
 from retcon.evaluation.metrics.several import multihop, passes, ripple
 
 
@@ -28,6 +29,19 @@ def test_entropy_of_repetition_and_of_distinct_words() -> None:
     assert ngram_entropy(["a"]) == ngram_entropy([]) == 0
     assert ngram_entropy(["a", "b"]) == 0
     assert str(ngram_entropy(["no"] * 6)) == "0.0"  # no sign
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("São Tomé é bonito, não?", ["São", "Tomé", "é", "bonito", ",", "não", "?"]),
+        ("Łódź isn't Köln", ["Łódź", "isn't", "Köln"]),
+        ("यह हिन्दी है", ["यह", "हिन्दी", "है"]),
+        ("It was late.", ["It", "was", "late", "."]),
+    ],
+)
+def test_without_nltk_words_keep_their_accents(text: str, words: list[str]) -> None:
+    assert _words(plain(text)) == [unicodedata.normalize("NFKD", word) for word in words]
 
 
 def test_fluency_names_its_tokenizer_and_flags_short_texts() -> None:

@@ -52,8 +52,14 @@ def word_tokenizer() -> tuple[str, Callable[[str], list[str]]]:
 
         word_tokenize("a b")
     except (ImportError, LookupError):
-        return "re", _WORD.findall
+        return "re", _words
     return "nltk", word_tokenize
+
+
+def _words(text: str) -> list[str]:
+    r"""Return words and marks of punctuation; a combining mark, which is no `\w`, belongs to its word."""
+    letters = "".join("x" if unicodedata.category(c).startswith("M") else c for c in text)
+    return [text[found.start() : found.end()] for found in _WORD.finditer(letters)]
 
 
 def _entropy(words: Sequence[str], n: int) -> float:
