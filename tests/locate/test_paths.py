@@ -224,9 +224,21 @@ def test_k_best_hardly_leaves_the_best_path():
     assert sum(len(apart.in_slot(t)) for t in range(64)) == 960
 
 
+@pytest.mark.parametrize("select", ["rank_aligned", "k_best"])
+@pytest.mark.parametrize("coverage", [None, 0.5])
+def test_best_and_lowest_share_no_node_where_scores_are_equal(select, coverage, tiny):
+    lm = tiny("gpt2")
+    slots = slots_of(lm)
+    scores = [torch.zeros(slot.n_nodes) for slot in slots]
+    scores[0][:3] = 1.0  # as with experts that no token is routed to
+    found = choose(slots, scores, 20, 4, select, coverage=coverage)
+    for t in range(len(slots)):
+        assert not set(found.positive.in_slot(t)) & set(found.negative.in_slot(t))
+
+
 def test_equal_scores_are_ranked_by_index():
     assert rank_aligned([torch.tensor([1.0, 2.0, 2.0, 1.0])], 3).in_slot(0) == [1, 2, 0]
-    assert rank_aligned([torch.tensor([1.0, 2.0, 2.0, 1.0])], 3, lowest=True).in_slot(0) == [0, 3, 1]
+    assert rank_aligned([torch.tensor([1.0, 2.0, 2.0, 1.0])], 3, lowest=True).in_slot(0) == [3, 0, 2]
 
 
 def test_found_paths_can_be_looked_at(tiny, edits):

@@ -306,11 +306,13 @@ def k_best(scores: Sequence[Float[Tensor, " nodes"]], n: int, *, lowest: bool = 
 
 
 def _ranked(scores: Tensor, n: int, lowest: bool) -> tuple[Tensor, Tensor]:
-    """Return the n best nodes of a slot and their scores (float64); ties by index."""
+    """Return the n best nodes of a slot and their scores (float64); ties by index, of the lowest from the other end,
+    so that best and lowest share none."""
     if n > len(scores):
         raise InvalidSetting(f"{n} paths asked for; a slot has {len(scores)} nodes")
-    order = scores.argsort(descending=not lowest, stable=True)[:n]
-    return order, scores[order].double()
+    order = scores.argsort(descending=True, stable=True)
+    chosen = order.flip(0)[:n] if lowest else order[:n]
+    return chosen, scores[chosen].double()
 
 
 def covering(scores: Sequence[Float[Tensor, " nodes"]], share: float, n_negative: int = 0) -> int:
