@@ -96,8 +96,8 @@ def test_a_filters_host_gets_its_own_preset_and_what_is_given_over_it(tiny, monk
     assert other.keep_percent is None  # k follows from the base method, which need not be the preset's
 
 
-@pytest.mark.parametrize("n_layers", [2, 4, 6, 12, 28, 32, 48, 80])
-@pytest.mark.parametrize("name", [n for n in FAMILY if n not in ("rect", "prune")])
+@pytest.mark.parametrize("n_layers", [1, 2, 3, 4, 6, 12, 28, 32, 48, 80])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("rect", "prune")])
 def test_starting_points_fit_any_depth(name, n_layers):
     for parallel in (False, True):
         guess = method_class(name).fallback_settings(ModelShape(n_layers, 64, 256, parallel))

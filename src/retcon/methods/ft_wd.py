@@ -24,4 +24,4 @@ class FtWd(FineTuning):
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Return the block, by depth, that MEMIT's code has for GPT-J."""
-        return {"layers": (round(0.75 * shape.n_layers),)}
+        return {"layers": (min(round(0.75 * shape.n_layers), shape.n_layers - 1),)}
