@@ -303,7 +303,6 @@ def test_batches_are_made_small_enough_for_the_updates_wanted():
     ("settings", "text"),
     [
         (dict(layers=(3, 1)), "must ascend"),
-        (dict(modules=()), "modules must be one or more"),
         (dict(modules=("block", "up_proj")), "has every matrix in it"),
         (dict(box=-1.0), "box must not be negative"),
         (dict(objective="prompt_last", target_eos=True), "belong to 'target_new'"),

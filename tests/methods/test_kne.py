@@ -228,7 +228,6 @@ def test_every_matrix_can_be_edited(tiny, edit):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (dict(modules=()), "modules must be one or more"),
         (dict(modules=("mlp",)), "modules is .mlp.; known: down_proj"),
         (dict(budget=None), "budget or p"),
         (dict(p=0.1), "budget or p"),

@@ -180,7 +180,6 @@ def test_the_penalty_is_the_mean_distance_from_orthogonality(tiny, randn):
         (dict(target_rank=9), "target_rank must be from 1"),
         (dict(warmup=0.6, cooldown=0.5), "leave no step"),
         (dict(smoothing=1.0), "smoothing must be between"),
-        (dict(modules=()), "modules not empty"),
     ],
 )
 def test_settings_are_checked(settings, text):

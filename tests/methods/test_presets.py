@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from retcon.errors import RetconWarning, UnsupportedModel
+from retcon.errors import InvalidSetting, RetconWarning, UnsupportedModel
 from retcon.lm.layouts import LAYOUTS
 from retcon.methods.common import presets as presets_module
 from retcon.methods.common.choosing import method
 from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.presets import presets
 from retcon.methods.common.registry import METHODS, method_class
+from retcon.methods.common.settings import types_of
 
 
 def _models():
@@ -104,6 +105,13 @@ def test_starting_points_fit_any_depth(name, n_layers):
         method(name, **guess)
         layers = [value for field, value in guess.items() if field in ("layer", "layers", "low", "high")]
         assert all(0 <= x < n_layers for value in layers for x in _as_tuple(value))
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if "modules" in types_of(method_class(n))])
+@pytest.mark.parametrize("modules", [(), ("down_proj", "down_proj")])
+def test_matrices_are_named_each_once(name, modules):
+    with pytest.raises(InvalidSetting, match=f"^{name}: modules must name one or more, each once, found"):
+        method(name, modules=modules)
 
 
 @pytest.mark.parametrize("name", ["memit", "rect"])

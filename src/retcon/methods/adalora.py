@@ -20,7 +20,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State
-from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, NotNegative
+from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, Matrices, NotNegative
 from retcon.methods.common.tuning import TuningSettings, sites_named, tuning
 from retcon.seed import generator_of
 from retcon.training.nodes import gradient_of
@@ -41,7 +41,7 @@ class AdaLora(TuningSettings):
     """The change is alpha / rank times P diag(E) Q."""
     layers: AnyLayers = ()
     """Blocks that are adapted, ascending, counted from 0; none: all of them."""
-    modules: tuple[str, ...] = ("q_proj", "v_proj")
+    modules: Matrices = ("q_proj", "v_proj")
     """Matrices that are adapted: kinds of sites, or a module's path inside a block (`attn.c_attn`)."""
     learning_rate: NotNegative = 5e-3
     epochs: CountFromZero = 70
@@ -58,10 +58,9 @@ class AdaLora(TuningSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.target_rank <= self.rank or not self.modules:
+        if self.target_rank > self.rank:
             raise InvalidSetting(
-                f"adalora: target_rank must be from 1 to rank and modules not empty, found {self.target_rank}, "
-                f"{self.rank} and {self.modules}"
+                f"adalora: target_rank must be from 1 to rank, found {self.target_rank} and {self.rank}"
             )
         if self.warmup + self.cooldown >= 1:
             raise InvalidSetting(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from retcon.methods.common.contract import ModelShape
-from retcon.methods.common.fine_tuning import FineTuning, Module
+from retcon.methods.common.fine_tuning import FineTuning, Modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class FtWd(FineTuning):
 
     name: ClassVar[str] = "ft_wd"
 
-    modules: tuple[Module, ...] = ("block",)
+    modules: Modules = ("block",)
     objective: Literal["target_new", "prompt_last"] = "prompt_last"
     power_law: bool = True
 

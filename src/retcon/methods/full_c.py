@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from retcon.methods.common.contract import ModelShape
-from retcon.methods.common.fine_tuning import FineTuning, Module
+from retcon.methods.common.fine_tuning import FineTuning, Modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class FullC(FineTuning):
     name: ClassVar[str] = "full_c"
 
     layers: tuple[int, ...] = ()
-    modules: tuple[Module, ...] = ("up_proj", "down_proj")
+    modules: Modules = ("up_proj", "down_proj")
     box: float | None = 5e-4
 
     @classmethod

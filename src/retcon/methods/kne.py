@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from jaxtyping import Int
 from torch import Tensor
@@ -39,7 +39,7 @@ from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import ModelShape, Progress, State, check_mlp, lower_layers, silent
 from retcon.methods.common.marks import marked, unmarked
-from retcon.methods.common.settings import Count, Layers
+from retcon.methods.common.settings import EACH_ONCE, Count, Layers
 from retcon.methods.common.tuning import TuningSettings, sites_of_kinds, tuning
 from retcon.training.objective import Answer
 from retcon.training.parts import Part, trained_units
@@ -53,7 +53,7 @@ class Kne(TuningSettings):
     fits_learning_rate: ClassVar[bool] = True
     state_description: ClassVar[str] = "the ensemble"
 
-    modules: tuple[SiteName, ...] = ("down_proj",)
+    modules: Annotated[tuple[SiteName, ...], EACH_ONCE] = ("down_proj",)
     """Matrices that are attributed and edited, in every layer; any of down_proj, up_proj, gate_proj, q_proj, k_proj,
     v_proj, o_proj."""
     mlp: Literal["dense", "experts"] | None = None
@@ -98,10 +98,6 @@ class Kne(TuningSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.modules or len(set(self.modules)) < len(self.modules):
-            raise InvalidSetting(
-                f"kne: modules must be one or more of {', '.join(get_args(SiteName))}, each once; found {self.modules}"
-            )
         if (self.budget is None) == (self.p is None):
             raise InvalidSetting(
                 f"kne: give budget or p, and None for the other; found budget {self.budget}, p {self.p}"

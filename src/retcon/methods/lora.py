@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retcon.delta import Delta
 from retcon.edits import Edit
-from retcon.errors import DeltaMismatch, InvalidSetting
+from retcon.errors import DeltaMismatch
 from retcon.lm.model import LM
 from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts
@@ -22,7 +22,7 @@ from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State
 from retcon.methods.common.marks import marked, unmarked
-from retcon.methods.common.settings import AnyLayers, Count, NotNegative
+from retcon.methods.common.settings import AnyLayers, Count, Matrices, NotNegative
 from retcon.methods.common.tuning import TuningSettings, sites_named, tuning
 from retcon.seed import generator_of
 from retcon.training.parts import TrainedLowRank, fresh
@@ -41,16 +41,11 @@ class Lora(TuningSettings):
     """The change is alpha / rank times B A."""
     layers: AnyLayers = ()
     """Blocks that are adapted, ascending, counted from 0; none: all of them."""
-    modules: tuple[str, ...] = ("q_proj", "v_proj")
+    modules: Matrices = ("q_proj", "v_proj")
     """Matrices that are adapted: kinds of sites, or a module's path inside a block (`attn.c_attn`)."""
     learning_rate: NotNegative = 5e-3
     continue_adapter: bool = False
     """In a sequence, go on training the adapter in `state` rather than begin another on top of it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.modules:
-            raise InvalidSetting(f"{self.name}: modules is empty, so there is nothing to adapt")
 
     @property
     def keeps_state(self) -> bool:

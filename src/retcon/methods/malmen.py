@@ -31,7 +31,7 @@ from retcon.methods.common.hypernetwork import (
     outer_losses,
 )
 from retcon.methods.common.proposal import reported
-from retcon.methods.common.settings import Count, NotNegative
+from retcon.methods.common.settings import Count, Matrices, NotNegative
 from retcon.training.hypernetwork import Hypernetwork, ScaleAt
 from retcon.training.objective import trained_rows
 from retcon.training.parts import TrainedDense
@@ -46,7 +46,7 @@ class Malmen(HypernetworkSettings):
     with_ridge: ClassVar[bool] = True
     eps: ClassVar[float] = torch.finfo(torch.float32).eps
 
-    modules: tuple[str, ...] = ("down_proj",)
+    modules: Matrices = ("down_proj",)
     batch_size: Count = 512
     """Edits of a training step, which are written together."""
     n_validation: Count = 512

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from retcon.memory.defaults import first_prefixes
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State, check_depth
-from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, NotNegative
+from retcon.methods.common.settings import EACH_ONCE, AnyLayers, Count, CountFromZero, NotNegative
 from retcon.methods.common.tuning import TuningSettings, check_memory, check_no_end, tuning
 from retcon.training.descent import EditLoss, Schedule
 from retcon.training.objective import AnswerLoss, GroupLoss, MeanLoss, PromptLastLoss, answer_rows, trained_rows
@@ -32,6 +32,7 @@ from retcon.training.parts import Whole, whole, whole_parameter
 
 Module = Literal["block", "down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
 """A matrix of a block, or the block with its norms, biases and all."""
+Modules = Annotated[tuple[Module, ...], EACH_ONCE]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class FineTuning(TuningSettings):
 
     layers: AnyLayers
     """Blocks that are trained, ascending, counted from 0; none: all of them."""
-    modules: tuple[Module, ...] = ("down_proj",)
+    modules: Modules = ("down_proj",)
     """Matrices that are trained in each of the layers, or `block`: all that a block has."""
     train_bias: bool = True
     """Train the matrices' biases too, where they have any (GPT-2, GPT-J)."""
@@ -92,11 +93,6 @@ class FineTuning(TuningSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.modules or len(set(self.modules)) < len(self.modules):
-            raise InvalidSetting(
-                f"{self.name}: modules must be one or more of {', '.join(get_args(Module))}, each once; "
-                f"found {self.modules}"
-            )
         if "block" in self.modules and len(self.modules) > 1:
             raise InvalidSetting(f"{self.name}: modules='block' has every matrix in it; name no others beside it")
         if self.stop_on is not None and self.skip == "batch":

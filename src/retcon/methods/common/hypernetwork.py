@@ -33,7 +33,7 @@ from retcon.methods.common.contract import (
     check_settings,
     silent,
 )
-from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, checked
+from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, Matrices, checked
 from retcon.methods.common.tuning import check_memory, sites_named
 from retcon.training.fitting import CurvePoint, Fit, FitSchedule
 from retcon.training.hypernetwork import Hypernetwork, ScaleAt, not_zero
@@ -61,7 +61,7 @@ class HypernetworkSettings(Trainable):
     """File of the trained editor, which `fit` writes."""
     layers: AnyLayers = ()
     """Blocks that are edited, ascending, counted from 0; none: the last three."""
-    modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    modules: Matrices = ("gate_proj", "up_proj", "down_proj")
     """Matrices that are edited in each of them: kinds of sites, as far as the model has them, or a module's path inside
     a block."""
     step_size: float = 1e-4
@@ -87,8 +87,6 @@ class HypernetworkSettings(Trainable):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not self.modules:
-            raise InvalidSetting(f"{self.name}: modules is empty, so there is nothing to edit")
 
     def as_trained(self) -> Self:
         """Return the method with the settings that its editor was trained with; itself where no editor is named.

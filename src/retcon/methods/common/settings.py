@@ -49,6 +49,9 @@ AnyLayers = Annotated[
 """Blocks, ascending, counted from 0; there may be none."""
 Layers = Annotated[AnyLayers, Rule("name a layer, or there is nothing to edit", bool)]
 """Blocks, ascending, counted from 0: one at least."""
+EACH_ONCE = Rule("name one or more, each once", lambda names: 0 < len(names) == len(set(names)))
+Matrices = Annotated[tuple[str, ...], EACH_ONCE]
+"""Kinds of matrices, or paths inside a block: one at least, none twice."""
 NotNegative = Annotated[float, Rule("not be negative", lambda value: value >= 0)]
 """A number from 0 on."""
 Positive = Annotated[float, Rule("be positive", lambda value: value > 0)]
