@@ -115,6 +115,17 @@ def test_the_allotment_ends_at_the_target_rank_on_average(tiny, edits):
     assert set(kept.ranks().values()) == {4}
 
 
+@pytest.mark.parametrize("epochs", [2, 3, 5])
+@pytest.mark.parametrize("shares", [{}, dict(cooldown=0.0), dict(warmup=0.9, cooldown=0.0)])
+def test_few_steps_reach_the_target_rank_too(epochs, shares, tiny, edits):
+    lm = tiny("llama")
+    delta = adalora(epochs=epochs, **shares).propose(lm, edits)
+    ranks = [torch.linalg.matrix_rank(delta.dense(n, lm.parameter(n).shape), rtol=1e-9) for n in delta.changes]
+    assert sum(map(int, ranks)) == 2 * lm.n_layers * 2
+    once = adalora(epochs=1, **shares).propose(lm, edits)
+    assert set(once.ranks().values()) == {4}, "one step says nothing of importance before it is taken"
+
+
 def test_the_allotment_is_peft_s(randn):
     """The same factors and gradients, step after step: the same singular values are left."""
     layer = pytest.importorskip("peft.tuners.adalora.layer")

@@ -52,7 +52,8 @@ class AdaLora(TuningSettings):
     warmup: NotNegative = 0.2
     """Share of the steps before singular values are taken away."""
     cooldown: NotNegative = 0.3
-    """Share of the steps, the last ones, in which those that are left are trained and none is taken."""
+    """Share of the steps, the last ones, in which those that are left are trained and none is taken; one step at
+    least."""
     smoothing: float = 0.85
     """Of the importance and of its uncertainty (both betas of the paper)."""
 
@@ -141,7 +142,8 @@ class Allotment:
 
     def __init__(self, settings: AdaLora, parts: Sequence[TrainedTriplets], n_steps: int) -> None:
         self.settings, self.parts, self.n_steps = settings, parts, n_steps
-        self.warmup, self.cooldown = int(settings.warmup * n_steps), int(settings.cooldown * n_steps)
+        self.warmup = int(settings.warmup * n_steps)
+        self.cooldown = min(max(int(settings.cooldown * n_steps), 1), n_steps - 1)  # the last step has the last budget
         self.step = 0
         self.mean = [[torch.zeros_like(t, requires_grad=False) for t in part.trained()] for part in parts]
         """Smoothed sensitivity |w dL/dw| of P, E and Q (Eq. 8)."""
@@ -154,10 +156,10 @@ class Allotment:
     def budget(self) -> int:
         """Singular values that may be left after this step (Eq. 12)."""
         first, last = (r * len(self.parts) for r in (self.settings.rank, self.settings.target_rank))
+        if self.step >= (end := self.n_steps - self.cooldown):
+            return last
         if self.step <= self.warmup:
             return first
-        if self.step > (end := self.n_steps - self.cooldown):
-            return last
         return int((first - last) * (1 - (self.step - self.warmup) / (end - self.warmup)) ** 3 + last)
 
     @torch.no_grad()
