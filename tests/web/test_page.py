@@ -219,9 +219,42 @@ def test_a_map_chooses_a_layer(served: Served, browser: Any) -> None:
     page.get_by_role("button", name="Contrast").click()
     wait_for_job(page, "contrast")
     page.get_by_role("button", name="layer 2, subject's last token").click()
-    page.locator("#draft code", has_text="low=(2,)").wait_for(timeout=SECONDS)
+    expect = pytest.importorskip("playwright.sync_api").expect
+    expect(page.get_by_label("Settings over")).to_have_value("low=[2]", timeout=SECONDS)
     served.session.settings = {}
     served.session.clear()
+
+
+def test_what_a_browser_shows_is_what_it_edits_by(served: Served, browser: Any) -> None:
+    expect = pytest.importorskip("playwright.sync_api").expect
+    pages = [browser.new_context().new_page() for _ in range(2)]
+    for page in pages:
+        page.goto(f"{served.address}/?token=secret")
+    one, other = pages
+    other.get_by_label("Method", exact=True).select_option("ft")
+    expect(one.get_by_label("Method", exact=True)).to_have_value("ft", timeout=SECONDS)
+    other.get_by_label("Settings over").fill("epochs=3\nbox=none")
+    other.get_by_label("Settings over").blur()
+    expect(one.get_by_label("Settings over")).to_have_value("epochs=3\nbox=none", timeout=SECONDS)
+
+    n_jobs = len(served.session.jobs)
+    one.get_by_label("Settings over").fill("epochs=many")
+    one.get_by_role("button", name="Edit", exact=True).click()
+    one.locator("#said-edit .bad", has_text="epochs").wait_for(timeout=SECONDS)
+    assert len(served.session.jobs) == n_jobs
+    served.session.choose("jeep", [])
+
+
+def test_commands_say_settings_as_the_command_line_reads_them(served: Served) -> None:
+    session = served.session
+    given = ["joint_optimisation=true", "low=[2]", "threshold=none"]
+    session.choose("jeep", given)
+    assert session.settings_text.split("\n") == given
+    session.add_facts("{} lies within the borders of | Geneva | Norway")
+    assert done(session.edit()).state == "done"
+    assert "--set joint_optimisation=true --set 'low=[2]' --set threshold=none" in session.commands[-1]
+    session.choose("jeep", [])
+    done(session.toggle(session.store.log()[-1].id))
 
 
 @pytest.mark.long

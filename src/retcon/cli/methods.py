@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retcon.cli.shell import Json, console, emit, spinner, styled
-from retcon.cli.tables import as_toml, settings_table
-from retcon.workflow.settings import resolve
+from retcon.cli.tables import settings_table
+from retcon.workflow.settings import as_toml, resolve
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM

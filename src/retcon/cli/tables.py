@@ -10,7 +10,7 @@ from rich.text import Text
 
 from retcon.cli.shell import count, plain_table, seconds, size, styled
 from retcon.edits import Edit
-from retcon.workflow import Estimate, Resolved, search_line, took_line
+from retcon.workflow import Estimate, Resolved, as_toml, search_line, took_line
 
 if TYPE_CHECKING:
     from retcon.attachment import Attachment, EditReport
@@ -35,15 +35,6 @@ def settings_table(resolved: Resolved) -> Table:
     for row in range(rows):
         table.add_row(*cells[row::rows])
     return table
-
-
-def as_toml(value: Any) -> str:
-    """Write a setting as `--set` reads it."""
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(as_toml, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{name} = {as_toml(v)}' for name, v in value.items())}}}"
-    return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
 def estimate_table(expected: Estimate) -> Table:

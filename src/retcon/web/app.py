@@ -30,7 +30,7 @@ STATIC = Path(__file__).with_name("static")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TO_NOW = ("model", "edit", "amend")
 """Actions that change what is in force now: a browser that looks at an earlier state leaves it."""
-PANELS = ("model", "job", "draft", "state", "replies", "checks", "maps", "commands")
+PANELS = ("model", "job", "draft", "method", "state", "replies", "checks", "maps", "commands")
 MAX_BODY = 2**25
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
@@ -92,9 +92,7 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
         if "token" in request.query_params:  # out of the address bar, into a cookie
             response: Response = RedirectResponse(f"/?{urlencode({'at': at})}" if at else "/", status_code=303)
         else:
-            from retcon.methods.common.registry import list_methods
-
-            response = show("page.html", panels=PANELS, methods=list_methods(), problem=problem, at=at)
+            response = show("page.html", problem=problem, at=at)
         response.set_cookie(_cookie(request), token, httponly=True, samesite="strict")
         return response
 
@@ -179,6 +177,17 @@ def _choose(session: Session, form: dict[str, str]) -> str:
     return f"{session.method} is chosen"
 
 
+def _dry_run(session: Session, form: dict[str, str]) -> None:
+    _choose(session, form)
+    session.dry_run()
+
+
+def _edit(session: Session, form: dict[str, str]) -> None:
+    """Edit by the method and settings that this browser shows."""
+    _choose(session, form)
+    session.edit()
+
+
 def _layer(session: Session, form: dict[str, str]) -> str:
     row, layer = form.get("row", ""), form.get("layer", "")
     if not (row.isdecimal() and layer.isdecimal()):
@@ -194,8 +203,8 @@ ACTIONS: dict[str, Callable[[Session, dict[str, str]], str | None]] = {
     "layer": _layer,
     "model": lambda session, form: _started(session.choose_model(form.get("model", ""))),
     "amend": lambda session, form: _started(session.amend(form.get("fact", ""), form.get("target", ""))),
-    "dry-run": lambda session, form: _started(session.dry_run()),
-    "edit": lambda session, form: _started(session.edit()),
+    "dry-run": _dry_run,
+    "edit": _edit,
     "cancel": lambda session, form: session.cancel(),
     "toggle": lambda session, form: _started(session.toggle(form.get("entry", ""))),
     "revert-fact": lambda session, form: _started(session.revert_fact(form.get("fact", ""))),

@@ -306,6 +306,18 @@ class Session:
         self.estimate = None
         self.changed()
 
+    @property
+    def methods(self) -> list[str]:
+        """Every method's name."""
+        from retcon.methods.common.registry import list_methods
+
+        return list_methods()
+
+    @property
+    def settings_text(self) -> str:
+        """The settings over the preset's, one `field=value` a line."""
+        return "\n".join(assignments(self.settings))
+
     def choose_layer(self, row: int, layer: int) -> None:
         """Edit at a layer that was clicked in a map: low or high layers of JEEP, or those of the method.
 
@@ -325,8 +337,7 @@ class Session:
         self.changed()
 
     def _assignments(self, settings: Mapping[str, Any]) -> str:
-        shown = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-        return "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in shown.items())
+        return "".join(f" --set {shlex.quote(line)}" for line in assignments(settings))
 
     @property
     def _editor(self) -> str:
@@ -334,7 +345,8 @@ class Session:
         return f" --editor {shlex.quote(str(editor))}" if editor else ""
 
     def dry_run(self) -> Job:
-        """Say what editing the draft would take."""
+        """Say what editing the draft would take, by the method and settings that are chosen now."""
+        method, settings = self.method, dict(self.settings)
 
         def run(lm: "LM", job: Job) -> str:
             from retcon.workflow import estimate, needed_moments, resolve
@@ -342,7 +354,7 @@ class Session:
             self._need_draft()
             with self.store.at(lm):
                 edits = [edit for case in self.draft for edit in case.edits]
-                resolved = resolve(lm, self.method, given=self.settings, edits=edits)
+                resolved = resolve(lm, method, given=settings, edits=edits)
                 self.layers = _layers(resolved.settings)
                 self.estimate = estimate(lm, resolved, edits, moments=needed_moments(lm, resolved.method))
             return f"about {self.estimate.edit_seconds:.1f} s for {len(edits)} edits"
@@ -555,6 +567,13 @@ class Session:
 def _searched(entry: Entry) -> str:
     n = entry.about.get("searched", 0)
     return f"{entry.message}; {n} value{'s' * (n != 1)} searched"
+
+
+def assignments(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as `Session.choose` reads them."""
+    from retcon.workflow import as_toml
+
+    return [f"{name}={as_toml(value)}" for name, value in settings.items()]
 
 
 def _layers(settings: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from retcon.workflow.editing import Made, check_replaces_its_like, remedy, searc
 from retcon.workflow.estimate import Estimate, estimate
 from retcon.workflow.facts import Facts, Reading, facts_that_fit, read_facts
 from retcon.workflow.moments import moments_for, needed_moments
-from retcon.workflow.settings import Resolved, read_settings, resolve
+from retcon.workflow.settings import Resolved, as_toml, read_settings, resolve
 
 __all__ = [
     "Estimate",
@@ -20,6 +20,7 @@ __all__ = [
     "Made",
     "Reading",
     "Resolved",
+    "as_toml",
     "check_replaces_its_like",
     "estimate",
     "facts_that_fit",

@@ -61,6 +61,15 @@ def read_settings(name: str, *, dataset: str | None, preset: str | None, assignm
     return check_early(name, dict(_given(each, hints, name) for each in assignments), preset)
 
 
+def as_toml(value: Any) -> str:
+    """Write a setting as `--set` reads it."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(as_toml, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name} = {as_toml(v)}' for name, v in value.items())}}}"
+    return str(value).lower() if isinstance(value, bool | None) else str(value)
+
+
 def resolve(
     lm: "LM",
     name: str,
