@@ -186,6 +186,52 @@ def test_a_slow_press_cancels(served: Served, browser: Any) -> None:
     cancel.wait_for(state="hidden", timeout=SECONDS)
 
 
+UNNUMBERED = """[...document.querySelectorAll("section[hx-get] :is(a, button, summary, select, textarea, [tabindex], "
+  + "input:not([type=hidden]))")].filter((e) => !e.id).map((e) => e.outerHTML)"""
+"""What would lose the keyboard's focus when its panel is exchanged."""
+
+
+def test_the_keyboard_keeps_its_place(served: Served, browser: Any) -> None:
+    session = served.session
+    session.add_facts("{} lies within the borders of | Geneva | Norway")
+    assert done(session.edit()).state == "done"
+    made = session.store.log()[-1].id
+    assert done(session.verify()).state == "done"
+    assert done(session.probe()).state == "done"
+    session.add_facts("{} lies within the borders of | Geneva | Brazil\n{} lies within the borders of | Bern | Norway")
+    page = browser.new_context().new_page()
+    page.goto(f"{served.address}/?token=secret")
+    page.locator("#in-force td", has_text="Norway").wait_for(timeout=SECONDS)
+    page.locator("#conflicts").wait_for(timeout=SECONDS)
+    assert page.evaluate(UNNUMBERED) == []
+    focused = "document.activeElement.getAttribute('aria-label') || document.activeElement.closest('li').innerText"
+
+    details = page.locator("#checks details").first
+    is_open = details.get_attribute("open")
+    details.locator("summary").press("Enter")
+    undo = page.get_by_role("button", name="Undo Geneva")
+    undo.focus()
+    done(session.ask("Basel is"))
+    page.locator("#replies article", has_text="Basel is").wait_for(timeout=SECONDS)
+    page.wait_for_timeout(1000)
+    assert page.evaluate(focused).startswith("Undo Geneva")
+    assert details.get_attribute("open") != is_open
+
+    switch = page.locator(f"#state li:has-text('{made}') [role=switch]")
+    switch.press("Space")
+    page.locator(f"#state li:has-text('{made}') input:not(:checked)").wait_for(timeout=SECONDS)
+    wait_for_job(page, "switch")
+    page.wait_for_timeout(1000)
+    assert made in page.evaluate(focused)
+    delta = session.store.path / "deltas" / f"{next(iter(session.store.entry(made).sets))}.safetensors"
+    delta.rename(delta.with_suffix(".gone"))
+    switch.press("Space")
+    wait_for_job(page, "switch", "failed")
+    page.locator(f"#state li:has-text('{made}') input:not(:checked)").wait_for(timeout=SECONDS)
+    delta.with_suffix(".gone").rename(delta)
+    session.clear()
+
+
 def test_hostile_text_stays_text(served: Served, browser: Any) -> None:
     page = browser.new_context().new_page()
     page.goto(f"{served.address}/?token=secret")

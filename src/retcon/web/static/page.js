@@ -4,6 +4,19 @@ const stream = new EventSource("/events");
 for (const kind of ["changed", "progress"]) {
   stream.addEventListener(kind, () => document.body.dispatchEvent(new CustomEvent(kind)));
 }
+// What looks as before is left alone, and with it the keyboard's place, what is open, and a press that is under way.
+const shown = new Map([...document.querySelectorAll("section[hx-get]")].map((panel) => [panel, panel.innerHTML]));
+document.body.addEventListener("htmx:beforeSwap", (event) => {
+  const { target, serverResponse } = event.detail;
+  if (!shown.has(target)) return;
+  const fresh = document.createElement("template");
+  fresh.innerHTML = serverResponse; // to be written as the browser writes it
+  if (shown.get(target) === fresh.innerHTML) {
+    event.detail.shouldSwap = false;
+    for (const box of target.querySelectorAll("input[type=checkbox]")) box.checked = box.defaultChecked;
+  }
+  shown.set(target, fresh.innerHTML);
+});
 document.getElementById("file").addEventListener("change", async (event) => {
   const [file] = event.target.files;
   if (file) document.getElementById("facts").value = await file.text();
