@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 import retcon
-from retcon.edits import Case, Edit
+from retcon.edits import Case, Edit, Query
 from retcon.store import Entry, Store
 from retcon.store.index import fact_line
+from retcon.store.verify import Check, Verification
 from retcon.web.app import make_app
 from retcon.web.session import N_JOBS, Job, Session
 
@@ -419,6 +420,33 @@ def test_a_log_that_cannot_be_read_is_named(served: Served, tmp_path: Path, brok
         assert (status, 'role="alert"' in text, "log.jsonl" in text) == (200, True, True)
     status, text = fetch(served, "/do/add", method="POST", body="facts=a+%7C++%7C+b", **cookie)
     assert (status, "log.jsonl" in text) == (200, True)
+
+
+def check_of(n: int, outcome: Any) -> Check:
+    return Check(f"fact {n}", Query(f"rewrite/{n}", "rewrite", f"Prompt {n} is", "so"), "took", outcome)
+
+
+def test_checks_say_of_which_state_and_how_many(served: Served, browser: Any, monkeypatch: Any) -> None:
+    session = served.session
+    checks = [check_of(n, "never" if n < 30 else "broke" if n < 35 else "passed") for n in range(40)]
+    found = Verification("", "", session.store.state("base"), tuple(checks), 40, 0)
+    monkeypatch.setattr(session, "verification", found)
+    page = browser.new_context().new_page()
+    page.goto(f"{served.address}/?token=secret")
+    own = page.locator("#checks li details").first
+    assert "5 of 40, 5 broke, 30 never passed" in own.inner_text()
+    own.locator("summary").click()
+    items = own.locator("li").all_inner_texts()
+    assert len(items) == 20
+    assert ["Prompt 3" in item for item in items[:6]] == [True] * 5 + [False]
+    own.get_by_text("and 15 more").wait_for(timeout=SECONDS)
+    page.locator("#checked code", has_text=found.state.id).wait_for(timeout=SECONDS)
+    assert page.locator("#checked .bad").count() == 0
+    session.add_facts("{} lies within the borders of | Zug | Norway")
+    assert done(session.edit()).state == "done"
+    page.locator("#checked .bad", has_text="verify again").wait_for(timeout=SECONDS)
+    assert own.get_attribute("open") is not None
+    done(session.toggle(session.store.log()[-1].id))
 
 
 def test_commands_name_the_state_that_was_shown(served: Served, tmp_path: Path) -> None:

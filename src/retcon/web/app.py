@@ -30,7 +30,7 @@ STATIC = Path(__file__).with_name("static")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TO_NOW = ("model", "edit", "amend")
 """Actions that change what is in force now: a browser that looks at an earlier state leaves it."""
-PANELS = ("model", "job", "draft", "method", "state", "replies", "checks", "maps", "commands")
+PANELS = ("model", "job", "draft", "method", "state", "replies", "checked", "checks", "maps", "commands")
 MAX_BODY = 2**25
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "

@@ -380,7 +380,6 @@ class Session:
             took = sum(bool(r.greedy_match) for r in reports)
             edited = {case.id for case in cases}
             self.draft = [case for case in self.draft if case.id not in edited]  # some may have come meanwhile
-            self.verification = None
             file = shlex.quote(str(self.store.path / FACTS / f"{entry.id}.jsonl"))
             how = f"--method {method}{self._assignments(settings)}"
             self._typed(f"edit {self._model_word} {file} {how} --store {self._store_word}")
@@ -438,7 +437,6 @@ class Session:
             if target is None:
                 raise InvalidSetting(f"no entry {name!r} that can be switched")
             made = self.store.revert(target)
-            self.verification = None
             self._typed(f"revert {target} --store {self._store_word}")
             return made.message
 
@@ -455,7 +453,6 @@ class Session:
                 editor=self.settings.get("editor"),
                 progress=self.heard(job),
             )
-            self.verification = None
             self._typed(f"revert --fact {shlex.quote(fact)}{self._editor} --store {self._store_word}")
             return _searched(entry)
 
@@ -473,7 +470,6 @@ class Session:
                 progress=self.heard(job),
             )
             self.conflicts = [c for c in self.conflicts if c.fact != fact]
-            self.verification = None
             what = f"{shlex.quote(fact)} --target {shlex.quote(target.strip())}"
             self._typed(f"amend {what}{self._editor} --store {self._store_word}")
             return _searched(entry)
@@ -517,7 +513,7 @@ class Session:
         return self.submit("verify", run)
 
     def lamps(self) -> list[dict[str, Any]]:
-        """Return the four questions, with counts and the cases that fell short."""
+        """Return the four questions, with counts and the cases that fell short: those that broke first."""
         from retcon.store.verify import KINDS, TITLES
 
         found = []
@@ -527,9 +523,10 @@ class Session:
             cases: list[Check] = []
             if self.verification is not None:
                 cases = [c for c in self.verification.checks if c.kind == kind and c.outcome != "passed"]
+            cases.sort(key=lambda check: check.outcome != "broke")
             total, passed = sum(row.values()), row["passed"]
             lamp = "unknown" if not total else "good" if passed == total else "bad" if row["broke"] else "mid"
-            found.append({"title": TITLES[kind], "lamp": lamp, "passed": passed, "total": total, "cases": cases})
+            found.append({"title": TITLES[kind], "lamp": lamp, "total": total, "cases": cases} | dict(row))
         return found
 
     def probe(self, trace: bool = False, at: str | None = None) -> Job:
