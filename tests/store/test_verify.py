@@ -18,6 +18,7 @@ from retcon.methods.common.contract import recorded
 from retcon.methods.common.proposal import answers, reported
 from retcon.methods.rome import Rome
 from retcon.store import Store
+from retcon.store import verify as verifying
 from retcon.store.verify import verify
 from tests.conftest import tiny_model, tokenizer
 
@@ -97,6 +98,19 @@ def test_a_bisect_names_the_entry_that_broke_a_fact(store: Store, lm: LM) -> Non
         with store.at(lm):
             assert (check.outcome == "passed") == answers(lm, case.edits)[0][1]
     assert lm.applied == ()
+
+
+def test_words_are_asked_for_what_broke_before_what_never_passed(
+    store: Store, lm: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(verifying, "N_SAID", 3)
+    monkeypatch.setattr(verifying._Asker, "say", lambda self, at, places: asked.extend(places) or {})
+    found = verify(store, lm)
+    failing = {(c.fact, c.query.id): (c.outcome, c.kind) for c in found.checks if c.outcome != "passed"}
+    assert list(failing.values())[1] != ("broke", "took")
+    assert [failing[place] for place in asked[:2]] == [("broke", "took")] * 2
+    assert [failing[place][0] for place in asked] == ["broke"] * 3
 
 
 def test_an_entry_that_was_taken_back_and_restored_is_not_to_blame(tmp_path: Path, lm: LM) -> None:

@@ -39,7 +39,7 @@ _KIND_OF: Mapping[PromptKind, CheckKind] = {
     "own": "took", "paraphrase": "generalised", "follows": "follows", "neighbour": "local",
 }  # fmt: skip
 N_SAID = 200
-"""Failing prompts at most for which the model's own words are written."""
+"""Failing prompts at most for which the model's own words are written: what broke first, own prompts before others."""
 
 
 @dataclass(frozen=True)
@@ -225,17 +225,22 @@ def verify(
     if bisect and failing:
         on_progress("looking for the entries that broke what fails")
         since |= _blame(asker, entries, failing, born)
-    said = asker.say(at, failing[:N_SAID])
+    kinds: dict[tuple[str, str], CheckKind] = {
+        (case.id, query.id): "stays" if case.id in staying else _KIND_OF[prompt_kind(query.axis)]
+        for case in asked
+        for query in case.queries
+    }
+    telling = sorted(failing, key=lambda place: (since[place] is None, kinds[place] != "took"))
+    said = asker.say(at, telling[:N_SAID])
     checks = []
     for case in asked:
         for query in case.queries:
             place = (case.id, query.id)
             if place not in now:
                 continue
-            kind: CheckKind = "stays" if case.id in staying else _KIND_OF[prompt_kind(query.axis)]
             entry = since.get(place)
             outcome: Outcome = "passed" if now[place] else "never" if entry is None and bisect else "broke"
-            checks.append(Check(case.id, query, kind, outcome, entry, said.get(place, "")))
+            checks.append(Check(case.id, query, kinds[place], outcome, entry, said.get(place, "")))
     n_queries = sum(len(case.queries) for case in asked)
     return Verification(
         str(store.path), store.model, store.state(at), tuple(checks), len(lines), n_queries - len(checks), strict
