@@ -15,10 +15,12 @@ import pytest
 
 import retcon
 from retcon.edits import Case, Edit, Query
+from retcon.errors import RetconError
 from retcon.store import Entry, Store
 from retcon.store.index import fact_line
 from retcon.store.verify import Check, Verification
 from retcon.web.app import make_app
+from retcon.web.pasted import pasted_cases
 from retcon.web.session import N_JOBS, Job, Session
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -424,6 +426,45 @@ def test_a_log_that_cannot_be_read_is_named(served: Served, tmp_path: Path, brok
 
 def check_of(n: int, outcome: Any) -> Check:
     return Check(f"fact {n}", Query(f"rewrite/{n}", "rewrite", f"Prompt {n} is", "so"), "took", outcome)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt,subject,target_new\n{} is,x,\n", "the facts, row 2: the answer to write is empty. Mend the row, or"),
+        ("prompt,subject,target_new\n{} is,x,y\n{} was,,y\n", "the facts, row 3: the prompt has a {} for the subject"),
+        ("{} is | x | y\n{} was | | y", "line 2: the prompt has a {} for the subject"),
+        ("{} is | x | y\n{} was | x | ", "line 2: edit of 'x': target_new is empty"),
+        ("prompt,subject,target_new\n{} is,x,y\n{} is,x,z\n", "1 such group. Take one out."),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_used_are_named_in_the_words_of_the_page(text: str, said: str) -> None:
+    with pytest.raises(RetconError) as caught:
+        pasted_cases(text)
+    found = str(caught.value)
+    assert said in found
+    assert found.count("Mend the row") <= 1
+    assert "=" not in found
+
+
+def test_a_file_is_read_as_utf8_and_can_be_chosen_again(served: Served, browser: Any, tmp_path: Path) -> None:
+    page = browser.new_context().new_page()
+    page.goto(f"{served.address}/?token=secret")
+    file, text = tmp_path / "facts.csv", "prompt,subject,target_new\n{} is in,Zürich,Österreich\n"
+    for encoding in ("latin-1", "utf-8", "utf-8-sig"):
+        page.get_by_label("One fact per line").fill("")
+        file.write_text(text, encoding)
+        with page.expect_file_chooser() as chosen:  # as a hand does it, which a browser passes over for the same name
+            page.locator("#file").click()
+        chosen.value.set_files(file)
+        page.locator("#said-add", has_text="not UTF-8" if encoding == "latin-1" else "is above").wait_for(
+            timeout=SECONDS
+        )
+        assert page.get_by_label("One fact per line").input_value() == ("" if encoding == "latin-1" else text)
+        page.locator("#said-add").evaluate("said => said.replaceChildren()")
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.locator("#draft td", has_text="Zürich").wait_for(timeout=SECONDS)
+    served.session.clear()
 
 
 def test_checks_say_of_which_state_and_how_many(served: Served, browser: Any, monkeypatch: Any) -> None:

@@ -3,12 +3,13 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from retcon.edits import Case, Edit, Query
-from retcon.errors import InvalidSetting, RetconError
+from retcon.edits import MARKER, Case, Edit, Query
+from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, RetconError, UnusableRow
 from retcon.evaluation import read_cases
 
 MAX_DRAFT = 2**22
 """Characters of pasted facts."""
+_NO_SUBJECT = "the prompt has a {} for the subject, and none is given; name it, or write the prompt without {}"
 
 
 def pasted_cases(text: str) -> tuple[list[Case], list[str]]:
@@ -34,8 +35,15 @@ def pasted_cases(text: str) -> tuple[list[Case], list[str]]:
         path.write_text(rows + "\n", encoding="utf-8")
         try:
             cases, report = read_cases(path, conflicts="error")
+        except UnusableRow as error:
+            problem = error.problem.replace(str(path), "the facts")
+            raise MalformedFile(f"{problem}. Mend the row, or take it out.") from None
         except RetconError as error:
-            raise type(error)(str(error).replace(str(path), "the facts")) from None
+            said = str(error).replace(str(path), "the facts").replace(", or load with conflicts='drop' or 'last'", "")
+            raise type(error)(said) from None
+    for case in [] if is_json else cases:
+        if any(edit.subject is None and MARKER in edit.prompt for edit in case.edits):
+            raise InvalidEdit(f"the facts, row {case.meta['row'] + 2}: {_NO_SUBJECT}")  # the first row is the header
     return cases, report.losses() + report.hints()
 
 
@@ -44,5 +52,10 @@ def _from_line(line: str, number: int) -> Case:
     parts = [part.strip() for part in line.split("|")]
     if len(parts) != 3:
         raise InvalidSetting(f"line {number}: expected prompt | subject | answer, found {len(parts)} parts")
-    edit = Edit(parts[0], parts[1] or None, parts[2])
+    if MARKER in parts[0] and not parts[1]:
+        raise InvalidEdit(f"line {number}: {_NO_SUBJECT}")
+    try:
+        edit = Edit(parts[0], parts[1] or None, parts[2])
+    except InvalidEdit as error:
+        raise InvalidEdit(f"line {number}: {error}") from None
     return Case(edit.id, (edit,), (Query("rewrite/0", "rewrite", edit.text, edit.target_new),))

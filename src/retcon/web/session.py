@@ -380,6 +380,7 @@ class Session:
             took = sum(bool(r.greedy_match) for r in reports)
             edited = {case.id for case in cases}
             self.draft = [case for case in self.draft if case.id not in edited]  # some may have come meanwhile
+            self.estimate = None
             file = shlex.quote(str(self.store.path / FACTS / f"{entry.id}.jsonl"))
             how = f"--method {method}{self._assignments(settings)}"
             self._typed(f"edit {self._model_word} {file} {how} --store {self._store_word}")

@@ -17,9 +17,24 @@ document.body.addEventListener("htmx:beforeSwap", (event) => {
   }
   shown.set(target, fresh.innerHTML);
 });
+function complain(said, problem) {
+  const words = document.createElement("span");
+  words.className = "bad";
+  words.textContent = problem;
+  said.replaceChildren(words);
+}
 document.getElementById("file").addEventListener("change", async (event) => {
   const [file] = event.target.files;
-  if (file) document.getElementById("facts").value = await file.text();
+  const said = document.getElementById("said-add");
+  if (!file) return;
+  try {
+    const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
+    document.getElementById("facts").value = text;
+    said.textContent = `${file.name} is above; Add takes its facts`;
+  } catch (error) {
+    complain(said, `${file.name}: ${error instanceof TypeError ? "not UTF-8 text; save it as UTF-8" : error.message}`);
+  }
+  event.target.value = ""; // the same file, mended, is chosen again
 });
 document.body.addEventListener("htmx:afterRequest", (event) => {
   const form = event.target.closest("form");
@@ -32,8 +47,5 @@ document.body.addEventListener("htmx:afterRequest", (event) => {
 document.body.addEventListener("htmx:responseError", (event) => {
   const { target, xhr } = event.detail;
   if (!target.classList.contains("said")) return;
-  const said = document.createElement("span");
-  said.className = "bad";
-  said.textContent = xhr.responseText;
-  target.replaceChildren(said);
+  complain(target, xhr.responseText);
 });
