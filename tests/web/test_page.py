@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import retcon
+from retcon.cli import app
 from retcon.edits import Case, Edit, Query
 from retcon.errors import RetconError
 from retcon.store import Entry, Store
@@ -510,6 +512,9 @@ def test_commands_name_the_state_that_was_shown(served: Served, tmp_path: Path) 
     assert ask.endswith(f"--delta {at}")
     assert verify == f"retcon verify {made} --store {session.store.path}"
     assert at in export
+    assert CliRunner().invoke(app, [*shlex.split(export)[1:-1], str(tmp_path / "y")]).exit_code == 0
+    ours, theirs = (tmp_path / name / "model.safetensors" for name in "xy")
+    assert ours.read_bytes() == theirs.read_bytes()  # in the dtype of the checkpoint
     assert "no chat template" in done(session.ask("Where is Geneva?", chat=True)).message
     done(session.toggle(made))
     done(session.toggle(made))

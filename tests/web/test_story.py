@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import retcon
 from retcon import world
 from retcon.edits import case_record
 from retcon.store import Store
@@ -80,9 +81,10 @@ def test_correct_200_facts_by_clicks(served: Served, browser: Any, tmp_path: Pat
     store = Store(served.store.path)
     assert (both, len(store.facts("HEAD~2"))) == (store.state("HEAD~2").id, 200)
     assert {line.fact for line in store.facts()} == {case.id for case in cases} - {"P17/Geneva"}
+    stored = retcon.load("demo:gptj", dtype="auto")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    with store.at(served.lm):
-        for name, weight in served.lm.model.named_parameters():
+    with store.at(stored):
+        for name, weight in stored.model.named_parameters():
             assert torch.equal(weight, merged.get_parameter(name))
     ids = served.lm.tokenizer("Country of origin of Chevrolet:", return_tensors="pt").input_ids
     adapted = PeftModel.from_pretrained(served.lm.model, str(tmp_path / "peft"))

@@ -552,14 +552,26 @@ class Session:
             if not folder.strip():
                 raise InvalidSetting("name the folder that the export goes to")
             self.heard(job)("writing", 0, 0)
-            with self.store.at(lm, at) as state:
+            stored = _as_stored(lm)
+            with self.store.at(stored, at) as state:
                 names = [f"{d}.safetensors" for d in state.deltas]
-                made = export(lm, folder, format=form, files=names)  # type: ignore[arg-type]
+                made = export(stored, folder, format=form, files=names)  # type: ignore[arg-type]
             where = f"--format {shlex.quote(form)} --out {shlex.quote(folder)}"
             self._typed(f"export {self._model_word} {self._state_word(at)} {where}")
             return f"wrote {folder}: {made.n_bytes:,} bytes"
 
         return self.submit("export", run)
+
+
+def _as_stored(lm: "LM") -> "LM":
+    """Return the model in the dtype of its checkpoint, which is what `retcon export` writes: on a CPU it works in
+    float32."""
+    from retcon.lm.load import load
+
+    if lm.source is None or lm.device.type != "cpu":
+        return lm
+    name, options = lm.source
+    return load(name, dtype="auto", **options)
 
 
 def _searched(entry: Entry) -> str:
