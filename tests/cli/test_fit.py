@@ -32,6 +32,10 @@ def test_fit_then_edit(cli: Callable[..., Any], here: Path) -> None:
     assert "2 edits" in shown
     assert "search" not in shown.partition("searched")[2], "nothing is searched"
     assert "rank = 4 " in shown, "the settings shown are those of the training"
+    assert "settings  those that mend.safetensors was trained with" in shown
+    refused = " ".join(cli(*EDIT, "--set", "editor=mend.safetensors", "--set", "rank=5", code=2).stderr.split())
+    assert "mend: rank is 5, and the editor mend.safetensors was trained with 4" in refused
+    cli(*EDIT, "--set", "editor=mend.safetensors", "--set", "rank=4", "--force")
     assert "is there already" in cli(*FIT, code=2).stderr
     record = json.loads(cli(*FIT, "--force", "--json").stdout)
     assert [point["step"] for point in record["curve"]] == [0, 2, 4]

@@ -33,6 +33,8 @@ class Resolved:
     @property
     def source(self) -> str:
         """Where the settings come from."""
+        if (editor := self.settings.get("editor")) is not None:
+            return f"those that {editor} was trained with"
         probed = f"; layers by the probe over {self.n_probed:,} facts" if self.n_probed else ""
         if self.preset is None:
             return "no preset for this model: by its shape and the edits" + probed
@@ -109,7 +111,8 @@ def resolve(
     check_model_has_layers(method, lm)
     if n_trained := method.n_trained(lm):
         notes = (*notes, memory_note(n_trained, method.bytes_per_value))
-    return Resolved(name, method, chosen.preset, frozenset(given), len(edits) if probe else 0, notes)
+    preset_used = chosen.preset if method is chosen.method else None  # an editor's file has settings of its own
+    return Resolved(name, method, preset_used, frozenset(given), len(edits) if probe else 0, notes)
 
 
 def _given(assignment: str, hints: Mapping[str, Any], method: str) -> tuple[str, Any]:

@@ -63,7 +63,8 @@ def method(
         at_once: how many of the facts one batch will hold (None: all), which a learning rate that is fitted goes by.
 
     Raises:
-        UnknownMethod, UnknownPreset, InvalidSetting: the message lists what is known.
+        UnknownMethod, UnknownPreset, InvalidSetting: the message lists what is known; or a setting is given beside a
+            trained editor whose own is another.
         UnsupportedModel: `for_model` is no `LM`.
     """
     return choose(
@@ -105,6 +106,7 @@ def choose(
         )
         resolved |= {"base_settings": base.method.settings}
     made = build(name, resolved, lm=for_model)
+    _check_as_trained(made, settings)
     notes: list[str] = []
     if by_rule is not None and shape is not None:
         made, fitted = _fitted(by_rule, made, settings, cases, at_once)
@@ -119,6 +121,19 @@ def choose(
             stacklevel=3,
         )
     return Choice(made, found, tuple(notes))
+
+
+def _check_as_trained(made: Method, given: Mapping[str, Any]) -> None:
+    """Raise InvalidSetting where a setting is given beside an editor that was trained with another value of it."""
+    if made.settings.get("editor") is None or given.keys() == {"editor"}:
+        return
+    trained = made.as_trained().settings
+    for setting, value in given.items():
+        if value != trained[setting]:
+            raise InvalidSetting(
+                f"{made.name}: {setting} is {value!r}, and the editor {trained['editor']} was trained with "
+                f"{trained[setting]!r}, which an edit takes; leave it out, or train an editor with it (retcon fit)"
+            )
 
 
 def _from_shape(
