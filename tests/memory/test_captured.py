@@ -1,6 +1,8 @@
 """Steps captured once and launched as one: the same values, in memory that stays where it is, or the ordinary way."""
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -102,15 +104,20 @@ def test_a_step_that_cannot_be_captured_is_made_in_the_ordinary_way(tiny: Callab
 
     def capture(work: Callable[[], None]) -> Callable[[], None]:
         work()  # what a capture has begun is not to be seen afterwards
-        tried.append(1)
+        tried.append(weakref.ref(work.__self__))  # type: ignore[attr-defined]
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     wanted = searched(lm, Pace(8, 4))
     with pytest.warns(
         RetconWarning, match=r"could not be captured \(operation not permitted .* capturing\); steps are"
     ):
-        found = searched(lm, Pace(8, 4, lambda: capture))
-    assert len(tried) == 1
+        gc.collect()
+        gc.disable()  # the step is gone by itself, and its copies of the batch with it
+        try:
+            found = searched(lm, Pace(8, 4, lambda: capture))
+            assert [step() for step in tried] == [None]
+        finally:
+            gc.enable()
     assert [f.report for f in found.values()] == [f.report for f in wanted.values()]
 
 

@@ -92,7 +92,8 @@ class CapturedStep:
         self.place = {name: x.clone() for name, x in now.state.tensors().items()}
         self.batch = ActiveBatch(now.edits, now.passes, now.labels, SearchState(**vars(now.state)))
         self.batch.state.hold(self.place)
-        self.replay: Callable[[], None] = self.work
+        self.replay: Callable[[], None] | None = None
+        """Launches the step; None until it is captured."""
 
     def work(self) -> None:
         """Make the step, and leave its results where its inputs were."""
@@ -111,6 +112,7 @@ class CapturedStep:
                 if x is not there[name]:
                     x.copy_(there[name])
             now.passes, now.labels, now.state = self.batch.passes, self.batch.labels, self.batch.state
+        assert self.replay is not None
         self.replay()
         now.fresh = False
 
