@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 import retcon
+from retcon import world
 from retcon.delta import Dense
-from retcon.errors import MissingPackage, RetconWarning, UnsupportedModel
+from retcon.errors import MissingPackage, NotEditable, RetconWarning, UnsupportedModel
+from retcon.evaluation import evaluate
 from retcon.lm import fingerprint as fingerprint_module
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.layouts import LAYOUTS
@@ -57,6 +59,31 @@ def test_float32_is_the_default_on_a_cpu(saved: Path) -> None:
     assert all(torch.equal(p, stored[n].float()) for n, p in lm.model.named_parameters())
     assert lm.encode("Rome").ids == tuple(tokenizer("bos")("Rome")["input_ids"])
     lm.complete("The capital of France is", max_new_tokens=2)
+
+
+LAYERS = ("model.layers.0", "model.layers.1", "model.layers.2", "model.layers.3")
+ALL = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", *LAYERS), "cpu")
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, ALL | dict.fromkeys(LAYERS[2:], "disk"), "auto"], ids=str)
+def test_float32_is_the_default_where_a_map_names_no_card(device_map: Any, saved: Path) -> None:
+    lm = load(str(saved), device_map=device_map)
+    assert {p.dtype for p in lm.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("offloaded", [LAYERS[2:], ("model.embed_tokens",), ("lm_head",), tuple(ALL)])
+def test_a_model_with_parts_on_disk_is_run_and_measured_and_not_edited(offloaded: tuple[str, ...], saved: Path) -> None:
+    whole = load(str(saved), device="cpu")
+    lm = load(str(saved), device_map=ALL | dict.fromkeys(offloaded, "disk"))
+    assert lm.device.type == "cpu"
+    assert lm.complete("The capital of France is") == whole.complete("The capital of France is")
+    cases = world.cases(2)
+    found, wanted = (evaluate(one, cases, max_new_tokens=2) for one in (lm, whole))
+    assert found.records == wanted.records
+    assert found.context["model"] == "tiny"
+    edits = [case.edits[0] for case in cases]
+    with pytest.raises((UnsupportedModel, NotEditable), match=r"no data on this machine"):
+        retcon.method("memit", layers=(1, 2), steps=1).propose(lm, edits)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +213,7 @@ def test_weights_in_several_files_with_an_index_are_one_model(saved: Path) -> No
     shards = sorted(saved.glob("model-*.safetensors"))
     assert len(shards) > 2
     assert (saved / "model.safetensors.index.json").is_file()
-    lm = load(str(saved), device="cpu", device_map="cpu")
+    lm = load(str(saved), device="cpu", dtype="auto", device_map="cpu")
     assert lm.fingerprint() == whole.fingerprint()
     assert all(torch.equal(p, dict(whole.model.named_parameters())[n]) for n, p in lm.model.named_parameters())
     shards[1].unlink()

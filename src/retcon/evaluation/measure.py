@@ -563,7 +563,7 @@ def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Attachment], seed: 
     n_edits = sum(len(delta.report) for delta in deltas)
     methods = dict.fromkeys(str(delta.provenance.get("method", "unknown")) for delta in deltas)
     known = {
-        "model": f"{lm.label}@{lm.fingerprint()[:12]}",
+        "model": lm.label if lm.offloaded else f"{lm.label}@{lm.fingerprint()[:12]}",
         "method": "+".join(methods) or "none",
         "dataset": ",".join(sorted({case.dataset for case in cases})),
         "protocol": "batch",

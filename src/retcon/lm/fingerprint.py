@@ -105,7 +105,7 @@ def fingerprint(
         if tensor.is_meta:
             raise UnsupportedModel(
                 f"{name} has no data on this machine (meta or offloaded), so the model has no fingerprint and cannot "
-                "be edited; load it with enough memory, or spread it over GPUs with device_map"
+                "be edited; load it so that nothing is offloaded: on more or larger cards, in a smaller dtype or packed"
             )
     tied = _names_by_storage(model)
     digest = hashlib.sha256()

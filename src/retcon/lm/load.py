@@ -1,7 +1,7 @@
 """Loading a model by hub id, local path, GGUF file or `demo:` name."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from retcon.lm.model import LM
 from retcon.lm.quantised import cast, no_remarks_of, prepare, unpack
 
 DEMO = "demo:"
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Device maps by which transformers spreads a model over the cards that there are."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -41,9 +43,11 @@ def load(
             one and no safetensors), or `demo:gptj` / `demo:llama`. GGUF needs the extra `gguf`. Quantised weights
             (GGUF; bitsandbytes, compressed-tensors, fp8, mxfp4: extra `quantised`; torchao) are dequantised, and
             `lm.notes` says so.
-        dtype: "float32", "bfloat16", ...; None means float32 on a CPU and the stored dtype on a GPU.
+        dtype: "float32", "bfloat16", ...; None means float32 on a CPU (by a map too that names no GPU) and the stored
+            dtype on a GPU.
         device: "cpu", "cuda", "cuda:1", ...; None means a GPU where there is one.
-        device_map: passed to transformers, to spread a model over several GPUs (needs accelerate).
+        device_map: passed to transformers, to spread a model over several GPUs (needs accelerate). A model with
+            parts on the disk can be run and measured, and not edited.
         revision: branch, tag or commit on the hub.
         layout: a row for an architecture that the layout table does not know.
         allow_bin: also read pickled `.bin` checkpoints (as plain tensors); otherwise safetensors only.
@@ -62,7 +66,7 @@ def load(
 
     target = _device(device)
     if dtype is None:
-        dtype = "auto" if target.type != "cpu" or device_map is not None else torch.float32
+        dtype = torch.float32 if _on_cpu(target, device_map) else "auto"
     elif dtype != "auto":
         dtype = _dtype(dtype)
     place = find_model(name, revision)
@@ -127,7 +131,7 @@ def load(
         ),
     )
     files = [gguf] if gguf is not None else checkpoint_files(place, revision) if packing is None else []
-    if files and not any(p.is_meta for p in model.parameters()):
+    if files and not lm.offloaded:
         stored = StoredTensors(p for p in files if p.suffix == ".safetensors") if gguf is None else None
         lm.remember_fingerprint(checkpoint_fingerprint(model, files, stored, verify=verify_base), stored)
     return lm
@@ -246,6 +250,14 @@ def _device(asked: str | torch.device | None) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModel(f"device {str(asked)!r} cannot be used here ({reason}); try cpu or cuda") from None
     return device
+
+
+def _on_cpu(target: torch.device, device_map: Any) -> bool:
+    """Return whether no card gets a part of the model."""
+    if device_map is None or (isinstance(device_map, str) and device_map in SPREADS):
+        return target.type == "cpu"
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    return {str(place) for place in places} <= {"cpu", "disk"}
 
 
 def _dtype(asked: str | torch.dtype) -> torch.dtype:

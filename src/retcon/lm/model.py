@@ -135,8 +135,12 @@ class LM:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the embedding's device."""
-        return self.model.get_submodule(self.layout.embedding).weight.device
+        """Where token ids go: the embedding's device; of one that is offloaded, where accelerate runs it."""
+        embedding: Any = self.model.get_submodule(self.layout.embedding)
+        device: torch.device = embedding.weight.device
+        if device.type == "meta" and hasattr(embedding, "_hf_hook"):
+            return torch.device(embedding._hf_hook.execution_device)
+        return device
 
     @cached_property
     def config(self) -> Any:
@@ -389,6 +393,11 @@ class LM:
                     self._fingerprint = fingerprint(self.model, self._stored, self.packed)
                     self._seen = self._look()
             return self._fingerprint
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether some weights have no data here: the model can be run, and has no fingerprint and cannot be edited."""
+        return any(p.is_meta for p in self.model.parameters())
 
     def remember_fingerprint(self, value: str, stored: StoredTensors | None = None) -> None:
         """Take a fingerprint that the loader has worked out for exactly these weights.

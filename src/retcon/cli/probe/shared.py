@@ -95,7 +95,7 @@ def about(lm: "LM", model: str, facts: str, seed: int) -> dict[str, Any]:
     """Return the head of every record."""
     return {
         "model": lm.label,
-        "fingerprint": lm.fingerprint(),
+        "fingerprint": None if lm.offloaded else lm.fingerprint(),
         "model_type": lm.model.config.model_type,
         "n_layers": lm.n_layers,
         "dtype": str(lm.dtype).removeprefix("torch."),

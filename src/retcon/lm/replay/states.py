@@ -130,7 +130,7 @@ def row_arguments(
 def stand_in(lm: LM, states: Float[Tensor, "rows columns d_model"]) -> Tensor:
     """Return embeddings that nothing reads."""
     embedding = lm.model.get_submodule(lm.layout.embedding).weight
-    return embedding.new_zeros(1).expand(*states.shape[:2], embedding.shape[1])
+    return embedding.new_zeros(1, device=lm.device).expand(*states.shape[:2], embedding.shape[1])
 
 
 def live_starts(lm: LM, starts: Sequence[int]) -> tuple[int, ...]:
