@@ -5,7 +5,8 @@
     python -m benchmarks.gpu --tiny --device cpu --minutes 5   # small shapes, to see that it runs
 
 Models have random weights in bfloat16; edits are the embedded world's, and every one takes all its steps. Parts are run
-in the order of their worth; one for which there is no time left is named. Where a check fails, the exit code is 1.
+in the order of their worth; one for which there is no time left is named. Where a check fails, or a part ends in an
+error, the others are measured all the same and the exit code is 1.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from benchmarks.large_models import count, settings
 from benchmarks.moments import SHAPES, product_rates, random_lm, random_rows
 from retcon import world
 from retcon.edits import Edit
+from retcon.lm.batches import release_memory
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.model import LM
 from retcon.lm.peak import Peak
@@ -290,11 +292,13 @@ def measure(card: Card, minutes: float) -> bool:
         try:
             for row in part():
                 print(f"| {' | '.join(row)} |", flush=True)
-        except Failed as error:
+            continue
+        except Exception as error:  # whatever it is, the other parts are measured
             held = False
-            print(f"| **wrong** | | {error} | |", flush=True)
-        except torch.OutOfMemoryError as error:
-            print(f"| {name} | | out of memory: {str(error).partition('.')[0]} | |", flush=True)
+            said = str(error).partition("\n")[0]
+            kind = "" if isinstance(error, Failed) else f"{name}: {type(error).__name__}: "
+            print(f"| **wrong** | | {kind}{said} | |", flush=True)
+        release_memory()  # the error is gone, and what its frames held
     return held
 
 

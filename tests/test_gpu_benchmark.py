@@ -7,7 +7,7 @@ import pytest
 import torch
 from benchmarks import gpu, released_jeep
 
-from retcon.errors import InvalidSetting
+from retcon.errors import InvalidSetting, OutOfMemory
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
@@ -42,9 +42,15 @@ def test_a_wrong_result_is_said(capsys: pytest.CaptureFixture[str], monkeypatch:
     def wrong(self: gpu.Card) -> None:
         raise gpu.Failed("a delta parts from the CPU's")
 
-    monkeypatch.setattr(gpu, "parts", lambda card: [("one", 0, lambda: wrong(card)), ("two", 1e9, lambda: wrong(card))])
+    def no_room() -> None:
+        raise OutOfMemory("memory ran out with 64 edits active.\nFree some")
+
+    monkeypatch.setattr(
+        gpu, "parts", lambda card: [("zero", 0, no_room), ("one", 0, lambda: wrong(card)), ("two", 1e9, no_room)]
+    )
     assert not gpu.measure(gpu.Card(gpu.FULL, "cpu", torch.float32), minutes=1)
     printed = capsys.readouterr().out
+    assert "| **wrong** | | zero: OutOfMemory: memory ran out with 64 edits active. | |" in printed
     assert "| **wrong** | | a delta parts from the CPU's | |" in printed
     assert "| two | | left out: 60 s are left" in printed
 
