@@ -40,6 +40,7 @@ def find(page: Any, words: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_correct_200_facts_by_clicks(served: Served, browser: Any, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
