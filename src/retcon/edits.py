@@ -290,6 +290,22 @@ def _is_sequence(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
+def list_of_texts(given: Iterable[str], what: str) -> tuple[str, ...]:
+    """Return texts as a tuple.
+
+    Args:
+        what: they are, for the message.
+
+    Raises:
+        InvalidSetting: one text, which would be taken for its characters, or something else than a list of texts.
+    """
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        found = tuple(given)
+        if all(isinstance(text, str) for text in found):
+            return found
+    raise InvalidSetting(f"{what} must be a list of texts, found {given!r:.60}")
+
+
 # --- conflicts and duplicates ------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from retcon.checked import as_bytes
+from retcon.edits import list_of_texts
 from retcon.errors import InvalidSetting, MissingPackage, NotEditable, how_to_install
 from retcon.evaluation.records import Record, When, whole_model_record
 from retcon.lm.model import LM
@@ -54,7 +55,7 @@ def ability(
             f"general ability needs the package lm-eval ({how_to_install('ability')}); without it, perplexity "
             "(text) and locality say what is left of the model"
         ) from None
-    mark = _mark(lm)
+    mark, tasks = _mark(lm), list_of_texts(tasks, "tasks")
     with lm.frozen_eval(), _generators_kept():
         wrapped = models.HFLM(
             pretrained=lm.model,

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from retcon.chat import Chat, without_reasoning
+from retcon.edits import list_of_texts
 from retcon.errors import EndpointFailed, InvalidSetting
 
 KEY = "RETCON_API_KEY"
@@ -81,7 +82,7 @@ class Endpoint:
             EndpointFailed: the server does not answer, refuses, or answers something else; nothing is asked again.
             InvalidSetting: what the environment has as the key cannot be one.
         """
-        texts = []
+        texts, stops = [], list_of_texts(stops, "stops")
         for prompt, chat in zip(prompts, chats, strict=True):
             texts.append(self._write(prompt, chat, max_tokens, stops))
             on_progress(len(texts), len(prompts))

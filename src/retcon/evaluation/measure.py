@@ -106,7 +106,7 @@ def evaluate(
     given: dict[str, Any] = {
         "generate": generate,
         "max_new_tokens": max_new_tokens,
-        "stops": None if stops is None else tuple(stops),
+        "stops": stops,
         "max_batch_tokens": max_batch_tokens,
         "separator": separator,
         "seed": seed,

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from retcon.edits import Case, Query
+from retcon.edits import Case, Query, list_of_texts
 from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.evaluation.datasets.rows import Family, contaminated
 from retcon.evaluation.metrics import Judge, accepted, is_locality
@@ -62,6 +62,8 @@ class Measures:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", check_seed(self.seed))
+        if self.stops is not None:
+            object.__setattr__(self, "stops", list_of_texts(self.stops, "stops"))
         if self.preset not in PRESETS:
             raise InvalidSetting(f"unknown way of writing {self.preset!r}; known: {', '.join(PRESETS)}")
         if self.max_batch_tokens < 1:
@@ -73,7 +75,7 @@ class Measures:
         how = PRESETS[self.preset]
         if self.max_new_tokens is not None:
             how = replace(how, max_new_tokens=self.max_new_tokens)
-        return how if self.stops is None else replace(how, stops=tuple(self.stops))
+        return how if self.stops is None else replace(how, stops=self.stops)
 
     def named(self, variant: str) -> str:
         """Return a generation variant by its full name, with the preset where that is not the default."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from retcon import world
 from retcon.attachment import Attachment
-from retcon.edits import Case, Query
+from retcon.edits import Case, Query, list_of_texts
 from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import perplexity
 from retcon.evaluation.endpoint import Endpoint
@@ -352,7 +352,7 @@ def _texts(
 
 def _say(lm: LM, queries: Sequence[Query], stops: Sequence[str], max_new_tokens: int) -> list[str]:
     """Return what a model writes after prompts, each in its chat."""
-    how = replace(PRESETS["qa"], stops=tuple(stops), max_new_tokens=max_new_tokens, skip_newlines=True)
+    how = replace(PRESETS["qa"], stops=list_of_texts(stops, "stops"), max_new_tokens=max_new_tokens, skip_newlines=True)
     return texts_after(lm, [(q.prompt, q.chat) for q in queries], how)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from retcon.chat import REASONING, Chat
+from retcon.edits import list_of_texts
 from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS, shared_in_batches
 from retcon.lm.decoding import Prompts, pads, remembers, write_tokens
@@ -64,6 +65,7 @@ class Writing:
                 f"temperature and top_p ({self.temperature:g} and {self.top_p:g}) are of drawing, and "
                 "sample_top_k=None is greedy; give sample_top_k, of any size, or leave them out"
             )
+        object.__setattr__(self, "stops", list_of_texts(self.stops, "stops"))
         if any(not stop for stop in self.stops):
             raise InvalidSetting("a stop text is empty; it would cut everything")
 

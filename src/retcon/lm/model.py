@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from retcon.attachment import Attachment
 from retcon.chat import Chat, chat_from
 from retcon.delta import Change, Delta
-from retcon.edits import Edit
+from retcon.edits import Edit, list_of_texts
 from retcon.errors import (
     DeltaMismatch,
     DeltaNotApplied,
@@ -697,12 +697,14 @@ class LM:
 
         Raises:
             InvalidEdit: a prompt is longer than the model's context.
-            InvalidSetting: a chat without a template.
+            InvalidSetting: a chat without a template, or one text in place of a list of them.
         """
         from retcon.lm.generate import Writing, generate  # which is written for an LM
 
-        how = Writing(max_new_tokens=max_new_tokens, stops=tuple(stops), chat=chat_from(chat), skip_newlines=True)
-        return [one.text for one in generate(self, list(prompts), how)]
+        how = Writing(
+            max_new_tokens=max_new_tokens, stops=list_of_texts(stops, "stops"), chat=chat_from(chat), skip_newlines=True
+        )
+        return [one.text for one in generate(self, list_of_texts(prompts, "prompts"), how)]
 
 
 _OWNERS: "WeakKeyDictionary[nn.Module, weakref.ref[LM]]" = WeakKeyDictionary()

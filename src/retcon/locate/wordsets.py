@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from retcon.edits import Edit
+from retcon.edits import Edit, list_of_texts
 from retcon.errors import MalformedFile
 from retcon.files import read_json_rows, require
 from retcon.lm.prompts import encode
@@ -73,7 +73,7 @@ def read_word_sets(path: str | os.PathLike[str], *, stopwords: Iterable[str] | N
 
 
 def retrieve_word_sets(
-    edits: Sequence[Edit], documents: Sequence[str], *, stopwords: Iterable[str] | None = None
+    edits: Iterable[Edit], documents: Iterable[str], *, stopwords: Iterable[str] | None = None
 ) -> WordSets:
     """Make sets without anybody's lists: related words by BM25 from `documents`, factual ones from the other edits.
 
@@ -81,6 +81,7 @@ def retrieve_word_sets(
     the words of the original answer are left out. Factual: subjects and answers of other edits of the same relation (or
     of the same template, where edits name no relation).
     """
+    edits, documents = tuple(edits), list_of_texts(documents, "documents")
     index = Bm25(documents)
     stop = default_stopwords() if stopwords is None else frozenset(stopwords)
     related, factual = {}, {}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from retcon.edits import list_of_texts
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
@@ -32,6 +33,9 @@ class Contexts:
     """Prefixes to put before every prompt, each ending in its separator; the bare prompt always comes first."""
 
     prefixes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefixes", list_of_texts(self.prefixes, "prefixes"))
 
     @property
     def all(self) -> tuple[str, ...]:

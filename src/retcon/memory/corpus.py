@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from retcon.checked import Kind, as_bytes, cached, from_bytes, keep
+from retcon.edits import list_of_texts
 from retcon.errors import MalformedFile, TooFewTokens, how_to_install
 from retcon.files import cache_dir, read_json_rows
 
@@ -27,6 +28,9 @@ class Corpus:
     """Documents, in the order in which they are read."""
 
     documents: Sequence[str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "documents", list_of_texts(self.documents, "documents"))
 
     @cached_property
     def id(self) -> str:
