@@ -502,6 +502,9 @@ def test_a_slow_tokenizer_is_refused() -> None:
 
     with pytest.raises(UnsupportedModel, match=r"Slow is a slow tokenizer.*use_fast=True"):
         LM(tiny_model("gptj"), Slow())
+    for given, kind in ((None, "NoneType"), ("gpt2", "str")):
+        with pytest.raises(UnsupportedModel, match=rf"{kind} given where a tokenizer is wanted"):
+            LM(tiny_model("gptj"), given)
 
 
 def test_a_layer_that_is_not_there(tiny: Make) -> None:

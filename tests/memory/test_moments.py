@@ -297,6 +297,13 @@ def test_given_moments_must_cover_the_sites(tiny):
     lm = tiny("gptj")
     with pytest.raises(InvalidSetting, match="no second moment given"):
         GivenMoments({}).prepare(lm, [lm.site(0, "down_proj")])
+    site = lm.site(0, "down_proj")
+    with pytest.raises(InvalidSetting, match=rf"second moment of .*: its keys are {site.shape[1]} wide, found 3"):
+        GivenMoments({site.id: torch.eye(3)}).prepare(lm, [site])
+    for wrong, found in ((torch.ones(3), r"\(3,\)"), (torch.eye(3).long(), "torch.int64"), ("C", "str")):
+        with pytest.raises(InvalidSetting, match=rf"second moment of w: expected a square matrix of floats, .*{found}"):
+            GivenMoments({"w": wrong})
+    assert torch.equal(GivenMoments({"w": torch.eye(3).numpy()}).by_name["w"], torch.eye(3))
 
 
 # --- what is made from a moment --------------------------------------------------------------------------------------

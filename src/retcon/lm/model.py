@@ -63,7 +63,11 @@ class LM:
 
     def __init__(self, model: Any, tokenizer: Any, *, layout: Layout | None = None, name: str | None = None) -> None:
         refuse_wrapped(model)
-        if not getattr(tokenizer, "is_fast", False):
+        if not hasattr(tokenizer, "is_fast"):
+            raise UnsupportedModel(
+                f"{type(tokenizer).__name__} given where a tokenizer is wanted: AutoTokenizer.from_pretrained(...)"
+            )
+        if not tokenizer.is_fast:
             raise UnsupportedModel(
                 f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell which characters a token covers; "
                 "load the fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"

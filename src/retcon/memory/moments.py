@@ -104,17 +104,40 @@ class Moments(Protocol):
         """Return what identifies the moment of each site, for the record."""
 
 
+def _matrix(name: str, given: Any) -> Float[Tensor, "d_in d_in"]:
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.dim() != 2 or len(set(found.shape)) != 1 or not found.is_floating_point():
+        what = type(given).__name__ if found is None else f"{tuple(found.shape)} of {found.dtype}"
+        raise InvalidSetting(f"second moment of {name}: expected a square matrix of floats, found {what}")
+    return found
+
+
 @dataclass(frozen=True)
 class GivenMoments:
-    """Moments that the caller already has, by parameter name (a routed expert's: `Site.id`)."""
+    """Moments that the caller already has, by parameter name (a routed expert's: `Site.id`).
 
-    by_name: Mapping[str, Float[Tensor, "d_in d_in"]]
+    Raises:
+        InvalidSetting: a moment is no square matrix of floating-point numbers, or `prepare` is asked for one of another
+            width.
+    """
+
+    by_name: Mapping[str, Any]
+    """Tensors, or arrays of NumPy."""
     _made: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_name", {name: _matrix(name, given) for name, given in self.by_name.items()})
 
     def prepare(self, lm: LM, sites: Sequence[Site]) -> None:
         missing = [s.id for s in sites if s.id not in self.by_name]
         if missing:
             raise InvalidSetting(f"no second moment given for {', '.join(missing)}; given: {', '.join(self.by_name)}")
+        for site in sites:
+            if (width := len(self.by_name[site.id])) != site.shape[1]:
+                raise InvalidSetting(f"second moment of {site.id}: its keys are {site.shape[1]} wide, found {width}")
 
     def second_moment(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
         return self.derived(lm, site, "definite", lambda c: definite(c, device=site.device))
