@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,20 @@ def test_the_example_method_edits_and_is_found_in_the_current_folder(folder: Pat
     lm = example["lm"]
     with lm.edited(example["delta"]):
         assert lm.complete("The country that contains Zurich is").strip().startswith("Switzerland")
+
+
+def test_a_store_writes_a_fact_of_the_example_method_again(folder: Path) -> None:
+    lm = retcon.load("demo:gptj")
+    own = retcon.method("mean_shift:MeanShift", layer=1, examples=("Naples", "Turin"))
+    edit = retcon.Edit("The country that contains {} is", "Geneva", "Italy")
+    store = retcon.Store.init(folder / "store", lm)
+    store.edit(lm, [retcon.Case("geneva", (edit,), ())], own)
+    with pytest.warns(retcon.errors.RetconWarning, match="mean_shift keeps none"):
+        store.amend(lm, "geneva", "France")
+    (line,) = store.facts()
+    delta = store.delta(line.delta)
+    assert delta.id == own.propose(lm, [replace(edit, target_new="France")]).id
+    assert delta.provenance["class"] == "mean_shift:MeanShift"
 
 
 def test_the_example_preset_is_found(folder: Path) -> None:

@@ -20,7 +20,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.place import CPU, float64_place
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, recorded, recorded_settings
+from retcon.methods.common.contract import Progress, State, made_by, recorded
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.sequence import combined
 from retcon.methods.common.wrappers import Filter, by_matrix, edited_matrix
@@ -91,7 +91,7 @@ class Prune(Filter):
             restrained[name] = sum(n for _, n in of_each)
         all_edits = [edit for part in parts for edit in part.edits]
         made = recorded(self, lm, all_edits, seed=seed) if fresh is None else {"provenance": dict(fresh.provenance)}
-        about = {"method": "prune", "settings": recorded_settings(self), "singular_values_restrained": restrained}
+        about = {**made_by(self), "singular_values_restrained": restrained}
         report = tuple(r for part in parts for r in part.report)
         kept: dict[str, Any] = dict(
             state=fresh.state if fresh else state,

@@ -19,7 +19,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.place import float64_place
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, recorded_settings
+from retcon.methods.common.contract import Progress, State, made_by
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.settings import NotNegative
 from retcon.methods.common.wrappers import Filter, by_matrix, edited_matrix
@@ -89,7 +89,7 @@ class Rect(Filter):
             **in_loop,
         )
         delta = self.update_of_base(proposed)
-        about = {**delta.provenance, "method": "rect", "settings": recorded_settings(self)}
+        about = {**delta.provenance, **made_by(self)}
         record: dict[str, Any] = dict(edits=delta.edits, contexts=delta.contexts, values=delta.values, provenance=about)
         changes, kept_state = delta.changes, delta.state
         if not self.in_loop:

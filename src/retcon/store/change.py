@@ -139,7 +139,7 @@ class PendingEntry:
         from retcon.memory.contexts import Contexts
         from retcon.memory.values.store import KnownValues
         from retcon.methods.common.contract import with_files
-        from retcon.methods.common.registry import method_class
+        from retcon.methods.common.registry import build, list_methods
         from retcon.methods.common.sequence import state_after
 
         old = self.store.delta(delta)
@@ -148,7 +148,8 @@ class PendingEntry:
         settings = with_files(made["settings"], files)
         if settings.get("editor") is not None:
             settings["editor"] = _editor_of(delta, made, editor or files.get("editor"))
-        method = method_class(str(made["method"]))(**settings)
+        name = str(made["method"])
+        method = build(name if name in list_methods() else made.get("class", name), settings)
         if moments is None and method.uses_moments:
             moments = self._moments_of(delta)
         known = None

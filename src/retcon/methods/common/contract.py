@@ -223,8 +223,7 @@ def recorded(
     A method that uses no contexts or moments leaves them out. `notes` join the provenance.
     """
     about = {
-        "method": method.name,
-        "settings": recorded_settings(method),
+        **made_by(method),
         "model": lm.label,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "moments": moments.keys(lm, sites) if moments else {},
@@ -260,6 +259,12 @@ def with_files(settings: Mapping[str, Any], files: Mapping[str, str]) -> dict[st
         outer, _, inner = name.rpartition(".")
         found |= {outer: with_files(found[outer], {inner: path})} if outer else {name: path}
     return found
+
+
+def made_by(method: Method) -> dict[str, Any]:
+    """Return what a record says of a method: its name, its class as "module:Class", its settings."""
+    place = f"{type(method).__module__}:{type(method).__qualname__}"
+    return {"method": method.name, "class": place, "settings": recorded_settings(method)}
 
 
 def recorded_settings(method: Method) -> dict[str, Any]:
