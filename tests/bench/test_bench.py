@@ -192,7 +192,10 @@ def test_an_interrupted_run_with_failed_edits_goes_on_to_the_same_bytes(
         assert results(tmp_path / f"stopped-{stop}") == wanted, stop
 
 
-def test_a_method_for_one_fact_makes_a_batch_one_by_one(spec: BenchSpec, tmp_path: Path) -> None:
+def test_a_method_for_one_fact_makes_a_batch_one_by_one(
+    spec: BenchSpec, tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "load_model", lambda name, **_: tiny(n_layers=2))  # a layer above what is written
     rome = MethodSpec(name="rome", settings={"layer": 0, "steps": 2, "use_moment": False})
     spec = dataclasses.replace(spec, methods=(rome,), protocols=(Protocol(kind="batch", n=4),), text=None)
     run_bench(spec, tmp_path / "out")
@@ -209,7 +212,8 @@ def test_a_method_for_one_fact_makes_a_batch_one_by_one(spec: BenchSpec, tmp_pat
 def test_shared_values_are_searched_once_and_change_nothing(
     spec: BenchSpec, tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "CorpusMoments", lambda corpus: random_moments(tiny(n_layers=1)))
+    monkeypatch.setattr(running, "load_model", lambda name, **_: tiny(n_layers=2))  # a layer above what is written
+    monkeypatch.setattr(running, "CorpusMoments", lambda corpus: random_moments(tiny(n_layers=2)))
     own = {"layers": (0,), "steps": 3, "clamp": 0.75, "moment_weight": 15_000.0}
     methods = (MethodSpec(name="memit", settings=own), MethodSpec(name="rect", settings={"base_settings": own}))
     alone = dataclasses.replace(spec, methods=methods, protocols=(Protocol(n=4, batch=2),), text=None)
