@@ -22,6 +22,7 @@ from retcon.lm.fingerprint import fingerprint
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.load import checkpoint_files, load
 from retcon.lm.model import LM
+from retcon.locate.lens import check_reads
 from tests.conftest import tiny_model, tokenizer
 
 
@@ -76,6 +77,7 @@ def test_a_model_with_parts_on_disk_is_run_and_measured_and_not_edited(offloaded
     whole = load(str(saved), device="cpu")
     lm = load(str(saved), device_map=ALL | dict.fromkeys(offloaded, "disk"))
     assert lm.device.type == "cpu"
+    check_reads(lm)
     assert lm.complete("The capital of France is") == whole.complete("The capital of France is")
     cases = world.cases(2)
     found, wanted = (evaluate(one, cases, max_new_tokens=2) for one in (lm, whole))

@@ -139,12 +139,8 @@ class LM:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the embedding's device; of one that is offloaded, where accelerate runs it."""
-        embedding: Any = self.model.get_submodule(self.layout.embedding)
-        device: torch.device = embedding.weight.device
-        if device.type == "meta" and hasattr(embedding, "_hf_hook"):
-            return torch.device(embedding._hf_hook.execution_device)
-        return device
+        """Where token ids go: the embedding's device."""
+        return place_of(self.model.get_submodule(self.layout.embedding))
 
     @cached_property
     def config(self) -> Any:
@@ -765,6 +761,14 @@ def _began_from(scope: "weakref.ref[Any]", serial: int) -> bool:
     """Return whether a scope began with or inside the one of that serial number, or is gone."""
     alive = scope()
     return alive is None or alive.serial >= serial
+
+
+def place_of(module: Any) -> torch.device:
+    """Return where a module with weights runs: where they are, or where accelerate brings those that are offloaded."""
+    device: torch.device = next(module.parameters()).device
+    if device.type == "meta" and hasattr(module, "_hf_hook"):
+        return torch.device(module._hf_hook.execution_device)
+    return device
 
 
 def _seen(tensor: Tensor) -> tuple[object, ...]:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from retcon.errors import UnsupportedModel
 from retcon.lm.forward import Hook, Point, logits_at
-from retcon.lm.model import LM
+from retcon.lm.model import LM, place_of
 from retcon.lm.prompts import encode, pad
 
 MAX_LOGITS = 2**24
@@ -26,11 +26,11 @@ def project(lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool) -> 
     so that the last block's output gives the model's own logits. Without it, W x + b and nothing else (JEEP, Eq. 5).
     """
     if not final_norm:
-        logits = lm.head(states.to(_weight(lm.head).device))
+        logits = lm.head(states.to(place(lm)))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
     norm = lm.model.get_submodule(lm.layout.final_norm)
-    place = next((p.device for p in norm.parameters()), _weight(lm.head).device)  # OLMo's has no weight
-    logits = lm.head(norm(states.to(place)).to(_weight(lm.head).device))
+    of_norm = place_of(norm) if any(True for _ in norm.parameters()) else place(lm)  # OLMo's has no weight
+    logits = lm.head(norm(states.to(of_norm)).to(place(lm)))
     logits = logits * (getattr(lm.config, "logit_scale", None) or 1.0)  # Cohere
     logits = logits / (getattr(lm.config, "logits_scaling", None) or 1.0)  # Granite
     cap = getattr(lm.config, "final_logit_softcapping", None)  # gemma 2, some of gemma 3
@@ -50,12 +50,12 @@ def in_chunks(
 
 def place(lm: LM) -> torch.device:
     """Return where logits are made."""
-    return _weight(lm.head).device
+    return place_of(lm.head)
 
 
 def vocabulary(lm: LM) -> int:
     """Tokens that the head knows."""
-    return _weight(lm.head).shape[0]
+    return lm.head.weight.shape[0]  # type: ignore[index, return-value]
 
 
 def check_reads(lm: LM) -> None:
@@ -95,7 +95,3 @@ def ranks(logits: Float[Tensor, "n vocab"]) -> Int[Tensor, "n vocab"]:
     new[:, 1:] = falling[:, 1:] < falling[:, :-1]
     above = torch.where(new, place, 0).cummax(dim=1).values  # where the run of equal logits begins
     return torch.empty_like(order).scatter_(1, order, above)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    return module.weight  # type: ignore[return-value]
