@@ -83,6 +83,13 @@ def test_verify_writes_its_files_and_its_exit_code(cli: Cli, store: Path, here: 
     assert "nothing to verify" in cli("verify", "base", code=2).stderr
 
 
+def test_a_model_that_has_moved_is_named_anew(cli: Cli, store: Path, here: Path) -> None:
+    (here / "gptj").rename(here / "moved")
+    for command in (("verify",), ("revert", "--fact", "fr"), ("ui", "--port", "0")):
+        assert ".retcon is of that model: if it has moved, name its place" in cli(*command, code=2).stderr
+    cli("revert", "--fact", "fr", "--model", "moved")
+
+
 def test_bad_input_changes_nothing(cli: Cli, store: Path, here: Path) -> None:
     before = (store / "log.jsonl").read_text()
     assert "fact 'fr' is in force already" in cli(*EDIT, code=2).stderr

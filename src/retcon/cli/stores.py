@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from retcon.cli.shell import count, load_model, plain_table, warn
+from retcon.errors import UnsupportedModel
 from retcon.files import found_from
 
 if TYPE_CHECKING:
@@ -56,8 +57,19 @@ def load_base(
     dtype: str | None = None,
     verify_base: bool = False,
 ) -> "LM":
-    """Return the model that the store is of."""
-    lm = load_model(model or found_from(store.model, store.path), device=device, dtype=dtype, verify_base=verify_base)
+    """Return the model that the store is of.
+
+    Raises:
+        UnsupportedModel: it is no longer where the store says.
+    """
+    place = model or found_from(store.model, store.path)
+    try:
+        lm = load_model(place, device=device, dtype=dtype, verify_base=verify_base)
+    except UnsupportedModel as error:
+        if model is not None:
+            raise
+        moved = "if it has moved, name its place (--model; MODEL of retcon ui)"
+        raise UnsupportedModel(f"{error}; {store.path} is of that model: {moved}") from None
     store.check_base(lm)
     return lm
 

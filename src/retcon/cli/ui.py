@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retcon.cli.shell import Device, DType, console, load_model, loads_a_model, styled
+from retcon.cli.stores import load_base
 from retcon.errors import InvalidSetting, MissingPackage
 
 if TYPE_CHECKING:
@@ -48,32 +49,34 @@ def ui(
         raise InvalidSetting(f"{store} holds no store, so name the MODEL that one shall be made for")
     if not there:
         Store.check_new(store)
-    listening = _listen(host, port)
-    name = model or Store(store).model
-    lm = load_model(name, device=device, dtype=dtype)
-    kept = Store(store) if there else Store.init(store, lm, model=name)
-    kept.check_base(lm)
-    first = {name: lm}  # of which the page has others loaded as it is told to
+    with _listen(host, port) as listening:
+        if there:
+            kept = Store(store)
+            lm = load_base(kept, model, device=device, dtype=dtype)
+        else:
+            assert model is not None
+            lm = load_model(model, device=device, dtype=dtype)
+            kept = Store.init(store, lm, model=model)
+        first = {lm.name: lm}  # of which the page has others loaded as it is told to
 
-    def load(wanted: str) -> "LM":
-        from retcon.lm.load import load as load_lm
+        def load(wanted: str) -> "LM":
+            from retcon.lm.load import load as load_lm
 
-        return first.pop(wanted, None) or load_lm(wanted, device=device, dtype=dtype)
+            return first.pop(wanted, None) or load_lm(wanted, device=device, dtype=dtype)
 
-    session = Session(kept, load, name)
-    session.start()
-    token = secrets.token_urlsafe(16)
-    shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{listening.getsockname()[1]}/?token={token}"
-    console().print(styled("open   [bold]{}[/]", address), soft_wrap=True)
-    console().print(styled("[dim]Ctrl-C ends it[/]"))
-    app = make_app(session, token, hosts=(*LOOPBACK, host))
-    try:
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
-        uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        session.stop()
-        listening.close()
+        session = Session(kept, load, lm.name)
+        session.start()
+        token = secrets.token_urlsafe(16)
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listening.getsockname()[1]}/?token={token}"
+        console().print(styled("open   [bold]{}[/]", address), soft_wrap=True)
+        console().print(styled("[dim]Ctrl-C ends it[/]"))
+        app = make_app(session, token, hosts=(*LOOPBACK, host))
+        try:
+            config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            session.stop()
 
 
 def _listen(host: str, port: int) -> socket.socket:
