@@ -206,7 +206,7 @@ def test_no_piece_is_begun_after_an_error(two: Processes, lm: LM, tmp_path: Path
     with pytest.raises(NonFinite, match="piece 0 is not a number"):
         list(two.map(lm, LeavesAMark(tmp_path, fails_at=0), range(40), lambda n: None))
     assert list(two.map(lm, Square(), [3], lambda n: None)) == [(0, 9)]
-    assert len(list(tmp_path.iterdir())) < 10  # those that had reached a process
+    assert len(list(tmp_path.iterdir())) < 30  # those that were begun before the error had arrived
 
 
 def test_no_piece_is_begun_once_nobody_reads_the_results(two: Processes, lm: LM, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_no_piece_is_begun_once_nobody_reads_the_results(two: Processes, lm: LM,
     next(results)
     results.close()  # type: ignore[attr-defined]
     assert list(two.map(lm, Square(), [3], lambda n: None)) == [(0, 9)]
-    assert len(list(tmp_path.iterdir())) < 10
+    assert len(list(tmp_path.iterdir())) < 30
 
 
 ZEROS = "0" * 64
