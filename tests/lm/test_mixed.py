@@ -14,7 +14,7 @@ from retcon.lm.forward import Point, run
 from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
-from retcon.lm.replay import capture_states, live_starts, replaying
+from retcon.lm.replay import capture_states, replaying, suffix_starts
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.search import REPLAYS
 from retcon.methods.memit import Memit
@@ -54,7 +54,7 @@ def test_replayed_blocks_give_what_a_plain_pass_gives(first: int, family: str, t
     lm = tiny(family)
     generator = torch.Generator().manual_seed(0)
     rows = [Row(tuple(torch.randint(3, 400, (n,), generator=generator).tolist()), n) for n in (19, 7, 23, 1)]
-    starts = live_starts(lm, [11, 0, 17, 0])
+    starts = suffix_starts(lm, [11, 0, 17, 0])
     state, _ = capture_states(lm, rows, starts, first)
     found: list[Tensor] = []
     with lm.frozen_eval(), torch.no_grad(), replaying(lm, state) as inputs:

@@ -221,7 +221,7 @@ def _edit(
             owners[edit.id] = case
     if not edits:
         return None, Unit(key, tuple(records), {}, ())
-    aside, n_cached_values = setting.excluded_seconds(), setting.n_cached_values()
+    before, n_cached_values = setting.excluded_seconds(), setting.n_cached_values()
     try:
         with Peak(setting.lm.device) as peak:
             started = time.perf_counter()
@@ -232,7 +232,7 @@ def _edit(
         failed = f"{type(error).__name__}: {error}"
         records += [_edit_record(case, None, 1, step, "error", failed) for case in _editable(setting, chunk)]
         return None, Unit(key, tuple(records), {}, ())
-    statistics = setting.excluded_seconds() - aside
+    statistics = setting.excluded_seconds() - before
     for report in delta.report:
         if report.id in owners:
             owner = owners[report.id]

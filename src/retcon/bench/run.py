@@ -301,9 +301,9 @@ class CellRunner:
         if self.spec.warm_up and units.load(units.key(0, [case.id for case in chosen[:size]])) is None:
             self._warm_up(partial(propose, values=None), chosen)
         done: list[Unit] = []
-        stream_of_units = run_units(setting, cell.protocol, units)
-        with closing(stream_of_units):  # closed, it restores the model
-            for unit in stream_of_units:
+        units_done = run_units(setting, cell.protocol, units)
+        with closing(units_done):  # closed, it restores the model
+            for unit in units_done:
                 if not self.spec.share_values:
                     kept.discard()
                 done.append(unit)
@@ -375,8 +375,8 @@ class CellRunner:
             *(t for unit in done for t in unit.timings),
         ]
         write_records(directory / "timings.jsonl", timings, evaluation.context)
-        told = "".join(json.dumps(_case_row(case), ensure_ascii=False) + "\n" for case in plan.cases)
-        write_atomically(directory / "cases.jsonl", told.encode())
+        lines = "".join(json.dumps(_case_row(case), ensure_ascii=False) + "\n" for case in plan.cases)
+        write_atomically(directory / "cases.jsonl", lines.encode())
         if self.spec.keep_text:
             prompts = {q.place: q.query.prompt for q in plan.queries}
             rows = [

@@ -113,12 +113,12 @@ def bench(
 
     from retcon.bench import run_bench
 
-    def tell(report: object) -> None:
+    def show_loaded(report: object) -> None:
         console(stderr=True).print(str(report), soft_wrap=True)
 
     if dry_run:
         for _, report in loaded.values():
-            tell(report)
+            show_loaded(report)
         _estimate(spec, loaded, out, as_json)
         return
     board = _Board(console(stderr=True).is_terminal)
@@ -136,7 +136,7 @@ def bench(
                 console(stderr=True).print(board.line(event), soft_wrap=True)
 
         how: dict[str, Any] = dict(force=force, verify_base=verify_base, workers=at)
-        run_bench(spec, out, watch=watch, on_loaded=tell, loaded=loaded, **how)
+        run_bench(spec, out, watch=watch, on_loaded=show_loaded, loaded=loaded, **how)
     took = time.perf_counter() - started
     if as_json:
         emit({"directory": str(out), "seconds": took, "runs": board.record()})

@@ -189,10 +189,10 @@ def check(
         emit(_record(verdict) | {"read": asked.about} | ({"against": _record(other[1])} if other else {}))
     else:
         console().print(styled("[dim]{}[/]", asked.about), soft_wrap=True)
-        _tell(verdict)
+        _show_verdict(verdict)
         if other:
             console().print(styled("\n[bold]Compared with {}[/]", other[0]), soft_wrap=True)
-            _tell(other[1])
+            _show_verdict(other[1])
     if not verdict.safe:
         raise typer.Exit(1)
 
@@ -202,7 +202,7 @@ def _record(verdict: "Verdict") -> dict[str, object]:
     return {"safe": verdict.safe, "n_cases": verdict.n_cases, "notes": list(verdict.notes), "answers": answers}
 
 
-def _tell(verdict: "Verdict") -> None:
+def _show_verdict(verdict: "Verdict") -> None:
     show = console()
     table = plain_table("", "", "", show_header=False, padding=(0, 2, 0, 0))
     for answer in verdict.answers:

@@ -68,16 +68,16 @@ def demo(
         check_can_write(place)
         _check_replaces_a_delta(place)
     cases = world.cases(edits, seed=seed)
-    told = []
+    stories = []
     for name in chosen:
         story = _edit_and_undo(name, cases, places[name], seed)
-        told.append(story)
-        _tell(story, as_json)
+        stories.append(story)
+        _show_story(story, as_json)
     if as_json:
-        emit({"ok": all(s.ok for s in told), "models": [s.record() for s in told]})
+        emit({"ok": all(s.ok for s in stories), "models": [s.record() for s in stories]})
     else:
-        _suggest(told[-1], [m for m in MODELS if m not in chosen])
-    if not all(s.ok for s in told):
+        _suggest(stories[-1], [m for m in MODELS if m not in chosen])
+    if not all(s.ok for s in stories):
         raise typer.Exit(1)
 
 
@@ -255,7 +255,7 @@ _METRICS = {
 }
 
 
-def _tell(story: Story, as_json: bool) -> None:
+def _show_story(story: Story, as_json: bool) -> None:
     from retcon.world import load_world
 
     show = console(stderr=as_json)

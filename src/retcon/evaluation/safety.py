@@ -19,7 +19,7 @@ from retcon.evaluation.metrics import accepted, is_locality, matches
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries, subject_of
 from retcon.evaluation.records import Record
 from retcon.evaluation.results import Evaluation
-from retcon.evaluation.summary import case_values, unread_notes, unread_queries
+from retcon.evaluation.summary import case_means, unread_notes, unread_queries
 from retcon.evaluation.writing import PRESETS
 from retcon.lm.generate import texts_after
 from retcon.lm.model import LM
@@ -292,8 +292,7 @@ def _share(part: Part, plan: QueryPlan, pre: Evaluation, post: Evaluation, thres
 
 def _values(part: Part, records: Iterable[Record]) -> dict[str, float]:
     """Return the values by case. A prompt that broke (NaN) counts as fallen short."""
-    told = [r._replace(metric="x", variant="x", value=r.value or 0.0, status="ok") for r in records if _speaks(part, r)]
-    return case_values(told, "x", "x")
+    return case_means(r._replace(value=r.value or 0.0) for r in records if _speaks(part, r))
 
 
 def _speaks(part: Part, record: Record) -> bool:

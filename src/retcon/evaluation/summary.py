@@ -152,13 +152,13 @@ class Summary:
         return rows
 
     def _shown(self, line: Line) -> bool:
-        aside = {"cf.prob_sum", "cf.magnitude", "score.am", "zsre.first", "gen.contains", "gen.tokens"}
-        aside |= {"gen.em", "gen.prefix"} - {generation_variant(self.family)}
+        hidden = {"cf.prob_sum", "cf.magnitude", "score.am", "zsre.first", "gen.contains", "gen.tokens"}
+        hidden |= {"gen.em", "gen.prefix"} - {generation_variant(self.family)}
         if self.family == "ee":
-            aside = (aside | {"score.hm", "gen.cut"}) - {"score.am", "gen.contains"}
+            hidden = (hidden | {"score.hm", "gen.cut"}) - {"score.am", "gen.contains"}
         else:
-            aside.add("gen.cut")
-        return line.variant not in aside and not (self.family == "cf" and self._beside_main(line))
+            hidden.add("gen.cut")
+        return line.variant not in hidden and not (self.family == "cf" and self._beside_main(line))
 
     def _beside_main(self, line: Line) -> bool:
         """Token accuracy of something that the comparison of probabilities covers already."""
@@ -236,10 +236,14 @@ def edits_of(records: Iterable[Record]) -> list[Record]:
 
 def case_values(records: Iterable[Record], metric: str, variant: str) -> dict[str, float]:
     """Value of one metric by case: mean over axes of the mean over queries."""
+    return case_means(r for r in records if (r.metric, r.variant) == (metric, variant))
+
+
+def case_means(records: Iterable[Record]) -> dict[str, float]:
+    """Value by case of records of one metric: mean over axes of the mean over queries."""
     column = _Column()
     for record in records:
-        if (record.metric, record.variant) == (metric, variant):
-            column.add(record)
+        column.add(record)
     return column.per_case()
 
 

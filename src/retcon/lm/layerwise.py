@@ -17,7 +17,7 @@ from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
-from retcon.lm.replay import ReplayState, common_beginnings, embedded, live_starts, replaying, tail, tokens_at
+from retcon.lm.replay import ReplayState, common_beginnings, embedded, replaying, suffix_starts, tail, tokens_at
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -72,7 +72,7 @@ class LayerwiseReader:
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:
         self.lm, self.n_rows = lm, len(rows)
-        limits = live_starts(
+        limits = suffix_starts(
             lm, [r.prediction if r.subject_last is None else min(r.subject_last, r.prediction) for r in rows]
         )
         ends, place = common_beginnings([r.ids for r in rows], limits, prefix_group)

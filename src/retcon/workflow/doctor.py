@@ -16,7 +16,7 @@ from retcon.lm.forward import Point, logits_at, run
 from retcon.lm.load import load_plain, quietly
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
-from retcon.lm.replay import capture_states, live_starts, replaying
+from retcon.lm.replay import capture_states, replaying, suffix_starts
 from retcon.lm.site import Site, SiteName
 from retcon.locate.advice import span
 from retcon.memory.contexts import Contexts
@@ -164,7 +164,7 @@ def _replay(lm: LM) -> tuple[Outcome, str]:
         return "skipped", "layers share keys and values; values are searched the plain way"
     worst, firsts = 0.0, sorted({1, lm.n_layers // 2, lm.n_layers - 1} - {0})
     rows = _rows(lm)
-    starts = live_starts(lm, [len(row.ids) // 2 for row in rows])
+    starts = suffix_starts(lm, [len(row.ids) // 2 for row in rows])
     each = torch.arange(len(rows))
     ends = torch.tensor([len(row.ids) - 1 for row in rows])
     with lm.frozen_eval(), torch.no_grad():

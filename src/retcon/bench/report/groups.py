@@ -80,9 +80,9 @@ class Group:
         return max(values, default=None)
 
     def _per_edit(self, variant: str) -> float | None:
-        told = [r for run in self.runs for r in run.timings if r.variant == variant and r.value is not None]
-        n = sum(r.n for r in told)
-        return math.fsum((r.value or 0.0) * r.n for r in told) / n if n else None
+        timed = [r for run in self.runs for r in run.timings if r.variant == variant and r.value is not None]
+        n = sum(r.n for r in timed)
+        return math.fsum((r.value or 0.0) * r.n for r in timed) / n if n else None
 
     @staticmethod
     def _estimate(summary: Summary, metric: str, variants: Sequence[str], before: bool) -> CaseMean | None:

@@ -65,8 +65,8 @@ def facts(model: str, cases: Path | None, reading: Reading, seed: int) -> Facts:
 def left_out(skipped: Mapping[str, str]) -> str:
     """Return how many facts were not looked at, and why; empty where all were."""
     reasons = list(skipped.values())
-    told = ", ".join(f"{reasons.count(r):,} ({r})" for r in dict.fromkeys(reasons))
-    return f"; left out: {told}" if told else ""
+    counted = ", ".join(f"{reasons.count(r):,} ({r})" for r in dict.fromkeys(reasons))
+    return f"; left out: {counted}" if counted else ""
 
 
 def write_figures(stem: str, figures: Mapping[str, "Figure"], record: Mapping[str, Any]) -> list[Path]:

@@ -1,15 +1,15 @@
 """Replay: run only the layers from one on, and only the tokens from a column on, on recorded states.
 
 While weights are fixed, nothing below an edited layer and nothing before an edited token changes. `capture` computes
-those parts once: the states that enter the first live block, and the attention keys and values of earlier tokens in the
-live blocks. Inside `replaying`, the model's own forward runs the rest (`lm/forward.py`), and the blocks below answer at
-once with the recorded states. The block list keeps its length, since masks and rotary tables are looked up by place in
-it.
+those parts once: the states that enter the first block that runs, and the attention keys and values of earlier tokens
+there and above. Inside `replaying`, the model's own forward runs the rest (`lm/forward.py`), and the blocks below
+answer at once with the recorded states. The block list keeps its length, since masks and rotary tables are looked up by
+place in it.
 """
 
 from retcon.lm.replay.capture import capture_states, common_beginnings, embedded
 from retcon.lm.replay.run import mlp_entries, replaying, running_at, token_numbers
-from retcon.lm.replay.states import Replayable, ReplayState, live_starts, tail, tokens_at
+from retcon.lm.replay.states import Replayable, ReplayState, suffix_starts, tail, tokens_at
 
 __all__ = [
     "ReplayState",
@@ -17,10 +17,10 @@ __all__ = [
     "capture_states",
     "common_beginnings",
     "embedded",
-    "live_starts",
     "mlp_entries",
     "replaying",
     "running_at",
+    "suffix_starts",
     "tail",
     "token_numbers",
     "tokens_at",

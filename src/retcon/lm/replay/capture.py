@@ -33,7 +33,7 @@ def capture_states(
     up than it is asked for: tokens before the start to the last attention, the others to block `first`.
 
     Args:
-        reads: activations below block `first` wanted beside, at one live token per row (None: not of this row).
+        reads: activations below block `first` wanted beside, at one token that runs per row (None: not of this row).
         prefix_group: a number per row; rows of one number begin with the same text, which is run once for all of them.
             -1: the row is alone.
 

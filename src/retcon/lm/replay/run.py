@@ -1,4 +1,4 @@
-"""The scope in which the model's own forward runs the live part alone."""
+"""The scope in which the model's own forward runs blocks and tokens from some on."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,7 +33,7 @@ def replaying(
     recorded state.
 
     Args:
-        cache: `state.cache(lm)`, from a caller who reads the live tokens' attention keys and values from it afterwards.
+        cache: `state.cache(lm)`, from a caller who reads the tokens' attention keys and values from it afterwards.
         ends: let the last block compute these tokens alone (`token_numbers`), for a caller who reads no other of its
             outputs.
         planned: the shapes are those of many passes, so that a card's plans for them are worth making.
@@ -106,7 +106,7 @@ def _end_at(lm: LM, state: Replayable, at: Int[Tensor, " n"], stack: ExitStack) 
 
 @contextmanager
 def _blocks_below_answer(lm: LM, state: Replayable) -> Iterator[None]:
-    """Blocks below the first live one return the recorded states at once; hooks on them still work."""
+    """Blocks below the first that runs return the recorded states at once; hooks on them still work."""
     states = state.states
     answer = states if lm.block_outputs is None else (states, *[None] * (lm.block_outputs - 1))
     with ExitStack() as stack:

@@ -21,7 +21,7 @@ class Replayable(Protocol):
 
     @property
     def first(self) -> int:
-        """First live block, counted from 0; the number of blocks where only the final norm and the head are live."""
+        """First block that runs, counted from 0; the number of blocks where only the final norm and the head run."""
 
     @property
     def states(self) -> Float[Tensor, "rows columns d_model"]:
@@ -36,23 +36,23 @@ class Replayable(Protocol):
 
 @dataclass(frozen=True)
 class ReplayState:
-    """What a replay takes as given, for rows aligned at their first live token (column 0).
+    """What a replay takes as given, for rows aligned at their first token that runs (column 0).
 
     Tensors are on the devices of the model's blocks, in its dtype.
     """
 
     first: int
-    """First live block, counted from 0; the number of blocks where only the final norm and the head are live."""
+    """First block that runs, counted from 0; the number of blocks where only the final norm and the head run."""
     states: Float[Tensor, "rows columns d_model"]
     """What enters block `first`; columns after a row's end hold anything finite."""
     keys: tuple[Float[Tensor, "rows _ prefix _"], ...]
-    """Per live block, the attention keys of tokens before column 0, padded on the left."""
+    """Per block that runs, the attention keys of tokens before column 0, padded on the left."""
     values: tuple[Float[Tensor, "rows _ prefix _"], ...]
     """The same for the attention values."""
     starts: tuple[int, ...]
     """Token index of column 0, per row."""
     lengths: tuple[int, ...]
-    """Live tokens, per row."""
+    """Tokens that run, per row."""
     prefix: int | None = None
     """Tokens that keys and values have; None: as many as the longest past."""
 
@@ -74,7 +74,7 @@ class ReplayState:
 
     def cache(self, lm: LM) -> "Cache":
         """Return the earlier tokens as the model's forward takes them, for one pass."""
-        return live_cache(lm, self.first, self.keys, self.values, self._past)
+        return suffix_cache(lm, self.first, self.keys, self.values, self._past)
 
     def arguments(self, lm: LM, cache: "Cache") -> dict[str, Any]:
         """Arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier tokens."""
@@ -133,7 +133,7 @@ def stand_in(lm: LM, states: Float[Tensor, "rows columns d_model"]) -> Tensor:
     return embedding.new_zeros(1, device=lm.device).expand(*states.shape[:2], embedding.shape[1])
 
 
-def live_starts(lm: LM, starts: Sequence[int]) -> tuple[int, ...]:
+def suffix_starts(lm: LM, starts: Sequence[int]) -> tuple[int, ...]:
     """Return the first tokens from which rows can be replayed: `starts`, or 0 where earlier tokens do not enter through
     attention keys and values alone."""
     return tuple(starts) if lm.layout.earlier == "attention" else (0,) * len(starts)
@@ -192,7 +192,7 @@ def _appended(past: Tensor, new: Tensor) -> Tensor:
     return torch.cat([past.expand(times, *past.shape), new.unflatten(0, (times, len(past)))], 3).flatten(0, 1)
 
 
-def live_cache(lm: LM, first: int, keys: Sequence[Tensor], values: Sequence[Tensor], length: int) -> "Cache":
+def suffix_cache(lm: LM, first: int, keys: Sequence[Tensor], values: Sequence[Tensor], length: int) -> "Cache":
     """`cache_of` with keys and values given for the blocks from `first` on."""
     none: list[Tensor | None] = [None] * lm.n_layers
     if not length:

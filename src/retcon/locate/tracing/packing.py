@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from retcon.lm.forward import Point, logits_at
 from retcon.lm.model import LM
 from retcon.lm.replay import mlp_entries, replaying, running_at
-from retcon.lm.replay.states import live_cache, stand_in
+from retcon.lm.replay.states import stand_in, suffix_cache
 from retcon.locate.tracing.cells import Cell, restoring_hooks
 from retcon.locate.tracing.prompt import Prompt, projections
 
@@ -34,12 +34,12 @@ class PackedState:
     """
 
     first: int
-    """First live block, as in `ReplayState`."""
+    """First block that runs, as in `ReplayState`."""
     states: Float[Tensor, "rows columns d_model"]
     """What enters block `first`."""
     keys: tuple[Float[Tensor, "some_rows _ earlier _"], ...]
-    """Per live block, attention keys of earlier tokens, which all columns may see: of every row, or of the rows of one
-    order, which then serve all."""
+    """Per block that runs, attention keys of earlier tokens, which all columns may see: of every row, or of the rows of
+    one order, which then serve all."""
     values: tuple[Float[Tensor, "some_rows _ earlier _"], ...]
     """The same for the attention values."""
     tokens: Int[Tensor, "orders columns"]
@@ -50,7 +50,7 @@ class PackedState:
 
     def cache(self, lm: LM) -> "Cache":
         """Do as `ReplayState.cache`."""
-        return live_cache(lm, self.first, self.keys, self.values, self.seen.shape[2] - self.seen.shape[1])
+        return suffix_cache(lm, self.first, self.keys, self.values, self.seen.shape[2] - self.seen.shape[1])
 
     def arguments(self, lm: LM, cache: "Cache") -> dict[str, Any]:
         """Do as `ReplayState.arguments`."""
@@ -69,18 +69,18 @@ class PackedState:
 class PartialModule:
     """Modules that treat every token by itself, and the places at which they are run."""
 
-    live: Bool[Tensor, "rows columns"]
+    places: Bool[Tensor, "rows columns"]
     """Where they run."""
     entries: Sequence[nn.Module]
     """Modules that read the input."""
     end: nn.Module
     """The module whose output counts; an entry, or what the entries' outputs lead to."""
     fill_values: Float[Tensor, "rows columns width"]
-    """Output of `end` at the other places; at the live ones it is overwritten."""
+    """Output of `end` at the other places; at theirs it is overwritten."""
 
     def running(self) -> AbstractContextManager[None]:
         """Inside, the modules run so."""
-        return running_at(self.live.flatten().nonzero()[:, 0], self.entries, self.end, self.fill_values)
+        return running_at(self.places.flatten().nonzero()[:, 0], self.entries, self.end, self.fill_values)
 
 
 @dataclass(frozen=True)
@@ -221,10 +221,10 @@ def _needed(
         out = lm.site(layer, "o_proj").module
         yield PartialModule(mixed, [out], out, _held_outputs(prompt, cells, packing, attn))
     beside = entering if lm.layout.parallel else entering | mixed | put
-    live = beside & read & ~_held(cells, packing, mlp := Point(layer, "mlp"))[1]
-    if not live.all():
+    places = beside & read & ~_held(cells, packing, mlp := Point(layer, "mlp"))[1]
+    if not places.all():
         down = lm.site(layer, "down_proj").module
-        yield PartialModule(live, mlp_entries(lm, layer), down, _held_outputs(prompt, cells, packing, mlp))
+        yield PartialModule(places, mlp_entries(lm, layer), down, _held_outputs(prompt, cells, packing, mlp))
 
 
 def _held(

@@ -7,7 +7,7 @@ from retcon.edits import Edit
 from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
-from retcon.lm.replay import live_starts
+from retcon.lm.replay import suffix_starts
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.objective import ValueSearch, ValueSite, kl_row, rewriting_rows, with_kl
 
@@ -30,13 +30,13 @@ class EditRows:
     def of(cls, lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contexts, search: ValueSearch) -> "EditRows":
         """Tokenise, for a search over `sites`."""
         rows = tuple(rewriting_rows(lm, edit, contexts))
-        starts = live_starts(lm, [min(r.position(s.where) for s in sites) for r in rows])
+        starts = suffix_starts(lm, [min(r.position(s.where) for s in sites) for r in rows])
         kl, kl_start = None, 0
         if with_kl(sites, search):
             whole = kl_row(lm, edit)
             end = whole.position("subject_last") + 1
             kl = Row(whole.ids[:end], end, end - 1)
-            kl_start = live_starts(lm, [end - 1])[0]
+            kl_start = suffix_starts(lm, [end - 1])[0]
         return cls(edit, rows, starts, kl, kl_start)
 
     @property
