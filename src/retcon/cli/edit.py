@@ -249,6 +249,24 @@ def edit(
             check_out=check_out,
             progress=advance,
         )
+    _show_made(lm, model, resolved, facts, made, out, loading, evaluate, seed, require, as_json)
+
+
+def _show_made(
+    lm: "LM",
+    model: str,
+    resolved: Resolved,
+    facts: Facts,
+    made: Made,
+    out: Path,
+    loading: float,
+    evaluate: bool,
+    seed: int,
+    require: float,
+    as_json: bool,
+) -> None:
+    """Say what became of the edits of a delta that is saved, and measure it where that is asked for."""
+    show = console(stderr=as_json)
     delta, took = made.delta, {"load": loading, **made.seconds}
     if made.n_resumed:
         show.print(
