@@ -21,6 +21,7 @@ from retcon.bench import (
     spec_from_file,
 )
 from retcon.bench import run as running
+from retcon.bench.inputs import read_inputs
 from retcon.bench.manifest import differences, measures_record
 from retcon.bench.spec import MeasureSpec, Protocol
 from retcon.bench.units import Units
@@ -209,11 +210,18 @@ def test_a_method_for_one_fact_makes_a_batch_one_by_one(
     assert found.seconds == 0
 
 
+def test_a_corpus_is_a_file_or_a_dataset(spec: BenchSpec) -> None:
+    asked = lambda corpus: dataclasses.replace(spec, models=(ModelSpec(name="./tiny", corpus=corpus),))  # noqa: E731
+    read_inputs(asked("org/texts:plain"))
+    with pytest.raises(MalformedFile, match=r"gone\.txt: no such file"):
+        read_inputs(asked("gone.txt"))
+
+
 def test_shared_values_are_searched_once_and_change_nothing(
     spec: BenchSpec, tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "load_model", lambda name, **_: tiny(n_layers=2))  # a layer above what is written
-    monkeypatch.setattr(running, "CorpusMoments", lambda corpus: random_moments(tiny(n_layers=2)))
+    monkeypatch.setattr(running, "moments_for", lambda lm, corpus: random_moments(tiny(n_layers=2)))
     own = {"layers": (0,), "steps": 3, "clamp": 0.75, "moment_weight": 15_000.0}
     methods = (MethodSpec(name="memit", settings=own), MethodSpec(name="rect", settings={"base_settings": own}))
     alone = dataclasses.replace(spec, methods=methods, protocols=(Protocol(n=4, batch=2),), text=None)

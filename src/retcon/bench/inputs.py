@@ -7,6 +7,7 @@ from retcon.bench.spec import BenchSpec, Cell, DatasetSpec, Protocol
 from retcon.errors import InvalidSetting, RetconError
 from retcon.evaluation.datasets import Loaded, read_cases
 from retcon.files import check_exists, read_prose
+from retcon.memory.corpus import check_corpus
 from retcon.methods.common.presets import check_early
 
 
@@ -24,7 +25,9 @@ def read_inputs(spec: BenchSpec) -> dict[str, Loaded]:
         except RetconError as error:
             raise type(error)(f"method {method.label!r}: {error}") from None
     measured = spec.measures
-    for path in (*(m.corpus for m in spec.models), spec.text, measured.snippets, measured.idf, measured.vocabulary):
+    for corpus in (m.corpus for m in spec.models if m.corpus is not None):
+        check_corpus(corpus)
+    for path in (spec.text, measured.snippets, measured.idf, measured.vocabulary):
         if path is not None:
             check_exists(path)
     if spec.text is not None:

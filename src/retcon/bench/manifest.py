@@ -51,7 +51,7 @@ def manifest_of(
             },
             "tokenizer": chat_hash(lm.tokenizer),
             "end_tokens": sorted(lm.end_tokens),
-            "corpus": file_hash(cell.model.corpus),
+            "corpus": _content(cell.model.corpus),
             "method": {
                 "name": cell.method.name,
                 "label": cell.method.label,
@@ -64,7 +64,7 @@ def manifest_of(
             "protocol": protocol,
             "measures": measures_record(spec.measures),
             "text": {"sha256": file_hash(spec.text), "tokens": spec.text_tokens},
-            "tasks": [[file_hash(task) if Path(task).is_file() else task for task in spec.tasks], spec.task_limit],
+            "tasks": [[_content(task) for task in spec.tasks], spec.task_limit],
             "keep": [spec.keep_text, spec.keep_tokens],
             "seed": cell.seed,
         }
@@ -105,6 +105,11 @@ def processor() -> str:
 def run_id(manifest: Mapping[str, Any]) -> str:
     """Identity of a run: a hash of its manifest."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(source: str | None) -> str | None:
+    """Return a file's hash; what is no file (a dataset, a task) has its name."""
+    return file_hash(source) if source is None or Path(source).is_file() else source
 
 
 def file_hash(path: str | None) -> str | None:

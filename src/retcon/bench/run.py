@@ -41,8 +41,6 @@ from retcon.evaluation.results import Evaluation
 from retcon.files import TEMPORARY, as_shared, read_prose, remove_abandoned, turn_in, write_atomically
 from retcon.lm.load import load as load_model
 from retcon.lm.model import LM
-from retcon.memory.defaults import default_moments
-from retcon.memory.moments import Corpus, CorpusMoments
 from retcon.memory.timed import TimedMoments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.choosing import method as make_method
@@ -50,6 +48,7 @@ from retcon.methods.common.contract import check_model_has_layers
 from retcon.methods.common.registry import method_class
 from retcon.methods.common.sequence import in_steps
 from retcon.work import Workers
+from retcon.workflow.moments import moments_for
 
 VALUES = "values"
 """Folder of values found by a batch that has not ended."""
@@ -221,9 +220,7 @@ class CellRunner:
             verify_base=verify_base,
         )
         self.load_seconds = clock() - started
-        corpus = model.corpus
-        found = default_moments(self.lm) if corpus is None else CorpusMoments(Corpus.from_file(corpus))
-        self.moments: Any = TimedMoments(found, clock=clock)
+        self.moments: Any = TimedMoments(moments_for(self.lm, model.corpus), clock=clock)
         self.text = None if spec.text is None else read_prose(spec.text)
         self.measures = _measures(spec)
         self._plans: dict[str, tuple[QueryPlan, Evaluation]] = {}

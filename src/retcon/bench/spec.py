@@ -153,7 +153,7 @@ class ModelSpec:
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
     corpus: str | None = None
-    """Text for second moments; the model's default where none is given."""
+    """Text for second moments, a file or a dataset of the hub; the model's default where none is given."""
 
     def __post_init__(self) -> None:
         if self.device is not None and self.device_map is not None:

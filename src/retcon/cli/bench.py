@@ -89,7 +89,9 @@ def bench(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Cases edited in one call.", show_default=False)] = None,
     seed: Annotated[list[int] | None, typer.Option(help="A seed; repeat. Over the file's.", show_default=False)] = None,
-    corpus: Annotated[Path | None, typer.Option(help="Text for second moments.", show_default=False)] = None,
+    corpus: Annotated[
+        str | None, typer.Option(metavar="FILE|DATASET", help="Text for second moments.", show_default=False)
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="Held-out text for perplexity.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Where DIR holds another benchmark, start this one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be run, and how long.")] = False,
@@ -155,7 +157,7 @@ def _spec(
     n: int | None,
     batch: int | None,
     seeds: Sequence[int] | None,
-    corpus: Path | None,
+    corpus: str | None,
     text: Path | None,
 ) -> "BenchSpec":
     from retcon.bench import BenchSpec, DatasetSpec, MethodSpec, ModelSpec, spec_from_file
