@@ -23,6 +23,9 @@ from retcon.methods.common.proposal import answers
 from retcon.methods.jeep import Jeep
 from retcon.version import versions
 
+METRICS = ("Score", "ES", "GS", "LS")
+"""What most tables of these scripts show."""
+
 
 def add_places(parser: argparse.ArgumentParser, *, start: int = 0) -> None:
     """Options that say what is edited: model, cases, text, first case, seed."""

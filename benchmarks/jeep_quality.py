@@ -15,7 +15,7 @@ from collections import Counter
 from typing import Any
 
 import retcon
-from benchmarks.common import add_dataset, add_places, cases_of, estimated, jeep_of, machine, moments_of
+from benchmarks.common import METRICS, add_dataset, add_places, cases_of, estimated, jeep_of, machine, moments_of
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
@@ -51,7 +51,7 @@ def measure(
     seconds = (time.perf_counter() - started) / len(edits)
     evaluation = evaluate(lm, cases, delta=delta, pre=pre, stops=("\n", "."))
     summary = evaluation.summary()
-    cells = [estimated(summary[name].post).percent() for name in ("Score", "ES", "GS", "LS")]
+    cells = [estimated(summary[name].post).percent() for name in METRICS]
     cells += [estimated(summary["GS", "gen.em"].post).percent()]
     reached = sum(r.stopped == "reached" for r in delta.report) / len(delta.report)
     return " | ".join([*cells, f"{100 * reached:.0f} %", f"{seconds:.2f}"]), delta, evaluation
@@ -100,7 +100,7 @@ def main() -> None:
         cases = cases_of(args.data, args.start, n, args.seed)
         pre = evaluate(lm, cases, stops=("\n", "."))
         before = pre.summary()
-        cells = [estimated(before[key].pre).percent() for key in ("Score", "ES", "GS", "LS", ("GS", "gen.em"))]
+        cells = [estimated(before[key].pre).percent() for key in (*METRICS, ("GS", "gen.em"))]
         print(f"| {n} | unedited | {' | '.join(cells)} | | |", flush=True)
         rows = ABLATIONS if args.ablations else {"JEEP": {}}
         for name, settings in rows.items():

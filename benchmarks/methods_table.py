@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of
+from benchmarks.common import METRICS, add_places, cases_of, machine, moments_of
 from retcon.edits import Case
 from retcon.errors import RetconWarning
 from retcon.evaluation import Evaluation, evaluate
@@ -57,7 +57,6 @@ ROWS = {
 }
 FAMILY = ["ROME", "R-ROME", "MEMIT", "RECT", "PRUNE", "AlphaEdit", "EMMET", "PMET", "JEEP"]
 """The locate-then-edit methods, which are run where none are named."""
-METRICS = ("Score", "ES", "GS", "LS")
 
 
 def cells(evaluation: Evaluation, when: str = "post") -> str:

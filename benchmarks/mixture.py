@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of
+from benchmarks.common import METRICS, add_places, cases_of, machine, moments_of
 from retcon import world
 from retcon.attachment import Attachment
 from retcon.edits import Case
@@ -91,7 +91,7 @@ def main() -> None:
             settings = {f: getattr(chosen.method, f) for f in ("layers", "low", "high") if hasattr(chosen.method, f)}
             first = min(layer for layers in settings.values() for layer in layers)
             routed = any(kind.experts for kind in lm.kinds)
-            scores = {metric: summary[metric].post for metric in ("Score", "ES", "GS", "LS")}
+            scores = {metric: summary[metric].post for metric in METRICS}
             line = {
                 "model": lm.label,
                 "method": name,

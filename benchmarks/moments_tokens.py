@@ -17,7 +17,7 @@ from dataclasses import replace
 from statistics import mean
 
 import retcon
-from benchmarks.common import add_dataset, add_places, cases_of, estimated, jeep_of, machine, moments_of
+from benchmarks.common import METRICS, add_dataset, add_places, cases_of, estimated, jeep_of, machine, moments_of
 from benchmarks.jeep_quality import measure
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
@@ -48,7 +48,7 @@ def main() -> None:
     print(f"{args.model}, {args.n} edits, seed {args.seed}; {machine()}\n")
     print("| tokens per dimension | tokens | halves | to the last | Score | ES | GS | LS |")
     print("|" + "---|" * 8)
-    unedited = [estimated(before[name].pre).percent() for name in ("Score", "ES", "GS", "LS")]
+    unedited = [estimated(before[name].pre).percent() for name in METRICS]
     print(f"| unedited | | | | {' | '.join(unedited)} |", flush=True)
     for source in sources:
         asked = source.key(lm, sites[0]).n_tokens

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of
+from benchmarks.common import METRICS, add_places, cases_of, machine, moments_of
 from retcon import world
 from retcon.edits import Case
 from retcon.errors import RetconWarning
@@ -67,7 +67,7 @@ def edited(
         records += evaluate(lm, group, delta=delta, pre=pre, generate=False).records
         floats = sum(m.shape.numel() * m.dtype.itemsize for name, m in lm.packed.items() if name in delta.changes)
     summary = Evaluation(records, pre.context).summary()
-    found = {m: (line := summary[m].post) and line.percent() for m in ("Score", "ES", "GS", "LS")}
+    found = {m: (line := summary[m].post) and line.percent() for m in METRICS}
     return {**found, "first": first, "seconds_per_edit": round(seconds / len(cases), 2), "float_bytes": floats}
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import add_dataset, cases_of, estimated, jeep_of, machine, moments_of, ranks
+from benchmarks.common import METRICS, add_dataset, cases_of, estimated, jeep_of, machine, moments_of, ranks
 from retcon.cli.probe.shared import rounded
 from retcon.drawing import figure, save
 from retcon.errors import RetconWarning
@@ -39,7 +39,6 @@ from retcon.lm.model import LM
 from retcon.locate import Advice, Rule, Tracing, advise, causal_trace, contrast_probe, figures
 from retcon.locate.tracing import default_window
 
-METRICS = ("Score", "ES", "GS", "LS")
 SHUFFLES = 20_160
 EVIDENCE = ("contrast", "contrast, no norm", "trace block", "trace mlp", "trace attn")
 

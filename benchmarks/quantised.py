@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of
+from benchmarks.common import METRICS, add_places, cases_of, machine, moments_of
 from retcon.edits import Case
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
@@ -69,7 +69,7 @@ def copied(lm: LM, change: Callable[[LM], None] = lambda lm: None) -> LM:
 def measured(lm: LM, cases: list[Case]) -> dict[str, Any]:
     """Figures of a model as it is."""
     summary = evaluate(lm, cases, generate=False).summary()
-    found = {m: (line := summary[m].pre) and line.percent() for m in ("Score", "ES", "GS", "LS")}
+    found = {m: (line := summary[m].pre) and line.percent() for m in METRICS}
     return {**found, "first": sum(first for _, first in answers(lm, [case.edits[0] for case in cases]))}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import add_dataset, add_places, cases_of, estimated, machine, moments_of
+from benchmarks.common import METRICS, add_dataset, add_places, cases_of, estimated, machine, moments_of
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.methods.common.sequence import in_steps
@@ -30,7 +30,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "RECT": ("rect", {}),
     "JEEP": ("jeep", {}),
 }
-METRICS = ("Score", "ES", "GS", "LS")
 MARKERS = "os^DvPX*"
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of, preferred
+from benchmarks.common import METRICS, add_places, cases_of, machine, moments_of, preferred
 from retcon.delta import EditReport
 from retcon.edits import Case, Edit, write_cases
 from retcon.errors import RetconWarning
@@ -38,7 +38,6 @@ from retcon.methods.common.sequence import in_steps
 from retcon.workflow.settings import read_settings
 
 METHODS = ("rome", "r_rome", "memit", "pmet", "jeep", "emmet", "alphaedit", "rect", "prune", "kne", "ctp")
-METRICS = ("Score", "ES", "GS", "LS")
 TEXT_TOKENS = 10
 """Length of the texts that are printed."""
 Made = tuple[Evaluation, tuple[EditReport, ...], float, list[str]]

@@ -1,12 +1,11 @@
 """`retcon amend`: another answer for a fact."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from retcon.cli.moments import check_corpus
-from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, progress_bars, styled
+from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, styled
 from retcon.cli.stores import (
     Again,
     Corpus,
@@ -14,8 +13,8 @@ from retcon.cli.stores import (
     OtherModel,
     StorePath,
     entry_record,
-    load_base,
     open_store,
+    rewritten,
     say_on_top,
 )
 
@@ -36,24 +35,9 @@ def amend(
     as_json: Json = False,
 ) -> None:
     """Give a fact another answer. Its batch is written again, and its value alone is searched."""
-    from retcon.workflow import moments_for
-
     found = open_store(store)
-    found.fact(fact)  # what can be refused before the model is loaded
-    if corpus is not None:
-        check_corpus(corpus)
-    lm = load_base(found, model, device=device, dtype=dtype, verify_base=verify_base)
-    with progress_bars() as advance:
-        entry = found.amend(
-            lm,
-            fact,
-            target,
-            moments=None if corpus is None else moments_for(lm, corpus),
-            repropose=repropose,
-            editor=editor,
-            message=message,
-            progress=advance,
-        )
+    where: dict[str, Any] = dict(model=model, corpus=corpus, device=device, dtype=dtype, verify_base=verify_base)
+    entry = rewritten(found.amend, found, fact, target, repropose=repropose, editor=editor, message=message, **where)
     if as_json:
         emit(entry_record(entry, found.state(entry.id)))
         return

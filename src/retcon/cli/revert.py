@@ -1,12 +1,11 @@
 """`retcon revert`: an entry, or one fact, taken back."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from retcon.cli.moments import check_corpus
-from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, progress_bars, styled
+from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, styled
 from retcon.cli.stores import (
     Again,
     Corpus,
@@ -14,8 +13,8 @@ from retcon.cli.stores import (
     OtherModel,
     StorePath,
     entry_record,
-    load_base,
     open_store,
+    rewritten,
     say_on_top,
 )
 from retcon.errors import InvalidSetting
@@ -52,23 +51,10 @@ def revert(
     if name is not None:
         entry = found.revert(name, message=message)
     else:
-        from retcon.workflow import moments_for
-
         assert fact is not None
-        found.fact(fact)  # what can be refused before the model is loaded
-        if corpus is not None:
-            check_corpus(corpus)
-        lm = load_base(found, model, device=device, dtype=dtype, verify_base=verify_base)
-        with progress_bars() as advance:
-            entry = found.revert_fact(
-                lm,
-                fact,
-                moments=None if corpus is None else moments_for(lm, corpus),
-                repropose=repropose,
-                editor=editor,
-                message=message,
-                progress=advance,
-            )
+        where: dict[str, Any] = dict(model=model, corpus=corpus, device=device, dtype=dtype, verify_base=verify_base)
+        given: dict[str, Any] = dict(repropose=repropose, editor=editor, message=message)
+        entry = rewritten(found.revert_fact, found, fact, **given, **where)
     if as_json:
         emit(entry_record(entry, found.state(entry.id)))
         return

@@ -1,12 +1,14 @@
 """What the verbs of a store share: how they find the store, and how they load the model it is of."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from retcon.cli.shell import count, load_model, plain_table, warn
+from retcon.cli.moments import check_corpus
+from retcon.cli.shell import count, load_model, plain_table, progress_bars, warn
 from retcon.errors import UnsupportedModel
 from retcon.files import found_from
 
@@ -72,6 +74,29 @@ def load_base(
         raise UnsupportedModel(f"{error}; {store.path} is of that model: {moved}") from None
     store.check_base(lm)
     return lm
+
+
+def rewritten(
+    write: Callable[..., "Entry"],
+    store: "Store",
+    *fact: str,
+    model: str | None,
+    corpus: str | None,
+    device: str | None,
+    dtype: str | None,
+    verify_base: bool,
+    **options: Any,
+) -> "Entry":
+    """Return the entry of `write`, a verb of the store that writes a fact's batch again."""
+    from retcon.workflow import moments_for
+
+    store.fact(fact[0])  # what can be refused before the model is loaded
+    if corpus is not None:
+        check_corpus(corpus)
+    lm = load_base(store, model, device=device, dtype=dtype, verify_base=verify_base)
+    with progress_bars() as advance:
+        moments = None if corpus is None else moments_for(lm, corpus)
+        return write(lm, *fact, moments=moments, progress=advance, **options)
 
 
 def facts_table(lines: "list[Line]") -> Table:

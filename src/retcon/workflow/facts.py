@@ -10,11 +10,10 @@ from retcon.edits import Case, Edit, in_chat
 from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning, UnusableRow
 
 if TYPE_CHECKING:
+    from retcon.evaluation.datasets import CaseTarget, OnError
     from retcon.lm.model import LM
 
 Conflicts = Literal["error", "drop", "last"]
-OnError = Literal["stop", "skip"]
-CaseTarget = Literal["new", "alt"]
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,9 @@ class Reading:
     """Which rows to keep where some contradict each other: none, the first or the last."""
     file_format: str | None = None
     """None: found by the file's fields."""
-    on_error: OnError = "stop"
+    on_error: "OnError" = "stop"
     """What happens where a row cannot be used: the file is refused, or the row left out."""
-    case_target: CaseTarget = "new"
+    case_target: "CaseTarget" = "new"
     """`alt` takes the rows' alternative answers, their field `alt`, as the new ones."""
     chat: Chat | None = None
     """Puts all prompts as turns of a chat; None: as the file has them."""
@@ -80,7 +79,7 @@ def read_facts(path: str | Path, reading: Reading = PLAIN) -> Facts:
     return facts
 
 
-def facts_that_fit(lm: "LM", facts: Facts, on_error: OnError = "stop") -> Facts:
+def facts_that_fit(lm: "LM", facts: Facts, on_error: "OnError" = "stop") -> Facts:
     """Facts whose prompts and new answers the model can read at once.
 
     Args:
