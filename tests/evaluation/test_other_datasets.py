@@ -12,7 +12,7 @@ import pytest
 
 from retcon import world
 from retcon.edits import Case, Query, write_edits
-from retcon.errors import InvalidSetting, MalformedFile
+from retcon.errors import InvalidSetting, MalformedFile, MissingPackage
 from retcon.evaluation import evaluate, read_cases
 from retcon.evaluation.datasets import Loaded
 from retcon.evaluation.datasets.hub import Address, read_hub_rows
@@ -301,7 +301,7 @@ def test_rows_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "datasets", library)
     assert [c.edits for c in read("hub:o/n")[0]] == [c.edits for c in cases]
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MalformedFile, match=r"needs the package 'datasets'"):
+    with pytest.raises(MissingPackage, match=r"needs the package 'datasets'"):
         read("hub:o/n")
 
     def broken(*_: Any, **__: Any) -> str:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from retcon.errors import MalformedFile, how_to_install
+from retcon.errors import MalformedFile, MissingPackage, how_to_install
 from retcon.evaluation.datasets.tables import read_rows
 from retcon.files import NumberedRow, out_of_reach
 
@@ -41,11 +41,12 @@ class Address:
         return cls(found["repo"], found["revision"], found["file"])
 
 
-def read_hub_rows(address: str, bad: list[tuple[int, str]] | None = None, *, split: str = "train") -> list[NumberedRow]:
-    """Rows of the file named, or of `split` where no file is; `bad` as for `read_rows`.
+def read_hub_rows(address: str, bad: list[tuple[int, str]] | None = None) -> list[NumberedRow]:
+    """Rows of the file named, or of the training split where no file is; `bad` as for `read_rows`.
 
     Raises:
-        MalformedFile: not found, not readable, or the package `datasets` is missing where it is needed.
+        MalformedFile: not found, or not readable.
+        MissingPackage: the package `datasets` is needed and not installed.
     """
     at = Address.parse(address)
     try:
@@ -58,10 +59,10 @@ def read_hub_rows(address: str, bad: list[tuple[int, str]] | None = None, *, spl
             return read_rows(file, bad)
         from datasets import load_dataset
 
-        rows: list[dict[str, Any]] = [dict(row) for row in load_dataset(at.repo, split=split, revision=at.revision)]
+        rows: list[dict[str, Any]] = [dict(row) for row in load_dataset(at.repo, split="train", revision=at.revision)]
         return list(enumerate(rows, 1))
     except ImportError:
-        raise MalformedFile(
+        raise MissingPackage(
             f"{address}: reading a whole dataset needs the package 'datasets' ({how_to_install('hub')}); or name "
             "one file, hub:owner/name/file.json"
         ) from None
