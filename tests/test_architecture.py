@@ -1,6 +1,7 @@
 """The shape of the package: imports point one way, and importing only defines names (docs/design.md)."""
 
 import ast
+import itertools
 import json
 import re
 import subprocess
@@ -112,6 +113,15 @@ def test_imports_point_one_way(path: Path) -> None:
                 assert two in BASE[: BASE.index(one) + 1], f"{name} imports {found}"
             else:
                 assert two in ("world", "errors", "files", "edits"), f"{name} imports {found}"
+
+
+def test_the_map_in_the_docs_is_in_this_order() -> None:
+    known = set().union(*LEVELS)
+    drawn = (ROOT.parents[1] / "docs/design.md").read_text().partition("## Where things are")[2].split("```")[1]
+    lines = [[word.rstrip("/") for word in line.split()] for line in drawn.splitlines()]
+    found = [list(itertools.takewhile(known.__contains__, line)) for line in lines]
+    assert [set(names) for names in found if names] == [names - {"__main__"} for names in LEVELS]
+    assert next(filter(None, found)) == [*BASE, "world"]
 
 
 def test_nothing_imports_the_recipes() -> None:
