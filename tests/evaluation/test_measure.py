@@ -15,7 +15,7 @@ import retcon
 from retcon.delta import Delta, Dense, EditReport
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidEdit, InvalidSetting, UnsupportedModel
-from retcon.evaluation import Evaluation, Record, evaluate, measure, read_cases
+from retcon.evaluation import Evaluation, Measures, Record, evaluate, measure, read_cases
 from retcon.evaluation.metrics import compare
 from retcon.evaluation.score import score_rows
 from retcon.lm.decoding import Prompts
@@ -124,6 +124,11 @@ def test_cases_may_come_from_a_generator(tiny: Make) -> None:
     wanted = evaluate(lm, CASES, generate=False)
     found = evaluate(lm, (case for case in CASES), generate=False)
     assert (values(found.records), found.context) == (values(wanted.records), wanted.context)
+
+
+def test_the_seed_of_what_is_measured_counts(tiny: Make) -> None:
+    ask = lambda **given: evaluate(tiny(n_layers=1), CASES, generate=False, **given).context["seed"]  # noqa: E731
+    assert [ask(), ask(measures=Measures(seed=5)), ask(measures=Measures(seed=5), seed=0)] == [0, 5, 0]
 
 
 def test_values_are_those_of_the_scores(tiny: Make) -> None:

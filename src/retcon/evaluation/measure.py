@@ -49,7 +49,6 @@ from retcon.lm.decoding import remembers
 from retcon.lm.generate import Writing, Written, generate, most_tokens
 from retcon.lm.model import LM, require_lm
 from retcon.lm.prompts import Row, encode
-from retcon.seed import check_seed
 
 ESSENCE_TOKENS = 100
 """Tokens of a passage read for its essence (ROME)."""
@@ -69,8 +68,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     stops: Sequence[str] | None = None,
     max_batch_tokens: int | None = None,
-    separator: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     context: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Evaluation:
@@ -91,7 +89,6 @@ def evaluate(
         max_new_tokens: how much it may write.
         stops: texts that end an answer.
         max_batch_tokens: padded tokens per forward pass; halved when memory runs out.
-        separator: what is written between prompt and answer, over the queries' own.
         seed: of the bootstrap and of sampled text.
         context: columns for all records (`protocol`, `run_id`, ...), over those known here.
         progress: draw a progress bar.
@@ -102,13 +99,11 @@ def evaluate(
         InvalidSetting: `pre` does not cover the queries.
     """
     require_lm(lm)
-    seed = check_seed(seed)
     given: dict[str, Any] = {
         "generate": generate,
         "max_new_tokens": max_new_tokens,
         "stops": stops,
         "max_batch_tokens": max_batch_tokens,
-        "separator": separator,
         "seed": seed,
     }
     measures = replace(measures or Measures(), **{name: value for name, value in given.items() if value is not None})
@@ -133,7 +128,7 @@ def evaluate(
                 parts.append(Evaluation(divergences(lm, plan, measures, "final", unedited, nullcontext)))
     return Evaluation(
         [record for part in parts for record in part.records],
-        _context(lm, cases, (*lm.showing, delta) if delta is not None else lm.showing, seed) | dict(context or {}),
+        _context(lm, cases, lm.showing if delta is None else (*lm.showing, delta), measures.seed) | {**(context or {})},
         {key: text for part in parts for key, text in part.texts.items()},
         {key: ids for part in parts for key, ids in part.predictions.items()},
         {key: scores for part in parts for key, scores in part.scores.items()},
