@@ -312,22 +312,22 @@ def list_of_texts(given: Iterable[str], what: str) -> tuple[str, ...]:
 def same_question(edit: Edit) -> tuple[str, str]:
     """Two edits with equal keys ask the same question: subject and relation (or template) agree once normalised."""
     if edit.subject is None:
-        return "", _fold(edit.text)
+        return "", fold(edit.text)
     if edit.relation_id:
-        return _fold(edit.subject), f"relation {edit.relation_id}"
+        return fold(edit.subject), f"relation {edit.relation_id}"
     span = edit.subject_span
     template = edit.text if span is None else edit.text[: span[0]] + MARKER + edit.text[span[1] :]
-    return _fold(edit.subject), _fold(template)
+    return fold(edit.subject), fold(template)
 
 
 def conflicts(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:
     """Groups of edits that ask the same question and want different answers."""
-    return [group for group in _groups(edits) if len({_nfc(e.target_new) for e in group}) > 1]
+    return [group for group in _groups(edits) if len({nfc(e.target_new) for e in group}) > 1]
 
 
 def duplicates(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:
     """Groups of edits that ask the same question and want the same answer."""
-    return [group for group in _groups(edits) if len({_nfc(e.target_new) for e in group}) == 1]
+    return [group for group in _groups(edits) if len({nfc(e.target_new) for e in group}) == 1]
 
 
 def resolve_conflicts(edits: Iterable[Edit], rule: ConflictRule = "error") -> list[Edit]:
@@ -353,8 +353,8 @@ def resolve_conflicts(edits: Iterable[Edit], rule: ConflictRule = "error") -> li
             + ("1 such group" if len(groups) == 1 else f"{len(groups):,} such groups")
             + ". Take one out, or load with conflicts='drop' or 'last'."
         )
-    keep = {same_question(g[0]): _nfc((g[0] if rule == "drop" else g[-1]).target_new) for g in groups}
-    return [e for e in edits if keep.get(same_question(e), _nfc(e.target_new)) == _nfc(e.target_new)]
+    keep = {same_question(g[0]): nfc((g[0] if rule == "drop" else g[-1]).target_new) for g in groups}
+    return [e for e in edits if keep.get(same_question(e), nfc(e.target_new)) == nfc(e.target_new)]
 
 
 def check_edits(edits: Iterable[Edit]) -> tuple[Edit, ...]:
@@ -392,10 +392,11 @@ def _groups(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:
 
 
 def _contradiction(group: Sequence[Edit]) -> tuple[Edit, Edit]:
-    return group[0], next(e for e in group if _nfc(e.target_new) != _nfc(group[0].target_new))
+    return group[0], next(e for e in group if nfc(e.target_new) != nfc(group[0].target_new))
 
 
-def _nfc(text: str) -> str:
+def nfc(text: str) -> str:
+    """Return the text in one form: characters that look alike are the same."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -407,8 +408,9 @@ def _nfd_folded(text: str) -> str:
     return "".join(" " if c.isspace() else c for c in _nfd(_nfd(text).casefold()))
 
 
-def _fold(text: str) -> str:
-    return " ".join(_nfc(text).casefold().split())
+def fold(text: str) -> str:
+    """Return the text as it is compared: in one form, without case, and with single spaces."""
+    return " ".join(nfc(text).casefold().split())
 
 
 def _find(text: str, subject: str) -> tuple[int, int] | None:

@@ -28,6 +28,7 @@ from retcon.evaluation.datasets.rows import (
     text_or_none,
     texts,
 )
+from retcon.world.facts import fill
 
 CASE_FIELDS = ("id", "edits", "queries", "dataset", "meta")
 
@@ -92,10 +93,7 @@ def _name(record: Mapping[str, Any], where: str) -> str:
 
 def _filled(prompt: str, edit: Edit) -> str:
     """Return a paraphrase with the subject put in where it is a template."""
-    if edit.subject is None or prompt.count(MARKER) != 1:
-        return prompt
-    before, after = prompt.split(MARKER)
-    return before + edit.subject + after
+    return prompt if edit.subject is None or prompt.count(MARKER) != 1 else fill(prompt, edit.subject)
 
 
 def _neighbors(record: Mapping[str, Any], edit: Edit, where: str) -> list[tuple[str, tuple[tuple[str, ...], ...]]]:

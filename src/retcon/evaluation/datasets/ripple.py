@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from retcon.edits import fold
 from retcon.errors import MalformedFile
-from retcon.evaluation.datasets.rows import Draft, draft, fold, objects
+from retcon.evaluation.datasets.rows import Draft, draft, objects
 from retcon.files import require
 
 AXES = {

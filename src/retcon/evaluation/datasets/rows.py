@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from retcon.chat import Chat
-from retcon.edits import MARKER, Case, ConflictRule, Edit, Query, mentions, resolve_conflicts, same_question
+from retcon.edits import MARKER, Case, ConflictRule, Edit, Query, fold, mentions, nfc, resolve_conflicts, same_question
 from retcon.edits import conflicts as contradictions
 from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, UnusableRow
 from retcon.evaluation.metrics import is_locality
@@ -157,10 +156,10 @@ def contaminated(cases: Iterable[Case]) -> dict[str, list[str]]:
     Once that edit is made, the neighbour's "correct" answer is no longer what the model shall say.
     """
     cases = list(cases)
-    edited = {_nfc(edit.text.rstrip()) for case in cases for edit in case.edits}
+    edited = {nfc(edit.text.rstrip()) for case in cases for edit in case.edits}
 
     def is_edited(query: Query) -> bool:
-        return is_locality(query.axis) and _nfc(query.prompt.rstrip()) in edited
+        return is_locality(query.axis) and nfc(query.prompt.rstrip()) in edited
 
     found = {case.id: [query.id for query in case.queries if is_edited(query)] for case in cases}
     return {case_id: ids for case_id, ids in found.items() if ids}
@@ -559,14 +558,6 @@ def objects(value: Any, where: str) -> list[dict[str, Any]]:
 def first(value: Any, name: str, where: str) -> str | None:
     """Return the first text that is not blank."""
     return next((text for text in texts(value, name, where) if text.strip()), None)
-
-
-def _nfc(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
-
-
-def fold(text: str) -> str:
-    return " ".join(_nfc(text).casefold().split())
 
 
 def answers_of(value: Any, name: str, where: str) -> tuple[tuple[str, ...], ...]:

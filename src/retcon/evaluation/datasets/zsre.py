@@ -6,7 +6,8 @@ There is no rival answer, so `target_true` is None throughout.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from retcon.evaluation.datasets.rows import CaseTarget, Draft, ask_related, draft, first, fold, present, texts
+from retcon.edits import fold
+from retcon.evaluation.datasets.rows import CaseTarget, Draft, ask_related, draft, first, present, texts
 from retcon.files import require
 
 PromptStyle = Literal["loc.nq_q", "loc.nq", "loc.plain_q"]
