@@ -59,6 +59,24 @@ def test_without_weight_it_is_the_least_disturbance_that_stores_the_keys(weight,
     assert_close(found, limit, rtol=1e-4, atol=1e-4 * float(limit.abs().max()))
 
 
+@pytest.mark.parametrize("n", [16, 32, 48, 60, 64])
+@pytest.mark.parametrize("weight", [0.0, 1e-10])
+@pytest.mark.parametrize("kind", ["few samples", "ill-conditioned", "zero"])
+def test_without_weight_keys_are_stored_whatever_the_moment(kind, weight, n, randn):
+    x = randn(64, 20 if kind == "few samples" else 64) * (kind != "zero")
+    if kind == "ill-conditioned":
+        x = torch.linalg.qr(x)[0] * torch.logspace(0, -6, 64, dtype=torch.float64)
+    k = randn(64, n)
+    assert_close(ridge(k, lambda: x @ x.T, weight) @ k, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_without_weight_one_key_twice_stores_the_mean_of_both(problem, randn):
+    k, r, c = problem
+    r = torch.cat([randn(4, 1), r], dim=1)
+    found = r @ ridge(torch.cat([k[:, :1], k], dim=1), lambda: c, 0.0)
+    assert_close(found, torch.cat([r[:, :2].mean(1, keepdim=True), r[:, 2:]], dim=1) @ ridge(k, lambda: c, 0.0))
+
+
 def test_more_keys_than_dimensions_are_fitted_as_well_as_they_can_be(problem, randn):
     k, _, c = randn(12, 20), *problem[1:]
     assert_close(ridge(k, lambda: c, 0.0), torch.linalg.pinv(k))
@@ -114,6 +132,11 @@ def test_spd_solve_equals_lu_and_keeps_its_inputs(problem, randn):
     b, kept = randn(12, 3), c.clone()
     assert_close(spd_solve(c.clone, b), torch.linalg.solve(c, b))
     assert torch.equal(c, kept)
+
+
+def test_what_no_jitter_solves_is_refused(problem):
+    with pytest.raises(NonFinite, match="singular; use more tokens"):
+        ridge(problem[0][:, :2], lambda: torch.zeros(12, 12), 1.0)
 
 
 def test_nan_is_refused(problem):

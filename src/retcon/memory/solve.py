@@ -7,6 +7,7 @@ What is large is made when it is asked for: `moment` and `factor` are functions 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,8 @@ from retcon.memory.place import CPU, float64_place, good_at_float64, room, solve
 Build = Callable[[], Float[Tensor, "m m"]]
 NEGLIGIBLE = 1e-8
 """Trace of lambda C over that of K K^T up to which their sum loses C: about the root of float64's precision."""
+STORED = 1e-6
+"""Norm of (X^T K - I) K^T over that of K up to which the keys count as stored."""
 
 
 def ridge(
@@ -33,9 +36,9 @@ def ridge(
     """X^T = K^T (lambda C + K K^T)^-1: R X^T minimises ||dW K - R||^2 + lambda tr(dW C dW^T).
 
     The small-n form is used where n < m / 4, and up to n = m where lambda C is negligible beside K K^T: their sum is
-    then singular in float64, and the small form has the limit, the least tr(dW C dW^T) that stores the keys. More keys
-    than that leave C no say there: what fits them best is written. The result is on K's device, whatever device does
-    the work.
+    then singular in float64, and `equality` has the limit, the least tr(dW C dW^T) that stores the keys. Where C is so
+    nearly singular that they are not stored by it, the direct form stores them. More keys than that leave C no say
+    there: what fits them best is written. The result is on K's device, whatever device does the work.
 
     Args:
         moment: returns C, float32 or float64.
@@ -43,8 +46,13 @@ def ridge(
         device: where the model is; see `memory/place.py`.
     """
     m, n = k.shape
-    if 4 * n < m or (n <= m and weight * float(moment().diagonal().sum()) <= NEGLIGIBLE * float(k.square().sum())):
+    if 4 * n < m:
         return ridge_small(k, moment, weight, factor=factor, device=device)
+    if n <= m and weight * float(moment().diagonal().sum()) <= NEGLIGIBLE * float(k.square().sum()):
+        with suppress(NonFinite):
+            right = equality(k, moment, stabiliser=weight, factor=factor, device=device)
+            if float((right @ k @ k.T - k.T).norm()) <= STORED * float(k.norm()):
+                return right
     return ridge_direct(k, moment, weight, device=device)
 
 
@@ -191,8 +199,8 @@ def spd_solve(build: Build, b: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         raise NonFinite(_NOT_FINITE)
     for lower, _ in _factors(build, _JITTERS[:6]):
         return torch.cholesky_solve(b, lower)
-    solution = torch.linalg.solve(build(), b)
-    if not torch.isfinite(solution).all():
+    solution, failed = torch.linalg.solve_ex(build(), b)
+    if int(failed) or not torch.isfinite(solution).all():
         raise NonFinite("the linear problem is singular; use more tokens for the second moment or more weight on it")
     return solution
 
