@@ -12,7 +12,7 @@ import torch
 from retcon.chat import Chat
 from retcon.delta import Delta, Dense
 from retcon.edits import Case, Edit, Query, in_chat
-from retcon.errors import InvalidEdit, InvalidSetting
+from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile
 from retcon.lm.model import LM
 from retcon.methods.common.contract import recorded
 from retcon.methods.common.proposal import answers, reported
@@ -111,6 +111,17 @@ def test_words_are_asked_for_what_broke_before_what_never_passed(
     assert list(failing.values())[1] != ("broke", "took")
     assert [failing[place] for place in asked[:2]] == [("broke", "took")] * 2
     assert [failing[place][0] for place in asked] == ["broke"] * 3
+
+
+def test_a_state_that_gc_took_is_named_with_the_way_out(store: Store, lm: LM) -> None:
+    _, two, _ = store.log()
+    store.revert(two.id)
+    removed, _ = store.gc(before="HEAD")
+    assert removed
+    with pytest.raises(MalformedFile, match=r"\(gc\) removed it. An earlier state .* alone \(bisect=False\)"):
+        verify(store, lm)
+    assert not verify(store, lm, bisect=False).ok
+    assert lm.applied == ()
 
 
 def test_an_entry_that_was_taken_back_and_restored_is_not_to_blame(tmp_path: Path, lm: LM) -> None:

@@ -473,6 +473,7 @@ _AS_OPTIONS = (
     (", or pass allow_bin=True", ""),
     (" (packed=True)", ""),
     (" (chat=True)", ""),
+    ("(bisect=False)", "(--no-bisect)"),
     (" (moments=CorpusMoments(Corpus.from_file(PATH)))", ""),
 )
 """What messages say to who works in Python, and what the command line says for it."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from retcon.edits import Case, Query
-from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting
+from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, MalformedFile
 from retcon.escaping import markdown
 from retcon.pages import PASSES_BY_CHOICE, Answered, Fact, FactOutcome, FactTable, PromptKind, render, worst_first
 from retcon.pages.junit import TestCase, junit
@@ -201,6 +201,7 @@ def verify(
         ConflictingEdits: two facts in force answer one question.
         InvalidEdit: a fact of the list has the id of one in force.
         InvalidSetting: there is nothing to check.
+        MalformedFile: a delta is missing that the state needs, or with `bisect` an earlier one.
     """
     from retcon.evaluation.metrics import prompt_kind
 
@@ -224,7 +225,12 @@ def verify(
     since: dict[tuple[str, str], Entry | None] = dict.fromkeys(failing)
     if bisect and failing:
         on_progress("looking for the entries that broke what fails")
-        since |= _blame(asker, entries, failing, born)
+        try:
+            since |= _blame(asker, entries, failing, born)
+        except MalformedFile as error:  # `gc` removes deltas that only earlier states need
+            raise MalformedFile(
+                f"{error}. An earlier state cannot be asked without it; verify the present one alone (bisect=False)"
+            ) from None
     kinds: dict[tuple[str, str], CheckKind] = {
         (case.id, query.id): "stays" if case.id in staying else _KIND_OF[prompt_kind(query.axis)]
         for case in asked
