@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import retcon
 from retcon.bench.spec import Protocol
@@ -34,6 +35,25 @@ def test_numbers_of_numpy_are_numbers() -> None:
         Protocol(n=2.5)  # type: ignore[arg-type]
     with pytest.raises(InvalidSetting, match=r"memit: batch_size must be a whole number, found 1\.5"):
         retcon.in_steps(method, lm, [edit], batch_size=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [torch.tensor([1, 2]), {1, 2}, range(1, 3), iter([1, 2])])
+def test_a_list_may_be_a_tensor_a_set_a_range_or_an_iterator(given: Any) -> None:
+    assert repr(retcon.method("memit", layers=given)) == repr(retcon.method("memit", layers=(1, 2)))
+
+
+@pytest.mark.parametrize("given", [np.array(3), torch.tensor(3), b"\x01\x02", "12", {1: 2}])
+def test_what_is_no_list_is_refused(given: Any) -> None:
+    with pytest.raises(InvalidSetting, match=r"memit: layers must be a list \(\[1, 2, 3\], say\), found"):
+        retcon.method("memit", layers=given)
+
+
+def test_a_choice_is_one_of_its_words_or_numbers_and_no_array() -> None:
+    given: Any = np.array(["even", "even"])
+    with pytest.raises(InvalidSetting, match=r"memit: spread is array\(.*\); known: even"):
+        retcon.method("memit", layers=(1, 2), spread=given)
+    sign: Any = np.int64(1)
+    assert repr(retcon.method("mend", sign=sign)) == repr(retcon.method("mend", sign=1))
 
 
 @pytest.mark.parametrize("seed", [LARGEST + 1, SMALLEST - 1, 0.5, "a", True, None])

@@ -9,7 +9,7 @@ import builtins
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
@@ -85,7 +85,7 @@ def _described_fields(base: type[Any]) -> Iterator[tuple[str, str]]:
 def checked(name: str, method: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings as the method's fields want them, from wherever they come: Python, `--set`, a preset, a file.
 
-    Lists and arrays become tuples, NumPy's numbers Python's, whole numbers floats where a float is wanted.
+    Lists, arrays and tensors become tuples, NumPy's numbers Python's, whole numbers floats where a float is wanted.
 
     Raises:
         InvalidSetting: an unknown name, a value of another type, NaN or infinity; the message names the setting.
@@ -222,13 +222,15 @@ def _fitted(value: Any, hint: Any, what: str) -> Any:
                 problems.append(error)
         raise problems[0]
     if origin is Literal:
-        if value not in args or isinstance(value, bool) != any(isinstance(a, bool) for a in args):
-            raise InvalidSetting(f"{what} is {value!r}; known: {', '.join(map(str, args))}")
-        return value
+        for known in args if isinstance(value, str | Integral) else ():
+            if value == known and isinstance(value, bool) == isinstance(known, bool):
+                return known
+        raise InvalidSetting(f"{what} is {value!r}; known: {', '.join(map(str, args))}")
     if origin is tuple:
-        if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
+        items = value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor
+        if not isinstance(items, list | tuple | Set | range | Iterator):
             raise InvalidSetting(f"{what} must be a list ([1, 2, 3], say), found {value!r}")
-        return tuple(_fitted(item, args[0], what) for item in value)
+        return tuple(_fitted(item, args[0], what) for item in items)
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise InvalidSetting(f"{what} must be a number, found {value!r}")
