@@ -195,6 +195,13 @@ def test_what_was_chosen_is_said_and_given_settings_stand(tiny, edits):
     assert not any("clamp" in note or "moment_weight" in note for note in own.notes)
 
 
+def test_layers_are_written_in_short():
+    shape = ModelShape(8, 64, 256, False)
+    low_and_high = {"low": (0, 1, 2), "high": (5, 6), "layer": 3}
+    (note,) = starting_point.shape_notes(method_class("jeep"), shape, low_and_high)
+    assert note == "low = 0-2, high = 5-6, layer = 3: by relative depth, 8 layers"
+
+
 def test_filters_get_what_their_base_method_would(tiny, edits):
     lm = tiny("llama")
     with warnings.catch_warnings():

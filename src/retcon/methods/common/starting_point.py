@@ -13,6 +13,7 @@ from typing import Any
 
 from retcon.edits import Case, Edit
 from retcon.lm.model import LM
+from retcon.locate.advice import span
 from retcon.memory.values import search_values
 from retcon.methods.common.contract import Method, ModelShape, State
 from retcon.methods.common.locate_then_edit import SearchSettings
@@ -73,7 +74,9 @@ def shape_notes(method: type[Method], shape: ModelShape, guess: dict[str, Any]) 
     rest = {name: value for name, value in guess.items() if name not in weights and name not in layers}
     notes = []
     if layers:
-        shown = ", ".join(f"{name} = {_layers(value)}" for name, value in layers.items())
+        shown = ", ".join(
+            f"{name} = {span(value if isinstance(value, tuple) else (value,))}" for name, value in layers.items()
+        )
         notes.append(f"{shown}: by relative depth, {shape.n_layers} layers")
     if weights:
         shown = ", ".join(f"{name} = {value:g} ({value / shape.d_ff:.2g} m)" for name, value in weights.items())
@@ -81,12 +84,6 @@ def shape_notes(method: type[Method], shape: ModelShape, guess: dict[str, Any]) 
     if rest:
         notes.append(", ".join(f"{name} = {value}" for name, value in rest.items()) + ": for models without a preset")
     return notes
-
-
-def _layers(value: int | tuple[int, ...]) -> str:
-    if isinstance(value, int):
-        return str(value)
-    return f"{value[0]}-{value[-1]}" if len(value) > 2 and value[-1] - value[0] == len(value) - 1 else str(list(value))
 
 
 def edits_of(cases: Iterable[Edit | Case]) -> list[Edit]:
