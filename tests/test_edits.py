@@ -140,7 +140,9 @@ def test_an_exact_occurrence_goes_before_a_folded_one() -> None:
     ("prompt", "subject", "start"),
     [
         ("The teacher who taught CHER is", "Cher", 23),
-        ("Manfred of MAN is", "Man", 11),
+        ("Manfred of MAN is", "Man", 0),  # spelt so nowhere else
+        ("The USD that he paid us was printed in", "US", 4),
+        ("Der Essener Dom, wo man auch essen kann, steht in", "Essen", 4),
         ("K2 and K is", "K", 7),
         ("cafe\u0301 of cafe is", "cafe", 9),
         ("Norr's mayor, of Norr, is", "Norr", 0),
@@ -153,9 +155,12 @@ def test_a_subject_by_itself_goes_before_one_in_a_longer_word(prompt: str, subje
     assert Edit(prompt, subject, "x").subject_span == (start, start + len(subject))
 
 
-def test_mentions_are_those_in_any_case_by_themselves_where_some_are() -> None:
-    assert mentions("Lee commanded the fleet of LEE", "lee") == [(0, 3), (27, 30)]
+def test_mentions_are_of_the_nearest_spelling_and_by_themselves_where_some_are() -> None:
+    assert mentions("Lee commanded the fleet of LEE", "lee") == [(19, 22)]
+    assert mentions("Lee commanded the fleet of LEE", "lee", any_case=True) == [(0, 3), (27, 30)]
+    assert mentions("Lee commanded the ship of LEE", "lee") == [(0, 3), (26, 29)]
     assert mentions("the fleet fleet", "lee") == [(5, 8), (11, 14)]
+    assert mentions("They told us that the US and the USA", "US") == [(22, 24)]
     assert mentions("the ship", "lee") == []
 
 

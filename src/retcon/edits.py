@@ -105,7 +105,8 @@ class Edit:
     def subject_span(self) -> tuple[int, int] | None:
         """(start, end) characters of the subject in `text`, or None where it does not occur or there is none.
 
-        Looked up exactly, then as NFC, then case-folded with any space for any other; the text is never rewritten.
+        Looked up exactly, then as NFC, then case-folded with any space for any other, each time as a word by itself
+        before as a part of a longer one; the text is never rewritten.
         """
         if self.subject is None:
             return None
@@ -115,7 +116,7 @@ class Edit:
         if self.subject_start is not None:
             end = self.subject_start + len(self.subject)
             return (self.subject_start, end) if self.text[self.subject_start : end] == self.subject else None
-        return _find(self.text, self.subject)
+        return next(iter(mentions(self.text, self.subject)), None)
 
     def require_subject_span(self) -> tuple[int, int]:
         """`subject_span`, or an error that says what to do.
@@ -428,26 +429,19 @@ def fold(text: str) -> str:
     return " ".join(nfc(text).casefold().split())
 
 
-def _find(text: str, subject: str) -> tuple[int, int] | None:
-    """First occurrence of `subject` in `text`: exactly, as NFC, then case-folded with any space for any other.
+def mentions(text: str, subject: str, *, any_case: bool = False) -> list[tuple[int, int]]:
+    """(start, end) of the occurrences of `subject` in `text`: exact ones, else as NFC, else case-folded.
 
-    One that is no part of a longer word comes before those that are. Returns (start, end) in `text` as it stands.
+    Case-folded, any space is as good as any other. Parts of longer words count only where all are.
+
+    Args:
+        any_case: case-folded ones count beside exact ones.
     """
-
-    def candidates() -> Iterator[tuple[int, int]]:
-        start = text.find(subject)
-        while start >= 0:
-            yield start, start + len(subject)
-            start = text.find(subject, start + 1)
-        for fold in (_nfd, _nfd_folded):
-            yield from _occurrences(text, subject, fold)
-
-    return next((span for span in candidates() if _is_whole(text, *span)), None) or next(candidates(), None)
-
-
-def mentions(text: str, subject: str) -> list[tuple[int, int]]:
-    """(start, end) of the occurrences of `subject` in `text`, in whatever case; parts of longer words where all are."""
-    found = list(_occurrences(text, subject, _nfd_folded))
+    found: list[tuple[int, int]] = []
+    if not any_case:
+        found = [(at, at + len(subject)) for at in range(len(text)) if text.startswith(subject, at)]
+        found = found or list(_occurrences(text, subject, _nfd))
+    found = found or list(_occurrences(text, subject, _nfd_folded))
     return [span for span in found if _is_whole(text, *span)] or found
 
 

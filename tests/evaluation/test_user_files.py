@@ -83,10 +83,18 @@ def test_knowedit_wikibio_takes_the_last_mention() -> None:
 
 
 def test_a_biography_goes_on_from_the_name_by_itself(file: Callable[..., Path]) -> None:
-    row = {"concept": "Lee", "text": "LEE sailed. Lee commanded the fleet and", "labels": "won.", "locality": {}}
+    row = {"concept": "lee", "text": "Of lee: LEE commanded the fleet and", "labels": "won.", "locality": {}}
     (case,), _ = read_cases(file([row]))
-    assert (case.edits[0].subject_span, case.edits[0].subject) == ((12, 15), "Lee")
+    assert (case.edits[0].subject_span, case.edits[0].subject) == ((8, 11), "LEE")
     assert case.meta["flags"] == ["subject_twice"]
+
+
+def test_a_word_that_another_case_makes_the_subject_is_no_mention_of_it(file: Callable[..., Path]) -> None:
+    prompts = ["Some of us say that {} is led by", "They told us that the capital of the US is"]
+    rows = [{"prompt": p, "subject": "US", "target_new": "x", "ground_truth": "y"} for p in prompts]
+    cases, report = read_cases(file(rows))
+    assert [case.edits[0].subject_span for case in cases] == [(20, 22), (37, 39)]
+    assert report.flags == {"repeated_subject": 1}
 
 
 @shared
@@ -659,7 +667,6 @@ def test_the_alternative_answer_of_any_format_that_has_one(file: Callable[..., P
     [
         (json.dumps({**GOOD, "target_new": " "}), "empty_target", "the answer to write is empty"),
         (json.dumps({**GOOD, "subject": "Velt"}), "subject_missing", "its subject 'Velt' does not occur"),
-        (json.dumps({**GOOD, "prompt": "norr's {} is", "ground_truth": "x"}), "marker_in_prompt", "beside the subject"),
         (json.dumps({**GOOD, "subject": ""}), "malformed", "field 'subject' is empty"),
         (json.dumps({**GOOD, "prompt": 7}), "malformed", "field 'prompt' must be text, found int"),
         (json.dumps({"prompt": "x", "subject": "x"}), "malformed", "field 'target_new' is missing"),

@@ -35,9 +35,10 @@ def knowedit(record: Mapping[str, Any], where: str, row: int, answers: Answers) 
     new = first(present(record, name, where), name, where) or ""
     old = answers_of(record.get("ground_truth"), "ground_truth", where)
     start = None
-    if bio and MARKER not in prompt and (found := mentions(prompt.rstrip(), subject)):
+    if bio and MARKER not in prompt and (found := mentions(prompt.rstrip(), subject, any_case=True)):
         start, end = found[-1]  # the passage ends with the name that the new text goes on from
         subject = prompt[start:end]
+        made.flags |= {"subject_twice"} if len(found) > 1 else set()
     edit = made.edit(prompt, subject, new, old[0][0] if old else None, subject_start=start)
     if edit is None:
         return made

@@ -252,7 +252,7 @@ class Draft:
         """
         if subject is not None and not subject.strip():
             raise MalformedFile(f"{self.where}: field 'subject' is empty; name the entity the fact is about")
-        if subject and not template and MARKER in prompt and (prompt.count(MARKER) > 1 or mentions(prompt, subject)):
+        if subject and not template and MARKER in prompt and (prompt.count(MARKER) > 1 or subject in prompt):
             # it is text, but an Edit would put the subject there
             self.leave_out("marker_in_prompt", f"the prompt {prompt!r} holds '{{}}' as text beside the subject")
             return None
