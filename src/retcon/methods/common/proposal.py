@@ -275,28 +275,30 @@ def warn_of_subjects(name: str, lm: LM, edits: Sequence[Edit], *, top: int) -> N
         top: the last layer in which a value is written at the subject.
     """
     rows = [encode_edit(lm.tokenizer, edit) for edit in edits]
+
+    def named(found: Sequence[Edit]) -> str:
+        """Name the first of several edits; one by itself goes unnamed, so that a run of them is warned of once."""
+        if len(edits) == 1:
+            return ""
+        shown = ", ".join(f"{edit.id!r} ({edit.subject!r})" for edit in found[:3])
+        return f": {shown}" + (f" and {len(found) - 3:,} more" if len(found) > 3 else "")
+
     lost = [e for e, row in zip(edits, rows, strict=True) if row.position("subject_last") < row.prediction]
     if lost and top == lm.n_layers - 1:
         warnings.warn(
             f"{name}: what the last layer ({top}) writes at the subject does not reach an answer predicted at a later "
-            f"token: {_named(lost)}. Write lower layers",
+            f"token{named(lost)}. Write lower layers",
             RetconWarning,
             stacklevel=5,
         )
     first = [e for e, row in zip(edits, rows, strict=True) if row.position("subject_last") == 0]
     if first:
         warnings.warn(
-            f"{name}: the subject is the prompt's first token, whose key is unlike the same word's after other text: "
-            f"{_named(first)}. Write the fact with text before it; rome's updates can grow huge there, r_rome's less",
+            f"{name}: the subject is the prompt's first token, whose key is unlike the same word's after other "
+            f"text{named(first)}. Write the fact with text before it",
             RetconWarning,
             stacklevel=5,
         )
-
-
-def _named(edits: Sequence[Edit]) -> str:
-    """Return the first of these edits by name, and how many more there are."""
-    shown = ", ".join(f"{edit.id!r} ({edit.subject!r})" for edit in edits[:3])
-    return shown + (f" and {len(edits) - 3:,} more" if len(edits) > 3 else "")
 
 
 def warn_of_size(lm: LM, delta: Delta) -> None:
