@@ -200,6 +200,8 @@ def test_layers_are_written_in_short():
     low_and_high = {"low": (0, 1, 2), "high": (5, 6), "layer": 3}
     (note,) = starting_point.shape_notes(method_class("jeep"), shape, low_and_high)
     assert note == "low = 0-2, high = 5-6, layer = 3: by relative depth, 8 layers"
+    (note,) = starting_point.shape_notes(method_class("jeep"), shape, {"low": (0,), "high": ()})
+    assert note == "low = 0, high = none: by relative depth, 8 layers"
 
 
 def test_filters_get_what_their_base_method_would(tiny, edits):

@@ -167,7 +167,7 @@ def span(layers: Sequence[int]) -> str:
     """Return layers in short: the first and the last where none between them lacks."""
     if len(layers) > 1 and layers[-1] - layers[0] == len(layers) - 1:
         return f"{layers[0]}-{layers[-1]}"
-    return ", ".join(map(str, layers))
+    return ", ".join(map(str, layers)) or "none"
 
 
 def layer_contrast(contrast: Contrast, where: Where, *, final_norm: bool) -> Float[Tensor, "records layers"]:
