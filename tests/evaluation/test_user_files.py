@@ -17,6 +17,7 @@ from retcon.edits import Case, Edit, Query, write_cases
 from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, RetconError, UnusableRow
 from retcon.evaluation import Measures, evaluate, read_cases
 from retcon.evaluation.datasets import FORMATS, FormatName
+from retcon.evaluation.datasets.tables import read_rows
 from retcon.files import read_json_rows
 from retcon.lm.model import LM
 from retcon.methods.common.choosing import method
@@ -380,7 +381,9 @@ def test_a_table_holds_the_lists_of_any_format(path: Path, file: Callable[..., P
             assert (found.queries, [e.text for e in found.edits]) == (wanted.queries, [e.text for e in wanted.edits])
 
 
-@pytest.mark.parametrize("cell", ["['a', 'b']", "[\u201ca\u201d]", '["a", "b', "{'k': [{'prompt': 'a'}]}", "[['a']]"])
+@pytest.mark.parametrize(
+    "cell", ["['a']['b']", '["a"],', "['a', 'b']", "[\u201ca\u201d]", '["a", "b', "{'k': [{'prompt': 'a'}]}", "[['a']]"]
+)
 @pytest.mark.parametrize("column", ["paraphrases", "portability", "neighbors"])
 def test_a_cell_that_is_a_list_in_another_notation_is_refused(
     cell: str, column: str, file: Callable[..., Path]
@@ -416,11 +419,43 @@ def test_a_separator_of_a_table_may_be_whitespace(separator: str, file: Callable
     assert [case.edits[0].separator for case in cases] == [separator, None]
 
 
+@pytest.mark.parametrize(
+    ("line", "cells"),
+    [
+        ("a, ,b", ["a", " ", "b"]),
+        ('a, "b, c" , ', None),  # as a quoted cell that goes on
+        (' "a, ""b"", c", "d",e', ['a, "b", c', "d", "e"]),
+        ('"a, ""b"", c, ","d, ", " "', ['a, "b", c, ', "d, ", " "]),
+        ('a 5" b, "c, d", ', ['a 5" b', "c, d", " "]),
+        ('a, "b" c,d', ["a", ' "b" c', "d"]),
+        ('"a,\n ""b""", "c",d', ['a,\n "b"', "c", "d"]),
+    ],
+)
+def test_a_space_goes_before_quotes_and_nowhere_else(
+    line: str, cells: list[str] | None, file: Callable[..., Path]
+) -> None:
+    path = file(f"prompt,subject,separator\n{{}} is,Norr, \n{line}\n", "rows.csv")
+    if cells is None:
+        with pytest.raises(MalformedFile, match="row 3: not a valid table"):
+            read_rows(path)
+        return
+    (_, row), (_, found) = read_rows(path)
+    assert row["separator"] == " "
+    assert [found[name] or " " for name in row] == cells
+
+
 def test_cells_of_text_stay_text(file: Callable[..., Path]) -> None:
-    content = 'prompt,subject,target_new,paraphrases\nThe list of Norr is,Norr,"[""a"", 1]","[1] {} is"\n'
-    (case,), _ = read_cases(file(content, "rows.csv"))
-    assert case.edits[0].target_new == '["a", 1]'
-    assert asked(case, "paraphrase") == [("paraphrase", "[1] Norr is", '["a", 1]')]
+    for cell in (
+        "[1] {} is",
+        '["French"] the land of {}',
+        "[\u2018French\u2019, 'German'] {} is (in) ",
+        '{"name": "x"} of {}:',
+    ):
+        quoted = cell.replace('"', '""')
+        content = f'prompt,subject,target_new,paraphrases\nThe list of Norr is,Norr,"[""a"", 1]","{quoted}"\n'
+        (case,), _ = read_cases(file(content, "rows.csv"))
+        assert case.edits[0].target_new == '["a", 1]'
+        assert asked(case, "paraphrase") == [("paraphrase", cell.replace("{}", "Norr"), '["a", 1]')]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from retcon.files import NumberedRow, read_json_rows, read_text
 
 ENDINGS = (".csv", ".tsv")
 """How the names of tables end; every other file is JSON."""
-_MEANT_AS_JSON = re.compile(r"\s*[\[{][\[{\s]*[\"'\u2018\u2019\u201c\u201d\u201e\u00ab]")
+_LIKE_JSON = re.compile(r"\s*[\[{][\[{\s]*[\"'\u2018\u2019\u201c\u201d\u201e\u00ab]")
 """How a cell begins that is a list or an object, in JSON or in another notation: brackets, then a quote."""
 
 
@@ -33,8 +33,9 @@ def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = 
     text = read_text(path)
     head = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
     delimiter = "\t" if str(path).lower().endswith(".tsv") else max(",;\t", key=head.count)
-    spaced = re.search(rf'{delimiter} +"(?!")', text) is not None  # a space before the quotes of a cell
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced)
+    # a space before the quotes of a cell is no text of it; quoted cells are passed over whole
+    text = re.sub(rf'(^|[\r\n{delimiter}]) *((?:"[^"]*")+)(?= *(?:[\r\n{delimiter}]|$))', r"\1\2", text)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[NumberedRow] = []
     names: list[str] = []
     number = 0
@@ -95,7 +96,7 @@ def with_lists(record: Mapping[str, Any], columns: Collection[str], where: str) 
     """Return a table's row with the lists, the objects and the truth values that the cells of `columns` hold as JSON.
 
     Raises:
-        MalformedFile: a cell that begins like a list of texts or an object and is no JSON; `where` names file and row.
+        MalformedFile: a cell that is a list of texts or an object in another notation; `where` names file and row.
     """
     return {name: _opened(name, cell, where) if name in columns else cell for name, cell in record.items()}
 
@@ -114,9 +115,15 @@ def _opened(name: str, cell: str | None, where: str) -> Any:
     if name == "chat" and cell and cell.strip().lower() in ("true", "false"):  # as a spreadsheet writes them
         return cell.strip().lower() == "true"
     found = json_or_text(cell)
-    if isinstance(found, str) and _MEANT_AS_JSON.match(found):
+    if isinstance(found, str) and _is_meant_as_json(found):
         raise MalformedFile(
             f"{where}: column {name!r} holds {found:.60}, which begins like a list or an object and is no JSON; write "
             "it as JSON, with straight double quotes"
         )
     return found
+
+
+def _is_meant_as_json(cell: str) -> bool:
+    """Return whether a cell is a list or an object in another notation, or cut off: no text goes on after it."""
+    end = "]" if cell.lstrip().startswith("[") else "}"
+    return _LIKE_JSON.match(cell) is not None and (end not in cell or cell.rstrip().rstrip(",;").endswith(end))
