@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import retcon
 from retcon.cli import app
-from retcon.errors import UnknownMethod
+from retcon.errors import InvalidSetting, UnknownMethod
 
 GUIDES = Path(__file__).parents[1] / "docs" / "guides"
 
@@ -64,6 +64,46 @@ def test_a_store_writes_a_fact_of_the_example_method_again(folder: Path) -> None
     delta = store.delta(line.delta)
     assert delta.id == own.propose(lm, [replace(edit, target_new="France")]).id
     assert delta.provenance["class"] == "mean_shift:MeanShift"
+
+
+@pytest.fixture
+def written(folder: Path) -> tuple[retcon.LM, retcon.Store]:
+    """A store with a fact of the example method, whose module is not imported any more."""
+    lm = retcon.load("demo:gptj")
+    own = retcon.method("mean_shift:MeanShift", layer=1, examples=("Naples", "Turin"))
+    edit = retcon.Edit("The country that contains {} is", "Geneva", "Italy")
+    store = retcon.Store.init(folder / "store", lm, model="demo:gptj")
+    store.edit(lm, [retcon.Case("geneva", (edit,), ())], own)
+    del sys.modules["mean_shift"]
+    return lm, store
+
+
+def test_a_store_runs_code_of_a_method_of_ones_own_only_where_it_is_named(
+    written: tuple[retcon.LM, retcon.Store],
+) -> None:
+    lm, store = written
+    before = store.log()
+    with pytest.raises(
+        InvalidSetting, match=r"fact 'geneva'\) was made by mean_shift:MeanShift.* --method module:Class"
+    ):
+        store.amend(lm, "geneva", "France")
+    with pytest.raises(InvalidSetting, match=r"--method memit is memit .* and mean_shift .* made delta"):
+        store.amend(lm, "geneva", "France", method="memit")
+    assert store.log() == before
+    assert "mean_shift" not in sys.modules
+    with pytest.warns(retcon.errors.RetconWarning, match="mean_shift keeps none"):
+        store.amend(lm, "geneva", "France", method="mean_shift:MeanShift")
+
+
+def test_the_command_line_names_a_method_of_ones_own(written: tuple[retcon.LM, retcon.Store]) -> None:
+    amend = ["amend", "geneva", "--target", "France", "--store", "store"]
+    refused = CliRunner().invoke(app, amend)
+    assert (refused.exit_code, "mean_shift" in sys.modules) == (2, False)
+    done = CliRunner().invoke(app, [*amend, "--method", "mean_shift:MeanShift"])
+    assert done.exit_code == 0, done.output
+    del sys.modules["mean_shift"]
+    revert = ["revert", "--fact", "geneva", "--store", "store", "--method", "mean_shift:MeanShift"]
+    assert CliRunner().invoke(app, revert).exit_code == 0
 
 
 def test_the_example_preset_is_found(folder: Path) -> None:

@@ -5,8 +5,9 @@ import pickle
 import shutil
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,42 @@ def test_a_batch_of_a_trained_method_asks_for_its_editor(tmp_path: Path, lm: LM)
     store.revert_fact(lm, "france", repropose=True)
     assert [line.fact for line in store.facts()] == ["darrieux"]
     assert store.deltas()[0].provenance["settings"]["editor"] == "own"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heir(Rome):
+    """A method of one's own that inherits its name, and says more than ROME takes."""
+
+    more: int = 1
+
+
+def test_a_method_with_an_inherited_name_writes_its_facts_again_itself(tmp_path: Path, lm: LM, moments: Any) -> None:
+    store = Store.init(tmp_path / "edits", lm)
+    store.edit(lm, FACTS[:1], Heir(layer=1), moments=moments)
+    store.amend(lm, "france", "Milan", moments=moments)
+    (delta,) = store.deltas()
+    assert (delta.provenance["method"], delta.provenance["class"]) == ("rome", f"{__name__}:Heir")
+    store.edit(lm, FACTS[1:2], Rome(layer=1), moments=moments)
+    with pytest.raises(InvalidSetting, match="leave --method out"):
+        store.amend(lm, "darrieux", "Greek", moments=moments, method=f"{__name__}:Heir")
+
+
+def test_a_wrapped_method_of_ones_own_is_not_imported(
+    tmp_path: Path, lm: LM, moments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inherits.py").write_text(
+        f"from dataclasses import dataclass\nfrom {__name__} import Heir\n\n\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Own(Heir):\n    pass\n"
+    )
+    store = Store.init(tmp_path / "edits", lm)
+    rect = Rect(base_method="inherits:Own", base_settings={"layer": 1})
+    store.edit(lm, FACTS[:1], rect, moments=moments)
+    monkeypatch.delitem(sys.modules, "inherits")
+    with pytest.raises(InvalidSetting, match="was made by inherits:Own"):
+        store.amend(lm, "france", "Milan", moments=moments)
+    assert "inherits" not in sys.modules
+    store.amend(lm, "france", "Milan", moments=moments, method="inherits:Own")
 
 
 def test_files_of_a_methods_settings_are_found_again(tmp_path: Path, lm: LM) -> None:

@@ -11,6 +11,7 @@ from retcon.cli.stores import (
     Corpus,
     Editor,
     OtherModel,
+    OwnMethod,
     StorePath,
     entry_record,
     open_store,
@@ -25,6 +26,7 @@ def amend(
     target: Annotated[str, typer.Option(metavar="TEXT", help="Its new answer.", show_default=False)],
     repropose: Again = False,
     editor: Editor = None,
+    method: OwnMethod = None,
     message: Annotated[str, typer.Option("-m", "--message", help="Why.", show_default=False)] = "",
     model: OtherModel = None,
     corpus: Corpus = None,
@@ -37,7 +39,8 @@ def amend(
     """Give a fact another answer. Its batch is written again, and its value alone is searched."""
     found = open_store(store)
     where: dict[str, Any] = dict(model=model, corpus=corpus, device=device, dtype=dtype, verify_base=verify_base)
-    entry = rewritten(found.amend, found, fact, target, repropose=repropose, editor=editor, message=message, **where)
+    given: dict[str, Any] = dict(repropose=repropose, editor=editor, method=method, message=message)
+    entry = rewritten(found.amend, found, fact, target, **given, **where)
     if as_json:
         emit(entry_record(entry, found.state(entry.id)))
         return

@@ -11,6 +11,7 @@ from retcon.cli.stores import (
     Corpus,
     Editor,
     OtherModel,
+    OwnMethod,
     StorePath,
     entry_record,
     open_store,
@@ -30,6 +31,7 @@ def revert(
     ] = None,
     repropose: Again = False,
     editor: Editor = None,
+    method: OwnMethod = None,
     message: Annotated[str, typer.Option("-m", "--message", help="Why.", show_default=False)] = "",
     model: OtherModel = None,
     corpus: Corpus = None,
@@ -45,15 +47,16 @@ def revert(
     """
     if (name is None) == (fact is None):
         raise InvalidSetting("name an entry to revert, or one fact by --fact; retcon log lists the entries")
-    if name is not None and repropose:
-        raise InvalidSetting("--repropose goes with --fact; an entry is taken back without the model")
+    if name is not None and (repropose or method is not None):
+        option = "--repropose" if repropose else "--method"
+        raise InvalidSetting(f"{option} goes with --fact; an entry is taken back without the model")
     found = open_store(store)
     if name is not None:
         entry = found.revert(name, message=message)
     else:
         assert fact is not None
         where: dict[str, Any] = dict(model=model, corpus=corpus, device=device, dtype=dtype, verify_base=verify_base)
-        given: dict[str, Any] = dict(repropose=repropose, editor=editor, message=message)
+        given: dict[str, Any] = dict(repropose=repropose, editor=editor, method=method, message=message)
         entry = rewritten(found.revert_fact, found, fact, **given, **where)
     if as_json:
         emit(entry_record(entry, found.state(entry.id)))

@@ -40,6 +40,15 @@ Editor = Annotated[
         show_default=False,
     ),
 ]
+OwnMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="MODULE:CLASS",
+        help="The method of your own that the fact's batch was made with; its code is not run unless you name it.",
+        show_default=False,
+    ),
+]
 N_SHOWN = 20
 """Facts shown; the JSON has all."""
 

@@ -124,22 +124,24 @@ class PendingEntry:
         search: bool,
         progress: "Progress | None",
         editor: "str | os.PathLike[str] | None" = None,
+        method: str | None = None,
     ) -> "Attachment":
         """Return the delta's method, settings, contexts and seed once more, for these facts, on the model as it is.
 
         Args:
             moments: None: of the text that the delta was made with.
             editor: where the trained editor is that the delta was made with; None: where it was, or its last part.
+            method: "module:Class" of a method of one's own that the delta was made with; None: where it is imported.
 
         Raises:
             MalformedFile: that text is no longer where it was.
             InvalidSetting: other second moments, or another editor, than the delta was made with; or its editor is not
-                found.
+                found; or its method is one of one's own that is neither imported nor given; or another is given.
         """
         from retcon.memory.contexts import Contexts
         from retcon.memory.values.store import KnownValues
         from retcon.methods.common.contract import with_files
-        from retcon.methods.common.registry import build, list_methods
+        from retcon.methods.common.registry import build
         from retcon.methods.common.sequence import state_after
 
         old = self.store.delta(delta)
@@ -148,9 +150,8 @@ class PendingEntry:
         settings = with_files(made["settings"], files)
         if settings.get("editor") is not None:
             settings["editor"] = _editor_of(delta, made, editor or files.get("editor"))
-        name = str(made["method"])
-        method = build(name if name in list_methods() else made.get("class", name), settings)
-        if moments is None and method.uses_moments:
+        again = build(self._method_of(delta, made, method, lenient=search), settings)
+        if moments is None and again.uses_moments:
             moments = self._moments_of(delta)
         known = None
         if not search:
@@ -167,10 +168,10 @@ class PendingEntry:
         new = self.propose(
             lm,
             [edit for case in cases for edit in case.edits],
-            method,
+            again,
             moments=moments,
             known=known,
-            state=state_after(lm.applied, method),
+            state=state_after(lm.applied, again),
             seed=int(made["seed"]),
             contexts=Contexts(old.contexts) if old.contexts else None,
             progress=progress,
@@ -180,6 +181,49 @@ class PendingEntry:
                 f"delta {delta} was made with other second moments than those given; name the same text (--corpus)"
             )
         return new
+
+    def _method_of(self, delta: str, made: Mapping[str, Any], given: str | None, *, lenient: bool) -> str:
+        """Return the name of the method that made a delta, or its "module:Class"; no code is imported for it that is
+        neither given nor a registered method's.
+
+        Args:
+            lenient: one given that is not this delta's is another's.
+
+        Raises:
+            InvalidSetting: it, or the method that it wraps, is in no module that is imported; or another is given.
+        """
+        from retcon.methods.common.contract import place_of
+        from retcon.methods.common.registry import class_at_hand, list_methods, method_class
+
+        name = str(made["method"])
+        place = str(made.get("class", name))
+        known = method_class(name) if name in list_methods() else None
+        registered = known is not None and place in (name, place_of(known))
+        found, wrapped = name if registered else place, []
+        settings = made["settings"]
+        while settings.get("base_method"):
+            wrapped.append(str(settings["base_method"]))
+            settings = settings.get("base_settings", {})
+        if given is not None and given not in wrapped:
+            chosen = method_class(given)
+            if chosen is known if registered else chosen.name == name:
+                found = given
+            elif not lenient:
+                raise InvalidSetting(
+                    f"--method {given} is {chosen.name} ({place_of(chosen)}), and {name} ({place}) made delta {delta}: "
+                    + ("leave --method out" if registered else "name that one")
+                )
+        for each in (found, *wrapped):
+            kind = class_at_hand(each)
+            if each != given and (kind is None or (each == found and kind.name != name)):
+                facts = list(self.store.lines_by_delta()[delta])
+                raise InvalidSetting(
+                    f"delta {delta} (fact {facts[0]!r}{f' and {len(facts) - 1} more' * (len(facts) > 1)}) was made by "
+                    f"{each}, a method that is not part of retcon. Its code is not run unless you ask for it; nothing "
+                    "was changed. Name its file and class: retcon amend or retcon revert --fact with --method "
+                    "module:Class (in Python, method=..., or import it first)"
+                )
+        return found
 
     def _moments_of(self, delta: str) -> "Moments | None":
         from retcon.memory.corpus import Corpus

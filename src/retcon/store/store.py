@@ -299,6 +299,7 @@ class Store(Contents):
         moments: "Moments | None" = None,
         repropose: bool = False,
         editor: str | os.PathLike[str] | None = None,
+        method: str | None = None,
         message: str = "",
         progress: "Progress | None" = None,
     ) -> Entry:
@@ -310,10 +311,12 @@ class Store(Contents):
                 anew.
             editor: the trained editor that the batch was made with (MEND, MALMEN), where it is not found by the name on
                 record.
+            method: "module:Class" of the method of one's own that the batch was made with, where it is not imported.
 
         Raises:
             UnknownEntry: no such fact is in force.
-            InvalidSetting: the editor, or the second moments, are not those that the batch was made with.
+            InvalidSetting: the editor, the second moments or the method are not those that the batch was made with; or
+                the method is one of one's own that is neither imported nor named.
         """
         line, delta = self.fact(name)
         return self._rewritten(
@@ -323,6 +326,7 @@ class Store(Contents):
             moments=moments,
             repropose=repropose,
             editor=editor,
+            method=method,
             message=message or f"revert fact {line.fact}: {line.prompt}",
             progress=progress,
             action="revert",
@@ -337,6 +341,7 @@ class Store(Contents):
         moments: "Moments | None" = None,
         repropose: bool = False,
         editor: str | os.PathLike[str] | None = None,
+        method: str | None = None,
         message: str = "",
         progress: "Progress | None" = None,
     ) -> Entry:
@@ -361,6 +366,7 @@ class Store(Contents):
             moments=moments,
             repropose=repropose,
             editor=editor,
+            method=method,
             message=message or f"amend {line.fact}: {line.prompt} {new.edits[0].target_new}",
             progress=progress,
             action="amend",
@@ -375,6 +381,7 @@ class Store(Contents):
         moments: "Moments | None",
         repropose: bool,
         editor: str | os.PathLike[str] | None,
+        method: str | None,
         message: str,
         progress: "Progress | None",
         action: Action,
@@ -395,7 +402,7 @@ class Store(Contents):
                 self._to(lm, state, upto=slot)
                 if kept:
                     new = change.propose_again(
-                        lm, delta, kept, moments=moments, search=False, progress=progress, editor=editor
+                        lm, delta, kept, moments=moments, search=False, progress=progress, editor=editor, method=method
                     )
                     lines = [fact_line(case, new.id) for case in facts.values() if case is not None]
                     lm.apply(new)
@@ -406,7 +413,7 @@ class Store(Contents):
                     old = str(state.slots[each])
                     own = [self.index.case(line) for line in self.lines_by_delta()[old].values()]
                     new = change.propose_again(
-                        lm, old, own, moments=moments, search=True, progress=progress, editor=editor
+                        lm, old, own, moments=moments, search=True, progress=progress, editor=editor, method=method
                     )
                     lm.apply(new)
                     sets[each] = (old, new.id)

@@ -263,8 +263,12 @@ def with_files(settings: Mapping[str, Any], files: Mapping[str, str]) -> dict[st
 
 def made_by(method: Method) -> dict[str, Any]:
     """Return what a record says of a method: its name, its class as "module:Class", its settings."""
-    place = f"{type(method).__module__}:{type(method).__qualname__}"
-    return {"method": method.name, "class": place, "settings": recorded_settings(method)}
+    return {"method": method.name, "class": place_of(type(method)), "settings": recorded_settings(method)}
+
+
+def place_of(kind: type) -> str:
+    """Return a class as "module:Class"."""
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def recorded_settings(method: Method) -> dict[str, Any]:

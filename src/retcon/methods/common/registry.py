@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from retcon.edits import Edit
@@ -94,6 +95,19 @@ def _place(name: str) -> str:
     return table.get(name, name)
 
 
+def class_at_hand(name: str) -> "type[Method] | None":
+    """Return the class of a method as `method_class`; None where it is neither registered nor in a module that is
+    imported already. No other code is imported for it."""
+    if name in list_methods():
+        return method_class(name)
+    if name.partition(":")[0] not in sys.modules:
+        return None
+    try:
+        return method_class(name)
+    except UnknownMethod:
+        return None
+
+
 def setting_types(name: str) -> Mapping[str, Any]:
     """Return the type of each setting of a method, in order.
 
@@ -111,7 +125,7 @@ def _named_object(name: str) -> Any:
     module, _, attribute = name.partition(":")
     sys.path.append(os.getcwd())
     try:
-        return getattr(import_module(module), attribute)
+        return attrgetter(attribute)(import_module(module))
     finally:
         sys.path.pop()
 
