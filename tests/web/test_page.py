@@ -308,6 +308,17 @@ def test_commands_say_settings_as_the_command_line_reads_them(served: Served) ->
     done(session.toggle(session.store.log()[-1].id))
 
 
+def test_lists_and_tables_over_the_preset_are_read_back(served: Served) -> None:
+    session = served.session
+    for method, given in [("lora", 'modules=["q_proj", "v_proj"]'), ("rect", 'base_settings={stop = "probability"}')]:
+        session.choose(method, [given])
+        chosen = session.settings
+        assert session.settings_text == given
+        session.choose(method, session.settings_text.splitlines())
+        assert session.settings == chosen
+    session.choose("jeep", [])
+
+
 @pytest.mark.long
 def test_another_model_has_a_store_of_its_own(served: Served, browser: Any) -> None:
     page = browser.new_context().new_page()

@@ -1,11 +1,15 @@
-"""`--set field=value`: what a value may look like."""
+"""`--set field=value`: what a value may look like, and how settings are written so."""
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 
 from retcon.errors import InvalidSetting
-from retcon.workflow.settings import read_settings
+from retcon.methods.common.registry import list_methods, method_class, setting_types
+from retcon.workflow.settings import as_toml, read_settings
 
 
 def read(*assignments: str) -> dict[str, Any]:
@@ -60,3 +64,58 @@ def test_a_value_cannot_bring_in_another_field() -> None:
 
 def test_the_last_of_two_holds() -> None:
     assert read("steps=1", "steps=2") == {"steps": 2}
+
+
+ODD = ["none", "None", "", " a ", "1", "-1e3", "true", "[1]", "{a = 1}", '"a"', "'a'", "a\nb", "a, b", "a = b # c"]
+ODD += ["\x7f", "\u2028", "é😀", "C:\\new", "1979-05-27", 'it\'s "so"', "./a b.safetensors", "nan"]
+
+
+def read_back(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Read settings as the page and a command do: one `field=value` a line."""
+    lines = "\n".join(f"{setting}={as_toml(value)}" for setting, value in settings.items()).splitlines()
+    return read_settings(name, dataset=None, preset=None, assignments=lines)
+
+
+def choices(hint: Any) -> Iterator[Any]:
+    """Yield the values that a setting may have, as far as its type names them."""
+    if get_origin(hint) is Literal:
+        yield from get_args(hint)
+    elif get_origin(hint) is tuple:
+        yield from ((choice,) for choice in choices(get_args(hint)[0]))
+    elif hint is NoneType:
+        yield None
+    else:
+        for part in get_args(hint)[: 1 if get_origin(hint) is Annotated else None]:
+            yield from choices(part)
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_every_methods_settings_are_read_back_as_they_were(name: str) -> None:
+    made = method_class(name)
+    hints = setting_types(name)
+    defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(made)}
+    assert read_back(name, known := {s: v for s, v in defaults.items() if v is not MISSING}) == known
+    for setting, hint in hints.items():
+        for value in choices(hint):
+            assert read_back(name, {setting: value}) == {setting: value}
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_values_are_read_back_as_they_were(text: str) -> None:
+    for name, settings in [
+        ("malmen", {"editor": text}),
+        ("lora", {"modules": (text, "q_proj")}),
+        ("rect", {"base_method": "malmen", "base_settings": {"editor": text}}),
+        ("rect", {"base_settings": {"layers": [1, 2], "stop": "loss", "clamp": 1e-5, "use_moment": False}}),
+    ]:
+        assert read_back(name, settings) == settings
+
+
+def test_a_text_has_quotes_where_it_needs_them_alone() -> None:
+    assert [as_toml(v) for v in ("probability", "mend.safetensors", "1", None)] == [
+        "probability",
+        "mend.safetensors",
+        '"1"',
+        "none",
+    ]
+    assert as_toml({"stop": "loss", "modules": ("q_proj",)}) == '{stop = "loss", modules = ["q_proj"]}'

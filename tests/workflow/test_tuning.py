@@ -13,6 +13,7 @@ from retcon import world
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.lm.model import LM
 from retcon.methods.common.contract import ModelShape
+from retcon.methods.common.presets import presets as list_presets
 from retcon.methods.common.presets import write_preset
 from retcon.methods.common.registry import method_class
 from retcon.methods.memit import Memit
@@ -185,13 +186,20 @@ def test_the_objective_is_the_score_or_the_mean_of_what_there_is() -> None:
     assert objective(found.summary()) == 0.0  # nothing was edited
 
 
+def test_a_preset_of_a_filter_is_read_back(presets: Path) -> None:
+    settings = {"base_method": "memit", "base_settings": {"stop": "probability", "clamp": None}, "keep_percent": 5.0}
+    write_preset("rect", {"model_type": "llama", "n_layers": 4, "d_model": 8}, "a", "s", settings, presets)
+    preset = next(p for p in list_presets("rect") if p.source == "s")
+    assert preset.settings == settings | {"base_settings": {"stop": "probability"}}
+
+
 def test_a_preset_is_put_before_the_others_and_a_broken_file_is_left_alone(tmp_path: Path) -> None:
     match = {"model_type": "llama", "n_layers": 4, "d_model": 8, "rope_theta": None}
     path = write_preset("memit", match, "a", "s", {"layers": (1, 2), "clamp": 1e-5, "threshold": None}, tmp_path)
     write_preset("memit", match, "b", 'with "quotes"', {"layers": (1,), "cache_keys": True}, tmp_path)
     text = path.read_text()
     assert text.index('dataset = "b"') < text.index('dataset = "a"')
-    assert "clamp = 1.0e-05" in text or "clamp = 1e-05" in text
+    assert "clamp = 1e-05" in text
     assert "threshold" not in text
     assert "cache_keys = true" in text
     write_preset("memit", match, "b-x", "s", {"layers": (3,)}, tmp_path)

@@ -64,12 +64,13 @@ def read_settings(name: str, *, dataset: str | None, preset: str | None, assignm
 
 
 def as_toml(value: Any) -> str:
-    """Write a setting as `--set` reads it."""
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(as_toml, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{name} = {as_toml(v)}' for name, v in value.items())}}}"
-    return str(value).lower() if isinstance(value, bool | None) else str(value)
+    """Write a setting as `--set` reads it; a text that TOML takes for nothing else has no quotes."""
+    from retcon.methods.common.settings import toml_value
+
+    if value is None:
+        return "none"
+    is_bare = isinstance(value, str) and value.splitlines() == [value] == [value.strip()] and _value(value) == value
+    return value if is_bare and value.lower() != "none" else toml_value(value)
 
 
 def resolve(

@@ -6,7 +6,6 @@ user's files, in the folder that `RETCON_PRESETS` names or in `./retcon-presets`
 the package.
 """
 
-import json
 import os
 import tomllib
 import warnings
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from retcon.errors import MalformedFile, RetconWarning, UnknownPreset
 from retcon.files import write_atomically
 from retcon.methods.common.registry import NO_PRESET, parents_of, setting_types
-from retcon.methods.common.settings import fitted
+from retcon.methods.common.settings import fitted, toml_value
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -173,7 +172,7 @@ def write_preset(
     folder = folder or user_folder()
     path = folder / f"{method.partition(':')[2] or method}.toml"
     list(_presets_in(folder, method, method))  # what is there can be read
-    look = ", ".join(f"{name} = {_toml_value(value)}" for name, value in match.items() if value is not None)
+    look = ", ".join(f"{name} = {toml_value(value)}" for name, value in match.items() if value is not None)
     begin = f"# {method} for {look}; {dataset}"
     end = "# end\n"
     old = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -185,24 +184,13 @@ def write_preset(
         "[[preset]]",
         f"model = {{{look}}}",
         f'name = "{match["model_type"]}-{match["n_layers"]}x{match["d_model"]}"',
-        f"dataset = {_toml_value(dataset)}",
-        f"source = {_toml_value(source)}",
+        f"dataset = {toml_value(dataset)}",
+        f"source = {toml_value(source)}",
         "[preset.settings]",
-        *(f"{name} = {_toml_value(value)}" for name, value in settings.items() if value is not None),
+        *(f"{name} = {toml_value(value)}" for name, value in settings.items() if value is not None),
     ]
     write_atomically(path, ("\n".join(lines) + "\n" + end + old).encode())
     return path
-
-
-def _toml_value(value: Any) -> str:
-    """Return a setting as TOML writes it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    if isinstance(value, float):
-        return repr(value) if "e" not in repr(value) or "." in repr(value) else repr(value).replace("e", ".0e")
-    return str(value) if isinstance(value, int) else json.dumps(str(value), ensure_ascii=False)
 
 
 def _presets_in(folder: Path, name: str, file: str) -> Iterator[Preset]:

@@ -8,6 +8,7 @@ import ast
 import builtins
 import difflib
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, fields
@@ -149,6 +150,20 @@ def declared(path: str) -> Declared:
             if get_origin(hint) is not ClassVar:
                 found[line.target.id] = hint
     return Declared(found, tuple(dict.fromkeys(bases)))
+
+
+def toml_value(value: Any) -> str:
+    """Return a setting as TOML writes it; None is left out of a table, for TOML has no word for it."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name} = {toml_value(v)}' for name, v in value.items() if v is not None)}}}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    quoted = json.dumps(str(value), ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
 
 
 class _Source(dict[str, Any]):
