@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import retcon
+from retcon import workflow
 from retcon.cli import app
 from retcon.edits import Case, Edit, Query
 from retcon.errors import RetconError
@@ -316,6 +317,29 @@ def test_lists_and_tables_over_the_preset_are_read_back(served: Served) -> None:
         assert session.settings_text == given
         session.choose(method, session.settings_text.splitlines())
         assert session.settings == chosen
+    session.choose("jeep", [])
+
+
+@pytest.mark.parametrize("change", ["method", "facts"])
+def test_an_estimate_is_shown_with_what_it_is_of_alone(served: Served, change: str, monkeypatch: Any) -> None:
+    session, real = served.session, workflow.estimate
+
+    def estimate(*given: Any, **named: Any) -> workflow.Estimate:
+        if change == "method":
+            session.choose("ft", [])
+        else:
+            session.add_facts("{} lies within the borders of | Bergen | Peru")
+        return real(*given, **named)
+
+    session.choose("memit", ["steps=1"])
+    session.add_facts("{} lies within the borders of | Geneva | Norway")
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "estimate", estimate)
+        assert done(session.dry_run()).state == "done"
+    assert session.estimate is None
+    assert done(session.dry_run()).state == "done"
+    assert session.estimate is not None
+    session.clear()
     session.choose("jeep", [])
 
 

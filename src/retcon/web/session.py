@@ -352,12 +352,14 @@ class Session:
             from retcon.workflow import estimate, needed_moments, resolve
 
             self._need_draft()
+            draft = self.draft
             with self.store.at(lm):
-                edits = [edit for case in self.draft for edit in case.edits]
+                edits = [edit for case in draft for edit in case.edits]
                 resolved = resolve(lm, method, given=settings, edits=edits)
-                self.layers = _layers(resolved.settings)
-                self.estimate = estimate(lm, resolved, edits, moments=needed_moments(lm, resolved.method))
-            return f"about {self.estimate.edit_seconds:.1f} s for {len(edits)} edits"
+                found = estimate(lm, resolved, edits, moments=needed_moments(lm, resolved.method))
+            if (self.method, self.settings, self.draft) == (method, settings, draft):  # none was changed meanwhile
+                self.estimate, self.layers = found, _layers(resolved.settings)
+            return f"about {found.edit_seconds:.1f} s for {len(edits)} edit{'s' * (len(edits) != 1)}"
 
         return self.submit("dry run", run)
 
