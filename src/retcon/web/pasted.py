@@ -41,7 +41,7 @@ def pasted_cases(text: str) -> tuple[list[Case], list[str]]:
         except RetconError as error:
             said = str(error).replace(str(path), "the facts").replace(", or load with conflicts='drop' or 'last'", "")
             raise type(error)(said) from None
-    for case in [] if is_json else cases:
+    for case in [] if is_json else cases:  # JSON says null for no subject, and then {} is text
         if any(edit.subject is None and MARKER in edit.prompt for edit in case.edits):
             raise InvalidEdit(f"the facts, row {case.meta['row'] + 2}: {_NO_SUBJECT}")  # the first row is the header
     return cases, report.losses() + report.hints()
