@@ -1,5 +1,6 @@
 """The command that awaits a card, at the smallest size, on this one."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_a_wrong_result_is_said(capsys: pytest.CaptureFixture[str], monkeypatch:
     printed = capsys.readouterr().out
     assert "| **wrong** | | zero: OutOfMemory: memory ran out with 64 edits active. | |" in printed
     assert "| **wrong** | | a delta parts from the CPU's | |" in printed
-    assert "| two | | left out: 60 s are left" in printed
+    assert re.search(r"\| two \| \| left out: (60|5\d) s are left", printed)
 
 
 RELEASED = """
