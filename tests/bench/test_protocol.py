@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from retcon import world
 from retcon.bench.protocol import n_units, run_protocol
-from retcon.bench.spec import CURVE, Protocol
+from retcon.bench.spec import CURVE, DatasetSpec, ModelSpec, Protocol
 from retcon.delta import Delta, Dense, EditReport
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidSetting, NonFinite
@@ -304,3 +305,8 @@ def test_a_run_starts_from_the_base(tiny: Make) -> None:
 def test_the_worlds_cases_run_too(tiny: Make) -> None:
     found = run(tiny(n_layers=1), Protocol(kind="single", n=1), cases=world.cases(2))
     assert {r.when for r in found.records} == {"pre", "immediate", "final"}
+
+
+def test_paths_in_a_specification_are_text() -> None:
+    assert DatasetSpec(path=Path("facts/mine.jsonl")) == DatasetSpec(path="facts/mine.jsonl")  # type: ignore[arg-type]
+    assert ModelSpec(name=Path("models/mine")) == ModelSpec(name="models/mine")  # type: ignore[arg-type]

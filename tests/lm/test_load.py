@@ -1,5 +1,6 @@
 """Loading from a directory or a GGUF file: dtypes, what is refused, the fingerprint on record."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -513,3 +514,11 @@ def test_a_damaged_gguf_file(gguf_file: Path, keep: int, reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=rf"cannot load '.*tiny\.Q8_0\.gguf': {reason}") as found:
         load(str(gguf_file), device="cpu")
     assert "directory" not in str(found.value)
+
+
+def test_a_path_is_a_name_and_nothing_else_is(saved: Path) -> None:
+    lm = load(saved)
+    assert lm.name == str(saved)
+    for given in (lm, lm.model, None):
+        with pytest.raises(UnsupportedModel, match=f"{type(given).__name__} given where a model's name or folder"):
+            inspect.unwrap(load)(given)  # without the tests' check of types

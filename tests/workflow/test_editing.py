@@ -57,10 +57,10 @@ def test_a_fact_is_read_resolved_estimated_written_and_undone_without_printing(
     assert printed.err == ""
 
 
-def test_a_sequential_method_takes_up_what_its_last_delta_kept(facts: workflow.Facts) -> None:
+def test_a_sequential_method_takes_up_what_its_last_delta_kept(facts: workflow.Facts, tmp_path: Path) -> None:
     lm = retcon.load("demo:gptj")
     resolved = workflow.resolve(lm, "alphaedit", given={"steps": 2, "layers": [3]})
-    first = workflow.write_facts(lm, resolved, facts.edits[:1]).delta
+    first = workflow.write_facts(lm, resolved, facts.edits[:1], out=str(tmp_path / "first.st")).delta
     assert state_after([first], resolved.method) is first.state
     assert state_after([first], retcon.method("memit", for_model=lm)) is None
     assert state_after([], resolved.method) is None

@@ -135,6 +135,13 @@ class Protocol:
         return f"{self.kind}({n})"
 
 
+def _paths_as_text(spec: Any) -> None:
+    """Turn each field that is a path into text, which a manifest can hold."""
+    for f in fields(spec):
+        if isinstance(value := getattr(spec, f.name), os.PathLike):
+            object.__setattr__(spec, f.name, os.fsdecode(value))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A model to edit."""
@@ -156,6 +163,7 @@ class ModelSpec:
     """Text for second moments, a file or a dataset of the hub; the model's default where none is given."""
 
     def __post_init__(self) -> None:
+        _paths_as_text(self)
         if self.device is not None and self.device_map is not None:
             raise InvalidSetting(f"model {self.name}: device and device_map both say where it goes; give one of them")
         if not self.label:
@@ -217,6 +225,7 @@ class DatasetSpec:
     """`file` takes the first cases, `shuffle` draws them by the run's seed."""
 
     def __post_init__(self) -> None:
+        _paths_as_text(self)
         if not self.label:
             object.__setattr__(self, "label", Path(self.path.removeprefix("hub:")).stem)
 
@@ -244,6 +253,7 @@ class MeasureSpec:
     """CounterFact's `tfidf_vocab.json`."""
 
     def __post_init__(self) -> None:
+        _paths_as_text(self)
         for name in ("idf", "vocabulary"):
             if getattr(self, name) is not None and self.snippets is None:
                 raise InvalidSetting(f"{name} is only read beside snippets, against which consistency is measured")
@@ -283,6 +293,7 @@ class BenchSpec:
     """Keep log-probabilities and choices token by token, from which all teacher-forced numbers can be made again."""
 
     def __post_init__(self) -> None:
+        _paths_as_text(self)
         for name in ("models", "methods", "datasets", "protocols", "seeds"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if not getattr(self, name):

@@ -1,6 +1,7 @@
 """Loading a model by hub id, local path, GGUF file or `demo:` name."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -58,12 +59,13 @@ def load(
             hashed before.
 
     Raises:
-        UnsupportedModel: not found, neither safetensors nor GGUF, or out of the library's reach; the message says the
-            way out.
+        UnsupportedModel: no name, not found, neither safetensors nor GGUF, or out of the library's reach; the message
+            says the way out.
         MissingPackage: reading a GGUF file or a quantised checkpoint needs packages that are not installed.
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    name = _name(name)
     target = _device(device)
     if dtype is None:
         dtype = torch.float32 if _on_cpu(target, device_map) else "auto"
@@ -135,6 +137,20 @@ def load(
         stored = StoredTensors(p for p in files if p.suffix == ".safetensors") if gguf is None else None
         lm.remember_fingerprint(checkpoint_fingerprint(model, files, stored, verify=verify_base), stored)
     return lm
+
+
+def _name(given: Any) -> str:
+    """Return a model's name or path as text.
+
+    Raises:
+        UnsupportedModel: it is neither.
+    """
+    if isinstance(given, str | os.PathLike):
+        return os.fsdecode(given)
+    raise UnsupportedModel(
+        f"{type(given).__name__} given where a model's name or folder is wanted, such as 'demo:gptj'; for a model that "
+        "is loaded already: retcon.LM(model, tokenizer)"
+    )
 
 
 def find_model(name: str, revision: str | None = None) -> str:

@@ -49,7 +49,7 @@ def write_facts(
     batch_size: int | None = None,
     state: "Mapping[str, Tensor] | None" = None,
     seed: int = 0,
-    out: Path | None = None,
+    out: str | Path | None = None,
     check_out: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
 ) -> Made:
@@ -89,8 +89,9 @@ def write_facts(
     took = {"moments": timed.seconds, "edit": time.perf_counter() - started - timed.seconds}
     n_resumed = 0
     if out is not None and kept is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with turn_in(out.parent, wait=True):
+        folder = Path(out).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with turn_in(folder, wait=True):
             check_out()
             delta.save(out)
         n_resumed = kept.resumed
@@ -98,7 +99,7 @@ def write_facts(
     return Made(delta, took, n_resumed)
 
 
-def check_replaces_its_like(out: Path, lm: "LM", resolved: Resolved, edits: Sequence[Edit], seed: int) -> None:
+def check_replaces_its_like(out: str | Path, lm: "LM", resolved: Resolved, edits: Sequence[Edit], seed: int) -> None:
     """Refuse to put a delta in the place of another file than the delta of an earlier run of the same command.
 
     Raises:
@@ -106,7 +107,7 @@ def check_replaces_its_like(out: Path, lm: "LM", resolved: Resolved, edits: Sequ
     """
     from retcon.attachment import load
 
-    if not out.exists():
+    if not Path(out).exists():
         return
     try:
         old = load(out)
