@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from retcon.chat import Chat
 from retcon.delta import Delta, Dense
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidSetting
@@ -75,6 +76,26 @@ def test_a_wrecked_model_fails_and_says_where(tiny: Callable[..., LM]) -> None:
     assert worst[0].wanted == "as before"
     assert "% of answers to other questions stay as they were (95 % interval" in verdict["local"].words
     assert "lower bound shall be 80 % or more; 3 cases)" in verdict["local"].words
+
+
+def test_one_prompt_in_two_chats_has_a_text_of_each(monkeypatch: pytest.MonkeyPatch, tiny: Callable[..., LM]) -> None:
+    def said(lm: LM, asked: Any, how: Any) -> list[str]:
+        return ["plain" if chat is None else chat.system for _, chat in asked]
+
+    monkeypatch.setattr("retcon.evaluation.safety.texts_after", said)
+    lm = tiny(n_layers=2)
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    chats = (None, Chat(system="Short."), Chat(system="Polite."))
+    (first, *_) = cases(lm)
+    asked = [
+        Case(str(i), first.edits, (Query("rewrite/0", "rewrite", "He lived in", "Florence Milan", chat=chat),))
+        for i, chat in enumerate(chats)
+    ]
+    verdict = check(lm, asked, [bump(lm, 20.0)], text=TEXT, own_words=True)
+    wanted = {"plain", "Short.", "Polite."}
+    asked_for = [f for f in verdict.findings if f.query.axis == "rewrite"]
+    assert {f.after for f in asked_for} == {f.before for f in asked_for} == wanted
+    assert {e.after for e in verdict["took"].worst} == {e.before for e in verdict["took"].worst} == wanted
 
 
 def test_what_was_not_asked_is_not_known_and_not_safe(tiny: Callable[..., LM]) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from retcon import world
 from retcon.attachment import Attachment
+from retcon.chat import Chat
 from retcon.edits import Case, Query, list_of_texts
 from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import perplexity
@@ -188,16 +189,20 @@ def check(
         ]
         findings = _findings(lm, plan, pre, post)
         telling = [f.query for f in findings if not f.passed or f.query.axis == "rewrite"][: N_SAID if own_words else 0]
-        after = _texts(now, plan, shares, telling, stops)
-    before = _texts(lm, plan, shares, telling, stops)
+        worst = {a.part: _worst(a.part, plan, post.records) for a in shares}
+        asked = [query for queries in (*worst.values(), telling) for query in queries]
+        after = _texts(now, asked, stops)
+    before = _texts(lm, asked, stops)
     findings = [
-        replace(f, before=f.before or before.get(f.query.prompt, ""), after=f.after or after.get(f.query.prompt, ""))
+        replace(f, before=f.before or before.get(_asked(f.query), ""), after=f.after or after.get(_asked(f.query), ""))
         for f in findings
     ]
-    answers = [
-        replace(a, worst=tuple(replace(e, before=before[e.prompt], after=after[e.prompt]) for e in a.worst))
-        for a in shares
-    ]
+
+    def example(part: Part, q: Query) -> Example:
+        wanted = "as before" if part == "local" else q.target or ""
+        return Example(q.prompt, wanted, before[_asked(q)], after[_asked(q)])
+
+    answers = [replace(a, worst=tuple(example(a.part, query) for query in worst[a.part])) for a in shares]
     ratio = language.ppl / base.ppl
     fine = math.isfinite(ratio) and ratio <= thresholds.perplexity_ratio
     outcome: Outcome = "off" if math.isinf(thresholds.perplexity_ratio) else "passed" if fine else "failed"
@@ -282,12 +287,12 @@ def _judged(
 
 
 def _share(part: Part, plan: QueryPlan, pre: Evaluation, post: Evaluation, threshold: float) -> Answer:
-    """Return one of the first three questions, texts of its examples still to be written."""
+    """Return one of the first three questions, without its examples."""
     found = _values(part, post.records)
     subjects = {q.case_id: q.subject for q in plan.queries}
     before = _values(part, pre.records)
     old = math.fsum(before.values()) / len(before) if before and part != "local" else None
-    return replace(_judged(part, found, subjects, old, threshold), worst=_worst(part, plan, post.records))
+    return _judged(part, found, subjects, old, threshold)
 
 
 def _values(part: Part, records: Iterable[Record]) -> dict[str, float]:
@@ -305,11 +310,10 @@ def _speaks(part: Part, record: Record) -> bool:
     return record.axis == axis and record.variant in ("cf.all_correct", "zsre.seq")
 
 
-def _worst(part: Part, plan: QueryPlan, records: Iterable[Record]) -> tuple[Example, ...]:
+def _worst(part: Part, plan: QueryPlan, records: Iterable[Record]) -> list[Query]:
     low = sorted((r for r in records if _speaks(part, r) and (r.value or 0.0) < 1), key=lambda r: r.value or 0.0)
     queries = {q.place: q.query for q in plan.queries}
-    chosen = [queries[str(r.case_id), str(r.query_id)] for r in low[:N_WORST]]
-    return tuple(Example(q.prompt, "as before" if part == "local" else q.target or "", "", "") for q in chosen)
+    return [queries[str(r.case_id), str(r.query_id)] for r in low[:N_WORST]]
 
 
 def _findings(lm: LM, plan: QueryPlan, pre: Evaluation, post: Evaluation) -> list[Finding]:
@@ -340,13 +344,14 @@ def _findings(lm: LM, plan: QueryPlan, pre: Evaluation, post: Evaluation) -> lis
     return findings
 
 
-def _texts(
-    lm: LM, plan: QueryPlan, answers: Sequence[Answer], more: Sequence[Query], stops: Sequence[str]
-) -> dict[str, str]:
-    """Return what a model writes after the examples' prompts, and after those of `more`."""
-    wanted = {e.prompt for a in answers for e in a.worst} | {q.prompt for q in more}
-    queries = list({q.query.prompt: q.query for q in plan.queries if q.query.prompt in wanted}.values())
-    return dict(zip([q.prompt for q in queries], _say(lm, queries, stops, 12), strict=True))
+def _texts(lm: LM, asked: Iterable[Query], stops: Sequence[str]) -> dict[tuple[str, Chat | None], str]:
+    """Return what a model writes after prompts, by prompt and chat."""
+    queries = {_asked(query): query for query in asked}
+    return dict(zip(queries, _say(lm, list(queries.values()), stops, 12), strict=True))
+
+
+def _asked(query: Query) -> tuple[str, Chat | None]:
+    return query.prompt, query.chat
 
 
 def _say(lm: LM, queries: Sequence[Query], stops: Sequence[str], max_new_tokens: int) -> list[str]:
