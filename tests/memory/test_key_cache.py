@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from retcon.errors import InvalidSetting
+from retcon.errors import DeltaMismatch
 from retcon.memory.key_cache import earlier_keys, extended
 
 
@@ -28,9 +28,9 @@ def test_another_models_or_other_layers_state_is_refused(tiny, randn):
     lm = tiny("llama")
     one, two = lm.site(1, "down_proj"), lm.site(2, "down_proj")
     state = extended({}, {one.name: randn(3, one.weight.shape[1])}, lm)
-    with pytest.raises(InvalidSetting, match="does not belong to"):
+    with pytest.raises(DeltaMismatch, match="does not belong to"):
         earlier_keys(state, tiny("llama", seed=1), [one])
-    with pytest.raises(InvalidSetting, match="does not belong to"):
+    with pytest.raises(DeltaMismatch, match="does not belong to"):
         earlier_keys({}, lm, [one])
-    with pytest.raises(InvalidSetting, match=r"layers\.2\.mlp.*earlier batches used"):
+    with pytest.raises(DeltaMismatch, match=r"layers\.2\.mlp.*earlier batches used"):
         earlier_keys(state, lm, [one, two])

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.errors import InvalidSetting
+from retcon.errors import DeltaMismatch
 from retcon.lm.model import LM
 from retcon.lm.site import Site
 from retcon.memory.place import float64_place
@@ -25,19 +25,19 @@ def earlier_keys(
     """Keys by parameter name out of a state; none where there is no state yet.
 
     Raises:
-        InvalidSetting: the state is of another model or of other layers.
+        DeltaMismatch: the state is of another model or of other layers.
     """
     if state is None:
         return {}
     if _BASE not in state or not torch.equal(state[_BASE], _fingerprint(lm)):
-        raise InvalidSetting(
+        raise DeltaMismatch(
             f"the state given does not belong to {lm.name!r} (it is another model's, or another method's); start "
             "without a state, or on the model it was made on"
         )
     found = {name.removeprefix(_KEYS): keys for name, keys in state.items() if name.startswith(_KEYS)}
     wanted = {site.name: site.shape[1] for site in sites}
     if {name: keys.shape[1] for name, keys in found.items()} != wanted:
-        raise InvalidSetting(
+        raise DeltaMismatch(
             f"the state given holds keys of {', '.join(found) or 'nothing'}; this method edits {', '.join(wanted)}. "
             "Go on with the layers that the earlier batches used, or start without a state."
         )
