@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from retcon.errors import NonFinite
 from retcon.memory.solve import (
     NullSpace,
     cholesky,
@@ -154,6 +155,12 @@ def test_a_null_space_of_nothing_writes_nothing(problem):
     k, _, c = problem
     for form in ("auto", "eigenbasis", "keys", "released"):
         assert not null_space_ridge(k, null_space(c, 0.0), 3.0, form).any()
+
+
+def test_the_released_form_without_a_ridge_is_refused_where_it_is_singular(problem):
+    k, _, c = problem
+    with pytest.raises(NonFinite, match="singular; raise the ridge"):
+        null_space_ridge(k, null_space(c, 0.0), 0.0, "released")
 
 
 def test_keys_kept_often_stay_ever_more_where_they_are(problem, space, randn):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from retcon.errors import NonFinite
 from retcon.lm.model import LM
 from retcon.methods.common.hypernetwork import base_log_probs, outer_losses, pieces
 from retcon.methods.malmen import Malmen, dual_shift, shift, shift_gradients, value_differences
@@ -36,6 +37,12 @@ def test_the_limits_of_the_ridge(randn):
     assert_close(1e9 * shift(k, v, ridge_of(1e9)), k.T @ v, atol=1e-6, rtol=1e-6)
     one = shift(k[:1], v[:1], ridge_of(0.3))
     assert_close(one, torch.outer(k[0], v[0]) / (k[0] @ k[0] + 0.3))
+
+
+@pytest.mark.parametrize(("n", "width"), SIZES)
+def test_a_singular_system_is_refused(n, width):
+    with pytest.raises(NonFinite, match="singular; the editor's ridge is 0"):
+        shift(torch.zeros(n, width), torch.ones(n, 5), ridge_of(0.0))
 
 
 @pytest.mark.parametrize(("n", "width"), SIZES)

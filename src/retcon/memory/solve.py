@@ -199,9 +199,18 @@ def spd_solve(build: Build, b: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         raise NonFinite(_NOT_FINITE)
     for lower, _ in _factors(build, _JITTERS[:6]):
         return torch.cholesky_solve(b, lower)
-    solution, failed = torch.linalg.solve_ex(build(), b)
+    return general_solve(build(), b, "use more tokens for the second moment or more weight on it")
+
+
+def general_solve(a: Float[Tensor, "m m"], b: Float[Tensor, "m n"], remedy: str) -> Float[Tensor, "m n"]:
+    """Return A^-1 B by LU.
+
+    Raises:
+        NonFinite: A is singular, or the solution is not finite; the message ends with `remedy`.
+    """
+    solution, failed = torch.linalg.solve_ex(a, b)
     if int(failed) or not torch.isfinite(solution).all():
-        raise NonFinite("the linear problem is singular; use more tokens for the second moment or more weight on it")
+        raise NonFinite(f"the linear problem is singular; {remedy}")
     return solution
 
 
@@ -372,7 +381,7 @@ def null_space_ridge(
     if form == "released":
         p = space.project(torch.eye(m, dtype=k.dtype, device=where))
         system = p @ k_there @ k_there.T + identity_weight * torch.eye(m, dtype=k.dtype, device=where)
-        return torch.linalg.solve(system, pk).T.to(k.device)
+        return general_solve(system, pk, "raise the ridge, or take another form than released").T.to(k.device)
     if form == "keys" or (form == "auto" and n < (m if space.complement else space.rank)):
         return spd_solve(lambda: _plus_identity(pk.T @ pk, identity_weight), pk.T).to(k.device)
     if space.complement:  # P M P + L2 I does in the null space what the smaller system would

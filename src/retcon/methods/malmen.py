@@ -17,6 +17,7 @@ from retcon.edits import Case, Edit
 from retcon.lm.model import LM, Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
+from retcon.memory.solve import general_solve
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import Progress, State, recorded, silent
 from retcon.methods.common.hypernetwork import (
@@ -206,7 +207,7 @@ def dual_shift(k: Float[Tensor, "n in"], v: Float[Tensor, "n out"], ridge: Tenso
     """X = (K K^T + lambda I)^-1 V, in float64; S = K^T X."""
     gram = k.double() @ k.double().T
     gram.diagonal().add_(ridge.double())
-    return torch.linalg.solve(gram, v.double()).to(v.dtype)
+    return general_solve(gram, v.double(), _REMEDY).to(v.dtype)
 
 
 def shift_gradients(
@@ -221,4 +222,7 @@ def shift_gradients(
 def _normal_solve(k: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
     gram = k.double().T @ k.double()
     gram.diagonal().add_(ridge.double())
-    return torch.linalg.solve(gram, right)
+    return general_solve(gram, right, _REMEDY)
+
+
+_REMEDY = "the editor's ridge is 0 or out of range; train it again with a smaller learning rate"
