@@ -317,6 +317,27 @@ def test_another_seed_gives_another_delta(name: str, tiny: Callable[..., LM], ed
     assert (one.id == other.id) == (name in SEEDLESS)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("alphaedit", SETTINGS["alphaedit"]),
+        ("ft", SETTINGS["ft"] | dict(replay=True)),
+        ("kne", SETTINGS["kne"] | dict(reuse=True)),
+        ("lora", SETTINGS["lora"] | dict(continue_adapter=True)),
+    ],
+)
+def test_an_empty_batch_hands_the_state_on(
+    name: str, settings: Any, tiny: Callable[..., LM], edits: list[Edit]
+) -> None:
+    lm, chosen = tiny(), method(name, **settings)
+    given: dict[str, Any] = dict(contexts=CONTEXTS, moments=random_moments(lm))
+    state = chosen.propose(lm, edits[:1], **given).state
+    assert state
+    handed = chosen.propose(lm, [], state=state, **given).state
+    assert handed is not None
+    assert {n: t.tolist() for n, t in handed.items()} == {n: t.tolist() for n, t in state.items()}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_an_empty_batch_gives_an_empty_delta(
     name: str, tiny: Callable[..., LM], untouched: Callable[[LM], Any]

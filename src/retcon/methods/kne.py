@@ -153,7 +153,7 @@ class Kne(TuningSettings):
         sites = self.sites(lm)
         with tuning(self, lm, edits, [site.name for site in sites], seed=seed, progress=progress) as run:
             if not edits:
-                return run.delta()
+                return run.delta(state=state if self.keeps_state else None)
             if self.reuse and state:
                 given = unmarked(self.name, state, lm, "locate anew (reuse=False)", granularity=self.granularity)
                 ensemble = checked(given, lm, sites, self.granularity)

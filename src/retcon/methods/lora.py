@@ -80,7 +80,7 @@ class Lora(TuningSettings):
         sites = sites_named(self.name, lm, self.layers, self.modules)
         with tuning(self, lm, edits, [site.name for site in sites], seed=seed, progress=progress) as run:
             if not edits:
-                return run.delta()
+                return run.delta(state=state if self.keeps_state else None)
             generator, scale = generator_of(seed), self.alpha / self.rank
             begun = None
             if self.continue_adapter and state:

@@ -138,7 +138,7 @@ class FineTuning(TuningSettings):
         parts = self.parts(lm)
         with tuning(self, lm, edits, [part.parameter for part in parts], seed=seed, progress=progress) as run:
             if not edits:
-                return run.delta()
+                return run.delta(state=state if self.keeps_state else None)
             everything = [*edits, *_earlier(state, edits)] if self.replay else [*edits]
             prefixes = first_prefixes(self.name, lm, self.n_prefixes, contexts, seed)
             ended = run.train(
