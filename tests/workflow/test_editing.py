@@ -1,5 +1,6 @@
 """What a notebook or a page calls: facts into a model without a word printed."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from retcon import workflow
 from retcon.delta import Delta
 from retcon.errors import InvalidSetting
 from retcon.files import cache_dir
+from retcon.methods.alphaedit import AlphaEdit
 from retcon.methods.common.sequence import state_after
 from retcon.methods.rect import Rect
 
@@ -64,6 +66,14 @@ def test_a_sequential_method_takes_up_what_its_last_delta_kept(facts: workflow.F
     assert state_after([first], resolved.method) is first.state
     assert state_after([first], retcon.method("memit", for_model=lm)) is None
     assert state_after([], resolved.method) is None
+
+    @dataclass(frozen=True, kw_only=True)
+    class Own(AlphaEdit):
+        """Another method, whose name is inherited."""
+
+    assert state_after([first], Own(**resolved.method.settings)) is None
+    unnamed = {name: value for name, value in first.provenance.items() if name != "class"}  # of an earlier version
+    assert state_after([replace(first, provenance=unnamed)], resolved.method) is first.state
 
 
 def test_a_method_without_moments_reads_no_corpus(facts: workflow.Facts) -> None:

@@ -25,7 +25,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Method, Progress
+from retcon.methods.common.contract import Method, Progress, made_by
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.registry import check_subjects
 from retcon.methods.common.settings import fitted
@@ -127,11 +127,12 @@ def batch_size_for(method: Method, n: int, asked: int | None = None) -> int:
 
 def state_after(deltas: Sequence[Attachment], method: Method) -> Mapping[str, Tensor] | None:
     """Return what a sequential method takes up from the last of these deltas; None where it keeps nothing, or where
-    that delta is another method's or of other layers (said in a warning)."""
+    that delta is another method's (an earlier version's has no class, and goes by the name alone) or of other layers
+    (said in a warning)."""
     if not deltas or not method.keeps_state or deltas[-1].state is None:
         return None
-    made = deltas[-1].provenance
-    if made.get("method") != method.name:
+    made, now = deltas[-1].provenance, made_by(method)
+    if made.get("method") != now["method"] or made.get("class", now["class"]) != now["class"]:
         return None
     settings, new = made.get("settings", {}), method.state_layers
     old = settings.get("base_settings", settings).get("layers")
