@@ -212,3 +212,10 @@ def test_remembered_keys_are_those_of_the_filtered_weights(name, base, tiny, edi
 def test_settings_are_checked(settings, text):
     with pytest.raises(InvalidSetting, match=text):
         rect(**settings)
+
+
+@pytest.mark.parametrize("name", ["rect", "prune"])
+def test_a_base_method_that_trains_its_own_change_on_is_refused(name, tiny, edit):
+    filtered = method(name, base_method="lora", base_settings=dict(continue_adapter=True))
+    with pytest.raises(InvalidSetting, match=rf"{name}: lora .* trains its own change .*continue_adapter"):
+        filtered.propose(tiny("llama"), [edit])

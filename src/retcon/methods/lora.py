@@ -52,6 +52,11 @@ class Lora(TuningSettings):
         """With `continue_adapter`."""
         return self.continue_adapter
 
+    @property
+    def state_is_change(self) -> bool:
+        """With `continue_adapter`."""
+        return self.continue_adapter
+
     def propose(
         self,
         lm: LM,

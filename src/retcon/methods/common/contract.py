@@ -126,6 +126,11 @@ class Method(ABC):
         return bool(self.state_description)
 
     @property
+    def state_is_change(self) -> bool:
+        """Whether the state is the change itself, which has to be in the weights as it is for the next batch."""
+        return False
+
+    @property
     def state_layers(self) -> tuple[int, ...] | None:
         """The layers that a state is of, and has to be of to be taken; None where any will do."""
         return tuple(self.settings.get("layers") or ())

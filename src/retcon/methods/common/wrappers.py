@@ -38,8 +38,18 @@ class Filter(Method):
 
     @property
     def wrapped(self) -> Method:
-        """The base method with its settings."""
-        return build(self.base_method, self.base_settings)
+        """The base method with its settings.
+
+        Raises:
+            InvalidSetting: it goes on with its own change, of which the filter leaves less in the weights.
+        """
+        base = build(self.base_method, self.base_settings)
+        if base.state_is_change:
+            raise InvalidSetting(
+                f"{self.name}: {self.base_method} with these base_settings trains its own change from batch to batch "
+                f"({base.state_description}), of which {self.name} leaves less in the weights; turn that off"
+            )
+        return base
 
     def update_of_base(self, proposed: Attachment) -> Delta:
         """Return what the base method proposed, which has to be a change on top of the applied deltas.
