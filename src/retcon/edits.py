@@ -322,6 +322,12 @@ def list_of_texts(given: Iterable[str], what: str) -> tuple[str, ...]:
     raise InvalidSetting(f"{what} must be a list of texts, found {given!r:.60}")
 
 
+def check_choice(value: Any, known: Any, what: str) -> None:
+    """Raise InvalidSetting where `value` is none of the `Literal` type `known`; `what` it is, for the message."""
+    if value not in get_args(known):
+        raise InvalidSetting(f"unknown {what} {value!r}; known: {', '.join(get_args(known))}")
+
+
 # --- conflicts and duplicates ------------------------------------------------------------------------------------
 
 
@@ -355,8 +361,7 @@ def resolve_conflicts(edits: Iterable[Edit], rule: ConflictRule = "error") -> li
         ConflictingEdits: rule is `error` and two edits contradict each other.
         InvalidSetting: no such rule.
     """
-    if rule not in get_args(ConflictRule):
-        raise InvalidSetting(f"unknown conflict rule {rule!r}; known: {', '.join(get_args(ConflictRule))}")
+    check_choice(rule, ConflictRule, "conflict rule")
     edits = list(edits)
     groups = conflicts(edits)
     if rule == "keep" or not groups:

@@ -381,6 +381,9 @@ def test_formats_are_told_apart() -> None:
     assert read(OWN, "cases") == read(OWN)
     with pytest.raises(InvalidSetting, match="unknown format 'csv'; known: mquake, counterfact, ripple"):
         read(OWN, "csv")
+    for setting in ("case_target", "prompt_style", "answers", "prompting"):
+        with pytest.raises(InvalidSetting, match=f"unknown {setting} 'other'; known: "):
+            read(OWN, **{setting: "other"})
     with pytest.raises(
         MalformedFile, match=r"zsre\.json, row 1: field 'requested_rewrite' is missing.*read as counter"
     ):

@@ -213,3 +213,16 @@ def test_seeds_are_derived_by_name() -> None:
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**56 for seed in seeds)
     assert math.isfinite(sum(seeds))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fluency": ("nope",)}, "unknown fluency 'nope'; known: flu.new, flu.rome, flu.easyedit"),
+        ({"fluency": "flu.new"}, "fluency must be a list of texts, found 'flu.new'"),
+        ({"neighborhood_prefix": "edits"}, "unknown neighborhood_prefix 'edits'; known: none, edit"),
+    ],
+)
+def test_measures_that_do_not_exist_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidSetting, match=message):
+        Measures(**settings)

@@ -1,5 +1,6 @@
 """The contrast-based probe against hidden states and full softmaxes, record by record."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -133,6 +134,11 @@ def test_what_cannot_be_contrasted_is_left_out_and_said(still: Still) -> None:
         contrast_probe(lm, edits[1:2])
     with pytest.raises(InvalidSetting, match="nothing to probe: no edits were given"):
         contrast_probe(lm, [])
+    untyped = inspect.unwrap(contrast_probe)  # without the tests' check of types
+    with pytest.raises(InvalidSetting, match="unknown position 'subject'; known: subject_last, prediction"):
+        untyped(lm, edits, positions=["subject"])
+    with pytest.raises(InvalidSetting, match="positions must be a list of texts, found 'prediction'"):
+        untyped(lm, edits, positions="prediction")
     with pytest.raises(InvalidSetting, match="cannot read key as next tokens; known: block, attn, mlp"):
         contrast_probe(lm, EDITS, tensors=("key",))
 

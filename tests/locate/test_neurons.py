@@ -80,6 +80,8 @@ def test_grids():
     assert grid_points(4, "left").tolist() == [0.0, 0.25, 0.5, 0.75]
     assert grid_points(1, "ends").tolist() == [0.0]  # the port's presets of one step: all units off
     assert grid_points(3, "ends").tolist() == [0.0, 0.5, 1.0]
+    with pytest.raises(InvalidSetting, match="unknown grid 'right'; known: midpoint, left, ends"):
+        grid_points(3, "right")  # type: ignore[arg-type]
     with pytest.raises(InvalidSetting, match="n_points"):
         grid_points(0, "left")
 

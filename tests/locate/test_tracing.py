@@ -321,6 +321,8 @@ def test_averages_are_over_tokens_first_and_prompts_then() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"distribution": "normal"}, "unknown distribution of the noise 'normal'; known: gaussian, uniform"),
+        ({"corruption": "swap"}, "unknown corruption 'swap'; known: add, replace"),
         ({"kinds": ("block", "key")}, "cannot restore key; known: block, mlp"),
         ({"kinds": ()}, "tracing needs a kind"),
         ({"window": 0}, "a window and samples of at least 1"),

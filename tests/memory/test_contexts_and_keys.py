@@ -1,5 +1,6 @@
 """Context prefixes and averaged keys."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -46,6 +47,12 @@ def test_styles_differ_in_number_start_and_length(style, n, tiny):
     if style != "memit":  # half of them are short
         short, long = contexts.prefixes[:10], contexts.prefixes[10:]
         assert sum(map(len, short)) < sum(map(len, long))
+
+
+def test_an_unknown_style_is_refused(tiny):
+    untyped = inspect.unwrap(sample_contexts)  # without the tests' check of types
+    with pytest.raises(InvalidSetting, match="unknown style of contexts 'mend'; known: memit, rome, rome_easyedit"):
+        untyped(tiny("llama"), style="mend")
 
 
 def test_romes_style_needs_a_mark_to_start_from(tiny):

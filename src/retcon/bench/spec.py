@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from retcon.edits import ConflictRule
+from retcon.edits import ConflictRule, check_choice
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import Answers, CaseTarget, FormatName, OnError, Prompting, PromptStyle
 from retcon.evaluation.metrics.fluency import Fluency
@@ -43,8 +43,7 @@ class Protocol:
     """Cases of each of them, and its own number where that is more; None: 1,000."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(ProtocolKind):
-            raise InvalidSetting(f"unknown protocol {self.kind!r}; known: {', '.join(get_args(ProtocolKind))}")
+        check_choice(self.kind, ProtocolKind, "protocol")
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kind"}
         for name, value in fitted("protocol", types_of(Protocol), numbers).items():
             object.__setattr__(self, name, value)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from retcon.edits import Case, Query, list_of_texts
+from retcon.edits import Case, Query, check_choice, list_of_texts
 from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.evaluation.datasets.rows import Family, contaminated
 from retcon.evaluation.metrics import Judge, accepted, is_locality
@@ -25,6 +25,7 @@ WRITTEN = ("rewrite", "paraphrase", "two_hop", "portability", "singlehop", "uned
 """Axes on which the model also writes its own answer (`portability.<key>` included)."""
 PREFIXED = "+edit"
 """Ends the ids of neighbour queries asked after the edited statement, and the variants of what they give."""
+NeighborhoodPrefix = Literal["none", "edit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Measures:
     """Also store EasyEdit's token accuracy (`ee.tok`) where the dataset is of another family."""
     divergence: bool = False
     """Also the divergence of next-token distributions on locality prompts (`loc.kl`)."""
-    neighborhood_prefix: Literal["none", "edit"] = "none"
+    neighborhood_prefix: NeighborhoodPrefix = "none"
     """`edit`: also ask neighbours after the edited statement (CounterFact+, arXiv:2305.17553)."""
     references: References | None = None
     """Passages for consistency; None leaves it out."""
@@ -62,6 +63,11 @@ class Measures:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", check_seed(self.seed))
+        check_choice(self.neighborhood_prefix, NeighborhoodPrefix, "neighborhood_prefix")
+        if self.fluency is not None:
+            object.__setattr__(self, "fluency", list_of_texts(self.fluency, "fluency"))
+            for fluency in self.fluency:
+                check_choice(fluency, Fluency, "fluency")
         if self.stops is not None:
             object.__setattr__(self, "stops", list_of_texts(self.stops, "stops"))
         if self.preset not in PRESETS:

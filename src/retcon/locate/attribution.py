@@ -14,13 +14,13 @@ which is formed for one matrix at a time.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from retcon.edits import Edit
+from retcon.edits import Edit, check_choice
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_probs, logits_at, run
@@ -61,10 +61,7 @@ class Attribution:
             ("probability", Probability),
             ("answer", Answer),
         ):
-            if getattr(self, name) not in get_args(known):
-                raise InvalidSetting(
-                    f"attribution: {name} is {getattr(self, name)!r}; known: {', '.join(get_args(known))}"
-                )
+            check_choice(getattr(self, name), known, f"{name} of an attribution")
         if self.n_points < 1:
             raise InvalidSetting(f"attribution: n_points must be at least 1, found {self.n_points}")
 

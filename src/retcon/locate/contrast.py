@@ -8,13 +8,13 @@ last token and where the answer is predicted.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retcon.edits import Edit
+from retcon.edits import Edit, check_choice, list_of_texts
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.forward import Hook, Point, TensorName, logits_at
@@ -168,10 +168,13 @@ def contrast_probe(
         progress: hears (edits done, edits).
 
     Raises:
-        InvalidSetting: no edits, or none that can be probed.
+        InvalidSetting: an unknown position or tensor, no edits, or none that can be probed.
         UnsupportedModel: with the final norm, the last block's output does not give the model's own logits.
         NonFinite: a state or a probability is NaN or infinite.
     """
+    positions = cast("tuple[Where, ...]", list_of_texts(positions, "positions"))
+    for where in positions:
+        check_choice(where, Where, "position")
     if odd := [t for t in tensors if t not in PROJECTED]:
         raise InvalidSetting(f"cannot read {', '.join(odd)} as next tokens; known: {', '.join(PROJECTED)}")
     edits = list(edits)

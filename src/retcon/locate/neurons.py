@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from retcon.edits import check_choice
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_probs, logits_at, run
@@ -31,6 +32,7 @@ ends (EleutherAI's port)."""
 
 def grid_points(n_points: int, grid: Grid) -> Float[Tensor, " m"]:
     """Return the points in [0, 1]; each weighs 1/m. `ends` with one point is 0 alone, as in the port."""
+    check_choice(grid, Grid, "grid")
     if n_points < 1:
         raise InvalidSetting(f"n_points must be at least 1, found {n_points}")
     if grid == "ends":
@@ -57,8 +59,10 @@ def attribute_neurons(
         weights' dtype where that is wider.
 
     Raises:
+        InvalidSetting: an unknown grid or neuron, or no points.
         NonFinite: a score is NaN or infinite.
     """
+    check_choice(neuron, Neuron, "neuron")
     points = grid_points(n_points, grid)
     d_ff = lm.site(0, "down_proj").shape[1]
     wide = torch.promote_types(lm.dtype, torch.float32)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from retcon.edits import list_of_texts
+from retcon.edits import check_choice, list_of_texts
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
@@ -47,9 +47,10 @@ def sample_contexts(lm: LM, *, seed: int = 0, style: ContextStyle = "memit") -> 
     """Prefixes from the unedited model: the same seed gives the same texts; global RNGs are left alone.
 
     Raises:
-        InvalidSetting: the style starts from a mark which the tokenizer lacks, or the seed is none.
+        InvalidSetting: no such style, it starts from a mark which the tokenizer lacks, or the seed is none.
         NonFinite: the model's logits are NaN or infinite.
     """
+    check_choice(style, ContextStyle, "style of contexts")
     generator = generator_of(seed)
     starts = _starts(lm.tokenizer, style)
     rows, caps = [row for row, _ in starts], [cap for _, cap in starts]

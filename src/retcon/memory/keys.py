@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.edits import Edit
+from retcon.edits import Edit, check_choice
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Point, activations
 from retcon.lm.layerwise import LayerwiseReader, Reading
@@ -27,6 +27,7 @@ def weights_of(n_prefixes: int, average: KeyAverage) -> list[float]:
     """Weight of each context in the mean key, the bare prompt first; they sum to 1."""
     if n_prefixes == 0:
         return [1.0]
+    check_choice(average, KeyAverage, "average of keys")
     if average == "uniform":
         return [1 / (n_prefixes + 1)] * (n_prefixes + 1)
     return [0.5] + [0.5 / n_prefixes] * n_prefixes

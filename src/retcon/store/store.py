@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retcon.edits import Case, Edit, check_edits, same_question
+from retcon.edits import Case, Edit, check_choice, check_edits, same_question
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, UnknownEntry
 from retcon.files import TEMPORARY, as_shared, write_atomically
 from retcon.seed import check_seed
@@ -96,8 +96,7 @@ class Store(Contents):
 
         require_lm(lm)
         root = Path(path)
-        if precision not in ("float32", "float16"):
-            raise InvalidSetting(f"unknown precision {precision!r}; known: float32, float16")
+        check_choice(precision, Precision, "precision")
         cls.check_new(root)
         for name in (FACTS, DELTAS, VALUES):
             (root / name).mkdir(parents=True, exist_ok=True)

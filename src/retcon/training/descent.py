@@ -15,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.delta import EditReport
-from retcon.edits import Edit
+from retcon.edits import Edit, check_choice
 from retcon.errors import InvalidSetting, NonFinite, RetconWarning
 from retcon.lm.prompts import Row
 from retcon.seed import generator_of
 
 Reduction = Literal["per_edit", "per_token"]
 """How losses of a mini-batch become one: the mean over edits, or over answer tokens (longer answers weigh more)."""
+Skip = Literal["edit", "batch"]
 
 Losses = Callable[[Sequence[int]], Float[Tensor, " n"]]
 """Loss L_e of each of these edits, differentiable."""
@@ -52,11 +53,12 @@ class Schedule:
     """Edits per step, drawn anew each epoch; None: all of a call, so that an epoch is a step."""
     stop_loss: float = 1e-2
     """An edit whose loss is below this leaves the gradient, and comes back if it rises again; 0: never."""
-    skip: Literal["edit", "batch"] = "edit"
+    skip: Skip = "edit"
     """`batch`: a mini-batch is left out whole once its mean loss is below `stop_loss`, and counts whole until then.
     That is the end where the edits are one mini-batch; where they are several, the next epoch draws others."""
 
     def __post_init__(self) -> None:
+        check_choice(self.skip, Skip, "skip")
         if self.epochs < 0 or self.stop_loss < 0:
             raise InvalidSetting(f"epochs and stop_loss must not be negative, found {self.epochs} and {self.stop_loss}")
         if self.batch_size is not None and self.batch_size < 1:

@@ -7,10 +7,10 @@ kept byte for byte, but for whitespace at the end of prompts and around targets.
 import os
 from collections import Counter
 
-from retcon.edits import ConflictRule
+from retcon.edits import ConflictRule, check_choice
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import hub
-from retcon.evaluation.datasets.formats import FORMATS, check_case_target, likely_fields, reader, recognise
+from retcon.evaluation.datasets.formats import CHOICES, FORMATS, check_case_target, likely_fields, reader, recognise
 from retcon.evaluation.datasets.mquake import Prompting
 from retcon.evaluation.datasets.own import embedded, without_partial_rivals
 from retcon.evaluation.datasets.rows import (
@@ -93,6 +93,9 @@ def read_cases(
         ConflictingEdits: rows contradict each other and `conflicts="error"`.
         InvalidSetting: a setting that does not exist, or that the format or the embedded world does not have.
     """
+    own = dict(case_target=case_target, prompt_style=prompt_style, answers=answers, prompting=prompting)
+    for name, known in CHOICES.items():
+        check_choice(own[name], known, name)
     options = Options(start, limit, conflicts, on_error, order, seed)
     if str(path) == WORLD:
         _check_for_the_world(format, order, case_target)
@@ -106,7 +109,6 @@ def read_cases(
     guessed = [(n, {k: json_or_text(cell) for k, cell in row.items()}) for n, row in rows] if table else rows
     chosen = format or recognise(guessed, path)
     unknown: Counter[str] = Counter()
-    own = dict(case_target=case_target, prompt_style=prompt_style, answers=answers, prompting=prompting)
     parse, settings = reader(chosen, own, unknown, table=table)
     drafts = read_drafts(path, rows, bad, parse, chosen, options)
     if chosen == "edits":

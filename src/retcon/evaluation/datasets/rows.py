@@ -9,10 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from retcon.chat import Chat
-from retcon.edits import MARKER, Case, ConflictRule, Edit, Query, fold, mentions, nfc, resolve_conflicts, same_question
+from retcon.edits import (
+    MARKER,
+    Case,
+    ConflictRule,
+    Edit,
+    Query,
+    check_choice,
+    fold,
+    mentions,
+    nfc,
+    resolve_conflicts,
+    same_question,
+)
 from retcon.edits import conflicts as contradictions
 from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, UnusableRow
 from retcon.evaluation.metrics import is_locality
@@ -184,9 +196,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, kind in (("on_error", OnError), ("order", Order)):
-            if getattr(self, name) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise InvalidSetting(f"unknown {name} {getattr(self, name)!r}; known: {known}")
+            check_choice(getattr(self, name), kind, name)
         if self.start < 0 or (self.limit is not None and self.limit < 0):
             raise InvalidSetting(f"start and limit must not be negative, found {self.start} and {self.limit}")
 

@@ -9,9 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retcon.edits import check_choice
 from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS
 
+Distribution = Literal["gaussian", "uniform"]
+Corruption = Literal["add", "replace"]
 RestoredKind = Literal["block", "mlp", "attn", "severed_mlp", "severed_attn"]
 """What is restored at a token: a block's output; the MLP's or the attention's outputs over a window of layers; a
 block's output while the MLPs (or attentions) above it keep what they put out when corrupted."""
@@ -31,9 +34,9 @@ class Tracing:
     """S: draws of the noise."""
     noise: float = 3.0
     """Strength as a multiple of the standard deviation of the subjects' embeddings."""
-    distribution: Literal["gaussian", "uniform"] = "gaussian"
+    distribution: Distribution = "gaussian"
     """Of the noise; uniform is drawn from [-1, 1] before it is scaled."""
-    corruption: Literal["add", "replace"] = "add"
+    corruption: Corruption = "add"
     """Noise on top of the subject's embeddings, or in their place."""
     seed: int = 0
     """The same noise for every cell of a prompt, and for every prompt of the same subject length."""
@@ -45,6 +48,8 @@ class Tracing:
     attention window, and for forms of attention that take no mask."""
 
     def __post_init__(self) -> None:
+        check_choice(self.distribution, Distribution, "distribution of the noise")
+        check_choice(self.corruption, Corruption, "corruption")
         if unknown := [k for k in self.kinds if k not in KINDS]:
             raise InvalidSetting(f"cannot restore {', '.join(unknown)}; known: {', '.join(KINDS)}")
         if not self.kinds or self.window < 1 or self.samples < 1 or self.noise < 0:
