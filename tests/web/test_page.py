@@ -635,3 +635,29 @@ def test_the_port_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InvalidSetting, match="another page may be open there: use --port 0"):
         _listen("127.0.0.1", first.getsockname()[1])
     first.close()
+
+
+def test_the_first_model_is_loaded_again_as_it_was_and_an_interrupt_ends_it_quietly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import uvicorn
+
+    sessions: list[Session] = []
+    sources: list[Any] = []
+
+    def page(session: Session, token: str, **options: Any) -> Any:
+        sessions.append(session)
+        return make_app(session, token, **options)
+
+    def run(server: Any, sockets: Any) -> None:
+        for name in ("demo:llama", "demo:gptj"):
+            done(sessions[0].choose_model(name))
+            done(sessions[0].submit("look", lambda lm, job: sources.append(lm.source) or ""))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("retcon.web.app.make_app", page)
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    command = ["ui", "demo:gptj", "--revision", "main", "--store", str(tmp_path / "edits"), "--port", "0"]
+    ended = CliRunner().invoke(app, command)
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert [(name, options["revision"]) for name, options in sources] == [("demo:llama", None), ("demo:gptj", "main")]

@@ -57,14 +57,16 @@ def ui(
             assert model is not None
             lm = load_model(model, device=device, dtype=dtype)
             kept = Store.init(store, lm, model=model)
-        first = {lm.name: lm}  # of which the page has others loaded as it is told to
+        first = {lm.name: lm}
+        name, options = lm.source or (lm.name, {})
 
         def load(wanted: str) -> "LM":
             from retcon.lm.load import load as load_lm
 
-            return first.pop(wanted, None) or load_lm(wanted, device=device, dtype=dtype)
+            own = options if wanted == name else {"device": device}  # --revision, say, is of the first model alone
+            return first.pop(wanted, None) or load_lm(wanted, dtype=dtype, **own)
 
-        session = Session(kept, load, lm.name)
+        session = Session(kept, load, name)
         session.start()
         token = secrets.token_urlsafe(16)
         shown = f"[{host}]" if ":" in host else host
@@ -75,6 +77,8 @@ def ui(
         try:
             config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
             uvicorn.Server(config).run(sockets=[listening])
+        except KeyboardInterrupt:  # which is how it is meant to end
+            pass
         finally:
             session.stop()
 
