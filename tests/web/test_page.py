@@ -18,7 +18,7 @@ import retcon
 from retcon import workflow
 from retcon.cli import app
 from retcon.edits import Case, Edit, Query
-from retcon.errors import RetconError
+from retcon.errors import MalformedFile, RetconError
 from retcon.store import Entry, Store
 from retcon.store.index import fact_line
 from retcon.store.verify import Check, Verification
@@ -615,6 +615,23 @@ def test_a_cancelled_edit_changes_nothing(served: Served) -> None:
     assert running.state == "cancelled"
     assert served.store.log() == log
     session.clear()
+
+
+def test_errors_of_jobs_are_in_the_words_of_the_page(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = served.session
+    session.add_facts("{} lies within the borders of | Chur | Norway")
+    assert done(session.edit()).state == "done"
+
+    def gone(*args: Any) -> Any:
+        raise MalformedFile("delta x: no such file")
+
+    monkeypatch.setattr("retcon.store.verify._blame", gone)
+    monkeypatch.setattr("retcon.store.verify._Asker.ask", lambda asker, at, cases: {(cases[0].id, "rewrite/0"): False})
+    message = done(session.verify()).message
+    assert message.endswith("cannot be asked without it; retcon verify --no-bisect checks the present one alone")
+    monkeypatch.undo()
+    assert done(session.ask("The capital of France is", chat=True)).message.endswith("ask without 'as a chat message'")
+    done(session.toggle(session.store.log()[-1].id))
 
 
 def test_jobs_that_have_not_ended_are_kept(served: Served) -> None:
