@@ -309,6 +309,11 @@ def test_a_place_that_would_take_something_away_is_refused(checkpoint: Callable[
     assert read_adapter(tmp_path / "adapter").keys() == {"model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"}
     with pytest.raises(InvalidSetting, match="leave it out"):
         export(lm, tmp_path / "b", format="hf", rank=3)
+    for rank in ("min", "1", 1.0, True):
+        with pytest.raises(InvalidSetting, match="rank must be a whole number or 'max'"):
+            export(lm, tmp_path / "b", format="peft", rank=rank)  # type: ignore[arg-type]
+    adapter = export(lm, tmp_path / "c", format="peft", rank=np.int64(1))  # type: ignore[arg-type]
+    assert {loss["rank"] for loss in adapter.losses.values()} == {1}
     with pytest.raises(InvalidSetting, match="unknown format"):
         export(lm, tmp_path / "b", format="onnx")  # type: ignore[arg-type]
     lm.revert_all()

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -113,7 +114,7 @@ def export(
     record = record_of(lm, deltas, files)
     factors: dict[str, Factors] = {}
     if format in ("peft", "gguf-lora"):
-        factors = with_one_rank(factors_of(lm, deltas, rank=rank if isinstance(rank, int) else None), rank)
+        factors = with_one_rank(factors_of(lm, deltas, rank=int(rank) if isinstance(rank, Integral) else None), rank)
     losses = {n: {"rank": f.rank, "exact_rank": f.exact_rank, "error": f.error} for n, f in factors.items()}
     notes = lm.notes
     with replacing_folder(place, check=check) as fresh:
@@ -240,12 +241,14 @@ def check_form(format: str, *, rank: int | str | None, gguf_type: str, max_shard
     """Refuse what no export can be, before there is a model.
 
     Raises:
-        InvalidSetting: an unknown format, type or size, or a rank where there is none.
+        InvalidSetting: an unknown format, type or size, or a rank that is none, or where there is none.
     """
     if format not in get_args(Format):
         raise InvalidSetting(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     if rank is not None and format not in ("peft", "gguf-lora"):
         raise InvalidSetting(f"a rank was given, which adapters have and format {format} has not; leave it out")
+    if rank not in (None, "max") and (isinstance(rank, bool) or not isinstance(rank, Integral)):
+        raise InvalidSetting(f"rank must be a whole number or 'max', found {rank!r}")
     if gguf_type not in TYPES:
         raise InvalidSetting(f"unknown GGUF type {gguf_type!r}; known: {', '.join(TYPES)}")
     if not _SIZE.fullmatch(max_shard_size):
