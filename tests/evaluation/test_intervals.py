@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from retcon.errors import InvalidSetting
 from retcon.evaluation import ci_boot, ci_case, ci_seed, ci_wilson
 from retcon.evaluation.intervals import Interval, _t_975
 
@@ -109,3 +111,18 @@ def test_wilsons_interval_against_its_equation_and_known_values() -> None:
         for bound in (found.low, found.high):  # where (p - bound)^2 = z^2 bound (1 - bound) / n
             assert (share - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / n, abs=1e-12)
     assert ci_wilson(0.5, 0) is None
+
+
+def test_arrays_are_values_too() -> None:
+    values = np.array([[0.1], [0.4], [0.7]])
+    assert ci_case(values[:, 0]) == ci_case([0.1, 0.4, 0.7])  # type: ignore[arg-type]
+    assert ci_case(np.array([])) is None  # type: ignore[arg-type]
+    assert ci_boot(values, "aab") == ci_boot(torch.tensor(values), "aab")  # type: ignore[arg-type]
+
+
+def test_what_is_no_share_or_has_no_cluster_is_refused() -> None:
+    for share in (50, -0.1, math.nan):
+        with pytest.raises(InvalidSetting, match=f"a share lies between 0 and 1, found {share}"):
+            ci_wilson(share, 100)
+    with pytest.raises(InvalidSetting, match="3 values and 2 clusters given"):
+        ci_boot(torch.zeros(3, 1), "ab")

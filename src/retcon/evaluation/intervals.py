@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retcon.errors import InvalidSetting
 from retcon.seed import generator_of
 
 N_RESAMPLES = 2000
@@ -40,7 +41,7 @@ def ci_case(values: Sequence[float]) -> Interval | None:
 
     None without values. Not clipped to the range of the values.
     """
-    if not values:
+    if not len(values):
         return None
     mean = math.fsum(values) / len(values)
     variance = math.fsum((v - mean) ** 2 for v in values) / len(values)
@@ -66,7 +67,12 @@ def ci_wilson(share: float, n: int) -> Interval | None:
     Args:
         share: in [0, 1].
         n: independent subjects; None is returned for 0.
+
+    Raises:
+        InvalidSetting: the share is outside of [0, 1].
     """
+    if not 0 <= share <= 1:
+        raise InvalidSetting(f"a share lies between 0 and 1, found {share}; divide a number of successes, or percent")
     if n < 1:
         return None
     z2 = 1.959964**2
@@ -105,7 +111,13 @@ def ci_boot(
 
     Returns:
         One interval per column of the statistic; None where no resample gave a number.
+
+    Raises:
+        InvalidSetting: there are more values than clusters, or fewer.
     """
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if len(values) != len(clusters):
+        raise InvalidSetting(f"{len(values)} values and {len(clusters)} clusters given; each value needs its own")
     if not len(values):
         width = statistic(torch.zeros(1, values.shape[1], dtype=torch.float64)).shape[1]
         return [None] * width
@@ -113,7 +125,7 @@ def ci_boot(
     of_case = torch.tensor([numbers.setdefault(c, len(numbers)) for c in clusters])
     known = ~values.isnan()
     shape = (len(numbers), values.shape[1])
-    sums = torch.zeros(shape, dtype=torch.float64).index_add_(0, of_case, values.double().nan_to_num(0.0))
+    sums = torch.zeros(shape, dtype=torch.float64).index_add_(0, of_case, values.nan_to_num(0.0))
     counts = torch.zeros(shape, dtype=torch.float64).index_add_(0, of_case, known.double())
 
     generator = generator_of(seed)
