@@ -1,7 +1,7 @@
 """Keys: what the model feeds into an edited matrix when it reads a fact, averaged over contexts."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -72,9 +72,7 @@ class KeyReader:
         """
         lm, edits, contexts = self.given
         if lm.layout.earlier == "other":
-            keys, now = mean_keys(lm, edits, contexts, point, where, value=value, average=self.average)
-            assert now is not None
-            return keys, now
+            return mean_keys(lm, edits, contexts, point, where, value=value, average=self.average)
         tokens = [r.position(where) for r in self.rows]
         found = self.reader.read(
             {point: Reading(tokens, self.edit_of, self.weights), value: Reading(tokens, self.edit_of, self.bare)},
@@ -92,6 +90,34 @@ class KeyReader:
         readings = {point: Reading(tokens, self.edit_of, self.weights) for point in points}
         found = self.reader.read({**readings, value: Reading(tokens, self.edit_of, self.bare)}, keep=layer)
         return torch.stack([found[point] for point in points]), found[value]
+
+
+@overload
+def mean_keys(
+    lm: LM,
+    edits: Sequence[Edit],
+    contexts: Contexts,
+    point: Point,
+    where: Where,
+    *,
+    value: Point,
+    average: KeyAverage = ...,
+    max_batch_tokens: int = ...,
+) -> tuple[Float[Tensor, "n_edits d_in"], Float[Tensor, "n_edits d_model"]]: ...
+
+
+@overload
+def mean_keys(
+    lm: LM,
+    edits: Sequence[Edit],
+    contexts: Contexts,
+    point: Point,
+    where: Where,
+    *,
+    value: Point | None = None,
+    average: KeyAverage = ...,
+    max_batch_tokens: int = ...,
+) -> tuple[Float[Tensor, "n_edits d_in"], Float[Tensor, "n_edits d_model"] | None]: ...
 
 
 def mean_keys(
