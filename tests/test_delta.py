@@ -29,7 +29,7 @@ from retcon.delta import (
     smallest,
 )
 from retcon.edits import Edit
-from retcon.errors import DeltaMismatch, MalformedFile, NonFinite
+from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, NonFinite
 from tests.lm.deltas import KINDS, random_change, same_bytes
 
 SHAPE = torch.Size((8, 6))
@@ -258,7 +258,7 @@ def test_tensors_that_ask_for_gradients_can_be_saved(tmp_path: Path) -> None:
 
 def test_provenance_is_kept_as_json_gives_it_back() -> None:
     assert full_delta().provenance["layers"] == [1, 2]
-    with pytest.raises(TypeError, match="not JSON serializable"):
+    with pytest.raises(InvalidSetting, match="provenance must be JSON values"):
         Delta({}, base="b", provenance={"tensor": torch.ones(1)})
 
 

@@ -364,3 +364,8 @@ def test_a_malformed_case_is_named_by_row_and_field(record: dict[str, Any], mess
         read_cases(path, "cases")
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
+
+
+def test_what_json_does_not_have_is_refused_in_a_case(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSetting, match="case 'a': meta must be JSON values"):
+        write_cases(tmp_path / "a.jsonl", [Case("a", (), (), meta={"from": tmp_path})])

@@ -26,7 +26,7 @@ from retcon.attachment import EditReport as EditReport
 from retcon.checked import as_bytes, checksum, for_file
 from retcon.edits import Edit, edit_record
 from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, NonFinite
-from retcon.files import write_atomically
+from retcon.files import as_json, write_atomically
 
 FORMAT = "retcon-delta-2"
 _BLOCK = 2**24  # values of a low-rank product written out at a time
@@ -261,7 +261,7 @@ class Delta:
         kept = {name: own for name, c in self.changes.items() if (own := tuple(c))}
         object.__setattr__(self, "changes", MappingProxyType(kept))
         # Kept as JSON gives it back, so that a saved delta equals the one in memory (tuples become lists).
-        object.__setattr__(self, "provenance", MappingProxyType(json.loads(json.dumps(dict(self.provenance)))))
+        object.__setattr__(self, "provenance", MappingProxyType(as_json(self.provenance, "provenance")))
 
     __reduce__ = of_its_fields
 

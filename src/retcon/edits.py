@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from retcon.chat import Chat, chat_from
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, MalformedFile
-from retcon.files import require, write_atomically
+from retcon.files import as_json, require, write_atomically
 
 MARKER = "{}"
 """Where the subject goes in a prompt template."""
@@ -507,7 +507,11 @@ def case_from(record: Mapping[str, Any], where: str) -> Case:
 
 
 def write_cases(path: str | os.PathLike[str], cases: Iterable[Case]) -> None:
-    """Write cases as JSON lines, fields of edits and queries that are None left out."""
+    """Write cases as JSON lines, fields of edits and queries that are None left out.
+
+    Raises:
+        InvalidSetting: a case's `meta` is more than JSON holds.
+    """
     _write_lines(path, map(case_record, cases))
 
 
@@ -518,7 +522,7 @@ def case_record(case: Case) -> dict[str, Any]:
         "edits": [edit_record(edit) for edit in case.edits],
         "queries": [_without_none(asdict(query)) for query in case.queries],
         "dataset": case.dataset,
-        "meta": dict(case.meta),
+        "meta": as_json(case.meta, f"case {case.id!r}: meta"),
     }
 
 

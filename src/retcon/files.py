@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from retcon.errors import MalformedFile, PlaceBusy
+from retcon.errors import InvalidSetting, MalformedFile, PlaceBusy
 
 TEMPORARY = ".tmp"
 """How the names of files end that are being written."""
@@ -134,6 +134,18 @@ def _has_half_surrogate(record: Mapping[str, Any]) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+def as_json(values: Mapping[str, Any], what: str, *, allow_nan: bool = True) -> dict[str, Any]:
+    """Return values as a JSON file gives them back; `what` they are, for the message.
+
+    Raises:
+        InvalidSetting: JSON does not have such values.
+    """
+    try:
+        return json.loads(json.dumps(dict(values), allow_nan=allow_nan))
+    except (TypeError, ValueError) as error:
+        raise InvalidSetting(f"{what} must be JSON values, such as text, numbers and lists: {error}") from None
 
 
 def _is_json(text: str) -> bool:

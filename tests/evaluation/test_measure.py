@@ -487,3 +487,11 @@ def test_what_is_no_model_and_what_is_no_case_are_named(tiny: Make) -> None:
         evaluate(lm, CASES[0].edits)  # type: ignore[arg-type]
     with pytest.raises(InvalidEdit, match=r"Case given where an Edit is wanted; a case's own are case\.edits"):
         retcon.in_steps(retcon.method("memit", layers=(0,)), lm, CASES)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("context", [{"path": Path("a")}, {"n": torch.tensor(3)}, {"share": math.nan}, {"seed": "q"}])
+def test_a_context_that_no_file_holds_is_refused_before_anything_is_measured(
+    tiny: Make, context: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidSetting, match=r"context must be JSON values|seed: expected a whole number"):
+        evaluate(tiny(), CASES, context=context)

@@ -45,10 +45,12 @@ from retcon.evaluation.records import Record, Status, When
 from retcon.evaluation.results import Evaluation
 from retcon.evaluation.score import TokenScore, score_rows
 from retcon.evaluation.writing import PRESETS
+from retcon.files import as_json
 from retcon.lm.decoding import remembers
 from retcon.lm.generate import Writing, Written, generate, most_tokens
 from retcon.lm.model import LM, require_lm
 from retcon.lm.prompts import Row, encode
+from retcon.seed import check_seed
 
 ESSENCE_TOKENS = 100
 """Tokens of a passage read for its essence (ROME)."""
@@ -96,9 +98,12 @@ def evaluate(
     Raises:
         InvalidEdit: two cases share an id, or something is no case.
         UnsupportedModel: `lm` is no `LM`.
-        InvalidSetting: `pre` does not cover the queries.
+        InvalidSetting: `pre` does not cover the queries, or `context` is more than JSON holds.
     """
     require_lm(lm)
+    about = as_json(context or {}, "context", allow_nan=False)
+    if "seed" in about:
+        check_seed(about["seed"])
     given: dict[str, Any] = {
         "generate": generate,
         "max_new_tokens": max_new_tokens,
@@ -128,7 +133,7 @@ def evaluate(
                 parts.append(Evaluation(divergences(lm, plan, measures, "final", unedited, nullcontext)))
     return Evaluation(
         [record for part in parts for record in part.records],
-        _context(lm, cases, lm.showing if delta is None else (*lm.showing, delta), measures.seed) | {**(context or {})},
+        _context(lm, cases, lm.showing if delta is None else (*lm.showing, delta), measures.seed) | about,
         {key: text for part in parts for key, text in part.texts.items()},
         {key: ids for part in parts for key, ids in part.predictions.items()},
         {key: scores for part in parts for key, scores in part.scores.items()},
