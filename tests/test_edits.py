@@ -369,3 +369,11 @@ def test_a_malformed_case_is_named_by_row_and_field(record: dict[str, Any], mess
 def test_what_json_does_not_have_is_refused_in_a_case(tmp_path: Path) -> None:
     with pytest.raises(InvalidSetting, match="case 'a': meta must be JSON values"):
         write_cases(tmp_path / "a.jsonl", [Case("a", (), (), meta={"from": tmp_path})])
+
+
+def test_one_edit_or_query_in_place_of_a_list_is_refused_in_a_case() -> None:
+    edit = Edit("{} is in", "Rome", "Peru")
+    with pytest.raises(InvalidEdit, match="case 'a': edits must be a list of them, found one Edit"):
+        Case("a", edit, ())  # type: ignore[arg-type]
+    with pytest.raises(InvalidEdit, match="case 'a': queries must be a list of them, found one Query"):
+        Case("a", (edit,), Query("q", "rewrite", "Rome is in"))  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 from retcon.checked import Kind, as_bytes, read_checked, write_checked
 from retcon.edits import Edit, edit_record
 from retcon.errors import InvalidSetting, MalformedFile
+from retcon.files import as_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,7 +200,7 @@ class Beside:
 
     def __post_init__(self) -> None:
         for name in ("settings", "provenance"):  # as a file gives them back
-            object.__setattr__(self, name, MappingProxyType(json.loads(json.dumps(dict(getattr(self, name))))))
+            object.__setattr__(self, name, MappingProxyType(as_json(getattr(self, name), name)))
 
     __reduce__ = of_its_fields
 

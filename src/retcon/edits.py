@@ -184,7 +184,7 @@ class Case:
     """Edits and the queries that measure them.
 
     Raises:
-        InvalidEdit: the id is not text, or two queries share theirs.
+        InvalidEdit: the id is not text, edits or queries are no lists, or two queries share their id.
     """
 
     id: str
@@ -196,8 +196,10 @@ class Case:
 
     def __post_init__(self) -> None:
         _check_texts(self, f"case {self.id!r}", ("id", "dataset"), ())
-        object.__setattr__(self, "edits", tuple(self.edits))
-        object.__setattr__(self, "queries", tuple(self.queries))
+        for name, kind in (("edits", Edit), ("queries", Query)):
+            if isinstance(getattr(self, name), kind):
+                raise InvalidEdit(f"case {self.id!r}: {name} must be a list of them, found one {kind.__name__}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         ids = [query.id for query in self.queries]
         if len(set(ids)) < len(ids):
             twice = next(i for i in ids if ids.count(i) > 1)
@@ -403,6 +405,23 @@ def check_edits(edits: Iterable[Edit]) -> tuple[Edit, ...]:
         seen[edit.id] = edit
     resolve_conflicts(edits, "error")
     return edits
+
+
+def list_of_cases(cases: Iterable[Case]) -> list[Case]:
+    """Return the cases.
+
+    Raises:
+        InvalidEdit: one case in place of several, or something that is no case.
+    """
+    if isinstance(cases, Case):
+        raise InvalidEdit(f"one case given where a list of them is wanted: [case] (case {cases.id!r})")
+    cases = list(cases)
+    for case in cases:
+        if not isinstance(case, Case):
+            raise InvalidEdit(
+                f"{type(case).__name__} given where a Case is wanted, edits with the queries that measure them"
+            )
+    return cases
 
 
 def _groups(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:

@@ -14,7 +14,7 @@ import torch
 import retcon
 from retcon.delta import Delta, Dense, EditReport
 from retcon.edits import Case, Edit, Query
-from retcon.errors import InvalidEdit, InvalidSetting, UnsupportedModel
+from retcon.errors import InvalidEdit, InvalidSetting, UnknownMethod, UnsupportedModel
 from retcon.evaluation import Evaluation, Measures, Record, evaluate, measure, read_cases
 from retcon.evaluation.metrics import compare
 from retcon.evaluation.score import score_rows
@@ -485,6 +485,14 @@ def test_what_is_no_model_and_what_is_no_case_are_named(tiny: Make) -> None:
         evaluate(lm.model, CASES)
     with pytest.raises(InvalidEdit, match="Edit given where a Case is wanted"):
         evaluate(lm, CASES[0].edits)  # type: ignore[arg-type]
+    with pytest.raises(InvalidEdit, match="one case given where a list of them is wanted"):
+        evaluate(lm, CASES[0])  # type: ignore[arg-type]
+    with pytest.raises(InvalidSetting, match="pre must be what evaluate returned, found dict"):
+        evaluate(lm, CASES, pre={})  # type: ignore[arg-type]
+    with pytest.raises(UnknownMethod, match=r"'memit' given where a method is wanted: retcon\.method\("):
+        retcon.in_steps("memit", lm, CASES[0].edits)  # type: ignore[arg-type]
+    with pytest.raises(InvalidSetting, match=r"contexts must be retcon\.Contexts\(\[\.\.\.\]\), found \['The'\]"):
+        retcon.method("memit", layers=(0,)).propose(lm, CASES[0].edits, contexts=["The"])  # type: ignore[arg-type]
     with pytest.raises(InvalidEdit, match=r"Case given where an Edit is wanted; a case's own are case\.edits"):
         retcon.in_steps(retcon.method("memit", layers=(0,)), lm, CASES)  # type: ignore[arg-type]
 

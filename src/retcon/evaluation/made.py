@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from retcon import world
-from retcon.edits import MARKER, Case, Edit, Query, same_question
+from retcon.edits import MARKER, Case, Edit, Query, list_of_cases, same_question
 from retcon.evaluation.metrics import is_locality
 from retcon.world.facts import fill
 
@@ -38,7 +38,7 @@ def with_made_queries(cases: Sequence[Case], say: Say | None, *, seed: int = 0) 
         say: None makes no neighbours.
     """
     axes = {query.axis for case in cases for query in case.queries}
-    made, notes = list(cases), []
+    made, notes = list_of_cases(cases), []
     if not any(axis.split(".")[0] == "paraphrase" for axis in axes):
         reworded = {t for case in cases for edit in case.edits for t in _wordings(cases, edit)}
         made = [_with(case, _paraphrases(cases, case, seed)) for case in made]

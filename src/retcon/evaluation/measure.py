@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from retcon.attachment import Attachment
-from retcon.edits import Case
+from retcon.edits import Case, list_of_cases
 from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import Scope, next_token_divergence
 from retcon.evaluation.metrics import (
@@ -112,7 +112,7 @@ def evaluate(
         "seed": seed,
     }
     measures = replace(measures or Measures(), **{name: value for name, value in given.items() if value is not None})
-    cases = list(cases)
+    cases = list_of_cases(cases)
     plan = plan_queries(lm, cases, measures)
     before = None if pre is None else _covering(pre, plan)
     with _bar(progress) as advance:
@@ -538,6 +538,8 @@ def derive_seed(seed: int, *names: str) -> int:
 
 def _covering(pre: Evaluation, plan: QueryPlan) -> Evaluation:
     """Return the part of `pre` that speaks of these queries."""
+    if not isinstance(pre, Evaluation):
+        raise InvalidSetting(f"pre must be what evaluate returned, found {type(pre).__name__}")
     wanted = {q.place for q in plan.queries}
     cases = {case.id for case in plan.cases}
     records = [

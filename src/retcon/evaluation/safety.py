@@ -9,7 +9,7 @@ from typing import Literal
 from retcon import world
 from retcon.attachment import Attachment
 from retcon.chat import Chat
-from retcon.edits import Case, Query, list_of_texts
+from retcon.edits import Case, Query, list_of_cases, list_of_texts
 from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import perplexity
 from retcon.evaluation.endpoint import Endpoint
@@ -160,7 +160,7 @@ def check(
         InvalidSetting: no cases.
         WrongBase: a delta was made for another model.
     """
-    cases, deltas = list(cases), tuple(deltas)
+    cases, deltas = list_of_cases(cases), tuple(deltas)
     if not cases:
         raise InvalidSetting("no cases to check with; give at least the edits themselves")
     if edited is not None and deltas:
@@ -228,7 +228,7 @@ def check_endpoint(
         InvalidSetting: no cases.
         EndpointFailed: the server cannot be asked.
     """
-    cases = list(cases)
+    cases = list_of_cases(cases)
     if not cases:
         raise InvalidSetting("no cases to check with; give at least the edits themselves")
     made = with_made_queries(cases, None)

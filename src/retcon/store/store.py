@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retcon.edits import Case, Edit, check_choice, check_edits, same_question
+from retcon.edits import Case, Edit, check_choice, check_edits, list_of_cases, same_question
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, UnknownEntry
 from retcon.files import TEMPORARY, as_shared, write_atomically
 from retcon.seed import check_seed
@@ -154,7 +154,7 @@ class Store(Contents):
             StoreBusy: another process is writing.
             WrongBase: the store is of another model.
         """
-        cases, seed = list(cases), check_seed(seed)
+        cases, seed = list_of_cases(cases), check_seed(seed)
         if not cases:
             raise InvalidSetting("no facts to edit")
         from retcon.methods.common.contract import files_of

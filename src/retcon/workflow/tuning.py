@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from retcon.edits import Case, Edit
+from retcon.edits import Case, Edit, list_of_cases
 from retcon.errors import InvalidSetting, RetconError
 from retcon.seed import check_seed
 
@@ -183,7 +183,7 @@ def tune(
     from retcon.methods.common.choosing import choose
     from retcon.methods.common.wrappers import Filter
 
-    order, seed = list(cases), check_seed(seed)
+    order, seed = list_of_cases(cases), check_seed(seed)
     if len(order) < LEAST_CASES:
         raise InvalidSetting(f"tuning takes at least {LEAST_CASES} cases, better a hundred; found {len(order)}")
     given = dict(given or {})

@@ -19,7 +19,7 @@ from torch import Tensor
 from retcon.attachment import Attachment, Beside
 from retcon.delta import Change, Delta, Dense, LowRank, only_deltas, smallest
 from retcon.edits import Edit, check_edits
-from retcon.errors import InvalidSetting, RetconWarning
+from retcon.errors import InvalidSetting, RetconWarning, UnknownMethod
 from retcon.lm.model import LM, require_lm
 from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import default_moments
@@ -55,6 +55,7 @@ def in_steps(
         batch_size: None: all at once, or one by one where the method takes one fact.
 
     Raises:
+        UnknownMethod: `method` is none.
         InvalidSetting: `batch_size` does not suit the method.
         InvalidEdit, ConflictingEdits: as `propose`, and across batches too.
     """
@@ -115,8 +116,11 @@ def batch_size_for(method: Method, n: int, asked: int | None = None) -> int:
     one.
 
     Raises:
+        UnknownMethod: `method` is none.
         InvalidSetting: the method does not take as many, or it is no number from 1.
     """
+    if not isinstance(method, Method):
+        raise UnknownMethod(f"{method!r:.60} given where a method is wanted: retcon.method('memit', for_model=lm), say")
     asked = fitted(method.name, {"batch_size": int | None}, {"batch_size": asked})["batch_size"]
     size = asked if asked is not None else max(n, 1) if method.supports_batches else 1
     if size < 1 or (min(size, n) > 1 and not method.supports_batches):
