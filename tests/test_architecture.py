@@ -19,6 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = [
     {
         "errors",
+        "extensions",
         "version",
         "work",
         "escaping",
@@ -46,7 +47,7 @@ LEVELS = [
     {"cli", "__main__"},
 ]
 BASE = [
-    *("errors", "version", "work", "escaping", "seed", "files", "drawing", "pages", "chat"),
+    *("errors", "extensions", "version", "work", "escaping", "seed", "files", "drawing", "pages", "chat"),
     *("edits", "checked", "attachment", "delta"),
 ]
 """The order inside the first level; `world` may use the first three."""

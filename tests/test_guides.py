@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_example_method_edits_and_is_found_in_the_current_folder(folder: Path, capsys: Any) -> None:
-    _, use, check = blocks("add-a-method.md", "python")
+    _, use, _, check = blocks("add-a-method.md", "python")
     path = list(sys.path)
     example: dict[str, Any] = {}
     with pytest.warns(retcon.errors.RetconWarning, match="no mean_shift:MeanShift preset"):
@@ -114,6 +114,15 @@ def test_the_example_preset_is_found(folder: Path) -> None:
     lm = retcon.load("demo:gptj")
     found: Any = retcon.method("mean_shift:MeanShift", for_model=lm)
     assert (found.layer, found.examples) == (1, ("Naples", "Turin"))
+
+
+def test_the_example_format_and_metric_are_used(folder: Path) -> None:
+    (folder / "mine.py").write_text(blocks("add-a-method.md", "python")[2], encoding="utf-8")
+    (folder / "facts.jsonl").write_text('{"sentence": "The capital of {} is", "who": "Norr", "new": "Rome"}\n', "utf-8")
+    cases, _ = retcon.read_cases("facts.jsonl", "mine:wiki")
+    measures = retcon.evaluation.Measures(metrics=("mine:politeness",), max_new_tokens=2)
+    records = retcon.evaluate(retcon.load("demo:gptj"), cases, measures=measures).records
+    assert [r.value for r in records if r.variant == "mine:politeness"] == [0.0]
 
 
 def test_the_commands_of_the_guide_run(folder: Path) -> None:

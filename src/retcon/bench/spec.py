@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from retcon.edits import ConflictRule, check_choice
 from retcon.errors import InvalidSetting, MalformedFile
-from retcon.evaluation.datasets import Answers, CaseTarget, FormatName, OnError, Prompting, PromptStyle
+from retcon.evaluation.datasets import Answers, CaseTarget, OnError, Prompting, PromptStyle
 from retcon.evaluation.metrics.fluency import Fluency
 from retcon.methods.common.settings import fitted, types_of
 from retcon.seed import check_seed
@@ -211,7 +211,7 @@ class DatasetSpec:
     """A file, `hub:...`, or `world`."""
     label: str = ""
     """What reports call it."""
-    format: FormatName | None = None
+    format: str | None = None
     start: int = 0
     limit: int | None = None
     conflicts: ConflictRule = "drop"
@@ -250,6 +250,8 @@ class MeasureSpec:
     """CounterFact's `idf.npy`, beside `vocabulary`; fitted on the snippets where none is given."""
     vocabulary: str | None = None
     """CounterFact's `tfidf_vocab.json`."""
+    metrics: tuple[str, ...] = ()
+    """Metrics of your own (`retcon.evaluation.Measures`)."""
 
     def __post_init__(self) -> None:
         _paths_as_text(self)

@@ -12,7 +12,12 @@ from retcon.workflow.facts import Conflicts, Reading
 
 FileFormat = Annotated[
     str | None,
-    typer.Option("--format", metavar="NAME", help="What kind of file that is; by its fields.", show_default=False),
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="What kind of file that is, or module:function that reads its rows; by its fields.",
+        show_default=False,
+    ),
 ]
 OnError = Annotated[
     Literal["stop", "skip"],

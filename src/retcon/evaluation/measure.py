@@ -36,6 +36,7 @@ from retcon.evaluation.plan import (
     QueryPlan,
     TokenizedQuery,
     family_of_case,
+    own_metric,
     plan_now,
     plan_queries,
     subject_of,
@@ -467,10 +468,12 @@ def _records_of_case(
     """Return what is measured of several queries of a case together."""
     found: list[Measured] = []
     family = family_of_case(case)
+    now = {query.id: texts[case.id, query.id] for query in case.queries if (case.id, query.id) in texts}
+    old = {query.id: old_texts[case.id, query.id] for query in case.queries if (case.id, query.id) in old_texts}
     if family in ("mquake", "ripple") and measures.generate:
-        now = {query.id: texts[case.id, query.id] for query in case.queries if (case.id, query.id) in texts}
-        old = {query.id: old_texts[case.id, query.id] for query in case.queries if (case.id, query.id) in old_texts}
         found += multihop(case, now) if family == "mquake" else ripple(case, old, now)
+    for name in measures.metrics:
+        found += _own(name, case, now, old)
     if measures.references is not None:
         relation, target = case.meta.get("relation_id"), case.meta.get("target_new_id")
         passages = measures.references.passages.get((str(relation), str(target)), ())
@@ -479,6 +482,15 @@ def _records_of_case(
         if case.id in outputs.essence:
             found.append(_or_broken("essence", "ppl.essence.nll", outputs.essence[case.id]))
     return found
+
+
+def _own(name: str, case: Case, texts: Mapping[str, str], old_texts: Mapping[str, str]) -> list[Measured]:
+    """Return what a metric of the user's own gives for a case."""
+    try:
+        values = dict(own_metric(name)(case, texts, old_texts))
+        return [Measured(m, name, None if value is None else float(value), len(texts)) for m, value in values.items()]
+    except Exception as error:
+        raise InvalidSetting(f"metric {name}, case {case.id!r}: {type(error).__name__}: {error}") from error
 
 
 def _record(q: TokenizedQuery, when: When, m: Measured, step: int, *, skipped: bool = False) -> Record:

@@ -1,8 +1,8 @@
 """What is to be asked of a model: every query of the cases, tokenised once, with what cannot be asked and why."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from retcon.edits import Case, Query, check_choice, list_of_texts
 from retcon.errors import InvalidEdit, InvalidSetting
@@ -12,6 +12,7 @@ from retcon.evaluation.metrics.consistency import References
 from retcon.evaluation.metrics.fluency import Fluency
 from retcon.evaluation.records import NO_TARGET
 from retcon.evaluation.writing import PRESETS
+from retcon.extensions import named_function
 from retcon.lm.batches import MAX_BATCH_TOKENS
 from retcon.lm.generate import Writing
 from retcon.lm.model import LM
@@ -26,6 +27,10 @@ WRITTEN = ("rewrite", "paraphrase", "two_hop", "portability", "singlehop", "uned
 PREFIXED = "+edit"
 """Ends the ids of neighbour queries asked after the edited statement, and the variants of what they give."""
 NeighborhoodPrefix = Literal["none", "edit"]
+
+
+ENTRY_POINTS = "retcon.metrics"
+"""Group of entry points by which an installed package brings metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,10 @@ class Measures:
     """What is written between prompt and answer, over the queries' own; None: as each query has it."""
     seed: int = 0
     """Of sampled text."""
+    metrics: tuple[str, ...] = ()
+    """Metrics of your own: each is "module:function", or a name that a package announces (`retcon.metrics`). The
+    function takes a case, what the model wrote by query id, and what the unedited model wrote (the same texts where it
+    is the one that is measured), and returns numbers by name; None where one could not be had."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", check_seed(self.seed))
@@ -70,6 +79,11 @@ class Measures:
                 check_choice(fluency, Fluency, "fluency")
         if self.stops is not None:
             object.__setattr__(self, "stops", list_of_texts(self.stops, "stops"))
+        object.__setattr__(self, "metrics", list_of_texts(self.metrics, "metrics"))
+        for metric in self.metrics:
+            own_metric(metric)
+        if self.metrics and not self.generate:
+            raise InvalidSetting("metrics: those of your own read what the model writes; generate is off")
         if self.preset not in PRESETS:
             raise InvalidSetting(f"unknown way of writing {self.preset!r}; known: {', '.join(PRESETS)}")
         if self.max_batch_tokens < 1:
@@ -86,6 +100,15 @@ class Measures:
     def named(self, variant: str) -> str:
         """Return a generation variant by its full name, with the preset where that is not the default."""
         return variant if self.preset == "qa" else f"{variant}@{self.preset}"
+
+
+def own_metric(name: str) -> Callable[..., Any]:
+    """Return the function of a metric of the user's own.
+
+    Raises:
+        InvalidSetting: there is none.
+    """
+    return named_function(name, ENTRY_POINTS, "metric")
 
 
 @dataclass(frozen=True)

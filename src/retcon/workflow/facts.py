@@ -60,7 +60,7 @@ def read_facts(path: str | Path, reading: Reading = PLAIN) -> Facts:
 
     cases, report = read_cases(
         path,
-        reading.file_format,  # type: ignore[arg-type]  # an unknown one is refused by name
+        reading.file_format,
         start=reading.start,
         limit=reading.limit,
         conflicts=reading.conflicts,

@@ -54,7 +54,7 @@ WORLD = "world"
 
 def read_cases(
     path: str | os.PathLike[str],
-    format: FormatName | None = None,
+    format: str | None = None,
     *,
     start: int = 0,
     limit: int | None = None,
@@ -72,7 +72,9 @@ def read_cases(
     Args:
         path: a file (JSON, JSON lines, CSV, TSV); `hub:owner/name/file.json` (or a short name of `datasets.hub.NAMED`
             after `hub:`); or `world`.
-        format: None finds the format by all fields of the file; docs/data.md has an example of each.
+        format: None finds the format by all fields of the file; docs/data.md has an example of each. One of your own
+            is "module:function", or a name that a package announces (`retcon.datasets`): the function takes a row, an
+            object as it stands in the file, and returns the fields of our own facts.
         start: rows to pass over.
         limit: rows to read; the cases may be fewer.
         order: `file`, or `shuffle`: rows in an order drawn by `seed`, of which `start` and `limit` then take a part.
@@ -111,7 +113,7 @@ def read_cases(
     unknown: Counter[str] = Counter()
     parse, settings = reader(chosen, own, unknown, table=table)
     drafts = read_drafts(path, rows, bad, parse, chosen, options)
-    if chosen == "edits":
+    if chosen not in FORMATS or chosen == "edits":
         without_partial_rivals(drafts)
     present = list(dict.fromkeys(name for _, record in rows for name in record))
     return finish(

@@ -16,6 +16,7 @@ from retcon.evaluation.datasets.ripple import AXES, ripple
 from retcon.evaluation.datasets.rows import Answers, CaseTarget, Draft, FormatName, Parser
 from retcon.evaluation.datasets.tables import with_lists
 from retcon.evaluation.datasets.zsre import PromptStyle, zsre
+from retcon.extensions import named_function
 from retcon.files import NumberedRow
 
 IDENTITY = ("case_id", "id")
@@ -257,6 +258,13 @@ FORMATS: Mapping[FormatName, Format] = {
     )
 }
 """All formats; where two fit a file equally well, the earlier one is taken."""
+ENTRY_POINTS = "retcon.datasets"
+"""Group of entry points by which an installed package brings formats: functions from a row to the fields of our own."""
+
+
+def table_of(format: str) -> Format:
+    """Return what is known of a format; one of the user's own gives rows of ours."""
+    return FORMATS[format if format in FORMATS else "edits"]  # type: ignore[index]
 
 
 def recognise(rows: Sequence[NumberedRow], path: object) -> FormatName:
@@ -325,7 +333,7 @@ def _holders(rows: Sequence[NumberedRow]) -> str:
 
 
 def reader(
-    format: FormatName, given: Mapping[str, str], counts: Counter[str], *, table: bool = False
+    format: str, given: Mapping[str, str], counts: Counter[str], *, table: bool = False
 ) -> tuple[Parser, dict[str, str]]:
     """Return the reader of a format with its settings, and those settings by name; `counts` gets the unknown fields.
 
@@ -335,16 +343,17 @@ def reader(
     Raises:
         InvalidSetting: no such format, or it has no alternative answers, which `given` asks for.
     """
-    if format not in FORMATS:
-        raise InvalidSetting(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
-    chosen = FORMATS[format]
+    translate = None if format in FORMATS else _translator(format)
+    chosen = table_of(format)
     if "case_target" not in chosen.settings:
         check_case_target(format, given["case_target"])
     parse = partial(chosen.reader, **{argument: given[name] for name, argument in chosen.settings.items()})
     known_fields = {*chosen.fields, *chosen.carries}
 
     def read(record: Mapping[str, Any], where: str, row: int) -> Draft:
-        if table:
+        if translate is not None:
+            record = translate(record, where)
+        elif table:
             record = with_lists(record, chosen.lists, where)
         made = parse(record, where, row)
         extra = {name: value for name, value in record.items() if name not in chosen.fields}
@@ -354,6 +363,29 @@ def reader(
         return made
 
     return read, {name: given[name] for name in chosen.settings}
+
+
+def _translator(format: str) -> Callable[[Mapping[str, Any], str], Mapping[str, Any]]:
+    """Return how rows of the user's own format become rows of ours.
+
+    Raises:
+        InvalidSetting: no such format.
+    """
+    try:
+        own = named_function(format, ENTRY_POINTS, "format")
+    except InvalidSetting as error:
+        raise InvalidSetting(f"unknown format {format!r}; known: {', '.join(FORMATS)} ({error})") from None
+
+    def translate(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        try:
+            made = own(record)
+        except Exception as error:
+            raise MalformedFile(f"{where}: {format} ends in {type(error).__name__}: {error}") from error
+        if not isinstance(made, Mapping):
+            raise MalformedFile(f"{where}: {format} gives {type(made).__name__} in place of the fields of a fact")
+        return made
+
+    return translate
 
 
 def check_case_target(format: str, case_target: str) -> None:
@@ -367,9 +399,9 @@ def check_case_target(format: str, case_target: str) -> None:
         raise InvalidSetting(f"case_target {case_target!r}: {format} has no alternative answers; {able} may")
 
 
-def likely_fields(format: FormatName, unknown: Sequence[str], present: Sequence[str]) -> dict[str, str]:
+def likely_fields(format: str, unknown: Sequence[str], present: Sequence[str]) -> dict[str, str]:
     """For each unknown field, the absent one that was probably meant: it is for the same thing, or spelt like it."""
-    absent = [name for name in FORMATS[format].fields if name not in present]
+    absent = [name for name in table_of(format).fields if name not in present]
 
     def meant(name: str) -> str | None:
         same = next((group for group in SYNONYMS if name in group), ())

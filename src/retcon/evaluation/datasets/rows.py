@@ -82,7 +82,7 @@ class LoadReport:
     """What was read, left out and flagged, and how; part of any result made from the cases."""
 
     path: str
-    format: FormatName
+    format: str
     sha256: str
     """Of the file's bytes; of the rows where there is no file."""
     rows: int
@@ -369,7 +369,7 @@ def read_drafts(
     rows: Sequence[NumberedRow],
     bad: Sequence[tuple[int, str]],
     parse: Parser,
-    format: FormatName,
+    format: str,
     options: Options,
 ) -> list[Draft]:
     """Drafts of the rows asked for, unusable ones among them where `on_error` is `skip`.
@@ -406,7 +406,7 @@ def read_drafts(
 
 def finish(
     path: str | os.PathLike[str],
-    format: FormatName,
+    format: str,
     drafts: Sequence[Draft],
     options: Options,
     sha256: str,

@@ -1,17 +1,14 @@
 """The table of methods: which there are, the class and the settings of each."""
 
 import difflib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from importlib import import_module
-from importlib.metadata import entry_points
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, UnknownMethod
+from retcon.extensions import installed, named_object
 from retcon.methods.common.settings import checked, declared, types_of
 
 if TYPE_CHECKING:
@@ -51,11 +48,7 @@ NO_PRESET = "none"
 
 def list_methods() -> list[str]:
     """Names of all registered methods, those of installed packages among them."""
-    return sorted({**_installed(), **METHODS})
-
-
-def _installed() -> dict[str, str]:
-    return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+    return sorted({**installed(ENTRY_POINTS), **METHODS})
 
 
 def method_class(name: str) -> type["Method"]:
@@ -67,7 +60,7 @@ def method_class(name: str) -> type["Method"]:
     from retcon.methods.common.contract import Method
 
     try:
-        found = _named_object(_place(name))
+        found = named_object(_place(name))
     except (ImportError, AttributeError, ValueError) as error:
         raise UnknownMethod(
             f"cannot find the method {name!r}: {error}. module:Class names a class in a file of the current folder "
@@ -85,7 +78,7 @@ def method_class(name: str) -> type["Method"]:
 
 def _place(name: str) -> str:
     """Return where the class of a method is, as "module:Class"."""
-    table = {**_installed(), **METHODS}
+    table = {**installed(ENTRY_POINTS), **METHODS}
     if name not in table and ":" not in name:
         close = difflib.get_close_matches(name, table, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -118,16 +111,6 @@ def setting_types(name: str) -> Mapping[str, Any]:
     if place.startswith("retcon."):
         return declared(place).fields
     return types_of(method_class(name))
-
-
-def _named_object(name: str) -> Any:
-    """Import what "module:attribute" names. Modules of the current folder are found too, after all installed ones."""
-    module, _, attribute = name.partition(":")
-    sys.path.append(os.getcwd())
-    try:
-        return attrgetter(attribute)(import_module(module))
-    finally:
-        sys.path.pop()
 
 
 def parents_of(name: str) -> tuple[str, ...]:

@@ -1,0 +1,115 @@
+"""Formats and metrics of the user's own, from a file of the current folder or from an installed package."""
+
+import json
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import retcon
+from retcon import LM
+from retcon.errors import InvalidSetting, MalformedFile
+from retcon.evaluation import Measures
+
+CODE = """
+def wiki(row):
+    made = {"prompt": row["sentence"], "subject": row["who"], "target_new": row["new"]}
+    return made | {"paraphrases": row.get("also", [])}
+
+def words(case, texts, unedited):
+    return {"words": len(" ".join(texts.values()).split()), "same": float(texts == unedited), "odd": None}
+
+def broken(case, texts, unedited):
+    return {"x": 1 / 0}
+
+NAME = "no function"
+"""
+ROWS = [
+    {"sentence": "The capital of {} is", "who": "Velmora", "new": "Rome", "also": ["Velmora's capital is"]},
+    {"sentence": "The mayor of {} is", "who": "Norr"},
+]
+
+
+@pytest.fixture
+def lm() -> LM:
+    return retcon.load("demo:gptj")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine_of_tests.py").write_text(CODE)
+    (tmp_path / "facts.json").write_text(json.dumps(ROWS[:1]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "mine_of_tests", raising=False)
+    return tmp_path
+
+
+def test_a_function_makes_facts_of_the_rows_of_a_file(here: Path) -> None:
+    cases, report = retcon.read_cases("facts.json", "mine_of_tests:wiki")
+    assert report.format == "mine_of_tests:wiki"
+    assert [(e.statement, e.subject) for case in cases for e in case.edits] == [
+        ("The capital of Velmora is Rome", "Velmora")
+    ]
+    assert [q.prompt for q in cases[0].queries if q.axis == "paraphrase"] == ["Velmora's capital is"]
+
+
+def test_a_row_that_the_function_cannot_read_is_named(here: Path) -> None:
+    (here / "facts.json").write_text(json.dumps(ROWS))
+    with pytest.raises(MalformedFile, match=r"row 2: mine_of_tests:wiki ends in KeyError: 'new'"):
+        retcon.read_cases("facts.json", "mine_of_tests:wiki")
+    cases, report = retcon.read_cases("facts.json", "mine_of_tests:wiki", on_error="skip")
+    assert len(cases) == 1
+    assert report.dropped == {"malformed": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wiki", "unknown format 'wiki'; known: mquake"),
+        ("mine_of_tests:other", "cannot find the format 'mine_of_tests:other'"),
+        ("no_such_module:wiki", "No module named 'no_such_module'"),
+        ("mine_of_tests:NAME", "is no function but str"),
+    ],
+)
+def test_a_format_that_is_not_there_is_refused(here: Path, name: str, message: str) -> None:
+    with pytest.raises(InvalidSetting, match=message):
+        retcon.read_cases("facts.json", name)
+
+
+def test_a_package_announces_formats_and_metrics(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = {"retcon.datasets": ("wiki", "wiki"), "retcon.metrics": ("words", "words")}
+
+    def announced(*, group: str) -> list[EntryPoint]:
+        name, attribute = points[group]
+        return [EntryPoint(name, f"mine_of_tests:{attribute}", group)]
+
+    monkeypatch.setattr("retcon.extensions.entry_points", announced)
+    cases, report = retcon.read_cases("facts.json", "wiki")
+    assert len(cases) == 1
+    assert report.format == "wiki"
+    assert Measures(metrics=("words",)).metrics == ("words",)
+
+
+def test_a_metric_reads_what_both_models_write(here: Path, lm: LM) -> None:
+    cases, _ = retcon.read_cases("facts.json", "mine_of_tests:wiki")
+    measures = Measures(metrics=("mine_of_tests:words",), max_new_tokens=3)
+    pre = retcon.evaluate(lm, cases, measures=measures)
+    delta = retcon.method("memit", for_model=lm).propose(lm, [edit for case in cases for edit in case.edits])
+    post = retcon.evaluate(lm, cases, measures=measures, pre=pre, delta=delta)
+    asked: dict[str, Any] = {r.metric: r for r in pre.records if r.variant == "mine_of_tests:words"}
+    assert asked["words"].value >= 0
+    assert asked["same"].value == 1
+    assert asked["odd"].value is None
+    after = {r.metric: r for r in post.records if r.variant == "mine_of_tests:words" and r.when == "final"}
+    assert after["words"].value >= 0
+    assert after["same"].value == 0
+    assert post.summary()
+
+
+def test_a_metric_that_fails_is_named_with_its_case(here: Path, lm: LM) -> None:
+    cases, _ = retcon.read_cases("facts.json", "mine_of_tests:wiki")
+    with pytest.raises(InvalidSetting, match=r"metric mine_of_tests:broken, case .*ZeroDivisionError"):
+        retcon.evaluate(lm, cases, measures=Measures(metrics=("mine_of_tests:broken",), max_new_tokens=3))
+    with pytest.raises(InvalidSetting, match="generate is off"):
+        Measures(metrics=("mine_of_tests:words",), generate=False)
