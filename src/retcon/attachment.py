@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 from retcon.checked import Kind, as_bytes, read_checked, write_checked
 from retcon.edits import Edit, edit_record
 from retcon.errors import InvalidSetting, MalformedFile
+from retcon.extensions import installed, named_object
 from retcon.files import as_json
 
 if TYPE_CHECKING:
@@ -343,7 +343,7 @@ def load(path: str | os.PathLike[str]) -> Attachment:
     if name is None:
         module, _, attribute = DELTA.partition(":")
         return getattr(importlib.import_module(module), attribute).load(path)
-    known: dict[str, Any] = {**{e.name: e for e in entry_points(group=ENTRY_POINTS)}, **_REGISTERED}
+    known: dict[str, Any] = {**installed(ENTRY_POINTS), **_REGISTERED}
     if name not in known:
         raise MalformedFile(
             f"{path}: an attachment of the kind {name!r}, which nothing here reads (known: delta"
@@ -351,5 +351,5 @@ def load(path: str | os.PathLike[str]) -> Attachment:
             + "); install the package that made it, or register its class (retcon.attachment.register)"
         )
     found = known[name]
-    kind: type[Beside] = found if isinstance(found, type) else found.load()
+    kind: type[Beside] = found if isinstance(found, type) else named_object(found)
     return kind.load(path)
