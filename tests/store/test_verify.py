@@ -1,6 +1,7 @@
 """Knowledge regression tests: what broke is found, and since which entry; hostile text stays text."""
 
 import copy
+import random
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from retcon.methods.common.proposal import answers, reported
 from retcon.methods.rome import Rome
 from retcon.store import Store
 from retcon.store import verify as verifying
+from retcon.store.history import Entry, states
 from retcon.store.verify import verify
 from tests.conftest import tiny_model, tokenizer
 
@@ -98,6 +100,89 @@ def test_a_bisect_names_the_entry_that_broke_a_fact(store: Store, lm: LM) -> Non
         with store.at(lm):
             assert (check.outcome == "passed") == answers(lm, case.edits)[0][1]
     assert lm.applied == ()
+
+
+def test_an_entry_that_was_taken_back_is_not_to_blame(store: Store, lm: LM) -> None:
+    store.revert("HEAD")
+    store.edit(lm, [fact("another", "So it goes with", "Rome")], Scripted(40.0), message="in force")
+    broken = [check for check in verify(store, lm).checks if check.outcome == "broke"]  # passed, failed, passed, failed
+    assert {check.fact for check in broken} == {case.id for case in store.cases("HEAD~3")}
+    assert {check.since.message for check in broken if check.since} == {"in force"}
+
+
+def entry(place: int, slot: str, before: str | None, now: str | None) -> Entry:
+    return Entry(f"e{place}", "", "edit", "", None, {slot: (before, now)})
+
+
+def blamed(entries: list[Entry], passes: dict[tuple[str, ...], bool], born: int = -1) -> str | None:
+    """Return the entry that `verify` blames for a check, whose outcome is known in the states that it may ask about."""
+
+    class Known:
+        def again(self, at: Any, places: Any) -> Any:
+            return dict.fromkeys(places, passes[at.deltas])
+
+    base, *after = states("base", entries, Path("log.jsonl"))
+    history = list(zip(entries, after, strict=True))
+    found = verifying._blame(Known(), base, history, [("f", "q")], {"f": born})  # type: ignore[arg-type]
+    return found["f", "q"].id if found else None
+
+
+def random_log(draw: random.Random) -> tuple[list[Entry], list[tuple[int, str, str]]]:
+    """Edits, amendments, what took them back and what restored them; and, of those in force, place, slot and delta."""
+    entries: list[Entry] = []
+    in_force: dict[str, list[tuple[int, str]]] = {}
+    gone: dict[str, list[tuple[int, str]]] = {}
+    while len(entries) < 14:
+        place, doing = len(entries), draw.choice(["edit", "edit", "amend", "unamend", "revert", "restore"])
+        among = {"edit": [f"d{place}"], "restore": list(gone)}.get(doing, list(in_force))
+        if not among:
+            continue
+        slot = draw.choice(among)
+        before = in_force[slot][-1][1] if slot in in_force else None
+        if doing in ("edit", "amend"):
+            in_force.setdefault(slot, []).append((place, f"d{place}"))
+        elif doing == "restore":
+            in_force[slot] = gone.pop(slot)
+        elif doing == "revert" or len(in_force[slot]) == 1:
+            gone[slot] = in_force.pop(slot)
+        else:
+            in_force[slot].pop()
+        entries.append(entry(place, slot, before, in_force[slot][-1][1] if slot in in_force else None))
+    return entries, sorted((place, slot, delta) for slot, steps in in_force.items() for place, delta in steps)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_who_is_to_blame_is_found_as_by_applying_all_that_is_in_force_one_by_one(seed: int) -> None:
+    draw = random.Random(seed)
+    entries, in_force = random_log(draw)
+    slots: dict[str, str] = {}
+    applied: list[tuple[str, ...]] = [()]
+    for _, slot, delta in in_force:
+        slots[slot] = delta
+        applied.append(tuple(slots.values()))
+    assert applied[-1] == states("base", entries, Path("log.jsonl"))[-1].deltas
+    for first in range(1, len(applied)):  # it fails from there on until the end
+        passes = {deltas: n < first for n, deltas in enumerate(applied)}
+        assert blamed(entries, passes) == f"e{in_force[first - 1][0]}"
+    if in_force:
+        flips = [True, *(draw.random() < 0.5 for _ in applied[2:]), False]
+        broke = [f"e{place}" for n, (place, _, _) in enumerate(in_force) if flips[n] and not flips[n + 1]]
+        assert blamed(entries, dict(zip(applied, flips, strict=True))) in broke
+        if flips[-2]:
+            assert blamed(entries, dict(zip(applied, flips, strict=True))) == broke[-1]
+
+
+def test_what_took_an_entry_back_is_to_blame_for_what_needed_it() -> None:
+    entries = [
+        entry(0, "a", None, "a"),
+        entry(1, "b", None, "b"),
+        entry(2, "c", None, "c"),
+        entry(3, "c", "c", None),
+        entry(4, "a", "a", None),
+        entry(5, "d", None, "d"),
+    ]
+    assert blamed(entries, {("a", "b"): True, ("b",): False, ("b", "d"): False}, born=1) == "e4"
+    assert blamed(entries, {("a", "b"): False}, born=1) is None
 
 
 def test_words_are_asked_for_what_broke_before_what_never_passed(

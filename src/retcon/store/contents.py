@@ -229,8 +229,8 @@ class Contents:
                 f"(fingerprint {lm.fingerprint()[:12]}); load the model the store was made for"
             )
 
-    def checkout(self, lm: "LM", at: str | None = None) -> State:
-        """Bring the model to the state after an entry: its deltas, in order, and no others.
+    def checkout(self, lm: "LM", at: str | State | None = None) -> State:
+        """Bring the model to a state, or to that after an entry: its deltas, in order, and no others.
 
         Raises:
             WrongBase: the store is of another model.
@@ -238,7 +238,7 @@ class Contents:
             MalformedFile: a delta is missing; the model is as it was.
         """
         self.check_base(lm)
-        state, before = self.state(at), lm.applied
+        state, before = at if isinstance(at, State) else self.state(at), lm.applied
         own = {slot for entry in self.log() for pair in entry.sets.values() for slot in pair if slot}
         if foreign := [d.id for d in before if d.id not in own]:
             raise DeltaNotApplied(f"applied deltas are not the store's ({', '.join(foreign)}); revert them first")
@@ -257,8 +257,8 @@ class Contents:
         return state
 
     @contextmanager
-    def at(self, lm: "LM", entry: str | None = None) -> Iterator[State]:
-        """Put the model in the state after an entry while the scope lasts."""
+    def at(self, lm: "LM", entry: str | State | None = None) -> Iterator[State]:
+        """Put the model in a state, or in that after an entry, while the scope lasts."""
         before = lm.applied
         try:
             yield self.checkout(lm, entry)

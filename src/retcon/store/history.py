@@ -176,6 +176,33 @@ def states(base: str, entries: Sequence[Entry], where: Path) -> list[State]:
     return found
 
 
+def in_force_since(start: State, entries: Sequence[Entry]) -> list[tuple[Entry, State]]:
+    """Return those of the entries after a state whose changes are in force, oldest first, each with the state that they
+    make up to it.
+
+    What was taken back since is left out, and so is what took it back: a slot goes from what it holds at the start to
+    what it holds in the end without coming by anything twice. The last state is the one after all entries.
+    """
+    slots = dict(start.slots)
+    course: dict[str, list[tuple[int, str | None]]] = {}
+    for place, entry in enumerate(entries):
+        for slot, (_, now) in entry.sets.items():
+            course.setdefault(slot, [(-1, slots.setdefault(slot, None))]).append((place, now))
+    kept: list[dict[str, str | None]] = [{} for _ in entries]
+    for slot, steps in course.items():
+        held = [delta for _, delta in steps]
+        step = held.index(held[-1])
+        while step:
+            kept[steps[step][0]][slot] = held[step]
+            step = held.index(held[step - 1])
+    found = []
+    for entry, sets in zip(entries, kept, strict=True):
+        if sets:
+            slots |= sets
+            found.append((entry, State(start.base, dict(slots))))
+    return found
+
+
 def one_named(name: str, known: Iterable[str], what: str) -> str:
     """Return the one of `known` that `name` is, or begins.
 

@@ -13,8 +13,8 @@ from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, Malform
 from retcon.escaping import markdown
 from retcon.pages import PASSES_BY_CHOICE, Answered, Fact, FactOutcome, FactTable, PromptKind, render, worst_first
 from retcon.pages.junit import TestCase, junit
-from retcon.store.history import Entry, State
-from retcon.store.index import Line, clashes, two_answers
+from retcon.store.history import Entry, State, in_force_since
+from retcon.store.index import clashes, two_answers
 from retcon.store.store import Store
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Check:
     kind: CheckKind
     outcome: Outcome
     since: Entry | None = None
-    """The entry that broke it."""
+    """The entry in force that broke it."""
     said: str = ""
     """What the model says now, where the check fails."""
 
@@ -193,8 +193,8 @@ def verify(
         at: an entry; now by default.
         stay: facts that must stay, whose targets are the answers the unedited model gives.
         strict: paraphrases, consequences and locality that have never passed count as failures too.
-        bisect: find the entry that broke what fails (a few more passes over those checks alone). Without it, what never
-            passed cannot be told apart, so that every check that fails counts.
+        bisect: find the entry in force that broke what fails (a few more passes over those checks alone). Without it,
+            what never passed cannot be told apart, so that every check that fails counts.
 
     Raises:
         WrongBase: the store is of another model.
@@ -205,9 +205,9 @@ def verify(
     """
     from retcon.evaluation.metrics import prompt_kind
 
-    lines, entries = store.facts(at), store.log()
-    if at is not None and at != "base":
-        entries = entries[: [e.id for e in entries].index(store.entry(at).id) + 1]
+    lines, history = store.facts(at), store.history_of_states()
+    if at is not None:
+        history = history[: 0 if at == "base" else [e.id for e, _ in history].index(store.entry(at).id) + 1]
     cases = [store.index.case(line) for line in lines]
     if clash := {c.id for c in cases} & {c.id for c in stay}:
         raise InvalidEdit(f"fact {min(clash)!r} is in force, and in the list of what must stay; take it out there")
@@ -215,8 +215,8 @@ def verify(
         raise InvalidSetting(f"{store.path}: no facts are in force, so there is nothing to verify")
     if (pair := next(clashes(lines), None)) is not None:
         raise ConflictingEdits(two_answers(*pair))
-    since_when = _in_force_since(store, entries)
-    born = {line.fact: since_when[line] for line in lines}
+    n_before = {entry.id: n for n, (entry, _) in enumerate(history)}
+    born = {line.fact: n_before[line.entry] for line in lines}
     asked = [*cases, *(replace(c, edits=c.edits[:1], queries=_own(c)) for c in stay)]
     staying = {c.id for c in stay}
     asker = _Asker(store, lm, asked, on_progress)
@@ -226,7 +226,7 @@ def verify(
     if bisect and failing:
         on_progress("looking for the entries that broke what fails")
         try:
-            since |= _blame(asker, entries, failing, born)
+            since |= _blame(asker, store.state("base"), history, failing, born)
         except MalformedFile as error:  # `gc` removes deltas that only earlier states need
             raise MalformedFile(
                 f"{error}. An earlier state cannot be asked without it; verify the present one alone (bisect=False)"
@@ -253,56 +253,54 @@ def verify(
     )
 
 
-def _in_force_since(store: Store, entries: Sequence[Entry]) -> dict[Line, int]:
-    """Return the place of the entry since which each fact is in force as it is."""
-    held = store.lines_by_delta()
-    since: dict[Line, int] = {}
-    for place, entry in enumerate(entries):
-        for before, now in entry.sets.values():
-            old, new = ({*held.get(delta or "", {}).values()} for delta in (before, now))
-            since |= dict.fromkeys(new - old, place)
-    return since
-
-
 def _own(case: Case) -> tuple[Query, ...]:
     """Return the checks of what must stay: its own prompts, or all where it has none of those."""
     return tuple(q for q in case.queries if q.axis in ("rewrite", "paraphrase")) or case.queries
 
 
 def _blame(
-    asker: "_Asker", entries: Sequence[Entry], failing: Iterable[tuple[str, str]], born: Mapping[str, int]
-) -> dict[tuple[str, str], Entry | None]:
-    """Return the entry that broke each failing check, by halving; None where it did not pass when its fact was
-    written."""
-    found: dict[tuple[str, str], Entry | None] = {}
+    asker: "_Asker",
+    base: State,
+    history: Sequence[tuple[Entry, State]],
+    failing: Iterable[tuple[str, str]],
+    born: Mapping[str, int],
+) -> dict[tuple[str, str], Entry]:
+    """Return the entry in force that broke each failing check; those that did not pass when their fact was written are
+    left out."""
     by_birth: dict[int, list[tuple[str, str]]] = {}
     for place in failing:
         by_birth.setdefault(born.get(place[0], -1), []).append(place)
-
-    def halve(places: Sequence[tuple[str, str]], good: int, bad: int) -> None:
-        """`places` pass after entry `good` and fail after entry `bad`."""
-        if not places:
-            return
-        if bad - good == 1:
-            found.update(dict.fromkeys(places, entries[bad]))
-            return
-        middle = (good + bad) // 2
-        passed = asker.again(_name(entries, middle), places)
-        halve([p for p in places if passed[p]], middle, bad)
-        halve([p for p in places if not passed[p]], good, middle)
-
+    found: dict[tuple[str, str], Entry] = {}
     for first, places in by_birth.items():
-        if first == len(entries) - 1:  # nothing came after it
-            found.update(dict.fromkeys(places))
-            continue
-        passed = asker.again(_name(entries, first), places)
-        found.update(dict.fromkeys(p for p in places if not passed[p]))
-        halve([p for p in places if passed[p]], first, len(entries) - 1)
+        start = base if first < 0 else history[first][1]
+        course = in_force_since(start, [entry for entry, _ in history[first + 1 :]])
+        if course:
+            found |= _broken_in(asker, start, course, places)
     return found
 
 
-def _name(entries: Sequence[Entry], place: int) -> str:
-    return "base" if place < 0 else entries[place].id
+def _broken_in(
+    asker: "_Asker", start: State, course: Sequence[tuple[Entry, State]], places: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], Entry]:
+    """Return the entry of a course that broke each check which passes at its start, and fails in the end."""
+    states = [start, *(state for _, state in course)]
+    found: dict[tuple[str, str], Entry] = {}
+
+    def search(places: Sequence[tuple[str, str]], good: int, bad: int, step: int) -> None:
+        """`places` pass in state `good` and fail in state `bad`: go back in steps that double, then halve."""
+        if not places:
+            return
+        if bad - good == 1:
+            found.update(dict.fromkeys(places, course[good][0]))
+            return
+        middle = max(bad - step, (good + bad) // 2)
+        passed = asker.again(states[middle], places)
+        search([p for p in places if passed[p]], middle, bad, bad)
+        search([p for p in places if not passed[p]], good, middle, 2 * step)
+
+    passed = asker.again(start, places)
+    search([p for p in places if passed[p]], 0, len(course), 1)
+    return found
 
 
 class _Asker:
@@ -320,7 +318,7 @@ class _Asker:
         with store.at(lm, "base"):
             self.before = measure(lm, self.plan, self.measures, "pre")
 
-    def ask(self, at: str | None, cases: Sequence[Case]) -> dict[tuple[str, str], bool]:
+    def ask(self, at: str | State | None, cases: Sequence[Case]) -> dict[tuple[str, str], bool]:
         """Return whether each check passes; those that cannot be asked are left out."""
         from retcon.evaluation.measure import measure
         from retcon.evaluation.metrics import is_locality
@@ -328,7 +326,8 @@ class _Asker:
 
         whole = {case.id: case for case in cases} == self.cases
         plan = self.plan if whole else plan_queries(self.lm, cases, self.measures)
-        self.on_progress(f"asking {len(plan.queries):,} checks after {at or 'the last entry'}")
+        after = f"in state {at.id}" if isinstance(at, State) else f"after {at or 'the last entry'}"
+        self.on_progress(f"asking {len(plan.queries):,} checks {after}")
         with self.store.at(self.lm, at):
             found = measure(self.lm, plan, self.measures, "final", self.before)
         passed: dict[tuple[str, str], bool] = {}
@@ -340,7 +339,7 @@ class _Asker:
                 passed[str(record.case_id), record.query_id] = (record.value or 0.0) >= 1.0
         return passed
 
-    def again(self, at: str, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], bool]:
+    def again(self, at: State, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], bool]:
         """Return the same of a few checks, by (fact, query)."""
         wanted = set(places)
         cases = []
