@@ -223,6 +223,30 @@ def test_one_edit_in_place_of_a_list_is_named(name: str) -> None:
         retcon.in_steps(made(name, lm), lm, ENDING[0], **given)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_an_argument_of_another_kind_is_named(name: str) -> None:
+    lm = LM(tiny_model("llama"), tokenizer())
+    for argument, given, wanted in (
+        ("contexts", ["I read. "], r"retcon\.Contexts\(\[...\]\)"),
+        ("moments", {"a": 1}, r"retcon\.GivenMoments\(\{...\}\)"),
+        ("values", "folder", r"retcon\.ValueCache\(folder\)"),
+        ("state", lm, r"the state of the delta before, delta\.state"),
+        ("progress", 3, r"a function of \(stage, done, total\)"),
+    ):
+        arguments: dict[str, Any] = {argument: given}
+        with pytest.raises(InvalidSetting, match=rf"^{argument} must be {wanted}.*, found ."):
+            made(name, lm).propose(lm, ENDING[:1], **arguments)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_state_that_a_method_has_no_use_for_is_refused(name: str) -> None:
+    lm = LM(tiny_model("llama"), tokenizer())
+    own = made(name, lm)
+    if not own.keeps_state:
+        with pytest.raises(InvalidSetting, match=r"keeps nothing between batches.*a state was given; leave it out"):
+            own.propose(lm, ENDING[:1], contexts=CONTEXTS, moments=moments_for(lm), state={})
+
+
 @pytest.mark.parametrize("name", ["ft_l", "ft_wd", "kn"])
 def test_an_end_that_a_method_does_not_train_is_refused(name: str, untouched: Callable[[LM], Any]) -> None:
     lm = LM(tiny_model("llama"), tokenizer())

@@ -26,7 +26,6 @@ from retcon.methods.common.contract import (
     Progress,
     State,
     UpdateFilter,
-    check_stateless,
 )
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, sites_of, target_tensor
@@ -90,8 +89,6 @@ class AlphaEdit(BatchSettings):
     ) -> Delta:
         """Return the change that writes `edits` as one batch; the model is untouched. Its state holds all keys so
         far."""
-        if not self.cache_keys:
-            check_stateless(f"{self.name} without cache_keys", state)
         earlier = earlier_keys(state, lm, sites_of(self.name, lm, self.layers))
         ranks: dict[str, int] = {}
 

@@ -24,7 +24,6 @@ from retcon.methods.common.contract import (
     Progress,
     State,
     UpdateFilter,
-    check_stateless,
     early_layers,
 )
 from retcon.methods.common.locate_then_edit import BatchSettings
@@ -69,7 +68,6 @@ class Emmet(BatchSettings):
     ) -> Delta:
         """Return the change that writes `edits` as one batch; the model is untouched. Nothing is kept between
         batches."""
-        check_stateless(self.name, state)
         a = self.stabiliser if self.stabiliser is not None else 0.0 if len(edits) == 1 else 0.1
 
         def solve(layer: LayerProblem) -> Float[Tensor, "n m"]:

@@ -26,7 +26,6 @@ from retcon.methods.common.contract import (
     UpdateFilter,
     by_key_width,
     check_mlp,
-    check_stateless,
     early_layers,
 )
 from retcon.methods.common.locate_then_edit import SearchSettings
@@ -139,7 +138,6 @@ class Jeep(SearchSettings):
             InvalidSetting: a layer the model does not have.
             NonFinite: a loss, a key or a change is NaN or infinite.
         """
-        check_stateless(self.name, state)
         given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
         return self._on(lm)._proposed(lm, edits, given)
 

@@ -32,7 +32,6 @@ from retcon.methods.common.contract import (
     UpdateFilter,
     by_key_width,
     check_mlp,
-    check_stateless,
 )
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, sites_of, target_tensor
@@ -81,8 +80,6 @@ class Memit(BatchSettings):
     ) -> Delta:
         """Return the change that writes `edits` as one batch; the model is untouched. `state` is taken with
         `cache_keys`."""
-        if not self.cache_keys:
-            check_stateless(f"{self.name} without cache_keys", state)
         check_mlp(self.name, lm, self.layers, self.mlp)
         routed = self.mlp == "experts"
         sites = sites_of(self.name, lm, self.layers, routed=routed)

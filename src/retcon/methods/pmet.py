@@ -25,7 +25,6 @@ from retcon.methods.common.contract import (
     State,
     UpdateFilter,
     by_key_width,
-    check_stateless,
 )
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, target_tensor
@@ -93,7 +92,6 @@ class Pmet(BatchSettings):
     ) -> Delta:
         """Return the change that writes `edits` as one batch; the model is untouched. Nothing is kept between
         batches."""
-        check_stateless(self.name, state)
         tensor = target_tensor(lm, self.site, self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, weighted(self.moment_weight))
         given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)

@@ -23,7 +23,7 @@ from retcon.memory.moments import Moments
 from retcon.memory.solve import whitened
 from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem
-from retcon.methods.common.contract import Progress, State, UpdateFilter, check_stateless
+from retcon.methods.common.contract import Progress, State, UpdateFilter
 from retcon.methods.common.locate_then_edit import OneFactSettings
 from retcon.methods.common.proposal import Given, only_one, proposing
 
@@ -59,7 +59,6 @@ class RRome(OneFactSettings):
             InvalidEdit: more than one edit, or one that cannot mean anything.
         """
         only_one(self.name, edits)
-        check_stateless(self.name, state)
 
         def solve(layer: LayerProblem) -> Float[Tensor, "1 m"]:
             """u^T / (k* . u) with u = C^-1 k*."""

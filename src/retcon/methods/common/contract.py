@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from retcon.attachment import Attachment
-from retcon.edits import Case, Edit, check_edits
+from retcon.edits import Case, Edit, check_edits, list_of_cases
 from retcon.errors import InvalidSetting
 from retcon.files import as_shared
 from retcon.lm.model import LM, require_lm
@@ -59,7 +59,7 @@ def _prepared_to_propose(propose: Callable[..., Attachment]) -> Callable[..., At
     def prepared(self: Any, lm: LM, edits: Iterable[Edit], **given: Any) -> Attachment:
         require_lm(lm)
         with plain_modes(), torch.enable_grad():
-            return propose(self, lm, check_edits(edits), **_with_seed(given))
+            return propose(self, lm, check_edits(edits), **_checked(self, given))
 
     return prepared
 
@@ -69,12 +69,37 @@ def _prepared_to_fit(fit: Callable[..., Path]) -> Callable[..., Path]:
     def prepared(self: Any, lm: LM, cases: Iterable[Case], out: str | Path, **given: Any) -> Path:
         require_lm(lm)
         with plain_modes(), torch.enable_grad():
-            return fit(self, lm, tuple(cases), out, **_with_seed(given))
+            return fit(self, lm, tuple(list_of_cases(cases)), out, **_checked(self, given))
 
     return prepared
 
 
-def _with_seed(given: dict[str, Any]) -> dict[str, Any]:
+_ARGUMENTS: dict[str, tuple[type[Any], str]] = {
+    "contexts": (Contexts, "retcon.Contexts([...])"),
+    "moments": (Moments, "retcon.GivenMoments({...}) or retcon.CorpusMoments(...)"),
+    "state": (Mapping, "the state of the delta before, delta.state"),
+    "values": (ValueCache, "retcon.ValueCache(folder)"),
+    "progress": (Callable, "a function of (stage, done, total)"),  # type: ignore[dict-item]
+}
+"""What `propose` and `fit` may be given besides model, facts and seed, and how to say what is wanted."""
+
+
+def _checked(method: "Method", given: dict[str, Any]) -> dict[str, Any]:
+    """Return what a verb was given, the seed as an int of Python's.
+
+    Raises:
+        InvalidSetting: an argument is of another type, the seed is none, or a state is given to a method that keeps
+            none; the message names it.
+    """
+    for name, (kind, wanted) in _ARGUMENTS.items():
+        if (value := given.get(name)) is not None and not isinstance(value, kind):
+            raise InvalidSetting(f"{name} must be {wanted}, found {value!r:.60}")
+    if given.get("state") is not None and not method.keeps_state:
+        kept = f" (kept: {method.state_description})" if method.state_description else ""
+        raise InvalidSetting(
+            f"{method.name} with these settings keeps nothing between batches{kept}, but a state was given; leave it "
+            "out"
+        )
     return {**given, "seed": check_seed(given["seed"])} if "seed" in given else given
 
 
@@ -344,12 +369,6 @@ def check_settings(method: Method) -> None:
     """
     for setting, value in checked(method.name, type(method), method.settings).items():
         object.__setattr__(method, setting, value)
-
-
-def check_stateless(name: str, state: object) -> None:
-    """Raise InvalidSetting where a state is handed to a method that has no use for one."""
-    if state is not None:
-        raise InvalidSetting(f"{name} keeps nothing between batches, but a state was given; leave it out")
 
 
 def early_layers(n_layers: int) -> tuple[int, ...]:

@@ -170,11 +170,9 @@ def proposing(
 
     Raises:
         InvalidEdit: an edit names no subject, and the method needs one.
-        InvalidSetting: a layer the model does not have, or contexts that are none.
+        InvalidSetting: a layer the model does not have.
         NotEditable: a matrix that must not be edited.
     """
-    if not isinstance(given.contexts, Contexts | None):
-        raise InvalidSetting(f"contexts must be retcon.Contexts([...]), found {given.contexts!r:.60}")
     check_subjects(method, edits)
     written = [s for g in groups for s in sites_of(method.name, lm, g.layers, g.module, routed=g.routed)]
     sites = list({site.id: site for site in written}.values())  # groups may share a layer
