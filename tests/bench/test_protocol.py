@@ -13,7 +13,7 @@ from retcon.bench.protocol import n_units, run_protocol
 from retcon.bench.spec import CURVE, DatasetSpec, ModelSpec, Protocol
 from retcon.delta import Delta, Dense, EditReport
 from retcon.edits import Case, Edit, Query
-from retcon.errors import InvalidSetting, NonFinite
+from retcon.errors import InvalidEdit, InvalidSetting, NonFinite, UnsupportedModel
 from retcon.evaluation import Evaluation, Measures, evaluate
 from retcon.lm.model import LM
 
@@ -82,6 +82,28 @@ def test_what_is_edited_when(tiny: Make) -> None:
         n = protocol.n or len(CASES)
         assert {r.case_id for r in found.records if r.when == "final" and r.axis == "rewrite"} == set(NAMES[:n])
         assert {r.case_id for r in found.records if r.when == "pre"} == set(NAMES[:n])
+
+
+def test_cases_are_checked_and_may_come_from_a_generator(tiny: Make) -> None:
+    lm, protocol = tiny(n_layers=1), Protocol(kind="single")
+    found = run_protocol(lm, iter(CASES), Counting(), protocol, measures=QUIET)
+    assert final(found) == final(run(lm, protocol))
+    for given, message in (
+        (CASES[0], r"one case given where a list of them is wanted: \[case\]"),
+        (CASES[0].edits, "Edit given where a Case is wanted"),
+    ):
+        with pytest.raises(InvalidEdit, match=message):
+            run_protocol(lm, given, Counting(), protocol, measures=QUIET)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModel, match="given where an LM is wanted"):
+        run_protocol(lm.model, CASES, Counting(), protocol, measures=QUIET)
+    for pre, message in (([], "pre must be what evaluate returned"), (Evaluation([]), "lacks .* of .* queries")):
+        with pytest.raises(InvalidSetting, match=message):
+            run_protocol(lm, CASES, Counting(), protocol, measures=QUIET, pre=pre)  # type: ignore[arg-type]
+
+
+def test_a_curve_is_run_point_by_point(tiny: Make) -> None:
+    with pytest.raises(InvalidSetting, match=r"one run for each point.*protocol\.parts"):
+        run(tiny(n_layers=1), Protocol(kind="curve", ns=(1, 2)))
 
 
 def test_single_is_batch_of_one_and_a_sequence_of_one_its_first(tiny: Make) -> None:

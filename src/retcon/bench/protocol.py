@@ -9,7 +9,7 @@ measured all the same, on the model as it then is.
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,13 +20,13 @@ from retcon.attachment import Attachment
 from retcon.bench.spec import Protocol
 from retcon.bench.units import Unit, Units
 from retcon.checked import as_bytes
-from retcon.edits import Case, Edit, same_question
+from retcon.edits import Case, Edit, list_of_cases, same_question
 from retcon.errors import DeltaMismatch, InvalidEdit, InvalidSetting, RetconError
-from retcon.evaluation.measure import divergences, measure
+from retcon.evaluation.measure import covering, divergences, measure
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries, subject_of
 from retcon.evaluation.records import Record, When, whole_model_record
 from retcon.evaluation.results import Evaluation
-from retcon.lm.model import LM
+from retcon.lm.model import LM, require_lm
 from retcon.lm.peak import Peak
 
 Propose = Callable[[LM, Sequence[Edit], "Mapping[str, torch.Tensor] | None"], Attachment]
@@ -56,7 +56,7 @@ class Setting:
 
 def run_protocol(
     lm: LM,
-    cases: Sequence[Case],
+    cases: Iterable[Case],
     propose: Propose,
     protocol: Protocol,
     *,
@@ -66,11 +66,20 @@ def run_protocol(
     """Run one protocol in memory: records of the unedited model, then of every unit. The model is left as it was.
 
     Timings are among the context, as `timings`. `retcon bench` is the same with manifests and files.
+
+    Raises:
+        UnsupportedModel: `lm` is no `LM`.
+        InvalidEdit: one case in place of several, or something that is no case.
+        InvalidSetting: the protocol is a curve, or does not suit so many cases; `pre` does not cover their queries.
     """
+    require_lm(lm)
+    cases = list_of_cases(cases)
+    if protocol.kind == "curve":
+        raise InvalidSetting("a curve is one run for each point; give run_protocol each of protocol.parts(len(cases))")
     measures = measures or Measures()
     n, _ = protocol.sizes(len(cases))
     plan = plan_queries(lm, cases[:n], measures)
-    before = pre or measure(lm, plan, measures, "pre")
+    before = measure(lm, plan, measures, "pre") if pre is None else covering(pre, plan)
     units = list(run_units(Setting(lm, plan, measures, propose, before), protocol, Units(None)))
     return Evaluation(
         [*before.records, *(record for unit in units for record in unit.records)],

@@ -115,7 +115,7 @@ def evaluate(
     measures = replace(measures or Measures(), **{name: value for name, value in given.items() if value is not None})
     cases = list_of_cases(cases)
     plan = plan_queries(lm, cases, measures)
-    before = None if pre is None else _covering(pre, plan)
+    before = None if pre is None else covering(pre, plan)
     with _bar(progress) as advance:
         parts = []
         if before is None:
@@ -548,8 +548,12 @@ def derive_seed(seed: int, *names: str) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps([seed, *names]).encode()).digest()[:7], "big")
 
 
-def _covering(pre: Evaluation, plan: QueryPlan) -> Evaluation:
-    """Return the part of `pre` that speaks of these queries."""
+def covering(pre: Evaluation, plan: QueryPlan) -> Evaluation:
+    """Return the part of `pre` that is about these queries.
+
+    Raises:
+        InvalidSetting: it is no evaluation, or lacks some of them.
+    """
     if not isinstance(pre, Evaluation):
         raise InvalidSetting(f"pre must be what evaluate returned, found {type(pre).__name__}")
     wanted = {q.place for q in plan.queries}

@@ -20,6 +20,7 @@ from retcon.edits import (
     Query,
     check_choice,
     fold,
+    list_of_cases,
     mentions,
     nfc,
     resolve_conflicts,
@@ -167,7 +168,7 @@ def contaminated(cases: Iterable[Case]) -> dict[str, list[str]]:
 
     Once that edit is made, the neighbour's "correct" answer is no longer what the model shall say.
     """
-    cases = list(cases)
+    cases = list_of_cases(cases)
     edited = {nfc(edit.text.rstrip()) for case in cases for edit in case.edits}
 
     def is_edited(query: Query) -> bool:
