@@ -78,7 +78,8 @@ class WeightsChanged(RetconError):
 
 
 class ModelBusy(RetconError):
-    """Another thread is changing the model or is inside a scope of it, or an active scope is entered once more."""
+    """Another thread is changing the model or is inside a scope of it, an active scope is entered once more, or an LM
+    is copied inside one."""
 
 
 class UnknownEntry(RetconError):

@@ -796,6 +796,17 @@ def test_a_copy_of_an_lm_has_its_model_and_undoes_what_is_on_it(copied: Any, tin
     assert untouched(lm) == look
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("scope", ["edited", "without_deltas", "frozen_eval", "scope"])
+def test_an_lm_is_not_copied_inside_a_scope(scope: str, copied: Any, tiny: Make, untouched: Any) -> None:
+    lm = tiny("llama")
+    before = untouched(lm)
+    with getattr(lm, scope)(), pytest.raises(ModelBusy, match=r"cannot be copied or pickled inside a scope.*lm\.apply"):
+        copied(lm)
+    assert untouched(lm) == before
+    assert copied(lm)
+
+
 class Doubling(Beside):
     """Doubles what an MLP returns."""
 

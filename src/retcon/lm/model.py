@@ -23,6 +23,7 @@ from retcon.errors import (
     DeltaNotApplied,
     InvalidEdit,
     InvalidSetting,
+    ModelBusy,
     NonFinite,
     NotEditable,
     RetconWarning,
@@ -108,6 +109,20 @@ class LM:
         if layout is None:  # whoever brings a layout knows that the family is none of ours
             _warn_of_the_unverified(model.config.model_type, self.name)
         _own(model, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and copy make an LM from.
+
+        Raises:
+            ModelBusy: inside a scope, which could not end in a copy.
+        """
+        self._finish()
+        if self.turns.taken:
+            raise ModelBusy(
+                f"{self.turns.what} cannot be copied or pickled inside a scope (lm.edited, a propose); do it after the "
+                "scope has ended, with lm.apply(delta) where the copy shall have the delta"
+            )
+        return vars(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become the LM of the model that came with this one's copy, or out of its pickle."""

@@ -80,6 +80,11 @@ class Turns:
         with suppress(ValueError):
             self._queue.remove(weakref.ref(turn))
 
+    @property
+    def taken(self) -> bool:
+        """Whether some thread has a turn."""
+        return self._owner() is not None
+
     def _owner(self) -> int | None:
         """Return the thread of the oldest turn that is still there."""
         for reference in list(self._queue):
