@@ -14,7 +14,6 @@ Forms are timed alternately, `--repeat` times, after a first round to warm up; t
 tracemalloc cannot see, so it is the high-water mark of tensors alive, counted by a dispatch mode in a further round.
 """
 
-import argparse
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import retcon
-from benchmarks.common import cases_of, machine
+from benchmarks.common import cases_of, command_line, machine
 from retcon.edits import Edit
 from retcon.lm.forward import answer_log_probs, gold
 from retcon.lm.model import LM
@@ -154,17 +153,14 @@ class TensorPeak(TorchDispatchMode):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo:gptj")
-    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
+    parser = command_line(__doc__, cases=True)
     parser.add_argument("--n", type=int, default=5, help="facts")
     parser.add_argument("--points", type=int, default=20)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     lm = retcon.load(args.model)
-    facts = [case.edits[0] for case in cases_of(args.data, 0, args.n, args.seed)]
+    facts = [case.edits[0] for case in cases_of(args.data, args.start, args.n, args.seed)]
     sites = [lm.site(layer, "down_proj") for layer in range(lm.n_layers)]
     how = Attribution(n_points=args.points)
     wanted = separate(lm, facts, sites, how)

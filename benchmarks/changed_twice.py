@@ -8,13 +8,12 @@ answer written, agreement is the share of their answer tokens on which the edite
 The facts are the embedded world's.
 """
 
-import argparse
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of
+from benchmarks.common import cases_of, command_line, machine, moments_of, print_row
 from retcon import world
 from retcon.edits import Case
 from retcon.evaluation import evaluate
@@ -24,8 +23,7 @@ METRICS = ("Score", "ES", "GS", "LS", ("LS", "ee.loc.argmax"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
+    parser = command_line(__doc__, places=True)
     parser.add_argument("--n", type=int, default=30)
     parser.add_argument("--methods", nargs="+", default=["memit", "alphaedit", "jeep", "kne", "ctp"])
     args = parser.parse_args()
@@ -53,7 +51,7 @@ def main() -> None:
             for cases in calls:
                 edits = [case.edits[0] for case in cases]
                 lm.apply(method.propose(lm, edits, contexts=contexts, moments=moments, seed=args.seed))
-            print("| " + " | ".join([name, change, *measured(lm, calls[-1], before)]) + " |", flush=True)
+            print_row(name, change, *measured(lm, calls[-1], before))
             lm.revert_all()
 
 

@@ -27,18 +27,44 @@ METRICS = ("Score", "ES", "GS", "LS")
 """What most tables of these scripts show."""
 
 
-def add_places(parser: argparse.ArgumentParser, *, start: int = 0) -> None:
-    """Options that say what is edited: model, cases, text, first case, seed."""
+def command_line(
+    doc: str | None, *, cases: bool = False, places: bool = False, dataset: bool = False
+) -> argparse.ArgumentParser:
+    """Return the parser of a script whose docstring is its help, with the options that the `add_` functions add."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for wanted, add in ((cases, add_cases), (places, add_places), (dataset, add_dataset)):
+        if wanted:
+            add(parser)
+    return parser
+
+
+def add_cases(parser: argparse.ArgumentParser) -> None:
+    """Options that say what is edited: model, cases, first case, seed."""
     parser.add_argument("--model", default="demo:gptj")
     parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
-    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
-    parser.add_argument("--start", type=int, default=start, help="first case")
+    parser.add_argument("--start", type=int, default=0, help="first case")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """The options of `add_cases`, and the text of second moments."""
+    add_cases(parser)
+    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
     """The option that chooses among a model's presets."""
     parser.add_argument("--dataset", metavar="NAME", help="take the preset for this kind of data, such as world-first")
+
+
+def dtype_on(device: str) -> str:
+    """Return the dtype that models with random weights have on a device."""
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def print_row(*cells: object) -> None:
+    """Print a line of a Markdown table."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def cases_of(data: str | None, start: int, n: int, seed: int) -> list[Case]:

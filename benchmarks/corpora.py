@@ -7,13 +7,12 @@ moments, of as many tokens for each key dimension; method, settings and facts ar
 `--held-out`, a text that is none of them.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
 import retcon
-from benchmarks.common import machine, preferred
+from benchmarks.common import command_line, machine, preferred
 from retcon.evaluation import evaluate
 from retcon.evaluation.drift import perplexity
 from retcon.memory.defaults import shipped_text
@@ -24,7 +23,7 @@ TOKENS_PER_DIMENSION = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("model")
     parser.add_argument("texts", nargs="+", help="files, or 'shipped'")
     parser.add_argument("--data", required=True, help="facts, as `retcon edit` reads them")

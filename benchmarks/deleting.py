@@ -8,13 +8,12 @@ which the model's own choice is the whole true answer: the facts' prompts, their
 subjects with that answer), whose own answers should stay; and the true answer's probability on the facts' prompts.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine, moments_of
+from benchmarks.common import cases_of, command_line, machine, moments_of, print_row
 from retcon.edits import Case, Edit
 from retcon.lm.model import LM
 from retcon.methods.common.proposal import answers
@@ -24,8 +23,7 @@ WAYS: dict[str, dict[str, Any]] = {"kn": dict(erase=True), "memit": {}, "jeep": 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
+    parser = command_line(__doc__, places=True)
     parser.add_argument("--n", type=int, default=30)
     parser.add_argument("--methods", nargs="+", default=list(WAYS))
     parser.add_argument("--answer", default="unknown", help="what other methods than KN write")
@@ -37,13 +35,13 @@ def main() -> None:
     moments = moments_of(lm, asked.corpus)
     print(f"{asked.model}, {asked.n} facts from {asked.start}, seed {asked.seed}; {machine()}\n")
     print("| | p(true) | true on prompts, % | on paraphrases | neighbours |\n|---|---|---|---|---|")
-    print(f"| before | {' | '.join(left(lm, cases))} |", flush=True)
+    print_row("before", *left(lm, cases))
     for name in asked.methods:
         method = retcon.method(name, for_model=lm, cases=cases, **WAYS.get(name, {}))
         edits = known if name == "kn" else nothing
         delta = in_steps(method, lm, edits, moments=moments if method.uses_moments else None, seed=asked.seed)
         with lm.edited(delta):
-            print(f"| {name} | {' | '.join(left(lm, cases))} |", flush=True)
+            print_row(name, *left(lm, cases))
 
 
 def left(lm: LM, cases: Sequence[Case]) -> list[str]:

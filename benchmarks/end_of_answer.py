@@ -11,12 +11,11 @@ left out), "begins" of which it begins with the answer, "ended" of texts shorter
 neighbours whose first token is the unedited model's.
 """
 
-import argparse
 import time
 from dataclasses import asdict
 
 import retcon
-from benchmarks.common import cases_of, machine
+from benchmarks.common import cases_of, command_line, machine, print_row
 from retcon.edits import Case
 from retcon.lm.generate import Writing, generate
 from retcon.lm.model import LM
@@ -48,7 +47,7 @@ def firsts(lm: LM, cases: list[Case]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", default=".cache/smollm2-135m")
     parser.add_argument("--data", required=True, help="facts, in any format of docs/data.md")
     parser.add_argument("--n", type=int, default=20)
@@ -66,10 +65,7 @@ def main() -> None:
     for end in (None, False, True):
         if end is None:
             for context in ("", CONTEXT):
-                print(
-                    f"| unedited | {'yes' if context else 'no'} | {' | '.join(row(lm, cases, context))} | 100 |",
-                    flush=True,
-                )
+                print_row("unedited", "yes" if context else "no", *row(lm, cases, context), 100)
             continue
         ft = retcon.method("ft", for_model=lm, **{**own, "target_eos": end})
         started = time.perf_counter()
@@ -79,8 +75,7 @@ def main() -> None:
             after = firsts(lm, cases)
             local = share([a == b for a, b in zip(before, after, strict=True)]) if before else "-"
             for context in ("", CONTEXT):
-                found = " | ".join(row(lm, cases, context))
-                print(f"| {'yes' if end else 'no'} | {'yes' if context else 'no'} | {found} | {local} |", flush=True)
+                print_row("yes" if end else "no", "yes" if context else "no", *row(lm, cases, context), local)
         settings = {name: value for name, value in asdict(ft).items() if name in ("layers", "learning_rate", "epochs")}
         print(f"<!-- {took:.0f} s, {settings} -->", flush=True)
 

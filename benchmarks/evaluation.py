@@ -9,7 +9,6 @@ token in the blocks, 2 per weight of the head and position that the head is appl
 out (short prompts). The ratio asked for is the plain way's time over ours, against the same ratio of FLOPs.
 """
 
-import argparse
 import resource
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from unittest import mock
 import torch
 
 import retcon
-from benchmarks.common import cases_of, machine
+from benchmarks.common import cases_of, command_line, machine
 from retcon.edits import Case
 from retcon.evaluation import Measures, evaluate
 from retcon.evaluation.plan import plan_queries
@@ -134,14 +133,11 @@ def record_files() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo:gptj")
-    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
+    parser = command_line(__doc__, cases=True)
     parser.add_argument("--n", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     lm = retcon.load(args.model)
-    cases = cases_of(args.data, 0, args.n, args.seed)
+    cases = cases_of(args.data, args.start, args.n, args.seed)
     print(f"{args.model}; {machine()}\n")
     scoring(lm, cases)
     end_to_end(lm, cases)

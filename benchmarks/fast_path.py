@@ -10,7 +10,6 @@ counts. FLOPs are torch's own count of both paths; the floor of the search is on
 per step, forward and backward through the layers above the value for the tokens from the edited one on.
 """
 
-import argparse
 import statistics
 import time
 import warnings
@@ -22,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import retcon
-from benchmarks.common import cases_of, flops_per_token, jeep_of, machine, moments_of
+from benchmarks.common import cases_of, command_line, flops_per_token, jeep_of, machine, moments_of
 from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.lm.forward import Point
@@ -138,7 +137,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", nargs="+", default=["demo:gptj"], help="model ids or paths")
     parser.add_argument("--data", help="CounterFact file; the embedded world's cases by default")
     parser.add_argument("--corpus", help="text file for the second moments; the model's default if left out")

@@ -9,7 +9,6 @@ in the order of their worth; one for which there is no time left is named. Where
 error, the others are measured all the same and the exit code is 1.
 """
 
-import argparse
 import sys
 import time
 import warnings
@@ -25,7 +24,7 @@ from transformers import AutoTokenizer
 
 import retcon
 from benchmarks import released_jeep
-from benchmarks.common import jeep_of, machine
+from benchmarks.common import command_line, dtype_on, jeep_of, machine, print_row
 from benchmarks.fast_path import floor
 from benchmarks.large_models import count, settings
 from benchmarks.moments import SHAPES, product_rates, random_lm, random_rows
@@ -291,7 +290,7 @@ def measure(card: Card, minutes: float) -> bool:
             continue
         try:
             for row in part():
-                print(f"| {' | '.join(row)} |", flush=True)
+                print_row(*row)
             continue
         except Exception as error:  # whatever it is, the other parts are measured
             held = False
@@ -304,7 +303,7 @@ def measure(card: Card, minutes: float) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table; exit code 1 where a result is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, in float32 on a CPU")
@@ -318,9 +317,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", ".*tokens per dimension")
     torch.manual_seed(0)
     where = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    print(f"{machine()}; {where}, {str(dtype).removeprefix('torch.')}, seed 0\n")
-    card = Card(TINY if args.tiny else FULL, args.device, dtype)
+    dtype = dtype_on(args.device)
+    print(f"{machine()}; {where}, {dtype}, seed 0\n")
+    card = Card(TINY if args.tiny else FULL, args.device, getattr(torch, dtype))
     card.released = None if args.released is None else args.released.resolve()
     if not measure(card, args.minutes):
         sys.exit(1)

@@ -8,14 +8,13 @@ Settings are the model's preset; `--set field=value` overrides. All edits of a r
 CounterFact's comparison of probabilities with 95 % intervals over cases, Score's interval is a bootstrap by subject.
 """
 
-import argparse
 import time
 import tomllib
 from collections import Counter
 from typing import Any
 
 import retcon
-from benchmarks.common import METRICS, add_dataset, add_places, cases_of, estimated, jeep_of, machine, moments_of
+from benchmarks.common import METRICS, cases_of, command_line, estimated, jeep_of, machine, moments_of
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
@@ -78,9 +77,7 @@ def misses(cases: list[Case], delta: Delta, evaluation: Evaluation) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
-    add_dataset(parser)
+    parser = command_line(__doc__, places=True, dataset=True)
     parser.add_argument("--n", type=int, nargs="+", default=[100])
     parser.add_argument("--ablations", action="store_true", help="the rows of the paper's Table 4")
     parser.add_argument("--only", nargs="+", help="some of the ablations, by the start of their names")

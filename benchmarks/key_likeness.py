@@ -10,7 +10,6 @@ at the prediction position. A layer stores a fact well where paraphrases are nea
 large k^T C^-1 k is at the prediction position, over the key width m.
 """
 
-import argparse
 from collections.abc import Sequence
 from functools import partial
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 import retcon
-from benchmarks.common import add_places, machine, moments_of, preferred
+from benchmarks.common import command_line, machine, moments_of, preferred
 from retcon.edits import Case
 from retcon.lm.forward import Inputs, Point, run
 from retcon.lm.model import LM
@@ -54,8 +53,7 @@ def rows_of(lm: LM, case: Case) -> tuple[Row, Row, Row] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
+    parser = command_line(__doc__, places=True)
     parser.add_argument("--n", type=int, default=40, help="cases")
     parser.add_argument("--layers", type=int, nargs="+", required=True)
     asked = parser.parse_args()

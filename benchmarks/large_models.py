@@ -12,7 +12,6 @@ waits for the device, tensors made from Python's numbers, and in how many shapes
 `--pace card` a CPU runs its steps as a card would.
 """
 
-import argparse
 import time
 import warnings
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from dataclasses import replace
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.common import machine
+from benchmarks.common import command_line, dtype_on, machine, print_row
 from benchmarks.counting import CountedChunk
 from benchmarks.fast_path import floor
 from benchmarks.moments import SHAPES, product_rates, random_lm
@@ -75,7 +74,7 @@ def measure(name: str, lm: LM, edits: Sequence[Edit], steps: int, profile: Abstr
         f"{least / searching / 1e12:.2f}", f"{rate / 1e12:.2f}", f"{100 * least / searching / rate:.0f} %", memory,
         f"{max(w for _, w in plan)}", *asked,
     ]  # fmt: skip
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    print_row(*cells)
 
 
 def as_on_a_card() -> None:
@@ -106,7 +105,7 @@ def count(
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--shape", nargs="+", default=["gpt-j-6b"], choices=SHAPES)
     parser.add_argument("--n", type=int, default=512, help="edits")
     parser.add_argument("--steps", type=int, nargs="+", default=[20], help="steps that every edit takes")
@@ -120,7 +119,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if args.pace:
         as_on_a_card()
-    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    dtype = args.dtype or dtype_on(args.device)
     print(f"{machine()}, {dtype} on {args.device}, seed {args.seed}\n")
     print(
         "| shape | edits | steps | search, s an edit | JEEP, s an edit | 10,000 edits, min | search, TFLOP/s |"

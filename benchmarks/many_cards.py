@@ -9,14 +9,13 @@ over the cards; its results travel to the process that asked, which reads the ke
 other, since the next batch is searched on the weights that this one leaves.
 """
 
-import argparse
 import statistics
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.common import flops_per_token
+from benchmarks.common import command_line, flops_per_token, print_row
 from benchmarks.fast_path import floor
 from benchmarks.large_models import settings
 from benchmarks.moments import SHAPES, random_lm
@@ -74,7 +73,7 @@ def write_flops(edited: Edited, n: int) -> float:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--shape", default="gpt-j-6b", choices=SHAPES)
     parser.add_argument("--n", type=int, default=1_000_000, help="edits")
     parser.add_argument("--batch", type=int, default=10_000, help="edits written at once")
@@ -112,7 +111,7 @@ def main() -> None:
             f"{cards}", *(f"{x / 3600:.2f}" for x in (search / cards, moved, keys, write, whole)),
             f"{alone / whole:.1f} x", f"{100 * (whole - search / cards) / whole:.0f} %",
         ]  # fmt: skip
-        print(f"| {' | '.join(cells)} |")
+        print_row(*cells)
 
 
 if __name__ == "__main__":

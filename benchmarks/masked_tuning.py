@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import add_dataset, add_places, cases_of, estimated, machine, moments_of
+from benchmarks.common import add_dataset, add_places, cases_of, command_line, estimated, machine, moments_of, print_row
 from retcon.attachment import Attachment
 from retcon.drawing import figure, save
 from retcon.edits import Case
@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> None:
 
     def show(name: str, settings: dict[str, Any], outcome: Outcome) -> None:
         label = ", ".join([name, *(f"{k}={v}" for k, v in settings.items())])
-        print(f"| {' | '.join([label, *outcome.cells()])} |", flush=True)
+        print_row(label, *outcome.cells())
         if args.out:
             row = {**about, "method": name, "settings": settings, **outcome.record()}
             with args.out.open("a", encoding="utf-8") as file:
@@ -223,7 +223,7 @@ def _said(value: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     verbs = parser.add_subparsers(required=True)
     running = verbs.add_parser("run")
     running.add_argument("methods", nargs="+")

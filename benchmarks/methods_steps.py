@@ -8,13 +8,12 @@ JEEP is shown with its low group alone and with both. Methods take turns; the le
 seconds of the processor, so that other processes matter little.
 """
 
-import argparse
 import time
 import warnings
 from typing import Any
 
 import retcon
-from benchmarks.common import cases_of, machine, moments_of
+from benchmarks.common import cases_of, command_line, machine, moments_of
 from retcon.errors import RetconWarning
 
 NEVER: dict[str, Any] = {"stop": "loss", "threshold": -1.0}
@@ -29,10 +28,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo:gptj")
-    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
-    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
+    parser = command_line(__doc__, places=True)
     parser.add_argument("--edits", type=int, default=32)
     parser.add_argument("--steps", type=int, default=11)
     parser.add_argument("--rounds", type=int, default=3)
@@ -40,8 +36,8 @@ def main() -> None:
 
     warnings.simplefilter("ignore", RetconWarning)
     lm = retcon.load(args.model)
-    edits = [case.edits[0] for case in cases_of(args.data, 0, args.edits, 0)]
-    contexts, moments = retcon.sample_contexts(lm), moments_of(lm, args.corpus)
+    edits = [case.edits[0] for case in cases_of(args.data, args.start, args.edits, args.seed)]
+    contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)
     last = retcon.method("memit", for_model=lm).settings["layers"]
     taken: dict[str, list[float]] = {label: [] for label in ROWS}
     for _ in range(args.rounds):

@@ -14,14 +14,13 @@ Seconds per edit are the processor's, so that other processes matter little; the
 the same values share them, and only the first is timed.
 """
 
-import argparse
 import time
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import retcon
-from benchmarks.common import METRICS, add_places, cases_of, machine, moments_of
+from benchmarks.common import METRICS, cases_of, command_line, machine, moments_of
 from retcon.edits import Case
 from retcon.errors import RetconWarning
 from retcon.evaluation import Evaluation, evaluate
@@ -95,8 +94,7 @@ def together(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
+    parser = command_line(__doc__, places=True)
     parser.add_argument("--n", type=int, nargs="+", default=[1, 100, 1000])
     parser.add_argument("--alone", type=int, default=100, help="cases edited one at a time for n = 1")
     parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=FAMILY)

@@ -7,14 +7,13 @@ the ratio of their gradients' lengths on T+'s nodes, |grad L(y)| / |grad L(y*)|,
 have nodes of T+ and T- at random: whether it is because T- takes the lowest ones.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import ClassVar, cast
 
 import retcon
-from benchmarks.common import add_dataset, add_places, cases_of, machine
+from benchmarks.common import cases_of, command_line, machine, print_row
 from retcon.locate.paths import Slot
 from retcon.methods.ctp import Ctp, PathTrainer, _accumulate
 from retcon.training.descent import Step, shares
@@ -54,9 +53,7 @@ class WatchedCtp(Ctp):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
-    add_dataset(parser)
+    parser = command_line(__doc__, cases=True, dataset=True)
     parser.add_argument("--n", type=int, default=16)
     parser.add_argument("--n-negative", type=int, default=1)
     args = parser.parse_args()
@@ -78,7 +75,7 @@ def main() -> None:
     for step, noted in enumerate(zip(columns["z_abs"], columns["random"], strict=True)):
         if step in (0, 1, 2, 5, 10, 20, 30, 39):
             cells = [cell for new, old, ratio in noted for cell in (f"{new:.3f}", f"{old:.3f}", f"{ratio:.1e}")]
-            print("| " + " | ".join([str(step), *cells]) + " |")
+            print_row(step, *cells)
 
 
 if __name__ == "__main__":

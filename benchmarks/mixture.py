@@ -10,7 +10,6 @@ seconds (moments left out), and how many of a token's experts are the same as be
 their neighbours, on plain text (mean over the layers above the first edited one, and the lowest layer).
 """
 
-import argparse
 import json
 import time
 import warnings
@@ -19,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import retcon
-from benchmarks.common import METRICS, add_places, cases_of, machine, moments_of
+from benchmarks.common import METRICS, cases_of, command_line, machine, moments_of
 from retcon import world
 from retcon.attachment import Attachment
 from retcon.edits import Case
@@ -65,8 +64,7 @@ def known(cases: list[Case], model: str) -> list[Case]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
+    parser = command_line(__doc__, places=True)
     parser.add_argument("--n", type=int, default=100, help="cases")
     parser.add_argument("--mlp", nargs="+", default=["experts", "dense"], help="dense is the shared expert")
     parser.add_argument("--known", metavar="WORLD", help="edit what this world has read; default: the model itself")

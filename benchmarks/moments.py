@@ -12,7 +12,6 @@ it being symmetric. The machine's rate is the best of three matrix products in t
 the model's first MLP matrix and its key products over a batch.
 """
 
-import argparse
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import retcon
-from benchmarks.common import flops_per_token, jeep_of, machine, moments_of
+from benchmarks.common import command_line, dtype_on, flops_per_token, jeep_of, machine, moments_of, print_row
 from retcon.lm.forward import Point, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
@@ -168,7 +167,7 @@ def measure(name: str, lm: LM, layers: Sequence[int], rows: Sequence[Row], per_l
     ]  # fmt: skip
     if lm.device.type == "cuda":
         cells.append(f"{torch.cuda.max_memory_allocated(lm.device) / 2**30:.1f}")
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    print_row(*cells)
 
 
 def _wait(device: torch.device) -> None:
@@ -177,7 +176,7 @@ def _wait(device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", nargs="*", default=[])
     parser.add_argument("--corpus", help="text; the model's default if left out")
     parser.add_argument("--shape", nargs="*", default=[], choices=SHAPES)
@@ -191,7 +190,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    dtype = args.dtype or dtype_on(args.device)
     print(f"{machine()}, {dtype} on {args.device}, seed {args.seed}\n")
     memory = " peak GiB |" if args.device != "cpu" else ""
     print(

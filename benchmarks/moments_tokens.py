@@ -10,14 +10,13 @@ moments of the two halves of the text, `to the last` that between a row's moment
 mean over layers). Where the corpus is too small for a row, the row says how many tokens it had.
 """
 
-import argparse
 import math
 import warnings
 from dataclasses import replace
 from statistics import mean
 
 import retcon
-from benchmarks.common import METRICS, add_dataset, add_places, cases_of, estimated, jeep_of, machine, moments_of
+from benchmarks.common import METRICS, cases_of, command_line, estimated, jeep_of, machine, moments_of
 from benchmarks.jeep_quality import measure
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
@@ -25,9 +24,7 @@ from retcon.memory.moments import document_rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
-    add_dataset(parser)
+    parser = command_line(__doc__, places=True, dataset=True)
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--per-dimension", type=int, nargs="+", default=[2, 5, 10, 20, 50], metavar="TOKENS")
     args = parser.parse_args()

@@ -10,13 +10,12 @@ those. Then a line through the logarithms of the ratios over depth (0 first laye
 got there, with a 95 % interval from resampled edits.
 """
 
-import argparse
 import statistics
 
 import torch
 
 import retcon
-from benchmarks.common import add_places, cases_of, machine
+from benchmarks.common import cases_of, command_line, machine, print_row
 from retcon.lm.forward import Point
 from retcon.lm.prompts import Where
 from retcon.memory.contexts import Contexts
@@ -27,8 +26,7 @@ WHERE: tuple[Where, ...] = ("subject_last", "prediction")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
+    parser = command_line(__doc__, cases=True)
     parser.add_argument("--n", type=int, default=20)
     parser.add_argument("--every", type=int, default=1, help="layers from one to the next")
     parser.add_argument("--steps", type=int, default=80)
@@ -38,7 +36,7 @@ def main() -> None:
     edits = [case.edits[0] for case in cases_of(args.data, args.start, args.n, args.seed)]
     search = ValueSearch(steps=args.steps, learning_rate=args.rate, kl_factor=0.0)
     print(f"{args.model}, {len(edits)} edits from {args.start}, seed {args.seed}; {machine()}\n")
-    print("| layer | " + " | ".join(f"{where}: got there | median [quartiles]" for where in WHERE) + " |")
+    print_row("layer", *(f"{where}: got there | median [quartiles]" for where in WHERE))
     print("|" + "---|" * (1 + 2 * len(WHERE)))
     layers = range(0, lm.n_layers, args.every)
     points: dict[str, list[list[tuple[float, float]]]] = {where: [[] for _ in edits] for where in WHERE}
@@ -52,7 +50,7 @@ def main() -> None:
             for i in there if 2 * len(there) >= len(edits) else ():
                 points[where][i].append((layer / (lm.n_layers - 1), ratios[i]))
             cells += [f"{len(there)} of {len(edits)}", _spread([ratios[i] for i in there])]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        print_row(*cells)
     print()
     for where in WHERE:
         growth, low, high = fitted(points[where], args.seed)

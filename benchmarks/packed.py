@@ -9,7 +9,6 @@ how many edits the model says first, processor seconds per edit, and bytes: of t
 floats that an applied edit puts in place of packed matrices.
 """
 
-import argparse
 import json
 import time
 import warnings
@@ -18,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import retcon
-from benchmarks.common import METRICS, add_places, cases_of, machine, moments_of
+from benchmarks.common import METRICS, cases_of, command_line, machine, moments_of
 from retcon import world
 from retcon.edits import Case
 from retcon.errors import RetconWarning
@@ -72,8 +71,7 @@ def edited(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
+    parser = command_line(__doc__, places=True)
     parser.add_argument("--n", type=int, default=50, help="cases written at once")
     parser.add_argument("--alone", type=int, default=10, help="cases of methods for one fact")
     parser.add_argument("--methods", nargs="+", default=METHODS)

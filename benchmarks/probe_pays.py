@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import METRICS, add_dataset, cases_of, estimated, jeep_of, machine, moments_of, ranks
+from benchmarks.common import METRICS, cases_of, command_line, estimated, jeep_of, machine, moments_of, print_row, ranks
 from retcon.cli.probe.shared import rounded
 from retcon.drawing import figure, save
 from retcon.errors import RetconWarning
@@ -200,19 +200,13 @@ def over_windows(by_layer: Sequence[float], width: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo:gptj")
+    parser = command_line(__doc__, places=True, dataset=True)
     parser.add_argument("--name", help="the model's name in the figure, if not as --model says")
-    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
-    parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
-    parser.add_argument("--start", type=int, default=0, help="first case; edits come first, then the facts probed with")
     parser.add_argument("--edits", type=int, default=100)
-    parser.add_argument("--probed", type=int, default=500, help="facts for the contrast-based probe")
-    parser.add_argument("--traced", type=int, default=50, help="facts for causal tracing")
+    parser.add_argument("--probed", type=int, default=500, help="facts after the edits, for the contrast-based probe")
+    parser.add_argument("--traced", type=int, default=50, help="facts after those, for causal tracing")
     parser.add_argument("--alone", action="store_true", help="also sweep each group with the other one left out")
     parser.add_argument("--rows", type=int, help="stop after that many new rows; the next run goes on")
-    parser.add_argument("--seed", type=int, default=0)
-    add_dataset(parser)
     parser.add_argument("--out", required=True, metavar="STEM")
     args = parser.parse_args()
 
@@ -237,9 +231,9 @@ def main() -> None:
     for r in sorted(rows, key=lambda r: ("low", "high", "preset", "advice").index(r["swept"])):
         score, *rest = (100 * r[m] for m in METRICS)
         low, high = (100 * x for x in r["interval"] or (float("nan"),) * 2)
-        cells = f"{score:.1f} [{low:.1f}, {high:.1f}] | " + " | ".join(f"{x:.1f}" for x in rest)
+        cells = [f"{score:.1f} [{low:.1f}, {high:.1f}]", *(f"{x:.1f}" for x in rest), f"{100 * r['reached']:.0f} %"]
         mark = "yes" if advised.get(r["swept"]) == tuple(r["layers"]) else ""
-        print(f"| {r['swept']} | {list(r['layers'])} | {r['other']} | {cells} | {100 * r['reached']:.0f} % | {mark} |")
+        print_row(r["swept"], list(r["layers"]), r["other"], *cells, mark)
     print("\n| group | other group | " + " | ".join(EVIDENCE) + " |\n|---|---|" + "---|" * len(EVIDENCE))
     for group, width in (("low", len(advice.low.layers)), ("high", len(advice.high.layers))):
         for other in ("preset", "none"):
@@ -247,7 +241,7 @@ def main() -> None:
             if not scores:
                 continue
             found = [spearman(over_windows(seen[group][what], width), scores) for what in EVIDENCE]
-            print(f"| {group} | {other} | " + " | ".join(f"{rho:+.2f} (p {p:.4f})" for rho, p in found) + " |")
+            print_row(group, other, *(f"{rho:+.2f} (p {p:.4f})" for rho, p in found))
     record = {"advice": {group: list(layers) for group, layers in advised.items()}, "evidence by layer": rounded(seen)}
     Path(f"{args.out}.json").write_text(json.dumps(record) + "\n")
     draw(args.name or args.model, advice, seen, rows, args.out)

@@ -11,7 +11,6 @@ little. "Fewer tokens" says how many times fewer go through a block's MLP than i
 arithmetic.
 """
 
-import argparse
 import itertools
 import math
 import resource
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 import retcon
-from benchmarks.common import cases_of, machine
+from benchmarks.common import cases_of, command_line, machine
 from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit, subject_tokens
@@ -103,18 +102,15 @@ def mlp_tokens(lm: LM, call: Callable[[], object]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo:gptj")
-    parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
+    parser = command_line(__doc__, cases=True)
     parser.add_argument("--corpus", help="also probe with word sets found in this text")
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--prompts", type=int, default=10, help="prompts to trace")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     lm = retcon.load(args.model)
-    edits = [case.edits[0] for case in cases_of(args.data, 0, args.cases, args.seed)]
+    edits = [case.edits[0] for case in cases_of(args.data, args.start, args.cases, args.seed)]
     print(f"{args.model}, seed {args.seed}; {machine()}\n")
     contrast_probe(lm, edits[:8])
     probing = seconds(lambda: contrast_probe(lm, edits))

@@ -10,7 +10,6 @@ treatment with Score, ES, GS, LS (`cf.prob_mean`) and how many edits the model s
 rounded, and the rounded unedited model with the edit beside it in float, as an adapter is.
 """
 
-import argparse
 import copy
 import json
 import warnings
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import retcon
-from benchmarks.common import METRICS, add_places, cases_of, machine, moments_of
+from benchmarks.common import METRICS, cases_of, command_line, machine, moments_of
 from retcon.edits import Case
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
@@ -74,8 +73,7 @@ def measured(lm: LM, cases: list[Case]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
+    parser = command_line(__doc__, places=True)
     parser.add_argument("--n", type=int, default=100, help="cases")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     asked = parser.parse_args()

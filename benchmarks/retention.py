@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import METRICS, add_dataset, add_places, cases_of, estimated, machine, moments_of
+from benchmarks.common import METRICS, add_dataset, add_places, cases_of, command_line, estimated, machine, moments_of
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.methods.common.sequence import in_steps
@@ -90,7 +90,7 @@ def plot(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     verbs = parser.add_subparsers(required=True)
     running = verbs.add_parser("run")
     add_places(running)

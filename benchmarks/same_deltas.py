@@ -10,7 +10,6 @@ threads. What was renamed since the record was made is in `RENAMED`, and nowhere
 versions are no results.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import retcon
+from benchmarks.common import command_line
 
 MODELS = ("demo:gptj", "demo:llama")
 N_CASES, STEP = 6, 4
@@ -174,7 +174,7 @@ def figure_differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("what", choices=("record", "compare"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", default=retcon.list_methods(), metavar="METHOD")

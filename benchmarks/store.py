@@ -21,7 +21,6 @@ import resource
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +28,7 @@ from tempfile import TemporaryDirectory
 from torch import Tensor
 
 import retcon
+from benchmarks.common import command_line
 from retcon import world
 from retcon.edits import Case, Edit, Query
 from retcon.files import write_atomically
@@ -195,7 +195,7 @@ def verifying(n: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--again", type=int, metavar="N", help="facts edited, of which one is taken out")
     parser.add_argument("--checkout", type=int, metavar="N", help="entries of the store that is checked out")
     parser.add_argument("--verify", type=int, metavar="N", help="facts that are verified, and checked")

@@ -11,7 +11,6 @@ a linear model on the layer (a constant for each) and on the layer and the effec
 knowing the layer.
 """
 
-import argparse
 import math
 import warnings
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 import retcon
-from benchmarks.common import add_dataset, add_places, cases_of, machine, moments_of
+from benchmarks.common import cases_of, command_line, machine, moments_of, print_row
 from retcon.edits import Case
 from retcon.errors import RetconWarning
 from retcon.evaluation.score import Item, score
@@ -62,9 +61,7 @@ def explained(effects: Tensor, scores: Tensor) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
-    add_dataset(parser)
+    parser = command_line(__doc__, places=True, dataset=True)
     parser.add_argument("--n", type=int, default=50)
     args = parser.parse_args()
     if args.n < LEAST_FACTS:
@@ -93,20 +90,21 @@ def main() -> None:
         by_layer.append((torch.stack(after) - before) / (1 - before))
     scores = torch.stack(by_layer, 1).double()  # (facts, layers, scores)
 
-    print(f"{len(traces)} facts\n\n| layer | " + " | ".join(f"effect, {kind}" for kind in kinds), end="")
+    print(f"{len(traces)} facts\n")
     pairs = [(kind, name) for kind in kinds for name in SCORES]
-    print(" | " + " | ".join((*SCORES, *(f"r: {kind}, {name}" for kind, name in pairs))) + " |")
+    print_row("layer", *(f"effect, {kind}" for kind in kinds), *SCORES, *(f"r: {kind}, {name}" for kind, name in pairs))
     print("|---" * (1 + len(kinds) + len(SCORES) + len(pairs)) + "|")
     for layer in range(lm.n_layers):
         cells = [f"{float(effects[kind][:, layer].mean()):.3f}" for kind in kinds]
         cells += [f"{float(scores[:, layer, i].mean()):.2f}" for i in range(len(SCORES))]
         cells += [pearson(effects[kind][:, layer], scores[:, layer, SCORES.index(name)]) for kind, name in pairs]
-        print(f"| {layer} | {' | '.join(cells)} |")
-    print("\n| score | R² of the layer | " + " | ".join(f"and {kind}'s effect" for kind in kinds) + " |")
+        print_row(layer, *cells)
+    print()
+    print_row("score", "R² of the layer", *(f"and {kind}'s effect" for kind in kinds))
     print("|---|---|" + "---|" * len(kinds))
     for i, name in enumerate(SCORES):
         found = [explained(effects[kind], scores[:, :, i]) for kind in kinds]
-        print(f"| {name} | {found[0][0]:.3f} | " + " | ".join(f"{both:.3f}" for _, both in found) + " |")
+        print_row(name, f"{found[0][0]:.3f}", *(f"{both:.3f}" for _, both in found))
 
 
 if __name__ == "__main__":

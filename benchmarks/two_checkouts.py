@@ -8,7 +8,6 @@ ratio is the older checkout's over the newer one's. Both edit by the older one's
 hand, and two edits warm up.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine
+from benchmarks.common import command_line, machine, print_row
 
 PROGRAM = """
 import json, sys, time, warnings
@@ -52,7 +51,7 @@ def edited_by(checkout: Path, asked: Sequence[Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("older", type=Path, help="folder of a checkout")
     parser.add_argument("newer", type=Path)
     parser.add_argument("--model", nargs="+", default=["demo:gptj"], help="model ids or paths")
@@ -80,7 +79,7 @@ def main() -> None:
             name.rstrip("/").rsplit("/", 1)[-1], f"{args.n}", " / ".join(f"{t:.0f}" for t in older),
             " / ".join(f"{t:.0f}" for t in newer), f"**{min(older) / min(newer):.2f}**", f"{same} of {args.n}",
         ]  # fmt: skip
-        print(f"| {' | '.join(cells)} |", flush=True)
+        print_row(*cells)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ where either would do. Last columns: Spearman's rank correlation of the interact
 paraphrases, and p from 2,000 shuffles.
 """
 
-import argparse
 import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
 import retcon
-from benchmarks.common import add_dataset, add_places, cases_of, jeep_of, machine, moments_of, ranks
+from benchmarks.common import cases_of, command_line, jeep_of, machine, moments_of, print_row, ranks
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import evaluate
@@ -25,9 +24,7 @@ from retcon.lm.model import LM
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
-    add_dataset(parser)
+    parser = command_line(__doc__, places=True, dataset=True)
     parser.add_argument("--n", type=int, default=100)
     args = parser.parse_args()
     lm = retcon.load(args.model)
@@ -49,7 +46,7 @@ def main() -> None:
             cells = [f"{statistics.mean(values):.2f}" for values in (none, only_low, only_high, both, found)]
             cells.append(f"{100 * sum(x < 0 for x in found) / len(found):.0f} %")
             cells += correlated(interactions["prompt"], both, args.seed) if asked == "paraphrases" else ["", ""]
-            print("| " + " | ".join([searched, asked, *cells]) + " |", flush=True)
+            print_row(searched, asked, *cells)
 
 
 def part_of(lm: LM, delta: Delta, layers: Sequence[int]) -> Delta:

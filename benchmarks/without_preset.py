@@ -12,7 +12,6 @@ first, outcomes, seconds (moments left out), and the model's own text before and
 nothing is edited: the cases become a file, for `retcon tune` or, with `--said`, for the probes.
 """
 
-import argparse
 import json
 import time
 import warnings
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import METRICS, add_places, cases_of, machine, moments_of, preferred
+from benchmarks.common import METRICS, cases_of, command_line, machine, moments_of, preferred
 from retcon.delta import EditReport
 from retcon.edits import Case, Edit, write_cases
 from retcon.errors import RetconWarning
@@ -79,8 +78,7 @@ def written(lm: LM, edits: Sequence[Edit]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_places(parser)
+    parser = command_line(__doc__, places=True)
     parser.add_argument("--n", type=int, default=100, help="cases")
     parser.add_argument("--alone", action="store_true", help="edit every case by itself")
     parser.add_argument("--any", action="store_true", help="cases as they come, preferred or not")

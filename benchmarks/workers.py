@@ -6,7 +6,6 @@ Workers are started, and have loaded the model, before the clock is; one and two
 `--rounds` counts. The delta must be that of this process, to the bit.
 """
 
-import argparse
 import time
 import warnings
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from unittest.mock import patch
 import torch
 
 import retcon
-from benchmarks.common import cases_of, jeep_of, machine, moments_of
+from benchmarks.common import cases_of, command_line, jeep_of, machine, moments_of, print_row
 from retcon.cluster import workers, working_on
 from retcon.cluster.actors import RayCluster
 from retcon.delta import Delta
@@ -51,10 +50,7 @@ def timed(propose: Callable[[], Delta]) -> tuple[Delta, float, float]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo:gptj")
-    parser.add_argument("--data", help="CounterFact file; the embedded world's cases by default")
-    parser.add_argument("--corpus", help="text file for the second moments; the model's default if left out")
+    parser = command_line(__doc__, places=True)
     parser.add_argument("--n", type=int, default=400, help="edits")
     parser.add_argument("--on", nargs="+", default=["processes", "ray"], choices=["processes", "ray"])
     parser.add_argument("--workers", type=int, nargs=2, default=[1, 2])
@@ -63,11 +59,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*larger than the weight")
     lm = retcon.load(args.model)
     moments = moments_of(lm, args.corpus)
-    edits = [c.edits[0] for c in cases_of(args.data, 0, args.n, 0)]
+    edits = [c.edits[0] for c in cases_of(args.data, args.start, args.n, args.seed)]
     jeep = jeep_of(lm)
 
     def propose() -> Delta:
-        return jeep.propose(lm, edits, moments=moments)
+        return jeep.propose(lm, edits, moments=moments, seed=args.seed)
 
     wanted, searching, whole = timed(propose)
     few, many = args.workers
@@ -96,7 +92,7 @@ def main() -> None:
             f"{propose_s[few]:.1f} / {propose_s[many]:.1f}", f"**{propose_s[few] / propose_s[many]:.2f}**",
             "yes" if same else "NO",
         ]  # fmt: skip
-        print(f"| {' | '.join(cells)} |", flush=True)
+        print_row(*cells)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ lambda C, one Cholesky of d x d, solve), and the small-n form with C's factor ma
 the disk cache, and in memory. The last column is the largest difference from the direct form over the largest entry.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.common import machine
+from benchmarks.common import command_line, machine, print_row
 from retcon.memory.moments import pack, unpack
 from retcon.memory.solve import cholesky, ridge_direct, ridge_small
 
@@ -41,7 +40,7 @@ def timed(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--d", type=int, default=11_008, help="key dimensions")
     parser.add_argument("--n", type=int, nargs="+", default=[10, 100, 1000], help="edits")
     parser.add_argument("--seed", type=int, default=0)
@@ -69,7 +68,7 @@ def main() -> None:
             memory, _ = timed(partial(ridge_small, k, lambda: c, WEIGHT, factor=lambda: lower))
             apart = float((found - wanted).abs().max() / wanted.abs().max())
             cells = [f"{seconds:.2f}" for seconds in (direct, fresh, disk, memory)]
-            print(f"| {n:,} | {' | '.join(cells)} | {direct / disk:.1f}x | {apart:.0e} |", flush=True)
+            print_row(f"{n:,}", *cells, f"{direct / disk:.1f}x", f"{apart:.0e}")
 
 
 if __name__ == "__main__":
