@@ -10,7 +10,6 @@ from retcon.edits import Edit
 from retcon.evaluation.datasets.rows import (
     CaseTarget,
     Draft,
-    alternative,
     ask_related,
     draft,
     first,
@@ -29,16 +28,11 @@ def native(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) 
     new, new_id = labelled(rewrite, "target_new", inside)
     true, true_id = labelled(rewrite, "target_true", inside) if "target_true" in rewrite else (None, None)
     if target == "alt":
-        other = alternative(made, {"alt": rewrite.get("alt", record.get("alt"))}, where)
-        if other is None:
-            return made
-        new, new_id = other, None
+        new, new_id = made.alternative({"alt": rewrite.get("alt", record.get("alt"))}), None
     relation = rewrite.get("relation_id")
     made.meta |= {"relation_id": relation, "target_new_id": new_id, "target_true_id": true_id}
     prompt, subject = require(rewrite, "prompt", str, inside), require(rewrite, "subject", str, inside)
     edit = made.edit(prompt, subject, new, true, template=True, relation=relation)
-    if edit is None:
-        return made
     _ask(
         made,
         edit,
@@ -59,14 +53,9 @@ def flat(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) ->
     true = first(record.get("ground_truth"), "ground_truth", where)
     new = first(present(record, "target_new", where), "target_new", where) or ""
     if target == "alt":
-        other = alternative(made, record, where)
-        if other is None:
-            return made
-        new = other
+        new = made.alternative(record)
     prompt, subject = require(record, "prompt", str, where), require(record, "subject", str, where)
     edit = made.edit(prompt, subject, new, true)
-    if edit is None:
-        return made
     _ask(
         made,
         edit,
@@ -82,7 +71,5 @@ def flat(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) ->
 
 def _ask(made: Draft, edit: Edit, paraphrases: Sequence[str], neighbours: Sequence[str], kept: str | None) -> None:
     """Rewrite, paraphrases and neighbours; `kept` is the answer that holds for the neighbours, before and after."""
-    new = ((edit.target_new,),)
-    made.ask("rewrite", [edit.text], edit.target_new, edit.target_true, new)
-    made.ask("paraphrase", paraphrases, edit.target_new, edit.target_true, new)
+    made.ask_fact(edit, paraphrases, contrast=edit.target_true)
     made.ask("neighborhood", neighbours, kept or "", edit.target_new, ((kept.strip(),),) if kept else ())

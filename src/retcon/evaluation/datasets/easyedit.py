@@ -40,12 +40,8 @@ def knowedit(record: Mapping[str, Any], where: str, row: int, answers: Answers) 
         subject = prompt[start:end]
         made.flags |= {"subject_twice"} if len(found) > 1 else set()
     edit = made.edit(prompt, subject, new, old[0][0] if old else None, subject_start=start)
-    if edit is None:
-        return made
-    wanted = ((edit.target_new,),)
-    made.ask("rewrite", [edit.text], edit.target_new, answers=wanted)
     rephrase = "rephrase_prompt" if "rephrase_prompt" in record else "rephrase"
-    made.ask("paraphrase", texts(record.get(rephrase), rephrase, where), edit.target_new, answers=wanted)
+    made.ask_fact(edit, texts(record.get(rephrase), rephrase, where))
     ask_related(made, record.get("portability"), "portability", where, answers)
     ask_related(made, record.get("locality"), "locality", where, answers)
     return made
@@ -58,11 +54,7 @@ def qaedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
         made.meta["source"] = record["source"]
     new = first(present(record, "target", where), "target", where) or ""
     edit = made.edit(require(record, "prompt", str, where), require(record, "subject", str, where), new, None)
-    if edit is None:
-        return made
-    wanted = ((edit.target_new,),)
-    made.ask("rewrite", [edit.text], edit.target_new, answers=wanted)
-    made.ask("paraphrase", texts(record.get("rephrase"), "rephrase", where), edit.target_new, answers=wanted)
+    made.ask_fact(edit, texts(record.get("rephrase"), "rephrase", where))
     ask_related(made, record.get("portability"), "portability", where)
     items = [
         {"prompt": require(item, "loc", str, where), "ground_truth": item.get("loc_ans")}
@@ -78,11 +70,8 @@ def wikibigedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
     made.meta["tag"] = record.get("tag")
     new = first(present(record, "ans", where), "ans", where) or ""
     edit = made.edit(require(record, "update", str, where), require(record, "subject", str, where), new, None)
-    if edit is None:
-        return made
+    made.ask_fact(edit, texts(record.get("rephrase"), "rephrase", where))
     wanted = ((edit.target_new,),)
-    made.ask("rewrite", [edit.text], edit.target_new, answers=wanted)
-    made.ask("paraphrase", texts(record.get("rephrase"), "rephrase", where), edit.target_new, answers=wanted)
     made.ask("paraphrase.persona", texts(record.get("personas"), "personas", where), edit.target_new, answers=wanted)
     ask_related(made, record.get("portability"), "portability", where)
     for part, key, asked, answer in (
@@ -101,11 +90,7 @@ def cknowedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
     new = first(present(record, "target_new", where), "target_new", where) or ""
     old = first(record.get("target_old"), "target_old", where)
     edit = made.edit(require(record, "prompt", str, where), text_or_none(record, "subject", where), new, old)
-    if edit is None:
-        return made
-    wanted = ((edit.target_new,),)
-    made.ask("rewrite", [edit.text], edit.target_new, answers=wanted)
-    made.ask("paraphrase", texts(record.get("rephrase"), "rephrase", where), edit.target_new, answers=wanted)
+    made.ask_fact(edit, texts(record.get("rephrase"), "rephrase", where))
     ask_related(made, record.get("portability"), "portability", where)
     ask_related(made, record.get("locality"), "locality", where)
     return made
@@ -116,11 +101,7 @@ def unke(record: Mapping[str, Any], where: str, row: int) -> Draft:
     made = draft(record, where, row, "easyedit")
     new = first(present(record, "answer", where), "answer", where) or ""
     edit = made.edit(require(record, "question", str, where), text_or_none(record, "subject", where), new, None)
-    if edit is None:
-        return made
-    wanted = ((edit.target_new,),)
-    made.ask("rewrite", [edit.text], edit.target_new, answers=wanted)
-    made.ask("paraphrase", texts(record.get("para_question"), "para_question", where), edit.target_new, answers=wanted)
+    made.ask_fact(edit, texts(record.get("para_question"), "para_question", where))
     parts, answers = (texts(record.get(name), name, where) for name in ("sub_question", "sub_answer"))
     if len(parts) != len(answers):
         raise MalformedFile(f"{where}: {len(parts)} sub_question and {len(answers)} sub_answer; give one for each")
@@ -136,10 +117,6 @@ def fastedit(record: Mapping[str, Any], where: str, row: int) -> Draft:
     new = first(present(record, "target", where), "target", where) or ""
     prompt, subject = require(record, "prompt", str, where), require(record, "subject", str, where)
     edit = made.edit(prompt, subject, new, None, template=True)
-    if edit is None:
-        return made
-    wanted = ((edit.target_new,),)
-    made.ask("rewrite", [edit.text], edit.target_new, answers=wanted)
-    made.ask("paraphrase", texts(record.get("queries"), "queries", where), edit.target_new, answers=wanted)
+    made.ask_fact(edit, texts(record.get("queries"), "queries", where))
     ask_related(made, record.get("portability"), "portability", where)
     return made

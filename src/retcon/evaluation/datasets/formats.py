@@ -13,7 +13,7 @@ from retcon.evaluation.datasets.easyedit import cknowedit, fastedit, knowedit, q
 from retcon.evaluation.datasets.mquake import Prompting, mquake
 from retcon.evaluation.datasets.own import own, plain
 from retcon.evaluation.datasets.ripple import AXES, ripple
-from retcon.evaluation.datasets.rows import Answers, CaseTarget, Draft, FormatName, Parser
+from retcon.evaluation.datasets.rows import Answers, CaseTarget, Draft, FormatName, Parser, RowDropped
 from retcon.evaluation.datasets.tables import with_lists
 from retcon.evaluation.datasets.zsre import PromptStyle, zsre
 from retcon.extensions import named_function
@@ -355,7 +355,10 @@ def reader(
             record = translate(record, where)
         elif table:
             record = with_lists(record, chosen.lists, where)
-        made = parse(record, where, row)
+        try:
+            made = parse(record, where, row)
+        except RowDropped as dropped:
+            made = dropped.draft
         extra = {name: value for name, value in record.items() if name not in chosen.fields}
         counts.update(name for name in extra if name not in known_fields)
         if extra:

@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from retcon.errors import MalformedFile
-from retcon.evaluation.datasets.rows import Draft, draft, first, labelled, objects, texts
+from retcon.evaluation.datasets.rows import AnswerGroups, Draft, draft, first, labelled, objects, texts
 from retcon.files import require
 
 Prompting = Literal["standard", "cot", "bare"]
@@ -31,9 +31,7 @@ def mquake(record: Mapping[str, Any], where: str, row: int, prompting: Prompting
         new, _ = labelled(rewrite, "target_new", inside)
         true, _ = labelled(rewrite, "target_true", inside) if rewrite.get("target_true") else (None, None)
         prompt, subject = require(rewrite, "prompt", str, inside), require(rewrite, "subject", str, inside)
-        edit = made.edit(prompt, subject, new, true, template=True, relation=rewrite.get("relation_id"))
-        if edit is None:
-            return made
+        made.edit(prompt, subject, new, true, template=True, relation=rewrite.get("relation_id"))
     made.meta["relation_id"] = made.edits[0].relation_id
     for place, edit in enumerate(made.edits):
         made.ask_at(f"rewrite/{place}", "rewrite", edit.text, edit.target_new, ((edit.target_new,),))
@@ -60,9 +58,9 @@ def mquake(record: Mapping[str, Any], where: str, row: int, prompting: Prompting
     return made
 
 
-def _hops(record: Mapping[str, Any], name: str, where: str) -> list[tuple[str, tuple[tuple[str, ...], ...]]]:
+def _hops(record: Mapping[str, Any], name: str, where: str) -> list[tuple[str, AnswerGroups]]:
     """(question, accepted answers) of every hop."""
-    found: list[tuple[str, tuple[tuple[str, ...], ...]]] = []
+    found: list[tuple[str, AnswerGroups]] = []
     for place, hop in enumerate(objects(record.get(name), f"{where}, {name}")):
         inside = f"{where}, {name}[{place}]"
         strings = texts(hop.get("answer"), "answer", inside) + texts(hop.get("answer_alias"), "answer_alias", inside)

@@ -12,11 +12,11 @@ from retcon.edits import MARKER, Case, Edit, case_from
 from retcon.errors import InvalidEdit, MalformedFile
 from retcon.evaluation.datasets.rows import (
     FLAGS_ACROSS,
+    AnswerGroups,
     CaseTarget,
     Draft,
     Loaded,
     Options,
-    alternative,
     ask_related,
     draft,
     edit_flags,
@@ -46,10 +46,7 @@ def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -
         present(record, "subject", where)  # a fact without one says so: null, or an empty cell
     new = first(present(record, "target_new", where), "target_new", where) or ""
     if target == "alt":
-        other = alternative(made, record, where)
-        if other is None:
-            return made
-        new = other
+        new = made.alternative(record)
     start = record.get("subject_start")
     edit = made.edit(
         text_or_none(record, "prompt", where) or present(record, "prompt", where) or "",
@@ -62,13 +59,9 @@ def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -
         edit_id=_name(record, where),
         separator=text_or_none(record, "separator", where),
     )
-    if edit is None:
-        return made
     made.id = edit.id
-    wanted = ((edit.target_new,),)
-    made.ask("rewrite", [edit.text], edit.target_new, edit.target_true, wanted)
     reworded = [_filled(prompt, edit) for prompt in texts(record.get("paraphrases"), "paraphrases", where)]
-    made.ask("paraphrase", reworded, edit.target_new, edit.target_true, wanted)
+    made.ask_fact(edit, reworded, contrast=edit.target_true)
     for place, (prompt, kept) in enumerate(_neighbors(record, edit, where)):
         if not kept:
             made.dropped_queries.append("neighbor_without_answer")
@@ -96,7 +89,7 @@ def _filled(prompt: str, edit: Edit) -> str:
     return prompt if edit.subject is None or prompt.count(MARKER) != 1 else fill(prompt, edit.subject)
 
 
-def _neighbors(record: Mapping[str, Any], edit: Edit, where: str) -> list[tuple[str, tuple[tuple[str, ...], ...]]]:
+def _neighbors(record: Mapping[str, Any], edit: Edit, where: str) -> list[tuple[str, AnswerGroups]]:
     """(prompt, accepted answers) of what names its own, or shares the old one."""
     spelt = [name for name in ("neighbors", "neighbours") if record.get(name) is not None]
     if len(spelt) == 2:

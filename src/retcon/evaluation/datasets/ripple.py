@@ -11,7 +11,7 @@ from typing import Any
 
 from retcon.edits import fold
 from retcon.errors import MalformedFile
-from retcon.evaluation.datasets.rows import Draft, draft, objects
+from retcon.evaluation.datasets.rows import AnswerGroups, Draft, draft, objects
 from retcon.files import require
 
 AXES = {
@@ -96,14 +96,11 @@ def ripple(record: Mapping[str, Any], where: str, row: int) -> Draft:
     found = split_sentence(require(edit, "prompt", str, f"{where}, edit"))
     made.meta |= {"example_type": record.get("example_type"), "relation_id": edit.get("relation")}
     if found is None:
-        made.leave_out("sentence_not_split", f"no known wording splits {edit['prompt']!r} into subject and object")
-        return made
+        made.drop("sentence_not_split", f"no known wording splits {edit['prompt']!r} into subject and object")
     template, subject, target = found
     taken = made.edit(template, subject, target, _old_object(edit), template=True, relation=edit.get("relation"))
-    if taken is None:
-        return made
-    made.ask("rewrite", [taken.text], taken.target_new, answers=((taken.target_new,),))
-    asked: dict[tuple[str, str, tuple[tuple[str, ...], ...]], str] = {}
+    made.ask_fact(taken, ())
+    asked: dict[tuple[str, str, AnswerGroups], str] = {}
     tests = []
     for name, axis in AXES.items():
         inside = f"{where}, {name}"
@@ -138,7 +135,7 @@ def _old_object(edit: Mapping[str, Any]) -> str | None:
 
 def _ask(
     made: Draft,
-    asked: dict[tuple[str, str, tuple[tuple[str, ...], ...]], str],
+    asked: dict[tuple[str, str, AnswerGroups], str],
     axis: str,
     queries: Any,
     where: str,
@@ -162,7 +159,7 @@ def _ask(
     return ids
 
 
-def _answers(entries: Any, where: str) -> tuple[tuple[str, ...], ...]:
+def _answers(entries: Any, where: str) -> AnswerGroups:
     """Return one group of aliases per answer; single characters that are no digit, and empty groups, are left out."""
     groups = []
     for entry in objects(entries, f"{where}, answers"):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from retcon.chat import Chat
 from retcon.edits import (
@@ -58,6 +58,8 @@ Order = Literal["file", "shuffle"]
 CaseTarget = Literal["new", "alt"]
 """The answer to write: the one that the format is published with, or the row's alternative one (field `alt`)."""
 
+AnswerGroups = tuple[tuple[str, ...], ...]
+"""Answers, each with its aliases."""
 Answers = Literal["all", "first"]
 """Which strings of KnowEdit's `ground_truth` count as right in generated text."""
 
@@ -215,6 +217,14 @@ class Options:
         return shown | {"on_error": self.on_error} | drawn
 
 
+class RowDropped(Exception):
+    """Ends the reader of a row that gives no case; its draft says why."""
+
+    def __init__(self, draft: "Draft") -> None:
+        super().__init__(draft.detail)
+        self.draft = draft
+
+
 @dataclass
 class Draft:
     """A row on its way to a case."""
@@ -241,6 +251,11 @@ class Draft:
         """Note why the row gives no case."""
         self.dropped, self.detail = reason, detail
 
+    def drop(self, reason: str, detail: str) -> NoReturn:
+        """Leave the row out, and end its reader."""
+        self.leave_out(reason, detail)
+        raise RowDropped(self)
+
     def edit(
         self,
         prompt: str,
@@ -253,23 +268,24 @@ class Draft:
         subject_start: int | None = None,
         edit_id: str | None = None,
         separator: str | None = None,
-    ) -> Edit | None:
-        """Take an edit of the row; None, with the reason noted, where it cannot be used.
+    ) -> Edit:
+        """Take an edit of the row.
 
         Args:
             subject: None where the format names none.
             template: `{}` in the prompt is where the subject goes, not text.
             edit_id: instead of the row's; "" for a hash of the edit.
+
+        Raises:
+            RowDropped: it cannot be used.
         """
         if subject is not None and not subject.strip():
             raise MalformedFile(f"{self.where}: field 'subject' is empty; name the entity the fact is about")
         if subject and not template and MARKER in prompt and (prompt.count(MARKER) > 1 or subject in prompt):
             # it is text, but an Edit would put the subject there
-            self.leave_out("marker_in_prompt", f"the prompt {prompt!r} holds '{{}}' as text beside the subject")
-            return None
+            self.drop("marker_in_prompt", f"the prompt {prompt!r} holds '{{}}' as text beside the subject")
         if not target_new.strip():
-            self.leave_out("empty_target", "the answer to write is empty")
-            return None
+            self.drop("empty_target", "the answer to write is empty")
         if any(t is not None and t != t.strip() for t in (target_new, target_true)):
             self.flags.add("target_whitespace")
         self.flags |= end_flags(prompt)
@@ -291,11 +307,31 @@ class Draft:
         except InvalidEdit as error:
             raise MalformedFile(f"{self.where}: {error}") from None
         if edit.subject is not None and edit.subject_span is None:
-            self.leave_out("subject_missing", missing_subject(edit))
-            return None
+            self.drop("subject_missing", missing_subject(edit))
         self.edits = (*self.edits, edit)
         self.flags |= edit_flags(edit)
         return edit
+
+    def alternative(self, record: Mapping[str, Any]) -> str:
+        """Return the row's alternative answer, for `case_target="alt"`.
+
+        Raises:
+            RowDropped: it has none.
+        """
+        if record.get("alt") is None:
+            self.drop("no_alternative", "it has no alternative answer (field 'alt')")
+        return first(record["alt"], "alt", self.where) or ""
+
+    def ask_fact(
+        self,
+        edit: Edit,
+        paraphrases: Iterable[str],
+        answers: AnswerGroups = (),
+        contrast: str | None = None,
+    ) -> None:
+        """Ask for an edit in its own words and in others; right are `answers`, by default the new one."""
+        for axis, prompts in (("rewrite", [edit.text]), ("paraphrase", paraphrases)):
+            self.ask(axis, prompts, edit.target_new, contrast, answers or ((edit.target_new,),))
 
     def ask(
         self,
@@ -303,7 +339,7 @@ class Draft:
         prompts: Iterable[str],
         target: str | None,
         contrast: str | None = None,
-        answers: tuple[tuple[str, ...], ...] = (),
+        answers: AnswerGroups = (),
     ) -> None:
         """Add one query per prompt, blank ones and those with a blank target left out; ids keep the file's places."""
         for place, prompt in enumerate(prompts):
@@ -315,7 +351,7 @@ class Draft:
         axis: str,
         prompt: str,
         target: str | None,
-        answers: tuple[tuple[str, ...], ...],
+        answers: AnswerGroups,
         *,
         contrast: str | None = None,
         mode: Literal["any", "all"] = "any",
@@ -571,7 +607,7 @@ def first(value: Any, name: str, where: str) -> str | None:
     return next((text for text in texts(value, name, where) if text.strip()), None)
 
 
-def answers_of(value: Any, name: str, where: str) -> tuple[tuple[str, ...], ...]:
+def answers_of(value: Any, name: str, where: str) -> AnswerGroups:
     """Answers with their aliases: a string is one answer; a list of strings, or of lists, one answer per entry.
 
     Blank strings go, and so do answers without any string left. Numbers and booleans are written out.
@@ -597,14 +633,6 @@ def text_or_none(record: Mapping[str, Any], name: str, where: str) -> str | None
     if value is not None and not isinstance(value, str):
         raise MalformedFile(f"{where}: field {name!r} must be text, found {type(value).__name__} ({value!r:.60})")
     return value
-
-
-def alternative(made: Draft, record: Mapping[str, Any], where: str) -> str | None:
-    """Return the row's alternative answer, for `case_target="alt"`; None, and noted, where it has none."""
-    if record.get("alt") is None:
-        made.leave_out("no_alternative", "it has no alternative answer (field 'alt')")
-        return None
-    return first(record["alt"], "alt", where) or ""
 
 
 # --- what follows from an edit, and what does not -----------------------------------------------------------------
@@ -655,7 +683,7 @@ def _axis(key: str) -> str:
 _ANSWER_FIELDS = ("ground_truth", "answer", "answers")
 
 
-def item_answers(item: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], ...]:
+def item_answers(item: Mapping[str, Any], where: str) -> AnswerGroups:
     """Return the answers that an item names, whichever field they are in."""
     name = next((n for n in _ANSWER_FIELDS if n in item), "ground_truth")
     return answers_of(item.get(name), name, where)

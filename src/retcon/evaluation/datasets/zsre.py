@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from retcon.edits import fold
-from retcon.evaluation.datasets.rows import CaseTarget, Draft, ask_related, draft, first, present, texts
+from retcon.evaluation.datasets.rows import AnswerGroups, CaseTarget, Draft, ask_related, draft, first, present, texts
 from retcon.files import require
 
 PromptStyle = Literal["loc.nq_q", "loc.nq", "loc.plain_q"]
@@ -29,7 +29,7 @@ def zsre(record: Mapping[str, Any], where: str, row: int, target: CaseTarget, st
     correct = [a for a in texts(present(record, field, where), field, where) if a.strip()]
     if target == "alt":
         new = first(present(record, "alt", where), "alt", where) or ""
-        answers: tuple[tuple[str, ...], ...] = ((new.strip(),),)
+        answers: AnswerGroups = ((new.strip(),),)
         if fold(new) in map(fold, correct):
             made.flags.add("noop_edit")
     else:
@@ -40,11 +40,8 @@ def zsre(record: Mapping[str, Any], where: str, row: int, target: CaseTarget, st
     prompt = require(record, "prompt" if "prompt" in record and "src" not in record else "src", str, where)
     named = "subject" in record or "ans" not in record
     edit = made.edit(prompt, require(record, "subject", str, where) if named else None, new, None)
-    if edit is None:
-        return made
     rephrase = "rephrase" if "rephrase" in record else "rephrase_prompt"
-    made.ask("rewrite", [edit.text], edit.target_new, answers=answers)
-    made.ask("paraphrase", texts(record.get(rephrase), rephrase, where), edit.target_new, answers=answers)
+    made.ask_fact(edit, texts(record.get(rephrase), rephrase, where), answers)
     kept = first(record.get("loc_ans"), "loc_ans", where) or ""
     unrelated = [_locality_prompt(loc, style) for loc in texts(record.get("loc"), "loc", where)]
     made.ask("locality.nq", unrelated, kept, answers=((kept.strip(),),))
