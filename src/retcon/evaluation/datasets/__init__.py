@@ -13,13 +13,12 @@ from retcon.evaluation.datasets import hub
 from retcon.evaluation.datasets.formats import CHOICES, FORMATS, check_case_target, likely_fields, reader, recognise
 from retcon.evaluation.datasets.mquake import Prompting
 from retcon.evaluation.datasets.own import embedded, without_partial_rivals
+from retcon.evaluation.datasets.report import LeftOut, LoadReport
 from retcon.evaluation.datasets.rows import (
     Answers,
     CaseTarget,
     FormatName,
-    LeftOut,
     Loaded,
-    LoadReport,
     OnError,
     Options,
     Order,

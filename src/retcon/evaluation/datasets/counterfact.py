@@ -7,16 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from retcon.edits import Edit
-from retcon.evaluation.datasets.rows import (
-    CaseTarget,
-    Draft,
-    ask_related,
-    draft,
-    first,
-    labelled,
-    present,
-    texts,
-)
+from retcon.evaluation.datasets.fields import first, labelled, present, texts
+from retcon.evaluation.datasets.related import ask_related
+from retcon.evaluation.datasets.rows import CaseTarget, Draft, draft
 from retcon.files import require
 
 

@@ -10,18 +10,9 @@ from typing import Any
 
 from retcon.edits import MARKER, mentions
 from retcon.errors import MalformedFile
-from retcon.evaluation.datasets.rows import (
-    Answers,
-    Draft,
-    answers_of,
-    ask_related,
-    draft,
-    first,
-    objects,
-    present,
-    text_or_none,
-    texts,
-)
+from retcon.evaluation.datasets.fields import answers_of, first, objects, present, text_or_none, texts
+from retcon.evaluation.datasets.related import ask_related
+from retcon.evaluation.datasets.rows import Answers, Draft, draft
 from retcon.files import require
 
 

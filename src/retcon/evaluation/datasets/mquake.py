@@ -12,7 +12,8 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from retcon.errors import MalformedFile
-from retcon.evaluation.datasets.rows import AnswerGroups, Draft, draft, first, labelled, objects, texts
+from retcon.evaluation.datasets.fields import AnswerGroups, first, labelled, objects, texts
+from retcon.evaluation.datasets.rows import Draft, draft
 from retcon.files import require
 
 Prompting = Literal["standard", "cot", "bare"]

@@ -10,23 +10,18 @@ from retcon import world
 from retcon.chat import chat_from
 from retcon.edits import MARKER, Case, Edit, case_from
 from retcon.errors import InvalidEdit, MalformedFile
+from retcon.evaluation.datasets.fields import AnswerGroups, first, item_answers, present, text_or_none, texts
+from retcon.evaluation.datasets.related import ask_related
 from retcon.evaluation.datasets.rows import (
     FLAGS_ACROSS,
-    AnswerGroups,
     CaseTarget,
     Draft,
     Loaded,
     Options,
-    ask_related,
     draft,
     edit_flags,
     finish,
-    first,
-    item_answers,
     missing_subject,
-    present,
-    text_or_none,
-    texts,
 )
 from retcon.world.facts import fill
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from retcon.edits import fold
 from retcon.errors import MalformedFile
-from retcon.evaluation.datasets.rows import AnswerGroups, Draft, draft, objects
+from retcon.evaluation.datasets.fields import AnswerGroups, objects
+from retcon.evaluation.datasets.rows import Draft, draft
 from retcon.files import require
 
 AXES = {

@@ -1,11 +1,11 @@
-"""What every format's reader shares: a row on its way to a case, what is flagged and left out, and the report of it."""
+"""What every format's reader shares: a row on its way to a case, and what is flagged and left out."""
 
 import hashlib
 import json
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
@@ -28,8 +28,10 @@ from retcon.edits import (
 )
 from retcon.edits import conflicts as contradictions
 from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, UnusableRow
+from retcon.evaluation.datasets.fields import AnswerGroups, first
+from retcon.evaluation.datasets.report import LeftOut, LoadReport
 from retcon.evaluation.metrics import is_locality
-from retcon.files import NumberedRow, require
+from retcon.files import NumberedRow
 
 FormatName = Literal[
     "mquake",
@@ -58,108 +60,8 @@ Order = Literal["file", "shuffle"]
 CaseTarget = Literal["new", "alt"]
 """The answer to write: the one that the format is published with, or the row's alternative one (field `alt`)."""
 
-AnswerGroups = tuple[tuple[str, ...], ...]
-"""Answers, each with its aliases."""
 Answers = Literal["all", "first"]
 """Which strings of KnowEdit's `ground_truth` count as right in generated text."""
-
-N_LISTED = 5
-"""Rows left out that a report's text names."""
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A row that gave no case."""
-
-    row: int
-    """Its number in the file."""
-    id: str
-    reason: str
-    """A short name, by which they are counted."""
-    detail: str
-    """What is wrong with it, in words."""
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What was read, left out and flagged, and how; part of any result made from the cases."""
-
-    path: str
-    format: str
-    sha256: str
-    """Of the file's bytes; of the rows where there is no file."""
-    rows: int
-    """Rows read: those of the file from `start` on, at most `limit`."""
-    cases: int
-    """Cases kept."""
-    dropped: Mapping[str, int]
-    """Rows left out, by reason."""
-    dropped_queries: Mapping[str, int]
-    """Queries left out of cases that were kept, by reason."""
-    flags: Mapping[str, int]
-    """Cases kept that carry a flag, by flag."""
-    options: Mapping[str, Any]
-    """The reader's settings."""
-    left_out: tuple[LeftOut, ...] = ()
-    """The rows that `dropped` counts, one by one."""
-    unknown: Mapping[str, int] = field(default_factory=dict)
-    """Fields that the format does not have, by name, with the rows that have them; kept in `meta["extra"]`."""
-    likely: Mapping[str, str] = field(default_factory=dict)
-    """The field that was probably meant, for those of them that look like one."""
-
-    def __str__(self) -> str:
-        text = self.summary()
-        if hints := self.hints():
-            text += "; " + "; ".join(hints)
-        return text + (f"; left out: {self.refusals()}" if self.refused else "")
-
-    @property
-    def refused(self) -> list[LeftOut]:
-        """The rows left out because they cannot be used."""
-        return [r for r in self.left_out if r.reason not in QUIET]
-
-    def refusals(self) -> str:
-        """Return the first of them, by row and reason, and how many more there are."""
-        text = ", ".join(f"row {r.row} ({r.detail})" for r in self.refused[:N_LISTED])
-        more = len(self.refused) - N_LISTED
-        return text + (f" and {more:,} more" if more > 0 else "")
-
-    def hints(self) -> list[str]:
-        """Return a line per unknown field, with the likely one."""
-        return [
-            f"unknown field {name!r} in {n:,} {'row' if n == 1 else 'rows'}"
-            + (f" (did you mean {self.likely[name]!r}?)" if name in self.likely else "")
-            for name, n in self.unknown.items()
-        ]
-
-    def losses(self) -> list[str]:
-        """Return a line of counts per kind of what was left out: rows, and queries of rows that were kept."""
-        return _counted("dropped", self.dropped) + _counted("queries dropped", self.dropped_queries)
-
-    def summary(self) -> str:
-        """Return one line of counts."""
-        chosen = [self.format, *(f"{k}={v}" for k, v in self.options.items() if v not in _USUAL.get(k, ()))]
-        kept = (
-            f"{self.path} ({', '.join(chosen)}, sha256 {self.sha256[:12]}): {self.cases:,} of {self.rows:,} rows kept"
-        )
-        return "; ".join([kept, *self.losses(), *_counted("flagged", self.flags)])
-
-
-def _counted(what: str, counts: Mapping[str, int]) -> list[str]:
-    return [f"{what}: " + ", ".join(f"{name} {n:,}" for name, n in sorted(counts.items()))] if counts else []
-
-
-_USUAL: Mapping[str, tuple[Any, ...]] = {
-    "start": (0,),
-    "limit": (None,),
-    "conflicts": ("error", "drop"),
-    "on_error": ("stop", "skip"),
-    "case_target": ("new",),
-    "prompt_style": ("loc.nq_q",),
-    "answers": ("all",),
-    "prompting": ("standard",),
-}
-"""Options that need no mention: the defaults, and those whose effect the counts show."""
 
 Loaded = tuple[list[Case], LoadReport]
 Item = TypeVar("Item")
@@ -502,8 +404,6 @@ def finish(
     return cases, report
 
 
-QUIET = {"conflict", "duplicate"}
-"""Reasons that a count says enough of."""
 FLAGS_ACROSS = {"conflict", "repeated_question", "repeated_subject", "contaminated"}
 """Those that depend on the other rows."""
 
@@ -564,141 +464,3 @@ def query_flags(axis: str, prompt: str, edits: Sequence[Edit]) -> set[str]:
         "double_space": "  " in prompt,
     }
     return {name for name, holds in tests.items() if holds} | end_flags(prompt)
-
-
-# --- fields ------------------------------------------------------------------------------------------------------
-
-
-def present(record: Mapping[str, Any], name: str, where: str) -> Any:
-    return require(record, name, object, where)
-
-
-def labelled(record: Mapping[str, Any], name: str, where: str) -> tuple[str, str | None]:
-    """Return a target written as {"str": ..., "id": ...}, or plainly."""
-    value = present(record, name, where)
-    if isinstance(value, dict):
-        return require(value, "str", str, f"{where}, {name}"), value.get("id")
-    return first(value, name, where) or "", None
-
-
-def texts(value: Any, name: str, where: str) -> list[str]:
-    """Return the strings in a string, a list of them, a nested list, or nothing."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list):
-        return [text for item in value for text in texts(item, name, where)]
-    raise MalformedFile(f"{where}: field {name!r} must be text or a list of texts, found {type(value).__name__}")
-
-
-def objects(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return a list of objects; None is an empty one."""
-    if value is None or value == []:
-        return []
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        odd = value if not isinstance(value, list) else next(item for item in value if not isinstance(item, dict))
-        raise MalformedFile(f"{where}: expected a list of objects, found {type(odd).__name__} ({odd!r:.60})")
-    return value
-
-
-def first(value: Any, name: str, where: str) -> str | None:
-    """Return the first text that is not blank."""
-    return next((text for text in texts(value, name, where) if text.strip()), None)
-
-
-def answers_of(value: Any, name: str, where: str) -> AnswerGroups:
-    """Answers with their aliases: a string is one answer; a list of strings, or of lists, one answer per entry.
-
-    Blank strings go, and so do answers without any string left. Numbers and booleans are written out.
-    """
-    items = value if isinstance(value, list) else [value]
-    groups = (tuple(t.strip() for t in _written(item, name, where) if t.strip()) for item in items)
-    return tuple(group for group in groups if group)
-
-
-def _written(value: Any, name: str, where: str) -> Iterator[str]:
-    if isinstance(value, list):
-        for item in value:
-            yield from _written(item, name, where)
-    elif isinstance(value, bool | int | float):
-        yield str(value)
-    else:
-        yield from texts(value, name, where)
-
-
-def text_or_none(record: Mapping[str, Any], name: str, where: str) -> str | None:
-    """Return a text that may be missing."""
-    value = record.get(name)
-    if value is not None and not isinstance(value, str):
-        raise MalformedFile(f"{where}: field {name!r} must be text, found {type(value).__name__} ({value!r:.60})")
-    return value
-
-
-# --- what follows from an edit, and what does not -----------------------------------------------------------------
-
-
-def ask_related(
-    made: Draft, value: Any, part: Literal["portability", "locality"], where: str, answers: Answers = "all"
-) -> None:
-    """Add the queries of `portability` or `locality`, in any of the shapes in which they are published.
-
-    An object of lists by kind, a plain list, or {"New Question", "New Answer"}; an item is {prompt, ground_truth} (or
-    `answer`, `answers`), and EasyEdit's requests have one object of two parallel lists in place of a list of items.
-    """
-    for key, items in _parts(value, f"{where}, {part}"):
-        axis = f"{part}.{_axis(key)}"
-        for place, item in enumerate(items):
-            _ask_item(made, f"{axis}/{place}", axis, item, f"{where}, {part}.{key}", answers)
-
-
-def _parts(value: Any, where: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    if not value:
-        return []
-    if isinstance(value, list):
-        value = {"plain": value}
-    if not isinstance(value, dict):
-        raise MalformedFile(f"{where}: expected an object of lists or a list, found {type(value).__name__}")
-    if "New Question" in value:  # EasyEdit's counterfact_ and zsre_ ..._portability_gpt4.json
-        value = {"one_hop": [{"prompt": value["New Question"], "ground_truth": value.get("New Answer")}]}
-    found = []
-    for key, items in value.items():
-        if isinstance(items, dict):
-            prompts, truths = texts(items.get("prompt"), "prompt", where), items.get("ground_truth")
-            truths = truths if isinstance(truths, list) else [truths]
-            if len(truths) != len(prompts):
-                raise MalformedFile(f"{where}.{key}: {len(prompts)} prompts and {len(truths)} answers")
-            items = [{"prompt": p, "ground_truth": t} for p, t in zip(prompts, truths, strict=True)]
-        if items is not None and not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
-            raise MalformedFile(f"{where}.{key}: expected a list of objects with prompt and ground_truth")
-        found.append((key, items or []))
-    return found
-
-
-def _axis(key: str) -> str:
-    """Return the key as EasyEdit's reader names it."""
-    return "reasoning" if key == "Reasoning" else "_".join(key.split())
-
-
-_ANSWER_FIELDS = ("ground_truth", "answer", "answers")
-
-
-def item_answers(item: Mapping[str, Any], where: str) -> AnswerGroups:
-    """Return the answers that an item names, whichever field they are in."""
-    name = next((n for n in _ANSWER_FIELDS if n in item), "ground_truth")
-    return answers_of(item.get(name), name, where)
-
-
-def _ask_item(made: Draft, query_id: str, axis: str, item: Mapping[str, Any], where: str, answers: Answers) -> None:
-    accepted = item_answers(item, where)
-    if answers == "first":
-        accepted = accepted[:1] and (accepted[0][:1],)
-    asked = texts(item.get("prompt"), "prompt", where)
-    if not any(prompt.strip() for prompt in asked):
-        made.dropped_queries.append("empty_prompt")
-    elif not accepted:
-        made.dropped_queries.append("empty_target")
-    else:
-        if any(fold(a) in fold(asked[0]) for group in accepted for a in group):
-            made.flags.add("answer_in_prompt")
-        made.ask_at(query_id, axis, asked[0], accepted[0][0], accepted)

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from retcon.edits import fold
-from retcon.evaluation.datasets.rows import AnswerGroups, CaseTarget, Draft, ask_related, draft, first, present, texts
+from retcon.evaluation.datasets.fields import AnswerGroups, first, present, texts
+from retcon.evaluation.datasets.related import ask_related
+from retcon.evaluation.datasets.rows import CaseTarget, Draft, draft
 from retcon.files import require
 
 PromptStyle = Literal["loc.nq_q", "loc.nq", "loc.plain_q"]

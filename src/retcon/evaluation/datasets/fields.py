@@ -1,0 +1,85 @@
+"""Fields of a row, in the shapes in which they are published."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from retcon.errors import MalformedFile
+from retcon.files import require
+
+AnswerGroups = tuple[tuple[str, ...], ...]
+"""Answers, each with its aliases."""
+
+
+def present(record: Mapping[str, Any], name: str, where: str) -> Any:
+    return require(record, name, object, where)
+
+
+def labelled(record: Mapping[str, Any], name: str, where: str) -> tuple[str, str | None]:
+    """Return a target written as {"str": ..., "id": ...}, or plainly."""
+    value = present(record, name, where)
+    if isinstance(value, dict):
+        return require(value, "str", str, f"{where}, {name}"), value.get("id")
+    return first(value, name, where) or "", None
+
+
+def texts(value: Any, name: str, where: str) -> list[str]:
+    """Return the strings in a string, a list of them, a nested list, or nothing."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return [text for item in value for text in texts(item, name, where)]
+    raise MalformedFile(f"{where}: field {name!r} must be text or a list of texts, found {type(value).__name__}")
+
+
+def objects(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return a list of objects; None is an empty one."""
+    if value is None or value == []:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        odd = value if not isinstance(value, list) else next(item for item in value if not isinstance(item, dict))
+        raise MalformedFile(f"{where}: expected a list of objects, found {type(odd).__name__} ({odd!r:.60})")
+    return value
+
+
+def first(value: Any, name: str, where: str) -> str | None:
+    """Return the first text that is not blank."""
+    return next((text for text in texts(value, name, where) if text.strip()), None)
+
+
+def answers_of(value: Any, name: str, where: str) -> AnswerGroups:
+    """Answers with their aliases: a string is one answer; a list of strings, or of lists, one answer per entry.
+
+    Blank strings go, and so do answers without any string left. Numbers and booleans are written out.
+    """
+    items = value if isinstance(value, list) else [value]
+    groups = (tuple(t.strip() for t in _written(item, name, where) if t.strip()) for item in items)
+    return tuple(group for group in groups if group)
+
+
+def _written(value: Any, name: str, where: str) -> Iterator[str]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _written(item, name, where)
+    elif isinstance(value, bool | int | float):
+        yield str(value)
+    else:
+        yield from texts(value, name, where)
+
+
+def text_or_none(record: Mapping[str, Any], name: str, where: str) -> str | None:
+    """Return a text that may be missing."""
+    value = record.get(name)
+    if value is not None and not isinstance(value, str):
+        raise MalformedFile(f"{where}: field {name!r} must be text, found {type(value).__name__} ({value!r:.60})")
+    return value
+
+
+_ANSWER_FIELDS = ("ground_truth", "answer", "answers")
+
+
+def item_answers(item: Mapping[str, Any], where: str) -> AnswerGroups:
+    """Return the answers that an item names, whichever field they are in."""
+    name = next((n for n in _ANSWER_FIELDS if n in item), "ground_truth")
+    return answers_of(item.get(name), name, where)
