@@ -106,6 +106,19 @@ def test_a_curve_is_run_point_by_point(tiny: Make) -> None:
         run(tiny(n_layers=1), Protocol(kind="curve", ns=(1, 2)))
 
 
+def n_texts(case: Case, texts: Mapping[str, str], unedited: Mapping[str, str]) -> dict[str, float]:
+    """A metric of one's own."""
+    return {"texts": len(texts)}
+
+
+@pytest.mark.parametrize("kind", ["single", "batch", "sequential", "batch_sequential"])
+def test_a_metric_of_ones_own_is_measured_where_the_model_writes(kind: Any, tiny: Make) -> None:
+    lm, measures = tiny(n_layers=1), Measures(metrics=(f"{__name__}:n_texts",), max_new_tokens=2)
+    found = run_protocol(lm, CASES[:2], Counting(), Protocol(kind=kind), measures=measures)
+    own = [(r.when, r.case_id, r.value) for r in found.records if r.variant == f"{__name__}:n_texts"]
+    assert own == [(when, name, 1) for when in ("pre", "final") for name in NAMES[:2]]
+
+
 def test_single_is_batch_of_one_and_a_sequence_of_one_its_first(tiny: Make) -> None:
     lm = tiny(n_layers=1)
     single = final(run(lm, Protocol(kind="single")))

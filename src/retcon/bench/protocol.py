@@ -144,7 +144,7 @@ def _sequence(
     last_key = units.key(len(chunks), ["final"])
     kept = [units.load(key) for key in keys]
     finished = units.load(last_key) if None not in kept else None  # a step made again needs those before it
-    cheap = replace(setting.measures, generate=False, fluency=(), references=None, locality_text=False)
+    cheap = replace(setting.measures, generate=False, metrics=(), fluency=(), references=None, locality_text=False)
     done: list[Case] = []
     for step, (key, chunk) in enumerate(zip(keys, chunks, strict=True)):
         done += chunk
