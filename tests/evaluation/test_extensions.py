@@ -23,6 +23,9 @@ def words(case, texts, unedited):
 def broken(case, texts, unedited):
     return {"x": 1 / 0}
 
+def odd(case, texts, unedited):
+    return {"nan": float("nan"), "inf": float("inf"), "words": 2}
+
 NAME = "no function"
 """
 ROWS = [
@@ -113,3 +116,16 @@ def test_a_metric_that_fails_is_named_with_its_case(here: Path, lm: LM) -> None:
         retcon.evaluate(lm, cases, measures=Measures(metrics=("mine_of_tests:broken",), max_new_tokens=3))
     with pytest.raises(InvalidSetting, match="generate is off"):
         Measures(metrics=("mine_of_tests:words",), generate=False)
+
+
+def test_a_metric_that_is_no_number_is_an_error_of_its_case(here: Path, lm: LM) -> None:
+    cases, _ = retcon.read_cases("facts.json", "mine_of_tests:wiki")
+    found = retcon.evaluate(lm, cases, measures=Measures(metrics=("mine_of_tests:odd",), max_new_tokens=3))
+    own = [(r.metric, r.value, r.status, r.detail) for r in found.records if r.variant == "mine_of_tests:odd"]
+    assert own == [
+        ("nan", None, "error", "nan is nan"),
+        ("inf", None, "error", "inf is inf"),
+        ("words", 2, "ok", None),
+    ]
+    found.write(here / "records.jsonl")
+    assert found.summary()["nan", "mine_of_tests:odd"].pre.value is None  # type: ignore[union-attr]

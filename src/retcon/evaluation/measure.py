@@ -488,9 +488,14 @@ def _own(name: str, case: Case, texts: Mapping[str, str], old_texts: Mapping[str
     """Return what a metric of the user's own gives for a case."""
     try:
         values = dict(own_metric(name)(case, texts, old_texts))
-        return [Measured(m, name, None if value is None else float(value), len(texts)) for m, value in values.items()]
+        numbers = {m: None if value is None else float(value) for m, value in values.items()}
     except Exception as error:
         raise InvalidSetting(f"metric {name}, case {case.id!r}: {type(error).__name__}: {error}") from error
+    n = len(texts)
+    return [
+        Measured(m, name, None, n) if value is None else _or_broken(m, name, value, n, f"{m} is {value}")
+        for m, value in numbers.items()
+    ]
 
 
 def _record(q: TokenizedQuery, when: When, m: Measured, step: int, *, skipped: bool = False) -> Record:
@@ -530,10 +535,10 @@ def _of_case(case: Case, when: When, m: Measured, step: int) -> Record:
     )
 
 
-def _or_broken(metric: str, variant: str, nats: float) -> Measured:
-    """Return a measured number of nats; none, for an error, where it is NaN or infinite."""
-    finite = math.isfinite(nats)
-    return Measured(metric, variant, nats if finite else None, 1, None if finite else NOT_FINITE)
+def _or_broken(metric: str, variant: str, value: float, n: int = 1, note: str = NOT_FINITE) -> Measured:
+    """Return a measured number; none, for an error with this note, where it is NaN or infinite."""
+    finite = math.isfinite(value)
+    return Measured(metric, variant, value if finite else None, n, None if finite else note)
 
 
 def _status(m: Measured) -> Status:
