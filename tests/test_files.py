@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from retcon import files
+from retcon.checked import Kind, write_checked
 from retcon.errors import MalformedFile, PlaceBusy
 from retcon.files import cache_dir, read_json_rows, read_prose, require, write_atomically
 
@@ -124,6 +126,12 @@ def test_a_failure_half_way_leaves_the_old_file_and_nothing_beside_it(
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_a_file_that_safetensors_writes_may_be_read_by_whom_other_files_may(tmp_path: Path) -> None:
+    write_checked(tmp_path / "checked.safetensors", Kind("some", 1, 1), {}, {"a": torch.zeros(2)})
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "checked.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:

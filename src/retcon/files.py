@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -243,8 +244,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(target.parent, f".{_escaped(target.name[:100])}.*{TEMPORARY}")
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # less the umask, as open() would
+        with open(temporary, "xb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
         yield temporary
+        temporary.chmod(stat.S_IMODE(mode))  # safetensors puts a file there that nobody else may read
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, target)
