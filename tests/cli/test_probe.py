@@ -131,9 +131,12 @@ def test_layers_proposes_and_says_how_sure_it_is(cli: Cli) -> None:
 
 
 def test_the_embedded_models_bring_their_facts(cli: Cli) -> None:
-    record = json.loads(cli("probe", "layers", "demo:gptj", "--limit", "8", "--json").stdout)
+    record = json.loads(cli("probe", "layers", "demo:gptj", "--limit", "8", "--seed", "1", "--json").stdout)
     assert (record["n"], record["n_known"], record["weak"]) == (8, 8, record["weak"])
-    assert record["facts"] == "the embedded world: 8 facts, seed 0"
+    assert record["facts"].startswith("world (world, limit=8, seed=1, sha256 ")
+    as_chat = cli("probe", "layers", "demo:gptj", "--limit", "8", "--chat", code=2).stderr
+    assert "the tokenizer has no chat template" in as_chat
+    assert "leave the format out" in cli("probe", "layers", "demo:gptj", "--format", "zsre", code=2).stderr
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------

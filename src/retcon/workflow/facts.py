@@ -44,6 +44,8 @@ class Reading:
     """`alt` takes the rows' alternative answers, their field `alt`, as the new ones."""
     chat: Chat | None = None
     """Puts all prompts as turns of a chat; None: as the file has them."""
+    seed: int = 0
+    """Of the embedded world's draw."""
 
 
 PLAIN = Reading()
@@ -66,6 +68,7 @@ def read_facts(path: str | Path, reading: Reading = PLAIN) -> Facts:
         conflicts=reading.conflicts,
         on_error=reading.on_error,
         case_target=reading.case_target,
+        seed=reading.seed,
     )
     for hint in report.hints():
         warnings.warn(f"{path}: {hint}; kept, and not used", RetconWarning, stacklevel=2)

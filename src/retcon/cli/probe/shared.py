@@ -51,15 +51,12 @@ def facts(model: str, cases: Path | None, reading: Reading, seed: int) -> Facts:
         asked = read_facts(cases, reading)
         return replace(asked, about=asked.about.replace(str(cases), cases.name))
 
-    from retcon import world
+    from retcon.evaluation.datasets import WORLD
     from retcon.lm.load import DEMO
 
     if not model.startswith(DEMO):
         raise InvalidSetting(f"which facts shall {model} be probed with? Give a file of them: --cases FILE")
-    assert reading.limit is not None  # each probe has a number
-    drawn = world.cases(reading.start + reading.limit, seed=seed)[reading.start :]
-    about = f"the embedded world: {len(drawn):,} facts, seed {seed}"
-    return Facts(tuple(case.edits[0] for case in drawn), tuple(drawn), about)
+    return read_facts(WORLD, replace(reading, seed=seed))
 
 
 def left_out(skipped: Mapping[str, str]) -> str:
