@@ -102,6 +102,22 @@ def test_trace_writes_figures_and_the_numbers_behind(cli: Cli) -> None:
     assert record["average_indirect_effect"]["block"]["last"]["n"] == 3
 
 
+def test_trace_corrupts_as_the_options_say(cli: Cli) -> None:
+    asked = ("probe", "trace", "gptj", "--cases", "unsaid.jsonl", "--limit", "1", "--kind", "mlp", "--samples", "2")
+
+    def traced(*options: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        record = json.loads(cli(*asked, *options, "--json").stdout)
+        return record["settings"], record["facts_traced"][0]
+
+    _, usual = traced()
+    _, untouched = traced("--noise", "0")
+    settings, replaced = traced("--corruption", "replace", "--window", "4")
+    assert (settings["corruption"], settings["window"]) == ("replace", 4)
+    assert untouched["low"] == pytest.approx(untouched["high"]) == pytest.approx(usual["high"])
+    assert len({fact["low"] for fact in (usual, untouched, replaced)}) == 3
+    assert "noise must be at least 0 and finite, found inf" in cli(*asked, "--noise", "inf", code=2).stderr
+
+
 def test_trace_of_unknown_facts_only(cli: Cli) -> None:
     assert "nothing to trace: 6 left out" in cli("probe", "trace", "gptj", *CASES, code=2).stderr
     message = "cannot restore blocks; known: block, mlp"

@@ -1,6 +1,7 @@
 """A served model, asked over loopback: what is sent, what is judged, and what every failure says."""
 
 import json
+import math
 import socket
 import threading
 import time
@@ -213,6 +214,12 @@ def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(InvalidSetting, match=r"expected an address such as http://localhost:8000"):
         Endpoint(url=url, model="edited")
+
+
+@pytest.mark.parametrize("timeout", [0.0, math.nan, math.inf, 1e12])
+def test_a_timeout_that_cannot_be_is_refused(timeout: float) -> None:
+    with pytest.raises(InvalidSetting, match=f"--timeout {timeout:g}".replace("+", r"\+")):
+        Endpoint(url="http://127.0.0.1:9", model="edited", timeout=timeout)
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,8 @@ def test_a_broken_model_counts_as_fallen_short(tiny: Callable[..., LM]) -> None:
 def test_what_means_nothing_is_refused(tiny: Callable[..., LM]) -> None:
     with pytest.raises(InvalidSetting, match="local is a share from 0 to 1, found 95"):
         Thresholds(local=95)
-    with pytest.raises(InvalidSetting, match="perplexity_ratio must be at least 1"):
-        Thresholds(perplexity_ratio=0.9)
+    for ratio in (0.9, math.nan):
+        with pytest.raises(InvalidSetting, match="perplexity_ratio must be at least 1"):
+            Thresholds(perplexity_ratio=ratio)
     with pytest.raises(InvalidSetting, match="no cases to check with"):
         check(tiny(n_layers=1), [], [])

@@ -1,6 +1,7 @@
 """Generation on tiny random models: what is cut where, and what it must not depend on."""
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -293,5 +294,6 @@ def test_drawing_by_temperature_and_share(tiny: Make) -> None:
         assert generate(lm, PROMPTS[:1] * 4, how, seeds=[1, 2, 3, 4]) == greedy
     drawn = generate(lm, PROMPTS[:1] * 4, Writing(max_new_tokens=4, stops=(), sample_top_k=512), seeds=[1, 2, 3, 4])
     assert len({one.text for one in drawn}) > 1
-    with pytest.raises(InvalidSetting, match="temperature must be above 0 and top_p in"):
-        Writing(temperature=0.0)
+    for temperature in (0.0, math.nan, math.inf):
+        with pytest.raises(InvalidSetting, match="temperature must be above 0 and finite, and top_p in"):
+            Writing(temperature=temperature)

@@ -1,5 +1,6 @@
 """Causal tracing against brute force, one forward pass per cell with hooks of its own, and against its identities."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -327,7 +328,8 @@ def test_averages_are_over_tokens_first_and_prompts_then() -> None:
         ({"kinds": ()}, "tracing needs a kind"),
         ({"window": 0}, "a window and samples of at least 1"),
         ({"samples": 0}, "a window and samples of at least 1"),
-        ({"noise": -1.0}, "noise of at least 0"),
+        ({"noise": -1.0}, "noise must be at least 0 and finite, found -1"),
+        ({"noise": math.inf}, "noise must be at least 0 and finite, found inf"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:

@@ -20,6 +20,8 @@ from retcon.errors import EndpointFailed, InvalidSetting
 
 KEY = "RETCON_API_KEY"
 """Environment variable with the endpoint's key."""
+MAX_TIMEOUT = 86_400
+"""Seconds that an answer is waited for at most: a day."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class Endpoint:
     """A served model.
 
     Raises:
-        InvalidSetting: the address is not one of http or https.
+        InvalidSetting: the address is not one of http or https, or nobody would wait that long.
     """
 
     url: str
@@ -40,6 +42,8 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not _is_address(self.url):
             raise InvalidSetting(f"--url {self.url}: expected an address such as http://localhost:8000")
+        if not 0 < self.timeout <= MAX_TIMEOUT:
+            raise InvalidSetting(f"--timeout {self.timeout:g}: expected seconds above 0, and {MAX_TIMEOUT:,} at most")
 
     @property
     def base(self) -> str:

@@ -56,7 +56,7 @@ class Thresholds:
         for name in ("took", "generalised", "local"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidSetting(f"{name} is a share from 0 to 1, found {getattr(self, name)}")
-        if self.perplexity_ratio < 1:
+        if not self.perplexity_ratio >= 1:
             raise InvalidSetting(f"perplexity_ratio must be at least 1, found {self.perplexity_ratio}")
 
 

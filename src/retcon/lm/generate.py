@@ -57,9 +57,9 @@ class Writing:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidSetting(f"{name} must be at least 1, found {value}")
-        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+        if not 0 < self.temperature < math.inf or not 0 < self.top_p <= 1:
             found = f"{self.temperature:g} and {self.top_p:g}"
-            raise InvalidSetting(f"temperature must be above 0 and top_p in (0, 1], found {found}")
+            raise InvalidSetting(f"temperature must be above 0 and finite, and top_p in (0, 1], found {found}")
         if self.sample_top_k is None and (self.temperature != 1 or self.top_p != 1):
             raise InvalidSetting(
                 f"temperature and top_p ({self.temperature:g} and {self.top_p:g}) are of drawing, and "

@@ -52,8 +52,10 @@ class Tracing:
         check_choice(self.corruption, Corruption, "corruption")
         if unknown := [k for k in self.kinds if k not in KINDS]:
             raise InvalidSetting(f"cannot restore {', '.join(unknown)}; known: {', '.join(KINDS)}")
-        if not self.kinds or self.window < 1 or self.samples < 1 or self.noise < 0:
-            raise InvalidSetting("tracing needs a kind, a window and samples of at least 1, and noise of at least 0")
+        if not self.kinds or self.window < 1 or self.samples < 1:
+            raise InvalidSetting("tracing needs a kind, and a window and samples of at least 1")
+        if not 0 <= self.noise < math.inf:
+            raise InvalidSetting(f"noise must be at least 0 and finite, found {self.noise:g}")
 
 
 KINDS: tuple[RestoredKind, ...] = get_args(RestoredKind)
