@@ -38,6 +38,7 @@ def test_the_facts_are_read_as_everywhere(cli: Callable[..., Any], here: Path) -
     assert "of 1 answer changed" in cli("audit", "gptj", "gptj", "--facts", "facts.csv", "--on-error", "skip").stdout
     told = cli("audit", "gptj", "gptj", "--facts", "edits.jsonl", "--chat", code=2).stderr
     assert "the tokenizer has no chat template" in told
+    assert "goes with --facts" in cli("audit", "gptj", "gptj", "--start", "1", code=2).stderr
 
 
 def test_what_is_no_whole_model_says_what_it_is(cli: Callable[..., Any], delta: Path) -> None:

@@ -48,6 +48,16 @@ def test_attribution_adds_up_and_is_drawn(unit, cli, edits):
     assert 0 < joint["answers_have"] < found["answers_have"]  # answers of several tokens
 
 
+def test_attribution_is_of_the_answer_and_the_path_that_are_named(cli, edits):
+    asked = ("probe", "attribution", "gptj", "--cases", edits, "--points", "2", "--json")
+    usual = json.loads(cli(*asked).stdout)
+    other = json.loads(cli(*asked, "--answer", "new", "--path", "joint", "--budget", "0.02").stdout)
+    assert (other["answer"], other["path"], other["budget"]) == ("new", "joint", 0.02)
+    assert other["answers_have"] != usual["answers_have"]
+    assert 0 < usual["chosen"] < other["chosen"]
+    assert "shares above 0 and up to 1" in cli(*asked, "--budget", "0", code=2).stderr
+
+
 def test_matrices_that_carry_more_than_there_is_are_named() -> None:
     carried = {"down_proj": torch.tensor([0.41, 0.02, 0.81]), "up_proj": torch.tensor([-0.9, 0.43, 0.44])}
     assert unconverged(carried, 0.42) == ["down_proj 2"]
@@ -63,6 +73,20 @@ def test_paths_are_listed_and_drawn(cli, edits):
     assert Path("paths.png").stat().st_size
     text = cli("probe", "paths", "llama", "--cases", edits, "--positive", "3", "--out", "paths").stdout
     assert "best nodes" in text
+
+
+def test_paths_are_chosen_as_the_options_say(cli, edits):
+    asked = ("probe", "paths", "llama", "--cases", edits, "--positive", "2", "--json")
+    usual = json.loads(cli(*asked).stdout)
+    options = ("--score", "l2", "--select", "k_best", "--negative", "3", "--pool", "per_edit", "--key-matrix", "gate")
+    other = json.loads(cli(*asked, *options).stdout)
+    assert (other["score"], other["select"], other["pool"], other["key_matrix"]) == ("l2", "k_best", "per_edit", "gate")
+    assert [slot["matrix"] for slot in other["slots"][:2]] == ["gate_proj", "down_proj"]
+    assert [len(usual["path_scores"][side]) for side in ("positive", "negative")] == [2, 1]
+    assert [len(other["path_scores"][side]) for side in ("positive", "negative")] == [2, 3]
+    assert min(other["path_scores"]["positive"]) > max(other["path_scores"]["negative"])
+    message = "key matrix 'gate': 'gptj' (gptj) has no gated MLP; take 'up'"
+    assert message in cli("probe", "paths", "gptj", "--cases", edits, "--key-matrix", "gate", code=2).stderr
 
 
 @pytest.mark.filterwarnings("ignore:.*no (kne|ctp) preset")

@@ -1,12 +1,16 @@
 """The verbs of a store: init, edit --store, log, show, diff, revert, amend, checkout, gc."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import retcon
 from tests.cli.conftest import write_rows
 
 Cli = Callable[..., Any]
@@ -81,6 +85,51 @@ def test_verify_writes_its_files_and_its_exit_code(cli: Cli, store: Path, here: 
     assert "The capital of France is" in (here / "verify.html").read_text()
     assert "never passed" in cli("verify", code=1).stdout
     assert "nothing to verify" in cli("verify", "base", code=2).stderr
+
+
+def test_what_must_stay_is_a_file_of_what_the_base_says(cli: Cli, here: Path) -> None:
+    cli("init", "gptj")
+    prompts = [f"Numbers like {n}" for n in range(40)]
+    words = retcon.load("gptj").generate(prompts, max_new_tokens=1)
+    prompt, said = next(pair for pair in zip(prompts, words, strict=True) if re.fullmatch(r" \w+", pair[1]))
+    for name, answer in (("stays", said.strip()), ("never", "Rome")):
+        write_rows(here / f"{name}.jsonl", [{"prompt": prompt, "subject": None, "target_new": answer}])
+    assert "Nothing broke" in cli("verify", "base", "--stay", "stays.jsonl", "--strict").stdout
+    assert json.loads(cli("verify", "--stay", "never.jsonl", "--json").stdout)["counts"]["stays"]["never"] == 1
+    strict = json.loads(cli("verify", "--stay", "never.jsonl", "--strict", "--json", code=1).stdout)
+    assert [(check["kind"], check["outcome"]) for check in strict["failed"]] == [("stays", "never")]
+    assert "has never passed" in cli("verify", "--stay", "never.jsonl", "--strict", "--bisect", code=1).stdout
+    unsought = cli("verify", "--stay", "never.jsonl", "--no-bisect", code=1).stdout
+    assert "since when was not looked for" in unsought
+
+
+def test_a_store_of_half_precision_for_git_lfs(cli: Cli, here: Path) -> None:
+    made = json.loads(cli("init", "gptj", "--precision", "float16", "--lfs", "--json").stdout)
+    assert (made["store"], made["precision"]) == (".retcon", "float16")
+    assert "deltas/*.safetensors filter=lfs" in (here / ".retcon/.gitattributes").read_text()
+    cli(*EDIT, "-m", "two  facts")
+    assert log(cli)[0]["message"] == "two facts"
+    (delta,) = (here / ".retcon/deltas").iterdir()
+    changes = {name: t for name, t in load_file(delta).items() if t.is_floating_point() and "change" in name}
+    assert changes
+    assert {t.dtype for t in changes.values()} == {torch.float16}
+    removed = json.loads(cli("gc", "--values", "--json").stdout)
+    assert removed["removed"] == [f"values/{delta.name}"]
+    assert removed["bytes"] > 0
+    taken = cli("revert", "--fact", "fr", "-m", "no longer so")
+    assert "1 value searched" in taken.stdout
+    assert "no values in the store" in taken.stderr
+    assert log(cli)[0]["message"] == "no longer so"
+
+
+def test_later_deltas_are_proposed_again_where_asked(cli: Cli, store: Path, here: Path) -> None:
+    write_rows(here / "edits.jsonl", [{"prompt": "The capital of {} is", "subject": "Italy", "target_new": "Paris"}])
+    cli(*EDIT)
+    later = next(iter(log(cli)[0]["sets"]))
+    assert "1 value searched" in cli("amend", "dd", "--target", "Greek", "-m", "why").stdout
+    assert log(cli)[0]["about"]["on_top"] == [later]
+    cli("revert", "--fact", "fr", "--repropose")
+    assert log(cli)[0]["about"]["proposed_again"] == [later]
 
 
 def test_a_model_that_has_moved_is_named_anew(cli: Cli, store: Path, here: Path) -> None:

@@ -74,6 +74,8 @@ def audit(
         check_not_an_input(delta, [*(explain or []), *([facts] if facts else [])])
         if delta.exists() and not force:
             raise InvalidSetting(f"{delta} exists; name another file, or replace it with --force")
+    if facts is None and reading != Reading(conflicts="drop"):
+        raise InvalidSetting("how facts are read (--start, --chat, ...) goes with --facts; leave it out, or give that")
     asked = None if facts is None else read_facts(facts, reading)
     known = load_deltas(explain or [])
     for each in (base, edited):

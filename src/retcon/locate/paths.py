@@ -113,8 +113,7 @@ def slots_of(lm: LM, key_matrix: KeyMatrix = "up", *, routed: bool = False) -> l
     require_lm(lm)
     if key_matrix != "up" and not any(lm.sites(layer, "gate_proj", routed=routed) for layer in range(lm.n_layers)):
         raise InvalidSetting(
-            f"key_matrix={key_matrix!r} asks for the gate matrix, but {lm.name!r} "
-            f"({lm.model.config.model_type}) has no gated MLP; use 'up'"
+            f"key matrix {key_matrix!r}: {lm.name!r} ({lm.model.config.model_type}) has no gated MLP; take 'up'"
         )
     keys: dict[KeyMatrix, tuple[SiteName, ...]] = {
         "up": ("up_proj",),

@@ -127,6 +127,7 @@ def attribution(
         "points": points,
         "answer": answer,
         "probability": probability,
+        "budget": budget,
         "answers_have": found,
         "units": n_units,
         "chosen": sum(map(len, ensemble.values())),

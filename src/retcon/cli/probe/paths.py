@@ -91,6 +91,7 @@ def paths(
         "score": score,
         "select": select,
         "pool": pool,
+        "key_matrix": key_matrix,
         "path_scores": {"positive": list(found.positive.scores), "negative": list(found.negative.scores)},
         "slots": slots,
     }
