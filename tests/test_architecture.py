@@ -28,6 +28,9 @@ LEVELS = [
         "drawing",
         "pages",
         "chat",
+        "arguments",
+        "boundary",
+        "spelling",
         "edits",
         "checked",
         "attachment",
@@ -48,7 +51,7 @@ LEVELS = [
 ]
 BASE = [
     *("errors", "extensions", "version", "work", "escaping", "seed", "files", "drawing", "pages", "chat"),
-    *("edits", "checked", "attachment", "delta"),
+    *("arguments", "boundary", "spelling", "edits", "checked", "attachment", "delta"),
 ]
 """The order inside the first level; `world` may use the first three."""
 

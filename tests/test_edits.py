@@ -17,7 +17,6 @@ from retcon.edits import (
     check_edits,
     conflicts,
     duplicates,
-    mentions,
     resolve_conflicts,
     same_question,
     write_cases,
@@ -26,6 +25,7 @@ from retcon.edits import (
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, MalformedFile
 from retcon.evaluation import read_cases
 from retcon.files import read_json_rows
+from retcon.spelling import mentions
 
 NFC: Callable[[str], str] = lambda text: unicodedata.normalize("NFC", text)  # noqa: E731
 NFD: Callable[[str], str] = lambda text: unicodedata.normalize("NFD", text)  # noqa: E731

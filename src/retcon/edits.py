@@ -9,14 +9,16 @@ prompts and subjects are harmless.
 import hashlib
 import json
 import os
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
+from retcon.arguments import check_choice
+from retcon.boundary import separator_between as separator_between
 from retcon.chat import Chat, chat_from
-from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, MalformedFile
+from retcon.errors import ConflictingEdits, InvalidEdit, MalformedFile
 from retcon.files import as_json, require, write_atomically
+from retcon.spelling import fold, mentions, nfc
 
 MARKER = "{}"
 """Where the subject goes in a prompt template."""
@@ -206,78 +208,6 @@ class Case:
             raise InvalidEdit(f"case {self.id!r}: two queries share the id {twice!r}; ids must be unique within a case")
 
 
-# --- between prompt and answer -----------------------------------------------------------------------------------
-
-_SPACELESS = (
-    *("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "FULLWIDTH", "HALFWIDTH", "IDEOGRAPHIC"),
-    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"),
-)
-"""How the Unicode names of characters begin in scripts that write no spaces between words."""
-_JOINS_NEXT = frozenset("-\u2010\u2011/\\#@_$\u00a3\u00a5\u20ac\u00bf\u00a1")
-"""Characters that what follows is attached to: hyphens, slashes, signs before names, amounts, questions."""
-_STRAIGHT_QUOTES = frozenset("\"'`")
-_OPENED_BY = dict(
-    zip(
-        "\u201c\u201d\u2018\u2019\u00ab\u00bb\u2039\u203a",
-        ("\u201e", "\u201c\u201e", "\u201a", "\u2018\u201a", "\u00bb", "\u00ab", "\u203a", "\u2039"),
-        strict=True,
-    )
-)
-"""The signs that open the quotes which a sign closes, where it does not open one itself."""
-_FOLLOWS_DIRECTLY = frozenset(",;:!?")
-"""Punctuation that is attached to what precedes it; so is a full stop that no word follows, and a closing bracket."""
-_CLITICS = frozenset(sign + word for sign in "'\u2019" for word in ("s", "d", "m", "ll", "re", "ve"))
-"""Ends of English words, as the possessive of the prompt's last one."""
-
-
-def separator_between(prompt: str, answer: str) -> str:
-    """Return what the language writes between a prompt and its answer: a space or nothing.
-
-    Nothing after whitespace, an opening quote or bracket, a hyphen, a slash or the like; nothing before a closing
-    bracket, a comma or a possessive; and nothing where the last letter of the prompt, or the first of the answer, is
-    of a script that writes no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan).
-    """
-    if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace():
-        return ""
-    if _opens(prompt) or _closes(answer):
-        return ""
-    last = next((c for c in reversed(prompt) if c.isalpha()), prompt[-1])
-    first = next((c for c in answer if c.isalpha()), answer[0])
-    return "" if any(map(is_spaceless, (prompt[-1], last, first))) else " "
-
-
-def _opens(prompt: str) -> bool:
-    """Return whether the prompt's last character belongs to what comes next."""
-    last, before = prompt[-1], prompt[-2:-1]
-    kind = unicodedata.category(last)
-    apart = not before or before.isspace() or before == "=" or unicodedata.category(before) in ("Ps", "Pi")
-    if last in _STRAIGHT_QUOTES:  # the same sign opens and closes
-        if prompt.split()[-1] == last:
-            return prompt.split().count(last) % 2 == 1
-        return apart or (last != "'" and prompt.count(last) % 2 == 1)
-    if last in "=\u2013\u2014":  # attached to a word: attached to the next one
-        return bool(before) and not before.isspace()
-    if kind in ("Pi", "Pf"):  # each closes in one language and opens in another
-        opened = sum(map(prompt.count, _OPENED_BY.get(last, ""))) - prompt[:-1].count(last)
-        return opened <= 0 and (apart if kind == "Pf" else not before.isalnum())
-    return last in _JOINS_NEXT or kind == "Ps"
-
-
-def _closes(answer: str) -> bool:
-    """Return whether the answer begins with punctuation that is attached to what precedes it."""
-    if answer[0] == ".":
-        return not answer[1:2].strip()
-    if answer[0] in _FOLLOWS_DIRECTLY or answer.split()[0] in _CLITICS:
-        return True
-    kind = unicodedata.category(answer[0])
-    return kind == "Pe" or (kind == "Pf" and not answer[1:2].isalnum())
-
-
-def is_spaceless(character: str) -> bool:
-    """Return whether a character is of a script that writes no spaces between words."""
-    return unicodedata.name(character, "").startswith(_SPACELESS)
-
-
 def in_chat(cases: Iterable[Case], chat: Chat | bool | None) -> list[Case]:
     """Return the cases with every edit and query put in this chat; in none where it is None or False."""
     frame = chat_from(chat)
@@ -306,28 +236,6 @@ def _check_texts(item: object, named: str, needed: Iterable[str], optional: Iter
 
 def _is_sequence(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def list_of_texts(given: Iterable[str], what: str) -> tuple[str, ...]:
-    """Return texts as a tuple.
-
-    Args:
-        what: they are, for the message.
-
-    Raises:
-        InvalidSetting: one text, which would be taken for its characters, or something else than a list of texts.
-    """
-    if isinstance(given, Iterable) and not isinstance(given, str):
-        found = tuple(given)
-        if all(isinstance(text, str) for text in found):
-            return found
-    raise InvalidSetting(f"{what} must be a list of texts, found {given!r:.60}")
-
-
-def check_choice(value: Any, known: Any, what: str) -> None:
-    """Raise InvalidSetting where `value` is none of the `Literal` type `known`; `what` it is, for the message."""
-    if value not in get_args(known):
-        raise InvalidSetting(f"unknown {what} {value!r}; known: {', '.join(get_args(known))}")
 
 
 # --- conflicts and duplicates ------------------------------------------------------------------------------------
@@ -433,71 +341,6 @@ def _groups(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:
 
 def _contradiction(group: Sequence[Edit]) -> tuple[Edit, Edit]:
     return group[0], next(e for e in group if nfc(e.target_new) != nfc(group[0].target_new))
-
-
-def nfc(text: str) -> str:
-    """Return the text in one form: characters that look alike are the same."""
-    return unicodedata.normalize("NFC", text)
-
-
-def _nfd(text: str) -> str:
-    return unicodedata.normalize("NFD", text)
-
-
-def _nfd_folded(text: str) -> str:
-    return "".join(" " if c.isspace() else c for c in _nfd(_nfd(text).casefold()))
-
-
-def fold(text: str) -> str:
-    """Return the text as it is compared: in one form, without case, and with single spaces."""
-    return " ".join(nfc(text).casefold().split())
-
-
-def mentions(text: str, subject: str, *, any_case: bool = False) -> list[tuple[int, int]]:
-    """(start, end) of the occurrences of `subject` in `text`: exact ones, else as NFC, else case-folded.
-
-    Case-folded, any space is as good as any other. Parts of longer words count only where all are.
-
-    Args:
-        any_case: case-folded ones count beside exact ones.
-    """
-    found: list[tuple[int, int]] = []
-    if not any_case:
-        found = [(at, at + len(subject)) for at in range(len(text)) if text.startswith(subject, at)]
-        found = found or list(_occurrences(text, subject, _nfd))
-    found = found or list(_occurrences(text, subject, _nfd_folded))
-    return [span for span in found if _is_whole(text, *span)] or found
-
-
-def _is_whole(text: str, start: int, end: int) -> bool:
-    """Return whether no letter, mark or digit continues a part of the text as a word, on either side."""
-    return not any(
-        all(unicodedata.category(c)[0] in "LMN" and not is_spaceless(c) for c in text[at - 1 : at + 1])
-        for at in (start, end)
-        if 0 < at < len(text)
-    )
-
-
-def _occurrences(text: str, subject: str, fold: Callable[[str], str]) -> Iterator[tuple[int, int]]:
-    """(start, end) of each occurrence of `subject` in `text` once both are folded.
-
-    Forms are compared decomposed, which tells the same strings apart as NFC does and treats each character with its
-    marks by itself, so that a place in the folded text leads back to one in `text`.
-    """
-    starts = [i for i, character in enumerate(text) if i == 0 or not unicodedata.combining(character)]
-    wanted, folded = fold(subject), ""
-    if not wanted or not text:
-        return
-    place = {}  # in the folded text -> in the text
-    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-        place[len(folded)] = start
-        folded += fold(text[start:end])
-    place[len(folded)] = len(text)
-    at = folded.find(wanted)
-    while at >= 0:
-        if at in place and at + len(wanted) in place:
-            yield place[at], place[at + len(wanted)]
-        at = folded.find(wanted, at + 1)
 
 
 # --- files -------------------------------------------------------------------------------------------------------

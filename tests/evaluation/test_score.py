@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from retcon.edits import separator_between
+from retcon.boundary import separator_between
 from retcon.errors import InvalidEdit
 from retcon.evaluation.score import Item, TokenScore, score, score_rows
 from retcon.lm.forward import logits_at

@@ -12,8 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from retcon.boundary import separator_between
 from retcon.chat import Chat
-from retcon.edits import Edit, separator_between
+from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, PositionNotFound, RetconWarning, UnsupportedModel
 from retcon.lm.prompts import Row, encode, encode_edit, encode_trained, end_of_turn, pad, render, subject_tokens
 from tests.conftest import TEXT, tokenizer

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from retcon.edits import ConflictRule, check_choice
+from retcon.arguments import check_choice
+from retcon.edits import ConflictRule
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import Answers, CaseTarget, OnError, Prompting, PromptStyle
 from retcon.evaluation.metrics.fluency import Fluency

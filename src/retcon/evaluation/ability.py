@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from retcon.arguments import list_of_texts
 from retcon.checked import as_bytes
-from retcon.edits import list_of_texts
 from retcon.errors import InvalidSetting, MissingPackage, NotEditable, how_to_install
 from retcon.evaluation.records import Record, When, whole_model_record
 from retcon.lm.model import LM

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from retcon.arguments import list_of_texts
 from retcon.chat import Chat, without_reasoning
-from retcon.edits import list_of_texts
 from retcon.errors import EndpointFailed, InvalidSetting
 
 KEY = "RETCON_API_KEY"

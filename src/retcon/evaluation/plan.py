@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from retcon.edits import Case, Query, check_choice, list_of_texts
+from retcon.arguments import check_choice, list_of_texts
+from retcon.edits import Case, Query
 from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.evaluation.datasets.rows import Family, contaminated
 from retcon.evaluation.metrics import Judge, accepted, is_locality

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from retcon import world
+from retcon.arguments import list_of_texts
 from retcon.attachment import Attachment
 from retcon.chat import Chat
-from retcon.edits import Case, Query, list_of_cases, list_of_texts
+from retcon.edits import Case, Query, list_of_cases
 from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import perplexity
 from retcon.evaluation.endpoint import Endpoint

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retcon.arguments import list_of_texts
 from retcon.chat import REASONING, Chat
-from retcon.edits import list_of_texts
 from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS, shared_in_batches
 from retcon.lm.decoding import Prompts, pads, remembers, write_tokens

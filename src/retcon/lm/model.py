@@ -14,10 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from retcon.arguments import list_of_texts
 from retcon.attachment import Attachment
 from retcon.chat import Chat, chat_from
 from retcon.delta import Change, Delta
-from retcon.edits import Edit, list_of_texts
+from retcon.edits import Edit
 from retcon.errors import (
     DeltaMismatch,
     DeltaNotApplied,

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from retcon.boundary import separator_between
 from retcon.chat import Chat
-from retcon.edits import Edit, separator_between
+from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, PositionNotFound, RetconWarning, UnsupportedModel
 
 Where = Literal["subject_last", "prediction"]

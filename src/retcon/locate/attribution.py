@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from retcon.edits import Edit, check_choice
+from retcon.arguments import check_choice
+from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_probs, logits_at, run

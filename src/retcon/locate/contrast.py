@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retcon.edits import Edit, check_choice, list_of_texts
+from retcon.arguments import check_choice, list_of_texts
+from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.forward import Hook, Point, TensorName, logits_at

@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from retcon.edits import Edit, list_of_texts
+from retcon.arguments import list_of_texts
+from retcon.edits import Edit
 from retcon.errors import MalformedFile
 from retcon.files import read_json_rows, require
 from retcon.lm.prompts import encode

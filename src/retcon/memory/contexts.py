@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from retcon.edits import check_choice, list_of_texts
+from retcon.arguments import check_choice, list_of_texts
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM

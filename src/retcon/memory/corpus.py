@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from retcon.arguments import list_of_texts
 from retcon.checked import Kind, as_bytes, cached, from_bytes, keep
-from retcon.edits import list_of_texts
 from retcon.errors import MalformedFile, TooFewTokens, how_to_install
 from retcon.files import cache_dir, read_json_rows
 

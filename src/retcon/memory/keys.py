@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.edits import Edit, check_choice
+from retcon.arguments import check_choice
+from retcon.edits import Edit
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Point, activations
 from retcon.lm.layerwise import LayerwiseReader, Reading

@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retcon.edits import Case, Edit, check_choice, check_edits, list_of_cases, same_question
+from retcon.arguments import check_choice
+from retcon.edits import Case, Edit, check_edits, list_of_cases, same_question
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, UnknownEntry
 from retcon.files import TEMPORARY, as_shared, write_atomically
 from retcon.seed import check_seed

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retcon.arguments import check_choice
 from retcon.delta import EditReport
-from retcon.edits import Edit, check_choice
+from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite, RetconWarning
 from retcon.lm.prompts import Row
 from retcon.seed import generator_of

@@ -7,7 +7,8 @@ kept byte for byte, but for whitespace at the end of prompts and around targets.
 import os
 from collections import Counter
 
-from retcon.edits import ConflictRule, check_choice
+from retcon.arguments import check_choice
+from retcon.edits import ConflictRule
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import hub
 from retcon.evaluation.datasets.formats import CHOICES, FORMATS, check_case_target, likely_fields, reader, recognise

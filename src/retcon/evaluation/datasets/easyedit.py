@@ -8,12 +8,13 @@ reader, the first string of the first list is the answer (`answers="first"`).
 from collections.abc import Mapping
 from typing import Any
 
-from retcon.edits import MARKER, mentions
+from retcon.edits import MARKER
 from retcon.errors import MalformedFile
 from retcon.evaluation.datasets.fields import answers_of, first, objects, present, text_or_none, texts
 from retcon.evaluation.datasets.related import ask_related
 from retcon.evaluation.datasets.rows import Answers, Draft, draft
 from retcon.files import require
+from retcon.spelling import mentions
 
 
 def knowedit(record: Mapping[str, Any], where: str, row: int, answers: Answers) -> Draft:

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from retcon.edits import fold
 from retcon.errors import MalformedFile
 from retcon.evaluation.datasets.fields import item_answers, texts
 from retcon.evaluation.datasets.rows import Answers, Draft
+from retcon.spelling import fold
 
 
 def ask_related(

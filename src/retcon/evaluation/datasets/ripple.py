@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from retcon.edits import fold
 from retcon.errors import MalformedFile
 from retcon.evaluation.datasets.fields import AnswerGroups, objects
 from retcon.evaluation.datasets.rows import Draft, draft
 from retcon.files import require
+from retcon.spelling import fold
 
 AXES = {
     "Relation_Specificity": "relation_specificity",

@@ -11,27 +11,16 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from retcon.arguments import check_choice
 from retcon.chat import Chat
-from retcon.edits import (
-    MARKER,
-    Case,
-    ConflictRule,
-    Edit,
-    Query,
-    check_choice,
-    fold,
-    list_of_cases,
-    mentions,
-    nfc,
-    resolve_conflicts,
-    same_question,
-)
+from retcon.edits import MARKER, Case, ConflictRule, Edit, Query, list_of_cases, resolve_conflicts, same_question
 from retcon.edits import conflicts as contradictions
 from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, UnusableRow
 from retcon.evaluation.datasets.fields import AnswerGroups, first
 from retcon.evaluation.datasets.report import LeftOut, LoadReport
 from retcon.evaluation.metrics import is_locality
 from retcon.files import NumberedRow
+from retcon.spelling import fold, mentions, nfc
 
 FormatName = Literal[
     "mquake",

@@ -6,11 +6,11 @@ There is no rival answer, so `target_true` is None throughout.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from retcon.edits import fold
 from retcon.evaluation.datasets.fields import AnswerGroups, first, present, texts
 from retcon.evaluation.datasets.related import ask_related
 from retcon.evaluation.datasets.rows import CaseTarget, Draft, draft
 from retcon.files import require
+from retcon.spelling import fold
 
 PromptStyle = Literal["loc.nq_q", "loc.nq", "loc.plain_q"]
 """Locality prompt: prefix and question mark (ROME, MEMIT, JEEP), as stored (EasyEdit), or without prefix."""

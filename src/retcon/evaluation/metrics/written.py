@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal
 
-from retcon.edits import Query, is_spaceless
+from retcon.boundary import is_spaceless
+from retcon.edits import Query
 from retcon.evaluation.metrics.names import Measured, metric_names
 
 Answers = Sequence[Sequence[str]]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.edits import check_choice
+from retcon.arguments import check_choice
 from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS
 
