@@ -4,59 +4,40 @@ spec.py says what is asked, manifest.py what exactly was run, run.py runs it, di
 loaded when first used: reading what is asked needs no torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from retcon.lazily import lazily
 
 if TYPE_CHECKING:
-    from retcon.bench.directory import Bench, Run, read_bench
-    from retcon.bench.protocol import run_protocol
-    from retcon.bench.run import Event, estimate, run_bench
-    from retcon.bench.spec import (
-        BenchSpec,
-        Cell,
-        DatasetSpec,
-        MethodSpec,
-        ModelSpec,
-        Protocol,
-        spec_from_file,
-    )
+    from retcon.bench.directory import Bench as Bench
+    from retcon.bench.directory import Run as Run
+    from retcon.bench.directory import read_bench as read_bench
+    from retcon.bench.protocol import run_protocol as run_protocol
+    from retcon.bench.run import Event as Event
+    from retcon.bench.run import estimate as estimate
+    from retcon.bench.run import run_bench as run_bench
+    from retcon.bench.spec import BenchSpec as BenchSpec
+    from retcon.bench.spec import Cell as Cell
+    from retcon.bench.spec import DatasetSpec as DatasetSpec
+    from retcon.bench.spec import MethodSpec as MethodSpec
+    from retcon.bench.spec import ModelSpec as ModelSpec
+    from retcon.bench.spec import Protocol as Protocol
+    from retcon.bench.spec import spec_from_file as spec_from_file
 
-_LAZY = {
-    "Bench": "retcon.bench.directory",
-    "BenchSpec": "retcon.bench.spec",
-    "Cell": "retcon.bench.spec",
-    "DatasetSpec": "retcon.bench.spec",
-    "Event": "retcon.bench.run",
-    "MethodSpec": "retcon.bench.spec",
-    "ModelSpec": "retcon.bench.spec",
-    "Protocol": "retcon.bench.spec",
-    "Run": "retcon.bench.directory",
-    "estimate": "retcon.bench.run",
-    "read_bench": "retcon.bench.directory",
-    "run_bench": "retcon.bench.run",
-    "run_protocol": "retcon.bench.protocol",
-    "spec_from_file": "retcon.bench.spec",
-}
-
-__all__ = [
-    "Bench",
-    "BenchSpec",
-    "Cell",
-    "DatasetSpec",
-    "Event",
-    "MethodSpec",
-    "ModelSpec",
-    "Protocol",
-    "Run",
-    "estimate",
-    "read_bench",
-    "run_bench",
-    "run_protocol",
-    "spec_from_file",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'retcon.bench' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+__all__, __getattr__ = lazily(
+    __name__,
+    {
+        "retcon.bench.directory": ("Bench", "Run", "read_bench"),
+        "retcon.bench.protocol": ("run_protocol",),
+        "retcon.bench.run": ("Event", "estimate", "run_bench"),
+        "retcon.bench.spec": (
+            "BenchSpec",
+            "Cell",
+            "DatasetSpec",
+            "MethodSpec",
+            "ModelSpec",
+            "Protocol",
+            "spec_from_file",
+        ),
+    },
+)

@@ -6,56 +6,36 @@
 Names are loaded when first used: reading a file of facts needs no torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from retcon.lazily import lazily
 
 if TYPE_CHECKING:
-    from retcon.evaluation.datasets import LoadReport, contaminated, read_cases
-    from retcon.evaluation.intervals import Interval, ci_boot, ci_case, ci_seed, ci_wilson
-    from retcon.evaluation.measure import evaluate
-    from retcon.evaluation.plan import Measures
-    from retcon.evaluation.records import Record
-    from retcon.evaluation.results import Evaluation
-    from retcon.evaluation.summary import CaseMean, Line, Summary
+    from retcon.evaluation.datasets import LoadReport as LoadReport
+    from retcon.evaluation.datasets import contaminated as contaminated
+    from retcon.evaluation.datasets import read_cases as read_cases
+    from retcon.evaluation.intervals import Interval as Interval
+    from retcon.evaluation.intervals import ci_boot as ci_boot
+    from retcon.evaluation.intervals import ci_case as ci_case
+    from retcon.evaluation.intervals import ci_seed as ci_seed
+    from retcon.evaluation.intervals import ci_wilson as ci_wilson
+    from retcon.evaluation.measure import evaluate as evaluate
+    from retcon.evaluation.plan import Measures as Measures
+    from retcon.evaluation.records import Record as Record
+    from retcon.evaluation.results import Evaluation as Evaluation
+    from retcon.evaluation.summary import CaseMean as CaseMean
+    from retcon.evaluation.summary import Line as Line
+    from retcon.evaluation.summary import Summary as Summary
 
-_LAZY = {
-    "CaseMean": "retcon.evaluation.summary",
-    "Evaluation": "retcon.evaluation.results",
-    "Interval": "retcon.evaluation.intervals",
-    "Line": "retcon.evaluation.summary",
-    "LoadReport": "retcon.evaluation.datasets",
-    "Measures": "retcon.evaluation.plan",
-    "Record": "retcon.evaluation.records",
-    "Summary": "retcon.evaluation.summary",
-    "ci_boot": "retcon.evaluation.intervals",
-    "ci_case": "retcon.evaluation.intervals",
-    "ci_seed": "retcon.evaluation.intervals",
-    "ci_wilson": "retcon.evaluation.intervals",
-    "contaminated": "retcon.evaluation.datasets",
-    "evaluate": "retcon.evaluation.measure",
-    "read_cases": "retcon.evaluation.datasets",
-}
-
-__all__ = [
-    "CaseMean",
-    "Evaluation",
-    "Interval",
-    "Line",
-    "LoadReport",
-    "Measures",
-    "Record",
-    "Summary",
-    "ci_boot",
-    "ci_case",
-    "ci_seed",
-    "ci_wilson",
-    "contaminated",
-    "evaluate",
-    "read_cases",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'retcon.evaluation' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+__all__, __getattr__ = lazily(
+    __name__,
+    {
+        "retcon.evaluation.datasets": ("LoadReport", "contaminated", "read_cases"),
+        "retcon.evaluation.intervals": ("Interval", "ci_boot", "ci_case", "ci_seed", "ci_wilson"),
+        "retcon.evaluation.measure": ("evaluate",),
+        "retcon.evaluation.plan": ("Measures",),
+        "retcon.evaluation.records": ("Record",),
+        "retcon.evaluation.results": ("Evaluation",),
+        "retcon.evaluation.summary": ("CaseMean", "Line", "Summary"),
+    },
+)
