@@ -26,6 +26,7 @@ MARKER = "{}"
 _Kind = TypeVar("_Kind", "Edit", "Query", "Case")
 _OPTIONAL_TEXTS = ("subject", "target_true", "relation_id", "separator")
 ConflictRule = Literal["error", "drop", "last", "keep"]
+AnswersMode = Literal["any", "all"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class Query:
     """Its rival, where there is one (CounterFact)."""
     answers: tuple[tuple[str, ...], ...] = ()
     """Answers accepted from generated text: outer = distinct answers, inner = aliases of one."""
-    answers_mode: Literal["any", "all"] = "any"
+    answers_mode: AnswersMode = "any"
     """`any`: one alias of one answer is enough; `all`: one alias of every answer."""
     separator: str | None = None
     """What is written between prompt and answer; None: `separator_between` the two, or as the chat template has it."""

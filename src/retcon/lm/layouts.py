@@ -13,7 +13,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from retcon.arguments import check_choice
 from retcon.errors import UnknownLayout, UnsupportedModel
+
+FusedPart = Literal["q", "k", "v", "gate", "up"]
+Cut = Literal["blocks", "groups"]
+Stored = Literal["out,in", "in,out"]
+Earlier = Literal["attention", "state", "other"]
 
 
 @dataclass(frozen=True)
@@ -22,10 +28,14 @@ class Fused:
 
     module: str
     """Path of the fused module inside the block."""
-    part: Literal["q", "k", "v", "gate", "up"]
-    cut: Literal["blocks", "groups"] = "blocks"
+    part: FusedPart
+    cut: Cut = "blocks"
     """`blocks`: the parts come one after the other; `groups`: for each key head, its query heads, itself and its value
     head (GPT-NeoX, where every query head has its own; Falcon; GPTBigCode without multi-query attention)."""
+
+    def __post_init__(self) -> None:
+        check_choice(self.part, FusedPart, "part of a fused matrix")
+        check_choice(self.cut, Cut, "cut of a fused matrix")
 
     def rows(self, config: Any) -> Int[Tensor, " rows"]:
         """Output rows of the fused matrix that belong to this part."""
@@ -76,7 +86,7 @@ class Layout:
     embedding: str
     final_norm: str
     head: str = "lm_head"
-    stored: Literal["out,in", "in,out"] = "out,in"
+    stored: Stored = "out,in"
     """Orientation in which the family stores the matrices above."""
     parallel: bool = False
     """Attention and MLP read the same input and are added together (GPT-J); otherwise one after the other."""
@@ -86,11 +96,15 @@ class Layout:
     """What a block adds to the residual stream is multiplied by a constant first (granite)."""
     gated_shared: bool = False
     """The shared expert's output is multiplied by a gate of the token (Qwen)."""
-    earlier: Literal["attention", "state", "other"] = "attention"
+    earlier: Earlier = "attention"
     """How earlier tokens reach a block: through attention keys and values alone; also through a recurrent state, so
     that a replay runs every token; or in a way that no replay knows."""
     others: tuple["Layout", ...] = ()
     """Further kinds of block that the family has."""
+
+    def __post_init__(self) -> None:
+        check_choice(self.stored, Stored, "orientation of stored matrices")
+        check_choice(self.earlier, Earlier, "way of earlier tokens")
 
     @property
     def adds_mlp_output(self) -> bool:

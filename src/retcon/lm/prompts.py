@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from retcon.arguments import check_choice
 from retcon.boundary import separator_between
 from retcon.chat import Chat
 from retcon.edits import Edit
@@ -21,6 +22,7 @@ from retcon.errors import InvalidEdit, InvalidSetting, PositionNotFound, RetconW
 
 Where = Literal["subject_last", "prediction"]
 """Token positions that methods read and write: the subject's last token, and the last token of the prompt."""
+Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True)
@@ -335,8 +337,9 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return text
 
 
-def pad(rows: Sequence[Row], device: torch.device | str = "cpu", *, side: Literal["left", "right"] = "right") -> Batch:
+def pad(rows: Sequence[Row], device: torch.device | str = "cpu", *, side: Side = "right") -> Batch:
     """Put rows side by side, padded on one side; the pad id is 0 and only the mask tells padding from text."""
+    check_choice(side, Side, "side to pad on")
     lengths = [len(row.ids) for row in rows]
     longest = max(lengths)
     fill, left = [(0,) * (longest - n) for n in lengths], side == "left"

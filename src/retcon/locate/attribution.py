@@ -127,9 +127,11 @@ def attribute(
         the weights' dtype where that is wider.
 
     Raises:
+        InvalidSetting: no such unit.
         InvalidEdit: the answer asked for is missing.
         NonFinite: a score is NaN or infinite; the message names the parameter.
     """
+    check_choice(unit, Granularity, "unit of an attribution")
     totals: dict[str, Tensor] = {}
     done = 0
     with lm.frozen_eval():

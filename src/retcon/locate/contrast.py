@@ -87,8 +87,9 @@ class Contrast:
         """Layers, and one set's values there, record by record.
 
         Raises:
-            InvalidSetting: the probe did not look there.
+            InvalidSetting: no such quantity, or the probe did not look there.
         """
+        check_choice(quantity, Quantity, "quantity")
         for name, wanted, had in (
             ("set", of, self.sets),
             ("position", position, self.positions),

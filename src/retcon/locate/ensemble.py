@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from retcon.arguments import check_choice
 from retcon.edits import Edit
 from retcon.errors import DeltaMismatch
 from retcon.lm.model import LM
@@ -53,8 +54,10 @@ def unit_scores(
     """Return per site, every unit's mean score over `facts`: the sum of its entries' attributions, or of their sizes.
 
     Raises:
+        InvalidSetting: no such score.
         InvalidEdit, NonFinite: as `attribute`.
     """
+    check_choice(unit_score, UnitScore, "score of units")
     if unit_score == "sum":
         return attribute(lm, facts, sites, how, unit, progress=progress)
     found = attribute(lm, facts, sites, how, "entry", progress=progress)

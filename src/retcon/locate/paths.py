@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retcon.arguments import check_choice
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.model import LM, require_lm
@@ -107,10 +108,11 @@ def slots_of(lm: LM, key_matrix: KeyMatrix = "up", *, routed: bool = False) -> l
         routed: take the routed experts also where a block has a dense or a shared MLP.
 
     Raises:
-        InvalidSetting: the gate matrix is asked for and the model has none.
+        InvalidSetting: no such key matrix, or the gate matrix is asked for and the model has none.
         UnsupportedModel: `lm` is no `LM`.
     """
     require_lm(lm)
+    check_choice(key_matrix, KeyMatrix, "key matrix")
     if key_matrix != "up" and not any(lm.sites(layer, "gate_proj", routed=routed) for layer in range(lm.n_layers)):
         raise InvalidSetting(
             f"key matrix {key_matrix!r}: {lm.name!r} ({lm.model.config.model_type}) has no gated MLP; take 'up'"
@@ -184,8 +186,11 @@ def assess(
         seed: draws `random` scores.
 
     Raises:
+        InvalidSetting: no such score or pool.
         NonFinite: a gradient is NaN or infinite; the message names the parameter.
     """
+    check_choice(score, Score, "score of nodes")
+    check_choice(pool, Assess, "pool")
     if score == "random":
         generator = generator_of(seed)
         return [torch.rand(slot.n_nodes, generator=generator) for slot in slots]
@@ -331,7 +336,11 @@ def step_weights(found: Transmission, by: LayerSteps) -> list[float]:
 
     `score`: as the mean score of T+'s nodes there; `middle`: in the middle layer three times as large as in the first
     and last one.
+
+    Raises:
+        InvalidSetting: no such rule.
     """
+    check_choice(by, LayerSteps, "rule of the layers' steps")
     if by == "score":
         weights = [float(s[found.positive.in_slot(t)].double().mean().abs()) for t, s in enumerate(found.scores)]
     else:
@@ -357,8 +366,9 @@ def choose(
         coverage: takes as many paths into T+ as hold this share of the scores (`covering`), whatever `n_positive` is.
 
     Raises:
-        InvalidSetting: a slot has fewer nodes than both need.
+        InvalidSetting: no such selection, or a slot has fewer nodes than both need.
     """
+    check_choice(select, Select, "selection of paths")
     kept = tuple(s.cpu() for s in scores)
     if coverage is not None:
         n_positive = covering(kept, coverage, n_negative)

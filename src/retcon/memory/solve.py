@@ -15,10 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retcon.arguments import check_choice
 from retcon.errors import NonFinite
 from retcon.memory.place import CPU, float64_place, good_at_float64, room, solve_place
 
 Build = Callable[[], Float[Tensor, "m m"]]
+ThresholdMode = Literal["absolute", "trace", "rank"]
+Form = Literal["auto", "eigenbasis", "keys", "released"]
 NEGLIGIBLE = 1e-8
 """Trace of lambda C over that of K K^T up to which their sum loses C: about the root of float64's precision."""
 STORED = 1e-6
@@ -339,7 +342,7 @@ class NullSpace:
 def null_space(
     c: Float[Tensor, "m m"],
     threshold: float,
-    mode: Literal["absolute", "trace", "rank"] = "absolute",
+    mode: ThresholdMode = "absolute",
     device: torch.device = CPU,
 ) -> NullSpace:
     """Eigenvectors of C with small eigenvalues s (AlphaEdit, arXiv:2410.02355), in float64 on the device if it is good
@@ -347,7 +350,11 @@ def null_space(
 
     `absolute`: s < threshold; `trace`: the smallest ones, as long as their sum is under that share of C's trace;
     `rank`: that share of all, the smallest.
+
+    Raises:
+        InvalidSetting: no such mode.
     """
+    check_choice(mode, ThresholdMode, "mode of the null space")
     where = float64_place(device, len(c))
     with room(where, len(c)):
         s, u = torch.linalg.eigh(c.to(where, torch.float64))
@@ -365,14 +372,18 @@ def null_space_ridge(
     k: Float[Tensor, "m n"],
     space: NullSpace,
     identity_weight: float,
-    form: Literal["auto", "eigenbasis", "keys", "released"] = "auto",
+    form: Form = "auto",
     device: torch.device = CPU,
 ) -> Float[Tensor, "n m"]:
     """X^T = K^T P (K K^T P + L2 I)^-1: dW = R X^T minimises ||dW K - R||^2 + L2 ||dW||^2 over dW = dW P.
 
     `keys` solves in the space of the keys, `eigenbasis` in the null space (or in P's own, where the other basis is the
     thinner), `auto` takes the smaller of the two; `released` is the authors' non-symmetric system by LU. All agree.
+
+    Raises:
+        InvalidSetting: no such form.
     """
+    check_choice(form, Form, "form of the update")
     m, n = k.shape
     where = float64_place(device, m)
     space = NullSpace(space.basis.to(where), space.complement)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retcon.arguments import check_choice
 from retcon.delta import Change
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
@@ -229,5 +230,10 @@ def with_earlier(
 
 
 def divisor(spread: Spread, layers_left: int) -> float:
-    """s(N - i): what the missing part is divided by."""
+    """s(N - i): what the missing part is divided by.
+
+    Raises:
+        InvalidSetting: no such spread.
+    """
+    check_choice(spread, Spread, "spread")
     return float(layers_left) if spread == "even" else math.sqrt(layers_left)

@@ -18,7 +18,7 @@ from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.key_cache import earlier_keys, extended
 from retcon.memory.moments import Moments
-from retcon.memory.solve import NullSpace, null_space, null_space_ridge
+from retcon.memory.solve import Form, NullSpace, ThresholdMode, null_space, null_space_ridge
 from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem, with_earlier
 from retcon.methods.common.contract import (
@@ -44,7 +44,7 @@ class AlphaEdit(BatchSettings):
 
     null_threshold: NotNegative = 0.02
     """tau (`nullspace_threshold`): eigenvectors of C below it span the null space."""
-    threshold_mode: Literal["absolute", "trace", "rank"] = "absolute"
+    threshold_mode: ThresholdMode = "absolute"
     """What tau is: an eigenvalue (published), a share of C's trace, or the null space's share of all dimensions."""
     ridge: Positive = 10.0
     """L2: weight of the update's own norm."""
@@ -53,7 +53,7 @@ class AlphaEdit(BatchSettings):
     size of a model's keys, whatever a few outlying dimensions do."""
     cache_keys: bool = True
     """Keys of earlier batches are kept, and stay where they are."""
-    form: Literal["auto", "eigenbasis", "keys", "released"] = "auto"
+    form: Form = "auto"
     """Which of the equal forms of the update is solved; `released` is the authors' non-symmetric system."""
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retcon.arguments import check_choice
 from retcon.delta import Change, Delta, Dense, LowRank, only_deltas, smallest
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
@@ -24,6 +25,8 @@ from retcon.methods.common.contract import Progress, State, made_by, recorded
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.sequence import combined
 from retcon.methods.common.wrappers import Filter, by_matrix, edited_matrix
+
+Restraint = Literal["log", "linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class Prune(Filter):
     """Method that writes the edits given; with none given, the applied deltas are restrained."""
     alpha: float = math.e
     """Base of the logarithm; smaller restrains less (published: e, 2, 1.5, 1.2)."""
-    restraint: Literal["log", "linear"] = "log"
+    restraint: Restraint = "log"
     """F(s) of singular values s above sigma: log_alpha(s) - log_alpha(sigma) + sigma, or (s + sigma) / 2."""
     guard: bool = True
     """min(s, F(s)): F raises values just above sigma where sigma ln(alpha) < 1. False: F as published."""
@@ -133,11 +136,16 @@ def restrain(
     s: Float[Tensor, " rank"],
     sigma: float,
     alpha: float = math.e,
-    restraint: Literal["log", "linear"] = "log",
+    restraint: Restraint = "log",
     *,
     guard: bool = True,
 ) -> Float[Tensor, " rank"]:
-    """F(s): singular values up to sigma as they are, larger ones held down (Eq. 5)."""
+    """F(s): singular values up to sigma as they are, larger ones held down (Eq. 5).
+
+    Raises:
+        InvalidSetting: no such restraint.
+    """
+    check_choice(restraint, Restraint, "restraint")
     high = s.clamp_min(sigma)
     f = (high / sigma).log() / math.log(alpha) + sigma if restraint == "log" else (high + sigma) / 2
     f = torch.where(s > sigma, f, s)

@@ -101,7 +101,12 @@ class Descent:
 
 
 def shares(rows: Sequence[Row], items: Sequence[int], reduction: Reduction) -> Float[Tensor, " n"]:
-    """Return what each edit of a mini-batch contributes to its loss; sums to 1."""
+    """Return what each edit of a mini-batch contributes to its loss; sums to 1.
+
+    Raises:
+        InvalidSetting: no such reduction.
+    """
+    check_choice(reduction, Reduction, "reduction")
     if reduction == "per_edit":
         return torch.full((len(items),), 1 / len(items), dtype=torch.float64)
     lengths = torch.tensor([len(rows[i].target_ids) for i in items], dtype=torch.float64)

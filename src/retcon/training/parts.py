@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from retcon.arguments import check_choice
 from retcon.delta import Change, Dense, Entries, LowRank
 from retcon.lm.experts import ExpertChange, Tokens, changed
 from retcon.lm.site import Site
@@ -267,10 +268,19 @@ Whole = TrainedDense | TrainedBias | TrainedParameter
 """A part of a parameter of which every value is trained; `weight()` is what its values are added to."""
 
 
+Unit = Literal["row", "column", "entry"]
+"""What may be trained by itself."""
+
+
 def trained_units(
-    site: Site, unit: Literal["row", "column", "entry"], index: Int[Tensor, " n"], scale: float
+    site: Site, unit: Unit, index: Int[Tensor, " n"], scale: float
 ) -> TrainedRows | TrainedColumns | TrainedEntries:
-    """Return a part over some rows, columns or entries of a matrix, zero so far."""
+    """Return a part over some rows, columns or entries of a matrix, zero so far.
+
+    Raises:
+        InvalidSetting: no such unit.
+    """
+    check_choice(unit, Unit, "unit")
     index, n, (out, into) = index.to(site.device), len(index), site.shape
     if unit == "row":
         return TrainedRows(site, index, fresh(site, n, into), scale)

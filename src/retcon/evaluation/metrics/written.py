@@ -5,10 +5,10 @@ import string
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal
 
+from retcon.arguments import check_choice
 from retcon.boundary import is_spaceless
-from retcon.edits import Query
+from retcon.edits import AnswersMode, Query
 from retcon.evaluation.metrics.names import Measured, metric_names
 
 Answers = Sequence[Sequence[str]]
@@ -34,12 +34,12 @@ def _is_punctuation(character: str) -> bool:
     return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
-def gen_em(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> bool:
+def gen_em(text: str, answers: Answers, mode: AnswersMode = "any") -> bool:
     """Return whether the text is an answer, both normalised."""
     return _matches(text, answers, mode, lambda written, alias: written == alias)
 
 
-def gen_prefix(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> bool:
+def gen_prefix(text: str, answers: Answers, mode: AnswersMode = "any") -> bool:
     """Return whether the text starts with an answer, at a word boundary (anywhere, in scripts that write no spaces)."""
     return _matches(text, answers, mode, _starts_with)
 
@@ -48,7 +48,7 @@ def _starts_with(written: str, alias: str) -> bool:
     return written.startswith(alias) and _is_boundary(alias[-1], written[len(alias) : len(alias) + 1])
 
 
-def gen_contains(text: str, answers: Answers, mode: Literal["any", "all"] = "any") -> bool:
+def gen_contains(text: str, answers: Answers, mode: AnswersMode = "any") -> bool:
     """Return whether an answer occurs in the text as whole words (anywhere, in scripts that write no spaces).
 
     Rambling text that quotes many answers passes.
@@ -127,6 +127,7 @@ def accepted(query: Query) -> Answers:
 
 
 def _matches(text: str, answers: Answers, mode: str, test: Callable[[str, str], bool]) -> bool:
+    check_choice(mode, AnswersMode, "mode of answers")
     written = normalise(text)
     found = [any(test(written, alias) for alias in map(normalise, aliases) if alias) for aliases in answers]
     return bool(found) and (all(found) if mode == "all" else any(found))

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from retcon.arguments import check_choice
 from retcon.delta import EditReport
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
@@ -36,6 +37,10 @@ class ValueSite:
     """beta: the loss gets weight_decay * ||offset|| / ||init||^2."""
 
 
+Stop = Literal["probability", "loss"]
+TargetKind = Literal["clean", "joint"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValueSearch:
     """How values are optimised."""
@@ -46,7 +51,7 @@ class ValueSearch:
     """Adam's; betas (0.9, 0.999), eps 1e-8."""
     kl_factor: float = 0.0625
     """alpha: weight of KL(edited || original) for "<subject> is a", read at the subject's last token."""
-    stop: Literal["probability", "loss"] = "probability"
+    stop: Stop = "probability"
     """`probability`: mean over contexts of the target's geometric-mean token probability reaches `threshold`; `loss`:
     the total loss falls under it."""
     threshold: float = 0.9
@@ -65,6 +70,7 @@ class ValueSearch:
             raise InvalidSetting(f"steps must be at least 1, found {self.steps}")
         if self.learning_rate < 0 or self.kl_factor < 0:
             raise InvalidSetting("learning_rate and kl_factor must not be negative")
+        check_choice(self.stop, Stop, "rule for when to stop")
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,13 @@ class Values:
     plan: Mapping[str, Any] = field(default_factory=dict)
     """How the search was cut up, for the record; empty for a plain one."""
 
-    def target(self, site: int, kind: Literal["clean", "joint"] = "clean") -> Float[Tensor, "n_edits d"]:
-        """z: init + offset (`clean`), or the activation that achieved the loss, activation + offset (`joint`)."""
+    def target(self, site: int, kind: TargetKind = "clean") -> Float[Tensor, "n_edits d"]:
+        """z: init + offset (`clean`), or the activation that achieved the loss, activation + offset (`joint`).
+
+        Raises:
+            InvalidSetting: no such kind.
+        """
+        check_choice(kind, TargetKind, "kind of target")
         return (self.init if kind == "clean" else self.activation)[site] + self.offset[site]
 
     def tensors(self) -> dict[str, Float[Tensor, "n_edits d"]]:
