@@ -157,6 +157,16 @@ def test_prompts_longer_than_an_attention_window_take_whole_passes(
 
 
 @pytest.mark.parametrize("replayed", [True, False])
+@pytest.mark.parametrize("family", ["bamba", "falcon_h1", "gemma4_text", "jamba", "lfm2", "mixtral", "qwen3_next"])
+def test_models_that_no_replay_fits_take_whole_passes(family: str, replayed: bool, still: Still) -> None:
+    """Blocks with a recurrent state, whose cache is not one of keys and values, and blocks without a dense MLP."""
+    lm, settings = still(family), replace(ALL, kinds=("block",), replayed=replayed)
+    found = trace(lm, settings)
+    wanted = by_hand(lm, ALL, {lm.block(2): [found.subject.stop - 1]})
+    assert float(found.scores["block"][found.subject.stop - 1, 2]) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("replayed", [True, False])
 def test_how_many_cells_share_a_pass_does_not_matter(replayed: bool, still: Still) -> None:
     lm, settings = still("opt"), replace(ALL, kinds=("mlp", "severed_attn"), replayed=replayed, samples=1)
     together, one_by_one = trace(lm, settings, SHORT), trace(lm, replace(settings, max_batch_tokens=1), SHORT)

@@ -14,7 +14,7 @@ from retcon.edits import Edit
 from retcon.errors import InvalidSetting, RetconWarning
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
-from retcon.lm.prompts import Batch
+from retcon.lm.prompts import Batch, encode_edit
 from retcon.locate.embeddings import changing_embeddings
 from retcon.locate.tracing.cells import Cell, cell_of, restoring_hooks, trimmed
 from retcon.locate.tracing.packing import replayed_logits
@@ -58,11 +58,12 @@ def causal_trace(
     with lm.frozen_eval(), torch.no_grad():
         deviation = embedding_deviation(lm, [e.subject for e in kept if e.subject is not None])
         for done, edit in enumerate(kept, 1):
-            prompt = prepare(lm, edit, settings, deviation)
+            way = _way(lm, edit, settings)
+            prompt = prepare(lm, edit, way, deviation)
             if prompt is None:
                 skipped[edit.id] = "the model does not say the original answer"
             else:
-                if (way := _way(lm, prompt, settings)).replayed and not tried:
+                if way.replayed and not tried:
                     tried = True
                     if not _replay_agrees(lm, prompt, settings):
                         way = settings = replace(settings, replayed=False)
@@ -132,17 +133,19 @@ def _logits(lm: LM, prompt: Prompt, cells: Sequence[Cell], settings: Tracing) ->
         return logits_at(lm, Batch(ids, torch.ones_like(ids).bool()), (rows.flatten(), last), hooks)
 
 
-def _way(lm: LM, prompt: Prompt, settings: Tracing) -> Tracing:
+def _way(lm: LM, edit: Edit, settings: Tracing) -> Tracing:
     """Whole passes for prompts longer than an attention window, for attention that takes no mask, for models that count
-    places along the row (ALiBi, GPT-Neo's window), where cells side by side would not have their own, and for models
-    whose projections are not known (CodeGen fuses them in an order of its own)."""
+    places along the row (ALiBi, GPT-Neo's window), where cells side by side would not have their own, for blocks that
+    read earlier tokens in other ways than by attention, and for models some of whose matrices are not known (CodeGen
+    fuses its projections in an order of its own) or are those of routed experts."""
     window = getattr(lm.config, "sliding_window", None)
-    within = window is None or len(prompt.row.ids) <= window
+    within = window is None or len(encode_edit(lm.tokenizer, edit).ids) <= window
     masked = getattr(lm.config, "_attn_implementation", None) in ("eager", "sdpa")
     places = "position_ids" in signature(type(lm.model).forward).parameters and not getattr(lm.config, "alibi", False)
     places = places and "local" not in getattr(lm.config, "attention_layers", ())
-    known = all(lm.has(layer, kind) for layer in range(lm.n_layers) for kind in PROJECTIONS)
-    return replace(settings, replayed=settings.replayed and within and masked and places and known)
+    alone = lm.layout.earlier == "attention"
+    known = all(lm.has(layer, kind) for layer in range(lm.n_layers) for kind in (*PROJECTIONS, "down_proj"))
+    return replace(settings, replayed=settings.replayed and within and masked and places and alone and known)
 
 
 def _replay_agrees(lm: LM, prompt: Prompt, settings: Tracing) -> bool:

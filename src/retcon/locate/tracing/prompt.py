@@ -83,7 +83,9 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
     }
     projected: list[list[Tensor]] = [[] for _ in range(lm.n_layers)]
     cache = Cache(layer_class_to_replicate=DynamicLayer)
-    inputs = dict(input_ids=batch.ids, attention_mask=torch.ones_like(batch.ids), past_key_values=cache, use_cache=True)
+    inputs = Inputs.of(batch)
+    if settings.replayed:
+        inputs = replace(inputs, arguments={**inputs.arguments, "past_key_values": cache, "use_cache": True})
     corrupt = corrupting(rows - 1, subject, noise, settings)
     with ExitStack() as stack:
         stack.enter_context(changing_embeddings(lm, corrupt))
@@ -92,7 +94,7 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
             for module in projections(lm, layer):
                 hook = module.register_forward_hook(lambda _, __, output, into=into: into.append(output[1:].detach()))
                 stack.callback(hook.remove)
-        logits = logits_at(lm, Inputs((len(rows), len(row.ids)), inputs), (rows, last), hooks)
+        logits = logits_at(lm, inputs, (rows, last), hooks)
     answer = int(logits[0].argmax())
     prob = finite(probability(logits, answer), edit)
     if edit.target_true and encode_edit(lm.tokenizer, edit, answer=edit.target_true).target_ids[0] != answer:
@@ -106,8 +108,8 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
         noise=noise,
         clean={p: value[0] for p, value in found.items()},
         corrupted={p: value[1:] for p, value in found.items()},
-        keys=[layer.keys[1:] for layer in cache.layers] if settings.replayed else [],
-        values=[layer.values[1:] for layer in cache.layers] if settings.replayed else [],
+        keys=[layer.keys[1:] for layer in cache.layers],
+        values=[layer.values[1:] for layer in cache.layers],
         projected=projected,
     )
 

@@ -45,7 +45,7 @@ class Tracing:
     replayed: bool = True
     """Run only what restoring a state can change: the blocks above it, from its token on, and nothing for tokens
     before the subject. False: whole forward passes for every cell, the reference; also used for prompts longer than an
-    attention window, and for forms of attention that take no mask."""
+    attention window, for forms of attention that take no mask, and for hybrids and routed mixtures."""
 
     def __post_init__(self) -> None:
         check_choice(self.distribution, Distribution, "distribution of the noise")
