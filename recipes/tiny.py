@@ -116,7 +116,9 @@ UNLIKE: dict[str, dict[str, Any]] = {
         num_key_value_heads=2, block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"] * 2
     ),
     "jamba": EXPERTS | dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
-    "falcon_h1": MAMBA | dict(mamba_d_ssm=64, mlp_multipliers=[0.8, 0.5], attention_out_multiplier=0.7),
+    "falcon_h1": MAMBA | dict(
+        mamba_d_ssm=64, mlp_multipliers=[0.8, 0.5], attention_out_multiplier=0.7, lm_head_multiplier=0.5
+    ),
     "granitemoehybrid": EXPERTS | MAMBA | dict(
         shared_intermediate_size=40, residual_multiplier=0.5, layer_types=["linear_attention", "full_attention"] * 2
     ),
@@ -187,6 +189,8 @@ def tiny_model(
         common |= dict(sliding_window=8)
     if family in ("granite", "granite_swa"):
         common |= dict(residual_multiplier=0.5, logits_scaling=2.0)
+    if family == "hyperclovax":
+        common |= dict(logits_scaling=0.5)
     if family in ("cohere", "cohere2"):  # a factor of the logits that a lens must know, not so small as to hide edits
         common |= dict(logit_scale=0.5)
     config = CONFIG_MAPPING[family](

@@ -46,9 +46,10 @@ def by_hand(lm: LM, edit: Edit, position: int, point: Point, final_norm: bool) -
         if final_norm:
             state = lm.model.get_submodule(lm.layout.final_norm)(state)
         logits = lm.head(state)
-        if final_norm:  # Cohere, Granite
+        if final_norm:  # Cohere; Granite, HyperCLOVA X
+            scaling = getattr(lm.config, "logits_scaling", None) or 1.0
             logits = logits * (getattr(lm.config, "logit_scale", None) or 1.0)
-            logits = logits / (getattr(lm.config, "logits_scaling", None) or 1.0)
+            logits = logits * (scaling if lm.config.model_type == "hyperclovax" else 1 / scaling)
         cap = getattr(lm.model.config, "final_logit_softcapping", None)
         if final_norm and cap:
             logits = cap * torch.tanh(logits / cap)

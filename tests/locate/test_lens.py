@@ -14,7 +14,7 @@ from retcon.lm.layouts import LAYOUTS
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.locate import lens
-from tests.conftest import FAMILIES, tiny_model, tokenizer
+from tests.conftest import FAMILIES, UNLIKE, tiny_model, tokenizer
 
 Still = Callable[[str], LM]
 ROWS = [Row((5, 60, 200, 31), 4), Row((17, 300), 2)]
@@ -26,7 +26,7 @@ def last_states(lm: LM) -> Tensor:
     return activations(lm, pad(ROWS), {point: at})[point]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *UNLIKE])
 def test_with_the_final_norm_the_last_block_gives_the_models_own_softmax(family: str, still: Still) -> None:
     lm = still(family)  # spec, invariant 63
     with torch.no_grad():

@@ -32,7 +32,9 @@ def project(lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool) -> 
     of_norm = place_of(norm) if any(True for _ in norm.parameters()) else place(lm)  # OLMo's has no weight
     logits = lm.head(norm(states.to(of_norm)).to(place(lm)))
     logits = logits * (getattr(lm.config, "logit_scale", None) or 1.0)  # Cohere
-    logits = logits / (getattr(lm.config, "logits_scaling", None) or 1.0)  # Granite
+    logits = logits * (getattr(lm.config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
+    scaling = getattr(lm.config, "logits_scaling", None) or 1.0
+    logits = logits * scaling if lm.config.model_type == "hyperclovax" else logits / scaling  # Granite divides
     cap = getattr(lm.config, "final_logit_softcapping", None)  # gemma 2, some of gemma 3
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
