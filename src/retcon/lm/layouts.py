@@ -134,6 +134,11 @@ class Layout:
         )
 
 
+def _fused_qkv(module: str, cut: Literal["blocks", "groups"] = "blocks") -> dict[str, Any]:
+    """Return the three projections inside one fused matrix."""
+    return {"q_proj": Fused(module, "q", cut), "k_proj": Fused(module, "k", cut), "v_proj": Fused(module, "v", cut)}
+
+
 _LLAMA = Layout(
     block="model.layers.{}",
     down_proj="mlp.down_proj",
@@ -152,7 +157,11 @@ _GATELESS = replace(_LLAMA, gate_proj=None)
 _GLM = replace(
     _LLAMA, up_proj=Fused("mlp.gate_up_proj", "up"), gate_proj=Fused("mlp.gate_up_proj", "gate")
 )  # gate and up in one matrix, q, k and v each in its own
-_ROUTED = replace(_LLAMA, down_proj=None, up_proj=None, gate_proj=None, experts="mlp.experts")
+
+
+def _routed(row: Layout, experts: str) -> Layout:
+    """Return a row whose MLP is routed experts alone."""
+    return replace(row, down_proj=None, up_proj=None, gate_proj=None, experts=experts)
 
 
 def _shared(row: Layout, path: str, experts: str = "mlp.experts") -> Layout:
@@ -171,6 +180,7 @@ def _with(row: Layout, *others: Layout) -> Layout:
     return replace(row, others=others)
 
 
+_ROUTED = _routed(_LLAMA, "mlp.experts")
 _LATENT = replace(_LLAMA, q_proj=None, k_proj=None, v_proj=None)  # multi-head latent attention: no plain q, k, v
 _GATED_SHARED = replace(_shared(_LLAMA, "mlp.shared_expert"), gated_shared=True)
 _QWEN_HYBRID = replace(_LLAMA, earlier="state")
@@ -184,25 +194,16 @@ _LFM2 = replace(
     final_norm="model.embedding_norm",
     earlier="state",
 )
-_LFM2_ROUTED = replace(_LFM2, down_proj=None, up_proj=None, gate_proj=None, experts="feed_forward.experts")
-_JAMBA = replace(
+_LFM2_ROUTED = _routed(_LFM2, "feed_forward.experts")
+_FEED_FORWARD = replace(
     _LLAMA,
     down_proj="feed_forward.down_proj",
     up_proj="feed_forward.up_proj",
     gate_proj="feed_forward.gate_proj",
-    final_norm="model.final_layernorm",
-    earlier="state",
 )
-_JAMBA_ROUTED = replace(_JAMBA, down_proj=None, up_proj=None, gate_proj=None, experts="feed_forward.experts")
-_FALCON_H1 = replace(  # attention and a state-space mixer side by side; factors after the MLP's matrices
-    _LLAMA,
-    down_proj="feed_forward.down_proj",
-    up_proj="feed_forward.up_proj",
-    gate_proj="feed_forward.gate_proj",
-    final_norm="model.final_layernorm",
-    residual_multiplier=True,
-    earlier="state",
-)
+_JAMBA = replace(_FEED_FORWARD, final_norm="model.final_layernorm", earlier="state")
+_JAMBA_ROUTED = _routed(_JAMBA, "feed_forward.experts")
+_FALCON_H1 = replace(_JAMBA, residual_multiplier=True)  # attention and mixer side by side; factors after the MLP
 _GRANITE_HYBRID = replace(
     _LLAMA,
     down_proj="shared_mlp.output_linear",
@@ -212,25 +213,26 @@ _GRANITE_HYBRID = replace(
     earlier="state",
 )
 _GRANITE_HYBRID_MOE = replace(_GRANITE_HYBRID, experts="block_sparse_moe.experts")
-_GRANITE_MOE = replace(_ROUTED, experts="block_sparse_moe.experts", residual_multiplier=True)
-_LLAMA4 = replace(
-    _LLAMA,
-    down_proj="feed_forward.down_proj",
-    up_proj="feed_forward.up_proj",
-    gate_proj="feed_forward.gate_proj",
-)
+_GRANITE_MOE = _routed(_GRANITE, "block_sparse_moe.experts")
 _BLOOM = Layout(
     block="transformer.h.{}",
     down_proj="mlp.dense_4h_to_h",
     up_proj="mlp.dense_h_to_4h",
-    q_proj=Fused("self_attention.query_key_value", "q", cut="groups"),
-    k_proj=Fused("self_attention.query_key_value", "k", cut="groups"),
-    v_proj=Fused("self_attention.query_key_value", "v", cut="groups"),
+    **_fused_qkv("self_attention.query_key_value", "groups"),
     o_proj="self_attention.dense",
     embedding="transformer.word_embeddings",
     final_norm="transformer.ln_f",
 )
 
+_GPT2 = Layout(
+    block="transformer.h.{}",
+    down_proj="mlp.c_proj",
+    up_proj="mlp.c_fc",
+    **_fused_qkv("attn.c_attn"),
+    o_proj="attn.c_proj",
+    embedding="transformer.wte",
+    final_norm="transformer.ln_f",
+)
 _GPTJ = Layout(
     block="transformer.h.{}",
     down_proj="mlp.fc_out",
@@ -257,53 +259,26 @@ _OPT = Layout(  # the block holds the MLP's matrices itself, and fc2 sees (batch
 )
 
 LAYOUTS: dict[str, Layout] = {
-    "gpt2": Layout(
-        block="transformer.h.{}",
-        down_proj="mlp.c_proj",
-        up_proj="mlp.c_fc",
-        q_proj=Fused("attn.c_attn", "q"),
-        k_proj=Fused("attn.c_attn", "k"),
-        v_proj=Fused("attn.c_attn", "v"),
-        o_proj="attn.c_proj",
-        embedding="transformer.wte",
-        final_norm="transformer.ln_f",
-        stored="in,out",
-    ),
+    "gpt2": replace(_GPT2, stored="in,out"),
     "gptj": _GPTJ,
     "gpt_neox": Layout(
         block="gpt_neox.layers.{}",
         down_proj="mlp.dense_4h_to_h",
         up_proj="mlp.dense_h_to_4h",
-        q_proj=Fused("attention.query_key_value", "q", cut="groups"),
-        k_proj=Fused("attention.query_key_value", "k", cut="groups"),
-        v_proj=Fused("attention.query_key_value", "v", cut="groups"),
+        **_fused_qkv("attention.query_key_value", "groups"),
         o_proj="attention.dense",
         embedding="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
         parallel=True,
     ),
-    "gpt_neo": Layout(
-        block="transformer.h.{}",
-        down_proj="mlp.c_proj",
-        up_proj="mlp.c_fc",
+    "gpt_neo": replace(
+        _GPT2,
         q_proj="attn.attention.q_proj",
         k_proj="attn.attention.k_proj",
         v_proj="attn.attention.v_proj",
         o_proj="attn.attention.out_proj",
-        embedding="transformer.wte",
-        final_norm="transformer.ln_f",
     ),
-    "gpt_bigcode": Layout(
-        block="transformer.h.{}",
-        down_proj="mlp.c_proj",
-        up_proj="mlp.c_fc",
-        q_proj=Fused("attn.c_attn", "q"),
-        k_proj=Fused("attn.c_attn", "k"),
-        v_proj=Fused("attn.c_attn", "v"),
-        o_proj="attn.c_proj",
-        embedding="transformer.wte",
-        final_norm="transformer.ln_f",
-    ),
+    "gpt_bigcode": _GPT2,
     "codegen": replace(
         _GPTJ, q_proj=None, k_proj=None, v_proj=None
     ),  # fused for four cores, which no part of a matrix names
@@ -311,9 +286,7 @@ LAYOUTS: dict[str, Layout] = {
         block="model.layers.{}",
         down_proj="mlp.dense_4h_to_h",
         up_proj="mlp.dense_h_to_4h",
-        q_proj=Fused("self_attn.query_key_value", "q", cut="groups"),
-        k_proj=Fused("self_attn.query_key_value", "k", cut="groups"),
-        v_proj=Fused("self_attn.query_key_value", "v", cut="groups"),
+        **_fused_qkv("self_attn.query_key_value", "groups"),
         o_proj="self_attn.dense",
         embedding="model.embed_tokens",
         final_norm="model.final_layernorm",
@@ -324,42 +297,25 @@ LAYOUTS: dict[str, Layout] = {
         block="transformer.blocks.{}",
         down_proj="ffn.down_proj",
         up_proj="ffn.up_proj",
-        q_proj=Fused("attn.Wqkv", "q"),
-        k_proj=Fused("attn.Wqkv", "k"),
-        v_proj=Fused("attn.Wqkv", "v"),
+        **_fused_qkv("attn.Wqkv"),
         o_proj="attn.out_proj",
         embedding="transformer.wte",
         final_norm="transformer.norm_f",
     ),
-    "llama": _LLAMA,
-    "cwm": _LLAMA,
-    "diffllama": _LLAMA,
-    "ernie4_5": _LLAMA,
-    "gemma": _LLAMA,
-    "helium": _LLAMA,
-    "hunyuan_v1_dense": _LLAMA,
-    "internlm3": _LLAMA,
-    "iquestcoder": _LLAMA,
-    "ministral": _LLAMA,
-    "ministral3": _LLAMA,
-    "mistral": _LLAMA,
-    "olmo": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "seed_oss": _LLAMA,
-    "smollm3": _LLAMA,
-    "stablelm": _LLAMA,
-    "vaultgemma": _LLAMA,
-    "bitnet": _LLAMA,
+    **dict.fromkeys(
+        (
+            *("llama", "cwm", "diffllama", "ernie4_5", "gemma", "helium", "hunyuan_v1_dense", "internlm3"),
+            *("iquestcoder", "ministral", "ministral3", "mistral", "olmo", "qwen2", "qwen3", "seed_oss", "smollm3"),
+            *("stablelm", "vaultgemma", "bitnet", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
+        ),
+        _LLAMA,
+    ),
     "cohere": replace(_LLAMA, parallel=True),
     "cohere2": replace(_LLAMA, parallel=True),
     "granite": _GRANITE,
     "granite_swa": _GRANITE,
     "hyperclovax": replace(_GRANITE, mlp_post_norm="post_norm2"),
-    "apertus": _GATELESS,
-    "arcee": _GATELESS,
-    "jais2": _GATELESS,
-    "nemotron": _GATELESS,
+    **dict.fromkeys(("apertus", "arcee", "jais2", "nemotron"), _GATELESS),
     "starcoder2": replace(_GATELESS, up_proj="mlp.c_fc", down_proj="mlp.c_proj"),
     "phi": replace(
         _GATELESS,
@@ -369,32 +325,15 @@ LAYOUTS: dict[str, Layout] = {
         final_norm="model.final_layernorm",
         parallel=True,
     ),
-    "exaone4": _POST_NORM,
-    "gemma2": _POST_NORM,
-    "gemma3_text": _POST_NORM,
-    "olmo2": _POST_NORM,
-    "olmo3": _POST_NORM,
+    **dict.fromkeys(("exaone4", "gemma2", "gemma3_text", "olmo2", "olmo3"), _POST_NORM),
     "glm": _GLM,
     "glm4": replace(_GLM, mlp_post_norm="post_mlp_layernorm"),
-    "phi3": replace(
-        _GLM,
-        q_proj=Fused("self_attn.qkv_proj", "q"),
-        k_proj=Fused("self_attn.qkv_proj", "k"),
-        v_proj=Fused("self_attn.qkv_proj", "v"),
-    ),
-    "qwen2_vl_text": _LLAMA,
-    "qwen2_5_vl_text": _LLAMA,
-    "qwen3_vl_text": _LLAMA,
+    "phi3": replace(_GLM, **_fused_qkv("self_attn.qkv_proj")),
     "gemma4_text": replace(_POST_NORM, earlier="other", others=(replace(_POST_NORM, k_proj=None, v_proj=None),)),
     # mixtures of experts
     "flex_olmo": replace(_ROUTED, mlp_post_norm="post_feedforward_layernorm"),
-    "gpt_oss": _ROUTED,
-    "mellum": _ROUTED,
+    **dict.fromkeys(("gpt_oss", "mellum", "minimax_m2", "mixtral", "olmoe", "phimoe"), _ROUTED),
     "mimo_v2_flash": _with(_ROUTED, _LLAMA),
-    "minimax_m2": _ROUTED,
-    "mixtral": _ROUTED,
-    "olmoe": _ROUTED,
-    "phimoe": _ROUTED,
     "qwen3_moe": _with(_ROUTED, _LLAMA),
     "granitemoe": _GRANITE_MOE,
     "granitemoe_swa": _GRANITE_MOE,
@@ -412,19 +351,17 @@ LAYOUTS: dict[str, Layout] = {
         replace(_LLAMA, parallel=True),
     ),
     "flint": _with(_shared(_LLAMA, "mlp.shared_expert"), _LLAMA),
-    "hy_v3": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
+    **dict.fromkeys(
+        ("hy_v3", "laguna", "dots1", "ernie4_5_moe", "glm4_moe", "solar_open"),
+        _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
+    ),
     "kolibri1": replace(_shared(_LLAMA, "mlp.shared_experts"), mlp_post_norm="post_mlp_layernorm"),
-    "laguna": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
-    "dots1": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
-    "ernie4_5_moe": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
-    "glm4_moe": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
-    "solar_open": _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
-    "deepseek_v2": _with(_shared(_LATENT, "mlp.shared_experts"), _LATENT),
-    "deepseek_v3": _with(_shared(_LATENT, "mlp.shared_experts"), _LATENT),
-    "glm4_moe_lite": _with(_shared(_LATENT, "mlp.shared_experts"), _LATENT),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), _with(_shared(_LATENT, "mlp.shared_experts"), _LATENT)
+    ),
     "qwen3_vl_moe_text": _with(_ROUTED, _LLAMA),
     # its router scales what enters an expert, not what leaves it, so that only the shared expert is linear in it
-    "llama4_text": _with(replace(_shared(_LLAMA, "feed_forward.shared_expert"), experts=None), _LLAMA4),
+    "llama4_text": _with(replace(_shared(_LLAMA, "feed_forward.shared_expert"), experts=None), _FEED_FORWARD),
     # hybrids
     "qwen3_5_text": _with(_QWEN_HYBRID, _recurrent(_QWEN_HYBRID, "linear_attn.out_proj")),
     "qwen3_next": _with(_QWEN_HYBRID_MOE, _recurrent(_QWEN_HYBRID_MOE, "linear_attn.out_proj")),
@@ -510,10 +447,5 @@ def layout_for(config: Any) -> Layout:
     elif kind in ("granite", "granitemoe"):
         row = replace(row, residual_multiplier=config.residual_multiplier != 1)
     elif kind == "gpt_bigcode" and not config.multi_query:
-        row = replace(
-            row,
-            q_proj=Fused("attn.c_attn", "q", cut="groups"),
-            k_proj=Fused("attn.c_attn", "k", cut="groups"),
-            v_proj=Fused("attn.c_attn", "v", cut="groups"),
-        )
+        row = replace(row, **_fused_qkv("attn.c_attn", "groups"))
     return row
