@@ -20,10 +20,9 @@ from retcon.lm.prompts import Row, pad
 from retcon.lm.replay import capture_states, replaying
 from retcon.lm.replay.attention import fused
 from retcon.memory.values.captured import Capture
-from retcon.memory.values.objective import ValueSearch
+from retcon.memory.values.objective import ValueOf, ValueSearch
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.schedule import Chunk, Pace
-from retcon.memory.values.state import ValueOf
 from tests.conftest import everyday
 from tests.memory.test_value_pace import CONTEXTS, FACTS, SITES
 

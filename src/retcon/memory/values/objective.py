@@ -74,6 +74,16 @@ class ValueSearch:
 
 
 @dataclass(frozen=True)
+class ValueOf:
+    """What the search found for one edit, per site, on the CPU."""
+
+    init: tuple[Float[Tensor, " d"], ...]
+    offset: tuple[Float[Tensor, " d"], ...]
+    activation: tuple[Float[Tensor, " d"], ...]
+    report: EditReport
+
+
+@dataclass(frozen=True)
 class Values:
     """What the search found for a batch of edits, per site; all (n_edits, d), on the CPU, at least float32."""
 
@@ -86,6 +96,32 @@ class Values:
     report: tuple[EditReport, ...]
     plan: Mapping[str, Any] = field(default_factory=dict)
     """How the search was cut up, for the record; empty for a plain one."""
+
+    @classmethod
+    def of(cls, found: Sequence[ValueOf], plan: Mapping[str, Any] | None = None) -> "Values":
+        """Join the values of single edits into one batch."""
+
+        def by_site(per_edit: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+            return tuple(torch.stack(vectors) for vectors in zip(*per_edit, strict=True))
+
+        return cls(
+            init=by_site([f.init for f in found]),
+            offset=by_site([f.offset for f in found]),
+            activation=by_site([f.activation for f in found]),
+            report=tuple(f.report for f in found),
+            plan=plan or {},
+        )
+
+    def each(self) -> list[ValueOf]:
+        """Return the values of every edit."""
+
+        def of_edit(j: int, per_site: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(x[j] for x in per_site)
+
+        return [
+            ValueOf(of_edit(j, self.init), of_edit(j, self.offset), of_edit(j, self.activation), report)
+            for j, report in enumerate(self.report)
+        ]
 
     def target(self, site: int, kind: TargetKind = "clean") -> Float[Tensor, "n_edits d"]:
         """z: init + offset (`clean`), or the activation that achieved the loss, activation + offset (`joint`).

@@ -20,6 +20,7 @@ from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, Where, pad
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.objective import (
+    ValueOf,
     Values,
     ValueSearch,
     ValueSite,
@@ -50,16 +51,7 @@ def search_values_reference(
         for edit in edits:
             found.append(_search_one(lm, edit, sites, contexts, search))
             progress(len(found))
-    return Values(
-        init=_by_site([f.init for f in found]),
-        offset=_by_site([f.offset for f in found]),
-        activation=_by_site([f.activation for f in found]),
-        report=tuple(f.report for f in found),
-    )
-
-
-def _by_site(per_edit: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    return tuple(torch.stack(list(vectors)) for vectors in zip(*per_edit, strict=True))
+    return Values.of(found)
 
 
 @dataclass(frozen=True)
@@ -91,17 +83,7 @@ def _rows_of(lm: LM, edit: Edit, contexts: Contexts, has_kl: bool) -> _Rows:
     return _Rows(pad(rows, lm.device), where, n, at, positions, tokens)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """One edit's part of `Values`: vectors per site, on the CPU."""
-
-    init: list[Tensor]
-    offset: list[Tensor]
-    activation: list[Tensor]
-    report: EditReport
-
-
-def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contexts, search: ValueSearch) -> _Found:
+def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contexts, search: ValueSearch) -> ValueOf:
     has_kl = with_kl(sites, search)
     rows = _rows_of(lm, edit, contexts, has_kl)
     dtype = torch.promote_types(lm.dtype, torch.float32)
@@ -169,8 +151,8 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
     ]
     if stopped == "steps" and any(length >= radius * (1 - 1e-4) for length, radius in lengths):
         stopped = "clamped"
-    found, seen = [d.detach().cpu() for d in offsets], [v.cpu() for v in activation]
-    return _Found([i.cpu() for i in inits], found, seen, EditReport(edit.id, reached, step, stopped, terms))
+    of_init, of_offset, seen = (tuple(x.detach().cpu() for x in vectors) for vectors in (inits, offsets, activation))
+    return ValueOf(of_init, of_offset, seen, EditReport(edit.id, reached, step, stopped, terms))
 
 
 def _zeros_at(lm: LM, point: Point, dtype: torch.dtype) -> Tensor:

@@ -10,9 +10,9 @@ from retcon.delta import EditReport
 from retcon.errors import NonFinite
 from retcon.lm.model import LM
 from retcon.memory.values.captured import Capture, Steps, cuda_graphs
-from retcon.memory.values.objective import ValueSearch, ValueSite, norm_names
+from retcon.memory.values.objective import ValueOf, ValueSearch, ValueSite, norm_names
 from retcon.memory.values.rows import EditRows
-from retcon.memory.values.state import SearchState, ValueOf
+from retcon.memory.values.state import SearchState
 from retcon.memory.values.step import ActiveBatch, Recorded, Shape
 
 LOOK_EVERY = {"cpu": 1}

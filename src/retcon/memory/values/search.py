@@ -8,11 +8,9 @@ time, and as one ends the next takes its place. Edits do not affect each other: 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import OutOfMemory, RetconWarning
@@ -22,12 +20,11 @@ from retcon.lm.model import LM
 from retcon.lm.prompts import pad
 from retcon.memory.capacity import free_bytes
 from retcon.memory.contexts import Contexts
-from retcon.memory.values.objective import Values, ValueSearch, ValueSite
+from retcon.memory.values.objective import ValueOf, Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, SearchPlan, needed_bytes, plan_search
 from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.schedule import Chunk, forget
-from retcon.memory.values.state import ValueOf
 from retcon.memory.values.store import BegunChunk, ValueCache, ValueStore
 
 
@@ -59,7 +56,7 @@ def search_values(
         def search_others(rest: Sequence[Edit]) -> Values:
             return _search(lm, rest, sites, contexts, search, progress, plan, cache)
 
-        return gathered(*known.complete(lm, edits, sites, contexts, search, search_others))
+        return Values.of(*known.complete(lm, edits, sites, contexts, search, search_others))
     return _search(lm, edits, sites, contexts, search, progress, plan, cache)
 
 
@@ -108,7 +105,7 @@ def _search(
                     store.cache.resumed += begun.n_resumed
                 found |= values
                 progress(len(found))
-    return gathered([found[i] for i in range(len(edits))], plan.summary())
+    return Values.of([found[i] for i in range(len(edits))], plan.summary())
 
 
 def _search_plainly(
@@ -128,13 +125,11 @@ def _search_plainly(
     for i, edit in enumerate(edits):
         alone = ChunkPlan((i,), 1)
         if (kept := store.load(alone)) is None:
-            values = search_values_reference(lm, [edit], sites, contexts, search)
-            vectors = [tuple(x[0] for x in part) for part in (values.init, values.offset, values.activation)]
-            kept = {i: ValueOf(vectors[0], vectors[1], vectors[2], values.report[0])}
+            kept = {i: search_values_reference(lm, [edit], sites, contexts, search).each()[0]}
             store.save(alone, kept)
         found.append(kept[i])
         progress(len(found))
-    return gathered(found, {})
+    return Values.of(found)
 
 
 ChunkPiece = tuple[int, tuple[EditRows, ...], BegunChunk | None]
@@ -209,21 +204,6 @@ def _alone(edit: Edit) -> str:
     return (
         f"edit {edit.id!r} ({edit.subject!r}) does not fit into memory even alone; load the model in bfloat16, use "
         "fewer contexts, or a device with more memory"
-    )
-
-
-def gathered(found: Sequence[ValueOf], plan: dict[str, Any]) -> Values:
-    """Join the values of single edits into one batch."""
-
-    def by_site(per_edit: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        return tuple(torch.stack(vectors) for vectors in zip(*per_edit, strict=True))
-
-    return Values(
-        init=by_site([f.init for f in found]),
-        offset=by_site([f.offset for f in found]),
-        activation=by_site([f.activation for f in found]),
-        report=tuple(f.report for f in found),
-        plan=plan,
     )
 
 

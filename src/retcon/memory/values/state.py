@@ -12,23 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retcon.delta import EditReport
 from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.memory.values.objective import Loss, ValueSearch, ValueSite
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Adam's."""
-
-
-@dataclass(frozen=True)
-class ValueOf:
-    """What was found for one edit, per site, on the CPU."""
-
-    init: tuple[Float[Tensor, " d"], ...]
-    offset: tuple[Float[Tensor, " d"], ...]
-    activation: tuple[Float[Tensor, " d"], ...]
-    report: EditReport
 
 
 @dataclass

@@ -25,10 +25,10 @@ from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.lm.tokenizer import chat_hash
 from retcon.memory.contexts import Contexts
-from retcon.memory.values.objective import Values, ValueSearch, ValueSite
+from retcon.memory.values.objective import ValueOf, Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, SearchPlan
 from retcon.memory.values.schedule import Snapshot
-from retcon.memory.values.state import SearchState, ValueOf
+from retcon.memory.values.state import SearchState
 
 VALUES = Kind("searched values", format=3, computation=2)
 BEGUN = Kind("a search that was begun", format=1, computation=VALUES.computation)
@@ -37,6 +37,8 @@ KEEP_SECONDS = 45.0
 KEEP_EDITS = 32
 """Edits found between two savings, at most."""
 KNOWN = Kind("values by edit", format=1, computation=1)
+PARTS = ("init", "offset", "activation")
+"""What a file has of each site."""
 
 
 @dataclass
@@ -90,26 +92,14 @@ class KnownValues:
     ) -> tuple[list[ValueOf], dict[str, Any]]:
         """Return the values of all edits and how the search for the unknown ones was cut up; `run` searches those."""
         on = [delta.id for delta in lm.applied][self.n_before :]
-        common = {
-            "model": lm.fingerprint(),
-            "tokenizer": chat_hash(lm.tokenizer),
-            "dtype": str(lm.dtype),
-            "on": on,
-            "sites": [asdict(s) for s in sites],
-            "contexts": contexts.prefixes,
-            "search": asdict(search),
-        }
+        common = {**_key_of(lm, sites, contexts, search), "on": on}
         keys = [_digest({**common, "edit": asdict(edit)}) for edit in edits]
         missing = [i for i, key in enumerate(keys) if key not in self.found]
         plan: dict[str, Any] = {}
         if missing:
             values = run([edits[i] for i in missing])
             plan = dict(values.plan)
-            for j, i in enumerate(missing):
-                init, offset, activation = (
-                    tuple(x[j] for x in part) for part in (values.init, values.offset, values.activation)
-                )
-                self.found[keys[i]] = ValueOf(init, offset, activation, values.report[j])
+            self.found |= zip((keys[i] for i in missing), values.each(), strict=True)
         self.searched += len(missing)
         self.used.extend(keys)
         return [self.found[key] for key in keys], plan
@@ -118,12 +108,10 @@ class KnownValues:
         """Write the values that are of use for the batch as it is now."""
         keys = list(dict.fromkeys(self.used))
         values = [self.found[key] for key in keys]
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for n in sorted({len(v.init) for v in values}):
-            same = [v for v in values if len(v.init) == n]
-            for name in ("init", "offset", "activation"):
-                for s in range(n):
-                    tensors[f"{n}.{name}.{s}"] = torch.stack([getattr(v, name)[s] for v in same])
+            same, _ = _as_file([v for v in values if len(v.init) == n])
+            tensors |= {f"{n}.{name}": x for name, x in same.items()}
         about = {"keys": keys, "sites": [len(v.init) for v in values], "reports": [asdict(v.report) for v in values]}
         write_checked(path, KNOWN, {}, tensors, about)
 
@@ -139,13 +127,21 @@ class KnownValues:
         place = dict.fromkeys(about["sites"], 0)
         found = {}
         for key, n, report in zip(about["keys"], about["sites"], about["reports"], strict=True):
-            j = place[n]
+            found[key] = _value_of(tensors, f"{n}.", n, place[n], report)
             place[n] += 1
-            init, offset, activation = (
-                tuple(tensors[f"{n}.{name}.{s}"][j] for s in range(n)) for name in ("init", "offset", "activation")
-            )
-            found[key] = ValueOf(init, offset, activation, EditReport(**report))
         return cls(n_before, found)
+
+
+def _key_of(lm: LM, sites: Sequence[ValueSite], contexts: Contexts, search: ValueSearch) -> dict[str, Any]:
+    """Return what determines the values of an edit, whatever is applied."""
+    return {
+        "model": lm.fingerprint(),
+        "tokenizer": chat_hash(lm.tokenizer),
+        "dtype": str(lm.dtype),
+        "sites": [asdict(s) for s in sites],
+        "contexts": contexts.prefixes,
+        "search": asdict(search),
+    }
 
 
 def _digest(key: dict[str, Any]) -> str:
@@ -176,22 +172,16 @@ class ValueStore:
             plainly: each edit is searched by itself, by the reference.
         """
         key = {
-            "model": lm.fingerprint(),
-            "tokenizer": chat_hash(lm.tokenizer),
-            "dtype": str(lm.dtype),
+            **_key_of(lm, sites, contexts, search),
             "applied": [d.id for d in lm.applied],
             "device": lm.device.type,
             "threads": torch.get_num_threads(),
             "torch": ".".join(torch.__version__.split(".")[:2]),
             "transformers": version("transformers"),
             "edits": [asdict(e) for e in edits],
-            "sites": [asdict(s) for s in sites],
-            "contexts": contexts.prefixes,
-            "search": asdict(search),
             "plainly": plainly,
         }
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-        path = Path(cache.folder) / digest
+        path = Path(cache.folder) / _digest(key)
         cache.used.append(path)
         return cls(path, cache, key)
 
@@ -291,20 +281,20 @@ def _as_file(values: Sequence[ValueOf]) -> tuple[dict[str, Tensor], dict[str, An
     """Return values of edits that have the same sites as the content of a file."""
     n_sites = len(values[0].init)
     tensors = {
-        f"{name}.{s}": torch.stack([getattr(v, name)[s] for v in values])
-        for name in ("init", "offset", "activation")
-        for s in range(n_sites)
+        f"{name}.{s}": torch.stack([getattr(v, name)[s] for v in values]) for name in PARTS for s in range(n_sites)
     }
     return tensors, {"reports": [asdict(v.report) for v in values], "sites": n_sites}
 
 
 def _values_of(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> list[ValueOf]:
     """Return the values in a file."""
-    found = []
-    for j, report in enumerate(about["reports"]):
-        init, offset, activation = (
-            tuple(tensors[f"{name}.{s}"][j].clone() for s in range(about["sites"]))
-            for name in ("init", "offset", "activation")
-        )
-        found.append(ValueOf(init, offset, activation, EditReport(**report)))
-    return found
+    return [_value_of(tensors, "", about["sites"], j, report) for j, report in enumerate(about["reports"])]
+
+
+def _value_of(
+    tensors: Mapping[str, Tensor], prefix: str, n_sites: int, place: int, report: Mapping[str, Any]
+) -> ValueOf:
+    init, offset, activation = (
+        tuple(tensors[f"{prefix}{name}.{s}"][place].clone() for s in range(n_sites)) for name in PARTS
+    )
+    return ValueOf(init, offset, activation, EditReport(**report))
