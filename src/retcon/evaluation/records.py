@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from retcon.errors import MalformedFile
+from retcon.evaluation.metrics.names import is_locality
 from retcon.files import read_json_rows, require, write_atomically
 
 SCHEMA = 1
@@ -53,6 +54,15 @@ class Record(NamedTuple):
 
     def noted(self, note: str) -> bool:
         return self.detail is not None and note in self.detail.split("; ")
+
+
+def passed(record: Record) -> bool | None:
+    """Return whether what is wanted (on locality prompts: what was there) is the model's own choice, as the record
+    says that decides its query; None for other records. A prompt that broke has failed."""
+    if record.status == "skipped" or record.axis is None or record.query_id is None:
+        return None
+    telling = ("ee.loc.argmax",) if is_locality(record.axis) else ("cf.all_correct", "zsre.seq")
+    return (record.value or 0.0) >= 1 if record.variant in telling else None
 
 
 def whole_model_record(

@@ -19,7 +19,7 @@ from retcon.evaluation.made import with_made_queries
 from retcon.evaluation.measure import measure
 from retcon.evaluation.metrics import accepted, is_locality, matches
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries, subject_of
-from retcon.evaluation.records import Record
+from retcon.evaluation.records import Record, passed
 from retcon.evaluation.results import Evaluation
 from retcon.evaluation.summary import case_means, unread_notes, unread_queries
 from retcon.evaluation.writing import PRESETS
@@ -303,12 +303,11 @@ def _values(part: Part, records: Iterable[Record]) -> dict[str, float]:
 
 def _speaks(part: Part, record: Record) -> bool:
     """Return whether the record is the one that answers the question for its query."""
-    if record.status == "skipped" or record.axis is None:
+    if passed(record) is None:
         return False
     if part == "local":
-        return record.variant == "ee.loc.argmax" and is_locality(record.axis)
-    axis = "rewrite" if part == "took" else "paraphrase"
-    return record.axis == axis and record.variant in ("cf.all_correct", "zsre.seq")
+        return is_locality(record.axis or "")
+    return record.axis == ("rewrite" if part == "took" else "paraphrase")
 
 
 def _worst(part: Part, plan: QueryPlan, records: Iterable[Record]) -> list[Query]:
@@ -320,12 +319,12 @@ def _worst(part: Part, plan: QueryPlan, records: Iterable[Record]) -> list[Query
 def _findings(lm: LM, plan: QueryPlan, pre: Evaluation, post: Evaluation) -> list[Finding]:
     """Return every prompt with an answer. Neighbours show the tokens that are chosen; other texts are still to be
     written."""
-    values = {}
-    for when, found in (("pre", pre), ("final", post)):
-        for r in found.records:
-            variants = ("ee.loc.argmax",) if is_locality(r.axis or "") else ("cf.all_correct", "zsre.seq")
-            if r.status != "skipped" and r.variant in variants:
-                values[when, r.case_id, r.query_id] = (r.value or 0.0) >= 1
+    values = {
+        (when, r.case_id, r.query_id): right
+        for when, found in (("pre", pre), ("final", post))
+        for r in found.records
+        if (right := passed(r)) is not None
+    }
 
     def chosen(found: Evaluation, when: str, place: tuple[str, str]) -> str:
         ids = found.predictions.get((when, *place))
@@ -333,15 +332,15 @@ def _findings(lm: LM, plan: QueryPlan, pre: Evaluation, post: Evaluation) -> lis
 
     findings = []
     for q in plan.queries:
-        passed = values.get(("final", *q.place))
-        if passed is None:
+        took = values.get(("final", *q.place))
+        if took is None:
             continue
         local = is_locality(q.query.axis)
         before = chosen(pre, "pre", q.place) if local else ""
-        after = chosen(post, "final", q.place) if local else (q.query.target or "") if passed else ""
+        after = chosen(post, "final", q.place) if local else (q.query.target or "") if took else ""
         # what must stay is right before the edits by definition
         was = local or values.get(("pre", *q.place), False)
-        findings.append(Finding(q.case, q.query, passed, was, before, after))
+        findings.append(Finding(q.case, q.query, took, was, before, after))
     return findings
 
 

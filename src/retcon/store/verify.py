@@ -321,8 +321,8 @@ class _Asker:
     def ask(self, at: str | State | None, cases: Sequence[Case]) -> dict[tuple[str, str], bool]:
         """Return whether each check passes; those that cannot be asked are left out."""
         from retcon.evaluation.measure import measure
-        from retcon.evaluation.metrics import is_locality
         from retcon.evaluation.plan import plan_queries
+        from retcon.evaluation.records import passed
 
         whole = {case.id: case for case in cases} == self.cases
         plan = self.plan if whole else plan_queries(self.lm, cases, self.measures)
@@ -330,14 +330,11 @@ class _Asker:
         self.on_progress(f"asking {len(plan.queries):,} checks {after}")
         with self.store.at(self.lm, at):
             found = measure(self.lm, plan, self.measures, "final", self.before)
-        passed: dict[tuple[str, str], bool] = {}
-        for record in found.records:
-            if record.axis is None or record.query_id is None or record.status == "skipped":
-                continue
-            wanted = ("ee.loc.argmax",) if is_locality(record.axis) else ("cf.all_correct", "zsre.seq")
-            if record.variant in wanted:
-                passed[str(record.case_id), record.query_id] = (record.value or 0.0) >= 1.0
-        return passed
+        return {
+            (str(record.case_id), str(record.query_id)): right
+            for record in found.records
+            if (right := passed(record)) is not None
+        }
 
     def again(self, at: State, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], bool]:
         """Return the same of a few checks, by (fact, query)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retcon.edits import Edit
 from retcon.errors import RetconError
-from retcon.lm.forward import Point, logits_at, run
+from retcon.lm.forward import Point, gold, logits_at, run
 from retcon.lm.load import load_plain, quietly
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
@@ -298,8 +298,7 @@ def _log_probability(lm: LM, edit: Edit) -> float:
     with lm.frozen_eval(), torch.no_grad():
         logits = lm.model(torch.tensor([row.ids], device=lm.device), use_cache=False).logits[0]
     log_p = logits.float().log_softmax(-1)
-    labels = torch.tensor(row.target_ids, device=log_p.device)
-    return float(log_p[row.n_prompt - 1 : len(row.ids) - 1].gather(1, labels[:, None]).sum())
+    return float(gold(log_p[row.n_prompt - 1 : len(row.ids) - 1], [row]).sum())
 
 
 def _keep(into: dict[Any, Tensor], name: Any) -> Callable[[Tensor], None]:
