@@ -1,5 +1,6 @@
 """What is written between a prompt and its answer."""
 
+import re
 import unicodedata
 
 _SPACELESS = (
@@ -22,18 +23,26 @@ _FOLLOWS_DIRECTLY = frozenset(",;:!?")
 """Punctuation that is attached to what precedes it; so is a full stop that no word follows, and a closing bracket."""
 _CLITICS = frozenset(sign + word for sign in "'\u2019" for word in ("s", "d", "m", "ll", "re", "ve"))
 """Ends of English words, as the possessive of the prompt's last one."""
+_ELIDED = frozenset(
+    (
+        *("c", "d", "j", "l", "m", "s", "t", "qu", "jusqu", "lorsqu", "puisqu", "quelqu", "presqu", "quoiqu"),
+        *("un", "all", "dall", "dell", "nell", "sull", "coll", "quell", "quest", "bell", "sant", "tutt", "anch", "gl"),
+    )
+)
+"""Words of French and Italian that lose their last vowel before another, with an apostrophe in place of the space."""
 
 
 def separator_between(prompt: str, answer: str) -> str:
     """Return what the language writes between a prompt and its answer: a space or nothing.
 
-    Nothing after whitespace, an opening quote or bracket, a hyphen, a slash or the like; nothing before a closing
-    bracket, a comma or a possessive; and nothing where the last letter of the prompt, or the first of the answer, is
-    of a script that writes no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan).
+    Nothing after whitespace, an opening quote or bracket, a hyphen, a slash or the like, and after an elided word
+    (l', dell', O'); nothing before a closing bracket, a comma or a possessive; and nothing where the last letter of the
+    prompt, or the first of the answer, is of a script that writes no spaces (Chinese, Japanese, Thai, Lao, Khmer,
+    Burmese, Tibetan).
     """
     if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace():
         return ""
-    if _opens(prompt) or _closes(answer):
+    if _opens(prompt) or _elides(prompt) or _closes(answer):
         return ""
     last = next((c for c in reversed(prompt) if c.isalpha()), prompt[-1])
     first = next((c for c in answer if c.isalpha()), answer[0])
@@ -55,6 +64,17 @@ def _opens(prompt: str) -> bool:
         opened = sum(map(prompt.count, _OPENED_BY.get(last, ""))) - prompt[:-1].count(last)
         return opened <= 0 and (apart if kind == "Pf" else not before.isalnum())
     return last in _JOINS_NEXT or kind == "Ps"
+
+
+def _elides(prompt: str) -> bool:
+    """Return whether the prompt ends with an elided word of French or Italian, or the O' of a name.
+
+    An apostrophe may close a quote as well: where one has been opened, it does.
+    """
+    found = re.search(r"(?:^|[^\w'\u2019])([^\W\d_]+)['\u2019]$", prompt)
+    if found is None or re.search(r"(?<!\w)['\u2018\u2019\u201a]", prompt[:-1]):
+        return False
+    return found[1] == "O" or found[1].casefold() in _ELIDED
 
 
 def _closes(answer: str) -> bool:

@@ -259,6 +259,28 @@ def test_without_a_separator(kind: str) -> None:
         ("The people", "\u2019ll", "The people\u2019ll"),
         ("the", "\u201990s", None),
         ("the dogs'", "owner", "the dogs' owner"),
+        ("The dogs\u2019", "owner", "The dogs\u2019 owner"),
+        ("James'", "wife", "James' wife"),
+        ("rock n'", "roll", "rock n' roll"),
+        *(
+            (f"{before}{sign}", after, f"{before}{sign}{after}")
+            for sign in "'\u2019"
+            for before, after in (
+                ("Evian vend de l", "eau"),
+                ("Il vient d", "Italie"),
+                ("Qu", "est-ce"),
+                ("Elle est \u00e0 l", "\u00e9cole"),
+                ("Il capoluogo dell", "Umbria"),
+                ("Nacque in un", "isola"),
+                ("Visse all", "Aquila"),
+                ("by O", "Brien"),
+                ("(L", "Aquila"),
+                ("Saint-Jean-d", "Ang\u00e9ly"),
+            )
+        ),
+        ("The sign 'l'", "means", "The sign 'l' means"),
+        ("The motto \u2018one for all\u2019", "is", "The motto \u2018one for all\u2019 is"),
+        ("The motto 'one for all'", "is", "The motto 'one for all' is"),
         ("she said '", "yes'", "she said 'yes'"),
         ("a semi-", "circle", "a semi-circle"),
         ("input/", "output", "input/output"),
