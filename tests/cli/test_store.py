@@ -103,6 +103,17 @@ def test_what_must_stay_is_a_file_of_what_the_base_says(cli: Cli, here: Path) ->
     assert "since when was not looked for" in unsought
 
 
+def test_the_file_of_what_must_stay_is_read_as_others_are(cli: Cli, here: Path) -> None:
+    cli("init", "gptj")
+    fact = {"prompt": "Numbers like 1", "subject": None, "target_new": "Rome"}
+    write_rows(here / "stays.jsonl", [fact, {**fact, "prompt": "Numbers like 2"}, {**fact, "target_new": ""}])
+    read = ("verify", "--stay", "stays.jsonl", "--json")
+    assert "row 3: the answer to write is empty" in cli(*read, code=2).stderr
+    for options, n in ((("--on-error", "skip"), 2), (("--start", "1", "--limit", "1"), 1)):
+        assert json.loads(cli(*read, *options).stdout)["counts"]["stays"]["never"] == n
+    assert "--start, --chat, ...) goes with --stay" in cli("verify", "--limit", "1", code=2).stderr
+
+
 def test_a_store_of_half_precision_for_git_lfs(cli: Cli, here: Path) -> None:
     made = json.loads(cli("init", "gptj", "--precision", "float16", "--lfs", "--json").stdout)
     assert (made["store"], made["precision"]) == (".retcon", "float16")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from retcon.cli.facts import reads_facts
 from retcon.cli.shell import (
     Device,
     DType,
@@ -21,7 +22,9 @@ from retcon.cli.shell import (
     styled,
 )
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
+from retcon.errors import InvalidSetting
 from retcon.files import write_atomically
+from retcon.workflow.facts import Reading, read_facts
 
 if TYPE_CHECKING:
     from retcon.store.verify import Verification
@@ -31,6 +34,7 @@ N_SHOWN = 15
 
 
 @loads_a_model
+@reads_facts("what must stay")
 def verify(
     entry: Annotated[
         str | None, typer.Argument(metavar="ID", help="The state after this entry; now.", show_default=False)
@@ -39,6 +43,8 @@ def verify(
         Path | None,
         typer.Option(metavar="FILE", help="Facts that must stay; target_new is what is true.", show_default=False),
     ] = None,
+    *,
+    reading: Reading,
     strict: Annotated[
         bool, typer.Option("--strict", help="Also fail for paraphrases, consequences and locality that never passed.")
     ] = False,
@@ -65,13 +71,14 @@ def verify(
     own prompt never gave its answer fails too; other checks that never passed are counted.
     """
     from retcon.store.verify import verify as run
-    from retcon.workflow import Reading, read_facts
 
+    if stay is None and reading != Reading(conflicts="drop"):
+        raise InvalidSetting("how facts are read (--start, --chat, ...) goes with --stay; leave it out, or give that")
     for path in (junit, markdown, html):
         if path is not None:
             check_can_write(path)
             check_not_an_input(path, [stay] if stay is not None else [])
-    must_stay = read_facts(stay, Reading(conflicts="drop")).cases if stay is not None else ()
+    must_stay = read_facts(stay, reading).cases if stay is not None else ()
     found = open_store(store)
     if entry is not None:
         found.state(entry)
