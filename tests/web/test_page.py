@@ -670,11 +670,14 @@ def test_the_first_model_is_loaded_again_as_it_was_and_an_interrupt_ends_it_quie
         for name in ("demo:llama", "demo:gptj"):
             done(sessions[0].choose_model(name))
             done(sessions[0].submit("look", lambda lm, job: sources.append(lm.source) or ""))
+            done(sessions[0].ask("A prompt"))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("retcon.web.app.make_app", page)
     monkeypatch.setattr(uvicorn.Server, "run", run)
-    command = ["ui", "demo:gptj", "--revision", "main", "--store", str(tmp_path / "edits"), "--port", "0"]
+    how = ["--device", "cpu", "--revision", "main", "--dtype", "float32"]
+    command = ["ui", "demo:gptj", *how, "--store", str(tmp_path / "edits"), "--port", "0"]
     ended = CliRunner().invoke(app, command)
     assert (ended.exit_code, ended.stderr) == (0, "")
     assert [(name, options["revision"]) for name, options in sources] == [("demo:llama", None), ("demo:gptj", "main")]
+    assert [shlex.split(typed)[6:] for typed in sessions[0].commands] == [[*how[:2], *how[4:]], how]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retcon.cli.shell import Device, DType, console, load_model, loads_a_model, styled
+from retcon.cli.shell import Device, DType, console, load_model, loading_options, loads_a_model, styled
 from retcon.cli.stores import load_base
 from retcon.errors import InvalidSetting, MissingPackage
 
@@ -66,7 +66,9 @@ def ui(
             own = options if wanted == name else {"device": device}  # --revision, say, is of the first model alone
             return first.pop(wanted, None) or load_lm(wanted, dtype=dtype, **own)
 
-        session = Session(kept, load, name)
+        place = f" --device {device}" if device else ""
+        own_options = loading_options()
+        session = Session(kept, load, name, lambda wanted: place + (own_options if wanted == name else ""), dtype)
         session.start()
         token = secrets.token_urlsafe(16)
         shown = f"[{host}]" if ":" in host else host

@@ -102,6 +102,10 @@ class Session:
     load: "Callable[[str], LM]"
     """Loads a model by its name; called in the model's thread."""
     model: str
+    loading: "Callable[[str], str]" = lambda model: ""
+    """Options of the command line that a model of that name is loaded with, each after a space, but for the dtype."""
+    dtype: str | None = None
+    """Dtype that models are loaded in; None: as retcon has it."""
     draft: list[Case] = field(default_factory=list)
     """Facts that are about to be edited."""
     conflicts: list[Conflict] = field(default_factory=list)
@@ -385,7 +389,7 @@ class Session:
             self.estimate = None
             file = shlex.quote(str(self.store.path / FACTS / f"{entry.id}.jsonl"))
             how = f"--method {method}{self._assignments(settings)}"
-            self._typed(f"edit {self._model_word} {file} {how} --store {self._store_word}")
+            self._typed(f"edit {self._model_word} {file} {how} --store {self._store_word}{self._loaded}")
             return f"{took} of {len(reports)} edit{'s' * (len(reports) != 1)} took"
 
         return self.submit("edit", run)
@@ -396,6 +400,10 @@ class Session:
 
     def _typed(self, command: str) -> None:
         self.commands = [*self.commands, f"retcon {command}"]
+
+    @property
+    def _loaded(self) -> str:
+        return self.loading(self.model) + (f" --dtype {self.dtype}" if self.dtype else "")
 
     @property
     def _model_word(self) -> str:
@@ -456,7 +464,8 @@ class Session:
                 editor=self.settings.get("editor"),
                 progress=self.heard(job),
             )
-            self._typed(f"revert --fact {shlex.quote(fact)}{self._editor} --store {self._store_word}")
+            how = f"{' --repropose' * repropose}{self._editor}"
+            self._typed(f"revert --fact {shlex.quote(fact)}{how} --store {self._store_word}{self._loaded}")
             return _searched(entry)
 
         return self.submit("revert fact", run)
@@ -474,7 +483,7 @@ class Session:
             )
             self.conflicts = [c for c in self.conflicts if c.fact != fact]
             what = f"{shlex.quote(fact)} --target {shlex.quote(target.strip())}"
-            self._typed(f"amend {what}{self._editor} --store {self._store_word}")
+            self._typed(f"amend {what}{self._editor} --store {self._store_word}{self._loaded}")
             return _searched(entry)
 
         return self.submit("amend", run)
@@ -495,6 +504,7 @@ class Session:
             self.replies = [Reply(prompt, before, after), *self.replies[: N_ANSWERS - 1]]
             self._typed(
                 f"complete {self._model_word} {shlex.quote(prompt)} --delta {self._state_word(at)}{' --chat' * chat}"
+                f"{self._loaded}"
             )
             return "changed" if before != after else "the answer is the same"
 
@@ -510,7 +520,7 @@ class Session:
                 self.heard(job)(stage, 0, 0)
 
             self.verification = verify(self.store, lm, at=at, on_progress=hear)
-            self._typed(f"verify{f' {at}' if at else ''} --store {self._store_word}")
+            self._typed(f"verify{f' {at}' if at else ''} --store {self._store_word}{self._loaded}")
             return "nothing broke" if self.verification.ok else f"{len(self.verification.failed)} checks fail"
 
         return self.submit("verify", run)
@@ -559,7 +569,7 @@ class Session:
                 names = [f"{d}.safetensors" for d in state.deltas]
                 made = export(stored, folder, format=form, files=names)  # type: ignore[arg-type]
             where = f"--format {shlex.quote(form)} --out {shlex.quote(folder)}"
-            self._typed(f"export {self._model_word} {self._state_word(at)} {where}")
+            self._typed(f"export {self._model_word} {self._state_word(at)} {where}{self.loading(self.model)}")
             return f"wrote {folder}: {made.n_bytes:,} bytes"
 
         return self.submit("export", run)
