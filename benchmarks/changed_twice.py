@@ -9,15 +9,13 @@ The facts are the embedded world's.
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 
 import retcon
-from benchmarks.common import cases_of, command_line, machine, moments_of, print_row
+from benchmarks.common import cases_of, command_line, machine, moments_of, percents, print_row
 from retcon import world
 from retcon.edits import Case
 from retcon.evaluation import evaluate
-from retcon.lm.model import LM
 
 METRICS = ("Score", "ES", "GS", "LS", ("LS", "ee.loc.argmax"))
 
@@ -51,7 +49,8 @@ def main() -> None:
             for cases in calls:
                 edits = [case.edits[0] for case in cases]
                 lm.apply(method.propose(lm, edits, contexts=contexts, moments=moments, seed=args.seed))
-            print_row(name, change, *measured(lm, calls[-1], before))
+            summary = evaluate(lm, calls[-1], pre=before, generate=False).summary()
+            print_row(name, change, *percents(summary, keys=METRICS).values())
             lm.revert_all()
 
 
@@ -73,12 +72,6 @@ def asking(case: Case, answer: str, rival: str) -> Case:
         elif query.axis == "neighborhood":
             queries.append(replace(query, contrast=rival if answer == query.target else answer))
     return replace(case, edits=(edit,), queries=tuple(queries))
-
-
-def measured(lm: LM, cases: Sequence[Case], before: retcon.evaluation.Evaluation) -> list[str]:
-    """Metrics of the model as it stands."""
-    summary = evaluate(lm, cases, pre=before, generate=False).summary()
-    return ["-" if (post := summary[key].post) is None else post.percent() for key in METRICS]
 
 
 if __name__ == "__main__":

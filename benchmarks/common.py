@@ -3,23 +3,28 @@
 import argparse
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 import retcon
 from retcon import world
+from retcon.attachment import Attachment, EditReport
 from retcon.bench.manifest import processor
-from retcon.edits import Case
-from retcon.evaluation import read_cases
-from retcon.evaluation.summary import CaseMean
+from retcon.edits import Case, Edit
+from retcon.evaluation import Evaluation, evaluate, read_cases
+from retcon.evaluation.records import Record
+from retcon.evaluation.summary import CaseMean, Summary
 from retcon.lm.model import LM
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Corpus, CorpusMoments
+from retcon.methods.common.contract import Method
 from retcon.methods.common.proposal import answers
+from retcon.methods.common.sequence import in_steps
 from retcon.methods.jeep import Jeep
 from retcon.version import versions
 
@@ -63,8 +68,67 @@ def dtype_on(device: str) -> str:
 
 
 def print_row(*cells: object) -> None:
-    """Print a line of a Markdown table."""
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    """Print a line of a Markdown table; what is None was not measured."""
+    shown = ("-" if cell is None else str(cell) for cell in cells)
+    print("|" + "".join(f" {cell} |" if cell else " |" for cell in shown), flush=True)
+
+
+def percents(
+    summary: Summary, when: Literal["pre", "post"] = "post", keys: Iterable[str | tuple[str, str]] = METRICS
+) -> dict[str, str | None]:
+    """Return metrics as they are printed; None where one was not measured."""
+    found = {key if isinstance(key, str) else " ".join(key): getattr(summary[key], when) for key in keys}
+    return {name: mean and mean.percent() for name, mean in found.items()}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Edits, measured."""
+
+    evaluation: Evaluation
+    report: tuple[EditReport, ...]
+    delta: Attachment
+    """The last one, where each case was edited by itself."""
+    seconds: float
+    """Of all proposals."""
+
+    @property
+    def first(self) -> int:
+        """Edits whose new answer the edited model says first."""
+        return sum(bool(report.greedy_match) for report in self.report)
+
+
+def edited_and_measured(
+    lm: LM,
+    method: Method,
+    cases: Sequence[Case],
+    *,
+    alone: bool = False,
+    pre: Evaluation | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    each: Callable[[Sequence[Edit], Attachment], None] = lambda edits, delta: None,
+    **given: Any,
+) -> Outcome:
+    """Edit the cases, all at once or each by itself, and measure them.
+
+    Args:
+        pre: measured before; measured again where it is left out.
+        clock: `time.process_time` where other processes shall matter little.
+        each: called with every delta and its edits.
+        given: further arguments of `in_steps`.
+    """
+    records: list[Record] = []
+    report: list[EditReport] = []
+    seconds = 0.0
+    for group in [[case] for case in cases] if alone else [cases]:
+        edits = [edit for case in group for edit in case.edits]
+        started = clock()
+        delta = in_steps(method, lm, edits, **given)
+        seconds += clock() - started
+        records += evaluate(lm, group, delta=delta, pre=pre, generate=False).records
+        report += delta.report
+        each(edits, delta)
+    return Outcome(Evaluation(records, pre.context if pre else {}), tuple(report), delta, seconds)
 
 
 def cases_of(data: str | None, start: int, n: int, seed: int) -> list[Case]:

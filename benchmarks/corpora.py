@@ -8,11 +8,10 @@ moments, of as many tokens for each key dimension; method, settings and facts ar
 """
 
 import json
-import time
 from pathlib import Path
 
 import retcon
-from benchmarks.common import command_line, machine, preferred
+from benchmarks.common import command_line, edited_and_measured, machine, preferred
 from retcon.evaluation import evaluate
 from retcon.evaluation.drift import perplexity
 from retcon.memory.defaults import shipped_text
@@ -34,25 +33,23 @@ def main() -> None:
     args = parser.parse_args()
     lm = retcon.load(args.model)
     cases = preferred(lm, args.data, 0, args.n, args.seed)
-    edits = [case.edits[0] for case in cases]
     held_out = args.held_out.read_text("utf-8") if args.held_out else None
     before = perplexity(lm, held_out).ppl if held_out else float("nan")
     print(json.dumps({"machine": machine(), "model": str(lm), "facts": len(cases), "perplexity": round(before, 2)}))
     pre = evaluate(lm, cases, generate=False)
     for name in args.texts:
         corpus = shipped_text() if name == "shipped" else Corpus.from_file(name)
-        started = time.perf_counter()
         moments = CorpusMoments(corpus, tokens_per_dimension=TOKENS_PER_DIMENSION)
-        delta = method(args.method, for_model=lm).propose(lm, edits, moments=moments, seed=args.seed)
-        took = time.perf_counter() - started
-        with lm.edited(delta):
+        chosen = method(args.method, for_model=lm)
+        found = edited_and_measured(lm, chosen, cases, pre=pre, moments=moments, seed=args.seed)
+        with lm.edited(found.delta):
             after = perplexity(lm, held_out).ppl if held_out else float("nan")
-        summary = evaluate(lm, cases, delta=delta, pre=pre, generate=False).summary()
+        summary = found.evaluation.summary()
         row: dict[str, object] = {"text": name, "characters": sum(map(len, corpus.documents)), "method": args.method}
         for metric in ("ES", "GS", "LS", "Score"):
             post = summary[metric].post
             row[metric] = None if post is None or post.value is None else round(100 * post.value, 1)
-        print(json.dumps(row | {"perplexity": round(after, 2), "seconds": round(took)}), flush=True)
+        print(json.dumps(row | {"perplexity": round(after, 2), "seconds": round(found.seconds)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections import Counter
 from typing import Any
 
 import retcon
-from benchmarks.common import METRICS, cases_of, command_line, estimated, jeep_of, machine, moments_of
+from benchmarks.common import METRICS, cases_of, command_line, jeep_of, machine, moments_of, percents, print_row
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
@@ -36,11 +36,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     '`sites="release"`': {"sites": "release"},
     '`sites="block"`': {"sites": "block"},
 }
+SHOWN = (*METRICS, ("GS", "gen.em"))
 
 
 def measure(
     lm: LM, cases: list[Case], pre: Evaluation, contexts: Contexts, moments: Moments, method: Jeep
-) -> tuple[str, Delta, Evaluation]:
+) -> tuple[list[str | None], Delta, Evaluation]:
     """One row's cells (Score, ES, GS, LS, generated match on paraphrases, reached, seconds per edit), and more."""
     edits = [case.edits[0] for case in cases]
     for kind in ("down_proj", "o_proj") if method.high_module == "attn" else ("down_proj",):
@@ -49,11 +50,9 @@ def measure(
     delta = method.propose(lm, edits, contexts=contexts, moments=moments)
     seconds = (time.perf_counter() - started) / len(edits)
     evaluation = evaluate(lm, cases, delta=delta, pre=pre, stops=("\n", "."))
-    summary = evaluation.summary()
-    cells = [estimated(summary[name].post).percent() for name in METRICS]
-    cells += [estimated(summary["GS", "gen.em"].post).percent()]
+    cells = percents(evaluation.summary(), keys=SHOWN).values()
     reached = sum(r.stopped == "reached" for r in delta.report) / len(delta.report)
-    return " | ".join([*cells, f"{100 * reached:.0f} %", f"{seconds:.2f}"]), delta, evaluation
+    return [*cells, f"{100 * reached:.0f} %", f"{seconds:.2f}"], delta, evaluation
 
 
 def misses(cases: list[Case], delta: Delta, evaluation: Evaluation) -> str:
@@ -96,16 +95,14 @@ def main() -> None:
     for n in args.n:
         cases = cases_of(args.data, args.start, n, args.seed)
         pre = evaluate(lm, cases, stops=("\n", "."))
-        before = pre.summary()
-        cells = [estimated(before[key].pre).percent() for key in (*METRICS, ("GS", "gen.em"))]
-        print(f"| {n} | unedited | {' | '.join(cells)} | | |", flush=True)
+        print_row(n, "unedited", *percents(pre.summary(), "pre", SHOWN).values(), "", "")
         rows = ABLATIONS if args.ablations else {"JEEP": {}}
         for name, settings in rows.items():
             if args.only and not any(name.startswith(start) for start in args.only):
                 continue
             method = jeep_of(lm, args.dataset, **{**overrides, **settings})
             row, delta, evaluation = measure(lm, cases, pre, contexts, moments, method)
-            print(f"| {n} | {name} | {row} |", flush=True)
+            print_row(n, name, *row)
             if args.misses:
                 print(f"paraphrases: {misses(cases, delta, evaluation)}", flush=True)
 

@@ -27,7 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import add_dataset, add_places, cases_of, command_line, estimated, machine, moments_of, print_row
+from benchmarks.common import (
+    add_dataset,
+    add_places,
+    cases_of,
+    command_line,
+    estimated,
+    machine,
+    moments_of,
+    percents,
+    print_row,
+)
 from retcon.attachment import Attachment
 from retcon.drawing import figure, save
 from retcon.edits import Case
@@ -170,9 +180,9 @@ def run(args: argparse.Namespace) -> None:
     bench = Bench(lm, cases_of(args.data, args.start, args.n, args.seed), args.protocol, args.corpus, args.seed)
     about = dict(model=args.model, protocol=args.protocol, n=len(bench.cases), start=args.start, seed=args.seed)
     print(f"{args.model}, {args.protocol}, n = {args.n} from {args.start}, seed {args.seed}; {machine()}\n")
-    print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
-    before = bench.pre.summary()
-    print("| unedited | " + " | ".join(estimated(before[key].pre).percent() for key in METRICS.values()) + " | | | |")
+    print_row(*HEAD)
+    print("|" + "---|" * len(HEAD))
+    print_row("unedited", *percents(bench.pre.summary(), "pre", METRICS.values()).values(), "", "", "")
 
     def show(name: str, settings: dict[str, Any], outcome: Outcome) -> None:
         label = ", ".join([name, *(f"{k}={v}" for k, v in settings.items())])

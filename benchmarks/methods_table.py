@@ -20,16 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import retcon
-from benchmarks.common import METRICS, cases_of, command_line, machine, moments_of
-from retcon.edits import Case
+from benchmarks.common import cases_of, command_line, edited_and_measured, machine, moments_of, percents, print_row
 from retcon.errors import RetconWarning
-from retcon.evaluation import Evaluation, evaluate
-from retcon.lm.model import LM
-from retcon.memory.contexts import Contexts
-from retcon.memory.moments import Moments
+from retcon.evaluation import evaluate
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Method
-from retcon.methods.common.sequence import in_steps
 
 ROWS = {
     "ROME": "rome",
@@ -58,41 +52,6 @@ FAMILY = ["ROME", "R-ROME", "MEMIT", "RECT", "PRUNE", "AlphaEdit", "EMMET", "PME
 """The locate-then-edit methods, which are run where none are named."""
 
 
-def cells(evaluation: Evaluation, when: str = "post") -> str:
-    summary = evaluation.summary()
-    return " | ".join(getattr(summary[name], when).percent() for name in METRICS)
-
-
-def alone(
-    lm: LM, method: Method, cases: list[Case], pre: Evaluation, contexts: Contexts, moments: Moments
-) -> tuple[Evaluation, float]:
-    """Every case edited and measured by itself; seconds per edit."""
-    records, seconds = [], 0.0
-    for case in cases:
-        started = time.process_time()
-        delta = method.propose(lm, case.edits, contexts=contexts, moments=moments)
-        seconds += time.process_time() - started
-        records += evaluate(lm, [case], delta=delta, pre=pre, generate=False).records
-    return Evaluation(records, pre.context), seconds / len(cases)
-
-
-def together(
-    lm: LM, method: Method, cases: list[Case], pre: Evaluation, contexts: Contexts, moments: Moments, folder: Path
-) -> tuple[Evaluation, str, float]:
-    """All cases in one delta; seconds per edit where the values were searched, and the share of what reached them."""
-    edits = [case.edits[0] for case in cases]
-    started = time.process_time()
-    if method.supports_batches:
-        kept = ValueCache(folder)
-        delta = in_steps(method, lm, edits, contexts=contexts, moments=moments, values=kept)
-    else:
-        kept, delta = None, in_steps(method, lm, edits, contexts=contexts, moments=moments)
-    seconds = (time.process_time() - started) / len(edits)
-    said = sum(report.greedy_match or False for report in delta.report) / len(edits)
-    after = evaluate(lm, cases, delta=delta, pre=pre, generate=False)
-    return after, "" if kept and kept.resumed else f"{seconds:.2f}", said
-
-
 def main() -> None:
     parser = command_line(__doc__, places=True)
     parser.add_argument("--n", type=int, nargs="+", default=[1, 100, 1000])
@@ -114,7 +73,7 @@ def main() -> None:
         for n in args.n:
             cases = cases_of(args.data, args.start, args.alone if n == 1 else n, args.seed)
             pre = evaluate(lm, cases, generate=False)
-            print(f"| {n} | unedited | {cells(pre, 'pre')} | | |", flush=True)
+            print_row(n, "unedited", *percents(pre.summary(), "pre").values(), "", "")
             for label, name in ROWS.items():
                 if label not in args.methods:
                     continue
@@ -123,13 +82,21 @@ def main() -> None:
                 method.propose(
                     lm, cases[0].edits, contexts=contexts, moments=moments
                 )  # moments and what is made of them
-                if n == 1:
-                    evaluation, seconds = alone(lm, method, cases, pre, contexts, moments)
-                    row = f"{cells(evaluation)} | | {seconds:.2f}"
-                else:
-                    evaluation, shown, said = together(lm, method, cases, pre, contexts, moments, Path(folder))
-                    row = f"{cells(evaluation)} | {100 * said:.0f} % | {shown}"
-                print(f"| {n} | {label} | {row} |", flush=True)
+                kept = ValueCache(Path(folder)) if n > 1 and method.supports_batches else None
+                found = edited_and_measured(
+                    lm,
+                    method,
+                    cases,
+                    alone=n == 1,
+                    pre=pre,
+                    clock=time.process_time,
+                    contexts=contexts,
+                    moments=moments,
+                    values=kept,
+                )
+                said = f"{100 * found.first / len(found.report):.0f} %" if n > 1 else ""
+                shown = "" if kept and kept.resumed else f"{found.seconds / len(found.report):.2f}"
+                print_row(n, label, *percents(found.evaluation.summary()).values(), said, shown)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,17 @@ their neighbours, on plain text (mean over the layers above the first edited one
 """
 
 import json
-import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import retcon
-from benchmarks.common import METRICS, cases_of, command_line, machine, moments_of
+from benchmarks.common import cases_of, command_line, edited_and_measured, machine, moments_of, percents
 from retcon import world
 from retcon.attachment import Attachment
 from retcon.edits import Case
 from retcon.errors import RetconWarning
-from retcon.evaluation import evaluate
 from retcon.evaluation.drift import routing_overlap
 from retcon.lm.model import LM
 from retcon.methods.common.choosing import choose
@@ -75,30 +73,25 @@ def main() -> None:
     lm = retcon.load(asked.model)
     moments = moments_of(lm, asked.corpus)
     cases = known(cases_of(asked.data, asked.start, N_WORLD, asked.seed), asked.known or asked.model)[: asked.n]
-    edits = [case.edits[0] for case in cases]
     for name in asked.methods:
         for mlp in asked.mlp:
             chosen = choose(
                 name, for_model=lm, preset=NO_PRESET, cases=cases, mlp=mlp
             )  # a dense world too: one rule for all
-            chosen.method.propose(lm, edits[:1], moments=moments, seed=asked.seed)  # moments are made, untimed
-            started = time.perf_counter()
-            delta = chosen.method.propose(lm, edits, moments=moments, seed=asked.seed)
-            seconds = time.perf_counter() - started
-            summary = evaluate(lm, cases, delta=delta, generate=False).summary()
+            chosen.method.propose(lm, cases[0].edits, moments=moments, seed=asked.seed)  # moments are made, untimed
+            found = edited_and_measured(lm, chosen.method, cases, moments=moments, seed=asked.seed)
             settings = {f: getattr(chosen.method, f) for f in ("layers", "low", "high") if hasattr(chosen.method, f)}
             first = min(layer for layers in settings.values() for layer in layers)
             routed = any(kind.experts for kind in lm.kinds)
-            scores = {metric: summary[metric].post for metric in METRICS}
             line = {
                 "model": lm.label,
                 "method": name,
                 "mlp": mlp,
                 "n": len(cases),
-                **{metric: post and post.percent() for metric, post in scores.items()},
-                "first": sum(bool(report.greedy_match) for report in delta.report),
-                "routing": overlaps(lm, cases, delta, first) if routed else {},
-                "seconds": round(seconds, 1),
+                **percents(found.evaluation.summary()),
+                "first": found.first,
+                "routing": overlaps(lm, cases, found.delta, first) if routed else {},
+                "seconds": round(found.seconds, 1),
                 "settings": settings,
                 "notes": chosen.notes,
             }

@@ -16,7 +16,7 @@ from dataclasses import replace
 from statistics import mean
 
 import retcon
-from benchmarks.common import METRICS, cases_of, command_line, estimated, jeep_of, machine, moments_of
+from benchmarks.common import METRICS, cases_of, command_line, jeep_of, machine, moments_of, percents, print_row
 from benchmarks.jeep_quality import measure
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
@@ -40,13 +40,11 @@ def main() -> None:
     sources = [replace(base, tokens_per_dimension=n) for n in args.per_dimension]
     for source in sources:
         source.prepare(lm, sites)
-    before = pre.summary()
 
     print(f"{args.model}, {args.n} edits, seed {args.seed}; {machine()}\n")
     print("| tokens per dimension | tokens | halves | to the last | Score | ES | GS | LS |")
     print("|" + "---|" * 8)
-    unedited = [estimated(before[name].pre).percent() for name in METRICS]
-    print(f"| unedited | | | | {' | '.join(unedited)} |", flush=True)
+    print_row("unedited", "", "", "", *percents(pre.summary(), "pre").values())
     for source in sources:
         asked = source.key(lm, sites[0]).n_tokens
         read = sum(len(r.ids) for r in document_rows(lm, source.corpus.documents, asked, source.max_length))
@@ -56,10 +54,9 @@ def main() -> None:
             last = sources[-1].second_moment(lm, site)
             apart.append(float((source.second_moment(lm, site) - last).norm() / last.norm()))
         row, _, _ = measure(lm, cases, pre, contexts, source, jeep)
-        scores = " | ".join(row.split(" | ")[:4])
         tokens = f"{read:,}" + (f" of {asked:,}" if read < asked else "")
         per = source.tokens_per_dimension
-        print(f"| {per} | {tokens} | {100 * halves:.1f} % | {100 * mean(apart):.1f} % | {scores} |", flush=True)
+        print_row(per, tokens, f"{100 * halves:.1f} %", f"{100 * mean(apart):.1f} %", *row[: len(METRICS)])
 
 
 if __name__ == "__main__":

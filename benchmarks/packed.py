@@ -17,17 +17,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import retcon
-from benchmarks.common import METRICS, cases_of, command_line, machine, moments_of
+from benchmarks.common import cases_of, command_line, edited_and_measured, machine, moments_of, percents
 from retcon import world
 from retcon.edits import Case
 from retcon.errors import RetconWarning
-from retcon.evaluation import Evaluation, evaluate
-from retcon.evaluation.records import Record
+from retcon.evaluation import evaluate
 from retcon.lm.model import LM
-from retcon.memory.contexts import Contexts
-from retcon.memory.moments import Moments
 from retcon.methods.common.contract import Method
-from retcon.methods.common.proposal import answers
 
 METHODS = ("memit", "jeep", "rome", "kne", "ft")
 PACKINGS: dict[str, dict[str, Any]] = {
@@ -49,25 +45,18 @@ def packed(model: str, how: dict[str, Any], folder: Path) -> LM:
     return retcon.load(str(folder), packed=True, device="cpu")
 
 
-def edited(
-    lm: LM, method: Method, cases: list[Case], contexts: Contexts, moments: Moments, seed: int
-) -> dict[str, Any]:
+def edited(lm: LM, method: Method, cases: list[Case], **given: Any) -> dict[str, Any]:
     """Figures of the cases, edited at once where the method takes them, else each by itself."""
     pre = evaluate(lm, cases, generate=False)
-    records: list[Record] = []
-    seconds, first, floats = 0.0, 0, 0
-    for group in [cases] if method.supports_batches else [[case] for case in cases]:
-        edits = [case.edits[0] for case in group]
-        started = time.process_time()
-        delta = method.propose(lm, edits, contexts=contexts, moments=moments, seed=seed)
-        seconds += time.process_time() - started
-        with lm.edited(delta):
-            first += sum(said for _, said in answers(lm, edits))
-        records += evaluate(lm, group, delta=delta, pre=pre, generate=False).records
-        floats = sum(m.shape.numel() * m.dtype.itemsize for name, m in lm.packed.items() if name in delta.changes)
-    summary = Evaluation(records, pre.context).summary()
-    found = {m: (line := summary[m].post) and line.percent() for m in METRICS}
-    return {**found, "first": first, "seconds_per_edit": round(seconds / len(cases), 2), "float_bytes": floats}
+    alone = not method.supports_batches
+    found = edited_and_measured(lm, method, cases, alone=alone, pre=pre, clock=time.process_time, **given)
+    in_place = (module for name, module in lm.packed.items() if name in found.delta.changes)
+    return {
+        **percents(found.evaluation.summary()),
+        "first": found.first,
+        "seconds_per_edit": round(found.seconds / len(cases), 2),
+        "float_bytes": sum(module.shape.numel() * module.dtype.itemsize for module in in_place),
+    }
 
 
 def main() -> None:
@@ -87,7 +76,7 @@ def main() -> None:
                 method = retcon.method(name, for_model=lm, cases=cases)
                 cases = cases if method.supports_batches else cases[: asked.alone]
                 line = {"model": asked.model, "weights": how, "model_bytes": lm.model_bytes(), "method": name}
-                found = edited(lm, method, cases, contexts, moments, asked.seed)
+                found = edited(lm, method, cases, contexts=contexts, moments=moments, seed=asked.seed)
                 print(json.dumps({**line, "n": len(cases), **found}, ensure_ascii=False), flush=True)
 
 

@@ -23,14 +23,24 @@ import json
 import math
 import random
 import statistics
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import METRICS, cases_of, command_line, estimated, jeep_of, machine, moments_of, print_row, ranks
+from benchmarks.common import (
+    METRICS,
+    cases_of,
+    command_line,
+    edited_and_measured,
+    estimated,
+    jeep_of,
+    machine,
+    moments_of,
+    print_row,
+    ranks,
+)
 from retcon.cli.probe.shared import rounded
 from retcon.drawing import figure, save
 from retcon.errors import RetconWarning
@@ -72,16 +82,14 @@ def sweep(lm: LM, args: argparse.Namespace, advice: Advice, rows: list[dict[str,
     pre = evaluate(lm, cases, generate=False)
     for swept, layers, beside, settings in asked[: args.rows]:
         jeep = jeep_of(lm, args.dataset, cases=edits, low=settings["low"], high=settings["high"])
-        started = time.perf_counter()
-        delta = jeep.propose(lm, edits, contexts=contexts, moments=moments, seed=args.seed)
-        took = time.perf_counter() - started
-        summary = evaluate(lm, cases, delta=delta, pre=pre, generate=False).summary()
+        found = edited_and_measured(lm, jeep, cases, pre=pre, contexts=contexts, moments=moments, seed=args.seed)
+        summary = found.evaluation.summary()
         row: dict[str, Any] = {
             "swept": swept,
             "layers": layers,
             "other": beside,
-            "seconds": round(took, 1),
-            "reached": sum(r.stopped == "reached" for r in delta.report) / len(delta.report),
+            "seconds": round(found.seconds, 1),
+            "reached": sum(r.stopped == "reached" for r in found.report) / len(found.report),
             "low_clamp": jeep.low_clamp,
             "high_clamp": jeep.high_clamp,
         }

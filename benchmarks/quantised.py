@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import retcon
-from benchmarks.common import METRICS, cases_of, command_line, machine, moments_of
+from benchmarks.common import cases_of, command_line, machine, moments_of, percents
 from retcon.edits import Case
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
@@ -67,8 +67,7 @@ def copied(lm: LM, change: Callable[[LM], None] = lambda lm: None) -> LM:
 
 def measured(lm: LM, cases: list[Case]) -> dict[str, Any]:
     """Figures of a model as it is."""
-    summary = evaluate(lm, cases, generate=False).summary()
-    found = {m: (line := summary[m].pre) and line.percent() for m in METRICS}
+    found = percents(evaluate(lm, cases, generate=False).summary(), "pre")
     return {**found, "first": sum(first for _, first in answers(lm, [case.edits[0] for case in cases]))}
 
 

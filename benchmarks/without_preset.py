@@ -13,7 +13,6 @@ nothing is edited: the cases become a file, for `retcon tune` or, with `--said`,
 """
 
 import json
-import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -22,16 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import METRICS, cases_of, command_line, machine, moments_of, preferred
-from retcon.delta import EditReport
-from retcon.edits import Case, Edit, write_cases
+from benchmarks.common import cases_of, command_line, edited_and_measured, machine, moments_of, percents, preferred
+from retcon.attachment import Attachment
+from retcon.edits import Edit, write_cases
 from retcon.errors import RetconWarning
-from retcon.evaluation import Evaluation, evaluate
 from retcon.lm.model import LM
-from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.choosing import choose
-from retcon.methods.common.contract import Method
 from retcon.methods.common.registry import NO_PRESET
 from retcon.methods.common.sequence import in_steps
 from retcon.workflow.settings import read_settings
@@ -39,37 +35,6 @@ from retcon.workflow.settings import read_settings
 METHODS = ("rome", "r_rome", "memit", "pmet", "jeep", "emmet", "alphaedit", "rect", "prune", "kne", "ctp")
 TEXT_TOKENS = 10
 """Length of the texts that are printed."""
-Made = tuple[Evaluation, tuple[EditReport, ...], float, list[str]]
-"""What was measured, what became of the edits, seconds, and texts after them."""
-
-
-def together(
-    lm: LM, method: Method, cases: list[Case], moments: Moments, values: ValueCache | None, seed: int, n_texts: int
-) -> Made:
-    edits = [edit for case in cases for edit in case.edits]
-    started = time.perf_counter()
-    delta = in_steps(method, lm, edits, moments=moments, values=values, seed=seed)
-    seconds = time.perf_counter() - started
-    with lm.edited(delta):
-        texts = written(lm, edits[:n_texts])
-    return evaluate(lm, cases, delta=delta, generate=False), delta.report, seconds, texts
-
-
-def alone(lm: LM, method: Method, cases: list[Case], moments: Moments, seed: int, n_texts: int) -> Made:
-    records: list[Any] = []
-    reports: list[EditReport] = []
-    texts: list[str] = []
-    seconds = 0.0
-    for case in cases:
-        started = time.perf_counter()
-        delta = in_steps(method, lm, case.edits, moments=moments, seed=seed)
-        seconds += time.perf_counter() - started
-        records += evaluate(lm, [case], delta=delta, generate=False).records
-        reports += delta.report
-        if len(texts) < n_texts:
-            with lm.edited(delta):
-                texts += written(lm, case.edits)
-    return Evaluation(records, {}), tuple(reports), seconds, texts
 
 
 def written(lm: LM, edits: Sequence[Edit]) -> list[str]:
@@ -108,26 +73,29 @@ def main() -> None:
         chosen = choose(name, for_model=lm, **how, **given)
         if chosen.method.uses_moments and not asked.alone:
             in_steps(chosen.method, lm, cases[0].edits, moments=moments)  # moments and contexts are made, untimed
-        if asked.alone:
-            found, report, seconds, texts = alone(lm, chosen.method, cases, moments, asked.seed, asked.texts)
-        else:
-            values = ValueCache(asked.values) if asked.values else None
-            found, report, seconds, texts = together(lm, chosen.method, cases, moments, values, asked.seed, asked.texts)
-        summary = found.summary()
-        lines = {metric: summary[metric] for metric in METRICS}
-        outcome = Counter(r.outcome for r in report)
+        values = ValueCache(asked.values) if asked.values and not asked.alone else None
+        texts: list[str] = []
+
+        def write(edits: Sequence[Edit], delta: Attachment, texts: list[str] = texts) -> None:
+            with lm.edited(delta):
+                texts += written(lm, edits[: len(shown) - len(texts)])
+
+        found = edited_and_measured(
+            lm, chosen.method, cases, alone=asked.alone, each=write, moments=moments, values=values, seed=asked.seed
+        )
+        summary, report = found.evaluation.summary(), found.report
         line = {
             "method": name,
             "n": len(cases),
             "alone": asked.alone,
             "set": asked.assignments,
-            **{m: line.post and line.post.percent() for m, line in lines.items()},
-            "before": {m: line.pre and line.pre.percent() for m, line in lines.items()},
-            "first": sum(bool(r.greedy_match) for r in report),
+            **percents(summary),
+            "before": percents(summary, "pre"),
+            "first": found.first,
             "searched": round(sum(r.search_probability for r in report) / len(report), 3),
             "final": round(sum(r.final_probability or 0.0 for r in report) / len(report), 3),
-            "outcomes": dict(outcome),
-            "seconds": round(seconds, 1),
+            "outcomes": Counter(r.outcome for r in report),
+            "seconds": round(found.seconds, 1),
             "notes": chosen.notes,
             "texts": [
                 {"prompt": edit.text, "asked": edit.target_new, "before": before, "after": after}
