@@ -9,7 +9,6 @@ from functools import cached_property
 from itertools import count, product
 from pathlib import Path
 from typing import Any, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +31,14 @@ from retcon.errors import (
     WrongBase,
 )
 from retcon.files import looks_like_path
+from retcon.lm.blocks import count_blocks, decoder_path, find_module, is_conv1d, kind_of, place_of
 from retcon.lm.experts import expert_matrix
 from retcon.lm.fingerprint import StoredTensors, fingerprint
 from retcon.lm.gguf import DEQUANTIZED_FROM
-from retcon.lm.hooks import Hooks, Hung
+from retcon.lm.hooks import Hooks
 from retcon.lm.layouts import Fused, Layout, layout_for
-from retcon.lm.ledger import Ledger, Trace
+from retcon.lm.ledger import Ledger
+from retcon.lm.owners import OWNERS, own, refuse_taken
 from retcon.lm.packed import Parameters, packed_matrices
 from retcon.lm.prompts import Row, encode, encode_edit, end_of_turn
 from retcon.lm.quantised import unmarked
@@ -77,10 +78,10 @@ class LM:
         refuse_other_vocabulary(model, tokenizer, name)
         self.model = model
         self.tokenizer = tokenizer
-        self.layout = (layout or layout_for(model.config)).within(_decoder_path(model))
+        self.layout = (layout or layout_for(model.config)).within(decoder_path(model))
         self.name = name or getattr(model.config, "_name_or_path", "") or model.config.model_type
-        self.n_layers = _count_blocks(model, self.layout)
-        _refuse_taken(model, self.name)
+        self.n_layers = count_blocks(model, self.layout)
+        refuse_taken(model, self.name)
         self.packed = packed_matrices(model, model.get_input_embeddings().weight.dtype)
         """Quantised matrices that stay packed until they are edited, by the names of their parameters."""
         self.not_editable = {n: why for n, why in why_not_editable(model).items() if n not in self.packed}
@@ -100,16 +101,16 @@ class LM:
         self._fingerprint: str | None = None
         self._stored: StoredTensors | None = None
         self._seen: dict[str, tuple[object, ...]] = {}
-        self.kinds = tuple(_kind_of(self, layer) for layer in range(self.n_layers))
+        self.kinds = tuple(kind_of(self.block(layer), self.layout) for layer in range(self.n_layers))
         """The layout of each block: the first of the row's kinds whose modules it has."""
         for layer, kind in product(range(self.n_layers), get_args(SiteName)):
             if self.has(layer, kind):
                 self.site(layer, kind)  # a layout that does not fit fails here, not in an edit
         for name in ("embedding", "final_norm", "head"):
-            _find(model, getattr(self.layout, name), name)
+            find_module(model, getattr(self.layout, name), name)
         if layout is None:  # whoever brings a layout knows that the family is none of ours
             _warn_of_the_unverified(model.config.model_type, self.name)
-        _own(model, self)
+        own(model, self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and copy make an LM from.
@@ -128,8 +129,8 @@ class LM:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become the LM of the model that came with this one's copy, or out of its pickle."""
         vars(self).update(state)
-        if self.model not in _OWNERS:
-            _own(self.model, self)
+        if self.model not in OWNERS:
+            own(self.model, self)
 
     def __repr__(self) -> str:
         n = len(self._ledger.applied)
@@ -179,7 +180,7 @@ class LM:
         for layer in range(self.n_layers):
             if self.has(layer, "down_proj"):
                 return self.site(layer, "down_proj").shape[1]
-        experts = _find(self.model, f"{self.layout.block.format(0)}.{self.kinds[0].experts}", "experts")
+        experts = find_module(self.model, f"{self.layout.block.format(0)}.{self.kinds[0].experts}", "experts")
         shape: torch.Size = experts.down_proj.shape  # type: ignore[assignment]
         return min(shape[1:], key=lambda n: n == self.d_model)
 
@@ -249,9 +250,9 @@ class LM:
         if entry is None:
             raise UnsupportedModel(f"{self.config.model_type} has no {kind}{self._where_it_is(layer, kind)}")
         path = self.layout.block.format(layer) + "." + (entry.module if isinstance(entry, Fused) else entry)
-        module = _find(self.model, path, kind)
+        module = find_module(self.model, path, kind)
         transposed = self.layout.stored == "in,out"
-        if transposed != _is_conv1d(module):
+        if transposed != is_conv1d(module):
             raise UnsupportedModel(
                 f"{path} is a {type(module).__name__}, but the layout says its weight is stored as "
                 f"({self.layout.stored}); Conv1D stores (in, out), Linear (out, in)"
@@ -270,7 +271,7 @@ class LM:
         path = self.kinds[layer].experts
         if path is None:
             raise UnsupportedModel(f"layer {layer} of {self.name!r} has no routed experts")
-        module = _find(self.model, f"{self.layout.block.format(layer)}.{path}", "experts")
+        module = find_module(self.model, f"{self.layout.block.format(layer)}.{path}", "experts")
         if not hasattr(module, "is_transposed") or getattr(module, "has_post_expert_norm", False):
             raise UnsupportedModel(
                 f"{type(module).__name__} runs its experts in a way of its own; only dense and shared MLPs of "
@@ -348,7 +349,7 @@ class LM:
 
     def transposed_parameters(self) -> list[str]:
         """Parameters stored (in, out), which a PEFT export must know."""
-        return [f"{name}.weight" for name, module in self.model.named_modules() if _is_conv1d(module)]
+        return [f"{name}.weight" for name, module in self.model.named_modules() if is_conv1d(module)]
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.n_layers:
@@ -496,7 +497,7 @@ class LM:
             raise DeltaNotApplied(f"{len(self.applied)} deltas are applied; revert_all() before release()")
         for matrix in self.packed.values():
             matrix.give_back()
-        _OWNERS.pop(self.model, None)
+        OWNERS.pop(self.model, None)
 
     # What scopes ask for (lm/scopes.py), inside their turn.
 
@@ -723,68 +724,10 @@ class LM:
         return [one.text for one in generate(self, list_of_texts(prompts, "prompts"), how)]
 
 
-_OWNERS: "WeakKeyDictionary[nn.Module, weakref.ref[LM]]" = WeakKeyDictionary()
-"""The LM of each model that has one."""
-_LEFT_EDITED: "WeakKeyDictionary[nn.Module, dict[str, Trace]]" = WeakKeyDictionary()
-"""Of models whose LM is gone, the parameters in which it left deltas, and what tells whether these are still there."""
-
-
-def _refuse_taken(model: nn.Module, name: str) -> None:
-    """Raise UnsupportedModel where another LM has the model, or one that is gone has left it edited."""
-    reference = _OWNERS.get(model)
-    if reference is not None and reference() is not None:
-        gc.collect()  # it may be waiting for that
-        if reference() is not None:
-            raise UnsupportedModel(
-                f"{name!r} has an LM already, which alone knows how to undo its edits; use that one, or call its "
-                "release() first"
-            )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    traces = _LEFT_EDITED.get(model, {})
-    if left := [n for n, trace in traces.items() if n in parameters and trace.is_in(parameters[n])]:
-        some = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        raise UnsupportedModel(
-            f"{name!r} was left edited: its LM is gone, which alone knew how to undo its deltas in {len(left)} "
-            f"parameter{'s' * (len(left) != 1)} ({some}); load the model again, and keep its LM or revert_all() before "
-            "it goes. LM(copy.deepcopy(model), tokenizer) takes the edited weights for a base"
-        )
-    for path, module in model.named_modules():
-        for hook in module._forward_hooks.values():
-            if isinstance(hook, Hung):
-                raise UnsupportedModel(
-                    f"{path} carries a hook of attachment {hook.mark[0]}, which an LM that is gone has left there, or "
-                    "which came with a copy of an edited model; load the model again, or revert_all() before it is "
-                    "copied"
-                )
-
-
-def _own(model: nn.Module, lm: LM) -> None:
-    """Note that `lm` is the model's, and, once `lm` is gone, whether it has left the model edited."""
-    _OWNERS[model] = weakref.ref(lm)
-    noting = weakref.finalize(lm, _note_left, weakref.ref(model), lm._ledger.records)
-    noting.atexit = False
-
-
-def _note_left(model: "weakref.ref[nn.Module]", records: Mapping[str, Any]) -> None:
-    if records and (alive := model()) is not None:
-        parameters = dict(alive.named_parameters(remove_duplicate=False))
-        there = [name for name in sorted(records) if name in parameters and not parameters[name].is_meta]
-        traces = {name: Trace.of(records[name], parameters[name]) for name in there}
-        _LEFT_EDITED[alive] = _LEFT_EDITED.get(alive, {}) | traces
-
-
 def _began_from(scope: "weakref.ref[Any]", serial: int) -> bool:
     """Return whether a scope began with or inside the one of that serial number, or is gone."""
     alive = scope()
     return alive is None or alive.serial >= serial
-
-
-def place_of(module: Any) -> torch.device:
-    """Return where a module with weights runs: where they are, or where accelerate brings those that are offloaded."""
-    device: torch.device = next(module.parameters()).device
-    if device.type == "meta" and hasattr(module, "_hf_hook"):
-        return torch.device(module._hf_hook.execution_device)
-    return device
 
 
 def _seen(tensor: Tensor) -> tuple[object, ...]:
@@ -794,61 +737,11 @@ def _seen(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.data_ptr(), tensor.dtype, tensor._version, *few)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
-
-
 def _warn_of_the_unverified(model_type: str, name: str) -> None:
     from transformers import __version__
 
     if reason := unverified(model_type, __version__):
         warnings.warn(f"{reason}; `retcon doctor {name}` tries it on the model itself", RetconWarning, stacklevel=4)
-
-
-def _decoder_path(model: Any) -> str:
-    """Return where the text model is: `model`, or a longer path in a wrapper."""
-    if model.config.get_text_config() is model.config or not hasattr(model, "get_decoder"):
-        return "model"
-    decoder = model.get_decoder()
-    if isinstance(inner := getattr(decoder, "model", None), nn.Module):
-        decoder = inner  # the wrapper holds a whole causal model, head included (Llama 4)
-    return next((name for name, module in model.named_modules() if module is decoder and name), "model")
-
-
-def _kind_of(lm: LM, layer: int) -> Layout:
-    """Return the first kind of block whose modules block `layer` has; where none fits, the first, which then says why
-    not."""
-    block = lm.block(layer)
-    for kind in lm.layout.kinds:
-        entries = [getattr(kind, name) for name in (*get_args(SiteName), "experts", "mlp_post_norm")]
-        paths = [entry.module if isinstance(entry, Fused) else entry for entry in entries if entry is not None]
-        if all(_has(block, path) for path in paths):
-            return kind
-    return lm.layout
-
-
-def _has(block: nn.Module, path: str) -> bool:
-    try:
-        return block.get_submodule(path) is not None
-    except AttributeError:
-        return False
-
-
-def _find(model: Any, path: str, what: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        raise UnsupportedModel(
-            f"the layout places {what} at {path!r}, but the model has no such module; check the layout's paths"
-        ) from None
-
-
-def _count_blocks(model: Any, layout: Layout) -> int:
-    path = layout.block.removesuffix(".{}")
-    try:
-        return len(model.get_submodule(path))
-    except (AttributeError, TypeError):
-        raise UnsupportedModel(f"the layout places the blocks at {path!r}, but the model has no such list") from None
 
 
 def require_lm(given: Any) -> None:

@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retcon.errors import UnsupportedModel
+from retcon.lm.blocks import place_of
 from retcon.lm.forward import Hook, Point, logits_at
-from retcon.lm.model import LM, place_of
+from retcon.lm.model import LM
 from retcon.lm.prompts import encode, pad
 
 MAX_LOGITS = 2**24
