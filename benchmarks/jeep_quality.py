@@ -29,7 +29,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "w/o δ* and Step 3": {"high": ()},
     "w/o Step 2": {"write_low": False},
     "w/o Step 3": {"write_high": False},
-    "separate optimisation": {"joint_optimisation": False},
+    "searched separately": {"joint_optimisation": False},
     "even spread in Step 2": {"low_spread": "even"},
     "attention out-projection in Step 3": {"high_module": "attn"},
     '`high_target="joint"`': {"high_target": "joint"},

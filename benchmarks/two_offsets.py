@@ -33,7 +33,7 @@ def main() -> None:
     contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)
     print(f"{args.model}, {args.n} facts from {args.start}, seed {args.seed}; {machine()}\n")
     print("| searched | of | none | low | high | both | interaction | below 0 | correlation | p |\n|" + "---|" * 10)
-    for searched, joint in (("together", True), ("one after the other", False)):
+    for searched, joint in (("together", True), ("separately", False)):
         method = jeep_of(lm, args.dataset, joint_optimisation=joint)
         delta = method.propose(lm, edits, contexts=contexts, moments=moments, seed=args.seed)
         low, high = (part_of(lm, delta, layers) for layers in (method.low, method.high))
