@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -281,6 +282,23 @@ def test_a_model_that_the_caller_loaded_is_given_back_as_it_was(checkpoints: dic
     assert type(model.model.layers[1].mlp.down_proj) is kind
     assert "_retcon_matrix" not in vars(model.model.layers[1].mlp.down_proj)
     assert torch.equal(logits(copied), logits(LM(model, tokenizer())))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_packed_model_is_copied_with_its_deltas_and_not_pickled(bits: int, checkpoints: dict[int, Path]) -> None:
+    lm = load(str(checkpoints[bits]), packed=True, device="cpu")
+    base, delta = logits(lm), some_delta(lm)
+    for edited in (False, True):
+        if edited:
+            lm.apply(delta)
+        copied = copy.deepcopy(lm)
+        assert torch.equal(logits(copied), logits(lm))
+        copied.revert_all()
+        assert torch.equal(logits(copied), base)
+        assert copied.fingerprint() == lm.fingerprint()
+        for whole in (lm, lm.model, lm.packed[next(iter(delta.changes))]):
+            with pytest.raises(UnsupportedModel, match=r"packed model cannot be pickled.*retcon\.load"):
+                pickle.dumps(whole)
 
 
 def test_a_packed_model_that_an_lm_left_edited_is_no_base(checkpoints: dict[int, Path]) -> None:

@@ -5,6 +5,7 @@ gradients pass through, and the model computes bit for bit what the dequantised 
 kernels would round besides (bitsandbytes' round activations to 8 bits, or scales to bfloat16, and those in place).
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -19,7 +20,22 @@ _OWN = "_retcon_matrix"
 """Where a packed module finds its `PackedMatrix`."""
 
 
-class PackedMatrix:
+class _NotPickled:
+    """What is copied like any other object, and not pickled: quantisers' pickles lose what their codes mean."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = memo[id(self)] = self.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedModel(
+            "a packed model cannot be pickled: its quantiser's pickles lose what the codes mean; load it where it is "
+            "wanted, retcon.load(..., packed=True), and apply its deltas there (Delta.load)"
+        )
+
+
+class PackedMatrix(_NotPickled):
     """One quantised matrix of a model: packed, and a plain `nn.Linear` of floats while it shows an edit.
 
     The module stays the same object in both states, with its hooks; its class and its weight are exchanged. The packed
@@ -114,7 +130,7 @@ def _multiplying(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Any:
         return _Product.apply(x, self.bias, self.__dict__[_OWN])
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "given": kind})
+    return type(kind.__name__, (_NotPickled, kind), {"forward": forward, "__module__": kind.__module__, "given": kind})
 
 
 def packed_matrices(model: nn.Module, dtype: torch.dtype) -> dict[str, PackedMatrix]:
