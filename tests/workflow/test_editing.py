@@ -12,6 +12,7 @@ from retcon.delta import Delta
 from retcon.errors import InvalidSetting
 from retcon.files import cache_dir
 from retcon.methods.alphaedit import AlphaEdit
+from retcon.methods.common.contract import made_by
 from retcon.methods.common.sequence import state_after
 from retcon.methods.rect import Rect
 
@@ -74,6 +75,14 @@ def test_a_sequential_method_takes_up_what_its_last_delta_kept(facts: workflow.F
     assert state_after([first], Own(**resolved.method.settings)) is None
     unnamed = {name: value for name, value in first.provenance.items() if name != "class"}  # of an earlier version
     assert state_after([replace(first, provenance=unnamed)], resolved.method) is first.state
+
+    over = {
+        name: retcon.method("rect", base_method=name, base_settings={"layers": [3], "cache_keys": True})
+        for name in ("alphaedit", "memit")
+    }
+    filtered = replace(first, provenance={**first.provenance, **made_by(over["alphaedit"])})
+    assert state_after([filtered], over["alphaedit"]) is first.state
+    assert state_after([filtered], over["memit"]) is None
 
 
 def test_a_method_without_moments_reads_no_corpus(facts: workflow.Facts) -> None:

@@ -131,14 +131,16 @@ def batch_size_for(method: Method, n: int, asked: int | None = None) -> int:
 
 def state_after(deltas: Sequence[Attachment], method: Method) -> Mapping[str, Tensor] | None:
     """Return what a sequential method takes up from the last of these deltas; None where it keeps nothing, or where
-    that delta is another method's (an earlier version's has no class, and goes by the name alone) or of other layers
-    (said in a warning)."""
+    that delta is another method's or base method's (an earlier version's has no class, and goes by the name alone) or
+    of other layers (said in a warning)."""
     if not deltas or not method.keeps_state or deltas[-1].state is None:
         return None
     made, now = deltas[-1].provenance, made_by(method)
     if made.get("method") != now["method"] or made.get("class", now["class"]) != now["class"]:
         return None
     settings, new = made.get("settings", {}), method.state_layers
+    if settings.get("base_method") != method.settings.get("base_method"):
+        return None
     old = settings.get("base_settings", settings).get("layers")
     if new is not None and list(old or ()) != list(new):
         warnings.warn(
