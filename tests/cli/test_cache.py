@@ -49,17 +49,6 @@ def test_a_fingerprint_that_is_kept_is_not_believed_where_that_is_asked(
     assert kept.exists()
 
 
-VERIFYING = (
-    *("edit", "apply", "export", "complete", "chat", "check", "moments", "tune", "audit", "bench"),
-    *("init", "verify", "checkout", "revert", "amend"),
-)
-
-
-@pytest.mark.parametrize("verb", VERIFYING)
-def test_whatever_believes_a_fingerprint_can_be_told_not_to(verb: str, cli: Callable[..., Any]) -> None:
-    assert "--verify-base" in cli(verb, "--help").stdout
-
-
 @pytest.mark.parametrize("where", everyday("a file", of=["a file", "no home"]))
 def test_a_cache_that_cannot_be_written_costs_one_warning(
     where: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -112,6 +112,8 @@ def test_an_option_without_what_it_is_about_is_refused(cli: Callable[..., Any], 
     for options in (("--text", "corpus.txt"), ("--device", "cpu"), ("--dtype", "float32"), ("--verify-base",)):
         told = cli(*served, *options, code=2).stderr
         assert f"{options[0]} is about a model that is loaded here, not about a server's" in told
+    told = cli(*served, "--revision", "main", "--packed", code=2).stderr
+    assert "--revision main --packed is about a model that is loaded here" in told
     assert "--other-base goes with --delta" in cli(*served, "--other-base", code=2).stderr
     edited = ("check", "nowhere", "--edited", "gptj", "--cases", "edits.jsonl")
     assert "--other-base goes with --delta" in cli(*edited, "--other-base", code=2).stderr

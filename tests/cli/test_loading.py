@@ -18,10 +18,11 @@ from retcon.workflow.facts import Reading
 from tests.lm.test_load import write_gguf
 
 PROMPT = "The capital of France is"
-OPTIONS = ("--revision", "--device-map", "--packed", "--trust-remote-code")
+OPTIONS = ("--revision", "--device-map", "--packed", "--trust-remote-code", "--verify-base")
 LOADING = (
     "amend", "apply", "audit", "chat", "check", "checkout", "complete", "doctor", "edit", "export", "fit", "init",
     "moments", "revert", "tune", "ui", "verify",
+    "probe contrast", "probe trace", "probe layers", "probe attribution", "probe paths",
 )  # fmt: skip
 
 
@@ -29,10 +30,12 @@ LOADING = (
 def test_every_verb_that_loads_a_model_has_them(verb: str) -> None:
     import typer
 
-    command: Any = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    command: Any = typer.main.get_command(app)
+    for name in verb.split():
+        command = command.commands[name]
     found = {option for parameter in command.params for option in parameter.opts}
     assert set(OPTIONS) <= found
-    assert command.help == typer.main.get_command(app).commands[verb].help  # type: ignore[attr-defined]
+    assert command.help
 
 
 def test_they_reach_the_loader(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,11 +46,21 @@ def test_they_reach_the_loader(cli: Callable[..., Any], monkeypatch: pytest.Monk
         return load(name)
 
     monkeypatch.setattr(retcon, "load", watch)
-    cli("complete", "gptj", PROMPT, "--revision", "main", "--device-map", '{"": "cpu"}', "--trust-remote-code")
-    asked = {"revision": "main", "device_map": {"": "cpu"}, "trust_remote_code": True}
+    cli(
+        "complete",
+        "gptj",
+        PROMPT,
+        "--revision",
+        "main",
+        "--device-map",
+        '{"": "cpu"}',
+        "--trust-remote-code",
+        "--verify-base",
+    )
+    asked = {"revision": "main", "device_map": {"": "cpu"}, "trust_remote_code": True, "verify_base": True}
     assert asked.items() <= seen[-1].items()
     cli("complete", "gptj", PROMPT)  # and are gone with the command
-    asked = {"revision": None, "device_map": None, "trust_remote_code": False}
+    asked = {"revision": None, "device_map": None, "trust_remote_code": False, "verify_base": False}
     assert asked.items() <= seen[-1].items()
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, styled
+from retcon.cli.shell import Device, DType, Json, console, count, emit, loads_a_model, styled
 from retcon.cli.stores import (
     Again,
     Corpus,
@@ -33,12 +33,11 @@ def amend(
     store: StorePath = Path(".retcon"),
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Give a fact another answer. Its batch is written again, and its value alone is searched."""
     found = open_store(store)
-    where: dict[str, Any] = dict(model=model, corpus=corpus, device=device, dtype=dtype, verify_base=verify_base)
+    where: dict[str, Any] = dict(model=model, corpus=corpus, device=device, dtype=dtype)
     given: dict[str, Any] = dict(repropose=repropose, editor=editor, method=method, message=message)
     entry = rewritten(found.amend, found, fact, target, **given, **where)
     if as_json:

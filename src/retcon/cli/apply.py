@@ -11,7 +11,6 @@ from retcon.cli.shell import (
     Json,
     Model,
     OtherBase,
-    VerifyBase,
     console,
     count,
     delta_files,
@@ -36,7 +35,6 @@ def apply(
     other_base: OtherBase = False,
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Apply deltas to a model and save the result: safetensors weights and tokenizer, for transformers.
@@ -53,7 +51,7 @@ def apply(
     inputs = [Path(model), *delta_files(delta)]
     check_place(save, Path(model) if Path(model).is_dir() else None, force, inputs)
     deltas = load_deltas(delta)
-    lm = load_model(model, device=device, dtype=dtype or "auto", verify_base=verify_base)
+    lm = load_model(model, device=device, dtype=dtype or "auto")
     with spinner("applying"):
         for each in deltas:
             lm.apply(each, other_base=other_base)

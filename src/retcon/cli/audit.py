@@ -11,7 +11,6 @@ from retcon.cli.shell import (
     Device,
     DType,
     Json,
-    VerifyBase,
     check_can_write,
     check_model_exists,
     check_not_an_input,
@@ -58,7 +57,6 @@ def audit(
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at OUT.")] = False,
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Say which matrices of EDITED differ from BASE, by what rank and norm, and which answers.
@@ -80,8 +78,8 @@ def audit(
     known = load_deltas(explain or [])
     for each in (base, edited):
         check_model_exists(each)
-    lm = load_model(base, device=device, dtype=dtype or "auto", verify_base=verify_base)
-    other = load_model(edited, device=device, dtype=dtype or "auto", verify_base=verify_base)
+    lm = load_model(base, device=device, dtype=dtype or "auto")
+    other = load_model(edited, device=device, dtype=dtype or "auto")
     edits = () if asked is None else facts_that_fit(lm, asked, reading.on_error).edits
     with spinner("comparing"):
         found = compare(lm, other, edits=edits, known=only_deltas(known, "an audit"))

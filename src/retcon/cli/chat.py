@@ -17,7 +17,6 @@ from retcon.cli.shell import (
     Seed,
     System,
     TemplateArgs,
-    VerifyBase,
     chat_of,
     check_is_text,
     console,
@@ -56,7 +55,6 @@ def chat(
     other_base: OtherBase = False,
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
 ) -> None:
     """Hold a conversation with a chat model; with --delta, with the edited one.
 
@@ -68,7 +66,7 @@ def chat(
     assert frame is not None
     how = writing(frame, stops, max_tokens, temperature, top_k, top_p)
     deltas = load_deltas(delta or [])
-    lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
+    lm = load_model(model, device=device, dtype=dtype)
 
     from retcon.lm.prompts import render
 

@@ -16,13 +16,13 @@ from retcon.cli.shell import (
     Json,
     Model,
     On,
-    VerifyBase,
     check_can_write,
     check_not_an_input,
     console,
     emit,
     load_deltas,
     load_model,
+    loading_options,
     loads_a_model,
     plain_table,
     progress_bars,
@@ -110,7 +110,6 @@ def check(
     on: On = "local",
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Say whether an edit took, generalised, stayed local and left the language intact. Exit code 0: it did; 1: not.
@@ -131,7 +130,7 @@ def check(
         ("--text", text is not None),
         ("--device", device is not None),
         ("--dtype", dtype is not None),
-        ("--verify-base", verify_base),
+        (loading_options().strip(), loading_options()),
     ):
         if url is not None and given:
             raise InvalidSetting(f"{option} is about a model that is loaded here, not about a server's; leave it out")
@@ -166,7 +165,7 @@ def check(
         about = f"{model} at {url}; {asked.about}"
     else:
         deltas, rivals = load_deltas(delta or []), load_deltas(against or [])
-        lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
+        lm = load_model(model, device=device, dtype=dtype)
         put = partial(
             safety.check,
             lm,

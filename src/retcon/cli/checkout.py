@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, size, spinner, styled
+from retcon.cli.shell import Device, DType, Json, console, count, emit, loads_a_model, size, spinner, styled
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 from retcon.files import found_from
 
@@ -19,7 +19,6 @@ def checkout(
     store: StorePath = Path(".retcon"),
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Save the model as of an entry: safetensors weights in the stored dtype, tokenizer and model card.
@@ -34,7 +33,7 @@ def checkout(
     state = found.state(None if entry == "HEAD" else entry)
     source = model or found_from(found.model, found.path)
     check_place(save, Path(source) if Path(source).is_dir() else None, force, [Path(source), Path(found.path)])
-    lm = load_base(found, model, device=device, dtype=dtype or "auto", verify_base=verify_base)
+    lm = load_base(found, model, device=device, dtype=dtype or "auto")
     with spinner(f"saving {save}"):
         found.checkout(lm, None if entry == "HEAD" else entry)
         made = export(lm, save, format="hf", files=[f"{d}.safetensors" for d in state.deltas], force=force)

@@ -15,7 +15,6 @@ from retcon.cli.shell import (
     Seed,
     System,
     TemplateArgs,
-    VerifyBase,
     chat_of,
     check_is_text,
     console,
@@ -81,7 +80,6 @@ def complete(
     other_base: OtherBase = False,
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Say what a model answers, up to the end of the line; with --delta, what it answers once edited.
@@ -94,7 +92,7 @@ def complete(
     chat = chat_of(as_chat, system, template_args)
     how = writing(chat, stops, max_tokens, temperature, top_k, top_p)
     deltas = load_deltas(delta or [])
-    lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
+    lm = load_model(model, device=device, dtype=dtype)
 
     from retcon.lm.generate import generate
 

@@ -22,7 +22,6 @@ from retcon.cli.shell import (
     PresetsOf,
     Seed,
     Shrink,
-    VerifyBase,
     chat_options,
     check_can_write,
     check_not_an_input,
@@ -147,7 +146,6 @@ def edit(
     seed: Seed = 0,
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
@@ -185,7 +183,7 @@ def edit(
     if kept_in is not None:
         kept_in.check_new_facts(facts.cases)  # what can be refused before the model is loaded
     before = load_deltas(earlier or []) if kept_in is None else kept_in.deltas()
-    lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
+    lm = load_model(model, device=device, dtype=dtype)
     if kept_in is None:
         for each in before:
             lm.apply(each, other_base=other_base)

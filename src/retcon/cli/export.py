@@ -13,7 +13,6 @@ from retcon.cli.shell import (
     Json,
     Model,
     OtherBase,
-    VerifyBase,
     console,
     delta_files,
     emit,
@@ -95,7 +94,6 @@ def export(
     other_base: OtherBase = False,
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Write an edited model in a format that others load, with a model card that says what was changed.
@@ -132,7 +130,7 @@ def export(
         )
         asked = read_facts(cases, reading).cases
     deltas = load_deltas(delta)
-    lm = load_model(model, device=device, dtype=dtype or "auto", verify_base=verify_base)
+    lm = load_model(model, device=device, dtype=dtype or "auto")
     for each in deltas:
         lm.apply(each, other_base=other_base)
     scores = _all_scores(lm, asked, wanted) if asked else {}

@@ -10,7 +10,6 @@ from retcon.cli.shell import (
     DType,
     Json,
     Model,
-    VerifyBase,
     console,
     emit,
     load_model,
@@ -30,14 +29,13 @@ def init(
     lfs: Annotated[bool, typer.Option("--lfs", help="Let git-lfs keep deltas and values.")] = False,
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Make a store: a folder that keeps the edits of MODEL under version control, and lives in git."""
     from retcon.store import Store
 
     Store.check_new(store)
-    lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
+    lm = load_model(model, device=device, dtype=dtype)
     made = Store.init(store, lm, model=model, precision=precision, lfs=lfs)
     if as_json:
         emit({"store": str(store), "model": model, "base": made.base, "precision": precision})

@@ -14,7 +14,6 @@ from retcon.cli.shell import (
     Model,
     On,
     Shrink,
-    VerifyBase,
     console,
     emit,
     load_model,
@@ -59,7 +58,6 @@ def moments(
     on: On = "local",
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Collect the second moments of a model's keys, all layers in one pass, and keep them in the cache.
@@ -72,7 +70,7 @@ def moments(
     wanted = None if layers is None else _layers(layers)
     if corpus is not None:
         check_corpus(corpus)
-    lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
+    lm = load_model(model, device=device, dtype=dtype)
     with spinner("reading the corpus"):
         source: Any = moments_for(lm, corpus, shrink=shrink)
     if tokens_per_dimension is not None:

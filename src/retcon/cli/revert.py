@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from retcon.cli.shell import Device, DType, Json, VerifyBase, console, count, emit, loads_a_model, styled
+from retcon.cli.shell import Device, DType, Json, console, count, emit, loads_a_model, styled
 from retcon.cli.stores import (
     Again,
     Corpus,
@@ -38,7 +38,6 @@ def revert(
     store: StorePath = Path(".retcon"),
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Take back an entry, or one fact of it. Reverting a revert brings back what it took.
@@ -55,7 +54,7 @@ def revert(
         entry = found.revert(name, message=message)
     else:
         assert fact is not None
-        where: dict[str, Any] = dict(model=model, corpus=corpus, device=device, dtype=dtype, verify_base=verify_base)
+        where: dict[str, Any] = dict(model=model, corpus=corpus, device=device, dtype=dtype)
         given: dict[str, Any] = dict(repropose=repropose, editor=editor, method=method, message=message)
         entry = rewritten(found.revert_fact, found, fact, **given, **where)
     if as_json:

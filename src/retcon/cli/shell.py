@@ -525,6 +525,7 @@ class _Loading:
     device_map: Any = None
     trust_remote_code: bool = False
     packed: bool = False
+    verify_base: bool = False
 
 
 _LOADING: ContextVar[_Loading | None] = ContextVar("_LOADING", default=None)
@@ -540,16 +541,20 @@ def loads_a_model(verb: Callable[..., None]) -> Callable[..., None]:
         device_map: str | None = None,
         packed: bool = False,
         trust_remote_code: bool = False,
+        verify_base: bool = False,
         **options: Any,
     ) -> None:
-        token = _LOADING.set(_Loading(revision, _device_map(device_map), trust_remote_code, packed))
+        token = _LOADING.set(_Loading(revision, _device_map(device_map), trust_remote_code, packed, verify_base))
         try:
             verb(*args, **options)
         finally:
             _LOADING.reset(token)
 
-    more = {"revision": Revision, "device_map": DeviceMap, "packed": Packed, "trust_remote_code": TrustRemoteCode}
-    defaults = {"revision": None, "device_map": None, "packed": False, "trust_remote_code": False}
+    more = {
+        "revision": Revision, "device_map": DeviceMap, "packed": Packed, "trust_remote_code": TrustRemoteCode,
+        "verify_base": VerifyBase,
+    }  # fmt: skip
+    defaults = dict.fromkeys(more, False) | {"revision": None, "device_map": None}
     parameters = []
     for name, parameter in inspect.signature(verb).parameters.items():
         parameters.append(parameter)
@@ -568,6 +573,7 @@ def loading_options() -> str:
         place = asked.device_map if isinstance(asked.device_map, str) else json.dumps(asked.device_map)
         given.append(f"--device-map {shlex.quote(place)}")
     given += ["--packed"] * asked.packed + ["--trust-remote-code"] * asked.trust_remote_code
+    given += ["--verify-base"] * asked.verify_base
     return "".join(f" {option}" for option in given)
 
 
@@ -585,7 +591,6 @@ def load_model(
     *,
     device: str | None = None,
     dtype: str | None = None,
-    verify_base: bool = False,
 ) -> "LM":
     """`retcon.load`, with a spinner, a checked device and the options of `loads_a_model`."""
     asked = _LOADING.get() or _Loading()
@@ -606,7 +611,7 @@ def load_model(
             revision=asked.revision,
             trust_remote_code=asked.trust_remote_code,
             packed=asked.packed,
-            verify_base=verify_base,
+            verify_base=asked.verify_base,
         )
         _one_thread_for_a_small_model(lm)
         return lm

@@ -66,7 +66,6 @@ def load_base(
     *,
     device: str | None = None,
     dtype: str | None = None,
-    verify_base: bool = False,
 ) -> "LM":
     """Return the model that the store is of.
 
@@ -75,7 +74,7 @@ def load_base(
     """
     place = model or found_from(store.model, store.path)
     try:
-        lm = load_model(place, device=device, dtype=dtype, verify_base=verify_base)
+        lm = load_model(place, device=device, dtype=dtype)
     except UnsupportedModel as error:
         if model is not None:
             raise
@@ -93,7 +92,6 @@ def rewritten(
     corpus: str | None,
     device: str | None,
     dtype: str | None,
-    verify_base: bool,
     **options: Any,
 ) -> "Entry":
     """Return the entry of `write`, a verb of the store that writes a fact's batch again."""
@@ -102,7 +100,7 @@ def rewritten(
     store.fact(fact[0])  # what can be refused before the model is loaded
     if corpus is not None:
         check_corpus(corpus)
-    lm = load_base(store, model, device=device, dtype=dtype, verify_base=verify_base)
+    lm = load_base(store, model, device=device, dtype=dtype)
     with progress_bars() as advance:
         moments = None if corpus is None else moments_for(lm, corpus)
         return write(lm, *fact, moments=moments, progress=advance, **options)

@@ -15,7 +15,6 @@ from retcon.cli.shell import (
     Model,
     On,
     Seed,
-    VerifyBase,
     console,
     count,
     emit,
@@ -80,7 +79,6 @@ def tune(
     seed: Seed = 0,
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Search settings for METHOD on one half of CASES, report on the other half, and keep them as a preset.
@@ -90,7 +88,7 @@ def tune(
     place = workers(on)
     given = read_settings(method, dataset=None, preset=preset, assignments=assignments or ())
     facts = read_facts(cases, reading)
-    lm = load_model(model, device=device, dtype=dtype, verify_base=verify_base)
+    lm = load_model(model, device=device, dtype=dtype)
     facts = facts_that_fit(lm, facts, reading.on_error)
     show = console(stderr=as_json)
     show.print(styled("[bold]{}[/] on {}", method, lm))

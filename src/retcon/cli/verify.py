@@ -10,7 +10,6 @@ from retcon.cli.shell import (
     Device,
     DType,
     Json,
-    VerifyBase,
     check_can_write,
     check_not_an_input,
     console,
@@ -62,7 +61,6 @@ def verify(
     store: StorePath = Path(".retcon"),
     device: Device = None,
     dtype: DType = None,
-    verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
     """Hold the model to every check of the store's facts. Exit code 0: nothing broke; 1: something did.
@@ -82,7 +80,7 @@ def verify(
     found = open_store(store)
     if entry is not None:
         found.state(entry)
-    lm = load_base(found, model, device=device, dtype=dtype, verify_base=verify_base)
+    lm = load_base(found, model, device=device, dtype=dtype)
     with spinner("asking"):
         result = run(found, lm, at=entry, stay=must_stay, strict=strict, bisect=bisect)
     if junit is not None:
