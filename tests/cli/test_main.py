@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,11 @@ def test_help_ends_in_examples(verb: str, cli: Callable[..., Any]) -> None:
     after = text.split("Examples")[-1]
     assert "Options" not in after
     assert f"retcon {verb}" in after
+
+
+@pytest.mark.parametrize("verb", ["apply", "audit", "checkout", "export"])
+def test_what_writes_a_model_says_that_it_is_in_the_stored_dtype(verb: str, cli: Callable[..., Any]) -> None:
+    assert "[default:(asstored)]" in re.sub(r"[\s│]", "", cli(verb, "--help").stdout)
 
 
 def test_usage_errors_exit_with_2(cli: Callable[..., Any]) -> None:

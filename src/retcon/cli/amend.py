@@ -27,7 +27,9 @@ def amend(
     repropose: Again = False,
     editor: Editor = None,
     method: OwnMethod = None,
-    message: Annotated[str, typer.Option("-m", "--message", help="Why.", show_default=False)] = "",
+    message: Annotated[
+        str, typer.Option("-m", "--message", help="Message of the store's log.", show_default=False)
+    ] = "",
     model: OtherModel = None,
     corpus: Corpus = None,
     store: StorePath = Path(".retcon"),

@@ -7,10 +7,10 @@ import typer
 
 from retcon.cli.shell import (
     Device,
-    DType,
     Json,
     Model,
     OtherBase,
+    StoredDType,
     console,
     count,
     delta_files,
@@ -34,7 +34,7 @@ def apply(
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint that is in DIR.")] = False,
     other_base: OtherBase = False,
     device: Device = None,
-    dtype: DType = None,
+    dtype: StoredDType = None,
     as_json: Json = False,
 ) -> None:
     """Apply deltas to a model and save the result: safetensors weights and tokenizer, for transformers.

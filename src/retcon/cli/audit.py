@@ -9,8 +9,8 @@ import typer
 from retcon.cli.facts import reads_facts
 from retcon.cli.shell import (
     Device,
-    DType,
     Json,
+    StoredDType,
     check_can_write,
     check_model_exists,
     check_not_an_input,
@@ -36,7 +36,7 @@ N_SHOWN = 30
 
 
 @loads_a_model
-@reads_facts("FILE")
+@reads_facts("--facts")
 def audit(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The unedited model.", show_default=False)],
     edited: Annotated[str, typer.Argument(metavar="EDITED", help="The other checkpoint.", show_default=False)],
@@ -56,7 +56,7 @@ def audit(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at OUT.")] = False,
     device: Device = None,
-    dtype: DType = None,
+    dtype: StoredDType = None,
     as_json: Json = False,
 ) -> None:
     """Say which matrices of EDITED differ from BASE, by what rank and norm, and which answers.

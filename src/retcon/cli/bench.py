@@ -80,26 +80,34 @@ def bench(
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(
-            help="single, batch, sequential, batch_sequential or curve.  [default: batch]", show_default=False
-        ),
+        typer.Option(help="single, batch, sequential, batch_sequential or curve.", show_default="batch"),
     ] = None,
     n: Annotated[
-        int | None, typer.Option(min=1, help="Cases; all. Of a curve, the last point at most.", show_default=False)
+        int | None, typer.Option(min=1, help="Cases; of a curve, its last point at most.", show_default="all")
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Cases edited in one call.", show_default=False)] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Cases edited in one call.", show_default="all; 1 of batch_sequential")
+    ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="A seed; repeat. Over the file's.", show_default=False)] = None,
     corpus: Annotated[
-        str | None, typer.Option(metavar="FILE|DATASET", help="Text for second moments.", show_default=False)
+        str | None,
+        typer.Option(metavar="FILE|DATASET", help="Text for the second moments, as for moments.", show_default=False),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Held-out text for perplexity.", show_default=False)] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Held-out text, whose perplexity is measured too.", show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Where DIR holds another benchmark, start this one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be run, and how long.")] = False,
     on: On = "local",
     verify_base: VerifyBase = False,
     as_json: Json = False,
 ) -> None:
-    """Run a benchmark: edit, measure before and after, restore. Ended at any point, the same command goes on."""
+    """Run a benchmark: edit, measure before and after, restore. Ended at any point, the same command goes on.
+
+    What has no option here, such as a model's device and dtype and a method's settings, is said in FILE
+    (docs/evaluation.md).
+    """
     place = workers(on)
     spec = _spec(file, model, method, dataset, protocol, n, batch, seed, corpus, text)
     spec = _with_reading(spec, format=file_format, on_error=on_error, case_target=case_target, conflicts=conflicts)

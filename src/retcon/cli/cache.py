@@ -14,7 +14,7 @@ def cache(
     kinds: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KIND...]", help="moments, passes, values, pre, corpora, fingerprints; all.", show_default=False
+            metavar="[KIND...]", help="moments, passes, values, pre, corpora, fingerprints.", show_default="all"
         ),
     ] = None,
     prune: Annotated[

@@ -16,6 +16,7 @@ from retcon.cli.shell import (
     Json,
     Model,
     On,
+    OtherBase,
     check_can_write,
     check_not_an_input,
     console,
@@ -51,14 +52,14 @@ TIMEOUT = 60.0
 
 
 @loads_a_model
-@reads_facts("it")
+@reads_facts("--cases")
 def check(
     model: Model,
     cases: Annotated[
         Path,
         typer.Option(
             metavar="FILE",
-            help="Cases, a dataset, or the edits themselves (paraphrases and neighbours are made); world.",
+            help="A file of facts, or world. Paraphrases and neighbours that it does not have are made.",
             show_default=False,
         ),
     ],
@@ -98,15 +99,19 @@ def check(
     reading: Reading,
     text: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Held-out text; plain paragraphs of the package's own.", show_default=False),
+        typer.Option(metavar="FILE", help="Held-out text.", show_default="paragraphs that ship with retcon"),
     ] = None,
-    took: Annotated[float, typer.Option(help="Share of edited prompts that must give the whole new answer.")] = 0.8,
-    generalised: Annotated[float, typer.Option(help="The same of rephrased prompts; 0 does not ask.")] = 0.5,
+    took: Annotated[
+        float, typer.Option(help="Share of edited prompts that must give the whole new answer, from 0 to 1.")
+    ] = 0.8,
+    generalised: Annotated[
+        float, typer.Option(help="Share of rephrased prompts that must give it too; 0 does not ask.")
+    ] = 0.5,
     local: Annotated[float, typer.Option(help="Share of other answers that must stay; 0 does not ask.")] = 0.8,
     perplexity_ratio: Annotated[
         float, typer.Option(help="Perplexity of held-out text may grow by this factor; inf does not ask.")
     ] = 1.05,
-    other_base: Annotated[bool, typer.Option("--other-base", help="The delta was made for another base.")] = False,
+    other_base: OtherBase = False,
     on: On = "local",
     device: Device = None,
     dtype: DType = None,

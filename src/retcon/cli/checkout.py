@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from retcon.cli.shell import Device, DType, Json, console, count, emit, loads_a_model, size, spinner, styled
+from retcon.cli.shell import Device, Json, StoredDType, console, count, emit, loads_a_model, size, spinner, styled
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 from retcon.files import found_from
 
@@ -18,7 +18,7 @@ def checkout(
     model: OtherModel = None,
     store: StorePath = Path(".retcon"),
     device: Device = None,
-    dtype: DType = None,
+    dtype: StoredDType = None,
     as_json: Json = False,
 ) -> None:
     """Save the model as of an entry: safetensors weights in the stored dtype, tokenizer and model card.

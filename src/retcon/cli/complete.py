@@ -42,24 +42,26 @@ Stops = Annotated[
     typer.Option(
         "--stop",
         metavar="TEXT",
-        help=r"Text that ends an answer (\n is a newline); repeat. A newline, in a chat nothing; '' for nothing.",
-        show_default=False,
+        help=r"Text that ends an answer (\n is a newline); repeat. '' for none.",
+        show_default="a newline; none in a chat",
     ),
 ]
 MaxTokens = Annotated[
     int | None,
-    typer.Option("--max-tokens", min=1, help="Tokens to write at most; 32, in a chat 256.", show_default=False),
+    typer.Option("--max-tokens", min=1, help="Tokens to write at most.", show_default="32; 256 in a chat"),
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(help="Draw the text, at this temperature; the likeliest tokens are taken.", show_default=False),
+    typer.Option(help="Draw the text at random, at this temperature.", show_default="the likeliest token each time"),
 ]
 TopK = Annotated[
-    int | None, typer.Option("--top-k", min=1, help="Draw from the K likeliest tokens.", show_default=False)
+    int | None, typer.Option("--top-k", min=1, help="Draw from the K likeliest tokens.", show_default="all")
 ]
 TopP = Annotated[
     float | None,
-    typer.Option("--top-p", help="Draw from the likeliest tokens of this share together.", show_default=False),
+    typer.Option(
+        "--top-p", help="Draw from the likeliest tokens whose probabilities together make this share.", show_default="1"
+    ),
 ]
 
 

@@ -53,9 +53,7 @@ def demo(
     seed: Seed = 0,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="File for the delta, or a directory; retcon-demo-<model>.safetensors here.", show_default=False
-        ),
+        typer.Option(help="File for the delta, or a directory.", show_default="retcon-demo-<model>.safetensors"),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -95,8 +95,8 @@ def edit(
         int | None,
         typer.Option(
             min=1,
-            help="Edits written at once, each batch on top of those before; all, or 1 for methods that take one fact.",
-            show_default=False,
+            help="Edits written at once, each batch on top of those before.",
+            show_default="all, or 1 for methods that take one fact",
         ),
     ] = None,
     earlier: Annotated[
@@ -113,8 +113,8 @@ def edit(
         str | None,
         typer.Option(
             metavar="FILE|DATASET",
-            help="Text for the second moments, as for moments; WikiText-103, or the small text that ships with retcon.",
-            show_default=False,
+            help="Text for the second moments, as for moments.",
+            show_default="WikiText-103, or the small text that ships with retcon",
         ),
     ] = None,
     *,
@@ -138,7 +138,7 @@ def edit(
         ),
     ] = None,
     message: Annotated[
-        str, typer.Option("-m", "--message", help="What the store's log says of it.", show_default=False)
+        str, typer.Option("-m", "--message", help="Message of the store's log.", show_default=False)
     ] = "",
     on: On = "local",
     shrink: Shrink = False,

@@ -9,10 +9,10 @@ import typer
 from retcon.cli.facts import CaseTarget, Conflicting, OnError
 from retcon.cli.shell import (
     Device,
-    DType,
     Json,
     Model,
     OtherBase,
+    StoredDType,
     console,
     delta_files,
     emit,
@@ -60,13 +60,17 @@ def export(
     base_name: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="How the adapter and the card call the base, such as its hub id.", show_default=False
+            metavar="NAME",
+            help="How the adapter and the card call the base, such as its hub id.",
+            show_default="the model's name",
         ),
     ] = None,
     gguf_type: Annotated[
         Literal["f32", "f16", "bf16", "q8_0"], typer.Option("--type", help="Type of a GGUF model's matrices.")
     ] = "f16",
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a merged checkpoint's files.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Size of a merged checkpoint's files at most.")
+    ] = "5GB",
     cases: Annotated[
         Path | None,
         typer.Option(
@@ -78,22 +82,24 @@ def export(
     file_format: Annotated[
         str | None,
         typer.Option(
-            "--cases-format", metavar="NAME", help="The kind of that file; by its fields.", show_default=False
+            "--cases-format", metavar="NAME", help="Format of the file of --cases.", show_default="found by its fields"
         ),
     ] = None,
     on_error: OnError = "stop",
     case_target: CaseTarget = "new",
     conflicts: Conflicting = "drop",
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of it to read; all.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of --cases to read.", show_default="all")] = None,
     push: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the hub as well.", show_default=False),
+        typer.Option(
+            metavar="OWNER/NAME", help="Upload the export to this repository of the hub as well.", show_default=False
+        ),
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository of --push a public one.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the export that is in DIR.")] = False,
     other_base: OtherBase = False,
     device: Device = None,
-    dtype: DType = None,
+    dtype: StoredDType = None,
     as_json: Json = False,
 ) -> None:
     """Write an edited model in a format that others load, with a model card that says what was changed.

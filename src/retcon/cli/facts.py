@@ -15,8 +15,8 @@ FileFormat = Annotated[
     typer.Option(
         "--format",
         metavar="NAME",
-        help="What kind of file that is, or module:function that reads its rows; by its fields.",
-        show_default=False,
+        help="Format of the file of facts, or module:function that reads its rows.",
+        show_default="found by its fields",
     ),
 ]
 OnError = Annotated[
@@ -48,7 +48,7 @@ def reads_facts(
     """
     start = Annotated[int, typer.Option(min=0, help=f"Rows of {file} to pass over.")]
     if limit is None:
-        rows: Any = typer.Option(min=1, help=f"Rows of {file} to read; all.", show_default=False)
+        rows: Any = typer.Option(min=1, help=f"Rows of {file} to read.", show_default="all")
     else:
         rows = typer.Option(min=1, help=f"Rows of {file} to read.")
     options: dict[str, tuple[Any, Any]] = {

@@ -19,7 +19,10 @@ def gc(
         ),
     ] = None,
     values: Annotated[
-        bool, typer.Option("--values", help="Also all searched values; to take a fact out then means a new search.")
+        bool,
+        typer.Option(
+            "--values", help="Also all searched values; to take a fact back then searches those of its batch anew."
+        ),
     ] = False,
     store: StorePath = Path(".retcon"),
     as_json: Json = False,

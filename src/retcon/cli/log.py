@@ -10,7 +10,9 @@ from retcon.cli.stores import StorePath, entry_record, open_store
 
 
 def log(
-    n: Annotated[int | None, typer.Option("-n", min=1, help="Entries shown, from the last; all.")] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Entries shown, from the last.", show_default="all")
+    ] = None,
     store: StorePath = Path(".retcon"),
     as_json: Json = False,
 ) -> None:

@@ -23,7 +23,7 @@ def methods(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Also say which preset this model gets. Only its config is read. A method here is as --method.",
+            help="Also say which preset this model gets; only its config is read. A method here is as --method.",
             show_default=False,
         ),
     ] = None,

@@ -37,7 +37,9 @@ def moments(
     model: Model,
     layers: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="Such as 3-8,15,16; those of the model's JEEP settings.", show_default=False),
+        typer.Option(
+            metavar="LIST", help="Layers, such as 3-8,15,16.", show_default="those of the model's JEEP settings"
+        ),
     ] = None,
     module: Annotated[
         Literal["down_proj", "o_proj"], typer.Option(help="The MLP's or the attention's output matrix.")
@@ -46,13 +48,12 @@ def moments(
         str | None,
         typer.Option(
             metavar="FILE|DATASET",
-            help="Text, JSON lines with a field text, or NAME/NAME[:CONFIG[:SPLIT]] on the hub; WikiText-103, or "
-            "the small text that ships with retcon.",
-            show_default=False,
+            help="Text, JSON lines with a field text, or NAME/NAME[:CONFIG[:SPLIT]] on the hub.",
+            show_default="WikiText-103, or the small text that ships with retcon",
         ),
     ] = None,
     tokens_per_dimension: Annotated[
-        int | None, typer.Option(min=1, help="Corpus tokens per key dimension.  [default: 20]", show_default=False)
+        int | None, typer.Option(min=1, help="Corpus tokens per key dimension.", show_default="20")
     ] = None,
     shrink: Shrink = False,
     on: On = "local",

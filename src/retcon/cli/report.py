@@ -15,11 +15,14 @@ def report(
         Path, typer.Argument(metavar="DIR", help="Directory of a benchmark (`retcon bench`).", show_default=False)
     ],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the files go; `report` in there.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder that the files go to.", show_default="report in the benchmark's directory"
+        ),
     ] = None,
     pictures: Annotated[
         bool | None,
-        typer.Option("--pictures/--no-pictures", help="Draw pictures; if matplotlib is there.", show_default=False),
+        typer.Option("--pictures/--no-pictures", help="Draw pictures.", show_default="if matplotlib is installed"),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -60,14 +60,15 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="demo:gptj, demo:llama, a directory, or a hub id.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one.", show_default=False)
-]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU where there is one")]
 DType = Annotated[
     str | None,
-    typer.Option(
-        metavar="DTYPE", help="float32, bfloat16, ...; float32 on a CPU, as stored on a GPU.", show_default=False
-    ),
+    typer.Option(metavar="DTYPE", help="float32, bfloat16, ...", show_default="float32 on a CPU, as stored on a GPU"),
+]
+
+
+StoredDType = Annotated[
+    str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16, ...", show_default="as stored")
 ]
 
 
@@ -79,7 +80,7 @@ def seed_option(seed: int) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-Seed = Annotated[int, typer.Option(help="Of everything drawn.", callback=seed_option)]
+Seed = Annotated[int, typer.Option(help="Seed of all that is drawn at random.", callback=seed_option)]
 PresetsOf = Annotated[
     str | None, typer.Option(help="Which of the model's presets: counterfact, zsre, ...", show_default=False)
 ]
@@ -87,7 +88,7 @@ Preset = Annotated[
     str | None,
     typer.Option(
         help="A preset by its full name, method/model/dataset; none: as if no preset knew the model.",
-        show_default=False,
+        show_default="the model's",
     ),
 ]
 Assignments = Annotated[
@@ -96,7 +97,9 @@ Assignments = Annotated[
 ]
 Deltas = Annotated[
     list[Path] | None,
-    typer.Option("--delta", help="A delta to apply first; repeat for several, in order.", show_default=False),
+    typer.Option(
+        "--delta", metavar="DELTA", help="A delta to apply first; repeat for several, in order.", show_default=False
+    ),
 ]
 Revision = Annotated[
     str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the hub.", show_default=False)
@@ -131,7 +134,7 @@ Shrink = Annotated[
     bool,
     typer.Option(
         "--shrink",
-        help="Where memory runs out, go on with less at a time; the result is then another in its last bits.",
+        help="Where memory runs out, go on with less at a time; the result then differs in its last bits.",
     ),
 ]
 On = Annotated[

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 StorePath = Annotated[Path, typer.Option("--store", metavar="DIR", help="The store's folder.")]
 OtherModel = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help="Where the model is now; as in the store.", show_default=False),
+    typer.Option("--model", metavar="MODEL", help="Where the model is now.", show_default="as in the store"),
 ]
 Corpus = Annotated[
     str | None,
     typer.Option(
-        metavar="FILE|DATASET", help="Text for the second moments; what the edit was made with.", show_default=False
+        metavar="FILE|DATASET", help="Text for the second moments.", show_default="what the edit was made with"
     ),
 ]
 Again = Annotated[
     bool,
-    typer.Option("--repropose", help="Propose the deltas that came later again, in order, on what is there then."),
+    typer.Option("--repropose", help="Propose the later deltas again too, in order, on top of the changed one."),
 ]
 Editor = Annotated[
     Path | None,

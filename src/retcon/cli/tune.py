@@ -48,13 +48,15 @@ def tune(
     trials: Annotated[int, typer.Option(min=2, help="Sets of settings to try at most.")] = 50,
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A setting that stays so; repeat.", show_default=False),
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="A setting that is not searched; repeat.", show_default=False
+        ),
     ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="A preset to begin at, by its full name; none: the rule for models without one. Default: the model's.",
-            show_default=False,
+            help="A preset to begin at, by its full name; none: the rule for models without one.",
+            show_default="the model's",
         ),
     ] = None,
     corpus: Annotated[
@@ -62,15 +64,15 @@ def tune(
         typer.Option(metavar="FILE|DATASET", help="Text for the second moments, as for moments.", show_default=False),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="What the preset's kind of data is called; CASES's name.", show_default=False)
+        str | None, typer.Option(help="Name of the preset's kind of data.", show_default="CASES's name")
     ] = None,
     folder: Annotated[
         Path | None,
         typer.Option(
             "--presets",
             metavar="FOLDER",
-            help="Folder of the preset; RETCON_PRESETS, or ./retcon-presets.",
-            show_default=False,
+            help="Folder that the preset goes to.",
+            show_default="RETCON_PRESETS, or ./retcon-presets",
         ),
     ] = None,
     *,

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 @loads_a_model
 def ui(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="As for edit; the store's.", show_default=False)
+        str | None, typer.Argument(metavar="MODEL", help="A model, as for edit.", show_default="the store's")
     ] = None,
     store: Annotated[Path, typer.Option("--store", metavar="DIR", help="A store; made where there is none.")] = Path(
         ".retcon"
     ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free.")] = 8377,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: one that is free.")] = 8377,
     host: Annotated[
-        str, typer.Option(help="Anything but this machine's own address lets others change the model.")
+        str, typer.Option(help="Address to listen at. Any but this machine's own lets others change the model.")
     ] = "127.0.0.1",
     device: Device = None,
     dtype: DType = None,

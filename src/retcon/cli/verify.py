@@ -36,18 +36,22 @@ N_SHOWN = 15
 @reads_facts("what must stay")
 def verify(
     entry: Annotated[
-        str | None, typer.Argument(metavar="ID", help="The state after this entry; now.", show_default=False)
+        str | None, typer.Argument(metavar="ID", help="The state after this entry.", show_default="HEAD")
     ] = None,
     stay: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Facts that must stay; target_new is what is true.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="Facts that must stay; target_new is the answer of the unedited model.",
+            show_default=False,
+        ),
     ] = None,
     *,
     reading: Reading,
     strict: Annotated[
         bool, typer.Option("--strict", help="Also fail for paraphrases, consequences and locality that never passed.")
     ] = False,
-    bisect: Annotated[bool, typer.Option(help="Find the entry that broke what fails.")] = True,
+    bisect: Annotated[bool, typer.Option(help="Find the entry in force that broke what fails.")] = True,
     junit: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the checks as JUnit XML.", show_default=False)
     ] = None,

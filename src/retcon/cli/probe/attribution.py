@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @loads_a_model
-@reads_facts("FILE", limit=20)
+@reads_facts("--cases", limit=20)
 def attribution(
     model: Model,
     cases: Cases = None,
@@ -43,11 +43,13 @@ def attribution(
     modules: Annotated[str, typer.Option(help="Matrices, separated by commas; any of q, k, v, o, gate, up, down.")] = (
         "down"
     ),
-    unit: Annotated[Literal["row", "column"], typer.Option(help="What gets a score.")] = "row",
+    unit: Annotated[
+        Literal["row", "column"], typer.Option(help="What gets a score: a row or a column of a matrix.")
+    ] = "row",
     path: Annotated[
         Literal["layer", "joint", "local"], typer.Option(help="What is scaled together: a matrix, all, or nothing.")
     ] = "layer",
-    points: Annotated[int, typer.Option(min=1, help="Points of the integral.")] = 20,
+    points: Annotated[int, typer.Option(min=1, help="Points of the integral over the path.")] = 20,
     answer: Annotated[
         Literal["new", "true"], typer.Option(help="The answer whose probability is attributed.")
     ] = "true",

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @loads_a_model
-@reads_facts("FILE", limit=1_000)
+@reads_facts("--cases", limit=1_000)
 def contrast(
     model: Model,
     cases: Cases = None,
@@ -57,7 +57,7 @@ def contrast(
     ] = None,
     stopwords: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Stopwords, separated by white space; an English list.", show_default=False),
+        typer.Option(metavar="FILE", help="Stopwords, separated by white space.", show_default="an English list"),
     ] = None,
     records: Annotated[
         Path | None,

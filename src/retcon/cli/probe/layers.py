@@ -31,14 +31,18 @@ if TYPE_CHECKING:
 
 
 @loads_a_model
-@reads_facts("FILE", limit=1_000)
+@reads_facts("--cases", limit=1_000)
 def layers(
     model: Model,
     cases: Cases = None,
     *,
     reading: Reading,
     final_norm: Annotated[
-        bool, typer.Option("--final-norm/--no-final-norm", help="How states are read: as the model does, or the paper.")
+        bool,
+        typer.Option(
+            "--final-norm/--no-final-norm",
+            help="Read states through the final norm, as the model does, or without it, as the paper does.",
+        ),
     ] = True,
     out: Out = "layers",
     seed: Seed = 0,

@@ -26,16 +26,21 @@ Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_we
 
 
 @loads_a_model
-@reads_facts("FILE", limit=100)
+@reads_facts("--cases", limit=100)
 def paths(
     model: Model,
     cases: Cases = None,
     *,
     reading: Reading,
     score: Annotated[Score, typer.Option(help="What makes a node critical.")] = "z_abs",
-    select: Annotated[Literal["rank_aligned", "k_best"], typer.Option(help="How nodes become paths.")] = "rank_aligned",
-    positive: Annotated[int, typer.Option(min=1, help="Paths of highest score.")] = 15,
-    negative: Annotated[int, typer.Option(min=0, help="Paths of lowest score.")] = 1,
+    select: Annotated[
+        Literal["rank_aligned", "k_best"],
+        typer.Option(
+            help="rank_aligned: path r takes the r-th node of every matrix; k_best: the paths of the best sums."
+        ),
+    ] = "rank_aligned",
+    positive: Annotated[int, typer.Option(min=1, help="Number of paths of highest score.")] = 15,
+    negative: Annotated[int, typer.Option(min=0, help="Number of paths of lowest score.")] = 1,
     pool: Annotated[
         Literal["pooled", "per_edit"],
         typer.Option(help="Scores of all facts' summed gradient, or the mean of each one's."),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Cases = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Facts: a file that `retcon edit` reads; the embedded models' own.", show_default=False
+        metavar="FILE", help="Facts: a file that `retcon edit` reads.", show_default="the embedded models' own"
     ),
 ]
 Out = Annotated[str, typer.Option(metavar="STEM", help="Files to write: STEM.png, STEM.svg, STEM.json.")]

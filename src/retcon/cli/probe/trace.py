@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @loads_a_model
-@reads_facts("FILE", limit=10)
+@reads_facts("--cases", limit=10)
 def trace(
     model: Model,
     cases: Cases = None,
@@ -41,24 +41,24 @@ def trace(
         typer.Option(
             "--kind",
             metavar="KIND",
-            help="What to restore: block, mlp, attn, severed_mlp, severed_attn; repeat. \\[default: the first three]",
-            show_default=False,
+            help="What to restore: block, mlp, attn, severed_mlp, severed_attn; repeat.",
+            show_default="the first three",
         ),
     ] = None,
     window: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Layers whose MLP or attention is restored at once. \\[default: 10, 3/8 of a shallower model]",
-            show_default=False,
+            help="Layers whose MLP or attention is restored at once.",
+            show_default="10, or 3/8 of a shallower model",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Draws of the noise.")] = 10,
+    samples: Annotated[int, typer.Option(min=1, help="Draws of the noise for each fact.")] = 10,
     noise: Annotated[
-        float, typer.Option(min=0, help="Its strength in standard deviations of the subjects' embeddings.")
+        float, typer.Option(min=0, help="Strength of the noise, in standard deviations of the subjects' embeddings.")
     ] = 3.0,
     corruption: Annotated[
-        Literal["add", "replace"], typer.Option(help="Noise on top of the subject's embeddings, or in their place.")
+        Literal["add", "replace"], typer.Option(help="Put noise on top of the subject's embeddings, or in their place.")
     ] = "add",
     out: Out = "trace",
     seed: Seed = 0,
