@@ -14,7 +14,6 @@ Forms are timed alternately, `--repeat` times, after a first round to warm up; t
 tracemalloc cannot see, so it is the high-water mark of tensors alive, counted by a dispatch mode in a further round.
 """
 
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import retcon
-from benchmarks.common import cases_of, command_line, machine
+from benchmarks.common import cases_of, command_line, machine, timed
 from retcon.edits import Edit
 from retcon.lm.forward import answer_log_probs, gold
 from retcon.lm.model import LM
@@ -168,10 +167,9 @@ def main() -> None:
     off: dict[str, float] = {}
     for repeat in range(args.repeat + 1):
         for name, form in FORMS.items():
-            started = time.perf_counter()
-            found = form(lm, facts, sites, how)
+            found, took = timed(partial(form, lm, facts, sites, how))
             if repeat:
-                seconds[name].append((time.perf_counter() - started) / len(facts))
+                seconds[name].append(took / len(facts))
             largest = max(float(w.abs().max()) for w in wanted)
             off[name] = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)) / largest
     print(f"{args.model}, {args.n} facts, m = {args.points}, {lm.n_layers} layers; {machine()}\n")

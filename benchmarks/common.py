@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from retcon.methods.common.sequence import in_steps
 from retcon.methods.jeep import Jeep
 from retcon.version import versions
 
+T = TypeVar("T")
 METRICS = ("Score", "ES", "GS", "LS")
 """What most tables of these scripts show."""
 
@@ -156,6 +157,23 @@ def estimated(estimate: CaseMean | None) -> CaseMean:
     """Return the estimate of a metric that every evaluation of these scripts measures."""
     assert estimate is not None
     return estimate
+
+
+def timed(
+    call: Callable[[], T], *, clock: Callable[[], float] = time.perf_counter, device: torch.device | None = None
+) -> tuple[T, float]:
+    """Return what a call returns and the seconds it took, the work of a device included."""
+    wait(device)
+    started = clock()
+    found = call()
+    wait(device)
+    return found, clock() - started
+
+
+def wait(device: torch.device | None) -> None:
+    """Wait for a card to catch up."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def flops_per_token(block: nn.Module) -> int:

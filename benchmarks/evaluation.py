@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 import retcon
-from benchmarks.common import cases_of, command_line, machine
+from benchmarks.common import cases_of, command_line, machine, timed
 from retcon.edits import Case
 from retcon.evaluation import Measures, evaluate
 from retcon.evaluation.plan import plan_queries
@@ -121,12 +121,8 @@ def record_files() -> None:
     context = {"model": "m@0123456789ab", "method": "jeep", "dataset": "cf", "protocol": "batch", "seed": 0}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.jsonl"
-        started = time.perf_counter()
-        write_records(path, records, context)
-        wrote = time.perf_counter() - started
-        started = time.perf_counter()
-        same = read_records(path)[0] == records
-        read = time.perf_counter() - started
+        _, wrote = timed(lambda: write_records(path, records, context))
+        same, read = timed(lambda: read_records(path)[0] == records)
         size = path.stat().st_size / 1e6
     assert same
     print(f"{N_RECORDS:,} records ({size:.0f} MB): written in {wrote:.1f} s, read in {read:.1f} s")

@@ -11,9 +11,8 @@ per step, forward and backward through the layers above the value for the tokens
 """
 
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
@@ -21,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import retcon
-from benchmarks.common import cases_of, command_line, flops_per_token, jeep_of, machine, moments_of
+from benchmarks.common import cases_of, command_line, flops_per_token, jeep_of, machine, moments_of, timed
 from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.lm.forward import Point
@@ -98,7 +97,7 @@ def compare(lm: LM, edits: Sequence[Edit], moments: Moments, repeats: int) -> st
     for _ in range(repeats):
         for name, scope in (("plain", plain_path), ("fast", nullcontext)):
             with scope():
-                took[name].append(seconds_of(run))
+                took[name].append(timed(run)[1])
     n, plain, fast = len(edits), min(took["plain"]), min(took["fast"])
     counted, gained = flops["plain"] / flops["fast"], plain / fast
     return " | ".join(
@@ -122,17 +121,10 @@ def grow(lm: LM, edits: Sequence[Edit], moments: Moments) -> str:
     """A row of the second table."""
     method, contexts = jeep_of(lm), sample_contexts(lm)
     with Peak(lm.device) as peak:
-        took = seconds_of(lambda: method.propose(lm, edits, contexts=contexts, moments=moments))
+        _, took = timed(lambda: method.propose(lm, edits, contexts=contexts, moments=moments))
     n = len(edits)
     memory = f"{peak.nbytes / 2**20:,.0f}" if peak.nbytes else "unknown"
     return f"{n:,} | {1000 * took / n:.0f} | {took:.1f} | {memory}"
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def main() -> None:

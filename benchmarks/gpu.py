@@ -20,13 +20,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from transformers import AutoTokenizer
 
 import retcon
 from benchmarks import released_jeep
-from benchmarks.common import command_line, dtype_on, jeep_of, machine, print_row
+from benchmarks.common import command_line, dtype_on, jeep_of, machine, print_row, timed
 from benchmarks.fast_path import floor
-from benchmarks.large_models import count, settings
+from benchmarks.large_models import count, identity, prepared, settings
 from benchmarks.moments import SHAPES, product_rates, random_lm, random_rows
 from retcon import world
 from retcon.edits import Edit
@@ -36,7 +35,6 @@ from retcon.lm.model import LM
 from retcon.lm.peak import Peak
 from retcon.memory.collect import collect
 from retcon.memory.contexts import Contexts, sample_contexts
-from retcon.memory.moments import GivenMoments
 from retcon.memory.solve import cholesky
 from retcon.memory.values import Values, schedule, search_values
 from retcon.memory.values.reference import search_values_reference
@@ -73,6 +71,13 @@ class Failed(Exception):
     """A result that is wrong."""
 
 
+def apart(found: Values, wanted: Values, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the largest difference of offsets, over the wanted one's norm, and what it may be."""
+    pairs = zip(found.offset, wanted.offset, strict=True)
+    off = max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)
+    return off, 0.2 if dtype.itemsize < 4 else 1e-4
+
+
 class Card:
     """One device and the models that are measured on it, one at a time."""
 
@@ -91,21 +96,12 @@ class Card:
             self.lm = None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            made = random_lm(name, str(self.device), self.dtype).model
-            self.lm, self.name = LM(made, AutoTokenizer.from_pretrained(world.model_path("gptj")), name=name), name
+            self.lm, self.name = random_lm(name, str(self.device), self.dtype), name
         return self.lm
 
     def seconds(self, call: Callable[[], object]) -> float:
         """Return the seconds of a call, the device's work included."""
-        self._wait()
-        started = time.perf_counter()
-        call()
-        self._wait()
-        return time.perf_counter() - started
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        return timed(call, device=self.device)[1]
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -127,10 +123,7 @@ class Card:
         """The value search alone and the whole of JEEP."""
         lm, size = self.model(name), self.size
         method = settings(SHAPES[name][1], size.steps)
-        groups = [g for g in method.groups() if g]
-        sites = [lm.site(layer, g.module) for g in groups for layer in g.layers]
-        moments = GivenMoments({s.name: torch.eye(s.weight.shape[1]) for s in sites})
-        contexts, places, search = sample_contexts(lm), [method.value_site(g) for g in groups], method.value_search()
+        moments, contexts, places, search = prepared(lm, method)
         edits = [case.edits[0] for case in world.cases(max(size.n))]
         rate = max(product_rates(lm).values())
         yield from self._as_plain(name, contexts)
@@ -176,12 +169,9 @@ class Card:
             with scope:
                 search(edits)
                 took.append(self.seconds(lambda: found.append(search(edits))))
-        off = max(
-            float((a - b).norm() / b.norm().clamp_min(1e-12))
-            for a, b in zip(found[1].offset, found[0].offset, strict=True)
-        )
+        off, most = apart(found[1], found[0], lm.dtype)
         steps = max(r.steps for r in found[0].report)
-        if not off <= (0.2 if lm.dtype.itemsize < 4 else 1e-4):
+        if not off <= most:
             raise Failed(f"captured steps and others part by {off:.1e} after {steps} steps")
         return f"{took[0]:.2f} s; captured {took[1]:.2f} s; values {off:.0e} apart"
 
@@ -206,10 +196,7 @@ class Card:
         edits = [case.edits[0] for case in world.cases(2)]
         fast = search_values(lm, edits, places, contexts, method.value_search())
         plain = search_values_reference(lm, edits, places, contexts, method.value_search())
-        off = max(
-            float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in zip(fast.offset, plain.offset, strict=True)
-        )
-        wanted = 0.2 if lm.dtype.itemsize < 4 else 1e-4
+        off, wanted = apart(fast, plain, lm.dtype)
         if not off <= wanted:
             raise Failed(f"{name}: fast and plain values part by {off:.1e} after two steps")
         yield "values after 2 steps, fast to plain", name, f"{off:.1e}", f"at most {wanted:g}"
@@ -245,8 +232,7 @@ class Card:
         gib = sum(p.nbytes for p in lm.model.parameters()) / 2**30
         yield f"fingerprint of {gib:.2g} GiB, from the card", name, f"{took:.1f} s", "4 s"
         layers = SHAPES[name][1][:5]
-        sites = [lm.site(layer, "down_proj") for layer in layers]
-        moments = GivenMoments({s.name: torch.eye(s.weight.shape[1]) for s in sites})
+        moments = identity(lm.site(layer, "down_proj") for layer in layers)
         memit = retcon.method("memit", layers=layers, steps=self.size.steps, stop="loss", threshold=0.0)
         edit = [case.edits[0] for case in world.cases(1)]
         for how, wanted in (("cold", "10 s"), ("warm", "3 s")):

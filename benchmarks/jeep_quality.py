@@ -8,13 +8,12 @@ Settings are the model's preset; `--set field=value` overrides. All edits of a r
 CounterFact's comparison of probabilities with 95 % intervals over cases, Score's interval is a bootstrap by subject.
 """
 
-import time
 import tomllib
 from collections import Counter
 from typing import Any
 
 import retcon
-from benchmarks.common import METRICS, cases_of, command_line, jeep_of, machine, moments_of, percents, print_row
+from benchmarks.common import METRICS, cases_of, command_line, jeep_of, machine, moments_of, percents, print_row, timed
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import Evaluation, evaluate
@@ -46,13 +45,11 @@ def measure(
     edits = [case.edits[0] for case in cases]
     for kind in ("down_proj", "o_proj") if method.high_module == "attn" else ("down_proj",):
         moments.prepare(lm, [lm.site(layer, kind) for layer in (*method.low, *method.high)])
-    started = time.perf_counter()
-    delta = method.propose(lm, edits, contexts=contexts, moments=moments)
-    seconds = (time.perf_counter() - started) / len(edits)
+    delta, seconds = timed(lambda: method.propose(lm, edits, contexts=contexts, moments=moments))
     evaluation = evaluate(lm, cases, delta=delta, pre=pre, stops=("\n", "."))
     cells = percents(evaluation.summary(), keys=SHOWN).values()
     reached = sum(r.stopped == "reached" for r in delta.report) / len(delta.report)
-    return [*cells, f"{100 * reached:.0f} %", f"{seconds:.2f}"], delta, evaluation
+    return [*cells, f"{100 * reached:.0f} %", f"{seconds / len(edits):.2f}"], delta, evaluation
 
 
 def misses(cases: list[Case], delta: Delta, evaluation: Evaluation) -> str:

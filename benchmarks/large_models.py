@@ -12,16 +12,14 @@ waits for the device, tensors made from Python's numbers, and in how many shapes
 `--pace card` a CPU runs its steps as a card would.
 """
 
-import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
-from transformers import AutoTokenizer
 
-from benchmarks.common import command_line, dtype_on, machine, print_row
+from benchmarks.common import command_line, dtype_on, machine, print_row, timed
 from benchmarks.counting import CountedChunk
 from benchmarks.fast_path import floor
 from benchmarks.moments import SHAPES, product_rates, random_lm
@@ -29,6 +27,7 @@ from retcon import world
 from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.lm.peak import Peak
+from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts, sample_contexts
 from retcon.memory.moments import GivenMoments
 from retcon.memory.values import schedule, search_values
@@ -47,23 +46,27 @@ def settings(layers: Sequence[int], steps: int) -> Jeep:
     return Jeep(low=low, high=high, steps=steps, stop="loss", threshold=0.0)
 
 
+def identity(sites: Iterable[Site]) -> GivenMoments:
+    """Return the identity as second moment of every site."""
+    return GivenMoments({site.name: torch.eye(site.weight.shape[1]) for site in sites})
+
+
+def prepared(lm: LM, method: Jeep) -> tuple[GivenMoments, Contexts, list[ValueSite], ValueSearch]:
+    """Return what an edit takes: moments, contexts, where values are searched, and how."""
+    groups = [g for g in method.groups() if g]
+    moments = identity(lm.site(layer, g.module) for g in groups for layer in g.layers)
+    return moments, sample_contexts(lm), [method.value_site(g) for g in groups], method.value_search()
+
+
 def measure(name: str, lm: LM, edits: Sequence[Edit], steps: int, profile: AbstractContextManager) -> None:
     """One row of the table."""
     method = settings(SHAPES[name][1], steps)
-    groups = [g for g in method.groups() if g]
-    sites = [lm.site(layer, g.module) for g in groups for layer in g.layers]
-    moments = GivenMoments({s.name: torch.eye(s.weight.shape[1]) for s in sites})
-    contexts = sample_contexts(lm)
+    moments, contexts, places, search = prepared(lm, method)
     method.propose(lm, edits[:2], contexts=contexts, moments=moments)  # warms up
     rate = max(product_rates(lm).values())
-    places, search = [method.value_site(g) for g in groups], method.value_search()
     with Peak(lm.device) as peak, profile:
-        started = time.perf_counter()
-        search_values(lm, edits, places, contexts, search)
-        searching = time.perf_counter() - started
-    started = time.perf_counter()
-    delta = method.propose(lm, edits, contexts=contexts, moments=moments)
-    whole = time.perf_counter() - started
+        _, searching = timed(lambda: search_values(lm, edits, places, contexts, search))
+    delta, whole = timed(lambda: method.propose(lm, edits, contexts=contexts, moments=moments))
     least = floor(lm, method, edits, contexts, [r.steps for r in delta.report])
     n = len(edits)
     asked = count(lm, edits, places, contexts, search)
@@ -128,11 +131,7 @@ def main() -> None:
     )
     edits = [c.edits[0] for c in world.cases(args.n, seed=args.seed)]
     for name in args.shape:
-        lm = LM(
-            random_lm(name, args.device, getattr(torch, dtype)).model,
-            AutoTokenizer.from_pretrained(world.model_path("gptj")),
-            name=name,
-        )
+        lm = random_lm(name, args.device, getattr(torch, dtype))
         for steps in args.steps:
             profile: AbstractContextManager = nullcontext()
             if args.profile:

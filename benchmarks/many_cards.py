@@ -13,14 +13,12 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoTokenizer
 
 from benchmarks.common import command_line, flops_per_token, print_row
 from benchmarks.fast_path import floor
 from benchmarks.large_models import settings
 from benchmarks.moments import SHAPES, random_lm
 from retcon import world
-from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 
 CARDS = (1, 2, 4, 8, 16, 32, 64)
@@ -50,8 +48,7 @@ class Edited:
 
 def counted(name: str, steps: int, n: int) -> tuple[PerEdit, Edited]:
     """Return the counts of JEEP on a shape, over n edits of the embedded world."""
-    made = random_lm(name, "meta", torch.bfloat16).model
-    lm = LM(made, AutoTokenizer.from_pretrained(world.model_path("gptj")), name=name)
+    lm = random_lm(name, "meta", torch.bfloat16)
     method = settings(SHAPES[name][1], steps)
     edits = [case.edits[0] for case in world.cases(n)]
     search = floor(lm, method, edits, PREFIXES, [steps - 1] * n) / n

@@ -10,10 +10,11 @@ seconds of the processor, so that other processes matter little.
 
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import retcon
-from benchmarks.common import cases_of, command_line, machine, moments_of
+from benchmarks.common import cases_of, command_line, machine, moments_of, timed
 from retcon.errors import RetconWarning
 
 NEVER: dict[str, Any] = {"stop": "loss", "threshold": -1.0}
@@ -46,9 +47,8 @@ def main() -> None:
             seconds = []
             for steps in (1, args.steps):
                 method = retcon.method(name, for_model=lm, **layers, **settings, steps=steps)
-                started = time.process_time()
-                method.propose(lm, edits, contexts=contexts, moments=moments)
-                seconds.append(time.process_time() - started)
+                propose = partial(method.propose, lm, edits, contexts=contexts, moments=moments)
+                seconds.append(timed(propose, clock=time.process_time)[1])
             taken[label].append((seconds[1] - seconds[0]) / (args.steps - 1) / args.edits)
     print(f"{args.model}, {args.edits} edits; {machine()}\n")
     print("| method | ms per edit and step | of MEMIT's |\n|---|---|---|")

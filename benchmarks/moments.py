@@ -13,18 +13,17 @@ the model's first MLP matrix and its key products over a batch.
 """
 
 import random
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, LlamaConfig
 
 import retcon
-from benchmarks.common import command_line, dtype_on, flops_per_token, jeep_of, machine, moments_of, print_row
+from benchmarks.common import command_line, dtype_on, flops_per_token, jeep_of, machine, moments_of, print_row, timed
+from retcon import world
 from retcon.lm.forward import Point, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
@@ -75,12 +74,10 @@ SHAPES: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 
 def random_lm(name: str, device: str, dtype: torch.dtype) -> LM:
-    """A model of a shape with random weights, and a tokenizer that it never uses."""
+    """A model of a shape with random weights, and the embedded world's tokenizer."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(SHAPES[name][0], dtype=dtype).eval()
-    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return LM(model, PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a"), name=name)
+    return LM(model, AutoTokenizer.from_pretrained(world.model_path("gptj")), name=name)
 
 
 def random_rows(n_tokens: int, vocabulary: int, seed: int) -> list[Row]:
@@ -118,14 +115,7 @@ def check_count(lm: LM, sites: Sequence[Site], row: Row) -> None:
 
 def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """The shortest of some runs."""
-    took = []
-    for _ in range(repeats):
-        _wait(device)
-        started = time.perf_counter()
-        call()
-        _wait(device)
-        took.append(time.perf_counter() - started)
-    return min(took)
+    return min(timed(call, device=device)[1] for _ in range(repeats))
 
 
 def product_rates(lm: LM) -> dict[str, float]:
@@ -168,11 +158,6 @@ def measure(name: str, lm: LM, layers: Sequence[int], rows: Sequence[Row], per_l
     if lm.device.type == "cuda":
         cells.append(f"{torch.cuda.max_memory_allocated(lm.device) / 2**30:.1f}")
     print_row(*cells)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> None:

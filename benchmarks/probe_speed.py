@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import retcon
-from benchmarks.common import cases_of, command_line, machine
+from benchmarks.common import cases_of, command_line, machine, timed
 from retcon.edits import Edit
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit, subject_tokens
@@ -35,9 +35,7 @@ from retcon.memory.moments import Corpus
 
 
 def seconds(call: Callable[[], object]) -> float:
-    started = time.process_time()
-    call()
-    return time.process_time() - started
+    return timed(call, clock=time.process_time)[1]
 
 
 @torch.no_grad()

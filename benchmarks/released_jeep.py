@@ -9,14 +9,14 @@ import importlib
 import io
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
+from benchmarks.common import timed
 from retcon import world
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
@@ -61,17 +61,9 @@ def seconds_an_edit(
         last = lm.n_layers - 1
         settings = made(**given | {"v_num_grad_steps": steps, "min_loss": 2.0, "v_loss_layer": last})
         for request in requests:
-            _wait(lm)
-            started = time.perf_counter()
-            search(lm.model, tokenizer, request, settings, *layers, templates)
-            _wait(lm)
-            took.append(time.perf_counter() - started)
+            one = partial(search, lm.model, tokenizer, request, settings, *layers, templates)
+            took.append(timed(one, device=lm.device)[1])
     return sum(took[1:]) / len(took[1:])
-
-
-def _wait(lm: LM) -> None:
-    if lm.device.type == "cuda":
-        torch.cuda.synchronize(lm.device)
 
 
 @contextlib.contextmanager

@@ -22,13 +22,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
 import retcon
-from benchmarks.common import command_line
+from benchmarks.common import command_line, timed
 from retcon import world
 from retcon.edits import Case, Edit, Query
 from retcon.files import write_atomically
@@ -37,6 +38,9 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyReader
 from retcon.store import Entry
 from retcon.store.index import fact_line
+
+processor = partial(timed, clock=time.process_time)
+"""A call's result and the seconds of the processor that it took."""
 
 
 def many(store: retcon.Store, n_entries: int, n_facts: int) -> None:
@@ -73,23 +77,21 @@ def commands(n_entries: int = 100, n_facts: int = 10_000) -> None:
             "retcon --version (Python and imports)": ("--version",),
         }
         for name, arguments in runs.items():
-            best = min(timed(arguments) for _ in range(1 if "first" in name else 3))
+            best = min(command_seconds(arguments) for _ in range(1 if "first" in name else 3))
             print(f"{name:45} {best[0]:6.2f} s, processor {best[1]:.2f} s", flush=True)
         readers: dict[str, Callable[[retcon.Store], object]] = {"log": retcon.Store.log, "facts": retcon.Store.facts}
         for name, call in readers.items():
-            started = time.perf_counter()
-            call(retcon.Store(store.path))
-            print(f"{name + ', in a process that runs':45} {time.perf_counter() - started:6.2f} s", flush=True)
+            _, took = timed(partial(call, retcon.Store(store.path)))
+            print(f"{name + ', in a process that runs':45} {took:6.2f} s", flush=True)
 
 
-def timed(arguments: tuple[str, ...]) -> tuple[float, float]:
+def command_seconds(arguments: tuple[str, ...]) -> tuple[float, float]:
     """Seconds of one whole command, by the clock and of the processor."""
     started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
     subprocess.run([sys.executable, "-m", "retcon", *arguments], check=True, stdout=subprocess.DEVNULL, env=kept)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    processor = after.ru_utime - used.ru_utime + after.ru_stime - used.ru_stime
-    return time.perf_counter() - started, processor
+    return time.perf_counter() - started, after.ru_utime - used.ru_utime + after.ru_stime - used.ru_stime
 
 
 def rewriting(n: int) -> None:
@@ -99,12 +101,8 @@ def rewriting(n: int) -> None:
     for name in ("jeep", "memit"):
         with TemporaryDirectory() as folder:
             store = retcon.Store.init(Path(folder) / "edits", lm)
-            started = time.process_time()
-            store.edit(lm, cases, retcon.method(name, for_model=lm))
-            edited = time.process_time() - started
-            started = time.process_time()
-            entry = store.revert_fact(lm, cases[0].id)
-            again = time.process_time() - started
+            _, edited = processor(partial(store.edit, lm, cases, retcon.method(name, for_model=lm)))
+            entry, again = processor(partial(store.revert_fact, lm, cases[0].id))
             what = f"{again:.1f} s of it ({again / edited:.0%}), {entry.about['searched']} values searched"
             print(
                 f"{name}: edit of {n} facts {edited:.1f} s of the processor; written again without one {what}",
@@ -124,10 +122,8 @@ def rewriting(n: int) -> None:
 
 def keys_at(lm: retcon.LM, edits: list[Edit], prefixes: Sequence[str], layer: int) -> tuple[Tensor, float]:
     """The edits' keys at a layer, and seconds of the processor that reading them takes."""
-    started = time.process_time()
-    reader = KeyReader(lm, edits, Contexts(tuple(prefixes)))
-    keys, _ = reader.read(Point(layer, "key"), "subject_last", Point(layer, "mlp"))
-    return keys, time.process_time() - started
+    contexts, key, mlp = Contexts(tuple(prefixes)), Point(layer, "key"), Point(layer, "mlp")
+    return processor(lambda: KeyReader(lm, edits, contexts).read(key, "subject_last", mlp)[0])
 
 
 def checking_out(n: int) -> None:
@@ -142,33 +138,21 @@ def checking_out(n: int) -> None:
             files = store.paths(at)
             seconds: dict[str, float] = {}
             for _ in range(3):
-                started = time.process_time()
-                deltas = [retcon.Delta.load(file) for file in files]
-                read = time.process_time() - started
-                started = time.process_time()
-                for delta in deltas:
-                    lm.apply(delta)
-                keep_best(seconds, "applying", time.process_time() - started)
-                keep_best(seconds, "reading", read)
+                deltas, reading = processor(partial(list[retcon.Delta], map(retcon.Delta.load, files)))
+                _, applying = processor(partial(list, map(lm.apply, deltas)))
                 lm.revert_all()
-                started = time.process_time()
-                store.checkout(lm, at)
-                keep_best(seconds, "checkout", time.process_time() - started)
+                _, checkout = processor(partial(store.checkout, lm, at))
                 lm.revert_all()
+                for what, took in {"reading": reading, "applying": applying, "checkout": checkout}.items():
+                    seconds[what] = min(took, seconds.get(what, took))
             print(
                 f"{name}, {len(files)} deltas: checkout {seconds['checkout']:.2f} s of the processor; reading the same "
                 f"files {seconds['reading']:.2f} s, applying them {seconds['applying']:.2f} s",
                 flush=True,
             )
         store.checkout(lm, "HEAD")
-        started = time.process_time()
-        store.checkout(lm, "HEAD~1")
-        print(f"one entry back: {time.process_time() - started:.2f} s", flush=True)
-
-
-def keep_best(seconds: dict[str, float], name: str, took: float) -> None:
-    """Keep the least of what was measured."""
-    seconds[name] = min(took, seconds.get(name, took))
+        _, took = processor(lambda: store.checkout(lm, "HEAD~1"))
+        print(f"one entry back: {took:.2f} s", flush=True)
 
 
 def verifying(n: int) -> None:
@@ -189,9 +173,7 @@ def verifying(n: int) -> None:
             "verify, without the search for who broke what": lambda: verify(store, lm, bisect=False),
         }
         for name, run in runs.items():
-            started = time.process_time()
-            run()
-            print(f"{name}: {n} facts, {time.process_time() - started:.1f} s of the processor", flush=True)
+            print(f"{name}: {n} facts, {processor(run)[1]:.1f} s of the processor", flush=True)
 
 
 if __name__ == "__main__":

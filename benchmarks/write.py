@@ -9,8 +9,6 @@ the disk cache, and in memory. The last column is the largest difference from th
 """
 
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.common import command_line, machine, print_row
+from benchmarks.common import command_line, machine, print_row, timed
 from retcon.memory.moments import pack, unpack
 from retcon.memory.solve import cholesky, ridge_direct, ridge_small
 
@@ -33,12 +31,6 @@ def moment(d: int, seed: int) -> Tensor:
     return c
 
 
-def timed(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    started = time.perf_counter()
-    result = call()
-    return time.perf_counter() - started, result
-
-
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--d", type=int, default=11_008, help="key dimensions")
@@ -51,7 +43,7 @@ def main() -> None:
     c = moment(args.d, args.seed)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "factor.safetensors"
-        made, lower = timed(lambda: cholesky(c)[0])
+        lower, made = timed(lambda: cholesky(c)[0])
         save_file({"factor": pack(lower)}, file)
         print(f"Cholesky factor of C: {made:.2f} s, {file.stat().st_size / 1e6:,.0f} MB on disk\n")
         print(
@@ -60,12 +52,12 @@ def main() -> None:
         )
         for n in args.n:
             k = torch.randn(args.d, n, dtype=torch.float64)
-            direct, wanted = timed(partial(ridge_direct, k, lambda: c, WEIGHT))
-            fresh, _ = timed(partial(ridge_small, k, lambda: c, WEIGHT))
-            disk, found = timed(
+            wanted, direct = timed(partial(ridge_direct, k, lambda: c, WEIGHT))
+            _, fresh = timed(partial(ridge_small, k, lambda: c, WEIGHT))
+            found, disk = timed(
                 partial(ridge_small, k, lambda: c, WEIGHT, factor=lambda: unpack(load_file(file)["factor"], args.d))
             )
-            memory, _ = timed(partial(ridge_small, k, lambda: c, WEIGHT, factor=lambda: lower))
+            _, memory = timed(partial(ridge_small, k, lambda: c, WEIGHT, factor=lambda: lower))
             apart = float((found - wanted).abs().max() / wanted.abs().max())
             cells = [f"{seconds:.2f}" for seconds in (direct, fresh, disk, memory)]
             print_row(f"{n:,}", *cells, f"{direct / disk:.1f}x", f"{apart:.0e}")
