@@ -1,8 +1,12 @@
 """What the benchmark scripts share: cases, moments, and a line about the machine."""
 
 import argparse
+import itertools
+import math
 import os
 import platform
+import random
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -185,6 +189,20 @@ def flops_per_token(block: nn.Module) -> int:
 def ranks(values: Sequence[float]) -> list[float]:
     """Return the place of each value among all, from 0; values that are equal share the mean of theirs."""
     return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
+
+
+def spearman(one: Sequence[float], two: Sequence[float], *, shuffles: int, seed: int = 0) -> tuple[float, float]:
+    """Return the rank correlation and its two-sided p, the share of orders that correlate at least as strongly.
+
+    The orders are all there are; where that is more than twice `shuffles`, as many drawn ones and the one found.
+    """
+    x, y = ranks(one), ranks(two)
+    found = statistics.correlation(x, y)
+    rng = random.Random(seed)
+    few = math.factorial(len(y)) <= 2 * shuffles
+    orders = itertools.permutations(y) if few else (y, *(rng.sample(y, len(y)) for _ in range(shuffles)))
+    as_strong = [abs(statistics.correlation(x, order)) >= abs(found) - 1e-12 for order in orders]
+    return found, sum(as_strong) / len(as_strong)
 
 
 def machine() -> str:

@@ -20,9 +20,6 @@ and STEM.png and .svg are drawn.
 import argparse
 import itertools
 import json
-import math
-import random
-import statistics
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +36,7 @@ from benchmarks.common import (
     machine,
     moments_of,
     print_row,
-    ranks,
+    spearman,
 )
 from retcon.cli.probe.shared import rounded
 from retcon.drawing import figure, save
@@ -128,17 +125,6 @@ def evidence(
     print(f"weak: {'; '.join(advice.weak) or 'no'}")
     print(f"without the norm: low {list(bare.low.layers)}, high {list(bare.high.layers)}\n")
     return found
-
-
-def spearman(one: Sequence[float], two: Sequence[float]) -> tuple[float, float]:
-    """Rank correlation, and the share of orders that correlate at least as strongly (two-sided): of all, or of
-    `SHUFFLES` drawn ones where there are too many."""
-    x, y = ranks(one), ranks(two)
-    found = statistics.correlation(x, y)
-    drawn = random.Random(0)
-    few = math.factorial(len(y)) <= 2 * SHUFFLES
-    orders = list(itertools.permutations(y)) if few else [drawn.sample(y, len(y)) for _ in range(SHUFFLES)]
-    return found, sum(abs(statistics.correlation(x, order)) >= abs(found) - 1e-12 for order in orders) / len(orders)
 
 
 def draw(
@@ -248,7 +234,7 @@ def main() -> None:
             scores = [r["Score"] for r in rows if (r["swept"], r["other"]) == (group, other)]
             if not scores:
                 continue
-            found = [spearman(over_windows(seen[group][what], width), scores) for what in EVIDENCE]
+            found = [spearman(over_windows(seen[group][what], width), scores, shuffles=SHUFFLES) for what in EVIDENCE]
             print_row(group, other, *(f"{rho:+.2f} (p {p:.4f})" for rho, p in found))
     record = {"advice": {group: list(layers) for group, layers in advised.items()}, "evidence by layer": rounded(seen)}
     Path(f"{args.out}.json").write_text(json.dumps(record) + "\n")

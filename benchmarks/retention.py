@@ -1,7 +1,7 @@
 """What is left of earlier edits as more are made: a curve per method, and a picture.
 
     python -m benchmarks.retention run --model demo:gptj --edits 500 --step 10 --out retention.jsonl
-    python -m benchmarks.retention plot retention.jsonl --out retention.svg
+    python -m benchmarks.retention plot retention.jsonl --out retention
 
 Edits come in steps; every step is proposed on top of all before it, and a method's state is handed on. Every `--every`
 edits, all edits so far are measured: Score, ES, GS, and LS. PRUNE is MEMIT's run, restrained at the point of measuring
@@ -17,6 +17,7 @@ from typing import Any
 
 import retcon
 from benchmarks.common import METRICS, add_dataset, add_places, cases_of, command_line, estimated, machine, moments_of
+from retcon.drawing import figure, save
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.methods.common.sequence import in_steps
@@ -69,24 +70,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plot(args: argparse.Namespace) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = "retcon"  # the same picture from the same figures
     rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), sharex=True, constrained_layout=True)
+    made, axes = figure(1, 3, 12, 3.8, sharex=True)
     titles = {"ES": "new answers on edited prompts (ES)", "GS": "on paraphrases (GS)", "LS": "neighbours kept (LS)"}
-    for axis, (metric, title) in zip(axes, titles.items(), strict=True):
+    for axis, (metric, title) in zip(axes[0], titles.items(), strict=True):
         for method, marker in zip(dict.fromkeys(row["method"] for row in rows), MARKERS, strict=False):
             own = [row for row in rows if row["method"] == method]
             axis.plot([r["n"] for r in own], [r[metric] for r in own], marker=marker, markersize=4, label=method)
         axis.set(title=title, xlabel="edits so far", ylim=(0, 102))
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("of all edits so far, %")
-    axes[-1].legend(fontsize=8, loc="lower left")  # where no curve goes
-    figure.savefig(args.out, metadata={"Date": None})
+    axes[0, 0].set_ylabel("of all edits so far, %")
+    axes[0, -1].legend(fontsize=8, loc="lower left")  # where no curve goes
+    print(", ".join(map(str, save(made, args.out))))
 
 
 def main() -> None:
@@ -103,7 +98,7 @@ def main() -> None:
     running.set_defaults(act=run)
     plotting = verbs.add_parser("plot")
     plotting.add_argument("rows", type=Path)
-    plotting.add_argument("--out", type=Path, required=True)
+    plotting.add_argument("--out", required=True, metavar="STEM", help="writes STEM.png and STEM.svg")
     plotting.set_defaults(act=plot)
     args = parser.parse_args()
     args.act(args)

@@ -7,20 +7,21 @@ measured whole, with its low layers only and with its high ones only. A margin i
 old one's (geometric mean over tokens), on the edit's prompt and, averaged, on its paraphrases; means over edits.
 Interaction: margin(both) - margin(low) - margin(high) + margin(none), above 0 where the writes need each other, below 0
 where either would do. Last columns: Spearman's rank correlation of the interaction on the prompt with the margin on
-paraphrases, and p from 2,000 shuffles.
+paraphrases, and its p by permutation (`common.spearman`).
 """
 
-import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
 import retcon
-from benchmarks.common import cases_of, command_line, jeep_of, machine, moments_of, print_row, ranks
+from benchmarks.common import cases_of, command_line, jeep_of, machine, moments_of, print_row, spearman
 from retcon.delta import Delta
 from retcon.edits import Case
 from retcon.evaluation import evaluate
 from retcon.lm.model import LM
+
+SHUFFLES = 2000
 
 
 def main() -> None:
@@ -45,7 +46,11 @@ def main() -> None:
             interactions[asked] = found
             cells = [f"{statistics.mean(values):.2f}" for values in (none, only_low, only_high, both, found)]
             cells.append(f"{100 * sum(x < 0 for x in found) / len(found):.0f} %")
-            cells += correlated(interactions["prompt"], both, args.seed) if asked == "paraphrases" else ["", ""]
+            if asked == "paraphrases":
+                rho, p = spearman(interactions["prompt"], both, shuffles=SHUFFLES, seed=args.seed)
+                cells += [f"{rho:+.2f}", f"{p:.4f}"]
+            else:
+                cells += ["", ""]
             print_row(searched, asked, *cells)
 
 
@@ -65,16 +70,6 @@ def margins(lm: LM, cases: Sequence[Case], delta: Delta | None) -> list[dict[str
         if record.when == wanted and record.variant == "cf.magnitude" and asked and record.value is not None:
             found[record.case_id or ""][asked].append(record.value)
     return [{asked: statistics.mean(values) for asked, values in found[case.id].items()} for case in cases]
-
-
-def correlated(one: Sequence[float], two: Sequence[float], seed: int) -> list[str]:
-    """Spearman's correlation and its p, for people."""
-    rng = random.Random(seed)
-    x, y = ranks(one), ranks(two)
-    observed = statistics.correlation(x, y)
-    shuffled = [statistics.correlation(x, rng.sample(y, len(y))) for _ in range(2000)]
-    p = (1 + sum(abs(r) >= abs(observed) for r in shuffled)) / (1 + len(shuffled))
-    return [f"{observed:+.2f}", f"{p:.4f}"]
 
 
 if __name__ == "__main__":
