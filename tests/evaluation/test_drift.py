@@ -50,6 +50,9 @@ def test_perplexity_is_that_of_each_token_in_its_window(tiny: Make) -> None:
     with torch.no_grad():
         loss = lm.model(torch.tensor([ids]), labels=torch.tensor([ids])).loss
     assert whole.nll == pytest.approx(float(loss), abs=1e-5)
+    assert lm.context_length == 128
+    long = TEXT * 10  # of a text that is too long for the model, half a window is read anew
+    assert perplexity(lm, long) == perplexity(lm, long, window=128, stride=64) != perplexity(lm, long, stride=32)
     assert perplexity(lm, TEXT, max_tokens=5).n_tokens == 4
     with pytest.raises(InvalidSetting, match="has no perplexity"):
         perplexity(lm, TEXT, max_tokens=1)

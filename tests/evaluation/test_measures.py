@@ -11,12 +11,13 @@ from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidSetting
 from retcon.evaluation import Evaluation, Measures, evaluate
 from retcon.evaluation.measure import derive_seed
-from retcon.evaluation.metrics.consistency import References, TfIdf
+from retcon.evaluation.metrics.consistency import References, TfIdf, consistency
 from retcon.evaluation.metrics.fluency import Fluency, fluency, word_tokenizer
 from retcon.evaluation.score import Item, score, score_rows
 from retcon.evaluation.writing import PRESETS
 from retcon.lm.generate import generate
 from retcon.lm.model import LM
+from retcon.lm.prompts import Row
 from tests.evaluation.test_measure import CASES, bump
 
 Make = Callable[..., LM]
@@ -65,18 +66,19 @@ def test_romes_fluency_samples_by_case_and_query_and_reads_the_prompt_too(tiny: 
 
 def test_consistency_and_essence(tiny: Make) -> None:
     lm = tiny(n_layers=1)
-    passage = "The capital of Italy is Rome."
-    references = References({("P36", "Q1"): [passage]}, {"France": [passage]}, TfIdf.fit([passage, "no"]))
+    *own, others = (w.text for w in generate(lm, ["France is", "He lived", "Łódź and"], PRESETS["fluency"]))
+    passage = f"The capital of Italy is Rome. {own[0]}"
+    tfidf = TfIdf.fit([passage, *own, others])
+    about = ["The capital of Italy is Rome.", "He lived in Milan."]
+    references = References({("P36", "Q1"): [passage]}, {"France": about}, tfidf)
     found = evaluate(lm, [WRITER, CASES[1]], measures=Measures(references=references))
     by_case = {r.case_id: r for r in found.records if r.metric == "consistency"}
-    assert by_case["w"].value is not None
-    assert 0 <= by_case["w"].value <= 1
+    assert by_case["w"].value == consistency([own[0], own[0], own[1]], [passage], tfidf).value
     assert (by_case["lodz"].status, by_case["lodz"].detail) == ("skipped", "no reference passages")
     (essence,) = (r for r in found.records if r.metric == "essence")
-    first, rest = passage.split(" ", 1)
-    assert essence.value is not None
-    assert essence.value > 0
-    assert (first, rest) == ("The", "capital of Italy is Rome.")
+    scores = score_rows(lm, [Row(lm.encode(text).ids, 1) for text in about])
+    logp = [p for score in scores for p in score.logp]
+    assert essence.value == pytest.approx(-math.fsum(logp) / len(logp))
 
 
 def test_a_judge_decides(tiny: Make) -> None:
@@ -129,12 +131,9 @@ def test_neighbours_behind_the_edited_statement(tiny: Make) -> None:
     assert [r for r in found.records if r not in more] == plain.records
     prompt = "The capital of France is Rome. The capital of Italy is"
     new, old = score(lm, [Item(prompt, "Rome"), Item(prompt, "Paris")])
-    (value,) = (
-        r.value
-        for r in more
-        if (r.case_id, r.query_id, r.variant) == ("france", "neighborhood/0+edit", "cf.prob_mean+edit")
-    )
-    assert value == float(old.nll_mean < new.nll_mean)
+    values = {r.variant: r.value for r in more if (r.case_id, r.query_id) == ("france", "neighborhood/0+edit")}
+    assert values["cf.prob_mean+edit"] == float(old.nll_mean < new.nll_mean)
+    assert values["cf.magnitude+edit"] == pytest.approx(math.exp(-old.nll_mean) - math.exp(-new.nll_mean))
 
 
 def test_easyedits_token_accuracy_beside_another_family(tiny: Make) -> None:

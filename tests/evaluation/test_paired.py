@@ -2,6 +2,7 @@
 
 import pytest
 
+from retcon.evaluation.intervals import Interval
 from retcon.evaluation.paired import differences
 from retcon.evaluation.records import Record
 from tests.evaluation.test_results import axis
@@ -45,6 +46,23 @@ def test_pairing_is_sharper_than_the_two_apart() -> None:
     assert es.interval is not None
     assert es.clear
     assert es.interval.half_width == pytest.approx(0, abs=1e-12)
+
+
+def es_interval(subjects: str, seed: int = 0) -> Interval:
+    """Of eight cases with these subjects, half of which one method gets right and the other does not."""
+    one = axis("rewrite", "ES", {case: [1 - i / 100 if i < 4 else 0] for i, case in enumerate("abcdefgh")})
+    named = [r._replace(subject=subjects[i]) for i, r in enumerate(one)]
+    (found,) = differences(named, [r._replace(value=0.0) for r in named], seed=seed, n_resamples=200)
+    assert found.interval is not None
+    return found.interval
+
+
+def test_cases_that_share_a_subject_are_drawn_together() -> None:
+    assert es_interval("AAAABBBB").half_width > 1.2 * es_interval("ABCDEFGH").half_width
+
+
+def test_the_seed_is_the_bootstraps() -> None:
+    assert es_interval("ABCDEFGH", seed=1) == es_interval("ABCDEFGH", seed=1) != es_interval("ABCDEFGH", seed=2)
 
 
 def test_only_common_cases_and_metrics_count() -> None:

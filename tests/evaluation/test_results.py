@@ -124,6 +124,15 @@ def test_before_and_after_with_the_paired_change_of_locality() -> None:
     assert summary["LS"].post.value == pytest.approx(0.75)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("family", "kind"), [("cf.prob_mean", "ci.case"), ("zsre.tok", "ci.boot")])
+def test_a_change_is_no_share_even_where_nothing_changed(family: str, kind: str) -> None:
+    values: dict[str, Iterable[float]] = {f"c{i}": [1] for i in range(8)}
+    both = [r for when in ("pre", "final") for r in axis("neighborhood", "LS", values, variant=family, when=when)]
+    line = Evaluation(both).summary()["LS", f"{family.split('.')[0]}.ls.delta"]
+    assert line.post is not None
+    assert (line.post.value, line.post.interval) == (0, Interval(kind, 0, 0))
+
+
 def test_locality_with_and_without_contaminated_neighbours() -> None:
     records = [
         *axis("neighborhood", "LS", {"a": [1, 1]}),

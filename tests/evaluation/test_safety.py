@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from retcon.chat import Chat
 from retcon.delta import Delta, Dense
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidSetting
+from retcon.evaluation.drift import perplexity
 from retcon.evaluation.intervals import ci_wilson
 from retcon.evaluation.made import Made, with_made_queries
 from retcon.evaluation.safety import Thresholds, Verdict, check
@@ -76,6 +78,18 @@ def test_a_wrecked_model_fails_and_says_where(tiny: Callable[..., LM]) -> None:
     assert worst[0].wanted == "as before"
     assert "% of answers to other questions stay as they were (95 % interval" in verdict["local"].words
     assert "lower bound shall be 80 % or more; 3 cases)" in verdict["local"].words
+
+
+def test_a_change_that_makes_other_text_unlikelier_fails_for_the_language(tiny: Callable[..., LM]) -> None:
+    lm, head = tiny(n_layers=2), "lm_head.weight"
+    sure = lm.delta({head: [Dense(full=50 * lm.parameter(head).detach())]})  # of the same words, right or wrong
+    base = perplexity(lm, TEXT).ppl
+    with lm.edited(sure):
+        edited = perplexity(lm, TEXT).ppl
+    verdict = check(lm, cases(lm), [sure], text=TEXT)
+    assert (verdict["language"].value, verdict["language"].before) == (edited / base, base)
+    assert edited > 2 * base
+    assert (verdict["local"].value, outcomes(verdict)["language"]) == (1, "failed")
 
 
 def test_one_prompt_in_two_chats_has_a_text_of_each(monkeypatch: pytest.MonkeyPatch, tiny: Callable[..., LM]) -> None:
@@ -167,6 +181,8 @@ def test_the_lower_bound_is_held_against_the_threshold(tiny: Callable[..., LM]) 
     one = check(lm, asked[:1], [zero(lm)], text=TEXT)
     assert outcomes(one)["local"] == "unknown"
     assert not one.safe
+    twice = check(lm, [asked[0], replace(asked[0], id="again")], [zero(lm)], text=TEXT)["local"]
+    assert (twice.n, twice.interval) == (2, ci_wilson(1.0, 1))  # two cases of one subject are one observation
 
 
 def test_a_model_loaded_from_elsewhere(tiny: Callable[..., LM]) -> None:
