@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from retcon.attachment import Beside, Hook
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, NonFinite
 from retcon.lm.model import LM
@@ -91,6 +92,29 @@ def test_completeness(family, kind, tiny, edits):
         without = mean_f(lm, edits, joint)
     total = sum(s.sum() for s in attribute(lm, edits, sites, joint))
     assert_close(total, mean_f(lm, edits, joint) - without, rtol=0, atol=1e-10)
+
+
+class Bent(Beside):
+    """Bends what a module puts out, and adds to it."""
+
+    kind = "bent"
+
+    def hooks(self) -> list[Hook]:
+        return [Hook(self.settings["module"], lambda _, out: out + torch.tanh(5 * out.flip(-1)) + 0.5)]
+
+
+@pytest.mark.parametrize("module", ["mlp", "mlp.c_proj", "mlp.dropout"])
+def test_completeness_where_an_attachment_acts_on_the_mlp(module, tiny, edits):
+    """The output of the down-projection does not enter the stream as it is."""
+    lm = tiny("gpt2")
+    site, how = lm.site(1, "down_proj"), Attribution(**GAUSS | dict(n_points=64))
+    with lm.edited(Bent(base=lm.fingerprint(), settings={"module": f"transformer.h.1.{module}"})):
+        (scores,) = attribute(lm, edits, [site], how)
+        with scaled([site], 0.0):
+            without = mean_f(lm, edits, how)
+        assert_close(scores.sum(), mean_f(lm, edits, how) - without, rtol=0, atol=1e-8)
+        (by_hand,) = by_weight_gradients(lm, edits, [site], how)
+    assert_close(scores, by_hand.sum(1), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("family", ["gemma4_text", "lfm2"])

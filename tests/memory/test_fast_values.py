@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import retcon
+from retcon.attachment import Beside, Hook
 from retcon.edits import Edit
 from retcon.errors import NonFinite, OutOfMemory, RetconWarning
 from retcon.lm.forward import Point
@@ -89,6 +90,22 @@ def exactness(family: str) -> float:
 def test_fast_and_plain_agree(family: str, sites: str, tiny: Callable[..., LM], mixed: list[Edit]) -> None:
     fast, plain = both(tiny(family), mixed, SITES[sites])
     agree(fast, plain, exactness(family))
+
+
+class Doubling(Beside):
+    """Doubles what an MLP puts out."""
+
+    kind = "doubling"
+
+    def hooks(self) -> list[Hook]:
+        return [Hook("model.layers.1.mlp", lambda _, out: 2 * out)]
+
+
+def test_fast_and_plain_agree_where_an_attachment_acts_on_the_mlp(tiny: Callable[..., LM], mixed: list[Edit]) -> None:
+    lm = tiny("llama")
+    with lm.edited(Doubling(base=lm.fingerprint())):
+        fast, plain = both(lm, mixed, (LOW,))
+    agree(fast, plain, exactness("llama"))
 
 
 @pytest.mark.parametrize("family", everyday("llama", of=[family for family in FAMILIES if family in CORE]))

@@ -27,6 +27,11 @@ class Hung:
         return self.hook.call(inputs, output)
 
 
+def hooked(block: nn.Module) -> bool:
+    """Return whether an attachment that is attached acts on a module of the block."""
+    return any(isinstance(hook, Hung) for module in block.modules() for hook in module._forward_hooks.values())
+
+
 class Hooks:
     """Brings the hooks of attachments onto a model and takes them off."""
 

@@ -25,6 +25,7 @@ from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_probs, logits_at, run
+from retcon.lm.hooks import hooked
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.replay import ReplayState, replaying, token_numbers
@@ -247,7 +248,7 @@ def _adds_to_the_stream(lm: LM, site: Site) -> bool:
     kind = lm.kinds[site.layer]
     if site.expert is not None:  # a shared expert's gate is not theirs
         kind = replace(kind, gated_shared=False)
-    return site.kind == "down_proj" and kind.adds_mlp_output
+    return site.kind == "down_proj" and kind.adds_mlp_output and not hooked(lm.block(site.layer))
 
 
 def _after_block(lm: LM, copies: _Copies, sites: Sequence[Site], below: _Below, how: Attribution) -> Iterator[Captured]:

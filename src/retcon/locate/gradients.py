@@ -93,8 +93,8 @@ def catch(
 
     with ExitStack() as stack, torch.enable_grad():
         for site in sites:
-            if site.expert is None:
-                stack.callback(site.module.register_forward_hook(hook(site)).remove)
+            if site.expert is None:  # before the hooks of attachments: W x is what the module itself puts out
+                stack.callback(site.module.register_forward_hook(hook(site), prepend=True).remove)
             else:
                 stack.enter_context(changed(site.module, [expert_change(site, site.expert)]))
         objective = forward()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from retcon.edits import Edit
 from retcon.lm.forward import Point
+from retcon.lm.hooks import hooked
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
 from retcon.lm.replay import suffix_starts
@@ -64,4 +65,4 @@ def _adds_to_the_output(lm: LM, point: Point) -> bool:
     if point.tensor == "block":
         return True
     summand = point.tensor == "mlp" or (point.tensor == "attn" and lm.layout.parallel)
-    return summand and lm.layout.adds_mlp_output
+    return summand and lm.layout.adds_mlp_output and not hooked(lm.block(point.layer))
