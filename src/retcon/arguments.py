@@ -1,6 +1,6 @@
 """Checks of arguments that many functions take."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any, get_args
 
 from retcon.errors import InvalidSetting
@@ -26,3 +26,9 @@ def check_choice(value: Any, known: Any, what: str) -> None:
     """Raise InvalidSetting where `value` is none of the `Literal` type `known`; `what` it is, for the message."""
     if value not in get_args(known):
         raise InvalidSetting(f"unknown {what} {value!r}; known: {', '.join(get_args(known))}")
+
+
+def check_some(given: Sized, what: str) -> None:
+    """Raise InvalidSetting where nothing is given; `what` is wanted, for the message."""
+    if not len(given):
+        raise InvalidSetting(f"no {what} were given; at least one is wanted")

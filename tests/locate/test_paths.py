@@ -10,6 +10,7 @@ from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
 from retcon.locate.paths import Slot, assess, choose, covering, k_best, node_scores, paths, rank_aligned, slots_of
+from retcon.methods.ctp import Ctp
 from retcon.training.objective import AnswerLoss, answer_nll, answer_rows
 
 FROM_GRADIENT = ("z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight")
@@ -261,3 +262,13 @@ def test_what_cannot_be_is_refused(tiny, edit):
     slots = slots_of(tiny("llama"))
     with pytest.raises(InvalidSetting, match="60 positive and 5 negative paths asked for; a slot has 64 nodes"):
         choose(slots, [torch.rand(64)] * 8, 60, 5, "rank_aligned")
+    with pytest.raises(InvalidSetting, match="-3 positive and 1 negative paths asked for; neither can be below 0"):
+        choose(slots, [torch.rand(64)] * 8, -3, 1, "rank_aligned")
+    with pytest.raises(InvalidSetting, match="no edits were given"):
+        paths(tiny("llama"), [])
+
+
+@pytest.mark.parametrize("select", ["rank_aligned", "k_best"])
+def test_there_may_be_no_negative_paths(select, tiny, edit):
+    assert not paths(tiny("llama"), [edit], select=select, n_negative=0).negative.nodes
+    assert Ctp(select=select, n_negative=0, epochs=1).propose(tiny("llama"), [edit]).changes

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.arguments import check_choice
+from retcon.arguments import check_choice, check_some
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.model import LM, require_lm
@@ -186,7 +186,7 @@ def assess(
         seed: draws `random` scores.
 
     Raises:
-        InvalidSetting: no such score or pool.
+        InvalidSetting: no such score or pool, or no edits to score by.
         NonFinite: a gradient is NaN or infinite; the message names the parameter.
     """
     check_choice(score, Score, "score of nodes")
@@ -194,6 +194,7 @@ def assess(
     if score == "random":
         generator = generator_of(seed)
         return [torch.rand(slot.n_nodes, generator=generator) for slot in slots]
+    check_some(edits, "edits")
     rows = answer_rows(lm, edits)
     with lm.frozen_eval():
         if pool == "per_edit":
@@ -289,6 +290,8 @@ def k_best(scores: Sequence[Float[Tensor, " nodes"]], n: int, *, lowest: bool = 
     Best-first search over rank tuples: from each path popped, those that go one rank deeper in one slot are pushed.
     Every path but the best has such a predecessor of at least its score, so the pops come in order.
     """
+    if n == 0:
+        return Paths((), ())
     # n paths never need ranks below the n-th
     ranked = [_ranked(s, min(n, len(s)), lowest) for s in scores]
     sign = -1.0 if lowest else 1.0
@@ -366,9 +369,11 @@ def choose(
         coverage: takes as many paths into T+ as hold this share of the scores (`covering`), whatever `n_positive` is.
 
     Raises:
-        InvalidSetting: no such selection, or a slot has fewer nodes than both need.
+        InvalidSetting: no such selection, a number below 0, or a slot has fewer nodes than both need.
     """
     check_choice(select, Select, "selection of paths")
+    if n_positive < 0 or n_negative < 0:
+        raise InvalidSetting(f"{n_positive} positive and {n_negative} negative paths asked for; neither can be below 0")
     kept = tuple(s.cpu() for s in scores)
     if coverage is not None:
         n_positive = covering(kept, coverage, n_negative)
