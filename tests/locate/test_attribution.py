@@ -12,6 +12,7 @@ from retcon.errors import InvalidEdit, InvalidSetting, NonFinite
 from retcon.lm.model import LM
 from retcon.lm.site import Site
 from retcon.locate.attribution import Attribution, answer_probabilities, attribute, select
+from retcon.locate.neurons import attribute_neurons
 from retcon.training.objective import answer_rows
 from tests.conftest import FAMILIES, everyday
 
@@ -300,6 +301,18 @@ def test_selection_takes_more_values_than_torch_quantile(randn):
     assert sum(map(len, chosen)) == 1000
     least = min(float(s[c].min()) for s, c in zip(scores, chosen, strict=True))
     assert 1000 <= sum(int((s >= least).sum()) for s in scores) < 1010  # a rand has some ties
+
+
+def test_something_is_attributed(tiny, edits):
+    lm, how = tiny("gpt2"), Attribution(n_points=1)
+    with pytest.raises(InvalidSetting, match="no facts were given"):
+        attribute(lm, [], sites_of(lm), how)
+    with pytest.raises(InvalidSetting, match="no sites were given"):
+        attribute(lm, edits, [], how)
+    with pytest.raises(InvalidSetting, match="no facts were given"):
+        answer_probabilities(lm, [], how)
+    with pytest.raises(InvalidSetting, match="no rows were given"):
+        attribute_neurons(lm, [])
 
 
 def test_selection_refuses_what_it_cannot_rank():

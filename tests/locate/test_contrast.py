@@ -144,6 +144,12 @@ def test_what_cannot_be_contrasted_is_left_out_and_said(still: Still) -> None:
         contrast_probe(lm, EDITS, tensors=("key",))
 
 
+@pytest.mark.parametrize("what", ["positions", "tensors", "norms"])
+def test_a_probe_looks_somewhere(what: str, still: Still) -> None:
+    with pytest.raises(InvalidSetting, match=f"no {what} were given; at least one is wanted"):
+        contrast_probe(still("gptj"), EDITS, **{what: ()})
+
+
 def test_a_broken_state_is_refused(tiny: Callable[..., LM]) -> None:
     lm = tiny("gptj")
     with torch.no_grad():

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from retcon.arguments import check_choice
+from retcon.arguments import check_choice, check_some
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
@@ -128,11 +128,13 @@ def attribute(
         the weights' dtype where that is wider.
 
     Raises:
-        InvalidSetting: no such unit.
+        InvalidSetting: no such unit, no facts or no sites.
         InvalidEdit: the answer asked for is missing.
         NonFinite: a score is NaN or infinite; the message names the parameter.
     """
     check_choice(unit, Granularity, "unit of an attribution")
+    check_some(facts, "facts")
+    check_some(sites, "sites")
     totals: dict[str, Tensor] = {}
     done = 0
     with lm.frozen_eval():
@@ -156,6 +158,7 @@ def attribute(
 
 def answer_probabilities(lm: LM, facts: Sequence[Edit], how: Attribution) -> Float[Tensor, " n_facts"]:
     """F of each fact on the weights as they are: the sum over answer tokens of P."""
+    check_some(facts, "facts")
     rows = answer_rows(lm, facts, how.answer)
     one = torch.ones(1, dtype=torch.float64)
     with lm.frozen_eval(), torch.no_grad():

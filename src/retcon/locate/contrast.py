@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retcon.arguments import check_choice, list_of_texts
+from retcon.arguments import check_choice, check_some, list_of_texts
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
@@ -170,7 +170,7 @@ def contrast_probe(
         progress: hears (edits done, edits).
 
     Raises:
-        InvalidSetting: an unknown position or tensor, no edits, or none that can be probed.
+        InvalidSetting: an unknown position or tensor, none of them, no edits, or none that can be probed.
         UnsupportedModel: with the final norm, the last block's output does not give the model's own logits.
         NonFinite: a state or a probability is NaN or infinite.
     """
@@ -179,6 +179,8 @@ def contrast_probe(
         check_choice(where, Where, "position")
     if odd := [t for t in tensors if t not in PROJECTED]:
         raise InvalidSetting(f"cannot read {', '.join(odd)} as next tokens; known: {', '.join(PROJECTED)}")
+    for name, given in (("positions", positions), ("tensors", tensors), ("norms", norms)):
+        check_some(given, name)
     edits = list(edits)
     skipped = {
         e.id: "it names no subject" if e.subject is None else "the subject does not occur in the prompt"

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from retcon.arguments import check_choice
+from retcon.arguments import check_choice, check_some
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_probs, logits_at, run
@@ -59,10 +59,11 @@ def attribute_neurons(
         weights' dtype where that is wider.
 
     Raises:
-        InvalidSetting: an unknown grid or neuron, or no points.
+        InvalidSetting: an unknown grid or neuron, no points or no rows.
         NonFinite: a score is NaN or infinite.
     """
     check_choice(neuron, Neuron, "neuron")
+    check_some(rows, "rows")
     points = grid_points(n_points, grid)
     d_ff = lm.site(0, "down_proj").shape[1]
     wide = torch.promote_types(lm.dtype, torch.float32)
