@@ -389,6 +389,11 @@ def case_record(case: Case) -> dict[str, Any]:
     }
 
 
+def cases_hash(cases: Iterable[Case]) -> str:
+    """SHA-256 of all that the cases hold, as `write_cases` writes it."""
+    return hashlib.sha256(json.dumps([case_record(case) for case in cases]).encode()).hexdigest()
+
+
 def edit_record(edit: Edit) -> dict[str, Any]:
     """Return the edit's fields, those that are None left out, but for a subject that is missing on purpose."""
     return _without_none(asdict(edit)) | ({"subject": None} if edit.subject is None else {})

@@ -1,11 +1,13 @@
 """Code of the user's own, by "module:name" or by a name that an installed package announces."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from retcon.errors import InvalidSetting
@@ -47,3 +49,16 @@ def named_function(name: str, group: str, what: str) -> Callable[..., Any]:
     if not callable(found):
         raise InvalidSetting(f"the {what} {name!r} is no function but {type(found).__name__}")
     return found
+
+
+def code_hash(found: Any) -> str | None:
+    """SHA-256 of the files that a function, or a class and its bases, are written in, ours and Python's left out; None
+    where there is none."""
+    written = found.__mro__ if isinstance(found, type) else (found,)
+    modules = sorted({each.__module__ for each in written})
+    own = [name for name in modules if name.partition(".")[0] not in ("retcon", *sys.stdlib_module_names)]
+    try:
+        files = [Path(str(sys.modules[name].__file__)).read_bytes() for name in own]
+    except (KeyError, AttributeError, OSError):  # typed at a prompt, or in a notebook
+        return None
+    return hashlib.sha256(b"".join(files)).hexdigest() if files else None

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -296,6 +297,54 @@ def test_the_unedited_model_is_measured_once_for_all(
         run_bench(both, tmp_path / "three")
     assert looked == [4, 3, 4, 3]
     assert results(tmp_path / "three") == results(tmp_path / "one")
+
+
+OWN = """
+def facts(row):
+    return {{"id": row["n"], "prompt": {prompt!r}, "subject": row["who"], "target_new": "Rome"}}
+
+def metric(case, texts, unedited):
+    return {{"m": {value}}}
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path: Path, spec: BenchSpec, monkeypatch: pytest.MonkeyPatch) -> Callable[..., BenchSpec]:
+    """Write a format and a metric of one's own, or write them again; returns a benchmark that uses both."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    rows = [{"n": str(i), "who": who} for i, who in enumerate(("France", "Milan"))]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    def write(prompt: str = "The capital of {} is", value: float = 0.25) -> BenchSpec:
+        (tmp_path / "own_of_tests.py").write_text(OWN.format(prompt=prompt, value=value))
+        monkeypatch.delitem(sys.modules, "own_of_tests", raising=False)
+        return dataclasses.replace(
+            spec,
+            datasets=(DatasetSpec(path="rows.json", format="own_of_tests:facts"),),
+            protocols=(Protocol(kind="batch"),),
+            measures=MeasureSpec(max_new_tokens=1, metrics=("own_of_tests:metric",)),
+            text=None,
+        )
+
+    return write
+
+
+def test_the_unedited_model_is_measured_again_once_a_format_or_a_metric_is_another(
+    own_code: Callable[..., BenchSpec], tmp_path: Path
+) -> None:
+    def before(place: str, **code: Any) -> tuple[list[str], set[float | None]]:
+        run_bench(own_code(**code), tmp_path / place)
+        (run,) = read_bench(tmp_path / place).runs
+        texts = [row["text"] for row in run.texts if row["when"] == "pre"]
+        return texts, {r.value for r in run.at("pre") if r.variant == "own_of_tests:metric"}
+
+    texts, _ = before("first")
+    assert before("another metric", value=0.75) == (texts, {0.75})
+    other, _ = before("another format", prompt="He saw {} and")
+    shutil.rmtree(tmp_path / "cache")
+    assert before("anew", prompt="He saw {} and") == (other, {0.25})
+    assert other != texts
 
 
 def test_another_benchmark_in_the_directory_is_refused_with_what_differs(spec: BenchSpec, tmp_path: Path) -> None:

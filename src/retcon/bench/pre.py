@@ -11,11 +11,12 @@ from torch import Tensor
 from retcon.bench.manifest import bench_versions, measures_record
 from retcon.bench.spec import MeasureSpec
 from retcon.checked import Kind, as_bytes, cached, from_bytes, keep
-from retcon.evaluation.datasets import LoadReport
+from retcon.edits import cases_hash
 from retcon.evaluation.measure import measure
-from retcon.evaluation.plan import Measures, QueryPlan
+from retcon.evaluation.plan import Measures, QueryPlan, own_metric
 from retcon.evaluation.records import encode_records, parse_records
 from retcon.evaluation.results import Evaluation
+from retcon.extensions import code_hash
 from retcon.files import cache_dir
 from retcon.lm.model import LM
 from retcon.lm.tokenizer import chat_hash
@@ -23,22 +24,24 @@ from retcon.lm.tokenizer import chat_hash
 UNEDITED = Kind("records of an unedited model", format=2, computation=1)
 
 
-def unedited(lm: LM, plan: QueryPlan, measures: Measures, asked: MeasureSpec, report: LoadReport) -> Evaluation:
-    """Return the unedited model on the plan's cases, from the cache where it is there."""
+def unedited(lm: LM, plan: QueryPlan, measures: Measures, asked: MeasureSpec) -> Evaluation:
+    """Return the unedited model on the plan's cases, from the cache where it is there; not kept where a metric's code
+    cannot be known again."""
+    code = {name: code_hash(own_metric(name)) for name in measures.metrics}
+    if None in code.values():
+        return measure(lm, plan, measures, "pre")
     key = {
         "model": lm.fingerprint(),
         "dtype": str(lm.dtype),
         "device": lm.device.type,
         "tokenizer": chat_hash(lm.tokenizer),
         "end_tokens": sorted(lm.end_tokens),
-        "dataset": report.sha256,
-        "format": report.format,
-        "options": dict(report.options),
-        "cases": [case.id for case in plan.cases],
+        "cases": cases_hash(plan.cases),
         "measures": measures_record(asked) | {"seed": measures.seed},
+        "code": code,
         "versions": bench_versions(),
     }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_dir() / "pre" / f"{name}.safetensors"
     kept = cached(path, UNEDITED, key)
     if kept is not None:

@@ -28,7 +28,7 @@ from retcon.bench.pre import unedited
 from retcon.bench.protocol import Setting, n_units, run_units
 from retcon.bench.spec import MEASURE_FILES, BenchSpec, Cell, MethodSpec, ModelSpec, Protocol
 from retcon.bench.units import Unit, Units
-from retcon.edits import Case, Edit
+from retcon.edits import Case, Edit, cases_hash
 from retcon.errors import InvalidSetting, RetconError, RetconWarning
 from retcon.evaluation.ability import ability
 from retcon.evaluation.datasets import Loaded, LoadReport
@@ -223,7 +223,7 @@ class CellRunner:
         self.moments: Any = TimedMoments(moments_for(self.lm, model.corpus), clock=clock)
         self.text = None if spec.text is None else read_prose(spec.text)
         self.measures = _measures(spec)
-        self._plans: dict[str, tuple[QueryPlan, Evaluation]] = {}
+        self._plans: dict[tuple[str, int], tuple[QueryPlan, Evaluation]] = {}
         self._perplexity: Perplexity | None = None
         self._unedited = self._whole_model("pre", 0)
         self.n_cases = {dataset: len(cases) for dataset, (cases, _) in loaded.items()}
@@ -274,7 +274,7 @@ class CellRunner:
             return line
         watch(Event(cell, 0, total, run_id=identity))
         measures = replace(self.measures, seed=cell.seed)
-        plan, before = self._plan(chosen, report, measures)
+        plan, before = self._plan(chosen, measures)
         pre_records = [*before.records, *self._unedited]
 
         kept = ValueCache(root / VALUES)
@@ -320,15 +320,13 @@ class CellRunner:
         watch(Event(cell, total, total, evaluation, run_id=identity))
         return line
 
-    def _plan(self, chosen: Sequence[Case], report: LoadReport, measures: Measures) -> tuple[QueryPlan, Evaluation]:
+    def _plan(self, chosen: Sequence[Case], measures: Measures) -> tuple[QueryPlan, Evaluation]:
         """Return the cases tokenised, and the unedited model on them: once for all methods, and kept in the cache."""
-        key = json.dumps(
-            [report.sha256, dict(report.options), [case.id for case in chosen], measures.seed], default=str
-        )
+        key = cases_hash(chosen), measures.seed
         if key not in self._plans:
             self._plans.clear()  # one at a time: methods follow each other on the same cases
             plan = plan_queries(self.lm, chosen, measures)
-            self._plans[key] = plan, unedited(self.lm, plan, measures, self.spec.measures, report)
+            self._plans[key] = plan, unedited(self.lm, plan, measures, self.spec.measures)
         return self._plans[key]
 
     def _whole_model(self, when: When, step: int) -> list[Record]:

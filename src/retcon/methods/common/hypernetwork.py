@@ -5,7 +5,6 @@ gradient and which loss, the methods say.
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.checked import Kind, read_checked, write_checked
-from retcon.edits import Case, case_record, check_edits
+from retcon.edits import Case, cases_hash, check_edits
 from retcon.errors import InvalidSetting, MalformedFile, WrongBase
 from retcon.evaluation.metrics import is_locality
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
@@ -387,7 +386,7 @@ def fit_editor(
         "method": method.name,
         "settings": settings,
         "fingerprint": fingerprint,
-        "cases": _digest(cases),
+        "cases": cases_hash(cases),
         "seed": seed,
     }
     unfinished = out.with_name(out.name + ".unfinished")
@@ -415,10 +414,6 @@ def fit_editor(
     write_editor(out, method.name, network, about)
     unfinished.unlink(missing_ok=True)
     return out
-
-
-def _digest(cases: Sequence[Case]) -> str:
-    return hashlib.sha256(json.dumps([case_record(case) for case in cases]).encode()).hexdigest()
 
 
 # --- the trained file ----------------------------------------------------------------------------------------------
