@@ -300,6 +300,11 @@ def test_the_unedited_model_is_measured_once_for_all(
 
 
 OWN = """
+from tests.bench.test_bench import NoiseSettings
+
+class Own(NoiseSettings):
+    size_of_mine = {size}
+
 def facts(row):
     return {{"id": row["n"], "prompt": {prompt!r}, "subject": row["who"], "target_new": "Rome"}}
 
@@ -310,17 +315,18 @@ def metric(case, texts, unedited):
 
 @pytest.fixture
 def own_code(tmp_path: Path, spec: BenchSpec, monkeypatch: pytest.MonkeyPatch) -> Callable[..., BenchSpec]:
-    """Write a format and a metric of one's own, or write them again; returns a benchmark that uses both."""
+    """Write a method, a format and a metric of one's own, or write them again; returns a benchmark that uses them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     rows = [{"n": str(i), "who": who} for i, who in enumerate(("France", "Milan"))]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
 
-    def write(prompt: str = "The capital of {} is", value: float = 0.25) -> BenchSpec:
-        (tmp_path / "own_of_tests.py").write_text(OWN.format(prompt=prompt, value=value))
+    def write(prompt: str = "The capital of {} is", value: float = 0.25, size: float = 0.3) -> BenchSpec:
+        (tmp_path / "own_of_tests.py").write_text(OWN.format(prompt=prompt, value=value, size=size))
         monkeypatch.delitem(sys.modules, "own_of_tests", raising=False)
         return dataclasses.replace(
             spec,
+            methods=(MethodSpec(name="own_of_tests:Own"),),
             datasets=(DatasetSpec(path="rows.json", format="own_of_tests:facts"),),
             protocols=(Protocol(kind="batch"),),
             measures=MeasureSpec(max_new_tokens=1, metrics=("own_of_tests:metric",)),
@@ -345,6 +351,36 @@ def test_the_unedited_model_is_measured_again_once_a_format_or_a_metric_is_anoth
     shutil.rmtree(tmp_path / "cache")
     assert before("anew", prompt="He saw {} and") == (other, {0.25})
     assert other != texts
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        MethodSpec(name="own_of_tests:Own"),
+        MethodSpec(name="rect", settings={"base_method": "own_of_tests:Own"}),
+    ],
+    ids=["own", "own below ours"],
+)
+def test_a_run_whose_own_code_changed_is_begun_anew(
+    own_code: Callable[..., BenchSpec], tmp_path: Path, method: MethodSpec
+) -> None:
+    def runs(**code: Any) -> list[bool]:
+        found: list[bool] = []
+        spec = dataclasses.replace(own_code(**code), methods=(method,))
+        run_bench(spec, tmp_path / "out", watch=lambda event: found.append(event.found))
+        return found
+
+    def own_values() -> set[float | None]:
+        return {r.value for run in read_bench(tmp_path / "out").runs for r in run.records if r.metric == "m"}
+
+    runs()
+    assert runs() == [True]
+    assert not any(runs(size=0.5))
+    assert not any(runs(value=0.75))
+    assert own_values() == {0.75}
+    assert runs() == [True]
+    with pytest.raises(InvalidSetting, match=r"another benchmark; differing:\n  datasets\.rows: "):
+        runs(prompt="He saw {} and")
 
 
 def test_another_benchmark_in_the_directory_is_refused_with_what_differs(spec: BenchSpec, tmp_path: Path) -> None:

@@ -15,13 +15,16 @@ from typing import Any
 import torch
 
 from retcon.bench.spec import MEASURE_FILES, BenchSpec, Cell, MeasureSpec
-from retcon.edits import Case
+from retcon.edits import Case, cases_hash
 from retcon.errors import InvalidSetting, MalformedFile
-from retcon.evaluation.datasets import LoadReport
+from retcon.evaluation.datasets import FORMATS, WORLD, LoadReport
+from retcon.evaluation.plan import own_metric
+from retcon.extensions import code_hash
 from retcon.files import as_shared, write_atomically
 from retcon.lm.model import LM
 from retcon.lm.tokenizer import chat_hash
 from retcon.methods.common.contract import files_of, recorded_settings
+from retcon.methods.common.registry import method_class
 from retcon.version import versions
 
 FORMAT = "retcon-bench-1"
@@ -59,7 +62,12 @@ def manifest_of(
                 "settings": recorded_settings(method),
                 **({"files": files} if (files := file_hashes(asdict(method))) else {}),
             },
-            "dataset": {**asdict(report), "path": cell.dataset.label, "order": cell.dataset.order},
+            "dataset": {
+                **asdict(report),
+                "path": cell.dataset.label,
+                "order": cell.dataset.order,
+                **({} if is_ours(report) else {"read": cases_hash(cases)}),
+            },
             "cases": [case.id for case in cases],
             "protocol": protocol,
             "measures": measures_record(spec.measures),
@@ -67,8 +75,28 @@ def manifest_of(
             "tasks": [[_content(task) for task in spec.tasks], spec.task_limit],
             "keep": [spec.keep_text, spec.keep_tokens],
             "seed": cell.seed,
+            **({"code": code} if (code := _own_code(cell, method, spec.measures.metrics)) else {}),
         }
     )
+
+
+def dataset_hash(cases: Sequence[Case], report: LoadReport) -> str:
+    """Return what a dataset is known by: its file, or what a format of the user's own makes of it."""
+    return report.sha256 if is_ours(report) else cases_hash(cases)
+
+
+def is_ours(report: LoadReport) -> bool:
+    """Return whether a dataset was read by a format of retcon's, so that the file says all."""
+    return report.format in (*FORMATS, WORLD)
+
+
+def _own_code(cell: Cell, method: Any, metrics: Sequence[str]) -> dict[str, str]:
+    """Return the hash of the files that code of the user's own is written in, by its name; what is in no file is left
+    out."""
+    names = [cell.method.name, *([method.base_method] if hasattr(method, "base_method") else [])]
+    found = {name: code_hash(method_class(name)) for name in names}
+    found |= {name: code_hash(own_metric(name)) for name in metrics}
+    return {name: digest for name, digest in found.items() if digest}
 
 
 def environment(command: str) -> dict[str, Any]:

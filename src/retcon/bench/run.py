@@ -19,6 +19,7 @@ from retcon.bench.manifest import (
     as_json,
     bench_versions,
     command_line,
+    dataset_hash,
     environment,
     manifest_of,
     run_id,
@@ -124,7 +125,7 @@ def run_bench(
     first = runner(spec.models[0])  # bad settings end here, before any writing
     around = environment(command or command_line())
     whole = as_json(
-        {"spec": _portable(spec), "datasets": {k: r.sha256 for k, (_, r) in loaded.items()}} | bench_versions()
+        {"spec": _portable(spec), "datasets": {k: dataset_hash(*read) for k, read in loaded.items()}} | bench_versions()
     )
     root.mkdir(parents=True, exist_ok=True)
     with turn_in(root, wait=False), _nothing_left_of_a_failed_start(root):
