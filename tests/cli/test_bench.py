@@ -67,6 +67,7 @@ def test_a_file_with_its_places_elsewhere(cli: Callable[..., Any], file: Path) -
     files = json.loads(cli("report", "out", "--out", "page", "--no-pictures", "--json").stdout)["files"]
     assert {Path(f).name for f in files} >= {"index.html", "tables.md", "cost.csv", "jeep-edits.tex"}
     assert not list(Path("page").glob("*.svg"))
+    assert "0 pictures in drawn" in cli("report", "out", "--out", "drawn", "--pictures").stdout  # of one run
 
 
 def test_a_dry_run_only_says(cli: Callable[..., Any], file: Path) -> None:

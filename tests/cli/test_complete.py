@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 import retcon
+from retcon.chat import Chat
 from retcon.delta import Delta
 from retcon.lm.generate import Written
 from retcon.lm.model import LM
+from tests.cli.conftest import EDIT
 
 PROMPT = "The capital of France is"
 
@@ -144,7 +146,9 @@ def test_drawn_text_follows_the_seed(cli: Callable[..., Any]) -> None:
 
 def test_a_model_without_a_template_is_no_chat_model(cli: Callable[..., Any]) -> None:
     for command in (("complete", "gptj", "Who?", "--chat"), ("chat", "gptj")):
-        assert "the tokenizer has no chat template" in cli(*command, code=2).stderr
+        told = cli(*command, code=2).stderr
+        assert "the tokenizer has no chat template" in told
+        assert told.endswith("leave --chat out, or ask with retcon complete\n")
     told = cli("complete", "gptj", "Who?", "--template-arg", "thinking", code=2).stderr
     assert "--template-arg thinking: expected NAME=VALUE" in told
     assert "--both compares with the unedited model" in cli("chat", "gptj", "--both", code=2).stderr
@@ -179,6 +183,20 @@ def test_a_model_that_did_not_finish_its_reasoning_is_said_to(
     monkeypatch.setattr("retcon.lm.generate.generate", lambda *_, **__: [unended])
     for told in (cli("complete", "chatty", "Who?", "--chat"), cli("chat", "chatty", stdin="Who?\n")):
         assert "no answer within 256 tokens, all of them reasoning; give it room: --max-tokens N" in told.stderr
+
+
+def test_edits_of_a_chat_can_end_the_turn(cli: Callable[..., Any], chatting: LM) -> None:
+    cli("edit", "chatty", *EDIT[2:], "--system", "Be brief.", "--train-end")
+    assert {edit.chat for edit in Delta.load("delta.safetensors").edits} == {Chat("Be brief.", train_end=True)}
+
+
+def test_a_conversation_is_drawn_by_its_seed(cli: Callable[..., Any], chatting: LM) -> None:
+    def drawn(*options: str) -> str:
+        told = cli("chat", "chatty", "--max-tokens", "6", "--stop", "", "--temperature", "3", *options, stdin="Who?\n")
+        return str(told.stdout)
+
+    assert drawn("--seed", "1") == drawn("--seed", "1") != drawn("--seed", "2")
+    assert drawn("--seed", "1", "--top-k", "1") == drawn("--seed", "2", "--top-p", "1e-6")
 
 
 def test_a_conversation_remembers_its_turns(

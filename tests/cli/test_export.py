@@ -27,6 +27,13 @@ def test_an_adapter_of_a_smaller_rank_is_measured_beside_the_exact_one(cli: Call
     assert "lost" in shown
 
 
+def test_an_adapter_calls_the_base_as_it_is_told(cli: Callable[..., Any], delta: Path) -> None:
+    shown = cli("export", "gptj", str(delta), "--format", "peft", "--base-name", "me/base", "--out", "named").stdout
+    assert "AutoPeftModelForCausalLM.from_pretrained('named')" in shown
+    assert json.loads(Path("named/adapter_config.json").read_text())["base_model_name_or_path"] == "me/base"
+    assert "base_model: me/base" in Path("named/README.md").read_text()
+
+
 def test_locality_is_agreement_with_the_unedited_model(cli: Callable[..., Any], here: Path) -> None:
     lm = retcon.load("gptj")
     site, g = lm.site(1, "down_proj"), torch.Generator().manual_seed(0)

@@ -128,7 +128,7 @@ def test_trace_of_unknown_facts_only(cli: Cli) -> None:
 
 
 def test_layers_proposes_and_says_how_sure_it_is(cli: Cli) -> None:
-    out = cli("probe", "layers", "gptj", *CASES).stdout
+    out = cli("probe", "layers", "gptj", *CASES, "--final-norm").stdout
     assert "jeep          low = [0, 1], high = [2]" in out
     assert "memit, ...    layers = [0, 1]" in out
     assert "the evidence is weak" in out

@@ -66,6 +66,13 @@ def test_json(cli: Callable[..., Any], here: Path) -> None:
     assert Path(record["preset"]) == Path("elsewhere/memit.toml")
 
 
+@pytest.mark.filterwarnings("ignore:.*larger than the weight")
+def test_a_search_without_time_tries_where_it_begins(cli: Callable[..., Any], here: Path) -> None:
+    record = json.loads(cli(*TUNE, "--budget", "0", "--dataset", "mine", "--json").stdout)
+    assert [trial["changes"] for trial in record["trials"]] == [{}]
+    assert 'dataset = "mine"' in (here / "mine/memit.toml").read_text()
+
+
 def test_what_is_clearly_worse_on_the_other_half_is_not_kept(
     cli: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -475,7 +475,10 @@ _AS_OPTIONS = (
     ("case_target 'alt'", "--case-target alt"),
     (", or pass allow_bin=True", ""),
     (" (packed=True)", ""),
-    (" (chat=True)", ""),
+    (
+        "ask without --chat (chat=True), or give the template as tokenizer.chat_template",
+        "leave --chat out, or ask with retcon complete",
+    ),
     ("(bisect=False)", "(--no-bisect)"),
     (" (moments=CorpusMoments(Corpus.from_file(PATH)))", ""),
 )
