@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+import retcon
 from retcon import delta as delta_module
 from retcon.checked import as_bytes
 from retcon.delta import (
@@ -28,8 +29,9 @@ from retcon.delta import (
     Rows,
     smallest,
 )
-from retcon.edits import Edit
+from retcon.edits import Case, Edit
 from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, NonFinite
+from retcon.memory.moments import Corpus, CorpusMoments, GivenMoments
 from tests.lm.deltas import KINDS, random_change, same_bytes
 
 SHAPE = torch.Size((8, 6))
@@ -272,6 +274,25 @@ def test_deltas_can_be_pickled_and_copied(copied: Any) -> None:
     assert_same(copied(delta), delta)
     with pytest.raises(TypeError):
         copied(delta).changes["x"] = ()
+
+
+def test_a_delta_gives_its_fields_as_plain_values() -> None:
+    delta = full_delta()
+    fields = asdict(delta)
+    assert Delta(**{**fields, "changes": delta.changes, "report": delta.report, "edits": delta.edits}) == delta
+    assert [edit["id"] for edit in fields["edits"]] == [edit.id for edit in delta.edits]
+    assert json.dumps(fields["provenance"]) == json.dumps(dict(delta.provenance))
+
+
+@pytest.mark.parametrize("copied", [again, copy.deepcopy, copy.copy])
+def test_what_holds_tensors_or_settings_is_copied_compared_and_hashed(copied: Any) -> None:
+    rect = retcon.method("rect", base_method="rome", base_settings={"layer": 1})
+    for value in (REPORT, rect, Case("c", (), (), meta={"row": 1})):
+        assert {value} == {copied(value)}
+    for held in (Dense(full=torch.ones(2, 2)), GivenMoments({"w": torch.eye(2)})):
+        assert held in {held}
+        assert held != copied(held)  # as tensors have no one answer
+    assert copied(CorpusMoments(Corpus(["a b", "c"]))) == CorpusMoments(Corpus(["a b", "c"]))
 
 
 def test_deltas_are_values() -> None:

@@ -13,11 +13,10 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self, runtime_checkable
 
 from retcon.checked import Kind, as_bytes, read_checked, write_checked
 from retcon.edits import Edit, edit_record
@@ -72,7 +71,7 @@ class EditReport:
     stopped: str
     """Why the search ended: `reached`, `steps`, `clamped` (out of steps with a value on its clamp), or `non_finite`
     (masked tuning went back to the last finite values); `written` by a method that searches nothing."""
-    detail: Mapping[str, float] = field(default_factory=dict)
+    detail: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Method-specific figures, such as the loss terms at the end."""
     final_probability: float | None = None
     """Geometric-mean probability of the target per token on the bare prompt, the delta in the weights; None where it
@@ -163,14 +162,18 @@ class Attachment(Protocol):
         """Write it to one file; a crash leaves the old file or the new, never a part."""
 
 
-def of_its_fields(attachment: Any) -> tuple[Any, ...]:
-    """Return what pickle and copy make a frozen attachment from: its class and its fields, mappings as dicts."""
-    own = {f.name: getattr(attachment, f.name) for f in fields(attachment)}
-    return _made_of, (type(attachment), {n: dict(v) if isinstance(v, MappingProxyType) else v for n, v in own.items()})
+class FrozenDict(dict[str, Any]):
+    """A dict that stays as it is."""
 
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("an attachment stays as it is; dataclasses.replace makes another one")
 
-def _made_of(kind: Callable[..., Any], own: Mapping[str, Any]) -> Any:
-    return kind(**own)
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = _refuse
+    pop = popitem = clear = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what pickle and copy make it from: they would set its items."""
+        return type(self), (dict(self),)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -200,9 +203,7 @@ class Beside:
 
     def __post_init__(self) -> None:
         for name in ("settings", "provenance"):  # as a file gives them back
-            object.__setattr__(self, name, MappingProxyType(as_json(getattr(self, name), name)))
-
-    __reduce__ = of_its_fields
+            object.__setattr__(self, name, FrozenDict(as_json(getattr(self, name), name)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Beside) and self.id == other.id

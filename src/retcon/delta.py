@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from retcon.attachment import Attachment, Cost, Hook, of_its_fields
+from retcon.attachment import Attachment, Cost, FrozenDict, Hook
 from retcon.attachment import EditReport as EditReport
 from retcon.checked import as_bytes, checksum, for_file
 from retcon.edits import Edit, edit_record
@@ -44,7 +43,7 @@ class Region:
     stop: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Change:
     """What is added to one parameter, or to a region of it. Use one of the five kinds below."""
 
@@ -117,7 +116,7 @@ def _index_fits(index: Tensor, limit: int, what: str) -> None:
         raise DeltaMismatch(f"{what} index names the same place twice")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LowRank(Change):
     """left @ right; left: (rows, rank), right: (rank, columns)."""
 
@@ -141,7 +140,7 @@ class LowRank(Change):
             raise DeltaMismatch(f"low-rank factors {left} x {right} do not give {tuple(shape)}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Rows(Change):
     """values (n, columns) added to the rows `index` (n) of a matrix."""
 
@@ -162,7 +161,7 @@ class Rows(Change):
         _index_fits(self.index, shape[0], "row")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Columns(Change):
     """values (rows, n) added to the columns `index` (n) of a matrix."""
 
@@ -185,7 +184,7 @@ class Columns(Change):
         _index_fits(self.index, shape[1], "column")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Entries(Change):
     """values (n) added at the places `index` (n), counted row by row through the parameter (or its region)."""
 
@@ -207,7 +206,7 @@ class Entries(Change):
         _index_fits(self.index, math.prod(shape), "entry")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Dense(Change):
     """values of the parameter's own shape."""
 
@@ -259,11 +258,9 @@ class Delta:
 
     def __post_init__(self) -> None:
         kept = {name: own for name, c in self.changes.items() if (own := tuple(c))}
-        object.__setattr__(self, "changes", MappingProxyType(kept))
+        object.__setattr__(self, "changes", FrozenDict(kept))
         # Kept as JSON gives it back, so that a saved delta equals the one in memory (tuples become lists).
-        object.__setattr__(self, "provenance", MappingProxyType(as_json(self.provenance, "provenance")))
-
-    __reduce__ = of_its_fields
+        object.__setattr__(self, "provenance", FrozenDict(as_json(self.provenance, "provenance")))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Delta) and self.id == other.id

@@ -194,7 +194,7 @@ class Case:
     edits: tuple[Edit, ...]
     queries: tuple[Query, ...]
     dataset: str = ""
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Relation, row index, flags the loader raised, and whatever else the file held."""
 
     def __post_init__(self) -> None:

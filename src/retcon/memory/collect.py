@@ -47,6 +47,10 @@ Progress = Callable[[int, int], None]
 """Hears (tokens done, tokens wanted)."""
 
 
+def silent(done: int, total: int) -> None:
+    """Progress that nobody listens to."""
+
+
 @dataclass(frozen=True)
 class Collected:
     """One site's second moment."""
@@ -68,7 +72,7 @@ def collect(
     *,
     max_batch_tokens: int | None = None,
     shrink: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
     partial: Path | None = None,
     save_every: float | None = None,
 ) -> Iterator[tuple[Site, Collected]]:

@@ -29,7 +29,7 @@ from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode
 from retcon.lm.site import Site
 from retcon.lm.tokenizer import tokenizer_hash
-from retcon.memory.collect import Progress, collect
+from retcon.memory.collect import Progress, collect, silent
 from retcon.memory.corpus import Corpus
 from retcon.memory.solve import CPU, cholesky, definite
 from retcon.version import __version__
@@ -115,7 +115,7 @@ def _matrix(name: str, given: Any) -> Float[Tensor, "d_in d_in"]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GivenMoments:
     """Moments that the caller already has, by parameter name (a routed expert's: `Site.id`).
 
@@ -126,7 +126,7 @@ class GivenMoments:
 
     by_name: Mapping[str, Any]
     """Tensors, or arrays of NumPy."""
-    _made: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_name", {name: _matrix(name, given) for name, given in self.by_name.items()})
@@ -169,7 +169,7 @@ class CorpusMoments:
     shipped: Path | None = None
     """A file of moments to look in before the cache (the embedded models'). They were collected in float32, and serve
     in whatever dtype the model is loaded."""
-    progress: Progress = lambda done, total: None
+    progress: Progress = silent
     """Hears (tokens done, tokens wanted) while collecting."""
     _unwritten: dict[MomentKey, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Moments for which there is no room in the cache directory."""
@@ -334,7 +334,7 @@ def collect_moments(
     rows: Sequence[Row],
     *,
     max_batch_tokens: int | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict[Site, Float[Tensor, "d_in d_in"]]:
     """E[k k^T] over every token of the rows, for all sites in one pass, float64; see `retcon.memory.collect`."""
     found = collect(lm, sites, rows, max_batch_tokens=max_batch_tokens, progress=progress)

@@ -25,7 +25,7 @@ class Filter(Method):
 
     base_method: str
     """Method that writes the edits."""
-    base_settings: Mapping[str, Any] = field(default_factory=dict)
+    base_settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """The base method's settings; for a model, its preset's with these over them."""
 
     def __post_init__(self) -> None:
