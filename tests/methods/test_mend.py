@@ -244,6 +244,12 @@ def test_what_cannot_be_edited_with_is_said(tiny, edits, tmp_path):
     with pytest.raises(MalformedFile, match="no such file"):
         Mend(editor=str(tmp_path / "nothing")).propose(lm, edits)
     mend = editor(lm, edits, tmp_path)
+    assert replace(mend, rank=6).propose(lm, edits[:1]) == mend.propose(lm, edits[:1])
+    for read in (lambda: replace(mend, rank=5).propose(lm, edits), lambda: replace(mend, rank=5).as_trained()):
+        with pytest.raises(
+            InvalidSetting, match=r"mend: rank is 5, and the editor .*editor\.safetensors was trained with 6"
+        ):
+            read()
     with pytest.raises(WrongBase, match="was trained for"):
         mend.propose(tiny("llama", torch.float32, seed=1), edits)
     path = tmp_path / "editor.safetensors"

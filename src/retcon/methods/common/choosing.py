@@ -9,7 +9,7 @@ from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, RetconWarning
 from retcon.lm.model import LM, require_lm
 from retcon.methods.common.advised import probe_layers, settings_for
-from retcon.methods.common.contract import Method, ModelShape
+from retcon.methods.common.contract import Method, ModelShape, check_as_trained
 from retcon.methods.common.locate_then_edit import SearchSettings
 from retcon.methods.common.presets import Preset, preset_for, preset_named, presets
 from retcon.methods.common.registry import NO_PRESET, build, method_class
@@ -99,6 +99,8 @@ def choose(
     shape = None if by_rule is None else ModelShape.of(by_rule)
     guess = {} if shape is None else chosen.fallback_settings(shape)
     resolved = {**checked(name, chosen, dict(found.settings) if found else guess), **settings}
+    if settings.get("editor") is not None:
+        resolved = settings  # the rest is in the editor's file
     base: Choice | None = None
     if for_model is not None and issubclass(chosen, Filter):
         base = _wrapped(
@@ -106,7 +108,8 @@ def choose(
         )
         resolved |= {"base_settings": base.method.settings}
     made = build(name, resolved, lm=for_model)
-    _check_as_trained(made, settings)
+    if settings.keys() > {"editor"} and settings["editor"] is not None:
+        check_as_trained(made, made.as_trained(), settings)
     notes: list[str] = []
     if by_rule is not None and shape is not None:
         made, fitted = _fitted(by_rule, made, settings, cases, at_once)
@@ -121,19 +124,6 @@ def choose(
             stacklevel=3,
         )
     return Choice(made, found, tuple(notes))
-
-
-def _check_as_trained(made: Method, given: Mapping[str, Any]) -> None:
-    """Raise InvalidSetting where a setting is given beside an editor that was trained with another value of it."""
-    if made.settings.get("editor") is None or given.keys() == {"editor"}:
-        return
-    trained = made.as_trained().settings
-    for setting, value in given.items():
-        if value != trained[setting]:
-            raise InvalidSetting(
-                f"{made.name}: {setting} is {value!r}, and the editor {trained['editor']} was trained with "
-                f"{trained[setting]!r}, which an edit takes; leave it out, or train an editor with it (retcon fit)"
-            )
 
 
 def _from_shape(

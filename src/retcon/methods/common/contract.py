@@ -371,6 +371,21 @@ def check_settings(method: Method) -> None:
         object.__setattr__(method, setting, value)
 
 
+def check_as_trained(method: Method, trained: Method, given: Iterable[str]) -> None:
+    """Check that settings given beside an editor are those that it was trained with, which an edit takes.
+
+    Raises:
+        InvalidSetting: one is not; the message names it.
+    """
+    for setting in given:
+        value, there = method.settings[setting], trained.settings[setting]
+        if value != there:
+            raise InvalidSetting(
+                f"{method.name}: {setting} is {value!r}, and the editor {trained.settings['editor']} was trained with "
+                f"{there!r}, which an edit takes; leave it out, or train an editor with it (retcon fit)"
+            )
+
+
 def early_layers(n_layers: int) -> tuple[int, ...]:
     """Return where the family writes, by relative depth: about the second seventh of the layers, three at least as far
     as there are some below the topmost, from which nothing at a subject reaches the answer.

@@ -7,7 +7,7 @@ gradient and which loss, the methods say.
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args
 from weakref import WeakKeyDictionary
@@ -28,6 +28,7 @@ from retcon.locate.gradients import catch
 from retcon.methods.common.contract import (
     Progress,
     Trainable,
+    check_as_trained,
     check_depth,
     check_settings,
     silent,
@@ -92,6 +93,7 @@ class HypernetworkSettings(Trainable):
 
         Raises:
             MalformedFile: the file is no editor of this method.
+            InvalidSetting: a setting is neither the default nor the one in the file.
         """
         return self if self.editor is None else with_settings_of(self, read_editor(self.name, Path(self.editor))[1])
 
@@ -437,8 +439,8 @@ class Editor:
     about: Mapping[str, Any]
 
 
-_LOADED: WeakKeyDictionary[LM, tuple[tuple[Any, ...], Any, Editor]] = WeakKeyDictionary()
-"""The editor that each model was last edited with: what its file was, the method with its settings, and itself."""
+_LOADED: WeakKeyDictionary[LM, tuple[tuple[Any, ...], Editor]] = WeakKeyDictionary()
+"""The editor that each model was last edited with: what its file was, and itself."""
 
 
 def load_editor(method: Trained, lm: LM) -> tuple[Trained, Editor]:
@@ -447,7 +449,7 @@ def load_editor(method: Trained, lm: LM) -> tuple[Trained, Editor]:
     The file is read once: the model's next edit has the same editor, as long as the file is the same.
 
     Raises:
-        InvalidSetting: no editor is named.
+        InvalidSetting: no editor is named, or a setting is neither the default nor the one in its file.
         MalformedFile: the file is no editor of this method.
         WrongBase: it was trained for another model.
         UnsupportedModel: `lm` is no `LM`.
@@ -466,9 +468,9 @@ def load_editor(method: Trained, lm: LM) -> tuple[Trained, Editor]:
     source = (type(method), str(path), now.st_mtime_ns, now.st_ctime_ns, now.st_size, now.st_ino, lm.device, lm.dtype)
     known = _LOADED.get(lm)
     if known is not None and known[0] == source:
-        _, trained, editor = known
+        editor = known[1]
         _check_base(path, editor.about, lm)
-        return trained, editor
+        return with_settings_of(method, editor.about), editor
     tensors, about = read_editor(method.name, path)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     _check_base(path, about, lm)
@@ -482,7 +484,7 @@ def load_editor(method: Trained, lm: LM) -> tuple[Trained, Editor]:
             f"{path}: its tensors are not those of its settings ({str(error).splitlines()[-1]})"
         ) from None
     editor = Editor(network.to(lm.device).eval(), sites, sha256, about)
-    _LOADED[lm] = source, trained, editor
+    _LOADED[lm] = source, editor
     return trained, editor
 
 
@@ -504,8 +506,14 @@ def no_such_file(name: str, path: Path) -> MalformedFile:
 
 
 def with_settings_of(method: Trained, about: Mapping[str, Any]) -> Trained:
-    """Return the method with the settings in an editor's file."""
-    return replace(method, **checked(method.name, type(method), about["settings"]))
+    """Return the method with the settings in an editor's file.
+
+    Raises:
+        InvalidSetting: a setting is neither the default nor the one in the file.
+    """
+    trained = replace(method, **checked(method.name, type(method), about["settings"]))
+    check_as_trained(method, trained, [f.name for f in fields(method) if method.settings[f.name] != f.default])
+    return trained
 
 
 def _check_base(path: Path, about: Mapping[str, Any], lm: LM) -> None:
