@@ -6,8 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 
+import retcon
+from retcon.audit import audit
 from retcon.edits import (
     Case,
     ConflictRule,
@@ -17,15 +20,20 @@ from retcon.edits import (
     check_edits,
     conflicts,
     duplicates,
+    in_chat,
     resolve_conflicts,
     same_question,
     write_cases,
     write_edits,
 )
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, MalformedFile
-from retcon.evaluation import read_cases
+from retcon.evaluation import contaminated, read_cases
 from retcon.files import read_json_rows
+from retcon.lm.model import LM
+from retcon.locate import causal_trace, contrast_probe, retrieve_word_sets
+from retcon.locate.paths import paths
 from retcon.spelling import mentions
+from retcon.workflow.estimate import estimate
 
 NFC: Callable[[str], str] = lambda text: unicodedata.normalize("NFC", text)  # noqa: E731
 NFD: Callable[[str], str] = lambda text: unicodedata.normalize("NFD", text)  # noqa: E731
@@ -377,3 +385,43 @@ def test_one_edit_or_query_in_place_of_a_list_is_refused_in_a_case() -> None:
         Case("a", edit, ())  # type: ignore[arg-type]
     with pytest.raises(InvalidEdit, match="case 'a': queries must be a list of them, found one Query"):
         Case("a", (edit,), Query("q", "rewrite", "Rome is in"))  # type: ignore[arg-type]
+
+
+TAKES_EDITS: dict[str, Callable[[LM, Any], Any]] = {
+    "probe": contrast_probe,
+    "trace": causal_trace,
+    "paths": paths,
+    "word sets": lambda lm, given: retrieve_word_sets(given, ["a"]),
+    "audit": lambda lm, given: audit(lm, lm, edits=given),
+    "estimate": lambda lm, given: estimate(lm, None, given),  # type: ignore[arg-type]
+    "conflicts": lambda lm, given: resolve_conflicts(given),
+    "file": lambda lm, given: write_edits("unwritten", given),
+}
+TAKES_CASES: dict[str, Callable[[LM, Any], Any]] = {
+    "file": lambda lm, given: write_cases("unwritten", given),
+    "chat": lambda lm, given: in_chat(given, None),
+    "contaminated": lambda lm, given: contaminated(given),
+}
+
+
+def test_one_in_place_of_several_and_another_kind_are_named(tiny: Callable[..., LM]) -> None:
+    jaxtyping.config.update("jaxtyping_disable", True)  # the tests' check of types would be first
+    lm = tiny()
+    edit = Edit("The capital of {} is", "France", "Rome", id="f")
+    case = Case("c", (edit,), ())
+    for takes in TAKES_EDITS.values():
+        with pytest.raises(InvalidEdit, match=r"^one edit given where a list of them is wanted: \[edit\] \(edit 'f'"):
+            takes(lm, edit)
+        for given in (case, [case]):
+            with pytest.raises(InvalidEdit, match=r"^Case given where an Edit is wanted; a case's own are case\.edits"):
+                takes(lm, given)
+    for takes in TAKES_CASES.values():
+        with pytest.raises(InvalidEdit, match=r"^one case given where a list of them is wanted: \[case\] \(case 'c'"):
+            takes(lm, case)
+        with pytest.raises(InvalidEdit, match=r"^Edit given where a Case is wanted, edits with the queries"):
+            takes(lm, [edit])
+    for given in (edit, case):
+        with pytest.raises(InvalidEdit, match=r"^one (edit|case) given where a list of them is wanted"):
+            retcon.method("memit", for_model=lm, cases=given)
+    with pytest.raises(InvalidEdit, match=r"^NoneType given where an Edit is wanted$"):
+        check_edits(None)  # type: ignore[arg-type]

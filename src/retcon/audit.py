@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.delta import Change, Delta, Dense, LowRank, Rows
-from retcon.edits import Edit
+from retcon.edits import Edit, list_of_edits
 from retcon.errors import DeltaMismatch
 from retcon.evaluation.metrics import gen_prefix
 from retcon.lm.generate import Writing, texts_after
@@ -100,7 +100,7 @@ def audit(
         DeltaMismatch: the two are no models of one shape.
         NotEditable: they differ in a parameter that is quantised.
     """
-    edits, known = tuple(edits), tuple(known)
+    edits, known = list_of_edits(edits), tuple(known)
     theirs = {name for name, _ in edited.model.named_parameters()}
     names = [name for name, _ in base.model.named_parameters()]
     if set(names) != theirs:

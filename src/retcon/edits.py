@@ -218,7 +218,7 @@ def in_chat(cases: Iterable[Case], chat: Chat | bool | None) -> list[Case]:
             edits=tuple(replace(edit, chat=frame) for edit in case.edits),
             queries=tuple(replace(query, chat=frame) for query in case.queries),
         )
-        for case in cases
+        for case in list_of_cases(cases)
     ]
 
 
@@ -270,10 +270,11 @@ def resolve_conflicts(edits: Iterable[Edit], rule: ConflictRule = "error") -> li
 
     Raises:
         ConflictingEdits: rule is `error` and two edits contradict each other.
+        InvalidEdit: one edit in place of several, or something that is no edit.
         InvalidSetting: no such rule.
     """
     check_choice(rule, ConflictRule, "conflict rule")
-    edits = list(edits)
+    edits = list_of_edits(edits)
     groups = conflicts(edits)
     if rule == "keep" or not groups:
         return edits
@@ -300,13 +301,8 @@ def check_edits(edits: Iterable[Edit]) -> tuple[Edit, ...]:
         ConflictingEdits: two edits contradict each other.
     """
     seen: dict[str, Edit] = {}
-    if isinstance(edits, Edit):
-        raise InvalidEdit(f"one edit given where a list of them is wanted: [edit] (edit {edits.id!r})")
-    edits = tuple(edits)
+    edits = tuple(list_of_edits(edits))
     for edit in edits:
-        if not isinstance(edit, Edit):
-            hint = "; a case's own are case.edits" if isinstance(edit, Case) else ""
-            raise InvalidEdit(f"{type(edit).__name__} given where an Edit is wanted{hint}")
         if edit.subject is not None:
             edit.require_subject_span()
         if edit.id in seen and seen[edit.id] != edit:
@@ -316,21 +312,42 @@ def check_edits(edits: Iterable[Edit]) -> tuple[Edit, ...]:
     return edits
 
 
+def list_of_edits(edits: Iterable[Edit]) -> list[Edit]:
+    """Return the edits.
+
+    Raises:
+        InvalidEdit: one edit in place of several, or something that is no edit.
+    """
+    return list_of(edits, Edit)
+
+
 def list_of_cases(cases: Iterable[Case]) -> list[Case]:
     """Return the cases.
 
     Raises:
         InvalidEdit: one case in place of several, or something that is no case.
     """
-    if isinstance(cases, Case):
-        raise InvalidEdit(f"one case given where a list of them is wanted: [case] (case {cases.id!r})")
-    cases = list(cases)
-    for case in cases:
-        if not isinstance(case, Case):
-            raise InvalidEdit(
-                f"{type(case).__name__} given where a Case is wanted, edits with the queries that measure them"
-            )
-    return cases
+    return list_of(cases, Case)
+
+
+def list_of(given: Any, *kinds: type[Edit] | type[Case]) -> list[Any]:
+    """Return edits, cases or either of them as a list.
+
+    Raises:
+        InvalidEdit: one in place of several, or something that is none of these kinds.
+    """
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    article = "an" if wanted.startswith("E") else "a"
+    if isinstance(given, Edit | Case) and isinstance(given, kinds):
+        what = type(given).__name__.lower()
+        raise InvalidEdit(f"one {what} given where a list of them is wanted: [{what}] ({what} {given.id!r})")
+    found = list(given) if isinstance(given, Iterable) else [given]
+    for item in found:
+        if not isinstance(item, kinds):
+            hint = "; a case's own are case.edits" if isinstance(item, Case) else ""
+            hint = ", edits with the queries that measure them" if kinds == (Case,) else hint
+            raise InvalidEdit(f"{type(item).__name__} given where {article} {wanted} is wanted{hint}")
+    return found
 
 
 def _groups(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:
@@ -349,7 +366,7 @@ def _contradiction(group: Sequence[Edit]) -> tuple[Edit, Edit]:
 
 def write_edits(path: str | os.PathLike[str], edits: Iterable[Edit]) -> None:
     """Write edits as JSON lines, fields that are None left out."""
-    _write_lines(path, map(edit_record, edits))
+    _write_lines(path, map(edit_record, list_of_edits(edits)))
 
 
 def case_from(record: Mapping[str, Any], where: str) -> Case:
@@ -375,7 +392,7 @@ def write_cases(path: str | os.PathLike[str], cases: Iterable[Case]) -> None:
     Raises:
         InvalidSetting: a case's `meta` is more than JSON holds.
     """
-    _write_lines(path, map(case_record, cases))
+    _write_lines(path, map(case_record, list_of_cases(cases)))
 
 
 def case_record(case: Case) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from retcon.arguments import check_choice, check_some, list_of_texts
-from retcon.edits import Edit
+from retcon.edits import Edit, list_of_edits
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.forward import Hook, Point, TensorName, logits_at
@@ -181,7 +181,7 @@ def contrast_probe(
         raise InvalidSetting(f"cannot read {', '.join(odd)} as next tokens; known: {', '.join(PROJECTED)}")
     for name, given in (("positions", positions), ("tensors", tensors), ("norms", norms)):
         check_some(given, name)
-    edits = list(edits)
+    edits = list_of_edits(edits)
     skipped = {
         e.id: "it names no subject" if e.subject is None else "the subject does not occur in the prompt"
         for e in edits

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.arguments import check_choice, check_some
-from retcon.edits import Edit
+from retcon.edits import Edit, list_of_edits
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.model import LM, require_lm
 from retcon.lm.prompts import Row
@@ -400,4 +400,6 @@ def paths(
 ) -> Transmission:
     """Return the critical transmission paths of `edits` on the model as it stands, to look at or to edit along."""
     slots = slots_of(lm, key_matrix)
-    return choose(slots, assess(lm, tuple(edits), slots, score, pool=pool, seed=seed), n_positive, n_negative, select)
+    return choose(
+        slots, assess(lm, list_of_edits(edits), slots, score, pool=pool, seed=seed), n_positive, n_negative, select
+    )

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from retcon.arguments import list_of_texts
-from retcon.edits import Edit
+from retcon.edits import Edit, list_of_edits
 from retcon.errors import MalformedFile
 from retcon.files import read_json_rows, require
 from retcon.lm.prompts import encode
@@ -82,7 +82,7 @@ def retrieve_word_sets(
     the words of the original answer are left out. Factual: subjects and answers of other edits of the same relation (or
     of the same template, where edits name no relation).
     """
-    edits, documents = tuple(edits), list_of_texts(documents, "documents")
+    edits, documents = list_of_edits(edits), list_of_texts(documents, "documents")
     index = Bm25(documents)
     stop = default_stopwords() if stopwords is None else frozenset(stopwords)
     related, factual = {}, {}

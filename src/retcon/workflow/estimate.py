@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from retcon.edits import Edit, list_of_edits
 from retcon.errors import InvalidSetting
 from retcon.workflow.moments import needed_moments
 from retcon.workflow.settings import Resolved
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from retcon.edits import Edit
     from retcon.lm.model import LM
     from retcon.lm.site import Site
     from retcon.memory.moments import Moments
@@ -94,7 +94,7 @@ def _is_there(moments: "Moments", lm: "LM", site: "Site") -> bool:
 def estimate(
     lm: "LM",
     resolved: Resolved,
-    edits: "Iterable[Edit]",
+    edits: Iterable[Edit],
     *,
     moments: "Moments | None" = None,
     batch_size: int | None = None,
@@ -109,7 +109,7 @@ def estimate(
     Raises:
         InvalidSetting: there are no edits.
     """
-    edits = list(edits)
+    edits = list_of_edits(edits)
     if not edits:
         raise InvalidSetting("no facts to edit")
     from retcon.lm.peak import Peak

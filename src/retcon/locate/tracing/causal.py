@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.edits import Edit
+from retcon.edits import Edit, list_of_edits
 from retcon.errors import InvalidSetting, RetconWarning
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
@@ -46,7 +46,7 @@ def causal_trace(
         InvalidSetting: no prompt is left.
         NonFinite: a probability is NaN or infinite.
     """
-    settings, edits = settings or Tracing(), list(edits)
+    settings, edits = settings or Tracing(), list_of_edits(edits)
     skipped = {
         e.id: "it names no subject" if e.subject is None else "the subject does not occur in the prompt"
         for e in edits

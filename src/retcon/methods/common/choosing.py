@@ -84,7 +84,7 @@ def choose(
 ) -> Choice:
     """Return what `method` returns, with the preset that it comes from, or what was chosen without one and why."""
     chosen = method_class(name)
-    cases = None if cases is None else list(cases)
+    cases = None if cases is None else edits_of(cases)
     if for_model is not None:
         require_lm(for_model)
     if isinstance(layers := settings.get("layers"), str) and layers == "probe":

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from retcon.edits import Case, Edit
+from retcon.edits import Case, Edit, list_of
 from retcon.lm.model import LM
 from retcon.locate.advice import span
 from retcon.memory.values import search_values
@@ -87,8 +87,12 @@ def shape_notes(method: type[Method], shape: ModelShape, guess: dict[str, Any]) 
 
 
 def edits_of(cases: Iterable[Edit | Case]) -> list[Edit]:
-    """Return the edits of `cases`, each of which is a case or an edit."""
-    return [edit for case in cases for edit in (case.edits if isinstance(case, Case) else (case,))]
+    """Return the edits of `cases`, each of which is a case or an edit.
+
+    Raises:
+        InvalidEdit: one in place of several, or something that is neither.
+    """
+    return [edit for case in list_of(cases, Edit, Case) for edit in (case.edits if isinstance(case, Case) else (case,))]
 
 
 def clamp_settings(method: type[Method]) -> list[str]:
