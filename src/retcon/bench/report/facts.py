@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from retcon.bench import Run
-from retcon.bench.report.groups import Group, blocks
+from retcon.bench.report.groups import Group, by_dataset
 from retcon.evaluation.metrics import is_locality, prompt_kind
 from retcon.evaluation.records import Record
 from retcon.evaluation.summary import ScoreFamily, main_variant
@@ -19,32 +19,30 @@ MAX_CHARACTERS = 160
 def fact_tables(groups: Sequence[Group]) -> list[FactTable]:
     """Return one table for each model, protocol and dataset; its sides are the methods, of each the first run."""
     tables = []
-    for model, protocol, block in blocks(groups):
-        for dataset in dict.fromkeys(g.dataset for g in block):
-            own = [g for g in block if g.dataset == dataset]
-            made = [_outcomes(g) for g in own]
-            cases = {case_id: row for g in own for case_id, row in g.runs[0].cases.items()}
-            facts = [
-                Fact(
-                    case_id,
-                    "; ".join(e["prompt"] for e in row["edits"]),
-                    "; ".join(e["target_true"] or "" for e in row["edits"]),
-                    "; ".join(e["target_new"] for e in row["edits"]),
-                    tuple(outcomes.get(case_id) for outcomes in made),
-                )
-                for case_id, row in cases.items()
-                if any(case_id in outcomes for outcomes in made)
-            ]
-            most = MAX_OUTCOMES // max(1, len(own))
-            tables.append(
-                FactTable(
-                    f"{model}, {dataset}, {protocol}, seed {own[0].runs[0].manifest['seed']}",
-                    tuple(g.method for g in own),
-                    worst_first(facts)[:most],
-                    max(0, len(facts) - most),
-                    _passes(own[0].family),
-                )
+    for model, protocol, dataset, own in by_dataset(groups):
+        made = [_outcomes(g) for g in own]
+        cases = {case_id: row for g in own for case_id, row in g.runs[0].cases.items()}
+        facts = [
+            Fact(
+                case_id,
+                "; ".join(e["prompt"] for e in row["edits"]),
+                "; ".join(e["target_true"] or "" for e in row["edits"]),
+                "; ".join(e["target_new"] for e in row["edits"]),
+                tuple(outcomes.get(case_id) for outcomes in made),
             )
+            for case_id, row in cases.items()
+            if any(case_id in outcomes for outcomes in made)
+        ]
+        most = MAX_OUTCOMES // max(1, len(own))
+        tables.append(
+            FactTable(
+                f"{model}, {dataset}, {protocol}, seed {own[0].runs[0].manifest['seed']}",
+                tuple(g.method for g in own),
+                worst_first(facts)[:most],
+                max(0, len(facts) - most),
+                _passes(own[0].family),
+            )
+        )
     return tables
 
 

@@ -147,3 +147,12 @@ def blocks(groups: Sequence[Group]) -> list[tuple[str, str, list[Group]]]:
     for group in groups:
         found.setdefault((group.protocol, group.model), []).append(group)
     return [(model, protocol, own) for (protocol, model), own in found.items()]
+
+
+def by_dataset(groups: Sequence[Group]) -> list[tuple[str, str, str, list[Group]]]:
+    """(model, protocol, dataset, groups) in order: what one picture compares."""
+    return [
+        (model, protocol, dataset, [g for g in block if g.dataset == dataset])
+        for model, protocol, block in blocks(groups)
+        for dataset in dict.fromkeys(g.dataset for g in block)
+    ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retcon.bench.report.curves import curves
-from retcon.bench.report.groups import Group, Number, blocks
+from retcon.bench.report.groups import Group, Number, blocks, by_dataset
 from retcon.bench.report.names import distinct, slug
 from retcon.drawing import drawn, figure
 from retcon.evaluation.records import Record
@@ -58,35 +58,35 @@ def pictures_of(groups: Sequence[Group]) -> list[Picture]:
 def trade_off(groups: Sequence[Group], places: Places) -> list[Picture]:
     """Generalisation against locality, each method a point with its intervals."""
     pictures = []
-    for model, protocol, block in blocks(groups):
-        for dataset in dict.fromkeys(g.dataset for g in block):
-            points = []
-            for g in block:
-                x, y = g.number("LS"), g.number("GS")
-                if g.dataset == dataset and x is not None and y is not None:
-                    points.append((places[g.method], g.method, x, y))
-            if not points:
-                continue
-            made, axes = _figure(5.2, 4.5)
-            for place, name, x, y in points:
-                axes.errorbar(
-                    100 * x.value,
-                    100 * y.value,
-                    xerr=_arms(x),
-                    yerr=_arms(y),
-                    fmt=MARKERS[place % len(MARKERS)],
-                    color=COLOURS[place % len(COLOURS)],
-                    capsize=2,
-                    label=name,
-                )
-            for limits, ends in ((axes.set_xlim, axes.get_xlim()), (axes.set_ylim, axes.get_ylim())):
-                limits(max(ends[0], -3), min(ends[1], 103))  # a margin for the marks at 0 and 100
-            axes.set_xlabel("LS: neighbours that keep their answer, %")
-            axes.set_ylabel("GS: paraphrases that give the new one, %")
-            _legend(made, axes, 4)
-            title = f"Generalisation against locality: {model}, {dataset}, {protocol}"
-            alt = "; ".join(f"{n}: LS {100 * x.value:.1f}, GS {100 * y.value:.1f}" for _, n, x, y in points)
-            pictures.append(_done(made, f"trade-off-{model}-{dataset}-{protocol}", title, alt))
+    for model, protocol, dataset, own in by_dataset(groups):
+        points = []
+        for g in own:
+            x, y = g.number("LS"), g.number("GS")
+            if x is not None and y is not None:
+                points.append((places[g.method], g.method, x, y))
+        if not points:
+            continue
+        made, axes = _figure(5.2, 4.5)
+        for place, name, x, y in points:
+            marker, colour = _look(place)
+            axes.errorbar(
+                100 * x.value,
+                100 * y.value,
+                xerr=_arms(x),
+                yerr=_arms(y),
+                fmt=marker,
+                color=colour,
+                capsize=2,
+                label=name,
+            )
+        for limits, ends in ((axes.set_xlim, axes.get_xlim()), (axes.set_ylim, axes.get_ylim())):
+            limits(max(ends[0], -3), min(ends[1], 103))  # a margin for the marks at 0 and 100
+        axes.set_xlabel("LS: neighbours that keep their answer, %")
+        axes.set_ylabel("GS: paraphrases that give the new one, %")
+        _legend(made, axes, 4)
+        title = f"Generalisation against locality: {model}, {dataset}, {protocol}"
+        alt = "; ".join(f"{n}: LS {100 * x.value:.1f}, GS {100 * y.value:.1f}" for _, n, x, y in points)
+        pictures.append(_done(made, f"trade-off-{model}-{dataset}-{protocol}", title, alt))
     return pictures
 
 
@@ -115,61 +115,53 @@ def retention(groups: Sequence[Group], places: Places) -> list[Picture]:
     """Sequences: success right after each edit, and of all edits so far at checkpoints and at the end."""
     pictures = []
     sequential = [g for g in groups if "sequential" in g.runs[0].manifest["protocol"]["kind"]]
-    for model, protocol, block in blocks(sequential):
-        for dataset in dict.fromkeys(g.dataset for g in block):
-            own = [g for g in block if g.dataset == dataset]
-            made, panels = _figure(9, 3.9, columns=3)
-            for axes, name in zip(panels, ("ES", "GS", "LS"), strict=True):
-                for group in own:
-                    kept, place = _kept(group, name), places[group.method]
-                    colour = COLOURS[place % len(COLOURS)]
-                    marker = MARKERS[place % len(MARKERS)]
-                    axes.plot(*_columns(kept), marker=marker, ms=4, color=colour, label=group.method)
-                    right_after = _right_after(group, name)
-                    axes.plot(*_columns(right_after), color=colour, lw=0.8, ls=":")
-                axes.set_title(name, fontsize=10)
-                axes.set_xlabel("edits so far")
-                axes.set_ylim(-3, 103)
-            _legend(made, panels[0], 6, title="all so far; dotted: just made")
-            title = f"What is left of the edits: {model}, {dataset}, {protocol}"
-            alt = "; ".join(
-                f"{g.method}: ES {_last(_right_after(g, 'ES'))} right after, {_last(_kept(g, 'ES'))} at the end"
-                for g in own
-            )
-            pictures.append(_done(made, f"retention-{model}-{dataset}-{protocol}", title, alt))
+    for model, protocol, dataset, own in by_dataset(sequential):
+        made, panels = _figure(9, 3.9, columns=3)
+        for axes, name in zip(panels, ("ES", "GS", "LS"), strict=True):
+            for group in own:
+                marker, colour = _look(places[group.method])
+                axes.plot(*_columns(_kept(group, name)), marker=marker, ms=4, color=colour, label=group.method)
+                axes.plot(*_columns(_right_after(group, name)), color=colour, lw=0.8, ls=":")
+            axes.set_title(name, fontsize=10)
+            axes.set_xlabel("edits so far")
+            axes.set_ylim(-3, 103)
+        _legend(made, panels[0], 6, title="all so far; dotted: just made")
+        title = f"What is left of the edits: {model}, {dataset}, {protocol}"
+        alt = "; ".join(
+            f"{g.method}: ES {_last(_right_after(g, 'ES'))} right after, {_last(_kept(g, 'ES'))} at the end"
+            for g in own
+        )
+        pictures.append(_done(made, f"retention-{model}-{dataset}-{protocol}", title, alt))
     return pictures
 
 
 def relations(groups: Sequence[Group], places: Places) -> list[Picture]:
     """GS and LS by relation, for the relations with most cases."""
     pictures = []
-    for model, protocol, block in blocks(groups):
-        for dataset in dict.fromkeys(g.dataset for g in block):
-            own = [g for g in block if g.dataset == dataset]
-            by_case = own[0].runs[0].relations
-            counted: dict[str, int] = {}
-            for relation in by_case.values():
-                counted[relation] = counted.get(relation, 0) + 1
-            shown = sorted(counted, key=lambda r: -counted[r])[:MAX_RELATIONS]
-            if len(shown) < 2:
-                continue
-            made, panels = _figure(9, 1.3 + 0.27 * len(shown), columns=2, sharey=True)
-            for axes, name in zip(panels, ("GS", "LS"), strict=True):
-                for place, group in enumerate(own):
-                    values = _by_relation(group, name)
-                    heights = [i + 0.7 * (place + 0.5) / len(own) - 0.35 for i, r in enumerate(shown) if r in values]
-                    points = [values[r] for r in shown if r in values]
-                    look = places[group.method]
-                    marker, colour = MARKERS[look % len(MARKERS)], COLOURS[look % len(COLOURS)]
-                    axes.plot(points, heights, marker, ms=4, color=colour, label=group.method)
-                axes.set_yticks(range(len(shown)), [f"{r} ({counted[r]})" for r in shown], fontsize=8)
-                axes.set_xlabel(f"{name}, %")
-                axes.set_xlim(-3, 103)
-            panels[0].invert_yaxis()
-            _legend(made, panels[1], 6)
-            title = f"By relation: {model}, {dataset}, {protocol}"
-            alt = f"GS and LS of {', '.join(g.method for g in own)} for {', '.join(shown)}"
-            pictures.append(_done(made, f"relations-{model}-{dataset}-{protocol}", title, alt))
+    for model, protocol, dataset, own in by_dataset(groups):
+        by_case = own[0].runs[0].relations
+        counted: dict[str, int] = {}
+        for relation in by_case.values():
+            counted[relation] = counted.get(relation, 0) + 1
+        shown = sorted(counted, key=lambda r: -counted[r])[:MAX_RELATIONS]
+        if len(shown) < 2:
+            continue
+        made, panels = _figure(9, 1.3 + 0.27 * len(shown), columns=2, sharey=True)
+        for axes, name in zip(panels, ("GS", "LS"), strict=True):
+            for place, group in enumerate(own):
+                values = _by_relation(group, name)
+                heights = [i + 0.7 * (place + 0.5) / len(own) - 0.35 for i, r in enumerate(shown) if r in values]
+                points = [values[r] for r in shown if r in values]
+                marker, colour = _look(places[group.method])
+                axes.plot(points, heights, marker, ms=4, color=colour, label=group.method)
+            axes.set_yticks(range(len(shown)), [f"{r} ({counted[r]})" for r in shown], fontsize=8)
+            axes.set_xlabel(f"{name}, %")
+            axes.set_xlim(-3, 103)
+        panels[0].invert_yaxis()
+        _legend(made, panels[1], 6)
+        title = f"By relation: {model}, {dataset}, {protocol}"
+        alt = f"GS and LS of {', '.join(g.method for g in own)} for {', '.join(shown)}"
+        pictures.append(_done(made, f"relations-{model}-{dataset}-{protocol}", title, alt))
     return pictures
 
 
@@ -181,7 +173,7 @@ def times(groups: Sequence[Group], places: Places) -> list[Picture]:
         if len(found) < 2:
             continue
         made, axes = _figure(5.2, 1.1 + 0.3 * len(found))
-        colours = [COLOURS[places[method] % len(COLOURS)] for method, _ in found]
+        colours = [_look(places[method])[1] for method, _ in found]
         axes.barh(range(len(found)), [s for _, s in found], color=colours, height=0.6)
         axes.set_yticks(range(len(found)), [method for method, _ in found])
         axes.invert_yaxis()
@@ -259,10 +251,15 @@ def _figure(width: float, height: float, *, columns: int = 1, **more: Any) -> tu
     return made, axes[0] if columns > 1 else axes[0, 0]
 
 
+def _look(place: int) -> tuple[str, str]:
+    """Return a method's marker and colour."""
+    return MARKERS[place % len(MARKERS)], COLOURS[place % len(COLOURS)]
+
+
 def _line(axes: Any, points: Sequence[tuple[float, Number]], place: int, label: str) -> None:
-    colour = COLOURS[place % len(COLOURS)]
+    marker, colour = _look(place)
     x, y = [n for n, _ in points], [100 * number.value for _, number in points]
-    axes.plot(x, y, marker=MARKERS[place % len(MARKERS)], ms=4, color=colour, label=label)
+    axes.plot(x, y, marker=marker, ms=4, color=colour, label=label)
     banded = [(n, number.interval) for n, number in points if number.interval is not None]
     low, high = [_within(100 * i.low) for _, i in banded], [_within(100 * i.high) for _, i in banded]
     axes.fill_between([n for n, _ in banded], low, high, color=colour, alpha=0.15, lw=0)

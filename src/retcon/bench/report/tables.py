@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from retcon.bench.report.curves import curves
-from retcon.bench.report.groups import UNEDITED, Group, Number, blocks
+from retcon.bench.report.groups import UNEDITED, Group, Number, blocks, by_dataset
 from retcon.bench.report.names import distinct, slug
 from retcon.escaping import csv_cell, latex, markdown
 from retcon.evaluation.metrics import score_am
@@ -272,28 +272,27 @@ def _capital(text: str) -> str:
 def paired(groups: Sequence[Group]) -> list[Table]:
     """Compare each method with the one of the best Score, over common cases, by a paired bootstrap."""
     tables = []
-    for model, protocol, block in blocks(groups):
-        for dataset in dict.fromkeys(g.dataset for g in block):
-            own = [g for g in block if g.dataset == dataset and g.number("Score", "score.hm")]
-            if len(own) < 2:
+    for model, protocol, dataset, own in by_dataset(groups):
+        own = [g for g in own if g.number("Score", "score.hm")]
+        if len(own) < 2:
+            continue
+        best = max(own, key=lambda g: getattr(g.number("Score", "score.hm"), "value", 0.0))
+        builder = _Builder(("Method", "Score", "ES", "GS", "LS"))
+        for group in own:
+            if group is best:
                 continue
-            best = max(own, key=lambda g: getattr(g.number("Score", "score.hm"), "value", 0.0))
-            builder = _Builder(("Method", "Score", "ES", "GS", "LS"))
-            for group in own:
-                if group is best:
-                    continue
-                found = {d.metric: d for d in differences(group.runs[0].at("final"), best.runs[0].at("final"))}
-                compared = [found.get(name) for name in ("Score", "ES", "GS", "LS")]
-                counted = [None if d is None else Number(d.value, None, d.n, group.n_cases, 1) for d in compared]
-                builder.row(group.method, [_difference(d) for d in compared], counted, compete=False)
-            notes = (
-                "Points, method minus "
-                f"{best.method}, [95 % interval] of a paired bootstrap by subject over common cases of seed "
-                f"{best.runs[0].manifest['seed']}; * where the interval leaves out 0.",
-            )
-            name = f"paired-{slug(model)}-{slug(dataset)}-{slug(protocol)}"
-            title = f"{model}, {dataset}, {protocol}: against {best.method}"
-            tables.append(builder.table(name, title, notes))
+            found = {d.metric: d for d in differences(group.runs[0].at("final"), best.runs[0].at("final"))}
+            compared = [found.get(name) for name in ("Score", "ES", "GS", "LS")]
+            counted = [None if d is None else Number(d.value, None, d.n, group.n_cases, 1) for d in compared]
+            builder.row(group.method, [_difference(d) for d in compared], counted, compete=False)
+        notes = (
+            "Points, method minus "
+            f"{best.method}, [95 % interval] of a paired bootstrap by subject over common cases of seed "
+            f"{best.runs[0].manifest['seed']}; * where the interval leaves out 0.",
+        )
+        name = f"paired-{slug(model)}-{slug(dataset)}-{slug(protocol)}"
+        title = f"{model}, {dataset}, {protocol}: against {best.method}"
+        tables.append(builder.table(name, title, notes))
     return tables
 
 
@@ -330,27 +329,22 @@ def cost(groups: Sequence[Group]) -> list[Table]:
 def case_study(groups: Sequence[Group]) -> list[Table]:
     """JEEP's Table 1: what the methods write after one case's edited, equivalent and unrelated prompts."""
     tables = []
-    for model, protocol, block in blocks(groups):
-        for dataset in dict.fromkeys(g.dataset for g in block):
-            own = [g for g in block if g.dataset == dataset]
-            said = {g.method: _said(g) for g in own}
-            case = next((c for c, _, _ in said[own[0].method]), None)
-            rows = [key for key in said[own[0].method] if key[0] == case]
-            if not rows:
-                continue
-            builder = _Builder(("", "Input prompt", UNEDITED, *said), text_columns=2 + 1 + len(said))
-            for axis, name in (("rewrite", "Edited"), ("paraphrase", "Equivalent"), ("neighborhood", "Unrelated")):
-                for _, query, prompt in [row for row in rows if row[1].startswith(axis)][:1]:
-                    key = (str(case), query, prompt)
-                    texts = [
-                        said[own[0].method][key][0],
-                        *(found.get(key, ("", MISSING))[1] for found in said.values()),
-                    ]
-                    builder.rows.append((name, prompt, *(" ".join(t.split()) or MISSING for t in texts)))
-                    builder.values.append(None)
-            title = f"{model}, {dataset}, {protocol}: case {case}"
-            name = f"case-{slug(model)}-{slug(dataset)}-{slug(protocol)}"
-            tables.append(builder.table(name, title, ("Greedy continuations.",)))
+    for model, protocol, dataset, own in by_dataset(groups):
+        said = {g.method: _said(g) for g in own}
+        case = next((c for c, _, _ in said[own[0].method]), None)
+        rows = [key for key in said[own[0].method] if key[0] == case]
+        if not rows:
+            continue
+        builder = _Builder(("", "Input prompt", UNEDITED, *said), text_columns=2 + 1 + len(said))
+        for axis, name in (("rewrite", "Edited"), ("paraphrase", "Equivalent"), ("neighborhood", "Unrelated")):
+            for _, query, prompt in [row for row in rows if row[1].startswith(axis)][:1]:
+                key = (str(case), query, prompt)
+                texts = [said[own[0].method][key][0], *(found.get(key, ("", MISSING))[1] for found in said.values())]
+                builder.rows.append((name, prompt, *(" ".join(t.split()) or MISSING for t in texts)))
+                builder.values.append(None)
+        title = f"{model}, {dataset}, {protocol}: case {case}"
+        name = f"case-{slug(model)}-{slug(dataset)}-{slug(protocol)}"
+        tables.append(builder.table(name, title, ("Greedy continuations.",)))
     return tables
 
 
