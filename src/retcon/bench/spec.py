@@ -6,17 +6,16 @@ import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from retcon.arguments import check_choice
 from retcon.edits import ConflictRule
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import Answers, CaseTarget, OnError, Prompting, PromptStyle
 from retcon.evaluation.metrics.fluency import Fluency
-from retcon.methods.common.settings import fitted, types_of
+from retcon.methods.common.settings import fitted, fitted_value, types_of
 from retcon.seed import check_seed
 
 Order = Literal["file", "shuffle"]
@@ -401,24 +400,12 @@ def _made(kind: Any, table: Mapping[str, Any], where: str) -> Any:
 
 
 def _fitted(value: Any, hint: Any, where: str) -> Any:
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        first, *others = (part for part in parts if part is not type(None))
-        chosen = next((part for part in others if get_origin(part) is Mapping and isinstance(value, dict)), first)
-        return _fitted(value, chosen, where)
-    if origin is Literal:
-        if value not in parts:
-            raise InvalidSetting(f"{where}: expected one of {', '.join(map(str, parts))}, found {value!r}")
-        return value
-    if origin is tuple:
+    """Return a value as its field wants it: tables of their own are made here, all else is as with settings."""
+    if is_dataclass(hint):
+        return _made(hint, fitted_value(value, Mapping[str, Any], where), where)
+    if get_origin(hint) is tuple and is_dataclass(of := get_args(hint)[0]):
         if not isinstance(value, list):
-            raise InvalidSetting(f"{where}: expected a list, found {value!r}")
-        return tuple(_fitted(item, parts[0], f"{where}[{i}]") for i, item in enumerate(value))
-    if hasattr(hint, "__dataclass_fields__"):
-        if not isinstance(value, dict):
-            raise InvalidSetting(f"{where}: expected a table, found {value!r}")
-        return _made(hint, value, where)
-    plain = {int: int, str: str, bool: bool}.get(hint, dict)
-    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
-        raise InvalidSetting(f"{where}: expected {plain.__name__}, found {value!r}")
-    return value
+            name = where.rpartition(", ")[2]
+            raise InvalidSetting(f"{where} must be a list of tables, each begun by [[{name}]], found {value!r}")
+        return tuple(_fitted(item, of, f"{where}[{i}]") for i, item in enumerate(value))
+    return fitted_value(value, hint, where)

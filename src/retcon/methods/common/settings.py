@@ -113,7 +113,7 @@ def fitted(name: str, hints: Mapping[str, Any], settings: Mapping[str, Any]) -> 
             close = difflib.get_close_matches(setting, hints, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise InvalidSetting(f"{name} has no setting {setting!r}{hint} (known: {', '.join(hints)})")
-        made[setting] = _fitted(value, hints[setting], f"{name}: {setting}")
+        made[setting] = fitted_value(value, hints[setting], f"{name}: {setting}")
     return made
 
 
@@ -216,12 +216,13 @@ class _Source(dict[str, Any]):
 _source = cache(_Source)
 
 
-def _fitted(value: Any, hint: Any, what: str) -> Any:
+def fitted_value(value: Any, hint: Any, what: str) -> Any:
+    """Return a value as a field of this type wants it; `what` names it in messages."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
     if origin is Annotated:
-        value = _fitted(value, args[0], what)
+        value = fitted_value(value, args[0], what)
         for rule in hint.__metadata__:
             if isinstance(rule, Rule) and not rule.holds(value):
                 raise InvalidSetting(f"{what} must {rule.words}, found {value!r}")
@@ -232,7 +233,7 @@ def _fitted(value: Any, hint: Any, what: str) -> Any:
         problems = []
         for part in (a for a in args if a is not NoneType):
             try:
-                return _fitted(value, part, what)
+                return fitted_value(value, part, what)
             except InvalidSetting as error:
                 problems.append(error)
         raise problems[0]
@@ -245,7 +246,7 @@ def _fitted(value: Any, hint: Any, what: str) -> Any:
         items = value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor
         if not isinstance(items, list | tuple | Set | range | Iterator):
             raise InvalidSetting(f"{what} must be a list ([1, 2, 3], say), found {value!r}")
-        return tuple(_fitted(item, args[0], what) for item in items)
+        return tuple(fitted_value(item, args[0], what) for item in items)
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise InvalidSetting(f"{what} must be a number, found {value!r}")
