@@ -172,6 +172,8 @@ def test_lines_can_be_asked_for_by_name() -> None:
     summary = Evaluation(THREE).summary()
     assert summary["ES"] is summary["ES", "cf.prob_mean"]
     assert summary["Score"] is summary["Score", "score.hm"]
+    assert summary.get("EA") is None
+    assert summary.get("ES") is summary["ES"]
     with pytest.raises(KeyError, match=r"no metric EA cf\.prob_mean; measured: Score score\.hm, Score score\.am, ES"):
         summary["EA"]
     with pytest.raises(KeyError, match=r"no metric ES gen\.em; measured"):

@@ -282,11 +282,8 @@ class _Board:
         summary = evaluation.summary(n_resamples=N_RESAMPLES)
         row.failed = summary.counts["failed_edits"]
         for name in _SHOWN:
-            try:
-                line = summary[name]
-            except KeyError:
-                continue
-            if line.post is not None and line.post.value is not None:
+            line = summary.get(name)
+            if line is not None and line.post is not None and line.post.value is not None:
                 row.values[f"{line.metric} {line.variant}"] = line.post.value
                 row.numbers[name] = f"{100 * line.post.value:.1f}"
 

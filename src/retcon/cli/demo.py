@@ -156,11 +156,8 @@ class Story:
 
     def estimates(self, metric: str) -> "tuple[CaseMean | None, CaseMean | None]":
         """Before and after."""
-        try:
-            line = self.summary[("Score", "score.hm") if metric == "Score" else metric]
-        except KeyError:
-            return None, None
-        return line.pre, line.post
+        line = self.summary.get(("Score", "score.hm") if metric == "Score" else metric)
+        return (line.pre, line.post) if line else (None, None)
 
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""

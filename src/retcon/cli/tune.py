@@ -165,11 +165,8 @@ def _start(found: Tuned) -> str:
 
 
 def _cell(summary: Any, name: str) -> str:
-    try:
-        line = summary[name]
-    except KeyError:
-        return "-"
-    return line.post.percent() if line.post else "-"
+    line = summary.get(name)
+    return line.post.percent() if line and line.post else "-"
 
 
 def _percent(found: Tuned, which: str) -> str:

@@ -97,6 +97,13 @@ class Summary:
         known = ", ".join(f"{line.metric} {line.variant}" for line in self.lines)
         raise KeyError(f"no metric {metric} {variant}; measured: {known or 'nothing'}")
 
+    def get(self, key: str | Key) -> Line | None:
+        """Return `summary[key]`, or None where that was not measured."""
+        try:
+            return self[key]
+        except KeyError:
+            return None
+
     def _own_variant(self, metric: str) -> str:
         variants = [line.variant for line in self.lines if line.metric == metric]
         own = main_variant(self.family, metric)

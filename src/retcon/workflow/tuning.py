@@ -366,14 +366,8 @@ def measured(
 
 def objective(summary: "Summary") -> float:
     """Return the harmonic mean of ES, GS and LS as far as they were measured, 0 to 1."""
-    found = []
-    for name in ("ES", "GS", "LS"):
-        try:
-            line = summary[name]
-        except KeyError:
-            continue
-        if line.post is not None and line.post.value is not None:
-            found.append(line.post.value)
+    posts = [line.post for name in ("ES", "GS", "LS") if (line := summary.get(name))]
+    found = [post.value for post in posts if post is not None and post.value is not None]
     return len(found) / sum(1 / value for value in found) if found and min(found) > 0 else 0.0
 
 

@@ -87,13 +87,10 @@ class Group:
     @staticmethod
     def _estimate(summary: Summary, metric: str, variants: Sequence[str], before: bool) -> CaseMean | None:
         keys: list[str | tuple[str, str]] = [(metric, v) for v in variants] or [metric]
-        for key in keys:
-            try:
-                line = summary[key]
-            except KeyError:
-                continue
-            return line.pre if before else line.post
-        return None
+        line = next((line for key in keys if (line := summary.get(key))), None)
+        if line is None:
+            return None
+        return line.pre if before else line.post
 
 
 def groups_of(bench: Bench) -> list[Group]:
