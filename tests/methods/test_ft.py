@@ -307,6 +307,7 @@ def test_batches_are_made_small_enough_for_the_updates_wanted():
         (dict(box=-1.0), "box must not be negative"),
         (dict(objective="prompt_last", target_eos=True), "belong to 'target_new'"),
         (dict(weight_decay=-0.1), "weight_decay must not be negative"),
+        (dict(weight_decay=0.1, power_law=True), "power_law takes the place of weight_decay, found 0.1; set power_law"),
     ],
 )
 def test_settings_are_checked(settings, text):

@@ -102,6 +102,11 @@ class FineTuning(TuningSettings):
                 f"{self.name}: objective='prompt_last' looks at the prompt's last token alone; target_eos and "
                 "n_prefixes belong to 'target_new'"
             )
+        if self.power_law and self.weight_decay:
+            raise InvalidSetting(
+                f"{self.name}: power_law takes the place of weight_decay, found {self.weight_decay:g}; set "
+                "power_law=False, or leave weight_decay out"
+            )
 
     def schedule(self, n_edits: int) -> Schedule:
         """Return how long to go on, for so many edits."""
