@@ -17,7 +17,7 @@ from retcon.bench import Bench
 from retcon.bench.report import Table, groups_of, tables_of
 from retcon.bench.report.page import page
 from retcon.bench.report.plots import pictures_of
-from retcon.cli.shell import PlainTextConsole, _say, console, emit, styled
+from retcon.cli.printing import PlainTextConsole, console, emit, say, styled
 from retcon.delta import Delta
 from retcon.drawing import figure, save
 from retcon.edits import Edit, Query
@@ -177,7 +177,7 @@ def test_the_terminal_and_messages(capsys: pytest.CaptureFixture[str]) -> None:
     assert not NEVER.search(out.getvalue())
     assert out.getvalue().count("[link=http://x]") == 7
     console.cache_clear()  # so that it prints to the stream that is captured
-    _say("error", "red", HALF)
+    say("error", "red", HALF)
     said = capsys.readouterr().err
     assert not NEVER.search(said)
     assert "[red]r[/blue]" in said

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from retcon.cli import app
-from retcon.cli.shell import console
+from retcon.cli.printing import console
 from tests.conftest import tiny_model, tokenizer
 
 ROWS = [

@@ -303,7 +303,7 @@ def test_a_missing_file_and_a_missing_model(cli: Callable[..., Any], here: Path)
 
 def test_a_models_name_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     """rich would turn :llama: into a picture."""
-    from retcon.cli.shell import console
+    from retcon.cli.printing import console
 
     console.cache_clear()
     console().print("LM(demo:llama: llama)")

@@ -11,8 +11,9 @@ import pytest
 
 import retcon
 from retcon.cli import app
+from retcon.cli.chatting import chat_of, chat_options
 from retcon.cli.facts import reads_facts
-from retcon.cli.shell import chat_of, chat_options, loading_options, loads_a_model
+from retcon.cli.models import loading_options, loads_a_model
 from retcon.lm.load import load
 from retcon.workflow.facts import Reading
 from tests.lm.test_load import write_gguf

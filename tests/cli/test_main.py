@@ -17,7 +17,7 @@ import pytest
 
 import retcon
 from retcon.cli import app
-from retcon.cli.shell import StageLog, spinner
+from retcon.cli.progress import StageLog, spinner
 from retcon.errors import NonFinite, RetconWarning
 from retcon.lm.generate import Written
 from retcon.memory import defaults
@@ -204,7 +204,7 @@ def test_in_a_pipe_a_stage_of_unknown_length_is_named_once_it_takes_long(
     with caplog.at_level("INFO", "retcon.progress"):
         with spinner("loading a small model"):
             pass
-        monkeypatch.setattr("retcon.cli.shell.LOGGED_SECONDS", 0.02)
+        monkeypatch.setattr("retcon.cli.progress.LOGGED_SECONDS", 0.02)
         with spinner("loading a large model"):
             time.sleep(0.5)
     assert caplog.messages == ["loading a large model"]

@@ -38,7 +38,8 @@ from retcon.cli import (
     ui,
     verify,
 )
-from retcon.cli.shell import CommandGroup, examples
+from retcon.cli.errors import CommandGroup
+from retcon.cli.printing import examples
 
 app = typer.Typer(
     cls=CommandGroup,

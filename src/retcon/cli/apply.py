@@ -5,23 +5,10 @@ from typing import Annotated
 
 import typer
 
-from retcon.cli.shell import (
-    Device,
-    Json,
-    Model,
-    OtherBase,
-    StoredDType,
-    console,
-    count,
-    delta_files,
-    emit,
-    load_deltas,
-    load_model,
-    loads_a_model,
-    size,
-    spinner,
-    styled,
-)
+from retcon.cli.models import delta_files, load_deltas, load_model, loads_a_model
+from retcon.cli.options import Device, Json, Model, OtherBase, StoredDType
+from retcon.cli.printing import console, count, emit, size, styled
+from retcon.cli.progress import spinner
 
 
 @loads_a_model

@@ -7,24 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retcon.cli.facts import reads_facts
-from retcon.cli.shell import (
-    Device,
-    Json,
-    StoredDType,
-    check_can_write,
-    check_model_exists,
-    check_not_an_input,
-    console,
-    count,
-    emit,
-    load_deltas,
-    load_model,
-    loads_a_model,
-    plain_table,
-    size,
-    spinner,
-    styled,
-)
+from retcon.cli.models import check_model_exists, load_deltas, load_model, loads_a_model
+from retcon.cli.options import Device, Json, StoredDType
+from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.printing import console, count, emit, plain_table, size, styled
+from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting, NotEditable
 from retcon.workflow.facts import Reading, facts_that_fit, read_facts
 

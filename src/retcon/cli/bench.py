@@ -11,21 +11,10 @@ from rich.live import Live
 from rich.table import Table
 
 from retcon.cli.facts import FileFormat
-from retcon.cli.shell import (
-    Json,
-    On,
-    VerifyBase,
-    check_can_make_folder,
-    check_model_path,
-    console,
-    count,
-    emit,
-    plain_table,
-    program,
-    seconds,
-    styled,
-    warn_of_remote_code,
-)
+from retcon.cli.models import check_model_path, warn_of_remote_code
+from retcon.cli.options import Json, On, VerifyBase
+from retcon.cli.outputs import check_can_make_folder
+from retcon.cli.printing import console, count, emit, plain_table, program, seconds, styled
 from retcon.cluster import workers
 from retcon.errors import InvalidSetting
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from retcon.cli.shell import Json, console, count, emit, plain_table, size
+from retcon.cli.options import Json
+from retcon.cli.printing import console, count, emit, plain_table, size
 from retcon.errors import InvalidSetting
 
 

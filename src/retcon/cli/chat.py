@@ -7,26 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from retcon.cli.chatting import chat_of, check_is_text
 from retcon.cli.complete import MaxTokens, Stops, Temperature, TopK, TopP, warn_of_no_answer, writing
-from retcon.cli.shell import (
-    Deltas,
-    Device,
-    DType,
-    Model,
-    OtherBase,
-    Seed,
-    System,
-    TemplateArgs,
-    chat_of,
-    check_is_text,
-    console,
-    load_deltas,
-    load_model,
-    loads_a_model,
-    plain_table,
-    spinner,
-    styled,
-)
+from retcon.cli.models import load_deltas, load_model, loads_a_model
+from retcon.cli.options import Deltas, Device, DType, Model, OtherBase, Seed, System, TemplateArgs
+from retcon.cli.printing import console, plain_table, styled
+from retcon.cli.progress import spinner
 from retcon.errors import InvalidEdit, InvalidSetting
 
 if TYPE_CHECKING:

@@ -10,26 +10,11 @@ from rich.table import Table
 
 from retcon.cli.complete import CHAT_TOKENS, PLAIN_TOKENS
 from retcon.cli.facts import reads_facts
-from retcon.cli.shell import (
-    Device,
-    DType,
-    Json,
-    Model,
-    On,
-    OtherBase,
-    check_can_write,
-    check_not_an_input,
-    console,
-    emit,
-    load_deltas,
-    load_model,
-    loading_options,
-    loads_a_model,
-    plain_table,
-    progress_bars,
-    spinner,
-    styled,
-)
+from retcon.cli.models import load_deltas, load_model, loading_options, loads_a_model
+from retcon.cli.options import Device, DType, Json, Model, On, OtherBase
+from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.printing import console, emit, plain_table, styled
+from retcon.cli.progress import progress_bars, spinner
 from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
 from retcon.files import read_prose

@@ -5,7 +5,10 @@ from typing import Annotated
 
 import typer
 
-from retcon.cli.shell import Device, Json, StoredDType, console, count, emit, loads_a_model, size, spinner, styled
+from retcon.cli.models import loads_a_model
+from retcon.cli.options import Device, Json, StoredDType
+from retcon.cli.printing import console, count, emit, size, styled
+from retcon.cli.progress import spinner
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 from retcon.files import found_from
 

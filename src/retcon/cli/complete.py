@@ -4,29 +4,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retcon.cli.shell import (
-    AsChat,
-    Deltas,
-    Device,
-    DType,
-    Json,
-    Model,
-    OtherBase,
-    Seed,
-    System,
-    TemplateArgs,
-    chat_of,
-    check_is_text,
-    console,
-    count,
-    emit,
-    load_deltas,
-    load_model,
-    loads_a_model,
-    spinner,
-    styled,
-    warn,
-)
+from retcon.cli.chatting import chat_of, check_is_text
+from retcon.cli.models import load_deltas, load_model, loads_a_model
+from retcon.cli.options import AsChat, Deltas, Device, DType, Json, Model, OtherBase, Seed, System, TemplateArgs
+from retcon.cli.printing import console, count, emit, styled, warn
+from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting
 
 if TYPE_CHECKING:

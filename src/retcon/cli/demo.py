@@ -12,21 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from retcon.cli.shell import (
-    Json,
-    Seed,
-    check_can_write,
-    console,
-    emit,
-    load_model,
-    plain_table,
-    program,
-    progress_bars,
-    seconds,
-    size,
-    spinner,
-    styled,
-)
+from retcon.cli.models import load_model
+from retcon.cli.options import Json, Seed
+from retcon.cli.outputs import check_can_write
+from retcon.cli.printing import console, emit, plain_table, program, seconds, size, styled
+from retcon.cli.progress import progress_bars, spinner
 from retcon.edits import Case, Query
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.workflow import Resolved, resolve, write_facts

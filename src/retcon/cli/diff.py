@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retcon.cli.shell import Json, count, emit
+from retcon.cli.options import Json
+from retcon.cli.printing import count, emit
 from retcon.cli.stores import StorePath, fact_record, open_store
 
 if TYPE_CHECKING:

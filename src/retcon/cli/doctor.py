@@ -3,7 +3,10 @@
 import typer
 from rich.table import Table
 
-from retcon.cli.shell import Device, DType, Json, Model, console, emit, load_model, loads_a_model, spinner, styled
+from retcon.cli.models import load_model, loads_a_model
+from retcon.cli.options import Device, DType, Json, Model
+from retcon.cli.printing import console, emit, styled
+from retcon.cli.progress import spinner
 
 _MARKS = {"passed": styled("[green]✓[/]"), "failed": styled("[red]✗[/]"), "skipped": styled("[dim]-[/]")}
 

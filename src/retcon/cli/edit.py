@@ -8,38 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from retcon.cli.chatting import chat_options
 from retcon.cli.facts import reads_facts
+from retcon.cli.models import load_deltas, load_model, loading_options, loads_a_model
 from retcon.cli.moments import check_corpus
-from retcon.cli.shell import (
-    Assignments,
-    Device,
-    DType,
-    Json,
-    Model,
-    On,
-    OtherBase,
-    Preset,
-    PresetsOf,
-    Seed,
-    Shrink,
-    chat_options,
-    check_can_write,
-    check_not_an_input,
-    console,
-    count,
-    emit,
-    load_deltas,
-    load_model,
-    loading_options,
-    loads_a_model,
-    program,
-    progress_bars,
-    seconds,
-    size,
-    spinner,
-    styled,
-    warn,
-)
+from retcon.cli.options import Assignments, Device, DType, Json, Model, On, OtherBase, Preset, PresetsOf, Seed, Shrink
+from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.printing import console, count, emit, program, seconds, size, styled, warn
+from retcon.cli.progress import progress_bars, spinner
 from retcon.cli.stores import entry_record, open_store
 from retcon.cli.tables import changes_table, edits_table, estimate_table, facts_table, settings_table
 from retcon.cluster import workers, working_on

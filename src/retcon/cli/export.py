@@ -7,23 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from retcon.cli.facts import CaseTarget, Conflicting, OnError
-from retcon.cli.shell import (
-    Device,
-    Json,
-    Model,
-    OtherBase,
-    StoredDType,
-    console,
-    delta_files,
-    emit,
-    load_deltas,
-    load_model,
-    loads_a_model,
-    plain_table,
-    size,
-    spinner,
-    styled,
-)
+from retcon.cli.models import delta_files, load_deltas, load_model, loads_a_model
+from retcon.cli.options import Device, Json, Model, OtherBase, StoredDType
+from retcon.cli.printing import console, emit, plain_table, size, styled
+from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting
 from retcon.workflow.facts import Reading, read_facts
 

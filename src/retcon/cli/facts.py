@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from retcon.cli.shell import AsChat, System, TemplateArgs, TrainEnd, chat_of
+from retcon.cli.chatting import chat_of
+from retcon.cli.options import AsChat, System, TemplateArgs, TrainEnd
 from retcon.workflow.facts import Conflicts, Reading
 
 FileFormat = Annotated[

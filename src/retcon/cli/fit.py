@@ -8,27 +8,11 @@ from typing import Annotated
 import typer
 
 from retcon.cli.facts import reads_facts
-from retcon.cli.shell import (
-    Assignments,
-    Device,
-    DType,
-    Json,
-    Model,
-    Preset,
-    PresetsOf,
-    Seed,
-    check_can_write,
-    check_not_an_input,
-    console,
-    emit,
-    load_model,
-    loads_a_model,
-    progress_bars,
-    seconds,
-    size,
-    styled,
-    warn,
-)
+from retcon.cli.models import load_model, loads_a_model
+from retcon.cli.options import Assignments, Device, DType, Json, Model, Preset, PresetsOf, Seed
+from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.printing import console, emit, seconds, size, styled, warn
+from retcon.cli.progress import progress_bars
 from retcon.cli.tables import settings_table
 from retcon.errors import InvalidSetting, how_to_install
 from retcon.workflow import facts_that_fit, read_facts, read_settings, resolve

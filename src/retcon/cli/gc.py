@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from retcon.cli.shell import Json, console, count, emit, size
+from retcon.cli.options import Json
+from retcon.cli.printing import console, count, emit, size
 from retcon.cli.stores import StorePath, open_store
 
 

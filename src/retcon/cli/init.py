@@ -5,18 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from retcon.cli.shell import (
-    Device,
-    DType,
-    Json,
-    Model,
-    console,
-    emit,
-    load_model,
-    loads_a_model,
-    program,
-    styled,
-)
+from retcon.cli.models import load_model, loads_a_model
+from retcon.cli.options import Device, DType, Json, Model
+from retcon.cli.printing import console, emit, program, styled
 
 
 @loads_a_model

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retcon.cli.shell import Json, console, emit, spinner, styled
+from retcon.cli.options import Json
+from retcon.cli.printing import console, emit, styled
+from retcon.cli.progress import spinner
 from retcon.cli.tables import settings_table
 from retcon.workflow.settings import as_toml, resolve
 

@@ -7,23 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from retcon.cli.shell import (
-    Device,
-    DType,
-    Json,
-    Model,
-    On,
-    Shrink,
-    console,
-    emit,
-    load_model,
-    loads_a_model,
-    progress_bars,
-    seconds,
-    size,
-    spinner,
-    styled,
-)
+from retcon.cli.models import load_model, loads_a_model
+from retcon.cli.options import Device, DType, Json, Model, On, Shrink
+from retcon.cli.printing import console, emit, seconds, size, styled
+from retcon.cli.progress import progress_bars, spinner
 from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
 from retcon.workflow.moments import moments_for

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from retcon.cli.shell import Json, console, count, emit, spinner, styled
+from retcon.cli.options import Json
+from retcon.cli.printing import console, count, emit, styled
+from retcon.cli.progress import spinner
 from retcon.errors import how_to_install
 
 

@@ -5,7 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from retcon.cli.shell import Device, DType, Json, console, count, emit, loads_a_model, styled
+from retcon.cli.models import loads_a_model
+from retcon.cli.options import Device, DType, Json
+from retcon.cli.printing import console, count, emit, styled
 from retcon.cli.stores import (
     Again,
     Corpus,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from retcon.cli.shell import Json, console, count, emit, plain_table, size, styled
+from retcon.cli.options import Json
+from retcon.cli.printing import console, count, emit, plain_table, size, styled
 from retcon.cli.stores import N_SHOWN, StorePath, entry_record, fact_record, facts_table, open_store
 from retcon.errors import UnknownEntry
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from retcon.cli.models import load_model
 from retcon.cli.moments import check_corpus
-from retcon.cli.shell import count, load_model, plain_table, progress_bars, warn
+from retcon.cli.printing import count, plain_table, warn
+from retcon.cli.progress import progress_bars
 from retcon.errors import UnsupportedModel
 from retcon.files import found_from
 

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from retcon.cli.shell import count, plain_table, seconds, size, styled
+from retcon.cli.printing import count, plain_table, seconds, size, styled
 from retcon.edits import Edit
 from retcon.workflow import Estimate, Resolved, as_toml, search_line, took_line
 

@@ -8,22 +8,9 @@ import typer
 from rich.table import Table
 
 from retcon.cli.facts import reads_facts
-from retcon.cli.shell import (
-    Device,
-    DType,
-    Json,
-    Model,
-    On,
-    Seed,
-    console,
-    count,
-    emit,
-    load_model,
-    loads_a_model,
-    plain_table,
-    seconds,
-    styled,
-)
+from retcon.cli.models import load_model, loads_a_model
+from retcon.cli.options import Device, DType, Json, Model, On, Seed
+from retcon.cli.printing import console, count, emit, plain_table, seconds, styled
 from retcon.cluster import workers, working_on
 from retcon.workflow import facts_that_fit, moments_for, read_facts, read_settings
 from retcon.workflow.facts import Reading

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retcon.cli.shell import Device, DType, console, load_model, loading_options, loads_a_model, styled
+from retcon.cli.models import load_model, loading_options, loads_a_model
+from retcon.cli.options import Device, DType
+from retcon.cli.printing import console, styled
 from retcon.cli.stores import load_base
 from retcon.errors import InvalidSetting, MissingPackage
 

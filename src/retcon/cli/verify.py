@@ -6,20 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retcon.cli.facts import reads_facts
-from retcon.cli.shell import (
-    Device,
-    DType,
-    Json,
-    check_can_write,
-    check_not_an_input,
-    console,
-    count,
-    emit,
-    loads_a_model,
-    plain_table,
-    spinner,
-    styled,
-)
+from retcon.cli.models import loads_a_model
+from retcon.cli.options import Device, DType, Json
+from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.printing import console, count, emit, plain_table, styled
+from retcon.cli.progress import spinner
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 from retcon.errors import InvalidSetting
 from retcon.files import write_atomically

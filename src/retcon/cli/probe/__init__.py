@@ -2,8 +2,8 @@
 
 import typer
 
+from retcon.cli.printing import examples
 from retcon.cli.probe import attribution, contrast, layers, paths, trace
-from retcon.cli.shell import examples
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Where facts live in a model, and which layers to edit."

@@ -7,25 +7,12 @@ import typer
 from rich.table import Table
 
 from retcon.cli.facts import reads_facts
+from retcon.cli.models import load_model, loads_a_model
+from retcon.cli.options import Device, DType, Json, Model, Seed
+from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.printing import console, count, emit, plain_table, styled
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, write_figures
-from retcon.cli.shell import (
-    Device,
-    DType,
-    Json,
-    Model,
-    Seed,
-    check_can_write,
-    check_not_an_input,
-    console,
-    count,
-    emit,
-    load_model,
-    loads_a_model,
-    plain_table,
-    progress_bars,
-    spinner,
-    styled,
-)
+from retcon.cli.progress import progress_bars, spinner
 from retcon.errors import InvalidSetting
 from retcon.files import check_exists, read_text
 from retcon.workflow.facts import Reading, facts_that_fit

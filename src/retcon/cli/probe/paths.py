@@ -5,21 +5,11 @@ from typing import Annotated, Literal
 import typer
 
 from retcon.cli.facts import reads_facts
+from retcon.cli.models import load_model, loads_a_model
+from retcon.cli.options import Device, DType, Json, Model, Seed
+from retcon.cli.printing import console, emit, plain_table, styled
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write_figures
-from retcon.cli.shell import (
-    Device,
-    DType,
-    Json,
-    Model,
-    Seed,
-    console,
-    emit,
-    load_model,
-    loads_a_model,
-    plain_table,
-    spinner,
-    styled,
-)
+from retcon.cli.progress import spinner
 from retcon.workflow.facts import Reading, facts_that_fit
 
 Score = Literal["z_abs", "signed_sum", "abs_of_sum", "sum_abs", "l2", "grad_x_weight", "random"]

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retcon.cli.shell import check_can_write, check_not_an_input, finite, spinner
+from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.printing import finite
+from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting
 from retcon.files import write_atomically
 from retcon.version import versions

@@ -7,22 +7,11 @@ import typer
 from rich.table import Table
 
 from retcon.cli.facts import reads_facts
+from retcon.cli.models import load_model, loads_a_model
+from retcon.cli.options import Device, DType, Json, Model, Seed
+from retcon.cli.printing import console, count, emit, plain_table, styled
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write_figures
-from retcon.cli.shell import (
-    Device,
-    DType,
-    Json,
-    Model,
-    Seed,
-    console,
-    count,
-    emit,
-    load_model,
-    loads_a_model,
-    plain_table,
-    progress_bars,
-    styled,
-)
+from retcon.cli.progress import progress_bars
 from retcon.workflow.facts import Reading, facts_that_fit
 
 if TYPE_CHECKING:

@@ -1,0 +1,120 @@
+"""The options that many verbs have, each declared once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retcon.errors import InvalidSetting
+from retcon.seed import check_seed
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="demo:gptj, demo:llama, a directory, or a hub id.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU where there is one")]
+DType = Annotated[
+    str | None,
+    typer.Option(metavar="DTYPE", help="float32, bfloat16, ...", show_default="float32 on a CPU, as stored on a GPU"),
+]
+StoredDType = Annotated[
+    str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16, ...", show_default="as stored")
+]
+
+
+def seed_option(seed: int) -> int:
+    """Return a seed from the command line, refused where it is too large."""
+    try:
+        return check_seed(seed)
+    except InvalidSetting as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Seed = Annotated[int, typer.Option(help="Seed of all that is drawn at random.", callback=seed_option)]
+PresetsOf = Annotated[
+    str | None, typer.Option(help="Which of the model's presets: counterfact, zsre, ...", show_default=False)
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="A preset by its full name, method/model/dataset; none: as if no preset knew the model.",
+        show_default="the model's",
+    ),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="A setting over the preset's; repeat.", show_default=False),
+]
+Deltas = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--delta", metavar="DELTA", help="A delta to apply first; repeat for several, in order.", show_default=False
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the hub.", show_default=False)
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MAP",
+        help="Spread the model over devices: auto, balanced, or a JSON object of modules and devices.",
+        show_default=False,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint. Off unless asked for.")
+]
+Packed = Annotated[
+    bool,
+    typer.Option(
+        "--packed",
+        help="Keep a checkpoint's 4- or 8-bit matrices as they are (bitsandbytes, torchao), except those that are "
+        "edited: less memory, slower, the same results.",
+    ),
+]
+VerifyBase = Annotated[
+    bool,
+    typer.Option(
+        "--verify-base",
+        help="Hash all of the model's weights, rather than believe what is kept of files that look the same.",
+    ),
+]
+Shrink = Annotated[
+    bool,
+    typer.Option(
+        "--shrink",
+        help="Where memory runs out, go on with less at a time; the result then differs in its last bits.",
+    ),
+]
+On = Annotated[
+    str,
+    typer.Option(
+        metavar="PLACE",
+        help="Where the work is shared out: local, processes:N of this machine, ray, or ray:ADDRESS. The result is the "
+        "same.",
+    ),
+]
+OtherBase = Annotated[bool, typer.Option("--other-base", help="Apply deltas made for other weights than these.")]
+AsChat = Annotated[
+    bool, typer.Option("--chat", help="Put prompts to a chat model: as the user's turn in its tokenizer's template.")
+]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="The chat's system turn (implies --chat).", show_default=False)
+]
+TemplateArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg",
+        metavar="NAME=VALUE",
+        help="For the chat template, such as enable_thinking=false (implies --chat); repeat.",
+        show_default=False,
+    ),
+]
+TrainEnd = Annotated[
+    bool,
+    typer.Option(
+        "--train-end",
+        help="Train answers with the end of their turn, for a model that goes on after them (implies --chat).",
+    ),
+]
