@@ -15,14 +15,20 @@ Piece_contra = TypeVar("Piece_contra", contravariant=True)
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 
-Progress = Callable[[int], None]
+Progress = Callable[[str, int, int], None]
+"""Hears (stage, done, total) while something is worked on."""
+Done = Callable[[int], None]
 """Hears how much of a piece is done."""
+
+
+def silent(*heard: object) -> None:
+    """Progress that nobody listens to."""
 
 
 class Work(Protocol[Piece_contra, Result_co]):
     """What is done with every piece: an object that can be sent to another process."""
 
-    def __call__(self, lm: "LM", piece: Piece_contra, progress: Progress) -> Result_co:
+    def __call__(self, lm: "LM", piece: Piece_contra, progress: Done) -> Result_co:
         """Return the piece's result, the model left as it was."""
 
 
@@ -30,7 +36,7 @@ class Workers(Protocol):
     """A place where pieces are worked on."""
 
     def map(
-        self, lm: "LM", work: Work[Piece, Result], pieces: Sequence[Piece], progress: Progress
+        self, lm: "LM", work: Work[Piece, Result], pieces: Sequence[Piece], progress: Done
     ) -> Iterator[tuple[int, Result]]:
         """Give (place of the piece, its result) as pieces are done, on the model's weights as they are now.
 
@@ -43,7 +49,7 @@ class Here:
     """This process: one piece after the other, in their order."""
 
     def map(
-        self, lm: "LM", work: Work[Piece, Result], pieces: Sequence[Piece], progress: Progress
+        self, lm: "LM", work: Work[Piece, Result], pieces: Sequence[Piece], progress: Done
     ) -> Iterator[tuple[int, Result]]:
         for place, piece in enumerate(pieces):
             yield place, work(lm, piece, progress)

@@ -17,7 +17,7 @@ from retcon.cluster.actors import RayCluster
 from retcon.delta import Delta
 from retcon.lm.model import LM
 from retcon.memory.values import plan
-from retcon.work import Progress, Workers
+from retcon.work import Done, Workers
 from tests.attacks.tally import Tally, main
 
 N_EDITS, CHUNK = 12, 2
@@ -26,7 +26,7 @@ N_EDITS, CHUNK = 12, 2
 class ProcessId:
     """Work that says where it is done."""
 
-    def __call__(self, lm: LM, piece: int, progress: Progress) -> int:
+    def __call__(self, lm: LM, piece: int, progress: Done) -> int:
         time.sleep(0.2)  # so that every worker gets some
         return os.getpid()
 

@@ -27,7 +27,7 @@ from retcon.lm.prompts import Row
 from retcon.memory import collect
 from retcon.memory.collect import Collected, SumOfChunk
 from retcon.memory.values import plan
-from retcon.work import Here, Progress, in_order
+from retcon.work import Done, Here, in_order
 
 N_EDITS = 6
 
@@ -61,7 +61,7 @@ class Square:
     def __init__(self, at: int | None = None, mark: Path | None = None) -> None:
         self.at, self.mark = at, mark
 
-    def __call__(self, lm: LM, piece: int, progress: Progress) -> int:
+    def __call__(self, lm: LM, piece: int, progress: Done) -> int:
         if piece == self.at and not (self.mark and self.mark.exists()):
             if self.mark:
                 self.mark.touch()
@@ -70,7 +70,7 @@ class Square:
 
 
 class Fails:
-    def __call__(self, lm: LM, piece: int, progress: Progress) -> int:
+    def __call__(self, lm: LM, piece: int, progress: Done) -> int:
         raise NonFinite(f"piece {piece} is not a number")
 
 
@@ -80,7 +80,7 @@ class LeavesAMark:
     def __init__(self, folder: Path, fails_at: int | None = None) -> None:
         self.folder, self.fails_at = folder, fails_at
 
-    def __call__(self, lm: LM, piece: int, progress: Progress) -> int:
+    def __call__(self, lm: LM, piece: int, progress: Done) -> int:
         (self.folder / str(piece)).touch()
         if piece == self.fails_at:
             raise NonFinite(f"piece {piece} is not a number")
@@ -105,7 +105,7 @@ def test_a_worker_has_the_deltas_of_the_asking_process(lm: LM, edits: list[Edit]
     worker = Worker.__new__(Worker)  # over the same model, so that nothing is loaded twice
     worker.source, worker.lm, worker._deltas = Source("", {}, lm.fingerprint(), 1), lm, {}
 
-    def applied(lm: LM, piece: None, progress: Progress) -> list[str]:
+    def applied(lm: LM, piece: None, progress: Done) -> list[str]:
         return [d.id for d in lm.applied]
 
     assert worker.run(applied, None, [(id_, content)]) == [delta.id]
@@ -284,7 +284,7 @@ class DiesOnce:
 
 
 class DyingSum(SumOfChunk, DiesOnce):
-    def __call__(self, lm: LM, piece: Sequence[Row], progress: Progress):  # type: ignore[no-untyped-def]
+    def __call__(self, lm: LM, piece: Sequence[Row], progress: Done):  # type: ignore[no-untyped-def]
         self.die()
         return super().__call__(lm, piece, progress)
 

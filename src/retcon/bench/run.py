@@ -48,7 +48,7 @@ from retcon.methods.common.choosing import method as make_method
 from retcon.methods.common.contract import check_model_has_layers
 from retcon.methods.common.registry import method_class
 from retcon.methods.common.sequence import in_steps
-from retcon.work import Workers
+from retcon.work import Workers, silent
 from retcon.workflow.moments import moments_for
 
 VALUES = "values"
@@ -76,17 +76,13 @@ class Event:
 Watch = Callable[[Event], None]
 
 
-def silent(event: Event) -> None:
-    """Nobody watches."""
-
-
 def run_bench(
     spec: BenchSpec,
     directory: str | Path,
     *,
     force: bool = False,
     watch: Watch = silent,
-    on_loaded: Callable[[LoadReport], None] = lambda report: None,
+    on_loaded: Callable[[LoadReport], None] = silent,
     command: str | None = None,
     verify_base: bool = False,
     loaded: Mapping[str, Loaded] | None = None,

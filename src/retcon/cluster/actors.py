@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from retcon.cluster.worker import Source, Worker, to_bytes
 from retcon.errors import InvalidSetting, MissingPackage, WorkersLost, how_to_install
 from retcon.lm.model import LM
-from retcon.work import Piece, Progress, Result, Work
+from retcon.work import Done, Piece, Result, Work
 
 MAX_LOSSES = 5
 """Times that a piece may lose its worker, and that an actor may fail to start."""
@@ -83,7 +83,7 @@ class RayCluster:
         self._scope.close()
 
     def map(
-        self, lm: LM, work: Work[Piece, Result], pieces: Sequence[Piece], progress: Progress
+        self, lm: LM, work: Work[Piece, Result], pieces: Sequence[Piece], progress: Done
     ) -> Iterator[tuple[int, Result]]:
         """Do as `Workers.map`.
 

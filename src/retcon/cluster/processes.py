@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from retcon.cluster.worker import Source, Worker, to_files
 from retcon.errors import WorkersLost
 from retcon.lm.model import LM
-from retcon.work import Piece, Progress, Result, Work
+from retcon.work import Done, Piece, Result, Work
 
 MAX_LOSSES = 5
 """Pools that may break in a row without a piece done in between."""
@@ -43,7 +43,7 @@ class Processes:
             self._folder.cleanup()
 
     def map(
-        self, lm: LM, work: Work[Piece, Result], pieces: Sequence[Piece], progress: Progress
+        self, lm: LM, work: Work[Piece, Result], pieces: Sequence[Piece], progress: Done
     ) -> Iterator[tuple[int, Result]]:
         """Do as `Workers.map`.
 

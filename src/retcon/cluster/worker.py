@@ -16,6 +16,7 @@ from retcon.files import errors_naming, write_atomically
 from retcon.lm.load import load
 from retcon.lm.model import LM
 from retcon.version import versions
+from retcon.work import silent
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Worker:
     def run(self, work: Any, piece: Any, deltas: Sequence[tuple[str, bytes | Path]]) -> Any:
         """Return the result of a piece, with these deltas (id, file or what is in it) applied in their order."""
         self._apply(deltas)
-        return work(self.lm, piece, lambda _: None)
+        return work(self.lm, piece, silent)
 
     def _apply(self, deltas: Sequence[tuple[str, bytes | Path]]) -> None:
         wanted = [id_ for id_, _ in deltas]

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from retcon.arguments import list_of_texts
 from retcon.chat import Chat, without_reasoning
 from retcon.errors import EndpointFailed, InvalidSetting
+from retcon.work import silent
 
 KEY = "RETCON_API_KEY"
 """Environment variable with the endpoint's key."""
@@ -78,7 +79,7 @@ class Endpoint:
         *,
         max_tokens: int = 32,
         stops: Sequence[str] = ("\n",),
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: Callable[[int, int], None] = silent,
     ) -> list[str]:
         """Return the model's greedy text after each prompt; in a chat, its answer to the prompt, reasoning left out.
 

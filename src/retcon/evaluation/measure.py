@@ -4,7 +4,7 @@ import builtins
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,11 +52,11 @@ from retcon.lm.generate import Writing, Written, generate, most_tokens
 from retcon.lm.model import LM, require_lm
 from retcon.lm.prompts import Row, encode
 from retcon.seed import check_seed
+from retcon.work import Progress, silent
 
 ESSENCE_TOKENS = 100
 """Tokens of a passage read for its essence (ROME)."""
 
-Advance = Callable[[str, int, int], None]
 """Hears (stage, done, total)."""
 
 
@@ -164,16 +164,14 @@ def measure(
     before: Evaluation | None = None,
     *,
     step: int = 0,
-    advance: Advance = lambda stage, done, total: None,
+    advance: Progress = silent,
 ) -> Evaluation:
     """Measure the model as it stands; `before` is of the unedited one, None where this is it."""
     plan, outputs = run_queries(lm, plan, measures, advance)
     return compute_records(plan, measures, outputs, when, before, step=step)
 
 
-def run_queries(
-    lm: LM, plan: QueryPlan, measures: Measures, advance: Advance = lambda stage, done, total: None
-) -> tuple[QueryPlan, Outputs]:
+def run_queries(lm: LM, plan: QueryPlan, measures: Measures, advance: Progress = silent) -> tuple[QueryPlan, Outputs]:
     """Put every query of the plan to the model; return the plan as it was scored, too.
 
     Each stage has a turn of its own, so that other threads wait for no more than one, and reads the prompts in it: what
@@ -193,7 +191,7 @@ def run_queries(
     return scored, Outputs(scores, texts, free, _essence(lm, plan, measures))
 
 
-def _score(lm: LM, plan: QueryPlan, measures: Measures, advance: Advance) -> dict[Place, tuple[TokenScore, ...]]:
+def _score(lm: LM, plan: QueryPlan, measures: Measures, advance: Progress) -> dict[Place, tuple[TokenScore, ...]]:
     rows = [row for q in plan.queries for row in q.rows]
     scores = iter(
         score_rows(
@@ -207,7 +205,7 @@ def _score(lm: LM, plan: QueryPlan, measures: Measures, advance: Advance) -> dic
 
 
 def _score_and_write(
-    lm: LM, plan: QueryPlan, measures: Measures, advance: Advance
+    lm: LM, plan: QueryPlan, measures: Measures, advance: Progress
 ) -> tuple[dict[Place, tuple[TokenScore, ...]], dict[Place, Written]]:
     """Scores and the model's own answers; a prompt after which the model writes is run once for both.
 
@@ -270,7 +268,7 @@ def _written_groups(
     return groups
 
 
-def _write(lm: LM, plan: QueryPlan, measures: Measures, advance: Advance) -> dict[Place, Written]:
+def _write(lm: LM, plan: QueryPlan, measures: Measures, advance: Progress) -> dict[Place, Written]:
     """Return the model's own answers; a prompt that several queries share is written once."""
     texts: dict[Place, Written] = {}
     for how, prompted in _written_groups(plan, measures).items():
@@ -599,10 +597,10 @@ def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Attachment], seed: 
 
 
 @contextmanager
-def _bar(shown: bool) -> Iterator[Advance]:
+def _bar(shown: bool) -> Iterator[Progress]:
     """Draw a progress bar per stage, on stderr or in a notebook, or nothing."""
     if not shown:
-        yield lambda stage, done, total: None
+        yield silent
         return
     if hasattr(builtins, "get_ipython"):  # rich draws nothing lasting there
         from tqdm.auto import tqdm
@@ -619,9 +617,9 @@ def _bar(shown: bool) -> Iterator[Advance]:
             each.close()
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress as Bar
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Bar(console=Console(stderr=True), transient=True) as bar:
         tasks: list[Any] = []
 
         def advance(stage: str, done: int, total: int) -> None:

@@ -25,6 +25,7 @@ from retcon.evaluation.summary import case_means, unread_notes, unread_queries
 from retcon.evaluation.writing import PRESETS
 from retcon.lm.generate import texts_after
 from retcon.lm.model import LM
+from retcon.work import silent
 
 Part = Literal["took", "generalised", "local", "language"]
 Outcome = Literal["passed", "failed", "unknown", "off", "unmeasurable"]
@@ -141,7 +142,7 @@ def check(
     other_base: bool = False,
     own_words: bool = False,
     seed: int = 0,
-    on_progress: Callable[[str], None] = lambda stage: None,
+    on_progress: Callable[[str], None] = silent,
 ) -> Verdict:
     """Ask the four questions of `deltas`, applied together; the model is left as it was.
 
@@ -218,7 +219,7 @@ def check_endpoint(
     *,
     thresholds: Thresholds = Thresholds(),
     max_tokens: int = 32,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = silent,
 ) -> Verdict:
     """Ask a served model what text can say: whether edited prompts, and paraphrases, give the new answer.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from retcon.work import Here
+from retcon.work import Here, silent
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -140,7 +140,7 @@ def shared_in_batches(
         [[(items[i], lengths[i], kinds[i] if kinds else None) for i in batch] for batch in shard] for shard in shards
     ]
     found: dict[int, Result] = {}
-    for k, results in lm.workers.map(lm, _OfShard(work, max_tokens), pieces, lambda _: None):
+    for k, results in lm.workers.map(lm, _OfShard(work, max_tokens), pieces, silent):
         found |= zip((i for batch in shards[k] for i in batch), results, strict=True)
         if on_progress is not None:
             on_progress(len(found), len(items))

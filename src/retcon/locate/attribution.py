@@ -32,6 +32,7 @@ from retcon.lm.replay import ReplayState, replaying, token_numbers
 from retcon.lm.site import Site
 from retcon.locate.gradients import Captured, catch
 from retcon.training.objective import Answer, answer_rows
+from retcon.work import silent
 
 Granularity = Literal["row", "column", "entry"]
 """What gets a score: output units, input units, or single weights (row by row) of a matrix W (out x in)."""
@@ -114,7 +115,7 @@ def attribute(
     how: Attribution,
     unit: Granularity = "row",
     *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = silent,
 ) -> list[Tensor]:
     """Return the mean attribution over `facts` of every unit of every site.
 

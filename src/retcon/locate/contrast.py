@@ -24,6 +24,7 @@ from retcon.lm.prompts import Row, Where, encode_edit, pad
 from retcon.locate import lens
 from retcon.locate.embeddings import EMBEDDING, reading_first_input
 from retcon.locate.wordsets import SETS, TokenSets, WordSets
+from retcon.work import silent
 
 PROJECTED: tuple[TensorName, ...] = ("block", "attn", "mlp")
 """Outputs that can be read: of whole blocks, of attention, of MLPs."""
@@ -155,7 +156,7 @@ def contrast_probe(
     norms: Sequence[bool] = (False, True),
     word_sets: WordSets | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = silent,
 ) -> Contrast:
     """Probability and rank of every edit's two answers in every state, on the weights as they are now.
 

@@ -18,6 +18,7 @@ from retcon.lm.model import LM
 from retcon.lm.site import Site
 from retcon.locate.attribution import Attribution, Granularity, attribute, select
 from retcon.seed import generator_of
+from retcon.work import silent
 
 Ensemble = dict[str, Int[Tensor, " n"]]
 """N*: chosen units by `<layer>.<matrix>`, of a routed expert `<layer>.<matrix>.<expert>`, ascending; matrices without
@@ -49,7 +50,7 @@ def unit_scores(
     unit: Granularity,
     unit_score: UnitScore = "sum",
     *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = silent,
 ) -> list[Tensor]:
     """Return per site, every unit's mean score over `facts`: the sum of its entries' attributions, or of their sizes.
 

@@ -21,6 +21,7 @@ from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.replay import ReplayState, replaying
+from retcon.work import silent
 
 Neuron = Literal["value_input", "pre_activation"]
 """What a unit's activation is: what multiplies its value vector (after the activation function, and the gate where
@@ -47,7 +48,7 @@ def attribute_neurons(
     n_points: int = 20,
     grid: Grid = "midpoint",
     neuron: Neuron = "value_input",
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = silent,
 ) -> tuple[Float[Tensor, "n_rows n_layers d_ff"], Float[Tensor, "n_rows n_layers d_ff"]]:
     """Attribute the probability of each row's answer to the units of every layer: the mean over its answer tokens.
 

@@ -30,7 +30,7 @@ from retcon.lm.prompts import Row, pad
 from retcon.lm.site import Site
 from retcon.memory.capacity import free_bytes, planned_bytes
 from retcon.memory.offload import put_away
-from retcon.work import Here, in_order
+from retcon.work import Here, in_order, silent
 
 CHUNK_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 """Tokens between two additions to the float64 sums, at most, by kind of device. Partial sums are saved between chunks,
@@ -42,13 +42,6 @@ SAVE_EVERY = 30.0
 PARTIAL_SUMS = Kind("partial sums of second moments", format=3, computation=1)
 MAX_PADDING = 1 / 32
 """Share of padding that a batch of a fair size may have; it is fair from a thirty-second of the budget on."""
-
-Progress = Callable[[int, int], None]
-"""Hears (tokens done, tokens wanted)."""
-
-
-def silent(done: int, total: int) -> None:
-    """Progress that nobody listens to."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ def collect(
     *,
     max_batch_tokens: int | None = None,
     shrink: bool = False,
-    progress: Progress = silent,
+    progress: Callable[[int, int], None] = silent,
     partial: Path | None = None,
     save_every: float | None = None,
 ) -> Iterator[tuple[Site, Collected]]:
@@ -118,7 +111,7 @@ def collect(
     pieces = [tuple(rows[j] for j in chunk) for chunk in chunks[state.n_done :]]
     with lm.frozen_eval(), lm.without_deltas():
         try:
-            for products, budget in in_order(lm.workers.map(lm, work, pieces, lambda _: None)):
+            for products, budget in in_order(lm.workers.map(lm, work, pieces, silent)):
                 for site_sum in sums.values():
                     site_sum.add(products.pop(0))
                 state.budget = min(state.budget, budget)

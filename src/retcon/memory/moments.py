@@ -29,10 +29,11 @@ from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode
 from retcon.lm.site import Site
 from retcon.lm.tokenizer import tokenizer_hash
-from retcon.memory.collect import Progress, collect, silent
+from retcon.memory.collect import collect
 from retcon.memory.corpus import Corpus
 from retcon.memory.solve import CPU, cholesky, definite
 from retcon.version import __version__
+from retcon.work import silent
 
 TOKENS_PER_DIMENSION = 20
 """Default number of corpus tokens per key dimension; under 10 is warned about, under 1 refused."""
@@ -169,7 +170,7 @@ class CorpusMoments:
     shipped: Path | None = None
     """A file of moments to look in before the cache (the embedded models'). They were collected in float32, and serve
     in whatever dtype the model is loaded."""
-    progress: Progress = silent
+    progress: Callable[[int, int], None] = silent
     """Hears (tokens done, tokens wanted) while collecting."""
     _unwritten: dict[MomentKey, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Moments for which there is no room in the cache directory."""
@@ -220,7 +221,7 @@ class CorpusMoments:
             found.setdefault(self.key(lm, site).n_tokens, []).append(site)
         return list(found.values())
 
-    def _collect(self, lm: LM, sites: Sequence[Site], progress: Progress) -> dict[Site, Tensor]:
+    def _collect(self, lm: LM, sites: Sequence[Site], progress: Callable[[int, int], None]) -> dict[Site, Tensor]:
         """Return the moments of these sites, which take as many tokens each, from one pass over the corpus, kept in the
         cache directory.
 
@@ -334,7 +335,7 @@ def collect_moments(
     rows: Sequence[Row],
     *,
     max_batch_tokens: int | None = None,
-    progress: Progress = silent,
+    progress: Callable[[int, int], None] = silent,
 ) -> dict[Site, Float[Tensor, "d_in d_in"]]:
     """E[k k^T] over every token of the rows, for all sites in one pass, float64; see `retcon.memory.collect`."""
     found = collect(lm, sites, rows, max_batch_tokens=max_batch_tokens, progress=progress)

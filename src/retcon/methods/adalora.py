@@ -19,12 +19,13 @@ from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State
+from retcon.methods.common.contract import State
 from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, Matrices, NotNegative
 from retcon.methods.common.tuning import TuningSettings, sites_named, tuning
 from retcon.seed import generator_of
 from retcon.training.nodes import gradient_of
 from retcon.training.parts import TrainedTriplets, fresh
+from retcon.work import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

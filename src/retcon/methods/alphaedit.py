@@ -21,15 +21,11 @@ from retcon.memory.moments import Moments
 from retcon.memory.solve import Form, NullSpace, ThresholdMode, null_space, null_space_ridge
 from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem, with_earlier
-from retcon.methods.common.contract import (
-    ModelShape,
-    Progress,
-    State,
-    UpdateFilter,
-)
+from retcon.methods.common.contract import ModelShape, State, UpdateFilter
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, sites_of, target_tensor
 from retcon.methods.common.settings import NotNegative, Positive
+from retcon.work import Progress
 
 USUAL_RANKS = (0.3, 0.99)
 """Share of a key's dimensions that the null space usually has; outside it a warning is given."""

@@ -32,7 +32,7 @@ from retcon.locate.paths import (
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import ModelShape, Progress, State, check_mlp, lower_layers
+from retcon.methods.common.contract import ModelShape, State, check_mlp, lower_layers
 from retcon.methods.common.settings import Count, CountFromZero, Layers, NotNegative, Share
 from retcon.methods.common.tuning import TuningSettings, tuning
 from retcon.training.descent import Step, accumulate, losses_now, shares
@@ -40,6 +40,7 @@ from retcon.training.nodes import NodeAdam
 from retcon.training.objective import AnswerLoss, answer_rows, own_answers, trained_rows
 from retcon.training.parts import Part, attached
 from retcon.training.path_nodes import PathNodes
+from retcon.work import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

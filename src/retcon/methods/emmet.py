@@ -19,16 +19,11 @@ from retcon.memory.moments import Moments
 from retcon.memory.solve import equality
 from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem
-from retcon.methods.common.contract import (
-    ModelShape,
-    Progress,
-    State,
-    UpdateFilter,
-    early_layers,
-)
+from retcon.methods.common.contract import ModelShape, State, UpdateFilter, early_layers
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, target_tensor
 from retcon.methods.common.settings import NotNegative, Positive
+from retcon.work import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,18 +19,11 @@ from retcon.memory.keys import KeyAverage
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache, ValueSite
 from retcon.memory.write import LayerGroup, Spread, is_routed, weighted
-from retcon.methods.common.contract import (
-    ModelShape,
-    Progress,
-    State,
-    UpdateFilter,
-    by_key_width,
-    check_mlp,
-    early_layers,
-)
+from retcon.methods.common.contract import ModelShape, State, UpdateFilter, by_key_width, check_mlp, early_layers
 from retcon.methods.common.locate_then_edit import SearchSettings
 from retcon.methods.common.proposal import Given, proposing, target_tensor
 from retcon.methods.common.settings import AnyLayers, Count, NotNegative
+from retcon.work import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,18 +22,12 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import first_prefixes
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import (
-    Method,
-    Progress,
-    State,
-    check_settings,
-    recorded,
-    silent,
-)
+from retcon.methods.common.contract import Method, State, check_settings, recorded
 from retcon.methods.common.proposal import reported
 from retcon.methods.common.settings import Count, CountFromZero, NotNegative
 from retcon.methods.common.tuning import check_no_end
 from retcon.training.objective import answer_rows
+from retcon.work import Progress, silent
 
 MlpUnit = tuple[int, int]
 """Layer and index of an MLP unit."""

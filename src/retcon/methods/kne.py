@@ -37,12 +37,13 @@ from retcon.locate.ensemble import (
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import ModelShape, Progress, State, check_mlp, lower_layers, silent
+from retcon.methods.common.contract import ModelShape, State, check_mlp, lower_layers
 from retcon.methods.common.marks import marked, unmarked
 from retcon.methods.common.settings import EACH_ONCE, Count, Layers
 from retcon.methods.common.tuning import TuningSettings, sites_of_kinds, tuning
 from retcon.training.objective import Answer
 from retcon.training.parts import Part, trained_units
+from retcon.work import Progress, silent
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.solve import general_solve
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, recorded, silent
+from retcon.methods.common.contract import State, recorded
 from retcon.methods.common.hypernetwork import (
     Drawn,
     HypernetworkSettings,
@@ -36,6 +36,7 @@ from retcon.methods.common.settings import Count, Matrices, NotNegative
 from retcon.training.hypernetwork import Hypernetwork, ScaleAt
 from retcon.training.objective import trained_rows
 from retcon.training.parts import TrainedDense
+from retcon.work import Progress, silent
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,17 +25,11 @@ from retcon.memory.key_cache import earlier_keys, extended
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache, ValueSite
 from retcon.memory.write import LayerGroup, LayerProblem, with_earlier
-from retcon.methods.common.contract import (
-    ModelShape,
-    Progress,
-    State,
-    UpdateFilter,
-    by_key_width,
-    check_mlp,
-)
+from retcon.methods.common.contract import ModelShape, State, UpdateFilter, by_key_width, check_mlp
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, sites_of, target_tensor
 from retcon.methods.common.settings import NotNegative
+from retcon.work import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

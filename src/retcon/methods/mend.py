@@ -17,7 +17,7 @@ from retcon.lm.model import LM, Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, recorded, silent
+from retcon.methods.common.contract import State, recorded
 from retcon.methods.common.hypernetwork import (
     Drawn,
     HypernetworkSettings,
@@ -35,6 +35,7 @@ from retcon.methods.common.settings import NotNegative
 from retcon.training.hypernetwork import Hypernetwork, ScaleAt, not_zero
 from retcon.training.objective import trained_rows
 from retcon.training.parts import LowRankByRow, Part
+from retcon.work import Progress, silent
 
 
 @dataclass(frozen=True, kw_only=True)

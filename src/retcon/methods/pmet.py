@@ -19,16 +19,11 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache, ValueSearch, ValueSite
 from retcon.memory.write import LayerGroup, Spread, weighted
-from retcon.methods.common.contract import (
-    ModelShape,
-    Progress,
-    State,
-    UpdateFilter,
-    by_key_width,
-)
+from retcon.methods.common.contract import ModelShape, State, UpdateFilter, by_key_width
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, target_tensor
 from retcon.methods.common.settings import Count, NotNegative
+from retcon.work import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,11 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.place import CPU, float64_place
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, made_by, recorded
+from retcon.methods.common.contract import State, made_by, recorded
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.sequence import combined
 from retcon.methods.common.wrappers import Filter, by_matrix, edited_matrix
+from retcon.work import Progress
 
 Restraint = Literal["log", "linear"]
 

@@ -19,10 +19,11 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.place import float64_place
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, made_by
+from retcon.methods.common.contract import State, made_by
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.settings import NotNegative
 from retcon.methods.common.wrappers import Filter, by_matrix, edited_matrix
+from retcon.work import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,11 @@ from retcon.memory.moments import Moments
 from retcon.memory.solve import whitened
 from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem
-from retcon.methods.common.contract import Progress, State, UpdateFilter
+from retcon.methods.common.contract import State, UpdateFilter
 from retcon.methods.common.locate_then_edit import OneFactSettings
 from retcon.methods.common.proposal import Given, only_one, proposing
 from retcon.methods.common.settings import NotNegative
+from retcon.work import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

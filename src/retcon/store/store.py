@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from retcon.lm.model import LM
     from retcon.memory.moments import Moments
     from retcon.memory.values import ValueCache
-    from retcon.methods.common.contract import Method, Progress
+    from retcon.methods.common.contract import Method
+    from retcon.work import Progress
 
 _IGNORED = f"""# made anew from the other files
 {INDEX}*

@@ -16,6 +16,7 @@ from retcon.pages.junit import TestCase, junit
 from retcon.store.history import Entry, State, in_force_since
 from retcon.store.index import clashes, two_answers
 from retcon.store.store import Store
+from retcon.work import silent
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -182,7 +183,7 @@ def verify(
     stay: Sequence[Case] = (),
     strict: bool = False,
     bisect: bool = True,
-    on_progress: Callable[[str], None] = lambda stage: None,
+    on_progress: Callable[[str], None] = silent,
 ) -> Verification:
     """Put every check of the facts in force after an entry to the model, and find since when what fails does.
 

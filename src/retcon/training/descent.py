@@ -20,6 +20,7 @@ from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite, RetconWarning
 from retcon.lm.prompts import Row
 from retcon.seed import generator_of
+from retcon.work import silent
 
 Reduction = Literal["per_edit", "per_token"]
 """How losses of a mini-batch become one: the mean over edits, or over answer tokens (longer answers weigh more)."""
@@ -185,7 +186,7 @@ def descend(
     seed: int = 0,
     before_epoch: Callable[[int], None] = lambda epoch: None,
     after_step: Callable[[], None] = lambda: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = silent,
 ) -> Descent:
     """Minimise the edits' losses until each is below its threshold, or the epochs are over.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from retcon.checked import Kind, read_checked, write_checked
 from retcon.errors import AnotherIdentity, InvalidSetting, MalformedFile, NonFinite, RetconWarning
+from retcon.work import silent
 
 TRAINING = Kind("unfinished training of an editor", format=1, computation=1)
 
@@ -69,7 +70,7 @@ class Fit:
         unfinished: Path,
         identity: Mapping[str, Any],
         force: bool = False,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Callable[[int, int], None] = silent,
     ) -> None:
         """Train until the steps are over or validation gets no better; the module then has its best tensors.
 

@@ -1,16 +1,15 @@
 """Maps of layers: what the contrast-based probe or a causal trace finds, in cells that can be chosen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
+from retcon.work import Progress
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
-
-Hear = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class LayerMap:
         return round(100 * max(0.0, self.values[row][layer]) / top)
 
 
-def contrast_map(lm: "LM", edits: Sequence[Edit], hear: Hear) -> LayerMap:
+def contrast_map(lm: "LM", edits: Sequence[Edit], hear: Progress) -> LayerMap:
     """Return how much the true answers gain on the new ones, layer by layer."""
     from retcon.locate.advice import layer_contrast
     from retcon.locate.contrast import contrast_probe
@@ -38,7 +37,7 @@ def contrast_map(lm: "LM", edits: Sequence[Edit], hear: Hear) -> LayerMap:
     return LayerMap(title, ("subject's last token", "prediction position"), tuple(map(tuple, rows)))
 
 
-def trace_map(lm: "LM", edits: Sequence[Edit], hear: Hear) -> LayerMap:
+def trace_map(lm: "LM", edits: Sequence[Edit], hear: Progress) -> LayerMap:
     """Return what each state of the first fact brings back of its answer.
 
     Raises:

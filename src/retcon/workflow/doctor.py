@@ -24,6 +24,7 @@ from retcon.memory.keys import KeyReader, mean_keys
 from retcon.memory.moments import GivenMoments
 from retcon.memory.write import is_routed
 from retcon.methods.common.choosing import method
+from retcon.work import silent
 
 Outcome = Literal["passed", "failed", "skipped"]
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -65,7 +66,7 @@ class Examination:
         return {**asdict(self), "passed": self.passed}
 
 
-def examine(lm: LM, *, progress: Callable[[str], None] = lambda check: None) -> Examination:
+def examine(lm: LM, *, progress: Callable[[str], None] = silent) -> Examination:
     """Try everything that editing `lm` rests on; the model is as it was afterwards.
 
     Edits are tried with the identity for a second moment, so that no corpus is read: whether an edit takes is asked,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.files import cache_dir, turn_in
+from retcon.work import Progress
 from retcon.workflow.moments import needed_moments
 from retcon.workflow.settings import Resolved
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from retcon.lm.model import LM
     from retcon.memory.moments import Moments
 
-Progress = Callable[[str, int, int], None]
 """Hears (stage, done, of)."""
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from retcon.edits import Case, Edit, list_of_cases
 from retcon.errors import InvalidSetting, RetconError
 from retcon.seed import check_seed
+from retcon.work import silent
 
 if TYPE_CHECKING:
     from retcon.evaluation import Evaluation
@@ -157,7 +158,7 @@ def tune(
     budget: float = 3600.0,
     max_trials: int = 50,
     seed: int = 0,
-    heard: Callable[[Trial], None] = lambda trial: None,
+    heard: Callable[[Trial], None] = silent,
 ) -> Tuned:
     """Search a method's settings on one half of `cases`, and report on the other.
 

@@ -28,6 +28,7 @@ from retcon.locate.tracing.prompt import (
     probability,
 )
 from retcon.locate.tracing.traces import Trace, Traces, Tracing
+from retcon.work import silent
 
 
 def causal_trace(
@@ -35,7 +36,7 @@ def causal_trace(
     edits: Iterable[Edit],
     settings: Tracing | None = None,
     *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = silent,
 ) -> Traces:
     """Trace the fact of every edit (its prompt; `target_true` where given) on the weights as they are now.
 

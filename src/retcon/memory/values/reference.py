@@ -29,6 +29,7 @@ from retcon.memory.values.objective import (
     rewriting_rows,
     with_kl,
 )
+from retcon.work import silent
 
 
 def search_values_reference(
@@ -38,7 +39,7 @@ def search_values_reference(
     contexts: Contexts,
     search: ValueSearch,
     *,
-    progress: Callable[[int], None] = lambda n: None,
+    progress: Callable[[int], None] = silent,
     cache: object = None,
 ) -> Values:
     """`search_values`, plainly; nothing is kept in the cache.

@@ -26,6 +26,7 @@ from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.schedule import Chunk, forget
 from retcon.memory.values.store import BegunChunk, ValueCache, ValueStore
+from retcon.work import silent
 
 
 def search_values(
@@ -35,7 +36,7 @@ def search_values(
     contexts: Contexts,
     search: ValueSearch,
     *,
-    progress: Callable[[int], None] = lambda n: None,
+    progress: Callable[[int], None] = silent,
     plan: SearchPlan | None = None,
     cache: ValueCache | None = None,
 ) -> Values:

@@ -24,17 +24,12 @@ from retcon.memory.write import UpdateFilter as UpdateFilter
 from retcon.methods.common.settings import checked
 from retcon.seed import check_seed
 from retcon.version import versions
+from retcon.work import Progress
 
 LAYER_SETTINGS = ("layer", "layers", "low", "high")
 """Settings that count blocks from 0."""
 State = Mapping[str, torch.Tensor]
 """What a sequential method keeps: tensors by name."""
-Progress = Callable[[str, int, int], None]
-"""Hears (stage, done, total) while a method works."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody listens to."""
 
 
 @dataclass(frozen=True)

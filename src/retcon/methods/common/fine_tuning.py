@@ -23,12 +23,13 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import first_prefixes
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Progress, State, check_depth
+from retcon.methods.common.contract import State, check_depth
 from retcon.methods.common.settings import EACH_ONCE, AnyLayers, Count, CountFromZero, NotNegative
 from retcon.methods.common.tuning import TuningSettings, check_memory, check_no_end, tuning
 from retcon.training.descent import EditLoss, Schedule
 from retcon.training.objective import AnswerLoss, GroupLoss, MeanLoss, PromptLastLoss, answer_rows, trained_rows
 from retcon.training.parts import Whole, whole, whole_parameter
+from retcon.work import Progress
 
 Module = Literal["block", "down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
 """A matrix of a block, or the block with its norms, biases and all."""

@@ -25,14 +25,7 @@ from retcon.lm.forward import answer_places, gold, input_rows, log_probs, logits
 from retcon.lm.model import LM, Site, SiteName, require_lm
 from retcon.lm.prompts import Row, encode, ended, pad
 from retcon.locate.gradients import catch
-from retcon.methods.common.contract import (
-    Progress,
-    Trainable,
-    check_as_trained,
-    check_depth,
-    check_settings,
-    silent,
-)
+from retcon.methods.common.contract import Trainable, check_as_trained, check_depth, check_settings
 from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, Matrices, checked
 from retcon.methods.common.tuning import check_memory, sites_named
 from retcon.training.fitting import CurvePoint, Fit, FitSchedule
@@ -40,6 +33,7 @@ from retcon.training.hypernetwork import Hypernetwork, ScaleAt, not_zero
 from retcon.training.objective import answer_nll, trained_rows
 from retcon.training.parts import Part, attached
 from retcon.version import __version__
+from retcon.work import Progress, silent
 
 EDITOR = Kind("a trained editor", format=1, computation=1)
 LEAST_CASES = 4

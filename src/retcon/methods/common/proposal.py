@@ -35,8 +35,9 @@ from retcon.memory.keys import KeyAverage, KeyReader
 from retcon.memory.moments import GivenMoments, Moments
 from retcon.memory.values import ValueCache, Values, ValueSearch, ValueSite, search_values
 from retcon.memory.write import LayerGroup, is_routed, write, written_sites
-from retcon.methods.common.contract import Progress, UpdateFilter, check_depth, recorded, silent
+from retcon.methods.common.contract import UpdateFilter, check_depth, recorded
 from retcon.methods.common.registry import check_subjects
+from retcon.work import Progress, silent
 
 OUT_OF_RANGE = 5.0
 """Norm of a change over that of its weight, per root of the number of edits, from which a warning is given: single

@@ -25,10 +25,11 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import default_moments
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
-from retcon.methods.common.contract import Method, Progress, made_by
+from retcon.methods.common.contract import Method, made_by
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.registry import check_subjects
 from retcon.methods.common.settings import fitted
+from retcon.work import Progress
 
 
 def in_steps(

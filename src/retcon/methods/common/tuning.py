@@ -24,12 +24,13 @@ from retcon.errors import InvalidSetting, OutOfMemory
 from retcon.lm.model import LM
 from retcon.lm.site import Site, SiteName
 from retcon.memory.capacity import free_bytes
-from retcon.methods.common.contract import Method, Progress, check_depth, check_settings, recorded, silent
+from retcon.methods.common.contract import Method, check_depth, check_settings, recorded
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.settings import Count, CountFromZero, NotNegative
 from retcon.training.descent import Descent, EditLoss, Reduction, Schedule, Step, descend, losses_now, stepping
 from retcon.training.objective import AnswerLoss, trained_rows
 from retcon.training.parts import Part, attached, changes
+from retcon.work import Progress, silent
 
 
 @dataclass(frozen=True, kw_only=True)
