@@ -8,21 +8,19 @@ A kind of one's own extends `Beside`, gives its tensors, and says what it does i
 read once it is registered: by `register(MyKind)`, or by an entry point of the group `retcon.attachments`.
 """
 
-import hashlib
 import importlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self, runtime_checkable
 
-from retcon.checked import Kind, as_bytes, read_checked, write_checked
+from retcon.checked import Kind, digest_of, read_checked, under, write_checked
 from retcon.edits import Edit, edit_record
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.extensions import installed, named_object
-from retcon.files import as_json
+from retcon.files import as_json, check_exists
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -215,12 +213,8 @@ class Beside:
     def id(self) -> str:
         """Hash of kind, settings, tensors, base, parents and edit ids."""
         head = [self.kind, self.version, dict(self.settings), self.base, list(self.parents), list(self.supersedes)]
-        digest = hashlib.sha256(json.dumps([*head, [r.id for r in self.report]], sort_keys=True).encode())
-        for name in sorted(self.tensors):
-            tensor = self.tensors[name]
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            digest.update(as_bytes(tensor))
-        return digest.hexdigest()[:16]
+        head_text = json.dumps([*head, [r.id for r in self.report]], sort_keys=True)
+        return digest_of(head_text, sorted(self.tensors.items()))[:16]
 
     @property
     def changes(self) -> "Mapping[str, tuple[Change, ...]]":
@@ -292,20 +286,16 @@ class Beside:
             tensors, about = read_checked(path, cls._file_kind(), {})
         except FileNotFoundError:
             raise MalformedFile(f"{path}: no such file") from None
-        under = {
-            part: {n.removeprefix(part + "/"): t for n, t in tensors.items() if n.startswith(part + "/")}
-            for part in ("own", "state")
-        }
         return cls(
             base=about["base"],
-            tensors=under["own"],
+            tensors=under("own/", tensors),
             settings=about["settings"],
             parents=tuple(about["parents"]),
             supersedes=tuple(about["supersedes"]),
             report=tuple(EditReport(**r) for r in about["report"]),
             edits=tuple(Edit(**e) for e in about["edits"]),
             contexts=tuple(about["contexts"]),
-            state=under["state"] if about["has_state"] else None,
+            state=under("state/", tensors) if about["has_state"] else None,
             provenance=about["provenance"],
         )
 
@@ -333,8 +323,7 @@ def load(path: str | os.PathLike[str]) -> Attachment:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
-        raise MalformedFile(f"{path}: {'is a directory, expected a file' if Path(path).is_dir() else 'no such file'}")
+    check_exists(path)
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {}).get("retcon", "{}"))

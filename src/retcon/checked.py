@@ -10,7 +10,7 @@ import json
 import os
 import reprlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -190,11 +190,21 @@ def for_file(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
 
 def checksum(record: Mapping[str, Any], tensors: Mapping[str, "Tensor"]) -> str:
     """Return the SHA-256 over a record and the tensors beside it: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)}".encode())
-        digest.update(as_bytes(tensors[name]))
+    return digest_of(json.dumps(record, sort_keys=True), sorted(tensors.items()))
+
+
+def digest_of(head: str, tensors: Iterable[tuple[str, "Tensor"]]) -> str:
+    """Return the SHA-256 over a text and tensors with their names, in that order."""
+    digest = hashlib.sha256(head.encode())
+    for name, tensor in tensors:
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()
+
+
+def under(prefix: str, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Return the tensors whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def as_bytes(tensor: "Tensor") -> memoryview:

@@ -4,7 +4,6 @@ A Delta is inert: only the LM applies and reverts it. Changes are kept in the sm
 orientation of their parameter, so that applying one needs no knowledge of the architecture.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -12,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,10 +20,10 @@ from torch import Tensor
 
 from retcon.attachment import Attachment, Cost, FrozenDict, Hook
 from retcon.attachment import EditReport as EditReport
-from retcon.checked import as_bytes, checksum, for_file
+from retcon.checked import checksum, digest_of, for_file, under
 from retcon.edits import Edit, edit_record
 from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, NonFinite
-from retcon.files import as_json, write_atomically
+from retcon.files import as_json, check_exists, write_atomically
 
 FORMAT = "retcon-delta-2"
 _BLOCK = 2**24  # values of a low-rank product written out at a time
@@ -277,13 +275,8 @@ class Delta:
     @cached_property
     def id(self) -> str:
         """Hash of changes, base, parents and edit ids: the delta's identity (16 hexadecimal digits)."""
-        digest = hashlib.sha256()
         head = [self.base, list(self.parents), [r.id for r in self.report], list(self.supersedes)]
-        digest.update(json.dumps(head).encode())
-        for name, tensor in self._change_tensors():
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            digest.update(as_bytes(tensor))
-        return digest.hexdigest()[:16]
+        return digest_of(json.dumps(head), self._change_tensors())[:16]
 
     def _change_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in sorted(self.changes):
@@ -357,9 +350,7 @@ class Delta:
         Raises:
             MalformedFile: not a safetensors file, not a delta, or its content does not match what its record says.
         """
-        if not Path(path).is_file():
-            what = "is a directory, expected a file" if Path(path).is_dir() else "no such file"
-            raise MalformedFile(f"{path}: {what}")
+        check_exists(path)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -379,10 +370,10 @@ class Delta:
                 base=record["base"],
                 parents=tuple(record["parents"]),
                 report=tuple(EditReport(**r) for r in record["report"]),
-                state=_under("state/", tensors) if record["has_state"] else None,
+                state=under("state/", tensors) if record["has_state"] else None,
                 edits=tuple(Edit(**e) for e in record["edits"]),
                 contexts=tuple(record["contexts"]),
-                values=_under("values/", tensors) if record["has_values"] else None,
+                values=under("values/", tensors) if record["has_values"] else None,
                 provenance=record["provenance"],
                 supersedes=tuple(record["supersedes"]),
             )
@@ -497,14 +488,10 @@ def _rank_bound(changes: Sequence[Change]) -> int | None:
     return sum(ranks[c.kind](c) for c in changes)
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
 def _changes_from(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Change, ...]]:
     """Changes from the tensor names that `_change_tensors` gives: parameter/number/kind[region]/field."""
     parts: dict[tuple[str, int], tuple[str, dict[str, Tensor]]] = {}
-    for name, tensor in _under("change/", tensors).items():
+    for name, tensor in under("change/", tensors).items():
         parameter, number, kind, tensor_name = name.rsplit("/", 3)
         parts.setdefault((parameter, int(number)), (kind, {}))[1][tensor_name] = tensor
     changes: dict[str, list[Change]] = {}

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retcon.checked import under
 from retcon.errors import DeltaMismatch
 from retcon.lm.model import LM
 from retcon.lm.site import Site
@@ -34,7 +35,7 @@ def earlier_keys(
             f"the state given does not belong to {lm.name!r} (it is another model's, or another method's); start "
             "without a state, or on the model it was made on"
         )
-    found = {name.removeprefix(_KEYS): keys for name, keys in state.items() if name.startswith(_KEYS)}
+    found = under(_KEYS, state)
     wanted = {site.name: site.shape[1] for site in sites}
     if {name: keys.shape[1] for name, keys in found.items()} != wanted:
         raise DeltaMismatch(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retcon.checked import Kind, read_checked, write_checked
+from retcon.checked import Kind, read_checked, under, write_checked
 from retcon.errors import AnotherIdentity, InvalidSetting, MalformedFile, NonFinite, RetconWarning
 from retcon.work import silent
 
@@ -157,8 +157,8 @@ class Fit:
             warnings.warn(f"{error}; training begins anew", RetconWarning, stacklevel=3)
             return 0
         self.curve = [CurvePoint(**point) for point in about["curve"]]
-        self.best = {name.removeprefix("best."): t for name, t in tensors.items() if name.startswith("best.")}
-        now = {name.removeprefix("now."): t for name, t in tensors.items() if name.startswith("now.")}
+        self.best = under("best.", tensors)
+        now = under("now.", tensors)
         self.module.load_state_dict(now)
         for k, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Tensor]] = {}

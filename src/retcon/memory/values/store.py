@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retcon.checked import Kind, cached, keep, read_checked, write_checked
+from retcon.checked import Kind, cached, keep, read_checked, under, write_checked
 from retcon.delta import EditReport
 from retcon.edits import Edit
 from retcon.lm.model import LM
@@ -248,7 +248,6 @@ class BegunChunk:
         if found is None:
             return None
         tensors, about = found
-        state = {name.removeprefix("state."): x for name, x in tensors.items() if name.startswith("state.")}
         values = _values_of(tensors, about["found"]) if about["places"] else []
         self.n_kept = self.n_resumed = len(values)
         return Snapshot(
@@ -257,7 +256,7 @@ class BegunChunk:
             about["made"],
             about["waiting"],
             about["fresh"],
-            SearchState.from_tensors(lm, sites, state, search),
+            SearchState.from_tensors(lm, sites, under("state.", tensors), search),
         )
 
     def hear(self, n_found: int, snapshot: Callable[[], Snapshot]) -> None:
