@@ -133,18 +133,7 @@ class Malmen(HypernetworkSettings):
             return self.outer_step(lm, sites, self.shifts(lm, network, sites, drawn)[1], drawn, backward=False)
 
         return fit_editor(
-            self,
-            lm,
-            cases,
-            out,
-            network,
-            optimizers,
-            gradient,
-            loss,
-            clip=self.clip,
-            seed=seed,
-            force=force,
-            progress=progress,
+            self, lm, cases, out, network, optimizers, gradient, loss, seed=seed, force=force, progress=progress
         )
 
     def backward(self, lm: LM, network: Hypernetwork, sites: Sequence[Site], drawn: Sequence[Drawn]) -> float:

@@ -142,18 +142,7 @@ class Mend(HypernetworkSettings):
             return float(self.loss(lm, network, sites, drawn))
 
         return fit_editor(
-            self,
-            lm,
-            cases,
-            out,
-            network,
-            optimizers,
-            gradient,
-            loss,
-            clip=self.clip,
-            seed=seed,
-            force=force,
-            progress=progress,
+            self, lm, cases, out, network, optimizers, gradient, loss, seed=seed, force=force, progress=progress
         )
 
     def loss(self, lm: LM, network: Hypernetwork, sites: Sequence[Site], drawn: Sequence[Drawn]) -> Tensor:

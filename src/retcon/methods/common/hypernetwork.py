@@ -340,7 +340,6 @@ def fit_editor(
     gradient: Gradient,
     loss: Callable[[Sequence[Drawn]], float],
     *,
-    clip: float,
     seed: int,
     force: bool,
     progress: Progress | None,
@@ -392,7 +391,7 @@ def fit_editor(
         fit.run(
             step,
             validate,
-            method.schedule(clip),
+            method.schedule(method.clip),
             unfinished=unfinished,
             identity=identity,
             force=force,
