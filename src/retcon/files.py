@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -203,6 +204,19 @@ def as_shared(path: str, folder: str | os.PathLike[str] | None = None) -> str:
     if not os.path.isabs(path):
         return path
     return Path(path).name if folder is None else os.path.relpath(path, Path(folder).absolute())
+
+
+def all_shared(value: Any) -> Any:
+    """Return a setting as files that people share have it: each text, those of a mapping too, `as_shared`."""
+    if isinstance(value, Mapping):
+        return {name: all_shared(v) for name, v in value.items()}
+    return as_shared(value) if isinstance(value, str) else value
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def found_from(path: str, folder: str | os.PathLike[str]) -> str:

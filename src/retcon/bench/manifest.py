@@ -20,7 +20,7 @@ from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import FORMATS, WORLD, LoadReport
 from retcon.evaluation.plan import own_metric
 from retcon.extensions import code_hash
-from retcon.files import as_shared, write_atomically
+from retcon.files import as_shared, sha256_of, write_atomically
 from retcon.lm.model import LM
 from retcon.lm.tokenizer import chat_hash
 from retcon.methods.common.contract import files_of, recorded_settings
@@ -149,8 +149,7 @@ def file_hash(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise MalformedFile(f"{path}: cannot be read ({error.strerror})") from None
 

@@ -39,7 +39,7 @@ from retcon.evaluation.metrics.consistency import References
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries
 from retcon.evaluation.records import Record, When, whole_model_record, write_records
 from retcon.evaluation.results import Evaluation
-from retcon.files import TEMPORARY, as_shared, read_prose, remove_abandoned, turn_in, write_atomically
+from retcon.files import TEMPORARY, all_shared, as_shared, read_prose, remove_abandoned, turn_in, write_atomically
 from retcon.lm.load import load as load_model
 from retcon.lm.model import LM
 from retcon.memory.timed import TimedMoments
@@ -166,17 +166,10 @@ def _portable(spec: BenchSpec) -> dict[str, Any]:
             if not each[name]:
                 del each[name]
     for method in own["methods"]:
-        method["settings"] = {name: _shared(value) for name, value in method["settings"].items()}
+        method["settings"] = all_shared(method["settings"])
     own["measures"] |= {name: own["measures"][name] and as_shared(own["measures"][name]) for name in MEASURE_FILES}
     own["tasks"] = [as_shared(task) for task in spec.tasks]
     return own | {"text": spec.text and Path(spec.text).name}
-
-
-def _shared(value: Any) -> Any:
-    """Return a setting without this machine's folders."""
-    if isinstance(value, Mapping):
-        return {name: _shared(v) for name, v in value.items()}
-    return as_shared(value) if isinstance(value, str) else value
 
 
 def chosen_cases(cases: Sequence[Case], cell: Cell) -> list[Case]:

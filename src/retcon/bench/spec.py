@@ -13,12 +13,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from retcon.arguments import check_choice
 from retcon.edits import ConflictRule
 from retcon.errors import InvalidSetting, MalformedFile
-from retcon.evaluation.datasets import Answers, CaseTarget, OnError, Prompting, PromptStyle
+from retcon.evaluation.datasets import Answers, CaseTarget, OnError, Order, Prompting, PromptStyle
 from retcon.evaluation.metrics.fluency import Fluency
 from retcon.methods.common.settings import fitted, fitted_value, types_of
 from retcon.seed import check_seed
 
-Order = Literal["file", "shuffle"]
 ProtocolKind = Literal["single", "batch", "sequential", "batch_sequential", "curve"]
 CURVE = tuple(round(math.exp(math.log(10_000) * i / 16)) for i in range(17))
 """MEMIT's numbers of edits (Figure 5): 1, 2, 3, 6, 10, 18, 32, 56, 100, ..., 10,000."""

@@ -1,6 +1,5 @@
 """One entry on its way into a store: files staged, deltas proposed, then all of it made an entry at once."""
 
-import hashlib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, MalformedFile, NonFinite, RetconWarning
-from retcon.files import cache_dir, write_atomically
+from retcon.files import cache_dir, sha256_of, write_atomically
 from retcon.store.contents import DELTAS, VALUES, Contents, Precision
 from retcon.store.history import Action, Entry
 from retcon.store.index import FACTS
@@ -250,7 +249,7 @@ def _editor_of(delta: str, made: Mapping[str, Any], given: "str | os.PathLike[st
             f"{path}: no such file; {made['method']} made delta {delta} with a trained editor, and without its file no "
             f"fact of it can be changed; {name_it}"
         )
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = sha256_of(path)
     if found != made["editor_sha256"]:
         raise InvalidSetting(
             f"{path}: not the editor that delta {delta} was made with (SHA-256 {found[:12]}, on record is "

@@ -618,9 +618,11 @@ def assignments(settings: Mapping[str, Any]) -> list[str]:
 
 def _layers(settings: Mapping[str, Any]) -> str:
     """Return the layers that a method's settings name."""
-    named = {name: settings.get(name) for name in ("layer", "layers", "low", "high")}
+    from retcon.methods.common.contract import LAYER_SETTINGS
+
     parts = []
-    for name, value in named.items():
+    for name in LAYER_SETTINGS:
+        value = settings.get(name)
         if isinstance(value, list | tuple | range) and value:
             parts.append(f"{name + ' ' if name in ('low', 'high') else ''}{', '.join(map(str, value))}")
         elif isinstance(value, int):

@@ -295,6 +295,8 @@ def rounds(n_cases: int) -> list[int]:
 
 def candidates(lm: "LM", start: "Method", given: frozenset[str], n: int, draw: random.Random) -> list["Method"]:
     """Return n settings that differ from `start` and from each other, as far as there are so many."""
+    from retcon.methods.common.contract import LAYER_SETTINGS
+
     found: list[Method] = []
     own = start.settings
     for _ in range(20 * n):
@@ -308,7 +310,7 @@ def candidates(lm: "LM", start: "Method", given: frozenset[str], n: int, draw: r
                 if name == "threshold" and own.get("stop") != "loss":  # a share, or a probability
                     changed = min(changed, (1 + value) / 2)
                 changes[name] = max(1, round(changed)) if isinstance(value, int) else _rounded(changed)
-        for name in ("layer", "layers", "low", "high"):
+        for name in LAYER_SETTINGS:
             value = own.get(name)
             if value not in (None, ()) and name not in given and draw.random() < CHANGE:  # (): all, or a rule's
                 changes[name] = _moved(value, lm.n_layers, draw)

@@ -26,7 +26,7 @@ from retcon.evaluation.datasets.rows import (
     contaminated,
     finish,
     read_drafts,
-    sha256_of,
+    sha256_of_rows,
 )
 from retcon.evaluation.datasets.tables import is_table, json_or_text, read_rows
 from retcon.evaluation.datasets.zsre import PromptStyle
@@ -121,7 +121,7 @@ def read_cases(
         chosen,
         drafts,
         options,
-        sha256_of(path, rows),
+        sha256_of_rows(path, rows),
         settings,
         dict(unknown),
         likely_fields(chosen, list(unknown), present),

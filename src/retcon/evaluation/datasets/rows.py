@@ -19,7 +19,7 @@ from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, UnusableRo
 from retcon.evaluation.datasets.fields import AnswerGroups, first
 from retcon.evaluation.datasets.report import LeftOut, LoadReport
 from retcon.evaluation.metrics import is_locality
-from retcon.files import NumberedRow
+from retcon.files import NumberedRow, sha256_of
 from retcon.spelling import fold, mentions, nfc
 
 FormatName = Literal[
@@ -397,11 +397,10 @@ FLAGS_ACROSS = {"conflict", "repeated_question", "repeated_subject", "contaminat
 """Those that depend on the other rows."""
 
 
-def sha256_of(path: str | os.PathLike[str], rows: Sequence[NumberedRow]) -> str:
+def sha256_of_rows(path: str | os.PathLike[str], rows: Sequence[NumberedRow]) -> str:
     """Return the checksum of the file; of the rows where they come from elsewhere (a hub)."""
     if Path(path).is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

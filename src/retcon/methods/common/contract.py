@@ -13,7 +13,7 @@ import torch
 from retcon.attachment import Attachment
 from retcon.edits import Case, Edit, check_edits, list_of_cases
 from retcon.errors import InvalidSetting
-from retcon.files import as_shared
+from retcon.files import all_shared
 from retcon.lm.model import LM, require_lm
 from retcon.lm.scopes import plain_modes
 from retcon.lm.site import Site
@@ -299,13 +299,7 @@ def place_of(kind: type) -> str:
 def recorded_settings(method: Method) -> dict[str, Any]:
     """Return the settings as a delta records them, a wrapped method's among them: of a file's path from the root on,
     the last part."""
-
-    def shared(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: shared(v) for name, v in value.items()}
-        return as_shared(value) if isinstance(value, str) else value
-
-    return {name: shared(value) for name, value in asdict(method).items()}
+    return all_shared(asdict(method))
 
 
 # --- settings ----------------------------------------------------------------------------------------------------

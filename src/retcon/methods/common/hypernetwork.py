@@ -4,7 +4,6 @@
 gradient and which loss, the methods say.
 """
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,6 +19,7 @@ from retcon.checked import Kind, read_checked, write_checked
 from retcon.edits import Case, cases_hash, check_edits
 from retcon.errors import InvalidSetting, MalformedFile, WrongBase
 from retcon.evaluation.metrics import is_locality
+from retcon.files import sha256_of
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
 from retcon.lm.forward import answer_places, gold, input_rows, log_probs, logits_at
 from retcon.lm.model import LM, Site, SiteName, require_lm
@@ -465,7 +465,7 @@ def load_editor(method: Trained, lm: LM) -> tuple[Trained, Editor]:
         _check_base(path, editor.about, lm)
         return with_settings_of(method, editor.about), editor
     tensors, about = read_editor(method.name, path)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = sha256_of(path)
     _check_base(path, about, lm)
     trained = with_settings_of(method, about)
     sites = trained.sites(lm)
