@@ -95,10 +95,7 @@ class Change:
 
     def dense(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Return the change written out, zeros elsewhere, on the change's device."""
-        values = self.values()
-        total = torch.zeros(shape, dtype=dtype or values.dtype, device=values.device)
-        self.add_to(total)
-        return total
+        return sum_of([self], shape, dtype)
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
@@ -292,11 +289,7 @@ class Delta:
 
     def dense(self, name: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
         """Return the whole change of one parameter of that shape, written out."""
-        changes = self.changes[name]
-        total = torch.zeros(shape, dtype=dtype, device=changes[0].values().device)
-        for change in changes:
-            change.add_to(total)
-        return total
+        return sum_of(self.changes[name], shape, dtype)
 
     def norms(self) -> dict[str, float]:
         """Frobenius norm of the change, per parameter."""
@@ -412,6 +405,20 @@ def _check_record(record: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} must be {kind.__name__}, found {record[name]!r:.60}")
 
 
+def sum_of(
+    changes: Sequence[Change],
+    shape: torch.Size | tuple[int, ...],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return the sum of changes to one parameter of that shape, written out; by default as the first change is."""
+    like = changes[0].values()
+    found = torch.zeros(shape, dtype=dtype or like.dtype, device=device or like.device)
+    for change in changes:
+        change.add_to(found)
+    return found
+
+
 def smallest(left: Tensor, right: Tensor) -> Change:
     """Return the change left @ right in its smaller exact form: factors, or the product where that takes less room."""
     rows, rank = left.shape
@@ -440,10 +447,7 @@ def _norm(changes: Sequence[Change]) -> float:
     if (regions := disjoint_regions(changes)) is not None:
         parts = [[replace(c, region=None) for c in changes if c.region == region] for region in regions]
         return math.sqrt(sum(_norm(part) ** 2 for part in parts))
-    total = torch.zeros(_extent_of_all(changes), dtype=torch.float64)
-    for change in changes:
-        change.add_to(total)
-    return float(total.norm())
+    return float(sum_of(changes, _extent_of_all(changes), torch.float64, "cpu").norm())
 
 
 def disjoint_regions(changes: Sequence[Change]) -> list[Region] | None:

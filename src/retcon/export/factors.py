@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.delta import Change, Columns, Delta, LowRank, Rows
+from retcon.delta import Change, Columns, Delta, LowRank, Rows, sum_of
 from retcon.errors import DeltaMismatch, InvalidSetting
 from retcon.lm.model import LM
 
@@ -76,10 +76,7 @@ def _factored(name: str, changes: Sequence[Change], shape: torch.Size, rank: int
         )
     parts = [_exact(change, shape) for change in changes]
     if any(p is None for p in parts):
-        total = torch.zeros(shape, dtype=torch.float64)
-        for change in changes:
-            change.add_to(total)
-        left, right = _by_svd(total)
+        left, right = _by_svd(sum_of(changes, shape, torch.float64, "cpu"))
     else:
         known = [p for p in parts if p is not None]
         left, right = torch.cat([p[0] for p in known], 1), torch.cat([p[1] for p in known], 0)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from retcon.delta import Change, Delta, Dense, Entries, Region
+from retcon.delta import Change, Delta, Dense, Entries, Region, sum_of
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
@@ -110,9 +110,7 @@ class Rect(Filter):
         """Return what is written in place of the changes of one matrix in a parameter: their sum, filtered."""
         matrix = edited_matrix(lm, name, changes, lm.parameter(name).detach())
         own, counted = matrix.weight, matrix.counted
-        update = torch.zeros(own.shape, dtype=changes[0].values().dtype, device=changes[0].values().device)
-        for change in matrix.changes:
-            change.add_to(update)
+        update = sum_of(matrix.changes, own.shape)
         if counted is None:
             update = self.filtered(update, own, keep_percent)
         else:

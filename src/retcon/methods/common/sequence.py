@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retcon.attachment import Attachment, Beside
-from retcon.delta import Change, Delta, Dense, LowRank, only_deltas, smallest
+from retcon.delta import Change, Delta, Dense, LowRank, only_deltas, smallest, sum_of
 from retcon.edits import Edit, check_edits
 from retcon.errors import InvalidSetting, RetconWarning, UnknownMethod
 from retcon.lm.model import LM, require_lm
@@ -188,10 +188,7 @@ def combined(changes: Sequence[Change], shape: torch.Size) -> tuple[Change, ...]
     if len(factors) == len(changes):
         left, right = zip(*factors, strict=True)
         return (smallest(torch.cat(left, dim=1), torch.cat(right, dim=0)),)
-    total = torch.zeros(shape, dtype=changes[0].values().dtype, device=changes[0].values().device)
-    for change in changes:
-        change.add_to(total)
-    return (Dense(full=total),)
+    return (Dense(full=sum_of(changes, shape)),)
 
 
 def _factors(changes: Sequence[Change]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from retcon.attachment import Attachment
-from retcon.delta import Change, Delta, Dense, Region, disjoint_regions, only_deltas
+from retcon.delta import Change, Delta, Dense, Region, disjoint_regions, only_deltas, sum_of
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
@@ -128,10 +128,7 @@ def by_matrix(changes: Sequence[Change], shape: torch.Size) -> list[list[Change]
         return [[c for c in changes if c.region == part] for part in regions]
     if len(shape) != 3:
         return [list(changes)]
-    total = torch.zeros(shape, dtype=changes[0].values().dtype, device=changes[0].values().device)
-    for change in changes:
-        change.add_to(total)
-    return [[Dense(region=Region(0, e, e + 1), full=own)] for e, own in enumerate(total) if own.any()]
+    return [[Dense(region=Region(0, e, e + 1), full=own)] for e, own in enumerate(sum_of(changes, shape)) if own.any()]
 
 
 def edited_matrix(lm: LM, name: str, changes: Sequence[Change], parameter: Tensor) -> EditedMatrix:
