@@ -17,6 +17,7 @@ from retcon.arguments import check_choice
 from retcon.boundary import separator_between as separator_between
 from retcon.chat import Chat, chat_from
 from retcon.errors import ConflictingEdits, InvalidEdit, MalformedFile
+from retcon.escaping import is_text
 from retcon.files import as_json, require, write_atomically
 from retcon.spelling import fold, mentions, nfc
 
@@ -229,10 +230,8 @@ def _check_texts(item: object, named: str, needed: Iterable[str], optional: Iter
             continue
         if not isinstance(value, str):
             raise InvalidEdit(f"{named}: {name} must be text, found {type(value).__name__} ({value!r})")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise InvalidEdit(f"{named}: {name} holds half a surrogate pair, which is no text ({value!r})") from None
+        if not is_text(value):
+            raise InvalidEdit(f"{named}: {name} holds half a surrogate pair, which is no text ({value!r})")
 
 
 def _is_sequence(value: object) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from retcon.errors import InvalidSetting, MalformedFile, PlaceBusy
+from retcon.escaping import is_text
 
 TEMPORARY = ".tmp"
 """How the names of files end that are being written."""
@@ -102,7 +103,7 @@ def read_json_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | No
     for number, record in found:
         if not isinstance(record, dict):
             _refuse(path, number, f"expected an object, found {type(record).__name__}", bad)
-        elif suspect and _has_half_surrogate(record):
+        elif suspect and not is_text(json.dumps(record, ensure_ascii=False)):
             _refuse(path, number, "holds half a surrogate pair, which is no text; write the character itself", bad)
         else:
             rows.append((number, record))
@@ -128,14 +129,6 @@ def _out_of_reach(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply to be read; give flat objects"
     return "holds a number of too many digits; write it as text"
-
-
-def _has_half_surrogate(record: Mapping[str, Any]) -> bool:
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def as_json(values: Mapping[str, Any], what: str, *, allow_nan: bool = True) -> dict[str, Any]:

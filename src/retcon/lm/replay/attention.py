@@ -1,14 +1,14 @@
 """Attention of models whose own code computes it step by step, by one fused operation instead."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from retcon.lm.model import LM
+from retcon.lm.scopes import method_as
 
 STEP_BY_STEP = {"gptj": "attn"}
 """Families whose block computes attention in steps of its own (to float32, product, division, mask, softmax, product),
@@ -31,8 +31,7 @@ def fused(lm: LM, first: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _attending(module: nn.Module) -> Iterator[None]:
+def _attending(module: nn.Module) -> AbstractContextManager[None]:
     scale = 1 / float(module.scale_attn)  # type: ignore[arg-type]
 
     def attend(
@@ -46,12 +45,4 @@ def _attending(module: nn.Module) -> Iterator[None]:
         found = scaled_dot_product_attention(query.to(dtype), key.to(dtype), value, attn_mask=mask, scale=scale)
         return found, None
 
-    own: Any = module.__dict__.get("_attn")
-    module._attn = attend  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module._attn
-        else:
-            module._attn = own
+    return method_as(module, "_attn", attend)

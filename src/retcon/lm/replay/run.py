@@ -12,6 +12,7 @@ from retcon.lm.forward import Inputs, Places
 from retcon.lm.model import LM
 from retcon.lm.replay.attention import fused
 from retcon.lm.replay.states import Replayable
+from retcon.lm.scopes import method_as
 from retcon.lm.site import SiteName
 
 if TYPE_CHECKING:
@@ -111,26 +112,11 @@ def _blocks_below_answer(lm: LM, state: Replayable) -> Iterator[None]:
     answer = states if lm.block_outputs is None else (states, *[None] * (lm.block_outputs - 1))
     with ExitStack() as stack:
         for layer in range(state.first):
-            stack.enter_context(_forward_as(lm.block(layer), lambda *_, **__: answer))
+            stack.enter_context(method_as(lm.block(layer), "forward", lambda *_, **__: answer))
         if state.first == 0:  # no block to answer: what enters the first one is exchanged
             hook = _exchanging_input(states)
             stack.callback(lm.block(0).register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-
-
-@contextmanager
-def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Run a module otherwise, until the end; late ends, of passes interrupted and cleared up, change nothing."""
-    own = module.__dict__.get("forward")  # accelerate, for one, sets it on the instance
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if module.__dict__.get("forward") is forward:
-            if own is None:
-                del module.forward
-            else:  # in one step, which no interrupt can halve
-                module.forward = own
 
 
 def _exchanging_input(states: Tensor) -> Callable[..., Any]:
