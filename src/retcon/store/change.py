@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -277,9 +277,7 @@ def in_precision(lm: "LM", delta: "Attachment", precision: Precision) -> "Attach
         narrow = []
         for change in parts:
             tensors: dict[str, Any] = {
-                f.name: tensor.to(torch.float16)
-                for f in fields(change)
-                if isinstance(tensor := getattr(change, f.name), torch.Tensor) and tensor.is_floating_point()
+                n: tensor.to(torch.float16) for n, tensor in change.tensors().items() if tensor.is_floating_point()
             }
             if not all(bool(t.isfinite().all()) for t in tensors.values()):
                 raise NonFinite(f"{name}: the change is out of float16's range; make the store with float32")

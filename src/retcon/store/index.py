@@ -90,25 +90,22 @@ class Index:
 
     def by_entry(self, fact: str | None = None) -> dict[str, list[Line]]:
         """Return all lines, those of each file in order; of one fact alone where it is named."""
-        self._sync()
-        where, values = ("WHERE fact = ? ", (fact,)) if fact is not None else ("", ())
         found: dict[str, list[Line]] = {}
-        rows = self.connection.execute(f"SELECT {_SHOWN} FROM facts {where}ORDER BY entry, number", values)
-        for line in map(Line._make, rows):
+        for line in self._found("ORDER BY entry, number") if fact is None else self.of_fact(fact):
             found.setdefault(line.entry, []).append(line)
         return found
 
     def of_entry(self, entry: str) -> list[Line]:
         """Return the lines of one file, in order."""
-        self._sync()
-        found = self.connection.execute(f"SELECT {_SHOWN} FROM facts WHERE entry = ? ORDER BY number", (entry,))
-        return [Line(*row) for row in found]
+        return self._found("WHERE entry = ? ORDER BY number", entry)
 
     def of_fact(self, fact: str) -> list[Line]:
         """Return the lines of one fact, in whatever entry: by its id, or that of one of its edits."""
+        return self._found("WHERE fact = ? ORDER BY entry, number", fact)
+
+    def _found(self, which: str, *values: str) -> list[Line]:
         self._sync()
-        found = self.connection.execute(f"SELECT {_SHOWN} FROM facts WHERE fact = ? ORDER BY entry", (fact,))
-        return [Line(*row) for row in found]
+        return [Line(*row) for row in self.connection.execute(f"SELECT {_SHOWN} FROM facts {which}", values)]
 
     def counts(self) -> dict[str, int]:
         """Lines by entry."""

@@ -396,7 +396,7 @@ class Store(Contents):
             cases = [facts.get(line.fact, self.index.case(line)) for line in held]
             kept = [case for case in cases if case is not None]
             sets: dict[str, tuple[str | None, str | None]] = {}
-            later = [s for s in state.later([slot]) if state.slots[s] is not None]
+            later = state.later([slot])
             lines: list[str] = []
             before = lm.applied
             with self.at(lm):
