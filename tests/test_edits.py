@@ -19,7 +19,6 @@ from retcon.edits import (
     case_from,
     check_edits,
     conflicts,
-    duplicates,
     in_chat,
     resolve_conflicts,
     same_question,
@@ -220,7 +219,7 @@ def test_what_a_case_refuses() -> None:
         Case(7, (), ())  # type: ignore[arg-type]
 
 
-# --- conflicts and duplicates --------------------------------------------------------------------------------------
+# --- conflicts -----------------------------------------------------------------------------------------------------
 
 ROME = Edit("The capital of {} is", "France", "Rome", id="rome")
 BERN = Edit("The capital of {} is", "FRANCE", "Bern", id="bern")
@@ -242,10 +241,8 @@ def test_a_relation_goes_before_the_template() -> None:
     assert conflicts([one, two, far]) == [(one, two)]
 
 
-def test_conflicts_and_duplicates_are_told_apart() -> None:
+def test_edits_that_agree_are_no_conflict() -> None:
     assert conflicts([ROME, OTHER, BERN, AGAIN]) == [(ROME, BERN, AGAIN)]
-    assert duplicates([ROME, OTHER, BERN, AGAIN]) == []
-    assert duplicates([ROME, OTHER, AGAIN]) == [(ROME, AGAIN)]
     assert conflicts([ROME, OTHER, AGAIN]) == []
     one, two = Edit("{} is", "x", NFC("é"), id="1"), Edit("{} is", "x", NFD("é"), id="2")
     assert conflicts([one, two]) == []

@@ -238,7 +238,7 @@ def _is_sequence(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-# --- conflicts and duplicates ------------------------------------------------------------------------------------
+# --- conflicts ---------------------------------------------------------------------------------------------------
 
 
 def same_question(edit: Edit) -> tuple[str, str]:
@@ -254,12 +254,10 @@ def same_question(edit: Edit) -> tuple[str, str]:
 
 def conflicts(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:
     """Groups of edits that ask the same question and want different answers."""
-    return [group for group in _groups(edits) if len({nfc(e.target_new) for e in group}) > 1]
-
-
-def duplicates(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:
-    """Groups of edits that ask the same question and want the same answer."""
-    return [group for group in _groups(edits) if len({nfc(e.target_new) for e in group}) == 1]
+    by_question: dict[tuple[str, str], list[Edit]] = {}
+    for edit in edits:
+        by_question.setdefault(same_question(edit), []).append(edit)
+    return [tuple(group) for group in by_question.values() if len({nfc(e.target_new) for e in group}) > 1]
 
 
 def resolve_conflicts(edits: Iterable[Edit], rule: ConflictRule = "error") -> list[Edit]:
@@ -347,13 +345,6 @@ def list_of(given: Any, *kinds: type[Edit] | type[Case]) -> list[Any]:
             hint = ", edits with the queries that measure them" if kinds == (Case,) else hint
             raise InvalidEdit(f"{type(item).__name__} given where {article} {wanted} is wanted{hint}")
     return found
-
-
-def _groups(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:
-    by_question: dict[tuple[str, str], list[Edit]] = {}
-    for edit in edits:
-        by_question.setdefault(same_question(edit), []).append(edit)
-    return [tuple(group) for group in by_question.values() if len(group) > 1]
 
 
 def _contradiction(group: Sequence[Edit]) -> tuple[Edit, Edit]:

@@ -205,20 +205,13 @@ def _not_for_experts(*_: object) -> Tensor:
     )
 
 
-def weighted(moment_weight: float, earlier: Mapping[str, Float[Tensor, "n_earlier m"]] | None = None) -> Solve:
-    """MEMIT's solver: X^T = K^T (lambda C + Kp Kp^T + K K^T)^-1.
+def weighted(moment_weight: float) -> Solve:
+    """MEMIT's solver for a first batch: X^T = K^T (lambda C + K K^T)^-1.
 
     Args:
         moment_weight: lambda: how many old keys the second moment stands for.
-        earlier: Kp, keys of earlier edits by parameter name, one per row: new keys whose residual is zero.
     """
-
-    def solve(layer: LayerProblem) -> Float[Tensor, "n m"]:
-        keys = with_earlier(layer, earlier)
-        right = layer.ridge(keys, moment_weight)  # one row per key; the earlier ones' rows meet a residual of zero
-        return right[keys.shape[1] - layer.keys.shape[1] :]
-
-    return solve
+    return lambda layer: layer.ridge(layer.keys, moment_weight)
 
 
 def with_earlier(

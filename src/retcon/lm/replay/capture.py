@@ -47,12 +47,10 @@ def capture_states(
         return _frozen(lm, texts, past, first, reads or {}, max_batch_tokens)
 
 
-def embedded(
-    lm: LM, rows: Sequence[Row], starts: Sequence[int], *, max_batch_tokens: int = MAX_BATCH_TOKENS
-) -> ReplayState:
+def embedded(lm: LM, rows: Sequence[Row], starts: Sequence[int]) -> ReplayState:
     """Return what enters the first block from `starts` on, without the earlier tokens' attention keys and values."""
     with torch.no_grad():
-        return _frozen(lm, [r.ids for r in rows], _Past(tuple(starts)), 0, {}, max_batch_tokens)[0]
+        return _frozen(lm, [r.ids for r in rows], _Past(tuple(starts)), 0, {}, MAX_BATCH_TOKENS)[0]
 
 
 @dataclass(frozen=True)
