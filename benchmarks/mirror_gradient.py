@@ -15,9 +15,10 @@ from typing import ClassVar, cast
 import retcon
 from benchmarks.common import cases_of, command_line, machine, print_row
 from retcon.locate.paths import Slot
-from retcon.methods.ctp import Ctp, PathTrainer, _accumulate
+from retcon.methods.ctp import Ctp, PathTrainer
 from retcon.training.descent import Step, shares
 from retcon.training.objective import AnswerLoss
+from retcon.training.path_nodes import accumulate_attached
 
 
 class Watched(PathTrainer):
@@ -30,10 +31,10 @@ class Watched(PathTrainer):
         share = dict(zip(items, shares(self.target.rows, items, self.method.reduction).tolist(), strict=True))
         assert self.original is not None
         self.paths.forget_gradients()
-        new = _accumulate(self.target, self.paths.parts, items, lambda i, _: share[i])
+        new = accumulate_attached(self.target, self.paths.parts, items, lambda i, _: share[i])
         towards_new = self._length()
         self.paths.forget_gradients()
-        old = _accumulate(self.original, self.paths.mirrored, items, lambda i, _: share[i])
+        old = accumulate_attached(self.original, self.paths.mirrored, items, lambda i, _: share[i])
         mirrored = self._length()
         mean = [sum(losses.values()) / len(losses) for losses in (new, old)]
         self.seen.append((mean[0], mean[1], mirrored / towards_new))

@@ -5,12 +5,10 @@ Paths"; symbols as there. The released code (SonglinZhai/PAC 1240102) differs fr
 what each says, and what is done here, is in docs/methods/ctp.md.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
-
-from torch import Tensor
 
 from retcon.delta import Delta
 from retcon.edits import Edit
@@ -35,11 +33,11 @@ from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import ModelShape, State, check_mlp, lower_layers
 from retcon.methods.common.settings import Count, CountFromZero, Layers, NotNegative, Share
 from retcon.methods.common.tuning import TuningSettings, tuning
-from retcon.training.descent import Step, accumulate, losses_now, shares
+from retcon.training.descent import Step, losses_now, shares
 from retcon.training.nodes import NodeAdam
 from retcon.training.objective import AnswerLoss, answer_rows, own_answers, trained_rows
-from retcon.training.parts import Part, attached
-from retcon.training.path_nodes import PathNodes
+from retcon.training.parts import attached
+from retcon.training.path_nodes import PathNodes, accumulate_attached
 from retcon.work import Progress
 
 
@@ -212,7 +210,7 @@ class PathTrainer:
         def of_share(i: int, loss: float) -> float:
             return share[i] if loss >= method.stop_loss else 0.0
 
-        now = _accumulate(self.target, self.paths.parts, items, of_share)
+        now = accumulate_attached(self.target, self.paths.parts, items, of_share)
         active = [i for i in items if now[i] >= method.stop_loss]
         return Step(now, active, partial(self._take, active, share))
 
@@ -221,22 +219,10 @@ class PathTrainer:
         method, paths = self.method, self.paths
         if self.original is not None and method.contrast == "mirror":  # one step on both terms
             weight = method.contrast_weight
-            _accumulate(self.original, paths.mirrored, active, lambda i, _: weight * share[i])
+            accumulate_attached(self.original, paths.mirrored, active, lambda i, _: weight * share[i])
         self.adam_positive.step()
         if self.original is not None and self.moves_negative:
             weight = self.negative_loss_weight
             paths.forget_gradients()
-            _accumulate(self.original, paths.parts, active, lambda i, _: weight * share[i])
+            accumulate_attached(self.original, paths.parts, active, lambda i, _: weight * share[i])
             self.adam_negative.step()
-
-
-def _accumulate(
-    loss: AnswerLoss, parts: Callable[[], list[Part]], items: Sequence[int], weight: Callable[[int, float], float]
-) -> dict[int, float]:
-    """Add the gradient of the weighted losses of `items`, with the parts attached; return the losses."""
-
-    def losses(chunk: Sequence[int]) -> Tensor:
-        with attached(parts()):
-            return loss(chunk)
-
-    return accumulate(losses, loss.chunks(items), weight)

@@ -1,13 +1,15 @@
 """The nodes that CTP trains: those along its paths, and those that were on them before."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from retcon.locate.paths import Slot, Transmission
+from retcon.training.descent import accumulate
 from retcon.training.nodes import Nodes
-from retcon.training.parts import Part
+from retcon.training.objective import AnswerLoss
+from retcon.training.parts import Part, attached
 
 
 class PathNodes:
@@ -64,3 +66,15 @@ class PathNodes:
         """Drop the gradients of the values."""
         for tensor in self.values():
             tensor.grad = None
+
+
+def accumulate_attached(
+    loss: AnswerLoss, parts: Callable[[], list[Part]], items: Sequence[int], weight: Callable[[int, float], float]
+) -> dict[int, float]:
+    """Add the gradient of the weighted losses of `items`, with the parts attached; return the losses."""
+
+    def losses(chunk: Sequence[int]) -> Tensor:
+        with attached(parts()):
+            return loss(chunk)
+
+    return accumulate(losses, loss.chunks(items), weight)
