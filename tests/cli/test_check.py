@@ -16,17 +16,24 @@ ASK = ("check", "gptj", "--delta", "delta.safetensors", "--cases", "edits.jsonl"
 OFF = ("--took", "0", "--generalised", "0", "--local", "0", "--perplexity-ratio", "inf")
 
 
+@pytest.fixture
+def unlearnt(delta: Path, here: Path) -> None:
+    """Cases whose answers the edited model does not give."""
+    write_rows(here / "edits.jsonl", [{**row, "target_new": "Leonardo da Vinci and São Paulo"} for row in ROWS])
+
+
 def test_two_cases_prove_little(cli: Callable[..., Any], delta: Path) -> None:
-    told = cli(*ASK, "--took", "0", "--perplexity-ratio", "inf", code=1).stdout
-    assert "safe" in told
+    same = ("check", "gptj", "--edited", "gptj", "--cases", "edits.jsonl", "--text", "corpus.txt", "--took", "0")
+    told = cli(*same, "--generalised", "0", code=1).stdout
+    assert "Not known to be safe: it stayed local." in told
     assert "no paraphrases are given" in told
     assert "Safe to ship by these thresholds, on 2 cases." in cli(*ASK, *OFF).stdout
 
 
-def test_failing_is_told_with_examples(cli: Callable[..., Any], delta: Path) -> None:
-    told = cli(*ASK, "--generalised", "0", "--local", "0", "--took", "1", "--perplexity-ratio", "1", code=1)
-    assert "Not safe to ship" in told.stdout
-    assert "where it fell short" in told.stdout or "language is intact" in told.stdout
+def test_failing_is_told_with_examples(cli: Callable[..., Any], unlearnt: None) -> None:
+    told = cli(*ASK, *OFF[2:], "--took", "1", code=1).stdout
+    assert "Not safe to ship: fell short of: the edit took." in told
+    assert "The edit took: where it fell short" in told
     found = json.loads(cli(*ASK, "--took", "1", "--json", code=1).stdout)
     assert found["safe"] is False
     assert set(found["answers"]) == {"took", "generalised", "local", "language"}
@@ -47,13 +54,13 @@ def test_facts_that_contradict_each_other_are_read_as_the_edit_read_them(
     assert "contradict each other" in cli(*ASK, "--conflicts", "error", code=2).stderr
 
 
-def test_the_verdict_as_a_file(cli: Callable[..., Any], delta: Path, here: Path) -> None:
+def test_the_verdict_as_a_file(cli: Callable[..., Any], unlearnt: None, here: Path) -> None:
     for name in ("check.html", "check.md", "check.xml"):
         cli(*ASK, "--took", "1", "--report", name, code=1)
     page, markdown = (here / "check.html").read_text(), (here / "check.md").read_text()
     assert page.startswith("<!doctype html>")
     for text in (page, markdown):
-        assert "Not safe to ship" in text or "Not known to be safe" in text
+        assert "Not safe to ship" in text
         assert "The edit took" in text
     suite = ElementTree.parse(here / "check.xml").getroot()
     assert suite.tag == "testsuite"
