@@ -144,6 +144,13 @@ def test_jeeps_layout(bench: Bench) -> None:
     assert "ci.seed" in table.notes[1]
 
 
+def test_the_paired_table_is_each_method_minus_the_best(bench: Bench) -> None:
+    (row,) = named(bench, "paired").rows
+    assert row[0] == "memit"
+    assert [cell.split(" [")[0] for cell in row[2:]] == ["-75.0", "-75.0", "+25.0"]  # of the first seed
+    assert row[1].startswith("-")
+
+
 def test_ctps_layout_is_one_variant_throughout(bench: Bench) -> None:
     table = named(bench, "ctp")
     assert table.head == ("Editor", "Efficacy", "Locality", "Generality", "Score")
@@ -301,6 +308,13 @@ def test_numbers_are_those_of_the_records_again(bench: Bench) -> None:
         assert number.value == pytest.approx(sum(v for v in values if v is not None) / len(values))
         assert group.seconds_per_edit() == 0.5
         assert group.peak_bytes() is None
+
+
+def test_seconds_are_the_mean_over_edits(bench: Bench) -> None:
+    place = bench.runs[0].directory / "timings.jsonl"
+    write_records(place, [seconds(0.5), seconds(3.0)._replace(n=1)], {})
+    (group,) = groups_of(dataclasses.replace(bench, runs=bench.runs[:1]))
+    assert group.seconds_per_edit() == (4 * 0.5 + 3.0) / 5
 
 
 class Tags(HTMLParser):
