@@ -169,6 +169,43 @@ def test_a_gguf_adapter_holds_the_live_change(family: str, checkpoint: Callable[
         assert np.allclose(b @ a, change.numpy(), atol=1e-5)
 
 
+def test_a_gguf_adapter_is_the_change_of_the_whole_models_file(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Rows of a llama's queries and keys have another order there; the adapter's have the same."""
+    lm = load(str(checkpoint("llama")))
+    export(lm, tmp_path / "base", format="gguf", gguf_type="f32")
+    sites = [lm.site(1, name) for name in ("q_proj", "k_proj")]
+    generator = torch.Generator().manual_seed(0)
+    factors = [[torch.randn(n, 2, generator=generator) for n in site.weight.shape] for site in sites]
+    lm.apply(lm.delta({s.name: [s.stored(left, right.T)] for s, (left, right) in zip(sites, factors, strict=True)}))
+    export(lm, tmp_path / "whole", format="gguf", gguf_type="f32")
+    export(lm, tmp_path / "lora", format="gguf-lora")
+    base, whole = ({t.name: np.array(t.data) for t in read_gguf(tmp_path / f).tensors} for f in ("base", "whole"))
+    found = read_lora(tmp_path / "lora/adapter.gguf")
+    assert sorted(found) == ["blk.1.attn_k.weight", "blk.1.attn_q.weight"]
+    for name, (b, a) in found.items():
+        assert np.abs(b @ a).max() > 1
+        assert np.allclose(b @ a, whole[name] - base[name], atol=1e-5)
+
+
+def read_gguf(folder: Path) -> Any:
+    import gguf
+
+    (path,) = folder.glob("*.gguf")
+    return gguf.GGUFReader(path)
+
+
+@pytest.mark.parametrize(("kind", "begins"), [("bos", True), ("gpt", False)])
+def test_a_gguf_model_has_the_rotary_base_and_says_whether_texts_begin_with_bos(
+    kind: str, begins: bool, tmp_path: Path
+) -> None:
+    model = tiny_model("llama", torch.float32)
+    model.config.rope_parameters["rope_theta"] = 5e5
+    export(LM(model, tokenizer(kind), name="theta"), tmp_path / "gguf", format="gguf")
+    fields = read_gguf(tmp_path / "gguf").fields
+    assert fields["llama.rope.freq_base"].contents() == 5e5
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is begins
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
 @pytest.mark.parametrize("type_name", ["f32", "f16", "bf16", "q8_0"])
 def test_a_gguf_model_is_the_live_one_within_its_types_rounding(
