@@ -66,6 +66,24 @@ def test_stops_are_cut_and_counted(tiny: Make) -> None:
     assert answer.text == whole.text[whole.text.rindex(whole.text[:3]) + 3 :].strip()
 
 
+@pytest.mark.parametrize("stop", ["🙂", "Mi"])
+def test_writing_ends_at_a_stop_however_many_tokens_spell_it(stop: str, tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    script, n_prompt = lm.encode(f"He lived in{stop} and so on").ids, len(lm.encode("He").ids)
+    end = next(n for n in range(n_prompt, len(script) + 1) if stop in lm.tokenizer.decode(list(script[:n])))
+    wanted, passes = iter(script[n_prompt:]), 0
+
+    def next_of_script(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        return torch.zeros_like(logits).index_fill_(-1, torch.tensor([next(wanted)]), 1.0)
+
+    with lm.head.register_forward_hook(next_of_script):
+        (found,) = generate(lm, ["He"], Writing(max_new_tokens=20, stops=(stop,)))
+    assert (found.text, found.cut, found.n_tokens) == (" lived in", False, end - n_prompt)
+    assert passes == found.n_tokens
+
+
 def test_a_length_per_prompt(tiny: Make) -> None:
     lm = tiny(n_layers=1)
     long = generate(lm, PROMPTS, Writing(max_new_tokens=4, stops=()))

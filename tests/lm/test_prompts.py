@@ -237,6 +237,7 @@ def test_without_a_separator(kind: str) -> None:
         ("assistant\n", "Rome", "assistant\nRome"),
         ("The capital is ", "Rome", "The capital is Rome"),
         ('It is called "', 'Rome"', 'It is called "Rome"'),
+        ('He said:"', "Rome", 'He said:"Rome'),
         ('It is called "Rome"', "by all", 'It is called "Rome" by all'),
         ("It is called \u201c", "Rome", "It is called \u201cRome"),
         ("The capital is", "\u2019s-Hertogenbosch", "The capital is \u2019s-Hertogenbosch"),

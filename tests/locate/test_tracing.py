@@ -223,6 +223,18 @@ def test_noise_is_drawn_once_and_by_seed(still: Still) -> None:
     assert len(lows) == 4
 
 
+def test_uniform_noise_is_as_much_below_zero_as_above(still: Still) -> None:
+    settings = replace(ALL, kinds=("mlp",), distribution="uniform", noise=3.0, samples=8)
+    lm = still("llama")
+    with lm.frozen_eval():
+        prompt = prepare(lm, SHORT, settings, 0.5)
+    assert prompt is not None
+    drawn = prompt.noise / (3.0 * 0.5)
+    assert -1 <= float(drawn.min()) < -0.9
+    assert 0.9 < float(drawn.max()) <= 1
+    assert abs(float(drawn.mean())) < 0.1
+
+
 def test_replaced_embeddings_forget_the_subject(still: Still) -> None:
     lm = still("llama")
     settings = replace(ALL, kinds=("block",), corruption="replace")

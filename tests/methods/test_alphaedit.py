@@ -43,6 +43,25 @@ def test_keys_of_the_text_are_left_alone(family, tiny, edits, randn):
         assert delta.provenance["null_space_ranks"][site.name] == space.rank
 
 
+def test_a_ridge_by_the_median_follows_the_size_of_the_keys(tiny, edits):
+    lm = tiny("llama")
+    moments = random_moments(lm)
+    name = lm.site(1, "down_proj").name
+    median = float(moments.by_name[name].diagonal().median())
+    relative = propose(lm, edits, moments=moments, layers=(1,), ridge=2.0, ridge_mode="median")
+    same(lm, relative, propose(lm, edits, moments=moments, layers=(1,), ridge=2.0 * median))
+    assert not torch.allclose(update(lm, relative, 1), update(lm, propose(lm, edits, layers=(1,), ridge=2.0), 1))
+
+
+def test_moments_keep_a_null_space_for_each_threshold(tiny, edits):
+    lm = tiny("llama")
+    moments = random_moments(lm)
+    site = lm.site(1, "down_proj")
+    for share in (0.4, 0.8):
+        delta = propose(lm, edits, moments=moments, layers=(1,), null_threshold=share)
+        assert delta.provenance["null_space_ranks"] == {site.name: round(share * site.shape[1])}
+
+
 @pytest.mark.parametrize("form", everyday("keys", of=["eigenbasis", "keys", "released"]))
 def test_forms_agree_on_the_model(form, tiny, edits):
     """Identity 45: two batches, the second with a state."""

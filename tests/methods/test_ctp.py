@@ -267,6 +267,19 @@ def test_mini_batches_depend_on_the_seed(tiny, edits):
     assert a.id == b.id != c.id
 
 
+def test_random_nodes_are_drawn_by_the_seed_and_anew_in_every_epoch(tiny, edits):
+    lm = tiny("llama", n_layers=2)
+
+    def nodes(seed: int, epochs: int = 1) -> set[tuple[str, int]]:
+        full = moved(lm, ctp(score="random", reassess=1, epochs=epochs).propose(lm, edits, seed=seed))
+        return {
+            (s.site.name, j) for s in slots_of(lm) for j in s.by_node(full[s.site.name]).any(0).nonzero()[:, 0].tolist()
+        }
+
+    assert nodes(1) == nodes(1) != nodes(2)
+    assert nodes(1) < nodes(1, epochs=2)
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [

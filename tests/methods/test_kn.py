@@ -81,6 +81,15 @@ def test_thresholds_are_relative_and_refining_wants_agreement(randn):
     assert refine(torch.tensor([[0.1, 1.0, 0.5]]), 0.2, 0.7) == [1, 2]  # of one prompt, its coarse set
 
 
+@pytest.mark.parametrize("prompts", [[5, 5, 5, 4, 4, 4, 4, 4], [5, 3, 3, 2]])
+def test_the_share_is_moved_until_two_to_five_units_are_left(prompts):
+    """Eight units are in four of five prompts' coarse sets, or one is: too many, and too few."""
+    scores = torch.zeros(5, 10)
+    for unit, n in enumerate(prompts):
+        scores[:n, unit] = 1.0
+    assert refine(scores, 0.2, 0.7) == [0, 1, 2]
+
+
 def test_tied_embeddings_are_the_same_either_way(tiny, edit):
     """T43."""
     lm = tiny("gpt2")
@@ -99,24 +108,32 @@ def test_edits_are_independent_and_add_up(tiny, edits):
         assert_close(both.dense(name, shape), wanted)
 
 
-def test_the_chosen_units_are_the_prompt_s_highest(tiny, edit):
+@pytest.mark.parametrize("attributed", ["old", "target_new"])
+def test_the_chosen_units_are_the_prompt_s_highest(attributed, tiny, edit):
     lm = tiny("llama")
-    delta = kn(threshold=0.5).propose(lm, [edit])
-    old = replace(edit, target_new=edit.target_true)
-    scores, _ = attribute_neurons(lm, answer_rows(lm, [old]), n_points=3)
+    delta = kn(threshold=0.5, attributed=attributed).propose(lm, [edit])
+    fact = replace(edit, target_new=edit.target_true) if attributed == "old" else edit
+    scores, _ = attribute_neurons(lm, answer_rows(lm, [fact]), n_points=3)
     wanted = (scores[0] >= 0.5 * scores.max()).nonzero().tolist()
     assert sorted([layer, j] for layer in range(lm.n_layers) for j in columns(lm, delta, layer)) == wanted
 
 
 def test_the_change_is_turned_round_for_units_that_are_negative(tiny, edit):
+    """On the mean of the prompts."""
     lm = tiny("llama")
-    signed, published = kn().propose(lm, [edit]), kn(signed=False).propose(lm, [edit])
-    products = [
-        float((columns(lm, signed, i)[j] @ columns(lm, published, i)[j]).sign())
-        for i in range(lm.n_layers)
-        for j in columns(lm, signed, i)
-    ]
-    assert set(products) <= {1.0, -1.0}
+    prefixes = ("I read. ", "The train stood still. ", "You know, ", "He lived in Milan, and so ")
+    settings = dict(n_prefixes=4, threshold=0.0, share=0.05, max_units=1000)
+    signed, published = (
+        kn(signed=signed, **settings).propose(lm, [edit], contexts=Contexts(prefixes)) for signed in (True, False)
+    )
+    old = replace(edit, target_new=edit.target_true)
+    rows = [answer_rows(lm, [old], prefix=prefix)[0] for prefix in ("", *prefixes)]
+    activations = attribute_neurons(lm, rows, n_points=3)[1]
+    units = [(i, j) for i in range(lm.n_layers) for j in columns(lm, signed, i)]
+    turned = [float((columns(lm, signed, i)[j] @ columns(lm, published, i)[j]).sign()) for i, j in units]
+    assert turned == [float(activations.mean(0)[unit].sign()) for unit in units]
+    assert set(turned) == {1.0, -1.0}
+    assert any(float(activations[0][unit].sign()) != sign for unit, sign in zip(units, turned, strict=True))
 
 
 def test_an_edit_that_fails_is_no_conflict_since_nothing_was_searched(tiny, edits):
@@ -138,9 +155,15 @@ def test_no_more_prefixes_are_asked_for_than_are_sampled(name, tiny, edits):
 
 
 def test_without_an_old_answer_the_model_s_own_is_taken(tiny, edits):
-    delta = kn().propose(tiny("llama"), [edits[-1]])
-    assert edits[-1].target_true is None
-    assert delta.changes
+    lm, edit = tiny("llama"), edits[-1]
+    assert edit.target_true is None
+    own = lm.complete(edit.text, max_new_tokens=4, stops=("\n", ".", ","))
+    none, same, other = (
+        [columns(lm, kn().propose(lm, [replace(edit, target_true=answer)]), i) for i in range(lm.n_layers)]
+        for answer in (None, own, edit.target_new)
+    )
+    assert_close(none, same)
+    assert [set(c) for c in none] != [set(c) for c in other]
 
 
 def test_facts_of_an_embedded_model_become_likelier():
