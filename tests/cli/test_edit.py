@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -432,3 +433,10 @@ def test_another_delta_an_input_or_a_pipe_is_never_replaced(cli: Callable[..., A
     os.mkfifo("pipe")
     into_a_pipe = tuple("pipe" if a == "delta.safetensors" else a for a in EDIT)
     assert "no ordinary file" in cli(*into_a_pipe, code=2).stderr
+
+
+def test_the_end_of_a_turn_is_asked_for_from_a_method_that_trains_it(cli: Callable[..., Any], here: Path) -> None:
+    shutil.copytree("gptj", "chatty")
+    (here / "chatty/chat_template.jinja").write_text("{{ messages[0].content }}")
+    asked = ("edit", "chatty", "edits.jsonl", "--out", "delta.safetensors", "--method", "kn")
+    assert "cannot train the end of a turn, which edit 'fr' asks for" in cli(*asked, "--train-end", code=2).stderr

@@ -32,7 +32,9 @@ from retcon.lm.model import LM
 from retcon.memory.corpus import Corpus
 from retcon.memory.moments import CorpusMoments
 from retcon.methods.ft import Ft
+from retcon.methods.jeep import Jeep
 from retcon.methods.kne import Kne
+from retcon.methods.lora import Lora
 from retcon.methods.memit import Memit
 from retcon.methods.mend import Mend
 from retcon.methods.prune import Prune
@@ -180,6 +182,30 @@ def test_a_fact_leaves_its_batch_and_no_value_is_searched(store: Store, lm: LM, 
     store.revert(entry.id)
     assert store.deltas() == old
     assert [line.fact for line in store.facts()] == list(TEXTS)
+
+
+def test_a_batch_is_written_again_with_its_seed(tmp_path: Path, lm: LM) -> None:
+    store, lora = Store.init(tmp_path / "edits", lm), Lora(layers=(1,), rank=2, epochs=2)
+    store.edit(lm, FACTS[:3], lora, seed=7)
+    with pytest.warns(RetconWarning, match="lora keeps none"):
+        store.revert_fact(lm, "darrieux")
+    (again,) = store.deltas()
+    anew, other = (lora.propose(lm, [FACTS[i].edits[0] for i in (0, 2)], seed=seed) for seed in (7, 0))
+    assert again.provenance["seed"] == 7
+    assert again.id == anew.id != other.id
+
+
+def test_values_found_on_what_the_batch_wrote_itself_are_searched_anew(tmp_path: Path, lm: LM, moments: Any) -> None:
+    store = Store.init(tmp_path / "edits", lm)
+    jeep = Jeep(low=(0, 1), high=(2,), low_clamp=1.0, high_clamp=1.0, steps=3, joint_optimisation=False)
+    store.edit(lm, FACTS[:3], jeep, moments=moments)
+    entry = store.revert_fact(lm, "darrieux", moments=moments)
+    assert entry.about["searched"] == 2  # delta* of both that stay, since the low layers differ; delta' is known
+    (again,) = store.deltas()
+    anew = jeep.propose(lm, [FACTS[i].edits[0] for i in (0, 2)], moments=moments)
+    for name in anew.changes:
+        shape = lm.parameter(name).shape
+        torch.testing.assert_close(again.dense(name, shape), anew.dense(name, shape), rtol=1e-3, atol=1e-4)
 
 
 def test_searches_are_counted_where_they_happen(

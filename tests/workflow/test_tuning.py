@@ -12,6 +12,7 @@ import retcon
 from retcon import world
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.lm.model import LM
+from retcon.methods.common import choosing
 from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.presets import presets as list_presets
 from retcon.methods.common.presets import write_preset
@@ -170,6 +171,31 @@ def test_what_leads_on_a_few_cases_when_time_is_over_must_lead_on_all(n_more: in
     found = _halving(search, frozenset(), random.Random(0))
     assert found.learning_rate == search.start.learning_rate
     assert search.trials[-1].n_cases == len(search.cases)
+
+
+@pytest.mark.filterwarnings("ignore:no ft_l preset:retcon.errors.RetconWarning")
+def test_nothing_that_is_searched_sees_the_reported_half(
+    presets: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun_with: set[str] = set()
+    tried: list[set[str]] = []
+    real = choosing.choose, tuning.measured
+
+    def choose(name: str, *, cases: Any, **more: Any) -> Any:
+        begun_with.update(case.id for case in cases)
+        return real[0](name, cases=cases, **more)
+
+    def measured(lm: Any, method: Any, cases: Any, *rest: Any) -> Any:
+        tried.append({case.id for case in cases})
+        return real[1](lm, method, cases, *rest)
+
+    monkeypatch.setattr(choosing, "choose", choose)
+    monkeypatch.setattr(tuning, "measured", measured)
+    tune(tiny(n_layers=2), "ft_l", CASES[:4], max_trials=1, given={"epochs": 1, "layers": (1,)})
+    searched, reported, again = tried
+    assert begun_with == searched
+    assert reported == again == {case.id for case in CASES[:4]} - searched
+    assert len(reported) == 2
 
 
 def test_what_cannot_be_tuned_says_so() -> None:
