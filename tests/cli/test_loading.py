@@ -19,7 +19,7 @@ from retcon.workflow.facts import Reading
 from tests.lm.test_load import write_gguf
 
 PROMPT = "The capital of France is"
-OPTIONS = ("--revision", "--device-map", "--packed", "--trust-remote-code", "--verify-base")
+OPTIONS = ("--device", "--dtype", "--revision", "--device-map", "--packed", "--trust-remote-code", "--verify-base")
 LOADING = (
     "amend", "apply", "audit", "chat", "check", "checkout", "complete", "doctor", "edit", "export", "fit", "init",
     "moments", "revert", "tune", "ui", "verify",
@@ -77,7 +77,7 @@ def test_a_gguf_file_by_its_path(cli: Callable[..., Any], here: Path) -> None:
 def test_a_command_that_is_suggested_repeats_them() -> None:
     heard: list[str] = []
 
-    def verb(dtype: str | None = None) -> None:
+    def verb() -> None:
         heard.append(loading_options())
 
     asked: Any = loads_a_model(verb)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from retcon.cli.models import loads_a_model
-from retcon.cli.options import Device, DType, Json
+from retcon.cli.options import Json
 from retcon.cli.printing import console, count, emit, styled
 from retcon.cli.stores import (
     Again,
@@ -35,15 +35,12 @@ def amend(
     model: OtherModel = None,
     corpus: Corpus = None,
     store: StorePath = Path(".retcon"),
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Give a fact another answer. Its batch is written again, and its value alone is searched."""
     found = open_store(store)
-    where: dict[str, Any] = dict(model=model, corpus=corpus, device=device, dtype=dtype)
     given: dict[str, Any] = dict(repropose=repropose, editor=editor, method=method, message=message)
-    entry = rewritten(found.amend, found, fact, target, **given, **where)
+    entry = rewritten(found.amend, found, fact, target, model=model, corpus=corpus, **given)
     if as_json:
         emit(entry_record(entry, found.state(entry.id)))
         return

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from retcon.cli.models import delta_files, load_deltas, load_model, loads_a_model
-from retcon.cli.options import Device, Json, Model, OtherBase, StoredDType
+from retcon.cli.models import delta_files, load_deltas, load_model, loads_as_stored
+from retcon.cli.options import Json, Model, OtherBase
 from retcon.cli.printing import console, count, emit, size, styled
 from retcon.cli.progress import spinner
 
 
-@loads_a_model
+@loads_as_stored
 def apply(
     model: Model,
     delta: Annotated[
@@ -20,8 +20,6 @@ def apply(
     save: Annotated[Path, typer.Option(metavar="DIR", help="Where the checkpoint goes.", show_default=False)],
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint that is in DIR.")] = False,
     other_base: OtherBase = False,
-    device: Device = None,
-    dtype: StoredDType = None,
     as_json: Json = False,
 ) -> None:
     """Apply deltas to a model and save the result: safetensors weights and tokenizer, for transformers.
@@ -38,7 +36,7 @@ def apply(
     inputs = [Path(model), *delta_files(delta)]
     check_place(save, Path(model) if Path(model).is_dir() else None, force, inputs)
     deltas = load_deltas(delta)
-    lm = load_model(model, device=device, dtype=dtype or "auto")
+    lm = load_model(model)
     with spinner("applying"):
         for each in deltas:
             lm.apply(each, other_base=other_base)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retcon.cli.facts import reads_facts
-from retcon.cli.models import check_model_exists, load_deltas, load_model, loads_a_model
-from retcon.cli.options import Device, Json, StoredDType
+from retcon.cli.models import check_model_exists, load_deltas, load_model, loads_as_stored
+from retcon.cli.options import Json
 from retcon.cli.outputs import check_can_write, check_not_an_input
 from retcon.cli.printing import console, count, emit, plain_table, size, styled
 from retcon.cli.progress import spinner
@@ -22,7 +22,7 @@ N_SHOWN = 30
 """Rows shown of each table; the JSON has all."""
 
 
-@loads_a_model
+@loads_as_stored
 @reads_facts("--facts")
 def audit(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The unedited model.", show_default=False)],
@@ -42,8 +42,6 @@ def audit(
         typer.Option(metavar="OUT", help="File that the difference goes to, as a delta.", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at OUT.")] = False,
-    device: Device = None,
-    dtype: StoredDType = None,
     as_json: Json = False,
 ) -> None:
     """Say which matrices of EDITED differ from BASE, by what rank and norm, and which answers.
@@ -65,8 +63,8 @@ def audit(
     known = load_deltas(explain or [])
     for each in (base, edited):
         check_model_exists(each)
-    lm = load_model(base, device=device, dtype=dtype or "auto")
-    other = load_model(edited, device=device, dtype=dtype or "auto")
+    lm = load_model(base)
+    other = load_model(edited)
     edits = () if asked is None else facts_that_fit(lm, asked, reading.on_error).edits
     with spinner("comparing"):
         found = compare(lm, other, edits=edits, known=only_deltas(known, "an audit"))

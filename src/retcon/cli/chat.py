@@ -10,7 +10,7 @@ import typer
 from retcon.cli.chatting import chat_of, check_is_text
 from retcon.cli.complete import MaxTokens, Stops, Temperature, TopK, TopP, warn_of_no_answer, writing
 from retcon.cli.models import load_deltas, load_model, loads_a_model
-from retcon.cli.options import Deltas, Device, DType, Model, OtherBase, Seed, System, TemplateArgs
+from retcon.cli.options import Deltas, Model, OtherBase, Seed, System, TemplateArgs
 from retcon.cli.printing import console, plain_table, styled
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidEdit, InvalidSetting
@@ -39,8 +39,6 @@ def chat(
     top_p: TopP = None,
     seed: Seed = 0,
     other_base: OtherBase = False,
-    device: Device = None,
-    dtype: DType = None,
 ) -> None:
     """Hold a conversation with a chat model; with --delta, with the edited one.
 
@@ -52,7 +50,7 @@ def chat(
     assert frame is not None
     how = writing(frame, stops, max_tokens, temperature, top_k, top_p)
     deltas = load_deltas(delta or [])
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model)
 
     from retcon.lm.prompts import render
 

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from retcon.cli.complete import CHAT_TOKENS, PLAIN_TOKENS
 from retcon.cli.facts import reads_facts
-from retcon.cli.models import load_deltas, load_model, loading_options, loads_a_model
-from retcon.cli.options import Device, DType, Json, Model, On, OtherBase
+from retcon.cli.models import load_deltas, load_model, loading, loading_options, loads_a_model
+from retcon.cli.options import Json, Model, On, OtherBase
 from retcon.cli.outputs import check_can_write, check_not_an_input
 from retcon.cli.printing import console, emit, plain_table, styled
 from retcon.cli.progress import progress_bars, spinner
@@ -98,8 +98,6 @@ def check(
     ] = 1.05,
     other_base: OtherBase = False,
     on: On = "local",
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Say whether an edit took, generalised, stayed local and left the language intact. Exit code 0: it did; 1: not.
@@ -118,8 +116,8 @@ def check(
         raise InvalidSetting("--timeout goes with --url; leave it out")
     for option, given in (
         ("--text", text is not None),
-        ("--device", device is not None),
-        ("--dtype", dtype is not None),
+        ("--device", loading().device is not None),
+        ("--dtype", loading().dtype is not None),
         (loading_options().strip(), loading_options()),
     ):
         if url is not None and given:
@@ -155,7 +153,7 @@ def check(
         about = f"{model} at {url}; {asked.about}"
     else:
         deltas, rivals = load_deltas(delta or []), load_deltas(against or [])
-        lm = load_model(model, device=device, dtype=dtype)
+        lm = load_model(model)
         put = partial(
             safety.check,
             lm,
@@ -165,7 +163,7 @@ def check(
             other_base=other_base,
             own_words=report is not None and report.suffix.lower() == ".html",
         )
-        merged = None if edited is None else load_edited(edited, model, device=device, dtype=dtype)
+        merged = None if edited is None else load_edited(edited, model, device=loading().device, dtype=loading().dtype)
         with place as at, working_on(lm, at), working_on(merged or lm, at), spinner("asking"):
             verdict = put(deltas, edited=merged)
             if against:

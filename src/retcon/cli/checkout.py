@@ -5,23 +5,21 @@ from typing import Annotated
 
 import typer
 
-from retcon.cli.models import loads_a_model
-from retcon.cli.options import Device, Json, StoredDType
+from retcon.cli.models import loads_as_stored
+from retcon.cli.options import Json
 from retcon.cli.printing import console, count, emit, size, styled
 from retcon.cli.progress import spinner
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 from retcon.files import found_from
 
 
-@loads_a_model
+@loads_as_stored
 def checkout(
     save: Annotated[Path, typer.Option(metavar="DIR", help="Where the checkpoint goes.", show_default=False)],
     entry: Annotated[str, typer.Argument(metavar="ID", help="An entry, or base.")] = "HEAD",
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint that is in DIR.")] = False,
     model: OtherModel = None,
     store: StorePath = Path(".retcon"),
-    device: Device = None,
-    dtype: StoredDType = None,
     as_json: Json = False,
 ) -> None:
     """Save the model as of an entry: safetensors weights in the stored dtype, tokenizer and model card.
@@ -36,7 +34,7 @@ def checkout(
     state = found.state(None if entry == "HEAD" else entry)
     source = model or found_from(found.model, found.path)
     check_place(save, Path(source) if Path(source).is_dir() else None, force, [Path(source), Path(found.path)])
-    lm = load_base(found, model, device=device, dtype=dtype or "auto")
+    lm = load_base(found, model)
     with spinner(f"saving {save}"):
         found.checkout(lm, None if entry == "HEAD" else entry)
         made = export(lm, save, format="hf", files=[f"{d}.safetensors" for d in state.deltas], force=force)

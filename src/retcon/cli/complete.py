@@ -6,7 +6,7 @@ import typer
 
 from retcon.cli.chatting import chat_of, check_is_text
 from retcon.cli.models import load_deltas, load_model, loads_a_model
-from retcon.cli.options import AsChat, Deltas, Device, DType, Json, Model, OtherBase, Seed, System, TemplateArgs
+from retcon.cli.options import AsChat, Deltas, Json, Model, OtherBase, Seed, System, TemplateArgs
 from retcon.cli.printing import console, count, emit, styled, warn
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting
@@ -62,8 +62,6 @@ def complete(
     top_p: TopP = None,
     seed: Seed = 0,
     other_base: OtherBase = False,
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Say what a model answers, up to the end of the line; with --delta, what it answers once edited.
@@ -76,7 +74,7 @@ def complete(
     chat = chat_of(as_chat, system, template_args)
     how = writing(chat, stops, max_tokens, temperature, top_k, top_p)
     deltas = load_deltas(delta or [])
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model)
 
     from retcon.lm.generate import generate
 

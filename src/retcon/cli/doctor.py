@@ -4,7 +4,7 @@ import typer
 from rich.table import Table
 
 from retcon.cli.models import load_model, loads_a_model
-from retcon.cli.options import Device, DType, Json, Model
+from retcon.cli.options import Json, Model
 from retcon.cli.printing import console, emit, styled
 from retcon.cli.progress import spinner
 
@@ -14,8 +14,6 @@ _MARKS = {"passed": styled("[green]✓[/]"), "failed": styled("[red]✗[/]"), "s
 @loads_a_model
 def doctor(
     model: Model,
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Try layout, replay, keys, one edit per kind of method, undo and saving on a model. Exit code 0: all hold; 1: not.
@@ -24,7 +22,7 @@ def doctor(
     """
     from retcon.workflow.doctor import examine
 
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model)
     with spinner("examining"):
         found = examine(lm)
     if as_json:

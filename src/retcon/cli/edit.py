@@ -12,7 +12,7 @@ from retcon.cli.chatting import chat_options
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_deltas, load_model, loading_options, loads_a_model
 from retcon.cli.moments import check_corpus
-from retcon.cli.options import Assignments, Device, DType, Json, Model, On, OtherBase, Preset, PresetsOf, Seed, Shrink
+from retcon.cli.options import Assignments, Json, Model, On, OtherBase, Preset, PresetsOf, Seed, Shrink
 from retcon.cli.outputs import check_can_write, check_not_an_input
 from retcon.cli.printing import console, count, emit, program, seconds, size, styled, warn
 from retcon.cli.progress import progress_bars, spinner
@@ -120,8 +120,6 @@ def edit(
     shrink: Shrink = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at DELTA.")] = False,
     seed: Seed = 0,
-    device: Device = None,
-    dtype: DType = None,
     other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
@@ -159,7 +157,7 @@ def edit(
     if kept_in is not None:
         kept_in.check_new_facts(facts.cases)  # what can be refused before the model is loaded
     before = load_deltas(earlier or []) if kept_in is None else kept_in.deltas()
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model)
     if kept_in is None:
         for each in before:
             lm.apply(each, other_base=other_base)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from retcon.cli.facts import CaseTarget, Conflicting, OnError
-from retcon.cli.models import delta_files, load_deltas, load_model, loads_a_model
-from retcon.cli.options import Device, Json, Model, OtherBase, StoredDType
+from retcon.cli.models import delta_files, load_deltas, load_model, loads_as_stored
+from retcon.cli.options import Json, Model, OtherBase
 from retcon.cli.printing import console, emit, plain_table, size, styled
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from retcon.lm.model import LM
 
 
-@loads_a_model
+@loads_as_stored
 def export(
     model: Model,
     delta: Annotated[
@@ -85,8 +85,6 @@ def export(
     public: Annotated[bool, typer.Option("--public", help="Make a new repository of --push a public one.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the export that is in DIR.")] = False,
     other_base: OtherBase = False,
-    device: Device = None,
-    dtype: StoredDType = None,
     as_json: Json = False,
 ) -> None:
     """Write an edited model in a format that others load, with a model card that says what was changed.
@@ -123,7 +121,7 @@ def export(
         )
         asked = read_facts(cases, reading).cases
     deltas = load_deltas(delta)
-    lm = load_model(model, device=device, dtype=dtype or "auto")
+    lm = load_model(model)
     for each in deltas:
         lm.apply(each, other_base=other_base)
     scores = _all_scores(lm, asked, wanted) if asked else {}

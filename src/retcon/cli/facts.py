@@ -1,14 +1,12 @@
 """The options of verbs that read a file of facts."""
 
-import inspect
 from collections.abc import Callable
-from functools import wraps
 from typing import Annotated, Any, Literal
 
 import typer
 
 from retcon.cli.chatting import chat_of
-from retcon.cli.options import AsChat, System, TemplateArgs, TrainEnd
+from retcon.cli.options import AsChat, System, TemplateArgs, TrainEnd, add_options
 from retcon.workflow.facts import Conflicts, Reading
 
 FileFormat = Annotated[
@@ -66,20 +64,10 @@ def reads_facts(
     }
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        @wraps(verb)
-        def with_options(**given: Any) -> None:
-            own = {name: given.pop(name) for name in options}
-            chat = chat_of(**{name: own.pop(name) for name in CHAT if name in own})
-            verb(**given, reading=Reading(**own, chat=chat))
+        def run(asked: dict[str, Any], own: dict[str, Any]) -> None:
+            chat = chat_of(**{name: asked.pop(name) for name in CHAT if name in asked})
+            verb(**own, reading=Reading(**asked, chat=chat))
 
-        parameters = []
-        for name, parameter in inspect.signature(verb).parameters.items():
-            if name == "reading":
-                parameters += [parameter.replace(name=n, default=d, annotation=a) for n, (a, d) in options.items()]
-            else:
-                parameters.append(parameter)
-        with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        with_options.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}  # typer reads both
-        return with_options
+        return add_options(verb, options, run, before="reading", replaced=True)
 
     return decorate

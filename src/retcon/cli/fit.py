@@ -9,7 +9,7 @@ import typer
 
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
-from retcon.cli.options import Assignments, Device, DType, Json, Model, Preset, PresetsOf, Seed
+from retcon.cli.options import Assignments, Json, Model, Preset, PresetsOf, Seed
 from retcon.cli.outputs import check_can_write, check_not_an_input
 from retcon.cli.printing import console, emit, seconds, size, styled, warn
 from retcon.cli.progress import progress_bars
@@ -44,8 +44,6 @@ def fit(
         bool, typer.Option("--force", help="Replace the file that is at FILE, and what another run has kept beside it.")
     ] = False,
     seed: Seed = 0,
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Train an editor for MODEL, which `retcon edit --method METHOD --set editor=FILE` then edits with.
@@ -62,7 +60,7 @@ def fit(
     given = read_settings(method, dataset=dataset, preset=preset, assignments=assignments or ())
     facts = read_facts(cases, reading)
     show = console(stderr=as_json)
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model)
     facts = facts_that_fit(lm, facts, reading.on_error)
     resolved = resolve(lm, method, dataset=dataset, preset=preset, given=given)
     show.print(styled("[bold]{}[/] on {}", method, lm))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from retcon.cli.models import load_model, loads_a_model
-from retcon.cli.options import Device, DType, Json, Model
+from retcon.cli.options import Json, Model
 from retcon.cli.printing import console, emit, program, styled
 
 
@@ -18,15 +18,13 @@ def init(
         Literal["float32", "float16"], typer.Option(help="In which deltas are kept; float16 takes half the room.")
     ] = "float32",
     lfs: Annotated[bool, typer.Option("--lfs", help="Let git-lfs keep deltas and values.")] = False,
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Make a store: a folder that keeps the edits of MODEL under version control, and lives in git."""
     from retcon.store import Store
 
     Store.check_new(store)
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model)
     made = Store.init(store, lm, model=model, precision=precision, lfs=lfs)
     if as_json:
         emit({"store": str(store), "model": model, "base": made.base, "precision": precision})

@@ -1,17 +1,26 @@
 """How the verbs load a model and deltas."""
 
-import inspect
 import json
 import os
 import shlex
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import wraps
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retcon.cli.options import DeviceMap, Packed, Revision, TrustRemoteCode, VerifyBase
+from retcon.cli.options import (
+    Device,
+    DeviceMap,
+    DType,
+    Packed,
+    Revision,
+    StoredDType,
+    TrustRemoteCode,
+    VerifyBase,
+    add_options,
+)
 from retcon.cli.printing import warn
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting, UnsupportedModel
@@ -26,56 +35,55 @@ NARROW = 512
 
 
 @dataclass(frozen=True)
-class _Loading:
-    """What the options of `loads_a_model` say."""
+class Loading:
+    """How models are loaded: the options of `loads_a_model`."""
 
-    revision: str | None = None
-    device_map: Any = None
-    trust_remote_code: bool = False
-    packed: bool = False
-    verify_base: bool = False
+    device: Device = None
+    dtype: DType = None
+    revision: Revision = None
+    device_map: DeviceMap = None
+    packed: Packed = False
+    trust_remote_code: TrustRemoteCode = False
+    verify_base: VerifyBase = False
 
 
-_LOADING: ContextVar[_Loading | None] = ContextVar("_LOADING", default=None)
+_LOADING: ContextVar[Loading | None] = ContextVar("_LOADING", default=None)
 
 
-def loads_a_model(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the options of how a model is loaded (--revision, --packed, ...); `load_model` hears of them."""
+def loads_a_model(verb: Callable[..., None], *, as_stored: bool = False) -> Callable[..., None]:
+    """Give a verb the options of how a model is loaded (--device, --revision, ...), which `load_model` reads.
 
-    @wraps(verb)
-    def with_options(
-        *args: Any,
-        revision: str | None = None,
-        device_map: str | None = None,
-        packed: bool = False,
-        trust_remote_code: bool = False,
-        verify_base: bool = False,
-        **options: Any,
-    ) -> None:
-        token = _LOADING.set(_Loading(revision, _device_map(device_map), trust_remote_code, packed, verify_base))
+    Args:
+        as_stored: whether weights keep the dtype they are stored in where --dtype names none.
+    """
+
+    def run(asked: dict[str, Any], own: dict[str, Any]) -> None:
+        read = {
+            "device_map": _device_map(asked["device_map"]),
+            "dtype": asked["dtype"] or ("auto" if as_stored else None),
+        }
+        token = _LOADING.set(Loading(**asked | read))
         try:
-            verb(*args, **options)
+            verb(**own)
         finally:
             _LOADING.reset(token)
 
-    more = {
-        "revision": Revision, "device_map": DeviceMap, "packed": Packed, "trust_remote_code": TrustRemoteCode,
-        "verify_base": VerifyBase,
-    }  # fmt: skip
-    defaults = dict.fromkeys(more, False) | {"revision": None, "device_map": None}
-    parameters = []
-    for name, parameter in inspect.signature(verb).parameters.items():
-        parameters.append(parameter)
-        if name == "dtype":
-            parameters += [parameter.replace(name=n, default=defaults[n], annotation=more[n]) for n in more]
-    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {**verb.__annotations__, **more}  # typer reads both
-    return with_options
+    options = {field.name: (field.type, field.default) for field in fields(Loading)}
+    options["dtype"] = (StoredDType if as_stored else DType, None)
+    return add_options(verb, options, run, before="as_json")
+
+
+loads_as_stored = partial(loads_a_model, as_stored=True)
+
+
+def loading() -> Loading:
+    """Return what the options of `loads_a_model` say."""
+    return _LOADING.get() or Loading()
 
 
 def loading_options() -> str:
     """Return the options of `loads_a_model` as they were given, to be repeated in a command that is suggested."""
-    asked = _LOADING.get() or _Loading()
+    asked = loading()
     given = [f"--revision {shlex.quote(asked.revision)}"] if asked.revision else []
     if asked.device_map is not None:
         place = asked.device_map if isinstance(asked.device_map, str) else json.dumps(asked.device_map)
@@ -94,15 +102,10 @@ def _device_map(text: str | None) -> Any:
         raise InvalidSetting(f"--device-map {text}: is no JSON object ({error})") from None
 
 
-def load_model(
-    name: str,
-    *,
-    device: str | None = None,
-    dtype: str | None = None,
-) -> "LM":
+def load_model(name: str) -> "LM":
     """`retcon.load`, with a spinner, a checked device and the options of `loads_a_model`."""
-    asked = _LOADING.get() or _Loading()
-    if device is not None and asked.device_map is not None:
+    asked = loading()
+    if asked.device is not None and asked.device_map is not None:
         raise InvalidSetting("--device and --device-map both say where the model goes; give one of them")
     if asked.trust_remote_code:
         warn_of_remote_code("--trust-remote-code", name)
@@ -110,17 +113,8 @@ def load_model(
         import retcon
 
         check_model_path(name)
-        _check_device(device)
-        lm = retcon.load(
-            name,
-            device=device,
-            dtype=dtype,
-            device_map=asked.device_map,
-            revision=asked.revision,
-            trust_remote_code=asked.trust_remote_code,
-            packed=asked.packed,
-            verify_base=asked.verify_base,
-        )
+        _check_device(asked.device)
+        lm = retcon.load(name, **vars(asked))
         _one_thread_for_a_small_model(lm)
         return lm
 
@@ -162,7 +156,7 @@ def check_model_exists(name: str) -> None:
 
     from retcon.lm.load import find_model
 
-    find_model(name, (_LOADING.get() or _Loading()).revision)
+    find_model(name, loading().revision)
 
 
 def _check_device(name: str | None) -> None:

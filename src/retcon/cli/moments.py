@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from retcon.cli.models import load_model, loads_a_model
-from retcon.cli.options import Device, DType, Json, Model, On, Shrink
+from retcon.cli.options import Json, Model, On, Shrink
 from retcon.cli.printing import console, emit, seconds, size, styled
 from retcon.cli.progress import progress_bars, spinner
 from retcon.cluster import workers, working_on
@@ -44,8 +44,6 @@ def moments(
     ] = None,
     shrink: Shrink = False,
     on: On = "local",
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Collect the second moments of a model's keys, all layers in one pass, and keep them in the cache.
@@ -58,7 +56,7 @@ def moments(
     wanted = None if layers is None else _layers(layers)
     if corpus is not None:
         check_corpus(corpus)
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model)
     with spinner("reading the corpus"):
         source: Any = moments_for(lm, corpus, shrink=shrink)
     if tokens_per_dimension is not None:

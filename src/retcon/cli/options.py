@@ -1,7 +1,10 @@
 """The options that many verbs have, each declared once."""
 
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -118,3 +121,34 @@ TrainEnd = Annotated[
         help="Train answers with the end of their turn, for a model that goes on after them (implies --chat).",
     ),
 ]
+
+
+def add_options(
+    verb: Callable[..., None],
+    options: Mapping[str, tuple[Any, Any]],
+    run: Callable[[dict[str, Any], dict[str, Any]], None],
+    *,
+    before: str,
+    replaced: bool = False,
+) -> Callable[..., None]:
+    """Return a verb with more options, for typer to read.
+
+    Args:
+        options: type and default of each.
+        run: runs the verb, given the values of these options and those of the verb's own.
+        before: the parameter before which they come; where there is none, they come last.
+        replaced: whether they come in the place of that parameter.
+    """
+
+    @wraps(verb)
+    def with_options(**given: Any) -> None:
+        run({name: given.pop(name, default) for name, (_, default) in options.items()}, given)
+
+    parameters = list(inspect.signature(verb).parameters.values())
+    at = next((i for i, p in enumerate(parameters) if p.name == before), len(parameters))
+    kind = inspect.Parameter.KEYWORD_ONLY
+    more = [inspect.Parameter(n, kind, default=d, annotation=a) for n, (a, d) in options.items()]
+    parameters[at : at + replaced] = more
+    with_options.__signature__ = inspect.Signature([p.replace(kind=kind) for p in parameters])  # type: ignore[attr-defined]
+    with_options.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}  # typer reads both
+    return with_options

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from retcon.cli.models import loads_a_model
-from retcon.cli.options import Device, DType, Json
+from retcon.cli.options import Json
 from retcon.cli.printing import console, count, emit, styled
 from retcon.cli.stores import (
     Again,
@@ -40,8 +40,6 @@ def revert(
     model: OtherModel = None,
     corpus: Corpus = None,
     store: StorePath = Path(".retcon"),
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Take back an entry, or one fact of it. Reverting a revert brings back what it took.
@@ -58,9 +56,8 @@ def revert(
         entry = found.revert(name, message=message)
     else:
         assert fact is not None
-        where: dict[str, Any] = dict(model=model, corpus=corpus, device=device, dtype=dtype)
         given: dict[str, Any] = dict(repropose=repropose, editor=editor, method=method, message=message)
-        entry = rewritten(found.revert_fact, found, fact, **given, **where)
+        entry = rewritten(found.revert_fact, found, fact, model=model, corpus=corpus, **given)
     if as_json:
         emit(entry_record(entry, found.state(entry.id)))
         return

@@ -62,13 +62,7 @@ def open_store(path: Path) -> "Store":
     return Store(path)
 
 
-def load_base(
-    store: "Store",
-    model: str | None,
-    *,
-    device: str | None = None,
-    dtype: str | None = None,
-) -> "LM":
+def load_base(store: "Store", model: str | None) -> "LM":
     """Return the model that the store is of.
 
     Raises:
@@ -76,7 +70,7 @@ def load_base(
     """
     place = model or found_from(store.model, store.path)
     try:
-        lm = load_model(place, device=device, dtype=dtype)
+        lm = load_model(place)
     except UnsupportedModel as error:
         if model is not None:
             raise
@@ -92,8 +86,6 @@ def rewritten(
     *fact: str,
     model: str | None,
     corpus: str | None,
-    device: str | None,
-    dtype: str | None,
     **options: Any,
 ) -> "Entry":
     """Return the entry of `write`, a verb of the store that writes a fact's batch again."""
@@ -102,7 +94,7 @@ def rewritten(
     store.fact(fact[0])  # what can be refused before the model is loaded
     if corpus is not None:
         check_corpus(corpus)
-    lm = load_base(store, model, device=device, dtype=dtype)
+    lm = load_base(store, model)
     with progress_bars() as advance:
         moments = None if corpus is None else moments_for(lm, corpus)
         return write(lm, *fact, moments=moments, progress=advance, **options)

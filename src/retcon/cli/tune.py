@@ -9,7 +9,7 @@ from rich.table import Table
 
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
-from retcon.cli.options import Device, DType, Json, Model, On, Seed
+from retcon.cli.options import Json, Model, On, Seed
 from retcon.cli.printing import console, count, emit, plain_table, seconds, styled
 from retcon.cluster import workers, working_on
 from retcon.workflow import facts_that_fit, moments_for, read_facts, read_settings
@@ -66,8 +66,6 @@ def tune(
     reading: Reading,
     on: On = "local",
     seed: Seed = 0,
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Search settings for METHOD on one half of CASES, report on the other half, and keep them as a preset.
@@ -77,7 +75,7 @@ def tune(
     place = workers(on)
     given = read_settings(method, dataset=None, preset=preset, assignments=assignments or ())
     facts = read_facts(cases, reading)
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model)
     facts = facts_that_fit(lm, facts, reading.on_error)
     show = console(stderr=as_json)
     show.print(styled("[bold]{}[/] on {}", method, lm))

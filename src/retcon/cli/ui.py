@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retcon.cli.models import load_model, loading_options, loads_a_model
-from retcon.cli.options import Device, DType
+from retcon.cli.models import load_model, loading, loading_options, loads_a_model
 from retcon.cli.printing import console, styled
 from retcon.cli.stores import load_base
 from retcon.errors import InvalidSetting, MissingPackage
@@ -29,8 +28,6 @@ def ui(
     host: Annotated[
         str, typer.Option(help="Address to listen at. Any but this machine's own lets others change the model.")
     ] = "127.0.0.1",
-    device: Device = None,
-    dtype: DType = None,
 ) -> None:
     """Serve a page for MODEL and its store to browsers on this machine, until Ctrl-C.
 
@@ -46,6 +43,7 @@ def ui(
     from retcon.store.contents import CONFIG
     from retcon.web.session import Session
 
+    device, dtype = loading().device, loading().dtype
     there = (store / CONFIG).is_file()
     if not there and model is None:
         raise InvalidSetting(f"{store} holds no store, so name the MODEL that one shall be made for")
@@ -54,10 +52,10 @@ def ui(
     with _listen(host, port) as listening:
         if there:
             kept = Store(store)
-            lm = load_base(kept, model, device=device, dtype=dtype)
+            lm = load_base(kept, model)
         else:
             assert model is not None
-            lm = load_model(model, device=device, dtype=dtype)
+            lm = load_model(model)
             kept = Store.init(store, lm, model=model)
         first = {lm.name: lm}
         name, options = lm.source or (lm.name, {})

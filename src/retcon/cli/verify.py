@@ -7,7 +7,7 @@ import typer
 
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import loads_a_model
-from retcon.cli.options import Device, DType, Json
+from retcon.cli.options import Json
 from retcon.cli.outputs import check_can_write, check_not_an_input
 from retcon.cli.printing import console, count, emit, plain_table, styled
 from retcon.cli.progress import spinner
@@ -54,8 +54,6 @@ def verify(
     ] = None,
     model: OtherModel = None,
     store: StorePath = Path(".retcon"),
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Hold the model to every check of the store's facts. Exit code 0: nothing broke; 1: something did.
@@ -75,7 +73,7 @@ def verify(
     found = open_store(store)
     if entry is not None:
         found.state(entry)
-    lm = load_base(found, model, device=device, dtype=dtype)
+    lm = load_base(found, model)
     with spinner("asking"):
         result = run(found, lm, at=entry, stay=must_stay, strict=strict, bisect=bisect)
     if junit is not None:

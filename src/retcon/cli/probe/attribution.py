@@ -7,7 +7,7 @@ import typer
 
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
-from retcon.cli.options import Device, DType, Json, Model, Seed
+from retcon.cli.options import Json, Model, Seed
 from retcon.cli.printing import console, count, emit, plain_table, styled
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write_figures
 from retcon.cli.progress import progress_bars
@@ -49,8 +49,6 @@ def attribution(
     budget: Annotated[float, typer.Option(min=0, max=1, help="Share of all parameters an ensemble may hold.")] = 0.01,
     out: Out = "attribution",
     seed: Seed = 0,
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Attribute the probability of answers to rows or columns of weights, by integrated gradients (KNE's locating).
@@ -60,7 +58,7 @@ def attribution(
     """
     check_stem(out, cases)
     asked = facts(model, cases, reading, seed)
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model)
     asked = facts_that_fit(lm, asked, reading.on_error)
     edits = list(asked.edits)
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
-from retcon.cli.options import Device, DType, Json, Model, Seed
+from retcon.cli.options import Json, Model, Seed
 from retcon.cli.outputs import check_can_write, check_not_an_input
 from retcon.cli.printing import console, count, emit, plain_table, styled
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, write_figures
@@ -52,8 +52,6 @@ def contrast(
     ] = None,
     out: Out = "contrast",
     seed: Seed = 0,
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Follow the original and the target answer's first token through the layers (JEEP's probe).
@@ -73,7 +71,7 @@ def contrast(
         check_not_an_input(records, [path for path in (cases, sets, corpus, stopwords) if path is not None])
     asked = facts(model, cases, reading, seed)
     word_sets = _word_sets(list(asked.edits), sets, corpus, stopwords)
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model)
     asked = facts_that_fit(lm, asked, reading.on_error)
     edits = list(asked.edits)
 

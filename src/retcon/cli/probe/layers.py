@@ -9,7 +9,7 @@ from rich.table import Table
 
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
-from retcon.cli.options import Device, DType, Json, Model, Seed
+from retcon.cli.options import Json, Model, Seed
 from retcon.cli.printing import console, emit, plain_table, program, styled
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, write_figures
 from retcon.cli.progress import progress_bars
@@ -35,8 +35,6 @@ def layers(
     ] = True,
     out: Out = "layers",
     seed: Seed = 0,
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Propose the layers to edit: where the original and the target answer part.
@@ -46,7 +44,7 @@ def layers(
     """
     check_stem(out, cases)
     asked = facts(model, cases, reading, seed)
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model)
     asked = facts_that_fit(lm, asked, reading.on_error)
     edits = list(asked.edits)
 

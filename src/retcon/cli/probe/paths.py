@@ -6,7 +6,7 @@ import typer
 
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
-from retcon.cli.options import Device, DType, Json, Model, Seed
+from retcon.cli.options import Json, Model, Seed
 from retcon.cli.printing import console, emit, plain_table, styled
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write_figures
 from retcon.cli.progress import spinner
@@ -40,8 +40,6 @@ def paths(
     ] = "up",
     out: Out = "paths",
     seed: Seed = 0,
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Find the paths of key and value vectors that matter most for writing the new answers (CTP's tracing).
@@ -50,7 +48,7 @@ def paths(
     """
     check_stem(out, cases)
     asked = facts(model, cases, reading, seed)
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model)
     asked = facts_that_fit(lm, asked, reading.on_error)
     edits = list(asked.edits)
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
-from retcon.cli.options import Device, DType, Json, Model, Seed
+from retcon.cli.options import Json, Model, Seed
 from retcon.cli.printing import console, count, emit, plain_table, styled
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write_figures
 from retcon.cli.progress import progress_bars
@@ -51,8 +51,6 @@ def trace(
     ] = "add",
     out: Out = "trace",
     seed: Seed = 0,
-    device: Device = None,
-    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Corrupt the subject, restore one state at a time, and see what brings the answer back (ROME's causal tracing).
@@ -70,7 +68,7 @@ def trace(
         seed=seed,
     )
     asked = facts(model, cases, reading, seed)
-    lm = load_model(model, device=device, dtype=dtype)
+    lm = load_model(model)
     asked = facts_that_fit(lm, asked, reading.on_error)
     edits = list(asked.edits)
 
