@@ -12,6 +12,7 @@ import pytest
 
 from retcon.errors import MalformedFile, MissingPackage
 from retcon.evaluation import Evaluation, Interval, Record, ci_case, ci_wilson
+from retcon.evaluation.records import whole_model_record
 
 FIELDS: dict[str, Any] = dict(
     when="pre", case_id="a", subject="A", axis="rewrite", query_id="rewrite/0", metric="ES", variant="cf.prob_mean"
@@ -109,6 +110,22 @@ def test_cases_that_share_a_subject_are_drawn_together_in_the_zsre_family() -> N
 
 def vars_of(r: Record) -> dict[str, Any]:
     return {name: getattr(r, name) for name in Record._fields}
+
+
+def test_what_belongs_to_no_case_is_the_mean_over_the_batches_by_their_cases() -> None:
+    def measured(value: float, step: int) -> Record:
+        return whole_model_record("final", "perplexity", "ppl.value", value, 9, step)
+
+    batches = {0: "abc", 1: "de", 2: "f"}
+    cases = [record(case, when="final", step=step) for step, names in batches.items() for case in names]
+    summary = Evaluation([*cases, measured(1.0, 0), measured(4.0, 1), measured(7.0, 2)]).summary()
+    found = summary["perplexity", "ppl.value"].post
+    assert found is not None
+    assert found.value == pytest.approx((3 * 1 + 2 * 4 + 7) / 6)
+    assert found.n_queries == 9
+    for values in ([0.1], [math.inf, 0.1]):  # one is given as it is; what is no number is left out
+        records = [*cases, *(measured(value, step) for step, value in enumerate(values))]
+        assert Evaluation(records).summary()["perplexity", "ppl.value"].post.value == 0.1  # type: ignore[union-attr]
 
 
 def test_before_and_after_with_the_paired_change_of_locality() -> None:

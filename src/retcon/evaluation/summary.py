@@ -225,10 +225,8 @@ def summarise(
         if change is not None:
             estimates["post"]["LS", f"{family}.ls.delta"] = change
     for when, own in (("pre", before), ("post", after)):
-        for record in own:
-            if record.case_id is None and record.status == "ok":
-                found = CaseMean(record.value, None, 0, record.n)
-                estimates.setdefault(when, {})[record.metric, record.variant] = found
+        if found := _of_whole_models(own):
+            estimates.setdefault(when, {}).update(found)
     keys = dict.fromkeys(key for own in estimates.values() for key in own)
     lines = [Line(*k, estimates.get("pre", {}).get(k), estimates.get("post", {}).get(k)) for k in keys]
     lines.sort(key=lambda line: _rank(line, family))
@@ -329,6 +327,21 @@ def _estimates(
     estimates["Score", "score.hm"] = CaseMean(score_hm(parts), boot[0], n, queries)
     estimates["Score", "score.am"] = CaseMean(score_am(*parts), boot[1], n, queries)
     return estimates
+
+
+def _of_whole_models(records: Sequence[Record]) -> dict[Key, CaseMean]:
+    """Return what belongs to no case: the mean over the models that were measured, each counted by its cases."""
+    n_cases = Counter(step for step, _ in {(r.step, r.case_id) for r in records if r.case_id is not None})
+    by_key: dict[Key, list[Record]] = {}
+    for record in records:
+        if record.case_id is None and record.status == "ok":
+            by_key.setdefault((record.metric, record.variant), []).append(record)
+    found = {}
+    for key, own in by_key.items():
+        weights = [n_cases[r.step] or 1 for r in own]
+        mean = math.fsum((r.value or 0.0) * (w / sum(weights)) for r, w in zip(own, weights, strict=True))
+        found[key] = CaseMean(mean, None, 0, own[-1].n)
+    return found
 
 
 def _intervals(
