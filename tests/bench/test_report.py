@@ -187,6 +187,27 @@ def test_knes_layout(tmp_path: Path) -> None:
     assert "rephrased prompts are not in it" in table.notes[0]
 
 
+def test_rows_of_several_datasets_are_told_apart(tmp_path: Path, plotting: None) -> None:
+    def hops(share: float) -> list[Record]:
+        return [r for when in ("pre", "final") for r in axis(
+            "multihop", "multi_hop", {"a": [share]}, variant="mq.vanilla", when=when
+        )]  # fmt: skip
+
+    runs = [
+        make_run(tmp_path, method, hops(share), dataset=dataset)
+        for dataset, shares in (("CF-3k", (0.2, 0.4)), ("T", (0.9, 0.8)))
+        for method, share in zip(("jeep", "memit"), shares, strict=True)
+    ]
+    bench = Bench(tmp_path, {"spec": {"name": "b"}, **VERSIONS}, ENVIRONMENT, tuple(runs), ())
+    tables = [t for t in tables_of(groups_of(bench)) if t.name.startswith("mq")]
+    assert [t.title for t in tables] == ["CF-3k: what follows from the edits", "T: what follows from the edits"]
+    assert [[t.rows[i][0] for i, _ in sorted(t.bold)] for t in tables] == [["memit"], ["jeep"]]
+    rows = [row[0] for row in named(bench, "cost").rows]
+    assert rows == ["m_1: 4 edits at once", "jeep, CF-3k", "memit, CF-3k", "jeep, T", "memit, T"]
+    (times,) = (p for p in pictures_of(groups_of(bench)) if p.name.startswith("time"))
+    assert "jeep, T: 0.500 s" in times.alt
+
+
 def test_curves_need_three_sizes(tmp_path: Path) -> None:
     def of(batch: int, share: float) -> Run:
         records = [*told([0] * 4, [1] * 4, "pre"), *told([share] * 4, [1] * 4, "final")]

@@ -138,6 +138,12 @@ def _names(protocols: Iterable[Protocol]) -> dict[Protocol, str]:
     return names
 
 
+def row_names(block: Sequence[Group]) -> list[str]:
+    """Return what tells the groups of a block apart: the method, and the dataset where there are several."""
+    several = len({group.dataset for group in block}) > 1
+    return [f"{group.method}, {group.dataset}" if several else group.method for group in block]
+
+
 def blocks(groups: Sequence[Group]) -> list[tuple[str, str, list[Group]]]:
     """(model, protocol, groups) in order: what one table compares."""
     found: dict[tuple[str, str], list[Group]] = {}

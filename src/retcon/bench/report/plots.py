@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retcon.bench.report.curves import curves
-from retcon.bench.report.groups import Group, Number, blocks, by_dataset
+from retcon.bench.report.groups import Group, Number, blocks, by_dataset, row_names
 from retcon.bench.report.names import distinct, slug
 from retcon.drawing import drawn, figure
 from retcon.evaluation.records import Record
@@ -169,17 +169,18 @@ def times(groups: Sequence[Group], places: Places) -> list[Picture]:
     """CTP's Figure 3: seconds per edit and method."""
     pictures = []
     for model, protocol, block in blocks(groups):
-        found = [(g.method, s) for g in block if (s := g.seconds_per_edit()) is not None]
+        timed = [g for g in block if g.seconds_per_edit() is not None]
+        found = [(name, g.method, g.seconds_per_edit() or 0.0) for name, g in zip(row_names(timed), timed, strict=True)]
         if len(found) < 2:
             continue
         made, axes = _figure(5.2, 1.1 + 0.3 * len(found))
-        colours = [_look(places[method])[1] for method, _ in found]
-        axes.barh(range(len(found)), [s for _, s in found], color=colours, height=0.6)
-        axes.set_yticks(range(len(found)), [method for method, _ in found])
+        colours = [_look(places[method])[1] for _, method, _ in found]
+        axes.barh(range(len(found)), [s for *_, s in found], color=colours, height=0.6)
+        axes.set_yticks(range(len(found)), [name for name, *_ in found])
         axes.invert_yaxis()
         axes.set_xlabel("seconds per edit")
         title = f"Time: {model}, {protocol}"
-        alt = "; ".join(f"{method}: {seconds:.3f} s" for method, seconds in found)
+        alt = "; ".join(f"{name}: {seconds:.3f} s" for name, _, seconds in found)
         pictures.append(_done(made, f"time-{model}-{protocol}", title, alt))
     return pictures
 

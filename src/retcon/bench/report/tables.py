@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from retcon.bench.report.curves import curves
-from retcon.bench.report.groups import UNEDITED, Group, Number, blocks, by_dataset
+from retcon.bench.report.groups import UNEDITED, Group, Number, blocks, by_dataset, row_names
 from retcon.bench.report.names import distinct, slug
 from retcon.escaping import csv_cell, latex, markdown
 from retcon.evaluation.metrics import score_am
@@ -226,22 +226,22 @@ def multihop(groups: Sequence[Group]) -> list[Table]:
         ("mq", ("edit_wise", "instance_wise", "multi_hop", "hop_wise", "unedited_hops")),
         ("ripple", ("edit_success",)),
     ):
-        own = [g for g in groups if g.family == family]
-        if not own:
-            continue
-        lines = [line for g in own for s in g.summaries for line in s.lines]
-        axes = dict.fromkeys(line.metric for line in lines if line.metric.startswith("ripple."))
-        columns = [(n, ()) for n in names] + [(a, ("ripple.taken",)) for a in axes]
-        builder = _Builder(("Method", *(name for name, _ in columns)))
-        kinds: set[str] = set()
-        for model, protocol, block in blocks(own):
-            builder.block(f"{model}: {protocol}")
-            for group in block:
-                numbers = [group.number(name, *variants or _variants(group, name)) for name, variants in columns]
-                kinds |= _kinds(numbers)
-                builder.row(group.method, [_with_half_width(n) for n in numbers], numbers)
-        notes = ("x100; the variants are in the records.", _counts(own, kinds))
-        tables.append(builder.table(family, f"{own[0].dataset}: what follows from the edits", notes))
+        for dataset in dict.fromkeys(g.dataset for g in groups if g.family == family):
+            own = [g for g in groups if (g.family, g.dataset) == (family, dataset)]
+            lines = [line for g in own for s in g.summaries for line in s.lines]
+            axes = dict.fromkeys(line.metric for line in lines if line.metric.startswith("ripple."))
+            columns = [(n, ()) for n in names] + [(a, ("ripple.taken",)) for a in axes]
+            builder = _Builder(("Method", *(name for name, _ in columns)))
+            kinds: set[str] = set()
+            for model, protocol, block in blocks(own):
+                builder.block(f"{model}: {protocol}")
+                for group in block:
+                    numbers = [group.number(name, *variants or _variants(group, name)) for name, variants in columns]
+                    kinds |= _kinds(numbers)
+                    builder.row(group.method, [_with_half_width(n) for n in numbers], numbers)
+            notes = ("x100; the variants are in the records.", _counts(own, kinds))
+            title = f"{dataset}: what follows from the edits"
+            tables.append(builder.table(f"{family}-{slug(dataset)}", title, notes))
     return tables
 
 
@@ -311,10 +311,10 @@ def cost(groups: Sequence[Group]) -> list[Table]:
     builder = _Builder(("Method", "s per edit", "peak memory, MB"))
     for model, protocol, block in blocks(timed):
         builder.block(f"{model}: {protocol}")
-        for group in block:
+        for name, group in zip(row_names(block), block, strict=True):
             seconds, peak = group.seconds_per_edit(), group.peak_bytes()
             cells = [f"{seconds:.3f}", MISSING if peak is None else f"{peak / 1e6:,.0f}"]
-            builder.row(group.method, cells, [None, None])
+            builder.row(name, cells, [None, None])
     kinds = {r.variant for g in timed for run in g.runs for r in run.timings if r.metric == "memory"}
     of = "the device's" if "memory.device" in kinds else "the whole process's"
     machine = timed[0].runs[0].environment
