@@ -275,6 +275,25 @@ def test_a_finished_run_is_not_run_again(spec: BenchSpec, tmp_path: Path) -> Non
     assert results(tmp_path / "out") == before
 
 
+def test_a_start_that_is_stopped_keeps_the_list_of_finished_runs(spec: BenchSpec, tmp_path: Path) -> None:
+    run_bench(spec, tmp_path / "out")
+    listed = (tmp_path / "out" / "runs.json").read_bytes()
+    for kind in ("batch", "sequential"):
+
+        def stop(event: Any, kind: str = kind) -> None:
+            if event.cell.protocol.kind == kind:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_bench(spec, tmp_path / "out", watch=stop)
+        assert (tmp_path / "out" / "runs.json").read_bytes() == listed
+    first, _ = read_bench(tmp_path / "out").runs
+    shutil.rmtree(first.directory)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(spec, tmp_path / "out", watch=stop)
+    assert [run.directory for run in read_bench(tmp_path / "out").runs] == [first.directory]
+
+
 def test_the_unedited_model_is_measured_once_for_all(
     spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,9 @@ MANIFEST = "manifest.json"
 FINISHED = "records.jsonl"
 """File of a run's folder that is there once the run is finished."""
 
+LISTING = "runs.json"
+"""The finished runs, in order."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -83,6 +86,21 @@ class Bench:
         return str(self.manifest["spec"]["name"])
 
 
+def read_listing(root: Path) -> list[dict[str, str]]:
+    """Read the list of a benchmark's finished runs, in their order.
+
+    Raises:
+        MalformedFile: there is none, or it is none.
+    """
+    try:
+        listing = json.loads((root / LISTING).read_text("utf-8"))
+        return [{name: str(line[name]) for name in ("slug", "directory", "id")} for line in listing]
+    except FileNotFoundError:
+        raise MalformedFile(f"{root}: no run is finished yet") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MalformedFile(f"{root / LISTING}: not a list of runs ({error!r})") from None
+
+
 def read_bench(directory: str | os.PathLike[str]) -> Bench:
     """Read a directory that `run_bench` wrote.
 
@@ -91,15 +109,9 @@ def read_bench(directory: str | os.PathLike[str]) -> Bench:
     """
     root = Path(directory)
     whole = read_manifest(root / MANIFEST)
-    try:
-        listing = json.loads((root / "runs.json").read_text("utf-8"))
-        places = [root / line["directory"] for line in listing]
-    except FileNotFoundError:
-        raise MalformedFile(f"{root}: no run is finished yet") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MalformedFile(f"{root / 'runs.json'}: not a list of runs ({error!r})") from None
     runs = []
-    for place in places:
+    for line in read_listing(root):
+        place = root / line["directory"]
         own = read_manifest(place / MANIFEST)
         runs.append(Run(place, own["manifest"], own["environment"]))
     begun = {p.parent.name for p in (root / "runs").glob(f"*/{MANIFEST}")}

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from retcon.attachment import Attachment
-from retcon.bench.directory import FINISHED, MANIFEST
+from retcon.bench.directory import FINISHED, LISTING, MANIFEST, read_listing
 from retcon.bench.inputs import cells_of, read_inputs
 from retcon.bench.manifest import (
     as_json,
@@ -22,6 +23,7 @@ from retcon.bench.manifest import (
     dataset_hash,
     environment,
     manifest_of,
+    read_manifest,
     run_id,
     write_or_verify,
 )
@@ -30,7 +32,7 @@ from retcon.bench.protocol import Setting, n_units, run_units
 from retcon.bench.spec import MEASURE_FILES, BenchSpec, Cell, MethodSpec, ModelSpec, Protocol
 from retcon.bench.units import Unit, Units
 from retcon.edits import Case, Edit, cases_hash
-from retcon.errors import InvalidSetting, RetconError, RetconWarning
+from retcon.errors import InvalidSetting, MalformedFile, RetconError, RetconWarning
 from retcon.evaluation.ability import ability
 from retcon.evaluation.datasets import Loaded, LoadReport
 from retcon.evaluation.drift import Perplexity, perplexity
@@ -126,17 +128,31 @@ def run_bench(
     root.mkdir(parents=True, exist_ok=True)
     with turn_in(root, wait=False), _nothing_left_of_a_failed_start(root):
         remove_abandoned(root, f"**/.*{TEMPORARY}")
+        listing = _finished_before(root, whole)
         for line in write_or_verify(root / MANIFEST, whole, around, force=force, what="benchmark"):
             changed = f"the machine is not as it was: {line}; the last bits may differ"
             warnings.warn(changed, RetconWarning, stacklevel=2)
-        listing = []
         for model in spec.models:
             bench = first if model is spec.models[0] else runner(model)
-            for cell in (c for c in cells if c.model is model):
+            for i, cell in enumerate(cells):
+                if cell.model is not model:
+                    continue
                 cases, report = loaded[cell.dataset.label]
-                listing.append(bench.run(cell, cases, report, root, around, force, watch))
-                write_atomically(root / "runs.json", json.dumps(listing, indent=1).encode())
+                listed = bench.run(cell, cases, report, root, around, force, watch)
+                if listing[i : i + 1] != [listed]:
+                    listing = [*listing[:i], listed]
+                    write_atomically(root / LISTING, json.dumps(listing, indent=1).encode())
         shutil.rmtree(root / VALUES, ignore_errors=True)
+
+
+def _finished_before(root: Path, whole: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the lines of the first runs that an earlier start of this benchmark has finished; their order stays."""
+    try:
+        if read_manifest(root / MANIFEST)["manifest"] != whole:
+            return []
+        return list(takewhile(lambda line: (root / line["directory"] / FINISHED).is_file(), read_listing(root)))
+    except MalformedFile:
+        return []
 
 
 @contextmanager
