@@ -20,6 +20,8 @@ from typing import Any
 from retcon.errors import InvalidSetting, MalformedFile, PlaceBusy
 from retcon.escaping import is_text
 
+MAX_NAME_BYTES = 200
+"""Of a name made from labels that people chose; file systems take 255 bytes, and endings follow."""
 TEMPORARY = ".tmp"
 """How the names of files end that are being written."""
 
@@ -228,6 +230,11 @@ def check_exists(path: str | os.PathLike[str]) -> None:
         raise MalformedFile(f"{path}: is a directory, expected a file")
     if not Path(path).is_file():
         raise MalformedFile(f"{path}: no such file")
+
+
+def short_name(name: str) -> str:
+    """Return a name of a file or folder, cut where file systems would not take it with an ending; at a letter's end."""
+    return name.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:

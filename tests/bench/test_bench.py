@@ -24,6 +24,7 @@ from retcon.bench import (
 from retcon.bench import run as running
 from retcon.bench.inputs import read_inputs
 from retcon.bench.manifest import differences, measures_record
+from retcon.bench.report.write import write_report
 from retcon.bench.spec import MeasureSpec, Protocol
 from retcon.bench.units import Units
 from retcon.delta import Delta, Dense
@@ -210,6 +211,17 @@ def test_a_method_for_one_fact_makes_a_batch_one_by_one(
     (found,) = estimate(spec, tmp_path / "out")
     assert found.finished
     assert found.seconds == 0
+
+
+@pytest.mark.parametrize("label", ["fine tuning " * 30, "微调方法" * 30], ids=["ascii", "cjk"])
+def test_a_long_label_is_cut_in_the_folder_s_name(spec: BenchSpec, tmp_path: Path, label: str) -> None:
+    spec = dataclasses.replace(spec, methods=(noise(label),), protocols=PROTOCOLS[:1])
+    run_bench(spec, tmp_path / "out")
+    (run,) = read_bench(tmp_path / "out").runs
+    assert run.context["method"] == label
+    assert len(run.directory.name.encode()) <= 209
+    report = write_report(tmp_path / "out", pictures=False)
+    assert all((report.directory / f"{table.name}.csv").is_file() for table in report.tables)
 
 
 def test_a_corpus_is_a_file_or_a_dataset(spec: BenchSpec) -> None:

@@ -41,7 +41,16 @@ from retcon.evaluation.metrics.consistency import References
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries
 from retcon.evaluation.records import Record, When, whole_model_record, write_records
 from retcon.evaluation.results import Evaluation
-from retcon.files import TEMPORARY, all_shared, as_shared, read_prose, remove_abandoned, turn_in, write_atomically
+from retcon.files import (
+    TEMPORARY,
+    all_shared,
+    as_shared,
+    read_prose,
+    remove_abandoned,
+    short_name,
+    turn_in,
+    write_atomically,
+)
 from retcon.lm.load import load as load_model
 from retcon.lm.model import LM
 from retcon.memory.timed import TimedMoments
@@ -396,7 +405,7 @@ def place_of(cell: Cell, manifest: Mapping[str, Any], root: Path) -> tuple[str, 
     """Return a run's identity, and its folder: the one that there is, under whatever words for the protocol."""
     identity = run_id(manifest)
     there = sorted((root / "runs").glob(f"*_{identity[:8]}"))
-    return identity, there[0] if there else root / "runs" / f"{cell.slug}_{identity[:8]}"
+    return identity, there[0] if there else root / "runs" / f"{short_name(cell.slug)}_{identity[:8]}"
 
 
 def _case_row(case: Case) -> dict[str, Any]:

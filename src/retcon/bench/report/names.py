@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from retcon.files import short_name
+
 if TYPE_CHECKING:
     from retcon.bench.report.plots import Picture
     from retcon.bench.report.tables import Table
@@ -21,9 +23,9 @@ def slug(text: str) -> str:
 
 
 def distinct(items: Iterable[Named]) -> list[Named]:
-    """Return the items with a name each: those whose names are one to a file system get a hash of their titles, and a
-    number where those are one, too."""
-    items = list(items)
+    """Return the items with a name each, none too long for a file: those whose names are one to a file system get a
+    hash of their titles, and a number where those are one, too."""
+    items = [replace(item, name=short_name(item.name)) for item in items]
     found = Counter(_on_disk(item.name) for item in items)
     seen: Counter[str] = Counter()
     named = []
