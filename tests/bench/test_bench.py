@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ from retcon.bench.report.write import write_report
 from retcon.bench.spec import MeasureSpec, Protocol
 from retcon.bench.units import Units
 from retcon.delta import Delta, Dense
-from retcon.edits import Edit, write_cases
+from retcon.edits import Case, Edit, write_cases
 from retcon.errors import InvalidSetting, MalformedFile, NonFinite, RetconWarning, UnsupportedModel
 from retcon.evaluation import Measures
 from retcon.evaluation.measure import Outputs, compute_records
@@ -211,6 +212,26 @@ def test_a_method_for_one_fact_makes_a_batch_one_by_one(
     (found,) = estimate(spec, tmp_path / "out")
     assert found.finished
     assert found.seconds == 0
+
+
+def test_an_estimate_leaves_out_what_a_run_leaves_out(spec: BenchSpec, tmp_path: Path) -> None:
+    long = Edit("word " * 3000 + "{} is", "Norway", "Rome", "Oslo")
+    other = dataclasses.replace(CASES[0].edits[0], target_new="Oslo", id="other")
+    rows = [Case(f"long {i}", (dataclasses.replace(long, id=str(i)),), ()) for i in range(running.N_PROBED)]
+    rows += [*CASES[:2], Case("other", (other,), CASES[0].queries)]
+    write_cases(tmp_path / "cases.jsonl", rows)
+    (dataset,) = spec.datasets
+    alone = (Protocol(kind="single"),)
+    spec = dataclasses.replace(
+        spec, datasets=(dataclasses.replace(dataset, order="file", conflicts="keep"),), protocols=alone
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the warm-up edit is one that can be made
+        run_bench(spec, tmp_path / "out")
+    edits = [(r.case_id, r.status) for r in read_bench(tmp_path / "out").runs[0].records if r.axis == "edit"]
+    assert ("long 0", "skipped") in edits
+    assert edits[-3:] == [("France", "ok"), ("Italy", "ok"), ("other", "ok")]
+    assert [found.n_cases for found in estimate(spec, tmp_path / "elsewhere")] == [len(rows)]
 
 
 @pytest.mark.parametrize("label", ["fine tuning " * 30, "微调方法" * 30], ids=["ascii", "cjk"])

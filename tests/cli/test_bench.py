@@ -129,6 +129,9 @@ def test_protocols_that_an_option_makes_one_run_once(cli: Callable[..., Any], fi
     file.write_text(TOML + "[[protocols]]\nn = 1\n[[protocols]]\nn = 2\n")
     run = ("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--dry-run", "--json")
     assert [len(json.loads(cli(*run, *more).stdout)["runs"]) for more in ((), ("--n", "2"))] == [2, 1]
+    file.write_text(TOML + "[[protocols]]\nn = 2\nbatch = 2\n[[protocols]]\nn = 1\n")
+    (found,) = json.loads(cli(*run, "--n", "2").stdout)["runs"]
+    assert found["run"].startswith("tiny_jeep_edits_batch-2")
 
 
 def test_runs_of_one_name_are_shown_each(cli: Callable[..., Any], file: Path) -> None:

@@ -191,18 +191,23 @@ def _look(setting: Setting, cases: Sequence[Case], when: When, step: int) -> Eva
 
 def _editable(setting: Setting, cases: Sequence[Case]) -> list[Case]:
     """Return the cases whose edits the method can be asked for; the others are recorded as skipped."""
-    return [case for case in cases if case.edits and not _reason(setting, case)]
+    return [case for case in cases if case.edits and not why_skipped(setting.lm, case, setting.needs_subject)]
 
 
-def _reason(setting: Setting, case: Case) -> str | None:
+def why_skipped(lm: LM, case: Case, needs_subject: bool) -> str | None:
+    """Return why the edits of a case are skipped; None where they are made.
+
+    Args:
+        needs_subject: as `Setting` has it.
+    """
     for edit in case.edits:
         if edit.subject is None:
-            if setting.needs_subject:
+            if needs_subject:
                 return f"edit {edit.id!r} names no subject, which this method needs"
         elif edit.subject_span is None:
             return f"subject {edit.subject!r} does not occur in the prompt"
         try:
-            setting.lm.check_edit_length(edit)
+            lm.check_edit_length(edit)
         except InvalidEdit as error:
             return str(error)
     return None
@@ -223,7 +228,7 @@ def _edit(
     edits: dict[tuple[tuple[str, str], str], Edit] = {}
     records = []
     for case in chunk:
-        if reason := _reason(setting, case):
+        if reason := why_skipped(setting.lm, case, setting.needs_subject):
             records.append(_edit_record(case, None, 0, step, "skipped", reason))
         for edit in case.edits if not reason else ():
             edits.setdefault((same_question(edit), edit.target_new), edit)  # asked for twice, made once

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ from retcon.bench.manifest import (
     write_or_verify,
 )
 from retcon.bench.pre import unedited
-from retcon.bench.protocol import Setting, n_units, run_units
+from retcon.bench.protocol import Setting, n_units, run_units, why_skipped
 from retcon.bench.spec import MEASURE_FILES, BenchSpec, Cell, MethodSpec, ModelSpec, Protocol
 from retcon.bench.units import Unit, Units
-from retcon.edits import Case, Edit, cases_hash
+from retcon.edits import Case, Edit, cases_hash, resolve_conflicts
 from retcon.errors import InvalidSetting, MalformedFile, RetconError, RetconWarning
 from retcon.evaluation.ability import ability
 from retcon.evaluation.datasets import Loaded, LoadReport
@@ -311,7 +311,7 @@ class CellRunner:
         units = Units(directory, identity, keep_tokens=self.spec.keep_tokens)
         _, size = cell.protocol.sizes(len(chosen))
         if self.spec.warm_up and units.load(units.key(0, [case.id for case in chosen[:size]])) is None:
-            self._warm_up(partial(propose, values=None), chosen)
+            self._warm_up(partial(propose, values=None), _editable(self.lm, chosen, method))
         done: list[Unit] = []
         units_done = run_units(setting, cell.protocol, units)
         with closing(units_done):  # closed, it restores the model
@@ -362,13 +362,12 @@ class CellRunner:
             records += ability(self.lm, self.spec.tasks, when=when, step=step, limit=self.spec.task_limit)
         return records
 
-    def _warm_up(self, propose: Callable[[LM, Sequence[Edit], Any], Attachment], cases: Sequence[Case]) -> None:
+    def _warm_up(self, propose: Callable[[LM, Sequence[Edit], Any], Attachment], cases: Iterator[Case]) -> None:
         """Make an edit that is thrown away, so that statistics are collected and caches filled before time is taken."""
-        first = next((e for c in cases for e in c.edits if e.subject is None or e.subject_span is not None), None)
-        if first is None:
+        if (first := next(cases, None)) is None:
             return
         try:
-            propose(self.lm, [first], None)
+            propose(self.lm, first.edits[:1], None)
         except RetconError as error:  # the run itself will tell of it, edit by edit
             warnings.warn(f"the warm-up edit failed: {error}", RetconWarning, stacklevel=2)
 
@@ -490,14 +489,18 @@ def estimate(
             yield RunEstimate(cell, len(cases), *known[key])
 
 
+def _editable(lm: LM, cases: Sequence[Case], method: Any) -> Iterator[Case]:
+    """Return the cases whose edits a run makes, in order."""
+    return (case for case in cases if case.edits and not why_skipped(lm, case, method.needs_subject))
+
+
 def _probe(bench: CellRunner, cell: Cell, cases: Sequence[Case]) -> tuple[float, float, float]:
     """(seconds of a call for one edit, of each further edit in it, of measuring a case)."""
-    lm, few = bench.lm, list(cases[:N_PROBED])
-    chosen = bench.method_of(cell)
-    needed = chosen.needs_subject
-    edits = [e for case in few for e in case.edits if e.subject_span is not None or (e.subject is None and not needed)]
+    lm, chosen = bench.lm, bench.method_of(cell)
+    few = list(islice(_editable(lm, cases, chosen), N_PROBED))
+    edits = resolve_conflicts([edit for case in few for edit in case.edits], "drop")
     if not edits:
-        raise InvalidSetting(f"{cell.dataset.label}: none of the first {N_PROBED} cases can be edited")
+        raise InvalidSetting(f"{cell.dataset.label}: none of the {len(cases):,} cases can be edited")
 
     def seconds(some: Sequence[Edit]) -> float:
         started = time.perf_counter()

@@ -181,8 +181,10 @@ def _spec(
         spec = replace(spec, protocols=(Protocol(kind=protocol, n=n, batch=batch),))  # type: ignore[arg-type]
     elif n is not None or batch is not None:
         over: dict[str, Any] = {name: value for name, value in (("n", n), ("batch", batch)) if value is not None}
-        changed = dict.fromkeys(replace(_within(p, n), **over) for p in spec.protocols)  # what is now one, once
-        spec = replace(spec, protocols=tuple(changed))
+        kept: dict[Protocol, Protocol] = {}
+        for p in (replace(_within(p, n), **over) for p in spec.protocols):  # what is now one, once
+            kept.setdefault(p if p.n is None or p.kind == "curve" else p.settled(p.n), p)
+        spec = replace(spec, protocols=tuple(kept.values()))
     return replace(spec, seeds=tuple(seeds)) if seeds else spec
 
 
