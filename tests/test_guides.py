@@ -66,6 +66,12 @@ def test_a_store_writes_a_fact_of_the_example_method_again(folder: Path) -> None
     assert delta.provenance["class"] == "mean_shift:MeanShift"
 
 
+def test_the_fact_that_the_guide_amends_is_in_its_file() -> None:
+    page = (GUIDES / "add-a-method.md").read_text(encoding="utf-8")
+    (amended,) = re.findall(r"retcon amend (\w+)", page)
+    assert f'"id": "{amended}"' in page
+
+
 @pytest.fixture
 def written(folder: Path) -> tuple[retcon.LM, retcon.Store]:
     """A store with a fact of the example method, whose module is not imported any more."""
