@@ -12,7 +12,7 @@ from retcon.cli.chatting import chat_options
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_deltas, load_model, loading_options, loads_a_model
 from retcon.cli.moments import check_corpus
-from retcon.cli.options import Assignments, Json, Model, On, OtherBase, Preset, PresetsOf, Seed, Shrink
+from retcon.cli.options import Assignments, Corpus, Json, Method, Model, On, OtherBase, Preset, PresetsOf, Seed, Shrink
 from retcon.cli.outputs import check_can_write, check_not_an_input
 from retcon.cli.printing import console, count, emit, program, seconds, size, styled, warn
 from retcon.cli.progress import progress_bars, spinner
@@ -59,7 +59,7 @@ def edit(
     out: Annotated[
         Path | None, typer.Option(metavar="DELTA", help="File that the delta goes to.", show_default=False)
     ] = None,
-    method: Annotated[str, typer.Option(help="One of those that `retcon methods` lists.")] = "jeep",
+    method: Method = "jeep",
     dataset: PresetsOf = None,
     preset: Preset = None,
     assignments: Assignments = None,
@@ -85,14 +85,7 @@ def edit(
             show_default=False,
         ),
     ] = None,
-    corpus: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|DATASET",
-            help="Text for the second moments, as for moments.",
-            show_default="WikiText-103, or the small text that ships with retcon",
-        ),
-    ] = None,
+    corpus: Corpus = None,
     *,
     reading: Reading,
     evaluate: Annotated[

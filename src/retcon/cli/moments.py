@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from retcon.cli.models import load_model, loads_a_model
-from retcon.cli.options import Json, Model, On, Shrink
+from retcon.cli.options import Corpus, Json, Model, On, Shrink
 from retcon.cli.printing import console, emit, seconds, size, styled
 from retcon.cli.progress import progress_bars, spinner
 from retcon.cluster import workers, working_on
@@ -31,14 +31,7 @@ def moments(
     module: Annotated[
         Literal["down_proj", "o_proj"], typer.Option(help="The MLP's or the attention's output matrix.")
     ] = "down_proj",
-    corpus: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|DATASET",
-            help="Text, JSON lines with a field text, or NAME/NAME[:CONFIG[:SPLIT]] on the hub.",
-            show_default="WikiText-103, or the small text that ships with retcon",
-        ),
-    ] = None,
+    corpus: Corpus = None,
     tokens_per_dimension: Annotated[
         int | None, typer.Option(min=1, help="Corpus tokens per key dimension.", show_default="20")
     ] = None,

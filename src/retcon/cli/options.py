@@ -34,6 +34,7 @@ def seed_option(seed: int) -> int:
 
 
 Seed = Annotated[int, typer.Option(help="Seed of all that is drawn at random.", callback=seed_option)]
+Method = Annotated[str, typer.Option(help="One of those that `retcon methods` lists.")]
 PresetsOf = Annotated[
     str | None, typer.Option(help="Which of the model's presets: counterfact, zsre, ...", show_default=False)
 ]
@@ -47,6 +48,15 @@ Preset = Annotated[
 Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="A setting over the preset's; repeat.", show_default=False),
+]
+Corpus = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|DATASET",
+        help="Text for the second moments: a file of text, JSON lines with a field text, or "
+        "NAME/NAME[:CONFIG[:SPLIT]] on the hub.",
+        show_default="WikiText-103, or the small text that ships with retcon",
+    ),
 ]
 Deltas = Annotated[
     list[Path] | None,

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
-from retcon.cli.options import Json, Model, On, Seed
+from retcon.cli.options import Corpus, Json, Method, Model, On, Preset, Seed
 from retcon.cli.printing import console, count, emit, plain_table, seconds, styled
 from retcon.cluster import workers, working_on
 from retcon.workflow import facts_that_fit, moments_for, read_facts, read_settings
@@ -30,7 +30,7 @@ def tune(
             show_default=False,
         ),
     ],
-    method: Annotated[str, typer.Option(help="One of those that `retcon methods` lists.")] = "jeep",
+    method: Method = "jeep",
     budget: Annotated[float, typer.Option(metavar="MIN", min=0, help="Minutes to search.")] = 60.0,
     trials: Annotated[int, typer.Option(min=2, help="Sets of settings to try at most.")] = 50,
     assignments: Annotated[
@@ -39,17 +39,8 @@ def tune(
             "--set", metavar="FIELD=VALUE", help="A setting that is not searched; repeat.", show_default=False
         ),
     ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="A preset to begin at, by its full name; none: the rule for models without one.",
-            show_default="the model's",
-        ),
-    ] = None,
-    corpus: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|DATASET", help="Text for the second moments, as for moments.", show_default=False),
-    ] = None,
+    preset: Preset = None,
+    corpus: Corpus = None,
     dataset: Annotated[
         str | None, typer.Option(help="Name of the preset's kind of data.", show_default="CASES's name")
     ] = None,
