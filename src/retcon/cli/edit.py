@@ -11,7 +11,6 @@ import typer
 from retcon.cli.chatting import chat_options
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_deltas, load_model, loading_options, loads_a_model
-from retcon.cli.moments import check_corpus
 from retcon.cli.options import Assignments, Corpus, Json, Method, Model, On, OtherBase, Preset, PresetsOf, Seed, Shrink
 from retcon.cli.outputs import check_can_write, check_not_an_input
 from retcon.cli.printing import console, count, emit, program, seconds, size, styled, warn
@@ -20,6 +19,7 @@ from retcon.cli.stores import entry_record, open_store
 from retcon.cli.tables import changes_table, edits_table, estimate_table, facts_table, settings_table
 from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
+from retcon.memory.corpus import check_corpus
 from retcon.workflow import (
     Made,
     Resolved,

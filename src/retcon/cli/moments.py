@@ -13,6 +13,7 @@ from retcon.cli.printing import console, emit, seconds, size, styled
 from retcon.cli.progress import progress_bars, spinner
 from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
+from retcon.memory.corpus import check_corpus
 from retcon.workflow.moments import moments_for
 
 if TYPE_CHECKING:
@@ -115,14 +116,3 @@ def _jeep_layers(lm: "LM") -> list[int]:
 
     jeep: Any = method("jeep", for_model=lm)
     return [*jeep.low, *jeep.high]
-
-
-def check_corpus(corpus: str | Path) -> None:
-    """Check that this can be a corpus, before a model is loaded.
-
-    Raises:
-        MalformedFile: it can not.
-    """
-    from retcon.memory.corpus import check_corpus as check
-
-    check(corpus)

@@ -8,11 +8,11 @@ import typer
 from rich.table import Table
 
 from retcon.cli.models import load_model
-from retcon.cli.moments import check_corpus
 from retcon.cli.printing import count, plain_table, warn
 from retcon.cli.progress import progress_bars
 from retcon.errors import UnsupportedModel
 from retcon.files import found_from
+from retcon.memory.corpus import check_corpus
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM

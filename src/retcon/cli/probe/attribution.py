@@ -109,7 +109,7 @@ def attribution(
     if same or different:
         drawn["-overlap"] = unit_figures.overlap_figure(same, different, by_chance)
     record = {
-        **about(lm, model, asked.about, seed),
+        **about(lm, asked.about, seed),
         "n": len(edits),
         "unit": unit,
         "path": path,

@@ -88,7 +88,7 @@ def contrast(
     drawn = {"": figures.contrast_figure(found)}
     if word_sets is not None:
         drawn["-sets"] = figures.sets_figure(found)
-    record = {**about(lm, model, asked.about, seed), "n": len(found), "skipped": found.skipped, "means": found.means()}
+    record = {**about(lm, asked.about, seed), "n": len(found), "skipped": found.skipped, "means": found.means()}
     record |= {"n_known": int(found.known.sum()), "n_assumed": int(found.assumed.sum())}
     written = write_figures(out, drawn, record)
     if records is not None:

@@ -55,7 +55,7 @@ def layers(
     advice = advise(found, Rule(final_norm=final_norm), seed=seed)
     drawn = {"": figures.advice_figure(advice), "-contrast": figures.contrast_figure(found, advice)}
     record = {
-        **about(lm, model, asked.about, seed),
+        **about(lm, asked.about, seed),
         **_record(advice),
         "skipped": found.skipped,
         "means": found.means(),

@@ -79,7 +79,7 @@ def paths(
         for t, slot in enumerate(found.slots)
     ]
     record = {
-        **about(lm, model, asked.about, seed),
+        **about(lm, asked.about, seed),
         "n": len(edits),
         "score": score,
         "select": select,

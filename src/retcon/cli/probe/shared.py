@@ -90,7 +90,7 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def about(lm: "LM", model: str, facts: str, seed: int) -> dict[str, Any]:
+def about(lm: "LM", facts: str, seed: int) -> dict[str, Any]:
     """Return the head of every record."""
     return {
         "model": lm.label,

@@ -81,7 +81,7 @@ def trace(
         "": figures.effects_figure(found),
         "-first": figures.trace_figure(found.traces[0], found.settings.window),
     }
-    record = {**about(lm, model, asked.about, seed), **_record(found)}
+    record = {**about(lm, asked.about, seed), **_record(found)}
     written = write_figures(out, drawn, record)
     if as_json:
         emit(record)
