@@ -208,6 +208,20 @@ def test_rows_of_several_datasets_are_told_apart(tmp_path: Path, plotting: None)
     assert "jeep, T: 0.500 s" in times.alt
 
 
+def test_a_method_that_lacks_seeds_is_named_and_does_not_compete(bench: Bench) -> None:
+    spec = {"spec": {"name": "b", "seeds": [0, 1, 2]}, **VERSIONS}
+    whole = dataclasses.replace(bench, manifest=spec)
+    assert named(whole, "jeep").bold
+    assert "Not finished" not in named(whole, "jeep").markdown()
+    part = dataclasses.replace(whole, runs=whole.runs[:-2])
+    for name in ("jeep", "ctp", "paired", "cost"):
+        table = named(part, name)
+        note = "Not finished: memit, m_1, cf & <co>, 4 edits at once lacks seeds 1, 2."
+        assert note in table.notes
+        assert "Not finished: memit" in table.latex()
+        assert not table.bold
+
+
 def test_curves_need_three_sizes(tmp_path: Path) -> None:
     def of(batch: int, share: float) -> Run:
         records = [*told([0] * 4, [1] * 4, "pre"), *told([share] * 4, [1] * 4, "final")]

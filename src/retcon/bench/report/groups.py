@@ -38,6 +38,17 @@ class Group:
     dataset: str
     protocol: str
     runs: tuple[Run, ...]
+    missing: tuple[int, ...] = ()
+    """Seeds that were asked for and are not finished."""
+
+    @property
+    def unfinished_notes(self) -> tuple[str, ...]:
+        """What readers should know where seeds are missing."""
+        if not self.missing:
+            return ()
+        seeds = ", ".join(map(str, self.missing))
+        row = f"{self.method}, {self.model}, {self.dataset}, {self.protocol}"
+        return (f"Not finished: {row} lacks seed{'s' * (len(self.missing) > 1)} {seeds}.",)
 
     @property
     def model_notes(self) -> tuple[str, ...]:
@@ -101,8 +112,16 @@ def groups_of(bench: Bench) -> list[Group]:
         key = (manifest["model"]["name"], manifest["method"]["label"], manifest["dataset"]["path"], _protocol_of(run))
         gathered.setdefault(key, {}).setdefault(int(manifest["seed"]), run)
     names = _names({protocol for *_, protocol in gathered})
+    seeds = bench.manifest["spec"].get("seeds", ())
     return [
-        Group(model, method, dataset, names[protocol], tuple(runs.values()))
+        Group(
+            model,
+            method,
+            dataset,
+            names[protocol],
+            tuple(runs.values()),
+            tuple(s for s in seeds if s not in runs),
+        )
         for (model, method, dataset, protocol), runs in gathered.items()
     ]
 

@@ -90,8 +90,8 @@ def tables_of(groups: Sequence[Group]) -> list[Table]:
         cost,
         case_study,
     ]
-    about_models = tuple(dict.fromkeys(note for group in groups for note in group.model_notes))
-    made = [replace(table, notes=(*table.notes, *about_models)) for layout in layouts for table in layout(groups)]
+    about = tuple(dict.fromkeys(note for group in groups for note in (*group.unfinished_notes, *group.model_notes)))
+    made = [replace(table, notes=(*table.notes, *about)) for layout in layouts for table in layout(groups)]
     return distinct(made)
 
 
@@ -367,7 +367,7 @@ class _Builder:
         self.head = tuple(head)
         self.text_columns = text_columns
         self.rows: list[tuple[str, ...]] = []
-        self.values: list[list[float | None] | None] = []
+        self.values: list[list[Number | None] | None] = []
         self.starts = [0]
         self.fewer: dict[tuple[str, str, int, int], list[str]] = {}
         """Columns by block, row, cases measured and cases in all, where some were not."""
@@ -380,13 +380,13 @@ class _Builder:
     def row(self, label: str, cells: Sequence[str], numbers: Sequence[Number | None], *, compete: bool = True) -> None:
         self._count(label, numbers)
         self.rows.append((label, *cells))
-        self.values.append([n.value if n else None for n in numbers] if compete else None)
+        self.values.append(list(numbers) if compete else None)
 
     def row_of(self, first: str, second: str, cells: Sequence[str], numbers: Sequence[Number | None]) -> None:
         """Add a row of two texts whose numbers compete with each other."""
         self._count(f"{first} {second}", numbers)
-        best = max((n.value for n in numbers if n is not None), default=None)
-        kept = [n.value if n is not None and n.value == best else None for n in numbers]
+        best = _best(numbers)
+        kept = [n if n is not None and n.value == best else None for n in numbers]
         self.starts.append(len(self.rows))
         self.rows.append((first, second, *cells))
         self.values.append(kept)
@@ -412,10 +412,17 @@ class _Builder:
             rows = [i for i in range(start, end) if self.values[i] is not None]
             for column in range(len(self.head) - self.text_columns if best else 0):
                 values = {i: own[column] for i in rows if (own := self.values[i]) is not None}
-                known = [v for v in values.values() if v is not None]
-                if known and (len(rows) > 1 or self.text_columns > 1):
-                    bold |= {(i, column + self.text_columns) for i, v in values.items() if v == max(known)}
+                if len(rows) > 1 or self.text_columns > 1:
+                    best_value = _best(values.values())
+                    places = [i for i, n in values.items() if n is not None and n.value == best_value]
+                    bold |= {(i, column + self.text_columns) for i in places}
         return Table(name, title, self.head, tuple(self.rows), (*notes, *self._of_fewer_cases()), frozenset(bold))
+
+
+def _best(numbers: Iterable[Number | None]) -> float | None:
+    """Return the highest value; None where there is none, or where they are of unequally many runs."""
+    known = [n for n in numbers if n is not None]
+    return max((n.value for n in known), default=None) if len({n.runs for n in known}) == 1 else None
 
 
 def _plain(n: Number | None) -> str:
