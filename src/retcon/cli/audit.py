@@ -9,7 +9,7 @@ import typer
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import check_model_exists, load_deltas, load_model, loads_as_stored
 from retcon.cli.options import Json
-from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.outputs import check_output
 from retcon.cli.printing import console, count, emit, plain_table, size, styled
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting, NotEditable
@@ -52,11 +52,9 @@ def audit(
     from retcon.audit import audit as compare
     from retcon.delta import only_deltas
 
-    if delta is not None:
-        check_can_write(delta)
-        check_not_an_input(delta, [*(explain or []), *([facts] if facts else [])])
-        if delta.exists() and not force:
-            raise InvalidSetting(f"{delta} exists; name another file, or replace it with --force")
+    check_output(delta, *(explain or []), facts)
+    if delta is not None and delta.exists() and not force:
+        raise InvalidSetting(f"{delta} exists; name another file, or replace it with --force")
     if facts is None and reading != Reading(conflicts="drop"):
         raise InvalidSetting("how facts are read (--start, --chat, ...) goes with --facts; leave it out, or give that")
     asked = None if facts is None else read_facts(facts, reading)

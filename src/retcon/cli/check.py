@@ -12,7 +12,7 @@ from retcon.cli.complete import CHAT_TOKENS, PLAIN_TOKENS
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_deltas, load_model, loading, loading_options, loads_a_model
 from retcon.cli.options import Json, Model, On, OtherBase
-from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.outputs import check_output
 from retcon.cli.printing import console, emit, plain_table, styled
 from retcon.cli.progress import progress_bars, spinner
 from retcon.cluster import workers, working_on
@@ -127,8 +127,7 @@ def check(
     place = workers(on)
     if report is not None:
         check_report_name(report)
-        check_can_write(report)
-        check_not_an_input(report, [cases, *(delta or []), *([text] if text else [])])
+        check_output(report, cases, *(delta or []), text)
     asked = read_facts(cases, reading)
     held_out = None if text is None else read_prose(text)
     if edited is not None:

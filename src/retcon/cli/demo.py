@@ -14,7 +14,7 @@ from rich.table import Table
 
 from retcon.cli.models import load_model
 from retcon.cli.options import Json, Seed
-from retcon.cli.outputs import check_can_write
+from retcon.cli.outputs import check_output
 from retcon.cli.printing import console, emit, plain_table, program, seconds, size, styled
 from retcon.cli.progress import progress_bars, spinner
 from retcon.edits import Case, Query
@@ -53,7 +53,7 @@ def demo(
     chosen = list(MODELS) if model == "both" else [model]
     places = {name: _place(out, name, len(chosen)) for name in chosen}
     for place in places.values():
-        check_can_write(place)
+        check_output(place)
         _check_replaces_a_delta(place)
     cases = world.cases(edits, seed=seed)
     stories = []

@@ -12,7 +12,7 @@ from retcon.cli.chatting import chat_options
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_deltas, load_model, loading_options, loads_a_model
 from retcon.cli.options import Assignments, Corpus, Json, Method, Model, On, OtherBase, Preset, PresetsOf, Seed, Shrink
-from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.outputs import check_output
 from retcon.cli.printing import console, count, emit, program, seconds, size, styled, warn
 from retcon.cli.progress import progress_bars, spinner
 from retcon.cli.stores import entry_record, open_store
@@ -130,8 +130,7 @@ def edit(
     if store is None and message:
         raise InvalidSetting("-m goes with --store, whose log says it")
     if out is not None:
-        check_can_write(out)
-        check_not_an_input(out, [edits, *(earlier or []), *([Path(corpus)] if corpus else [])])
+        check_output(out, edits, *(earlier or []), None if corpus is None else Path(corpus))
     elif store is None and not dry_run:
         raise InvalidSetting(
             "--out DELTA is missing: name the file that the delta goes to, a --store, or ask for a --dry-run"

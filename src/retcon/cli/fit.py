@@ -10,7 +10,7 @@ import typer
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Assignments, Json, Model, Preset, PresetsOf, Seed
-from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.outputs import check_output
 from retcon.cli.printing import console, emit, seconds, size, styled, warn
 from retcon.cli.progress import progress_bars
 from retcon.cli.tables import settings_table
@@ -53,8 +53,7 @@ def fit(
     losses, where matplotlib is installed.
     """
     check_trainable(method)
-    check_can_write(out)
-    check_not_an_input(out, [cases])
+    check_output(out, cases)
     if out.exists() and not force:
         raise InvalidSetting(f"{out} is there already; name another file, or give --force to replace it")
     given = read_settings(method, dataset=dataset, preset=preset, assignments=assignments or ())

@@ -1,18 +1,19 @@
 """What is checked of files to write, before hours of work."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from retcon.errors import InvalidSetting
 
 
-def check_can_write(path: Path) -> None:
-    """Check, before hours of work, that a file can be written there.
+def check_output(path: Path | None, *inputs: Path | None) -> None:
+    """Check, before hours of work, that a file can be written there; None is no file.
 
     Raises:
-        InvalidSetting: it is a directory, or it cannot be made there.
+        InvalidSetting: it is a directory or one of the inputs, or it cannot be made there.
     """
+    if path is None:
+        return
     if path.is_dir():
         raise InvalidSetting(f"{path} is a directory; give the name of a file to write")
     if path.exists() and not path.is_file():
@@ -20,6 +21,8 @@ def check_can_write(path: Path) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InvalidSetting(f"cannot write {path}: {parent} is not a directory that may be written to")
+    if any(each is not None and each.exists() and path.exists() and each.samefile(path) for each in inputs):
+        raise InvalidSetting(f"{path} is an input of this command; name another file to write")
 
 
 def check_can_make_folder(path: Path) -> None:
@@ -31,14 +34,3 @@ def check_can_make_folder(path: Path) -> None:
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InvalidSetting(f"cannot write into {path}: {nearest} is not a directory that may be written to")
-
-
-def check_not_an_input(path: Path, inputs: Sequence[Path]) -> None:
-    """Refuse to write where something is read from.
-
-    Raises:
-        InvalidSetting: the file is one of the inputs.
-    """
-    for each in inputs:
-        if each.exists() and path.exists() and each.samefile(path):
-            raise InvalidSetting(f"{path} is an input of this command; name another file to write")

@@ -8,7 +8,7 @@ import typer
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import loads_a_model
 from retcon.cli.options import Json
-from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.outputs import check_output
 from retcon.cli.printing import console, count, emit, plain_table, styled
 from retcon.cli.progress import spinner
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
@@ -66,9 +66,7 @@ def verify(
     if stay is None and reading != Reading(conflicts="drop"):
         raise InvalidSetting("how facts are read (--start, --chat, ...) goes with --stay; leave it out, or give that")
     for path in (junit, markdown, html):
-        if path is not None:
-            check_can_write(path)
-            check_not_an_input(path, [stay] if stay is not None else [])
+        check_output(path, stay)
     must_stay = read_facts(stay, reading).cases if stay is not None else ()
     found = open_store(store)
     if entry is not None:

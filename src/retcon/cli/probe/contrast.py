@@ -9,7 +9,7 @@ from rich.table import Table
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Json, Model, Seed
-from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.outputs import check_output
 from retcon.cli.printing import console, count, emit, plain_table, styled
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, write_figures
 from retcon.cli.progress import progress_bars, spinner
@@ -66,9 +66,7 @@ def contrast(
             check_exists(path)
     if sets is not None and corpus is not None:
         raise InvalidSetting("--sets and --corpus both say where word sets come from; give one of them")
-    if records is not None:
-        check_can_write(records)
-        check_not_an_input(records, [path for path in (cases, sets, corpus, stopwords) if path is not None])
+    check_output(records, cases, sets, corpus, stopwords)
     asked = facts(model, cases, reading, seed)
     word_sets = _word_sets(list(asked.edits), sets, corpus, stopwords)
     lm = load_model(model)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retcon.cli.outputs import check_can_write, check_not_an_input
+from retcon.cli.outputs import check_output
 from retcon.cli.printing import finite
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting
@@ -39,8 +39,7 @@ def check_stem(stem: str, *inputs: Path | None) -> None:
     if not Path(stem).name or stem.endswith(("/", os.sep)):
         raise InvalidSetting(f"--out {stem}: expected the files' name without its ending, such as figures/contrast")
     for kind in ("png", "svg", "json"):
-        check_can_write(Path(f"{stem}.{kind}"))
-        check_not_an_input(Path(f"{stem}.{kind}"), [path for path in inputs if path is not None])
+        check_output(Path(f"{stem}.{kind}"), *inputs)
 
 
 def facts(model: str, cases: Path | None, reading: Reading, seed: int) -> Facts:
