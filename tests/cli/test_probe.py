@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from retcon.cli.probe.shared import rounded
+from retcon.errors import UnsupportedModel
+from retcon.locate import lens
 from tests.cli.conftest import write_rows
 
 pytest.importorskip("matplotlib", reason="probes draw figures (pip install 'retcon-lm[plot]')")
@@ -72,6 +74,20 @@ def test_answers_that_nobody_gave_are_the_models_own(cli: Cli) -> None:
     out = cli("probe", "contrast", "gptj", "--cases", "unsaid.jsonl").stdout
     assert "the model says the original answer in" in out
     assert "of them give none" in out
+
+
+@pytest.mark.parametrize("probe", ["contrast", "layers"])
+def test_states_that_the_final_norm_cannot_read_are_read_without_it(
+    probe: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any) -> None:
+        raise UnsupportedModel("read without the final norm")
+
+    monkeypatch.setattr(lens, "check_reads", refuse)
+    assert "read without the final norm" in cli("probe", probe, "gptj", *CASES, code=2).stderr
+    record = json.loads(cli("probe", probe, "gptj", *CASES, "--no-final-norm", "--json").stdout)
+    assert {row["final_norm"] for row in record["means"]} == {False}
+    assert "probed 6" in cli("probe", probe, "gptj", *CASES, "--no-final-norm").stdout
 
 
 # --- trace -------------------------------------------------------------------------------------------------------

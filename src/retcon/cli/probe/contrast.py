@@ -30,6 +30,9 @@ def contrast(
     *,
     reading: Reading,
     modules: Annotated[bool, typer.Option("--modules", help="Read attention and MLP outputs as well.")] = False,
+    final_norm: Annotated[
+        bool, typer.Option("--final-norm/--no-final-norm", help="Read states with the final norm, too.")
+    ] = True,
     sets: Annotated[
         Path | None,
         typer.Option(
@@ -80,6 +83,7 @@ def contrast(
             lm,
             edits,
             tensors=("block", "attn", "mlp") if modules else ("block",),
+            norms=(False, True) if final_norm else (False,),
             word_sets=word_sets,
             progress=lambda done, total: advance("reading facts", done, total),
         )
@@ -140,17 +144,19 @@ def _said(found: "Contrast") -> str:
 
 
 def _table(found: "Contrast") -> Table:
-    """Mean rank and probability of both answers, layer by layer, with the final norm."""
+    """Mean rank and probability of both answers, layer by layer; with the final norm where they were read so."""
+    final_norm = found.norms[-1]
     read = ("subject: original", "target", "prediction: original", "target")
     table = plain_table(right=("layer", *read, "p(original)", "p(target)"))
     ranks: list[Any] = [
-        found.curve("mean_rank", of, where, final_norm=True)
+        found.curve("mean_rank", of, where, final_norm=final_norm)
         for where in found.positions
         for of in ("original", "target")
     ]
-    probabilities = [found.curve("sum_prob", of, "prediction", final_norm=True) for of in ("original", "target")]
+    probabilities = [found.curve("sum_prob", of, "prediction", final_norm=final_norm) for of in ("original", "target")]
     for i, layer in enumerate(ranks[0].layers):
         cells = [f"{curve.mean[i]:,.0f}" for curve in ranks] + [f"{curve.mean[i]:.3f}" for curve in probabilities]
         table.add_row("E" if layer < 0 else str(layer), *cells)
-    table.caption = "mean ranks and probabilities, read with the final norm; E is the embedding"
+    how = "with" if final_norm else "without"
+    table.caption = f"mean ranks and probabilities, read {how} the final norm; E is the embedding"
     return table

@@ -51,7 +51,12 @@ def layers(
     from retcon.locate import Rule, advise, contrast_probe, figures
 
     with progress_bars() as advance:
-        found = contrast_probe(lm, edits, progress=lambda done, total: advance("reading facts", done, total))
+        found = contrast_probe(
+            lm,
+            edits,
+            norms=(False, True) if final_norm else (False,),
+            progress=lambda done, total: advance("reading facts", done, total),
+        )
     advice = advise(found, Rule(final_norm=final_norm), seed=seed)
     drawn = {"": figures.advice_figure(advice), "-contrast": figures.contrast_figure(found, advice)}
     record = {
