@@ -189,6 +189,12 @@ def test_bad_input(arguments: tuple[str, ...], message: str, cli: Cli) -> None:
     assert message in cli("probe", *arguments, code=2).stderr
 
 
+@pytest.mark.parametrize("name", ["contrast.json", "./contrast-sets.svg"])
+def test_records_and_figures_are_not_one_file(name: str, cli: Cli) -> None:
+    message = cli("probe", "contrast", "gptj", *CASES, "--records", name, code=2).stderr
+    assert "--out contrast writes that file, too; name another one" in message
+
+
 def test_both_kinds_of_word_sets_at_once(cli: Cli) -> None:
     arguments = ("--sets", "facts.jsonl", "--corpus", "corpus.txt")
     assert "give one of them" in cli("probe", "contrast", "gptj", *CASES, *arguments, code=2).stderr

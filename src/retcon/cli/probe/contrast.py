@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from retcon.edits import Edit
     from retcon.locate import Contrast, WordSets
 
+WRITTEN = (".png", ".svg", ".json", "-sets.png", "-sets.svg")
+"""How the names of the files end that `--out` stands for."""
+
 
 @loads_a_model
 @reads_facts("--cases", limit=1_000)
@@ -70,6 +73,8 @@ def contrast(
     if sets is not None and corpus is not None:
         raise InvalidSetting("--sets and --corpus both say where word sets come from; give one of them")
     check_output(records, cases, sets, corpus, stopwords)
+    if records is not None and records.resolve() in {Path(f"{out}{end}").resolve() for end in WRITTEN}:
+        raise InvalidSetting(f"--records {records}: --out {out} writes that file, too; name another one")
     asked = facts(model, cases, reading, seed)
     word_sets = _word_sets(list(asked.edits), sets, corpus, stopwords)
     lm = load_model(model)
