@@ -73,7 +73,7 @@ def test_contrast_takes_lists_of_words(cli: Cli, here: Path) -> None:
 def test_answers_that_nobody_gave_are_the_models_own(cli: Cli) -> None:
     out = cli("probe", "contrast", "gptj", "--cases", "unsaid.jsonl").stdout
     assert "the model says the original answer in" in out
-    assert "of them give none" in out
+    assert "(6 without an original answer: the model's own next token stands in)" in out
 
 
 @pytest.mark.parametrize("probe", ["contrast", "layers"])
@@ -107,12 +107,14 @@ def test_trace_writes_figures_and_the_numbers_behind(cli: Cli) -> None:
         "severed_mlp",
     )
     out = cli("probe", "trace", "llama", *arguments).stdout
-    assert "traced 3 facts; total effect" in out
+    assert "traced 3 facts (3 without an original answer: the model's own next token stands in); total effect" in out
     assert written("trace") == ["trace-first.png", "trace-first.svg", "trace.json", "trace.png", "trace.svg"]
     record = json.loads(Path("trace.json").read_text())
     assert record["settings"]["kinds"] == ["block", "severed_mlp"]
     assert record["settings"]["window"] == 2  # three eighths of four layers
+    assert record["n_assumed"] == 3
     first = record["facts_traced"][0]
+    assert first["assumed"]
     assert len(first["scores"]["block"]) == len(first["tokens"])
     assert len(first["scores"]["block"][0]) == 4
     assert record["average_indirect_effect"]["block"]["last"]["n"] == 3
@@ -125,6 +127,9 @@ def test_trace_corrupts_as_the_options_say(cli: Cli) -> None:
         record = json.loads(cli(*asked, *options, "--json").stdout)
         return record["settings"], record["facts_traced"][0]
 
+    line = cli(*asked).stdout.splitlines()[2]
+    assert line.startswith("traced 1 fact (")
+    assert "±" not in line  # of one fact there is no interval
     _, usual = traced()
     _, untouched = traced("--noise", "0")
     settings, replaced = traced("--corruption", "replace", "--window", "4")
@@ -138,6 +143,15 @@ def test_trace_of_unknown_facts_only(cli: Cli) -> None:
     assert "nothing to trace: 6 left out" in cli("probe", "trace", "gptj", *CASES, code=2).stderr
     message = "cannot restore blocks; known: block, mlp"
     assert message in cli("probe", "trace", "gptj", *CASES, "--kind", "blocks", code=2).stderr
+
+
+def test_trace_says_what_it_leaves_out(cli: Cli, here: Path) -> None:
+    rows = [json.loads(line) for line in (here / "unsaid.jsonl").read_text().splitlines()[:2]]
+    write_rows(
+        here / "some.jsonl", [*rows, {**rows[0], "id": "other", "prompt": "The town of {} is", "target_true": "Paris"}]
+    )
+    out = cli("probe", "trace", "gptj", "--cases", "some.jsonl", "--kind", "block", "--samples", "1").stdout
+    assert "left out: 1 (the model does not say the original answer)" in out
 
 
 # --- layers ------------------------------------------------------------------------------------------------------
@@ -228,7 +242,7 @@ def test_facts_left_out_are_counted(cli: Cli, here: Path) -> None:
     rows = [{"prompt": "The capital of {} is", "subject": "Italy", "target_new": "Rome", "target_true": "Paris"}]
     write_rows(here / "one.jsonl", [*rows, {**rows[0], "subject": "France", "target_new": "Paris"}])
     out = cli("probe", "layers", "gptj", "--cases", "one.jsonl").stdout
-    assert "probed 1; the model says the original answer in 0; left out: 1 (" in out
+    assert "probed 1 fact; the model says the original answer in 0; left out: 1 (" in out
     assert "--layers probe --out edits.safetensors" in out
 
 

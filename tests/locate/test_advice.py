@@ -121,6 +121,15 @@ def test_weak_evidence_is_called_weak(probe: Contrast, reason: str) -> None:
     assert re.search(reason, found), found
 
 
+def test_answers_that_stand_in_are_not_known() -> None:
+    """They are the model's own by construction."""
+    probe = planted(bumps(100, 8, [1, 2]), bumps(100, 8, [5]), known=0.8)
+    found = advise(replace(probe, assumed=torch.arange(100) < 70))
+    assert (found.n_known, found.n_assumed) == (80, 70)
+    assert found.weak == ("the model says the original answer in 10 of the 30 cases that give one only",)
+    assert not advise(replace(probe, known=torch.ones(100).bool(), assumed=torch.ones(100).bool())).weak
+
+
 def test_settings_go_by_the_names_of_fields() -> None:
     found = advise(planted(bumps(50, 28, list(range(3, 9))), bumps(50, 28, [15, 16])))
     assert found.settings(["low", "high", "steps"]) == {"low": (3, 4, 5, 6, 7, 8), "high": (15, 16)}

@@ -306,7 +306,7 @@ def test_a_broken_model_is_refused(tiny: Callable[..., LM]) -> None:
 
 
 def made(n_tokens: int, subject: range, scores: Tensor, high: float = 0.9, low: float = 0.1) -> Trace:
-    return Trace("x", tuple("t" * n_tokens), subject, "a", high, low, {"block": scores})
+    return Trace("x", tuple("t" * n_tokens), subject, "a", False, high, low, {"block": scores})
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class Rule:
     enough_cases: int = 30
     """Fewer than this many cases are weak evidence."""
     enough_known: float = 0.5
-    """So is a smaller share of cases whose original answer is what the model says."""
+    """So is a smaller share of cases whose original answer is what the model says, of those that give one."""
     enough_stability: float = 0.5
     """So is a choice that a smaller share of the resamples makes."""
 
@@ -102,6 +102,8 @@ class Advice:
     n_cases: int
     n_known: int
     """Cases whose original answer is the model's own next token."""
+    n_assumed: int
+    """Those of them that give none, so that this token stands in for it."""
     weak: tuple[str, ...]
     """Why the evidence is weak; empty where it is not."""
     rule: Rule
@@ -147,7 +149,7 @@ def advise(contrast: Contrast, rule: Rule | None = None, *, seed: int = 0) -> Ad
     delta = {where: layer_contrast(contrast, where, final_norm=rule.final_norm) for where in both}
     low = _choose(delta["subject_last"], "subject_last", lower, rule.width(rule.low_share, depth), drawn)
     high = _choose(delta["prediction"], "prediction", upper, rule.width(rule.high_share, depth), drawn)
-    n_known = int(contrast.known.sum())
+    n_known, n_assumed = int(contrast.known.sum()), int(contrast.assumed.sum())
     return Advice(
         low=low,
         high=high,
@@ -158,7 +160,8 @@ def advise(contrast: Contrast, rule: Rule | None = None, *, seed: int = 0) -> Ad
         },
         n_cases=len(contrast),
         n_known=n_known,
-        weak=tuple(_weaknesses(rule, len(contrast), n_known, low, high)),
+        n_assumed=n_assumed,
+        weak=tuple(_weaknesses(rule, len(contrast), n_known, n_assumed, low, high)),
         rule=rule,
     )
 
@@ -193,12 +196,14 @@ def _choose(delta: Float[Tensor, "records layers"], where: Where, among: range, 
     return Choice(layers, where, tuple(starts), scores, shares, low, high)
 
 
-def _weaknesses(rule: Rule, n_cases: int, n_known: int, low: Choice, high: Choice) -> list[str]:
+def _weaknesses(rule: Rule, n_cases: int, n_known: int, n_assumed: int, low: Choice, high: Choice) -> list[str]:
     found = []
     if n_cases < rule.enough_cases:
         found.append(f"only {n_cases} cases, {rule.enough_cases} or more are wanted")
-    if n_known < rule.enough_known * n_cases:
-        found.append(f"the model says the original answer in {n_known} of {n_cases} cases only")
+    known, given = n_known - n_assumed, n_cases - n_assumed
+    if known < rule.enough_known * given:
+        which = f"the {given} cases that give one" if n_assumed else f"{n_cases} cases"
+        found.append(f"the model says the original answer in {known} of {which} only")
     for name, choice in (("low", low), ("high", high)):
         if len(choice.starts) == 1:
             found.append(f"{name} group: the model is so shallow that there was nothing to choose from")

@@ -11,7 +11,7 @@ from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Json, Model, Seed
 from retcon.cli.outputs import check_output
 from retcon.cli.printing import console, count, emit, plain_table, styled
-from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, write_figures
+from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, probed, write_figures
 from retcon.cli.progress import progress_bars, spinner
 from retcon.errors import InvalidSetting
 from retcon.files import check_exists, read_text
@@ -107,7 +107,7 @@ def contrast(
     show = console()
     show.print(styled("[bold]contrast[/] on {}", lm))
     show.print(f"facts  {asked.about}", soft_wrap=True)
-    show.print(_said(found))
+    show.print(probed(found), soft_wrap=True)
     show.print()
     show.print(_table(found))
     show.print(f"written  {', '.join(map(str, written))}", soft_wrap=True)
@@ -138,14 +138,6 @@ def _write_records(path: Path, found: "Contrast") -> None:
     from retcon.files import write_atomically
 
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.records()).encode())
-
-
-def _said(found: "Contrast") -> str:
-    """Return one line on what was and what was not looked at."""
-    line = f"probed {count(len(found), 'fact')}; the model says the original answer in {int(found.known.sum()):,}"
-    if n := int(found.assumed.sum()):
-        line += f" ({n:,} of them give none: the model's own next token stands in)"
-    return line + left_out(found.skipped)
 
 
 def _table(found: "Contrast") -> Table:

@@ -11,7 +11,7 @@ from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Json, Model, Seed
 from retcon.cli.printing import console, emit, plain_table, program, styled
-from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, write_figures
+from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, probed, write_figures
 from retcon.cli.progress import progress_bars
 from retcon.workflow.facts import Reading, facts_that_fit
 
@@ -72,8 +72,7 @@ def layers(
     show = console()
     show.print(styled("[bold]layers[/] for {}", lm))
     show.print(f"facts  {asked.about}", soft_wrap=True)
-    said = f"probed {advice.n_cases:,}; the model says the original answer in {advice.n_known:,}"
-    show.print(said + left_out(found.skipped), soft_wrap=True)
+    show.print(probed(found), soft_wrap=True)
     show.print()
     show.print(_table(advice))
     show.print()
@@ -145,6 +144,7 @@ def _record(advice: "Advice") -> dict[str, Any]:
         },
         "n": advice.n_cases,
         "n_known": advice.n_known,
+        "n_assumed": advice.n_assumed,
         "weak": list(advice.weak),
         "rule": asdict(advice.rule),
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retcon.cli.outputs import check_output
-from retcon.cli.printing import finite
+from retcon.cli.printing import count, finite
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting
 from retcon.files import write_atomically
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from retcon.lm.model import LM
+    from retcon.locate import Contrast
 
 Cases = Annotated[
     Path | None,
@@ -65,6 +66,17 @@ def left_out(skipped: Mapping[str, str]) -> str:
     reasons = list(skipped.values())
     counted = ", ".join(f"{reasons.count(r):,} ({r})" for r in dict.fromkeys(reasons))
     return f"; left out: {counted}" if counted else ""
+
+
+def stood_in(n: int) -> str:
+    """Return how many facts have no original answer; empty where all have one."""
+    return f" ({n:,} without an original answer: the model's own next token stands in)" if n else ""
+
+
+def probed(found: "Contrast") -> str:
+    """Return one line on what was and what was not looked at."""
+    line = f"probed {count(len(found), 'fact')}; the model says the original answer in {int(found.known.sum()):,}"
+    return line + stood_in(int(found.assumed.sum())) + left_out(found.skipped)
 
 
 def write_figures(stem: str, figures: Mapping[str, "Figure"], record: Mapping[str, Any]) -> list[Path]:

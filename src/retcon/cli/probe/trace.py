@@ -10,7 +10,7 @@ from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Json, Model, Seed
 from retcon.cli.printing import console, count, emit, plain_table, styled
-from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write_figures
+from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, stood_in, write_figures
 from retcon.cli.progress import progress_bars
 from retcon.workflow.facts import Reading, facts_that_fit
 
@@ -90,8 +90,9 @@ def trace(
     show.print(styled("[bold]trace[/] on {}", lm))
     show.print(f"facts  {asked.about}", soft_wrap=True)
     mean, half = found.total()
-    line = f"traced {count(len(found), 'fact')}; total effect {mean:.3f} ± {half:.3f}"
-    show.print(line + (f"; {len(found.skipped)} left out: the model does not know them" if found.skipped else ""))
+    line = f"traced {count(len(found), 'fact')}{stood_in(found.n_assumed)}; total effect {mean:.3f}"
+    line += f" ± {half:.3f}" if len(found) > 1 else ""
+    show.print(line + left_out(found.skipped), soft_wrap=True)
     show.print()
     show.print(_table(found))
     show.print(f"written  {', '.join(map(str, written))}", soft_wrap=True)
@@ -115,6 +116,7 @@ def _record(found: "Traces") -> dict[str, Any]:
         "embedding_deviation": found.deviation,
         "total_effect": {"mean": mean, "half_width": half},
         "average_indirect_effect": averages,
+        "n_assumed": found.n_assumed,
         "skipped": found.skipped,
         "facts_traced": [
             {
@@ -122,6 +124,7 @@ def _record(found: "Traces") -> dict[str, Any]:
                 "tokens": t.tokens,
                 "subject": [t.subject.start, t.subject.stop],
                 "answer": t.answer,
+                "assumed": t.assumed,
                 "high": t.high,
                 "low": t.low,
                 "scores": {kind: scores.tolist() for kind, scores in t.scores.items()},

@@ -96,6 +96,7 @@ def trace_prompt(lm: LM, edit: Edit, prompt: Prompt, settings: Tracing) -> Trace
         tokens=tuple(tokenizer.decode([i]) for i in prompt.row.ids),
         subject=prompt.subject,
         answer=tokenizer.decode([prompt.answer]),
+        assumed=edit.target_true is None,
         high=prompt.high,
         low=prompt.low,
         scores=scores,

@@ -76,6 +76,8 @@ class Trace:
     """Its tokens."""
     answer: str
     """The model's own next token, which must begin the original answer where one is given."""
+    assumed: bool
+    """Whether none is given, so that this token stands in for it."""
     high: float
     """The answer's probability on the clean prompt."""
     low: float
@@ -118,6 +120,11 @@ class Traces:
 
     def __len__(self) -> int:
         return len(self.traces)
+
+    @property
+    def n_assumed(self) -> int:
+        """Traces in which the model's own next token stands in for an original answer."""
+        return sum(t.assumed for t in self.traces)
 
     def total(self) -> tuple[float, float]:
         """Mean total effect (high - low) and half the width of its 95 % interval."""
