@@ -65,9 +65,19 @@ def test_contrast_takes_lists_of_words(cli: Cli, here: Path) -> None:
     write_rows(here / "sets.jsonl", [{"id": "France", "related": ["train", "home"], "factual": ["train"]}])
     (here / "stop.txt").write_text("the of\n,")
     arguments = ("--sets", "sets.jsonl", "--stopwords", "stop.txt", "--json")
-    record = json.loads(cli("probe", "contrast", "gptj", *CASES, *arguments).stdout)
+    result = cli("probe", "contrast", "gptj", *CASES, *arguments)
+    assert (
+        "--sets sets.jsonl has no words for 5 facts: Italy, Leonardo da Vinci, Danielle Darrieux, ..." in result.stderr
+    )
+    record = json.loads(result.stdout)
     counts = {m["set"]: m["n"] for m in record["means"]}
     assert (counts["related"], counts["stopword"], counts["left"]) == (1, 6, 6)
+
+
+def test_lists_of_words_for_other_facts_are_refused(cli: Cli, here: Path) -> None:
+    write_rows(here / "sets.jsonl", [{"id": "Spain", "related": ["train"]}])
+    message = cli("probe", "contrast", "gptj", *CASES, "--sets", "sets.jsonl", code=2).stderr
+    assert "no id there is that of a fact; the facts' are France, Italy, Leonardo da Vinci, ..." in message
 
 
 def test_answers_that_nobody_gave_are_the_models_own(cli: Cli) -> None:

@@ -10,7 +10,7 @@ from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Json, Model, Seed
 from retcon.cli.outputs import check_output
-from retcon.cli.printing import console, count, emit, plain_table, styled
+from retcon.cli.printing import console, count, emit, plain_table, styled, warn
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, probed, write_figures
 from retcon.cli.progress import progress_bars, spinner
 from retcon.errors import InvalidSetting
@@ -126,7 +126,14 @@ def _word_sets(
     from retcon.memory.moments import Corpus
 
     if sets is not None:
-        return read_word_sets(sets, stopwords=stop)
+        found = read_word_sets(sets, stopwords=stop)
+        without = [edit.id for edit in edits if edit.id not in found.related]
+        some = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
+        if len(without) == len(edits):
+            raise InvalidSetting(f"--sets {sets}: no id there is that of a fact; the facts' are {some}")
+        if without:
+            warn(f"--sets {sets} has no words for {count(len(without), 'fact')}: {some}")
+        return found
     assert corpus is not None
     with spinner("looking for word sets"):
         return retrieve_word_sets(edits, Corpus.from_file(corpus).documents, stopwords=stop)
