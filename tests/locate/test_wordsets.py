@@ -69,6 +69,14 @@ def test_without_lists_words_come_from_texts_and_from_the_other_edits() -> None:
     assert retrieve_word_sets(EDITS, DOCUMENTS, stopwords=["la"]).stopwords == {"la"}
 
 
+def test_a_text_names_the_subject_by_a_word_of_its_own_and_the_answer_is_left_out_however_written() -> None:
+    edit = Edit("{} borders", "Mali", "Chad", "Niger", id="ml")
+    texts = ["Somalia borders Kenya.", "MALI borders NIGER, and Mali's Niger is a river."]
+    assert retrieve_word_sets([edit], texts).related["ml"] == {"MALI", "borders", "and", "Mali's", "is", "a", "river"}
+    japanese = Edit("{} is a town in", "東京", "Peru", id="jp")
+    assert "駅" in retrieve_word_sets([japanese], ["a town: 東京都 駅"]).related["jp"]
+
+
 def test_lists_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "sets.jsonl"
     rows = [{"id": "fr", "related": ["Seine river"], "factual": ["euro"]}, {"id": 7, "related": []}]

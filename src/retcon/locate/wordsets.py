@@ -21,6 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from retcon.arguments import list_of_texts
+from retcon.boundary import is_spaceless
 from retcon.edits import Edit, list_of_edits
 from retcon.errors import MalformedFile
 from retcon.files import read_json_rows, require
@@ -78,9 +79,9 @@ def retrieve_word_sets(
 ) -> WordSets:
     """Make sets without anybody's lists: related words by BM25 from `documents`, factual ones from the other edits.
 
-    Related: the documents that fit the edit's prompt best, as many as name the subject among the first `N_PARAGRAPHS`;
-    the words of the original answer are left out. Factual: subjects and answers of other edits of the same relation (or
-    of the same template, where edits name no relation).
+    Related: the documents that fit the edit's prompt best, as many as name the subject, as a word by itself, among the
+    first `N_PARAGRAPHS`; the words of the original answer are left out. Factual: subjects and answers of other edits of
+    the same relation (or of the same template, where edits name no relation).
     """
     edits, documents = list_of_edits(edits), list_of_texts(documents, "documents")
     index = Bm25(documents)
@@ -90,15 +91,27 @@ def retrieve_word_sets(
     for edit in edits:
         by_relation[_relation(edit)].append(edit)
     for edit in edits:
-        name = (edit.subject or edit.text).casefold()
+        name = _by_itself((edit.subject or edit.text).casefold())
         fitting = index.search([w for w in words_of(edit.text) if w.casefold() not in stop], N_PARAGRAPHS)
-        texts = [documents[i] for i in fitting if name in documents[i].casefold()]
-        answer = set(words_of(edit.target_true or ""))
-        related[edit.id] = frozenset(w for text in texts for w in words_of(text)) - answer
+        texts = [documents[i] for i in fitting if name.search(documents[i].casefold())]
+        answer = {w.casefold() for w in words_of(edit.target_true or "")}
+        related[edit.id] = _words_but(texts, answer)
         others = [e for e in by_relation[_relation(edit)] if e.subject != edit.subject][:N_FACTUAL]
         mentions = [t for e in others for t in (e.subject, e.target_true, e.target_new) if t]
-        factual[edit.id] = frozenset(w for text in mentions for w in words_of(text)) - answer
+        factual[edit.id] = _words_but(mentions, answer)
     return WordSets(related, factual, stop)
+
+
+def _by_itself(name: str) -> re.Pattern[str]:
+    """Return a pattern for a name that is no part of a longer word; anywhere, in scripts that write no spaces."""
+    if any(map(is_spaceless, name)):
+        return re.compile(re.escape(name))
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+
+
+def _words_but(texts: Iterable[str], answer: set[str]) -> frozenset[str]:
+    """Return the words of the texts, without those of the answer however they are written there."""
+    return frozenset(w for text in texts for w in words_of(text) if w.casefold() not in answer)
 
 
 def _relation(edit: Edit) -> str:
