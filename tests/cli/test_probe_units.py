@@ -48,6 +48,13 @@ def test_attribution_adds_up_and_is_drawn(unit, cli, edits):
     assert 0 < joint["answers_have"] < found["answers_have"]  # answers of several tokens
 
 
+def test_one_fact_has_no_interval(cli, edits):
+    found = json.loads(
+        cli("probe", "attribution", "gptj", "--cases", edits, "--limit", "1", "--points", "1", "--json").stdout
+    )
+    assert found["carried_half_width"]["down_proj"] == [None] * 4
+
+
 def test_attribution_is_of_the_answer_and_the_path_that_are_named(cli, edits):
     asked = ("probe", "attribution", "gptj", "--cases", edits, "--points", "2", "--json")
     usual = json.loads(cli(*asked).stdout)

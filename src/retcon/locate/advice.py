@@ -21,6 +21,7 @@ from torch import Tensor
 from retcon.errors import InvalidSetting
 from retcon.lm.prompts import Where
 from retcon.locate.contrast import Contrast
+from retcon.locate.means import mean_and_half_width
 from retcon.seed import generator_of
 
 
@@ -154,10 +155,7 @@ def advise(contrast: Contrast, rule: Rule | None = None, *, seed: int = 0) -> Ad
         low=low,
         high=high,
         contrast={where: d.mean(0) for where, d in delta.items()},
-        half_width={
-            where: 1.96 * (d.std(0) if len(d) > 1 else torch.full_like(d[0], torch.nan)) / len(d) ** 0.5
-            for where, d in delta.items()
-        },
+        half_width={where: mean_and_half_width(d)[1] for where, d in delta.items()},
         n_cases=len(contrast),
         n_known=n_known,
         n_assumed=n_assumed,

@@ -23,6 +23,7 @@ from retcon.lm.model import LM
 from retcon.lm.prompts import Row, Where, encode_edit, pad
 from retcon.locate import lens
 from retcon.locate.embeddings import EMBEDDING, reading_first_input
+from retcon.locate.means import mean_and_half_width
 from retcon.locate.wordsets import SETS, TokenSets, WordSets
 from retcon.work import silent
 
@@ -110,8 +111,7 @@ class Contrast:
         """Return one set's mean over records, layer by layer."""
         layers, values = self.values(quantity, of, position, final_norm=final_norm, tensor=tensor)
         values = values[~values.isnan().any(1)]
-        spread = values.std(0) if len(values) > 1 else torch.full((len(layers),), torch.nan, dtype=values.dtype)
-        return Curve(layers, values.mean(0), 1.96 * spread / max(len(values), 1) ** 0.5, len(values))
+        return Curve(layers, *mean_and_half_width(values), len(values))
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Everything as a tidy table: one row per record, position, state, reading and set that is not empty."""

@@ -67,6 +67,7 @@ def attribution(
     from retcon.locate import unit_figures
     from retcon.locate.attribution import answer_probabilities
     from retcon.locate.ensemble import key
+    from retcon.locate.means import mean_and_half_width
     from retcon.methods.kne import Kne
 
     kinds = tuple(f"{part.strip().removesuffix('_proj')}_proj" for part in modules.split(","))
@@ -99,8 +100,9 @@ def attribution(
     for site, sums in zip(sites, torch.stack(each, 1), strict=True):  # (sites, facts); a block's experts count as one
         by_layer[site.kind][:, site.layer] += sums
         chosen[site.kind][site.layer] += len(ensemble.get(key(site), ()))
-    carried = {kind: sums.mean(0) for kind, sums in by_layer.items()}
-    interval = {kind: 1.96 * sums.std(0, correction=0) / len(edits) ** 0.5 for kind, sums in by_layer.items()}
+    carried, interval = {}, {}
+    for kind, sums in by_layer.items():
+        carried[kind], interval[kind] = mean_and_half_width(sums)
     same, different = overlaps(edits, ensembles)
     n_units = sum(map(len, mean))
     p = method.n_chosen(lm, sites) / n_units

@@ -12,6 +12,7 @@ from torch import Tensor
 from retcon.arguments import check_choice
 from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS
+from retcon.locate.means import mean_and_half_width
 
 Distribution = Literal["gaussian", "uniform"]
 Corruption = Literal["add", "replace"]
@@ -129,7 +130,7 @@ class Traces:
     def total(self) -> tuple[float, float]:
         """Mean total effect (high - low) and half the width of its 95 % interval."""
         effects = torch.tensor([[t.high - t.low] for t in self.traces], dtype=torch.float64)
-        return tuple(float(x) for x in _mean(effects))  # type: ignore[return-value]
+        return tuple(float(x) for x in mean_and_half_width(effects))  # type: ignore[return-value]
 
     def average(self, kind: RestoredKind) -> Effects:
         """Mean over a prompt's tokens of a kind first, over prompts then."""
@@ -137,13 +138,10 @@ class Traces:
         for group in GROUPS:
             rows = [t.indirect(kind)[list(at)].mean(0) for t in self.traces if (at := t.groups()[group])]
             n_layers = self.traces[0].scores[kind].shape[1]
-            mean, half = _mean(torch.stack(rows) if rows else torch.empty(0, n_layers, dtype=torch.float64))
+            mean, half = mean_and_half_width(
+                torch.stack(rows) if rows else torch.empty(0, n_layers, dtype=torch.float64)
+            )
             means.append(mean)
             halves.append(half)
             counts.append(len(rows))
         return Effects(torch.stack(means), torch.stack(halves), tuple(counts))
-
-
-def _mean(rows: Float[Tensor, "n width"]) -> tuple[Float[Tensor, " width"], Float[Tensor, " width"]]:
-    spread = rows.std(0) if len(rows) > 1 else torch.full_like(rows.sum(0), torch.nan)
-    return rows.mean(0), 1.96 * spread / max(len(rows), 1) ** 0.5
