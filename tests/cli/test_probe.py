@@ -100,6 +100,12 @@ def test_states_that_the_final_norm_cannot_read_are_read_without_it(
     assert "probed 6" in cli("probe", probe, "gptj", *CASES, "--no-final-norm").stdout
 
 
+def test_the_embedded_world_ends_where_its_facts_end(cli: Cli) -> None:
+    """The usual number of rows after those passed over goes beyond the last one."""
+    record = json.loads(cli("probe", "contrast", "demo:gptj", "--start", "2180", "--json").stdout)
+    assert record["n"] == 3
+
+
 # --- trace -------------------------------------------------------------------------------------------------------
 
 

@@ -110,8 +110,9 @@ def without_partial_rivals(drafts: Sequence[Draft]) -> None:
 
 
 def embedded(options: Options) -> Loaded:
-    """Cases of the embedded world, drawn by the seed."""
-    limit = None if options.limit is None else options.start + options.limit
+    """Cases of the embedded world, drawn by the seed; as many as there are, as of a file, where more are wanted."""
+    n_facts = len(world.load_world().facts)
+    limit = None if options.limit is None else min(options.start + options.limit, n_facts)
     cases = world.cases(limit, seed=options.seed)[options.start :]
     drafts = [_draft(case, f"world, case {case.id}") for case in cases]
     known = json.dumps([asdict(case) for case in cases])
