@@ -60,7 +60,7 @@ class Rule:
         return max(self.least_width, round(share * n_layers))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
     """A group of layers, and what speaks for it."""
 
@@ -88,7 +88,7 @@ class Choice:
         return float(self.shares[self.starts.index(self.layers[0])])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Advice:
     """Layers to edit, with the evidence."""
 
@@ -210,5 +210,5 @@ def _weaknesses(rule: Rule, n_cases: int, n_known: int, n_assumed: int, low: Cho
                 f"{name} group: the answers do not part there (score {choice.score:.2f}, 95 % from {choice.low:.2f})"
             )
         elif choice.stability < rule.enough_stability:
-            found.append(f"{name} group: only {choice.stability:.0%} of the resamples choose the same layers")
+            found.append(f"{name} group: only {choice.stability:.1%} of the resamples choose the same layers")
     return found

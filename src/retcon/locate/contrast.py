@@ -32,7 +32,7 @@ PROJECTED: tuple[TensorName, ...] = ("block", "attn", "mlp")
 Quantity = Literal["mean_rank", "sum_prob", "mean_prob"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Curve:
     """A mean over records, state by state, with a 95 % interval (mean ± 1.96 standard errors)."""
 
@@ -44,7 +44,7 @@ class Curve:
     """Records that it is the mean of: those for which the set is not empty."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contrast:
     """What the probe saw. Tensors are on the CPU, NaN where a record's set is empty."""
 

@@ -88,7 +88,7 @@ class Paths:
         return list(dict.fromkeys(path[slot] for path in self.nodes))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Transmission:
     """What an assessment found."""
 

@@ -67,7 +67,7 @@ def default_window(n_layers: int) -> int:
     return min(10, math.ceil(3 * n_layers / 8))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """One prompt's effects."""
 
@@ -98,7 +98,7 @@ class Trace:
         return dict(zip(GROUPS, [*spans, range(n - 1, n)], strict=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Effects:
     """Average indirect effects by kind of token and layer, each a mean over prompts with a 95 % interval."""
 
@@ -108,7 +108,7 @@ class Effects:
     """Prompts that have tokens of the kind."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Traces:
     """Traces of several prompts."""
 
