@@ -202,6 +202,17 @@ def activations(
     return found
 
 
+def reading(
+    into: dict[Any, Tensor], key: Any, pick: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[Tensor], None]:
+    """Return a hook that keeps an activation, or what `pick` takes of it, as `into[key]`."""
+
+    def read(value: Tensor) -> None:
+        into[key] = value if pick is None else pick(value)
+
+    return read
+
+
 def adding(rows: Int[Tensor, " n"], positions: Int[Tensor, " n"], vectors: Float[Tensor, "n width"]) -> Hook:
     """Return a hook that adds vectors (n, width) at (row, position), out of place, in the activation's dtype."""
 

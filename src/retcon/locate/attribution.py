@@ -24,7 +24,7 @@ from retcon.arguments import check_choice, check_some
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
-from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_probs, logits_at, run
+from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_probs, logits_at, reading, run
 from retcon.lm.hooks import hooked
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
@@ -218,13 +218,6 @@ class _Below:
     @classmethod
     def record(cls, lm: LM, rows: Sequence[Row], sites: Sequence[Site]) -> "_Below":
         seen: dict[Point, Tensor] = {}
-
-        def reader(point: Point) -> Hook:
-            def read(value: Tensor) -> None:
-                seen[point] = value
-
-            return read
-
         added = [site for site in sites if _adds_to_the_stream(lm, site)]
         last = max(site.layer + (site in added) for site in sites)
         wanted = [Point(layer, "block") for layer in range(last)]
@@ -233,7 +226,7 @@ class _Below:
         if not wanted:
             return cls({}, {}, {})
         with torch.no_grad():
-            run(lm, pad(rows, lm.device), {point: reader(point) for point in wanted})
+            run(lm, pad(rows, lm.device), {point: reading(seen, point) for point in wanted})
         _ = lm.block_outputs  # found by a pass of its own, which must not meet the hooks of an attribution
         starts, lengths = (0,) * len(rows), tuple(len(row.ids) for row in rows)
         return cls(

@@ -18,12 +18,13 @@ from retcon.arguments import check_choice, check_some, list_of_texts
 from retcon.edits import Edit, list_of_edits
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
-from retcon.lm.forward import Hook, Point, TensorName, logits_at
+from retcon.lm.forward import Point, TensorName, logits_at, reading
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, Where, encode_edit, pad
 from retcon.locate import lens
 from retcon.locate.embeddings import EMBEDDING, reading_first_input
 from retcon.locate.means import mean_and_half_width
+from retcon.locate.sample import left_out, with_subject
 from retcon.locate.wordsets import SETS, TokenSets, WordSets
 from retcon.work import silent
 
@@ -183,12 +184,7 @@ def contrast_probe(
     for name, given in (("positions", positions), ("tensors", tensors), ("norms", norms)):
         check_some(given, name)
     edits = list_of_edits(edits)
-    skipped = {
-        e.id: "it names no subject" if e.subject is None else "the subject does not occur in the prompt"
-        for e in edits
-        if e.subject_span is None
-    }
-    kept = [e for e in edits if e.subject_span is not None]
+    kept, skipped = with_subject(edits)
     points, names = _points(lm, tensors), SETS if word_sets else ()
     rows = [encode_edit(lm.tokenizer, edit) for edit in kept]
     as_tokens = TokenSets(word_sets, lm.tokenizer, lens.vocabulary(lm)) if word_sets else None
@@ -222,7 +218,7 @@ def contrast_probe(
     contrasted = answers[:, 0] != answers[:, 1]
     skipped |= {kept[i].id: "both answers begin with the same token" for i in (~contrasted).nonzero()[:, 0].tolist()}
     if not contrasted.any():
-        raise InvalidSetting(f"nothing to probe: {_counted(skipped) or 'no edits were given'}")
+        raise InvalidSetting(f"nothing to probe: {left_out(skipped)}")
     return Contrast(
         ids=tuple(kept[i].id for i in contrasted.nonzero()[:, 0].tolist()),
         positions=tuple(positions),
@@ -246,11 +242,6 @@ def _points(lm: LM, tensors: Sequence[TensorName]) -> tuple[Point, ...]:
     return tuple(start + [Point(layer, tensor) for layer in range(lm.n_layers) for tensor in inside])
 
 
-def _counted(skipped: Mapping[str, str]) -> str:
-    reasons = list(skipped.values())
-    return "; ".join(f"{reasons.count(reason)} left out, {reason}" for reason in dict.fromkeys(reasons))
-
-
 def _answers(lm: LM, edit: Edit, said: int) -> tuple[int, int]:
     """First tokens of the original and the target answer after the prompt."""
 
@@ -268,14 +259,11 @@ def _states(
     at = torch.tensor([[row.position(where) for where in positions] for row in rows])
     found: dict[Point, Tensor] = {}
 
-    def reader(point: Point) -> Callable[[Tensor], None]:
-        def read(value: Tensor) -> None:
-            found[point] = value[each[:, None].to(value.device), at.to(value.device)]
+    def pick(value: Tensor) -> Tensor:
+        return value[each[:, None].to(value.device), at.to(value.device)]
 
-        return read
-
-    hooks: dict[Point, Hook] = {p: reader(p) for p in points if p != EMBEDDING}
-    with reading_first_input(lm, reader(EMBEDDING)):
+    hooks = {p: reading(found, p, pick) for p in points if p != EMBEDDING}
+    with reading_first_input(lm, reading(found, EMBEDDING, pick)):
         last = torch.tensor([row.prediction for row in rows])
         logits = logits_at(lm, pad(rows, lm.device), (each, last), hooks)
     return found, logits

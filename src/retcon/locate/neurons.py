@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from retcon.arguments import check_choice, check_some
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
-from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_probs, logits_at, run
+from retcon.lm.forward import Point, answer_places, gold, input_rows, log_probs, logits_at, reading, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.replay import ReplayState, replaying
@@ -93,19 +93,8 @@ def _per_token(
     inputs, (at, positions), m = input_rows(labels), answer_places(labels), len(points)
     blocks: dict[int, Tensor] = {}
     own: dict[int, Tensor] = {}
-
-    def reader(point: Point) -> Hook:
-        def read(value: Tensor) -> None:
-            blocks[point.layer] = value
-
-        return read
-
     with torch.no_grad(), _reading(lm, len(labels), at, positions, neuron, own):
-        run(
-            lm,
-            pad(inputs, lm.device),
-            {Point(layer, "block"): reader(Point(layer, "block")) for layer in range(lm.n_layers)},
-        )
+        run(lm, pad(inputs, lm.device), {Point(i, "block"): reading(blocks, i) for i in range(lm.n_layers)})
     _ = lm.block_outputs  # found by a pass of its own, which must not meet the hooks below
     starts, lengths = (0,) * len(inputs), tuple(len(row.ids) for row in inputs)
     copies, places = at.repeat(m), (torch.arange(m * len(at)), positions.repeat(m))

@@ -16,6 +16,7 @@ from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, encode_edit
 from retcon.locate.embeddings import changing_embeddings
+from retcon.locate.sample import left_out, with_subject
 from retcon.locate.tracing.cells import Cell, cell_of, restoring_hooks, trimmed
 from retcon.locate.tracing.packing import replayed_logits
 from retcon.locate.tracing.prompt import (
@@ -48,12 +49,7 @@ def causal_trace(
         NonFinite: a probability is NaN or infinite.
     """
     settings, edits = settings or Tracing(), list_of_edits(edits)
-    skipped = {
-        e.id: "it names no subject" if e.subject is None else "the subject does not occur in the prompt"
-        for e in edits
-        if e.subject_span is None
-    }
-    kept = [e for e in edits if e.subject_span is not None]
+    kept, skipped = with_subject(edits)
     traces: list[Trace] = []
     tried = False
     with lm.frozen_eval(), torch.no_grad():
@@ -71,9 +67,7 @@ def causal_trace(
                 traces.append(trace_prompt(lm, edit, prompt, way))
             progress(len(edits) - len(kept) + done, len(edits))
     if not traces:
-        reasons = list(skipped.values())
-        why = "; ".join(f"{reasons.count(r)} left out, {r}" for r in dict.fromkeys(reasons))
-        raise InvalidSetting(f"nothing to trace: {why or 'no edits were given'}")
+        raise InvalidSetting(f"nothing to trace: {left_out(skipped)}")
     return Traces(tuple(traces), skipped, deviation, settings)
 
 

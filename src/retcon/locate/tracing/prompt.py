@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from retcon.edits import Edit
 from retcon.errors import NonFinite
-from retcon.lm.forward import Hook, Inputs, Point, TensorName, logits_at
+from retcon.lm.forward import Inputs, Point, TensorName, logits_at, reading
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, Row, encode, encode_edit, subject_tokens
 from retcon.lm.site import SiteName
@@ -70,17 +70,9 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
     batch = Batch(torch.tensor([row.ids] * len(rows), device=lm.device), torch.ones(len(rows), len(row.ids)).bool())
     noise = _noise(lm, len(subject), settings, deviation)
     found: dict[Point, Tensor] = {}
-
-    def reader(point: Point) -> Callable[[Tensor], None]:
-        def read(value: Tensor) -> None:
-            found[point] = value.detach()
-
-        return read
-
     tensors: tuple[TensorName, ...] = ("block", "mlp", "attn")
-    hooks: dict[Point, Hook] = {
-        p: reader(p) for layer in range(lm.n_layers) for t in tensors if _wanted(p := Point(layer, t), settings)
-    }
+    points = [Point(layer, tensor) for layer in range(lm.n_layers) for tensor in tensors]
+    hooks = {p: reading(found, p, Tensor.detach) for p in points if _wanted(p, settings)}
     projected: list[list[Tensor]] = [[] for _ in range(lm.n_layers)]
     cache = Cache(layer_class_to_replicate=DynamicLayer)
     inputs = Inputs.of(batch)
@@ -89,7 +81,7 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
     corrupt = corrupting(rows - 1, subject, noise, settings)
     with ExitStack() as stack:
         stack.enter_context(changing_embeddings(lm, corrupt))
-        stack.enter_context(reading_first_input(lm, reader(EMBEDDING)))
+        stack.enter_context(reading_first_input(lm, reading(found, EMBEDDING, Tensor.detach)))
         for layer, into in enumerate(projected if settings.replayed else []):
             for module in projections(lm, layer):
                 hook = module.register_forward_hook(lambda _, __, output, into=into: into.append(output[1:].detach()))
