@@ -139,7 +139,7 @@ def edited_and_measured(
 def cases_of(data: str | None, start: int, n: int, seed: int) -> list[Case]:
     """Cases of a CounterFact file in file order, or of the embedded world, drawn by seed."""
     if data is None:
-        return world.cases(start + n, seed=seed)[start:]
+        return world.cases(n, start=start, seed=seed)
     cases, report = read_cases(data, start=start, limit=n)
     print(report)
     return cases

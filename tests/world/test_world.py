@@ -11,6 +11,7 @@ import pytest
 from retcon import world
 from retcon.edits import MARKER, check_edits
 from retcon.errors import InvalidSetting, UnsupportedModel
+from retcon.evaluation.datasets import read_cases
 from retcon.world.facts import FACTS, N_SEEN, draw_held_out, fill
 from tests.conftest import everyday
 
@@ -146,6 +147,21 @@ def test_cases_depend_on_their_seed_alone(facts):
     assert world.cases(0) == []
     with pytest.raises(InvalidSetting, match="it has 0 to"):
         world.cases(len(facts.facts) + 1)
+
+
+@pytest.mark.parametrize(("start", "n"), [(100, 300), (300, 300), (340, 5), (1000, 200)])
+def test_cases_after_a_start_are_none_of_the_first_ones(start: int, n: int) -> None:
+    first, others = world.cases(start), world.cases(n, start=start)
+    assert len(others) == n
+    assert {case.id for case in first}.isdisjoint(case.id for case in others)
+    assert [case.id for case in read_cases("world", start=start, limit=n)[0]] == [case.id for case in others]
+
+
+def test_a_start_leaves_what_is_behind_it(facts) -> None:
+    n_facts = len(facts.facts)
+    assert len(world.cases(start=n_facts - 3)) == 3
+    with pytest.raises(InvalidSetting, match=f"after the first {n_facts - 3}; it has 0 to 3"):
+        world.cases(4, start=n_facts - 3)
 
 
 def test_corpus_holds_every_seen_statement_and_no_held_out_one(facts):

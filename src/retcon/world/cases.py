@@ -12,8 +12,11 @@ N_NEIGHBOURS = 5
 """Neighbours asked per case, where the world has as many."""
 
 
-def cases(n: int | None = None, *, seed: int = 0) -> list[Case]:
+def cases(n: int | None = None, *, start: int = 0, seed: int = 0) -> list[Case]:
     """`n` cases drawn without replacement (all for None), each asking for another object of the same relation.
+
+    With `start`, cases after the first `start`: none of them is among `cases(start, seed=seed)`. A draw of many need
+    not begin with the cases that a draw of few has.
 
     The edit uses a phrasing the models were trained on, drawn by `seed`. Queries: `rewrite` (that prompt),
     `paraphrase` (the held-out phrasings of the subject), `neighborhood` (up to five other subjects with the same true
@@ -21,14 +24,22 @@ def cases(n: int | None = None, *, seed: int = 0) -> list[Case]:
     follows from the new object, where the world knows it and it differs from what followed before).
 
     Raises:
-        InvalidSetting: n is negative or larger than the number of facts.
+        InvalidSetting: n or start is negative, or both are more than there are facts.
     """
     world = load_world()
-    if n is not None and not 0 <= n <= len(world.facts):
-        raise InvalidSetting(f"asked for {n} cases of the world; it has 0 to {len(world.facts)} to give")
-    drawn = random.Random(f"cases/{seed}").sample(world.facts, len(world.facts) if n is None else n)
+    most = len(world.facts)
+    if start < 0 or (n is not None and not 0 <= n <= most - start):
+        after, left = f" after the first {start}" if start else "", most - min(max(start, 0), most)
+        raise InvalidSetting(f"asked for {n} cases of the world{after}; it has 0 to {left} to give")
+    drawn = _drawn(world, most if n is None else start + n, seed)
     edited = {(f.relation, f.subject) for f in drawn}
-    return [_case(world, fact, edited, seed) for fact in drawn]
+    first = set(_drawn(world, min(start, most), seed))
+    kept = [fact for fact in (*drawn[start:], *drawn[:start]) if fact not in first][:n]
+    return [_case(world, fact, edited, seed) for fact in kept]
+
+
+def _drawn(world: World, n: int, seed: int) -> list[Fact]:
+    return random.Random(f"cases/{seed}").sample(world.facts, n)
 
 
 def corpus(*, seed: int = 0) -> Iterator[str]:

@@ -112,8 +112,9 @@ def without_partial_rivals(drafts: Sequence[Draft]) -> None:
 def embedded(options: Options) -> Loaded:
     """Cases of the embedded world, drawn by the seed; as many as there are, as of a file, where more are wanted."""
     n_facts = len(world.load_world().facts)
-    limit = None if options.limit is None else min(options.start + options.limit, n_facts)
-    cases = world.cases(limit, seed=options.seed)[options.start :]
+    start = min(options.start, n_facts)
+    limit = None if options.limit is None else min(options.limit, n_facts - start)
+    cases = world.cases(limit, start=start, seed=options.seed)
     drafts = [_draft(case, f"world, case {case.id}") for case in cases]
     known = json.dumps([asdict(case) for case in cases])
     sha256 = hashlib.sha256(known.encode()).hexdigest()
