@@ -2,11 +2,13 @@
 
 What writes an output escapes all that it writes, not what its caller thought of: prompts, targets, answers, names of
 files, models and methods, messages of a store. HTML pages come from templates that escape every value
-(`retcon.pages`); terminals (`retcon.cli.shell.console`), tables of reports, model cards and figures use these.
+(`retcon.pages`); terminals (`retcon.cli.printing.console`), tables of reports, model cards and figures use these.
 """
 
 import html
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -86,21 +88,25 @@ def json_text(text: str) -> str:
     return "".join(f"\\u{ord(c):04x}" if ord(c) in _UNPRINTABLE and c >= "\x7f" else c for c in text)
 
 
+def _plain_label(label: Callable[[float, int], str], x: float, position: int) -> str:
+    return label(x, position).translate(_NO_GLYPH)
+
+
 def plain_texts(figure: "Figure") -> None:
     """Have every text of a figure drawn as it is: a dollar sign begins no formula, and powers of ten are written out.
 
     Ticks are made while drawing: save with the setting `text.parse_math` off.
     """
     from matplotlib.text import Text
-    from matplotlib.ticker import FixedFormatter, LogFormatter
+    from matplotlib.ticker import FuncFormatter, LogFormatter
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)
         text.set_text(text.get_text().translate(_NO_GLYPH))
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
-            if isinstance(formatter := axis.get_major_formatter(), FixedFormatter):
-                formatter.seq = [label.translate(_NO_GLYPH) for label in formatter.seq]
+            if isinstance(formatter := axis.get_major_formatter(), FuncFormatter):  # ticks that were given labels
+                axis.set_major_formatter(partial(_plain_label, formatter.func))
             elif isinstance(formatter, LogFormatter):
                 axis.set_major_formatter(LogFormatter())
                 axis.set_minor_formatter(LogFormatter())

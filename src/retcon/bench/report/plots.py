@@ -173,10 +173,11 @@ def times(groups: Sequence[Group], places: Places) -> list[Picture]:
         found = [(name, g.method, g.seconds_per_edit() or 0.0) for name, g in zip(row_names(timed), timed, strict=True)]
         if len(found) < 2:
             continue
-        made, axes = _figure(5.2, 1.1 + 0.3 * len(found))
+        names = [textwrap.fill(name, 36) for name, *_ in found]
+        made, axes = _figure(5.2, 1.1 + 0.3 * sum(1 + name.count("\n") for name in names))
         colours = [_look(places[method])[1] for _, method, _ in found]
         axes.barh(range(len(found)), [s for *_, s in found], color=colours, height=0.6)
-        axes.set_yticks(range(len(found)), [name for name, *_ in found])
+        axes.set_yticks(range(len(found)), names)
         axes.invert_yaxis()
         axes.set_xlabel("seconds per edit")
         title = f"Time: {model}, {protocol}"
