@@ -1,8 +1,10 @@
 """`Edit`, `Query`, `Case`: what they refuse, where the subject is found, what contradicts what, and their files."""
 
+import hashlib
 import json
 import unicodedata
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from retcon.edits import (
     Edit,
     Query,
     case_from,
+    case_record,
+    cases_hash,
     check_edits,
     conflicts,
     in_chat,
@@ -374,6 +378,16 @@ def test_a_malformed_case_is_named_by_row_and_field(record: dict[str, Any], mess
 def test_what_json_does_not_have_is_refused_in_a_case(tmp_path: Path) -> None:
     with pytest.raises(InvalidSetting, match="case 'a': meta must be JSON values"):
         write_cases(tmp_path / "a.jsonl", [Case("a", (), (), meta={"from": tmp_path})])
+
+
+def test_the_hash_of_cases_is_of_what_is_written_and_takes_what_json_lacks() -> None:
+    plain = Case("a", (Edit("{} is in", "Rome", "Peru"),), (), meta={"n": (1, float("nan")), "1": None})
+    assert cases_hash([plain]) == hashlib.sha256(json.dumps([case_record(plain)]).encode()).hexdigest()
+    one, same, other = (
+        Case("a", (), (), meta={"on": date(2026, 1, day), "tags": set(tags), "pairs": {(1, 2): 3}})
+        for day, tags in ((1, "abcdefgh"), (1, "hgfedcba"), (2, "abcdefgh"))
+    )
+    assert cases_hash([one]) == cases_hash([same]) != cases_hash([other])
 
 
 def test_one_edit_or_query_in_place_of_a_list_is_refused_in_a_case() -> None:

@@ -9,7 +9,7 @@ prompts and subjects are harmless.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import MISSING, asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -387,18 +387,27 @@ def write_cases(path: str | os.PathLike[str], cases: Iterable[Case]) -> None:
 
 def case_record(case: Case) -> dict[str, Any]:
     """Return the case's fields as `write_cases` writes them, one JSON object."""
+    return _case_fields(case) | {"meta": as_json(case.meta, f"case {case.id!r}: meta")}
+
+
+def _case_fields(case: Case) -> dict[str, Any]:
     return {
         "id": case.id,
         "edits": [edit_record(edit) for edit in case.edits],
         "queries": [_without_none(asdict(query)) for query in case.queries],
         "dataset": case.dataset,
-        "meta": as_json(case.meta, f"case {case.id!r}: meta"),
+        "meta": case.meta,
     }
 
 
 def cases_hash(cases: Iterable[Case]) -> str:
-    """SHA-256 of all that the cases hold, as `write_cases` writes it."""
-    return hashlib.sha256(json.dumps([case_record(case) for case in cases]).encode()).hexdigest()
+    """SHA-256 of all that the cases hold, as `write_cases` writes it; what JSON lacks counts as text."""
+
+    def as_text(value: Any) -> Any:
+        return sorted(map(repr, value)) if isinstance(value, Set) else str(value)  # a set has no order to hash
+
+    fields = [_case_fields(case) for case in cases]
+    return hashlib.sha256(json.dumps(fields, default=as_text, skipkeys=True).encode()).hexdigest()
 
 
 def edit_record(edit: Edit) -> dict[str, Any]:

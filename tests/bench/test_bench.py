@@ -353,13 +353,16 @@ def test_the_unedited_model_is_measured_once_for_all(
 
 
 OWN = """
+from datetime import date
+
 from tests.bench.test_bench import NoiseSettings
 
 class Own(NoiseSettings):
     size_of_mine = {size}
 
 def facts(row):
-    return {{"id": row["n"], "prompt": {prompt!r}, "subject": row["who"], "target_new": "Rome"}}
+    unused = {{"on": date(2026, 1, 2), "tags": {{"a", "b", "c"}}, "pairs": {{(1, 2): 3}}}}
+    return {{"id": row["n"], "prompt": {prompt!r}, "subject": row["who"], "target_new": "Rome", **unused}}
 
 def metric(case, texts, unedited):
     return {{"m": {value}}}
