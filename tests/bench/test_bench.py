@@ -439,6 +439,32 @@ def test_a_run_whose_own_code_changed_is_begun_anew(
         runs(prompt="He saw {} and")
 
 
+def test_a_stopped_run_that_was_replaced_is_not_named_as_unfinished(
+    own_code: Callable[..., BenchSpec], tmp_path: Path
+) -> None:
+    def unfinished(spec: BenchSpec, **how: Any) -> int:
+        run_bench(spec, tmp_path / "out", **how)
+        return len(read_bench(tmp_path / "out").unfinished)
+
+    def stop(event: Any) -> None:
+        if event.cell.protocol.kind == "sequential":
+            raise KeyboardInterrupt
+
+    def two(**code: Any) -> BenchSpec:
+        spec = own_code(**code)
+        return dataclasses.replace(spec, protocols=(*spec.protocols, Protocol(kind="sequential")))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(two(), tmp_path / "out", watch=stop)
+    assert len(read_bench(tmp_path / "out").unfinished) == 1
+    assert unfinished(two(value=0.75)) == 0
+    assert unfinished(two()) == 0
+    assert len(read_bench(tmp_path / "out").runs) == 2
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(two(size=0.5), tmp_path / "out", watch=stop)
+    assert unfinished(own_code(), force=True) == 0
+
+
 def test_another_benchmark_in_the_directory_is_refused_with_what_differs(spec: BenchSpec, tmp_path: Path) -> None:
     run_bench(spec, tmp_path / "out")
     other = dataclasses.replace(spec, seeds=(1,), methods=(noise(size=0.2),))

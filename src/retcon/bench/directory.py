@@ -114,6 +114,11 @@ def read_bench(directory: str | os.PathLike[str]) -> Bench:
         place = root / line["directory"]
         own = read_manifest(place / MANIFEST)
         runs.append(Run(place, own["manifest"], own["environment"]))
-    begun = {p.parent.name for p in (root / "runs").glob(f"*/{MANIFEST}")}
-    finished = {p.parent.name for p in (root / "runs").glob(f"*/{FINISHED}")}
-    return Bench(root, whole["manifest"], whole["environment"], tuple(runs), tuple(sorted(begun - finished)))
+    unfinished = tuple(path.name for path in unfinished_runs(root))
+    return Bench(root, whole["manifest"], whole["environment"], tuple(runs), unfinished)
+
+
+def unfinished_runs(root: Path) -> list[Path]:
+    """Return the folders of the runs that were begun and have no records yet."""
+    begun = sorted(path.parent for path in (root / "runs").glob(f"*/{MANIFEST}"))
+    return [folder for folder in begun if not (folder / FINISHED).is_file()]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from retcon.attachment import Attachment
-from retcon.bench.directory import FINISHED, LISTING, MANIFEST, read_listing
+from retcon.bench.directory import FINISHED, LISTING, MANIFEST, read_listing, unfinished_runs
 from retcon.bench.inputs import cells_of, read_inputs
 from retcon.bench.manifest import (
     as_json,
@@ -64,6 +64,8 @@ from retcon.workflow.moments import moments_for
 
 VALUES = "values"
 """Folder of values found by a batch that has not ended."""
+REPLACED = f"replaced-{MANIFEST}"
+"""What a stopped run was asked, once the benchmark has finished without it."""
 N_PROBED = 8
 """Cases edited and measured for an estimate."""
 
@@ -152,6 +154,8 @@ def run_bench(
                     listing = [*listing[:i], listed]
                     write_atomically(root / LISTING, json.dumps(listing, indent=1).encode())
         shutil.rmtree(root / VALUES, ignore_errors=True)
+        for folder in unfinished_runs(root):  # of another specification, or of code that has changed since
+            (folder / MANIFEST).replace(folder / REPLACED)
 
 
 def _finished_before(root: Path, whole: Mapping[str, Any]) -> list[dict[str, str]]:
