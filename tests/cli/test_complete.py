@@ -145,10 +145,16 @@ def test_drawn_text_follows_the_seed(cli: Callable[..., Any]) -> None:
 
 
 def test_a_model_without_a_template_is_no_chat_model(cli: Callable[..., Any]) -> None:
-    for command in (("complete", "gptj", "Who?", "--chat"), ("chat", "gptj")):
+    edit = ("edit", "gptj", "edits.jsonl", "--out", "delta.safetensors", "--method", "kn")
+    without = "leave out --chat, the options that imply it and chat in the facts, or give the template as"
+    for command, way_out in (
+        (("complete", "gptj", "Who?", "--chat"), without),
+        ((*edit, "--train-end"), without),
+        (("chat", "gptj"), "ask with retcon complete\n"),
+    ):
         told = cli(*command, code=2).stderr
         assert "the tokenizer has no chat template" in told
-        assert told.endswith("leave --chat out, or ask with retcon complete\n")
+        assert way_out in told
     told = cli("complete", "gptj", "Who?", "--template-arg", "thinking", code=2).stderr
     assert "--template-arg thinking: expected NAME=VALUE" in told
     assert "--both compares with the unedited model" in cli("chat", "gptj", "--both", code=2).stderr

@@ -54,7 +54,9 @@ def chat(
 
     from retcon.lm.prompts import render
 
-    render(lm.tokenizer, frame, ["Hello"])  # a model without a template is refused before anybody types
+    if not getattr(lm.tokenizer, "chat_template", None):
+        raise InvalidSetting("the tokenizer has no chat template, so it is no chat model's; ask with retcon complete")
+    render(lm.tokenizer, frame, ["Hello"])  # what its template refuses is refused before anybody types
     for each in deltas:
         lm.apply(each, other_base=other_base)
     show = console()

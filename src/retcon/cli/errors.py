@@ -44,10 +44,7 @@ _AS_OPTIONS = (
     ("case_target 'alt'", "--case-target alt"),
     (", or pass allow_bin=True", ""),
     (" (packed=True)", ""),
-    (
-        "ask without --chat (chat=True), or give the template as tokenizer.chat_template",
-        "leave --chat out, or ask with retcon complete",
-    ),
+    ("ask without a chat, or", "leave out --chat, the options that imply it and chat in the facts, or"),
     ("(bisect=False)", "(--no-bisect)"),
     (" (moments=CorpusMoments(Corpus.from_file(PATH)))", ""),
 )

@@ -243,8 +243,8 @@ def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> RenderedChat:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidSetting(
-            "the tokenizer has no chat template, so it is no chat model's; ask without --chat (chat=True), or give the "
-            "template as tokenizer.chat_template"
+            "the tokenizer has no chat template, so it is no chat model's; ask without a chat, or give the template as "
+            "tokenizer.chat_template"
         )
 
     for name in chat.arguments:

@@ -577,10 +577,7 @@ class Session:
 
 _IN_PAGE_WORDS = (
     ("verify the present one alone (bisect=False)", "retcon verify --no-bisect checks the present one alone"),
-    (
-        "ask without --chat (chat=True), or give the template as tokenizer.chat_template",
-        "ask without 'as a chat message'",
-    ),
+    ("ask without a chat, or give the template as tokenizer.chat_template", "ask without 'as a chat message'"),
     (", or pass allow_bin=True", ""),
 )
 """What messages say to who works in Python, and what the page says for it."""
