@@ -75,7 +75,6 @@ class NoiseSettings(Method):
     name: ClassVar[str] = "noise"
     size: float = 0.3
     uses_moments = True
-    keeps_state = True
 
     def propose(
         self, lm: LM, edits: Sequence[Edit], *, contexts: Any = None, moments: Any, state: Any = None, **rest: Any

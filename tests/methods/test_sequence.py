@@ -1,13 +1,18 @@
 """Edits in steps: one delta, the same as step after step by hand."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.testing import assert_close
 
+from retcon.attachment import EditReport
 from retcon.delta import Dense, Entries, LowRank, Region
 from retcon.edits import Edit
 from retcon.errors import ConflictingEdits, InvalidSetting
 from retcon.methods.common.choosing import method
+from retcon.methods.common.contract import Method, recorded
 from retcon.methods.common.sequence import combined, in_steps
 from tests.conftest import everyday, random_moments
 from tests.methods.common import CONTEXTS, EASY, EASY_TOO, SEARCH
@@ -64,6 +69,33 @@ def test_a_restraint_in_steps_replaces_what_was_live_before(tiny, edits):
     assert whole.supersedes == (first.id,)
     lm.apply(whole)
     assert [d.id for d in lm.applied] == [whole.id]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted(Method):
+    """Counts the edits of all batches, and does not say so in `state_description`."""
+
+    name: ClassVar[str] = "counted"
+
+    def propose(self, lm, edits, *, state=None, seed=0, **given):
+        n = torch.zeros(1) if state is None else state["n"]
+        report = tuple(EditReport(e.id, 1.0, 0, "written") for e in edits)
+        return lm.delta({}, report=report, state={"n": n + len(edits)}, **recorded(self, lm, edits, seed=seed))
+
+
+class CountedNoMore(Counted):
+    """Says that it keeps nothing."""
+
+    state_description = ""
+
+
+@pytest.mark.parametrize("over", [{}, {"base_method": f"{__name__}:Counted"}])
+def test_a_method_of_ones_own_gets_its_state_back_without_a_description(over, tiny, edits):
+    lm = tiny("llama")
+    chosen = method("rect", **over) if over else Counted()
+    assert in_steps(chosen, lm, edits[:3], batch_size=1, contexts=CONTEXTS).state["n"] == 3
+    with pytest.raises(InvalidSetting, match=r"^counted keeps nothing between batches, but a state was given"):
+        CountedNoMore().propose(lm, edits[:1], state={"n": torch.zeros(1)})
 
 
 def test_all_at_once_is_one_proposal(tiny, edits):

@@ -96,7 +96,7 @@ def _described(name: str, lm: "LM | None") -> dict[str, Any]:
         "description": about.description,
         "paper": about.paper,
         "facts": _facts(chosen),
-        "keeps": chosen.state_description,
+        "keeps": chosen.state_description or "",
         "presets": [p.name for p in presets(name)],
         "meanings": descriptions(chosen),
         "defaults": {f.name: as_toml(default) for f in fields(chosen) if (default := _default(f)) is not MISSING},

@@ -33,6 +33,7 @@ class AdaLora(TuningSettings):
     """Adaptive low-rank adaptation: dW = (alpha / rank) P diag(E) Q, with singular values allotted by importance."""
 
     name: ClassVar[str] = "adalora"
+    state_description: ClassVar[str] = ""
 
     rank: Count = 12
     """Singular values of each matrix at the start."""

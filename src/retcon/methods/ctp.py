@@ -46,6 +46,7 @@ class Ctp(TuningSettings):
     """Parameter-aware contrastive editing along critical transmission paths."""
 
     name: ClassVar[str] = "ctp"
+    state_description: ClassVar[str] = ""
     fits_learning_rate: ClassVar[bool] = True
     bytes_per_value: ClassVar[int] = TuningSettings.bytes_per_value + 8
     """T+ and T- have moments of their own."""

@@ -31,6 +31,7 @@ class Emmet(BatchSettings):
     """Equality-constrained mass model editing."""
 
     name: ClassVar[str] = "emmet"
+    state_description: ClassVar[str] = ""
     one_layer: ClassVar[bool] = True
 
     stabiliser: NotNegative | None = None

@@ -31,6 +31,7 @@ class Jeep(SearchSettings):
     """Joint editing of low and high layers."""
 
     name: ClassVar[str] = "jeep"
+    state_description: ClassVar[str] = ""
     supports_batches: ClassVar[bool] = True
 
     low: AnyLayers

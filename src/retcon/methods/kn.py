@@ -38,6 +38,7 @@ class Kn(Method):
     """Knowledge neurons."""
 
     name: ClassVar[str] = "kn"
+    state_description: ClassVar[str] = ""
 
     neuron: Neuron = "value_input"
     """What is attributed: what multiplies a unit's value vector, or what enters its activation function (the port)."""

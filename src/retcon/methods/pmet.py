@@ -31,6 +31,7 @@ class Pmet(BatchSettings):
     """Precise model editing in a transformer."""
 
     name: ClassVar[str] = "pmet"
+    state_description: ClassVar[str] = ""
 
     clamp: NotNegative = 1.0
     steps: Count = 30

@@ -34,6 +34,7 @@ class RRome(OneFactSettings):
     """Rank-one model editing with one key."""
 
     name: ClassVar[str] = "r_rome"
+    state_description: ClassVar[str] = ""
 
     key_mode: Literal["avg", "prompt"] = "avg"
     """k*: the mean over contexts, or the bare prompt's key."""

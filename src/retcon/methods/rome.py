@@ -38,6 +38,7 @@ class Rome(OneFactSettings):
     """Rank-one model editing: one fact, one layer."""
 
     name: ClassVar[str] = "rome"
+    state_description: ClassVar[str] = ""
 
     min_denominator: NotNegative = 0.1
     """Smallest |k . u| of the bare prompt's key k, as a share of that of the mean key k*."""

@@ -89,12 +89,8 @@ def _checked(method: "Method", given: dict[str, Any]) -> dict[str, Any]:
     for name, (kind, wanted) in _ARGUMENTS.items():
         if (value := given.get(name)) is not None and not isinstance(value, kind):
             raise InvalidSetting(f"{name} must be {wanted}, found {value!r:.60}")
-    if given.get("state") is not None and not method.keeps_state:
-        kept = f" (kept: {method.state_description})" if method.state_description else ""
-        raise InvalidSetting(
-            f"{method.name} with these settings keeps nothing between batches{kept}, but a state was given; leave it "
-            "out"
-        )
+    if given.get("state") is not None:
+        method.check_takes_state()
     return {**given, "seed": check_seed(given["seed"])} if "seed" in given else given
 
 
@@ -109,8 +105,9 @@ class Method(ABC):
     """What it is called in the table of methods."""
     supports_batches: ClassVar[bool] = True
     """Whether `propose` takes more than one edit; `in_steps` applies those of any number one by one."""
-    state_description: ClassVar[str] = ""
-    """What the delta's `state` holds for the next batch, in words; empty for nothing."""
+    state_description: ClassVar[str | None] = None
+    """What the delta's `state` holds for the next batch, in words; empty for nothing, and a state is refused. Where it
+    is not said, the next batch of an edit gets the state that there is, and a later edit none."""
     replaces_applied: ClassVar[bool] = False
     """Whether the delta stands for all that were applied before it."""
     uses_moments: ClassVar[bool] = False
@@ -142,7 +139,7 @@ class Method(ABC):
 
     @property
     def keeps_state(self) -> bool:
-        """Whether `propose` takes the state of the batch before, with these settings."""
+        """Whether there is a state to go on with, with these settings."""
         return bool(self.state_description)
 
     @property
@@ -154,6 +151,20 @@ class Method(ABC):
     def state_layers(self) -> tuple[int, ...] | None:
         """The layers that a state is of, and has to be of to be taken; None where any will do."""
         return tuple(self.settings.get("layers") or ())
+
+    def check_takes_state(self) -> None:
+        """Check that `propose` takes the state of the batch before.
+
+        Raises:
+            InvalidSetting: with these settings, or with any, nothing is kept.
+        """
+        if self.state_description is None or self.keeps_state:
+            return
+        described = self.state_description
+        which, kept = (" with these settings", f" (kept: {described})") if described else ("", "")
+        raise InvalidSetting(
+            f"{self.name}{which} keeps nothing between batches{kept}, but a state was given; leave it out"
+        )
 
     @abstractmethod
     def propose(

@@ -44,6 +44,7 @@ LEAST_CASES = 4
 class HypernetworkSettings(Trainable):
     """What a hypernetwork lets one set. All but `editor` is for `fit`; an edit has it from the editor's file."""
 
+    state_description: ClassVar[str] = ""
     scale_at: ClassVar[ScaleAt]
     """Where a block's scale and shift act."""
     with_ridge: ClassVar[bool] = False

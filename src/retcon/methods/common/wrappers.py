@@ -81,6 +81,10 @@ class Filter(Method):
         """As the base method."""
         return self.wrapped.keeps_state
 
+    def check_takes_state(self) -> None:
+        """Check that the base method takes it."""
+        self.wrapped.check_takes_state()
+
     @property
     def state_layers(self) -> tuple[int, ...] | None:
         """As the base method."""
