@@ -216,6 +216,10 @@ class _Source(dict[str, Any]):
 _source = cache(_Source)
 
 
+_LISTS = {int: "[1, 2, 3]", float: "[0.1, 0.5]", str: '["one", "two"]'}
+"""An example of a list, by the type of its items."""
+
+
 def fitted_value(value: Any, hint: Any, what: str) -> Any:
     """Return a value as a field of this type wants it; `what` names it in messages."""
     origin, args = get_origin(hint), get_args(hint)
@@ -245,8 +249,9 @@ def fitted_value(value: Any, hint: Any, what: str) -> Any:
     if origin is tuple:
         items = value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor
         if not isinstance(items, list | tuple | Set | range | Iterator):
-            raise InvalidSetting(f"{what} must be a list ([1, 2, 3], say), found {value!r}")
-        return tuple(fitted_value(item, args[0], what) for item in items)
+            example = f" ({_LISTS[args[0]]}, say)" if args[0] in _LISTS else ""
+            raise InvalidSetting(f"{what} must be a list{example}, found {value!r}")
+        return tuple(fitted_value(item, args[0], f"{what}[{i}]") for i, item in enumerate(items))
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise InvalidSetting(f"{what} must be a number, found {value!r}")
