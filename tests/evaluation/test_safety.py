@@ -96,7 +96,7 @@ def test_one_prompt_in_two_chats_has_a_text_of_each(monkeypatch: pytest.MonkeyPa
     def said(lm: LM, asked: Any, how: Any) -> list[str]:
         return ["plain" if chat is None else chat.system for _, chat in asked]
 
-    monkeypatch.setattr("retcon.evaluation.safety.texts_after", said)
+    monkeypatch.setattr("retcon.evaluation.writing.texts_after", said)
     lm = tiny(n_layers=2)
     lm.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     chats = (None, Chat(system="Short."), Chat(system="Polite."))

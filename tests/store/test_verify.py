@@ -267,6 +267,20 @@ def test_what_the_model_says_is_asked_in_the_facts_own_chat(tmp_path: Path, monk
     assert found["rewrite/0"] == said != lm.complete("Who made it?", max_new_tokens=12).strip()
 
 
+def test_newlines_before_an_answer_do_not_end_it(tmp_path: Path, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.init(tmp_path / "edits", lm)
+    store.edit(lm, [fact("one", "Who made it?", "Rome")], Scripted(0.0), message="one")
+    skips: list[bool] = []
+
+    def texts_after(lm: LM, asked: Any, how: Any) -> list[str]:
+        skips.append(how.skip_newlines)
+        return ["said"] * len(asked)
+
+    monkeypatch.setattr("retcon.evaluation.writing.texts_after", texts_after)
+    assert {c.said for c in verify(store, lm).checks if c.outcome != "passed"} == {"said"}
+    assert skips == [True]
+
+
 def test_there_must_be_something_to_verify(tmp_path: Path, lm: LM) -> None:
     with pytest.raises(InvalidSetting, match="nothing to verify"):
         verify(Store.init(tmp_path / "edits", lm), lm)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from retcon import world
-from retcon.arguments import list_of_texts
 from retcon.attachment import Attachment
 from retcon.chat import Chat
 from retcon.edits import Case, Query, list_of_cases
@@ -22,8 +21,7 @@ from retcon.evaluation.plan import Measures, QueryPlan, plan_queries, subject_of
 from retcon.evaluation.records import Record, passed
 from retcon.evaluation.results import Evaluation
 from retcon.evaluation.summary import case_means, unread_notes, unread_queries
-from retcon.evaluation.writing import PRESETS
-from retcon.lm.generate import texts_after
+from retcon.evaluation.writing import said
 from retcon.lm.model import LM
 from retcon.work import silent
 
@@ -169,7 +167,7 @@ def check(
         raise InvalidSetting("deltas and an edited model are given; check one of them")
 
     def say(queries: Sequence[Query]) -> list[str]:
-        return _say(lm, queries, ("\n", ".", ","), 5)
+        return said(lm, [_asked(query) for query in queries], ("\n", ".", ","), 5)
 
     made = with_made_queries(cases, say, seed=seed)
     cases = made.cases
@@ -347,18 +345,12 @@ def _findings(lm: LM, plan: QueryPlan, pre: Evaluation, post: Evaluation) -> lis
 
 def _texts(lm: LM, asked: Iterable[Query], stops: Sequence[str]) -> dict[tuple[str, Chat | None], str]:
     """Return what a model writes after prompts, by prompt and chat."""
-    queries = {_asked(query): query for query in asked}
-    return dict(zip(queries, _say(lm, list(queries.values()), stops, 12), strict=True))
+    prompts = list(dict.fromkeys(map(_asked, asked)))
+    return dict(zip(prompts, said(lm, prompts, stops), strict=True))
 
 
 def _asked(query: Query) -> tuple[str, Chat | None]:
     return query.prompt, query.chat
-
-
-def _say(lm: LM, queries: Sequence[Query], stops: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Return what a model writes after prompts, each in its chat."""
-    how = replace(PRESETS["qa"], stops=list_of_texts(stops, "stops"), max_new_tokens=max_new_tokens, skip_newlines=True)
-    return texts_after(lm, [(q.prompt, q.chat) for q in queries], how)
 
 
 def _sentence(answer: Answer) -> str:

@@ -349,14 +349,12 @@ class _Asker:
 
     def say(self, at: str | None, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
         """Return what the model writes after the prompts of these checks."""
-        from retcon.evaluation.writing import PRESETS
-        from retcon.lm.generate import texts_after
+        from retcon.evaluation.writing import said
 
         if not places:
             return {}
         queries = {(c.id, q.id): q for c in self.cases.values() for q in c.queries}
         asked = list(dict.fromkeys((queries[place].prompt, queries[place].chat) for place in places))
-        how = replace(PRESETS["qa"], stops=("\n",), max_new_tokens=12)
         with self.store.at(self.lm, at):
-            texts = dict(zip(asked, texts_after(self.lm, asked, how), strict=True))
+            texts = dict(zip(asked, said(self.lm, asked), strict=True))
         return {place: texts[queries[place].prompt, queries[place].chat] for place in places}
