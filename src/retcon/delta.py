@@ -24,6 +24,7 @@ from retcon.checked import checksum, digest_of, for_file, under
 from retcon.edits import Edit, edit_record
 from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, NonFinite
 from retcon.files import as_json, check_exists, write_atomically
+from retcon.spelling import count
 
 FORMAT = "retcon-delta-2"
 _BLOCK = 2**24  # values of a low-rank product written out at a time
@@ -266,7 +267,8 @@ class Delta:
     def __repr__(self) -> str:
         method = self.provenance.get("method", "unknown method")
         return (
-            f"Delta({self.id}: {method}, {len(self.report)} edits, {len(self.changes)} parameters, {self.nbytes():,} B)"
+            f"Delta({self.id}: {method}, {count(len(self.report), 'edit')}, {count(len(self.changes), 'parameter')}, "
+            f"{self.nbytes():,} B)"
         )
 
     @cached_property

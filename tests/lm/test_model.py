@@ -766,7 +766,7 @@ def test_a_second_lm_over_a_model_is_refused_while_the_first_is_alive(tiny: Make
         LM(lm.model, lm.tokenizer)
     delta = make_delta(lm, lm.site(0, "down_proj").name)
     lm.apply(delta)
-    with pytest.raises(DeltaNotApplied, match="1 deltas are applied"):
+    with pytest.raises(DeltaNotApplied, match="1 delta is applied"):
         lm.release()
     lm.revert(delta)
     lm.release()

@@ -102,6 +102,7 @@ def test_stability_is_the_share_of_resamples() -> None:
     ("probe", "reason"),
     [
         (planted(bumps(10, 8, [1, 2]), bumps(10, 8, [5])), "only 10 cases, 30 or more are wanted"),
+        (planted(bumps(1, 8, [1, 2]), bumps(1, 8, [5])), "only 1 case, 30 or more are wanted"),
         (
             planted(bumps(100, 8, [1, 2]), bumps(100, 8, [5]), known=0.3),
             "the model says the original answer in 30 of 100 cases only",

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from retcon.escaping import json_text, printable
+from retcon.spelling import count as count
 
 WIDTH = 100
 """Columns of output that goes to a file or a pipe."""
@@ -107,11 +108,6 @@ def size(n_bytes: float) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.1f} GB"
-
-
-def count(n: int, what: str) -> str:
-    """Return a number of things for reading."""
-    return f"{n:,} {what}" + "s" * (n != 1)
 
 
 def seconds(value: float) -> str:

@@ -93,7 +93,8 @@ def tune(
         )
     label = dataset or cases.name.removeprefix("hub:").partition(".")[0]
     source = (
-        f"tuned by retcon tune on {cases.name} ({found.n_searched} facts, {len(found.trials)} trials, seed {seed}); "
+        f"tuned by retcon tune on {cases.name} ({count(found.n_searched, 'fact')}, "
+        f"{count(len(found.trials), 'trial')}, seed {seed}); "
         f"Score {_percent(found, 'found')} on {found.n_reported} others, {_start(found)} {_percent(found, 'before')}"
     )
     path = None if found.worse else save_preset(lm, found, source, label, folder)

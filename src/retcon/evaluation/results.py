@@ -11,6 +11,7 @@ from retcon.evaluation.intervals import N_RESAMPLES
 from retcon.evaluation.records import Record, read_records, write_records
 from retcon.evaluation.score import TokenScore
 from retcon.evaluation.summary import Summary, edits_of, summarise
+from retcon.spelling import count
 
 if TYPE_CHECKING:
     import pandas
@@ -32,9 +33,8 @@ class Evaluation:
 
     def __repr__(self) -> str:
         cases = len({record.case_id for record in self.records if record.case_id is not None})
-        return (
-            f"Evaluation({len(self.records):,} records of {cases:,} cases; print(evaluation.summary()) for the figures)"
-        )
+        size = f"{count(len(self.records), 'record')} of {count(cases, 'case')}"
+        return f"Evaluation({size}; print(evaluation.summary()) for the figures)"
 
     def summary(self, *, n_resamples: int = N_RESAMPLES) -> Summary:
         """Macro means with intervals, of the `pre` and the `final` records; see `retcon.evaluation.summary`."""

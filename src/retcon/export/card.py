@@ -8,6 +8,7 @@ from typing import Any
 from retcon.delta import Delta
 from retcon.escaping import markdown
 from retcon.lm.model import LM
+from retcon.spelling import count
 from retcon.version import __version__
 
 N_FACTS = 50
@@ -42,7 +43,7 @@ def model_card(
     lines += ["pipeline_tag: text-generation", "tags:", "- knowledge-editing", "- retcon", "---", ""]
     lines += [f"# {markdown(lm.label)}, edited", ""]
     lines += [
-        f"{markdown(lm.label)} with {_count(len(edits), 'fact')} changed by "
+        f"{markdown(lm.label)} with {count(len(edits), 'fact')} changed by "
         f"[retcon](https://pypi.org/project/retcon-lm/) {__version__}; a {kind}. All else is meant to be as "
         "in the base.",
         "",
@@ -62,7 +63,8 @@ def model_card(
     lines += ["## Scores", ""]
     if known:
         lines.append(
-            f"- Right after the edit, the model's own first answer was the new one for {first} of {known} facts."
+            f"- Right after the edit, the model's own first answer was the new one for {first:,} of "
+            f"{count(known, 'fact')}."
         )
     outcomes = Counter(r.outcome for r in reports if r.outcome != "reached")
     if outcomes:
@@ -89,7 +91,3 @@ def model_card(
     if has_base_card:
         lines += ["", "The base's own card is in [README.base.md](README.base.md); its licence applies."]
     return "\n".join(lines) + "\n"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}" + "s" * (n != 1)

@@ -493,8 +493,8 @@ class LM:
         Raises:
             DeltaNotApplied: deltas are applied; revert them first.
         """
-        if self.applied:
-            raise DeltaNotApplied(f"{len(self.applied)} deltas are applied; revert_all() before release()")
+        if n := len(self.applied):
+            raise DeltaNotApplied(f"{n} delta{'s are' if n > 1 else ' is'} applied; revert_all() before release()")
         for matrix in self.packed.values():
             matrix.give_back()
         OWNERS.pop(self.model, None)

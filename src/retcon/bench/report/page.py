@@ -13,6 +13,7 @@ from retcon.bench.report.plots import Picture
 from retcon.bench.report.tables import MISSING, Table
 from retcon.evaluation.summary import generation_variant
 from retcon.pages import render
+from retcon.spelling import count
 
 HELD = 0.9
 """A share that counts as held, in words; under `BROKE` it broke."""
@@ -116,7 +117,7 @@ def _sentence(group: Group) -> str:
     ]
     text = ", ".join(part for part in said if part) + "."
     if es.n < es.n_cases:
-        text += f" {es.n:,} of {es.n_cases:,} cases could be measured."
+        text += f" {es.n:,} of {count(es.n_cases, 'case')} could be measured."
     before = group.number("LS", before=True)
     if ls is not None and before is not None and before.value - ls.value > 0.005:
         text += f" Locality fell by {100 * (before.value - ls.value):.1f} points."
@@ -128,7 +129,7 @@ def _sentence(group: Group) -> str:
     ppl = group.number("perplexity", "ppl.ratio")
     if ppl is not None:
         text += f" Perplexity of held-out text is {ppl.value:.2f} times what it was."
-    return text + (f" {len(failed)} edits could not be made: {failed[0].detail}" if failed else "")
+    return text + (f" {count(len(failed), 'edit')} could not be made: {failed[0].detail}" if failed else "")
 
 
 def _judged(number: Number | None, held: str, half: str, broke: str) -> str:
