@@ -182,7 +182,8 @@ RIPPLE = Case(
 
 def test_ripple_tests_run_where_their_conditions_held_before() -> None:
     after = {"rewrite/0": "it is Porto", "ripple.forgetfulness/0": "Lyon", "ripple.forgetfulness/1": "Rome"}
-    without = {(m.metric, m.variant): m.value for m in ripple(RIPPLE, {}, after)}
+    unmet = {"ripple.condition/0": "Rome"}
+    without = {(m.metric, m.variant): m.value for m in ripple(RIPPLE, unmet, after)}
     assert without == {
         ("edit_success", "ripple"): 1,
         ("ripple.forgetfulness", "ripple.executed"): 0.5,
@@ -192,7 +193,17 @@ def test_ripple_tests_run_where_their_conditions_held_before() -> None:
     held = {(m.metric, m.variant): m.value for m in ripple(RIPPLE, {"ripple.condition/0": "Ghent"}, after)}
     assert held["ripple.forgetfulness", "ripple.executed"] == 1
     assert held["ripple.forgetfulness", "ripple.all"] == 0.5
-    failed = {m.variant for m in ripple(RIPPLE, {}, {**after, "rewrite/0": "Lyon"})}
+    failed = {m.variant for m in ripple(RIPPLE, unmet, {**after, "rewrite/0": "Lyon"})}
     assert "ripple.taken" not in failed
     assert passes("OR", [False, True])
     assert not passes("AND", [False, True])
+
+
+def test_ripple_numbers_of_which_a_text_is_missing_have_no_value() -> None:
+    after = {"rewrite/0": "it is Porto", "ripple.forgetfulness/0": "Lyon", "ripple.forgetfulness/1": "Rome"}
+    unasked = [m for m in ripple(RIPPLE, {}, after) if m.value is None]
+    assert [m.variant for m in unasked] == ["ripple.executed", "ripple.all", "ripple.taken"]
+    assert {(m.n, m.note) for m in unasked} == {(0, "no text of the unedited model for a condition")}
+    held = {"ripple.condition/0": "Ghent"}
+    found = {m.variant: m.value for m in ripple(RIPPLE, held, {"ripple.forgetfulness/0": "Lyon"})}
+    assert found == {"ripple": None, "ripple.executed": 1, "ripple.all": None}

@@ -48,29 +48,38 @@ def ripple(case: Case, before: Mapping[str, str], after: Mapping[str, str]) -> l
 
     Per axis: tests passed of those executed (`ripple`), and executed of all (`ripple.executed`). A test is executed
     where the unedited model meets all its conditions. `ripple.edit_success` is the edit's own fact. What is averaged
-    over the edits that took (`ripple.taken`) has a value only there.
+    over the edits that took (`ripple.taken`) has a value only there. A number of which a text is missing has no value.
     """
     queries = {query.id: query for query in case.queries}
 
     def right(query_id: str, texts: Mapping[str, str]) -> bool:
         query = queries[query_id]
-        return query_id in texts and gen_contains(texts[query_id], accepted(query), query.answers_mode)
+        return gen_contains(texts[query_id], accepted(query), query.answers_mode)
 
     own = [query.id for query in case.queries if query.axis == "rewrite"]
-    took = bool(own) and all(right(query_id, after) for query_id in own)
-    found = [Measured("edit_success", "ripple", float(took), len(own))]
+    asked = bool(own) and all(query_id in after for query_id in own)
+    took = asked and all(right(query_id, after) for query_id in own)
+    found = [Measured("edit_success", "ripple", float(took), len(own)) if asked else _without("edit_success", "ripple")]
     tests: Sequence[Mapping[str, Any]] = case.meta.get("tests", ())
     for axis in dict.fromkeys(test["axis"] for test in tests):
+        metric, shares = f"ripple.{axis}", ["ripple.all", *(["ripple.taken"] if took else [])]
         here = [test for test in tests if test["axis"] == axis]
+        if not all(q in before for test in here for q in test["conditions"]):
+            note = "no text of the unedited model for a condition"
+            found += [_without(metric, variant, note) for variant in ("ripple.executed", *shares)]
+            continue
         executed = [test for test in here if all(right(q, before) for q in test["conditions"])]
-        found.append(Measured(f"ripple.{axis}", "ripple.executed", len(executed) / len(here), len(here)))
-        if executed:
+        found.append(Measured(metric, "ripple.executed", len(executed) / len(here), len(here)))
+        if not all(q in after for test in executed for q in test["queries"]):
+            found += [_without(metric, variant) for variant in shares]
+        elif executed:
             passed = sum(passes(test["rule"], [right(q, after) for q in test["queries"]]) for test in executed)
-            share = passed / len(executed)
-            found.append(Measured(f"ripple.{axis}", "ripple.all", share, len(executed)))
-            if took:
-                found.append(Measured(f"ripple.{axis}", "ripple.taken", share, len(executed)))
+            found += [Measured(metric, variant, passed / len(executed), len(executed)) for variant in shares]
     return found
+
+
+def _without(metric: str, variant: str, note: str = "the model has written nothing for a prompt of it") -> Measured:
+    return Measured(metric, variant, None, 0, note)
 
 
 def passes(rule: str, right: Sequence[bool]) -> bool:
