@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -225,3 +226,10 @@ def test_seeds_are_derived_by_name() -> None:
 def test_measures_that_do_not_exist_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidSetting, match=message):
         Measures(**settings)
+
+
+def test_text_of_a_locality_query_without_an_answer_is_only_compared(tiny: Make) -> None:
+    case = replace(CASES[0], queries=(*CASES[0].queries, Query("locality/0", "locality", "He lived in")))
+    found = evaluate(tiny(n_layers=1), [case], measures=Measures(locality_text=True, max_new_tokens=3))
+    written = {r.variant for r in found.records if r.query_id == "locality/0" and r.status == "ok"}
+    assert written == {"ee.loc.gen"}

@@ -15,6 +15,7 @@ from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import Scope, next_token_divergence
 from retcon.evaluation.metrics import (
     Measured,
+    accepted,
     accuracy,
     compare,
     easyedit,
@@ -445,7 +446,7 @@ def _records_of_query(
         found.append(unchanged(scores[0], old_predictions.get(q.place)))
     if q.place in outputs.texts:
         written = outputs.texts[q.place]
-        matched = matches(q.query, written.text, measures.judge)
+        matched = matches(q.query, written.text, measures.judge) if accepted(q.query) else []
         if is_locality(q.query.axis):
             matched.append(same_text(written.text, old_texts.get(q.place)))
         else:
