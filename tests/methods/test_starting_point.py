@@ -10,7 +10,7 @@ import pytest
 from retcon.errors import RetconWarning
 from retcon.methods.common import starting_point
 from retcon.methods.common.choosing import choose, method
-from retcon.methods.common.contract import ModelShape
+from retcon.methods.common.contract import ModelShape, Trainable
 from retcon.methods.common.registry import method_class
 from retcon.methods.common.starting_point import ENOUGH, fit_clamps, fit_learning_rate
 from tests.conftest import everyday
@@ -193,6 +193,42 @@ def test_what_was_chosen_is_said_and_given_settings_stand(tiny, edits):
         own = choose("memit", for_model=lm, cases=edits, clamp=0.3, moment_weight=7.0)
     assert (own.method.clamp, own.method.moment_weight) == (0.3, 7.0)
     assert not any("clamp" in note or "moment_weight" in note for note in own.notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTrained(Trainable):
+    """Reads no settings from its editor."""
+
+    name = "own"
+    editor: str | None = None
+    layers: tuple[int, ...] = ()
+
+    @classmethod
+    def fallback_settings(cls, shape):
+        return {"layers": (2, 3)}
+
+    def n_fitted(self, lm):
+        return 1
+
+    def fit(self, lm, cases, out, **given):
+        raise NotImplementedError
+
+    def propose(self, lm, edits, **given):
+        raise NotImplementedError
+
+
+def test_a_method_that_reads_no_settings_from_its_editor_keeps_those_of_the_model(tiny):
+    with pytest.warns(RetconWarning, match="its settings follow from its shape: layers = 2-3"):
+        made = method(f"{__name__}:OwnTrained", for_model=tiny("llama"), editor="x")
+    assert made == OwnTrained(editor="x", layers=(2, 3))
+
+
+def test_settings_of_an_editor_are_no_presets(tiny):
+    lm, preset = tiny("llama"), "mend/demo-llama/world"
+    assert choose("mend", for_model=lm, preset=preset).preset.name == preset
+    chosen = choose("mend", for_model=lm, preset=preset, editor="x")
+    assert chosen.preset is None
+    assert chosen.method == method("mend", editor="x")
 
 
 def test_layers_are_written_in_short():

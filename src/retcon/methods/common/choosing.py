@@ -33,6 +33,7 @@ class Choice:
 
     method: Method
     preset: Preset | None
+    """Where its settings are a preset's; an editor's file has settings of its own."""
     notes: tuple[str, ...] = ()
     """What was chosen for a model without a preset, and why, a line each."""
 
@@ -95,12 +96,13 @@ def choose(
         found = preset_named(name, preset)
     elif preset is None and for_model is not None:
         found = preset_for(name, for_model, dataset)
-    by_rule = for_model if found is None else None
+    as_trained = settings.get("editor") is not None and chosen.as_trained is not Method.as_trained
+    if as_trained:
+        found = None  # all else is in the editor's file
+    by_rule = for_model if found is None and not as_trained else None
     shape = None if by_rule is None else ModelShape.of(by_rule)
     guess = {} if shape is None else chosen.fallback_settings(shape)
     resolved = {**checked(name, chosen, dict(found.settings) if found else guess), **settings}
-    if settings.get("editor") is not None:
-        resolved = settings  # the rest is in the editor's file
     base: Choice | None = None
     if for_model is not None and issubclass(chosen, Filter):
         base = _wrapped(
