@@ -134,6 +134,8 @@ def test_a_file_gives_the_same_back_and_says_what_is_wrong_with_it(lm: LM, tmp_p
         Delta.load(path)
     copied = pickle.loads(pickle.dumps(found))
     assert (copied, copied.report, copied.settings) == (found, found.report, found.settings)
+    with pytest.raises(TypeError, match="an attachment stays as it is"):
+        copied.settings["x"] = 1
     delta = noise(lm, 3)
     delta.save(other := tmp_path / "delta.safetensors")
     assert attachment.load(other) == delta

@@ -274,6 +274,17 @@ def test_deltas_can_be_pickled_and_copied(copied: Any) -> None:
     assert_same(copied(delta), delta)
     with pytest.raises(TypeError):
         copied(delta).changes["x"] = ()
+    with pytest.raises(TypeError):
+        copied(delta).provenance["x"] = 1
+
+
+@pytest.mark.parametrize("copied", [again, copy.deepcopy, copy.copy])
+def test_a_copy_of_a_deltas_record_is_the_callers(copied: Any) -> None:
+    delta = full_delta()
+    for own in (copied(delta.provenance), asdict(delta)["provenance"]):
+        assert own == delta.provenance
+        own["x"] = 1
+    assert "x" not in delta.provenance
 
 
 def test_a_delta_gives_its_fields_as_plain_values() -> None:

@@ -161,7 +161,11 @@ class Attachment(Protocol):
 
 
 class FrozenDict(dict[str, Any]):
-    """A dict that stays as it is."""
+    """A dict that stays as it is, though what its values hold need not. A copy is a plain dict."""
+
+    def __new__(cls, given: Any) -> Any:
+        """Return a plain dict where pairs are given: so `dataclasses.asdict` makes its copies."""
+        return super().__new__(cls) if isinstance(given, Mapping) else dict(given)
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError("an attachment stays as it is; dataclasses.replace makes another one")
@@ -170,8 +174,8 @@ class FrozenDict(dict[str, Any]):
     pop = popitem = clear = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return what pickle and copy make it from: they would set its items."""
-        return type(self), (dict(self),)
+        """Return what pickle and copy make of it: a dict, which an attachment freezes again."""
+        return dict, (dict(self),)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -202,6 +206,10 @@ class Beside:
     def __post_init__(self) -> None:
         for name in ("settings", "provenance"):  # as a file gives them back
             object.__setattr__(self, name, FrozenDict(as_json(getattr(self, name), name)))
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()  # the copies of frozen dicts are plain
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Beside) and self.id == other.id

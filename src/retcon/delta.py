@@ -258,6 +258,10 @@ class Delta:
         # Kept as JSON gives it back, so that a saved delta equals the one in memory (tuples become lists).
         object.__setattr__(self, "provenance", FrozenDict(as_json(self.provenance, "provenance")))
 
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()  # the copies of frozen dicts are plain
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Delta) and self.id == other.id
 
