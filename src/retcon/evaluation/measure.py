@@ -58,8 +58,6 @@ from retcon.work import Progress, silent
 ESSENCE_TOKENS = 100
 """Tokens of a passage read for its essence (ROME)."""
 
-"""Hears (stage, done, total)."""
-
 
 def evaluate(
     lm: LM,

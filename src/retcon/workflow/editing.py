@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from retcon.lm.model import LM
     from retcon.memory.moments import Moments
 
-"""Hears (stage, done, of)."""
-
 
 @dataclass(frozen=True)
 class Made:
