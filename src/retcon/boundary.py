@@ -25,11 +25,13 @@ _CLITICS = frozenset(sign + word for sign in "'\u2019" for word in ("s", "d", "m
 """Ends of English words, as the possessive of the prompt's last one."""
 _ELIDED = frozenset(
     (
-        *("c", "d", "j", "l", "m", "s", "t", "qu", "jusqu", "lorsqu", "puisqu", "quelqu", "presqu", "quoiqu"),
+        *("c", "d", "j", "l", "m", "s", "t", "qu", "jusqu", "lorsqu", "puisqu", "quelqu", "presqu", "quoiqu", "entr"),
         *("un", "all", "dall", "dell", "nell", "sull", "coll", "quell", "quest", "bell", "sant", "tutt", "anch", "gl"),
+        *("nessun", "alcun", "senz", "degl", "dov", "com", "quand", "v"),
     )
 )
-"""Words of French and Italian that lose their last vowel before another, with an apostrophe in place of the space."""
+"""Words of French and Italian that lose their last vowel before another, with an apostrophe in place of the space;
+not n, which English has, too (rock n' roll)."""
 
 
 def separator_between(prompt: str, answer: str) -> str:
