@@ -296,7 +296,10 @@ def test_a_packed_model_is_copied_with_its_deltas_and_not_pickled(bits: int, che
         copied.revert_all()
         assert torch.equal(logits(copied), base)
         assert copied.fingerprint() == lm.fingerprint()
-        for whole in (lm, lm.model, lm.packed[next(iter(delta.changes))]):
+        matrix = lm.packed[next(iter(delta.changes))]
+        for one in (matrix, matrix.module):
+            assert vars(copy.copy(one)) == vars(one)
+        for whole in (lm, lm.model, matrix):
             with pytest.raises(UnsupportedModel, match=r"packed model cannot be pickled.*retcon\.load"):
                 pickle.dumps(whole)
 

@@ -23,6 +23,11 @@ _OWN = "_retcon_matrix"
 class _NotPickled:
     """What is copied like any other object, and not pickled: quantisers' pickles lose what their codes mean."""
 
+    def __copy__(self) -> Any:
+        made = self.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         made = memo[id(self)] = self.__new__(type(self))
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
