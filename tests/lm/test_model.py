@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -930,6 +931,24 @@ def test_another_thread_waits_and_then_is_told(tiny: Make, monkeypatch: pytest.M
     thread.join()
     assert heard[1] is None
     assert lm.applied == (other,)
+
+
+def test_a_copy_waits_for_a_scope_of_another_thread(tiny: Make) -> None:
+    lm = tiny("gptj")
+    before, inside = weights(lm), threading.Event()
+
+    def work() -> None:
+        with lm.edited(make_delta(lm, down(0))):
+            inside.set()
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait()
+    copied = copy.deepcopy(lm)
+    thread.join()
+    assert is_restored(copied, before)
+    assert copied.applied == ()
 
 
 def test_the_fingerprint_follows_weights_that_something_else_changes(tiny: Make) -> None:

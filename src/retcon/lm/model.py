@@ -113,17 +113,19 @@ class LM:
         own(model, self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and copy make an LM from.
+        """Return what pickle and copy make an LM from, once no other thread has the model.
 
         Raises:
-            ModelBusy: inside a scope, which could not end in a copy.
+            ModelBusy: inside a scope, which could not end in a copy; or another thread has the model.
         """
         self._finish()
-        if self.turns.taken:
+        if self.turns.mine:
             raise ModelBusy(
                 f"{self.turns.what} cannot be copied or pickled inside a scope (lm.edited, a propose); do it after the "
                 "scope has ended, with lm.apply(delta) where the copy shall have the delta"
             )
+        with Turn(self.turns):
+            self._finish()
         return vars(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -81,9 +81,9 @@ class Turns:
             self._queue.remove(weakref.ref(turn))
 
     @property
-    def taken(self) -> bool:
-        """Whether some thread has a turn."""
-        return self._owner() is not None
+    def mine(self) -> bool:
+        """Whether this thread has the turn."""
+        return self._owner() == threading.get_ident()
 
     def _owner(self) -> int | None:
         """Return the thread of the oldest turn that is still there."""
