@@ -1,9 +1,11 @@
 """Checks of arguments that many functions take."""
 
-from collections.abc import Iterable, Sized
-from typing import Any, get_args
+from collections.abc import Iterable
+from typing import Any, TypeVar, get_args
 
 from retcon.errors import InvalidSetting
+
+_Item = TypeVar("_Item")
 
 
 def list_of_texts(given: Iterable[str], what: str) -> tuple[str, ...]:
@@ -28,7 +30,9 @@ def check_choice(value: Any, known: Any, what: str) -> None:
         raise InvalidSetting(f"unknown {what} {value!r}; known: {', '.join(get_args(known))}")
 
 
-def check_some(given: Sized, what: str) -> None:
-    """Raise InvalidSetting where nothing is given; `what` is wanted, for the message."""
-    if not len(given):
-        raise InvalidSetting(f"no {what} were given; at least one is wanted")
+def list_of_some(given: Iterable[_Item], what: str) -> list[_Item]:
+    """Return what is given as a list, or raise InvalidSetting where that is nothing; `what` is wanted, for the
+    message."""
+    if found := list(given):
+        return found
+    raise InvalidSetting(f"no {what} were given; at least one is wanted")

@@ -311,6 +311,9 @@ def test_something_is_attributed(tiny, edits):
         attribute(lm, edits, [], how)
     with pytest.raises(InvalidSetting, match="no facts were given"):
         answer_probabilities(lm, [], how)
+    assert torch.equal(answer_probabilities(lm, iter(edits), how), answer_probabilities(lm, edits, how))
+    given, once = attribute(lm, edits, sites_of(lm), how), attribute(lm, iter(edits), sites_of(lm), how)
+    assert all(map(torch.equal, once, given))
     with pytest.raises(InvalidSetting, match="no rows were given"):
         attribute_neurons(lm, [])
 

@@ -148,6 +148,10 @@ def test_what_cannot_be_contrasted_is_left_out_and_said(still: Still) -> None:
 def test_a_probe_looks_somewhere(what: str, still: Still) -> None:
     with pytest.raises(InvalidSetting, match=f"no {what} were given; at least one is wanted"):
         contrast_probe(still("gptj"), EDITS, **{what: ()})
+    untyped = inspect.unwrap(contrast_probe)
+    given = {"positions": ["prediction"], "tensors": ["block"], "norms": [False]}
+    once = untyped(still("gptj"), EDITS, **{**given, what: iter(given[what])})
+    assert torch.equal(once.mean_rank, untyped(still("gptj"), EDITS, **given).mean_rank)
 
 
 def test_a_broken_state_is_refused(tiny: Callable[..., LM]) -> None:

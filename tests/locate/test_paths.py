@@ -264,6 +264,8 @@ def test_what_cannot_be_is_refused(tiny, edit):
         choose(slots, [torch.rand(64)] * 8, 60, 5, "rank_aligned")
     with pytest.raises(InvalidSetting, match="-3 positive and 1 negative paths asked for; neither can be below 0"):
         choose(slots, [torch.rand(64)] * 8, -3, 1, "rank_aligned")
+    once, given = (assess(tiny("llama"), e, slots) for e in (iter([edit]), [edit]))
+    assert all(map(torch.equal, once, given))
     with pytest.raises(InvalidSetting, match="no edits were given"):
         paths(tiny("llama"), [])
 

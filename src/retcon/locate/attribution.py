@@ -11,7 +11,7 @@ of a column of sum_t x_t (W^T g_t): activations and their gradients, no weight g
 which is formed for one matrix at a time.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from retcon.arguments import check_choice, check_some
-from retcon.edits import Edit
+from retcon.arguments import check_choice, list_of_some
+from retcon.edits import Edit, list_of_edits
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_probs, logits_at, reading, run
@@ -110,7 +110,7 @@ class _Copies:
 
 def attribute(
     lm: LM,
-    facts: Sequence[Edit],
+    facts: Iterable[Edit],
     sites: Sequence[Site],
     how: Attribution,
     unit: Granularity = "row",
@@ -134,8 +134,7 @@ def attribute(
         NonFinite: a score is NaN or infinite; the message names the parameter.
     """
     check_choice(unit, Granularity, "unit of an attribution")
-    check_some(facts, "facts")
-    check_some(sites, "sites")
+    facts, sites = list_of_some(list_of_edits(facts), "facts"), list_of_some(sites, "sites")
     totals: dict[str, Tensor] = {}
     done = 0
     with lm.frozen_eval():
@@ -157,10 +156,9 @@ def attribute(
     return scores
 
 
-def answer_probabilities(lm: LM, facts: Sequence[Edit], how: Attribution) -> Float[Tensor, " n_facts"]:
+def answer_probabilities(lm: LM, facts: Iterable[Edit], how: Attribution) -> Float[Tensor, " n_facts"]:
     """F of each fact on the weights as they are: the sum over answer tokens of P."""
-    check_some(facts, "facts")
-    rows = answer_rows(lm, facts, how.answer)
+    rows = answer_rows(lm, list_of_some(list_of_edits(facts), "facts"), how.answer)
     one = torch.ones(1, dtype=torch.float64)
     with lm.frozen_eval(), torch.no_grad():
         found = []

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retcon.arguments import check_choice, check_some, list_of_texts
+from retcon.arguments import check_choice, list_of_some, list_of_texts
 from retcon.edits import Edit, list_of_edits
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, in_batches
@@ -176,13 +176,12 @@ def contrast_probe(
         UnsupportedModel: with the final norm, the last block's output does not give the model's own logits.
         NonFinite: a state or a probability is NaN or infinite.
     """
-    positions = cast("tuple[Where, ...]", list_of_texts(positions, "positions"))
+    positions = list_of_some(cast("tuple[Where, ...]", list_of_texts(positions, "positions")), "positions")
+    tensors, norms = list_of_some(tensors, "tensors"), list_of_some(norms, "norms")
     for where in positions:
         check_choice(where, Where, "position")
     if odd := [t for t in tensors if t not in PROJECTED]:
         raise InvalidSetting(f"cannot read {', '.join(odd)} as next tokens; known: {', '.join(PROJECTED)}")
-    for name, given in (("positions", positions), ("tensors", tensors), ("norms", norms)):
-        check_some(given, name)
     edits = list_of_edits(edits)
     kept, skipped = with_subject(edits)
     points, names = _points(lm, tensors), SETS if word_sets else ()

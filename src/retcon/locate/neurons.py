@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from retcon.arguments import check_choice, check_some
+from retcon.arguments import check_choice, list_of_some
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Point, answer_places, gold, input_rows, log_probs, logits_at, reading, run
@@ -64,7 +64,7 @@ def attribute_neurons(
         NonFinite: a score is NaN or infinite.
     """
     check_choice(neuron, Neuron, "neuron")
-    check_some(rows, "rows")
+    rows = list_of_some(rows, "rows")
     points = grid_points(n_points, grid)
     d_ff = lm.site(0, "down_proj").shape[1]
     wide = torch.promote_types(lm.dtype, torch.float32)

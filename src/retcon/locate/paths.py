@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.arguments import check_choice, check_some
+from retcon.arguments import check_choice, list_of_some
 from retcon.edits import Edit, list_of_edits
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.model import LM, require_lm
@@ -163,7 +163,7 @@ def _summed(slot: Slot, caught: Captured, score: Score) -> Float[Tensor, " nodes
 
 def assess(
     lm: LM,
-    edits: Sequence[Edit],
+    edits: Iterable[Edit],
     slots: Sequence[Slot],
     score: Score = "z_abs",
     *,
@@ -191,11 +191,11 @@ def assess(
     """
     check_choice(score, Score, "score of nodes")
     check_choice(pool, Assess, "pool")
+    edits = list_of_edits(edits)
     if score == "random":
         generator = generator_of(seed)
         return [torch.rand(slot.n_nodes, generator=generator) for slot in slots]
-    check_some(edits, "edits")
-    rows = answer_rows(lm, edits)
+    rows = answer_rows(lm, list_of_some(edits, "edits"))
     with lm.frozen_eval():
         if pool == "per_edit":
             total: list[Tensor] = []
@@ -400,6 +400,4 @@ def paths(
 ) -> Transmission:
     """Return the critical transmission paths of `edits` on the model as it stands, to look at or to edit along."""
     slots = slots_of(lm, key_matrix)
-    return choose(
-        slots, assess(lm, list_of_edits(edits), slots, score, pool=pool, seed=seed), n_positive, n_negative, select
-    )
+    return choose(slots, assess(lm, edits, slots, score, pool=pool, seed=seed), n_positive, n_negative, select)
