@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -247,6 +249,21 @@ def test_processes_that_always_die_are_given_up(lm: LM, monkeypatch: pytest.Monk
     monkeypatch.setattr("retcon.cluster.processes.MAX_LOSSES", 0)
     with workers("processes:1") as one, pytest.raises(WorkersLost, match="lost 1 times before a piece was done"):
         list(one.map(lm, Square(5), [5], lambda n: None))
+
+
+@pytest.mark.long
+def test_a_script_that_its_workers_cannot_import_is_named_at_once(lm: LM, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from unittest.mock import patch\n"
+        "from retcon.cluster import workers\n"
+        "class LM: showing = ()\n"
+        "with patch('retcon.cluster.processes.Source.of', return_value=None), workers('processes:2') as on:\n"
+        "    list(on.map(LM(), abs, [1], print))\n"
+    )
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
+    assert 'which needs if __name__ == "__main__":' in ran.stderr
+    assert ran.stderr.count("bootstrapping phase") <= 2  # none is started again
 
 
 # --- moments and evaluation ----------------------------------------------------------------------------------------

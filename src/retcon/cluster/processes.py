@@ -35,6 +35,12 @@ class Processes:
         self._folder = tempfile.TemporaryDirectory(prefix="retcon-workers-")
         return self
 
+    @property
+    def _begun(self) -> Path:
+        """File that is there once a process has come as far as its own start."""
+        assert self._folder is not None, "Processes is a scope; use it in a `with`"
+        return Path(self._folder.name) / "begun"
+
     def __exit__(self, *_: object) -> None:
         for pool in self._pools.values():
             pool.shutdown(cancel_futures=True)
@@ -48,11 +54,10 @@ class Processes:
         """Do as `Workers.map`.
 
         Raises:
-            WorkersLost: processes die as often as they are started.
+            WorkersLost: processes die as often as they are started, or none can begin.
             RetconError: a process cannot load the model; the error is its own.
         """
-        assert self._folder is not None, "Processes is a scope; use it in a `with`"
-        deltas = to_files(lm.showing, Path(self._folder.name))
+        deltas = to_files(lm.showing, self._begun.parent)
         waiting, losses = set(range(len(pieces))), 0
         while waiting:
             pool = self._pool(lm)
@@ -68,6 +73,12 @@ class Processes:
             except BrokenProcessPool:
                 losses += 1
                 self._pools.pop(lm).shutdown(cancel_futures=True)
+                if not self._begun.exists():
+                    raise WorkersLost(
+                        "no worker process could begin; each imports the script that asks for it, which needs "
+                        'if __name__ == "__main__": around what it runs (where it has that, memory may be short: use '
+                        "fewer of them, --on processes:N, or --on local)"
+                    ) from None
                 if losses > MAX_LOSSES:
                     raise WorkersLost(
                         f"worker processes were lost {losses} times before a piece was done (killed, or out of memory?)"
@@ -79,11 +90,10 @@ class Processes:
 
     def _pool(self, lm: LM) -> ProcessPoolExecutor:
         if lm not in self._sources:
-            assert self._folder is not None
-            self._sources[lm] = Source.of(lm, Path(self._folder.name) / str(len(self._sources)))
+            self._sources[lm] = Source.of(lm, self._begun.with_name(str(len(self._sources))))
         if lm not in self._pools:
             self._pools[lm] = ProcessPoolExecutor(
-                self.n, mp_context=get_context("spawn"), initializer=_start, initargs=(self._sources[lm],)
+                self.n, mp_context=get_context("spawn"), initializer=_start, initargs=(self._sources[lm], self._begun)
             )
         return self._pools[lm]
 
@@ -92,7 +102,8 @@ _WORKER: list[Worker | Exception] = []
 """The worker that this process is, where it is one, or why it is none."""
 
 
-def _start(source: Source) -> None:
+def _start(source: Source, begun: Path) -> None:
+    begun.touch()
     try:
         _WORKER.append(Worker(source))
     except Exception as error:  # raised here, it would break the pool, which does not pass it on
