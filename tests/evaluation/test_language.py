@@ -146,7 +146,7 @@ def test_multihop_needs_one_wording_and_all_hops() -> None:
         "hop_wise": 0,
         "unedited_hops": 0,
     }
-    texts |= {"rewrite/0": "Velt", "singlehop/0": "velt.", "multihop/2": "The Ghent"}
+    texts |= {"rewrite/0": "Velt, a city in", "singlehop/0": "velt.", "multihop/2": "The Ghent"}
     assert numbers(HOPS, texts)["edit_wise"] == 0.5
     assert numbers(HOPS, texts)["instance_wise"] == 0
     assert numbers(HOPS, texts)["multi_hop"] == 1

@@ -5,22 +5,24 @@ from typing import Any
 
 from retcon.edits import Case
 from retcon.evaluation.metrics.names import Measured
-from retcon.evaluation.metrics.written import accepted, gen_contains, gen_em
+from retcon.evaluation.metrics.written import accepted, gen_contains, gen_em, gen_prefix
 
 
 def multihop(case: Case, texts: Mapping[str, str]) -> list[Measured]:
     """MQuAKE's case-level numbers from generated answers by query id; variants say how it was prompted.
 
-    `edit_wise`: share of edits recalled from their cloze prompts. `instance_wise`: every hop after the edits answered.
-    `multi_hop`: at least one of the wordings answered. `hop_wise`: both of the last two. `unedited_hops`: share of the
-    hops that no edit touches which are still answered. A number whose queries were not all answered is left out.
+    `edit_wise`: share of edits recalled from their cloze prompts (the text may go on). `instance_wise`: every hop after
+    the edits answered. `multi_hop`: at least one of the wordings answered. `hop_wise`: both of the last two.
+    `unedited_hops`: share of the hops that no edit touches which are still answered. A number whose queries were not
+    all answered is left out.
     """
     right: dict[str, list[bool]] = {}
     whole: dict[str, int] = {}
     for query in case.queries:
         whole[query.axis] = whole.get(query.axis, 0) + 1
         if query.id in texts:
-            right.setdefault(query.axis, []).append(gen_em(texts[query.id], accepted(query), query.answers_mode))
+            test = gen_prefix if query.axis == "rewrite" else gen_em
+            right.setdefault(query.axis, []).append(test(texts[query.id], accepted(query), query.answers_mode))
     done = {axis: found for axis, found in right.items() if len(found) == whole[axis]}
     variant = f"mq.{case.meta.get('prompting', 'bare')}"
 
