@@ -82,6 +82,23 @@ def test_consistency_and_essence(tiny: Make) -> None:
     assert essence.value == pytest.approx(-math.fsum(logp) / len(logp))
 
 
+def test_consistency_is_of_the_texts_of_one_fluency(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    passages = [f"{q.prompt} {w.text}" for q in WRITER.queries for w in generate(lm, [q.prompt], PRESETS["fluency"])]
+    references = References({("P36", "Q1"): passages}, {}, TfIdf.fit(passages))
+
+    def found(*fluencies: Fluency) -> dict[str, Any]:
+        measures = Measures(generate=False, references=references, fluency=fluencies)
+        return {r.variant: r for r in evaluate(lm, [WRITER], measures=measures).records if r.metric == "consistency"}
+
+    new, rome, both = found("flu.new"), found("flu.rome"), found("flu.new", "flu.rome")
+    assert both == new | rome
+    assert both.keys() == {"cons.tfidf", "cons.tfidf@flu.rome"}
+    assert rome["cons.tfidf@flu.rome"].n >= sum(len(q.prompt.split()) for q in WRITER.queries[1:])
+    nothing = found()["cons.tfidf"]
+    assert (nothing.status, nothing.value, nothing.detail) == ("skipped", None, "no text written")
+
+
 def test_a_judge_decides(tiny: Make) -> None:
     asked: list[tuple[str, str, str]] = []
 

@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from retcon.attachment import Attachment
-from retcon.edits import Case, list_of_cases
+from retcon.edits import Case, Query, list_of_cases
 from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import Scope, next_token_divergence
 from retcon.evaluation.metrics import (
@@ -453,10 +453,15 @@ def _records_of_query(
     for variant in _fluencies(q, measures):
         if (*q.place, variant) not in outputs.free:  # what another thread attached since has made the prompt too long
             continue
-        text = outputs.free[(*q.place, variant)].text
-        found.append(fluency(text if variant == "flu.new" else q.query.prompt + text, variant))
+        found.append(fluency(_text_for(variant, q.case_id, q.query, outputs), variant))
     records = [] if scores else [skipped]
     return records + [_record(q, when, m, step) for m in found]
+
+
+def _text_for(variant: Fluency, case_id: str, query: Query, outputs: Outputs) -> str:
+    """Return what a fluency reads of a query: the continuation (`flu.new`), or the prompt with it."""
+    text = outputs.free[case_id, query.id, variant].text
+    return text if variant == "flu.new" else query.prompt + text
 
 
 def _records_of_case(
@@ -474,8 +479,15 @@ def _records_of_case(
     if measures.references is not None:
         relation, target = case.meta.get("relation_id"), case.meta.get("target_new_id")
         passages = measures.references.passages.get((str(relation), str(target)), ())
-        free = [written.text for (case_id, _, _), written in outputs.free.items() if case_id == case.id]
-        found.append(consistency(free, passages, measures.references.tfidf))
+        free: dict[Fluency, list[str]] = {}
+        for query in case.queries:
+            for variant in get_args(Fluency):
+                if (case.id, query.id, variant) in outputs.free:
+                    free.setdefault(variant, []).append(_text_for(variant, case.id, query, outputs))
+        for variant, written in (free or {"flu.new": []}).items():
+            measured = consistency(written, passages, measures.references.tfidf)
+            name = measured.variant if variant == "flu.new" else f"{measured.variant}@{variant}"
+            found.append(replace(measured, variant=name))
         if case.id in outputs.essence:
             found.append(_or_broken("essence", "ppl.essence.nll", outputs.essence[case.id]))
     return found

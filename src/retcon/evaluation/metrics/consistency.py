@@ -17,6 +17,7 @@ from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.metrics.names import Measured
 
 VARIANT = "cons.tfidf"
+"""Of the texts for `flu.new`; of those for another fluency, `@` and its name follow."""
 _WORD = re.compile(r"(?u)\b\w\w+\b")
 
 
@@ -108,8 +109,8 @@ class References:
 
 def consistency(texts: Sequence[str], references: Sequence[str], tfidf: TfIdf) -> Measured:
     """Cosine of all generated texts of a case, joined, and all its references, joined."""
-    if not references:
-        return Measured("consistency", VARIANT, None, 0, "no reference passages")
+    if not references or not texts:
+        return Measured("consistency", VARIANT, None, 0, "no text written" if references else "no reference passages")
     left, right = tfidf.vector(" ".join(texts)), tfidf.vector(" ".join(references))
     note = None if left and right else "zero_vector"
     value = math.fsum(v * right[w] for w, v in left.items() if w in right)
