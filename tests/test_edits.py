@@ -215,6 +215,11 @@ def test_lists_become_tuples() -> None:
     assert (case.edits, case.queries) == ((edit,), (query,))
 
 
+def test_blank_answers_are_left_out_and_a_blank_rival_is_none() -> None:
+    query = Query("q", "rewrite", "France is", "big", contrast=" ", answers=((), ("", " "), ("big", "")))
+    assert (query.answers, query.contrast) == ((("big",),), None)
+
+
 def test_what_a_case_refuses() -> None:
     query = Query("rewrite/0", "rewrite", "France is", "big")
     with pytest.raises(InvalidEdit, match="case 'c': two queries share the id 'rewrite/0'; ids must be unique within"):

@@ -157,9 +157,9 @@ class Query:
     target: str | None = None
     """The answer scored with teacher forcing."""
     contrast: str | None = None
-    """Its rival, where there is one (CounterFact)."""
+    """Its rival, where there is one (CounterFact); a blank one is none."""
     answers: tuple[tuple[str, ...], ...] = ()
-    """Answers accepted from generated text: outer = distinct answers, inner = aliases of one."""
+    """Answers accepted from generated text: outer = distinct answers, inner = aliases of one; without blank ones."""
     answers_mode: AnswersMode = "any"
     """`any`: one alias of one answer is enough; `all`: one alias of every answer."""
     separator: str | None = None
@@ -178,7 +178,10 @@ class Query:
             raise InvalidEdit(f"{named}: answers must be a list of answers, each a list of aliases; found {answers!r}")
         if odd := [alias for aliases in answers for alias in aliases if not isinstance(alias, str)]:
             raise InvalidEdit(f"{named}: answers must be text, found {type(odd[0]).__name__} ({odd[0]!r})")
-        object.__setattr__(self, "answers", tuple(map(tuple, answers)))
+        written = (tuple(alias for alias in aliases if alias.strip()) for aliases in answers)
+        object.__setattr__(self, "answers", tuple(filter(None, written)))
+        if self.contrast is not None and not self.contrast.strip():
+            object.__setattr__(self, "contrast", None)
         if self.answers_mode not in ("any", "all"):
             raise InvalidEdit(f"{named}: answers_mode must be 'any' or 'all', found {self.answers_mode!r}")
 

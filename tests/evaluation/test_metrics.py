@@ -237,6 +237,8 @@ def test_a_rival_inside_the_answer_is_no_rival() -> None:
 def test_what_is_accepted() -> None:
     assert accepted(Query("q", "rewrite", "x", "Rome", answers=(("Roma",),))) == (("Roma",),)
     assert accepted(Query("q", "rewrite", "x", "Rome")) == (("Rome",),)
+    assert accepted(Query("q", "rewrite", "x", "Rome", answers=((), ("",)))) == (("Rome",),)
+    assert accepted(Query("q", "rewrite", "x", " ")) == ()
     assert accepted(Query("q", "rewrite", "x")) == ()
 
 

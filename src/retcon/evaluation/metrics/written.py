@@ -123,7 +123,7 @@ def length(axis: str, n_tokens: int, hit_limit: bool) -> list[Measured]:
 
 def accepted(query: Query) -> Answers:
     """Return what counts as right in generated text: the query's answers, or its target where it names none."""
-    return query.answers or (((query.target,),) if query.target else ())
+    return query.answers or (((query.target,),) if query.target and query.target.strip() else ())
 
 
 def _matches(text: str, answers: Answers, mode: str, test: Callable[[str, str], bool]) -> bool:
