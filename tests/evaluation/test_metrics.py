@@ -234,6 +234,25 @@ def test_a_rival_inside_the_answer_is_no_rival() -> None:
     assert {m.variant: m.value for m in matches(query, "New York City, New York")}["gen.prefix"] == 0
 
 
+@pytest.mark.parametrize(
+    ("new", "old", "text", "right"),
+    [
+        ("Paris", "Paris Saint-Germain", "Paris Saint-Germain.", 0),
+        ("Paris", "Paris Saint-Germain", "Paris, the capital", 1),
+        ("Guinea", "Papua New Guinea", "Guinea and Papua New Guinea", 0),
+        ("New York", "New York City", "New York City is the largest", 0),
+        ("東京", "東京都", "東京都です", 0),
+        ("京都", "東京", "京都は東京都の西", 0),
+        ("Serie A", "Serie B", "Serie B", 0),
+        ("Serie A", "Serie B", "Serie A, in Italy", 1),
+        ("New York City", "New York", "New York City, New York City", 1),
+    ],
+)
+def test_a_rival_is_looked_for_in_the_whole_text(new: str, old: str, text: str, right: float) -> None:
+    query = Query("rewrite/0", "rewrite", "It is", new, contrast=old)
+    assert {m.variant: m.value for m in matches(query, text)}["gen.prefix"] == right
+
+
 def test_what_is_accepted() -> None:
     assert accepted(Query("q", "rewrite", "x", "Rome", answers=(("Roma",),))) == (("Roma",),)
     assert accepted(Query("q", "rewrite", "x", "Rome")) == (("Rome",),)

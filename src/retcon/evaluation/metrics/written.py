@@ -93,16 +93,13 @@ def matches(query: Query, text: str, judge: Judge | None = None) -> list[Measure
 
 def _names_rival(query: Query, text: str) -> bool:
     """Return whether the text contains the rival answer, other than as a part of an answer that counts as right."""
-    if not query.contrast:
+    if query.contrast is None:
         return False
+    written, rival = normalise(text), normalise(query.contrast)
     own = [normalise(alias) for aliases in accepted(query) for alias in aliases]
-    rest = f" {normalise(text)} "
-    for alias in sorted(filter(None, own), key=len, reverse=True):
-        rest = rest.replace(f" {alias} ", " | ")
-        if any(map(is_spaceless, rest)):
-            for at in reversed(_places(rest, alias)):
-                rest = f"{rest[:at]} | {rest[at + len(alias) :]}"
-    return gen_contains(rest, ((query.contrast,),))
+    right = [(at, at + len(alias)) for alias in own for at in _places(written, alias)]
+    found = [(at, at + len(rival)) for at in _places(written, rival)]
+    return any(not any(start <= first and last <= end for start, end in right) for first, last in found)
 
 
 def same_text(text: str, before: str | None) -> Measured:
