@@ -253,6 +253,26 @@ def test_a_rival_is_looked_for_in_the_whole_text(new: str, old: str, text: str, 
     assert {m.variant: m.value for m in matches(query, text)}["gen.prefix"] == right
 
 
+@pytest.mark.parametrize(
+    ("new", "old", "text", "right"),
+    [
+        ("C++", "C", "C", 0),
+        ("C++", "C", "C, the language", 0),
+        ("C++", "C", "C++", 1),
+        ("C++", "C", "C++, unlike C", 0),
+        ("C", "C++", "C++", 0),
+        ("C", "C++", "C.", 1),
+        ("1.5", "15", "15", 0),
+        ("1.5", "15", "1.5", 1),
+        ("Group A", "Group", "Group", 0),
+    ],
+)
+def test_a_rival_that_is_normalised_like_the_answer(new: str, old: str, text: str, right: float) -> None:
+    values = {m.variant: m.value for m in matches(Query("rewrite/0", "rewrite", "It is", new, contrast=old), text)}
+    assert values["gen.prefix"] == right
+    assert values["gen.em"] <= values["gen.prefix"] <= values["gen.contains"]
+
+
 def test_what_is_accepted() -> None:
     assert accepted(Query("q", "rewrite", "x", "Rome", answers=(("Roma",),))) == (("Roma",),)
     assert accepted(Query("q", "rewrite", "x", "Rome")) == (("Rome",),)

@@ -24,9 +24,18 @@ def normalise(text: str) -> str:
     Punctuation is of every script, and the signs of ASCII; other signs, such as the degree's, mean something. An em
     dash is between words. Text that is nothing but articles and punctuation keeps them ("The The", "+").
     """
-    lowered = " ".join(unicodedata.normalize("NFC", text).lower().split())
+    lowered = _lowered(text)
     bare = "".join(c for c in lowered.replace("\u2014", " ") if not _is_punctuation(c))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or lowered
+
+
+def _lowered(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())
+
+
+def _with_signs(text: str) -> str:
+    """Return text for comparing with its articles, and with every sign as a word of its own ("C++" is "c + +")."""
+    return " ".join(re.findall(r"\w+|[^\w\s]", _lowered(text)))
 
 
 @cache
@@ -77,13 +86,14 @@ def _is_boundary(left: str, right: str) -> bool:
 def matches(query: Query, text: str, judge: Judge | None = None) -> list[Measured]:
     """Return all generation variants for one query. `text` is newly written text only, never the prompt.
 
-    `gen.prefix` counts only where the rival answer, if the query has one, does not occur in the text.
+    `gen.em` and `gen.prefix` count only where the rival answer, if the query has one, does not occur in the text.
     """
     success, n = metric_names(query.axis)[0], len(text.split())
     answers = accepted(query)
     tests = {"gen.em": gen_em, "gen.prefix": gen_prefix, "gen.contains": gen_contains}
     right = {v: test(text, answers, query.answers_mode) for v, test in tests.items()}
-    right["gen.prefix"] &= not _names_rival(query, text)
+    if _names_rival(query, text):
+        right["gen.em"] = right["gen.prefix"] = False
     found = [Measured(success, v, float(value), n) for v, value in right.items()]
     if judge is not None:
         verdict = float(any(judge(query.prompt, alias, text) for aliases in answers for alias in aliases[:1]))
@@ -92,11 +102,16 @@ def matches(query: Query, text: str, judge: Judge | None = None) -> list[Measure
 
 
 def _names_rival(query: Query, text: str) -> bool:
-    """Return whether the text contains the rival answer, other than as a part of an answer that counts as right."""
+    """Return whether the text contains the rival answer, other than as a part of an answer that counts as right.
+
+    A rival that is normalised like one of those (C and C++, 15 and 1.5) differs from it in signs or articles, which
+    count then.
+    """
     if query.contrast is None:
         return False
-    written, rival = normalise(text), normalise(query.contrast)
-    own = [normalise(alias) for aliases in accepted(query) for alias in aliases]
+    aliases = [alias for aliases in accepted(query) for alias in aliases]
+    form = _with_signs if normalise(query.contrast) in map(normalise, aliases) else normalise
+    written, rival, own = form(text), form(query.contrast), map(form, aliases)
     right = [(at, at + len(alias)) for alias in own for at in _places(written, alias)]
     found = [(at, at + len(rival)) for at in _places(written, rival)]
     return any(not any(start <= first and last <= end for start, end in right) for first, last in found)
