@@ -273,6 +273,16 @@ def test_a_rival_that_is_normalised_like_the_answer(new: str, old: str, text: st
     assert values["gen.em"] <= values["gen.prefix"] <= values["gen.contains"]
 
 
+def test_a_judge_is_asked_about_every_answer() -> None:
+    def judge(question: str, gold: str, answer: str) -> bool:
+        return gold in answer
+
+    for mode, right in (("any", 1), ("all", 0)):
+        query = Query("q/0", "ripple.x", "They are", answers=(("Ann",), ("Bob",)), answers_mode=mode)  # type: ignore[arg-type]
+        assert {m.variant: m.value for m in matches(query, "Ann only", judge)}["gen.judge"] == right
+    assert {m.variant: m.value for m in matches(Query("q/0", "rewrite", "x"), "Ann", judge)}["gen.judge"] == 0
+
+
 def test_what_is_accepted() -> None:
     assert accepted(Query("q", "rewrite", "x", "Rome", answers=(("Roma",),))) == (("Roma",),)
     assert accepted(Query("q", "rewrite", "x", "Rome")) == (("Rome",),)

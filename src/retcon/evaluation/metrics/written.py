@@ -96,8 +96,9 @@ def matches(query: Query, text: str, judge: Judge | None = None) -> list[Measure
         right["gen.em"] = right["gen.prefix"] = False
     found = [Measured(success, v, float(value), n) for v, value in right.items()]
     if judge is not None:
-        verdict = float(any(judge(query.prompt, alias, text) for aliases in answers for alias in aliases[:1]))
-        found.append(Measured(success, "gen.judge", verdict, n))
+        verdicts = (judge(query.prompt, aliases[0], text) for aliases in answers)
+        verdict = bool(answers) and (all(verdicts) if query.answers_mode == "all" else any(verdicts))
+        found.append(Measured(success, "gen.judge", float(verdict), n))
     return found
 
 
