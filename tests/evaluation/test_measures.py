@@ -113,6 +113,14 @@ def test_a_judge_decides(tiny: Make) -> None:
     assert ("The capital of France is", "Rome", found.texts["pre", "france", "rewrite/0"]) in asked
 
 
+def test_a_judge_that_fails_is_named_with_the_query(tiny: Make) -> None:
+    def judge(question: str, gold: str, answer: str) -> bool:
+        raise KeyError(gold)
+
+    with pytest.raises(InvalidSetting, match=r"judge, case 'france', query 'rewrite/0': KeyError: 'Rome'"):
+        evaluate(tiny(n_layers=1), CASES, measures=Measures(judge=judge))
+
+
 def test_other_ways_of_writing_carry_their_names(tiny: Make) -> None:
     lm = tiny(n_layers=1)
     found = evaluate(lm, CASES, measures=Measures(preset="wild_paper", max_new_tokens=4))

@@ -444,7 +444,11 @@ def _records_of_query(
         found.append(unchanged(scores[0], old_predictions.get(q.place)))
     if q.place in outputs.texts:
         written = outputs.texts[q.place]
-        matched = matches(q.query, written.text, measures.judge) if accepted(q.query) else []
+        try:
+            matched = matches(q.query, written.text, measures.judge) if accepted(q.query) else []
+        except Exception as error:
+            named = f"judge, case {q.case.id!r}, query {q.query.id!r}"
+            raise InvalidSetting(f"{named}: {type(error).__name__}: {error}") from error
         if is_locality(q.query.axis):
             matched.append(same_text(written.text, old_texts.get(q.place)))
         else:
