@@ -189,8 +189,8 @@ def tiny_model(
         common |= dict(sliding_window=8)
     if family in ("granite", "granite_swa"):
         common |= dict(residual_multiplier=0.5, logits_scaling=2.0)
-    if family == "hyperclovax":
-        common |= dict(logits_scaling=0.5)
+    if family == "hyperclovax":  # multiplies by it, where Granite divides
+        common |= dict(logits_scaling=2.0)
     if family in ("cohere", "cohere2"):  # a factor of the logits that a lens must know, not so small as to hide edits
         common |= dict(logit_scale=0.5)
     config = CONFIG_MAPPING[family](
