@@ -169,15 +169,15 @@ def test_what_was_skipped_or_failed_is_counted_and_left_out_of_the_means() -> No
         record("a"),
         record("b", None, status="error", detail="NaN or infinite log-probability"),
         record("b", None, status="error", variant="cf.prob_sum", detail="NaN or infinite log-probability"),
-        record("c", None, status="skipped", detail="no target"),
+        record("c", None, status="skipped", detail="150 tokens"),
         record("c", None, axis="generation", metric="generation", query_id="g", status="skipped", detail="no target"),
     ]
     summary = Evaluation(records).summary()
     assert (summary["ES"].pre.value, summary["ES"].pre.n) == (1, 1)  # type: ignore[union-attr]
     assert summary["ES", "cf.prob_sum"].pre.value is None  # type: ignore[union-attr]
-    assert {name: n for name, n in summary.counts.items() if n} == {"error": 1, "skipped": 2}
+    assert {name: n for name, n in summary.counts.items() if n} == {"error": 1, "skipped": 1}
     assert "generation" not in {line.metric for line in summary.lines}
-    assert "skipped 2, error 1" in str(summary)
+    assert "skipped 1, error 1" in str(summary)
 
 
 def test_skipped_queries_do_not_decide_the_family() -> None:

@@ -435,7 +435,7 @@ def _counts(records: Iterable[Record]) -> dict[str, int]:
     }
     for record in records:
         place = (record.when, record.case_id, record.query_id)
-        if record.status != "ok":
+        if record.status != "ok" and not record.noted(NO_TARGET):
             found[record.status].add(place)
         if record.detail is not None:
             for name in ("contaminated", "tie", "boundary_merge"):
