@@ -164,6 +164,12 @@ def test_locality_with_and_without_contaminated_neighbours() -> None:
     assert summary.counts["contaminated"] == summary.counts["tie"] == 1
 
 
+def test_axes_without_a_key_have_their_own_name_beside_those_with_one() -> None:
+    axes = [axis(name, "LS", {"a": [1]}) for name in ("locality.nq", "locality.facts", "locality")]
+    lines = Evaluation([r for records in axes for r in records]).summary().lines
+    assert {"LS.nq", "LS.facts", "LS.locality"} == {line.metric for line in lines if line.metric.startswith("LS.")}
+
+
 def test_what_was_skipped_or_failed_is_counted_and_left_out_of_the_means() -> None:
     records = [
         record("a"),

@@ -297,7 +297,7 @@ def _columns(records: Sequence[Record], family: ScoreFamily) -> dict[Key, _Colum
         key = (record.metric, record.variant)
         columns.setdefault(key, _Column()).add(record)
         if len(axes.get(key, ())) > 1 and record.axis is not None and not record.metric.startswith(record.axis):
-            part = f"{record.metric}.{record.axis.partition('.')[2]}"
+            part = f"{record.metric}.{record.axis.partition('.')[2] or record.axis}"
             columns.setdefault((part, record.variant), _Column()).add(record)
         if dirty and (record.case_id, record.query_id) not in dirty and key == ("LS", main):
             columns.setdefault(("LS", f"{main}.clean"), _Column()).add(record)
