@@ -245,6 +245,7 @@ def test_seeds_are_derived_by_name() -> None:
     [
         ({"fluency": ("nope",)}, "unknown fluency 'nope'; known: flu.new, flu.rome, flu.easyedit"),
         ({"fluency": "flu.new"}, "fluency must be a list of texts, found 'flu.new'"),
+        ({"preset": "fluency_rome"}, "preset 'fluency_rome' draws its text, and answers are written greedily: qa, "),
         ({"neighborhood_prefix": "edits"}, "unknown neighborhood_prefix 'edits'; known: none, edit"),
     ],
 )

@@ -41,7 +41,8 @@ class Measures:
     generate: bool = True
     """Let the model write its answers (`gen.*`, and all of MQuAKE and RippleEdits)."""
     preset: str = "qa"
-    """How it writes them: a name of `generate.PRESETS`; of any but `qa`, the name is in the variants."""
+    """How it writes them: a name of `retcon.evaluation.writing.PRESETS` that draws nothing; of any but `qa`, the name
+    is in the variants."""
     max_new_tokens: int | None = None
     """Over the preset's."""
     stops: tuple[str, ...] | None = None
@@ -87,6 +88,9 @@ class Measures:
             raise InvalidSetting("metrics: those of your own read what the model writes; generate is off")
         if self.preset not in PRESETS:
             raise InvalidSetting(f"unknown way of writing {self.preset!r}; known: {', '.join(PRESETS)}")
+        if PRESETS[self.preset].sample_top_k is not None:
+            greedy = ", ".join(name for name, how in PRESETS.items() if how.sample_top_k is None)
+            raise InvalidSetting(f"preset {self.preset!r} draws its text, and answers are written greedily: {greedy}")
         if self.max_batch_tokens < 1:
             raise InvalidSetting(f"max_batch_tokens must be at least 1, found {self.max_batch_tokens}")
 
