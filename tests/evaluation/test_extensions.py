@@ -103,7 +103,9 @@ def test_a_metric_reads_what_both_models_write(here: Path, lm: LM) -> None:
     asked: dict[str, Any] = {r.metric: r for r in pre.records if r.variant == "mine_of_tests:words"}
     assert asked["words"].value >= 0
     assert asked["same"].value == 1
-    assert asked["odd"].value is None
+    odd = asked["odd"]
+    assert (odd.status, odd.value, odd.n, odd.detail) == ("skipped", None, 0, "mine_of_tests:words gives no odd")
+    assert pre.summary().counts["error"] == 0
     after = {r.metric: r for r in post.records if r.variant == "mine_of_tests:words" and r.when == "final"}
     assert after["words"].value >= 0
     assert after["same"].value == 0

@@ -506,7 +506,9 @@ def _own(name: str, case: Case, texts: Mapping[str, str], old_texts: Mapping[str
         raise InvalidSetting(f"metric {name}, case {case.id!r}: {type(error).__name__}: {error}") from error
     n = len(texts)
     return [
-        Measured(m, name, None, n) if value is None else _or_broken(m, name, value, n, f"{m} is {value}")
+        Measured(m, name, None, 0, f"{name} gives no {m}")
+        if value is None
+        else _or_broken(m, name, value, n, f"{m} is {value}")
         for m, value in numbers.items()
     ]
 
