@@ -14,6 +14,7 @@ from retcon.evaluation import Evaluation, Measures, evaluate
 from retcon.evaluation.measure import derive_seed
 from retcon.evaluation.metrics.consistency import References, TfIdf, consistency
 from retcon.evaluation.metrics.fluency import Fluency, fluency, word_tokenizer
+from retcon.evaluation.plan import plan_queries
 from retcon.evaluation.score import Item, score, score_rows
 from retcon.evaluation.writing import PRESETS
 from retcon.lm.generate import generate
@@ -160,6 +161,14 @@ def test_neighbours_behind_the_edited_statement(tiny: Make) -> None:
     values = {r.variant: r.value for r in more if (r.case_id, r.query_id) == ("france", "neighborhood/0+edit")}
     assert values["cf.prob_mean+edit"] == float(old.nll_mean < new.nll_mean)
     assert values["cf.magnitude+edit"] == pytest.approx(math.exp(-old.nll_mean) - math.exp(-new.nll_mean))
+
+
+@pytest.mark.parametrize(("answer", "stop"), [("Acme Inc.", ""), ("東京。", ""), ("Rome", ".")])
+def test_an_edited_statement_ends_in_one_stop(answer: str, stop: str, tiny: Make) -> None:
+    (edit,), neighbour = CASES[0].edits, CASES[0].queries[2]
+    case = replace(CASES[0], edits=(replace(edit, target_new=answer),), queries=(neighbour,))
+    plan = plan_queries(tiny(n_layers=1), [case], Measures(neighborhood_prefix="edit"))
+    assert plan.queries[1].query.prompt == f"{case.edits[0].statement}{stop} The capital of Italy is"
 
 
 def test_easyedits_token_accuracy_beside_another_family(tiny: Make) -> None:

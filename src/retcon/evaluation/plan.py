@@ -27,6 +27,7 @@ WRITTEN = ("rewrite", "paraphrase", "two_hop", "portability", "singlehop", "uned
 """Axes on which the model also writes its own answer (`portability.<key>` included)."""
 PREFIXED = "+edit"
 """Ends the ids of neighbour queries asked after the edited statement, and the variants of what they give."""
+SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 NeighborhoodPrefix = Literal["none", "edit"]
 
 
@@ -275,4 +276,6 @@ def _within_context(
 
 
 def _after_the_edit(case: Case, query: Query) -> Query:
-    return replace(query, id=query.id + PREFIXED, prompt=f"{case.edits[0].statement}. {query.prompt}")
+    statement = case.edits[0].statement
+    stop = "" if statement.endswith(SENTENCE_ENDS) else "."
+    return replace(query, id=query.id + PREFIXED, prompt=f"{statement}{stop} {query.prompt}")
