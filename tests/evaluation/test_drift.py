@@ -53,6 +53,9 @@ def test_perplexity_is_that_of_each_token_in_its_window(tiny: Make) -> None:
     assert lm.context_length == 128
     long = TEXT * 10  # of a text that is too long for the model, half a window is read anew
     assert perplexity(lm, long) == perplexity(lm, long, window=128, stride=64) != perplexity(lm, long, stride=32)
+    assert perplexity(lm, long, stride=100) != perplexity(lm, long)
+    with pytest.raises(InvalidSetting, match="stride 128 and window 128"):
+        perplexity(lm, long, stride=128)
     assert perplexity(lm, TEXT, max_tokens=5).n_tokens == 4
     with pytest.raises(InvalidSetting, match="has no perplexity"):
         perplexity(lm, TEXT, max_tokens=1)

@@ -60,21 +60,23 @@ def windows(n_tokens: int, window: int = WINDOW, stride: int = STRIDE) -> list[t
 
 
 def perplexity(
-    lm: LM, text: str, *, window: int = WINDOW, stride: int = STRIDE, max_tokens: int | None = None
+    lm: LM, text: str, *, window: int = WINDOW, stride: int | None = None, max_tokens: int | None = None
 ) -> Perplexity:
     """Return the perplexity of `text`, read in overlapping windows, so that all but the first have context.
 
     Args:
+        stride: tokens from window to window; None: 512, or half of a window that is smaller than two of them.
         max_tokens: read no more of it; None reads all.
 
     Raises:
-        InvalidSetting: fewer than two tokens.
+        InvalidSetting: fewer than two tokens, or a stride that is not below the window.
     """
     ids = encode(lm.tokenizer, text).ids[:max_tokens]
     if len(ids) < 2:
         raise InvalidSetting(f"a text of {len(ids)} token(s) has no perplexity; give a longer one")
     window = min(window, lm.context_length or window)
-    rows = [Row(ids[a:b], first - a) for a, b, first in windows(len(ids), window, min(stride, window // 2))]
+    stride = min(STRIDE, window // 2) if stride is None else stride
+    rows = [Row(ids[a:b], first - a) for a, b, first in windows(len(ids), window, stride)]
     scores = score_rows(lm, rows, max_batch_tokens=max(4096, window))
     n = sum(len(score.logp) for score in scores)
     return Perplexity(-math.fsum(p for score in scores for p in score.logp) / n, n)
