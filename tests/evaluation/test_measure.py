@@ -328,14 +328,17 @@ def test_what_cannot_be_scored_is_skipped_with_its_reason(tiny: Make) -> None:
     assert {name: detail for name, (_, _, detail) in skipped.items()} == {
         "generation/0": "no target",
         "rewrite/1": "the target after 'I read' is empty; give the answer the model shall say",
-        "rewrite/2": "the target after 'I read' is empty; give the answer the model shall say",
         "portability.x/0": "no target",
     }
     assert {(value, n) for value, n, _ in skipped.values()} == {(None, 0)}
-    assert {r.query_id for r in found.records if r.variant == "gen.em"} == {"rewrite/0", "portability.x/0"}
+    assert {r.query_id for r in found.records if r.variant == "gen.em"} == {
+        "rewrite/0",
+        "rewrite/2",  # a blank rival is none
+        "portability.x/0",
+    }
     summary = found.summary()
-    assert summary.counts["skipped"] == 4
-    assert summary["ES"].pre.n_queries == 1  # type: ignore[union-attr]
+    assert summary.counts["skipped"] == 1
+    assert summary["ES"].pre.n_queries == 2  # type: ignore[union-attr]
 
 
 def test_not_a_number_is_an_error_not_a_value(tiny: Make, tmp_path: Path) -> None:
