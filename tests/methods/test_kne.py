@@ -228,7 +228,7 @@ def test_every_matrix_can_be_edited(tiny, edit):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (dict(modules=("mlp",)), "modules is .mlp.; known: down_proj"),
+        (dict(modules=("mlp",)), r"modules\[0\] is .mlp.; known: down_proj"),
         (dict(budget=None), "budget or p"),
         (dict(p=0.1), "budget or p"),
         (dict(budget=1.5), "shares above 0"),
