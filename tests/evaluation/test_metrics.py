@@ -246,16 +246,7 @@ def test_a_rival_inside_the_answer_is_no_rival() -> None:
         ("Serie A", "Serie B", "Serie B", 0),
         ("Serie A", "Serie B", "Serie A, in Italy", 1),
         ("New York City", "New York", "New York City, New York City", 1),
-    ],
-)
-def test_a_rival_is_looked_for_in_the_whole_text(new: str, old: str, text: str, right: float) -> None:
-    query = Query("rewrite/0", "rewrite", "It is", new, contrast=old)
-    assert {m.variant: m.value for m in matches(query, text)}["gen.prefix"] == right
-
-
-@pytest.mark.parametrize(
-    ("new", "old", "text", "right"),
-    [
+        # what is normalised like the answer differs from it in signs or articles
         ("C++", "C", "C", 0),
         ("C++", "C", "C, the language", 0),
         ("C++", "C", "C++", 1),
@@ -267,7 +258,7 @@ def test_a_rival_is_looked_for_in_the_whole_text(new: str, old: str, text: str, 
         ("Group A", "Group", "Group", 0),
     ],
 )
-def test_a_rival_that_is_normalised_like_the_answer(new: str, old: str, text: str, right: float) -> None:
+def test_a_rival_is_looked_for_in_the_text_as_it_is_written(new: str, old: str, text: str, right: float) -> None:
     values = {m.variant: m.value for m in matches(Query("rewrite/0", "rewrite", "It is", new, contrast=old), text)}
     assert values["gen.prefix"] == right
     assert values["gen.em"] <= values["gen.prefix"] <= values["gen.contains"]

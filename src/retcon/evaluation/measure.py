@@ -447,6 +447,8 @@ def _records_of_query(
         try:
             matched = matches(q.query, written.text, measures.judge) if accepted(q.query) else []
         except Exception as error:
+            if measures.judge is None:
+                raise
             named = f"judge, case {q.case.id!r}, query {q.query.id!r}"
             raise InvalidSetting(f"{named}: {type(error).__name__}: {error}") from error
         if is_locality(q.query.axis):
