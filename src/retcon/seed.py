@@ -1,5 +1,7 @@
 """Seeds of everything drawn: whole numbers that torch's generators take."""
 
+import hashlib
+import json
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -31,3 +33,8 @@ def generator_of(seed: object) -> "torch.Generator":
     import torch
 
     return torch.Generator().manual_seed(check_seed(seed))
+
+
+def derive_seed(seed: int, *names: str) -> int:
+    """Return a seed of its own for everything that has a name, so that changing one draw does not move the others."""
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, *names]).encode()).digest()[:7], "big")

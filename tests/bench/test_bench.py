@@ -32,8 +32,9 @@ from retcon.delta import Delta, Dense
 from retcon.edits import Case, Edit, write_cases
 from retcon.errors import InvalidSetting, MalformedFile, NonFinite, RetconWarning, UnsupportedModel
 from retcon.evaluation import Measures
-from retcon.evaluation.measure import Outputs, compute_records
+from retcon.evaluation.asking import Outputs
 from retcon.evaluation.plan import plan_queries
+from retcon.evaluation.recording import compute_records
 from retcon.lm.model import LM
 from retcon.methods.common.contract import Method
 from retcon.methods.common.registry import method_class

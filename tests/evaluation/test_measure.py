@@ -15,7 +15,7 @@ import retcon
 from retcon.delta import Delta, Dense, EditReport
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidEdit, InvalidSetting, UnknownMethod, UnsupportedModel
-from retcon.evaluation import Evaluation, Measures, Record, evaluate, measure, read_cases
+from retcon.evaluation import Evaluation, Measures, Record, asking, evaluate, read_cases
 from retcon.evaluation.metrics import compare
 from retcon.evaluation.score import score_rows
 from retcon.lm.decoding import Prompts
@@ -297,13 +297,13 @@ def test_batches_and_other_cases_are_of_no_account(options: dict[str, int], tiny
 def test_batch_limit_holds_for_written_answers_too(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny(n_layers=1)
     limits: list[int] = []
-    real = measure.ask_questions
+    real = asking.ask_questions
 
     def noted(*args: Any, **options: Any) -> Any:
         limits.append(options["max_batch_tokens"])
         return real(*args, **options)
 
-    monkeypatch.setattr(measure, "ask_questions", noted)
+    monkeypatch.setattr(asking, "ask_questions", noted)
     evaluate(lm, CASES, max_batch_tokens=77)
     assert limits == [154]
 

@@ -11,7 +11,6 @@ import pytest
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidSetting
 from retcon.evaluation import Evaluation, Measures, evaluate
-from retcon.evaluation.measure import derive_seed
 from retcon.evaluation.metrics.consistency import References, TfIdf, consistency
 from retcon.evaluation.metrics.fluency import Fluency, fluency, word_tokenizer
 from retcon.evaluation.plan import plan_queries
@@ -20,6 +19,7 @@ from retcon.evaluation.writing import PRESETS
 from retcon.lm.generate import generate
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
+from retcon.seed import derive_seed
 from tests.evaluation.test_measure import CASES, bump
 
 Make = Callable[..., LM]
@@ -220,8 +220,8 @@ def test_another_thread_waits_for_a_stage_and_not_for_the_whole(tiny: Make, monk
         assert len(answers) == 1
         return generate(*args, **more)
 
-    monkeypatch.setattr("retcon.evaluation.measure.score_rows", scored)
-    monkeypatch.setattr("retcon.evaluation.measure.generate", written)
+    monkeypatch.setattr("retcon.evaluation.asking.score_rows", scored)
+    monkeypatch.setattr("retcon.evaluation.asking.generate", written)
     evaluate(lm, CASES[:1], measures=Measures(fluency=("flu.new",)))
     assert answers
 
@@ -236,7 +236,7 @@ def test_text_for_fluency_is_written_in_batches_of_the_size_asked_for(
         asked.append(max_batch_tokens)
         return generate(*args, max_batch_tokens=max_batch_tokens, **more)
 
-    monkeypatch.setattr("retcon.evaluation.measure.generate", hear)
+    monkeypatch.setattr("retcon.evaluation.asking.generate", hear)
     how = Measures(generate=False, fluency=(variant,), max_batch_tokens=300)
     evaluate(tiny(n_layers=1), CASES[:1], measures=how)
     assert asked == [600]

@@ -36,7 +36,7 @@ from retcon.errors import InvalidSetting, MalformedFile, RetconError, RetconWarn
 from retcon.evaluation.ability import ability
 from retcon.evaluation.datasets import Loaded, LoadReport
 from retcon.evaluation.drift import Perplexity, perplexity
-from retcon.evaluation.measure import derive_seed, measure
+from retcon.evaluation.measure import measure
 from retcon.evaluation.metrics.consistency import References
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries
 from retcon.evaluation.records import Record, When, whole_model_record, write_records
@@ -59,6 +59,7 @@ from retcon.methods.common.choosing import method as make_method
 from retcon.methods.common.contract import check_model_has_layers
 from retcon.methods.common.registry import method_class
 from retcon.methods.common.sequence import in_steps
+from retcon.seed import derive_seed
 from retcon.work import Workers, silent
 from retcon.workflow.moments import moments_for
 
