@@ -27,7 +27,7 @@ from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyAverage, KeyReader
 from retcon.memory.moments import Moments
-from retcon.memory.solve import ridge, ridge_of_experts
+from retcon.memory.solve import ridge, ridge_of_experts, whitened
 
 Spread = Literal["even", "sqrt"]
 """Divisor of what is missing with N - i layers left: N - i (MEMIT) or its root (PMET)."""
@@ -51,6 +51,10 @@ class LayerProblem:
     def ridge(self, keys: Float[Tensor, "m n"], weight: float) -> Float[Tensor, "n m"]:
         """K^T (weight C + K K^T)^-1."""
         return ridge(keys, self.moment, weight, factor=self.factor, device=self.site.device)
+
+    def whitened(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """C^-1 K."""
+        return whitened(keys, self.moment, factor=self.factor, device=self.site.device)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import mean_keys
 from retcon.memory.moments import Moments
-from retcon.memory.solve import whitened
 from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem
 from retcon.methods.common.contract import State, UpdateFilter
@@ -63,10 +62,9 @@ class RRome(OneFactSettings):
         only_one(self.name, edits)
 
         def solve(layer: LayerProblem) -> Float[Tensor, "1 m"]:
-            """u^T / (k* . u) with u = C^-1 k*."""
+            """X^T = u^T / (k* . u), u = C^-1 k*."""
             k_star = layer.keys
-            device = layer.site.device
-            u = whitened(k_star, layer.moment, factor=layer.factor, device=device) if self.use_moment else k_star
+            u = layer.whitened(k_star) if self.use_moment else k_star
             return u.T / (k_star * u).sum()
 
         group = LayerGroup((self.layer,), "subject_last", "mlp", "even", solve)

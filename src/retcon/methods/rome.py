@@ -2,8 +2,9 @@
 
 Meng et al. 2022, arXiv:2202.05262, section 3; symbols as there:
 
-    u = C^-1 k*        dW = (v* - W k) u^T / (k . u)        (Eq. 2)
+    u = C^-1 k*        dW = (v* - W k) u^T / (k . u)        (Eq. 2 with k = k*)
 
+k*: mean key over contexts; k: key of the bare prompt, as the released code has it. R-ROME puts k* in both places.
 Departures from the paper and from the released code: docs/methods/rome.md.
 """
 
@@ -23,7 +24,6 @@ from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import mean_keys
 from retcon.memory.moments import Moments
-from retcon.memory.solve import whitened
 from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem
 from retcon.methods.common.contract import State, UpdateFilter
@@ -68,10 +68,9 @@ class Rome(OneFactSettings):
         only_one(self.name, edits)
 
         def solve(layer: LayerProblem) -> Float[Tensor, "1 m"]:
-            """u^T / (k . u) with u = C^-1 k*: divided by another key than it was made from."""
+            """X^T = u^T / (k . u), u = C^-1 k*: direction from the mean key, divisor from the bare prompt's."""
             k_star = layer.keys
-            device = layer.site.device
-            u = whitened(k_star, layer.moment, factor=layer.factor, device=device) if self.use_moment else k_star
+            u = layer.whitened(k_star) if self.use_moment else k_star
             bare, _ = mean_keys(lm, edits, Contexts(), Point(self.layer, "key"), "subject_last")
             k = bare.T.to(u)
             self._check_denominator(edits[0], float((k * u).sum()), float((k_star * u).sum()))
