@@ -1,6 +1,11 @@
-"""AlphaEdit: write many facts at once, where the second moment's text has hardly any keys.
+"""AlphaEdit: MEMIT's values, written only into the null space of the old keys.
 
-Fang et al. 2024, arXiv:2410.02355, section 3; symbols as there. Departures: docs/methods/alphaedit.md.
+Fang et al. 2024, arXiv:2410.02355, section 3; symbols as there. Kp: the keys of earlier batches.
+
+    C = U diag(s) U^T        P = U0 U0^T, U0: the columns of U with s < tau
+    dW = R K^T P ((Kp Kp^T + K K^T) P + L2 I)^-1        (Eq. 14)
+
+Departures: docs/methods/alphaedit.md.
 """
 
 import warnings
@@ -97,7 +102,7 @@ class AlphaEdit(BatchSettings):
             if self.ridge_mode == "median":
                 scale = float(layer.derived("median-square", lambda c: c.diagonal().median()[None]))
             right = null_space_ridge(keys, p, self.ridge * scale, self.form, layer.site.device)
-            return right[keys.shape[1] - layer.keys.shape[1] :]  # the earlier keys' residual is zero
+            return right[-layer.keys.shape[1] :]  # [Kp, K]: the earlier keys' residual is zero
 
         tensor = target_tensor(lm, "block", self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve)

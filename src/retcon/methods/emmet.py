@@ -1,7 +1,10 @@
 """EMMET: write many facts at once under ROME's constraint, that each is stored exactly.
 
-Gupta et al. 2024, arXiv:2403.14236; symbols as there. Departures, and what the released settings amount to:
-docs/methods/emmet.md.
+Gupta et al. 2024, arXiv:2403.14236; symbols as there:
+
+    dW = R (K^T C^-1 K)^-1 K^T C^-1
+
+Departures, and what the released settings amount to: docs/methods/emmet.md.
 """
 
 from collections.abc import Sequence
@@ -67,7 +70,7 @@ class Emmet(BatchSettings):
         a = self.stabiliser if self.stabiliser is not None else 0.0 if len(edits) == 1 else 0.1
 
         def solve(layer: LayerProblem) -> Float[Tensor, "n m"]:
-            """(K^T C'^-1 K + a I)^-1 K^T C'^-1 with C' = w C + mu I: the least change that has dW K = R."""
+            """X^T = (K^T C'^-1 K + a I)^-1 K^T C'^-1 with C' = w C + mu I: the least change that has dW K = R."""
             return equality(
                 layer.keys, layer.moment, stabiliser=a, weight=self.moment_weight,
                 identity_weight=self.identity_weight, factor=layer.factor, device=layer.site.device,

@@ -2,7 +2,15 @@
 
 Shi et al. 2024, arXiv:2412.17872, section 4.2; symbols as there: primes for the low group (information
 enrichment, read at the subject's last token i'), stars for the high group (probability promotion, read at the
-prediction position i*). Departures from the paper and from the released code: docs/methods/jeep.md.
+prediction position i*).
+
+    Step 1   delta', delta* together:  -log P(y) + alpha KL + beta' ||delta'|| + beta* ||delta*||    (Eqs. 8, 11)
+             ||delta'|| <= gamma' ||h'||,  ||delta*|| <= gamma* ||h*||                               (Eq. 12)
+             v' = h' + delta',  v* = h* + delta*
+    Step 2   low layers at i',   R = (v' - h') / sqrt(L' - l + 1)
+    Step 3   high layers at i*,  R = (v* - h*) / (L* - l + 1)     dW = R K^T (lambda C + K K^T)^-1   (Eq. 10)
+
+Departures from the paper and from the released code: docs/methods/jeep.md.
 """
 
 from collections.abc import Sequence
@@ -53,8 +61,9 @@ class Jeep(SearchSettings):
     steps: Count = 30
     stop: Literal["loss", "probability"] = "probability"
     sites: Literal["mlp", "release", "block"] = "mlp"
-    """Which tensor is "h": the MLP's output (all of it consistent), the released code's mixture (delta* on the
-    attention output, residual against the MLP output), or the block's output (the paper to the letter)."""
+    """Which tensor is "h": the MLP's output, for search, clamp and residual alike; `release`, the released code's mixture
+    (delta* is added to the attention's output, the residual is taken from the MLP's); or the block's output, as the paper
+    has it."""
     high_target: Literal["clean", "joint"] | None = None
     """z*: clean value plus delta* (published), or the activation that reached the loss, delta' in force. None: `joint`
     for sites `block`, where `clean` would undo Step 2, and `clean` otherwise."""
@@ -133,7 +142,7 @@ class Jeep(SearchSettings):
             NonFinite: a loss, a key or a change is NaN or infinite.
         """
         given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
-        return self._on(lm)._proposed(lm, edits, given)
+        return self._for_model(lm)._proposed(lm, edits, given)
 
     def _proposed(self, lm: LM, edits: Sequence[Edit], given: Given) -> Delta:
         """Write one batch; the sites are those that the model allows."""
@@ -155,13 +164,13 @@ class Jeep(SearchSettings):
                     found = proposal.search([self.value_site(group)], self.value_search())
                     proposal.write(group, found.target(0), key_average=self.key_average)
                     reports.append(found.report)
-            return proposal.delta(_in_a_row(reports))
+            return proposal.delta(_joined_reports(reports))
 
     def searching_what_is_written(self) -> "Jeep":
         """Without delta* where delta' is searched by itself first: delta* then makes up for what that leaves."""
         return replace(self, high=()) if self.low and self.high and not self.joint_optimisation else self
 
-    def _on(self, lm: LM) -> "Jeep":
+    def _for_model(self, lm: LM) -> "Jeep":
         """Return the method with the `sites` that this model allows."""
         layers = (*self.low, *(self.high if self.high_module == "mlp" else ()))
         check_mlp(self.name, lm, layers, self.mlp)
@@ -185,15 +194,15 @@ class Jeep(SearchSettings):
             high_tensor,
             self.high_spread,
             weighted(self.high_moment_weight),
-            "o_proj" if self.high_module == "attn" else "down_proj",
+            module="o_proj" if self.high_module == "attn" else "down_proj",
             routed=routed,
         )
         return (low if self.low else None), (high if self.high else None)
 
     def value_sites(self, lm: LM) -> list[ValueSite]:
         """Return where values are searched: low before high."""
-        here = self._on(lm)
-        return [here.value_site(group) for group in here.groups() if group]
+        method = self._for_model(lm)
+        return [method.value_site(group) for group in method.groups() if group]
 
     def value_site(self, group: LayerGroup) -> ValueSite:
         """Return where the value of a group is searched."""
@@ -209,8 +218,8 @@ class Jeep(SearchSettings):
         return self.high_target or ("joint" if self.sites == "block" else "clean")
 
 
-def _in_a_row(reports: Sequence[Sequence[EditReport]]) -> tuple[EditReport, ...]:
-    """Return one report of searches in a row: where the last one ended, with the steps of all."""
+def _joined_reports(reports: Sequence[Sequence[EditReport]]) -> tuple[EditReport, ...]:
+    """Return one report per edit of searches that followed each other: the last one's, with the steps of all."""
     return tuple(
         replace(runs[-1], steps=sum(r.steps for r in runs), detail={k: v for r in runs for k, v in r.detail.items()})
         for runs in zip(*reports, strict=True)

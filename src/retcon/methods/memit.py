@@ -90,10 +90,9 @@ class Memit(BatchSettings):
         earlier = earlier_keys(state, lm, sites)
 
         def solve(layer: LayerProblem) -> Float[Tensor, "n m"]:
-            """K^T (lambda C + Kp Kp^T + K K^T)^-1; Kp are the keys of earlier batches, whose residual is zero."""
-            keys = with_earlier(layer, earlier)  # [Kp, K]
-            right = layer.ridge(keys, self.moment_weight)
-            return right[keys.shape[1] - layer.keys.shape[1] :]
+            """X^T = K^T (lambda C + Kp Kp^T + K K^T)^-1; Kp: the keys of earlier batches."""
+            right = layer.ridge(with_earlier(layer, earlier), self.moment_weight)
+            return right[-layer.keys.shape[1] :]  # [Kp, K]: the earlier keys' residual is zero
 
         tensor = self._target_tensor(lm)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve, routed=routed)

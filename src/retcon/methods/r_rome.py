@@ -38,7 +38,8 @@ class RRome(OneFactSettings):
     key_mode: Literal["avg", "prompt"] = "avg"
     """k*: the mean over contexts, or the bare prompt's key."""
     residual: Literal["value", "delta"] = "value"
-    """What `avg` writes: v* less the mean output over contexts (the paper, with v* = bare output + delta), or delta."""
+    """With `key_mode="avg"`: write v* less the mean output over contexts (the paper: v* = bare output + offset), or the
+    offset alone (`delta`)."""
 
     def propose(
         self,
@@ -75,7 +76,8 @@ class RRome(OneFactSettings):
             (site,) = self.value_sites(lm)
             found = proposal.search([site], self.value_search())
             v_star = found.target(0)
-            if self.key_mode == "avg" and self.residual == "value":  # W k* + b is the mean output; `write` takes off y
+            if self.key_mode == "avg" and self.residual == "value":
+                # the averaged key gives mean = W k* + b, and `write` subtracts init: subtract the rest here
                 mean, _ = mean_keys(lm, edits, proposal.contexts, site.point, site.where, average=self.key_average)
                 v_star = v_star - (mean.to(v_star) - found.init[0])
             own = Contexts() if self.key_mode == "prompt" else proposal.contexts
