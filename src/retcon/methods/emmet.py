@@ -22,7 +22,7 @@ from retcon.memory.moments import Moments
 from retcon.memory.solve import equality
 from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem
-from retcon.methods.common.contract import ModelShape, State, UpdateFilter, early_layers
+from retcon.methods.common.contract import ModelShape, State, UpdateFilter, rome_layer
 from retcon.methods.common.locate_then_edit import BatchSettings
 from retcon.methods.common.proposal import Given, proposing, target_tensor
 from retcon.methods.common.settings import NotNegative, Positive
@@ -49,7 +49,7 @@ class Emmet(BatchSettings):
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Untuned: ROME's layer."""
-        return {"layers": early_layers(shape.n_layers)[:2][-1:]}
+        return {"layers": (rome_layer(shape.n_layers),)}
 
     def propose(
         self,
@@ -67,7 +67,9 @@ class Emmet(BatchSettings):
     ) -> Delta:
         """Return the change that writes `edits` as one batch; the model is untouched. Nothing is kept between
         batches."""
-        a = self.stabiliser if self.stabiliser is not None else 0.0 if len(edits) == 1 else 0.1
+        a = self.stabiliser
+        if a is None:
+            a = 0.0 if len(edits) == 1 else 0.1
 
         def solve(layer: LayerProblem) -> Float[Tensor, "n m"]:
             """X^T = (K^T C'^-1 K + a I)^-1 K^T C'^-1 with C' = w C + mu I: the least change that has dW K = R."""

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.arguments import check_choice
-from retcon.delta import Change, Delta, Dense, LowRank, only_deltas, smallest, sum_of
+from retcon.delta import Change, Delta, LowRank, only_deltas, smallest, sum_of
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
@@ -157,11 +157,10 @@ def singular_values(
     changes: Sequence[Change], shape: torch.Size, device: torch.device = CPU
 ) -> tuple[Float[Tensor, "rows rank"], Float[Tensor, " rank"], Float[Tensor, "rank columns"]]:
     """U, s, V^T of the sum of changes, float64, found on `device`; through its factors where those are thin."""
-    (whole,) = (
-        one if len(one := combined(changes, shape)) == 1 else (Dense(full=sum_of(changes, shape, torch.float64)),)
-    )
-    if not isinstance(whole, LowRank) or whole.region is not None:
-        return torch.linalg.svd(sum_of([whole], shape, torch.float64).to(device), full_matrices=False)
+    parts = combined(changes, shape)
+    if len(parts) > 1 or not isinstance(parts[0], LowRank) or parts[0].region is not None:
+        return torch.linalg.svd(sum_of(parts, shape, torch.float64).to(device), full_matrices=False)
+    (whole,) = parts
     ql, rl = torch.linalg.qr(whole.left.to(device, torch.float64))
     qr, rr = torch.linalg.qr(whole.right.to(device, torch.float64).T)
     u, s, vh = torch.linalg.svd(rl @ rr.T, full_matrices=False)

@@ -71,7 +71,9 @@ class Rect(Filter):
     ) -> Delta:
         """Return the base method's change, filtered; the model is untouched. The state is the base method's, of the
         weights after the filter."""
-        k = self.keep_percent if self.keep_percent is not None else 40.0 if self.supports_batches else 20.0
+        k = self.keep_percent
+        if k is None:
+            k = 40.0 if self.supports_batches else 20.0
 
         def kept(name: str, change: Change) -> Change:
             return self.kept(lm, name, [change], k)

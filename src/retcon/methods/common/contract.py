@@ -397,6 +397,11 @@ def early_layers(n_layers: int) -> tuple[int, ...]:
     return tuple(range(max(min(round(0.14 * n_layers), last - 2), 0), last + 1))
 
 
+def rome_layer(n_layers: int) -> int:
+    """Return the second of `early_layers`, or the only one."""
+    return early_layers(n_layers)[:2][-1]
+
+
 def lower_layers(n_layers: int) -> tuple[int, ...]:
     """Return the layers that fine-tuning stays local in: from a fifteenth to three eighths of the depth.
 

@@ -18,7 +18,7 @@ from retcon.memory.key_cache import earlier_keys, extended
 from retcon.memory.keys import KeyAverage, mean_keys
 from retcon.memory.values import ValueSearch, ValueSite
 from retcon.memory.write import Spread
-from retcon.methods.common.contract import Method, ModelShape, State, check_settings, early_layers
+from retcon.methods.common.contract import Method, ModelShape, State, check_settings, early_layers, rome_layer
 from retcon.methods.common.proposal import target_tensor
 from retcon.methods.common.settings import Count, Layer, Layers, NotNegative
 
@@ -79,13 +79,16 @@ class SearchSettings(Method):
 
     def value_search(self, **more: Any) -> ValueSearch:
         """Return how it is searched; `more` are further fields of the search."""
+        threshold = self.threshold
+        if threshold is None:
+            threshold = 0.05 if self.stop == "loss" else 0.9
         return ValueSearch(
             steps=self.steps,
             learning_rate=self.learning_rate,
             kl_factor=self.kl_factor,
             shrink=self.shrink,
             stop=self.stop,
-            threshold=self.threshold if self.threshold is not None else 0.05 if self.stop == "loss" else 0.9,
+            threshold=threshold,
             **more,
         )
 
@@ -124,7 +127,7 @@ class OneFactSettings(ValueSettings):
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Untuned: the first of the layers where MEMIT would write, and one up."""
-        return {"layer": early_layers(shape.n_layers)[:2][-1]}
+        return {"layer": rome_layer(shape.n_layers)}
 
     def value_sites(self, lm: LM) -> list[ValueSite]:
         """Return the MLP's output."""

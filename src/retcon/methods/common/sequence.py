@@ -123,7 +123,9 @@ def batch_size_for(method: Method, n: int, asked: int | None = None) -> int:
     if not isinstance(method, Method):
         raise UnknownMethod(f"{method!r:.60} given where a method is wanted: retcon.method('memit', for_model=lm), say")
     asked = fitted(method.name, {"batch_size": int | None}, {"batch_size": asked})["batch_size"]
-    size = asked if asked is not None else max(n, 1) if method.supports_batches else 1
+    size = asked
+    if size is None:
+        size = max(n, 1) if method.supports_batches else 1
     if size < 1 or (min(size, n) > 1 and not method.supports_batches):
         allowed = "any number from 1" if method.supports_batches else "1"
         raise InvalidSetting(f"batch_size {size}: {method.name} takes {allowed}")
