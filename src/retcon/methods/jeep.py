@@ -61,8 +61,8 @@ class Jeep(SearchSettings):
     steps: Count = 30
     stop: Literal["loss", "probability"] = "probability"
     sites: Literal["mlp", "release", "block"] = "mlp"
-    """Which tensor is "h": the MLP's output, for search, clamp and residual alike; the released code's mixture (delta* is
-    added to the attention's output, the residual is against the MLP's); or the block's output, as in the paper."""
+    """Which tensor is "h": the MLP's output, for search, clamp and residual alike; the released code's mixture (delta*
+    is added to the attention's output, the residual is against the MLP's); or the block's output, as in the paper."""
     high_target: Literal["clean", "joint"] | None = None
     """z*: clean value plus delta* (published), or the activation that reached the loss, delta' in force. None: `joint`
     for sites `block`, where `clean` would undo Step 2, and `clean` otherwise."""
