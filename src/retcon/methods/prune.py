@@ -158,9 +158,9 @@ def singular_values(
 ) -> tuple[Float[Tensor, "rows rank"], Float[Tensor, " rank"], Float[Tensor, "rank columns"]]:
     """U, s, V^T of the sum of changes, float64, found on `device`; through its factors where those are thin."""
     parts = combined(changes, shape)
-    if len(parts) > 1 or not isinstance(parts[0], LowRank) or parts[0].region is not None:
+    whole = parts[0]
+    if len(parts) > 1 or not isinstance(whole, LowRank) or whole.region is not None:
         return torch.linalg.svd(sum_of(parts, shape, torch.float64).to(device), full_matrices=False)
-    (whole,) = parts
     ql, rl = torch.linalg.qr(whole.left.to(device, torch.float64))
     qr, rr = torch.linalg.qr(whole.right.to(device, torch.float64).T)
     u, s, vh = torch.linalg.svd(rl @ rr.T, full_matrices=False)
