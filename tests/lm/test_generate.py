@@ -19,7 +19,7 @@ from retcon.lm import generate as module
 from retcon.lm.generate import WriteBatch, Writing, Written, generate, texts_after
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, encode_turns
-from retcon.methods.kn import own_answers
+from retcon.methods.kn import completions
 from tests.conftest import FAMILIES, tiny_model, tokenizer
 
 Make = Callable[..., LM]
@@ -301,7 +301,7 @@ def test_an_edit_in_a_chat_is_asked_there_by_all_who_ask() -> None:
 
     assert said(12, "\n") != lm.complete(edit.text, max_new_tokens=12)
     assert audit(lm, lm, edits=[edit]).answers[0].base == said(12, "\n").strip()
-    assert own_answers(lm, [edit]) == [said(4, "\n", ".", ",")]
+    assert completions(lm, [edit]) == [said(4, "\n", ".", ",")]
 
 
 def test_drawing_by_temperature_and_share(tiny: Make) -> None:

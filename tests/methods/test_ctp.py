@@ -13,7 +13,7 @@ from retcon.locate.paths import Paths, Transmission, paths, slots_of
 from retcon.methods.common.choosing import method
 from retcon.methods.common.presets import presets
 from retcon.methods.ctp import Ctp
-from retcon.training.objective import AnswerLoss, answer_rows, own_answers
+from retcon.training.objective import AnswerLoss, answer_rows, own_answer_tokens
 from retcon.training.parts import attached, changes
 from tests.conftest import everyday
 
@@ -177,7 +177,7 @@ def test_mirror_puts_the_mean_change_on_the_negative_node(tiny, edits):
     rows = answer_rows(lm, edits)
     slots = slots_of(lm)
     with lm.frozen_eval():
-        old = AnswerLoss(lm, rows, own_answers(lm, rows))
+        old = AnswerLoss(lm, rows, own_answer_tokens(lm, rows))
         trainer = settings.trainer(slots, AnswerLoss(lm, rows), old)
         trainer.set_paths(paths(lm, edits, n_positive=4))
         generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from retcon.chat import Chat
 from retcon.edits import Case, Edit, Query, write_cases
 from retcon.errors import DeltaMismatch, InvalidEdit, InvalidSetting, OutOfMemory, UnsupportedModel
 from retcon.methods.common.choosing import method
-from retcon.methods.common.fine_tuning import _as_tensor, _earlier, add_decay, project, shrink
+from retcon.methods.common.fine_tuning import _as_tensor, _earlier, add_decay, project_onto_bounds, shrink
 from retcon.methods.ft import Ft
 from retcon.methods.ft_l import FtL
 from retcon.methods.ft_wd import FtWd
@@ -85,9 +85,9 @@ def test_the_ball_bounds_the_norm_of_the_whole_change(tiny, edits):
 def test_projections_and_decay_on_numbers():
     """T34: decay to the base leaves an unmoved weight where it is, coupled decay does not."""
     values, weight = [torch.tensor([0.5, -0.2], requires_grad=True)], [torch.tensor([1.0, 2.0])]
-    project(values, [torch.tensor([0.6, 0.0])], 1.0, None)
+    project_onto_bounds(values, [torch.tensor([0.6, 0.0])], 1.0, None)
     assert_close(values[0].detach(), torch.tensor([0.4, -0.2]))  # 0.5 + 0.6 is cut to 1.0
-    project(values, [None], None, 0.1)
+    project_onto_bounds(values, [None], None, 0.1)
     assert_close(float(values[0].detach().norm()), 0.1)
     with torch.no_grad():
         values[0].zero_()

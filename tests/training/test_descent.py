@@ -12,7 +12,7 @@ from retcon.lm.forward import answer_log_probs
 from retcon.lm.prompts import Row
 from retcon.training.descent import Schedule, Step, accumulate, descend, losses_now, shares, stepping
 from retcon.training.nodes import Nodes, RowAdam, RowState
-from retcon.training.objective import AnswerLoss, answer_nll, answer_rows, own_answers
+from retcon.training.objective import AnswerLoss, answer_nll, answer_rows, own_answer_tokens
 from retcon.training.parts import TrainedRows, attached, changes, fresh
 
 EDITS = [Edit("{} is", f"S{i}", "so", id=str(i)) for i in range(6)]
@@ -214,7 +214,7 @@ def test_the_loss_is_the_mean_over_answer_tokens(tiny, edits):
 def test_own_answers_are_the_most_likely_tokens(tiny, edits):
     lm = tiny("gpt2")
     rows = answer_rows(lm, edits)
-    said = own_answers(lm, rows)
+    said = own_answer_tokens(lm, rows)
     assert [len(s) for s in said] == [len(r.target_ids) for r in rows]
     flat = answer_log_probs(lm, rows).argmax(-1).tolist()
     assert [t for s in said for t in s] == flat

@@ -35,7 +35,7 @@ from retcon.methods.common.settings import Count, CountFromZero, Layers, NotNega
 from retcon.methods.common.tuning import TuningSettings, tuning
 from retcon.training.descent import Step, losses_now, shares
 from retcon.training.nodes import NodeAdam
-from retcon.training.objective import AnswerLoss, answer_rows, own_answers, trained_rows
+from retcon.training.objective import AnswerLoss, answer_rows, own_answer_tokens, trained_rows
 from retcon.training.parts import attached
 from retcon.training.path_nodes import PathNodes, accumulate_attached
 from retcon.work import Progress
@@ -168,7 +168,7 @@ class Ctp(TuningSettings):
             return None
         if self.original == "target_true":
             return AnswerLoss(lm, answer_rows(lm, edits, "target_true"))
-        return AnswerLoss(lm, rows, own_answers(lm, rows))
+        return AnswerLoss(lm, rows, own_answer_tokens(lm, rows))
 
 
 class PathTrainer:

@@ -150,7 +150,7 @@ class Kn(Method):
     def _old(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
         """Return the edits with the old answer in the new one's place."""
         unknown = [edit for edit in edits if edit.target_true is None]
-        said = [text or edit.target_new for text, edit in zip(own_answers(lm, unknown), unknown, strict=True)]
+        said = [text or edit.target_new for text, edit in zip(completions(lm, unknown), unknown, strict=True)]
         own = dict(zip((edit.id for edit in unknown), said, strict=True))
         return [replace(edit, target_new=edit.target_true or own[edit.id]) for edit in edits]
 
@@ -162,7 +162,7 @@ class Kn(Method):
         return matrix[tokens].to(torch.promote_types(matrix.dtype, torch.float32)).mean(0)
 
 
-def own_answers(lm: LM, edits: Sequence[Edit]) -> list[str]:
+def completions(lm: LM, edits: Sequence[Edit]) -> list[str]:
     """Return what the model itself says after each prompt: a few words, up to the end of the sentence."""
     from retcon.lm.generate import Writing, texts_after
 

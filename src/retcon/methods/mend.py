@@ -19,9 +19,9 @@ from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import State, recorded
 from retcon.methods.common.hypernetwork import (
+    ComparedAt,
     Drawn,
     HypernetworkSettings,
-    Where,
     base_log_probs,
     fit_editor,
     gather_pieces,
@@ -56,7 +56,7 @@ class Mend(HypernetworkSettings):
     """c_e: weight of the loss on rephrasings."""
     locality_weight: NotNegative = 1.0
     """Weight of the divergence on prompts that should stay; the paper's is 1."""
-    locality_at: Where = "everywhere"
+    locality_at: ComparedAt = "everywhere"
     """After which tokens of those prompts the model is compared with itself: all, or those that predict the answer."""
     clip: NotNegative = 100.0
     """Largest norm of a gradient."""

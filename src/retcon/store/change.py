@@ -192,13 +192,13 @@ class PendingEntry:
         Raises:
             InvalidSetting: it, or the method that it wraps, is in no module that is imported; or another is given.
         """
-        from retcon.methods.common.contract import place_of
+        from retcon.methods.common.contract import class_path
         from retcon.methods.common.registry import class_at_hand, list_methods, method_class
 
         name = str(made["method"])
         place = str(made.get("class", name))
         known = method_class(name) if name in list_methods() else None
-        registered = known is not None and place in (name, place_of(known))
+        registered = known is not None and place in (name, class_path(known))
         found, wrapped = name if registered else place, []
         settings = made["settings"]
         while settings.get("base_method"):
@@ -210,8 +210,8 @@ class PendingEntry:
                 found = given
             elif not lenient:
                 raise InvalidSetting(
-                    f"--method {given} is {chosen.name} ({place_of(chosen)}), and {name} ({place}) made delta {delta}: "
-                    + ("leave --method out" if registered else "name that one")
+                    f"--method {given} is {chosen.name} ({class_path(chosen)}), and {name} ({place}) made delta "
+                    f"{delta}: " + ("leave --method out" if registered else "name that one")
                 )
         for each in (found, *wrapped):
             kind = class_at_hand(each)

@@ -161,7 +161,7 @@ class GroupLoss:
 
 
 @torch.no_grad()
-def own_answers(lm: LM, rows: Sequence[Row]) -> list[tuple[int, ...]]:
+def own_answer_tokens(lm: LM, rows: Sequence[Row]) -> list[tuple[int, ...]]:
     """Return what the model itself would say at each answer position, the answer's earlier tokens given."""
     said: list[tuple[int, ...]] = [()] * len(rows)
     for chunk in token_chunks(rows, range(len(rows))):

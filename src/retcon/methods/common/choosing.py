@@ -13,7 +13,7 @@ from retcon.methods.common.contract import Method, ModelShape, check_as_trained
 from retcon.methods.common.locate_then_edit import SearchSettings
 from retcon.methods.common.presets import Preset, preset_for, preset_named, presets
 from retcon.methods.common.registry import NO_PRESET, build, method_class
-from retcon.methods.common.settings import checked
+from retcon.methods.common.settings import checked_settings
 from retcon.methods.common.starting_point import (
     clamp_settings,
     edits_of,
@@ -28,7 +28,7 @@ Facts = Iterable[Edit | Case] | None
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenMethod:
     """A method with its settings, and where these come from."""
 
     method: Method
@@ -82,7 +82,7 @@ def choose(
     cases: Facts = None,
     at_once: int | None = None,
     **settings: Any,
-) -> Choice:
+) -> ChosenMethod:
     """Return what `method` returns, with the preset that it comes from, or what was chosen without one and why."""
     chosen = method_class(name)
     cases = None if cases is None else edits_of(cases)
@@ -90,7 +90,7 @@ def choose(
         require_lm(for_model)
     if isinstance(layers := settings.get("layers"), str) and layers == "probe":
         settings = _advised(chosen, for_model, cases, settings)
-    settings = checked(name, chosen, settings)
+    settings = checked_settings(name, chosen, settings)
     found: Preset | None = None
     if preset not in (None, NO_PRESET):
         found = preset_named(name, preset)
@@ -102,8 +102,8 @@ def choose(
     by_rule = for_model if found is None and not as_trained else None
     shape = None if by_rule is None else ModelShape.of(by_rule)
     guess = {} if shape is None else chosen.fallback_settings(shape)
-    resolved = {**checked(name, chosen, dict(found.settings) if found else guess), **settings}
-    base: Choice | None = None
+    resolved = {**checked_settings(name, chosen, dict(found.settings) if found else guess), **settings}
+    base: ChosenMethod | None = None
     if for_model is not None and issubclass(chosen, Filter):
         base = _wrapped(
             chosen, resolved, for_model, dataset, NO_PRESET if preset == NO_PRESET else None, cases, at_once
@@ -125,7 +125,7 @@ def choose(
             RetconWarning,
             stacklevel=3,
         )
-    return Choice(made, found, tuple(notes))
+    return ChosenMethod(made, found, tuple(notes))
 
 
 def _from_shape(
@@ -183,7 +183,7 @@ def _wrapped(
     preset: str | None,
     cases: Facts,
     at_once: int | None,
-) -> Choice:
+) -> ChosenMethod:
     """Return the method that a filter wraps, with its settings for the model, those given over them."""
     base = chosen.base_of(settings)
     has = dataset in {p.dataset for p in presets(base)}

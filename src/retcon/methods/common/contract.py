@@ -21,7 +21,7 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.memory.write import UpdateFilter as UpdateFilter
-from retcon.methods.common.settings import checked
+from retcon.methods.common.settings import checked_settings
 from retcon.seed import check_seed
 from retcon.version import versions
 from retcon.work import Progress
@@ -299,10 +299,10 @@ def with_files(settings: Mapping[str, Any], files: Mapping[str, str]) -> dict[st
 
 def made_by(method: Method) -> dict[str, Any]:
     """Return what a record says of a method: its name, its class as "module:Class", its settings."""
-    return {"method": method.name, "class": place_of(type(method)), "settings": recorded_settings(method)}
+    return {"method": method.name, "class": class_path(type(method)), "settings": recorded_settings(method)}
 
 
-def place_of(kind: type) -> str:
+def class_path(kind: type) -> str:
     """Return a class as "module:Class"."""
     return f"{kind.__module__}:{kind.__qualname__}"
 
@@ -367,7 +367,7 @@ def check_settings(method: Method) -> None:
     Raises:
         InvalidSetting: another type, an unknown choice, NaN or infinity; the message names the setting.
     """
-    for setting, value in checked(method.name, type(method), method.settings).items():
+    for setting, value in checked_settings(method.name, type(method), method.settings).items():
         object.__setattr__(method, setting, value)
 
 

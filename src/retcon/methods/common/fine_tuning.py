@@ -180,7 +180,7 @@ class FineTuning(TuningSettings):
             adam.register_step_post_hook(lambda *_: shrink(trained, away, self.learning_rate * decay))
         if self.box is not None or self.ball is not None:
             centre = [moved_so_far(lm, part) if self.anchor == "base" else None for part in parts]
-            adam.register_step_post_hook(lambda *_: project(trained, centre, self.box, self.ball))
+            adam.register_step_post_hook(lambda *_: project_onto_bounds(trained, centre, self.box, self.ball))
         return adam
 
     def decay(self, n_edits: int) -> float:
@@ -298,7 +298,9 @@ def shrink(values: Sequence[Tensor], away: Sequence[Tensor], share: float) -> No
 
 
 @torch.no_grad()
-def project(values: Sequence[Tensor], centre: Sequence[Tensor | None], box: float | None, ball: float | None) -> None:
+def project_onto_bounds(
+    values: Sequence[Tensor], centre: Sequence[Tensor | None], box: float | None, ball: float | None
+) -> None:
     """Put V + centre, the change from the anchor, back into the box, then into the ball."""
     if box is not None:
         for v, c in zip(values, centre, strict=True):

@@ -26,7 +26,7 @@ from retcon.lm.model import LM, Site, SiteName, require_lm
 from retcon.lm.prompts import Row, encode, ended, pad
 from retcon.locate.gradients import catch
 from retcon.methods.common.contract import Trainable, check_as_trained, check_depth, check_settings
-from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, Matrices, checked
+from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, Matrices, checked_settings
 from retcon.methods.common.tuning import check_memory, sites_named
 from retcon.training.fitting import CurvePoint, Fit, FitSchedule
 from retcon.training.hypernetwork import Hypernetwork, ScaleAt, not_zero
@@ -271,12 +271,12 @@ def in_passes(drawn: Sequence[Drawn]) -> Iterator[Sequence[Drawn]]:
     return (drawn[i : i + size] for i in range(0, len(drawn), size))
 
 
-Where = Literal["everywhere", "answers"]
+ComparedAt = Literal["everywhere", "answers"]
 """After which tokens of a prompt that should stay the model is compared with itself: all, or those that predict its
 answer."""
 
 
-def compared_places(rows: Sequence[Row], where: Where) -> tuple[Tensor, Tensor]:
+def compared_places(rows: Sequence[Row], where: ComparedAt) -> tuple[Tensor, Tensor]:
     """(row, position) of every token of these rows after which the model is compared."""
     if where == "answers":
         return answer_places(rows)
@@ -285,14 +285,14 @@ def compared_places(rows: Sequence[Row], where: Where) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def base_log_probs(lm: LM, drawn: Sequence[Drawn], where: Where) -> Float[Tensor, "n vocab"]:
+def base_log_probs(lm: LM, drawn: Sequence[Drawn], where: ComparedAt) -> Float[Tensor, "n vocab"]:
     """Return what the model says in the prompts that should stay."""
     others = [d.other for d in drawn]
     return log_probs(logits_at(lm, pad(others, lm.device), compared_places(others, where)))
 
 
 def outer_losses(
-    lm: LM, drawn: Sequence[Drawn], base: Float[Tensor, "n vocab"], parts: Sequence[Part], where: Where
+    lm: LM, drawn: Sequence[Drawn], base: Float[Tensor, "n vocab"], parts: Sequence[Part], where: ComparedAt
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Return the outer losses of each example with `parts` attached, from one pass over 2 batch rows, rephrasings
     first.
@@ -505,7 +505,7 @@ def with_settings_of(method: Trained, about: Mapping[str, Any]) -> Trained:
     Raises:
         InvalidSetting: a setting is neither the default nor the one in the file.
     """
-    trained = replace(method, **checked(method.name, type(method), about["settings"]))
+    trained = replace(method, **checked_settings(method.name, type(method), about["settings"]))
     check_as_trained(method, trained, [f.name for f in fields(method) if method.settings[f.name] != f.default])
     return trained
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, UnknownMethod
 from retcon.extensions import installed, named_object
-from retcon.methods.common.settings import checked, declared, types_of
+from retcon.methods.common.settings import checked_settings, declared, types_of
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -145,7 +145,7 @@ def build(name: str, settings: Mapping[str, Any], *, lm: "LM | None" = None) -> 
         UnknownMethod, InvalidSetting: the message names the method or the setting.
     """
     chosen = method_class(name)
-    settings = checked(name, chosen, settings)
+    settings = checked_settings(name, chosen, settings)
     needed = [f.name for f in fields(chosen) if f.default is MISSING and f.default_factory is MISSING]
     missing = [field for field in needed if field not in settings]
     if missing:

@@ -1,7 +1,7 @@
 """A method's settings as they are read by people and checked before they are used: descriptions, types, finiteness.
 
-`checked` needs the method's class, which brings torch; `declared` reads the fields of a class of this package from its
-source, so that a setting that cannot be is refused at once.
+`checked_settings` needs the method's class, which brings torch; `declared` reads the fields of a class of this package
+from its source, so that a setting that cannot be is refused at once.
 """
 
 import ast
@@ -26,7 +26,7 @@ _PACKAGE = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
-class Rule:
+class Constraint:
     """What a setting's value has to be beside its type: an annotation of the field."""
 
     words: str
@@ -34,30 +34,30 @@ class Rule:
     holds: Callable[[Any], bool]
 
 
-Count = Annotated[int, Rule("be at least 1", lambda n: n >= 1)]
+Count = Annotated[int, Constraint("be at least 1", lambda n: n >= 1)]
 """A number of things, from 1 on."""
-CountFromZero = Annotated[int, Rule("not be negative", lambda n: n >= 0)]
+CountFromZero = Annotated[int, Constraint("not be negative", lambda n: n >= 0)]
 """A number of things, from 0 on."""
-Layer = Annotated[int, Rule("not be negative", lambda layer: layer >= 0)]
+Layer = Annotated[int, Constraint("not be negative", lambda layer: layer >= 0)]
 """A block, counted from 0."""
 AnyLayers = Annotated[
     tuple[int, ...],
-    Rule(
+    Constraint(
         "ascend without repeats from 0 on",
         lambda layers: list(layers) == sorted(set(layers)) and not any(layer < 0 for layer in layers),
     ),
 ]
 """Blocks, ascending, counted from 0; there may be none."""
-Layers = Annotated[AnyLayers, Rule("name a layer, or there is nothing to edit", bool)]
+Layers = Annotated[AnyLayers, Constraint("name a layer, or there is nothing to edit", bool)]
 """Blocks, ascending, counted from 0: one at least."""
-EACH_ONCE = Rule("name one or more, each once", lambda names: 0 < len(names) == len(set(names)))
+EACH_ONCE = Constraint("name one or more, each once", lambda names: 0 < len(names) == len(set(names)))
 Matrices = Annotated[tuple[str, ...], EACH_ONCE]
 """Kinds of matrices, or paths inside a block: one at least, none twice."""
-NotNegative = Annotated[float, Rule("not be negative", lambda value: value >= 0)]
+NotNegative = Annotated[float, Constraint("not be negative", lambda value: value >= 0)]
 """A number from 0 on."""
-Positive = Annotated[float, Rule("be positive", lambda value: value > 0)]
+Positive = Annotated[float, Constraint("be positive", lambda value: value > 0)]
 """A number above 0."""
-Share = Annotated[float, Rule("be above 0 and at most 1", lambda value: 0 < value <= 1)]
+Share = Annotated[float, Constraint("be above 0 and at most 1", lambda value: 0 < value <= 1)]
 """A part of a whole."""
 
 
@@ -83,7 +83,7 @@ def _described_fields(base: type[Any]) -> Iterator[tuple[str, str]]:
             yield field.target.id, inspect.cleandoc(str(text.value.value)).replace("\n", " ")  # type: ignore[attr-defined]
 
 
-def checked(name: str, method: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def checked_settings(name: str, method: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings as the method's fields want them, from wherever they come: Python, `--set`, a preset, a file.
 
     Lists, arrays and tensors become tuples, NumPy's numbers Python's, whole numbers floats where a float is wanted.
@@ -101,7 +101,7 @@ def types_of(method: type[Any]) -> dict[str, Any]:
 
 
 def fitted(name: str, hints: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as these fields want them; `checked` says what is refused.
+    """Return settings as these fields want them; `checked_settings` says what is refused.
 
     Args:
         name: the method's, for messages.
@@ -227,9 +227,9 @@ def fitted_value(value: Any, hint: Any, what: str) -> Any:
         return value
     if origin is Annotated:
         value = fitted_value(value, args[0], what)
-        for rule in hint.__metadata__:
-            if isinstance(rule, Rule) and not rule.holds(value):
-                raise InvalidSetting(f"{what} must {rule.words}, found {value!r}")
+        for constraint in hint.__metadata__:
+            if isinstance(constraint, Constraint) and not constraint.holds(value):
+                raise InvalidSetting(f"{what} must {constraint.words}, found {value!r}")
         return value
     if origin in (Union, UnionType):
         if value is None and NoneType in args:

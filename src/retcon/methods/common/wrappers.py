@@ -142,11 +142,11 @@ def edited_matrix(lm: LM, name: str, changes: Sequence[Change], parameter: Tenso
     own = parameter if region is None else changes[0].part_of(parameter)
     inside = [change if region is None else replace(change, region=None) for change in changes]
     whole = own.dim() == 2 and (region is None or parameter.dim() == 3)  # not a projection by itself
-    counted = counted_entries(inside, own.shape, projections(lm, name)) if whole else None
+    counted = counted_entries(inside, own.shape, fused_projections(lm, name)) if whole else None
     return EditedMatrix(region, own, inside, counted)
 
 
-def projections(lm: LM, name: str) -> list[Site]:
+def fused_projections(lm: LM, name: str) -> list[Site]:
     """Return the projections that share a parameter, of experts those of the first; none where it is not fused."""
     found: list[Site] = []
     for layer in range(lm.n_layers):
