@@ -16,9 +16,9 @@ from retcon.delta import Change, Delta, Dense, LowRank, Rows
 from retcon.edits import Edit, list_of_edits
 from retcon.errors import DeltaMismatch
 from retcon.evaluation.metrics import gen_prefix
+from retcon.lm.devices import float64_place
 from retcon.lm.generate import Writing, texts_after
 from retcon.lm.model import LM
-from retcon.memory.place import float64_place
 from retcon.version import __version__
 
 

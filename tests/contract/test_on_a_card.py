@@ -16,8 +16,9 @@ from retcon import world
 from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.evaluation import evaluate
+from retcon.lm import capacity
 from retcon.lm.model import LM
-from retcon.memory import capacity, keys
+from retcon.memory import keys
 from retcon.memory.contexts import Contexts
 from retcon.memory.values import plan, schedule, search
 from retcon.methods.common import tuning

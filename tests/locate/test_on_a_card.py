@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from retcon.edits import Edit
+from retcon.lm import capacity
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode_edit
 from retcon.locate import Tracing, WordSets, causal_trace, contrast_probe
 from retcon.locate.attribution import Attribution, attribute
 from retcon.locate.neurons import attribute_neurons
 from retcon.locate.paths import assess, slots_of
-from retcon.memory import capacity
 from tests.card import Card, both, on_two
 from tests.conftest import everyday
 

@@ -8,12 +8,12 @@ from torch.testing import assert_close
 
 from retcon.checked import cached, keep
 from retcon.errors import OutOfMemory, RetconWarning
+from retcon.lm import offload
 from retcon.lm.batches import is_out_of_memory
+from retcon.lm.capacity import free_bytes
 from retcon.lm.prompts import Row
 from retcon.lm.site import Site
 from retcon.memory import collect as module
-from retcon.memory import offload
-from retcon.memory.capacity import free_bytes
 from retcon.memory.collect import batched, chunked, collect
 
 

@@ -12,9 +12,10 @@ import retcon
 from retcon.attachment import Beside, Hook
 from retcon.edits import Edit
 from retcon.errors import NonFinite, OutOfMemory, RetconWarning
+from retcon.lm import capacity, offload
 from retcon.lm.forward import Point
 from retcon.lm.model import LM
-from retcon.memory import capacity, collect, offload
+from retcon.memory import collect
 from retcon.memory.contexts import Contexts
 from retcon.memory.values import schedule
 from retcon.memory.values import search as searching

@@ -24,12 +24,12 @@ from torch import Tensor
 from retcon.checked import Kind, cached, keep
 from retcon.errors import InvalidSetting, NonFinite, OutOfMemory, RetconWarning
 from retcon.lm.batches import halved, is_out_of_memory, release_memory
+from retcon.lm.capacity import free_bytes, planned_bytes
 from retcon.lm.forward import Hook, Point, TensorName, run
 from retcon.lm.model import LM
+from retcon.lm.offload import put_away
 from retcon.lm.prompts import Row, pad
 from retcon.lm.site import Site
-from retcon.memory.capacity import free_bytes, planned_bytes
-from retcon.memory.offload import put_away
 from retcon.work import Here, in_order, silent
 
 CHUNK_TOKENS = {"cpu": 16_384, "cuda": 131_072}

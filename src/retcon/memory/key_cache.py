@@ -13,9 +13,9 @@ from torch import Tensor
 
 from retcon.checked import under
 from retcon.errors import DeltaMismatch
+from retcon.lm.devices import float64_place
 from retcon.lm.model import LM
 from retcon.lm.site import Site
-from retcon.memory.place import float64_place
 
 _BASE, _KEYS = "base", "keys/"
 

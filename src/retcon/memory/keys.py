@@ -10,11 +10,11 @@ from torch import Tensor
 from retcon.arguments import check_choice
 from retcon.edits import Edit
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
+from retcon.lm.capacity import planned_bytes
 from retcon.lm.forward import Point, activations
 from retcon.lm.layerwise import LayerwiseReader, Reading
 from retcon.lm.model import LM
 from retcon.lm.prompts import Where, encode_edit, pad
-from retcon.memory.capacity import planned_bytes
 from retcon.memory.contexts import Contexts
 
 KeyAverage = Literal["two_level", "uniform"]

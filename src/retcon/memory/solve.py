@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retcon.arguments import check_choice
 from retcon.errors import NonFinite
-from retcon.memory.place import CPU, float64_place, good_at_float64, room, solve_place
+from retcon.lm.devices import CPU, float64_place, good_at_float64, room, solve_place
 
 Build = Callable[[], Float[Tensor, "m m"]]
 ThresholdMode = Literal["absolute", "trace", "rank"]
@@ -46,7 +46,7 @@ def ridge(
     Args:
         moment: returns C, float32 or float64.
         factor: returns C's Cholesky factor where it is at hand; used where the work is done on the CPU.
-        device: where the model is; see `memory/place.py`.
+        device: where the model is; see `lm/devices.py`.
     """
     m, n = k.shape
     if 4 * n < m:

@@ -16,10 +16,10 @@ from retcon.arguments import check_choice
 from retcon.delta import Change, Delta, LowRank, only_deltas, smallest, sum_of
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
+from retcon.lm.devices import CPU, float64_place
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
-from retcon.memory.place import CPU, float64_place
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import State, made_by, recorded
 from retcon.methods.common.proposal import report_after

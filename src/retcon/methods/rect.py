@@ -14,10 +14,10 @@ from torch import Tensor
 from retcon.delta import Change, Delta, Dense, Entries, Region, sum_of
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
+from retcon.lm.devices import float64_place
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
-from retcon.memory.place import float64_place
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import State, made_by
 from retcon.methods.common.proposal import report_after

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from retcon.lm.capacity import planned_bytes
 from retcon.lm.model import LM
-from retcon.memory.capacity import planned_bytes
 from retcon.memory.values.objective import ValueSite
 from retcon.memory.values.rows import EditRows, active_part
 
@@ -24,7 +24,7 @@ MAX_EDITS = {"cpu": 32}
 """Edits of a chunk at most, since finished chunks are what a run that was killed finds again."""
 MAX_EDITS_ON_AN_ACCELERATOR = 512
 SHARE_OF_MEMORY = {"frozen": 0.2, "steps": 0.35}
-"""Of what is planned with (`memory.capacity.planned_bytes`)."""
+"""Of what is planned with (`lm.capacity.planned_bytes`)."""
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import torch
 from retcon.edits import Edit
 from retcon.errors import OutOfMemory, RetconWarning
 from retcon.lm.batches import is_out_of_memory, release_memory
+from retcon.lm.capacity import free_bytes
 from retcon.lm.forward import adding, answer_places, input_rows, logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import pad
-from retcon.memory.capacity import free_bytes
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.objective import ValueOf, Values, ValueSearch, ValueSite
 from retcon.memory.values.plan import ChunkPlan, SearchPlan, needed_bytes, plan_search

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from retcon.lm.forward import Hook, input_rows, log_probs, logits_at
 from retcon.lm.model import LM
+from retcon.lm.offload import offloading, put_away
 from retcon.lm.replay import ReplayState, capture_states, replaying
-from retcon.memory.offload import offloading, put_away
 from retcon.memory.values.objective import Labels, ValueSearch, ValueSite, divergence, loss_of
 from retcon.memory.values.rows import EditRows, active_part
 from retcon.memory.values.state import SearchState
@@ -80,7 +80,7 @@ class Recorded:
     Args:
         rows: of the edits, in the order in which they are activated.
         offload: where memory is short, what is recorded and what steps leave for their backward passes goes out of the
-            way (`memory.offload`), which takes longer and changes no bit.
+            way (`lm.offload`), which takes longer and changes no bit.
     """
 
     def __init__(

@@ -21,9 +21,9 @@ from torch import Tensor
 from retcon.delta import Delta
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, OutOfMemory
+from retcon.lm.capacity import free_bytes
 from retcon.lm.model import LM
 from retcon.lm.site import Site, SiteName
-from retcon.memory.capacity import free_bytes
 from retcon.methods.common.contract import Method, check_depth, check_settings, recorded
 from retcon.methods.common.proposal import report_after
 from retcon.methods.common.settings import Count, CountFromZero, NotNegative

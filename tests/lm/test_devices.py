@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from retcon.errors import InvalidSetting, OutOfMemory
-from retcon.memory.place import CPU, SETTING, float64_place, solve_place
+from retcon.lm.devices import CPU, SETTING, float64_place, solve_place
 from retcon.memory.solve import cholesky, null_space, ridge, solve_on
 from tests.card import CARD, Card, OnCard
 

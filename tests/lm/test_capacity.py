@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from retcon.memory import capacity
+from retcon.lm import capacity
 
 
 def test_a_containers_limit_counts_and_files_that_were_read_do_not(
