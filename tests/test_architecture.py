@@ -22,6 +22,7 @@ LEVELS = [
         "lazily",
         "extensions",
         "version",
+        "plural",
         "work",
         "escaping",
         "seed",
@@ -51,8 +52,8 @@ LEVELS = [
     {"cli", "__main__"},
 ]
 BASE = [
-    *("errors", "lazily", "extensions", "version", "work", "escaping", "seed", "files", "drawing", "pages", "chat"),
-    *("arguments", "boundary", "spelling", "edits", "checked", "attachment", "delta"),
+    *("errors", "lazily", "extensions", "version", "work", "escaping", "seed", "files", "drawing", "pages"),
+    *("plural", "chat", "arguments", "boundary", "spelling", "edits", "checked", "attachment", "delta"),
 ]
 """The order inside the first level; `world` may use the first three."""
 

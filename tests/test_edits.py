@@ -365,10 +365,10 @@ def test_a_malformed_edit_is_named_by_row_and_field(record: dict[str, Any], mess
         ({"id": "c", "edits": [EDIT, {**EDIT, "prompt": ""}], "queries": []}, "row 1, edits[1]: edit of 'France': the"),
         ({"id": "c", "edits": [EDIT], "queries": [{"id": "q", "axis": "rewrite"}]}, "queries[0]: field 'prompt' is mi"),
         ({"id": "c", "edits": [], "queries": [{**QUERY, "answers": ["x"]}]}, "queries[0]: query 'rewrite/0': answers"),
-        ({"id": "c", "edits": [], "queries": [{**QUERY, "gold": "x"}]}, "queries[0]: unknown field(s) gold; known: id"),
+        ({"id": "c", "edits": [], "queries": [{**QUERY, "gold": "x"}]}, "queries[0]: 1 unknown field (gold); known"),
         ({"id": "c", "edits": [], "queries": [QUERY, QUERY]}, "row 1: case 'c': two queries share the id"),
         ({"id": "c", "edits": [], "queries": [], "meta": "x"}, "row 1: field 'meta' must be dict, found str"),
-        ({"id": "c", "edits": [{**EDIT, "rival": "x"}], "queries": []}, "edits[0]: unknown field(s) rival; known: pro"),
+        ({"id": "c", "edits": [{**EDIT, "rival": "x"}], "queries": []}, "edits[0]: 1 unknown field (rival); known"),
     ],
 )
 def test_a_malformed_case_is_named_by_row_and_field(record: dict[str, Any], message: str, tmp_path: Path) -> None:

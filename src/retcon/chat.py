@@ -6,6 +6,7 @@ from typing import Any
 
 from retcon.errors import InvalidEdit
 from retcon.escaping import is_text
+from retcon.plural import plural
 
 Argument = str | int | float | bool | None
 REASONING = (
@@ -89,7 +90,9 @@ def chat_from(value: "Chat | Mapping[str, Any] | bool | None") -> Chat | None:
     if not isinstance(value, Mapping):
         raise InvalidEdit(f"chat must be true, false or an object with {', '.join(FIELDS)}, found {value!r}")
     if unknown := sorted(map(str, value.keys() - set(FIELDS))):
-        raise InvalidEdit(f"chat: unknown field(s) {', '.join(unknown)}; known: {', '.join(FIELDS)}")
+        raise InvalidEdit(
+            f"chat: {plural(len(unknown), 'unknown field')} ({', '.join(unknown)}); known: {', '.join(FIELDS)}"
+        )
     return Chat(value.get("system"), value.get("template_args") or (), value.get("train_end", False))
 
 

@@ -24,7 +24,7 @@ from retcon.checked import checksum, digest_of, for_file, under
 from retcon.edits import Edit, edit_record
 from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, NonFinite
 from retcon.files import as_json, check_exists, write_atomically
-from retcon.spelling import count
+from retcon.plural import plural
 
 FORMAT = "retcon-delta-2"
 _BLOCK = 2**24  # values of a low-rank product written out at a time
@@ -271,7 +271,7 @@ class Delta:
     def __repr__(self) -> str:
         method = self.provenance.get("method", "unknown method")
         return (
-            f"Delta({self.id}: {method}, {count(len(self.report), 'edit')}, {count(len(self.changes), 'parameter')}, "
+            f"Delta({self.id}: {method}, {plural(len(self.report), 'edit')}, {plural(len(self.changes), 'parameter')}, "
             f"{self.nbytes():,} B)"
         )
 

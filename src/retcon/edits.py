@@ -19,6 +19,7 @@ from retcon.chat import Chat, chat_from
 from retcon.errors import ConflictingEdits, InvalidEdit, MalformedFile
 from retcon.escaping import is_text
 from retcon.files import as_json, require, write_atomically
+from retcon.plural import plural
 from retcon.spelling import fold, mentions, nfc
 
 MARKER = "{}"
@@ -283,8 +284,7 @@ def resolve_conflicts(edits: Iterable[Edit], rule: ConflictRule = "error") -> li
         raise ConflictingEdits(
             f"edits {first.id!r} and {second.id!r} contradict each other: {first.subject!r} shall become both "
             f"{first.target_new!r} and {second.target_new!r} (question {same_question(first)[1]!r}); "
-            + ("1 such group" if len(groups) == 1 else f"{len(groups):,} such groups")
-            + ". Take one out, or load with conflicts='drop' or 'last'."
+            f"{plural(len(groups), 'such group')}. Take one out, or load with conflicts='drop' or 'last'."
         )
     keep = {same_question(g[0]): nfc((g[0] if rule == "drop" else g[-1]).target_new) for g in groups}
     return [e for e in edits if keep.get(same_question(e), nfc(e.target_new)) == nfc(e.target_new)]
@@ -431,7 +431,7 @@ def _made(kind: type[_Kind], record: Any, where: str) -> _Kind:
             require(record, name, object, where)
     if unknown := sorted(set(record) - set(kind.__dataclass_fields__)):
         known = ", ".join(kind.__dataclass_fields__)
-        raise MalformedFile(f"{where}: unknown field(s) {', '.join(unknown)}; known: {known}")
+        raise MalformedFile(f"{where}: {plural(len(unknown), 'unknown field')} ({', '.join(unknown)}); known: {known}")
     try:
         return kind(**record)
     except InvalidEdit as error:

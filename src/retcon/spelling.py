@@ -1,4 +1,4 @@
-"""How texts are compared, where a subject is in a text, and how a number of things is written."""
+"""How texts are compared, and where a subject is in a text."""
 
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -69,8 +69,3 @@ def _occurrences(text: str, subject: str, fold: Callable[[str], str]) -> Iterato
         if at in place and at + len(wanted) in place:
             yield place[at], place[at + len(wanted)]
         at = folded.find(wanted, at + 1)
-
-
-def count(n: int, what: str) -> str:
-    """Return a number of things for reading."""
-    return f"{n:,} {what}" + "s" * (n != 1)

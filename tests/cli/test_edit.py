@@ -180,7 +180,7 @@ def test_repeated_rows_are_one_edit(cli: Callable[..., Any], here: Path) -> None
         (("--out", "."), "is a directory"),
         (("--out", "edits.jsonl/delta.safetensors"), "is not a directory that may be written to"),
         (("--device", "abacus"), "unknown device 'abacus'"),
-        (("--device", "cuda:99"), "GPU(s) on this machine"),
+        (("--device", "cuda:99"), " GPUs on this machine"),
         (("--dtype", "float3"), "unknown dtype 'float3'"),
         (("--start", "9"), "nothing to edit"),
     ],

@@ -329,7 +329,7 @@ def test_a_fact_may_say_how_it_is_put(file: Callable[..., Path]) -> None:
     ("chat", "message"),
     [
         ("yes", "chat must be true, false or an object with system, template_args, train_end, found 'yes'"),
-        ({"sytem": "Be brief."}, "chat: unknown field(s) sytem; known: system, template_args"),
+        ({"sytem": "Be brief."}, "chat: 1 unknown field (sytem); known: system, template_args"),
         ({"system": 3}, "chat: system must be text, found int (3)"),
         ({"train_end": "no"}, "chat: train_end must be true or false, found 'no'"),
         ({"template_args": {"tools": []}}, "chat: template argument 'tools' must be text, a number"),

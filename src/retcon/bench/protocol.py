@@ -28,6 +28,7 @@ from retcon.evaluation.records import Record, When, whole_model_record
 from retcon.evaluation.results import Evaluation
 from retcon.lm.model import LM, require_lm
 from retcon.lm.peak import Peak
+from retcon.plural import plural
 
 Propose = Callable[[LM, Sequence[Edit], "Mapping[str, torch.Tensor] | None"], Attachment]
 """From a model, edits and the state of the step before to the change that writes them."""
@@ -97,7 +98,7 @@ def run_units(setting: Setting, protocol: Protocol, units: Units) -> Generator[U
     """
     if setting.lm.applied:
         raise InvalidSetting(
-            f"{len(setting.lm.applied)} delta(s) are applied; take them off: a run starts from the base"
+            f"{plural(len(setting.lm.applied), 'applied delta')}; revert first, for a run starts from the base"
         )
     _, size = protocol.sizes(len(setting.plan.cases))
     cases = setting.plan.cases

@@ -7,7 +7,7 @@ import typer
 
 from retcon.cli.models import loads_a_model
 from retcon.cli.options import Json
-from retcon.cli.printing import console, count, emit, styled
+from retcon.cli.printing import console, emit, plural, styled
 from retcon.cli.stores import (
     Again,
     Corpus,
@@ -44,6 +44,6 @@ def amend(
     if as_json:
         emit(entry_record(entry, found.state(entry.id)))
         return
-    searched = f"{count(entry.about['searched'], 'value')} searched"
+    searched = f"{plural(entry.about['searched'], 'value')} searched"
     console().print(styled("[yellow]{}[/]  {}  [dim]{}[/]", entry.id, entry.message, searched))
     say_on_top(entry, offer=True)

@@ -7,7 +7,7 @@ import typer
 
 from retcon.cli.models import delta_files, load_deltas, load_model, loads_as_stored
 from retcon.cli.options import Json, Model, OtherBase
-from retcon.cli.printing import console, count, emit, size, styled
+from retcon.cli.printing import console, emit, plural, size, styled
 from retcon.cli.progress import spinner
 
 
@@ -53,7 +53,7 @@ def apply(
                 each["file"],
                 each["id"],
                 each["method"],
-                count(each["n_edits"], "edit"),
+                plural(each["n_edits"], "edit"),
             )
         )
     out.print(styled("saved    {}  [dim]{}, {}[/]", save, size(made.n_bytes), made.record["base"]["dtype"]))

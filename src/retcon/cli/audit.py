@@ -10,7 +10,7 @@ from retcon.cli.facts import reads_facts
 from retcon.cli.models import check_model_exists, load_deltas, load_model, loads_as_stored
 from retcon.cli.options import Json
 from retcon.cli.outputs import check_output
-from retcon.cli.printing import console, count, emit, plain_table, size, styled
+from retcon.cli.printing import console, emit, plain_table, plural, size, styled
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting, NotEditable
 from retcon.workflow.facts import Reading, facts_that_fit, read_facts
@@ -97,7 +97,7 @@ def _show(found: "Audit", *, known: bool) -> None:
     show = console()
     n = len(found.differences)
     if not n:
-        show.print(styled("[green]The same[/]: all {} agree bit for bit.", count(found.n_parameters, "parameter")))
+        show.print(styled("[green]The same[/]: all {} agree bit for bit.", plural(found.n_parameters, "parameter")))
     else:
         right = ("difference", "of its norm", "rank", *(("unexplained",) if known else ()))
         table = plain_table(("parameter", None), right=right)
@@ -106,7 +106,7 @@ def _show(found: "Audit", *, known: bool) -> None:
             table.add_row(*cells, *([f"{d.unexplained or 0:.2%}"] if known else []))
         show.print(table)
         more = f"; {n - N_SHOWN:,} more in --json" if n > N_SHOWN else ""
-        show.print(styled("[dim]{:,} of {} differ{}[/]", n, count(found.n_parameters, "parameter"), more))
+        show.print(styled("[dim]{:,} of {} differ{}[/]", n, plural(found.n_parameters, "parameter"), more))
         for name, why in found.left_out.items():
             show.print(f"No delta can hold the difference of {name}: {why}.", soft_wrap=True)
         if found.unexplained is not None:
@@ -121,6 +121,6 @@ def _show(found: "Audit", *, known: bool) -> None:
             show.print(answers)
         took = sum(a.took for a in found.answers)
         show.print(
-            f"{len(changed):,} of {count(len(found.answers), 'answer')} changed; {took:,} begin with the new answer "
+            f"{len(changed):,} of {plural(len(found.answers), 'answer')} changed; {took:,} begin with the new answer "
             "of the list"
         )

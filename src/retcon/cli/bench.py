@@ -14,7 +14,7 @@ from retcon.cli.facts import FileFormat
 from retcon.cli.models import check_model_path, warn_of_remote_code
 from retcon.cli.options import Json, On, VerifyBase
 from retcon.cli.outputs import check_can_make_folder
-from retcon.cli.printing import console, count, emit, plain_table, program, seconds, styled
+from retcon.cli.printing import console, emit, plain_table, plural, program, seconds, styled
 from retcon.cluster import workers
 from retcon.errors import InvalidSetting
 
@@ -141,7 +141,7 @@ def bench(
         emit({"directory": str(out), "seconds": took, "runs": board.record()})
         return
     console().print(board.table())
-    console().print(styled("{} in {}, kept in [bold]{}[/]", count(len(board.rows), "run"), seconds(took), out))
+    console().print(styled("{} in {}, kept in [bold]{}[/]", plural(len(board.rows), "run"), seconds(took), out))
     console().print(styled("[dim]next   {} report {}[/]", program(), out), soft_wrap=True)
 
 
@@ -237,7 +237,9 @@ def _estimate(spec: "BenchSpec", loaded: "Mapping[str, Loaded]", out: Path, as_j
         table.add_row(e.cell.slug, f"{e.n_cases:,}", *cells)
     console().print(table)
     left, took = sum(not e.finished for e in found), sum(e.seconds for e in found)
-    console().print(styled("{}, about {} [dim](from a few edits and cases each)[/]", count(left, "run"), seconds(took)))
+    console().print(
+        styled("{}, about {} [dim](from a few edits and cases each)[/]", plural(left, "run"), seconds(took))
+    )
 
 
 @dataclass
@@ -283,7 +285,7 @@ class _Board:
         row = self.rows[event.run_id]
         numbers = ", ".join(f"{name} {value}" for name, value in row.numbers.items())
         how = "finished before" if row.took is None else f"in {seconds(row.took)}"
-        failed = f", {count(row.failed, 'edit')} failed" if row.failed else ""
+        failed = f", {plural(row.failed, 'edit')} failed" if row.failed else ""
         return f"{event.cell.slug}: {numbers or 'done'}{failed}, {how}"
 
     def table(self) -> Table:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from retcon.cli.options import Json
-from retcon.cli.printing import console, count, emit, plain_table, size
+from retcon.cli.printing import console, emit, plain_table, plural, size
 from retcon.errors import InvalidSetting
 
 
@@ -56,7 +56,7 @@ def cache(
     show = console()
     if prune:
         n_bytes = sum(each.n_bytes for each in removed)
-        show.print(f"removed {count(len(removed), 'file')}, {size(n_bytes)}" if removed else "nothing to remove")
+        show.print(f"removed {plural(len(removed), 'file')}, {size(n_bytes)}" if removed else "nothing to remove")
     if not kept:
         show.print(f"nothing is kept in {cache_dir()}", soft_wrap=True)
         return

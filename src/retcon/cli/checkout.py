@@ -7,7 +7,7 @@ import typer
 
 from retcon.cli.models import loads_as_stored
 from retcon.cli.options import Json
-from retcon.cli.printing import console, count, emit, size, styled
+from retcon.cli.printing import console, emit, plural, size, styled
 from retcon.cli.progress import spinner
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 from retcon.files import found_from
@@ -41,6 +41,6 @@ def checkout(
     if as_json:
         emit({"saved": str(save), "bytes": made.n_bytes, "state": state.id, **made.record})
         return
-    facts = count(len(found.facts(None if entry == "HEAD" else entry)), "fact")
-    about = f"{size(made.n_bytes)}, state {state.id}: {facts} in {count(len(state.deltas), 'delta')}"
+    facts = plural(len(found.facts(None if entry == "HEAD" else entry)), "fact")
+    about = f"{size(made.n_bytes)}, state {state.id}: {facts} in {plural(len(state.deltas), 'delta')}"
     console().print(styled("saved  [bold]{}[/]  [dim]{}[/]", save, about))

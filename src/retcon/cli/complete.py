@@ -7,7 +7,7 @@ import typer
 from retcon.cli.chatting import chat_of, check_is_text
 from retcon.cli.models import load_deltas, load_model, loads_a_model
 from retcon.cli.options import AsChat, Deltas, Json, Model, OtherBase, Seed, System, TemplateArgs
-from retcon.cli.printing import console, count, emit, styled, warn
+from retcon.cli.printing import console, emit, plural, styled, warn
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting
 
@@ -99,7 +99,7 @@ def warn_of_no_answer(written: "Written") -> None:
     """Say why nothing is shown where a model was still reasoning when its tokens ran out."""
     if written.cut and written.reasoning and not written.text.strip():
         warn(
-            f"no answer within {count(written.n_tokens, 'token')}, all of them reasoning; give it room: --max-tokens N"
+            f"no answer within {plural(written.n_tokens, 'token')}, all of them reasoning; give it room: --max-tokens N"
         )
 
 

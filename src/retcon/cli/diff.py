@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retcon.cli.options import Json
-from retcon.cli.printing import count, emit
+from retcon.cli.printing import emit, plural
 from retcon.cli.stores import StorePath, fact_record, open_store
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def diff(
         typer.secho(f"+ {_shown(line)}", fg="green")
     for one, two in changed:
         typer.secho(f"~ {_shown(one)} -> {_one_line(two.target)}", fg="yellow")
-    typer.secho(f"{count(len(came), 'fact')} came, {len(went):,} went, {len(changed):,} changed", dim=True)
+    typer.secho(f"{plural(len(came), 'fact')} came, {len(went):,} went, {len(changed):,} changed", dim=True)
 
 
 def _shown(line: "Line") -> str:

@@ -13,7 +13,7 @@ from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_deltas, load_model, loading_options, loads_a_model
 from retcon.cli.options import Assignments, Corpus, Json, Method, Model, On, OtherBase, Preset, PresetsOf, Seed, Shrink
 from retcon.cli.outputs import check_output
-from retcon.cli.printing import console, count, emit, program, seconds, size, styled, warn
+from retcon.cli.printing import console, emit, plural, program, seconds, size, styled, warn
 from retcon.cli.progress import progress_bars, spinner
 from retcon.cli.stores import entry_record, open_store
 from retcon.cli.tables import changes_table, edits_table, estimate_table, facts_table, settings_table
@@ -234,7 +234,7 @@ def _show_made(
     delta, took = made.delta, {"load": loading, **made.seconds}
     if made.n_resumed:
         show.print(
-            styled("[dim]values of {} were there from a run that did not end[/]\n", count(made.n_resumed, "edit"))
+            styled("[dim]values of {} were there from a run that did not end[/]\n", plural(made.n_resumed, "edit"))
         )
     show.print(edits_table(delta, facts.edits))
     show.print()
@@ -250,7 +250,7 @@ def _show_made(
         show.print(str(measured.summary()))
         show.print()
     n = len(delta.report)
-    took_each = f"{seconds(took['edit'])} for {count(n, 'edit')}, {seconds(took['edit'] / n)} each"
+    took_each = f"{seconds(took['edit'])} for {plural(n, 'edit')}, {seconds(took['edit'] / n)} each"
     beside = f"loading {seconds(took['load'])}, moments {seconds(took['moments'])}"
     measuring = f", measuring {seconds(took['evaluate'])}" if evaluate else ""
     show.print(styled("{}  [dim]({}{})[/]", took_each, beside, measuring))
@@ -265,7 +265,7 @@ def _show_made(
         show.print(styled("[dim]try    {}[/]", ask), soft_wrap=True)
     if made.n_took < require * n:
         warn(
-            f"{made.n_took} of {count(n, 'edit')} took, fewer than asked for (--require {require:g}); the delta is "
+            f"{made.n_took} of {plural(n, 'edit')} took, fewer than asked for (--require {require:g}); the delta is "
             "saved and does not do what it should"
         )
         raise typer.Exit(1)
@@ -308,7 +308,7 @@ def _edit_store(
             "entry  [yellow]{}[/]  {}  [dim]{}, {}; state {}[/]",
             entry.id,
             entry.message,
-            count(len(made), "delta"),
+            plural(len(made), "delta"),
             size(n_bytes),
             store.state().id,
         )
@@ -320,7 +320,7 @@ def _edit_store(
         )
     if took < require * len(reports):
         warn(
-            f"{took} of {count(len(reports), 'edit')} took, fewer than asked for (--require {require:g}); "
+            f"{took} of {plural(len(reports), 'edit')} took, fewer than asked for (--require {require:g}); "
             f"{program()} revert {entry.id} takes the entry back"
         )
         raise typer.Exit(1)

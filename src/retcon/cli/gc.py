@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from retcon.cli.options import Json
-from retcon.cli.printing import console, count, emit, size
+from retcon.cli.printing import console, emit, plural, size
 from retcon.cli.stores import StorePath, open_store
 
 
@@ -33,4 +33,4 @@ def gc(
     if as_json:
         emit({"removed": removed, "bytes": n_bytes})
         return
-    console().print(f"removed {count(len(removed), 'file')}, {size(n_bytes)}" if removed else "nothing to remove")
+    console().print(f"removed {plural(len(removed), 'file')}, {size(n_bytes)}" if removed else "nothing to remove")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from retcon.cli.options import Json
-from retcon.cli.printing import console, count, emit, styled, warn
+from retcon.cli.printing import console, emit, plural, styled, warn
 from retcon.cli.stores import StorePath, entry_record, open_store
 
 
@@ -33,7 +33,7 @@ def log(
         line = styled("[yellow]{}[/]  [dim]{}[/]  [bold]{:7}[/]  ", entry.id, when, entry.action)
         show.print(line + entry.message, no_wrap=True, overflow="ellipsis", highlight=False)
     facts = found.facts()
-    in_force = f"{count(len(facts), 'fact')} in force in {count(len(state.deltas), 'delta')}, state {state.id}"
+    in_force = f"{plural(len(facts), 'fact')} in force in {plural(len(state.deltas), 'delta')}, state {state.id}"
     show.print(styled("[dim]{}, of {}[/]", in_force, found.model) if steps else styled("[dim]no entries yet[/]"))
     if (pair := next(clashes(facts), None)) is not None:
         warn(two_answers(*pair))

@@ -25,6 +25,7 @@ from retcon.cli.printing import warn
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting, UnsupportedModel
 from retcon.files import looks_like_path
+from retcon.plural import plural
 
 if TYPE_CHECKING:
     from retcon.attachment import Attachment
@@ -170,7 +171,7 @@ def _check_device(name: str | None) -> None:
         raise InvalidSetting(f"unknown device {name!r}; try cpu, cuda or cuda:0") from None
     found = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= found:
-        raise InvalidSetting(f"device {name!r} asked for, but torch sees {found or 'no'} GPU(s) on this machine")
+        raise InvalidSetting(f"device {name!r} asked for, but torch sees {plural(found, 'GPU')} on this machine")
 
 
 def load_deltas(paths: Sequence[Path]) -> list["Attachment"]:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from retcon.escaping import json_text, printable
-from retcon.spelling import count as count
+from retcon.plural import plural as plural
 
 WIDTH = 100
 """Columns of output that goes to a file or a pipe."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from retcon.cli.options import Json
-from retcon.cli.printing import console, count, emit, styled
+from retcon.cli.printing import console, emit, plural, styled
 from retcon.cli.progress import spinner
 from retcon.errors import how_to_install
 
@@ -44,5 +44,5 @@ def report(
     if not drawing and pictures is None:
         hint = f"no pictures: matplotlib is not installed ({how_to_install('plot')})"
         show.print(styled("[dim]{}[/]", hint), soft_wrap=True)
-    what = f"{count(len(made.tables), 'table')}, {count(len(made.pictures), 'picture')}"
+    what = f"{plural(len(made.tables), 'table')}, {plural(len(made.pictures), 'picture')}"
     show.print(styled("[dim]{} in {};[/] read [bold]{}[/]", what, made.directory, made.page), soft_wrap=True)

@@ -7,7 +7,7 @@ import typer
 
 from retcon.cli.models import loads_a_model
 from retcon.cli.options import Json
-from retcon.cli.printing import console, count, emit, styled
+from retcon.cli.printing import console, emit, plural, styled
 from retcon.cli.stores import (
     Again,
     Corpus,
@@ -61,7 +61,7 @@ def revert(
     if as_json:
         emit(entry_record(entry, found.state(entry.id)))
         return
-    searched = f"; {count(entry.about['searched'], 'value')} searched" if "searched" in entry.about else ""
-    facts = count(len(found.facts()), "fact")
+    searched = f"; {plural(entry.about['searched'], 'value')} searched" if "searched" in entry.about else ""
+    facts = plural(len(found.facts()), "fact")
     console().print(styled("[yellow]{}[/]  {}  [dim]{} in force{}[/]", entry.id, entry.message, facts, searched))
     say_on_top(entry, offer=fact is not None)

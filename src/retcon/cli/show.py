@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from retcon.cli.options import Json
-from retcon.cli.printing import console, count, emit, plain_table, size, styled
+from retcon.cli.printing import console, emit, plain_table, plural, size, styled
 from retcon.cli.stores import N_SHOWN, StorePath, entry_record, fact_record, facts_table, open_store
 from retcon.errors import UnknownEntry
 
@@ -100,4 +100,4 @@ def _fact(store: "Store", name: str, as_json: bool) -> None:
     out.print()
     out.print(table)
     if len(case.queries) > N_SHOWN:
-        out.print(styled("[dim]and {}[/]", count(len(case.queries) - N_SHOWN, "more check")))
+        out.print(styled("[dim]and {}[/]", plural(len(case.queries) - N_SHOWN, "more check")))

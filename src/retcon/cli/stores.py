@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from retcon.cli.models import load_model
-from retcon.cli.printing import count, plain_table, warn
+from retcon.cli.printing import plain_table, plural, warn
 from retcon.cli.progress import progress_bars
 from retcon.errors import UnsupportedModel
 from retcon.files import found_from
@@ -131,6 +131,5 @@ def say_on_top(entry: "Entry", *, offer: bool) -> None:
     """Warn of later deltas that were proposed on top of what an entry has changed."""
     if on_top := entry.about.get("on_top"):
         way = "; --repropose proposes them again on what is there now" if offer else ""
-        warn(
-            f"{count(len(on_top), 'later delta')} stayed as proposed on what was there before: {', '.join(on_top)}{way}"
-        )
+        later = plural(len(on_top), "later delta")
+        warn(f"{later} stayed as proposed on what was there before: {', '.join(on_top)}{way}")

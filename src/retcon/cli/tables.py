@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from retcon.cli.printing import count, plain_table, seconds, size, styled
+from retcon.cli.printing import plain_table, plural, seconds, size, styled
 from retcon.edits import Edit
 from retcon.workflow import Estimate, Resolved, as_toml, search_line, took_line
 
@@ -40,11 +40,11 @@ def settings_table(resolved: Resolved) -> Table:
 def estimate_table(expected: Estimate) -> Table:
     """Return what a run would take, in words."""
     table = Table.grid(padding=(0, 2), pad_edge=False)
-    tried = f"from {count(expected.tried, 'edit')} tried just now"
-    time = f"about {seconds(expected.edit_seconds)} for {count(expected.edits, 'edit')}"
+    tried = f"from {plural(expected.tried, 'edit')} tried just now"
+    time = f"about {seconds(expected.edit_seconds)} for {plural(expected.edits, 'edit')}"
     table.add_row("time", time, styled("[dim]{}[/]", tried))
     if expected.moments_missing:
-        what = f"{count(expected.moments_missing, 'second moment')} from {expected.moments_tokens:,} tokens, once"
+        what = f"{plural(expected.moments_missing, 'second moment')} from {expected.moments_tokens:,} tokens, once"
         table.add_row("", f"about {seconds(expected.moments_seconds)} before that", styled("[dim]{}[/]", what))
     elif expected.moments_asked:
         table.add_row("", "no second moments to collect", styled("[dim]they are on disk[/]"))

@@ -10,7 +10,7 @@ from rich.table import Table
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Corpus, Json, Method, Model, On, Preset, Seed
-from retcon.cli.printing import console, count, emit, plain_table, seconds, styled
+from retcon.cli.printing import console, emit, plain_table, plural, seconds, styled
 from retcon.cluster import workers, working_on
 from retcon.workflow import facts_that_fit, moments_for, read_facts, read_settings
 from retcon.workflow.facts import Reading
@@ -75,7 +75,7 @@ def tune(
     def heard(trial: Trial) -> None:
         changed = " ".join(f"{name}={_shown(value)}" for name, value in trial.changes.items()) or "where it begins"
         failed = styled("  [red]{}[/]", trial.problem) if trial.problem else ""
-        tried = f"{count(trial.n_cases, 'case')}, {seconds(trial.seconds)}"
+        tried = f"{plural(trial.n_cases, 'case')}, {seconds(trial.seconds)}"
         show.print(styled("  {:5.1f}  {}  {}{}", 100 * trial.score, tried, changed, failed), soft_wrap=True)
 
     with place as at, working_on(lm, at):
@@ -93,8 +93,8 @@ def tune(
         )
     label = dataset or cases.name.removeprefix("hub:").partition(".")[0]
     source = (
-        f"tuned by retcon tune on {cases.name} ({count(found.n_searched, 'fact')}, "
-        f"{count(len(found.trials), 'trial')}, seed {seed}); "
+        f"tuned by retcon tune on {cases.name} ({plural(found.n_searched, 'fact')}, "
+        f"{plural(len(found.trials), 'trial')}, seed {seed}); "
         f"Score {_percent(found, 'found')} on {found.n_reported} others, {_start(found)} {_percent(found, 'before')}"
     )
     path = None if found.worse else save_preset(lm, found, source, label, folder)
@@ -104,7 +104,7 @@ def tune(
     if clear is not None and clear.interval is not None:
         low, high = 100 * clear.interval.low, 100 * clear.interval.high
         show.print(f"Score {100 * clear.value:+.1f} [{low:.1f}, {high:.1f}] over that, paired by case")
-    searched = f"{count(len(found.trials), 'trial')} in {seconds(found.seconds)}"
+    searched = f"{plural(len(found.trials), 'trial')} in {seconds(found.seconds)}"
     if path is None:
         show.print(f"{searched}; not kept: worse than {_start(found).removeprefix('by ')} on cases that chose nothing")
     else:
@@ -131,7 +131,7 @@ def tune(
 def _table(found: Tuned) -> Table:
     """Return what was begun at and what was found, on the cases that were not searched on."""
     names = ("Score", "ES", "GS", "LS")
-    table = plain_table(f"on {count(found.n_reported, 'other case')}", right=names)
+    table = plain_table(f"on {plural(found.n_reported, 'other case')}", right=names)
     for label, summary in ((_start(found), found.before), ("found", found.found)):
         table.add_row(label, *(_cell(summary, name) for name in names))
     return table

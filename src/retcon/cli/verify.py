@@ -9,7 +9,7 @@ from retcon.cli.facts import reads_facts
 from retcon.cli.models import loads_a_model
 from retcon.cli.options import Json
 from retcon.cli.outputs import check_output
-from retcon.cli.printing import console, count, emit, plain_table, styled
+from retcon.cli.printing import console, emit, plain_table, plural, styled
 from retcon.cli.progress import spinner
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 from retcon.errors import InvalidSetting
@@ -127,8 +127,8 @@ def _show(result: "Verification") -> None:
         if len(result.failed) > N_SHOWN:
             show.print(styled("[dim]and {:,} more; --json and the files have all[/]", len(result.failed) - N_SHOWN))
     show.print()
-    facts = f"{count(result.n_facts, 'fact')} in force, state {result.state.id}"
+    facts = f"{plural(result.n_facts, 'fact')} in force, state {result.state.id}"
     if result.ok:
         show.print(styled("[bold green]Nothing broke[/]  [dim]{}[/]", facts))
     else:
-        show.print(styled("[bold red]{} failed[/]  [dim]{}[/]", count(len(result.failed), "check"), facts))
+        show.print(styled("[bold red]{} failed[/]  [dim]{}[/]", plural(len(result.failed), "check"), facts))

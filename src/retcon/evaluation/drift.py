@@ -18,6 +18,7 @@ from retcon.lm.experts import routing_similarity
 from retcon.lm.forward import Point, next_log_probs, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, Row, encode, pad
+from retcon.plural import plural
 
 WINDOW = 1024
 """Tokens of a window at most; a model's context where that is shorter."""
@@ -73,7 +74,7 @@ def perplexity(
     """
     ids = encode(lm.tokenizer, text).ids[:max_tokens]
     if len(ids) < 2:
-        raise InvalidSetting(f"a text of {len(ids)} token(s) has no perplexity; give a longer one")
+        raise InvalidSetting(f"a text of {plural(len(ids), 'token')} has no perplexity; give a longer one")
     window = min(window, lm.context_length or window)
     stride = min(STRIDE, window // 2) if stride is None else stride
     rows = [Row(ids[a:b], first - a) for a, b, first in windows(len(ids), window, stride)]

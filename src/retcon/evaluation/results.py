@@ -11,7 +11,7 @@ from retcon.evaluation.intervals import N_RESAMPLES
 from retcon.evaluation.records import Record, read_records, write_records
 from retcon.evaluation.score import TokenScore
 from retcon.evaluation.summary import Summary, edits_of, summarise
-from retcon.spelling import count
+from retcon.plural import plural
 
 if TYPE_CHECKING:
     import pandas
@@ -33,7 +33,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         cases = len({record.case_id for record in self.records if record.case_id is not None})
-        size = f"{count(len(self.records), 'record')} of {count(cases, 'case')}"
+        size = f"{plural(len(self.records), 'record')} of {plural(cases, 'case')}"
         return f"Evaluation({size}; print(evaluation.summary()) for the figures)"
 
     def summary(self, *, n_resamples: int = N_RESAMPLES) -> Summary:

@@ -23,7 +23,7 @@ from retcon.evaluation.results import Evaluation
 from retcon.evaluation.summary import case_means, unread_notes, unread_queries
 from retcon.evaluation.writing import said
 from retcon.lm.model import LM
-from retcon.spelling import count
+from retcon.plural import plural
 from retcon.work import silent
 
 Part = Literal["took", "generalised", "local", "language"]
@@ -365,9 +365,8 @@ def _sentence(answer: Answer) -> str:
         return f"{what}: not measurable there, an endpoint gives text only"
     if answer.part == "language":
         change = f"perplexity of held-out text is {answer.value:.3f} times what it was"
-        return (
-            f"{change} (at most {answer.threshold:g} was asked; it was {answer.before:.1f}; {count(answer.n, 'token')})"
-        )
+        n = plural(answer.n, "token")
+        return f"{change} (at most {answer.threshold:g} was asked; it was {answer.before:.1f}; {n})"
     if answer.value is None:
         missing = {"took": "edits", "generalised": "paraphrases", "local": "locality prompts"}[answer.part]
         return f"{name[answer.part]}: not known, the cases hold no {missing} that can be asked"
@@ -378,14 +377,14 @@ def _sentence(answer: Answer) -> str:
     if answer.outcome == "unknown":
         least = _least(answer.threshold)
         enough = (
-            f"it takes {count(least, 'subject')} that all pass, or a lower threshold"
+            f"it takes {plural(least, 'subject')} that all pass, or a lower threshold"
             if least
             else "no number proves 100 %"
         )
         few = f". Too few to say: {enough}"
     return (
         f"{100 * answer.value:.1f} % of {name[answer.part]} (95 % interval {100 * low:.1f} to {100 * high:.1f}, whose "
-        f"lower bound shall be {100 * answer.threshold:g} % or more; {count(answer.n, 'case')}{was}{how}){few}"
+        f"lower bound shall be {100 * answer.threshold:g} % or more; {plural(answer.n, 'case')}{was}{how}){few}"
     )
 
 

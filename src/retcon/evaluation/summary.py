@@ -14,7 +14,7 @@ from retcon.escaping import as_html
 from retcon.evaluation.intervals import N_RESAMPLES, Interval, ci_boot, ci_case, ci_wilson, near_a_bound
 from retcon.evaluation.metrics import macro, score_am, score_hm
 from retcon.evaluation.records import NO_TARGET, Record
-from retcon.spelling import count
+from retcon.plural import plural
 
 ScoreFamily = Literal["cf", "zsre", "ee", "mq", "ripple"]
 Key = tuple[str, str]
@@ -133,7 +133,7 @@ class Summary:
         return f"<table><caption>{as_html(self._title())}</caption>{''.join(lines)}</table><small>{notes}</small>"
 
     def _title(self) -> str:
-        return f"{count(self.n_cases, 'case')}, values x100 with 95 % intervals"
+        return f"{plural(self.n_cases, 'case')}, values x100 with 95 % intervals"
 
     def _notes(self) -> list[str]:
         """Return what is worth knowing about the queries, a line each."""

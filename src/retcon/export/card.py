@@ -8,7 +8,7 @@ from typing import Any
 from retcon.delta import Delta
 from retcon.escaping import markdown
 from retcon.lm.model import LM
-from retcon.spelling import count
+from retcon.plural import plural
 from retcon.version import __version__
 
 N_FACTS = 50
@@ -43,7 +43,7 @@ def model_card(
     lines += ["pipeline_tag: text-generation", "tags:", "- knowledge-editing", "- retcon", "---", ""]
     lines += [f"# {markdown(lm.label)}, edited", ""]
     lines += [
-        f"{markdown(lm.label)} with {count(len(edits), 'fact')} changed by "
+        f"{markdown(lm.label)} with {plural(len(edits), 'fact')} changed by "
         f"[retcon](https://pypi.org/project/retcon-lm/) {__version__}; a {kind}. All else is meant to be as "
         "in the base.",
         "",
@@ -64,7 +64,7 @@ def model_card(
     if known:
         lines.append(
             f"- Right after the edit, the model's own first answer was the new one for {first:,} of "
-            f"{count(known, 'fact')}."
+            f"{plural(known, 'fact')}."
         )
     outcomes = Counter(r.outcome for r in reports if r.outcome != "reached")
     if outcomes:

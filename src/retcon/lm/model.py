@@ -46,6 +46,7 @@ from retcon.lm.refusals import refuse_other_vocabulary, refuse_subclasses, refus
 from retcon.lm.scopes import Edited, FrozenEval, Lent, Scope, Turn, Turns, WithoutDeltas
 from retcon.lm.site import Site, SiteName
 from retcon.lm.status import unverified
+from retcon.plural import plural
 from retcon.work import Here, Workers
 
 
@@ -136,7 +137,7 @@ class LM:
 
     def __repr__(self) -> str:
         n = len(self._ledger.applied)
-        applied = f", {n} applied delta{'s' * (n != 1)}" if n else ""
+        applied = f", {plural(n, 'applied delta')}" if n else ""
         state = "" if self.consistent else ", interrupted in the middle of a change"
         kind = f"{self.model.config.model_type}, {self.n_layers} layers, {self.dtype}"
         return f"LM({self.name}: {kind}{''.join(f', {note}' for note in self.notes)}{applied}{state})"

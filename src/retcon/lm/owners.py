@@ -11,6 +11,7 @@ from torch import nn
 from retcon.errors import UnsupportedModel
 from retcon.lm.hooks import Hung
 from retcon.lm.ledger import Trace
+from retcon.plural import plural
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -36,8 +37,8 @@ def refuse_taken(model: nn.Module, name: str) -> None:
     if left := [n for n, trace in traces.items() if n in parameters and trace.is_in(parameters[n])]:
         some = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
         raise UnsupportedModel(
-            f"{name!r} was left edited: its LM is gone, which alone knew how to undo its deltas in {len(left)} "
-            f"parameter{'s' * (len(left) != 1)} ({some}); load the model again, and keep its LM or revert_all() before "
+            f"{name!r} was left edited: its LM is gone, which alone knew how to undo its deltas in "
+            f"{plural(len(left), 'parameter')} ({some}); load the model again, and keep its LM or revert_all() before "
             "it goes. LM(copy.deepcopy(model), tokenizer) takes the edited weights for a base"
         )
     for path, module in model.named_modules():

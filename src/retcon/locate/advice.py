@@ -22,8 +22,8 @@ from retcon.errors import InvalidSetting
 from retcon.lm.prompts import Where
 from retcon.locate.contrast import Contrast
 from retcon.locate.means import mean_and_half_width
+from retcon.plural import plural
 from retcon.seed import generator_of
-from retcon.spelling import count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +198,10 @@ def _choose(delta: Float[Tensor, "records layers"], where: Where, among: range, 
 def _weaknesses(rule: Rule, n_cases: int, n_known: int, n_assumed: int, low: Choice, high: Choice) -> list[str]:
     found = []
     if n_cases < rule.enough_cases:
-        found.append(f"only {count(n_cases, 'case')}, {rule.enough_cases} or more are wanted")
+        found.append(f"only {plural(n_cases, 'case')}, {rule.enough_cases} or more are wanted")
     known, given = n_known - n_assumed, n_cases - n_assumed
     if known < rule.enough_known * given:
-        which = f"the {given} cases that give one" if n_assumed else count(n_cases, "case")
+        which = f"the {given} cases that give one" if n_assumed else plural(n_cases, "case")
         found.append(f"the model says the original answer in {known} of {which} only")
     for name, choice in (("low", low), ("high", high)):
         if len(choice.starts) == 1:

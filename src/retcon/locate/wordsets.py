@@ -26,6 +26,7 @@ from retcon.edits import Edit, list_of_edits
 from retcon.errors import MalformedFile
 from retcon.files import read_json_rows, require
 from retcon.lm.prompts import encode
+from retcon.plural import plural
 
 SETS = ("related", "factual", "non_factual", "stopword", "left")
 N_PARAGRAPHS = 100
@@ -65,7 +66,9 @@ def read_word_sets(path: str | os.PathLike[str], *, stopwords: Iterable[str] | N
         where = f"{path}, row {number}"
         name = str(require(record, "id", str | int, where))  # type: ignore[arg-type]
         if unknown := sorted(set(record) - {"id", "related", "factual"}):
-            raise MalformedFile(f"{where}: unknown field(s) {', '.join(unknown)}; known: id, related, factual")
+            raise MalformedFile(
+                f"{where}: {plural(len(unknown), 'unknown field')} ({', '.join(unknown)}); known: id, related, factual"
+            )
         for kind, of in found.items():
             words = record.get(kind, [])
             if not isinstance(words, list) or not all(isinstance(w, str) and w.strip() for w in words):

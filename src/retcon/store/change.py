@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, MalformedFile, NonFinite, RetconWarning
 from retcon.files import cache_dir, sha256_of, write_atomically
+from retcon.plural import plural
 from retcon.store.contents import DELTAS, VALUES, Contents, Precision
 from retcon.store.history import Action, Entry
 from retcon.store.index import FACTS
@@ -161,7 +162,7 @@ class PendingEntry:
             elif settings.get("editor") is None:  # a trained editor searches nothing
                 warnings.warn(
                     f"delta {delta} has no values in the store ({made['method']} keeps none, or gc removed them): "
-                    f"{len(cases)} fact{'s' * (len(cases) != 1)} edited anew",
+                    f"{plural(len(cases), 'fact')} edited anew",
                     RetconWarning,
                     stacklevel=4,
                 )

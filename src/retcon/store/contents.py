@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from retcon.edits import Case
 from retcon.errors import DeltaNotApplied, MalformedFile, RetconWarning, UnknownEntry, WrongBase
 from retcon.files import found_from, read_text
+from retcon.plural import plural
 from retcon.store.history import Entry, State, one_named, read_log, states
 from retcon.store.index import Index, Line
 from retcon.store.journal import LOG, recover
@@ -52,7 +53,7 @@ class Contents:
         return type(self), (self.path,)
 
     def __repr__(self) -> str:
-        return f"Store({self.path}: {self.model}, {len(self.log())} entries)"
+        return f"Store({self.path}: {self.model}, {plural(len(self.log()), 'entry', 'entries')})"
 
     def log(self) -> tuple[Entry, ...]:
         """Return every entry, oldest first."""
@@ -277,7 +278,7 @@ def _named(name: str, entries: tuple[Entry, ...]) -> Entry:
     if head == "HEAD" and (not tilde or back.isdecimal()):
         place = len(entries) - 1 - int(back or 0)
         if place < 0:
-            raise UnknownEntry(f"{name}: the log has {len(entries)} entries")
+            raise UnknownEntry(f"{name}: the log has {plural(len(entries), 'entry', 'entries')}")
         return entries[place]
     found = one_named(name, (e.id for e in entries), "entry")
     return next(e for e in entries if e.id == found)

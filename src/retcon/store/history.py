@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from retcon.errors import MalformedFile, UnknownEntry
+from retcon.plural import plural
 
 Action = Literal["edit", "revert", "restore", "amend", "gc"]
 MERGE_MARKS = ("<<<<<<<", "=======", ">>>>>>>", "|||||||")
@@ -112,7 +113,8 @@ def read_log(path: Path) -> tuple[Entry, ...]:
         if entry.action not in get_args(Action):
             raise MalformedFile(f"{where}: unknown action {entry.action!r}; was it written by a later retcon?")
         if record:
-            raise MalformedFile(f"{where}: unknown field(s) {', '.join(record)}; was it written by a later retcon?")
+            unknown = f"{plural(len(record), 'unknown field')} ({', '.join(record)})"
+            raise MalformedFile(f"{where}: {unknown}; was it written by a later retcon?")
         if entry.id in entries:
             raise MalformedFile(f"{where}: entry {entry.id} is there twice; take one of the two lines out")
         entries[entry.id] = entry

@@ -22,6 +22,7 @@ from retcon.arguments import check_choice
 from retcon.edits import Case, Edit, check_edits, list_of_cases, same_question
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, UnknownEntry
 from retcon.files import TEMPORARY, as_shared, write_atomically
+from retcon.plural import plural
 from retcon.seed import check_seed
 from retcon.store.change import PendingEntry
 from retcon.store.contents import CONFIG, DELTAS, FORMAT, VALUES, Contents, Precision
@@ -195,7 +196,7 @@ class Store(Contents):
                 about["files"] = files
             return change.commit(
                 "edit",
-                message or f"{len(cases)} fact{'s' * (len(cases) != 1)} by {method.name}",
+                message or f"{plural(len(cases), 'fact')} by {method.name}",
                 sets,
                 lines,
                 about=about,
@@ -458,7 +459,7 @@ class Store(Contents):
             if not removed:
                 return [], 0
             n_bytes = sum((self.path / name).stat().st_size for name in removed)
-            what = f"remove {len(removed)} file{'s' * (len(removed) != 1)}"
+            what = f"remove {plural(len(removed), 'file')}"
             change.commit("gc", what, {}, about={"removed": removed}, remove=removed)
             return removed, n_bytes
 

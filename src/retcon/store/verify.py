@@ -13,7 +13,7 @@ from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, Malform
 from retcon.escaping import markdown
 from retcon.pages import PASSES_BY_CHOICE, Answered, Fact, FactOutcome, FactTable, PromptKind, render, worst_first
 from retcon.pages.junit import TestCase, junit
-from retcon.spelling import count
+from retcon.plural import plural
 from retcon.store.history import Entry, State, in_force_since
 from retcon.store.index import clashes, two_answers
 from retcon.store.store import Store
@@ -139,11 +139,11 @@ class Verification:
 
     def markdown(self) -> str:
         """Return the result as Markdown: for a pull request's comment or a job's summary."""
-        verdict = "nothing broke" if self.ok else f"{count(len(self.failed), 'check')} failed"
+        verdict = "nothing broke" if self.ok else f"{plural(len(self.failed), 'check')} failed"
         lines = [
             f"## {'✅' if self.ok else '❌'} retcon verify: {verdict}",
             "",
-            f"{count(self.n_facts, 'fact')} in force in {count(len(self.state.deltas), 'delta')} on "
+            f"{plural(self.n_facts, 'fact')} in force in {plural(len(self.state.deltas), 'delta')} on "
             f"{markdown(self.model)}, state `{self.state.id}`.",
             "",
             "| check | asked | pass | broke | never passed |",
@@ -329,7 +329,7 @@ class _Asker:
         whole = {case.id: case for case in cases} == self.cases
         plan = self.plan if whole else plan_queries(self.lm, cases, self.measures)
         after = f"in state {at.id}" if isinstance(at, State) else f"after {at or 'the last entry'}"
-        self.on_progress(f"asking {count(len(plan.queries), 'check')} {after}")
+        self.on_progress(f"asking {plural(len(plan.queries), 'check')} {after}")
         with self.store.at(self.lm, at):
             found = measure(self.lm, plan, self.measures, "final", self.before)
         return {

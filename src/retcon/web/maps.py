@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
-from retcon.spelling import count
+from retcon.plural import plural
 from retcon.work import Progress
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def contrast_map(lm: "LM", edits: Sequence[Edit], hear: Progress) -> LayerMap:
 
     found = contrast_probe(lm, edits, norms=(True,), progress=lambda done, total: hear("probing", done, total))
     rows = [layer_contrast(found, where, final_norm=True).mean(0).tolist() for where in ("subject_last", "prediction")]
-    title = f"Contrast of {count(len(found), 'fact')}: where the true answer gains on the new one"
+    title = f"Contrast of {plural(len(found), 'fact')}: where the true answer gains on the new one"
     return LayerMap(title, ("subject's last token", "prediction position"), tuple(map(tuple, rows)))
 
 

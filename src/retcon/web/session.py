@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from retcon.edits import Case, same_question
 from retcon.errors import InvalidSetting, RetconError
-from retcon.spelling import count
+from retcon.plural import plural
 from retcon.store import Entry, Store
 from retcon.store.index import FACTS
 from retcon.store.journal import LOG
@@ -255,7 +255,7 @@ class Session:
         self.draft, self.conflicts = [*self.draft, *fresh], [*self.conflicts, *conflicts]
         self.estimate = None
         self.changed()
-        said = [f"{count(len(fresh), 'fact')} added"]
+        said = [f"{plural(len(fresh), 'fact')} added"]
         said += [f"{n_known} in force already"] * bool(n_known)
         said += [f"{len(conflicts)} contradict what is in force"] * bool(conflicts)
         return "; ".join(said + notes)
@@ -364,7 +364,7 @@ class Session:
                 found = estimate(lm, resolved, edits, moments=needed_moments(lm, resolved.method))
             if (self.method, self.settings, self.draft) == (method, settings, draft):  # none was changed meanwhile
                 self.estimate, self.layers = found, _layers(resolved.settings)
-            return f"about {found.edit_seconds:.1f} s for {count(len(edits), 'edit')}"
+            return f"about {found.edit_seconds:.1f} s for {plural(len(edits), 'edit')}"
 
         return self.submit("dry run", run)
 
@@ -391,7 +391,7 @@ class Session:
             file = shlex.quote(str(self.store.path / FACTS / f"{entry.id}.jsonl"))
             how = f"--method {method}{self._assignments(settings)}"
             self._typed(f"edit {self._model_word} {file} {how} --store {self._store_word}{self._loaded}")
-            return f"{took} of {count(len(reports), 'edit')} took"
+            return f"{took} of {plural(len(reports), 'edit')} took"
 
         return self.submit("edit", run)
 
@@ -523,7 +523,7 @@ class Session:
             self.verification = verify(self.store, lm, at=at, on_progress=hear)
             self._typed(f"verify{f' {at}' if at else ''} --store {self._store_word}{self._loaded}")
             failed = self.verification.failed
-            return f"{count(len(failed), 'check')} failed" if failed else "nothing broke"
+            return f"{plural(len(failed), 'check')} failed" if failed else "nothing broke"
 
         return self.submit("verify", run)
 
@@ -604,7 +604,7 @@ def _as_stored(lm: "LM") -> "LM":
 
 
 def _searched(entry: Entry) -> str:
-    return f"{entry.message}; {count(entry.about.get('searched', 0), 'value')} searched"
+    return f"{entry.message}; {plural(entry.about.get('searched', 0), 'value')} searched"
 
 
 def assignments(settings: Mapping[str, Any]) -> list[str]:

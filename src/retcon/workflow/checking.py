@@ -9,7 +9,7 @@ from retcon.escaping import markdown
 from retcon.files import write_atomically
 from retcon.pages import PASSES_BY_CHOICE, Answered, Fact, FactOutcome, FactTable, render, worst_first
 from retcon.pages.junit import TestCase, TestOutcome, junit
-from retcon.spelling import count
+from retcon.plural import plural
 
 if TYPE_CHECKING:
     from retcon.evaluation.safety import Answer, Verdict
@@ -76,7 +76,7 @@ def verdict_line(verdict: "Verdict") -> str:
     """Return the verdict in one sentence."""
     failed = [TITLES[a.part].lower() for a in verdict.answers if a.outcome == "failed"]
     unknown = [TITLES[a.part].lower() for a in verdict.answers if a.outcome == "unknown"]
-    n = count(verdict.n_cases, "case")
+    n = plural(verdict.n_cases, "case")
     if failed:
         return f"Not safe to ship: fell short of: {', '.join(failed)}."
     if unknown:

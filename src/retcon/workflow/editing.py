@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.files import cache_dir, turn_in
+from retcon.plural import plural
 from retcon.work import Progress
 from retcon.workflow.moments import needed_moments
 from retcon.workflow.settings import Resolved
@@ -123,9 +124,7 @@ def check_replaces_its_like(out: str | Path, lm: "LM", resolved: Resolved, edits
 def took_line(reports: "Sequence[EditReport]") -> str:
     """Say in a sentence how many edits took, which is whether it worked."""
     n, took = len(reports), sum(bool(report.greedy_match) for report in reports)
-    return (
-        f"{took:,} of {n:,} {'edit' if n == 1 else 'edits'} took: the edited model's own answer begins with the new one"
-    )
+    return f"{took:,} of {plural(n, 'edit')} took: the edited model's own answer begins with the new one"
 
 
 def search_line(reports: "Sequence[EditReport]") -> str:

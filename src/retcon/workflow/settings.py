@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from retcon.errors import InvalidSetting, RetconWarning
-from retcon.spelling import count
+from retcon.plural import plural
 
 if TYPE_CHECKING:
     from retcon.edits import Edit
@@ -36,7 +36,7 @@ class Resolved:
         """Where the settings come from."""
         if (editor := self.settings.get("editor")) is not None:
             return f"those that {editor} was trained with"
-        probed = f"; layers by the probe over {count(self.n_probed, 'fact')}" if self.n_probed else ""
+        probed = f"; layers by the probe over {plural(self.n_probed, 'fact')}" if self.n_probed else ""
         if self.preset is None:
             return "no preset for this model: by its shape and the edits" + probed
         return f"preset {self.preset.name} ({self.preset.source})" + probed

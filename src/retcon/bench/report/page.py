@@ -13,7 +13,7 @@ from retcon.bench.report.plots import Picture
 from retcon.bench.report.tables import MISSING, Table
 from retcon.evaluation.summary import generation_variant
 from retcon.pages import render
-from retcon.spelling import count
+from retcon.plural import plural
 
 HELD = 0.9
 """A share that counts as held, in words; under `BROKE` it broke."""
@@ -117,7 +117,7 @@ def _sentence(group: Group) -> str:
     ]
     text = ", ".join(part for part in said if part) + "."
     if es.n < es.n_cases:
-        text += f" {es.n:,} of {count(es.n_cases, 'case')} could be measured."
+        text += f" {es.n:,} of {plural(es.n_cases, 'case')} could be measured."
     before = group.number("LS", before=True)
     if ls is not None and before is not None and before.value - ls.value > 0.005:
         text += f" Locality fell by {100 * (before.value - ls.value):.1f} points."
@@ -129,7 +129,7 @@ def _sentence(group: Group) -> str:
     ppl = group.number("perplexity", "ppl.ratio")
     if ppl is not None:
         text += f" Perplexity of held-out text is {ppl.value:.2f} times what it was."
-    return text + (f" {count(len(failed), 'edit')} could not be made: {failed[0].detail}" if failed else "")
+    return text + (f" {plural(len(failed), 'edit')} could not be made: {failed[0].detail}" if failed else "")
 
 
 def _judged(number: Number | None, held: str, half: str, broke: str) -> str:
@@ -174,7 +174,7 @@ def _again(bench: Bench, groups: Sequence[Group]) -> list[tuple[str, str]]:
     models = dict.fromkeys((g.model, g.runs[0].manifest["model"]["fingerprint"]) for g in groups)
     return [
         ("Command", str(around["command"])),
-        ("Machine", f"{around['processor']}, {around['threads']} thread(s), {around['os']}"),
+        ("Machine", f"{around['processor']}, {plural(around['threads'], 'thread')}, {around['os']}"),
         ("Versions", versions + (f", commit {around['commit']}" if around["commit"] else "")),
         *(("Note", note) for note in dict.fromkeys(note for g in groups for note in g.model_notes)),
         *((f"Model {model}", fingerprint) for model, fingerprint in models),

@@ -15,6 +15,7 @@ from retcon.escaping import csv_cell, latex, markdown
 from retcon.evaluation.metrics import score_am
 from retcon.evaluation.paired import Difference, differences
 from retcon.evaluation.summary import generation_variant
+from retcon.plural import plural
 
 MISSING = "-"
 TOKENS = ("ee.tok", "zsre.tok")
@@ -321,7 +322,7 @@ def cost(groups: Sequence[Group]) -> list[Table]:
     notes = (
         "Wall time of the method's calls over the number of edits; statistics, loading and measuring are not in it, "
         f"nor a first call that was thrown away. Memory is {of} peak in these calls. {machine['processor']}, "
-        f"{machine['threads']} thread(s).",
+        f"{plural(machine['threads'], 'thread')}.",
     )
     return [builder.table("cost", "What an edit costs", notes)]
 

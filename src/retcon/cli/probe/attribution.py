@@ -8,7 +8,7 @@ import typer
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Json, Model, Seed
-from retcon.cli.printing import console, count, emit, plain_table, styled
+from retcon.cli.printing import console, emit, plain_table, plural, styled
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, write_figures
 from retcon.cli.progress import progress_bars
 from retcon.workflow.facts import Reading, facts_that_fit
@@ -151,10 +151,10 @@ def attribution(
             f"integral there; try --points {5 * points}",
             soft_wrap=True,
         )
-    show.print(f"the ensemble: {record['chosen']:,} of {count(n_units, unit)} ({p:.1%})")
+    show.print(f"the ensemble: {record['chosen']:,} of {plural(n_units, unit)} ({p:.1%})")
     for text, values in (("one relation", same), ("two relations", different)):
         if values:
-            show.print(f"overlap of two facts of {text}: {_mean(values):.3f} over {count(len(values), 'pair')}")
+            show.print(f"overlap of two facts of {text}: {_mean(values):.3f} over {plural(len(values), 'pair')}")
     show.print(f"overlap by chance: {by_chance:.3f}")
     show.print(f"written  {', '.join(map(str, written))}", soft_wrap=True)
 

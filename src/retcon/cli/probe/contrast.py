@@ -10,7 +10,7 @@ from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Json, Model, Seed
 from retcon.cli.outputs import check_output
-from retcon.cli.printing import console, count, emit, plain_table, styled, warn
+from retcon.cli.printing import console, emit, plain_table, plural, styled, warn
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, probed, write_figures
 from retcon.cli.progress import progress_bars, spinner
 from retcon.errors import InvalidSetting
@@ -132,7 +132,7 @@ def _word_sets(
         if len(without) == len(edits):
             raise InvalidSetting(f"--sets {sets}: no id there is that of a fact; the facts' are {some}")
         if without:
-            warn(f"--sets {sets} has no words for {count(len(without), 'fact')}: {some}")
+            warn(f"--sets {sets} has no words for {plural(len(without), 'fact')}: {some}")
         return found
     assert corpus is not None
     with spinner("looking for word sets"):

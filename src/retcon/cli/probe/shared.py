@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retcon.cli.outputs import check_output
-from retcon.cli.printing import count, finite
+from retcon.cli.printing import finite, plural
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting
 from retcon.files import write_atomically
@@ -75,7 +75,7 @@ def stood_in(n: int) -> str:
 
 def probed(found: "Contrast") -> str:
     """Return one line on what was and what was not looked at."""
-    line = f"probed {count(len(found), 'fact')}; the model says the original answer in {int(found.known.sum()):,}"
+    line = f"probed {plural(len(found), 'fact')}; the model says the original answer in {int(found.known.sum()):,}"
     return line + stood_in(int(found.assumed.sum())) + left_out(found.skipped)
 
 

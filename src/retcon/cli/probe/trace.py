@@ -9,7 +9,7 @@ from rich.table import Table
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Json, Model, Seed
-from retcon.cli.printing import console, count, emit, plain_table, styled
+from retcon.cli.printing import console, emit, plain_table, plural, styled
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, left_out, stood_in, write_figures
 from retcon.cli.progress import progress_bars
 from retcon.workflow.facts import Reading, facts_that_fit
@@ -90,7 +90,7 @@ def trace(
     show.print(styled("[bold]trace[/] on {}", lm))
     show.print(f"facts  {asked.about}", soft_wrap=True)
     mean, half = found.total()
-    line = f"traced {count(len(found), 'fact')}{stood_in(found.n_assumed)}; total effect {mean:.3f}"
+    line = f"traced {plural(len(found), 'fact')}{stood_in(found.n_assumed)}; total effect {mean:.3f}"
     line += f" ± {half:.3f}" if len(found) > 1 else ""
     show.print(line + left_out(found.skipped), soft_wrap=True)
     show.print()

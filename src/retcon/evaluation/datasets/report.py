@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from retcon.plural import plural
+
 QUIET = {"conflict", "duplicate"}
 """Reasons that a count says enough of."""
 N_LISTED = 5
@@ -70,7 +72,7 @@ class LoadReport:
     def hints(self) -> list[str]:
         """Return a line per unknown field, with the likely one."""
         return [
-            f"unknown field {name!r} in {n:,} {'row' if n == 1 else 'rows'}"
+            f"unknown field {name!r} in {plural(n, 'row')}"
             + (f" (did you mean {self.likely[name]!r}?)" if name in self.likely else "")
             for name, n in self.unknown.items()
         ]
