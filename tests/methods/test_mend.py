@@ -17,9 +17,9 @@ from retcon.lm.forward import answer_places, gold, log_probs
 from retcon.lm.model import LM
 from retcon.methods.common import hypernetwork
 from retcon.methods.common.hypernetwork import Drawn, base_log_probs, examples, outer_losses, pieces
-from retcon.methods.common.released_editors import from_release
 from retcon.methods.malmen import Malmen
 from retcon.methods.mend import Mend
+from retcon.methods.mend_release import from_release
 from retcon.training.objective import answer_rows
 
 SMALL = dict(layers=(1, 3), modules=("up_proj", "down_proj"), rank=6, steps=0, n_validation=1)
