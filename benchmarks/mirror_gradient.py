@@ -8,17 +8,15 @@ have nodes of T+ and T- at random: whether it is because T- takes the lowest one
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import ClassVar, cast
 
 import retcon
 from benchmarks.common import cases_of, command_line, machine, print_row
-from retcon.locate.paths import Slot
+from retcon.methods.common.path_nodes import PathNodes, accumulate_attached
 from retcon.methods.ctp import Ctp, PathTrainer
 from retcon.training.descent import Step, shares
 from retcon.training.objective import AnswerLoss
-from retcon.training.path_nodes import accumulate_attached
 
 
 class Watched(PathTrainer):
@@ -48,9 +46,9 @@ class Watched(PathTrainer):
 class WatchedCtp(Ctp):
     """CTP with that trainer."""
 
-    def trainer(self, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None) -> PathTrainer:
+    def trainer(self, paths: PathNodes, target: AnswerLoss, original: AnswerLoss | None) -> PathTrainer:
         """The trainer that notes."""
-        return Watched(self, slots, target, original)
+        return Watched(self, paths, target, original)
 
 
 def main() -> None:

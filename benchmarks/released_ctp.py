@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from retcon.errors import InvalidSetting
-from retcon.locate.paths import Slot
+from retcon.methods.common.path_nodes import PathNodes
 from retcon.methods.ctp import Ctp, PathTrainer
 from retcon.training.descent import Reduction
 from retcon.training.nodes import NodeAdam, gradient_of
@@ -45,23 +45,22 @@ class ReleasedCtp(Ctp):
         if self.contrast == "mirror":
             raise InvalidSetting("released_ctp: the released code takes a second step; contrast='mirror' has none")
 
-    def trainer(self, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None) -> PathTrainer:
+    def trainer(self, paths: PathNodes, target: AnswerLoss, original: AnswerLoss | None) -> PathTrainer:
         """One whose optimiser forgets nothing."""
-        return _LeakingTrainer(self, slots, target, original)
-
-    def assessed_together(self, n_edits: int) -> list[list[int]]:
-        """The mini-batches, in order."""
-        size = self.batch_size or n_edits
-        return [list(range(i, min(i + size, n_edits))) for i in range(0, n_edits, size)]
+        return _LeakingTrainer(self, paths, target, original)
 
 
 class _LeakingTrainer(PathTrainer):
-    def optimizers(self) -> tuple[NodeAdam, NodeAdam]:
-        """One Adam for both steps; lambda is on the loss."""
-        self.negative_loss_weight = self.method.contrast_weight
-        positive, negative = (_LeakingAdam(self.paths.nodes, self.method.learning_rate) for _ in range(2))
-        negative.memory = positive.memory
-        return positive, negative
+    """One Adam for both steps; lambda is on the loss; mini-batches are assessed one after the other."""
+
+    def __init__(self, method: Ctp, paths: PathNodes, target: AnswerLoss, original: AnswerLoss | None) -> None:
+        super().__init__(method, paths, target, original)
+        n_edits = len(target.rows)
+        size = method.batch_size or n_edits
+        self.groups = [list(range(i, min(i + size, n_edits))) for i in range(0, n_edits, size)]
+        self.negative_loss_weight = method.contrast_weight
+        self.adam_positive, self.adam_negative = (_LeakingAdam(paths.nodes, method.learning_rate) for _ in range(2))
+        self.adam_negative.memory = self.adam_positive.memory
 
 
 class _LeakingAdam(NodeAdam):
@@ -70,9 +69,9 @@ class _LeakingAdam(NodeAdam):
     def choose(self, units: Sequence[Tensor]) -> None:
         """Nodes that are new have no momentum, and as many steps counted as all others."""
         counted = [float(state.steps.max()) for states in self.memory for state in states if len(state.steps)]
-        for t, nodes in enumerate(self.nodes):
+        for t, (nodes, wanted) in enumerate(zip(self.nodes, units, strict=True)):
             everyone = torch.ones_like(nodes.index, dtype=torch.bool)
-            self.chosen[t] = nodes.chosen(units[t]) if t < len(units) else everyone
+            self.chosen[t] = nodes.chosen(wanted)
             states = zip(self.memory[t], nodes.tensors, strict=True)
             self.memory[t] = [state.grown(tensor, everyone, max(counted, default=0)) for state, tensor in states]
 

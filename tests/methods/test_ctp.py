@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from retcon.errors import InvalidEdit, InvalidSetting, NotEditable, RetconWarning
 from retcon.locate.paths import Paths, Transmission, paths, slots_of
 from retcon.methods.common.choosing import method
+from retcon.methods.common.path_nodes import PathNodes
 from retcon.methods.common.presets import presets
 from retcon.methods.ctp import Ctp
 from retcon.training.objective import AnswerLoss, answer_rows, own_answer_tokens
@@ -96,12 +97,12 @@ def scripted(kind: type[Ctp], script: list[tuple[list[int], list[int]]], **setti
     calls = iter(script)
 
     class Scripted(kind):
-        def trainer(self, slots, target, original):
-            trainer = super().trainer(slots, target, original)
+        def trainer(self, nodes, target, original):
+            trainer = super().trainer(nodes, target, original)
             set_paths = trainer.set_paths
 
             def set_scripted(found: Transmission) -> None:
-                of = [Paths(tuple((i,) * len(slots) for i in nodes), (0.0,) * len(nodes)) for nodes in next(calls)]
+                of = [Paths(tuple((i,) * len(found.slots) for i in one), (0.0,) * len(one)) for one in next(calls)]
                 set_paths(Transmission(found.slots, found.scores, *of))
 
             trainer.set_paths = set_scripted
@@ -178,7 +179,7 @@ def test_mirror_puts_the_mean_change_on_the_negative_node(tiny, edits):
     slots = slots_of(lm)
     with lm.frozen_eval():
         old = AnswerLoss(lm, rows, own_answer_tokens(lm, rows))
-        trainer = settings.trainer(slots, AnswerLoss(lm, rows), old)
+        trainer = settings.trainer(PathNodes(slots, with_bias=False), AnswerLoss(lm, rows), old)
         trainer.set_paths(paths(lm, edits, n_positive=4))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():

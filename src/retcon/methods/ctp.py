@@ -20,7 +20,6 @@ from retcon.locate.paths import (
     LayerSteps,
     Score,
     Select,
-    Slot,
     Transmission,
     assess,
     choose,
@@ -31,13 +30,13 @@ from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
 from retcon.memory.values import ValueCache
 from retcon.methods.common.contract import ModelShape, State, check_mlp, lower_layers
+from retcon.methods.common.path_nodes import PathNodes, accumulate_attached
 from retcon.methods.common.settings import Count, CountFromZero, Layers, NotNegative, Share
 from retcon.methods.common.tuning import TuningSettings, tuning
 from retcon.training.descent import Step, losses_now, shares
 from retcon.training.nodes import NodeAdam
 from retcon.training.objective import AnswerLoss, answer_rows, own_answer_tokens, trained_rows
 from retcon.training.parts import attached
-from retcon.training.path_nodes import PathNodes, accumulate_attached
 from retcon.work import Progress
 
 
@@ -120,24 +119,19 @@ class Ctp(TuningSettings):
         layers = range(lm.n_layers) if self.layers is None else self.layers
         check_mlp(self.name, lm, layers, self.mlp)
         slots = [s for s in slots_of(lm, self.key_matrix, routed=self.mlp == "experts") if s.site.layer in layers]
-        with_bias = [s for s in slots if s.site.bias is not None and (self.train_out_bias or not s.is_value)]
-        names = [slot.site.name for slot in slots] + [slot.site.bias_name for slot in with_bias]
-        with tuning(self, lm, edits, names, seed=seed, progress=progress) as run:
+        paths = PathNodes(slots, with_bias=self.train_out_bias)
+        with tuning(self, lm, edits, paths.parameter_names, seed=seed, progress=progress) as run:
             if not edits:
                 return run.delta()
             rows = trained_rows(lm, edits)
-            steps = self.trainer(slots, AnswerLoss(lm, rows), self._original(lm, edits, rows))
+            steps = self.trainer(paths, AnswerLoss(lm, rows), self._original(lm, edits, rows))
             trace = partial(self._trace, lm, edits, steps, seed)
-            ended = run.descend(steps.prepare, steps.losses_now, steps.paths.values, stage="paths", before_epoch=trace)
-            return run.delta(steps.paths.parts(), ended)
+            ended = run.descend(steps.prepare, steps.losses_now, paths.values, stage="paths", before_epoch=trace)
+            return run.delta(paths.parts(), ended)
 
-    def trainer(self, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None) -> "PathTrainer":
-        """Return what takes the steps."""
-        return PathTrainer(self, slots, target, original)
-
-    def assessed_together(self, n_edits: int) -> list[list[int]] | None:
-        """Edits whose gradients are summed before their scores are; None: all."""
-        return None
+    def trainer(self, paths: PathNodes, target: AnswerLoss, original: AnswerLoss | None) -> "PathTrainer":
+        """Return what takes the steps; the benchmarks `released_ctp` and `mirror_gradient` put another in its place."""
+        return PathTrainer(self, paths, target, original)
 
     @property
     def has_contrast(self) -> bool:
@@ -145,21 +139,21 @@ class Ctp(TuningSettings):
         return self.contrast != "none" and self.contrast_weight > 0 and self.n_negative > 0
 
     def _trace(self, lm: LM, edits: Sequence[Edit], steps: "PathTrainer", seed: int, epoch: int) -> None:
-        """T+ and T- on the weights as they are in this epoch."""
+        """Find T+ and T- on the weights as they are in this epoch."""
         if epoch and not (self.reassess and epoch % self.reassess == 0):
             return
         with attached(steps.paths.parts()):
             scores = assess(
                 lm,
                 edits,
-                steps.slots,
+                steps.paths.slots,
                 self.score,
                 pool=self.pool,
                 reduction=self.reduction,
-                groups=self.assessed_together(len(edits)),
+                groups=steps.groups,
                 seed=seed + epoch,
             )
-        found = choose(steps.slots, scores, self.n_positive, self.n_negative, self.select, coverage=self.coverage)
+        found = choose(steps.paths.slots, scores, self.n_positive, self.n_negative, self.select, coverage=self.coverage)
         steps.set_paths(found)
 
     def _original(self, lm: LM, edits: Sequence[Edit], rows: Sequence[Row]) -> AnswerLoss | None:
@@ -174,26 +168,23 @@ class Ctp(TuningSettings):
 class PathTrainer:
     """One step on a mini-batch: on the nodes of T+, then (`neg_step`) on those of T-."""
 
+    groups: list[list[int]] | None = None
+    """Edits whose gradients are summed before their scores are taken; None: all."""
     negative_loss_weight = 1.0
     """lambda is in the learning rate of the step on T-, where Adam does not divide it out."""
 
-    def __init__(self, method: Ctp, slots: Sequence[Slot], target: AnswerLoss, original: AnswerLoss | None) -> None:
-        self.method, self.slots, self.target, self.original = method, slots, target, original
-        self.paths = PathNodes(slots, with_bias=method.train_out_bias)
+    def __init__(self, method: Ctp, paths: PathNodes, target: AnswerLoss, original: AnswerLoss | None) -> None:
+        self.method, self.paths, self.target, self.original = method, paths, target, original
         self.moves_negative = method.contrast == "neg_step" and method.has_contrast
-        self.adam_positive, self.adam_negative = self.optimizers()
-
-    def optimizers(self) -> tuple[NodeAdam, NodeAdam]:
-        """Return what moves T+, and what moves T-."""
-        rate, nodes = self.method.learning_rate, self.paths.nodes
-        return NodeAdam(nodes, rate), NodeAdam(nodes, self.method.contrast_weight * rate)
+        self.adam_positive = NodeAdam(paths.nodes, method.learning_rate)
+        self.adam_negative = NodeAdam(paths.nodes, method.contrast_weight * method.learning_rate)
 
     def set_paths(self, found: Transmission) -> None:
         """Train the nodes of these paths from now on; others keep the change they have."""
         self.paths.choose(found, train_negative=self.moves_negative)
-        self.adam_positive.choose(self.paths.positive)
-        self.adam_negative.choose(self.paths.negative)
-        weights = step_weights(found, self.method.layer_steps)
+        self.adam_positive.choose(self.paths.with_biases(self.paths.positive))
+        self.adam_negative.choose(self.paths.with_biases(self.paths.negative))
+        weights = [*step_weights(found, self.method.layer_steps), *(1.0 for _ in self.paths.biases)]
         self.adam_positive.weigh(weights)
         self.adam_negative.weigh(weights)
 

@@ -1,6 +1,6 @@
 """Rows and columns that join and leave training: each moves while it is chosen and keeps its change when it is not.
 
-A matrix's nodes stand in one compact tensor, so that those that no longer move still count in the forward pass.
+A matrix's nodes are in one compact tensor, so that those that no longer move still count in the forward pass.
 `RowAdam` steps chosen rows of it: a row that is not stepped neither moves nor ages, which zeroing its gradient would
 not achieve, since Adam moves any row with momentum left. `NodeAdam` does so for the chosen nodes of many matrices.
 """
@@ -31,20 +31,23 @@ class Nodes:
         self.sites, self.kind = sites, kind
         out, into = site.shape
         self.of_each = into if kind == "columns" else out
+        names = {"rows": [site.name], "columns": [site.name], "bias": [site.bias_name]}
         widths: dict[str, list[tuple[int, ...]]] = {"rows": [(into,)], "columns": [(out,)], "bias": [()]}
         if site.bias is not None:
+            names["rows"].append(site.bias_name)
             widths["rows"].append(())
+        self.parameter_names = names[kind]
         self.index: Int[Tensor, " n"] = torch.empty(0, dtype=torch.long, device=site.device)
         self.tensors = [fresh(site, 0, *width) for width in widths[kind]]
         """(n, width) values, and for rows with a bias (n) values of that."""
 
     def at_hand(self, units: Int[Tensor, " k"]) -> Int[Tensor, " k"]:
-        """These units, where the nodes are."""
+        """Return these units on the nodes' device."""
         return units.to(self.index.device)
 
     def add(self, units: Int[Tensor, " k"]) -> None:
         """Take in those of `units` that are not here yet, unchanged so far."""
-        units = units.to(self.index.device)
+        units = self.at_hand(units)
         new = units[~torch.isin(units, self.index)]
         if not len(new):
             return
@@ -54,7 +57,7 @@ class Nodes:
 
     def chosen(self, units: Int[Tensor, " k"]) -> Bool[Tensor, " n"]:
         """Return which of the nodes here are among `units`."""
-        return torch.isin(self.index, units.to(self.index.device))
+        return torch.isin(self.index, self.at_hand(units))
 
     def parts(self) -> list[Part]:
         """Return what the nodes add to the module's output."""
@@ -65,7 +68,7 @@ class Nodes:
 
         Gradients flow into the sources.
         """
-        index = units.to(self.index.device)
+        index = self.at_hand(units)
         return self._parts(index, [t[sources].mean(0).expand(len(index), *t.shape[1:]) for t in self.tensors])
 
     def _parts(self, index: Int[Tensor, " n"], tensors: Sequence[Tensor]) -> list[Part]:
@@ -140,17 +143,17 @@ class NodeAdam:
         self.adams = [self.adam for _ in nodes]
 
     def weigh(self, weights: Sequence[float]) -> None:
-        """Multiply the learning rate by one weight per matrix; of matrices past the end, by 1."""
+        """Multiply the learning rate by one weight per matrix."""
         rate = self.adam.learning_rate
-        self.adams[: len(weights)] = [replace(self.adam, learning_rate=rate * weight) for weight in weights]
+        self.adams = [replace(self.adam, learning_rate=rate * weight) for weight in weights]
 
     def choose(self, units: Sequence[Int[Tensor, " k"]]) -> None:
-        """Step these units of each matrix from now on; of matrices past the end of `units`, all nodes.
+        """Step these units of each matrix from now on.
 
         Nodes that were chosen before keep their momentum, others start without.
         """
-        for t, nodes in enumerate(self.nodes):
-            now = nodes.chosen(units[t]) if t < len(units) else torch.ones_like(nodes.index, dtype=torch.bool)
+        for t, (nodes, wanted) in enumerate(zip(self.nodes, units, strict=True)):
+            now = nodes.chosen(wanted)
             kept = now.clone()
             kept[: len(self.chosen[t])] &= self.chosen[t]
             kept[len(self.chosen[t]) :] = False

@@ -21,20 +21,28 @@ class PathNodes:
         Args:
             with_bias: train the whole bias of every value matrix besides, where there is one.
         """
-        self.nodes = [Nodes(slot.sites, "columns" if slot.is_value else "rows") for slot in slots]
-        self.n_slots = len(slots)
+        self.slots = slots
+        self.of_slots = [Nodes(slot.sites, "columns" if slot.is_value else "rows") for slot in slots]
+        self.biases: list[Nodes] = []
         for slot in slots:
             if with_bias and slot.is_value and slot.site.bias is not None:
                 bias = Nodes(slot.sites, "bias")
                 bias.add(torch.arange(len(slot.site.bias)))
-                self.nodes.append(bias)
+                self.biases.append(bias)
+        self.nodes = [*self.of_slots, *self.biases]
         self.positive: list[Tensor] = []
+        """T+'s nodes, per slot."""
         self.negative: list[Tensor] = []
         self.sources: list[Tensor] = []
         """Places of T+ among the nodes, per slot."""
 
+    @property
+    def parameter_names(self) -> list[str]:
+        """The parameters that may change."""
+        return [name for nodes in self.nodes for name in nodes.parameter_names]
+
     def parts(self) -> list[Part]:
-        """Everything that was ever trained."""
+        """Return everything that was ever trained."""
         return [part for nodes in self.nodes for part in nodes.parts()]
 
     def values(self) -> list[Tensor]:
@@ -43,22 +51,26 @@ class PathNodes:
 
     def choose(self, found: Transmission, *, train_negative: bool) -> None:
         """Take in the nodes of these paths, those of T- only where they are trained."""
-        of_slots = list(enumerate(self.nodes[: self.n_slots]))
         self.positive, self.negative = (
-            [nodes.at_hand(torch.tensor(paths.in_slot(t), dtype=torch.long)) for t, nodes in of_slots]
+            [nodes.at_hand(torch.tensor(paths.in_slot(t), dtype=torch.long)) for t, nodes in enumerate(self.of_slots)]
             for paths in (found.positive, found.negative)
         )
-        for nodes, positive, negative in zip(self.nodes, self.positive, self.negative, strict=False):
+        self.sources = []
+        for nodes, positive, negative in zip(self.of_slots, self.positive, self.negative, strict=True):
             nodes.add(positive)
             if train_negative:
                 nodes.add(negative)
-        self.sources = [nodes.chosen(self.positive[t]).nonzero()[:, 0] for t, nodes in of_slots]
+            self.sources.append(nodes.chosen(positive).nonzero()[:, 0])
+
+    def with_biases(self, units: Sequence[Tensor]) -> list[Tensor]:
+        """Return these units of the slots, and all of the biases, as an optimiser of all nodes takes them."""
+        return [*units, *(bias.index for bias in self.biases)]
 
     def mirrored(self) -> list[Part]:
-        """T-'s nodes changed as T+'s are on average, all else as in the model."""
+        """Return parts that change T-'s nodes as T+'s changed on average."""
         return [
             part
-            for nodes, sources, negative in zip(self.nodes, self.sources, self.negative, strict=False)
+            for nodes, sources, negative in zip(self.of_slots, self.sources, self.negative, strict=True)
             for part in nodes.averaged(sources, negative)
         ]
 
