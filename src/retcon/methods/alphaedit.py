@@ -28,7 +28,7 @@ from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem, with_earlier
 from retcon.methods.common.contract import ModelShape, State, UpdateFilter
 from retcon.methods.common.locate_then_edit import BatchSettings
-from retcon.methods.common.proposal import Given, proposing, sites_of, target_tensor
+from retcon.methods.common.proposal import ProposeArguments, proposing, sites_of, target_tensor
 from retcon.methods.common.settings import NotNegative, Positive
 from retcon.work import Progress
 
@@ -106,8 +106,8 @@ class AlphaEdit(BatchSettings):
 
         tensor = target_tensor(lm, "block", self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve)
-        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
-        with proposing(self, lm, edits, [group], given) as proposal:
+        arguments = ProposeArguments(contexts, moments, values, keep_values, seed, progress, update_filter)
+        with proposing(self, lm, edits, [group], arguments) as proposal:
             if not edits:
                 return proposal.delta(state=state)
             found = proposal.search(self.value_sites(lm), self.value_search())

@@ -29,7 +29,7 @@ from retcon.memory.values import ValueCache, ValueSite
 from retcon.memory.write import LayerGroup, Spread, is_routed, weighted
 from retcon.methods.common.contract import ModelShape, State, UpdateFilter, by_key_width, check_mlp, early_layers
 from retcon.methods.common.locate_then_edit import SearchSettings
-from retcon.methods.common.proposal import Given, proposing, target_tensor
+from retcon.methods.common.proposal import ProposeArguments, proposing, target_tensor
 from retcon.methods.common.settings import AnyLayers, Count, NotNegative
 from retcon.work import Progress
 
@@ -140,14 +140,14 @@ class Jeep(SearchSettings):
             InvalidSetting: a layer the model does not have.
             NonFinite: a loss, a key or a change is NaN or infinite.
         """
-        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
-        return self._for_model(lm)._proposed(lm, edits, given)
+        arguments = ProposeArguments(contexts, moments, values, keep_values, seed, progress, update_filter)
+        return self._for_model(lm)._proposed(lm, edits, arguments)
 
-    def _proposed(self, lm: LM, edits: Sequence[Edit], given: Given) -> Delta:
+    def _proposed(self, lm: LM, edits: Sequence[Edit], arguments: ProposeArguments) -> Delta:
         """Write one batch; the sites are those that the model allows."""
         low, high = self.groups()
         groups = [g for g in (low, high) if g]
-        with proposing(self, lm, edits, groups, given) as proposal:
+        with proposing(self, lm, edits, groups, arguments) as proposal:
             if not edits:
                 return proposal.delta()
             if low and high and self.joint_optimisation:

@@ -27,7 +27,7 @@ from retcon.memory.values import ValueCache, ValueSite
 from retcon.memory.write import LayerGroup, LayerProblem, with_earlier
 from retcon.methods.common.contract import ModelShape, State, UpdateFilter, by_key_width, check_mlp
 from retcon.methods.common.locate_then_edit import BatchSettings
-from retcon.methods.common.proposal import Given, proposing, sites_of, target_tensor
+from retcon.methods.common.proposal import ProposeArguments, proposing, sites_of, target_tensor
 from retcon.methods.common.settings import NotNegative
 from retcon.work import Progress
 
@@ -96,8 +96,8 @@ class Memit(BatchSettings):
 
         tensor = self._target_tensor(lm)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve, routed=routed)
-        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
-        with proposing(self, lm, edits, [group], given) as proposal:
+        arguments = ProposeArguments(contexts, moments, values, keep_values, seed, progress, update_filter)
+        with proposing(self, lm, edits, [group], arguments) as proposal:
             if not edits:
                 return proposal.delta(state=state)
             found = proposal.search(self.value_sites(lm), self.value_search())  # z (Eq. 16)

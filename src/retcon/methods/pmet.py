@@ -21,7 +21,7 @@ from retcon.memory.values import ValueCache, ValueSearch, ValueSite
 from retcon.memory.write import LayerGroup, Spread, weighted
 from retcon.methods.common.contract import ModelShape, State, UpdateFilter, by_key_width
 from retcon.methods.common.locate_then_edit import BatchSettings
-from retcon.methods.common.proposal import Given, proposing, target_tensor
+from retcon.methods.common.proposal import ProposeArguments, proposing, target_tensor
 from retcon.methods.common.settings import Count, NotNegative
 from retcon.work import Progress
 
@@ -90,8 +90,8 @@ class Pmet(BatchSettings):
         batches."""
         tensor = target_tensor(lm, self.site, self.name)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, weighted(self.moment_weight))
-        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
-        with proposing(self, lm, edits, [group], given) as proposal:
+        arguments = ProposeArguments(contexts, moments, values, keep_values, seed, progress, update_filter)
+        with proposing(self, lm, edits, [group], arguments) as proposal:
             if not edits:
                 return proposal.delta()
             found = proposal.search(self.value_sites(lm), self.value_search())

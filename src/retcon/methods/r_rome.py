@@ -24,7 +24,7 @@ from retcon.memory.values import ValueCache
 from retcon.memory.write import LayerGroup, LayerProblem
 from retcon.methods.common.contract import State, UpdateFilter
 from retcon.methods.common.locate_then_edit import OneFactSettings
-from retcon.methods.common.proposal import Given, only_one, proposing
+from retcon.methods.common.proposal import ProposeArguments, only_one, proposing
 from retcon.work import Progress
 
 
@@ -69,8 +69,8 @@ class RRome(OneFactSettings):
             return u.T / (k_star * u).sum()
 
         group = LayerGroup((self.layer,), "subject_last", "mlp", "even", solve)
-        given = Given(contexts, moments, values, keep_values, seed, progress, update_filter)
-        with proposing(self, lm, edits, [group], given) as proposal:
+        arguments = ProposeArguments(contexts, moments, values, keep_values, seed, progress, update_filter)
+        with proposing(self, lm, edits, [group], arguments) as proposal:
             if not edits:
                 return proposal.delta()
             (site,) = self.value_sites(lm)

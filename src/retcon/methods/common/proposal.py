@@ -2,7 +2,7 @@
 
 A method opens a `proposing` scope, searches values, writes them, and asks for the delta:
 
-    with proposing(self, lm, edits, [group], given) as proposal:
+    with proposing(self, lm, edits, [group], arguments) as proposal:
         values = proposal.search(sites, search)
         proposal.write(group, values.target(0))
         return proposal.delta(values.report)
@@ -45,7 +45,7 @@ edits that disable a model (ROME's tiny denominators) are at tens and more, ordi
 
 
 @dataclass(frozen=True)
-class Given:
+class ProposeArguments:
     """What a call of `propose` was given besides model, edits and state."""
 
     contexts: Contexts | None
@@ -64,14 +64,11 @@ class Proposal:
     method: Any
     lm: LM
     edits: Sequence[Edit]
+    arguments: ProposeArguments
     contexts: Contexts
+    """Those of the arguments, or sampled ones; `moments` likewise."""
     moments: Moments
     sites: list[Site]
-    seed: int
-    update_filter: UpdateFilter | None
-    progress: Progress
-    cache: ValueCache | None
-    keep_values: bool
     last: Where
     """The last token position at which keys are read."""
     scope: ExitStack
@@ -87,16 +84,17 @@ class Proposal:
 
     def search(self, sites: Sequence[ValueSite], search: ValueSearch) -> Values:
         """Return values for the batch (`memory.values.search_values`) on the weights as they are now."""
+        progress = self.arguments.progress or silent
         values = search_values(
             self.lm,
             self.edits,
             sites,
             self.contexts,
             search,
-            progress=lambda n: self.progress("values", n, len(self.edits)),
-            cache=self.cache,
+            progress=lambda n: progress("values", n, len(self.edits)),
+            cache=self.arguments.values,
         )
-        if self.keep_values:
+        if self.arguments.keep_values:
             self.searched |= {f"{len(self.plans)}.{name}": tensor for name, tensor in values.tensors().items()}
         self.plans.append(values.plan)
         return values
@@ -124,7 +122,7 @@ class Proposal:
             self.moments,
             self.scope,
             key_average=key_average,
-            update_filter=self.update_filter,
+            update_filter=self.arguments.update_filter,
             reader=self.readers[contexts, key_average],
         )
         for name, changes in written.changes.items():
@@ -142,7 +140,7 @@ class Proposal:
             contexts=self.contexts,
             moments=self.moments,
             sites=self.sites,
-            seed=self.seed,
+            seed=self.arguments.seed,
             values=self.plans,
             **notes,
         )
@@ -165,7 +163,7 @@ def proposing(
     lm: LM,
     edits: Sequence[Edit],
     groups: Sequence[LayerGroup],
-    given: Given,
+    arguments: ProposeArguments,
 ) -> Iterator[Proposal]:
     """Check layers, make contexts and moments where none are given; the model is as it was afterwards.
 
@@ -181,29 +179,25 @@ def proposing(
         lm.check_editable(site.name)
     if at_subject := [group for group in groups if group.where == "subject_last"]:
         warn_of_subjects(method.name, lm, edits, top=max(group.layers[-1] for group in at_subject))
-    contexts, moments = given.contexts, given.moments
+    contexts, moments = arguments.contexts, arguments.moments
     if not edits:
         contexts, moments, sites = contexts or Contexts(), moments or GivenMoments({}), []
-    contexts = method.sampled_contexts(lm, given.seed) if contexts is None else contexts
+    contexts = method.sampled_contexts(lm, arguments.seed) if contexts is None else contexts
     moments = default_moments(lm) if moments is None else moments
     if not method.uses_moments:
         sites = []
     moments.prepare(lm, sites)
     with lm.scope(), ExitStack() as scope:
         yield Proposal(
-            method,
-            lm,
-            edits,
-            contexts,
-            moments,
-            sites,
-            given.seed,
-            given.update_filter,
-            given.progress or silent,
-            given.values,
-            given.keep_values,
-            "prediction" if any(g.where == "prediction" for g in groups) else "subject_last",
-            scope,
+            method=method,
+            lm=lm,
+            edits=edits,
+            arguments=arguments,
+            contexts=contexts,
+            moments=moments,
+            sites=sites,
+            last="prediction" if any(g.where == "prediction" for g in groups) else "subject_last",
+            scope=scope,
         )
 
 
