@@ -67,6 +67,13 @@ def test_plain_edits_are_evaluated_on_their_own_prompts(cli: Callable[..., Any])
     assert "zsre.tok" in out  # one edit has no old answer, so none is held against one
 
 
+def test_the_log_hears_of_measuring(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr("retcon.cli.progress.StageLog.advance", lambda log, stage, done, total: heard.append(stage))
+    cli(*QUICK, "--evaluate")
+    assert {"writing (pre)", "writing (final)"} <= set(heard)
+
+
 def test_plain_edits_with_old_answers_are_held_against_them(cli: Callable[..., Any], here: Path) -> None:
     write_rows(here / "edits.jsonl", ROWS[:1])
     assert "cf.prob_mean" in cli(*QUICK, "--evaluate").stdout

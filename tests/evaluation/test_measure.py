@@ -408,6 +408,16 @@ def test_the_progress_bar_goes_to_stderr(tiny: Make, capsys: pytest.CaptureFixtu
     assert values(found.records) == values(evaluate(lm, CASES, delta=bump(lm)).records)
 
 
+def test_a_function_hears_how_far_each_stage_is(tiny: Make) -> None:
+    lm = tiny(n_layers=1)
+    heard: list[tuple[str, int, int]] = []
+    evaluate(lm, CASES, delta=bump(lm), progress=lambda *step: heard.append(step))
+    assert list(dict.fromkeys(stage for stage, _, _ in heard)) == [
+        f"{stage} ({when})" for when in ("pre", "final") for stage in ("scoring", "writing")
+    ]
+    assert all(0 < done <= total for _, done, total in heard)
+
+
 # --- what is left alone --------------------------------------------------------------------------------------------
 
 

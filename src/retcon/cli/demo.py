@@ -180,13 +180,12 @@ def _edit_and_undo(name: str, cases: Sequence[Case], file: Path, seed: int) -> S
     resolved = resolve(lm, "jeep")
     with progress_bars() as advance:
         made = write_facts(lm, resolved, [e for c in cases for e in c.edits], seed=seed, progress=advance)
-    delta = made.delta
-    took |= made.seconds
+        delta = made.delta
+        took |= made.seconds
 
-    started = time.perf_counter()
-    show_bar = console(stderr=True).is_terminal
-    evaluation = evaluate(lm, cases, delta=delta, generate=False, seed=seed, progress=show_bar)
-    took["evaluate"] = time.perf_counter() - started
+        started = time.perf_counter()
+        evaluation = evaluate(lm, cases, delta=delta, generate=False, seed=seed, progress=advance)
+        took["evaluate"] = time.perf_counter() - started
 
     delta.save(file)
     loaded = Delta.load(file)

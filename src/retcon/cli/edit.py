@@ -245,7 +245,8 @@ def _show_made(
         from retcon.evaluation import evaluate as measure
 
         started = time.perf_counter()
-        measured = measure(lm, facts.cases, delta=delta, seed=seed, progress=console(stderr=True).is_terminal)
+        with progress_bars() as advance:
+            measured = measure(lm, facts.cases, delta=delta, seed=seed, progress=advance)
         took["evaluate"] = time.perf_counter() - started
         show.print(str(measured.summary()))
         show.print()

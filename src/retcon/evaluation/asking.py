@@ -66,7 +66,7 @@ def _score(lm: LM, plan: QueryPlan, measures: Measures, advance: Progress) -> di
             lm,
             rows,
             max_batch_tokens=measures.max_batch_tokens,
-            on_progress=lambda done, total: advance("score", done, total),
+            on_progress=lambda done, total: advance("scoring", done, total),
         )
     )
     return {q.place: tuple(next(scores) for _ in q.rows) for q in plan.queries if q.rows}
@@ -105,7 +105,7 @@ def _score_and_write(
                 lm,
                 others,
                 max_batch_tokens=measures.max_batch_tokens,
-                on_progress=lambda done, total: advance("score", done, total),
+                on_progress=lambda done, total: advance("scoring", done, total),
             ),
             strict=True,
         )
@@ -114,7 +114,7 @@ def _score_and_write(
         lm,
         questions,
         max_batch_tokens=2 * measures.max_batch_tokens,
-        on_progress=lambda done, total: advance("write", done, total),
+        on_progress=lambda done, total: advance("writing", done, total),
     )
     for question, (found, _) in zip(questions, replies, strict=True):
         scores |= zip(question.rows, found, strict=True)
@@ -148,7 +148,7 @@ def _write(lm: LM, plan: QueryPlan, measures: Measures, advance: Progress) -> di
             how,
             lengths=lengths if measures.preset == "gold_length" else None,
             max_batch_tokens=2 * measures.max_batch_tokens,
-            on_progress=lambda done, total: advance("write", done, total),
+            on_progress=lambda done, total: advance("writing", done, total),
         )
         for members, text in zip(prompted.values(), written, strict=True):
             texts |= dict.fromkeys((q.place for q in members), text)

@@ -1,10 +1,9 @@
 """`evaluate`: every query of the cases, scored and answered, before an edit and after it."""
 
-import builtins
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,18 +11,10 @@ from retcon.attachment import Attachment
 from retcon.edits import Case, list_of_cases
 from retcon.errors import InvalidSetting
 from retcon.evaluation.asking import run_queries
+from retcon.evaluation.bar import drawn_bars
 from retcon.evaluation.drift import Scope, next_token_divergence
-from retcon.evaluation.metrics import (
-    Measured,
-    is_locality,
-)
-from retcon.evaluation.plan import (
-    Measures,
-    Place,
-    QueryPlan,
-    plan_now,
-    plan_queries,
-)
+from retcon.evaluation.metrics import Measured, is_locality
+from retcon.evaluation.plan import Measures, Place, QueryPlan, plan_now, plan_queries
 from retcon.evaluation.recording import compute_records, or_broken, record_of
 from retcon.evaluation.records import Record, When
 from retcon.evaluation.results import Evaluation
@@ -46,7 +37,7 @@ def evaluate(
     max_batch_tokens: int | None = None,
     seed: int | None = None,
     context: Mapping[str, Any] | None = None,
-    progress: bool = False,
+    progress: bool | Progress = False,
 ) -> Evaluation:
     """Measure all queries of `cases`, before an edit and after it. The model is left as it was.
 
@@ -67,7 +58,7 @@ def evaluate(
         max_batch_tokens: padded tokens per forward pass; halved when memory runs out.
         seed: of the bootstrap and of sampled text.
         context: columns for all records (`protocol`, `run_id`, ...), over those known here.
-        progress: draw a progress bar.
+        progress: True draws a progress bar; a function is called with (stage, done, total).
 
     Raises:
         InvalidEdit: two cases share an id, or something is no case.
@@ -89,7 +80,8 @@ def evaluate(
     cases = list_of_cases(cases)
     plan = plan_queries(lm, cases, measures)
     before = None if pre is None else covering(pre, plan)
-    with _bar(progress) as advance:
+    heard = nullcontext(progress or silent) if progress is not True else drawn_bars()
+    with heard as advance:
         parts = []
         if before is None:
             before = measure(lm, plan, measures, "pre", advance=advance)
@@ -125,7 +117,7 @@ def measure(
     advance: Progress = silent,
 ) -> Evaluation:
     """Measure the model as it stands; `before` is of the unedited one, None where this is it."""
-    plan, outputs = run_queries(lm, plan, measures, advance)
+    plan, outputs = run_queries(lm, plan, measures, lambda stage, *of: advance(f"{stage} ({when})", *of))
     return compute_records(plan, measures, outputs, when, before, step=step)
 
 
@@ -207,37 +199,3 @@ def _context(lm: LM, cases: Sequence[Case], deltas: Sequence[Attachment], seed: 
     }
     identity = [known, [case.id for case in cases], [delta.id for delta in deltas]]
     return known | {"run_id": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}
-
-
-@contextmanager
-def _bar(shown: bool) -> Iterator[Progress]:
-    """Draw a progress bar per stage, on stderr or in a notebook, or nothing."""
-    if not shown:
-        yield silent
-        return
-    if hasattr(builtins, "get_ipython"):  # rich draws nothing lasting there
-        from tqdm.auto import tqdm
-
-        bars: dict[str, Any] = {}
-
-        def draw(stage: str, done: int, total: int) -> None:
-            if stage not in bars or bars[stage].n >= bars[stage].total:
-                bars[stage] = tqdm(total=total, desc=f"evaluate: {stage}")
-            bars[stage].update(done - bars[stage].n)
-
-        yield draw
-        for each in bars.values():
-            each.close()
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    with Bar(console=Console(stderr=True), transient=True) as bar:
-        tasks: list[Any] = []
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if not tasks or bar.tasks[-1].finished:
-                tasks.append(bar.add_task(f"evaluate: {stage}", total=total))
-            bar.update(tasks[-1], completed=done, total=total)
-
-        yield advance
