@@ -16,7 +16,7 @@ from retcon.delta import Change, Delta, Dense, LowRank, Rows
 from retcon.edits import Edit, list_of_edits
 from retcon.errors import DeltaMismatch
 from retcon.evaluation.metrics import gen_prefix
-from retcon.lm.devices import float64_place
+from retcon.lm.devices import float64_device
 from retcon.lm.generate import Writing, texts_after
 from retcon.lm.model import LM
 from retcon.version import __version__
@@ -121,7 +121,7 @@ def audit(
             if not ours.is_floating_point():
                 base.check_editable(name)
             difference = other.double() - ours.double()
-            where = float64_place(base.parameter(name).device, max(ours.shape))
+            where = float64_device(base.parameter(name).device, max(ours.shape))
             found.append(_difference(name, difference, ours, other, known, where))
             if name in base.not_editable:
                 left_out[name] = base.not_editable[name]

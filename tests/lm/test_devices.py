@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from retcon.errors import InvalidSetting, OutOfMemory
-from retcon.lm.devices import CPU, SETTING, float64_place, solve_place
+from retcon.lm.devices import CPU, SETTING, float64_device, solve_device
 from retcon.memory.solve import cholesky, null_space, ridge, solve_on
 from tests.card import CARD, Card, OnCard
 
@@ -26,28 +26,28 @@ from tests.card import CARD, Card, OnCard
 )
 def test_the_kind_of_card_decides(capability: tuple[int, int], is_good: bool) -> None:
     with Card(capability):
-        assert solve_place(CARD, 100) == CARD  # by refinement where it is bad at float64
-        assert float64_place(CARD, 100) == (CARD if is_good else CPU)
+        assert solve_device(CARD, 100) == CARD  # by refinement where it is bad at float64
+        assert float64_device(CARD, 100) == (CARD if is_good else CPU)
 
 
 def test_its_whole_memory_decides() -> None:
     with Card(memory=8 * 8 * 100**2):
-        assert float64_place(CARD, 100) == solve_place(CARD, 100) == CARD
-        assert float64_place(CARD, 101) == solve_place(CARD, 101) == CPU
+        assert float64_device(CARD, 100) == solve_device(CARD, 100) == CARD
+        assert float64_device(CARD, 101) == solve_device(CARD, 101) == CPU
 
 
 def test_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     with Card():
         monkeypatch.setenv(SETTING, "cpu")
-        assert float64_place(CARD, 100) == solve_place(CARD, 100) == CPU
+        assert float64_device(CARD, 100) == solve_device(CARD, 100) == CPU
         monkeypatch.setenv(SETTING, "gpu")
         with pytest.raises(InvalidSetting, match=r"RETCON_SOLVE_ON is 'gpu': set it to 'cpu', or leave it out"):
-            solve_place(CARD, 100)
+            solve_device(CARD, 100)
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])  # of which the second has no float64 at all
 def test_what_is_no_card_leaves_it_to_the_cpu(device: str) -> None:
-    assert float64_place(torch.device(device), 100) == CPU
+    assert float64_device(torch.device(device), 100) == CPU
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (8, 9)])

@@ -23,7 +23,7 @@ GOOD_AT_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 float32, other cards 32 to 128 times."""
 
 
-def solve_place(device: torch.device, order: int) -> torch.device:
+def solve_device(device: torch.device, order: int) -> torch.device:
     """Return where an (order x order) problem of a model on `device` is solved, in the precision that suits the card.
 
     There, where that is a CUDA card whose whole memory takes `COPIES` of its matrix in float64, else on the CPU.
@@ -39,18 +39,18 @@ def solve_place(device: torch.device, order: int) -> torch.device:
     return device
 
 
-def float64_place(device: torch.device, order: int) -> torch.device:
-    """`solve_place` for what must be done in float64: the CPU also for a card that is bad at it.
+def float64_device(device: torch.device, order: int) -> torch.device:
+    """`solve_device` for what must be done in float64: the CPU also for a card that is bad at it.
 
     Raises:
-        InvalidSetting: see `solve_place`.
+        InvalidSetting: see `solve_device`.
     """
-    where = solve_place(device, order)
+    where = solve_device(device, order)
     return where if where == CPU or good_at_float64(where) else CPU
 
 
 def good_at_float64(device: torch.device) -> bool:
-    """Return whether a place is made for float64, by its compute capability; AMD's Instinct cards (gfx9) are."""
+    """Return whether a device is made for float64, by its compute capability; AMD's Instinct cards (gfx9) are."""
     if device.type == "cpu":
         return True
     major, minor = torch.cuda.get_device_capability(device)
@@ -63,19 +63,20 @@ def total_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def room(where: torch.device, order: int) -> Iterator[None]:
-    """Make room for a problem of this order, which is solved there while the scope lasts.
+def explained_oom(device: torch.device, order: int) -> Iterator[None]:
+    """Turn running out of memory on a card into an OutOfMemory that says what to do.
 
     Raises:
-        OutOfMemory: the card has no room. It is not solved elsewhere instead: that would be another delta, in its bits.
+        OutOfMemory: the card has no room for a problem of this order. It is not solved elsewhere instead: that would be
+            another delta, in its bits.
     """
     try:
         yield
     except RuntimeError as error:
-        if where == CPU or not is_out_of_memory(error):
+        if device == CPU or not is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"a linear problem of {order:,} x {order:,} in float64 finds no room on {where} beside what "
+            f"a linear problem of {order:,} x {order:,} in float64 finds no room on {device} beside what "
             f"else is there: run again when the card is free (finished edits are found again), or with {SETTING}=cpu; "
             "the delta then differs in its last bits from the one that a free card gives"
         ) from None

@@ -403,7 +403,7 @@ class Ledger:
                     return old
             else:
                 kind, index = "whole", None
-        if index is not None and len(index) * 4 > _places(kind, weight.shape):
+        if index is not None and len(index) * 4 > _extent(kind, weight.shape):
             kind, index = "whole", None
         on_device = None if index is None else index.to(weight.device)
         new = _Record(kind, on_device, torch.empty(0), torch.empty(0))
@@ -539,7 +539,7 @@ def _is_one_matrix(region: Region) -> bool:
     return region.axis == 0 and region.stop == region.start + 1
 
 
-def _places(kind: str, shape: torch.Size) -> int:
+def _extent(kind: str, shape: torch.Size) -> int:
     return shape.numel() if kind == "entries" else shape[0 if kind == "rows" else 1]
 
 

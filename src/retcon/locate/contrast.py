@@ -203,8 +203,8 @@ def contrast_probe(
             answers[group] = torch.tensor([_answers(lm, kept[i], int(said[i])) for i in group])
             sets = [as_tokens.of(kept[i], int(answers[i, 0])) if as_tokens else [] for i in group]
             size[group, 2:] = torch.tensor([[len(tokens) for tokens in of] for of in sets], dtype=torch.long)
-            place = lens.place(lm)
-            stacked = torch.stack([states[point].to(place) for point in points], 2)
+            device = lens.head_device(lm)
+            stacked = torch.stack([states[point].to(device) for point in points], 2)
             for n, final_norm in enumerate(norms):
                 ranks, probs = _read(lm, stacked, answers[group], sets, final_norm)
                 mean_rank[group, :, :, n], sum_prob[group, :, :, n] = ranks, probs

@@ -27,11 +27,11 @@ def project(lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool) -> 
     so that the last block's output gives the model's own logits. Without it, W x + b and nothing else (JEEP, Eq. 5).
     """
     if not final_norm:
-        logits = lm.head(states.to(place(lm)))
+        logits = lm.head(states.to(head_device(lm)))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
     norm = lm.model.get_submodule(lm.layout.final_norm)
-    of_norm = place_of(norm) if any(True for _ in norm.parameters()) else place(lm)  # OLMo's has no weight
-    logits = lm.head(norm(states.to(of_norm)).to(place(lm)))
+    of_norm = place_of(norm) if any(True for _ in norm.parameters()) else head_device(lm)  # OLMo's has no weight
+    logits = lm.head(norm(states.to(of_norm)).to(head_device(lm)))
     logits = logits * (getattr(lm.config, "logit_scale", None) or 1.0)  # Cohere
     logits = logits * (getattr(lm.config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
     scaling = getattr(lm.config, "logits_scaling", None) or 1.0
@@ -51,7 +51,7 @@ def in_chunks(
         yield part, project(lm, states[part], final_norm=final_norm)
 
 
-def place(lm: LM) -> torch.device:
+def head_device(lm: LM) -> torch.device:
     """Return where logits are made."""
     return place_of(lm.head)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retcon.checked import under
 from retcon.errors import DeltaMismatch
-from retcon.lm.devices import float64_place
+from retcon.lm.devices import float64_device
 from retcon.lm.model import LM
 from retcon.lm.site import Site
 
@@ -60,7 +60,7 @@ def _joined(earlier: Tensor | None, fresh: Tensor, device: torch.device) -> Tens
         rows = torch.cat([earlier, fresh.to(torch.promote_types(earlier.dtype, fresh.dtype))])
     if len(rows) <= rows.shape[1]:
         return rows
-    there = rows.to(float64_place(device, rows.shape[1]), torch.float64)
+    there = rows.to(float64_device(device, rows.shape[1]), torch.float64)
     return torch.linalg.qr(there, mode="r").R.to(rows.device)  # R^T R = sum of k k^T
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retcon.arguments import check_choice
 from retcon.errors import NonFinite
-from retcon.lm.devices import CPU, float64_place, good_at_float64, room, solve_place
+from retcon.lm.devices import CPU, explained_oom, float64_device, good_at_float64, solve_device
 
 Build = Callable[[], Float[Tensor, "m m"]]
 ThresholdMode = Literal["absolute", "trace", "rank"]
@@ -80,7 +80,7 @@ def ridge_small(
     device: torch.device = CPU,
 ) -> Float[Tensor, "n m"]:
     """`ridge` by an (n x n) solve beside the factor of C: Y = C^-1 K, X^T = (lambda I + K^T Y)^-1 Y^T (Woodbury)."""
-    there = k.to(float64_place(device, len(k)))
+    there = k.to(float64_device(device, len(k)))
     y = whitened(there, moment, factor=factor, device=device)
     inner = there.T @ y
     inner = (inner + inner.T) / 2
@@ -101,7 +101,7 @@ def ridge_of_experts(
         factors: return the Cholesky factors of C_e.
         device: where the model is; the work is done there if it is good at float64.
     """
-    where = float64_place(device, keys.shape[1])
+    where = float64_device(device, keys.shape[1])
     y = torch.zeros(keys.shape, dtype=keys.dtype, device=where)
     inner = torch.zeros(keys.shape[2], keys.shape[2], dtype=keys.dtype, device=where)
     known = keys.any(2).any(1).tolist()
@@ -121,7 +121,7 @@ def solve_on(
 ) -> Float[Tensor, "m n"]:
     """Return A^-1 B to float64's accuracy; the result is on B's device.
 
-    At `solve_place`: by `spd_solve` on a CPU or a card that is good at float64, on other cards by `refined_solve`, and
+    At `solve_device`: by `spd_solve` on a CPU or a card that is good at float64, on other cards by `refined_solve`, and
     on the CPU where that does not reach its tolerance.
 
     Args:
@@ -130,8 +130,8 @@ def solve_on(
     Raises:
         OutOfMemory: the card has no room beside what else runs there.
     """
-    where = solve_place(device, len(b))
-    with room(where, len(b)):
+    where = solve_device(device, len(b))
+    with explained_oom(where, len(b)):
         if good_at_float64(where):
             return spd_solve(lambda: build(where), b.to(where)).to(b.device)
         x = refined_solve(build(where), b.to(where))
@@ -220,7 +220,7 @@ def general_solve(a: Float[Tensor, "m m"], b: Float[Tensor, "m n"], remedy: str)
 def cholesky(c: Float[Tensor, "m m"], device: torch.device = CPU) -> tuple[Float[Tensor, "m m"], float]:
     """L and j of C + j I = L L^T in float64, j the least jitter that makes C definite; on C's device.
 
-    Computed at the `float64_place` of a model on `device`.
+    Computed at the `float64_device` of a model on `device`.
 
     0 nearly always; not where the text repeats itself so often that C is singular to its stored precision.
 
@@ -228,8 +228,8 @@ def cholesky(c: Float[Tensor, "m m"], device: torch.device = CPU) -> tuple[Float
         NonFinite: C holds NaN or infinity, or is nothing like positive definite.
         OutOfMemory: the card has no room beside what else runs there.
     """
-    if (where := float64_place(device, len(c))) not in (CPU, c.device):
-        with room(where, len(c)):
+    if (where := float64_device(device, len(c))) not in (CPU, c.device):
+        with explained_oom(where, len(c)):
             lower, jitter = cholesky(c.to(where))
             return lower.to(c.device), jitter
     for found in _factors(lambda: c.to(torch.float64, copy=True), _JITTERS):
@@ -294,7 +294,7 @@ def equality(
         c.diagonal().add_(identity_weight)
         return c
 
-    there = k.to(float64_place(device, len(k)))
+    there = k.to(float64_device(device, len(k)))
     if identity_weight:
         x = solve_on(device, build, there)
     else:
@@ -355,8 +355,8 @@ def null_space(
         InvalidSetting: no such mode.
     """
     check_choice(mode, ThresholdMode, "mode of the null space")
-    where = float64_place(device, len(c))
-    with room(where, len(c)):
+    where = float64_device(device, len(c))
+    with explained_oom(where, len(c)):
         s, u = torch.linalg.eigh(c.to(where, torch.float64))
     if mode == "absolute":
         r = int((s < threshold).sum())
@@ -385,7 +385,7 @@ def null_space_ridge(
     """
     check_choice(form, Form, "form of the update")
     m, n = k.shape
-    where = float64_place(device, m)
+    where = float64_device(device, m)
     space = NullSpace(space.basis.to(where), space.complement)
     k_there = k.to(where)
     pk = space.project(k_there)

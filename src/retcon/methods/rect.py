@@ -14,7 +14,7 @@ from torch import Tensor
 from retcon.delta import Change, Delta, Dense, Entries, Region, sum_of
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
-from retcon.lm.devices import float64_place
+from retcon.lm.devices import float64_device
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
@@ -121,7 +121,7 @@ class Rect(Filter):
 
     def filtered(self, update: Tensor, weight: Tensor, keep_percent: float) -> Tensor:
         """`update` with all but its relatively largest entries zero; any orientation."""
-        where = float64_place(weight.device, max(weight.shape))
+        where = float64_device(weight.device, max(weight.shape))
         size = weight.abs() if self.denominator == "absolute" else weight
         relative = (update.abs().to(where, torch.float64) / (size.to(where, torch.float64) + self.eps)).flatten()
         chosen = self._chosen(relative, keep_percent).view_as(update).to(update.device)

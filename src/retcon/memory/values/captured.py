@@ -89,9 +89,9 @@ class CapturedStep:
 
     def __init__(self, chunk: Recorded, now: ActiveBatch) -> None:
         self.chunk = chunk
-        self.place = {name: x.clone() for name, x in now.state.tensors().items()}
+        self.inputs = {name: x.clone() for name, x in now.state.tensors().items()}
         self.batch = ActiveBatch(now.edits, now.passes, now.labels, SearchState(**vars(now.state)))
-        self.batch.state.hold(self.place)
+        self.batch.state.hold(self.inputs)
         self.replay: Callable[[], None] | None = None
         """Launches the step; None until it is captured."""
 
@@ -101,8 +101,8 @@ class CapturedStep:
         self.chunk.step(self.batch, only_measure=False)
         with torch.no_grad():
             for name, found in self.batch.state.tensors().items():
-                self.place[name].copy_(found)
-        self.batch.state.hold(self.place)
+                self.inputs[name].copy_(found)
+        self.batch.state.hold(self.inputs)
 
     def __call__(self, now: ActiveBatch) -> None:
         """Make the step of a batch of these shapes, which stands here from then on."""

@@ -112,10 +112,10 @@ class Chunk(Recorded):
         if start is None:
             waiting = list(range(len(self.rows)))[::-1]
             edits = [waiting.pop() for _ in range(min(max_active, len(waiting)))]
-            now, made = self.batch(edits, self.state(edits), _room(shapes, len(edits))), [0] * len(edits)
+            now, made = self.batch(edits, self.state(edits), _smallest_shape(shapes, len(edits))), [0] * len(edits)
         else:
             self.found, waiting, made = dict(start.found), list(start.waiting), list(start.made)
-            now = self.batch(list(start.active), start.state, _room(shapes, len(start.active)))
+            now = self.batch(list(start.active), start.state, _smallest_shape(shapes, len(start.active)))
             now.fresh = start.fresh
             yield from list(self.found)
 
@@ -134,7 +134,7 @@ class Chunk(Recorded):
                 stay = [place for place in going if place not in ended]
                 if not stay and not new:
                     return
-                shape = _room(shapes, len(stay) + len(new))
+                shape = _smallest_shape(shapes, len(stay) + len(new))
                 order = _order(len(now.edits), stay, len(new), ended, shape)
                 if order != list(range(len(now.edits))):
                     edits, made = [*now.edits, *new], [*made, *[0] * len(new)]
@@ -182,7 +182,7 @@ class Chunk(Recorded):
         return ended
 
 
-def _room(shapes: Sequence[Shape], places: int) -> Shape | None:
+def _smallest_shape(shapes: Sequence[Shape], places: int) -> Shape | None:
     """Return the smallest shape for so many edits; None where any shape will do."""
     return min((shape for shape in shapes if shape.places >= places), default=None)
 

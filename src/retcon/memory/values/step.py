@@ -118,8 +118,8 @@ class Recorded:
         keys, values = (tuple(put_away(x) for x in part) for part in (states.keys, states.values))
         return replace(states, states=put_away(states.states), keys=keys, values=values)
 
-    def _room(self, now: ActiveBatch) -> AbstractContextManager[None]:
-        """Return the scope of a forward pass whose gradients are wanted."""
+    def _offloading(self, now: ActiveBatch) -> AbstractContextManager[None]:
+        """Return the scope in which a step leaves little for its backward pass, where memory is short."""
         if not self.offload:
             return nullcontext()
         recorded = [
@@ -277,7 +277,7 @@ class Recorded:
         """
         state = now.state
         vectors = [offset.clone().requires_grad_() for offset in state.offset]
-        with torch.enable_grad(), self._room(now):
+        with torch.enable_grad(), self._offloading(now):
             logits, kl_logits = self.logits(now, vectors)
             if now.fresh:
                 for s, (init, activation) in enumerate(zip(state.init, state.activation, strict=True)):
