@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.common import command_line, machine, print_row, timed
-from retcon.memory.moments import pack, unpack
+from retcon.memory.moments import pack_triangle, unpack_triangle
 from retcon.memory.solve import cholesky, ridge_direct, ridge_small
 
 WEIGHT = 15_000.0
@@ -44,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "factor.safetensors"
         lower, made = timed(lambda: cholesky(c)[0])
-        save_file({"factor": pack(lower)}, file)
+        save_file({"factor": pack_triangle(lower)}, file)
         print(f"Cholesky factor of C: {made:.2f} s, {file.stat().st_size / 1e6:,.0f} MB on disk\n")
         print(
             "| n | direct, s | small-n, factor made, s | factor from disk, s | factor in memory, s | gain, from disk |"
@@ -55,7 +55,9 @@ def main() -> None:
             wanted, direct = timed(partial(ridge_direct, k, lambda: c, WEIGHT))
             _, fresh = timed(partial(ridge_small, k, lambda: c, WEIGHT))
             found, disk = timed(
-                partial(ridge_small, k, lambda: c, WEIGHT, factor=lambda: unpack(load_file(file)["factor"], args.d))
+                partial(
+                    ridge_small, k, lambda: c, WEIGHT, factor=lambda: unpack_triangle(load_file(file)["factor"], args.d)
+                )
             )
             _, memory = timed(partial(ridge_small, k, lambda: c, WEIGHT, factor=lambda: lower))
             apart = float((found - wanted).abs().max() / wanted.abs().max())

@@ -31,8 +31,8 @@ def test_with_the_final_norm_the_last_block_gives_the_models_own_softmax(family:
     lm = still(family)  # spec, invariant 63
     with torch.no_grad():
         own = torch.stack([lm.model(torch.tensor([r.ids])).logits[0, -1] for r in ROWS]).softmax(-1)
-        read = lens.project(lm, last_states(lm), final_norm=True).softmax(-1)
-        bare = lens.project(lm, last_states(lm), final_norm=False).softmax(-1)
+        read = lens.logits_of(lm, last_states(lm), final_norm=True).softmax(-1)
+        bare = lens.logits_of(lm, last_states(lm), final_norm=False).softmax(-1)
     assert_close(read, own, rtol=1e-7, atol=1e-9)  # MPT norms in float32
     assert float((bare - own).abs().max()) > 1e-4
     lens.check_reads(lm)
@@ -50,7 +50,7 @@ def test_without_the_final_norm_it_is_the_head_and_nothing_else(family: str, sti
     if lm.head.bias is not None:
         wanted = wanted + lm.head.bias.detach()  # type: ignore[operator]
     with torch.no_grad():
-        assert_close(lens.project(lm, states, final_norm=False), wanted)
+        assert_close(lens.logits_of(lm, states, final_norm=False), wanted)
 
 
 def test_a_wrong_layout_is_noticed() -> None:
@@ -66,7 +66,7 @@ def test_chunks_are_the_whole(still: Still) -> None:
     lm = still("gptj")
     states = torch.randn(7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        whole = lens.project(lm, states, final_norm=True)
+        whole = lens.logits_of(lm, states, final_norm=True)
         for max_logits in (1, 3 * 512, 10**9):
             found = torch.full_like(whole, torch.nan)
             for part, logits in lens.in_chunks(lm, states, final_norm=True, max_logits=max_logits):

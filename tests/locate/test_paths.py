@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
-from retcon.locate.paths import Slot, assess, choose, covering, k_best, node_scores, paths, rank_aligned, slots_of
+from retcon.locate.paths import Slot, assess, choose_paths, covering, k_best, node_scores, paths, rank_aligned, slots_of
 from retcon.methods.ctp import Ctp
 from retcon.training.objective import AnswerLoss, answer_nll, answer_rows
 
@@ -232,7 +232,7 @@ def test_best_and_lowest_share_no_node_where_scores_are_equal(select, coverage, 
     slots = slots_of(lm)
     scores = [torch.zeros(slot.n_nodes) for slot in slots]
     scores[0][:3] = 1.0  # as with experts that no token is routed to
-    found = choose(slots, scores, 20, 4, select, coverage=coverage)
+    found = choose_paths(slots, scores, 20, 4, select, coverage=coverage)
     for t in range(len(slots)):
         assert not set(found.positive.in_slot(t)) & set(found.negative.in_slot(t))
 
@@ -261,9 +261,9 @@ def test_what_cannot_be_is_refused(tiny, edit):
         slots_of(tiny("gpt2"), "gate")
     slots = slots_of(tiny("llama"))
     with pytest.raises(InvalidSetting, match="60 positive and 5 negative paths asked for; a slot has 64 nodes"):
-        choose(slots, [torch.rand(64)] * 8, 60, 5, "rank_aligned")
+        choose_paths(slots, [torch.rand(64)] * 8, 60, 5, "rank_aligned")
     with pytest.raises(InvalidSetting, match="-3 positive and 1 negative paths asked for; neither can be below 0"):
-        choose(slots, [torch.rand(64)] * 8, -3, 1, "rank_aligned")
+        choose_paths(slots, [torch.rand(64)] * 8, -3, 1, "rank_aligned")
     once, given = (assess(tiny("llama"), e, slots) for e in (iter([edit]), [edit]))
     assert all(map(torch.equal, once, given))
     with pytest.raises(InvalidSetting, match="no edits were given"):

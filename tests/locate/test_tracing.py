@@ -19,7 +19,7 @@ from retcon.lm.prompts import encode, encode_edit, subject_tokens
 from retcon.locate import Trace, Traces, Tracing, causal_trace
 from retcon.locate.tracing import GROUPS, default_window, embedding_deviation, packing
 from retcon.locate.tracing.causal import trace_prompt
-from retcon.locate.tracing.prompt import prepare
+from retcon.locate.tracing.prompt import run_clean_and_corrupted
 from tests.conftest import FAMILIES, everyday
 
 Still = Callable[[str], LM]
@@ -227,7 +227,7 @@ def test_uniform_noise_is_as_much_below_zero_as_above(still: Still) -> None:
     settings = replace(ALL, kinds=("mlp",), distribution="uniform", noise=3.0, samples=8)
     lm = still("llama")
     with lm.frozen_eval():
-        prompt = prepare(lm, SHORT, settings, 0.5)
+        prompt = run_clean_and_corrupted(lm, SHORT, settings, 0.5)
     assert prompt is not None
     drawn = prompt.noise / (3.0 * 0.5)
     assert -1 <= float(drawn.min()) < -0.9
@@ -379,7 +379,7 @@ def test_only_what_a_cell_changes_is_run(family: str, kind: Any, still: Still) -
 
     alone = replace(ALL, kinds=(kind,), window=1, samples=samples, max_batch_tokens=1)  # a cell at a time: no padding
     with lm.frozen_eval(), torch.no_grad():
-        prompt = prepare(lm, SHORT, alone, 1.0)
+        prompt = run_clean_and_corrupted(lm, SHORT, alone, 1.0)
         assert prompt is not None
         handles = [counting(layer) for layer in range(lm.n_layers)]
         trace_prompt(lm, SHORT, prompt, alone)
@@ -405,7 +405,7 @@ def test_projections_run_for_changed_tokens_only(family: str, still: Still) -> N
     ran: dict[tuple[int, str], int] = {}
     alone = replace(ALL, kinds=("block",), samples=samples, max_batch_tokens=1)
     with lm.frozen_eval(), torch.no_grad():
-        prompt = prepare(lm, SHORT, alone, 1.0)
+        prompt = run_clean_and_corrupted(lm, SHORT, alone, 1.0)
         assert prompt is not None
         handles = []
         for layer, kind in product(range(lm.n_layers), ("q_proj", "k_proj")):

@@ -21,9 +21,9 @@ from retcon.memory.moments import (
     document_rows,
     load_moment,
     moment_keys,
-    pack,
+    pack_triangle,
     save_moments,
-    unpack,
+    unpack_triangle,
 )
 from retcon.memory.solve import cholesky
 from tests.conftest import FAMILIES, TEXT, random_moments
@@ -367,8 +367,8 @@ def test_a_stored_moment_that_rounding_left_indefinite_comes_with_its_jitter(tin
 
 def test_packing_is_undone(randn):
     lower = randn(7, 7).tril()
-    assert pack(lower).shape == (28,)
-    assert torch.equal(unpack(pack(lower), 7), lower)
+    assert pack_triangle(lower).shape == (28,)
+    assert torch.equal(unpack_triangle(pack_triangle(lower), 7), lower)
 
 
 @pytest.mark.filterwarnings("ignore:second moments from")

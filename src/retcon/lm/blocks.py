@@ -58,7 +58,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def place_of(module: Any) -> torch.device:
+def device_of(module: Any) -> torch.device:
     """Return where a module with weights runs: where they are, or where accelerate brings those that are offloaded."""
     device: torch.device = next(module.parameters()).device
     if device.type == "meta" and hasattr(module, "_hf_hook"):

@@ -63,7 +63,7 @@ class Inputs:
         return cls((rows, tokens), dict(input_ids=batch.ids, attention_mask=mask, use_cache=False))
 
 
-class Stop(Exception):
+class StopForward(Exception):
     """Ends a forward pass after the last hook."""
 
 
@@ -78,11 +78,11 @@ def run(lm: LM, inputs: Batch | Inputs, hooks: Mapping[Point, Hook]) -> None:
     def seen(point: Point) -> None:
         waiting.discard(point)
         if not waiting:
-            raise Stop
+            raise StopForward
 
     try:
         _forward(lm, inputs, hooks, seen)
-    except Stop:
+    except StopForward:
         return
     if waiting:
         raise AssertionError(f"the forward pass never reached {sorted(waiting)}")

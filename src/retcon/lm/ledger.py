@@ -75,7 +75,7 @@ class _Look:
 
 
 @dataclass(frozen=True, eq=False)
-class Trace:
+class EditTrace:
     """A few of the values that an edit has changed, to tell later whether it is still in its parameter."""
 
     record: _Record
@@ -88,7 +88,7 @@ class Trace:
     """The parameter's."""
 
     @classmethod
-    def of(cls, record: _Record, weight: Tensor) -> "Trace":
+    def of(cls, record: _Record, weight: Tensor) -> "EditTrace":
         """Note what a parameter holds where it is edited."""
         part = replace(record, base=torch.empty(0), total=torch.empty(0))
         n = record.base.numel()

@@ -16,7 +16,7 @@ from retcon.lm.fingerprint import StoredTensors, checkpoint_fingerprint
 from retcon.lm.gguf import DAMAGED, SUFFIX, find_gguf, forget_packing, gguf_options, quiet_conversion
 from retcon.lm.layouts import Layout
 from retcon.lm.model import LM
-from retcon.lm.quantised import cast, no_remarks_of, prepare, unpack
+from retcon.lm.quantised import cast, dequantise, no_remarks_of, prepare_config
 
 DEMO = "demo:"
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -88,7 +88,7 @@ def load(
                 place, options["gguf_file"] = str(gguf.parent), gguf.name
             else:
                 config = AutoConfig.from_pretrained(place, **options)
-                packing = prepare(config, name, packed=packed, layout=layout)
+                packing = prepare_config(config, name, packed=packed, layout=layout)
                 weights_options["config"] = config
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
             if dtype == torch.float64:
@@ -113,7 +113,7 @@ def load(
     if packing is not None and packed:
         cast(model, dtype)
     elif packing is not None:
-        model = unpack(model, dtype, packing)
+        model = dequantise(model, dtype, packing)
     if gguf is not None:
         forget_packing(model, gguf)
     if device_map is None and not packed:

@@ -31,7 +31,7 @@ from retcon.errors import (
     WrongBase,
 )
 from retcon.files import looks_like_path
-from retcon.lm.blocks import count_blocks, decoder_path, find_module, is_conv1d, kind_of, place_of
+from retcon.lm.blocks import count_blocks, decoder_path, device_of, find_module, is_conv1d, kind_of
 from retcon.lm.experts import expert_matrix
 from retcon.lm.fingerprint import StoredTensors, fingerprint
 from retcon.lm.gguf import DEQUANTIZED_FROM
@@ -41,7 +41,7 @@ from retcon.lm.ledger import Ledger
 from retcon.lm.owners import OWNERS, own, refuse_taken
 from retcon.lm.packed import Parameters, packed_matrices
 from retcon.lm.prompts import Row, encode, encode_edit, end_of_turn
-from retcon.lm.quantised import unmarked
+from retcon.lm.quantised import shown_unquantised
 from retcon.lm.refusals import refuse_other_vocabulary, refuse_subclasses, refuse_wrapped, why_not_editable
 from retcon.lm.scopes import Edited, FrozenEval, Lent, Scope, Turn, Turns, WithoutDeltas
 from retcon.lm.site import Site, SiteName
@@ -160,7 +160,7 @@ class LM:
     @property
     def device(self) -> torch.device:
         """Where token ids go: the embedding's device."""
-        return place_of(self.model.get_submodule(self.layout.embedding))
+        return device_of(self.model.get_submodule(self.layout.embedding))
 
     @cached_property
     def config(self) -> Any:
@@ -543,7 +543,8 @@ class LM:
         if not self.packed:
             yield
             return
-        with Turn(self.turns), unmarked(self.model, " and ".join(sorted({m.packing for m in self.packed.values()}))):
+        packings = " and ".join(sorted({matrix.packing for matrix in self.packed.values()}))
+        with Turn(self.turns), shown_unquantised(self.model, packings):
             self._finish()
             try:
                 for matrix in self.packed.values():

@@ -10,7 +10,7 @@ from torch import nn
 
 from retcon.errors import UnsupportedModel
 from retcon.lm.hooks import Hung
-from retcon.lm.ledger import Trace
+from retcon.lm.ledger import EditTrace
 from retcon.plural import plural
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 OWNERS: "WeakKeyDictionary[nn.Module, weakref.ref[LM]]" = WeakKeyDictionary()
 """The LM of each model that has one."""
-_LEFT_EDITED: "WeakKeyDictionary[nn.Module, dict[str, Trace]]" = WeakKeyDictionary()
+_LEFT_EDITED: "WeakKeyDictionary[nn.Module, dict[str, EditTrace]]" = WeakKeyDictionary()
 """Of models whose LM is gone, the parameters in which it left deltas, and what tells whether these are still there."""
 
 
@@ -62,5 +62,5 @@ def _note_left(model: "weakref.ref[nn.Module]", records: Mapping[str, Any]) -> N
     if records and (alive := model()) is not None:
         parameters = dict(alive.named_parameters(remove_duplicate=False))
         there = [name for name in sorted(records) if name in parameters and not parameters[name].is_meta]
-        traces = {name: Trace.of(records[name], parameters[name]) for name in there}
+        traces = {name: EditTrace.of(records[name], parameters[name]) for name in there}
         _LEFT_EDITED[alive] = _LEFT_EDITED.get(alive, {}) | traces

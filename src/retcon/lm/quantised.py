@@ -34,7 +34,7 @@ STAY_PACKED = ("bitsandbytes", "torchao")
 """Those whose matrices can be kept as they are."""
 
 
-def prepare(config: Any, name: str, *, packed: bool = False, layout: Layout | None = None) -> str | None:
+def prepare_config(config: Any, name: str, *, packed: bool = False, layout: Layout | None = None) -> str | None:
     """Return how the checkpoint of `config` is quantised, None if it is not; have it dequantised when it is read.
 
     Args:
@@ -85,7 +85,7 @@ def prepare(config: Any, name: str, *, packed: bool = False, layout: Layout | No
     return f"{method}{_bits(settings)}"
 
 
-def unpack(model: Any, dtype: Any, packing: str) -> Any:
+def dequantise(model: Any, dtype: Any, packing: str) -> Any:
     """Return the model that was read as a plain one of that dtype, with a note of where its weights come from."""
     if getattr(model, "hf_quantizer", None) is not None and packing.startswith("bitsandbytes"):
         with no_remarks_of("transformers"):  # that it does what it was asked for
@@ -144,8 +144,8 @@ def _unmark(model: Any, packing: str) -> None:
 
 
 @contextmanager
-def unmarked(model: Any, packing: str) -> Iterator[None]:
-    """Show a model whose matrices are floats for the moment as one that `unpack` returned while the scope lasts."""
+def shown_unquantised(model: Any, packing: str) -> Iterator[None]:
+    """Show a model whose matrices are floats for the moment as one that `dequantise` returned while the scope lasts."""
     marks = [dict(owner.__dict__) for owner in (model, model.config)]
     try:
         _unmark(model, packing)

@@ -92,7 +92,7 @@ def sampled(facts: Sequence[Edit], limit: int, seed: int) -> Sequence[Edit]:
     return [facts[i] for i in order.sort().values.tolist()]
 
 
-def checked(given: Mapping[str, Tensor], lm: LM, sites: Sequence[Site], unit: Granularity) -> Ensemble:
+def check_ensemble(given: Mapping[str, Tensor], lm: LM, sites: Sequence[Site], unit: Granularity) -> Ensemble:
     """Return an ensemble that was kept, if it is one over these sites.
 
     Raises:

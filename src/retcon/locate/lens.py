@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retcon.errors import UnsupportedModel
-from retcon.lm.blocks import place_of
+from retcon.lm.blocks import device_of
 from retcon.lm.forward import Hook, Point, logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, pad
@@ -20,7 +20,7 @@ MAX_LOGITS = 2**24
 """Logits held at a time: 64 MB in float32."""
 
 
-def project(lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool) -> Float[Tensor, "n vocab"]:
+def logits_of(lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool) -> Float[Tensor, "n vocab"]:
     """Return the logits of states, at least float32.
 
     With the final norm, what the model itself does with its last state (a scale or a soft cap of the logits included),
@@ -30,7 +30,7 @@ def project(lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool) -> 
         logits = lm.head(states.to(head_device(lm)))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
     norm = lm.model.get_submodule(lm.layout.final_norm)
-    of_norm = place_of(norm) if any(True for _ in norm.parameters()) else head_device(lm)  # OLMo's has no weight
+    of_norm = device_of(norm) if any(True for _ in norm.parameters()) else head_device(lm)  # OLMo's has no weight
     logits = lm.head(norm(states.to(of_norm)).to(head_device(lm)))
     logits = logits * (getattr(lm.config, "logit_scale", None) or 1.0)  # Cohere
     logits = logits * (getattr(lm.config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
@@ -44,16 +44,16 @@ def project(lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool) -> 
 def in_chunks(
     lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool, max_logits: int = MAX_LOGITS
 ) -> Iterator[tuple[slice, Float[Tensor, "some vocab"]]]:
-    """`project`, a few states at a time: which, and their logits."""
+    """`logits_of`, a few states at a time: which, and their logits."""
     size = max(1, max_logits // vocabulary(lm))
     for first in range(0, len(states), size):
         part = slice(first, first + size)
-        yield part, project(lm, states[part], final_norm=final_norm)
+        yield part, logits_of(lm, states[part], final_norm=final_norm)
 
 
 def head_device(lm: LM) -> torch.device:
     """Return where logits are made."""
-    return place_of(lm.head)
+    return device_of(lm.head)
 
 
 def vocabulary(lm: LM) -> int:
@@ -65,7 +65,7 @@ def check_reads(lm: LM) -> None:
     """Check that the last block's output, read with the final norm, gives the model's own logits.
 
     Raises:
-        UnsupportedModel: it does not; the family makes its logits in a way that `project` does not know.
+        UnsupportedModel: it does not; the family makes its logits in a way that `logits_of` does not know.
     """
     row = encode(lm.tokenizer, "The")
     state: list[Tensor] = []
@@ -73,7 +73,7 @@ def check_reads(lm: LM) -> None:
     with torch.no_grad():
         hooks: dict[Point, Hook] = {Point(lm.n_layers - 1, "block"): lambda value: state.append(value[0, at[1]])}
         own = logits_at(lm, pad([row], lm.device), at, hooks)
-        read = project(lm, state[0], final_norm=True).to(own)
+        read = logits_of(lm, state[0], final_norm=True).to(own)
     allowed = 0.02 if own.dtype in (torch.float16, torch.bfloat16) else 1e-4
     off = float((read - own).abs().max() / own.abs().max())
     if not off <= allowed:

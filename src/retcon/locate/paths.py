@@ -354,7 +354,7 @@ def step_weights(found: Transmission, by: LayerSteps) -> list[float]:
     return [w / mean for w in weights] if mean else [1.0] * len(weights)
 
 
-def choose(
+def choose_paths(
     slots: Sequence[Slot],
     scores: Sequence[Float[Tensor, " nodes"]],
     n_positive: int,
@@ -400,4 +400,4 @@ def paths(
 ) -> Transmission:
     """Return the critical transmission paths of `edits` on the model as it stands, to look at or to edit along."""
     slots = slots_of(lm, key_matrix)
-    return choose(slots, assess(lm, edits, slots, score, pool=pool, seed=seed), n_positive, n_negative, select)
+    return choose_paths(slots, assess(lm, edits, slots, score, pool=pool, seed=seed), n_positive, n_negative, select)

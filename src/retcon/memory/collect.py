@@ -40,7 +40,7 @@ PASS_TOKENS = {"cpu": 1024, "cuda": 32_768}
 SAVE_EVERY = 30.0
 """Seconds between two savings of partial sums."""
 PARTIAL_SUMS = Kind("partial sums of second moments", format=3, computation=1)
-MAX_PADDING = 1 / 32
+MAX_PADDING_SHARE = 1 / 32
 """Share of padding that a batch of a fair size may have; it is fair from a thirty-second of the budget on."""
 
 
@@ -151,13 +151,13 @@ def chunked(lengths: Sequence[int], most: int) -> list[range]:
 def batched(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices grouped by length into batches of at most `budget` padded tokens (or one row), padding within bounds.
 
-    A batch of a fair size takes no row that would bring its padding above `MAX_PADDING`.
+    A batch of a fair size takes no row that would bring its padding above `MAX_PADDING_SHARE`.
     """
     groups: list[list[int]] = []
     real = 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         padded = (len(groups[-1]) + 1) * lengths[i] if groups else 0  # ascending: the newcomer is the longest
-        wasteful = real >= budget // 32 and padded - real - lengths[i] > MAX_PADDING * padded
+        wasteful = real >= budget // 32 and padded - real - lengths[i] > MAX_PADDING_SHARE * padded
         if groups and padded <= budget and not wasteful:
             groups[-1].append(i)
             real += lengths[i]

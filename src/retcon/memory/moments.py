@@ -276,7 +276,8 @@ class CorpusMoments:
             if key not in self._factors:
                 self._factors[key] = cholesky(self.second_moment(lm, site), site.device)[0]
             return self._factors[key]
-        return unpack(self.derived(lm, site, "factor", lambda c: pack(cholesky(c, site.device)[0])), d)
+        packed = self.derived(lm, site, "factor", lambda c: pack_triangle(cholesky(c, site.device)[0]))
+        return unpack_triangle(packed, d)
 
     def derived(self, lm: LM, site: Site, what: str, build: Callable[[Tensor], Tensor]) -> Tensor:
         """Return what `build` gives, kept in the cache directory beside the moment."""
@@ -364,7 +365,7 @@ def save_moments(
     tensors, record = {}, {}
     for key, moment in moments.items():
         rounded = moment.to(torch.float32)
-        tensors[key.site] = pack(rounded)
+        tensors[key.site] = pack_triangle(rounded)
         about_site = {"jitter": cholesky(rounded, device)[1], **(about or {}).get(key.site, {})}
         record[key.site] = about_site | {"check": _check_of(key, about_site, tensors[key.site])}
     metadata = {"format": FORMAT, "keys": [asdict(k) for k in moments], "about": record, "retcon": __version__}
@@ -377,13 +378,13 @@ def _check_of(key: MomentKey, about: Mapping[str, Any], packed: Float[Tensor, " 
     return checksum({**asdict(key), "about": dict(about)}, {key.site: packed})
 
 
-def pack(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " triangle"]:
+def pack_triangle(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " triangle"]:
     """Return the lower triangle column by column, which is a symmetric matrix's upper triangle row by row."""
     return torch.cat([matrix[i:, i] for i in range(len(matrix))])
 
 
-def unpack(packed: Float[Tensor, " triangle"], d: int) -> Float[Tensor, "d d"]:
-    """Return the (lower) triangular matrix that `pack` took apart."""
+def unpack_triangle(packed: Float[Tensor, " triangle"], d: int) -> Float[Tensor, "d d"]:
+    """Return the (lower) triangular matrix that `pack_triangle` took apart."""
     upper = torch.zeros(d, d, dtype=packed.dtype)
     for i, row in enumerate(packed.split(tuple(range(d, 0, -1)))):
         upper[i, i:] = row
@@ -415,7 +416,7 @@ def load_moment(path: Path, key: MomentKey) -> Float[Tensor, "d d"]:
     about = dict(_record(path)["about"].get(key.site, {}))
     if about.pop("check", None) != _check_of(key, about, packed):
         raise MalformedFile(f"{path}: damaged; the second moment of {key.site} does not match its checksum")
-    moment = unpack(packed, (math.isqrt(8 * len(packed) + 1) - 1) // 2)
+    moment = unpack_triangle(packed, (math.isqrt(8 * len(packed) + 1) - 1) // 2)
     moment += moment.tril(-1).T
     return definite(moment, about["jitter"])
 

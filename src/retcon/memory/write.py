@@ -115,7 +115,7 @@ def is_routed(lm: LM, layer: int, routed: bool) -> bool:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenChanges:
     """What a group's write changed, by parameter name."""
 
     changes: dict[str, list[Change]] = field(default_factory=dict)
@@ -136,7 +136,7 @@ def write(
     key_average: KeyAverage = "two_level",
     update_filter: UpdateFilter | None = None,
     reader: KeyReader | None = None,
-) -> Written:
+) -> WrittenChanges:
     """Return the changes that bring each edit's value at the group's last layer to `targets`; they stay applied in
     `scope`.
 
@@ -149,7 +149,7 @@ def write(
     Raises:
         NonFinite: a key, a residual or a change is NaN or infinite; the message names the layer.
     """
-    written = Written()
+    written = WrittenChanges()
     reader = reader or KeyReader(lm, edits, contexts, average=key_average)
     value = Point(group.layers[-1], group.target_tensor)
     for i, layer in enumerate(group.layers):

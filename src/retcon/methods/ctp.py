@@ -22,7 +22,7 @@ from retcon.locate.paths import (
     Select,
     Transmission,
     assess,
-    choose,
+    choose_paths,
     slots_of,
     step_weights,
 )
@@ -153,7 +153,9 @@ class Ctp(TuningSettings):
                 groups=steps.groups,
                 seed=seed + epoch,
             )
-        found = choose(steps.paths.slots, scores, self.n_positive, self.n_negative, self.select, coverage=self.coverage)
+        found = choose_paths(
+            steps.paths.slots, scores, self.n_positive, self.n_negative, self.select, coverage=self.coverage
+        )
         steps.set_paths(found)
 
     def _original(self, lm: LM, edits: Sequence[Edit], rows: Sequence[Row]) -> AnswerLoss | None:

@@ -25,7 +25,7 @@ from retcon.locate.ensemble import (
     Ensemble,
     UnitScore,
     above_threshold,
-    checked,
+    check_ensemble,
     key,
     n_units,
     random_scores,
@@ -157,7 +157,7 @@ class Kne(TuningSettings):
                 return run.delta(state=state if self.keeps_state else None)
             if self.reuse and state:
                 given = unmarked(self.name, state, lm, "locate anew (reuse=False)", granularity=self.granularity)
-                ensemble = checked(given, lm, sites, self.granularity)
+                ensemble = check_ensemble(given, lm, sites, self.granularity)
             else:
                 ensemble = self.locate(lm, self._facts(edits), seed=seed, progress=run.progress)
             parts = [self._part(site, ensemble[key(site)]) for site in sites if key(site) in ensemble]

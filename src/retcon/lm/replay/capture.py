@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
-from retcon.lm.forward import Hook, Inputs, Point, Stop, run
+from retcon.lm.forward import Hook, Inputs, Point, StopForward, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.replay.states import ReplayState, cache_of, row_arguments, tail, tokens_at
@@ -199,7 +199,7 @@ def _inputs(lm: LM, suffixes: Sequence[tuple[int, ...]], begins: Sequence[int], 
 def _reading_input(into: list[Tensor]) -> Callable[..., None]:
     def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         into.append(args[0] if args else kwargs["hidden_states"])
-        raise Stop
+        raise StopForward
 
     return read
 

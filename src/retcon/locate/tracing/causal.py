@@ -25,8 +25,8 @@ from retcon.locate.tracing.prompt import (
     corrupting,
     embedding_deviation,
     finite,
-    prepare,
     probability,
+    run_clean_and_corrupted,
 )
 from retcon.locate.tracing.traces import Trace, Traces, Tracing
 from retcon.work import silent
@@ -56,7 +56,7 @@ def causal_trace(
         deviation = embedding_deviation(lm, [e.subject for e in kept if e.subject is not None])
         for done, edit in enumerate(kept, 1):
             way = _way(lm, edit, settings)
-            prompt = prepare(lm, edit, way, deviation)
+            prompt = run_clean_and_corrupted(lm, edit, way, deviation)
             if prompt is None:
                 skipped[edit.id] = "the model does not say the original answer"
             else:

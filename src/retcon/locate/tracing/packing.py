@@ -20,7 +20,7 @@ from retcon.lm.model import LM
 from retcon.lm.replay import mlp_entries, replaying, running_at
 from retcon.lm.replay.states import stand_in, suffix_cache
 from retcon.locate.tracing.cells import Cell, restoring_hooks
-from retcon.locate.tracing.prompt import Prompt, projections
+from retcon.locate.tracing.prompt import Prompt, attention_projections
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -209,7 +209,7 @@ def _needed(
     read = end if layer == lm.n_layers - 1 else every
 
     if not (entering & read).all():
-        asked = projections(lm, layer)
+        asked = attention_projections(lm, layer)
         for module, corrupted in zip(asked, prompt.projected[layer], strict=True):
             queries_alone = module is asked[0] and len(asked) == 3
             yield PartialModule(

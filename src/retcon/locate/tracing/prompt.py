@@ -45,7 +45,8 @@ class Prompt:
     """Of the corrupted runs, per block."""
     values: list[Float[Tensor, "samples heads tokens d_head"]]
     projected: list[list[Float[Tensor, "samples tokens width"]]]
-    """What the attention projections put out in the corrupted runs, per block, in the order of `projections`."""
+    """What the attention projections put out in the corrupted runs, per block, in the order of
+    `attention_projections`."""
 
     def first_samples(self, n: int) -> "Prompt":
         """With no more than n of the corrupted runs."""
@@ -59,7 +60,7 @@ class Prompt:
         )
 
 
-def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt | None:
+def run_clean_and_corrupted(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt | None:
     """Run the clean prompt and its corrupted copies in one pass; None where the model does not know the answer."""
     from transformers.cache_utils import Cache, DynamicLayer
 
@@ -83,7 +84,7 @@ def prepare(lm: LM, edit: Edit, settings: Tracing, deviation: float) -> Prompt |
         stack.enter_context(changing_embeddings(lm, corrupt))
         stack.enter_context(reading_first_input(lm, reading(found, EMBEDDING, Tensor.detach)))
         for layer, into in enumerate(projected if settings.replayed else []):
-            for module in projections(lm, layer):
+            for module in attention_projections(lm, layer):
                 hook = module.register_forward_hook(lambda _, __, output, into=into: into.append(output[1:].detach()))
                 stack.callback(hook.remove)
         logits = logits_at(lm, inputs, (rows, last), hooks)
@@ -113,7 +114,7 @@ def _wanted(point: Point, settings: Tracing) -> bool:
 PROJECTIONS: tuple[SiteName, ...] = ("q_proj", "k_proj", "v_proj")
 
 
-def projections(lm: LM, layer: int) -> list[nn.Module]:
+def attention_projections(lm: LM, layer: int) -> list[nn.Module]:
     """Return the modules that make a block's queries, attention keys and values; one where the family fuses them."""
     return list(dict.fromkeys(lm.site(layer, kind).module for kind in PROJECTIONS if lm.has(layer, kind)))
 

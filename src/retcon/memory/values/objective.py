@@ -37,7 +37,7 @@ class ValueSite:
     """beta: the loss gets weight_decay * ||offset|| / ||init||^2."""
 
 
-Stop = Literal["probability", "loss"]
+StopRule = Literal["probability", "loss"]
 TargetKind = Literal["clean", "joint"]
 
 
@@ -51,7 +51,7 @@ class ValueSearch:
     """Adam's; betas (0.9, 0.999), eps 1e-8."""
     kl_factor: float = 0.0625
     """alpha: weight of KL(edited || original) for "<subject> is a", read at the subject's last token."""
-    stop: Stop = "probability"
+    stop: StopRule = "probability"
     """`probability`: mean over contexts of the target's geometric-mean token probability reaches `threshold`; `loss`:
     the total loss falls under it."""
     threshold: float = 0.9
@@ -70,7 +70,7 @@ class ValueSearch:
             raise InvalidSetting(f"steps must be at least 1, found {self.steps}")
         if self.learning_rate < 0 or self.kl_factor < 0:
             raise InvalidSetting("learning_rate and kl_factor must not be negative")
-        check_choice(self.stop, Stop, "rule for when to stop")
+        check_choice(self.stop, StopRule, "rule for when to stop")
 
 
 @dataclass(frozen=True)
