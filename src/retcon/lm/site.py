@@ -12,6 +12,9 @@ from retcon.errors import NotEditable
 from retcon.lm.packed import PackedMatrix
 
 SiteName = Literal["down_proj", "up_proj", "gate_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
+Unit = Literal["row", "column", "entry"]
+"""Part of a matrix W (out x in) that is scored, or trained, by itself: an output unit, an input unit, a single weight
+(counted row by row)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,13 +29,11 @@ from retcon.lm.hooks import hooked
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.replay import ReplayState, replaying, token_numbers
-from retcon.lm.site import Site
+from retcon.lm.site import Site, Unit
 from retcon.locate.gradients import Captured, catch
 from retcon.training.objective import Answer, answer_rows
 from retcon.work import silent
 
-Granularity = Literal["row", "column", "entry"]
-"""What gets a score: output units, input units, or single weights (row by row) of a matrix W (out x in)."""
 Path = Literal["layer", "joint", "local"]
 Quadrature = Literal["right", "midpoint", "gauss"]
 Probability = Literal["conditional", "joint"]
@@ -113,7 +111,7 @@ def attribute(
     facts: Iterable[Edit],
     sites: Sequence[Site],
     how: Attribution,
-    unit: Granularity = "row",
+    unit: Unit = "row",
     *,
     progress: Callable[[int, int], None] = silent,
 ) -> list[Tensor]:
@@ -133,7 +131,7 @@ def attribute(
         InvalidEdit: the answer asked for is missing.
         NonFinite: a score is NaN or infinite; the message names the parameter.
     """
-    check_choice(unit, Granularity, "unit of an attribution")
+    check_choice(unit, Unit, "unit of an attribution")
     facts, sites = list_of_some(list_of_edits(facts), "facts"), list_of_some(sites, "sites")
     totals: dict[str, Tensor] = {}
     done = 0
@@ -290,7 +288,7 @@ def _log_p(
         return log_probs(logits_at(lm, inputs, copies.places, hooks))
 
 
-def _contribution(caught: Captured, unit: Granularity) -> Tensor:
+def _contribution(caught: Captured, unit: Unit) -> Tensor:
     if unit == "row":
         return caught.rows()
     if unit == "column":

@@ -15,8 +15,8 @@ from retcon.arguments import check_choice
 from retcon.edits import Edit
 from retcon.errors import DeltaMismatch
 from retcon.lm.model import LM
-from retcon.lm.site import Site
-from retcon.locate.attribution import Attribution, Granularity, attribute, select
+from retcon.lm.site import Site, Unit
+from retcon.locate.attribution import Attribution, attribute, select
 from retcon.seed import generator_of
 from retcon.work import silent
 
@@ -31,7 +31,7 @@ def key(site: Site) -> str:
     return f"{site.layer}.{site.kind}" + ("" if site.expert is None else f".{site.expert}")
 
 
-def n_units(site: Site, unit: Granularity) -> int:
+def n_units(site: Site, unit: Unit) -> int:
     """Return how many rows, columns or entries a matrix has."""
     out, into = site.shape
     return {"row": out, "column": into, "entry": out * into}[unit]
@@ -47,7 +47,7 @@ def unit_scores(
     facts: Sequence[Edit],
     sites: Sequence[Site],
     how: Attribution,
-    unit: Granularity,
+    unit: Unit,
     unit_score: UnitScore = "sum",
     *,
     progress: Callable[[int, int], None] = silent,
@@ -66,7 +66,7 @@ def unit_scores(
     return [score.abs().view(site.shape).sum(over) for score, site in zip(found, sites, strict=True)]
 
 
-def random_scores(sites: Sequence[Site], unit: Granularity, seed: int) -> list[Tensor]:
+def random_scores(sites: Sequence[Site], unit: Unit, seed: int) -> list[Tensor]:
     """Return a control: scores drawn uniformly."""
     generator = generator_of(seed)
     return [torch.rand(n_units(site, unit), generator=generator) for site in sites]
@@ -92,7 +92,7 @@ def sampled(facts: Sequence[Edit], limit: int, seed: int) -> Sequence[Edit]:
     return [facts[i] for i in order.sort().values.tolist()]
 
 
-def check_ensemble(given: Mapping[str, Tensor], lm: LM, sites: Sequence[Site], unit: Granularity) -> Ensemble:
+def check_ensemble(given: Mapping[str, Tensor], lm: LM, sites: Sequence[Site], unit: Unit) -> Ensemble:
     """Return an ensemble that was kept, if it is one over these sites.
 
     Raises:

@@ -19,8 +19,8 @@ from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.evaluation.datasets import read_cases
 from retcon.lm.model import LM, require_lm
-from retcon.lm.site import Site, SiteName
-from retcon.locate.attribution import Attribution, Granularity, Path, Probability, Quadrature
+from retcon.lm.site import Site, SiteName, Unit
+from retcon.locate.attribution import Attribution, Path, Probability, Quadrature
 from retcon.locate.ensemble import (
     Ensemble,
     UnitScore,
@@ -62,7 +62,7 @@ class Kne(TuningSettings):
     layers: Layers | None = None
     """Layers whose matrices are attributed and edited, ascending, counted from 0; None: all, as published. Rows of the
     upper layers raise the answer whatever the subject is."""
-    granularity: Granularity = "row"
+    granularity: Unit = "row"
     """What an ensemble is made of: output units (Eqs. 6, 8), input units (Eq. 10; on down_proj, the value vectors of
     knowledge neurons), or single weights."""
     budget: float | None = 0.01

@@ -10,7 +10,7 @@ only.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from retcon.arguments import check_choice
 from retcon.delta import Change, Dense, Entries, LowRank
 from retcon.lm.experts import ExpertChange, Tokens, changed
-from retcon.lm.site import Site
+from retcon.lm.site import Site, Unit
 
 _BLOCK = 2**22  # token x entry products formed at a time
 
@@ -266,10 +266,6 @@ class _WithoutHooks(nn.Module):
 
 Whole = TrainedDense | TrainedBias | TrainedParameter
 """A part of a parameter of which every value is trained; `weight()` is what its values are added to."""
-
-
-Unit = Literal["row", "column", "entry"]
-"""What may be trained by itself."""
 
 
 def trained_units(
