@@ -16,7 +16,8 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """Memory that can still be had on a device: the allocator's reserve counts as free, a container's limit holds."""
+    """Return the memory that can still be had on a device: the allocator's reserve counts as free, a container's limit
+    holds."""
     device = torch.device(device)
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -25,7 +26,7 @@ def free_bytes(device: torch.device | str) -> int:
 
 
 def planned_bytes(lm: "LM") -> int:
-    """Memory that work on a model is planned with: the same on every run, whatever else the machine does.
+    """Return the memory that work on a model is planned with: the same on every run, whatever else the machine does.
 
     On an accelerator what its memory leaves beside the weights, else `PLANNED_BYTES`.
     """

@@ -40,7 +40,7 @@ def solve_device(device: torch.device, order: int) -> torch.device:
 
 
 def float64_device(device: torch.device, order: int) -> torch.device:
-    """`solve_device` for what must be done in float64: the CPU also for a card that is bad at it.
+    """Do as `solve_device`, for what must be done in float64: the CPU also for a card that is bad at it.
 
     Raises:
         InvalidSetting: see `solve_device`.
@@ -58,7 +58,7 @@ def good_at_float64(device: torch.device) -> bool:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes that a card has in all, whatever is in use."""
+    """Return the bytes that a card has in all, whatever is in use."""
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 

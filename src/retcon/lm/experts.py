@@ -137,7 +137,7 @@ def _difference(
 def _routed(
     expert: int, index: Int[Tensor, "tokens top_k"], weights: Float[Tensor, "tokens top_k"]
 ) -> tuple[Int[Tensor, " routed"], Float[Tensor, " routed"]]:
-    """Numbers of the tokens that are routed to an expert, and the router's weights of it."""
+    """Return the numbers of the tokens that are routed to an expert, and the router's weights of it."""
     chosen = index == expert
     tokens = chosen.any(-1).nonzero()[:, 0]
     return tokens, (weights * chosen).sum(-1)[tokens]
@@ -157,7 +157,7 @@ def _inner(
 def _key(
     experts: Any, inner: Float[Tensor, "tokens width"], weight: Float[Tensor, " tokens"]
 ) -> Float[Tensor, "tokens d_ff"]:
-    """g_e k_e of tokens that are routed to the expert."""
+    """Return g_e k_e of the tokens that are routed to the expert."""
     key: Tensor = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     return key * weight.to(key.dtype)[:, None]
 

@@ -53,7 +53,7 @@ class Inputs:
 
     @classmethod
     def of(cls, batch: Batch) -> "Inputs":
-        """Right-padded rows, run without a padding mask.
+        """Take right-padded rows, which are run without a padding mask.
 
         Right padding comes after every token that attention lets a token see, and a mask would leave padded rows of
         sliding-window models with nothing to attend to, which is NaN and spreads.
@@ -146,7 +146,7 @@ def unplanned_attention() -> Iterator[None]:
 
 
 def input_rows(rows: Sequence[Row]) -> list[Row]:
-    """Rows without their answers' last tokens, which are only predicted."""
+    """Drop the last answer token of each row: it is only predicted."""
     return [replace(row, ids=row.ids[:-1]) for row in rows]
 
 

@@ -314,12 +314,12 @@ class _Parts:
         return 0
 
     def first(self, answer: str) -> int:
-        """Character from which on stop texts count."""
+        """Return the character from which on stop texts count."""
         leading = self.how.skip_newlines or self.how.chat is not None
         return len(answer) - len(answer.lstrip()) if leading else 0
 
     def stopped_at(self, answer: str) -> int | None:
-        """Character where the earliest stop text begins."""
+        """Return the character where the earliest stop text begins."""
         first = self.first(answer)
         return min((at for stop in self.how.stops if (at := answer.find(stop, first)) >= 0), default=None)
 

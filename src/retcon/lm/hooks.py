@@ -20,7 +20,7 @@ class Hung:
         self.hook = hook
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
-        """What the module gives back instead: of a tuple, the first part is replaced."""
+        """Return what the module gives back instead: of a tuple, the first part is replaced."""
         inputs = args[0] if args else next(iter(named.values()))  # attention is called by keyword
         if isinstance(output, tuple):
             return (self.hook.call(inputs, output[0]), *output[1:])

@@ -95,7 +95,7 @@ class LayerwiseReader:
         self.applied: tuple[str, ...] = ()
 
     def read(self, readings: Mapping[Point, Reading], keep: int) -> dict[Point, Float[Tensor, "sums width"]]:
-        """Activations on the weights as they are now; on the CPU, in at least float32.
+        """Return the activations on the weights as they are now; on the CPU, in at least float32.
 
         Args:
             keep: block whose entering states are kept: nothing below it may be changed before the next reading, or
@@ -139,7 +139,8 @@ class LayerwiseReader:
         return add
 
     def _past(self, deepest: int, keep: int) -> list[tuple[Tensor, Tensor]]:
-        """Attention keys and values of the common beginnings, per block from the one reached to `deepest`."""
+        """Return the attention keys and values of the common beginnings, per block from the one reached to
+        `deepest`."""
         if not int(self.ends.max()):
             return []
         frozen = self._entering(self.beginnings)

@@ -38,7 +38,7 @@ class Fused:
         check_choice(self.cut, Cut, "cut of a fused matrix")
 
     def rows(self, config: Any) -> Int[Tensor, " rows"]:
-        """Output rows of the fused matrix that belong to this part."""
+        """Return the output rows of the fused matrix that belong to this part."""
         heads, shared = config.num_attention_heads, _key_heads(config)
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         n_groups = shared if self.cut == "groups" else 1
@@ -54,7 +54,7 @@ class Fused:
 
 
 def _key_heads(config: Any) -> int:
-    """Number of key and value heads; the query heads' where they are not shared."""
+    """Return the number of key and value heads; the query heads' where they are not shared."""
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return 1
     for name in ("num_key_value_heads", "num_kv_heads"):

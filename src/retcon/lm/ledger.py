@@ -264,7 +264,8 @@ class Ledger:
         return copy
 
     def nbytes(self) -> int:
-        """Bytes held for undoing: base values, running sums and, of packed matrices, the floats in their place."""
+        """Return the bytes held for undoing: base values, running sums and, of packed matrices, the floats in their
+        place."""
         floats = sum(self._packed[name].weight().nbytes for name in self._records if name in self._packed)
         return floats + sum(t.numel() * t.element_size() for r in self._records.values() for t in (r.base, r.total))
 
@@ -274,7 +275,7 @@ class Ledger:
         return self._records
 
     def touched(self) -> frozenset[str]:
-        """Names of the parameters that an applied delta touches."""
+        """Return the names of the parameters that an applied delta touches."""
         return frozenset(self._records)
 
     def _exchange(self, entries: tuple[Entry, ...]) -> None:

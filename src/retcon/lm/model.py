@@ -238,7 +238,7 @@ class LM:
         return self.model.get_submodule(self.layout.head)
 
     def block(self, layer: int) -> nn.Module:
-        """Transformer block `layer`, counted from 0."""
+        """Return transformer block `layer`, counted from 0."""
         self._check_layer(layer)
         return self.model.get_submodule(self.layout.block.format(layer))
 
@@ -283,7 +283,8 @@ class LM:
         return module
 
     def expert_sites(self, layer: int, kind: SiteName = "down_proj") -> list[Site]:
-        """Matrices of a block's routed experts, in the experts' order; none where the experts have no gate to ask for.
+        """Return the matrices of a block's routed experts, in the experts' order; none where the experts have no gate
+        to ask for.
 
         Args:
             kind: `down_proj`, `up_proj` or `gate_proj`.
@@ -351,7 +352,7 @@ class LM:
         return sum(self.shape_of(name).numel() for name, _ in self.model.named_parameters())
 
     def transposed_parameters(self) -> list[str]:
-        """Parameters stored (in, out), which a PEFT export must know."""
+        """Return the parameters stored (in, out), which a PEFT export must know."""
         return [f"{name}.weight" for name, module in self.model.named_modules() if is_conv1d(module)]
 
     def _check_layer(self, layer: int) -> None:
@@ -428,7 +429,7 @@ class LM:
         self._fingerprint, self._stored, self._seen = value, stored, self._look()
 
     def _look(self) -> dict[str, tuple[object, ...]]:
-        """Enough of every parameter to notice that something else has changed it."""
+        """Return enough of every parameter to notice that something else has changed it."""
         return {name: tuple(map(_seen, self._parameters.stored(name))) for name in self._parameters}
 
     def apply(self, delta: Attachment, *, other_base: bool = False) -> None:
@@ -570,12 +571,12 @@ class LM:
         return self._ledger.base_values(name)
 
     def model_bytes(self) -> int:
-        """Bytes of the unedited weights in memory, packed ones with their scales."""
+        """Return the bytes of the unedited weights in memory, packed ones with their scales."""
         stored = {id(tensor): tensor for name in self._parameters for tensor in self._parameters.stored(name)}
         return sum(tensor.nbytes for tensor in stored.values())
 
     def undo_bytes(self) -> int:
-        """Bytes held so that the applied deltas can be undone."""
+        """Return the bytes held so that the applied deltas can be undone."""
         return self._ledger.nbytes()
 
     def check_editable(self, name: str) -> None:

@@ -57,7 +57,7 @@ class Row:
         return self.n_prompt - 1
 
     def position(self, where: Where) -> int:
-        """Token index of a named position.
+        """Return the token index of a named position.
 
         Raises:
             PositionNotFound: the row has no subject.
@@ -198,7 +198,8 @@ def ended(tokenizer: Any, row: Row, chat: Chat | None, *, end: bool = False) -> 
 
 
 def subject_tokens(tokenizer: Any, edit: Edit) -> range:
-    """Tokens of the subject in the edit's bare prompt: from the first that covers its first character to its last one.
+    """Return the tokens of the subject in the edit's bare prompt: from the first that covers its first character to its
+    last one.
 
     Raises:
         InvalidEdit: the subject does not occur in the prompt.

@@ -55,7 +55,7 @@ def refuse_subclasses(model: nn.Module, packed: Collection[str]) -> None:
 
 
 def why_not_editable(model: nn.Module) -> dict[str, str]:
-    """Parameters that must not be edited, with the reason."""
+    """Return the parameters that must not be edited, with the reason."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -75,7 +75,7 @@ def why_not_editable(model: nn.Module) -> dict[str, str]:
 
 
 def _overlapping(model: nn.Module) -> dict[str, str]:
-    """Parameters that share bytes with another parameter object, and the other one's name."""
+    """Return the parameters that share bytes with another parameter object, and the other one's name."""
     spans = []
     for name, p in model.named_parameters():
         if p.is_meta or not p.numel() or is_traceable_wrapper_subclass(p):

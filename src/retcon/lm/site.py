@@ -101,7 +101,7 @@ class Site:
         return type(change)(region=region, **change.tensors())
 
     def outputs(self, index: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """Places of output units of this site among the module's outputs."""
+        """Return the places of output units of this site among the module's outputs."""
         return index if self.rows is None else self.rows.to(index.device)[index]
 
     def stored_rows(self, index: Int[Tensor, " n"], values: Float[Tensor, "n in"]) -> Change:

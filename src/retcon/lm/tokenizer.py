@@ -33,7 +33,7 @@ def chat_hash(tokenizer: Any) -> str:
 
 
 def _look(tokenizer: Any) -> tuple[Any, ...]:
-    """Enough of a tokenizer to notice that its rules have changed (a BOS token switched on, tokens added)."""
+    """Return enough of a tokenizer to notice that its rules have changed (a BOS token switched on, tokens added)."""
     backend = tokenizer.backend_tokenizer
     parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
     return (id(backend), len(tokenizer), *(None if part is None else part.__getstate__() for part in parts))

@@ -57,7 +57,7 @@ class Rule:
             raise InvalidSetting("least_width and n_resamples must be at least 1")
 
     def width(self, share: float, n_layers: int) -> int:
-        """Layers of a group."""
+        """Return how many layers a group has."""
         return max(self.least_width, round(share * n_layers))
 
 
@@ -134,7 +134,7 @@ class Advice:
 
 
 def advise(contrast: Contrast, rule: Rule | None = None, *, seed: int = 0) -> Advice:
-    """Layers for a model, from what the probe saw at both positions in block outputs.
+    """Choose the layers to edit, from what the probe saw at both positions in block outputs.
 
     Raises:
         InvalidSetting: the model has fewer than three layers, or the probe did not look where the rule does.
@@ -173,7 +173,7 @@ def span(layers: Sequence[int]) -> str:
 
 
 def layer_contrast(contrast: Contrast, where: Where, *, final_norm: bool) -> Float[Tensor, "records layers"]:
-    """Δ of every layer from 0 on, record by record."""
+    """Return Δ of every layer from 0 on, record by record."""
     gain = []
     for of in ("original", "target"):
         _, rank = contrast.values("mean_rank", of, where, final_norm=final_norm)

@@ -67,7 +67,7 @@ class Attribution:
             raise InvalidSetting(f"attribution: n_points must be at least 1, found {self.n_points}")
 
     def points(self) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
-        """Points in (0, 1] and their weights, which sum to 1; float64."""
+        """Return points in (0, 1] and their weights, which sum to 1; float64."""
         m = self.n_points
         if self.path == "local":
             return torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
@@ -97,7 +97,7 @@ class _Copies:
         return answer_places(self.labels * len(self.alpha))
 
     def objective(self, log_p: Float[Tensor, "n vocab"], probability: Probability) -> Tensor:
-        """sum over points of weight * F."""
+        """Return the sum over points of weight * F."""
         m = len(self.alpha)
         found = gold(log_p, self.labels * m).view(m, -1)
         if probability == "joint":
@@ -155,7 +155,7 @@ def attribute(
 
 
 def answer_probabilities(lm: LM, facts: Iterable[Edit], how: Attribution) -> Float[Tensor, " n_facts"]:
-    """F of each fact on the weights as they are: the sum over answer tokens of P."""
+    """Return F of each fact on the weights as they are: the sum over answer tokens of P."""
     rows = answer_rows(lm, list_of_some(list_of_edits(facts), "facts"), how.answer)
     one = torch.ones(1, dtype=torch.float64)
     with lm.frozen_eval(), torch.no_grad():

@@ -87,7 +87,7 @@ class Contrast:
     def values(
         self, quantity: Quantity, of: str, position: Where, *, final_norm: bool, tensor: TensorName = "block"
     ) -> tuple[tuple[int, ...], Float[Tensor, "records layers"]]:
-        """Layers, and one set's values there, record by record.
+        """Return layers, and one set's values there, record by record.
 
         Raises:
             InvalidSetting: no such quantity, or the probe did not look there.
@@ -115,7 +115,7 @@ class Contrast:
         return Curve(layers, *mean_and_half_width(values), len(values))
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Everything as a tidy table: one row per record, position, state, reading and set that is not empty."""
+        """Yield everything as a tidy table: one row per record, position, state, reading and set that is not empty."""
         ranks, probabilities, sizes = self.mean_rank.tolist(), self.sum_prob.tolist(), self.size.tolist()
         for i, record in enumerate(self.ids):
             places = product(enumerate(self.positions), enumerate(self.points), enumerate(self.norms))
@@ -159,7 +159,7 @@ def contrast_probe(
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     progress: Callable[[int, int], None] = silent,
 ) -> Contrast:
-    """Probability and rank of every edit's two answers in every state, on the weights as they are now.
+    """Record probability and rank of both answers of every edit in every state, on the weights as they are now.
 
     An answer is its first token after the prompt. The original one is `target_true`; where an edit gives none, the
     model's own next token stands in for it, and the record says so. An edit whose two answers begin with the same token
@@ -242,7 +242,7 @@ def _points(lm: LM, tensors: Sequence[TensorName]) -> tuple[Point, ...]:
 
 
 def _answers(lm: LM, edit: Edit, said: int) -> tuple[int, int]:
-    """First tokens of the original and the target answer after the prompt."""
+    """Return the first tokens of the original and the target answer after the prompt."""
 
     def first(answer: str) -> int:
         return encode_edit(lm.tokenizer, edit, answer=answer).target_ids[0]
@@ -275,7 +275,7 @@ def _read(
     sets: Sequence[Sequence[Int[Tensor, " _"]]],
     final_norm: bool,
 ) -> tuple[Float[Tensor, "rows positions points sets"], Float[Tensor, "rows positions points sets"]]:
-    """Mean rank and summed probability of the two answers and of each row's word sets; NaN for an empty set.
+    """Return mean rank and summed probability of the two answers and of each row's word sets; NaN for an empty set.
 
     What is found comes to the host once, for all states together.
     """
@@ -304,7 +304,7 @@ def _read(
 def _padded(
     sets: Sequence[Sequence[Int[Tensor, " _"]]],
 ) -> tuple[Int[Tensor, "rows sets most"], Bool[Tensor, "rows sets most"]]:
-    """Tokens of every row's sets, filled up with zeros, and which of them are of the set."""
+    """Return the tokens of every row's sets, filled up with zeros, and which of them are of the set."""
     most = max((len(tokens) for of_row in sets for tokens in of_row), default=0)
     words = torch.zeros(len(sets), len(sets[0]), most, dtype=torch.long)
     held = torch.zeros_like(words, dtype=torch.bool)

@@ -85,7 +85,7 @@ def union(sites: Sequence[Site], ensembles: Sequence[Ensemble]) -> Ensemble:
 
 
 def sampled(facts: Sequence[Edit], limit: int, seed: int) -> Sequence[Edit]:
-    """At most `limit` facts, in their order."""
+    """Return at most `limit` facts, in their order."""
     if len(facts) <= limit:
         return facts
     order = torch.randperm(len(facts), generator=generator_of(seed))[:limit]

@@ -40,7 +40,8 @@ LEAST_DRAWN = 1e-12
 
 
 def contrast_figure(contrast: Contrast, advice: Advice | None = None) -> "Figure":
-    """Probability and rank of the original and the target answer over layers (JEEP, figure 2), for every reading."""
+    """Draw probability and rank of the original and the target answer over layers (JEEP, figure 2), for every
+    reading."""
     columns = [(final_norm, where) for final_norm in contrast.norms for where in contrast.positions]
     made, axes = figure(2, len(columns), 2.9 * len(columns), 4.4, sharex=True)
     for i, (final_norm, where) in enumerate(columns):
@@ -59,7 +60,8 @@ def contrast_figure(contrast: Contrast, advice: Advice | None = None) -> "Figure
 
 
 def sets_figure(contrast: Contrast) -> "Figure":
-    """Probability per token, and rank, of the word sets at the prediction position over layers (JEEP, figure 5)."""
+    """Draw probability per token, and rank, of the word sets at the prediction position over layers (JEEP, figure
+    5)."""
     where: Where = "prediction"
     shown = [of for of in STYLES if of in contrast.sets and of != "target"]
     made, axes = figure(2, len(contrast.norms), 3.8 * len(contrast.norms), 5.2, sharex=True, sharey="row")
@@ -95,7 +97,7 @@ def _heights(axes: "Sequence[Axes]") -> list[float]:
 
 
 def _rank_axis(axes: "Sequence[Axes]") -> None:
-    """Ranks fall upwards, on a logarithmic scale where they span orders of magnitude; shared axes come together."""
+    """Let ranks fall upwards, on a logarithmic scale where they span orders of magnitude; shared axes come together."""
     heights = _heights(axes)
     if max(heights) > 20 * min(heights):
         axes[0].set_yscale("symlog", linthresh=1)
@@ -156,7 +158,7 @@ def trace_figure(trace: Trace, window: int) -> "Figure":
 
 
 def effects_figure(traces: Traces) -> "Figure":
-    """Average indirect effects by kind of token and layer."""
+    """Draw average indirect effects by kind of token and layer."""
     averages = {kind: traces.average(kind) for kind in traces.settings.kinds}
     counts = next(iter(averages.values())).n
     labels = [f"{group} (n={n})" for group, n in zip(GROUPS, counts, strict=True)]

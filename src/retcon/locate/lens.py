@@ -44,7 +44,7 @@ def logits_of(lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool) -
 def in_chunks(
     lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool, max_logits: int = MAX_LOGITS
 ) -> Iterator[tuple[slice, Float[Tensor, "some vocab"]]]:
-    """`logits_of`, a few states at a time: which, and their logits."""
+    """Do as `logits_of`, a few states at a time: yields which, and their logits."""
     size = max(1, max_logits // vocabulary(lm))
     for first in range(0, len(states), size):
         part = slice(first, first + size)
@@ -57,7 +57,7 @@ def head_device(lm: LM) -> torch.device:
 
 
 def vocabulary(lm: LM) -> int:
-    """Tokens that the head knows."""
+    """Return how many tokens the head knows."""
     return lm.head.weight.shape[0]  # type: ignore[index, return-value]
 
 
@@ -91,7 +91,7 @@ def rank_of(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n some"]) -> 
 
 
 def ranks(logits: Float[Tensor, "n vocab"]) -> Int[Tensor, "n vocab"]:
-    """`rank_of` for every token; equal logits share their rank."""
+    """Return `rank_of` for every token; equal logits share their rank."""
     falling, order = logits.sort(dim=1, descending=True)
     place = torch.arange(logits.shape[1], device=logits.device).expand_as(order)
     new = torch.ones_like(falling, dtype=torch.bool)

@@ -89,7 +89,7 @@ def attribute_neurons(
 def _per_token(
     lm: LM, labels: Sequence[Row], points: Float[Tensor, " m"], neuron: Neuron
 ) -> tuple[Float[Tensor, "n n_layers d_ff"], Float[Tensor, "n n_layers d_ff"]]:
-    """Scores and activations of every answer token of these rows."""
+    """Return scores and activations of every answer token of these rows."""
     inputs, (at, positions), m = input_rows(labels), answer_places(labels), len(points)
     blocks: dict[int, Tensor] = {}
     own: dict[int, Tensor] = {}
@@ -126,7 +126,7 @@ def _module(lm: LM, layer: int, neuron: Neuron) -> tuple[nn.Module, Int[Tensor, 
 
 @contextmanager
 def _hooked(lm: LM, layer: int, n_rows: int, neuron: Neuron, call: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """`call` sees a layer's units (rows, seq, d_ff), and may return others in their place."""
+    """Show `call` a layer's units (rows, seq, d_ff); it may return others in their place."""
     module, outputs = _module(lm, layer, neuron)
 
     def seen(value: Tensor) -> Tensor | None:

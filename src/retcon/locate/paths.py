@@ -133,7 +133,8 @@ def slots_of(lm: LM, key_matrix: KeyMatrix = "up", *, routed: bool = False) -> l
 def node_scores(
     g: Float[Tensor, "d nodes"], score: Score, weight: Float[Tensor, "d nodes"] | None = None
 ) -> Float[Tensor, " nodes"]:
-    """Scores of nodes from a gradient, one column per node; see `Score`. `weight` is needed by `grad_x_weight` only."""
+    """Return the scores of nodes from a gradient, one column per node; see `Score`. `weight` is needed by
+    `grad_x_weight` only."""
     if score == "z_abs":
         std = g.std(1, keepdim=True)  # unbiased, as torch.std
         centred = g - g.mean(1, keepdim=True)
@@ -260,7 +261,7 @@ def _assess(
 
 
 def _fitting(slots: Sequence[Slot], max_bytes: int) -> list[list[Slot]]:
-    """Slots in order, in groups whose float32 gradients fit in `max_bytes` (one slot at least)."""
+    """Return the slots in order, in groups whose float32 gradients fit in `max_bytes` (one slot at least)."""
     groups: list[list[Slot]] = []
     room = 0
     for slot in slots:
@@ -277,7 +278,8 @@ def _fitting(slots: Sequence[Slot], max_bytes: int) -> list[list[Slot]]:
 
 
 def rank_aligned(scores: Sequence[Float[Tensor, " nodes"]], n: int, *, lowest: bool = False) -> Paths:
-    """n node-disjoint paths: path r takes the r-th ranked node of every slot; the first is the best of all paths."""
+    """Return n node-disjoint paths: path r takes the r-th ranked node of every slot; the first is the best of all
+    paths."""
     ranked = [_ranked(s, n, lowest) for s in scores]
     nodes = [tuple(int(order[r]) for order, _ in ranked) for r in range(n)]
     return Paths(tuple(nodes), tuple(sum(float(values[r]) for _, values in ranked) for r in range(n)))
@@ -363,7 +365,7 @@ def choose_paths(
     *,
     coverage: float | None = None,
 ) -> Transmission:
-    """T+ and T- by node scores; their nodes are disjoint.
+    """Choose T+ and T- by node scores; their nodes are disjoint.
 
     Args:
         coverage: takes as many paths into T+ as hold this share of the scores (`covering`), whatever `n_positive` is.

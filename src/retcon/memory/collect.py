@@ -136,7 +136,7 @@ def collect(
 
 
 def chunked(lengths: Sequence[int], most: int) -> list[range]:
-    """Consecutive rows in chunks of at most that many tokens (or one row), two chunks or more if possible."""
+    """Return consecutive rows in chunks of at most that many tokens (or one row), two chunks or more if possible."""
     size = min(most, -(-sum(lengths) // 2))
     chunks: list[range] = []
     start = n_tokens = 0
@@ -149,7 +149,8 @@ def chunked(lengths: Sequence[int], most: int) -> list[range]:
 
 
 def batched(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices grouped by length into batches of at most `budget` padded tokens (or one row), padding within bounds.
+    """Return indices grouped by length into batches of at most `budget` padded tokens (or one row), padding within
+    bounds.
 
     A batch of a fair size takes no row that would bring its padding above `MAX_PADDING_SHARE`.
     """
@@ -405,7 +406,8 @@ def _warn_of_few(n_routed: Mapping[Site, int]) -> None:
 
 
 def _budget(lm: LM, rows: Sequence[Row]) -> int:
-    """Padded tokens of one forward pass: what half of the planned memory holds, up to the device's maximum."""
+    """Return the padded tokens of one forward pass: what half of the planned memory holds, up to the device's
+    maximum."""
     d_model, d_ff = lm.d_model, lm.d_ff
     longest = max(len(r.ids) for r in rows)
     per_token = lm.dtype.itemsize * (12 * d_model + 6 * d_ff) + 12 * lm.config.num_attention_heads * longest

@@ -44,7 +44,7 @@ class Contexts:
 
 
 def sample_contexts(lm: LM, *, seed: int = 0, style: ContextStyle = "memit") -> Contexts:
-    """Prefixes from the unedited model: the same seed gives the same texts; global RNGs are left alone.
+    """Return prefixes from the unedited model: the same seed gives the same texts; global RNGs are left alone.
 
     Raises:
         InvalidSetting: no such style, it starts from a mark which the tokenizer lacks, or the seed is none.

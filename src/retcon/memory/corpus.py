@@ -135,7 +135,7 @@ def check_corpus(source: str | os.PathLike[str]) -> None:
 
 
 def _first(rows: Iterable[dict[str, Any]], field: str) -> Iterator[str]:
-    """Documents of a stream until there are `DATASET_CHARACTERS`."""
+    """Yield documents of a stream until there are `DATASET_CHARACTERS`."""
     n_characters = 0
     for row in rows:
         document = str(row[field]).strip()

@@ -76,7 +76,7 @@ def shipped_text() -> Corpus:
 
 @cache
 def wikitext() -> Corpus:
-    """Paragraphs of WikiText-103's training split, through the `datasets` package.
+    """Return paragraphs of WikiText-103's training split, through the `datasets` package.
 
     Raises:
         TooFewTokens: `datasets` is not installed, or the hub cannot be reached.

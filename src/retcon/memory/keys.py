@@ -25,7 +25,7 @@ SHARE_OF_MEMORY = 0.25
 
 
 def weights_of(n_prefixes: int, average: KeyAverage) -> list[float]:
-    """Weight of each context in the mean key, the bare prompt first; they sum to 1."""
+    """Return the weight of each context in the mean key, the bare prompt first; they sum to 1."""
     if n_prefixes == 0:
         return [1.0]
     check_choice(average, KeyAverage, "average of keys")

@@ -89,17 +89,18 @@ class Moments(Protocol):
         pass."""
 
     def second_moment(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
-        """C: mean of k k^T over tokens of the corpus (activation squared), float32 or float64 on the CPU, not scaled.
+        """Return C, the mean of k k^T over tokens of the corpus (activation squared): float32 or float64 on the CPU,
+        not scaled.
 
         It has a Cholesky factor: where rounding has left it indefinite, the least jitter that helps is on its diagonal,
         so that every form of a solve sees the same matrix.
         """
 
     def factor(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
-        """L of C = L L^T, lower triangle, float64 on the CPU. To be read only."""
+        """Return L of C = L L^T, lower triangle, float64 on the CPU. To be read only."""
 
     def derived(self, lm: LM, site: Site, what: str, build: Callable[[Tensor], Tensor]) -> Tensor:
-        """`build(C)`, made once. `what` names all that determines it besides C, as in "null-space-0.02"."""
+        """Return `build(C)`, made once. `what` names all that determines it besides C, as in "null-space-0.02"."""
 
     def keys(self, lm: LM, sites: Sequence[Site]) -> dict[str, str]:
         """Return what identifies the moment of each site, for the record."""
@@ -301,12 +302,12 @@ class CorpusMoments:
         return found
 
     def convergence(self, lm: LM, site: Site) -> float | None:
-        """||C1 - C2|| / ||C|| of the two halves of the text; None where the moment's file does not say."""
+        """Return ||C1 - C2|| / ||C|| of the two halves of the text; None where the moment's file does not say."""
         path = self.stored(lm, site)
         return None if path is None else _said(path, site).get("convergence")
 
     def _shrunk_to(self, lm: LM, site: Site) -> int | None:
-        """Tokens of a pass, where memory ran out while this moment was collected."""
+        """Return the tokens of a pass, where memory ran out while this moment was collected."""
         if not self.shrink:  # such moments are not used
             return None
         path = self.stored(lm, site)
@@ -338,7 +339,7 @@ def collect_moments(
     max_batch_tokens: int | None = None,
     progress: Callable[[int, int], None] = silent,
 ) -> dict[Site, Float[Tensor, "d_in d_in"]]:
-    """E[k k^T] over every token of the rows, for all sites in one pass, float64; see `retcon.memory.collect`."""
+    """Return E[k k^T] over every token of the rows, for all sites in one pass, float64; see `memory/collect.py`."""
     found = collect(lm, sites, rows, max_batch_tokens=max_batch_tokens, progress=progress)
     return {site: collected.moment for site, collected in found}
 
@@ -465,7 +466,7 @@ def _check_enough(found: int, d: int, max_length: int) -> None:
 
 
 def document_rows(lm: LM, documents: Iterable[str], n_tokens: int, max_length: int) -> list[Row]:
-    """Tokenised documents, each cut to `max_length` (or the context), as many as it takes to reach `n_tokens`."""
+    """Tokenise documents, each cut to `max_length` (or the context), as many as it takes to reach `n_tokens`."""
     cap, rows, total = min(max_length, lm.context_length or max_length), [], 0
     for document in documents:
         if total >= n_tokens:

@@ -62,7 +62,7 @@ def ridge(
 def ridge_direct(
     k: Float[Tensor, "m n"], moment: Build, weight: float, *, device: torch.device = CPU
 ) -> Float[Tensor, "n m"]:
-    """`ridge` by one (m x m) solve: the reference."""
+    """Solve `ridge` by one (m x m) system: the reference."""
 
     def build(where: torch.device) -> Tensor:
         there = k.to(where)
@@ -79,7 +79,8 @@ def ridge_small(
     factor: Build | None = None,
     device: torch.device = CPU,
 ) -> Float[Tensor, "n m"]:
-    """`ridge` by an (n x n) solve beside the factor of C: Y = C^-1 K, X^T = (lambda I + K^T Y)^-1 Y^T (Woodbury)."""
+    """Solve `ridge` by an (n x n) system beside the factor of C: Y = C^-1 K, X^T = (lambda I + K^T Y)^-1 Y^T
+    (Woodbury)."""
     there = k.to(float64_device(device, len(k)))
     y = whitened(there, moment, factor=factor, device=device)
     inner = there.T @ y
@@ -218,7 +219,7 @@ def general_solve(a: Float[Tensor, "m m"], b: Float[Tensor, "m n"], remedy: str)
 
 
 def cholesky(c: Float[Tensor, "m m"], device: torch.device = CPU) -> tuple[Float[Tensor, "m m"], float]:
-    """L and j of C + j I = L L^T in float64, j the least jitter that makes C definite; on C's device.
+    """Return L and j of C + j I = L L^T in float64, j the least jitter that makes C definite; on C's device.
 
     Computed at the `float64_device` of a model on `device`.
 
@@ -238,7 +239,8 @@ def cholesky(c: Float[Tensor, "m m"], device: torch.device = CPU) -> tuple[Float
 
 
 def definite(c: Float[Tensor, "m m"], jitter: float | None = None, device: torch.device = CPU) -> Float[Tensor, "m m"]:
-    """C itself where it has a Cholesky factor, else in float64 with the jitter of `cholesky` (or the one given)."""
+    """Return C itself where it has a Cholesky factor, else in float64 with the jitter of `cholesky` (or the one
+    given)."""
     j = cholesky(c, device)[1] if jitter is None else jitter
     if j == 0:
         return c
@@ -248,7 +250,7 @@ def definite(c: Float[Tensor, "m m"], jitter: float | None = None, device: torch
 
 
 def _factors(build: Build, shares: Sequence[float]) -> Iterator[tuple[Float[Tensor, "m m"], float]]:
-    """(Cholesky factor of A + j I, j) for those jitters that give one, in ascending order."""
+    """Yield (Cholesky factor of A + j I, j) for those jitters that give one, in ascending order."""
     for share in shares:
         a = build().mT  # symmetric; column order lets the factor take its place
         if not torch.isfinite(a.sum()):
@@ -329,7 +331,7 @@ class NullSpace:
         return x - seen if self.complement else seen
 
     def packed(self) -> Float[Tensor, "m q1"]:
-        """Return one tensor for a file: the basis behind a column that says what it spans."""
+        """Return one tensor for a file: a first column that says what the basis spans, then the basis."""
         head = torch.full((len(self.basis), 1), float(self.complement), dtype=self.basis.dtype)
         return torch.cat([head, self.basis.cpu()], dim=1)
 
@@ -345,8 +347,8 @@ def null_space(
     mode: ThresholdMode = "absolute",
     device: torch.device = CPU,
 ) -> NullSpace:
-    """Eigenvectors of C with small eigenvalues s (AlphaEdit, arXiv:2410.02355), in float64 on the device if it is good
-    at that, else on the CPU.
+    """Return the eigenvectors of C with small eigenvalues s (AlphaEdit, arXiv:2410.02355), in float64 on the device if
+    it is good at that, else on the CPU.
 
     `absolute`: s < threshold; `trace`: the smallest ones, as long as their sum is under that share of C's trace;
     `rank`: that share of all, the smallest.

@@ -210,7 +210,7 @@ def _not_for_experts(*_: object) -> Tensor:
 
 
 def weighted(moment_weight: float) -> Solve:
-    """MEMIT's solver for a first batch: X^T = K^T (lambda C + K K^T)^-1.
+    """Return MEMIT's solver for a first batch: X^T = K^T (lambda C + K K^T)^-1.
 
     Args:
         moment_weight: lambda: how many old keys the second moment stands for.

@@ -42,7 +42,7 @@ class EditLoss(Protocol):
         """Return the losses of these edits, differentiable."""
 
     def chunks(self, items: Sequence[int]) -> list[list[int]]:
-        """`items` in groups that fit in memory."""
+        """Return `items` in groups that fit in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ def stepping(
     reduction: Reduction,
     stop: EditLoss | None = None,
 ) -> Callable[[list[int]], Step]:
-    """`prepare` for `descend`: optimiser steps on the edits whose loss is not yet below the threshold.
+    """Return `prepare` for `descend`: optimiser steps on the edits whose loss is not yet below the threshold.
 
     Args:
         stop: the loss that is held against the threshold in place of the one that is trained.
@@ -253,7 +253,7 @@ def _give_up(
     evaluate: Callable[[], Mapping[int, float]],
     steps: Sequence[int],
 ) -> Descent:
-    """Back to the last values that gave finite losses."""
+    """Restore the last values that gave finite losses, warn, and return how the descent ended."""
     named = f"edit {edits[bad].id!r} ({edits[bad].subject!r})"
     if not any(steps):
         raise NonFinite(f"{named}: the loss is {loss} before any step; the model itself gives no finite probability")

@@ -45,7 +45,7 @@ class Normaliser(nn.Module):
         self.count += n
 
     def deviation(self) -> Float[Tensor, " width"]:
-        """Unbiased standard deviation; 1 before two rows have been seen."""
+        """Return the unbiased standard deviation; 1 before two rows have been seen."""
         n = float(self.count)
         return torch.ones_like(self.mean) if n < 2 else (self.squares / (n - 1)).sqrt()
 
@@ -180,7 +180,7 @@ class Hypernetwork(nn.Module):
     def transform(
         self, i: int, u: Float[Tensor, "*tokens in"], delta: Float[Tensor, "*tokens out"]
     ) -> tuple[Float[Tensor, "*tokens in"], Float[Tensor, "*tokens out"]]:
-        """u~ and delta~ of pieces of the i-th matrix."""
+        """Return u~ and delta~ of pieces of the i-th matrix."""
         u_new, delta_new = self.network(i)(u, delta, self.number(i))
         return u_new, delta_new
 

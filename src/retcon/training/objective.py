@@ -24,7 +24,7 @@ Answer = Literal["target_new", "target_true"]
 
 
 def answer_rows(lm: LM, edits: Sequence[Edit], answer: Answer = "target_new", *, prefix: str = "") -> list[Row]:
-    """Prompt and answer of each edit, tokenised together: what is located, and measured.
+    """Tokenise each edit's prompt and answer together, as they are located and measured.
 
     Args:
         prefix: text before every prompt, ending in its separator.
@@ -44,7 +44,8 @@ def answer_rows(lm: LM, edits: Sequence[Edit], answer: Answer = "target_new", *,
 
 
 def trained_rows(lm: LM, edits: Sequence[Edit], *, prefix: str = "", end: bool = False) -> list[Row]:
-    """Prompt and new answer of each edit as they are trained: with the end of the turn where `Chat.train_end` says so.
+    """Tokenise each edit's prompt and new answer as they are trained: with the end of the turn where `Chat.train_end`
+    says so.
 
     Args:
         prefix: text before every prompt, ending in its separator.
@@ -63,7 +64,8 @@ def trained_rows(lm: LM, edits: Sequence[Edit], *, prefix: str = "", end: bool =
 
 
 def answer_nll(lm: LM, rows: Sequence[Row], labels: Sequence[Sequence[int]] | None = None) -> Float[Tensor, " n_rows"]:
-    """L_e: mean negative log-likelihood per answer token, for each row; `labels` replaces the answers' own tokens."""
+    """Return L_e of each row, the mean negative log-likelihood per answer token; `labels` replaces the answers' own
+    tokens."""
     found = gold(answer_log_probs(lm, rows), rows, labels)
     at = answer_places(rows)[0].to(found.device)
     counts = torch.tensor([len(row.target_ids) for row in rows], device=found.device)
@@ -71,7 +73,7 @@ def answer_nll(lm: LM, rows: Sequence[Row], labels: Sequence[Sequence[int]] | No
 
 
 def token_chunks(rows: Sequence[Row], items: Sequence[int], max_tokens: int = MAX_BATCH_TOKENS) -> list[list[int]]:
-    """`items` in groups of neighbours in length, at most `max_tokens` padded tokens each."""
+    """Group `items` with neighbours in length, at most `max_tokens` padded tokens each."""
     return [[items[i] for i in group] for group in buckets([len(rows[i].ids) for i in items], max_tokens)]
 
 
@@ -85,12 +87,12 @@ class AnswerLoss:
     """What each row shall say in place of its own answer tokens."""
 
     def __call__(self, items: Sequence[int]) -> Float[Tensor, " n"]:
-        """L_e of these rows, with the surrounding gradient mode."""
+        """Return L_e of these rows, with the surrounding gradient mode."""
         labels = None if self.labels is None else [self.labels[i] for i in items]
         return answer_nll(self.lm, [self.rows[i] for i in items], labels)
 
     def chunks(self, items: Sequence[int]) -> list[list[int]]:
-        """`items` in groups that fit in memory."""
+        """Return `items` in groups that fit in memory."""
         return token_chunks(self.rows, items)
 
 
@@ -105,14 +107,14 @@ class PromptLastLoss:
     rows: Sequence[Row]
 
     def __call__(self, items: Sequence[int]) -> Float[Tensor, " n"]:
-        """L_e of these rows, with the surrounding gradient mode."""
+        """Return L_e of these rows, with the surrounding gradient mode."""
         rows = [self.rows[i] for i in items]
         log_p = next_log_probs(self.lm, [Row(row.prompt_ids, row.n_prompt) for row in rows])
         tokens = [torch.tensor(row.target_ids, device=log_p.device) for row in rows]
         return torch.stack([-log_p[i, y].mean() for i, y in enumerate(tokens)])
 
     def chunks(self, items: Sequence[int]) -> list[list[int]]:
-        """`items` in groups that fit in memory."""
+        """Return `items` in groups that fit in memory."""
         return token_chunks(self.rows, items)
 
 
@@ -128,11 +130,11 @@ class MeanLoss:
         return self.losses[0].rows
 
     def __call__(self, items: Sequence[int]) -> Float[Tensor, " n"]:
-        """The mean loss of each of these edits, with the surrounding gradient mode."""
+        """Return the mean loss of each of these edits, with the surrounding gradient mode."""
         return torch.stack([loss(items) for loss in self.losses]).mean(0)
 
     def chunks(self, items: Sequence[int]) -> list[list[int]]:
-        """`items` in groups that fit in memory, all their rows at once."""
+        """Return `items` in groups that fit in memory, all their rows at once."""
         longest = max(self.losses, key=lambda loss: max(len(row.ids) for row in loss.rows))
         return token_chunks(longest.rows, items, max(1, MAX_BATCH_TOKENS // len(self.losses)))
 
@@ -150,12 +152,12 @@ class GroupLoss:
         return [group[0] for group in self.groups]
 
     def __call__(self, items: Sequence[int]) -> Float[Tensor, " n"]:
-        """The mean loss of each of these edits' groups, with the surrounding gradient mode."""
+        """Return the mean loss of each of these edits' groups, with the surrounding gradient mode."""
         each = answer_nll(self.lm, [row for i in items for row in self.groups[i]])
         return torch.stack([part.mean() for part in each.split([len(self.groups[i]) for i in items])])
 
     def chunks(self, items: Sequence[int]) -> list[list[int]]:
-        """`items` in groups that fit in memory, all their rows at once."""
+        """Return `items` in groups that fit in memory, all their rows at once."""
         longest = max(len(group) for group in self.groups)
         return token_chunks(self.rows, items, max(1, MAX_BATCH_TOKENS // longest))
 

@@ -44,7 +44,7 @@ class Part(Protocol):
         place."""
 
     def change(self) -> tuple[str, Change]:
-        """Parameter name and change, in stored orientation, detached and on the CPU."""
+        """Return parameter name and change, in stored orientation, detached and on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class _Units(_OnSite):
         return [self.values]
 
     def _added(self) -> tuple[Int[Tensor, " n"], Float[Tensor, "n ..."]]:
-        """Units, and scale * values."""
+        """Return the units, and scale * values."""
         return self.index.cpu(), self.scale * self.values.detach().cpu()
 
 
@@ -302,7 +302,7 @@ def whole_parameter(module: nn.Module, name: str) -> TrainedParameter:
 
 
 def fresh(site: Site, *shape: int) -> Tensor:
-    """Zeros to be trained, on the site's device, in float32 or the weight's dtype where that is wider."""
+    """Return zeros to be trained, on the site's device, in float32 or the weight's dtype where that is wider."""
     dtype = torch.promote_types(site.dtype, torch.float32)
     return torch.zeros(shape, dtype=dtype, device=site.device, requires_grad=True)
 

@@ -31,7 +31,8 @@ class Replayable(Protocol):
         """Return the earlier tokens as the model's forward takes them, for one pass."""
 
     def arguments(self, lm: LM, cache: "Cache") -> dict[str, Any]:
-        """Arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier tokens."""
+        """Return the arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier
+        tokens."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class ReplayState:
         return suffix_cache(lm, self.first, self.keys, self.values, self._past)
 
     def arguments(self, lm: LM, cache: "Cache") -> dict[str, Any]:
-        """Arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier tokens."""
+        """Return the arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier
+        tokens."""
         if lm.device not in self._given:
             columns = self.states.shape[1]
             self._given[lm.device] = row_arguments(lm, self.starts, self.lengths, cache, self._past, columns)
@@ -171,7 +173,7 @@ def _layer_class() -> Any:
             return key_states, value_states
 
         def all_of_it(self) -> tuple[Tensor, Tensor]:
-            """Keys and values of the past and of the tokens that were run, if any were."""
+            """Return the keys and values of the past and of the tokens that were run, if any were."""
             found = self.whole or self.past
             assert found[0] is not None
             assert found[1] is not None
@@ -193,7 +195,7 @@ def _appended(past: Tensor, new: Tensor) -> Tensor:
 
 
 def suffix_cache(lm: LM, first: int, keys: Sequence[Tensor], values: Sequence[Tensor], length: int) -> "Cache":
-    """`cache_of` with keys and values given for the blocks from `first` on."""
+    """Do as `cache_of`, with keys and values given for the blocks from `first` on."""
     none: list[Tensor | None] = [None] * lm.n_layers
     if not length:
         return cache_of(none, none, 0)
@@ -202,7 +204,7 @@ def suffix_cache(lm: LM, first: int, keys: Sequence[Tensor], values: Sequence[Te
 
 
 def cache_of(keys: Sequence[Tensor | None], values: Sequence[Tensor | None], length: int) -> "Cache":
-    """`length` earlier tokens of every block, as the model's forward takes them."""
+    """Return `length` earlier tokens of every block, as the model's forward takes them."""
     from transformers import Cache
 
     return Cache(layers=[_layer_class()(k, v, length) for k, v in zip(keys, values, strict=True)])

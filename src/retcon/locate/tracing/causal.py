@@ -98,7 +98,7 @@ def trace_prompt(lm: LM, edit: Edit, prompt: Prompt, settings: Tracing) -> Trace
 
 
 def _groups(prompt: Prompt, cells: Sequence[Cell], settings: Tracing) -> list[list[Cell]]:
-    """Cells that are done at once: as many as fit; in a replay only those of one first block."""
+    """Return the cells that are done at once: as many as fit; in a replay only those of one first block."""
     n_tokens, most = len(prompt.row.ids), settings.max_batch_tokens // settings.samples
     if not settings.replayed:
         each = max(1, most // n_tokens)
@@ -117,7 +117,7 @@ def _groups(prompt: Prompt, cells: Sequence[Cell], settings: Tracing) -> list[li
 
 
 def _logits(lm: LM, prompt: Prompt, cells: Sequence[Cell], settings: Tracing) -> Float[Tensor, "rows vocab"]:
-    """Logits after the prompt for every cell and sample, cell by cell."""
+    """Return the logits after the prompt for every cell and sample, cell by cell."""
     if settings.replayed:
         return replayed_logits(lm, prompt, cells)
     rows = torch.arange(len(cells) * settings.samples).view(len(cells), -1)

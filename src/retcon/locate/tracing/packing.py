@@ -79,7 +79,7 @@ class PartialModule:
     """Output of `end` at the other places; at theirs it is overwritten."""
 
     def running(self) -> AbstractContextManager[None]:
-        """Inside, the modules run so."""
+        """Have the modules run so while the scope lasts."""
         return running_at(self.places.flatten().nonzero()[:, 0], self.entries, self.end, self.fill_values)
 
 

@@ -20,7 +20,7 @@ from retcon.seed import generator_of
 
 
 def embedding_deviation(lm: LM, subjects: Sequence[str]) -> float:
-    """Standard deviation of all entries of the subjects' token embeddings, each subject tokenised alone."""
+    """Return the standard deviation of all entries of the subjects' token embeddings, each subject tokenised alone."""
     embedding = lm.model.get_submodule(lm.layout.embedding)
     ids = [i for subject in dict.fromkeys(subjects) for i in encode(lm.tokenizer, subject).ids]
     if not ids:
@@ -49,7 +49,7 @@ class Prompt:
     `attention_projections`."""
 
     def first_samples(self, n: int) -> "Prompt":
-        """With no more than n of the corrupted runs."""
+        """Return the prompt with no more than n of the corrupted runs."""
         return replace(
             self,
             noise=self.noise[:n],

@@ -87,11 +87,11 @@ class Trace:
     """The answer's probability with the state at (token, layer) restored, mean over samples."""
 
     def indirect(self, kind: RestoredKind) -> Float[Tensor, "tokens layers"]:
-        """Indirect effect of each state: score - low."""
+        """Return the indirect effect of each state: score - low."""
         return self.scores[kind] - self.low
 
     def groups(self) -> dict[str, range]:
-        """Tokens by kind; a subject of one token is its first and its last, one at the end has none after it."""
+        """Return tokens by kind; a subject of one token is its first and its last, one at the end has none after it."""
         first, end, n = self.subject.start, self.subject.stop, len(self.tokens)
         after = range(end, min(end + 1, n))
         spans = [range(first, first + 1), range(first + 1, end - 1), range(end - 1, end), after, range(end + 1, n - 1)]
@@ -128,12 +128,12 @@ class Traces:
         return sum(t.assumed for t in self.traces)
 
     def total(self) -> tuple[float, float]:
-        """Mean total effect (high - low) and half the width of its 95 % interval."""
+        """Return the mean total effect (high - low) and half the width of its 95 % interval."""
         effects = torch.tensor([[t.high - t.low] for t in self.traces], dtype=torch.float64)
         return tuple(float(x) for x in mean_and_half_width(effects))  # type: ignore[return-value]
 
     def average(self, kind: RestoredKind) -> Effects:
-        """Mean over a prompt's tokens of a kind first, over prompts then."""
+        """Average over a prompt's tokens of a kind first, over prompts then."""
         means, halves, counts = [], [], []
         for group in GROUPS:
             rows = [t.indirect(kind)[list(at)].mean(0) for t in self.traces if (at := t.groups()[group])]

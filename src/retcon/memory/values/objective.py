@@ -124,7 +124,7 @@ class Values:
         ]
 
     def target(self, site: int, kind: TargetKind = "clean") -> Float[Tensor, "n_edits d"]:
-        """z: init + offset (`clean`), or the activation that achieved the loss, activation + offset (`joint`).
+        """Return z: init + offset (`clean`), or the activation that achieved the loss, activation + offset (`joint`).
 
         Raises:
             InvalidSetting: no such kind.
@@ -133,7 +133,7 @@ class Values:
         return (self.init if kind == "clean" else self.activation)[site] + self.offset[site]
 
     def tensors(self) -> dict[str, Float[Tensor, "n_edits d"]]:
-        """Everything by number of the site and part: `0.init`, `0.offset`, `0.activation`, ..."""
+        """Return everything by number of the site and part: `0.init`, `0.offset`, `0.activation`, ..."""
         parts = {"init": self.init, "offset": self.offset, "activation": self.activation}
         return {f"{site}.{part}": x for part, tensors in parts.items() for site, x in enumerate(tensors)}
 
@@ -160,7 +160,7 @@ def rewriting_rows(lm: LM, edit: Edit, contexts: Contexts) -> list[Row]:
 
 
 def kl_row(lm: LM, edit: Edit) -> Row:
-    """ "<subject> is a", at whose subject the model shall go on predicting what it did."""
+    """Return "<subject> is a", at whose subject the model shall go on predicting what it did."""
     assert edit.subject is not None, "methods that search values refuse edits without a subject"
     return encode(lm.tokenizer, f"{edit.subject} is a", subject_span=(0, len(edit.subject)))
 

@@ -64,11 +64,11 @@ class SearchPlan:
         return SearchPlan((*self.chunks[:at], *smaller, *self.chunks[at + 1 :]), self.oom_retries + 1)
 
     def summary(self) -> dict[str, Any]:
-        """For a run's record."""
+        """Return the plan for a run's record."""
         return {"chunks": [[len(c.edits), c.max_active] for c in self.chunks], "oom_retries": self.oom_retries}
 
     def as_json(self) -> dict[str, Any]:
-        """For `from_json`."""
+        """Return the plan for `from_json`."""
         return asdict(self)
 
     @classmethod
@@ -81,7 +81,7 @@ class SearchPlan:
 def plan_search(
     lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], *, memory: int | None = None
 ) -> SearchPlan:
-    """Edits by length, cut into chunks that fit.
+    """Sort the edits by length and cut them into chunks that fit.
 
     Args:
         memory: bytes to plan with.
@@ -128,7 +128,7 @@ class CostPerEdit:
         self.vocabulary = int(lm.config.vocab_size)
 
     def active_tokens(self, rows: EditRows) -> int:
-        """Tokens that every step runs."""
+        """Return the tokens that every step runs."""
         return len(rows.rewriting) * rows.columns + (rows.kl is not None)
 
     def frozen_bytes(self, rows: EditRows) -> int:

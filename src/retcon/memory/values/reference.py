@@ -42,7 +42,7 @@ def search_values_reference(
     progress: Callable[[int], None] = silent,
     cache: object = None,
 ) -> Values:
-    """`search_values`, plainly; nothing is kept in the cache.
+    """Do as `search_values`, plainly; nothing is kept in the cache.
 
     Raises:
         NonFinite: a loss came out NaN or infinite; the message names the edit.
@@ -163,7 +163,7 @@ def _zeros_at(lm: LM, point: Point, dtype: torch.dtype) -> Tensor:
 
 
 def _nll_by_row(log_p: Float[Tensor, "labels vocab"], rows: _Rows) -> Float[Tensor, " n_rewriting"]:
-    """Mean negative log-likelihood of the target per token, for each rewriting row."""
+    """Return the mean negative log-likelihood of the target per token, for each rewriting row."""
     keep = rows.label_rows < rows.n_rewriting
     at = rows.label_rows[keep].to(log_p.device)
     picked = log_p[keep.to(log_p.device)].gather(1, rows.labels[keep].to(log_p.device)[:, None])[:, 0]
