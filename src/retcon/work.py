@@ -16,13 +16,13 @@ Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 
 Progress = Callable[[str, int, int], None]
-"""Hears (stage, done, total) while something is worked on."""
+"""Called with (stage, done, total) while something is worked on."""
 Done = Callable[[int], None]
-"""Hears how much of a piece is done."""
+"""Called with how much of a piece is done."""
 
 
-def silent(*heard: object) -> None:
-    """Progress that nobody listens to."""
+def silent(*progress: object) -> None:
+    """Report no progress."""
 
 
 class Work(Protocol[Piece_contra, Result_co]):
@@ -41,7 +41,7 @@ class Workers(Protocol):
         """Give (place of the piece, its result) as pieces are done, on the model's weights as they are now.
 
         Args:
-            progress: hears of pieces that are worked on in this process.
+            progress: called for pieces that are worked on in this process.
         """
 
 

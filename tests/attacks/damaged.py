@@ -49,7 +49,7 @@ def states(root: Path) -> dict[str, tuple[tuple[str, ...], Callable[[Path], str]
     """Make folders that runs were cut in; return the command that goes on in each, and how to read its result."""
     made: list[tuple[str, tuple[str, ...], Any, str, Any]] = [
         ("searched", EDIT, ValueCache, "discard", lambda self: None),
-        ("begun", EDIT, BegunChunk, "hear", _cutting(BegunChunk.hear, 2)),
+        ("begun", EDIT, BegunChunk, "save_if_due", _cutting(BegunChunk.save_if_due, 2)),
         ("passing", MOMENTS, collect.SumOfChunk, "__call__", _cutting(collect.SumOfChunk.__call__, 1)),
         ("measured", BENCH, units.Units, "save", _cutting(units.Units.save, 1)),
     ]

@@ -149,7 +149,7 @@ def test_whitespace_behind_a_subject_does_not_count() -> None:
 def test_a_token_that_runs_past_the_subject_is_taken_with_a_warning() -> None:
     tok = merging_tokenizer()
     assert tok("the cat is Rome", return_offsets_mapping=True)["offset_mapping"] == [(0, 15)]
-    with pytest.warns(RetconWarning, match=r"the token that ends the subject 'cat' in .* also covers text behind it"):
+    with pytest.warns(RetconWarning, match=r"the token that ends the subject 'cat' in .* also covers text after it"):
         row = encode(tok, "the cat is Rome", subject_span=(4, 7))
     assert row.subject_last == 0
 

@@ -109,8 +109,8 @@ def run_bench(
 
     Args:
         force: where the directory holds another benchmark, put its manifest aside and start this one.
-        watch: hears of every unit.
-        on_loaded: hears once what was read, dropped and flagged of each dataset.
+        watch: called with every unit.
+        on_loaded: called once with what was read, dropped and flagged of each dataset.
         command: how this was called, for the record; the command line by default.
         verify_base: as `retcon.load` takes it.
         loaded: what `read_inputs` has read already.

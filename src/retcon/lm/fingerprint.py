@@ -180,7 +180,7 @@ def _settings(config: Any) -> dict[str, Any]:
     defaults."""
     try:
         default = type(config)().to_dict()
-    except (TypeError, ValueError):  # a class that wants arguments
+    except (TypeError, ValueError):  # a class that needs arguments
         default = {}
     own = {k: v for k, v in config.to_dict().items() if k not in _NOT_IDENTITY}
     return {"model_type": config.model_type} | {k: v for k, v in own.items() if k not in default or default[k] != v}

@@ -109,7 +109,7 @@ def logits_at(
 
 
 def _forward(lm: LM, inputs: Batch | Inputs, hooks: Mapping[Point, Hook], seen: Callable[[Point], None]) -> Any:
-    """Run the model's own forward with hooks; `seen` hears of every point whose hook has run."""
+    """Run the model's own forward with hooks; `seen` is called with every point whose hook has run."""
     if isinstance(inputs, Batch):
         inputs = Inputs.of(inputs)
     shape, first = inputs.shape, inputs.first

@@ -33,7 +33,7 @@ class Writing:
     """How text is generated."""
 
     max_new_tokens: int = 32
-    """Tokens at most; a length per prompt, where one is given, stands above it."""
+    """Tokens at most; a length per prompt, where one is given, overrides it."""
     stops: tuple[str, ...] = ("\n",)
     """Texts that end a continuation; they are cut off with all that follows."""
     sample_top_k: int | None = None
@@ -44,7 +44,7 @@ class Writing:
     """Of those k, draw from the likeliest that together have this share of the probability; only with
     `sample_top_k`."""
     total_tokens: int | None = None
-    """Prompt and continuation together at most (ROME's fluency); stands above `max_new_tokens`."""
+    """Prompt and continuation together at most (ROME's fluency); overrides `max_new_tokens`."""
     chat: Chat | None = None
     """Put the prompt as the user's turn of the chat template."""
     skip_newlines: bool = False
@@ -121,7 +121,7 @@ def generate(
         results = {i: Written("", 0, True) for i, limit in enumerate(limits) if limit < 1}
         asked = [i for i in range(len(rows)) if i not in results]
 
-        def hear(done: int, _: int) -> None:
+        def report(done: int, _: int) -> None:
             if on_progress is not None:
                 on_progress(len(rows) - len(asked) + done, len(rows))
 
@@ -132,7 +132,7 @@ def generate(
             [len(rows[i].ids) + limits[i] for i in asked],
             max_tokens=max_batch_tokens,
             kinds=_kinds(lm, [rows[i] for i in asked], [limits[i] for i in asked]),
-            on_progress=hear,
+            on_progress=report,
         )
     results |= zip(asked, found, strict=True)
     return [results[i] for i in range(len(rows))]

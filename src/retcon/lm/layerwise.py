@@ -171,12 +171,12 @@ class LayerwiseReader:
             at = Point(keep - 1, "block")
             inner = hooks.get(at)
 
-            def tap(value: Tensor) -> None:
+            def record(value: Tensor) -> None:
                 entering.append(value)
                 if inner is not None:
                     inner(value)
 
-            hooks = {**hooks, at: tap}
+            hooks = {**hooks, at: record}
         with replaying(self.lm, frozen, cache=cache) as inputs:
             run(self.lm, inputs, hooks)
         if self.keeps:

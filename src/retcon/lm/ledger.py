@@ -76,7 +76,7 @@ class _Look:
 
 @dataclass(frozen=True, eq=False)
 class EditTrace:
-    """A few of the values that an edit has changed, to tell later whether it is still in its parameter."""
+    """A few of the values that an edit has changed, to see later whether it is still in its parameter."""
 
     record: _Record
     """The part of the parameter that the edit touches; without values."""

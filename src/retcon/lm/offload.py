@@ -1,7 +1,7 @@
 """What a step leaves for its backward pass, out of the way where memory is short, with every bit as it was.
 
 On a CPU tensors go to files that are mapped into memory and have no name any more: the system writes them out when it
-needs room, and they are gone with the process, however that ends. From an accelerator they go to the host's memory.
+needs room, and they are gone with the process, however that ends. From an accelerator they go to the CPU's memory.
 """
 
 import os

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OWNERS: "WeakKeyDictionary[nn.Module, weakref.ref[LM]]" = WeakKeyDictionary()
 """The LM of each model that has one."""
 _LEFT_EDITED: "WeakKeyDictionary[nn.Module, dict[str, EditTrace]]" = WeakKeyDictionary()
-"""Of models whose LM is gone, the parameters in which it left deltas, and what tells whether these are still there."""
+"""Of models whose LM is gone, the parameters in which it left deltas, and what shows whether these are still there."""
 
 
 def refuse_taken(model: nn.Module, name: str) -> None:

@@ -322,7 +322,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
         return None
     try:
         text: str = tokenizer.apply_chat_template(Chat().turns(["question", _STAND_IN]), tokenize=False)
-    except Exception:  # a template that wants something else says nothing about ends
+    except Exception:  # a template that needs something else says nothing about ends
         return None
     _, found, end = text.rpartition(_STAND_IN)
     if not found:
@@ -333,7 +333,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Return the text of tokens, as it stands: without special tokens, spaces left alone."""
+    """Return the text of tokens, as it is: without special tokens, spaces left alone."""
     text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 
@@ -431,7 +431,7 @@ def _last_token_covering(text: str, offsets: Sequence[tuple[int, int]], span: tu
         raise PositionNotFound(f"no token covers the end of the subject {text[start:end]!r} in {text!r}")
     if offsets[covering[-1]][1] > end and text[end : offsets[covering[-1]][1]].strip():
         warnings.warn(
-            f"the token that ends the subject {text[start:end]!r} in {text!r} also covers text behind it",
+            f"the token that ends the subject {text[start:end]!r} in {text!r} also covers text after it",
             RetconWarning,
             stacklevel=2,
         )

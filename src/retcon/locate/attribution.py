@@ -120,7 +120,7 @@ def attribute(
     Args:
         sites: matrices, of any layers and kinds; `path="layer"` scales each by itself, those of a block's routed
             experts together.
-        progress: hears (facts done, facts).
+        progress: called with (facts done, facts).
 
     Returns:
         Per site: (out) scores for rows, (in) for columns, (out * in) for entries, row by row; on the CPU, float32 or

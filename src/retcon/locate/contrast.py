@@ -169,7 +169,7 @@ def contrast_probe(
         tensors: `block` (and the embedding with it), and perhaps `attn` and `mlp`, before any post-norm.
         norms: readings to make; both by default.
         word_sets: sets of words to follow as well (appendix A).
-        progress: hears (edits done, edits).
+        progress: called with (edits done, edits).
 
     Raises:
         InvalidSetting: an unknown position or tensor, none of them, no edits, or none that can be probed.
@@ -210,10 +210,10 @@ def contrast_probe(
                 mean_rank[group, :, :, n], sum_prob[group, :, :, n] = ranks, probs
             return [None] * len(group)
 
-        def hear(done: int, _: int) -> None:
+        def report(done: int, _: int) -> None:
             progress(len(skipped) + done, len(edits))
 
-        in_batches([len(row.ids) for row in rows], probe, max_tokens=max_batch_tokens, on_progress=hear)
+        in_batches([len(row.ids) for row in rows], probe, max_tokens=max_batch_tokens, on_progress=report)
     contrasted = answers[:, 0] != answers[:, 1]
     skipped |= {kept[i].id: "both answers begin with the same token" for i in (~contrasted).nonzero()[:, 0].tolist()}
     if not contrasted.any():
@@ -277,7 +277,7 @@ def _read(
 ) -> tuple[Float[Tensor, "rows positions points sets"], Float[Tensor, "rows positions points sets"]]:
     """Return mean rank and summed probability of the two answers and of each row's word sets; NaN for an empty set.
 
-    What is found comes to the host once, for all states together.
+    What is found comes to the CPU once, for all states together.
     """
     words, held = _padded(sets)
     row = torch.arange(len(states)).repeat_interleave(states[0, ..., 0].numel()).to(states.device)

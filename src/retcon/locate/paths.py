@@ -400,6 +400,6 @@ def paths(
     key_matrix: KeyMatrix = "up",
     seed: int = 0,
 ) -> Transmission:
-    """Return the critical transmission paths of `edits` on the model as it stands, to look at or to edit along."""
+    """Return the critical transmission paths of `edits` on the model as it is now, to look at or to edit along."""
     slots = slots_of(lm, key_matrix)
     return choose_paths(slots, assess(lm, edits, slots, score, pool=pool, seed=seed), n_positive, n_negative, select)

@@ -333,7 +333,7 @@ class _Sum:
         self.n_routed += products.n_routed
 
     def make_room(self) -> None:
-        """Put what is kept where the system, or the host, can hold it, with the same bits."""
+        """Put what is kept where the system, or the CPU, can hold it, with the same bits."""
         with suppress(OSError):  # no room on the disk either
             self.total, self.half = [[put_away(t.cpu()) for t in each] for each in (self.total, self.half)]
 

@@ -172,7 +172,7 @@ class CorpusMoments:
     """A file of moments to look in before the cache (the embedded models'). They were collected in float32, and serve
     in whatever dtype the model is loaded."""
     progress: Callable[[int, int], None] = silent
-    """Hears (tokens done, tokens wanted) while collecting."""
+    """Called with (tokens done, tokens wanted) while collecting."""
     _unwritten: dict[MomentKey, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Moments for which there is no room in the cache directory."""
     _factors: dict[MomentKey, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -206,12 +206,12 @@ class CorpusMoments:
         for together in self.passes(lm, missing):
             n_read = 0
 
-            def hear(done: int, total: int, before: int = before) -> None:
+            def report(done: int, total: int, before: int = before) -> None:
                 nonlocal n_read
                 n_read = total
                 self.progress(before + done, before + total)
 
-            self._collect(lm, together, hear)
+            self._collect(lm, together, report)
             before += n_read
 
     def passes(self, lm: LM, sites: Sequence[Site]) -> list[list[Site]]:

@@ -1,4 +1,4 @@
-"""Moments that know how long their preparation took, so that it can be told apart from editing."""
+"""Time the preparation of moments apart from editing."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ class TimedMoments:
 
     Args:
         clock: seconds, from anywhere.
-        progress: hears (tokens done, tokens wanted) where a corpus is read.
+        progress: called with (tokens done, tokens wanted) where a corpus is read.
     """
 
     def __init__(

@@ -201,7 +201,7 @@ def descend(
             end.
         seed: draws the mini-batches.
         after_step: projections, reallocation and the like.
-        progress: hears (epochs done, epochs at most).
+        progress: called with (epochs done, epochs at most).
 
     Raises:
         NonFinite: a loss is NaN or infinite before any step was taken; the message names the edit.

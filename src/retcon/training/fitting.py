@@ -48,7 +48,7 @@ class CurvePoint:
 
 @dataclass
 class Fit:
-    """A training under way, or ended."""
+    """A training, running or ended."""
 
     module: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]

@@ -2,7 +2,7 @@
 
 At a matrix W (out x in), token t contributes the piece delta_t u_t^T to the weight gradient: u_t enters W, delta_t is
 the gradient at its output. A network maps [u; delta] to [u~; delta~]. One network serves all matrices of one shape; a
-scale and a shift per matrix tell them apart.
+scale and a shift per matrix make them differ.
 """
 
 from collections.abc import Sequence

@@ -61,7 +61,7 @@ def write_facts(
         out: file for the delta. Values that were searched are kept on disk until it is there, so that the same call
             goes on where a killed one was.
         check_out: raises where what is at `out` by then must not be replaced.
-        progress: hears of tokens read for moments, and of edits done.
+        progress: called with tokens read for moments, and with edits done.
 
     Raises:
         InvalidSetting, InvalidEdit, ConflictingEdits: as `in_steps`.

@@ -1,7 +1,7 @@
 """Causal tracing: which states carry a fact to its answer.
 
 Meng et al. 2022, arXiv:2202.05262, section 2. The subject's embeddings are corrupted so that the model no longer finds
-the answer; then one state at a time is restored, and the answer's probability tells what that state carries.
+the answer; then one state at a time is restored, and the answer's probability shows what that state carries.
 
 `traces` says how to trace and what comes out; `prompt` runs one clean and corrupted, `cells` are the states restored,
 `causal` goes through them: by whole passes, or by what a restoration can change alone (`packing`).

@@ -1,9 +1,8 @@
-"""Steps that are captured once and launched as one: on a card the host then costs next to nothing (CUDA graphs).
+"""Steps that are captured once and launched as one: on a card the CPU then costs next to nothing (CUDA graphs).
 
-What a step reads and writes stands in the same memory whenever it is run, so that the device can do again what it did:
-a batch of the shapes that were captured is copied into that memory. Of each kind of batch one step is run first in the
-ordinary way, in which the device plans its work. Where a step cannot be captured the search says so and goes on in the
-ordinary way, to the same values.
+A captured step reads and writes fixed memory; a batch of the captured shapes is copied into it. Of each kind of batch
+one step is run first in the ordinary way, in which the device plans its work. Where a step cannot be captured the search
+says so and goes on in the ordinary way, to the same values.
 """
 
 import warnings
@@ -48,7 +47,7 @@ class Steps:
         self._captured: dict[Hashable, CapturedStep] = {}
 
     def __call__(self, now: ActiveBatch, *, only_measure: bool) -> None:
-        """As `Recorded.step`; after a captured one, the batch and its state stand where that works."""
+        """As `Recorded.step`; a captured step leaves batch and state in its own tensors."""
         if self.capture is not None and (held := self._held(now, only_measure)) is not None:
             held(now)
             self.n_captured += 1
@@ -105,7 +104,7 @@ class CapturedStep:
         self.batch.state.hold(self.inputs)
 
     def __call__(self, now: ActiveBatch) -> None:
-        """Make the step of a batch of these shapes, which stands here from then on."""
+        """Make the step of a batch of these shapes, whose tensors are these from then on."""
         if now.state is not self.batch.state:
             here, there = tensors_of(self.chunk, self.batch), tensors_of(self.chunk, now)
             for name, x in here.items():

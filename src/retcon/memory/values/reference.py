@@ -94,7 +94,7 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
     inits: list[Tensor] = []
     original: Tensor | None = None
 
-    def tap(here: Sequence[int]) -> Hook:
+    def add_offsets(here: Sequence[int]) -> Hook:
         def add(value: Tensor) -> Tensor:
             changed = value
             for s in here:
@@ -108,7 +108,7 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
         return add
 
     points = dict.fromkeys(site.point for site in sites)
-    hooks = {point: tap([s for s, site in enumerate(sites) if site.point == point]) for point in points}
+    hooks = {point: add_offsets([s for s, site in enumerate(sites) if site.point == point]) for point in points}
     step, reached, stopped, nll_factor = 0, 0.0, "steps", 1.0
     terms: dict[str, float] = {}
     for step in range(search.steps):

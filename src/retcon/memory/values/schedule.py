@@ -16,7 +16,7 @@ from retcon.memory.values.state import SearchState
 from retcon.memory.values.step import ActiveBatch, Recorded, Shape
 
 LOOK_EVERY = {"cpu": 1}
-"""Steps after which the host reads which edits have ended. On a CPU that costs nothing."""
+"""Steps after which the CPU reads which edits have ended. On a CPU that costs nothing."""
 LOOK_EVERY_ON_ACCELERATOR = 8
 MAX_SHAPES: dict[str, int | None] = {"cpu": None}
 """Shapes of a chunk's steps at most; None: any, so that every edit that ends makes the next steps smaller."""
@@ -27,10 +27,10 @@ CAPTURED = {"cuda": cuda_graphs}
 
 @dataclass(frozen=True)
 class Pace:
-    """How often the host and the device wait for each other; values differ by it in their last bits only."""
+    """How often the CPU and the device wait for each other; values differ by it in their last bits only."""
 
     look_every: int
-    """Steps after which the host reads which edits have ended; in between it waits for nothing, and the values of edits
+    """Steps after which the CPU reads which edits have ended; in between it waits for nothing, and the values of edits
     that have ended no longer change."""
     max_shapes: int | None
     """Shapes of a chunk's steps at most; None: every step has the smallest shape for the edits that are searched."""
@@ -65,7 +65,7 @@ class Snapshot:
     state: SearchState
 
 
-def forget(found: int, snapshot: Callable[[], Snapshot]) -> None:
+def keep_nothing(found: int, snapshot: Callable[[], Snapshot]) -> None:
     """Keep no snapshot."""
 
 
@@ -93,15 +93,16 @@ class Chunk(Recorded):
         *,
         pace: Pace | None = None,
         start: Snapshot | None = None,
-        hear: Callable[[int, Callable[[], Snapshot]], None] = forget,
+        on_ended: Callable[[int, Callable[[], Snapshot]], None] = keep_nothing,
     ) -> Iterator[int]:
         """Search the values of all edits, `max_active` at a time; yields the number of each in the chunk as it ends.
 
         Args:
-            pace: how often the host reads which edits have ended, and in how many shapes steps are run; that of the
+            pace: how often the CPU reads which edits have ended, and in how many shapes steps are run; that of the
                 device by default.
             start: the state of an earlier search of the chunk, from which this one goes on.
-            hear: called each time that has been read, with how many edits have ended and what makes a snapshot.
+            on_ended: called each time that has been read, with how many edits have ended and a function that makes a
+                snapshot.
 
         Raises:
             NonFinite: a loss came out NaN or infinite; the message names the edit.
@@ -142,7 +143,7 @@ class Chunk(Recorded):
                     now = self.batch([edits[place] for place in order], state, shape)
                     now.fresh = bool(new)
                     made = [made[place] for place in order]
-            hear(len(self.found), snapshot)
+            on_ended(len(self.found), snapshot)
 
     def _stays(self) -> bool:
         """Return whether all that a step works on stays on one device."""

@@ -24,7 +24,7 @@ from retcon.memory.values.objective import ValueOf, Values, ValueSearch, ValueSi
 from retcon.memory.values.plan import ChunkPlan, SearchPlan, needed_bytes, plan_search
 from retcon.memory.values.reference import search_values_reference
 from retcon.memory.values.rows import EditRows
-from retcon.memory.values.schedule import Chunk, forget
+from retcon.memory.values.schedule import Chunk, keep_nothing
 from retcon.memory.values.store import BegunChunk, ValueCache, ValueStore
 from retcon.work import silent
 
@@ -43,7 +43,7 @@ def search_values(
     """Search the values of every edit on the weights as they are now.
 
     Args:
-        progress: hears how many edits are done.
+        progress: called with how many edits are done.
         plan: how to cut the edits up; made from the model and the edits by default.
         cache: where finished chunks are kept on disk.
 
@@ -83,7 +83,7 @@ def _search(
                 found |= kept
                 progress(len(found))
 
-        def hear(n: int) -> None:
+        def report(n: int) -> None:
             progress(len(found) + n)
 
         work = SearchOfChunk(tuple(sites), search)
@@ -92,7 +92,7 @@ def _search(
                 (chunk.max_active, tuple(rows[i] for i in chunk.edits), store.begun(chunk) if store else None)
                 for chunk in waiting
             ]
-            for place, done in lm.workers.map(lm, work, pieces, hear):
+            for place, done in lm.workers.map(lm, work, pieces, report):
                 chunk = waiting[place]
                 if done is None:
                     plan = _with_less_memory(plan, chunk, edits, search)
@@ -148,7 +148,7 @@ class SearchOfChunk:
         """Return what was found for each edit; None: memory ran out."""
         max_active, rows, begun = piece
         start = None if begun is None else begun.load(lm, self.sites, self.search)
-        hear = forget if begun is None else begun.hear
+        on_ended = keep_nothing if begun is None else begun.save_if_due
         short = needed_bytes(lm, rows, self.sites, max_active) > free_bytes(lm.device)
         for offload in (True,) if short else (False, True):
             if offload:
@@ -156,7 +156,7 @@ class SearchOfChunk:
             try:
                 with lm.frozen_eval():
                     chunk = Chunk(lm, rows, self.sites, self.search, offload)
-                    for _ in chunk.run(max_active, start=start, hear=hear):
+                    for _ in chunk.run(max_active, start=start, on_ended=on_ended):
                         progress(len(chunk.found))
                     return [chunk.found[j] for j in range(len(rows))]
             except (RuntimeError, MemoryError) as error:

@@ -238,12 +238,12 @@ class BegunChunk:
     """Edits found when it was last written."""
     n_resumed: int = 0
     """Edits that an earlier search had found."""
-    kept: float = field(default_factory=time.monotonic)
+    kept_at: float = field(default_factory=time.monotonic)
     """When that was."""
 
     def load(self, lm: LM, sites: Sequence[ValueSite], search: ValueSearch) -> Snapshot | None:
         """Return where an earlier search of the chunk was, or None."""
-        self.kept = time.monotonic()
+        self.kept_at = time.monotonic()
         found = cached(self.path, BEGUN, self.identity)
         if found is None:
             return None
@@ -259,14 +259,14 @@ class BegunChunk:
             SearchState.from_tensors(lm, sites, under("state.", tensors), search),
         )
 
-    def hear(self, n_found: int, snapshot: Callable[[], Snapshot]) -> None:
+    def save_if_due(self, n_found: int, snapshot: Callable[[], Snapshot]) -> None:
         """Write a snapshot down, where enough has happened since the last one.
 
         Nothing is written where the search's folder is not to be seen (a worker on another machine).
         """
-        if n_found - self.n_kept < KEEP_EDITS and time.monotonic() - self.kept < KEEP_SECONDS:
+        if n_found - self.n_kept < KEEP_EDITS and time.monotonic() - self.kept_at < KEEP_SECONDS:
             return
-        self.n_kept, self.kept = n_found, time.monotonic()
+        self.n_kept, self.kept_at = n_found, time.monotonic()
         if not Path(self.path).parent.is_dir():
             return
         now = snapshot()

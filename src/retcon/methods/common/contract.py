@@ -189,7 +189,7 @@ class Method(ABC):
             values: where searched values are kept on disk, so that a run that was killed goes on where it was.
             keep_values: put what was searched into the delta (`delta.values`).
             seed: of everything drawn.
-            progress: hears (stage, done, total).
+            progress: called with (stage, done, total).
         """
 
     def state_as_written(
@@ -390,7 +390,7 @@ def early_layers(n_layers: int) -> tuple[int, ...]:
     """Return where the family writes, by relative depth: about the second seventh of the layers, three at least as far
     as there are some below the topmost, from which nothing at a subject reaches the answer.
 
-    What a shallow model lacks is added below: one layer higher, its prediction hears less of what is written
+    What a shallow model lacks is added below: a write one layer higher reaches the prediction less
     (docs/results/without-preset.md).
     """
     last = min(max(round(0.29 * n_layers), 2), max(n_layers - 2, 0))
