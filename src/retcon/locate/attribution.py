@@ -28,7 +28,7 @@ from retcon.lm.forward import Hook, Point, answer_places, gold, input_rows, log_
 from retcon.lm.hooks import hooked
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
-from retcon.lm.replay import ReplayState, replaying, token_numbers
+from retcon.lm.replay import ReplayState, flat_places, replaying
 from retcon.lm.site import Site, Unit
 from retcon.locate.gradients import Captured, catch
 from retcon.training.objective import Answer, answer_rows
@@ -283,7 +283,7 @@ def _log_p(
     if frozen is None:
         return log_probs(logits_at(lm, pad(copies.rows * m, lm.device), copies.places))
     all_of_it = frozen.select(list(range(n)) * m)
-    ends = token_numbers(copies.places, all_of_it.states.shape[1]) if end_at_logits else None
+    ends = flat_places(copies.places, all_of_it.states.shape[1]) if end_at_logits else None
     with replaying(lm, all_of_it, ends=ends) as inputs:
         return log_probs(logits_at(lm, inputs, copies.places, hooks))
 

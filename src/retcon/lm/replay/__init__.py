@@ -8,7 +8,7 @@ place in it.
 """
 
 from retcon.lm.replay.capture import capture_states, common_beginnings, embedded
-from retcon.lm.replay.run import mlp_entries, replaying, running_at, token_numbers
+from retcon.lm.replay.run import flat_places, mlp_entries, replaying, running_at
 from retcon.lm.replay.states import Replayable, ReplayState, suffix_starts, tail, tokens_at
 
 __all__ = [
@@ -17,11 +17,11 @@ __all__ = [
     "capture_states",
     "common_beginnings",
     "embedded",
+    "flat_places",
     "mlp_entries",
     "replaying",
     "running_at",
     "suffix_starts",
     "tail",
-    "token_numbers",
     "tokens_at",
 ]

@@ -35,7 +35,7 @@ def replaying(
 
     Args:
         cache: `state.cache(lm)`, from a caller who reads the tokens' attention keys and values from it afterwards.
-        ends: let the last block compute these tokens alone (`token_numbers`), for a caller who reads no other of its
+        ends: let the last block compute these tokens alone (`flat_places`), for a caller who reads no other of its
             outputs.
         planned: the shapes are those of many passes, so that a card's plans for them are worth making.
     """
@@ -58,7 +58,7 @@ def running_at(
     """Inside, modules that treat every token by itself run at some tokens only.
 
     Args:
-        places: which tokens, counted through (rows, columns).
+        places: which tokens, as flat indices, row * columns + column.
         entries: modules that read the input.
         end: the module whose output counts; an entry, or what the entries' outputs lead to.
         fill_values: what the end gives elsewhere; written over at `places`.
@@ -87,8 +87,9 @@ def mlp_entries(lm: LM, layer: int) -> list[nn.Module]:
     return list(dict.fromkeys(lm.site(layer, kind).module for kind in kinds if lm.has(layer, kind)))
 
 
-def token_numbers(places: Places, columns: int) -> Int[Tensor, " n"]:
-    """Return the tokens at (row, column), counted through, each once. The host waits for their number."""
+def flat_places(places: Places, columns: int) -> Int[Tensor, " n"]:
+    """Return the places as flat indices, row * columns + column, ascending, each once. The CPU waits for their
+    number."""
     rows, at = places
     return (rows * columns + at).unique()
 

@@ -1,8 +1,8 @@
 """Steps that are captured once and launched as one: on a card the CPU then costs next to nothing (CUDA graphs).
 
 A captured step reads and writes fixed memory; a batch of the captured shapes is copied into it. Of each kind of batch
-one step is run first in the ordinary way, in which the device plans its work. Where a step cannot be captured the search
-says so and goes on in the ordinary way, to the same values.
+one step is run first in the ordinary way, in which the device plans its work. Where a step cannot be captured the
+search says so and goes on in the ordinary way, to the same values.
 """
 
 import warnings

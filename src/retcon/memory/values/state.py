@@ -113,7 +113,7 @@ class SearchState:
         return state
 
     def rearranged(self, order: Int[Tensor, " places"], new: "SearchState") -> "SearchState":
-        """Return a state with these places of this one and a new one, counted through this one first."""
+        """Return a state with these places of this one and a new one, whose places are numbered after this one's."""
 
         def joined(one: Tensor, other: Tensor) -> Tensor:
             return torch.cat([one, other]).index_select(0, order.to(one.device))

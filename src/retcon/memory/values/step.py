@@ -58,7 +58,7 @@ class Pass:
     labels: Int[Tensor, "2 labels"]
     """Rows and columns whose logits are read."""
     ends: Int[Tensor, " labels"]
-    """The same tokens, counted through (rows, columns) and in that order."""
+    """The same places as flat indices, row * columns + column, ascending."""
 
 
 @dataclass
@@ -150,8 +150,10 @@ class Recorded:
         )
 
     def shape_for_any(self, places: int) -> Shape:
-        """Return the smallest shape for any so many of all edits, at least two columns wide: of a mask for one column,
-        transformers would ask the device whether it hides anything."""
+        """Return the smallest shape that holds any `places` of the edits.
+
+        Two columns at least: for a single one transformers reads whether the mask hides anything, and the CPU waits.
+        """
         most = sorted((self._n_labels(e) for e in range(len(self.rows))), reverse=True)
         shape, two = self.shape(range(len(self.rows))), min(2, self.states.states.shape[1])
         return replace(
