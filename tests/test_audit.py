@@ -64,6 +64,19 @@ def test_the_difference_as_a_delta_gives_the_edited_model_and_is_undone(
     assert all(torch.equal(p, before[name]) for name, p in base.model.state_dict().items())
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_rounding_explains_nothing_where_no_known_delta_acts(elsewhere: bool, tiny: Callable[..., LM]) -> None:
+    base, edited = tiny("llama", torch.bfloat16), tiny("llama", torch.bfloat16)
+    sites = [base.site(layer, "down_proj") for layer in (1, 2 if elsewhere else 1)]
+    with torch.no_grad():  # a change too small for the rounding of a whole matrix, and the rank of one row
+        edited.parameter(sites[0].name)[3, :4] += 0.002
+    row = Rows(index=torch.tensor([5]), rows=1e-9 * torch.ones(1, sites[1].weight.shape[1]))
+    found = audit(base, edited, known=[base.delta({sites[1].name: [row]})])
+    assert found.unexplained is not None
+    assert found.unexplained > (0.999 if elsewhere else 0.5)
+    assert found.differences[0].rank == 1
+
+
 def test_the_same_model_has_no_difference(tiny: Callable[..., LM]) -> None:
     base, other = tiny("llama"), tiny("llama")
     base.apply(base.delta({"model.norm.weight": [Dense(full=torch.ones(32, dtype=torch.float64))]}))  # is left aside

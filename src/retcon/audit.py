@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.delta import Change, Delta, Dense, LowRank, Rows
+from retcon.delta import Change, Delta, Dense, LowRank, Rows, sum_of
 from retcon.edits import Edit, list_of_edits
 from retcon.errors import DeltaMismatch
 from retcon.evaluation.metrics import gen_prefix
-from retcon.lm.devices import float64_device
 from retcon.lm.generate import Writing, texts_after
 from retcon.lm.model import LM
+from retcon.memory.place import float64_device
 from retcon.version import __version__
 
 
@@ -106,6 +106,10 @@ def audit(
     if set(names) != theirs:
         odd = sorted(set(names) ^ theirs)
         raise DeltaMismatch(f"the models have other parameters ({odd[0]}, ...); an audit compares two of one shape")
+    explained: dict[str, list[Change]] = {}
+    for delta in known:
+        for name, own in delta.changes.items():
+            explained.setdefault(name, []).extend(own)
     found: list[Difference] = []
     changes: dict[str, list[Change]] = {}
     left_out: dict[str, str] = {}
@@ -122,7 +126,7 @@ def audit(
                 base.check_editable(name)
             difference = other.double() - ours.double()
             where = float64_device(base.parameter(name).device, max(ours.shape))
-            found.append(_difference(name, difference, ours, other, known, where))
+            found.append(_difference(name, difference, ours, other, explained.get(name, []) if known else None, where))
             if name in base.not_editable:
                 left_out[name] = base.not_editable[name]
                 continue
@@ -144,18 +148,12 @@ def audit(
 
 
 def _difference(
-    name: str, difference: Tensor, ours: Tensor, other: Tensor, known: Sequence[Delta], where: torch.device
+    name: str, difference: Tensor, ours: Tensor, other: Tensor, known: Sequence[Change] | None, where: torch.device
 ) -> Difference:
     norm, whole = float(difference.norm()), float(ours.double().norm())
     unexplained = None
-    if known:
-        left = difference.clone()
-        for delta in known:
-            for change in delta.changes.get(name, ()):
-                left -= change.dense(left.shape, torch.float64)
-        # What rounding to the stored dtype does is nobody's edit.
-        rounding = _rounding(other) * math.sqrt(difference.numel())
-        unexplained = max(0.0, float(left.norm()) - rounding) / norm
+    if known is not None:
+        unexplained = _left(difference, known, other) / norm
     return Difference(
         name,
         norm,
@@ -166,13 +164,26 @@ def _difference(
     )
 
 
+def _left(difference: Tensor, known: Sequence[Change], other: Tensor) -> float:
+    """Return the norm of a difference less the known changes, and less what rounding to the stored dtype explains."""
+    if not known:
+        return float(difference.norm())
+    made = sum_of(known, difference.shape, torch.float64, "cpu")
+    moved = (difference != 0) | (made != 0)  # no edit has rounded the others
+    rounding = _rounding(other[moved]) * math.sqrt(int(moved.sum())) if moved.any() else 0.0
+    return max(0.0, float((difference - made).norm()) - rounding)
+
+
 def _rounding(stored: Tensor) -> float:
     """Root mean square of what rounding to the stored dtype adds to a value."""
     return torch.finfo(stored.dtype).eps * float(stored.double().square().mean().sqrt()) / math.sqrt(12)
 
 
 def _rank(difference: Float[Tensor, "rows columns"], stored: Tensor, where: torch.device) -> int:
-    """Singular values above the largest that rounding noise of that size has (Marchenko and Pastur 1967)."""
+    """Singular values above the largest that rounding noise has in the rows and columns that differ (Marchenko and
+    Pastur 1967)."""
+    moved = difference != 0
+    difference = difference[moved.any(1)][:, moved.any(0)]
     rows, columns = difference.shape
     noise = 2 * _rounding(stored) * (math.sqrt(rows) + math.sqrt(columns))
     return max(1, int((torch.linalg.svdvals(difference.to(where)) > noise).sum()))
