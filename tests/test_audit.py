@@ -10,7 +10,7 @@ import torch
 from retcon.audit import Answer, audit
 from retcon.delta import Delta, Dense, LowRank, Rows
 from retcon.edits import Edit
-from retcon.errors import DeltaMismatch
+from retcon.errors import DeltaMismatch, NonFinite
 from retcon.lm.model import LM
 
 
@@ -104,6 +104,16 @@ def test_models_of_other_shapes_are_refused(tiny: Callable[..., LM]) -> None:
         audit(tiny("llama"), tiny("gptj"))
     with pytest.raises(DeltaMismatch, match="other parameters"):
         audit(tiny("llama"), tiny("llama", n_layers=5))
+
+
+def test_a_parameter_with_nan_is_named(tiny: Callable[..., LM]) -> None:
+    base, edited = tiny("llama"), tiny("llama")
+    edited.name = "theirs"
+    with torch.no_grad():
+        edited.parameter("model.layers.1.mlp.down_proj.weight")[0, 0] = float("nan")
+    for pair in ((base, edited), (edited, base)):
+        with pytest.raises(NonFinite, match=r"model.layers.1.mlp.down_proj.weight of theirs holds NaN"):
+            audit(*pair)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retcon.delta import Change, Delta, Dense, LowRank, Rows, sum_of
 from retcon.edits import Edit, list_of_edits
-from retcon.errors import DeltaMismatch
+from retcon.errors import DeltaMismatch, NonFinite
 from retcon.evaluation.metrics import gen_prefix
 from retcon.lm.generate import Writing, texts_after
 from retcon.lm.model import LM
@@ -99,6 +99,7 @@ def audit(
     Raises:
         DeltaMismatch: the two are no models of one shape.
         NotEditable: they differ in a parameter that is quantised.
+        NonFinite: they differ in a parameter that holds NaN or infinity.
     """
     edits, known = list_of_edits(edits), tuple(known)
     theirs = {name for name, _ in edited.model.named_parameters()}
@@ -125,6 +126,12 @@ def audit(
             if not ours.is_floating_point():
                 base.check_editable(name)
             difference = other.double() - ours.double()
+            if not torch.isfinite(difference).all():
+                broken = base if not torch.isfinite(ours).all() else edited
+                raise NonFinite(
+                    f"{name} of {broken.label} holds NaN or infinity, which has no norm; an audit compares numbers. "
+                    "Mend that checkpoint, or take another one"
+                )
             where = float64_device(base.parameter(name).device, max(ours.shape))
             found.append(_difference(name, difference, ours, other, explained.get(name, []) if known else None, where))
             if name in base.not_editable:
