@@ -10,7 +10,7 @@ import torch
 from retcon.audit import Answer, audit
 from retcon.delta import Delta, Dense, LowRank, Rows
 from retcon.edits import Edit
-from retcon.errors import DeltaMismatch, NonFinite
+from retcon.errors import DeltaMismatch, NonFinite, RetconWarning
 from retcon.lm.model import LM
 
 
@@ -104,6 +104,32 @@ def test_models_of_other_shapes_are_refused(tiny: Callable[..., LM]) -> None:
         audit(tiny("llama"), tiny("gptj"))
     with pytest.raises(DeltaMismatch, match="other parameters"):
         audit(tiny("llama"), tiny("llama", n_layers=5))
+
+
+def test_a_known_delta_that_is_not_in_the_edited_model_is_seen(tiny: Callable[..., LM]) -> None:
+    base, edited = tiny("llama"), tiny("llama")
+    names = [base.site(layer, "down_proj").name for layer in (1, 2)]
+    ours, theirs = (base.delta({name: [Dense(full=torch.ones(base.shape_of(name)))]}) for name in names)
+    edited.apply(ours)
+    found = audit(base, edited, known=[ours, theirs])
+    assert found.absent == {names[1]: pytest.approx(theirs.norms()[names[1]], rel=1e-6)}
+    assert found.unexplained == pytest.approx(1.0, rel=1e-3)
+    edited.revert_all()
+    assert audit(base, edited, known=[theirs]).unexplained == float("inf")
+
+
+def test_a_known_delta_of_another_model_is_refused_or_warned_of(tiny: Callable[..., LM]) -> None:
+    base, edited = tiny("llama"), tiny("llama")
+    name = base.site(1, "down_proj").name
+    for odd, message in (
+        (Delta({name: (Dense(full=torch.ones(3, 4)),)}, base=base.fingerprint()), f"{name}: a dense change of shape"),
+        (Delta({"x.weight": (Dense(full=torch.ones(3, 4)),)}, base=base.fingerprint()), "no parameter 'x.weight'"),
+    ):
+        with pytest.raises(DeltaMismatch, match=message):
+            audit(base, edited, known=[odd])
+    other = Delta({name: (Dense(full=torch.ones(base.shape_of(name))),)}, base="another")
+    with pytest.warns(RetconWarning, match="was made for other weights than those of"):
+        audit(base, edited, known=[other])
 
 
 def test_a_parameter_with_nan_is_named(tiny: Callable[..., LM]) -> None:

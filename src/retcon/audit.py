@@ -5,6 +5,7 @@ found.delta.save("difference.safetensors")     # anybody's edit as a delta: meas
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from retcon.delta import Change, Delta, Dense, LowRank, Rows, sum_of
 from retcon.edits import Edit, list_of_edits
-from retcon.errors import DeltaMismatch, NonFinite
+from retcon.errors import DeltaMismatch, NonFinite, RetconWarning
 from retcon.evaluation.metrics import gen_prefix
 from retcon.lm.generate import Writing, texts_after
 from retcon.lm.model import LM
@@ -69,17 +70,20 @@ class Audit:
     """The difference, so that base + delta are the edited weights."""
     exact: bool
     """Whether that holds bit for bit in the base's dtype (else to float32's rounding)."""
+    absent: Mapping[str, float]
+    """Norm of what the known deltas change in parameters that do not differ, by parameter: they are not in there."""
     left_out: Mapping[str, str]
     """Parameters that differ and that no delta can hold, such as embeddings that are the head too, with the reason."""
 
     @property
     def unexplained(self) -> float | None:
-        """Norm of what the known deltas leave unexplained, over the norm of the whole difference."""
+        """Norm of the difference less the known deltas, over that of the difference; None where none are known, and
+        infinite where only known deltas differ from the base."""
         if any(d.unexplained is None for d in self.differences):
             return None
         whole = math.hypot(*(d.norm for d in self.differences))
-        left = math.hypot(*(d.norm * (d.unexplained or 0.0) for d in self.differences))
-        return left / whole if whole else 0.0
+        left = math.hypot(*(d.norm * (d.unexplained or 0.0) for d in self.differences), *self.absent.values())
+        return left / whole if whole else math.inf if left else 0.0
 
 
 def audit(
@@ -94,10 +98,10 @@ def audit(
 
     Args:
         edits: facts whose prompts both models are asked.
-        known: deltas that may explain the difference; they must have been made for this base.
+        known: deltas that may explain the difference; one that was made for another base is warned of.
 
     Raises:
-        DeltaMismatch: the two are no models of one shape.
+        DeltaMismatch: the two are no models of one shape, or a known delta does not fit it.
         NotEditable: they differ in a parameter that is quantised.
         NonFinite: they differ in a parameter that holds NaN or infinity.
     """
@@ -109,10 +113,19 @@ def audit(
         raise DeltaMismatch(f"the models have other parameters ({odd[0]}, ...); an audit compares two of one shape")
     explained: dict[str, list[Change]] = {}
     for delta in known:
+        base.check_shapes(delta)
+        if delta.base != base.fingerprint():
+            warnings.warn(
+                f"delta {delta.id} was made for other weights than those of {base.label}; it may explain less of the "
+                "difference than it does on its own base",
+                RetconWarning,
+                stacklevel=2,
+            )
         for name, own in delta.changes.items():
             explained.setdefault(name, []).extend(own)
     found: list[Difference] = []
     changes: dict[str, list[Change]] = {}
+    absent: dict[str, float] = {}
     left_out: dict[str, str] = {}
     exact = True
     with base.without_deltas(), torch.no_grad():
@@ -122,6 +135,8 @@ def audit(
                 raise DeltaMismatch(f"{name}: shapes differ, {tuple(ours.shape)} and {tuple(other.shape)}")
             wider = torch.promote_types(ours.dtype, other.dtype)
             if torch.equal(ours.to(wider), other.to(wider)):
+                if (norm := _left(torch.zeros(ours.shape, dtype=torch.float64), explained.get(name, []), other)) > 0:
+                    absent[name] = norm
                 continue
             if not ours.is_floating_point():
                 base.check_editable(name)
@@ -151,7 +166,7 @@ def audit(
             "versions": {"retcon": __version__},
         },
     )
-    return Audit(tuple(found), len(names), answers, delta, exact and not left_out, left_out)
+    return Audit(tuple(found), len(names), answers, delta, exact and not left_out, absent, left_out)
 
 
 def _difference(

@@ -77,6 +77,7 @@ def audit(
                 "differences": [asdict(d) for d in found.differences],
                 "n_parameters": found.n_parameters,
                 "unexplained": found.unexplained,
+                "absent": dict(found.absent),
                 "left_out": dict(found.left_out),
                 "answers": [
                     {"id": a.edit.id, "prompt": a.edit.text, "base": a.base, "edited": a.edited, "changed": a.changed}
@@ -111,6 +112,8 @@ def _show(found: "Audit", *, known: bool) -> None:
             show.print(f"No delta can hold the difference of {name}: {why}.", soft_wrap=True)
         if found.unexplained is not None:
             show.print(f"The deltas given leave {found.unexplained:.2%} of the difference unexplained.")
+    for name in found.absent:
+        show.print(f"{name} does not differ, and the deltas given change it.", soft_wrap=True)
     if found.answers:
         changed = [a for a in found.answers if a.changed]
         answers = plain_table(("prompt", 44), ("base", 22), ("edited", 22))

@@ -588,15 +588,25 @@ class LM:
         if name in self.not_editable:
             raise NotEditable(f"{name} cannot be edited: {self.not_editable[name]}")
 
-    def _check_fits(self, delta: Attachment, other_base: bool) -> None:
+    def check_shapes(self, delta: Attachment) -> None:
+        """Check that the model has the parameters that a delta changes, and that the changes fit them.
+
+        Raises:
+            DeltaMismatch: it has not, or they do not.
+            NonFinite: a change holds NaN or infinity.
+        """
         for name, changes in delta.changes.items():
             shape = self.shape_of(name)
-            self.check_editable(name)
             for change in changes:
                 try:
                     change.check(shape)
                 except (DeltaMismatch, NonFinite) as error:
                     raise type(error)(f"{name}: {error}") from None
+
+    def _check_fits(self, delta: Attachment, other_base: bool) -> None:
+        self.check_shapes(delta)
+        for name in delta.changes:
+            self.check_editable(name)
         for hook in delta.hooks():
             self._check_module(hook.module)
         if delta.base != self.fingerprint():
