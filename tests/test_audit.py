@@ -12,6 +12,7 @@ from retcon.delta import Delta, Dense, LowRank, Rows
 from retcon.edits import Edit
 from retcon.errors import DeltaMismatch, NonFinite, RetconWarning
 from retcon.lm.model import LM
+from tests.conftest import tiny_model, tokenizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -84,6 +85,23 @@ def test_the_same_model_has_no_difference(tiny: Callable[..., LM]) -> None:
     assert found.differences == ()
     assert found.exact
     assert found.delta.changes == {}
+    assert (found.left_out, found.settings) == ({}, {})
+
+
+def test_buffers_and_settings_that_differ_are_reported(tiny: Callable[..., LM]) -> None:
+    base, edited = (LM(tiny_model("glm4_moe", torch.float32), tokenizer()) for _ in range(2))
+    name = next(name for name, _ in edited.model.named_buffers() if name.endswith("e_score_correction_bias"))
+    edited.model.get_buffer(name).add_(1)
+    found = audit(base, edited)
+    assert list(found.left_out) == [name]
+    assert "buffer" in found.left_out[name]
+    assert not found.exact
+    base, edited = tiny("llama"), tiny("llama")
+    edited.model.config.rms_norm_eps = 0.5
+    edited.model.config.rope_parameters["rope_theta"] = 5e5
+    edited.model.config.pad_token_id = 7  # enters no forward pass
+    found = audit(base, edited)
+    assert found.settings == {"rms_norm_eps": (1e-6, 0.5), "rope_parameters.rope_theta": (1e4, 5e5)}
 
 
 def test_shared_embeddings_are_reported_and_left_out_of_the_delta(tiny: Callable[..., LM]) -> None:

@@ -1,4 +1,4 @@
-"""What differs between two checkpoints: which matrices, by what rank and norm, and which answers.
+"""What differs between two checkpoints: which matrices, by what rank and norm, which settings, and which answers.
 
 found = audit(base, edited, edits=facts, known=deltas)
 found.delta.save("difference.safetensors")     # anybody's edit as a delta: measured, undone, exported like any other
@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,9 +18,10 @@ from retcon.delta import Change, Delta, Dense, LowRank, Rows, sum_of
 from retcon.edits import Edit, list_of_edits
 from retcon.errors import DeltaMismatch, NonFinite, RetconWarning
 from retcon.evaluation.metrics import gen_prefix
+from retcon.lm.fingerprint import settings_that_differ
 from retcon.lm.generate import Writing, texts_after
 from retcon.lm.model import LM
-from retcon.memory.place import float64_device
+from retcon.lm.devices import float64_device
 from retcon.version import __version__
 
 
@@ -73,7 +75,10 @@ class Audit:
     absent: Mapping[str, float]
     """Norm of what the known deltas change in parameters that do not differ, by parameter: they are not in there."""
     left_out: Mapping[str, str]
-    """Parameters that differ and that no delta can hold, such as embeddings that are the head too, with the reason."""
+    """Parameters that differ and that no delta can hold, such as embeddings that are the head too, and buffers, with
+    the reason."""
+    settings: Mapping[str, tuple[Any, Any]]
+    """Settings of the configs that differ and enter a forward pass: the base's value and the other's."""
 
     @property
     def unexplained(self) -> float | None:
@@ -155,6 +160,8 @@ def audit(
             change, is_exact = _change(difference, ours, other, found[-1].rank, where)
             changes[name] = [change]
             exact &= is_exact
+        left_out |= _buffers_that_differ(base, edited)
+    settings = settings_that_differ(base.model.config, edited.model.config)
     answers = _answers(base, edited, edits, max_new_tokens) if edits else ()
     delta = Delta(
         {name: tuple(c) for name, c in changes.items()},
@@ -166,7 +173,7 @@ def audit(
             "versions": {"retcon": __version__},
         },
     )
-    return Audit(tuple(found), len(names), answers, delta, exact and not left_out, absent, left_out)
+    return Audit(tuple(found), len(names), answers, delta, exact and not left_out, absent, left_out, settings)
 
 
 def _difference(
@@ -184,6 +191,19 @@ def _difference(
         int((difference != 0).sum()),
         unexplained,
     )
+
+
+def _buffers_that_differ(base: LM, edited: LM) -> dict[str, str]:
+    """Return the buffers, such as a router's biases, that checkpoints hold and that differ, with why no delta can."""
+    ours, others = (
+        {name: state[name].cpu() for name, _ in lm.model.named_buffers() if name in state}
+        for lm, state in ((each, each.model.state_dict()) for each in (base, edited))
+    )
+    return {
+        name: "it is a buffer, and deltas change parameters"
+        for name in sorted(ours.keys() | others.keys())
+        if name not in ours or name not in others or not torch.equal(ours[name], others[name])
+    }
 
 
 def _left(difference: Tensor, known: Sequence[Change], other: Tensor) -> float:

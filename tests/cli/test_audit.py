@@ -1,6 +1,7 @@
 """`retcon audit`."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,16 @@ def test_the_command(cli: Callable[..., Any], delta: Path) -> None:
     assert found["unexplained"] < 1e-3
     assert {d["parameter"] for d in found["differences"]} == set(Delta.load(delta).changes)
     assert "The same" in cli("audit", "gptj", "gptj").stdout
+
+
+def test_other_settings_are_not_the_same(cli: Callable[..., Any], here: Path) -> None:
+    shutil.copytree(here / "gptj", "other")
+    config = json.loads(Path("other/config.json").read_text())
+    Path("other/config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 0.5}))
+    shown = cli("audit", "gptj", "other").stdout
+    assert "The same" not in shown
+    assert "layer_norm_epsilon differs, and no delta holds it: 1e-05 in BASE, 0.5 in EDITED" in shown
+    assert json.loads(cli("audit", "gptj", "other", "--json").stdout)["settings"] == {"layer_norm_epsilon": [1e-5, 0.5]}
 
 
 def test_a_model_that_is_not_there_is_refused_before_the_other_is_loaded(

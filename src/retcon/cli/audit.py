@@ -44,7 +44,7 @@ def audit(
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at OUT.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say which matrices of EDITED differ from BASE, by what rank and norm, and which answers.
+    """Say which matrices of EDITED differ from BASE, by what rank and norm, which settings, and which answers.
 
     Exit code 0 whether they differ or not. With --delta, anybody's edit becomes a delta that can be measured, undone
     and exported.
@@ -79,6 +79,7 @@ def audit(
                 "unexplained": found.unexplained,
                 "absent": dict(found.absent),
                 "left_out": dict(found.left_out),
+                "settings": dict(found.settings),
                 "answers": [
                     {"id": a.edit.id, "prompt": a.edit.text, "base": a.base, "edited": a.edited, "changed": a.changed}
                     for a in found.answers
@@ -97,8 +98,11 @@ def audit(
 def _show(found: "Audit", *, known: bool) -> None:
     show = console()
     n = len(found.differences)
-    if not n:
-        show.print(styled("[green]The same[/]: all {} agree bit for bit.", plural(found.n_parameters, "parameter")))
+    agree = f"all {plural(found.n_parameters, 'parameter')} agree bit for bit"
+    if not n and not found.left_out and not found.settings:
+        show.print(styled("[green]The same[/]: {}.", agree))
+    elif not n:
+        show.print(f"Not the same, though {agree}.")
     else:
         right = ("difference", "of its norm", "rank", *(("unexplained",) if known else ()))
         table = plain_table(("parameter", None), right=right)
@@ -108,10 +112,14 @@ def _show(found: "Audit", *, known: bool) -> None:
         show.print(table)
         more = f"; {n - N_SHOWN:,} more in --json" if n > N_SHOWN else ""
         show.print(styled("[dim]{:,} of {} differ{}[/]", n, plural(found.n_parameters, "parameter"), more))
-        for name, why in found.left_out.items():
-            show.print(f"No delta can hold the difference of {name}: {why}.", soft_wrap=True)
         if found.unexplained is not None:
             show.print(f"The deltas given leave {found.unexplained:.2%} of the difference unexplained.")
+    for name, why in found.left_out.items():
+        show.print(f"No delta can hold the difference of {name}: {why}.", soft_wrap=True)
+    for name, (ours, other) in found.settings.items():
+        show.print(
+            f"The setting {name} differs, and no delta holds it: {ours} in BASE, {other} in EDITED.", soft_wrap=True
+        )
     for name in found.absent:
         show.print(f"{name} does not differ, and the deltas given change it.", soft_wrap=True)
     if found.answers:

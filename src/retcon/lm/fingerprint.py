@@ -186,6 +186,22 @@ def _settings(config: Any) -> dict[str, Any]:
     return {"model_type": config.model_type} | {k: v for k, v in own.items() if k not in default or default[k] != v}
 
 
+def settings_that_differ(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that are part of the identity and differ between two configs, with both values; of one with
+    parts, such as `rope_parameters`, each part by its own name."""
+    counted = _settings(one).keys() | _settings(other).keys()
+    ours, theirs = (_flat({k: v for k, v in config.to_dict().items() if k in counted}) for config in (one, other))
+    both = {name: (ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs.keys())}
+    return {name: (a, b) for name, (a, b) in both.items() if a != b}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
 def checkpoint_fingerprint(
     model: nn.Module, files: Sequence[Path], stored: StoredTensors | None = None, *, verify: bool = False
 ) -> str:
