@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retcon.audit import Answer, audit
-from retcon.delta import Delta, Dense, LowRank, Rows
+from retcon.delta import Delta, Dense, LowRank, Region, Rows
 from retcon.edits import Edit
 from retcon.errors import DeltaMismatch, NonFinite, RetconWarning
 from retcon.lm.model import LM
@@ -86,6 +86,21 @@ def test_the_same_model_has_no_difference(tiny: Callable[..., LM]) -> None:
     assert found.exact
     assert found.delta.changes == {}
     assert (found.left_out, found.settings) == ({}, {})
+
+
+def test_each_expert_that_differs_is_a_matrix_of_its_own() -> None:
+    base, edited = (LM(tiny_model("mixtral", torch.bfloat16), tokenizer()) for _ in range(2))
+    sites = edited.expert_sites(1)
+    g = torch.Generator().manual_seed(0)
+    factors = [torch.randn(n, 2, generator=g) for n in sites[2].weight.shape]
+    edited.apply(edited.delta({sites[2].name: [sites[2].stored(factors[0], factors[1].T)]}))
+    found = audit(base, edited)
+    assert [(d.parameter, d.rank) for d in found.differences] == [(sites[2].name, 2)]
+    (change,) = found.delta.changes[sites[2].name]
+    assert change.region == Region(0, 2, 3)
+    assert found.exact
+    base.apply(found.delta)
+    assert torch.equal(base.parameter(sites[2].name), edited.parameter(sites[2].name))
 
 
 def test_buffers_and_settings_that_differ_are_reported(tiny: Callable[..., LM]) -> None:

@@ -7,21 +7,21 @@ found.delta.save("difference.safetensors")     # anybody's edit as a delta: meas
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.delta import Change, Delta, Dense, LowRank, Rows, sum_of
+from retcon.delta import Change, Delta, Dense, LowRank, Region, Rows, sum_of
 from retcon.edits import Edit, list_of_edits
 from retcon.errors import DeltaMismatch, NonFinite, RetconWarning
 from retcon.evaluation.metrics import gen_prefix
+from retcon.lm.devices import float64_device
 from retcon.lm.fingerprint import settings_that_differ
 from retcon.lm.generate import Writing, texts_after
 from retcon.lm.model import LM
-from retcon.lm.devices import float64_device
 from retcon.version import __version__
 
 
@@ -35,7 +35,8 @@ class Difference:
     share: float
     """The same over the norm of the base's values; infinite where those are zero."""
     rank: int | None
-    """Singular values above what rounding to the stored dtype explains; None for a vector."""
+    """Singular values above what rounding to the stored dtype explains; of a tensor of experts, those of the expert
+    that has most; None for a vector."""
     n_values: int
     """Values that differ."""
     unexplained: float | None
@@ -153,13 +154,16 @@ def audit(
                     "Mend that checkpoint, or take another one"
                 )
             where = float64_device(base.parameter(name).device, max(ours.shape))
-            found.append(_difference(name, difference, ours, other, explained.get(name, []) if known else None, where))
+            ranks = _ranks(difference, other, where)
+            found.append(_difference(name, difference, ours, other, explained.get(name, []) if known else None, ranks))
             if name in base.not_editable:
                 left_out[name] = base.not_editable[name]
                 continue
-            change, is_exact = _change(difference, ours, other, found[-1].rank, where)
-            changes[name] = [change]
-            exact &= is_exact
+            for region, rank in ranks.items():
+                part = slice(None) if region is None else region.start
+                change, is_exact = _change(difference[part], ours[part], other[part], rank, where)
+                changes.setdefault(name, []).append(replace(change, region=region))
+                exact &= is_exact
         left_out |= _buffers_that_differ(base, edited)
     settings = settings_that_differ(base.model.config, edited.model.config)
     answers = _answers(base, edited, edits, max_new_tokens) if edits else ()
@@ -177,7 +181,12 @@ def audit(
 
 
 def _difference(
-    name: str, difference: Tensor, ours: Tensor, other: Tensor, known: Sequence[Change] | None, where: torch.device
+    name: str,
+    difference: Tensor,
+    ours: Tensor,
+    other: Tensor,
+    known: Sequence[Change] | None,
+    ranks: Mapping[Region | None, int | None],
 ) -> Difference:
     norm, whole = float(difference.norm()), float(ours.double().norm())
     unexplained = None
@@ -187,7 +196,7 @@ def _difference(
         name,
         norm,
         norm / whole if whole else math.inf,
-        _rank(difference, other, where) if difference.dim() == 2 else None,
+        max((rank for rank in ranks.values() if rank is not None), default=None),
         int((difference != 0).sum()),
         unexplained,
     )
@@ -219,6 +228,16 @@ def _left(difference: Tensor, known: Sequence[Change], other: Tensor) -> float:
 def _rounding(stored: Tensor) -> float:
     """Root mean square of what rounding to the stored dtype adds to a value."""
     return torch.finfo(stored.dtype).eps * float(stored.double().square().mean().sqrt()) / math.sqrt(12)
+
+
+def _ranks(difference: Tensor, stored: Tensor, where: torch.device) -> dict[Region | None, int | None]:
+    """Return the rank of a difference: of a tensor of experts by the region of each that differs; None of a vector."""
+    if difference.dim() == 2:
+        return {None: _rank(difference, stored, where)}
+    if difference.dim() == 3 and min(difference.shape[1:]) > 1:  # else the kernels of a convolution
+        experts = difference.flatten(1).any(1).nonzero()[:, 0].tolist()
+        return {Region(0, e, e + 1): _rank(difference[e], stored[e], where) for e in experts}
+    return {None: None}
 
 
 def _rank(difference: Float[Tensor, "rows columns"], stored: Tensor, where: torch.device) -> int:
