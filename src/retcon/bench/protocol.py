@@ -35,7 +35,7 @@ Propose = Callable[[LM, Sequence[Edit], "Mapping[str, torch.Tensor] | None"], At
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """What a run needs beside the protocol."""
 
     lm: LM
@@ -45,8 +45,8 @@ class Setting:
     propose: Propose
     pre: Evaluation
     """Of the unedited model, on all of the cases."""
-    look: Callable[[When, int], list[Record]] = lambda when, step: []
-    """Whatever belongs to the model rather than to cases (perplexity, tasks), where a sequence or a batch ends."""
+    measure_model: Callable[[When, int], list[Record]] = lambda when, step: []
+    """Measures what belongs to the model rather than to cases (perplexity, tasks), where a sequence or a batch ends."""
     excluded_seconds: Callable[[], float] = lambda: 0.0
     """Seconds spent so far inside `propose` on what is not editing (statistics)."""
     n_cached_values: Callable[[], int] = lambda: 0
@@ -66,7 +66,8 @@ def run_protocol(
 ) -> Evaluation:
     """Run one protocol in memory: records of the unedited model, then of every unit. The model is left as it was.
 
-    Timings are among the context, as `timings`. `retcon bench` is the same with manifests and files.
+    Timings are among the context, as `timings`; token scores and predictions are left out. `retcon bench` is the same
+    with manifests and files.
 
     Raises:
         UnsupportedModel: `lm` is no `LM`.
@@ -81,7 +82,7 @@ def run_protocol(
     n, _ = protocol.sizes(len(cases))
     plan = plan_queries(lm, cases[:n], measures)
     before = measure(lm, plan, measures, "pre") if pre is None else covering(pre, plan)
-    units = list(run_units(Setting(lm, plan, measures, propose, before), protocol, Units(None)))
+    units = list(run_units(RunContext(lm, plan, measures, propose, before), protocol, Units(None)))
     return Evaluation(
         [*before.records, *(record for unit in units for record in unit.records)],
         {"timings": [record for unit in units for record in unit.timings]},
@@ -89,27 +90,27 @@ def run_protocol(
     )
 
 
-def run_units(setting: Setting, protocol: Protocol, units: Units) -> Generator[Unit]:
+def run_units(run: RunContext, protocol: Protocol, units: Units) -> Generator[Unit]:
     """Return every unit of a run in order, those that `units` has from before included; each is kept before it is
     given.
 
     Raises:
         InvalidSetting: deltas are applied, so the model is not the base that runs start from.
     """
-    if setting.lm.applied:
+    if run.lm.applied:
         raise InvalidSetting(
-            f"{plural(len(setting.lm.applied), 'applied delta')}; revert first, for a run starts from the base"
+            f"{plural(len(run.lm.applied), 'applied delta')}; revert first, for a run starts from the base"
         )
-    _, size = protocol.sizes(len(setting.plan.cases))
-    cases = setting.plan.cases
+    _, size = protocol.sizes(len(run.plan.cases))
+    cases = run.plan.cases
     chunks = [cases[i : i + size] for i in range(0, len(cases), size)]
     try:
         if protocol.restores:
-            yield from _independent(setting, chunks, units, size)
+            yield from _independent(run, chunks, units, size)
         else:
-            yield from _sequence(setting, chunks, units, protocol, size)
+            yield from _sequence(run, chunks, units, protocol, size)
     finally:
-        setting.lm.revert_all()
+        run.lm.revert_all()
 
 
 def n_units(protocol: Protocol, n_cases: int) -> int:
@@ -119,51 +120,46 @@ def n_units(protocol: Protocol, n_cases: int) -> int:
     return chunks if protocol.restores else chunks + 1
 
 
-def _independent(setting: Setting, chunks: Sequence[Sequence[Case]], units: Units, size: int) -> Iterator[Unit]:
+def _independent(run: RunContext, chunks: Sequence[Sequence[Case]], units: Units, size: int) -> Iterator[Unit]:
     for step, chunk in enumerate(chunks):
         key = units.key(step, [case.id for case in chunk])
         unit = units.load(key)
         if unit is None:
             with ExitStack() as scope:
-                _, unit = _edit(
-                    setting, key, chunk, None, step, size, lambda delta: scope.enter_context(setting.lm.edited(delta))
-                )
-                if asked := _editable(setting, chunk):
-                    unit = unit.extended(_look(setting, asked, "final", step))
-                    if size > 1:
-                        unit = replace(unit, records=(*unit.records, *setting.look("final", step)))
+                attach = lambda delta: scope.enter_context(run.lm.edited(delta))  # noqa: E731
+                _, unit = _edit(run, key, chunk, None, step, _short(chunk, size), attach)
+                unit = unit.extended(_measure(run, chunk, "final", step, whole_model=size > 1))
             units.save(unit)
         yield unit
 
 
 def _sequence(
-    setting: Setting, chunks: Sequence[Sequence[Case]], units: Units, protocol: Protocol, size: int
+    run: RunContext, chunks: Sequence[Sequence[Case]], units: Units, protocol: Protocol, size: int
 ) -> Iterator[Unit]:
     """Steps on one model; a step's delta is kept before anything is measured, and rebuilt from its file on resuming."""
-    lm, state = setting.lm, None
+    lm, state = run.lm, None
     keys = [units.key(step, [case.id for case in chunk]) for step, chunk in enumerate(chunks)]
     last_key = units.key(len(chunks), ["final"])
     kept = [units.load(key) for key in keys]
     finished = units.load(last_key) if None not in kept else None  # a step made again needs those before it
-    cheap = replace(setting.measures, generate=False, metrics=(), fluency=(), references=None, locality_text=False)
+    cheap = replace(run.measures, generate=False, metrics=(), fluency=(), references=None, locality_text=False)
     done: list[Case] = []
     for step, (key, chunk) in enumerate(zip(keys, chunks, strict=True)):
         done += chunk
         unit, delta = kept[step], None
         if unit is not None and unit.weights_hash is not None and finished is None:
             delta = units.load_delta(unit)
-        if unit is None or (unit.weights_hash is not None and finished is None and delta is None):
-            delta, unit = _edit(setting, key, chunk, state, step, size, lm.apply)
+            unit = None if delta is None else unit  # its file is gone, so the step is made again
+        if unit is None:
+            delta, unit = _edit(run, key, chunk, state, step, _short(chunk, size), lm.apply)
             if delta is not None:
                 units.save_delta(key, delta)
                 unit = replace(unit, weights_hash=weights_hash(lm), delta=delta.id)
                 state = delta.state
-            if asked := _editable(setting, chunk):
-                unit = unit.extended(_look(replace(setting, measures=cheap), asked, "immediate", step))
-            asked = _editable(setting, done)
-            if asked and len(done) in protocol.checkpoints and len(done) < sum(map(len, chunks)):
-                unit = unit.extended(_look(setting, asked, "checkpoint", step))
-                unit = replace(unit, records=(*unit.records, *setting.look("checkpoint", step)))
+            cheaply = replace(run, measures=cheap)
+            unit = unit.extended(_measure(cheaply, chunk, "immediate", step, whole_model=False))
+            if len(done) in protocol.checkpoints and len(done) < sum(map(len, chunks)):
+                unit = unit.extended(_measure(run, done, "checkpoint", step))
             units.save(unit)
         elif delta is not None:
             lm.apply(delta)
@@ -171,35 +167,45 @@ def _sequence(
             state = delta.state
         yield unit
     if finished is None:
-        step = len(chunks) - 1
-        finished = Unit(last_key, (), {}, ())
-        if asked := _editable(setting, done):
-            finished = finished.extended(_look(setting, asked, "final", step))
-            finished = replace(finished, records=(*finished.records, *setting.look("final", step)))
+        finished = Unit(last_key, (), {}, ()).extended(_measure(run, done, "final", len(chunks) - 1))
         units.save(finished)
     yield finished
 
 
-def _look(setting: Setting, cases: Sequence[Case], when: When, step: int) -> Evaluation:
-    """Measure the model as it is now on some of the cases."""
-    part = setting.plan.of(cases)
-    found = measure(setting.lm, part, setting.measures, when, setting.pre, step=step)
-    if setting.measures.divergence:
-        more = divergences(setting.lm, part, setting.measures, when, setting.lm.without_deltas, nullcontext, step=step)
-        found = replace(found, records=[*found.records, *more])
-    return found
+def _short(chunk: Sequence[Case], size: int) -> str | None:
+    """Return the note on a chunk that is smaller than the others."""
+    return f"short chunk: {len(chunk)} of {size}" if len(chunk) < size else None
 
 
-def _editable(setting: Setting, cases: Sequence[Case]) -> list[Case]:
-    """Return the cases whose edits the method can be asked for; the others are recorded as skipped."""
-    return [case for case in cases if case.edits and not why_skipped(setting.lm, case, setting.needs_subject)]
+def _measure(run: RunContext, cases: Sequence[Case], when: When, step: int, *, whole_model: bool = True) -> Evaluation:
+    """Measure the current model on those of the cases that can be edited; nothing where none can.
+
+    Args:
+        whole_model: also measure what belongs to no case.
+    """
+    asked = list(editable(run.lm, cases, run.needs_subject))
+    if not asked:
+        return Evaluation([])
+    part = run.plan.of(asked)
+    found = measure(run.lm, part, run.measures, when, run.pre, step=step)
+    records = list(found.records)
+    if run.measures.divergence:
+        records += divergences(run.lm, part, run.measures, when, run.lm.without_deltas, nullcontext, step=step)
+    if whole_model:
+        records += run.measure_model(when, step)
+    return replace(found, records=records)
+
+
+def editable(lm: LM, cases: Iterable[Case], needs_subject: bool) -> Iterator[Case]:
+    """Return the cases whose edits the method can be asked for, in order; the others are recorded as skipped."""
+    return (case for case in cases if case.edits and not why_skipped(lm, case, needs_subject))
 
 
 def why_skipped(lm: LM, case: Case, needs_subject: bool) -> str | None:
     """Return why the edits of a case are skipped; None where they are made.
 
     Args:
-        needs_subject: as `Setting` has it.
+        needs_subject: as `RunContext` has it.
     """
     for edit in case.edits:
         if edit.subject is None:
@@ -215,60 +221,69 @@ def why_skipped(lm: LM, case: Case, needs_subject: bool) -> str | None:
 
 
 def _edit(
-    setting: Setting,
+    run: RunContext,
     key: str,
     chunk: Sequence[Case],
     state: Mapping[str, torch.Tensor] | None,
     step: int,
-    size: int,
+    note: str | None,
     attach: Callable[[Attachment], object],
 ) -> tuple[Attachment | None, Unit]:
     """Return the chunk's delta, attached; None where there is none, or it failed; and a unit with a record of every
-    edit and of the time."""
-    owners: dict[str, Case] = {}
-    edits: dict[tuple[tuple[str, str], str], Edit] = {}
-    records = []
+    edit and of the time.
+
+    Args:
+        note: of the records of time.
+    """
+    cases, records = [], []
     for case in chunk:
-        if reason := why_skipped(setting.lm, case, setting.needs_subject):
+        if reason := why_skipped(run.lm, case, run.needs_subject):
             records.append(_edit_record(case, None, 0, step, "skipped", reason))
-        for edit in case.edits if not reason else ():
-            edits.setdefault((same_question(edit), edit.target_new), edit)  # asked for twice, made once
-            owners[edit.id] = case
-    if not edits:
+        elif case.edits:
+            cases.append(case)
+    if not cases:
         return None, Unit(key, tuple(records), {}, ())
-    before, n_cached_values = setting.excluded_seconds(), setting.n_cached_values()
     try:
-        with Peak(setting.lm.device) as peak:
-            started = time.perf_counter()
-            delta = setting.propose(setting.lm, list(edits.values()), state)
-            seconds = time.perf_counter() - started
+        delta, timings = _timed(run, cases, state, step, note)
         attach(delta)
     except RetconError as error:
         failed = f"{type(error).__name__}: {error}"
-        records += [_edit_record(case, None, 1, step, "error", failed) for case in _editable(setting, chunk)]
+        records += [_edit_record(case, None, 1, step, "error", failed) for case in cases]
         return None, Unit(key, tuple(records), {}, ())
-    statistics = setting.excluded_seconds() - before
-    for report in delta.report:
-        if report.id in owners:
-            owner = owners[report.id]
-            records.append(_edit_record(owner, report.search_probability, report.steps, step, "ok", report.stopped))
-    note = f"short chunk: {len(chunk)} of {size}" if len(chunk) < size else None
-    if n_found := setting.n_cached_values() - n_cached_values:
-        reason = f"the values of {n_found} edits had been searched before"
-        timed = whole_model_record("immediate", "time", "time.edit", None, len(edits), step, reason)
-    else:
-        timed = whole_model_record(
-            "immediate", "time", "time.edit", (seconds - statistics) / len(edits), len(edits), step, note
-        )
-    timings = [
-        timed,
-        whole_model_record("immediate", "time", "time.statistics", statistics, len(edits), step, note),
+    owners = {edit.id: case for case in cases for edit in case.edits}
+    records += [
+        _edit_record(owners[made.id], made.search_probability, made.steps, step, "ok", made.stopped)
+        for made in delta.report
+        if made.id in owners
     ]
+    return delta, Unit(key, tuple(records), {}, timings)
+
+
+def _timed(
+    run: RunContext, cases: Sequence[Case], state: Mapping[str, torch.Tensor] | None, step: int, note: str | None
+) -> tuple[Attachment, tuple[Record, ...]]:
+    """Return the delta of these cases' edits, and records of the time and the memory that it took."""
+    edits: dict[tuple[tuple[str, str], str], Edit] = {}
+    for edit in (edit for case in cases for edit in case.edits):
+        edits.setdefault((same_question(edit), edit.target_new), edit)  # asked for twice, made once
+    excluded, n_cached_values = run.excluded_seconds(), run.n_cached_values()
+    with Peak(run.lm.device) as peak:
+        started = time.perf_counter()
+        delta = run.propose(run.lm, list(edits.values()), state)
+        seconds = time.perf_counter() - started
+    statistics = run.excluded_seconds() - excluded
+
+    def record(metric: str, variant: str, value: float | None, detail: str | None = note) -> Record:
+        return whole_model_record("immediate", metric, variant, value, len(edits), step, detail)
+
+    if n_found := run.n_cached_values() - n_cached_values:
+        timed = record("time", "time.edit", None, f"the values of {plural(n_found, 'edit')} had been searched before")
+    else:
+        timed = record("time", "time.edit", (seconds - statistics) / len(edits))
+    timings = [timed, record("time", "time.statistics", statistics)]
     if peak.nbytes is not None:
-        timings.append(
-            whole_model_record("immediate", "memory", f"memory.{peak.kind}", float(peak.nbytes), len(edits), step, note)
-        )
-    return delta, Unit(key, tuple(records), {}, tuple(timings))
+        timings.append(record("memory", f"memory.{peak.kind}", float(peak.nbytes)))
+    return delta, tuple(timings)
 
 
 def _edit_record(case: Case, value: float | None, n: int, step: int, status: Any, detail: str | None) -> Record:

@@ -28,7 +28,7 @@ from retcon.bench.manifest import (
     write_or_verify,
 )
 from retcon.bench.pre import unedited
-from retcon.bench.protocol import Setting, n_units, run_units, why_skipped
+from retcon.bench.protocol import RunContext, editable, n_units, run_units
 from retcon.bench.spec import MEASURE_FILES, BenchSpec, Cell, MethodSpec, ModelSpec, Protocol
 from retcon.bench.units import Unit, Units
 from retcon.edits import Case, Edit, cases_hash, resolve_conflicts
@@ -302,23 +302,23 @@ class CellRunner:
         def propose(lm: LM, edits: Sequence[Edit], state: Any, values: ValueCache | None = kept) -> Attachment:
             return in_steps(method, lm, edits, moments=self.moments, state=state, values=values, seed=cell.seed)
 
-        setting = Setting(
-            self.lm,
-            plan,
-            measures,
-            propose,
-            before,
-            self._whole_model,
-            lambda: self.moments.seconds,
-            lambda: kept.resumed,
-            method.needs_subject,
+        run = RunContext(
+            lm=self.lm,
+            plan=plan,
+            measures=measures,
+            propose=propose,
+            pre=before,
+            measure_model=self._whole_model,
+            excluded_seconds=lambda: self.moments.seconds,
+            n_cached_values=lambda: kept.resumed,
+            needs_subject=method.needs_subject,
         )
         units = Units(directory, identity, keep_tokens=self.spec.keep_tokens)
         _, size = cell.protocol.sizes(len(chosen))
         if self.spec.warm_up and units.load(units.key(0, [case.id for case in chosen[:size]])) is None:
-            self._warm_up(partial(propose, values=None), _editable(self.lm, chosen, method))
+            self._warm_up(partial(propose, values=None), editable(self.lm, chosen, method.needs_subject))
         done: list[Unit] = []
-        units_done = run_units(setting, cell.protocol, units)
+        units_done = run_units(run, cell.protocol, units)
         with closing(units_done):  # closed, it restores the model
             for unit in units_done:
                 if not self.spec.share_values:
@@ -494,15 +494,10 @@ def estimate(
             yield RunEstimate(cell, len(cases), *known[key])
 
 
-def _editable(lm: LM, cases: Sequence[Case], method: Any) -> Iterator[Case]:
-    """Return the cases whose edits a run makes, in order."""
-    return (case for case in cases if case.edits and not why_skipped(lm, case, method.needs_subject))
-
-
 def _probe(bench: CellRunner, cell: Cell, cases: Sequence[Case]) -> tuple[float, float, float]:
     """(seconds of a call for one edit, of each further edit in it, of measuring a case)."""
     lm, chosen = bench.lm, bench.method_of(cell)
-    few = list(islice(_editable(lm, cases, chosen), N_PROBED))
+    few = list(islice(editable(lm, cases, chosen.needs_subject), N_PROBED))
     edits = resolve_conflicts([edit for case in few for edit in case.edits], "drop")
     if not edits:
         raise InvalidSetting(f"{cell.dataset.label}: none of the {len(cases):,} cases can be edited")
