@@ -55,8 +55,8 @@ def write_checked(
         "kind": kind.name,
         "format": kind.format,
         "computation": kind.computation,
-        "identity": _as_json(identity),
-        "about": _as_json(about or {}),
+        "identity": through_json(identity),
+        "about": through_json(about or {}),
         "retcon": __version__,
     }
     record["check"] = checksum(record, own)
@@ -82,7 +82,7 @@ def read_checked(
             f"{path}: holds {found[0]}, format {found[1]}, computation {found[2]}; this version reads {kind.name}, "
             f"format {kind.format}, computation {kind.computation}"
         )
-    if differing := list(_differences(record["identity"], _as_json(identity))):
+    if differing := list(_differences(record["identity"], through_json(identity))):
         what = kind.name.removeprefix("a ")
         raise AnotherIdentity(f"{path}: not the {what} asked for ({', '.join(differing)})")
     return tensors, record["about"]
@@ -222,5 +222,7 @@ def from_bytes(data: bytes) -> "Tensor":
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
 
 
-def _as_json(values: Mapping[str, Any]) -> Any:
+def through_json(values: Any) -> Any:
+    """Return values as a JSON file gives them back, so that those in memory equal those that were read; what JSON lacks
+    is a text."""
     return json.loads(json.dumps(values, default=str))

@@ -26,7 +26,7 @@ from retcon.bench import run as running
 from retcon.bench.inputs import read_inputs
 from retcon.bench.manifest import differences, measures_record
 from retcon.bench.report.write import write_report
-from retcon.bench.spec import MeasureSpec, Protocol
+from retcon.bench.spec import MEASURE_FILES, MeasureSpec, Protocol
 from retcon.bench.units import Units
 from retcon.delta import Delta, Dense
 from retcon.edits import Case, Edit, write_cases
@@ -210,7 +210,7 @@ def test_a_method_for_one_fact_makes_a_batch_one_by_one(
     (found,) = estimate(spec, tmp_path / "elsewhere")
     assert found.seconds_edit == pytest.approx((found.seconds_call + 3 * found.seconds_more) / 4)
     (found,) = estimate(spec, tmp_path / "out")
-    assert found.finished
+    assert found.finished_before
     assert found.seconds == 0
 
 
@@ -294,7 +294,7 @@ def test_a_protocol_in_other_words_is_the_same_run(spec: BenchSpec, tmp_path: Pa
     run_bench(dataclasses.replace(spec, protocols=(Protocol(n=5),)), tmp_path / "out")
     found: list[bool] = []
     other = dataclasses.replace(spec, protocols=(Protocol(batch=5),))
-    run_bench(other, tmp_path / "out", force=True, watch=lambda event: found.append(event.found))
+    run_bench(other, tmp_path / "out", force=True, watch=lambda event: found.append(event.finished_before))
     assert found == [True]
 
 
@@ -304,7 +304,7 @@ def test_a_finished_run_is_not_run_again(spec: BenchSpec, tmp_path: Path) -> Non
     events: list[Any] = []
     run_bench(spec, tmp_path / "out", watch=events.append)
     assert ACTING.calls == 0
-    assert [e.found for e in events] == [True, True]
+    assert [e.finished_before for e in events] == [True, True]
     assert results(tmp_path / "out") == before
 
 
@@ -330,11 +330,13 @@ def test_a_start_that_is_stopped_keeps_the_list_of_finished_runs(spec: BenchSpec
 def test_the_unedited_model_is_measured_once_for_all(
     spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from retcon.bench import pre
+    from retcon.bench import unedited
 
     looked: list[int] = []
-    real = pre.measure
-    monkeypatch.setattr(pre, "measure", lambda lm, plan, *a: (looked.append(len(plan.cases)), real(lm, plan, *a))[1])
+    real = unedited.measure
+    monkeypatch.setattr(
+        unedited, "measure", lambda lm, plan, *a: (looked.append(len(plan.cases)), real(lm, plan, *a))[1]
+    )
     both = dataclasses.replace(
         spec,
         methods=(noise(), noise("more", size=0.5)),
@@ -423,7 +425,7 @@ def test_a_run_whose_own_code_changed_is_begun_anew(
     def runs(**code: Any) -> list[bool]:
         found: list[bool] = []
         spec = dataclasses.replace(own_code(**code), methods=(method,))
-        run_bench(spec, tmp_path / "out", watch=lambda event: found.append(event.found))
+        run_bench(spec, tmp_path / "out", watch=lambda event: found.append(event.finished_before))
         return found
 
     def own_values() -> set[float | None]:
@@ -578,12 +580,19 @@ def test_a_file_that_a_setting_names_is_known_by_its_content(spec: BenchSpec, tm
     assert run.manifest["method"]["settings"]["editor"] == "editor.bin"
     (other if nested else own).write_text("0.7")
     found: list[bool] = []
-    run_bench(spec, tmp_path / "out", watch=lambda event: found.append(event.found))
+    run_bench(spec, tmp_path / "out", watch=lambda event: found.append(event.finished_before))
     assert not any(found)
     (again,) = read_bench(tmp_path / "out").runs
     assert again.directory != run.directory
-    run_bench(spec, tmp_path / "out", watch=lambda event: found.append(event.found))
+    run_bench(spec, tmp_path / "out", watch=lambda event: found.append(event.finished_before))
     assert found[-1]
+
+
+def test_a_file_and_code_measure_the_same_by_default() -> None:
+    """`MeasureSpec` repeats defaults of `Measures`, which it cannot import: a bad file is refused without torch."""
+    measures = Measures()
+    for name, value in dataclasses.asdict(MeasureSpec()).items():
+        assert name in MEASURE_FILES or value == getattr(measures, name)
 
 
 def test_files_of_measures_are_known_by_their_content(tmp_path: Path) -> None:
@@ -603,11 +612,11 @@ def test_files_of_measures_are_known_by_their_content(tmp_path: Path) -> None:
 def test_another_chat_template_or_end_of_text_is_another_run(
     spec: BenchSpec, tmp_path: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from retcon.bench import pre
+    from retcon.bench import unedited
 
     looked: list[str] = []
-    real = pre.measure
-    monkeypatch.setattr(pre, "measure", lambda *a, **k: (looked.append("pre"), real(*a, **k))[1])
+    real = unedited.measure
+    monkeypatch.setattr(unedited, "measure", lambda *a, **k: (looked.append("pre"), real(*a, **k))[1])
     spec = dataclasses.replace(spec, protocols=PROTOCOLS[:1], text=None, measures=MeasureSpec(generate=False))
 
     def run(template: str | None, ends: list[int] | None) -> tuple[str, int]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from retcon.bench.spec import MEASURE_FILES, BenchSpec, Cell, MeasureSpec
+from retcon.checked import through_json
 from retcon.edits import Case, cases_hash
 from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import FORMATS, WORLD, LoadReport
@@ -37,7 +38,7 @@ def manifest_of(
 ) -> dict[str, Any]:
     """Return all that determines a run's records. Two runs with equal manifests give equal records on one machine."""
     protocol = {**asdict(cell.protocol.settled(len(cases))), "ns": None, "records_per_point": None}
-    return as_json(
+    return through_json(
         {
             "format": FORMAT,
             "versions": bench_versions(),
@@ -232,11 +233,6 @@ def _briefly(value: Any) -> str:
         value = [each.get("label") or each["name"] for each in value]
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
-
-
-def as_json(value: Any) -> Any:
-    """Return a value as JSON gives it back, so that a manifest in memory equals the one from its file."""
-    return json.loads(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _commit() -> str | None:

@@ -17,7 +17,6 @@ from retcon.attachment import Attachment
 from retcon.bench.directory import FINISHED, LISTING, MANIFEST, read_listing, unfinished_runs
 from retcon.bench.inputs import cells_of, read_inputs
 from retcon.bench.manifest import (
-    as_json,
     bench_versions,
     command_line,
     dataset_hash,
@@ -27,10 +26,11 @@ from retcon.bench.manifest import (
     run_id,
     write_or_verify,
 )
-from retcon.bench.pre import unedited
 from retcon.bench.protocol import RunContext, editable, n_units, run_units
 from retcon.bench.spec import MEASURE_FILES, BenchSpec, Cell, MethodSpec, ModelSpec, Protocol
+from retcon.bench.unedited import measure_unedited
 from retcon.bench.units import Unit, Units
+from retcon.checked import through_json
 from retcon.edits import Case, Edit, cases_hash, resolve_conflicts
 from retcon.errors import InvalidSetting, MalformedFile, RetconError, RetconWarning
 from retcon.evaluation.ability import ability
@@ -81,13 +81,23 @@ class Event:
     total: int
     evaluation: Evaluation | None = None
     """Of the whole run, once it is finished."""
-    found: bool = False
-    """The run had been finished before."""
+    finished_before: bool = False
+    """The run had been finished when the benchmark was started."""
     run_id: str = ""
     """The run's identity; other runs of a benchmark may have the same slug."""
 
 
 Watch = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where the runs of a benchmark go, and who hears of them."""
+
+    root: Path
+    environment: Mapping[str, Any]
+    force: bool
+    watch: Watch
 
 
 def run_bench(
@@ -133,15 +143,15 @@ def run_bench(
         return made
 
     first = runner(spec.models[0])  # bad settings end here, before any writing
-    around = environment(command or command_line())
-    whole = as_json(
+    to = Destination(root, environment(command or command_line()), force, watch)
+    whole = through_json(
         {"spec": _portable(spec), "datasets": {k: dataset_hash(*read) for k, read in loaded.items()}} | bench_versions()
     )
     root.mkdir(parents=True, exist_ok=True)
     with turn_in(root, wait=False), _nothing_left_of_a_failed_start(root):
         remove_abandoned(root, f"**/.*{TEMPORARY}")
         listing = _finished_before(root, whole)
-        for line in write_or_verify(root / MANIFEST, whole, around, force=force, what="benchmark"):
+        for line in write_or_verify(root / MANIFEST, whole, to.environment, force=force, what="benchmark"):
             changed = f"the machine is not as it was: {line}; the last bits may differ"
             warnings.warn(changed, RetconWarning, stacklevel=2)
         for model in spec.models:
@@ -149,9 +159,8 @@ def run_bench(
             for i, cell in enumerate(cells):
                 if cell.model is not model:
                     continue
-                cases, report = loaded[cell.dataset.label]
-                listed = bench.run(cell, cases, report, root, around, force, watch)
-                if listing[i : i + 1] != [listed]:
+                listed = bench.run(cell, to)
+                if i >= len(listing) or listing[i] != listed:
                     listing = [*listing[:i], listed]
                     write_atomically(root / LISTING, json.dumps(listing, indent=1).encode())
         shutil.rmtree(root / VALUES, ignore_errors=True)
@@ -246,7 +255,7 @@ class CellRunner:
         self._plans: dict[tuple[str, int], tuple[QueryPlan, Evaluation]] = {}
         self._perplexity: Perplexity | None = None
         self._unedited = self._whole_model("pre", 0)
-        self.n_cases = {dataset: len(cases) for dataset, (cases, _) in loaded.items()}
+        self.loaded = loaded
         self.methods = {  # all of them now: better refused now than after hours
             (dataset, asked.label, at_once): self._method(asked, cases, at_once)
             for dataset, (cases, _) in loaded.items()
@@ -258,7 +267,7 @@ class CellRunner:
 
     def method_of(self, cell: Cell) -> Any:
         """Return the method of a cell, with the settings that suit the model and, where it has no preset, the facts."""
-        at_once = self._at_once(cell.method, cell.protocol, self.n_cases[cell.dataset.label])
+        at_once = self._at_once(cell.method, cell.protocol, len(self.loaded[cell.dataset.label][0]))
         return self.methods[cell.dataset.label, cell.method.label, at_once]
 
     def _at_once(self, asked: MethodSpec, protocol: Protocol, n_cases: int) -> int | None:
@@ -271,33 +280,26 @@ class CellRunner:
         check_model_has_layers(made, self.lm)
         return made
 
-    def run(
-        self,
-        cell: Cell,
-        cases: Sequence[Case],
-        report: LoadReport,
-        root: Path,
-        around: Mapping[str, Any],
-        force: bool,
-        watch: Watch,
-    ) -> dict[str, str]:
+    def run(self, cell: Cell, to: Destination) -> dict[str, str]:
         """Run one cell, from where it was stopped to its end; returns its line in the list of runs."""
+        cases, report = self.loaded[cell.dataset.label]
         chosen = chosen_cases(cases, cell)
         method = self.method_of(cell)
         manifest = manifest_of(self.spec, cell, self.lm, method, chosen, report)
-        identity, directory = place_of(cell, manifest, root)
-        write_or_verify(directory / MANIFEST, manifest, around, force=force, what="run")
+        identity, directory = place_of(cell, manifest, to.root)
+        write_or_verify(directory / MANIFEST, manifest, to.environment, force=to.force, what="run")
         line = {"slug": cell.slug, "directory": f"runs/{directory.name}", "id": identity}
         total = n_units(cell.protocol, len(chosen))
         if (directory / FINISHED).is_file():
-            watch(Event(cell, total, total, Evaluation.read(directory / FINISHED), True, run_id=identity))
+            found = Evaluation.read(directory / FINISHED)
+            to.watch(Event(cell, total, total, found, finished_before=True, run_id=identity))
             return line
-        watch(Event(cell, 0, total, run_id=identity))
+        to.watch(Event(cell, 0, total, run_id=identity))
         measures = replace(self.measures, seed=cell.seed)
         plan, before = self._plan(chosen, measures)
         pre_records = [*before.records, *self._unedited]
 
-        kept = ValueCache(root / VALUES)
+        kept = ValueCache(to.root / VALUES)
 
         def propose(lm: LM, edits: Sequence[Edit], state: Any, values: ValueCache | None = kept) -> Attachment:
             return in_steps(method, lm, edits, moments=self.moments, state=state, values=values, seed=cell.seed)
@@ -324,7 +326,7 @@ class CellRunner:
                 if not self.spec.share_values:
                     kept.discard()
                 done.append(unit)
-                watch(Event(cell, len(done), total, run_id=identity))
+                to.watch(Event(cell, len(done), total, run_id=identity))
         context = {
             "run_id": identity,
             "model": f"{cell.model.label}@{self.lm.fingerprint()[:12]}",
@@ -337,7 +339,7 @@ class CellRunner:
         }
         evaluation = Evaluation([*pre_records, *(record for unit in done for record in unit.records)], context)
         self._write(directory, evaluation, before, done, plan)
-        watch(Event(cell, total, total, evaluation, run_id=identity))
+        to.watch(Event(cell, total, total, evaluation, run_id=identity))
         return line
 
     def _plan(self, chosen: Sequence[Case], measures: Measures) -> tuple[QueryPlan, Evaluation]:
@@ -346,7 +348,7 @@ class CellRunner:
         if key not in self._plans:
             self._plans.clear()  # one at a time: methods follow each other on the same cases
             plan = plan_queries(self.lm, chosen, measures)
-            self._plans[key] = plan, unedited(self.lm, plan, measures, self.spec.measures)
+            self._plans[key] = plan, measure_unedited(self.lm, plan, measures, self.spec.measures)
         return self._plans[key]
 
     def _whole_model(self, when: When, step: int) -> list[Record]:
@@ -451,7 +453,7 @@ class RunEstimate:
     """Per further edit in a call, as much as in a call for a few; larger batches share more."""
     seconds_measure: float
     """Per case."""
-    finished: bool = False
+    finished_before: bool = False
     """The directory has its records already."""
 
     @property
@@ -486,7 +488,7 @@ def estimate(
             if directory is not None:
                 manifest = manifest_of(spec, cell, bench.lm, bench.method_of(cell), cases, report)
                 if (place_of(cell, manifest, Path(directory))[1] / FINISHED).is_file():
-                    yield RunEstimate(cell, len(cases), 0.0, 0.0, 0.0, finished=True)
+                    yield RunEstimate(cell, len(cases), 0.0, 0.0, 0.0, finished_before=True)
                     continue
             key = (model.label, cell.dataset.label, cell.method.label)
             if key not in known:

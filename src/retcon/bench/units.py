@@ -93,7 +93,7 @@ class Units:
             "delta": unit.delta,
             "timings": [record._asdict() for record in unit.timings],
             "texts": [[*key, text] for key, text in unit.texts.items()],
-            "scores": [[*key, [_as_json(score) for score in own]] for key, own in scores.items()],
+            "scores": [[*key, [_score_row(score) for score in own]] for key, own in scores.items()],
         }
         tensors = {"records": from_bytes(encode_records(unit.records, {}))}
         write_checked(self._file(unit.key), UNITS, self._identity(unit.key), tensors, head)
@@ -124,7 +124,7 @@ class Units:
             return None
 
 
-def _as_json(score: TokenScore) -> dict[str, object]:
+def _score_row(score: TokenScore) -> dict[str, object]:
     """Return a score as JSON has it; NaN and infinities are texts."""
     row = asdict(score)
     return {**row, "logp": [p if math.isfinite(p) else repr(p) for p in score.logp]}

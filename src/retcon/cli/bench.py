@@ -222,7 +222,7 @@ def _estimate(spec: "BenchSpec", loaded: "Mapping[str, Loaded]", out: Path, as_j
             "seconds_per_edit": e.seconds_edit,
             "seconds_per_case_measured": e.seconds_measure,
             "seconds": e.seconds,
-            "finished": e.finished,
+            "finished": e.finished_before,
         }
         for e in found
     ]
@@ -232,11 +232,11 @@ def _estimate(spec: "BenchSpec", loaded: "Mapping[str, Loaded]", out: Path, as_j
     table = plain_table("run", right=("cases", "per edit", "per case measured", "in all"))
     for e in found:
         cells = [seconds(e.seconds_edit), f"{1000 * e.seconds_measure:.0f} ms", seconds(e.seconds)]
-        if e.finished:
+        if e.finished_before:
             cells = ["", "", "before"]
         table.add_row(e.cell.slug, f"{e.n_cases:,}", *cells)
     console().print(table)
-    left, took = sum(not e.finished for e in found), sum(e.seconds for e in found)
+    left, took = sum(not e.finished_before for e in found), sum(e.seconds for e in found)
     console().print(
         styled("{}, about {} [dim](from a few edits and cases each)[/]", plural(left, "run"), seconds(took))
     )
@@ -249,7 +249,7 @@ class _Row:
     total: int = 0
     started: float = field(default_factory=time.perf_counter)
     took: float | None = None
-    found: bool = False
+    finished_before: bool = False
     failed: int = 0
     """Cases whose edit failed."""
     numbers: dict[str, str] = field(default_factory=dict)
@@ -266,9 +266,9 @@ class _Board:
 
     def hear(self, event: "Event") -> None:
         row = self.rows.setdefault(event.run_id, _Row(event.cell))
-        row.done, row.total, row.found = event.done, event.total, event.found
+        row.done, row.total, row.finished_before = event.done, event.total, event.finished_before
         if event.evaluation is not None:
-            row.took = None if event.found else time.perf_counter() - row.started
+            row.took = None if event.finished_before else time.perf_counter() - row.started
             self._take(row, event.evaluation)
 
     def _take(self, row: _Row, evaluation: "Evaluation") -> None:
@@ -306,7 +306,7 @@ class _Board:
         return table
 
     def _time(self, row: _Row) -> str:
-        if row.found:
+        if row.finished_before:
             return "before"
         if row.took is not None:
             return seconds(row.took)
@@ -321,7 +321,7 @@ class _Board:
                 "run": row.cell.slug,
                 "id": run_id,
                 "units": row.total,
-                "found": row.found,
+                "found": row.finished_before,
                 "seconds": row.took,
                 "failed_edits": row.failed,
                 "values": row.values,

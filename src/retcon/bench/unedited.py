@@ -24,9 +24,9 @@ from retcon.lm.tokenizer import chat_hash
 UNEDITED = Kind("records of an unedited model", format=2, computation=1)
 
 
-def unedited(lm: LM, plan: QueryPlan, measures: Measures, asked: MeasureSpec) -> Evaluation:
-    """Return the unedited model on the plan's cases, from the cache where it is there; not kept where a metric's code
-    cannot be known again."""
+def measure_unedited(lm: LM, plan: QueryPlan, measures: Measures, asked: MeasureSpec) -> Evaluation:
+    """Return the unedited model's numbers on the plan's cases, from the cache where they are there; not kept where a
+    metric's code cannot be known again."""
     code = {name: code_hash(own_metric(name)) for name in measures.metrics}
     if None in code.values():
         return measure(lm, plan, measures, "pre")
