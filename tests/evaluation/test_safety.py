@@ -13,8 +13,8 @@ from retcon.delta import Delta, Dense
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import perplexity
+from retcon.evaluation.generated_queries import with_generated_queries
 from retcon.evaluation.intervals import ci_wilson
-from retcon.evaluation.made import Made, with_made_queries
 from retcon.evaluation.safety import Thresholds, Verdict, check
 from retcon.lm.model import LM
 from tests.evaluation.test_measure import WEIGHT, bump
@@ -156,18 +156,18 @@ def test_what_is_made_comes_from_the_files_own_facts() -> None:
     def say(queries: Any) -> list[str]:
         return ["Oslo"] * len(queries)
 
-    made = with_made_queries(plain, say)
-    prompts = {c.id: [q.prompt for q in c.queries if q.axis == "paraphrase"] for c in made.cases}
+    found, _ = with_generated_queries(plain, say)
+    prompts = {c.id: [q.prompt for q in c.queries if q.axis == "paraphrase"] for c in found}
     assert prompts["0"][0] == "France's seat of government is"
     assert prompts["1"][0] == "The capital of Italy is"
     assert prompts["2"][0].endswith(". The river of Italy is")
     assert {len(p) for p in prompts.values()} == {2}
-    neighbours = {c.id: [q.prompt for q in c.queries if q.axis == "locality.made"] for c in made.cases}
+    neighbours = {c.id: [q.prompt for q in c.queries if q.axis == "locality.made"] for c in found}
     assert neighbours["0"][0] == "The river of France is"  # the subject's other facts, none of which is edited
     edited = {e.text for e in facts}
     assert all(len(found) == 3 and edited.isdisjoint(found) for found in neighbours.values())
-    assert {q.target for c in made.cases for q in c.queries if q.axis == "locality.made"} == {"Oslo"}
-    assert with_made_queries(made.cases, say) == Made(made.cases, ())
+    assert {q.target for c in found for q in c.queries if q.axis == "locality.made"} == {"Oslo"}
+    assert with_generated_queries(found, say) == (found, [])
 
 
 def test_the_lower_bound_is_held_against_the_threshold(tiny: Callable[..., LM]) -> None:

@@ -11,17 +11,17 @@ from retcon.attachment import Attachment
 from retcon.chat import Chat
 from retcon.edits import Case, Query, list_of_cases
 from retcon.errors import InvalidSetting
-from retcon.evaluation.drift import perplexity
+from retcon.evaluation.drift import Perplexity, perplexity
 from retcon.evaluation.endpoint import Endpoint
+from retcon.evaluation.generated_queries import with_generated_queries
 from retcon.evaluation.intervals import Interval, ci_wilson
-from retcon.evaluation.made import with_made_queries
 from retcon.evaluation.measure import measure
 from retcon.evaluation.metrics import accepted, is_locality, matches
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries, subject_of
 from retcon.evaluation.records import Record, passed
 from retcon.evaluation.results import Evaluation
 from retcon.evaluation.summary import case_means, unread_notes, unread_queries
-from retcon.evaluation.writing import said
+from retcon.evaluation.writing import write_answers
 from retcon.lm.model import LM
 from retcon.plural import plural
 from retcon.work import silent
@@ -32,8 +32,11 @@ Outcome = Literal["passed", "failed", "unknown", "off", "unmeasurable"]
 
 N_WORST = 5
 """Failing prompts shown per question."""
-N_SAID = 400
+MAX_ANSWERS = 400
 """Prompts at most for whose finding the models' own words are written."""
+
+_AXES: Mapping[Part, str] = {"took": "rewrite", "generalised": "paraphrase"}
+"""Of the questions about one axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,17 +148,18 @@ def check(
 ) -> Verdict:
     """Ask the four questions of `deltas`, applied together; the model is left as it was.
 
-    Cases without paraphrases or neighbours get some (`retcon.evaluation.made`); `notes` of the verdict says so.
+    Cases without paraphrases or neighbours get some (`retcon.evaluation.generated_queries`); `notes` of the verdict
+    says so.
 
     Args:
+        text: held-out text for the fourth; None takes the plain paragraphs of the embedded world.
         edited: the edited model, loaded from elsewhere (a merged checkpoint, an adapter), in place of deltas; with the
             same tokenizer.
-        seed: of the queries that are made.
-        text: held-out text for the fourth; None takes the plain paragraphs of the embedded world.
         stops: end an answer shown among the examples.
         other_base: apply the deltas even though they were made for another base.
         own_words: let both models write their answers to the edited prompts and to what fails, for the findings
-            (`N_SAID` prompts at most).
+            (`MAX_ANSWERS` prompts at most).
+        seed: of the queries that are generated.
 
     Raises:
         InvalidSetting: no cases.
@@ -167,11 +171,10 @@ def check(
     if edited is not None and deltas:
         raise InvalidSetting("deltas and an edited model are given; check one of them")
 
-    def say(queries: Sequence[Query]) -> list[str]:
-        return said(lm, [_asked(query) for query in queries], ("\n", ".", ","), 5)
+    def write(queries: Sequence[Query]) -> list[str]:
+        return write_answers(lm, [_prompt(query) for query in queries], ("\n", ".", ","), 5)
 
-    made = with_made_queries(cases, say, seed=seed)
-    cases = made.cases
+    cases, notes = with_generated_queries(cases, write, seed=seed)
     measures = Measures(generate=False)
     plan = plan_queries(lm, cases, measures)
     held_out = "\n\n".join(world.text(60, seed=0)) if text is None else text
@@ -183,33 +186,29 @@ def check(
             stack.enter_context(lm.edited(delta, other_base=other_base))
         now = lm if edited is None else edited
         post, language = measure(now, plan, measures, "final", pre), perplexity(now, held_out)
-        shares = [
-            _share("took", plan, pre, post, thresholds.took),
-            _share("generalised", plan, pre, post, thresholds.generalised),
-            _share("local", plan, pre, post, thresholds.local),
-        ]
+        limits: dict[Part, float] = {name: getattr(thresholds, name) for name in ("took", "generalised", "local")}
+        shares = [_share(part, plan, pre, post, limit) for part, limit in limits.items()]
         findings = _findings(lm, plan, pre, post)
-        telling = [f.query for f in findings if not f.passed or f.query.axis == "rewrite"][: N_SAID if own_words else 0]
-        worst = {a.part: _worst(a.part, plan, post.records) for a in shares}
-        asked = [query for queries in (*worst.values(), telling) for query in queries]
-        after = _texts(now, asked, stops)
-    before = _texts(lm, asked, stops)
+        deciding = [f.query for f in findings if not f.passed or f.query.axis == "rewrite"] if own_words else []
+        worst = {part: _worst(part, plan, post.records) for part in limits}
+        shown = [*(query for queries in worst.values() for query in queries), *deciding[:MAX_ANSWERS]]
+        after = _texts(now, shown, stops)
+    before = _texts(lm, shown, stops)
     findings = [
-        replace(f, before=f.before or before.get(_asked(f.query), ""), after=f.after or after.get(_asked(f.query), ""))
+        replace(
+            f, before=f.before or before.get(_prompt(f.query), ""), after=f.after or after.get(_prompt(f.query), "")
+        )
         for f in findings
     ]
 
     def example(part: Part, q: Query) -> Example:
         wanted = "as before" if part == "local" else q.target or ""
-        return Example(q.prompt, wanted, before[_asked(q)], after[_asked(q)])
+        return Example(q.prompt, wanted, before[_prompt(q)], after[_prompt(q)])
 
     answers = [replace(a, worst=tuple(example(a.part, query) for query in worst[a.part])) for a in shares]
-    ratio = language.ppl / base.ppl
-    fine = math.isfinite(ratio) and ratio <= thresholds.perplexity_ratio
-    outcome: Outcome = "off" if math.isinf(thresholds.perplexity_ratio) else "passed" if fine else "failed"
-    answers.append(Answer("language", outcome, ratio, base.ppl, thresholds.perplexity_ratio, language.n_tokens, None))
-    notes = (*made.notes, *unread_notes(unread_queries([*pre.records, *post.records])))
-    return Verdict(tuple(answers), len(cases), notes, tuple(findings))
+    answers.append(_language(base, language, thresholds.perplexity_ratio))
+    notes += unread_notes(unread_queries([*pre.records, *post.records]))
+    return Verdict(tuple(answers), len(cases), tuple(notes), tuple(findings))
 
 
 def check_endpoint(
@@ -232,8 +231,8 @@ def check_endpoint(
     cases = list_of_cases(cases)
     if not cases:
         raise InvalidSetting("no cases to check with; give at least the edits themselves")
-    made = with_made_queries(cases, None)
-    places = [(c, q) for c in made.cases for q in c.queries if q.axis in ("rewrite", "paraphrase") and accepted(q)]
+    cases, notes = with_generated_queries(cases, None)
+    places = [(c, q) for c in cases for q in c.queries if q.axis in _AXES.values() and accepted(q)]
     endpoint.check()
     queries = [query for _, query in places]
     texts = endpoint.write(
@@ -244,13 +243,15 @@ def check_endpoint(
         on_progress=on_progress,
     )
     answers = []
-    for part, axis in (("took", "rewrite"), ("generalised", "paraphrase")):
+    for part, axis in _AXES.items():
         asked = [(c, q, text) for (c, q), text in zip(places, texts, strict=True) if q.axis == axis]
-        answers.append(_written_share(part, asked, getattr(thresholds, part)))  # type: ignore[arg-type]
-    for part in ("local", "language"):
-        limit = thresholds.local if part == "local" else thresholds.perplexity_ratio
-        answers.append(Answer(part, "unmeasurable", None, None, limit, 0, None))  # type: ignore[arg-type]
-    return Verdict(tuple(answers), len(made.cases), made.notes)
+        answers.append(_written_share(part, asked, getattr(thresholds, part)))
+    others: dict[Part, float] = {"local": thresholds.local, "language": thresholds.perplexity_ratio}
+    answers += [
+        Answer(part, "unmeasurable", value=None, before=None, threshold=limit, n=0, interval=None)
+        for part, limit in others.items()
+    ]
+    return Verdict(tuple(answers), len(cases), tuple(notes))
 
 
 def _written_share(part: Part, asked: Sequence[tuple[Case, Query, str]], threshold: float) -> Answer:
@@ -273,18 +274,28 @@ def _judged(
 ) -> Answer:
     """Return one of the first three questions from its value in each case."""
     if not found:
-        return Answer(part, "off" if threshold == 0 else "unknown", None, None, threshold, 0, None)
+        outcome: Outcome = "off" if threshold == 0 else "unknown"
+        return Answer(part, outcome, value=None, before=None, threshold=threshold, n=0, interval=None)
     value = math.fsum(found.values()) / len(found)
     interval = ci_wilson(value, len({subjects[case] for case in found}))
     assert interval is not None
-    outcome: Outcome = "unknown"  # too few cases to say
+    outcome = "unknown"  # too few cases to say
     if threshold == 0:
         outcome = "off"
     elif interval.low >= threshold:
         outcome = "passed"
     elif value < threshold:
         outcome = "failed"
-    return Answer(part, outcome, value, before, threshold, len(found), interval)
+    return Answer(part, outcome, value=value, before=before, threshold=threshold, n=len(found), interval=interval)
+
+
+def _language(before: Perplexity, after: Perplexity, threshold: float) -> Answer:
+    """Return the fourth question."""
+    ratio = after.ppl / before.ppl
+    outcome: Outcome = "off" if math.isinf(threshold) else "passed" if ratio <= threshold else "failed"
+    return Answer(
+        "language", outcome, value=ratio, before=before.ppl, threshold=threshold, n=after.n_tokens, interval=None
+    )
 
 
 def _share(part: Part, plan: QueryPlan, pre: Evaluation, post: Evaluation, threshold: float) -> Answer:
@@ -307,7 +318,7 @@ def _speaks(part: Part, record: Record) -> bool:
         return False
     if part == "local":
         return is_locality(record.axis or "")
-    return record.axis == ("rewrite" if part == "took" else "paraphrase")
+    return record.axis == _AXES[part]
 
 
 def _worst(part: Part, plan: QueryPlan, records: Iterable[Record]) -> list[Query]:
@@ -346,11 +357,11 @@ def _findings(lm: LM, plan: QueryPlan, pre: Evaluation, post: Evaluation) -> lis
 
 def _texts(lm: LM, asked: Iterable[Query], stops: Sequence[str]) -> dict[tuple[str, Chat | None], str]:
     """Return what a model writes after prompts, by prompt and chat."""
-    prompts = list(dict.fromkeys(map(_asked, asked)))
-    return dict(zip(prompts, said(lm, prompts, stops), strict=True))
+    prompts = list(dict.fromkeys(map(_prompt, asked)))
+    return dict(zip(prompts, write_answers(lm, prompts, stops), strict=True))
 
 
-def _asked(query: Query) -> tuple[str, Chat | None]:
+def _prompt(query: Query) -> tuple[str, Chat | None]:
     return query.prompt, query.chat
 
 

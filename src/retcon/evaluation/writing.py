@@ -20,10 +20,10 @@ PRESETS = {
 """By name: `wild_*` are the Mirage study's, `gold_length` EasyEdit's for GRACE, which hands the model the length."""
 
 
-def said(
-    lm: LM, asked: Sequence[tuple[str, Chat | None]], stops: Sequence[str] = ("\n",), max_new_tokens: int = 12
+def write_answers(
+    lm: LM, prompts: Sequence[tuple[str, Chat | None]], stops: Sequence[str] = ("\n",), max_new_tokens: int = 12
 ) -> list[str]:
     """Return the first words that a model writes after prompts, each in its chat or none; newlines at their start are
     skipped."""
     how = Writing(max_new_tokens=max_new_tokens, stops=list_of_texts(stops, "stops"), skip_newlines=True)
-    return texts_after(lm, asked, how)
+    return texts_after(lm, prompts, how)

@@ -350,12 +350,12 @@ class _Asker:
 
     def say(self, at: str | None, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
         """Return what the model writes after the prompts of these checks."""
-        from retcon.evaluation.writing import said
+        from retcon.evaluation.writing import write_answers
 
         if not places:
             return {}
         queries = {(c.id, q.id): q for c in self.cases.values() for q in c.queries}
         asked = list(dict.fromkeys((queries[place].prompt, queries[place].chat) for place in places))
         with self.store.at(self.lm, at):
-            texts = dict(zip(asked, said(self.lm, asked), strict=True))
+            texts = dict(zip(asked, write_answers(self.lm, asked), strict=True))
         return {place: texts[queries[place].prompt, queries[place].chat] for place in places}

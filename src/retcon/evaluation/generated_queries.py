@@ -1,8 +1,8 @@
-"""Paraphrases and neighbours for facts that come without: made from the file's own facts and plain text."""
+"""Paraphrases and neighbours for facts that come without: generated from the file's own facts and plain text."""
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from retcon import world
 from retcon.edits import MARKER, Case, Edit, Query, list_of_cases, same_question
@@ -11,49 +11,43 @@ from retcon.world.facts import fill
 
 N_PARAPHRASES = 2
 N_NEIGHBOURS = 3
-MADE = "made"
-"""In the ids of queries that were made here."""
+GENERATED = "made"
+"""In the ids of queries that were generated here."""
 
-Say = Callable[[Sequence[Query]], list[str]]
-"""What the unedited model says to queries."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """Cases with the queries that were made for them."""
-
-    cases: list[Case]
-    notes: tuple[str, ...]
-    """What was made and from what, a line each; empty where the cases have all."""
+WriteAnswers = Callable[[Sequence[Query]], list[str]]
+"""Writes the unedited model's answers to queries."""
 
 
-def with_made_queries(cases: Sequence[Case], say: Say | None, *, seed: int = 0) -> Made:
-    """Add paraphrases where no case has any, and neighbours likewise.
+def with_generated_queries(
+    cases: Sequence[Case], write: WriteAnswers | None, *, seed: int = 0
+) -> tuple[list[Case], list[str]]:
+    """Return the cases, with paraphrases where none has any, and neighbours likewise; and what was generated from what,
+    a line each.
 
     A paraphrase is the fact in another wording that the file has for its relation (`relation_id`), else its own prompt
     after a plain sentence. A neighbour is another of the file's questions about the subject, else a question about
-    something else, from the embedded world; its answer is what the unedited model says.
+    something else, from the embedded world; its answer is what the unedited model writes.
 
     Args:
-        say: None makes no neighbours.
+        write: None generates no neighbours.
     """
     axes = {query.axis for case in cases for query in case.queries}
-    made, notes = list_of_cases(cases), []
+    found, notes = list_of_cases(cases), []
     if not any(axis.split(".")[0] == "paraphrase" for axis in axes):
         reworded = {t for case in cases for edit in case.edits for t in _wordings(cases, edit)}
-        made = [_with(case, _paraphrases(cases, case, seed)) for case in made]
+        found = [_with(case, _paraphrases(cases, case, seed)) for case in found]
         source = "the file's other wordings, and in another context" if reworded else "its prompts after a sentence"
         notes.append(f"no paraphrases are given; asked are {source}")
-    if say is not None and not any(map(is_locality, axes)):
-        asked = {case.id: _neighbours(cases, case, seed) for case in made}
-        queries = [query for found in asked.values() for query in found]
-        answers = dict(zip(queries, say(queries), strict=True))
-        made = [
+    if write is not None and not any(map(is_locality, axes)):
+        asked = {case.id: _neighbours(cases, case, seed) for case in found}
+        queries = [query for own in asked.values() for query in own]
+        answers = dict(zip(queries, write(queries), strict=True))
+        found = [
             _with(case, [replace(q, target=answers[q].strip()) for q in asked[case.id] if answers[q].strip()])
-            for case in made
+            for case in found
         ]
         notes.append("no neighbours are given; asked are the subjects' other facts and unrelated ones")
-    return Made(made, tuple(notes))
+    return found, notes
 
 
 def _with(case: Case, queries: Sequence[Query]) -> Case:
@@ -84,7 +78,7 @@ def _paraphrases(cases: Sequence[Case], case: Case, seed: int) -> list[Query]:
         for place, prompt in enumerate(prompts):
             found.append(
                 Query(
-                    f"paraphrase/{MADE}/{n}/{place}",
+                    f"paraphrase/{GENERATED}/{n}/{place}",
                     "paraphrase",
                     prompt,
                     edit.target_new,
@@ -117,6 +111,6 @@ def _neighbours(cases: Sequence[Case], case: Case, seed: int) -> list[Query]:
     prompts = prompts[:1] + [c.edits[0].text for c in drawn if c.edits[0].text not in texts]
     chat = case.edits[0].chat if case.edits else None
     return [
-        Query(f"locality.{MADE}/{place}", f"locality.{MADE}", prompt, chat=chat)
+        Query(f"locality.{GENERATED}/{place}", f"locality.{GENERATED}", prompt, chat=chat)
         for place, prompt in enumerate(prompts[:N_NEIGHBOURS])
     ]
