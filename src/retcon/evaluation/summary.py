@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -216,12 +216,12 @@ def summarise(
     """
     family = family_of([*before, *after])
     parts = {"pre": [r for r in before if r.case_id is not None], "post": [r for r in after if r.case_id is not None]}
-    subjects = {r.case_id: r.subject for part in parts.values() for r in part}
+    resampler = _Resampler({str(r.case_id): str(r.subject) for part in parts.values() for r in part}, seed, n_resamples)
     columns = {when: _columns(part, family) for when, part in parts.items() if part}
-    estimates = {when: _estimates(own, subjects, family, seed, n_resamples) for when, own in columns.items()}
+    estimates = {when: _estimates(own, family, resampler) for when, own in columns.items()}
     ls = ("LS", main_variant(family, "LS"))
     if len(columns) == 2:
-        change = _change(columns["pre"], columns["post"], ls, subjects, family, seed, n_resamples)
+        change = _change(columns["pre"], columns["post"], ls, family, resampler)
         if change is not None:
             estimates["post"]["LS", f"{family}.ls.delta"] = change
     for when, own in (("pre", before), ("post", after)):
@@ -231,7 +231,9 @@ def summarise(
     lines = [Line(*k, estimates.get("pre", {}).get(k), estimates.get("post", {}).get(k)) for k in keys]
     lines.sort(key=lambda line: _rank(line, family))
     asked = [*before, *after]
-    return Summary(family, len(subjects), tuple(lines), _counts(asked) | _counts_of_edits(edits), unread_queries(asked))
+    return Summary(
+        family, len(resampler.subjects), tuple(lines), _counts(asked) | _counts_of_edits(edits), unread_queries(asked)
+    )
 
 
 def edits_of(records: Iterable[Record]) -> list[Record]:
@@ -304,11 +306,28 @@ def _columns(records: Sequence[Record], family: ScoreFamily) -> dict[Key, _Colum
     return columns
 
 
-def _estimates(
-    columns: Mapping[Key, _Column], subjects: Mapping[Any, Any], family: ScoreFamily, seed: int, n_resamples: int
-) -> dict[Key, CaseMean]:
+@dataclass(frozen=True)
+class _Resampler:
+    """How intervals are bootstrapped: cases are drawn by their subjects."""
+
+    subjects: Mapping[str, str]
+    """By case."""
+    seed: int
+    n_resamples: int
+
+    def intervals(
+        self,
+        columns: Sequence[Mapping[str, float]],
+        statistic: Callable[[Float[Tensor, "resamples metrics"]], Float[Tensor, "resamples scores"]] = lambda m: m,
+    ) -> list[Interval | None]:
+        """Return an interval per column of the statistic of these metrics' means."""
+        values, clusters = _matrix(columns, list(self.subjects)), list(self.subjects.values())
+        return ci_boot(values, clusters, statistic, seed=self.seed, n_resamples=self.n_resamples)
+
+
+def _estimates(columns: Mapping[Key, _Column], family: ScoreFamily, resampler: _Resampler) -> dict[Key, CaseMean]:
     per_case = {key: column.per_case() for key, column in columns.items()}
-    intervals = _intervals(per_case, subjects, family, seed, n_resamples)
+    intervals = _intervals(per_case, family, resampler) | _near_bounds(per_case, resampler.subjects)
     estimates = {
         key: CaseMean(_mean(values), intervals[key], len(values), columns[key].n_queries, columns[key].ties)
         for key, values in per_case.items()
@@ -322,8 +341,7 @@ def _estimates(
     queries = sum(estimates[key].n_queries for key in known)
     boot: list[Interval | None] = [None, None]
     if all(part is not None for part in parts):
-        values = _matrix([per_case[key] for key in keys], list(subjects))
-        boot = ci_boot(values, list(subjects.values()), _scores, seed=seed, n_resamples=n_resamples)
+        boot = resampler.intervals([per_case[key] for key in keys], _scores)
     estimates["Score", "score.hm"] = CaseMean(score_hm(parts), boot[0], n, queries)
     estimates["Score", "score.am"] = CaseMean(score_am(*parts), boot[1], n, queries)
     return estimates
@@ -345,26 +363,15 @@ def _of_whole_models(records: Sequence[Record]) -> dict[Key, CaseMean]:
 
 
 def _intervals(
-    per_case: Mapping[Key, Mapping[str, float]],
-    subjects: Mapping[Any, Any],
-    family: ScoreFamily,
-    seed: int,
-    n_resamples: int,
-    *,
-    changes: bool = False,
+    per_case: Mapping[Key, Mapping[str, float]], family: ScoreFamily, resampler: _Resampler
 ) -> dict[Key, Interval | None]:
-    found: dict[Key, Interval | None]
     if family == "cf":
-        found = {key: ci_case(list(values.values())) for key, values in per_case.items()}
-    else:
-        values = _matrix(list(per_case.values()), list(subjects))
-        boot = ci_boot(values, list(subjects.values()), seed=seed, n_resamples=n_resamples)
-        found = dict(zip(per_case, boot, strict=True))
-    return found if changes else found | _near_bounds(per_case, subjects)
+        return {key: ci_case(list(values.values())) for key, values in per_case.items()}
+    return dict(zip(per_case, resampler.intervals(list(per_case.values())), strict=True))
 
 
 def _near_bounds(
-    per_case: Mapping[Key, Mapping[str, float]], subjects: Mapping[Any, Any]
+    per_case: Mapping[Key, Mapping[str, float]], subjects: Mapping[str, str]
 ) -> dict[Key, Interval | None]:
     """Wilson's intervals, over subjects, of the shares that are near 0 or 1."""
     found = {}
@@ -380,19 +387,17 @@ def _change(
     pre: Mapping[Key, _Column],
     post: Mapping[Key, _Column],
     key: Key,
-    subjects: Mapping[Any, Any],
     family: ScoreFamily,
-    seed: int,
-    n_resamples: int,
+    resampler: _Resampler,
 ) -> CaseMean | None:
-    """Post minus pre, paired by case; None where the two have no case in common."""
+    """Return post minus pre, paired by case; None where the two have no case in common."""
     if key not in pre or key not in post:
         return None
     before, after = pre[key].per_case(), post[key].per_case()
     change = {case: after[case] - before[case] for case in after if case in before}
     if not change:
         return None
-    interval = _intervals({key: change}, subjects, family, seed, n_resamples, changes=True)[key]
+    interval = _intervals({key: change}, family, resampler)[key]
     return CaseMean(_mean(change), interval, len(change), post[key].n_queries)
 
 
