@@ -43,7 +43,8 @@ def attribution(lm: LM, edits: Sequence[Edit]) -> list[Tensor]:
 
 
 def neurons(lm: LM, edits: Sequence[Edit]) -> list[Tensor]:
-    return list(attribute_neurons(lm, [encode_edit(lm.tokenizer, e, answer=e.target_new) for e in edits]))
+    rows = [encode_edit(lm.tokenizer, e, answer=e.target_new) for e in edits]
+    return [of_layer for part in attribute_neurons(lm, rows) for of_layer in part]
 
 
 def nodes(lm: LM, edits: Sequence[Edit]) -> list[Tensor]:

@@ -48,6 +48,17 @@ def test_lengths_follow_the_value_vector_s(family, tiny, edit):
         assert 1 <= n <= 20
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "dots1", "deepseek_v2", "gemma4_text"])
+def test_blocks_of_two_widths_and_blocks_without_a_replay_are_edited(family, tiny, edit):
+    lm = tiny(family)
+    wide, narrow = (lm.site(layer, "down_proj").shape[1] for layer in (0, 1))
+    delta = kn(threshold=0.0, max_units=10_000).propose(lm, [edit])
+    units = [set(columns(lm, delta, layer)) for layer in range(lm.n_layers)]
+    assert all(units)
+    assert max(units[0]) >= narrow or wide == narrow
+    assert max(units[1]) < narrow
+
+
 def test_erasing_is_switching_the_units_off(tiny, edit):
     """T41."""
     lm = tiny("gptj")
@@ -114,7 +125,8 @@ def test_the_chosen_units_are_the_prompt_s_highest(attributed, tiny, edit):
     delta = kn(threshold=0.5, attributed=attributed).propose(lm, [edit])
     fact = replace(edit, target_new=edit.target_true) if attributed == "old" else edit
     scores, _ = attribute_neurons(lm, answer_rows(lm, [fact]), n_points=3)
-    wanted = (scores[0] >= 0.5 * scores.max()).nonzero().tolist()
+    of_fact = torch.stack(scores, 1)[0]
+    wanted = (of_fact >= 0.5 * of_fact.max()).nonzero().tolist()
     assert sorted([layer, j] for layer in range(lm.n_layers) for j in columns(lm, delta, layer)) == wanted
 
 
@@ -128,7 +140,7 @@ def test_the_change_is_turned_round_for_units_that_are_negative(tiny, edit):
     )
     old = replace(edit, target_new=edit.target_true)
     rows = [answer_rows(lm, [old], prefix=prefix)[0] for prefix in ("", *prefixes)]
-    activations = attribute_neurons(lm, rows, n_points=3)[1]
+    activations = torch.stack(attribute_neurons(lm, rows, n_points=3)[1], 1)
     units = [(i, j) for i in range(lm.n_layers) for j in columns(lm, signed, i)]
     turned = [float((columns(lm, signed, i)[j] @ columns(lm, published, i)[j]).sign()) for i, j in units]
     assert turned == [float(activations.mean(0)[unit].sign()) for unit in units]

@@ -49,15 +49,15 @@ def attribute_neurons(
     grid: Grid = "midpoint",
     neuron: Neuron = "value_input",
     progress: Callable[[int, int], None] = silent,
-) -> tuple[Float[Tensor, "n_rows n_layers d_ff"], Float[Tensor, "n_rows n_layers d_ff"]]:
+) -> tuple[tuple[Float[Tensor, "n_rows _"], ...], tuple[Float[Tensor, "n_rows _"], ...]]:
     """Attribute the probability of each row's answer to the units of every layer: the mean over its answer tokens.
 
     Every token is predicted with those before it given. Blocks below a layer are run once, those from it on for all
     points of all tokens in one batch.
 
     Returns:
-        Scores, and the activations themselves (the mean over the same positions); on the CPU, in float32 or the
-        weights' dtype where that is wider.
+        Scores of each layer's units, and the activations themselves (the mean over the same positions); on the CPU, in
+        float32 or the weights' dtype where that is wider.
 
     Raises:
         InvalidSetting: an unknown grid or neuron, no points or no rows.
@@ -66,9 +66,9 @@ def attribute_neurons(
     check_choice(neuron, Neuron, "neuron")
     rows = list_of_some(rows, "rows")
     points = grid_points(n_points, grid)
-    d_ff = lm.site(0, "down_proj").shape[1]
+    widths = [lm.site(layer, "down_proj").shape[1] for layer in range(lm.n_layers)]  # a shared expert's is its own
     wide = torch.promote_types(lm.dtype, torch.float32)
-    scores, activations = (torch.zeros(len(rows), lm.n_layers, d_ff, dtype=wide) for _ in range(2))
+    scores, activations = (torch.zeros(len(rows), sum(widths), dtype=wide) for _ in range(2))
     most = max(len(row.target_ids) for row in rows)
     done = 0
     with lm.frozen_eval():
@@ -77,19 +77,19 @@ def attribute_neurons(
             counts = torch.tensor([len(row.target_ids) for row in labels])
             of_row = torch.repeat_interleave(torch.arange(len(group)), counts)
             for total, per_token in zip((scores, activations), _per_token(lm, labels, points, neuron), strict=True):
-                summed = torch.zeros(len(group), *per_token.shape[1:], dtype=wide).index_add_(0, of_row, per_token)
-                total[torch.tensor(group)] = summed / counts[:, None, None]
+                summed = torch.zeros(len(group), sum(widths), dtype=wide).index_add_(0, of_row, per_token)
+                total[torch.tensor(group)] = summed / counts[:, None]
             done += len(group)
             progress(done, len(rows))
     if not bool(torch.isfinite(scores).all()):
         raise NonFinite("an attribution is NaN or infinite; is the model's own probability finite?")
-    return scores, activations
+    return scores.split(widths, 1), activations.split(widths, 1)
 
 
 def _per_token(
     lm: LM, labels: Sequence[Row], points: Float[Tensor, " m"], neuron: Neuron
-) -> tuple[Float[Tensor, "n n_layers d_ff"], Float[Tensor, "n n_layers d_ff"]]:
-    """Return scores and activations of every answer token of these rows."""
+) -> tuple[Float[Tensor, "n units"], Float[Tensor, "n units"]]:
+    """Return scores and activations of every answer token of these rows, the units layer after layer."""
     inputs, (at, positions), m = input_rows(labels), answer_places(labels), len(points)
     blocks: dict[int, Tensor] = {}
     own: dict[int, Tensor] = {}
@@ -103,7 +103,7 @@ def _per_token(
         a = own[layer].to(torch.promote_types(lm.dtype, torch.float32))  # (n, d_ff)
         leaf = (points.to(a)[:, None, None] * a).flatten(0, 1).requires_grad_()
         with torch.enable_grad(), _replaced(lm, layer, m * len(at), places, neuron, leaf):
-            if layer == 0:
+            if layer == 0 or lm.layout.earlier == "other":
                 scope: Any = nullcontext(pad([inputs[i] for i in copies.tolist()], lm.device))
             else:
                 state = ReplayState(layer, blocks[layer - 1], (), (), starts, lengths)
@@ -113,14 +113,14 @@ def _per_token(
             (g,) = torch.autograd.grad(gold(log_p, list(labels) * m).exp().sum() / m, [leaf])
         found.append((a * g.view(m, *a.shape).sum(0)).to(lm.device))
         activations.append(a.to(lm.device))
-    return torch.stack(found, 1).cpu(), torch.stack(activations, 1).cpu()
+    return torch.cat(found, 1).cpu(), torch.cat(activations, 1).cpu()
 
 
 def _module(lm: LM, layer: int, neuron: Neuron) -> tuple[nn.Module, Int[Tensor, " d_ff"] | None]:
     """Return the module at which a layer's units are seen, and which of its outputs they are (None: its inputs)."""
     if neuron == "value_input":
         return lm.site(layer, "down_proj").module, None
-    site = lm.site(layer, "gate_proj" if lm.layout.gate_proj is not None else "up_proj")
+    site = lm.site(layer, "gate_proj" if lm.has(layer, "gate_proj") else "up_proj")
     return site.module, site.outputs(torch.arange(site.shape[0], device=site.device))
 
 

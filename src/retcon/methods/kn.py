@@ -142,10 +142,11 @@ class Kn(Method):
         for edit, before, fact in zip(edits, old, attributed, strict=True):
             rows = [answer_rows(lm, [fact], prefix=prefix)[0] for prefix in ("", *prefixes)]
             scores, activations = find(lm, rows)
-            chosen = refine(scores.flatten(1), self.threshold, self.share)[: self.max_units]
-            units = [divmod(i, scores.shape[-1]) for i in chosen]
-            sign = activations.mean(0).sign() if self.signed else torch.ones_like(activations[0])
-            yield edit, before, {(layer, j): float(sign[layer, j]) for layer, j in units}
+            units = [(layer, j) for layer, of_layer in enumerate(scores) for j in range(of_layer.shape[1])]
+            chosen = refine(torch.cat(scores, 1), self.threshold, self.share)[: self.max_units]
+            mean = torch.cat(activations, 1).mean(0)
+            sign = mean.sign() if self.signed else torch.ones_like(mean)
+            yield edit, before, {units[i]: float(sign[i]) for i in chosen}
 
     def _old(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
         """Return the edits with the old answer in the new one's place."""
