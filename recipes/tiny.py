@@ -98,7 +98,7 @@ UNLIKE: dict[str, dict[str, Any]] = {
     "laguna": EXPERTS | SHARED | dict(head_dim=8),
     "mellum": EXPERTS | dict(head_dim=8),
     "mimo_v2_flash": EXPERTS | dict(head_dim=8, v_head_dim=8, sliding_window=8),
-    "granitemoe_swa": EXPERTS | dict(residual_multiplier=0.5),
+    "granitemoe_swa": EXPERTS | dict(residual_multiplier=0.5, shared_intermediate_size=40),
     "granitemoeshared": EXPERTS | dict(residual_multiplier=0.5, shared_intermediate_size=40),
     "lfm2_moe": EXPERTS | dict(num_dense_layers=1, layer_types=["conv", "full_attention"] * 2),
     "bamba": MAMBA | dict(attn_layer_indices=[1, 3]),

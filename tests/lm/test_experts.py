@@ -23,7 +23,7 @@ from retcon.memory.solve import ridge_direct, ridge_of_experts
 from retcon.methods.common.choosing import method
 from retcon.methods.jeep import Jeep
 from retcon.methods.memit import Memit
-from tests.conftest import UNLIKE, random_moments
+from tests.conftest import UNLIKE, random_moments, tiny_model, tokenizer
 from tests.contract.test_methods import ENDING, probability
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
@@ -183,6 +183,21 @@ def test_what_is_not_for_routed_experts_says_so(tiny: Callable[..., LM], edits: 
         Memit(layers=(0,), cache_keys=True).propose(tiny("mixtral"), edits, contexts=CONTEXTS)
     with pytest.raises(InvalidSetting, match="cache_keys knows no routed experts, which mlp='experts' writes"):
         Memit(layers=(1,), cache_keys=True, mlp="experts").propose(tiny("qwen2_moe"), edits, contexts=CONTEXTS)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "own"),
+    [("cohere2_moe", dict(num_shared_experts=0)), ("granitemoe", dict(residual_multiplier=1.0))],
+)
+def test_experts_with_nothing_between_are_written(model_type: str, own: dict[str, Any], edits: list[Edit]) -> None:
+    """Though the family's first kind of block has a factor."""
+    lm = LM(tiny_model(model_type, **UNLIKE[model_type] | own), tokenizer())
+    memit = Memit(layers=(1, 2), moment_weight=1e-3, clamp=8.0, weight_decay=0.0, steps=10)
+    moments = GivenMoments({s.id: torch.eye(s.shape[1]) for i in (1, 2) for s in lm.expert_sites(i)})
+    delta = memit.propose(lm, edits[:1], contexts=CONTEXTS, moments=moments)
+    before = probability(lm, edits[0])
+    with lm.edited(delta):
+        assert probability(lm, edits[0]) > before
 
 
 @pytest.mark.parametrize("name", ["ctp", "jeep", "kne", "memit"])

@@ -279,6 +279,13 @@ def test_a_gemma_4_with_experts_is_refused() -> None:
         layout_for(config("gemma4_text", enable_moe_block=True))
 
 
+@pytest.mark.parametrize("family", ["granite", "granite_swa", "granitemoe_swa", "granitemoeshared", "granitemoehybrid"])
+def test_a_factor_of_1_is_none(family: str) -> None:
+    for factor in (0.5, 1.0):
+        kinds = layout_for(config(family, residual_multiplier=factor)).kinds
+        assert [kind.residual_multiplier for kind in kinds] == [factor != 1] * len(LAYOUTS[family].kinds)
+
+
 @pytest.mark.parametrize(
     ("model_type", "text_type"),
     [("llava", "llama"), ("gemma3", "gemma3_text"), ("qwen2_vl", "qwen2_vl_text"), ("mistral3", "mistral")],

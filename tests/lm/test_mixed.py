@@ -18,7 +18,7 @@ from retcon.lm.replay import capture_states, replaying, suffix_starts
 from retcon.memory.contexts import Contexts
 from retcon.memory.values.search import REPLAYS
 from retcon.methods.memit import Memit
-from tests.conftest import UNLIKE, random_moments
+from tests.conftest import UNLIKE, random_moments, tiny_model, tokenizer
 
 CONTEXTS = Contexts(("The train stood still. ", "I read. "))
 pytestmark = [
@@ -46,6 +46,24 @@ def test_each_block_is_of_the_kind_whose_modules_it_has(family: str, tiny: Calla
         experts = [n for n, _ in lm.block(layer).named_parameters() if n.endswith("experts.down_proj")]
         assert (lm.kinds[layer].experts is not None) == bool(experts and family not in NOT_LINEAR)
         assert lm.site(layer, "o_proj").weight.shape[0] == lm.d_model == 32
+
+
+@pytest.mark.parametrize(
+    ("model_type", "own", "dense", "routed"),
+    [
+        ("ernie4_5_moe", dict(moe_num_shared_experts=0), [0], [1, 2, 3]),
+        ("granitemoe_swa", dict(shared_intermediate_size=0), [], [0, 1, 2, 3]),
+        ("qwen3_next", dict(mlp_only_layers=[0, 1]), [0, 1], []),
+        ("mellum", dict(mlp_layer_types=["dense", "sparse"] * 2), [0, 2], [1, 3]),
+        ("cohere2_moe", dict(num_shared_experts=0), [0], [1, 2, 3]),
+    ],
+)
+def test_blocks_that_a_config_makes_otherwise_are_known(
+    model_type: str, own: dict[str, Any], dense: list[int], routed: list[int]
+) -> None:
+    lm = LM(tiny_model(model_type, **UNLIKE[model_type] | own), tokenizer())
+    assert [i for i, kind in enumerate(lm.kinds) if kind.experts is None] == dense
+    assert [i for i, kind in enumerate(lm.kinds) if kind.down_proj is None] == routed
 
 
 @pytest.mark.parametrize("family", REPLAYED)

@@ -332,12 +332,13 @@ LAYOUTS: dict[str, Layout] = {
     "gemma4_text": replace(_POST_NORM, earlier="other", others=(replace(_POST_NORM, k_proj=None, v_proj=None),)),
     # mixtures of experts
     "flex_olmo": replace(_ROUTED, mlp_post_norm="post_feedforward_layernorm"),
-    **dict.fromkeys(("gpt_oss", "mellum", "minimax_m2", "mixtral", "olmoe", "phimoe"), _ROUTED),
-    "mimo_v2_flash": _with(_ROUTED, _LLAMA),
-    "qwen3_moe": _with(_ROUTED, _LLAMA),
+    **dict.fromkeys(("gpt_oss", "minimax_m2", "mixtral", "olmoe", "phimoe"), _ROUTED),
+    **dict.fromkeys(("mellum", "mimo_v2_flash", "qwen3_moe"), _with(_ROUTED, _LLAMA)),
     "granitemoe": _GRANITE_MOE,
-    "granitemoe_swa": _GRANITE_MOE,
-    "granitemoeshared": _with(replace(_GRANITE_HYBRID_MOE, earlier="attention"), _GRANITE_MOE),
+    **dict.fromkeys(
+        ("granitemoe_swa", "granitemoeshared"),
+        _with(replace(_GRANITE_HYBRID_MOE, earlier="attention"), _GRANITE_MOE),
+    ),
     "qwen2_moe": _with(_GATED_SHARED, replace(_LLAMA, gated_shared=True)),
     "hunyuan_v1_moe": _shared(_LLAMA, "mlp.shared_mlp"),
     "afmoe": _with(
@@ -351,8 +352,9 @@ LAYOUTS: dict[str, Layout] = {
         replace(_LLAMA, parallel=True),
     ),
     "flint": _with(_shared(_LLAMA, "mlp.shared_expert"), _LLAMA),
+    "ernie4_5_moe": _with(_shared(_LLAMA, "mlp.shared_experts"), _ROUTED, _LLAMA),
     **dict.fromkeys(
-        ("hy_v3", "laguna", "dots1", "ernie4_5_moe", "glm4_moe", "solar_open"),
+        ("hy_v3", "laguna", "dots1", "glm4_moe", "solar_open"),
         _with(_shared(_LLAMA, "mlp.shared_experts"), _LLAMA),
     ),
     "kolibri1": replace(_shared(_LLAMA, "mlp.shared_experts"), mlp_post_norm="post_mlp_layernorm"),
@@ -364,7 +366,12 @@ LAYOUTS: dict[str, Layout] = {
     "llama4_text": _with(replace(_shared(_LLAMA, "feed_forward.shared_expert"), experts=None), _FEED_FORWARD),
     # hybrids
     "qwen3_5_text": _with(_QWEN_HYBRID, _recurrent(_QWEN_HYBRID, "linear_attn.out_proj")),
-    "qwen3_next": _with(_QWEN_HYBRID_MOE, _recurrent(_QWEN_HYBRID_MOE, "linear_attn.out_proj")),
+    "qwen3_next": _with(
+        _QWEN_HYBRID_MOE,
+        _recurrent(_QWEN_HYBRID_MOE, "linear_attn.out_proj"),
+        _QWEN_HYBRID,
+        _recurrent(_QWEN_HYBRID, "linear_attn.out_proj"),
+    ),
     "qwen3_5_moe_text": _with(_QWEN_HYBRID_MOE, _recurrent(_QWEN_HYBRID_MOE, "linear_attn.out_proj")),
     "lfm2": _with(_LFM2, _recurrent(_LFM2, "conv.out_proj")),
     "lfm2_moe": _with(
@@ -444,8 +451,8 @@ def layout_for(config: Any) -> Layout:
         row = replace(row, parallel=config.use_parallel_residual)
     elif kind == "falcon":
         row = replace(row, parallel=config.new_decoder_architecture or config.parallel_attn)
-    elif kind in ("granite", "granitemoe"):
-        row = replace(row, residual_multiplier=config.residual_multiplier != 1)
+    elif kind.startswith("granite") and config.residual_multiplier == 1:
+        row = _with(*(replace(one, residual_multiplier=False) for one in row.kinds))
     elif kind == "gpt_bigcode" and not config.multi_query:
         row = replace(row, **_fused_qkv("attn.c_attn", "groups"))
     return row

@@ -24,6 +24,7 @@ from retcon.memory.keys import KeyReader, mean_keys
 from retcon.memory.moments import GivenMoments
 from retcon.memory.write import is_routed
 from retcon.methods.common.choosing import method
+from retcon.methods.common.proposal import what_stands_between
 from retcon.work import silent
 
 Outcome = Literal["passed", "failed", "skipped"]
@@ -255,8 +256,7 @@ def _proposed(lm: LM, name: str) -> Any:
     chosen = method(name, **settings)
     layers = [settings[n] for n in ("layer",) if n in settings]
     layers += [layer for n in ("layers", "low", "high") for layer in settings.get(n, ())]
-    written = [lm.layout.mlp_post_norm, lm.layout.residual_multiplier]
-    if any(is_routed(lm, layer, False) for layer in layers) and any(written):
+    if what_stands_between([lm.kinds[layer] for layer in layers if is_routed(lm, layer, False)]):
         return "a norm or a factor stands between the routed experts and the residual stream"
     moments = _identity(lm, layers)
     with _silent():

@@ -26,6 +26,7 @@ from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
 from retcon.lm.batches import in_batches
 from retcon.lm.forward import TensorName, answer_places, gold, log_probs, logits_at
+from retcon.lm.layouts import Layout
 from retcon.lm.model import LM
 from retcon.lm.prompts import Where, encode_edit, pad
 from retcon.lm.site import Site
@@ -242,16 +243,15 @@ def target_tensor(
     Raises:
         InvalidSetting: routed experts would be written, and something stands between them and the block's output.
     """
-    if any(is_routed(lm, layer, routed) for layer in layers if layer < lm.n_layers):
-        if lm.layout.mlp_post_norm or lm.layout.residual_multiplier:
-            between = "a norm" if lm.layout.mlp_post_norm else "a factor"
+    if experts := [lm.kinds[layer] for layer in layers if layer < lm.n_layers and is_routed(lm, layer, routed)]:
+        if between := what_stands_between(experts):
             raise InvalidSetting(
                 f"{name}: on {lm.config.model_type!r} {between} stands between the routed experts and the residual "
                 "stream, and values are measured there; kne, ctp and fine-tuning of the attention work"
             )
         return "block"
-    if wanted == "block" and not lm.layout.adds_mlp_output:
-        between = "a norm" if lm.layout.mlp_post_norm else "a factor"
+    if wanted == "block" and not all(kind.adds_mlp_output for kind in lm.kinds):
+        between = what_stands_between(lm.kinds) or "a factor"
         warnings.warn(
             f"{name}: values belong at the block's output, but on {lm.model.config.model_type!r} {between} stands "
             "between the MLP and that; they are searched and measured at the MLP's output instead",
@@ -260,6 +260,13 @@ def target_tensor(
         )
         return "mlp"
     return wanted
+
+
+def what_stands_between(kinds: Sequence[Layout]) -> str | None:
+    """Return what is between the MLPs of such blocks and the residual stream, in words; None: nothing."""
+    if any(kind.mlp_post_norm for kind in kinds):
+        return "a norm"
+    return "a factor" if any(kind.residual_multiplier for kind in kinds) else None
 
 
 def warn_of_subjects(name: str, lm: LM, edits: Sequence[Edit], *, top: int) -> None:
