@@ -279,6 +279,33 @@ def test_a_gemma_4_with_experts_is_refused() -> None:
         layout_for(config("gemma4_text", enable_moe_block=True))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "own"),
+    [
+        ("paligemma", {}),
+        ("gemma3_text", dict(use_bidirectional_attention=True)),
+        ("gemma4_text", dict(use_bidirectional_attention="all")),
+        ("llama", dict(is_causal=False)),
+    ],
+)
+def test_text_models_that_look_ahead_are_refused(model_type: str, own: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel, match=r"with bidirectional attention .*; use a causal checkpoint"):
+        layout_for(config(model_type, **own))
+    layout_for(config("gemma4_text", use_bidirectional_attention="vision"))
+
+
+def test_a_model_that_cannot_be_run_on_text_alone_is_refused() -> None:
+    """As BLIP-2's is."""
+
+    class WithImages(type(tiny_model("llama"))):  # type: ignore[misc]
+        def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Any = None, **more: Any) -> None: ...
+
+    model = tiny_model("llama")
+    model.__class__ = WithImages
+    with pytest.raises(UnsupportedModel, match="WithImages cannot be run on text alone: its forward demands pixel_val"):
+        LM(model, tokenizer())
+
+
 @pytest.mark.parametrize("family", ["granite", "granite_swa", "granitemoe_swa", "granitemoeshared", "granitemoehybrid"])
 def test_a_factor_of_1_is_none(family: str) -> None:
     for factor in (0.5, 1.0):

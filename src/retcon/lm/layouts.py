@@ -446,6 +446,12 @@ def layout_for(config: Any) -> Layout:
             "Gemma 4 with experts (enable_moe_block=True) norms the dense MLP and the experts apart before it adds "
             "them, which no layout describes yet; use a dense Gemma 4."
         )
+    attends = getattr(config, "use_bidirectional_attention", None)
+    if attends not in (None, False, "vision") or not getattr(config, "is_causal", True):  # "vision": in images alone
+        raise UnsupportedModel(
+            f"model_type {kind!r} with bidirectional attention (use_bidirectional_attention={attends!r}) lets a token "
+            "see those after it, so that padding and answers change what comes before them; use a causal checkpoint."
+        )
     row = LAYOUTS[kind]
     if kind in ("gpt_neox", "stablelm"):
         row = replace(row, parallel=config.use_parallel_residual)

@@ -1,5 +1,6 @@
 """What is refused: models that cannot be edited, tokenizers of other models, parameters that must not change."""
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -26,7 +27,7 @@ def refuse_other_vocabulary(model: Any, tokenizer: Any, name: str | None) -> Non
 
 
 def refuse_wrapped(model: Any) -> None:
-    """Raise UnsupportedModel where the model is compiled, carries adapters, or is not decoder-only."""
+    """Raise UnsupportedModel where the model is compiled, carries adapters, is no decoder or demands more than text."""
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModel("the model is compiled (torch.compile); wrap the original one: LM(model._orig_mod, ...)")
     if getattr(model, "_compiled_call_impl", None) is not None:
@@ -41,6 +42,13 @@ def refuse_wrapped(model: Any) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(
             f"{model.config.model_type!r} is an encoder-decoder model; retcon edits decoder-only ones"
+        )
+    parameters = inspect.signature(model.forward).parameters.values()
+    demanded = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if more := [name for name in demanded if name != "input_ids"]:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be run on text alone: its forward demands {', '.join(more)}; use a "
+            "text model, or one that can do without images"
         )
 
 
