@@ -4,10 +4,11 @@ The losses of the edits are added up, and since no vector enters two of them, ea
 Adam state, clamp, step count and end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, product
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +25,10 @@ from retcon.memory.values.state import SearchState
 MAX_KL_PADDING_TOKENS = {"cpu": 64}
 """Tokens of padding up to which KL rows, one token long, join the rewriting rows: a pass of their own costs more."""
 MAX_KL_PADDING_TOKENS_ON_ACCELERATOR = 256
+
+
+RowKind = Literal["rewriting", "kl"]
+"""Rows that end in the new answer, or rows whose prediction at the subject shall stay."""
 
 
 @dataclass(frozen=True, order=True)
@@ -46,13 +51,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pass:
-    """Rows that are replayed together: all rewriting rows of the active edits, then all their KL rows."""
+    """Rows of the active edits that are replayed together."""
 
     recorded: ReplayState
-    rewriting: bool
-    """Whether the rewriting rows are among them."""
-    kl: bool
-    """Whether the KL rows are."""
+    kinds: tuple[RowKind, ...]
+    """Which of their rows, in this order."""
     changed: list[Int[Tensor, "2 _"]]
     """Per site, the rows and columns at which its vectors are added."""
     labels: Int[Tensor, "2 labels"]
@@ -179,12 +182,12 @@ class Recorded:
         per_row = torch.tensor([len(t) for t in targets], device=device)
         padding = len(edits) * (shape.columns - 1)
         together = padding <= MAX_KL_PADDING_TOKENS.get(device.type, MAX_KL_PADDING_TOKENS_ON_ACCELERATOR)
-        kinds = [(True, self.with_kl)] if together or not self.with_kl else [(True, False), (False, True)]
+        kinds: tuple[RowKind, ...] = ("rewriting", "kl") if self.with_kl else ("rewriting",)
         of_row = [row for row, ids in enumerate(targets) for _ in ids]
         unused = shape.labels - len(of_row)
         return ActiveBatch(
             edits=edits,
-            passes=[self._pass(edits, shape, rewriting=rewriting, kl=kl) for rewriting, kl in kinds],
+            passes=[self._pass(edits, shape, of) for of in ([kinds] if together else [(kind,) for kind in kinds])],
             labels=Labels(
                 tokens=torch.tensor([token for ids in targets for token in ids] + [0] * unused, device=device),
                 rows=torch.tensor(of_row + [len(targets)] * unused, device=device),
@@ -193,37 +196,26 @@ class Recorded:
             state=state,
         )
 
-    def _pass(self, edits: Sequence[int], shape: Shape, *, rewriting: bool, kl: bool) -> Pass:
-        rows: list[int] = []
+    def _pass(self, edits: Sequence[int], shape: Shape, kinds: tuple[RowKind, ...]) -> Pass:
+        recorded: list[int] = []
         changed: list[list[tuple[int, int]]] = [[] for _ in self.sites]
         labels: list[tuple[int, int]] = []
-        for e in edits if rewriting else ():
-            for j, (row, start) in enumerate(zip(self.rows[e].rewriting, self.rows[e].starts, strict=True)):
-                for s, site in enumerate(self.sites):
-                    changed[s].append((len(rows), row.position(site.where) - start))
-                labels += [(len(rows), row.n_prompt - 1 - start + t) for t in range(len(row.target_ids))]
-                rows.append(e * self.n_contexts + j)
-        columns, prefix = shape.columns, shape.prefix
-        if rewriting:
-            read = set(labels)
-            others = ((row, c) for row in range(len(rows)) for c in range(columns) if (row, c) not in read)
-            labels += list(islice(others, shape.labels - len(labels)))
-        if kl:
-            columns, prefix = max(columns * rewriting, shape.kl_columns), max(prefix * rewriting, shape.kl_prefix)
-        for e in edits if kl else ():
-            subject = self.rows[e].kl
-            assert subject is not None
-            last = len(subject.ids) - 1 - self.rows[e].kl_start
-            for s, site in enumerate(self.sites):
-                if site.where == "subject_last":
-                    changed[s].append((len(rows), last))
-            labels.append((len(rows), last))
-            rows.append(len(self.rows) * self.n_contexts + e)
+        for kind in kinds:
+            for number, of_sites, read in self._rewriting_rows(edits) if kind == "rewriting" else self._kl_rows(edits):
+                row = len(recorded)
+                for places, column in zip(changed, of_sites, strict=True):
+                    places += [] if column is None else [(row, column)]
+                labels += [(row, column) for column in read]
+                recorded.append(number)
+            if kind == "rewriting":  # tokens that count nowhere fill the shape
+                known, everywhere = set(labels), product(range(len(recorded)), range(shape.columns))
+                labels += islice((place for place in everywhere if place not in known), shape.labels - len(labels))
+        columns = max(shape.columns if kind == "rewriting" else shape.kl_columns for kind in kinds)
+        prefix = max(shape.prefix if kind == "rewriting" else shape.kl_prefix for kind in kinds)
         device = self.lm.device
         return Pass(
-            recorded=self._away(self.states.select(rows, columns=columns, prefix=prefix)),
-            rewriting=rewriting,
-            kl=kl,
+            recorded=self._away(self.states.select(recorded, columns=columns, prefix=prefix)),
+            kinds=kinds,
             changed=[
                 torch.tensor(places, dtype=torch.long, device=self._device(site)).view(-1, 2).T
                 for site, places in zip(self.sites, changed, strict=True)
@@ -231,6 +223,23 @@ class Recorded:
             labels=torch.tensor(labels, device=device).T,
             ends=torch.tensor(sorted(row * columns + at for row, at in labels), device=device),
         )
+
+    def _rewriting_rows(self, edits: Sequence[int]) -> Iterator[tuple[int, list[int | None], list[int]]]:
+        """Yield each row's number among the recorded ones, the column of every site, and the columns that are read."""
+        for e in edits:
+            for j, (row, start) in enumerate(zip(self.rows[e].rewriting, self.rows[e].starts, strict=True)):
+                first = row.n_prompt - 1 - start
+                of_sites: list[int | None] = [row.position(site.where) - start for site in self.sites]
+                yield e * self.n_contexts + j, of_sites, list(range(first, first + len(row.target_ids)))
+
+    def _kl_rows(self, edits: Sequence[int]) -> Iterator[tuple[int, list[int | None], list[int]]]:
+        """Do as `_rewriting_rows`; a site that is not at the subject has no column."""
+        for e in edits:
+            row = self.rows[e].kl
+            assert row is not None
+            last = len(row.ids) - 1 - self.rows[e].kl_start
+            of_sites = [last if site.where == "subject_last" else None for site in self.sites]
+            yield len(self.rows) * self.n_contexts + e, of_sites, [last]
 
     def _device(self, site: ValueSite) -> torch.device:
         return self.lm.site(site.point.layer, "o_proj").device
@@ -249,27 +258,29 @@ class Recorded:
 
             def add(value: Tensor) -> Tensor:
                 rows, columns = part.changed[s].to(value.device)
-                if part.rewriting and self.points[s] == site.point:  # else nothing below the site is run
+                rewrites = "rewriting" in part.kinds
+                if rewrites and self.points[s] == site.point:  # else nothing below the site is run
                     bare = slice(0, len(now.edits) * every, every)
                     seen = value.detach()[rows[bare], columns[bare]].to(self.dtype)
                     going = state.going.to(value.device)[:, None]
                     state.activation[s] = torch.where(going, seen, state.activation[s])
                 vector = vectors[s].to(value.device, value.dtype)
-                added = [vector.repeat_interleave(every, dim=0)] if part.rewriting else []
-                added += [vector] if part.kl and site.where == "subject_last" else []
+                added = [vector.repeat_interleave(every, dim=0)] if rewrites else []
+                added += [vector] if "kl" in part.kinds and site.where == "subject_last" else []
                 return value.index_put((rows, columns), torch.cat(added), accumulate=True)
 
             return add
 
         below_the_last = all(p.layer < self.lm.n_layers - 1 for p in self.points)
-        found: list[Tensor] = []
+        n_read: dict[RowKind, int] = {"rewriting": len(now.labels.tokens), "kl": len(now.edits)}
+        found: dict[RowKind, Tensor] = {}
         for part in now.passes:
             hooks = {point: hook(s, part) for s, point in enumerate(self.points) if part.changed[s].numel()}
             labels = (part.labels[0], part.labels[1])
             with replaying(self.lm, part.recorded, ends=part.ends if below_the_last else None, planned=True) as inputs:
                 logits = logits_at(self.lm, inputs, labels, hooks)
-            found += logits.split([len(now.labels.tokens)] * part.rewriting + [len(now.edits)] * part.kl)
-        return found[0], found[1] if self.with_kl else None
+            found |= zip(part.kinds, logits.split([n_read[kind] for kind in part.kinds]), strict=True)
+        return found["rewriting"], found.get("kl")
 
     def step(self, now: ActiveBatch, *, only_measure: bool) -> None:
         """Run the batch once, take in what it found, and update the vectors of those edits that go on.
