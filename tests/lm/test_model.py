@@ -1,4 +1,4 @@
-"""`LM`: applying and reverting on whole models, what is refused and why, borrowing, generating."""
+"""`LM`: applying and reverting on whole models, what is refused and why, freezing, generating."""
 
 import copy
 import pickle
@@ -526,7 +526,7 @@ def test_what_it_says_about_itself(tiny: Make) -> None:
     assert lm.device == torch.device("cpu")
 
 
-# --- borrowing -----------------------------------------------------------------------------------------------------
+# --- freezing ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["ends well", "raises"])

@@ -154,7 +154,7 @@ def test_a_module_run_partly_gives_what_is_known_elsewhere(family: str, tiny: Ca
 
 
 def test_a_replay_that_ends_late_leaves_what_came_after_it(tiny: Callable[..., LM]) -> None:
-    """An interrupted pass is cleared up by its borrower; its own end may come when another replay is under way."""
+    """An interrupted pass is cleared up by the scope around it; its own end may come during another replay."""
     lm = tiny("llama")
     block = lm.block(0)
     state = ReplayState(1, torch.zeros(1, 3, lm.config.hidden_size, dtype=lm.dtype), (), (), (0,), (3,))

@@ -43,7 +43,7 @@ from retcon.lm.packed import Parameters, packed_matrices
 from retcon.lm.prompts import Row, encode, encode_edit, end_of_turn
 from retcon.lm.quantised import shown_unquantised
 from retcon.lm.refusals import refuse_other_vocabulary, refuse_subclasses, refuse_wrapped, why_not_editable
-from retcon.lm.scopes import Edited, FrozenEval, Lent, Scope, Turn, Turns, WithoutDeltas
+from retcon.lm.scopes import Edited, FrozenEval, SavedFlags, Scope, Turn, Turns, WithoutDeltas
 from retcon.lm.site import Site, SiteName
 from retcon.lm.status import unverified
 from retcon.plural import plural
@@ -94,7 +94,7 @@ class LM:
         self.serials = count()
         """Numbers of scopes."""
         self._ledger = Ledger(self._parameters, Hooks(model), self.packed)
-        self._lent: Lent | None = None
+        self._saved_flags: SavedFlags | None = None
         self.source: tuple[str, dict[str, Any]] | None = None
         """What `retcon.load` was given, so that another process can load the same; None where the caller loaded it."""
         self.workers: Workers = Here()
@@ -378,20 +378,20 @@ class LM:
 
         False after an interrupt in the middle of a change; any call of the LM then finishes it.
         """
-        return self._ledger.settled and (self._lent is None or self._lent.borrower() is not None)
+        return self._ledger.settled and (self._saved_flags is None or self._saved_flags.scope() is not None)
 
     def _finish(self) -> None:
         """Do what an interrupt has left undone: take off deltas of scopes that are gone, put flags and hooks back."""
         if self.turns.interrupted:
             self.turns.interrupted = False
-            if self._lent is not None or any(entry.scope is not None for entry in self._ledger.entries):
+            if self._saved_flags is not None or any(entry.scope is not None for entry in self._ledger.entries):
                 gc.collect()  # scopes that were cut may hang in circles of frames and exceptions
         if self.consistent:
             return
         with Turn(self.turns):
-            if (lent := self._lent) is not None and lent.borrower() is None:
-                lent.restore()
-                self._lent = None
+            if (saved := self._saved_flags) is not None and saved.scope() is None:
+                saved.restore()
+                self._saved_flags = None
             self._ledger.settle()
 
     def fingerprint(self) -> str:
@@ -518,20 +518,20 @@ class LM:
     def leave(self, serial: int) -> None:
         """End the scope of that serial number and those that began inside it."""
         self._ledger.leave(serial)
-        if self._lent is not None and _began_from(self._lent.borrower, serial):
-            self._lent.restore()
-            self._lent = None
+        if self._saved_flags is not None and _began_from(self._saved_flags.scope, serial):
+            self._saved_flags.restore()
+            self._saved_flags = None
 
     def hide(self, scope: "weakref.ref[Any]") -> None:
         """Show the base until `scope` ends or is gone."""
         self._finish()
         self._ledger.hide(scope)
 
-    def lend(self, borrower: "weakref.ref[Scope]") -> None:
-        """Set eval mode and freeze parameters, until `borrower` ends or is gone."""
+    def freeze(self, scope: "weakref.ref[Scope]") -> None:
+        """Set eval mode and freeze parameters, until `scope` ends or is gone."""
         self._finish()
-        if self._lent is None:  # else a scope around this one has them already
-            self._lent = Lent(self.model, borrower)
+        if self._saved_flags is None:  # else a scope around this one has them already
+            self._saved_flags = SavedFlags(self.model, scope)
             self.model.eval()
             self.model.requires_grad_(False)
 

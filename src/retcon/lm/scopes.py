@@ -196,7 +196,7 @@ class FrozenEval(Scope):
         self._modes = ExitStack()
 
     def begin(self) -> None:
-        self._lm.lend(weakref.ref(self))
+        self._lm.freeze(weakref.ref(self))
         self._modes.enter_context(plain_modes())
 
     def __exit__(self, failed: object = None, *_: object) -> None:
@@ -204,11 +204,11 @@ class FrozenEval(Scope):
         super().__exit__(failed)
 
 
-class Lent:
-    """How a model was before it was lent to a scope: modes, flags, forwards and hooks of every module."""
+class SavedFlags:
+    """How a model was before a scope froze it: modes, flags, forwards and hooks of every module."""
 
-    def __init__(self, model: nn.Module, borrower: "weakref.ref[Scope]") -> None:
-        self.borrower = borrower
+    def __init__(self, model: nn.Module, scope: "weakref.ref[Scope]") -> None:
+        self.scope = scope
         self._modules = [(m, m.training, m.__dict__.get("forward"), _hooks(m)) for m in model.modules()]
         self._parameters = [(p, p.requires_grad) for p in model.parameters()]
 
