@@ -55,7 +55,7 @@ def causal_trace(
     with lm.frozen_eval(), torch.no_grad():
         deviation = embedding_deviation(lm, [e.subject for e in kept if e.subject is not None])
         for done, edit in enumerate(kept, 1):
-            way = _way(lm, edit, settings)
+            way = replace(settings, replayed=settings.replayed and _can_replay(lm, edit))
             prompt = run_clean_and_corrupted(lm, edit, way, deviation)
             if prompt is None:
                 skipped[edit.id] = "the model does not say the original answer"
@@ -129,19 +129,21 @@ def _logits(lm: LM, prompt: Prompt, cells: Sequence[Cell], settings: Tracing) ->
         return logits_at(lm, Batch(ids, torch.ones_like(ids).bool()), (rows.flatten(), last), hooks)
 
 
-def _way(lm: LM, edit: Edit, settings: Tracing) -> Tracing:
-    """Whole passes for prompts longer than an attention window, for attention that takes no mask, for models that count
-    places along the row (ALiBi, GPT-Neo's window), where cells side by side would not have their own, for blocks that
-    read earlier tokens in other ways than by attention, and for models some of whose matrices are not known (CodeGen
-    fuses its projections in an order of its own) or are those of routed experts."""
+def _can_replay(lm: LM, edit: Edit) -> bool:
+    """Return whether a prompt's cells can share rows of a replay; else whole passes restore them."""
+    if lm.layout.earlier != "attention":  # blocks read earlier tokens in other ways, too
+        return False
+    if getattr(lm.config, "_attn_implementation", None) not in ("eager", "sdpa"):  # the others take no mask
+        return False
+    if getattr(lm.config, "alibi", False) or "local" in getattr(lm.config, "attention_layers", ()):
+        return False  # places are counted along the row, and cells side by side would not have their own
+    if "position_ids" not in signature(type(lm.model).forward).parameters:  # nor can they be given theirs
+        return False
     window = getattr(lm.config, "sliding_window", None)
-    within = window is None or len(encode_edit(lm.tokenizer, edit).ids) <= window
-    masked = getattr(lm.config, "_attn_implementation", None) in ("eager", "sdpa")
-    places = "position_ids" in signature(type(lm.model).forward).parameters and not getattr(lm.config, "alibi", False)
-    places = places and "local" not in getattr(lm.config, "attention_layers", ())
-    alone = lm.layout.earlier == "attention"
-    known = all(lm.has(layer, kind) for layer in range(lm.n_layers) for kind in (*PROJECTIONS, "down_proj"))
-    return replace(settings, replayed=settings.replayed and within and masked and places and alone and known)
+    if window is not None and len(encode_edit(lm.tokenizer, edit).ids) > window:
+        return False
+    # CodeGen fuses its projections in an order of its own; an MLP may be one of routed experts
+    return all(lm.has(layer, kind) for layer in range(lm.n_layers) for kind in (*PROJECTIONS, "down_proj"))
 
 
 def _replay_agrees(lm: LM, prompt: Prompt, settings: Tracing) -> bool:
