@@ -35,7 +35,7 @@ from retcon.memory.defaults import default_moments
 from retcon.memory.keys import KeyAverage, KeyReader
 from retcon.memory.moments import GivenMoments, Moments
 from retcon.memory.values import ValueCache, Values, ValueSearch, ValueSite, search_values
-from retcon.memory.write import LayerGroup, is_routed, write, written_sites
+from retcon.memory.write import LayerGroup, is_routed, write
 from retcon.methods.common.contract import UpdateFilter, check_depth, recorded
 from retcon.methods.common.registry import check_subjects
 from retcon.work import Progress, silent
@@ -210,13 +210,13 @@ def sites_of(
     *,
     routed: bool = False,
 ) -> list[Site]:
-    """Return the matrices that a method writes in these layers; `routed` as in `written_sites`.
+    """Return the matrices that a method writes in these layers; `routed` as in `LM.sites`.
 
     Raises:
         InvalidSetting: a layer the model does not have.
     """
     check_depth(name, lm, layers)
-    return [site for layer in layers for site in written_sites(lm, layer, module, routed=routed)]
+    return [site for layer in layers for site in lm.sites(layer, module, routed=routed) or [lm.site(layer, module)]]
 
 
 def only_one(name: str, edits: Sequence[Edit]) -> None:
