@@ -115,7 +115,10 @@ class Contrast:
         return Curve(layers, *mean_and_half_width(values), len(values))
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield everything as a tidy table: one row per record, position, state, reading and set that is not empty."""
+        """Yield everything as a tidy table: one row per record, position, state, reading and set that is not empty.
+
+        The column `site` is the state's tensor.
+        """
         ranks, probabilities, sizes = self.mean_rank.tolist(), self.sum_prob.tolist(), self.size.tolist()
         for i, record in enumerate(self.ids):
             places = product(enumerate(self.positions), enumerate(self.points), enumerate(self.norms))
@@ -136,7 +139,7 @@ class Contrast:
                         }
 
     def means(self) -> list[dict[str, Any]]:
-        """Return the curves as a tidy table: one row per position, site, reading, set, quantity and layer."""
+        """Return the curves as a tidy table: one row per position, tensor (`site`), reading, set, quantity, layer."""
         sites = dict.fromkeys(p.tensor for p in self.points)
         quantities: tuple[Quantity, ...] = ("mean_rank", "sum_prob", "mean_prob")
         found = []

@@ -107,7 +107,7 @@ def collect(
         for site_sum in sums.values():
             site_sum.make_room()
 
-    work = SumOfChunk(tuple(map(_key, sites)), state.budget, shrink, here, make_room if here else None)
+    work = SumOfChunk(dict(map(_point_and_width, sites)), state.budget, shrink, here, make_room if here else None)
     pieces = [tuple(rows[j] for j in chunk) for chunk in chunks[state.n_done :]]
     with lm.frozen_eval(), lm.without_deltas():
         try:
@@ -172,7 +172,7 @@ class SumOfChunk:
     """The products of one chunk of rows, as work that can be sent elsewhere.
 
     Args:
-        keys: point and width of each site's.
+        widths: of each site's keys, by the point where they are read.
         budget: padded tokens of one forward pass. Where memory runs out and `shrink` allows fewer, later chunks in this
             process begin with what was found to fit.
         shrink: as `collect` has it.
@@ -182,13 +182,14 @@ class SumOfChunk:
 
     def __init__(
         self,
-        keys: Sequence[tuple[Point, int]],
+        widths: Mapping[Point, int],
         budget: int,
         shrink: bool,
         on_device: bool,
         make_room: Callable[[], None] | None,
     ) -> None:
-        self.keys, self.budget, self.shrink, self.on_device, self.make_room = keys, budget, shrink, on_device, make_room
+        self.widths, self.budget, self.shrink = widths, budget, shrink
+        self.on_device, self.make_room = on_device, make_room
 
     def __call__(self, lm: LM, piece: Sequence[Row], progress: Callable[[int], None]) -> tuple[list["_Products"], int]:
         """Return the products of every site, and the budget that they could be summed with."""
@@ -203,7 +204,7 @@ class SumOfChunk:
         longest = max(len(r.ids) for r in rows)
         tried = False
         while True:
-            found = {point: _Products(width, point.expert is not None) for point, width in self.keys}
+            found = {point: _Products(width, point.expert is not None) for point, width in self.widths.items()}
             try:
                 for group in batched([len(r.ids) for r in rows], self.budget):
                     _add_batch(lm, found, [rows[i] for i in group])
@@ -250,7 +251,7 @@ def _smaller(error: BaseException, budget: int, longest: int, shrink: bool) -> i
     return budget
 
 
-def _key(site: Site) -> tuple[Point, int]:
+def _point_and_width(site: Site) -> tuple[Point, int]:
     """Return where the keys of a site's moment are read, and how wide they are."""
     tensor: TensorName = "key" if site.kind == "down_proj" else "attn_key"
     return Point(site.layer, tensor, site.expert), site.shape[1]
