@@ -116,5 +116,5 @@ def _per_token(alpha: Tensor, h: Tensor) -> Tensor:
     return alpha.view(-1, *[1] * (h.dim() - 1))
 
 
-def _flat(value: Tensor, dtype: torch.dtype) -> Tensor:
+def _flat(value: Float[Tensor, "*rows width"], dtype: torch.dtype) -> Float[Tensor, "tokens width"]:
     return value.reshape(-1, value.shape[-1]).to(dtype)

@@ -152,7 +152,7 @@ def _hooked(lm: LM, layer: int, n_rows: int, neuron: Neuron, call: Callable[[Ten
 
 @contextmanager
 def _reading(
-    lm: LM, n_rows: int, at: Tensor, positions: Tensor, neuron: Neuron, into: dict[int, Tensor]
+    lm: LM, n_rows: int, at: Int[Tensor, " n"], positions: Int[Tensor, " n"], neuron: Neuron, into: dict[int, Tensor]
 ) -> Iterator[None]:
     """Keep every layer's units at (row, position)."""
 
@@ -167,7 +167,7 @@ def _reading(
 
 @contextmanager
 def _replaced(
-    lm: LM, layer: int, n_rows: int, places: tuple[Tensor, Tensor], neuron: Neuron, values: Tensor
+    lm: LM, layer: int, n_rows: int, places: tuple[Tensor, Tensor], neuron: Neuron, values: Float[Tensor, "n d_ff"]
 ) -> Iterator[None]:
     """Put `values` (n, d_ff) in the place of a layer's units at (row, position)."""
 

@@ -314,7 +314,7 @@ def k_best(scores: Sequence[Float[Tensor, " nodes"]], n: int, *, lowest: bool = 
     return Paths(nodes, tuple(-sign * cost for cost, _ in popped))
 
 
-def _ranked(scores: Tensor, n: int, lowest: bool) -> tuple[Tensor, Tensor]:
+def _ranked(scores: Float[Tensor, " nodes"], n: int, lowest: bool) -> tuple[Tensor, Tensor]:
     """Return the n best nodes of a slot and their scores (float64); ties by index, of the lowest from the other end,
     so that best and lowest share none."""
     if n > len(scores):

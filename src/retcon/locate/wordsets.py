@@ -17,7 +17,7 @@ from importlib.resources import files
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from retcon.arguments import list_of_texts
@@ -181,7 +181,7 @@ class Bm25:
                 often[word].append(n)
         self._postings = {w: (torch.tensor(places[w]), torch.tensor(often[w]).float()) for w in places}
 
-    def scores(self, words: Iterable[str]) -> Tensor:
+    def scores(self, words: Iterable[str]) -> Float[Tensor, " documents"]:
         """Score of every document: sum over words of idf f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))."""
         total = torch.zeros(self._n)
         for word in {w.casefold() for w in words} & self._postings.keys():

@@ -64,7 +64,7 @@ def ridge_direct(
 ) -> Float[Tensor, "n m"]:
     """Solve `ridge` by one (m x m) system: the reference."""
 
-    def build(where: torch.device) -> Tensor:
+    def build(where: torch.device) -> Float[Tensor, "m m"]:
         there = k.to(where)
         return moment().to(where, torch.float64, copy=True).mul_(weight).addmm_(there, there.T)
 
@@ -291,7 +291,7 @@ def equality(
     pseudo-inverse gives the nearest there is. `stabiliser` is a, `weight` is w, `identity_weight` is mu.
     """
 
-    def build(where: torch.device) -> Tensor:
+    def build(where: torch.device) -> Float[Tensor, "m m"]:
         c = moment().to(where, torch.float64, copy=True).mul_(weight)
         c.diagonal().add_(identity_weight)
         return c

@@ -81,7 +81,7 @@ class _Units(_OnSite):
 class TrainedRows(_Units):
     """dW[index] = scale * values (n, in): output units."""
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
+    def add(self, x: Float[Tensor, "*rows in"], y: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows out"]:
         return y.index_add(-1, self.site.outputs(self.index), self.scale * (x @ self.values.T))
 
     def change(self) -> tuple[str, Change]:
@@ -91,7 +91,7 @@ class TrainedRows(_Units):
 class TrainedColumns(_Units):
     """dW[:, index] = scale * values.T, values (n, out): input units."""
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
+    def add(self, x: Float[Tensor, "*rows in"], y: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows out"]:
         return _add_to_site(self.site, y, self.scale * (x[..., self.index] @ self.values))
 
     def change(self) -> tuple[str, Change]:
@@ -102,7 +102,7 @@ class TrainedColumns(_Units):
 class TrainedEntries(_Units):
     """dW at the places `index`, counted row by row through W, = scale * values (n)."""
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
+    def add(self, x: Float[Tensor, "*rows in"], y: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows out"]:
         width = x.shape[-1]
         rows = self.site.outputs(self.index // width)
         return y + self.scale * _Scattered.apply(x, self.values, rows, self.index % width, y.shape[-1])
@@ -124,7 +124,7 @@ class TrainedBias(_Units):
         assert bias is not None
         return bias[self.index].to(self.values.dtype)
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
+    def add(self, x: Float[Tensor, "*rows in"], y: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows out"]:
         contribution = (self.scale * self.values).expand(*y.shape[:-1], -1)
         return y.index_add(-1, self.site.outputs(self.index), contribution)
 
@@ -144,7 +144,7 @@ class TrainedLowRank(_OnSite):
     def trained(self) -> list[Tensor]:
         return [self.left, self.right]
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
+    def add(self, x: Float[Tensor, "*rows in"], y: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows out"]:
         return _add_to_site(self.site, y, self.scale * (x @ self.right.T @ self.left.T))
 
     def change(self) -> tuple[str, Change]:
@@ -167,7 +167,7 @@ class LowRankByRow(_OnSite):
     def trained(self) -> list[Tensor]:
         return [self.left, self.right]
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
+    def add(self, x: Float[Tensor, "*rows in"], y: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows out"]:
         rows = x.reshape(len(self.left), -1, x.shape[-1])  # OPT's fc2 sees (batch x seq, width)
         added = rows @ self.right.mT @ self.left
         return _add_to_site(self.site, y, added.reshape(*y.shape[:-1], -1))
@@ -188,7 +188,7 @@ class TrainedTriplets(_OnSite):
     def trained(self) -> list[Tensor]:
         return [self.left, self.singular, self.right]
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
+    def add(self, x: Float[Tensor, "*rows in"], y: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows out"]:
         return _add_to_site(self.site, y, self.scale * (x @ self.right.T * self.singular) @ self.left.T)
 
     def change(self) -> tuple[str, Change]:
@@ -210,7 +210,7 @@ class TrainedDense(_OnSite):
         """Return what `values` are added to, in their precision."""
         return self.site.weight.to(self.values.dtype)
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
+    def add(self, x: Float[Tensor, "*rows in"], y: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows out"]:
         return _add_to_site(self.site, y, x @ self.values.T)
 
     def change(self) -> tuple[str, Change]:
@@ -361,7 +361,9 @@ def _expert_change(part: Any) -> ExpertChange:
     return ExpertChange(part.site.expert, step, down=part.site.kind == "down_proj")
 
 
-def _add_to_site(site: Site, y: Tensor, contribution: Tensor) -> Tensor:
+def _add_to_site(
+    site: Site, y: Float[Tensor, "*rows out"], contribution: Float[Tensor, "*rows of_site"]
+) -> Float[Tensor, "*rows out"]:
     if site.rows is None:
         return y + contribution
     return y.index_add(-1, site.rows.to(y.device), contribution)

@@ -156,10 +156,10 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
     return ValueOf(of_init, of_offset, seen, EditReport(edit.id, reached, step, stopped, terms))
 
 
-def _zeros_at(lm: LM, point: Point, dtype: torch.dtype) -> Tensor:
+def _zeros_at(lm: LM, point: Point, dtype: torch.dtype) -> Float[Tensor, " d_model"]:
     """Return a vector of the residual stream's width on the device of the point's block."""
-    place = lm.site(point.layer, "o_proj").device
-    return torch.zeros(lm.d_model, dtype=dtype, device=place, requires_grad=True)
+    device = lm.site(point.layer, "o_proj").device
+    return torch.zeros(lm.d_model, dtype=dtype, device=device, requires_grad=True)
 
 
 def _nll_by_row(log_p: Float[Tensor, "labels vocab"], rows: _Rows) -> Float[Tensor, " n_rewriting"]:
