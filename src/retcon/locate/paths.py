@@ -8,8 +8,9 @@ docs/methods/ctp.md.
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Literal
 
@@ -38,6 +39,8 @@ sum over d of G[d, j], Eq. 5 to the letter; `abs_of_sum`: its size; `sum_abs`, `
 j;
 `grad_x_weight`: |sum over d of W[d, j] G[d, j]|; `random`: a control, drawn by seed.
 """
+ADDITIVE = ("signed_sum", "abs_of_sum", "grad_x_weight")
+"""Scores that add up over passes without a weight gradient."""
 Select = Literal["rank_aligned", "k_best"]
 """`rank_aligned`: path r takes the r-th node of every slot (the released code); `k_best`: the best sums."""
 Assess = Literal["pooled", "per_edit"]
@@ -177,8 +180,8 @@ def assess(
     """Return every node's score for the loss of `edits`, on the weights as they are now (hooks in force included).
 
     Where one backward pass holds all edits, one matrix's gradient exists at a time. Otherwise slots are assessed in
-    groups whose gradients fit in `max_gradient_bytes`, one pass over the edits per group. `signed_sum`, `abs_of_sum`
-    and `grad_x_weight` form no gradient at all.
+    groups whose gradients fit in `max_gradient_bytes`, one pass over the edits per group. `ADDITIVE` scores form no
+    gradient at all.
 
     Args:
         reduction: what the loss is the mean of.
@@ -222,42 +225,64 @@ def _assess(
     reduction: Reduction,
     max_gradient_bytes: int,
 ) -> list[Tensor]:
-    passes = [
-        (chunk, {i: float(share) for i, share in zip(group, shares(rows, group, reduction), strict=True)})
+    passes = _passes(lm, rows, groups, reduction)
+    if score in ADDITIVE:
+        return _scores_by_sum(passes, slots, score)
+    at_once = [slots] if len(passes) == 1 else _fitting(slots, max_gradient_bytes)
+    return [found for some in at_once for found in _scores_by_gradient(passes, some, score)]
+
+
+BackwardPass = Callable[[Sequence[Slot]], Iterator[list[Captured]]]
+"""One backward pass of the loss of some edits: slot by slot, what each of its sites captured."""
+
+
+def _passes(lm: LM, rows: Sequence[Row], groups: Sequence[Sequence[int]], reduction: Reduction) -> list[BackwardPass]:
+    """Return the passes whose losses add up to the edits' loss, each with as many edits as fit."""
+
+    def capture(items: Sequence[int], share: Mapping[int, float], slots: Sequence[Slot]) -> Iterator[list[Captured]]:
+        def loss() -> Tensor:
+            nll = answer_nll(lm, [rows[i] for i in items])
+            return nll @ torch.tensor([share[i] for i in items], dtype=nll.dtype, device=nll.device)
+
+        by_site = catch([site for slot in slots for site in slot.sites], loss)
+        return (list(islice(by_site, len(slot.sites))) for slot in slots)
+
+    return [
+        partial(capture, chunk, dict(zip(group, shares(rows, group, reduction).tolist(), strict=True)))
         for group in groups
         for chunk in token_chunks(rows, list(group))
     ]
 
-    def caught(chunk: Sequence[int], share: dict[int, float], here: Sequence[Slot]) -> Iterator[list[Captured]]:
-        """Slot by slot, what each of its sites captured."""
 
-        def loss() -> Tensor:
-            nll = answer_nll(lm, [rows[i] for i in chunk])
-            return nll @ torch.tensor([share[i] for i in chunk], dtype=nll.dtype, device=nll.device)
+def _scores_by_sum(
+    passes: Sequence[BackwardPass], slots: Sequence[Slot], score: Score
+) -> list[Float[Tensor, " nodes"]]:
+    """Return an additive score of every node."""
+    sums: dict[int, Tensor] = {}
+    for run in passes:
+        for i, (slot, found) in enumerate(zip(slots, run(slots), strict=True)):
+            part = torch.cat([_summed(slot, one, score) for one in found])
+            sums[i] = sums[i] + part if i in sums else part
+    return [(sums[i] if score == "signed_sum" else sums[i].abs()).cpu() for i in range(len(slots))]
 
-        by_site = catch([site for slot in here for site in slot.sites], loss)
-        return (list(islice(by_site, len(slot.sites))) for slot in here)
 
-    if score in ("signed_sum", "abs_of_sum", "grad_x_weight"):
-        sums: dict[int, Tensor] = {}
-        for chunk, share in passes:
-            for i, (slot, found) in enumerate(zip(slots, caught(chunk, share, slots), strict=True)):
-                part = torch.cat([_summed(slot, one, score) for one in found])
-                sums[i] = sums[i] + part if i in sums else part
-        return [(sums[i] if score == "signed_sum" else sums[i].abs()).cpu() for i in range(len(slots))]
+def _scores_by_gradient(
+    passes: Sequence[BackwardPass], slots: Sequence[Slot], score: Score
+) -> list[Float[Tensor, " nodes"]]:
+    """Return a score of every node that needs the gradient; one slot's exists at a time where there is one pass."""
+    if len(passes) == 1:
+        found = zip(slots, passes[0](slots), strict=True)
+        return [node_scores(_gradient(slot, captured), score).cpu() for slot, captured in found]
+    gradients: dict[int, Tensor] = {}
+    for run in passes:
+        for i, (slot, captured) in enumerate(zip(slots, run(slots), strict=True)):
+            g = _gradient(slot, captured)
+            gradients[i] = gradients[i].add_(g) if i in gradients else g
+    return [node_scores(gradients[i], score).cpu() for i in range(len(slots))]
 
-    scores: list[Tensor] = []
-    for here in [slots] if len(passes) == 1 else _fitting(slots, max_gradient_bytes):
-        gradients: dict[int, Tensor] = {}
-        for chunk, share in passes:
-            for i, (slot, found) in enumerate(zip(here, caught(chunk, share, here), strict=True)):
-                g = torch.cat([slot.by_node(one.weight_gradient()) for one in found], 1)
-                if len(passes) == 1:  # scored on the spot, so that one slot's gradient exists at a time
-                    scores.append(node_scores(g, score).cpu())
-                else:
-                    gradients[i] = gradients[i].add_(g) if i in gradients else g
-        scores += [node_scores(g, score).cpu() for _, g in sorted(gradients.items())]
-    return scores
+
+def _gradient(slot: Slot, captured: Sequence[Captured]) -> Float[Tensor, "d nodes"]:
+    return torch.cat([slot.by_node(one.weight_gradient()) for one in captured], 1)
 
 
 def _fitting(slots: Sequence[Slot], max_bytes: int) -> list[list[Slot]]:
