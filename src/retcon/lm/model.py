@@ -42,7 +42,13 @@ from retcon.lm.owners import OWNERS, own, refuse_taken
 from retcon.lm.packed import Parameters, packed_matrices
 from retcon.lm.prompts import Row, encode, encode_edit, end_of_turn
 from retcon.lm.quantised import shown_unquantised
-from retcon.lm.refusals import refuse_other_vocabulary, refuse_subclasses, refuse_wrapped, why_not_editable
+from retcon.lm.refusals import (
+    refuse_other_vocabulary,
+    refuse_slow,
+    refuse_subclasses,
+    refuse_wrapped,
+    why_not_editable,
+)
 from retcon.lm.scopes import Edited, FrozenEval, SavedFlags, Scope, Turn, Turns, WithoutDeltas
 from retcon.lm.site import Site, SiteName
 from retcon.lm.status import unverified
@@ -71,11 +77,7 @@ class LM:
             raise UnsupportedModel(
                 f"{type(tokenizer).__name__} given where a tokenizer is wanted: AutoTokenizer.from_pretrained(...)"
             )
-        if not tokenizer.is_fast:
-            raise UnsupportedModel(
-                f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell which characters a token covers; "
-                "load the fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
-            )
+        refuse_slow(tokenizer)
         refuse_other_vocabulary(model, tokenizer, name)
         self.model = model
         self.tokenizer = tokenizer

@@ -19,6 +19,7 @@ from retcon.boundary import separator_between
 from retcon.chat import Chat
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, PositionNotFound, RetconWarning, UnsupportedModel
+from retcon.lm.refusals import refuse_slow
 
 Where = Literal["subject_last", "prediction"]
 """Token positions that methods read and write: the subject's last token, and the last token of the prompt."""
@@ -357,11 +358,7 @@ def _encode_with_offsets(tokenizer: Any, text: str, add_special: bool) -> tuple[
     A chat template writes the special tokens itself, so none are added to what it made; and where a text begins with
     the token that the tokenizer puts before every text, that is not put there again.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise UnsupportedModel(
-            f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell which characters a token covers; "
-            "load the fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
-        )
+    refuse_slow(tokenizer)
     ids, offsets, special = _encoded(tokenizer, text or "a", add_special)
     bos = getattr(tokenizer, "bos_token", None)
     if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2 and offsets[0] != offsets[1]:

@@ -26,6 +26,15 @@ def refuse_other_vocabulary(model: Any, tokenizer: Any, name: str | None) -> Non
         )
 
 
+def refuse_slow(tokenizer: Any) -> None:
+    """Raise UnsupportedModel where a tokenizer is a slow one."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedModel(
+            f"{type(tokenizer).__name__} is a slow tokenizer, which does not say which characters a token covers; "
+            "load the fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
+        )
+
+
 def refuse_wrapped(model: Any) -> None:
     """Raise UnsupportedModel where the model is compiled, carries adapters, is no decoder or demands more than text."""
     if hasattr(model, "_orig_mod"):
