@@ -63,8 +63,6 @@ def load(
             says the way out.
         MissingPackage: reading a GGUF file or a quantised checkpoint needs packages that are not installed.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     name = _name(name)
     target = _device(device)
     if dtype is None:
@@ -72,44 +70,16 @@ def load(
     elif dtype != "auto":
         dtype = _dtype(dtype)
     place = find_model(name, revision)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    gguf, packing = find_gguf(place), None
+    gguf = find_gguf(place)
     if gguf is not None and packed:
         raise UnsupportedModel(
             f"cannot load {name!r} packed: the weights of GGUF files are dequantised; leave --packed (packed=True) out"
         )
-    try:
-        quiet = quiet_conversion() if gguf is not None else nullcontext()
-        # bitsandbytes would like to have a kernel of the hub's; transformers says that it dequantises
-        with quietly(), quiet, no_remarks_of("bitsandbytes"), no_remarks_of("transformers.quantizers"):
-            weights_options: dict[str, Any] = {"use_safetensors": None if allow_bin else True}
-            if gguf is not None:
-                weights_options = gguf_options(gguf, options, layout)
-                place, options["gguf_file"] = str(gguf.parent), gguf.name
-            else:
-                config = AutoConfig.from_pretrained(place, **options)
-                packing = prepare_config(config, name, packed=packed, layout=layout)
-                weights_options["config"] = config
-            tokenizer = AutoTokenizer.from_pretrained(place, **options)
-            if dtype == torch.float64:
-                weights_options["experts_implementation"] = "eager"  # the grouped products know no float64
-            model, report = _model_class(place, options).from_pretrained(
-                place,
-                dtype=dtype,
-                device_map={"": target} if packed and device_map is None else device_map,
-                output_loading_info=True,
-                **weights_options,
-                **options,
-            )
-    except (RetconError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # whatever the parsers of configs, tokenizers and weights make of a damaged checkpoint
-        raise UnsupportedModel(f"cannot load {name!r}: {_reason(error, place, allow_bin, gguf)}") from error
-    if missing := sorted(report["missing_keys"]):  # transformers makes them up, at random
-        raise UnsupportedModel(
-            f"cannot load {name!r}: the checkpoint lacks {len(missing)} of the model's weights, which would be random: "
-            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-        )
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    spread = {"": target} if packed and device_map is None else device_map
+    model, tokenizer, packing = _read(
+        name, place, gguf, options, dtype=dtype, device_map=spread, layout=layout, allow_bin=allow_bin, packed=packed
+    )
     if packing is not None and packed:
         cast(model, dtype)
     elif packing is not None:
@@ -137,6 +107,61 @@ def load(
         stored = StoredTensors(p for p in files if p.suffix == ".safetensors") if gguf is None else None
         lm.remember_fingerprint(checkpoint_fingerprint(model, files, stored, verify=verify_base), stored)
     return lm
+
+
+def _read(
+    name: str,
+    place: str,
+    gguf: Path | None,
+    options: dict[str, Any],
+    *,
+    dtype: str | torch.dtype,
+    device_map: Any,
+    layout: Layout | None,
+    allow_bin: bool,
+    packed: bool,
+) -> tuple[Any, Any, str | None]:
+    """Return model and tokenizer as transformers reads them, and how their weights are quantised (None: they are not).
+
+    Raises:
+        UnsupportedModel: transformers cannot read them, or the checkpoint lacks weights.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    packing = None
+    try:
+        quiet = quiet_conversion() if gguf is not None else nullcontext()
+        # bitsandbytes would like to have a kernel of the hub's; transformers says that it dequantises
+        with quietly(), quiet, no_remarks_of("bitsandbytes"), no_remarks_of("transformers.quantizers"):
+            weights_options: dict[str, Any] = {"use_safetensors": None if allow_bin else True}
+            if gguf is not None:
+                weights_options = gguf_options(gguf, options, layout)
+                place, options = str(gguf.parent), {**options, "gguf_file": gguf.name}
+            else:
+                config = AutoConfig.from_pretrained(place, **options)
+                packing = prepare_config(config, name, packed=packed, layout=layout)
+                weights_options["config"] = config
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            if dtype == torch.float64:
+                weights_options["experts_implementation"] = "eager"  # the grouped products know no float64
+            model, report = _model_class(place, options).from_pretrained(
+                place,
+                dtype=dtype,
+                device_map=device_map,
+                output_loading_info=True,
+                **weights_options,
+                **options,
+            )
+    except (RetconError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever the parsers of configs, tokenizers and weights make of a damaged checkpoint
+        raise UnsupportedModel(f"cannot load {name!r}: {_reason(error, place, allow_bin, gguf)}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers makes them up, at random
+        raise UnsupportedModel(
+            f"cannot load {name!r}: the checkpoint lacks {len(missing)} of the model's weights, which would be random: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+        )
+    return model, tokenizer, packing
 
 
 def _name(given: Any) -> str:
