@@ -7,7 +7,7 @@ last token and where the answer is predicted.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import compress, product
 from typing import Any, Literal, cast
 
 import torch
@@ -151,6 +151,20 @@ class Contrast:
         return found
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the probe saw of one record."""
+
+    said: int
+    """The model's own next token."""
+    answers: tuple[int, int]
+    """First tokens of the original and the target answer."""
+    size: list[int]
+    """Distinct tokens of each set."""
+    mean_rank: Float[Tensor, "positions points norms sets"]
+    sum_prob: Float[Tensor, "positions points norms sets"]
+
+
 def contrast_probe(
     lm: LM,
     edits: Iterable[Edit],
@@ -191,47 +205,41 @@ def contrast_probe(
     rows = [encode_edit(lm.tokenizer, edit) for edit in kept]
     as_tokens = TokenSets(word_sets, lm.tokenizer, lens.vocabulary(lm)) if word_sets else None
     with lm.frozen_eval(), torch.no_grad():
-        shape = (len(kept), len(positions), len(points), len(norms), 2 + len(names))
-        mean_rank = torch.full(shape, torch.nan, dtype=torch.float64)
-        sum_prob = mean_rank.clone()
-        size = torch.ones(len(kept), shape[-1], dtype=torch.long)
-        answers = torch.zeros(len(kept), 2, dtype=torch.long)
-        said = torch.zeros(len(kept), dtype=torch.long)
         if True in norms:
             lens.check_reads(lm)
 
-        def probe(group: list[int]) -> list[None]:
+        def probe(group: list[int]) -> list[_Seen]:
             states, logits = _states(lm, [rows[i] for i in group], positions, points)
-            said[group] = logits.argmax(1).cpu()
-            answers[group] = torch.tensor([_answers(lm, kept[i], int(said[i])) for i in group])
-            sets = [as_tokens.of(kept[i], int(answers[i, 0])) if as_tokens else [] for i in group]
-            size[group, 2:] = torch.tensor([[len(tokens) for tokens in of] for of in sets], dtype=torch.long)
+            said = logits.argmax(1).tolist()
+            answers = [_answers(lm, kept[i], token) for i, token in zip(group, said, strict=True)]
+            sets = [as_tokens.of(kept[i], a[0]) if as_tokens else [] for i, a in zip(group, answers, strict=True)]
             device = lens.head_device(lm)
             stacked = torch.stack([states[point].to(device) for point in points], 2)
-            for n, final_norm in enumerate(norms):
-                ranks, probs = _read(lm, stacked, answers[group], sets, final_norm)
-                mean_rank[group, :, :, n], sum_prob[group, :, :, n] = ranks, probs
-            return [None] * len(group)
+            read = [_read(lm, stacked, torch.tensor(answers), sets, final_norm) for final_norm in norms]
+            ranks, probs = (torch.stack(readings, 3) for readings in zip(*read, strict=True))
+            sizes = [[1, 1, *map(len, of)] for of in sets]
+            return [_Seen(*seen) for seen in zip(said, answers, sizes, ranks, probs, strict=True)]
 
         def report(done: int, _: int) -> None:
             progress(len(skipped) + done, len(edits))
 
-        in_batches([len(row.ids) for row in rows], probe, max_tokens=max_batch_tokens, on_progress=report)
-    contrasted = answers[:, 0] != answers[:, 1]
-    skipped |= {kept[i].id: "both answers begin with the same token" for i in (~contrasted).nonzero()[:, 0].tolist()}
-    if not contrasted.any():
+        found = in_batches([len(row.ids) for row in rows], probe, max_tokens=max_batch_tokens, on_progress=report)
+    alike = [seen.answers[0] == seen.answers[1] for seen in found]
+    skipped |= {e.id: "both answers begin with the same token" for e in compress(kept, alike)}
+    pairs = [(e, seen) for e, seen, same in zip(kept, found, alike, strict=True) if not same]
+    if not pairs:
         raise InvalidSetting(f"nothing to probe: {left_out(skipped)}")
     return Contrast(
-        ids=tuple(kept[i].id for i in contrasted.nonzero()[:, 0].tolist()),
+        ids=tuple(e.id for e, _ in pairs),
         positions=tuple(positions),
         points=points,
         norms=tuple(norms),
         sets=("original", "target", *names),
-        size=size[contrasted],
-        mean_rank=mean_rank[contrasted],
-        sum_prob=sum_prob[contrasted],
-        known=(said == answers[:, 0])[contrasted],
-        assumed=torch.tensor([e.target_true is None for e in kept])[contrasted],
+        size=torch.tensor([seen.size for _, seen in pairs]),
+        mean_rank=torch.stack([seen.mean_rank for _, seen in pairs]),
+        sum_prob=torch.stack([seen.sum_prob for _, seen in pairs]),
+        known=torch.tensor([seen.said == seen.answers[0] for _, seen in pairs]),
+        assumed=torch.tensor([e.target_true is None for e, _ in pairs]),
         skipped=skipped,
         vocabulary=lens.vocabulary(lm),
     )
