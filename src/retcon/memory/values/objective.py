@@ -147,6 +147,32 @@ def norm_names(sites: Sequence[ValueSite]) -> list[str]:
     return names
 
 
+def ended_search(
+    edit: Edit,
+    sites: Sequence[ValueSite],
+    init: tuple[Float[Tensor, " d"], ...],
+    offset: tuple[Float[Tensor, " d"], ...],
+    activation: tuple[Float[Tensor, " d"], ...],
+    *,
+    reached: bool,
+    probability: float,
+    steps: int,
+    terms: Mapping[str, float],
+) -> ValueOf:
+    """Return what was found for an edit, with the loss's terms and the norms in its report.
+
+    Args:
+        reached: the stop rule has ended the search.
+    """
+    detail, clamped = dict(terms), False
+    for site, name, clean, added in zip(sites, norm_names(sites), init, offset, strict=True):
+        length, size = float(added.norm()), float(clean.norm())
+        detail[f"{name}_offset"], detail[f"{name}_init"] = length, size
+        clamped = clamped or length >= site.clamp * size * (1 - 1e-4)
+    stopped = "reached" if reached else "clamped" if clamped else "steps"
+    return ValueOf(init, offset, activation, EditReport(edit.id, probability, steps, stopped, detail))
+
+
 def rewriting_rows(lm: LM, edit: Edit, contexts: Contexts) -> list[Row]:
     """Return the edit's prompt in every context, bare first, with the new answer after it, as it is trained.
 

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from retcon.delta import EditReport
 from retcon.edits import Edit
 from retcon.errors import NonFinite
 from retcon.lm.forward import Hook, Point, input_rows, log_probs, logits_at
@@ -24,8 +23,8 @@ from retcon.memory.values.objective import (
     Values,
     ValueSearch,
     ValueSite,
+    ended_search,
     kl_row,
-    norm_names,
     rewriting_rows,
     with_kl,
 )
@@ -109,7 +108,7 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
 
     points = dict.fromkeys(site.point for site in sites)
     hooks = {point: add_offsets([s for s, site in enumerate(sites) if site.point == point]) for point in points}
-    step, reached, stopped, nll_factor = 0, 0.0, "steps", 1.0
+    step, probability, done, nll_factor = 0, 0.0, False, 1.0
     terms: dict[str, float] = {}
     for step in range(search.steps):
         with torch.enable_grad():
@@ -126,34 +125,23 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
                 loss = loss + search.kl_factor * kl
             for site, offset, init in zip(sites, offsets, inits, strict=True):
                 loss = loss + (site.weight_decay * offset.norm() / init.norm() ** 2).to(loss.device)
-        reached = float((-nll_rows.detach()).exp().mean())
+        probability = float((-nll_rows.detach()).exp().mean())
         terms = {"nll": float(nll.detach()), "kl": float(kl.detach()), "loss": float(loss.detach())}
         if not math.isfinite(terms["loss"]):
             raise NonFinite(f"edit {edit.id!r} ({edit.subject!r}): the loss is {terms['loss']} at step {step}")
-        done = reached >= search.threshold if search.stop == "probability" else terms["loss"] < search.threshold
+        done = probability >= search.threshold if search.stop == "probability" else terms["loss"] < search.threshold
         if search.settled_factor is not None:
             settled = _all_most_likely(log_p, rows)
             nll_factor = search.settled_factor if settled else 1.0
             done = done or (settled and search.kl_factor * terms["kl"] <= search.settled_kl)
-        if done:
-            stopped = "reached"
-            break
-        if step == search.steps - 1:
+        if done or step == search.steps - 1:
             break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         _clamp(offsets, inits, sites)
-    for s, name in enumerate(norm_names(sites)):
-        terms[f"{name}_offset"] = float(offsets[s].detach().norm())
-        terms[f"{name}_init"] = float(inits[s].norm())
-    lengths = [
-        (float(d.detach().norm()), s.clamp * float(i.norm())) for d, i, s in zip(offsets, inits, sites, strict=True)
-    ]
-    if stopped == "steps" and any(length >= radius * (1 - 1e-4) for length, radius in lengths):
-        stopped = "clamped"
-    of_init, of_offset, seen = (tuple(x.detach().cpu() for x in vectors) for vectors in (inits, offsets, activation))
-    return ValueOf(of_init, of_offset, seen, EditReport(edit.id, reached, step, stopped, terms))
+    found = (tuple(x.detach().cpu() for x in vectors) for vectors in (inits, offsets, activation))
+    return ended_search(edit, sites, *found, reached=done, probability=probability, steps=step, terms=terms)
 
 
 def _zeros_at(lm: LM, point: Point, dtype: torch.dtype) -> Float[Tensor, " d_model"]:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from retcon.delta import EditReport
 from retcon.errors import NonFinite
 from retcon.lm.model import LM
 from retcon.memory.values.captured import Capture, Steps, cuda_graphs
-from retcon.memory.values.objective import ValueOf, ValueSearch, ValueSite, norm_names
+from retcon.memory.values.objective import ValueOf, ValueSearch, ValueSite, ended_search
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.state import SearchState
 from retcon.memory.values.step import ActiveBatch, Recorded, Shape
@@ -167,19 +166,18 @@ class Chunk(Recorded):
         )
         for k, place in enumerate(ended):
             edit, n_steps = self.rows[now.edits[place]].edit, int(steps[place])
-            probability, *parts = (term[place] for term in terms)
-            detail = dict(zip(("nll", "kl", "loss"), parts, strict=True))
-            if not math.isfinite(detail["loss"]):
-                raise NonFinite(f"edit {edit.id!r} ({edit.subject!r}): the loss is {detail['loss']} at step {n_steps}")
-            stopped = "reached" if reached[place] else "steps"
-            for s, (site, name) in enumerate(zip(self.sites, norm_names(self.sites), strict=True)):
-                length, clean = float(offset[s][k].norm()), float(init[s][k].norm())
-                detail[f"{name}_offset"], detail[f"{name}_init"] = length, clean
-                if stopped == "steps" and length >= site.clamp * clean * (1 - 1e-4):
-                    stopped = "clamped"
-            of_one = [tuple(x[k].clone() for x in vectors) for vectors in (init, offset, activation)]
-            report = EditReport(edit.id, probability, n_steps, stopped, detail)
-            self.found[now.edits[place]] = ValueOf(of_one[0], of_one[1], of_one[2], report)
+            probability, nll, kl, loss = (term[place] for term in terms)
+            if not math.isfinite(loss):
+                raise NonFinite(f"edit {edit.id!r} ({edit.subject!r}): the loss is {loss} at step {n_steps}")
+            self.found[now.edits[place]] = ended_search(
+                edit,
+                self.sites,
+                *(tuple(x[k].clone() for x in vectors) for vectors in (init, offset, activation)),
+                reached=bool(reached[place]),
+                probability=probability,
+                steps=n_steps,
+                terms={"nll": nll, "kl": kl, "loss": loss},
+            )
         return ended
 
 
