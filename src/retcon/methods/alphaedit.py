@@ -104,7 +104,7 @@ class AlphaEdit(BatchSettings):
             right = null_space_ridge(keys, p, self.ridge * scale, self.form, layer.site.device)
             return right[-layer.keys.shape[1] :]  # [Kp, K]: the earlier keys' residual is zero
 
-        tensor = target_tensor(lm, "block", self.name)
+        tensor = target_tensor(self.name, lm, "block")
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve)
         arguments = ProposeArguments(contexts, moments, values, keep_values, seed, progress, update_filter)
         with proposing(self, lm, edits, [group], arguments) as proposal:

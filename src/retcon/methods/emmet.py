@@ -78,7 +78,7 @@ class Emmet(BatchSettings):
                 identity_weight=self.identity_weight, factor=layer.factor, device=layer.site.device,
             )  # fmt: skip
 
-        tensor = target_tensor(lm, "block", self.name)
+        tensor = target_tensor(self.name, lm, "block")
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, solve)
         arguments = ProposeArguments(contexts, moments, values, keep_values, seed, progress, update_filter)
         with proposing(self, lm, edits, [group], arguments) as proposal:

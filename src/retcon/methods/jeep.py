@@ -176,7 +176,7 @@ class Jeep(SearchSettings):
         routed = self.mlp == "experts"
         if self.sites != "block" and not any(is_routed(lm, layer, routed) for layer in layers):
             return self
-        tensor = target_tensor(lm, "block", self.name, layers=layers, routed=routed)
+        tensor = target_tensor(self.name, lm, "block", layers=layers, routed=routed)
         if tensor == "mlp":
             return replace(self, sites="mlp", high_target=self._high_target)
         return self if self.sites == "block" else replace(self, sites="block")

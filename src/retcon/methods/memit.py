@@ -110,4 +110,4 @@ class Memit(BatchSettings):
         return [self.value_site(self.layers[-1], self._target_tensor(lm))]
 
     def _target_tensor(self, lm: LM) -> TensorName:
-        return target_tensor(lm, "block", self.name, layers=self.layers, routed=self.mlp == "experts")
+        return target_tensor(self.name, lm, "block", layers=self.layers, routed=self.mlp == "experts")

@@ -67,7 +67,7 @@ class Pmet(BatchSettings):
 
     def value_sites(self, lm: LM) -> list[ValueSite]:
         """Return the MLP's output, whose value is written, and the attention's."""
-        sites = [self.value_site(self.layers[-1], target_tensor(lm, self.site, self.name))]
+        sites = [self.value_site(self.layers[-1], target_tensor(self.name, lm, self.site))]
         if self.attention:
             sites += [ValueSite(Point(self.layers[-1], "attn"), "subject_last", self.clamp, self.attn_weight_decay)]
         return sites
@@ -88,7 +88,7 @@ class Pmet(BatchSettings):
     ) -> Delta:
         """Return the change that writes `edits` as one batch; the model is untouched. Nothing is kept between
         batches."""
-        tensor = target_tensor(lm, self.site, self.name)
+        tensor = target_tensor(self.name, lm, self.site)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, weighted(self.moment_weight))
         arguments = ProposeArguments(contexts, moments, values, keep_values, seed, progress, update_filter)
         with proposing(self, lm, edits, [group], arguments) as proposal:

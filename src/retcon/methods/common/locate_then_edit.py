@@ -161,7 +161,7 @@ class BatchSettings(ValueSettings):
 
     def value_sites(self, lm: LM) -> list[ValueSite]:
         """Return the block's output, or the MLP's where a norm follows it."""
-        return [self.value_site(self.layers[-1], target_tensor(lm, "block", self.name))]
+        return [self.value_site(self.layers[-1], target_tensor(self.name, lm, "block"))]
 
     def state_as_written(
         self, lm: LM, edits: Sequence[Edit], contexts: Contexts, *, earlier: State | None, proposed: State | None

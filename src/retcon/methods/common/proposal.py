@@ -233,7 +233,7 @@ def only_one(name: str, edits: Sequence[Edit]) -> None:
 
 
 def target_tensor(
-    lm: LM, wanted: TensorName, name: str, *, layers: Sequence[int] = (), routed: bool = False
+    name: str, lm: LM, wanted: TensorName, *, layers: Sequence[int] = (), routed: bool = False
 ) -> TensorName:
     """Return the tensor at which a method measures values on this model: the MLP's output where a post-norm follows.
 
