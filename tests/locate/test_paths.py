@@ -9,7 +9,17 @@ from torch.testing import assert_close
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.model import LM
-from retcon.locate.paths import Slot, assess, choose_paths, covering, k_best, node_scores, paths, rank_aligned, slots_of
+from retcon.locate.paths import (
+    Slot,
+    assess,
+    choose_paths,
+    k_best,
+    n_paths_covering,
+    node_scores,
+    paths,
+    rank_aligned,
+    slots_of,
+)
 from retcon.methods.ctp import Ctp
 from retcon.training.objective import AnswerLoss, answer_nll, answer_rows
 
@@ -210,10 +220,10 @@ def test_covering_takes_no_path_more_than_the_share_needs(share, randn):
     scores = [randn(12), randn(12).abs(), randn(12)]
     every = rank_aligned(scores, 12).scores
     above = [s - every[-1] for s in every]
-    n = covering(scores, share)
+    n = n_paths_covering(scores, share)
     assert sum(above[:n]) >= share * sum(above) - 1e-12
     assert n == 1 or sum(above[: n - 1]) < share * sum(above)
-    assert covering(scores, 1.0, n_negative=4) <= 8
+    assert n_paths_covering(scores, 1.0, n_negative=4) <= 8
 
 
 def test_k_best_hardly_leaves_the_best_path():

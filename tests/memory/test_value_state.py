@@ -13,7 +13,7 @@ from retcon.edits import Edit
 from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
-from retcon.memory.values.objective import Labels, Loss, ValueSearch, ValueSite, divergence, loss_of
+from retcon.memory.values.objective import Labels, Loss, ValueSearch, ValueSite, kl_divergence, loss_of
 from retcon.memory.values.rows import EditRows
 from retcon.memory.values.schedule import Chunk, Pace
 from retcon.memory.values.state import SearchState
@@ -36,7 +36,7 @@ def problem(
     labels = Labels(tokens, torch.arange(len(TARGETS)).repeat_interleave(per_row), per_row)
     log_p, kl_p = randn(len(tokens), VOCAB).log_softmax(-1), randn(2, N, VOCAB).log_softmax(-1)
     offsets, inits = ([randn(N, D) for _ in SITES] for _ in range(2))
-    kl = divergence(kl_p[0], kl_p[1])
+    kl = kl_divergence(kl_p[0], kl_p[1])
     factor = torch.tensor([1.0, 0.5, 1.0], dtype=torch.float64)
     return loss_of(log_p, kl, labels, offsets, inits, SITES, search, factor), log_p, kl_p, offsets, inits
 

@@ -108,14 +108,14 @@ def test_what_is_held_for_a_trained_value_is_what_is_said(method, tiny, edits):
             gc.collect()
             held.append(tensor_bytes())
 
-    keep = descent.keep
+    keep = descent.keep_values
 
     def counting(values, kept):
         n_values[:] = [sum(tensor.numel() for tensor in values)]
         keep(values, kept)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(descent, "keep", counting)
+        patched.setattr(descent, "keep_values", counting)
         gc.collect()
         start = tensor_bytes()
         method.propose(lm, edits, state=state, progress=count)

@@ -17,7 +17,7 @@ from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Point, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
-from retcon.lm.replay import ReplayState, common_beginnings, embedded, replaying, suffix_starts, tail, tokens_at
+from retcon.lm.replay import ReplayState, common_beginnings, embedded_states, replaying, suffix_starts, tail, tokens_at
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -185,7 +185,7 @@ class LayerwiseReader:
     def _entering(self, group: _Group) -> ReplayState:
         if group.states is not None:
             return group.states
-        return embedded(self.lm, group.rows, group.starts)
+        return embedded_states(self.lm, group.rows, group.starts)
 
     def _cache_valid(self) -> bool:
         """Return whether the weights below the block reached are those that the kept states came from."""

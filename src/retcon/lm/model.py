@@ -38,7 +38,7 @@ from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.hooks import Hooks
 from retcon.lm.layouts import Fused, Layout, layout_for
 from retcon.lm.ledger import Ledger
-from retcon.lm.owners import OWNERS, own, refuse_taken
+from retcon.lm.owners import OWNERS, refuse_taken, set_owner
 from retcon.lm.packed import Parameters, packed_matrices
 from retcon.lm.prompts import Row, encode, encode_edit, end_of_turn
 from retcon.lm.quantised import shown_unquantised
@@ -113,7 +113,7 @@ class LM:
             find_module(model, getattr(self.layout, name), name)
         if layout is None:  # whoever brings a layout knows that the family is none of ours
             _warn_of_the_unverified(model.config.model_type, self.name)
-        own(model, self)
+        set_owner(model, self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and copy make an LM from, once no other thread has the model.
@@ -135,7 +135,7 @@ class LM:
         """Become the LM of the model that came with this one's copy, or out of its pickle."""
         vars(self).update(state)
         if self.model not in OWNERS:
-            own(self.model, self)
+            set_owner(self.model, self)
 
     def __repr__(self) -> str:
         n = len(self._ledger.applied)

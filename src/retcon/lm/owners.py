@@ -51,7 +51,7 @@ def refuse_taken(model: nn.Module, name: str) -> None:
                 )
 
 
-def own(model: nn.Module, lm: "LM") -> None:
+def set_owner(model: nn.Module, lm: "LM") -> None:
     """Note that `lm` is the model's, and, once `lm` is gone, whether it has left the model edited."""
     OWNERS[model] = weakref.ref(lm)
     noting = weakref.finalize(lm, _note_left, weakref.ref(model), lm._ledger.records)

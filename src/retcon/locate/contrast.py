@@ -24,7 +24,7 @@ from retcon.lm.prompts import Row, Where, encode_edit, pad
 from retcon.locate import lens
 from retcon.locate.embeddings import EMBEDDING, reading_first_input
 from retcon.locate.means import mean_and_half_width
-from retcon.locate.sample import left_out, with_subject
+from retcon.locate.sample import why_none_is_left, with_subject
 from retcon.locate.wordsets import SETS, TokenSets, WordSets
 from retcon.work import silent
 
@@ -228,7 +228,7 @@ def contrast_probe(
     skipped |= {e.id: "both answers begin with the same token" for e in compress(kept, alike)}
     pairs = [(e, seen) for e, seen, same in zip(kept, found, alike, strict=True) if not same]
     if not pairs:
-        raise InvalidSetting(f"nothing to probe: {left_out(skipped)}")
+        raise InvalidSetting(f"nothing to probe: {why_none_is_left(skipped)}")
     return Contrast(
         ids=tuple(e.id for e, _ in pairs),
         positions=tuple(positions),

@@ -31,7 +31,7 @@ def key(site: Site) -> str:
     return f"{site.layer}.{site.kind}" + ("" if site.expert is None else f".{site.expert}")
 
 
-def n_units(site: Site, unit: Unit) -> int:
+def count_units(site: Site, unit: Unit) -> int:
     """Return how many rows, columns or entries a matrix has."""
     out, into = site.shape
     return {"row": out, "column": into, "entry": out * into}[unit]
@@ -69,7 +69,7 @@ def unit_scores(
 def random_scores(sites: Sequence[Site], unit: Unit, seed: int) -> list[Tensor]:
     """Return a control: scores drawn uniformly."""
     generator = generator_of(seed)
-    return [torch.rand(n_units(site, unit), generator=generator) for site in sites]
+    return [torch.rand(count_units(site, unit), generator=generator) for site in sites]
 
 
 def above_threshold(sites: Sequence[Site], scores: Sequence[Tensor], count: int) -> Ensemble:
@@ -98,7 +98,7 @@ def check_ensemble(given: Mapping[str, Tensor], lm: LM, sites: Sequence[Site], u
     Raises:
         DeltaMismatch: it names another matrix, or a unit that its matrix does not have.
     """
-    known = {key(site): n_units(site, unit) for site in sites}
+    known = {key(site): count_units(site, unit) for site in sites}
     for name, index in given.items():
         if name not in known or index.dtype != torch.long or not len(index) or int(index.max()) >= known[name]:
             raise DeltaMismatch(

@@ -349,7 +349,7 @@ def _ranked(scores: Float[Tensor, " nodes"], n: int, lowest: bool) -> tuple[Tens
     return chosen, scores[chosen].double()
 
 
-def covering(scores: Sequence[Float[Tensor, " nodes"]], share: float, n_negative: int = 0) -> int:
+def n_paths_covering(scores: Sequence[Float[Tensor, " nodes"]], share: float, n_negative: int = 0) -> int:
     """Return the fewest rank-aligned paths that hold a share of the score of all, counted from the lowest path's score
     on.
 
@@ -393,7 +393,8 @@ def choose_paths(
     """Choose T+ and T- by node scores; their nodes are disjoint.
 
     Args:
-        coverage: takes as many paths into T+ as hold this share of the scores (`covering`), whatever `n_positive` is.
+        coverage: takes as many paths into T+ as hold this share of the scores (`n_paths_covering`), whatever
+            `n_positive` is.
 
     Raises:
         InvalidSetting: no such selection, a number below 0, or a slot has fewer nodes than both need.
@@ -403,7 +404,7 @@ def choose_paths(
         raise InvalidSetting(f"{n_positive} positive and {n_negative} negative paths asked for; neither can be below 0")
     kept = tuple(s.cpu() for s in scores)
     if coverage is not None:
-        n_positive = covering(kept, coverage, n_negative)
+        n_positive = n_paths_covering(kept, coverage, n_negative)
     fewest = min(slot.n_nodes for slot in slots)
     if n_positive + n_negative > fewest:
         raise InvalidSetting(

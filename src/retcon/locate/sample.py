@@ -15,7 +15,7 @@ def with_subject(edits: Sequence[Edit]) -> tuple[list[Edit], dict[str, str]]:
     return [e for e in edits if e.subject_span is not None], skipped
 
 
-def left_out(skipped: Mapping[str, str]) -> str:
+def why_none_is_left(skipped: Mapping[str, str]) -> str:
     """Return why nothing is left: how many facts were left out for each reason."""
     reasons = list(skipped.values())
     counted = "; ".join(f"{reasons.count(reason)} left out, {reason}" for reason in dict.fromkeys(reasons))

@@ -26,8 +26,8 @@ from retcon.locate.ensemble import (
     UnitScore,
     above_threshold,
     check_ensemble,
+    count_units,
     key,
-    n_units,
     random_scores,
     sampled,
     share_of_budget,
@@ -203,7 +203,7 @@ class Kne(TuningSettings):
         """Return how many units: max(1, round(p * units)); where a budget is given, p follows from it."""
         p = self.p if self.budget is None else share_of_budget(lm, sites, self.budget)
         assert p is not None
-        return max(1, round(p * sum(n_units(site, self.granularity) for site in sites)))
+        return max(1, round(p * sum(count_units(site, self.granularity) for site in sites)))
 
     @property
     def bytes_per_value(self) -> int:  # type: ignore[override]

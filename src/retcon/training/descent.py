@@ -222,7 +222,7 @@ def descend(
                 return _give_up(edits, bad, step.losses[bad], values(), kept, evaluate, steps)
             losses |= step.losses
             if step.active:
-                keep(values(), kept)
+                keep_values(values(), kept)
                 step.take()
                 after_step()
             for i in step.active:
@@ -263,12 +263,12 @@ def _give_up(
         RetconWarning,
         stacklevel=3,
     )
-    restore(values, kept)
+    restore_values(values, kept)
     return Descent(_in_order(evaluate()), tuple(steps), ("non_finite",) * len(edits))
 
 
 @torch.no_grad()
-def keep(values: Sequence[Tensor], kept: list[Tensor]) -> None:
+def keep_values(values: Sequence[Tensor], kept: list[Tensor]) -> None:
     """Copy the values to `kept`, into the copies that are there but where a value has grown."""
     if not kept:
         kept.extend(torch.empty_like(tensor, requires_grad=False) for tensor in values)
@@ -279,7 +279,7 @@ def keep(values: Sequence[Tensor], kept: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def restore(values: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+def restore_values(values: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
     """Put earlier values back; rows that have joined at the end since then are zero again."""
     for tensor, before in zip(values, kept, strict=True):
         if tensor.shape == before.shape:

@@ -7,7 +7,7 @@ answer at once with the recorded states. The block list keeps its length, since 
 place in it.
 """
 
-from retcon.lm.replay.capture import capture_states, common_beginnings, embedded
+from retcon.lm.replay.capture import capture_states, common_beginnings, embedded_states
 from retcon.lm.replay.run import flat_places, mlp_entries, replaying, running_at
 from retcon.lm.replay.states import Replayable, ReplayState, suffix_starts, tail, tokens_at
 
@@ -16,7 +16,7 @@ __all__ = [
     "Replayable",
     "capture_states",
     "common_beginnings",
-    "embedded",
+    "embedded_states",
     "flat_places",
     "mlp_entries",
     "replaying",

@@ -47,7 +47,7 @@ def capture_states(
         return _frozen(lm, texts, past, first, reads or {}, max_batch_tokens)
 
 
-def embedded(lm: LM, rows: Sequence[Row], starts: Sequence[int]) -> ReplayState:
+def embedded_states(lm: LM, rows: Sequence[Row], starts: Sequence[int]) -> ReplayState:
     """Return what enters the first block from `starts` on, without the earlier tokens' attention keys and values."""
     with torch.no_grad():
         return _frozen(lm, [r.ids for r in rows], _Past(tuple(starts)), 0, {}, MAX_BATCH_TOKENS)[0]

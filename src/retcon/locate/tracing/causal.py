@@ -16,7 +16,7 @@ from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, encode_edit
 from retcon.locate.embeddings import changing_embeddings
-from retcon.locate.sample import left_out, with_subject
+from retcon.locate.sample import why_none_is_left, with_subject
 from retcon.locate.tracing.cells import Cell, cell_of, restoring_hooks, trimmed
 from retcon.locate.tracing.packing import replayed_logits
 from retcon.locate.tracing.prompt import (
@@ -24,8 +24,8 @@ from retcon.locate.tracing.prompt import (
     Prompt,
     corrupting,
     embedding_deviation,
-    finite,
     probability,
+    refuse_non_finite,
     run_clean_and_corrupted,
 )
 from retcon.locate.tracing.traces import Trace, Traces, Tracing
@@ -67,7 +67,7 @@ def causal_trace(
                 traces.append(trace_prompt(lm, edit, prompt, way))
             progress(len(edits) - len(kept) + done, len(edits))
     if not traces:
-        raise InvalidSetting(f"nothing to trace: {left_out(skipped)}")
+        raise InvalidSetting(f"nothing to trace: {why_none_is_left(skipped)}")
     return Traces(tuple(traces), skipped, deviation, settings)
 
 
@@ -81,7 +81,7 @@ def trace_prompt(lm: LM, edit: Edit, prompt: Prompt, settings: Tracing) -> Trace
     scores = {k: torch.full((n, lm.n_layers), prompt.low, dtype=torch.float64) for k in settings.kinds}
     groups = _groups(prompt, cells, settings)
     prob = [probability(_logits(lm, prompt, group, settings), prompt.answer) for group in groups]
-    found = finite(torch.cat(prob), edit).view(-1, settings.samples).mean(1).tolist() if prob else []
+    found = refuse_non_finite(torch.cat(prob), edit).view(-1, settings.samples).mean(1).tolist() if prob else []
     for cell, score in zip(chain.from_iterable(groups), found, strict=True):
         scores[cell.kind][cell.token, cell.layer] = score
     tokenizer = lm.tokenizer

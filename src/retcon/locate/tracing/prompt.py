@@ -89,7 +89,7 @@ def run_clean_and_corrupted(lm: LM, edit: Edit, settings: Tracing, deviation: fl
                 stack.callback(hook.remove)
         logits = logits_at(lm, inputs, (rows, last), hooks)
     answer = int(logits[0].argmax())
-    prob = finite(probability(logits, answer), edit)
+    prob = refuse_non_finite(probability(logits, answer), edit)
     if edit.target_true and encode_edit(lm.tokenizer, edit, answer=edit.target_true).target_ids[0] != answer:
         return None
     return Prompt(
@@ -153,7 +153,7 @@ def probability(logits: Float[Tensor, "n vocab"], answer: int) -> Float[Tensor, 
     return (logits[:, answer] - logits.logsumexp(-1)).exp().double()
 
 
-def finite(prob: Float[Tensor, " n"], edit: Edit) -> Float[Tensor, " n"]:
+def refuse_non_finite(prob: Float[Tensor, " n"], edit: Edit) -> Float[Tensor, " n"]:
     """Probabilities, on the CPU.
 
     Raises:

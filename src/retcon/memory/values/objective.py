@@ -263,7 +263,7 @@ def loss_of(
 
     Args:
         log_p: log-probabilities at the labels.
-        kl: `divergence` at the KL rows; None without a KL term.
+        kl: `kl_divergence` at the KL rows; None without a KL term.
     """
     n_edits = len(nll_factor)
     picked = log_p.gather(1, labels.tokens[:, None])[:, 0]
@@ -289,6 +289,8 @@ def loss_of(
     )
 
 
-def divergence(log_p: Float[Tensor, "edits vocab"], original: Float[Tensor, "edits vocab"]) -> Float[Tensor, " edits"]:
+def kl_divergence(
+    log_p: Float[Tensor, "edits vocab"], original: Float[Tensor, "edits vocab"]
+) -> Float[Tensor, " edits"]:
     """Return KL(edited || original) of log-probabilities."""
     return (log_p.exp() * (log_p - original)).sum(1)

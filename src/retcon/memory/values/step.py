@@ -18,7 +18,7 @@ from retcon.lm.forward import Hook, input_rows, log_probs, logits_at
 from retcon.lm.model import LM
 from retcon.lm.offload import offloading, put_away
 from retcon.lm.replay import ReplayState, capture_states, replaying
-from retcon.memory.values.objective import Labels, ValueSearch, ValueSite, divergence, loss_of
+from retcon.memory.values.objective import Labels, ValueSearch, ValueSite, kl_divergence, loss_of
 from retcon.memory.values.rows import EditRows, active_part
 from retcon.memory.values.state import SearchState
 
@@ -312,4 +312,4 @@ class Recorded:
         elif now.fresh:
             begins = (state.steps == 0).to(log_p.device)[:, None]
             state.original = torch.where(begins, log_p.detach(), state.original)
-        return divergence(log_p, state.original)
+        return kl_divergence(log_p, state.original)
