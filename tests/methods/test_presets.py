@@ -11,7 +11,7 @@ from retcon.lm.layouts import LAYOUTS
 from retcon.methods.common import presets as presets_module
 from retcon.methods.common.choosing import method
 from retcon.methods.common.contract import ModelShape
-from retcon.methods.common.presets import presets
+from retcon.methods.common.presets import preset_for, presets
 from retcon.methods.common.registry import METHODS, method_class
 from retcon.methods.common.settings import types_of
 
@@ -131,6 +131,27 @@ def test_a_preset_for_a_part_of_what_another_is_for_is_taken_where_it_is_asked_f
     lm = tiny("llama")
     assert method("ft", for_model=lm) == method("ft", preset="ft/demo-llama/world")
     assert method("ft", for_model=lm, dataset="world-single") == method("ft", preset="ft/demo-llama/world-single")
+
+
+@pytest.mark.parametrize(
+    ("users", "taken"),
+    [
+        ([("world-mine", "tuned by retcon tune on a.jsonl")], "world-mine"),
+        ([("mine-2", "tuned by retcon tune later"), ("mine", "tuned by retcon tune")], "mine-2"),
+        ([("mine", "tried on six facts")], "mine"),
+        ([("mine", "tried on six facts"), ("mine-2", "tried on two of them")], "mine"),
+        ([("mine", "tried on six facts"), ("first", "tuned by retcon tune")], "first"),
+    ],
+)
+def test_a_users_preset_is_taken_before_the_packages(users, taken, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("RETCON_PRESETS", str(tmp_path))
+    monkeypatch.setattr("retcon.methods.common.presets.signature", lambda lm: dict(_models()["demo-llama"]))
+    tables = [
+        f"[[preset]]\nmodel = 'demo-llama'\ndataset = '{dataset}'\nsource = '{source}'\nsettings = {{layers = [1]}}\n"
+        for dataset, source in users
+    ]
+    (tmp_path / "memit.toml").write_text("".join(tables))
+    assert preset_for("memit", tiny("llama")).dataset == taken
 
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

@@ -41,6 +41,8 @@ class Preset:
     match: Mapping[str, Any]
     """What the model must look like; see `signature`."""
     settings: Mapping[str, Any]
+    is_users: bool = False
+    """Whether it is from the user's folder."""
 
     @property
     def name(self) -> str:
@@ -82,10 +84,11 @@ def preset_named(name: str, preset: str) -> Preset:
 
 
 def preset_for(name: str, lm: "LM", dataset: str | None = None) -> Preset | None:
-    """Return the preset that fits the model, or None; the user's, then CounterFact's where several fit and none is
-    asked for.
+    """Return the preset that fits the model, or None.
 
-    One for a part of what another is for ("world-single" beside "world") is taken only where it is asked for.
+    Where several fit and no dataset is asked for: the last that `retcon tune` wrote; else the user's before the
+    package's, and among those CounterFact's. One for a part of what another is for ("world-single" beside "world") is
+    then taken only if `retcon tune` wrote it.
 
     Raises:
         UnknownPreset: the model has presets, but none for that dataset.
@@ -100,10 +103,12 @@ def preset_for(name: str, lm: "LM", dataset: str | None = None) -> Preset | None
                 return candidate
         known = ", ".join(p.name for p in fitting)
         raise UnknownPreset(f"{name} has no preset for this model and dataset {dataset!r}; known: {known or 'none'}")
+    if tuned := [p for p in fitting if p.source.startswith(TUNED)]:
+        return tuned[0]
+    fitting = [p for p in fitting if p.is_users] or fitting
     fitting = [p for p in fitting if not any(p.dataset.startswith(f"{q.dataset}-") for q in fitting)]
-    own = [p for p in fitting if p.source.startswith(TUNED)]
-    if len(fitting) == 1 or own:
-        return (own or fitting)[0]
+    if len(fitting) == 1:
+        return fitting[0]
     chosen = next((p for p in fitting if p.dataset == "counterfact"), fitting[0])
     warnings.warn(
         f"{len(fitting)} presets fit ({', '.join(p.name for p in fitting)}); taking {chosen.name}. "
@@ -201,7 +206,8 @@ def _presets_in(folder: Path, name: str, file: str) -> Iterator[Preset]:
             models = _toml(OWN_FOLDER / "models.toml") | _toml(path.with_name("models.toml"))
             match = p["model"] if isinstance(p["model"], dict) else models[p["model"]]
             label = p.get("name") if isinstance(p["model"], dict) else p["model"]
-            yield Preset(name, label or f"model{i}", p["dataset"], p["source"], match, p["settings"])
+            is_users = folder != OWN_FOLDER
+            yield Preset(name, label or f"model{i}", p["dataset"], p["source"], match, p["settings"], is_users)
     except (KeyError, TypeError, AttributeError) as error:
         raise MalformedFile(
             f"{path}: a [[preset]] needs model (a name in models.toml, or a table), dataset, source and settings; "
