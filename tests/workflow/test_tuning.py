@@ -3,6 +3,7 @@
 import random
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.presets import presets as list_presets
 from retcon.methods.common.presets import write_preset
 from retcon.methods.common.registry import method_class
+from retcon.methods.ft_l import FtL
 from retcon.methods.memit import Memit
 from retcon.workflow import tuning
 from retcon.workflow.tuning import Trial, _halving, _Search, candidates, objective, rounds, save_preset, tune
@@ -196,6 +198,22 @@ def test_nothing_that_is_searched_sees_the_reported_half(
     assert begun_with == searched
     assert reported == again == {case.id for case in CASES[:4]} - searched
     assert len(reported) == 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class MyFtL(FtL):
+    """A method of one's own, without a name of its own."""
+
+
+@pytest.mark.filterwarnings("ignore:no .*FtL preset:retcon.errors.RetconWarning")
+def test_a_preset_of_a_method_of_ones_own_is_found_under_the_name_that_was_asked_for(
+    presets: Path, tiny: Callable[..., LM]
+) -> None:
+    lm, name = tiny(n_layers=2), f"{__name__}:MyFtL"
+    given = {"epochs": 1, "layers": (1,)}
+    save_preset(lm, tune(lm, name, CASES[:4], max_trials=1, given=given), "tuned by retcon tune", "mine")
+    assert [(p.source, p.settings["epochs"]) for p in list_presets(name) if p.is_users] == [("tuned by retcon tune", 1)]
+    assert not any(p.is_users for p in list_presets("ft_l"))
 
 
 def test_what_cannot_be_tuned_says_so() -> None:

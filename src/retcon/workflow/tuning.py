@@ -75,6 +75,8 @@ class Trial:
 class Tuned:
     """What was found, and what it is worth on the half that was not searched on."""
 
+    name: str
+    """The method's, as it was asked for."""
     method: "Method"
     start: "Method"
     """What was begun at."""
@@ -219,6 +221,7 @@ def tune(
     ours, before = (measured(lm, m, reported, search.moments, pre, seed) for m in (best, start))
     after = [[r for r in each.records if r.when == "final"] for each in (ours, before)]
     return Tuned(
+        name,
         best,
         start,
         chosen.preset.name if chosen.preset else None,
@@ -383,4 +386,4 @@ def save_preset(lm: "LM", tuned: Tuned, source: str, dataset: str, folder: Path 
     """
     from retcon.methods.common.presets import signature, write_preset
 
-    return write_preset(tuned.method.name, signature(lm), dataset, source, tuned.method.settings, folder)
+    return write_preset(tuned.name, signature(lm), dataset, source, tuned.method.settings, folder)
