@@ -237,6 +237,23 @@ def test_a_preset_of_a_filter_is_read_back(presets: Path) -> None:
     assert preset.settings == settings | {"base_settings": {"stop": "probability"}}
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("kne", {"p": 0.5, "budget": None}),
+        ("pmet", {"settled_factor": None}),
+        ("ft_l", {"box": None}),
+        ("full_c", {"box": None}),
+        ("ctp", {"batch_size": None}),
+    ],
+)
+def test_none_is_read_back_where_the_default_is_another(name: str, settings: Any, presets: Path) -> None:
+    cls = method_class(name)
+    made = cls(**cls.fallback_settings(ModelShape(4, 8, 32, False)) | settings)
+    write_preset(name, {"model_type": "llama", "n_layers": 4, "d_model": 8}, "a", "s", made.settings)
+    assert retcon.method(name, preset=f"{name}/llama-4x8/a") == made
+
+
 def test_a_preset_is_put_before_the_others_and_a_broken_file_is_left_alone(tmp_path: Path) -> None:
     match = {"model_type": "llama", "n_layers": 4, "d_model": 8, "rope_theta": None}
     path = write_preset("memit", match, "a", "s", {"layers": (1, 2), "clamp": 1e-5, "threshold": None}, tmp_path)

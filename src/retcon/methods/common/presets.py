@@ -10,7 +10,7 @@ import os
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from retcon.errors import MalformedFile, RetconWarning, UnknownPreset
 from retcon.files import write_atomically
-from retcon.methods.common.registry import NO_PRESET, parents_of, setting_types
+from retcon.methods.common.registry import NO_PRESET, method_class, parents_of, setting_types
 from retcon.methods.common.settings import fitted, toml_value
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def write_preset(
 
     Args:
         match: what the model must look like (`signature`).
-        settings: None is left out, for TOML has no word for it: such a field has its default.
+        settings: None is left out where it is the default, and written "none" elsewhere.
 
     Raises:
         MalformedFile: the file that is there is no file of presets; it is left as it is.
@@ -177,6 +177,8 @@ def write_preset(
     folder = folder or user_folder()
     path = folder / f"{method.partition(':')[2] or method}.toml"
     list(_presets_in(folder, method, method))  # what is there can be read
+    defaults = {f.name: f.default for f in fields(method_class(method))}
+    written = {n: "none" if v is None else v for n, v in settings.items() if v is not None or defaults[n] is not None}
     look = ", ".join(f"{name} = {toml_value(value)}" for name, value in match.items() if value is not None)
     begin = f"# {method} for {look}; {dataset}"
     end = "# end\n"
@@ -192,7 +194,7 @@ def write_preset(
         f"dataset = {toml_value(dataset)}",
         f"source = {toml_value(source)}",
         "[preset.settings]",
-        *(f"{name} = {toml_value(value)}" for name, value in settings.items() if value is not None),
+        *(f"{name} = {toml_value(value)}" for name, value in written.items()),
     ]
     write_atomically(path, ("\n".join(lines) + "\n" + end + old).encode())
     return path

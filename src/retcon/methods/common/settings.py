@@ -86,7 +86,8 @@ def _described_fields(base: type[Any]) -> Iterator[tuple[str, str]]:
 def checked_settings(name: str, method: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings as the method's fields want them, from wherever they come: Python, `--set`, a preset, a file.
 
-    Lists, arrays and tensors become tuples, NumPy's numbers Python's, whole numbers floats where a float is wanted.
+    Lists, arrays and tensors become tuples, NumPy's numbers Python's, whole numbers floats where a float is wanted, and
+    "none" None where that is allowed and text is not.
 
     Raises:
         InvalidSetting: an unknown name, a value of another type, NaN or infinity; the message names the setting.
@@ -240,6 +241,8 @@ def fitted_value(value: Any, hint: Any, what: str) -> Any:
                 return fitted_value(value, part, what)
             except InvalidSetting as error:
                 problems.append(error)
+        if isinstance(value, str) and value == "none" and NoneType in args:  # TOML has no word for it
+            return None
         raise problems[0]
     if origin is Literal:
         for known in args if isinstance(value, str | Integral) else ():
