@@ -267,6 +267,11 @@ def test_a_preset_is_put_before_the_others_and_a_broken_file_is_left_alone(tmp_p
     write_preset("memit", match, "b", "again", {"layers": (2,)}, tmp_path)  # in place of its like, and of no other
     tables = tomllib.loads(path.read_text())["preset"]
     assert [(t["dataset"], t["source"]) for t in tables] == [("b", "again"), ("b-x", "s"), ("a", "s")]
+    path.write_text(path.read_text().replace("# end\n", "").rstrip())
+    write_preset("memit", match, "a", "s", {"layers": (1,)}, tmp_path)
+    write_preset("memit", match, "b", "once more", {"layers": (2,)}, tmp_path)  # without the lines that end a preset
+    tables = tomllib.loads(path.read_text())["preset"]
+    assert [(t["dataset"], t["source"]) for t in tables] == [("b", "once more"), ("a", "s"), ("b-x", "s")]
     path.write_text("[[preset]]\nmodel = 3")
     with pytest.raises(MalformedFile, match=r"memit\.toml"):
         write_preset("memit", match, "c", "s", {}, tmp_path)

@@ -7,6 +7,7 @@ the package.
 """
 
 import os
+import re
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping
@@ -182,10 +183,10 @@ def write_preset(
     look = ", ".join(f"{name} = {toml_value(value)}" for name, value in match.items() if value is not None)
     begin = f"# {method} for {look}; {dataset}"
     end = "# end\n"
+    next_one = rf"# end$|\[\[preset\]\]|# {re.escape(method)} for "
+    its_like = rf"^{re.escape(begin)}\n(?:\[\[preset\]\]\n)?(?:(?!{next_one})(?:.+\n?|\n))*(?:{end}?)?"
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, found, rest = f"\n{old}".partition(f"\n{begin}\n")
-    if found:
-        old = f"{before}\n{rest.partition(end)[2]}".removeprefix("\n")
+    old = re.sub(its_like, "", old, count=1, flags=re.MULTILINE)
     lines = [
         begin,
         "[[preset]]",
