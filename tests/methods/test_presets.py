@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from retcon.errors import InvalidSetting, RetconWarning, UnsupportedModel
+from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, UnsupportedModel
 from retcon.lm.layouts import LAYOUTS
 from retcon.methods.common import presets as presets_module
 from retcon.methods.common.choosing import method
@@ -152,6 +152,28 @@ def test_a_users_preset_is_taken_before_the_packages(users, taken, tiny, tmp_pat
     ]
     (tmp_path / "memit.toml").write_text("".join(tables))
     assert preset_for("memit", tiny("llama")).dataset == taken
+
+
+PRESET = {"model": '"demo-llama"', "dataset": '"d"', "source": '"s"', "settings": "{layers = [1]}"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("settings", "3", "'int' object is not a mapping"),
+        ("source", "3", "source = 3"),
+        ("dataset", "3", "dataset = 3"),
+        ("model", "{}", "model needs some of model_type, n_layers, .*, found none"),
+        ("model", "{n_layer = 8}", "model needs some of model_type, n_layers, .*, found n_layer"),
+        ("model", '"demo-lama"', "'demo-lama'"),
+    ],
+)
+def test_a_malformed_preset_is_refused_by_file_and_field(field, value, problem, tmp_path, monkeypatch):
+    monkeypatch.setenv("RETCON_PRESETS", str(tmp_path))
+    table = "\n".join(f"{name} = {text}" for name, text in (PRESET | {field: value}).items())
+    (tmp_path / "memit.toml").write_text(f"[[preset]]\n{table}\n")
+    with pytest.raises(MalformedFile, match=rf"memit\.toml: .*missing or wrong: {problem}"):
+        presets("memit")
 
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
@@ -139,19 +139,25 @@ def check_early(name: str, settings: Mapping[str, Any], preset: str | None = Non
     return made
 
 
+def _rope_theta(config: Any) -> Any:
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("rope_theta", getattr(config, "rope_theta", None))
+
+
+_LOOKS: Mapping[str, Callable[["LM"], Any]] = {
+    "model_type": lambda lm: lm.config.model_type,
+    "n_layers": lambda lm: lm.n_layers,
+    "d_model": lambda lm: lm.d_model,
+    "d_ff": lambda lm: lm.d_ff,
+    "vocabulary": lambda lm: lm.config.vocab_size,
+    "rope_theta": lambda lm: _rope_theta(lm.config),
+    "context": lambda lm: lm.context_length,
+}
+
+
 def signature(lm: "LM") -> dict[str, Any]:
     """Return what presets are matched on: architecture and sizes."""
-    config = lm.config
-    rope = getattr(config, "rope_parameters", None) or {}
-    return {
-        "model_type": config.model_type,
-        "n_layers": lm.n_layers,
-        "d_model": lm.d_model,
-        "d_ff": lm.d_ff,
-        "vocabulary": config.vocab_size,
-        "rope_theta": rope.get("rope_theta", getattr(config, "rope_theta", None)),
-        "context": lm.context_length,
-    }
+    return {name: look(lm) for name, look in _LOOKS.items()}
 
 
 TUNED = "tuned by retcon"
@@ -208,9 +214,13 @@ def _presets_in(folder: Path, name: str, file: str) -> Iterator[Preset]:
         for i, p in enumerate(_toml(path).get("preset", []), 1):
             models = _toml(OWN_FOLDER / "models.toml") | _toml(path.with_name("models.toml"))
             match = p["model"] if isinstance(p["model"], dict) else models[p["model"]]
-            label = p.get("name") if isinstance(p["model"], dict) else p["model"]
-            is_users = folder != OWN_FOLDER
-            yield Preset(name, label or f"model{i}", p["dataset"], p["source"], match, p["settings"], is_users)
+            label = str(p.get("name", f"model{i}")) if isinstance(p["model"], dict) else p["model"]
+            if not match or match.keys() - _LOOKS.keys():
+                raise TypeError(f"model needs some of {', '.join(_LOOKS)}, found {', '.join(match) or 'none'}")
+            for field in ("dataset", "source"):
+                if not isinstance(p[field], str):
+                    raise TypeError(f"{field} = {p[field]!r}")
+            yield Preset(name, label, p["dataset"], p["source"], match, {**p["settings"]}, folder != OWN_FOLDER)
     except (KeyError, TypeError, AttributeError) as error:
         raise MalformedFile(
             f"{path}: a [[preset]] needs model (a name in models.toml, or a table), dataset, source and settings; "
