@@ -488,14 +488,12 @@ def _extent(change: Change) -> list[int]:
 
 
 def _rank_bound(changes: Sequence[Change]) -> int | None:
-    ranks = {
-        "low_rank": lambda c: c.left.shape[1],
-        "rows": lambda c: len(c.index),
-        "columns": lambda c: len(c.index),
-    }
-    if any(c.kind not in ranks for c in changes):
-        return None
-    return sum(ranks[c.kind](c) for c in changes)
+    bounds = [
+        c.left.shape[1] if isinstance(c, LowRank) else len(c.index)
+        for c in changes
+        if isinstance(c, LowRank | Rows | Columns)
+    ]
+    return sum(bounds) if len(bounds) == len(changes) else None
 
 
 def _changes_from(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Change, ...]]:

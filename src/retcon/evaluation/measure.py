@@ -41,8 +41,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure all queries of `cases`, before an edit and after it. The model is left as it was.
 
-    The model as it stands (deltas applied earlier included) gives the `pre` records; with `delta`, the model edited by
-    it gives the `final` ones. With `pre` and no `delta`, the model as it stands is taken for the edited one. A query
+    The current model (deltas applied earlier included) gives the `pre` records; with `delta`, the model edited by it
+    gives the `final` ones. With `pre` and no `delta`, the current model is taken for the edited one. A query
     with a rival answer is measured in the CounterFact family, any other with a target in the zsRE family (EasyEdit's,
     where the loader says so); on axes without a published name the metric carries the axis's. What cannot be scored is
     recorded as skipped, and why.
@@ -51,7 +51,7 @@ def evaluate(
         pre: an earlier evaluation of the unedited model on at least these cases, so as not to repeat it. One read from
             a file has no predictions, so agreement with it (`ee.loc.argmax`) is recorded as skipped. Without `delta`,
             divergence (`loc.kl`) is from the model with its applied deltas off, and skipped where none are applied.
-        measures: what is measured; None: as `Measures` has it. The next five, where given, stand above its fields.
+        measures: what is measured; None: as `Measures` has it. The next five, where given, override its fields.
         generate: also let the model write its answers on rewrite, paraphrase, two-hop, portability prompts (`gen.*`).
         max_new_tokens: how much it may write.
         stops: texts that end an answer.
@@ -116,7 +116,7 @@ def measure(
     step: int = 0,
     advance: Progress = silent,
 ) -> Evaluation:
-    """Measure the model as it stands; `before` is of the unedited one, None where this is it."""
+    """Measure the current model; `before` is of the unedited one, None where this is it."""
     plan, outputs = run_queries(lm, plan, measures, lambda stage, *of: advance(f"{stage} ({when})", *of))
     return compute_records(plan, measures, outputs, when, before, step=step)
 
@@ -132,7 +132,7 @@ def divergences(
     chosen = [q for q in plan.queries if is_locality(q.query.axis) and q.readable and not q.prefixed]
     if before is None:
         skipped = Measured("divergence", "loc.kl", None, 0, "no delta is applied, so the unedited model is not at hand")
-        return [record_of(q, when, skipped, step) for q in chosen]
+        return [record_of(q.case, q.query, when, skipped, step, q.notes) for q in chosen]
     reasons: dict[Place, str | None] = {}
     for scope in (before, after):
         with scope():
@@ -148,12 +148,14 @@ def divergences(
         max_batch_tokens=measures.max_batch_tokens,
     )
     values = dict(zip(prompts, found, strict=True))
-    return [
-        record_of(q, when, Measured("divergence", "loc.kl", None, 0, reasons[q.place]), step)
-        if q.place in reasons
-        else record_of(q, when, or_broken("divergence", "loc.kl", values[q.query.prompt, q.query.chat]), step)
-        for q in chosen
-    ]
+    records = []
+    for q in chosen:
+        if q.place in reasons:
+            measured = Measured("divergence", "loc.kl", None, 0, reasons[q.place])
+        else:
+            measured = or_broken("divergence", "loc.kl", values[q.query.prompt, q.query.chat])
+        records.append(record_of(q.case, q.query, when, measured, step, q.notes))
+    return records
 
 
 def covering(pre: Evaluation, plan: QueryPlan) -> Evaluation:

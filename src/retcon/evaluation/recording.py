@@ -1,7 +1,7 @@
 """What a model made of the queries becomes records; no model is needed."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import get_args
 
@@ -38,6 +38,9 @@ from retcon.evaluation.plan import (
 from retcon.evaluation.records import Record, Status, When
 from retcon.evaluation.results import Evaluation
 
+_UNTOKENISED = ("gen.", "flu.", "ee.loc")
+"""Variants that begin so are not of the answer's tokens, so a query's notes do not bear on them."""
+
 
 def compute_records(
     plan: QueryPlan,
@@ -70,7 +73,7 @@ def compute_records(
         for q in by_case[case.id]:
             records += _records_of_query(q, measures, outputs, old_texts, old_predictions, when, step)
         for measured in _records_of_case(case, measures, outputs, texts, old_texts):
-            records.append(_of_case(case, when, measured, step))
+            records.append(record_of(case, None, when, measured, step))
     return Evaluation(
         records,
         {},
@@ -96,7 +99,7 @@ def _records_of_query(
     if not scores:
         success = metric_names(q.query.axis)[0]
         variant = "ee.tok" if ee else "zsre.tok" if q.query.contrast is None else "cf.prob_mean"
-        skipped = record_of(q, when, Measured(success, variant, None, 0, q.reason), step, skipped=True)
+        skipped = record_of(q.case, q.query, when, Measured(success, variant, None, 0, q.reason), step, q.notes)
     elif len(scores) == 2:
         found += compare(q.query.axis, *scores)
     else:
@@ -128,7 +131,10 @@ def _records_of_query(
             continue
         found.append(fluency(_text_for(variant, q.case_id, q.query, outputs), variant))
     records = [] if scores else [skipped]
-    return records + [record_of(q, when, m, step) for m in found]
+    for m in found:
+        notes = () if m.variant.startswith(_UNTOKENISED) else q.notes
+        records.append(record_of(q.case, q.query, when, m, step, notes))
+    return records
 
 
 def _text_for(variant: Fluency, case_id: str, query: Query, outputs: Outputs) -> str:
@@ -182,40 +188,24 @@ def _own(name: str, case: Case, texts: Mapping[str, str], old_texts: Mapping[str
     ]
 
 
-def record_of(q: TokenizedQuery, when: When, m: Measured, step: int, *, skipped: bool = False) -> Record:
-    """Return the record of one measured number of a query, with the query's notes where they bear on it."""
-    notes = (
-        [*q.notes, *([m.note] if m.note else [])] if not m.variant.startswith(("gen.", "flu.", "ee.loc")) else [m.note]
-    )
-    return Record(
-        when=when,
-        case_id=q.case_id,
-        subject=q.subject,
-        axis=q.query.axis,
-        query_id=q.query.id,
-        metric=m.metric,
-        variant=m.variant,
-        value=m.value,
-        n=m.n,
-        status="skipped" if skipped else _status(m),
-        detail="; ".join(note for note in notes if note) or None,
-        step=step,
-    )
+def record_of(case: Case, query: Query | None, when: When, m: Measured, step: int, notes: Sequence[str] = ()) -> Record:
+    """Return the record of one measured number of a query; of the case as a whole with None.
 
-
-def _of_case(case: Case, when: When, m: Measured, step: int) -> Record:
+    Args:
+        notes: on the query, where they bear on the number.
+    """
     return Record(
         when=when,
         case_id=case.id,
         subject=subject_of(case),
-        axis=None,
-        query_id=None,
+        axis=None if query is None else query.axis,
+        query_id=None if query is None else query.id,
         metric=m.metric,
         variant=m.variant,
         value=m.value,
         n=m.n,
         status=_status(m),
-        detail=m.note,
+        detail="; ".join(note for note in (*notes, m.note) if note) or None,
         step=step,
     )
 
