@@ -224,18 +224,18 @@ def plan_queries(lm: LM, cases: Sequence[Case], measures: Measures) -> QueryPlan
 
 
 def _tokenized(lm: LM, case: Case, query: Query, dirty: bool, measures: Measures) -> TokenizedQuery:
-    rows: tuple[Row, ...] = ()
-    reason = None if query.target else NO_TARGET
-    if query.target:
-        try:
-            rows = _rows(lm, query, measures)
-        except InvalidEdit as error:
-            reason = str(error)
-    reason, rows, overlong = _within_context(lm, query, rows, reason)
+    reason, too_long = None if query.target else NO_TARGET, None
+    try:
+        rows = _rows(lm, query, measures) if query.target else ()
+    except InvalidEdit as error:
+        rows, reason = (), str(error)
+    else:
+        too_long = _too_long(lm, query, rows)
+        rows, reason = ((), too_long) if too_long else (rows, reason)
     notes = ["contaminated"] if dirty else []
     if any(row.boundary_merge for row in rows):
         notes.append("boundary_merge")
-    return TokenizedQuery(case, query, rows, reason, tuple(notes), overlong=overlong)
+    return TokenizedQuery(case, query, rows, reason, tuple(notes), overlong=too_long is not None)
 
 
 def _rows(lm: LM, query: Query, measures: Measures) -> tuple[Row, ...]:
@@ -257,22 +257,20 @@ def _tokenized_now(lm: LM, query: TokenizedQuery, measures: Measures) -> Tokeniz
     if not query.readable or lm.prompted(query.query.prompt) == query.query.prompt:
         return query
     rows = _rows(lm, query.query, measures) if query.rows else ()
-    reason, rows, overlong = _within_context(lm, query.query, rows, query.reason)
-    return replace(query, rows=rows, reason=reason, overlong=overlong)
+    if too_long := _too_long(lm, query.query, rows):
+        return replace(query, rows=(), reason=too_long, overlong=True)
+    return replace(query, rows=rows)
 
 
-def _within_context(
-    lm: LM, query: Query, rows: tuple[Row, ...], reason: str | None
-) -> tuple[str | None, tuple[Row, ...], bool]:
-    """Return the reason and the rows, none where the model cannot read them all, and whether that is so."""
+def _too_long(lm: LM, query: Query, rows: tuple[Row, ...]) -> str | None:
+    """Return why the model cannot read these rows, or the prompt alone where there are none; None where it can."""
     limit = lm.context_length
-    if limit is None or not (rows or reason == NO_TARGET):
-        return reason, rows, False
-    read = rows or (lm.encode(query.prompt, chat=query.chat),)
-    longest = max(read, key=lambda row: row.n_needed)
+    if limit is None:
+        return None
+    longest = max(rows or (lm.encode(query.prompt, chat=query.chat),), key=lambda row: row.n_needed)
     if longest.n_needed <= limit:
-        return reason, rows, False
-    return f"{len(longest.ids):,} tokens, and the model reads {limit:,}, the answer included", (), True
+        return None
+    return f"{len(longest.ids):,} tokens, and the model reads {limit:,}, the answer included"
 
 
 def _after_the_edit(case: Case, query: Query) -> Query:
