@@ -21,7 +21,7 @@ import retcon
 from benchmarks.common import cases_of, command_line, machine, moments_of, print_row
 from retcon.edits import Case
 from retcon.errors import RetconWarning
-from retcon.evaluation.score import Item, score
+from retcon.evaluation.score import score
 from retcon.lm.model import LM
 from retcon.locate import Tracing, causal_trace
 from retcon.locate.tracing import RestoredKind, default_window
@@ -35,7 +35,7 @@ def probabilities(lm: LM, case: Case) -> Tensor:
     """Of the new answer, geometric mean per token: on the edit's prompt, and averaged over its paraphrases."""
     (edit,) = case.edits
     prompts = [query.prompt for query in case.queries if query.axis == "paraphrase"]
-    found = score(lm, [Item(prompt, edit.target_new) for prompt in (edit.text, *prompts)])
+    found = score(lm, [(prompt, edit.target_new) for prompt in (edit.text, *prompts)])
     rewrite, *others = (math.exp(-each.nll_mean) for each in found)
     return torch.tensor([rewrite, sum(others) / len(others) if others else math.nan])
 

@@ -22,7 +22,7 @@ from retcon.delta import Delta, Dense
 from retcon.edits import Case, Edit, Query
 from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, WrongBase
 from retcon.evaluation import Evaluation, Measures, evaluate
-from retcon.evaluation.score import Item, score
+from retcon.evaluation.score import score
 from retcon.export import export
 from retcon.lm.model import LM
 from retcon.methods.common.sequence import in_steps
@@ -212,11 +212,11 @@ def test_an_editor_at_the_prompt_acts_before_tokens_are_made(lm: LM, tmp_path: P
         assert lm.encode("The capital of Italy is") == lm.encode("The capital of Italy is")
         assert len(lm.encode("The capital of Italy is").ids) > len(plain.ids)
         long = lm.complete("The capital of Italy is", max_new_tokens=4)
-        (scored,) = score(lm, [Item("The capital of Italy is", "Rome")])
+        (scored,) = score(lm, [("The capital of Italy is", "Rome")])
         with lm.without_deltas():
             assert lm.encode("The capital of Italy is") == plain
     assert lm.encode("The capital of Italy is") == plain
-    (spelt_out,) = score(lm, [Item("The capital of France is Rome. The capital of Italy is", "Rome")])
+    (spelt_out,) = score(lm, [("The capital of France is Rome. The capital of Italy is", "Rome")])
     assert scored == spelt_out
     assert long == lm.complete("The capital of France is Rome. The capital of Italy is", max_new_tokens=4)
     assert said == lm.complete("The capital of Italy is", max_new_tokens=4)
@@ -229,7 +229,7 @@ def test_another_threads_prompt_is_read_in_its_own_turn(asked: str, lm: LM) -> N
     ask: dict[str, Callable[[], Any]] = {
         "complete": lambda: lm.complete("The capital of Italy is", max_new_tokens=4),
         "generate": lambda: lm.generate(["The capital of Italy is", "He"], max_new_tokens=4),
-        "score": lambda: score(lm, [Item("The capital of Italy is", "Rome")]),
+        "score": lambda: score(lm, [("The capital of Italy is", "Rome")]),
         "evaluate": lambda: evaluate(lm, CASES, generate=True, max_new_tokens=2).records,
     }
     told = InContext(base=lm.fingerprint(), settings={"before": "The capital of France is Rome."})

@@ -14,7 +14,7 @@ from retcon.evaluation import Evaluation, Measures, evaluate
 from retcon.evaluation.metrics.consistency import References, TfIdf, consistency
 from retcon.evaluation.metrics.fluency import Fluency, fluency, word_tokenizer
 from retcon.evaluation.plan import plan_queries
-from retcon.evaluation.score import Item, score, score_rows
+from retcon.evaluation.score import score, score_rows
 from retcon.evaluation.writing import PRESETS
 from retcon.lm.generate import generate
 from retcon.lm.model import LM
@@ -157,7 +157,7 @@ def test_neighbours_behind_the_edited_statement(tiny: Make) -> None:
     assert {r.query_id for r in more} == {"neighborhood/0+edit", "neighborhood/1+edit"}
     assert [r for r in found.records if r not in more] == plain.records
     prompt = "The capital of France is Rome. The capital of Italy is"
-    new, old = score(lm, [Item(prompt, "Rome"), Item(prompt, "Paris")])
+    new, old = score(lm, [(prompt, "Rome"), (prompt, "Paris")])
     values = {r.variant: r.value for r in more if (r.case_id, r.query_id) == ("france", "neighborhood/0+edit")}
     assert values["cf.prob_mean+edit"] == float(old.nll_mean < new.nll_mean)
     assert values["cf.magnitude+edit"] == pytest.approx(math.exp(-old.nll_mean) - math.exp(-new.nll_mean))

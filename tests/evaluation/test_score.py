@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from retcon.boundary import separator_between
 from retcon.errors import InvalidEdit
-from retcon.evaluation.score import Item, TokenScore, score, score_rows
+from retcon.evaluation.score import TokenScore, score, score_rows
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode
@@ -22,12 +22,12 @@ from tests.conftest import FAMILIES, TEXT, WINDOWED, tiny_model, tokenizer
 Make = Callable[..., LM]
 
 ITEMS = [
-    Item("The capital of France is", "Paris"),
-    Item("The capital of France is", "Rome"),
-    Item("Zürich, São Paulo and Łódź are", "東京 🗼"),
-    Item("The mother tongue of Leonardo da Vinci is", "Italian. He lived in Florence"),
-    Item("عاصمة فرنسا", "nai\u0308ve cafe\u0301"),
-    Item("I read", "You know the way home"),
+    ("The capital of France is", "Paris"),
+    ("The capital of France is", "Rome"),
+    ("Zürich, São Paulo and Łódź are", "東京 🗼"),
+    ("The mother tongue of Leonardo da Vinci is", "Italian. He lived in Florence"),
+    ("عاصمة فرنسا", "nai\u0308ve cafe\u0301"),
+    ("I read", "You know the way home"),
 ]
 
 
@@ -55,7 +55,7 @@ def assert_same(found: TokenScore, logp: Tensor, pred: list[int], target: tuple[
 def test_a_batch_equals_single_rows_unpadded_and_padded_on_the_left(family: str, tiny: Make) -> None:
     lm = tiny(family, n_layers=2)
     for item, found in zip(ITEMS, score(lm, ITEMS), strict=True):
-        row = encode(lm.tokenizer, item.prompt, item.target)
+        row = encode(lm.tokenizer, *item)
         assert_same(found, *plain(lm, row), row.target_ids)
         if family not in (*WINDOWED, "bloom", "granite_swa", "mpt", "vaultgemma"):  # padded rows see nothing: NaN
             assert_same(found, *plain(lm, row, left=5), row.target_ids)
@@ -63,7 +63,7 @@ def test_a_batch_equals_single_rows_unpadded_and_padded_on_the_left(family: str,
 
 def test_padding_on_the_left_without_positions_would_show_on_gpt2(tiny: Make) -> None:
     lm = tiny("gpt2", n_layers=2)
-    row = encode(lm.tokenizer, ITEMS[0].prompt, ITEMS[0].target)
+    row = encode(lm.tokenizer, *ITEMS[0])
     right, wrong = plain(lm, row)[0], plain(lm, row, left=5, positions=False)[0]
     assert (right - wrong).abs().max() > 0.1
 
@@ -152,7 +152,7 @@ def test_batches_order_and_company_change_nothing(family: str, tiny: Make) -> No
     assert close(together, score(lm, ITEMS, max_batch_tokens=1))
     assert close(together, score(lm, ITEMS, max_batch_tokens=20))
     assert close(together, score(lm, ITEMS[::-1])[::-1])
-    long = Item("The train stood still. " * 10, "home")
+    long = ("The train stood still. " * 10, "home")
     assert close(together, score(lm, [long, *ITEMS])[1:])
     assert score(lm, []) == []
 
@@ -201,7 +201,7 @@ def test_running_out_of_memory_halves_the_batch(tiny: Make) -> None:
 
 def test_progress_counts_up_to_all(tiny: Make) -> None:
     lm = tiny(n_layers=1)
-    rows = [encode(lm.tokenizer, item.prompt, item.target) for item in ITEMS]
+    rows = [encode(lm.tokenizer, *item) for item in ITEMS]
     seen: list[tuple[int, int]] = []
     score_rows(lm, rows, max_batch_tokens=40, on_progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (len(ITEMS), len(ITEMS))
@@ -227,40 +227,40 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
 def test_prompt_and_target_read_as_written_in_every_tokenizer(kind: str) -> None:
     tok = merging_tokenizer() if kind == "merging" else tokenizer(kind)
     lm = LM(tiny_model("gpt2", n_layers=1), tok)
-    items = [*ITEMS[:2], Item("The capital of", "France")] if kind == "piece" else ITEMS  # its alphabet is small
+    items = [*ITEMS[:2], ("The capital of", "France")] if kind == "piece" else ITEMS  # its alphabet is small
     found = score(lm, items)
-    for item, s in zip(items, found, strict=True):
-        prompt = encode(tok, item.prompt).ids
+    for (prompt, target), s in zip(items, found, strict=True):
+        ids = encode(tok, prompt).ids
         assert len(s.target) > 0
-        text = tok.decode([*prompt, *s.target], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = tok.decode([*ids, *s.target], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if s.boundary_merge:  # answers that had to be tokenised alone may have lost the space before them
-            assert text.replace(" ", "") == (item.prompt + item.target).replace(" ", "")
+            assert text.replace(" ", "") == (prompt + target).replace(" ", "")
         else:
-            assert text == item.prompt + separator_between(item.prompt, item.target) + item.target
+            assert text == prompt + separator_between(prompt, target) + target
         assert "\ufffd" not in text
     reaching = kind in ("piece", "merging")  # these two do not break text at spaces
     assert any(s.boundary_merge for s in found) == reaching
 
 
 def test_the_pad_token_is_of_no_account() -> None:
-    def scores(pad: str | None, items: list[Item] = ITEMS) -> list[TokenScore]:
+    def scores(pad: str | None, items: list[tuple[str, str]] = ITEMS) -> list[TokenScore]:
         tok = copy.deepcopy(tokenizer("gpt"))
         tok.pad_token = pad
         return score(LM(tiny_model("gpt2", n_layers=1), tok), items)
 
-    odd = [*ITEMS, Item("It ended </s> and I read", "</s> twice")]
+    odd = [*ITEMS, ("It ended </s> and I read", "</s> twice")]
     assert scores("</s>", odd) == scores("<unk>", odd) == scores(None, odd)
 
 
 def test_a_separator_for_scripts_without_spaces(tiny: Make) -> None:
     lm = tiny(n_layers=1)
-    assert lm.tokenizer.decode(score(lm, [Item("東京", "東京")])[0].target) == "東京"
-    assert lm.tokenizer.decode(score(lm, [Item("東京", "東京")], separator=" ")[0].target) == " 東京"
+    assert lm.tokenizer.decode(score(lm, [("東京", "東京")])[0].target) == "東京"
+    assert lm.tokenizer.decode(score(lm, [("東京", "東京")], separator=" ")[0].target) == " 東京"
 
 
 def test_an_empty_target_is_refused(tiny: Make) -> None:
     with pytest.raises(InvalidEdit, match="the target after 'I read' is empty"):
-        score(tiny(n_layers=1), [Item("I read", " ")])
+        score(tiny(n_layers=1), [("I read", " ")])
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -1,7 +1,7 @@
 """Teacher-forced scoring: how likely a model finds given targets after given prompts.
 
-All teacher-forced metrics come from `score`; they are then pure functions of its results (metrics.py). Rows are padded
-on the right, one forward pass per batch, and the head is applied only where a target token is predicted.
+All teacher-forced metrics are functions of what `score_rows` returns (`retcon.evaluation.metrics`). Rows are padded on
+the right, one forward pass per batch, and the head is applied only where a target token is predicted.
 """
 
 import math
@@ -17,14 +17,6 @@ from retcon.lm.batches import MAX_BATCH_TOKENS, shared_in_batches
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
-
-
-@dataclass(frozen=True)
-class Item:
-    """One target to score after one prompt, with a separator between them (`retcon.lm.prompts.encode`)."""
-
-    prompt: str
-    target: str
 
 
 @dataclass(frozen=True)
@@ -75,9 +67,9 @@ class TokenScore:
 
 
 def score(
-    lm: LM, items: Sequence[Item], *, max_batch_tokens: int = MAX_BATCH_TOKENS, separator: str | None = None
+    lm: LM, items: Sequence[tuple[str, str]], *, max_batch_tokens: int = MAX_BATCH_TOKENS, separator: str | None = None
 ) -> list[TokenScore]:
-    """Score every item, in the order given; one by one or batched gives the same up to rounding.
+    """Score every (prompt, target), in the order given; one by one or batched gives the same up to rounding.
 
     Args:
         max_batch_tokens: padded tokens per forward pass; halved when memory runs out.
@@ -88,7 +80,7 @@ def score(
         torch.OutOfMemoryError: a single row does not fit.
     """
     with lm.scope():  # what is attached may act on the prompts, which are read in the turn in which they are run
-        rows = [lm.encode(item.prompt, item.target, separator=separator) for item in items]
+        rows = [lm.encode(prompt, target, separator=separator) for prompt, target in items]
         return score_rows(lm, rows, max_batch_tokens=max_batch_tokens)
 
 
