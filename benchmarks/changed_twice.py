@@ -21,7 +21,7 @@ METRICS = ("Score", "ES", "GS", "LS", ("LS", "ee.loc.argmax"))
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True)
+    parser = command_line(__doc__, cases=True, corpus=True)
     parser.add_argument("--n", type=int, default=30)
     parser.add_argument("--methods", nargs="+", default=["memit", "alphaedit", "jeep", "kne", "ctp"])
     args = parser.parse_args()

@@ -38,32 +38,31 @@ METRICS = ("Score", "ES", "GS", "LS")
 
 
 def command_line(
-    doc: str | None, *, cases: bool = False, places: bool = False, dataset: bool = False
+    doc: str | None, *, cases: bool = False, corpus: bool = False, dataset: bool = False
 ) -> argparse.ArgumentParser:
     """Return the parser of a script whose docstring is its help, with the options that the `add_` functions add."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for wanted, add in ((cases, add_cases), (places, add_places), (dataset, add_dataset)):
+    for wanted, add in ((cases, add_cases), (corpus, add_corpus), (dataset, add_dataset)):
         if wanted:
             add(parser)
     return parser
 
 
 def add_cases(parser: argparse.ArgumentParser) -> None:
-    """Options that say what is edited: model, cases, first case, seed."""
+    """Add the options of what is edited: model, cases, first case, seed."""
     parser.add_argument("--model", default="demo:gptj")
     parser.add_argument("--data", help="CounterFact file; the embedded world's cases if left out")
     parser.add_argument("--start", type=int, default=0, help="first case")
     parser.add_argument("--seed", type=int, default=0)
 
 
-def add_places(parser: argparse.ArgumentParser) -> None:
-    """The options of `add_cases`, and the text of second moments."""
-    add_cases(parser)
+def add_corpus(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the text for second moments."""
     parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
-    """The option that chooses among a model's presets."""
+    """Add the option that chooses among a model's presets."""
     parser.add_argument("--dataset", metavar="NAME", help="take the preset for this kind of data, such as world-first")
 
 

@@ -23,7 +23,7 @@ WAYS: dict[str, dict[str, Any]] = {"kn": dict(erase=True), "memit": {}, "jeep": 
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True)
+    parser = command_line(__doc__, cases=True, corpus=True)
     parser.add_argument("--n", type=int, default=30)
     parser.add_argument("--methods", nargs="+", default=list(WAYS))
     parser.add_argument("--answer", default="unknown", help="what other methods than KN write")

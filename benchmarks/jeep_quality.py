@@ -73,7 +73,7 @@ def misses(cases: list[Case], delta: Delta, evaluation: Evaluation) -> str:
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True, dataset=True)
+    parser = command_line(__doc__, cases=True, corpus=True, dataset=True)
     parser.add_argument("--n", type=int, nargs="+", default=[100])
     parser.add_argument("--ablations", action="store_true", help="the rows of the paper's Table 4")
     parser.add_argument("--only", nargs="+", help="some of the ablations, by the start of their names")

@@ -53,7 +53,7 @@ def rows_of(lm: LM, case: Case) -> tuple[Row, Row, Row] | None:
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True)
+    parser = command_line(__doc__, cases=True, corpus=True)
     parser.add_argument("--n", type=int, default=40, help="cases")
     parser.add_argument("--layers", type=int, nargs="+", required=True)
     asked = parser.parse_args()

@@ -28,8 +28,9 @@ from typing import Any
 
 import retcon
 from benchmarks.common import (
+    add_cases,
+    add_corpus,
     add_dataset,
-    add_places,
     cases_of,
     command_line,
     estimated,
@@ -237,7 +238,8 @@ def main() -> None:
     verbs = parser.add_subparsers(required=True)
     running = verbs.add_parser("run")
     running.add_argument("methods", nargs="+")
-    add_places(running)
+    add_cases(running)
+    add_corpus(running)
     add_dataset(running)
     running.add_argument("--n", type=int, default=100)
     running.add_argument("--protocol", choices=("single", "batch", "consecutive"), default="batch")

@@ -20,7 +20,7 @@ from retcon.methods.common.fine_tuning import FineTuning
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True)
+    parser = command_line(__doc__, cases=True, corpus=True)
     parser.add_argument("--n", type=int, default=20, help="edits of the batch")
     parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=[m for m in ROWS if m not in NEED_EDITORS])
     parser.add_argument("--editor", nargs="*", default=[], metavar="METHOD=FILE")

@@ -29,7 +29,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True)
+    parser = command_line(__doc__, cases=True, corpus=True)
     parser.add_argument("--edits", type=int, default=32)
     parser.add_argument("--steps", type=int, default=11)
     parser.add_argument("--rounds", type=int, default=3)

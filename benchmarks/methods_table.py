@@ -53,7 +53,7 @@ FAMILY = ["ROME", "R-ROME", "MEMIT", "RECT", "PRUNE", "AlphaEdit", "EMMET", "PME
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True)
+    parser = command_line(__doc__, cases=True, corpus=True)
     parser.add_argument("--n", type=int, nargs="+", default=[1, 100, 1000])
     parser.add_argument("--alone", type=int, default=100, help="cases edited one at a time for n = 1")
     parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=FAMILY)

@@ -62,7 +62,7 @@ def known(cases: list[Case], model: str) -> list[Case]:
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True)
+    parser = command_line(__doc__, cases=True, corpus=True)
     parser.add_argument("--n", type=int, default=100, help="cases")
     parser.add_argument("--mlp", nargs="+", default=["experts", "dense"], help="dense is the shared expert")
     parser.add_argument("--known", metavar="WORLD", help="edit what this world has read; default: the model itself")

@@ -24,7 +24,7 @@ from retcon.memory.moments import document_rows
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True, dataset=True)
+    parser = command_line(__doc__, cases=True, corpus=True, dataset=True)
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--per-dimension", type=int, nargs="+", default=[2, 5, 10, 20, 50], metavar="TOKENS")
     args = parser.parse_args()

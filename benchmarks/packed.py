@@ -60,7 +60,7 @@ def edited(lm: LM, method: Method, cases: list[Case], **given: Any) -> dict[str,
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True)
+    parser = command_line(__doc__, cases=True, corpus=True)
     parser.add_argument("--n", type=int, default=50, help="cases written at once")
     parser.add_argument("--alone", type=int, default=10, help="cases of methods for one fact")
     parser.add_argument("--methods", nargs="+", default=METHODS)

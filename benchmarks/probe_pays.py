@@ -194,7 +194,7 @@ def over_windows(by_layer: Sequence[float], width: int) -> list[float]:
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True, dataset=True)
+    parser = command_line(__doc__, cases=True, corpus=True, dataset=True)
     parser.add_argument("--name", help="the model's name in the figure, if not as --model says")
     parser.add_argument("--edits", type=int, default=100)
     parser.add_argument("--probed", type=int, default=500, help="facts after the edits, for the contrast-based probe")

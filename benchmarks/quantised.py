@@ -72,7 +72,7 @@ def measured(lm: LM, cases: list[Case]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True)
+    parser = command_line(__doc__, cases=True, corpus=True)
     parser.add_argument("--n", type=int, default=100, help="cases")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     asked = parser.parse_args()

@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import retcon
-from benchmarks.common import METRICS, add_dataset, add_places, cases_of, command_line, estimated, machine, moments_of
+from benchmarks.common import (
+    METRICS,
+    add_cases,
+    add_corpus,
+    add_dataset,
+    cases_of,
+    command_line,
+    estimated,
+    machine,
+    moments_of,
+)
 from retcon.drawing import figure, save
 from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
@@ -88,7 +98,8 @@ def main() -> None:
     parser = command_line(__doc__)
     verbs = parser.add_subparsers(required=True)
     running = verbs.add_parser("run")
-    add_places(running)
+    add_cases(running)
+    add_corpus(running)
     add_dataset(running)
     running.add_argument("--edits", type=int, default=500)
     running.add_argument("--step", type=int, default=10)

@@ -61,7 +61,7 @@ def explained(effects: Tensor, scores: Tensor) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True, dataset=True)
+    parser = command_line(__doc__, cases=True, corpus=True, dataset=True)
     parser.add_argument("--n", type=int, default=50)
     args = parser.parse_args()
     if args.n < LEAST_FACTS:

@@ -25,7 +25,7 @@ SHUFFLES = 2000
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True, dataset=True)
+    parser = command_line(__doc__, cases=True, corpus=True, dataset=True)
     parser.add_argument("--n", type=int, default=100)
     args = parser.parse_args()
     lm = retcon.load(args.model)

@@ -43,7 +43,7 @@ def written(lm: LM, edits: Sequence[Edit]) -> list[str]:
 
 
 def main() -> None:
-    parser = command_line(__doc__, places=True)
+    parser = command_line(__doc__, cases=True, corpus=True)
     parser.add_argument("--n", type=int, default=100, help="cases")
     parser.add_argument("--alone", action="store_true", help="edit every case by itself")
     parser.add_argument("--any", action="store_true", help="cases as they come, preferred or not")

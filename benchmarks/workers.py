@@ -50,7 +50,7 @@ def timed(propose: Callable[[], Delta]) -> tuple[Delta, float, float]:
 
 def main() -> None:
     """Print the table."""
-    parser = command_line(__doc__, places=True)
+    parser = command_line(__doc__, cases=True, corpus=True)
     parser.add_argument("--n", type=int, default=400, help="edits")
     parser.add_argument("--on", nargs="+", default=["processes", "ray"], choices=["processes", "ray"])
     parser.add_argument("--workers", type=int, nargs=2, default=[1, 2])
