@@ -25,29 +25,8 @@ from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.memory.values import ValueCache
 
-ROWS = {
-    "ROME": "rome",
-    "R-ROME": "r_rome",
-    "MEMIT": "memit",
-    "RECT": "rect",
-    "PRUNE": "prune",
-    "AlphaEdit": "alphaedit",
-    "EMMET": "emmet",
-    "PMET": "pmet",
-    "JEEP": "jeep",
-    "KNE": "kne",
-    "CTP": "ctp",
-    "FT": "ft",
-    "FT-L": "ft_l",
-    "FT-M": "ft_m",
-    "FT-WD": "ft_wd",
-    "Full-C": "full_c",
-    "LoRA": "lora",
-    "AdaLoRA": "adalora",
-    "KN": "kn",
-    "MEND": "mend",
-    "MALMEN": "malmen",
-}
+NAMES = {"alphaedit": "AlphaEdit", "full_c": "Full-C", "lora": "LoRA", "adalora": "AdaLoRA"}
+ROWS = {NAMES.get(name, name.upper().replace("_", "-")): name for name in retcon.list_methods()}
 FAMILY = ["ROME", "R-ROME", "MEMIT", "RECT", "PRUNE", "AlphaEdit", "EMMET", "PMET", "JEEP"]
 """The locate-then-edit methods, which are run where none are named."""
 
@@ -74,11 +53,9 @@ def main() -> None:
             cases = cases_of(args.data, args.start, args.alone if n == 1 else n, args.seed)
             pre = evaluate(lm, cases, generate=False)
             print_row(n, "unedited", *percents(pre.summary(), "pre").values(), "", "")
-            for label, name in ROWS.items():
-                if label not in args.methods:
-                    continue
+            for label in args.methods:
                 own = {"editor": editors[label]} if label in editors else {}
-                method = retcon.method(name, for_model=lm, preset=named.get(label), **own)
+                method = retcon.method(ROWS[label], for_model=lm, preset=named.get(label), **own)
                 method.propose(
                     lm, cases[0].edits, contexts=contexts, moments=moments
                 )  # moments and what is made of them

@@ -31,7 +31,7 @@ def place(kind: str, n: int) -> AbstractContextManager[Workers]:
     return RayCluster(n=n) if kind == "ray" else workers(f"{kind}:{n}")
 
 
-def timed(propose: Callable[[], Delta]) -> tuple[Delta, float, float]:
+def timed_search(propose: Callable[[], Delta]) -> tuple[Delta, float, float]:
     """Return the delta, the seconds of its value search, and those of the whole."""
     searching = 0.0
 
@@ -65,7 +65,7 @@ def main() -> None:
     def propose() -> Delta:
         return jeep.propose(lm, edits, moments=moments, seed=args.seed)
 
-    wanted, searching, whole = timed(propose)
+    wanted, searching, whole = timed_search(propose)
     few, many = args.workers
     print(f"{machine()}\n{args.model}, JEEP, {len(edits)} edits, {torch.get_num_threads()} thread a worker")
     print(f"this process alone: search {searching:.1f} s, propose {whole:.1f} s\n")
@@ -83,7 +83,7 @@ def main() -> None:
             for _ in range(args.rounds):
                 for n, at in places.items():
                     with working_on(lm, at):
-                        delta, *seconds = timed(propose)
+                        delta, *seconds = timed_search(propose)
                     found[n].append((seconds[0], seconds[1]))
                     same &= delta.id == wanted.id and delta.report == wanted.report
         search, propose_s = ({n: min(t[i] for t in times) for n, times in found.items()} for i in (0, 1))
