@@ -30,6 +30,7 @@ from retcon.methods.common.contract import Method
 from retcon.methods.common.proposal import answers
 from retcon.methods.common.sequence import in_steps
 from retcon.methods.jeep import Jeep
+from retcon.plural import plural
 from retcon.version import versions
 
 T = TypeVar("T")
@@ -208,7 +209,7 @@ def machine() -> str:
     """One line for the record: processor, threads, versions."""
     found = versions()
     return (
-        f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used; Python "
+        f"{processor()}, {os.cpu_count()} cores, {plural(torch.get_num_threads(), 'thread')} used; Python "
         f"{platform.python_version()}, torch {found['torch']}, transformers {found['transformers']}, "
         f"retcon {found['retcon']}"
     )

@@ -148,13 +148,13 @@ class Attachment(Protocol):
         """Return what it costs at inference."""
 
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Return the bytes of its tensors."""
 
     def norms(self) -> dict[str, float]:
-        """Frobenius norm of the change, per parameter."""
+        """Return the Frobenius norm of the change, per parameter."""
 
     def ranks(self) -> dict[str, int | None]:
-        """Upper bound of the change's rank, per parameter; None where it has none."""
+        """Return an upper bound of the change's rank, per parameter; None where it has none."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to one file; a crash leaves the old file or the new, never a part."""
@@ -242,15 +242,15 @@ class Beside:
         return Cost(nbytes=self.nbytes())
 
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Return the bytes of its tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def norms(self) -> dict[str, float]:
-        """None: the weights stay."""
+        """Return nothing: the weights stay."""
         return {}
 
     def ranks(self) -> dict[str, int | None]:
-        """None: the weights stay."""
+        """Return nothing: the weights stay."""
         return {}
 
     def with_report(self, report: Sequence[EditReport], **provenance: Any) -> Self:

@@ -290,7 +290,7 @@ class Delta:
                     yield f"{name}/{i}/{change.kind}{place}/{tensor_name}", tensor
 
     def nbytes(self) -> int:
-        """Bytes the changes take."""
+        """Return the bytes that the changes take."""
         return sum(c.nbytes() for changes in self.changes.values() for c in changes)
 
     def dense(self, name: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -298,17 +298,18 @@ class Delta:
         return sum_of(self.changes[name], shape, dtype)
 
     def norms(self) -> dict[str, float]:
-        """Frobenius norm of the change, per parameter."""
+        """Return the Frobenius norm of the change, per parameter."""
         return {name: _norm(changes) for name, changes in self.changes.items()}
 
     def ranks(self) -> dict[str, int | None]:
-        """Upper bound of the change's rank, per parameter; None for vectors and for scattered or dense changes."""
+        """Return an upper bound of the change's rank, per parameter; None for vectors and for scattered or dense
+        changes."""
         return {name: _rank_bound(changes) for name, changes in self.changes.items()}
 
     # --- what attachments of other kinds do beside the weights; a delta does nothing there ------------------------
 
     def hooks(self) -> Sequence[Hook]:
-        """None: it acts in the weights."""
+        """Return nothing: it acts in the weights."""
         return ()
 
     def prompt(self, text: str) -> str:
@@ -316,7 +317,7 @@ class Delta:
         return text
 
     def cost(self) -> Cost:
-        """Nothing: an edited model runs as the unedited one does."""
+        """Return nothing: an edited model runs as the unedited one does."""
         return Cost()
 
     # --- files ---------------------------------------------------------------------------------------------------
@@ -497,7 +498,7 @@ def _rank_bound(changes: Sequence[Change]) -> int | None:
 
 
 def _changes_from(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Change, ...]]:
-    """Changes from the tensor names that `_change_tensors` gives: parameter/number/kind[region]/field."""
+    """Return changes from the tensor names that `_change_tensors` gives: parameter/number/kind[region]/field."""
     parts: dict[tuple[str, int], tuple[str, dict[str, Tensor]]] = {}
     for name, tensor in under("change/", tensors).items():
         parameter, number, kind, tensor_name = name.rsplit("/", 3)

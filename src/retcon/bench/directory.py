@@ -66,7 +66,7 @@ class Run:
         return {case_id: row["relation"] for case_id, row in self.cases.items() if row["relation"]}
 
     def at(self, when: str) -> list[Record]:
-        """Records of one moment."""
+        """Return the records of one moment."""
         return [record for record in self.records if record.when == when]
 
 

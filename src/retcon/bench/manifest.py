@@ -132,7 +132,7 @@ def processor() -> str:
 
 
 def run_id(manifest: Mapping[str, Any]) -> str:
-    """Identity of a run: a hash of its manifest."""
+    """Return the identity of a run: a hash of its manifest."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -142,7 +142,7 @@ def _content(source: str | None) -> str | None:
 
 
 def file_hash(path: str | None) -> str | None:
-    """SHA-256 of a file.
+    """Return the SHA-256 of a file.
 
     Raises:
         MalformedFile: it cannot be read.
@@ -161,8 +161,8 @@ def measures_record(asked: MeasureSpec) -> dict[str, Any]:
 
 
 def file_hashes(settings: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of every file that a method's settings name (an editor, cases), by the setting's name; a setting inside
-    another by both."""
+    """Return the SHA-256 of every file that a method's settings name (an editor, cases), by the setting's name; a
+    setting inside another by both."""
     return {name: str(file_hash(path)) for name, path in files_of(settings).items() if Path(path).is_file()}
 
 
@@ -213,7 +213,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, at: str = "") -> list[str]:
-    """`field: old -> new` for every leaf that differs."""
+    """Return `field: old -> new` for every leaf that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = dict.fromkeys([*old, *new])
         return [line for n in names for line in differences(old.get(n), new.get(n), f"{at}.{n}" if at else n)]

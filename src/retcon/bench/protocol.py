@@ -136,7 +136,8 @@ def _independent(run: RunContext, chunks: Sequence[Sequence[Case]], units: Units
 def _sequence(
     run: RunContext, chunks: Sequence[Sequence[Case]], units: Units, protocol: Protocol, size: int
 ) -> Iterator[Unit]:
-    """Steps on one model; a step's delta is kept before anything is measured, and rebuilt from its file on resuming."""
+    """Take the steps on one model; a step's delta is kept before anything is measured, and rebuilt from its file on
+    resuming."""
     lm, state = run.lm, None
     keys = [units.key(step, [case.id for case in chunk]) for step, chunk in enumerate(chunks)]
     last_key = units.key(len(chunks), ["final"])
@@ -306,7 +307,7 @@ def _edit_record(case: Case, value: float | None, n: int, step: int, status: Any
 
 
 def weights_hash(lm: LM) -> str:
-    """Hash of the parameters that applied deltas touch, as they are now."""
+    """Return a hash of the parameters that applied deltas touch, as they are now."""
     digest = hashlib.sha256()
     for name in sorted({name for delta in lm.applied for name in delta.changes}):
         digest.update(name.encode())

@@ -352,7 +352,7 @@ class CellRunner:
         return self._plans[key]
 
     def _whole_model(self, when: When, step: int) -> list[Record]:
-        """Perplexity and tasks of the model as it is now."""
+        """Measure perplexity and tasks of the current model."""
         records = []
         if self.text is not None:
             found = perplexity(self.lm, self.text, max_tokens=self.spec.text_tokens)
@@ -497,7 +497,7 @@ def estimate(
 
 
 def _probe(bench: CellRunner, cell: Cell, cases: Sequence[Case]) -> tuple[float, float, float]:
-    """(seconds of a call for one edit, of each further edit in it, of measuring a case)."""
+    """Return (seconds of a call for one edit, of each further edit in it, of measuring a case)."""
     lm, chosen = bench.lm, bench.method_of(cell)
     few = list(islice(editable(lm, cases, chosen.needs_subject), N_PROBED))
     edits = resolve_conflicts([edit for case in few for edit in case.edits], "drop")

@@ -103,7 +103,7 @@ class Protocol:
         return parts
 
     def sizes(self, n_cases: int) -> tuple[int, int]:
-        """(cases, cases a call) for a dataset of that many.
+        """Return (cases, cases a call) for a dataset of that many.
 
         Raises:
             InvalidSetting: more cases are asked for than there are, or a checkpoint does not fall on a batch's end.
@@ -126,7 +126,7 @@ class Protocol:
         return Protocol(kind=self.kind, n=n, batch=size, checkpoints=between)
 
     def describe(self) -> str:
-        """Such as `batch(1000)` or `sequential(500)`."""
+        """Return a name such as `batch(1000)` or `sequential(500)`."""
         n = "all" if self.n is None else str(self.n)
         if self.kind in ("batch_sequential", "batch") and self.batch not in (None, self.n):
             return f"{self.kind}({n}, {self.batch})"

@@ -36,7 +36,7 @@ def ability(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[Record]:
-    """Return every metric of every task, for the model as it stands; standard errors are in the details.
+    """Return every metric of every task, for the current model; standard errors are in the details.
 
     Args:
         tasks: names of the harness, or paths of task files (`.yaml`) of your own.

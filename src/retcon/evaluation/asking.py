@@ -75,7 +75,7 @@ def _score(lm: LM, plan: QueryPlan, measures: Measures, advance: Progress) -> di
 def _score_and_write(
     lm: LM, plan: QueryPlan, measures: Measures, advance: Progress
 ) -> tuple[dict[Place, tuple[TokenScore, ...]], dict[Place, Written]]:
-    """Scores and the model's own answers; a prompt after which the model writes is run once for both.
+    """Return scores and the model's own answers; a prompt after which the model writes is run once for both.
 
     Other prompts are scored with their answers in one pass (`score_rows`), which takes less than two with a memory
     between them.

@@ -45,7 +45,7 @@ class Perplexity:
 
 
 def windows(n_tokens: int, window: int = WINDOW, stride: int = STRIDE) -> list[tuple[int, int, int]]:
-    """(start, end, first scored token) of every window; each token but the text's first is scored once.
+    """Return (start, end, first scored token) of every window; each token but the text's first is scored once.
 
     Raises:
         InvalidSetting: the stride leaves tokens out.
@@ -177,7 +177,7 @@ def _routes(lm: LM, batch: Batch, layers: Sequence[int]) -> dict[int, Int[Tensor
 
 
 def divergence(old: Float[Tensor, "n vocab"], new: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
-    """KL(old || new) of log-probabilities, never below 0."""
+    """Return KL(old || new) of log-probabilities, never below 0."""
     terms = torch.where(old.isneginf(), 0.0, old.exp() * (old - new))  # 0 log 0 is 0
     return terms.double().sum(-1).clamp_min(0.0)
 

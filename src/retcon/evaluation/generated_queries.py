@@ -60,7 +60,7 @@ def _template(edit: Edit) -> str | None:
 
 
 def _wordings(cases: Sequence[Case], edit: Edit) -> list[str]:
-    """Other templates that the file has for the edit's relation."""
+    """Return other templates that the file has for the edit's relation."""
     if edit.relation_id is None or edit.subject is None:
         return []
     others = (e for case in cases for e in case.edits if e.relation_id == edit.relation_id)

@@ -37,7 +37,7 @@ class Interval:
 
 
 def ci_case(values: Sequence[float]) -> Interval | None:
-    """mean ± 1.96 s / sqrt(N) over cases, s the population standard deviation, N the cases used (ROME, MEMIT).
+    """Return mean ± 1.96 s / sqrt(N) over cases, s the population standard deviation, N the cases used (ROME, MEMIT).
 
     None without values. Not clipped to the range of the values.
     """
@@ -83,7 +83,8 @@ def ci_wilson(share: float, n: int) -> Interval | None:
 
 
 def ci_seed(values: Sequence[float]) -> Interval | None:
-    """mean ± t s / sqrt(k) over the values of k runs, t with k - 1 degrees of freedom; None for fewer than two runs."""
+    """Return mean ± t s / sqrt(k) over the values of k runs, t with k - 1 degrees of freedom; None for fewer than two
+    runs."""
     k = len(values)
     if k < 2:
         return None
@@ -101,7 +102,8 @@ def ci_boot(
     seed: int = 0,
     n_resamples: int = N_RESAMPLES,
 ) -> list[Interval | None]:
-    """Percentile bootstrap: whole clusters (subjects) are drawn with replacement, all metrics from the same draw.
+    """Return percentile bootstrap intervals: whole clusters (subjects) are drawn with replacement, all metrics from the
+    same draw.
 
     Args:
         values: value of each metric in each case, NaN where the case does not have it.

@@ -92,7 +92,7 @@ def _records_of_query(
     when: When,
     step: int,
 ) -> list[Record]:
-    """Records of one query."""
+    """Return the records of one query."""
     scores = outputs.scores.get(q.place, ())
     ee = family_of_case(q.case) == "easyedit"
     found: list[Measured] = []

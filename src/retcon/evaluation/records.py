@@ -94,7 +94,7 @@ _Part = tuple[int, list[dict[str, Any]], dict[str, Any] | None]
 
 
 def encode_records(records: Iterable[Record], context: Mapping[str, Any]) -> bytes:
-    """Lines of JSON, the schema's version and the context in front of each."""
+    """Return lines of JSON, the schema's version and the context in front of each."""
     head = json.dumps({"schema": SCHEMA, **context}, ensure_ascii=False, allow_nan=False)[:-1]
     text: dict[Any, str] = {}  # what repeats is turned into JSON once
 
@@ -127,7 +127,7 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record], conte
 
 
 def read_records(path: str | os.PathLike[str]) -> tuple[list[Record], dict[str, Any]]:
-    """Records as `write_records` wrote them, and their context.
+    """Read records as `write_records` wrote them, and their context.
 
     Raises:
         MalformedFile: a column is missing or of another type, or the records are of another schema or of several runs.
@@ -224,7 +224,7 @@ _KINDS: dict[str, set[type]] = {
 def _records_from(
     rows: list[dict[str, Any]], first: int, path: str | os.PathLike[str], keep: _Same
 ) -> Iterable[Record]:
-    """Rows as records, checked a column at a time."""
+    """Return rows as records, checked a column at a time."""
     try:
         table = list(map(itemgetter(*_OWN), rows))
     except KeyError:  # a column is missing: an error, or one that has a default

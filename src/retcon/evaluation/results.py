@@ -37,7 +37,7 @@ class Evaluation:
         return f"Evaluation({size}; print(evaluation.summary()) for the figures)"
 
     def summary(self, *, n_resamples: int = N_RESAMPLES) -> Summary:
-        """Macro means with intervals, of the `pre` and the `final` records; see `retcon.evaluation.summary`."""
+        """Return macro means with intervals, of the `pre` and the `final` records; see `retcon.evaluation.summary`."""
         before = [record for record in self.records if record.when == "pre"]
         after = [record for record in self.records if record.when == "final"]
         seed = int(self.context.get("seed", 0))
@@ -70,7 +70,7 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Evaluation":
-        """Records as `write` wrote them; texts and predictions are not among them.
+        """Read records as `write` wrote them; texts and predictions are not among them.
 
         Raises:
             MalformedFile: a column is missing, or the records are of another schema.

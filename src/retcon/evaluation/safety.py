@@ -400,5 +400,6 @@ def _sentence(answer: Answer) -> str:
 
 
 def _least(threshold: float) -> int:
-    """Subjects that it takes for the lower bound to reach a threshold where all pass: z^2 t / (1 - t), rounded up."""
+    """Return how many subjects it takes for the lower bound to reach a threshold where all pass: z^2 t / (1 - t),
+    rounded up."""
     return math.ceil(1.959964**2 * threshold / (1 - threshold)) if threshold < 1 else 0

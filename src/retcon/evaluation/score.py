@@ -91,7 +91,7 @@ def score_rows(
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[TokenScore]:
-    """`score` for rows already tokenised, each with at least one target token.
+    """Score rows already tokenised, each with at least one target token.
 
     Args:
         on_progress: called after every batch with the inputs done and the inputs in all.

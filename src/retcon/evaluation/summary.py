@@ -111,7 +111,7 @@ class Summary:
         return own if own in variants or not variants else variants[0]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -168,7 +168,7 @@ class Summary:
         return line.variant not in hidden and not (self.family == "cf" and self._beside_main(line))
 
     def _beside_main(self, line: Line) -> bool:
-        """Token accuracy of something that the comparison of probabilities covers already."""
+        """Return whether a line is token accuracy of something that the comparison of probabilities covers already."""
         return line.variant == "zsre.tok" and any(
             (other.metric, other.variant) == (line.metric, "cf.prob_mean") for other in self.lines
         )
@@ -205,8 +205,8 @@ def summarise(
     seed: int = 0,
     n_resamples: int = N_RESAMPLES,
 ) -> Summary:
-    """Macro means with intervals: over cases (`ci.case`) for the CounterFact family, by subject (`ci.boot`) for the
-    others, whose cases share subjects, and for scores made of several means.
+    """Return macro means with intervals: over cases (`ci.case`) for the CounterFact family, by subject (`ci.boot`) for
+    the others, whose cases share subjects, and for scores made of several means.
 
     Args:
         before: records of the unedited model; may be empty.
@@ -242,12 +242,12 @@ def edits_of(records: Iterable[Record]) -> list[Record]:
 
 
 def case_values(records: Iterable[Record], metric: str, variant: str) -> dict[str, float]:
-    """Value of one metric by case: mean over axes of the mean over queries."""
+    """Return the value of one metric by case: mean over axes of the mean over queries."""
     return case_means(r for r in records if (r.metric, r.variant) == (metric, variant))
 
 
 def case_means(records: Iterable[Record]) -> dict[str, float]:
-    """Value by case of records of one metric: mean over axes of the mean over queries."""
+    """Return the value by case of records of one metric: mean over axes of the mean over queries."""
     column = _Column()
     for record in records:
         column.add(record)
@@ -270,7 +270,7 @@ class _Column:
         self.ties += record.noted("tie")
 
     def per_case(self) -> dict[str, float]:
-        """Mean over axes of the mean over queries."""
+        """Return, by case, the mean over axes of the mean over queries."""
         return {case: macro(axes) or 0.0 for case, axes in self.cases.items()}
 
 
@@ -373,7 +373,7 @@ def _intervals(
 def _near_bounds(
     per_case: Mapping[Key, Mapping[str, float]], subjects: Mapping[str, str]
 ) -> dict[Key, Interval | None]:
-    """Wilson's intervals, over subjects, of the shares that are near 0 or 1."""
+    """Return Wilson's intervals, over subjects, of the shares that are near 0 or 1."""
     found = {}
     for (metric, variant), values in per_case.items():
         is_share = not variant.startswith(_NO_SHARES) and all(0 <= v <= 1 for v in values.values())
@@ -407,7 +407,7 @@ def _matrix(columns: Sequence[Mapping[str, float]], cases: Sequence[str]) -> Flo
 
 
 def _scores(means: Float[Tensor, "resamples metrics"]) -> Float[Tensor, "resamples 2"]:
-    """`score_hm` and `score_am` of every resample: 1 / 0 is infinite here, so a part of 0 gives 0."""
+    """Return `score_hm` and `score_am` of every resample: 1 / 0 is infinite here, so a part of 0 gives 0."""
     harmonic = means.shape[1] / means.reciprocal().sum(1, keepdim=True)
     return torch.cat([harmonic, means.mean(1, keepdim=True)], dim=1)
 
@@ -434,7 +434,7 @@ def unread_queries(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _counts(records: Iterable[Record]) -> dict[str, int]:
-    """Distinct (time, query) pairs, for a query leaves several records."""
+    """Count distinct (time, query) pairs, for a query leaves several records."""
     found: dict[str, set[tuple[str, str | None, str | None]]] = {
         name: set() for name in ("skipped", "error", "contaminated", "tie", "boundary_merge")
     }
@@ -450,7 +450,7 @@ def _counts(records: Iterable[Record]) -> dict[str, int]:
 
 
 def _counts_of_edits(records: Iterable[Record]) -> dict[str, int]:
-    """Distinct cases whose edits failed, or were left out."""
+    """Count distinct cases whose edits failed, or were left out."""
     cases: dict[str, set[str | None]] = {"error": set(), "skipped": set()}
     for record in records:
         if record.status != "ok":

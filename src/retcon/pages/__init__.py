@@ -120,12 +120,12 @@ class FactTable:
         return tuple(kind for kind in KINDS if kind in has)
 
     def count(self, what: Literal["broke", "untaken"]) -> int:
-        """Facts of which it is true on any side."""
+        """Return the facts of which it is true on any side."""
         return sum(any(o is not None and getattr(o, what) for o in fact.outcomes) for fact in self.facts)
 
 
 def worst_first(facts: Sequence[Fact]) -> tuple[Fact, ...]:
-    """Facts by what went wrong, most first; equals keep their order."""
+    """Return the facts by what went wrong, most first; equals keep their order."""
     return tuple(sorted(facts, key=lambda fact: -fact.weight))
 
 

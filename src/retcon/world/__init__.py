@@ -23,7 +23,7 @@ MODELS = ("gptj", "llama")
 
 
 def model_path(name: str) -> Path:
-    """Folder of an embedded model: weights, tokenizer, model card.
+    """Return the folder of an embedded model: weights, tokenizer, model card.
 
     Raises:
         UnsupportedModel: no model of that name is embedded.

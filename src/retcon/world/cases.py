@@ -13,7 +13,7 @@ N_NEIGHBOURS = 5
 
 
 def cases(n: int | None = None, *, start: int = 0, seed: int = 0) -> list[Case]:
-    """`n` cases drawn without replacement (all for None), each asking for another object of the same relation.
+    """Return `n` cases drawn without replacement (all for None), each asking for another object of the same relation.
 
     With `start`, cases after the first `start`: none of them is among `cases(start, seed=seed)`. A draw of many need
     not begin with the cases that a draw of few has.
@@ -43,7 +43,7 @@ def _drawn(world: World, n: int, seed: int) -> list[Fact]:
 
 
 def corpus(*, seed: int = 0) -> Iterator[str]:
-    """Documents for key statistics: every statement of the training set once, and as many plain paragraphs.
+    """Return documents for key statistics: every statement of the training set once, and as many plain paragraphs.
 
     About 350,000 tokens of the world's tokenizers. The order is mixed, so that a cut-off leaves a fair sample.
     """
@@ -55,7 +55,7 @@ def corpus(*, seed: int = 0) -> Iterator[str]:
 
 
 def statements_of(world: World, fact: Fact) -> list[str]:
-    """`fact` as complete sentences, one for each phrasing seen in training."""
+    """Return `fact` as complete sentences, one for each phrasing seen in training."""
     return [f"{fill(p, fact.subject)} {fact.object}." for p in world.seen(fact)]
 
 

@@ -57,12 +57,12 @@ class World:
     """(relation id, subject) -> indices of the phrasings left out of training."""
 
     def seen(self, fact: Fact) -> tuple[str, ...]:
-        """Templates in which the models were told `fact`."""
+        """Return templates in which the models were told `fact`."""
         hidden = self.held_out[fact.relation, fact.subject]
         return tuple(p for i, p in enumerate(self.relations[fact.relation].phrasings) if i not in hidden)
 
     def unseen(self, fact: Fact) -> tuple[str, ...]:
-        """Templates in which the models never met the subject of `fact`."""
+        """Return templates in which the models never met the subject of `fact`."""
         phrasings = self.relations[fact.relation].phrasings
         return tuple(phrasings[i] for i in self.held_out[fact.relation, fact.subject])
 
@@ -71,7 +71,7 @@ class World:
         return self._objects.get((relation, subject))
 
     def objects(self, relation: str) -> tuple[str, ...]:
-        """Distinct objects of `relation`, sorted."""
+        """Return the distinct objects of `relation`, sorted."""
         return tuple(sorted({f.object for f in self.facts if f.relation == relation}))
 
     def sharing(self, fact: Fact) -> tuple[Fact, ...]:
@@ -91,7 +91,7 @@ class World:
 
 
 def fill(template: str, subject: str) -> str:
-    """`template` with the subject in place of its marker."""
+    """Return `template` with the subject in place of its marker."""
     before, after = template.split(MARKER)
     return before + subject + after
 
@@ -123,7 +123,7 @@ def read_world(
 def draw_held_out(
     relations: Mapping[str, Relation], facts: Sequence[Fact], *, seed: int
 ) -> dict[tuple[str, str], tuple[int, ...]]:
-    """For each fact the phrasings to hold out: all but `N_SEEN`.
+    """Draw for each fact the phrasings to hold out: all but `N_SEEN`.
 
     The ones kept hold a subject at the start of the sentence and one further in, for a name is written with other
     tokens in either place, and a model that never read one of them could not know it.

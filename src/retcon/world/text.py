@@ -184,12 +184,12 @@ def sentence(rng: random.Random, topic: Topic | None = None) -> str:
 
 
 def paragraph(rng: random.Random) -> str:
-    """Two to five sentences about one topic."""
+    """Write two to five sentences about one topic."""
     topic = rng.choice(TOPICS)
     return " ".join(sentence(rng, topic) for _ in range(rng.randint(2, 5)))
 
 
 def text(n_paragraphs: int, *, seed: int = 0) -> list[str]:
-    """Plain paragraphs without facts of the world, in a fixed order."""
+    """Return plain paragraphs without facts of the world, in a fixed order."""
     rng = random.Random(f"text/{seed}")
     return [paragraph(rng) for _ in range(n_paragraphs)]

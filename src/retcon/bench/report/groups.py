@@ -82,7 +82,7 @@ class Group:
         return Number(math.fsum(values) / len(values), interval, min(e.n for e in known), self.n_cases, len(values))
 
     def seconds_per_edit(self) -> float | None:
-        """Mean over all edits of all runs, statistics apart."""
+        """Return the mean over all edits of all runs, statistics apart."""
         return self._per_edit("time.edit")
 
     def peak_bytes(self) -> float | None:
@@ -105,7 +105,8 @@ class Group:
 
 
 def groups_of(bench: Bench) -> list[Group]:
-    """Groups in the order of the benchmark's runs; a seed counts once in each, however its protocol was worded."""
+    """Return groups in the order of the benchmark's runs; a seed counts once in each, however its protocol was
+    worded."""
     gathered: dict[tuple[str, str, str, Protocol], dict[int, Run]] = {}
     for run in bench.runs:
         manifest = run.manifest
@@ -164,7 +165,7 @@ def row_names(block: Sequence[Group]) -> list[str]:
 
 
 def blocks(groups: Sequence[Group]) -> list[tuple[str, str, list[Group]]]:
-    """(model, protocol, groups) in order: what one table compares."""
+    """Return (model, protocol, groups) in order: what one table compares."""
     found: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
         found.setdefault((group.protocol, group.model), []).append(group)
@@ -172,7 +173,7 @@ def blocks(groups: Sequence[Group]) -> list[tuple[str, str, list[Group]]]:
 
 
 def by_dataset(groups: Sequence[Group]) -> list[tuple[str, str, str, list[Group]]]:
-    """(model, protocol, dataset, groups) in order: what one picture compares."""
+    """Return (model, protocol, dataset, groups) in order: what one picture compares."""
     return [
         (model, protocol, dataset, [g for g in block if g.dataset == dataset])
         for model, protocol, block in blocks(groups)

@@ -142,7 +142,7 @@ def _judged(number: Number | None, held: str, half: str, broke: str) -> str:
 
 
 def _left_out(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """(dataset or run, what was dropped, flagged or failed there)."""
+    """Return (dataset or run, what was dropped, flagged or failed there)."""
     items = {}
     for group in groups:
         report = group.runs[0].manifest["dataset"]

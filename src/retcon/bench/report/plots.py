@@ -56,7 +56,7 @@ def pictures_of(groups: Sequence[Group]) -> list[Picture]:
 
 
 def trade_off(groups: Sequence[Group], places: Places) -> list[Picture]:
-    """Generalisation against locality, each method a point with its intervals."""
+    """Draw generalisation against locality, each method a point with its intervals."""
     pictures = []
     for model, protocol, dataset, own in by_dataset(groups):
         points = []
@@ -91,7 +91,7 @@ def trade_off(groups: Sequence[Group], places: Places) -> list[Picture]:
 
 
 def scaling(groups: Sequence[Group], places: Places) -> list[Picture]:
-    """JEEP's Figures 4 and 6, CTP's 5 and 6: Score, ES, GS, LS against the number of edits or a setting, intervals
+    """Draw JEEP's Figures 4 and 6, CTP's 5 and 6: Score, ES, GS, LS against the number of edits or a setting, intervals
     shaded."""
     pictures = []
     for curve in curves(groups):
@@ -112,7 +112,7 @@ def scaling(groups: Sequence[Group], places: Places) -> list[Picture]:
 
 
 def retention(groups: Sequence[Group], places: Places) -> list[Picture]:
-    """Sequences: success right after each edit, and of all edits so far at checkpoints and at the end."""
+    """Draw sequences: success right after each edit, and of all edits so far at checkpoints and at the end."""
     pictures = []
     sequential = [g for g in groups if "sequential" in g.runs[0].manifest["protocol"]["kind"]]
     for model, protocol, dataset, own in by_dataset(sequential):
@@ -136,7 +136,7 @@ def retention(groups: Sequence[Group], places: Places) -> list[Picture]:
 
 
 def relations(groups: Sequence[Group], places: Places) -> list[Picture]:
-    """GS and LS by relation, for the relations with most cases."""
+    """Draw GS and LS by relation, for the relations with most cases."""
     pictures = []
     for model, protocol, dataset, own in by_dataset(groups):
         by_case = own[0].runs[0].relations
@@ -166,7 +166,7 @@ def relations(groups: Sequence[Group], places: Places) -> list[Picture]:
 
 
 def times(groups: Sequence[Group], places: Places) -> list[Picture]:
-    """CTP's Figure 3: seconds per edit and method."""
+    """Draw CTP's Figure 3: seconds per edit and method."""
     pictures = []
     for model, protocol, block in blocks(groups):
         timed = [g for g in block if g.seconds_per_edit() is not None]
@@ -195,7 +195,7 @@ def _mine(group: Group, record: Record, metric: str) -> bool:
 
 
 def _kept(group: Group, metric: str) -> list[tuple[int, float]]:
-    """(edits so far, value over all of them) at checkpoints and at the end, of the first run."""
+    """Return (edits so far, value over all of them) at checkpoints and at the end, of the first run."""
     size = int(group.runs[0].context["edit_batch"])
     values: dict[int, list[float]] = {}
     for r in group.runs[0].records:
@@ -205,7 +205,7 @@ def _kept(group: Group, metric: str) -> list[tuple[int, float]]:
 
 
 def _right_after(group: Group, metric: str) -> list[tuple[int, float]]:
-    """(edits so far, mean right after the edit over the steps up to here)."""
+    """Return (edits so far, mean right after the edit over the steps up to here)."""
     size = int(group.runs[0].context["edit_batch"])
     total, n, found = 0.0, 0, {}
     for r in group.runs[0].records:

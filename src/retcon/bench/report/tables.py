@@ -100,7 +100,8 @@ def tables_of(groups: Sequence[Group]) -> list[Table]:
 
 
 def jeep(groups: Sequence[Group]) -> list[Table]:
-    """JEEP's Tables 2, 3 and 4: Method | Score | ES | GS | LS, `mean (half-width)`, one decimal, Score without."""
+    """Return JEEP's Tables 2, 3 and 4: Method | Score | ES | GS | LS, `mean (half-width)`, one decimal, Score
+    without."""
     tables = []
     for dataset in dict.fromkeys(g.dataset for g in groups if g.family in ("cf", "zsre")):
         own = [g for g in groups if g.dataset == dataset]
@@ -133,7 +134,8 @@ def jeep(groups: Sequence[Group]) -> list[Table]:
 
 
 def ctp(groups: Sequence[Group]) -> list[Table]:
-    """CTP's Tables 1 and 2: Editor | Efficacy, Locality, Generality, Score per dataset, two decimals, no intervals."""
+    """Return CTP's Tables 1 and 2: Editor | Efficacy, Locality, Generality, Score per dataset, two decimals, no
+    intervals."""
     fitting = [g for g in groups if g.number("LS", "ee.loc.argmax") and g.number("ES", *TOKENS)]
     datasets = list(dict.fromkeys(g.dataset for g in fitting))
     if not fitting:
@@ -170,7 +172,7 @@ def _ctp_numbers(group: Group, *, before: bool) -> list[Number | None]:
 
 
 def kne(groups: Sequence[Group]) -> list[Table]:
-    """KNE's Table 1: rows dataset x {Edit Succ., Portability, Locality, Fluency}, columns methods.
+    """Return KNE's Table 1: rows dataset x {Edit Succ., Portability, Locality, Fluency}, columns methods.
 
     A row for each fluency that was measured (`fluency` of a benchmark's measures); KNE's is `flu.easyedit`.
     """
@@ -206,7 +208,7 @@ def kne(groups: Sequence[Group]) -> list[Table]:
 
 
 def _fluencies(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
-    """(row, variant, what it reads) for every fluency that some of the groups have."""
+    """Return (row, variant, what it reads) for every fluency that some of the groups have."""
     known = (
         ("Fluency", "flu.new", "greedy continuations"),
         ("Fluency, sampled", "flu.easyedit", "the edit's prompt with a sampled continuation"),
@@ -221,7 +223,7 @@ def _fluencies(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
 
 
 def multihop(groups: Sequence[Group]) -> list[Table]:
-    """MQuAKE and RippleEdits: one column per metric."""
+    """Return MQuAKE and RippleEdits: one column per metric."""
     tables = []
     for family, names in (
         ("mq", ("edit_wise", "instance_wise", "multi_hop", "hop_wise", "unedited_hops")),
@@ -251,7 +253,8 @@ def _variants(group: Group, metric: str) -> list[str]:
 
 
 def curve(groups: Sequence[Group]) -> list[Table]:
-    """JEEP's Figures 4 and 6, CTP's 5 and 6 as numbers: Score, ES, GS, LS against the number of edits or a setting."""
+    """Return JEEP's Figures 4 and 6, CTP's 5 and 6 as numbers: Score, ES, GS, LS against the number of edits or a
+    setting."""
     tables = []
     for found in curves(groups):
         builder = _Builder((_capital(found.x), "Method", "Score", "ES", "GS", "LS"), text_columns=2)
@@ -305,7 +308,7 @@ def _difference(found: Difference | None) -> str:
 
 
 def cost(groups: Sequence[Group]) -> list[Table]:
-    """Seconds per edit (CTP's Figure 3) and peak memory."""
+    """Return seconds per edit (CTP's Figure 3) and peak memory."""
     timed = [g for g in groups if g.seconds_per_edit() is not None]
     if not timed:
         return []
@@ -328,7 +331,7 @@ def cost(groups: Sequence[Group]) -> list[Table]:
 
 
 def case_study(groups: Sequence[Group]) -> list[Table]:
-    """JEEP's Table 1: what the methods write after one case's edited, equivalent and unrelated prompts."""
+    """Return JEEP's Table 1: what the methods write after one case's edited, equivalent and unrelated prompts."""
     tables = []
     for model, protocol, dataset, own in by_dataset(groups):
         said = {g.method: _said(g) for g in own}
@@ -350,7 +353,7 @@ def case_study(groups: Sequence[Group]) -> list[Table]:
 
 
 def _said(group: Group) -> dict[tuple[str, str, str], tuple[str, str]]:
-    """(case, query, prompt) -> (before, after), where both were written."""
+    """Return (case, query, prompt) -> (before, after), where both were written."""
     found: dict[str, dict[tuple[str, str, str], str]] = {"pre": {}, "final": {}}
     for row in group.runs[0].texts:
         if row["when"] in found:

@@ -31,7 +31,7 @@ class Report:
 def write_report(
     directory: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, pictures: bool = True
 ) -> Report:
-    """Tables as Markdown (one file), CSV and LaTeX, pictures as SVG, and the page.
+    """Write tables as Markdown (one file), CSV and LaTeX, pictures as SVG, and the page.
 
     Args:
         directory: of a benchmark.

@@ -49,7 +49,7 @@ def first(value: Any, name: str, where: str) -> str | None:
 
 
 def answers_of(value: Any, name: str, where: str) -> AnswerGroups:
-    """Answers with their aliases: a string is one answer; a list of strings, or of lists, one answer per entry.
+    """Return answers with their aliases: a string is one answer; a list of strings, or of lists, one answer per entry.
 
     Blank strings go, and so do answers without any string left. Numbers and booleans are written out.
     """

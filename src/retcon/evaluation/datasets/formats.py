@@ -403,7 +403,8 @@ def check_case_target(format: str, case_target: str) -> None:
 
 
 def likely_fields(format: str, unknown: Sequence[str], present: Sequence[str]) -> dict[str, str]:
-    """For each unknown field, the absent one that was probably meant: it is for the same thing, or spelt like it."""
+    """Return, for each unknown field, the absent one that was probably meant: it is for the same thing, or spelt like
+    it."""
     absent = [name for name in table_of(format).fields if name not in present]
 
     def meant(name: str) -> str | None:

@@ -42,7 +42,7 @@ class Address:
 
 
 def read_hub_rows(address: str, bad: list[tuple[int, str]] | None = None) -> list[NumberedRow]:
-    """Rows of the file named, or of the training split where no file is; `bad` as for `read_rows`.
+    """Return the rows of the file named, or of the training split where no file is; `bad` as for `read_rows`.
 
     Raises:
         MalformedFile: not found, or not readable.

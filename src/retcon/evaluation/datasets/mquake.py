@@ -60,7 +60,7 @@ def mquake(record: Mapping[str, Any], where: str, row: int, prompting: Prompting
 
 
 def _hops(record: Mapping[str, Any], name: str, where: str) -> list[tuple[str, AnswerGroups]]:
-    """(question, accepted answers) of every hop."""
+    """Return (question, accepted answers) of every hop."""
     found: list[tuple[str, AnswerGroups]] = []
     for place, hop in enumerate(objects(record.get(name), f"{where}, {name}")):
         inside = f"{where}, {name}[{place}]"

@@ -85,7 +85,7 @@ def _filled(prompt: str, edit: Edit) -> str:
 
 
 def _neighbors(record: Mapping[str, Any], edit: Edit, where: str) -> list[tuple[str, AnswerGroups]]:
-    """(prompt, accepted answers) of what names its own, or shares the old one."""
+    """Return (prompt, accepted answers) of what names its own, or shares the old one."""
     spelt = [name for name in ("neighbors", "neighbours") if record.get(name) is not None]
     if len(spelt) == 2:
         raise MalformedFile(f"{where}: both 'neighbors' and 'neighbours' are given; give one of them")
@@ -110,7 +110,8 @@ def without_partial_rivals(drafts: Sequence[Draft]) -> None:
 
 
 def embedded(options: Options) -> Loaded:
-    """Cases of the embedded world, drawn by the seed; as many as there are, as of a file, where more are wanted."""
+    """Return cases of the embedded world, drawn by the seed; as many as there are, as of a file, where more are
+    wanted."""
     n_facts = len(world.load_world().facts)
     start = min(options.start, n_facts)
     limit = None if options.limit is None else min(options.limit, n_facts - start)
@@ -122,7 +123,7 @@ def embedded(options: Options) -> Loaded:
 
 
 def _draft(case: Case, where: str) -> Draft:
-    """Flags that speak of other rows are raised anew, for this may be a part of the cases they were raised for."""
+    """Read a case without its flags about other rows: it may be a part of its file."""
     meta = {name: value for name, value in case.meta.items() if name not in ("flags", "contaminated")}
     flags = set(texts(case.meta.get("flags"), "flags", where)) - FLAGS_ACROSS
     made = Draft(where, case.id, meta, flags, case.edits, dataset=case.dataset, keeps_ends=True)

@@ -120,7 +120,8 @@ def ripple(record: Mapping[str, Any], where: str, row: int) -> Draft:
 
 
 def split_sentence(sentence: str) -> tuple[str, str, str] | None:
-    """(template, subject, object) of an edit's sentence, by the wording of its relation; None where none fits."""
+    """Return (template, subject, object) of an edit's sentence, by the wording of its relation; None where none
+    fits."""
     for wording, pattern in zip(_WORDINGS, _PATTERNS, strict=True):
         if found := pattern.match(sentence.strip()):
             return wording, found["subject"].strip(), found["object"].strip()
@@ -141,7 +142,8 @@ def _ask(
     queries: Any,
     where: str,
 ) -> list[str]:
-    """Ids of the queries, each asked once per axis; those without a usable answer are dropped and counted."""
+    """Return the ids of the queries, each asked once per axis; those without a usable answer are dropped and
+    counted."""
     ids = []
     for query in objects(queries, where):
         prompt, answers = require(query, "prompt", str, where), _answers(query.get("answers"), where)

@@ -57,7 +57,7 @@ Item = TypeVar("Item")
 
 
 def contaminated(cases: Iterable[Case]) -> dict[str, list[str]]:
-    """Ids of the neighbour queries, by case id, whose prompt is the prompt of an edit.
+    """Return the ids of the neighbour queries, by case id, whose prompt is the prompt of an edit.
 
     Once that edit is made, the neighbour's "correct" answer is no longer what the model shall say.
     """
@@ -76,7 +76,7 @@ def contaminated(cases: Iterable[Case]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Options:
-    """What every reader can be told."""
+    """Options common to all readers."""
 
     start: int = 0
     """Rows to pass over."""
@@ -102,7 +102,7 @@ class Options:
         return chosen[self.start : None if self.limit is None else self.start + self.limit]
 
     def shown(self) -> dict[str, Any]:
-        """For the report."""
+        """Return the choice as the report names it."""
         drawn = {"order": self.order, "seed": self.seed} if self.order == "shuffle" else {}
         shown = {"start": self.start, "limit": self.limit, "conflicts": self.conflicts}
         return shown | {"on_error": self.on_error} | drawn
@@ -300,7 +300,7 @@ def read_drafts(
     format: str,
     options: Options,
 ) -> list[Draft]:
-    """Drafts of the rows asked for, unusable ones among them where `on_error` is `skip`.
+    """Return drafts of the rows asked for, unusable ones among them where `on_error` is `skip`.
 
     Args:
         bad: (row, problem) of what could not even be read as an object.
@@ -342,7 +342,7 @@ def finish(
     unknown: Mapping[str, int] | None = None,
     likely: Mapping[str, str] | None = None,
 ) -> Loaded:
-    """Everything that looks at more than one row: identities, contradictions, repetitions, contamination, counts."""
+    """Check and flag what takes more than one row: identities, contradictions, repetitions, contamination, counts."""
     seen: dict[str, Draft] = {}
     for draft in drafts:
         if draft.dropped is not None:
@@ -405,7 +405,8 @@ def sha256_of_rows(path: str | os.PathLike[str], rows: Sequence[NumberedRow]) ->
 
 
 def _flag_repetitions(kept: Sequence[Draft]) -> None:
-    """`conflict`: contradicts another kept row. `repeated_question`, `repeated_subject`: an earlier row had it."""
+    """Flag rows. `conflict`: contradicts another kept row. `repeated_question`, `repeated_subject`: an earlier row had
+    it."""
     contradicting = {id(e) for group in contradictions([e for d in kept for e in d.edits]) for e in group}
     subjects: set[str] = set()
     questions: set[tuple[str, str]] = set()

@@ -18,7 +18,7 @@ _LIKE_JSON = re.compile(r"\s*[\[{][\[{\s]*[\"'\u2018\u2019\u201c\u201d\u201e\u00
 
 
 def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = None) -> list[NumberedRow]:
-    """(row number, object) of a file; a table's rows are numbered as a spreadsheet does, its header being row 1.
+    """Return (row number, object) of a file; a table's rows are numbered as a spreadsheet does, its header being row 1.
 
     A table's cells are text, empty ones None; `with_lists` reads what they hold.
 

@@ -29,7 +29,7 @@ class TfIdf:
 
     @classmethod
     def fit(cls, documents: Iterable[str]) -> "TfIdf":
-        """idf(w) = ln((1 + n) / (1 + df(w))) + 1 over `documents`."""
+        """Return idf(w) = ln((1 + n) / (1 + df(w))) + 1 over `documents`."""
         counts: Counter[str] = Counter()
         n = 0
         for document in documents:
@@ -39,7 +39,7 @@ class TfIdf:
 
     @classmethod
     def from_files(cls, idf: str | os.PathLike[str], vocabulary: str | os.PathLike[str]) -> "TfIdf":
-        """From CounterFact's `idf.npy` (numbers by index) and `tfidf_vocab.json` (index by word).
+        """Read CounterFact's `idf.npy` (numbers by index) and `tfidf_vocab.json` (index by word).
 
         Raises:
             MalformedFile: one of them cannot be read, or they do not fit each other.
@@ -81,7 +81,7 @@ class References:
         idf: str | os.PathLike[str] | None = None,
         vocabulary: str | os.PathLike[str] | None = None,
     ) -> "References":
-        """From CounterFact's `attribute_snippets.json`; the vocabulary is fitted on it where none is given.
+        """Read CounterFact's `attribute_snippets.json`; the vocabulary is fitted on it where none is given.
 
         Raises:
             InvalidSetting: one of `idf` and `vocabulary` without the other.
@@ -108,7 +108,7 @@ class References:
 
 
 def consistency(texts: Sequence[str], references: Sequence[str], tfidf: TfIdf) -> Measured:
-    """Cosine of all generated texts of a case, joined, and all its references, joined."""
+    """Return the cosine of all generated texts of a case, joined, and all its references, joined."""
     if not references or not texts:
         return Measured("consistency", VARIANT, None, 0, "no text written" if references else "no reference passages")
     left, right = tfidf.vector(" ".join(texts)), tfidf.vector(" ".join(references))

@@ -23,7 +23,7 @@ _WORD = re.compile(r"\w+(?:['’]\w+)?|[^\w\s]")
 
 
 def ngram_entropy(words: Sequence[str]) -> float:
-    """GE = (H_2 + 2 H_3) / 3 in bits, H_n the entropy of the relative frequencies of n-grams.
+    """Return GE = (H_2 + 2 H_3) / 3 in bits, H_n the entropy of the relative frequencies of n-grams.
 
     The factor 1/2 that some papers leave out is in it, as in all released code. H_n is 0 where there are fewer than n
     words.
@@ -32,7 +32,7 @@ def ngram_entropy(words: Sequence[str]) -> float:
 
 
 def fluency(text: str, variant: str) -> Measured:
-    """`text` is what the variant reads: the continuation, or the whole text with its prompt."""
+    """Return the entropy of what the variant reads: the continuation, or the whole text with its prompt."""
     name, split = word_tokenizer()
     words = split(plain(text))
     note = "few_words" if len(words) < MIN_WORDS else None
@@ -40,13 +40,13 @@ def fluency(text: str, variant: str) -> Measured:
 
 
 def plain(text: str) -> str:
-    """NFKD, blank lines made spaces, as ROME prepares its texts."""
+    """Return a text in NFKD, blank lines made spaces, as ROME prepares its texts."""
     return unicodedata.normalize("NFKD", text).replace("\n\n", " ")
 
 
 @cache
 def word_tokenizer() -> tuple[str, Callable[[str], list[str]]]:
-    """(name, function): NLTK's `word_tokenize` where it and its data are there, else a regular expression."""
+    """Return (name, function): NLTK's `word_tokenize` where it and its data are there, else a regular expression."""
     try:
         word_tokenize = import_module("nltk").word_tokenize
 

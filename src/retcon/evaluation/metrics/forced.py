@@ -47,13 +47,14 @@ def accuracy(axis: str, target: "TokenScore") -> list[Measured]:
 
 
 def easyedit(axis: str, target: "TokenScore") -> list[Measured]:
-    """EasyEdit's `rewrite_acc`, `rephrase_acc`, `portability.<key>_acc`: token accuracy, so `zsre.tok` by its name."""
+    """Return EasyEdit's `rewrite_acc`, `rephrase_acc`, `portability.<key>_acc`: token accuracy, so `zsre.tok` by its
+    name."""
     success, n = metric_names(axis)[0], len(target.target)
     return [Measured(success, "ee.tok", target.tok_acc, n) if target.finite else _broken(success, "ee.tok", n)]
 
 
 def unchanged(target: "TokenScore", before: Sequence[int] | None) -> Measured:
-    """EasyEdit's `locality.<key>_acc` for one query: agreement with the unedited model at the answer's places.
+    """Return EasyEdit's `locality.<key>_acc` for one query: agreement with the unedited model at the answer's places.
 
     Args:
         before: what the unedited model chose there, after the same gold answer; None where that is not known.
@@ -67,7 +68,8 @@ def unchanged(target: "TokenScore", before: Sequence[int] | None) -> Measured:
 
 
 def agreement(pre: Sequence[int], post: Sequence[int]) -> float:
-    """Share of positions where two models choose the same token; 1 for a model and itself, whatever it says."""
+    """Return the share of positions where two models choose the same token; 1 for a model and itself, whatever it
+    says."""
     return sum(a == b for a, b in zip(pre, post, strict=True)) / len(pre)
 
 

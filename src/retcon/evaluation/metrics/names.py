@@ -23,7 +23,7 @@ class Measured:
 
 
 def metric_names(axis: str) -> tuple[str, str, str]:
-    """Names of success, magnitude and accuracy on an axis; an axis without published names gives its own."""
+    """Return the names of success, magnitude and accuracy on an axis; an axis without published names gives its own."""
     if axis in _NAMES:
         return _NAMES[axis]
     if is_locality(axis):

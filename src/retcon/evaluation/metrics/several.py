@@ -9,7 +9,7 @@ from retcon.evaluation.metrics.written import accepted, gen_contains, gen_em, ge
 
 
 def multihop(case: Case, texts: Mapping[str, str]) -> list[Measured]:
-    """MQuAKE's case-level numbers from generated answers by query id; variants say how it was prompted.
+    """Return MQuAKE's case-level numbers from generated answers by query id; variants say how it was prompted.
 
     `edit_wise`: share of edits recalled from their cloze prompts (the text may go on). `instance_wise`: every hop after
     the edits answered. `multi_hop`: at least one of the wordings answered. `hop_wise`: both of the last two.
@@ -46,7 +46,7 @@ def multihop(case: Case, texts: Mapping[str, str]) -> list[Measured]:
 
 
 def ripple(case: Case, before: Mapping[str, str], after: Mapping[str, str]) -> list[Measured]:
-    """RippleEdits' numbers from generated answers by query id, of the unedited and of the edited model.
+    """Return RippleEdits' numbers from generated answers by query id, of the unedited and of the edited model.
 
     Per axis: tests passed of those executed (`ripple`), and executed of all (`ripple.executed`). A test is executed
     where the unedited model meets all its conditions. `ripple.edit_success` is the edit's own fact. What is averaged
@@ -85,5 +85,5 @@ def _without(metric: str, variant: str, note: str = "the model has written nothi
 
 
 def passes(rule: str, right: Sequence[bool]) -> bool:
-    """OR: any query is right; AND: all are."""
+    """Return whether any query is right (OR), or all are (AND)."""
     return any(right) if rule == "OR" else all(right)

@@ -19,7 +19,7 @@ Judge = Callable[[str, str, str], bool]
 
 
 def normalise(text: str) -> str:
-    """For comparing only: NFC, lower case, no punctuation, no articles (a, an, the), single spaces.
+    """Return a text for comparing only: NFC, lower case, no punctuation, no articles (a, an, the), single spaces.
 
     Punctuation is of every script, and the signs of ASCII; other signs, such as the degree's, mean something. An em
     dash is between words. Text that is nothing but articles and punctuation keeps them ("The The", "+").
@@ -119,7 +119,7 @@ def _names_rival(query: Query, text: str) -> bool:
 
 
 def same_text(text: str, before: str | None) -> Measured:
-    """`ee.loc.gen` for one locality query: the continuation is the unedited model's own."""
+    """Return `ee.loc.gen` for one locality query: the continuation is the unedited model's own."""
     if before is None:
         return Measured("LS", "ee.loc.gen", None, 0, "no text of the unedited model for this prompt")
     return Measured("LS", "ee.loc.gen", float(text == before), len(text.split()))
