@@ -286,6 +286,14 @@ def test_numbers_of_fewer_cases_say_so(tmp_path: Path) -> None:
     assert not [t for t in tables_of(groups_of(whole)) if start in t.markdown()]
 
 
+def test_one_case_and_one_edit_are_said_to_be_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "jeep", [*told([0], [1], "pre"), *told([1], [1], "final")], n=1)
+    bench = Bench(tmp_path, {"spec": {"name": "x"}, **VERSIONS}, ENVIRONMENT, (run,), ())
+    table = named(bench, "jeep")
+    assert table.rows[0] == ("m_1: 1 edit at once",)
+    assert any(note.startswith("1 case; seed 0.") for note in table.notes)
+
+
 def test_protocols_are_no_seeds(tmp_path: Path) -> None:
     """What differs in its protocol is a row of its own; what is the same run in other words counts once."""
 

@@ -10,6 +10,7 @@ from retcon.bench import Bench, Run
 from retcon.bench.spec import Protocol
 from retcon.evaluation.intervals import Interval, ci_seed
 from retcon.evaluation.summary import CaseMean, ScoreFamily, Summary, edits_of, summarise
+from retcon.plural import plural
 
 UNEDITED = "unedited"
 """The row of the model without edits."""
@@ -136,7 +137,8 @@ def _protocol_of(run: Run) -> Protocol:
 
 def _in_words(protocol: Protocol) -> str:
     """Return a settled protocol for reading, its checkpoints left out."""
-    n, size = f"{protocol.n:,} edits", protocol.batch
+    assert protocol.n is not None
+    n, size = plural(protocol.n, "edit"), protocol.batch
     if protocol.kind == "single":
         return f"{n}, each alone"
     if protocol.kind == "sequential":

@@ -446,7 +446,8 @@ def _kinds(numbers: Sequence[Number | None]) -> set[str]:
 
 
 def _counts(groups: Sequence[Group], kinds: set[str]) -> str:
-    cases = sorted({g.n_cases for g in groups})
+    *fewer, most = sorted({g.n_cases for g in groups})
+    cases = ", ".join([*(f"{n:,}" for n in fewer), plural(most, "case")])
     seeds = sorted({int(run.manifest["seed"]) for g in groups for run in g.runs})
     said = {
         "ci.seed": "ci.seed, Student's t over the runs",
@@ -456,7 +457,7 @@ def _counts(groups: Sequence[Group], kinds: set[str]) -> str:
     width = "; ".join(said[kind] for kind in sorted(kinds - {"ci.wilson"}))
     bounds = " In square brackets: Wilson's 95 % interval, near 0 and 100." if "ci.wilson" in kinds else ""
     return (
-        f"{', '.join(f'{n:,}' for n in cases)} cases; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}."
+        f"{cases}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}."
         + (f" In brackets: half-width of a 95 % interval, {width}." if width else "")
         + bounds
     )
