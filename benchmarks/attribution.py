@@ -38,12 +38,12 @@ Scores = list[Tensor]
 
 
 def f(lm: LM, rows: Sequence[Row]) -> Tensor:
-    """The sum of the answer tokens' probabilities, over rows."""
+    """Return the sum of the answer tokens' probabilities, over rows."""
     return gold(answer_log_probs(lm, rows), rows).exp().sum()
 
 
 def separate(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attribution) -> Scores:
-    """Eq. 5 as it stands: for each fact, layer and point, a pass and a weight gradient."""
+    """Compute Eq. 5 literally: for each fact, layer and point, a pass and a weight gradient."""
     rows = answer_rows(lm, facts)
     scores = []
     with lm.frozen_eval():
@@ -64,7 +64,7 @@ def separate(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attribut
 
 
 def batched(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attribution) -> Scores:
-    """All points of a fact and layer in one pass, and a weight gradient for each."""
+    """Compute all points of a fact and layer in one pass, and a weight gradient for each."""
     alpha = how.points()[0].float()
     scores = [torch.zeros(len(site.weight)) for site in sites]
     with lm.frozen_eval():
@@ -91,7 +91,7 @@ def batched(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attributi
 
 
 def activations(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attribution) -> Scores:
-    """All points of a fact and layer in one pass from the tokens on, activations and their gradients only."""
+    """Compute all points of a fact and layer in one pass from the tokens on, activations and their gradients only."""
     alpha, weight = how.points()
     scores = [torch.zeros(len(site.weight)) for site in sites]
     with lm.frozen_eval():
@@ -103,13 +103,13 @@ def activations(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attri
 
 
 def replayed(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attribution) -> Scores:
-    """The library's form, one fact at a time."""
+    """Run the library's form, one fact at a time."""
     each = [attribute(lm, [fact], sites, how) for fact in facts]
     return [torch.stack(scores).mean(0) for scores in zip(*each, strict=True)]
 
 
 def pooled(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attribution) -> Scores:
-    """The library's form, facts side by side."""
+    """Run the library's form, facts side by side."""
     return attribute(lm, facts, sites, how)
 
 

@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def third(case: Case, seed: int) -> str:
-    """C: an answer of the relation that is neither A nor B, drawn."""
+    """Draw C, an answer of the relation that is neither A nor B."""
     edit = case.edits[0]
     others = world.load_world().objects(edit.relation_id or "")
     rng = random.Random(f"third/{seed}/{case.id}")
@@ -63,7 +63,7 @@ def third(case: Case, seed: int) -> str:
 
 
 def asking(case: Case, answer: str, rival: str) -> Case:
-    """The case with another answer to write and to compare."""
+    """Return the case with another answer to write and to compare."""
     edit = replace(case.edits[0], target_new=answer, target_true=rival)
     queries = []
     for query in case.queries:

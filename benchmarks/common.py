@@ -137,7 +137,7 @@ def edited_and_measured(
 
 
 def cases_of(data: str | None, start: int, n: int, seed: int) -> list[Case]:
-    """Cases of a CounterFact file in file order, or of the embedded world, drawn by seed."""
+    """Return cases of a CounterFact file in file order, or of the embedded world, drawn by seed."""
     if data is None:
         return world.cases(n, start=start, seed=seed)
     cases, report = read_cases(data, start=start, limit=n)
@@ -146,12 +146,12 @@ def cases_of(data: str | None, start: int, n: int, seed: int) -> list[Case]:
 
 
 def moments_of(lm: LM, corpus: str | None) -> CorpusMoments:
-    """Moments from a text file, or the model's default."""
+    """Return moments from a text file, or the model's default."""
     return CorpusMoments(Corpus.from_file(corpus)) if corpus else default_moments(lm)
 
 
 def jeep_of(lm: LM, dataset: str | None = None, **settings: Any) -> Jeep:
-    """JEEP with the model's preset; any field can be overridden by keyword."""
+    """Return JEEP with the model's preset; any field can be overridden by keyword."""
     method = retcon.method("jeep", for_model=lm, dataset=dataset, **settings)
     assert isinstance(method, Jeep)
     return method
@@ -206,7 +206,7 @@ def spearman(one: Sequence[float], two: Sequence[float], *, shuffles: int, seed:
 
 
 def machine() -> str:
-    """One line for the record: processor, threads, versions."""
+    """Return one line for the record: processor, threads, versions."""
     found = versions()
     return (
         f"{processor()}, {os.cpu_count()} cores, {plural(torch.get_num_threads(), 'thread')} used; Python "

@@ -83,7 +83,7 @@ class CountedChunk(Chunk):
         self.batch_before: ActiveBatch | None = None
 
     def step(self, now: ActiveBatch, *, only_measure: bool) -> None:
-        """As `Chunk.step`, counted."""
+        """Take a step, counted."""
         parts = [(*p.recorded.states.shape[:2], p.recorded.keys[0].shape[2], p.labels.shape[1]) for p in now.passes]
         first, self.batch_before = now is not self.batch_before, now
         with Counts() as counts:

@@ -30,7 +30,7 @@ def share(found: list[bool]) -> str:
 
 
 def row(lm: LM, cases: list[Case], context: str) -> list[str]:
-    """whole, begins, ended: over the cases' edits."""
+    """Return whole, begins, ended: over the cases' edits."""
     written = generate(lm, [context + case.edits[0].text for case in cases], HOW)
     answers = [case.edits[0].target_new for case in cases]
     texts = [each.text.strip() for each in written]
@@ -41,7 +41,7 @@ def row(lm: LM, cases: list[Case], context: str) -> list[str]:
 
 
 def firsts(lm: LM, cases: list[Case]) -> list[str]:
-    """The first token after each neighbour's prompt."""
+    """Return the first token after each neighbour's prompt."""
     asked = [q.prompt for case in cases for q in case.queries if q.axis.startswith("neighborhood")]
     return [each.text for each in generate(lm, asked, Writing(max_new_tokens=1, stops=()))] if asked else []
 

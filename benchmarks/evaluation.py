@@ -33,7 +33,7 @@ N_RECORDS = 780_000
 
 
 def plainly(lm: LM, rows: list[Row]) -> list[TokenScore]:
-    """One prompt at a time, the head everywhere."""
+    """Score one prompt at a time, the head everywhere."""
     scores = []
     with lm.frozen_eval(), torch.inference_mode():
         for row in rows:
@@ -63,7 +63,7 @@ def _prefix(lm: LM) -> str:
 
 
 def counted(lm: LM, rows: list[Row]) -> float:
-    """FLOPs of `score_rows`, from the batches it runs."""
+    """Return FLOPs of `score_rows`, from the batches it runs."""
     counter = Counter(lm)
 
     def count(lm: LM, batch: Batch, places: Places) -> torch.Tensor:
@@ -77,7 +77,7 @@ def counted(lm: LM, rows: list[Row]) -> float:
 
 
 def scoring(lm: LM, cases: list[Case]) -> None:
-    """Ours against the plain way, and how far apart the numbers are."""
+    """Time ours against the plain way, and say how far apart the numbers are."""
     rows = [row for q in plan_queries(lm, cases, Measures()).queries for row in q.rows]
     plain_flops = Counter(lm)
     plain_flops.tokens = plain_flops.positions = sum(len(row.ids) for row in rows)
@@ -97,7 +97,7 @@ def scoring(lm: LM, cases: list[Case]) -> None:
 
 
 def end_to_end(lm: LM, cases: list[Case]) -> None:
-    """`evaluate` of the unedited model, without and with the model's own answers."""
+    """Time `evaluate` of the unedited model, without and with the model's own answers."""
     for generate in (False, True):
         started, processor = time.perf_counter(), time.process_time()
         found = evaluate(lm, cases, generate=generate, stops=("\n", "."))
@@ -110,7 +110,7 @@ def end_to_end(lm: LM, cases: list[Case]) -> None:
 
 
 def record_files() -> None:
-    """Writing and reading a large file of records."""
+    """Time writing and reading a large file of records."""
     records = [
         Record(
             when="final", case_id=str(i // 13), subject=f"Subject {i // 13}", axis="rewrite",

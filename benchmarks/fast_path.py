@@ -42,7 +42,7 @@ class PlainReader(KeyReader):
         self.given, self.average = (lm, edits, contexts), average
 
     def read(self, point: Point, where: Where, value: Point) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `KeyReader.read`."""
+        """Read as `KeyReader.read` does."""
         keys, now = mean_keys(*self.given, point, where, value=value, average=self.average)
         assert now is not None
         return keys, now
@@ -50,7 +50,7 @@ class PlainReader(KeyReader):
 
 @contextmanager
 def plain_path() -> Iterator[None]:
-    """Methods search and read plainly while the scope lasts."""
+    """Let methods search and read plainly while the scope lasts."""
     with (
         patch("retcon.methods.common.proposal.search_values", search_values_reference),
         patch("retcon.methods.common.proposal.KeyReader", PlainReader),
@@ -59,7 +59,7 @@ def plain_path() -> Iterator[None]:
 
 
 def floor(lm: LM, method: Jeep, edits: Sequence[Edit], contexts: Contexts, steps: Sequence[int]) -> float:
-    """FLOPs that the value search needs at least (docs/design.md), with the steps that each edit took."""
+    """Return FLOPs that the value search needs at least (docs/design.md), with the steps that each edit took."""
     per_token = flops_per_token(lm.block(0))
     groups = [g for g in method.groups() if g]
     sites = [method.value_site(group) for group in groups]
@@ -79,7 +79,7 @@ def floor(lm: LM, method: Jeep, edits: Sequence[Edit], contexts: Contexts, steps
 
 
 def compare(lm: LM, edits: Sequence[Edit], moments: Moments, repeats: int) -> str:
-    """A row of the first table."""
+    """Return a row of the first table."""
     method = jeep_of(lm)
     contexts = sample_contexts(lm)
 
@@ -118,7 +118,7 @@ def compare(lm: LM, edits: Sequence[Edit], moments: Moments, repeats: int) -> st
 
 
 def grow(lm: LM, edits: Sequence[Edit], moments: Moments) -> str:
-    """A row of the second table."""
+    """Return a row of the second table."""
     method, contexts = jeep_of(lm), sample_contexts(lm)
     with Peak(lm.device) as peak:
         _, took = timed(lambda: method.propose(lm, edits, contexts=contexts, moments=moments))

@@ -106,7 +106,7 @@ class Card:
     # --- parts -------------------------------------------------------------------------------------------------------
 
     def same_as_the_cpu(self) -> Iterator[Row]:
-        """JEEP on the embedded models in float32: this device's delta and the CPU's."""
+        """Compare JEEP on the embedded models in float32: this device's delta and the CPU's."""
         edits = [case.edits[0] for case in world.cases(4)]
         for name in ("demo:gptj", "demo:llama"):
             changes: list[list[torch.Tensor]] = []
@@ -120,7 +120,7 @@ class Card:
             yield "delta in float32, to the CPU's", name, f"{off:.1e}", f"at most {TOLERANCE:.0e}"
 
     def search(self, name: str) -> Iterator[Row]:
-        """The value search alone and the whole of JEEP."""
+        """Time the value search alone and the whole of JEEP."""
         lm, size = self.model(name), self.size
         method = settings(SHAPES[name][1], size.steps)
         moments, contexts, places, search = prepared(lm, method)
@@ -176,7 +176,7 @@ class Card:
         return f"{took[0]:.2f} s; captured {took[1]:.2f} s; values {off:.0e} apart"
 
     def by_released_code(self, name: str) -> Iterator[Row]:
-        """The released search, one edit after the other."""
+        """Time the released search, one edit after the other."""
         assert self.released is not None
         lm, method = self.model(name), settings(SHAPES[name][1], self.size.steps)
         edits = [case.edits[0] for case in world.cases(4)]
@@ -202,7 +202,7 @@ class Card:
         yield "values after 2 steps, fast to plain", name, f"{off:.1e}", f"at most {wanted:g}"
 
     def moments(self, name: str) -> Iterator[Row]:
-        """Second moments of all edited layers in one pass, and a factor."""
+        """Time second moments of all edited layers in one pass, and a factor."""
         lm = self.model(name)
         sites = [lm.site(layer, "down_proj") for layer in SHAPES[name][1][:7]]
         rows = random_rows(self.size.tokens, lm.model.config.vocab_size, 0)
@@ -226,7 +226,7 @@ class Card:
         yield f"Cholesky factor, {width:,} wide, to and from the card", name, f"{took:.2f} s", ""
 
     def start(self, name: str) -> Iterator[Row]:
-        """What precedes a first edit, and a MEMIT edit after it."""
+        """Time what precedes a first edit, and a MEMIT edit after it."""
         lm = self.model(name)
         took = self.seconds(lambda: fingerprint(lm.model))
         gib = sum(p.nbytes for p in lm.model.parameters()) / 2**30
@@ -240,7 +240,7 @@ class Card:
             yield f"MEMIT, one edit, {how}", name, f"{took:.1f} s", wanted
 
     def evaluation(self, name: str) -> Iterator[Row]:
-        """Cases of the embedded world, free text included."""
+        """Time cases of the embedded world, free text included."""
         lm, n = self.model(name), self.size.n_cases
         cases = world.cases(n)
         retcon.evaluate(lm, cases[:2])

@@ -41,7 +41,8 @@ SHOWN = (*METRICS, ("GS", "gen.em"))
 def measure(
     lm: LM, cases: list[Case], pre: Evaluation, contexts: Contexts, moments: Moments, method: Jeep
 ) -> tuple[list[str | None], Delta, Evaluation]:
-    """One row's cells (Score, ES, GS, LS, generated match on paraphrases, reached, seconds per edit), and more."""
+    """Return one row's cells (Score, ES, GS, LS, generated match on paraphrases, reached, seconds per edit), and
+    more."""
     edits = [case.edits[0] for case in cases]
     for kind in ("down_proj", "o_proj") if method.high_module == "attn" else ("down_proj",):
         moments.prepare(lm, [lm.site(layer, kind) for layer in (*method.low, *method.high)])
@@ -53,7 +54,7 @@ def measure(
 
 
 def misses(cases: list[Case], delta: Delta, evaluation: Evaluation) -> str:
-    """Where paraphrases fail: by how the edit's search ended, and by the subject's place in edit and paraphrase."""
+    """Say where paraphrases fail: by how the edit's search ended, and by the subject's place in edit and paraphrase."""
     stopped = {report.id: report.stopped for report in delta.report}
     by_id = {case.id: case for case in cases}
     missed: Counter[str] = Counter()

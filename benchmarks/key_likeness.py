@@ -25,7 +25,7 @@ from retcon.lm.prompts import Row, encode, encode_edit, pad
 
 
 def keys_of(lm: LM, row: Row, layers: Sequence[int]) -> dict[int, Tensor]:
-    """The keys of every token, by layer: (tokens, m)."""
+    """Return the keys of every token, by layer: (tokens, m)."""
     found: dict[int, Tensor] = {}
 
     def keep(layer: int, value: Tensor) -> None:
@@ -38,7 +38,7 @@ def keys_of(lm: LM, row: Row, layers: Sequence[int]) -> dict[int, Tensor]:
 
 
 def rows_of(lm: LM, case: Case) -> tuple[Row, Row, Row] | None:
-    """The prompts of the edit, its first paraphrase and its first neighbour; None without a subject in it."""
+    """Return the prompts of the edit, its first paraphrase and its first neighbour; None without a subject in it."""
     (edit,) = case.edits
     asked = {axis: [q.prompt for q in case.queries if q.axis == axis] for axis in ("paraphrase", "neighborhood")}
     if edit.subject is None or not all(asked.values()) or edit.subject not in asked["paraphrase"][0]:

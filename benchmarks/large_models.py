@@ -39,8 +39,8 @@ from retcon.methods.jeep import Jeep
 
 
 def settings(layers: Sequence[int], steps: int) -> Jeep:
-    """JEEP on a shape's layers, which takes every step: those in a row are the low group, those after the gap the high
-    one."""
+    """Return JEEP on a shape's layers, which takes every step: those in a row are the low group, those after the gap
+    the high one."""
     gap = next((i for i in range(1, len(layers)) if layers[i] > layers[i - 1] + 1), len(layers) - 1)
     low, high = tuple(layers[:gap]), tuple(layers[gap:])
     return Jeep(low=low, high=high, steps=steps, stop="loss", threshold=0.0)
@@ -59,7 +59,7 @@ def prepared(lm: LM, method: Jeep) -> tuple[GivenMoments, Contexts, list[ValueSi
 
 
 def measure(name: str, lm: LM, edits: Sequence[Edit], steps: int, profile: AbstractContextManager) -> None:
-    """One row of the table."""
+    """Return one row of the table."""
     method = settings(SHAPES[name][1], steps)
     moments, contexts, places, search = prepared(lm, method)
     method.propose(lm, edits[:2], contexts=contexts, moments=moments)  # warms up

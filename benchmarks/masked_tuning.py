@@ -85,12 +85,12 @@ class Outcome:
     """Share of the edits."""
 
     def cells(self) -> list[str]:
-        """For people."""
+        """Return the cells of the table."""
         quality = [self.quality[metric].percent() for metric in METRICS]
         return [*quality, f"{self.seconds:.2f}", f"{100 * self.changed:.2f} %", f"{100 * self.reached:.0f} %"]
 
     def record(self) -> dict[str, Any]:
-        """For `plot`: metrics as value, low and high, all but seconds times 100."""
+        """Return what `plot` reads: metrics as value, low and high, all but seconds times 100."""
         return {
             **{metric: _percents(self.quality[metric]) for metric in METRICS},
             "seconds": self.seconds,
@@ -115,7 +115,7 @@ class Bench:
         self.corpus = corpus
 
     def given(self, method: Method) -> dict[str, Any]:
-        """Contexts and every layer's moment, prepared beforehand, for methods that use moments."""
+        """Return contexts and every layer's moment, prepared beforehand, for methods that use moments."""
         if not method.uses_moments:
             return {}
         if not self.more:
@@ -125,7 +125,7 @@ class Bench:
         return self.more
 
     def outcome(self, method: Method, state: Any = None) -> Outcome:
-        """The cases edited and measured; the model is as before."""
+        """Edit the cases and measure them; the model is as before."""
         given = self.given(method)
         deltas: list[Attachment] = []
         records: list[Any] = []
@@ -159,7 +159,7 @@ class Bench:
         return [record for record in measured.records if record.when == "final"]
 
     def _n_changed(self, delta: Attachment) -> int:
-        """Parameters that the delta touches; low-rank changes touch all of theirs."""
+        """Return how many parameters the delta touches; low-rank changes touch all of theirs."""
         count = 0
         for name, changes in delta.changes.items():
             for change in changes:
@@ -169,7 +169,7 @@ class Bench:
 
 
 def varied(settings: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Every combination of the values given as FIELD=[VALUE, ...] in TOML."""
+    """Return every combination of the values given as FIELD=[VALUE, ...] in TOML."""
     lists = tomllib.loads("\n".join(settings))
     for values in itertools.product(*lists.values()):
         yield dict(zip(lists, values, strict=True))

@@ -47,7 +47,7 @@ class WatchedCtp(Ctp):
     """CTP with that trainer."""
 
     def trainer(self, paths: PathNodes, target: AnswerLoss, original: AnswerLoss | None) -> PathTrainer:
-        """The trainer that notes."""
+        """Return the trainer that notes."""
         return Watched(self, paths, target, original)
 
 

@@ -34,7 +34,7 @@ N_WORLD = 1500
 
 
 def overlaps(lm: LM, cases: list[Case], delta: Attachment, first: int) -> dict[str, list[float]]:
-    """Mean and lowest routing overlap of the layers above `first`, per kind of prompt."""
+    """Return the mean and lowest routing overlap of the layers above `first`, per kind of prompt."""
     prompts = {
         "edits": [case.edits[0].text for case in cases],
         "neighbours": [q.prompt for case in cases for q in case.queries if q.axis == "neighborhood"],

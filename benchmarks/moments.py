@@ -74,14 +74,14 @@ SHAPES: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 
 def random_lm(name: str, device: str, dtype: torch.dtype) -> LM:
-    """A model of a shape with random weights, and the embedded world's tokenizer."""
+    """Return a model of a shape with random weights, and the embedded world's tokenizer."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(SHAPES[name][0], dtype=dtype).eval()
     return LM(model, AutoTokenizer.from_pretrained(world.model_path("gptj")), name=name)
 
 
 def random_rows(n_tokens: int, vocabulary: int, seed: int) -> list[Row]:
-    """Rows of 64 to 512 random tokens."""
+    """Return rows of 64 to 512 random tokens."""
     draw = random.Random(seed)
     rows: list[Row] = []
     while n_tokens > 0:
@@ -92,7 +92,7 @@ def random_rows(n_tokens: int, vocabulary: int, seed: int) -> list[Row]:
 
 
 def counted(lm: LM, sites: Sequence[Site], rows: Sequence[Row]) -> tuple[float, float]:
-    """(forward, products of keys) in FLOPs for the real tokens of `rows`."""
+    """Return (forward, products of keys) in FLOPs for the real tokens of `rows`."""
     highest = max(s.layer for s in sites)
     linear = sum(flops_per_token(lm.block(layer)) for layer in range(highest + 1))
     linear -= 2 * lm.site(highest, "down_proj").weight.numel()  # the pass ends at its input
@@ -104,7 +104,8 @@ def counted(lm: LM, sites: Sequence[Site], rows: Sequence[Row]) -> tuple[float, 
 
 
 def check_count(lm: LM, sites: Sequence[Site], row: Row) -> None:
-    """The forward's count against torch's own counter, which may know nothing of a fused attention, for one row."""
+    """Compare the forward's count against torch's own counter, which may know nothing of a fused attention, for one
+    row."""
     highest = max(s.layer for s in sites)
     with FlopCounterMode(display=False) as counter, lm.frozen_eval(), torch.no_grad():
         run(lm, pad([row], lm.device), {Point(highest, "key"): lambda _: None})
@@ -114,12 +115,12 @@ def check_count(lm: LM, sites: Sequence[Site], row: Row) -> None:
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """The shortest of some runs."""
+    """Return the shortest of some runs."""
     return min(timed(call, device=device)[1] for _ in range(repeats))
 
 
 def product_rates(lm: LM) -> dict[str, float]:
-    """FLOP/s of matrix products in the model's dtype, where the model is."""
+    """Return FLOP/s of matrix products in the model's dtype, where the model is."""
     d_model, d_ff = lm.site(0, "down_proj").weight.shape
     n = 4096 if lm.device.type == "cpu" else 32768
     shapes = {"2048³": (2048, 2048, 2048), "MLP": (n, d_model, d_ff), "keys": (d_ff, n, d_ff)}
@@ -133,7 +134,7 @@ def product_rates(lm: LM) -> dict[str, float]:
 
 
 def measure(name: str, lm: LM, layers: Sequence[int], rows: Sequence[Row], per_layer: bool, repeats: int) -> None:
-    """One row of the table."""
+    """Return one row of the table."""
     sites = [lm.site(layer, "down_proj") for layer in layers]
     check_count(lm, sites, rows[0])
 

@@ -46,7 +46,7 @@ def packed(model: str, how: dict[str, Any], folder: Path) -> LM:
 
 
 def edited(lm: LM, method: Method, cases: list[Case], **given: Any) -> dict[str, Any]:
-    """Figures of the cases, edited at once where the method takes them, else each by itself."""
+    """Return the figures of the cases, edited at once where the method takes them, else each by itself."""
     pre = evaluate(lm, cases, generate=False)
     alone = not method.supports_batches
     found = edited_and_measured(lm, method, cases, alone=alone, pre=pre, clock=time.process_time, **given)

@@ -30,7 +30,7 @@ FACTS = ("{} lies within the borders of | Geneva | Norway", "The capital of {} i
 
 @contextmanager
 def serving(store: Path) -> Iterator[tuple[str, int]]:
-    """The address of a page for that store, and the number of its process."""
+    """Return the address of a page for that store, and the number of its process."""
     command = [sys.executable, "-m", "retcon", "ui", "demo:gptj", "--store", str(store), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"}) as process:
         assert process.stdout is not None
@@ -46,7 +46,7 @@ def serving(store: Path) -> Iterator[tuple[str, int]]:
 
 
 def first_paint(browser: Any, address: str) -> float:
-    """Seconds to the first text, the best of three visits."""
+    """Return the seconds to the first text, the best of three visits."""
     seconds = []
     for _ in range(3):
         page = browser.new_page()
@@ -59,13 +59,14 @@ def first_paint(browser: Any, address: str) -> float:
 
 
 def processor(pid: int) -> float:
-    """Seconds of the processor that a process has used."""
+    """Return the seconds of the processor that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def edit(browser: Any, address: str, pid: int, fact: str) -> tuple[float, float]:
-    """Seconds from the click on Edit until the fact is in force: of the clock and of the server's processor."""
+    """Return the seconds from the click on Edit until the fact is in force: of the clock and of the server's
+    processor."""
     page = browser.new_page()
     page.goto(address)
     page.get_by_label("One fact per line").fill(fact)

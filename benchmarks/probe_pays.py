@@ -55,7 +55,8 @@ def windows(n_layers: int, width: int) -> list[tuple[int, ...]]:
 
 
 def sweep(lm: LM, args: argparse.Namespace, advice: Advice, rows: list[dict[str, Any]], out: Path) -> bool:
-    """One row per position and setting of the other group, appended to `rows` and to the file; whether all are done."""
+    """Make one row per position and setting of the other group, appended to `rows` and to the file; return whether
+    all are done."""
     rule = Rule()
     cases = cases_of(args.data, args.start, args.edits, args.seed)
     edits = [case.edits[0] for case in cases]
@@ -105,7 +106,7 @@ def sweep(lm: LM, args: argparse.Namespace, advice: Advice, rows: list[dict[str,
 def evidence(
     lm: LM, args: argparse.Namespace, edits: list[retcon.Edit], advice: Advice, bare: Advice
 ) -> dict[str, dict[str, list[float]]]:
-    """What each probe says of every layer, per group."""
+    """Return what each probe says of every layer, per group."""
     traces = causal_trace(lm, edits, Tracing(window=default_window(lm.n_layers), seed=args.seed))
     found: dict[str, dict[str, list[float]]] = {}
     for group, choice, token in (("low", advice.low, "last subject"), ("high", advice.high, "last")):

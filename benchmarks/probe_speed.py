@@ -40,7 +40,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def as_released(lm: LM, edit: Edit, kind: RestoredKind, settings: Tracing) -> torch.Tensor:
-    """Scores (tokens, layers): a pass per cell over S + 1 rows, the first of them clean."""
+    """Return scores (tokens, layers): a pass per cell over S + 1 rows, the first of them clean."""
     row, subject = encode_edit(lm.tokenizer, edit), subject_tokens(lm.tokenizer, edit)
     ids = torch.tensor([row.ids] * (settings.samples + 1))
     embedding = lm.model.get_submodule(lm.layout.embedding)
@@ -85,7 +85,7 @@ def all_as_released(lm: LM, edits: Sequence[Edit], settings: Tracing) -> None:
 
 
 def mlp_tokens(lm: LM, call: Callable[[], object]) -> int:
-    """Tokens that go through MLPs, all blocks together."""
+    """Return how many tokens go through MLPs, all blocks together."""
     count = 0
 
     def add(_: object, __: object, out: torch.Tensor) -> None:

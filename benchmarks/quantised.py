@@ -59,14 +59,14 @@ def round_blocks(lm: LM, bits: int, group: int | None) -> None:
 
 
 def copied(lm: LM, change: Callable[[LM], None] = lambda lm: None) -> LM:
-    """A model of its own with the weights that `lm` has now."""
+    """Return a model of its own with the weights that `lm` has now."""
     made = LM(copy.deepcopy(lm.model), lm.tokenizer, name=lm.name)
     change(made)
     return made
 
 
 def measured(lm: LM, cases: list[Case]) -> dict[str, Any]:
-    """Figures of a model as it is."""
+    """Return the figures of a model."""
     found = percents(evaluate(lm, cases, generate=False).summary(), "pre")
     return {**found, "first": sum(first for _, first in answers(lm, [case.edits[0] for case in cases]))}
 

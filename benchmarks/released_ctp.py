@@ -46,7 +46,7 @@ class ReleasedCtp(Ctp):
             raise InvalidSetting("released_ctp: the released code takes a second step; contrast='mirror' has none")
 
     def trainer(self, paths: PathNodes, target: AnswerLoss, original: AnswerLoss | None) -> PathTrainer:
-        """One whose optimiser forgets nothing."""
+        """Return a trainer whose optimiser forgets nothing."""
         return _LeakingTrainer(self, paths, target, original)
 
 
@@ -67,7 +67,7 @@ class _LeakingAdam(NodeAdam):
     """Steps everything that was ever trained, so that momentum goes on working where the gradient is zeroed."""
 
     def choose(self, units: Sequence[Tensor]) -> None:
-        """Nodes that are new have no momentum, and as many steps counted as all others."""
+        """Choose nodes; new ones have no momentum, and as many steps counted as all others."""
         counted = [float(state.steps.max()) for states in self.memory for state in states if len(state.steps)]
         for t, (nodes, wanted) in enumerate(zip(self.nodes, units, strict=True)):
             everyone = torch.ones_like(nodes.index, dtype=torch.bool)

@@ -28,7 +28,7 @@ SETTINGS = "hparams/JEEP/EleutherAI_gpt-j-6B_mcf.json"
 
 
 def check(checkout: Path) -> None:
-    """Whether that is a checkout of the released code.
+    """Check that this is a checkout of the released code.
 
     Raises:
         InvalidSetting: it is none.
@@ -68,7 +68,8 @@ def seconds_an_edit(
 
 @contextlib.contextmanager
 def _importing(checkout: Path) -> Iterator[None]:
-    """Inside, modules are found in the checkout, and from there; afterwards they are forgotten."""
+    """Import from the checkout: inside, modules are found in the checkout, and from there; afterwards they are
+    forgotten."""
     before = set(sys.modules)
     sys.path.insert(0, str(checkout))
     try:

@@ -55,7 +55,7 @@ RENAMED = {
 
 
 def results(names: list[str], models: list[str]) -> Iterator[tuple[str, dict[str, torch.Tensor], dict[str, Any]]]:
-    """(method/model/way, tensors by name, figures by name) of every run."""
+    """Return (method/model/way, tensors by name, figures by name) of every run."""
     from retcon import world
 
     for model, name in product(models, names):
@@ -78,7 +78,7 @@ def results(names: list[str], models: list[str]) -> Iterator[tuple[str, dict[str
 
 
 def make(name: str, lm: Any) -> Any:
-    """The method at the settings of this benchmark, under whatever names the code has for them."""
+    """Return the method at the settings of this benchmark, under whatever names the code has for them."""
     own = SETTINGS.get(name, SEARCH)
     old = {new: before for before, new in RENAMED.items()}
     for names in (own, {old.get(k, k): v for k, v in own.items()}):
@@ -91,7 +91,7 @@ def make(name: str, lm: Any) -> Any:
 
 
 def tensors_of(delta: Any) -> dict[str, torch.Tensor]:
-    """Every tensor of a delta's changes, by parameter, number, kind and field."""
+    """Return every tensor of a delta's changes, by parameter, number, kind and field."""
     found = {}
     for parameter, changes in delta.changes.items():
         for i, change in enumerate(changes):
@@ -104,19 +104,19 @@ def tensors_of(delta: Any) -> dict[str, torch.Tensor]:
 
 
 def figures_of(delta: Any, measured: Any) -> dict[str, Any]:
-    """Every figure of a delta's report and of an evaluation's records."""
+    """Return every figure of a delta's report and of an evaluation's records."""
     report = [{k: v for k, v in as_dict(r).items() if k != "id"} for r in delta.report]
     records = [as_dict(r) for r in measured.records]
     return json.loads(json.dumps({"report": report, "records": records}, default=str))
 
 
 def as_dict(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass or of a named tuple."""
+    """Return the fields of a dataclass or of a named tuple."""
     return asdict(record) if is_dataclass(record) and not isinstance(record, type) else record._asdict()
 
 
 def renamed(value: Any) -> Any:
-    """The same with old names of fields as they are now; a name that has stayed is its own."""
+    """Return the same with old names of fields as they are now; a name that has stayed is its own."""
     if isinstance(value, Mapping):
         return {RENAMED.get(k, k): renamed(v) for k, v in value.items()}
     return [renamed(v) for v in value] if isinstance(value, list) else value
@@ -149,7 +149,7 @@ def compare(folder: Path, names: list[str], models: list[str]) -> int:
 
 
 def tensor_differences(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    """One line for each tensor that is not the same."""
+    """Return one line for each tensor that is not the same."""
     for name in sorted(before.keys() | now.keys()):
         if name not in before or name not in now:
             yield f"{name}: only {'now' if name in now else 'before'}"
@@ -162,7 +162,7 @@ def tensor_differences(before: Mapping[str, torch.Tensor], now: Mapping[str, tor
 
 
 def figure_differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
-    """One line for each figure that is not the same."""
+    """Return one line for each figure that is not the same."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in sorted(before.keys() | now.keys()):
             yield from figure_differences(before.get(key), now.get(key), f"{where}/{key}")

@@ -86,7 +86,7 @@ def commands(n_entries: int = 100, n_facts: int = 10_000) -> None:
 
 
 def command_seconds(arguments: tuple[str, ...]) -> tuple[float, float]:
-    """Seconds of one whole command, by the clock and of the processor."""
+    """Return the seconds of one whole command, by the clock and of the processor."""
     started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
     subprocess.run([sys.executable, "-m", "retcon", *arguments], check=True, stdout=subprocess.DEVNULL, env=kept)
@@ -121,7 +121,7 @@ def rewriting(n: int) -> None:
 
 
 def keys_at(lm: retcon.LM, edits: list[Edit], prefixes: Sequence[str], layer: int) -> tuple[Tensor, float]:
-    """The edits' keys at a layer, and seconds of the processor that reading them takes."""
+    """Return the edits' keys at a layer, and seconds of the processor that reading them takes."""
     contexts, key, mlp = Contexts(tuple(prefixes)), Point(layer, "key"), Point(layer, "mlp")
     return processor(lambda: KeyReader(lm, edits, contexts).read(key, "subject_last", mlp)[0])
 

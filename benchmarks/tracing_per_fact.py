@@ -32,7 +32,7 @@ LEAST_FACTS = 4
 
 
 def probabilities(lm: LM, case: Case) -> Tensor:
-    """Of the new answer, geometric mean per token: on the edit's prompt, and averaged over its paraphrases."""
+    """Return the new answer's geometric mean per token: on the edit's prompt, and averaged over its paraphrases."""
     (edit,) = case.edits
     prompts = [query.prompt for query in case.queries if query.axis == "paraphrase"]
     found = score(lm, [(prompt, edit.target_new) for prompt in (edit.text, *prompts)])
@@ -41,7 +41,7 @@ def probabilities(lm: LM, case: Case) -> Tensor:
 
 
 def pearson(x: Tensor, y: Tensor) -> str:
-    """r with a 95 % interval by Fisher's z; nothing where one of them does not vary."""
+    """Return r with a 95 % interval by Fisher's z; nothing where one of them does not vary."""
     x, y = x - x.mean(), y - y.mean()
     if not float(x.norm() * y.norm()):
         return ""
@@ -52,7 +52,7 @@ def pearson(x: Tensor, y: Tensor) -> str:
 
 
 def explained(effects: Tensor, scores: Tensor) -> tuple[float, float]:
-    """R² over (facts, layers) of the layer alone, and of layer and effect."""
+    """Return R² over (facts, layers) of the layer alone, and of layer and effect."""
     total = float((scores - scores.mean()).square().sum())
     within, x = scores - scores.mean(0), effects - effects.mean(0)
     slope = float((x * within).sum() / x.square().sum())

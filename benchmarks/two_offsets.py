@@ -55,13 +55,13 @@ def main() -> None:
 
 
 def part_of(lm: LM, delta: Delta, layers: Sequence[int]) -> Delta:
-    """The changes of these layers only."""
+    """Return the changes of these layers only."""
     names = {lm.site(layer, module).name for layer in layers for module in ("down_proj", "o_proj")}
     return replace(delta, changes={name: found for name, found in delta.changes.items() if name in names})
 
 
 def margins(lm: LM, cases: Sequence[Case], delta: Delta | None) -> list[dict[str, float]]:
-    """Per case the margin on its prompt and the mean on its paraphrases."""
+    """Return per case the margin on its prompt and the mean on its paraphrases."""
     result = evaluate(lm, cases, delta=delta, generate=False)
     wanted = "pre" if delta is None else "final"
     found: dict[str, dict[str, list[float]]] = {case.id: {"prompt": [], "paraphrases": []} for case in cases}

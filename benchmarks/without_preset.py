@@ -38,7 +38,7 @@ TEXT_TOKENS = 10
 
 
 def written(lm: LM, edits: Sequence[Edit]) -> list[str]:
-    """What the model writes after each edit's prompt."""
+    """Return what the model writes after each edit's prompt."""
     return [lm.complete(edit.text, max_new_tokens=TEXT_TOKENS) for edit in edits]
 
 

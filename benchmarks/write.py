@@ -24,7 +24,7 @@ WEIGHT = 15_000.0
 
 
 def moment(d: int, seed: int) -> Tensor:
-    """A well-conditioned symmetric positive definite matrix, float32 as it is stored."""
+    """Return a well-conditioned symmetric positive definite matrix, float32 as it is stored."""
     x = torch.randn(max(d // 8, 1), d, generator=torch.Generator().manual_seed(seed))
     c = x.T @ x / (2 * d)
     c.diagonal().add_(0.1)
