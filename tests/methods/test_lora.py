@@ -59,6 +59,17 @@ def test_a_fused_matrix_is_adapted_whole_by_its_path(tiny, edits):
         lora(modules=("attn.qkv",)).propose(lm, edits)
 
 
+@pytest.mark.parametrize("adapting", [lora, adalora])
+def test_layers_without_a_matrix_are_passed_over_unless_they_are_named(adapting, tiny, edits):
+    lm = tiny("qwen3_5_text")
+    delta = adapting().propose(lm, edits[:1])
+    assert set(delta.changes) == {lm.site(i, kind).name for i in (1, 3) for kind in ("q_proj", "v_proj")}
+    with pytest.raises(InvalidSetting, match=r"has no q_proj in layer 0; name one of down_proj, up_proj"):
+        adapting(layers=(0, 1)).propose(lm, edits[:1])
+    with pytest.raises(InvalidSetting, match=r"has no q_proj in its blocks; name one of .*o_proj, or a matrix's path"):
+        adapting().propose(tiny("deepseek_v2"), edits[:1])
+
+
 def test_the_hooked_model_is_the_merged_one(tiny, edits, randn):
     """T36, in triplets; one singular value is 0, and its factors do not count."""
     lm = tiny("gpt2")

@@ -42,7 +42,7 @@ class AdaLora(TuningSettings):
     alpha: float = 32.0
     """The change is alpha / rank times P diag(E) Q."""
     layers: AnyLayers = ()
-    """Blocks that are adapted, ascending, counted from 0; none: all of them."""
+    """Blocks that are adapted, ascending, counted from 0; none: all that have such a matrix."""
     modules: Matrices = ("q_proj", "v_proj")
     """Matrices that are adapted: kinds of sites, or a module's path inside a block (`attn.c_attn`)."""
     learning_rate: NotNegative = 5e-3

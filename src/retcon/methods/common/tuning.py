@@ -185,29 +185,46 @@ def sites_named(name: str, lm: LM, layers: Sequence[int], modules: Sequence[str]
 
     Args:
         name: the method, for messages.
-        layers: blocks, counted from 0; none: all of them.
+        layers: blocks, counted from 0; none: all that have such a matrix.
         modules: kinds of sites (`q_proj`), or a module's path inside a block (`attn.c_attn`: a fused matrix, whole).
 
     Raises:
         InvalidSetting: a layer or a matrix that the model does not have.
     """
     check_depth(name, lm, layers)
-    found = []
+    found: list[Site] = []
     for layer in layers or range(lm.n_layers):
         for kind in modules:
-            if kind in get_args(SiteName) and any(getattr(k, kind) is not None or k.experts for k in lm.kinds):
-                found += lm.sites(layer, kind) or [lm.site(layer, kind)]  # type: ignore[arg-type]
-                continue
-            path = f"{lm.layout.block.format(layer)}.{kind}"
-            module = dict(lm.model.named_modules()).get(path)
-            if module is None or getattr(module, "weight", None) is None or module.weight.dim() != 2:
-                raise InvalidSetting(
-                    f"{name}: {lm.name!r} ({lm.model.config.model_type}) has no {kind} in its blocks; name one of "
-                    f"{', '.join(get_args(SiteName))}, or a matrix's path inside a block"
-                )
-            own = f"{path}.weight"
-            found.append(Site(layer, kind, own, module, type(module).__name__ == "Conv1D", packed=lm.packed.get(own)))
+            here = _sites_at(lm, layer, kind)
+            if layers and not here:
+                raise _none_there(name, lm, kind, [layer])
+            found += here
+    for kind in modules:
+        if not any(site.kind == kind for site in found):
+            raise _none_there(name, lm, kind, range(lm.n_layers))
     return found
+
+
+def _sites_at(lm: LM, layer: int, kind: str) -> list[Site]:
+    """Return a block's matrices of a kind, or the one at a path inside the block; none where it has none."""
+    if kind in get_args(SiteName):
+        return lm.sites(layer, kind)  # type: ignore[arg-type]
+    path = f"{lm.layout.block.format(layer)}.{kind}"
+    module = dict(lm.model.named_modules()).get(path)
+    if module is None or getattr(module, "weight", None) is None or module.weight.dim() != 2:
+        return []
+    own = f"{path}.weight"
+    return [Site(layer, kind, own, module, type(module).__name__ == "Conv1D", packed=lm.packed.get(own))]
+
+
+def _none_there(name: str, lm: LM, kind: str, layers: Sequence[int]) -> InvalidSetting:
+    """Return the error of layers that lack a matrix, with those that they have."""
+    having = [k for k in get_args(SiteName) if any(lm.sites(layer, k) for layer in layers)]
+    where = "its blocks" if len(layers) > 1 else f"layer {layers[0]}"
+    return InvalidSetting(
+        f"{name}: {lm.name!r} ({lm.model.config.model_type}) has no {kind} in {where}; name one of "
+        f"{', '.join(having)}, or a matrix's path inside a block"
+    )
 
 
 def sites_of_kinds(
