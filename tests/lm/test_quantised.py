@@ -67,6 +67,14 @@ def packed(plain: Path, method: str) -> dict[str, torch.Tensor]:
     return wanted
 
 
+def test_a_bitnet_checkpoint_of_floats_says_what_rounds_them(plain: Path) -> None:
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitnet", "quantization_mode": "online"}
+    (plain / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"rounds to -1, 0 and 1 in every pass.*remove quantization_config from"):
+        load(str(plain), device="cpu")
+
+
 @pytest.mark.parametrize("method", ["compressed-tensors", "fp8"])
 def test_a_packed_checkpoint_becomes_a_plain_model_with_the_weights_it_stands_for(method: str, plain: Path) -> None:
     wanted = packed(plain, method)

@@ -58,6 +58,12 @@ def prepare_config(config: Any, name: str, *, packed: bool = False, layout: Layo
     settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
     method = str(settings.get("quant_method") or ("bitsandbytes" if _bits(settings) else "no method named"))
     if method not in PACKAGES:
+        if method == "bitnet" and settings.get("quantization_mode") == "online":
+            raise UnsupportedModel(
+                f"cannot load {name!r}: its weights are floats that bitnet rounds to -1, 0 and 1 in every pass, and an "
+                "edit would be rounded too; remove quantization_config from its config.json to have it run without "
+                "that rounding, which is not the model as it was trained"
+            )
         raise UnsupportedModel(
             f"cannot load {name!r}: its weights are quantised by {method}, which cannot be dequantised here "
             f"({', '.join(PACKAGES)} and GGUF can); take the unquantised checkpoint, and put the edit beside the "
