@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from recipes import tiny
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -51,6 +53,23 @@ def test_without_the_final_norm_it_is_the_head_and_nothing_else(family: str, sti
         wanted = wanted + lm.head.bias.detach()  # type: ignore[operator]
     with torch.no_grad():
         assert_close(lens.logits_of(lm, states, final_norm=False), wanted)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "text_type", "own"),
+    [
+        ("llava", "cohere2", dict(logit_scale=0.5)),  # its forward passes over the factor, or the cap
+        ("llava", "gemma2", dict(final_logit_softcapping=5.0)),
+        ("gemma4", "gemma4_text", UNLIKE["gemma4_text"] | dict(final_logit_softcapping=5.0)),  # its forward caps
+    ],
+)
+def test_a_wrapper_is_read_as_its_own_forward_reads(
+    wrapper: str, text_type: str, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiny.WRAPPERS, wrapper, (text_type, own))
+    lm = LM(tiny.tiny_wrapper(wrapper), tokenizer())
+    lens.check_reads(lm)
+    assert not lm.head._forward_hooks
 
 
 def test_a_wrong_layout_is_noticed() -> None:

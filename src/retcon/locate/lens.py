@@ -5,6 +5,7 @@ states at a time, so that the logits of all of them are never in memory together
 """
 
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -32,13 +33,34 @@ def logits_of(lm: LM, states: Float[Tensor, "n d_model"], *, final_norm: bool) -
     norm = lm.model.get_submodule(lm.layout.final_norm)
     of_norm = device_of(norm) if any(True for _ in norm.parameters()) else head_device(lm)  # OLMo's has no weight
     logits = lm.head(norm(states.to(of_norm)).to(head_device(lm)))
-    logits = logits * (getattr(lm.config, "logit_scale", None) or 1.0)  # Cohere
-    logits = logits * (getattr(lm.config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
-    scaling = getattr(lm.config, "logits_scaling", None) or 1.0
-    logits = logits * scaling if lm.config.model_type == "hyperclovax" else logits / scaling  # Granite divides
-    cap = getattr(lm.config, "final_logit_softcapping", None)  # gemma 2, some of gemma 3
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    if not _bare(lm):
+        logits = logits * (getattr(lm.config, "logit_scale", None) or 1.0)  # Cohere
+        logits = logits * (getattr(lm.config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
+        scaling = getattr(lm.config, "logits_scaling", None) or 1.0
+        logits = logits * scaling if lm.config.model_type == "hyperclovax" else logits / scaling  # Granite divides
+        cap = getattr(lm.config, "final_logit_softcapping", None)  # gemma 2, some of gemma 3
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+_BARE: WeakKeyDictionary[LM, bool] = WeakKeyDictionary()
+"""What `_bare` found."""
+
+
+def _bare(lm: LM) -> bool:
+    """Return whether a wrapper's own forward gives what its head gives, without the text model's scale or soft cap."""
+    if lm.config is lm.model.config:
+        return False
+    if lm not in _BARE:
+        heads: list[Tensor] = []
+        handle = lm.head.register_forward_hook(lambda _, __, output: heads.append(output[0]))
+        try:
+            with torch.no_grad():
+                own = logits_at(lm, pad([encode(lm.tokenizer, "The")], lm.device), (torch.tensor([0]),) * 2)
+        finally:
+            handle.remove()
+        _BARE[lm] = torch.equal(heads[0].to(own), own)
+    return _BARE[lm]
 
 
 def in_chunks(
