@@ -988,6 +988,16 @@ def test_a_prompt_longer_than_the_context_is_refused_with_its_ends(family: str, 
         lm.complete("x" * 10_000_000)
 
 
+def test_the_context_of_longrope_ends_where_other_factors_begin() -> None:
+    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[3.0, 5.0, 9.0, 20.0])
+    length = dict(original_max_position_embeddings=20)
+    lm = LM(tiny_model("phi3", **length, rope_parameters=rope | length), tokenizer())
+    assert lm.context_length == 20
+    assert len(lm.encode("You know Paris").ids) < 20
+    with pytest.raises(InvalidEdit, match="reads 20 tokens at once"):
+        lm.complete("The capital of France is a large town on a river, and you know the way home")
+
+
 def test_an_edit_longer_than_the_context_is_refused_before_any_pass(tiny: Callable[..., LM]) -> None:
     edit = Edit("very " * 150 + "{} is", "France", "Rome", id="long")
     lm = tiny("llama")

@@ -191,7 +191,14 @@ class LM:
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that the model can read at once; None where its config does not say."""
+        """Tokens that the model can read at once; None where its config does not say.
+
+        With longrope, as many as its short factors are for: in a pass beyond that every token has the long ones, so
+        that a row's result would depend on its batch, and recorded states would be of another model.
+        """
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            return int(rope["original_max_position_embeddings"])
         names = ("max_position_embeddings", "n_positions", "max_seq_len")
         found = next((n for name in names if (n := getattr(self.config, name, None))), None)
         return found if isinstance(found, int) else None
