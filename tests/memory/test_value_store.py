@@ -1,5 +1,6 @@
 """Resuming: a search that was killed goes on where it was, bit for bit."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from retcon.memory.values import store as store_module
 from retcon.memory.values.plan import ChunkPlan, SearchPlan
 from retcon.memory.values.schedule import Chunk
 from retcon.memory.values.store import KnownValues, ValueStore
+from retcon.work import Here
 from tests.conftest import everyday
 
 CONTEXTS = Contexts(("I read. ",))
@@ -118,6 +120,13 @@ def searched_edits(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return stepped
 
 
+class Elsewhere(Here):
+    """Another process, as far as it has a copy of the pieces."""
+
+    def map(self, lm, work, pieces, progress):  # type: ignore[no-untyped-def]
+        return super().map(lm, work, copy.deepcopy(pieces), progress)
+
+
 @pytest.mark.parametrize("settled", [None, 0.5])
 @pytest.mark.parametrize("passes", everyday(5, of=[1, 3, 5, 7]))
 def test_a_search_that_was_killed_in_the_middle_of_a_chunk_goes_on_there(
@@ -138,6 +147,7 @@ def test_a_search_that_was_killed_in_the_middle_of_a_chunk_goes_on_there(
     (begun,) = tmp_path.glob("*/*.begun")
     found_before = json.loads(_metadata(begun))["about"]["places"]
     stepped, cache = searched_edits(monkeypatch), ValueCache(tmp_path)
+    lm.workers = Elsewhere()
     assert same(search_values(lm, edits, SITES, CONTEXTS, search, plan=ONE_CHUNK, cache=cache), whole)
     assert stepped == {edits[i].id for k, i in enumerate((2, 0, 3, 1)) if k not in found_before}
     assert cache.resumed == len(found_before)

@@ -99,11 +99,11 @@ def _search(
                     if store:
                         store.change_plan(plan)
                     continue
-                values = dict(zip(chunk.edits, done, strict=True))
-                begun = pieces[place][2]
-                if store and begun:
+                searched, n_resumed = done
+                values = dict(zip(chunk.edits, searched, strict=True))
+                if store:
                     store.save(chunk, values)
-                    store.cache.resumed += begun.n_resumed
+                    store.cache.resumed += n_resumed
                 found |= values
                 progress(len(found))
     return Values.of([found[i] for i in range(len(edits))], plan.summary())
@@ -144,8 +144,8 @@ class SearchOfChunk:
     sites: tuple[ValueSite, ...]
     search: ValueSearch
 
-    def __call__(self, lm: LM, piece: ChunkPiece, progress: Callable[[int], None]) -> list[ValueOf] | None:
-        """Return what was found for each edit; None: memory ran out."""
+    def __call__(self, lm: LM, piece: ChunkPiece, progress: Callable[[int], None]) -> tuple[list[ValueOf], int] | None:
+        """Return what was found for each edit, and for how many of them by an earlier search; None: memory ran out."""
         max_active, rows, begun = piece
         start = None if begun is None else begun.load(lm, self.sites, self.search)
         on_ended = keep_nothing if begun is None else begun.save_if_due
@@ -158,7 +158,8 @@ class SearchOfChunk:
                     chunk = Chunk(lm, rows, self.sites, self.search, offload)
                     for _ in chunk.run(max_active, start=start, on_ended=on_ended):
                         progress(len(chunk.found))
-                    return [chunk.found[j] for j in range(len(rows))]
+                    n_resumed = 0 if begun is None else begun.n_resumed
+                    return [chunk.found[j] for j in range(len(rows))], n_resumed
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
