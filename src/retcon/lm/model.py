@@ -129,7 +129,7 @@ class LM:
             )
         with Turn(self.turns):
             self._finish()
-        return vars(self)
+        return vars(self) | {"workers": Here()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become the LM of the model that came with this one's copy, or out of its pickle."""
