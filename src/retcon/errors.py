@@ -106,6 +106,10 @@ class TooFewTokens(RetconError):
     """A second moment from fewer tokens than the keys have dimensions: it would be singular."""
 
 
+class WorkFailed(RetconError):
+    """A piece of work ended in a worker with an error that cannot be sent to the asking process; the message has it."""
+
+
 class WorkersLost(RetconError):
     """Workers are lost as often as they are started."""
 

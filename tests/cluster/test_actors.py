@@ -195,7 +195,7 @@ def test_the_number_of_workers_changes_nothing(cluster: RayCluster, lm: LM, edit
         assert same(propose(lm, edits), wanted)
         with lm.edited(wanted):
             assert same(propose(lm, edits[:3]), on_top)
-        assert len(others._actors[lm]) == n
+        assert len(others._actors) == n
 
 
 @pytest.mark.long

@@ -1,16 +1,19 @@
 """Workers elsewhere: the same delta to the bit, whatever their number, and whichever of them are killed."""
 
+import copy
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import retcon
 from retcon import world
@@ -19,7 +22,7 @@ from retcon.cluster.processes import Processes
 from retcon.cluster.worker import Source, Worker, from_bytes, to_bytes
 from retcon.delta import Delta
 from retcon.edits import Edit
-from retcon.errors import InvalidSetting, NonFinite, WorkersLost, WrongBase
+from retcon.errors import InvalidSetting, NonFinite, WorkersLost, WorkFailed, WrongBase
 from retcon.evaluation import Evaluation, evaluate, score
 from retcon.evaluation.score import ScoreBatch, TokenScore
 from retcon.lm import batches
@@ -32,6 +35,7 @@ from retcon.memory.values import plan
 from retcon.work import Done, Here, in_order
 
 N_EDITS = 6
+ZEROS = "0" * 64
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,28 @@ class Fails:
         raise NonFinite(f"piece {piece} is not a number")
 
 
+class Stiff(Exception):
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what} is {why}")
+
+
+class FailsStiffly:
+    def __call__(self, lm: LM, piece: int, progress: Done) -> int:
+        raise Stiff(f"piece {piece}", "odd")
+
+
+class Looks:
+    """Work that says how the worker's model is."""
+
+    def __call__(self, lm: LM, piece: int, progress: Done) -> tuple[Any, ...]:
+        return looks(lm)
+
+
+def looks(lm: LM) -> tuple[Any, ...]:
+    weight = lm.base_weight(lm.site(1, "down_proj").name).sum().item()
+    return weight, lm.dtype, lm.config._attn_implementation, lm.end_tokens, torch.get_num_threads()
+
+
 class LeavesAMark:
     """Slow work that marks each piece it begins, and fails at one."""
 
@@ -105,13 +131,16 @@ def test_a_worker_has_the_deltas_of_the_asking_process(lm: LM, edits: list[Edit]
     (id_, content), *_ = to_bytes([delta])
     assert from_bytes(content).id == id_ == delta.id
     worker = Worker.__new__(Worker)  # over the same model, so that nothing is loaded twice
-    worker.source, worker.lm, worker._deltas = Source("", {}, lm.fingerprint(), 1), lm, {}
+    worker.lm, worker._deltas = lm, {}
 
     def applied(lm: LM, piece: None, progress: Done) -> list[str]:
         return [d.id for d in lm.applied]
 
     assert worker.run(applied, None, [(id_, content)]) == [delta.id]
     assert worker.run(applied, None, []) == []
+    foreign = replace(delta, base=ZEROS)  # applied with other_base=True, which the asking process decides
+    assert worker.run(applied, None, to_bytes([foreign])) == [foreign.id]
+    worker.run(applied, None, [])
 
 
 def test_another_checkpoint_is_refused() -> None:
@@ -119,9 +148,54 @@ def test_another_checkpoint_is_refused() -> None:
         Worker(Source("demo:gptj", {"dtype": "float32"}, "0" * 64, 1))
 
 
+@pytest.mark.parametrize("change", ["weight", "dtype", "attention", "generation", "tokenizer", "threads"])
+def test_a_model_that_has_changed_has_another_source(
+    change: str, tiny: Callable[..., LM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, n_threads = tiny("llama", torch.float32), torch.get_num_threads()
+    before = Source.of(lm, tmp_path)
+    assert Source.of(lm, tmp_path) == before
+    if change == "weight":
+        lm.parameter(lm.site(1, "down_proj").name).data.mul_(0.5)
+    elif change == "dtype":
+        lm.model.to(torch.bfloat16)
+    elif change == "attention":
+        lm.model.set_attn_implementation("eager")
+    elif change == "generation":  # with settings that transformers would not save
+        lm.model.generation_config = GenerationConfig(temperature=0.6, do_sample=False, eos_token_id=[4, 5])
+    elif change == "tokenizer":
+        lm.tokenizer.chat_template = "{{ messages[0].content }}"
+    else:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads + 1)
+    after = Source.of(lm, tmp_path)
+    assert after != before
+    try:
+        worker = Worker(after)
+        assert looks(worker.lm) == looks(lm)
+        assert worker.lm.tokenizer.chat_template == lm.tokenizer.chat_template
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def test_workers_follow_a_model_that_changes(tiny: Callable[..., LM]) -> None:
+    place = Processes(1)
+    for _ in range(2):  # a place can be used again
+        lm = tiny("gptj", torch.float32)
+        with place as one:
+            for factor in (1, 0.5):
+                lm.parameter(lm.site(1, "down_proj").name).data.mul_(factor)
+                assert list(one.map(lm, Looks(), [0], lambda n: None)) == [(0, looks(lm))]
+
+
+def test_a_copy_works_here(lm: LM) -> None:
+    with working_on(lm, Processes(1)):
+        assert isinstance(copy.deepcopy(lm).workers, Here)
+
+
 def test_a_caller_s_model_goes_to_the_same_cards(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm, "source", None)
     monkeypatch.setattr(lm.model, "save_pretrained", lambda folder: None)
+    monkeypatch.setattr(LM, "fingerprint", lambda lm: ZEROS)
 
     def place() -> dict[str, Any]:
         options = Source.of(lm, tmp_path).options
@@ -204,6 +278,12 @@ def test_an_error_of_the_work_arrives_as_it_is(two: Processes, lm: LM) -> None:
         list(two.map(lm, Fails(), [7], lambda n: None))
 
 
+def test_an_error_that_cannot_be_sent_is_told(two: Processes, lm: LM) -> None:
+    with pytest.raises(WorkFailed, match="a piece of work ended in a worker with Stiff: piece 7 is odd") as caught:
+        list(two.map(lm, FailsStiffly(), [7], lambda n: None))
+    assert "in __call__" in caught.value.__notes__[0]
+
+
 def test_no_piece_is_begun_after_an_error(two: Processes, lm: LM, tmp_path: Path) -> None:
     with pytest.raises(NonFinite, match="piece 0 is not a number"):
         list(two.map(lm, LeavesAMark(tmp_path, fails_at=0), range(40), lambda n: None))
@@ -219,13 +299,14 @@ def test_no_piece_is_begun_once_nobody_reads_the_results(two: Processes, lm: LM,
     assert len(list(tmp_path.iterdir())) < 30
 
 
-ZEROS = "0" * 64
-
-
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        (Source("demo:gptj", {}, ZEROS, 1, {"retcon": "0.0"}), InvalidSetting, "a worker has other versions than"),
+        (
+            Source("demo:gptj", {}, ZEROS, 1, versions={"retcon": "0.0"}),
+            InvalidSetting,
+            "a worker has other versions than",
+        ),
         (Source("demo:gptj", {}, ZEROS, 1), WrongBase, "a worker has loaded another 'demo:gptj' than"),
     ],
     ids=["versions", "checkpoint"],
@@ -238,16 +319,16 @@ def test_a_worker_that_cannot_start_says_why(
         assert isinstance(one, Processes)
         with pytest.raises(error, match=message):
             list(one.map(lm, Square(), range(8), lambda n: None))
-        pool = one._pools[lm]  # not a broken one, nor started again
+        processes = list(one._workers[lm][1])  # not lost, nor started again
         with pytest.raises(error, match=message):
             list(one.map(lm, Square(), [1], lambda n: None))
-        assert one._pools[lm] is pool
+        assert one._workers[lm][1] == processes
 
 
 @pytest.mark.long
 def test_processes_that_always_die_are_given_up(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retcon.cluster.processes.MAX_LOSSES", 0)
-    with workers("processes:1") as one, pytest.raises(WorkersLost, match="lost 1 times before a piece was done"):
+    with workers("processes:1") as one, pytest.raises(WorkersLost, match="lost its worker process 1 times"):
         list(one.map(lm, Square(5), [5], lambda n: None))
 
 

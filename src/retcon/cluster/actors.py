@@ -13,10 +13,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
-from weakref import WeakKeyDictionary
 
-from retcon.cluster.worker import Source, Worker, to_bytes
+from retcon.cluster.worker import FOLDER, Source, Worker, sendable, to_bytes
 from retcon.errors import InvalidSetting, MissingPackage, WorkersLost, how_to_install
 from retcon.lm.model import LM
 from retcon.work import Done, Piece, Result, Work
@@ -37,8 +35,11 @@ class Actor:
 
     def run(self, work: Any, piece: Any, deltas: Sequence[tuple[str, bytes]]) -> Any:
         """Do as `Worker.run`."""
-        self.worker = self.worker or Worker(self.source)
-        return self.worker.run(work, piece, deltas)
+        try:
+            self.worker = self.worker or Worker(self.source)
+            return self.worker.run(work, piece, deltas)
+        except Exception as error:
+            raise sendable(error) from None
 
 
 class RayCluster:
@@ -66,9 +67,13 @@ class RayCluster:
             raise MissingPackage(f"working on Ray needs the package ray: {how_to_install('ray')}") from error
         self.ray: Any = ray
         self.address, self.n, self.folder = address, n, folder
-        self._actors: WeakKeyDictionary[LM, list[Any]] = WeakKeyDictionary()
+        self._source: Source | None = None
+        self._actors: list[Any] = []
+        """Of that source."""
         self._make: Callable[[], Any]
         """Makes one more actor of those that there are."""
+        self._root: Path
+        """Where models are written."""
         self._scope = ExitStack()
 
     def __enter__(self) -> "RayCluster":
@@ -76,6 +81,7 @@ class RayCluster:
             if not self.ray.is_initialized():
                 self._connect(stack)
             stack.callback(self._dismiss)
+            self._root = Path(self.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix=FOLDER)))
             self._scope = stack.pop_all()
         return self
 
@@ -117,9 +123,9 @@ class RayCluster:
             except (errors.RayActorError, errors.OutOfMemoryError) as error:
                 failed = 0 if done_place is not None else failed_starts.pop(actor, 0) + 1
                 if failed > MAX_LOSSES:
-                    self._drop(lm, actor, error)
+                    self._drop(actor, error)
                     continue
-                new = self._made_anew(lm, actor)
+                new = self._made_anew(actor)
                 failed_starts[new] = failed
                 start(new)
                 if done_place is not None:
@@ -158,7 +164,8 @@ class RayCluster:
         stack.callback(self.ray.shutdown)
 
     def _actors_for(self, lm: LM) -> list[Any]:
-        if lm not in self._actors:
+        source = self._source_of(lm)
+        if source != self._source or not self._actors:
             self._dismiss()  # one model at a time: another one's actors may have all the room
             needs = _needs(lm)
             machines = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
@@ -168,52 +175,45 @@ class RayCluster:
                     f"no machine of the Ray cluster has room for a worker: one needs {_said(needs)}; there are "
                     + "; ".join(_said({kind: has.get(kind, 0) for kind in needs}) for has in machines)
                 )
-            source = self._source(lm)
             actor = self.ray.remote(Actor).options(
                 num_cpus=needs.get("CPU", 1), num_gpus=needs.get("GPU", 0), memory=needs["memory"]
             )
             self._make = partial(actor.remote, source)
-            self._actors[lm] = [self._make() for _ in range(min(self.n or room, room))]
-        return self._actors[lm]
+            self._source, self._actors = source, [self._make() for _ in range(min(self.n or room, room))]
+        return self._actors
 
-    def _made_anew(self, lm: LM, actor: Any) -> Any:
+    def _made_anew(self, actor: Any) -> Any:
         """Return a new actor in the place of one that is lost."""
         self.ray.kill(actor)
-        actors = self._actors[lm]
-        new = actors[actors.index(actor)] = self._make()
+        new = self._actors[self._actors.index(actor)] = self._make()
         return new
 
-    def _drop(self, lm: LM, actor: Any, error: Exception) -> None:
+    def _drop(self, actor: Any, error: Exception) -> None:
         """Do without an actor that cannot be started.
 
         Raises:
             WorkersLost: it was the last one.
         """
         self.ray.kill(actor)
-        self._actors[lm].remove(actor)
-        if not self._actors[lm]:
-            del self._actors[lm]
+        self._actors.remove(actor)
+        if not self._actors:
             raise WorkersLost(
                 "no worker can be started on the Ray cluster (is retcon installed on its machines?); mend what Ray "
                 f"says, or work with --on local. Ray says: {str(error).strip()}"
             ) from None
 
-    def _source(self, lm: LM) -> Source:
-        root = self.folder
-        if root is None:
-            if lm.source is None and sum(node["Alive"] for node in self.ray.nodes()) > 1:
-                raise InvalidSetting(
-                    f"{lm.name!r} was not loaded by name, so that the machines of the Ray cluster cannot load it; name "
-                    "a folder that all of them see: RayCluster(address, folder=...)"
-                )
-            root = self._scope.enter_context(tempfile.TemporaryDirectory(prefix="retcon-workers-"))
-        source = Source.of(lm, Path(root) / f"model-{uuid4().hex}")
+    def _source_of(self, lm: LM) -> Source:
+        if self.folder is None and lm.source is None and sum(node["Alive"] for node in self.ray.nodes()) > 1:
+            raise InvalidSetting(
+                f"{lm.name!r} was not loaded by name, so that the machines of the Ray cluster cannot load it; name "
+                "a folder that all of them see: RayCluster(address, folder=...)"
+            )
+        source = Source.of(lm, self._root)
         return replace(source, options=on_own_cards(source.options))
 
     def _dismiss(self) -> None:
-        for actors in self._actors.values():
-            for actor in actors:
-                self.ray.kill(actor)
+        for actor in self._actors:
+            self.ray.kill(actor)
         self._actors.clear()
 
 

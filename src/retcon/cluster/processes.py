@@ -3,48 +3,89 @@
 They are started afresh (`spawn`), so a script that uses them needs the usual `if __name__ == "__main__":`.
 """
 
+import os
+import shutil
+import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from contextlib import suppress
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from retcon.cluster.worker import Source, Worker, to_files
+from retcon.cluster.worker import FOLDER, Source, Worker, sendable, to_files
 from retcon.errors import WorkersLost
 from retcon.lm.model import LM
 from retcon.work import Done, Piece, Result, Work
 
 MAX_LOSSES = 5
-"""Pools that may break in a row without a piece done in between."""
+"""Times that a piece may lose its worker, and that processes may be lost before they have loaded the model."""
+
+
+class Process:
+    """One worker process. It answers once when it has loaded the model, and once for each piece."""
+
+    def __init__(self, source: Source, folder: Path) -> None:
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, source, folder), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.busy = True
+        """Whether an answer has yet to come; a map that was given up leaves some."""
+
+    def ask(self, *asked: Any) -> None:
+        """Send work, a piece and the deltas; `answer` says so where the process is lost."""
+        sent = ForkingPickler.dumps(asked)
+        self.busy = True
+        with suppress(OSError):
+            self.pipe.send_bytes(sent)
+
+    def answer(self) -> tuple[Any, Exception | None] | None:
+        """Return the answer (a result, or an error) once it comes; None: the process is lost."""
+        try:
+            answer = self.pipe.recv_bytes()
+        except (EOFError, OSError):
+            self.process.join(5)  # it may be about to end by itself, which its exit code says
+            self.end()
+            return None
+        self.busy = False
+        return ForkingPickler.loads(answer)
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self.process.terminate()
+        self.process.join()
+        self.pipe.close()
 
 
 class Processes:
-    """N processes; each loads the model when its first piece comes, and keeps it. A lost process's piece is worked on
-    again."""
+    """N processes; each loads the model once, and keeps it as long as it stays the same. A lost process's piece is
+    worked on again."""
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self._pools: WeakKeyDictionary[LM, ProcessPoolExecutor] = WeakKeyDictionary()
-        self._sources: WeakKeyDictionary[LM, Source] = WeakKeyDictionary()
+        self._workers: WeakKeyDictionary[LM, tuple[Source, list[Process]]] = WeakKeyDictionary()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> "Processes":
-        self._folder = tempfile.TemporaryDirectory(prefix="retcon-workers-")
+        self._folder = tempfile.TemporaryDirectory(prefix=FOLDER)
         return self
 
     @property
-    def _begun(self) -> Path:
-        """File that is there once a process has come as far as its own start."""
+    def _place(self) -> Path:
         assert self._folder is not None, "Processes is a scope; use it in a `with`"
-        return Path(self._folder.name) / "begun"
+        return Path(self._folder.name)
 
     def __exit__(self, *_: object) -> None:
-        for pool in self._pools.values():
-            pool.shutdown(cancel_futures=True)
-        self._pools.clear()
+        for _source, processes in self._workers.values():
+            _end(processes)
+        self._workers.clear()
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -54,64 +95,101 @@ class Processes:
         """Do as `Workers.map`.
 
         Raises:
-            WorkersLost: processes die as often as they are started, or none can begin.
+            WorkersLost: a piece loses its worker again and again, or no process can begin.
             RetconError: a process cannot load the model; the error is its own.
         """
-        deltas = to_files(lm.showing, self._begun.parent)
-        waiting, losses = set(range(len(pieces))), 0
-        while waiting:
-            pool = self._pool(lm)
-            asked: dict[Future[Any], int] = {}
-            try:
-                for place in sorted(waiting):
-                    asked[pool.submit(_work, work, pieces[place], deltas)] = place
-                for future in as_completed(asked):
-                    result = future.result()
-                    waiting.remove(asked[future])
-                    losses = 0
-                    yield asked[future], result
-            except BrokenProcessPool:
-                losses += 1
-                self._pools.pop(lm).shutdown(cancel_futures=True)
-                if not self._begun.exists():
-                    raise WorkersLost(
-                        "no worker process could begin; each imports the script that asks for it, which needs "
-                        'if __name__ == "__main__": around what it runs (where it has that, memory may be short: use '
-                        "fewer of them, --on processes:N, or --on local)"
-                    ) from None
-                if losses > MAX_LOSSES:
-                    raise WorkersLost(
-                        f"worker processes were lost {losses} times before a piece was done (killed, or out of memory?)"
-                        "; use fewer of them (--on processes:N), or --on local"
-                    ) from None
-            finally:
-                for future in asked:
-                    future.cancel()
+        deltas = to_files(lm.showing, self._place)
+        source = Source.of(lm, self._place)
+        processes = self._processes_for(lm, source, len(pieces))
+        waiting, losses = list(range(len(pieces)))[::-1], Counter[int | None]()
+        doing: dict[Process, int] = {}
 
-    def _pool(self, lm: LM) -> ProcessPoolExecutor:
-        if lm not in self._sources:
-            self._sources[lm] = Source.of(lm, self._begun.with_name(str(len(self._sources))))
-        if lm not in self._pools:
-            self._pools[lm] = ProcessPoolExecutor(
-                self.n, mp_context=get_context("spawn"), initializer=_start, initargs=(self._sources[lm], self._begun)
-            )
-        return self._pools[lm]
+        def hand_out() -> None:
+            for process in processes:
+                if waiting and not process.busy:
+                    doing[process] = waiting.pop()
+                    process.ask(work, pieces[doing[process]], deltas)
 
+        hand_out()
+        while waiting or doing:
+            busy = {process.pipe: process for process in processes if process.busy}
+            for pipe in wait(list(busy)):
+                process = busy[pipe]  # type: ignore[index]
+                answer, place = process.answer(), doing.pop(process, None)
+                if answer is None:
+                    processes.remove(process)
+                    losses[place] += 1
+                    _check_losses(process, losses[place], place)
+                    processes.append(Process(source, self._place))
+                    if place is not None:
+                        waiting.append(place)
+                hand_out()  # before the result is looked at, so that nobody waits meanwhile
+                if answer is not None and place is not None:
+                    result, error = answer
+                    if error is not None:
+                        raise error
+                    yield place, result
 
-_WORKER: list[Worker | Exception] = []
-"""The worker that this process is, where it is one, or why it is none."""
+    def _processes_for(self, lm: LM, source: Source, n_pieces: int) -> list[Process]:
+        before, processes = self._workers.get(lm, (source, []))
+        if source != before:
+            _end(processes)
+            processes = []
+        self._workers[lm] = source, processes
+        processes += [Process(source, self._place) for _ in range(len(processes), min(self.n, n_pieces))]
+        return processes
 
 
-def _start(source: Source, begun: Path) -> None:
-    begun.touch()
+def _end(processes: Sequence[Process]) -> None:
+    for process in processes:
+        process.end()
+
+
+def _check_losses(process: Process, n: int, place: int | None) -> None:
+    """Check that it makes sense to start another process in a lost one's place.
+
+    Raises:
+        WorkersLost: it would be lost too.
+    """
+    if place is None and (process.process.exitcode or 0) > 0:  # it has ended by itself
+        raise WorkersLost(
+            "no worker process could begin; each imports the script that asks for it, which needs "
+            'if __name__ == "__main__": around what it runs (where it has that, memory may be short: use fewer of '
+            "them, --on processes:N, or --on local)"
+        )
+    if n > MAX_LOSSES:
+        what = "worker processes were lost" if place is None else "a piece of work lost its worker process"
+        raise WorkersLost(
+            f"{what} {n} times (killed, or out of memory?); use fewer of them (--on processes:N), or --on local"
+        )
+
+
+def _serve(pipe: Connection, source: Source, folder: Path) -> None:
+    """Be a worker until the asking process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the asking process ends this one
+    Thread(target=_end_with_the_asking_process, args=(folder,), daemon=True).start()
     try:
-        _WORKER.append(Worker(source))
-    except Exception as error:  # raised here, it would break the pool, which does not pass it on
-        _WORKER.append(error)
+        worker: Worker | Exception = Worker(source)
+    except Exception as error:
+        worker = error
+    with suppress(EOFError, OSError):
+        pipe.send_bytes(ForkingPickler.dumps((None, None)))
+        while True:
+            pipe.send_bytes(_answer(worker, pipe.recv_bytes()))
 
 
-def _work(work: Any, piece: Any, deltas: Sequence[tuple[str, Path]]) -> Any:
-    worker = _WORKER[0]
-    if isinstance(worker, Exception):
-        raise worker
-    return worker.run(work, piece, deltas)
+def _end_with_the_asking_process(folder: Path) -> None:
+    asking = parent_process()
+    assert asking is not None
+    asking.join()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def _answer(worker: Worker | Exception, asked: bytes) -> memoryview:
+    try:
+        if isinstance(worker, Exception):
+            raise worker
+        return ForkingPickler.dumps((worker.run(*ForkingPickler.loads(asked)), None))
+    except Exception as error:
+        return ForkingPickler.dumps((None, sendable(error)))

@@ -5,49 +5,72 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import dumps, loads
+from traceback import format_exception
 from typing import Any
 
 import torch
 
 from retcon import attachment
 from retcon.attachment import Attachment
-from retcon.errors import InvalidSetting, WrongBase
-from retcon.files import errors_naming, write_atomically
-from retcon.lm.load import load
+from retcon.errors import InvalidSetting, WorkFailed, WrongBase
+from retcon.files import replacing_folder, write_atomically
+from retcon.lm.generate import own_settings
+from retcon.lm.load import load, quietly
 from retcon.lm.model import LM
+from retcon.lm.tokenizer import chat_hash
 from retcon.version import versions
 from retcon.work import silent
+
+FOLDER = "retcon-workers-"
+"""What folders begin with that models and deltas are written to for workers."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a worker finds a model, and how it computes."""
+    """Where a worker finds a model as it is now, and how it computes. Of a model that has changed it is another one."""
 
     name: str
     options: dict[str, Any]
     """Of `load`."""
-    base: str | None
-    """Fingerprint that the loaded model must have; None: the checkpoint was written for this run."""
+    base: str
+    """Fingerprint that the loaded model must have."""
     n_threads: int
+    implementations: dict[str, str | None] = field(default_factory=dict)
+    """transformers' name of how the model computes its attention and its experts, which no checkpoint has."""
+    end_tokens: tuple[int, ...] = ()
     versions: dict[str, str] = field(default_factory=versions)
     """Of the packages that decide a result, in the asking process."""
 
     @classmethod
     def of(cls, lm: LM, folder: Path) -> "Source":
-        """Return the source of a model: what it was loaded from, or a checkpoint of its base in `folder`."""
-        threads = torch.get_num_threads()
+        """Return the source of a model: what it was loaded from, or a checkpoint of its base in `folder`, which is
+        written where it is not there."""
+        base, dtype = lm.fingerprint(), str(lm.dtype).removeprefix("torch.")
         if lm.source is not None:
             name, options = lm.source
             name = str(Path(name).resolve()) if Path(name).exists() else name
-            return cls(name, {**options, "dtype": str(lm.dtype).removeprefix("torch.")}, lm.fingerprint(), threads)
-        with lm.without_deltas(), errors_naming(folder):
-            lm.model.save_pretrained(folder)
-            lm.tokenizer.save_pretrained(folder)
-        spread: dict[str, Any] = getattr(lm.model, "hf_device_map", {})
-        place = {"device_map": dict(spread)} if len(set(spread.values())) > 1 else {"device": str(lm.device)}
-        dtype = str(lm.dtype).removeprefix("torch.")
-        options = {"dtype": dtype, "layout": lm.layout, "packed": bool(lm.packed), **place}
-        return cls(str(folder), options, None, threads)
+        else:
+            name = str(folder / f"{base[:16]}-{dtype}-{chat_hash(lm.tokenizer)}")
+            if not Path(name).exists():
+                with lm.without_deltas(), own_settings(lm), quietly(), replacing_folder(name) as fresh:
+                    lm.model.save_pretrained(fresh)
+                    lm.tokenizer.save_pretrained(fresh)
+            spread: dict[str, Any] = getattr(lm.model, "hf_device_map", {})
+            place = {"device_map": dict(spread)} if len(set(spread.values())) > 1 else {"device": str(lm.device)}
+            options = {"layout": lm.layout, "packed": bool(lm.packed), **place}
+        return cls(
+            name,
+            {**options, "dtype": dtype},
+            base,
+            torch.get_num_threads(),
+            _implementations(lm),
+            tuple(sorted(lm.end_tokens)),
+        )
+
+
+def _implementations(lm: LM) -> dict[str, str | None]:
+    return {part: getattr(lm.config, f"_{part}_implementation", None) for part in ("attn", "experts")}
 
 
 def _listed(versions: dict[str, str]) -> str:
@@ -63,14 +86,21 @@ class Worker:
                 f"a worker has other versions than the asking process: {_listed(here)} and {_listed(source.versions)}; "
                 "results would differ in their last bits. Install the same ones, or work with --on local"
             )
+        from transformers import GenerationConfig
+
         torch.set_num_threads(source.n_threads)
-        self.source, self.lm = source, load(source.name, **source.options)
-        if source.base is not None and self.lm.fingerprint() != source.base:
+        self.lm = load(source.name, **source.options)
+        if self.lm.fingerprint() != source.base:
             raise WrongBase(
                 f"a worker has loaded another {source.name!r} than the asking process has (fingerprints "
                 f"{self.lm.fingerprint()[:12]} and {source.base[:12]}); give workers the same checkpoint, or work with "
                 "--on local"
             )
+        own = _implementations(self.lm)
+        for part, wanted in source.implementations.items():
+            if wanted != own[part]:
+                getattr(self.lm.model, f"set_{part}_implementation")(wanted)
+        self.lm.model.generation_config = GenerationConfig(eos_token_id=list(source.end_tokens))
         self._deltas: dict[str, Attachment] = {}
 
     def run(self, work: Any, piece: Any, deltas: Sequence[tuple[str, bytes | Path]]) -> Any:
@@ -87,8 +117,19 @@ class Worker:
         with ExitStack() as stack:
             stack.callback(self.lm.revert_all)  # nothing, or all of them
             for id_ in wanted:
-                self.lm.apply(self._deltas[id_], other_base=self.source.base is None)
+                self.lm.apply(self._deltas[id_], other_base=True)  # the asking process has allowed it
             stack.pop_all()
+
+
+def sendable(error: Exception) -> Exception:
+    """Return an error that arrives in the asking process: this one, or one that says the same."""
+    where = "".join(format_exception(error))
+    try:
+        loads(dumps(error))
+    except Exception:  # whatever a class of somebody else's makes of it
+        error = WorkFailed(f"a piece of work ended in a worker with {type(error).__qualname__}: {error}")
+    error.add_note(f"In the worker:\n{where}")
+    return error
 
 
 def to_bytes(deltas: Sequence[Attachment]) -> list[tuple[str, bytes]]:

@@ -163,7 +163,7 @@ def _row_of(lm: LM, prompt: str, chat: Chat | None) -> Row:
     return row
 
 
-class _own_settings:
+class own_settings:
     """The model without its shipped generation settings, which `generate` would fill gaps from, while in scope."""
 
     def __init__(self, lm: LM) -> None:
@@ -276,7 +276,7 @@ def _write_by_transformers(
     more: dict[str, Any] = {"stopping_criteria": [_Stop(parts, start)]} if how.stops else {}
     if draw is not None:
         more["logits_processor"] = [draw]
-    with _own_settings(lm), unplanned_attention():
+    with own_settings(lm), unplanned_attention():
         out = lm.model.generate(batch.ids, attention_mask=batch.mask.long(), generation_config=settings, **more)
     written = zip(parts, out[:, start:], limits, strict=True)
     return [_read(part, new[:limit].tolist(), ends) for part, new, limit in written]
