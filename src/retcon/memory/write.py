@@ -35,7 +35,7 @@ Spread = Literal["even", "sqrt"]
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """One layer's linear problem: store `keys`, and leave alone what the second moment C stands for."""
+    """One layer's linear problem: store `keys`, and leave the old keys alone, whose second moment is C."""
 
     site: Site
     """The matrix that is written."""
@@ -200,7 +200,7 @@ def weighted(moment_weight: float) -> Solve:
     """Return MEMIT's solver for a first batch: X^T = K^T (lambda C + K K^T)^-1.
 
     Args:
-        moment_weight: lambda: how many old keys the second moment stands for.
+        moment_weight: lambda: how many old keys the second moment counts as.
     """
     return lambda layer: layer.ridge(layer.keys, moment_weight)
 

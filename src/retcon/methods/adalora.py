@@ -183,7 +183,7 @@ class Allotment:
         self.step += 1
 
     def scores(self) -> list[Tensor]:
-        """Importance of every triplet: of its singular value, and the mean over its vectors (Eq. 7)."""
+        """Return the importance of every triplet: of its singular value, and the mean over its vectors (Eq. 7)."""
         found = []
         for mean, spread in zip(self.mean, self.spread, strict=True):
             p, e, q = (m * s for m, s in zip(mean, spread, strict=True))

@@ -159,7 +159,7 @@ class Ctp(TuningSettings):
         steps.set_paths(found)
 
     def _original(self, lm: LM, edits: Sequence[Edit], rows: Sequence[Row]) -> AnswerLoss | None:
-        """L(y): the loss of the original answers."""
+        """Return L(y), the loss of the original answers."""
         if not self.has_contrast:
             return None
         if self.original == "target_true":
@@ -191,7 +191,7 @@ class PathTrainer:
         self.adam_negative.weigh(weights)
 
     def losses_now(self) -> dict[int, float]:
-        """L(y*) of every edit."""
+        """Return L(y*) of every edit."""
         with attached(self.paths.parts()):
             return losses_now(self.target)
 

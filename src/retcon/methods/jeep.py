@@ -51,7 +51,7 @@ class Jeep(SearchSettings):
     high_clamp: NotNegative = 0.25
     """gamma*: radius of delta*; good values are well below gamma' (paper, appendix B)."""
     low_moment_weight: NotNegative = 2500.0
-    """lambda': how many old keys the second moment stands for in Step 2."""
+    """lambda': how many old keys the second moment counts as in Step 2."""
     high_moment_weight: NotNegative = 1000.0
     """lambda*: the same in Step 3."""
     low_weight_decay: NotNegative = 0.5
@@ -98,8 +98,8 @@ class Jeep(SearchSettings):
         """Layers by relative depth; the weights published for LLaMA-7B (2,500 and 1,000) over its key width.
 
         Values at the blocks' outputs, one after the other: a write that is spread over layers reaches a block's output
-        and overshoots a single MLP's, and high keys of small models tell prompts of one form apart badly, so that the
-        high value is better for what the low one leaves (docs/results/without-preset.md).
+        and overshoots a single MLP's, and high keys of small models differ little between prompts of one form, so that
+        the high value is better for what the low one leaves (docs/results/without-preset.md).
         """
         n_layers = shape.n_layers
         n_high = 3 if n_layers >= 22 else 2

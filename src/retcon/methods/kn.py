@@ -67,8 +67,8 @@ class Kn(Method):
     """Turn the change round where a unit's activation is negative, which it is for half the units of a gated MLP: there
     the value vector is taken away, not added. False: as published."""
     embedding: Literal["output", "input"] = "output"
-    """Which rows stand for an answer: of the vocabulary projection, which is what reads value vectors, or of the input
-    embedding (the port)."""
+    """Which rows are an answer's embeddings: those of the vocabulary projection, which is what reads value vectors, or
+    of the input embedding (the port)."""
     erase: bool = False
     """Set the value vectors to zero instead: the fact is forgotten, and no new answer is written."""
 
@@ -172,12 +172,12 @@ def completions(lm: LM, edits: Sequence[Edit]) -> list[str]:
 
 
 def coarse(scores: Float[Tensor, "n_prompts units"], threshold: float) -> Bool[Tensor, "n_prompts units"]:
-    """Units that score at least `threshold` times the prompt's highest score, and above 0."""
+    """Return the units that score at least `threshold` times the prompt's highest score, and above 0."""
     return (scores >= threshold * scores.amax(1, keepdim=True)) & (scores > 0)
 
 
 def refine(scores: Float[Tensor, "n_prompts units"], threshold: float, share: float) -> list[int]:
-    """Units that are in the coarse sets of `share` of the prompts, the highest mean score first; at least one.
+    """Return the units in the coarse sets of `share` of the prompts, the highest mean score first; at least one.
 
     The share is moved by 0.05, up to six times, until two to five units are left (section 3.3). Of one or two prompts,
     the mean is thresholded.

@@ -165,7 +165,10 @@ class Kne(TuningSettings):
             return run.delta(parts, run.train(parts, stage="ensemble"), state=kept)
 
     def locate(self, lm: LM, facts: Sequence[Edit], *, seed: int = 0, progress: Progress = silent) -> Ensemble:
-        """N*: the ensemble of `facts` on the weights as they are now (Eqs. 4 to 7); the seed samples too many facts."""
+        """Return N*, the ensemble of `facts` on the weights as they are now (Eqs. 4 to 7).
+
+        Of more than `locate_limit` facts, `seed` draws that many.
+        """
         facts = sampled(facts, self.locate_limit, seed)
         if self.pool == "mean":
             return self.choose(lm, self.scores(lm, facts, seed=seed, progress=progress))

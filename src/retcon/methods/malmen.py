@@ -5,6 +5,7 @@ Tan et al. 2024, arXiv:2311.04661, sections 3 and 4; symbols as there. Departure
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -59,7 +60,6 @@ class Malmen(HypernetworkSettings):
     locality_weight: NotNegative = 1.0
     """Weight of the divergence on prompts that should stay."""
     clip: NotNegative = 1.0
-    """Largest norm of a gradient."""
 
     def propose(
         self,
@@ -125,15 +125,14 @@ class Malmen(HypernetworkSettings):
         network = self.untrained(lm, sites, seed)
         optimizers = [torch.optim.Adam(network.parameters(), lr=self.learning_rate)]
 
-        def gradient(drawn: Sequence[Drawn]) -> float:
-            return self.backward(lm, network, sites, drawn)
+        backward = partial(self.backward, lm, network, sites)
 
         @torch.no_grad()
         def loss(drawn: Sequence[Drawn]) -> float:
             return self.outer_step(lm, sites, self.shifts(lm, network, sites, drawn)[1], drawn, backward=False)
 
         return fit_editor(
-            self, lm, cases, out, network, optimizers, gradient, loss, seed=seed, force=force, progress=progress
+            self, lm, cases, out, network, optimizers, backward, loss, seed=seed, force=force, progress=progress
         )
 
     def backward(self, lm: LM, network: Hypernetwork, sites: Sequence[Site], drawn: Sequence[Drawn]) -> float:
@@ -209,7 +208,7 @@ def shift_gradients(
     return (k.double() @ m).to(s.dtype), (-ridge * (m * s.double()).sum()).to(log_ridge.dtype)
 
 
-def _normal_solve(k: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
+def _normal_solve(k: Float[Tensor, "n in"], right: Float[Tensor, "in out"], ridge: Tensor) -> Float[Tensor, "in out"]:
     gram = k.double().T @ k.double()
     gram.diagonal().add_(ridge.double())
     return general_solve(gram, right, _REMEDY)

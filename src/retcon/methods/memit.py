@@ -40,7 +40,7 @@ class Memit(BatchSettings):
     state_description: ClassVar[str] = "with cache_keys, the keys of earlier edits"
 
     moment_weight: NotNegative = 15_000.0
-    """lambda: how many old keys the second moment stands for."""
+    """lambda: how many old keys the second moment counts as."""
     cache_keys: bool = False
     """MEMIT-seq: the keys of earlier batches join the old keys, so that their values stay too."""
     mlp: Literal["dense", "experts"] | None = None

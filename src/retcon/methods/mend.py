@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from retcon.delta import Change, Delta
@@ -59,7 +60,6 @@ class Mend(HypernetworkSettings):
     locality_at: ComparedAt = "everywhere"
     """After which tokens of those prompts the model is compared with itself: all, or those that predict the answer."""
     clip: NotNegative = 100.0
-    """Largest norm of a gradient."""
 
     def propose(
         self,
@@ -97,8 +97,10 @@ class Mend(HypernetworkSettings):
         return reported(lm, lm.delta(changes, **record))
 
     @torch.no_grad()
-    def pseudo_gradient(self, network: Hypernetwork, i: int, u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """sign eta G~ of the i-th matrix as factors (n x out, n x in): G~ = sum_t delta~_t u~_t^T (equation 5)."""
+    def pseudo_gradient(
+        self, network: Hypernetwork, i: int, u: Float[Tensor, "n in"], delta: Float[Tensor, "n out"]
+    ) -> tuple[Float[Tensor, "n out"], Float[Tensor, "n in"]]:
+        """sign eta G~ of the i-th matrix as its two factors: G~ = sum_t delta~_t u~_t^T (equation 5)."""
         u_new, delta_new = network.transform(i, u, delta)
         return delta_new, self.sign * network.step_sizes[i] * u_new
 
@@ -132,7 +134,7 @@ class Mend(HypernetworkSettings):
             torch.optim.Adam([network.step_sizes], lr=self.step_size_learning_rate),
         ]
 
-        def gradient(drawn: Sequence[Drawn]) -> float:
+        def backward(drawn: Sequence[Drawn]) -> float:
             total = self.loss(lm, network, sites, drawn)
             total.backward()
             return float(total.detach())
@@ -142,7 +144,7 @@ class Mend(HypernetworkSettings):
             return float(self.loss(lm, network, sites, drawn))
 
         return fit_editor(
-            self, lm, cases, out, network, optimizers, gradient, loss, seed=seed, force=force, progress=progress
+            self, lm, cases, out, network, optimizers, backward, loss, seed=seed, force=force, progress=progress
         )
 
     def loss(self, lm: LM, network: Hypernetwork, sites: Sequence[Site], drawn: Sequence[Drawn]) -> Tensor:

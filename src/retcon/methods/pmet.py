@@ -38,7 +38,7 @@ class Pmet(BatchSettings):
     kl_factor: NotNegative = 1.0
     spread: Spread = "sqrt"
     moment_weight: NotNegative = 6000.0
-    """lambda: how many old keys the second moment stands for."""
+    """lambda: how many old keys the second moment counts as."""
     attn_weight_decay: NotNegative = 0.5
     """`weight_decay` at the attention's output."""
     settled_factor: NotNegative | None = 0.1

@@ -68,7 +68,7 @@ class Prune(Filter):
         """Return one delta in place of all applied ones and the base method's for `edits`: their sum, restrained.
 
         Applying it reverts those, reverting it restores them. The model is untouched. Reports are those of
-        the deltas it stands for, with what the model says after the restraint.
+        the deltas it replaces, with what the model says after the restraint.
         """
         fresh: Delta | None = None
         if edits:

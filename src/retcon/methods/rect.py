@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from retcon.delta import Change, Delta, Dense, Entries, Region, sum_of
@@ -119,7 +120,9 @@ class Rect(Filter):
             update[counted] = self.filtered(update[counted], own[counted.to(own.device)], keep_percent)
         return as_change(update, matrix.region)
 
-    def filtered(self, update: Tensor, weight: Tensor, keep_percent: float) -> Tensor:
+    def filtered(
+        self, update: Float[Tensor, "*shape"], weight: Float[Tensor, "*shape"], keep_percent: float
+    ) -> Float[Tensor, "*shape"]:
         """`update` with all but its relatively largest entries zero; any orientation."""
         where = float64_device(weight.device, max(weight.shape))
         size = weight.abs() if self.denominator == "absolute" else weight
@@ -127,7 +130,7 @@ class Rect(Filter):
         chosen = self._chosen(relative, keep_percent).view_as(update).to(update.device)
         return torch.where(chosen, update, torch.zeros_like(update))
 
-    def _chosen(self, relative: Tensor, keep_percent: float) -> Tensor:
+    def _chosen(self, relative: Float[Tensor, " n"], keep_percent: float) -> Bool[Tensor, " n"]:
         n = relative.numel()
         if self.count == "released":
             rank = int(n * (100 - keep_percent) / 100)

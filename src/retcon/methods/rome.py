@@ -90,7 +90,7 @@ class Rome(OneFactSettings):
             return
         message = (
             f"edit {edit.id!r} ({edit.subject!r}): ROME divides by {bare:.3g}, its averaged key gives {mean:.3g}; "
-            "so large an update usually disables a model. The subject's key depends much on what stands before it (is "
+            "so large an update usually disables a model. The subject's key depends much on the text before it (is "
             "it the prompt's first token?). Use r_rome, which has one key throughout"
         )
         if self.small_denominator == "raise":

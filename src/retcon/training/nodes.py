@@ -98,12 +98,12 @@ class RowState:
 
     @classmethod
     def fresh(cls, tensor: Tensor, steps: int | float = 0) -> "RowState":
-        """Nothing remembered; `steps` counted so far, without a gradient."""
+        """Return a state with nothing remembered; `steps` counted so far, without a gradient."""
         zero = torch.zeros_like(tensor, requires_grad=False)
         return cls(zero, zero.clone(), torch.full((len(tensor),), steps, dtype=zero.dtype, device=zero.device))
 
     def grown(self, tensor: Tensor, kept: Bool[Tensor, " n"], steps: int | float = 0) -> "RowState":
-        """For a tensor with rows added at its end; rows not `kept` start fresh, with `steps` counted."""
+        """Return the state once rows are added at the end; those not `kept` start fresh, with `steps` counted."""
         new = RowState.fresh(tensor, steps)
         old = kept[: len(self.steps)]
         for mine, theirs in ((new.first, self.first), (new.second, self.second), (new.steps, self.steps)):

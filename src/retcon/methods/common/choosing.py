@@ -163,7 +163,7 @@ def _clamps(chosen: type[Method], given: Iterable[str]) -> list[str]:
 
 
 def _advised(chosen: type[Method], lm: LM | None, cases: Facts, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with the probe's layers for `layers="probe"`; what is given by its own name stands over
+    """Return the settings with the probe's layers for `layers="probe"`; what is given by its own name goes before
     them."""
     if lm is None:
         raise InvalidSetting("layers='probe' needs the model that is to be probed: pass for_model=lm")

@@ -109,7 +109,7 @@ class Method(ABC):
     """What the delta's `state` holds for the next batch, in words; empty for nothing, and a state is refused. Where it
     is not said, the next batch of an edit gets the state that there is, and a later edit none."""
     replaces_applied: ClassVar[bool] = False
-    """Whether the delta stands for all that were applied before it."""
+    """Whether the delta replaces all that were applied before it."""
     uses_moments: ClassVar[bool] = False
     """Whether `propose` needs second moments."""
     needs_subject: ClassVar[bool] = False
@@ -205,7 +205,7 @@ class Method(ABC):
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """Settings for a model of that shape that has no preset; none where no setting depends on it."""
+        """Return settings for a model of that shape that has no preset; none where no setting depends on it."""
         return {}
 
     def as_trained(self) -> Self:

@@ -170,7 +170,7 @@ class FineTuning(TuningSettings):
         return MeanLoss([AnswerLoss(lm, each) for each in rows])
 
     def optimizer(self, lm: LM, parts: Sequence[Whole], n_edits: int) -> torch.optim.Adam:
-        """Adam with weight decay before each step, or after it, and the bounds after that."""
+        """Return Adam with weight decay and bounds as step hooks."""
         trained, decay = [part.values for part in parts], self.decay(n_edits)
         adam = torch.optim.Adam(trained, lr=self.learning_rate)
         if decay and self.decay_to == "zero":
@@ -184,7 +184,7 @@ class FineTuning(TuningSettings):
         return adam
 
     def decay(self, n_edits: int) -> float:
-        """Weight decay of a call with so many edits."""
+        """Return the weight decay of a call with so many edits."""
         if not self.apply_decay:
             return 0.0
         return n_edits**-0.87028798 * math.exp(0.15589562) if self.power_law else self.weight_decay
@@ -315,7 +315,7 @@ def project_onto_bounds(
 
 
 def _as_tensor(edits: Sequence[Edit]) -> Tensor:
-    """Edits as the bytes of their JSON, since a state holds tensors."""
+    """Return edits as the bytes of their JSON, since a state holds tensors."""
     text = json.dumps([edit_record(edit) for edit in edits])
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +26,7 @@ from retcon.lm.model import LM, Site, SiteName, require_lm
 from retcon.lm.prompts import Row, encode, ended, pad
 from retcon.locate.gradients import catch
 from retcon.methods.common.contract import Trainable, check_as_trained, check_depth, check_settings
-from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, Matrices, checked_settings
+from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, Matrices, NotNegative, checked_settings
 from retcon.methods.common.tuning import check_memory, sites_named
 from retcon.training.fitting import CurvePoint, Fit, FitSchedule
 from retcon.training.hypernetwork import Hypernetwork, ScaleAt, not_zero
@@ -75,6 +75,8 @@ class HypernetworkSettings(Trainable):
     """Training steps between two validations."""
     patience: Count = 2_000
     """Training steps without a better validation loss after which training ends."""
+    clip: NotNegative
+    """Largest norm of a gradient."""
     anneal: bool = False
     """Let learning rates fall linearly to nothing over the steps."""
     n_validation: Count = 100
@@ -107,10 +109,14 @@ class HypernetworkSettings(Trainable):
             seed=seed,
         ).to(lm.device)
 
-    def schedule(self, clip: float) -> FitSchedule:
+    def schedule(self) -> FitSchedule:
         """Return how long to train."""
         return FitSchedule(
-            steps=self.steps, validate_every=self.validate_every, patience=self.patience, clip=clip, anneal=self.anneal
+            steps=self.steps,
+            validate_every=self.validate_every,
+            patience=self.patience,
+            clip=self.clip,
+            anneal=self.anneal,
         )
 
     def sites(self, lm: LM) -> list[Site]:
@@ -277,7 +283,7 @@ answer."""
 
 
 def compared_places(rows: Sequence[Row], where: ComparedAt) -> tuple[Tensor, Tensor]:
-    """(row, position) of every token of these rows after which the model is compared."""
+    """Return (row, position) of every token of these rows after which the model is compared."""
     if where == "answers":
         return answer_places(rows)
     at = [(i, t) for i, row in enumerate(rows) for t in range(len(row.ids))]
@@ -324,21 +330,14 @@ def _mean_by_row(values: Float[Tensor, " n"], at: Tensor, n_rows: int) -> Float[
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-class Gradient(Protocol):
-    """Adds the gradient of the training loss on some examples to the networks' parameters, and returns the loss."""
-
-    def __call__(self, drawn: Sequence[Drawn]) -> float:
-        """Return the loss on these examples."""
-
-
 def fit_editor(
-    method: Any,
+    method: HypernetworkSettings,
     lm: LM,
     cases: Sequence[Case],
     out: str | Path,
     network: Hypernetwork,
     optimizers: Sequence[torch.optim.Optimizer],
-    gradient: Gradient,
+    backward: Callable[[Sequence[Drawn]], float],
     loss: Callable[[Sequence[Drawn]], float],
     *,
     seed: int,
@@ -349,6 +348,10 @@ def fit_editor(
 
     Deltas that are applied are off meanwhile: an editor is of the unedited model. A run that was killed goes on from
     `out`.unfinished when it is given the same again, with the identical result.
+
+    Args:
+        backward: adds the gradient of the loss on some examples to the network's parameters, and returns the loss.
+        loss: returns the loss alone.
 
     Raises:
         InvalidSetting: fewer than `LEAST_CASES` cases; or `out`.unfinished is another run's, and not `force`.
@@ -368,7 +371,7 @@ def fit_editor(
 
     def step(i: int) -> float:
         rng = random.Random(f"{seed}/{i}")
-        return gradient(draw(trained, rng.sample(trained, size), rng))
+        return backward(draw(trained, rng.sample(trained, size), rng))
 
     to_validate = draw(known, held_out, random.Random(f"{seed}/validation"))
 
@@ -392,7 +395,7 @@ def fit_editor(
         fit.run(
             step,
             validate,
-            method.schedule(method.clip),
+            method.schedule(),
             unfinished=unfinished,
             identity=identity,
             force=force,

@@ -241,7 +241,7 @@ def target_tensor(
     to measure at: there it is the block's.
 
     Raises:
-        InvalidSetting: routed experts would be written, and something stands between them and the block's output.
+        InvalidSetting: routed experts would be written, and a norm or a factor is between them and the block's output.
     """
     if experts := [lm.kinds[layer] for layer in layers if layer < lm.n_layers and is_routed(lm, layer, routed)]:
         if between := what_stands_between(experts):

@@ -43,11 +43,11 @@ METHODS = {
 ENTRY_POINTS = "retcon.methods"
 """Group of entry points by which an installed package brings methods of its own."""
 NO_PRESET = "none"
-"""Stands where a preset's name may: as if no preset knew the model."""
+"""In place of a preset's name: as if no preset knew the model."""
 
 
 def list_methods() -> list[str]:
-    """Names of all registered methods, those of installed packages among them."""
+    """Return the names of all registered methods, those of installed packages among them."""
     return sorted({**installed(ENTRY_POINTS), **METHODS})
 
 
@@ -114,7 +114,7 @@ def setting_types(name: str) -> Mapping[str, Any]:
 
 
 def parents_of(name: str) -> tuple[str, ...]:
-    """Names of the registered methods that one inherits from: their presets are its own too."""
+    """Return the names of the registered methods that one inherits from: their presets are its own too."""
     place = _place(name)
     own = {path: known for known, path in METHODS.items()}
     if place.startswith("retcon."):

@@ -65,8 +65,7 @@ class TuningSettings(Method):
 class Tuning:
     """One batch of edits inside its `tuning` scope."""
 
-    method: Any
-    """The method, with `TuningSettings`."""
+    method: TuningSettings
     lm: LM
     edits: Sequence[Edit]
     seed: int
@@ -146,7 +145,7 @@ class Tuning:
 
 @contextmanager
 def tuning(
-    method: Any, lm: LM, edits: Sequence[Edit], names: Iterable[str], *, seed: int, progress: Progress | None
+    method: TuningSettings, lm: LM, edits: Sequence[Edit], names: Iterable[str], *, seed: int, progress: Progress | None
 ) -> Iterator[Tuning]:
     """Check parameters, and freeze the model for the scope; it is as it was afterwards.
 
