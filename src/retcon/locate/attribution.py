@@ -34,7 +34,8 @@ from retcon.locate.gradients import Captured, catch
 from retcon.training.objective import Answer, answer_rows
 from retcon.work import silent
 
-Path = Literal["layer", "joint", "local"]
+Scaling = Literal["layer", "joint", "local"]
+"""What is scaled together along the integral."""
 Quadrature = Literal["right", "midpoint", "gauss"]
 Probability = Literal["conditional", "joint"]
 
@@ -43,7 +44,7 @@ Probability = Literal["conditional", "joint"]
 class Attribution:
     """How probability is attributed."""
 
-    path: Path = "layer"
+    path: Scaling = "layer"
     """What is scaled together: one matrix at a time (`layer`), all matrices at once (`joint`), nothing (`local`: the
     gradient at the weights as they are, times the weight)."""
     n_points: int = 20
@@ -57,7 +58,7 @@ class Attribution:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("path", Path),
+            ("path", Scaling),
             ("quadrature", Quadrature),
             ("probability", Probability),
             ("answer", Answer),

@@ -26,7 +26,7 @@ a unit are left out."""
 UnitScore = Literal["sum", "sum_abs"]
 
 
-def key(site: Site) -> str:
+def site_key(site: Site) -> str:
     """Return what an ensemble calls a matrix."""
     return f"{site.layer}.{site.kind}" + ("" if site.expert is None else f".{site.expert}")
 
@@ -75,12 +75,12 @@ def random_scores(sites: Sequence[Site], unit: Unit, seed: int) -> list[Tensor]:
 def above_threshold(sites: Sequence[Site], scores: Sequence[Tensor], count: int) -> Ensemble:
     """Return the `count` units of the highest scores over all sites together; the order of the sites breaks ties."""
     found = select(scores, count)
-    return {key(site): units for site, units in zip(sites, found, strict=True) if len(units)}
+    return {site_key(site): units for site, units in zip(sites, found, strict=True) if len(units)}
 
 
 def union(sites: Sequence[Site], ensembles: Sequence[Ensemble]) -> Ensemble:
     """Return the units that are in any of the ensembles."""
-    held = {key(site): [e[key(site)] for e in ensembles if key(site) in e] for site in sites}
+    held = {site_key(site): [e[site_key(site)] for e in ensembles if site_key(site) in e] for site in sites}
     return {name: torch.cat(units).unique() for name, units in held.items() if units}
 
 
@@ -98,7 +98,7 @@ def check_ensemble(given: Mapping[str, Tensor], lm: LM, sites: Sequence[Site], u
     Raises:
         DeltaMismatch: it names another matrix, or a unit that its matrix does not have.
     """
-    known = {key(site): count_units(site, unit) for site in sites}
+    known = {site_key(site): count_units(site, unit) for site in sites}
     for name, index in given.items():
         if name not in known or index.dtype != torch.long or not len(index) or int(index.max()) >= known[name]:
             raise DeltaMismatch(

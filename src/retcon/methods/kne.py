@@ -20,17 +20,17 @@ from retcon.errors import InvalidSetting
 from retcon.evaluation.datasets import read_cases
 from retcon.lm.model import LM, require_lm
 from retcon.lm.site import Site, SiteName, Unit
-from retcon.locate.attribution import Attribution, Path, Probability, Quadrature
+from retcon.locate.attribution import Attribution, Probability, Quadrature, Scaling
 from retcon.locate.ensemble import (
     Ensemble,
     UnitScore,
     above_threshold,
     check_ensemble,
     count_units,
-    key,
     random_scores,
     sampled,
     share_of_budget,
+    site_key,
     union,
     unit_scores,
 )
@@ -75,7 +75,7 @@ class Kne(TuningSettings):
     """A row's or column's score: the sum of its entries' attributions, or of their sizes."""
     sign: Literal["signed", "abs"] = "signed"
     """`abs`: units that lower the probability count as well."""
-    path: Path = "layer"
+    path: Scaling = "layer"
     """What is scaled together along the integral (Eq. 4): a matrix, all of them, or nothing."""
     n_points: Count = 20
     """m in Eq. 5."""
@@ -160,7 +160,7 @@ class Kne(TuningSettings):
                 ensemble = check_ensemble(given, lm, sites, self.granularity)
             else:
                 ensemble = self.locate(lm, self._facts(edits), seed=seed, progress=run.progress)
-            parts = [self._part(site, ensemble[key(site)]) for site in sites if key(site) in ensemble]
+            parts = [self._part(site, ensemble[site_key(site)]) for site in sites if site_key(site) in ensemble]
             kept = marked(ensemble, lm, granularity=self.granularity)
             return run.delta(parts, run.train(parts, stage="ensemble"), state=kept)
 

@@ -66,7 +66,7 @@ def attribution(
 
     from retcon.locate import unit_figures
     from retcon.locate.attribution import answer_probabilities
-    from retcon.locate.ensemble import key
+    from retcon.locate.ensemble import site_key
     from retcon.locate.means import mean_and_half_width
     from retcon.methods.kne import Kne
 
@@ -99,7 +99,7 @@ def attribution(
     chosen = {kind: torch.zeros(lm.n_layers, dtype=torch.long) for kind in kinds}
     for site, sums in zip(sites, torch.stack(each, 1), strict=True):  # (sites, facts); a block's experts count as one
         by_layer[site.kind][:, site.layer] += sums
-        chosen[site.kind][site.layer] += len(ensemble.get(key(site), ()))
+        chosen[site.kind][site.layer] += len(ensemble.get(site_key(site), ()))
     carried, interval = {}, {}
     for kind, sums in by_layer.items():
         carried[kind], interval[kind] = mean_and_half_width(sums)
