@@ -108,14 +108,17 @@ class Kn(Method):
         if not edits:
             return lm.delta({}, **recorded(self, lm, edits, seed=seed))
         prefixes = first_prefixes(self.name, lm, self.n_prefixes, contexts, seed)
-        old = self._old(lm, edits)
+        olds = self._asking_for_the_old_answer(lm, edits)
+        located = self._located(lm, edits if self.attributed == "target_new" else olds, prefixes)
         moved: dict[MlpUnit, Tensor] = {}
-        for done, (edit, before, units) in enumerate(self._located(lm, edits, old, prefixes), 1):
-            e_old, e_new = (self._embedding(lm, answer) for answer in (before, edit))
+        for done, (edit, old, units) in enumerate(zip(edits, olds, located, strict=True), 1):
+            e_old, e_new = (self._embedding(lm, answer) for answer in (old, edit))
             for (layer, j), sign in units.items():
                 v = sites[layer].weight[:, j].to(e_old)
-                change = -v if self.erase else sign * self._rewrite(v, e_old, e_new)
-                moved[layer, j] = change if self.erase else moved.get((layer, j), 0) + change
+                if self.erase:
+                    moved[layer, j] = -v
+                else:
+                    moved[layer, j] = moved.get((layer, j), 0) + sign * self._rewrite(v, e_old, e_new)
             (progress or silent)("neurons", done, len(edits))
         changes: dict[str, list[Change]] = {}
         for site in sites:
@@ -126,29 +129,28 @@ class Kn(Method):
         record = recorded(self, lm, edits, contexts=Contexts(prefixes), seed=seed)
         return reported(lm, lm.delta(changes, **record))
 
-    def _rewrite(self, v: Tensor, e_old: Tensor, e_new: Tensor) -> Tensor:
+    def _rewrite(
+        self, v: Float[Tensor, " d_model"], e_old: Float[Tensor, " d_model"], e_new: Float[Tensor, " d_model"]
+    ) -> Float[Tensor, " d_model"]:
         """Return what is added to a value vector: section 4.2's -lambda_1 e_old + lambda_2 e_new, in units of its
         length."""
         if self.scale == "norm":
             e_old, e_new = (e * (v.norm() / e.norm()) for e in (e_old, e_new))
         return self.add * e_new - self.subtract * e_old
 
-    def _located(
-        self, lm: LM, edits: Sequence[Edit], old: Sequence[Edit], prefixes: Sequence[str]
-    ) -> Iterator[tuple[Edit, Edit, dict[MlpUnit, float]]]:
-        """Yield each edit with its old answer and its units, each with the sign of its activation."""
-        attributed = edits if self.attributed == "target_new" else old
+    def _located(self, lm: LM, facts: Sequence[Edit], prefixes: Sequence[str]) -> Iterator[dict[MlpUnit, float]]:
+        """Yield the units of each fact, each with the sign of its activation."""
         find = partial(attribute_neurons, n_points=self.n_points, grid=self.grid, neuron=self.neuron)
-        for edit, before, fact in zip(edits, old, attributed, strict=True):
+        for fact in facts:
             rows = [answer_rows(lm, [fact], prefix=prefix)[0] for prefix in ("", *prefixes)]
             scores, activations = find(lm, rows)
             units = [(layer, j) for layer, of_layer in enumerate(scores) for j in range(of_layer.shape[1])]
             chosen = refine(torch.cat(scores, 1), self.threshold, self.share)[: self.max_units]
             mean = torch.cat(activations, 1).mean(0)
             sign = mean.sign() if self.signed else torch.ones_like(mean)
-            yield edit, before, {units[i]: float(sign[i]) for i in chosen}
+            yield {units[i]: float(sign[i]) for i in chosen}
 
-    def _old(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
+    def _asking_for_the_old_answer(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
         """Return the edits with the old answer in the new one's place."""
         unknown = [edit for edit in edits if edit.target_true is None]
         said = [text or edit.target_new for text, edit in zip(completions(lm, unknown), unknown, strict=True)]
