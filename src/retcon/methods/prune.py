@@ -85,17 +85,10 @@ class Prune(Filter):
             )
             fresh = self.update_of_base(proposed)
         parts = [*only_deltas(lm.applied, "prune"), *([fresh] if fresh else [])]
-        names = dict.fromkeys(name for part in parts for name in part.changes)
-        changes: dict[str, Sequence[Change]] = {}
-        restrained: dict[str, int] = {}
-        for name in names:
-            own = [change for part in parts for change in part.changes.get(name, ())]
-            of_each = [self._restrained(lm, name, of_one) for of_one in by_matrix(own, lm.shape_of(name))]
-            changes[name] = [change for held, _ in of_each for change in held]
-            restrained[name] = sum(n for _, n in of_each)
+        changes, n_lowered = self._restrained_changes(lm, parts)
         all_edits = [edit for part in parts for edit in part.edits]
         made = recorded(self, lm, all_edits, seed=seed) if fresh is None else {"provenance": dict(fresh.provenance)}
-        about = {**made_by(self), "singular_values_restrained": restrained}
+        about = {**made_by(self), "singular_values_restrained": n_lowered}
         report = tuple(r for part in parts for r in part.report)
         kept: dict[str, Any] = dict(
             state=fresh.state if fresh else state,
@@ -107,12 +100,23 @@ class Prune(Filter):
         )
         delta = lm.delta(changes, report=report, **kept)
         with lm.edited(delta):
-            if fresh and any(restrained.values()):
+            if fresh and any(n_lowered.values()):
                 written_with = Contexts(fresh.contexts)
                 kept["state"] = self.state_as_written(lm, edits, written_with, earlier=state, proposed=fresh.state)
             if len(all_edits) == len(report):  # a delta without a record of its edits cannot be asked about them
                 report = report_after(lm, all_edits, report)
         return lm.delta(changes, report=report, **kept)
+
+    def _restrained_changes(self, lm: LM, parts: Sequence[Delta]) -> tuple[dict[str, Sequence[Change]], dict[str, int]]:
+        """Return the sum of the parts after the restraint, by parameter, and how many singular values it lowered."""
+        changes: dict[str, Sequence[Change]] = {}
+        n_lowered: dict[str, int] = {}
+        for name in dict.fromkeys(name for part in parts for name in part.changes):
+            own = [change for part in parts for change in part.changes.get(name, ())]
+            of_each = [self._restrained(lm, name, of_one) for of_one in by_matrix(own, lm.shape_of(name))]
+            changes[name] = [change for held, _ in of_each for change in held]
+            n_lowered[name] = sum(n for _, n in of_each)
+        return changes, n_lowered
 
     def _restrained(self, lm: LM, name: str, changes: Sequence[Change]) -> tuple[Sequence[Change], int]:
         """Return the sum of one matrix's changes after the restraint, and how many singular values it lowered."""

@@ -76,10 +76,10 @@ class Rect(Filter):
         if k is None:
             k = 40.0 if self.supports_batches else 20.0
 
-        def kept(name: str, change: Change) -> Change:
+        def update_filter(name: str, change: Change) -> Change:
             return self.kept(lm, name, [change], k)
 
-        in_loop: dict[str, Any] = {"update_filter": kept} if self.in_loop else {}
+        in_loop: dict[str, Any] = {"update_filter": update_filter} if self.in_loop else {}
         proposed = self.wrapped.propose(
             lm,
             edits,
@@ -95,19 +95,21 @@ class Rect(Filter):
         delta = self.update_of_base(proposed)
         about = {**delta.provenance, **made_by(self)}
         record: dict[str, Any] = dict(edits=delta.edits, contexts=delta.contexts, values=delta.values, provenance=about)
-        changes, kept_state = delta.changes, delta.state
-        if not self.in_loop:
-            changes = {
-                name: tuple(self.kept(lm, name, of_one, k) for of_one in by_matrix(own, lm.shape_of(name)))
-                for name, own in changes.items()
-            }
+        changes = delta.changes if self.in_loop else self._filtered_changes(lm, delta, k)
         filtered = lm.delta(changes, report=delta.report, **record)
+        next_state = delta.state
         with lm.edited(filtered):
             report = report_after(lm, edits, filtered.report)
             if not self.in_loop:
                 written_with = Contexts(delta.contexts)
-                kept_state = self.state_as_written(lm, edits, written_with, earlier=state, proposed=delta.state)
-        return lm.delta(changes, report=report, state=kept_state, **record)
+                next_state = self.state_as_written(lm, edits, written_with, earlier=state, proposed=delta.state)
+        return lm.delta(changes, report=report, state=next_state, **record)
+
+    def _filtered_changes(self, lm: LM, delta: Delta, keep_percent: float) -> dict[str, tuple[Change, ...]]:
+        return {
+            name: tuple(self.kept(lm, name, of_one, keep_percent) for of_one in by_matrix(changes, lm.shape_of(name)))
+            for name, changes in delta.changes.items()
+        }
 
     def kept(self, lm: LM, name: str, changes: Sequence[Change], keep_percent: float) -> Change:
         """Return what is written in place of the changes of one matrix in a parameter: their sum, filtered."""
