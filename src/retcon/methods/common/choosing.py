@@ -91,11 +91,7 @@ def choose(
     if isinstance(layers := settings.get("layers"), str) and layers == "probe":
         settings = _advised(chosen, for_model, cases, settings)
     settings = checked_settings(name, chosen, settings)
-    found: Preset | None = None
-    if preset not in (None, NO_PRESET):
-        found = preset_named(name, preset)
-    elif preset is None and for_model is not None:
-        found = preset_for(name, for_model, dataset)
+    found = _preset(name, preset, for_model, dataset)
     as_trained = settings.get("editor") is not None and chosen.as_trained is not Method.as_trained
     if as_trained:
         found = None  # all else is in the editor's file
@@ -126,6 +122,13 @@ def choose(
             stacklevel=3,
         )
     return ChosenMethod(made, found, tuple(notes))
+
+
+def _preset(name: str, preset: str | None, for_model: LM | None, dataset: str | None) -> Preset | None:
+    """Return the preset that is named, or else the model's; None where there is none, or none is wanted."""
+    if preset not in (None, NO_PRESET):
+        return preset_named(name, preset)
+    return preset_for(name, for_model, dataset) if preset is None and for_model is not None else None
 
 
 def _from_shape(

@@ -224,8 +224,6 @@ _LISTS = {int: "[1, 2, 3]", float: "[0.1, 0.5]", str: '["one", "two"]'}
 def fitted_value(value: Any, hint: Any, what: str) -> Any:
     """Return a value as a field of this type wants it; `what` names it in messages."""
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
     if origin is Annotated:
         value = fitted_value(value, args[0], what)
         for constraint in hint.__metadata__:
@@ -255,24 +253,39 @@ def fitted_value(value: Any, hint: Any, what: str) -> Any:
             example = f" ({_LISTS[args[0]]}, say)" if args[0] in _LISTS else ""
             raise InvalidSetting(f"{what} must be a list{example}, found {value!r}")
         return tuple(fitted_value(item, args[0], f"{what}[{i}]") for i, item in enumerate(items))
-    if hint is float:
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise InvalidSetting(f"{what} must be a number, found {value!r}")
-        try:
-            number = float(value)
-        except OverflowError:  # a whole number of hundreds of digits
-            number = math.inf
-        if not math.isfinite(number):
-            raise InvalidSetting(f"{what} must be finite, found {number}")
-        return number
-    if hint is int:
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise InvalidSetting(f"{what} must be a whole number, found {value!r}")
-        return int(value)
     if origin is not None and issubclass(origin, Mapping) and not isinstance(value, Mapping):
         raise InvalidSetting(f"{what} must be a table, found {value!r}")
-    if hint is bool and not isinstance(value, bool):
+    return _PLAIN[hint](value, what) if hint in _PLAIN else value
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidSetting(f"{what} must be a number, found {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise InvalidSetting(f"{what} must be finite, found {number}")
+    return number
+
+
+def _whole(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InvalidSetting(f"{what} must be a whole number, found {value!r}")
+    return int(value)
+
+
+def _flag(value: Any, what: str) -> bool:
+    if not isinstance(value, bool):
         raise InvalidSetting(f"{what} must be true or false, found {value!r}")
-    if hint is str and not isinstance(value, str):
+    return value
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
         raise InvalidSetting(f"{what} must be text, found {value!r}")
     return value
+
+
+_PLAIN: Mapping[Any, Callable[[Any, str], Any]] = {float: _number, int: _whole, bool: _flag, str: _text}
