@@ -13,7 +13,7 @@ from retcon.lm.layouts import Fused, Layout
 from retcon.lm.prompts import Row, pad
 from retcon.locate.attribution import Attribution, attribute
 from retcon.locate.ensemble import unit_scores
-from retcon.locate.paths import choose, paths, step_weights
+from retcon.locate.paths import choose_paths, paths, step_weights
 from retcon.memory.solve import NullSpace, null_space, null_space_ridge
 from retcon.memory.values import Values, ValueSearch
 from retcon.memory.write import divisor
@@ -39,7 +39,7 @@ ASKED: dict[str, Callable[[Any], Any]] = {
     "score of nodes": lambda lm: paths(lm, [], score="x"),  # type: ignore[arg-type]
     "pool": lambda lm: paths(lm, [], pool="x"),  # type: ignore[arg-type]
     "key matrix": lambda lm: paths(lm, [], key_matrix="x"),  # type: ignore[arg-type]
-    "selection of paths": lambda lm: choose([], [], 1, 1, "x"),  # type: ignore[arg-type]
+    "selection of paths": lambda lm: choose_paths([], [], 1, 1, "x"),  # type: ignore[arg-type]
     "rule of the layers' steps": lambda lm: step_weights(paths(lm, [], score="random"), "x"),  # type: ignore[arg-type]
     "part of a fused matrix": lambda lm: Fused("a", "x"),  # type: ignore[arg-type]
     "cut of a fused matrix": lambda lm: Fused("a", "q", "x"),  # type: ignore[arg-type]
