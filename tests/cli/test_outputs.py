@@ -1,6 +1,7 @@
 """What a verb writes never takes the place of what it read, or of what it could not have made."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,22 @@ def test_nothing_is_written_over_an_input(cli: Callable[..., Any], here: Path) -
             os.mkfifo("pipe")
         assert special in cli("edit", "gptj", "facts.json", "--out", special, code=2).stderr
     assert Path("facts.json").read_bytes() == before
+
+
+def test_a_model_that_was_read_is_not_written_over(cli: Callable[..., Any], here: Path) -> None:
+    shutil.copytree(here / "llama", "mine")
+    Path("x.gguf").touch()
+    weights = Path("mine/model.safetensors")
+    before = weights.read_bytes()
+    for command in (
+        ("audit", "llama", "mine", "--delta", str(weights)),
+        ("audit", "mine", "llama", "--delta", str(weights)),
+        ("audit", "x.gguf", "llama", "--delta", "x.gguf"),
+        ("edit", "mine", "edits.jsonl", "--out", str(weights)),
+        ("fit", "mine", "edits.jsonl", "--method", "mend", "--out", str(weights)),
+    ):
+        assert "is an input of this command" in cli(*command, "--force", code=2).stderr, command
+    assert weights.read_bytes() == before
 
 
 def test_force_replaces_a_folder_of_a_checkpoints_files_and_no_other(tmp_path: Path) -> None:

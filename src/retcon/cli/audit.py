@@ -52,7 +52,7 @@ def audit(
     from retcon.audit import audit as compare
     from retcon.delta import only_deltas
 
-    check_output(delta, *(explain or []), facts)
+    check_output(delta, *(explain or []), facts, Path(base), Path(edited))
     if delta is not None and delta.exists() and not force:
         raise InvalidSetting(f"{delta} exists; name another file, or replace it with --force")
     if facts is None and reading != Reading(conflicts="drop"):

@@ -130,7 +130,7 @@ def edit(
     if store is None and message:
         raise InvalidSetting("-m goes with --store, whose log says it")
     if out is not None:
-        check_output(out, edits, *(earlier or []), None if corpus is None else Path(corpus))
+        check_output(out, Path(model), edits, *(earlier or []), None if corpus is None else Path(corpus))
     elif store is None and not dry_run:
         raise InvalidSetting(
             "--out DELTA is missing: name the file that the delta goes to, a --store, or ask for a --dry-run"

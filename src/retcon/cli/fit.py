@@ -53,7 +53,7 @@ def fit(
     losses, where matplotlib is installed.
     """
     check_trainable(method)
-    check_output(out, cases)
+    check_output(out, cases, Path(model))
     if out.exists() and not force:
         raise InvalidSetting(f"{out} is there already; name another file, or give --force to replace it")
     given = read_settings(method, dataset=dataset, preset=preset, assignments=assignments or ())

@@ -10,7 +10,8 @@ def check_output(path: Path | None, *inputs: Path | None) -> None:
     """Check, before hours of work, that a file can be written there; None is no file.
 
     Raises:
-        InvalidSetting: it is a directory or one of the inputs, or it cannot be made there.
+        InvalidSetting: it is a directory, one of the inputs or a file of a model among them, or it cannot be made
+            there.
     """
     if path is None:
         return
@@ -21,8 +22,17 @@ def check_output(path: Path | None, *inputs: Path | None) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InvalidSetting(f"cannot write {path}: {parent} is not a directory that may be written to")
-    if any(each is not None and each.exists() and path.exists() and each.samefile(path) for each in inputs):
+    if path.exists() and any(path.samefile(file) for each in inputs if each is not None for file in _files_of(each)):
         raise InvalidSetting(f"{path} is an input of this command; name another file to write")
+
+
+def _files_of(place: Path) -> list[Path]:
+    """Return the files that an input is read from: of a model's folder, its config and weights."""
+    if not place.is_dir():
+        return [place] if place.exists() else []
+    from retcon.lm.load import checkpoint_files
+
+    return [*filter(Path.exists, checkpoint_files(str(place))), *place.glob("*.gguf"), *place.glob("*.bin")]
 
 
 def check_can_make_folder(path: Path) -> None:
