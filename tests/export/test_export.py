@@ -3,8 +3,10 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -376,6 +378,10 @@ def test_a_base_of_pickled_weights_is_not_replaced_and_its_papers_are_kept(
     assert (tmp_path / "changed/README.base.md").read_text() == "# the base"
 
 
+class ConnectionFailed(Exception):
+    """As httpx has one: neither an OSError nor an error of huggingface_hub's."""
+
+
 def test_push_goes_through_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from retcon.export import push
 
@@ -385,6 +391,11 @@ def test_push_goes_through_huggingface_hub(tmp_path: Path, monkeypatch: pytest.M
     assert push(tmp_path, "me/edited") == "https://hub/x"
     assert calls[0] == ("me/edited", {"private": True, "exist_ok": True})
     assert calls[1]["repo_id"] == "me/edited"
+    for stale in ("model.safetensors", "model.safetensors.index.json", "adapter_config.json", "model-q8_0.gguf"):
+        assert any(fnmatch(stale, pattern) for pattern in calls[1]["delete_patterns"]), stale
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", Mock(side_effect=ConnectionFailed("no route\nto host")))
+    with pytest.raises(InvalidSetting, match=f"did not take me/edited: no route. The export is at {tmp_path}"):
+        push(tmp_path, "me/edited")
     for name, message in (
         ("edited", "expected owner/name"),
         ("a/b/c", "'a/b/c' is no"),

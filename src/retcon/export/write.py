@@ -40,10 +40,14 @@ RECORD_FORMAT = "retcon-applied-1"
 _DIGITS = "[0-9]" * 5
 _FOLDERS = ("additional_chat_templates",)
 _INDEX = "model.safetensors.index.json"
-_FILES = (
+_WEIGHTS = (
     *("model.safetensors", f"model-{_DIGITS}-of-{_DIGITS}.safetensors", _INDEX),
     *("changed.safetensors", "adapter_model.safetensors", "adapter.gguf", *(f"model-{name}.gguf" for name in TYPES)),
-    *("config.json", "generation_config.json", "adapter_config.json", "retcon.json", "README.md", "README.base.md"),
+    "adapter_config.json",
+)
+"""Where the weights are in an export of some format."""
+_FILES = (
+    *(*_WEIGHTS, "config.json", "generation_config.json", "retcon.json", "README.md", "README.base.md"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.json", "*.jinja", ".gitattributes"),
 )
@@ -153,19 +157,24 @@ def export(
 def push(place: str | Path, repository: str, *, private: bool = True, message: str = "Export by retcon") -> str:
     """Upload an export to the hub, with huggingface_hub and the login it knows of; return the commit's address.
 
+    Weights, their index and adapters that the repository has and the export has not are removed in the same commit:
+    else an earlier export's would be loaded.
+
     Raises:
-        InvalidSetting: no repository name, or the hub refuses.
+        InvalidSetting: no repository name, or the hub refuses or is out of reach.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     check_repository(repository)
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        found = api.upload_folder(repo_id=repository, folder_path=str(place), commit_message=message)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        raise InvalidSetting(f"the hub did not take {repository}: {str(error).splitlines()[0]}") from None
+        found = api.upload_folder(
+            repo_id=repository, folder_path=str(place), commit_message=message, delete_patterns=list(_WEIGHTS)
+        )
+    except Exception as error:  # a refusal, or whatever the connection failed of
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InvalidSetting(f"the hub did not take {repository}: {reason}. The export is at {place}") from None
     return str(found)
 
 
