@@ -137,6 +137,43 @@ def test_an_adapter_gives_the_live_models_logits(family: str, checkpoint: Callab
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()) + 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "model.embed_tokens.weight"), ("gpt2", "transformer.wpe.weight"), ("gptj", "lm_head.weight")],
+)
+def test_an_adapter_of_embeddings_gives_the_live_models_logits(
+    family: str, name: str, tiny: Callable[..., LM], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    lm = tiny(family, torch.float32)
+    width = lm.shape_of(name)[1]
+    rows = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    lm.apply(lm.delta({name: [Rows(index=torch.tensor([0, 5, 9]), rows=rows)]}))
+    export(lm, tmp_path / "peft", format="peft")
+    model = PeftModel.from_pretrained(tiny_model(family, torch.float32), str(tmp_path / "peft"))
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, lm.model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_matrix_that_an_adapter_cannot_hold_is_refused_by_name(tiny: Callable[..., LM], tmp_path: Path) -> None:
+    for lm, name, format, message in (
+        (
+            LM(tiny_model("gpt_oss", torch.float32), tokenizer()),
+            "model.layers.1.mlp.experts.down_proj_bias",
+            "peft",
+            "no weight",
+        ),
+        (tiny("llama", torch.float32), "model.embed_tokens.weight", "gguf-lora", "embeddings have no place"),
+        (tiny("gpt2", torch.float32), "transformer.wpe.weight", "gguf-lora", "embeddings have no place"),
+    ):
+        lm.apply(lm.delta({name: [Dense(full=torch.ones(lm.shape_of(name)))]}))
+        with pytest.raises(DeltaMismatch, match=f"{name}: .*{message}"):
+            export(lm, tmp_path / "out", format=format)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("family", FAMILIES)

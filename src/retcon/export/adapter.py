@@ -6,29 +6,32 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
+from retcon.errors import DeltaMismatch
 from retcon.export.factors import Factors
 from retcon.files import write_atomically
+from retcon.lm.blocks import is_conv1d
+from retcon.lm.model import LM
 
 
-def write_adapter(
-    factors: Mapping[str, Factors], directory: Path, *, base_name: str, transposed: frozenset[str] = frozenset()
-) -> list[Path]:
+def write_adapter(lm: LM, factors: Mapping[str, Factors], directory: Path, *, base_name: str) -> list[Path]:
     """Write factors as a LoRA adapter whose scale is 1 for every module.
 
     Args:
         factors: by parameter name; where all ranks agree, the config has no patterns, which some servers cannot read.
         base_name: what `base_model_name_or_path` says: a hub id or a path.
-        transposed: parameters stored (in, out), as GPT-2's; PEFT wants their factors the other way round.
+
+    Raises:
+        DeltaMismatch: a matrix that is no module's weight.
     """
     ranks = {name.removesuffix(".weight"): f.rank for name, f in factors.items()}
     tensors: dict[str, Tensor] = {}
     for name, f in factors.items():
-        b, a = (f.right.T, f.left.T) if name in transposed else (f.left, f.right)
-        module = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors[f"{module}.lora_A.weight"] = a.contiguous().clone()
-        tensors[f"{module}.lora_B.weight"] = b.contiguous().clone()
+        named, is_transposed = how_peft_reads(lm, name)
+        pair = (f.left.T, f.right.T) if is_transposed else (f.right, f.left)
+        for part, tensor in zip(named, pair, strict=True):
+            tensors[f"base_model.model.{name.removesuffix('.weight')}.{part}"] = tensor.contiguous().clone()
     rank = max(ranks.values())
     pattern = {} if len(set(ranks.values())) == 1 else {f"^{re.escape(m)}": r for m, r in ranks.items()}
     config = {
@@ -41,7 +44,7 @@ def write_adapter(
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "target_modules": sorted(ranks),
-        "fan_in_fan_out": bool(transposed & factors.keys()),
+        "fan_in_fan_out": bool(factors.keys() & set(lm.transposed_parameters())),
         "bias": "none",
         "inference_mode": True,
     }
@@ -49,3 +52,20 @@ def write_adapter(
     write_atomically(files[0], save(tensors, metadata={"format": "pt"}))
     write_atomically(files[1], (json.dumps(config, indent=2) + "\n").encode())
     return files
+
+
+def how_peft_reads(lm: LM, name: str) -> tuple[tuple[str, str], bool]:
+    """Return the names of a parameter's factors A and B in an adapter; whether they are those of its transpose.
+
+    Raises:
+        DeltaMismatch: it is no module's weight, which is all that PEFT adapts.
+    """
+    path, _, part = name.rpartition(".")
+    module = lm.model.get_submodule(path)
+    if part != "weight":
+        raise DeltaMismatch(
+            f"{name}: PEFT adapts weights of modules, and this is no weight; export it with format hf or diff"
+        )
+    if isinstance(module, nn.Embedding):
+        return ("lora_embedding_A", "lora_embedding_B"), True
+    return ("lora_A.weight", "lora_B.weight"), is_conv1d(module)

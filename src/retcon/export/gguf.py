@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
-from retcon.errors import MalformedFile, MissingPackage, UnsupportedModel, how_to_install
+from retcon.errors import DeltaMismatch, MalformedFile, MissingPackage, UnsupportedModel, how_to_install
 from retcon.export.factors import Factors
 from retcon.files import replacing
 from retcon.lm.model import LM
@@ -66,6 +66,7 @@ def write_lora(lm: LM, factors: Mapping[str, Factors], path: Path) -> None:
 
     Raises:
         UnsupportedModel: a family or a matrix that the `gguf` package has no name for.
+        DeltaMismatch: a change of embeddings.
         MissingPackage: gguf is not installed.
     """
     gguf = require_gguf()
@@ -73,6 +74,8 @@ def write_lora(lm: LM, factors: Mapping[str, Factors], path: Path) -> None:
     tensors = {}
     for name, f in factors.items():
         own = f.padded(rank)
+        if isinstance(lm.model.get_submodule(name.rpartition(".")[0]), nn.Embedding):  # llama.cpp reads them otherwise
+            raise DeltaMismatch(f"{name}: embeddings have no place in a GGUF adapter; export it with format gguf or hf")
         stored_transposed = name in lm.transposed_parameters()
         b, a = (own.right.T, own.left.T) if stored_transposed else (own.left, own.right)
         b = _rotary_order(lm, name, b)

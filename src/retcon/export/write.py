@@ -128,7 +128,7 @@ def export(
                 lm.model.save_pretrained(fresh, max_shard_size=max_shard_size)
                 lm.tokenizer.save_pretrained(fresh)
         elif format == "peft":
-            write_adapter(factors, fresh, base_name=named, transposed=frozenset(lm.transposed_parameters()))
+            write_adapter(lm, factors, fresh, base_name=named)
         elif format == "diff":
             write_changed(lm, deltas, fresh / "changed.safetensors")
         elif format == "gguf-lora":
