@@ -267,6 +267,15 @@ def test_a_gguf_model_is_the_live_one_within_its_types_rounding(
             assert torch.allclose(back.model(IDS).logits, lm.model(IDS).logits, atol=1e-4)
 
 
+def test_a_gguf_model_leaves_out_tokens_that_have_no_embedding(tmp_path: Path) -> None:
+    model, words = tiny_model("llama", torch.float32), tokenizer()
+    n_tokens = model.config.vocab_size
+    words.add_tokens([f"<x{i}>" for i in range(n_tokens - len(words) + 2)])
+    export(LM(model, words, name="added"), tmp_path / "gguf", format="gguf")
+    tokens = read_gguf(tmp_path / "gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert (len(tokens), tokens[-1]) == (n_tokens, words.convert_ids_to_tokens(n_tokens - 1))
+
+
 def test_what_gguf_cannot_hold_is_refused_by_name(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"not for gptj.*--format hf"):
         export(edited(checkpoint("gptj")), tmp_path / "a", format="gguf")
@@ -309,6 +318,17 @@ def test_every_kind_of_change_has_exact_factors(tiny: Callable[..., LM]) -> None
         f = factors_of(lm, [lm.delta({name: [change]})])[name]
         assert f.rank == 2
         assert torch.allclose(f.left @ f.right, change.dense(shape), atol=1e-6)
+
+
+def test_a_change_of_no_rows_has_no_factors(tiny: Callable[..., LM], tmp_path: Path) -> None:
+    lm = tiny("llama", torch.float32)
+    names = [lm.site(layer, "down_proj").name for layer in (1, 2)]
+    nothing = Rows(index=torch.zeros(0, dtype=torch.long), rows=torch.zeros(0, lm.shape_of(names[0])[1]))
+    lm.apply(lm.delta({names[0]: [nothing]}))
+    with pytest.raises(DeltaNotApplied, match="would hold nothing"):
+        export(lm, tmp_path / "none", format="peft", rank="max")
+    lm.apply(lm.delta({names[1]: [Dense(full=torch.ones(lm.shape_of(names[1])))]}))
+    assert export(lm, tmp_path / "one", format="peft").losses.keys() == {names[1]}
 
 
 def test_a_smaller_rank_is_the_nearest_and_says_what_it_loses(tiny: Callable[..., LM]) -> None:

@@ -52,7 +52,8 @@ def factors_of(lm: LM, deltas: Sequence[Delta], *, rank: int | None = None) -> d
     for delta in deltas:
         for name, own in delta.changes.items():
             changes.setdefault(name, []).extend(own)
-    return {name: _factored(name, own, lm.shape_of(name), rank) for name, own in changes.items()}
+    found = {name: _factored(name, own, lm.shape_of(name), rank) for name, own in changes.items()}
+    return {name: f for name, f in found.items() if f.rank}  # of no rows or columns there are no factors
 
 
 def compressed(lm: LM, factors: Mapping[str, Factors], deltas: Sequence[Delta]) -> Delta:

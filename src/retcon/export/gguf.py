@@ -195,11 +195,13 @@ def _add_tokenizer(lm: LM, writer: Any) -> None:
         )
     tokens: list[str] = [f"[PAD{i}]" for i in range(lm.model.config.vocab_size)]
     types = [TokenType.UNUSED] * len(tokens)
-    for token, i in about["model"]["vocab"].items():
-        tokens[i], types[i] = token, TokenType.NORMAL
+    found = [(i, token, TokenType.NORMAL) for token, i in about["model"]["vocab"].items()]
     for added in about["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        found.append((added["id"], added["content"], kind))
+    for i, token, kind in found:
+        if i < len(tokens):  # tokens may have been added for which the model has no embedding
+            tokens[i], types[i] = token, kind
     merges = [m if isinstance(m, str) else " ".join(m) for m in about["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(splits)

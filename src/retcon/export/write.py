@@ -112,13 +112,16 @@ def export(
 
     check()
     deltas = only_deltas(lm.showing, f"format {format}")
-    if not any(d.changes for d in deltas) and format in ("peft", "diff", "gguf-lora"):
-        raise DeltaNotApplied(f"no delta that shows changes anything, so format {format} would hold nothing")
     named = base_name or base_place(lm)
     record = record_of(lm, deltas, files)
     factors: dict[str, Factors] = {}
+    held = any(d.changes for d in deltas)
     if format in ("peft", "gguf-lora"):
-        factors = with_one_rank(factors_of(lm, deltas, rank=int(rank) if isinstance(rank, Integral) else None), rank)
+        factors = factors_of(lm, deltas, rank=int(rank) if isinstance(rank, Integral) else None)
+        held = bool(factors)
+    if not held and format in ("peft", "diff", "gguf-lora"):
+        raise DeltaNotApplied(f"no delta that shows changes anything, so format {format} would hold nothing")
+    factors = with_one_rank(factors, rank)
     losses = {n: {"rank": f.rank, "exact_rank": f.exact_rank, "error": f.error} for n, f in factors.items()}
     notes = lm.notes
     with replacing_folder(place, check=check) as fresh:
@@ -185,7 +188,7 @@ def with_one_rank(factors: Mapping[str, Factors], rank: int | str | None) -> dic
     """Return the factors padded to one rank where one was asked for."""
     if rank is None:
         return dict(factors)
-    largest = max(f.rank for f in factors.values())
+    largest = max((f.rank for f in factors.values()), default=0)
     return {name: f.padded(largest) for name, f in factors.items()}
 
 
