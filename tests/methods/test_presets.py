@@ -176,6 +176,24 @@ def test_a_malformed_preset_is_refused_by_file_and_field(field, value, problem, 
         presets("memit")
 
 
+@pytest.mark.parametrize(("name", "setting"), [("rect", "layer"), ("prune", "layers")])
+def test_the_probe_advises_a_filter_for_the_base_method_of_its_preset(name, setting, tiny, tmp_path, monkeypatch):
+    """RECT's default is MEMIT, PRUNE's ROME; these presets have it the other way round."""
+    bases = {"rect": "rome", "prune": "memit"}
+    monkeypatch.setenv("RETCON_PRESETS", str(tmp_path))
+    monkeypatch.setattr("retcon.methods.common.presets.signature", lambda lm: dict(_models()["demo-llama"]))
+    monkeypatch.setattr("retcon.methods.common.choosing.probe_layers", lambda lm, cases: None)
+    advised = {"layer": 1} if setting == "layer" else {"layers": (1,)}
+    monkeypatch.setattr("retcon.methods.common.choosing.settings_for", lambda advice, base: advised)
+    table = {"model": "demo-llama", "dataset": "mine", "source": "s"}
+    lines = [f"{field} = '{text}'\n" for field, text in table.items()]
+    (tmp_path / f"{name}.toml").write_text(
+        f"[[preset]]\n{''.join(lines)}settings = {{base_method = '{bases[name]}'}}\n"
+    )
+    made = method(name, for_model=tiny("llama"), layers="probe")
+    assert (made.base_method, made.base_settings[setting]) == (bases[name], advised[setting])
+
+
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 

@@ -88,10 +88,10 @@ def choose(
     cases = None if cases is None else edits_of(cases)
     if for_model is not None:
         require_lm(for_model)
-    if isinstance(layers := settings.get("layers"), str) and layers == "probe":
-        settings = _advised(chosen, for_model, cases, settings)
-    settings = checked_settings(name, chosen, settings)
     found = _preset(name, preset, for_model, dataset)
+    if isinstance(layers := settings.get("layers"), str) and layers == "probe":
+        settings = _advised(chosen, for_model, cases, settings, found)
+    settings = checked_settings(name, chosen, settings)
     as_trained = settings.get("editor") is not None and chosen.as_trained is not Method.as_trained
     if as_trained:
         found = None  # all else is in the editor's file
@@ -165,7 +165,9 @@ def _clamps(chosen: type[Method], given: Iterable[str]) -> list[str]:
     return [clamp for clamp in clamp_settings(chosen) if clamp not in given]
 
 
-def _advised(chosen: type[Method], lm: LM | None, cases: Facts, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _advised(
+    chosen: type[Method], lm: LM | None, cases: Facts, settings: Mapping[str, Any], preset: Preset | None
+) -> dict[str, Any]:
     """Return the settings with the probe's layers for `layers="probe"`; what is given by its own name goes before
     them."""
     if lm is None:
@@ -174,7 +176,7 @@ def _advised(chosen: type[Method], lm: LM | None, cases: Facts, settings: Mappin
     advice = probe_layers(lm, cases)
     if not issubclass(chosen, Filter):
         return {**settings_for(advice, chosen), **given}
-    base = method_class(chosen.base_of(given))
+    base = method_class(chosen.base_of({**(preset.settings if preset else {}), **given}))
     return {**given, "base_settings": {**settings_for(advice, base), **given.get("base_settings", {})}}
 
 
