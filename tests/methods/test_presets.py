@@ -194,6 +194,14 @@ def test_the_probe_advises_a_filter_for_the_base_method_of_its_preset(name, sett
     assert (made.base_method, made.base_settings[setting]) == (bases[name], advised[setting])
 
 
+@pytest.mark.parametrize("name", ["rect", "prune"])
+def test_a_filters_preset_by_full_name_is_over_its_base_methods_of_that_name(name, tiny):
+    lm = tiny("llama")  # which need not be the preset's model
+    for dataset in ("world", "world-first"):
+        made = method(name, for_model=lm, preset=f"{name}/demo-llama/{dataset}")
+        assert made.wrapped == method("memit", preset=f"memit/demo-llama/{dataset}")
+
+
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 

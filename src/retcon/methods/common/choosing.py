@@ -101,9 +101,7 @@ def choose(
     resolved = {**checked_settings(name, chosen, dict(found.settings) if found else guess), **settings}
     base: ChosenMethod | None = None
     if for_model is not None and issubclass(chosen, Filter):
-        base = _wrapped(
-            chosen, resolved, for_model, dataset, NO_PRESET if preset == NO_PRESET else None, cases, at_once
-        )
+        base = _wrapped(chosen, resolved, for_model, dataset, preset, cases, at_once)
         resolved |= {"base_settings": base.method.settings}
     made = build(name, resolved, lm=for_model)
     if settings.keys() > {"editor"} and settings["editor"] is not None:
@@ -189,9 +187,17 @@ def _wrapped(
     cases: Facts,
     at_once: int | None,
 ) -> ChosenMethod:
-    """Return the method that a filter wraps, with its settings for the model, those given over them."""
+    """Return the method that a filter wraps, with its settings for the model, those given over them.
+
+    Where the filter's preset was asked for by its full name, these are of the base method's for that model and dataset,
+    if there is one.
+    """
     base = chosen.base_of(settings)
-    has = dataset in {p.dataset for p in presets(base)}
+    known = presets(base)
+    has = dataset in {p.dataset for p in known}
+    if preset not in (None, NO_PRESET):
+        twin = f"{base}/{preset.partition('/')[2]}"
+        preset = twin if twin in {p.name for p in known} else None
     own = settings.get("base_settings", {})
     return choose(
         base, for_model=lm, dataset=dataset if has else None, preset=preset, cases=cases, at_once=at_once, **own
