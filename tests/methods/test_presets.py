@@ -202,6 +202,12 @@ def test_a_filters_preset_by_full_name_is_over_its_base_methods_of_that_name(nam
         assert made.wrapped == method("memit", preset=f"memit/demo-llama/{dataset}")
 
 
+@pytest.mark.parametrize("preset", ["memit/demo-llama/world", "none"])
+def test_a_dataset_beside_a_preset_is_refused(preset, tiny):
+    with pytest.raises(InvalidSetting, match=f"preset {preset} .*; leave out dataset zsre"):
+        method("memit", for_model=tiny("llama"), preset=preset, dataset="zsre")
+
+
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 

@@ -21,7 +21,7 @@ def read_inputs(spec: BenchSpec) -> dict[str, Loaded]:
     """
     for method in spec.methods:
         try:
-            check_early(method.name, method.settings, method.preset)
+            check_early(method.name, method.settings, method.preset, method.dataset)
         except RetconError as error:
             raise type(error)(f"method {method.label!r}: {error}") from None
     measured = spec.measures

@@ -55,13 +55,10 @@ def read_settings(name: str, *, dataset: str | None, preset: str | None, assignm
         UnknownMethod, UnknownPreset: the message lists what is known.
     """
     from retcon.methods.common.presets import check_early
-    from retcon.methods.common.registry import NO_PRESET, setting_types
+    from retcon.methods.common.registry import setting_types
 
-    if preset and dataset:
-        why = "leaves all presets aside" if preset == NO_PRESET else "names its dataset already"
-        raise InvalidSetting(f"--preset {preset} {why}; leave out --dataset {dataset}")
     hints = setting_types(name)
-    return check_early(name, dict(_given(each, hints, name) for each in assignments), preset)
+    return check_early(name, dict(_given(each, hints, name) for each in assignments), preset, dataset)
 
 
 def as_toml(value: Any) -> str:

@@ -11,7 +11,7 @@ from retcon.lm.model import LM, require_lm
 from retcon.methods.common.advised import probe_layers, settings_for
 from retcon.methods.common.contract import Method, ModelShape, check_as_trained
 from retcon.methods.common.locate_then_edit import SearchSettings
-from retcon.methods.common.presets import Preset, preset_for, preset_named, presets
+from retcon.methods.common.presets import Preset, check_one_asked, preset_for, preset_named, presets
 from retcon.methods.common.registry import NO_PRESET, build, method_class
 from retcon.methods.common.settings import checked_settings
 from retcon.methods.common.starting_point import (
@@ -55,7 +55,7 @@ def method(
         for_model: its preset is looked up by architecture and sizes, never by name or path. Without a preset, settings
             follow from its shape and from `cases` (`choose` says which), with a warning that says so.
         dataset: which of a model's presets to take ("counterfact", "zsre", "world"); CounterFact's where there are two
-            and none is asked for, and that is said.
+            and none is asked for, and that is said. Not beside `preset`.
         preset: a preset by its full name, "method/model/dataset", whatever the model; "none": as if no preset knew the
             model.
         cases: the facts to edit. Without a preset, clamps and learning rates are fitted on some of them;
@@ -85,6 +85,7 @@ def choose(
 ) -> ChosenMethod:
     """Return what `method` returns, with the preset that it comes from, or what was chosen without one and why."""
     chosen = method_class(name)
+    check_one_asked(preset, dataset)
     cases = None if cases is None else edits_of(cases)
     if for_model is not None:
         require_lm(for_model)

@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retcon.errors import MalformedFile, RetconWarning, UnknownPreset
+from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, UnknownPreset
 from retcon.files import write_atomically
 from retcon.methods.common.registry import NO_PRESET, method_class, parents_of, setting_types
 from retcon.methods.common.settings import fitted, toml_value
@@ -120,7 +120,16 @@ def preset_for(name: str, lm: "LM", dataset: str | None = None) -> Preset | None
     return chosen
 
 
-def check_early(name: str, settings: Mapping[str, Any], preset: str | None = None) -> dict[str, Any]:
+def check_one_asked(preset: str | None, dataset: str | None) -> None:
+    """Raise InvalidSetting where a dataset is asked for beside a preset, which leaves it no choice."""
+    if preset is not None and dataset is not None:
+        why = "leaves all presets aside" if preset == NO_PRESET else "names its dataset already"
+        raise InvalidSetting(f"preset {preset} {why}; leave out dataset {dataset}")
+
+
+def check_early(
+    name: str, settings: Mapping[str, Any], preset: str | None = None, dataset: str | None = None
+) -> dict[str, Any]:
     """Return settings of a method as its fields want them, where no model is there yet, and check a preset's too.
 
     A method of this package is read from its source (`declared`), so that a setting that cannot be is refused before
@@ -129,6 +138,7 @@ def check_early(name: str, settings: Mapping[str, Any], preset: str | None = Non
     Raises:
         UnknownMethod, UnknownPreset, InvalidSetting: the message names the method, preset or setting.
     """
+    check_one_asked(preset, dataset)
     hints = setting_types(name)
     if preset not in (None, NO_PRESET):
         found = preset_named(name, preset)
