@@ -1,15 +1,18 @@
 """`--set field=value`: what a value may look like, and how settings are written so."""
 
-from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields, replace
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 
 from retcon.errors import InvalidSetting
+from retcon.lm.model import LM
+from retcon.methods.common.presets import preset_named
 from retcon.methods.common.registry import list_methods, method_class, setting_types
-from retcon.workflow.settings import as_toml, read_settings
+from retcon.methods.memit import Memit
+from retcon.workflow.settings import as_toml, read_settings, resolve
 
 
 def read(*assignments: str) -> dict[str, Any]:
@@ -119,3 +122,24 @@ def test_a_text_has_quotes_where_it_needs_them_alone() -> None:
         "none",
     ]
     assert as_toml({"stop": "loss", "modules": ("q_proj",)}) == '{stop = "loss", modules = ["q_proj"]}'
+
+
+def test_a_filter_says_where_its_base_methods_settings_are_from(
+    tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = preset_named("memit", "memit/demo-llama/world")
+    named = f"memit by preset {base.name} ({base.source})"
+    monkeypatch.setattr("retcon.methods.common.presets.signature", lambda lm: dict(base.match))
+    found = resolve(tiny("llama"), "rect")
+    assert found.source.startswith("preset rect/demo-llama/world (")
+    assert found.source.endswith(f"; {named}")
+    assert replace(found, preset=None).source == f"no preset for this model; {named}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MyMemit(Memit):
+    """A method of one's own."""
+
+
+def test_what_the_notes_say_is_no_warning(tiny: Callable[..., LM]) -> None:
+    assert resolve(tiny("llama"), f"{__name__}:MyMemit", preset="none").notes

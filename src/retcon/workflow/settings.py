@@ -30,6 +30,8 @@ class Resolved:
     """Facts that the layers were chosen with, by the contrast-based probe; 0 where it was not asked."""
     notes: tuple[str, ...] = ()
     """What was chosen for a model without a preset, and why, and what training takes, a line each."""
+    base_preset: "Preset | None" = None
+    """Of RECT and PRUNE: the preset that the base method's settings are from."""
 
     @property
     def source(self) -> str:
@@ -37,14 +39,19 @@ class Resolved:
         if (editor := self.settings.get("editor")) is not None:
             return f"those that {editor} was trained with"
         probed = f"; layers by the probe over {plural(self.n_probed, 'fact')}" if self.n_probed else ""
-        if self.preset is None:
-            return "no preset for this model: by its shape and the edits" + probed
-        return f"preset {self.preset.name} ({self.preset.source})" + probed
+        from_shape = "" if self.base_preset else ": by its shape and the edits"
+        own = f"no preset for this model{from_shape}" if self.preset is None else _named(self.preset)
+        base = f"; {self.base_preset.method} by {_named(self.base_preset)}" if self.base_preset else ""
+        return own + base + probed
 
     @property
     def settings(self) -> dict[str, Any]:
         """Every setting of the method."""
         return self.method.settings
+
+
+def _named(preset: "Preset") -> str:
+    return f"preset {preset.name} ({preset.source})"
 
 
 def read_settings(name: str, *, dataset: str | None, preset: str | None, assignments: Sequence[str]) -> dict[str, Any]:
@@ -96,7 +103,7 @@ def resolve(
     given = given or {}
     probed = {"layers": "probe"} if probe else {}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no [a-z_]+ preset for this model", RetconWarning)  # the notes say so
+        warnings.filterwarnings("ignore", r"no \S+ preset for this model", RetconWarning)  # the notes say so
         chosen = choose(
             name,
             for_model=lm,
@@ -111,7 +118,7 @@ def resolve(
     if n_trained := method.n_trained(lm):
         notes = (*notes, memory_note(n_trained, method.bytes_per_value))
     preset_used = chosen.preset if method is chosen.method else None  # an editor's file has settings of its own
-    return Resolved(name, method, preset_used, frozenset(given), len(edits) if probe else 0, notes)
+    return Resolved(name, method, preset_used, frozenset(given), len(edits) if probe else 0, notes, chosen.base_preset)
 
 
 def _given(assignment: str, hints: Mapping[str, Any], method: str) -> tuple[str, Any]:

@@ -36,6 +36,8 @@ class ChosenMethod:
     """Where its settings are a preset's; an editor's file has settings of its own."""
     notes: tuple[str, ...] = ()
     """What was chosen for a model without a preset, and why, a line each."""
+    base_preset: Preset | None = None
+    """Where it filters what a base method writes: the preset that the base method's settings are from."""
 
 
 def method(
@@ -120,7 +122,7 @@ def choose(
             RetconWarning,
             stacklevel=3,
         )
-    return ChosenMethod(made, found, tuple(notes))
+    return ChosenMethod(made, found, tuple(notes), base.preset if base else None)
 
 
 def _preset(name: str, preset: str | None, for_model: LM | None, dataset: str | None) -> Preset | None:
