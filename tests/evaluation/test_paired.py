@@ -69,6 +69,8 @@ def test_only_common_cases_and_metrics_count() -> None:
     one, two = records([1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]), records([1, 1], [1, 1], [])
     found = differences(one, two)
     assert [(d.metric, d.value, d.n) for d in found] == [("ES", 0, 2), ("GS", 0, 2)]
+    more = differences(one, two, of_what_there_is=True)
+    assert [(d.metric, d.value, d.n) for d in more] == [("ES", 0, 2), ("GS", 0, 2), ("mean of ES and GS", 0, 2)]
     assert differences(one, []) == []
 
 

@@ -3,7 +3,7 @@
 import random
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,15 @@ def test_a_preset_of_a_method_of_ones_own_is_found_under_the_name_that_was_asked
     save_preset(lm, tune(lm, name, CASES[:4], max_trials=1, given=given), "tuned by retcon tune", "mine")
     assert [(p.source, p.settings["epochs"]) for p in list_presets(name) if p.is_users] == [("tuned by retcon tune", 1)]
     assert not any(p.is_users for p in list_presets("ft_l"))
+
+
+@pytest.mark.parametrize("leave_out", [{"neighborhood"}, {"neighborhood", "paraphrase"}])
+def test_what_is_clearly_worse_is_so_without_neighbours_or_paraphrases(
+    leave_out: set[str], presets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_halving", lambda search, given, draw: replace(search.start, epochs=0))
+    few = [replace(case, queries=tuple(q for q in case.queries if q.axis not in leave_out)) for case in CASES[:8]]
+    assert tune(retcon.load("demo:gptj"), "ft_m", few).worse
 
 
 def test_what_cannot_be_tuned_says_so() -> None:

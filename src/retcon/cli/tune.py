@@ -14,7 +14,7 @@ from retcon.cli.printing import console, emit, plain_table, plural, seconds, sty
 from retcon.cluster import workers, working_on
 from retcon.workflow import facts_that_fit, moments_for, read_facts, read_settings
 from retcon.workflow.facts import Reading
-from retcon.workflow.tuning import Trial, Tuned, save_preset
+from retcon.workflow.tuning import Trial, Tuned, objective, save_preset
 from retcon.workflow.tuning import tune as search
 
 
@@ -95,15 +95,15 @@ def tune(
     source = (
         f"tuned by retcon tune on {cases.name} ({plural(found.n_searched, 'fact')}, "
         f"{plural(len(found.trials), 'trial')}, seed {seed}); "
-        f"Score {_percent(found, 'found')} on {found.n_reported} others, {_start(found)} {_percent(found, 'before')}"
+        f"{found.difference.metric if found.difference else 'Score'} {100 * objective(found.found):.1f} "
+        f"on {found.n_reported} others, {_start(found)} {100 * objective(found.before):.1f}"
     )
     path = None if found.worse else save_preset(lm, found, source, label, folder)
     show.print()
     show.print(_table(found))
-    clear = next((d for d in found.differences if d.metric == "Score"), None)
-    if clear is not None and clear.interval is not None:
-        low, high = 100 * clear.interval.low, 100 * clear.interval.high
-        show.print(f"Score {100 * clear.value:+.1f} [{low:.1f}, {high:.1f}] over that, paired by case")
+    if (apart := found.difference) is not None and apart.interval is not None:
+        low, high = 100 * apart.interval.low, 100 * apart.interval.high
+        show.print(f"{apart.metric} {100 * apart.value:+.1f} [{low:.1f}, {high:.1f}] over that, paired by case")
     searched = f"{plural(len(found.trials), 'trial')} in {seconds(found.seconds)}"
     if path is None:
         show.print(f"{searched}; not kept: worse than {_start(found).removeprefix('by ')} on cases that chose nothing")
@@ -144,10 +144,6 @@ def _start(found: Tuned) -> str:
 def _cell(summary: Any, name: str) -> str:
     line = summary.get(name)
     return line.post.percent() if line and line.post else "-"
-
-
-def _percent(found: Tuned, which: str) -> str:
-    return _cell(getattr(found, which), "Score").partition(" ")[0]
 
 
 def _shown(value: Any) -> str:

@@ -30,13 +30,21 @@ class Difference:
 
 
 def differences(
-    first: Sequence[Record], second: Sequence[Record], *, seed: int = 0, n_resamples: int = N_RESAMPLES
+    first: Sequence[Record],
+    second: Sequence[Record],
+    *,
+    of_what_there_is: bool = False,
+    seed: int = 0,
+    n_resamples: int = N_RESAMPLES,
 ) -> list[Difference]:
     """Return ES, GS, LS in the family's own variants and the harmonic Score, of two methods measured at one moment
     each.
 
     A case counts for a metric where both methods have a value, and for the Score where no metric is known of one of
     them only. What has no such case is not among the results.
+
+    Args:
+        of_what_there_is: where two of the metrics were measured, give their harmonic mean in place of the Score.
     """
     family = family_of([*first, *second])
     subjects = {r.case_id: r.subject for r in [*first, *second] if r.case_id is not None}
@@ -63,9 +71,11 @@ def differences(
         for name, value, interval in zip(pairs, *compare(cases, _apart), strict=True)
     ]
     even = [case for case in cases if case not in one_sided]
-    if len(pairs) == len(_METRICS) and all(any(case in pair[0] for case in even) for pair in pairs.values()):
+    n_needed = 2 if of_what_there_is else len(_METRICS)
+    if len(pairs) >= n_needed and all(any(case in pair[0] for case in even) for pair in pairs.values()):
         ((value,), (interval,)) = compare(even, _scores_apart)
-        found.append(Difference("Score", value, interval, len(even)))
+        metric = "Score" if len(pairs) == len(_METRICS) else f"mean of {' and '.join(pairs)}"
+        found.append(Difference(metric, value, interval, len(even)))
     return found
 
 

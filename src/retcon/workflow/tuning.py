@@ -99,10 +99,14 @@ class Tuned:
         return changed_settings(self.method, self.start)
 
     @property
+    def difference(self) -> "Difference | None":
+        """Of the mean that was searched by (`objective`); None where nothing is known of both on the same case."""
+        return self.differences[-1] if self.differences else None
+
+    @property
     def worse(self) -> bool:
-        """Whether the Score on the reported half is lower than what was begun at has there, the interval included."""
-        score = next((d for d in self.differences if d.metric == "Score"), None)
-        return score is not None and score.interval is not None and score.interval.high < 0
+        """Whether that mean is lower on the reported half than what was begun at has there, the interval included."""
+        return self.difference is not None and self.difference.clear and self.difference.value < 0
 
 
 def changed_settings(method: "Method", before: "Method") -> dict[str, Any]:
@@ -230,7 +234,7 @@ def tune(
         len(reported),
         ours.summary(),
         before.summary(),
-        tuple(differences(*after, seed=seed)),
+        tuple(differences(*after, of_what_there_is=True, seed=seed)),
         took,
     )
 
