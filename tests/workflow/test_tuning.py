@@ -11,7 +11,7 @@ import pytest
 
 import retcon
 from retcon import world
-from retcon.errors import InvalidSetting, MalformedFile
+from retcon.errors import InvalidSetting, MalformedFile, NonFinite
 from retcon.lm.model import LM
 from retcon.methods.common import choosing
 from retcon.methods.common.contract import ModelShape
@@ -223,6 +223,40 @@ def test_what_is_clearly_worse_is_so_without_neighbours_or_paraphrases(
     monkeypatch.setattr(tuning, "_halving", lambda search, given, draw: replace(search.start, epochs=0))
     few = [replace(case, queries=tuple(q for q in case.queries if q.axis not in leave_out)) for case in CASES[:8]]
     assert tune(retcon.load("demo:gptj"), "ft_m", few).worse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failing(FtL):
+    """Cannot edit by some rates."""
+
+    failing: tuple[float, ...]
+
+    def propose(self, *args: Any, **more: Any) -> Any:
+        if self.learning_rate in self.failing:
+            raise NonFinite("not by that rate")
+        return super().propose(*args, **more)
+
+
+@pytest.mark.filterwarnings("ignore:no .*Failing preset:retcon.errors.RetconWarning")
+@pytest.mark.parametrize(("failing", "kept"), [((1e-4,), 1e-3), ((1e-3,), 1e-4), ((1e-4, 1e-3), None)])
+def test_what_was_found_is_not_lost_where_either_cannot_edit_the_other_half(
+    failing: tuple[float, ...], kept: float | None, presets: Path, tiny: Callable[..., LM], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(tuning, "_halving", lambda search, given, draw: replace(search.start, learning_rate=1e-3))
+    given = {"epochs": 1, "layers": (1,), "failing": failing, "learning_rate": 1e-4}
+
+    def tuned() -> tuning.Tuned:
+        return tune(tiny(n_layers=2), f"{__name__}:Failing", CASES[:4], given=given)
+
+    if kept is None:
+        with pytest.raises(NonFinite):
+            tuned()
+        return
+    found = tuned()
+    assert found.method.settings["learning_rate"] == kept
+    assert (found.before is None) == (kept == 1e-3)
+    assert [trial.problem for trial in found.trials] == ["not by that rate"]
+    assert not found.worse
 
 
 def test_what_cannot_be_tuned_says_so() -> None:

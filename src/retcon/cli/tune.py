@@ -92,11 +92,12 @@ def tune(
             heard=heard,
         )
     label = dataset or cases.name.removeprefix("hub:").partition(".")[0]
+    before = f"{100 * objective(found.before):.1f}" if found.before else "failed"
     source = (
         f"tuned by retcon tune on {cases.name} ({plural(found.n_searched, 'fact')}, "
         f"{plural(len(found.trials), 'trial')}, seed {seed}); "
         f"{found.difference.metric if found.difference else 'Score'} {100 * objective(found.found):.1f} "
-        f"on {found.n_reported} others, {_start(found)} {100 * objective(found.before):.1f}"
+        f"on {found.n_reported} others, {_start(found)} {before}"
     )
     path = None if found.worse else save_preset(lm, found, source, label, folder)
     show.print()
@@ -120,7 +121,7 @@ def tune(
                 "trials": [asdict(trial) for trial in found.trials],
                 "found": found.found.as_dict(),
                 "start": found.start_preset or "rule",
-                "before": found.before.as_dict(),
+                "before": found.before and found.before.as_dict(),
                 "n_searched": found.n_searched,
                 "n_reported": found.n_reported,
                 "seconds": found.seconds,
@@ -133,7 +134,7 @@ def _table(found: Tuned) -> Table:
     names = ("Score", "ES", "GS", "LS")
     table = plain_table(f"on {plural(found.n_reported, 'other case')}", right=names)
     for label, summary in ((_start(found), found.before), ("found", found.found)):
-        table.add_row(label, *(_cell(summary, name) for name in names))
+        table.add_row(label, *(_cell(summary, name) if summary else "failed" for name in names))
     return table
 
 

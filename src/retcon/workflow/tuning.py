@@ -87,8 +87,8 @@ class Tuned:
     n_reported: int
     found: "Summary"
     """On the reported half."""
-    before: "Summary"
-    """What was begun at, on the reported half."""
+    before: "Summary | None"
+    """What was begun at, on the reported half; None where it failed."""
     differences: "tuple[Difference, ...]"
     """Found minus before on the reported half, with paired intervals."""
     seconds: float
@@ -147,10 +147,22 @@ class _Search:
             score = objective(measured(self.lm, method, some, self.moments, self.pre, self.seed, self.folder).summary())
         except RetconError as error:
             problem = str(error)
-        trial = Trial(changes, n, score, time.monotonic() - started, problem)
+        self.add(Trial(changes, n, score, time.monotonic() - started, problem))
+        return score
+
+    def report(self, method: "Method", cases: Sequence[Case], pre: "Evaluation") -> "Evaluation | RetconError":
+        """Measure a method on cases that chose nothing; where it fails, that is one of the trials."""
+        started = time.monotonic()
+        try:
+            return measured(self.lm, method, cases, self.moments, pre, self.seed)
+        except RetconError as error:
+            changes = changed_settings(method, self.start)
+            self.add(Trial(changes, len(cases), 0.0, time.monotonic() - started, str(error)))
+            return error
+
+    def add(self, trial: Trial) -> None:
         self.trials.append(trial)
         self.heard(trial)
-        return score
 
 
 def tune(
@@ -182,6 +194,7 @@ def tune(
         heard: is told of every trial.
 
     Raises:
+        RetconError: neither what was found nor what was begun at can edit the reported half.
         InvalidSetting: too few cases, a method that wraps another, or one without a setting that is searched.
     """
     from retcon.evaluation import evaluate
@@ -222,8 +235,15 @@ def tune(
         best = _halving(search, frozenset(given), random.Random(seed))
     took = time.monotonic() - began
     pre = evaluate(lm, reported, generate=False)
-    ours, before = (measured(lm, m, reported, search.moments, pre, seed) for m in (best, start))
-    after = [[r for r in each.records if r.when == "final"] for each in (ours, before)]
+    ours, before = (search.report(method, reported, pre) for method in (best, start))
+    if isinstance(ours, RetconError):
+        best, ours = start, before
+    if isinstance(ours, RetconError):
+        raise ours
+    apart: list[Difference] = []
+    if not isinstance(before, RetconError):
+        after = [[r for r in each.records if r.when == "final"] for each in (ours, before)]
+        apart = differences(*after, of_what_there_is=True, seed=seed)
     return Tuned(
         name,
         best,
@@ -233,8 +253,8 @@ def tune(
         len(searched),
         len(reported),
         ours.summary(),
-        before.summary(),
-        tuple(differences(*after, of_what_there_is=True, seed=seed)),
+        None if isinstance(before, RetconError) else before.summary(),
+        tuple(apart),
         took,
     )
 
