@@ -43,6 +43,14 @@ def facts(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(here / "facts.jsonl", ROWS)
 
 
+@pytest.fixture
+def finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that ends with other settings than it began at, whatever a model of random weights makes of them."""
+    real = tuning._halving
+    monkeypatch.setattr(tuning, "_halving", lambda *search: replace(found := real(*search), clamp=2 * found.clamp))
+
+
+@pytest.mark.usefixtures("finds")
 @pytest.mark.filterwarnings("ignore:.*larger than the weight")
 def test_searches_reports_and_keeps_a_preset_that_edit_then_takes(cli: Callable[..., Any], here: Path) -> None:
     result = cli(*TUNE)
@@ -57,6 +65,7 @@ def test_searches_reports_and_keeps_a_preset_that_edit_then_takes(cli: Callable[
     assert json.loads(cli(*TUNE, "--preset", "none", "--json").stdout)["start"] == "rule"
 
 
+@pytest.mark.usefixtures("finds")
 @pytest.mark.filterwarnings("ignore:.*larger than the weight")
 def test_json(cli: Callable[..., Any], here: Path) -> None:
     record = json.loads(cli(*TUNE, "--json", "--presets", "elsewhere").stdout)
@@ -70,7 +79,8 @@ def test_json(cli: Callable[..., Any], here: Path) -> None:
 def test_a_search_without_time_tries_where_it_begins(cli: Callable[..., Any], here: Path) -> None:
     record = json.loads(cli(*TUNE, "--budget", "0", "--dataset", "mine", "--json").stdout)
     assert [trial["changes"] for trial in record["trials"]] == [{}]
-    assert 'dataset = "mine"' in (here / "mine/memit.toml").read_text()
+    assert record["preset"] is None  # there is nothing to keep
+    assert not (here / "mine").exists()
 
 
 def test_what_is_clearly_worse_on_the_other_half_is_not_kept(

@@ -265,6 +265,9 @@ def test_what_cannot_be_tuned_says_so() -> None:
         tune(lm, "memit", CASES[:3])
     with pytest.raises(InvalidSetting, match=r"rect filters .* tune that method \(memit\)"):
         tune(lm, "rect", CASES[:4])
+    given = dict.fromkeys(("learning_rate", "epochs", "box"), 1) | {"layers": (1,)}
+    with pytest.raises(InvalidSetting, match=r"ft_l has nothing left to search: .* none that is not given"):
+        tune(lm, "ft_l", CASES[:4], given=given)
 
 
 def test_the_objective_is_the_score_or_the_mean_of_what_there_is() -> None:

@@ -99,7 +99,7 @@ def tune(
         f"{found.difference.metric if found.difference else 'Score'} {100 * objective(found.found):.1f} "
         f"on {found.n_reported} others, {_start(found)} {before}"
     )
-    path = None if found.worse else save_preset(lm, found, source, label, folder)
+    path = None if found.worse or not found.changes else save_preset(lm, found, source, label, folder)
     show.print()
     show.print(_table(found))
     if (apart := found.difference) is not None and apart.interval is not None:
@@ -107,7 +107,9 @@ def tune(
         show.print(f"{apart.metric} {100 * apart.value:+.1f} [{low:.1f}, {high:.1f}] over that, paired by case")
     searched = f"{plural(len(found.trials), 'trial')} in {seconds(found.seconds)}"
     if path is None:
-        show.print(f"{searched}; not kept: worse than {_start(found).removeprefix('by ')} on cases that chose nothing")
+        start = _start(found).removeprefix("by ")
+        why = f"not kept: worse than {start} on cases that chose nothing"
+        show.print(f"{searched}; {why if found.worse else f'nothing better than {start}'}")
     else:
         show.print(styled("{}; settings kept in [bold]{}[/]", searched, path))
     if as_json:

@@ -216,6 +216,12 @@ def tune(
             f"{name} filters what another method writes; tune that method ({start.base_method}), whose preset {name} "
             "then takes too"
         )
+    fixed = frozenset(given)
+    if not (_weights(start, fixed) or candidates(lm, start, fixed, 1, random.Random(seed))):
+        raise InvalidSetting(
+            f"{name} has nothing left to search: of {', '.join([*FACTORS, *WRITE])} and layers it has none that is not "
+            "given"
+        )
     if moments is None and start.uses_moments:
         moments = default_moments(lm)
     began = time.monotonic()
@@ -232,7 +238,7 @@ def tune(
             folder,
             start,
         )
-        best = _halving(search, frozenset(given), random.Random(seed))
+        best = _halving(search, fixed, random.Random(seed))
     took = time.monotonic() - began
     pre = evaluate(lm, reported, generate=False)
     ours, before = (search.report(method, reported, pre) for method in (best, start))
@@ -262,7 +268,7 @@ def tune(
 def _halving(search: _Search, given: frozenset[str], draw: random.Random) -> "Method":
     """Return the best settings of the last round, or of as much of it as there was time for."""
     sizes = rounds(len(search.cases))
-    weights = [name for name in WRITE if search.start.settings.get(name) and name not in given]
+    weights = _weights(search.start, given)
     n_first = first_round(search.max_trials // (len(WRITE_FACTORS) if weights else 1), len(sizes))
     running = [search.start, *candidates(search.lm, search.start, given, n_first - 1, draw)]
     best = search.start
@@ -284,6 +290,11 @@ def _halving(search: _Search, given: frozenset[str], draw: random.Random) -> "Me
             running.insert(0, search.start)
     n = len(search.cases)  # settings that lead on a few cases may be far from what all of them at once need
     return best if best == search.start or search.score(best, n) > search.score(search.start, n) else search.start
+
+
+def _weights(start: "Method", given: frozenset[str]) -> list[str]:
+    """Return the settings of the write that are searched."""
+    return [name for name in WRITE if start.settings.get(name) and name not in given]
 
 
 def first_round(n_trials: int, n_rounds: int) -> int:
