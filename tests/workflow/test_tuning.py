@@ -259,6 +259,18 @@ def test_what_was_found_is_not_lost_where_either_cannot_edit_the_other_half(
     assert not found.worse
 
 
+@pytest.mark.filterwarnings("ignore:no ft_l preset:retcon.errors.RetconWarning")
+def test_the_reported_half_is_the_same_by_any_seed(
+    presets: Path, tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search that begins at what another one found does not report on what that one searched on."""
+    halves = []
+    monkeypatch.setattr(tuning, "_halving", lambda search, given, draw: halves.append(search.cases) or search.start)
+    for seed in (0, 1):
+        tune(tiny(n_layers=2), "ft_l", CASES, given={"epochs": 1, "layers": (1,)}, seed=seed)
+    assert halves[0] == halves[1]
+
+
 def test_what_cannot_be_tuned_says_so() -> None:
     lm = retcon.load("demo:gptj")
     with pytest.raises(InvalidSetting, match="at least 4 cases"):

@@ -190,7 +190,7 @@ def tune(
             for what beat it in that round. It is then compared with the first candidate on all searched cases, unless
             it was. That and reporting come on top.
         max_trials: sets of settings to try at most, all rounds counted.
-        seed: of the halves, the candidates, and everything drawn in editing.
+        seed: of the candidates, and everything drawn in editing.
         heard: is told of every trial.
 
     Raises:
@@ -207,7 +207,7 @@ def tune(
     if len(order) < LEAST_CASES:
         raise InvalidSetting(f"tuning takes at least {LEAST_CASES} cases, better a hundred; found {len(order)}")
     given = dict(given or {})
-    random.Random(seed).shuffle(order)
+    random.Random(0).shuffle(order)  # whatever the seed: what is begun at may have been tuned on these cases
     searched, reported = order[: len(order) // 2], order[len(order) // 2 :]
     chosen = choose(name, for_model=lm, preset=preset, cases=searched, **given)
     start = chosen.method
