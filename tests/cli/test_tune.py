@@ -91,3 +91,15 @@ def test_what_is_clearly_worse_on_the_other_half_is_not_kept(
     assert "not kept: worse than memit/demo-gptj/world on cases that chose nothing" in result.stderr
     assert json.loads(result.stdout)["preset"] is None
     assert not (here / "mine").exists()
+
+
+@pytest.mark.parametrize(("text", "folder"), [("", "facts.jsonl"), ("[[preset]]\nmodel = 3", "broken")])
+def test_where_the_preset_cannot_be_written_is_said_before_the_search(
+    text: str, folder: str, cli: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retcon.cli.tune.search", None)
+    if text:
+        (here / folder).mkdir()
+        (here / folder / "memit.toml").write_text(text)
+    result = cli(*TUNE, "--presets", folder, code=2)
+    assert f"{folder}/memit.toml" in result.stderr

@@ -1,5 +1,6 @@
 """`retcon tune`: settings for a model and facts of one's own, searched and kept as a preset."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +11,10 @@ from rich.table import Table
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Corpus, Json, Method, Model, On, Preset, Seed
+from retcon.cli.outputs import check_output
 from retcon.cli.printing import console, emit, plain_table, plural, seconds, styled
 from retcon.cluster import workers, working_on
+from retcon.methods.common.presets import preset_path
 from retcon.workflow import facts_that_fit, moments_for, read_facts, read_settings
 from retcon.workflow.facts import Reading
 from retcon.workflow.tuning import Trial, Tuned, objective, save_preset
@@ -65,6 +68,7 @@ def tune(
     """
     place = workers(on)
     given = read_settings(method, dataset=None, preset=preset, assignments=assignments or ())
+    check_output(preset_path(method, folder))
     facts = read_facts(cases, reading)
     lm = load_model(model)
     facts = facts_that_fit(lm, facts, reading.on_error)
@@ -73,7 +77,7 @@ def tune(
     show.print(f"facts     {facts.about}", soft_wrap=True)
 
     def heard(trial: Trial) -> None:
-        changed = " ".join(f"{name}={_shown(value)}" for name, value in trial.changes.items()) or "where it begins"
+        changed = _all_shown(trial.changes) or "where it begins"
         failed = styled("  [red]{}[/]", trial.problem) if trial.problem else ""
         tried = f"{plural(trial.n_cases, 'case')}, {seconds(trial.seconds)}"
         show.print(styled("  {:5.1f}  {}  {}{}", 100 * trial.score, tried, changed, failed), soft_wrap=True)
@@ -99,12 +103,14 @@ def tune(
         f"{found.difference.metric if found.difference else 'Score'} {100 * objective(found.found):.1f} "
         f"on {found.n_reported} others, {_start(found)} {before}"
     )
-    path = None if found.worse or not found.changes else save_preset(lm, found, source, label, folder)
     show.print()
     show.print(_table(found))
     if (apart := found.difference) is not None and apart.interval is not None:
         low, high = 100 * apart.interval.low, 100 * apart.interval.high
         show.print(f"{apart.metric} {100 * apart.value:+.1f} [{low:.1f}, {high:.1f}] over that, paired by case")
+    if found.changes:
+        show.print(styled("found: {}", _all_shown(found.changes)), soft_wrap=True)
+    path = None if found.worse or not found.changes else save_preset(lm, found, source, label, folder)
     searched = f"{plural(len(found.trials), 'trial')} in {seconds(found.seconds)}"
     if path is None:
         start = _start(found).removeprefix("by ")
@@ -147,6 +153,10 @@ def _start(found: Tuned) -> str:
 def _cell(summary: Any, name: str) -> str:
     line = summary.get(name)
     return line.post.percent() if line and line.post else "-"
+
+
+def _all_shown(changes: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={_shown(value)}" for name, value in changes.items())
 
 
 def _shown(value: Any) -> str:

@@ -174,6 +174,17 @@ TUNED = "tuned by retcon"
 """What the source of a preset that `retcon tune` wrote begins with; such a preset is taken before all others."""
 
 
+def preset_path(method: str, folder: Path | None = None) -> Path:
+    """Return the file that a preset is written to, in the user's folder (or `folder`); it need not exist.
+
+    Raises:
+        MalformedFile: the file that is there is no file of presets.
+    """
+    folder = folder or user_folder()
+    list(_presets_in(folder, method, method))
+    return _file_of(folder, method)
+
+
 def write_preset(
     method: str,
     match: Mapping[str, Any],
@@ -191,9 +202,7 @@ def write_preset(
     Raises:
         MalformedFile: the file that is there is no file of presets; it is left as it is.
     """
-    folder = folder or user_folder()
-    path = folder / f"{method.partition(':')[2] or method}.toml"
-    list(_presets_in(folder, method, method))  # what is there can be read
+    path = preset_path(method, folder)
     defaults = {f.name: f.default for f in fields(method_class(method))}
     written = {n: "none" if v is None else v for n, v in settings.items() if v is not None or defaults[n] is not None}
     look = ", ".join(f"{name} = {toml_value(value)}" for name, value in match.items() if value is not None)
@@ -219,7 +228,7 @@ def write_preset(
 
 def _presets_in(folder: Path, name: str, file: str) -> Iterator[Preset]:
     """Yield the presets of a method in a folder, read from a file's `[[preset]]` tables."""
-    path = folder / f"{file.partition(':')[2] or file}.toml"
+    path = _file_of(folder, file)
     try:
         for i, p in enumerate(_toml(path).get("preset", []), 1):
             models = _toml(OWN_FOLDER / "models.toml") | _toml(path.with_name("models.toml"))
@@ -236,6 +245,10 @@ def _presets_in(folder: Path, name: str, file: str) -> Iterator[Preset]:
             f"{path}: a [[preset]] needs model (a name in models.toml, or a table), dataset, source and settings; "
             f"missing or wrong: {error}"
         ) from None
+
+
+def _file_of(folder: Path, method: str) -> Path:
+    return folder / f"{method.partition(':')[2] or method}.toml"
 
 
 def _toml(path: Path) -> dict[str, Any]:
