@@ -20,7 +20,7 @@ from retcon.methods.common.locate_then_edit import SearchSettings
 from retcon.methods.common.tuning import TuningSettings
 
 N_TRIED = 8
-"""Edits that clamps are fitted on, evenly spaced over those given."""
+"""Edits that clamps are fitted on; `every_kth` says which."""
 ENOUGH = 0.5
 """Share of them that has to reach its target."""
 MAX_FACTOR = 32.0
@@ -121,7 +121,7 @@ def fit_learning_rate(
     n_tried = sum(map(len, batches))
     rate, highest = method.learning_rate, MAX_RATE_FACTOR * method.learning_rate
     if any(len(batch) > N_TRIED for batch in batches):
-        rate = fit_learning_rate(lm, method, evenly(edits, N_TRIED), seed=seed).learning_rate
+        rate = fit_learning_rate(lm, method, every_kth(edits, N_TRIED), seed=seed).learning_rate
     states: list[State | None] = [None] * len(batches)
     best = FittedStep(rate, 0, n_tried)
     while n_tried:
@@ -138,7 +138,7 @@ def fit_learning_rate(
 
 
 def tried_batches(edits: Sequence[Edit], at_once: int | None) -> list[list[Edit]]:
-    """Return batches, evenly spaced over `edits`, of the size that will be written and `N_TRIED_TOGETHER` at most.
+    """Return batches of every kth edit (`every_kth`), of the size that will be written and `N_TRIED_TOGETHER` at most.
 
     As many as `N_TRIED` edits need: a method that writes one fact at a time is tried on eight of them.
     """
@@ -146,12 +146,12 @@ def tried_batches(edits: Sequence[Edit], at_once: int | None) -> list[list[Edit]
     if not size:
         return []
     n_batches = min(-(-N_TRIED // size), len(edits) // size)
-    tried = evenly(edits, n_batches * size)
+    tried = every_kth(edits, n_batches * size)
     return [tried[first : first + size] for first in range(0, len(tried), size)]
 
 
-def evenly(edits: Sequence[Edit], n: int) -> list[Edit]:
-    """Return at most `n` of the edits, evenly spaced and in their order."""
+def every_kth(edits: Sequence[Edit], n: int) -> list[Edit]:
+    """Return every kth edit from the first on, `n` at most; with k = 1 the first n, as of fewer than 2 n."""
     return list(edits[:: max(1, len(edits) // n)])[:n]
 
 
@@ -164,7 +164,7 @@ def fit_clamps(lm: LM, method: SearchSettings, edits: Sequence[Edit], names: Seq
     Args:
         edits: at most `N_TRIED` of them are searched, on the weights as they are.
     """
-    tried = evenly([edit for edit in edits if edit.subject_span is not None], N_TRIED)
+    tried = every_kth([edit for edit in edits if edit.subject_span is not None], N_TRIED)
     contexts = method.sampled_contexts(lm, 0)
     best: FittedClamps | None = None
     factor = 1.0
