@@ -1,6 +1,7 @@
 """Workers elsewhere: the same delta to the bit, whatever their number, and whichever of them are killed."""
 
 import copy
+import importlib
 import os
 import signal
 import subprocess
@@ -128,7 +129,9 @@ def test_an_unknown_place_is_refused(on: str) -> None:
 
 def test_a_worker_has_the_deltas_of_the_asking_process(lm: LM, edits: list[Edit]) -> None:
     delta = propose(lm, edits[:2])
-    (id_, content), *_ = to_bytes([delta])
+    sent = to_bytes([delta])
+    id_, _, content = sent[0]
+    assert isinstance(content, bytes)
     assert from_bytes(content).id == id_ == delta.id
     worker = Worker.__new__(Worker)  # over the same model, so that nothing is loaded twice
     worker.lm, worker._deltas = lm, {}
@@ -136,7 +139,7 @@ def test_a_worker_has_the_deltas_of_the_asking_process(lm: LM, edits: list[Edit]
     def applied(lm: LM, piece: None, progress: Done) -> list[str]:
         return [d.id for d in lm.applied]
 
-    assert worker.run(applied, None, [(id_, content)]) == [delta.id]
+    assert worker.run(applied, None, sent) == [delta.id]
     assert worker.run(applied, None, []) == []
     foreign = replace(delta, base=ZEROS)  # applied with other_base=True, which the asking process decides
     assert worker.run(applied, None, to_bytes([foreign])) == [foreign.id]
@@ -282,6 +285,28 @@ def test_an_error_that_cannot_be_sent_is_told(two: Processes, lm: LM) -> None:
     with pytest.raises(WorkFailed, match="a piece of work ended in a worker with Stiff: piece 7 is odd") as caught:
         list(two.map(lm, FailsStiffly(), [7], lambda n: None))
     assert "in __call__" in caught.value.__notes__[0]
+
+
+OWN_KIND = """
+from retcon.attachment import Beside, register
+
+@register
+class Quiet(Beside):
+    kind = "quiet"
+"""
+
+
+class Applied:
+    def __call__(self, lm: LM, piece: int, progress: Done) -> list[str]:
+        return [delta.id for delta in lm.applied]
+
+
+def test_a_kind_of_one_s_own_is_known_to_workers(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quiet_kind.py").write_text(OWN_KIND)
+    monkeypatch.syspath_prepend(tmp_path)  # before the workers start
+    quiet = importlib.import_module("quiet_kind").Quiet(base=lm.fingerprint())
+    with workers("processes:1") as one, lm.edited(quiet):
+        assert list(one.map(lm, Applied(), [1], lambda n: None)) == [(0, [quiet.id])]
 
 
 def test_no_piece_is_begun_after_an_error(two: Processes, lm: LM, tmp_path: Path) -> None:

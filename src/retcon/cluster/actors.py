@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from retcon.cluster.worker import FOLDER, Source, Worker, sendable, to_bytes
+from retcon.cluster.worker import FOLDER, Sent, Source, Worker, sendable, to_bytes
 from retcon.errors import InvalidSetting, MissingPackage, WorkersLost, how_to_install
 from retcon.lm.model import LM
 from retcon.work import Done, Piece, Result, Work
@@ -33,7 +33,7 @@ class Actor:
     def ready(self) -> None:
         """Return once the process runs."""
 
-    def run(self, work: Any, piece: Any, deltas: Sequence[tuple[str, bytes]]) -> Any:
+    def run(self, work: Any, piece: Any, deltas: Sequence[Sent]) -> Any:
         """Do as `Worker.run`."""
         try:
             self.worker = self.worker or Worker(self.source)
@@ -147,6 +147,7 @@ class RayCluster:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "retcon"}
         if self.address is None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # else those of pieces that a map has given up
             os.environ.setdefault("RAY_worker_niceness", "0")  # else workers give way to all other processes
             options["include_dashboard"] = False
             if self.n is not None:

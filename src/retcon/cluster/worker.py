@@ -1,9 +1,11 @@
 """A worker: loads a model once, and works on pieces with the weights that the asking process has."""
 
 import tempfile
+import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from pickle import dumps, loads
 from traceback import format_exception
@@ -13,7 +15,7 @@ import torch
 
 from retcon import attachment
 from retcon.attachment import Attachment
-from retcon.errors import InvalidSetting, WorkFailed, WrongBase
+from retcon.errors import InvalidSetting, RetconWarning, WorkFailed, WrongBase
 from retcon.files import replacing_folder, write_atomically
 from retcon.lm.generate import own_settings
 from retcon.lm.load import load, quietly
@@ -22,6 +24,8 @@ from retcon.lm.tokenizer import chat_hash
 from retcon.version import versions
 from retcon.work import silent
 
+Sent = tuple[str, str, bytes | Path]
+"""A delta that travels: its id, the module of its class, its file or what is in it."""
 FOLDER = "retcon-workers-"
 """What folders begin with that models and deltas are written to for workers."""
 
@@ -103,18 +107,23 @@ class Worker:
         self.lm.model.generation_config = GenerationConfig(eos_token_id=list(source.end_tokens))
         self._deltas: dict[str, Attachment] = {}
 
-    def run(self, work: Any, piece: Any, deltas: Sequence[tuple[str, bytes | Path]]) -> Any:
-        """Return the result of a piece, with these deltas (id, file or what is in it) applied in their order."""
+    def run(self, work: Any, piece: Any, deltas: Sequence[Sent]) -> Any:
+        """Return the result of a piece, with these deltas applied in their order.
+
+        Raises:
+            MalformedFile: a delta is of a kind that this process knows nothing of.
+        """
         self._apply(deltas)
         return work(self.lm, piece, silent)
 
-    def _apply(self, deltas: Sequence[tuple[str, bytes | Path]]) -> None:
-        wanted = [id_ for id_, _ in deltas]
+    def _apply(self, deltas: Sequence[Sent]) -> None:
+        wanted = [id_ for id_, *_ in deltas]
         if [d.id for d in self.lm.applied] == wanted:
             return
-        self._deltas = {id_: self._deltas.get(id_) or _read(content) for id_, content in deltas}
+        self._deltas = {id_: self._deltas.get(id_) or _read(module, content) for id_, module, content in deltas}
         self.lm.revert_all()
-        with ExitStack() as stack:
+        with ExitStack() as stack, warnings.catch_warnings():
+            warnings.simplefilter("ignore", RetconWarning)  # the asking process has said so
             stack.callback(self.lm.revert_all)  # nothing, or all of them
             for id_ in wanted:
                 self.lm.apply(self._deltas[id_], other_base=True)  # the asking process has allowed it
@@ -132,27 +141,31 @@ def sendable(error: Exception) -> Exception:
     return error
 
 
-def to_bytes(deltas: Sequence[Attachment]) -> list[tuple[str, bytes]]:
-    """Return (id, file) of each delta, as they travel."""
-    found = []
+def to_bytes(deltas: Sequence[Attachment]) -> list[Sent]:
+    """Return deltas as they travel to another machine."""
+    found: list[Sent] = []
     with tempfile.TemporaryDirectory(prefix="retcon-") as folder:
         path = Path(folder) / "delta.safetensors"
         for delta in deltas:
             delta.save(path)
-            found.append((delta.id, path.read_bytes()))
+            found.append((delta.id, type(delta).__module__, path.read_bytes()))
     return found
 
 
-def to_files(deltas: Sequence[Attachment], folder: Path) -> list[tuple[str, Path]]:
-    """Return (id, file) of each delta, its file in the folder, where it may be already."""
-    found = [(delta.id, folder / f"{delta.id}.safetensors") for delta in deltas]
-    for delta, (_, path) in zip(deltas, found, strict=True):
+def to_files(deltas: Sequence[Attachment], folder: Path) -> list[Sent]:
+    """Return deltas as they travel on this machine, their files in the folder, where they may be already."""
+    found: list[Sent] = []
+    for delta in deltas:
+        path = folder / f"{delta.id}.safetensors"
         if not path.exists():
             delta.save(path)
+        found.append((delta.id, type(delta).__module__, path))
     return found
 
 
-def _read(content: bytes | Path) -> Attachment:
+def _read(module: str, content: bytes | Path) -> Attachment:
+    with suppress(ImportError):  # a kind of one's own is registered there
+        import_module(module)
     return attachment.load(content) if isinstance(content, Path) else from_bytes(content)
 
 
