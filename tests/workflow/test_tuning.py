@@ -89,7 +89,8 @@ def test_trials_that_differ_in_the_write_alone_share_their_values(
     lighter, heavier = ({"moment_weight": pytest.approx(factor * preset.moment_weight)} for factor in (0.2, 5.0))
     assert [trial.changes for trial in found.trials] == [{}, lighter, heavier]
     assert searched[0] == 4
-    assert sum(searched) == 4 + 2 * 4  # once for all trials; then the reported half, found and rule
+    n_reported = 4 * (1 + bool(found.changes))  # by what was found and, if that is another, by what was begun at
+    assert sum(searched) == 4 + n_reported  # once for all trials
 
 
 @pytest.mark.parametrize("name", ["jeep", "rome", "emmet", "kne", "ctp", "full_c", "ft_l"])
@@ -194,9 +195,9 @@ def test_nothing_that_is_searched_sees_the_reported_half(
     monkeypatch.setattr(choosing, "choose", choose)
     monkeypatch.setattr(tuning, "measured", measured)
     tune(tiny(n_layers=2), "ft_l", CASES[:4], max_trials=1, given={"epochs": 1, "layers": (1,)})
-    searched, reported, again = tried
+    searched, reported = tried
     assert begun_with == searched
-    assert reported == again == {case.id for case in CASES[:4]} - searched
+    assert reported == {case.id for case in CASES[:4]} - searched
     assert len(reported) == 2
 
 

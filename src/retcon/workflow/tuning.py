@@ -241,7 +241,8 @@ def tune(
         best = _halving(search, fixed, random.Random(seed))
     took = time.monotonic() - began
     pre = evaluate(lm, reported, generate=False)
-    ours, before = (search.report(method, reported, pre) for method in (best, start))
+    ours = search.report(best, reported, pre)
+    before = ours if best == start else search.report(start, reported, pre)
     if isinstance(ours, RetconError):
         best, ours = start, before
     if isinstance(ours, RetconError):
