@@ -208,6 +208,15 @@ def test_a_dataset_beside_a_preset_is_refused(preset, tiny):
         method("memit", for_model=tiny("llama"), preset=preset, dataset="zsre")
 
 
+def test_a_setting_that_cannot_be_is_named_with_its_preset(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("RETCON_PRESETS", str(tmp_path))
+    monkeypatch.setattr("retcon.methods.common.presets.signature", lambda lm: dict(_models()["demo-llama"]))
+    table = "\n".join(f"{name} = {text}" for name, text in (PRESET | {"settings": "{layer = 1}"}).items())
+    (tmp_path / "memit.toml").write_text(f"[[preset]]\n{table}\n")
+    with pytest.raises(InvalidSetting, match="preset memit/demo-llama/d has no setting 'layer'"):
+        method("memit", for_model=tiny("llama"))
+
+
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 

@@ -101,7 +101,8 @@ def choose(
     by_rule = for_model if found is None and not as_trained else None
     shape = None if by_rule is None else ModelShape.of(by_rule)
     guess = {} if shape is None else chosen.fallback_settings(shape)
-    resolved = {**checked_settings(name, chosen, dict(found.settings) if found else guess), **settings}
+    own = checked_settings(f"preset {found.name}" if found else name, chosen, found.settings if found else guess)
+    resolved = {**own, **settings}
     base: ChosenMethod | None = None
     if for_model is not None and issubclass(chosen, Filter):
         base = _wrapped(chosen, resolved, for_model, dataset, preset, cases, at_once)
