@@ -96,7 +96,7 @@ UNLIKE: dict[str, dict[str, Any]] = {
     "hy_v3": EXPERTS | dict(num_shared_experts=1, head_dim=8),
     "kolibri1": EXPERTS | SHARED | dict(n_shared_experts=1, head_dim=8),
     "laguna": EXPERTS | SHARED | dict(head_dim=8),
-    "mellum": EXPERTS | dict(head_dim=8),
+    "mellum": EXPERTS | dict(head_dim=8, mlp_layer_types=["dense"] + ["sparse"] * 3),
     "mimo_v2_flash": EXPERTS | dict(head_dim=8, v_head_dim=8, sliding_window=8),
     "granitemoe_swa": EXPERTS | dict(residual_multiplier=0.5, shared_intermediate_size=40),
     "granitemoeshared": EXPERTS | dict(residual_multiplier=0.5, shared_intermediate_size=40),

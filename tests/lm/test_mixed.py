@@ -54,7 +54,6 @@ def test_each_block_is_of_the_kind_whose_modules_it_has(family: str, tiny: Calla
         ("ernie4_5_moe", dict(moe_num_shared_experts=0), [0], [1, 2, 3]),
         ("granitemoe_swa", dict(shared_intermediate_size=0), [], [0, 1, 2, 3]),
         ("qwen3_next", dict(mlp_only_layers=[0, 1]), [0, 1], []),
-        ("mellum", dict(mlp_layer_types=["dense", "sparse"] * 2), [0, 2], [1, 3]),
         ("cohere2_moe", dict(num_shared_experts=0), [0], [1, 2, 3]),
     ],
 )
