@@ -105,6 +105,14 @@ def test_candidates_differ_are_valid_and_keep_what_is_given(name: str, tiny: Cal
     assert {method.learning_rate for method in found} == {start.learning_rate}  # type: ignore[attr-defined]
 
 
+def test_one_layer_is_looked_for_in_the_whole_model_and_a_group_nearby(tiny: Callable[..., LM]) -> None:
+    lm = tiny("llama", n_layers=12)
+    one = candidates(lm, method_class("ft")(layers=(8,)), frozenset(), 60, random.Random(0))
+    assert len({method.settings["layers"] for method in one}) > 8
+    group = candidates(lm, Memit(layers=(4, 5, 6)), frozenset(), 60, random.Random(0))
+    assert {layer for method in group for layer in method.settings["layers"]} == set(range(3, 9))
+
+
 @pytest.mark.parametrize("given", [(), ("threshold",)])
 @pytest.mark.parametrize(("stop", "threshold"), [("probability", 0.9), ("loss", 0.9), ("probability", None)])
 def test_candidates_have_a_threshold_of_what_they_stop_at(
@@ -278,7 +286,7 @@ def test_what_cannot_be_tuned_says_so() -> None:
         tune(lm, "memit", CASES[:3])
     with pytest.raises(InvalidSetting, match=r"rect filters .* tune that method \(memit\)"):
         tune(lm, "rect", CASES[:4])
-    given = dict.fromkeys(("learning_rate", "epochs", "box"), 1) | {"layers": (1,)}
+    given = dict.fromkeys(("learning_rate", "epochs", "stop_loss", "box"), 1) | {"layers": (1,)}
     with pytest.raises(InvalidSetting, match=r"ft_l has nothing left to search: .* none that is not given"):
         tune(lm, "ft_l", CASES[:4], given=given)
 

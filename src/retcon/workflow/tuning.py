@@ -40,6 +40,7 @@ FACTORS: Mapping[str, tuple[float, ...]] = {
     "learning_rate": (0.2, 0.5, 2.0, 5.0),
     "steps": (2.0,),
     "epochs": (0.5, 2.0),
+    "stop_loss": (0.1, 10.0),
     "budget": (0.1, 0.3),
     "box": (0.2, 5.0, 20.0, 100.0),
     "threshold": (0.5, 1.5),
@@ -367,14 +368,18 @@ def candidates(lm: "LM", start: "Method", given: frozenset[str], n: int, draw: r
 
 
 def _moved(value: int | tuple[int, ...], n_layers: int, draw: random.Random) -> int | tuple[int, ...]:
-    """Layers moved up or down by up to a tenth of the depth, a group also one wider or narrower."""
+    """Return layers moved up or down by up to a tenth of the depth, a group also one wider or narrower.
+
+    One layer is as often drawn from the whole model: which depth suits one matrix differs between models.
+    """
+    if not isinstance(value, int) and len(value) == 1:
+        return (_moved(value[0], n_layers, draw),)  # type: ignore[return-value]
     reach = max(1, round(n_layers / 10))
     by = draw.choice([step for step in range(-reach, reach + 1) if step])
     if isinstance(value, int):
-        return min(max(value + by, 0), n_layers - 1)
-    wider = draw.choice((-1, 0, 1)) if len(value) > 1 else 0
+        return draw.randrange(n_layers) if draw.random() < 0.5 else min(max(value + by, 0), n_layers - 1)
     first = max(value[0] + by, 0)
-    last = min(max(value[-1] + by + wider, first), n_layers - 1)
+    last = min(max(value[-1] + by + draw.choice((-1, 0, 1)), first), n_layers - 1)
     return tuple(range(min(first, last), last + 1))
 
 
