@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -375,6 +376,41 @@ def test_the_card_says_what_was_changed_and_papers_of_the_base_are_kept(
     record = json.loads((tmp_path / "out/retcon.json").read_text())
     assert record["deltas"][0]["edits"][0]["target_new"] == "Rome <b>|"
     assert made.n_bytes > 1000
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_a_base_of_a_revision_is_found_again(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retcon.workflow.checking import load_edited
+
+    hub = tmp_path / "hub/models--me--x"
+    (hub / "refs").mkdir(parents=True)
+    for name, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        (hub / "refs" / name).write_text(commit)
+        folder = hub / "snapshots" / commit
+        shutil.copytree(checkpoint("llama"), folder)
+        (folder / "LICENSE").write_text(f"licence of {name}")
+    other = loaded(folder)
+    other.lm_head.weight.data.mul_(2)
+    other.save_pretrained(folder)
+    for module in ("huggingface_hub.constants", "huggingface_hub.file_download"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    lm = load("me/x", revision="v1")
+    name = lm.site(1, "down_proj").name
+    lm.apply(lm.delta({name: [Dense(full=torch.ones(lm.shape_of(name)))]}))
+    export(lm, tmp_path / "out", format="peft")
+    config, record = (json.loads((tmp_path / "out" / f).read_text()) for f in ("adapter_config.json", "retcon.json"))
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/x", "v1")
+    assert record["base"]["revision"] == "v1"
+    assert "revision v1" in (tmp_path / "out/README.md").read_text()
+    assert (tmp_path / "out/LICENSE").read_text() == "licence of v1"
+    wanted = lm.model(IDS).logits
+    merged = load_edited(tmp_path / "out", "me/x", {"revision": "v1", "packed": True})
+    assert torch.allclose(merged.model(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
+    export(lm, tmp_path / "out", format="peft", base_name="me/y", force=True)
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["revision"] is None
 
 
 def test_what_does_not_show_is_not_exported(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

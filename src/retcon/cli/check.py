@@ -162,7 +162,7 @@ def check(
             other_base=other_base,
             own_words=report is not None and report.suffix.lower() == ".html",
         )
-        merged = None if edited is None else load_edited(edited, model, device=loading().device, dtype=loading().dtype)
+        merged = None if edited is None else load_edited(edited, model, vars(loading()))
         with place as at, working_on(lm, at), working_on(merged or lm, at), spinner("asking"):
             verdict = put(deltas, edited=merged)
             if against:

@@ -15,12 +15,15 @@ from retcon.lm.blocks import is_conv1d
 from retcon.lm.model import LM
 
 
-def write_adapter(lm: LM, factors: Mapping[str, Factors], directory: Path, *, base_name: str) -> list[Path]:
+def write_adapter(
+    lm: LM, factors: Mapping[str, Factors], directory: Path, *, base_name: str, revision: str | None = None
+) -> list[Path]:
     """Write factors as a LoRA adapter whose scale is 1 for every module.
 
     Args:
         factors: by parameter name; where all ranks agree, the config has no patterns, which some servers cannot read.
         base_name: what `base_model_name_or_path` says: a hub id or a path.
+        revision: of that hub id.
 
     Raises:
         DeltaMismatch: a matrix that is no module's weight.
@@ -38,6 +41,7 @@ def write_adapter(lm: LM, factors: Mapping[str, Factors], directory: Path, *, ba
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
+        "revision": revision,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,

@@ -21,6 +21,7 @@ def model_card(
     *,
     kind: str,
     base_name: str,
+    revision: str | None = None,
     scores: Mapping[str, Any] | None = None,
     losses: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
@@ -30,6 +31,7 @@ def model_card(
 
     Args:
         kind: what lies beside the card ("merged checkpoint", "LoRA adapter", ...).
+        revision: of the hub, that the base was loaded at.
         scores: measured figures by name (0 to 100), put into a table with what was measured.
         losses: per parameter, what a smaller rank has lost.
         has_base_card: the base's README lies beside it as README.base.md.
@@ -52,7 +54,8 @@ def model_card(
     for d in deltas:
         names = ", ".join(f"`{n}`" for n in d.changes)
         lines.append(f"| `{d.id}` | {markdown(str(d.provenance.get('method', '?')))} | {len(d.edits)} | {names} |")
-    lines += ["", f"Base: `{lm.fingerprint()}` (SHA-256 over its config and weights).", ""]
+    at = f", revision {markdown(revision)}" if revision else ""
+    lines += ["", f"Base: `{lm.fingerprint()}` (SHA-256 over its config and weights){at}.", ""]
     if edits:
         lines += ["| prompt | new answer | instead of |", "|---|---|---|"]
         for e in edits[:N_FACTS]:

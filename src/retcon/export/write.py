@@ -113,6 +113,7 @@ def export(
     check()
     deltas = only_deltas(lm.showing, f"format {format}")
     named = base_name or base_place(lm)
+    revision = base_revision(lm) if named == base_place(lm) else None  # another name has revisions of its own
     record = record_of(lm, deltas, files)
     factors: dict[str, Factors] = {}
     held = any(d.changes for d in deltas)
@@ -131,7 +132,7 @@ def export(
                 lm.model.save_pretrained(fresh, max_shard_size=max_shard_size)
                 lm.tokenizer.save_pretrained(fresh)
         elif format == "peft":
-            write_adapter(lm, factors, fresh, base_name=named)
+            write_adapter(lm, factors, fresh, base_name=named, revision=revision)
         elif format == "diff":
             write_changed(lm, deltas, fresh / "changed.safetensors")
         elif format == "gguf-lora":
@@ -146,6 +147,7 @@ def export(
             deltas,
             kind=FORMATS[format],
             base_name=named,
+            revision=base_revision(lm),
             scores=scores,
             losses=losses,
             notes=notes,
@@ -218,7 +220,12 @@ def record_of(lm: LM, deltas: Sequence[Delta], files: Sequence[str] = ()) -> dic
     return {
         "format": RECORD_FORMAT,
         "retcon": __version__,
-        "base": {"model": lm.label, "fingerprint": lm.fingerprint(), "dtype": str(lm.dtype).removeprefix("torch.")},
+        "base": {
+            "model": lm.label,
+            "revision": base_revision(lm),
+            "fingerprint": lm.fingerprint(),
+            "dtype": str(lm.dtype).removeprefix("torch."),
+        },
         "deltas": [
             {
                 "id": d.id,
@@ -239,8 +246,13 @@ def base_folder(lm: LM) -> Path | None:
     name = getattr(lm.model.config, "_name_or_path", "")
     if name and Path(name).is_dir():  # whatever its weights are kept in
         return Path(name)
-    files = checkpoint_files(name) if name else []
+    files = checkpoint_files(name, base_revision(lm)) if name else []
     return files[-1].parent if files else None
+
+
+def base_revision(lm: LM) -> str | None:
+    """Return the revision of the hub that the base was loaded at, None where none was asked for."""
+    return lm.source[1]["revision"] if lm.source is not None else None
 
 
 def base_place(lm: LM) -> str:

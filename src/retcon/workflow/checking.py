@@ -1,8 +1,9 @@
 """Whether an edit is safe to ship: the edited model from wherever it is, and the verdict as a file."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from retcon.errors import InvalidSetting, MissingPackage
 from retcon.escaping import markdown
@@ -43,8 +44,12 @@ def check_edited(folder: Path) -> None:
         raise InvalidSetting(f"{folder}: no such folder; give a merged checkpoint or an adapter")
 
 
-def load_edited(folder: Path, base: str, *, device: str | None = None, dtype: str | None = None) -> "LM":
+def load_edited(folder: Path, base: str, options: Mapping[str, Any]) -> "LM":
     """Load an edited model: a merged checkpoint, or `base` with the PEFT adapter of a folder merged into it.
+
+    Args:
+        options: how `retcon.load` is to load it. Nothing stays packed, which changes no result: an adapter is merged
+            into floats, and a merged checkpoint has them.
 
     Raises:
         InvalidSetting: there is no such folder.
@@ -56,14 +61,15 @@ def load_edited(folder: Path, base: str, *, device: str | None = None, dtype: st
     from retcon.lm.quantised import no_remarks_of
 
     check_edited(folder)
+    options = {**options, "packed": False}
     if not (folder / ADAPTER).is_file():
-        return load(str(folder), device=device, dtype=dtype)
+        return load(str(folder), **options)
     try:
         with no_remarks_of("bitsandbytes"):  # on kernels of the hub's, which are not needed
             from peft import PeftModel
     except ImportError:
         raise MissingPackage(f"{folder} is a PEFT adapter, and peft is not installed: pip install peft") from None
-    lm = load(base, device=device, dtype=dtype)
+    lm = load(base, **options)
     model, tokenizer = lm.model, lm.tokenizer
     lm.release()
     with warnings.catch_warnings():
