@@ -5,9 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from recipes.tiny import tiny_wrapper, tokenizer
 
 import retcon
+from retcon.delta import Dense
 from tests.cli.conftest import write_rows
 
 
@@ -25,6 +28,30 @@ def test_an_adapter_of_a_smaller_rank_is_measured_beside_the_exact_one(cli: Call
     elsewhere = cli("export", base, str(delta), *options[3:], "--out", "adapter", "--force").stdout
     assert f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), 'adapter')" in elsewhere
     assert "lost" in shown
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_an_adapter_of_a_model_with_images_is_loaded_by_the_line_that_is_printed(
+    cli: Callable[..., Any], here: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    tiny_wrapper("qwen2_5_vl").float().save_pretrained("images")
+    tokenizer().save_pretrained("images")
+    lm = retcon.load("images")
+    name = lm.site(1, "down_proj").name
+    lm.apply(lm.delta({name: [Dense(full=torch.ones(lm.shape_of(name)))]}))
+    lm.applied[0].save("d.safetensors")
+    line = cli("export", "images", "d.safetensors", "--format", "peft", "--out", "adapter").stdout.splitlines()[-1]
+    assert (
+        line
+        == "load it with PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained('images'), 'adapter')"
+    )
+    assert json.loads(Path("adapter/adapter_config.json").read_text())["task_type"] is None
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("images"), "adapter")
+    ids = torch.tensor([[15, 16, 17, 18]])
+    assert torch.allclose(model(input_ids=ids).logits, lm.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_calls_the_base_as_it_is_told(cli: Callable[..., Any], delta: Path) -> None:

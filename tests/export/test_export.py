@@ -209,6 +209,18 @@ def test_a_gguf_adapter_holds_the_live_change(family: str, checkpoint: Callable[
         assert np.allclose(b @ a, change.numpy(), atol=1e-5)
 
 
+def test_an_adapter_names_the_gguf_file_of_its_base(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(load(str(checkpoint("llama"))), tmp_path / "base", format="gguf", gguf_type="f32")
+    (tmp_path / "base/model-f32.gguf").rename(tmp_path / "x.gguf")
+    monkeypatch.chdir(tmp_path)
+    for i, place in enumerate(("x.gguf", str(tmp_path / "x.gguf"))):
+        export(edited(Path(place)), tmp_path / f"peft{i}", format="peft")
+        config = json.loads((tmp_path / f"peft{i}/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "x.gguf"
+
+
 def test_a_gguf_adapter_is_the_change_of_the_whole_models_file(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Rows of a llama's queries and keys have another order there; the adapter's have the same."""
     lm = load(str(checkpoint("llama")))

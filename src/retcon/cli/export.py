@@ -222,15 +222,20 @@ def _show(made: "Exported", scores: dict[str, float], address: str | None, loads
 
 
 def _how_to_load(made: "Exported", lm: "LM", base_name: str | None) -> str:
-    from retcon.export.write import base_place
-    from retcon.lm.load import how_to_load
+    from retcon.export.write import base_gguf, base_place, base_revision
+    from retcon.lm.load import class_that_reads, how_to_load
 
     place = str(made.place)
     if made.format == "hf":
         return f"load it with {how_to_load(place)}"
     base = str(lm.model.config._name_or_path)
-    if made.format == "peft" and base_name is None and base != base_place(lm):  # a path that the adapter leaves out
-        return f"load it with PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {place!r})"
+    reader = class_that_reads(lm.model.config).__name__
+    # a path that the adapter leaves out, or a base that AutoPeftModelForCausalLM does not load
+    by_hand = reader != "AutoModelForCausalLM" or base_gguf(lm) or (base_name is None and base != base_place(lm))
+    if made.format == "peft" and by_hand:
+        options = {"gguf_file": file.name if (file := base_gguf(lm)) else None, "revision": base_revision(lm)}
+        given = "".join(f", {option}={value!r}" for option, value in options.items() if value)
+        return f"load it with PeftModel.from_pretrained({reader}.from_pretrained({base!r}{given}), {place!r})"
     return {
         "peft": f"load it with AutoPeftModelForCausalLM.from_pretrained({place!r})",
         "diff": f"load it with retcon.export.write.load_changed(model, {place + '/changed.safetensors'!r})",

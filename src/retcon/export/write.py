@@ -21,6 +21,7 @@ from retcon.export.card import model_card
 from retcon.export.factors import Factors, factors_of
 from retcon.export.gguf import TYPES, write_lora, write_model
 from retcon.files import as_shared, replacing_folder
+from retcon.lm.gguf import find_gguf
 from retcon.lm.load import checkpoint_files, quietly
 from retcon.lm.model import LM
 from retcon.version import __version__
@@ -257,8 +258,14 @@ def base_revision(lm: LM) -> str | None:
 
 def base_place(lm: LM) -> str:
     """Return how people find the base: a hub id and a relative path as they are; of an absolute path, which is of this
-    machine alone, the last part."""
-    return as_shared(str(getattr(lm.model.config, "_name_or_path", "") or lm.label))
+    machine alone, the last part. Of GGUF it is the file."""
+    name = str(getattr(lm.model.config, "_name_or_path", "") or lm.label)
+    return as_shared(str(base_gguf(lm) or name))
+
+
+def base_gguf(lm: LM) -> Path | None:
+    """Return the GGUF file that the base was loaded from, None where it was another kind of checkpoint."""
+    return find_gguf(lm.source[0]) if lm.source is not None and Path(lm.source[0]).exists() else None
 
 
 def check_form(format: str, *, rank: int | str | None, gguf_type: str, max_shard_size: str) -> None:

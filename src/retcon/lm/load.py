@@ -213,11 +213,17 @@ def how_to_load(folder: str | Path) -> str:
 
 
 def _model_class(place: str, options: dict[str, Any]) -> Any:
-    """Return the class that reads a checkpoint whole: of a text model beside others (images, sound), the one with all
-    of them, so that saving gives everything back."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    """Return the class that reads a checkpoint whole."""
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(place, **options)
+    return class_that_reads(AutoConfig.from_pretrained(place, **options))
+
+
+def class_that_reads(config: Any) -> Any:
+    """Return the class that reads a checkpoint of that config whole: of a text model beside others (images, sound), the
+    one with all of them, so that saving gives everything back."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
     if config.get_text_config() is not config and type(config) in AutoModelForImageTextToText._model_mapping:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
