@@ -437,7 +437,9 @@ def test_what_does_not_show_is_not_exported(checkpoint: Callable[..., Path], tmp
     assert all(torch.equal(written[name], weight) for name, weight in base.model.state_dict().items())
 
 
-def test_a_place_that_would_take_something_away_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_place_that_would_take_something_away_is_refused(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = checkpoint("llama")
     lm = edited(folder)
     with pytest.raises(InvalidSetting, match="the model itself"):
@@ -448,6 +450,12 @@ def test_a_place_that_would_take_something_away_is_refused(checkpoint: Callable[
         export(lm, tmp_path / "mine")
     with pytest.raises(InvalidSetting, match="holds no checkpoint"):
         export(lm, tmp_path / "mine", force=True)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for own in (".", tmp_path / "empty"):
+        with pytest.raises(InvalidSetting, match="the directory that you are in"):
+            export(lm, own)
+    assert Path("../mine/letter.txt").is_file()
     export(lm, tmp_path / "adapter", format="peft")
     export(lm, tmp_path / "adapter", format="peft", force=True)
     assert read_adapter(tmp_path / "adapter").keys() == {"model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"}

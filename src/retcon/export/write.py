@@ -312,13 +312,17 @@ def check_place(place: Path, model: Path | None, force: bool, inputs: Sequence[P
         inputs: files and folders that the export is made from.
 
     Raises:
-        InvalidSetting: a file, the base itself, or a folder that is not empty (with `force`: that is no export, or that
-            holds an input).
+        InvalidSetting: a file, the base itself, the current directory or one above it, or a folder that is not empty
+            (with `force`: that is no export, or that holds an input).
     """
     if place.exists() and not place.is_dir():
         raise InvalidSetting(f"{place} is a file; give a directory to save to")
     if model is not None and place.resolve() == model.resolve():
         raise InvalidSetting(f"{place} is the model itself; save somewhere else, or the edit could not be undone")
+    if Path.cwd().is_relative_to(place.resolve()):
+        raise InvalidSetting(
+            f"{place} is the directory that you are in, which would be replaced; work from another one"
+        )
     if not place.is_dir() or not any(place.iterdir()):
         return
     if not force:
