@@ -425,6 +425,22 @@ def test_a_base_of_a_revision_is_found_again(
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["revision"] is None
 
 
+def test_a_merged_checkpoint_has_the_bases_other_parts_and_papers_however_they_are_spelt(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = checkpoint("llama")
+    papers = {"license.md", "acceptable_use_policy.txt"}
+    parts = {"preprocessor_config.json", "processor_config.json", "tokenizer.model"}
+    for name in (*papers, *parts, "notes.txt"):
+        (folder / name).write_text(name)
+    lm = edited(folder)
+    for format, kept in (("hf", papers | parts), ("peft", papers)):
+        export(lm, tmp_path / "out", format=format, force=True)  # type: ignore[arg-type]
+        names = {file.name for file in (tmp_path / "out").iterdir()}
+        assert names & {*papers, *parts, "notes.txt"} == kept
+    assert (tmp_path / "out/license.md").read_text() == "license.md"
+
+
 def test_what_does_not_show_is_not_exported(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = checkpoint("llama")
     lm, base = edited(folder), load(str(folder), dtype="auto")

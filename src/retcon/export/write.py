@@ -50,12 +50,16 @@ _WEIGHTS = (
 _FILES = (
     *(*_WEIGHTS, "config.json", "generation_config.json", "retcon.json", "README.md", "README.base.md"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.json", "*.jinja", ".gitattributes"),
+    *("vocab.txt", "merges.txt", "*.tiktoken", "chat_template.json", "*.jinja", ".gitattributes"),
 )
 """What a folder may consist of that --force replaces, beside the papers and what its index lists. A delta is none of
 these, for it cannot be made again from the export."""
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
-_KEPT = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
+_KEPT = ("LICENSE*", "LICENCE*", "NOTICE*", "*USE_POLICY*", "COPYING*")
+"""Papers of the base, in letters of any case."""
+_PARTS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "*.model")
+"""Files of the base that a merged checkpoint needs beside those that model and tokenizer write: for images, and a
+tokenizer as other programs read it."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def export(
             with lm.as_floats():
                 notes = lm.notes
                 write_model(lm, fresh / f"model-{gguf_type}.gguf", type_name=gguf_type)
-        has_base_card = _keep_papers(lm, fresh)
+        has_base_card = _keep_files(lm, fresh, _PARTS if format == "hf" else ())
         card = model_card(
             lm,
             deltas,
@@ -363,19 +367,24 @@ def _of_a_checkpoint(name: Path, path: Path, listed: Collection[str]) -> bool:
     of."""
     if path.is_dir() and not path.is_symlink():
         return name.parts[0] in _FOLDERS
-    known = name.name in listed or any(fnmatch(name.name, pattern) for pattern in (*_FILES, *_KEPT))
+    known = name.name in listed or _fits(name.name.upper(), _KEPT) or _fits(name.name, (*_FILES, *_PARTS))
     return path.is_file() and known and (len(name.parts) == 1 or name.parts[0] in _FOLDERS)
 
 
-def _keep_papers(lm: LM, fresh: Path) -> bool:
-    """Copy the base's licence, and its card under another name; return whether there was a card."""
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _keep_files(lm: LM, fresh: Path, parts: Sequence[str]) -> bool:
+    """Copy the base's licence, those files of it that `parts` fit and that are not written anew, and its card under
+    another name; return whether there was a card."""
     base = base_folder(lm)
     if base is None or not (base / "config.json").is_file():  # what lies beside a GGUF file may be about other things
         return False
-    for pattern in _KEPT:
-        for file in base.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, fresh / file.name)
+    for file in base.iterdir():
+        wanted = _fits(file.name.upper(), _KEPT) or _fits(file.name, parts)
+        if wanted and file.is_file() and not (fresh / file.name).exists():
+            shutil.copyfile(file, fresh / file.name)
     card = base / "README.md"
     if card.is_file():
         shutil.copyfile(card, fresh / "README.base.md")
