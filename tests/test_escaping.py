@@ -153,7 +153,13 @@ def test_a_model_card(tiny: Any) -> None:
     edit = Edit(id="a", prompt="{} " + HOSTILE, subject=HOSTILE.replace("{", ""), target_new=HOSTILE)
     delta: Delta = lm.delta({}, edits=(edit,), provenance={"method": HOSTILE})
     card = model_card(
-        lm, [delta], kind="merged checkpoint", base_name="a/b\n- x: y", scores={HOSTILE: 1.0}, notes=[HOSTILE]
+        lm,
+        [delta],
+        kind="merged checkpoint",
+        called=lm.label,
+        base_name="a/b\n- x: y",
+        scores={HOSTILE: 1.0},
+        notes=[HOSTILE],
     )
     check_markdown(card.partition("---\n\n")[2])
     assert "base_model" not in card

@@ -380,7 +380,15 @@ def test_the_card_says_what_was_changed_and_papers_of_the_base_are_kept(
     lm = edited(checkpoint("llama"))
     made = export(lm, tmp_path / "out", scores={"Score": 91.25}, base_name="owner/base")
     card = (tmp_path / "out/README.md").read_text()
-    for part in ("base_model: owner/base", "jeep", "The capital of France is", "Score: 91.2", "## Limits"):
+    for part in (
+        "base_model: owner/base",
+        "# owner/base, edited",
+        "\nowner/base with 1 fact",
+        "jeep",
+        "The capital of France is",
+        "Score: 91.2",
+        "## Limits",
+    ):
         assert part in card
     assert "Rome &lt;b>\\|" in card  # hostile text stays text
     assert (tmp_path / "out/LICENSE").read_text() == "free for all"

@@ -21,6 +21,7 @@ def model_card(
     *,
     kind: str,
     base_name: str,
+    called: str,
     revision: str | None = None,
     scores: Mapping[str, Any] | None = None,
     losses: Mapping[str, Any] | None = None,
@@ -31,6 +32,8 @@ def model_card(
 
     Args:
         kind: what lies beside the card ("merged checkpoint", "LoRA adapter", ...).
+        base_name: where the base is: a hub id, or a path.
+        called: what the text calls the base.
         revision: of the hub, that the base was loaded at.
         scores: measured figures by name (0 to 100), put into a table with what was measured.
         losses: per parameter, what a smaller rank has lost.
@@ -43,9 +46,9 @@ def model_card(
     is_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", base_name) is not None
     lines = ["---", *([f"base_model: {base_name}"] if is_hub else []), "library_name: transformers"]
     lines += ["pipeline_tag: text-generation", "tags:", "- knowledge-editing", "- retcon", "---", ""]
-    lines += [f"# {markdown(lm.label)}, edited", ""]
+    lines += [f"# {markdown(called)}, edited", ""]
     lines += [
-        f"{markdown(lm.label)} with {plural(len(edits), 'fact')} changed by "
+        f"{markdown(called)} with {plural(len(edits), 'fact')} changed by "
         f"[retcon](https://pypi.org/project/retcon-lm/) {__version__}; a {kind}. All else is meant to be as "
         "in the base.",
         "",

@@ -152,6 +152,7 @@ def export(
             deltas,
             kind=FORMATS[format],
             base_name=named,
+            called=base_name or lm.label,
             revision=base_revision(lm),
             scores=scores,
             losses=losses,
