@@ -17,7 +17,14 @@ from torch import Tensor
 
 from retcon.delta import Columns, Delta, Dense, Entries, LowRank, Region, Rows
 from retcon.edits import Edit
-from retcon.errors import DeltaMismatch, DeltaNotApplied, InvalidSetting, UnsupportedModel
+from retcon.errors import (
+    DeltaMismatch,
+    DeltaNotApplied,
+    InvalidSetting,
+    MalformedFile,
+    RetconWarning,
+    UnsupportedModel,
+)
 from retcon.export import export
 from retcon.export.factors import factors_of
 from retcon.export.write import load_changed
@@ -120,6 +127,28 @@ def test_merged_and_changed_tensors_are_the_live_model_bit_for_bit(
     base = loaded(folder)
     load_changed(base, tmp_path / "diff" / "changed.safetensors")
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in base.state_dict().items())
+
+
+def test_changed_tensors_are_held_to_the_model(tiny: Callable[..., LM], tmp_path: Path) -> None:
+    lm = tiny("llama", torch.float32)
+    name = lm.site(1, "down_proj").name
+    lm.apply(lm.delta({name: [Dense(full=torch.ones(lm.shape_of(name)))]}))
+    export(lm, tmp_path / "diff", format="diff")
+    path = tmp_path / "diff/changed.safetensors"
+    for model, message in (
+        (tiny_model("llama", torch.float32, intermediate_size=48), f"{name} is .*, in the model"),
+        (tiny_model("gptj", torch.float32), f"no parameter '{name}'"),
+    ):
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        with pytest.raises(DeltaMismatch, match=message):
+            load_changed(model, path)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    with pytest.warns(RetconWarning, match="was made on other weights"):
+        load_changed(tiny_model("llama", torch.float32, seed=7), path)
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:99])
+    for odd, message in (("missing", "no such file"), ("cut", "not a readable safetensors file")):
+        with pytest.raises(MalformedFile, match=message):
+            load_changed(lm.model, tmp_path / odd)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

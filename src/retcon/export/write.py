@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -11,16 +12,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from retcon.delta import Delta, only_deltas
 from retcon.edits import edit_record
-from retcon.errors import DeltaNotApplied, InvalidSetting
+from retcon.errors import DeltaMismatch, DeltaNotApplied, InvalidSetting, MalformedFile, RetconWarning
 from retcon.export.adapter import write_adapter
 from retcon.export.card import model_card
 from retcon.export.factors import Factors, factors_of
 from retcon.export.gguf import TYPES, write_lora, write_model
-from retcon.files import as_shared, replacing_folder
+from retcon.files import as_shared, check_exists, replacing_folder
+from retcon.lm.fingerprint import fingerprint
 from retcon.lm.gguf import find_gguf
 from retcon.lm.load import checkpoint_files, quietly
 from retcon.lm.model import LM
@@ -208,16 +211,39 @@ def write_changed(lm: LM, deltas: Sequence[Delta], path: Path) -> None:
 
 
 def load_changed(model: torch.nn.Module, path: str | Path) -> None:
-    """Put the tensors of a `diff` export into a transformers model that was loaded from the same base.
+    """Put the tensors of a `diff` export into a transformers model that was loaded from the same base; another one is
+    warned of.
 
     Raises:
-        InvalidSetting: a tensor that the model does not have.
+        MalformedFile: no such file, or it cannot be read.
+        DeltaMismatch: a tensor that the model does not have, or has in another shape; nothing is changed then.
     """
-    from safetensors.torch import load_file
-
-    unexpected = model.load_state_dict(load_file(path), strict=False).unexpected_keys
-    if unexpected:
-        raise InvalidSetting(f"{path}: the model has no parameter {unexpected[0]!r}")
+    check_exists(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            base = (file.metadata() or {}).get("base")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise MalformedFile(f"{path}: not a readable safetensors file ({error})") from None
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        if name not in own:
+            raise DeltaMismatch(
+                f"{path}: the model has no parameter {name!r}; load the base that the export was made on"
+            )
+        if own[name].shape != tensor.shape:
+            raise DeltaMismatch(
+                f"{path}: {name} is {tuple(tensor.shape)}, in the model {tuple(own[name].shape)}; load the base that "
+                "the export was made on"
+            )
+    if base != fingerprint(model):
+        warnings.warn(
+            f"{path} was made on other weights than the model has, or on the same in another dtype; what it does not "
+            "change is the model's",
+            RetconWarning,
+            stacklevel=2,
+        )
+    model.load_state_dict(tensors, strict=False)
 
 
 def record_of(lm: LM, deltas: Sequence[Delta], files: Sequence[str] = ()) -> dict[str, Any]:
