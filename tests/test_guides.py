@@ -93,7 +93,7 @@ def test_a_store_runs_code_of_a_method_of_ones_own_only_where_it_is_named(
         InvalidSetting, match=r"fact 'geneva'\) was made by mean_shift:MeanShift.* --method module:Class"
     ):
         store.amend(lm, "geneva", "France")
-    with pytest.raises(InvalidSetting, match=r"--method memit is memit .* and mean_shift .* made delta"):
+    with pytest.raises(InvalidSetting, match=r"method memit is memit .* and mean_shift .* made delta"):
         store.amend(lm, "geneva", "France", method="memit")
     assert store.log() == before
     assert "mean_shift" not in sys.modules

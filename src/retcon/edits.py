@@ -284,7 +284,10 @@ def resolve_conflicts(edits: Iterable[Edit], rule: ConflictRule = "error") -> li
         raise ConflictingEdits(
             f"edits {first.id!r} and {second.id!r} contradict each other: {first.subject!r} shall become both "
             f"{first.target_new!r} and {second.target_new!r} (question {same_question(first)[1]!r}); "
-            f"{plural(len(groups), 'such group')}. Take one out, or load with conflicts='drop' or 'last'."
+            f"{plural(len(groups), 'such group')}. Take one out",
+            python=", or load with conflicts='drop' or 'last'.",
+            option=", or keep one of them: --conflicts drop or last.",
+            page=".",
         )
     keep = {same_question(g[0]): nfc((g[0] if rule == "drop" else g[-1]).target_new) for g in groups}
     return [e for e in edits if keep.get(same_question(e), nfc(e.target_new)) == nfc(e.target_new)]

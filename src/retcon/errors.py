@@ -4,7 +4,20 @@ Each message says what was asked, what was found and what to do. Everything deri
 """
 
 
-class RetconError(Exception):
+class _Message(Exception):
+    """A message whose end each interface says in its own words; `str` gives it for Python.
+
+    Args:
+        problem: what was asked and found, and what to do, in words that every interface has.
+        python, option, page: how it goes on in Python, on the command line and on the page.
+    """
+
+    def __init__(self, problem: str, *, python: str = "", option: str = "", page: str = "") -> None:
+        super().__init__(problem + python)
+        self.on_command_line, self.on_page = problem + option, problem + page
+
+
+class RetconError(_Message):
     """Base of every error that retcon raises on purpose."""
 
 
@@ -26,11 +39,6 @@ class AnotherIdentity(MalformedFile):
 
 class UnusableRow(MalformedFile):
     """A row of a file that cannot be used, where none was to be left out."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(f"{problem}. Mend the row, or leave such rows out (on_error='skip').")
-        self.problem = problem
-        """The message without the way out, which every interface names in its own words."""
 
 
 class InvalidSetting(RetconError):
@@ -122,12 +130,23 @@ class EndpointFailed(RetconError):
     """A served model cannot be asked: no answer, a refusal, or an answer of another kind; the message says which."""
 
 
-class RetconWarning(UserWarning):
+class RetconWarning(_Message, UserWarning):
     """Something worth knowing that does not stop the work."""
 
 
 class OutOfMemory(RetconError):
     """Not even the smallest piece of the work fits into memory."""
+
+
+def unusable_row(problem: str) -> UnusableRow:
+    """Return the error about a row, with what to do."""
+    skip = "leave such rows out"
+    return UnusableRow(
+        f"{problem}. Mend the row, or ",
+        python=f"{skip} (on_error='skip').",
+        option=f"{skip}: --on-error skip",
+        page="take it out.",
+    )
 
 
 def how_to_install(extra: str) -> str:

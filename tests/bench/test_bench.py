@@ -475,7 +475,7 @@ def test_another_benchmark_in_the_directory_is_refused_with_what_differs(spec: B
     text = str(caught.value)
     assert "spec.seeds: [0] -> [1]" in text
     assert "spec.methods[0].settings.size: null -> 0.2" in text
-    assert "--force" in text
+    assert text.endswith("(what is there is kept beside it): force=True")
     run_bench(other, tmp_path / "out", force=True)
     assert len(list((tmp_path / "out").glob("manifest-*.json"))) == 1
     assert {run.manifest["seed"] for run in read_bench(tmp_path / "out").runs} == {1}

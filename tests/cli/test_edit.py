@@ -240,7 +240,7 @@ def test_the_alternative_answer_is_written_where_it_is_asked_for(cli: Callable[.
     assert [edit.target_new for edit in Delta.load("delta.safetensors").edits] == ["Berlin"]
     write_rows(here / "edits.jsonl", [{"question": "What is Norr?", "answer": "A town."}])
     refused = cli(*QUICK, "--case-target", "alt", code=2).stderr
-    assert "--case-target alt: unke has no alternative answers; counterfact, zsre, edits" in refused
+    assert "case target 'alt': unke has no alternative answers; counterfact, zsre, edits" in refused
 
 
 def test_unknown_fields_are_told_with_the_likely_ones(cli: Callable[..., Any], here: Path) -> None:

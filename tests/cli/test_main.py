@@ -74,7 +74,7 @@ def test_what_is_no_delta_is_said_in_the_commands_own_words(cli: Callable[..., A
     assert said == f"error: {tmp_path}: is a directory, expected a file\n"
     retcon.load("demo:llama").delta({}).save(tmp_path / "other.safetensors")
     said = cli("complete", "demo:gptj", "x", "--delta", str(tmp_path / "other.safetensors"), code=2).stderr
-    assert "or add --other-base, if they differ harmlessly" in said
+    assert "or add --other-base if they differ harmlessly" in said
 
 
 def test_the_preset_of_another_method_says_which(cli: Callable[..., Any]) -> None:

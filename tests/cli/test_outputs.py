@@ -95,7 +95,7 @@ def test_force_removes_no_input(cli: Callable[..., Any], delta: Path, here: Path
     for path in ("edited/changed.safetensors", "link.safetensors", "elsewhere/changed.safetensors"):
         for command in (("apply", "gptj", path, "--save", "edited"), ("export", "gptj", path, "--out", "edited")):
             told = cli(*command, "--force", code=2).stderr
-            assert f"{path} is an input of this command, and --force would remove it with edited" in told
+            assert f"{path} is an input of this command, and replacing edited would remove it" in told
     Path("edited/changed.safetensors").rename("kept.safetensors")
     Path("edited/changed.safetensors").symlink_to(here / "kept.safetensors")
     told = cli("apply", "gptj", "edited/changed.safetensors", "--save", "edited", "--force", code=2).stderr

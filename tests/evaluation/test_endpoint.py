@@ -140,7 +140,7 @@ def test_a_chat_is_asked_as_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
         (401, {"error": "no key"}, r"wants a key; put it into the environment variable RETCON_API_KEY: HTTP 401"),
         (403, {}, "refuses the key in RETCON_API_KEY: HTTP 403"),
         (429, {"error": "slow down"}, r"too many requests; wait, or ask for fewer cases.*HTTP 429.*slow down"),
-        (404, {}, "knows no such address or no model 'edited'.*--chat: HTTP 404"),
+        (404, {}, "knows no such address or no model 'edited'.*may take a chat: HTTP 404"),
         (500, b"<html>", "cannot answer: HTTP 500"),
         (200, b"<html>", "gave no JSON"),
         (200, [], "answered something else than an object"),
@@ -181,7 +181,7 @@ def test_a_server_that_is_slow_or_not_there() -> None:
 
     with (
         server(slow) as (url, _),
-        pytest.raises(EndpointFailed, match=r"gave no answer within 0.1 s; --timeout waits longer"),
+        pytest.raises(EndpointFailed, match=r"gave no answer within 0.1 s; give it a longer timeout"),
     ):
         check_endpoint(Endpoint(url=url, model="edited", timeout=0.1), cases(1))
     with pytest.raises(EndpointFailed, match=r"cannot be reached .*is the server running"):
@@ -218,7 +218,7 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("timeout", [0.0, math.nan, math.inf, 1e12])
 def test_a_timeout_that_cannot_be_is_refused(timeout: float) -> None:
-    with pytest.raises(InvalidSetting, match=f"--timeout {timeout:g}".replace("+", r"\+")):
+    with pytest.raises(InvalidSetting, match=f"timeout {timeout:g}".replace("+", r"\+")):
         Endpoint(url="http://127.0.0.1:9", model="edited", timeout=timeout)
 
 

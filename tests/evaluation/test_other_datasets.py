@@ -253,7 +253,7 @@ def test_the_embedded_world_is_a_dataset() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"case_target": "alt"}, "case_target 'alt': world has no alternative answers; counterfact, "),
+        ({"case_target": "alt"}, "case target 'alt': world has no alternative answers; counterfact, "),
         ({"format": "zsre"}, "format 'zsre': the embedded world .* leave the format out"),
         ({"order": "shuffle"}, "order 'shuffle': the embedded world's cases are drawn by the seed"),
     ],

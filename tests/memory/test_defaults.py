@@ -50,7 +50,7 @@ def test_the_embedded_models_ship_moments_of_every_layer(name, monkeypatch, tmp_
 def test_without_corpus_or_datasets_the_shipped_text_serves_and_that_is_said(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     defaults.wikitext.cache_clear()
-    with pytest.warns(RetconWarning, match=r"small text that ships with retcon.*'\.\[hub\]'.*--corpus FILE"):
+    with pytest.warns(RetconWarning, match=r"small text that ships with retcon.*'\.\[hub\]'.*moments=CorpusMoments"):
         moments = default_moments(tiny("llama"))
     assert moments.corpus == shipped_text()
     assert sum(map(len, moments.corpus.documents)) > 1_000_000  # characters: enough for keys of 16,384 dimensions

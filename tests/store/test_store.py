@@ -253,7 +253,7 @@ def test_a_batch_is_written_again_with_the_moments_of_its_own_text(tmp_path: Pat
     assert store.revert_fact(lm, "france").about["searched"] == 0
     text.rename(tmp_path / "moved.txt")
     log = store.log()
-    with pytest.raises(MalformedFile, match=r"no such file .* was made with second moments of it: --corpus says where"):
+    with pytest.raises(MalformedFile, match=r"no such file .* was made with second moments of it; say where it is now"):
         store.amend(lm, "darrieux", "Greek")
     assert store.log() == log
     moved = CorpusMoments(Corpus.from_file(tmp_path / "moved.txt"))
@@ -288,7 +288,7 @@ def test_a_batch_of_a_trained_method_asks_for_its_editor(tmp_path: Path, lm: LM)
     assert store.log()[0].about["files"] == {"editor": "../own"}
     (tmp_path / "own").rename(tmp_path / "moved")
     before = store.log()
-    with pytest.raises(InvalidSetting, match=r"own: no such file; mend made delta .* --editor FILE"):
+    with pytest.raises(InvalidSetting, match=r"own: no such file; mend made delta .* editor=FILE"):
         store.revert_fact(lm, "france")
     with pytest.raises(InvalidSetting, match=r"other: not the editor that delta .* was made with"):
         store.amend(lm, "france", "Milan", editor=tmp_path / "other")
@@ -314,7 +314,7 @@ def test_a_method_with_an_inherited_name_writes_its_facts_again_itself(tmp_path:
     (delta,) = store.deltas()
     assert (delta.provenance["method"], delta.provenance["class"]) == ("rome", f"{__name__}:Heir")
     store.edit(lm, FACTS[1:2], Rome(layer=1), moments=moments)
-    with pytest.raises(InvalidSetting, match="leave --method out"):
+    with pytest.raises(InvalidSetting, match="leave it out"):
         store.amend(lm, "darrieux", "Greek", moments=moments, method=f"{__name__}:Heir")
 
 

@@ -478,7 +478,7 @@ def check_of(n: int, outcome: Any) -> Check:
 def test_rows_that_cannot_be_used_are_named_in_the_words_of_the_page(text: str, said: str) -> None:
     with pytest.raises(RetconError) as caught:
         pasted_cases(text)
-    found = str(caught.value)
+    found = caught.value.on_page
     assert said in found
     assert found.count("Mend the row") <= 1
     assert "=" not in found

@@ -186,8 +186,10 @@ def write_or_verify(
         if not force:
             shown = "\n  ".join(lines[:20]) + ("" if len(lines) <= 20 else f"\n  ... and {len(lines) - 20} more")
             raise InvalidSetting(
-                f"{path.parent} holds another {what}; differing:\n  {shown}\nTake another directory, or --force to "
-                "start a new one here (what is there is kept beside it)."
+                f"{path.parent} holds another {what}; differing:\n  {shown}\nTake another directory, or start a "
+                "new one here (what is there is kept beside it)",
+                python=": force=True",
+                option=": --force",
             )
         os.replace(path, path.with_name(f"{path.stem}-{run_id(old['manifest'])}.json"))
     record = {"id": run_id(manifest), "manifest": manifest, "environment": dict(around)}

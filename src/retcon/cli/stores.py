@@ -75,7 +75,7 @@ def load_base(store: "Store", model: str | None) -> "LM":
         if model is not None:
             raise
         moved = "if it has moved, name its place (--model; MODEL of retcon ui)"
-        raise UnsupportedModel(f"{error}; {store.path} is of that model: {moved}") from None
+        raise UnsupportedModel(f"{error.on_command_line}; {store.path} is of that model: {moved}") from None
     store.check_base(lm)
     return lm
 

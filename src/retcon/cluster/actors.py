@@ -134,7 +134,7 @@ class RayCluster:
                     if losses[done_place] > MAX_LOSSES:
                         raise WorkersLost(
                             f"a piece of work lost its worker {losses[done_place]} times (killed, or out of memory?); "
-                            f"use machines with more memory, or --on local. Ray says: {_first_line(error)}"
+                            f"use machines with more memory, or do without workers. Ray says: {_first_line(error)}"
                         ) from None
                 continue
             idle.append(actor)
@@ -200,7 +200,7 @@ class RayCluster:
         if not self._actors:
             raise WorkersLost(
                 "no worker can be started on the Ray cluster (is retcon installed on its machines?); mend what Ray "
-                f"says, or work with --on local. Ray says: {str(error).strip()}"
+                f"says, or do without workers. Ray says: {str(error).strip()}"
             ) from None
 
     def _source_of(self, lm: LM) -> Source:

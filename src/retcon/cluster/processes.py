@@ -155,13 +155,11 @@ def _check_losses(process: Process, n: int, place: int | None) -> None:
         raise WorkersLost(
             "no worker process could begin; each imports the script that asks for it, which needs "
             'if __name__ == "__main__": around what it runs (where it has that, memory may be short: use fewer of '
-            "them, --on processes:N, or --on local)"
+            "them, or none)"
         )
     if n > MAX_LOSSES:
         what = "worker processes were lost" if place is None else "a piece of work lost its worker process"
-        raise WorkersLost(
-            f"{what} {n} times (killed, or out of memory?); use fewer of them (--on processes:N), or --on local"
-        )
+        raise WorkersLost(f"{what} {n} times (killed, or out of memory?); use fewer of them, or none")
 
 
 def _serve(pipe: Connection, source: Source, folder: Path) -> None:

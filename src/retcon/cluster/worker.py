@@ -88,7 +88,7 @@ class Worker:
         if (here := versions()) != source.versions:
             raise InvalidSetting(
                 f"a worker has other versions than the asking process: {_listed(here)} and {_listed(source.versions)}; "
-                "results would differ in their last bits. Install the same ones, or work with --on local"
+                "results would differ in their last bits. Install the same ones, or do without workers"
             )
         from transformers import GenerationConfig
 
@@ -97,8 +97,8 @@ class Worker:
         if self.lm.fingerprint() != source.base:
             raise WrongBase(
                 f"a worker has loaded another {source.name!r} than the asking process has (fingerprints "
-                f"{self.lm.fingerprint()[:12]} and {source.base[:12]}); give workers the same checkpoint, or work with "
-                "--on local"
+                f"{self.lm.fingerprint()[:12]} and {source.base[:12]}); give workers the same checkpoint, or do "
+                "without workers"
             )
         own = _implementations(self.lm)
         for part, wanted in source.implementations.items():

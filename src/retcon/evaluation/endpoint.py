@@ -42,9 +42,9 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         if not _is_address(self.url):
-            raise InvalidSetting(f"--url {self.url}: expected an address such as http://localhost:8000")
+            raise InvalidSetting(f"{self.url}: expected an address such as http://localhost:8000")
         if not 0 < self.timeout <= MAX_TIMEOUT:
-            raise InvalidSetting(f"--timeout {self.timeout:g}: expected seconds above 0, and {MAX_TIMEOUT:,} at most")
+            raise InvalidSetting(f"timeout {self.timeout:g}: expected seconds above 0, and {MAX_TIMEOUT:,} at most")
 
     @property
     def base(self) -> str:
@@ -122,7 +122,7 @@ class Endpoint:
             raise EndpointFailed(_refused(address, self.model, error)) from None
         except (TimeoutError, urllib.error.URLError) as error:
             if isinstance(error, TimeoutError) or isinstance(error.reason, TimeoutError):
-                waited = f"{address} gave no answer within {self.timeout:g} s; --timeout waits longer"
+                waited = f"{address} gave no answer within {self.timeout:g} s; give it a longer timeout"
                 raise EndpointFailed(waited) from None
             raise EndpointFailed(f"{address} cannot be reached ({error.reason}); is the server running?") from None
         except (OSError, HTTPException) as error:
@@ -178,8 +178,8 @@ def _refused(address: str, model: str, error: urllib.error.HTTPError) -> str:
     meaning = {
         401: f"wants a key; put it into the environment variable {KEY}",
         403: f"refuses the key in {KEY}",
-        404: f"knows no such address or no model {model!r}; a server without /completions may take --chat",
-        429: "has had too many requests; wait, or ask for fewer cases (--limit)",
+        404: f"knows no such address or no model {model!r}; a server without /completions may take a chat",
+        429: "has had too many requests; wait, or ask for fewer cases",
     }.get(error.code, "cannot answer" if error.code >= 500 else "refuses the request")
     if error.code in (301, 302, 303, 307, 308):
         meaning = "sends elsewhere, which is not followed; give the final address"

@@ -109,7 +109,7 @@ def write_model(lm: LM, path: Path, *, type_name: str = "f16") -> None:
     kind = lm.model.config.model_type
     if kind not in MODELS:
         raise UnsupportedModel(
-            f"whole GGUF files are written for {', '.join(MODELS)}, not for {kind}; export it with --format hf and "
+            f"whole GGUF files are written for {', '.join(MODELS)}, not for {kind}; export it in format hf and "
             "convert that with llama.cpp's convert_hf_to_gguf.py"
         )
     quantization = getattr(gguf.GGMLQuantizationType, type_name.upper())
@@ -164,7 +164,7 @@ def _add_shape(lm: LM, writer: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         raise UnsupportedModel(
-            f"rotary scaling {rope['rope_type']!r} is not written to GGUF here; export with --format hf and convert "
+            f"rotary scaling {rope['rope_type']!r} is not written to GGUF here; export in format hf and convert "
             "that with llama.cpp's convert_hf_to_gguf.py"
         )
     head_dim = getattr(config, "head_dim", None) or d_model // heads
@@ -190,7 +190,7 @@ def _add_tokenizer(lm: LM, writer: Any) -> None:
     if about["model"]["type"] != "BPE" or splits is None:
         raise UnsupportedModel(
             f"GGUF is written for byte-level BPE tokenizers that split text as gpt-2, {' or '.join(_PRETOKENIZERS)} "
-            f"do, and {lm.label}'s ({about['model']['type']}) is another; export with --format hf and convert that "
+            f"do, and {lm.label}'s ({about['model']['type']}) is another; export in format hf and convert that "
             "with llama.cpp's convert_hf_to_gguf.py"
         )
     tokens: list[str] = [f"[PAD{i}]" for i in range(lm.model.config.vocab_size)]

@@ -55,7 +55,7 @@ _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "*.tiktoken", "chat_template.json", "*.jinja", ".gitattributes"),
 )
-"""What a folder may consist of that --force replaces, beside the papers and what its index lists. A delta is none of
+"""What a folder may consist of that `force` replaces, beside the papers and what its index lists. A delta is none of
 these, for it cannot be made again from the export."""
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 _KEPT = ("LICENSE*", "LICENCE*", "NOTICE*", "*USE_POLICY*", "COPYING*")
@@ -357,20 +357,26 @@ def check_place(place: Path, model: Path | None, force: bool, inputs: Sequence[P
     if not place.is_dir() or not any(place.iterdir()):
         return
     if not force:
-        raise InvalidSetting(f"{place} exists and is not empty; give another directory, or --force to replace it")
+        raise InvalidSetting(
+            f"{place} exists and is not empty; give another directory",
+            python=", or force=True to replace it",
+            option=", or --force to replace it",
+        )
     if not (place / "config.json").is_file() and not (place / RECORD).is_file():
-        raise InvalidSetting(f"{place} holds no checkpoint (no config.json), so --force does not replace it")
+        raise InvalidSetting(
+            f"{place} holds no checkpoint (no config.json), so it is not replaced; give another directory"
+        )
     for each in inputs:
         if _lies_in(each, place):
             raise InvalidSetting(
-                f"{each} is an input of this command, and --force would remove it with {place}; save somewhere else"
+                f"{each} is an input of this command, and replacing {place} would remove it; save somewhere else"
             )
     listed = _listed(place)
     foreign = next((p for p in sorted(place.rglob("*")) if not _of_a_checkpoint(p.relative_to(place), p, listed)), None)
     if foreign is not None:
         raise InvalidSetting(
-            f"{place} holds {foreign.relative_to(place)}, which is no file of a checkpoint, so --force does not "
-            "replace it; move that file, or give another directory"
+            f"{place} holds {foreign.relative_to(place)}, which is no file of a checkpoint, so it is not "
+            "replaced; move that file, or give another directory"
         )
 
 

@@ -16,7 +16,7 @@ from retcon.lm.fingerprint import StoredTensors, checkpoint_fingerprint
 from retcon.lm.gguf import DAMAGED, SUFFIX, find_gguf, forget_packing, gguf_options, quiet_conversion
 from retcon.lm.layouts import Layout
 from retcon.lm.model import LM
-from retcon.lm.quantised import cast, dequantise, no_remarks_of, prepare_config
+from retcon.lm.quantised import NOT_PACKED, cast, dequantise, no_remarks_of, prepare_config
 
 DEMO = "demo:"
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -73,7 +73,7 @@ def load(
     gguf = find_gguf(place)
     if gguf is not None and packed:
         raise UnsupportedModel(
-            f"cannot load {name!r} packed: the weights of GGUF files are dequantised; leave --packed (packed=True) out"
+            f"cannot load {name!r} packed: the weights of GGUF files are dequantised; ", **NOT_PACKED
         )
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     spread = {"": target} if packed and device_map is None else device_map
@@ -155,7 +155,9 @@ def _read(
     except (RetconError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever the parsers of configs, tokenizers and weights make of a damaged checkpoint
-        raise UnsupportedModel(f"cannot load {name!r}: {_reason(error, place, allow_bin, gguf)}") from error
+        problem = f"cannot load {name!r}: {_reason(error, place, allow_bin, gguf)}"
+        python = ", or pass allow_bin=True" if not allow_bin and _has_only_bin(place) else ""
+        raise UnsupportedModel(problem, python=python) from error
     if missing := sorted(report["missing_keys"]):  # transformers makes them up, at random
         raise UnsupportedModel(
             f"cannot load {name!r}: the checkpoint lacks {len(missing)} of the model's weights, which would be random: "
@@ -319,8 +321,8 @@ def _reason(error: Exception, place: str, allow_bin: bool, gguf: Path | None) ->
     if isinstance(error, DAMAGED) or (gguf is not None and "reshape" in text):
         return f"the file is damaged or cut off ({text.splitlines()[0] if text else type(error).__name__})"
     if gguf is None and Path(place).is_dir() and not allow_bin and not list(Path(place).glob("*.safetensors")):
-        if list(Path(place).glob("*.bin")):
-            return "it holds pickled .bin weights only; convert them to safetensors, or pass allow_bin=True"
+        if _has_only_bin(place):
+            return "it holds pickled .bin weights only; convert them to safetensors"
         return "the directory contains no safetensors weights, and no GGUF file"
     if gguf is None and (Path(place) / "adapter_config.json").is_file():
         return (
@@ -334,6 +336,10 @@ def _reason(error: Exception, place: str, allow_bin: bool, gguf: Path | None) ->
     if "ignore_mismatched_sizes" in text:
         return "its weights have other shapes than its config.json says"
     return damage(error)
+
+
+def _has_only_bin(place: str) -> bool:
+    return any(Path(place).glob("*.bin")) and not any(Path(place).glob("*.safetensors"))
 
 
 def damage(error: Exception) -> str:

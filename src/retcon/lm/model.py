@@ -624,8 +624,10 @@ class LM:
                 raise WrongBase(
                     f"delta {delta.id} was made for {made} (fingerprint {delta.base[:12]}), this is {self.name!r} in "
                     f"{str(self.dtype).removeprefix('torch.')} (fingerprint {self.fingerprint()[:12]}). Load the model "
-                    "it was made for (one that was wrapped, in the same dtype), or pass other_base=True if they differ "
-                    "harmlessly."
+                    "it was made for (one that was wrapped, in the same dtype)",
+                    python=", or pass other_base=True if they differ harmlessly.",
+                    option=", or add --other-base if they differ harmlessly.",
+                    page=".",
                 )
         elif delta.parents != (found := tuple(d.id for d in self.applied)) and delta.id not in found:
             warnings.warn(

@@ -245,8 +245,10 @@ def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> RenderedChat:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidSetting(
-            "the tokenizer has no chat template, so it is no chat model's; ask without a chat, or give the template as "
-            "tokenizer.chat_template"
+            "the tokenizer has no chat template, so it is no chat model's; ",
+            python="ask without a chat, or give the template as tokenizer.chat_template",
+            option="leave out --chat, the options that imply it and chat in the facts",
+            page="ask without 'as a chat message'",
         )
 
     for name in chat.arguments:

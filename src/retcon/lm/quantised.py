@@ -32,6 +32,8 @@ MARKS = ("hf_quantizer", "quantization_method", "quantization_config", "is_quant
 """Attributes of a model and of its config by which transformers knows a quantised one, and we one that was."""
 STAY_PACKED = ("bitsandbytes", "torchao")
 """Those whose matrices can be kept as they are."""
+NOT_PACKED = {"python": "leave packed=True out", "option": "leave --packed out", "page": "leave --packed out"}
+"""How a message ends for a model that cannot be loaded packed."""
 
 
 def prepare_config(config: Any, name: str, *, packed: bool = False, layout: Layout | None = None) -> str | None:
@@ -51,8 +53,9 @@ def prepare_config(config: Any, name: str, *, packed: bool = False, layout: Layo
     if found is None:
         if packed:
             raise UnsupportedModel(
-                f"cannot load {name!r} packed: its weights are not quantised (config.json has no quantization_config); "
-                "leave --packed (packed=True) out"
+                f"cannot load {name!r} packed: its weights are not quantised (config.json has no "
+                "quantization_config); ",
+                **NOT_PACKED,
             )
         return None
     settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
@@ -79,12 +82,14 @@ def prepare_config(config: Any, name: str, *, packed: bool = False, layout: Layo
     if packed and method not in STAY_PACKED:
         raise UnsupportedModel(
             f"cannot load {name!r} packed: {method} weights cannot stay packed ({', '.join(STAY_PACKED)} ones can); "
-            "leave --packed (packed=True) out, and they are dequantised"
+            "to have them dequantised, ",
+            **NOT_PACKED,
         )
     if packed and method == "bitsandbytes" and (layout or layout_for(config)).stored == "in,out":
         raise UnsupportedModel(
             f"cannot load {name!r} packed: bitsandbytes turns the matrices of {config.model_type} round, and deltas of "
-            "the float model would not fit; leave --packed (packed=True) out: they are dequantised and turned back"
+            "the float model would not fit; to have them dequantised and turned back, ",
+            **NOT_PACKED,
         )
     if method not in STAY_PACKED:
         config.quantization_config = {**settings, "dequantize": True}

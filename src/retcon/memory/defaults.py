@@ -58,13 +58,13 @@ def default_moments(lm: LM) -> CorpusMoments:
     try:
         return CorpusMoments(wikitext())
     except TooFewTokens as error:
-        warnings.warn(
+        warning = RetconWarning(
             f"second moments come from the small text that ships with retcon, for {error}. Text of the kind that the "
-            "model should go on treating as before is better: --corpus FILE "
-            "(moments=CorpusMoments(Corpus.from_file(PATH)))",
-            RetconWarning,
-            stacklevel=2,
+            "model should go on treating as before is better: ",
+            python="moments=CorpusMoments(Corpus.from_file(PATH))",
+            option="--corpus FILE",
         )
+        warnings.warn(warning, stacklevel=2)
         return CorpusMoments(shipped_text())
 
 

@@ -179,7 +179,8 @@ class PendingEntry:
         )
         if old.provenance.get("moments") and new.provenance["moments"] != old.provenance["moments"]:
             raise InvalidSetting(
-                f"delta {delta} was made with other second moments than those given; name the same text (--corpus)"
+                f"delta {delta} was made with other second moments than those given; name the same text",
+                option=" (--corpus)",
             )
         return new
 
@@ -211,8 +212,8 @@ class PendingEntry:
                 found = given
             elif not lenient:
                 raise InvalidSetting(
-                    f"--method {given} is {chosen.name} ({class_path(chosen)}), and {name} ({place}) made delta "
-                    f"{delta}: " + ("leave --method out" if registered else "name that one")
+                    f"method {given} is {chosen.name} ({class_path(chosen)}), and {name} ({place}) made delta "
+                    f"{delta}: " + ("leave it out" if registered else "name that one")
                 )
         for each in (found, *wrapped):
             kind = class_at_hand(each)
@@ -237,24 +238,31 @@ class PendingEntry:
             return CorpusMoments(Corpus.named(corpus))
         except MalformedFile as error:
             raise MalformedFile(
-                f"{error}; delta {delta} was made with second moments of it: --corpus says where"
+                f"{error}; delta {delta} was made with second moments of it; say where it is now",
+                option=" (--corpus)",
             ) from None
 
 
 def _editor_of(delta: str, made: Mapping[str, Any], given: "str | os.PathLike[str] | None") -> str:
     """Return the file of the trained editor that a delta was made with: the one given, or the one on record."""
     path = Path(made["settings"]["editor"] if given is None else given)
-    name_it = "name it: --editor FILE"
+    name_it = {
+        "python": "name it: editor=FILE",
+        "option": "name it: --editor FILE",
+        "page": "name it in the settings: editor=FILE",
+    }
     if not path.is_file():
         raise InvalidSetting(
             f"{path}: no such file; {made['method']} made delta {delta} with a trained editor, and without its file no "
-            f"fact of it can be changed; {name_it}"
+            f"fact of it can be changed; ",
+            **name_it,
         )
     found = sha256_of(path)
     if found != made["editor_sha256"]:
         raise InvalidSetting(
             f"{path}: not the editor that delta {delta} was made with (SHA-256 {found[:12]}, on record is "
-            f"{made['editor_sha256'][:12]}); {name_it}"
+            f"{made['editor_sha256'][:12]}); ",
+            **name_it,
         )
     return str(path)
 

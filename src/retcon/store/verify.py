@@ -231,7 +231,10 @@ def verify(
             since |= _blame(asker, store.state("base"), history, failing, born)
         except MalformedFile as error:  # `gc` removes deltas that only earlier states need
             raise MalformedFile(
-                f"{error}. An earlier state cannot be asked without it; verify the present one alone (bisect=False)"
+                f"{error}. An earlier state cannot be asked without it; ",
+                python="verify the present one alone (bisect=False)",
+                option="verify the present one alone (--no-bisect)",
+                page="retcon verify --no-bisect checks the present one alone",
             ) from None
     kinds: dict[tuple[str, str], CheckKind] = {
         (case.id, query.id): "stays" if case.id in staying else _KIND_OF[prompt_kind(query.axis)]

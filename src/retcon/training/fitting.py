@@ -152,7 +152,9 @@ class Fit:
             if isinstance(error, AnotherIdentity) and not force:
                 raise InvalidSetting(
                     f"{error}: a training that was begun with something else is kept there; end it first, name another "
-                    "file, or replace it (--force, in Python force=True)"
+                    "file, or replace it",
+                    python=" (force=True)",
+                    option=" (--force)",
                 ) from None
             warnings.warn(f"{error}; training begins anew", RetconWarning, stacklevel=3)
             return 0

@@ -24,7 +24,7 @@ from starlette.responses import (
 from starlette.routing import Route
 
 from retcon.errors import InvalidSetting, RetconError
-from retcon.web.session import Session
+from retcon.web.session import Session, problem_of
 
 STATIC = Path(__file__).with_name("static")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -62,7 +62,7 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
         try:
             return Markup(pages.get_template(f"{name}.html").render(session=session, at=at, **more))
         except (RetconError, OSError) as error:
-            return Markup(pages.get_template("problem.html").render(problem=str(error), at=at))
+            return Markup(pages.get_template("problem.html").render(problem=problem_of(error), at=at))
 
     pages.globals["panel"] = part
 
@@ -88,7 +88,7 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
         try:
             at = None if asked == "HEAD" else session.store.entry(asked).id
         except (RetconError, OSError) as error:
-            problem = str(error)
+            problem = problem_of(error)
         if "token" in request.query_params:  # out of the address bar, into a cookie
             response: Response = RedirectResponse(f"/?{urlencode({'at': at})}" if at else "/", status_code=303)
         else:
@@ -119,7 +119,7 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
         try:
             said = action(session, form)
         except (RetconError, OSError) as error:
-            return show("said.html", said=str(error), bad=True)
+            return show("said.html", said=problem_of(error), bad=True)
         response = show("said.html", said=said or "", bad=False)
         if form.get("at") and request.path_params["name"] in TO_NOW:
             response.headers["HX-Redirect"] = "/"

@@ -4,7 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from retcon.edits import MARKER, Case, Edit, Query
-from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, RetconError, UnusableRow
+from retcon.errors import InvalidEdit, InvalidSetting, RetconError
 from retcon.evaluation import read_cases
 
 MAX_DRAFT = 2**22
@@ -35,12 +35,9 @@ def pasted_cases(text: str) -> tuple[list[Case], list[str]]:
         path.write_text(rows + "\n", encoding="utf-8")
         try:
             cases, report = read_cases(path, conflicts="error")
-        except UnusableRow as error:
-            problem = error.problem.replace(str(path), "the facts")
-            raise MalformedFile(f"{problem}. Mend the row, or take it out.") from None
         except RetconError as error:
-            said = str(error).replace(str(path), "the facts").replace(", or load with conflicts='drop' or 'last'", "")
-            raise type(error)(said) from None
+            error.on_page = error.on_page.replace(str(path), "the facts")
+            raise
     for case in [] if is_json else cases:  # JSON says null for no subject, and then {} is text
         if any(edit.subject is None and MARKER in edit.prompt for edit in case.edits):
             raise InvalidEdit(f"the facts, row {case.meta['row'] + 2}: {_NO_SUBJECT}")  # the first row is the header

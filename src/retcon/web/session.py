@@ -155,7 +155,7 @@ class Session:
             self.store.check_base(self._lm)
             self.about, self.n_layers = str(self._lm), self._lm.n_layers
         except (RetconError, OSError) as error:
-            self.about = f"the model cannot be loaded: {_in_page_words(error)}"
+            self.about = f"the model cannot be loaded: {problem_of(error)}"
         self.changed()
         while (job := self._queue.get()) is not None:
             self._do(job)
@@ -175,7 +175,7 @@ class Session:
             except Cancelled:
                 job.state, job.message = "cancelled", "cancelled; nothing was changed"
             except RetconError as error:
-                job.state, job.message = "failed", _in_page_words(error)
+                job.state, job.message = "failed", error.on_page
             except Exception as error:  # a page that dies tells nobody why
                 job.state, job.message = "failed", f"{type(error).__name__}: {error}"
         job.seconds = time.perf_counter() - started
@@ -577,19 +577,9 @@ class Session:
         return self.submit("export", run)
 
 
-_IN_PAGE_WORDS = (
-    ("verify the present one alone (bisect=False)", "retcon verify --no-bisect checks the present one alone"),
-    ("ask without a chat, or give the template as tokenizer.chat_template", "ask without 'as a chat message'"),
-    (", or pass allow_bin=True", ""),
-)
-"""What messages say to who works in Python, and what the page says for it."""
-
-
-def _in_page_words(error: Exception) -> str:
-    text = str(error)
-    for python, page in _IN_PAGE_WORDS:
-        text = text.replace(python, page)
-    return text
+def problem_of(error: RetconError | OSError) -> str:
+    """Return what went wrong, in the page's words."""
+    return error.on_page if isinstance(error, RetconError) else str(error)
 
 
 def _as_stored(lm: "LM") -> "LM":

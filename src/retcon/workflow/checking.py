@@ -100,7 +100,7 @@ def check_report_name(path: Path) -> None:
         InvalidSetting: another ending than .html, .md or .xml.
     """
     if path.suffix.lower() not in ENDINGS:
-        raise InvalidSetting(f"--report {path}: expected a name that ends in {', '.join(ENDINGS)} (.xml is JUnit)")
+        raise InvalidSetting(f"report {path}: expected a name that ends in {', '.join(ENDINGS)} (.xml is JUnit)")
 
 
 def write_verdict(path: Path, verdict: "Verdict", about: str, against: "tuple[str, Verdict] | None" = None) -> None:

@@ -102,22 +102,23 @@ def check_replaces_its_like(out: str | Path, lm: "LM", resolved: Resolved, edits
     """Refuse to put a delta in the place of another file than the delta of an earlier run of the same command.
 
     Raises:
-        InvalidSetting: the file is something else; --force replaces it.
+        InvalidSetting: the file is something else.
     """
     from retcon.attachment import load
 
     if not Path(out).exists():
         return
+    replace_it = {"python": ", or remove it", "option": ", or replace it with --force"}
     try:
         old = load(out)
     except MalformedFile:
-        raise InvalidSetting(f"{out} exists and is no delta; name another file, or replace it with --force") from None
+        raise InvalidSetting(f"{out} exists and is no delta; name another file", **replace_it) from None
     made = old.provenance
     same = (old.base, made.get("method"), made.get("seed")) == (lm.fingerprint(), resolved.name, seed)
     if not same or list(old.edits) != list(edits):
         raise InvalidSetting(
-            f"{out} holds another delta ({old.id}: {made.get('method')}, edits: {len(old.edits):,}); name another "
-            "file, or replace it with --force"
+            f"{out} holds another delta ({old.id}: {made.get('method')}, edits: {len(old.edits):,}); name another file",
+            **replace_it,
         )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from retcon.chat import Chat
 from retcon.edits import Case, Edit, in_chat
-from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning, UnusableRow
+from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning, unusable_row
 
 if TYPE_CHECKING:
     from retcon.evaluation.datasets import CaseTarget, OnError
@@ -99,7 +99,7 @@ def facts_that_fit(lm: "LM", facts: Facts, on_error: "OnError" = "stop") -> Fact
                 lm.check_edit_length(edit)
         except InvalidEdit as error:
             if on_error == "stop":
-                raise UnusableRow(str(error)) from None
+                raise unusable_row(str(error)) from None
             too_long[case.id] = str(error)
     if not too_long:
         return facts

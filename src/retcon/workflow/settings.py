@@ -127,14 +127,14 @@ def _given(assignment: str, hints: Mapping[str, Any], method: str) -> tuple[str,
 
     name, equals, text = (part.strip() for part in assignment.partition("="))
     if not (name and equals and text):
-        raise InvalidSetting(f"--set {assignment}: expected field=value, such as --set steps=25 or --set 'low=[3,4]'")
+        raise InvalidSetting(f"setting {assignment}: expected field=value, such as steps=25 or 'low=[3,4]'")
     if text.lower() == "none":
         with suppress(InvalidSetting):
             return name, fitted(method, hints, {name: None})[name]
     try:
         return name, fitted(method, hints, {name: _value(text)})[name]
     except InvalidSetting as error:
-        raise InvalidSetting(f"--set {assignment}: {error}") from None
+        raise InvalidSetting(f"setting {assignment}: {error}") from None
 
 
 def _value(text: str) -> Any:

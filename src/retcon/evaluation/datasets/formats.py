@@ -399,7 +399,7 @@ def check_case_target(format: str, case_target: str) -> None:
     """
     if case_target != "new":
         able = ", ".join(f.name for f in FORMATS.values() if "case_target" in f.settings)
-        raise InvalidSetting(f"case_target {case_target!r}: {format} has no alternative answers; {able} may")
+        raise InvalidSetting(f"case target {case_target!r}: {format} has no alternative answers; {able} may")
 
 
 def likely_fields(format: str, unknown: Sequence[str], present: Sequence[str]) -> dict[str, str]:

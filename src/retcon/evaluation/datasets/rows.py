@@ -15,7 +15,7 @@ from retcon.arguments import check_choice
 from retcon.chat import Chat
 from retcon.edits import MARKER, Case, ConflictRule, Edit, Query, list_of_cases, resolve_conflicts, same_question
 from retcon.edits import conflicts as contradictions
-from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, UnusableRow
+from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, unusable_row
 from retcon.evaluation.datasets.fields import AnswerGroups, first
 from retcon.evaluation.datasets.report import LeftOut, LoadReport
 from retcon.evaluation.metrics import is_locality
@@ -322,11 +322,11 @@ def read_drafts(
         except (MalformedFile, InvalidEdit) as error:
             told = str(error) if where in str(error) else f"{where}: {error}"
             if options.on_error == "stop":
-                raise UnusableRow(f"{told} (read as {format})") from None
+                raise unusable_row(f"{told} (read as {format})") from None
             found = Draft(where, f"row {number}", {})
             found.leave_out("malformed", told.replace(where, "", 1).lstrip(":, "))
         if found.dropped is not None and options.on_error == "stop":
-            raise UnusableRow(f"{where}: {found.detail}")
+            raise unusable_row(f"{where}: {found.detail}")
         found.number = number
         made.append(found)
     return made
@@ -360,7 +360,7 @@ def finish(
         else:
             twice = f"case id {draft.id!r} occurs twice (first in {earlier.where}); ids must be unique"
         if options.on_error == "stop":
-            raise UnusableRow(f"{draft.where}: {twice}")
+            raise unusable_row(f"{draft.where}: {twice}")
         draft.leave_out("duplicate_id", twice)
 
     usable = [d for d in drafts if d.dropped is None]
