@@ -23,6 +23,7 @@ import retcon
 from benchmarks.common import cases_of, command_line, flops_per_token, jeep_of, machine, moments_of, timed
 from retcon.delta import Delta
 from retcon.edits import Edit
+from retcon.errors import LargeChange
 from retcon.lm.forward import Point
 from retcon.lm.model import LM
 from retcon.lm.peak import Peak
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=1000, help="first case")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", ".*larger than the weight")
+    warnings.simplefilter("ignore", LargeChange)
     if args.grow:
         print("edits | ms per edit | seconds | peak memory of the process, MiB")
         print("--- | --- | --- | ---")

@@ -29,6 +29,7 @@ from benchmarks.large_models import count, identity, prepared, settings
 from benchmarks.moments import SHAPES, product_rates, random_lm, random_rows
 from retcon import world
 from retcon.edits import Edit
+from retcon.errors import LargeChange
 from retcon.lm.batches import release_memory
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.model import LM
@@ -299,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         released_jeep.check(args.released)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no card is here; --tiny --device cpu tries the command")
-    warnings.filterwarnings("ignore", ".*larger than the weight")
+    warnings.simplefilter("ignore", LargeChange)
     warnings.filterwarnings("ignore", ".*tokens per dimension")
     torch.manual_seed(0)
     where = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"

@@ -25,6 +25,7 @@ from benchmarks.fast_path import floor
 from benchmarks.moments import SHAPES, product_rates, random_lm
 from retcon import world
 from retcon.edits import Edit
+from retcon.errors import LargeChange
 from retcon.lm.model import LM
 from retcon.lm.peak import Peak
 from retcon.lm.site import Site
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--profile", help="folder for a trace of the search, in Chrome's format")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", ".*larger than the weight")
+    warnings.simplefilter("ignore", LargeChange)
     torch.manual_seed(args.seed)
     if args.pace:
         as_on_a_card()

@@ -20,6 +20,7 @@ from benchmarks.common import cases_of, command_line, jeep_of, machine, moments_
 from retcon.cluster import workers, working_on
 from retcon.cluster.actors import RayCluster
 from retcon.delta import Delta
+from retcon.errors import LargeChange
 from retcon.memory.values import search_values
 from retcon.work import Workers
 
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs=2, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", ".*larger than the weight")
+    warnings.simplefilter("ignore", LargeChange)
     lm = retcon.load(args.model)
     moments = moments_of(lm, args.corpus)
     edits = [c.edits[0] for c in cases_of(args.data, args.start, args.n, args.seed)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from retcon.errors import InvalidSetting, RetconWarning, unusable_row
+from retcon.errors import EndpointFailed, InvalidSetting, RetconWarning, unusable_row
 from retcon.export.write import check_place
 from retcon.workflow import read_settings
 
@@ -37,3 +37,8 @@ def test_settings_are_refused_in_words_that_every_interface_has() -> None:
     assert str(caught.value).startswith("setting steps=abc: rome: steps must be")
     with pytest.raises(InvalidSetting, match=r"^setting steps: expected field=value, such as steps=25 or"):
         read_settings("rome", dataset=None, preset=None, assignments=["steps"])
+
+
+def test_the_status_of_a_server_survives_pickling() -> None:
+    failed = pickle.loads(pickle.dumps(EndpointFailed("no such model: HTTP 404", status=404)))
+    assert (str(failed), failed.status) == ("no such model: HTTP 404", 404)

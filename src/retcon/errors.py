@@ -129,9 +129,26 @@ class MissingPackage(RetconError):
 class EndpointFailed(RetconError):
     """A served model cannot be asked: no answer, a refusal, or an answer of another kind; the message says which."""
 
+    def __init__(self, problem: str, *, status: int | None = None) -> None:
+        super().__init__(problem)
+        self.status = status
+        """The status of HTTP that it answered with."""
+
 
 class RetconWarning(_Message, UserWarning):
     """Something worth knowing that does not stop the work."""
+
+
+class NoPreset(RetconWarning):
+    """A method's settings follow from the model's shape, for no preset is for it."""
+
+
+class OtherParents(RetconWarning):
+    """A delta is applied on top of other deltas than it was proposed on."""
+
+
+class LargeChange(RetconWarning):
+    """A change is much larger than the weight that it changes."""
 
 
 class OutOfMemory(RetconError):

@@ -64,7 +64,7 @@ class Endpoint:
         try:
             listed = self._ask("models", None)
         except EndpointFailed as error:
-            if any(f"HTTP {code}" in str(error) for code in (404, 405, 500, 501)):  # a server need not list its models
+            if error.status in (404, 405, 500, 501):  # a server need not list its models
                 return
             raise
         data = listed.get("data")
@@ -119,7 +119,7 @@ class Endpoint:
             with opener.open(request, timeout=self.timeout) as answer:
                 found = json.loads(answer.read())
         except urllib.error.HTTPError as error:
-            raise EndpointFailed(_refused(address, self.model, error)) from None
+            raise EndpointFailed(_refused(address, self.model, error), status=error.code) from None
         except (TimeoutError, urllib.error.URLError) as error:
             if isinstance(error, TimeoutError) or isinstance(error.reason, TimeoutError):
                 waited = f"{address} gave no answer within {self.timeout:g} s; give it a longer timeout"

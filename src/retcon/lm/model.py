@@ -26,6 +26,7 @@ from retcon.errors import (
     ModelBusy,
     NonFinite,
     NotEditable,
+    OtherParents,
     RetconWarning,
     UnsupportedModel,
     WrongBase,
@@ -633,7 +634,7 @@ class LM:
             warnings.warn(
                 f"delta {delta.id} was proposed on top of [{', '.join(delta.parents) or 'the base'}] and is applied on "
                 f"top of [{', '.join(found) or 'the base'}]; its effect may differ from what its report says",
-                RetconWarning,
+                OtherParents,
                 stacklevel=3,
             )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from retcon.edits import Case
-from retcon.errors import DeltaNotApplied, MalformedFile, RetconWarning, UnknownEntry, WrongBase
+from retcon.errors import DeltaNotApplied, MalformedFile, OtherParents, UnknownEntry, WrongBase
 from retcon.files import found_from, read_text
 from retcon.plural import plural
 from retcon.store.history import Entry, State, one_named, read_log, states
@@ -244,17 +244,14 @@ class Contents:
         if foreign := [d.id for d in before if d.id not in own]:
             raise DeltaNotApplied(f"applied deltas are not the store's ({', '.join(foreign)}); revert them first")
         wanted = [self.delta(name) for name in state.deltas]
-        with warnings.catch_warnings():
-            # A delta on other predecessors than it was proposed on is what a store is for; `log` says it.
-            warnings.filterwarnings("ignore", message=".*was proposed on top of", category=RetconWarning)
-            with lm.scope():
-                keep = 0
-                while keep < min(len(before), len(wanted)) and before[keep] == wanted[keep]:
-                    keep += 1
-                for delta in reversed(before[keep:]):
-                    lm.revert(delta)
-                for delta in wanted[keep:]:
-                    lm.apply(delta)
+        with _other_parents_are_usual(), lm.scope():
+            keep = 0
+            while keep < min(len(before), len(wanted)) and before[keep] == wanted[keep]:
+                keep += 1
+            for delta in reversed(before[keep:]):
+                lm.revert(delta)
+            for delta in wanted[keep:]:
+                lm.apply(delta)
         return state
 
     @contextmanager
@@ -264,12 +261,20 @@ class Contents:
         try:
             yield self.checkout(lm, entry)
         finally:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*was proposed on top of", category=RetconWarning)
+            with _other_parents_are_usual():
                 for delta in reversed(lm.applied):
                     lm.revert(delta)
                 for delta in before:
                     lm.apply(delta)
+
+
+@contextmanager
+def _other_parents_are_usual() -> Iterator[None]:
+    """Say nothing of a delta on other predecessors than it was proposed on: that is what a store is for, and `log` says
+    it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OtherParents)
+        yield
 
 
 def _named(name: str, entries: tuple[Entry, ...]) -> Entry:

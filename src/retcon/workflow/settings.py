@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from retcon.errors import InvalidSetting, RetconWarning
+from retcon.errors import InvalidSetting, NoPreset
 from retcon.plural import plural
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def resolve(
     given = given or {}
     probed = {"layers": "probe"} if probe else {}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"no \S+ preset for this model", RetconWarning)  # the notes say so
+        warnings.simplefilter("ignore", NoPreset)  # the notes say so
         chosen = choose(
             name,
             for_model=lm,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from retcon.edits import Case, Edit
-from retcon.errors import InvalidSetting, RetconWarning
+from retcon.errors import InvalidSetting, NoPreset
 from retcon.lm.model import LM, require_lm
 from retcon.methods.common.advised import probe_layers, settings_for
 from retcon.methods.common.contract import Method, ModelShape, check_as_trained
@@ -120,7 +120,7 @@ def choose(
         warnings.warn(
             f"no {name} preset for this model ({by_rule.model.config.model_type}, {by_rule.n_layers} layers); "
             f"its settings follow from its shape: {'; '.join(notes)}",
-            RetconWarning,
+            NoPreset,
             stacklevel=3,
         )
     return ChosenMethod(made, found, tuple(notes), base.preset if base else None)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from retcon.delta import Change, Delta, EditReport
 from retcon.edits import Edit
-from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
+from retcon.errors import InvalidEdit, InvalidSetting, LargeChange, RetconWarning
 from retcon.lm.batches import in_batches
 from retcon.lm.forward import TensorName, answer_places, gold, log_probs, logits_at
 from retcon.lm.layouts import Layout
@@ -312,7 +312,7 @@ def warn_of_size(lm: LM, delta: Delta) -> None:
                 f"{name}: the change (norm {norm:.3g}) is {norm / own:.0f} times larger than the weight ({own:.3g}), "
                 "which usually disables a model; lower the clamp, give the second moment more weight, or edit fewer "
                 "facts at once",
-                RetconWarning,
+                LargeChange,
                 stacklevel=5,
             )
 
