@@ -88,7 +88,7 @@ def read_json_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | No
         except json.JSONDecodeError as error:
             raise MalformedFile(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
         except (RecursionError, ValueError) as error:
-            raise MalformedFile(f"{path}: {_out_of_reach(error)}") from None
+            raise MalformedFile(f"{path}: {_json_problem(error)}") from None
     else:
         found = []
         for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a string
@@ -99,7 +99,7 @@ def read_json_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | No
             except (RecursionError, ValueError) as error:
                 if not found and not bad and _is_json(text):
                     raise MalformedFile(f"{path}: holds one value, expected a list or one object per line") from None
-                _refuse(path, number, _out_of_reach(error), bad)
+                _refuse(path, number, _json_problem(error), bad)
     rows = []
     suspect = _HALF_SURROGATE.search(text) is not None
     for number, record in found:
@@ -124,7 +124,7 @@ def _refuse(path: str | os.PathLike[str], number: int, problem: str, bad: list[t
     bad.append((number, problem))
 
 
-def _out_of_reach(error: Exception) -> str:
+def _json_problem(error: Exception) -> str:
     """Return what keeps a text from being read as JSON."""
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON ({error.msg})"
@@ -172,7 +172,7 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name
 
 
-def out_of_reach(repo: str, file: str, *, kind: str = "model", revision: str | None = None) -> str | None:
+def hub_problem(repo: str, file: str, *, kind: str = "model", revision: str | None = None) -> str | None:
     """Say why the hub cannot be asked for a file; None where it answers, whatever it says, or the file is in its cache.
 
     Asks once; a download asks six times, over half a minute, before it fails.

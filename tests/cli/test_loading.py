@@ -11,7 +11,7 @@ import pytest
 
 import retcon
 from retcon.cli import app
-from retcon.cli.chatting import chat_of, chat_options
+from retcon.cli.chat_options import chat_of, chat_options
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import loading_options, loads_a_model
 from retcon.lm.load import load

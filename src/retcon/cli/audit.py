@@ -9,7 +9,7 @@ import typer
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import check_model_exists, load_deltas, load_model, loads_as_stored
 from retcon.cli.options import Json
-from retcon.cli.outputs import check_output
+from retcon.cli.output_checks import check_output
 from retcon.cli.printing import console, emit, plain_table, plural, size, styled
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting, NotEditable

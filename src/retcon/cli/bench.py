@@ -13,7 +13,7 @@ from rich.table import Table
 from retcon.cli.facts import FileFormat
 from retcon.cli.models import check_model_path, warn_of_remote_code
 from retcon.cli.options import Json, On, VerifyBase
-from retcon.cli.outputs import check_can_make_folder
+from retcon.cli.output_checks import check_can_make_folder
 from retcon.cli.printing import console, emit, plain_table, plural, program, seconds, styled
 from retcon.cluster import workers
 from retcon.errors import InvalidSetting

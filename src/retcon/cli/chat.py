@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retcon.cli.chatting import chat_of, check_is_text
+from retcon.cli.chat_options import chat_of, check_is_text
 from retcon.cli.complete import MaxTokens, Stops, Temperature, TopK, TopP, warn_of_no_answer, writing
 from retcon.cli.models import load_deltas, load_model, loads_a_model
 from retcon.cli.options import Deltas, Model, OtherBase, Seed, System, TemplateArgs

@@ -12,7 +12,7 @@ from retcon.cli.complete import CHAT_TOKENS, PLAIN_TOKENS
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_deltas, load_model, loading, loading_options, loads_a_model
 from retcon.cli.options import Json, Model, On, OtherBase
-from retcon.cli.outputs import check_output
+from retcon.cli.output_checks import check_output
 from retcon.cli.printing import console, emit, plain_table, styled
 from retcon.cli.progress import progress_bars, spinner
 from retcon.cluster import workers, working_on

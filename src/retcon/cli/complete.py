@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retcon.cli.chatting import chat_of, check_is_text
+from retcon.cli.chat_options import chat_of, check_is_text
 from retcon.cli.models import load_deltas, load_model, loads_a_model
 from retcon.cli.options import AsChat, Deltas, Json, Model, OtherBase, Seed, System, TemplateArgs
 from retcon.cli.printing import console, emit, plural, styled, warn

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from retcon.cli.models import load_model
 from retcon.cli.options import Json, Seed
-from retcon.cli.outputs import check_output
+from retcon.cli.output_checks import check_output
 from retcon.cli.printing import console, emit, plain_table, program, seconds, size, styled
 from retcon.cli.progress import progress_bars, spinner
 from retcon.edits import Case, Query

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from retcon.cli.chatting import chat_options
+from retcon.cli.chat_options import chat_options
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_deltas, load_model, loading_options, loads_a_model
 from retcon.cli.options import Assignments, Corpus, Json, Method, Model, On, OtherBase, Preset, PresetsOf, Seed, Shrink
-from retcon.cli.outputs import check_output
+from retcon.cli.output_checks import check_output
 from retcon.cli.printing import console, emit, plural, program, seconds, size, styled, warn
 from retcon.cli.progress import progress_bars, spinner
 from retcon.cli.stores import entry_record, open_store
-from retcon.cli.tables import changes_table, edits_table, estimate_table, facts_table, settings_table
+from retcon.cli.tables import changes_table, edits_preview, edits_table, estimate_table, settings_table
 from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
 from retcon.memory.corpus import check_corpus
@@ -186,7 +186,7 @@ def edit(
     if dry_run or (out is None and kept_in is None):
         with spinner("trying a few edits"):
             expected = estimate(lm, resolved, facts.edits, moments=moments, batch_size=batch_size, seed=seed)
-        show.print(facts_table(facts.edits))
+        show.print(edits_preview(facts.edits))
         show.print()
         show.print(estimate_table(expected))
         if as_json:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from retcon.cli.chatting import chat_of
+from retcon.cli.chat_options import chat_of
 from retcon.cli.options import AsChat, System, TemplateArgs, TrainEnd, add_options
 from retcon.workflow.facts import Conflicts, Reading
 

@@ -10,7 +10,7 @@ import typer
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Assignments, Json, Model, Preset, PresetsOf, Seed
-from retcon.cli.outputs import check_output
+from retcon.cli.output_checks import check_output
 from retcon.cli.printing import console, emit, seconds, size, styled, warn
 from retcon.cli.progress import progress_bars
 from retcon.cli.tables import settings_table

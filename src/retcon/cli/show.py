@@ -9,7 +9,7 @@ from rich.text import Text
 
 from retcon.cli.options import Json
 from retcon.cli.printing import console, emit, plain_table, plural, size, styled
-from retcon.cli.stores import N_SHOWN, StorePath, entry_record, fact_record, facts_table, open_store
+from retcon.cli.stores import N_SHOWN, StorePath, entry_record, fact_record, lines_table, open_store
 from retcon.errors import UnknownEntry
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _entry(store: "Store", entry: "Entry", as_json: bool) -> None:
             out.print(styled("  [dim]{}: {}[/]", what.replace("_", " "), ", ".join(map(str, named))), soft_wrap=True)
     if facts:
         out.print()
-        out.print(facts_table(facts))
+        out.print(lines_table(facts))
         if len(facts) > N_SHOWN:
             out.print(styled("[dim]and {:,} more[/]", len(facts) - N_SHOWN))
 

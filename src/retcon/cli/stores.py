@@ -100,7 +100,7 @@ def rewritten(
         return write(lm, *fact, moments=moments, progress=advance, **options)
 
 
-def facts_table(lines: "list[Line]") -> Table:
+def lines_table(lines: "list[Line]") -> Table:
     """Return the first of some facts."""
     table = plain_table(("fact", 24), ("prompt", 48), ("answer", 24))
     for line in lines[:N_SHOWN]:

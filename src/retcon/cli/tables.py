@@ -57,7 +57,7 @@ def estimate_table(expected: Estimate) -> Table:
     return table
 
 
-def facts_table(edits: Sequence[Edit]) -> Group:
+def edits_preview(edits: Sequence[Edit]) -> Group:
     """Return what would be written, the first few."""
     table = plain_table(("prompt", 60), ("new answer", 60))
     for edit in edits[:N_SHOWN]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Corpus, Json, Method, Model, On, Preset, Seed
-from retcon.cli.outputs import check_output
+from retcon.cli.output_checks import check_output
 from retcon.cli.printing import console, emit, plain_table, plural, seconds, styled
 from retcon.cluster import workers, working_on
 from retcon.methods.common.presets import preset_path

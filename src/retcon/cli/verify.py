@@ -8,7 +8,7 @@ import typer
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import loads_a_model
 from retcon.cli.options import Json
-from retcon.cli.outputs import check_output
+from retcon.cli.output_checks import check_output
 from retcon.cli.printing import console, emit, plain_table, plural, styled
 from retcon.cli.progress import spinner
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store

@@ -11,7 +11,7 @@ import torch
 
 from retcon import world
 from retcon.errors import RetconError, UnsupportedModel
-from retcon.files import looks_like_path, out_of_reach
+from retcon.files import hub_problem, looks_like_path
 from retcon.lm.fingerprint import StoredTensors, checkpoint_fingerprint
 from retcon.lm.gguf import DAMAGED, SUFFIX, find_gguf, forget_packing, gguf_options, quiet_conversion
 from retcon.lm.layouts import Layout
@@ -196,7 +196,7 @@ def find_model(name: str, revision: str | None = None) -> str:
     if looks_like_path(name):
         raise UnsupportedModel(f"cannot load {name!r}: no such directory or file")
 
-    if reason := out_of_reach(name, "config.json", revision=revision):
+    if reason := hub_problem(name, "config.json", revision=revision):
         raise UnsupportedModel(
             f"cannot load {name!r}: there is no such directory here, and the hub cannot be asked for it ({reason})"
         )

@@ -1,4 +1,4 @@
-"""Whether an edit is safe to ship: the edited model from wherever it is, and the verdict as a file."""
+"""Verdicts of `evaluation.safety` as a sentence, a page, Markdown or JUnit; edited models loaded for it."""
 
 import warnings
 from collections.abc import Mapping

@@ -9,7 +9,7 @@ from rich.table import Table
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Json, Model, Seed
-from retcon.cli.outputs import check_output
+from retcon.cli.output_checks import check_output
 from retcon.cli.printing import console, emit, plain_table, plural, styled, warn
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, probed, write_figures
 from retcon.cli.progress import progress_bars, spinner

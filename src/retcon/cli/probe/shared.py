@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retcon.cli.outputs import check_output
+from retcon.cli.output_checks import check_output
 from retcon.cli.printing import finite, plural
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting

@@ -6,7 +6,7 @@ from typing import Any
 
 from retcon.errors import MalformedFile, MissingPackage, how_to_install
 from retcon.evaluation.datasets.tables import read_rows
-from retcon.files import NumberedRow, out_of_reach
+from retcon.files import NumberedRow, hub_problem
 
 PREFIX = "hub:"
 _ADDRESS = re.compile(r"^hub:(?P<repo>[^/@:]+/[^/@:]+)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+))?$")
@@ -53,7 +53,7 @@ def read_hub_rows(address: str, bad: list[tuple[int, str]] | None = None) -> lis
         if at.file is not None:
             from huggingface_hub import hf_hub_download
 
-            if reason := out_of_reach(at.repo, at.file, kind="dataset", revision=at.revision):
+            if reason := hub_problem(at.repo, at.file, kind="dataset", revision=at.revision):
                 raise MalformedFile(f"{address}: the hub cannot be asked for it ({reason})")
             file = hf_hub_download(at.repo, at.file, repo_type="dataset", revision=at.revision)
             return read_rows(file, bad)
