@@ -100,7 +100,7 @@ def test_what_must_stay_is_a_file_of_what_the_base_says(cli: Cli, here: Path) ->
     assert [(check["kind"], check["outcome"]) for check in strict["failed"]] == [("stays", "never")]
     assert "has never passed" in cli("verify", "--stay", "never.jsonl", "--strict", "--bisect", code=1).stdout
     unsought = cli("verify", "--stay", "never.jsonl", "--no-bisect", code=1).stdout
-    assert "since when was not looked for" in unsought
+    assert "the entry that broke it was not searched for" in unsought
 
 
 def test_the_file_of_what_must_stay_is_read_as_others_are(cli: Cli, here: Path) -> None:
@@ -162,8 +162,11 @@ def test_bad_input_changes_nothing(cli: Cli, store: Path, here: Path) -> None:
     assert "a store already" in cli("init", "gptj", code=2).stderr
     assert "holds no store" in cli("log", "--store", "elsewhere", code=2).stderr
     assert "--store and --out" in cli(*EDIT, "--out", "x.safetensors", code=2).stderr
-    assert "--evaluate goes with --out" in cli(*EDIT, "--evaluate", code=2).stderr
-    assert "-m goes with --store" in cli("edit", "gptj", "edits.jsonl", "--out", "x", "-m", "why", code=2).stderr
+    assert "with --store, measure with `retcon verify`" in cli(*EDIT, "--evaluate", code=2).stderr
+    assert (
+        "-m is the message of a store's log"
+        in cli("edit", "gptj", "edits.jsonl", "--out", "x", "-m", "why", code=2).stderr
+    )
     assert "is in force already" in cli("edit", "nowhere", *EDIT[2:], code=2).stderr  # before the model is loaded
     write_rows(here / "edits.jsonl", [{"prompt": "The capital of {} is", "subject": "France", "target_new": "Milan"}])
     assert "retcon amend fr" in cli(*EDIT, code=2).stderr

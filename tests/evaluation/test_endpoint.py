@@ -174,6 +174,13 @@ def test_a_server_need_not_list_its_models_nor_a_folder_that_it_loads(tmp_path: 
             assert verdict["took"].value == 1
 
 
+def test_a_refusal_that_quotes_another_status_is_a_refusal() -> None:
+    with server(lambda path, record: (403, {"detail": "upstream said HTTP 404"})) as (url, asked):
+        with pytest.raises(EndpointFailed, match="refuses the key"):
+            check_endpoint(Endpoint(url=url, model="edited"), cases(1))
+        assert len(asked) == 1
+
+
 def test_a_server_that_is_slow_or_not_there() -> None:
     def slow(path: str, record: Any) -> tuple[int, Any]:
         time.sleep(0.5)

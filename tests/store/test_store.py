@@ -383,7 +383,7 @@ def test_what_a_wrapped_method_remembers_is_left_out_in_other_layers(tmp_path: P
 def test_a_delta_that_stands_for_those_before_it_is_refused(store: Store, lm: LM, moments: Any) -> None:
     before = store.log()
     prune = Prune(base_method="memit", base_settings=MEMIT.settings)
-    with pytest.raises(InvalidSetting, match="prune stands for all deltas before it"):
+    with pytest.raises(InvalidSetting, match="prune replaces all deltas before it"):
         store.edit(
             lm,
             [replace(FACTS[0], id="spain", edits=(Edit("The capital of {} is", "Spain", "Rome"),))],

@@ -93,7 +93,7 @@ def test_a_bisect_names_the_entry_that_broke_a_fact(store: Store, lm: LM) -> Non
     assert own.words.endswith("has never passed")
     unasked = verify(store, lm, bisect=False)
     assert {c.outcome for c in unasked.checks} == {"broke"}
-    assert all(c.words.endswith("since when was not looked for") for c in unasked.failed)
+    assert all(c.words.endswith("the entry that broke it was not searched for") for c in unasked.failed)
     assert "not looked for" in unasked.markdown()
     for case in store.cases(two.id):
         (check,) = [c for c in now.checks if c.fact == case.id and c.kind == "took"]

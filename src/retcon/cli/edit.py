@@ -126,9 +126,9 @@ def edit(
         what = "--out" if out is not None else "--delta"
         raise InvalidSetting(f"--store and {what} exclude each other: a store keeps the delta, on top of its own")
     if store is not None and evaluate:
-        raise InvalidSetting("--evaluate goes with --out; `retcon verify` asks every check of a store's facts")
+        raise InvalidSetting("with --store, measure with `retcon verify` instead of --evaluate")
     if store is None and message:
-        raise InvalidSetting("-m goes with --store, whose log says it")
+        raise InvalidSetting("-m is the message of a store's log; give --store, or leave -m out")
     if out is not None:
         check_output(out, Path(model), edits, *(earlier or []), None if corpus is None else Path(corpus))
     elif store is None and not dry_run:

@@ -91,8 +91,8 @@ class PendingEntry:
 
         if method.replaces_applied and lm.applied:
             raise InvalidSetting(
-                f"{method.name} stands for all deltas before it, and a store keeps each, so that any fact can be taken "
-                f"back; edit with the method it wraps, and apply {method.name} to what is exported "
+                f"{method.name} replaces all deltas before it; a store keeps each delta. Edit with the method it "
+                f"wraps, then apply {method.name} to the exported edit "
                 f"(retcon edit --delta ... --method {method.name})"
             )
         cache = values or ValueCache(cache_dir() / "values")

@@ -65,7 +65,7 @@ class Check:
     @property
     def words(self) -> str:
         """The failure in a sentence."""
-        never = "has never passed" if self.outcome == "never" else "since when was not looked for"
+        never = "has never passed" if self.outcome == "never" else "the entry that broke it was not searched for"
         how = never if self.since is None else f"broke in {self.since.id} ({self.since.message})"
         said = f", found {self.said!r}" if self.said else ""
         return f"{self.query.prompt!r}: wanted {self.wanted!r}{said}; {how}"

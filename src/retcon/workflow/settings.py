@@ -25,7 +25,7 @@ class Resolved:
     method: "Method"
     preset: "Preset | None"
     given: frozenset[str]
-    """Settings that were asked for on the command line."""
+    """Names of the settings that the caller set over the preset's."""
     n_probed: int = 0
     """Facts that the layers were chosen with, by the contrast-based probe; 0 where it was not asked."""
     notes: tuple[str, ...] = ()
