@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from retcon.attachment import Attachment
 from retcon.edits import Edit
 from retcon.errors import RetconError
 from retcon.lm.forward import Point, gold, logits_at, run
@@ -91,6 +92,8 @@ def examine(lm: LM, *, progress: Callable[[str], None] = silent) -> Examination:
         progress(name)
         try:
             outcome, detail = check(lm)
+        except _Skipped as error:
+            outcome, detail = "skipped", str(error)
         except RetconError as error:
             outcome, detail = "failed", str(error)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as error:
@@ -104,7 +107,7 @@ def examine(lm: LM, *, progress: Callable[[str], None] = silent) -> Examination:
 
 
 def _layout(lm: LM) -> tuple[Outcome, str]:
-    """That it fits was checked when the model was loaded; here, what it says."""
+    """Report the layout's kinds of layers; that it fits was checked at load."""
     parts = []
     for kind in dict.fromkeys(lm.kinds):
         layers = [i for i, k in enumerate(lm.kinds) if k is kind]
@@ -195,8 +198,6 @@ def _keys(lm: LM) -> tuple[Outcome, str]:
 def _edit(lm: LM, name: str) -> tuple[Outcome, str]:
     """Check that an edit makes its answer likelier, once in the weights."""
     proposed = _proposed(lm, name)
-    if isinstance(proposed, str):
-        return "skipped", proposed
     before = _log_probability(lm, EDITS[0])
     with lm.edited(proposed):
         after = _log_probability(lm, EDITS[0])
@@ -235,38 +236,45 @@ def _save(lm: LM) -> tuple[Outcome, str]:
 # --- what they share -----------------------------------------------------------------------------------------------
 
 
-def _proposed(lm: LM, name: str) -> Any:
-    """Return a delta of one edit by that method in the model's middle, or why there is none."""
+class _Skipped(Exception):
+    """A check that the model has nothing for; the message says why."""
+
+
+def _proposed(lm: LM, name: str) -> Attachment:
+    """Return a delta of one edit by that method in the model's middle.
+
+    Raises:
+        _Skipped: the method has nowhere to write.
+    """
     with_mlp = [i for i in range(lm.n_layers) if lm.has(i, "down_proj") or lm.kinds[i].experts]
     dense = [i for i in with_mlp if lm.has(i, "down_proj")]
     middle = lambda layers: layers[len(layers) // 3 : len(layers) // 3 + 2]  # noqa: E731
-    free: dict[str, Any] = dict(steps=8)
     if name == "rome":
         if not dense:
-            return "every expert is routed; memit and jeep write to those"
-        settings = dict(layer=middle(dense)[0], use_moment=False, weight_decay=0.0, **free)
+            raise _Skipped("every expert is routed; memit and jeep write to those")
+        settings = dict(layer=middle(dense)[0], use_moment=False, weight_decay=0.0, steps=8)
     elif name == "memit":
-        settings = dict(layers=tuple(middle(with_mlp)), moment_weight=1e-3, weight_decay=0.0, clamp=4.0, **free)
+        settings = dict(layers=tuple(middle(with_mlp)), moment_weight=1e-3, weight_decay=0.0, clamp=4.0, steps=8)
     elif name == "jeep":
         low, high = tuple(middle(with_mlp)[:1]), tuple(with_mlp[-1:])
         settings = dict(low=low, high=high, low_moment_weight=1e-3, high_moment_weight=1e-3, low_clamp=4.0,
-                        high_clamp=4.0, low_weight_decay=0.0, high_weight_decay=0.0, **free)  # fmt: skip
+                        high_clamp=4.0, low_weight_decay=0.0, high_weight_decay=0.0, steps=8)  # fmt: skip
     else:
         settings = dict(epochs=3, n_points=2, learning_rate=1e-2)  # smaller steps are lost in bfloat16
     chosen = method(name, **settings)
     layers = [settings[n] for n in ("layer",) if n in settings]
     layers += [layer for n in ("layers", "low", "high") for layer in settings.get(n, ())]
     if what_stands_between([lm.kinds[layer] for layer in layers if is_routed(lm, layer, False)]):
-        return "a norm or a factor stands between the routed experts and the residual stream"
+        raise _Skipped("a norm or a factor stands between the routed experts and the residual stream")
     moments = _identity(lm, layers)
     with _silent():
         return chosen.propose(lm, EDITS[:1], contexts=CONTEXTS, moments=moments)
 
 
-def _any_delta(lm: LM) -> Any:
+def _any_delta(lm: LM) -> Attachment:
     for name in ("memit", "rome"):
-        if not isinstance(found := _proposed(lm, name), str):
-            return found
+        with suppress(_Skipped):
+            return _proposed(lm, name)
     site = lm.site(lm.n_layers // 2, "o_proj")
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(n, 1, generator=generator) for n in site.shape)
