@@ -95,6 +95,30 @@ class Conflict:
     wanted: str
 
 
+@dataclass(frozen=True)
+class Lamp:
+    """What one of the four questions was answered by."""
+
+    title: str
+    cases: "tuple[Check, ...]" = ()
+    """Checks that fell short, those that broke first."""
+    passed: int = 0
+    broke: int = 0
+    never: int = 0
+
+    @property
+    def total(self) -> int:
+        """Checks that were put to the model."""
+        return self.passed + self.broke + self.never
+
+    @property
+    def colour(self) -> str:
+        """The class of the lamp in the page's style sheet."""
+        if not self.total:
+            return "unknown"
+        return "good" if self.passed == self.total else "bad" if self.broke else "mid"
+
+
 @dataclass
 class Session:
     """One model, its store, and what was done to them from the page."""
@@ -527,21 +551,17 @@ class Session:
 
         return self.submit("verify", run)
 
-    def lamps(self) -> list[dict[str, Any]]:
+    def lamps(self) -> list["Lamp"]:
         """Return the four questions, with counts and the cases that fell short: those that broke first."""
         from retcon.store.verify import KINDS, TITLES
 
-        found = []
         counts = self.verification.counts() if self.verification else {}
+        checks = self.verification.checks if self.verification else ()
+        found = []
         for kind in KINDS[:4]:
-            row = counts.get(kind, {"passed": 0, "broke": 0, "never": 0})
-            cases: list[Check] = []
-            if self.verification is not None:
-                cases = [c for c in self.verification.checks if c.kind == kind and c.outcome != "passed"]
+            cases = [check for check in checks if check.kind == kind and check.outcome != "passed"]
             cases.sort(key=lambda check: check.outcome != "broke")
-            total, passed = sum(row.values()), row["passed"]
-            lamp = "unknown" if not total else "good" if passed == total else "bad" if row["broke"] else "mid"
-            found.append({"title": TITLES[kind], "lamp": lamp, "total": total, "cases": cases} | dict(row))
+            found.append(Lamp(TITLES[kind], tuple(cases), **counts.get(kind, {})))
         return found
 
     def probe(self, trace: bool = False, at: str | None = None) -> Job:
