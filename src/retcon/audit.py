@@ -226,7 +226,7 @@ def _left(difference: Tensor, known: Sequence[Change], other: Tensor) -> float:
 
 
 def _rounding(stored: Tensor) -> float:
-    """Root mean square of what rounding to the stored dtype adds to a value."""
+    """Return the root mean square of what rounding to the stored dtype adds to a value."""
     return torch.finfo(stored.dtype).eps * float(stored.double().square().mean().sqrt()) / math.sqrt(12)
 
 
@@ -241,8 +241,8 @@ def _ranks(difference: Tensor, stored: Tensor, where: torch.device) -> dict[Regi
 
 
 def _rank(difference: Float[Tensor, "rows columns"], stored: Tensor, where: torch.device) -> int:
-    """Singular values above the largest that rounding noise has in the rows and columns that differ (Marchenko and
-    Pastur 1967)."""
+    """Count the singular values above the largest that rounding noise has in the rows and columns that differ
+    (Marchenko and Pastur 1967)."""
     moved = difference != 0
     difference = difference[moved.any(1)][:, moved.any(0)]
     rows, columns = difference.shape

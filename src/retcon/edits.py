@@ -124,7 +124,7 @@ class Edit:
         return next(iter(mentions(self.text, self.subject)), None)
 
     def require_subject_span(self) -> tuple[int, int]:
-        """`subject_span`, or an error that says what to do.
+        """Return `subject_span`, or an error that says what to do.
 
         Raises:
             InvalidEdit: the edit names no subject, or the subject does not occur in the prompt.
@@ -257,7 +257,7 @@ def same_question(edit: Edit) -> tuple[str, str]:
 
 
 def conflicts(edits: Sequence[Edit]) -> list[tuple[Edit, ...]]:
-    """Groups of edits that ask the same question and want different answers."""
+    """Return the groups of edits that ask the same question and want different answers."""
     by_question: dict[tuple[str, str], list[Edit]] = {}
     for edit in edits:
         by_question.setdefault(same_question(edit), []).append(edit)
@@ -407,7 +407,7 @@ def _case_fields(case: Case) -> dict[str, Any]:
 
 
 def cases_hash(cases: Iterable[Case]) -> str:
-    """SHA-256 of all that the cases hold, as `write_cases` writes it; what JSON lacks counts as text."""
+    """Return the SHA-256 of all that the cases hold, as `write_cases` writes it; what JSON lacks counts as text."""
 
     def as_text(value: Any) -> Any:
         return sorted(map(repr, value)) if isinstance(value, Set) else str(value)  # a set has no order to hash

@@ -103,7 +103,7 @@ class PlaceBusy(RetconError):
 
 
 class NonFinite(RetconError):
-    """NaN or infinity where a number must stand: a loss, a moment, a change."""
+    """NaN or infinity where a number must be: a loss, a moment, a change."""
 
 
 class UnsafeUpdate(RetconError):

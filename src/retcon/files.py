@@ -353,7 +353,7 @@ def _put_back(old: Path, place: Path) -> None:
 
 @contextmanager
 def errors_naming(place: str | os.PathLike[str]) -> Iterator[None]:
-    """Inside, a write that fails raises an OSError that names a file, `place` where the writer names none."""
+    """Let a write that fails raise an OSError that names a file, `place` where the writer names none."""
     try:
         yield
     except Exception as error:

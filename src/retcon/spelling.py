@@ -25,7 +25,7 @@ def fold(text: str) -> str:
 
 
 def mentions(text: str, subject: str, *, any_case: bool = False) -> list[tuple[int, int]]:
-    """(start, end) of the occurrences of `subject` in `text`: exact ones, else as NFC, else case-folded.
+    """Return (start, end) of the occurrences of `subject` in `text`: exact ones, else as NFC, else case-folded.
 
     Case-folded, any space is as good as any other. Parts of longer words count only where all are.
 
@@ -50,7 +50,7 @@ def _is_whole(text: str, start: int, end: int) -> bool:
 
 
 def _occurrences(text: str, subject: str, fold: Callable[[str], str]) -> Iterator[tuple[int, int]]:
-    """(start, end) of each occurrence of `subject` in `text` once both are folded.
+    """Yield (start, end) of each occurrence of `subject` in `text` once both are folded.
 
     Forms are compared decomposed, which tells the same strings apart as NFC does and treats each character with its
     marks by itself, so that a place in the folded text leads back to one in `text`.

@@ -315,7 +315,7 @@ class _Board:
         return f"{seconds(gone)}{left}"
 
     def record(self) -> list[dict[str, Any]]:
-        """Plain values, for JSON."""
+        """Return the plain values, for JSON."""
         return [
             {
                 "run": row.cell.slug,

@@ -150,7 +150,7 @@ class Story:
         return (line.pre, line.post) if line else (None, None)
 
     def record(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the plain values, for JSON."""
         return {
             "model": f"demo:{self.name}",
             "ok": self.ok,
@@ -325,7 +325,7 @@ def _percent(estimate: "CaseMean | None") -> str:
 
 
 def _suggest(story: Story, others: Sequence[str]) -> None:
-    """Commands that work as they stand, typed here."""
+    """Commands that work as they are, typed here."""
     from retcon import world
 
     run, model, file = program(), f"demo:{story.name}", shlex.quote(str(story.file))

@@ -46,5 +46,5 @@ def _shown(line: "Line") -> str:
 
 
 def _one_line(text: str) -> str:
-    """Text in one line, without what a terminal would obey."""
+    """Return the text in one line, without what a terminal would obey."""
     return "".join(c if c.isprintable() else " " for c in text)

@@ -172,7 +172,7 @@ def _all_scores(lm: "LM", cases: "Sequence[Case]", rank: "int | str | None") -> 
 
 
 def _scores(lm: "LM", cases: "Sequence[Case]", before: "Evaluation") -> dict[str, float]:
-    """Score, efficacy, generalisation and locality of the model as it is now, times 100.
+    """Return the score, efficacy, generalisation and locality of the model as it is now, times 100.
 
     Args:
         before: the unedited model's, with which locality of some datasets is the agreement.

@@ -80,7 +80,7 @@ def _names_method(name: str) -> bool:
 
     if Path(name).exists():
         return False
-    named = get_close_matches(name, list_methods(), n=1, cutoff=0.75)  # a slip in it is told of by that name
+    named = get_close_matches(name, list_methods(), n=1, cutoff=0.75)  # a slip in it is reported by that name
     return bool(named) or (":" in name and not name.startswith(DEMO))
 
 

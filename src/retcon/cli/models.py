@@ -104,7 +104,7 @@ def _device_map(text: str | None) -> Any:
 
 
 def load_model(name: str) -> "LM":
-    """`retcon.load`, with a spinner, a checked device and the options of `loads_a_model`."""
+    """Call `retcon.load`, with a spinner, a checked device and the options of `loads_a_model`."""
     asked = loading()
     if asked.device is not None and asked.device_map is not None:
         raise InvalidSetting("--device and --device-map both say where the model goes; give one of them")
@@ -175,7 +175,7 @@ def _check_device(name: str | None) -> None:
 
 
 def load_deltas(paths: Sequence[Path]) -> list["Attachment"]:
-    """Deltas, or attachments of other kinds, from files, in that order.
+    """Read deltas, or attachments of other kinds, from files, in that order.
 
     A store stands for those in force, `store@ENTRY` for those after an entry.
 

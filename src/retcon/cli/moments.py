@@ -99,7 +99,7 @@ def moments(
 
 
 def _layers(text: str) -> list[int]:
-    """Layers of a list such as "1,2,5-7"."""
+    """Return the layers of a list such as "1,2,5-7"."""
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")

@@ -48,7 +48,7 @@ def workers(on: str) -> AbstractContextManager[Workers]:
 
 @contextmanager
 def working_on(lm: "LM", place: Workers) -> Iterator[None]:
-    """Inside, pieces of work on `lm` are done there."""
+    """Do pieces of work on `lm` at `place` while the scope lasts."""
     before, lm.workers = lm.workers, place
     try:
         yield

@@ -113,14 +113,14 @@ def _exact(change: Change, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
 
 
 def _selector(index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """(size, n): column j is 1 at index[j]."""
+    """Return (size, n): column j is 1 at index[j]."""
     chosen = torch.zeros(size, len(index), dtype=dtype)
     chosen[index, torch.arange(len(index))] = 1
     return chosen
 
 
 def _by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of a matrix without the singular values that float32 cannot tell from zero."""
+    """Return the factors of a matrix without the singular values that float32 cannot tell from zero."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     n = max(1, int((s > s[0] * torch.finfo(torch.float32).eps / 4).sum()))
     root = s[:n].sqrt()

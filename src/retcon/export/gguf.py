@@ -137,7 +137,7 @@ _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8
 
 
 def _weights(lm: LM) -> Iterator[tuple[str, Tensor]]:
-    """(GGUF name, matrix as (out, in)) of every parameter, a tied head left out."""
+    """Return (GGUF name, matrix as (out, in)) of every parameter, a tied head left out."""
     transposed = set(lm.transposed_parameters())
     for name, tensor in lm.model.named_parameters():
         own = tensor.detach()
@@ -218,7 +218,7 @@ def _add_tokenizer(lm: LM, writer: Any) -> None:
 
 
 def _pretokenizer(about: Mapping[str, Any] | None) -> str | None:
-    """llama.cpp's name for a way of splitting text, None where it has none."""
+    """Return llama.cpp's name for a way of splitting text, None where it has none."""
     if about is None:
         return None
     if about["type"] == "ByteLevel" and about.get("use_regex", True) and not about.get("add_prefix_space"):

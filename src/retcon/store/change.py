@@ -84,7 +84,7 @@ class PendingEntry:
         """Return a delta on the model as it is, in the store's precision, staged with its values.
 
         Raises:
-            InvalidSetting: it would stand for the deltas before it.
+            InvalidSetting: it would replace the deltas before it.
         """
         from retcon.memory.values import ValueCache
         from retcon.memory.values.store import KnownValues

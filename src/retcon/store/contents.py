@@ -210,7 +210,7 @@ class Contents:
         return path
 
     def file_size(self, delta: str) -> int:
-        """Bytes of a delta's files, values included."""
+        """Return the bytes of a delta's files, values included."""
         files = (self.path / folder / f"{delta}.safetensors" for folder in (DELTAS, VALUES))
         return sum(file.stat().st_size for file in files if file.is_file())
 

@@ -81,7 +81,7 @@ class State:
         raise UnknownEntry(f"delta {delta} is not in force in this state")
 
     def later(self, slots: Iterable[str]) -> tuple[str, ...]:
-        """Slots in force that come after the first of these."""
+        """Return the slots in force that come after the first of these."""
         wanted, order = set(slots), list(self.slots)
         first = min((order.index(slot) for slot in wanted), default=len(order))
         return tuple(s for s in order[first:] if s not in wanted and self.slots[s] is not None)
@@ -122,7 +122,7 @@ def read_log(path: Path) -> tuple[Entry, ...]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a file of JSON lines; none where there is no file.
+    """Yield (line number, object) of a file of JSON lines; none where there is no file.
 
     Raises:
         MalformedFile: merge marks, or a line that is no object.

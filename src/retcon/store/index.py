@@ -108,7 +108,7 @@ class Index:
         return [Line(*row) for row in self.connection.execute(f"SELECT {_SHOWN} FROM facts {which}", values)]
 
     def counts(self) -> dict[str, int]:
-        """Lines by entry."""
+        """Count the lines of each entry."""
         self._sync()
         return dict(self.connection.execute("SELECT entry, count(*) FROM facts GROUP BY entry"))
 

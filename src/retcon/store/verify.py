@@ -98,7 +98,7 @@ class Verification:
         return not self.failed
 
     def counts(self) -> dict[CheckKind, dict[Outcome, int]]:
-        """Checks by kind and outcome."""
+        """Count checks by kind and outcome."""
         found: dict[CheckKind, dict[Outcome, int]] = {}
         for check in self.checks:
             row = found.setdefault(check.kind, {"passed": 0, "broke": 0, "never": 0})

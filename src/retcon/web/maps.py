@@ -22,7 +22,7 @@ class LayerMap:
     values: tuple[tuple[float, ...], ...]
 
     def shade(self, row: int, layer: int) -> int:
-        """0 to 100, by the largest value in the map."""
+        """Return 0 to 100, by the largest value in the map."""
         top = max((abs(v) for line in self.values for v in line), default=0.0) or 1.0
         return round(100 * max(0.0, self.values[row][layer]) / top)
 

@@ -64,7 +64,7 @@ class Examination:
         return all(f.outcome != "failed" for f in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields, for JSON."""
         return {**asdict(self), "passed": self.passed}
 
 
@@ -118,7 +118,7 @@ def _layout(lm: LM) -> tuple[Outcome, str]:
 
 
 def _orientation(lm: LM) -> tuple[Outcome, str]:
-    """W x + b is what the module itself gives, for each matrix of the first and the last block."""
+    """Check that W x + b is what the module itself gives, for each matrix of the first and the last block."""
     worst, n = 0.0, 0
     for layer in {0, lm.n_layers - 1}:
         for kind in get_args(SiteName):
@@ -135,7 +135,7 @@ def _orientation(lm: LM) -> tuple[Outcome, str]:
 
 
 def _experts(lm: LM) -> tuple[Outcome, str]:
-    """Weighted keys times the experts' matrices are what the experts give."""
+    """Check that weighted keys times the experts' matrices are what the experts give."""
     layers = [i for i, kind in enumerate(lm.kinds) if kind.experts]
     if not layers:
         return "skipped", "no routed experts"
@@ -164,7 +164,7 @@ def _experts(lm: LM) -> tuple[Outcome, str]:
 
 
 def _replay(lm: LM) -> tuple[Outcome, str]:
-    """Blocks run from the middle on recorded states give a plain pass's logits."""
+    """Check that blocks run from the middle on recorded states give a plain pass's logits."""
     if lm.layout.earlier == "other":
         return "skipped", "layers share keys and values; values are searched the plain way"
     worst, firsts = 0.0, sorted({1, lm.n_layers // 2, lm.n_layers - 1} - {0})
@@ -182,7 +182,7 @@ def _replay(lm: LM) -> tuple[Outcome, str]:
 
 
 def _keys(lm: LM) -> tuple[Outcome, str]:
-    """Keys read layer by layer are those of whole passes."""
+    """Check that keys read layer by layer are those of whole passes."""
     layers = [i for i in range(lm.n_layers) if lm.has(i, "down_proj")][:3]
     tensor: Literal["key", "attn_key"] = "key" if layers else "attn_key"
     layers = layers or list(range(min(3, lm.n_layers)))
@@ -206,7 +206,7 @@ def _edit(lm: LM, name: str) -> tuple[Outcome, str]:
 
 
 def _undo(lm: LM) -> tuple[Outcome, str]:
-    """Applied and reverted, every byte is back."""
+    """Check that, applied and reverted, every byte is back."""
     delta = _any_delta(lm)
     before = {name: lm.parameter(name).detach().cpu().clone() for name in delta.changes}
     lm.apply(delta)
@@ -219,7 +219,7 @@ def _undo(lm: LM) -> tuple[Outcome, str]:
 
 
 def _save(lm: LM) -> tuple[Outcome, str]:
-    """Saved and read by transformers alone, the edited model gives the same logits."""
+    """Check that, saved and read by transformers alone, the edited model gives the same logits."""
     row = _rows(lm)[0]
     ids = torch.tensor([row.ids], device=lm.device)
     delta = _any_delta(lm)

@@ -48,12 +48,12 @@ class Estimate:
     delta_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the fields, for `--json`."""
         return asdict(self)
 
 
 class StoredOrIdentity:
-    """Moments for a trial: those that are on disk, and the identity for others, which are noted."""
+    """Return moments for a trial: those that are on disk, and the identity for others, which are noted."""
 
     def __init__(self, inner: "Moments") -> None:
         self.inner = inner
@@ -149,7 +149,7 @@ def estimate(
 
 
 def _collecting(lm: "LM", moments: "Moments", missing: "list[Site]") -> tuple[int, float]:
-    """Tokens that the missing moments take, and seconds, from a few of them."""
+    """Return the tokens that the missing moments take, and seconds, from a few of them."""
     from retcon.memory.collect import collect
     from retcon.memory.moments import CorpusMoments, document_rows
 

@@ -52,7 +52,7 @@ PLAIN = Reading()
 
 
 def read_facts(path: str | Path, reading: Reading = PLAIN) -> Facts:
-    """Facts from a file of any format; what was left out, and fields that nobody knows, are warned of.
+    """Read facts from a file of any format; what was left out, and fields that nobody knows, are warned of.
 
     Raises:
         MalformedFile, ConflictingEdits: the message names file, row and field.
@@ -83,7 +83,7 @@ def read_facts(path: str | Path, reading: Reading = PLAIN) -> Facts:
 
 
 def facts_that_fit(lm: "LM", facts: Facts, on_error: "OnError" = "stop") -> Facts:
-    """Facts whose prompts and new answers the model can read at once.
+    """Return the facts whose prompts and new answers the model can read at once.
 
     Args:
         on_error: `stop` refuses the first that is too long; `skip` leaves such facts out, with a warning.

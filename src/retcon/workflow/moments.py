@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def moments_for(lm: "LM", corpus: str | Path | None = None, *, shrink: bool = False) -> "Moments":
-    """Moments from `corpus` (a file, or a dataset of the hub), or the model's default ones.
+    """Return moments from `corpus` (a file, or a dataset of the hub), or the model's default ones.
 
     Args:
         shrink: see `CorpusMoments.shrink`.
@@ -28,7 +28,7 @@ def moments_for(lm: "LM", corpus: str | Path | None = None, *, shrink: bool = Fa
 
 
 def needed_moments(lm: "LM", method: "Method", corpus: str | Path | None = None) -> "Moments":
-    """Moments for a method; none, and no corpus read, where it has no use for them.
+    """Return moments for a method; none, and no corpus read, where it has no use for them.
 
     A method that may search with a smaller cut where memory runs out (`shrink`) may be given moments so collected.
     """

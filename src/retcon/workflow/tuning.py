@@ -283,7 +283,7 @@ def _halving(search: _Search, given: frozenset[str], draw: random.Random) -> "Me
         if best not in running[: len(ranked)]:  # cut short before the best so far was tried on so many cases
             break
         cut = len(ranked) < len(running)
-        ranked.sort(key=lambda found: -found[0])  # stable: the rule stands before what is no better
+        ranked.sort(key=lambda found: -found[0])  # stable: the first candidate precedes what is no better
         best = ranked[0][1]
         if cut:
             break

@@ -171,7 +171,7 @@ def unconverged(carried: "Mapping[str, Tensor]", probability: float) -> list[str
 
 
 def overlaps(edits: "list[Edit]", ensembles: "list[Ensemble]") -> tuple[list[float], list[float]]:
-    """Intersection over union of every two facts' ensembles: facts of one relation, and of two.
+    """Return the intersection over union of every two facts' ensembles: facts of one relation, and of two.
 
     Pairs of which one fact names no relation are left out.
     """

@@ -148,7 +148,7 @@ def _write_records(path: Path, found: "Contrast") -> None:
 
 
 def _table(found: "Contrast") -> Table:
-    """Mean rank and probability of both answers, layer by layer; with the final norm where they were read so."""
+    """Return mean rank and probability of both answers, layer by layer; with the final norm where they were read so."""
     final_norm = found.norms[-1]
     read = ("subject: original", "target", "prediction: original", "target")
     table = plain_table(right=("layer", *read, "p(original)", "p(target)"))

@@ -44,7 +44,7 @@ def check_stem(stem: str, *inputs: Path | None) -> None:
 
 
 def facts(model: str, cases: Path | None, reading: Reading, seed: int) -> Facts:
-    """Facts to probe with: a file's, or the embedded model's own.
+    """Return the facts to probe with: a file's, or the embedded model's own.
 
     Raises:
         InvalidSetting: none are named, and the model has none of its own.
