@@ -8,20 +8,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
 from retcon.cli.printing import console, seconds
 from retcon.escaping import printable
+from retcon.work import Progress
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[Progress]:
     """Draw a progress bar per stage on stderr, gone when done; where stderr is no terminal, log what takes long."""
     if not console(stderr=True).is_terminal:
         with log_lines():
             yield StageLog().advance
         return
-    shown = Progress(
+    shown = Bars(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
@@ -104,7 +106,7 @@ def spinner(what: str) -> Iterator[None]:
             finally:
                 late.cancel()
         return
-    shown = Progress(
+    shown = Bars(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),

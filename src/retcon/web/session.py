@@ -23,6 +23,7 @@ from retcon.store.journal import LOG
 from retcon.web.listing import N_ROWS, Listing, listed
 from retcon.web.maps import LayerMap, contrast_map, trace_map
 from retcon.web.pasted import pasted_cases
+from retcon.work import Progress
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -224,7 +225,7 @@ class Session:
         log = self.store.path / LOG
         return log.stat().st_mtime_ns if log.is_file() else 0
 
-    def heard(self, job: Job) -> Callable[[str, int, int], None]:
+    def heard(self, job: Job) -> Progress:
         """Return the progress of a job, which is also where it is cancelled."""
 
         def hear(stage: str, done: int, total: int) -> None:

@@ -1,13 +1,14 @@
 """An editor trained for a model, for methods that edit with one, and the picture of its training."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from retcon.edits import Case
 from retcon.errors import InvalidSetting
+from retcon.work import Progress
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -63,7 +64,7 @@ def fit_editor(
     *,
     seed: int = 0,
     force: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Fitted:
     """Train an editor on the cases and write it to `out`; a run that was killed goes on when given the same again.
 
