@@ -309,6 +309,14 @@ def test_a_kind_of_one_s_own_is_known_to_workers(lm: LM, tmp_path: Path, monkeyp
         assert list(one.map(lm, Applied(), [1], lambda n: None)) == [(0, [quiet.id])]
 
 
+def test_a_map_inside_another_has_its_own_processes(lm: LM) -> None:
+    with workers("processes:1") as one:
+        outer = one.map(lm, Square(), [1, 2, 3], lambda n: None)
+        assert [next(outer), *one.map(lm, Square(), [5, 6], lambda n: None), *outer] == [
+            *((0, 1), (0, 25), (1, 36), (1, 4), (2, 9))
+        ]
+
+
 def test_no_piece_is_begun_after_an_error(two: Processes, lm: LM, tmp_path: Path) -> None:
     with pytest.raises(NonFinite, match="piece 0 is not a number"):
         list(two.map(lm, LeavesAMark(tmp_path, fails_at=0), range(40), lambda n: None))
@@ -370,6 +378,31 @@ def test_a_script_that_its_workers_cannot_import_is_named_at_once(lm: LM, tmp_pa
     ran = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
     assert 'which needs if __name__ == "__main__":' in ran.stderr
     assert ran.stderr.count("bootstrapping phase") <= 2  # none is started again
+
+
+def test_a_process_ends_with_the_one_that_asked(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal\n"
+        "from unittest.mock import patch\n"
+        "from retcon.cluster import workers\n"
+        "class LM: showing = ()\n"
+        "if __name__ == '__main__':\n"
+        "    lm = LM()\n"
+        "    with patch('retcon.cluster.processes.Source.of', return_value=None), workers('processes:1') as on:\n"
+        "        try: list(on.map(lm, abs, [1], print))\n"
+        "        except AttributeError: print(on._place, end='', flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
+    folder = Path(ran.stdout)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    assert folder.name.startswith("retcon-workers-")
+    for _ in range(600):
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{folder} is there a minute later")
 
 
 # --- moments and evaluation ----------------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ class Process:
         theirs.close()
         self.busy = True
         """Whether an answer has yet to come; a map that was given up leaves some."""
+        self.taken = False
+        """Whether a map has it, or it is lost."""
 
     def ask(self, *asked: Any) -> None:
         """Send work, a piece and the deltas; `answer` says so where the process is lost."""
@@ -100,7 +102,7 @@ class Processes:
         """
         deltas = to_files(lm.showing, self._place)
         source = Source.of(lm, self._place)
-        processes = self._processes_for(lm, source, len(pieces))
+        processes = self._take(lm, source, min(self.n, len(pieces)))
         waiting, losses = list(range(len(pieces)))[::-1], Counter[int | None]()
         doing: dict[Process, int] = {}
 
@@ -110,34 +112,42 @@ class Processes:
                     doing[process] = waiting.pop()
                     process.ask(work, pieces[doing[process]], deltas)
 
-        hand_out()
-        while waiting or doing:
-            busy = {process.pipe: process for process in processes if process.busy}
-            for pipe in wait(list(busy)):
-                process = busy[pipe]  # type: ignore[index]
-                answer, place = process.answer(), doing.pop(process, None)
-                if answer is None:
-                    processes.remove(process)
-                    losses[place] += 1
-                    _check_losses(process, losses[place], place)
-                    processes.append(Process(source, self._place))
-                    if place is not None:
-                        waiting.append(place)
-                hand_out()  # before the result is looked at, so that nobody waits meanwhile
-                if answer is not None and place is not None:
-                    result, error = answer
-                    if error is not None:
-                        raise error
-                    yield place, result
+        try:
+            hand_out()
+            while waiting or doing:
+                busy = {process.pipe: process for process in processes if process.busy}
+                for pipe in wait(list(busy)):
+                    process = busy[pipe]  # type: ignore[index]
+                    answer, place = process.answer(), doing.pop(process, None)
+                    if answer is None:
+                        processes.remove(process)
+                        losses[place] += 1
+                        _check_losses(process, losses[place], place)
+                        processes += self._take(lm, source, 1)
+                        if place is not None:
+                            waiting.append(place)
+                    hand_out()  # before the result is looked at, so that nobody waits meanwhile
+                    if answer is not None and place is not None:
+                        result, error = answer
+                        if error is not None:
+                            raise error
+                        yield place, result
+        finally:
+            for process in processes:
+                process.taken = False
 
-    def _processes_for(self, lm: LM, source: Source, n_pieces: int) -> list[Process]:
+    def _take(self, lm: LM, source: Source, n: int) -> list[Process]:
+        """Return n processes for one map, those first that no other map has."""
         before, processes = self._workers.get(lm, (source, []))
         if source != before:
             _end(processes)
             processes = []
-        self._workers[lm] = source, processes
-        processes += [Process(source, self._place) for _ in range(len(processes), min(self.n, n_pieces))]
-        return processes
+        free = [process for process in processes if not process.taken][:n]
+        new = [Process(source, self._place) for _ in range(n - len(free))]
+        self._workers[lm] = source, processes + new
+        for process in free + new:
+            process.taken = True
+        return free + new
 
 
 def _end(processes: Sequence[Process]) -> None:
