@@ -115,6 +115,17 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(cli: Callable[..., 
         assert "nowhere" not in told
 
 
+def test_what_the_format_cannot_hold_is_refused_before_it_is_measured(
+    cli: Callable[..., Any], delta: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retcon.evaluation.evaluate", lambda *_, **__: pytest.fail("measured"))
+    lm = retcon.load("gptj")
+    lm.delta({"transformer.ln_f.weight": [Dense(full=torch.ones(32))]}).save("norm.safetensors")
+    for path, format, message in ((delta, "gguf", "not for gptj"), ("norm.safetensors", "peft", "no low-rank factors")):
+        options = ("--format", format, "--cases", "edits.jsonl", "--out", "made")
+        assert message in cli("export", "gptj", str(path), *options, code=2).stderr
+
+
 def test_an_option_without_what_it_is_about_is_refused(cli: Callable[..., Any], delta: Path) -> None:
     for options, needed in (
         (("--cases-format", "nonsense"), "--cases"),

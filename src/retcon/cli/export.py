@@ -104,9 +104,10 @@ def export(
         if given and not there:
             raise InvalidSetting(f"{option} goes with {needed}; leave it out, or give that")
 
+    from retcon.delta import only_deltas
     from retcon.export import export as write
     from retcon.export import push as upload
-    from retcon.export.write import check_form, check_place, check_repository
+    from retcon.export.write import check_content, check_form, check_place, check_repository
 
     wanted = _rank(rank)
     check_form(format_, rank=wanted, gguf_type=gguf_type, max_shard_size=max_shard_size)
@@ -124,6 +125,7 @@ def export(
     lm = load_model(model)
     for each in deltas:
         lm.apply(each, other_base=other_base)
+    check_content(lm, only_deltas(lm.applied, f"format {format_}"), format_)
     scores = _all_scores(lm, asked, wanted) if asked else {}
     with spinner(f"saving {out}"):
         made = write(

@@ -66,7 +66,12 @@ def compressed(lm: LM, factors: Mapping[str, Factors], deltas: Sequence[Delta]) 
     )
 
 
-def _factored(name: str, changes: Sequence[Change], shape: torch.Size, rank: int | None) -> Factors:
+def check_has_factors(name: str, shape: torch.Size) -> None:
+    """Check that a parameter of that shape is a matrix.
+
+    Raises:
+        DeltaMismatch: it is a vector or a tensor of experts.
+    """
     if len(shape) == 3:
         raise DeltaMismatch(
             f"{name}: a tensor of experts ({tuple(shape)}) has no place in an adapter; export it with format hf or diff"
@@ -75,6 +80,10 @@ def _factored(name: str, changes: Sequence[Change], shape: torch.Size, rank: int
         raise DeltaMismatch(
             f"{name}: a change of a vector ({tuple(shape)}) has no low-rank factors; export it with format hf or diff"
         )
+
+
+def _factored(name: str, changes: Sequence[Change], shape: torch.Size, rank: int | None) -> Factors:
+    check_has_factors(name, shape)
     parts = [_exact(change, shape) for change in changes]
     if any(p is None for p in parts):
         left, right = _by_svd(sum_of(changes, shape, torch.float64, "cpu"))

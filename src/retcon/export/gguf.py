@@ -4,6 +4,7 @@ Names come from the package's own table of tensor names. A whole model is writte
 byte-level BPE tokenizer; for others, llama.cpp's `convert_hf_to_gguf.py` takes the `hf` export.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,6 +62,19 @@ def require_gguf() -> Any:
 # --- adapters ----------------------------------------------------------------------------------------------------
 
 
+def check_lora(lm: LM, name: str) -> None:
+    """Check that a GGUF adapter can hold a change of that matrix.
+
+    Raises:
+        UnsupportedModel: the `gguf` package has no name for the family or the matrix.
+        DeltaMismatch: it is of embeddings.
+        MissingPackage: gguf is not installed.
+    """
+    _name(lm, name)
+    if isinstance(lm.model.get_submodule(name.rpartition(".")[0]), nn.Embedding):  # llama.cpp reads them otherwise
+        raise DeltaMismatch(f"{name}: embeddings have no place in a GGUF adapter; export it with format gguf or hf")
+
+
 def write_lora(lm: LM, factors: Mapping[str, Factors], path: Path) -> None:
     """Write factors as a GGUF LoRA adapter for `llama-cli --lora`, scale 1, in float32; read it back and compare.
 
@@ -74,8 +88,7 @@ def write_lora(lm: LM, factors: Mapping[str, Factors], path: Path) -> None:
     tensors = {}
     for name, f in factors.items():
         own = f.padded(rank)
-        if isinstance(lm.model.get_submodule(name.rpartition(".")[0]), nn.Embedding):  # llama.cpp reads them otherwise
-            raise DeltaMismatch(f"{name}: embeddings have no place in a GGUF adapter; export it with format gguf or hf")
+        check_lora(lm, name)
         stored_transposed = name in lm.transposed_parameters()
         b, a = (own.right.T, own.left.T) if stored_transposed else (own.left, own.right)
         b = _rotary_order(lm, name, b)
@@ -98,6 +111,36 @@ def write_lora(lm: LM, factors: Mapping[str, Factors], path: Path) -> None:
 # --- models ------------------------------------------------------------------------------------------------------
 
 
+def check_model(lm: LM) -> None:
+    """Check that the model can be written to a GGUF file.
+
+    Raises:
+        UnsupportedModel: a family, tokenizer or rotary scaling that is not written; the message names it.
+        MissingPackage: gguf is not installed.
+    """
+    require_gguf()
+    config = lm.model.config
+    otherwise = "export it in format hf and convert that with llama.cpp's convert_hf_to_gguf.py"
+    if config.model_type not in MODELS:
+        raise UnsupportedModel(
+            f"whole GGUF files are written for {', '.join(MODELS)}, not for {config.model_type}; {otherwise}"
+        )
+    scaling = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if config.model_type != "gpt2" and scaling != "default":
+        raise UnsupportedModel(f"rotary scaling {scaling!r} is not written to GGUF here; {otherwise}")
+    about = _tokenizer(lm)
+    if about["model"]["type"] != "BPE" or _pretokenizer(about["pre_tokenizer"]) is None:
+        raise UnsupportedModel(
+            f"GGUF is written for byte-level BPE tokenizers that split text as gpt-2, {' or '.join(_PRETOKENIZERS)} "
+            f"do, and {lm.label}'s ({about['model']['type']}) is another; {otherwise}"
+        )
+
+
+def _tokenizer(lm: LM) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(lm.tokenizer.backend_tokenizer.to_str())
+    return found
+
+
 def write_model(lm: LM, path: Path, *, type_name: str = "f16") -> None:
     """Write the model as it is now to one GGUF file; read it back and compare every tensor.
 
@@ -106,12 +149,7 @@ def write_model(lm: LM, path: Path, *, type_name: str = "f16") -> None:
         MissingPackage: gguf is not installed.
     """
     gguf = require_gguf()
-    kind = lm.model.config.model_type
-    if kind not in MODELS:
-        raise UnsupportedModel(
-            f"whole GGUF files are written for {', '.join(MODELS)}, not for {kind}; export it in format hf and "
-            "convert that with llama.cpp's convert_hf_to_gguf.py"
-        )
+    check_model(lm)
     quantization = getattr(gguf.GGMLQuantizationType, type_name.upper())
     tensors = {}
     for name, tensor in _weights(lm):
@@ -162,11 +200,6 @@ def _add_shape(lm: LM, writer: Any) -> None:
     writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UnsupportedModel(
-            f"rotary scaling {rope['rope_type']!r} is not written to GGUF here; export in format hf and convert "
-            "that with llama.cpp's convert_hf_to_gguf.py"
-        )
     head_dim = getattr(config, "head_dim", None) or d_model // heads
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(float(rope.get("rope_theta", getattr(config, "rope_theta", 10_000.0))))
@@ -175,24 +208,10 @@ def _add_shape(lm: LM, writer: Any) -> None:
 
 
 def _add_tokenizer(lm: LM, writer: Any) -> None:
-    """Write a byte-level BPE vocabulary.
-
-    Raises:
-        UnsupportedModel: another kind of tokenizer, or a way of splitting text that llama.cpp has no name for.
-    """
-    import json
-
+    """Write a byte-level BPE vocabulary."""
     from gguf import TokenType
 
-    tokenizer = lm.tokenizer
-    about = json.loads(tokenizer.backend_tokenizer.to_str())
-    splits = _pretokenizer(about["pre_tokenizer"])
-    if about["model"]["type"] != "BPE" or splits is None:
-        raise UnsupportedModel(
-            f"GGUF is written for byte-level BPE tokenizers that split text as gpt-2, {' or '.join(_PRETOKENIZERS)} "
-            f"do, and {lm.label}'s ({about['model']['type']}) is another; export in format hf and convert that "
-            "with llama.cpp's convert_hf_to_gguf.py"
-        )
+    tokenizer, about = lm.tokenizer, _tokenizer(lm)
     tokens: list[str] = [f"[PAD{i}]" for i in range(lm.model.config.vocab_size)]
     types = [TokenType.UNUSED] * len(tokens)
     found = [(i, token, TokenType.NORMAL) for token, i in about["model"]["vocab"].items()]
@@ -204,7 +223,7 @@ def _add_tokenizer(lm: LM, writer: Any) -> None:
             tokens[i], types[i] = token, kind
     merges = [m if isinstance(m, str) else " ".join(m) for m in about["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splits)
+    writer.add_tokenizer_pre(_pretokenizer(about["pre_tokenizer"]))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)

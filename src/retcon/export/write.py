@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from retcon.delta import Delta, only_deltas
 from retcon.edits import edit_record
 from retcon.errors import DeltaMismatch, DeltaNotApplied, InvalidSetting, MalformedFile, RetconWarning
-from retcon.export.adapter import write_adapter
+from retcon.export.adapter import how_peft_reads, write_adapter
 from retcon.export.card import model_card
-from retcon.export.factors import Factors, factors_of
-from retcon.export.gguf import TYPES, write_lora, write_model
+from retcon.export.factors import Factors, check_has_factors, factors_of
+from retcon.export.gguf import TYPES, check_lora, check_model, write_lora, write_model
 from retcon.files import as_shared, check_exists, replacing_folder
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.gguf import find_gguf
@@ -120,6 +120,7 @@ def export(
 
     check()
     deltas = only_deltas(lm.showing, f"format {format}")
+    check_content(lm, deltas, format)
     named = base_name or base_place(lm)
     revision = base_revision(lm) if named == base_place(lm) else None  # another name has revisions of its own
     record = record_of(lm, deltas, files)
@@ -193,6 +194,25 @@ def push(place: str | Path, repository: str, *, private: bool = True, message: s
 
 
 # --- parts -------------------------------------------------------------------------------------------------------
+
+
+def check_content(lm: LM, deltas: Sequence[Delta], format: str) -> None:
+    """Refuse what a format cannot hold, before the work.
+
+    Raises:
+        DeltaMismatch: a change that an adapter cannot hold.
+        UnsupportedModel: GGUF, and the family, its tokenizer or a matrix is not written.
+        MissingPackage: GGUF, and gguf is not installed.
+    """
+    if format == "gguf":
+        check_model(lm)
+    for name in {name for d in deltas for name in d.changes}:
+        if format in ("peft", "gguf-lora"):
+            check_has_factors(name, lm.shape_of(name))
+        if format == "peft":
+            how_peft_reads(lm, name)
+        elif format == "gguf-lora":
+            check_lora(lm, name)
 
 
 def with_one_rank(factors: Mapping[str, Factors], rank: int | str | None) -> dict[str, Factors]:
