@@ -31,7 +31,7 @@ def test_saves_a_checkpoint_that_transformers_loads(cli: Callable[..., Any], del
 def test_records_what_is_in_it(cli: Callable[..., Any], delta: Path) -> None:
     result = cli("apply", "gptj", str(delta), "--save", "edited", "--json")
     record, change = json.loads(Path("edited/retcon.json").read_text()), Delta.load(delta)
-    assert record["base"] == {"model": "gptj", "fingerprint": change.base, "dtype": "float32"}
+    assert record["base"] == {"model": "gptj", "revision": None, "fingerprint": change.base, "dtype": "float32"}
     assert [d["id"] for d in record["deltas"]] == [change.id]
     assert record["deltas"][0]["file"] == "delta.safetensors"
     found = json.loads(result.stdout)
@@ -67,8 +67,11 @@ def test_an_existing_directory_is_replaced_by_force_only(cli: Callable[..., Any]
 
 
 def test_force_takes_nothing_that_is_no_checkpoint(cli: Callable[..., Any], delta: Path, here: Path) -> None:
-    message = cli("apply", "gptj", str(delta), "--save", str(here), "--force", code=2).stderr
+    (here / "mine").mkdir()
+    (here / "mine/letter.txt").touch()
+    message = cli("apply", "gptj", str(delta), "--save", "mine", "--force", code=2).stderr
     assert "holds no checkpoint" in message
+    assert "the directory that you are in" in cli("apply", "gptj", str(delta), "--save", ".", code=2).stderr
     assert delta.exists()
     message = cli("apply", "gptj", str(delta), "--save", "gptj", "--force", code=2).stderr
     assert "is the model itself" in message

@@ -319,7 +319,7 @@ def test_a_gguf_model_leaves_out_tokens_that_have_no_embedding(tmp_path: Path) -
 
 
 def test_what_gguf_cannot_hold_is_refused_by_name(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match=r"not for gptj.*--format hf"):
+    with pytest.raises(UnsupportedModel, match=r"not for gptj.*in format hf"):
         export(edited(checkpoint("gptj")), tmp_path / "a", format="gguf")
     assert not (tmp_path / "a").exists()
     piece = LM(tiny_model("llama", torch.float32), tokenizer("piece"), name="piece")
