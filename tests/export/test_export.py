@@ -478,6 +478,17 @@ def test_a_merged_checkpoint_has_the_bases_other_parts_and_papers_however_they_a
     assert (tmp_path / "out/license.md").read_text() == "license.md"
 
 
+def test_generation_settings_that_transformers_does_not_save_are_kept(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    lm = load(str(checkpoint("llama")))
+    lm.model.generation_config.update(temperature=0.6, do_sample=False, max_length=7)
+    export(lm, tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (kept["temperature"], kept["max_length"]) == (0.6, 7)
+    assert load(str(tmp_path / "out")).model.generation_config.temperature == 0.6
+
+
 def test_what_does_not_show_is_not_exported(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = checkpoint("llama")
     lm, base = edited(folder), load(str(folder), dtype="auto")

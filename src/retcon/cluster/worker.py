@@ -17,7 +17,7 @@ from retcon import attachment
 from retcon.attachment import Attachment
 from retcon.errors import InvalidSetting, RetconWarning, WorkFailed, WrongBase
 from retcon.files import replacing_folder, write_atomically
-from retcon.lm.generate import own_settings
+from retcon.lm.generate import save_model
 from retcon.lm.load import load, quietly
 from retcon.lm.model import LM
 from retcon.lm.tokenizer import chat_hash
@@ -57,8 +57,8 @@ class Source:
         else:
             name = str(folder / f"{base[:16]}-{dtype}-{chat_hash(lm.tokenizer)}")
             if not Path(name).exists():
-                with lm.without_deltas(), own_settings(lm), quietly(), replacing_folder(name) as fresh:
-                    lm.model.save_pretrained(fresh)
+                with lm.without_deltas(), quietly(), replacing_folder(name) as fresh:
+                    save_model(lm, fresh)
                     lm.tokenizer.save_pretrained(fresh)
             spread: dict[str, Any] = getattr(lm.model, "hf_device_map", {})
             place = {"device_map": dict(spread)} if len(set(spread.values())) > 1 else {"device": str(lm.device)}

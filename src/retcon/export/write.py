@@ -24,6 +24,7 @@ from retcon.export.factors import Factors, check_has_factors, factors_of
 from retcon.export.gguf import TYPES, check_lora, check_model, write_lora, write_model
 from retcon.files import as_shared, check_exists, replacing_folder
 from retcon.lm.fingerprint import fingerprint
+from retcon.lm.generate import save_model
 from retcon.lm.gguf import find_gguf
 from retcon.lm.load import checkpoint_files, quietly
 from retcon.lm.model import LM
@@ -138,7 +139,7 @@ def export(
         if format == "hf":
             with quietly(), lm.as_floats():
                 notes = lm.notes
-                lm.model.save_pretrained(fresh, max_shard_size=max_shard_size)
+                save_model(lm, fresh, max_shard_size=max_shard_size)
                 lm.tokenizer.save_pretrained(fresh)
         elif format == "peft":
             write_adapter(lm, factors, fresh, base_name=named, revision=revision)

@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,6 +178,16 @@ class own_settings:
 
     def __exit__(self, *_: object) -> None:
         self.model.generation_config = self.shipped
+
+
+def save_model(lm: LM, folder: str | Path, **options: Any) -> None:
+    """Write a model's checkpoint, with its shipped generation settings as they are: transformers refuses to save some
+    that it loads (`temperature` without `do_sample`)."""
+    with own_settings(lm):
+        lm.model.save_pretrained(folder, **options)
+    path = Path(folder) / "generation_config.json"
+    if path.exists():
+        lm.model.generation_config.to_json_file(path)
 
 
 def most_tokens(lm: LM, row: Row, how: Writing, given: int | None) -> int:

@@ -14,6 +14,7 @@ from retcon.attachment import Attachment
 from retcon.edits import Edit
 from retcon.errors import RetconError
 from retcon.lm.forward import Point, gold, logits_at, run
+from retcon.lm.generate import save_model
 from retcon.lm.load import load_plain, quietly
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
@@ -226,7 +227,7 @@ def _save(lm: LM) -> tuple[Outcome, str]:
     with tempfile.TemporaryDirectory() as folder, lm.edited(delta), lm.frozen_eval(), torch.no_grad(), quietly():
         edited = lm.model(ids, use_cache=False).logits
         with lm.as_floats():
-            lm.model.save_pretrained(folder)
+            save_model(lm, folder)
         with torch.random.fork_rng():  # some families draw numbers while they are made
             again = load_plain(Path(folder), dtype=lm.dtype).to(lm.device)
         found = again(ids, use_cache=False).logits
