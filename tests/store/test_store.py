@@ -278,8 +278,11 @@ def test_later_deltas_are_proposed_again_on_request(store: Store, lm: LM, moment
     assert list(store.state().slots) == list(old.slots)
 
 
-def test_a_batch_of_a_trained_method_asks_for_its_editor(tmp_path: Path, lm: LM) -> None:
+def test_a_batch_of_a_trained_method_asks_for_its_editor(
+    tmp_path: Path, lm: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is looked for where it lay as seen from the store; elsewhere that has to be said, and it is checked."""
+    monkeypatch.chdir(tmp_path)  # beside which no file is called "own", whatever lies beside the repository
     for size, name in ((0.5, "own"), (0.4, "other")):
         untrained = Mend(layers=(1, 2), modules=("down_proj",), rank=4, steps=0, n_validation=1, step_size=size)
         untrained.fit(lm, FACTS, tmp_path / name)
