@@ -7,11 +7,10 @@
 
 Settings are the model's presets, or the one that is named. At n = 1 each of `--alone` cases is edited and measured by
 itself. At larger n, batch methods write all edits at once, and methods for one fact write them one on top of the other,
-all kept. ES, GS, LS
-compare probabilities (`cf.prob_mean`), with 95 % intervals over cases; Score is their harmonic mean, its interval a
-bootstrap by subject. "said" is the share of edits whose new answer the edited model gives first on the edit's prompt.
-Seconds per edit are the processor's, so that other processes matter little; they leave moments out. Methods that search
-the same values share them, and only the first is timed.
+all kept. ES, GS, LS compare probabilities (`cf.prob_mean`), with 95 % intervals over cases; Score is their harmonic
+mean, its interval a bootstrap by subject. "said" is the share of edits whose new answer the edited model gives first on
+the edit's prompt. Seconds per edit are the processor's, so that other processes matter little; they leave moments out.
+Methods that search the same values share them, and only the first is timed.
 """
 
 import time

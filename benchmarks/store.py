@@ -5,14 +5,13 @@
     python -m benchmarks.store --checkout 100
     python -m benchmarks.store --verify 200
 
-The first prints seconds of whole commands, the start of Python included, on a store of 10,000 facts in 100 entries
-(and no delta files, since these commands read none): of the clock, and of the processor, which other programs on the
-machine touch less. The second edits N facts of the embedded world by JEEP and by
-MEMIT, takes one fact out, and prints what that took of the processor beside the whole edit; and of the lowest layer,
-whose keys alone do not depend on what is written, what reading them takes and whether they are the same without the
-fact. The third makes so many
-entries and prints what a checkout takes beside reading and applying the same deltas. The fourth edits N facts in two
-entries and prints what `verify` takes beside `check` on the same facts and deltas.
+The first prints seconds of whole commands, the start of Python included, on a store of 10,000 facts in 100 entries (and
+no delta files, since these commands read none): of the clock, and of the processor, which other programs on the machine
+touch less. The second edits N facts of the embedded world by JEEP and by MEMIT, takes one fact out, and prints what
+that took of the processor beside the whole edit; and of the lowest layer, whose keys alone do not depend on what is
+written, what reading them takes and whether they are the same without the fact. The third makes so many entries and
+prints what a checkout takes beside reading and applying the same deltas. The fourth edits N facts in two entries and
+prints what `verify` takes beside `check` on the same facts and deltas.
 """
 
 import os

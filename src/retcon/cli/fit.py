@@ -49,8 +49,7 @@ def fit(
     """Train an editor for MODEL, which `retcon edit --method METHOD --set editor=FILE` then edits with.
 
     A run that was killed goes on where it was when the same command is given again; what it keeps meanwhile is in
-    FILE.unfinished. Beside FILE comes a picture of the
-    losses, where matplotlib is installed.
+    FILE.unfinished. Beside FILE comes a picture of the losses, where matplotlib is installed.
     """
     check_trainable(method)
     check_output(out, cases, Path(model))

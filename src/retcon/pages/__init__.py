@@ -1,7 +1,6 @@
 """Self-contained pages to read and to send on: Jinja2 templates that escape every text, and one table of facts.
 
-`bench`, `check` and `verify` bring what they found as `FactTable`s; how they look, sort and filter is
-said here once.
+`bench`, `check` and `verify` bring what they found as `FactTable`s; how they look, sort and filter is said here once.
 """
 
 from collections.abc import Sequence
