@@ -46,7 +46,7 @@ def test_finds_settings_at_least_as_good_as_the_rules_and_keeps_them(
     monkeypatch.setattr("retcon.methods.memit.Memit.fallback_settings", classmethod(lambda cls, shape: WEAK | start))
     monkeypatch.setattr("retcon.methods.common.presets.OWN_FOLDER", tmp_path)  # a model that no preset knows
     monkeypatch.setattr("retcon.methods.common.starting_point.MAX_FACTOR", 1.0)
-    found = tune(lm, "memit", CASES, max_trials=12, given={"steps": 12, "layers": (1, 2, 3)}, heard=heard.append)
+    found = tune(lm, "memit", CASES, max_trials=12, given={"steps": 12, "layers": (1, 2, 3)}, on_trial=heard.append)
     assert heard == list(found.trials)
     assert len(heard) <= 12
     assert (found.n_searched, found.n_reported) == (12, 12)
@@ -89,7 +89,7 @@ def test_trials_that_differ_in_the_write_alone_share_their_values(
     lighter, heavier = ({"moment_weight": pytest.approx(factor * preset.moment_weight)} for factor in (0.2, 5.0))
     assert [trial.changes for trial in found.trials] == [{}, lighter, heavier]
     assert searched[0] == 4
-    n_reported = 4 * (1 + bool(found.changes))  # by what was found and, if that is another, by what was begun at
+    n_reported = 4 * (1 + bool(found.changes))  # by the best and, if that is another, by the first candidate
     assert sum(searched) == 4 + n_reported  # once for all trials
 
 
@@ -157,7 +157,18 @@ def scripted(tiny: Callable[..., LM]) -> Callable[[int], Scripted]:
     start = cls(**cls.fallback_settings(ModelShape.of(lm)))
 
     def make(max_trials: int) -> Scripted:
-        return Scripted(lm, None, CASES[:24] * 2, None, 0, 0.0, max_trials, lambda trial: None, "", start)  # type: ignore[arg-type]
+        return Scripted(
+            lm=lm,
+            moments=None,
+            cases=CASES[:24] * 2,
+            pre=None,  # type: ignore[arg-type]
+            seed=0,
+            until=0.0,
+            max_trials=max_trials,
+            on_trial=lambda trial: None,
+            folder="",
+            start=start,
+        )
 
     return make
 
@@ -190,18 +201,18 @@ def test_nothing_that_is_searched_sees_the_reported_half(
 ) -> None:
     begun_with: set[str] = set()
     tried: list[set[str]] = []
-    real = choosing.choose, tuning.measured
+    real = choosing.choose, tuning.edit_and_measure
 
     def choose(name: str, *, cases: Any, **more: Any) -> Any:
         begun_with.update(case.id for case in cases)
         return real[0](name, cases=cases, **more)
 
-    def measured(lm: Any, method: Any, cases: Any, *rest: Any) -> Any:
+    def edit_and_measure(lm: Any, method: Any, cases: Any, *rest: Any) -> Any:
         tried.append({case.id for case in cases})
         return real[1](lm, method, cases, *rest)
 
     monkeypatch.setattr(choosing, "choose", choose)
-    monkeypatch.setattr(tuning, "measured", measured)
+    monkeypatch.setattr(tuning, "edit_and_measure", edit_and_measure)
     tune(tiny(n_layers=2), "ft_l", CASES[:4], max_trials=1, given={"epochs": 1, "layers": (1,)})
     searched, reported = tried
     assert begun_with == searched
@@ -263,7 +274,7 @@ def test_what_was_found_is_not_lost_where_either_cannot_edit_the_other_half(
         return
     found = tuned()
     assert found.method.settings["learning_rate"] == kept
-    assert (found.before is None) == (kept == 1e-3)
+    assert (found.start_summary is None) == (kept == 1e-3)
     assert [trial.problem for trial in found.trials] == ["not by that rate"]
     assert not found.worse
 

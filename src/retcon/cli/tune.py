@@ -76,7 +76,7 @@ def tune(
     show.print(styled("[bold]{}[/] on {}", method, lm))
     show.print(f"facts     {facts.about}", soft_wrap=True)
 
-    def heard(trial: Trial) -> None:
+    def show_trial(trial: Trial) -> None:
         changed = _all_shown(trial.changes) or "where it begins"
         failed = styled("  [red]{}[/]", trial.problem) if trial.problem else ""
         tried = f"{plural(trial.n_cases, 'case')}, {seconds(trial.seconds)}"
@@ -93,14 +93,14 @@ def tune(
             budget=60 * budget,
             max_trials=trials,
             seed=seed,
-            heard=heard,
+            on_trial=show_trial,
         )
     label = dataset or cases.name.removeprefix("hub:").partition(".")[0]
-    before = f"{100 * objective(found.before):.1f}" if found.before else "failed"
+    before = f"{100 * objective(found.start_summary):.1f}" if found.start_summary else "failed"
     source = (
         f"tuned by retcon tune on {cases.name} ({plural(found.n_searched, 'fact')}, "
         f"{plural(len(found.trials), 'trial')}, seed {seed}); "
-        f"{found.difference.metric if found.difference else 'Score'} {100 * objective(found.found):.1f} "
+        f"{found.difference.metric if found.difference else 'Score'} {100 * objective(found.summary):.1f} "
         f"on {found.n_reported} others, {_start(found)} {before}"
     )
     show.print()
@@ -127,9 +127,9 @@ def tune(
                 "changes": found.changes,
                 "preset": path and str(path),
                 "trials": [asdict(trial) for trial in found.trials],
-                "found": found.found.as_dict(),
+                "found": found.summary.as_dict(),
                 "start": found.start_preset or "rule",
-                "before": found.before and found.before.as_dict(),
+                "before": found.start_summary and found.start_summary.as_dict(),
                 "n_searched": found.n_searched,
                 "n_reported": found.n_reported,
                 "seconds": found.seconds,
@@ -138,10 +138,10 @@ def tune(
 
 
 def _table(found: Tuned) -> Table:
-    """Return what was begun at and what was found, on the cases that were not searched on."""
+    """Return the first and the best candidate's figures on the cases that were not searched on."""
     names = ("Score", "ES", "GS", "LS")
     table = plain_table(f"on {plural(found.n_reported, 'other case')}", right=names)
-    for label, summary in ((_start(found), found.before), ("found", found.found)):
+    for label, summary in ((_start(found), found.start_summary), ("found", found.summary)):
         table.add_row(label, *(_cell(summary, name) if summary else "failed" for name in names))
     return table
 

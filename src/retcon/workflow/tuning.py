@@ -63,7 +63,7 @@ class Trial:
     """One set of settings, tried on some of the cases."""
 
     changes: dict[str, Any]
-    """Settings that differ from what was begun at."""
+    """Settings that differ from the first candidate's."""
     n_cases: int
     score: float
     """Harmonic mean of ES, GS and LS, or of those that the cases can measure; 0 where the method failed."""
@@ -72,31 +72,32 @@ class Trial:
     """Why it failed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tuned:
     """What was found, and what it is worth on the half that was not searched on."""
 
     name: str
     """The method's, as it was asked for."""
     method: "Method"
+    """The best candidate; the first where the best cannot edit the reported half."""
     start: "Method"
-    """What was begun at."""
+    """The first candidate."""
     start_preset: str | None
     """The preset that it comes from; None: the rule for models without one."""
     trials: tuple[Trial, ...]
     n_searched: int
     n_reported: int
-    found: "Summary"
-    """On the reported half."""
-    before: "Summary | None"
-    """What was begun at, on the reported half; None where it failed."""
+    summary: "Summary"
+    """Of the best candidate, on the reported half."""
+    start_summary: "Summary | None"
+    """Of the first candidate, on the reported half; None where it failed."""
     differences: "tuple[Difference, ...]"
-    """Found minus before on the reported half, with paired intervals."""
+    """Best minus first candidate on the reported half, with paired intervals."""
     seconds: float
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Settings that differ from what was begun at."""
+        """Settings that differ from the first candidate's."""
         return changed_settings(self.method, self.start)
 
     @property
@@ -106,7 +107,7 @@ class Tuned:
 
     @property
     def worse(self) -> bool:
-        """Whether that mean is lower on the reported half than what was begun at has there, the interval included."""
+        """Whether that mean is lower than the first candidate's on the reported half, the interval included."""
         return self.difference is not None and self.difference.clear and self.difference.value < 0
 
 
@@ -115,18 +116,18 @@ def changed_settings(method: "Method", before: "Method") -> dict[str, Any]:
     return {name: value for name, value in method.settings.items() if before.settings[name] != value}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Search:
     """What all trials share."""
 
     lm: "LM"
-    moments: "Moments"
+    moments: "Moments | None"
     cases: Sequence[Case]
     pre: "Evaluation"
     seed: int
     until: float
     max_trials: int
-    heard: Callable[[Trial], None]
+    on_trial: Callable[[Trial], None]
     folder: str
     start: "Method"
     trials: list[Trial] = field(default_factory=list)
@@ -145,7 +146,8 @@ class _Search:
         score, problem = 0.0, ""
         try:
             some = self.cases[:n]
-            score = objective(measured(self.lm, method, some, self.moments, self.pre, self.seed, self.folder).summary())
+            found = edit_and_measure(self.lm, method, some, self.moments, self.pre, self.seed, self.folder)
+            score = objective(found.summary())
         except RetconError as error:
             problem = str(error)
         self.add(Trial(changes, n, score, time.monotonic() - started, problem))
@@ -155,7 +157,7 @@ class _Search:
         """Measure a method on cases that chose nothing; where it fails, that is one of the trials."""
         started = time.monotonic()
         try:
-            return measured(self.lm, method, cases, self.moments, pre, self.seed)
+            return edit_and_measure(self.lm, method, cases, self.moments, pre, self.seed)
         except RetconError as error:
             changes = changed_settings(method, self.start)
             self.add(Trial(changes, len(cases), 0.0, time.monotonic() - started, str(error)))
@@ -163,7 +165,7 @@ class _Search:
 
     def add(self, trial: Trial) -> None:
         self.trials.append(trial)
-        self.heard(trial)
+        self.on_trial(trial)
 
 
 def tune(
@@ -177,7 +179,7 @@ def tune(
     budget: float = 3600.0,
     max_trials: int = 50,
     seed: int = 0,
-    heard: Callable[[Trial], None] = silent,
+    on_trial: Callable[[Trial], None] = silent,
 ) -> Tuned:
     """Search a method's settings on one half of `cases`, and report on the other.
 
@@ -185,17 +187,17 @@ def tune(
     half; what is reported is the best of the last round, the first candidate among them.
 
     Args:
-        preset: the full name of the one to begin at, or "none" for the rule; None: the model's, or else the rule.
+        preset: the full name of the first candidate's, or "none" for the rule; None: the model's, or else the rule.
         given: settings that stay as they are.
-        budget: seconds for the search; the round that is running then ends there, and the best so far is given up only
-            for what beat it in that round. It is then compared with the first candidate on all searched cases, unless
-            it was. That and reporting come on top.
+        budget: seconds for the search. When they end, the round stops after the trial that is running. A candidate
+            tried in that round replaces the best so far only if both were tried in it. The winner must then beat the
+            first candidate on all searched cases. That comparison and the report take extra time.
         max_trials: sets of settings to try at most, all rounds counted.
         seed: of the candidates, and everything drawn in editing.
-        heard: is told of every trial.
+        on_trial: called after every trial.
 
     Raises:
-        RetconError: neither what was found nor what was begun at can edit the reported half.
+        RetconError: neither the best nor the first candidate can edit the reported half.
         InvalidSetting: too few cases, a method that wraps another, or one without a setting that is searched.
     """
     from retcon.evaluation import evaluate
@@ -208,7 +210,7 @@ def tune(
     if len(order) < LEAST_CASES:
         raise InvalidSetting(f"tuning takes at least {LEAST_CASES} cases, better a hundred; found {len(order)}")
     given = dict(given or {})
-    random.Random(0).shuffle(order)  # whatever the seed: what is begun at may have been tuned on these cases
+    random.Random(0).shuffle(order)  # whatever the seed: the first candidate may have been tuned on these cases
     searched, reported = order[: len(order) // 2], order[len(order) // 2 :]
     chosen = choose(name, for_model=lm, preset=preset, cases=searched, **given)
     start = chosen.method
@@ -228,16 +230,16 @@ def tune(
     began = time.monotonic()
     with TemporaryDirectory() as folder:
         search = _Search(
-            lm,
-            moments,  # type: ignore[arg-type]
-            searched,
-            evaluate(lm, searched, generate=False),
-            seed,
-            began + budget,
-            max_trials,
-            heard,
-            folder,
-            start,
+            lm=lm,
+            moments=moments,
+            cases=searched,
+            pre=evaluate(lm, searched, generate=False),
+            seed=seed,
+            until=began + budget,
+            max_trials=max_trials,
+            on_trial=on_trial,
+            folder=folder,
+            start=start,
         )
         best = _halving(search, fixed, random.Random(seed))
     took = time.monotonic() - began
@@ -253,17 +255,17 @@ def tune(
         after = [[r for r in each.records if r.when == "final"] for each in (ours, before)]
         apart = differences(*after, of_what_there_is=True, seed=seed)
     return Tuned(
-        name,
-        best,
-        start,
-        chosen.preset.name if chosen.preset else None,
-        tuple(search.trials),
-        len(searched),
-        len(reported),
-        ours.summary(),
-        None if isinstance(before, RetconError) else before.summary(),
-        tuple(apart),
-        took,
+        name=name,
+        method=best,
+        start=start,
+        start_preset=chosen.preset.name if chosen.preset else None,
+        trials=tuple(search.trials),
+        n_searched=len(searched),
+        n_reported=len(reported),
+        summary=ours.summary(),
+        start_summary=None if isinstance(before, RetconError) else before.summary(),
+        differences=tuple(apart),
+        seconds=took,
     )
 
 
@@ -391,7 +393,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def measured(
+def edit_and_measure(
     lm: "LM",
     method: "Method",
     cases: Sequence[Case],
