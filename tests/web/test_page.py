@@ -23,8 +23,10 @@ from retcon.store import Entry, Store
 from retcon.store.index import fact_line
 from retcon.store.verify import Check, Verification
 from retcon.web.app import make_app
+from retcon.web.jobs import N_JOBS, Job
 from retcon.web.pasted import pasted_cases
-from retcon.web.session import N_JOBS, Job, Session
+from retcon.web.session import Session
+from retcon.work import Progress
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = '<img src=x onerror="document.title=1"> {} {{ 7*7 }} "\' is'
@@ -46,7 +48,7 @@ class Served:
         self.lm = lm
         self.store = Store.init(folder / "edits", lm, model="demo:gptj")
         self.session = Session(self.store, lambda name: lm if name == "demo:gptj" else retcon.load(name), "demo:gptj")
-        self.session.start()
+        self.session.jobs.start()
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
@@ -62,7 +64,7 @@ class Served:
     def stop(self) -> None:
         self.server.should_exit = True
         self.thread.join(timeout=30)
-        self.session.stop()
+        self.session.jobs.stop()
         self.socket.close()
 
 
@@ -167,13 +169,13 @@ def test_edit_look_undo_verify_export(served: Served, browser: Any, tmp_path: Pa
 def counting(session: Session, name: str = "count") -> Job:
     """A job that reports its progress ten times a second, for long."""
 
-    def count(lm: Any, job: Job) -> str:
+    def count(lm: Any, progress: Progress) -> str:
         for i in range(999):
-            session.heard(job)("counting", i, 999)
+            progress("counting", i, 999)
             time.sleep(0.1)
         return "counted"
 
-    return session.submit(name, count)
+    return session.jobs.submit(name, count)
 
 
 def test_a_slow_press_cancels(served: Served, browser: Any) -> None:
@@ -289,11 +291,11 @@ def test_what_a_browser_shows_is_what_it_edits_by(served: Served, browser: Any) 
     other.get_by_label("Settings over").blur()
     expect(one.get_by_label("Settings over")).to_have_value("epochs=3\nbox=none", timeout=SECONDS)
 
-    n_jobs = len(served.session.jobs)
+    n_jobs = len(served.session.jobs.all)
     one.get_by_label("Settings over").fill("epochs=many")
     one.get_by_role("button", name="Edit", exact=True).click()
     one.locator("#said-edit .bad", has_text="epochs").wait_for(timeout=SECONDS)
-    assert len(served.session.jobs) == n_jobs
+    assert len(served.session.jobs.all) == n_jobs
     served.session.choose("jeep", [])
 
 
@@ -599,18 +601,18 @@ def test_a_cancelled_edit_changes_nothing(served: Served) -> None:
     log = served.store.log()
     session.add_facts("{} lies within the borders of | Geneva | Norway")
 
-    def wait(lm: Any, job: Job) -> str:
+    def wait(lm: Any, progress: Progress) -> str:
         time.sleep(0.3)
         return "waited"
 
-    blocker = session.submit("wait", wait)
+    blocker = session.jobs.submit("wait", wait)
     job = session.edit()
     job.cancel = True
     done(job)
     assert (blocker.state, job.state) == ("done", "cancelled")
     running = counting(session)
     time.sleep(0.2)
-    session.cancel()
+    session.jobs.cancel()
     done(running)
     assert running.state == "cancelled"
     assert served.store.log() == log
@@ -637,11 +639,11 @@ def test_errors_of_jobs_are_in_the_words_of_the_page(served: Served, monkeypatch
 def test_jobs_that_have_not_ended_are_kept(served: Served) -> None:
     session = served.session
     jobs = [counting(session) for _ in range(N_JOBS + 5)]
-    assert session.jobs[-len(jobs) :] == jobs
-    session.cancel()
+    assert session.jobs.all[-len(jobs) :] == jobs
+    session.jobs.cancel()
     assert [done(job).state for job in jobs] == ["cancelled"] * len(jobs)
-    done(session.submit("last", lambda lm, job: ""))
-    assert len(session.jobs) == N_JOBS + 1
+    done(session.jobs.submit("last", lambda lm, progress: ""))
+    assert len(session.jobs.all) == N_JOBS + 1
 
 
 def test_the_port_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
@@ -666,10 +668,14 @@ def test_the_first_model_is_loaded_again_as_it_was_and_an_interrupt_ends_it_quie
         sessions.append(session)
         return make_app(session, token, **options)
 
+    def look(lm: Any, progress: Progress) -> str:
+        sources.append(lm.source)
+        return ""
+
     def run(server: Any, sockets: Any) -> None:
         for name in ("demo:llama", "demo:gptj"):
             done(sessions[0].choose_model(name))
-            done(sessions[0].submit("look", lambda lm, job: sources.append(lm.source) or ""))
+            done(sessions[0].jobs.submit("look", look))
             done(sessions[0].ask("A prompt"))
         raise KeyboardInterrupt
 

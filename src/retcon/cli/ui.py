@@ -69,7 +69,7 @@ def ui(
         place = f" --device {device}" if device else ""
         own_options = loading_options()
         session = Session(kept, load, name, lambda wanted: place + (own_options if wanted == name else ""), dtype)
-        session.start()
+        session.jobs.start()
         token = secrets.token_urlsafe(16)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listening.getsockname()[1]}/?token={token}"
@@ -82,7 +82,7 @@ def ui(
         except KeyboardInterrupt:  # which is how it is meant to end
             pass
         finally:
-            session.stop()
+            session.jobs.stop()
 
 
 def _listen(host: str, port: int) -> socket.socket:

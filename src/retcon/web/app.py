@@ -24,7 +24,8 @@ from starlette.responses import (
 from starlette.routing import Route
 
 from retcon.errors import InvalidSetting, RetconError
-from retcon.web.session import Session, problem_of
+from retcon.web.jobs import problem_of
+from retcon.web.session import Session
 
 STATIC = Path(__file__).with_name("static")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -129,7 +130,7 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
         async def stream() -> AsyncIterator[str]:
             seen = (-1, -1, -1)
             while not await request.is_disconnected():
-                now = (session.version, session.written, session.progress)
+                now = (session.version, session.written, session.jobs.n_steps)
                 if now != seen:
                     kind = "changed" if now[:2] != seen[:2] else "progress"
                     seen = now
@@ -205,7 +206,7 @@ ACTIONS: dict[str, Callable[[Session, dict[str, str]], str | None]] = {
     "amend": lambda session, form: _started(session.amend(form.get("fact", ""), form.get("target", ""))),
     "dry-run": _dry_run,
     "edit": _edit,
-    "cancel": lambda session, form: session.cancel(),
+    "cancel": lambda session, form: session.jobs.cancel(),
     "toggle": lambda session, form: _started(session.toggle(form.get("entry", ""))),
     "revert-fact": lambda session, form: _started(session.revert_fact(form.get("fact", ""))),
     "ask": _ask,

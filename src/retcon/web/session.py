@@ -1,25 +1,23 @@
-"""What the page shows and does, without a web server: one thread owns the model, and works one job after the other.
+"""What the page shows and does, without a web server.
 
 Every browser sees the same session; which entry's state it looks at (`at`; None: the last one's) is its own.
 Methods that begin with a verb submit a job and return at once.
 """
 
-import queue
 import re
-import shlex
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from retcon.edits import Case, same_question
-from retcon.errors import InvalidSetting, RetconError
+from retcon.errors import InvalidSetting
 from retcon.plural import plural
 from retcon.store import Entry, Store
 from retcon.store.index import FACTS
 from retcon.store.journal import LOG
+from retcon.web.commands import assignments, command_line
+from retcon.web.jobs import Job, Jobs
 from retcon.web.listing import N_ROWS, Listing, listed
 from retcon.web.maps import LayerMap, contrast_map, trace_map
 from retcon.web.pasted import pasted_cases
@@ -30,38 +28,8 @@ if TYPE_CHECKING:
     from retcon.store.verify import Check, Verification
     from retcon.workflow import Estimate
 
-JobState = Literal["waiting", "running", "done", "failed", "cancelled"]
-N_JOBS, N_ANSWERS = 20, 12
-"""Jobs that have ended and answers that are remembered."""
-
-
-class Cancelled(BaseException):
-    """Ends the job that is running; no error of retcon's, so that nothing on the way catches it."""
-
-
-@dataclass
-class Job:
-    """One thing that the model's thread does."""
-
-    name: str
-    run: "Callable[[LM, Job], str]"
-    state: JobState = "waiting"
-    stage: str = ""
-    done: int = 0
-    total: int = 0
-    message: str = ""
-    seconds: float = 0.0
-    cancel: bool = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether it neither waits nor runs."""
-        return self.state not in ("waiting", "running")
-
-    @property
-    def percent(self) -> int | None:
-        """How far it is; None where that is not known."""
-        return round(100 * self.done / self.total) if self.total else None
+N_ANSWERS = 12
+"""Answers that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -147,73 +115,24 @@ class Session:
     maps: list[LayerMap] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     """What to type to do the same again."""
-    jobs: list[Job] = field(default_factory=list)
     version: int = 0
     """Goes up with every change."""
-    progress: int = 0
-    """Goes up with every step of a job."""
-    about: str = "loading the model"
-    n_layers: int = 0
 
     def __post_init__(self) -> None:
-        self._queue: queue.Queue[Job | None] = queue.Queue()
+        self.jobs = Jobs(self._load_first, self.changed)
         self._stores = {self.model: self.store}
-        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
-        self._lm: LM | None = None
+        self._about = "loading the model"
 
-    def start(self) -> None:
-        """Load the model, in its thread."""
-        self._thread.start()
+    def _load_first(self) -> "LM":
+        lm = self.load(self.model)
+        self.store.check_base(lm)
+        self._about = str(lm)
+        return lm
 
-    def stop(self) -> None:
-        """End the thread after what it is doing."""
-        for job in self.jobs:
-            job.cancel = True
-        self._queue.put(None)
-        self._thread.join(timeout=60)
-
-    # --- the model's thread --------------------------------------------------------------------------------------
-
-    def _work(self) -> None:
-        try:
-            self._lm = self.load(self.model)
-            self.store.check_base(self._lm)
-            self.about, self.n_layers = str(self._lm), self._lm.n_layers
-        except (RetconError, OSError) as error:
-            self.about = f"the model cannot be loaded: {problem_of(error)}"
-        self.changed()
-        while (job := self._queue.get()) is not None:
-            self._do(job)
-
-    def _do(self, job: Job) -> None:
-        started = time.perf_counter()
-        if job.cancel:
-            job.state = "cancelled"
-        elif self._lm is None:
-            job.state, job.message = "failed", self.about
-        else:
-            job.state = "running"
-            self.changed()
-            try:
-                job.message = job.run(self._lm, job)
-                job.state = "done"
-            except Cancelled:
-                job.state, job.message = "cancelled", "cancelled; nothing was changed"
-            except RetconError as error:
-                job.state, job.message = "failed", error.on_page
-            except Exception as error:  # a page that dies tells nobody why
-                job.state, job.message = "failed", f"{type(error).__name__}: {error}"
-        job.seconds = time.perf_counter() - started
-        self.changed()
-
-    def submit(self, name: str, run: "Callable[[LM, Job], str]") -> Job:
-        """Add a job."""
-        job = Job(name, run)
-        n_ended = sum(job.ended for job in self.jobs)  # the first ones: jobs are done in order
-        self.jobs = [*self.jobs[max(0, n_ended - N_JOBS) :], job]
-        self._queue.put(job)
-        self.changed()
-        return job
+    @property
+    def about(self) -> str:
+        """The model, or why there is none."""
+        return self.jobs.problem or self._about
 
     def changed(self) -> None:
         """Let every browser look again."""
@@ -224,35 +143,6 @@ class Session:
         """When the store's log was last written, by whichever process."""
         log = self.store.path / LOG
         return log.stat().st_mtime_ns if log.is_file() else 0
-
-    def heard(self, job: Job) -> Progress:
-        """Return the progress of a job, which is also where it is cancelled."""
-
-        def hear(stage: str, done: int, total: int) -> None:
-            if job.cancel:
-                raise Cancelled
-            job.stage, job.done, job.total = stage, done, total
-            self.progress += 1
-
-        return hear
-
-    def cancel(self) -> None:
-        """Cancel whatever runs or waits."""
-        for job in self.jobs:
-            if not job.ended:
-                job.cancel = True
-        self.changed()
-
-    @property
-    def job(self) -> Job | None:
-        """The job that runs, or the last one."""
-        running = [job for job in self.jobs if job.state == "running"]
-        return running[0] if running else self.jobs[-1] if self.jobs else None
-
-    @property
-    def busy(self) -> bool:
-        """Whether a job runs or waits."""
-        return any(not job.ended for job in self.jobs)
 
     # --- facts ---------------------------------------------------------------------------------------------------
 
@@ -296,19 +186,18 @@ class Session:
         A store holds the edits of one model. Another model's is `STORE-MODEL`, made where there is none.
         """
 
-        def run(lm: "LM", job: Job) -> str:
+        def run(lm: "LM", progress: Progress) -> str:
             if not name.strip():
                 raise InvalidSetting("name a model: a folder, a hub id, or demo:gptj")
-            self.heard(job)("loading", 0, 0)
+            progress("loading", 0, 0)
             new = self.load(name.strip())
             store = self._store_of(new, name.strip())
-            self._lm, self.store, self.model = new, store, name.strip()
-            self.about, self.n_layers = str(new), new.n_layers
+            self.jobs.lm, self.store, self.model, self._about = new, store, name.strip(), str(new)
             self.settings, self.conflicts, self.maps, self.replies = {}, [], [], []
             self.estimate = self.verification = None
             return f"edits go to {store.path}"
 
-        return self.submit("load", run)
+        return self.jobs.submit("load", run)
 
     def _store_of(self, lm: "LM", name: str) -> Store:
         from retcon.store.contents import CONFIG
@@ -366,19 +255,11 @@ class Session:
         self.estimate = None
         self.changed()
 
-    def _assignments(self, settings: Mapping[str, Any]) -> str:
-        return "".join(f" --set {shlex.quote(line)}" for line in assignments(settings))
-
-    @property
-    def _editor(self) -> str:
-        editor = self.settings.get("editor")
-        return f" --editor {shlex.quote(str(editor))}" if editor else ""
-
     def dry_run(self) -> Job:
         """Say what editing the draft would take, by the method and settings that are chosen now."""
         method, settings = self.method, dict(self.settings)
 
-        def run(lm: "LM", job: Job) -> str:
+        def run(lm: "LM", progress: Progress) -> str:
             from retcon.workflow import estimate, needed_moments, resolve
 
             self._need_draft()
@@ -391,56 +272,49 @@ class Session:
                 self.estimate, self.layers = found, _layers(resolved.settings)
             return f"about {found.edit_seconds:.1f} s for {plural(len(edits), 'edit')}"
 
-        return self.submit("dry run", run)
+        return self.jobs.submit("dry run", run)
 
     def edit(self) -> Job:
         """Edit the draft into the store, by the method and settings that are chosen now."""
         method, settings = self.method, dict(self.settings)
 
-        def run(lm: "LM", job: Job) -> str:
+        def run(lm: "LM", progress: Progress) -> str:
             from retcon.workflow import needed_moments, resolve
 
             self._need_draft()
-            cases, hear = list(self.draft), self.heard(job)
-            hear("choosing settings", 0, 0)
+            cases = list(self.draft)
+            progress("choosing settings", 0, 0)
             edits = [edit for case in cases for edit in case.edits]  # without a preset, clamps are fitted to them
             resolved = resolve(lm, method, given=settings, edits=edits)
             entry = self.store.edit(
-                lm, cases, resolved.method, moments=needed_moments(lm, resolved.method), progress=hear
+                lm, cases, resolved.method, moments=needed_moments(lm, resolved.method), progress=progress
             )
             reports = [r for _, delta in entry.sets.values() if delta for r in self.store.delta(delta).report]
             took = sum(bool(r.greedy_match) for r in reports)
             edited = {case.id for case in cases}
             self.draft = [case for case in self.draft if case.id not in edited]  # some may have come meanwhile
             self.estimate = None
-            file = shlex.quote(str(self.store.path / FACTS / f"{entry.id}.jsonl"))
-            how = f"--method {method}{self._assignments(settings)}"
-            self._typed(f"edit {self._model_word} {file} {how} --store {self._store_word}{self._loaded}")
+            facts, over = self.store.path / FACTS / f"{entry.id}.jsonl", assignments(settings)
+            typed = command_line("edit", self.model, facts, method=method, set=over, store=self.store.path)
+            self._typed(typed + self._loaded)
             return f"{took} of {plural(len(reports), 'edit')} took"
 
-        return self.submit("edit", run)
+        return self.jobs.submit("edit", run)
 
     def _need_draft(self) -> None:
         if not self.draft:
             raise InvalidSetting("no facts to edit; add some first")
 
     def _typed(self, command: str) -> None:
-        self.commands = [*self.commands, f"retcon {command}"]
+        self.commands = [*self.commands, command]
 
     @property
     def _loaded(self) -> str:
         return self.loading(self.model) + (f" --dtype {self.dtype}" if self.dtype else "")
 
-    @property
-    def _model_word(self) -> str:
-        return shlex.quote(self.model)
-
-    @property
-    def _store_word(self) -> str:
-        return shlex.quote(str(self.store.path))
-
-    def _state_word(self, at: str | None) -> str:
-        return shlex.quote(f"{self.store.path}@{at}") if at else self._store_word
+    def _state(self, at: str | None) -> str:
+        """Return how a command names the state after an entry."""
+        return f"{self.store.path}@{at}" if at else str(self.store.path)
 
     # --- the store -----------------------------------------------------------------------------------------------
 
@@ -468,58 +342,48 @@ class Session:
     def toggle(self, name: str) -> Job:
         """Take an entry out of force, or back in."""
 
-        def run(lm: "LM", job: Job) -> str:
+        def run(lm: "LM", progress: Progress) -> str:
             entry, on = next(((e, on) for e, on, _ in self.rows() if e.id == name), (None, False))
             target = name if on else self._undoing(entry) if entry is not None else None
             if target is None:
                 raise InvalidSetting(f"no entry {name!r} that can be switched")
             made = self.store.revert(target)
-            self._typed(f"revert {target} --store {self._store_word}")
+            self._typed(command_line("revert", target, store=self.store.path))
             return made.message
 
-        return self.submit("switch", run)
+        return self.jobs.submit("switch", run)
 
     def revert_fact(self, fact: str, repropose: bool = False) -> Job:
         """Take one fact out of its batch."""
 
-        def run(lm: "LM", job: Job) -> str:
-            entry = self.store.revert_fact(
-                lm,
-                fact,
-                repropose=repropose,
-                editor=self.settings.get("editor"),
-                progress=self.heard(job),
-            )
-            how = f"{' --repropose' * repropose}{self._editor}"
-            self._typed(f"revert --fact {shlex.quote(fact)}{how} --store {self._store_word}{self._loaded}")
+        def run(lm: "LM", progress: Progress) -> str:
+            editor = self.settings.get("editor")
+            entry = self.store.revert_fact(lm, fact, repropose=repropose, editor=editor, progress=progress)
+            typed = command_line("revert", fact=fact, repropose=repropose, editor=editor, store=self.store.path)
+            self._typed(typed + self._loaded)
             return _searched(entry)
 
-        return self.submit("revert fact", run)
+        return self.jobs.submit("revert fact", run)
 
     def amend(self, fact: str, target: str) -> Job:
         """Give a fact in force another answer; its batch is written again."""
 
-        def run(lm: "LM", job: Job) -> str:
-            entry = self.store.amend(
-                lm,
-                fact,
-                target.strip(),
-                editor=self.settings.get("editor"),
-                progress=self.heard(job),
-            )
+        def run(lm: "LM", progress: Progress) -> str:
+            editor = self.settings.get("editor")
+            entry = self.store.amend(lm, fact, target.strip(), editor=editor, progress=progress)
             self.conflicts = [c for c in self.conflicts if c.fact != fact]
-            what = f"{shlex.quote(fact)} --target {shlex.quote(target.strip())}"
-            self._typed(f"amend {what}{self._editor} --store {self._store_word}{self._loaded}")
+            typed = command_line("amend", fact, target=target.strip(), editor=editor, store=self.store.path)
+            self._typed(typed + self._loaded)
             return _searched(entry)
 
-        return self.submit("amend", run)
+        return self.jobs.submit("amend", run)
 
     # --- looking -------------------------------------------------------------------------------------------------
 
     def ask(self, prompt: str, chat: bool = False, at: str | None = None) -> Job:
         """Let the model go on after a prompt, without the edits and with them."""
 
-        def run(lm: "LM", job: Job) -> str:
+        def run(lm: "LM", progress: Progress) -> str:
             if not prompt.strip():
                 raise InvalidSetting("the prompt is empty; give some text to go on from")
             said = partial(lm.complete, prompt, max_new_tokens=256 if chat else 24, chat=chat)
@@ -528,29 +392,24 @@ class Session:
             with self.store.at(lm, at):
                 after = said()
             self.replies = [Reply(prompt, before, after), *self.replies[: N_ANSWERS - 1]]
-            self._typed(
-                f"complete {self._model_word} {shlex.quote(prompt)} --delta {self._state_word(at)}{' --chat' * chat}"
-                f"{self._loaded}"
-            )
+            typed = command_line("complete", self.model, prompt, delta=self._state(at), chat=chat)
+            self._typed(typed + self._loaded)
             return "changed" if before != after else "the answer is the same"
 
-        return self.submit("ask", run)
+        return self.jobs.submit("ask", run)
 
     def verify(self, at: str | None = None) -> Job:
         """Put all checks of the facts in force after an entry to the model."""
 
-        def run(lm: "LM", job: Job) -> str:
+        def run(lm: "LM", progress: Progress) -> str:
             from retcon.store.verify import verify
 
-            def hear(stage: str) -> None:
-                self.heard(job)(stage, 0, 0)
-
-            self.verification = verify(self.store, lm, at=at, on_progress=hear)
-            self._typed(f"verify{f' {at}' if at else ''} --store {self._store_word}{self._loaded}")
+            self.verification = verify(self.store, lm, at=at, on_progress=lambda stage: progress(stage, 0, 0))
+            self._typed(command_line("verify", at, store=self.store.path) + self._loaded)
             failed = self.verification.failed
             return f"{plural(len(failed), 'check')} failed" if failed else "nothing broke"
 
-        return self.submit("verify", run)
+        return self.jobs.submit("verify", run)
 
     def lamps(self) -> list["Lamp"]:
         """Return the four questions, with counts and the cases that fell short: those that broke first."""
@@ -568,39 +427,33 @@ class Session:
     def probe(self, trace: bool = False, at: str | None = None) -> Job:
         """Read where the facts of the draft (or those in force) sit, per layer; or trace the first of them."""
 
-        def run(lm: "LM", job: Job) -> str:
+        def run(lm: "LM", progress: Progress) -> str:
             cases = self.draft or self.store.cases(at)
             edits = [edit for case in cases for edit in case.edits][:100]
-            hear = self.heard(job)
             with self.store.at(lm, "base"):
-                self.maps = [trace_map(lm, edits, hear) if trace else contrast_map(lm, edits, hear)]
+                self.maps = [trace_map(lm, edits, progress) if trace else contrast_map(lm, edits, progress)]
             return self.maps[0].title
 
-        return self.submit("trace" if trace else "contrast", run)
+        return self.jobs.submit("trace" if trace else "contrast", run)
 
     def export(self, folder: str, form: str, at: str | None = None) -> Job:
         """Write the edited model for others to load."""
 
-        def run(lm: "LM", job: Job) -> str:
+        def run(lm: "LM", progress: Progress) -> str:
             from retcon.export import export
 
             if not folder.strip():
                 raise InvalidSetting("name the folder that the export goes to")
-            self.heard(job)("writing", 0, 0)
+            progress("writing", 0, 0)
             stored = _as_stored(lm)
             with self.store.at(stored, at) as state:
                 names = [f"{d}.safetensors" for d in state.deltas]
                 made = export(stored, folder, format=form, files=names)  # type: ignore[arg-type]
-            where = f"--format {shlex.quote(form)} --out {shlex.quote(folder)}"
-            self._typed(f"export {self._model_word} {self._state_word(at)} {where}{self.loading(self.model)}")
+            typed = command_line("export", self.model, self._state(at), format=form, out=folder)
+            self._typed(typed + self.loading(self.model))
             return f"wrote {folder}: {made.n_bytes:,} bytes"
 
-        return self.submit("export", run)
-
-
-def problem_of(error: RetconError | OSError) -> str:
-    """Return what went wrong, in the page's words."""
-    return error.on_page if isinstance(error, RetconError) else str(error)
+        return self.jobs.submit("export", run)
 
 
 def _as_stored(lm: "LM") -> "LM":
@@ -616,13 +469,6 @@ def _as_stored(lm: "LM") -> "LM":
 
 def _searched(entry: Entry) -> str:
     return f"{entry.message}; {plural(entry.about.get('searched', 0), 'value')} searched"
-
-
-def assignments(settings: Mapping[str, Any]) -> list[str]:
-    """Return settings as `Session.choose` reads them."""
-    from retcon.workflow import as_toml
-
-    return [f"{name}={as_toml(value)}" for name, value in settings.items()]
 
 
 def _layers(settings: Mapping[str, Any]) -> str:

@@ -1,0 +1,22 @@
+"""Command lines that repeat what was done on the page."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+
+def command_line(verb: str, *words: object, **options: object) -> str:
+    """Return a command as it is typed. What is None, False or empty is left out, and a list's option repeated."""
+    parts = ["retcon", verb, *(shlex.quote(str(word)) for word in words if word is not None)]
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one:
+                parts += [f"--{name}"] if one is True else [f"--{name}", shlex.quote(str(one))]
+    return " ".join(parts)
+
+
+def assignments(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as `--set` reads them, `field=value` each."""
+    from retcon.workflow import as_toml
+
+    return [f"{name}={as_toml(value)}" for name, value in settings.items()]
