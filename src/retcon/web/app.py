@@ -51,64 +51,90 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
         token: what a browser must bring, once in the address and from then on as a cookie.
         hosts: names under which it may be asked for, so that no other site's name can be pointed at it.
     """
-    pages = Environment(
-        loader=PackageLoader("retcon.web"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    page = Page(session, token, hosts)
+    return Starlette(
+        routes=[
+            Route("/", page.checked(page.home)),
+            Route("/panel/{name}", page.checked(page.panel)),
+            Route("/do/{name}", page.checked(page.act), methods=["POST"]),
+            Route("/events", page.checked(page.events)),
+            Route("/static/{name}", page.checked(page.static)),
+        ]
     )
 
-    # a fact's id is any text, and htmx looks for elements by selectors, in which most of it would have a meaning
-    pages.filters["element_id"] = lambda text: hashlib.sha256(str(text).encode()).hexdigest()[:16]
 
-    def part(name: str, at: str | None, **more: Any) -> Markup:
-        """Return a panel of the state after an entry (None: of now), or why what it shows cannot be read."""
-        try:
-            return Markup(pages.get_template(f"{name}.html").render(session=session, at=at, **more))
-        except (RetconError, OSError) as error:
-            return Markup(pages.get_template("problem.html").render(problem=problem_of(error), at=at))
+View = Callable[[Request], Awaitable[Response]]
+"""What answers the requests for an address."""
 
-    pages.globals["panel"] = part
 
-    def show(template: str, **more: Any) -> Response:
-        return HTMLResponse(pages.get_template(template).render(session=session, **more), headers=_HEADERS)
+class Page:
+    """A session as browsers see it: a view for each kind of address. The arguments are those of `make_app`."""
 
-    def guarded(view: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    def __init__(self, session: Session, token: str, hosts: tuple[str, ...]) -> None:
+        self.session, self.token, self.hosts = session, token, hosts
+        self.templates = Environment(
+            loader=PackageLoader("retcon.web"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        )
+        self.templates.filters["element_id"] = _element_id
+        self.templates.globals.update(session=session, panel=self.render_panel)
+
+    def check(self, request: Request) -> Response | None:
+        """Return the answer to a request that must not be served; None where it may be."""
+        if (request.url.hostname or "") not in self.hosts:
+            return _refused(f"asked for as {request.url.hostname!r}; use the address that retcon ui printed")
+        origin = request.headers.get("origin")
+        if request.method == "POST" and origin not in (None, f"{request.url.scheme}://{request.url.netloc}"):
+            return _refused(f"a request from another site ({origin})")
+        brought = (request.query_params.get("token", ""), request.cookies.get(_cookie(request), ""))
+        if not any(hmac.compare_digest(given.encode(), self.token.encode()) for given in brought):
+            return _refused("wrong token, or none; use the address that retcon ui printed, token included")
+        return None
+
+    def checked(self, view: View) -> View:
+        """Return a view that answers what passes `check`, and refuses the rest."""
+
         async def run(request: Request) -> Response:
-            if (request.url.hostname or "") not in hosts:
-                return _refused(f"asked for as {request.url.hostname!r}; use the address that retcon ui printed")
-            origin = request.headers.get("origin")
-            if request.method == "POST" and origin not in (None, f"{request.url.scheme}://{request.url.netloc}"):
-                return _refused(f"a request from another site ({origin})")
-            brought = (request.query_params.get("token", ""), request.cookies.get(_cookie(request), ""))
-            if not any(hmac.compare_digest(given.encode(), token.encode()) for given in brought):
-                return _refused("wrong token, or none; use the address that retcon ui printed, token included")
-            return await view(request)
+            return self.check(request) or await view(request)
 
         return run
 
-    async def home(request: Request) -> Response:
+    def render(self, template: str, **values: Any) -> Response:
+        """Return what a template makes of the session and these values."""
+        return HTMLResponse(self.templates.get_template(template).render(**values), headers=_HEADERS)
+
+    def render_panel(self, name: str, at: str | None, **values: Any) -> Markup:
+        """Return a panel of the state after an entry (None: of now), or why what it shows cannot be read."""
+        try:
+            return Markup(self.templates.get_template(f"{name}.html").render(at=at, **values))
+        except (RetconError, OSError) as error:
+            return Markup(self.templates.get_template("problem.html").render(problem=problem_of(error), at=at))
+
+    async def home(self, request: Request) -> Response:
+        """Return the whole page; a token in the address becomes a cookie."""
         asked, at, problem = request.query_params.get("at", "HEAD"), None, ""
         try:
-            at = None if asked == "HEAD" else session.store.entry(asked).id
+            at = None if asked == "HEAD" else self.session.store.entry(asked).id
         except (RetconError, OSError) as error:
             problem = problem_of(error)
-        if "token" in request.query_params:  # out of the address bar, into a cookie
+        if "token" in request.query_params:
             response: Response = RedirectResponse(f"/?{urlencode({'at': at})}" if at else "/", status_code=303)
         else:
-            response = show("page.html", problem=problem, at=at)
-        response.set_cookie(_cookie(request), token, httponly=True, samesite="strict")
+            response = self.render("page.html", problem=problem, at=at)
+        response.set_cookie(_cookie(request), self.token, httponly=True, samesite="strict")
         return response
 
-    async def panel(request: Request) -> Response:
+    async def panel(self, request: Request) -> Response:
+        """Return one panel."""
         name, asked = request.path_params["name"], request.query_params
-        at = asked.get("at")
+        values: dict[str, Any] = {}
         if name == "facts":
             rows = asked.get("rows", "")
-            wanted = asked.get("words", ""), asked.get("order", ""), int(rows) if rows.isdecimal() else 0
-            return HTMLResponse(part(name, at, wanted=wanted), headers=_HEADERS)
-        if name not in PANELS:
+            values["wanted"] = asked.get("words", ""), asked.get("order", ""), int(rows) if rows.isdecimal() else 0
+        elif name not in PANELS:
             return PlainTextResponse("no such panel", status_code=404)
-        return HTMLResponse(part(name, at), headers=_HEADERS)
+        return HTMLResponse(self.render_panel(name, asked.get("at"), **values), headers=_HEADERS)
 
-    async def act(request: Request) -> Response:
+    async def act(self, request: Request) -> Response:
         """Do one action of the form; what goes wrong at once is shown beside it."""
         body = await request.body()
         if len(body) > MAX_BODY:
@@ -118,19 +144,21 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
         if action is None:
             return PlainTextResponse("no such action", status_code=404)
         try:
-            said = action(session, form)
+            said = action(self.session, form)
         except (RetconError, OSError) as error:
-            return show("said.html", said=problem_of(error), bad=True)
-        response = show("said.html", said=said or "", bad=False)
+            return self.render("said.html", said=problem_of(error), bad=True)
+        response = self.render("said.html", said=said or "", bad=False)
         if form.get("at") and request.path_params["name"] in TO_NOW:
             response.headers["HX-Redirect"] = "/"
         return response
 
-    async def events(request: Request) -> Response:
+    async def events(self, request: Request) -> Response:
+        """Return the stream that says when to look again."""
+
         async def stream() -> AsyncIterator[str]:
             seen = (-1, -1, -1)
             while not await request.is_disconnected():
-                now = (session.version, session.written, session.jobs.n_steps)
+                now = (self.session.version, self.session.written, self.session.jobs.n_steps)
                 if now != seen:
                     kind = "changed" if now[:2] != seen[:2] else "progress"
                     seen = now
@@ -139,21 +167,17 @@ def make_app(session: Session, token: str, *, hosts: tuple[str, ...] = LOOPBACK)
 
         return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    async def static(request: Request) -> Response:
+    async def static(self, request: Request) -> Response:
+        """Return a file of the page's own."""
         path = STATIC / request.path_params["name"]
         if path.parent != STATIC or not path.is_file():
             return PlainTextResponse("no such file", status_code=404)
         return FileResponse(path, headers=_HEADERS)
 
-    return Starlette(
-        routes=[
-            Route("/", guarded(home)),
-            Route("/panel/{name}", guarded(panel)),
-            Route("/do/{name}", guarded(act), methods=["POST"]),
-            Route("/events", guarded(events)),
-            Route("/static/{name}", guarded(static)),
-        ]
-    )
+
+def _element_id(text: object) -> str:
+    """Return an element's id for a fact's, which is any text: htmx looks for elements by selectors."""
+    return hashlib.sha256(str(text).encode()).hexdigest()[:16]
 
 
 def _cookie(request: Request) -> str:
