@@ -2,11 +2,14 @@
 
 import shlex
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
 from retcon.cli.chat_options import chat_options
 from retcon.cli.facts import reads_facts
@@ -20,6 +23,7 @@ from retcon.cli.tables import changes_table, edits_preview, edits_table, estimat
 from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
 from retcon.memory.corpus import check_corpus
+from retcon.work import Workers
 from retcon.workflow import (
     Made,
     Resolved,
@@ -98,9 +102,10 @@ def edit(
         float,
         typer.Option(min=0, max=1, help="Share of edits that must take, or the exit code is 1; the delta is saved."),
     ] = 0.5,
-    store: Annotated[
+    store_path: Annotated[
         Path | None,
         typer.Option(
+            "--store",
             metavar="DIR",
             help="Instead of --out: a store (retcon init) that the edit becomes an entry of, on top of what is there.",
             show_default=False,
@@ -122,19 +127,8 @@ def edit(
 
     A run that was killed goes on where it was when the same command is given again.
     """
-    if store is not None and (out is not None or earlier):
-        what = "--out" if out is not None else "--delta"
-        raise InvalidSetting(f"--store and {what} exclude each other: a store keeps the delta, on top of its own")
-    if store is not None and evaluate:
-        raise InvalidSetting("with --store, measure with `retcon verify` instead of --evaluate")
-    if store is None and message:
-        raise InvalidSetting("-m is the message of a store's log; give --store, or leave -m out")
-    if out is not None:
-        check_output(out, Path(model), edits, *(earlier or []), None if corpus is None else Path(corpus))
-    elif store is None and not dry_run:
-        raise InvalidSetting(
-            "--out DELTA is missing: name the file that the delta goes to, a --store, or ask for a --dry-run"
-        )
+    _check_options(out=out, store=store_path, earlier=earlier, message=message, evaluate=evaluate, dry_run=dry_run)
+    check_output(out, Path(model), edits, *(earlier or []), None if corpus is None else Path(corpus))
     place = workers(on)
     assigned = [*(assignments or ()), *(["shrink=true"] if shrink else [])]
     given = read_settings(method, dataset=dataset, preset=preset, assignments=assigned)
@@ -143,18 +137,11 @@ def edit(
     facts = read_facts(edits, reading)
     if corpus is not None:
         check_corpus(corpus)
-    show = console(stderr=as_json)
     started = time.perf_counter()
-    kept_in = None if store is None else open_store(store)
-    if kept_in is not None:
-        kept_in.check_new_facts(facts.cases)  # what can be refused before the model is loaded
-    before = load_deltas(earlier or []) if kept_in is None else kept_in.deltas()
-    lm = load_model(model)
-    if kept_in is None:
-        for each in before:
-            lm.apply(each, other_base=other_base)
-    else:
-        kept_in.checkout(lm)
+    store = None if store_path is None else open_store(store_path)
+    if store is not None:
+        store.check_new_facts(facts.cases)  # what can be refused before the model is loaded
+    lm = _load(model, store, earlier or [], other_base)
     loading = time.perf_counter() - started
     facts = facts_that_fit(lm, facts, reading.on_error)
     with spinner("probing for layers" if layers else "choosing settings"):
@@ -168,13 +155,7 @@ def edit(
             batch_size=batch_size,
             probe=layers is not None,
         )
-    show.print(styled("[bold]{}[/] on {}", resolved.name, lm))
-    show.print(f"edits     {facts.about}", soft_wrap=True)
-    show.print(f"settings  {resolved.source}", soft_wrap=True)
-    for note in resolved.notes:
-        show.print(f"          {note}", soft_wrap=True)
-    show.print(settings_table(resolved))
-    show.print()
+    _show_settings(lm, resolved, facts, as_json)
 
     def check_out() -> None:
         if out is not None and not (force or dry_run):
@@ -183,54 +164,128 @@ def edit(
     check_out()
     with spinner("reading the corpus"):
         moments = needed_moments(lm, resolved.method, corpus)
-    if dry_run or (out is None and kept_in is None):
-        with spinner("trying a few edits"):
-            expected = estimate(lm, resolved, facts.edits, moments=moments, batch_size=batch_size, seed=seed)
-        show.print(edits_preview(facts.edits))
-        show.print()
-        show.print(estimate_table(expected))
-        if as_json:
-            emit({"model": model, "method": resolved.name, "settings": resolved.settings} | expected.as_dict())
-        return
+    run = _Run(
+        lm=lm,
+        model=model,
+        resolved=resolved,
+        facts=facts,
+        moments=moments,
+        batch_size=batch_size,
+        seed=seed,
+        place=place,
+        require=require,
+        as_json=as_json,
+    )
+    if dry_run:
+        _show_estimate(run)
+    elif store is not None:
+        _edit_store(run, store, message, corpus)
+    else:
+        assert out is not None
+        _edit_file(run, out, check_out, evaluate=evaluate, loading=loading)
 
-    if kept_in is not None:
-        with place as at, working_on(lm, at):
-            _edit_store(kept_in, lm, resolved, facts, moments, batch_size, seed, corpus, message, require, as_json)
-        return
+
+def _check_options(
+    *, out: Path | None, store: Path | None, earlier: list[Path] | None, message: str, evaluate: bool, dry_run: bool
+) -> None:
+    """Refuse options that exclude each other, and an edit that would go nowhere."""
+    if store is not None and (out is not None or earlier):
+        what = "--out" if out is not None else "--delta"
+        raise InvalidSetting(f"--store and {what} exclude each other: a store keeps the delta, on top of its own")
+    if store is not None and evaluate:
+        raise InvalidSetting("with --store, measure with `retcon verify` instead of --evaluate")
+    if store is None and message:
+        raise InvalidSetting("-m is the message of a store's log; give --store, or leave -m out")
+    if out is None and store is None and not dry_run:
+        raise InvalidSetting(
+            "--out DELTA is missing: name the file that the delta goes to, a --store, or ask for a --dry-run"
+        )
+
+
+def _load(model: str, store: "Store | None", earlier: list[Path], other_base: bool) -> "LM":
+    """Return the model with the deltas that the edit comes on top of, which are read first: a store's, or those
+    named."""
+    before = load_deltas(earlier) if store is None else store.deltas()
+    lm = load_model(model)
+    if store is not None:
+        store.checkout(lm)
+    else:
+        for each in before:
+            lm.apply(each, other_base=other_base)
+    return lm
+
+
+def _show_settings(lm: "LM", resolved: Resolved, facts: Facts, as_json: bool) -> None:
+    show = console(stderr=as_json)
+    show.print(styled("[bold]{}[/] on {}", resolved.name, lm))
+    show.print(f"edits     {facts.about}", soft_wrap=True)
+    show.print(f"settings  {resolved.source}", soft_wrap=True)
+    for note in resolved.notes:
+        show.print(f"          {note}", soft_wrap=True)
+    show.print(settings_table(resolved))
+    show.print()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """An edit that is ready to be made."""
+
+    lm: "LM"
+    model: str
+    resolved: Resolved
+    facts: Facts
+    moments: "Moments"
+    batch_size: int | None
+    seed: int
+    place: AbstractContextManager[Workers]
+    require: float
+    """Share of the edits that must take."""
+    as_json: bool
+
+    @property
+    def show(self) -> Console:
+        """Where people read what became of it."""
+        return console(stderr=self.as_json)
+
+    def judge(self, n_took: int, n: int, consequence: str) -> None:
+        """Exit with 1 where fewer edits took than must."""
+        if n_took < self.require * n:
+            edits = plural(n, "edit")
+            warn(f"{n_took} of {edits} took, fewer than asked for (--require {self.require:g}); {consequence}")
+            raise typer.Exit(1)
+
+
+def _show_estimate(run: _Run) -> None:
+    """Say what would be edited and what it would take."""
+    edits = run.facts.edits
+    with spinner("trying a few edits"):
+        expected = estimate(run.lm, run.resolved, edits, moments=run.moments, batch_size=run.batch_size, seed=run.seed)
+    run.show.print(edits_preview(edits))
+    run.show.print()
+    run.show.print(estimate_table(expected))
+    if run.as_json:
+        resolved = run.resolved
+        emit({"model": run.model, "method": resolved.name, "settings": resolved.settings} | expected.as_dict())
+
+
+def _edit_file(run: _Run, out: Path, check_out: Callable[[], None], *, evaluate: bool, loading: float) -> None:
+    """Save the edit as a delta, measure it where that is asked for, and say what became of it."""
     from retcon.methods.common.sequence import state_after
 
-    assert out is not None
-    with place as at, working_on(lm, at), progress_bars() as advance:
+    lm, facts, show = run.lm, run.facts, run.show
+    with run.place as at, working_on(lm, at), progress_bars() as advance:
         made = write_facts(
             lm,
-            resolved,
+            run.resolved,
             facts.edits,
-            moments=moments,
-            batch_size=batch_size,
-            state=state_after(before, resolved.method),
-            seed=seed,
+            moments=run.moments,
+            batch_size=run.batch_size,
+            state=state_after(lm.applied, run.resolved.method),
+            seed=run.seed,
             out=out,
             check_out=check_out,
             progress=advance,
         )
-    _show_made(lm, model, resolved, facts, made, out, loading, evaluate, seed, require, as_json)
-
-
-def _show_made(
-    lm: "LM",
-    model: str,
-    resolved: Resolved,
-    facts: Facts,
-    made: Made,
-    out: Path,
-    loading: float,
-    evaluate: bool,
-    seed: int,
-    require: float,
-    as_json: bool,
-) -> None:
-    """Say what became of the edits of a delta that is saved, and measure it where that is asked for."""
-    show = console(stderr=as_json)
     delta, took = made.delta, {"load": loading, **made.seconds}
     if made.n_resumed:
         show.print(
@@ -246,7 +301,7 @@ def _show_made(
 
         started = time.perf_counter()
         with progress_bars() as advance:
-            measured = measure(lm, facts.cases, delta=delta, seed=seed, progress=advance)
+            measured = measure(lm, facts.cases, delta=delta, seed=run.seed, progress=advance)
         took["evaluate"] = time.perf_counter() - started
         show.print(str(measured.summary()))
         show.print()
@@ -256,45 +311,27 @@ def _show_made(
     measuring = f", measuring {seconds(took['evaluate'])}" if evaluate else ""
     show.print(styled("{}  [dim]({}{})[/]", took_each, beside, measuring))
     show.print(styled("saved  [bold]{}[/]  [dim]{}, delta {}[/]", out, size(out.stat().st_size), delta.id))
-    if help_ := remedy(resolved, delta):
+    if help_ := remedy(run.resolved, delta):
         show.print(styled("[yellow]tune   {}[/]", help_), soft_wrap=True)
-    if as_json:
-        emit(_record(model, resolved, made, out, seed, took, measured))
+    if run.as_json:
+        emit(_record(run, made, out, took, measured))
     else:
         how = chat_options(facts.edits) + loading_options()
-        ask = f"{program()} complete {shlex.quote(model)} PROMPT --delta {shlex.quote(str(out))}{how}"
+        ask = f"{program()} complete {shlex.quote(run.model)} PROMPT --delta {shlex.quote(str(out))}{how}"
         show.print(styled("[dim]try    {}[/]", ask), soft_wrap=True)
-    if made.n_took < require * n:
-        warn(
-            f"{made.n_took} of {plural(n, 'edit')} took, fewer than asked for (--require {require:g}); the delta is "
-            "saved and does not do what it should"
-        )
-        raise typer.Exit(1)
+    run.judge(made.n_took, n, "the delta is saved and does not do what it should")
 
 
-def _edit_store(
-    store: "Store",
-    lm: "LM",
-    resolved: Resolved,
-    facts: Facts,
-    moments: "Moments",
-    batch_size: int | None,
-    seed: int,
-    corpus: str | None,
-    message: str,
-    require: float,
-    as_json: bool,
-) -> None:
+def _edit_store(run: _Run, store: "Store", message: str, corpus: str | None) -> None:
     """Make the edit an entry of a store, and say what became of it."""
-    show = console(stderr=as_json)
-    with progress_bars() as advance:
+    with run.place as at, working_on(run.lm, at), progress_bars() as advance:
         entry = store.edit(
-            lm,
-            facts.cases,
-            resolved.method,
-            batch_size=batch_size,
-            moments=moments,
-            seed=seed,
+            run.lm,
+            run.facts.cases,
+            run.resolved.method,
+            batch_size=run.batch_size,
+            moments=run.moments,
+            seed=run.seed,
             message=message,
             corpus=corpus,
             progress=advance,
@@ -303,8 +340,8 @@ def _edit_store(
     reports = [report for delta in made for report in delta.report]
     took = sum(bool(report.greedy_match) for report in reports)
     n_bytes = sum(store.file_size(delta.id) for delta in made)
-    show.print(took_line(reports), soft_wrap=True)
-    show.print(
+    run.show.print(took_line(reports), soft_wrap=True)
+    run.show.print(
         styled(
             "entry  [yellow]{}[/]  {}  [dim]{}, {}; state {}[/]",
             entry.id,
@@ -314,38 +351,25 @@ def _edit_store(
             store.state().id,
         )
     )
-    if as_json:
+    if run.as_json:
         emit(
             entry_record(entry, store.state(entry.id))
             | {"took": took, "report": [asdict(r) for r in reports], "bytes": n_bytes}
         )
-    if took < require * len(reports):
-        warn(
-            f"{took} of {plural(len(reports), 'edit')} took, fewer than asked for (--require {require:g}); "
-            f"{program()} revert {entry.id} takes the entry back"
-        )
-        raise typer.Exit(1)
+    run.judge(took, len(reports), f"{program()} revert {entry.id} takes the entry back")
 
 
-def _record(
-    model: str,
-    resolved: Resolved,
-    made: Made,
-    out: Path,
-    seed: int,
-    took: dict[str, float],
-    measured: "Evaluation | None",
-) -> dict[str, Any]:
-    delta = made.delta
+def _record(run: _Run, made: Made, out: Path, took: dict[str, float], measured: "Evaluation | None") -> dict[str, Any]:
+    delta, resolved = made.delta, run.resolved
     return {
-        "model": model,
+        "model": run.model,
         "base": delta.base,
         "method": resolved.name,
         "preset": resolved.preset and resolved.preset.name,
         "settings": resolved.settings,
         "n_probed": resolved.n_probed,
         "notes": list(resolved.notes),
-        "seed": seed,
+        "seed": run.seed,
         "delta": {"id": delta.id, "file": str(out), "bytes": delta.nbytes()},
         "report": [asdict(r) for r in delta.report],
         "norms": delta.norms(),
