@@ -30,8 +30,8 @@ from torch import Tensor
 import retcon
 from benchmarks.common import command_line, timed
 from retcon import world
+from retcon.atomic import write_atomically
 from retcon.edits import Case, Edit, Query
-from retcon.files import write_atomically
 from retcon.lm.forward import Point
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyReader

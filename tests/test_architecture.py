@@ -26,6 +26,7 @@ LEVELS = [
         "work",
         "escaping",
         "seed",
+        "atomic",
         "files",
         "drawing",
         "pages",
@@ -54,7 +55,7 @@ LEVELS = [
     {"cli", "__main__"},
 ]
 BASE = [
-    *("errors", "lazily", "extensions", "version", "work", "escaping", "seed", "files", "drawing", "pages"),
+    *("errors", "lazily", "extensions", "version", "work", "escaping", "seed", "atomic", "files", "drawing", "pages"),
     *("plural", "chat", "arguments", "boundary", "spelling", "edits", "checked", "attachment", "delta"),
 ]
 """The order inside the first level; `world` may use the first three."""

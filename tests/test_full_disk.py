@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from retcon.atomic import replacing_folder, write_atomically
 from retcon.checked import Kind, write_checked
 from retcon.cluster.worker import Source
 from retcon.delta import Delta
 from retcon.export import export
-from retcon.files import replacing_folder, write_atomically
 from retcon.lm.model import LM
 from retcon.memory.moments import MomentKey, save_moments
 from tests.lm.deltas import random_change

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from retcon.atomic import replacing
 from retcon.errors import AnotherIdentity, MalformedFile, RetconWarning
-from retcon.files import cache_dir, replacing, tidy_cache
+from retcon.files import cache_dir, tidy_cache
 from retcon.version import __version__
 
 if TYPE_CHECKING:

@@ -18,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from retcon.atomic import write_atomically
 from retcon.attachment import Attachment, Cost, FrozenDict, Hook
 from retcon.attachment import EditReport as EditReport
 from retcon.checked import checksum, digest_of, for_file, under
 from retcon.edits import Edit, edit_record
 from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile, NonFinite
-from retcon.files import as_json, check_exists, write_atomically
+from retcon.files import as_json, check_exists
 from retcon.plural import plural
 
 FORMAT = "retcon-delta-2"

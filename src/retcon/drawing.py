@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retcon.atomic import write_atomically
 from retcon.errors import MissingPackage, how_to_install
 from retcon.escaping import plain_texts, printable
-from retcon.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

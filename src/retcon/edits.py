@@ -14,11 +14,12 @@ from dataclasses import MISSING, asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from retcon.arguments import check_choice
+from retcon.atomic import write_atomically
 from retcon.boundary import separator_between as separator_between
 from retcon.chat import Chat, chat_from
 from retcon.errors import ConflictingEdits, InvalidEdit, MalformedFile
 from retcon.escaping import is_text
-from retcon.files import as_json, require, write_atomically
+from retcon.files import as_json, require
 from retcon.plural import plural
 from retcon.spelling import fold, mentions, nfc
 

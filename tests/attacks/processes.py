@@ -20,9 +20,9 @@ import torch
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from retcon.atomic import TEMPORARY
 from retcon.attachment import load
 from retcon.cli import app
-from retcon.files import TEMPORARY
 from retcon.memory.values import store as value_store
 from tests.cli.conftest import ROWS
 from tests.conftest import tiny_model, tokenizer

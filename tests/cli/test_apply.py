@@ -90,7 +90,7 @@ def test_a_failure_leaves_what_was_there(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("retcon.files.sync", fail)
+    monkeypatch.setattr("retcon.atomic.sync", fail)
     before = sorted(here.rglob("*"))
     cli("apply", "gptj", str(delta), "--save", "edited", "--force", code=1 if isinstance(error, OSError) else 130)
     assert sorted(here.rglob("*")) == before

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from retcon.atomic import write_atomically
 from retcon.cli.log import log
 from retcon.edits import Case, Edit, write_cases
 from retcon.errors import (
@@ -27,7 +28,6 @@ from retcon.errors import (
     WrongBase,
 )
 from retcon.evaluation import read_cases
-from retcon.files import write_atomically
 from retcon.lm.model import LM
 from retcon.memory.corpus import Corpus
 from retcon.memory.moments import CorpusMoments

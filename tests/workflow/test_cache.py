@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retcon import checked, files
+from retcon import atomic, checked, files
 from retcon.checked import Kind, write_checked
 from retcon.errors import InvalidSetting
 from retcon.memory.moments import MomentKey, save_moments
@@ -83,7 +83,7 @@ def dead_process() -> int:
 
 
 def test_what_a_killed_save_left_is_gone_with_the_next_run_that_touches_the_cache(cache: Path) -> None:
-    here = files._machine()
+    here = atomic._machine()
     ours = cache / f"values/run/.x.safetensors.{here}.{os.getpid()}-ab.tmp"
     dead = cache / f"values/run/.x.safetensors.{here}.{dead_process()}-ab.tmp"
     elsewhere, old = (cache / f"moments/.x.elsewhere.1-{c}b.tmp" for c in "ab")

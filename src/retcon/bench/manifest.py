@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from retcon.atomic import write_atomically
 from retcon.bench.spec import MEASURE_FILES, BenchSpec, Cell, MeasureSpec
 from retcon.checked import through_json
 from retcon.edits import Case, cases_hash
@@ -21,7 +22,7 @@ from retcon.errors import InvalidSetting, MalformedFile
 from retcon.evaluation.datasets import FORMATS, WORLD, LoadReport
 from retcon.evaluation.plan import own_metric
 from retcon.extensions import code_hash
-from retcon.files import as_shared, sha256_of, write_atomically
+from retcon.files import as_shared, sha256_of
 from retcon.lm.model import LM
 from retcon.lm.tokenizer import chat_hash
 from retcon.methods.common.contract import files_of, recorded_settings

@@ -13,6 +13,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
+from retcon.atomic import TEMPORARY, remove_abandoned, turn_in, write_atomically
 from retcon.attachment import Attachment
 from retcon.bench.directory import FINISHED, LISTING, MANIFEST, read_listing, unfinished_runs
 from retcon.bench.inputs import cells_of, read_inputs
@@ -41,16 +42,7 @@ from retcon.evaluation.metrics.consistency import References
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries
 from retcon.evaluation.records import Record, When, whole_model_record, write_records
 from retcon.evaluation.results import Evaluation
-from retcon.files import (
-    TEMPORARY,
-    all_shared,
-    as_shared,
-    read_prose,
-    remove_abandoned,
-    short_name,
-    turn_in,
-    write_atomically,
-)
+from retcon.files import all_shared, as_shared, read_prose, short_name
 from retcon.lm.load import load as load_model
 from retcon.lm.model import LM
 from retcon.memory.timed import TimedMoments

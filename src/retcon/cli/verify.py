@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from retcon.atomic import write_atomically
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import loads_a_model
 from retcon.cli.options import Json
@@ -13,7 +14,6 @@ from retcon.cli.printing import console, emit, plain_table, plural, styled
 from retcon.cli.progress import spinner
 from retcon.cli.stores import OtherModel, StorePath, load_base, open_store
 from retcon.errors import InvalidSetting
-from retcon.files import write_atomically
 from retcon.workflow.facts import Reading, read_facts
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from retcon import attachment
+from retcon.atomic import replacing_folder, write_atomically
 from retcon.attachment import Attachment
 from retcon.errors import InvalidSetting, RetconWarning, WorkFailed, WrongBase
-from retcon.files import replacing_folder, write_atomically
 from retcon.lm.generate import save_model
 from retcon.lm.load import load, quietly
 from retcon.lm.model import LM

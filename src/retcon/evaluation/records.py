@@ -9,9 +9,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from retcon.atomic import write_atomically
 from retcon.errors import MalformedFile
 from retcon.evaluation.metrics.names import is_locality
-from retcon.files import read_json_rows, require, write_atomically
+from retcon.files import read_json_rows, require
 
 SCHEMA = 1
 """Version of the record's columns."""

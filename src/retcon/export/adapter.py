@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from retcon.atomic import write_atomically
 from retcon.errors import DeltaMismatch
 from retcon.export.factors import Factors
-from retcon.files import write_atomically
 from retcon.lm.blocks import is_conv1d
 from retcon.lm.load import class_that_reads
 from retcon.lm.model import LM

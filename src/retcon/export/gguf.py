@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from retcon.atomic import replacing
 from retcon.errors import DeltaMismatch, MalformedFile, MissingPackage, UnsupportedModel, how_to_install
 from retcon.export.factors import Factors
-from retcon.files import replacing
 from retcon.lm.model import LM
 
 ARCHITECTURES = {

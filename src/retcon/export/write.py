@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from retcon.atomic import replacing_folder
 from retcon.delta import Delta, only_deltas
 from retcon.edits import edit_record
 from retcon.errors import DeltaMismatch, DeltaNotApplied, InvalidSetting, MalformedFile, RetconWarning
@@ -22,7 +23,7 @@ from retcon.export.adapter import how_peft_reads, write_adapter
 from retcon.export.card import model_card
 from retcon.export.factors import Factors, check_has_factors, factors_of
 from retcon.export.gguf import TYPES, check_lora, check_model, write_lora, write_model
-from retcon.files import as_shared, check_exists, replacing_folder
+from retcon.files import as_shared, check_exists
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.generate import save_model
 from retcon.lm.gguf import find_gguf

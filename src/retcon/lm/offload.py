@@ -14,7 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from retcon.files import TEMPORARY, cache_dir, writer_mark
+from retcon.atomic import TEMPORARY, writer_mark
+from retcon.files import cache_dir
 
 LEAST_BYTES = 2**16
 """Storages under this size stay where they are."""

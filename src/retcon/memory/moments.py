@@ -22,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from retcon.atomic import write_atomically
 from retcon.checked import Kind, cached, checksum, keep, warn_unwritable
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, TooFewTokens
-from retcon.files import cache_dir, write_atomically
+from retcon.files import cache_dir
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, encode
 from retcon.lm.site import Site

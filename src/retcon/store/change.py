@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retcon.atomic import write_atomically
 from retcon.edits import Case, Edit
 from retcon.errors import InvalidSetting, MalformedFile, NonFinite, RetconWarning
-from retcon.files import cache_dir, sha256_of, write_atomically
+from retcon.files import cache_dir, sha256_of
 from retcon.plural import plural
 from retcon.store.contents import DELTAS, VALUES, Contents, Precision
 from retcon.store.history import Action, Entry

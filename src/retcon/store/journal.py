@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from retcon.atomic import sync, write_atomically
 from retcon.errors import StoreBusy
-from retcon.files import read_text, sync, write_atomically
+from retcon.files import read_text
 
 STAGING, LOCK, LOG = "staging", "lock", "log.jsonl"
 _COMMIT = "commit.json"

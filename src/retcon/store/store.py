@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retcon.arguments import check_choice
+from retcon.atomic import TEMPORARY, write_atomically
 from retcon.edits import Case, Edit, check_edits, list_of_cases, same_question
 from retcon.errors import ConflictingEdits, InvalidEdit, InvalidSetting, UnknownEntry
-from retcon.files import TEMPORARY, as_shared, write_atomically
+from retcon.files import as_shared
 from retcon.plural import plural
 from retcon.seed import check_seed
 from retcon.store.change import PendingEntry

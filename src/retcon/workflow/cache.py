@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from retcon.atomic import TEMPORARY, remove_abandoned
 from retcon.errors import InvalidSetting, MalformedFile
-from retcon.files import TEMPORARY, cache_dir, remove_abandoned
+from retcon.files import cache_dir
 
 KINDS = {
     "moments": "second moments, and matrices made from them",

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retcon.atomic import write_atomically
 from retcon.errors import InvalidSetting, MissingPackage
 from retcon.escaping import markdown
-from retcon.files import write_atomically
 from retcon.pages import PASSES_BY_CHOICE, Answered, Fact, FactOutcome, FactTable, render, worst_first
 from retcon.pages.junit import TestCase, TestOutcome, junit
 from retcon.plural import plural

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retcon.atomic import turn_in
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, MalformedFile
-from retcon.files import cache_dir, turn_in
+from retcon.files import cache_dir
 from retcon.plural import plural
 from retcon.work import Progress
 from retcon.workflow.moments import needed_moments

@@ -4,12 +4,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from retcon.atomic import write_atomically
 from retcon.bench import read_bench
 from retcon.bench.report.groups import groups_of
 from retcon.bench.report.page import page
 from retcon.bench.report.plots import Picture, pictures_of
 from retcon.bench.report.tables import Table, tables_of
-from retcon.files import write_atomically
 
 MARKDOWN = "tables.md"
 PAGE = "index.html"

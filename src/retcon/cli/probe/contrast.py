@@ -142,7 +142,7 @@ def _word_sets(
 def _write_records(path: Path, found: "Contrast") -> None:
     import json
 
-    from retcon.files import write_atomically
+    from retcon.atomic import write_atomically
 
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.records()).encode())
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from retcon.atomic import write_atomically
 from retcon.cli.output_checks import check_output
 from retcon.cli.printing import finite, plural
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting
-from retcon.files import write_atomically
 from retcon.version import versions
 from retcon.workflow.facts import Facts, Reading, read_facts
 

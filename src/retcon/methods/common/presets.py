@@ -17,8 +17,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retcon.atomic import write_atomically
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, UnknownPreset
-from retcon.files import write_atomically
 from retcon.methods.common.registry import NO_PRESET, method_class, parents_of, setting_types
 from retcon.methods.common.settings import fitted, toml_value
 
