@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -16,7 +16,7 @@ from retcon.lm.model import LM
 from retcon.methods.common import choosing
 from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.presets import presets as list_presets
-from retcon.methods.common.presets import write_preset
+from retcon.methods.common.presets import signature, write_preset
 from retcon.methods.common.registry import method_class
 from retcon.methods.ft_l import FtL
 from retcon.methods.memit import Memit
@@ -309,10 +309,37 @@ def test_the_objective_is_the_score_or_the_mean_of_what_there_is() -> None:
 
 
 def test_a_preset_of_a_filter_is_read_back(presets: Path) -> None:
-    settings = {"base_method": "memit", "base_settings": {"stop": "probability", "clamp": None}, "keep_percent": 5.0}
+    settings = {"base_method": "memit", "base_settings": {"stop": "probability", "mlp": None}, "keep_percent": 5.0}
     write_preset("rect", {"model_type": "llama", "n_layers": 4, "d_model": 8}, "a", "s", settings, presets)
     preset = next(p for p in list_presets("rect") if p.source == "s")
-    assert preset.settings == settings | {"base_settings": {"stop": "probability"}}
+    assert preset.settings == settings | {"base_settings": {"stop": "probability", "mlp": "none"}}
+
+
+@pytest.mark.parametrize(
+    ("base", "settings"), [("pmet", {"settled_factor": None}), ("ft", {"steps_per_epoch": None}), ("kne", {})]
+)
+def test_none_of_a_base_method_is_read_back_over_its_preset(base: str, settings: Any, presets: Path) -> None:
+    lm = retcon.load("demo:gptj")
+    made = retcon.method("rect", for_model=lm, dataset="world", base_method=base, base_settings=settings)
+    assert made.settings["base_settings"].items() >= settings.items()
+    write_preset("rect", signature(lm), "a", "tuned by retcon x", made.settings)
+    assert retcon.method("rect", for_model=lm, dataset="a") == made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worded(Memit):
+    pace: Literal["slow", "none"] | None = "slow"
+    place: str | None = "here"
+
+
+@pytest.mark.parametrize("setting", ["pace", "place"])
+def test_a_none_that_would_be_read_as_a_text_is_refused(setting: str, presets: Path) -> None:
+    name = f"{__name__}:Worded"
+    with pytest.raises(
+        InvalidSetting, match=f'Worded: {setting} is None, which no preset can say, for "none" is a text'
+    ):
+        write_preset(name, {"model_type": "llama", "n_layers": 4, "d_model": 8}, "a", "s", {setting: None})
+    assert not presets.exists()
 
 
 @pytest.mark.parametrize(

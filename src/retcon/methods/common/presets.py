@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from retcon.atomic import write_atomically
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, UnknownPreset
 from retcon.methods.common.registry import NO_PRESET, method_class, parents_of, setting_types
-from retcon.methods.common.settings import fitted, toml_value
+from retcon.methods.common.settings import fitted, reads_none, toml_value
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -197,14 +197,15 @@ def write_preset(
 
     Args:
         match: what the model must look like (`signature`).
-        settings: None is left out where it is the default, and written "none" elsewhere.
+        settings: None is left out where it is the default, and written "none" elsewhere; always in `base_settings`,
+            which are read over a preset of the base method.
 
     Raises:
         MalformedFile: the file that is there is no file of presets; it is left as it is.
+        InvalidSetting: a setting is None where no file can say so.
     """
     path = preset_path(method, folder)
-    defaults = {f.name: f.default for f in fields(method_class(method))}
-    written = {n: "none" if v is None else v for n, v in settings.items() if v is not None or defaults[n] is not None}
+    written = _without_none(method, settings, leave_out_defaults=True)
     look = ", ".join(f"{name} = {toml_value(value)}" for name, value in match.items() if value is not None)
     begin = f"# {method} for {look}; {dataset}"
     end = "# end\n"
@@ -224,6 +225,25 @@ def write_preset(
     ]
     write_atomically(path, ("\n".join(lines) + "\n" + end + old).encode())
     return path
+
+
+def _without_none(method: str, settings: Mapping[str, Any], *, leave_out_defaults: bool = False) -> dict[str, Any]:
+    """Return settings with "none" for None, for which TOML has no word; those of a base method likewise."""
+    hints = setting_types(method)
+    defaults = {f.name: f.default for f in fields(method_class(method))}
+    written = dict(settings)
+    if {"base_method", "base_settings"} <= written.keys():
+        written["base_settings"] = _without_none(written["base_method"], written["base_settings"])
+    for name in [name for name, value in settings.items() if value is None]:
+        if reads_none(hints[name]) and not (leave_out_defaults and defaults[name] is None):
+            written[name] = "none"
+        elif defaults[name] is None:
+            del written[name]
+        else:
+            raise InvalidSetting(
+                f'{method}: {name} is None, which no preset can say, for "none" is a text there; set another value'
+            )
+    return written
 
 
 def _presets_in(folder: Path, name: str, file: str) -> Iterator[Preset]:

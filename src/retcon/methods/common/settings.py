@@ -258,6 +258,14 @@ def fitted_value(value: Any, hint: Any, what: str) -> Any:
     return _PLAIN[hint](value, what) if hint in _PLAIN else value
 
 
+def reads_none(hint: Any) -> bool:
+    """Return whether a field of this type takes "none" for None."""
+    try:
+        return fitted_value("none", hint, "") is None
+    except InvalidSetting:
+        return False
+
+
 def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidSetting(f"{what} must be a number, found {value!r}")
