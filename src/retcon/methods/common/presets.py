@@ -7,7 +7,6 @@ the package.
 """
 
 import os
-import re
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -207,12 +206,15 @@ def write_preset(
     path = preset_path(method, folder)
     written = _without_none(method, settings, leave_out_defaults=True)
     look = ", ".join(f"{name} = {toml_value(value)}" for name, value in match.items() if value is not None)
-    begin = f"# {method} for {look}; {dataset}"
-    end = "# end\n"
-    next_one = rf"# end$|\[\[preset\]\]|# {re.escape(method)} for "
-    its_like = rf"^{re.escape(begin)}\n(?:\[\[preset\]\]\n)?(?:(?!{next_one})(?:.+\n?|\n))*(?:{end}?)?"
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    old = re.sub(its_like, "", old, count=1, flags=re.MULTILINE)
+    head = f"# {method} for "
+    begin = f"{head}{look}; {dataset}"
+    old = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    if begin in old:  # up to its end; where that line is gone, up to the next preset
+        start = old.index(begin)
+        end = start + 1 + (old[start + 1 : start + 2] == ["[[preset]]"])
+        while end < len(old) and old[end] != "# end" and not old[end].startswith(("[[preset]]", head)):
+            end += 1
+        del old[start : end + (old[end : end + 1] == ["# end"])]
     lines = [
         begin,
         "[[preset]]",
@@ -222,8 +224,9 @@ def write_preset(
         f"source = {toml_value(source)}",
         "[preset.settings]",
         *(f"{name} = {toml_value(value)}" for name, value in written.items()),
+        "# end",
     ]
-    write_atomically(path, ("\n".join(lines) + "\n" + end + old).encode())
+    write_atomically(path, ("\n".join(lines) + "\n" + "\n".join(old)).encode())
     return path
 
 
