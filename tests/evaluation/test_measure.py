@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -401,9 +402,10 @@ def test_nothing_to_measure_is_fine(tiny: Make) -> None:
     assert evaluate(lm, [Case("empty", (), ())]).summary().lines == ()
 
 
-def test_the_progress_bar_goes_to_stderr(tiny: Make, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("progress", [True, np.True_, 1])
+def test_the_progress_bar_goes_to_stderr(tiny: Make, capsys: pytest.CaptureFixture[str], progress: Any) -> None:
     lm = tiny(n_layers=1)
-    found = evaluate(lm, CASES, delta=bump(lm), progress=True)
+    found = evaluate(lm, CASES, delta=bump(lm), progress=progress)
     assert capsys.readouterr().out == ""
     assert values(found.records) == values(evaluate(lm, CASES, delta=bump(lm)).records)
 

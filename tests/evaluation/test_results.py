@@ -108,6 +108,14 @@ def test_cases_that_share_a_subject_are_drawn_together_in_the_zsre_family() -> N
     assert 0.1 < apart.half_width < together.half_width
 
 
+def test_cases_are_told_apart_by_whatever_their_records_name_them_by() -> None:
+    numbers = [r._replace(case_id=ord(str(r.case_id))) for r in THREE]  # type: ignore[arg-type]
+    assert Evaluation(numbers).summary().lines == Evaluation(THREE).summary().lines
+    nameless = [r._replace(subject=None if r.subject == "A" else "None") for r in THREE]
+    paired = [r._replace(subject="A" if r.subject == "A" else "B") for r in THREE]
+    assert Evaluation(nameless).summary().lines == Evaluation(paired).summary().lines
+
+
 def vars_of(r: Record) -> dict[str, Any]:
     return {name: getattr(r, name) for name in Record._fields}
 

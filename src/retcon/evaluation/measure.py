@@ -80,7 +80,7 @@ def evaluate(
     cases = list_of_cases(cases)
     plan = plan_queries(lm, cases, measures)
     before = None if pre is None else covering(pre, plan)
-    heard = nullcontext(progress or silent) if progress is not True else drawn_bars()
+    heard = drawn_bars() if progress and not callable(progress) else nullcontext(progress or silent)
     with heard as advance:
         parts = []
         if before is None:

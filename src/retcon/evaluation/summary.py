@@ -216,7 +216,8 @@ def summarise(
     """
     family = family_of([*before, *after])
     parts = {"pre": [r for r in before if r.case_id is not None], "post": [r for r in after if r.case_id is not None]}
-    resampler = _Resampler({str(r.case_id): str(r.subject) for part in parts.values() for r in part}, seed, n_resamples)
+    subjects = {r.case_id: r.subject for r in [*before, *after] if r.case_id is not None}
+    resampler = _Resampler(subjects, seed, n_resamples)
     columns = {when: _columns(part, family) for when, part in parts.items() if part}
     estimates = {when: _estimates(own, family, resampler) for when, own in columns.items()}
     ls = ("LS", main_variant(family, "LS"))
@@ -310,7 +311,7 @@ def _columns(records: Sequence[Record], family: ScoreFamily) -> dict[Key, _Colum
 class _Resampler:
     """How intervals are bootstrapped: cases are drawn by their subjects."""
 
-    subjects: Mapping[str, str]
+    subjects: Mapping[str, str | None]
     """By case."""
     seed: int
     n_resamples: int
@@ -371,7 +372,7 @@ def _intervals(
 
 
 def _near_bounds(
-    per_case: Mapping[Key, Mapping[str, float]], subjects: Mapping[str, str]
+    per_case: Mapping[Key, Mapping[str, float]], subjects: Mapping[str, str | None]
 ) -> dict[Key, Interval | None]:
     """Return Wilson's intervals, over subjects, of the shares that are near 0 or 1."""
     found = {}
