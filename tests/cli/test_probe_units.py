@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from retcon.cli.probe.attribution import unconverged
 from tests.conftest import everyday
@@ -48,11 +47,15 @@ def test_attribution_adds_up_and_is_drawn(unit, cli, edits):
     assert 0 < joint["answers_have"] < found["answers_have"]  # answers of several tokens
 
 
-def test_one_fact_has_no_interval(cli, edits):
+def test_one_fact_has_no_interval_and_three_have_overlaps(cli, edits):
     found = json.loads(
         cli("probe", "attribution", "gptj", "--cases", edits, "--limit", "1", "--points", "1", "--json").stdout
     )
     assert found["carried_half_width"]["down_proj"] == [None] * 4
+    told = cli("probe", "attribution", "gptj", "--cases", edits, "--points", "1").stdout
+    assert "down_proj: carried" in told
+    assert "overlap of two facts of one relation" in told
+    assert "over 2 pairs" in told
 
 
 def test_attribution_is_of_the_answer_and_the_path_that_are_named(cli, edits):
@@ -66,7 +69,7 @@ def test_attribution_is_of_the_answer_and_the_path_that_are_named(cli, edits):
 
 
 def test_matrices_that_carry_more_than_there_is_are_named() -> None:
-    carried = {"down_proj": torch.tensor([0.41, 0.02, 0.81]), "up_proj": torch.tensor([-0.9, 0.43, 0.44])}
+    carried = {"down_proj": [0.41, 0.02, 0.81], "up_proj": [-0.9, 0.43, 0.44]}
     assert unconverged(carried, 0.42) == ["down_proj 2"]
     assert unconverged(carried, 0.40) == ["down_proj 2", "up_proj 1", "up_proj 2"]
 

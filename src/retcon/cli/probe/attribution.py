@@ -1,7 +1,9 @@
 """`retcon probe attribution`: which matrices, and which of their rows, carry the probability of an answer."""
 
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,11 +16,8 @@ from retcon.cli.progress import progress_bars
 from retcon.workflow.facts import Reading, facts_that_fit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
     from retcon.edits import Edit
+    from retcon.lm.model import LM
     from retcon.locate.ensemble import Ensemble
 
 
@@ -135,39 +134,44 @@ def attribution(
     written = write_figures(out, drawn, record)
     if as_json:
         emit(record)
-        return
+    else:
+        _show(lm, record, written)
+
+
+def _show(lm: "LM", record: Mapping[str, Any], written: Sequence[Path]) -> None:
+    carried, counts, overlap = record["carried"], record["in_ensemble"], record["overlap"]
+    found, points, unit = record["answers_have"], record["points"], record["unit"]
     show = console()
     show.print(styled("[bold]attribution[/] on {}", lm))
-    show.print(f"facts  {asked.about}", soft_wrap=True)
-    table = plain_table(right=("layer", *(head for kind in kinds for head in (f"{kind}: carried", f"{unit}s"))))
+    show.print(f"facts  {record['facts']}", soft_wrap=True)
+    table = plain_table(right=("layer", *(head for kind in carried for head in (f"{kind}: carried", f"{unit}s"))))
     for layer in range(lm.n_layers):
-        cells = [c for kind in kinds for c in (f"{carried[kind][layer]:.4f}", str(int(chosen[kind][layer])))]
-        table.add_row(str(layer), *cells)
+        table.add_row(str(layer), *(c for k in carried for c in (f"{carried[k][layer]:.4f}", str(counts[k][layer]))))
     show.print(table)
     show.print(f"probability of the answers' tokens, summed: {found:.4f}")
-    if path == "layer" and (places := unconverged(carried, found)):
+    if record["path"] == "layer" and (places := unconverged(carried, found)):
         show.print(
             f"more than that is carried by {', '.join(places)}, which cannot be: {points} points are too few for the "
             f"integral there; try --points {5 * points}",
             soft_wrap=True,
         )
-    show.print(f"the ensemble: {record['chosen']:,} of {plural(n_units, unit)} ({p:.1%})")
-    for text, values in (("one relation", same), ("two relations", different)):
-        if values:
-            show.print(f"overlap of two facts of {text}: {_mean(values):.3f} over {plural(len(values), 'pair')}")
-    show.print(f"overlap by chance: {by_chance:.3f}")
+    n, of = record["chosen"], record["units"]
+    show.print(f"the ensemble: {n:,} of {plural(of, unit)} ({n / of:.1%})")
+    for name, n_pairs in zip(("one_relation", "two_relations"), overlap["pairs"], strict=True):
+        if n_pairs:
+            facts_of = name.replace("_", " ")
+            show.print(f"overlap of two facts of {facts_of}: {overlap[name]:.3f} over {plural(n_pairs, 'pair')}")
+    show.print(f"overlap by chance: {overlap['by_chance']:.3f}")
     show.print(f"written  {', '.join(map(str, written))}", soft_wrap=True)
 
 
-def unconverged(carried: "Mapping[str, Tensor]", probability: float) -> list[str]:
+def unconverged(carried: Mapping[str, Sequence[float]], probability: float) -> list[str]:
     """Return the matrices that carry more than the answers' whole probability, by name and layer.
 
     A matrix that is scaled by itself carries, of the exact integral, what the answers lose without it, and no more.
     """
     most = 1.05 * probability  # a sum over points is never exact
-    return [
-        f"{kind} {i}" for kind, values in carried.items() for i, value in enumerate(values.tolist()) if value > most
-    ]
+    return [f"{kind} {i}" for kind, values in carried.items() for i, value in enumerate(values) if value > most]
 
 
 def overlaps(edits: "list[Edit]", ensembles: "list[Ensemble]") -> tuple[list[float], list[float]]:
