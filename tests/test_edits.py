@@ -68,7 +68,7 @@ def test_whitespace_around_subject_and_targets_goes() -> None:
         (dict(target_new="\ud800"), "edit 'e': target_new holds half a surrogate pair, which is no text"),
         (dict(prompt="France is", subject_start=-1), "subject_start must be a character's index from 0, found -1"),
         (dict(prompt="France is", subject_start=True), "subject_start must be a character's index from 0, found True"),
-        (dict(subject_start=0), "edit 'e': '{}' says where the subject stands; leave subject_start out"),
+        (dict(subject_start=0), "edit 'e': '{}' says where the subject is; leave subject_start out"),
         (dict(id="", prompt=""), "edit of 'France': the prompt is empty"),
     ],
 )
@@ -343,7 +343,7 @@ QUERY = {"id": "rewrite/0", "axis": "rewrite", "prompt": "France is"}
         ({"prompt": "{} is", "subject": "France"}, "row 2: field 'target_new' is missing; found: prompt, subject"),
         ({**EDIT, "subject": 5}, "row 2: field 'subject' must be text, found int (5)"),
         ({**EDIT, "subject": ""}, "row 2: field 'subject' is empty"),
-        ({**EDIT, "subject_start": 0}, "row 2: edit of 'France': '{}' says where the subject stands; leave subject_st"),
+        ({**EDIT, "subject_start": 0}, "row 2: edit of 'France': '{}' says where the subject is; leave subject_st"),
     ],
 )
 def test_a_malformed_edit_is_named_by_row_and_field(record: dict[str, Any], message: str, tmp_path: Path) -> None:

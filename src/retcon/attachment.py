@@ -87,7 +87,7 @@ class EditReport:
 
     @property
     def outcome(self) -> str:
-        """`reached`, or what stood in the way: `conflict` (lost in the write, to the weight on old keys or to other
+        """`reached`, or why it was not: `conflict` (lost in the write, to the weight on old keys or to other
         edits), which is asked first, `clamped`, `steps` or `non_finite`; or `missed`, where nothing was searched."""
         if self.stopped == "written":
             return "reached" if self.greedy_match else "missed"

@@ -100,7 +100,7 @@ def audit(
     known: Iterable[Delta] = (),
     max_new_tokens: int = 12,
 ) -> Audit:
-    """Compare the base's own weights with those of `edited`, as it stands.
+    """Compare the base's own weights with those of `edited`, as it is now.
 
     Args:
         edits: facts whose prompts both models are asked.

@@ -127,7 +127,7 @@ class LowRank(Change):
     def add_to(self, total: Tensor) -> None:
         part = self.part_of(total)
         left, right = self.left.to(part.device, part.dtype), self.right.to(part.device, part.dtype)
-        rows = max(1, _BLOCK // max(1, part.shape[1]))  # the product never stands whole beside the sum
+        rows = max(1, _BLOCK // max(1, part.shape[1]))  # so that the product is never whole in memory
         for first in range(0, len(part), rows):
             part[first : first + rows] += left[first : first + rows] @ right
 

@@ -81,7 +81,7 @@ class Edit:
             if not isinstance(start, int) or isinstance(start, bool) or start < 0:
                 raise InvalidEdit(f"{self._named()}: subject_start must be a character's index from 0, found {start!r}")
             if markers:
-                raise InvalidEdit(f"{self._named()}: '{{}}' says where the subject stands; leave subject_start out")
+                raise InvalidEdit(f"{self._named()}: '{{}}' says where the subject is; leave subject_start out")
             if self.subject is None:
                 raise InvalidEdit(f"{self._named()}: subject_start is given, but no subject; give both or neither")
         if not self.id:
@@ -137,7 +137,7 @@ class Edit:
             at = "" if self.subject_start is None else f" at character {self.subject_start}"
             raise InvalidEdit(
                 f"{self._named()}: subject {self.subject!r} does not occur in the prompt {self.prompt!r}{at}; "
-                "put '{}' where the subject stands, or give the subject as the prompt spells it"
+                "put '{}' where the subject is, or give the subject as the prompt spells it"
             )
         return span
 

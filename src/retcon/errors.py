@@ -107,7 +107,7 @@ class NonFinite(RetconError):
 
 
 class UnsafeUpdate(RetconError):
-    """An update so large that it would disable the model, where the method was told to refuse such."""
+    """An update so large that it would disable the model, where the method's settings refuse such."""
 
 
 class TooFewTokens(RetconError):

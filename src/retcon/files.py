@@ -80,7 +80,7 @@ def read_json_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | No
             raise MalformedFile(f"{path}: {_json_problem(error)}") from None
     else:
         found = []
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a string
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may be inside a string
             if not line.strip():
                 continue
             try:

@@ -478,7 +478,7 @@ def test_a_chat_that_cannot_be_rendered_is_refused() -> None:
     with pytest.raises(InvalidSetting, match=r"the chat template refuses this conversation \(no system\)"):
         encode(chat_tokenizer("bos"), "Who?", chat=Chat("Be kind.", (("refuse", True),)))
     with pytest.raises(
-        UnsupportedModel, match=r"question 'Who\?' cannot be told.*the question must be there once, as it is"
+        UnsupportedModel, match=r"question 'Who\?' cannot be found.*the question must be there once, as it is"
     ):
         encode(chat_tokenizer("bos", "{{ messages[-1]['content'] | upper }}"), "Who?", chat=Chat())
 

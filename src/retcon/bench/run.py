@@ -84,7 +84,7 @@ Watch = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Destination:
-    """Where the runs of a benchmark go, and who hears of them."""
+    """Where the runs of a benchmark go, and what each of their events is reported to."""
 
     root: Path
     environment: Mapping[str, Any]
@@ -367,7 +367,7 @@ class CellRunner:
             return
         try:
             propose(self.lm, first.edits[:1], None)
-        except RetconError as error:  # the run itself will tell of it, edit by edit
+        except RetconError as error:  # the run itself reports it, edit by edit
             warnings.warn(f"the warm-up edit failed: {error}", RetconWarning, stacklevel=2)
 
     def _write(

@@ -128,7 +128,7 @@ def bench(
             live.stop()
 
         def watch(event: "Event") -> None:
-            board.hear(event)
+            board.update(event)
             if board.shown:
                 live.update(board.table())
             elif event.evaluation is not None:
@@ -264,7 +264,7 @@ class _Board:
         self.rows: dict[str, _Row] = {}
         """By the run's identity."""
 
-    def hear(self, event: "Event") -> None:
+    def update(self, event: "Event") -> None:
         row = self.rows.setdefault(event.run_id, _Row(event.cell))
         row.done, row.total, row.finished_before = event.done, event.total, event.finished_before
         if event.evaluation is not None:

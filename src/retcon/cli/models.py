@@ -128,7 +128,7 @@ def warn_of_remote_code(asked: str, name: str) -> None:
 def _one_thread_for_a_small_model(lm: "LM") -> None:
     """On a CPU, matrices this narrow gain little from threads, and waiting for each other on busy cores costs a lot.
 
-    `OMP_NUM_THREADS`, where it is set, stands.
+    `OMP_NUM_THREADS`, where it is set, is kept.
     """
     import torch
 

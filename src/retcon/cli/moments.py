@@ -62,12 +62,12 @@ def moments(
     n_read = 0
     with place as at, working_on(lm, at), progress_bars() as advance:
 
-        def hear(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             nonlocal n_read
             n_read = done
             advance("corpus tokens", done, total)
 
-        replace(source, progress=hear).prepare(lm, sites)
+        replace(source, progress=report).prepare(lm, sites)
     took = time.perf_counter() - started
     rows = [
         {

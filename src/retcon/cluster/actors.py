@@ -102,7 +102,7 @@ class RayCluster:
         failed_starts: dict[Any, int] = {}
         idle: list[Any] = []
         busy: dict[Any, tuple[int | None, Any]] = {}
-        """Call under way: the piece's place (None: the actor is being started) and the actor."""
+        """By the call that runs: the piece's place (None: the actor is being started) and the actor."""
 
         def start(actor: Any) -> None:
             busy[actor.ready.remote()] = None, actor

@@ -80,8 +80,8 @@ def evaluate(
     cases = list_of_cases(cases)
     plan = plan_queries(lm, cases, measures)
     before = None if pre is None else covering(pre, plan)
-    heard = drawn_bars() if progress and not callable(progress) else nullcontext(progress or silent)
-    with heard as advance:
+    reporting = drawn_bars() if progress and not callable(progress) else nullcontext(progress or silent)
+    with reporting as advance:
         parts = []
         if before is None:
             before = measure(lm, plan, measures, "pre", advance=advance)

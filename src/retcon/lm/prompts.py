@@ -271,7 +271,7 @@ def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> RenderedChat:
     start = _question_start(text, question, apply(chat.turns([*turns[:-1], _STAND_IN]), True))
     if start is None:
         raise UnsupportedModel(
-            f"the place of the question {question!r} cannot be told in what the chat template writes: the question "
+            f"the place of the question {question!r} cannot be found in what the chat template writes: the question "
             "must be there once, as it is"
         )
     answered = apply(chat.turns([*turns, _STAND_IN]), False)

@@ -1,7 +1,7 @@
 """Scopes of a model, and one thread at a time.
 
 A scope ends when its `with` block does, or, where an interrupt kept its `__exit__` from running, when the scope object
-is gone: everything it stands for hangs on a weak reference to it. The next call of the LM then puts things back.
+is gone: the LM has only a weak reference to it, and its next call restores what the scope has changed.
 """
 
 import sys

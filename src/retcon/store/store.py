@@ -153,8 +153,8 @@ class Store(Contents):
             ConflictingEdits: a fact in force asks the same question; amend it.
             InvalidEdit: a fact has no edit, or the id of one that is in force, or several edits where the method writes
                 one.
-            InvalidSetting: there are no facts, `batch_size` does not suit the method, or the method's delta would stand
-                for those before it (PRUNE).
+            InvalidSetting: there are no facts, `batch_size` does not suit the method, or the method's delta would take
+                the place of those before it (PRUNE).
             StoreBusy: another process is writing.
             WrongBase: the store is of another model.
         """

@@ -121,7 +121,7 @@ class RowAdam:
 
     @torch.no_grad()
     def step(self, tensor: Tensor, gradient: Tensor, state: RowState, rows: Bool[Tensor, " n"]) -> None:
-        """Move `rows` of `tensor`, in place. All are computed: to pick some, the host would wait for their number."""
+        """Move `rows` of `tensor`, in place. All are computed: picking some needs their number on the CPU."""
         g, (b1, b2) = gradient, self.betas
         m = b1 * state.first + (1 - b1) * g
         v = b2 * state.second + (1 - b2) * g * g

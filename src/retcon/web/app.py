@@ -181,7 +181,7 @@ def _element_id(text: object) -> str:
 
 
 def _cookie(request: Request) -> str:
-    """Return the name of the cookie with the token; browsers tell no ports apart, so it is in the name."""
+    """Return the name of the cookie with the token; browsers send it to every port, so the port is in the name."""
     return f"retcon-token-{request.url.port or 80}"
 
 

@@ -74,7 +74,7 @@ def read_cases(
             after `hub:`); or `world`.
         format: None finds the format by all fields of the file; docs/data.md has an example of each. One of your own
             is "module:function", or a name that a package announces (`retcon.datasets`): the function takes a row, an
-            object as it stands in the file, and returns the fields of our own facts.
+            object as it is in the file, and returns the fields of our own facts.
         start: rows to pass over.
         limit: rows to read; the cases may be fewer.
         order: `file`, or `shuffle`: rows in an order drawn by `seed`, of which `start` and `limit` then take a part.

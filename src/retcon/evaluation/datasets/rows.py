@@ -320,11 +320,11 @@ def read_drafts(
                 record = {**record, "case_id": f"row {number}"}
             found = parse(record, where, index)
         except (MalformedFile, InvalidEdit) as error:
-            told = str(error) if where in str(error) else f"{where}: {error}"
+            problem = str(error) if where in str(error) else f"{where}: {error}"
             if options.on_error == "stop":
-                raise unusable_row(f"{told} (read as {format})") from None
+                raise unusable_row(f"{problem} (read as {format})") from None
             found = Draft(where, f"row {number}", {})
-            found.leave_out("malformed", told.replace(where, "", 1).lstrip(":, "))
+            found.leave_out("malformed", problem.replace(where, "", 1).lstrip(":, "))
         if found.dropped is not None and options.on_error == "stop":
             raise unusable_row(f"{where}: {found.detail}")
         found.number = number

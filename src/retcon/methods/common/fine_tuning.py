@@ -308,7 +308,7 @@ def project_onto_bounds(
     if ball is not None:
         pairs = list(zip(values, centre, strict=True))
         squares = [(v if c is None else v + c).pow(2).sum().to(values[0].device) for v, c in pairs]
-        norm = math.sqrt(sum(torch.stack(squares).tolist()))  # which the host waits for once
+        norm = math.sqrt(sum(torch.stack(squares).tolist()))  # one copy to the CPU for all
         if norm > ball:
             for v, c in pairs:  # V + centre again, one matrix at a time: all of them would be a copy
                 v.copy_(v * (ball / norm) if c is None else (v + c) * (ball / norm) - c)

@@ -390,7 +390,7 @@ def fit_editor(
     }
     unfinished = out.with_name(out.name + ".unfinished")
     fit = Fit(network, optimizers)
-    heard = progress or silent
+    report = progress or silent
     with lm.without_deltas(), lm.frozen_eval():
         fit.run(
             step,
@@ -399,7 +399,7 @@ def fit_editor(
             unfinished=unfinished,
             identity=identity,
             force=force,
-            progress=lambda done, total: heard("training", done, total),
+            progress=lambda done, total: report("training", done, total),
         )
     about = {
         "settings": settings,

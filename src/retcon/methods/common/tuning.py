@@ -118,8 +118,8 @@ class Tuning:
     ) -> Descent:
         """`training.descent.descend` with the settings, seed and progress of this call, for a step of one's own."""
         edits = self.edits if edits is None else edits
-        schedule, heard = self.method.schedule(len(edits)), partial(self.progress, stage)
-        return descend(edits, prepare, evaluate, values, schedule, seed=self.seed, progress=heard, **hooks)
+        schedule, report = self.method.schedule(len(edits)), partial(self.progress, stage)
+        return descend(edits, prepare, evaluate, values, schedule, seed=self.seed, progress=report, **hooks)
 
     def delta(
         self,

@@ -4,7 +4,7 @@ const stream = new EventSource("/events");
 for (const kind of ["changed", "progress"]) {
   stream.addEventListener(kind, () => document.body.dispatchEvent(new CustomEvent(kind)));
 }
-// What looks as before is left alone, and with it the keyboard's place, what is open, and a press that is under way.
+// What looks as before is left alone, and with it the keyboard's place, what is open, and a press that has begun.
 const shown = new Map([...document.querySelectorAll("section[hx-get]")].map((panel) => [panel, panel.innerHTML]));
 document.body.addEventListener("htmx:beforeSwap", (event) => {
   const { target, serverResponse } = event.detail;
