@@ -26,15 +26,14 @@ from retcon.errors import (
     ModelBusy,
     NonFinite,
     NotEditable,
-    OtherParents,
     RetconWarning,
     UnsupportedModel,
-    WrongBase,
 )
 from retcon.files import looks_like_path
 from retcon.lm.blocks import count_blocks, decoder_path, device_of, find_module, is_conv1d, kind_of
 from retcon.lm.experts import expert_matrix
 from retcon.lm.fingerprint import StoredTensors, fingerprint
+from retcon.lm.fits import check_fits
 from retcon.lm.gguf import DEQUANTIZED_FROM
 from retcon.lm.hooks import Hooks
 from retcon.lm.layouts import Fused, Layout, layout_for
@@ -522,7 +521,7 @@ class LM:
                 f"{type(delta).__name__} given where a delta is wanted; retcon.Delta.load(path) reads one from its file"
             )
         self._finish()
-        self._check_fits(delta, other_base)
+        check_fits(self, delta, other_base)
         self._ledger.push(delta, scope)
 
     def leave(self, serial: int) -> None:
@@ -612,45 +611,6 @@ class LM:
                     change.check(shape)
                 except (DeltaMismatch, NonFinite) as error:
                     raise type(error)(f"{name}: {error}") from None
-
-    def _check_fits(self, delta: Attachment, other_base: bool) -> None:
-        self.check_shapes(delta)
-        for name in delta.changes:
-            self.check_editable(name)
-        for hook in delta.hooks():
-            self._check_module(hook.module)
-        if delta.base != self.fingerprint():
-            if not other_base:
-                made = delta.provenance.get("model", "another model")
-                raise WrongBase(
-                    f"delta {delta.id} was made for {made} (fingerprint {delta.base[:12]}), this is {self.name!r} in "
-                    f"{str(self.dtype).removeprefix('torch.')} (fingerprint {self.fingerprint()[:12]}). Load the model "
-                    "it was made for (one that was wrapped, in the same dtype)",
-                    python=", or pass other_base=True if they differ harmlessly.",
-                    option=", or add --other-base if they differ harmlessly.",
-                    page=".",
-                )
-        elif delta.parents != (found := tuple(d.id for d in self.applied)) and delta.id not in found:
-            warnings.warn(
-                f"delta {delta.id} was proposed on top of [{', '.join(delta.parents) or 'the base'}] and is applied on "
-                f"top of [{', '.join(found) or 'the base'}]; its effect may differ from what its report says",
-                OtherParents,
-                stacklevel=3,
-            )
-
-    def _check_module(self, name: str) -> None:
-        """Check that an attachment may hook that module.
-
-        Raises:
-            DeltaMismatch: it is not inside a block.
-        """
-        inside = self.layout.block.removesuffix("{}")
-        if name.removeprefix(inside).count(".") < 1 or not name.startswith(inside):
-            raise DeltaMismatch(f"attachments hook modules inside blocks ({inside}0.mlp, say), not {name!r}")
-        try:
-            self.model.get_submodule(name)
-        except AttributeError:
-            raise DeltaMismatch(f"model {self.name!r} has no module {name!r}; was it made for another one?") from None
 
     # --- running -------------------------------------------------------------------------------------------------
 
