@@ -4,8 +4,10 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from retcon.delta import Delta, Dense, EditReport
 from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidEdit, InvalidSetting, UnknownMethod, UnsupportedModel
 from retcon.evaluation import Evaluation, Measures, Record, asking, evaluate, read_cases
+from retcon.evaluation.bar import drawn_bars
 from retcon.evaluation.metrics import compare
 from retcon.evaluation.score import score_rows
 from retcon.lm.decoding import Prompts
@@ -418,6 +421,42 @@ def test_a_function_hears_how_far_each_stage_is(tiny: Make) -> None:
         f"{stage} ({when})" for when in ("pre", "final") for stage in ("scoring", "writing")
     ]
     assert all(0 < done <= total for _, done, total in heard)
+
+
+def test_the_prompts_written_after_are_counted_over_all_ways_of_writing(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "remembers", lambda lm: False)
+    heard: list[tuple[str, int, int]] = []
+    two_ways = [CASES[0], replace(ZSRE[0], meta={"family": "ripple"})]
+    evaluate(tiny(n_layers=1), two_ways, progress=lambda *step: heard.append(step))
+    steps = [(done, total) for stage, done, total in heard if stage == "writing (pre)"]
+    assert len({total for _, total in steps}) == 1
+    assert steps == sorted(set(steps))
+    assert steps[-1][0] == steps[-1][1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_bars_of_a_notebook_are_closed(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    class Bar(SimpleNamespace):
+        def __init__(self, **about: Any) -> None:
+            super().__init__(n=0, closed=False, **about)
+            made.append(self)
+
+        def update(self, n: int) -> None:
+            self.n += n
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr("builtins.get_ipython", None, raising=False)
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext(), drawn_bars() as advance:
+        advance("scoring", 1, 2)
+        advance("scoring", 2, 2 // (not fails))
+    assert [(bar.desc, bar.total, bar.n, bar.closed) for bar in made] == [("evaluate: scoring", 2, 2 - fails, True)]
 
 
 # --- what is left alone --------------------------------------------------------------------------------------------

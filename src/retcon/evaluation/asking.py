@@ -139,7 +139,13 @@ def _written_groups(
 def _write(lm: LM, plan: QueryPlan, measures: Measures, advance: Progress) -> dict[Place, Written]:
     """Return the model's own answers; a prompt that several queries share is written once."""
     texts: dict[Place, Written] = {}
-    for how, prompted in _written_groups(plan, measures).items():
+    groups = _written_groups(plan, measures)
+    earlier, total = 0, sum(map(len, groups.values()))
+
+    def report(done: int, _: int) -> None:
+        advance("writing", earlier + done, total)
+
+    for how, prompted in groups.items():
         prompts = [prompt for prompt, _ in prompted]
         lengths = [gold if gold is not None else how.max_new_tokens for _, gold in prompted]
         written = generate(
@@ -148,8 +154,9 @@ def _write(lm: LM, plan: QueryPlan, measures: Measures, advance: Progress) -> di
             how,
             lengths=lengths if measures.preset == "gold_length" else None,
             max_batch_tokens=2 * measures.max_batch_tokens,
-            on_progress=lambda done, total: advance("writing", done, total),
+            on_progress=report,
         )
+        earlier += len(prompts)
         for members, text in zip(prompted.values(), written, strict=True):
             texts |= dict.fromkeys((q.place for q in members), text)
     return texts

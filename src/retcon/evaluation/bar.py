@@ -20,9 +20,11 @@ def drawn_bars() -> Iterator[Progress]:
                 bars[stage] = tqdm(total=total, desc=f"evaluate: {stage}")
             bars[stage].update(done - bars[stage].n)
 
-        yield draw
-        for each in bars.values():
-            each.close()
+        try:
+            yield draw
+        finally:
+            for each in bars.values():
+                each.close()
         return
     from rich.console import Console
     from rich.progress import Progress as Bars
