@@ -60,7 +60,7 @@ def prepared(lm: LM, method: Jeep) -> tuple[GivenMoments, Contexts, list[ValueSi
 
 
 def measure(name: str, lm: LM, edits: Sequence[Edit], steps: int, profile: AbstractContextManager) -> None:
-    """Return one row of the table."""
+    """Print one row of the table."""
     method = settings(SHAPES[name][1], steps)
     moments, contexts, places, search = prepared(lm, method)
     method.propose(lm, edits[:2], contexts=contexts, moments=moments)  # warms up

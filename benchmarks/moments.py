@@ -134,7 +134,7 @@ def product_rates(lm: LM) -> dict[str, float]:
 
 
 def measure(name: str, lm: LM, layers: Sequence[int], rows: Sequence[Row], per_layer: bool, repeats: int) -> None:
-    """Return one row of the table."""
+    """Print one row of the table."""
     sites = [lm.site(layer, "down_proj") for layer in layers]
     check_count(lm, sites, rows[0])
 

@@ -119,7 +119,7 @@ class FactTable:
         return tuple(kind for kind in KINDS if kind in has)
 
     def count(self, what: Literal["broke", "untaken"]) -> int:
-        """Return the facts of which it is true on any side."""
+        """Return of how many facts it is true on any side."""
         return sum(any(o is not None and getattr(o, what) for o in fact.outcomes) for fact in self.facts)
 
 

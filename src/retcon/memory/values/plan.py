@@ -109,7 +109,7 @@ def plan_search(
 
 
 def needed_bytes(lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], max_active: int) -> int:
-    """Return what a chunk's search takes at once, estimated."""
+    """Return the bytes that a chunk's search takes at once, estimated."""
     cost = CostPerEdit(lm, sites)
     steps = sorted((cost.step_bytes(row) for row in rows), reverse=True)[:max_active]
     return sum(cost.frozen_bytes(row) for row in rows) + sum(steps)
@@ -128,16 +128,18 @@ class CostPerEdit:
         self.vocabulary = int(lm.config.vocab_size)
 
     def active_tokens(self, rows: EditRows) -> int:
-        """Return the tokens that every step runs."""
+        """Return how many tokens every step runs."""
         return len(rows.rewriting) * rows.columns + (rows.kl is not None)
 
     def frozen_bytes(self, rows: EditRows) -> int:
-        """Return the recorded parts: attention keys and values before the first active token, states after it."""
+        """Return the bytes of the recorded parts: attention keys and values before the first active token, states after
+        it."""
         earlier = max(rows.starts) * 2 * self.d_kv * self.n_active
         return self.itemsize * (len(rows.rewriting) + 1) * (earlier + rows.columns * self.d_model)
 
     def step_bytes(self, rows: EditRows) -> int:
-        """Return what a forward pass leaves for the backward one, the logits, and the past as attention sees it."""
+        """Return the bytes of what a forward pass leaves for the backward one, the logits, and the past as attention sees
+        it."""
         activations = self.active_tokens(rows) * self.n_active * (12 * self.d_model + 4 * self.d_ff)
         labels = sum(len(r.target_ids) for r in rows.rewriting) + (rows.kl is not None)
         return self.itemsize * activations + 16 * labels * self.vocabulary + 3 * self.frozen_bytes(rows)
