@@ -132,14 +132,12 @@ class CostPerEdit:
         return len(rows.rewriting) * rows.columns + (rows.kl is not None)
 
     def frozen_bytes(self, rows: EditRows) -> int:
-        """Return the bytes of the recorded parts: attention keys and values before the first active token, states after
-        it."""
+        """Return the bytes of what is recorded: keys and values before the first active token, states after it."""
         earlier = max(rows.starts) * 2 * self.d_kv * self.n_active
         return self.itemsize * (len(rows.rewriting) + 1) * (earlier + rows.columns * self.d_model)
 
     def step_bytes(self, rows: EditRows) -> int:
-        """Return the bytes of what a forward pass leaves for the backward one, the logits, and the past as attention sees
-        it."""
+        """Return the bytes that a step takes: activations kept for the backward pass, logits, and the past."""
         activations = self.active_tokens(rows) * self.n_active * (12 * self.d_model + 4 * self.d_ff)
         labels = sum(len(r.target_ids) for r in rows.rewriting) + (rows.kl is not None)
         return self.itemsize * activations + 16 * labels * self.vocabulary + 3 * self.frozen_bytes(rows)
