@@ -189,7 +189,7 @@ def test_words_are_asked_for_what_broke_before_what_never_passed(
     store: Store, lm: LM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(verifying, "N_SAID", 3)
+    monkeypatch.setattr(verifying, "MAX_ANSWERS", 3)
     monkeypatch.setattr(verifying._Asker, "say", lambda self, at, places: asked.extend(places) or {})
     found = verify(store, lm)
     failing = {(c.fact, c.query.id): (c.outcome, c.kind) for c in found.checks if c.outcome != "passed"}

@@ -40,7 +40,7 @@ TITLES: Mapping[CheckKind, str] = {
 _KIND_OF: Mapping[PromptKind, CheckKind] = {
     "own": "took", "paraphrase": "generalised", "follows": "follows", "neighbour": "local",
 }  # fmt: skip
-N_SAID = 200
+MAX_ANSWERS = 200
 """Failing prompts at most for which the model's own words are written: what broke first, own prompts before others."""
 
 
@@ -241,8 +241,8 @@ def verify(
         for case in asked
         for query in case.queries
     }
-    telling = sorted(failing, key=lambda place: (since[place] is None, kinds[place] != "took"))
-    said = asker.say(at, telling[:N_SAID])
+    deciding = sorted(failing, key=lambda place: (since[place] is None, kinds[place] != "took"))
+    said = asker.say(at, deciding[:MAX_ANSWERS])
     checks = []
     for case in asked:
         for query in case.queries:
