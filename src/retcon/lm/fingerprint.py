@@ -25,7 +25,7 @@ _NOT_IDENTITY = {
     *("_name_or_path", "transformers_version", "transformers_weights", "architectures", "dtype", "torch_dtype"),
     *("output_attentions", "output_hidden_states", "return_dict", "use_cache", "chunk_size_feed_forward"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "initializer_range"),
-    *(DEQUANTIZED_FROM, "quantization_config"),  # what is packed counts as the floats that it stands for
+    *(DEQUANTIZED_FROM, "quantization_config"),  # what is packed counts dequantised
 }
 """Settings that do not enter a forward pass; callers set some of them (`pad_token_id`), transformers the others."""
 PIECE = 2**26
@@ -88,7 +88,7 @@ def fingerprint(
             was loaded in, as long as the model holds the values that were loaded. A tensor that is stored otherwise
             (under another name, in another shape) counts in the dtype that the whole checkpoint has, if that loses
             nothing. All others, and all tensors without a checkpoint, count as the model holds them.
-        packed: quantised matrices, by their parameters' names. They count as the floats that they stand for: a delta
+        packed: quantised matrices, by their parameters' names. They count dequantised: a delta
             made on the packed model fits the dequantised one.
 
     Raises:

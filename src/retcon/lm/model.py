@@ -348,7 +348,7 @@ class LM:
         return self._parameters[name]
 
     def shape_of(self, name: str) -> torch.Size:
-        """Return a parameter's shape; of a packed one, that of the matrix that it stands for.
+        """Return a parameter's shape; of a packed one, that of its dequantised matrix.
 
         Raises:
             DeltaMismatch: the model has none of that name.
@@ -357,7 +357,7 @@ class LM:
 
     @property
     def n_parameters(self) -> int:
-        """Values of all parameters, shared ones once, packed ones as many as they stand for."""
+        """Values of all parameters, shared ones once, packed ones as many as dequantised."""
         return sum(self.shape_of(name).numel() for name, _ in self.model.named_parameters())
 
     def transposed_parameters(self) -> list[str]:

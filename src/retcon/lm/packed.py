@@ -52,7 +52,7 @@ class PackedMatrix(_NotPickled):
         self.packing = packing
         """Which quantiser packed it, and in how many bits."""
         self.dtype = dtype
-        """Of the floats that it stands for."""
+        """Of the dequantised matrix."""
         self.shape = torch.Size((module.out_features, module.in_features))
         self.stored: Tensor = module.weight
         """The packed weight."""
@@ -73,12 +73,11 @@ class PackedMatrix(_NotPickled):
         return self.module._parameters["weight"] is not self.stored
 
     def floats(self) -> Tensor:
-        """Return the matrix (out, in) that the packed weight stands for: a new tensor at every call."""
+        """Return the packed weight dequantised, (out, in): a new tensor at every call."""
         return dequantised(self.stored, self.module).to(self.dtype)
 
     def weight(self) -> Tensor:
-        """Return the current matrix (out, in): the float weight while there is one, else what the packed one stands
-        for."""
+        """Return the current matrix (out, in): the float weight while there is one, else the dequantised."""
         return self.floats() if self._values is None else self._values
 
     def tensors(self) -> Iterator[Tensor]:
@@ -181,7 +180,7 @@ def _is_torchao(weight: Tensor) -> bool:
 
 
 def dequantised(weight: Tensor, module: Any) -> Tensor:
-    """Return the floats that a packed weight stands for, as transformers dequantises it."""
+    """Return a packed weight as floats, as transformers dequantises it."""
     if _is_torchao(weight):
         with torch.no_grad():  # in inference mode its `detach` fails
             return weight.dequantize()
