@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -35,17 +36,19 @@ class Factors:
         return Factors(left, torch.nn.functional.pad(self.right, (0, 0, 0, more)), self.exact_rank, self.error)
 
 
-def factors_of(lm: LM, deltas: Sequence[Delta], *, rank: int | None = None) -> dict[str, Factors]:
+def factors_of(lm: LM, deltas: Sequence[Delta], *, rank: int | Literal["max"] | None = None) -> dict[str, Factors]:
     """Return the sum of the deltas as factors, by parameter name.
 
     Args:
         rank: the largest rank allowed; a larger change is replaced by the nearest of that rank (truncated SVD, in
-            float64). None keeps every change exact.
+            float64). None and "max" keep every change exact.
 
     Raises:
         DeltaMismatch: a change of a vector (a bias or a norm), which has no factors.
         InvalidSetting: `rank` is below 1.
     """
+    if rank == "max":
+        rank = None
     if rank is not None and rank < 1:
         raise InvalidSetting(f"rank must be at least 1, found {rank}")
     changes: dict[str, list[Change]] = {}

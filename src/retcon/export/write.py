@@ -5,6 +5,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from numbers import Integral
@@ -126,32 +127,27 @@ def export(
     named = base_name or base_place(lm)
     revision = base_revision(lm) if named == base_place(lm) else None  # another name has revisions of its own
     record = record_of(lm, deltas, files)
-    factors: dict[str, Factors] = {}
-    held = any(d.changes for d in deltas)
-    if format in ("peft", "gguf-lora"):
-        factors = factors_of(lm, deltas, rank=int(rank) if isinstance(rank, Integral) else None)
-        held = bool(factors)
-    if not held and format in ("peft", "diff", "gguf-lora"):
+    is_adapter, is_whole = format in ("peft", "gguf-lora"), format in ("hf", "gguf")
+    factors = with_one_rank(factors_of(lm, deltas, rank=rank), rank) if is_adapter else {}
+    held = factors if is_adapter else any(d.changes for d in deltas)
+    if not held and not is_whole:
         raise DeltaNotApplied(f"no delta that shows changes anything, so format {format} would hold nothing")
-    factors = with_one_rank(factors, rank)
     losses = {n: {"rank": f.rank, "exact_rank": f.exact_rank, "error": f.error} for n, f in factors.items()}
-    notes = lm.notes
+    floats = lm.as_floats() if is_whole else nullcontext()
     with replacing_folder(place, check=check) as fresh:
-        if format == "hf":
-            with quietly(), lm.as_floats():
-                notes = lm.notes
+        with quietly(), floats:
+            notes = lm.notes
+            if format == "hf":
                 save_model(lm, fresh, max_shard_size=max_shard_size)
                 lm.tokenizer.save_pretrained(fresh)
-        elif format == "peft":
-            write_adapter(lm, factors, fresh, base_name=named, revision=revision)
-        elif format == "diff":
-            write_changed(lm, deltas, fresh / "changed.safetensors")
-        elif format == "gguf-lora":
-            write_lora(lm, factors, fresh / "adapter.gguf")
-        else:
-            with lm.as_floats():
-                notes = lm.notes
+            elif format == "gguf":
                 write_model(lm, fresh / f"model-{gguf_type}.gguf", type_name=gguf_type)
+            elif format == "peft":
+                write_adapter(lm, factors, fresh, base_name=named, revision=revision)
+            elif format == "gguf-lora":
+                write_lora(lm, factors, fresh / "adapter.gguf")
+            else:
+                write_changed(lm, deltas, fresh / "changed.safetensors")
         has_base_card = _keep_files(lm, fresh, _PARTS if format == "hf" else ())
         card = model_card(
             lm,
