@@ -39,6 +39,17 @@ def test_finds_matrices_rank_and_norm_and_what_explains_them(
     assert [found.answers[0].base, found.answers[0].edited] == said
 
 
+def test_rounding_in_rows_that_became_large_is_no_rank(tiny: Callable[..., LM]) -> None:
+    base, edited = tiny("llama"), tiny("llama")
+    weight = edited.parameter("model.layers.1.mlp.down_proj.weight")
+    g = torch.Generator().manual_seed(0)
+    left = torch.randn(weight.shape[0], 3, generator=g, dtype=torch.float64)
+    left[::8] *= 100
+    with torch.no_grad():
+        weight.copy_(weight + left @ torch.randn(3, weight.shape[1], generator=g, dtype=torch.float64))
+    assert audit(base, edited).differences[0].rank == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_difference_as_a_delta_gives_the_edited_model_and_is_undone(
     dtype: torch.dtype, tiny: Callable[..., LM], tmp_path: Path

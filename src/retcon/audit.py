@@ -141,8 +141,10 @@ def audit(
                 raise DeltaMismatch(f"{name}: shapes differ, {tuple(ours.shape)} and {tuple(other.shape)}")
             wider = torch.promote_types(ours.dtype, other.dtype)
             if torch.equal(ours.to(wider), other.to(wider)):
-                if (norm := _left(torch.zeros(ours.shape, dtype=torch.float64), explained.get(name, []), other)) > 0:
-                    absent[name] = norm
+                if name in explained:
+                    norm = _left(torch.zeros(ours.shape, dtype=torch.float64), explained[name], other)
+                    if norm > 0:
+                        absent[name] = norm
                 continue
             if not ours.is_floating_point():
                 base.check_editable(name)
@@ -241,13 +243,16 @@ def _ranks(difference: Tensor, stored: Tensor, where: torch.device) -> dict[Regi
 
 
 def _rank(difference: Float[Tensor, "rows columns"], stored: Tensor, where: torch.device) -> int:
-    """Count the singular values above the largest that rounding noise has in the rows and columns that differ
-    (Marchenko and Pastur 1967)."""
+    """Count the singular values above twice the largest that rounding has in the rows and columns that differ.
+
+    Its entries are independent and each is as large as the value that was rounded (Bandeira and van Handel 2016).
+    """
     moved = difference != 0
-    difference = difference[moved.any(1)][:, moved.any(0)]
-    rows, columns = difference.shape
-    noise = 2 * _rounding(stored) * (math.sqrt(rows) + math.sqrt(columns))
-    return max(1, int((torch.linalg.svdvals(difference.to(where)) > noise).sum()))
+    rows, columns = moved.any(1), moved.any(0)
+    variance = (torch.finfo(stored.dtype).eps * stored[rows][:, columns].double()).square() / 12
+    largest = variance.sum(1).max().sqrt() + variance.sum(0).max().sqrt()
+    singular = torch.linalg.svdvals(difference[rows][:, columns].to(where))
+    return max(1, int((singular > 2 * float(largest)).sum()))
 
 
 def _change(

@@ -42,6 +42,7 @@ def test_a_model_that_was_read_is_not_written_over(cli: Callable[..., Any], here
         ("audit", "llama", "mine", "--delta", str(weights)),
         ("audit", "mine", "llama", "--delta", str(weights)),
         ("audit", "x.gguf", "llama", "--delta", "x.gguf"),
+        ("audit", "llama", "mine", "--delta", "mine/tokenizer.json"),
         ("edit", "mine", "edits.jsonl", "--out", str(weights)),
         ("fit", "mine", "edits.jsonl", "--method", "mend", "--out", str(weights)),
     ):

@@ -27,12 +27,13 @@ def check_output(path: Path | None, *inputs: Path | None) -> None:
 
 
 def _files_of(place: Path) -> list[Path]:
-    """Return the files that an input is read from: of a model's folder, its config and weights."""
+    """Return the files that an input is read from: of a model's folder all, but for deltas that are kept there."""
     if not place.is_dir():
         return [place] if place.exists() else []
     from retcon.lm.load import checkpoint_files
 
-    return [*filter(Path.exists, checkpoint_files(str(place))), *place.glob("*.gguf"), *place.glob("*.bin")]
+    weights = [file for file in checkpoint_files(str(place)) if file.exists()]
+    return weights + [file for file in place.iterdir() if file.is_file() and file.suffix != ".safetensors"]
 
 
 def check_can_make_folder(path: Path) -> None:

@@ -123,7 +123,11 @@ def check_one_asked(preset: str | None, dataset: str | None) -> None:
     """Raise InvalidSetting where a dataset is asked for beside a preset, which leaves it no choice."""
     if preset is not None and dataset is not None:
         why = "leaves all presets aside" if preset == NO_PRESET else "names its dataset already"
-        raise InvalidSetting(f"preset {preset} {why}; leave out dataset {dataset}")
+        raise InvalidSetting(
+            f"preset {preset} {why}",
+            python=f"; leave out dataset={dataset!r}",
+            option=f"; leave out --dataset {dataset}",
+        )
 
 
 def check_early(
