@@ -126,7 +126,10 @@ def _independent(run: RunContext, chunks: Sequence[Sequence[Case]], units: Units
         unit = units.load(key)
         if unit is None:
             with ExitStack() as scope:
-                attach = lambda delta: scope.enter_context(run.lm.edited(delta))  # noqa: E731
+
+                def attach(delta: Attachment) -> None:
+                    scope.enter_context(run.lm.edited(delta))
+
                 _, unit = _edit(run, key, chunk, None, step, _short(chunk, size), attach)
                 unit = unit.extended(_measure(run, chunk, "final", step, whole_model=size > 1))
             units.save(unit)

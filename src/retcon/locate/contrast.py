@@ -217,8 +217,16 @@ def contrast_probe(
             stacked = torch.stack([states[point].to(device) for point in points], 2)
             read = [_read(lm, stacked, torch.tensor(answers), sets, final_norm) for final_norm in norms]
             ranks, probs = (torch.stack(readings, 3) for readings in zip(*read, strict=True))
-            sizes = [[1, 1, *map(len, of)] for of in sets]
-            return [_Seen(*seen) for seen in zip(said, answers, sizes, ranks, probs, strict=True)]
+            return [
+                _Seen(
+                    said=said[i],
+                    answers=answers[i],
+                    size=[1, 1, *map(len, sets[i])],
+                    mean_rank=ranks[i],
+                    sum_prob=probs[i],
+                )
+                for i in range(len(group))
+            ]
 
         def report(done: int, _: int) -> None:
             progress(len(skipped) + done, len(edits))

@@ -141,10 +141,11 @@ class Kn(Method):
     def _located(self, lm: LM, facts: Sequence[Edit], prefixes: Sequence[str]) -> Iterator[dict[MlpUnit, float]]:
         """Yield the units of each fact, each with the sign of its activation."""
         find = partial(attribute_neurons, n_points=self.n_points, grid=self.grid, neuron=self.neuron)
+        widths = [lm.site(layer, "down_proj").shape[1] for layer in range(lm.n_layers)]
+        units = [(layer, j) for layer, width in enumerate(widths) for j in range(width)]
         for fact in facts:
             rows = [answer_rows(lm, [fact], prefix=prefix)[0] for prefix in ("", *prefixes)]
             scores, activations = find(lm, rows)
-            units = [(layer, j) for layer, of_layer in enumerate(scores) for j in range(of_layer.shape[1])]
             chosen = refine(torch.cat(scores, 1), self.threshold, self.share)[: self.max_units]
             mean = torch.cat(activations, 1).mean(0)
             sign = mean.sign() if self.signed else torch.ones_like(mean)

@@ -140,8 +140,17 @@ def _search_one(lm: LM, edit: Edit, sites: Sequence[ValueSite], contexts: Contex
         loss.backward()
         optimizer.step()
         _clamp(offsets, inits, sites)
-    found = (tuple(x.detach().cpu() for x in vectors) for vectors in (inits, offsets, activation))
-    return ended_search(edit, sites, *found, reached=done, probability=probability, steps=step, terms=terms)
+    return ended_search(
+        edit,
+        sites,
+        init=tuple(x.detach().cpu() for x in inits),
+        offset=tuple(x.detach().cpu() for x in offsets),
+        activation=tuple(x.detach().cpu() for x in activation),
+        reached=done,
+        probability=probability,
+        steps=step,
+        terms=terms,
+    )
 
 
 def _zeros_at(lm: LM, point: Point, dtype: torch.dtype) -> Float[Tensor, " d_model"]:

@@ -161,9 +161,9 @@ class Chunk(Recorded):
         ended = [place for place in searched if not going[place]]
         if not ended:
             return []
-        init, offset, activation = (
-            [x[ended].cpu() for x in vectors] for vectors in (state.init, state.offset, state.activation)
-        )
+        init = [x[ended].cpu() for x in state.init]
+        offset = [x[ended].cpu() for x in state.offset]
+        activation = [x[ended].cpu() for x in state.activation]
         for k, place in enumerate(ended):
             edit, n_steps = self.rows[now.edits[place]].edit, int(steps[place])
             probability, nll, kl, loss = (term[place] for term in terms)
@@ -172,7 +172,9 @@ class Chunk(Recorded):
             self.found[now.edits[place]] = ended_search(
                 edit,
                 self.sites,
-                *(tuple(x[k].clone() for x in vectors) for vectors in (init, offset, activation)),
+                init=tuple(x[k].clone() for x in init),
+                offset=tuple(x[k].clone() for x in offset),
+                activation=tuple(x[k].clone() for x in activation),
                 reached=bool(reached[place]),
                 probability=probability,
                 steps=n_steps,

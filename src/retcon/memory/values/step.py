@@ -204,7 +204,8 @@ class Recorded:
             for number, of_sites, read in self._rewriting_rows(edits) if kind == "rewriting" else self._kl_rows(edits):
                 row = len(recorded)
                 for places, column in zip(changed, of_sites, strict=True):
-                    places += [] if column is None else [(row, column)]
+                    if column is not None:
+                        places.append((row, column))
                 labels += [(row, column) for column in read]
                 recorded.append(number)
             if kind == "rewriting":  # tokens that count nowhere fill the shape
