@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from retcon.attachment import Attachment
@@ -87,7 +88,7 @@ def evaluate(
             before = measure(lm, plan, measures, "pre", advance=advance)
         parts.append(before)
         if delta is not None:
-            edited: Scope = lambda: lm.edited(delta)  # noqa: E731 (a scope to enter again and again)
+            edited = partial(lm.edited, delta)  # a scope to enter again and again
             with edited():
                 parts.append(measure(lm, plan, measures, "final", before, advance=advance))
             if measures.divergence:
