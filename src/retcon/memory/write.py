@@ -96,6 +96,17 @@ class LayerGroup:
     """Write to the routed experts also where a block has a dense or a shared MLP."""
 
 
+def written_sites(
+    lm: LM, layer: int, module: Literal["down_proj", "o_proj"] = "down_proj", *, routed: bool = False
+) -> list[Site]:
+    """Return the matrices that are written in a layer, one at least; `routed` as in `LM.sites`.
+
+    Raises:
+        UnsupportedModel: the block has none; the message says which have one.
+    """
+    return lm.sites(layer, module, routed=routed) or [lm.site(layer, module)]
+
+
 def is_routed(lm: LM, layer: int, routed: bool) -> bool:
     """Return whether a layer's routed experts are written: where that is wanted, or where it has no other MLP."""
     return lm.kinds[layer].experts is not None and (routed or not lm.has(layer, "down_proj"))
@@ -140,7 +151,7 @@ def write(
     reader = reader or KeyReader(lm, edits, contexts, average=key_average)
     value = Point(group.layers[-1], group.target_tensor)
     for i, layer in enumerate(group.layers):
-        sites = lm.sites(layer, group.module, routed=group.routed) or [lm.site(layer, group.module)]
+        sites = written_sites(lm, layer, group.module, routed=group.routed)
         if sites[0].expert is not None:
             by_expert, current = reader.read_experts(layer, group.where, value)
             keys = by_expert.transpose(0, 1).flatten(1)

@@ -24,7 +24,7 @@ from retcon.locate.advice import span
 from retcon.memory.contexts import Contexts
 from retcon.memory.keys import KeyReader, mean_keys
 from retcon.memory.moments import GivenMoments
-from retcon.memory.write import is_routed
+from retcon.memory.write import is_routed, written_sites
 from retcon.methods.common.choosing import method
 from retcon.methods.common.proposal import what_stands_between
 from retcon.work import silent
@@ -283,10 +283,7 @@ def _any_delta(lm: LM) -> Attachment:
 
 
 def _identity(lm: LM, layers: Any) -> GivenMoments:
-    sites: list[Site] = []
-    for layer in layers:
-        sites += lm.expert_sites(layer) if is_routed(lm, layer, False) else [lm.site(layer, "down_proj")]
-    return GivenMoments({s.id: torch.eye(s.shape[1]) for s in sites})
+    return GivenMoments({s.id: torch.eye(s.shape[1]) for layer in layers for s in written_sites(lm, layer)})
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from retcon.memory.defaults import default_moments
 from retcon.memory.keys import KeyAverage, KeyReader
 from retcon.memory.moments import GivenMoments, Moments
 from retcon.memory.values import ValueCache, Values, ValueSearch, ValueSite, search_values
-from retcon.memory.write import LayerGroup, is_routed, write
+from retcon.memory.write import LayerGroup, is_routed, write, written_sites
 from retcon.methods.common.contract import UpdateFilter, check_depth, recorded
 from retcon.methods.common.registry import check_subjects
 from retcon.work import Progress, silent
@@ -216,7 +216,7 @@ def sites_of(
         InvalidSetting: a layer the model does not have.
     """
     check_depth(name, lm, layers)
-    return [site for layer in layers for site in lm.sites(layer, module, routed=routed) or [lm.site(layer, module)]]
+    return [site for layer in layers for site in written_sites(lm, layer, module, routed=routed)]
 
 
 def only_one(name: str, edits: Sequence[Edit]) -> None:
