@@ -62,8 +62,8 @@ def passed(record: Record) -> bool | None:
     says that decides its query; None for other records. A prompt that broke has failed."""
     if record.status == "skipped" or record.axis is None or record.query_id is None:
         return None
-    telling = ("ee.loc.argmax",) if is_locality(record.axis) else ("cf.all_correct", "zsre.seq")
-    return (record.value or 0.0) >= 1 if record.variant in telling else None
+    deciding = ("ee.loc.argmax",) if is_locality(record.axis) else ("cf.all_correct", "zsre.seq")
+    return (record.value or 0.0) >= 1 if record.variant in deciding else None
 
 
 def whole_model_record(
