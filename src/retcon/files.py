@@ -204,9 +204,9 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def found_from(path: str, folder: str | os.PathLike[str]) -> str:
-    """Return where what `as_shared` made of a path is: as it is, or from that folder on where only that exists."""
+    """Return where what `as_shared` made of a path is: from that folder on if it exists there, else as it is."""
     beside = Path(folder) / path
-    return str(beside) if beside.exists() and not Path(path).exists() else path
+    return str(beside) if beside.exists() else path
 
 
 def check_exists(path: str | os.PathLike[str]) -> None:

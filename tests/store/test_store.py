@@ -339,9 +339,12 @@ def test_a_wrapped_method_of_ones_own_is_not_imported(
     store.amend(lm, "france", "Milan", moments=moments, method="inherits:Own")
 
 
-def test_files_of_a_methods_settings_are_found_again(tmp_path: Path, lm: LM) -> None:
+def test_files_of_a_methods_settings_are_found_again(tmp_path: Path, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     paraphrases = tmp_path / "cases.jsonl"
     write_cases(paraphrases, FACTS)
+    (tmp_path / "elsewhere" / "below").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "cases.jsonl").write_text("another file")  # where "../cases.jsonl" is from "below" on
+    monkeypatch.chdir(tmp_path / "elsewhere" / "below")
     store = Store.init(tmp_path / "edits", lm)
     store.edit(lm, FACTS[:2], Kne(layers=(0,), epochs=1, locate_on=str(paraphrases)))
     assert store.log()[0].about["files"] == {"locate_on": "../cases.jsonl"}
