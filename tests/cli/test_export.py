@@ -31,25 +31,28 @@ def test_an_adapter_of_a_smaller_rank_is_measured_beside_the_exact_one(cli: Call
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("wrapper", ["qwen2_5_vl", "gemma3", "gemma4"])
 def test_an_adapter_of_a_model_with_images_is_loaded_by_the_line_that_is_printed(
-    cli: Callable[..., Any], here: Path
+    cli: Callable[..., Any], here: Path, wrapper: str
 ) -> None:
-    from peft import PeftModel
+    from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForImageTextToText
 
-    tiny_wrapper("qwen2_5_vl").float().save_pretrained("images")
+    tiny_wrapper(wrapper).float().save_pretrained("images")
     tokenizer().save_pretrained("images")
     lm = retcon.load("images")
     name = lm.site(1, "down_proj").name
     lm.apply(lm.delta({name: [Dense(full=torch.ones(lm.shape_of(name)))]}))
     lm.applied[0].save("d.safetensors")
     line = cli("export", "images", "d.safetensors", "--format", "peft", "--out", "adapter").stdout.splitlines()[-1]
-    assert (
-        line
-        == "load it with PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained('images'), 'adapter')"
-    )
-    assert json.loads(Path("adapter/adapter_config.json").read_text())["task_type"] is None
-    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("images"), "adapter")
+    task = json.loads(Path("adapter/adapter_config.json").read_text())["task_type"]
+    if wrapper == "qwen2_5_vl":
+        base = "AutoModelForImageTextToText.from_pretrained('images')"
+        assert (line, task) == (f"load it with PeftModel.from_pretrained({base}, 'adapter')", None)
+        model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("images"), "adapter")
+    else:  # AutoModelForCausalLM reads these whole, too
+        assert (line, task) == ("load it with AutoPeftModelForCausalLM.from_pretrained('adapter')", "CAUSAL_LM")
+        model = AutoPeftModelForCausalLM.from_pretrained("adapter")
     ids = torch.tensor([[15, 16, 17, 18]])
     assert torch.allclose(model(input_ids=ids).logits, lm.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 

@@ -225,7 +225,7 @@ def _show(made: "Exported", scores: dict[str, float], address: str | None, loads
 
 def _how_to_load(made: "Exported", lm: "LM", base_name: str | None) -> str:
     from retcon.export.write import base_gguf, base_place, base_revision
-    from retcon.lm.load import class_that_reads, how_to_load
+    from retcon.lm.load import causal_class_reads, class_that_reads, how_to_load
 
     place = str(made.place)
     if made.format == "hf":
@@ -233,7 +233,7 @@ def _how_to_load(made: "Exported", lm: "LM", base_name: str | None) -> str:
     base = str(lm.model.config._name_or_path)
     reader = class_that_reads(lm.model.config).__name__
     # a path that the adapter leaves out, or a base that AutoPeftModelForCausalLM does not load
-    by_hand = reader != "AutoModelForCausalLM" or base_gguf(lm) or (base_name is None and base != base_place(lm))
+    by_hand = not causal_class_reads(lm.model) or base_gguf(lm) or (base_name is None and base != base_place(lm))
     if made.format == "peft" and by_hand:
         options = {"gguf_file": file.name if (file := base_gguf(lm)) else None, "revision": base_revision(lm)}
         given = "".join(f", {option}={value!r}" for option, value in options.items() if value)

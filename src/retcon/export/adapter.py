@@ -12,7 +12,7 @@ from retcon.atomic import write_atomically
 from retcon.errors import DeltaMismatch
 from retcon.export.factors import Factors
 from retcon.lm.blocks import is_conv1d
-from retcon.lm.load import class_that_reads
+from retcon.lm.load import causal_class_reads
 from retcon.lm.model import LM
 
 
@@ -40,7 +40,7 @@ def write_adapter(
     pattern = {} if len(set(ranks.values())) == 1 else {f"^{re.escape(m)}": r for m, r in ranks.items()}
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if class_that_reads(lm.model.config).__name__ == "AutoModelForCausalLM" else None,
+        "task_type": "CAUSAL_LM" if causal_class_reads(lm.model) else None,
         "base_model_name_or_path": base_name,
         "revision": revision,
         "r": rank,

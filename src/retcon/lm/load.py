@@ -231,6 +231,15 @@ def class_that_reads(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
+def causal_class_reads(model: Any) -> bool:
+    """Return whether AutoModelForCausalLM reads the checkpoint of a model whole, as the class that it has."""
+    from transformers import AutoModelForCausalLM
+
+    if class_that_reads(model.config) is AutoModelForCausalLM:
+        return True
+    return AutoModelForCausalLM._model_mapping.get(type(model.config), None) is type(model)
+
+
 def checkpoint_files(place: str, revision: str | None = None) -> list[Path]:
     """Return the safetensors files that a local checkpoint, or one in the hub's cache, is read from, and its config;
     none where there are no such files.
