@@ -12,5 +12,11 @@ def test_words_are_quoted_and_options_without_a_value_left_out() -> None:
     assert command_line("revert", fact="x", repropose=False, editor=None) == "retcon revert --fact x"
 
 
+def test_a_word_that_looks_like_an_option_is_none() -> None:
+    found = command_line("complete", "m", "-x y", chat=True, delta="-d", how=" --packed")
+    assert found == "retcon complete --chat --delta -d --packed -- m '-x y'"
+    assert command_line("amend", "a", target="-x", how=" --packed") == "retcon amend a --target -x --packed"
+
+
 def test_settings_are_written_as_they_are_set() -> None:
     assert assignments({"low": (2,), "threshold": None, "stop": "loss"}) == ["low=[2]", "threshold=none", "stop=loss"]

@@ -295,8 +295,7 @@ class Session:
             self.draft = [case for case in self.draft if case.id not in edited]  # some may have come meanwhile
             self.estimate = None
             facts, over = self.store.path / FACTS / f"{entry.id}.jsonl", assignments(settings)
-            typed = command_line("edit", self.model, facts, method=method, set=over, store=self.store.path)
-            self._typed(typed + self._loaded)
+            self._typed("edit", self.model, facts, method=method, set=over, store=self.store.path, how=self._loaded)
             return f"{took} of {plural(len(reports), 'edit')} took"
 
         return self.jobs.submit("edit", run)
@@ -305,8 +304,8 @@ class Session:
         if not self.draft:
             raise InvalidSetting("no facts to edit; add some first")
 
-    def _typed(self, command: str) -> None:
-        self.commands = [*self.commands, command]
+    def _typed(self, verb: str, *words: object, **options: Any) -> None:
+        self.commands = [*self.commands, command_line(verb, *words, **options)]
 
     @property
     def _loaded(self) -> str:
@@ -348,7 +347,7 @@ class Session:
             if target is None:
                 raise InvalidSetting(f"no entry {name!r} that can be switched")
             made = self.store.revert(target)
-            self._typed(command_line("revert", target, store=self.store.path))
+            self._typed("revert", target, store=self.store.path)
             return made.message
 
         return self.jobs.submit("switch", run)
@@ -359,8 +358,8 @@ class Session:
         def run(lm: "LM", progress: Progress) -> str:
             editor = self.settings.get("editor")
             entry = self.store.revert_fact(lm, fact, repropose=repropose, editor=editor, progress=progress)
-            typed = command_line("revert", fact=fact, repropose=repropose, editor=editor, store=self.store.path)
-            self._typed(typed + self._loaded)
+            made = {"fact": fact, "repropose": repropose, "editor": editor}
+            self._typed("revert", **made, store=self.store.path, how=self._loaded)
             return _searched(entry)
 
         return self.jobs.submit("revert fact", run)
@@ -372,8 +371,7 @@ class Session:
             editor = self.settings.get("editor")
             entry = self.store.amend(lm, fact, target.strip(), editor=editor, progress=progress)
             self.conflicts = [c for c in self.conflicts if c.fact != fact]
-            typed = command_line("amend", fact, target=target.strip(), editor=editor, store=self.store.path)
-            self._typed(typed + self._loaded)
+            self._typed("amend", fact, target=target.strip(), editor=editor, store=self.store.path, how=self._loaded)
             return _searched(entry)
 
         return self.jobs.submit("amend", run)
@@ -392,8 +390,7 @@ class Session:
             with self.store.at(lm, at):
                 after = said()
             self.replies = [Reply(prompt, before, after), *self.replies[: N_ANSWERS - 1]]
-            typed = command_line("complete", self.model, prompt, delta=self._state(at), chat=chat)
-            self._typed(typed + self._loaded)
+            self._typed("complete", self.model, prompt, delta=self._state(at), chat=chat, how=self._loaded)
             return "changed" if before != after else "the answer is the same"
 
         return self.jobs.submit("ask", run)
@@ -405,7 +402,7 @@ class Session:
             from retcon.store.verify import verify
 
             self.verification = verify(self.store, lm, at=at, on_progress=lambda stage: progress(stage, 0, 0))
-            self._typed(command_line("verify", at, store=self.store.path) + self._loaded)
+            self._typed("verify", at, store=self.store.path, how=self._loaded)
             failed = self.verification.failed
             return f"{plural(len(failed), 'check')} failed" if failed else "nothing broke"
 
@@ -449,8 +446,8 @@ class Session:
             with self.store.at(stored, at) as state:
                 names = [f"{d}.safetensors" for d in state.deltas]
                 made = export(stored, folder, format=form, files=names)  # type: ignore[arg-type]
-            typed = command_line("export", self.model, self._state(at), format=form, out=folder)
-            self._typed(typed + self.loading(self.model))
+            how = self.loading(self.model)
+            self._typed("export", self.model, self._state(at), format=form, out=folder, how=how)
             return f"wrote {folder}: {made.n_bytes:,} bytes"
 
         return self.jobs.submit("export", run)
