@@ -24,7 +24,8 @@ def apply(
 ) -> None:
     """Apply deltas to a model and save the result: safetensors weights and tokenizer, for transformers.
 
-    Weights are saved in the dtype in which the model is stored, whatever the deltas were computed in.
+    Weights are saved in the dtype that transformers loads the model in (one for all, such as bfloat16), or in --dtype,
+    whatever the deltas were computed in.
 
     The model itself is left alone. DIR appears complete or not at all. It records which deltas are in it, and has a
     model card. `retcon export` knows this and other formats.

@@ -22,7 +22,9 @@ def checkout(
     store: StorePath = Path(".retcon"),
     as_json: Json = False,
 ) -> None:
-    """Save the model as of an entry: safetensors weights in the stored dtype, tokenizer and model card.
+    """Save the model as of an entry: safetensors weights, tokenizer and model card.
+
+    Weights are saved in the dtype that transformers loads the model in (one for all, such as bfloat16), or in --dtype.
 
     To ask a state something, no checkpoint is needed: wherever a verb takes a DELTA, a store stands for the deltas in
     force, and DIR@ID for those after an entry.

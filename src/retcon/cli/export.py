@@ -89,7 +89,8 @@ def export(
 ) -> None:
     """Write an edited model in a format that others load, with a model card that says what was changed.
 
-    Matrices are saved in the dtype in which the model is stored. DIR appears complete or not at all.
+    With --format hf and diff, weights are saved in the dtype that transformers loads the model in (one for all, such as
+    bfloat16), or in --dtype. DIR appears complete or not at all.
     """
     for option, given, there, needed in (
         ("--cases-format", file_format is not None, cases is not None, "--cases"),
