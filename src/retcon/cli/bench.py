@@ -98,7 +98,18 @@ def bench(
     (docs/evaluation.md).
     """
     place = workers(on)
-    spec = _spec(file, model, method, dataset, protocol, n, batch, seed, corpus, text)
+    spec = _spec(
+        file,
+        method=method,
+        protocol=protocol,
+        n=n,
+        batch=batch,
+        seeds=seed,
+        model=model,
+        dataset=dataset,
+        corpus=corpus,
+        text=text,
+    )
     spec = _with_reading(spec, format=file_format, on_error=on_error, case_target=case_target, conflicts=conflicts)
     for each in spec.models:
         check_model_path(each.name)
@@ -147,6 +158,7 @@ def bench(
 
 def _spec(
     file: Path | None,
+    *,
     model: str | None,
     method: Sequence[str] | None,
     dataset: str | None,

@@ -106,7 +106,7 @@ class Said:
     right: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Story:
     """All that happened to one model."""
 
@@ -200,8 +200,19 @@ def _edit_and_undo(name: str, cases: Sequence[Case], file: Path, seed: int) -> S
         marks["reverted"] = fingerprint(lm.model)
     pairs = iter(zip(before, after, strict=True))
     said = {axis: [_said(query, *next(pairs)) for query in queries] for axis, queries in asked.items()}
-    same = loaded == delta
-    return Story(name, lm, cases, resolved, said, evaluation, delta, file, same, marks, took)
+    return Story(
+        name=name,
+        lm=lm,
+        cases=cases,
+        resolved=resolved,
+        said=said,
+        evaluation=evaluation,
+        delta=delta,
+        file=file,
+        same_from_file=loaded == delta,
+        fingerprints=marks,
+        seconds=took,
+    )
 
 
 def _queries(cases: Sequence[Case]) -> dict[str, list[Query]]:
