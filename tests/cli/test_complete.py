@@ -146,7 +146,7 @@ def test_drawn_text_follows_the_seed(cli: Callable[..., Any]) -> None:
 
 def test_a_model_without_a_template_is_no_chat_model(cli: Callable[..., Any]) -> None:
     edit = ("edit", "gptj", "edits.jsonl", "--out", "delta.safetensors", "--method", "kn")
-    without = "leave out --chat, the options that imply it and chat in the facts, or give the template as"
+    without = "leave out --chat, the options that imply it and chat in the facts"
     for command, way_out in (
         (("complete", "gptj", "Who?", "--chat"), without),
         ((*edit, "--train-end"), without),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from retcon.evaluation import Evaluation, evaluate, measure
+from retcon.evaluation import Evaluation, asking, evaluate
 from retcon.lm.decoding import Prompts, pads, remembers, write_tokens
 from retcon.lm.model import LM
 from retcon.world import cases
@@ -80,7 +80,7 @@ def test_asking_together_gives_what_scoring_and_writing_give(
 ) -> None:
     lm = tiny(family, torch.float32)
     together = measured(lm)
-    monkeypatch.setattr(measure, "remembers", lambda lm: False)
+    monkeypatch.setattr(asking, "remembers", lambda lm: False)
     apart = measured(lm)
     assert together.texts == apart.texts
     assert together.predictions == apart.predictions

@@ -94,7 +94,7 @@ def test_lists_from_a_file(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"related": ["a"]}, "row 1: field 'id' is missing"),
-        ({"id": "a", "relate": []}, r"unknown field\(s\) relate; known: id, related, factual"),
+        ({"id": "a", "relate": []}, r"1 unknown field \(relate\); known: id, related, factual"),
         ({"id": "a", "related": "a b"}, "field 'related' must be a list of words"),
         ({"id": "a", "factual": [" "]}, "field 'factual' must be a list of words"),
     ],

@@ -94,6 +94,6 @@ def test_rect_ranks_on_the_card(card: Card, randn: Callable[..., Tensor]) -> Non
 
 
 def test_an_audit_counts_ranks_on_the_card(card: Card, randn: Callable[..., Tensor]) -> None:
-    difference = randn(30, 2) @ randn(2, 20)
-    assert audit._rank(difference, torch.ones(1), CARD) == audit._rank(difference, torch.ones(1), solve.CPU) == 2
+    difference, stored = randn(30, 2) @ randn(2, 20), torch.ones(30, 20)
+    assert audit._rank(difference, stored, CARD) == audit._rank(difference, stored, solve.CPU) == 2
     assert "_linalg_svd" in card.ran
