@@ -68,6 +68,7 @@ def test_force_replaces_a_folder_of_a_checkpoints_files_and_no_other(tmp_path: P
     deltas = ("mine.safetensors", "model-france.safetensors", "model-00001-of-2.safetensors", "moments.safetensors")
     for foreign in (
         *("notes.txt", "thesis.json", "runs/model.safetensors", ".git/config", "base.gguf", "pytorch_model.bin"),
+        *("license keys.txt", "notices_of_my_own.md", "copying_to_do.csv", "my_use_policy_draft.docx"),
         *deltas,
     ):
         path = place / foreign

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -127,6 +128,23 @@ def test_merged_and_changed_tensors_are_the_live_model_bit_for_bit(
     base = loaded(folder)
     load_changed(base, tmp_path / "diff" / "changed.safetensors")
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in base.state_dict().items())
+
+
+def test_changed_tensors_in_another_dtype(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = checkpoint("llama", "bfloat16")
+    lm = load(str(folder), dtype="float32")
+    name = lm.site(1, "down_proj").name
+    lm.apply(lm.delta({name: [Dense(full=torch.full(lm.shape_of(name), 1e-3))]}))
+    export(lm, tmp_path / "diff", format="diff")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RetconWarning)
+        same = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        load_changed(same, tmp_path / "diff/changed.safetensors")
+    assert torch.equal(same.state_dict()[name], lm.parameter(name))
+    with pytest.warns(RetconWarning, match=r"torch.float32, which the model's torch.bfloat16 rounds"):
+        load_changed(loaded(folder), tmp_path / "diff/changed.safetensors")
 
 
 def test_changed_tensors_are_held_to_the_model(tiny: Callable[..., LM], tmp_path: Path) -> None:

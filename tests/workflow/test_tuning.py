@@ -326,6 +326,12 @@ def test_none_of_a_base_method_is_read_back_over_its_preset(base: str, settings:
     assert retcon.method("rect", for_model=lm, dataset="a") == made
 
 
+def test_none_of_the_usual_base_method_is_written_without_its_name(presets: Path) -> None:
+    match = {"model_type": "llama", "n_layers": 4, "d_model": 8}
+    path = write_preset("rect", match, "a", "s", {"base_settings": {"threshold": None}}, presets)
+    assert 'base_settings = {threshold = "none"}' in path.read_text()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Worded(Memit):
     pace: Literal["slow", "none"] | None = "slow"

@@ -175,7 +175,8 @@ def _check_losses(process: Process, n: int, place: int | None) -> None:
 def _serve(pipe: Connection, source: Source, folder: Path) -> None:
     """Be a worker until the asking process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the asking process ends this one
-    Thread(target=_end_with_the_asking_process, args=(folder,), daemon=True).start()
+    ending = Thread(target=_end_with_the_asking_process, args=(folder,), daemon=True)
+    ending.start()
     try:
         worker: Worker | Exception = Worker(source)
     except Exception as error:
@@ -184,6 +185,7 @@ def _serve(pipe: Connection, source: Source, folder: Path) -> None:
         pipe.send_bytes(ForkingPickler.dumps((None, None)))
         while True:
             pipe.send_bytes(_answer(worker, pipe.recv_bytes()))
+    ending.join()  # the pipe is closed: the asking process is gone, and its folder has yet to be removed
 
 
 def _end_with_the_asking_process(folder: Path) -> None:

@@ -25,7 +25,7 @@ from retcon.export.card import model_card
 from retcon.export.factors import Factors, check_has_factors, factors_of
 from retcon.export.gguf import TYPES, check_lora, check_model, write_lora, write_model
 from retcon.files import as_shared, check_exists
-from retcon.lm.fingerprint import fingerprint
+from retcon.lm.fingerprint import StoredTensors, fingerprint
 from retcon.lm.generate import save_model
 from retcon.lm.gguf import find_gguf
 from retcon.lm.load import checkpoint_files, quietly
@@ -61,8 +61,10 @@ _FILES = (
 """What a folder may consist of that `force` replaces, beside the papers and what its index lists. A delta is none of
 these, for it cannot be made again from the export."""
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
-_KEPT = ("LICENSE*", "LICENCE*", "NOTICE*", "*USE_POLICY*", "COPYING*")
-"""Papers of the base, in letters of any case."""
+_PAPERS = re.compile(
+    r"(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)([-_.]\S*)?|(?i:(license|licence|notice|copying|\w*use_policy)(\.(md|txt))?)"
+)
+"""Names of the base's papers, which are copied, and which `force` may replace: nobody's own notes."""
 _PARTS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "*.model")
 """Files of the base that a merged checkpoint needs beside those that model and tokenizer write: for images, and a
 tokenizer as other programs read it."""
@@ -228,9 +230,9 @@ def write_changed(lm: LM, deltas: Sequence[Delta], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt", "base": lm.fingerprint()})
 
 
-def load_changed(model: torch.nn.Module, path: str | Path) -> None:
-    """Put the tensors of a `diff` export into a transformers model that was loaded from the same base; another one is
-    warned of.
+def load_changed(model: Any, path: str | Path) -> None:
+    """Put the tensors of a `diff` export into a transformers model that was loaded from the same base. Another base is
+    warned of, and a dtype that rounds the tensors.
 
     Raises:
         MalformedFile: no such file, or it cannot be read.
@@ -254,10 +256,18 @@ def load_changed(model: torch.nn.Module, path: str | Path) -> None:
                 f"{path}: {name} is {tuple(tensor.shape)}, in the model {tuple(own[name].shape)}; load the base that "
                 "the export was made on"
             )
-    if base != fingerprint(model):
+    files = [f for f in checkpoint_files(str(model.config._name_or_path)) if f.suffix == ".safetensors"]
+    if base != fingerprint(model, StoredTensors(files) if files else None):
         warnings.warn(
-            f"{path} was made on other weights than the model has, or on the same in another dtype; what it does not "
-            "change is the model's",
+            f"{path} was made on other weights than the model has; what it does not change is the model's",
+            RetconWarning,
+            stacklevel=2,
+        )
+    if rounded := [n for n, t in tensors.items() if torch.promote_types(own[n].dtype, t.dtype) != own[n].dtype]:
+        kept, given = own[rounded[0]].dtype, tensors[rounded[0]].dtype
+        warnings.warn(
+            f"{path} holds {given}, which the model's {kept} rounds: the edit is not the one that was exported; load "
+            f"the model in {given}",
             RetconWarning,
             stacklevel=2,
         )
@@ -418,7 +428,7 @@ def _of_a_checkpoint(name: Path, path: Path, listed: Collection[str]) -> bool:
     of."""
     if path.is_dir() and not path.is_symlink():
         return name.parts[0] in _FOLDERS
-    known = name.name in listed or _fits(name.name.upper(), _KEPT) or _fits(name.name, (*_FILES, *_PARTS))
+    known = name.name in listed or bool(_PAPERS.fullmatch(name.name)) or _fits(name.name, (*_FILES, *_PARTS))
     return path.is_file() and known and (len(name.parts) == 1 or name.parts[0] in _FOLDERS)
 
 
@@ -433,7 +443,7 @@ def _keep_files(lm: LM, fresh: Path, parts: Sequence[str]) -> bool:
     if base is None or not (base / "config.json").is_file():  # what lies beside a GGUF file may be about other things
         return False
     for file in base.iterdir():
-        wanted = _fits(file.name.upper(), _KEPT) or _fits(file.name, parts)
+        wanted = _PAPERS.fullmatch(file.name) or _fits(file.name, parts)
         if wanted and file.is_file() and not (fresh / file.name).exists():
             shutil.copyfile(file, fresh / file.name)
     card = base / "README.md"

@@ -239,8 +239,9 @@ def _without_none(method: str, settings: Mapping[str, Any], *, leave_out_default
     hints = setting_types(method)
     defaults = {f.name: f.default for f in fields(method_class(method))}
     written = dict(settings)
-    if {"base_method", "base_settings"} <= written.keys():
-        written["base_settings"] = _without_none(written["base_method"], written["base_settings"])
+    if written.get("base_settings"):
+        base = written.get("base_method", defaults["base_method"])
+        written["base_settings"] = _without_none(base, written["base_settings"])
     for name in [name for name, value in settings.items() if value is None]:
         if reads_none(hints[name]) and not (leave_out_defaults and defaults[name] is None):
             written[name] = "none"
