@@ -129,7 +129,7 @@ def test_rows_that_a_mask_chose_are_held_against_their_whole_matrix(tiny, randn)
         lm = tiny(family)
         site = lm.site(1, kind)
         change = site.stored_rows(torch.tensor([0, 2, 5]), randn(3, site.shape[1]))
-        kept = rect().kept(lm, site.name, [change], 5.0)
+        kept = rect().filtered_change(lm, site.name, [change], 5.0)
         n = int((kept.dense(lm.parameter(site.name).shape) != 0).sum())
         assert n == min(math.ceil(0.05 * site.shape.numel()), 3 * site.shape[1])
 
@@ -141,13 +141,15 @@ def test_changes_of_one_matrix_are_filtered_as_their_sum(tiny, randn):
     whole, two, one = randn(*w.shape), randn(*w.shape[1:]), randn(*w.shape[1:])
     expert = Region(0, 2, 3)
     changes = [Dense(region=expert, full=one), Dense(region=Region(0, 0, 1), full=one), Dense(region=expert, full=two)]
-    first, second = (rect().kept(lm, name, of_one, 20.0) for of_one in by_matrix(changes, w.shape))
+    first, second = (rect().filtered_change(lm, name, of_one, 20.0) for of_one in by_matrix(changes, w.shape))
     assert (first.region, second.region) == (Region(0, 0, 1), expert)
     assert_close(second.dense(w.shape)[2], rect().filtered(one + two, w[2], 20.0))
     of_all = by_matrix([*changes, Dense(full=whole)], w.shape)  # regions overlap: the sum is taken apart by expert
     total = sum(change.dense(w.shape) for change in [*changes, Dense(full=whole)])
     for e, of_one in enumerate(of_all):
-        assert_close(rect().kept(lm, name, of_one, 20.0).dense(w.shape)[e], rect().filtered(total[e], w[e], 20.0))
+        assert_close(
+            rect().filtered_change(lm, name, of_one, 20.0).dense(w.shape)[e], rect().filtered(total[e], w[e], 20.0)
+        )
     (of_all,) = by_matrix([Dense(region=Region(0, 0, 2), full=one), Dense(full=two)], two.shape)  # one matrix
     assert len(of_all) == 2
 

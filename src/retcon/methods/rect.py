@@ -77,9 +77,9 @@ class Rect(Filter):
             k = 40.0 if self.supports_batches else 20.0
 
         def update_filter(name: str, change: Change) -> Change:
-            return self.kept(lm, name, [change], k)
+            return self.filtered_change(lm, name, [change], k)
 
-        in_loop: dict[str, Any] = {"update_filter": update_filter} if self.in_loop else {}
+        while_writing: dict[str, Any] = {"update_filter": update_filter} if self.in_loop else {}
         proposed = self.wrapped.propose(
             lm,
             edits,
@@ -90,7 +90,7 @@ class Rect(Filter):
             keep_values=keep_values,
             seed=seed,
             progress=progress,
-            **in_loop,
+            **while_writing,
         )
         delta = self.update_of_base(proposed)
         about = {**delta.provenance, **made_by(self)}
@@ -107,11 +107,13 @@ class Rect(Filter):
 
     def _filtered_changes(self, lm: LM, delta: Delta, keep_percent: float) -> dict[str, tuple[Change, ...]]:
         return {
-            name: tuple(self.kept(lm, name, of_one, keep_percent) for of_one in by_matrix(changes, lm.shape_of(name)))
+            name: tuple(
+                self.filtered_change(lm, name, of_one, keep_percent) for of_one in by_matrix(changes, lm.shape_of(name))
+            )
             for name, changes in delta.changes.items()
         }
 
-    def kept(self, lm: LM, name: str, changes: Sequence[Change], keep_percent: float) -> Change:
+    def filtered_change(self, lm: LM, name: str, changes: Sequence[Change], keep_percent: float) -> Change:
         """Return what is written in place of the changes of one matrix in a parameter: their sum, filtered."""
         matrix = edited_matrix(lm, name, changes, lm.parameter(name).detach())
         own, counted = matrix.weight, matrix.counted

@@ -1,7 +1,7 @@
 """What the page shows and does, without a web server.
 
 Every browser sees the same session; which entry's state it looks at (`at`; None: the last one's) is its own.
-Methods that begin with a verb submit a job and return at once.
+Methods that return a `Job` submit it and return at once.
 """
 
 import re
