@@ -9,37 +9,9 @@ from typing import Annotated
 import typer
 
 import retcon
-from retcon.cli import (
-    amend,
-    apply,
-    audit,
-    bench,
-    cache,
-    chat,
-    check,
-    checkout,
-    complete,
-    demo,
-    diff,
-    doctor,
-    edit,
-    export,
-    fit,
-    gc,
-    init,
-    log,
-    methods,
-    moments,
-    probe,
-    report,
-    revert,
-    show,
-    tune,
-    ui,
-    verify,
-)
+from retcon.cli import probe
 from retcon.cli.errors import CommandGroup
-from retcon.cli.printing import examples
+from retcon.cli.printing import add_verbs, examples
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -70,115 +42,77 @@ def _retcon(
     """Change what a language model knows: precisely, fast, and so that it can be undone."""
 
 
-app.command(
-    epilog=examples("retcon demo", "retcon demo --model both --edits 100", "retcon demo --json > demo.json"),
-)(demo.demo)
-app.command(
-    epilog=examples(
+EXAMPLES = {
+    "demo": ("retcon demo", "retcon demo --model both --edits 100", "retcon demo --json > demo.json"),
+    "edit": (
         "retcon edit demo:gptj edits.jsonl --out edits.safetensors",
         "retcon edit ./gpt-j-6b counterfact.json --limit 100 --out cf.safetensors --evaluate",
         "retcon edit ./my-model edits.jsonl --out my.safetensors --corpus text.txt --set 'low=[3,4]'",
-    )
-)(edit.edit)
-app.command(
-    epilog=examples(
+    ),
+    "apply": (
         "retcon apply demo:gptj edits.safetensors --save ./edited",
         "retcon apply ./my-model first.safetensors second.safetensors --save ./edited --force",
-    )
-)(apply.apply)
-app.command(
-    epilog=examples(
+    ),
+    "export": (
         "retcon export ./my-model edits.safetensors --format hf --out edited",
         "retcon export ./my-model edits.safetensors --format peft --rank 64 --cases edits.jsonl --out adapter",
         "retcon export ./my-model edits.safetensors --format gguf-lora --out lora",
-    )
-)(export.export)
-app.command(
-    epilog=examples(
+    ),
+    "complete": (
         'retcon complete demo:gptj "Geneva lies within the borders of"',
         'retcon complete demo:gptj "Geneva lies within the borders of" --delta d.safetensors',
         'retcon complete ./my-chat-model "Where is Geneva?" --chat --delta d.safetensors',
-    )
-)(complete.complete)
-app.command(
-    epilog=examples(
+    ),
+    "chat": (
         "retcon chat ./my-chat-model",
         "retcon chat ./my-chat-model --delta d.safetensors --both",
         'echo "Where is Geneva?" | retcon chat ./my-chat-model --system "Answer briefly."',
-    )
-)(chat.chat)
-app.command(
-    epilog=examples("retcon methods", "retcon methods jeep", "retcon methods demo:llama", "retcon methods --json")
-)(methods.methods)
-app.command(
-    epilog=examples(
-        "retcon moments demo:gptj",
-        "retcon moments ./my-model --corpus text.txt --layers 3-8,15,16",
-    )
-)(moments.moments)
-app.add_typer(probe.app, name="probe")
-app.command(
-    epilog=examples(
+    ),
+    "methods": ("retcon methods", "retcon methods jeep", "retcon methods demo:llama", "retcon methods --json"),
+    "moments": ("retcon moments demo:gptj", "retcon moments ./my-model --corpus text.txt --layers 3-8,15,16"),
+    "tune": (
         "retcon tune ./my-model facts.jsonl --corpus text.txt --method memit --budget 30",
         "retcon tune ./my-model counterfact.json --corpus text.txt --limit 200",
-    )
-)(tune.tune)
-app.command(
-    epilog=examples(
+    ),
+    "fit": (
         "retcon fit demo:gptj world --start 1000 --method mend --out mend.safetensors",
         "retcon edit demo:gptj edits.jsonl --method mend --set editor=mend.safetensors --out d.safetensors",
-    )
-)(fit.fit)
-app.command(
-    epilog=examples(
+    ),
+    "audit": (
         "retcon audit ./base ./edited",
         "retcon audit ./base ./edited --explain edits.safetensors --facts facts.jsonl",
         "retcon audit ./base ./theirs --delta theirs.safetensors",
-    )
-)(audit.audit)
-app.command(
-    epilog=examples(
+    ),
+    "bench": (
         "retcon bench --model demo:gptj --method jeep --dataset world --n 20 --out bench",
         "retcon bench docs/results/world.toml --out bench --dry-run",
         "retcon bench bench.toml --model ./gpt-j-6b --dataset counterfact.json --out bench",
-    )
-)(bench.bench)
-app.command(epilog=examples("retcon report bench", "retcon report bench --out ./report --no-pictures"))(report.report)
-app.command(
-    epilog=examples(
+    ),
+    "report": ("retcon report bench", "retcon report bench --out ./report --no-pictures"),
+    "check": (
         "retcon check demo:gptj --delta edits.safetensors --cases edits.jsonl --generalised 0 --local 0",
         "retcon check ./gpt-j-6b --delta cf.safetensors --cases counterfact.json --limit 100 --local 0.9",
-    )
-)(check.check)
-app.command(epilog=examples("retcon doctor demo:gptj", "retcon doctor ./my-model --json"))(doctor.doctor)
-app.command(
-    epilog=examples("retcon init demo:gptj", "retcon init ./my-model --store edits --precision float16 --lfs"),
-)(init.init)
-app.command(epilog=examples("retcon log", "retcon log -n 5 --json"))(log.log)
-app.command(epilog=examples("retcon show HEAD", "retcon show france"))(show.show)
-app.command(epilog=examples("retcon diff HEAD~1", "retcon diff base HEAD --json"))(diff.diff)
-app.command(
-    epilog=examples(
+    ),
+    "doctor": ("retcon doctor demo:gptj", "retcon doctor ./my-model --json"),
+    "init": ("retcon init demo:gptj", "retcon init ./my-model --store edits --precision float16 --lfs"),
+    "log": ("retcon log", "retcon log -n 5 --json"),
+    "show": ("retcon show HEAD", "retcon show france"),
+    "diff": ("retcon diff HEAD~1", "retcon diff base HEAD --json"),
+    "revert": (
         "retcon revert HEAD",
         'retcon revert --fact france -m "it was right"',
         "retcon revert --fact france --repropose",
-    )
-)(revert.revert)
-app.command(epilog=examples("retcon amend france --target Milan"))(amend.amend)
-app.command(epilog=examples("retcon checkout --save ./edited", "retcon checkout HEAD~2 --save ./before"))(
-    checkout.checkout
-)
-app.command(
-    epilog=examples(
-        "retcon verify",
-        "retcon verify HEAD~1 --stay known.jsonl --junit verify.xml --markdown verify.md",
-    )
-)(verify.verify)
-app.command(epilog=examples("retcon ui demo:gptj", "retcon ui --store edits --port 0"))(ui.ui)
-app.command(epilog=examples("retcon gc", "retcon gc --before HEAD~10 --values"))(gc.gc)
-app.command(epilog=examples("retcon cache", "retcon cache --prune --days 30", "retcon cache values --prune"))(
-    cache.cache
-)
+    ),
+    "amend": ("retcon amend france --target Milan",),
+    "checkout": ("retcon checkout --save ./edited", "retcon checkout HEAD~2 --save ./before"),
+    "verify": ("retcon verify", "retcon verify HEAD~1 --stay known.jsonl --junit verify.xml --markdown verify.md"),
+    "ui": ("retcon ui demo:gptj", "retcon ui --store edits --port 0"),
+    "gc": ("retcon gc", "retcon gc --before HEAD~10 --values"),
+    "cache": ("retcon cache", "retcon cache --prune --days 30", "retcon cache values --prune"),
+}
+"""The verbs, in the order of help, with the commands that their own help ends in."""
+add_verbs(app, __name__, EXAMPLES)
+app.add_typer(probe.app, name="probe")
 
 
 def main() -> None:

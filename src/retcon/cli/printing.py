@@ -6,8 +6,9 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -82,6 +83,13 @@ def finite(value: Any) -> Any:
 def examples(*commands: str) -> str:
     """Return the end of a verb's help; blank lines between, for typer joins adjacent lines."""
     return "\n\n".join(["[bold]Examples[/bold]", *(f"  {escape(c)}" for c in commands)])
+
+
+def add_verbs(app: typer.Typer, package: str, shown: Mapping[str, Sequence[str]]) -> None:
+    """Make commands of a package's verbs: in each module the function of the same name, with the examples shown."""
+    for name, commands in shown.items():
+        verb = getattr(import_module(f"{package}.{name}"), name)
+        app.command(epilog=examples(*commands))(verb)
 
 
 def program() -> str:
