@@ -29,11 +29,7 @@ def named_object(name: str) -> Any:
 
 
 def named_function(name: str, group: str, what: str) -> Callable[..., Any]:
-    """Return the function that "module:function" names, or the one that a package announces by that name.
-
-    Raises:
-        InvalidSetting: there is none, or it cannot be called.
-    """
+    """Return the function that "module:function" names, or the one that a package announces by that name."""
     table = installed(group)
     place = table.get(name, name)
     if ":" not in place:

@@ -93,9 +93,6 @@ def run_protocol(
 def run_units(run: RunContext, protocol: Protocol, units: Units) -> Generator[Unit]:
     """Return every unit of a run in order, those that `units` has from before included; each is kept before it is
     given.
-
-    Raises:
-        InvalidSetting: deltas are applied, so the model is not the base that runs start from.
     """
     if run.lm.applied:
         raise InvalidSetting(

@@ -86,9 +86,6 @@ class Protocol:
     def parts(self, n_cases: int) -> list["Protocol"]:
         """Return what is run: a curve is one `batch` protocol per point that there are cases for; others are
         themselves.
-
-        Raises:
-            InvalidSetting: more cases are asked for than there are, or a curve has no point with so few.
         """
         if self.kind != "curve":
             return [self]
@@ -103,11 +100,7 @@ class Protocol:
         return parts
 
     def sizes(self, n_cases: int) -> tuple[int, int]:
-        """Return (cases, cases a call) for a dataset of that many.
-
-        Raises:
-            InvalidSetting: more cases are asked for than there are, or a checkpoint does not fall on a batch's end.
-        """
+        """Return (cases, cases a call) for a dataset of that many."""
         n = n_cases if self.n is None else self.n
         if n > n_cases:
             raise InvalidSetting(f"the protocol asks for {n:,} cases, the dataset has {n_cases:,}")

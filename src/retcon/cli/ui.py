@@ -86,11 +86,7 @@ def ui(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket at that address.
-
-    Raises:
-        InvalidSetting: something else listens there, or there is no such address.
-    """
+    """Return a socket at that address."""
     found = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

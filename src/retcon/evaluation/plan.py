@@ -202,11 +202,7 @@ def family_of_case(case: Case) -> Family:
 
 
 def plan_queries(lm: LM, cases: Sequence[Case], measures: Measures) -> QueryPlan:
-    """Tokenise everything once.
-
-    Raises:
-        InvalidEdit: two cases share an id.
-    """
+    """Tokenise everything once."""
     ids = [case.id for case in cases]
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)

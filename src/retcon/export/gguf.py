@@ -47,11 +47,7 @@ _PRETOKENIZERS = {
 
 
 def require_gguf() -> Any:
-    """Return the `gguf` package.
-
-    Raises:
-        MissingPackage: it is not installed.
-    """
+    """Return the `gguf` package."""
     if find_spec("gguf") is None:
         raise MissingPackage(f"writing GGUF needs the package gguf; the extra brings it: {how_to_install('gguf')}")
     import gguf
@@ -288,11 +284,7 @@ def _finish(writer: Any) -> None:
 
 
 def _compare(path: Path, wanted: Mapping[str, np.ndarray], *, exact: bool) -> None:
-    """Read a file back and hold it to what was written.
-
-    Raises:
-        MalformedFile: a tensor is missing or differs by more than its type rounds.
-    """
+    """Read a file back and hold it to what was written."""
     gguf = require_gguf()
     found = {t.name: t for t in gguf.GGUFReader(path).tensors}
     if found.keys() != wanted.keys():

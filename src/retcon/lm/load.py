@@ -167,11 +167,7 @@ def _read(
 
 
 def _name(given: Any) -> str:
-    """Return a model's name or path as text.
-
-    Raises:
-        UnsupportedModel: it is neither.
-    """
+    """Return a model's name or path as text."""
     if isinstance(given, str | os.PathLike):
         return os.fsdecode(given)
     raise UnsupportedModel(
@@ -181,11 +177,7 @@ def _name(given: Any) -> str:
 
 
 def find_model(name: str, revision: str | None = None) -> str:
-    """Return where a model is: a directory, a GGUF file, or a hub id that the hub can be asked for.
-
-    Raises:
-        UnsupportedModel: it is a path that leads nowhere, or a hub id, and the hub is out of reach.
-    """
+    """Return where a model is: a directory, a GGUF file, or a hub id that the hub can be asked for."""
     if name.startswith(DEMO):
         return str(world.model_path(name.removeprefix(DEMO)))
     place = Path(name)
@@ -294,11 +286,7 @@ def quietly() -> Iterator[None]:
 
 
 def _device(asked: str | torch.device | None) -> torch.device:
-    """Return the device asked for, or the best there is.
-
-    Raises:
-        UnsupportedModel: this machine has no such device.
-    """
+    """Return the device asked for, or the best there is."""
     if asked is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -58,11 +58,7 @@ class Row:
         return self.n_prompt - 1
 
     def position(self, where: Where) -> int:
-        """Return the token index of a named position.
-
-        Raises:
-            PositionNotFound: the row has no subject.
-        """
+        """Return the token index of a named position."""
         if where == "prediction":
             return self.prediction
         if self.subject_last is None:

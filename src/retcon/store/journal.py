@@ -23,11 +23,7 @@ _COMMIT = "commit.json"
 
 @contextmanager
 def writing(root: Path) -> Iterator[None]:
-    """Take the turn of one writer; what an earlier one was killed at is finished first.
-
-    Raises:
-        StoreBusy: another process is writing.
-    """
+    """Take the turn of one writer; what an earlier one was killed at is finished first."""
     with open(root / LOCK, "a+") as lock:
         if not _try_lock(lock.fileno()):
             lock.seek(0)

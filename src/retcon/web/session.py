@@ -238,11 +238,7 @@ class Session:
         return "\n".join(assignments(self.settings))
 
     def choose_layer(self, row: int, layer: int) -> None:
-        """Edit at a layer that was clicked in a map: low or high layers of JEEP, or those of the method.
-
-        Raises:
-            InvalidSetting: the method's settings name no layers.
-        """
+        """Edit at a layer that was clicked in a map: low or high layers of JEEP, or those of the method."""
         from dataclasses import fields
 
         from retcon.methods.common.registry import method_class

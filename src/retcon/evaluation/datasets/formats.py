@@ -369,11 +369,7 @@ def reader(
 
 
 def _translator(format: str) -> Callable[[Mapping[str, Any], str], Mapping[str, Any]]:
-    """Return how rows of the user's own format become rows of ours.
-
-    Raises:
-        InvalidSetting: no such format.
-    """
+    """Return how rows of the user's own format become rows of ours."""
     try:
         own = named_function(format, ENTRY_POINTS, "format")
     except InvalidSetting as error:
@@ -392,11 +388,7 @@ def _translator(format: str) -> Callable[[Mapping[str, Any], str], Mapping[str, 
 
 
 def check_case_target(format: str, case_target: str) -> None:
-    """Refuse another answer than the new one, for a format that has no other.
-
-    Raises:
-        InvalidSetting: another one is asked for.
-    """
+    """Refuse another answer than the new one, for a format that has no other."""
     if case_target != "new":
         able = ", ".join(f.name for f in FORMATS.values() if "case_target" in f.settings)
         raise InvalidSetting(f"case target {case_target!r}: {format} has no alternative answers; {able} may")

@@ -177,11 +177,7 @@ def _say_offloading(max_active: int) -> None:
 
 
 def _with_less_memory(plan: SearchPlan, chunk: ChunkPlan, edits: Sequence[Edit], search: ValueSearch) -> SearchPlan:
-    """Return the plan to go on with after a chunk ran out of memory.
-
-    Raises:
-        OutOfMemory: it was one edit alone, or `search.shrink` allows no other plan.
-    """
+    """Return the plan to go on with after a chunk ran out of memory."""
     release_memory()
     smaller = plan.split_after_oom(chunk)
     if smaller is None:

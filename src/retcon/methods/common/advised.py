@@ -22,9 +22,6 @@ N_DEMO_CASES = 500
 def probe_layers(lm: LM, cases: Iterable[Edit | Case] | None = None) -> Advice:
     """Return which layers to edit, by the contrast-based probe over the edits of `cases`, with a warning where that is
     weak.
-
-    Raises:
-        InvalidSetting: no cases, and the model is none of the embedded ones, which bring their own.
     """
     if cases is None and not lm.name.startswith(DEMO):
         raise InvalidSetting(

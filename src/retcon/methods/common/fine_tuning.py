@@ -190,11 +190,7 @@ class FineTuning(TuningSettings):
         return n_edits**-0.87028798 * math.exp(0.15589562) if self.power_law else self.weight_decay
 
     def trained(self, lm: LM) -> Iterator[int | Site]:
-        """Yield what is trained: sites, and the numbers of blocks that are trained whole.
-
-        Raises:
-            InvalidSetting: a layer or matrix the model does not have.
-        """
+        """Yield what is trained: sites, and the numbers of blocks that are trained whole."""
         check_depth(self.name, lm, self.layers)
         for layer in self.layers or range(lm.n_layers):
             for kind in self.modules:

@@ -68,11 +68,7 @@ def user_folder() -> Path:
 
 
 def preset_named(name: str, preset: str) -> Preset:
-    """Return the preset of that full name.
-
-    Raises:
-        UnknownPreset: there is none.
-    """
+    """Return the preset of that full name."""
     known = presets(name)
     for candidate in known:
         if candidate.name == preset:

@@ -52,11 +52,7 @@ def list_methods() -> list[str]:
 
 
 def method_class(name: str) -> type["Method"]:
-    """Return the class registered under a name, or the one that "module:Class" names.
-
-    Raises:
-        UnknownMethod: there is none, or it is no method.
-    """
+    """Return the class registered under a name, or the one that "module:Class" names."""
     from retcon.methods.common.contract import Method
 
     try:

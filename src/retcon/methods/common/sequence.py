@@ -115,10 +115,6 @@ def in_steps(
 def batch_size_for(method: Method, n: int, asked: int | None = None) -> int:
     """Return how many of `n` facts are written at once: as many as asked for, else all, or 1 where the method takes
     one.
-
-    Raises:
-        UnknownMethod: `method` is none.
-        InvalidSetting: the method does not take as many, or it is no number from 1.
     """
     if not isinstance(method, Method):
         raise UnknownMethod(f"{method!r:.60} given where a method is wanted: retcon.method('memit', for_model=lm), say")
