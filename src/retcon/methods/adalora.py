@@ -89,11 +89,6 @@ class AdaLora(TuningSettings):
         not used.
 
         The seed draws P, Q and mini-batches.
-
-        Raises:
-            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
-            InvalidSetting: a layer or matrix the model does not have.
-            NonFinite: the model gives an edit no finite probability.
         """
         sites = sites_named(self.name, lm, self.layers, self.modules)
         with tuning(self, lm, edits, [site.name for site in sites], seed=seed, progress=progress) as run:

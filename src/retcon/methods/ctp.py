@@ -111,9 +111,7 @@ class Ctp(TuningSettings):
         Contexts, moments and state are not used. The seed draws mini-batches and random scores.
 
         Raises:
-            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
-            InvalidSetting: a matrix the model does not have, or more paths than a matrix has nodes.
-            NonFinite: the model gives an edit no finite probability, or a gradient overflows.
+            InvalidSetting: more paths than a matrix has nodes.
         """
         require_lm(lm)
         layers = range(lm.n_layers) if self.layers is None else self.layers

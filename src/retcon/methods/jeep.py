@@ -133,13 +133,7 @@ class Jeep(SearchSettings):
         update_filter: UpdateFilter | None = None,
     ) -> Delta:
         """Return the change that writes `edits` as one batch; the model is untouched. JEEP keeps no state between
-        batches.
-
-        Raises:
-            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
-            InvalidSetting: a layer the model does not have.
-            NonFinite: a loss, a key or a change is NaN or infinite.
-        """
+        batches."""
         arguments = ProposeArguments(contexts, moments, values, keep_values, seed, progress, update_filter)
         return self._for_model(lm)._proposed(lm, edits, arguments)
 

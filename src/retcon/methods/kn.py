@@ -96,10 +96,7 @@ class Kn(Method):
         used.
 
         Raises:
-            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
             InvalidSetting: the end of a turn is asked for, which is not trained; or more prefixes than are sampled.
-            NotEditable: a down-projection that must not be edited.
-            NonFinite: an attribution overflows.
         """
         check_no_end(self.name, edits, "writes the mean of an answer's embeddings")
         sites = [lm.site(layer, "down_proj") for layer in range(lm.n_layers)]

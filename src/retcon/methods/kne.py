@@ -145,11 +145,9 @@ class Kne(TuningSettings):
         The delta's `state` is its ensemble; with `reuse`, that of an earlier call is taken over.
 
         Raises:
-            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
-            InvalidSetting: a matrix the model does not have, or more units than there are.
+            InvalidSetting: more units than there are.
             DeltaMismatch: the ensemble given is not one of this model and these settings; of one that `locate` made,
                 or an earlier version kept, only its matrices and units are checked.
-            NonFinite: the model gives an edit no finite probability.
         """
         sites = self.sites(lm)
         with tuning(self, lm, edits, [site.name for site in sites], seed=seed, progress=progress) as run:

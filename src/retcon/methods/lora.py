@@ -77,11 +77,8 @@ class Lora(TuningSettings):
         The seed draws A and mini-batches.
 
         Raises:
-            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
-            InvalidSetting: a layer or matrix the model does not have.
             DeltaMismatch: the adapter given is not one of this model, these matrices, this rank and this alpha / rank;
                 an earlier version kept neither the model nor the scale, and they are then not compared.
-            NonFinite: the model gives an edit no finite probability.
         """
         sites = sites_named(self.name, lm, self.layers, self.modules)
         with tuning(self, lm, edits, [site.name for site in sites], seed=seed, progress=progress) as run:

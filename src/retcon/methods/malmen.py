@@ -79,7 +79,6 @@ class Malmen(HypernetworkSettings):
         Only the editor is used: nothing is searched, drawn or kept.
 
         Raises:
-            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
             InvalidSetting: no editor is named.
             MalformedFile, WrongBase: the editor cannot be read, or is another model's.
         """
@@ -113,13 +112,6 @@ class Malmen(HypernetworkSettings):
         """Train an editor for the model on cases other than those to be edited, and write it to `out` (algorithm 1).
 
         Each step writes `batch_size` edits together. The gradient goes through the regression by hand (section 4.2).
-
-        Raises:
-            InvalidSetting: too few cases, a layer that the model does not have, or the unfinished training of another
-                run at `out` and not `force`.
-            InvalidEdit: an edit, a rephrasing or a neighbour that is longer than the model's context.
-            OutOfMemory: networks, gradients, Adam's moments and the best networks do not fit.
-            NonFinite: the loss overflows.
         """
         sites = self.sites(lm)
         network = self.untrained(lm, sites, seed)

@@ -79,7 +79,6 @@ class Mend(HypernetworkSettings):
         Only the editor is used: nothing is searched, drawn or kept.
 
         Raises:
-            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
             InvalidSetting: no editor is named.
             MalformedFile, WrongBase: the editor cannot be read, or is another model's.
         """
@@ -118,13 +117,6 @@ class Mend(HypernetworkSettings):
 
         Each step takes `batch_size` edits, each by itself: the gradient on its prompt, a loss on one of its rephrasings
         and one on a prompt that should stay. A run that was killed goes on when it is given the same again.
-
-        Raises:
-            InvalidSetting: too few cases, a layer that the model does not have, or the unfinished training of another
-                run at `out` and not `force`.
-            InvalidEdit: an edit, a rephrasing or a neighbour that is longer than the model's context.
-            OutOfMemory: networks, gradients, Adam's moments and the best networks do not fit.
-            NonFinite: the loss overflows.
         """
         sites = self.sites(lm)
         network = self.untrained(lm, sites, seed)

@@ -190,6 +190,12 @@ class Method(ABC):
             keep_values: put what was searched into the delta (`delta.values`).
             seed: of everything drawn.
             progress: called with (stage, done, total).
+
+        Raises:
+            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
+            InvalidSetting: a layer or a matrix that the model does not have, or an argument of another type.
+            NotEditable: a matrix that must not be edited.
+            NonFinite: the model gives an edit no finite probability, or the change would not be finite.
         """
 
     def state_as_written(
@@ -235,6 +241,13 @@ class Trainable(Method):
 
         Args:
             force: replace the unfinished training of another run at `out`.
+
+        Raises:
+            InvalidSetting: too few cases, a layer that the model does not have, or the unfinished training of another
+                run at `out` and not `force`.
+            InvalidEdit: an edit, a rephrasing or a neighbour that is longer than the model's context.
+            OutOfMemory: networks, gradients, Adam's moments and the best networks do not fit.
+            NonFinite: the loss overflows.
         """
 
     @abstractmethod

@@ -134,11 +134,9 @@ class FineTuning(TuningSettings):
         Contexts are used where `n_prefixes` asks for them, state where `replay` is on.
 
         Raises:
-            InvalidEdit, ConflictingEdits: an edit cannot mean anything, or contradicts another.
-            InvalidSetting: a layer or matrix the model does not have; more prefixes than are sampled; or the end of a
-                turn is asked for, which `prompt_last` does not train.
+            InvalidSetting: more prefixes than are sampled; or the end of a turn is asked for, which `prompt_last` does
+                not train.
             OutOfMemory: weights, gradients, Adam's moments and copies do not fit.
-            NonFinite: the model gives an edit no finite probability.
         """
         check_memory(self.name, lm, self.n_trained(lm), self.bytes_per_value)
         parts = self.parts(lm)

@@ -352,12 +352,6 @@ def fit_editor(
     Args:
         backward: adds the gradient of the loss on some examples to the network's parameters, and returns the loss.
         loss: returns the loss alone.
-
-    Raises:
-        InvalidSetting: fewer than `LEAST_CASES` cases; or `out`.unfinished is another run's, and not `force`.
-        InvalidEdit: see `examples`.
-        OutOfMemory: networks, gradients, Adam's moments and the best networks do not fit.
-        NonFinite: the loss overflows.
     """
     out = Path(out)
     check_memory(method.name, lm, sum(p.numel() for p in network.parameters()))
