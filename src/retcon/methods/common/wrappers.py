@@ -19,6 +19,11 @@ from retcon.methods.common.contract import Method, State, check_settings
 from retcon.methods.common.registry import build
 
 
+def _as_base(name: str) -> Any:
+    """Return a property of a filter that is what the base method has by that name."""
+    return property(lambda self: getattr(self.wrapped, name))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Filter(Method):
     """A filter over what a base method writes."""
@@ -63,39 +68,16 @@ class Filter(Method):
         """Return what the base method does."""
         return self.wrapped.state_as_written(lm, edits, contexts, earlier=earlier, proposed=proposed)
 
-    @property
-    def supports_batches(self) -> bool:  # type: ignore[override]
-        """As the base method."""
-        return self.wrapped.supports_batches
-
-    @property
-    def keeps_state(self) -> bool:
-        """As the base method."""
-        return self.wrapped.keeps_state
+    supports_batches = _as_base("supports_batches")
+    keeps_state = _as_base("keeps_state")
+    state_layers = _as_base("state_layers")
+    uses_moments = _as_base("uses_moments")
+    needs_subject = _as_base("needs_subject")
+    takes_shrunk_moments = _as_base("takes_shrunk_moments")
 
     def check_takes_state(self) -> None:
         """Check that the base method takes it."""
         self.wrapped.check_takes_state()
-
-    @property
-    def state_layers(self) -> tuple[int, ...] | None:
-        """As the base method."""
-        return self.wrapped.state_layers
-
-    @property
-    def uses_moments(self) -> bool:  # type: ignore[override]
-        """As the base method."""
-        return self.wrapped.uses_moments
-
-    @property
-    def needs_subject(self) -> bool:  # type: ignore[override]
-        """As the base method."""
-        return self.wrapped.needs_subject
-
-    @property
-    def takes_shrunk_moments(self) -> bool:  # type: ignore[override]
-        """As the base method."""
-        return self.wrapped.takes_shrunk_moments
 
 
 # --- the matrices of an update -----------------------------------------------------------------------------------
