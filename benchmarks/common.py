@@ -109,6 +109,7 @@ def edited_and_measured(
     cases: Sequence[Case],
     *,
     alone: bool = False,
+    on_top: bool = False,
     pre: Evaluation | None = None,
     clock: Callable[[], float] = time.perf_counter,
     each: Callable[[Sequence[Edit], Attachment], None] = lambda edits, delta: None,
@@ -117,6 +118,7 @@ def edited_and_measured(
     """Edit the cases, all at once or each by itself, and measure them.
 
     Args:
+        on_top: leave every delta applied for the next ones, and measure all cases after the last; then revert.
         pre: measured before; measured again where it is left out.
         clock: `time.process_time` where other processes shall matter little.
         each: called with every delta and its edits.
@@ -130,9 +132,15 @@ def edited_and_measured(
         started = clock()
         delta = in_steps(method, lm, edits, **given)
         seconds += clock() - started
-        records += evaluate(lm, group, delta=delta, pre=pre, generate=False).records
         report += delta.report
         each(edits, delta)
+        if on_top:
+            lm.apply(delta)
+        else:
+            records += evaluate(lm, group, delta=delta, pre=pre, generate=False).records
+    if on_top:
+        records = evaluate(lm, cases, pre=pre, generate=False).records
+        lm.revert_all()
     return Outcome(Evaluation(records, pre.context if pre else {}), tuple(report), delta, seconds)
 
 

@@ -19,10 +19,9 @@ import argparse
 import itertools
 import json
 import statistics
-import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from benchmarks.common import (
     add_dataset,
     cases_of,
     command_line,
+    edited_and_measured,
     estimated,
     machine,
     moments_of,
@@ -42,7 +42,7 @@ from benchmarks.common import (
 from retcon.attachment import Attachment
 from retcon.drawing import figure, save
 from retcon.edits import Case
-from retcon.evaluation import Evaluation, evaluate
+from retcon.evaluation import evaluate
 from retcon.evaluation.summary import CaseMean
 from retcon.lm.model import LM
 from retcon.methods.common.contract import Method
@@ -71,48 +71,14 @@ LABELS = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one row of the table holds."""
-
-    quality: dict[str, CaseMean]
-    """Per metric of `METRICS`, as a share."""
-    seconds: float
-    """Per edit."""
-    changed: float
-    """Share of the model's parameters."""
-    reached: float
-    """Share of the edits."""
-
-    def cells(self) -> list[str]:
-        """Return the cells of the table."""
-        quality = [self.quality[metric].percent() for metric in METRICS]
-        return [*quality, f"{self.seconds:.2f}", f"{100 * self.changed:.2f} %", f"{100 * self.reached:.0f} %"]
-
-    def record(self) -> dict[str, Any]:
-        """Return what `plot` reads: metrics as value, low and high, all but seconds times 100."""
-        return {
-            **{metric: _percents(self.quality[metric]) for metric in METRICS},
-            "seconds": self.seconds,
-            "changed": 100 * self.changed,
-            "reached": [100 * self.reached] * 3,
-        }
-
-
-def _percents(estimate: CaseMean) -> list[float]:
-    value, interval = estimate.value or 0.0, estimate.interval
-    return [100 * x for x in (value, *((interval.low, interval.high) if interval else (value, value)))]
-
-
 class Bench:
     """A model with cases, measured once before any edit."""
 
     def __init__(self, lm: LM, cases: Sequence[Case], protocol: str, corpus: str | None, seed: int) -> None:
-        self.lm, self.cases, self.protocol, self.seed = lm, cases, protocol, seed
+        self.lm, self.cases, self.protocol, self.corpus, self.seed = lm, cases, protocol, corpus, seed
         self.pre = evaluate(lm, cases, generate=False)
         self.n_parameters = sum(p.numel() for p in lm.model.parameters())
         self.more: dict[str, Any] = {}
-        self.corpus = corpus
 
     def given(self, method: Method) -> dict[str, Any]:
         """Return contexts and every layer's moment, prepared beforehand, for methods that use moments."""
@@ -124,39 +90,34 @@ class Bench:
             self.more = dict(contexts=retcon.sample_contexts(self.lm, seed=self.seed), moments=moments)
         return self.more
 
-    def outcome(self, method: Method, state: Any = None) -> Outcome:
-        """Edit the cases and measure them; the model is as before."""
-        given = self.given(method)
-        deltas: list[Attachment] = []
-        records: list[Any] = []
-        seconds = 0.0
-        groups = [self.cases] if self.protocol == "batch" else [[case] for case in self.cases]
-        try:
-            for group in groups:
-                started = time.perf_counter()
-                edits = [case.edits[0] for case in group]
-                deltas.append(method.propose(self.lm, edits, state=state, seed=self.seed, **given))
-                seconds += time.perf_counter() - started
-                if self.protocol == "consecutive":
-                    self.lm.apply(deltas[-1])
-                else:
-                    records += self._after(group, deltas[-1])
-            if self.protocol == "consecutive":
-                records = self._after(self.cases, None)
-        finally:
-            self.lm.revert_all()
-        summary = Evaluation(list(self.pre.records) + records, dict(self.pre.context), {}, {}).summary()
-        reports = [report for delta in deltas for report in delta.report]
-        return Outcome(
-            {metric: estimated(summary[key].post) for metric, key in METRICS.items()},
-            seconds / len(reports),
-            statistics.mean(self._n_changed(delta) for delta in deltas) / self.n_parameters,
-            sum(report.stopped == "reached" for report in reports) / len(reports),
+    def row(self, method: Method, state: Any = None) -> dict[str, Any]:
+        """Edit the cases and measure them; the model is as before. Return what `plot` reads: metrics as value, low and
+        high, all but seconds (per edit) times 100; and the cells of the table."""
+        changed: list[int] = []
+        found = edited_and_measured(
+            self.lm,
+            method,
+            self.cases,
+            alone=self.protocol != "batch",
+            on_top=self.protocol == "consecutive",
+            pre=self.pre,
+            each=lambda _, delta: changed.append(self._n_changed(delta)),
+            state=state,
+            seed=self.seed,
+            **self.given(method),
         )
-
-    def _after(self, cases: Sequence[Case], delta: Attachment | None) -> list[Any]:
-        measured = evaluate(self.lm, cases, delta=delta, pre=self.pre, generate=False)
-        return [record for record in measured.records if record.when == "final"]
+        summary, n = found.evaluation.summary(), len(found.report)
+        quality = {metric: estimated(summary[key].post) for metric, key in METRICS.items()}
+        seconds, share = found.seconds / n, 100 * statistics.mean(changed) / self.n_parameters
+        reached = 100 * sum(report.stopped == "reached" for report in found.report) / n
+        cells = [estimate.percent() for estimate in quality.values()]
+        return {
+            **{metric: _percents(estimate) for metric, estimate in quality.items()},
+            "seconds": seconds,
+            "changed": share,
+            "reached": [reached] * 3,
+            "cells": [*cells, f"{seconds:.2f}", f"{share:.2f} %", f"{reached:.0f} %"],
+        }
 
     def _n_changed(self, delta: Attachment) -> int:
         """Return how many parameters the delta touches; low-rank changes touch all of theirs."""
@@ -166,6 +127,11 @@ class Bench:
                 whole = change.kind in ("low_rank", "dense")
                 count += self.lm.parameter(name).numel() if whole else change.values().numel()
         return count
+
+
+def _percents(estimate: CaseMean) -> list[float]:
+    value, interval = estimate.value or 0.0, estimate.interval
+    return [100 * x for x in (value, *((interval.low, interval.high) if interval else (value, value)))]
 
 
 def varied(settings: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -185,13 +151,11 @@ def run(args: argparse.Namespace) -> None:
     print("|" + "---|" * len(HEAD))
     print_row("unedited", *percents(bench.pre.summary(), "pre", METRICS.values()).values(), "", "", "")
 
-    def show(name: str, settings: dict[str, Any], outcome: Outcome) -> None:
-        label = ", ".join([name, *(f"{k}={v}" for k, v in settings.items())])
-        print_row(label, *outcome.cells())
+    def show(name: str, settings: dict[str, Any], row: dict[str, Any]) -> None:
+        print_row(", ".join([name, *(f"{k}={v}" for k, v in settings.items())]), *row.pop("cells"))
         if args.out:
-            row = {**about, "method": name, "settings": settings, **outcome.record()}
             with args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps({**about, "method": name, "settings": settings, **row}) + "\n")
 
     for name, settings in itertools.product(args.methods, varied(args.vary)):
         for control in ({}, {"score": "random"}) if args.random and name in ("kne", "ctp") else ({},):
@@ -202,9 +166,9 @@ def run(args: argparse.Namespace) -> None:
                 method = replace(method, reuse=True, locate_limit=len(facts))
                 for n in args.located:
                     state = method.locate(lm, facts[:n], seed=args.seed)
-                    show(name, {**shown, "facts": n}, bench.outcome(method, state))
+                    show(name, {**shown, "facts": n}, bench.row(method, state))
             else:
-                show(name, shown, bench.outcome(method))
+                show(name, shown, bench.row(method))
 
 
 def plot(args: argparse.Namespace) -> None:
