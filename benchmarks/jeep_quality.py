@@ -41,8 +41,7 @@ SHOWN = (*METRICS, ("GS", "gen.em"))
 def measure(
     lm: LM, cases: list[Case], pre: Evaluation, contexts: Contexts, moments: Moments, method: Jeep
 ) -> tuple[list[str | None], Delta, Evaluation]:
-    """Return one row's cells (Score, ES, GS, LS, generated match on paraphrases, reached, seconds per edit), and
-    more."""
+    """Return one row's cells (Score, ES, GS, LS, generated on paraphrases, reached, seconds per edit), and more."""
     edits = [case.edits[0] for case in cases]
     for kind in ("down_proj", "o_proj") if method.high_module == "attn" else ("down_proj",):
         moments.prepare(lm, [lm.site(layer, kind) for layer in (*method.low, *method.high)])

@@ -40,8 +40,7 @@ from retcon.methods.jeep import Jeep
 
 
 def settings(layers: Sequence[int], steps: int) -> Jeep:
-    """Return JEEP on a shape's layers, which takes every step: those in a row are the low group, those after the gap
-    the high one."""
+    """Return JEEP on a shape's layers, taking every step: those in a row are the low group, after the gap the high."""
     gap = next((i for i in range(1, len(layers)) if layers[i] > layers[i - 1] + 1), len(layers) - 1)
     low, high = tuple(layers[:gap]), tuple(layers[gap:])
     return Jeep(low=low, high=high, steps=steps, stop="loss", threshold=0.0)

@@ -104,8 +104,7 @@ def counted(lm: LM, sites: Sequence[Site], rows: Sequence[Row]) -> tuple[float, 
 
 
 def check_count(lm: LM, sites: Sequence[Site], row: Row) -> None:
-    """Compare the forward's count against torch's own counter, which may know nothing of a fused attention, for one
-    row."""
+    """Compare the forward's count with torch's own counter, which may not know a fused attention, for one row."""
     highest = max(s.layer for s in sites)
     with FlopCounterMode(display=False) as counter, lm.frozen_eval(), torch.no_grad():
         run(lm, pad([row], lm.device), {Point(highest, "key"): lambda _: None})

@@ -65,8 +65,7 @@ def processor(pid: int) -> float:
 
 
 def edit(browser: Any, address: str, pid: int, fact: str) -> tuple[float, float]:
-    """Return the seconds from the click on Edit until the fact is in force: of the clock and of the server's
-    processor."""
+    """Return the seconds from the click on Edit until the fact is in force: of the clock and of the processor."""
     page = browser.new_page()
     page.goto(address)
     page.get_by_label("One fact per line").fill(fact)

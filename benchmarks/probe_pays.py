@@ -55,8 +55,7 @@ def windows(n_layers: int, width: int) -> list[tuple[int, ...]]:
 
 
 def sweep(lm: LM, args: argparse.Namespace, advice: Advice, rows: list[dict[str, Any]], out: Path) -> bool:
-    """Make one row per position and setting of the other group, appended to `rows` and to the file; return whether
-    all are done."""
+    """Append a row per position and setting of the other group to `rows` and the file; return whether all are done."""
     rule = Rule()
     cases = cases_of(args.data, args.start, args.edits, args.seed)
     edits = [case.edits[0] for case in cases]

@@ -64,8 +64,7 @@ def seconds_an_edit(
 
 @contextlib.contextmanager
 def _importing(checkout: Path) -> Iterator[None]:
-    """Import from the checkout: inside, modules are found in the checkout, and from there; afterwards they are
-    forgotten."""
+    """Import from the checkout; what was imported from there is forgotten afterwards."""
     before = set(sys.modules)
     sys.path.insert(0, str(checkout))
     try:

@@ -16,8 +16,7 @@ from recipes.statements import Statement
 ROW_TOKENS, ROWS_PER_STEP = 96, 24
 PEAK_RATE, FINAL_SHARE, WARM_UP_SHARE, WEIGHT_DECAY = 2e-3, 0.02, 0.03, 0.1
 BALANCE_RATE = 1e-3
-"""How far a router's bias for an expert moves after each step, towards an even load (Wang et al. 2024,
-arXiv:2408.15664)."""
+"""How far a router's bias for an expert moves after a step, towards an even load (Wang et al., arXiv:2408.15664)."""
 ANSWER_MARGIN = 2
 """Tokens generated beyond the answer, so that an answer that goes on is seen to be wrong."""
 

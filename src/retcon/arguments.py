@@ -28,8 +28,7 @@ def check_choice(value: Any, known: Any, what: str) -> None:
 
 
 def list_of_some(given: Iterable[_Item], what: str) -> list[_Item]:
-    """Return what is given as a list, or raise InvalidSetting where that is nothing; `what` is wanted, for the
-    message."""
+    """Return what is given as a list, or raise InvalidSetting where it is none; `what` is wanted, for the message."""
     if found := list(given):
         return found
     raise InvalidSetting(f"no {what} were given; at least one is wanted")

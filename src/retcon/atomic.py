@@ -201,8 +201,7 @@ LONGEST_WRITE = 86_400.0
 
 
 def writer_mark() -> str:
-    """Return what the name of a temporary file or folder says of its writer: machine, process, and something of its
-    own."""
+    """Return what a temporary name says of its writer: machine, process, and something of its own."""
     return f"{_machine()}.{os.getpid()}-{secrets.token_hex(8)}"
 
 

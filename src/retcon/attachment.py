@@ -72,8 +72,7 @@ class EditReport:
     detail: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Method-specific figures, such as the loss terms at the end."""
     final_probability: float | None = None
-    """Geometric-mean probability of the target per token on the bare prompt, the delta in the weights; None where it
-    was not measured."""
+    """Geometric-mean probability of the target per token on the bare prompt, with the delta; None: not measured."""
     greedy_match: bool | None = None
     """Whether every target token is then the model's first choice."""
 

@@ -76,8 +76,7 @@ class Audit:
     absent: Mapping[str, float]
     """Norm of what the known deltas change in parameters that do not differ, by parameter: they are not in there."""
     left_out: Mapping[str, str]
-    """Parameters that differ and that no delta can hold, such as embeddings that are the head too, and buffers, with
-    the reason."""
+    """Parameters and buffers that differ and that no delta can hold, such as tied embeddings, with the reason."""
     settings: Mapping[str, tuple[Any, Any]]
     """Settings of the configs that differ and enter a forward pass: the base's value and the other's."""
 

@@ -224,6 +224,5 @@ def from_bytes(data: bytes) -> "Tensor":
 
 
 def through_json(values: Any) -> Any:
-    """Return values as a JSON file gives them back, so that those in memory equal those that were read; what JSON lacks
-    is a text."""
+    """Return values as a JSON file gives them back, so that they equal those read; what JSON lacks is a text."""
     return json.loads(json.dumps(values, default=str))

@@ -303,8 +303,7 @@ class Delta:
         return {name: _norm(changes) for name, changes in self.changes.items()}
 
     def ranks(self) -> dict[str, int | None]:
-        """Return an upper bound of the change's rank, per parameter; None for vectors and for scattered or dense
-        changes."""
+        """Return an upper bound of the change's rank, per parameter; None: a vector, a scattered or a dense change."""
         return {name: _rank_bound(changes) for name, changes in self.changes.items()}
 
     # --- what attachments of other kinds do beside the weights; a delta does nothing there ------------------------

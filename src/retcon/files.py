@@ -215,8 +215,7 @@ def short_name(name: str) -> str:
 
 
 def cache_dir() -> Path:
-    """Return where moments and fingerprints are kept: `$RETCON_CACHE`, else `$XDG_CACHE_HOME/retcon` or
-    `~/.cache/retcon`."""
+    """Return where moments and fingerprints are kept: $RETCON_CACHE, $XDG_CACHE_HOME/retcon or ~/.cache/retcon."""
     if own := os.environ.get("RETCON_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retcon"

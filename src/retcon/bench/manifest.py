@@ -93,8 +93,7 @@ def is_ours(report: LoadReport) -> bool:
 
 
 def _own_code(cell: Cell, method: Any, metrics: Sequence[str]) -> dict[str, str]:
-    """Return the hash of the files that code of the user's own is written in, by its name; what is in no file is left
-    out."""
+    """Return the hash of the files that the user's own code is in, by its name; what is in no file is left out."""
     names = [cell.method.name, *([method.base_method] if hasattr(method, "base_method") else [])]
     found = {name: code_hash(method_class(name)) for name in names}
     found |= {name: code_hash(own_metric(name)) for name in metrics}
@@ -239,8 +238,7 @@ def _commit() -> str | None:
 
 
 def command_line() -> str:
-    """Return what was typed, by the program's name; absolute paths are relative, or their last part where that leads
-    out."""
+    """Return what was typed, by the program's name; absolute paths are relative, or their last part."""
     return " ".join([Path(sys.argv[0]).name, *map(_from_here, sys.argv[1:])])
 
 

@@ -136,8 +136,7 @@ def _independent(run: RunContext, chunks: Sequence[Sequence[Case]], units: Units
 def _sequence(
     run: RunContext, chunks: Sequence[Sequence[Case]], units: Units, protocol: Protocol, size: int
 ) -> Iterator[Unit]:
-    """Take the steps on one model; a step's delta is kept before anything is measured, and rebuilt from its file on
-    resuming."""
+    """Take the steps on one model; a step's delta is kept before anything is measured, and read again on resuming."""
     lm, state = run.lm, None
     keys = [units.key(step, [case.id for case in chunk]) for step, chunk in enumerate(chunks)]
     last_key = units.key(len(chunks), ["final"])

@@ -456,8 +456,7 @@ class RunEstimate:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run: each case is edited once, measured before and after, and once more after its own step in a
-        sequence."""
+        """Of the run: each case is edited once, measured before and after, in a sequence after its own step too."""
         looks = 2 if self.cell.protocol.restores else 3 + len(self.cell.protocol.checkpoints)
         return self.n_cases * (self.seconds_edit + looks * self.seconds_measure)
 

@@ -203,8 +203,7 @@ def _check_options(
 
 
 def _load(model: str, store: "Store | None", earlier: list[Path], other_base: bool) -> "LM":
-    """Return the model with the deltas that the edit comes on top of, which are read first: a store's, or those
-    named."""
+    """Return the model with the deltas that the edit comes on top of, read first: a store's, or those named."""
     before = load_deltas(earlier) if store is None else store.deltas()
     lm = load_model(model)
     if store is not None:

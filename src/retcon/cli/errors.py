@@ -44,8 +44,7 @@ def _failed(message: str, code: int) -> typer.Exit:
 
 
 def _shown_once(others: Callable[..., None]) -> Callable[..., None]:
-    """Return a `warnings.showwarning` that prints each of our warnings once, as one line, and leaves the rest to
-    `others`."""
+    """Return a `showwarning` that prints each of our warnings once, in one line, and leaves the rest to `others`."""
     seen: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:

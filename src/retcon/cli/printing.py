@@ -103,8 +103,7 @@ def program() -> str:
 
 
 def _from_here(path: Path) -> str:
-    """Return the path as it is typed in the current directory; links, such as a virtual environment's, are not
-    followed."""
+    """Return the path as it is typed in the current directory; links (of a virtual environment) are not followed."""
     whole = path.absolute()
     return f".{os.sep}{whole.relative_to(Path.cwd())}" if whole.is_relative_to(Path.cwd()) else str(whole)
 

@@ -67,8 +67,7 @@ def edits_preview(edits: Sequence[Edit]) -> Group:
 
 
 def edits_table(delta: "Attachment", edits: Sequence[Edit]) -> Group:
-    """Return how far each edit got in the search of its values and in the weights; of many, those that got least
-    far."""
+    """Return how far each edit got in its search and in the weights; of many, those that got least far."""
     by_id = {e.id: e for e in edits}
     reports = [r for r in delta.report if r.id in by_id]
     if len(reports) > N_SHOWN:

@@ -67,8 +67,7 @@ class Process:
 
 
 class Processes:
-    """N processes; each loads the model once, and keeps it as long as it stays the same. A lost process's piece is
-    worked on again."""
+    """N processes; each loads the model once. A lost process's piece is worked on again."""
 
     def __init__(self, n: int) -> None:
         self.n = n

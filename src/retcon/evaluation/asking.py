@@ -126,8 +126,7 @@ def _score_and_write(
 def _written_groups(
     plan: QueryPlan, measures: Measures
 ) -> dict[Writing, dict[tuple[str, int | None], list[TokenizedQuery]]]:
-    """Return which queries the model shall answer in its own words, by how, and by prompt and length; each is written
-    once."""
+    """Return the queries that the model answers in its own words, by how, prompt and length; each is written once."""
     groups: dict[Writing, dict[tuple[str, int | None], list[TokenizedQuery]]] = {}
     for q in plan.queries:
         if (how := q.writing(measures)) is not None:

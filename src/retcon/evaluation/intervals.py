@@ -83,8 +83,7 @@ def ci_wilson(share: float, n: int) -> Interval | None:
 
 
 def ci_seed(values: Sequence[float]) -> Interval | None:
-    """Return mean ± t s / sqrt(k) over the values of k runs, t with k - 1 degrees of freedom; None for fewer than two
-    runs."""
+    """Return mean ± t s / sqrt(k) over the values of k runs, t with k - 1 degrees of freedom; None for one run."""
     k = len(values)
     if k < 2:
         return None

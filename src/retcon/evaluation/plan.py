@@ -151,8 +151,7 @@ class TokenizedQuery:
         return bool(self.rows) or not (self.query.target or self.overlong)
 
     def writing(self, measures: Measures) -> Writing | None:
-        """Return how the model shall write its answer here, in the query's chat if it has one; None where it shall
-        not."""
+        """Return how the model shall write its answer here, in the query's chat if it has one; None: not at all."""
         how = self._writing(measures)
         return how if how is None or self.query.chat is None else replace(how, chat=self.query.chat)
 

@@ -69,8 +69,7 @@ def passed(record: Record) -> bool | None:
 def whole_model_record(
     when: When, metric: str, variant: str, value: float | None, n: int, step: int, detail: str | None = None
 ) -> Record:
-    """Return the record of a number that belongs to no case; one that is NaN or infinite is an error, None is one that
-    was left out."""
+    """Return the record of a number that belongs to no case; NaN and infinity are errors, None was left out."""
     finite = value is None or math.isfinite(value)
     return Record(
         when=when,

@@ -328,8 +328,7 @@ def _worst(part: Part, plan: QueryPlan, records: Iterable[Record]) -> list[Query
 
 
 def _findings(lm: LM, plan: QueryPlan, pre: Evaluation, post: Evaluation) -> list[Finding]:
-    """Return every prompt with an answer. Neighbours show the tokens that are chosen; other texts are still to be
-    written."""
+    """Return every prompt with an answer: neighbours with the tokens chosen, other texts still to be written."""
     values = {
         (when, r.case_id, r.query_id): right
         for when, found in (("pre", pre), ("final", post))
@@ -400,6 +399,5 @@ def _sentence(answer: Answer) -> str:
 
 
 def _least(threshold: float) -> int:
-    """Return how many subjects it takes for the lower bound to reach a threshold where all pass: z^2 t / (1 - t),
-    rounded up."""
+    """Return how many subjects must all pass for the lower bound to reach a threshold: z^2 t / (1 - t), rounded up."""
     return math.ceil(1.959964**2 * threshold / (1 - threshold)) if threshold < 1 else 0

@@ -35,8 +35,7 @@ _NO_SHARES = (*_UNSCALED, "cf.magnitude", "flu.", "cons.")
 
 
 def scale(variant: str) -> int:
-    """Return what values of a variant are multiplied by where people read them: 100, or 1 for nats, tokens and
-    seconds."""
+    """Return what a variant's values are multiplied by for reading: 100, or 1 for nats, tokens and seconds."""
     return 1 if variant.startswith(_UNSCALED) else 100
 
 
@@ -54,8 +53,7 @@ class CaseMean:
     """Queries whose two answers were exactly as probable (they count as failures)."""
 
     def percent(self, times: int = 100) -> str:
-        """Return the value times 100 with its interval: `89.7 ± 4.4`, or `94.6 [92.5, 96.4]` where it is not
-        symmetric."""
+        """Return the value times 100 with its interval: `89.7 ± 4.4`, or `94.6 [92.5, 96.4]` if lopsided."""
         if self.value is None:
             return "-"
         text, interval = f"{times * self.value:.1f}", self.interval
@@ -279,8 +277,7 @@ _ORDER = ("Score", "ES", "GS", "LS", "Portability", "EA", "PA", "NA", "EM", "PM"
 
 
 def _rank(line: Line, family: ScoreFamily) -> tuple[bool, int]:
-    """Return the score and the family's own variants first, then by metric; a stable sort keeps variants as they
-    come."""
+    """Return the score and the family's own variants first, then by metric; variants stay as they come."""
     name = line.metric.partition(".")[0]
     place = _ORDER.index(name) if name in _ORDER else len(_ORDER)
     return line.metric != "Score" and line.variant != main_variant(family, line.metric), place

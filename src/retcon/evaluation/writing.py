@@ -23,7 +23,6 @@ PRESETS = {
 def write_answers(
     lm: LM, prompts: Sequence[tuple[str, Chat | None]], stops: Sequence[str] = ("\n",), max_new_tokens: int = 12
 ) -> list[str]:
-    """Return the first words that a model writes after prompts, each in its chat or none; newlines at their start are
-    skipped."""
+    """Return the first words that a model writes after prompts, each in its chat or none; newlines do not count."""
     how = Writing(max_new_tokens=max_new_tokens, stops=list_of_texts(stops, "stops"), skip_newlines=True)
     return texts_after(lm, prompts, how)

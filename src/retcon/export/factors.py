@@ -99,8 +99,7 @@ def _factored(name: str, changes: Sequence[Change], shape: torch.Size, rank: int
 
 
 def _exact(change: Change, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
-    """Return the factors that the change's own form gives, over the whole parameter; None for scattered and dense
-    ones."""
+    """Return the factors that the change's own form gives, over the whole parameter; None: it has none."""
     rows, columns = (int(n) for n in change.part_of(torch.empty(shape, device="meta")).shape)
     if isinstance(change, LowRank):
         left, right = change.left.cpu(), change.right.cpu()

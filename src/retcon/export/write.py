@@ -416,8 +416,7 @@ def _listed(place: Path) -> frozenset[str]:
 
 
 def _of_a_checkpoint(name: Path, path: Path, listed: Collection[str]) -> bool:
-    """Return whether a file below a checkpoint's folder is one that checkpoints, adapters and our exports consist
-    of."""
+    """Return whether a file of a checkpoint's folder is one that checkpoints, adapters and our exports consist of."""
     if path.is_dir() and not path.is_symlink():
         return name.parts[0] in _FOLDERS
     known = name.name in listed or bool(_PAPERS.fullmatch(name.name)) or _fits(name.name, (*_FILES, *_PARTS))

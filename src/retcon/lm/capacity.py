@@ -16,8 +16,7 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """Return the memory that can still be had on a device: the allocator's reserve counts as free, a container's limit
-    holds."""
+    """Return the memory left on a device: the allocator's reserve counts as free, a container's limit holds."""
     device = torch.device(device)
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

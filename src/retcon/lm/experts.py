@@ -115,8 +115,7 @@ def _changed_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _difference(
     module: Any, expert: int, states: Tensor, weight: Tensor, tokens: Tokens, changes: Sequence[ExpertChange]
 ) -> Tensor:
-    """Return what an expert puts out with the changes, less what it puts out without, for the tokens it is asked
-    for."""
+    """Return what an expert puts out with the changes, less what it does without, for the tokens it gets."""
     wide = torch.promote_types(states.dtype, torch.float32)
     product, bias = _inner(module, expert, states)
     before, inner = product + bias, product.to(wide)

@@ -176,8 +176,7 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """Return the config as far as it differs from its class's defaults: a later transformers adds fields with
-    defaults."""
+    """Return the config where it differs from its class's defaults, to which a later transformers adds."""
     try:
         default = type(config)().to_dict()
     except (TypeError, ValueError):  # a class that needs arguments

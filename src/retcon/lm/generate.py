@@ -42,8 +42,7 @@ class Writing:
     temperature: float = 1.0
     """Divides the logits that are drawn by; only with `sample_top_k`."""
     top_p: float = 1.0
-    """Of those k, draw from the likeliest that together have this share of the probability; only with
-    `sample_top_k`."""
+    """Of those k, draw from the likeliest that have this share of the probability; only with `sample_top_k`."""
     total_tokens: int | None = None
     """Prompt and continuation together at most (ROME's fluency); overrides `max_new_tokens`."""
     chat: Chat | None = None

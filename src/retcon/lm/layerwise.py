@@ -139,8 +139,7 @@ class LayerwiseReader:
         return add
 
     def _past(self, deepest: int, keep: int) -> list[tuple[Tensor, Tensor]]:
-        """Return the attention keys and values of the common beginnings, per block from the one reached to
-        `deepest`."""
+        """Return the attention keys and values of common beginnings, per block from the one reached to `deepest`."""
         if not int(self.ends.max()):
             return []
         frozen = self._entering(self.beginnings)

@@ -260,8 +260,7 @@ class Ledger:
         return copy
 
     def nbytes(self) -> int:
-        """Return the bytes held for undoing: base values, running sums and, of packed matrices, the floats in their
-        place."""
+        """Return the bytes held for undoing: base values, running sums, and floats in place of packed matrices."""
         floats = sum(self._packed[name].weight().nbytes for name in self._records if name in self._packed)
         return floats + sum(t.numel() * t.element_size() for r in self._records.values() for t in (r.base, r.total))
 
@@ -335,8 +334,7 @@ class Ledger:
             matrix.bring(held=record is not None, shown=record is not None and record.shown != ())
 
     def _differs(self, name: str, deltas: Sequence[Attachment], hidden: bool) -> bool:
-        """Return whether a parameter shows something else than the base plus these deltas, or has a record for
-        nothing."""
+        """Return whether a parameter is not the base plus these deltas, or has a record for nothing."""
         record, ids = self._records.get(name), tuple(delta.id for delta in deltas)
         if record is None:
             return bool(ids) and not hidden

@@ -263,8 +263,7 @@ def checkpoint_files(place: str, revision: str | None = None) -> list[Path]:
 
 
 def _weights(folder: Path, *names: str) -> list[Path]:
-    """Return the files of weights that the first of these names that is there stands for: itself, or those that it is
-    the index of."""
+    """Return the weights' files by the first of these names that is there: itself, or those it is the index of."""
     first = next((folder / name for name in names if (folder / name).is_file()), None)
     if first is None or first.suffix != ".json":
         return [first] if first is not None else []

@@ -492,8 +492,7 @@ class LM:
         return Edited(self, deltas, other_base)
 
     def scope(self) -> Scope:
-        """Return a stretch of work on the model: this thread's turn; scopes that begin inside it end with it at the
-        latest."""
+        """Return a stretch of work on the model: this thread's turn; scopes that begin in it end with it."""
         return Scope(self)
 
     def without_deltas(self) -> WithoutDeltas:

@@ -77,8 +77,7 @@ def _on(storage: torch.UntypedStorage, device: torch.device) -> torch.UntypedSto
 
 
 def _mapped(n_bytes: int) -> torch.UntypedStorage:
-    """Return memory that is a file without a name, in the cache, or where that cannot be written among temporary
-    files."""
+    """Return memory that is a file without a name, in the cache, or if need be among temporary files."""
     for folder in (cache_dir(), Path(tempfile.gettempdir())):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -128,8 +128,7 @@ class _Product(torch.autograd.Function):
 
 @cache
 def _multiplying(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the quantiser's class with `_Product` as its forward pass; everything else, saving above all, is the
-    class's."""
+    """Return the quantiser's class with `_Product` as its forward pass; all else, saving above all, is its own."""
 
     def forward(self: Any, x: Tensor) -> Any:
         return _Product.apply(x, self.bias, self.__dict__[_OWN])

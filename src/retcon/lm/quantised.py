@@ -170,8 +170,7 @@ def shown_unquantised(model: Any, packing: str) -> Iterator[None]:
 
 
 def _is_of_the_architecture(conversion: Any) -> bool:
-    """Return whether a step of reading weights only renames, splits or joins tensors; a quantiser's own steps pack
-    them."""
+    """Return whether a step of reading weights only renames, splits or joins tensors, and packs none."""
     operations = getattr(conversion, "operations", ())
     return all(type(operation).__module__ == "transformers.core_model_loading" for operation in operations)
 

@@ -182,8 +182,7 @@ def plain_modes() -> Iterator[None]:
 
 
 class FrozenEval(Scope):
-    """Eval mode, frozen parameters and plain modes while the scope lasts; the outermost one remembers how the model
-    was."""
+    """Eval mode, frozen parameters and plain modes for a while; the outermost remembers how the model was."""
 
     made_by = "frozen_eval"
 

@@ -80,13 +80,11 @@ class Site:
         return self._parameter if self.expert is None else self._parameter[self.expert]
 
     def in_parameter(self, change: Change) -> Change:
-        """Return the change of a stored matrix as one of the parameter that holds it: of experts, one matrix of
-        several."""
+        """Return the change of a stored matrix as one of the parameter that holds it, as with experts."""
         return change if self.expert is None else replace(change, region=Region(0, self.expert, self.expert + 1))
 
     def stored(self, left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"]) -> Change:
-        """Return the update left @ right (math orientation) as a change in stored orientation, in its smaller exact
-        form."""
+        """Return the update left @ right (math orientation) as a change in stored orientation, the smaller form."""
         if self.rows is None:
             return self.in_parameter(smallest(right.T, left.T) if self.transposed else smallest(left, right))
         if self.expert is not None:  # its region is the expert's matrix already
@@ -111,8 +109,7 @@ class Site:
         return self.in_parameter(Rows(index=self.outputs(index), rows=values))
 
     def stored_columns(self, index: Int[Tensor, " n"], values: Float[Tensor, "out n"]) -> Change:
-        """Return values added to columns (input units) of the math-oriented matrix, as a change in stored
-        orientation."""
+        """Return values added to columns (input units) of the math-oriented matrix, as a stored change."""
         region = None
         if self.rows is not None:
             first, last = int(self.rows[0]), int(self.rows[-1]) + 1

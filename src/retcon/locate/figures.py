@@ -40,8 +40,7 @@ LEAST_DRAWN = 1e-12
 
 
 def contrast_figure(contrast: Contrast, advice: Advice | None = None) -> "Figure":
-    """Draw probability and rank of the original and the target answer over layers (JEEP, figure 2), for every
-    reading."""
+    """Draw probability and rank of both answers over layers (JEEP, figure 2), for every reading."""
     columns = [(final_norm, where) for final_norm in contrast.norms for where in contrast.positions]
     made, axes = figure(2, len(columns), 2.9 * len(columns), 4.4, sharex=True)
     for i, (final_norm, where) in enumerate(columns):
@@ -60,8 +59,7 @@ def contrast_figure(contrast: Contrast, advice: Advice | None = None) -> "Figure
 
 
 def sets_figure(contrast: Contrast) -> "Figure":
-    """Draw probability per token, and rank, of the word sets at the prediction position over layers (JEEP, figure
-    5)."""
+    """Draw probability per token, and rank, of word sets at the prediction position (JEEP, figure 5)."""
     where: Where = "prediction"
     shown = [of for of in STYLES if of in contrast.sets and of != "target"]
     made, axes = figure(2, len(contrast.norms), 3.8 * len(contrast.norms), 5.2, sharex=True, sharey="row")
@@ -150,8 +148,7 @@ def advice_figure(advice: Advice) -> "Figure":
 
 
 def trace_figure(trace: Trace, window: int) -> "Figure":
-    """Return one prompt's heat maps: probability of the answer with a state restored, darkest where that brings back
-    most."""
+    """Return one prompt's heat maps: the answer's probability with a state restored, darkest where highest."""
     labels = [repr(t)[1:-1] + ("*" if i in trace.subject else "") for i, t in enumerate(trace.tokens)]
     tables = {kind: scores.tolist() for kind, scores in trace.scores.items()}
     return _heat_maps(tables, labels, window, trace.low, trace.high, f"p({trace.answer.strip()})")

@@ -136,8 +136,7 @@ def slots_of(lm: LM, key_matrix: KeyMatrix = "up", *, routed: bool = False) -> l
 def node_scores(
     g: Float[Tensor, "d nodes"], score: Score, weight: Float[Tensor, "d nodes"] | None = None
 ) -> Float[Tensor, " nodes"]:
-    """Return the scores of nodes from a gradient, one column per node; see `Score`. `weight` is needed by
-    `grad_x_weight` only."""
+    """Return the scores of nodes from a gradient, one column per node; only `grad_x_weight` needs `weight`."""
     if score == "z_abs":
         std = g.std(1, keepdim=True)  # unbiased, as torch.std
         centred = g - g.mean(1, keepdim=True)
@@ -303,8 +302,7 @@ def _fitting(slots: Sequence[Slot], max_bytes: int) -> list[list[Slot]]:
 
 
 def rank_aligned(scores: Sequence[Float[Tensor, " nodes"]], n: int, *, lowest: bool = False) -> Paths:
-    """Return n node-disjoint paths: path r takes the r-th ranked node of every slot; the first is the best of all
-    paths."""
+    """Return n node-disjoint paths: path r takes the r-th ranked node of every slot; the first is the best of all."""
     ranked = [_ranked(s, n, lowest) for s in scores]
     nodes = [tuple(int(order[r]) for order, _ in ranked) for r in range(n)]
     return Paths(tuple(nodes), tuple(sum(float(values[r]) for _, values in ranked) for r in range(n)))

@@ -54,8 +54,7 @@ def overlap_figure(same: Sequence[float], different: Sequence[float], by_chance:
 
 
 def paths_figure(found: Transmission, score: str) -> "Figure":
-    """Draw the scores of the nodes that T+ takes in each layer, key and value nodes, above the mean of all (CTP, figure
-    4)."""
+    """Draw the scores of T+'s nodes in each layer, key and value nodes, above the mean of all (CTP, figure 4)."""
     kinds = list(dict.fromkeys(slot.site.kind for slot in found.slots))
     made, axes = figure(len(kinds), 1, 6.0, 2.3 * len(kinds), sharex=True)
     for axis, kind in zip(axes[:, 0], kinds, strict=True):

@@ -42,8 +42,7 @@ def words_of(text: str) -> list[str]:
 
 
 def default_stopwords() -> frozenset[str]:
-    """Return our own English list: articles, pronouns, auxiliaries, conjunctions, prepositions, particles,
-    punctuation."""
+    """Return our own English list: articles, pronouns, auxiliaries, conjunctions, prepositions, particles, signs."""
     return frozenset((files("retcon.locate") / "stopwords.txt").read_text(encoding="utf-8").split())
 
 

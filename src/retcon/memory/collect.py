@@ -407,8 +407,7 @@ def _warn_of_few(n_routed: Mapping[Site, int]) -> None:
 
 
 def _budget(lm: LM, rows: Sequence[Row]) -> int:
-    """Return the padded tokens of one forward pass: what half of the planned memory holds, up to the device's
-    maximum."""
+    """Return the padded tokens of one forward pass: what half of the planned memory holds, up to a maximum."""
     d_model, d_ff = lm.d_model, lm.d_ff
     longest = max(len(r.ids) for r in rows)
     per_token = lm.dtype.itemsize * (12 * d_model + 6 * d_ff) + 12 * lm.config.num_attention_heads * longest

@@ -86,8 +86,7 @@ class Moments(Protocol):
     """Where methods get second moments from."""
 
     def prepare(self, lm: LM, sites: Sequence[Site]) -> None:
-        """Make sure that the moments of these sites can be had; missing ones are collected, those of one width in one
-        pass."""
+        """Make sure that the moments of these sites can be had; missing ones of one width take one pass."""
 
     def second_moment(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
         """Return C, the mean of k k^T over tokens of the corpus (activation squared): float32 or float64 on the CPU,

@@ -79,8 +79,7 @@ def ridge_small(
     factor: Build | None = None,
     device: torch.device = CPU,
 ) -> Float[Tensor, "n m"]:
-    """Solve `ridge` by an (n x n) system beside the factor of C: Y = C^-1 K, X^T = (lambda I + K^T Y)^-1 Y^T
-    (Woodbury)."""
+    """Solve `ridge` by an (n x n) system and C's factor: Y = C^-1 K, X^T = (lambda I + K^T Y)^-1 Y^T (Woodbury)."""
     there = k.to(float64_device(device, len(k)))
     y = whitened(there, moment, factor=factor, device=device)
     inner = there.T @ y
@@ -236,8 +235,7 @@ def cholesky(c: Float[Tensor, "m m"], device: torch.device = CPU) -> tuple[Float
 
 
 def definite(c: Float[Tensor, "m m"], jitter: float | None = None, device: torch.device = CPU) -> Float[Tensor, "m m"]:
-    """Return C itself where it has a Cholesky factor, else in float64 with the jitter of `cholesky` (or the one
-    given)."""
+    """Return C itself where it has a Cholesky factor, else in float64 with `cholesky`'s jitter (or the one given)."""
     j = cholesky(c, device)[1] if jitter is None else jitter
     if j == 0:
         return c

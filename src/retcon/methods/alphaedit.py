@@ -88,8 +88,7 @@ class AlphaEdit(BatchSettings):
         progress: Progress | None = None,
         update_filter: UpdateFilter | None = None,
     ) -> Delta:
-        """Return the change that writes `edits` as one batch; the model is untouched. Its state holds all keys so
-        far."""
+        """Return the change that writes `edits` as one batch; the model is untouched. The state: all keys so far."""
         earlier = earlier_keys(state, lm, sites_of(self.name, lm, self.layers))
         ranks: dict[str, int] = {}
 

@@ -65,8 +65,7 @@ class Emmet(BatchSettings):
         progress: Progress | None = None,
         update_filter: UpdateFilter | None = None,
     ) -> Delta:
-        """Return the change that writes `edits` as one batch; the model is untouched. Nothing is kept between
-        batches."""
+        """Return the change that writes `edits` as one batch; the model is untouched, and nothing is kept."""
         a = self.stabiliser
         if a is None:
             a = 0.0 if len(edits) == 1 else 0.1

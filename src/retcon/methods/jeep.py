@@ -132,8 +132,7 @@ class Jeep(SearchSettings):
         progress: Progress | None = None,
         update_filter: UpdateFilter | None = None,
     ) -> Delta:
-        """Return the change that writes `edits` as one batch; the model is untouched. JEEP keeps no state between
-        batches."""
+        """Return the change that writes `edits` as one batch; the model is untouched, and nothing is kept."""
         arguments = ProposeArguments(contexts, moments, values, keep_values, seed, progress, update_filter)
         return self._for_model(lm)._proposed(lm, edits, arguments)
 

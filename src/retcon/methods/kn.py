@@ -129,8 +129,7 @@ class Kn(Method):
     def _rewrite(
         self, v: Float[Tensor, " d_model"], e_old: Float[Tensor, " d_model"], e_new: Float[Tensor, " d_model"]
     ) -> Float[Tensor, " d_model"]:
-        """Return what is added to a value vector: section 4.2's -lambda_1 e_old + lambda_2 e_new, in units of its
-        length."""
+        """Return what is added to a value vector: section 4.2's -lambda_1 e_old + lambda_2 e_new, in its length."""
         if self.scale == "norm":
             e_old, e_new = (e * (v.norm() / e.norm()) for e in (e_old, e_new))
         return self.add * e_new - self.subtract * e_old

@@ -187,8 +187,7 @@ class Kne(TuningSettings):
         return [s.abs() for s in found] if self.sign == "abs" else found
 
     def sites(self, lm: LM) -> list[Site]:
-        """Return the matrices, in order of layers; that order breaks ties. A block without such a matrix has none
-        here."""
+        """Return the matrices of the blocks that have them, in order of layers; that order breaks ties."""
         require_lm(lm)
         layers = range(lm.n_layers) if self.layers is None else self.layers
         of_mlp = {"down_proj", "up_proj", "gate_proj"} & set(self.modules)

@@ -72,8 +72,7 @@ class Memit(BatchSettings):
         progress: Progress | None = None,
         update_filter: UpdateFilter | None = None,
     ) -> Delta:
-        """Return the change that writes `edits` as one batch; the model is untouched. `state` is taken with
-        `cache_keys`."""
+        """Return the change that writes `edits` as one batch; the model is untouched. `cache_keys` takes `state`."""
         check_mlp(self.name, lm, self.layers, self.mlp)
         routed = self.mlp == "experts"
         sites = sites_of(self.name, lm, self.layers, routed=routed)

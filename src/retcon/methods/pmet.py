@@ -86,8 +86,7 @@ class Pmet(BatchSettings):
         progress: Progress | None = None,
         update_filter: UpdateFilter | None = None,
     ) -> Delta:
-        """Return the change that writes `edits` as one batch; the model is untouched. Nothing is kept between
-        batches."""
+        """Return the change that writes `edits` as one batch; the model is untouched, and nothing is kept."""
         tensor = target_tensor(self.name, lm, self.site)
         group = LayerGroup(self.layers, "subject_last", tensor, self.spread, weighted(self.moment_weight))
         arguments = ProposeArguments(contexts, moments, values, keep_values, seed, progress, update_filter)

@@ -161,8 +161,7 @@ class Contents:
         return found
 
     def diff(self, a: str, b: str | None = None) -> tuple[list[Line], list[Line], list[tuple[Line, Line]]]:
-        """Return the facts that came, that went, and that changed from the state after one entry to that after
-        another."""
+        """Return the facts that came, went and changed from the state after one entry to that after another."""
         held = self.lines_by_delta()
         before = {line.fact: line for line in self._facts(a, held)}
         after = {line.fact: line for line in self._facts(b, held)}
@@ -270,8 +269,7 @@ class Contents:
 
 @contextmanager
 def _other_parents_are_usual() -> Iterator[None]:
-    """Say nothing of a delta on other predecessors than it was proposed on: that is what a store is for, and `log` says
-    it."""
+    """Say nothing of a delta on other predecessors than it was proposed on: a store is for that, and `log` says it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OtherParents)
         yield

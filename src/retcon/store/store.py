@@ -118,8 +118,7 @@ class Store(Contents):
 
     @staticmethod
     def check_new(path: str | os.PathLike[str]) -> None:
-        """Raise InvalidSetting where there is a store, or something else, already. What a killed `init` leaves is
-        neither."""
+        """Raise InvalidSetting where there is a store, or something else, already; what a killed `init` left is not."""
         root = Path(path)
         if root.exists() and not (root.is_dir() and _begun(root)):
             what = "a store already" if (root / CONFIG).is_file() else "in use for something else"

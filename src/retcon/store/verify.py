@@ -106,8 +106,7 @@ class Verification:
         return {kind: found[kind] for kind in KINDS if kind in found}
 
     def junit(self) -> str:
-        """Return the checks as JUnit XML: a test case each, a failure where it counts, `skipped` where it never
-        passed."""
+        """Return the checks as JUnit XML: a test case each, a failure where it counts, `skipped` if it never passed."""
         failed = set(map(id, self.failed))
         cases = [
             TestCase(
@@ -270,8 +269,7 @@ def _blame(
     failing: Iterable[tuple[str, str]],
     born: Mapping[str, int],
 ) -> dict[tuple[str, str], Entry]:
-    """Return the entry in force that broke each failing check; those that did not pass when their fact was written are
-    left out."""
+    """Return the entry in force that broke each failing check, if it passed when its fact was written."""
     by_birth: dict[int, list[tuple[str, str]]] = {}
     for place in failing:
         by_birth.setdefault(born.get(place[0], -1), []).append(place)

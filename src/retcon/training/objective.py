@@ -64,8 +64,7 @@ def trained_rows(lm: LM, edits: Sequence[Edit], *, prefix: str = "", end: bool =
 
 
 def answer_nll(lm: LM, rows: Sequence[Row], labels: Sequence[Sequence[int]] | None = None) -> Float[Tensor, " n_rows"]:
-    """Return L_e of each row, the mean negative log-likelihood per answer token; `labels` replaces the answers' own
-    tokens."""
+    """Return L_e of each row, the mean negative log-likelihood per answer token; `labels` replaces the tokens."""
     found = gold(answer_log_probs(lm, rows), rows, labels)
     at = answer_places(rows)[0].to(found.device)
     counts = torch.tensor([len(row.target_ids) for row in rows], device=found.device)

@@ -40,8 +40,7 @@ class Part(Protocol):
         """Return its tensors, for an optimiser."""
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the module's output `y` (..., out) with the piece's contribution at the input `x` (..., in), out of
-        place."""
+        """Return the module's output `y` (..., out) with the piece's part at the input `x` (..., in), out of place."""
 
     def change(self) -> tuple[str, Change]:
         """Return parameter name and change, in stored orientation, detached and on the CPU."""
@@ -323,8 +322,7 @@ def attached(parts: Iterable[Part]) -> Iterator[None]:
 
 
 def changes(parts: Iterable[Part]) -> dict[str, list[Change]]:
-    """Return what the parts add to the weights, by parameter, in stored orientation; parts that add nothing are left
-    out."""
+    """Return what the parts add to the weights, by parameter, in stored orientation; what adds nothing is left out."""
     found: dict[str, list[Change]] = {}
     for part in parts:
         if not all(bool(tensor.detach().any()) for tensor in part.trained()):

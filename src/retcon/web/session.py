@@ -314,8 +314,7 @@ class Session:
     # --- the store -----------------------------------------------------------------------------------------------
 
     def rows(self, at: str | None = None) -> list[tuple[Entry, bool, int]]:
-        """Return the entries that brought facts, oldest first: whether they are in force after an entry, and how many
-        facts each brought."""
+        """Return the entries that brought facts, oldest first: whether in force after an entry, and how many facts."""
         slots, counts = self.store.state(at).slots, self.store.index.counts()
         return [
             (entry, any(slots.get(slot) is not None for slot in entry.sets), counts.get(entry.id, 0))
@@ -450,8 +449,7 @@ class Session:
 
 
 def _as_stored(lm: "LM") -> "LM":
-    """Return the model in the dtype of its checkpoint, which is what `retcon export` writes: on a CPU it works in
-    float32."""
+    """Return the model in its checkpoint's dtype, which `retcon export` writes: on a CPU it works in float32."""
     from retcon.lm.load import load
 
     if lm.source is None or lm.device.type != "cpu":

@@ -110,8 +110,7 @@ def load_world() -> World:
 def read_world(
     path: str | os.PathLike[str], held_out: Mapping[tuple[str, str], tuple[int, ...]] | None = None, *, seed: int = 0
 ) -> World:
-    """Read a world from a file of the form of `facts.json`; phrasings are drawn with `seed` where `held_out` is
-    None."""
+    """Read a world from a file of the form of `facts.json`; phrasings are drawn by `seed` if `held_out` is None."""
     record = json.loads(Path(path).read_bytes())
     relations = {r["id"]: Relation(r["id"], r["name"], tuple(r["phrasings"])) for r in record["relations"]}
     facts = tuple(Fact(*triple) for triple in record["facts"])

@@ -96,8 +96,7 @@ def _deciding(group: Group, records: Iterable[Record]) -> list[Record]:
 
 
 def _query(run: Run, case_id: str, query_id: str) -> dict[str, str]:
-    """Return a query as the benchmark kept it; benchmarks of older versions kept the prompts of written answers
-    only."""
+    """Return a query as the benchmark kept it; older versions kept the prompts of written answers only."""
     row = run.cases.get(case_id, {})
     for query in row.get("queries", ()):
         if query["query_id"] == query_id:

@@ -106,8 +106,7 @@ class Group:
 
 
 def groups_of(bench: Bench) -> list[Group]:
-    """Return groups in the order of the benchmark's runs; a seed counts once in each, however its protocol was
-    worded."""
+    """Return groups in the order of the runs; a seed counts once in each, however its protocol was worded."""
     gathered: dict[tuple[str, str, str, Protocol], dict[int, Run]] = {}
     for run in bench.runs:
         manifest = run.manifest

@@ -91,8 +91,7 @@ def trade_off(groups: Sequence[Group], places: Places) -> list[Picture]:
 
 
 def scaling(groups: Sequence[Group], places: Places) -> list[Picture]:
-    """Draw JEEP's Figures 4 and 6, CTP's 5 and 6: Score, ES, GS, LS against the number of edits or a setting, intervals
-    shaded."""
+    """Draw JEEP's Figures 4 and 6, CTP's 5 and 6: scores against the number of edits or a setting, intervals shaded."""
     pictures = []
     for curve in curves(groups):
         made, panels = _figure(9, 2.9, columns=4)

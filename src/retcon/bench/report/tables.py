@@ -100,8 +100,7 @@ def tables_of(groups: Sequence[Group]) -> list[Table]:
 
 
 def jeep(groups: Sequence[Group]) -> list[Table]:
-    """Return JEEP's Tables 2, 3 and 4: Method | Score | ES | GS | LS, `mean (half-width)`, one decimal, Score
-    without."""
+    """Return JEEP's Tables 2, 3 and 4: Method | Score | ES | GS | LS, `mean (half-width)`, one decimal."""
     tables = []
     for dataset in dict.fromkeys(g.dataset for g in groups if g.family in ("cf", "zsre")):
         own = [g for g in groups if g.dataset == dataset]
@@ -134,8 +133,7 @@ def jeep(groups: Sequence[Group]) -> list[Table]:
 
 
 def ctp(groups: Sequence[Group]) -> list[Table]:
-    """Return CTP's Tables 1 and 2: Editor | Efficacy, Locality, Generality, Score per dataset, two decimals, no
-    intervals."""
+    """Return CTP's Tables 1 and 2: Efficacy, Locality, Generality, Score per dataset, two decimals, no intervals."""
     fitting = [g for g in groups if g.number("LS", "ee.loc.argmax") and g.number("ES", *TOKENS)]
     datasets = list(dict.fromkeys(g.dataset for g in fitting))
     if not fitting:
@@ -253,8 +251,7 @@ def _variants(group: Group, metric: str) -> list[str]:
 
 
 def curve(groups: Sequence[Group]) -> list[Table]:
-    """Return JEEP's Figures 4 and 6, CTP's 5 and 6 as numbers: Score, ES, GS, LS against the number of edits or a
-    setting."""
+    """Return JEEP's Figures 4 and 6, CTP's 5 and 6 as numbers: scores against the number of edits or a setting."""
     tables = []
     for found in curves(groups):
         builder = _Builder((_capital(found.x), "Method", "Score", "ES", "GS", "LS"), text_columns=2)

@@ -95,8 +95,7 @@ class Format:
         return meant
 
     def nearness(self, found: Mapping[str, Any]) -> int:
-        """Return how well a file that it does not fit is explained by it: fields it has, less those it needs and
-        lacks."""
+        """Return how well it explains a file that it does not fit: fields it has, less those it needs and lacks."""
         return self.likeness(found) + 2 * len(self.misspelt(found)) - len(self.missing(found))
 
 

@@ -110,8 +110,7 @@ def without_partial_rivals(drafts: Sequence[Draft]) -> None:
 
 
 def embedded(options: Options) -> Loaded:
-    """Return cases of the embedded world, drawn by the seed; as many as there are, as of a file, where more are
-    wanted."""
+    """Return cases of the embedded world, drawn by the seed; as many as there are where more are wanted."""
     n_facts = len(world.load_world().facts)
     start = min(options.start, n_facts)
     limit = None if options.limit is None else min(options.limit, n_facts - start)

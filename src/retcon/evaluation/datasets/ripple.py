@@ -90,8 +90,7 @@ _PATTERNS = [
 
 
 def ripple(record: Mapping[str, Any], where: str, row: int) -> Draft:
-    """Read one row. Its own fact is the axis `rewrite`; tests are on `ripple.<axis>`, their conditions on
-    `ripple.condition`."""
+    """Read one row. Its own fact is on `rewrite`, tests on `ripple.<axis>`, their conditions on `ripple.condition`."""
     made = draft(record, where, row, "ripple")
     edit = require(record, "edit", dict, where)
     found = split_sentence(require(edit, "prompt", str, f"{where}, edit"))
@@ -120,8 +119,7 @@ def ripple(record: Mapping[str, Any], where: str, row: int) -> Draft:
 
 
 def split_sentence(sentence: str) -> tuple[str, str, str] | None:
-    """Return (template, subject, object) of an edit's sentence, by the wording of its relation; None where none
-    fits."""
+    """Return (template, subject, object) of an edit's sentence, by its relation's wording; None: none fits."""
     for wording, pattern in zip(_WORDINGS, _PATTERNS, strict=True):
         if found := pattern.match(sentence.strip()):
             return wording, found["subject"].strip(), found["object"].strip()
@@ -142,8 +140,7 @@ def _ask(
     queries: Any,
     where: str,
 ) -> list[str]:
-    """Return the ids of the queries, each asked once per axis; those without a usable answer are dropped and
-    counted."""
+    """Return the ids of the queries, each asked once per axis; those without an answer are dropped and counted."""
     ids = []
     for query in objects(queries, where):
         prompt, answers = require(query, "prompt", str, where), _answers(query.get("answers"), where)

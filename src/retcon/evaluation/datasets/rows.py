@@ -405,8 +405,7 @@ def sha256_of_rows(path: str | os.PathLike[str], rows: Sequence[NumberedRow]) ->
 
 
 def _flag_repetitions(kept: Sequence[Draft]) -> None:
-    """Flag rows. `conflict`: contradicts another kept row. `repeated_question`, `repeated_subject`: an earlier row had
-    it."""
+    """Flag rows: `conflict`, which contradict another; `repeated_question`, `repeated_subject`, which repeat one."""
     contradicting = {id(e) for group in contradictions([e for d in kept for e in d.edits]) for e in group}
     subjects: set[str] = set()
     questions: set[tuple[str, str]] = set()

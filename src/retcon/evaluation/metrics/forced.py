@@ -47,8 +47,7 @@ def accuracy(axis: str, target: "TokenScore") -> list[Measured]:
 
 
 def easyedit(axis: str, target: "TokenScore") -> list[Measured]:
-    """Return EasyEdit's `rewrite_acc`, `rephrase_acc`, `portability.<key>_acc`: token accuracy, so `zsre.tok` by its
-    name."""
+    """Return EasyEdit's `rewrite_acc`, `rephrase_acc`, `portability.<key>_acc`: token accuracy, as `zsre.tok`."""
     success, n = metric_names(axis)[0], len(target.target)
     return [Measured(success, "ee.tok", target.tok_acc, n) if target.finite else _broken(success, "ee.tok", n)]
 
@@ -68,8 +67,7 @@ def unchanged(target: "TokenScore", before: Sequence[int] | None) -> Measured:
 
 
 def agreement(pre: Sequence[int], post: Sequence[int]) -> float:
-    """Return the share of positions where two models choose the same token; 1 for a model and itself, whatever it
-    says."""
+    """Return the share of positions where two models choose the same token; 1 for a model and itself."""
     return sum(a == b for a, b in zip(pre, post, strict=True)) / len(pre)
 
 

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 
 
 def macro(values: Mapping[str, Sequence[float]]) -> float | None:
-    """Return the mean over cases of the mean inside each case; cases without a value are left out, never counted as
-    0."""
+    """Return the mean over cases of the mean inside each case; cases without a value are left out, not counted as 0."""
     cases = [math.fsum(v) / len(v) for v in values.values() if len(v)]
     return math.fsum(cases) / len(cases) if cases else None
 
@@ -18,8 +17,7 @@ def micro(values: Mapping[str, Sequence[float]]) -> float | None:
 
 
 def score_hm(parts: Sequence[float | None]) -> float | None:
-    """Return the harmonic mean of dataset-level values (ROME, MEMIT, JEEP): 0 if any is 0, None if any was not
-    measured."""
+    """Return the harmonic mean of dataset-level values (ROME, MEMIT, JEEP): 0 if any is 0, None if any is missing."""
     known = [p for p in parts if p is not None]
     if not known or len(known) < len(parts):
         return None

@@ -88,8 +88,7 @@ def mlp_entries(lm: LM, layer: int) -> list[nn.Module]:
 
 
 def flat_places(places: Places, columns: int) -> Int[Tensor, " n"]:
-    """Return the places as flat indices, row * columns + column, ascending, each once. The CPU waits for their
-    number."""
+    """Return the places as flat indices, row * columns + column, ascending, each once. The CPU waits for it."""
     rows, at = places
     return (rows * columns + at).unique()
 

@@ -31,8 +31,7 @@ class Replayable(Protocol):
         """Return the earlier tokens as the model's forward takes them, for one pass."""
 
     def arguments(self, lm: LM, cache: "Cache") -> dict[str, Any]:
-        """Return the arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier
-        tokens."""
+        """Return the arguments of the model's forward: stand-ins for embeddings, positions, mask, earlier tokens."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ class ReplayState:
         return suffix_cache(lm, self.first, self.keys, self.values, self._past)
 
     def arguments(self, lm: LM, cache: "Cache") -> dict[str, Any]:
-        """Return the arguments of the model's forward: stand-ins for embeddings, positions, mask, and the earlier
-        tokens."""
+        """Return the arguments of the model's forward: stand-ins for embeddings, positions, mask, earlier tokens."""
         if lm.device not in self._given:
             columns = self.states.shape[1]
             self._given[lm.device] = row_arguments(lm, self.starts, self.lengths, cache, self._past, columns)

@@ -147,8 +147,7 @@ def _can_replay(lm: LM, edit: Edit) -> bool:
 
 
 def _replay_agrees(lm: LM, prompt: Prompt, settings: Tracing) -> bool:
-    """Return whether both ways give the same at three tokens of the middle layer, for two samples; where not, a warning
-    says so."""
+    """Return whether both ways agree at three tokens of the middle layer, for two samples; if not, warn."""
     prompt, settings = prompt.first_samples(2), replace(settings, samples=min(2, settings.samples))
     last = len(prompt.row.ids) - 1
     tokens = sorted({prompt.subject.start, prompt.subject.stop - 1, last})

@@ -139,8 +139,7 @@ class Values:
 
 
 def norm_names(sites: Sequence[ValueSite]) -> list[str]:
-    """Return what a report calls the norms of each site: by token position, and by tensor too where two sites share
-    that."""
+    """Return what a report calls the norms of each site: by position, and by tensor where two share one."""
     names: list[str] = []
     for site in sites:
         names.append(site.where if site.where not in names else f"{site.where}_{site.point.tensor}")
@@ -192,8 +191,7 @@ def kl_row(lm: LM, edit: Edit) -> Row:
 
 
 def with_kl(sites: Sequence[ValueSite], search: ValueSearch) -> bool:
-    """Return whether there is a KL term: with no site on the subject offset never reaches it, and it is a constant
-    zero."""
+    """Return whether there is a KL term: with no site on the subject it is a constant zero."""
     return search.kl_factor > 0 and any(s.where == "subject_last" for s in sites)
 
 

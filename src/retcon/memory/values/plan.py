@@ -37,8 +37,7 @@ class ChunkPlan:
     """How many are active at a time."""
 
     def smaller(self) -> list["ChunkPlan"] | None:
-        """Return what to try when this ran out of memory: half as many active, then half the edits; None: it is one
-        edit."""
+        """Return what to try when this ran out of memory: half as many active, then half the edits; None: nothing."""
         if self.max_active > 1:
             return [replace(self, max_active=self.max_active // 2)]
         if len(self.edits) > 1:

@@ -34,8 +34,7 @@ class Pace:
     max_shapes: int | None
     """Shapes of a chunk's steps at most; None: every step has the smallest shape for the edits that are searched."""
     capture: Callable[[], Capture] | None = None
-    """Records a step, so that it can be launched as a whole when it comes again; None: it is launched kernel by
-    kernel."""
+    """Records a step, to be launched as a whole when it comes again; None: it is launched kernel by kernel."""
 
     @classmethod
     def on(cls, device_type: str) -> "Pace":

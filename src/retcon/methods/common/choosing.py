@@ -136,8 +136,7 @@ def _preset(name: str, preset: str | None, for_model: LM | None, dataset: str | 
 def _from_shape(
     chosen: type[Method], shape: ModelShape, guess: Mapping[str, Any], given: Mapping[str, Any], cases: Facts
 ) -> list[str]:
-    """Return what the rule takes from the model's shape, a line each; what is fitted on the cases has a line of its
-    own."""
+    """Return what the rule takes from the model's shape, a line each, without what is fitted on the cases."""
     fitted = set(clamp_settings(chosen))
     if issubclass(chosen, TuningSettings) and chosen.fits_learning_rate and cases:
         fitted.add("learning_rate")
@@ -147,8 +146,7 @@ def _from_shape(
 def _fitted(
     lm: LM, made: Method, given: Mapping[str, Any], cases: Facts, at_once: int | None
 ) -> tuple[Method, list[str]]:
-    """Return the method with clamps or a learning rate that suit the cases, where those are not given, and a line on
-    it."""
+    """Return the method with clamps or a learning rate that suit the cases, where not given, and a line on it."""
     clamps = _clamps(type(made), given)
     if isinstance(made, SearchSettings) and clamps and cases:
         found = fit_clamps(lm, made, edits_of(cases), clamps)
@@ -170,8 +168,7 @@ def _clamps(chosen: type[Method], given: Iterable[str]) -> list[str]:
 def _advised(
     chosen: type[Method], lm: LM | None, cases: Facts, settings: Mapping[str, Any], preset: Preset | None
 ) -> dict[str, Any]:
-    """Return the settings with the probe's layers for `layers="probe"`; what is given by its own name goes before
-    them."""
+    """Return the settings with the probe's layers for `layers="probe"`; what is given by its own name wins."""
     if lm is None:
         raise InvalidSetting("layers='probe' needs the model that is to be probed: pass for_model=lm")
     given = {name: value for name, value in settings.items() if name != "layers"}

@@ -321,8 +321,7 @@ def class_path(kind: type) -> str:
 
 
 def recorded_settings(method: Method) -> dict[str, Any]:
-    """Return the settings as a delta records them, a wrapped method's among them: of a file's path from the root on,
-    the last part."""
+    """Return the settings as a delta records them, a wrapped method's too; of an absolute path, the last part."""
     return all_shared(asdict(method))
 
 

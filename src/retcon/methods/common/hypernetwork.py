@@ -209,8 +209,7 @@ def examples(lm: LM, cases: Sequence[Case]) -> list[Example]:
 
 
 def draw(pool: Sequence[Example], chosen: Sequence[Example], rng: random.Random) -> list[Drawn]:
-    """Return one rephrasing and one other prompt for each chosen example; without neighbours, another example's
-    edit."""
+    """Return a rephrasing and another prompt for each chosen example; without neighbours, another one's edit."""
     found = []
     for example in chosen:
         others = example.others or tuple(e.edit for e in rng.sample(list(pool), 2) if e is not example)[:1]
@@ -278,8 +277,7 @@ def in_passes(drawn: Sequence[Drawn]) -> Iterator[Sequence[Drawn]]:
 
 
 ComparedAt = Literal["everywhere", "answers"]
-"""After which tokens of a prompt that should stay the model is compared with itself: all, or those that predict its
-answer."""
+"""After which tokens the model is compared with itself: all, or those that predict the answer."""
 
 
 def compared_places(rows: Sequence[Row], where: ComparedAt) -> tuple[Tensor, Tensor]:

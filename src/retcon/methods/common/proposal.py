@@ -311,8 +311,7 @@ def warn_of_size(lm: LM, delta: Delta) -> None:
 
 
 def report_after(lm: LM, edits: Sequence[Edit], report: Sequence[EditReport]) -> tuple[EditReport, ...]:
-    """Return the reports with what the model says now: one forward pass per batch of rows, on the edits' bare
-    prompts."""
+    """Return the reports with what the model says now on the edits' bare prompts: a forward pass per batch of rows."""
     found = answers(lm, edits)
     return tuple(
         replace(r, final_probability=probability, greedy_match=match)

@@ -178,8 +178,7 @@ def _on_top(lm: LM, done: Attachment, step: Attachment) -> Attachment:
 
 
 def combined(changes: Sequence[Change], shape: torch.Size) -> tuple[Change, ...]:
-    """Return the sum of changes to one parameter, in its smallest exact form; changes of slices are left as they
-    are."""
+    """Return the sum of changes to one parameter, in its smallest exact form; changes of slices stay as they are."""
     if len(changes) < 2 or any(change.region is not None for change in changes):
         return tuple(changes)
     factors = list(_factors(changes))

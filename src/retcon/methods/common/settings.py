@@ -62,8 +62,7 @@ Share = Annotated[float, Constraint("be above 0 and at most 1", lambda value: 0 
 
 
 def descriptions(method: type[Any]) -> dict[str, str]:
-    """Return what each setting means: the text beneath its field, in the class or the nearest one that it inherits
-    from."""
+    """Return what each setting means: the text beneath its field, in the class or the nearest base."""
     found: dict[str, str] = {}
     for base in reversed(method.__mro__):
         if base is not object:
