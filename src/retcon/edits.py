@@ -295,8 +295,7 @@ def resolve_conflicts(edits: Iterable[Edit], rule: ConflictRule = "error") -> li
 
 
 def check_edits(edits: Iterable[Edit]) -> tuple[Edit, ...]:
-    """Return the edits, once they are checked as for every method: subjects present, identities unique, no
-    contradictions.
+    """Return the edits, checked as for every method: subjects present, identities unique, no contradictions.
 
     Edits without a subject pass; `retcon.methods.common.registry.check_subjects` refuses them where one is needed.
 

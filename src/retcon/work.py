@@ -1,7 +1,6 @@
 """Independent pieces of work on a model, and the map over them: in this process, or where `retcon.cluster` has workers.
 
-A result does not depend on where its piece was worked on, nor on how many workers there were, so a map may hand results
-over in any order.
+A result does not depend on where its piece was worked on, so a map may hand results over in any order.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -91,9 +91,7 @@ def run_protocol(
 
 
 def run_units(run: RunContext, protocol: Protocol, units: Units) -> Generator[Unit]:
-    """Return every unit of a run in order, those that `units` has from before included; each is kept before it is
-    given.
-    """
+    """Return every unit of a run in order, also those that `units` has; each is kept before it is given."""
     if run.lm.applied:
         raise InvalidSetting(
             f"{plural(len(run.lm.applied), 'applied delta')}; revert first, for a run starts from the base"
@@ -229,8 +227,7 @@ def _edit(
     note: str | None,
     attach: Callable[[Attachment], object],
 ) -> tuple[Attachment | None, Unit]:
-    """Return the chunk's delta, attached; None where there is none, or it failed; and a unit with a record of every
-    edit and of the time.
+    """Return the chunk's delta, attached (None: there is none), and a unit with a record of every edit and of the time.
 
     Args:
         note: of the records of time.

@@ -84,9 +84,7 @@ class Protocol:
         return self.kind in ("single", "batch")
 
     def parts(self, n_cases: int) -> list["Protocol"]:
-        """Return what is run: a curve is one `batch` protocol per point that there are cases for; others are
-        themselves.
-        """
+        """Return what is run: a curve is one `batch` protocol per point that there are cases for."""
         if self.kind != "curve":
             return [self]
         most, _ = self.sizes(n_cases)

@@ -77,8 +77,7 @@ def _score_and_write(
 ) -> tuple[dict[Place, tuple[TokenScore, ...]], dict[Place, Written]]:
     """Return scores and the model's own answers; a prompt after which the model writes is run once for both.
 
-    Other prompts are scored with their answers in one pass (`score_rows`), which takes less than two with a memory
-    between them.
+    Other prompts are scored with their answers in one pass (`score_rows`), not in two with a memory between.
     """
     scored: dict[tuple[int, ...], dict[Row, None]] = {}
     for q in plan.queries:

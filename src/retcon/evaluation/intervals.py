@@ -101,8 +101,7 @@ def ci_boot(
     seed: int = 0,
     n_resamples: int = N_RESAMPLES,
 ) -> list[Interval | None]:
-    """Return percentile bootstrap intervals: whole clusters (subjects) are drawn with replacement, all metrics from the
-    same draw.
+    """Return percentile bootstrap intervals: whole clusters (subjects) drawn with replacement, one draw for all.
 
     Args:
         values: value of each metric in each case, NaN where the case does not have it.

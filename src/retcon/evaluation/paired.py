@@ -37,8 +37,7 @@ def differences(
     seed: int = 0,
     n_resamples: int = N_RESAMPLES,
 ) -> list[Difference]:
-    """Return ES, GS, LS in the family's own variants and the harmonic Score, of two methods measured at one moment
-    each.
+    """Return ES, GS, LS in the family's own variants and the harmonic Score, of two methods at one moment each.
 
     A case counts for a metric where both methods have a value, and for the Score where no metric is known of one of
     them only. What has no such case is not among the results.

@@ -148,8 +148,7 @@ def check(
 ) -> Verdict:
     """Ask the four questions of `deltas`, applied together; the model is left as it was.
 
-    Cases without paraphrases or neighbours get some (`retcon.evaluation.generated_queries`); `notes` of the verdict
-    says so.
+    Cases without paraphrases or neighbours get some (`retcon.evaluation.generated_queries`); `notes` says so.
 
     Args:
         text: held-out text for the fourth; None takes the plain paragraphs of the embedded world.

@@ -111,8 +111,7 @@ def export(
         force: replace an earlier export that is in `out`.
 
     Raises:
-        InvalidSetting: an unknown format, type or size, a rank where there is none, or a place that holds something
-            else.
+        InvalidSetting: an unknown format, type or size, a rank where there is none, or a place that is taken.
         DeltaNotApplied: no delta shows, and the format holds nothing but changes.
         DeltaMismatch: a change that an adapter cannot hold.
         UnsupportedModel: GGUF, and the family or its tokenizer is not written.

@@ -55,12 +55,10 @@ def load(
         trust_remote_code: run code that comes with the checkpoint.
         packed: keep the matrices of a quantised checkpoint (bitsandbytes, torchao) as they are: floats exist for
             the length of a product, and of matrices that are edited. Slower; a fraction of the memory; the same model.
-        verify_base: hash every byte of the weights for the fingerprint, even where the files look like those that were
-            hashed before.
+        verify_base: hash every byte of the weights for the fingerprint, though the files look as they did before.
 
     Raises:
-        UnsupportedModel: no name, not found, neither safetensors nor GGUF, or out of the library's reach; the message
-            says the way out.
+        UnsupportedModel: no name, not found, of another format, or beyond the library; the message says a way out.
         MissingPackage: reading a GGUF file or a quantised checkpoint needs packages that are not installed.
     """
     name = _name(name)

@@ -292,8 +292,7 @@ class LM:
         return module
 
     def expert_sites(self, layer: int, kind: SiteName = "down_proj") -> list[Site]:
-        """Return the matrices of a block's routed experts, in the experts' order; none where the experts have no gate
-        to ask for.
+        """Return the matrices of a block's routed experts, in the experts' order; none where they have no gate.
 
         Args:
             kind: `down_proj`, `up_proj` or `gate_proj`.

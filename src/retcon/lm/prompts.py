@@ -182,8 +182,7 @@ def encode_trained(tokenizer: Any, edit: Edit, prefix: str = "", *, end: bool = 
 
 
 def ended(tokenizer: Any, row: Row, chat: Chat | None, *, end: bool = False) -> Row:
-    """Return a prompt and its answer with the token that ends the turn, where the chat asks for it
-    (`Chat.train_end`).
+    """Return a prompt and its answer with the token that ends the turn, if the chat asks for it (`Chat.train_end`).
 
     Args:
         end: whatever the chat says, and outside of one with the tokenizer's end-of-text token.
@@ -195,8 +194,7 @@ def ended(tokenizer: Any, row: Row, chat: Chat | None, *, end: bool = False) -> 
 
 
 def subject_tokens(tokenizer: Any, edit: Edit) -> range:
-    """Return the tokens of the subject in the edit's bare prompt: from the first that covers its first character to its
-    last one.
+    """Return the tokens of the subject in the edit's bare prompt: from its first character's first to its last one's.
 
     Raises:
         InvalidEdit: the subject does not occur in the prompt.

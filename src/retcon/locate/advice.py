@@ -113,8 +113,7 @@ class Advice:
     def settings(self, fields: Sequence[str]) -> dict[str, Any]:
         """Return the advice as settings of a method, chosen by the names of its fields.
 
-        `low` and `high` are JEEP's; `layers` is what the MEMIT family edits, and `layer` the middle of that, for
-        methods that edit one.
+        `low` and `high` are JEEP's; `layers` is what the MEMIT family edits, and `layer` the middle of that.
 
         Raises:
             InvalidSetting: the method has no such field.

@@ -119,8 +119,7 @@ def attribute(
     """Return the mean attribution over `facts` of every unit of every site.
 
     Args:
-        sites: matrices, of any layers and kinds; `path="layer"` scales each by itself, those of a block's routed
-            experts together.
+        sites: matrices, of any layers and kinds; `path="layer"` scales each by itself, a block's experts together.
         progress: called with (facts done, facts).
 
     Returns:
@@ -301,8 +300,7 @@ def _contribution(caught: Captured, unit: Unit) -> Tensor:
 
 
 def select(scores: Sequence[Float[Tensor, " units"]], count: int) -> list[Tensor]:
-    """Return the `count` units of highest score over all tensors together: per tensor, their indices, ascending (Eqs.
-    6, 7).
+    """Return the `count` units of highest score over all tensors: per tensor, their indices, ascending (Eqs. 6, 7).
 
     One threshold over all; ties go to the earlier tensor, then the lower index, so that the count is exact. Scores are
     compared as float32. Two histograms of 65,536 bins find the threshold, so that nothing is ever sorted or joined and

@@ -184,8 +184,7 @@ def assess(
 
     Args:
         reduction: what the loss is the mean of.
-        groups: mini-batches (indices of edits) each of which has its own mean, and whose gradients are summed; None:
-            one of all edits.
+        groups: mini-batches (indices of edits), each with its own mean, whose gradients are summed; None: one of all.
         seed: draws `random` scores.
 
     Raises:
@@ -309,8 +308,7 @@ def rank_aligned(scores: Sequence[Float[Tensor, " nodes"]], n: int, *, lowest: b
 
 
 def k_best(scores: Sequence[Float[Tensor, " nodes"]], n: int, *, lowest: bool = False) -> Paths:
-    """Return the n paths of highest score among all of them (of which there are M to the power of slots), ties by
-    ranks.
+    """Return the n paths of highest score of all (there are M to the power of slots), ties by ranks.
 
     Best-first search over rank tuples: from each path popped, those that go one rank deeper in one slot are pushed.
     Every path but the best has such a predecessor of at least its score, so the pops come in order.
@@ -348,8 +346,7 @@ def _ranked(scores: Float[Tensor, " nodes"], n: int, lowest: bool) -> tuple[Tens
 
 
 def n_paths_covering(scores: Sequence[Float[Tensor, " nodes"]], share: float, n_negative: int = 0) -> int:
-    """Return the fewest rank-aligned paths that hold a share of the score of all, counted from the lowest path's score
-    on.
+    """Return the fewest rank-aligned paths that hold a share of the score of all above the lowest path's.
 
     A path's worth of nodes is left for T-.
     """
@@ -362,8 +359,7 @@ def n_paths_covering(scores: Sequence[Float[Tensor, " nodes"]], share: float, n_
 def step_weights(found: Transmission, by: LayerSteps) -> list[float]:
     """Return how large steps are in each slot, 1 on average.
 
-    `score`: as the mean score of T+'s nodes there; `middle`: in the middle layer three times as large as in the first
-    and last one.
+    `score`: as the mean score of T+'s nodes there; `middle`: three times as large in the middle as at both ends.
 
     Raises:
         InvalidSetting: no such rule.
@@ -391,8 +387,7 @@ def choose_paths(
     """Choose T+ and T- by node scores; their nodes are disjoint.
 
     Args:
-        coverage: takes as many paths into T+ as hold this share of the scores (`n_paths_covering`), whatever
-            `n_positive` is.
+        coverage: as many paths in T+ as hold this share of the scores (`n_paths_covering`), not `n_positive`.
 
     Raises:
         InvalidSetting: no such selection, a number below 0, or a slot has fewer nodes than both need.

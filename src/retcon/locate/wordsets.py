@@ -136,8 +136,7 @@ class TokenSets:
         self._folded_stopwords = {w.casefold() for w in words.stopwords}
 
     def of(self, edit: Edit, original: int) -> list[Int[Tensor, " tokens"]]:
-        """Return the sets of one edit, in the order of `SETS`: distinct first tokens, ascending; `left` is without
-        `original`.
+        """Return the sets of one edit, in the order of `SETS`: distinct first tokens, ascending.
 
         The sets of words are disjoint but for `related`; some of their first tokens may be the same.
         """

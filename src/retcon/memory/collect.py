@@ -149,8 +149,7 @@ def chunked(lengths: Sequence[int], most: int) -> list[range]:
 
 
 def batched(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Return indices grouped by length into batches of at most `budget` padded tokens (or one row), padding within
-    bounds.
+    """Return indices grouped by length into batches of at most `budget` padded tokens (or one row).
 
     A batch of a fair size takes no row that would bring its padding above `MAX_PADDING_SHARE`.
     """

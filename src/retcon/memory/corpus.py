@@ -57,8 +57,7 @@ class Corpus:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "Corpus":
-        """Return a `.jsonl`/`.json` file of objects with a `text` field, or plain text with blank lines between
-        documents.
+        """Return a `.jsonl`/`.json` file of objects with a `text` field, or plain text with blank lines between.
 
         Raises:
             MalformedFile: unreadable, or without any text.

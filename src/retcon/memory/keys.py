@@ -37,8 +37,7 @@ def weights_of(n_prefixes: int, average: KeyAverage) -> list[float]:
 class KeyReader:
     """Mean keys and current values of a batch of edits, layer after layer while the layers are written.
 
-    Gives what `mean_keys` does, and runs of each pass only what a write can have changed since the last reading, and
-    what is read.
+    Gives what `mean_keys` does, and runs only what a write can have changed since the last reading.
 
     Args:
         last: the last token position that is asked for; no token after it is run.

@@ -89,8 +89,7 @@ class Moments(Protocol):
         """Make sure that the moments of these sites can be had; missing ones of one width take one pass."""
 
     def second_moment(self, lm: LM, site: Site) -> Float[Tensor, "d_in d_in"]:
-        """Return C, the mean of k k^T over tokens of the corpus (activation squared): float32 or float64 on the CPU,
-        not scaled.
+        """Return C, the mean of k k^T over tokens (activation squared): float32 or float64 on the CPU, not scaled.
 
         It has a Cholesky factor: where rounding has left it indefinite, the least jitter that helps is on its diagonal,
         so that every form of a solve sees the same matrix.
@@ -122,8 +121,7 @@ class GivenMoments:
     """Moments that the caller already has, by parameter name (a routed expert's: `Site.id`).
 
     Raises:
-        InvalidSetting: a moment is no square matrix of floating-point numbers, or `prepare` is asked for one of another
-            width.
+        InvalidSetting: a moment is no square matrix of floats, or `prepare` is asked for one of another width.
     """
 
     by_name: Mapping[str, Any]
@@ -223,8 +221,7 @@ class CorpusMoments:
         return list(found.values())
 
     def _collect(self, lm: LM, sites: Sequence[Site], progress: Callable[[int, int], None]) -> dict[Site, Tensor]:
-        """Return the moments of these sites, which take as many tokens each, from one pass over the corpus, kept in the
-        cache directory.
+        """Return the moments of these sites, of as many tokens each, from one pass over the corpus, kept in the cache.
 
         Where that cannot be written to, they are kept in this object.
         """

@@ -146,8 +146,7 @@ def refined_solve(
     forward: float = 1e-10,
     max_steps: int = 40,
 ) -> Float[Tensor, "m n"] | None:
-    """Return A^-1 B for A and B in float64, by a Cholesky factor in float32 and residuals in float64; A and B are left
-    alone.
+    """Return A^-1 B for A and B in float64, by a Cholesky factor in float32 and residuals in float64.
 
     Each step adds the float32 solution for what is missing (iterative refinement; Higham, Accuracy and Stability of
     Numerical Algorithms, chapter 12), A's diagonal scaled to one before it is rounded. Done when for every column, in

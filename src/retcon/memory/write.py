@@ -135,8 +135,7 @@ def write(
     update_filter: UpdateFilter | None = None,
     reader: KeyReader | None = None,
 ) -> WrittenChanges:
-    """Return the changes that bring each edit's value at the group's last layer to `targets`; they stay applied in
-    `scope`.
+    """Return the changes that bring each edit's value at the group's last layer to `targets`, applied in `scope`.
 
     Solves to float64's accuracy; changes have the weights' precision, at least float32.
 

@@ -85,8 +85,7 @@ class AdaLora(TuningSettings):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """Return the change that writes `edits` as one adapter; the model is untouched. Contexts, moments, state are
-        not used.
+        """Return the change that writes `edits` as one adapter; contexts, moments and state are not used.
 
         The seed draws P, Q and mini-batches.
         """

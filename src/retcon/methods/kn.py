@@ -92,8 +92,7 @@ class Kn(Method):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """Return the change that writes `edits`, each by itself; the model is untouched. Moments and state are not
-        used.
+        """Return the change that writes `edits`, each by itself; moments and state are not used.
 
         Raises:
             InvalidSetting: the end of a turn is asked for, which is not trained; or more prefixes than are sampled.

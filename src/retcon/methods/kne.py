@@ -139,8 +139,7 @@ class Kne(TuningSettings):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """Return the change that writes `edits` as one batch; the model is untouched. Contexts and moments are not
-        used.
+        """Return the change that writes `edits` as one batch; contexts and moments are not used.
 
         The delta's `state` is its ensemble; with `reuse`, that of an earlier call is taken over.
 

@@ -71,8 +71,7 @@ class Lora(TuningSettings):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Delta:
-        """Return the change that writes `edits` as one adapter; the model is untouched. Contexts and moments are not
-        used.
+        """Return the change that writes `edits` as one adapter; contexts and moments are not used.
 
         The seed draws A and mini-batches.
 

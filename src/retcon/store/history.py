@@ -163,8 +163,7 @@ def states(base: str, entries: Sequence[Entry], where: Path) -> list[State]:
 
 
 def in_force_since(start: State, entries: Sequence[Entry]) -> list[tuple[Entry, State]]:
-    """Return those of the entries after a state whose changes are in force, oldest first, each with the state that they
-    make up to it.
+    """Return those of the entries after a state whose changes are in force, oldest first, each with its state.
 
     What was taken back since is left out, and so is what took it back: a slot goes from what it holds at the start to
     what it holds in the end without coming by anything twice. The last state is the one after all entries.

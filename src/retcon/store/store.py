@@ -140,8 +140,7 @@ class Store(Contents):
     ) -> Entry:
         """Edit facts on top of the present state, and keep them.
 
-        Every batch becomes a delta of its own; with a method that takes one fact, every fact. The model is left as it
-        was.
+        Every batch becomes a delta of its own; with a method that takes one fact, every fact. The model is left alone.
 
         Args:
             batch_size: facts written at once; all, or 1 for methods that take one.
@@ -234,8 +233,7 @@ class Store(Contents):
     def revert(self, name: str, *, message: str = "") -> Entry:
         """Take back an entry: its deltas go out of force, or come back where it had reverted them.
 
-        Needs no model. Later deltas stay as they are; those that were proposed on top of it are in the new entry's
-        `about["on_top"]`.
+        Needs no model. Later deltas stay; those proposed on top of it are in the new entry's `about["on_top"]`.
 
         Raises:
             UnknownEntry: no such entry, or nothing of it is left to take back.
@@ -311,8 +309,7 @@ class Store(Contents):
             moments: None: of the text that each batch was made with.
             repropose: propose the later deltas again too, in order, on what is there now; their values are searched
                 anew.
-            editor: the trained editor that the batch was made with (MEND, MALMEN), where it is not found by the name on
-                record.
+            editor: the trained editor that the batch was made with (MEND, MALMEN), if it is not where it was.
             method: "module:Class" of the method of one's own that the batch was made with, where it is not imported.
 
         Raises:

@@ -194,8 +194,7 @@ def descend(
     the last values that gave finite losses.
 
     Args:
-        prepare: computes a mini-batch's losses and gradient; its step is taken where all losses are finite and there
-            are active edits.
+        prepare: computes a mini-batch's losses and gradient; its step is taken where all losses are finite.
         evaluate: every edit's loss as it is now.
         values: the tensors being trained; `before_epoch` may replace one by a longer one, with zeros in the rows at its
             end.

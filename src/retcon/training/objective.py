@@ -44,8 +44,7 @@ def answer_rows(lm: LM, edits: Sequence[Edit], answer: Answer = "target_new", *,
 
 
 def trained_rows(lm: LM, edits: Sequence[Edit], *, prefix: str = "", end: bool = False) -> list[Row]:
-    """Tokenise each edit's prompt and new answer as they are trained: with the end of the turn where `Chat.train_end`
-    says so.
+    """Tokenise each edit's prompt and new answer as they are trained: with the end of the turn if the chat says so.
 
     Args:
         prefix: text before every prompt, ending in its separator.

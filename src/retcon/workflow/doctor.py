@@ -72,8 +72,7 @@ class Examination:
 def examine(lm: LM, *, progress: Callable[[str], None] = silent) -> Examination:
     """Try everything that editing `lm` rests on; the model is as it was afterwards.
 
-    Edits are tried with the identity for a second moment, so that no corpus is read: whether an edit takes is asked,
-    not how well.
+    Edits are tried with the identity for a second moment: whether an edit takes is asked, not how well.
     """
     checks: dict[str, Callable[[LM], tuple[Outcome, str]]] = {
         "layout": _layout,

@@ -25,8 +25,7 @@ _WORD = re.compile(r"\w+(?:['’]\w+)?|[^\w\s]")
 def ngram_entropy(words: Sequence[str]) -> float:
     """Return GE = (H_2 + 2 H_3) / 3 in bits, H_n the entropy of the relative frequencies of n-grams.
 
-    The factor 1/2 that some papers leave out is in it, as in all released code. H_n is 0 where there are fewer than n
-    words.
+    The factor 1/2 that some papers leave out is in it, as in released code. H_n is 0 for fewer than n words.
     """
     return _entropy(words, 2) / 3 + 2 * _entropy(words, 3) / 3
 

@@ -105,8 +105,7 @@ def matches(query: Query, text: str, judge: Judge | None = None) -> list[Measure
 def _names_rival(query: Query, text: str) -> bool:
     """Return whether the text contains the rival answer, other than as a part of an answer that counts as right.
 
-    A rival that is normalised like one of those (C and C++, 15 and 1.5) differs from it in signs or articles, which
-    count then.
+    A rival that is normalised like an answer (C and C++, 15 and 1.5) differs in signs or articles, which count then.
     """
     if query.contrast is None:
         return False

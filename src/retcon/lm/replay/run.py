@@ -30,8 +30,7 @@ def replaying(
 ) -> Iterator[Inputs]:
     """Inside, the model runs from block `state.first` and from column 0 on; gives what `run` and `logits_at` take.
 
-    Hooks and places count columns. Of the blocks below, only the output of `state.first - 1` can be hooked: it is the
-    recorded state.
+    Hooks and places count columns. Of the blocks below, only the output of `state.first - 1` can be hooked.
 
     Args:
         cache: `state.cache(lm)`, from a caller who reads the tokens' attention keys and values from it afterwards.

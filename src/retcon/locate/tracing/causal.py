@@ -41,8 +41,7 @@ def causal_trace(
 ) -> Traces:
     """Trace the fact of every edit (its prompt; `target_true` where given) on the weights as they are now.
 
-    A prompt is left out where its subject does not occur in it, or where the model's next token is not the first one of
-    the answer given.
+    A prompt is left out where its subject is not in it, or where the model's next token begins another answer.
 
     Raises:
         InvalidSetting: no prompt is left.

@@ -1,8 +1,7 @@
 """What a value search looks for: sites, settings, rows of text, the loss and the stop rule, and the result (ROME Eq. 4,
 JEEP Eqs. 8, 11).
 
-Per edit, one vector offset per site is found by gradient descent with everything else frozen; all sites of an edit are
-optimised together.
+Per edit, an offset per site is found by gradient descent with all else frozen, an edit's sites together.
 """
 
 from collections.abc import Mapping, Sequence

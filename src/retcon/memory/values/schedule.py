@@ -96,8 +96,7 @@ class Chunk(Recorded):
         """Search the values of all edits, `max_active` at a time; yields the number of each in the chunk as it ends.
 
         Args:
-            pace: how often the CPU reads which edits have ended, and in how many shapes steps are run; that of the
-                device by default.
+            pace: how often the CPU reads which edits have ended, and in how many shapes steps are run.
             start: the state of an earlier search of the chunk, from which this one goes on.
             on_ended: called each time that has been read, with how many edits have ended and a function that makes a
                 snapshot.

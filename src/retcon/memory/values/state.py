@@ -1,7 +1,6 @@
 """The state of a search: vectors, Adam's moments, step counts and what was reached, one place per edit.
 
-Everything is a tensor on its device, so that a step never waits for the CPU. Places whose edit has ended keep what they
-have.
+Everything is a tensor on its device, so that a step never waits for the CPU. Ended places keep what they have.
 """
 
 import math

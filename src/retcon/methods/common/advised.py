@@ -20,9 +20,7 @@ N_DEMO_CASES = 500
 
 
 def probe_layers(lm: LM, cases: Iterable[Edit | Case] | None = None) -> Advice:
-    """Return which layers to edit, by the contrast-based probe over the edits of `cases`, with a warning where that is
-    weak.
-    """
+    """Return which layers to edit, by the contrast-based probe over the edits of `cases`; warn where that is weak."""
     if cases is None and not lm.name.startswith(DEMO):
         raise InvalidSetting(
             "layers='probe' needs facts to probe the model with: pass cases= (edits or cases; thirty at least, better "

@@ -190,8 +190,7 @@ def _wrapped(
 ) -> ChosenMethod:
     """Return the method that a filter wraps, with its settings for the model, those given over them.
 
-    Where the filter's preset was asked for by its full name, these are of the base method's for that model and dataset,
-    if there is one.
+    Where the filter's preset was asked for by its full name, these are of the base method's like it, if there is one.
     """
     base = chosen.base_of(settings)
     known = presets(base)

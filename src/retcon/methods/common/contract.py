@@ -266,8 +266,7 @@ def recorded(
     seed: int,
     **notes: Any,
 ) -> dict[str, Any]:
-    """Return the fields of a Delta that record its run: enough to repeat it and to compare it with another
-    implementation.
+    """Return the fields of a Delta that record its run: enough to repeat it and to compare implementations.
 
     A method that uses no contexts or moments leaves them out. `notes` join the provenance.
     """

@@ -298,8 +298,7 @@ def base_log_probs(lm: LM, drawn: Sequence[Drawn], where: ComparedAt) -> Float[T
 def outer_losses(
     lm: LM, drawn: Sequence[Drawn], base: Float[Tensor, "n vocab"], parts: Sequence[Part], where: ComparedAt
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Return the outer losses of each example with `parts` attached, from one pass over 2 batch rows, rephrasings
-    first.
+    """Return the outer losses of each example with `parts` attached, from one pass over 2 batch rows.
 
     Returns:
         The mean negative log-likelihood of the answer after the rephrasing; and the mean of KL(p_W || p_W') over the

@@ -263,8 +263,7 @@ def what_stands_between(kinds: Sequence[Layout]) -> str | None:
 
 
 def warn_of_subjects(name: str, lm: LM, edits: Sequence[Edit], *, top: int) -> None:
-    """Warn of edits whose subject is no place for a value: it cannot reach the answer from there, or its key is an
-    outlier.
+    """Warn of edits whose subject is no place for a value: it cannot reach the answer, or its key is an outlier.
 
     Args:
         top: the last layer in which a value is written at the subject.

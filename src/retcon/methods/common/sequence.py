@@ -45,8 +45,7 @@ def in_steps(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Attachment:
-    """Return one delta for all `edits`, made in batches of `batch_size`, each on top of those before; the model is
-    untouched.
+    """Return one delta for all `edits`, made in batches of `batch_size`, each on top of those before.
 
     The report says what the model makes of every edit after the last step, so an edit that a later one has undone
     counts as a conflict. All steps share one set of contexts and moments.
@@ -113,9 +112,7 @@ def in_steps(
 
 
 def batch_size_for(method: Method, n: int, asked: int | None = None) -> int:
-    """Return how many of `n` facts are written at once: as many as asked for, else all, or 1 where the method takes
-    one.
-    """
+    """Return how many of `n` facts are written at once: as asked for, else all, or 1 where the method takes one."""
     if not isinstance(method, Method):
         raise UnknownMethod(f"{method!r:.60} given where a method is wanted: retcon.method('memit', for_model=lm), say")
     asked = fitted(method.name, {"batch_size": int | None}, {"batch_size": asked})["batch_size"]
