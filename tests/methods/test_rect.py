@@ -58,13 +58,15 @@ def test_permuting_and_scaling_change_nothing(randn):
 
 
 def test_released_forms(randn):
-    dw, w = randn(10, 10), randn(10, 10)
-    released = rect(count="released").filtered(dw, w, 40.0)
+    """As AlphaEdit's `memit_rect_main.py` has it; the larger eps tells its denominator from ours."""
+    dw, w, eps = randn(10, 10), randn(10, 10), 0.5
+    ratio = torch.abs(dw / (w + eps))
+    mask = ratio >= torch.kthvalue(ratio.reshape(-1), 60).values
+    released = rect(denominator="signed", count="released", eps=eps).filtered(dw, w, 40.0)
+    assert torch.equal(released, torch.where(mask, dw, 0.0))
     assert int((released != 0).sum()) == 100 - int(100 * 0.6) + 1
-    signed = rect(denominator="signed").filtered(dw, w, 40.0)
-    q = dw.abs() / (w + 1e-8)
-    assert q[signed != 0].min() >= q[signed == 0].max()
-    assert not torch.equal(signed, rect().filtered(dw, w, 40.0))
+    exact = rect(denominator="signed", eps=eps).filtered(dw, w, 40.0)
+    assert not torch.equal(exact, rect(eps=eps).filtered(dw, w, 40.0))
 
 
 @pytest.mark.parametrize("family", everyday("llama", of=["gpt2", "llama"]))

@@ -40,7 +40,7 @@ class Rect(Filter):
     """k: how much of the update is kept. None: 20 for methods that take one fact (the authors' for ROME), 40 for others
     (AlphaEdit's for MEMIT)."""
     denominator: Literal["absolute", "signed"] = "absolute"
-    """Relative to |W| + eps, or to W + eps (AlphaEdit's code, where entries near -eps blow up)."""
+    """Relative to |W| + eps, or to |W + eps| (AlphaEdit's code, where entries near -eps blow up)."""
     count: Literal["exact", "released"] = "exact"
     """Exactly the k % largest, the first of equals; or all from AlphaEdit's threshold on, which is one more."""
     eps: NotNegative = 1e-8
@@ -130,7 +130,7 @@ class Rect(Filter):
         """`update` with all but its relatively largest entries zero; any orientation."""
         where = float64_device(weight.device, max(weight.shape))
         size = weight.abs() if self.denominator == "absolute" else weight
-        relative = (update.abs().to(where, torch.float64) / (size.to(where, torch.float64) + self.eps)).flatten()
+        relative = (update.to(where, torch.float64) / (size.to(where, torch.float64) + self.eps)).abs().flatten()
         chosen = self._chosen(relative, keep_percent).view_as(update).to(update.device)
         return torch.where(chosen, update, torch.zeros_like(update))
 
