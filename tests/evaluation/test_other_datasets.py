@@ -87,7 +87,8 @@ def test_knowedit_first_answers_are_easyedits() -> None:
 
 
 @pytest.mark.parametrize(
-    "spoilt", [[1], {"Reasoning": "x"}, {"Reasoning": [3]}, {"R": {"prompt": ["a"], "ground_truth": []}}]
+    "spoilt",
+    [[1], {"Reasoning": "x"}, {"Reasoning": [3]}, {"R": {"prompt": ["a", "b"], "ground_truth": ["x", "y", "z"]}}],
 )
 def test_knowedit_parts_of_another_shape_are_named(spoilt: Any, tmp_path: Path) -> None:
     row = {"subject": "Norr", "prompt": "The mayor of Norr is", "target_new": "x", "portability": spoilt}

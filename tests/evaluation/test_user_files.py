@@ -284,6 +284,45 @@ def test_portability_is_read_in_any_shape(name: str, file: Callable[..., Path]) 
         assert report.unknown == {}
 
 
+TWO = ["The mayor of Velt is", "The river of Norr is"]
+FLAT = {**GOOD, "ground_truth": "Tom"}
+ZSRE = {"subject": "Norr", "src": "Who leads Norr?", "answers": ["Ida"]}
+BIG = {"subject": "Norr", "update": "Who leads Norr?", "ans": "Ida"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompts", "answers", "axis"),
+    [
+        (FLAT, "locality_prompt", "locality_ground_truth", "neighborhood"),
+        (ZSRE, "loc", "loc_ans", "locality.nq"),
+        (BIG, "mhop", "mhop_ans", "portability.multi_hop"),
+        (BIG, "loc", "loc_ans", "locality.other"),
+        ({**GOOD, "rephrase": "Norr is led by"}, "locality.k.prompt", "locality.k.ground_truth", "locality.k"),
+        (GOOD, "portability.plain.prompt", "portability.plain.answer", "portability.plain"),
+        (GOOD, "neighbors.0.prompt", "neighbors.0.answers", "neighborhood"),
+    ],
+)
+def test_several_prompts_of_a_field_have_an_answer_each_or_one_for_all(
+    row: Any, prompts: str, answers: str, axis: str, file: Callable[..., Path]
+) -> None:
+    def read(given: Any) -> list[tuple[str, str, str | None]]:
+        made = json.loads(json.dumps(row))
+        part, *inside = prompts.split(".")
+        if not inside:
+            made |= {prompts: TWO, answers: given}
+        else:
+            item = {inside[-1]: TWO, answers.split(".")[-1]: given}
+            made[part] = [item] if inside[0] == "0" else {inside[0]: [item]}
+        [case], report = read_cases(file([made]))
+        assert not report.losses()
+        return [(a, prompt.rstrip("?"), target) for a, prompt, target in asked(case, axis)]
+
+    assert read(["Pia", "Sel"]) == [(axis, TWO[0], "Pia"), (axis, TWO[1], "Sel")]
+    assert read("Pia") == read(["Pia"]) == [(axis, TWO[0], "Pia"), (axis, TWO[1], "Pia")]
+    with pytest.raises(UnusableRow, match="2 prompts and 3 answers; give one for each, or one for all"):
+        read(["Pia", "Sel", "Lea"])
+
+
 def test_the_table_holds_every_format_once() -> None:
     assert {*FORMATS, "world"} == set(get_args(FormatName))
 

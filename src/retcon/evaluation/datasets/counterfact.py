@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from retcon.edits import Edit
-from retcon.evaluation.datasets.fields import first, labelled, present, texts
+from retcon.evaluation.datasets.fields import first, labelled, pairs, present, texts
 from retcon.evaluation.datasets.related import ask_related
 from retcon.evaluation.datasets.rows import CaseTarget, Draft, draft
 from retcon.files import require
@@ -30,8 +30,7 @@ def native(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) 
         made,
         edit,
         texts(record.get("paraphrase_prompts"), "paraphrase_prompts", where),
-        texts(record.get("neighborhood_prompts"), "neighborhood_prompts", where),
-        edit.target_true,
+        [(p, edit.target_true) for p in texts(record.get("neighborhood_prompts"), "neighborhood_prompts", where)],
     )
     wanted = ((edit.target_new,),)
     made.ask("attribute", texts(record.get("attribute_prompts"), "attribute_prompts", where), None, answers=wanted)
@@ -49,12 +48,12 @@ def flat(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) ->
         new = made.alternative(record)
     prompt, subject = require(record, "prompt", str, where), require(record, "subject", str, where)
     edit = made.edit(prompt, subject, new, true)
+    neighbours = pairs(record.get("locality_prompt"), record.get("locality_ground_truth"), "locality_prompt", where)
     _ask(
         made,
         edit,
         texts(record.get("rephrase_prompt"), "rephrase_prompt", where),
-        texts(record.get("locality_prompt"), "locality_prompt", where),
-        first(record.get("locality_ground_truth"), "locality_ground_truth", where),
+        [(prompt, first(kept, "locality_ground_truth", where)) for prompt, kept in neighbours],
     )
     asked = record.get("portability_prompt")
     beside = {"plain": {"prompt": asked, "ground_truth": record.get("portability_ground_truth")}} if asked else None
@@ -62,7 +61,9 @@ def flat(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) ->
     return made
 
 
-def _ask(made: Draft, edit: Edit, paraphrases: Sequence[str], neighbours: Sequence[str], kept: str | None) -> None:
-    """Rewrite, paraphrases and neighbours; `kept` is the answer that holds for the neighbours, before and after."""
+def _ask(made: Draft, edit: Edit, paraphrases: Sequence[str], neighbours: Sequence[tuple[str, str | None]]) -> None:
+    """Rewrite, paraphrases, and neighbours, each with the answer that holds for it before and after."""
     made.ask_fact(edit, paraphrases, contrast=edit.target_true)
-    made.ask("neighborhood", neighbours, kept or "", edit.target_new, ((kept.strip(),),) if kept else ())
+    for place, (prompt, kept) in enumerate(neighbours):
+        answers = ((kept.strip(),),) if kept else ()
+        made.ask_at(f"neighborhood/{place}", "neighborhood", prompt, kept or "", answers, contrast=edit.target_new)

@@ -76,10 +76,32 @@ def text_or_none(record: Mapping[str, Any], name: str, where: str) -> str | None
     return value
 
 
+def pairs(prompts: Any, answers: Any, name: str, where: str) -> list[tuple[str, Any]]:
+    """Return each prompt of the field `name` with what answers it: all answers where there is one prompt; of several,
+    one for each in their order, or one for all.
+
+    Raises:
+        MalformedFile: there are neither as many answers as prompts nor one.
+    """
+    asked = texts(prompts, name, where)
+    if len(asked) == 1:
+        return [(asked[0], answers)]
+    given = answers if isinstance(answers, list) and answers else [answers]
+    if len(given) == 1:
+        given = given * len(asked)
+    if len(given) != len(asked):
+        raise MalformedFile(
+            f"{where}, {name}: {len(asked)} prompts and {len(given)} answers; give one for each, or one for all"
+        )
+    return list(zip(asked, given, strict=True))
+
+
 _ANSWER_FIELDS = ("ground_truth", "answer", "answers")
 
 
-def item_answers(item: Mapping[str, Any], where: str) -> AnswerGroups:
-    """Return the answers that an item names, whichever field they are in."""
+def asked_in(item: Mapping[str, Any], where: str) -> list[tuple[str, AnswerGroups]]:
+    """Return the prompts of an item, a blank one where it has none, and the answers to each, whichever field they are
+    in."""
     name = next((n for n in _ANSWER_FIELDS if n in item), "ground_truth")
-    return answers_of(item.get(name), name, where)
+    found = pairs(item.get("prompt"), item.get(name), "prompt", where)
+    return [(prompt, answers_of(given, name, where)) for prompt, given in found] or [("", ())]

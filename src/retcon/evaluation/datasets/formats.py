@@ -150,7 +150,7 @@ FORMATS: Mapping[FormatName, Format] = {
             needs=(("update",), ("subject",), ("ans",)),
             reads=("rephrase", "personas", "mhop", "mhop_ans", "loc", "loc_ans", "tag", "portability"),
             carries=("ground_truth", "relation", "object", "subject_id", "relation_id", "object_id"),
-            lists=("rephrase", "personas", "mhop_ans", "loc_ans", "portability"),
+            lists=("rephrase", "personas", "mhop", "mhop_ans", "loc", "loc_ans", "portability"),
             reader=wikibigedit,
         ),
         Format(

@@ -10,7 +10,7 @@ from retcon import world
 from retcon.chat import chat_from
 from retcon.edits import MARKER, Case, Edit, case_from
 from retcon.errors import InvalidEdit, MalformedFile
-from retcon.evaluation.datasets.fields import AnswerGroups, first, item_answers, present, text_or_none, texts
+from retcon.evaluation.datasets.fields import AnswerGroups, asked_in, first, present, text_or_none, texts
 from retcon.evaluation.datasets.related import ask_related
 from retcon.evaluation.datasets.rows import (
     FLAGS_ACROSS,
@@ -94,8 +94,7 @@ def _neighbors(record: Mapping[str, Any], edit: Edit, where: str) -> list[tuple[
     value = record[spelt[0]] if spelt else []
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, dict):
-            asked = first(item.get("prompt"), f"{spelt[0]}, prompt", where) or ""
-            found.append((asked, item_answers(item, f"{where}, {spelt[0]}") or shared))
+            found += [(prompt, answers or shared) for prompt, answers in asked_in(item, f"{where}, {spelt[0]}")]
         else:
             found += [(prompt, shared) for prompt in texts(item, spelt[0], where)]
     return found

@@ -1,10 +1,9 @@
 """Queries of `portability` and `locality`: what follows from an edit, and what does not."""
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from retcon.errors import MalformedFile
-from retcon.evaluation.datasets.fields import item_answers, texts
+from retcon.evaluation.datasets.fields import AnswerGroups, asked_in
 from retcon.evaluation.datasets.rows import Answers, Draft
 from retcon.spelling import fold
 
@@ -15,12 +14,13 @@ def ask_related(
     """Add the queries of `portability` or `locality`, in any of the shapes in which they are published.
 
     An object of lists by kind, a plain list, or {"New Question", "New Answer"}; an item is {prompt, ground_truth} (or
-    `answer`, `answers`), and EasyEdit's requests have one object of two parallel lists in place of a list of items.
+    `answer`, `answers`), and EasyEdit's requests have one item, of two parallel lists, in place of a list of them.
     """
     for key, items in _parts(value, f"{where}, {part}"):
         axis = f"{part}.{_axis(key)}"
-        for place, item in enumerate(items):
-            _ask_item(made, f"{axis}/{place}", axis, item, f"{where}, {part}.{key}", answers)
+        asked = [query for item in items for query in asked_in(item, f"{where}, {part}.{key}")]
+        for place, (prompt, accepted) in enumerate(asked):
+            _ask(made, f"{axis}/{place}", axis, prompt, accepted, answers)
 
 
 def _parts(value: Any, where: str) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -35,11 +35,7 @@ def _parts(value: Any, where: str) -> list[tuple[str, list[dict[str, Any]]]]:
     found = []
     for key, items in value.items():
         if isinstance(items, dict):
-            prompts, truths = texts(items.get("prompt"), "prompt", where), items.get("ground_truth")
-            truths = truths if isinstance(truths, list) else [truths]
-            if len(truths) != len(prompts):
-                raise MalformedFile(f"{where}.{key}: {len(prompts)} prompts and {len(truths)} answers")
-            items = [{"prompt": p, "ground_truth": t} for p, t in zip(prompts, truths, strict=True)]
+            items = [items] if items.get("prompt") != [] else []
         if items is not None and not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
             raise MalformedFile(f"{where}.{key}: expected a list of objects with prompt and ground_truth")
         found.append((key, items or []))
@@ -51,16 +47,14 @@ def _axis(key: str) -> str:
     return "reasoning" if key == "Reasoning" else "_".join(key.split())
 
 
-def _ask_item(made: Draft, query_id: str, axis: str, item: Mapping[str, Any], where: str, answers: Answers) -> None:
-    accepted = item_answers(item, where)
+def _ask(made: Draft, query_id: str, axis: str, prompt: str, accepted: AnswerGroups, answers: Answers) -> None:
     if answers == "first":
         accepted = accepted[:1] and (accepted[0][:1],)
-    asked = texts(item.get("prompt"), "prompt", where)
-    if not any(prompt.strip() for prompt in asked):
+    if not prompt.strip():
         made.dropped_queries.append("empty_prompt")
     elif not accepted:
         made.dropped_queries.append("empty_target")
     else:
-        if any(fold(a) in fold(asked[0]) for group in accepted for a in group):
+        if any(fold(a) in fold(prompt) for group in accepted for a in group):
             made.flags.add("answer_in_prompt")
-        made.ask_at(query_id, axis, asked[0], accepted[0][0], accepted)
+        made.ask_at(query_id, axis, prompt, accepted[0][0], accepted)

@@ -6,7 +6,7 @@ There is no rival answer, so `target_true` is None throughout.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from retcon.evaluation.datasets.fields import AnswerGroups, first, present, texts
+from retcon.evaluation.datasets.fields import AnswerGroups, first, pairs, present, texts
 from retcon.evaluation.datasets.related import ask_related
 from retcon.evaluation.datasets.rows import CaseTarget, Draft, draft
 from retcon.files import require
@@ -44,9 +44,9 @@ def zsre(record: Mapping[str, Any], where: str, row: int, target: CaseTarget, st
     edit = made.edit(prompt, require(record, "subject", str, where) if named else None, new, None)
     rephrase = "rephrase" if "rephrase" in record else "rephrase_prompt"
     made.ask_fact(edit, texts(record.get(rephrase), rephrase, where), answers)
-    kept = first(record.get("loc_ans"), "loc_ans", where) or ""
-    unrelated = [_locality_prompt(loc, style) for loc in texts(record.get("loc"), "loc", where)]
-    made.ask("locality.nq", unrelated, kept, answers=((kept.strip(),),))
+    for place, (loc, given) in enumerate(pairs(record.get("loc"), record.get("loc_ans"), "loc", where)):
+        kept = first(given, "loc_ans", where) or ""
+        made.ask_at(f"locality.nq/{place}", "locality.nq", _locality_prompt(loc, style), kept, ((kept.strip(),),))
     ask_related(made, record.get("portability"), "portability", where)
     return made
 
