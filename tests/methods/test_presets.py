@@ -1,8 +1,10 @@
 """Presets of all methods: every published row loads, says its source, and is found for its model."""
 
 import tomllib
+from dataclasses import is_dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
@@ -13,7 +15,7 @@ from retcon.methods.common.choosing import method
 from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.presets import preset_for, presets
 from retcon.methods.common.registry import METHODS, method_class
-from retcon.methods.common.settings import types_of
+from retcon.methods.common.settings import Constraint, types_of
 
 
 def _models():
@@ -112,6 +114,21 @@ def test_starting_points_fit_any_depth(name, n_layers):
 def test_matrices_are_named_each_once(name, modules):
     with pytest.raises(InvalidSetting, match=f"^{name}: modules must name one or more, each once, found"):
         method(name, modules=modules)
+
+
+def required(hint: Any) -> set[str]:
+    """Return what a setting of this type must do, in words."""
+    own = {c.words for c in getattr(hint, "__metadata__", ()) if isinstance(c, Constraint)}
+    return own.union(*map(required, get_args(hint)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_setting_with_another_default_is_checked_as_before(name):
+    """FT-L and Full-C gave `box` a default and took a negative one, which put every weight at the bound."""
+    own = types_of(method_class(name))
+    for above in filter(is_dataclass, method_class(name).__mro__):
+        for setting, hint in types_of(above).items():
+            assert required(own[setting]) >= required(hint), setting
 
 
 @pytest.mark.parametrize("name", ["memit", "rect"])

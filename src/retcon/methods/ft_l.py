@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.fine_tuning import FineTuning
+from retcon.methods.common.settings import NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class FtL(FineTuning):
     name: ClassVar[str] = "ft_l"
 
     objective: Literal["target_new", "prompt_last"] = "prompt_last"
-    box: float | None = 5e-4
+    box: NotNegative | None = 5e-4
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from retcon.methods.common.contract import ModelShape
 from retcon.methods.common.fine_tuning import FineTuning, Modules
+from retcon.methods.common.settings import AnyLayers, NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +18,9 @@ class FullC(FineTuning):
 
     name: ClassVar[str] = "full_c"
 
-    layers: tuple[int, ...] = ()
+    layers: AnyLayers = ()
     modules: Modules = ("up_proj", "down_proj")
-    box: float | None = 5e-4
+    box: NotNegative | None = 5e-4
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
