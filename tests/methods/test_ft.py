@@ -19,6 +19,7 @@ from retcon.methods.full_c import FullC
 from retcon.methods.lora import Lora
 from retcon.training.descent import losses_now
 from retcon.training.objective import AnswerLoss, PromptLastLoss, answer_rows
+from tests.conftest import FAMILIES
 
 FAST: dict[str, Any] = dict(layers=(1,), learning_rate=1e-2, epochs=3)
 
@@ -148,6 +149,35 @@ def test_a_whole_block_is_trained_with_its_norms(tiny, edits):
     lm = tiny("gpt2")
     delta = FtWd(layers=(2,), learning_rate=1e-2, epochs=2).propose(lm, edits)
     assert set(delta.changes) == {n for n, _ in lm.model.named_parameters() if n.startswith("transformer.h.2.")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_of_matrices_and_norms_alone_is_trained_whole(family, tiny, edits):
+    """Others were trained as if a mixer's output, or an activation's, were affine in them, or ended in a traceback."""
+    lm, whole = tiny(family), FtWd(layers=(2,), learning_rate=1e-2, epochs=2, objective="target_new")
+    if family in ("apertus", "diffllama", "granite_swa"):
+        with pytest.raises(InvalidSetting, match=r"\.2\.(mlp\.act_fn|self_attn)\.\w+ \(\w+\), and a block with more"):
+            whole.propose(lm, edits)
+    else:
+        report = whole.propose(lm, edits).report
+        trained, merged = [[getattr(r, f"{when}_probability") for r in report] for when in ("search", "final")]
+        assert trained == pytest.approx(merged, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layer", "other"),
+    [
+        ("qwen3_5_text", 0, r"linear_attn\.dt_bias \(Qwen3_5GatedDeltaNet\)"),
+        ("lfm2", 0, r"conv\.conv\.weight \(Conv1d\)"),
+        ("mixtral", 1, r"mlp\.gate\.weight \(MixtralTopKRouter\)"),
+    ],
+)
+def test_a_block_with_other_parameters_is_refused_by_name(model_type, layer, other, tiny, edits):
+    lm = tiny(model_type)
+    with pytest.raises(InvalidSetting, match=rf"ft_wd: layer {layer} of .* has model\.layers\.{layer}\.{other}"):
+        FtWd(layers=(layer,)).propose(lm, edits)
+    with pytest.raises(InvalidSetting, match="not trained whole"):
+        FtWd(layers=(layer,)).n_trained(lm)
 
 
 def test_layers_are_whole_numbers_not_prefixes(tiny, edits):

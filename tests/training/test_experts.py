@@ -262,7 +262,7 @@ def test_fine_tuning_and_adapters_in_experts(tiny: Callable[..., LM], edits: lis
     ):
         delta = method.propose(lm, edits)
         assert all(".2.mlp.experts." in name for name in changed_places(lm, delta))
-    with pytest.raises(InvalidSetting, match="has routed experts"):
+    with pytest.raises(InvalidSetting, match="not trained whole; name matrices"):
         Ft(layers=(2,), modules=("block",)).propose(lm, edits)
 
 

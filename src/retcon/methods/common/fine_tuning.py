@@ -193,11 +193,7 @@ class FineTuning(TuningSettings):
         for layer in self.layers or range(lm.n_layers):
             for kind in self.modules:
                 if kind == "block":
-                    if lm.kinds[layer].experts:
-                        raise InvalidSetting(
-                            f"{self.name}: layer {layer} of {lm.name!r} has routed experts, and such a block is not "
-                            "trained whole; name matrices, down_proj for instance"
-                        )
+                    check_trains_whole(self.name, lm, layer)
                     yield layer
                 elif found := lm.sites(layer, kind):
                     yield from found
@@ -254,6 +250,26 @@ def paraphrase_loss(name: str, lm: LM, edits: Sequence[Edit], path: str) -> Grou
             lm.check_length(query.prompt, row, what=f"{path}: edit {edit.id!r}, query {query.id!r}:")
         groups.append(rows)
     return GroupLoss(lm, groups)
+
+
+AFFINE = ("Linear", "Conv1D", "Norm", "Norm1P")
+"""How the classes are called whose output is affine in their parameters, as a trained one's has to be."""
+
+
+def check_trains_whole(name: str, lm: LM, layer: int) -> None:
+    """Check that a block's parameters are its matrices and norms, with their biases.
+
+    Raises:
+        InvalidSetting: it has others, of routed experts or of a mixer; the message names one.
+    """
+    for path, module in lm.block(layer).named_modules(prefix=lm.layout.block.format(layer)):
+        own = (f"{path}.{own}" for own, _ in module.named_parameters(recurse=False))
+        other = next((parameter for parameter in own if parameter not in lm.packed), None)
+        if other is not None and not type(module).__name__.endswith(AFFINE):
+            raise InvalidSetting(
+                f"{name}: layer {layer} of {lm.name!r} has {other} ({type(module).__name__}), and a block with more "
+                "than matrices and norms is not trained whole; name matrices, modules=['down_proj'] for instance"
+            )
 
 
 def whole_block(lm: LM, layer: int) -> list[Whole]:
