@@ -1,6 +1,7 @@
 """The fine-tuning family: a step against autograd, bounds, decay, objectives (T31 to T35), and what a call keeps."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,14 +12,21 @@ from retcon.chat import Chat
 from retcon.edits import Case, Edit, Query, write_cases
 from retcon.errors import DeltaMismatch, InvalidEdit, InvalidSetting, OutOfMemory, UnsupportedModel
 from retcon.methods.common.choosing import method
-from retcon.methods.common.fine_tuning import _as_tensor, _earlier, add_decay, project_onto_bounds, shrink
+from retcon.methods.common.fine_tuning import (
+    _as_tensor,
+    _earlier,
+    add_decay,
+    paraphrase_loss,
+    project_onto_bounds,
+    shrink,
+)
 from retcon.methods.ft import Ft
 from retcon.methods.ft_l import FtL
 from retcon.methods.ft_wd import FtWd
 from retcon.methods.full_c import FullC
 from retcon.methods.lora import Lora
 from retcon.training.descent import losses_now
-from retcon.training.objective import AnswerLoss, PromptLastLoss, answer_rows
+from retcon.training.objective import AnswerLoss, PromptLastLoss, answer_rows, trained_rows
 from tests.conftest import FAMILIES
 
 FAST: dict[str, Any] = dict(layers=(1,), learning_rate=1e-2, epochs=3)
@@ -304,6 +312,29 @@ def test_an_edit_may_be_left_alone_by_its_paraphrases(tiny, edit, tmp_path):
         ft(stop_on=path).propose(lm, [Edit("{} is", "Rome", "Paris", id="other")])
     with pytest.raises(InvalidSetting, match="skip='edit'"):
         ft(stop_on="f", skip="batch")
+
+
+def test_paraphrases_are_those_of_the_edit_s_answer_in_its_chat(tiny, edits, tmp_path):
+    """Of a case with several edits, of two rows that contradict each other, and of facts that are put in a chat."""
+    lm, path, (rome, italian) = tiny("llama"), str(tmp_path / "cases.jsonl"), edits[:2]
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<unk>{% endfor %}"
+    to_rome, to_italian = (
+        Query(f"paraphrase/{i}", "paraphrase", f"I read that {edit.text}", edit.target_new)
+        for i, edit in enumerate((rome, italian))
+    )
+    lyon = replace(rome, target_new="Lyon", id="lyon")
+    write_cases(
+        path,
+        [Case("l", (lyon,), (replace(to_rome, target="Lyon"),)), Case("c", (rome, italian), (to_rome, to_italian))],
+    )
+
+    def stopping(*edits: Edit) -> list[list[tuple[int, ...]]]:
+        return [[row.ids for row in group] for group in paraphrase_loss("ft", lm, edits, path).groups]
+
+    assert stopping(rome, italian) == [[lm.encode(q.prompt, q.target).ids] for q in (to_rome, to_italian)]
+    assert stopping(lyon) == [[lm.encode(to_rome.prompt, "Lyon").ids]]
+    (row,) = trained_rows(lm, [replace(rome, prompt=to_rome.prompt, chat=Chat(train_end=True))])
+    assert stopping(replace(rome, chat=Chat(train_end=True))) == [[row.ids]]
 
 
 def test_what_training_takes_is_counted_before_it_begins(tiny, edits, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from retcon.edits import Edit
+from retcon.edits import Case, Edit, Query
 from retcon.errors import InvalidEdit, UnsupportedModel
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import answer_log_probs, answer_places, gold, next_log_probs
@@ -60,6 +60,18 @@ def trained_rows(lm: LM, edits: Sequence[Edit], *, prefix: str = "", end: bool =
     for edit, row in zip(edits, rows, strict=True):
         lm.check_length(prefix + edit.text, row, what=f"edit {edit.id!r}:")
     return rows
+
+
+def rephrasings(case: Case, edit: Edit) -> list[Query]:
+    """Return the queries of a case that ask for an edit's new answer in other words.
+
+    Of several edits in a case each has those that ask for its answer alone.
+    """
+    asked = [query for query in case.queries if query.axis.startswith(("paraphrase", "rephrase"))]
+    answers = [other.target_new for other in case.edits]
+    if len(answers) == 1:
+        return asked
+    return [q for q in asked if (q.target or "").strip() == edit.target_new and answers.count(edit.target_new) == 1]
 
 
 def answer_nll(lm: LM, rows: Sequence[Row], labels: Sequence[Sequence[int]] | None = None) -> Float[Tensor, " n_rows"]:

@@ -18,7 +18,7 @@ from retcon.edits import Edit, edit_record, same_question
 from retcon.errors import DeltaMismatch, InvalidSetting
 from retcon.evaluation.datasets import read_cases
 from retcon.lm.model import LM, Site
-from retcon.lm.prompts import Row, encode
+from retcon.lm.prompts import Row, encode, ended
 from retcon.memory.contexts import Contexts
 from retcon.memory.defaults import first_prefixes
 from retcon.memory.moments import Moments
@@ -27,7 +27,15 @@ from retcon.methods.common.contract import State, check_depth
 from retcon.methods.common.settings import EACH_ONCE, AnyLayers, Count, CountFromZero, NotNegative
 from retcon.methods.common.tuning import TuningSettings, check_memory, check_no_end, tuning
 from retcon.training.descent import EditLoss, Schedule
-from retcon.training.objective import AnswerLoss, GroupLoss, MeanLoss, PromptLastLoss, answer_rows, trained_rows
+from retcon.training.objective import (
+    AnswerLoss,
+    GroupLoss,
+    MeanLoss,
+    PromptLastLoss,
+    answer_rows,
+    rephrasings,
+    trained_rows,
+)
 from retcon.training.parts import Whole, whole, whole_parameter
 from retcon.work import Progress
 
@@ -230,24 +238,26 @@ class FineTuning(TuningSettings):
 
 
 def paraphrase_loss(name: str, lm: LM, edits: Sequence[Edit], path: str) -> GroupLoss:
-    """Return the mean loss over each edit's paraphrases in a file of cases.
+    """Return the mean loss over each edit's paraphrases in a file of cases, in the edit's chat where it names none.
 
     Raises:
         MalformedFile: the file cannot be read.
         InvalidSetting: it has no paraphrase of an edit; the message names the edit.
         InvalidEdit: a paraphrase is longer than the model's context.
     """
-    cases, _ = read_cases(path, conflicts="drop")
+    cases, _ = read_cases(path, conflicts="keep")
     known = {(edit.text, edit.target_new): case for case in cases for edit in case.edits}
     groups: list[list[Row]] = []
     for edit in edits:
         case = known.get((edit.text, edit.target_new))
-        asked = [q for q in case.queries if q.axis.startswith("paraphrase")] if case else []
-        if not asked:
+        rows: list[Row] = []
+        for query in rephrasings(case, edit) if case else ():
+            chat = query.chat or edit.chat  # the facts may be put in a chat that the file says nothing of
+            row = encode(lm.tokenizer, query.prompt, edit.target_new, separator=query.separator, chat=chat)
+            rows.append(ended(lm.tokenizer, row, chat))
+            lm.check_length(query.prompt, rows[-1], what=f"{path}: edit {edit.id!r}, query {query.id!r}:")
+        if not rows:
             raise InvalidSetting(f"{name}: {path} has no paraphrase of edit {edit.id!r} ({edit.text!r}) to stop on")
-        rows = [encode(lm.tokenizer, q.prompt, edit.target_new, separator=q.separator, chat=q.chat) for q in asked]
-        for query, row in zip(asked, rows, strict=True):
-            lm.check_length(query.prompt, row, what=f"{path}: edit {edit.id!r}, query {query.id!r}:")
         groups.append(rows)
     return GroupLoss(lm, groups)
 

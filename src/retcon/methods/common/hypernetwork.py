@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retcon.checked import Kind, read_checked, write_checked
-from retcon.edits import Case, cases_hash, check_edits
+from retcon.edits import Case, Query, cases_hash, check_edits
 from retcon.errors import InvalidSetting, MalformedFile, WrongBase
 from retcon.evaluation.metrics import is_locality
 from retcon.files import sha256_of
@@ -30,7 +30,7 @@ from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, Matr
 from retcon.methods.common.tuning import check_memory, sites_named
 from retcon.training.fitting import CurvePoint, Fit, FitSchedule
 from retcon.training.hypernetwork import Hypernetwork, ScaleAt, not_zero
-from retcon.training.objective import answer_nll, trained_rows
+from retcon.training.objective import answer_nll, rephrasings, trained_rows
 from retcon.training.parts import Part, attached
 from retcon.version import __version__
 from retcon.work import Progress, silent
@@ -190,22 +190,18 @@ def examples(lm: LM, cases: Sequence[Case]) -> list[Example]:
     found = []
     for case in cases:
         check_edits(case.edits)
-        others: list[Row] = []
-        asked: list[tuple[str, Row]] = []
-        for query in case.queries:
-            stays = is_locality(query.axis)
-            if query.target is not None and (stays or query.axis.startswith(("paraphrase", "rephrase"))):
-                row = encode(lm.tokenizer, query.prompt, query.target, separator=query.separator, chat=query.chat)
-                lm.check_length(query.prompt, row, what=f"case {case.id!r}, query {query.id!r}:")
-                if stays:
-                    others.append(row)
-                else:
-                    asked.append((query.target.strip(), ended(lm.tokenizer, row, query.chat)))
-        answers = [edit.target_new for edit in case.edits]
-        for answer, row in zip(answers, trained_rows(lm, case.edits), strict=True):
-            own = [r for target, r in asked if len(answers) == 1 or (target == answer and answers.count(answer) == 1)]
-            found.append(Example(row, tuple(own) or (row,), tuple(others)))
+        others = tuple(_encoded(lm, case, q) for q in case.queries if is_locality(q.axis) and q.target is not None)
+        for edit, row in zip(case.edits, trained_rows(lm, case.edits), strict=True):
+            asked = [query for query in rephrasings(case, edit) if query.target is not None]
+            own = tuple(ended(lm.tokenizer, _encoded(lm, case, query), query.chat) for query in asked)
+            found.append(Example(row, own or (row,), others))
     return found
+
+
+def _encoded(lm: LM, case: Case, query: Query) -> Row:
+    row = encode(lm.tokenizer, query.prompt, query.target, separator=query.separator, chat=query.chat)
+    lm.check_length(query.prompt, row, what=f"case {case.id!r}, query {query.id!r}:")
+    return row
 
 
 def draw(pool: Sequence[Example], chosen: Sequence[Example], rng: random.Random) -> list[Drawn]:
