@@ -147,7 +147,7 @@ def check(
                 asked.cases,
                 thresholds=limits,
                 max_tokens=CHAT_TOKENS if any(edit.chat for edit in asked.edits) else PLAIN_TOKENS,
-                on_progress=lambda done, of: advance("asking", done, of),
+                on_progress=partial(advance, "asking"),
             )
         about = f"{model} at {url}; {asked.about}"
     else:

@@ -1,7 +1,8 @@
 """Queries are put to a model: scores, its own answers, free text, essence."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from retcon.evaluation.metrics.fluency import Fluency
 from retcon.evaluation.plan import (
@@ -60,16 +61,13 @@ def run_queries(lm: LM, plan: QueryPlan, measures: Measures, advance: Progress =
 
 
 def _score(lm: LM, plan: QueryPlan, measures: Measures, advance: Progress) -> dict[Place, tuple[TokenScore, ...]]:
-    rows = [row for q in plan.queries for row in q.rows]
-    scores = iter(
-        score_rows(
-            lm,
-            rows,
-            max_batch_tokens=measures.max_batch_tokens,
-            on_progress=lambda done, total: advance("scoring", done, total),
-        )
-    )
+    scores = iter(_scores_of(lm, [row for q in plan.queries for row in q.rows], measures, advance))
     return {q.place: tuple(next(scores) for _ in q.rows) for q in plan.queries if q.rows}
+
+
+def _scores_of(lm: LM, rows: Sequence[Row], measures: Measures, advance: Progress) -> list[TokenScore]:
+    size = measures.max_batch_tokens
+    return score_rows(lm, rows, max_batch_tokens=size, on_progress=partial(advance, "scoring"))
 
 
 def _score_and_write(
@@ -97,24 +95,9 @@ def _score_and_write(
             questions.append(Question(row.ids, tuple(scored.pop(row.ids, ())), how, limit))
             members.append(askers)
     others = [row for rows in scored.values() for row in rows]
-    scores = dict(
-        zip(
-            others,
-            score_rows(
-                lm,
-                others,
-                max_batch_tokens=measures.max_batch_tokens,
-                on_progress=lambda done, total: advance("scoring", done, total),
-            ),
-            strict=True,
-        )
-    )
-    replies = ask_questions(
-        lm,
-        questions,
-        max_batch_tokens=2 * measures.max_batch_tokens,
-        on_progress=lambda done, total: advance("writing", done, total),
-    )
+    scores = dict(zip(others, _scores_of(lm, others, measures, advance), strict=True))
+    size = 2 * measures.max_batch_tokens
+    replies = ask_questions(lm, questions, max_batch_tokens=size, on_progress=partial(advance, "writing"))
     for question, (found, _) in zip(questions, replies, strict=True):
         scores |= zip(question.rows, found, strict=True)
     for askers, (_, text) in zip(members, replies, strict=True):

@@ -144,7 +144,6 @@ def check(
     other_base: bool = False,
     own_words: bool = False,
     seed: int = 0,
-    on_progress: Callable[[str], None] = silent,
 ) -> Verdict:
     """Ask the four questions of `deltas`, applied together; the model is left as it was.
 
@@ -177,10 +176,8 @@ def check(
     measures = Measures(generate=False)
     plan = plan_queries(lm, cases, measures)
     held_out = "\n\n".join(world.text(60, seed=0)) if text is None else text
-    on_progress("the unedited model")
     pre, base = measure(lm, plan, measures, "pre"), perplexity(lm, held_out)
     with ExitStack() as stack:
-        on_progress("the edited model")
         for delta in deltas:
             stack.enter_context(lm.edited(delta, other_base=other_base))
         now = lm if edited is None else edited

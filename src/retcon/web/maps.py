@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from retcon.edits import Edit
@@ -32,7 +33,7 @@ def contrast_map(lm: "LM", edits: Sequence[Edit], progress: Progress) -> LayerMa
     from retcon.locate.advice import layer_contrast
     from retcon.locate.contrast import contrast_probe
 
-    found = contrast_probe(lm, edits, norms=(True,), progress=lambda done, total: progress("probing", done, total))
+    found = contrast_probe(lm, edits, norms=(True,), progress=partial(progress, "probing"))
     rows = [layer_contrast(found, where, final_norm=True).mean(0).tolist() for where in ("subject_last", "prediction")]
     title = f"Contrast of {plural(len(found), 'fact')}: where the true answer gains on the new one"
     return LayerMap(title, ("subject's last token", "prediction position"), tuple(map(tuple, rows)))
@@ -45,7 +46,7 @@ def trace_map(lm: "LM", edits: Sequence[Edit], progress: Progress) -> LayerMap:
     if not edits:
         raise InvalidSetting("no facts to trace; add some first")
     known = [replace(edit, target_true=None) for edit in edits[:1]]
-    trace = causal_trace(lm, known, progress=lambda done, total: progress("tracing", done, total)).traces[0]
+    trace = causal_trace(lm, known, progress=partial(progress, "tracing")).traces[0]
     effect = trace.indirect("block")
     title = f"Causal trace of {known[0].text!r}: how much of {trace.answer!r} each state brings back"
     return LayerMap(title, trace.tokens, tuple(tuple(row) for row in effect.tolist()))

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,7 @@ def write_facts(
     from retcon.methods.common.sequence import in_steps
 
     found = needed_moments(lm, resolved.method) if moments is None else moments
-    timed = TimedMoments(found, progress=progress and (lambda done, of: progress("corpus tokens", done, of)))
+    timed = TimedMoments(found, progress=progress and partial(progress, "corpus tokens"))
     kept = ValueCache(cache_dir() / "values") if out is not None else None
     started = time.perf_counter()
     delta = in_steps(

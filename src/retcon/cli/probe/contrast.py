@@ -1,5 +1,6 @@
 """`retcon probe contrast`: how the original and the target answer travel through the layers."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,7 +91,7 @@ def contrast(
             tensors=("block", "attn", "mlp") if modules else ("block",),
             norms=(False, True) if final_norm else (False,),
             word_sets=word_sets,
-            progress=lambda done, total: advance("reading facts", done, total),
+            progress=partial(advance, "reading facts"),
         )
     drawn = {"": figures.contrast_figure(found)}
     if word_sets is not None:

@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,7 +56,7 @@ def layers(
             lm,
             edits,
             norms=(False, True) if final_norm else (False,),
-            progress=lambda done, total: advance("reading facts", done, total),
+            progress=partial(advance, "reading facts"),
         )
     advice = advise(found, Rule(final_norm=final_norm), seed=seed)
     drawn = {"": figures.advice_figure(advice), "-contrast": figures.contrast_figure(found, advice)}

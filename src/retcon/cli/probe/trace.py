@@ -1,6 +1,7 @@
 """`retcon probe trace`: which states carry a fact to its answer."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -76,7 +77,7 @@ def trace(
 
     settings = replace(settings, window=window or default_window(lm.n_layers))
     with progress_bars() as advance:
-        found = causal_trace(lm, edits, settings, progress=lambda done, total: advance("tracing facts", done, total))
+        found = causal_trace(lm, edits, settings, progress=partial(advance, "tracing facts"))
     drawn = {
         "": figures.effects_figure(found),
         "-first": figures.trace_figure(found.traces[0], found.settings.window),

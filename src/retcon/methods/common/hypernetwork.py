@@ -7,6 +7,7 @@ gradient and which loss, the methods say.
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 from weakref import WeakKeyDictionary
@@ -377,7 +378,6 @@ def fit_editor(
     }
     unfinished = out.with_name(out.name + ".unfinished")
     fit = Fit(network, optimizers)
-    report = progress or silent
     with lm.without_deltas(), lm.frozen_eval():
         fit.run(
             step,
@@ -386,7 +386,7 @@ def fit_editor(
             unfinished=unfinished,
             identity=identity,
             force=force,
-            progress=lambda done, total: report("training", done, total),
+            progress=partial(progress or silent, "training"),
         )
     about = {
         "settings": settings,
