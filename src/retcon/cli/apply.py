@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from retcon.cli.models import delta_files, load_deltas, load_model, loads_as_stored
-from retcon.cli.options import Json, Model, OtherBase
+from retcon.cli.options import AppliedDeltas, Json, Model, OtherBase
 from retcon.cli.printing import console, emit, plural, size, styled
 from retcon.cli.progress import spinner
 
@@ -14,9 +14,7 @@ from retcon.cli.progress import spinner
 @loads_as_stored
 def apply(
     model: Model,
-    delta: Annotated[
-        list[Path], typer.Argument(metavar="DELTA...", help="Deltas, in order of application.", show_default=False)
-    ],
+    delta: AppliedDeltas,
     save: Annotated[Path, typer.Option(metavar="DIR", help="Where the checkpoint goes.", show_default=False)],
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint that is in DIR.")] = False,
     other_base: OtherBase = False,

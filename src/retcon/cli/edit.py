@@ -18,7 +18,7 @@ from retcon.cli.options import Assignments, Corpus, Json, Method, Model, On, Oth
 from retcon.cli.output_checks import check_output
 from retcon.cli.printing import console, emit, plural, program, seconds, size, styled, warn
 from retcon.cli.progress import progress_bars, spinner
-from retcon.cli.stores import entry_record, open_store
+from retcon.cli.stores import Message, entry_record, open_store
 from retcon.cli.tables import changes_table, edits_preview, edits_table, estimate_table, settings_table
 from retcon.cluster import workers, working_on
 from retcon.errors import InvalidSetting
@@ -111,9 +111,7 @@ def edit(
             show_default=False,
         ),
     ] = None,
-    message: Annotated[
-        str, typer.Option("-m", "--message", help="Message of the store's log.", show_default=False)
-    ] = "",
+    message: Message = "",
     on: On = "local",
     shrink: Shrink = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at DELTA.")] = False,

@@ -8,7 +8,7 @@ import typer
 
 from retcon.cli.facts import CaseTarget, Conflicting, OnError
 from retcon.cli.models import delta_files, load_deltas, load_model, loads_as_stored
-from retcon.cli.options import Json, Model, OtherBase
+from retcon.cli.options import AppliedDeltas, Json, Model, OtherBase
 from retcon.cli.printing import console, emit, plain_table, size, styled
 from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 @loads_as_stored
 def export(
     model: Model,
-    delta: Annotated[
-        list[Path], typer.Argument(metavar="DELTA...", help="Deltas, in order of application.", show_default=False)
-    ],
+    delta: AppliedDeltas,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder that the export goes to.", show_default=False)],
     format_: Annotated[
         Literal["hf", "peft", "diff", "gguf-lora", "gguf"],

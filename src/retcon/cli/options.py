@@ -64,6 +64,9 @@ Deltas = Annotated[
         "--delta", metavar="DELTA", help="A delta to apply first; repeat for several, in order.", show_default=False
     ),
 ]
+AppliedDeltas = Annotated[
+    list[Path], typer.Argument(metavar="DELTA...", help="Deltas, in order of application.", show_default=False)
+]
 Revision = Annotated[
     str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the hub.", show_default=False)
 ]

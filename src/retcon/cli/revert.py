@@ -1,29 +1,18 @@
 """`retcon revert`: an entry, or one fact, taken back."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from retcon.cli.models import loads_a_model
 from retcon.cli.options import Json
 from retcon.cli.printing import console, emit, plural, styled
-from retcon.cli.stores import (
-    Again,
-    Corpus,
-    Editor,
-    OtherModel,
-    OwnMethod,
-    StorePath,
-    entry_record,
-    open_store,
-    rewritten,
-    say_on_top,
-)
+from retcon.cli.stores import Rewriting, entry_record, open_store, rewrites, rewritten, say_on_top
 from retcon.errors import InvalidSetting
 
 
 @loads_a_model
+@rewrites
 def revert(
     name: Annotated[
         str | None, typer.Argument(metavar="ID", help="An entry; HEAD is the last.", show_default=False)
@@ -31,15 +20,8 @@ def revert(
     fact: Annotated[
         str | None, typer.Option(metavar="FACT", help="One fact of a batch instead.", show_default=False)
     ] = None,
-    repropose: Again = False,
-    editor: Editor = None,
-    method: OwnMethod = None,
-    message: Annotated[
-        str, typer.Option("-m", "--message", help="Message of the store's log.", show_default=False)
-    ] = "",
-    model: OtherModel = None,
-    corpus: Corpus = None,
-    store: StorePath = Path(".retcon"),
+    *,
+    how: Rewriting,
     as_json: Json = False,
 ) -> None:
     """Take back an entry, or one fact of it. Reverting a revert brings back what it took.
@@ -48,16 +30,15 @@ def revert(
     """
     if (name is None) == (fact is None):
         raise InvalidSetting("name an entry to revert, or one fact by --fact; retcon log lists the entries")
-    if name is not None and (repropose or method is not None):
-        option = "--repropose" if repropose else "--method"
+    if name is not None and (how.repropose or how.method is not None):
+        option = "--repropose" if how.repropose else "--method"
         raise InvalidSetting(f"{option} goes with --fact; an entry is taken back without the model")
-    found = open_store(store)
+    found = open_store(how.store)
     if name is not None:
-        entry = found.revert(name, message=message)
+        entry = found.revert(name, message=how.message)
     else:
         assert fact is not None
-        given: dict[str, Any] = dict(repropose=repropose, editor=editor, method=method, message=message)
-        entry = rewritten(found.revert_fact, found, fact, model=model, corpus=corpus, **given)
+        entry = rewritten(found.revert_fact, found, how, fact)
     if as_json:
         emit(entry_record(entry, found.state(entry.id)))
         return

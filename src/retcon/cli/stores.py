@@ -1,6 +1,7 @@
 """What the verbs of a store share: how they find the store, and how they load the model it is of."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 from rich.table import Table
 
 from retcon.cli.models import load_model
+from retcon.cli.options import add_options
 from retcon.cli.printing import plain_table, plural, warn
 from retcon.cli.progress import progress_bars
 from retcon.errors import UnsupportedModel
@@ -51,8 +53,28 @@ OwnMethod = Annotated[
         show_default=False,
     ),
 ]
+Message = Annotated[str, typer.Option("-m", "--message", help="Message of the store's log.", show_default=False)]
 N_SHOWN = 20
 """Facts shown; the JSON has all."""
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """How a fact's batch is written again: the options of `rewrites`."""
+
+    repropose: Again = False
+    editor: Editor = None
+    method: OwnMethod = None
+    message: Message = ""
+    model: OtherModel = None
+    corpus: Corpus = None
+    store: StorePath = Path(".retcon")
+
+
+def rewrites(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb, in the place of its argument `how`, the options of how a fact's batch is written again."""
+    options = {field.name: (field.type, field.default) for field in fields(Rewriting)}
+    return add_options(verb, options, lambda how, own: verb(**own, how=Rewriting(**how)), before="how", replaced=True)
 
 
 def open_store(path: Path) -> "Store":
@@ -76,23 +98,17 @@ def load_base(store: "Store", model: str | None) -> "LM":
     return lm
 
 
-def rewritten(
-    write: Callable[..., "Entry"],
-    store: "Store",
-    *fact: str,
-    model: str | None,
-    corpus: str | None,
-    **options: Any,
-) -> "Entry":
+def rewritten(write: Callable[..., "Entry"], store: "Store", how: Rewriting, *fact: str) -> "Entry":
     """Return the entry of `write`, a verb of the store that writes a fact's batch again."""
     from retcon.workflow import moments_for
 
     store.fact(fact[0])  # what can be refused before the model is loaded
-    if corpus is not None:
-        check_corpus(corpus)
-    lm = load_base(store, model)
+    if how.corpus is not None:
+        check_corpus(how.corpus)
+    lm = load_base(store, how.model)
+    options: dict[str, Any] = {n: getattr(how, n) for n in ("repropose", "editor", "method", "message")}
     with progress_bars() as advance:
-        moments = None if corpus is None else moments_for(lm, corpus)
+        moments = None if how.corpus is None else moments_for(lm, how.corpus)
         return write(lm, *fact, moments=moments, progress=advance, **options)
 
 
