@@ -159,3 +159,19 @@ def test_a_reader_runs_no_token_after_the_last_that_is_read(tiny: Callable[..., 
     found = reader.read(point, "subject_last", value)
     for a, b in zip(found, mean_keys(lm, edits, CONTEXTS, point, "subject_last", value=value), strict=True):
         assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+def test_edits_that_share_a_key_have_one(family, tiny):
+    """Equal rows differ in their last bits where they are in different batches."""
+    lm = tiny(family, torch.float32)
+    prompts = ["{} lies in", "{} is twinned with", "{} belongs to the continent of"]
+    edits = [Edit(p, s, "X", id=s + p) for p in prompts for s in ("Geneva", "A place in the far north", "Rome")]
+    point = Point(1, "key")
+    small, _ = mean_keys(lm, edits, CONTEXTS, point, "subject_last", max_batch_tokens=64)
+    reader = KeyReader(lm, edits, CONTEXTS)
+    for found in (small, reader.read(point, "subject_last", Point(2, "block"))[0]):
+        for j in range(3):
+            assert torch.equal(found[j::3], found[j].expand(3, -1))
+    apart = reader.read(point, "prediction", Point(2, "block"))[0]
+    assert len(apart.unique(dim=0)) == len(edits)

@@ -3,6 +3,9 @@
 import pytest
 from torch.testing import assert_close
 
+import retcon
+from retcon import world
+from retcon.edits import Edit
 from retcon.errors import InvalidSetting
 from retcon.lm.forward import Point
 from retcon.memory.values import ValueSearch, ValueSite, search_values
@@ -32,6 +35,16 @@ def test_without_a_stabiliser_every_value_is_reached(family, tiny, edits):
     z = search_values(lm, edits, [site], BARE, search).target(0)
     with lm.edited(propose(emmet(stabiliser=0.0), lm, edits, BARE)):
         assert_close(value_of(lm, edits, Point(1, "block")), z, rtol=1e-6, atol=1e-7)
+
+
+def test_edits_that_share_a_key_get_the_nearest_there_is():
+    lm = retcon.load("demo:gptj")
+    prompts = ["{} lies in", "{} is twinned with", "{} was founded by", "{} belongs to the continent of"]
+    shared = [Edit(p, s, "Norway", id=s + p) for p in prompts for s in ("Geneva", "Mount Everest")]
+    edits = [*shared, *(case.edits[0] for case in world.cases(8, seed=3))]
+    few = dict(layers=(3,), steps=2)
+    exact, nearly = (Emmet(stabiliser=a, **few).propose(lm, edits).norms() for a in (0.0, 1e-3))
+    assert exact == pytest.approx(nearly, rel=0.01)
 
 
 def test_as_published_it_is_memit_with_a_times_w(tiny, edits):

@@ -14,7 +14,7 @@ from retcon.lm.capacity import planned_bytes
 from retcon.lm.forward import Point, activations
 from retcon.lm.layerwise import LayerwiseReader, Reading
 from retcon.lm.model import LM
-from retcon.lm.prompts import Where, encode_edit, pad
+from retcon.lm.prompts import Row, Where, encode_edit, pad
 from retcon.memory.contexts import Contexts
 
 KeyAverage = Literal["two_level", "uniform"]
@@ -32,6 +32,18 @@ def weights_of(n_prefixes: int, average: KeyAverage) -> list[float]:
     if average == "uniform":
         return [1 / (n_prefixes + 1)] * (n_prefixes + 1)
     return [0.5] + [0.5 / n_prefixes] * n_prefixes
+
+
+def first_alike(rows: Sequence[Row], where: Where, n_contexts: int) -> list[int]:
+    """Return, for each edit, the first one whose rows, one per context, have its own tokens up to `where`.
+
+    Their keys are one key. Read in other batches, they would differ in their last bits, and a write that stores every
+    key exactly would blow that difference up.
+    """
+    upto = [row.ids[: row.position(where) + 1] for row in rows]
+    of_edit = [tuple(upto[i : i + n_contexts]) for i in range(0, len(upto), n_contexts)]
+    first: dict[tuple[tuple[int, ...], ...], int] = {}
+    return [first.setdefault(tokens, i) for i, tokens in enumerate(of_edit)]
 
 
 class KeyReader:
@@ -78,7 +90,7 @@ class KeyReader:
             {point: Reading(tokens, self.edit_of, self.weights), value: Reading(tokens, self.edit_of, self.bare)},
             keep=point.layer,
         )
-        return found[point], found[value]
+        return found[point][self._first_alike(where)], found[value]
 
     def read_experts(
         self, layer: int, where: Where, value: Point
@@ -89,7 +101,10 @@ class KeyReader:
         points = [Point(layer, "key", site.expert) for site in lm.expert_sites(layer)]
         readings = {point: Reading(tokens, self.edit_of, self.weights) for point in points}
         found = self.reader.read({**readings, value: Reading(tokens, self.edit_of, self.bare)}, keep=layer)
-        return torch.stack([found[point] for point in points]), found[value]
+        return torch.stack([found[point] for point in points])[:, self._first_alike(where)], found[value]
+
+    def _first_alike(self, where: Where) -> list[int]:
+        return first_alike(self.rows, where, len(self.given[2].all))
 
 
 @overload
@@ -157,4 +172,4 @@ def mean_keys(
                     values = torch.zeros(len(edits), seen.shape[1], dtype=dtype)
                 values[of[bare]] = seen[bare]
     assert keys is not None
-    return keys, values
+    return keys[first_alike([row for _, _, row in rows], where, len(contexts.all))], values
