@@ -145,6 +145,13 @@ def test_a_chat_is_asked_as_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
         (200, b"<html>", "gave no JSON"),
         (200, [], "answered something else than an object"),
         (200, {"choices": []}, "answered something else than a completion"),
+        (
+            200,
+            {"choices": [{"text": [{"type": "text", "text": " Rome"}]}]},
+            "answered something else than a completion",
+        ),
+        (200, {"choices": [{"text": 5}]}, "answered something else than a completion"),
+        (200, b"[" * 100_000, "gave no JSON"),
     ],
 )
 def test_a_failure_is_one_clear_error(code: int, found: Any, message: str) -> None:
@@ -172,6 +179,22 @@ def test_a_server_need_not_list_its_models_nor_a_folder_that_it_loads(tmp_path: 
         with server(serving) as (url, _):
             verdict = check_endpoint(Endpoint(url=url, model=str(tmp_path)), cases(1))
             assert verdict["took"].value == 1
+
+
+@pytest.mark.parametrize("listed", [5, True, "edited", {"id": "edited"}, [5, None], None])
+def test_a_list_of_models_that_is_none_is_passed_over(listed: Any) -> None:
+    def answer(path: str, record: dict[str, Any] | None) -> tuple[int, Any]:
+        return (200, {"data": listed}) if path.endswith("/models") else says("Rome")(path, record)
+
+    with server(answer) as (url, _):
+        assert check_endpoint(Endpoint(url=url, model="edited"), cases(1))["took"].value == 1
+
+
+def test_answers_that_hold_no_text_are_counted() -> None:
+    with server(says("<think>Paris, or")) as (url, _):
+        verdict = check_endpoint(Endpoint(url=url, model="edited"), in_chat(cases(2), Chat()), max_tokens=8)
+    assert verdict["took"].value == 0
+    assert verdict.notes[-1] == "6 answers without text; a model that is still reasoning after 8 tokens gives none"
 
 
 def test_a_refusal_that_quotes_another_status_is_a_refusal() -> None:

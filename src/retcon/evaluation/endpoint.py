@@ -8,6 +8,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -68,7 +69,8 @@ class Endpoint:
                 return
             raise
         data = listed.get("data")
-        names = [str(each["id"]) for each in data if isinstance(each, dict) and "id" in each] if data else []
+        known = data if isinstance(data, list) else []
+        names = [str(each["id"]) for each in known if isinstance(each, dict) and "id" in each]
         if names and self.model not in names and not Path(self.model).is_dir():
             raise EndpointFailed(f"{self.url} serves no model {self.model!r}; it serves {', '.join(sorted(names)[:8])}")
 
@@ -100,12 +102,13 @@ class Endpoint:
         else:
             more = {"chat_template_kwargs": chat.arguments} if chat.arguments else {}
             found = self._ask("chat/completions", asked | {"messages": chat.turns([prompt])} | more)
-        try:
+        text: Any = found
+        with suppress(KeyError, IndexError, TypeError):
             choice = found["choices"][0]
             text = choice["text"] if chat is None else choice["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            raise EndpointFailed(f"{self.url} answered something else than a completion: {found!r:.120}") from None
-        return str(text or "") if chat is None else without_reasoning(str(text or ""))
+        if not isinstance(text, str | None):
+            raise EndpointFailed(f"{self.url} answered something else than a completion: {found!r:.120}")
+        return text or "" if chat is None else without_reasoning(text or "")
 
     def _ask(self, path: str, record: Mapping[str, Any] | None) -> dict[str, Any]:
         address = f"{self.base}/{path}"
@@ -127,7 +130,7 @@ class Endpoint:
             raise EndpointFailed(f"{address} cannot be reached ({error.reason}); is the server running?") from None
         except (OSError, HTTPException) as error:
             raise EndpointFailed(f"{address} gave no answer in HTTP ({type(error).__name__}: {error})") from None
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise EndpointFailed(f"{address} gave no JSON ({type(error).__name__}: {error})") from None
         if not isinstance(found, dict):
             raise EndpointFailed(f"{address} answered something else than an object: {found!r:.120}")

@@ -238,6 +238,9 @@ def check_endpoint(
         stops=("\n",),
         on_progress=on_progress,
     )
+    if n_empty := sum(not text.strip() for text in texts):
+        still = f"a model that is still reasoning after {plural(max_tokens, 'token')} gives none"
+        notes.append(f"{plural(n_empty, 'answer')} without text; {still}")
     answers = []
     for part, axis in _AXES.items():
         asked = [(c, q, text) for (c, q), text in zip(places, texts, strict=True) if q.axis == axis]
