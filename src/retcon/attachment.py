@@ -348,5 +348,8 @@ def load(path: str | os.PathLike[str]) -> Attachment:
             + "); install the package that made it, or register its class (retcon.attachment.register)"
         )
     found = known[name]
-    kind: type[Beside] = found if isinstance(found, type) else named_object(found)
+    try:
+        kind: type[Beside] = found if isinstance(found, type) else named_object(found)
+    except ImportError as error:
+        raise MalformedFile(f"{path}: cannot find what reads an attachment of the kind {name!r}: {error}") from error
     return kind.load(path)

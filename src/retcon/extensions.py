@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -19,13 +20,31 @@ def installed(group: str) -> Mapping[str, str]:
 
 
 def named_object(name: str) -> Any:
-    """Import what "module:attribute" names. Modules of the current folder are found too, after all installed ones."""
+    """Import what "module:attribute" names. Modules of the current folder are found too, after all installed ones.
+
+    Raises:
+        ImportError: there is none, or its module cannot be imported, whatever that ends in.
+    """
     module, _, attribute = name.partition(":")
-    sys.path.append(os.getcwd())
+    here = os.getcwd()
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
     try:
-        return attrgetter(attribute)(import_module(module))
+        imported = import_module(module)
+    except ImportError:
+        raise
+    except (Exception, SystemExit) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = "" if isinstance(error, SyntaxError) else f" ({Path(last.filename).name}, line {last.lineno})"
+        raise ImportError(f"{module} ends in {type(error).__name__}: {error}{place}") from error
     finally:
-        sys.path.pop()
+        if added and here in sys.path:  # what the module adds stays
+            sys.path.remove(here)
+    try:
+        return attrgetter(attribute)(imported)
+    except AttributeError as error:
+        raise ImportError(str(error)) from None
 
 
 def named_function(name: str, group: str, what: str) -> Callable[..., Any]:
@@ -37,11 +56,11 @@ def named_function(name: str, group: str, what: str) -> Callable[..., Any]:
         raise InvalidSetting(f"no {what} {name!r}; one of your own is named module:function{known}")
     try:
         found = named_object(place)
-    except (ImportError, AttributeError, ValueError) as error:
+    except ImportError as error:
         raise InvalidSetting(
             f"cannot find the {what} {name!r}: {error}. module:function names a function in a file of the current "
             "folder or in an installed package"
-        ) from None
+        ) from error
     if not callable(found):
         raise InvalidSetting(f"the {what} {name!r} is no function but {type(found).__name__}")
     return found

@@ -1,15 +1,19 @@
 """Formats and metrics of the user's own, from a file of the current folder or from an installed package."""
 
 import json
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import retcon
+import retcon.attachment
 from retcon import LM
-from retcon.errors import InvalidSetting, MalformedFile
+from retcon.errors import InvalidSetting, MalformedFile, UnknownMethod
 from retcon.evaluation import Measures
 
 CODE = """
@@ -78,6 +82,48 @@ def test_a_row_that_the_function_cannot_read_is_named(here: Path) -> None:
 def test_a_format_that_is_not_there_is_refused(here: Path, name: str, message: str) -> None:
     with pytest.raises(InvalidSetting, match=message):
         retcon.read_cases("facts.json", name)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def wiki(row:", r"broken_of_tests ends in SyntaxError: '\(' was never closed \(broken_of_tests.py, line 1\)"),
+        ("\nx = y", r"ends in NameError: name 'y' is not defined \(broken_of_tests.py, line 2\)"),
+        ("import sys\nsys.exit(3)", r"ends in SystemExit: 3 \(broken_of_tests.py, line 2\)"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_one_clear_error(
+    here: Path, code: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "broken_of_tests.py").write_text(code)
+    with pytest.raises(InvalidSetting, match=message):
+        retcon.read_cases("facts.json", "broken_of_tests:wiki")
+    with pytest.raises(InvalidSetting, match=message):
+        Measures(metrics=("broken_of_tests:wiki",))
+    with pytest.raises(UnknownMethod, match=message):
+        retcon.method("broken_of_tests:Wiki")
+    save_file({"x": torch.zeros(1)}, "kind.safetensors", {"retcon": '{"kind": "wiki"}'})
+    point = EntryPoint("wiki", "broken_of_tests:Wiki", "retcon.attachments")
+    monkeypatch.setattr("retcon.extensions.entry_points", lambda *, group: [point])
+    with pytest.raises(MalformedFile, match=f"cannot find what reads an attachment of the kind 'wiki': .*{message}"):
+        retcon.attachment.load("kind.safetensors")
+    with pytest.raises(InvalidSetting, match=r"cannot find the format './mine_of_tests:wiki'"):
+        retcon.read_cases("facts.json", "./mine_of_tests:wiki")
+
+
+def test_what_a_module_adds_to_the_path_stays_and_the_current_folder_goes(here: Path) -> None:
+    (here / "lib").mkdir()
+    (here / "lib" / "beside_of_tests.py").write_text(CODE)
+    (here / "path_of_tests.py").write_text(
+        f"import sys\nsys.path.append({str(here / 'lib')!r})\n"
+        "def wiki(row):\n    import beside_of_tests\n    return beside_of_tests.wiki(row)"
+    )
+    before = list(sys.path)
+    try:
+        assert len(retcon.read_cases("facts.json", "path_of_tests:wiki")[0]) == 1
+        assert sys.path == [*before, str(here / "lib")]
+    finally:
+        sys.path[:] = before
 
 
 def test_a_package_announces_formats_and_metrics(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,11 +57,11 @@ def method_class(name: str) -> type["Method"]:
 
     try:
         found = named_object(_place(name))
-    except (ImportError, AttributeError, ValueError) as error:
+    except ImportError as error:
         raise UnknownMethod(
             f"cannot find the method {name!r}: {error}. module:Class names a class in a file of the current folder "
             "or in an installed package; see docs/guides/add-a-method.md"
-        ) from None
+        ) from error
     lacks = [] if isinstance(found, type) and issubclass(found, Method) else ["Method as a base class"]
     lacks += [what for what in ("name", "propose") if not hasattr(found, what)]
     lacks += sorted(getattr(found, "__abstractmethods__", ()))
