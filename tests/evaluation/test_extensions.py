@@ -28,7 +28,7 @@ def broken(case, texts, unedited):
     return {"x": 1 / 0}
 
 def odd(case, texts, unedited):
-    return {"nan": float("nan"), "inf": float("inf"), "words": 2}
+    return {"nan": float("nan"), "inf": float("inf"), "words": 2, 3: 4}
 
 NAME = "no function"
 """
@@ -174,6 +174,7 @@ def test_a_metric_that_is_no_number_is_an_error_of_its_case(here: Path, lm: LM) 
         ("nan", None, "error", "nan is nan"),
         ("inf", None, "error", "inf is inf"),
         ("words", 2, "ok", None),
+        ("3", 4, "ok", None),
     ]
     found.write(here / "records.jsonl")
     assert found.summary()["nan", "mine_of_tests:odd"].pre.value is None  # type: ignore[union-attr]

@@ -176,7 +176,7 @@ def _own(name: str, case: Case, texts: Mapping[str, str], old_texts: Mapping[str
     """Return what a metric of the user's own gives for a case."""
     try:
         values = dict(own_metric(name)(case, texts, old_texts))
-        numbers = {m: None if value is None else float(value) for m, value in values.items()}
+        numbers = {str(m): None if value is None else float(value) for m, value in values.items()}
     except Exception as error:
         raise InvalidSetting(f"metric {name}, case {case.id!r}: {type(error).__name__}: {error}") from error
     n = len(texts)
