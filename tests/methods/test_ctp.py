@@ -231,6 +231,15 @@ def test_the_release_trains_the_whole_bias_of_the_value_matrix(tiny, edits):
         assert bool(moved(lm, delta)[site.bias_name].all())
 
 
+def test_the_original_answer_is_the_unedited_models(tiny, edits):
+    lm, method = tiny("llama"), ctp()
+    rows = answer_rows(lm, edits)
+    own = method._original(lm, edits, rows).labels
+    with lm.edited(ctp(epochs=20).propose(lm, edits)):
+        assert own_answer_tokens(lm, rows) != own
+        assert method._original(lm, edits, rows).labels == own
+
+
 def test_the_original_answer_may_be_the_true_one(tiny, edits):
     lm = tiny("llama")
     own = ctp(contrast_weight=1.0).propose(lm, edits[:3])

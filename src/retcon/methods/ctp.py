@@ -162,7 +162,8 @@ class Ctp(TuningSettings):
             return None
         if self.original == "target_true":
             return AnswerLoss(lm, answer_rows(lm, edits, "target_true"))
-        return AnswerLoss(lm, rows, own_answer_tokens(lm, rows))
+        with lm.without_deltas():
+            return AnswerLoss(lm, rows, own_answer_tokens(lm, rows))
 
 
 class PathTrainer:
