@@ -222,7 +222,7 @@ def test_own_answers_are_the_most_likely_tokens(tiny, edits):
 
 
 def test_an_edit_without_a_true_answer_is_named(tiny, edits):
-    with pytest.raises(InvalidEdit, match=r"'lodz'.*no target_true"):
+    with pytest.raises(InvalidEdit, match=r"'lodz'.*no target_true.*ask for another answer: answer='target_new'"):
         answer_rows(tiny("llama"), edits, "target_true")
 
 

@@ -36,7 +36,13 @@ def answer_rows(lm: LM, edits: Sequence[Edit], answer: Answer = "target_new", *,
     for edit in edits:
         text = getattr(edit, answer)
         if text is None:
-            raise InvalidEdit(f"edit {edit.id!r} ({edit.subject!r}) has no {answer}, which these settings need")
+            raise InvalidEdit(
+                f"edit {edit.id!r} ({edit.subject!r}) has no {answer}, which these settings need; give the fact "
+                "one, or ask for another answer: ",
+                python="answer='target_new' (KNE, attribution) or original='own' (CTP)",
+                option="--answer new (probe), --set answer=target_new (KNE) or --set original=own (CTP)",
+                page="answer = target_new (KNE) or original = own (CTP)",
+            )
         row = encode_edit(lm.tokenizer, edit, prefix, answer=text)
         lm.check_length(prefix + edit.text, row, what=f"edit {edit.id!r}:")
         rows.append(row)
