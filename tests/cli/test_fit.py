@@ -42,6 +42,16 @@ def test_fit_then_edit(cli: Callable[..., Any], here: Path) -> None:
     assert record["best"]["validation"] == min(point["validation"] for point in record["curve"])
 
 
+@pytest.mark.parametrize("name", ["mend.png", "mend.v1"])
+def test_the_picture_is_beside_the_editor_whatever_that_is_called(
+    name: str, cli: Callable[..., Any], here: Path
+) -> None:
+    cli(*FIT, "--out", name)
+    assert (here / f"{name}.png").stat().st_size > 1000
+    cli(*EDIT, "--set", f"editor={name}")
+    assert sorted(path.name for path in here.glob("mend*")) == sorted([name, f"{name}.png", f"{name}.svg"])
+
+
 def test_the_unfinished_training_of_another_run_is_replaced_where_it_is_said(
     cli: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from retcon.errors import NonFinite
+from retcon.errors import NonFinite, OutOfMemory
 from retcon.lm.model import LM
+from retcon.methods.common import hypernetwork
 from retcon.methods.common.hypernetwork import base_log_probs, outer_losses, pieces
 from retcon.methods.malmen import Malmen, dual_shift, shift, shift_gradients, value_differences
 from retcon.training.objective import answer_rows
@@ -110,7 +111,7 @@ def shaken(method: Malmen, lm: LM):
     return network
 
 
-def test_what_training_takes_is_counted(tiny):
+def test_what_training_takes_is_counted(tiny, monkeypatch, tmp_path):
     from retcon.methods.mend import Mend
 
     for family in ("gpt2", "llama"):
@@ -118,6 +119,11 @@ def test_what_training_takes_is_counted(tiny):
         for method in (Malmen(rank=6), Mend(rank=6, n_blocks=3)):
             network = method.untrained(lm, method.sites(lm))
             assert method.n_fitted(lm) == sum(p.numel() for p in network.parameters())
+    monkeypatch.setattr("retcon.methods.common.tuning.free_bytes", lambda device: 1000)
+    monkeypatch.setattr(hypernetwork, "Hypernetwork", None)  # nothing is made before it is known to fit
+    for method in (Malmen(rank=6), Mend(rank=6)):
+        with pytest.raises(OutOfMemory, match=rf"{method.name} trains {method.n_fitted(lm):,} values"):
+            method.fit(lm, [], tmp_path / "editor")
 
 
 def test_training_lowers_the_loss(tiny, edits, untouched, tmp_path):

@@ -198,6 +198,18 @@ def test_an_editor_is_of_the_unedited_model(tiny, edits, tmp_path):
     assert (tmp_path / "edited").read_bytes() == (tmp_path / "unedited").read_bytes()
 
 
+def test_what_cannot_be_kept_or_trained_on_is_refused_before_training(tiny, edits, tmp_path):
+    lm, stages = tiny("llama"), []
+    for method, out, text in (
+        (Mend(**SMALL), tmp_path, "is a directory; give the name of a file"),
+        (Mend(**SMALL, editor="old"), tmp_path / "new", "a new editor is trained, not 'old'; leave editor out"),
+    ):
+        with pytest.raises(InvalidSetting, match=text):
+            method.fit(lm, cases(edits), out, progress=lambda *at: stages.append(at[0]))
+    assert not stages
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_training_ends_with_the_same_file(tiny, edits, tmp_path, monkeypatch):
     lm = tiny("gpt2", torch.float32)
     method = Mend(**{**SMALL, "steps": 9, "validate_every": 3, "batch_size": 2})

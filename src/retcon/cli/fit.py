@@ -72,7 +72,7 @@ def fit(
     if find_spec("matplotlib") is None:
         warn(f"no picture of the losses: matplotlib is not installed ({how_to_install('plot')})")
     else:
-        pictures = draw_curve(fitted, out.with_suffix(""))
+        pictures = draw_curve(fitted, out.with_suffix("") if out.suffix == ".safetensors" else out)
     first, last = fitted.curve[0], fitted.curve[-1]
     show.print(
         f"validation loss {first.validation:.4g} untrained, {fitted.best.validation:.4g} at step {fitted.best.step:,} "

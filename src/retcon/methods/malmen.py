@@ -113,8 +113,7 @@ class Malmen(HypernetworkSettings):
 
         Each step writes `batch_size` edits together. The gradient goes through the regression by hand (section 4.2).
         """
-        sites = self.sites(lm)
-        network = self.untrained(lm, sites, seed)
+        sites, network = self.new_editor(lm, out, seed)
         optimizers = [torch.optim.Adam(network.parameters(), lr=self.learning_rate)]
 
         backward = partial(self.backward, lm, network, sites)

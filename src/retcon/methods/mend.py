@@ -118,8 +118,7 @@ class Mend(HypernetworkSettings):
         Each step takes `batch_size` edits, each by itself: the gradient on its prompt, a loss on one of its rephrasings
         and one on a prompt that should stay. A run that was killed goes on when it is given the same again.
         """
-        sites = self.sites(lm)
-        network = self.untrained(lm, sites, seed)
+        sites, network = self.new_editor(lm, out, seed)
         others = [p for p in network.parameters() if p is not network.step_sizes]
         optimizers = [
             torch.optim.Adam(others, lr=self.learning_rate),

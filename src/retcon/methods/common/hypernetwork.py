@@ -110,6 +110,22 @@ class HypernetworkSettings(Trainable):
             seed=seed,
         ).to(lm.device)
 
+    def new_editor(self, lm: LM, out: str | Path, seed: int) -> tuple[list[Site], Hypernetwork]:
+        """Return the matrices that are edited and an untrained editor of them, once both can be trained and kept.
+
+        Raises:
+            InvalidSetting: `out` is a directory; an editor is named already; or as `sites`.
+            NotEditable: as `sites`.
+            OutOfMemory: networks, gradients, Adam's moments and the best networks do not fit.
+        """
+        if self.editor is not None:
+            raise InvalidSetting(f"{self.name}: a new editor is trained, not {self.editor!r}; leave editor out")
+        if Path(out).is_dir():
+            raise InvalidSetting(f"{out} is a directory; give the name of a file for the editor")
+        check_memory(self.name, lm, self.n_fitted(lm))
+        sites = self.sites(lm)
+        return sites, self.untrained(lm, sites, seed)
+
     def schedule(self) -> FitSchedule:
         """Return how long to train."""
         return FitSchedule(
