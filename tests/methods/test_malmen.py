@@ -1,13 +1,16 @@
 """MALMEN: the regression against brute force, its gradients against autograd, edits, training (T52 to T57)."""
 
+import random
+
 import pytest
 import torch
 from torch.testing import assert_close
 
+from retcon.edits import Case
 from retcon.errors import NonFinite, OutOfMemory
 from retcon.lm.model import LM
 from retcon.methods.common import hypernetwork
-from retcon.methods.common.hypernetwork import base_log_probs, outer_losses, pieces
+from retcon.methods.common.hypernetwork import base_log_probs, draw, examples, outer_losses, pieces
 from retcon.methods.malmen import Malmen, dual_shift, shift, shift_gradients, value_differences
 from retcon.training.objective import answer_rows
 from retcon.training.parts import TrainedDense
@@ -124,6 +127,15 @@ def test_what_training_takes_is_counted(tiny, monkeypatch, tmp_path):
     for method in (Malmen(rank=6), Mend(rank=6)):
         with pytest.raises(OutOfMemory, match=rf"{method.name} trains {method.n_fitted(lm):,} values"):
             method.fit(lm, [], tmp_path / "editor")
+
+
+def test_without_neighbours_what_should_stay_is_not_edited_in_the_same_step(tiny, edits):
+    pool = examples(tiny("llama"), [Case(edit.id, (edit,), ()) for edit in edits])
+    for n in (1, 2, 3):
+        for seed in range(5):
+            found = draw(pool, pool[:n], random.Random(seed))
+            assert not {d.other for d in found} & {e.edit for e in pool[:n]}
+    assert all(d.other != d.edit for d in draw(pool, pool, random.Random(0))), "where all are edited, another one"
 
 
 def test_training_lowers_the_loss(tiny, edits, untouched, tmp_path):

@@ -222,10 +222,14 @@ def _encoded(lm: LM, case: Case, query: Query) -> Row:
 
 
 def draw(pool: Sequence[Example], chosen: Sequence[Example], rng: random.Random) -> list[Drawn]:
-    """Return a rephrasing and another prompt for each chosen example; without neighbours, another one's edit."""
-    found = []
+    """Return a rephrasing and another prompt for each chosen example; without neighbours, another one's edit.
+
+    That is one that is not chosen, as far as the pool has more: what MALMEN writes in the same step cannot stay.
+    """
+    edited, found = set(map(id, chosen)), []
+    spare = [e for e in pool if id(e) not in edited]
     for example in chosen:
-        others = example.others or tuple(e.edit for e in rng.sample(list(pool), 2) if e is not example)[:1]
+        others = example.others or (rng.choice(spare or [e for e in pool if e is not example]).edit,)
         found.append(Drawn(example.edit, rng.choice(example.rephrasings), rng.choice(others)))
     return found
 
