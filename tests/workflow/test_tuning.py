@@ -297,6 +297,8 @@ def test_what_cannot_be_tuned_says_so() -> None:
         tune(lm, "memit", CASES[:3])
     with pytest.raises(InvalidSetting, match=r"rect filters .* tune that method \(memit\)"):
         tune(lm, "rect", CASES[:4])
+    with pytest.raises(InvalidSetting, match=r"mend edits by the settings that its editor was trained with"):
+        tune(lm, "mend", CASES[:4], given={"editor": "mend.safetensors"})
     given = dict.fromkeys(("learning_rate", "epochs", "stop_loss", "box"), 1) | {"layers": (1,)}
     with pytest.raises(InvalidSetting, match=r"ft_l has nothing left to search: .* none that is not given"):
         tune(lm, "ft_l", CASES[:4], given=given)

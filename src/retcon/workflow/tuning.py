@@ -198,12 +198,14 @@ def tune(
 
     Raises:
         RetconError: neither the best nor the first candidate can edit the reported half.
-        InvalidSetting: too few cases, a method that wraps another, or one without a setting that is searched.
+        InvalidSetting: too few cases, a method that wraps another, that is trained before it edits, or one without a
+            setting that is searched.
     """
     from retcon.evaluation import evaluate
     from retcon.evaluation.paired import differences
     from retcon.memory.defaults import default_moments
     from retcon.methods.common.choosing import choose
+    from retcon.methods.common.contract import Trainable
     from retcon.methods.common.wrappers import Filter
 
     order, seed = list_of_cases(cases), check_seed(seed)
@@ -218,6 +220,11 @@ def tune(
         raise InvalidSetting(
             f"{name} filters what another method writes; tune that method ({start.base_method}), whose preset {name} "
             "then takes too"
+        )
+    if isinstance(start, Trainable):
+        raise InvalidSetting(
+            f"{name} edits by the settings that its editor was trained with, so that there is nothing to search; train "
+            "editors with several (retcon fit) and compare what each of them writes"
         )
     fixed = frozenset(given)
     if not (_weights(start, fixed) or candidates(lm, start, fixed, 1, random.Random(seed))):
