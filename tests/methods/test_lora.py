@@ -107,6 +107,9 @@ def test_an_adapter_may_be_trained_on(tiny, edits):
     assert_close(together, 2.0 * b @ a, rtol=1e-9, atol=1e-12)
     with pytest.raises(DeltaMismatch, match="no adapter of rank 2"):
         lora(rank=2, alpha=4.0, continue_adapter=True).propose(lm, edits, state=first.state)
+    fewer = lora(continue_adapter=True, modules=("q_proj",))
+    with pytest.raises(DeltaMismatch, match=r"has an adapter for \d\.v_proj too, .*; name the same layers and modules"):
+        fewer.propose(lm, edits, state=first.state)
     with pytest.raises(DeltaMismatch, match=r"is of scale 2.0, wanted is scale 4.0; begin anew"):
         lora(alpha=12.0, continue_adapter=True).propose(lm, edits, state=first.state)
     with pytest.raises(DeltaMismatch, match="is of base"):

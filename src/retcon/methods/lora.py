@@ -87,6 +87,12 @@ class Lora(TuningSettings):
             begun = None
             if self.continue_adapter and state:
                 begun = unmarked(self.name, state, lm, "begin anew (continue_adapter=False)", scale=scale)
+                if others := begun.keys() - {_key(site, which) for site in sites for which in ("B", "A")}:
+                    raise DeltaMismatch(
+                        f"{self.name}: the state given has an adapter for {min(others).rpartition('.')[0]} too, which "
+                        "would be lost to the next batch; name the same layers and modules, or begin anew "
+                        "(continue_adapter=False)"
+                    )
             parts, before = [], []
             for site in sites:
                 b, a = adapter(site, self.rank, generator) if begun is None else self._given(site, begun)
