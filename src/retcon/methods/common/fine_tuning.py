@@ -63,8 +63,8 @@ class FineTuning(TuningSettings):
     """Train the end of the text after the answer too, so that the model stops there; in a chat the end of the turn,
     which `Chat.train_end` asks for too."""
     steps_per_epoch: Count | None = None
-    """Mini-batches of an epoch at least, as far as there are edits: batches are made smaller where `batch_size` would
-    give fewer. What counts is the number of updates, not of epochs."""
+    """Mini-batches of an epoch, about: batches are made smaller, n / steps_per_epoch edits rounded up, where
+    `batch_size` would give fewer (100 edits and 30: 25 of 4). What counts is the number of updates, not of epochs."""
     skip: Literal["edit", "batch"] = "edit"
     """What is left alone once its loss is below `stop_loss`: each edit, or a mini-batch by its mean (releases)."""
     box: NotNegative | None = None
